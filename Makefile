@@ -1,6 +1,6 @@
-# Everything stands in .venv, which is made on first use and renewed only when the versions change.
+# Everything is installed into .venv, which is created on first use and updated only when the versions change.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check static docs quick slow fuzz bench check-servers figures bundled data clean
+.PHONY: help demo test check static docs quick slow fuzz bench benchmarks-page check-servers figures bundled data clean
 
 PYTHON ?= python3
 RUN := .venv/.run
@@ -9,24 +9,25 @@ BENCH := .venv-bench/.ready
 SERVERS := .venv-servers/.ready
 BIN := .venv/bin
 
-# pip builds the package itself in an environment of its own; these two hold the versions there as well.
+# pip builds the package in a separate environment; these two variables pin the versions there, too.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Two test processes with one thread each: small networks gain nothing from more. Tests start hundreds of processes, which
-# would compile the package again each time where the environment forbids bytecode files.
+# would compile the package each time if the environment disabled bytecode files.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=12 --durations-min=5
 
 help:
-	@echo 'make demo                assess the bundled network, offline; prints where the report is'
-	@echo 'make test                everything that checks the project (15 to 45 minutes on two cores)'
-	@echo 'make check               format, lint, types, floors, docs, quick tests'
+	@echo 'make demo                assess the bundled network, offline, and print the path of the report'
+	@echo 'make test                all checks and tests (15 to 45 minutes on two cores)'
+	@echo 'make check               format, lint, types, layers, documentation, quick tests'
 	@echo 'make docs                build the documentation into site/'
-	@echo 'make fuzz [ARGS=…]       open damaged files with new seeds, until it is stopped'
-	@echo 'make bench [PEERS=dir]   measure against the peers; writes a dated record'
+	@echo 'make fuzz [ARGS=…]       open damaged files with new seeds until it is stopped'
+	@echo 'make bench [PEERS=dir]   run the benchmarks and write dated records'
+	@echo 'make benchmarks-page     write docs/benchmarks.md from the newest records'
 	@echo 'make check-servers       download and start MLServer, LitServe and FastAPI, and assess them'
-	@echo 'make figures             draw the pictures of the documentation from the newest records'
+	@echo 'make figures             draw the figures of the documentation from the newest records'
 	@echo 'make bundled [FROM=dir]  train the bundled networks again'
 	@echo 'make data FROM=dir       fill the folder that HOLDFAST_DATA names'
 	@echo 'make clean               remove environments, caches and builds'
@@ -50,7 +51,7 @@ $(BENCH): pyproject.toml constraints.txt benchmarks/requirements.txt benchmarks/
 	@.venv-bench/bin/python -m pip install -qq --no-deps -r benchmarks/requirements-bare.txt
 	@touch $@
 
-# The servers want other versions than the project does, so that they have constraints of their own.
+# The servers need other versions than the project, so they have separate constraints.
 $(SERVERS): benchmarks/servers/requirements.txt benchmarks/servers/constraints.txt
 	@echo 'installing into .venv-servers'
 	@test -x .venv-servers/bin/python || $(PYTHON) -m venv .venv-servers
@@ -86,6 +87,9 @@ fuzz: $(DEV)
 bench: $(BENCH)
 	.venv-bench/bin/python -m benchmarks $(if $(PEERS),--peers $(PEERS))
 
+benchmarks-page: $(RUN)
+	$(BIN)/python -m benchmarks.page
+
 check-servers: $(DEV) $(SERVERS)
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m benchmarks.servers .venv-servers
 
@@ -96,7 +100,7 @@ bundled: $(RUN)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.bundled $(FROM)
 
 data: $(RUN)
-	@test -n '$(FROM)' || { echo 'say where the data sets are: make data FROM=folder' >&2; exit 2; }
+	@test -n '$(FROM)' || { echo 'name the folder of the data sets: make data FROM=folder' >&2; exit 2; }
 	$(BIN)/python -m holdfast data import $(FROM)
 
 clean:

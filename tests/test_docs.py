@@ -1,4 +1,4 @@
-"""The documentation says of the catalogue what the code does: names, compositions, costs, keys, commands."""
+"""The documentation agrees with the code and the records: names, compositions, costs, keys, commands, numbers."""
 
 import inspect
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import page as benchmarks_page
 from benchmarks.__main__ import ROWS
 from benchmarks.record import newest
 from holdfast import attacks
@@ -71,31 +72,46 @@ def test_every_page_is_in_the_navigation():
     assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
-def test_every_claim_that_a_record_misses_is_told():
+def test_every_missed_requirement_of_a_record_is_documented():
     records = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/records").glob("*.json"))]
     latest = {record["row"]: record["claims"] for record in records}
     missed = {row: sum(not claim["met"] for claim in claims) for row, claims in latest.items()}
-    told = {
+    documented = {
         row["row"].strip("`"): (int(row["missed"]), int(row["of"]))
         for row in rows("reference/missed.md", "row")
     }
-    assert told == {row: (n, len(latest[row])) for row, n in missed.items() if n}
+    assert documented == {row: (n, len(latest[row])) for row, n in missed.items() if n}
+
+
+def test_the_page_of_benchmarks_is_in_step_with_the_records():
+    assert set(benchmarks_page.SUBJECTS) == set(ROWS), "name the subject of each row"
+    assert text("benchmarks.md") == benchmarks_page.page(), "write it again: make benchmarks-page"
+
+
+def test_the_readme_is_short_and_its_rows_are_recorded():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 120
+    start = lines.index("| what | result | command: `python -m benchmarks --only …` |") + 2
+    measured = [line.split("|")[-2].strip(" `") for line in lines[start : lines.index("", start)]]
+    assert len(measured) == 8
+    assert all(newest(row)["claims"] for row in measured)
 
 
 def test_every_attack_has_a_row():
     assert sorted(row["attack"].strip("`") for row in ATTACKS) == sorted(attacks.__all__)
 
 
-def test_the_other_names_of_attacks_and_suites_are_told():
-    told = {
+def test_the_other_names_of_attacks_and_suites_are_documented():
+    documented = {
         row["canonical"].replace("`", ""): row["also"].split(", ")
         for row in rows("reference/attacks.md", "canonical")
     }
-    for name, also in told.items():
+    for name, also in documented.items():
         suite_name = name.removeprefix("suite ")
         for other in also:
             assert (suite_called if name != suite_name else attack_called)(other) == suite_name
-    forms = {name: {folded(form) for form in also} for name, also in told.items()}
+    forms = {name: {folded(form) for form in also} for name, also in documented.items()}
     for name, spelling in SPELLINGS.items():
         wanted = {folded(form) for form in (spelling.paper, *spelling.short) if form} - {folded(name)}
         assert name in VARIANTS or forms.get(name, set()) == wanted
@@ -107,28 +123,28 @@ def test_every_attack_is_compared_and_every_reference_belongs_to_one():
     compared = rows("reference/attacks.md", "compared")
     assert sorted(row["compared"].strip("`") for row in compared) == sorted(NAMES)
     references = ROOT / "benchmarks/references/attacks"
-    found = set()
+    used = set()
     for row in compared:
         measured, files = (re.findall("`([^`]+)`", row[column]) for column in ("rows", "files"))
         assert set(measured) <= set(ROWS)
         matching = {name: {path.resolve() for path in references.glob(f"{name}.json")} for name in files}
         assert measured or files, row["compared"]
         assert all(matching.values()), row["compared"]
-        found.update(*matching.values())
-    assert not set(references.glob("*.json")) - found
+        used.update(*matching.values())
+    assert not set(references.glob("*.json")) - used
     for path in references.glob("*.json"):
         sides = json.loads(path.read_text())
         assert all(sides[side]["rows"] for side in ("ours", "reference")), path.name
 
 
 @pytest.mark.parametrize("row", ATTACKS, ids=lambda row: row["attack"].strip("`"))
-def test_an_attack_sees_and_costs_what_its_row_says(row):
+def test_an_attack_needs_and_costs_what_its_row_states(row):
     attack = getattr(attacks, row["attack"].strip("`"))()
-    assert row["sees"] == attack.needs
+    assert row["needs"] == attack.needs
     cited = re.findall(r"arxiv\.org/abs/(\d{4}\.\d{4,5})", row["source"])
     assert cited
     assert set(cited) <= set(re.findall(r"arXiv:(\d{4}\.\d{4,5})", inspect.getmodule(type(attack)).__doc__))
-    if row["asks of each"] == "learned":
+    if row["passes"] == "learned":
         assert isinstance(attack, Learned)
         return
     batch = open_data("mnist-mini", n=2).read(0, 2)
@@ -144,17 +160,17 @@ def test_an_attack_sees_and_costs_what_its_row_says(row):
     threat = ThreatModel(smallest, surrogates=(open_model("mnist-cnn").model,))
     evidence = measure(open_model("mnist-cnn-hardened").model, [batch], [attack], threat)
     assert evidence["correct"].all()
-    said = tuple(map(int, re.findall(r"\d+", row["asks of each"])))
+    stated = tuple(map(int, re.findall(r"\d+", row["passes"])))
     cost = evidence.attacks[0].cost
-    asked = (cost.forwards / len(batch) - 1 + spared, cost.backwards / len(batch))
-    if row["asks of each"].startswith("at most"):
-        assert asked <= said
+    spent = (cost.forwards / len(batch) - 1 + spared, cost.backwards / len(batch))
+    if row["passes"].startswith("at most"):
+        assert spent <= stated
     else:
-        assert asked == pytest.approx(said, rel=0.002 if spared else 0.02)
+        assert spent == pytest.approx(stated, rel=0.002 if spared else 0.02)
 
 
 @pytest.mark.parametrize("row", rows("concepts/suites.md", "suite"), ids=lambda row: row["suite"].strip("`"))
-def test_a_suite_is_composed_as_its_row_says(row):
+def test_a_suite_is_composed_as_its_row_states(row):
     for norm, constraint in NORMS.items():
         if row[norm] == "–":
             with pytest.raises(UsageError, match=norm.lower()):
@@ -164,11 +180,13 @@ def test_a_suite_is_composed_as_its_row_says(row):
             assert row[norm] == ", ".join(name for name, _ in chosen.attacks)
 
 
-def test_every_suite_metric_doubt_command_and_bundled_model_is_told():
+def test_every_suite_metric_doubt_command_and_bundled_model_is_documented():
     assert [row["suite"].strip("`") for row in rows("concepts/suites.md", "suite")] == list(COMPOSED)
-    told = text("concepts/metrics.md")
+    documented = text("concepts/metrics.md")
     missing = [
-        name for name in METRICS if f"`{name}`" not in told and f"`_{name.split('_')[-1]}`" not in told
+        name
+        for name in METRICS
+        if f"`{name}`" not in documented and f"`_{name.split('_')[-1]}`" not in documented
     ]
     assert not missing
     assert not [name for name in DOUBTS if f"`{name}`" not in text("concepts/doubts.md")]
@@ -176,26 +194,28 @@ def test_every_suite_metric_doubt_command_and_bundled_model_is_told():
     assert not [name for name in bundled_models() if f"`{name}`" not in text("reference/bundled.md")]
 
 
-def test_every_key_of_the_configuration_is_told_as_the_editor_tells_it():
-    told = {row["key"].strip("`"): row["says"] for row in rows("reference/configuration.md", "key")}
+def test_every_key_of_the_configuration_is_described_as_in_the_schema():
+    documented = {
+        row["key"].strip("`"): row["description"] for row in rows("reference/configuration.md", "key")
+    }
     known = {
         **RotateSettings.model_fields,
         **HardenSettings.model_fields,
-    }  # of those of both, harden's own words
+    }  # for keys of both, the description of harden
     del known[CONSENT]
-    assert told == {name: field.description for name, field in known.items()}
+    assert documented == {name: field.description for name, field in known.items()}
 
 
 def test_the_flags_of_the_configuration_page_exist():
     pages = (ROOT / "tests" / "cli" / "help" / f"{name}.txt" for name in ("harden", "assess", "rotate-run"))
     shown = "".join(page.read_text(encoding="utf-8") for page in pages)
     for row in rows("reference/configuration.md", "key"):
-        for flag in re.findall(r"`(-[\w-]+)`", row["flag"]):
+        for flag in re.findall(r"`(-[\w-]+)`", row["option"]):
             assert re.search(rf"(?<![\w-]){flag}\b", shown), flag
 
 
 class Counting(torch.nn.Module):
-    """Counts the examples that it is asked for, its copies' too."""
+    """Counts the examples that it and its copies are given."""
 
     asked = 0
 
@@ -217,21 +237,21 @@ def test_every_recipe_has_a_record():
 
 
 @pytest.mark.parametrize("row, first", [("recipes", "trained by"), ("regularisers", "at a small eps")])
-def test_the_page_tells_what_is_recorded_of_recipes(row, first):
+def test_the_page_has_the_recorded_numbers_of_recipes(row, first):
     columns = ("clean, %", "robust, %", "epochs", "doubts raised")
     recorded = newest(row)["table"]
-    told = {row[first].strip("`"): row for row in rows("reference/recipes.md", first)}
-    assert {name: [row[column] for column in columns] for name, row in told.items()} == {
+    documented = {row[first].strip("`"): row for row in rows("reference/recipes.md", first)}
+    assert {name: [row[column] for column in columns] for name, row in documented.items()} == {
         row["recipe"]: [str(row[column]) for column in columns] for row in recorded
     }
-    assert {name: row["passes"] for name, row in told.items()} == {
+    assert {name: row["passes"] for name, row in documented.items()} == {
         row["recipe"]: f"{row['passes']:.1f}" for row in recorded
     }
 
 
-def test_the_page_tells_the_tables_that_answer_the_published_ones():
-    told = rows("concepts/hardening.md", "model")
-    assert told == [
+def test_the_page_has_the_tables_for_the_published_ones():
+    documented = rows("concepts/hardening.md", "model")
+    assert documented == [
         {
             "model": row["model"],
             "recipe": f"`{row['recipe']}`",
@@ -255,12 +275,12 @@ def test_every_picture_is_of_the_newest_record():
     }
     assert shown == set(DOCS.rglob("*.svg"))
     for picture in shown:
-        told = re.search(r"python -m benchmarks --only (\S+), (\S+)</dc:description>", picture.read_text())
-        assert told[2] == newest(told[1])["made"], picture.name
+        source = re.search(r"python -m benchmarks --only (\S+), (\S+)</dc:description>", picture.read_text())
+        assert source[2] == newest(source[1])["made"], picture.name
 
 
 @pytest.mark.parametrize("row", RECIPES, ids=lambda row: row["recipe"].strip("`"))
-def test_a_recipe_costs_and_cites_what_its_row_says(row):
+def test_a_recipe_costs_and_cites_what_its_row_states(row):
     name = row["recipe"].strip("`")
     recipe = build_recipe({"use": name, **({"others": "l2:1"} if name == "multi-norm" else {})})
     assert row["class"].strip("`") == type(recipe).__name__
@@ -289,14 +309,14 @@ def test_a_recipe_costs_and_cites_what_its_row_says(row):
         assert asked(1, 0.0) == asked(1, 0.05 / 1000) == asked(1)  # by which a budget is planned
 
 
-def test_the_page_tells_what_is_recorded_of_rotating():
-    told = rows("concepts/rotation.md", "construction")
-    assert told == [
+def test_the_page_has_the_recorded_numbers_of_rotating():
+    documented = rows("concepts/rotation.md", "construction")
+    assert documented == [
         {
             "construction": row["construction"],
             "clean, %": f"{row['clean, %']:.1f}",
             **{name: f"{row[name]:.3f}" for name in ("A0", "A1", "A2", "A3", "white box")},
-            "let in, %": f"{row['let in, %']:.0f}" if "let in, %" in row else "",
+            "admitted, %": f"{row['let in, %']:.0f}" if "let in, %" in row else "",
         }
         for row in newest("rotation")["table"]
     ]
@@ -310,7 +330,7 @@ def test_the_page_tells_what_is_recorded_of_rotating():
         ("rotation-cifar", "small residual network", "line on CIFAR-10"),
     ],
 )
-def test_the_page_tells_what_is_recorded_of_rotating_what_was_hardened(row, of_sets, of_lines):
+def test_the_page_has_the_recorded_numbers_of_rotating_hardened_sets(row, of_sets, of_lines):
     table = newest(row)["table"]
     sets, lines = ([row for row in table if ("A2" not in row) is line] for line in (False, True))
     assert rows("concepts/rotation.md", of_sets) == [
@@ -333,23 +353,30 @@ def test_the_page_tells_what_is_recorded_of_rotating_what_was_hardened(row, of_s
     ]
 
 
-def test_the_page_tells_what_is_recorded_of_new_basins():
-    places = {"let in, %": 0, "from the best": 3, "lost halfway": 1, "s for a set": 2}
+def test_the_page_has_the_recorded_numbers_of_new_basins():
+    columns = {  # of the page: that of the record, and its decimal places
+        "admitted, %": ("let in, %", 0),
+        "from the best": ("from the best", 3),
+        "lost halfway": ("lost halfway", 1),
+        "s per set": ("s for a set", 2),
+    }
     assert rows("concepts/rotation.md", "attempt") == [
         {
             "attempt": row["attempt"],
             **{
-                name: f"{round(row[name], digits) + 0.0:.{digits}f}" if name in row else ""
-                for name, digits in places.items()
+                column: f"{round(row[name], digits) + 0.0:.{digits}f}" if name in row else ""
+                for column, (name, digits) in columns.items()
             },
         }
         for row in newest("new-basins")["table"]
     ]
 
 
-def test_every_setting_of_a_training_is_told():
-    told = {row["setting"].strip("`"): row["default"] for row in rows("reference/recipes.md", "setting")}
-    assert told == {field.name: str(field.default) for field in written_fields(Training)}
+def test_every_setting_of_a_training_is_documented():
+    documented = {
+        row["setting"].strip("`"): row["default"] for row in rows("reference/recipes.md", "setting")
+    }
+    assert documented == {field.name: str(field.default) for field in written_fields(Training)}
 
 
 def test_the_functions_of_the_architecture_page_exist():

@@ -1,4 +1,4 @@
-"""The tutorials run as they stand."""
+"""The code and the commands of the tutorials and the README run."""
 
 import importlib
 import importlib.util
@@ -38,6 +38,25 @@ def test_every_block_of_hardening_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_short_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    readme = (TUTORIALS.parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"These commands run in .*?```console\n(.*?)```", readme, re.DOTALL)
+    lines = re.findall(r"^\$ holdfast (.*)$", block, re.MULTILINE)
+    assert [line.split()[0] for line in lines] == [
+        "doctor",
+        "assess",
+        "assess",
+        "compare",
+        "report",
+        "verify",
+    ]
+    for line in lines:
+        assert run(shlex.split(line, comments=True)) == 0, (line, capsys.readouterr().out)
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.slow
 def test_every_line_of_rotation_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^\$ holdfast (.*)$", page("rotation"), re.MULTILINE)
@@ -69,20 +88,20 @@ def test_the_application_answers_records_and_swaps(tmp_path, monkeypatch):
     with torch.no_grad():
         noise = torch.rand(500, 1, 28, 28, generator=torch.Generator().manual_seed(0))
         answers = [model(noise).argmax(1) for model in models]
-    told_apart = int((answers[0] != answers[1]).nonzero()[0])
-    pixels = noise[told_apart, 0].tolist()
+    differing = int((answers[0] != answers[1]).nonzero()[0])
+    pixels = noise[differing, 0].tolist()
     with testing.TestClient(app["app"]) as client:
 
         def predict(key: str, image: list[list[float]]) -> object:
             return client.post("/predict", json=image, headers={"X-API-Key": key})
 
-        assert predict("key-of-alice", pixels).json() == {"class": int(answers[0][told_apart])}
+        assert predict("key-of-alice", pixels).json() == {"class": int(answers[0][differing])}
         assert predict("key-of-nobody", pixels).status_code == 401
         for wrong in (pixels[:3], [[2.0] * 28] * 28, [[0.0] * 28] * 27 + [[0.0]], []):
             assert predict("key-of-bob", wrong).status_code == 422
         Pool.held(tmp_path / "pool").serve(names[1])  # as another process does
         app["renew"]()
-        assert predict("key-of-bob", pixels).json() == {"class": int(answers[1][told_apart])}
+        assert predict("key-of-bob", pixels).json() == {"class": int(answers[1][differing])}
     first, second = Pool.held(tmp_path / "pool").ledger.terms
     assert first.answers == {pool.pseudonym("alice"): 1} and second.answers == {pool.pseudonym("bob"): 1}
 
