@@ -428,4 +428,4 @@ def test_a_full_disk_behind_stdout_is_no_internal_error():
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no folder here that refuses root")
 def test_a_folder_that_takes_no_file_is_found_before_anything_runs(capsys):
     assert run(["demo", "-o", "/proc/here"]) == 3
-    assert "/proc takes no file" in capsys.readouterr().err
+    assert "no file can be created in /proc" in capsys.readouterr().err

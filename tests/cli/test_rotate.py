@@ -73,7 +73,7 @@ def test_the_steps_one_after_another(pool, capsys, monkeypatch):
     assert run(["rotate", "swap", "pool/"]) == 4, "the one that waits was not judged against it"
     assert "--unjudged" in capsys.readouterr().err
     assert run(["rotate", "swap", "pool/", "--unjudged"]) == 0
-    assert "note: it was not judged against everything that is exposed by now" in capsys.readouterr().err
+    assert "note: it was not judged against all sets that are now listed as stolen" in capsys.readouterr().err
     assert run(["rotate", "swap", "pool/", "--unjudged"]) == 4, "none waits any more"
     assert "no admitted set waits" in capsys.readouterr().err
     assert run(["rotate", "status", "pool/", "-o", "-", "-o", "status.json"]) == 0
@@ -138,7 +138,7 @@ def test_an_older_pool_is_converted_where_that_is_asked_for(pool, capsys):
     assert "the older ledger was not authenticated" in said.err and "rotate expose pool SET" in said.err
     assert run(["rotate", "migrate", "pool"]) == 2
     assert run(["rotate", "status", "pool"]) == 0
-    assert "written by an older version and not authenticated then" in capsys.readouterr().err
+    assert "written by an older version without authentication" in capsys.readouterr().err
     assert run(["verify", "pool"]) == 0
 
 
@@ -217,7 +217,7 @@ def test_run_trains_sets_anew_where_no_generator_can_be_learned(pool, capsys, mo
     words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--once", "--set", "codec.steps=1"]
     assert run([*words, "--set", "codec.dims=1"]) == 0
     said = capsys.readouterr().err
-    assert seen == ["anew"] and "note: sets lose" in said and "sets are trained anew" in said
+    assert seen == ["anew"] and "note: sets lose" in said and "from now on sets are trained from fresh weights" in said
 
 
 @pytest.mark.parametrize("by", ["anew", "generator"])
@@ -259,7 +259,7 @@ def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--threat", "l0:10"], 2, "recipes make a model hold under"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--resume"], 2, "name its folder with --run DIR"),
         ([*COLLECT, "--budget", "1min", "--run", "new"], 2, "recipe.training.epochs is 3, and the budget is 1min"),
-        ([*COLLECT, "--run", "pool"], 2, "holds a pool already; go on with it by --resume"),
+        ([*COLLECT, "--run", "pool"], 2, "contains a pool already; resume it with --resume"),
         ([*COLLECT, "--seed", "1", "--run", "pool", "--resume"], 2, "is of another"),
         (["rotate", "train", "pool", "--set", "codec.rank=0"], 2, "codec: rank"),
         (["rotate", "train", "pool", "--set", "generator.regulariser=on"], 2, "generator: regulariser"),

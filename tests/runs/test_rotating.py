@@ -194,11 +194,11 @@ def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collec
     assert [row["who"] for row in found["rows"]] == list(WHO)
     assert [row["who"] for row in found["instead"]] == list(INSTEAD)
     by = {row["who"]: row for row in found["rows"]}
-    assert by["A0"]["holds"].startswith("nothing; 4 surrogates of his own, trained by standard on")
-    assert "2 exposed sets" in by["A1"]["holds"] and by["A2"]["holds"] == "2 exposed sets"
+    assert by["A0"]["holds"].startswith("no parameters of the pool; 4 surrogates, trained by standard on")
+    assert "2 stolen sets" in by["A1"]["holds"] and by["A2"]["holds"] == "2 stolen sets"
     assert by["A1u"]["word"] == "not measured" and by["A1u"]["share"] is None
-    assert "the generator and 1 sibling of the set" in by["A3"]["holds"]
-    assert by["A4"]["holds"] == "12 answers an input, by 2 sets that swap every 5"
+    assert "the generator and 1 set of the same draw" in by["A3"]["holds"]
+    assert by["A4"]["holds"] == "12 queries for each input, to 2 sets that are swapped every 5 queries"
     assert by["A5"]["word"] == "untouched"
     assert by["A5"]["share"]["value"] == pytest.approx(result.metrics["attack_success_rate"].value)
     document = json.loads((run / "rotation.json").read_text())
@@ -210,7 +210,7 @@ def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collec
     assert "A6 distils the answers" in told and "adversarial fine-tuning" in told
     for suffix in ("html", "md"):
         text = result.write(tmp_path / f"report.{suffix}").read_text()
-        assert "A1u stole one that is not" in text and "weight noise" in text
+        assert "A1u has one unlisted set" in text and "weight noise" in text
     again = api.carry_out(of, run=run, resume=True)
     assert len(quick) == 1 and again.summary()["rotation"] == found
     assert open_run(run).summary()["rotation"] == found
@@ -270,7 +270,7 @@ def test_rows_from_before_something_leaked_are_measured_anew(
     serving.expose(second, "another stolen")
     rows = api.carry_out(of, run=run, resume=True).summary()["rotation"]["rows"]
     by = {row["who"]: row["holds"] for row in rows}
-    assert by["A1"] == "one of 2 exposed sets, the worst of them" and by["A2"] == "2 exposed sets"
+    assert by["A1"] == "one of 2 stolen sets, the one with the highest success rate" and by["A2"] == "2 stolen sets"
 
 
 def test_without_adaptive_there_is_no_table(serving, collected, quick):
@@ -291,8 +291,8 @@ def test_a_set_beside_a_stolen_one_has_no_protection(serving, collected, quick):
     summary = api.carry_out(of, run=None).summary()
     by = {row["who"]: row for row in summary["rotation"]["rows"]}
     assert by["A1"]["word"] == "untouched"
-    assert summary["rotation"]["verdict"].startswith("no protection: an attack on one stolen set turns")
-    assert any("assessed under another threat" in note for note in summary["notes"])
+    assert summary["rotation"]["verdict"].startswith("no protection: an attack on one stolen set breaks")
+    assert any("the assessment uses another threat model" in note for note in summary["notes"])
 
 
 def test_a_threat_that_the_table_does_not_know_is_said(serving, collected, quick):
@@ -343,12 +343,12 @@ def test_what_an_interval_leaves_open_is_unclear_and_not_untouched():
         "unclear",
         "untouched",
     ]
-    assert "A1 is unclear on so few inputs" in verdict(found)
+    assert "A1 is unclear because there are too few inputs" in verdict(found)
 
 
 def test_where_the_set_itself_holds_or_an_interval_is_wide_nobody_says_no_protection():
     nothing = [{"who": who, "share": share(0.0)} for who in WHO]
-    assert verdict(judged(nothing)).startswith("attacks on the set that serves turn nothing")
+    assert verdict(judged(nothing)).startswith("white-box attacks on the serving set break nothing")
     wide = {"value": 0.24, "low": 0.05, "high": 0.5, "n": 9}
     known = [{"who": who, "share": wide if who == "A1" else share(0.25)} for who in WHO]
     assert "no protection" not in verdict(judged(known)) and "A1 is unclear" in verdict(judged(known))
@@ -370,7 +370,7 @@ def test_who_gets_no_more_than_without_theft_is_not_stopped_where_that_is_all():
 def test_the_verdict_names_everyone():
     said = verdict(rows(A0=0.2, A1=0.03, A2=0.3, A5=0.8))
     assert said == (
-        "against the set that serves, A1 is stopped; A2 is slowed; A0, A1u, A2c, A3, A4, A5 and A6 are untouched"
+        "against the serving set, A1 is stopped; A2 is slowed; A0, A1u, A2c, A3, A4, A5 and A6 are not affected"
     )
     assert verdict(rows(A0=0.2, A1=0.7, A5=0.8)).startswith("no protection: ")
     assert not verdict(rows(A0=0.2, A1=0.03, A5=0.03)).startswith("no protection"), (
@@ -384,5 +384,5 @@ def test_sets_that_were_hardened_carry_no_doubt(collected):
     row = {"thief": share(0.1), "white": share(0.2)}
     known = {"adversarial fine-tuning": row, "static": row}
     assert doubt(known, terms, share(0.3))["state"] == "raised"
-    assert "leaves 30.0 % to a thief of one set" in doubt(known, terms, share(0.3))["says"]
+    assert "an attacker with one stolen set breaks 30.0 %" in doubt(known, terms, share(0.3))["says"]
     assert doubt(known, robust, share(0.3))["state"] == "clear"

@@ -135,7 +135,7 @@ def test_where_nothing_is_admitted_and_none_waits_what_serves_goes_on_and_it_end
     assert caught.value.exit_code == 4
     now = pool.serving
     assert now.epoch == 2, "the one that waited serves"
-    assert f"{now.name} goes on serving as epoch 2, and 0 admitted sets wait" in str(caught.value)
+    assert f"{now.name} remains the serving set, in epoch 2, and 0 admitted sets are waiting" in str(caught.value)
     refused = [member for member in pool.ledger.members if member.why == "it falls"]
     assert [bool(member.bases) for member in refused] == [True] + [False] * 5, "the generator's, then others"
 
@@ -206,7 +206,7 @@ def test_sets_are_trained_anew_where_the_generator_draws_nothing_that_is_admitte
         one.begin()
     drawn = [member for member in pool.ledger.members if member.why == "it falls"]
     assert [bool(member.bases) for member in drawn] == [True] * 3 + [False] * 6
-    assert sum("trained anew from here on" in text for text in said) == 1
+    assert sum("from now on sets are trained from fresh weights" in text for text in said) == 1
 
 
 @pytest.mark.usefixtures("strict")
@@ -220,7 +220,7 @@ def test_another_process_remembers_that_the_generator_draws_nothing_that_is_admi
     drawn = [member for member in pool.ledger.members if member.why == "it falls"]
     assert [bool(member.bases) for member in drawn] == [True] * 5 + [False] * 5
     assert (
-        said[0] == "note: the last 5 that the generator drew were refused; sets are trained anew from here on"
+        said[0] == "note: the last 5 generated sets were refused; from now on sets are trained from fresh weights"
     )
 
 

@@ -263,7 +263,7 @@ def limit(threat: ThreatModel, access: Access, needed: Access) -> str:
     """The reason for missing access: the model, which gives at most `access`, or the threat model."""
     if not replace(threat, access=access).gives(needed):
         return f"the model gives {access} only"
-    return f"the threat model allows {'nothing to be seen' if threat.access == 'none' else f'{threat.access} only'}"
+    return f"the threat model allows {('no access' if threat.access == 'none' else f'access to {threat.access} only')}"
 
 
 def within_budget(n: int, threat: ThreatModel) -> int:

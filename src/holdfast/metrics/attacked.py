@@ -145,7 +145,7 @@ def calibration_error(evidence: Evidence, confidence: float = 0.95, *, of: Input
     _numbers(sure, "calibration_error")
     known = ~sure.isnan() & (prediction >= 0)
     if not known.any():
-        raise Absent("calibration_error is of the accepted inputs, and none is accepted")
+        raise Absent("calibration_error is computed on accepted inputs, and the model accepts none")
     sure, right = sure[known], right[known]
     bin_of = (sure * BINS).ceil().long().clamp(1, BINS) - 1
     gap = right - sure

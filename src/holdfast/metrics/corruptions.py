@@ -19,7 +19,7 @@ from holdfast.metrics.names import CORRUPTIONS
 from holdfast.metrics.paired import pairs
 from holdfast.ops.statistics import Support, bonferroni, bootstrap, complement, mean, proportion
 
-_WAY_OUT: Final = "give a threat such as corruptions:3"
+_WAY_OUT: Final = "use a threat such as corruptions:3"
 
 
 def measured(evidence: Evidence) -> list[str]:
@@ -75,7 +75,9 @@ def refuse_incomparable(evidence: Evidence, baseline: Evidence) -> None:
     """Raise `Absent`, with the reason and advice, if mCE cannot be computed with this baseline."""
     _right(evidence)
     if measured(evidence) != measured(baseline):
-        raise Absent("mce needs a baseline with the same corruptions; assess both alike")
+        raise Absent(
+            "mce needs a baseline with the same corruptions; assess both runs with the same corruptions"
+        )
     wrong = ~_right(baseline)[:, pairs(evidence, baseline).second]
     spotless = [name for name, each in zip(measured(baseline), wrong, strict=True) if not each.any()]
     if spotless:

@@ -36,8 +36,8 @@ def pairs(first: Evidence, second: Evidence) -> Pairs:
     found = [(row, places[key].pop(0)) for row, key in enumerate(_keys(first["digest"])) if places.get(key)]
     if not found:
         raise UsageError(
-            f"the two runs share no example ({len(first)} against {len(second)}); "
-            f"assess both models on the same data and the same -n"
+            f"the two runs share no example ({len(first)} against {len(second)}); assess both models on the same "
+            "data with the same -n"
         )
     rows = torch.tensor(found)
     return Pairs(rows[:, 0], rows[:, 1])

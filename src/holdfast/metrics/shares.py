@@ -92,7 +92,9 @@ def attack_success_rate(
     """Share of the examples with a correct clean input that an attack broke."""
     fell = broken(evidence, "attack_success_rate", eps)[evidence["correct"]]
     if not len(fell):
-        raise Absent("attack_success_rate is a share of the originally correct examples, and none is correct")
+        raise Absent(
+            "attack_success_rate is a share of the examples that are correct when clean, and there are none"
+        )
     return proportion(fell, confidence)
 
 
@@ -111,7 +113,7 @@ def targeted_success_rate(evidence: Evidence, confidence: float = 0.95) -> Estim
     eligible = column(evidence, "eligible", "run at least one attack")
     if not eligible.any():
         raise Absent(
-            f"no example is eligible: all are of class {evidence.threat.goal} or predicted as it already"
+            f"no example is eligible: all have class {evidence.threat.goal} as label or clean prediction"
         )
     return proportion(evidence["success"][eligible], confidence)
 

@@ -92,7 +92,7 @@ def _doubt(doubt: Mapping[str, Any], accepted: Mapping[str, str]) -> ET.Element:
     if state in ("clear", "answered"):
         return _case("doubts", name, says)
     if state == "raised" and name in accepted:
-        return _case("doubts", name, f"accepted by a person, because {accepted[name]}. Found: {says}")
+        return _case("doubts", name, f"accepted because {accepted[name]}. Measured: {says}")
     case = _case("doubts", name, "")
     ET.SubElement(case, "skipped", {"message": printable(f"{state}: {says}")})
     return case

@@ -66,7 +66,7 @@ def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
         lines.append(f"  {VERDICTS[gate['verdict']][0]} ", style=_STYLES[gate["verdict"]])
         value = shown(gate["metric"], gate["estimate"]["value"])
         lines.append(
-            f"{gate['verdict']}: asked for {line(asked(gate))}, measured {value}; {line(gate['says'])}\n"
+            f"{gate['verdict']}: requires {line(asked(gate))}, measured {value}; {line(gate['says'])}\n"
         )
     for doubt in summary["doubts"]:
         if doubt["state"] == "raised":
@@ -90,7 +90,7 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
     ]
     told = [as_string(part, colour=colour, width=width) for part in parts if part.row_count]
     budget = query_budget(summary["threat"])
-    allowed = f"the threat allows {budget}" if budget else ""
+    allowed = f"the threat model allows {budget}" if budget else ""
     for said in (allowed, risks(summary), fits(summary), passes(summary, brief=True)):
         if said:
             told[0] = f"{told[0].rstrip()}\n\n{as_string(cell(said), colour=colour, width=width)}\n\n"

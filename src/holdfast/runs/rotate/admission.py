@@ -41,6 +41,11 @@ CANARY_INPUTS = "canaries"
 _WHITE, _SIBLINGS = 2, 10
 """Divisors of the first number of examples: for white-box attacks, which are slowest, and for attacks from sets
 generated in the same draw, which decide no gate."""
+_FAMILIES: Mapping[Family, str] = {
+    "thieves": "transfer attacks",
+    "white-box": "white-box attacks",
+    "siblings": "attacks from sets of the same draw",
+}
 
 
 def admit(
@@ -64,7 +69,7 @@ def admit(
     be judged, or another process admits sets.
     """
     if not again:
-        again = f"what was finished is kept, go on with: holdfast rotate admit {pool.shown}"
+        again = f"completed work is kept; resume with: holdfast rotate admit {pool.shown}"
     found = tuple(map(_claim, claims))
     workshop = Workshop(pool, terms, thief or Thief(), notify)
     measuring = Measuring(pool, workshop, progress, again)
@@ -76,8 +81,8 @@ def _claim(text: str) -> Claim:
     claim = parse(text)
     if claim.metric not in CLAIMABLE or claim.eps is not None:
         raise UsageError(
-            f"gate {text!r}: of a set that is to be admitted one may claim {', '.join(CLAIMABLE)}, at the pool's own "
-            f"eps; measure the rest with holdfast assess"
+            f"gate {text!r}: an admission can test {', '.join(CLAIMABLE)}, at the eps of the pool; for other "
+            "metrics use holdfast assess"
         )
     return claim
 
@@ -110,7 +115,8 @@ class _Admitting:
         row = 0
         if not self._waiting:
             raise UsageError(
-                f"no candidate waits in {str(self.pool.path)!r}; make some with holdfast rotate draw {self.pool.shown}"
+                f"{str(self.pool.path)!r} contains no candidate; generate some with holdfast rotate draw "
+                f"{self.pool.shown}"
             )
         while row < IN_A_ROW and (waiting := self._waiting):
             foreign = [one for one in map(self._foreign, waiting) if one is not None]
@@ -155,14 +161,17 @@ class _Admitting:
             }
             if not unclear or any(one.verdict == "fail" for one in found):
                 break
-            self.notify(f"{name}: unclear by {', '.join(sorted(unclear))}, on twice as many examples again")
+            self.notify(
+                f"{name}: unclear for {', '.join(_FAMILIES[family] for family in sorted(unclear))}; measuring "
+                "again with twice as many examples"
+            )
             n = {family: 2 * size if family in unclear else size for family, size in n.items()}
         against = next(
             (one for verdict in ("fail", "unclear") for one in found if one.verdict == verdict), None
         )
         if against is None:
             return Judged(name, "admitted", found, self._praise(found), "", exposed, reported(seen))
-        short = " (it stays unclear on all examples)" if against.verdict == "unclear" else ""
+        short = " (unclear on all held-out examples)" if against.verdict == "unclear" else ""
         return Judged(name, "refused", found, f"{against.says}{short}", against.name, exposed, reported(seen))
 
     def _entered(self, one: Judged) -> bool:
@@ -179,18 +188,21 @@ class _Admitting:
             member = self.pool.ledger.member(one.name)
             if member.state not in ("candidate", "admitted"):
                 self.notify(
-                    f"note: {one.name} is {member.state} by now, and would be {one.verdict}: {one.why}"
+                    f"note: {one.name} is {member.state} already, so the verdict {one.verdict} is not recorded: "
+                    f"{one.why}"
                 )
                 return False
             if one.verdict == "refused":
                 self.pool.refuse(one.name, one.why)
                 return True
             if set(one.against) != set(self._exposed(one.name)):
-                self.notify(f"{one.name}: another set leaked meanwhile, so it is judged again")
+                self.notify(
+                    f"{one.name}: another set was listed as stolen in the meantime, so this one is judged again"
+                )
                 return False
             for base in map(self.pool.ledger.member, member.bases):
                 if base.exposed is None and not base.deleted:
-                    why = f"{one.name}, which was made from it, was admitted"
+                    why = f"{one.name}, which was generated from it, was admitted"
                     self.pool.expose(base.name, why, automatic=True)
             against = exposed_for(self.pool, one.name)
             self.pool.admit(one.name, one.why, canary=known, against=against)

@@ -129,7 +129,7 @@ class _Measuring:
         """The document with all rows, the alternatives, the doubt and the verdict."""
         if not len(self.batch):
             return self.document | {
-                "verdict": "no input is right, so nothing can be turned",
+                "verdict": "the serving set classifies no input correctly, so there is nothing to attack",
                 "complete": True,
             }
         parts = dict(zip(WHO, self._parts(), strict=True))
@@ -158,7 +158,7 @@ class _Measuring:
             return
         self.progress(Step(who, place, of, 0, len(self.batch), 0, 0))
         begin = time.perf_counter()
-        found = measure() or {"says": "the pool holds no several sets of a run"}
+        found = measure() or {"says": "the pool contains no run with several sets"}
         row = {"who": who, **found, "seconds": round(time.perf_counter() - begin, 1)}
         self.document = self.document | {what: [*self.document[what], row]}
         self.keep(self.document)
@@ -177,7 +177,7 @@ class _Measuring:
     def _notes(self) -> list[str]:
         if self.terms.threat.constraint == self.threat.constraint:
             return []
-        return [f"the pool was made for {self.terms.said}, and is assessed under another threat"]
+        return [f"the pool was collected for {self.terms.said}, and the assessment uses another threat model"]
 
     @cached_property
     def _instead(self) -> Instead:
@@ -189,22 +189,25 @@ class _Measuring:
     def _nothing(self) -> Json:
         own = surrogates(self.pool, self.terms)
         about = self.pool.manifest["about"]["data"]
-        holds = f"nothing; {len(own)} surrogates of his own, trained by {self.terms.candidate.name} on {about['name']}"
+        holds = (
+            f"no parameters of the pool; {len(own)} surrogates, trained by {self.terms.candidate.name} on "
+            f"{about['name']}"
+        )
         return self._told(holds, self._stolen("A0", own))
 
     def _listed(self) -> Json:
         names, stand_in = self._one
         if not names:
-            return _unmeasured("no set is listed as exposed, and the bases are deleted")
-        holds = f"one of {amount(len(names), 'exposed sets')}, the worst of them"
+            return _unmeasured("no set is listed as stolen, and the bases are deleted")
+        holds = f"one of {amount(len(names), 'stolen sets')}, the one with the highest success rate"
         if stand_in:
-            holds = f"{names[0]}, a base that stands in, for no set is listed as exposed"
+            holds = f"{names[0]}, a base, because no set is listed as stolen"
         return self._told(holds, self._each("A1", names))
 
     def _unlisted(self) -> Json:
         names = self._hidden
         if not names:
-            return _unmeasured("every base and every set that served is listed as exposed, or deleted")
+            return _unmeasured("every base and every set that served is listed as stolen, or deleted")
         return self._told(
             f"one of {amount(len(names), 'sets')} that the ledger does not list", self._each("A1u", names)
         )
@@ -212,13 +215,13 @@ class _Measuring:
     def _several(self) -> Json:
         names = self._exposed[-_MOST:]
         if len(names) < 2:
-            return _unmeasured(f"{amount(len(names), 'sets')} listed as exposed, and several were needed")
-        return self._told(f"{len(names)} exposed sets", self._stolen("A2", self._sets(names)))
+            return _unmeasured(f"{amount(len(names), 'sets')} listed as stolen; at least two are needed")
+        return self._told(f"{len(names)} stolen sets", self._stolen("A2", self._sets(names)))
 
     def _collection(self) -> Json:
         names = bases_left(self.pool)[:_MOST]
         if len(names) < 2:
-            return _unmeasured(f"{amount(len(names), 'bases')} kept, and several were needed")
+            return _unmeasured(f"{amount(len(names), 'bases')} left; at least two are needed")
         return self._told(f"the collection: {len(names)} bases", self._stolen("A2c", self._sets(names)))
 
     def _generator(self) -> Json:
@@ -230,7 +233,10 @@ class _Measuring:
             for k in self.means.draws:
                 thief = self.means.thief if k == self.means.draws[0] else self.means.quick
                 some = self._stolen(f"A3 {k}", drawn[:k], thief)
-                fell |= {f"EOT over {min(k, len(drawn))} draws, {name}": mask for name, mask in some.items()}
+                fell |= {
+                    f"EOT over {min(k, len(drawn))} generated sets, {name}": mask
+                    for name, mask in some.items()
+                }
                 best = max(float(mask.float().mean()) for mask in some.values())
                 if best <= before + _FLAT or len(drawn) <= k:
                     break
@@ -241,11 +247,16 @@ class _Measuring:
         siblings = siblings_of(self.pool, self.name, lambda name: True)[:_MOST]
         if siblings:
             made = self._stolen("siblings", self._sets(siblings))
-            fell |= {f"{amount(len(siblings), 'siblings')}, {name}": mask for name, mask in made.items()}
-            held.append(f"{amount(len(siblings), 'siblings')} of the set")
+            fell |= {
+                f"{amount(len(siblings), 'sets')} of the same draw, {name}": mask
+                for name, mask in made.items()
+            }
+            held.append(f"{amount(len(siblings), 'sets')} of the same draw")
         if not fell:
-            return _unmeasured("there is no generator and no sibling, and the procedure was not rerun")
-        says = "" if siblings else "no sibling is kept, and the procedure was not rerun"
+            return _unmeasured(
+                "there is no generator and no set of the same draw, and the procedure was not repeated"
+            )
+        says = "" if siblings else "no set of the same draw is left, and the procedure was not repeated"
         return self._told(" and ".join(held), fell, says)
 
     def _asking(self) -> Json:
@@ -256,8 +267,11 @@ class _Measuring:
         if self._one[0]:
             name, x = self._example
             fell[f"search from {name} on a stolen set"] = self._search(sets, x)
-        holds = f"{asking.queries} answers an input, by {amount(len(sets), 'sets')} that swap every {asking.every}"
-        says = "" if others else "no other set is admitted, so nothing swapped"
+        holds = (
+            f"{asking.queries} queries for each input, to {amount(len(sets), 'sets')} that are swapped every "
+            f"{asking.every} queries"
+        )
+        says = "" if others else "no other set is admitted, so there was no swap"
         return self._told(holds, fell, says)
 
     def _search(self, sets: Sequence[Classifier], start: Inputs | None) -> Mask:
@@ -269,7 +283,7 @@ class _Measuring:
         fell = {"the suite": self.fell}
         if self.seen != "gradients":
             fell |= self._stolen("A5", [self.live])
-        return self._told(f"{self.name}, which serves", fell)
+        return self._told(f"the serving set, {self.name}", fell)
 
     def _extracted(self) -> Json:
         """Train a surrogate on the answers of several sets, and attack it."""
@@ -295,9 +309,10 @@ class _Measuring:
             return _unmeasured(f"the surrogate could not be distilled: {error}")
         agrees = float((_classes(copied, self.whole.x) == _classes(self.live, self.whole.x)).float().mean())
         holds = (
-            f"{len(some):,} answers of {amount(len(sets), 'sets')}, distilled in {self.means.epochs} epochs"
+            f"a surrogate distilled from {len(some):,} answers of {amount(len(sets), 'sets')} in "
+            f"{self.means.epochs} epochs"
         )
-        says = f"what was distilled answers as the set that serves on {100 * agrees:.1f} %"
+        says = f"the surrogate agrees with the serving set on {100 * agrees:.1f} % of the inputs"
         return self._told(holds, self._stolen("A6", [copied]), says)
 
     # --- models of the attackers

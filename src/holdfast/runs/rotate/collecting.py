@@ -31,7 +31,7 @@ from holdfast.store.pool import Pool
 
 OWN = 4
 """Number of surrogates of a surrogate-only attacker."""
-BASE = "a base, which others are made from: it never serves"
+BASE = "a base, which other sets are generated from; it never serves"
 """The recorded reason for which a base does not serve. What makes it a base is its role."""
 _LEFT = {
     "pool.json",
@@ -67,7 +67,7 @@ def begun(path: Path, terms: Terms, *, resume: bool, expect_head: str = "", noti
     if stands(path):
         if not resume:
             raise UsageError(
-                f"{str(path)!r} holds a pool already; go on with it by --resume, or name another folder with --run"
+                f"{str(path)!r} contains a pool already; resume it with --resume, or name another folder with --run"
             )
         pool = Pool.held(path, expect_head=expect_head)
         terms.refuse_other(pool)
@@ -76,12 +76,12 @@ def begun(path: Path, terms: Terms, *, resume: bool, expect_head: str = "", noti
     strange = sorted(each.name for each in path.iterdir() if each.name not in _LEFT) if path.is_dir() else []
     if strange:
         raise UsageError(
-            f"{str(path)!r} holds {strange[0]!r} and is no pool, whose folder its owner alone can enter; name a new "
-            f"folder with --run"
+            f"{str(path)!r} contains {strange[0]!r} and is not a pool. The folder of a pool is private to its "
+            "owner, so no other files may be in it; name a new folder with --run"
         )
     pool = Pool.begun(path, terms.about())
     secret(pool)
-    notify(f"the pool is sealed; its key: {pool.seal.source}")
+    notify(f"the pool is encrypted; its key: {pool.seal.source}")
     return pool
 
 
@@ -145,7 +145,7 @@ def epochs_of(pool: Pool) -> int:
     plan = pool.kept(_PLAN)
     if plan is None:
         raise UsageError(
-            f"nothing was collected in {str(pool.path)!r} yet; go on with holdfast rotate collect"
+            f"nothing was collected in {str(pool.path)!r} yet; run holdfast rotate collect first"
         )
     return int(plan.about["epochs"])
 
@@ -162,15 +162,15 @@ def _refuse_uncollected(pool: Pool, names: list[str], found: list[ColumnFile | N
     done = sum(kept is not None for kept in found)
     if done < len(names):
         raise UsageError(
-            f"{str(pool.path)!r} holds {done} of {len(names)} runs; go on with the collection first, by --resume"
+            f"{str(pool.path)!r} contains {done} of {len(names)} runs; finish the collection first, with --resume"
         )
 
 
 def _too_small(budget_s: float, spent_s: float, found: Pace, trained: int) -> str:
     least = math.ceil((trained * found.epoch + spent_s) / 60 / 0.95)
     return (
-        f"a budget of {budget_s:g} s is too small: {trained} models are to be trained, {OWN} of them surrogates, an "
-        f"epoch of each takes {found.epoch:.3g} s on this machine, and what else there is {spent_s:.3g} s; give "
+        f"a budget of {budget_s:g} s is too small: {trained} models must be trained, {OWN} of them surrogates; an "
+        f"epoch of each takes {found.epoch:.3g} s on this machine, and everything else {spent_s:.3g} s. Give "
         f"--budget {least}min or more, or fewer runs, as in --set source.seeds=3"
     )
 
@@ -214,12 +214,12 @@ class _Collecting:
             self._list(kept)
             found.append(kept.about)
             self.notify(
-                f"run {run + 1} of {runs}: {kept.about['sets']} sets, {100 * kept.about['accuracy']:.1f} % right"
+                f"run {run + 1} of {runs}: {kept.about['sets']} sets, accuracy {100 * kept.about['accuracy']:.1f} %"
             )
         for k in range(OWN):
             kept = self.pool.kept(_own(k)) or self._surrogate(task, k, lost)
             own.append(kept.about["accuracy"])
-            self.notify(f"surrogate {k + 1} of {OWN}: {100 * kept.about['accuracy']:.1f} % right")
+            self.notify(f"surrogate {k + 1} of {OWN}: accuracy {100 * kept.about['accuracy']:.1f} %")
         self.pool.drop(_BEGUN)
         self.progress(Step("collected", self.anew + OWN, self.anew + OWN, 1, 1, 0, 0))
         right = tuple(one["accuracy"] for one in found)
@@ -233,14 +233,15 @@ class _Collecting:
             if budget_s is not None and budget_s != planned:
                 by = "none" if planned is None else f"{planned:g} s"
                 raise UsageError(
-                    f"{str(self.pool.path)!r} was planned by a budget of {by} ({known.about['epochs']} epochs a run), "
-                    f"and {budget_s:g} s were given; leave --budget out, or begin another pool"
+                    f"{str(self.pool.path)!r} was planned with a budget of {by} ({known.about['epochs']} epochs "
+                    f"for each run), but {budget_s:g} s were given; leave --budget out, or create another pool"
                 )
             return known.about
         epochs, spent_s = self.terms.training.epochs, 0.0
         if budget_s is not None:
             self.notify(
-                f"timing updates of {self.terms.candidate.name} on this machine, for a budget of {budget_s:g} s"
+                f"measuring the time of an update of {self.terms.candidate.name} on this machine, for a budget of "
+                f"{budget_s:g} s"
             )
             begin = time.perf_counter()
             found = pace(
@@ -329,8 +330,8 @@ class _Collecting:
         """Raise `TargetError` if a run is not better than `lost`."""
         if right <= lost:
             raise TargetError(
-                f"{what} is right on {100 * right:.1f} % of held-out examples, where guessing gets two thirds of "
-                f"{100 * lost:.1f}: its training went astray. Collect anew with a smaller rate, as in --set "
-                f"recipe.training.lr={self.terms.training.lr / 3:.2g}, a longer warm-up, another --seed, or --set "
-                f"begins=own"
+                f"{what} has an accuracy of {100 * right:.1f} % on held-out examples; more than {100 * lost:.1f} % "
+                "was expected, which is 1.5 times that of guessing: the training diverged. Collect again with a "
+                f"smaller learning rate, as in --set recipe.training.lr={self.terms.training.lr / 3:.2g}, a longer "
+                "warm-up, another --seed, or --set begins=own"
             )

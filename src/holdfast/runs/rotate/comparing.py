@@ -54,7 +54,7 @@ class Worst:
     @property
     def says(self) -> str:
         """The success rate and its attack as text."""
-        return f"examples of {self.by} turn {number(self.estimate)}"
+        return f"examples of {self.by} break {number(self.estimate)}"
 
 
 def worst(carried: Carried, thieves: Sequence[Attacker], confidence: float = CONFIDENCE) -> Worst | None:

@@ -87,7 +87,7 @@ def draw(
             _refuse_other(known, {"sets": sets or known["sets"], "by": by or known["by"], "immunise": how})
             if not _missing(begun.about):
                 notify(
-                    "that drawing is whole, and nothing is left to resume; leave --resume out to draw others"
+                    "that draw is complete, so there is nothing to resume; leave --resume out to draw more sets"
                 )
                 return _drawn(begun.about)
         return _Drawing(pool, terms, immunise, stopper or Stopper(), notify).done()
@@ -97,11 +97,13 @@ def _refuse_other(known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Raise `UsageError` if a resumed draw was begun with other arguments."""
     if (known["immunise"] is None) != (asked["immunise"] is None):
         way, does = ("leave out", "does not immunise") if known["immunise"] is None else ("add", "immunises")
-        raise UsageError(f"the drawing that goes on {does} its sets; {way} --immunise, or begin another")
+        raise UsageError(
+            f"the draw to be resumed {does} its sets; {way} --immunise, or start another draw without --resume"
+        )
     if known != asked:
         raise UsageError(
-            f"the drawing that goes on was begun otherwise than this asks for ({differences(known, asked)}); ask for "
-            f"the same, or leave --resume out to begin another"
+            f"the draw to be resumed has other settings ({differences(known, asked)}); give the same settings, or "
+            "leave --resume out to start another draw"
         )
 
 
@@ -135,8 +137,8 @@ def _against(pool: Pool) -> tuple[str, ...]:
     found = bases_left(pool)
     if not found:
         raise UsageError(
-            f"{str(pool.path)!r} lists no exposed set, none serves, and its bases are deleted: there is nothing to "
-            f"immunise against; leave --immunise out, or collect first"
+            f"{str(pool.path)!r} lists no stolen set, no set serves, and the bases are deleted, so there is "
+            "nothing to immunise against; leave --immunise out, or collect first"
         )
     return found
 
@@ -167,9 +169,9 @@ class _Drawing:
             updates = self.immunise.updates(len(self.task.data), self.task.recipe.training.batch)
             if updates < UPDATES:
                 self.notify(
-                    f"note: immunising makes {updates} updates of each set, so that no effect is to be expected: "
-                    f"it was measured with 215. More training data, or a smaller recipe.training.batch of the "
-                    f"collection, make more"
+                    f"note: immunisation trains each set for {updates} updates only, so no effect is expected: it "
+                    "was measured with 215. More training data, or a smaller recipe.training.batch in the "
+                    "collection, give more updates"
                 )
         while _missing(self.said):
             place = len(self.said["names"])
@@ -192,16 +194,17 @@ class _Drawing:
         found = learned(self.pool, self.terms)
         if found is None:
             raise UsageError(
-                f"{str(self.pool.path)!r} has no generator yet; learn one with holdfast rotate train "
-                f"{self.pool.shown}, or train sets anew with --by anew"
+                f"{str(self.pool.path)!r} has no generator yet; train one with holdfast rotate train "
+                f"{self.pool.shown}, or train sets from fresh weights with --by anew"
             )
         known = {name: tuple(mean.shape) for name, mean in found.embedding.span.mean.items()}
         own = {name: tuple(value.shape) for name, value in self.terms.model.net.named_parameters()}  # type: ignore[union-attr]
         other = next((name for name, shape in known.items() if own.get(name) != shape), None)
         if other is not None:
             raise UsageError(
-                f"the generator makes {other} of shape {known[other]}, and the model has {own.get(other)}: it is of "
-                f"another architecture; learn it anew with holdfast rotate train {self.pool.shown}"
+                f"the generator returns {other} of shape {known[other]}, but the model has {own.get(other)}: the "
+                "generator is for another architecture; train it again with holdfast rotate train "
+                f"{self.pool.shown}"
             )
         return found
 
@@ -229,9 +232,10 @@ class _Drawing:
                 return model, bases(self.pool)
             best = max(best, right)
         raise Inconclusive(
-            f"of {_MOST} draws none is right on {100 * self.least:.1f} % of {len(self.looked)} training inputs, which "
-            f"the bases are up to a point, and the best on {100 * best:.1f} %: the generator draws between them. "
-            f"Collect more sets of each run, learn without a regulariser, or train sets anew with --by anew"
+            f"none of {_MOST} generated sets reaches an accuracy of {100 * self.least:.1f} % on {len(self.looked)} "
+            f"training inputs (one percentage point below the bases); the best has {100 * best:.1f} %. The "
+            "generator samples between the collected sets. Collect more sets of each run, train the generator "
+            "without a regulariser, or train sets from fresh weights with --by anew"
         )
 
     def _take(self, model: Classifier, made_from: Sequence[str]) -> None:

@@ -53,10 +53,12 @@ class Instead:
         """Yield each alternative by name, with a function that measures it or returns None if the pool is
         unsuitable.
         """
-        yield "static", lambda: self._row(self.live, self.live, "the set that serves is never swapped")
+        yield "static", lambda: self._row(self.live, self.live, "the serving set is never swapped")
         yield (
             "weight noise",
-            lambda: self._row(self._noisy(), self.live, f"{NOISE:g} of the size of each tensor"),
+            lambda: self._row(
+                self._noisy(), self.live, f"noise of {NOISE:g} times the root mean square of each tensor"
+            ),
         )
         yield "checkpoints of a run", self._checkpoints
         yield "soup", self._soup
@@ -76,7 +78,7 @@ class Instead:
 
     def _pgd(self) -> Json:
         share = _SHARE * 2 / (_INNER + 1)  # a single-step update takes two passes
-        said = f"the same passes: {share:.2g} of an epoch, {_INNER} steps"
+        said = f"as many passes: {share:.2g} of an epoch, {_INNER} steps"
         return self._row(self._trained(PGDTraining(steps=_INNER), share), self.live, said)
 
     def _diverse(self) -> Json:
@@ -89,7 +91,9 @@ class Instead:
         as_known = trained_as(recipe, Training(batch=batch))
         place = self.rng.at("trained", "diverse")
         made = how(self.live, [self.live], as_known, self.terms.train, self.threat, rng=place)
-        says = f"the same passes: {share:.2g} of an epoch, and {crafting.examples:,} inputs with features of others"
+        says = (
+            f"as many passes: {share:.2g} of an epoch, and {crafting.examples:,} inputs distilled from others"
+        )
         return self._row(made, self.live, says)
 
     def _trained(self, recipe: Recipe, share: float) -> Classifier:
@@ -133,11 +137,11 @@ class Instead:
                 noise = self.rng.at("swag", k, name).normal(torch.arange(value[0].numel()))
                 weights[name] = value.mean(0) + value.std(0) * noise.view(value[0].shape).to(value)
             samples.append(self.terms.of_weights(weights))
-        return self._row(samples[0], samples[1], "samples around their mean, as far as they differ")
+        return self._row(samples[0], samples[1], "samples around their mean with their standard deviation")
 
     def _seeds(self) -> Json:
         own = surrogates(self.pool, self.terms)
-        return self._row(own[0], own[1], "another training serves than that which was stolen")
+        return self._row(own[0], own[1], "a set of another training run than the stolen one serves")
 
     @cached_property
     def _run(self) -> Members | None:
@@ -177,18 +181,20 @@ def doubt(found: Mapping[str, Json | None], terms: Terms, one: Json | None) -> J
     tuned, static = found["adversarial fine-tuning"], found["static"]
     assert tuned is not None and static is not None
     if tuned["thief"] is None or static["white"] is None:
-        says = "the set that serves, or what fine-tuning made of it, has no input right"
+        says = "the serving set, or the fine-tuned one, classifies no input correctly"
         return {"state": "not measured", "statistic": None, "threshold": None, "n": 0, "says": says}
-    thief = "what was not measured" if one is None else f"{100 * one['value']:.1f} %"
+    thief = "an unmeasured share" if one is None else f"{100 * one['value']:.1f} %"
     left = 100 * static["white"]["value"]
     says = (
-        f"half an epoch of adversarial fine-tuning of the set that serves leaves {100 * tuned['thief']['value']:.1f} % "
-        f"to who stole the old one, and {100 * tuned['white']['value']:.1f} % to the white box; rotation leaves "
-        f"{thief} to a thief of one set, and {left:.1f} % to the white box by the same attacks"
+        "after half an epoch of adversarial fine-tuning of the serving set, an attacker with the old set breaks "
+        f"{100 * tuned['thief']['value']:.1f} % and a white-box attack {100 * tuned['white']['value']:.1f} %; with "
+        f"rotation, an attacker with one stolen set breaks {thief} and the same white-box attack {left:.1f} %"
     )
     state = "clear" if hardened(terms) else "raised"
     if state == "raised":
-        says = f"the sets were trained by {terms.candidate.name}, and never against attacks: {says}"
+        says = (
+            f"the sets were trained by {terms.candidate.name}, which does not train against attacks: {says}"
+        )
     return {
         "state": state,
         "statistic": static["white"]["value"],

@@ -59,16 +59,19 @@ def _learned_anew(
     embedding = codec(collected, rng=draws.at("codec"))
     codec_s = time.perf_counter() - begin
     notify(
-        f"codec: {len(collected)} sets of {collected.parameters:,} numbers along {embedding.span.rank} directions, "
-        f"{100 * embedding.lost:.2g} % of their differences lost, {codec_s:.1f} s"
+        f"codec: {len(collected)} sets of {collected.parameters:,} parameters, {embedding.span.rank} directions, "
+        f"{100 * embedding.lost:.2g} % of the variance lost, {codec_s:.1f} s"
     )
     lost = _lost(terms, embedding, collected)
-    notify(f"round trip: {100 * lost:.2f} points of accuracy, of {100 * _LOST:g} that it may lose")
+    notify(
+        f"encoding and decoding: {100 * lost:.2f} percentage points of accuracy lost, at most {100 * _LOST:g} "
+        "allowed"
+    )
     if lost > _LOST:
         raise Inconclusive(
-            f"sets lose {100 * lost:.2f} points of accuracy through the codec and back, and {100 * _LOST:g} were "
-            f"allowed: what is drawn would be no better. Collect more sets of each run, or give the codec more room, "
-            f"as in --set codec.dims={2 * codec.dims} --set codec.steps={2 * codec.steps}"
+            f"sets lose {100 * lost:.2f} percentage points of accuracy by encoding and decoding, and at most "
+            f"{100 * _LOST:g} are allowed: generated sets would lose as much. Collect more sets of each run, or "
+            f"use a larger codec, as in --set codec.dims={2 * codec.dims} --set codec.steps={2 * codec.steps}"
         )
     begin = time.perf_counter()
     generator = diffusion(embedding, collected, rng=draws.at("diffusion"))
@@ -92,9 +95,9 @@ def _refuse_astray(
     usual = mean(accuracy(terms.of_weights(bases.one(k)), held) for k in range(len(bases)))
     if best < usual - _ASTRAY:
         raise Inconclusive(
-            f"of {_TRIED} draws the best is right on {100 * best:.1f} %, where the bases are on {100 * usual:.1f}: the "
-            f"diffusion went astray, and what was learned before stands. Regularise less (regulariser is "
-            f"{diffusion.regulariser}, weight {diffusion.weight:g}), or train it longer, as in --set "
+            f"the best of {_TRIED} generated sets has an accuracy of {100 * best:.1f} %, the bases "
+            f"{100 * usual:.1f} %: the diffusion diverged, and an earlier generator is kept. Regularise less "
+            f"(regulariser is {diffusion.regulariser}, weight {diffusion.weight:g}), or train longer, as in --set "
             f"generator.steps={2 * diffusion.steps}"
         )
 

@@ -41,7 +41,7 @@ white-box attacks on the reference (`STATIC`), or, if a surrogate-only attacker 
 above which rotation gives no protection."""
 _MORE = 1.5  # multiple of the difference between bases, of which an interval takes a part
 _ODD = 3.0  # ratio of the success of examples from sets of the same draw to that of examples from stolen sets
-_BETTER = "the better of the incumbent and the bases"
+_BETTER = "the better of the serving set and the bases"
 Family = Literal["thieves", "white-box", "siblings", ""]
 """The measurement that needs more examples if the gate is unclear."""
 NO_DOUBTS = Doubts()
@@ -99,10 +99,10 @@ class Seen:
         need = self.needs.get(gate)
         if need is None or not need.widened:
             least = LEAST[gate]
-            return least, f"at most {tolerated(least)} less than {_BETTER} was expected"
+            return least, f"at most {tolerated(least)} less than {_BETTER} are allowed"
         return need.tolerance, (
-            f"at most {tolerated(need.tolerance)} less than {_BETTER} was expected, widened from "
-            f"{tolerated(need.least)}, which needs {need.needed:,} examples, and {need.held:,} are held out"
+            f"at most {tolerated(need.tolerance)} less than {_BETTER} are allowed, widened from "
+            f"{tolerated(need.least)}, which needs {need.needed:,} held-out examples, but there are {need.held:,}"
         )
 
     @property
@@ -148,7 +148,7 @@ class Seen:
         return self._loss(before, bases, held(self.white), "white-box")
 
     def _loss(self, before: Sequence[Mask], bases: Sequence[Mask], after: Mask, family: Family) -> Loss:
-        against = {"the incumbent": before} if self.serves else {}
+        against = {"the serving set": before} if self.serves else {}
         return largest_loss({**against, "the bases": bases}, after, self.confidence(family))
 
     @property
@@ -186,7 +186,7 @@ def reported(seen: Seen) -> dict[str, Estimate]:
 def _clean(seen: Seen) -> Ruling:
     loss, whom = seen.clean_loss.estimate, seen.clean_loss.whom
     most, bound = seen.tolerance("clean accuracy")
-    why = f"{points(loss)} less are right than of {whom}"
+    why = f"clean accuracy is {points(loss)} lower than that of {whom}"
     return Ruling("clean accuracy", loss, bound, AtMost(most)(loss, NO_DOUBTS), why, "thieves")
 
 
@@ -194,7 +194,7 @@ def _robust(seen: Seen, doubts: Doubts) -> Ruling:
     loss, whom = seen.robust_loss.estimate, seen.robust_loss.whom
     most, bound = seen.tolerance("robust accuracy")
     verdict = AtMost(most)(loss, doubts)
-    why = f"{points(loss)} less hold under PGD-20 and APGD than of {whom}"
+    why = f"robust accuracy under PGD-20 and APGD is {points(loss)} lower than that of {whom}"
     if verdict == "unclear" and loss.high <= most:
         why += f", and doubts are open: {', '.join(doubts.open)}"
         return Ruling("robust accuracy", loss, bound, verdict, why)
@@ -204,7 +204,7 @@ def _robust(seen: Seen, doubts: Doubts) -> Ruling:
 def _thefts(seen: Seen) -> tuple[Ruling, ...]:
     one, several = seen.transfer, seen.ensemble
     if one is None:
-        why = "nothing is exposed, so that nothing can have been stolen"
+        why = "no set is listed as stolen"
         return tuple(
             Ruling(gate, None, "not applicable", "pass", why) for gate in ("theft", "ensemble theft")
         )
@@ -213,7 +213,7 @@ def _thefts(seen: Seen) -> tuple[Ruling, ...]:
         _of_static(one, seen),
     ]
     if several is None or seen.attackers.evenly is None:
-        why = "one set is exposed, so that a theft of several is a theft of one"
+        why = "only one set is listed as stolen"
         return (*found, Ruling("ensemble theft", None, "not applicable", "pass", why))
     return (*found, _beside_nothing("ensemble theft", several, seen, seen.attackers.evenly, SEVERAL))
 
@@ -224,7 +224,7 @@ def _beside_nothing(gate: str, theft: Worst, seen: Seen, thief: Attacker, times:
     assert nothing is not None
     verdict = _hardly_more(theft, nothing, times, FLOOR, seen.confidence("thieves"))
     bound = (
-        f"at most {percent(FLOOR)} was expected, or {times:g} times the {percent(nothing.estimate.value)} of "
+        f"at most {percent(FLOOR)} is allowed, or {times:g} times the {percent(nothing.estimate.value)} of "
         f"{nothing.by}"
     )
     return Ruling(gate, theft.estimate, bound, verdict, theft.says, "thieves")
@@ -261,7 +261,9 @@ def _of_static(theft: Worst, seen: Seen) -> Ruling:
     """
     gate, static, nothing = "theft of static", seen.static, worst(seen.carried, [seen.attackers.nothing])
     if not static.value:
-        return Ruling(gate, None, "not applicable", "pass", "attacks on the incumbent itself turn nothing")
+        return Ruling(
+            gate, None, "not applicable", "pass", "white-box attacks on the serving set break nothing"
+        )
     assert nothing is not None
     half, most = STATIC * static.value, wording.NOTHING * static.value
     halved = AtMost(half)(theft.estimate, NO_DOUBTS)
@@ -269,9 +271,9 @@ def _of_static(theft: Worst, seen: Seen) -> Ruling:
     either = {halved, overall([beside, AtMost(most)(theft.estimate, NO_DOUBTS)])}
     verdict = next(one for one in _BEST_FIRST if one in either)
     bound = (
-        f"at most {percent(half)} was expected, {STATIC:g} of what attacks on the incumbent itself achieve "
-        f"({percent(static.value)}), or {NOTHING:g} times the {percent(nothing.estimate.value)} of {nothing.by} and at "
-        f"most {percent(most)}"
+        f"at most {percent(half)} is allowed, {STATIC:g} times the success of white-box attacks on the serving set "
+        f"({percent(static.value)}), or {NOTHING:g} times the {percent(nothing.estimate.value)} of {nothing.by} "
+        f"and at most {percent(most)}"
     )
     return Ruling(gate, theft.estimate, bound, verdict, theft.says, "thieves")
 
@@ -285,12 +287,14 @@ def _churn(seen: Seen) -> Ruling:
         most = max(CHURN, _MORE * usual, usual + room)
     changed = seen.churn
     if not seen.serves:
-        why = f"{number(changed)} of inputs are of another class than by the bases"
-        return Ruling("churn", changed, "asked once a set serves, whose clients see it", "pass", why)
-    bound = f"at most {percent(most)} was expected, " + (
-        "1.5 times what bases differ by, or what equal sets need" if most > CHURN else "whatever bases do"
+        why = f"{number(changed)} of inputs have another predicted class than by the bases"
+        return Ruling("churn", changed, "not limited before a set serves", "pass", why)
+    bound = f"at most {percent(most)} is allowed, " + (
+        "1.5 times the difference between bases, or what sets of equal quality need"
+        if most > CHURN
+        else "independent of the difference between bases"
     )
-    why = f"{number(changed)} of inputs change class against the incumbent"
+    why = f"{number(changed)} of inputs have another predicted class than by the serving set"
     return Ruling("churn", changed, bound, AtMost(most)(changed, NO_DOUBTS), why, "thieves")
 
 
@@ -301,17 +305,22 @@ def _odd_gradients(seen: Seen, accepted: Mapping[str, str]) -> Ruling:
     """
     gate, bound = (
         "odd-gradients",
-        f"at most {_ODD:g} times was expected, or a set no easier to break than before",
+        f"at most {_ODD:g} times is allowed, or a set that is not easier to break than the sets before",
     )
     sibling, theft = seen.sibling, seen.transfer
     if sibling is None or theft is None:
-        return Ruling(gate, None, bound, "pass", "no siblings, or nothing exposed, to tell it by")
+        return Ruling(
+            gate, None, bound, "pass", "there is no set of the same draw, or no stolen set, to compare"
+        )
     confidence = seen.confidence("white-box")
     easier = difference([held(one) for one in seen.before_white], held(seen.white), confidence)
     least = 1 / max(theft.estimate.n, 1)
     times = sibling.estimate.value / max(theft.estimate.value, least)
     value = Estimate(times, times, times, sibling.estimate.n)
-    why = f"siblings turn {times:.1f} times as many as the worst theft, and {points(easier)} less hold under attack"
+    why = (
+        f"examples from sets of the same draw break {times:.1f} times as many as those from stolen sets, and "
+        f"robust accuracy is {points(easier)} lower"
+    )
     if easier.low <= 0 or times <= _ODD:
         return Ruling(gate, value, bound, "pass", why)
     if gate in accepted:
@@ -358,11 +367,11 @@ def _vacuous(claim: Claim) -> Ruling:
         return Ruling(
             claim.text,
             None,
-            "two sets of a drawing were expected",
+            "two sets of the same draw are needed",
             "unclear",
-            "there is no sibling to make examples on",
+            "there is no other set of the same draw",
         )
-    return Ruling(claim.text, None, "not applicable", "pass", "nothing is exposed")
+    return Ruling(claim.text, None, "not applicable", "pass", "no set is listed as stolen")
 
 
 def _judged(
@@ -370,5 +379,5 @@ def _judged(
 ) -> Ruling:
     gate, word = (AtLeast(bound), "least") if claim.relation == ">=" else (AtMost(bound), "most")
     return Ruling(
-        claim.text, estimate, f"at {word} {bound:.4g} was claimed", gate(estimate, doubts), why, family
+        claim.text, estimate, f"at {word} {bound:.4g} is required", gate(estimate, doubts), why, family
     )

@@ -70,7 +70,7 @@ class Need:
     def says(self) -> str:
         """The gate, its tolerance and its sample size as text."""
         said = f"{self.gate} within {points(self.least)} needs {self.needed:,} examples"
-        return f"{said}, so it tolerates {points(self.tolerance)}" if self.widened else said
+        return f"{said}, so it allows {points(self.tolerance)}" if self.widened else said
 
 
 def looks(held: int, judged: int, gate: Gate) -> int:
@@ -109,12 +109,14 @@ def statement(needs: Sequence[Need], *, planned: bool) -> str:
     """The required and the available number of examples, and the consequences, as text."""
     need, held, about = max(one.needed for one in needs), needs[0].held, "about " if planned else ""
     each = "; ".join(
-        f"{one.says}, where equal sets differ on {about}{100 * one.changed:.1f} % of them" for one in needs
+        f"{one.says}, since equal sets differ on {about}{100 * one.changed:.1f} % of them" for one in needs
     )
-    said = f"the gates need {about}{need:,} held-out examples, and {held:,} are held out ({each})"
+    said = f"the gates need {about}{need:,} held-out examples, and there are {held:,} ({each})"
     if held >= need:
         return said
-    remedy = f"{EVERY * need:,} training examples, of which one in {EVERY} is held out, would do without"
+    remedy = (
+        f"with {EVERY * need:,} training examples, of which one in {EVERY} is held out, they would not be"
+    )
     return f"{said}. Tolerances are widened; {remedy if need <= MOST else f'at most {MOST:,} are held out'}"
 
 

@@ -93,7 +93,7 @@ class Turner:
     def _refused(self, found: Admission) -> None:
         """Train sets from fresh weights from now on if all sets of the generator were refused, unless `by` is set."""
         if self.how.by is None and any(self.pool.ledger.member(one.name).bases for one in found.judged):
-            self._go_anew("what the generator draws is not admitted")
+            self._go_anew("the generated sets were not admitted")
 
     def _last_resort(self, name: str) -> bool:
         """Whether no other way is left to make sets: `by` is set, or the candidate was trained from fresh weights."""
@@ -102,11 +102,13 @@ class Turner:
     def _ended(self, found: Admission, refused: int) -> str:
         """The message on why no more sets are made, and which set serves."""
         now = self.pool.serving
-        serves = "nothing serves" if now is None else f"{now.name} goes on serving as epoch {now.epoch}"
+        serves = (
+            "no set serves" if now is None else f"{now.name} remains the serving set, in epoch {now.epoch}"
+        )
         made = "of the generator" if self.how.by == "generator" else "trained from fresh weights"
         return (
-            f"{refused} sets {made} were refused in a row, the last one by {found.judged[-1].why}; {serves}, and "
-            f"{len(self.pool.ahead)} admitted sets wait; {found.remedy}"
+            f"{refused} sets {made} were refused in a row, the last one because of {found.judged[-1].why}; "
+            f"{serves}, and {len(self.pool.ahead)} admitted sets are waiting; {found.remedy}"
         )
 
     @property
@@ -131,7 +133,7 @@ class Turner:
     def _draw(self, missing: int) -> None:
         """Make candidates; train them from fresh weights if no generated set is usable, unless `by` is set."""
         if self.how.by is None and self._by is None and self._refused_of_generator():
-            self._go_anew(f"the last {IN_A_ROW} that the generator drew were refused")
+            self._go_anew(f"the last {IN_A_ROW} generated sets were refused")
         by = self.how.by or self._by
         given: dict[str, Any] = {
             "immunise": self.how.immunise,
@@ -153,7 +155,7 @@ class Turner:
 
     def _go_anew(self, why: str) -> None:
         self._by = "anew"
-        self.notify(f"note: {why}; sets are trained anew from here on")
+        self.notify(f"note: {why}; from now on sets are trained from fresh weights")
 
     def _refuse_faster(self, made_in_s: float) -> None:
         """Raise `UsageError` if the triggers would empty the pool and nothing has served yet; later only warn."""
@@ -186,7 +188,7 @@ class Turner:
         """
         if self.pool.serving is None:
             self.notify(
-                "note: nothing serves, for what did was retired; let another set serve by holdfast rotate swap"
+                "note: no set serves, because the last one was retired; start another with holdfast rotate swap"
             )
             return False
         try:
