@@ -273,7 +273,7 @@ def test_one_image_and_one_class_are_measured(data):
 @pytest.mark.parametrize("data", ["one.npz", "good.npz"])
 def test_a_model_that_refuses_some_batch_sizes_is_measured_and_told(data, capsys):
     assert run(["assess", "m.py:not_for_one", data, *ASSESS[5:]]) == 0
-    said = "the model refuses some batch sizes; each batch is filled up to a multiple of 2"
+    said = "the model does not accept all batch sizes; each batch is padded to a multiple of 2"
     assert f"note: {said}" in capsys.readouterr().err
     run(["doctor", "m.py:not_for_one", data])
     assert said in " ".join(capsys.readouterr().out.split())

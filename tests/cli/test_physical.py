@@ -119,7 +119,7 @@ def test_a_model_seen_through_random_changes_is_one_that_draws(capsys):
         (["--threat", "patch:29x5"], "does not fit into images of 28x28"),
         (["--threat", "spatial"], "expected any of rotate, shift, scale"),
         (["--threat", "spatial:hue=3"], "expected any of rotate, shift, scale"),
-        (["--threat", "spatial:flow=1,rotate=3"], "ask for each alone, as in spatial:flow=1"),
+        (["--threat", "spatial:flow=1,rotate=3"], "use each alone, as in spatial:flow=1"),
         (["--threat", "spatial:flow=1", "--set", "attacks=[{use: GridSearch}]"], "the threat model is spatial:flow=1"),
         (["--threat", "spatial:flow=1", "--set", "attacks=[{use: PGD}]"], "choose Flow"),
         (["--threat", "spatial:rotate=9", "--set", "attacks=[{use: Flow}]"], "such as spatial:flow=1.5"),

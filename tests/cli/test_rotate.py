@@ -75,7 +75,7 @@ def test_the_steps_one_after_another(pool, capsys, monkeypatch):
     assert run(["rotate", "swap", "pool/", "--unjudged"]) == 0
     assert "note: it was not judged against all sets that are now listed as stolen" in capsys.readouterr().err
     assert run(["rotate", "swap", "pool/", "--unjudged"]) == 4, "none waits any more"
-    assert "no admitted set waits" in capsys.readouterr().err
+    assert "contains no waiting admitted set" in capsys.readouterr().err
     assert run(["rotate", "status", "pool/", "-o", "-", "-o", "status.json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown == json.loads(Path("status.json").read_text())
@@ -217,7 +217,11 @@ def test_run_trains_sets_anew_where_no_generator_can_be_learned(pool, capsys, mo
     words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--once", "--set", "codec.steps=1"]
     assert run([*words, "--set", "codec.dims=1"]) == 0
     said = capsys.readouterr().err
-    assert seen == ["anew"] and "note: sets lose" in said and "from now on sets are trained from fresh weights" in said
+    assert (
+        seen == ["anew"]
+        and "note: sets lose" in said
+        and "from now on sets are trained from fresh weights" in said
+    )
 
 
 @pytest.mark.parametrize("by", ["anew", "generator"])
@@ -251,8 +255,8 @@ def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (["rotate", "swap", "nowhere"], 3, "'nowhere' is no pool, or was never begun to the end"),
-        (["rotate", "status", "no pool"], 3, "begin it with holdfast rotate collect MODEL DATA --run 'no pool'"),
+        (["rotate", "swap", "nowhere"], 3, "'nowhere' is not a pool, or its creation was interrupted"),
+        (["rotate", "status", "no pool"], 3, "create it with holdfast rotate collect MODEL DATA --run 'no pool'"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--source", "basin"], 2, "there is no source 'basin'"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--set", "source.seed=3"], 2, "has no setting 'seed'"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--recipe", "auto"], 2, "recipe auto chooses for one"),
@@ -260,11 +264,11 @@ def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--resume"], 2, "name its folder with --run DIR"),
         ([*COLLECT, "--budget", "1min", "--run", "new"], 2, "recipe.training.epochs is 3, and the budget is 1min"),
         ([*COLLECT, "--run", "pool"], 2, "contains a pool already; resume it with --resume"),
-        ([*COLLECT, "--seed", "1", "--run", "pool", "--resume"], 2, "is of another"),
+        ([*COLLECT, "--seed", "1", "--run", "pool", "--resume"], 2, "was created with another"),
         (["rotate", "train", "pool", "--set", "codec.rank=0"], 2, "codec: rank"),
         (["rotate", "train", "pool", "--set", "generator.regulariser=on"], 2, "generator: regulariser"),
         (["rotate", "train", "pool", "--set", "codec.dims=1", "--set", "codec.steps=1"], 4, "sets lose .* points"),
-        (["rotate", "train", "pool", *QUICK, "--set", "generator.lr=1e30"], 3, "no number any more"),
+        (["rotate", "train", "pool", *QUICK, "--set", "generator.lr=1e30"], 3, "NaN or infinite"),
         (["rotate", "train", "pool", "--set", "threat=linf:0.3"], 2, "threat is linf:0.1 in 'pool', .* linf:0.3 was"),
         (["rotate", "draw", "pool", "--set", "seed=3"], 2, "seed is 0 in 'pool', which goes by that, and 3 was given"),
         (["rotate", "admit", "pool", "--set", "source.seeds=9"], 2, "source is .*'seeds': 2.* leave it out"),

@@ -60,5 +60,5 @@ def test_noisy_copies_leave_the_weights_alone_and_differ_from_them(models):
 
 
 def test_a_thief_of_nothing_at_all_is_refused():
-    with pytest.raises(UsageError, match="give those that it holds"):
+    with pytest.raises(UsageError, match="give at least one model"):
         Thief().crafted([], examples(5, 60), THREAT, rng=Draws(1))

@@ -224,7 +224,7 @@ def test_inputs_are_looked_at_in_every_shard():
 
 
 @pytest.mark.parametrize(
-    "y, says", [(CLASSES, "seem to count from 1: subtract 1"), (99, "check the label column"), (-1, "")]
+    "y, says", [(CLASSES, "appear to count from 1: subtract 1"), (99, "check the label column"), (-1, "")]
 )
 def test_labels_that_are_no_classes_are_refused(y, says):
     labels = torch.tensor([1, 1, 2, y] if y == CLASSES else [0, 1, 2, y])
@@ -477,7 +477,7 @@ def test_runs_are_listed_finished_or_not(tmp_path):
     assert runs_in(tmp_path / "nowhere") == []
     with pytest.raises(TargetError, match="is not finished; go on with it by --run"):
         open_run(tmp_path / "b")
-    with pytest.raises(TargetError, match="no run folder"):
+    with pytest.raises(TargetError, match="is not a run folder"):
         open_run(tmp_path / "c")
 
 

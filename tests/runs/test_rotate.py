@@ -113,9 +113,7 @@ def test_nothing_that_judges_is_trained_on():
 
 def test_of_sets_that_go_on_from_the_given_model_it_is_said_that_it_may_have_seen_what_judges():
     assert not terms().notes
-    assert (
-        "may have been trained on the held-out examples" in terms(Subset(("0.",), sets=2)).notes[-1]
-    )
+    assert "may have been trained on the held-out examples" in terms(Subset(("0.",), sets=2)).notes[-1]
 
 
 def test_a_test_example_is_never_trained_on():
@@ -143,7 +141,7 @@ def test_a_pool_is_begun_once(pool):
     "other", [terms(seed=1), terms(Basins(seeds=3, sets=4, every=2)), replace(terms(), said="linf:0.2")]
 )
 def test_a_pool_of_other_terms_does_not_go_on(pool, other):
-    with pytest.raises(UsageError, match="is of another .*( → ).*; bring that back"):
+    with pytest.raises(UsageError, match="was created with another .*( → ).*; use that again"):
         collecting.begun(pool.path, other, resume=True)
 
 
@@ -163,7 +161,7 @@ def test_another_model_is_told_by_its_name_and_a_short_digest():
     with pytest.raises(UsageError) as error:
         told["other"].refuse_other(pool)
     assert str(error.value) == (
-        "'pool' is of another model, of other weights or preprocessing (111111111111 → 222222222222; "
+        "'pool' was created with another model (other weights or preprocessing) (111111111111 → 222222222222; "
         "model.mean: none → [0.5]; model.name: net → other); use that again, or create another pool"
     )
 
@@ -237,7 +235,7 @@ def test_a_pool_with_one_member_has_nothing_to_learn(tmp_path):
     alone = terms(Seeds(1))
     held = collecting.begun(tmp_path / "pool", alone, resume=False)
     collecting.collect(held, alone)
-    with pytest.raises(UsageError, match="holds 1 parameter set, and one has nothing to differ from"):
+    with pytest.raises(UsageError, match="contains 1 parameter set; at least two are needed"):
         learning.learn(held, alone, CODEC, DIFFUSION)
 
 
@@ -309,7 +307,7 @@ def test_a_drawing_that_was_cut_short_goes_on(pool, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UsageError, match="the draw to be resumed immunises its sets; add --immunise"):
         drawing.draw(pool, terms(), 3, resume=True)
-    with pytest.raises(UsageError, match=r"begun otherwise .*\(by: generator → anew\); ask for"):
+    with pytest.raises(UsageError, match=r"has other settings .*\(by: generator → anew\); give the same"):
         drawing.draw(pool, terms(), 3, by="anew", immunise=IMMUNISE, resume=True)
     with pytest.raises(
         UsageError, match=r"\(immunise.share: 0.5 → 0.25\); give the same settings, or leave --resume"
@@ -335,12 +333,12 @@ def test_a_drawing_that_is_whole_is_told_again_and_no_other_begins(pool):
 def test_a_second_process_draws_nothing_and_leaves_what_the_first_has_sealed(pool):
     drawing.draw(pool, terms(), 1)
     before = pool.kept("drawing").digest
-    with pool.alone_at("draw"), pytest.raises(UsageError, match="another process is at draw in"):
+    with pool.alone_at("draw"), pytest.raises(UsageError, match="another process runs draw in"):
         drawing.draw(Pool.held(pool.path), terms(), 2)
     assert pool.kept("drawing").digest == before
-    with pool.alone_at("collect"), pytest.raises(UsageError, match="another process is at collect in"):
+    with pool.alone_at("collect"), pytest.raises(UsageError, match="another process runs collect in"):
         collecting.collect(Pool.held(pool.path), terms())
-    with pool.alone_at("train"), pytest.raises(UsageError, match="another process is at train in"):
+    with pool.alone_at("train"), pytest.raises(UsageError, match="another process runs train in"):
         learning.learn(Pool.held(pool.path), terms(), CODEC, DIFFUSION)
 
 
@@ -363,7 +361,8 @@ def test_a_generator_that_went_astray_does_not_replace_one_that_works(pool):
     before = pool.kept("generator").digest
     far = replace(DIFFUSION, regulariser="away", weight=1e6, steps=50)
     with pytest.raises(
-        Inconclusive, match=r"the best of 16 generated sets has an accuracy of .*regulariser is away, weight 1e\+06"
+        Inconclusive,
+        match=r"the best of 16 generated sets has an accuracy of .*regulariser is away, weight 1e\+06",
     ):
         learning.learn(pool, terms(), CODEC, far)
     assert pool.kept("generator").digest == before

@@ -207,7 +207,7 @@ def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collec
     raised = next(each for each in result.doubts if each.name == "fine-tuning")
     assert raised.state == "raised" and "half an epoch of adversarial fine-tuning" in raised.says
     told = tables(result.summary(), colour=False)
-    assert "A6 distils the answers" in told and "adversarial fine-tuning" in told
+    assert "A6 distils answers" in told and "adversarial fine-tuning" in told
     for suffix in ("html", "md"):
         text = result.write(tmp_path / f"report.{suffix}").read_text()
         assert "A1u has one unlisted set" in text and "weight noise" in text
@@ -234,7 +234,7 @@ def test_what_else_is_trained_takes_as_many_passes(serving, collected, recipe, m
         passes.append(0)
         said = train()
     assert passes == pytest.approx([len(terms.train)] * 3, rel=0.1)
-    assert said.startswith(f"the same passes: {'0.2' if hardened(terms) else '0.33'} of an epoch, and ")
+    assert said.startswith(f"as many passes: {'0.2' if hardened(terms) else '0.33'} of an epoch, and ")
 
 
 def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, tmp_path, monkeypatch):
@@ -270,7 +270,10 @@ def test_rows_from_before_something_leaked_are_measured_anew(
     serving.expose(second, "another stolen")
     rows = api.carry_out(of, run=run, resume=True).summary()["rotation"]["rows"]
     by = {row["who"]: row["holds"] for row in rows}
-    assert by["A1"] == "one of 2 stolen sets, the one with the highest success rate" and by["A2"] == "2 stolen sets"
+    assert (
+        by["A1"] == "one of 2 stolen sets, the one with the highest success rate"
+        and by["A2"] == "2 stolen sets"
+    )
 
 
 def test_without_adaptive_there_is_no_table(serving, collected, quick):

@@ -72,7 +72,7 @@ def test_a_changed_value_is_noticed(place, bit):
 @given(cut=st.integers(0, 10**6))
 def test_a_file_that_is_cut_short_is_noticed(cut):
     data = columns.encode(EXAMPLE, {})
-    with pytest.raises(TargetError, match="'x' is no column file, or is cut short"):
+    with pytest.raises(TargetError, match="'x' is not a column file, or is truncated"):
         columns.decode(data[: cut % len(data)], "x")
 
 

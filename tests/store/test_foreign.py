@@ -253,5 +253,7 @@ def test_what_a_pool_says_of_its_model_has_one_form(tmp_path, monkeypatch, setti
     with pytest.raises(TargetError, match=says):
         said_of(pool)
     (tmp_path / "pool" / "pool.json").write_text('{"schema_version": 2}')
-    with pytest.raises(TargetError, match=r"pool\.json' is not what a run writes: .* an object with 'id'"):
+    with pytest.raises(
+        TargetError, match=r"pool\.json' has another format than that of a run: .* an object with 'id'"
+    ):
         Pool.held(tmp_path / "pool")

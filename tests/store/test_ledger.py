@@ -110,7 +110,7 @@ def test_only_legal_steps_are_taken(tmp_path, state, kind):
         assert ledger.states["set"] == (state if kind == "exposed" else kind)
         assert bool(ledger.exposed()) == (kind == "exposed")
     else:
-        with pytest.raises(UsageError, match=f"'set' is {state}; only what is .* can become {kind}"):
+        with pytest.raises(UsageError, match=f"'set' is {state}; only a set that is .* can become {kind}"):
             getattr(ledger, act)("set", "why")
         assert ledger.head == before == Ledger(tmp_path).head
 
@@ -160,7 +160,9 @@ def test_an_exposed_set_that_serves_goes_on_until_the_swap_and_never_serves_agai
     ledger.admit("two")
     ledger.expose("two", "found on the net")
     assert ledger.ahead == () and [e.name for e in ledger.exposed()] == ["one", "two"]
-    with pytest.raises(UsageError, match="'two' is exposed since .* \\(found on the net\\); serve another"):
+    with pytest.raises(
+        UsageError, match="'two' is listed as stolen since .* \\(found on the net\\); serve another"
+    ):
         ledger.serve("two")
 
 
@@ -185,7 +187,9 @@ def test_bases_that_are_neither_exposed_nor_deleted_are_said(ledger):
         ledger.candidate("more", DIGEST, ["bose"])
     with pytest.raises(UsageError, match="'other' was deleted; it cannot become admitted"):
         ledger.admit("other")
-    with pytest.raises(UsageError, match="'base' is exposed .*tested against it, so keep it"):
+    with pytest.raises(
+        UsageError, match="'base' is listed as stolen .*keep it, because new sets must be tested"
+    ):
         ledger.delete("base")
 
 
@@ -194,7 +198,7 @@ def test_bases_that_are_neither_exposed_nor_deleted_are_said(ledger):
     [("3f9ab0", "near it: 3f9abc12"), ("3g9abc12", "near it: 3f9abc12"), ("zzz", "it has 3f9abc12, 77aa")],
 )
 def test_an_unknown_set_is_refused_with_those_near_it(ledger, name, says):
-    with pytest.raises(UsageError, match=f"'{name}' is no set of this ledger; it has none yet"):
+    with pytest.raises(UsageError, match=f"'{name}' is not a set of this ledger; it contains no sets yet"):
         ledger.expose(name, "stolen")
     for known in ("3f9abc12", "77aa"):
         ledger.candidate(known, DIGEST)
@@ -281,7 +285,7 @@ def test_a_changed_entry_is_named_and_nothing_is_served(whole, tmp_path, line, v
     ledger = holding(tmp_path, b"".join(canonical(entry) + b"\n" for entry in entries))
     for _ in range(2):  # the second look is no better
         with pytest.raises(
-            TargetError, match=f"entry {line + 1} of .*ledger.jsonl' was changed.*nothing of it is"
+            TargetError, match=f"entry {line + 1} of .*ledger.jsonl' was changed.*no set of this pool is"
         ):
             view(ledger)
 
@@ -289,7 +293,9 @@ def test_a_changed_entry_is_named_and_nothing_is_served(whole, tmp_path, line, v
 @pytest.mark.parametrize("kept, entry", [([0, 2, 3], 2), ([1, 0, 2], 1), ([0, 1, 1, 2], 3), ([1, 2], 1)])
 def test_an_entry_that_was_taken_out_moved_or_repeated_is_named(whole, tmp_path, kept, entry):
     lines = whole.splitlines(keepends=True)
-    with pytest.raises(TargetError, match=f"entry {entry} of .* does not follow from the one before it"):
+    with pytest.raises(
+        TargetError, match=f"entry {entry} of .* does not contain the digest of the one before it"
+    ):
         _ = holding(tmp_path, b"".join(lines[k] for k in kept)).serving
 
 
@@ -478,7 +484,7 @@ def test_no_reason_in_words_decides_whether_a_set_is_judged_again(ledger, why):
         ledger.admit(name)
     ledger.expose("old", why)
     assert ledger.unjudged == ("drawn",)
-    with pytest.raises(UsageError, match="'drawn' was not judged against everything that is exposed"):
+    with pytest.raises(UsageError, match="'drawn' was not judged against all stolen sets"):
         ledger.serve("drawn")
     ledger.serve("drawn", unjudged=True)
     last = json.loads(ledger.path.read_bytes().splitlines()[-1])["content"]
@@ -487,7 +493,7 @@ def test_no_reason_in_words_decides_whether_a_set_is_judged_again(ledger, why):
 
 def test_a_base_never_serves(ledger):
     ledger.candidate("base", DIGEST, role="base")
-    with pytest.raises(UsageError, match="'base' is a base, which others are made from"):
+    with pytest.raises(UsageError, match="'base' is a base, which other sets are generated from"):
         ledger.admit("base")
 
 
@@ -505,7 +511,7 @@ def test_entries_that_vanish_under_a_process_are_missed(whole, tmp_path):
     ledger = holding(tmp_path, whole)
     assert ledger.serving.name == "two"
     (tmp_path / "ledger.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
-    with pytest.raises(TargetError, match="entry 6 of .* was there and is no more"):
+    with pytest.raises(TargetError, match="entry 6 of .* or an earlier one was removed"):
         _ = ledger.serving
 
 

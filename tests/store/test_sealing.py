@@ -43,20 +43,20 @@ def test_a_file_that_is_cut_short_is_noticed(cut):
 
 
 def test_a_file_opens_under_its_own_name_only():
-    with pytest.raises(TargetError, match="'b' .*stands in the place of another file"):
+    with pytest.raises(TargetError, match="'b' .*is a copy of another file"):
         SEAL.open(SEAL.seal(b"some weights", "a"), "b")
 
 
 def test_another_key_is_told_from_a_corrupt_file(tmp_path):
     with pytest.raises(
         TargetError,
-        match=f"{re.escape(str(tmp_path / 'x'))}' was sealed with key {OTHER.id}, .* is {SEAL.id}",
+        match=f"{re.escape(str(tmp_path / 'x'))}' was encrypted with key {OTHER.id}, .* is {SEAL.id}",
     ):
         SEAL.open(OTHER.seal(b"", "x"), "x", tmp_path / "x")
 
 
 def test_a_file_of_another_version_or_kind_is_refused(monkeypatch):
-    with pytest.raises(TargetError, match="'x' is no sealed file"):
+    with pytest.raises(TargetError, match="'x' is not an encrypted file"):
         SEAL.open(b"PK\x03\x04 a zip, for once" * 5, "x")
     monkeypatch.setattr(sealing, "_VERSION", 2)
     newer = SEAL.seal(b"", "x")
@@ -75,7 +75,7 @@ def test_what_one_file_cannot_hold_is_refused(monkeypatch):
 def test_no_error_and_no_text_shows_a_key():
     assert "01" not in repr(Seal(b"01" * 16))
     assert len(SEAL.id) == 16 and SEAL.id not in SEAL.key.hex()
-    with pytest.raises(UsageError, match="a key of 16 bytes was given; AES-256 takes 32"):
+    with pytest.raises(UsageError, match="the key has 16 bytes; AES-256 needs 32"):
         Seal(b"0" * 16)
 
 

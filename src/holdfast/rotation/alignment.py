@@ -50,8 +50,8 @@ def hidden(model: Classifier) -> tuple[Hidden, ...]:
             found[-1][1].extend(_parameters(name, layer))
         elif not isinstance(layer, _UNITWISE):
             raise TargetError(
-                f"{name or 'the network'} is {type(layer).__name__}, and alignment knows sequences of linear "
-                f"layers, convolutions, batch norm and what works on each unit alone; collect without aligning"
+                f"{name or 'the network'} is {type(layer).__name__}, but alignment supports only sequences of "
+                "linear layers, convolutions, batch norm and elementwise layers; collect without alignment"
             )
     return tuple(Hidden(units, tuple(made), following[2]) for (units, made, _), following in pairwise(found))
 
@@ -115,8 +115,8 @@ def refuse_shared(model: Classifier) -> None:
     for name, layer in model.net.named_modules(remove_duplicate=False):
         if [*layer.parameters(recurse=False)] and id(layer) in seen:
             raise TargetError(
-                f"{name} is a layer that occurs twice, and alignment knows sequences of layers of their own; collect "
-                f"without aligning"
+                f"{name} is a layer that occurs twice, but alignment supports only sequences of separate layers; "
+                "collect without alignment"
             )
         seen.add(id(layer))
 
@@ -136,8 +136,8 @@ def all_aligned(members: Members, model: Classifier, data: Batch, *, rng: Draws)
             old, new = (put(model, one, data)(some.x) for one in (before, sets[-1]))
         if not torch.allclose(old, new, rtol=1e-4, atol=1e-5 * float(old.abs().max())):
             raise TargetError(
-                f"aligning set {place + 1} changes its outputs by up to {float((old - new).abs().max()):.2g}, where "
-                f"none was expected: the network does not go through its layers one after another, unit by unit; "
-                f"collect without aligning"
+                f"aligning set {place + 1} changes its outputs by up to {float((old - new).abs().max()):.2g}, but "
+                "no change was expected: the network does not apply its layers in order with independent units; "
+                "collect without alignment"
             )
     return Members.of(sets, members.basins.tolist())

@@ -100,7 +100,7 @@ class Codec:
             lost = (F.mse_loss(decoder(raw), points) / points.var(unbiased=False)).item()
         if not math.isfinite(lost):
             raise LostLoss(
-                f"the codec's weights are no numbers any more; train with a smaller rate than {self.lr:g}"
+                f"the weights of the codec are NaN or infinite; train with a smaller learning rate than {self.lr:g}"
             )
         deviation = raw.std(0) + _TINY
         for network in (encoder, decoder):
@@ -133,7 +133,9 @@ class Codec:
 def stepped(optimizer: torch.optim.Optimizer, loss: Tensor, where: str, lr: float) -> None:
     """Perform one update of the optimiser. Raises `LostLoss` if the loss is not finite."""
     if not bool(loss.isfinite()):
-        raise LostLoss(f"the loss of {where} is no number any more; train with a smaller rate than {lr:g}")
+        raise LostLoss(
+            f"the loss of {where} is NaN or infinite; train with a smaller learning rate than {lr:g}"
+        )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()

@@ -271,8 +271,8 @@ def begun_anew(model: Classifier, rng: Draws, begins: Beginning) -> Classifier:
             begin = getattr(layer, "reset_parameters", None)
             if not callable(begin):
                 raise TargetError(
-                    f"{name} is {type(layer).__name__}, which cannot draw its weights anew; give it a method "
-                    f"reset_parameters(), or collect a Subset or LowRank, which begin at the given model"
+                    f"{name} is {type(layer).__name__}, whose weights cannot be initialised again; give it a "
+                    "method reset_parameters(), or collect a Subset or LowRank, which start from the given model"
                 )
             begin()
         if begins == "he":

@@ -134,7 +134,8 @@ class LatentDiffusion:
             falling.step()
         if not all(bool(weight.isfinite().all()) for weight in denoiser.parameters()):
             raise LostLoss(
-                f"the diffusion's weights are no numbers any more; train with a smaller rate than {self.lr:g}"
+                "the weights of the diffusion are NaN or infinite; train with a smaller learning rate than "
+                f"{self.lr:g}"
             )
         return Generator(embedding, denoiser.eval().requires_grad_(False), self.diffusion)
 

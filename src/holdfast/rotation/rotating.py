@@ -101,7 +101,7 @@ class RotatingModel:
     ) -> None:
         if not len(canaries):
             raise UsageError(
-                "no canary inputs were given; expected some that the sets were admitted with, such as 256"
+                "no canary inputs were given; expected those that the sets were admitted with, such as 256 inputs"
             )
         self._pristine = deepcopy(model).eval().requires_grad_(False)
         self._current, self._canaries = current, canaries.detach().clone()
@@ -139,7 +139,7 @@ class RotatingModel:
         """
         if not isinstance(principal, str):
             raise UsageError(
-                f"{principal!r} is no name of a principal; text was expected, as in principal='alice'"
+                f"{principal!r} is not the name of a principal; text was expected, as in principal='alice'"
             )
         return self._answered(x, None, principal)
 
@@ -183,13 +183,13 @@ class RotatingModel:
                 return False
             if wanted.epoch <= epoch:
                 raise TargetError(
-                    f"set {wanted.name!r} is to serve as epoch {wanted.epoch}, where {epoch + 1} or later was "
-                    f"expected; see that the ledger it comes from is whole. Set {name!r} serves on"
+                    f"set {wanted.name!r} has epoch {wanted.epoch}, but {epoch + 1} or later was expected; check "
+                    f"the ledger with holdfast verify. Set {name!r} still serves"
                 )
             try:
                 fresh = self._ready(wanted)
             except TargetError as error:
-                raise TargetError(f"{error}. Set {name!r} serves on") from error
+                raise TargetError(f"{error}. Set {name!r} still serves") from error
             with self._lock:
                 older = (self._live, *self._held)
                 self._live = fresh
@@ -209,7 +209,7 @@ class RotatingModel:
         """
         with self._lock:
             if name == self._live.book.name:
-                raise UsageError(f"set {name!r} is the live one; swap in another first, then withdraw it")
+                raise UsageError(f"set {name!r} is the live set; swap to another set before you withdraw it")
             self._hold(tuple(one for one in self._held if one.book.name != name), among=self._held)
 
     def _hold(self, wanted: tuple[_Serving, ...], *, among: tuple[_Serving, ...]) -> None:

@@ -73,8 +73,8 @@ def span(members: Members, rank: Steps | None = None) -> Span:
     """
     if len(members) < 2:
         raise UsageError(
-            f"the collection holds {len(members)} parameter set, and one has nothing to differ from; collect at least "
-            f"two"
+            f"the collection contains {len(members)} parameter set; at least two are needed to compute their "
+            "differences"
         )
     mean = {name: value.mean(0) for name, value in members.tensors.items()}
     gram, size = torch.zeros(len(members), len(members), dtype=torch.float64), 0.0
@@ -86,7 +86,7 @@ def span(members: Members, rank: Steps | None = None) -> Span:
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     if values[0] <= _ROUNDING * size:
         raise UsageError(
-            "all parameter sets of the collection are the same; collect sets of different trainings"
+            "all parameter sets of the collection are equal; collect sets of different training runs"
         )
     within = int((values > _NOTHING * values[0]).sum())
     kept = within if rank is None else min(rank, within)

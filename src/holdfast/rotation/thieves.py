@@ -126,9 +126,7 @@ class Thief:
         those of noisy copies are divided among the sources. Raises `UsageError` if there are no sources.
         """
         if not sources:
-            raise UsageError(
-                "a thief without models makes no examples; give those that it holds, one at least"
-            )
+            raise UsageError("an attacker without models cannot compute examples; give at least one model")
         held = replace(threat, surrogates=tuple(sources), queries=None)
         return {
             name: torch.cat(

@@ -52,7 +52,7 @@ def decode(data: bytes, name: str) -> ColumnFile:
         version, expected, about = said["schema_version"], said["columns"], said["about"]
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TargetError(
-            f"{name!r} is no column file, or is cut short: {error}; restore it from a copy"
+            f"{name!r} is not a column file, or is truncated: {error}; restore it from a copy"
         ) from error
     if version != _VERSION:
         raise TargetError(

@@ -287,11 +287,11 @@ def refuse_used(path: Path, *, resume: bool) -> None:
     if MANIFEST not in names:
         other = next(name for name in names if name not in ours)
         raise UsageError(
-            f"{str(path)!r} is no run folder (it holds {other!r}); name an empty or a new folder with --run DIR"
+            f"{str(path)!r} is not a run folder (it contains {other!r}); name an empty or a new folder with --run DIR"
         )
     if not resume:
         raise UsageError(
-            f"{str(path)!r} holds a run already; go on with it by --resume, or name another folder with --run DIR"
+            f"{str(path)!r} contains a run already; resume it with --resume, or name another folder with --run DIR"
         )
 
 
@@ -317,8 +317,8 @@ def _refuse_another(path: Path, known: Mapping[str, Any], wanted: Mapping[str, A
     details = differences(known.get("config", {}), wanted.get("config", {})) if "config" in differing else ""
     shown = f" ({details})" if details else ""
     raise UsageError(
-        f"{str(path)!r} is a run of another {' and another '.join(differing)}{shown}, so it cannot be resumed with "
-        f"this one; name another folder with --run DIR, or repeat the run as it was"
+        f"{str(path)!r} is a run with another {' and another '.join(differing)}{shown}, so it cannot be resumed; "
+        "name another folder with --run DIR, or use the settings of that run"
     )
 
 
@@ -349,7 +349,8 @@ def _shard_of(path: Path) -> int:
     ours = path.stem.isascii() and path.stem.isdecimal() and len(path.stem) < 20
     if not ours or path.name != _shard_path(path.parent, int(path.stem)).name:
         raise TargetError(
-            f"{str(path)!r} is no shard of this run, whose names are like 00012{column_files.SUFFIX}; remove it"
+            f"{str(path)!r} is not a shard of this run (shards have names such as 00012{column_files.SUFFIX}); "
+            "remove it"
         )
     return int(path.stem)
 

@@ -223,7 +223,7 @@ class Ledger:
         try:
             well_formed(entry)
         except (ValueError, TypeError) as error:
-            raise UsageError(f"the ledger takes no such entry: {error}") from error
+            raise UsageError(f"the entry is invalid for the ledger: {error}") from error
         with self.alone():
             self._standing.refuse_illegal(entry)
             link, number = Link(self._last, entry), len(self._digests) + 1
@@ -274,8 +274,8 @@ class Ledger:
         length = self._length()
         if length < self._size:
             raise TargetError(
-                f"entry {len(self._digests)} of {str(self.path)!r} was there and is no more, or others before it; "
-                f"{WAY_OUT}"
+                f"entry {len(self._digests)} of {str(self.path)!r} or an earlier one was removed or changed after "
+                f"it was read; {WAY_OUT}"
             )
         if length == self._size:
             return

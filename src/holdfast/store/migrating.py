@@ -59,7 +59,7 @@ def migrate(path: Path) -> Migrated:
     """Convert a pool of the older format. Raises `UsageError` for the current format, `TargetError` for any other."""
     manifest = any_manifest(path)
     if manifest.get("schema_version") == SCHEMA_VERSION:
-        raise UsageError(f"{str(path)!r} is of schema version {SCHEMA_VERSION} already; nothing was changed")
+        raise UsageError(f"{str(path)!r} has schema version {SCHEMA_VERSION} already; nothing was changed")
     if manifest.get("schema_version") != OLD_VERSION:
         open_manifest(path)
     seal = found_seal(path)
@@ -91,9 +91,9 @@ def _refuse_downgraded(path: Path, manifest: Mapping[str, Any], seal: Seal) -> N
                 signs.append(file)
     if signs:
         raise TargetError(
-            f"{str(path / POOL_MANIFEST)!r} has schema version {OLD_VERSION}, and {str(signs[0])!r} is of version "
-            f"{SCHEMA_VERSION}: the manifest or the ledger was exchanged for one that is not authenticated. Restore "
-            f"both from a copy; nothing was converted"
+            f"{str(path / POOL_MANIFEST)!r} has schema version {OLD_VERSION}, but {str(signs[0])!r} has version "
+            f"{SCHEMA_VERSION}: the manifest or the ledger was replaced by one without authentication. Restore "
+            "both from a copy; nothing was converted"
         )
 
 

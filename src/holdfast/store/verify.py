@@ -66,7 +66,7 @@ def _verified(path: Path) -> Verified:
         )
     newest = {str(link.content["file"]): link.content for link in chain.links}
     if newest[MANIFEST] != chain.links[0].content:
-        raise TargetError(f"the chain of {str(path)!r} names {MANIFEST} twice; restore it from a copy")
+        raise TargetError(f"the chain of {str(path)!r} contains {MANIFEST} twice; restore it from a copy")
     for name, recorded in newest.items():
         _check_file(path / name, recorded)
     _check_splits(path, chain)
@@ -78,7 +78,7 @@ def _verified(path: Path) -> Verified:
 
 def _check_file(file: Path, recorded: Any) -> None:
     if not file.is_file():
-        raise TargetError(f"{str(file)!r} is gone, though the chain records it; restore it from a copy")
+        raise TargetError(f"{str(file)!r} is missing, but the chain records it; restore it from a copy")
     data = content_of(file)
     if digest(data) != recorded["digest"]:
         raise TargetError(
@@ -108,7 +108,7 @@ def _check_gone(path: Path, recorded: Mapping[str, Any]) -> None:
         within = path / Path(name).stem
         if name.endswith(".json") and "chain" in read_document(path / name) and not within.is_dir():
             raise TargetError(
-                f"{str(within)!r} is gone, though {name!r} names its chain; restore it from a copy"
+                f"{str(within)!r} is missing, but {name!r} contains its chain; restore it from a copy"
             )
 
 
@@ -120,8 +120,8 @@ def _strays(path: Path, recorded: Mapping[str, Any]) -> Iterator[Path]:
             yield from _strays_of_folder(file)
         elif _EVIDENCE.fullmatch(file.name) and file.name not in recorded:
             raise TargetError(
-                f"{str(file)!r} is in no record of the chain; remove it, or restore the chain. Where the run was "
-                "stopped as it wrote this file, go on with --resume"
+                f"{str(file)!r} is in no record of the chain; remove it, or restore the chain. If the run was "
+                "stopped while it wrote this file, resume with --resume"
             )
         elif not known:
             yield file
@@ -150,7 +150,9 @@ def _runs_within(path: Path) -> list[Path]:
 def _verified_within(path: Path, folder: Path, outer: Verified) -> Verified:
     """Verify an inner run, and that it is the one in the outer chain."""
     if folder.is_symlink():
-        raise TargetError(f"{str(folder)!r} is a link to another folder; put the run itself there")
+        raise TargetError(
+            f"{str(folder)!r} is a link to another folder; put the folder of the run itself there"
+        )
     found, name = _verified(folder), f"{folder.name}.json"
     known = read_chain(path, mend=False).last(folder.name)
     if known is not None and read_document(path / name).get("chain") != found.head:
@@ -160,5 +162,5 @@ def _verified_within(path: Path, folder: Path, outer: Verified) -> Verified:
             f"{str(folder)!r} is a run that no record of {str(path)!r} names; move it to another place"
         )
     for inner in _runs_within(folder):
-        raise TargetError(f"{str(inner)!r} is a run within a run within a run; move it to another place")
+        raise TargetError(f"{str(inner)!r} is a run inside a run inside a run; move it to another place")
     return found

@@ -81,7 +81,8 @@ def _refuse_files(path: Path, standing: Standing, seal: Seal | None, manifest: d
         if not file.exists():
             if member.needed:
                 raise TargetError(
-                    f"{str(file)!r} is gone, though the ledger has it as {member.standing}; restore it from a copy"
+                    f"{str(file)!r} is missing, but the ledger lists the set as {member.standing}; restore it from "
+                    "a copy"
                 )
             continue
         if seal is None or member.deleted:
