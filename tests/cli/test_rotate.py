@@ -84,7 +84,10 @@ def test_the_steps_one_after_another(pool, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", width)
         assert run(["rotate", "status", "pool/"]) == 0
         said = capsys.readouterr()
-        assert "exposed: laptop stolen" in " ".join(said.out.split()) and "serves as epoch 2" in said.out
+        assert (
+            "listed as stolen: laptop stolen" in " ".join(said.out.split())
+            and "serves as epoch 2" in said.out
+        )
         assert serving in said.out
 
 

@@ -172,7 +172,7 @@ def test_a_set_that_is_not_in_order_leaves_the_old_one_serving(kind):
     sets.changed["b"] = spoiled(change)
     sets.serve("b")
     for _ in range(2):
-        with pytest.raises(TargetError, match=rf"set 'b' .*{says}.*\. Set 'a' serves on"):
+        with pytest.raises(TargetError, match=rf"set 'b' .*{says}.*\. Set 'a' still serves"):
             model.refresh()
         assert model.live == ("a", 1)
         assert torch.equal(model(X), sets.models["a"](X))
@@ -474,7 +474,7 @@ def test_answers_that_fail_are_not_counted():
 
 def test_a_principal_is_a_text_and_another_is_counted_nowhere():
     model = rotating(pool())
-    with pytest.raises(UsageError, match="7 is no name of a principal; text was expected"):
+    with pytest.raises(UsageError, match="7 is not the name of a principal; text was expected"):
         model.answer(X[:1], principal=7)
     assert model.collected() == ()
 

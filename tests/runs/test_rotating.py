@@ -167,7 +167,7 @@ def test_what_the_address_does_not_take(serving, collected, changes, says):
 
 
 def test_no_pool_is_no_model(tmp_path, collected):
-    with pytest.raises(TargetError, match="is no pool"):
+    with pytest.raises(TargetError, match="is not a pool"):
         ordering.opened_subject(settings(serving_at(tmp_path), collected[0]))
 
 

@@ -67,7 +67,7 @@ def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):  # n
     waited = pool.ahead
     pool.expose(pool.serving.name, "laptop stolen")
     assert one.look() and pool.serving.epoch == 3
-    assert pool.ledger.member(pool.serving.name).why == "exposed: laptop stolen"
+    assert pool.ledger.member(pool.serving.name).why == "listed as stolen: laptop stolen"
     assert len(pool.ahead) == 2 and set(waited) & set(pool.ahead) and not pool.unjudged, "judged again"
 
 

@@ -85,7 +85,7 @@ def check():
 
     with pytest.raises(TargetError, match="Sequential of Keras"):
         holdfast.harden(net, (X, y), "linf:0.1")
-    with pytest.raises(TargetError, match="no weights before its first input"):
+    with pytest.raises(TargetError, match="no weights before it meets an input"):
         adapted(keras.Sequential([layers.Dense(3)]))
     keras.backend.backend = lambda: "jax"
     with pytest.raises(TargetError, match="KERAS_BACKEND=torch before keras is imported"):

@@ -77,7 +77,7 @@ def test_a_file_that_is_cut_short_is_noticed(cut):
 
 
 def test_a_file_of_another_version_or_kind_is_refused(monkeypatch):
-    with pytest.raises(TargetError, match="no column file"):
+    with pytest.raises(TargetError, match="not a column file"):
         columns.decode(b"PK\x03\x04 a zip, for once", "x")
     monkeypatch.setattr(columns, "_VERSION", 2)
     newer = columns.encode(EXAMPLE, {})

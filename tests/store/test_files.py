@@ -94,7 +94,7 @@ def test_a_secret_is_its_owners_alone_from_its_first_byte_on(tmp_path, monkeypat
 @pytest.mark.parametrize(
     "code, says",
     [
-        (errno.ENOSPC, "the disk is full: '/some/pool' .*; the pool is as it was"),
+        (errno.ENOSPC, "the disk is full: '/some/pool' .*; the pool is unchanged"),
         (errno.EACCES, "'/some/pool' cannot be used .*only the user who created"),
         (errno.EIO, "'/some/pool' cannot be used: Input/output error; .*restore it from a copy"),
     ],
@@ -114,8 +114,8 @@ def test_an_error_of_the_system_in_a_pool_names_no_flag_of_a_run(code, says):
         ),
         (errno.EDQUOT, "the disk is full"),
         (errno.EROFS, "cannot be written .*; name a folder with write permission with --run DIR"),
-        (errno.EACCES, "may not be written"),
-        (errno.ENOTDIR, "a file is in the way"),
+        (errno.EACCES, "cannot be written"),
+        (errno.ENOTDIR, "a file is in its path"),
         (errno.EIO, "cannot be used: Input/output error; check the disk"),
     ],
 )

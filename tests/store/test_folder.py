@@ -254,7 +254,7 @@ def test_a_file_that_is_no_shard_is_named_and_left(tmp_path, name):
     with opened(run, MANIFEST, {}, resume=False) as folder:
         folder.keep_shard("clean", 0, SHARDS[0])
         shutil.copy(run / "clean" / "00000.safetensors", stray)
-        with pytest.raises(TargetError, match=f"{name}.safetensors' is no shard of this run.*remove it"):
+        with pytest.raises(TargetError, match=f"{name}.safetensors' is not a shard of this run.*remove it"):
             folder.shards("clean")
         stray.unlink()
         assert folder.shards("clean").keys() == {0}

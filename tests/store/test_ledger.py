@@ -183,7 +183,7 @@ def test_bases_that_are_neither_exposed_nor_deleted_are_said(ledger):
     ledger.expose("base", "a base")
     ledger.delete("other")
     assert ledger.unlisted == ()
-    with pytest.raises(UsageError, match="'bose' is no set of this ledger; near it: base"):
+    with pytest.raises(UsageError, match="'bose' is not a set of this ledger; similar names: base"):
         ledger.candidate("more", DIGEST, ["bose"])
     with pytest.raises(UsageError, match="'other' was deleted; it cannot become admitted"):
         ledger.admit("other")
@@ -195,14 +195,18 @@ def test_bases_that_are_neither_exposed_nor_deleted_are_said(ledger):
 
 @pytest.mark.parametrize(
     "name, says",
-    [("3f9ab0", "near it: 3f9abc12"), ("3g9abc12", "near it: 3f9abc12"), ("zzz", "it has 3f9abc12, 77aa")],
+    [
+        ("3f9ab0", "similar names: 3f9abc12"),
+        ("3g9abc12", "similar names: 3f9abc12"),
+        ("zzz", "the last ones are 3f9abc12, 77aa"),
+    ],
 )
 def test_an_unknown_set_is_refused_with_those_near_it(ledger, name, says):
     with pytest.raises(UsageError, match=f"'{name}' is not a set of this ledger; it contains no sets yet"):
         ledger.expose(name, "stolen")
     for known in ("3f9abc12", "77aa"):
         ledger.candidate(known, DIGEST)
-    with pytest.raises(UsageError, match=f"'{name}' is no set of this ledger; {says}"):
+    with pytest.raises(UsageError, match=f"'{name}' is not a set of this ledger; {says}"):
         ledger.expose(name, "stolen")
     assert ledger.entries == 2
 
@@ -431,7 +435,7 @@ def test_an_entry_of_another_pool_is_refused_wherever_it_fits(tmp_path):
 def test_entries_missing_at_the_end_are_detected_while_the_head_is_there(stolen, tmp_path):
     lines = stolen.splitlines(keepends=True)
     (tmp_path / "ledger.jsonl").write_bytes(b"".join(lines[:6]))
-    with pytest.raises(TargetError, match="has 6 entries, and ledger.head says that 8 were written"):
+    with pytest.raises(TargetError, match="has 6 entries, but ledger.head records 8"):
         Ledger(tmp_path).exposed()
     (tmp_path / HEAD).unlink()
     with pytest.raises(TargetError, match="ledger.head' is gone"):

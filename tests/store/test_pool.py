@@ -89,7 +89,7 @@ def test_the_ledger_counts_answers_and_names_nobody(pool):
     assert b"alice" not in pool.ledger.path.read_bytes()
     other = Pool.begun(pool.path.with_name("other"), {})
     assert other.pseudonym("alice") != pool.pseudonym("alice"), "two pools know her by two names"
-    with pytest.raises(UsageError, match="7 is no name of a principal"):
+    with pytest.raises(UsageError, match="7 is not the name of a principal"):
         pool.answered(1, {7: 1})
 
 
@@ -222,7 +222,7 @@ def test_a_refused_set_comes_back_as_what_it_is(pool):
     assert pool.add(weights(5), {}) == name and pool.ledger.states[name] == "refused"
     pool.delete(name)
     assert not file_of(pool, name).exists()
-    with pytest.raises(UsageError, match="weights of .* were deleted"):
+    with pytest.raises(UsageError, match="parameters of .* were deleted"):
         pool.weights(name)
     with pytest.raises(UsageError, match="was deleted, or is the name of another set; draw another"):
         pool.add(weights(5), {})
@@ -258,7 +258,7 @@ def test_both_are_had_from_the_floor():
 def test_an_unknown_set_is_refused_everywhere(pool):
     near = pool.serving.name
     for act in (pool.weights, pool.about, pool.serve, pool.admit, lambda name: pool.expose(name, "stolen")):
-        with pytest.raises(UsageError, match=f"is no set of this ledger; near it: .*{near}"):
+        with pytest.raises(UsageError, match=f"is not a set of this ledger; similar names: .*{near}"):
             act(near[:-1])
 
 
@@ -286,7 +286,7 @@ def test_no_folder_is_begun_for_a_key_that_is_none(tmp_path, monkeypatch):
 def test_a_wrong_key_is_told_from_a_corrupt_file(pool, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, "77" * 32)
     with pytest.raises(
-        TargetError, match=f"pool.json' says .* key {pool.seal.id}.*from {KEY_VARIABLE}\\); set"
+        TargetError, match=f"pool.json' is encrypted with key {pool.seal.id}.*from {KEY_VARIABLE}\\); set"
     ):
         Pool.held(pool.path)
     monkeypatch.delenv(KEY_VARIABLE)

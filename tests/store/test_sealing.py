@@ -38,7 +38,7 @@ def test_a_changed_bit_is_noticed(place, bit):
 @given(cut=st.integers(0, 10**6))
 def test_a_file_that_is_cut_short_is_noticed(cut):
     data = SEAL.seal(b"some weights", "a")
-    with pytest.raises(TargetError, match="'a' .*cut short.*restore"):
+    with pytest.raises(TargetError, match="'a' .*truncated.*restore"):
         SEAL.open(data[: cut % len(data)], "a")
 
 
@@ -106,7 +106,9 @@ def test_the_environment_comes_before_the_key_file(tmp_path, monkeypatch):
 def test_an_environment_without_a_key_in_it_is_refused_and_not_shown(tmp_path, monkeypatch, text):
     monkeypatch.setenv(KEY_VARIABLE, text)
     for ask in (begun_seal, found_seal):
-        with pytest.raises(UsageError, match=f"{KEY_VARIABLE} holds {len(text)} .*64 hex digits") as caught:
+        with pytest.raises(
+            UsageError, match=f"{KEY_VARIABLE} contains {len(text)} .*64 hex digits"
+        ) as caught:
             ask(tmp_path)
         assert not text or text not in str(caught.value)
 
@@ -136,7 +138,7 @@ def test_a_key_is_written_through_no_link_and_into_no_file_that_lies_in_wait(tmp
     key_file(folder).unlink()
     key_file(folder).symlink_to(tmp_path / "nowhere")
     with pytest.raises(
-        TargetError, match="pool.key' is a link to .*nowhere', which does not exist.*remove it"
+        TargetError, match="pool.key' is a link to .*nowhere', which does not exist.*remove the link"
     ):
         begun_seal(folder)
     with pytest.raises(FileExistsError):
@@ -167,7 +169,7 @@ def test_a_key_that_is_gone_or_damaged_is_said(tmp_path, monkeypatch):
         found_seal(folder)
     begun_seal(folder)
     key_file(folder).write_text("short\n")
-    with pytest.raises(TargetError, match="pool.key' holds 5 characters .*64 hex digits were expected"):
+    with pytest.raises(TargetError, match="pool.key' contains 5 characters .*64 hex digits were expected"):
         found_seal(folder)
 
 

@@ -196,6 +196,6 @@ def _occurrence(rows: Tensor) -> Tensor:
     order = rows.argsort(stable=True)
     grouped = rows[order]
     begins = torch.searchsorted(grouped, grouped)
-    found = torch.empty_like(rows)
-    found[order] = torch.arange(1, len(rows) + 1, device=rows.device) - begins
-    return found
+    counts = torch.empty_like(rows)
+    counts[order] = torch.arange(1, len(rows) + 1, device=rows.device) - begins
+    return counts

@@ -238,8 +238,8 @@ class Classifier(nn.Module):
             if out_of_memory(error):
                 raise
             advice = _NO_GRADIENT if _CALLS_NUMPY in str(error) else self._advice(x)
-            said = f"{type(error).__name__} on inputs of shape {tuple(x.shape)}: {str(error).rstrip('.')}"
-            raise TargetError(f"the model raised {said}. {advice}") from error
+            text = f"{type(error).__name__} on inputs of shape {tuple(x.shape)}: {str(error).rstrip('.')}"
+            raise TargetError(f"the model raised {text}. {advice}") from error
         self._took = len(x)
         if not isinstance(logits, Tensor):
             kind = type(logits)
@@ -349,5 +349,5 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in said for words in _NO_MEMORY)
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in message for words in _NO_MEMORY)

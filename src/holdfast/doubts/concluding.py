@@ -74,8 +74,8 @@ def conclude(
 def missed_by_suite(columns: Columns, threat: ThreatModel, passes: Mapping[str, Mask]) -> dict[str, Ids]:
     """Ids of the surviving examples of the suite that each pass broke; passes that broke none are omitted."""
     left = standing(columns, threat)
-    found = {name: columns["id"][broken & left] for name, broken in passes.items()}
-    return {name: ids for name, ids in found.items() if len(ids)}
+    ids_by_pass = {name: columns["id"][broken & left] for name, broken in passes.items()}
+    return {name: ids for name, ids in ids_by_pass.items() if len(ids)}
 
 
 @dataclass(frozen=True)
@@ -231,8 +231,10 @@ def _transfer(case: _Case) -> Doubt:
         return Doubt(
             "transfer", "not measured", says="no surrogate was declared; name one with --surrogate MODEL"
         )
-    made = "a transfer attack from the surrogates"
-    return _rival(case, "transfer", ("transfer", made), ("margin", "PGD on the margin, twice 20 steps,"))
+    title_of_transfer = "a transfer attack from the surrogates"
+    return _rival(
+        case, "transfer", ("transfer", title_of_transfer), ("margin", "PGD on the margin, twice 20 steps,")
+    )
 
 
 def _whole_box(case: _Case) -> Doubt:
@@ -348,13 +350,13 @@ def _chance(case: _Case) -> Doubt:
     if len(torch.unique(y)) < 2:
         says = "all examples have the same label, so that any accuracy may be that of a constant prediction"
         return Doubt("chance", "not applicable", says=says)
-    found = against_majority(correct, y)
+    result = against_majority(correct, y)
     says = (
-        f"clean accuracy is {_share(correct)} (95 % interval {_percent(found.low)} to {_percent(found.high)}), and "
-        f"always predicting the majority class is right for {_percent(found.majority)}"
+        f"clean accuracy is {_share(correct)} (95 % interval {_percent(result.low)} to {_percent(result.high)}), and "
+        f"always predicting the majority class is right for {_percent(result.majority)}"
     )
-    state: DoubtState = "raised" if found.at_chance else "clear"
-    return Doubt("chance", state, found.high, found.majority, len(y), says)
+    state: DoubtState = "raised" if result.at_chance else "clear"
+    return Doubt("chance", state, result.high, result.majority, len(y), says)
 
 
 def _constant(case: _Case) -> Doubt:

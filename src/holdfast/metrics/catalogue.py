@@ -122,10 +122,10 @@ def estimates(
     evidence: Evidence, *, baseline: Evidence | None = None, confidence: float = 0.95
 ) -> dict[str, Estimate]:
     """Return every metric for which the evidence suffices, in the order of `names.METRICS`."""
-    found = {}
+    values = {}
     for name in METRICS:
         try:
-            found[name] = estimate(name, evidence, baseline=baseline, confidence=confidence)
+            values[name] = estimate(name, evidence, baseline=baseline, confidence=confidence)
         except Absent:
             continue
-    return found
+    return values

@@ -57,7 +57,7 @@ def transfer_success(evidence: Evidence, confidence: float = 0.95) -> Estimate:
 
     The examples are those computed on all surrogates at once.
     """
-    found = matrix(evidence, confidence)[-1].shares[0]
-    if found is None:
+    share = matrix(evidence, confidence)[-1].shares[0]
+    if share is None:
         raise Absent("the model classifies no input of the transfer matrix correctly")
-    return found
+    return share

@@ -84,15 +84,15 @@ def _reservations(card: Mapping[str, Any]) -> list[str]:
     """The doubts about both models, and the notes."""
     before, after = card["before"], card["after"]
     lines = []
-    for side, said in (("before", before), ("after", after)):
+    for side, words in (("before", before), ("after", after)):
         lines += [
-            f"- doubt {side}, {code(doubt['name'])}: {escaped(doubt['says'])}" for doubt in said["doubts"]
+            f"- doubt {side}, {code(doubt['name'])}: {escaped(doubt['says'])}" for doubt in words["doubts"]
         ]
     lines += [f"- accepted, {code(name)}: {escaped(why)}" for name, why in after["accepted_doubts"].items()]
     if not after["doubts"]:
         probed = after["doubts_probed"]
-        said = f"none of {probed} tested doubts was raised" if probed else "no doubt was tested"
-        lines += [f"- {said} for the hardened model"]
+        words = f"none of {probed} tested doubts was raised" if probed else "no doubt was tested"
+        lines += [f"- {words} for the hardened model"]
     lines += [f"- {escaped(note)}" for note in card["notes"]]
     return [*lines, *(f"- {escaped(note)}" for note in _of_judging(card))]
 

@@ -73,12 +73,12 @@ def _robust(
     """The robust accuracies, the changed examples, the scope, and a note; empty if they are not comparable."""
     try:
         scope = basis(first, second)
-        held = compared(first, scope), compared(second, scope)
-        paired = {"robust_accuracy": _paired(held, regression(first, second, confidence), shared)}
+        masks = compared(first, scope), compared(second, scope)
+        paired = {"robust_accuracy": _paired(masks, regression(first, second, confidence), shared)}
     except Absent as absent:
         return {}, {}, None, f"robust accuracy is not compared: {absent}"
     note = f"robust accuracy is {SCOPES[scope].removeprefix('; ')}"
-    return paired, _flipped(first, second, held, shared), scope, note
+    return paired, _flipped(first, second, masks, shared), scope, note
 
 
 def _side_by_side(first: Mapping[str, Any], second: Mapping[str, Any]) -> Json:
@@ -120,10 +120,10 @@ def headline(content: Mapping[str, Any]) -> str:
     sure = f"{100 * content['confidence']:.0f} % interval {signed(change['low'])} to {signed(change['high'])}"
     around = number(change["low"]) <= 0 <= number(change["high"])
     shown = number(p) < 1 - content["confidence"]
-    said = "" if shown else "no significant difference on these examples, "
+    prefix = "" if shown else "no significant difference on these examples, "
     at_odds = f"; the interval {('contains' if around else 'does not contain')} 0, but the exact test decides"
     tested = f"exact McNemar p = {plain(p, 2)}{at_odds if shown == around else ''}"
-    return f"{sentence}: {said}{signed(change['value'])} points ({sure}, {tested})."
+    return f"{sentence}: {prefix}{signed(change['value'])} points ({sure}, {tested})."
 
 
 def points(change: Mapping[str, Any]) -> str:

@@ -134,7 +134,7 @@ _SATURATED = (
 
 def concern(name: str, output: str | None = None) -> Concern:
     """The explanation of a doubt for a model with the declared `output`; for a doubt of a plugin, only its name."""
-    known = CONCERNS.get(name, Concern(name.replace("-", " ").capitalize(), "", ""))
+    explanation = CONCERNS.get(name, Concern(name.replace("-", " ").capitalize(), "", ""))
     if name == "zero-gradient" and output == "probability":
-        return replace(known, advice=_SATURATED)
-    return known
+        return replace(explanation, advice=_SATURATED)
+    return explanation

@@ -28,7 +28,7 @@ def rotation(document: Mapping[str, Any] | None) -> Json | None:
     """The table of attackers for the summary; None if it was not measured. The broken inputs stay in the run folder."""
     if document is None or not document["complete"] or not document["rows"]:
         return None
-    found: Json = strict(
+    table: Json = strict(
         {
             "set": document["set"],
             "n": document["right"],
@@ -39,7 +39,7 @@ def rotation(document: Mapping[str, Any] | None) -> Json | None:
             ],
         }
     )
-    return found
+    return table
 
 
 def effect(word: str) -> str:

@@ -82,8 +82,8 @@ def check(path: Path, suffixes: Collection[str] = WRITERS.keys()) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        said = f"no file can be created in {folder} ({error.strerror or error})"
-        raise TargetError(f"{path} cannot be written: {said}; choose another place") from error
+        reason = f"no file can be created in {folder} ({error.strerror or error})"
+        raise TargetError(f"{path} cannot be written: {reason}; choose another place") from error
 
 
 def write(summary: Summary, columns: "Columns", path: Path) -> None:

@@ -41,19 +41,19 @@ class Hidden:
 
 def hidden(model: Classifier) -> tuple[Hidden, ...]:
     """Return the hidden layers of a sequence of layers. Raises `TargetError` for any other network."""
-    found: list[tuple[int, list[str], str]] = []
+    layers: list[tuple[int, list[str], str]] = []
     refuse_shared(model)
     for name, layer in _leaves(model.net, ""):
         if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1):
-            found.append((len(layer.weight), _parameters(name, layer), f"{name}.weight"))
-        elif isinstance(layer, _BatchNorm) and found:
-            found[-1][1].extend(_parameters(name, layer))
+            layers.append((len(layer.weight), _parameters(name, layer), f"{name}.weight"))
+        elif isinstance(layer, _BatchNorm) and layers:
+            layers[-1][1].extend(_parameters(name, layer))
         elif not isinstance(layer, _UNITWISE):
             raise TargetError(
                 f"{name or 'the network'} is {type(layer).__name__}, but alignment supports only sequences of "
                 "linear layers, convolutions, batch norm and elementwise layers; collect without alignment"
             )
-    return tuple(Hidden(units, tuple(made), following[2]) for (units, made, _), following in pairwise(found))
+    return tuple(Hidden(units, tuple(made), following[2]) for (units, made, _), following in pairwise(layers))
 
 
 def _leaves(layer: object, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -71,30 +71,30 @@ def _parameters(name: str, layer: nn.Module) -> list[str]:
 
 def permuted(weights: Weights, layers: Sequence[Hidden], orders: Sequence[Tensor]) -> dict[str, Tensor]:
     """Return the parameters of the same network with the units of each hidden layer in the given order."""
-    found = dict(weights)
+    tensors = dict(weights)
     for layer, order in zip(layers, orders, strict=True):
         for name in layer.made:
-            found[name] = found[name][order]
-        read = found[layer.read]
-        found[layer.read] = read.reshape(len(read), layer.units, -1)[:, order].view(read.shape)
-    return found
+            tensors[name] = tensors[name][order]
+        read = tensors[layer.read]
+        tensors[layer.read] = read.reshape(len(read), layer.units, -1)[:, order].view(read.shape)
+    return tensors
 
 
 def aligned(weights: Weights, known: Weights, layers: Sequence[Hidden], *, rng: Draws) -> dict[str, Tensor]:
     """Return the set with its hidden units in the order in which they are most similar to those of `known`."""
-    found = dict(weights)
+    tensors = dict(weights)
     slots = torch.arange(len(layers))
     for turn in range(_ROUNDS):
         changed = False
         for place in rng.at(turn).bits(slots).argsort().tolist():
             layer = layers[place]
-            order = torch.as_tensor(linear_sum_assignment(_alike(found, known, layer), maximize=True)[1])
+            order = torch.as_tensor(linear_sum_assignment(_alike(tensors, known, layer), maximize=True)[1])
             if not torch.equal(order, torch.arange(layer.units)):
                 changed = True
-                found = permuted(found, [layer], [order.to(found[layer.read].device)])
+                tensors = permuted(tensors, [layer], [order.to(tensors[layer.read].device)])
         if not changed:
             break
-    return found
+    return tensors
 
 
 def _alike(weights: Weights, known: Weights, layer: Hidden) -> Tensor:

@@ -175,10 +175,10 @@ class _Far:
 
 def packed(generator: Generator) -> dict[str, Tensor]:
     """All tensors of a generator by name, for a file. `unpacked` is the inverse."""
-    found = {f"codec.{name}": value for name, value in codec.packed(generator.embedding).items()}
-    found |= {f"denoiser.{name}": value for name, value in generator.denoiser.state_dict().items()}
+    tensors = {f"codec.{name}": value for name, value in codec.packed(generator.embedding).items()}
+    tensors |= {f"denoiser.{name}": value for name, value in generator.denoiser.state_dict().items()}
     settings = torch.tensor([generator.diffusion.steps, generator.diffusion.clamp], dtype=torch.float64)
-    return {**found, "diffusion": settings}
+    return {**tensors, "diffusion": settings}
 
 
 def unpacked(tensors: Mapping[str, Tensor]) -> Generator:

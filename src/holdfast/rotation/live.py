@@ -102,22 +102,22 @@ def canary(model: Model, x: Inputs) -> str:
 
 def refuse_strange(model: Model, x: Inputs, known: str, name: str) -> None:
     """Raise `TargetError` if the predictions of a set for the canaries do not match the fingerprint `known`."""
-    found = _KNOWN.fullmatch(known)
-    if found is None:
+    fingerprint = _KNOWN.fullmatch(known)
+    if fingerprint is None:
         raise TargetError(
             f"set {name!r} has the canary {known!r}; expected 64 hex digits, as rotation.canary returns them"
         )
-    close = [int(place) for place in (found[2] or "").split(",") if place]
+    close = [int(place) for place in (fingerprint[2] or "").split(",") if place]
     if 2 * len(close) > len(x):
         raise TargetError(
             f"set {name!r} has a canary that excludes {len(close)} of {len(x)} inputs; at most half were expected; "
             "admit the set again"
         )
     digest = _digest(_logits(model, x).argmax(1), close)
-    if digest != found[1]:
+    if digest != fingerprint[1]:
         raise TargetError(
             f"the classes that set {name!r} predicts for the {len(x)} canary inputs have the digest "
-            f"{digest[:12]}…, but {found[1][:12]}… was expected: its weights, the canary inputs or the "
+            f"{digest[:12]}…, but {fingerprint[1][:12]}… was expected: its weights, the canary inputs or the "
             "preprocessing are not those of its admission. Restore those, or admit the set again"
         )
 
@@ -136,8 +136,8 @@ def _logits(model: Model, x: Inputs) -> Logits:
 
 def _digest(classes: Labels, left_out: Sequence[int]) -> str:
     apart = set(left_out)
-    said = ",".join(str(k) for place, k in enumerate(classes.tolist()) if place not in apart)
-    return hashlib.sha256(said.encode()).hexdigest()
+    text = ",".join(str(k) for place, k in enumerate(classes.tolist()) if place not in apart)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def next_set(waiting: Sequence[str]) -> str:

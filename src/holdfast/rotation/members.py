@@ -118,17 +118,19 @@ def put(model: Classifier, weights: Weights, data: Batch | None = None) -> Class
     """
     new = deepcopy(model).eval()
     assert isinstance(new.net, nn.Module)
-    known = dict(new.net.named_parameters())
+    parameters = dict(new.net.named_parameters())
     buffers = [name for name, _ in new.net.named_buffers() if name in weights]
     if buffers:
         raise UsageError(
             f"the set contains {buffers[0]}, which is a buffer; only parameters were expected; load a whole state "
             "dict with rotation.loaded"
         )
-    refuse_foreign(weights, {name: known[name] for name in weights if name in known}, "the parameter set")
+    refuse_foreign(
+        weights, {name: parameters[name] for name in weights if name in parameters}, "the parameter set"
+    )
     with torch.no_grad():
         for name, value in weights.items():
-            known[name].copy_(value)
+            parameters[name].copy_(value)
     norms = [layer for layer in new.modules() if isinstance(layer, _NormBase) and layer.track_running_stats]
     if norms:
         if data is None:

@@ -44,12 +44,12 @@ class Span:
 
     def coordinates(self, members: Members) -> Tensor:
         """Coefficients of the directions for each set, (n, rank), float64."""
-        found = torch.zeros(len(members), self.rank, dtype=torch.float64)
+        coefficients = torch.zeros(len(members), self.rank, dtype=torch.float64)
         for name, value in members.tensors.items():
             pieces = zip(_pieces(value - self.mean[name]), _pieces(self.directions[name]), strict=True)
             for some, rows in pieces:
-                found += (some @ rows.T).cpu()
-        return found.to(value.device)
+                coefficients += (some @ rows.T).cpu()
+        return coefficients.to(value.device)
 
     def sets(self, coordinates: Tensor) -> dict[str, Tensor]:
         """The parameter sets at `coordinates` (n, rank), each tensor (n, *shape)."""
@@ -89,13 +89,13 @@ def span(members: Members, rank: Steps | None = None) -> Span:
             "all parameter sets of the collection are equal; collect sets of different training runs"
         )
     within = int((values > _NOTHING * values[0]).sum())
-    kept = within if rank is None else min(rank, within)
-    mixes = vectors[:, :kept] / values[:kept].sqrt()
+    n_directions = within if rank is None else min(rank, within)
+    mixes = vectors[:, :n_directions] / values[:n_directions].sqrt()
     directions = {}
     for name, value in members.tensors.items():
         pieces = [mixes.T.to(some.device) @ some for some in _pieces(value - mean[name])]
-        directions[name] = torch.cat(pieces, 1).to(value).view(kept, *value.shape[1:])
-    return Span(mean, directions, float(values[:kept].sum() / values.sum()))
+        directions[name] = torch.cat(pieces, 1).to(value).view(n_directions, *value.shape[1:])
+    return Span(mean, directions, float(values[:n_directions].sum() / values.sum()))
 
 
 def _pieces(rows: Tensor) -> Iterator[Tensor]:

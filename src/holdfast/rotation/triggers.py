@@ -62,7 +62,7 @@ def alarmed(reading: Reading) -> str:
 
 def exposed(reading: Reading) -> str:
     """Swap if the set is assumed to be stolen."""
-    return "" if reading.exposure is None else f"stolen: {reading.exposure}"
+    return "" if reading.exposure is None else f"listed as stolen: {reading.exposure}"
 
 
 def due(triggers: Sequence[Trigger], reading: Reading) -> tuple[str, ...]:

@@ -256,10 +256,10 @@ def read_stage(path: Path, chain: Chain, name: str) -> Stage | None:
     if recorded is None:
         return None
     file = path / str(recorded["file"])
-    found = column_files.read(file)
-    if found.digest != recorded["digest"]:
+    file_content = column_files.read(file)
+    if file_content.digest != recorded["digest"]:
         raise TargetError(f"{str(file)!r} is not the {name} that the chain recorded; restore it from a copy")
-    return Stage(found.columns, recorded.get("reached"))
+    return Stage(file_content.columns, recorded.get("reached"))
 
 
 def recorded_document(path: Path, chain: Chain, kind: str) -> dict[str, Any] | None:

@@ -32,8 +32,8 @@ _FORM = forms.record({"id": forms.name, "key": forms.name, "about": forms.record
 
 def open_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a pool of the current format. Raises `TargetError` if there is none or it has another format."""
-    found = any_manifest(path)
-    version = found.get("schema_version")
+    manifest = any_manifest(path)
+    version = manifest.get("schema_version")
     if version == OLD_VERSION:
         raise TargetError(
             f"{str(path / POOL_MANIFEST)!r} has schema version {OLD_VERSION}, whose ledger is not authenticated: "
@@ -45,8 +45,8 @@ def open_manifest(path: Path) -> dict[str, Any]:
             f"{str(path / POOL_MANIFEST)!r} has schema version {version}; this version reads {SCHEMA_VERSION}. Install "
             f"the holdfast that wrote it"
         )
-    refuse_form(path / POOL_MANIFEST, found, _FORM)
-    return found
+    refuse_form(path / POOL_MANIFEST, manifest, _FORM)
+    return manifest
 
 
 def any_manifest(path: Path) -> dict[str, Any]:

@@ -336,12 +336,12 @@ class Pool:
         if member.deleted:
             raise UsageError(f"the parameters of {name!r} were deleted and cannot be recovered")
         self._settled(path)
-        found = self._unsealed(path, f"{SETS}/{name}")
-        if content_digest(found.columns) != member.digest:
+        content = self._unsealed(path, f"{SETS}/{name}")
+        if content_digest(content.columns) != member.digest:
             raise TargetError(
                 f"{str(path)!r} is not the set that the ledger recorded; restore it from a copy"
             )
-        return found
+        return content
 
     def _unsealed(self, path: Path, name: str) -> ColumnFile:
         with usable(path, refusal_in_pool):

@@ -95,8 +95,8 @@ class Seal:
         """A pseudonym that is constant for a text and `name`, and does not reveal the text: HMAC-SHA-256, in hex."""
         if not isinstance(text, str):
             raise UsageError(f"{text!r} is not the name of a {name.rpartition('/')[2]}; text was expected")
-        said = f"{name}\0{text}".encode("utf-8", "surrogatepass")
-        return hmac.new(self.key, said, hashlib.sha256).hexdigest()[:PSEUDONYM_DIGITS]
+        message = f"{name}\0{text}".encode("utf-8", "surrogatepass")
+        return hmac.new(self.key, message, hashlib.sha256).hexdigest()[:PSEUDONYM_DIGITS]
 
     def derived(self, purpose: str, salt: str) -> bytes:
         """A key of 32 bytes for one purpose, which reveals neither this key nor those of other purposes.

@@ -319,15 +319,15 @@ class Standing:
         reached: dict[str, State] = {name: state}
         reached |= dict.fromkeys(entry.get("retires", ()), "retired")
         for each, new in reached.items():
-            known = self.members[each]
+            member = self.members[each]
             self.members[each] = replace(
-                known,
+                member,
                 state=new,
                 since=at,
                 why=why,
                 entry=self._entries,
-                canary=entry.get("canary", known.canary),
-                against=tuple(entry.get("against", known.against)),
+                canary=entry.get("canary", member.canary),
+                against=tuple(entry.get("against", member.against)),
             )
         if state == "serving":
             self._terms.append(Term(name, entry["epoch"], at, None, {}, 0))
@@ -336,10 +336,10 @@ class Standing:
     def _expose(self, exposure: Exposure) -> None:
         """Keep the first listing of a set, or the first report after an automatic listing."""
         member = self.members[exposure.name]
-        known = member.exposed
-        if known is None or (known.automatic and not exposure.automatic):
+        earlier = member.exposed
+        if earlier is None or (earlier.automatic and not exposure.automatic):
             self.members[exposure.name] = replace(member, exposed=exposure)
-            self._exposures = [one for one in self._exposures if one is not known] + [exposure]
+            self._exposures = [one for one in self._exposures if one is not earlier] + [exposure]
 
 
 def _offer(name: str, known: Collection[str]) -> str:

@@ -70,11 +70,11 @@ def admit(
     """
     if not again:
         again = f"completed work is kept; resume with: holdfast rotate admit {pool.shown}"
-    found = tuple(map(_claim, claims))
+    parsed = tuple(map(_claim, claims))
     workshop = Workshop(pool, terms, thief or Thief(), notify)
     measuring = Measuring(pool, workshop, progress, again)
     with pool.alone_at("admit"):
-        return _Admitting(measuring, found, accepted or {}, judged, notify, stopper or Stopper()).done()
+        return _Admitting(measuring, parsed, accepted or {}, judged, notify, stopper or Stopper()).done()
 
 
 def _claim(text: str) -> Claim:
@@ -119,13 +119,13 @@ class _Admitting:
                 f"{self.pool.shown}"
             )
         while row < IN_A_ROW and (waiting := self._waiting):
-            foreign = [one for one in map(self._foreign, waiting) if one is not None]
-            one = foreign[0] if foreign else self._judged(max(waiting, key=self._apart))
-            if not self._entered(one):
+            foreign = [verdict for verdict in map(self._foreign, waiting) if verdict is not None]
+            verdict = foreign[0] if foreign else self._judged(max(waiting, key=self._apart))
+            if not self._entered(verdict):
                 continue
-            judged.append(one)
-            row = 0 if one.verdict == "admitted" else row + 1
-            self.notify(f"{one.name} {one.verdict}: {one.why}")
+            judged.append(verdict)
+            row = 0 if verdict.verdict == "admitted" else row + 1
+            self.notify(f"{verdict.name} {verdict.verdict}: {verdict.why}")
         return Admission(tuple(judged), self._waiting)
 
     @property
@@ -149,17 +149,17 @@ class _Admitting:
         if at_once is not None:
             return Judged(name, "refused", (at_once,), at_once.says, at_once.name, exposed)
         n = dict(self._first)
-        held = len(self.terms.held)
+        n_held = len(self.terms.held)
         while True:
-            n = {family: min(size, held) for family, size in n.items()}
+            n = {family: min(size, n_held) for family, size in n.items()}
             seen = self._seen(name, exposed, n)
-            found = (first, *rulings(seen, self._doubts(seen), self.claims))
+            gates = (first, *rulings(seen, self._doubts(seen), self.claims))
             unclear = {
                 one.family
-                for one in found
-                if one.verdict == "unclear" and one.family and n[one.family] < held
+                for one in gates
+                if one.verdict == "unclear" and one.family and n[one.family] < n_held
             }
-            if not unclear or any(one.verdict == "fail" for one in found):
+            if not unclear or any(one.verdict == "fail" for one in gates):
                 break
             self.notify(
                 f"{name}: unclear for {', '.join(_FAMILIES[family] for family in sorted(unclear))}; measuring "
@@ -167,12 +167,12 @@ class _Admitting:
             )
             n = {family: 2 * size if family in unclear else size for family, size in n.items()}
         against = next(
-            (one for verdict in ("fail", "unclear") for one in found if one.verdict == verdict), None
+            (one for verdict in ("fail", "unclear") for one in gates if one.verdict == verdict), None
         )
         if against is None:
-            return Judged(name, "admitted", found, self._praise(found), "", exposed, reported(seen))
+            return Judged(name, "admitted", gates, self._praise(gates), "", exposed, reported(seen))
         short = " (unclear on all held-out examples)" if against.verdict == "unclear" else ""
-        return Judged(name, "refused", found, f"{against.says}{short}", against.name, exposed, reported(seen))
+        return Judged(name, "refused", gates, f"{against.says}{short}", against.name, exposed, reported(seen))
 
     def _entered(self, one: Judged) -> bool:
         """Record the verdict in the ledger; returns whether it was recorded.
@@ -181,9 +181,9 @@ class _Admitting:
         considered. The bases of an admitted set are listed as stolen before the set is admitted, so that a kill
         cannot omit them.
         """
-        known = ""
+        fingerprint = ""
         if one.verdict == "admitted":
-            known = canary(self.terms.of_set(self.pool, one.name), self._canaries)
+            fingerprint = canary(self.terms.of_set(self.pool, one.name), self._canaries)
         with self.stopper.finishing(), self.pool.ledger.alone():
             member = self.pool.ledger.member(one.name)
             if member.state not in ("candidate", "admitted"):
@@ -205,14 +205,14 @@ class _Admitting:
                     why = f"{one.name}, which was generated from it, was admitted"
                     self.pool.expose(base.name, why, automatic=True)
             against = exposed_for(self.pool, one.name)
-            self.pool.admit(one.name, one.why, canary=known, against=against)
+            self.pool.admit(one.name, one.why, canary=fingerprint, against=against)
         return True
 
     def _praise(self, found: Sequence[Ruling]) -> str:
         """The reason for an admission, with widened tolerances."""
         wanted = ("clean accuracy", "theft", "ensemble theft")
-        said = [f"{one.name}: {one.why}" for one in found if one.name in wanted]
-        return "; ".join([*said, *widened(self._needs.values())])
+        reasons = [f"{one.name}: {one.why}" for one in found if one.name in wanted]
+        return "; ".join([*reasons, *widened(self._needs.values())])
 
     # --- measurements
 
@@ -265,10 +265,10 @@ class _Admitting:
         alike = [*self._bases, *self._own]
         clean = [one["correct"] for one in self._clean(alike, first["thieves"])]
         white = self._white(alike[: max(len(self._bases), 2)], first["white-box"])
-        found = measured(clean, [held(one) for one in white], n, self.judged)
-        if any(need.widened for need in found):
-            self.notify(f"note: {statement(found, planned=False)}")
-        return {need.gate: need for need in found}
+        needs = measured(clean, [held(one) for one in white], n, self.judged)
+        if any(need.widened for need in needs):
+            self.notify(f"note: {statement(needs, planned=False)}")
+        return {need.gate: need for need in needs}
 
     def _doubts(self, seen: Seen) -> Doubts:
         """The doubts of the candidate that were not raised for all sets that it is compared with."""
@@ -285,11 +285,11 @@ class _Admitting:
 
     @cached_property
     def _own(self) -> tuple[Subject, ...]:
-        found = []
+        subjects = []
         for model in self.measuring.workshop.own:
             sha = content_digest(state_of(model))
-            found.append(subject_of(self.terms, f"own-{sha[:NAME_DIGITS]}", sha, model))
-        return tuple(found)
+            subjects.append(subject_of(self.terms, f"own-{sha[:NAME_DIGITS]}", sha, model))
+        return tuple(subjects)
 
     @cached_property
     def _incumbents(self) -> tuple[Subject, ...]:
@@ -304,11 +304,11 @@ class _Admitting:
     @cached_property
     def _canaries(self) -> Inputs:
         """The canary inputs, stored encrypted in the pool."""
-        kept = self.pool.kept(CANARY_INPUTS)
-        if kept is None:
+        stored = self.pool.kept(CANARY_INPUTS)
+        if stored is None:
             self.pool.keep(CANARY_INPUTS, {"x": self.terms.held.x[:CANARIES].cpu()}, {})
             return self.terms.held.x[:CANARIES]
-        return kept.columns["x"].to(self.terms.held.x)
+        return stored.columns["x"].to(self.terms.held.x)
 
     # --- weights
 

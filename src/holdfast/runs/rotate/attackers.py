@@ -139,14 +139,14 @@ class _Measuring:
             self._row("rows", who, measured, place, of)
         for place, (name, measure) in enumerate(instead, len(parts) + 1):
             self._row("instead", name, measure, place, of)
-        found = {row["who"]: row for row in self.document["instead"] if row.get("clean")}
-        itself = (found.get("static") or {}).get("white")
+        by_name = {row["who"]: row for row in self.document["instead"] if row.get("clean")}
+        itself = (by_name.get("static") or {}).get("white")
         rows = judged(self.document["rows"], itself)
-        one = next(row["share"] for row in rows if row["who"] == "A1")
-        known = {name: found.get(name) for name, _ in instead}
+        share_of_a1 = next(row["share"] for row in rows if row["who"] == "A1")
+        alternatives = {name: by_name.get(name) for name, _ in instead}
         return self.document | {
             "rows": rows,
-            "doubt": doubt(known, self.terms, one),
+            "doubt": doubt(alternatives, self.terms, share_of_a1),
             "verdict": verdict(rows, itself),
             "notes": self._notes(),
             "complete": True,
@@ -158,8 +158,8 @@ class _Measuring:
             return
         self.progress(Step(who, place, of, 0, len(self.batch), 0, 0))
         begin = time.perf_counter()
-        found = measure() or {"says": "the pool contains no run with several sets"}
-        row = {"who": who, **found, "seconds": round(time.perf_counter() - begin, 1)}
+        measured = measure() or {"says": "the pool contains no run with several sets"}
+        row = {"who": who, **measured, "seconds": round(time.perf_counter() - begin, 1)}
         self.document = self.document | {what: [*self.document[what], row]}
         self.keep(self.document)
 
@@ -226,7 +226,7 @@ class _Measuring:
 
     def _generator(self) -> Json:
         fell: dict[str, Mask] = {}
-        held: list[str] = []
+        sources: list[str] = []
         generator = learned(self.pool, self.terms)
         if generator is not None:
             drawn, before = self._drawn, -1.0
@@ -243,21 +243,21 @@ class _Measuring:
                 before = best
             middle = [self.terms.of_weights(generator.mean())]
             fell |= {f"the mean set, {name}": mask for name, mask in self._stolen("mean", middle).items()}
-            held.append("the generator")
+            sources.append("the generator")
         siblings = siblings_of(self.pool, self.name, lambda name: True)[:_MOST]
         if siblings:
-            made = self._stolen("siblings", self._sets(siblings))
+            by_attack = self._stolen("siblings", self._sets(siblings))
             fell |= {
                 f"{amount(len(siblings), 'sets')} of the same draw, {name}": mask
-                for name, mask in made.items()
+                for name, mask in by_attack.items()
             }
-            held.append(f"{amount(len(siblings), 'sets')} of the same draw")
+            sources.append(f"{amount(len(siblings), 'sets')} of the same draw")
         if not fell:
             return _unmeasured(
                 "there is no generator and no set of the same draw, and the procedure was not repeated"
             )
         says = "" if siblings else "no set of the same draw is left, and the procedure was not repeated"
-        return self._told(" and ".join(held), fell, says)
+        return self._told(" and ".join(sources), fell, says)
 
     def _asking(self) -> Json:
         asking = self.means.asking
@@ -345,15 +345,15 @@ class _Measuring:
         wanted, known = max(self.means.draws), bases_left(self.pool)
         right = [accuracy(model, some) for model in self._sets(known[:_MOST])]
         least = sum(right) / len(right) - _POINTS if right else 0.0
-        found: list[tuple[float, Classifier]] = []
+        models_found: list[tuple[float, Classifier]] = []
         for chunk in range(_CHUNKS):
             drawn = generator.drawn(_CHUNK, rng.at(chunk))
             models = [self.terms.of_weights(drawn.one(k)) for k in range(len(drawn))]
-            found += [(accuracy(model, some), model) for model in models]
-            if sum(share >= least for share, _ in found) >= wanted:
+            models_found += [(accuracy(model, some), model) for model in models]
+            if sum(share >= least for share, _ in models_found) >= wanted:
                 break
-        good = [model for share, model in found if share >= least]
-        best = sorted(found, key=lambda each: -each[0])[: self.means.draws[0]]
+        good = [model for share, model in models_found if share >= least]
+        best = sorted(models_found, key=lambda each: -each[0])[: self.means.draws[0]]
         return good[:wanted] if len(good) >= self.means.draws[0] else [model for _, model in best]
 
     def _sets(self, names: Sequence[str]) -> list[Classifier]:
@@ -364,21 +364,21 @@ class _Measuring:
     @cached_property
     def _example(self) -> tuple[str, Inputs]:
         """The attack with the highest success rate on the most recently stolen set of A1, and its examples."""
-        held = self._sets(self._one[0][-1:])
-        made = self.means.quick.crafted(held, self.batch, self.threat, rng=self.rng.at("A4 prior"))
-        return max(made.items(), key=lambda each: int(self._turned(each[1]).sum()))
+        stolen = self._sets(self._one[0][-1:])
+        examples = self.means.quick.crafted(stolen, self.batch, self.threat, rng=self.rng.at("A4 prior"))
+        return max(examples.items(), key=lambda each: int(self._turned(each[1]).sum()))
 
     def _stolen(self, place: str, held: Sequence[Classifier], thief: Thief | None = None) -> dict[str, Mask]:
         """For each attack on the models in `held`, which inputs are adversarial for the serving set."""
-        made = (thief or self.means.thief).crafted(held, self.batch, self.threat, rng=self.rng.at(place))
-        return {name: self._turned(x) for name, x in made.items()}
+        examples = (thief or self.means.thief).crafted(held, self.batch, self.threat, rng=self.rng.at(place))
+        return {name: self._turned(x) for name, x in examples.items()}
 
     def _each(self, place: str, names: Sequence[str]) -> dict[str, Mask]:
         """For each attack on each single set, which inputs are adversarial for the serving set."""
         fell: dict[str, Mask] = {}
         for name in names:
-            made = self._stolen(f"{place} {name}", self._sets([name]))
-            fell |= {f"{attack} on {name}": mask for attack, mask in made.items()}
+            by_attack = self._stolen(f"{place} {name}", self._sets([name]))
+            fell |= {f"{attack} on {name}": mask for attack, mask in by_attack.items()}
         return fell
 
     def _turned(self, x: Inputs) -> Mask:

@@ -122,9 +122,9 @@ def bases_left(pool: Pool) -> tuple[str, ...]:
 
 def surrogates(pool: Pool, terms: Terms) -> list[Classifier]:
     """The surrogate models of a surrogate-only attacker. Raises `UsageError` if some are missing."""
-    found = [pool.kept(_own(k)) for k in range(OWN)]
-    _refuse_uncollected(pool, [_own(k) for k in range(OWN)], found)
-    return [loaded(terms.model, kept.columns, "own") for kept in found if kept is not None]
+    files = [pool.kept(_own(k)) for k in range(OWN)]
+    _refuse_uncollected(pool, [_own(k) for k in range(OWN)], files)
+    return [loaded(terms.model, kept.columns, "own") for kept in files if kept is not None]
 
 
 def secret(pool: Pool) -> Draws:
@@ -132,12 +132,12 @@ def secret(pool: Pool) -> Draws:
 
     Its seed comes from the operating system and is stored encrypted: a known seed would reproduce the collection.
     """
-    kept = pool.kept(_SECRET)
-    if kept is None:
+    stored = pool.kept(_SECRET)
+    if stored is None:
         pool.keep(_SECRET, {"seed": torch.tensor([secrets.randbits(62)])}, {})
-        kept = pool.kept(_SECRET)
-        assert kept is not None
-    return Draws(int(kept.columns["seed"]))
+        stored = pool.kept(_SECRET)
+        assert stored is not None
+    return Draws(int(stored.columns["seed"]))
 
 
 def epochs_of(pool: Pool) -> int:
@@ -153,9 +153,9 @@ def epochs_of(pool: Pool) -> int:
 def _runs(pool: Pool) -> list[ColumnFile]:
     plan = pool.kept(_PLAN)
     runs = 0 if plan is None else int(plan.about["runs"])
-    found = [pool.kept(_run(k)) for k in range(runs)]
-    _refuse_uncollected(pool, [_run(k) for k in range(max(runs, 1))], found)
-    return [kept for kept in found if kept is not None]
+    files = [pool.kept(_run(k)) for k in range(runs)]
+    _refuse_uncollected(pool, [_run(k) for k in range(max(runs, 1))], files)
+    return [kept for kept in files if kept is not None]
 
 
 def _refuse_uncollected(pool: Pool, names: list[str], found: list[ColumnFile | None]) -> None:
@@ -207,36 +207,36 @@ class _Collecting:
         """Train all runs and surrogates that are missing, and return the result."""
         plan = self._planned(budget_s)
         task, runs, lost = self.terms.task(plan["epochs"]), self.terms.source.runs, self._guessed()
-        found: list[Mapping[str, Any]] = []
+        descriptions: list[Mapping[str, Any]] = []
         own: list[float] = []
         for run in range(runs):
-            kept = self.pool.kept(_run(run)) or self._run(task, run, lost)
-            self._list(kept)
-            found.append(kept.about)
+            stored = self.pool.kept(_run(run)) or self._run(task, run, lost)
+            self._list(stored)
+            descriptions.append(stored.about)
             self.notify(
-                f"run {run + 1} of {runs}: {kept.about['sets']} sets, accuracy {100 * kept.about['accuracy']:.1f} %"
+                f"run {run + 1} of {runs}: {stored.about['sets']} sets, accuracy {100 * stored.about['accuracy']:.1f} %"
             )
         for k in range(OWN):
-            kept = self.pool.kept(_own(k)) or self._surrogate(task, k, lost)
-            own.append(kept.about["accuracy"])
-            self.notify(f"surrogate {k + 1} of {OWN}: accuracy {100 * kept.about['accuracy']:.1f} %")
+            stored = self.pool.kept(_own(k)) or self._surrogate(task, k, lost)
+            own.append(stored.about["accuracy"])
+            self.notify(f"surrogate {k + 1} of {OWN}: accuracy {100 * stored.about['accuracy']:.1f} %")
         self.pool.drop(_BEGUN)
         self.progress(Step("collected", self.anew + OWN, self.anew + OWN, 1, 1, 0, 0))
-        right = tuple(one["accuracy"] for one in found)
-        return Collected(runs, sum(one["sets"] for one in found), plan["epochs"], right, tuple(own))
+        right = tuple(one["accuracy"] for one in descriptions)
+        return Collected(runs, sum(one["sets"] for one in descriptions), plan["epochs"], right, tuple(own))
 
     def _planned(self, budget_s: float | None) -> Mapping[str, Any]:
         """The plan of the first call, which fixes the number of epochs of each run."""
-        known = self.pool.kept(_PLAN)
-        if known is not None:
-            planned = known.about["budget_s"]
+        stored = self.pool.kept(_PLAN)
+        if stored is not None:
+            planned = stored.about["budget_s"]
             if budget_s is not None and budget_s != planned:
                 by = "none" if planned is None else f"{planned:g} s"
                 raise UsageError(
-                    f"{str(self.pool.path)!r} was planned with a budget of {by} ({known.about['epochs']} epochs "
+                    f"{str(self.pool.path)!r} was planned with a budget of {by} ({stored.about['epochs']} epochs "
                     f"for each run), but {budget_s:g} s were given; leave --budget out, or create another pool"
                 )
-            return known.about
+            return stored.about
         epochs, spent_s = self.terms.training.epochs, 0.0
         if budget_s is not None:
             self.notify(
@@ -244,15 +244,15 @@ class _Collecting:
                 f"{budget_s:g} s"
             )
             begin = time.perf_counter()
-            found = pace(
+            measured_pace = pace(
                 self.terms.candidate.recipe, self.terms.model, self.terms.train, self.terms.threat, budget_s
             )
             spent_s = time.perf_counter() - begin
             trained = self.anew + OWN
-            spent_s += self.terms.source.runs * self.terms.source.updates * found.update
-            epochs = fitting((budget_s - spent_s) / trained, found)
+            spent_s += self.terms.source.runs * self.terms.source.updates * measured_pace.update
+            epochs = fitting((budget_s - spent_s) / trained, measured_pace)
             if not epochs:
-                raise UsageError(_too_small(budget_s, spent_s, found, trained))
+                raise UsageError(_too_small(budget_s, spent_s, measured_pace, trained))
         plan = {"epochs": epochs, "runs": self.terms.source.runs, "budget_s": budget_s, "planning_s": spent_s}
         self.pool.keep(_PLAN, {"epochs": torch.tensor([epochs])}, plan)
         return plan
@@ -311,13 +311,13 @@ class _Collecting:
 
     def _last(self, name: str) -> Checkpoint | None:
         """The last epoch of a run that an earlier call stored."""
-        kept = self.pool.kept(_BEGUN)
-        if kept is None or kept.about["run"] != name:
+        stored = self.pool.kept(_BEGUN)
+        if stored is None or stored.about["run"] != name:
             return None
-        said = kept.about
+        metadata = stored.about
         device = torch.device(self.terms.device)
-        tensors = {key: value.to(device) for key, value in kept.columns.items()}
-        return Checkpoint(said["epoch"], said["of"], tensors, said["measured"])
+        tensors = {key: value.to(device) for key, value in stored.columns.items()}
+        return Checkpoint(metadata["epoch"], metadata["of"], tensors, metadata["measured"])
 
     def _list(self, kept: ColumnFile) -> None:
         """Add the base of a run to the pool as a set that never serves."""

@@ -32,12 +32,12 @@ class Loss:
 
 def largest_loss(before: Mapping[str, Sequence[Mask]], after: Mask, confidence: float) -> Loss:
     """The largest loss relative to the named references."""
-    each = {name: difference(masks, after, confidence) for name, masks in before.items()}
-    whom = max(each, key=lambda name: each[name].value)
+    losses = {name: difference(masks, after, confidence) for name, masks in before.items()}
+    whom = max(losses, key=lambda name: losses[name].value)
     surely = bonferroni(confidence, len(before))
     low = max(difference(masks, after, surely).low for masks in before.values())
-    value, high = each[whom].value, max(one.high for one in each.values())
-    return Loss(Estimate(value, min(low, value), high, each[whom].n), whom)
+    value, high = losses[whom].value, max(one.high for one in losses.values())
+    return Loss(Estimate(value, min(low, value), high, losses[whom].n), whom)
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,18 @@ def worst(carried: Carried, thieves: Sequence[Attacker], confidence: float = CON
     given confidence; the lower ends are corrected for their number (Bonferroni).
     """
     right = carried.evidence["correct"]
-    found = {key: fell[right] for key, fell in carried.fell.items() if key[0] in thieves}
-    if not found:
+    masks = {key: fell[right] for key, fell in carried.fell.items() if key[0] in thieves}
+    if not masks:
         return None
-    each = {key: share(fell, confidence) for key, fell in found.items()}
-    order = sorted(found, key=lambda key: -each[key].value)
-    low = max(share(fell, bonferroni(confidence, len(found))).low for fell in found.values())
-    first, high = each[order[0]], max(one.high for one in each.values())
+    shares = {key: share(fell, confidence) for key, fell in masks.items()}
+    order = sorted(masks, key=lambda key: -shares[key].value)
+    low = max(share(fell, bonferroni(confidence, len(masks))).low for fell in masks.values())
+    first, high = shares[order[0]], max(one.high for one in shares.values())
     thief, attack = order[0]
     return Worst(
         Estimate(first.value, min(low, first.value), high, first.n),
         f"{thief.name} by {attack}",
-        tuple(found[key] for key in order),
+        tuple(masks[key] for key in order),
     )
 
 

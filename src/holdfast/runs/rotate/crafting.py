@@ -46,8 +46,8 @@ class Attacker:
     @property
     def name(self) -> str:
         """Name of the attacker in columns and reports."""
-        held = self.sources[0] if len(self.sources) == 1 else f"{len(self.sources)} sets"
-        return f"{self.kind} {held}"
+        source = self.sources[0] if len(self.sources) == 1 else f"{len(self.sources)} sets"
+        return f"{self.kind} {source}"
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,13 @@ class Workshop:
         """The perturbations of an attacker in half precision, from the pool if they are stored there."""
         about = digest(canonical(strict([code_digest(), len(some), self._asked, self.terms.about()])))
         place = digest(canonical([attacker.kind, *attacker.sources, start]))[:16]
-        kept = self.pool.kept(f"made_{place}")
-        if kept is not None and kept.about["of"] == about:
-            return kept.columns
+        stored = self.pool.kept(f"made_{place}")
+        if stored is not None and stored.about["of"] == about:
+            return stored.columns
         self.notify(f"{attacker.name}: examples of {len(some):,} inputs by {', '.join(self.thief.attacks)}")
         rng = Draws(self.terms.seed).at("thief", attacker.kind, *attacker.sources)
-        made = self.thief.crafted(self._models(attacker), some, self.terms.threat, rng=rng)
-        changes = {name: (x - some.x).half().cpu() for name, x in made.items()}
+        examples = self.thief.crafted(self._models(attacker), some, self.terms.threat, rng=rng)
+        changes = {name: (x - some.x).half().cpu() for name, x in examples.items()}
         if attacker.kind != "A3":  # these sets differ for each candidate
             self.pool.keep(f"made_{place}", changes, {"of": about})
         return changes
@@ -182,10 +182,10 @@ def attackers(workshop: Workshop, name: str, exposed: Sequence[str], siblings: S
 
 def exposed_for(pool: Pool, name: str) -> tuple[str, ...]:
     """Sets that an attacker may have when the set serves: its bases, then the stolen sets, the most recent one last."""
-    known = {member.name: member for member in pool.ledger.members}
+    members = {member.name: member for member in pool.ledger.members}
     listed = [one.name for one in pool.ledger.exposed()]
-    unlisted = [each for each in known[name].bases if each not in listed]
-    return tuple(each for each in (*unlisted, *listed) if each != name and not known[each].deleted)
+    unlisted = [each for each in members[name].bases if each not in listed]
+    return tuple(each for each in (*unlisted, *listed) if each != name and not members[each].deleted)
 
 
 def siblings_of(pool: Pool, name: str, usable: Callable[[str], bool]) -> tuple[str, ...]:

@@ -74,17 +74,19 @@ def draw(
         begun = pool.kept(_KEPT) if resume else None
         if begun is None:
             kind = by or ("anew" if learned(pool, terms) is None else "generator")
-            said = {
+            metadata = {
                 "drawing": secrets.token_hex(4),
                 "asked": {"sets": sets or _SETS, "by": kind, "immunise": how},
                 "against": [] if immunise is None else list(_against(pool)),
                 "names": [],
                 "looked_at": 0,
             }
-            pool.keep(_KEPT, {"seed": torch.tensor([secrets.randbits(62)])}, said)
+            pool.keep(_KEPT, {"seed": torch.tensor([secrets.randbits(62)])}, metadata)
         else:
-            known = begun.about["asked"]
-            _refuse_other(known, {"sets": sets or known["sets"], "by": by or known["by"], "immunise": how})
+            settings = begun.about["asked"]
+            _refuse_other(
+                settings, {"sets": sets or settings["sets"], "by": by or settings["by"], "immunise": how}
+            )
             if not _missing(begun.about):
                 notify(
                     "that draw is complete, so there is nothing to resume; leave --resume out to draw more sets"
@@ -127,20 +129,20 @@ def _missing(about: Mapping[str, Any]) -> bool:
 
 def _against(pool: Pool) -> tuple[str, ...]:
     """The sets that an attacker may have."""
-    known = {member.name: member for member in pool.ledger.members}
-    listed = tuple(one.name for one in pool.ledger.exposed() if not known[one.name].deleted)
+    members = {member.name: member for member in pool.ledger.members}
+    listed = tuple(one.name for one in pool.ledger.exposed() if not members[one.name].deleted)
     if listed:
         return listed
     now = pool.serving
     if now is not None:
         return (now.name,)
-    found = bases_left(pool)
-    if not found:
+    left = bases_left(pool)
+    if not left:
         raise UsageError(
             f"{str(pool.path)!r} lists no stolen set, no set serves, and the bases are deleted, so there is "
             "nothing to immunise against; leave --immunise out, or collect first"
         )
-    return found
+    return left
 
 
 class _Drawing:
@@ -149,12 +151,12 @@ class _Drawing:
     def __init__(
         self, pool: Pool, terms: Terms, immunise: Immunise | None, stopper: Stopper, notify: Notify
     ) -> None:
-        kept = pool.kept(_KEPT)
-        assert kept is not None
+        stored = pool.kept(_KEPT)
+        assert stored is not None
         self.pool, self.terms, self.immunise = pool, terms, immunise
-        self.stopper, self.notify, self.said = stopper, notify, dict(kept.about)
+        self.stopper, self.notify, self.said = stopper, notify, dict(stored.about)
         self.by: By = self.said["asked"]["by"]
-        self.seed: Tensor = kept.columns["seed"]
+        self.seed: Tensor = stored.columns["seed"]
         self.draws = Draws(int(self.seed)).at("drawing")
         self.task = terms.task(epochs_of(pool))
         self.looked = rows_of(self.task.data, _LOOKED, self.draws.at("looked at"))
@@ -191,27 +193,27 @@ class _Drawing:
         return _drawn(self.said)
 
     def _generator(self) -> Generator:
-        found = learned(self.pool, self.terms)
-        if found is None:
+        generator = learned(self.pool, self.terms)
+        if generator is None:
             raise UsageError(
                 f"{str(self.pool.path)!r} has no generator yet; train one with holdfast rotate train "
                 f"{self.pool.shown}, or train sets from fresh weights with --by anew"
             )
-        known = {name: tuple(mean.shape) for name, mean in found.embedding.span.mean.items()}
+        shapes = {name: tuple(mean.shape) for name, mean in generator.embedding.span.mean.items()}
         own = {name: tuple(value.shape) for name, value in self.terms.model.net.named_parameters()}  # type: ignore[union-attr]
-        other = next((name for name, shape in known.items() if own.get(name) != shape), None)
+        other = next((name for name, shape in shapes.items() if own.get(name) != shape), None)
         if other is not None:
             raise UsageError(
-                f"the generator returns {other} of shape {known[other]}, but the model has {own.get(other)}: the "
+                f"the generator returns {other} of shape {shapes[other]}, but the model has {own.get(other)}: the "
                 "generator is for another architecture; train it again with holdfast rotate train "
                 f"{self.pool.shown}"
             )
-        return found
+        return generator
 
     def _least(self) -> float:
         """The accuracy that a generated set needs on the inputs that it is tested on."""
-        known = [self.terms.of_set(self.pool, name) for name in bases_left(self.pool)]
-        right = [accuracy(base, self.looked) for base in known]
+        models = [self.terms.of_set(self.pool, name) for name in bases_left(self.pool)]
+        right = [accuracy(base, self.looked) for base in models]
         return mean(right) - _POINT if right else 0.0
 
     def _fresh(self, rng: Draws) -> tuple[Classifier, tuple[str, ...]]:

@@ -78,8 +78,8 @@ class Instead:
 
     def _pgd(self) -> Json:
         share = _SHARE * 2 / (_INNER + 1)  # a single-step update takes two passes
-        said = f"as many passes: {share:.2g} of an epoch, {_INNER} steps"
-        return self._row(self._trained(PGDTraining(steps=_INNER), share), self.live, said)
+        description = f"as many passes: {share:.2g} of an epoch, {_INNER} steps"
+        return self._row(self._trained(PGDTraining(steps=_INNER), share), self.live, description)
 
     def _diverse(self) -> Json:
         """Half of the passes compute examples, half train on them, together with FGSM-RS if the sets were hardened."""
@@ -90,16 +90,16 @@ class Instead:
         how = Immunise(share=share, batch=max(batch // 2, 1), lr=_LR, crafting=crafting)
         as_known = trained_as(recipe, Training(batch=batch))
         place = self.rng.at("trained", "diverse")
-        made = how(self.live, [self.live], as_known, self.terms.train, self.threat, rng=place)
-        says = (
+        trained = how(self.live, [self.live], as_known, self.terms.train, self.threat, rng=place)
+        description = (
             f"as many passes: {share:.2g} of an epoch, and {crafting.examples:,} inputs distilled from others"
         )
-        return self._row(made, self.live, says)
+        return self._row(trained, self.live, description)
 
     def _trained(self, recipe: Recipe, share: float) -> Classifier:
         """The serving set, trained further for part of an epoch."""
-        known = self.terms.training
-        how = Training(epochs=1, batch=known.batch, lr=_LR, averaging="none", weight_decay=0.0)
+        training = self.terms.training
+        how = Training(epochs=1, batch=training.batch, lr=_LR, averaging="none", weight_decay=0.0)
         how = replace(how, optimizer="adamw", schedule="cycle", warmup=0.0)
         data, place = self.terms.train, self.rng.at("trained", type(recipe).__name__)
         some = rows_of(data, max(round(share * len(data)), 1), place.at("data"))
@@ -161,8 +161,8 @@ class Instead:
         return {"clean": said(clean), "thief": said(thief), "white": said(white), "says": says}
 
     def _worst(self, serves: Classifier, held: Classifier, some: Batch) -> Estimate:
-        made = self.thief.crafted([held], some, self.threat, rng=self.rng.at("instead"))
-        fell = [~_right(serves, some.at(x)) for x in made.values()]
+        examples = self.thief.crafted([held], some, self.threat, rng=self.rng.at("instead"))
+        fell = [~_right(serves, some.at(x)) for x in examples.values()]
         return max((proportion(mask) for mask in fell), key=lambda share: share.value)
 
 

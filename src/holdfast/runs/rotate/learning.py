@@ -78,11 +78,11 @@ def _learned_anew(
     diffusion_s = time.perf_counter() - begin
     _refuse_astray(terms, generator, collected, draws.at("tried"), diffusion)
     notify(f"diffusion: regulariser {diffusion.regulariser}, {diffusion_s:.1f} s")
-    found = Learned(
+    result = Learned(
         len(collected), collected.parameters, embedding.span.rank, embedding.lost, lost, codec_s, diffusion_s
     )
-    pool.keep(_KEPT, packed(generator), vars(found))
-    return found
+    pool.keep(_KEPT, packed(generator), vars(result))
+    return result
 
 
 def _refuse_astray(
@@ -104,17 +104,17 @@ def _refuse_astray(
 
 def learned(pool: Pool, terms: Terms) -> Generator | None:
     """The generator of the pool; None if there is none."""
-    kept = pool.kept(_KEPT)
-    if kept is None:
+    stored = pool.kept(_KEPT)
+    if stored is None:
         return None
     device = torch.device(terms.device)
-    return unpacked({name: value.to(device) for name, value in kept.columns.items()})
+    return unpacked({name: value.to(device) for name, value in stored.columns.items()})
 
 
 def what_was_learned(pool: Pool) -> Learned | None:
     """What `learn` returned for the generator of the pool; None if there is none."""
-    kept = pool.kept(_KEPT)
-    return None if kept is None else Learned(**kept.about)
+    stored = pool.kept(_KEPT)
+    return None if stored is None else Learned(**stored.about)
 
 
 def _lost(terms: Terms, embedding: Embedding, collected: Members) -> float:

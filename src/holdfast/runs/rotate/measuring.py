@@ -98,8 +98,8 @@ class Measuring:
         terms = self.workshop.terms
         threat = replace(terms.threat, access="gradients", queries=None, surrogates=())
         plan = Plan(tuple(members), threat, terms.seed, full=what not in ("white-box", "clean"), shown=False)
-        asked = plan.outline(terms.model.classes or 0).steps
-        tag = digest(canonical([self._base, strict(asked)]))[:_TAG]
+        stages = plan.outline(terms.model.classes or 0).steps
+        tag = digest(canonical([self._base, strict(stages)]))[:_TAG]
         run = self.pool.path / FOLDER / str(of.card["name"]) / f"{what}-{start}-{stop}-{tag}"
         order = Order(plan, device=terms.device)
         with private():
@@ -130,10 +130,10 @@ class Measuring:
 
 def ends(n: int, first: int) -> list[tuple[int, int]]:
     """Ranges of `n` examples: the first has `first` examples, each later one as many as all before it."""
-    found = [0, min(first, n)]
-    while found[-1] < n:
-        found.append(min(2 * found[-1], n))
-    return list(pairwise(found))
+    stops = [0, min(first, n)]
+    while stops[-1] < n:
+        stops.append(min(2 * stops[-1], n))
+    return list(pairwise(stops))
 
 
 def _fell(path: Path, members: Sequence[Member]) -> list[Mask]:

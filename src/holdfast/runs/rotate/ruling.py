@@ -39,7 +39,7 @@ NOTHING, SEVERAL, FLOOR, STATIC = 1.2, 1.5, 0.05, 0.5
 (`NOTHING`) and for several (`SEVERAL`); a share that is always allowed (`FLOOR`); and the share of the success of
 white-box attacks on the reference (`STATIC`), or, if a surrogate-only attacker achieves as much, less than the limit
 above which rotation gives no protection."""
-_MORE = 1.5  # multiple of the difference between bases, of which an interval takes a part
+_MORE = 1.5  # multiple of the difference between bases, which leaves room for the width of an interval
 _ODD = 3.0  # ratio of the success of examples from sets of the same draw to that of examples from stolen sets
 _BETTER = "the better of the serving set and the bases"
 Family = Literal["thieves", "white-box", "siblings", ""]
@@ -172,7 +172,7 @@ def rulings(seen: Seen, doubts: Doubts, claims: Sequence[Claim]) -> tuple[Ruling
 
 def reported(seen: Seen) -> dict[str, Estimate]:
     """Estimates that are reported and decide no gate."""
-    found = {
+    estimates = {
         "white_box_success": share(~held(seen.white)[seen.white["correct"]]),
         "static_white_box_success": seen.static,
         "worst_class": worst_class(seen.white),
@@ -180,7 +180,7 @@ def reported(seen: Seen) -> dict[str, Estimate]:
     }
     nothing = worst(seen.carried, [seen.attackers.nothing])
     those = {"transfer_of_nothing": nothing, "sibling_transfer": seen.sibling}
-    return found | {name: one.estimate for name, one in those.items() if one is not None}
+    return estimates | {name: one.estimate for name, one in those.items() if one is not None}
 
 
 def _clean(seen: Seen) -> Ruling:
@@ -208,14 +208,14 @@ def _thefts(seen: Seen) -> tuple[Ruling, ...]:
         return tuple(
             Ruling(gate, None, "not applicable", "pass", why) for gate in ("theft", "ensemble theft")
         )
-    found = [
+    gates = [
         _beside_nothing("theft", one, seen, seen.attackers.nothing, NOTHING),
         _of_static(one, seen),
     ]
     if several is None or seen.attackers.evenly is None:
         why = "only one set is listed as stolen"
-        return (*found, Ruling("ensemble theft", None, "not applicable", "pass", why))
-    return (*found, _beside_nothing("ensemble theft", several, seen, seen.attackers.evenly, SEVERAL))
+        return (*gates, Ruling("ensemble theft", None, "not applicable", "pass", why))
+    return (*gates, _beside_nothing("ensemble theft", several, seen, seen.attackers.evenly, SEVERAL))
 
 
 def _beside_nothing(gate: str, theft: Worst, seen: Seen, thief: Attacker, times: float) -> Ruling:

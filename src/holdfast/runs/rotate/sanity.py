@@ -65,9 +65,9 @@ def distance(
     if not all(bool(weights[name].isfinite().all()) for name in names):
         return 0.0, ""
     some, others = _side_by_side([weights], names), _side_by_side([*exposed.values()], names)
-    found = l1(some, others)[0]
-    place = int(found.argmin())
-    return float(found[place]), list(exposed)[place]
+    distances = l1(some, others)[0]
+    place = int(distances.argmin())
+    return float(distances[place]), list(exposed)[place]
 
 
 def twin(

@@ -117,7 +117,7 @@ class Terms:
     def about(self) -> dict[str, Any]:
         """The settings as the manifest of the pool stores them, for the comparison in `refuse_other`."""
         of, examples = type(self.source).__name__.lower(), self.examples
-        said = {
+        settings = {
             "model": {key: value for key, value in self.subject.card.items() if key != "files"},
             "digest": self.subject.digest,
             "data": {
@@ -133,7 +133,7 @@ class Terms:
             "seed": self.seed,
             "settings": dict(self.settings),
         }
-        plain: dict[str, Any] = json.loads(canonical(strict(said)))
+        plain: dict[str, Any] = json.loads(canonical(strict(settings)))
         return plain
 
     def refuse_other(self, pool: Pool) -> None:
@@ -143,10 +143,10 @@ class Terms:
         for key in ("digest", "data", "threat", "recipe", "source", "begins", "seed"):
             if known.get(key) != mine[key]:
                 sides = ({key: side.get(key), **_named(key, side)} for side in (known, mine))
-                told = differences(*sides).removeprefix(key).lstrip(".: ")
+                difference = differences(*sides).removeprefix(key).lstrip(".: ")
                 raise UsageError(
-                    f"{str(pool.path)!r} was created with another {words.get(key, key)} ({told}); use that again, "
-                    "or create another pool"
+                    f"{str(pool.path)!r} was created with another {words.get(key, key)} ({difference}); use that "
+                    "again, or create another pool"
                 )
 
 

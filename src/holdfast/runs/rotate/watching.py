@@ -23,7 +23,7 @@ from holdfast.runs.rotate.verdicts import IN_A_ROW, Admission
 from holdfast.runs.signals import Stopper
 from holdfast.store.pool import Pool
 
-_LOOKS_S, _PAUSE_S = 1.0, 60.0  # between two looks at the ledger, and after one without a usable set
+_LOOKS_S, _PAUSE_S = 1.0, 60.0  # seconds between two reads of the ledger, and after one without a usable set
 
 
 @dataclass(frozen=True)
@@ -75,20 +75,20 @@ class Turner:
                 self._draw(missing)
                 self._turn()
             last = {name for name in candidates(self.pool) if self._last_resort(name)}
-            found = admit(
+            admission = admit(
                 self.pool, self.terms, claims=self.how.claims, accepted=self.how.accepted, judged=self.how.judged,
                 again=self.how.again, stopper=self.stopper, notify=self.notify, progress=self.progress,
             )  # fmt: skip
             self._turn()
-            fell = [one for one in found.judged if one.name in last]
-            refused = 0 if found.admitted else refused + len(fell)
+            fell = [one for one in admission.judged if one.name in last]
+            refused = 0 if admission.admitted else refused + len(fell)
             if refused >= IN_A_ROW:
-                raise Inconclusive(self._ended(found, refused))
-            if found.judged and not (found.admitted or fell) and self._by != "anew":
-                self._refused(found)
-        made = self._admitted - before
-        if made > 0:
-            self._refuse_faster((time.perf_counter() - begin) / made)
+                raise Inconclusive(self._ended(admission, refused))
+            if admission.judged and not (admission.admitted or fell) and self._by != "anew":
+                self._refused(admission)
+        n_admitted = self._admitted - before
+        if n_admitted > 0:
+            self._refuse_faster((time.perf_counter() - begin) / n_admitted)
 
     def _refused(self, found: Admission) -> None:
         """Train sets from fresh weights from now on if all sets of the generator were refused, unless `by` is set."""
@@ -105,9 +105,9 @@ class Turner:
         serves = (
             "no set serves" if now is None else f"{now.name} remains the serving set, in epoch {now.epoch}"
         )
-        made = "of the generator" if self.how.by == "generator" else "trained from fresh weights"
+        kind = "of the generator" if self.how.by == "generator" else "trained from fresh weights"
         return (
-            f"{refused} sets {made} were refused in a row, the last one because of {found.judged[-1].why}; "
+            f"{refused} sets {kind} were refused in a row, the last one because of {found.judged[-1].why}; "
             f"{serves}, and {len(self.pool.ahead)} admitted sets are waiting; {found.remedy}"
         )
 
@@ -135,18 +135,18 @@ class Turner:
         if self.how.by is None and self._by is None and self._refused_of_generator():
             self._go_anew(f"the last {IN_A_ROW} generated sets were refused")
         by = self.how.by or self._by
-        given: dict[str, Any] = {
+        options: dict[str, Any] = {
             "immunise": self.how.immunise,
             "stopper": self.stopper,
             "notify": self.notify,
         }
         try:
-            draw(self.pool, self.terms, missing, by=by, **given)
+            draw(self.pool, self.terms, missing, by=by, **options)
         except Inconclusive as error:
             if by is not None:
                 raise
             self._go_anew(str(error))
-            draw(self.pool, self.terms, missing, by="anew", **given)
+            draw(self.pool, self.terms, missing, by="anew", **options)
 
     def _refused_of_generator(self) -> bool:
         """Whether the last five generated sets were judged and refused."""
