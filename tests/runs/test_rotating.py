@@ -20,7 +20,7 @@ from holdfast.ops.recipe import trained_as
 from holdfast.recipes import SingleStep, Standard
 from holdfast.reports.terminal import tables
 from holdfast.rotation import Codec, LatentDiffusion
-from holdfast.rotation.thieves import ATTACKS, Thief
+from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.runs.index import open_run
 from holdfast.runs.order import Step
 from holdfast.runs.rotate import collecting, drawing, learning
@@ -33,7 +33,7 @@ from holdfast.store.verify import verify
 from rotation.problem import examples
 
 NET = "from rotation.problem import network\n\n\ndef make():\n    return network()\n"
-FEW = Thief({"MI": ATTACKS["MI"]})
+FEW = TransferAttacker({"MI": ATTACKS["MI"]})
 MEANS = Means(FEW, FEW, (2, 4), AcrossSwaps(queries=12, every=5), labels=64, epochs=1)
 INSTEAD = (
     "static", "weight noise", "checkpoints of a run", "soup", "SWAG", "independent seeds",

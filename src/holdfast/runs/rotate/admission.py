@@ -20,7 +20,7 @@ from holdfast.gates.judging import Doubts
 from holdfast.rotation import canary
 from holdfast.rotation.live import CANARIES
 from holdfast.rotation.members import refuse_foreign, rotated
-from holdfast.rotation.thieves import Thief
+from holdfast.rotation.transfer_attacks import TransferAttacker
 from holdfast.runs.order import Notify, Progress, Subject, ignore, silent
 from holdfast.runs.rotate.collecting import bases_left
 from holdfast.runs.rotate.comparing import held
@@ -42,7 +42,7 @@ _WHITE, _SIBLINGS = 2, 10
 """Divisors of the first number of examples: for white-box attacks, which are slowest, and for attacks from sets
 generated in the same draw, which decide no gate."""
 _FAMILIES: Mapping[Family, str] = {
-    "thieves": "transfer attacks",
+    "transfer": "transfer attacks",
     "white-box": "white-box attacks",
     "siblings": "attacks from sets of the same draw",
 }
@@ -55,7 +55,7 @@ def admit(
     claims: Sequence[str] = (),
     accepted: Mapping[str, str] | None = None,
     judged: int = FIRST,
-    thief: Thief | None = None,
+    transfer_attacker: TransferAttacker | None = None,
     again: str = "",
     notify: Notify = ignore,
     progress: Progress = silent,
@@ -71,7 +71,7 @@ def admit(
     if not again:
         again = f"completed work is kept; resume with: holdfast rotate admit {pool.shown}"
     parsed = tuple(map(_claim, claims))
-    workshop = Workshop(pool, terms, thief or Thief(), notify)
+    workshop = Workshop(pool, terms, transfer_attacker or TransferAttacker(), notify)
     measuring = Measuring(pool, workshop, progress, again)
     with pool.alone_at("admit"):
         return _Admitting(measuring, parsed, accepted or {}, judged, notify, stopper or Stopper()).done()
@@ -221,8 +221,8 @@ class _Admitting:
         siblings = siblings_of(self.pool, name, self._finite)
         them = attackers(workshop, name, exposed, siblings)
         everyone = (them.nothing, *them.one, them.several, them.evenly)
-        thieves = list(dict.fromkeys(one for one in everyone if one is not None))
-        carried = self.measuring.carried(of, thieves, n["thieves"], first=self._first["thieves"])
+        measured_attackers = list(dict.fromkeys(one for one in everyone if one is not None))
+        carried = self.measuring.carried(of, measured_attackers, n["transfer"], first=self._first["transfer"])
         drawn = None
         if them.siblings is not None:
             drawn = self.measuring.carried(of, [them.siblings], n["siblings"], first=self._first["siblings"])
@@ -231,9 +231,9 @@ class _Admitting:
             carried,
             self._white((of,), n["white-box"])[0],
             drawn,
-            self._clean(self._incumbents, n["thieves"]),
+            self._clean(self._incumbents, n["transfer"]),
             self._white(self._incumbents, n["white-box"]),
-            self._clean(self._bases, n["thieves"]),
+            self._clean(self._bases, n["transfer"]),
             self._white(self._bases, n["white-box"]),
             self.pool.serving is not None,
             self._looks,
@@ -241,7 +241,7 @@ class _Admitting:
         )
 
     def _clean(self, of: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
-        return tuple(self.measuring.clean(each, n, first=self._first["thieves"]) for each in of)
+        return tuple(self.measuring.clean(each, n, first=self._first["transfer"]) for each in of)
 
     def _white(self, of: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
         return tuple(self.measuring.white(each, n, first=self._first["white-box"]) for each in of)
@@ -250,7 +250,7 @@ class _Admitting:
     def _first(self) -> dict[Family, int]:
         """First number of examples of each kind of measurement."""
         white, siblings = (max(self.judged // part, 1) for part in (_WHITE, _SIBLINGS))
-        return {"thieves": self.judged, "white-box": white, "siblings": siblings}
+        return {"transfer": self.judged, "white-box": white, "siblings": siblings}
 
     @cached_property
     def _looks(self) -> dict[Family, int]:
@@ -263,7 +263,7 @@ class _Admitting:
         n = len(self.terms.held)
         first = {family: min(size, n) for family, size in self._first.items()}
         alike = [*self._bases, *self._own]
-        clean = [one["correct"] for one in self._clean(alike, first["thieves"])]
+        clean = [one["correct"] for one in self._clean(alike, first["transfer"])]
         white = self._white(alike[: max(len(self._bases), 2)], first["white-box"])
         needs = measured(clean, [held(one) for one in white], n, self.judged)
         if any(need.widened for need in needs):

@@ -26,7 +26,7 @@ from holdfast.ops.recipe import trained_as
 from holdfast.ops.statistics import proportion
 from holdfast.reports.words import amount
 from holdfast.rotation.collecting import begun_anew, last_of, rows_of
-from holdfast.rotation.thieves import ATTACKS, Thief
+from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.runs.order import Keep, Progress, Step
 from holdfast.runs.rotate.asking import AcrossSwaps
 from holdfast.runs.rotate.collecting import bases, bases_left, surrogates
@@ -48,8 +48,10 @@ Json = dict[str, Any]
 class Means:
     """Budgets of the attackers."""
 
-    thief: Thief = field(default_factory=Thief)
-    quick: Thief = field(default_factory=lambda: Thief({name: ATTACKS[name] for name in ("MI", "PGD-50")}))
+    transfer_attacker: TransferAttacker = field(default_factory=TransferAttacker)
+    quick: TransferAttacker = field(
+        default_factory=lambda: TransferAttacker({name: ATTACKS[name] for name in ("MI", "PGD-50")})
+    )
     """attacks for comparisons with alternatives, and for many generated sets"""
     draws: tuple[int, ...] = (4, 16, 64)
     """numbers of sets that an attacker with the generator attacks at once, increased until the success rate no
@@ -231,8 +233,8 @@ class _Measuring:
         if generator is not None:
             drawn, before = self._drawn, -1.0
             for k in self.means.draws:
-                thief = self.means.thief if k == self.means.draws[0] else self.means.quick
-                some = self._stolen(f"A3 {k}", drawn[:k], thief)
+                attacker = self.means.transfer_attacker if k == self.means.draws[0] else self.means.quick
+                some = self._stolen(f"A3 {k}", drawn[:k], attacker)
                 fell |= {
                     f"EOT over {min(k, len(drawn))} generated sets, {name}": mask
                     for name, mask in some.items()
@@ -368,9 +370,13 @@ class _Measuring:
         examples = self.means.quick.crafted(stolen, self.batch, self.threat, rng=self.rng.at("A4 prior"))
         return max(examples.items(), key=lambda each: int(self._turned(each[1]).sum()))
 
-    def _stolen(self, place: str, held: Sequence[Classifier], thief: Thief | None = None) -> dict[str, Mask]:
+    def _stolen(
+        self, place: str, held: Sequence[Classifier], transfer_attacker: TransferAttacker | None = None
+    ) -> dict[str, Mask]:
         """For each attack on the models in `held`, which inputs are adversarial for the serving set."""
-        examples = (thief or self.means.thief).crafted(held, self.batch, self.threat, rng=self.rng.at(place))
+        examples = (transfer_attacker or self.means.transfer_attacker).crafted(
+            held, self.batch, self.threat, rng=self.rng.at(place)
+        )
         return {name: self._turned(x) for name, x in examples.items()}
 
     def _each(self, place: str, names: Sequence[str]) -> dict[str, Mask]:

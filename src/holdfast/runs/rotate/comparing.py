@@ -57,24 +57,24 @@ class Worst:
         return f"examples of {self.by} break {number(self.estimate)}"
 
 
-def worst(carried: Carried, thieves: Sequence[Attacker], confidence: float = CONFIDENCE) -> Worst | None:
+def worst(carried: Carried, attackers: Sequence[Attacker], confidence: float = CONFIDENCE) -> Worst | None:
     """The highest success rate over all attacks of the given attackers; None without attackers.
 
     The upper end of the interval is the highest of all upper ends, which is above the largest success rate with the
     given confidence; the lower ends are corrected for their number (Bonferroni).
     """
     right = carried.evidence["correct"]
-    masks = {key: fell[right] for key, fell in carried.fell.items() if key[0] in thieves}
+    masks = {key: fell[right] for key, fell in carried.fell.items() if key[0] in attackers}
     if not masks:
         return None
     shares = {key: share(fell, confidence) for key, fell in masks.items()}
     order = sorted(masks, key=lambda key: -shares[key].value)
     low = max(share(fell, bonferroni(confidence, len(masks))).low for fell in masks.values())
     first, high = shares[order[0]], max(one.high for one in shares.values())
-    thief, attack = order[0]
+    attacker, attack = order[0]
     return Worst(
         Estimate(first.value, min(low, first.value), high, first.n),
-        f"{thief.name} by {attack}",
+        f"{attacker.name} by {attack}",
         tuple(masks[key] for key in order),
     )
 

@@ -23,7 +23,7 @@ from holdfast.core.types import Access, Inputs
 from holdfast.harness import Member
 from holdfast.harness.plan import settings
 from holdfast.reports.numbers import strict
-from holdfast.rotation.thieves import Thief
+from holdfast.rotation.transfer_attacks import TransferAttacker
 from holdfast.runs.identity import code_digest
 from holdfast.runs.order import Notify, ignore
 from holdfast.runs.rotate.collecting import surrogates
@@ -76,7 +76,7 @@ class Workshop:
 
     pool: Pool
     terms: Terms
-    thief: Thief = field(default_factory=Thief)
+    transfer_attacker: TransferAttacker = field(default_factory=TransferAttacker)
     notify: Notify = ignore
     _made: dict[tuple[Attacker, int, int], dict[str, Inputs]] = field(default_factory=dict)
     """examples by attacker and range of the held-out inputs, for each attack"""
@@ -103,7 +103,7 @@ class Workshop:
                 f"{attacker.name} {name}",
                 Prepared(attacker.name, sources, attack, self._given(attacker, name, start, stop)),
             )
-            for name, attack in self.thief.attacks.items()
+            for name, attack in self.transfer_attacker.attacks.items()
         ]
 
     def _given(self, attacker: Attacker, name: str, start: int, stop: int) -> Callable[[Batch], Inputs]:
@@ -134,9 +134,11 @@ class Workshop:
         stored = self.pool.kept(f"made_{place}")
         if stored is not None and stored.about["of"] == about:
             return stored.columns
-        self.notify(f"{attacker.name}: examples of {len(some):,} inputs by {', '.join(self.thief.attacks)}")
+        self.notify(
+            f"{attacker.name}: examples of {len(some):,} inputs by {', '.join(self.transfer_attacker.attacks)}"
+        )
         rng = Draws(self.terms.seed).at("thief", attacker.kind, *attacker.sources)
-        examples = self.thief.crafted(self._models(attacker), some, self.terms.threat, rng=rng)
+        examples = self.transfer_attacker.crafted(self._models(attacker), some, self.terms.threat, rng=rng)
         changes = {name: (x - some.x).half().cpu() for name, x in examples.items()}
         if attacker.kind != "A3":  # these sets differ for each candidate
             self.pool.keep(f"made_{place}", changes, {"of": about})
@@ -144,7 +146,7 @@ class Workshop:
 
     @property
     def _asked(self) -> dict[str, Any]:
-        return {name: settings(attack) for name, attack in self.thief.attacks.items()}
+        return {name: settings(attack) for name, attack in self.transfer_attacker.attacks.items()}
 
     def _models(self, attacker: Attacker) -> Sequence[Classifier]:
         if attacker.kind == "A0":

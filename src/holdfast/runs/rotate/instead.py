@@ -25,7 +25,7 @@ from holdfast.ops.statistics import proportion
 from holdfast.recipes import PGDTraining, SingleStep, Standard
 from holdfast.rotation import Distilled, Immunise, Members
 from holdfast.rotation.collecting import last_of, rows_of
-from holdfast.rotation.thieves import Thief, noisy
+from holdfast.rotation.transfer_attacks import TransferAttacker, noisy
 from holdfast.runs.rotate.collecting import members, surrogates
 from holdfast.runs.rotate.terms import Terms
 from holdfast.store.pool import Pool
@@ -47,7 +47,7 @@ class Instead:
     batch: Batch
     threat: ThreatModel
     rng: Draws
-    thief: Thief
+    transfer_attacker: TransferAttacker
 
     def rows(self) -> Iterator[tuple[str, Callable[[], Json | None]]]:
         """Yield each alternative by name, with a function that measures it or returns None if the pool is
@@ -156,12 +156,12 @@ class Instead:
         clean, some = proportion(right), self.batch.take(right)
         if not len(some):
             return {"clean": said(clean), "thief": None, "white": None, "says": says}
-        thief = self._worst(serves, stolen, some)
-        white = thief if stolen is serves else self._worst(serves, serves, some)
-        return {"clean": said(clean), "thief": said(thief), "white": said(white), "says": says}
+        from_stolen = self._worst(serves, stolen, some)
+        white = from_stolen if stolen is serves else self._worst(serves, serves, some)
+        return {"clean": said(clean), "thief": said(from_stolen), "white": said(white), "says": says}
 
     def _worst(self, serves: Classifier, held: Classifier, some: Batch) -> Estimate:
-        examples = self.thief.crafted([held], some, self.threat, rng=self.rng.at("instead"))
+        examples = self.transfer_attacker.crafted([held], some, self.threat, rng=self.rng.at("instead"))
         fell = [~_right(serves, some.at(x)) for x in examples.values()]
         return max((proportion(mask) for mask in fell), key=lambda share: share.value)
 
@@ -183,12 +183,12 @@ def doubt(found: Mapping[str, Json | None], terms: Terms, one: Json | None) -> J
     if tuned["thief"] is None or static["white"] is None:
         says = "the serving set, or the fine-tuned one, classifies no input correctly"
         return {"state": "not measured", "statistic": None, "threshold": None, "n": 0, "says": says}
-    thief = "an unmeasured share" if one is None else f"{100 * one['value']:.1f} %"
+    rotated = "an unmeasured share" if one is None else f"{100 * one['value']:.1f} %"
     left = 100 * static["white"]["value"]
     says = (
         "after half an epoch of adversarial fine-tuning of the serving set, an attacker with the old set breaks "
         f"{100 * tuned['thief']['value']:.1f} % and a white-box attack {100 * tuned['white']['value']:.1f} %; with "
-        f"rotation, an attacker with one stolen set breaks {thief} and the same white-box attack {left:.1f} %"
+        f"rotation, an attacker with one stolen set breaks {rotated} and the same white-box attack {left:.1f} %"
     )
     state = "clear" if hardened(terms) else "raised"
     if state == "raised":

@@ -72,16 +72,20 @@ class Measuring:
         """Evidence for the first `n` held-out examples without attacks."""
         return self._remembered(of, "clean", (), n, first)
 
-    def carried(self, of: Subject, thieves: Sequence[Attacker], n: int, *, first: int) -> Carried:
+    def carried(self, of: Subject, attackers: Sequence[Attacker], n: int, *, first: int) -> Carried:
         """Evidence for the transfer examples of each attacker."""
-        what = "-".join(sorted({thief.kind.lower() for thief in thieves}))
+        what = "-".join(sorted({attacker.kind.lower() for attacker in attackers}))
         evidence, fell = [], []
         for start, stop in ends(n, first):
-            members = [member for thief in thieves for member in self.workshop.members(thief, start, stop)]
+            members = [
+                member for attacker in attackers for member in self.workshop.members(attacker, start, stop)
+            ]
             found, path = self._piece(of, what, members, start, stop)
             evidence.append(found)
             fell.append(_fell(path, members))
-        keys = [(thief, attack) for thief in thieves for attack in self.workshop.thief.attacks]
+        keys = [
+            (attacker, attack) for attacker in attackers for attack in self.workshop.transfer_attacker.attacks
+        ]
         by_key = {key: torch.cat([piece[place] for piece in fell]) for place, key in enumerate(keys)}
         return Carried(joined(evidence), by_key)
 

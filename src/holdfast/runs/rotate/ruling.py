@@ -42,7 +42,7 @@ above which rotation gives no protection."""
 _MORE = 1.5  # multiple of the difference between bases, which leaves room for the width of an interval
 _ODD = 3.0  # ratio of the success of examples from sets of the same draw to that of examples from stolen sets
 _BETTER = "the better of the serving set and the bases"
-Family = Literal["thieves", "white-box", "siblings", ""]
+Family = Literal["transfer", "white-box", "siblings", ""]
 """The measurement that needs more examples if the gate is unclear."""
 NO_DOUBTS = Doubts()
 _BEST_FIRST: tuple[Verdict, ...] = ("pass", "unclear", "fail")
@@ -117,7 +117,7 @@ class Seen:
     @property
     def transfer(self) -> Worst | None:
         """Highest success rate of an attacker with one stolen set; None if no set is stolen."""
-        return worst(self.carried, self.attackers.one, self.confidence("thieves"))
+        return worst(self.carried, self.attackers.one, self.confidence("transfer"))
 
     @property
     def ensemble(self) -> Worst | None:
@@ -125,7 +125,7 @@ class Seen:
         several = self.attackers.several
         if several is None:
             return None
-        return worst(self.carried, [several], self.confidence("thieves"))
+        return worst(self.carried, [several], self.confidence("transfer"))
 
     @property
     def sibling(self) -> Worst | None:
@@ -139,7 +139,7 @@ class Seen:
     def clean_loss(self) -> Loss:
         """Clean accuracy that the set loses relative to the better of its references."""
         before, bases = ([one["correct"] for one in them] for them in (self.before, self.bases))
-        return self._loss(before, bases, self.carried.evidence["correct"], "thieves")
+        return self._loss(before, bases, self.carried.evidence["correct"], "transfer")
 
     @property
     def robust_loss(self) -> Loss:
@@ -155,7 +155,7 @@ class Seen:
     def churn(self) -> Estimate:
         """Share of inputs that the set classifies differently from the reference."""
         changed = [differing(one, self.carried.evidence) for one in self.before]
-        return difference(changed, confidence=self.confidence("thieves"))
+        return difference(changed, confidence=self.confidence("transfer"))
 
 
 def rulings(seen: Seen, doubts: Doubts, claims: Sequence[Claim]) -> tuple[Ruling, ...]:
@@ -187,7 +187,7 @@ def _clean(seen: Seen) -> Ruling:
     loss, whom = seen.clean_loss.estimate, seen.clean_loss.whom
     most, bound = seen.tolerance("clean accuracy")
     why = f"clean accuracy is {points(loss)} lower than that of {whom}"
-    return Ruling("clean accuracy", loss, bound, AtMost(most)(loss, NO_DOUBTS), why, "thieves")
+    return Ruling("clean accuracy", loss, bound, AtMost(most)(loss, NO_DOUBTS), why, "transfer")
 
 
 def _robust(seen: Seen, doubts: Doubts) -> Ruling:
@@ -218,16 +218,16 @@ def _thefts(seen: Seen) -> tuple[Ruling, ...]:
     return (*gates, _beside_nothing("ensemble theft", several, seen, seen.attackers.evenly, SEVERAL))
 
 
-def _beside_nothing(gate: str, theft: Worst, seen: Seen, thief: Attacker, times: float) -> Ruling:
+def _beside_nothing(gate: str, theft: Worst, seen: Seen, attacker: Attacker, times: float) -> Ruling:
     """A theft gate: the success rate is at most `FLOOR`, or at most `times` that of a surrogate-only attacker."""
-    nothing = worst(seen.carried, [thief])
+    nothing = worst(seen.carried, [attacker])
     assert nothing is not None
-    verdict = _hardly_more(theft, nothing, times, FLOOR, seen.confidence("thieves"))
+    verdict = _hardly_more(theft, nothing, times, FLOOR, seen.confidence("transfer"))
     bound = (
         f"at most {percent(FLOOR)} is allowed, or {times:g} times the {percent(nothing.estimate.value)} of "
         f"{nothing.by}"
     )
-    return Ruling(gate, theft.estimate, bound, verdict, theft.says, "thieves")
+    return Ruling(gate, theft.estimate, bound, verdict, theft.says, "transfer")
 
 
 def _hardly_more(theft: Worst, nothing: Worst, times: float, floor: float, each: float) -> Verdict:
@@ -267,7 +267,7 @@ def _of_static(theft: Worst, seen: Seen) -> Ruling:
     assert nothing is not None
     half, most = STATIC * static.value, wording.NOTHING * static.value
     halved = AtMost(half)(theft.estimate, NO_DOUBTS)
-    beside = _hardly_more(theft, nothing, NOTHING, 0.0, seen.confidence("thieves"))
+    beside = _hardly_more(theft, nothing, NOTHING, 0.0, seen.confidence("transfer"))
     either = {halved, overall([beside, AtMost(most)(theft.estimate, NO_DOUBTS)])}
     verdict = next(one for one in _BEST_FIRST if one in either)
     bound = (
@@ -275,7 +275,7 @@ def _of_static(theft: Worst, seen: Seen) -> Ruling:
         f"({percent(static.value)}), or {NOTHING:g} times the {percent(nothing.estimate.value)} of {nothing.by} "
         f"and at most {percent(most)}"
     )
-    return Ruling(gate, theft.estimate, bound, verdict, theft.says, "thieves")
+    return Ruling(gate, theft.estimate, bound, verdict, theft.says, "transfer")
 
 
 def _churn(seen: Seen) -> Ruling:
@@ -295,7 +295,7 @@ def _churn(seen: Seen) -> Ruling:
         else "independent of the difference between bases"
     )
     why = f"{number(changed)} of inputs have another predicted class than by the serving set"
-    return Ruling("churn", changed, bound, AtMost(most)(changed, NO_DOUBTS), why, "thieves")
+    return Ruling("churn", changed, bound, AtMost(most)(changed, NO_DOUBTS), why, "transfer")
 
 
 def _odd_gradients(seen: Seen, accepted: Mapping[str, str]) -> Ruling:
@@ -330,8 +330,8 @@ def _odd_gradients(seen: Seen, accepted: Mapping[str, str]) -> Ruling:
 
 def _claimed(claim: Claim, seen: Seen, doubts: Doubts) -> Ruling:
     thefts: Mapping[str, tuple[Worst | None, Family]] = {
-        "transfer_success": (seen.transfer, "thieves"),
-        "ensemble_transfer": (seen.ensemble or seen.transfer, "thieves"),
+        "transfer_success": (seen.transfer, "transfer"),
+        "ensemble_transfer": (seen.ensemble or seen.transfer, "transfer"),
         "sibling_transfer": (seen.sibling, "siblings"),
     }
     if claim.metric in thefts:
@@ -342,12 +342,12 @@ def _claimed(claim: Claim, seen: Seen, doubts: Doubts) -> Ruling:
         return _judged(claim, theft.estimate, theft.says, family, bound)
     plain: Mapping[str, tuple[Callable[[], Estimate], Family]] = {
         "clean_accuracy": (
-            lambda: share(seen.carried.evidence["correct"], seen.confidence("thieves")),
-            "thieves",
+            lambda: share(seen.carried.evidence["correct"], seen.confidence("transfer")),
+            "transfer",
         ),
         "robust_accuracy": (lambda: share(held(seen.white), seen.confidence("white-box")), "white-box"),
-        "churn": (lambda: seen.churn, "thieves"),
-        "clean_accuracy_drop": (lambda: seen.clean_loss.estimate, "thieves"),
+        "churn": (lambda: seen.churn, "transfer"),
+        "clean_accuracy_drop": (lambda: seen.clean_loss.estimate, "transfer"),
     }
     measured, family = plain[claim.metric]
     estimate = measured()

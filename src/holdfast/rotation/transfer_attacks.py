@@ -111,7 +111,7 @@ ATTACKS: Mapping[str, Attack] = {
 
 
 @dataclass(frozen=True)
-class Thief:
+class TransferAttacker:
     """An attacker with some models, on which adversarial examples for another model are computed."""
 
     attacks: Mapping[str, Attack] = field(default_factory=lambda: ATTACKS)
