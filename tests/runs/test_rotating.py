@@ -24,9 +24,9 @@ from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.runs.index import open_run
 from holdfast.runs.order import Step
 from holdfast.runs.rotate import collecting, drawing, learning
+from holdfast.runs.rotate.alternatives import Alternatives, doubt, hardened
 from holdfast.runs.rotate.asking import AcrossSwaps
 from holdfast.runs.rotate.attackers import WHO, Means, Table
-from holdfast.runs.rotate.instead import Instead, doubt, hardened
 from holdfast.runs.rotate.wording import judged, verdict
 from holdfast.store.pool import Pool
 from holdfast.store.verify import verify
@@ -222,14 +222,14 @@ def test_what_else_is_trained_takes_as_many_passes(serving, collected, recipe, m
     terms, passes, forward = collected[1], [], Classifier.forward
     terms = replace(terms, candidate=replace(terms.candidate, recipe=trained_as(recipe, terms.training)))
     live = terms.of_set(serving, serving.serving.name)
-    instead = Instead(serving, terms, live, terms.held, terms.threat, Draws(0), FEW)
+    instead = Alternatives(serving, terms, live, terms.held, terms.threat, Draws(0), FEW)
 
     def counting(model, x, ids=None):
         passes[-1] += len(x) * torch.is_grad_enabled()
         return forward(model, x, ids)
 
     monkeypatch.setattr(Classifier, "forward", counting)
-    monkeypatch.setattr(Instead, "_row", lambda self, serves, stolen, says: says)
+    monkeypatch.setattr(Alternatives, "_row", lambda self, serves, stolen, says: says)
     for train in (lambda: instead.tuned, instead._pgd, instead._diverse):
         passes.append(0)
         said = train()

@@ -28,10 +28,10 @@ from holdfast.reports.words import amount
 from holdfast.rotation.collecting import begun_anew, last_of, rows_of
 from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.runs.order import Keep, Progress, Step
+from holdfast.runs.rotate.alternatives import Alternatives, doubt, said
 from holdfast.runs.rotate.asking import AcrossSwaps
 from holdfast.runs.rotate.collecting import bases, bases_left, surrogates
 from holdfast.runs.rotate.crafting import siblings_of
-from holdfast.runs.rotate.instead import Instead, doubt, said
 from holdfast.runs.rotate.learning import learned
 from holdfast.runs.rotate.terms import Terms, accuracy
 from holdfast.runs.rotate.wording import judged, verdict
@@ -135,7 +135,7 @@ class _Measuring:
                 "complete": True,
             }
         parts = dict(zip(WHO, self._parts(), strict=True))
-        instead = list(self._instead.rows())
+        instead = list(self._alternatives.rows())
         of = len(parts) + len(instead)
         for place, (who, measured) in enumerate(parts.items(), 1):
             self._row("rows", who, measured, place, of)
@@ -182,9 +182,11 @@ class _Measuring:
         return [f"the pool was collected for {self.terms.said}, and the assessment uses another threat model"]
 
     @cached_property
-    def _instead(self) -> Instead:
+    def _alternatives(self) -> Alternatives:
         place = self.rng.at("instead")
-        return Instead(self.pool, self.terms, self.live, self.whole, self.threat, place, self.means.quick)
+        return Alternatives(
+            self.pool, self.terms, self.live, self.whole, self.threat, place, self.means.quick
+        )
 
     # --- the attackers
 

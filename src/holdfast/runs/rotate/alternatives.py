@@ -38,7 +38,7 @@ Json = dict[str, Any]
 
 
 @dataclass
-class Instead:
+class Alternatives:
     """Measures the alternatives on the judged inputs, with the same few attacks for all."""
 
     pool: Pool
