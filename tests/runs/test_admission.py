@@ -13,10 +13,16 @@ from holdfast.rotation import Live, RotatingModel, canary
 from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.runs.rotate.admission import _Admitting, admit
 from holdfast.runs.rotate.comparing import worst
-from holdfast.runs.rotate.crafting import Attacker, Attackers, Workshop, attackers, exposed_for
 from holdfast.runs.rotate.measuring import Carried, Measuring
 from holdfast.runs.rotate.ruling import Seen, rulings
 from holdfast.runs.rotate.sanity import twin
+from holdfast.runs.rotate.transfer_examples import (
+    Attacker,
+    Attackers,
+    TransferExamples,
+    attackers,
+    exposed_for,
+)
 from holdfast.runs.rotate.verdicts import Admission, Judged
 from holdfast.runs.signals import Stopper
 from holdfast.store.pool import Pool
@@ -409,7 +415,7 @@ def test_of_several_looks_each_needs_more_so_that_all_of_them_hold_together():
 
 def test_the_examples_say_how_many_looks_there_are(tmp_path):
     pool = begun(tmp_path / "pool", bases=(0,))
-    measuring = Measuring(pool, Workshop(pool, terms(1_000), QUICK))
+    measuring = Measuring(pool, TransferExamples(pool, terms(1_000), QUICK))
     one = _Admitting(measuring, (), {}, 250, print, Stopper())
     assert one._looks == {"transfer": 3, "white-box": 4, "siblings": 7}, (
         "250, 500, 1,000; from 125 on; from 25 on"

@@ -24,13 +24,13 @@ from holdfast.rotation.transfer_attacks import TransferAttacker
 from holdfast.runs.order import Notify, Progress, Subject, ignore, silent
 from holdfast.runs.rotate.collecting import bases_left
 from holdfast.runs.rotate.comparing import held
-from holdfast.runs.rotate.crafting import Workshop, attackers, exposed_for, siblings_of
 from holdfast.runs.rotate.drawing import candidates
 from holdfast.runs.rotate.measuring import Measuring, ends, subject_of
 from holdfast.runs.rotate.ruling import CLAIMABLE, Family, Ruling, Seen, reported, rulings
 from holdfast.runs.rotate.samples import Gate, Need, measured, statement, widened
 from holdfast.runs.rotate.sanity import distance, endless, tensors, twin
 from holdfast.runs.rotate.terms import FIRST, Terms, state_of
+from holdfast.runs.rotate.transfer_examples import TransferExamples, attackers, exposed_for, siblings_of
 from holdfast.runs.rotate.verdicts import IN_A_ROW, Admission, Judged
 from holdfast.runs.signals import Stopper
 from holdfast.store.columns import content_digest
@@ -71,8 +71,8 @@ def admit(
     if not again:
         again = f"completed work is kept; resume with: holdfast rotate admit {pool.shown}"
     parsed = tuple(map(_claim, claims))
-    workshop = Workshop(pool, terms, transfer_attacker or TransferAttacker(), notify)
-    measuring = Measuring(pool, workshop, progress, again)
+    transfer_examples = TransferExamples(pool, terms, transfer_attacker or TransferAttacker(), notify)
+    measuring = Measuring(pool, transfer_examples, progress, again)
     with pool.alone_at("admit"):
         return _Admitting(measuring, parsed, accepted or {}, judged, notify, stopper or Stopper()).done()
 
@@ -107,7 +107,7 @@ class _Admitting:
     @property
     def terms(self) -> Terms:
         """The common settings of the sets of the pool."""
-        return self.measuring.workshop.terms
+        return self.measuring.transfer_examples.terms
 
     def done(self) -> Admission:
         """Judge all candidates, and stop after five refusals in a row."""
@@ -217,9 +217,9 @@ class _Admitting:
     # --- measurements
 
     def _seen(self, name: str, exposed: tuple[str, ...], n: Mapping[Family, int]) -> Seen:
-        workshop, of = self.measuring.workshop, self._subject(name)
+        transfer_examples, of = self.measuring.transfer_examples, self._subject(name)
         siblings = siblings_of(self.pool, name, self._finite)
-        them = attackers(workshop, name, exposed, siblings)
+        them = attackers(transfer_examples, name, exposed, siblings)
         everyone = (them.nothing, *them.one, them.several, them.evenly)
         measured_attackers = list(dict.fromkeys(one for one in everyone if one is not None))
         carried = self.measuring.carried(of, measured_attackers, n["transfer"], first=self._first["transfer"])
@@ -286,7 +286,7 @@ class _Admitting:
     @cached_property
     def _own(self) -> tuple[Subject, ...]:
         subjects = []
-        for model in self.measuring.workshop.own:
+        for model in self.measuring.transfer_examples.own:
             sha = content_digest(state_of(model))
             subjects.append(subject_of(self.terms, f"own-{sha[:NAME_DIGITS]}", sha, model))
         return tuple(subjects)

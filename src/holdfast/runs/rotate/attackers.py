@@ -31,9 +31,9 @@ from holdfast.runs.order import Keep, Progress, Step
 from holdfast.runs.rotate.alternatives import Alternatives, doubt, said
 from holdfast.runs.rotate.asking import AcrossSwaps
 from holdfast.runs.rotate.collecting import bases, bases_left, surrogates
-from holdfast.runs.rotate.crafting import siblings_of
 from holdfast.runs.rotate.learning import learned
 from holdfast.runs.rotate.terms import Terms, accuracy
+from holdfast.runs.rotate.transfer_examples import siblings_of
 from holdfast.runs.rotate.wording import judged, verdict
 from holdfast.store.pool import Pool
 

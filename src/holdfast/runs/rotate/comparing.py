@@ -12,9 +12,9 @@ from holdfast.core.types import Mask
 from holdfast.metrics.columns import robust
 from holdfast.ops.statistics import Support, bonferroni, mean, paired_difference, proportion
 from holdfast.reports.numbers import percent
-from holdfast.runs.rotate.crafting import Attacker
 from holdfast.runs.rotate.measuring import Carried
 from holdfast.runs.rotate.samples import CONFIDENCE
+from holdfast.runs.rotate.transfer_examples import Attacker
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from holdfast.reports.numbers import strict
 from holdfast.runs.assess import assess
 from holdfast.runs.identity import code_digest
 from holdfast.runs.order import Order, Progress, Subject, silent
-from holdfast.runs.rotate.crafting import Attacker, Workshop
 from holdfast.runs.rotate.terms import Terms
+from holdfast.runs.rotate.transfer_examples import Attacker, TransferExamples
 from holdfast.sources.arrays import Arrays
 from holdfast.store.files import private
 from holdfast.store.folder import read_stage
@@ -58,7 +58,7 @@ class Measuring:
     """Assesses sets, and caches the evidence."""
 
     pool: Pool
-    workshop: Workshop
+    transfer_examples: TransferExamples
     progress: Progress = silent
     again: str = ""
     """command that resumes a stopped run"""
@@ -78,13 +78,17 @@ class Measuring:
         evidence, fell = [], []
         for start, stop in ends(n, first):
             members = [
-                member for attacker in attackers for member in self.workshop.members(attacker, start, stop)
+                member
+                for attacker in attackers
+                for member in self.transfer_examples.members(attacker, start, stop)
             ]
             found, path = self._piece(of, what, members, start, stop)
             evidence.append(found)
             fell.append(_fell(path, members))
         keys = [
-            (attacker, attack) for attacker in attackers for attack in self.workshop.transfer_attacker.attacks
+            (attacker, attack)
+            for attacker in attackers
+            for attack in self.transfer_examples.transfer_attacker.attacks
         ]
         by_key = {key: torch.cat([piece[place] for piece in fell]) for place, key in enumerate(keys)}
         return Carried(joined(evidence), by_key)
@@ -99,7 +103,7 @@ class Measuring:
     def _piece(
         self, of: Subject, what: str, members: Sequence[Member], start: int, stop: int
     ) -> tuple[Evidence, Path]:
-        terms = self.workshop.terms
+        terms = self.transfer_examples.terms
         threat = replace(terms.threat, access="gradients", queries=None, surrogates=())
         plan = Plan(tuple(members), threat, terms.seed, full=what not in ("white-box", "clean"), shown=False)
         stages = plan.outline(terms.model.classes or 0).steps
@@ -120,7 +124,7 @@ class Measuring:
 
     def _rows(self, start: int, stop: int) -> Arrays:
         """Held-out examples `start` to `stop`, with their row numbers in the training data as ids."""
-        examples, rows = self.workshop.terms.examples, slice(start, stop)
+        examples, rows = self.transfer_examples.terms.examples, slice(start, stop)
         x, y, ids = (
             value[rows].cpu().numpy() for value in (examples.held.x, examples.held.y, examples.held.ids)
         )
@@ -129,7 +133,7 @@ class Measuring:
     @cached_property
     def _base(self) -> str:
         """Digest of the code and of the settings of the pool; runs with another digest are not reused."""
-        return digest(canonical(strict([code_digest(), self.workshop.terms.about()])))
+        return digest(canonical(strict([code_digest(), self.transfer_examples.terms.about()])))
 
 
 def ends(n: int, first: int) -> list[tuple[int, int]]:

@@ -27,10 +27,10 @@ from holdfast.runs.rotate.comparing import (
     share,
     worst,
 )
-from holdfast.runs.rotate.crafting import Attacker, Attackers
 from holdfast.runs.rotate.measuring import Carried
 from holdfast.runs.rotate.samples import CONFIDENCE, LEAST, Gate, Need, slack
 from holdfast.runs.rotate.samples import points as tolerated
+from holdfast.runs.rotate.transfer_examples import Attacker, Attackers
 
 CHURN = 0.03
 """Largest share of inputs that may change class."""

@@ -68,7 +68,7 @@ class Prepared:
 
 
 @dataclass
-class Workshop:
+class TransferExamples:
     """Computes transfer examples of attackers, and stores them encrypted in the pool so that each is computed once.
 
     If there are more inputs, only the new ones are attacked.
@@ -168,16 +168,18 @@ class Attackers:
     siblings: Attacker | None
 
 
-def attackers(workshop: Workshop, name: str, exposed: Sequence[str], siblings: Sequence[str]) -> Attackers:
+def attackers(
+    transfer_examples: TransferExamples, name: str, exposed: Sequence[str], siblings: Sequence[str]
+) -> Attackers:
     """The attackers for the set `name`. `exposed` are the stolen sets, the most recently stolen one last."""
-    own = len(workshop.own)
+    own = len(transfer_examples.own)
     last = tuple(exposed[-own:])
     several = Attacker("A2", last) if len(last) > 1 else None
     return Attackers(
-        workshop.nothing(),
+        transfer_examples.nothing(),
         tuple(Attacker("A1", (each,)) for each in exposed),
         several,
-        None if several is None else workshop.nothing(len(last)),
+        None if several is None else transfer_examples.nothing(len(last)),
         Attacker("A3", tuple(siblings[:SIBLINGS])) if siblings else None,
     )
 
