@@ -10,12 +10,12 @@ from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.runs.rotate import watching
 from holdfast.runs.rotate.drawing import candidates
 from holdfast.runs.rotate.verdicts import Admission, Judged
-from holdfast.runs.rotate.watching import Turner, Turning
+from holdfast.runs.rotate.watching import LoopSettings, RotationLoop
 from runs.test_rotate import IMMUNISE, collected, pool, terms, unflushed  # noqa: F401 (fixtures)
 
 
 def turner(of, *triggers, keep=2, **more):
-    return Turner(of, terms(), Turning(triggers, keep, **more))
+    return RotationLoop(of, terms(), LoopSettings(triggers, keep, **more))
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_five_refusals_in_a_row_end_it(pool):  # noqa: F811
 @pytest.mark.usefixtures("strict")
 def test_sets_are_trained_anew_where_the_generator_draws_nothing_that_is_admitted(pool):  # noqa: F811
     said = []
-    one = Turner(pool, terms(), Turning((Elapsed(3600),), keep=3), notify=said.append)
+    one = RotationLoop(pool, terms(), LoopSettings((Elapsed(3600),), keep=3), notify=said.append)
     with pytest.raises(Inconclusive):
         one.begin()
     drawn = [member for member in pool.ledger.members if member.why == "it falls"]
@@ -216,7 +216,7 @@ def test_another_process_remembers_that_the_generator_draws_nothing_that_is_admi
     said = []
     with pytest.raises(Inconclusive):
         turner(pool, Elapsed(3600), keep=5, by="generator").begin()
-    one = Turner(pool, terms(), Turning((Elapsed(3600),), keep=5), notify=said.append)
+    one = RotationLoop(pool, terms(), LoopSettings((Elapsed(3600),), keep=5), notify=said.append)
     with pytest.raises(Inconclusive):
         one.begin()
     drawn = [member for member in pool.ledger.members if member.why == "it falls"]
@@ -260,4 +260,4 @@ def test_it_says_that_nothing_serves_any_more(pool):  # noqa: F811
 
 
 def replace_every(one, trigger):
-    return Turner(one.pool, one.terms, replace(one.how, triggers=(trigger,)))
+    return RotationLoop(one.pool, one.terms, replace(one.how, triggers=(trigger,)))

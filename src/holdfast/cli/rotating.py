@@ -31,7 +31,7 @@ from holdfast.runs.rotate.samples import planned, statement
 from holdfast.runs.rotate.status import UNJUDGED, standing
 from holdfast.runs.rotate.terms import Terms
 from holdfast.runs.rotate.verdicts import Judged
-from holdfast.runs.rotate.watching import Turner, Turning
+from holdfast.runs.rotate.watching import LoopSettings, RotationLoop
 from holdfast.runs.signals import Stopper, stoppable
 from holdfast.store import migrating
 from holdfast.store.files import usable, write_atomically
@@ -182,7 +182,7 @@ def turn(
         raise UsageError("nothing says when to swap; give --every 50q/principal or --every 24h, or --once")
     with _begun(settings, voice, run=run, resume=resume, expect_head=expect_head) as begun:
         pool, terms = begun.pool, begun.terms
-        how = Turning(
+        how = LoopSettings(
             triggers,
             settings.keep,
             rotating.immunise(settings) if immunising else None,
@@ -192,7 +192,7 @@ def turn(
             judged=settings.judged,
             again=begun.again,
         )
-        turner = Turner(pool, terms, how, begun.stopper, voice.say, begun.progress)
+        turner = RotationLoop(pool, terms, how, begun.stopper, voice.say, begun.progress)
         turner.begin()
         voice.say(f"pool: {pool.path}")
         if not once:

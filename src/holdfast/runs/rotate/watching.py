@@ -27,7 +27,7 @@ _LOOKS_S, _PAUSE_S = 1.0, 60.0  # seconds between two reads of the ledger, and a
 
 
 @dataclass(frozen=True)
-class Turning:
+class LoopSettings:
     """Settings of a running rotation."""
 
     triggers: tuple[Trigger, ...]
@@ -48,12 +48,12 @@ class Turning:
 
 
 @dataclass
-class Turner:
+class RotationLoop:
     """A process that keeps a rotation running."""
 
     pool: Pool
     terms: Terms
-    how: Turning
+    how: LoopSettings
     stopper: Stopper = field(default_factory=Stopper)
     notify: Notify = ignore
     progress: Progress = silent
