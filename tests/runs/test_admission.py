@@ -14,7 +14,7 @@ from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.runs.rotate.admission import _Admitting, admit
 from holdfast.runs.rotate.comparing import worst
 from holdfast.runs.rotate.measuring import Carried, Measuring
-from holdfast.runs.rotate.ruling import Seen, rulings
+from holdfast.runs.rotate.ruling import Measurements, rulings
 from holdfast.runs.rotate.sanity import twin
 from holdfast.runs.rotate.transfer_examples import (
     Attacker,
@@ -300,7 +300,7 @@ def seen(
     looks=1,
 ):
     fell = {(OWN, "MI"): torch.arange(N) < nothing, (OLD, "MI"): torch.arange(N) < theft}
-    return Seen(
+    return Measurements(
         Attackers(OWN, (OLD,), None, None, DRAWN),
         Carried(columns(correct=N - changed), fell),
         columns(fell=white),

@@ -26,7 +26,7 @@ from holdfast.runs.rotate.collecting import bases_left
 from holdfast.runs.rotate.comparing import held
 from holdfast.runs.rotate.drawing import candidates
 from holdfast.runs.rotate.measuring import Measuring, ends, subject_of
-from holdfast.runs.rotate.ruling import CLAIMABLE, Family, Ruling, Seen, reported, rulings
+from holdfast.runs.rotate.ruling import CLAIMABLE, Family, Measurements, Ruling, reported, rulings
 from holdfast.runs.rotate.samples import Gate, Need, measured, statement, widened
 from holdfast.runs.rotate.sanity import distance, endless, tensors, twin
 from holdfast.runs.rotate.terms import FIRST, Terms, state_of
@@ -216,7 +216,7 @@ class _Admitting:
 
     # --- measurements
 
-    def _seen(self, name: str, exposed: tuple[str, ...], n: Mapping[Family, int]) -> Seen:
+    def _seen(self, name: str, exposed: tuple[str, ...], n: Mapping[Family, int]) -> Measurements:
         transfer_examples, of = self.measuring.transfer_examples, self._subject(name)
         siblings = siblings_of(self.pool, name, self._finite)
         them = attackers(transfer_examples, name, exposed, siblings)
@@ -226,7 +226,7 @@ class _Admitting:
         drawn = None
         if them.siblings is not None:
             drawn = self.measuring.carried(of, [them.siblings], n["siblings"], first=self._first["siblings"])
-        return Seen(
+        return Measurements(
             them,
             carried,
             self._white((of,), n["white-box"])[0],
@@ -270,7 +270,7 @@ class _Admitting:
             self.notify(f"note: {statement(needs, planned=False)}")
         return {need.gate: need for need in needs}
 
-    def _doubts(self, seen: Seen) -> Doubts:
+    def _doubts(self, seen: Measurements) -> Doubts:
         """The doubts of the candidate that were not raised for all sets that it is compared with."""
         raised = [
             {doubt.name for doubt in one.doubts if doubt.state == "raised"} for one in seen.before_white

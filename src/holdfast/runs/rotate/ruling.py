@@ -70,7 +70,7 @@ class Ruling:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Measurements:
     """All measurements of a set and of its references, on the same examples."""
 
     attackers: Attackers
@@ -158,7 +158,7 @@ class Seen:
         return difference(changed, confidence=self.confidence("transfer"))
 
 
-def rulings(seen: Seen, doubts: Doubts, claims: Sequence[Claim]) -> tuple[Ruling, ...]:
+def rulings(seen: Measurements, doubts: Doubts, claims: Sequence[Claim]) -> tuple[Ruling, ...]:
     """The results of all gates. `doubts` are those of the white-box attacks that were not raised for the references."""
     return (
         _clean(seen),
@@ -170,7 +170,7 @@ def rulings(seen: Seen, doubts: Doubts, claims: Sequence[Claim]) -> tuple[Ruling
     )
 
 
-def reported(seen: Seen) -> dict[str, Estimate]:
+def reported(seen: Measurements) -> dict[str, Estimate]:
     """Estimates that are reported and decide no gate."""
     estimates = {
         "white_box_success": share(~held(seen.white)[seen.white["correct"]]),
@@ -183,14 +183,14 @@ def reported(seen: Seen) -> dict[str, Estimate]:
     return estimates | {name: one.estimate for name, one in those.items() if one is not None}
 
 
-def _clean(seen: Seen) -> Ruling:
+def _clean(seen: Measurements) -> Ruling:
     loss, whom = seen.clean_loss.estimate, seen.clean_loss.whom
     most, bound = seen.tolerance("clean accuracy")
     why = f"clean accuracy is {points(loss)} lower than that of {whom}"
     return Ruling("clean accuracy", loss, bound, AtMost(most)(loss, NO_DOUBTS), why, "transfer")
 
 
-def _robust(seen: Seen, doubts: Doubts) -> Ruling:
+def _robust(seen: Measurements, doubts: Doubts) -> Ruling:
     loss, whom = seen.robust_loss.estimate, seen.robust_loss.whom
     most, bound = seen.tolerance("robust accuracy")
     verdict = AtMost(most)(loss, doubts)
@@ -201,7 +201,7 @@ def _robust(seen: Seen, doubts: Doubts) -> Ruling:
     return Ruling("robust accuracy", loss, bound, verdict, why, "white-box")
 
 
-def _thefts(seen: Seen) -> tuple[Ruling, ...]:
+def _thefts(seen: Measurements) -> tuple[Ruling, ...]:
     one, several = seen.transfer, seen.ensemble
     if one is None:
         why = "no set is listed as stolen"
@@ -218,7 +218,7 @@ def _thefts(seen: Seen) -> tuple[Ruling, ...]:
     return (*gates, _beside_nothing("ensemble theft", several, seen, seen.attackers.evenly, SEVERAL))
 
 
-def _beside_nothing(gate: str, theft: Worst, seen: Seen, attacker: Attacker, times: float) -> Ruling:
+def _beside_nothing(gate: str, theft: Worst, seen: Measurements, attacker: Attacker, times: float) -> Ruling:
     """A theft gate: the success rate is at most `FLOOR`, or at most `times` that of a surrogate-only attacker."""
     nothing = worst(seen.carried, [attacker])
     assert nothing is not None
@@ -253,7 +253,7 @@ def _excess(fell: Mask, nothing: Mask, times: float, confidence: float) -> Estim
     return mean(fell.double() - times * nothing.double(), confidence, support=Support(-times, 1.0))
 
 
-def _of_static(theft: Worst, seen: Seen) -> Ruling:
+def _of_static(theft: Worst, seen: Measurements) -> Ruling:
     """A theft gate: success is at most half of the white-box success, or close to that of a surrogate-only attacker.
 
     The second condition is for sets so robust that surrogates do nearly as well as the sets themselves; without it,
@@ -278,7 +278,7 @@ def _of_static(theft: Worst, seen: Seen) -> Ruling:
     return Ruling(gate, theft.estimate, bound, verdict, theft.says, "transfer")
 
 
-def _churn(seen: Seen) -> Ruling:
+def _churn(seen: Measurements) -> Ruling:
     among = [float(differing(one, other).double().mean()) for one, other in combinations(seen.bases, 2)]
     most = CHURN
     if among:
@@ -298,7 +298,7 @@ def _churn(seen: Seen) -> Ruling:
     return Ruling("churn", changed, bound, AtMost(most)(changed, NO_DOUBTS), why, "transfer")
 
 
-def _odd_gradients(seen: Seen, accepted: Mapping[str, str]) -> Ruling:
+def _odd_gradients(seen: Measurements, accepted: Mapping[str, str]) -> Ruling:
     """A gate against masked gradients: the set is easier to break, mostly by examples from sets of the same draw.
 
     More examples cannot decide it; a person may accept it.
@@ -328,7 +328,7 @@ def _odd_gradients(seen: Seen, accepted: Mapping[str, str]) -> Ruling:
     return Ruling(gate, value, bound, "unclear", why)
 
 
-def _claimed(claim: Claim, seen: Seen, doubts: Doubts) -> Ruling:
+def _claimed(claim: Claim, seen: Measurements, doubts: Doubts) -> Ruling:
     thefts: Mapping[str, tuple[Worst | None, Family]] = {
         "transfer_success": (seen.transfer, "transfer"),
         "ensemble_transfer": (seen.ensemble or seen.transfer, "transfer"),
