@@ -25,8 +25,8 @@ from holdfast.runs.index import open_run
 from holdfast.runs.order import Step
 from holdfast.runs.rotate import collecting, drawing, learning
 from holdfast.runs.rotate.alternatives import Alternatives, doubt, hardened
-from holdfast.runs.rotate.asking import AcrossSwaps
 from holdfast.runs.rotate.attackers import WHO, Means, Table
+from holdfast.runs.rotate.query_search import AcrossSwaps
 from holdfast.runs.rotate.wording import judged, verdict
 from holdfast.store.pool import Pool
 from holdfast.store.verify import verify
@@ -241,7 +241,7 @@ def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, tmp_
     of = settings(serving, collected[0], adaptive=True)
     from holdfast.runs.rotate import attackers
 
-    monkeypatch.setattr(attackers._Measuring, "_asking", lambda self: 1 / 0)
+    monkeypatch.setattr(attackers._Measuring, "_query_search", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         api.carry_out(of, run=tmp_path / "run")
     before = json.loads((tmp_path / "run" / "rotation.json").read_text())
@@ -262,7 +262,7 @@ def test_rows_from_before_something_leaked_are_measured_anew(
     serving.expose(first, "laptop stolen")
     from holdfast.runs.rotate import attackers
 
-    monkeypatch.setattr(attackers._Measuring, "_asking", lambda self: 1 / 0)
+    monkeypatch.setattr(attackers._Measuring, "_query_search", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         api.carry_out(of, run=run)
     monkeypatch.undo()

@@ -29,9 +29,9 @@ from holdfast.rotation.collecting import begun_anew, last_of, rows_of
 from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.runs.order import Keep, Progress, Step
 from holdfast.runs.rotate.alternatives import Alternatives, doubt, said
-from holdfast.runs.rotate.asking import AcrossSwaps
 from holdfast.runs.rotate.collecting import bases, bases_left, surrogates
 from holdfast.runs.rotate.learning import learned
+from holdfast.runs.rotate.query_search import AcrossSwaps
 from holdfast.runs.rotate.terms import Terms, accuracy
 from holdfast.runs.rotate.transfer_examples import siblings_of
 from holdfast.runs.rotate.wording import judged, verdict
@@ -56,7 +56,7 @@ class Means:
     draws: tuple[int, ...] = (4, 16, 64)
     """numbers of sets that an attacker with the generator attacks at once, increased until the success rate no
     longer grows"""
-    asking: AcrossSwaps = field(default_factory=AcrossSwaps)
+    query_search: AcrossSwaps = field(default_factory=AcrossSwaps)
     labels: Steps = 6_000
     """answers that A6 trains its surrogate on"""
     epochs: Steps = 5
@@ -172,7 +172,7 @@ class _Measuring:
         yield self._several
         yield self._collection
         yield self._generator
-        yield self._asking
+        yield self._query_search
         yield self._white_box
         yield self._extracted
 
@@ -263,8 +263,8 @@ class _Measuring:
         says = "" if siblings else "no set of the same draw is left, and the procedure was not repeated"
         return self._told(" and ".join(sources), fell, says)
 
-    def _asking(self) -> Json:
-        asking = self.means.asking
+    def _query_search(self) -> Json:
+        search = self.means.query_search
         others = [name for name in self.pool.ahead if name != self.name][: _MOST - 1]
         sets = [self.live, *self._sets(others)]
         fell = {"search": self._search(sets, None)}
@@ -272,15 +272,15 @@ class _Measuring:
             name, x = self._example
             fell[f"search from {name} on a stolen set"] = self._search(sets, x)
         holds = (
-            f"{asking.queries} queries for each input, to {amount(len(sets), 'sets')} that are swapped every "
-            f"{asking.every} queries"
+            f"{search.queries} queries for each input, to {amount(len(sets), 'sets')} that are swapped every "
+            f"{search.every} queries"
         )
         says = "" if others else "no other set is admitted, so there was no swap"
         return self._told(holds, fell, says)
 
     def _search(self, sets: Sequence[Classifier], start: Inputs | None) -> Mask:
         place = self.rng.at("A4", "anew" if start is None else "from")
-        return self._turned(self.means.asking(sets, self.batch, self.threat, start=start, rng=place))
+        return self._turned(self.means.query_search(sets, self.batch, self.threat, start=start, rng=place))
 
     def _white_box(self) -> Json:
         """The results of the suite; if it had no gradients, also those of transfer attacks from the set itself."""
