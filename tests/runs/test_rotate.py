@@ -22,8 +22,8 @@ from holdfast.rotation.immunising import Crafting
 from holdfast.runs.candidates import Candidate
 from holdfast.runs.order import Subject
 from holdfast.runs.rotate import collecting, drawing, learning
+from holdfast.runs.rotate.request import RotateRequest, parted, ready
 from holdfast.runs.rotate.status import standing
-from holdfast.runs.rotate.terms import Terms, parted, ready
 from holdfast.sources.memory import as_data
 from holdfast.store.pool import Pool
 from rotation.problem import THREAT, accuracy, examples, network
@@ -38,14 +38,14 @@ def unflushed(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-def terms(source=SOURCE, *, robust=False, epochs=8, lr=0.01, seed=0, given=None) -> Terms:
+def terms(source=SOURCE, *, robust=False, epochs=8, lr=0.01, seed=0, given=None) -> RotateRequest:
     """Of the small problem; a test set far from what is trained on."""
     kind = SingleStep if robust else Standard
     recipe = kind(training=Training(epochs=epochs, batch=32, lr=lr, averaging="none"))
     data, other = examples(n=640), examples(1, 64)
     parts = parted(data, as_data(other.x, other.y), "blobs", 4, seed)
     subject = Subject(given or network(), "digest", {"name": "net"})
-    return Terms(
+    return RotateRequest(
         ready(subject, "cpu", parts), THREAT, "linf:0.1", Candidate("standard", recipe, {}), source, parts, seed,
         "own",
     )  # fmt: skip

@@ -27,9 +27,9 @@ from holdfast.runs.repeating import way_out
 from holdfast.runs.rotate import admission, collecting, drawing, learning
 from holdfast.runs.rotate.collecting import Collected
 from holdfast.runs.rotate.drawing import By
+from holdfast.runs.rotate.request import RotateRequest
 from holdfast.runs.rotate.samples import planned, statement
 from holdfast.runs.rotate.status import UNJUDGED, standing
-from holdfast.runs.rotate.terms import Terms
 from holdfast.runs.rotate.verdicts import Judged
 from holdfast.runs.rotate.watching import LoopSettings, RotationLoop
 from holdfast.runs.signals import Stopper, stoppable
@@ -48,7 +48,7 @@ class _Begun:
     """A pool whose collection is complete, with the inputs of the next steps."""
 
     pool: Pool
-    terms: Terms
+    terms: RotateRequest
     found: Collected
     again: str
     """advice how to continue if it is stopped"""

@@ -26,10 +26,10 @@ from holdfast.runs.rotate.collecting import bases_left
 from holdfast.runs.rotate.comparing import held
 from holdfast.runs.rotate.drawing import candidates
 from holdfast.runs.rotate.measuring import Measuring, ends, subject_of
+from holdfast.runs.rotate.request import FIRST, RotateRequest, state_of
 from holdfast.runs.rotate.ruling import CLAIMABLE, Family, Measurements, Ruling, reported, rulings
 from holdfast.runs.rotate.samples import Gate, Need, measured, statement, widened
 from holdfast.runs.rotate.sanity import distance, endless, tensors, twin
-from holdfast.runs.rotate.terms import FIRST, Terms, state_of
 from holdfast.runs.rotate.transfer_examples import TransferExamples, attackers, exposed_for, siblings_of
 from holdfast.runs.rotate.verdicts import IN_A_ROW, Admission, Judged
 from holdfast.runs.signals import Stopper
@@ -50,7 +50,7 @@ _FAMILIES: Mapping[Family, str] = {
 
 def admit(
     pool: Pool,
-    terms: Terms,
+    terms: RotateRequest,
     *,
     claims: Sequence[str] = (),
     accepted: Mapping[str, str] | None = None,
@@ -105,7 +105,7 @@ class _Admitting:
         return self.measuring.pool
 
     @property
-    def terms(self) -> Terms:
+    def terms(self) -> RotateRequest:
         """The common settings of the sets of the pool."""
         return self.measuring.transfer_examples.terms
 

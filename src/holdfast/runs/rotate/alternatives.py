@@ -27,7 +27,7 @@ from holdfast.rotation import Distilled, Immunise, Members
 from holdfast.rotation.collecting import last_of, rows_of
 from holdfast.rotation.transfer_attacks import TransferAttacker, noisy
 from holdfast.runs.rotate.collecting import members, surrogates
-from holdfast.runs.rotate.terms import Terms
+from holdfast.runs.rotate.request import RotateRequest
 from holdfast.store.pool import Pool
 
 NOISE = 0.3
@@ -42,7 +42,7 @@ class Alternatives:
     """Measures the alternatives on the judged inputs, with the same few attacks for all."""
 
     pool: Pool
-    terms: Terms
+    terms: RotateRequest
     live: Classifier
     batch: Batch
     threat: ThreatModel
@@ -171,12 +171,12 @@ def said(share: Estimate) -> Json:
     return {"value": share.value, "low": share.low, "high": share.high, "n": share.n}
 
 
-def hardened(terms: Terms) -> bool:
+def hardened(terms: RotateRequest) -> bool:
     """Whether the sets of a pool were trained against attacks."""
     return not isinstance(terms.candidate.recipe, Standard)
 
 
-def doubt(found: Mapping[str, Json | None], terms: Terms, one: Json | None) -> Json:
+def doubt(found: Mapping[str, Json | None], terms: RotateRequest, one: Json | None) -> Json:
     """The doubt that half an epoch of fine-tuning achieves more than rotation; raised if sets were not hardened."""
     tuned, static = found["adversarial fine-tuning"], found["static"]
     assert tuned is not None and static is not None

@@ -32,7 +32,7 @@ from holdfast.runs.rotate.alternatives import Alternatives, doubt, said
 from holdfast.runs.rotate.collecting import bases, bases_left, surrogates
 from holdfast.runs.rotate.learning import learned
 from holdfast.runs.rotate.query_search import AcrossSwaps
-from holdfast.runs.rotate.terms import Terms, accuracy
+from holdfast.runs.rotate.request import RotateRequest, accuracy
 from holdfast.runs.rotate.transfer_examples import siblings_of
 from holdfast.runs.rotate.wording import judged, verdict
 from holdfast.store.pool import Pool
@@ -68,7 +68,7 @@ class Table:
     """Measures the attackers of a pool one after another. Stored rows are not measured again."""
 
     pool: Pool
-    terms: Terms
+    terms: RotateRequest
     means: Means = field(default_factory=Means)
 
     def __call__(

@@ -23,7 +23,7 @@ from holdfast.rotation import Members, Task, loaded, weights_of
 from holdfast.rotation.collecting import begun_anew, swapped
 from holdfast.runs.order import Notify, Progress, Step, ignore, silent
 from holdfast.runs.pace import Pace, fitting, pace
-from holdfast.runs.rotate.terms import Terms, accuracy, state_of
+from holdfast.runs.rotate.request import RotateRequest, accuracy, state_of
 from holdfast.runs.signals import Stopper
 from holdfast.store.columns import ColumnFile
 from holdfast.store.manifest import refuse_other_head, stands
@@ -59,7 +59,9 @@ class Collected:
     """accuracy of each surrogate"""
 
 
-def begun(path: Path, terms: Terms, *, resume: bool, expect_head: str = "", notify: Notify = ignore) -> Pool:
+def begun(
+    path: Path, terms: RotateRequest, *, resume: bool, expect_head: str = "", notify: Notify = ignore
+) -> Pool:
     """Return the pool in a folder: a new one, or with `resume` an existing one with the same settings.
 
     With `expect_head`, its ledger must contain that head; see `Pool.held`.
@@ -87,7 +89,7 @@ def begun(path: Path, terms: Terms, *, resume: bool, expect_head: str = "", noti
 
 def collect(
     pool: Pool,
-    terms: Terms,
+    terms: RotateRequest,
     *,
     budget_s: float | None = None,
     stopper: Stopper | None = None,
@@ -120,7 +122,7 @@ def bases_left(pool: Pool) -> tuple[str, ...]:
     return tuple(m.name for m in pool.ledger.members if m.role == "base" and not m.deleted)
 
 
-def surrogates(pool: Pool, terms: Terms) -> list[Classifier]:
+def surrogates(pool: Pool, terms: RotateRequest) -> list[Classifier]:
     """The surrogate models of a surrogate-only attacker. Raises `UsageError` if some are missing."""
     files = [pool.kept(_own(k)) for k in range(OWN)]
     _refuse_uncollected(pool, [_own(k) for k in range(OWN)], files)
@@ -191,7 +193,7 @@ class _Collecting:
     """One call of `collect`, which trains all missing runs of a pool."""
 
     def __init__(
-        self, pool: Pool, terms: Terms, stopper: Stopper, notify: Notify, progress: Progress
+        self, pool: Pool, terms: RotateRequest, stopper: Stopper, notify: Notify, progress: Progress
     ) -> None:
         self.pool, self.terms, self.stopper, self.notify, self.progress = (
             pool,

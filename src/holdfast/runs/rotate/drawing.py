@@ -22,7 +22,7 @@ from holdfast.rotation.collecting import rows_of, trained_anew
 from holdfast.runs.order import Notify, ignore
 from holdfast.runs.rotate.collecting import bases, bases_left, epochs_of
 from holdfast.runs.rotate.learning import learned
-from holdfast.runs.rotate.terms import Terms, accuracy, state_of
+from holdfast.runs.rotate.request import RotateRequest, accuracy, state_of
 from holdfast.runs.signals import Stopper
 from holdfast.store.differences import differences
 from holdfast.store.pool import Pool
@@ -53,7 +53,7 @@ class Drawn:
 
 def draw(
     pool: Pool,
-    terms: Terms,
+    terms: RotateRequest,
     sets: int | None = None,
     *,
     by: By | None = None,
@@ -149,7 +149,7 @@ class _Drawing:
     """One call of `draw`, new or resumed."""
 
     def __init__(
-        self, pool: Pool, terms: Terms, immunise: Immunise | None, stopper: Stopper, notify: Notify
+        self, pool: Pool, terms: RotateRequest, immunise: Immunise | None, stopper: Stopper, notify: Notify
     ) -> None:
         stored = pool.kept(_KEPT)
         assert stored is not None

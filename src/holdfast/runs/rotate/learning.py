@@ -12,7 +12,7 @@ from holdfast.rotation import Codec, Embedding, Generator, LatentDiffusion, Memb
 from holdfast.rotation.generating import packed, unpacked
 from holdfast.runs.order import Notify, ignore
 from holdfast.runs.rotate.collecting import members, secret
-from holdfast.runs.rotate.terms import Terms, accuracy
+from holdfast.runs.rotate.request import RotateRequest, accuracy
 from holdfast.store.pool import Pool
 
 _KEPT = "generator"
@@ -39,7 +39,7 @@ class Learned:
 
 
 def learn(
-    pool: Pool, terms: Terms, codec: Codec, diffusion: LatentDiffusion, *, notify: Notify = ignore
+    pool: Pool, terms: RotateRequest, codec: Codec, diffusion: LatentDiffusion, *, notify: Notify = ignore
 ) -> Learned:
     """Fit codec and diffusion to the collected sets and store them encrypted; replaces an earlier generator.
 
@@ -52,7 +52,7 @@ def learn(
 
 
 def _learned_anew(
-    pool: Pool, terms: Terms, codec: Codec, diffusion: LatentDiffusion, notify: Notify
+    pool: Pool, terms: RotateRequest, codec: Codec, diffusion: LatentDiffusion, notify: Notify
 ) -> Learned:
     collected, draws = members(pool), secret(pool).at("generator")
     begin = time.perf_counter()
@@ -86,7 +86,7 @@ def _learned_anew(
 
 
 def _refuse_astray(
-    terms: Terms, generator: Generator, collected: Members, rng: Draws, diffusion: LatentDiffusion
+    terms: RotateRequest, generator: Generator, collected: Members, rng: Draws, diffusion: LatentDiffusion
 ) -> None:
     """Raise `Inconclusive` if no generated set has nearly the accuracy of the bases."""
     held = terms.first_held
@@ -102,7 +102,7 @@ def _refuse_astray(
         )
 
 
-def learned(pool: Pool, terms: Terms) -> Generator | None:
+def learned(pool: Pool, terms: RotateRequest) -> Generator | None:
     """The generator of the pool; None if there is none."""
     stored = pool.kept(_KEPT)
     if stored is None:
@@ -117,7 +117,7 @@ def what_was_learned(pool: Pool) -> Learned | None:
     return None if stored is None else Learned(**stored.about)
 
 
-def _lost(terms: Terms, embedding: Embedding, collected: Members) -> float:
+def _lost(terms: RotateRequest, embedding: Embedding, collected: Members) -> float:
     """Mean accuracy on held-out examples that sets lose by encoding and decoding."""
     places = torch.linspace(0, len(collected) - 1, min(_JUDGED, len(collected))).round().long()
     some = collected.take(places)

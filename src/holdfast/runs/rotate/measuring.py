@@ -23,7 +23,7 @@ from holdfast.reports.numbers import strict
 from holdfast.runs.assess import assess
 from holdfast.runs.identity import code_digest
 from holdfast.runs.order import Order, Progress, Subject, silent
-from holdfast.runs.rotate.terms import Terms
+from holdfast.runs.rotate.request import RotateRequest
 from holdfast.runs.rotate.transfer_examples import Attacker, TransferExamples
 from holdfast.sources.arrays import Arrays
 from holdfast.store.files import private
@@ -47,7 +47,7 @@ class Carried:
     """by attacker and attack, which examples (n) were broken"""
 
 
-def subject_of(terms: Terms, name: str, sha: str, model: Classifier) -> Subject:
+def subject_of(terms: RotateRequest, name: str, sha: str, model: Classifier) -> Subject:
     """A parameter set as the subject of an assessment."""
     card = {key: value for key, value in terms.subject.card.items() if key != "files"}
     return Subject(model, sha, {**card, "name": name, "digest": sha})

@@ -16,7 +16,7 @@ from typing import Literal
 from holdfast.core.types import Mask
 from holdfast.ops.statistics import bonferroni, normal_quantile
 from holdfast.runs.rotate.measuring import ends
-from holdfast.runs.rotate.terms import EVERY, FIRST, MOST
+from holdfast.runs.rotate.request import EVERY, FIRST, MOST
 
 Gate = Literal["clean accuracy", "robust accuracy"]
 CONFIDENCE = 0.95

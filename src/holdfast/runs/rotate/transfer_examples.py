@@ -27,7 +27,7 @@ from holdfast.rotation.transfer_attacks import TransferAttacker
 from holdfast.runs.identity import code_digest
 from holdfast.runs.order import Notify, ignore
 from holdfast.runs.rotate.collecting import surrogates
-from holdfast.runs.rotate.terms import Terms
+from holdfast.runs.rotate.request import RotateRequest
 from holdfast.store.pool import Pool
 
 Kind = Literal["A0", "A1", "A2", "A3"]
@@ -75,7 +75,7 @@ class TransferExamples:
     """
 
     pool: Pool
-    terms: Terms
+    terms: RotateRequest
     transfer_attacker: TransferAttacker = field(default_factory=TransferAttacker)
     notify: Notify = ignore
     _made: dict[tuple[Attacker, int, int], dict[str, Inputs]] = field(default_factory=dict)

@@ -17,8 +17,8 @@ from holdfast.rotation.triggers import Reading, Trigger, due, exposed
 from holdfast.runs.order import Notify, Progress, ignore, silent
 from holdfast.runs.rotate.admission import admit
 from holdfast.runs.rotate.drawing import By, candidates, draw
+from holdfast.runs.rotate.request import FIRST, RotateRequest
 from holdfast.runs.rotate.status import UNJUDGED
-from holdfast.runs.rotate.terms import FIRST, Terms
 from holdfast.runs.rotate.verdicts import IN_A_ROW, Admission
 from holdfast.runs.signals import Stopper
 from holdfast.store.pool import Pool
@@ -52,7 +52,7 @@ class RotationLoop:
     """A process that keeps a rotation running."""
 
     pool: Pool
-    terms: Terms
+    terms: RotateRequest
     how: LoopSettings
     stopper: Stopper = field(default_factory=Stopper)
     notify: Notify = ignore

@@ -51,7 +51,7 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Terms:
+class RotateRequest:
     """Settings of the training that all parameter sets of a pool share."""
 
     subject: Subject
