@@ -16,8 +16,8 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import Ledger as AnyLedger
 from holdfast.store.authentic import HEAD, Head, LedgerKey, line_of, read_entries, write_head
 from holdfast.store.ledger import utc_now
+from holdfast.store.ledger_state import Exposure, LedgerState, Serving, Term, well_formed
 from holdfast.store.locking import locked
-from holdfast.store.standing import Exposure, Serving, Standing, Term, well_formed
 
 DIGEST = "d" * 64
 KEY = LedgerKey(b"k" * 32)
@@ -124,7 +124,7 @@ STEPS = st.tuples(KINDS, SETS, st.lists(SETS, unique=True), st.booleans(), st.bo
 
 @given(steps=st.lists(STEPS, max_size=30))
 def test_whatever_is_said_one_set_serves_at_most_and_epochs_count_up(steps):
-    standing = Standing()
+    standing = LedgerState()
     for kind, name, judged, forced, automatic in steps:
         now = [] if standing.serving is None else [standing.serving.name]
         entry = {"kind": kind, "at": "now", "set": name, "why": "", "digest": DIGEST, "bases": []}

@@ -29,8 +29,8 @@ from holdfast.store.authentic import (
     write_head,
 )
 from holdfast.store.files import PRIVATE, append, refusal_in_pool, usable
+from holdfast.store.ledger_state import Exposure, LedgerState, Member, Role, Serving, State, Term, well_formed
 from holdfast.store.locking import locked
-from holdfast.store.standing import Exposure, Member, Role, Serving, Standing, State, Term, well_formed
 
 NAME = "ledger.jsonl"
 LOCK = "ledger.lock"
@@ -51,7 +51,7 @@ class Ledger:
     def __init__(self, folder: Path, key: LedgerKey, now: Callable[[], str] = utc_now) -> None:
         self.path, self._head_path, self._key, self._now = folder / NAME, folder / HEAD, key, now
         self._threads, self._inside = RLock(), False
-        self._standing, self._size = Standing(), 0
+        self._standing, self._size = LedgerState(), 0
         self._digests: list[str] = []
 
     @classmethod
@@ -254,7 +254,7 @@ class Ledger:
         self._size += size
         self._digests.append(link.digest)
 
-    def _ask(self, view: Callable[[Standing], T]) -> T:
+    def _ask(self, view: Callable[[LedgerState], T]) -> T:
         """Read new entries, waiting for a writer if necessary, and return a view of the state."""
         with self._threads:
             if not self._inside and self._length() != self._size:
@@ -301,7 +301,7 @@ class Ledger:
                 write_head(self._head_path, Head(len(self._digests), self._last), self._key)
 
 
-def refuse_out_of_order(standing: Standing, link: Link, number: int, path: Path) -> None:
+def refuse_out_of_order(standing: LedgerState, link: Link, number: int, path: Path) -> None:
     """Raise `TargetError` for an entry that is not allowed in the state `standing`."""
     try:
         standing.refuse_illegal(link.content)

@@ -18,6 +18,7 @@ from holdfast.store.authentic import HEAD, WAY_OUT, Head, LedgerKey, line_of, wr
 from holdfast.store.files import POOL_MANIFEST, PRIVATE, refusal_in_pool, usable, write_atomically
 from holdfast.store.ledger import LOCK, refuse_out_of_order, utc_now
 from holdfast.store.ledger import NAME as LEDGER
+from holdfast.store.ledger_state import LedgerState, well_formed
 from holdfast.store.locking import locked
 from holdfast.store.manifest import (
     NEW,
@@ -33,7 +34,6 @@ from holdfast.store.manifest import (
 )
 from holdfast.store.records import document, read_links
 from holdfast.store.sealing import Seal, found_seal
-from holdfast.store.standing import Standing, well_formed
 
 KEPT = "ledger-1.jsonl"
 """The older ledger, which is kept unchanged."""
@@ -156,9 +156,9 @@ def _upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _converted(
     path: Path, manifest: Mapping[str, Any], seal: Seal, links: list[Link]
-) -> tuple[Standing, list[dict[str, Any]]]:
+) -> tuple[LedgerState, list[dict[str, Any]]]:
     """The state after the entries, and the entries with all fields of the current format."""
-    standing, entries = Standing(), []
+    standing, entries = LedgerState(), []
     for number, link in enumerate(links, 1):
         entry = _upgraded(link.content)
         if entry["kind"] == "candidate" and _is_base(path, manifest, seal, entry["set"]):
@@ -182,7 +182,7 @@ def _is_base(path: Path, manifest: Mapping[str, Any], seal: Seal, name: str) -> 
     return False
 
 
-def _refuse_strays(path: Path, standing: Standing) -> None:
+def _refuse_strays(path: Path, standing: LedgerState) -> None:
     """Raise `TargetError` for a set without an entry: the older ledger was truncated."""
     for file in sorted((path / SETS).glob(f"*{SEALED}")):
         if file.stem not in standing.members:

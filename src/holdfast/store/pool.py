@@ -35,6 +35,7 @@ from holdfast.store.files import (
     write_atomically,
 )
 from holdfast.store.ledger import LOCK, Ledger
+from holdfast.store.ledger_state import Member, Role, Serving
 from holdfast.store.locking import locked
 from holdfast.store.manifest import (
     NEW,
@@ -52,7 +53,6 @@ from holdfast.store.manifest import (
 )
 from holdfast.store.records import document
 from holdfast.store.sealing import Seal, begun_seal, found_seal, refuse_unready
-from holdfast.store.standing import Member, Role, Serving
 
 NAME_DIGITS = 16
 """Number of hex digits of a set's digest in its name."""

@@ -11,10 +11,10 @@ from holdfast.store.columns import content_digest
 from holdfast.store.files import POOL_MANIFEST, refusal_in_pool, usable
 from holdfast.store.ledger import NAME as LEDGER
 from holdfast.store.ledger import refuse_out_of_order
+from holdfast.store.ledger_state import LedgerState, well_formed
 from holdfast.store.manifest import NEW, SEALED, SETS, open_manifest, refuse_other_head, unsealed
 from holdfast.store.records import document
 from holdfast.store.sealing import Seal, found_seal, has_key
-from holdfast.store.standing import Standing, well_formed
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
     links = read_entries(file, data[: data.rfind(b"\n") + 1], well_formed, key)
     digests = [link.digest for link in links]
     refuse_shortened(file, head, digests)
-    standing = Standing()
+    standing = LedgerState()
     for number, link in enumerate(links, 1):
         refuse_out_of_order(standing, link, number, file)
         standing.take(link.content)
@@ -66,7 +66,7 @@ def _newest(file: Path) -> Path:
     return new if new.exists() else file
 
 
-def _refuse_files(path: Path, standing: Standing, seal: Seal | None, manifest: dict[str, object]) -> int:
+def _refuse_files(path: Path, standing: LedgerState, seal: Seal | None, manifest: dict[str, object]) -> int:
     """Raise `TargetError` for a set without an entry, a missing required set, or one that differs from its entry."""
     opened = 0
     for file in sorted((path / SETS).glob(f"*{SEALED}")):

@@ -3,8 +3,8 @@
 from typing import Any
 
 from holdfast.runs.rotate.learning import what_was_learned
+from holdfast.store.ledger_state import Member, Term
 from holdfast.store.pool import Pool
-from holdfast.store.standing import Member, Term
 
 UNJUDGED = "it was not judged against all sets that are now listed as stolen"
 """The note on a serving set that was not judged against all stolen sets."""

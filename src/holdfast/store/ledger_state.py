@@ -143,7 +143,7 @@ def well_formed(entry: Mapping[str, Any]) -> None:
         )
 
 
-class Standing:
+class LedgerState:
     """The state of all sets after the entries so far."""
 
     def __init__(self) -> None:
