@@ -25,8 +25,8 @@ from holdfast.runs.rotate.transfer_examples import (
 )
 from holdfast.runs.rotate.verdicts import Admission, Judged
 from holdfast.runs.signals import Stopper
+from holdfast.store.encryption import KEY_VARIABLE
 from holdfast.store.pool import Pool
-from holdfast.store.sealing import KEY_VARIABLE
 from runs.rotating import DRAWING, begun, immunised, nearby, state, terms, trained
 
 QUICK = TransferAttacker({"MI": ATTACKS["MI"]})

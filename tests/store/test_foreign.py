@@ -16,12 +16,12 @@ from holdfast.core.chain import GENESIS, Link, digest
 from holdfast.core.errors import TargetError
 from holdfast.runs.index import open_run, runs_in
 from holdfast.store import journal
+from holdfast.store.encryption import KEY_VARIABLE
 from holdfast.store.folder import opened
 from holdfast.store.forms import count, listed, mapped, maybe, one_of, real, record, refuse_form, text
 from holdfast.store.leases import Leases, spent_in
 from holdfast.store.pool import Pool
 from holdfast.store.records import line_of
-from holdfast.store.sealing import KEY_VARIABLE
 from holdfast.store.verify import verify
 from store.test_folder import MANIFEST, SHARDS
 

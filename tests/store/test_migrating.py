@@ -9,8 +9,8 @@ import pytest
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import Pool
+from holdfast.store.encryption import KEY_VARIABLE
 from holdfast.store.migrating import migrate
-from holdfast.store.sealing import KEY_VARIABLE
 from store.lives import begun, dying, ended, life, weights
 from store.old_format import aged, chained
 

@@ -13,8 +13,8 @@ import torch
 
 from holdfast.core.errors import Inconclusive, InUse, TargetError, UsageError
 from holdfast.store import Pool
+from holdfast.store.encryption import KEY_VARIABLE, Seal, key_file
 from holdfast.store.manifest import stands
-from holdfast.store.sealing import KEY_VARIABLE, Seal, key_file
 from store.lives import begun, weights
 
 HERE = Path(__file__).resolve().parent

@@ -15,9 +15,9 @@ from typing import Any
 
 from holdfast.core.chain import GENESIS, Link, canonical
 from holdfast.core.errors import TargetError
+from holdfast.store.encryption import Seal
 from holdfast.store.files import PRIVATE, refusal_in_pool, usable, write_atomically
 from holdfast.store.records import document, read_document, read_links
-from holdfast.store.sealing import Seal
 
 HEAD = "ledger.head"
 WAY_OUT = "restore it from a copy; until then no set of this pool is served"

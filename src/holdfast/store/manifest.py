@@ -12,13 +12,13 @@ from holdfast.core.chain import canonical
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import forms
 from holdfast.store.authentic import HEAD, read_head
+from holdfast.store.encryption import Seal
 from holdfast.store.files import POOL_MANIFEST, flush_folder, refusal_in_pool, usable
 from holdfast.store.forms import refuse_form
 from holdfast.store.ledger import LOCK
 from holdfast.store.ledger import NAME as LEDGER
 from holdfast.store.locking import locked
 from holdfast.store.records import read_document
-from holdfast.store.sealing import Seal
 
 SETS = "sets"
 SEALED = ".sealed"

@@ -15,6 +15,7 @@ from holdfast.core.chain import GENESIS, Link, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import columns as column_files
 from holdfast.store.authentic import HEAD, WAY_OUT, Head, LedgerKey, line_of, write_head
+from holdfast.store.encryption import Seal, found_seal
 from holdfast.store.files import POOL_MANIFEST, PRIVATE, refusal_in_pool, usable, write_atomically
 from holdfast.store.ledger import LOCK, refuse_out_of_order, utc_now
 from holdfast.store.ledger import NAME as LEDGER
@@ -33,7 +34,6 @@ from holdfast.store.manifest import (
     open_manifest,
 )
 from holdfast.store.records import document, read_links
-from holdfast.store.sealing import Seal, found_seal
 
 KEPT = "ledger-1.jsonl"
 """The older ledger, which is kept unchanged."""

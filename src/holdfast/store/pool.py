@@ -25,6 +25,7 @@ from holdfast.core.errors import Inconclusive, TargetError, UsageError
 from holdfast.store import columns as column_files
 from holdfast.store.authentic import HEAD, LedgerKey
 from holdfast.store.columns import ColumnFile, content_digest
+from holdfast.store.encryption import Seal, begun_seal, found_seal, refuse_unready
 from holdfast.store.files import (
     PART,
     POOL_MANIFEST,
@@ -52,7 +53,6 @@ from holdfast.store.manifest import (
     unsealed,
 )
 from holdfast.store.records import document
-from holdfast.store.sealing import Seal, begun_seal, found_seal, refuse_unready
 
 NAME_DIGITS = 16
 """Number of hex digits of a set's digest in its name."""

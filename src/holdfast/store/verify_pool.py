@@ -8,13 +8,13 @@ from holdfast.core.errors import TargetError
 from holdfast.store import columns as column_files
 from holdfast.store.authentic import HEAD, LedgerKey, read_entries, read_head, refuse_shortened
 from holdfast.store.columns import content_digest
+from holdfast.store.encryption import Seal, found_seal, has_key
 from holdfast.store.files import POOL_MANIFEST, refusal_in_pool, usable
 from holdfast.store.ledger import NAME as LEDGER
 from holdfast.store.ledger import refuse_out_of_order
 from holdfast.store.ledger_state import LedgerState, well_formed
 from holdfast.store.manifest import NEW, SEALED, SETS, open_manifest, refuse_other_head, unsealed
 from holdfast.store.records import document
-from holdfast.store.sealing import Seal, found_seal, has_key
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.store import sealing
+from holdfast.store import encryption
+from holdfast.store.encryption import KEY_VARIABLE, Seal, begun_seal, found_seal, key_file
 from holdfast.store.files import create_private
-from holdfast.store.sealing import KEY_VARIABLE, Seal, begun_seal, found_seal, key_file
 
 SEAL, OTHER = Seal(bytes(range(32))), Seal(bytes(32))
 HEX = "0123456789abcdefABCDEF0123456789" * 2
@@ -58,7 +58,7 @@ def test_another_key_is_told_from_a_corrupt_file(tmp_path):
 def test_a_file_of_another_version_or_kind_is_refused(monkeypatch):
     with pytest.raises(TargetError, match="'x' is not an encrypted file"):
         SEAL.open(b"PK\x03\x04 a zip, for once" * 5, "x")
-    monkeypatch.setattr(sealing, "_VERSION", 2)
+    monkeypatch.setattr(encryption, "_VERSION", 2)
     newer = SEAL.seal(b"", "x")
     monkeypatch.undo()
     with pytest.raises(TargetError, match="version 2; this version reads 1"):
@@ -66,7 +66,7 @@ def test_a_file_of_another_version_or_kind_is_refused(monkeypatch):
 
 
 def test_what_one_file_cannot_hold_is_refused(monkeypatch):
-    monkeypatch.setattr(sealing, "_MOST_BYTES", 3)
+    monkeypatch.setattr(encryption, "_MOST_BYTES", 3)
     assert SEAL.open(SEAL.seal(b"123", "x"), "x") == b"123"
     with pytest.raises(UsageError, match="'x' has 4 bytes; at most 3"):
         SEAL.seal(b"1234", "x")
@@ -176,12 +176,12 @@ def test_a_key_that_is_gone_or_damaged_is_said(tmp_path, monkeypatch):
 def test_without_the_library_the_extra_is_named(monkeypatch):
     sealed = SEAL.seal(b"", "x")
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers.aead", None)
-    for ask in (sealing.refuse_unready, lambda: SEAL.seal(b"", "x"), lambda: SEAL.open(sealed, "x")):
+    for ask in (encryption.refuse_unready, lambda: SEAL.seal(b"", "x"), lambda: SEAL.open(sealed, "x")):
         with pytest.raises(UsageError, match=r'pip install "holdfast\[crypto\]"'):
             ask()
 
 
 def test_importing_the_store_asks_for_no_library():
-    code = "import sys; import holdfast.store.sealing; print(any(m.startswith('cryptography') for m in sys.modules))"
+    code = "import sys; import holdfast.store.encryption; print(any(m.startswith('cryptography') for m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
