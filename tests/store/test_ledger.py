@@ -124,31 +124,31 @@ STEPS = st.tuples(KINDS, SETS, st.lists(SETS, unique=True), st.booleans(), st.bo
 
 @given(steps=st.lists(STEPS, max_size=30))
 def test_whatever_is_said_one_set_serves_at_most_and_epochs_count_up(steps):
-    standing = LedgerState()
+    state = LedgerState()
     for kind, name, judged, forced, automatic in steps:
-        now = [] if standing.serving is None else [standing.serving.name]
+        now = [] if state.serving is None else [state.serving.name]
         entry = {"kind": kind, "at": "now", "set": name, "why": "", "digest": DIGEST, "bases": []}
-        entry |= {"epoch": standing.epoch + (kind == "serving"), "retires": now, "canary": "c"}
+        entry |= {"epoch": state.epoch + (kind == "serving"), "retires": now, "canary": "c"}
         entry |= {"answers": {"ann": 1}, "others": 1, "role": "service"}
         entry |= {"against": judged, "unjudged": forced, "automatic": automatic}
         well_formed(entry)
         try:
-            standing.refuse_illegal(entry)
+            state.refuse_illegal(entry)
         except UsageError:
             continue
-        assert kind != "serving" or forced or name not in standing.unjudged
-        standing.take(entry)
-        serving = [name for name, member in standing.members.items() if member.state == "serving"]
-        assert serving == ([] if standing.serving is None else [standing.serving.name])
-        assert [term.epoch for term in standing.terms] == list(range(1, standing.epoch + 1))
-        assert all(term.until is not None for term in standing.terms[:-1])
-        exposed = {exposure.name for exposure in standing.exposed}
-        assert not exposed & set(standing.ahead) and not exposed & set(standing.unlisted)
-        left = {name for name in exposed if not standing.members[name].deleted}
-        for name in set(standing.ahead) - set(standing.unjudged):
-            assert left <= set(standing.members[name].against)
-        assert all(standing.members[name].state == "admitted" for name in standing.ahead)
-        assert not any(member.deleted for member in map(standing.member, standing.ahead))
+        assert kind != "serving" or forced or name not in state.unjudged
+        state.take(entry)
+        serving = [name for name, member in state.members.items() if member.state == "serving"]
+        assert serving == ([] if state.serving is None else [state.serving.name])
+        assert [term.epoch for term in state.terms] == list(range(1, state.epoch + 1))
+        assert all(term.until is not None for term in state.terms[:-1])
+        exposed = {exposure.name for exposure in state.exposed}
+        assert not exposed & set(state.ahead) and not exposed & set(state.unlisted)
+        left = {name for name in exposed if not state.members[name].deleted}
+        for name in set(state.ahead) - set(state.unjudged):
+            assert left <= set(state.members[name].against)
+        assert all(state.members[name].state == "admitted" for name in state.ahead)
+        assert not any(member.deleted for member in map(state.member, state.ahead))
 
 
 def test_an_exposed_set_that_serves_goes_on_until_the_swap_and_never_serves_again(ledger):

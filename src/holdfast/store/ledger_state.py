@@ -84,14 +84,14 @@ class Member:
     deleted: bool = False
 
     @property
-    def standing(self) -> str:
+    def status(self) -> str:
         """Its state in a word; "exposed" if it is listed as stolen."""
         return self.state if self.exposed is None else "exposed"
 
     @property
     def needed(self) -> bool:
         """Whether its parameters are required: it serves, may serve, or others are judged against it."""
-        return self.standing in ("admitted", "serving", "exposed") and not self.deleted
+        return self.status in ("admitted", "serving", "exposed") and not self.deleted
 
 
 @dataclass(frozen=True)

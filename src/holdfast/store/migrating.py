@@ -67,16 +67,16 @@ def migrate(path: Path) -> Migrated:
     with locked(path / LOCK):
         _refuse_downgraded(path, manifest, seal)
         links = _old_links(path, manifest)
-        standing, entries = _converted(path, manifest, seal, links)
-        _refuse_strays(path, standing)
+        state, entries = _converted(path, manifest, seal, links)
+        _refuse_strays(path, state)
         last = links[-1].digest
         new = {**manifest, "schema_version": SCHEMA_VERSION}
         new["migrated"] = {"schema_version": OLD_VERSION, "entries": len(links), "head": last}
         entries[0]["manifest"] = digest(document(new))
         entries.append({"kind": "migrated", "at": utc_now(), "entries": len(links), "head": last})
         head = _write(path, entries, new, LedgerKey.of(seal, manifest["id"]))
-    exposed = tuple(one.name for one in standing.exposed)
-    return Migrated(len(links), last, head, exposed, standing.unjudged)
+    exposed = tuple(one.name for one in state.exposed)
+    return Migrated(len(links), last, head, exposed, state.unjudged)
 
 
 def _refuse_downgraded(path: Path, manifest: Mapping[str, Any], seal: Seal) -> None:
@@ -158,17 +158,17 @@ def _converted(
     path: Path, manifest: Mapping[str, Any], seal: Seal, links: list[Link]
 ) -> tuple[LedgerState, list[dict[str, Any]]]:
     """The state after the entries, and the entries with all fields of the current format."""
-    standing, entries = LedgerState(), []
+    state, entries = LedgerState(), []
     for number, link in enumerate(links, 1):
         entry = _upgraded(link.content)
         if entry["kind"] == "candidate" and _is_base(path, manifest, seal, entry["set"]):
             entry["role"] = "base"
         if entry["kind"] == "serving":
-            entry["unjudged"] = entry["set"] in standing.unjudged
-        refuse_out_of_order(standing, Link(link.previous, entry), number, path / LEDGER)
-        standing.take(entry)
+            entry["unjudged"] = entry["set"] in state.unjudged
+        refuse_out_of_order(state, Link(link.previous, entry), number, path / LEDGER)
+        state.take(entry)
         entries.append(entry)
-    return standing, entries
+    return state, entries
 
 
 def _is_base(path: Path, manifest: Mapping[str, Any], seal: Seal, name: str) -> bool:
@@ -182,10 +182,10 @@ def _is_base(path: Path, manifest: Mapping[str, Any], seal: Seal, name: str) -> 
     return False
 
 
-def _refuse_strays(path: Path, standing: LedgerState) -> None:
+def _refuse_strays(path: Path, state: LedgerState) -> None:
     """Raise `TargetError` for a set without an entry: the older ledger was truncated."""
     for file in sorted((path / SETS).glob(f"*{SEALED}")):
-        if file.stem not in standing.members:
+        if file.stem not in state.members:
             raise TargetError(
                 f"{str(file)!r} is in no entry of {str(path / LEDGER)!r}, which was shortened; restore that from a "
                 f"copy. Nothing was converted"

@@ -380,6 +380,6 @@ class Pool:
     def _refuse_gone(self, member: Member) -> None:
         if member.needed and not self._path(member.name).exists():
             raise TargetError(
-                f"{str(self._path(member.name))!r} is missing, but the ledger lists the set as {member.standing}; "
+                f"{str(self._path(member.name))!r} is missing, but the ledger lists the set as {member.status}; "
                 "restore it from a copy"
             )
