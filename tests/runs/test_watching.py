@@ -260,4 +260,4 @@ def test_it_says_that_nothing_serves_any_more(pool):  # noqa: F811
 
 
 def replace_every(one, trigger):
-    return RotationLoop(one.pool, one.terms, replace(one.how, triggers=(trigger,)))
+    return RotationLoop(one.pool, one.request, replace(one.how, triggers=(trigger,)))

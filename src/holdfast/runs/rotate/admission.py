@@ -50,7 +50,7 @@ _FAMILIES: Mapping[Family, str] = {
 
 def admit(
     pool: Pool,
-    terms: RotateRequest,
+    request: RotateRequest,
     *,
     claims: Sequence[str] = (),
     accepted: Mapping[str, str] | None = None,
@@ -71,7 +71,7 @@ def admit(
     if not again:
         again = f"completed work is kept; resume with: holdfast rotate admit {pool.shown}"
     parsed = tuple(map(_claim, claims))
-    transfer_examples = TransferExamples(pool, terms, transfer_attacker or TransferAttacker(), notify)
+    transfer_examples = TransferExamples(pool, request, transfer_attacker or TransferAttacker(), notify)
     measuring = Measuring(pool, transfer_examples, progress, again)
     with pool.alone_at("admit"):
         return _Admitting(measuring, parsed, accepted or {}, judged, notify, stopper or Stopper()).done()
@@ -105,9 +105,9 @@ class _Admitting:
         return self.measuring.pool
 
     @property
-    def terms(self) -> RotateRequest:
+    def request(self) -> RotateRequest:
         """The common settings of the sets of the pool."""
-        return self.measuring.transfer_examples.terms
+        return self.measuring.transfer_examples.request
 
     def done(self) -> Admission:
         """Judge all candidates, and stop after five refusals in a row."""
@@ -136,7 +136,7 @@ class _Admitting:
     def _foreign(self, name: str) -> Judged | None:
         """The refusal of a set whose tensors do not match the model; None if they match."""
         try:
-            refuse_foreign({**self.weights(name)}, _shapes(self.terms.model), f"set {name!r}")
+            refuse_foreign({**self.weights(name)}, _shapes(self.request.model), f"set {name!r}")
         except TargetError as error:
             gate = Ruling("tensors", None, "those of the model", "fail", str(error))
             return Judged(name, "refused", (gate,), gate.says, gate.name)
@@ -149,7 +149,7 @@ class _Admitting:
         if at_once is not None:
             return Judged(name, "refused", (at_once,), at_once.says, at_once.name, exposed)
         n = dict(self._first)
-        n_held = len(self.terms.held)
+        n_held = len(self.request.held)
         while True:
             n = {family: min(size, n_held) for family, size in n.items()}
             seen = self._seen(name, exposed, n)
@@ -183,7 +183,7 @@ class _Admitting:
         """
         fingerprint = ""
         if one.verdict == "admitted":
-            fingerprint = canary(self.terms.of_set(self.pool, one.name), self._canaries)
+            fingerprint = canary(self.request.of_set(self.pool, one.name), self._canaries)
         with self.stopper.finishing(), self.pool.ledger.alone():
             member = self.pool.ledger.member(one.name)
             if member.state not in ("candidate", "admitted"):
@@ -255,12 +255,12 @@ class _Admitting:
     @cached_property
     def _looks(self) -> dict[Family, int]:
         """Largest number of looks at each kind of measurement; each look doubles the examples."""
-        return {family: len(ends(len(self.terms.held), first)) for family, first in self._first.items()}
+        return {family: len(ends(len(self.request.held), first)) for family, first in self._first.items()}
 
     @cached_property
     def _needs(self) -> dict[Gate, Need]:
         """Sample sizes that the gates on accuracy need, estimated from the differences between bases and surrogates."""
-        n = len(self.terms.held)
+        n = len(self.request.held)
         first = {family: min(size, n) for family, size in self._first.items()}
         alike = [*self._bases, *self._own]
         clean = [one["correct"] for one in self._clean(alike, first["transfer"])]
@@ -288,7 +288,7 @@ class _Admitting:
         subjects = []
         for model in self.measuring.transfer_examples.own:
             sha = content_digest(state_of(model))
-            subjects.append(subject_of(self.terms, f"own-{sha[:NAME_DIGITS]}", sha, model))
+            subjects.append(subject_of(self.request, f"own-{sha[:NAME_DIGITS]}", sha, model))
         return tuple(subjects)
 
     @cached_property
@@ -299,16 +299,16 @@ class _Admitting:
 
     def _subject(self, name: str) -> Subject:
         sha = self.pool.ledger.member(name).digest
-        return subject_of(self.terms, name, sha, self.terms.of_set(self.pool, name))
+        return subject_of(self.request, name, sha, self.request.of_set(self.pool, name))
 
     @cached_property
     def _canaries(self) -> Inputs:
         """The canary inputs, stored encrypted in the pool."""
         stored = self.pool.kept(CANARY_INPUTS)
         if stored is None:
-            self.pool.keep(CANARY_INPUTS, {"x": self.terms.held.x[:CANARIES].cpu()}, {})
-            return self.terms.held.x[:CANARIES]
-        return stored.columns["x"].to(self.terms.held.x)
+            self.pool.keep(CANARY_INPUTS, {"x": self.request.held.x[:CANARIES].cpu()}, {})
+            return self.request.held.x[:CANARIES]
+        return stored.columns["x"].to(self.request.held.x)
 
     # --- weights
 
@@ -320,11 +320,11 @@ class _Admitting:
 
     def _finite(self, name: str) -> bool:
         """Whether a set has finite parameters, so that it can be attacked."""
-        return not endless(self.weights(name), state_of(self.terms.model))
+        return not endless(self.weights(name), state_of(self.request.model))
 
     @cached_property
     def _names(self) -> list[str]:
-        return rotated(self.terms.model)
+        return rotated(self.request.model)
 
     @cached_property
     def _known(self) -> list[Mapping[str, Tensor]]:

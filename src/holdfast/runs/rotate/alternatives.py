@@ -42,7 +42,7 @@ class Alternatives:
     """Measures the alternatives on the judged inputs, with the same few attacks for all."""
 
     pool: Pool
-    terms: RotateRequest
+    request: RotateRequest
     live: Classifier
     batch: Batch
     threat: ThreatModel
@@ -83,14 +83,14 @@ class Alternatives:
 
     def _diverse(self) -> Json:
         """Half of the passes compute examples, half train on them, together with FGSM-RS if the sets were hardened."""
-        batch, n, steps = self.terms.training.batch, len(self.terms.train), Distilled().steps
-        recipe, passes = (_ONE_STEP, 2) if hardened(self.terms) else (Standard(), 1)
+        batch, n, steps = self.request.training.batch, len(self.request.train), Distilled().steps
+        recipe, passes = (_ONE_STEP, 2) if hardened(self.request) else (Standard(), 1)
         share = _SHARE / (passes + 0.5)  # each update has half as many computed examples as others
         crafting = Distilled(examples=max(round(_SHARE * n / steps), 1), steps=steps)
         how = Immunise(share=share, batch=max(batch // 2, 1), lr=_LR, crafting=crafting)
         as_known = trained_as(recipe, Training(batch=batch))
         place = self.rng.at("trained", "diverse")
-        trained = how(self.live, [self.live], as_known, self.terms.train, self.threat, rng=place)
+        trained = how(self.live, [self.live], as_known, self.request.train, self.threat, rng=place)
         description = (
             f"as many passes: {share:.2g} of an epoch, and {crafting.examples:,} inputs distilled from others"
         )
@@ -98,10 +98,10 @@ class Alternatives:
 
     def _trained(self, recipe: Recipe, share: float) -> Classifier:
         """The serving set, trained further for part of an epoch."""
-        training = self.terms.training
+        training = self.request.training
         how = Training(epochs=1, batch=training.batch, lr=_LR, averaging="none", weight_decay=0.0)
         how = replace(how, optimizer="adamw", schedule="cycle", warmup=0.0)
-        data, place = self.terms.train, self.rng.at("trained", type(recipe).__name__)
+        data, place = self.request.train, self.rng.at("trained", type(recipe).__name__)
         some = rows_of(data, max(round(share * len(data)), 1), place.at("data"))
         return last_of(
             trained_as(recipe, how), deepcopy(self.live).requires_grad_(), some, self.threat, place
@@ -110,12 +110,12 @@ class Alternatives:
     def _noisy(self) -> Classifier:
         assert isinstance(self.live.net, torch.nn.Module)
         moved = noisy(self.live.net, NOISE, self.rng.at("noise"))
-        return self.terms.of_weights(dict(moved.named_parameters()))
+        return self.request.of_weights(dict(moved.named_parameters()))
 
     def _checkpoints(self) -> Json | None:
         if self._run is None:
             return None
-        first, last = (self.terms.of_weights(self._run.one(k)) for k in (0, -1))
+        first, last = (self.request.of_weights(self._run.one(k)) for k in (0, -1))
         return self._row(
             last, first, f"{len(self._run)} sets of a run; the first was stolen, the last serves"
         )
@@ -123,8 +123,8 @@ class Alternatives:
     def _soup(self) -> Json | None:
         if self._run is None:
             return None
-        stolen = self.terms.of_weights(self._run.one(0))
-        return self._row(self.terms.of_weights(self._run.bases().one(0)), stolen, "the mean of those sets")
+        stolen = self.request.of_weights(self._run.one(0))
+        return self._row(self.request.of_weights(self._run.bases().one(0)), stolen, "the mean of those sets")
 
     def _swag(self) -> Json | None:
         """A sample around the mean of the run, and an attacker with another sample."""
@@ -136,11 +136,11 @@ class Alternatives:
             for name, value in self._run.tensors.items():
                 noise = self.rng.at("swag", k, name).normal(torch.arange(value[0].numel()))
                 weights[name] = value.mean(0) + value.std(0) * noise.view(value[0].shape).to(value)
-            samples.append(self.terms.of_weights(weights))
+            samples.append(self.request.of_weights(weights))
         return self._row(samples[0], samples[1], "samples around their mean with their standard deviation")
 
     def _seeds(self) -> Json:
-        own = surrogates(self.pool, self.terms)
+        own = surrogates(self.pool, self.request)
         return self._row(own[0], own[1], "a set of another training run than the stolen one serves")
 
     @cached_property
@@ -171,12 +171,12 @@ def said(share: Estimate) -> Json:
     return {"value": share.value, "low": share.low, "high": share.high, "n": share.n}
 
 
-def hardened(terms: RotateRequest) -> bool:
+def hardened(request: RotateRequest) -> bool:
     """Whether the sets of a pool were trained against attacks."""
-    return not isinstance(terms.candidate.recipe, Standard)
+    return not isinstance(request.candidate.recipe, Standard)
 
 
-def doubt(found: Mapping[str, Json | None], terms: RotateRequest, one: Json | None) -> Json:
+def doubt(found: Mapping[str, Json | None], request: RotateRequest, one: Json | None) -> Json:
     """The doubt that half an epoch of fine-tuning achieves more than rotation; raised if sets were not hardened."""
     tuned, static = found["adversarial fine-tuning"], found["static"]
     assert tuned is not None and static is not None
@@ -190,10 +190,10 @@ def doubt(found: Mapping[str, Json | None], terms: RotateRequest, one: Json | No
         f"{100 * tuned['thief']['value']:.1f} % and a white-box attack {100 * tuned['white']['value']:.1f} %; with "
         f"rotation, an attacker with one stolen set breaks {rotated} and the same white-box attack {left:.1f} %"
     )
-    state = "clear" if hardened(terms) else "raised"
+    state = "clear" if hardened(request) else "raised"
     if state == "raised":
         says = (
-            f"the sets were trained by {terms.candidate.name}, which does not train against attacks: {says}"
+            f"the sets were trained by {request.candidate.name}, which does not train against attacks: {says}"
         )
     return {
         "state": state,

@@ -68,7 +68,7 @@ class Table:
     """Measures the attackers of a pool one after another. Stored rows are not measured again."""
 
     pool: Pool
-    terms: RotateRequest
+    request: RotateRequest
     means: Means = field(default_factory=Means)
 
     def __call__(
@@ -105,18 +105,18 @@ class _Measuring:
         keep: Keep,
         progress: Progress,
     ) -> None:
-        self.pool, self.terms, self.means = table.pool, table.terms, table.means
+        self.pool, self.request, self.means = table.pool, table.request, table.means
         self.keep, self.progress = keep, progress
         now = self.pool.serving
         assert now is not None
         self.name = str(evidence.model.get("set", now.name))
-        self.live = self.terms.of_set(self.pool, self.name)
+        self.live = self.request.of_set(self.pool, self.name)
         self.seen = evidence.threat.access
         self.threat = replace(evidence.threat, access="gradients", queries=None, surrogates=())
         self.rng = Draws(evidence.seed).at("attackers")
         n = len(judged_on)
         right, self.fell = evidence["correct"][:n].bool().cpu(), evidence["success"][:n].bool().cpu()
-        self.whole = judged_on.take(torch.arange(n)).to(torch.device(self.terms.device))
+        self.whole = judged_on.take(torch.arange(n)).to(torch.device(self.request.device))
         self.batch = self.whole.take(right)
         self.fell = self.fell[right]
         self.known = {member.name: member for member in self.pool.ledger.members}
@@ -148,7 +148,7 @@ class _Measuring:
         alternatives = {name: by_name.get(name) for name, _ in instead}
         return self.document | {
             "rows": rows,
-            "doubt": doubt(alternatives, self.terms, share_of_a1),
+            "doubt": doubt(alternatives, self.request, share_of_a1),
             "verdict": verdict(rows, itself),
             "notes": self._notes(),
             "complete": True,
@@ -177,24 +177,26 @@ class _Measuring:
         yield self._extracted
 
     def _notes(self) -> list[str]:
-        if self.terms.threat.constraint == self.threat.constraint:
+        if self.request.threat.constraint == self.threat.constraint:
             return []
-        return [f"the pool was collected for {self.terms.said}, and the assessment uses another threat model"]
+        return [
+            f"the pool was collected for {self.request.said}, and the assessment uses another threat model"
+        ]
 
     @cached_property
     def _alternatives(self) -> Alternatives:
         place = self.rng.at("instead")
         return Alternatives(
-            self.pool, self.terms, self.live, self.whole, self.threat, place, self.means.quick
+            self.pool, self.request, self.live, self.whole, self.threat, place, self.means.quick
         )
 
     # --- the attackers
 
     def _nothing(self) -> Json:
-        own = surrogates(self.pool, self.terms)
+        own = surrogates(self.pool, self.request)
         about = self.pool.manifest["about"]["data"]
         holds = (
-            f"no parameters of the pool; {len(own)} surrogates, trained by {self.terms.candidate.name} on "
+            f"no parameters of the pool; {len(own)} surrogates, trained by {self.request.candidate.name} on "
             f"{about['name']}"
         )
         return self._told(holds, self._stolen("A0", own))
@@ -231,7 +233,7 @@ class _Measuring:
     def _generator(self) -> Json:
         fell: dict[str, Mask] = {}
         sources: list[str] = []
-        generator = learned(self.pool, self.terms)
+        generator = learned(self.pool, self.request)
         if generator is not None:
             drawn, before = self._drawn, -1.0
             for k in self.means.draws:
@@ -245,7 +247,7 @@ class _Measuring:
                 if best <= before + _FLAT or len(drawn) <= k:
                     break
                 before = best
-            middle = [self.terms.of_weights(generator.mean())]
+            middle = [self.request.of_weights(generator.mean())]
             fell |= {f"the mean set, {name}": mask for name, mask in self._stolen("mean", middle).items()}
             sources.append("the generator")
         siblings = siblings_of(self.pool, self.name, lambda name: True)[:_MOST]
@@ -298,17 +300,17 @@ class _Measuring:
             if not self.known[name].deleted
         ][:_MOST]
         place = self.rng.at("A6")
-        some = rows_of(self.terms.train, self.means.labels, place.at("inputs"))
+        some = rows_of(self.request.train, self.means.labels, place.at("inputs"))
         labels, sets = some.y.clone(), self._sets(names)
         for k, each in enumerate(sets):
             rows = torch.arange(k, len(some), len(sets), device=some.x.device)
             labels[rows] = torch.cat([_classes(each, few.x) for few in some.take(rows).split(1_000)])
         recipe = trained_as(
-            self.terms.candidate.recipe, replace(self.terms.training, epochs=self.means.epochs)
+            self.request.candidate.recipe, replace(self.request.training, epochs=self.means.epochs)
         )
-        begun = begun_anew(self.terms.model, place.at("begin"), self.terms.begins)
+        begun = begun_anew(self.request.model, place.at("begin"), self.request.begins)
         try:
-            copied = last_of(recipe, begun, some.labelled(labels), self.terms.threat, place.at("training"))
+            copied = last_of(recipe, begun, some.labelled(labels), self.request.threat, place.at("training"))
         except LostLoss as error:
             return _unmeasured(f"the surrogate could not be distilled: {error}")
         agrees = float((_classes(copied, self.whole.x) == _classes(self.live, self.whole.x)).float().mean())
@@ -343,16 +345,16 @@ class _Measuring:
     @cached_property
     def _drawn(self) -> list[Classifier]:
         """Generated sets with sufficient accuracy, as an attacker would select them; if too few, the best ones."""
-        generator, rng = learned(self.pool, self.terms), self.rng.at("drawn")
+        generator, rng = learned(self.pool, self.request), self.rng.at("drawn")
         assert generator is not None
-        some = rows_of(self.terms.train, _LOOKED, rng.at("looked at"))
+        some = rows_of(self.request.train, _LOOKED, rng.at("looked at"))
         wanted, known = max(self.means.draws), bases_left(self.pool)
         right = [accuracy(model, some) for model in self._sets(known[:_MOST])]
         least = sum(right) / len(right) - _POINTS if right else 0.0
         models_found: list[tuple[float, Classifier]] = []
         for chunk in range(_CHUNKS):
             drawn = generator.drawn(_CHUNK, rng.at(chunk))
-            models = [self.terms.of_weights(drawn.one(k)) for k in range(len(drawn))]
+            models = [self.request.of_weights(drawn.one(k)) for k in range(len(drawn))]
             models_found += [(accuracy(model, some), model) for model in models]
             if sum(share >= least for share, _ in models_found) >= wanted:
                 break
@@ -361,7 +363,7 @@ class _Measuring:
         return good[:wanted] if len(good) >= self.means.draws[0] else [model for _, model in best]
 
     def _sets(self, names: Sequence[str]) -> list[Classifier]:
-        return [self.live if name == self.name else self.terms.of_set(self.pool, name) for name in names]
+        return [self.live if name == self.name else self.request.of_set(self.pool, name) for name in names]
 
     # --- examples and success rates
 

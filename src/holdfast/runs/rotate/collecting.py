@@ -60,7 +60,7 @@ class Collected:
 
 
 def begun(
-    path: Path, terms: RotateRequest, *, resume: bool, expect_head: str = "", notify: Notify = ignore
+    path: Path, request: RotateRequest, *, resume: bool, expect_head: str = "", notify: Notify = ignore
 ) -> Pool:
     """Return the pool in a folder: a new one, or with `resume` an existing one with the same settings.
 
@@ -72,7 +72,7 @@ def begun(
                 f"{str(path)!r} contains a pool already; resume it with --resume, or name another folder with --run"
             )
         pool = Pool.held(path, expect_head=expect_head)
-        terms.refuse_other(pool)
+        request.refuse_other(pool)
         return pool
     refuse_other_head(path, expect_head, lambda head: None)
     strange = sorted(each.name for each in path.iterdir() if each.name not in _LEFT) if path.is_dir() else []
@@ -81,7 +81,7 @@ def begun(
             f"{str(path)!r} contains {strange[0]!r} and is not a pool. The folder of a pool is private to its "
             "owner, so no other files may be in it; name a new folder with --run"
         )
-    pool = Pool.begun(path, terms.about())
+    pool = Pool.begun(path, request.about())
     secret(pool)
     notify(f"the pool is encrypted; its key: {pool.seal.source}")
     return pool
@@ -89,7 +89,7 @@ def begun(
 
 def collect(
     pool: Pool,
-    terms: RotateRequest,
+    request: RotateRequest,
     *,
     budget_s: float | None = None,
     stopper: Stopper | None = None,
@@ -98,7 +98,7 @@ def collect(
 ) -> Collected:
     """Train the missing runs, and store their sets encrypted in the pool. Raises `UsageError`, `TargetError`."""
     with pool.alone_at("collect"):
-        return _Collecting(pool, terms, stopper or Stopper(), notify, progress).done(budget_s)
+        return _Collecting(pool, request, stopper or Stopper(), notify, progress).done(budget_s)
 
 
 def members(pool: Pool) -> Members:
@@ -122,11 +122,11 @@ def bases_left(pool: Pool) -> tuple[str, ...]:
     return tuple(m.name for m in pool.ledger.members if m.role == "base" and not m.deleted)
 
 
-def surrogates(pool: Pool, terms: RotateRequest) -> list[Classifier]:
+def surrogates(pool: Pool, request: RotateRequest) -> list[Classifier]:
     """The surrogate models of a surrogate-only attacker. Raises `UsageError` if some are missing."""
     files = [pool.kept(_own(k)) for k in range(OWN)]
     _refuse_uncollected(pool, [_own(k) for k in range(OWN)], files)
-    return [loaded(terms.model, kept.columns, "own") for kept in files if kept is not None]
+    return [loaded(request.model, kept.columns, "own") for kept in files if kept is not None]
 
 
 def secret(pool: Pool) -> Draws:
@@ -193,22 +193,22 @@ class _Collecting:
     """One call of `collect`, which trains all missing runs of a pool."""
 
     def __init__(
-        self, pool: Pool, terms: RotateRequest, stopper: Stopper, notify: Notify, progress: Progress
+        self, pool: Pool, request: RotateRequest, stopper: Stopper, notify: Notify, progress: Progress
     ) -> None:
-        self.pool, self.terms, self.stopper, self.notify, self.progress = (
+        self.pool, self.request, self.stopper, self.notify, self.progress = (
             pool,
-            terms,
+            request,
             stopper,
             notify,
             progress,
         )
         self.draws = secret(pool)
-        self.anew = terms.source.runs if terms.source.anew else 0
+        self.anew = request.source.runs if request.source.anew else 0
 
     def done(self, budget_s: float | None) -> Collected:
         """Train all runs and surrogates that are missing, and return the result."""
         plan = self._planned(budget_s)
-        task, runs, lost = self.terms.task(plan["epochs"]), self.terms.source.runs, self._guessed()
+        task, runs, lost = self.request.task(plan["epochs"]), self.request.source.runs, self._guessed()
         descriptions: list[Mapping[str, Any]] = []
         own: list[float] = []
         for run in range(runs):
@@ -239,38 +239,47 @@ class _Collecting:
                     f"for each run), but {budget_s:g} s were given; leave --budget out, or create another pool"
                 )
             return stored.about
-        epochs, spent_s = self.terms.training.epochs, 0.0
+        epochs, spent_s = self.request.training.epochs, 0.0
         if budget_s is not None:
             self.notify(
-                f"measuring the time of an update of {self.terms.candidate.name} on this machine, for a budget of "
+                f"measuring the time of an update of {self.request.candidate.name} on this machine, for a budget of "
                 f"{budget_s:g} s"
             )
             begin = time.perf_counter()
             measured_pace = pace(
-                self.terms.candidate.recipe, self.terms.model, self.terms.train, self.terms.threat, budget_s
+                self.request.candidate.recipe,
+                self.request.model,
+                self.request.train,
+                self.request.threat,
+                budget_s,
             )
             spent_s = time.perf_counter() - begin
             trained = self.anew + OWN
-            spent_s += self.terms.source.runs * self.terms.source.updates * measured_pace.update
+            spent_s += self.request.source.runs * self.request.source.updates * measured_pace.update
             epochs = fitting((budget_s - spent_s) / trained, measured_pace)
             if not epochs:
                 raise UsageError(_too_small(budget_s, spent_s, measured_pace, trained))
-        plan = {"epochs": epochs, "runs": self.terms.source.runs, "budget_s": budget_s, "planning_s": spent_s}
+        plan = {
+            "epochs": epochs,
+            "runs": self.request.source.runs,
+            "budget_s": budget_s,
+            "planning_s": spent_s,
+        }
         self.pool.keep(_PLAN, {"epochs": torch.tensor([epochs])}, plan)
         return plan
 
     def _guessed(self) -> float:
         """Accuracy that a run must exceed: 1.5 times that of always predicting the most frequent class, at most 1."""
-        held = self.terms.first_held
+        held = self.request.first_held
         return min(_GUESSING * int(held.y.bincount().max()) / len(held), 1.0)
 
     def _run(self, task: Task, run: int, lost: float) -> ColumnFile:
         """Train one run of the source, and store its sets and its base encrypted."""
-        source, model = self.terms.source, self.terms.model
+        source, model = self.request.source, self.request.model
         base = self._trained(task, run, self.draws.at("run", run)) if source.anew else model
         named = swapped(source, model)
         sets = [weights_of(one, named) for one in source(base, task, rng=self.draws.at("sets", run))]
-        right = accuracy(base, self.terms.first_held)
+        right = accuracy(base, self.request.first_held)
         self._refuse_astray(f"run {run + 1}", right, lost)
         joined = Members.of(sets, [run] * len(sets)).tensors
         columns = {f"set.{name}": value.cpu() for name, value in joined.items()}
@@ -282,8 +291,8 @@ class _Collecting:
 
     def _surrogate(self, task: Task, k: int, lost: float) -> ColumnFile:
         """Train one of the surrogate models of a surrogate-only attacker."""
-        model = self._trained(task, self.anew + k, Draws(self.terms.seed).at("own", k))
-        right = accuracy(model, self.terms.first_held)
+        model = self._trained(task, self.anew + k, Draws(self.request.seed).at("own", k))
+        right = accuracy(model, self.request.first_held)
         self._refuse_astray(f"surrogate {k + 1}", right, lost)
         columns, said = state_of(model), {"accuracy": right}
         with self.stopper.finishing():
@@ -317,7 +326,7 @@ class _Collecting:
         if stored is None or stored.about["run"] != name:
             return None
         metadata = stored.about
-        device = torch.device(self.terms.device)
+        device = torch.device(self.request.device)
         tensors = {key: value.to(device) for key, value in stored.columns.items()}
         return Checkpoint(metadata["epoch"], metadata["of"], tensors, metadata["measured"])
 
@@ -334,6 +343,6 @@ class _Collecting:
             raise TargetError(
                 f"{what} has an accuracy of {100 * right:.1f} % on held-out examples; more than {100 * lost:.1f} % "
                 "was expected, which is 1.5 times that of guessing: the training diverged. Collect again with a "
-                f"smaller learning rate, as in --set recipe.training.lr={self.terms.training.lr / 3:.2g}, a longer "
+                f"smaller learning rate, as in --set recipe.training.lr={self.request.training.lr / 3:.2g}, a longer "
                 "warm-up, another --seed, or --set begins=own"
             )

@@ -53,7 +53,7 @@ class Drawn:
 
 def draw(
     pool: Pool,
-    terms: RotateRequest,
+    request: RotateRequest,
     sets: int | None = None,
     *,
     by: By | None = None,
@@ -73,7 +73,7 @@ def draw(
     with pool.alone_at("draw"):
         begun = pool.kept(_KEPT) if resume else None
         if begun is None:
-            kind = by or ("anew" if learned(pool, terms) is None else "generator")
+            kind = by or ("anew" if learned(pool, request) is None else "generator")
             metadata = {
                 "drawing": secrets.token_hex(4),
                 "asked": {"sets": sets or _SETS, "by": kind, "immunise": how},
@@ -92,7 +92,7 @@ def draw(
                     "that draw is complete, so there is nothing to resume; leave --resume out to draw more sets"
                 )
                 return _drawn(begun.about)
-        return _Drawing(pool, terms, immunise, stopper or Stopper(), notify).done()
+        return _Drawing(pool, request, immunise, stopper or Stopper(), notify).done()
 
 
 def _refuse_other(known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -149,18 +149,18 @@ class _Drawing:
     """One call of `draw`, new or resumed."""
 
     def __init__(
-        self, pool: Pool, terms: RotateRequest, immunise: Immunise | None, stopper: Stopper, notify: Notify
+        self, pool: Pool, request: RotateRequest, immunise: Immunise | None, stopper: Stopper, notify: Notify
     ) -> None:
         stored = pool.kept(_KEPT)
         assert stored is not None
-        self.pool, self.terms, self.immunise = pool, terms, immunise
+        self.pool, self.request, self.immunise = pool, request, immunise
         self.stopper, self.notify, self.said = stopper, notify, dict(stored.about)
         self.by: By = self.said["asked"]["by"]
         self.seed: Tensor = stored.columns["seed"]
         self.draws = Draws(int(self.seed)).at("drawing")
-        self.task = terms.task(epochs_of(pool))
+        self.task = request.task(epochs_of(pool))
         self.looked = rows_of(self.task.data, _LOOKED, self.draws.at("looked at"))
-        self.exposed = [terms.of_set(pool, name) for name in self.said["against"]]
+        self.exposed = [request.of_set(pool, name) for name in self.said["against"]]
         self.generator = self._generator() if self.by == "generator" else None
         self.least = self._least() if self.generator is not None else 0.0
 
@@ -193,14 +193,14 @@ class _Drawing:
         return _drawn(self.said)
 
     def _generator(self) -> Generator:
-        generator = learned(self.pool, self.terms)
+        generator = learned(self.pool, self.request)
         if generator is None:
             raise UsageError(
                 f"{str(self.pool.path)!r} has no generator yet; train one with holdfast rotate train "
                 f"{self.pool.shown}, or train sets from fresh weights with --by anew"
             )
         shapes = {name: tuple(mean.shape) for name, mean in generator.embedding.span.mean.items()}
-        own = {name: tuple(value.shape) for name, value in self.terms.model.net.named_parameters()}  # type: ignore[union-attr]
+        own = {name: tuple(value.shape) for name, value in self.request.model.net.named_parameters()}  # type: ignore[union-attr]
         other = next((name for name, shape in shapes.items() if own.get(name) != shape), None)
         if other is not None:
             raise UsageError(
@@ -212,7 +212,7 @@ class _Drawing:
 
     def _least(self) -> float:
         """The accuracy that a generated set needs on the inputs that it is tested on."""
-        models = [self.terms.of_set(self.pool, name) for name in bases_left(self.pool)]
+        models = [self.request.of_set(self.pool, name) for name in bases_left(self.pool)]
         right = [accuracy(base, self.looked) for base in models]
         return mean(right) - _POINT if right else 0.0
 
@@ -227,7 +227,7 @@ class _Drawing:
         best = 0.0
         for turn in range(_MOST):
             drawn = self.generator.drawn(1, rng.at("draw", turn))
-            model = self.terms.of_weights(drawn.one(0))
+            model = self.request.of_weights(drawn.one(0))
             right = accuracy(model, self.looked)
             self.said["looked_at"] += 1
             if right >= self.least:

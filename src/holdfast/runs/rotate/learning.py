@@ -39,7 +39,7 @@ class Learned:
 
 
 def learn(
-    pool: Pool, terms: RotateRequest, codec: Codec, diffusion: LatentDiffusion, *, notify: Notify = ignore
+    pool: Pool, request: RotateRequest, codec: Codec, diffusion: LatentDiffusion, *, notify: Notify = ignore
 ) -> Learned:
     """Fit codec and diffusion to the collected sets and store them encrypted; replaces an earlier generator.
 
@@ -48,11 +48,11 @@ def learn(
     comes within ten points of the bases; then an earlier generator is kept.
     """
     with pool.alone_at("train"):
-        return _learned_anew(pool, terms, codec, diffusion, notify)
+        return _learned_anew(pool, request, codec, diffusion, notify)
 
 
 def _learned_anew(
-    pool: Pool, terms: RotateRequest, codec: Codec, diffusion: LatentDiffusion, notify: Notify
+    pool: Pool, request: RotateRequest, codec: Codec, diffusion: LatentDiffusion, notify: Notify
 ) -> Learned:
     collected, draws = members(pool), secret(pool).at("generator")
     begin = time.perf_counter()
@@ -62,7 +62,7 @@ def _learned_anew(
         f"codec: {len(collected)} sets of {collected.parameters:,} parameters, {embedding.span.rank} directions, "
         f"{100 * embedding.lost:.2g} % of the variance lost, {codec_s:.1f} s"
     )
-    lost = _lost(terms, embedding, collected)
+    lost = _lost(request, embedding, collected)
     notify(
         f"encoding and decoding: {100 * lost:.2f} percentage points of accuracy lost, at most {100 * _LOST:g} "
         "allowed"
@@ -76,7 +76,7 @@ def _learned_anew(
     begin = time.perf_counter()
     generator = diffusion(embedding, collected, rng=draws.at("diffusion"))
     diffusion_s = time.perf_counter() - begin
-    _refuse_astray(terms, generator, collected, draws.at("tried"), diffusion)
+    _refuse_astray(request, generator, collected, draws.at("tried"), diffusion)
     notify(f"diffusion: regulariser {diffusion.regulariser}, {diffusion_s:.1f} s")
     result = Learned(
         len(collected), collected.parameters, embedding.span.rank, embedding.lost, lost, codec_s, diffusion_s
@@ -86,13 +86,13 @@ def _learned_anew(
 
 
 def _refuse_astray(
-    terms: RotateRequest, generator: Generator, collected: Members, rng: Draws, diffusion: LatentDiffusion
+    request: RotateRequest, generator: Generator, collected: Members, rng: Draws, diffusion: LatentDiffusion
 ) -> None:
     """Raise `Inconclusive` if no generated set has nearly the accuracy of the bases."""
-    held = terms.first_held
+    held = request.first_held
     drawn, bases = generator.drawn(_TRIED, rng), collected.bases()
-    best = max(accuracy(terms.of_weights(drawn.one(k)), held) for k in range(len(drawn)))
-    usual = mean(accuracy(terms.of_weights(bases.one(k)), held) for k in range(len(bases)))
+    best = max(accuracy(request.of_weights(drawn.one(k)), held) for k in range(len(drawn)))
+    usual = mean(accuracy(request.of_weights(bases.one(k)), held) for k in range(len(bases)))
     if best < usual - _ASTRAY:
         raise Inconclusive(
             f"the best of {_TRIED} generated sets has an accuracy of {100 * best:.1f} %, the bases "
@@ -102,12 +102,12 @@ def _refuse_astray(
         )
 
 
-def learned(pool: Pool, terms: RotateRequest) -> Generator | None:
+def learned(pool: Pool, request: RotateRequest) -> Generator | None:
     """The generator of the pool; None if there is none."""
     stored = pool.kept(_KEPT)
     if stored is None:
         return None
-    device = torch.device(terms.device)
+    device = torch.device(request.device)
     return unpacked({name: value.to(device) for name, value in stored.columns.items()})
 
 
@@ -117,14 +117,14 @@ def what_was_learned(pool: Pool) -> Learned | None:
     return None if stored is None else Learned(**stored.about)
 
 
-def _lost(terms: RotateRequest, embedding: Embedding, collected: Members) -> float:
+def _lost(request: RotateRequest, embedding: Embedding, collected: Members) -> float:
     """Mean accuracy on held-out examples that sets lose by encoding and decoding."""
     places = torch.linspace(0, len(collected) - 1, min(_JUDGED, len(collected))).round().long()
     some = collected.take(places)
     back = Members(embedding.decoded(embedding.encoded(some)), some.basins)
-    held = terms.first_held
+    held = request.first_held
 
     def right(sets: Members) -> float:
-        return mean(accuracy(terms.of_weights(sets.one(k)), held) for k in range(len(sets)))
+        return mean(accuracy(request.of_weights(sets.one(k)), held) for k in range(len(sets)))
 
     return right(some) - right(back)

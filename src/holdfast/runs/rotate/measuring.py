@@ -47,9 +47,9 @@ class Carried:
     """by attacker and attack, which examples (n) were broken"""
 
 
-def subject_of(terms: RotateRequest, name: str, sha: str, model: Classifier) -> Subject:
+def subject_of(request: RotateRequest, name: str, sha: str, model: Classifier) -> Subject:
     """A parameter set as the subject of an assessment."""
-    card = {key: value for key, value in terms.subject.card.items() if key != "files"}
+    card = {key: value for key, value in request.subject.card.items() if key != "files"}
     return Subject(model, sha, {**card, "name": name, "digest": sha})
 
 
@@ -103,13 +103,15 @@ class Measuring:
     def _piece(
         self, of: Subject, what: str, members: Sequence[Member], start: int, stop: int
     ) -> tuple[Evidence, Path]:
-        terms = self.transfer_examples.terms
-        threat = replace(terms.threat, access="gradients", queries=None, surrogates=())
-        plan = Plan(tuple(members), threat, terms.seed, full=what not in ("white-box", "clean"), shown=False)
-        stages = plan.outline(terms.model.classes or 0).steps
+        request = self.transfer_examples.request
+        threat = replace(request.threat, access="gradients", queries=None, surrogates=())
+        plan = Plan(
+            tuple(members), threat, request.seed, full=what not in ("white-box", "clean"), shown=False
+        )
+        stages = plan.outline(request.model.classes or 0).steps
         tag = digest(canonical([self._base, strict(stages)]))[:_TAG]
         run = self.pool.path / FOLDER / str(of.card["name"]) / f"{what}-{start}-{stop}-{tag}"
-        order = Order(plan, device=terms.device)
+        order = Order(plan, device=request.device)
         with private():
             result = assess(
                 of,
@@ -124,7 +126,7 @@ class Measuring:
 
     def _rows(self, start: int, stop: int) -> Arrays:
         """Held-out examples `start` to `stop`, with their row numbers in the training data as ids."""
-        examples, rows = self.transfer_examples.terms.examples, slice(start, stop)
+        examples, rows = self.transfer_examples.request.examples, slice(start, stop)
         x, y, ids = (
             value[rows].cpu().numpy() for value in (examples.held.x, examples.held.y, examples.held.ids)
         )
@@ -133,7 +135,7 @@ class Measuring:
     @cached_property
     def _base(self) -> str:
         """Digest of the code and of the settings of the pool; runs with another digest are not reused."""
-        return digest(canonical(strict([code_digest(), self.transfer_examples.terms.about()])))
+        return digest(canonical(strict([code_digest(), self.transfer_examples.request.about()])))
 
 
 def ends(n: int, first: int) -> list[tuple[int, int]]:

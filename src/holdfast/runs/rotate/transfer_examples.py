@@ -75,7 +75,7 @@ class TransferExamples:
     """
 
     pool: Pool
-    terms: RotateRequest
+    request: RotateRequest
     transfer_attacker: TransferAttacker = field(default_factory=TransferAttacker)
     notify: Notify = ignore
     _made: dict[tuple[Attacker, int, int], dict[str, Inputs]] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class TransferExamples:
     @property
     def own(self) -> list[Classifier]:
         """The surrogates of a surrogate-only attacker."""
-        self._own = self._own or surrogates(self.pool, self.terms)
+        self._own = self._own or surrogates(self.pool, self.request)
         return self._own
 
     def nothing(self, size: int | None = None) -> Attacker:
@@ -107,7 +107,7 @@ class TransferExamples:
         ]
 
     def _given(self, attacker: Attacker, name: str, start: int, stop: int) -> Callable[[Batch], Inputs]:
-        lookup = Lookup(self.terms.examples.held.ids[start:stop].cpu())
+        lookup = Lookup(self.request.examples.held.ids[start:stop].cpu())
 
         def made_before(batch: Batch) -> Inputs:
             made = self._of(attacker, start, stop)[name]
@@ -119,8 +119,8 @@ class TransferExamples:
         """The examples of an attacker for some inputs, by attack, cached."""
         key = (attacker, start, stop)
         if key not in self._made:
-            some = self.terms.held.take(torch.arange(start, stop))
-            constraint, bounds = self.terms.threat.constraint, self.terms.model.bounds
+            some = self.request.held.take(torch.arange(start, stop))
+            constraint, bounds = self.request.threat.constraint, self.request.model.bounds
             self._made[key] = {
                 name: constraint.project(some.x + change.to(some.x), some.x, bounds).cpu()
                 for name, change in self._changes(attacker, some, start).items()
@@ -129,7 +129,7 @@ class TransferExamples:
 
     def _changes(self, attacker: Attacker, some: Batch, start: int) -> dict[str, Tensor]:
         """The perturbations of an attacker in half precision, from the pool if they are stored there."""
-        about = digest(canonical(strict([code_digest(), len(some), self._asked, self.terms.about()])))
+        about = digest(canonical(strict([code_digest(), len(some), self._asked, self.request.about()])))
         place = digest(canonical([attacker.kind, *attacker.sources, start]))[:16]
         stored = self.pool.kept(f"made_{place}")
         if stored is not None and stored.about["of"] == about:
@@ -137,8 +137,8 @@ class TransferExamples:
         self.notify(
             f"{attacker.name}: examples of {len(some):,} inputs by {', '.join(self.transfer_attacker.attacks)}"
         )
-        rng = Draws(self.terms.seed).at("thief", attacker.kind, *attacker.sources)
-        examples = self.transfer_attacker.crafted(self._models(attacker), some, self.terms.threat, rng=rng)
+        rng = Draws(self.request.seed).at("thief", attacker.kind, *attacker.sources)
+        examples = self.transfer_attacker.crafted(self._models(attacker), some, self.request.threat, rng=rng)
         changes = {name: (x - some.x).half().cpu() for name, x in examples.items()}
         if attacker.kind != "A3":  # these sets differ for each candidate
             self.pool.keep(f"made_{place}", changes, {"of": about})
@@ -151,7 +151,7 @@ class TransferExamples:
     def _models(self, attacker: Attacker) -> Sequence[Classifier]:
         if attacker.kind == "A0":
             return self.own[: int(attacker.sources[0].removeprefix("own "))]
-        return [self.terms.of_set(self.pool, name) for name in attacker.sources]
+        return [self.request.of_set(self.pool, name) for name in attacker.sources]
 
 
 @dataclass(frozen=True)

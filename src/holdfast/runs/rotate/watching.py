@@ -52,7 +52,7 @@ class RotationLoop:
     """A process that keeps a rotation running."""
 
     pool: Pool
-    terms: RotateRequest
+    request: RotateRequest
     how: LoopSettings
     stopper: Stopper = field(default_factory=Stopper)
     notify: Notify = ignore
@@ -76,7 +76,7 @@ class RotationLoop:
                 self._turn()
             last = {name for name in candidates(self.pool) if self._last_resort(name)}
             admission = admit(
-                self.pool, self.terms, claims=self.how.claims, accepted=self.how.accepted, judged=self.how.judged,
+                self.pool, self.request, claims=self.how.claims, accepted=self.how.accepted, judged=self.how.judged,
                 again=self.how.again, stopper=self.stopper, notify=self.notify, progress=self.progress,
             )  # fmt: skip
             self._turn()
@@ -141,12 +141,12 @@ class RotationLoop:
             "notify": self.notify,
         }
         try:
-            draw(self.pool, self.terms, missing, by=by, **options)
+            draw(self.pool, self.request, missing, by=by, **options)
         except Inconclusive as error:
             if by is not None:
                 raise
             self._go_anew(str(error))
-            draw(self.pool, self.terms, missing, by="anew", **options)
+            draw(self.pool, self.request, missing, by="anew", **options)
 
     def _refused_of_generator(self) -> bool:
         """Whether the last five generated sets were judged and refused."""
