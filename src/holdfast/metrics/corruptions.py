@@ -48,9 +48,9 @@ def corruption_error_rate(evidence: Evidence, confidence: float = 0.95) -> Estim
 def worst_corruption(evidence: Evidence, confidence: float = 0.95) -> Estimate:
     """Smallest accuracy over the corruptions, with an interval that is simultaneous over them (Bonferroni)."""
     right = _right(evidence)
-    each = [proportion(row, bonferroni(confidence, len(right))) for row in right]
-    worst = min(each, key=lambda estimate: estimate.value)
-    return Estimate(worst.value, min(e.low for e in each), min(e.high for e in each), worst.n)
+    intervals = [proportion(row, bonferroni(confidence, len(right))) for row in right]
+    worst = min(intervals, key=lambda estimate: estimate.value)
+    return Estimate(worst.value, min(e.low for e in intervals), min(e.high for e in intervals), worst.n)
 
 
 def mce(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:

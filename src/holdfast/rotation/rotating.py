@@ -223,22 +223,22 @@ class RotatingModel:
         returns the same answers again. A replaced set is returned once more, with `final`, when its last request is
         done, and then removed.
         """
-        found = []
+        collected = []
         with self._collecting:
             with self._lock:
                 over = [book for book in self._ended if not book.under_way]
                 books = [*self._ended, *(one.book for one in (self._live, *self._held))]
-                told = [(book, dict(book.given)) for book in books if book.given or book in over]
-            for book, given in sorted(told, key=lambda each: each[0].epoch):
+                counts = [(book, dict(book.given)) for book in books if book.given or book in over]
+            for book, given in sorted(counts, key=lambda each: each[0].epoch):
                 answers = _answers(book, given, final=book in over)
                 write(answers)
-                found.append(answers)
+                collected.append(answers)
                 with self._lock:
                     book.forget(given)
                     if book in over:
                         self._ended.remove(book)
                         self._names -= len(book.had)
-        return tuple(found)
+        return tuple(collected)
 
 
 def _answers(book: _Book, given: Mapping[str | None, int], *, final: bool) -> Answers:

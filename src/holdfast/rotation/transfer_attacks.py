@@ -127,10 +127,13 @@ class TransferAttacker:
         """
         if not sources:
             raise UsageError("an attacker without models cannot compute examples; give at least one model")
-        held = replace(threat, surrogates=tuple(sources), queries=None)
+        threat_of_attacker = replace(threat, surrogates=tuple(sources), queries=None)
         return {
             name: torch.cat(
-                [attack(sources[0], some, held, rng=rng.at(name)).detach() for some in batch.split(_AT_ONCE)]
+                [
+                    attack(sources[0], some, threat_of_attacker, rng=rng.at(name)).detach()
+                    for some in batch.split(_AT_ONCE)
+                ]
             )
             for name, attack in self.attacks.items()
         }

@@ -90,7 +90,7 @@ class RunFolder:
 
     def shards(self, stage: str) -> dict[int, Columns]:
         """The finished shards of an incomplete stage. Invalid shards are deleted and measured again."""
-        found: dict[int, Columns] = {}
+        columns_of_shards: dict[int, Columns] = {}
         folder = self.path / stage
         with usable(folder):
             if folder.is_dir():
@@ -98,11 +98,11 @@ class RunFolder:
             for path in sorted(folder.glob(f"*{column_files.SUFFIX}")):
                 shard = _shard_of(path)
                 try:
-                    found[shard] = column_files.read(path).columns
+                    columns_of_shards[shard] = column_files.read(path).columns
                 except TargetError:
                     path.unlink()
-        self.leases.reconcile(stage, found)
-        return found
+        self.leases.reconcile(stage, columns_of_shards)
+        return columns_of_shards
 
     def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
         """Write a finished shard."""

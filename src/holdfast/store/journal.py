@@ -70,20 +70,20 @@ class Journal(Sent):
         """the file of earlier attempts"""
         self._known: dict[Place, dict[bytes, deque[tuple[int, int, str]]]] = {}
         """for each input, its stored answers: offset, number of values, number of classes, and type"""
-        left = next((each for each in (path, path.with_name(SERVED)) if each.is_file()), None)
-        if resume and left is not None:
-            if left.is_symlink():
-                raise _altered(left, "is a link", "a run folder contains no links")
+        existing = next((each for each in (path, path.with_name(SERVED)) if each.is_file()), None)
+        if resume and existing is not None:
+            if existing.is_symlink():
+                raise _altered(existing, "is a link", "a run folder contains no links")
             try:
-                with usable(left):
-                    self._load(left)
+                with usable(existing):
+                    self._load(existing)
             except TargetError:
                 self.close()
                 raise
             # the file may be untrusted
             except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
                 self.close()
-                raise _altered(left, "was changed", f"a record has another format ({error})") from error
+                raise _altered(existing, "was changed", f"a record has another format ({error})") from error
         self.earlier = self.totals.sent
 
     def attach(self) -> None:

@@ -98,15 +98,15 @@ def _refuse_downgraded(path: Path, manifest: Mapping[str, Any], seal: Seal) -> N
 
 
 def _objects(lines: bytes) -> list[dict[str, Any]]:
-    found = []
+    records = []
     for line in lines.splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue  # reported when the chain is read
         if isinstance(record, dict):
-            found.append(record)
-    return found
+            records.append(record)
+    return records
 
 
 def _inside(path: Path, file: Path) -> str:

@@ -284,20 +284,20 @@ class _Collecting:
         joined = Members.of(sets, [run] * len(sets)).tensors
         columns = {f"set.{name}": value.cpu() for name, value in joined.items()}
         columns |= {f"base.{name}": value for name, value in state_of(base).items()}
-        said = {"sets": len(sets), "accuracy": right}
+        metadata = {"sets": len(sets), "accuracy": right}
         with self.stopper.finishing():
-            self.pool.keep(_run(run), columns, said)
-        return ColumnFile(columns, said)
+            self.pool.keep(_run(run), columns, metadata)
+        return ColumnFile(columns, metadata)
 
     def _surrogate(self, task: Task, k: int, lost: float) -> ColumnFile:
         """Train one of the surrogate models of a surrogate-only attacker."""
         model = self._trained(task, self.anew + k, Draws(self.request.seed).at("own", k))
         right = accuracy(model, self.request.first_held)
         self._refuse_astray(f"surrogate {k + 1}", right, lost)
-        columns, said = state_of(model), {"accuracy": right}
+        columns, metadata = state_of(model), {"accuracy": right}
         with self.stopper.finishing():
-            self.pool.keep(_own(k), columns, said)
-        return ColumnFile(columns, said)
+            self.pool.keep(_own(k), columns, metadata)
+        return ColumnFile(columns, metadata)
 
     def _trained(self, task: Task, place: int, rng: Draws) -> Classifier:
         """Like `rotation.collecting.trained_anew`, but each epoch is stored encrypted for a later call.
