@@ -194,11 +194,11 @@ def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collec
     assert [row["who"] for row in found["rows"]] == list(WHO)
     assert [row["who"] for row in found["instead"]] == list(INSTEAD)
     by = {row["who"]: row for row in found["rows"]}
-    assert by["A0"]["holds"].startswith("no parameters of the pool; 4 surrogates, trained by standard on")
+    assert by["A0"]["holds"].startswith("4 surrogates, trained by standard on")
     assert "2 stolen sets" in by["A1"]["holds"] and by["A2"]["holds"] == "2 stolen sets"
     assert by["A1u"]["word"] == "not measured" and by["A1u"]["share"] is None
     assert "the generator and 1 set of the same draw" in by["A3"]["holds"]
-    assert by["A4"]["holds"] == "12 queries for each input, to 2 sets that are swapped every 5 queries"
+    assert by["A4"]["holds"] == "12 queries per input, 2 sets swapped every 5 queries"
     assert by["A5"]["word"] == "untouched"
     assert by["A5"]["share"]["value"] == pytest.approx(result.metrics["attack_success_rate"].value)
     document = json.loads((run / "rotation.json").read_text())
@@ -295,7 +295,7 @@ def test_a_set_beside_a_stolen_one_has_no_protection(serving, collected, quick):
     by = {row["who"]: row for row in summary["rotation"]["rows"]}
     assert by["A1"]["word"] == "untouched"
     assert summary["rotation"]["verdict"].startswith("no protection: an attack on one stolen set breaks")
-    assert any("the assessment uses another threat model" in note for note in summary["notes"])
+    assert any("collected for another threat model" in note for note in summary["notes"])
 
 
 def test_a_threat_that_the_table_does_not_know_is_said(serving, collected, quick):

@@ -438,7 +438,7 @@ def test_entries_missing_at_the_end_are_detected_while_the_head_is_there(stolen,
     with pytest.raises(TargetError, match="has 6 entries, but ledger.head records 8"):
         Ledger(tmp_path).exposed()
     (tmp_path / HEAD).unlink()
-    with pytest.raises(TargetError, match="ledger.head' is gone"):
+    with pytest.raises(TargetError, match="ledger.head' is missing"):
         Ledger(tmp_path).exposed()
 
 

@@ -135,8 +135,7 @@ def _zero_gradient(case: _Case) -> Doubt:
         return case.absent(name, "gradients")
     if case.circumstances.blind:
         says += (
-            "; no gradient of the detector's score reaches any input, so attacks cannot evade the detector by "
-            "gradients"
+            "; no gradient of the detector's score reaches any input, so attacks cannot evade it by gradients"
         )
         return Doubt(name, "raised", 1.0, at.ZERO_GRADIENTS, len(dead), says)
     return _judged(name, float(dead.double().mean()), at.ZERO_GRADIENTS, len(dead), says)
@@ -231,9 +230,9 @@ def _transfer(case: _Case) -> Doubt:
         return Doubt(
             "transfer", "not measured", says="no surrogate was declared; name one with --surrogate MODEL"
         )
-    title_of_transfer = "a transfer attack from the surrogates"
+    transferred = "a transfer attack from the surrogates"
     return _rival(
-        case, "transfer", ("transfer", title_of_transfer), ("margin", "PGD on the margin, twice 20 steps,")
+        case, "transfer", ("transfer", transferred), ("margin", "PGD on the margin, twice 20 steps,")
     )
 
 
@@ -268,11 +267,7 @@ def _randomness(case: _Case) -> Doubt:
 def _state(case: _Case) -> Doubt:
     training = case.circumstances.in_training
     listed = ", ".join(training[:3]) + (" …" if len(training) > 3 else "")
-    modes = (
-        f"layers were in training mode ({listed}); the model was measured in evaluation mode"
-        if training
-        else ""
-    )
+    modes = f"layers were in training mode ({listed}), but measured in evaluation mode" if training else ""
     if "steadiness" not in case.found:
         state: DoubtState = "raised" if training else "clear"
         says = modes or "no layer was in training mode; order, batch and history were not tested"

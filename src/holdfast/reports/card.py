@@ -54,9 +54,8 @@ def document(card: Mapping[str, Any]) -> str:
     if "scope" in card:
         lines += [f"Robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}.", ""]
     looked = card["held_out"]
-    chosen = f"The checkpoint is from epoch {held['epoch']} of {plain(card['epochs'])}"
     lines += [
-        f"{chosen}, the best on the held-out training examples:",
+        f"The checkpoint is from epoch {held['epoch']} of {plain(card['epochs'])}, the best on held-out examples:",
         "",
     ]
     lines += _sides(

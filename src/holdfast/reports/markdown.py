@@ -180,7 +180,8 @@ def _footing(summary: Mapping[str, Any]) -> str:
     budget = query_budget(summary["threat"])
     allowed = f", {budget}" if budget else ""
     return (
-        "Robust accuracy under a suite is an upper bound on the truth; the interval is sampling error only."
+        "Robust accuracy under a suite is an upper bound of the true value; the interval contains "
+        "the sampling error only."
         f" Threat {code(summary['threat']['constraint'])}{unit}{allowed}, seed {summary['seed']}.{command}"
     )
 

@@ -41,6 +41,7 @@ WHO = ("A0", "A1", "A1u", "A2", "A2c", "A3", "A4", "A5", "A6")
 _MOST = 8  # largest number of sets of an attacker with several sets, and of sets that are attacked one by one
 _LOOKED, _POINTS, _CHUNK, _CHUNKS = 500, 0.02, 16, 24
 _FLAT = 0.02  # more generated sets are added until the success rate increases by no more than this
+_QUICK = {name: ATTACKS[name] for name in ("MI", "PGD-50")}
 Json = dict[str, Any]
 
 
@@ -49,9 +50,7 @@ class Means:
     """Budgets of the attackers."""
 
     transfer_attacker: TransferAttacker = field(default_factory=TransferAttacker)
-    quick: TransferAttacker = field(
-        default_factory=lambda: TransferAttacker({name: ATTACKS[name] for name in ("MI", "PGD-50")})
-    )
+    quick: TransferAttacker = field(default_factory=lambda: TransferAttacker(_QUICK))
     """attacks for comparisons with alternatives, and for many generated sets"""
     draws: tuple[int, ...] = (4, 16, 64)
     """numbers of sets that an attacker with the generator attacks at once, increased until the success rate no
@@ -179,26 +178,19 @@ class _Measuring:
     def _notes(self) -> list[str]:
         if self.request.threat.constraint == self.threat.constraint:
             return []
-        return [
-            f"the pool was collected for {self.request.said}, and the assessment uses another threat model"
-        ]
+        return [f"the pool was collected for another threat model, {self.request.said}"]
 
     @cached_property
     def _alternatives(self) -> Alternatives:
-        place = self.rng.at("instead")
-        return Alternatives(
-            self.pool, self.request, self.live, self.whole, self.threat, place, self.means.quick
-        )
+        place, quick = self.rng.at("instead"), self.means.quick
+        return Alternatives(self.pool, self.request, self.live, self.whole, self.threat, place, quick)
 
     # --- the attackers
 
     def _nothing(self) -> Json:
         own = surrogates(self.pool, self.request)
         about = self.pool.manifest["about"]["data"]
-        holds = (
-            f"no parameters of the pool; {len(own)} surrogates, trained by {self.request.candidate.name} on "
-            f"{about['name']}"
-        )
+        holds = f"{len(own)} surrogates, trained by {self.request.candidate.name} on {about['name']}"
         return self._told(holds, self._stolen("A0", own))
 
     def _listed(self) -> Json:
@@ -239,10 +231,8 @@ class _Measuring:
             for k in self.means.draws:
                 attacker = self.means.transfer_attacker if k == self.means.draws[0] else self.means.quick
                 some = self._stolen(f"A3 {k}", drawn[:k], attacker)
-                fell |= {
-                    f"EOT over {min(k, len(drawn))} generated sets, {name}": mask
-                    for name, mask in some.items()
-                }
+                eot = f"EOT over {min(k, len(drawn))} generated sets"
+                fell |= {f"{eot}, {name}": mask for name, mask in some.items()}
                 best = max(float(mask.float().mean()) for mask in some.values())
                 if best <= before + _FLAT or len(drawn) <= k:
                     break
@@ -253,15 +243,10 @@ class _Measuring:
         siblings = siblings_of(self.pool, self.name, lambda name: True)[:_MOST]
         if siblings:
             by_attack = self._stolen("siblings", self._sets(siblings))
-            fell |= {
-                f"{amount(len(siblings), 'sets')} of the same draw, {name}": mask
-                for name, mask in by_attack.items()
-            }
             sources.append(f"{amount(len(siblings), 'sets')} of the same draw")
+            fell |= {f"{sources[-1]}, {name}": mask for name, mask in by_attack.items()}
         if not fell:
-            return _unmeasured(
-                "there is no generator and no set of the same draw, and the procedure was not repeated"
-            )
+            return _unmeasured("no generator, no set of the same draw, and the procedure was not repeated")
         says = "" if siblings else "no set of the same draw is left, and the procedure was not repeated"
         return self._told(" and ".join(sources), fell, says)
 
@@ -273,10 +258,7 @@ class _Measuring:
         if self._one[0]:
             name, x = self._example
             fell[f"search from {name} on a stolen set"] = self._search(sets, x)
-        holds = (
-            f"{search.queries} queries for each input, to {amount(len(sets), 'sets')} that are swapped every "
-            f"{search.every} queries"
-        )
+        holds = f"{search.queries} queries per input, {amount(len(sets), 'sets')} swapped every {search.every} queries"
         says = "" if others else "no other set is admitted, so there was no swap"
         return self._told(holds, fell, says)
 
@@ -375,12 +357,11 @@ class _Measuring:
         return max(examples.items(), key=lambda each: int(self._turned(each[1]).sum()))
 
     def _stolen(
-        self, place: str, held: Sequence[Classifier], transfer_attacker: TransferAttacker | None = None
+        self, place: str, held: Sequence[Classifier], attacker: TransferAttacker | None = None
     ) -> dict[str, Mask]:
         """For each attack on the models in `held`, which inputs are adversarial for the serving set."""
-        examples = (transfer_attacker or self.means.transfer_attacker).crafted(
-            held, self.batch, self.threat, rng=self.rng.at(place)
-        )
+        attacker = attacker or self.means.transfer_attacker
+        examples = attacker.crafted(held, self.batch, self.threat, rng=self.rng.at(place))
         return {name: self._turned(x) for name, x in examples.items()}
 
     def _each(self, place: str, names: Sequence[str]) -> dict[str, Mask]:
