@@ -259,7 +259,7 @@ def test_what_cannot_be_meant_is_refused():
     with pytest.raises(TargetError, match="the model returned a tuple"):
         Classifier(guarded(lambda x: (x, x), offset, LIMIT))(batch.x)
     inner = torch.nn.Sequential(guarded(network(), Off(), 0.9))
-    with pytest.raises(TargetError, match="a guarded network lies inside another"):
+    with pytest.raises(TargetError, match="a guarded network is part of another"):
         assess(subject(inner), data(), order())
     with pytest.raises(UsageError, match="the surrogate fake rejects inputs"):
         assess(subject(), data(), replace(order(), surrogates=(subject(pair()),)))

@@ -55,7 +55,7 @@ def test_a_new_model_is_made_judged_and_opened_by_its_path_and_a_finished_run_is
     said = capsys.readouterr()
     assert "robust_accuracy" in said.err
     assert run(words) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "contains a run already" in capsys.readouterr().err
     assert run([*words, "--resume"]) == 0
     assert capsys.readouterr().err == said.err
     assert sorted(path.name for path in Path("hardened").iterdir()) == [

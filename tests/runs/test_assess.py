@@ -433,7 +433,7 @@ def test_a_notebook_shows_gates_doubts_with_what_to_do_and_examples():
     result.gate("clean_accuracy >= 0.999")
     shown = result._repr_html_()
     for said in (
-        "? gate <strong>unclear</strong>: at least 1 % robust",
+        "? gate <strong>unclear</strong>: requires at least 1 % robust",
         "at least 99.9 % clean accuracy",
         "What to do: Return",
     ):
@@ -613,7 +613,7 @@ def test_a_run_of_an_earlier_version_keeps_its_number_and_is_marked():
     compared = Comparison(old, new)
     assert compared.regression.value == 0
     assert compared.summary()["scope"] == "suite only"
-    assert "by the suites' own numbers" in " ".join(compared.summary()["notes"])
+    assert "by the suites' own robust accuracies" in " ".join(compared.summary()["notes"])
 
 
 def test_comparisons_count_every_pass_only_where_both_runs_made_the_same():
@@ -633,7 +633,7 @@ def test_comparisons_count_every_pass_only_where_both_runs_made_the_same():
         judged = assess(subject(), data(), replace(gated, baseline=baseline.evidence))
         assert judged.gates[0].scope == judged.summary()["gates"][0]["scope"] == scope
         assert judged.gates[0].estimate.value == 0
-        assert ("own numbers" in judged.summary()["gates"][0]["says"]) is (scope == "suite only")
+        assert ("own robust accuracies" in judged.summary()["gates"][0]["says"]) is (scope == "suite only")
 
 
 @pytest.mark.parametrize("goal", [None, 2])

@@ -92,7 +92,7 @@ def refuse_inner(model: nn.Module, *, outermost: bool) -> None:
     """Raise `TargetError` for a guarded network inside another one, whose last logit would be read as a class."""
     if sum(isinstance(module, Guarded) for module in model.modules()) > outermost:
         raise TargetError(
-            "a guarded network lies inside another, where its last logit would be read as a class; guard the "
+            "a guarded network is part of another network, which would treat its last logit as a class; guard the "
             "outer network instead: guarded(nn.Sequential(...), detector, threshold)"
         )
 

@@ -230,8 +230,8 @@ def why(gate: Mapping[str, Any], doubts: Sequence[str]) -> str:
 
 
 SCOPES: Mapping[str, str] = {
-    "every pass": "; compared by the adversarial examples of every pass, because both runs made the same passes",
-    "suite only": "; compared by the suites' own robust accuracies, because the runs did not make the same passes",
+    "every pass": "; compared by the adversarial examples of every pass, because both runs have the same passes",
+    "suite only": "; compared by the suites' own robust accuracies, because the runs do not have the same passes",
 }
 """Which adversarial examples count in a comparison of two runs."""
 
