@@ -84,10 +84,7 @@ def test_the_steps_one_after_another(pool, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", width)
         assert run(["rotate", "status", "pool/"]) == 0
         said = capsys.readouterr()
-        assert (
-            "listed as stolen: laptop stolen" in " ".join(said.out.split())
-            and "serves as epoch 2" in said.out
-        )
+        assert "exposed: laptop stolen" in " ".join(said.out.split()) and "serves as epoch 2" in said.out
         assert serving in said.out
 
 

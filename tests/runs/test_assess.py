@@ -435,7 +435,7 @@ def test_a_notebook_shows_gates_doubts_with_what_to_do_and_examples():
     for said in (
         "? gate <strong>unclear</strong>: requires at least 1 % robust",
         "at least 99.9 % clean accuracy",
-        "What to do: Return",
+        "Advice: Return",
     ):
         assert said in shown
     assert shown.count("broken examples") == 1

@@ -105,7 +105,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch
 
     with pytest.raises(Interrupted):
         harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", progress=stop)
-    with pytest.raises(UsageError, match="not finished|holds a run already"):
+    with pytest.raises(UsageError, match="not finished|contains a run already"):
         harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
     again = harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", resume=True)
     assert again.weights == whole.weights
