@@ -81,7 +81,9 @@ def test_doubts_say_what_was_not_run_and_on_how_few_examples_others_were():
         Doubt("chance", "clear"),
     )
     found = {doubt.name: doubt for doubt in as_allotted(doubts, allotment)}
-    assert found["noise"].says.startswith("random draws break 0; 9 of 20 examples, because on a served model")
+    assert found["noise"].says.startswith(
+        "random draws break 0; 9 of 20 examples, because for a served model"
+    )
     assert found["not-exhausted"] == Doubt("not-exhausted", "not measured", says="A")
     assert found["state"] == Doubt("state", "not measured", says="S")
     assert found["randomness"].says == "S" and found["chance"] is doubts[-1]

@@ -69,7 +69,7 @@ def test_lazy_layers_that_have_met_no_input_are_refused(verb):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(CLASSES))
     with pytest.raises(
         TargetError,
-        match="1.weight is UninitializedParameter: .*; run a batch through the network before",
+        match="1.weight is UninitializedParameter: .*; call the network on a batch before",
     ):
         verb(net, (X, Y))
     net(X[:2])
@@ -357,9 +357,9 @@ def test_a_run_of_a_python_model_resumes_and_knows_it_by_its_weights(tmp_path):
     changed = network()
     with torch.no_grad():
         changed[1].bias.add_(1e-6)
-    with pytest.raises(UsageError, match="a run of another model"):
+    with pytest.raises(UsageError, match="a run with another model"):
         holdfast.assess(changed, (X, Y), "linf:0.1", ATTACKS, run=run, resume=True)
-    with pytest.raises(UsageError, match="a run of another model"):
+    with pytest.raises(UsageError, match="a run with another model"):
         holdfast.assess(network(), (X, Y), "linf:0.1", ATTACKS, run=run, resume=True, mean=[0.1])
 
 
@@ -460,7 +460,9 @@ def test_a_function_of_numpy_is_told_the_way_that_works():
     said = r"the model returned a numpy.ndarray; .* Return torch.from_numpy\(.*access=scores.*black-box"
     with pytest.raises(TargetError, match=said):
         holdfast.assess(scores, (X, Y))
-    with pytest.raises(TargetError, match=r"Can't call numpy\(\).* No gradient passes through numpy, so let"):
+    with pytest.raises(
+        TargetError, match=r"Can't call numpy\(\).* No gradient passes through numpy, so restrict"
+    ):
         holdfast.assess(through, (X, Y))
     seen = "linf:0.1,access=scores,queries=300"
     found, wanted = (

@@ -292,7 +292,7 @@ def test_the_same_weights_without_what_hides_them_raise_transfer(net):
     (found,) = (doubt for doubt in findings(net, threat=held, only=only).doubts if doubt.name == "transfer")
     assert found.state == "clear"
     assert found.n > 0
-    assert "made on the surrogates" in found.says
+    assert "a transfer attack from the surrogates" in found.says
 
 
 def test_a_network_that_cuts_the_graph_has_a_zero_gradient(net):
@@ -347,7 +347,7 @@ def test_what_breaks_a_standing_example_keeps_to_the_budget_of_the_threat(net, a
     for name in ("noise", "search", "again"):
         assert 0 < int(spent[name].queries.max()) <= threat.queries + judged
     said = {d.name: d.says for d in conclude(found, columns, Circumstances(threat, "black-box@1")).doubts}
-    assert said["noise"].startswith("30 random draws")
+    assert said["noise"].startswith("30 random inputs")
 
 
 @pytest.mark.parametrize(("queries", "counted"), [(1, False), (2, True), (20, True), (None, True)])

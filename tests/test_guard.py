@@ -157,7 +157,7 @@ def test_metrics_of_a_model_that_rejects():
         estimate("rejection_rate", bare)
     nobody = measure(Classifier(guarded(sides, offset, -1)), [batch], [PGD()], ThreatModel(Linf(0.2)))
     assert estimate("clean_accuracy", nobody).value == 0
-    with pytest.raises(Absent, match="none is accepted"):
+    with pytest.raises(Absent, match="the model accepts none"):
         estimate("calibration_error", nobody)
 
 
@@ -259,7 +259,7 @@ def test_what_cannot_be_meant_is_refused():
     with pytest.raises(TargetError, match="the model returned a tuple"):
         Classifier(guarded(lambda x: (x, x), offset, LIMIT))(batch.x)
     inner = torch.nn.Sequential(guarded(network(), Off(), 0.9))
-    with pytest.raises(TargetError, match="a guarded network lies inside another"):
+    with pytest.raises(TargetError, match="a guarded network is part of another"):
         assess(subject(inner), data(), order())
     with pytest.raises(UsageError, match="the surrogate fake rejects inputs"):
         assess(subject(), data(), replace(order(), surrogates=(subject(pair()),)))

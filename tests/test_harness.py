@@ -584,5 +584,7 @@ def test_l0_sizes_of_a_run_that_counted_values_under_a_threat_in_pixels_are_left
         for per in ("pixel", "value")
     )
     assert "distance_l0" not in pixels and "distance_l0" in values
-    with pytest.raises(UsageError, match="counted values where the threat counts pixels; assess again"):
+    with pytest.raises(
+        UsageError, match="counted values although the threat model counts pixels; assess the model again"
+    ):
         estimate("perturbation_l0", pixels)

@@ -173,7 +173,7 @@ def test_a_distance_that_rounding_put_beyond_the_eps_counts_as_broken():
 def test_without_minimum_norm_attacks_there_is_the_runs_own_eps_only():
     run = evidence()
     assert estimate("robust_accuracy", run, eps=EPS) == estimate("robust_accuracy", run)
-    with pytest.raises(Absent, match="attacked at eps=0.25 alone"):
+    with pytest.raises(Absent, match="attacked at eps=0.25 only"):
         estimate("robust_accuracy", run, eps=0.1)
 
 

@@ -241,7 +241,7 @@ def test_a_comparison_under_two_threats_says_so_first(capsys):
         assert run([*words, "--no-doubts", "--run", eps]) == 0
     capsys.readouterr()
     assert run(["compare", "0.1", "0.2", "-o", "c.md", "-o", "c.html", "-o", "c.json"]) == 0
-    said = "The threat differs: linf:0.1 in the first run, linf:0.2 in the second"
+    said = "The threat models differ: linf:0.1 in the first run, linf:0.2 in the second"
     assert capsys.readouterr().out.startswith(said)
     assert Path("c.md").read_text().startswith(f"**{said}")
     assert said in Path("c.html").read_text()

@@ -273,7 +273,7 @@ def test_one_image_and_one_class_are_measured(data):
 @pytest.mark.parametrize("data", ["one.npz", "good.npz"])
 def test_a_model_that_refuses_some_batch_sizes_is_measured_and_told(data, capsys):
     assert run(["assess", "m.py:not_for_one", data, *ASSESS[5:]]) == 0
-    said = "the model refuses some batch sizes; each batch is filled up to a multiple of 2"
+    said = "the model does not accept all batch sizes; each batch is padded to a multiple of 2"
     assert f"note: {said}" in capsys.readouterr().err
     run(["doctor", "m.py:not_for_one", data])
     assert said in " ".join(capsys.readouterr().out.split())
@@ -428,4 +428,4 @@ def test_a_full_disk_behind_stdout_is_no_internal_error():
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no folder here that refuses root")
 def test_a_folder_that_takes_no_file_is_found_before_anything_runs(capsys):
     assert run(["demo", "-o", "/proc/here"]) == 3
-    assert "/proc takes no file" in capsys.readouterr().err
+    assert "no file can be created in /proc" in capsys.readouterr().err

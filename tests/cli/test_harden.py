@@ -55,7 +55,7 @@ def test_a_new_model_is_made_judged_and_opened_by_its_path_and_a_finished_run_is
     said = capsys.readouterr()
     assert "robust_accuracy" in said.err
     assert run(words) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "contains a run already" in capsys.readouterr().err
     assert run([*words, "--resume"]) == 0
     assert capsys.readouterr().err == said.err
     assert sorted(path.name for path in Path("hardened").iterdir()) == [
@@ -68,7 +68,7 @@ def test_a_new_model_is_made_judged_and_opened_by_its_path_and_a_finished_run_is
     assert card["recipe"] == "pgd"
     assert card["settings"]["steps"] == 2
     told = Path("hardened/card.md").read_text()
-    assert "Hardened for linf:0.1 by" in told and "Judged under linf:0.1." in told
+    assert "Hardened against linf:0.1 with" in told and "Evaluated under linf:0.1." in told
     assert (
         card["before"]["metrics"]["robust_accuracy"]["value"]
         < card["after"]["metrics"]["robust_accuracy"]["value"]

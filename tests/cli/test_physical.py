@@ -34,7 +34,11 @@ def assessed(*flags):
 @pytest.mark.parametrize(
     ("threat", "attacks", "says"),
     [
-        ("patch:7x7", ["PatchAttack"], "It may replace 7x7 pixels of an image by anything, anywhere"),
+        (
+            "patch:7x7",
+            ["PatchAttack"],
+            "The attacker may replace 7x7 pixels of an image with any values, anywhere",
+        ),
         ("patch:7x7,at=centre,jitter=2", ["PatchAttack"], "in its centre, within 2 pixels of that"),
         (
             "patch:7x7,within=4:4-23:23",
@@ -44,14 +48,14 @@ def assessed(*flags):
         (
             "spatial:rotate=30,shift=3",
             ["TransformPGD"],
-            "may turn an image by at most 30 degrees either way, and",
+            "may rotate an image by at most 30 degrees in either direction, and",
         ),
         (
             "spatial:flow=0.7",
             ["Flow"],
-            "may bend an image, each pixel moved by at most 0.7 pixels in any direction",
+            "may move each pixel of an image by at most 0.7 pixels in any direction",
         ),
-        ("colour:brightness=0.4", ["TransformPGD"], "brighter or darker by at most 0.4"),
+        ("colour:brightness=0.4", ["TransformPGD"], "change the brightness by at most 0.4"),
     ],
 )
 def test_a_threat_that_is_no_ball(threat, attacks, says):
@@ -115,7 +119,7 @@ def test_a_model_seen_through_random_changes_is_one_that_draws(capsys):
         (["--threat", "patch:29x5"], "does not fit into images of 28x28"),
         (["--threat", "spatial"], "expected any of rotate, shift, scale"),
         (["--threat", "spatial:hue=3"], "expected any of rotate, shift, scale"),
-        (["--threat", "spatial:flow=1,rotate=3"], "ask for each alone, as in spatial:flow=1"),
+        (["--threat", "spatial:flow=1,rotate=3"], "use each alone, as in spatial:flow=1"),
         (["--threat", "spatial:flow=1", "--set", "attacks=[{use: GridSearch}]"], "the threat model is spatial:flow=1"),
         (["--threat", "spatial:flow=1", "--set", "attacks=[{use: PGD}]"], "choose Flow"),
         (["--threat", "spatial:rotate=9", "--set", "attacks=[{use: Flow}]"], "such as spatial:flow=1.5"),

@@ -73,9 +73,9 @@ def test_the_steps_one_after_another(pool, capsys, monkeypatch):
     assert run(["rotate", "swap", "pool/"]) == 4, "the one that waits was not judged against it"
     assert "--unjudged" in capsys.readouterr().err
     assert run(["rotate", "swap", "pool/", "--unjudged"]) == 0
-    assert "note: it was not judged against everything that is exposed by now" in capsys.readouterr().err
+    assert "note: it was not judged against all sets that are now listed as stolen" in capsys.readouterr().err
     assert run(["rotate", "swap", "pool/", "--unjudged"]) == 4, "none waits any more"
-    assert "no admitted set waits" in capsys.readouterr().err
+    assert "contains no waiting admitted set" in capsys.readouterr().err
     assert run(["rotate", "status", "pool/", "-o", "-", "-o", "status.json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown == json.loads(Path("status.json").read_text())
@@ -120,7 +120,7 @@ def test_a_pool_is_verified_with_its_key_and_without_and_against_a_head_of_befor
     lines = Path("pool/ledger.jsonl").read_bytes().splitlines(keepends=True)
     Path("pool/ledger.jsonl").write_bytes(b"".join(lines[:-1]))
     assert run(["verify", "pool"]) == 3
-    assert "its end is missing" in capsys.readouterr().err
+    assert "entries at the end are missing" in capsys.readouterr().err
     monkeypatch.setenv("HOLDFAST_POOL_KEY", "0" * 64)
     assert run(["verify", "pool"]) == 3, "a key that is not the pool's"
 
@@ -138,7 +138,7 @@ def test_an_older_pool_is_converted_where_that_is_asked_for(pool, capsys):
     assert "the older ledger was not authenticated" in said.err and "rotate expose pool SET" in said.err
     assert run(["rotate", "migrate", "pool"]) == 2
     assert run(["rotate", "status", "pool"]) == 0
-    assert "written by an older version and not authenticated then" in capsys.readouterr().err
+    assert "written by an older version without authentication" in capsys.readouterr().err
     assert run(["verify", "pool"]) == 0
 
 
@@ -213,7 +213,7 @@ def test_run_learns_a_generator_of_one_run_of_several_sets(pool, capsys, monkeyp
 def test_run_trains_sets_anew_where_no_generator_can_be_learned(pool, capsys, monkeypatch):
     Pool.held(Path("pool")).drop("generator")
     seen = []
-    monkeypatch.setattr(watching.Turner, "begin", lambda self: seen.append(self.how.by))
+    monkeypatch.setattr(watching.RotationLoop, "begin", lambda self: seen.append(self.how.by))
     words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--once", "--set", "codec.steps=1"]
     assert run([*words, "--set", "codec.dims=1"]) == 0
     said = capsys.readouterr().err
@@ -224,7 +224,7 @@ def test_run_trains_sets_anew_where_no_generator_can_be_learned(pool, capsys, mo
 def test_run_makes_sets_as_it_is_asked_to(pool, monkeypatch, by):
     Pool.held(Path("pool")).drop("generator")
     seen = []
-    monkeypatch.setattr(watching.Turner, "begin", lambda self: seen.append(self.how.by))
+    monkeypatch.setattr(watching.RotationLoop, "begin", lambda self: seen.append(self.how.by))
     monkeypatch.setattr(learning, "learn", lambda *given, **more: seen.append("learned"))
     words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--once", "--by", by]
     assert run(words) == 0
@@ -251,25 +251,25 @@ def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (["rotate", "swap", "nowhere"], 3, "'nowhere' is no pool, or was never begun to the end"),
-        (["rotate", "status", "no pool"], 3, "begin it with holdfast rotate collect MODEL DATA --run 'no pool'"),
+        (["rotate", "swap", "nowhere"], 3, "'nowhere' is not a pool, or its creation was interrupted"),
+        (["rotate", "status", "no pool"], 3, "create it with holdfast rotate collect MODEL DATA --run 'no pool'"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--source", "basin"], 2, "there is no source 'basin'"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--set", "source.seed=3"], 2, "has no setting 'seed'"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--recipe", "auto"], 2, "recipe auto chooses for one"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--threat", "l0:10"], 2, "recipes make a model hold under"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--resume"], 2, "name its folder with --run DIR"),
         ([*COLLECT, "--budget", "1min", "--run", "new"], 2, "recipe.training.epochs is 3, and the budget is 1min"),
-        ([*COLLECT, "--run", "pool"], 2, "holds a pool already; go on with it by --resume"),
-        ([*COLLECT, "--seed", "1", "--run", "pool", "--resume"], 2, "is of another"),
+        ([*COLLECT, "--run", "pool"], 2, "contains a pool already; resume it with --resume"),
+        ([*COLLECT, "--seed", "1", "--run", "pool", "--resume"], 2, "was created with another"),
         (["rotate", "train", "pool", "--set", "codec.rank=0"], 2, "codec: rank"),
         (["rotate", "train", "pool", "--set", "generator.regulariser=on"], 2, "generator: regulariser"),
         (["rotate", "train", "pool", "--set", "codec.dims=1", "--set", "codec.steps=1"], 4, "sets lose .* points"),
-        (["rotate", "train", "pool", *QUICK, "--set", "generator.lr=1e30"], 3, "no number any more"),
+        (["rotate", "train", "pool", *QUICK, "--set", "generator.lr=1e30"], 3, "NaN or infinite"),
         (["rotate", "train", "pool", "--set", "threat=linf:0.3"], 2, "threat is linf:0.1 in 'pool', .* linf:0.3 was"),
         (["rotate", "draw", "pool", "--set", "seed=3"], 2, "seed is 0 in 'pool', which goes by that, and 3 was given"),
         (["rotate", "admit", "pool", "--set", "source.seeds=9"], 2, "source is .*'seeds': 2.* leave it out"),
         (["rotate", "draw", "pool", "--sets", "0"], 2, "x>=1"),
-        (["rotate", "expose", "pool", "0000", "--why", "lost"], 2, "'0000' is no set of this ledger"),
+        (["rotate", "expose", "pool", "0000", "--why", "lost"], 2, "'0000' is not a set of this ledger"),
         (["rotate", "expose", "pool", "0000"], 2, "Missing option '--why'"),
         (["rotate", "status", "pool", "-o", "s.html"], 2, "write -o FILE.json"),
         (["rotate", "swop"], 2, "swop"),

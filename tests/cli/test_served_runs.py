@@ -139,7 +139,9 @@ def test_a_journal_that_was_cut_or_changed_is_refused_by_name(stopped, capsys):
         capsys.readouterr()
         assert run(words(stopped, "--run", "r", "--resume")) == 3
         message = capsys.readouterr().err
-        assert f"'r/answers.journal' {said}" in message and "remove it: what it held is sent again" in message
+        assert (
+            f"'r/answers.journal' {said}" in message and "remove it; then its rows are sent again" in message
+        )
     assert len(stopped.rows) == 300
     journal.write_bytes(
         whole + b"\x50\x00\x00\x00half of a record"

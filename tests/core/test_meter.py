@@ -48,7 +48,7 @@ def test_queries_are_booked_on_the_ids_whatever_their_order():
 def test_inputs_of_some_rows_need_their_ids():
     meter, _, _ = metered()
     with pytest.raises(
-        UsageError, match=r"2 inputs came with 4 ids; pass the ids of their rows: model\(x, batch.ids\)"
+        UsageError, match=r"2 inputs have 4 ids; pass the ids of their rows: model\(x, batch.ids\)"
     ):
         meter(X[:2])
 
@@ -60,7 +60,7 @@ def test_the_budget_is_never_exceeded_by_one_even_where_a_batch_crosses_it(queri
     for _ in range(queries - 1):
         meter(X)
     asked = model.rows
-    with pytest.raises(BudgetSpent, match=f"{queries} queries are spent"):
+    with pytest.raises(BudgetSpent, match=f"all {queries} queries are used"):
         meter(X)
     assert model.rows == asked  # refused before the model was asked, for all of the batch
     assert meter.spent.queries.tolist() == [queries, queries - 1, queries - 1, queries - 1]

@@ -88,7 +88,7 @@ def test_a_pattern_for_nothing_shows_what_there_is():
 @pytest.mark.parametrize(
     "net, decay, said",
     [
-        (torch.sin, 0.5, "given a builtin_function_or_method"),
+        (torch.sin, 0.5, "got a builtin_function_or_method"),
         (blocks(), 1.5, "decay is 1.5"),
         (blocks(), -1.0, "from 0 to 1"),
     ],
@@ -110,11 +110,11 @@ def test_a_branch_that_the_network_never_calls_is_refused():
     net.aside = nn.ReLU()
     net.forward = lambda x: x + net[0].branch(x)
     assert holdfast.skipped(net, "*.branch")(X).shape == X.shape
-    with pytest.raises(UsageError, match=r"never calls aside, as an exported program"):
+    with pytest.raises(UsageError, match=r"does not call aside .an exported program"):
         Classifier(holdfast.skipped(net, "aside"))(X)
 
 
 def test_an_exported_program_has_names_and_no_branches():
     program = torch.export.export(blocks(), (X,)).module()
-    with pytest.raises(UsageError, match=r"never calls 0.branch, 1.branch"):
+    with pytest.raises(UsageError, match=r"does not call 0.branch, 1.branch"):
         Classifier(holdfast.skipped(program, "*.branch"))(X)

@@ -57,7 +57,9 @@ def test_roundings_pass_their_gradient_on_wherever_they_stand():
 
 def test_a_stand_in_of_another_shape_is_refused():
     view = view_of(nn.Sequential(holdfast.through(lambda x: (x > 0.5).to(x.dtype).repeat(1, 2))))
-    with pytest.raises(UsageError, match=r"stand-in of 0 gives \(2, 2\) where the stage gives \(2, 4\)"):
+    with pytest.raises(
+        UsageError, match=r"replacement of 0 returns shape \(2, 2\), but the stage returns \(2, 4\)"
+    ):
         view(X)
 
 

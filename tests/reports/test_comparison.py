@@ -55,7 +55,7 @@ def test_the_same_run_twice_shows_no_difference(first):
     content = _compared(first, first)
     paired = content["paired"]["robust_accuracy"]
     assert (paired["only_first"], paired["only_second"], paired["p"]) == (0, 0, 1.0)
-    assert "no difference that these examples can show, 0.0 points" in content["headline"]
+    assert "no significant difference on these examples, 0.0 points" in content["headline"]
     assert not any("differ" in note for note in content["notes"])
 
 
@@ -100,7 +100,9 @@ def test_what_makes_the_runs_different_questions_is_said(first):
 def test_another_threat_is_said_before_any_number(first):
     weaker = ThreatModel(Linf(0.1), access="scores", queries=10)
     content = _compared(first, dataclasses.replace(first, threat=weaker))
-    said = "The threat differs: linf:0.2 in the first run, linf:0.1,access=scores,queries=10 in the second"
+    said = (
+        "The threat models differ: linf:0.2 in the first run, linf:0.1,access=scores,queries=10 in the second"
+    )
     assert content["caution"].startswith(said)
     assert comparison.text(content, colour=False).startswith(said)
     assert comparison.markdown(content).startswith(f"**{said}")
@@ -114,14 +116,18 @@ def test_another_threat_is_said_before_any_number(first):
 @pytest.mark.parametrize(
     ("lost", "gained", "said"),
     [
-        (11, 3, "no difference that these examples can show, −2.0 points"),  # the interval leaves out 0
-        (30, 4, "before: −6.5 points (95 % interval −9.3 to −3.6, exact McNemar p = 6.2e−06)"),
+        (
+            11,
+            3,
+            "no significant difference on these examples, −2.0 points",
+        ),  # the interval does not contain 0
+        (30, 4, "in the first: −6.5 points (95 % interval −9.3 to −3.6, exact McNemar p = 6.2e−06)"),
     ],
 )
 def test_the_exact_test_decides_where_the_interval_says_otherwise(first, lost, gained, said):
     content = _compared(first, _changed(first, lost, gained))
     assert said in content["headline"]
-    at_odds = "the interval leaves out 0, but the exact test decides" in content["headline"]
+    at_odds = "the interval does not contain 0, but the exact test decides" in content["headline"]
     assert at_odds == (lost == 11)
 
 
@@ -147,7 +153,7 @@ def test_every_output_says_the_same(first, tmp_path):
     assert json.loads((tmp_path / "compared.json").read_text()) == content
     shown = comparison.text(content, colour=False)
     assert content["headline"] in shown
-    assert "Stood in the first run, fell in the second: 30 (#" in shown
+    assert "Robust in the first run, broken in the second: 30 (#" in shown
     assert "and 10 more" in shown
     with pytest.raises(UsageError, match=r"\.html \.json \.md"):
         check(tmp_path / "x.sarif", COMPARISON_SUFFIXES)

@@ -139,7 +139,7 @@ def test_every_report_says_a_doubt_in_sentences_and_advises_by_the_declared_outp
     content = made.summarised(replace(flat, model={**flat.model, "output": "probability"}))
     (logits, _) = made.summarised(flat)["doubts"]
     assert "BPDA" in logits["advice"]
-    advice = ("Return the logit, the output of the layer before", "The suite is not finished: add")
+    advice = ("Return the logit, the output of the layer before", "The suite is too weak: add")
     says = ("2 of 4 are flat; see there.", "Draws break 1 of 4.")
     for text in (markdown.document(content), json.dumps(sarif.document(content))):
         assert all(f"{found} {way_out}" in text for found, way_out in zip(says, advice, strict=True))
@@ -159,7 +159,7 @@ def test_the_page_says_once_why_doubts_were_not_measured(failing):
         in page
     )
     shown = html.page(failing)
-    assert f"{len(failing['examples'])} of the examples that were broken." in shown
+    assert f"{len(failing['examples'])} of the broken examples." in shown
 
 
 def test_csv_is_one_row_an_example(failing, evidence, tmp_path):
@@ -193,30 +193,29 @@ def test_terminal_says_the_same_without_colour(failing, accepted):
         assert attack in plain
     said = terminal.verdict(failing, colour=False)
     assert said.startswith("✕ Fail  41.5 % of 1,000 images")
-    assert "unclear: asked for at least 35 % robust accuracy, measured 41.5 %" in said
+    assert "unclear: requires at least 35 % robust accuracy, measured 41.5 %" in said
     assert "doubt black-box open" in said
     assert "Accepted because: an adaptive run is on file" in terminal.verdict(accepted, colour=False)
 
 
 def test_what_an_attack_left_untried_is_said_with_its_risk(failing):
     square = failing["attacks"][-1]
-    said = (
-        f"would fall of them, if none is likelier to (95 %): Square {square['residual']['untried']} (8.9 %)"
-    )
+    said = f"(95 % confidence, if none is easier to break): Square {square['residual']['untried']} (8.9 %)"
     plain = terminal.tables(failing, colour=False)
-    assert f"\n\nleft untried because the nearest all held, and the most that {said}\n\n" in plain
+    why = "\n\nexamples that were skipped, because all examples closer to the decision boundary survived, with the "
+    assert f"{why}largest share of them that would break {said}\n\n" in plain
     assert f"{said}." in markdown.document(failing)
     tried = {**failing, "attacks": [{**attack, "residual": None} for attack in failing["attacks"]]}
-    assert "untried" not in terminal.tables(tried, colour=False) + markdown.document(tried)
+    assert "skipped" not in terminal.tables(tried, colour=False) + markdown.document(tried)
 
 
 def test_the_fits_of_learned_attacks_are_stated(failing):
     first, *others = failing["attacks"]
     learned = {**failing, "attacks": [{**first, "fits": 3}, *others]}
-    said = "fits of learned attacks, of which the best was judged: APGD-CE 3"
+    said = "number of fits of each learned attack, the best of which was evaluated: APGD-CE 3"
     assert f"\n\n{said}\n\n" in terminal.tables(learned, colour=False)
     assert f"{said[1:]}." in markdown.document(learned)
-    assert "learned attacks" not in terminal.tables(failing, colour=False) + markdown.document(failing)
+    assert "learned attack" not in terminal.tables(failing, colour=False) + markdown.document(failing)
 
 
 def test_the_signs_of_the_doubts_are_explained_where_they_stand(failing):
@@ -283,7 +282,7 @@ def test_a_place_that_takes_no_file_is_refused_before_anything_runs(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(TargetError, match="is a folder"):
         check(tmp_path / "x.html")
-    with pytest.raises(TargetError, match="is a file and no folder"):
+    with pytest.raises(TargetError, match="is a file, not a folder"):
         check(tmp_path / "file" / "x.html")
     with pytest.raises(TargetError):
         write({}, {}, tmp_path / "file" / "x.json")

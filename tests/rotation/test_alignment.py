@@ -42,9 +42,9 @@ def test_aligning_strangers_brings_them_nearer_and_changes_no_output():
 
 
 def test_what_is_no_sequence_is_refused():
-    with pytest.raises(TargetError, match=r"1 is Softmax, and alignment knows sequences"):
+    with pytest.raises(TargetError, match=r"1 is Softmax, but alignment supports only sequences"):
         hidden(Classifier(nn.Sequential(nn.Linear(4, 4), nn.Softmax(1), nn.Linear(4, 2))))
-    with pytest.raises(TargetError, match=r"the network is Residual, and alignment knows"):
+    with pytest.raises(TargetError, match=r"the network is Residual, but alignment supports"):
         hidden(Classifier(Residual(nn.Linear(4, 4), nn.Linear(4, 4))))
     twice = nn.Linear(4, 4)
     with pytest.raises(
@@ -72,6 +72,6 @@ def test_outputs_that_change_are_refused():
     one, other = tokens(1), tokens(2)
     members = Members.of([weights_of(one), weights_of(other)], [0, 1])
     with pytest.raises(
-        TargetError, match="aligning set 2 changes its outputs by up to .* where none was expected"
+        TargetError, match="aligning set 2 changes its outputs by up to .* but no change was expected"
     ):
         all_aligned(members, one, examples(), rng=Draws(0))

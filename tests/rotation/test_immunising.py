@@ -75,7 +75,7 @@ def test_examples_are_made_of_training_inputs_within_their_ball_and_shared_out(s
         UsageError, match="Crafting looks for any change within eps, and the threat model linf has no"
     ):
         CRAFTING(seeds, data, ThreatModel(Linf(float("inf"))), rng=Draws(1))
-    with pytest.raises(UsageError, match="no exposed parameter set was given to immunise against"):
+    with pytest.raises(UsageError, match="no parameter set was given to immunise against"):
         CRAFTING([], data, THREAT, rng=Draws(1))
 
 

@@ -160,7 +160,7 @@ SPOILED = {
     "missing": (lambda w: w.pop("3.bias"), "3.bias"),
     "extra": (lambda w: w.update(more=torch.zeros(1)), "more"),
     "dtype": (lambda w: w.update({"3.weight": w["3.weight"].float()}), "3.weight .*float32.*float64"),
-    "damaged": (lambda w: w["1.weight"].neg_(), r"the 24 canaries by classes of digest \w+…, where \w+… was"),
+    "damaged": (lambda w: w["1.weight"].neg_(), r"the 24 canary inputs have the digest \w+…, but \w+… was"),
 }
 
 
@@ -172,7 +172,7 @@ def test_a_set_that_is_not_in_order_leaves_the_old_one_serving(kind):
     sets.changed["b"] = spoiled(change)
     sets.serve("b")
     for _ in range(2):
-        with pytest.raises(TargetError, match=rf"set 'b' .*{says}.*\. Set 'a' serves on"):
+        with pytest.raises(TargetError, match=rf"set 'b' .*{says}.*\. Set 'a' still serves"):
             model.refresh()
         assert model.live == ("a", 1)
         assert torch.equal(model(X), sets.models["a"](X))
@@ -209,7 +209,7 @@ def test_an_epoch_never_comes_back():
     for name, epoch in (("a", 1), ("a", 2), ("b", 1)):
         sets.name, sets.epoch = name, epoch
         with pytest.raises(
-            TargetError, match=f"'{name}' is to serve as epoch {epoch}, where 3 or later .* 'b' serves on"
+            TargetError, match=f"'{name}' has epoch {epoch}, but 3 or later .* 'b' still serves"
         ):
             model.refresh()
     assert model.live == ("b", 2)
@@ -219,7 +219,7 @@ def test_canaries_are_needed_and_known():
     sets = pool()
     with pytest.raises(UsageError, match="no canary inputs"):
         RotatingModel(fakes.network(), sets, X[:0])
-    with pytest.raises(TargetError, match="set 'a' comes with the canary 'abc'; expected 64 hex digits"):
+    with pytest.raises(TargetError, match="set 'a' has the canary 'abc'; expected 64 hex digits"):
         RotatingModel(fakes.network(), lambda: Live("a", 1, fakes.network().net.state_dict(), "abc"), X)
 
 
@@ -239,9 +239,11 @@ def test_canaries_that_are_too_close_to_call_are_left_out():
     other = tied.clone()
     other[5, 0] += 1.0  # where it is left out anything may be said
     refuse_strange(lambda x, ids=None: other, X[:12], known, "a")
-    with pytest.raises(TargetError, match="0 of 12 canaries clearly, and half of them were expected"):
+    with pytest.raises(
+        TargetError, match="0 of 12 canary inputs clearly; at least half of them were expected"
+    ):
         canary(lambda x, ids=None: torch.zeros(12, 3), X[:12])
-    with pytest.raises(TargetError, match="1 of 12 canaries are answered by NaN"):
+    with pytest.raises(TargetError, match="the logits of 1 of 12 canary inputs are NaN"):
         canary(lambda x, ids=None: tied.clone().index_fill_(0, torch.tensor(3), torch.nan), X[:12])
 
 
@@ -271,7 +273,9 @@ def test_what_cannot_be_swapped_is_named():
         loaded(shares, shares.net.state_dict(), "a")
     tied = Tied().state_dict()
     loaded(Classifier(Tied()), tied, "a")
-    with pytest.raises(TargetError, match="set 'a' gives one.weight values that the network did not keep"):
+    with pytest.raises(
+        TargetError, match="set 'a' contains values of one.weight that the network did not keep"
+    ):
         loaded(Classifier(Tied()), {**tied, "other.weight": tied["one.weight"] + 1}, "a")
 
 
@@ -452,9 +456,7 @@ def test_answers_that_could_not_be_written_down_are_told_again():
 def test_a_canary_that_leaves_most_inputs_out_knows_no_set():
     sets = pool()
     sets.known = lambda name: "0" * 64 + "/" + ",".join(map(str, range(20)))
-    with pytest.raises(
-        TargetError, match="comes with a canary that leaves 20 of 24 inputs out, and at most half"
-    ):
+    with pytest.raises(TargetError, match="has a canary that excludes 20 of 24 inputs; at most half"):
         rotating(sets)
 
 
@@ -472,7 +474,7 @@ def test_answers_that_fail_are_not_counted():
 
 def test_a_principal_is_a_text_and_another_is_counted_nowhere():
     model = rotating(pool())
-    with pytest.raises(UsageError, match="7 is no name of a principal; text was expected"):
+    with pytest.raises(UsageError, match="7 is not the name of a principal; text was expected"):
         model.answer(X[:1], principal=7)
     assert model.collected() == ()
 
@@ -536,7 +538,7 @@ def test_a_principal_gives_up_a_set_that_is_withdrawn_or_too_old():
         swap(model, sets, name)
         names(model, sets, name)
     assert [names(model, sets, principal) for principal in "abc"] == ["a", "b", "c"]
-    with pytest.raises(UsageError, match="set 'c' is the live one; swap in another first"):
+    with pytest.raises(UsageError, match="set 'c' is the live set; swap to another set"):
         model.withdraw("c")
     model.withdraw("b")
     assert [names(model, sets, principal) for principal in "abc"] == ["a", "c", "c"]
@@ -567,9 +569,7 @@ def test_the_next_set_is_drawn_by_no_seed():
         drawn.append([next_set("abc") for _ in range(100)])
     assert set(drawn[0]) == set("abc")
     assert drawn[0] != drawn[1]  # by chance once in 3^100
-    with pytest.raises(
-        Inconclusive, match="no admitted set waits to be swapped in, so the one that serves goes on"
-    ):
+    with pytest.raises(Inconclusive, match="no admitted set is waiting, so the serving set is not changed"):
         next_set([])
 
 

@@ -15,7 +15,7 @@ from holdfast.store.pool import Pool
 from holdfast.verbs.candidates import Candidate
 from holdfast.verbs.request import Subject
 from holdfast.verbs.rotate.collecting import BASE, OWN
-from holdfast.verbs.rotate.terms import Examples, Terms
+from holdfast.verbs.rotate.request import Examples, RotateRequest
 from rotation.problem import examples, task
 
 DRAWING = {"drawing": "d1"}
@@ -23,14 +23,14 @@ SMALL = ThreatModel(Linf(0.05))
 """Under which attacks on the set itself break a third."""
 
 
-def terms(held: int = 2_000) -> Terms:
-    """Terms of the problem; the first rows are trained on, and others judge."""
+def terms(held: int = 2_000) -> RotateRequest:
+    """RotateRequest of the problem; the first rows are trained on, and others judge."""
     made, judging = task(), examples(7, held)
     apart = Batch(judging.x, judging.y, judging.ids + 10_000)
     subject = Subject(made.model, "a" * 64, {"name": "fake", "digest": "a" * 64})
     candidate = Candidate("standard", made.recipe, {})
     data = Examples(made.data, apart, "b" * 64, "blobs", ())
-    return Terms(subject, SMALL, "linf:0.05", candidate, Basins(), data)
+    return RotateRequest(subject, SMALL, "linf:0.05", candidate, Basins(), data)
 
 
 @cache

@@ -11,19 +11,25 @@ from holdfast.engine.signals import Stopper
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts
 from holdfast.rotation import Live, RotatingModel, canary
-from holdfast.rotation.thieves import ATTACKS, Thief
+from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
+from holdfast.store.encryption import KEY_VARIABLE
 from holdfast.store.pool import Pool
-from holdfast.store.sealing import KEY_VARIABLE
 from holdfast.verbs.rotate.admission import _Admitting, admit
 from holdfast.verbs.rotate.comparing import worst
-from holdfast.verbs.rotate.crafting import Attacker, Attackers, Workshop, attackers, exposed_for
 from holdfast.verbs.rotate.measuring import Carried, Measuring
-from holdfast.verbs.rotate.ruling import Seen, rulings
+from holdfast.verbs.rotate.ruling import Measurements, rulings
 from holdfast.verbs.rotate.sanity import twin
+from holdfast.verbs.rotate.transfer_examples import (
+    Attacker,
+    Attackers,
+    TransferExamples,
+    attackers,
+    exposed_for,
+)
 from holdfast.verbs.rotate.verdicts import Admission, Judged
 from runs.rotating import DRAWING, begun, immunised, nearby, state, terms, trained
 
-QUICK = Thief({"MI": ATTACKS["MI"]})
+QUICK = TransferAttacker({"MI": ATTACKS["MI"]})
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +55,7 @@ def judged(tmp_path_factory):
             "broken": pool.add(broken, DRAWING),
         }
         claims = ["transfer_success <= 0.5 of static", "clean_accuracy >= 0.9"]
-        found = admit(pool, terms(), claims=claims, thief=QUICK)
+        found = admit(pool, terms(), claims=claims, transfer_attacker=QUICK)
     return pool, names, stolen, found
 
 
@@ -99,14 +105,14 @@ def test_a_copy_of_what_leaked_is_refused_by_what_its_thief_makes(judged):
     assert refused["theft"].verdict == "fail" and refused["theft of static"].verdict == "fail"
     assert refused["clean accuracy"].verdict == "pass"
     why = pool.ledger.member(names["copy"]).why
-    assert why.startswith(f"theft: examples of A1 {stolen} by MI turn ") and "1.2 times the" in why
+    assert why.startswith(f"theft: examples of A1 {stolen} by MI break ") and "1.2 times the" in why
 
 
 def test_sets_whose_numbers_are_not_like_others_are_refused_by_name(judged):
     pool, names, _, found = judged
-    assert "0.weight holds values that are not finite" in pool.ledger.member(names["broken"]).why
+    assert "0.weight contains values that are not finite" in pool.ledger.member(names["broken"]).why
     assert [*gates(found, names["broken"])] == ["tensors"]
-    assert "deviations from theirs" in pool.ledger.member(names["blown up"]).why
+    assert "standard deviations; all values finite" in pool.ledger.member(names["blown up"]).why
 
 
 def test_each_gate_stands_on_runs_whose_columns_say_what_became_of_each_example(judged):
@@ -124,25 +130,28 @@ def test_five_refusals_in_a_row_end_the_call(tmp_path):
         broken["0.bias"][k] = torch.inf
         pool.add(broken, {})
     heard = []
-    found = admit(pool, terms(), thief=QUICK, notify=heard.append)
+    found = admit(pool, terms(), transfer_attacker=QUICK, notify=heard.append)
     assert found.exit_code == 4 and len(found.judged) == 5 and len(found.left) == 1 == len(heard) - 4
-    assert "none of 5 candidates was admitted (5 by tensors). 5 in a row were, and 1 wait" in found.kept_out
+    assert (
+        "none of 5 candidates was admitted (5 by tensors). 5 in a row were refused, and 1 are not judged yet"
+        in found.kept_out
+    )
     assert "--immunise" in found.kept_out and pool.serving is None
 
 
 def test_a_call_without_candidates_or_with_a_claim_beyond_it_is_refused(tmp_path):
     pool = begun(tmp_path / "pool")
     with pytest.raises(UsageError, match="holdfast rotate draw"):
-        admit(pool, terms(), thief=QUICK)
-    with pytest.raises(UsageError, match="one may claim transfer_success"):
-        admit(pool, terms(), claims=["f1 >= 0.5"], thief=QUICK)
+        admit(pool, terms(), transfer_attacker=QUICK)
+    with pytest.raises(UsageError, match="an admission can test transfer_success"):
+        admit(pool, terms(), claims=["f1 >= 0.5"], transfer_attacker=QUICK)
 
 
 def test_a_second_process_is_refused_before_it_measures(tmp_path):
     pool = begun(tmp_path / "pool", bases=(0,))
     pool.add(state(trained(6)), {})
-    with pool.alone_at("admit"), pytest.raises(UsageError, match="another process is at admit in .*; wait"):
-        admit(Pool.held(pool.path), terms(), thief=QUICK)
+    with pool.alone_at("admit"), pytest.raises(UsageError, match="another process runs admit in .*; wait"):
+        admit(Pool.held(pool.path), terms(), transfer_attacker=QUICK)
     assert not (pool.path / "admission").exists()
 
 
@@ -158,12 +167,12 @@ def test_a_kill_before_the_entry_loses_nothing_and_bases_are_listed(tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(Pool, "admit", killed)
         with pytest.raises(KeyboardInterrupt):
-            admit(pool, terms(), thief=QUICK)
+            admit(pool, terms(), transfer_attacker=QUICK)
     assert pool.ledger.states[name] == "candidate"
     again = Pool.held(pool.path)
     with monkeypatch.context() as patch:
-        patch.setattr(Thief, "crafted", killed)  # what was measured is not made anew
-        found = admit(again, terms(), thief=QUICK)
+        patch.setattr(TransferAttacker, "crafted", killed)  # what was measured is not made anew
+        found = admit(again, terms(), transfer_attacker=QUICK)
     assert found.admitted == (name,) and found.judged[0].against == (base,)
     (listed,) = [one for one in again.ledger.exposed() if one.name == base]
     assert listed.automatic and again.ledger.member(name).against == (base,) and not again.unjudged
@@ -174,11 +183,11 @@ def test_a_kill_before_the_entry_loses_nothing_and_bases_are_listed(tmp_path, mo
 def test_what_is_unclear_is_judged_on_twice_as_many_while_they_last(tmp_path):
     pool = begun(tmp_path / "pool", bases=(0,))
     name = pool.add(state(trained(6)), {})
-    found = admit(pool, terms(1_000), claims=["churn <= 0.02"], thief=QUICK, judged=250)
+    found = admit(pool, terms(1_000), claims=["churn <= 0.02"], transfer_attacker=QUICK, judged=250)
     runs = {path.name.rsplit("-", 1)[0] for path in (pool.path / "admission" / name).iterdir()}
     assert {"a0-0-250", "a0-250-500"} <= runs
     theft = gates(found, name)["theft"]
-    assert theft.verdict == "pass" and "nothing is exposed" in theft.why
+    assert theft.verdict == "pass" and "no set is listed as stolen" in theft.why
     assert found.exit_code == 4 and gates(found, name)["clean accuracy"].estimate.n > 250
 
 
@@ -207,14 +216,14 @@ def let_in(admitting, name):
 
 def test_what_waits_is_judged_again_by_what_leaked_since(waits):
     pool, base, names = waits
-    with pytest.raises(UsageError, match="no candidate waits"):
-        admit(pool, terms(), thief=QUICK)
+    with pytest.raises(UsageError, match="contains no candidate"):
+        admit(pool, terms(), transfer_attacker=QUICK)
     pool.expose(base, "laptop stolen")
     assert set(pool.unjudged) == set(pool.ahead) == set(names.values())
-    found = admit(pool, terms(), thief=QUICK)
+    found = admit(pool, terms(), transfer_attacker=QUICK)
     assert found.admitted == (names["other"],) == pool.ahead and pool.unjudged == ()
     member = pool.ledger.member(names["copy"])
-    assert member.state == "refused" and "over again, which is exposed" in member.why
+    assert member.state == "refused" and "it equals the stolen set" in member.why
     assert Pool.held(pool.path).ledger.member(names["other"]).why == "holds"
 
 
@@ -230,8 +239,8 @@ def test_what_leaks_while_a_set_is_judged_is_asked_for_before_it_is_admitted(wai
         return found
 
     monkeypatch.setattr(_Admitting, "_judged", judged)
-    found = admit(pool, terms(), thief=QUICK, notify=heard.append)
-    assert "another set leaked meanwhile, so it is judged again" in heard[0]
+    found = admit(pool, terms(), transfer_attacker=QUICK, notify=heard.append)
+    assert "another set was listed as stolen in the meantime, so this one is judged again" in heard[0]
     assert found.judged[0].against == (names["copy"], base) and pool.unjudged == ()
 
 
@@ -246,9 +255,9 @@ def test_what_serves_by_now_keeps_serving_and_the_verdict_is_told(waits, monkeyp
         return let_in(self, name)
 
     monkeypatch.setattr(_Admitting, "_judged", judged)
-    assert admit(pool, terms(), thief=QUICK, notify=heard.append).judged == ()
+    assert admit(pool, terms(), transfer_attacker=QUICK, notify=heard.append).judged == ()
     assert pool.serving.name == names["copy"]
-    assert f"note: {names['copy']} is serving by now, and would be refused: " in heard[0]
+    assert f"note: {names['copy']} is serving already, so the verdict refused is not recorded: " in heard[0]
 
 
 # --- gates on columns that are made up
@@ -291,7 +300,7 @@ def seen(
     looks=1,
 ):
     fell = {(OWN, "MI"): torch.arange(N) < nothing, (OLD, "MI"): torch.arange(N) < theft}
-    return Seen(
+    return Measurements(
         Attackers(OWN, (OLD,), None, None, DRAWN),
         Carried(columns(correct=N - changed), fell),
         columns(fell=white),
@@ -301,7 +310,7 @@ def seen(
         (columns(), columns(correct=N - 4)),
         (columns(fell=bases),),
         serves,
-        dict.fromkeys(("thieves", "white-box", "siblings"), looks),
+        dict.fromkeys(("transfer", "white-box", "siblings"), looks),
     )
 
 
@@ -318,7 +327,7 @@ def verdicts(found, accepted=None, claims=()):
 
 def test_the_way_out_is_of_what_kept_sets_out():
     lost, stolen = (Judged("one", "refused", (), "", gate) for gate in ("clean accuracy", "theft of static"))
-    assert "lose less" in Admission((lost, lost), ()).kept_out
+    assert "reduce the loss" in Admission((lost, lost), ()).kept_out
     assert "--by anew" in Admission((lost, stolen), ()).kept_out
 
 
@@ -342,7 +351,7 @@ def test_bases_are_measured_once_for_all_admissions(tmp_path):
 
     def measured(share):
         pool.add(state(nearby(trained(6), share)), {})
-        admit(pool, terms(64), thief=QUICK, judged=64)
+        admit(pool, terms(64), transfer_attacker=QUICK, judged=64)
         found = (pool.path / "admission" / base).iterdir()
         return {path.name: (path / "run.json").stat().st_mtime_ns for path in found}
 
@@ -401,14 +410,14 @@ def test_of_several_looks_each_needs_more_so_that_all_of_them_hold_together():
     assert [often[claim] for claim in claims] == ["unclear"] * 3
     assert verdicts(seen(theft=11, nothing=0))["theft"] == "pass"
     assert verdicts(seen(theft=11, nothing=0, looks=3))["theft"] == "unclear"
-    assert seen(looks=3).confidence("thieves") == pytest.approx(1 - 0.05 / 3)
+    assert seen(looks=3).confidence("transfer") == pytest.approx(1 - 0.05 / 3)
 
 
 def test_the_examples_say_how_many_looks_there_are(tmp_path):
     pool = begun(tmp_path / "pool", bases=(0,))
-    measuring = Measuring(pool, Workshop(pool, terms(1_000), QUICK))
+    measuring = Measuring(pool, TransferExamples(pool, terms(1_000), QUICK))
     one = _Admitting(measuring, (), {}, 250, print, Stopper())
-    assert one._looks == {"thieves": 3, "white-box": 4, "siblings": 7}, (
+    assert one._looks == {"transfer": 3, "white-box": 4, "siblings": 7}, (
         "250, 500, 1,000; from 125 on; from 25 on"
     )
 

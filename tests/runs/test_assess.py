@@ -224,7 +224,7 @@ def test_inputs_are_looked_at_in_every_shard():
 
 
 @pytest.mark.parametrize(
-    "y, says", [(CLASSES, "seem to count from 1: subtract 1"), (99, "check the label column"), (-1, "")]
+    "y, says", [(CLASSES, "appear to count from 1: subtract 1"), (99, "check the label column"), (-1, "")]
 )
 def test_labels_that_are_no_classes_are_refused(y, says):
     labels = torch.tensor([1, 1, 2, y] if y == CLASSES else [0, 1, 2, y])
@@ -433,9 +433,9 @@ def test_a_notebook_shows_gates_doubts_with_what_to_do_and_examples():
     result.gate("clean_accuracy >= 0.999")
     shown = result._repr_html_()
     for said in (
-        "? gate <strong>unclear</strong>: at least 1 % robust",
+        "? gate <strong>unclear</strong>: requires at least 1 % robust",
         "at least 99.9 % clean accuracy",
-        "What to do: Return",
+        "Advice: Return",
     ):
         assert said in shown
     assert shown.count("broken examples") == 1
@@ -477,7 +477,7 @@ def test_runs_are_listed_finished_or_not(tmp_path):
     assert runs_in(tmp_path / "nowhere") == []
     with pytest.raises(TargetError, match="is not finished; go on with it by --run"):
         open_run(tmp_path / "b")
-    with pytest.raises(TargetError, match="no run folder"):
+    with pytest.raises(TargetError, match="is not a run folder"):
         open_run(tmp_path / "c")
 
 
@@ -613,7 +613,7 @@ def test_a_run_of_an_earlier_version_keeps_its_number_and_is_marked():
     compared = Comparison(old, new)
     assert compared.regression.value == 0
     assert compared.summary()["scope"] == "suite only"
-    assert "by the suites' own numbers" in " ".join(compared.summary()["notes"])
+    assert "by the suites' own robust accuracies" in " ".join(compared.summary()["notes"])
 
 
 def test_comparisons_count_every_pass_only_where_both_runs_made_the_same():
@@ -633,7 +633,7 @@ def test_comparisons_count_every_pass_only_where_both_runs_made_the_same():
         judged = assess(subject(), data(), replace(gated, baseline=baseline.evidence))
         assert judged.gates[0].scope == judged.summary()["gates"][0]["scope"] == scope
         assert judged.gates[0].estimate.value == 0
-        assert ("own numbers" in judged.summary()["gates"][0]["says"]) is (scope == "suite only")
+        assert ("own robust accuracies" in judged.summary()["gates"][0]["says"]) is (scope == "suite only")
 
 
 @pytest.mark.parametrize("goal", [None, 2])

@@ -106,7 +106,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch
 
     with pytest.raises(Interrupted):
         harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", progress=stop)
-    with pytest.raises(UsageError, match="not finished|holds a run already"):
+    with pytest.raises(UsageError, match="not finished|contains a run already"):
         harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
     again = harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r", resume=True)
     assert again.weights == whole.weights
@@ -185,7 +185,7 @@ def test_code_that_decides_what_is_learned_is_part_of_what_makes_two_runs_the_sa
 def test_a_nested_run_that_is_gone_is_missed(tmp_path):
     harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
     (tmp_path / "r/after").rename(tmp_path / "elsewhere")
-    with pytest.raises(TargetError, match=r"after' is gone, though 'after\.json' names its chain"):
+    with pytest.raises(TargetError, match=r"after' is missing, but 'after\.json' contains its chain"):
         verify(tmp_path / "r")
 
 
@@ -790,7 +790,7 @@ def test_a_folder_that_is_used_is_refused_before_anything_is_timed(tmp_path, mon
     (tmp_path / "r").mkdir()
     (tmp_path / "r/notes.txt").write_text("mine")
     monkeypatch.setattr(hardening, "attempts", lambda *rest: pytest.fail("it was timed"))
-    with pytest.raises(UsageError, match="is no run folder"):
+    with pytest.raises(UsageError, match="is not a run folder"):
         harden(trainable(), training(), fakes.data(), wish(budget_s=60.0), run=tmp_path / "r")
 
 

@@ -155,7 +155,7 @@ def test_resuming_nothing_starts_it(tmp_path, whole, made):
 )
 def test_a_run_of_another_kind_is_refused_by_name(whole, what, changes):
     asked = {"subject": subject(), "data": data(), "order": order()} | changes
-    with pytest.raises(UsageError, match=f"a run of another {what}[ ,]"):
+    with pytest.raises(UsageError, match=f"a run with another {what}[ ,]"):
         assess(asked["subject"], asked["data"], asked["order"], run=whole, resume=True)
 
 
@@ -185,23 +185,25 @@ def test_the_refusal_names_each_leaf_as_a_person_would_write_it(whole, asked, sa
 
 def test_other_code_is_refused(whole, monkeypatch):
     monkeypatch.setattr("holdfast.verbs.manifest.code_digest", lambda: "c" * 64)
-    with pytest.raises(UsageError, match="a run of another code"):
+    with pytest.raises(UsageError, match="a run with another code"):
         assess(subject(), data(), order(), run=whole, resume=True)
 
 
 def test_a_used_folder_is_refused(whole, tmp_path):
-    with pytest.raises(UsageError, match="holds a run already; go on with it by --resume"):
+    with pytest.raises(UsageError, match="contains a run already; resume it with --resume"):
         assess(subject(), data(), order(), run=whole)
     (tmp_path / "notes.txt").write_text("mine")
     for resume in (False, True):
-        with pytest.raises(UsageError, match=r"no run folder \(it holds 'notes.txt'\)"):
+        with pytest.raises(UsageError, match=r"not a run folder \(it contains 'notes.txt'\)"):
             assess(subject(), data(), order(), run=tmp_path, resume=resume)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TargetError, match=r"file/run.*a file is in the way; name another with --run DIR"):
+    with pytest.raises(
+        TargetError, match=r"file/run.*a file is in its path; name another folder with --run DIR"
+    ):
         assess(subject(), data(), order(), run=tmp_path / "file" / "run")
 
 

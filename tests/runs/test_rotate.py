@@ -24,8 +24,8 @@ from holdfast.store.pool import Pool
 from holdfast.verbs.candidates import Candidate
 from holdfast.verbs.request import Subject
 from holdfast.verbs.rotate import collecting, drawing, learning
+from holdfast.verbs.rotate.request import RotateRequest, parted, ready
 from holdfast.verbs.rotate.status import standing
-from holdfast.verbs.rotate.terms import Terms, parted, ready
 from rotation.problem import THREAT, accuracy, examples, network
 
 SOURCE = Basins(seeds=2, sets=4, every=2, lr=1e-3)
@@ -38,14 +38,14 @@ def unflushed(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-def terms(source=SOURCE, *, robust=False, epochs=8, lr=0.01, seed=0, given=None) -> Terms:
+def terms(source=SOURCE, *, robust=False, epochs=8, lr=0.01, seed=0, given=None) -> RotateRequest:
     """Of the small problem; a test set far from what is trained on."""
     kind = SingleStep if robust else Standard
     recipe = kind(training=Training(epochs=epochs, batch=32, lr=lr, averaging="none"))
     data, other = examples(n=640), examples(1, 64)
     parts = parted(data, as_data(other.x, other.y), "blobs", 4, seed)
     subject = Subject(given or network(), "digest", {"name": "net"})
-    return Terms(
+    return RotateRequest(
         ready(subject, "cpu", parts), THREAT, "linf:0.1", Candidate("standard", recipe, {}), source, parts, seed,
         "own",
     )  # fmt: skip
@@ -113,9 +113,7 @@ def test_nothing_that_judges_is_trained_on():
 
 def test_of_sets_that_go_on_from_the_given_model_it_is_said_that_it_may_have_seen_what_judges():
     assert not terms().notes
-    assert (
-        "may have been trained on the examples that are held out" in terms(Subset(("0.",), sets=2)).notes[-1]
-    )
+    assert "may have been trained on the held-out examples" in terms(Subset(("0.",), sets=2)).notes[-1]
 
 
 def test_a_test_example_is_never_trained_on():
@@ -129,13 +127,13 @@ def test_no_pool_is_begun_among_other_files(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir(mode=0o755)
     (folder / "x.txt").write_text("hi")
-    with pytest.raises(UsageError, match=r"holds 'x\.txt' and is no pool.*; name a new folder"):
+    with pytest.raises(UsageError, match=r"contains 'x\.txt' and is not a pool.*; name a new folder"):
         collecting.begun(folder, terms(), resume=False)
     assert folder.stat().st_mode & 0o777 == 0o755 and len(list(folder.iterdir())) == 1
 
 
 def test_a_pool_is_begun_once(pool):
-    with pytest.raises(UsageError, match="holds a pool already; go on with it by --resume"):
+    with pytest.raises(UsageError, match="contains a pool already; resume it with --resume"):
         collecting.begun(pool.path, terms(), resume=False)
 
 
@@ -143,7 +141,7 @@ def test_a_pool_is_begun_once(pool):
     "other", [terms(seed=1), terms(Basins(seeds=3, sets=4, every=2)), replace(terms(), said="linf:0.2")]
 )
 def test_a_pool_of_other_terms_does_not_go_on(pool, other):
-    with pytest.raises(UsageError, match="is of another .*( → ).*; bring that back"):
+    with pytest.raises(UsageError, match="was created with another .*( → ).*; use that again"):
         collecting.begun(pool.path, other, resume=True)
 
 
@@ -163,8 +161,8 @@ def test_another_model_is_told_by_its_name_and_a_short_digest():
     with pytest.raises(UsageError) as error:
         told["other"].refuse_other(pool)
     assert str(error.value) == (
-        "'pool' is of another model, of other weights or preprocessing (111111111111 → 222222222222; "
-        "model.mean: none → [0.5]; model.name: net → other); bring that back, or begin another pool"
+        "'pool' was created with another model (other weights or preprocessing) (111111111111 → 222222222222; "
+        "model.mean: none → [0.5]; model.name: net → other); use that again, or create another pool"
     )
 
 
@@ -187,7 +185,7 @@ def test_a_budget_says_how_many_epochs(tmp_path, monkeypatch):
     assert found.epochs == 7  # 6 trainings in 47.5 of the 50 seconds
     assert "for a budget of 50 s" in heard[0]
     with pytest.raises(
-        UsageError, match=r"planned by a budget of 50 s \(7 epochs a run\), and 60 s were given"
+        UsageError, match=r"planned with a budget of 50 s \(7 epochs for each run\), but 60 s were given"
     ):
         collecting.collect(pool, short, budget_s=60.0)
     assert collecting.collect(pool, short, budget_s=50.0) == found == collecting.collect(pool, short)
@@ -196,7 +194,7 @@ def test_a_budget_says_how_many_epochs(tmp_path, monkeypatch):
 def test_a_budget_that_holds_no_epoch_says_what_would_do(tmp_path, monkeypatch):
     pool = collecting.begun(tmp_path / "pool", terms(), resume=False)
     monkeypatch.setattr(collecting, "pace", lambda *given: collecting.Pace(0.01, 30.0))
-    with pytest.raises(UsageError, match="6 models are to be trained, 4 of them surrogates.*--budget 4min"):
+    with pytest.raises(UsageError, match="6 models must be trained, 4 of them surrogates.*--budget 4min"):
         collecting.collect(pool, terms(), budget_s=20.0)
 
 
@@ -227,7 +225,7 @@ def test_learns_a_generator_whose_draws_work(pool, collected):
 def test_a_codec_that_loses_too_much_learns_nothing(pool):
     before = pool.kept("generator").digest
     with pytest.raises(
-        Inconclusive, match=r"sets lose .* points of accuracy through the codec .* --set codec.dims="
+        Inconclusive, match=r"sets lose .* points of accuracy by encoding and decoding.* --set codec.dims="
     ):
         learning.learn(pool, terms(), Codec(dims=1, hidden=1, steps=1), DIFFUSION)
     assert pool.kept("generator").digest == before
@@ -237,13 +235,13 @@ def test_a_pool_with_one_member_has_nothing_to_learn(tmp_path):
     alone = terms(Seeds(1))
     held = collecting.begun(tmp_path / "pool", alone, resume=False)
     collecting.collect(held, alone)
-    with pytest.raises(UsageError, match="holds 1 parameter set, and one has nothing to differ from"):
+    with pytest.raises(UsageError, match="contains 1 parameter set; at least two are needed"):
         learning.learn(held, alone, CODEC, DIFFUSION)
 
 
 def test_nothing_is_learned_before_all_is_collected(tmp_path):
     held = collecting.begun(tmp_path / "pool", terms(), resume=False)
-    with pytest.raises(UsageError, match="holds 0 of 1 runs; go on with the collection first"):
+    with pytest.raises(UsageError, match="contains 0 of 1 runs; finish the collection first"):
         learning.learn(held, terms(), CODEC, DIFFUSION)
 
 
@@ -258,7 +256,7 @@ def test_draws_candidates_that_name_their_bases(pool):
         assert member.state == "candidate" and member.bases == collecting.bases(pool)
     assert len({pool.about(name)["drawing"] for name in found.names}) == 1
     assert set(pool.ledger.unlisted) == set(collecting.bases(pool))
-    assert "neither listed as exposed nor deleted" in standing(pool)["notes"][0]
+    assert "neither listed as stolen nor deleted" in standing(pool)["notes"][0]
 
 
 def test_the_place_of_a_draw_comes_from_the_operating_system(pool):
@@ -286,13 +284,13 @@ def test_trains_anew_where_asked_to_or_without_a_generator(pool):
     assert accuracy(terms().of_set(pool, found.names[0]), terms().held) > 0.9
     pool.drop("generator")
     assert drawing.draw(pool, terms(), 1).by == "anew"
-    with pytest.raises(UsageError, match="has no generator yet; learn one with holdfast rotate train"):
+    with pytest.raises(UsageError, match="has no generator yet; train one with holdfast rotate train"):
         drawing.draw(pool, terms(), 1, by="generator")
 
 
 def test_a_generator_that_draws_nothing_that_works_says_so(pool, monkeypatch):
     monkeypatch.setattr(drawing, "_POINT", -1.0)
-    with pytest.raises(Inconclusive, match="of 64 draws none is right on .* --by anew"):
+    with pytest.raises(Inconclusive, match="none of 64 generated sets reaches an accuracy of .* --by anew"):
         drawing.draw(pool, terms(), 1)
 
 
@@ -307,12 +305,12 @@ def test_a_drawing_that_was_cut_short_goes_on(pool, monkeypatch):
         drawing.draw(pool, terms(), 3, immunise=IMMUNISE)
     begun = drawing.candidates(pool)
     monkeypatch.undo()
-    with pytest.raises(UsageError, match="the drawing that goes on immunises its sets; add --immunise"):
+    with pytest.raises(UsageError, match="the draw to be resumed immunises its sets; add --immunise"):
         drawing.draw(pool, terms(), 3, resume=True)
-    with pytest.raises(UsageError, match=r"begun otherwise .*\(by: generator → anew\); ask for"):
+    with pytest.raises(UsageError, match=r"has other settings .*\(by: generator → anew\); give the same"):
         drawing.draw(pool, terms(), 3, by="anew", immunise=IMMUNISE, resume=True)
     with pytest.raises(
-        UsageError, match=r"\(immunise.share: 0.5 → 0.25\); ask for the same, or leave --resume"
+        UsageError, match=r"\(immunise.share: 0.5 → 0.25\); give the same settings, or leave --resume"
     ):
         drawing.draw(pool, terms(), immunise=replace(IMMUNISE, share=0.25), resume=True)
     with pytest.raises(UsageError, match=r"\(sets: 3 → 4\)"):
@@ -327,7 +325,7 @@ def test_a_drawing_that_is_whole_is_told_again_and_no_other_begins(pool):
     heard = []
     assert drawing.draw(pool, terms(), resume=True, notify=heard.append) == found
     assert pool.ledger.entries == entries
-    assert "nothing is left to resume; leave --resume out to draw others" in heard[0]
+    assert "so there is nothing to resume; leave --resume out to draw more sets" in heard[0]
     with pytest.raises(UsageError, match=r"\(sets: 2 → 3\)"):
         drawing.draw(pool, terms(), 3, resume=True)
 
@@ -335,12 +333,12 @@ def test_a_drawing_that_is_whole_is_told_again_and_no_other_begins(pool):
 def test_a_second_process_draws_nothing_and_leaves_what_the_first_has_sealed(pool):
     drawing.draw(pool, terms(), 1)
     before = pool.kept("drawing").digest
-    with pool.alone_at("draw"), pytest.raises(UsageError, match="another process is at draw in"):
+    with pool.alone_at("draw"), pytest.raises(UsageError, match="another process runs draw in"):
         drawing.draw(Pool.held(pool.path), terms(), 2)
     assert pool.kept("drawing").digest == before
-    with pool.alone_at("collect"), pytest.raises(UsageError, match="another process is at collect in"):
+    with pool.alone_at("collect"), pytest.raises(UsageError, match="another process runs collect in"):
         collecting.collect(Pool.held(pool.path), terms())
-    with pool.alone_at("train"), pytest.raises(UsageError, match="another process is at train in"):
+    with pool.alone_at("train"), pytest.raises(UsageError, match="another process runs train in"):
         learning.learn(Pool.held(pool.path), terms(), CODEC, DIFFUSION)
 
 
@@ -355,7 +353,7 @@ def test_a_generator_of_another_architecture_is_refused(pool):
         for name, value in kept.columns.items()
     }
     pool.keep("generator", columns, kept.about)
-    with pytest.raises(UsageError, match="it is of another architecture; learn it anew"):
+    with pytest.raises(UsageError, match="the generator is for another architecture; train it again"):
         drawing.draw(pool, terms(), 1)
 
 
@@ -363,7 +361,8 @@ def test_a_generator_that_went_astray_does_not_replace_one_that_works(pool):
     before = pool.kept("generator").digest
     far = replace(DIFFUSION, regulariser="away", weight=1e6, steps=50)
     with pytest.raises(
-        Inconclusive, match=r"of 16 draws the best is right on .*regulariser is away, weight 1e\+06"
+        Inconclusive,
+        match=r"the best of 16 generated sets has an accuracy of .*regulariser is away, weight 1e\+06",
     ):
         learning.learn(pool, terms(), CODEC, far)
     assert pool.kept("generator").digest == before
@@ -383,7 +382,7 @@ def test_status_is_plain_and_tells_no_secret(pool):
     (served,) = [one for one in said["sets"] if one["epochs"]]
     assert served["answers"] == 10 and served["exposed"] == "laptop stolen"
     assert said["terms"][0]["most_to_one"] == 5 and said["terms"][0]["principals"] == 2
-    assert "serves and is exposed; swap another in" in said["notes"][0]
+    assert "serves and is listed as stolen; swap to another set" in said["notes"][0]
     text = json.dumps(said)
     assert "alice" not in text, "who asked is nobody else's business"
 

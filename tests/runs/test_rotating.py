@@ -21,19 +21,19 @@ from holdfast.ops.recipe import trained_as
 from holdfast.recipes import SingleStep, Standard
 from holdfast.reports.terminal import tables
 from holdfast.rotation import Codec, LatentDiffusion
-from holdfast.rotation.thieves import ATTACKS, Thief
+from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.store.pool import Pool
 from holdfast.store.verify import verify
 from holdfast.verbs.rotate import collecting, drawing, learning
-from holdfast.verbs.rotate.asking import AcrossSwaps
+from holdfast.verbs.rotate.alternatives import Alternatives, doubt, hardened
 from holdfast.verbs.rotate.attackers import WHO, Means, Table
-from holdfast.verbs.rotate.instead import Instead, doubt, hardened
+from holdfast.verbs.rotate.query_search import AcrossSwaps
 from holdfast.verbs.rotate.wording import judged, verdict
 from holdfast.verbs.stored_runs import open_run
 from rotation.problem import examples
 
 NET = "from rotation.problem import network\n\n\ndef make():\n    return network()\n"
-FEW = Thief({"MI": ATTACKS["MI"]})
+FEW = TransferAttacker({"MI": ATTACKS["MI"]})
 MEANS = Means(FEW, FEW, (2, 4), AcrossSwaps(queries=12, every=5), labels=64, epochs=1)
 INSTEAD = (
     "static", "weight noise", "checkpoints of a run", "soup", "SWAG", "independent seeds",
@@ -167,7 +167,7 @@ def test_what_the_address_does_not_take(serving, collected, changes, says):
 
 
 def test_no_pool_is_no_model(tmp_path, collected):
-    with pytest.raises(TargetError, match="is no pool"):
+    with pytest.raises(TargetError, match="is not a pool"):
         ordering.opened_subject(settings(serving_at(tmp_path), collected[0]))
 
 
@@ -194,11 +194,11 @@ def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collec
     assert [row["who"] for row in found["rows"]] == list(WHO)
     assert [row["who"] for row in found["instead"]] == list(INSTEAD)
     by = {row["who"]: row for row in found["rows"]}
-    assert by["A0"]["holds"].startswith("nothing; 4 surrogates of his own, trained by standard on")
-    assert "2 exposed sets" in by["A1"]["holds"] and by["A2"]["holds"] == "2 exposed sets"
+    assert by["A0"]["holds"].startswith("4 surrogates, trained by standard on")
+    assert "2 stolen sets" in by["A1"]["holds"] and by["A2"]["holds"] == "2 stolen sets"
     assert by["A1u"]["word"] == "not measured" and by["A1u"]["share"] is None
-    assert "the generator and 1 sibling of the set" in by["A3"]["holds"]
-    assert by["A4"]["holds"] == "12 answers an input, by 2 sets that swap every 5"
+    assert "the generator and 1 set of the same draw" in by["A3"]["holds"]
+    assert by["A4"]["holds"] == "12 queries per input, 2 sets swapped every 5 queries"
     assert by["A5"]["word"] == "untouched"
     assert by["A5"]["share"]["value"] == pytest.approx(result.metrics["attack_success_rate"].value)
     document = json.loads((run / "rotation.json").read_text())
@@ -207,10 +207,10 @@ def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collec
     raised = next(each for each in result.doubts if each.name == "fine-tuning")
     assert raised.state == "raised" and "half an epoch of adversarial fine-tuning" in raised.says
     told = tables(result.summary(), colour=False)
-    assert "A6 distils the answers" in told and "adversarial fine-tuning" in told
+    assert "A6 distils answers" in told and "adversarial fine-tuning" in told
     for suffix in ("html", "md"):
         text = result.write(tmp_path / f"report.{suffix}").read_text()
-        assert "A1u stole one that is not" in text and "weight noise" in text
+        assert "A1u has one unlisted set" in text and "weight noise" in text
     again = api.carry_out(of, run=run, resume=True)
     assert len(quick) == 1 and again.summary()["rotation"] == found
     assert open_run(run).summary()["rotation"] == found
@@ -222,26 +222,26 @@ def test_what_else_is_trained_takes_as_many_passes(serving, collected, recipe, m
     terms, passes, forward = collected[1], [], Classifier.forward
     terms = replace(terms, candidate=replace(terms.candidate, recipe=trained_as(recipe, terms.training)))
     live = terms.of_set(serving, serving.serving.name)
-    instead = Instead(serving, terms, live, terms.held, terms.threat, Draws(0), FEW)
+    instead = Alternatives(serving, terms, live, terms.held, terms.threat, Draws(0), FEW)
 
     def counting(model, x, ids=None):
         passes[-1] += len(x) * torch.is_grad_enabled()
         return forward(model, x, ids)
 
     monkeypatch.setattr(Classifier, "forward", counting)
-    monkeypatch.setattr(Instead, "_row", lambda self, serves, stolen, says: says)
+    monkeypatch.setattr(Alternatives, "_row", lambda self, serves, stolen, says: says)
     for train in (lambda: instead.tuned, instead._pgd, instead._diverse):
         passes.append(0)
         said = train()
     assert passes == pytest.approx([len(terms.train)] * 3, rel=0.1)
-    assert said.startswith(f"the same passes: {'0.2' if hardened(terms) else '0.33'} of an epoch, and ")
+    assert said.startswith(f"as many passes: {'0.2' if hardened(terms) else '0.33'} of an epoch, and ")
 
 
 def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, tmp_path, monkeypatch):
     of = settings(serving, collected[0], adaptive=True)
     from holdfast.verbs.rotate import attackers
 
-    monkeypatch.setattr(attackers._Measuring, "_asking", lambda self: 1 / 0)
+    monkeypatch.setattr(attackers._Measuring, "_query_search", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         api.carry_out(of, run=tmp_path / "run")
     before = json.loads((tmp_path / "run" / "rotation.json").read_text())
@@ -262,7 +262,7 @@ def test_rows_from_before_something_leaked_are_measured_anew(
     serving.expose(first, "laptop stolen")
     from holdfast.verbs.rotate import attackers
 
-    monkeypatch.setattr(attackers._Measuring, "_asking", lambda self: 1 / 0)
+    monkeypatch.setattr(attackers._Measuring, "_query_search", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         api.carry_out(of, run=run)
     monkeypatch.undo()
@@ -270,7 +270,10 @@ def test_rows_from_before_something_leaked_are_measured_anew(
     serving.expose(second, "another stolen")
     rows = api.carry_out(of, run=run, resume=True).summary()["rotation"]["rows"]
     by = {row["who"]: row["holds"] for row in rows}
-    assert by["A1"] == "one of 2 exposed sets, the worst of them" and by["A2"] == "2 exposed sets"
+    assert (
+        by["A1"] == "one of 2 stolen sets, the one with the highest success rate"
+        and by["A2"] == "2 stolen sets"
+    )
 
 
 def test_without_adaptive_there_is_no_table(serving, collected, quick):
@@ -291,8 +294,8 @@ def test_a_set_beside_a_stolen_one_has_no_protection(serving, collected, quick):
     summary = api.carry_out(of, run=None).summary()
     by = {row["who"]: row for row in summary["rotation"]["rows"]}
     assert by["A1"]["word"] == "untouched"
-    assert summary["rotation"]["verdict"].startswith("no protection: an attack on one stolen set turns")
-    assert any("assessed under another threat" in note for note in summary["notes"])
+    assert summary["rotation"]["verdict"].startswith("no protection: an attack on one stolen set breaks")
+    assert any("collected for another threat model" in note for note in summary["notes"])
 
 
 def test_a_threat_that_the_table_does_not_know_is_said(serving, collected, quick):
@@ -343,12 +346,12 @@ def test_what_an_interval_leaves_open_is_unclear_and_not_untouched():
         "unclear",
         "untouched",
     ]
-    assert "A1 is unclear on so few inputs" in verdict(found)
+    assert "A1 is unclear because there are too few inputs" in verdict(found)
 
 
 def test_where_the_set_itself_holds_or_an_interval_is_wide_nobody_says_no_protection():
     nothing = [{"who": who, "share": share(0.0)} for who in WHO]
-    assert verdict(judged(nothing)).startswith("attacks on the set that serves turn nothing")
+    assert verdict(judged(nothing)).startswith("white-box attacks on the serving set break nothing")
     wide = {"value": 0.24, "low": 0.05, "high": 0.5, "n": 9}
     known = [{"who": who, "share": wide if who == "A1" else share(0.25)} for who in WHO]
     assert "no protection" not in verdict(judged(known)) and "A1 is unclear" in verdict(judged(known))
@@ -370,7 +373,7 @@ def test_who_gets_no_more_than_without_theft_is_not_stopped_where_that_is_all():
 def test_the_verdict_names_everyone():
     said = verdict(rows(A0=0.2, A1=0.03, A2=0.3, A5=0.8))
     assert said == (
-        "against the set that serves, A1 is stopped; A2 is slowed; A0, A1u, A2c, A3, A4, A5 and A6 are untouched"
+        "against the serving set, A1 is stopped; A2 is slowed; A0, A1u, A2c, A3, A4, A5 and A6 are not affected"
     )
     assert verdict(rows(A0=0.2, A1=0.7, A5=0.8)).startswith("no protection: ")
     assert not verdict(rows(A0=0.2, A1=0.03, A5=0.03)).startswith("no protection"), (
@@ -384,5 +387,5 @@ def test_sets_that_were_hardened_carry_no_doubt(collected):
     row = {"thief": share(0.1), "white": share(0.2)}
     known = {"adversarial fine-tuning": row, "static": row}
     assert doubt(known, terms, share(0.3))["state"] == "raised"
-    assert "leaves 30.0 % to a thief of one set" in doubt(known, terms, share(0.3))["says"]
+    assert "an attacker with one stolen set breaks 30.0 %" in doubt(known, terms, share(0.3))["says"]
     assert doubt(known, robust, share(0.3))["state"] == "clear"

@@ -41,7 +41,7 @@ def test_as_many_as_are_needed_are_not_widened_and_one_less_is():
 
 def test_what_is_needed_is_said_before_and_after_and_what_follows():
     before = statement(planned(1_000, judged=500), planned=True)
-    assert before.startswith("the gates need about ") and "1,000 are held out" in before
+    assert before.startswith("the gates need about ") and "there are 1,000" in before
     assert "Tolerances are widened" in before and "training examples" in before
     enough = statement(planned(8_000), planned=True)
     assert "widened" not in enough
@@ -58,4 +58,4 @@ def test_a_widened_tolerance_decides_and_is_said():
     wide = replace(found, needs={"robust accuracy": need})
     assert verdicts(found)["robust accuracy"] == "unclear" and verdicts(wide)["robust accuracy"] == "pass"
     (gate,) = [one for one in rulings(wide, NO_DOUBTS, ()) if one.name == "robust accuracy"]
-    assert "widened from 2 points, which needs" in gate.bound and "400 are held out" in gate.bound
+    assert "widened from 2 points, which needs" in gate.bound and "there are 400" in gate.bound

@@ -10,12 +10,12 @@ from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.verbs.rotate import watching
 from holdfast.verbs.rotate.drawing import candidates
 from holdfast.verbs.rotate.verdicts import Admission, Judged
-from holdfast.verbs.rotate.watching import Turner, Turning
+from holdfast.verbs.rotate.watching import LoopSettings, RotationLoop
 from runs.test_rotate import IMMUNISE, collected, pool, terms, unflushed  # noqa: F401 (fixtures)
 
 
 def turner(of, *triggers, keep=2, **more):
-    return Turner(of, terms(), Turning(triggers, keep, **more))
+    return RotationLoop(of, terms(), LoopSettings(triggers, keep, **more))
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):  # n
     waited = pool.ahead
     pool.expose(pool.serving.name, "laptop stolen")
     assert one.look() and pool.serving.epoch == 3
-    assert pool.ledger.member(pool.serving.name).why == "exposed: laptop stolen"
+    assert pool.ledger.member(pool.serving.name).why == "listed as stolen: laptop stolen"
     assert len(pool.ahead) == 2 and set(waited) & set(pool.ahead) and not pool.unjudged, "judged again"
 
 
@@ -135,7 +135,9 @@ def test_where_nothing_is_admitted_and_none_waits_what_serves_goes_on_and_it_end
     assert caught.value.exit_code == 4
     now = pool.serving
     assert now.epoch == 2, "the one that waited serves"
-    assert f"{now.name} goes on serving as epoch 2, and 0 admitted sets wait" in str(caught.value)
+    assert f"{now.name} remains the serving set, in epoch 2, and 0 admitted sets are waiting" in str(
+        caught.value
+    )
     refused = [member for member in pool.ledger.members if member.why == "it falls"]
     assert [bool(member.bases) for member in refused] == [True] + [False] * 5, "the generator's, then others"
 
@@ -158,7 +160,7 @@ def test_what_was_admitted_serves_although_too_few_were(pool, monkeypatch):  # n
         return Admission(tuple(Judged(name, verdict, (), "it was judged") for name, verdict in found), ())
 
     monkeypatch.setattr(watching, "admit", admit)
-    with pytest.raises(Inconclusive, match="nothing serves, and 1 admitted sets wait"):
+    with pytest.raises(Inconclusive, match="no set serves, and 1 admitted sets are waiting"):
         turner(pool, keep=2).begin()
     assert pool.serving.epoch == 1
 
@@ -185,14 +187,14 @@ def test_it_waits_where_another_process_draws(pool):  # noqa: F811
     pool.answered(1, {"alice": 5})
     with pool.alone_at("draw"):
         assert not one.look() and pool.serving.epoch == 2, "what waited serves"
-    assert "another process is at draw" in said[-1]
+    assert "another process runs draw" in said[-1]
     assert one.look() and len(pool.ahead) == 1
 
 
 @pytest.mark.usefixtures("strict")
 def test_five_refusals_in_a_row_end_it(pool):  # noqa: F811
     one = turner(pool, Elapsed(3600), keep=2, by="generator")
-    with pytest.raises(Inconclusive, match="6 sets of the generator were refused in a row.*nothing serves"):
+    with pytest.raises(Inconclusive, match="6 sets of the generator were refused in a row.*no set serves"):
         one.begin()
     assert pool.serving is None
     assert sum(member.why == "it falls" for member in pool.ledger.members) == 6
@@ -201,12 +203,12 @@ def test_five_refusals_in_a_row_end_it(pool):  # noqa: F811
 @pytest.mark.usefixtures("strict")
 def test_sets_are_trained_anew_where_the_generator_draws_nothing_that_is_admitted(pool):  # noqa: F811
     said = []
-    one = Turner(pool, terms(), Turning((Elapsed(3600),), keep=3), notify=said.append)
+    one = RotationLoop(pool, terms(), LoopSettings((Elapsed(3600),), keep=3), notify=said.append)
     with pytest.raises(Inconclusive):
         one.begin()
     drawn = [member for member in pool.ledger.members if member.why == "it falls"]
     assert [bool(member.bases) for member in drawn] == [True] * 3 + [False] * 6
-    assert sum("trained anew from here on" in text for text in said) == 1
+    assert sum("from now on sets are trained from fresh weights" in text for text in said) == 1
 
 
 @pytest.mark.usefixtures("strict")
@@ -214,19 +216,22 @@ def test_another_process_remembers_that_the_generator_draws_nothing_that_is_admi
     said = []
     with pytest.raises(Inconclusive):
         turner(pool, Elapsed(3600), keep=5, by="generator").begin()
-    one = Turner(pool, terms(), Turning((Elapsed(3600),), keep=5), notify=said.append)
+    one = RotationLoop(pool, terms(), LoopSettings((Elapsed(3600),), keep=5), notify=said.append)
     with pytest.raises(Inconclusive):
         one.begin()
     drawn = [member for member in pool.ledger.members if member.why == "it falls"]
     assert [bool(member.bases) for member in drawn] == [True] * 5 + [False] * 5
     assert (
-        said[0] == "note: the last 5 that the generator drew were refused; sets are trained anew from here on"
+        said[0]
+        == "note: the last 5 generated sets were refused; from now on sets are trained from fresh weights"
     )
 
 
 @pytest.mark.usefixtures("generous")
 def test_a_schedule_faster_than_generation_is_refused(pool):  # noqa: F811
-    with pytest.raises(UsageError, match="a swap is due every 1e-06 s, and an admitted set takes .* to make"):
+    with pytest.raises(
+        UsageError, match="a swap is due every 1e-06 s, but it takes .* to produce an admitted set"
+    ):
         replace_every(turner(pool), Elapsed(1e-6)).begin()
 
 
@@ -250,9 +255,9 @@ def test_it_says_that_nothing_serves_any_more(pool):  # noqa: F811
     one.begin()
     pool.retire(pool.serving.name, "by hand")
     one.notify = said.append
-    assert not one.look() and "nothing serves" in said[-1]
+    assert not one.look() and "no set serves" in said[-1]
     assert pool.serving is None
 
 
 def replace_every(one, trigger):
-    return Turner(one.pool, one.terms, replace(one.how, triggers=(trigger,)))
+    return RotationLoop(one.pool, one.request, replace(one.how, triggers=(trigger,)))

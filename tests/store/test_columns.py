@@ -72,12 +72,12 @@ def test_a_changed_value_is_noticed(place, bit):
 @given(cut=st.integers(0, 10**6))
 def test_a_file_that_is_cut_short_is_noticed(cut):
     data = columns.encode(EXAMPLE, {})
-    with pytest.raises(TargetError, match="'x' is no column file, or is cut short"):
+    with pytest.raises(TargetError, match="'x' is not a column file, or is truncated"):
         columns.decode(data[: cut % len(data)], "x")
 
 
 def test_a_file_of_another_version_or_kind_is_refused(monkeypatch):
-    with pytest.raises(TargetError, match="no column file"):
+    with pytest.raises(TargetError, match="not a column file"):
         columns.decode(b"PK\x03\x04 a zip, for once", "x")
     monkeypatch.setattr(columns, "_VERSION", 2)
     newer = columns.encode(EXAMPLE, {})

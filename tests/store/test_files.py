@@ -94,8 +94,8 @@ def test_a_secret_is_its_owners_alone_from_its_first_byte_on(tmp_path, monkeypat
 @pytest.mark.parametrize(
     "code, says",
     [
-        (errno.ENOSPC, "the disk is full: '/some/pool' .*; the pool is as it was"),
-        (errno.EACCES, "'/some/pool' may not be used .*as the user who began it"),
+        (errno.ENOSPC, "the disk is full: '/some/pool' .*; the pool is unchanged"),
+        (errno.EACCES, "'/some/pool' cannot be used .*only the user who created"),
         (errno.EIO, "'/some/pool' cannot be used: Input/output error; .*restore it from a copy"),
     ],
 )
@@ -110,12 +110,12 @@ def test_an_error_of_the_system_in_a_pool_names_no_flag_of_a_run(code, says):
     [
         (
             errno.ENOSPC,
-            "the disk is full: '/some/place' could not be written. Free some space and go on with --resume",
+            "the disk is full: '/some/place' could not be written. Free some space and resume with --resume",
         ),
         (errno.EDQUOT, "the disk is full"),
-        (errno.EROFS, "may not be written .*; name a folder of your own with --run DIR"),
-        (errno.EACCES, "may not be written"),
-        (errno.ENOTDIR, "a file is in the way"),
+        (errno.EROFS, "cannot be written .*; name a folder with write permission with --run DIR"),
+        (errno.EACCES, "cannot be written"),
+        (errno.ENOTDIR, "a file is in its path"),
         (errno.EIO, "cannot be used: Input/output error; check the disk"),
     ],
 )

@@ -96,7 +96,7 @@ def test_a_record_that_was_taken_out_or_moved_is_found(whole, tmp_path):
     for kept in ([0, 2, 3, 4], [1, 0, 2, 3, 4], [0, 1, 1, 2, 3, 4]):
         run = shutil.copytree(whole, tmp_path / str(kept))
         (run / "chain.jsonl").write_text("".join(lines[k] for k in kept))
-        with pytest.raises(TargetError, match="does not follow from the one before it"):
+        with pytest.raises(TargetError, match="does not contain the digest of the one before it"):
             verify(run)
 
 
@@ -147,7 +147,7 @@ def test_a_torn_record_is_dropped_by_the_next_process_and_told_to_readers(whole,
     run = shutil.copytree(whole, tmp_path / "run")
     with (run / "chain.jsonl").open("ab") as file:
         file.write(b'{"previous":"torn')
-    with pytest.raises(TargetError, match="was cut short; go on with --resume"):
+    with pytest.raises(TargetError, match="is truncated; resume with --resume"):
         verify(run)
     with open_folder(run, MANIFEST, {}, resume=True):
         pass
@@ -237,7 +237,7 @@ def test_a_process_that_lost_its_lease_writes_nothing_more(tmp_path, other):
         ):
             with pytest.raises(
                 TargetError,
-                match=f"held by {'nobody' if other is None else 'process 7 on elsewhere'}.*--resume",
+                match=f"now in use by {'nobody' if other is None else 'process 7 on elsewhere'}.*--resume",
             ):
                 write()
         assert sorted(path.name for path in run.rglob("*")) == before
@@ -254,7 +254,7 @@ def test_a_file_that_is_no_shard_is_named_and_left(tmp_path, name):
     with open_folder(run, MANIFEST, {}, resume=False) as folder:
         folder.keep_shard("clean", 0, SHARDS[0])
         shutil.copy(run / "clean" / "00000.safetensors", stray)
-        with pytest.raises(TargetError, match=f"{name}.safetensors' is no shard of this run.*remove it"):
+        with pytest.raises(TargetError, match=f"{name}.safetensors' is not a shard of this run.*remove it"):
             folder.shards("clean")
         stray.unlink()
         assert folder.shards("clean").keys() == {0}

@@ -15,12 +15,12 @@ from holdfast.config.pooled import said_of
 from holdfast.core.chain import GENESIS, Link, digest
 from holdfast.core.errors import TargetError
 from holdfast.store import journal
+from holdfast.store.encryption import KEY_VARIABLE
 from holdfast.store.folder import open_folder
 from holdfast.store.forms import count, listed, mapped, maybe, one_of, real, record, refuse_form, text
 from holdfast.store.leases import Leases, spent_in
 from holdfast.store.pool import Pool
 from holdfast.store.records import line_of
-from holdfast.store.sealing import KEY_VARIABLE
 from holdfast.store.verify import verify
 from holdfast.verbs.stored_runs import open_run, runs_in
 from store.test_folder import MANIFEST, SHARDS
@@ -254,5 +254,7 @@ def test_what_a_pool_says_of_its_model_has_one_form(tmp_path, monkeypatch, setti
     with pytest.raises(TargetError, match=says):
         said_of(pool)
     (tmp_path / "pool" / "pool.json").write_text('{"schema_version": 2}')
-    with pytest.raises(TargetError, match=r"pool\.json' is not what a run writes: .* an object with 'id'"):
+    with pytest.raises(
+        TargetError, match=r"pool\.json' has another format than that of a run: .* an object with 'id'"
+    ):
         Pool.held(tmp_path / "pool")

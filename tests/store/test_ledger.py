@@ -16,8 +16,8 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import Ledger as AnyLedger
 from holdfast.store.authentic import HEAD, Head, LedgerKey, line_of, read_entries, write_head
 from holdfast.store.ledger import utc_now
+from holdfast.store.ledger_state import Exposure, LedgerState, Serving, Term, well_formed
 from holdfast.store.locking import locked
-from holdfast.store.standing import Exposure, Serving, Standing, Term, well_formed
 
 DIGEST = "d" * 64
 KEY = LedgerKey(b"k" * 32)
@@ -110,7 +110,7 @@ def test_only_legal_steps_are_taken(tmp_path, state, kind):
         assert ledger.states["set"] == (state if kind == "exposed" else kind)
         assert bool(ledger.exposed()) == (kind == "exposed")
     else:
-        with pytest.raises(UsageError, match=f"'set' is {state}; only what is .* can become {kind}"):
+        with pytest.raises(UsageError, match=f"'set' is {state}; only a set that is .* can become {kind}"):
             getattr(ledger, act)("set", "why")
         assert ledger.head == before == Ledger(tmp_path).head
 
@@ -124,31 +124,31 @@ STEPS = st.tuples(KINDS, SETS, st.lists(SETS, unique=True), st.booleans(), st.bo
 
 @given(steps=st.lists(STEPS, max_size=30))
 def test_whatever_is_said_one_set_serves_at_most_and_epochs_count_up(steps):
-    standing = Standing()
+    state = LedgerState()
     for kind, name, judged, forced, automatic in steps:
-        now = [] if standing.serving is None else [standing.serving.name]
+        now = [] if state.serving is None else [state.serving.name]
         entry = {"kind": kind, "at": "now", "set": name, "why": "", "digest": DIGEST, "bases": []}
-        entry |= {"epoch": standing.epoch + (kind == "serving"), "retires": now, "canary": "c"}
+        entry |= {"epoch": state.epoch + (kind == "serving"), "retires": now, "canary": "c"}
         entry |= {"answers": {"ann": 1}, "others": 1, "role": "service"}
         entry |= {"against": judged, "unjudged": forced, "automatic": automatic}
         well_formed(entry)
         try:
-            standing.refuse_illegal(entry)
+            state.refuse_illegal(entry)
         except UsageError:
             continue
-        assert kind != "serving" or forced or name not in standing.unjudged
-        standing.take(entry)
-        serving = [name for name, member in standing.members.items() if member.state == "serving"]
-        assert serving == ([] if standing.serving is None else [standing.serving.name])
-        assert [term.epoch for term in standing.terms] == list(range(1, standing.epoch + 1))
-        assert all(term.until is not None for term in standing.terms[:-1])
-        exposed = {exposure.name for exposure in standing.exposed}
-        assert not exposed & set(standing.ahead) and not exposed & set(standing.unlisted)
-        left = {name for name in exposed if not standing.members[name].deleted}
-        for name in set(standing.ahead) - set(standing.unjudged):
-            assert left <= set(standing.members[name].against)
-        assert all(standing.members[name].state == "admitted" for name in standing.ahead)
-        assert not any(member.deleted for member in map(standing.member, standing.ahead))
+        assert kind != "serving" or forced or name not in state.unjudged
+        state.take(entry)
+        serving = [name for name, member in state.members.items() if member.state == "serving"]
+        assert serving == ([] if state.serving is None else [state.serving.name])
+        assert [term.epoch for term in state.terms] == list(range(1, state.epoch + 1))
+        assert all(term.until is not None for term in state.terms[:-1])
+        exposed = {exposure.name for exposure in state.exposed}
+        assert not exposed & set(state.ahead) and not exposed & set(state.unlisted)
+        left = {name for name in exposed if not state.members[name].deleted}
+        for name in set(state.ahead) - set(state.unjudged):
+            assert left <= set(state.members[name].against)
+        assert all(state.members[name].state == "admitted" for name in state.ahead)
+        assert not any(member.deleted for member in map(state.member, state.ahead))
 
 
 def test_an_exposed_set_that_serves_goes_on_until_the_swap_and_never_serves_again(ledger):
@@ -160,7 +160,9 @@ def test_an_exposed_set_that_serves_goes_on_until_the_swap_and_never_serves_agai
     ledger.admit("two")
     ledger.expose("two", "found on the net")
     assert ledger.ahead == () and [e.name for e in ledger.exposed()] == ["one", "two"]
-    with pytest.raises(UsageError, match="'two' is exposed since .* \\(found on the net\\); serve another"):
+    with pytest.raises(
+        UsageError, match="'two' is listed as stolen since .* \\(found on the net\\); serve another"
+    ):
         ledger.serve("two")
 
 
@@ -181,24 +183,30 @@ def test_bases_that_are_neither_exposed_nor_deleted_are_said(ledger):
     ledger.expose("base", "a base")
     ledger.delete("other")
     assert ledger.unlisted == ()
-    with pytest.raises(UsageError, match="'bose' is no set of this ledger; near it: base"):
+    with pytest.raises(UsageError, match="'bose' is not a set of this ledger; similar names: base"):
         ledger.candidate("more", DIGEST, ["bose"])
     with pytest.raises(UsageError, match="'other' was deleted; it cannot become admitted"):
         ledger.admit("other")
-    with pytest.raises(UsageError, match="'base' is exposed .*tested against it, so keep it"):
+    with pytest.raises(
+        UsageError, match="'base' is listed as stolen .*keep it, because new sets must be tested"
+    ):
         ledger.delete("base")
 
 
 @pytest.mark.parametrize(
     "name, says",
-    [("3f9ab0", "near it: 3f9abc12"), ("3g9abc12", "near it: 3f9abc12"), ("zzz", "it has 3f9abc12, 77aa")],
+    [
+        ("3f9ab0", "similar names: 3f9abc12"),
+        ("3g9abc12", "similar names: 3f9abc12"),
+        ("zzz", "the last ones are 3f9abc12, 77aa"),
+    ],
 )
 def test_an_unknown_set_is_refused_with_those_near_it(ledger, name, says):
-    with pytest.raises(UsageError, match=f"'{name}' is no set of this ledger; it has none yet"):
+    with pytest.raises(UsageError, match=f"'{name}' is not a set of this ledger; it contains no sets yet"):
         ledger.expose(name, "stolen")
     for known in ("3f9abc12", "77aa"):
         ledger.candidate(known, DIGEST)
-    with pytest.raises(UsageError, match=f"'{name}' is no set of this ledger; {says}"):
+    with pytest.raises(UsageError, match=f"'{name}' is not a set of this ledger; {says}"):
         ledger.expose(name, "stolen")
     assert ledger.entries == 2
 
@@ -281,7 +289,7 @@ def test_a_changed_entry_is_named_and_nothing_is_served(whole, tmp_path, line, v
     ledger = holding(tmp_path, b"".join(canonical(entry) + b"\n" for entry in entries))
     for _ in range(2):  # the second look is no better
         with pytest.raises(
-            TargetError, match=f"entry {line + 1} of .*ledger.jsonl' was changed.*nothing of it is"
+            TargetError, match=f"entry {line + 1} of .*ledger.jsonl' was changed.*no set of this pool is"
         ):
             view(ledger)
 
@@ -289,7 +297,9 @@ def test_a_changed_entry_is_named_and_nothing_is_served(whole, tmp_path, line, v
 @pytest.mark.parametrize("kept, entry", [([0, 2, 3], 2), ([1, 0, 2], 1), ([0, 1, 1, 2], 3), ([1, 2], 1)])
 def test_an_entry_that_was_taken_out_moved_or_repeated_is_named(whole, tmp_path, kept, entry):
     lines = whole.splitlines(keepends=True)
-    with pytest.raises(TargetError, match=f"entry {entry} of .* does not follow from the one before it"):
+    with pytest.raises(
+        TargetError, match=f"entry {entry} of .* does not contain the digest of the one before it"
+    ):
         _ = holding(tmp_path, b"".join(lines[k] for k in kept)).serving
 
 
@@ -425,10 +435,10 @@ def test_an_entry_of_another_pool_is_refused_wherever_it_fits(tmp_path):
 def test_entries_missing_at_the_end_are_detected_while_the_head_is_there(stolen, tmp_path):
     lines = stolen.splitlines(keepends=True)
     (tmp_path / "ledger.jsonl").write_bytes(b"".join(lines[:6]))
-    with pytest.raises(TargetError, match="has 6 entries, and ledger.head says that 8 were written"):
+    with pytest.raises(TargetError, match="has 6 entries, but ledger.head records 8"):
         Ledger(tmp_path).exposed()
     (tmp_path / HEAD).unlink()
-    with pytest.raises(TargetError, match="ledger.head' is gone"):
+    with pytest.raises(TargetError, match="ledger.head' is missing"):
         Ledger(tmp_path).exposed()
 
 
@@ -478,7 +488,7 @@ def test_no_reason_in_words_decides_whether_a_set_is_judged_again(ledger, why):
         ledger.admit(name)
     ledger.expose("old", why)
     assert ledger.unjudged == ("drawn",)
-    with pytest.raises(UsageError, match="'drawn' was not judged against everything that is exposed"):
+    with pytest.raises(UsageError, match="'drawn' was not judged against all stolen sets"):
         ledger.serve("drawn")
     ledger.serve("drawn", unjudged=True)
     last = json.loads(ledger.path.read_bytes().splitlines()[-1])["content"]
@@ -487,7 +497,7 @@ def test_no_reason_in_words_decides_whether_a_set_is_judged_again(ledger, why):
 
 def test_a_base_never_serves(ledger):
     ledger.candidate("base", DIGEST, role="base")
-    with pytest.raises(UsageError, match="'base' is a base, which others are made from"):
+    with pytest.raises(UsageError, match="'base' is a base, which other sets are generated from"):
         ledger.admit("base")
 
 
@@ -505,7 +515,7 @@ def test_entries_that_vanish_under_a_process_are_missed(whole, tmp_path):
     ledger = holding(tmp_path, whole)
     assert ledger.serving.name == "two"
     (tmp_path / "ledger.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
-    with pytest.raises(TargetError, match="entry 6 of .* was there and is no more"):
+    with pytest.raises(TargetError, match="entry 6 of .* or an earlier one was removed"):
         _ = ledger.serving
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import Pool
+from holdfast.store.encryption import KEY_VARIABLE
 from holdfast.store.migrating import migrate
-from holdfast.store.sealing import KEY_VARIABLE
 from store.lives import begun, dying, ended, life, weights
 from store.old_format import aged, chained
 
@@ -57,7 +57,7 @@ def test_a_converted_pool_says_what_it_said_and_asks_for_new_judgements(pool):
     assert held.kept("generator") is not None and float(held.weights(held.ahead[0])["b"]) == 2
     held.keep("generator", weights(3), {})
     assert held.ledger.terms[0].answers == {held.pseudonym("alice"): 3}
-    with pytest.raises(UsageError, match="is of schema version 2 already"):
+    with pytest.raises(UsageError, match="has schema version 2 already"):
         migrate(old)
 
 
@@ -70,10 +70,10 @@ def test_a_downgraded_pool_is_refused_even_by_the_conversion(pool):
         file.write_bytes(data)
     with pytest.raises(TargetError, match="whose ledger is not authenticated"):
         Pool.held(path)
-    with pytest.raises(TargetError, match="sealed' is of version 2: .* was exchanged"):
+    with pytest.raises(TargetError, match="sealed' has version 2: .* was replaced"):
         migrate(path)
     (path / "ledger.head").write_bytes(head)
-    with pytest.raises(TargetError, match="ledger.head' is of version 2"):
+    with pytest.raises(TargetError, match="ledger.head' has version 2"):
         migrate(path)
 
 

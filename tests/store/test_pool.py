@@ -13,8 +13,8 @@ import torch
 
 from holdfast.core.errors import Inconclusive, InUse, TargetError, UsageError
 from holdfast.store import Pool
+from holdfast.store.encryption import KEY_VARIABLE, Seal, key_file
 from holdfast.store.manifest import stands
-from holdfast.store.sealing import KEY_VARIABLE, Seal, key_file
 from store.lives import begun, weights
 
 HERE = Path(__file__).resolve().parent
@@ -89,7 +89,7 @@ def test_the_ledger_counts_answers_and_names_nobody(pool):
     assert b"alice" not in pool.ledger.path.read_bytes()
     other = Pool.begun(pool.path.with_name("other"), {})
     assert other.pseudonym("alice") != pool.pseudonym("alice"), "two pools know her by two names"
-    with pytest.raises(UsageError, match="7 is no name of a principal"):
+    with pytest.raises(UsageError, match="7 is not the name of a principal"):
         pool.answered(1, {7: 1})
 
 
@@ -105,7 +105,9 @@ def test_a_swap_is_one_entry_and_takes_the_set_that_waits_longest(pool):
 def test_another_than_the_first_may_be_chosen_and_only_among_those_that_wait(pool):
     first, second = pool.ahead
     old = pool.serving.name
-    with pytest.raises(UsageError, match=f"'{old}' is serving; only what is admitted can become serving"):
+    with pytest.raises(
+        UsageError, match=f"'{old}' is serving; only a set that is admitted can become serving"
+    ):
         pool.swap(choose=lambda waiting: old)
     assert pool.swap(choose=lambda waiting: waiting[-1]).name == second and pool.ahead == (first,)
 
@@ -118,7 +120,7 @@ def test_an_exposed_set_is_passed_over(pool):
     pool.admit(second, against=[first, old])
     assert pool.swap().name == second
     with pytest.raises(
-        Inconclusive, match=f"no admitted set waits in .*'{second}' goes on serving"
+        Inconclusive, match=f"contains no waiting admitted set, so '{second}' still serves"
     ) as caught:
         pool.swap()
     assert caught.value.exit_code == 4 and pool.serving.name == second
@@ -130,7 +132,7 @@ def test_a_set_that_was_not_judged_against_everything_exposed_serves_only_where_
     pool.expose(old, "laptop stolen")
     with pytest.raises(Inconclusive, match=r"2 were admitted before.* rotate admit .*--unjudged"):
         pool.swap()
-    with pytest.raises(UsageError, match="was not judged against everything"):
+    with pytest.raises(UsageError, match="was not judged against all stolen sets"):
         pool.serve(first)
     pool.admit(second, against=[old])
     assert pool.unjudged == (first,) and pool.swap().name == second, "which is taken first"
@@ -149,7 +151,7 @@ def test_what_was_set_off_by_an_epoch_that_was_retired_swaps_nothing(pool):
     epoch = pool.serving.epoch
     pool.retire(pool.serving.name, "stopped")
     with pytest.raises(
-        Inconclusive, match=f"epoch {epoch} is over, and nothing serves in .*; swap without naming"
+        Inconclusive, match=f"epoch {epoch} has ended, and no set serves in .*; swap without an epoch"
     ):
         pool.swap(epoch=epoch)
     assert pool.serving is None
@@ -166,14 +168,18 @@ def test_a_refused_set_may_be_stolen_too(pool):
 @pytest.mark.parametrize(
     "given, said, expected",
     [
-        ({}, {}, "the set holds no parameters; give the state dict"),
+        ({}, {}, "the set contains no parameters; give the state dict"),
         ({"w": [1.0]}, {}, "w of the set is a list; a tensor was expected"),
-        ({"w": torch.full((2,), torch.nan)}, {}, "w of the set holds values that are no numbers"),
-        ({"w": torch.ones(2)}, {"when": Path("now")}, "what is said of it cannot be kept: .* is not JSON"),
+        ({"w": torch.full((2,), torch.nan)}, {}, "w of the set contains NaN or infinite values"),
+        (
+            {"w": torch.ones(2)},
+            {"when": Path("now")},
+            "the metadata of the set cannot be stored: .* is not JSON",
+        ),
         (
             {"w": torch.ones(2)},
             {"share": float("nan")},
-            "what is said of it cannot be kept: .* not JSON compliant",
+            "the metadata of the set cannot be stored: .* not JSON compliant",
         ),
     ],
 )
@@ -185,11 +191,11 @@ def test_what_is_no_set_or_cannot_be_said_is_refused(pool, given, said, expected
 
 
 def test_a_pool_that_cannot_be_begun_leaves_the_folder_as_it_is(pool, tmp_path):
-    with pytest.raises(UsageError, match="what is said of it cannot be kept"):
+    with pytest.raises(UsageError, match="the metadata of the set cannot be stored"):
         Pool.begun(tmp_path / "new", {"model": object()})
     assert not (tmp_path / "new").exists()
     pool.path.chmod(0o755)
-    with pytest.raises(UsageError, match="holds a pool already"):
+    with pytest.raises(UsageError, match="contains a pool already"):
         Pool.begun(pool.path, {})
     assert pool.path.stat().st_mode & 0o777 == 0o755
 
@@ -197,10 +203,12 @@ def test_a_pool_that_cannot_be_begun_leaves_the_folder_as_it_is(pool, tmp_path):
 def test_before_the_first_swap_nothing_serves(tmp_path):
     pool = Pool.begun(tmp_path / "pool", {})
     assert pool.serving is None
-    with pytest.raises(Inconclusive, match="nothing serves yet"):
+    with pytest.raises(Inconclusive, match="no set serves yet"):
         pool.swap()
     name = pool.add(weights(0), {})
-    with pytest.raises(UsageError, match=f"'{name}' is candidate; only what is admitted can become serving"):
+    with pytest.raises(
+        UsageError, match=f"'{name}' is candidate; only a set that is admitted can become serving"
+    ):
         pool.serve(name)
     pool.admit(name)
     assert pool.serve(name).epoch == 1
@@ -214,13 +222,13 @@ def test_a_refused_set_comes_back_as_what_it_is(pool):
     assert pool.add(weights(5), {}) == name and pool.ledger.states[name] == "refused"
     pool.delete(name)
     assert not file_of(pool, name).exists()
-    with pytest.raises(UsageError, match="weights of .* were deleted"):
+    with pytest.raises(UsageError, match="parameters of .* were deleted"):
         pool.weights(name)
-    with pytest.raises(UsageError, match="was deleted, or names another set; draw another"):
+    with pytest.raises(UsageError, match="was deleted, or is the name of another set; draw another"):
         pool.add(weights(5), {})
     for waits in (pool.ahead[0], pool.serving.name):
         with pytest.raises(
-            UsageError, match="only what is candidate or refused or retired can become deleted"
+            UsageError, match="only a set that is candidate or refused or retired can become deleted"
         ):
             pool.delete(waits)
         assert file_of(pool, waits).exists()
@@ -232,7 +240,7 @@ def test_what_else_is_secret_is_kept_sealed(pool):
         pool.keep("generator", weights(k), {"k": k})
     found = Pool.held(pool.path).kept("generator")
     assert same(found.columns, weights(2)) and found.about == {"k": 2}
-    with pytest.raises(UsageError, match="'../x' cannot be the name of a file"):
+    with pytest.raises(UsageError, match="'../x' is not a valid file name"):
         pool.keep("../x", weights(1), {})
 
 
@@ -250,18 +258,18 @@ def test_both_are_had_from_the_floor():
 def test_an_unknown_set_is_refused_everywhere(pool):
     near = pool.serving.name
     for act in (pool.weights, pool.about, pool.serve, pool.admit, lambda name: pool.expose(name, "stolen")):
-        with pytest.raises(UsageError, match=f"is no set of this ledger; near it: .*{near}"):
+        with pytest.raises(UsageError, match=f"is not a set of this ledger; similar names: .*{near}"):
             act(near[:-1])
 
 
 def test_a_folder_without_a_pool_and_one_with_a_pool_are_told(pool, tmp_path):
     (tmp_path / "empty").mkdir()
     for none in (tmp_path / "none", tmp_path / "empty"):
-        with pytest.raises(TargetError, match="is no pool, or was never begun to the end"):
+        with pytest.raises(TargetError, match="is not a pool, or its creation was interrupted"):
             Pool.held(none)
         assert not stands(none)
     assert not list((tmp_path / "empty").iterdir())
-    with pytest.raises(UsageError, match="holds a pool already"):
+    with pytest.raises(UsageError, match="contains a pool already"):
         Pool.begun(pool.path, {})
     (tmp_path / "empty" / "run.json").write_text("{}")
     Pool.begun(tmp_path / "empty", {})
@@ -278,7 +286,7 @@ def test_no_folder_is_begun_for_a_key_that_is_none(tmp_path, monkeypatch):
 def test_a_wrong_key_is_told_from_a_corrupt_file(pool, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, "77" * 32)
     with pytest.raises(
-        TargetError, match=f"pool.json' says .* key {pool.seal.id}.*from {KEY_VARIABLE}\\); set"
+        TargetError, match=f"pool.json' is encrypted with key {pool.seal.id}.*from {KEY_VARIABLE}\\); set"
     ):
         Pool.held(pool.path)
     monkeypatch.delenv(KEY_VARIABLE)
@@ -306,7 +314,9 @@ def test_a_set_that_is_not_what_it_was_never_serves(pool, tmp_path, how):
     )
     held = Pool.held(pool.path)
     for act in (held.swap, lambda: held.serve(first), lambda: held.weights(first)):
-        with pytest.raises(TargetError, match=f"{first}.sealed' (is no|was changed or cut).*restore it"):
+        with pytest.raises(
+            TargetError, match=f"{first}.sealed' (is not|was changed or truncated).*restore it"
+        ):
             act()
     assert held.serving == old
     held.retire(first, "its file is corrupt")
@@ -320,7 +330,9 @@ def test_a_set_that_is_needed_and_gone_is_named(pool, lost):
         pool.swap()
         pool.expose(old, "stolen")
     file_of(pool, first if lost == "admitted" else old).unlink()
-    with pytest.raises(TargetError, match=f"sealed' is gone, though the ledger has it as {lost}; restore"):
+    with pytest.raises(
+        TargetError, match=f"sealed' is missing, but the ledger lists the set as {lost}; restore"
+    ):
         Pool.held(pool.path)
 
 
@@ -338,7 +350,9 @@ def test_a_broken_chain_serves_nothing_and_names_the_entry(pool):
     path = pool.path / "ledger.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:2], lines[2].replace('"admitted"', '"refused"'), *lines[3:]]))
-    with pytest.raises(TargetError, match="entry 3 of .*ledger.jsonl' was changed.*nothing of it is served"):
+    with pytest.raises(
+        TargetError, match="entry 3 of .*ledger.jsonl' was changed.*no set of this pool is served"
+    ):
         Pool.held(pool.path)
 
 
@@ -372,7 +386,7 @@ def test_an_older_copy_of_the_whole_folder_is_known_by_a_head_that_is_kept_elsew
 def test_a_part_of_a_pool_that_is_gone_is_named_and_not_begun_again(pool, lost):
     (pool.path / lost).unlink()
     for ask in (Pool.held, lambda path: Pool.begun(path, {})):
-        with pytest.raises(TargetError, match=f"holds a pool whose {lost} is gone"):
+        with pytest.raises(TargetError, match=f"contains a pool whose {lost} is missing"):
             ask(pool.path)
 
 
@@ -396,7 +410,7 @@ def test_pools_do_not_take_each_others_ledgers(pool, tmp_path):
         Pool.held(pool.path)
     shutil.copy(other.path / "pool.json", pool.path / "pool.json")
     held = Pool.held(pool.path)  # which is the other pool by now, and cannot open these sets
-    with pytest.raises(TargetError, match="stands in the place of another file"):
+    with pytest.raises(TargetError, match="is a copy of another file"):
         held.weights(held.ahead[0])
 
 
@@ -421,7 +435,7 @@ def test_a_step_is_one_process_and_nobody_waits_for_a_dead_one(pool):
     other = subprocess.Popen([sys.executable, "-c", ALONE, str(pool.path)], stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"held\n"
-        said = "another process is at admit in .*pool'; wait until it has ended"
+        said = "another process runs admit in .*pool'; wait until it ends"
         with pytest.raises(InUse, match=said), pool.alone_at("admit"):
             pass
         with pool.alone_at("draw"):  # another step may go on meanwhile

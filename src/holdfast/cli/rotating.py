@@ -31,11 +31,11 @@ from holdfast.store.records import document
 from holdfast.verbs.rotate import admission, collecting, drawing, learning
 from holdfast.verbs.rotate.collecting import Collected
 from holdfast.verbs.rotate.drawing import By
+from holdfast.verbs.rotate.request import RotateRequest
 from holdfast.verbs.rotate.samples import planned, statement
 from holdfast.verbs.rotate.status import UNJUDGED, standing
-from holdfast.verbs.rotate.terms import Terms
 from holdfast.verbs.rotate.verdicts import Judged
-from holdfast.verbs.rotate.watching import Turner, Turning
+from holdfast.verbs.rotate.watching import LoopSettings, RotationLoop
 from holdfast.verbs.stored_runs import new_folder
 
 _STDOUT = "-"
@@ -48,7 +48,7 @@ class _Begun:
     """A pool whose collection is complete, with the inputs of the next steps."""
 
     pool: Pool
-    terms: Terms
+    terms: RotateRequest
     found: Collected
     again: str
     """advice how to continue if it is stopped"""
@@ -182,7 +182,7 @@ def turn(
         raise UsageError("nothing says when to swap; give --every 50q/principal or --every 24h, or --once")
     with _begun(settings, voice, run=run, resume=resume, expect_head=expect_head) as begun:
         pool, terms = begun.pool, begun.terms
-        how = Turning(
+        how = LoopSettings(
             triggers,
             settings.keep,
             rotating.immunise(settings) if immunising else None,
@@ -192,7 +192,7 @@ def turn(
             judged=settings.judged,
             again=begun.again,
         )
-        turner = Turner(pool, terms, how, begun.stopper, voice.say, begun.progress)
+        turner = RotationLoop(pool, terms, how, begun.stopper, voice.say, begun.progress)
         turner.begin()
         voice.say(f"pool: {pool.path}")
         if not once:

@@ -16,7 +16,7 @@ from holdfast.rotation.triggers import Trigger
 from holdfast.sources.cards import trained_by
 from holdfast.store.pool import Pool
 from holdfast.verbs.candidates import Candidate
-from holdfast.verbs.rotate.terms import Terms, parted, ready
+from holdfast.verbs.rotate.request import RotateRequest, parted, ready
 
 _OPENING = (
     "model", "data", "arch", "model_args", "bounds", "mean", "std", "data_normalised", "layout",
@@ -26,7 +26,7 @@ _OPENING = (
 """Settings with which the terms of a pool are opened again."""
 
 
-def terms(settings: RotateSettings) -> Terms:
+def terms(settings: RotateSettings) -> RotateRequest:
     """Return the terms of the settings. Raises `UsageError` and `TargetError`."""
     if settings.n or settings.sample:
         raise UsageError(
@@ -44,7 +44,7 @@ def terms(settings: RotateSettings) -> Terms:
     name = settings.fit or settings.data or ""
     examples = parted(training, test, name, model.classes or int(training.y.max()) + 1, settings.seed)
     opening = json.loads(settings.model_dump_json(include=set(_OPENING), exclude_unset=True))
-    return Terms(
+    return RotateRequest(
         subject=ready(subject, device, examples),
         threat=threat,
         said=settings.threat,
@@ -58,7 +58,7 @@ def terms(settings: RotateSettings) -> Terms:
     )
 
 
-def reopened(pool: Pool, settings: RotateSettings) -> Terms:
+def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
     """Return the terms of an existing pool, from its manifest.
 
     Only `device` and the trust in code come from the settings.

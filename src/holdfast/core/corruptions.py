@@ -33,6 +33,6 @@ class Corruptions(Whole):
     def refusal(self) -> UsageError:
         """The error for other attacks; it names the suite of corruptions."""
         return UsageError(
-            f"under corruptions:{self.severity} images are corrupted and not attacked; "
-            f"choose --suite corruptions, or a threat such as linf:8/255"
+            f"under corruptions:{self.severity} images are corrupted, not attacked; choose --suite corruptions, or "
+            "a threat such as linf:8/255"
         )

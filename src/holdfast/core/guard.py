@@ -45,7 +45,8 @@ class Guarded(nn.Module):
         if not isinstance(score, Tensor) or score.shape not in ((len(x),), (len(x), 1)):
             got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
             raise TargetError(
-                f"the detector returned {got} for {len(x)} inputs; it must return one score an input, ({len(x)},)"
+                f"the detector returned {got} for {len(x)} inputs; it must return one score for each input, "
+                f"({len(x)},)"
             )
         score = score if score.is_floating_point() else score.to(self.threshold.dtype)
         beyond = (score.reshape(len(x)) - self.threshold.to(score.dtype)) / self.scale.to(score.dtype)
@@ -65,15 +66,17 @@ def guarded(
     """
     if not callable(net) or not callable(detector):
         raise UsageError(
-            f"guarded() was given {net!r} and {detector!r}; expected a network and a detector, functions or modules"
+            f"guarded() got {net!r} and {detector!r}; expected a network and a detector, functions or modules"
         )
     limit, weight = _number(threshold), _number(scale)
     if math.isnan(limit):
         raise UsageError(
-            f"threshold is {threshold!r}; expected a number, such as a quantile of clean inputs' scores"
+            f"threshold is {threshold!r}; expected a number, such as a quantile of the scores of clean inputs"
         )
     if not 0 < weight < math.inf:
-        raise UsageError(f"scale is {scale!r}; expected a positive number, such as how far the scores spread")
+        raise UsageError(
+            f"scale is {scale!r}; expected a positive number, such as the standard deviation of the scores"
+        )
     return Guarded(net, detector, limit, weight, output)
 
 
@@ -89,8 +92,8 @@ def refuse_inner(model: nn.Module, *, outermost: bool) -> None:
     """Raise `TargetError` for a guarded network inside another one, whose last logit would be read as a class."""
     if sum(isinstance(module, Guarded) for module in model.modules()) > outermost:
         raise TargetError(
-            "a guarded network lies inside another, where its last logit would be read as a class; "
-            "guard the whole of it: guarded(nn.Sequential(...), detector, threshold)"
+            "a guarded network is part of another network, which would treat its last logit as a class; guard the "
+            "outer network instead: guarded(nn.Sequential(...), detector, threshold)"
         )
 
 

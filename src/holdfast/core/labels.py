@@ -12,7 +12,7 @@ def off_range(lowest: int, highest: int, classes: int, name: str, *, remote: boo
 def advice(lowest: int, highest: int, classes: int, *, remote: bool = False) -> str:
     """The advice for such labels."""
     if lowest == 1 and highest == classes:
-        return "they seem to count from 1: subtract 1"
+        return "they appear to count from 1: subtract 1"
     trained = "check the label column, and that the model was trained on these classes"
     if not remote or lowest < 0:
         return trained

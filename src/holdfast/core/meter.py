@@ -92,7 +92,7 @@ class Metered:
         rows, ones, wanted = self._places(x, ids)
         before, asked = self._queries, self._queries.index_add(0, rows, ones)
         if self._threat.queries is not None and (asked > self._threat.queries).any():
-            raise BudgetSpent(f"{self._threat.queries} queries are spent")
+            raise BudgetSpent(f"all {self._threat.queries} queries are used")
         self._queries = asked
         if self._threat.access == "gradients":
             logits = self._model(x, ids)
@@ -135,15 +135,15 @@ class Metered:
         ids = self._batch.ids if ids is None else ids
         if len(x) != len(ids):
             raise UsageError(
-                f"{len(x)} inputs came with {len(ids)} ids; pass the ids of their rows: model(x, batch.ids)"
+                f"{len(x)} inputs have {len(ids)} ids; pass the ids of their rows: model(x, batch.ids)"
             )
         if ids is not self._last_ids:
             try:
                 rows = self._lookup.rows(ids)
             except KeyError as strange:
                 raise UsageError(
-                    f"the id {strange} is of no example that is attacked; pass the ids of the rows: "
-                    "model(x, batch.ids)"
+                    f"the id {strange} does not belong to an attacked example; pass the ids of the rows: model(x, "
+                    "batch.ids)"
                 ) from None
             judge = self._batch.y if self._batch.target is None else self._batch.target
             self._last_ids, self._last_places = ids, (rows, torch.ones_like(rows), judge[rows])
@@ -196,6 +196,6 @@ def _occurrence(rows: Tensor) -> Tensor:
     order = rows.argsort(stable=True)
     grouped = rows[order]
     begins = torch.searchsorted(grouped, grouped)
-    found = torch.empty_like(rows)
-    found[order] = torch.arange(1, len(rows) + 1, device=rows.device) - begins
-    return found
+    counts = torch.empty_like(rows)
+    counts[order] = torch.arange(1, len(rows) + 1, device=rows.device) - begins
+    return counts

@@ -77,9 +77,11 @@ class Batches:
     def says(self) -> str:
         """A sentence about the batch sizes for the evidence."""
         if not self.multiples:
-            return f"the model takes batches of {self.size} only; others are cut and filled up"
-        how = f"filled up to a multiple of {self.size} with copies of its last example, whose outputs are dropped"
-        return f"the model refuses some batch sizes; each batch is {how}"
+            return f"the model accepts batches of {self.size} only; other batches are split and padded"
+        how = (
+            f"padded to a multiple of {self.size} with copies of its last example, whose outputs are dropped"
+        )
+        return f"the model does not accept all batch sizes; each batch is {how}"
 
     def through(self, net: Callable[[Tensor], Any], x: Tensor) -> Tensor:
         """Outputs of all rows: the last row is repeated to fill the batch, and the outputs of the copies are dropped.
@@ -121,8 +123,8 @@ _NO_MEMORY = (
 
 _CALLS_NUMPY = "call numpy() on Tensor that requires grad"
 _NO_GRADIENT = (
-    "No gradient passes through numpy, so let the attacks see scores alone: "
-    'a threat such as "linf:8/255,access=scores" and the suite "black-box"'
+    "No gradient passes through numpy, so restrict the attacks to scores: use a threat such as "
+    '"linf:8/255,access=scores" and the suite "black-box"'
 )
 
 
@@ -214,8 +216,8 @@ class Classifier(nn.Module):
             return "Check the shape, the data type and --mean/--std"
         took = "1 example" if self._took == 1 else f"{self._took} examples"
         if n > self._took:
-            return f"It took {took} before: if it takes no more at once, give --batch-size {self._took}"
-        return f"It took {took} before, so look at where it failed now, with --debug"
+            return f"It accepted {took} before: if it accepts no larger batch, give --batch-size {self._took}"
+        return f"It accepted {took} before; --debug shows where it failed now"
 
     def preprocess(self, x: Inputs) -> Tensor:
         """`(x - mean) / std` for each channel, in the layout of the network."""
@@ -236,13 +238,13 @@ class Classifier(nn.Module):
             if out_of_memory(error):
                 raise
             advice = _NO_GRADIENT if _CALLS_NUMPY in str(error) else self._advice(x)
-            said = f"{type(error).__name__} on inputs of shape {tuple(x.shape)}: {str(error).rstrip('.')}"
-            raise TargetError(f"the model raised {said}. {advice}") from error
+            text = f"{type(error).__name__} on inputs of shape {tuple(x.shape)}: {str(error).rstrip('.')}"
+            raise TargetError(f"the model raised {text}. {advice}") from error
         self._took = len(x)
         if not isinstance(logits, Tensor):
             kind = type(logits)
             name = f"{'' if kind.__module__ == 'builtins' else f'{kind.__module__}.'}{kind.__qualname__}"
-            way_out = "Wrap it in a factory that picks the logits out"
+            way_out = "Wrap it in a factory that returns the logits only"
             if name == "numpy.ndarray":
                 way_out = f"Return torch.from_numpy(...). {_NO_GRADIENT}"
             raise TargetError(
@@ -284,8 +286,8 @@ def refuse_lazy(net: nn.Module) -> None:
     for name, value in (*net.named_parameters(), *net.named_buffers()):
         if isinstance(value, (UninitializedParameter, UninitializedBuffer)):
             raise TargetError(
-                f"{name} is {type(value).__name__}: a lazy layer has no weights before it meets an input; run a batch "
-                f"through the network before it is given, as in net(x[:2])"
+                f"{name} is {type(value).__name__}: a lazy layer has no weights before its first input; call the "
+                "network on a batch before you pass it, as in net(x[:2])"
             )
 
 
@@ -347,5 +349,5 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in said for words in _NO_MEMORY)
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in message for words in _NO_MEMORY)

@@ -38,8 +38,8 @@ def refuse_mixed(limits: Mapping[str, float | str]) -> None:
     """Raise `UsageError` if `flow` is combined with other spatial limits."""
     if "flow" in limits and len(limits) > 1:
         raise UsageError(
-            f"{limits_text('spatial', limits)} bends and moves images at once, which no attack does; ask for each "
-            f"alone, as in {limits_text('spatial', {'flow': limits['flow']})}"
+            f"{limits_text('spatial', limits)} combines a flow with other transformations, which no attack "
+            f"supports; use each alone, as in {limits_text('spatial', {'flow': limits['flow']})}"
         )
 
 

@@ -46,5 +46,6 @@ def per_channel(values: Sequence[float] | Tensor, x: Tensor) -> Tensor:
     if x.dim() > 2 and len(numbers) == x.shape[-1]:
         return numbers
     raise TargetError(
-        f"mean or std has {len(numbers)} entries, but the inputs have {channels} channels; give one number a channel"
+        f"mean or std has {len(numbers)} entries, but the inputs have {channels} channels; give one number for "
+        "each channel"
     )

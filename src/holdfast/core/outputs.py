@@ -45,9 +45,10 @@ def kind_of_single(outputs: Tensor, declared: OutputKind | None) -> OutputKind |
     whole = "; class numbers from a server are declared by --http-labels with --classes N"
     hint = whole if bool((numbers == numbers.round()).all()) else ""
     raise UnclearOutput(
-        f"the model returns one number an example, from {float(numbers.min()):.4g} to {float(numbers.max()):.4g}: that "
-        "may be the logit of class 1 or its probability. Declare it: --model-output probability (after a sigmoid), or "
-        f"--model-output logit; in Python model_output='probability'{hint}"
+        f"the model returns one number for each example, from {float(numbers.min()):.4g} to "
+        f"{float(numbers.max()):.4g}: that may be the logit of class 1 or its probability. Declare it: "
+        "--model-output probability (after a sigmoid), or --model-output logit; in Python "
+        f"model_output='probability'{hint}"
     )
 
 

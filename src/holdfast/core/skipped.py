@@ -42,8 +42,8 @@ class Skipped(nn.Module):
                 hook.remove()
         if not called:
             raise UsageError(
-                f"the network never calls {', '.join(self.branches[:_SHOWN])}, as an exported program calls none of "
-                "its modules; name modules that it calls, or leave skip gradients out"
+                f"the network does not call {', '.join(self.branches[:_SHOWN])} (an exported program calls none of "
+                "its modules); name modules that it calls, or do not use skip gradients"
             )
         return logits
 
@@ -58,21 +58,21 @@ def skipped(net: nn.Module | Callable[[Tensor], Tensor], branches: str, *, decay
     """
     if not isinstance(net, nn.Module):
         raise UsageError(
-            f"skipped() was given a {type(net).__name__}; its branches are named by modules, so give a network"
+            f"skipped() got a {type(net).__name__}; expected a network, because branches are named by its modules"
         )
     if not 0 <= decay <= 1:
         raise UsageError(f"decay is {decay}; expected the share of the gradient that is kept, from 0 to 1")
     names = [name for name, _ in net.named_modules() if name]
-    found = tuple(name for name in names if fnmatchcase(name, branches))
-    if not found:
+    branches_found = tuple(name for name in names if fnmatchcase(name, branches))
+    if not branches_found:
         kinds = list(dict.fromkeys(re.sub(r"\d+(?=\.|$)", "*", name) for name in names))
         more = f" and {len(kinds) - _SHOWN} more" if len(kinds) > _SHOWN else ""
         has = f"it has {', '.join(kinds[:_SHOWN])}{more}" if kinds else "it has none"
         raise UsageError(
-            f"no module of the network is called {branches!r}; {has}. Name the last module of each residual branch, as "
-            "in layer*.*.bn2, or leave skip gradients out"
+            f"no module of the network is called {branches!r}; {has}. Name the last module of each residual "
+            "branch, as in layer*.*.bn2, or do not use skip gradients"
         )
-    return Skipped(net, found, decay)
+    return Skipped(net, branches_found, decay)
 
 
 def _hook(name: str, decay: float, called: set[str]) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:

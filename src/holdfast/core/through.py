@@ -46,8 +46,8 @@ def through(stage: nn.Module | Callable[[Tensor], Tensor], backward: StandIn | N
     """
     if not callable(stage) or not (backward is None or callable(backward)):
         raise UsageError(
-            f"through() was given {stage!r} and {backward!r}; expected a network or a function, and for backward "
-            f"another one, or nothing"
+            f"through() got {stage!r} and {backward!r}; expected a network or a function, and for backward a "
+            "function or None"
         )
     return Through(stage, backward)
 
@@ -106,13 +106,13 @@ def _hook(way: Way) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
         stand_in = x if way.stand_in is None else way.stand_in(x)
         if stand_in.shape != output.shape:
             raise UsageError(
-                f"the stand-in of {way.name} gives {tuple(stand_in.shape)} where the stage gives "
-                f"{tuple(output.shape)}; name one that keeps the shape: through(stage, backward=...)"
+                f"the replacement of {way.name} returns shape {tuple(stand_in.shape)}, but the stage returns "
+                f"{tuple(output.shape)}; give a function that returns the same shape: through(stage, backward=...)"
             )
         if way.stand_in is not None and not output.is_floating_point():
             raise UsageError(
-                f"the stage {way.name} gives {output.dtype}, which has no gradient to be stood in for; let it give "
-                "floats, as in .float()"
+                f"the stage {way.name} returns {output.dtype}, which has no gradient to replace; return "
+                "floating-point values, as in .float()"
             )
         return instead(output, stand_in)
 

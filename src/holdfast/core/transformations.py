@@ -35,7 +35,8 @@ class Spatial(Whole):
         refuse_mixed(self.limits)
         if self.scale > MOST_SCALED:
             raise UsageError(
-                f"scale={self.scale:g} leaves nothing of an image; expected at most {MOST_SCALED:g}"
+                f"scale={self.scale:g} is too large: almost nothing of an image would be left; expected at most "
+                f"{MOST_SCALED:g}"
             )
 
     @property
@@ -133,6 +134,6 @@ def _changed(x_adv: Inputs, x: Inputs) -> PerExample:
 def _refusal(constraint: Transformations) -> UsageError:
     suited = "Flow" if "flow" in constraint.limits else "GridSearch or TransformPGD"
     return UsageError(
-        f"under {constraint} images are transformed as wholes, and this attack changes values one by one; "
-        f"choose {suited}, or a threat such as linf:8/255"
+        f"under {constraint} an attack transforms whole images, but this attack changes single values; choose "
+        f"{suited}, or a threat such as linf:8/255"
     )

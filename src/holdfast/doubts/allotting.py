@@ -22,7 +22,7 @@ JUDGED_AT_RANDOM = 1 + 2 * VOTES
 GIVES_WAY = ("search", AGAIN, "noise", "steadiness")
 """The order in which probes are omitted if not all can have `LEAST` examples. The search alone decides no doubt."""
 
-_SHARED = "on a served model all doubts together take at most as many rows as the suite"
+_SHARED = "for a served model all doubts together may use at most as many rows as the suite"
 _SPOKEN_FOR = {"randomness": "steadiness", "state": "steadiness", "noise": "noise", "not-exhausted": AGAIN}
 """The probe that decides each of these doubts, unless something else raises it."""
 
@@ -80,7 +80,7 @@ def allotted(wanted: Mapping[str, int], budget: int, cost: Callable[[str, int], 
         rows = cost(name, n)
         if rows is None:
             reasons[name] = (
-                "no setting says how many rows it takes; give a budget, such as queries=1000 in --threat"
+                "the number of its rows is unknown in advance; give a budget, such as queries=1000 in --threat"
             )
         else:
             running[name] = rows
@@ -105,8 +105,8 @@ def _most(name: str, n: int, share: int, cost: Callable[[str, int], int | None])
 
 def _reason(rows: int, n: int, budget: int) -> str:
     return (
-        f"{_SHARED}, here {budget:,}, and this one would take {rows:,} on {n} examples, beside the others; attack more "
-        "examples, with a larger -n or --sample"
+        f"{_SHARED}, here {budget:,}, and this one would use {rows:,} on {n} examples in addition to the others; "
+        "attack more examples, with a larger -n or --sample"
     )
 
 

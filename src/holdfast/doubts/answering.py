@@ -131,7 +131,7 @@ def answered(
             return doubt
         dead = doubt.name in ("zero-gradient", "whole-box") and (blind or _dead(ran, called_for))
         if dead or (doubt.name == "shattered" and not went_round and "EOT" not in called_for):
-            return replace(doubt, says=f"{doubt.says}; the adaptive attacks found no way round it")
+            return replace(doubt, says=f"{doubt.says}; the adaptive attacks did not circumvent it")
         if doubt.name == "not-exhausted" and fell:
             return doubt
         return _answered(doubt, ran, called_for)

@@ -74,8 +74,8 @@ def conclude(
 def missed_by_suite(columns: Columns, threat: ThreatModel, passes: Mapping[str, Mask]) -> dict[str, Ids]:
     """Ids of the surviving examples of the suite that each pass broke; passes that broke none are omitted."""
     left = standing(columns, threat)
-    found = {name: columns["id"][broken & left] for name, broken in passes.items()}
-    return {name: ids for name, ids in found.items() if len(ids)}
+    ids_by_pass = {name: columns["id"][broken & left] for name, broken in passes.items()}
+    return {name: ids for name, ids in ids_by_pass.items() if len(ids)}
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ class _Case:
             return Doubt(name, "not applicable", says="eps is 0, so no input may change")
         for probe in PROBES:
             if probe.name in probes and not threat.gives(probe.needs):
-                says = f"it needs {probe.needs}, and {limit(threat, self.circumstances.access, probe.needs)}"
+                says = f"it needs access to {probe.needs}, and {limit(threat, self.circumstances.access, probe.needs)}"
                 return Doubt(name, "not applicable", says=says)
         if not set(probes) <= {probe.name for probe in probes_for(within)} | {"again"}:
             return Doubt(name, "not applicable", says=f"there is no such attack under {within.constraint}")
-        return Doubt(name, "not measured", says="no example was left to measure it on")
+        return Doubt(name, "not measured", says="there was no example to measure it on")
 
 
 def _judged(name: str, statistic: float, threshold: float, n: int, says: str, *, more: bool = True) -> Doubt:
@@ -121,11 +121,11 @@ def _zero_gradient(case: _Case) -> Doubt:
     if "gradients" in case.found:
         dead, flat = case.found["gradients"].columns["dead"], case.found["gradients"].columns["flat"]
         says = (
-            f"the gradient of the margin is zero or NaN, at the clean and at a random point, for {int(dead.sum())} "
-            f"of {len(dead)} examples"
+            "the gradient of the margin is zero or NaN, both at the clean input and at a random point, for "
+            f"{int(dead.sum())} of {len(dead)} examples"
         )
         if flat.any():
-            says += f"; that of the cross-entropy alone for {int(flat.sum())} more, which is saturation"
+            says += f"; only that of the cross-entropy is for {int(flat.sum())} more, because of saturation"
     elif watched is not None and len(watched):
         dead = watched
         says = (
@@ -134,7 +134,9 @@ def _zero_gradient(case: _Case) -> Doubt:
     else:
         return case.absent(name, "gradients")
     if case.circumstances.blind:
-        says += "; no gradient of the detector's score reaches any input, so attacks cannot calm it by one"
+        says += (
+            "; no gradient of the detector's score reaches any input, so attacks cannot evade it by gradients"
+        )
         return Doubt(name, "raised", 1.0, at.ZERO_GRADIENTS, len(dead), says)
     return _judged(name, float(dead.double().mean()), at.ZERO_GRADIENTS, len(dead), says)
 
@@ -142,7 +144,7 @@ def _zero_gradient(case: _Case) -> Doubt:
 def _probabilities(case: _Case) -> Doubt:
     rows, threat = case.columns["is_probability"], case.circumstances.threat
     if not threat.gives("scores"):
-        says = f"{limit(threat, case.circumstances.access, 'scores')}, whatever the scores are"
+        says = f"{limit(threat, case.circumstances.access, 'scores')}, so the attacker sees no scores"
         return Doubt("probabilities", "not applicable", says=says)
     says = f"{int(rows.sum())} of {len(rows)} rows of the output are probabilities: they sum to 1 and none is negative"
     state: DoubtState = "raised" if bool(rows.all()) else "clear"
@@ -155,8 +157,8 @@ def _scale(case: _Case) -> Doubt:
         return case.absent("scale", "cross-entropy", "small-cross-entropy")
     test, n = mcnemar(small, plain), len(plain)
     says = (
-        f"PGD-20 on the cross-entropy breaks {_share(plain)}, with logits scaled to 1 % {_share(small)} "
-        f"(exact McNemar p = {test.p:.2g})"
+        f"PGD-20 on the cross-entropy breaks {_share(plain)}, and with logits scaled to 1 % {_share(small)} (exact "
+        f"McNemar p = {test.p:.2g})"
     )
     ahead = (test.only_first - test.only_second) / n
     return _judged("scale", ahead, at.POINTS_BY_SCALE, n, says, more=test.p < at.P_BY_RIVAL)
@@ -192,10 +194,10 @@ def _noise(case: _Case) -> Doubt:
     if gone is None:
         return case.absent("noise", "noise")
     if case.circumstances.randomised:
-        says = "the model draws at random, and one of many draws may be wrong whatever the input"
+        says = "the model is randomised, so that one of many outputs may be wrong for any input"
         return Doubt("noise", "not applicable", says=says)
     draws = within_budget(at.NOISE_DRAWS, case.circumstances.threat)
-    says = f"{draws} random draws break {int(gone.sum())} of {len(gone)} standing examples"
+    says = f"{draws} random inputs break {int(gone.sum())} of {len(gone)} surviving examples"
     return _judged("noise", float(gone.double().mean()), at.NOISE, len(gone), says)
 
 
@@ -209,12 +211,12 @@ def _not_exhausted(case: _Case) -> Doubt:
     says = []
     if again is not None:
         says.append(
-            f"a fresh pass of the suite breaks {fresh} of the {tried} standing examples closest to the boundary"
+            f"a fresh pass of the suite breaks {fresh} of the {tried} surviving examples closest to the boundary"
         )
     if elsewhere:
         says.append(
-            f"{elsewhere} {'example' if elsewhere == 1 else 'examples'} that the suite left standing "
-            f"{'was' if elsewhere == 1 else 'were'} broken by {', '.join(sorted(others))}"
+            f"{elsewhere} {('example' if elsewhere == 1 else 'examples')} that survived the suite "
+            f"{('was' if elsewhere == 1 else 'were')} broken by {', '.join(sorted(others))}"
         )
         return _judged(name, float(elsewhere), 0.0, tried, "; ".join(says))
     return _judged(name, float(fresh), float(at.FRESH_BROKEN - 1), tried, "; ".join(says))
@@ -228,8 +230,10 @@ def _transfer(case: _Case) -> Doubt:
         return Doubt(
             "transfer", "not measured", says="no surrogate was declared; name one with --surrogate MODEL"
         )
-    made = "what was made on the surrogates alone"
-    return _rival(case, "transfer", ("transfer", made), ("margin", "PGD on the margin, twice 20 steps,"))
+    transferred = "a transfer attack from the surrogates"
+    return _rival(
+        case, "transfer", ("transfer", transferred), ("margin", "PGD on the margin, twice 20 steps,")
+    )
 
 
 def _whole_box(case: _Case) -> Doubt:
@@ -238,9 +242,7 @@ def _whole_box(case: _Case) -> Doubt:
         return case.absent("whole-box", "whole-box")
     left, n = int((~gone).sum()), len(gone)
     low, _ = clopper_pearson(left, n)
-    says = (
-        f"with every input of the box allowed, {left} of {n} examples still stand (at least {_percent(low)})"
-    )
+    says = f"with every legal input allowed, {left} of {n} examples survive (at least {_percent(low)})"
     return _judged("whole-box", low, at.WHOLE_BOX, n, says)
 
 
@@ -265,10 +267,10 @@ def _randomness(case: _Case) -> Doubt:
 def _state(case: _Case) -> Doubt:
     training = case.circumstances.in_training
     listed = ", ".join(training[:3]) + (" …" if len(training) > 3 else "")
-    modes = f"layers were in train mode ({listed}), and were measured in eval mode" if training else ""
+    modes = f"layers were in training mode ({listed}), but measured in evaluation mode" if training else ""
     if "steadiness" not in case.found:
         state: DoubtState = "raised" if training else "clear"
-        says = modes or "no layer was in train mode; order, batch and history were not tried"
+        says = modes or "no layer was in training mode; order, batch and history were not tested"
         return Doubt("state", state, float(len(training)), 0.0, len(case.columns["id"]), says)
     seen = case.found["steadiness"].columns
     # for a randomised model, only calls with the same seed can show a dependence on the history
@@ -318,10 +320,10 @@ def _shattered(case: _Case) -> Doubt:
     ratios = case.found["gradients"].columns["ratio"].double()
     seen = ratios[~ratios.isnan()]
     if not len(seen):
-        says = "no slope is steep enough to be measured"
+        says = "no gradient is large enough for a measurement"
         return Doubt("shattered", "not measured", says=says)
     ratio, (low, high) = float(seen.median()), at.SLOPE_RATIO
-    says = f"along the gradient the margin changes by {ratio:.2g} times what the gradient says (median)"
+    says = f"along the gradient the margin changes by {ratio:.2g} times the predicted amount (median)"
     state: DoubtState = "clear" if low <= ratio <= high else "raised"
     return Doubt("shattered", state, ratio, low if ratio < 1 else high, len(seen), says)
 
@@ -343,19 +345,19 @@ def _chance(case: _Case) -> Doubt:
     if len(torch.unique(y)) < 2:
         says = "all examples have the same label, so that any accuracy may be that of a constant prediction"
         return Doubt("chance", "not applicable", says=says)
-    found = against_majority(correct, y)
+    result = against_majority(correct, y)
     says = (
-        f"clean accuracy is {_share(correct)} (95 % interval {_percent(found.low)} to {_percent(found.high)}), and "
-        f"always predicting the majority class is right for {_percent(found.majority)}"
+        f"clean accuracy is {_share(correct)} (95 % interval {_percent(result.low)} to {_percent(result.high)}), and "
+        f"always predicting the majority class is right for {_percent(result.majority)}"
     )
-    state: DoubtState = "raised" if found.at_chance else "clear"
-    return Doubt("chance", state, found.high, found.majority, len(y), says)
+    state: DoubtState = "raised" if result.at_chance else "clear"
+    return Doubt("chance", state, result.high, result.majority, len(y), says)
 
 
 def _constant(case: _Case) -> Doubt:
     columns, n = case.columns, len(case.columns["id"])
     if n < 2:
-        return Doubt("constant", "not measured", says="it takes two examples")
+        return Doubt("constant", "not measured", says="at least two examples are needed")
     if columns["nan"].any():
         return Doubt("constant", "not applicable", says="the model returned NaN")
     # margins for one label at a time, since a margin depends on the label

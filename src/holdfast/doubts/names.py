@@ -8,10 +8,10 @@ DOUBTS: Final[dict[str, str]] = {
     "scale": "the same attack breaks more when the logits are scaled down",
     "one-step": "one gradient step breaks more than twenty",
     "black-box": "search without gradients breaks more than gradients do",
-    "noise": "random draws break what the suite did not",
-    "not-exhausted": "a fresh pass, or a probe, breaks what the suite did not",
-    "transfer": "examples made on another model break more",
-    "whole-box": "examples stand even where every input is allowed",
+    "noise": "random inputs break examples that survived the suite",
+    "not-exhausted": "a fresh pass of the suite, or a probe, breaks examples that survived the suite",
+    "transfer": "examples computed on another model break more",
+    "whole-box": "examples survive although every legal input is allowed",
     "randomness": "the outputs differ from call to call",
     "state": "the outputs depend on the order, the batch, the history or the mode of the layers",
     "loss-spread": "the choice of the loss decides how many examples break",
@@ -43,13 +43,15 @@ OF_STRENGTH: Final = (
 """Doubts that imply that stronger attacks would break more: the true robust accuracy may be lower, but not higher."""
 
 OF_ADMISSION: Final[dict[str, str]] = {
-    "odd-gradients": "a set breaks more easily than the one that serves, and what is made on its siblings carries "
-    "three times as far as what leaked",
+    "odd-gradients": (
+        "a set breaks more easily than the serving set, and examples from sets of the same draw break it three "
+        "times as often as examples from stolen sets"
+    ),
 }
 """Name of every doubt that only the admission of a set to a rotation raises, and when it is raised."""
 
 OF_ROTATION: Final[dict[str, str]] = {
-    "fine-tuning": "the parameter sets that take turns were never trained against attacks",
+    "fine-tuning": "the parameter sets of the rotation were not trained against attacks",
 }
 """Name of every doubt that only a model with rotation raises, by its table of attackers, and when it is raised."""
 

@@ -255,8 +255,8 @@ def probing_threat(threat: ThreatModel, columns: Columns) -> ThreatModel:
     """
     constraint = threat.constraint
     if constraint.eps == torch.inf:
-        found = columns["distance"][columns["correct"] & columns["distance"].isfinite()]
-        constraint = constraint.resized(float(found.median()) if len(found) else 0.0)
+        distances = columns["distance"][columns["correct"] & columns["distance"].isfinite()]
+        constraint = constraint.resized(float(distances.median()) if len(distances) else 0.0)
     return replace(threat, constraint=constraint)
 
 
@@ -264,7 +264,7 @@ def limit(threat: ThreatModel, access: Access, needed: Access) -> str:
     """The reason for missing access: the model, which gives at most `access`, or the threat model."""
     if not replace(threat, access=access).gives(needed):
         return f"the model gives {access} only"
-    return f"the threat model allows {'nothing to be seen' if threat.access == 'none' else f'{threat.access} only'}"
+    return f"the threat model allows {('no access' if threat.access == 'none' else f'access to {threat.access} only')}"
 
 
 def within_budget(n: int, threat: ThreatModel) -> int:
@@ -278,10 +278,10 @@ def standing(columns: Columns, threat: ThreatModel) -> Mask:
     The factor allows for the inaccuracy of the distances: an example that a probe breaks just inside its known
     distance says nothing against the run.
     """
-    held = columns["correct"] & columns.get("eligible", torch.ones_like(columns["correct"]))
+    surviving = columns["correct"] & columns.get("eligible", torch.ones_like(columns["correct"]))
     if threat.constraint.eps < torch.inf:
-        return held & ~columns["success"]
-    return held & (columns["distance"] > 1.05 * probing_threat(threat, columns).constraint.eps)
+        return surviving & ~columns["success"]
+    return surviving & (columns["distance"] > 1.05 * probing_threat(threat, columns).constraint.eps)
 
 
 def rows_for(
@@ -295,12 +295,12 @@ def rows_for(
     if probe.on == "correct":
         among = columns["correct"] & columns.get("eligible", torch.ones_like(columns["correct"]))
         return sample_rows(columns, among, rng, n)
-    held = standing(columns, threat)
+    surviving = standing(columns, threat)
     if probe.on == "standing":
-        return sample_rows(columns, held, rng, n)
+        return sample_rows(columns, surviving, rng, n)
     n = FRESH_ROWS if most is None else min(most, FRESH_ROWS)
     closeness = columns.get("attacked_probability_margin", columns["margin"]).double().nan_to_num(nan=-1.0)
-    rows = held.nonzero()[:, 0]
+    rows = surviving.nonzero()[:, 0]
     return rows[closeness[rows].argsort(stable=True)[:n]].sort().values
 
 

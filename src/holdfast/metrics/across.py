@@ -30,7 +30,8 @@ def across(evidence: Evidence, confidence: float = 0.95) -> tuple[Row, ...]:
     """Return a row for each data set. Raises `Absent` if no other data set was given or time ran out."""
     if "turned" not in evidence.across:
         raise Absent(
-            "nothing was carried across data sets; name one of inputs of the same shape with --across DATA"
+            "transfer across data sets was not measured; name a data set with inputs of the same shape with "
+            "--across DATA"
         )
     shares = {
         name: [

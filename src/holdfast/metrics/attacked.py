@@ -31,10 +31,10 @@ def _values(evidence: Evidence, name: str, of: Input) -> Tensor:
 
 def _numbers(values: PerExample, name: str) -> PerExample:
     """Return the values as float64, without examples where the model returned NaN, which the doubt `nan` reports."""
-    kept = values.double()[~values.isnan()]
-    if not len(kept):
+    numbers = values.double()[~values.isnan()]
+    if not len(numbers):
         raise Absent(f"{name} cannot be computed: the model returned NaN for all {len(values)} examples")
-    return kept
+    return numbers
 
 
 def _confusions(y: Labels, prediction: Labels, rows: Tensor) -> Tensor:
@@ -143,10 +143,10 @@ def calibration_error(evidence: Evidence, confidence: float = 0.95, *, of: Input
     sure, prediction = _values(evidence, "confidence", of).double(), _values(evidence, "prediction", of)
     right = (prediction == evidence["y"]).double()
     _numbers(sure, "calibration_error")
-    known = ~sure.isnan() & (prediction >= 0)
-    if not known.any():
-        raise Absent("calibration_error is of the accepted inputs, and none is accepted")
-    sure, right = sure[known], right[known]
+    valid = ~sure.isnan() & (prediction >= 0)
+    if not valid.any():
+        raise Absent("calibration_error is computed on accepted inputs, and the model accepts none")
+    sure, right = sure[valid], right[valid]
     bin_of = (sure * BINS).ceil().long().clamp(1, BINS) - 1
     gap = right - sure
 

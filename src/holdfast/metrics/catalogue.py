@@ -92,14 +92,16 @@ def estimate(
     """
     if name in PAIRED:
         if baseline is None:
-            raise Absent(f"{name} compares with another run; name it with --baseline RUN")
+            raise Absent(f"{name} compares two runs; name the other one with --baseline RUN")
         return PAIRED[name](evidence, baseline, confidence)
     if name in BY_EPS:
         return BY_EPS[name](evidence, confidence, eps=eps)
     if name in RENAMED:
         raise UsageError(f"the metric {name!r} is called {RENAMED[name]!r} now")
     if name not in PLAIN:
-        raise UsageError(f"there is no metric {name!r}; known are {', '.join([*PLAIN, *BY_EPS, *PAIRED])}")
+        raise UsageError(
+            f"there is no metric {name!r}; the metrics are {', '.join([*PLAIN, *BY_EPS, *PAIRED])}"
+        )
     if eps is not None:
         raise UsageError(f"{name} has no value at another eps; write {name} without @{eps:g}")
     return PLAIN[name](evidence, confidence)
@@ -120,10 +122,10 @@ def estimates(
     evidence: Evidence, *, baseline: Evidence | None = None, confidence: float = 0.95
 ) -> dict[str, Estimate]:
     """Return every metric for which the evidence suffices, in the order of `names.METRICS`."""
-    found = {}
+    values = {}
     for name in METRICS:
         try:
-            found[name] = estimate(name, evidence, baseline=baseline, confidence=confidence)
+            values[name] = estimate(name, evidence, baseline=baseline, confidence=confidence)
         except Absent:
             continue
-    return found
+    return values

@@ -8,8 +8,8 @@ from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.types import Mask, PerExample
 
-ATTACKED_INPUT = "give a named suite, as in --suite standard: its fixed PGD-40 pass brings it"
-MINIMUM_NORM = "minimum-norm attacks bring it: add --curve, or run --suite minimum-norm"
+ATTACKED_INPUT = "use a named suite, as in --suite standard: its fixed PGD-40 pass measures it"
+MINIMUM_NORM = "minimum-norm attacks measure it: add --curve, or run --suite minimum-norm"
 
 
 class Absent(UsageError):
@@ -32,8 +32,8 @@ def untargeted(evidence: Evidence, metric: str) -> None:
     """Raise `Absent` for a metric that is defined only for untargeted attackers, if the threat has a goal."""
     if evidence.threat.goal is not None:
         raise Absent(
-            f"{metric} does not exist under goal=targeted:{evidence.threat.goal}; "
-            f"ask for targeted_success_rate, or leave the goal out"
+            f"{metric} does not exist under goal=targeted:{evidence.threat.goal}; use targeted_success_rate, or "
+            "leave the goal out"
         )
 
 
@@ -48,7 +48,7 @@ def broken(evidence: Evidence, metric: str, eps: float | None) -> Mask:
         raise Absent(f"{metric} needs an eps in a minimum-norm run; write {metric}@EPS, as in {metric}@0.5")
     if eps is None or (eps == own and "distance" not in evidence):
         return column(evidence, "success", "run at least one attack") & evidence["correct"]
-    way_out = f"this run attacked at eps={own:g} alone; {MINIMUM_NORM}"
+    way_out = f"this run attacked at eps={own:g} only; {MINIMUM_NORM}"
     fallen = within(column(evidence, "distance", way_out), eps)
     return evidence["correct"] & (fallen | evidence["success"] if eps == own else fallen)
 

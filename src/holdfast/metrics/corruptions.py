@@ -19,7 +19,7 @@ from holdfast.metrics.names import CORRUPTIONS
 from holdfast.metrics.paired import pairs
 from holdfast.ops.statistics import Support, bonferroni, bootstrap, complement, mean, proportion
 
-_WAY_OUT: Final = "give a threat such as corruptions:3"
+_WAY_OUT: Final = "use a threat such as corruptions:3"
 
 
 def measured(evidence: Evidence) -> list[str]:
@@ -48,9 +48,9 @@ def corruption_error_rate(evidence: Evidence, confidence: float = 0.95) -> Estim
 def worst_corruption(evidence: Evidence, confidence: float = 0.95) -> Estimate:
     """Smallest accuracy over the corruptions, with an interval that is simultaneous over them (Bonferroni)."""
     right = _right(evidence)
-    each = [proportion(row, bonferroni(confidence, len(right))) for row in right]
-    worst = min(each, key=lambda estimate: estimate.value)
-    return Estimate(worst.value, min(e.low for e in each), min(e.high for e in each), worst.n)
+    intervals = [proportion(row, bonferroni(confidence, len(right))) for row in right]
+    worst = min(intervals, key=lambda estimate: estimate.value)
+    return Estimate(worst.value, min(e.low for e in intervals), min(e.high for e in intervals), worst.n)
 
 
 def mce(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
@@ -75,7 +75,9 @@ def refuse_incomparable(evidence: Evidence, baseline: Evidence) -> None:
     """Raise `Absent`, with the reason and advice, if mCE cannot be computed with this baseline."""
     _right(evidence)
     if measured(evidence) != measured(baseline):
-        raise Absent("mce needs a baseline with the same corruptions; assess both alike")
+        raise Absent(
+            "mce needs a baseline with the same corruptions; assess both runs with the same corruptions"
+        )
     wrong = ~_right(baseline)[:, pairs(evidence, baseline).second]
     spotless = [name for name, each in zip(measured(baseline), wrong, strict=True) if not each.any()]
     if spotless:

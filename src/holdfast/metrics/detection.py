@@ -19,7 +19,7 @@ from holdfast.ops import detection
 from holdfast.ops.statistics import proportion
 
 Attacker = Literal["aware", "oblivious"]
-_WAY_OUT = "holdfast.guarded(net, detector, ...), a named suite, gradients and no target bring it"
+_WAY_OUT = "it needs holdfast.guarded(net, detector, ...), a named suite, access to gradients and no target"
 
 
 def _scores(evidence: Evidence, of: Attacker) -> tuple[PerExample, PerExample, Mask]:
@@ -31,7 +31,7 @@ def _scores(evidence: Evidence, of: Attacker) -> tuple[PerExample, PerExample, M
 def _fooled(evidence: Evidence, of: Attacker) -> tuple[PerExample, PerExample]:
     clean, attacked, turned = _scores(evidence, of)
     if not turned.any():
-        raise Absent("no attacked input turned the network wrong, so the detector had nothing to detect")
+        raise Absent("no attacked input was misclassified by the network, so there is nothing to detect")
     return clean[turned], attacked[turned]
 
 

@@ -22,68 +22,82 @@ CORRUPTIONS: Final = (
 """The common corruptions that are measured, by the names of their paper."""
 
 DETECTION: Final[dict[str, str]] = {
-    "detection_auroc": "chance that an attacked input scores above a clean one, by who knows the detector",
+    "detection_auroc": (
+        "probability that an attacked input has a higher score than a clean one, for attacks that know the "
+        "detector"
+    ),
     **{
-        f"detection_rate_at_{percent}_percent": "share of attacked inputs, by who knows the detector, that it rejects "
-        f"where it rejects {percent} % of the clean ones"
+        f"detection_rate_at_{percent}_percent": (
+            f"share of attacked inputs that the detector rejects at a threshold at which it rejects {percent} % of "
+            "the clean ones, for attacks that know the detector"
+        )
         for percent in (5, 1)
     },
-    "oblivious_detection_auroc": "the same chance, by who does not know the detector",
+    "oblivious_detection_auroc": "the same probability, for attacks that do not know the detector",
     **{
-        f"oblivious_detection_rate_at_{percent}_percent": f"share of attacked inputs, by who does not know the "
-        f"detector, that it rejects where it rejects {percent} % of the clean ones"
+        f"oblivious_detection_rate_at_{percent}_percent": (
+            f"share of attacked inputs that the detector rejects at a threshold at which it rejects {percent} % of "
+            "the clean ones, for attacks that do not know the detector"
+        )
         for percent in (5, 1)
     },
     **{
-        f"accepted_right_at_{percent}_percent": f"share accepted and right, and under attack never accepted and wrong, "
-        f"where {percent} % of the clean inputs are rejected"
+        f"accepted_right_at_{percent}_percent": (
+            "share accepted and correct when clean, and under attack never accepted and wrong, at a threshold "
+            f"that rejects {percent} % of the clean inputs"
+        )
         for percent in (5, 1)
     },
     **{
-        f"accepted_wrong_at_{percent}_percent": f"share accepted and wrong, clean or attacked, where {percent} % of "
-        f"the clean inputs are rejected"
+        f"accepted_wrong_at_{percent}_percent": (
+            f"share accepted and wrong, clean or attacked, at a threshold that rejects {percent} % of the clean "
+            "inputs"
+        )
         for percent in (5, 1)
     },
 }
 """Metrics of the detector of a model that rejects inputs."""
 
 METRICS: Final[dict[str, str]] = {
-    "clean_accuracy": "share of examples classified correctly unattacked",
+    "clean_accuracy": "share of examples classified correctly when clean",
     "clean_error_rate": "one minus the clean accuracy",
-    "rejection_rate": "share of unattacked inputs that a model with a detector rejects",
+    "rejection_rate": "share of clean inputs that a model with a detector rejects",
     **DETECTION,
-    "robust_accuracy": "share correct both unattacked and under the worst case over every attack and pass, of all "
-    "examples",
-    "suite_robust_accuracy": "the same under the suite's own attacks only, for comparison with published numbers",
+    "robust_accuracy": "share of all examples that are correct when clean and under every attack and pass",
+    "suite_robust_accuracy": "the same under the attacks of the suite only, for comparison with published numbers",
     "robust_error_rate": "one minus the robust accuracy",
     "robustness_score": "harmonic mean of clean and robust accuracy",
     "worst_class": "smallest robust accuracy over the classes, with Bonferroni's correction",
-    "attack_success_rate": "share of originally correct examples that an attack turned wrong",
-    "targeted_success_rate": "share of eligible examples that an attack turned into the target",
-    "transfer_success": "share of originally correct examples that those made on the surrogates turned wrong",
-    "perturbed_share": "share of all examples that an attack turned wrong (the weight of the mean perturbations)",
-    "perturbation_linf": "median over all examples of the largest change found, inf kept",
-    "perturbation_l2": "median over all examples of the Euclidean length found, inf kept",
-    "perturbation_l1": "median over all examples of the summed change found, inf kept",
-    "perturbation_l0": "median over all examples of the number of changed values found, inf kept; of changed "
-    "pixels where the threat counts pixels (l0:2px, patch)",
-    "mean_perturbation_linf": "mean largest change over the successes",
-    "mean_perturbation_l2": "mean Euclidean length over the successes",
-    "mean_perturbation_l1": "mean summed change over the successes",
-    "mean_perturbation_l0": "mean number of changed values over the successes; of changed pixels where the threat "
-    "counts pixels (l0:2px, patch)",
+    "attack_success_rate": "share of the examples correct when clean that an attack broke",
+    "targeted_success_rate": "share of eligible examples that an attack changed to the target class",
+    "transfer_success": "share of the examples correct when clean that examples computed on the surrogates break",
+    "perturbed_share": "share of all examples that an attack broke (those that the mean perturbations are over)",
+    "perturbation_linf": "median over all examples of the largest change found, infinite if none was found",
+    "perturbation_l2": "median over all examples of the Euclidean length found, infinite if none was found",
+    "perturbation_l1": "median over all examples of the summed change found, infinite if none was found",
+    "perturbation_l0": (
+        "median over all examples of the number of changed values found, infinite if none was found; of changed "
+        "pixels if the threat model counts pixels (l0:2px, patch)"
+    ),
+    "mean_perturbation_linf": "mean largest change over the broken examples",
+    "mean_perturbation_l2": "mean Euclidean length over the broken examples",
+    "mean_perturbation_l1": "mean summed change over the broken examples",
+    "mean_perturbation_l0": (
+        "mean number of changed values over the broken examples; of changed pixels if the threat model counts "
+        "pixels (l0:2px, patch)"
+    ),
     "robust_margin": "median of the smallest perturbation found by minimum-norm attacks, an upper bound",
     "adversarial_radius": "largest eps at which robust accuracy is at least half of clean accuracy",
-    "precision": "macro precision, unattacked",
-    "recall": "macro recall, unattacked",
-    "f1": "macro F1, unattacked",
+    "precision": "macro precision on clean inputs",
+    "recall": "macro recall on clean inputs",
+    "f1": "macro F1 on clean inputs",
     "attacked_precision": "macro precision on attacked inputs",
     "attacked_recall": "macro recall on attacked inputs",
     "attacked_f1": "macro F1 on attacked inputs",
     "defensive_entropy": "mean predictive entropy on attacked inputs, in nats",
-    "defensive_entropy_rise": "mean rise of the predictive entropy from clean to attacked input, in nats",
-    "defensive_margin": "mean drop of the margin in probability from clean to attacked input",
-    "calibration_error": "expected calibration error, unattacked",
+    "defensive_entropy_rise": "mean increase of the predictive entropy from clean to attacked inputs, in nats",
+    "defensive_margin": "mean decrease of the margin in probability from clean to attacked inputs",
+    "calibration_error": "expected calibration error on clean inputs",
     "attacked_calibration_error": "expected calibration error on attacked inputs",
     "corruption_error_rate": "mean error rate over the common corruptions",
     "worst_corruption": "smallest accuracy over the common corruptions, with Bonferroni's correction",
@@ -95,9 +109,11 @@ METRICS: Final[dict[str, str]] = {
 """Name and description of every metric."""
 
 ROTATION: Final[dict[str, str]] = {
-    "ensemble_transfer": "share of originally correct examples that those made on several exposed sets turned wrong",
-    "sibling_transfer": "the same of those made on other sets of the same drawing",
-    "churn": "share of examples that two parameter sets classify differently, unattacked",
+    "ensemble_transfer": (
+        "share of the examples correct when clean that examples computed on several stolen sets break"
+    ),
+    "sibling_transfer": "the same for examples computed on other sets of the same draw",
+    "churn": "share of clean examples that two parameter sets classify differently",
 }
 """Metrics of parameter sets of a pool. `rotate admit` measures them, and a run of one model does not."""
 

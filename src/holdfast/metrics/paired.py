@@ -33,13 +33,13 @@ def pairs(first: Evidence, second: Evidence) -> Pairs:
     places: defaultdict[bytes, list[int]] = defaultdict(list)
     for row, key in enumerate(_keys(second["digest"])):
         places[key].append(row)
-    found = [(row, places[key].pop(0)) for row, key in enumerate(_keys(first["digest"])) if places.get(key)]
-    if not found:
+    matches = [(row, places[key].pop(0)) for row, key in enumerate(_keys(first["digest"])) if places.get(key)]
+    if not matches:
         raise UsageError(
-            f"the two runs share no example ({len(first)} against {len(second)}); "
-            f"assess both models on the same data and the same -n"
+            f"the two runs share no example ({len(first)} against {len(second)}); assess both models on the same "
+            "data with the same -n"
         )
-    rows = torch.tensor(found)
+    rows = torch.tensor(matches)
     return Pairs(rows[:, 0], rows[:, 1])
 
 

@@ -21,7 +21,7 @@ def _sizes(evidence: Evidence, norm: NormName) -> PerExample:
     """Smallest perturbation found for each example. Raises `Absent` if it was not measured, or in another unit."""
     way_out = "run at least one attack"
     if norm == "l0" and evidence.scope == "suite only":
-        way_out = "a version before this one counted values where the threat counts pixels; assess again"
+        way_out = "an earlier version counted values although the threat model counts pixels; assess the model again"
     return column(evidence, f"distance_{norm}", way_out)
 
 
@@ -46,7 +46,7 @@ def mean_perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: Nor
     if evidence.threat.goal is None:
         turned &= evidence["correct"]
     if not turned.any():
-        raise Absent("no attack turned any example, so there is no mean perturbation")
+        raise Absent("no attack broke any example, so there is no mean perturbation")
     constraint = evidence.threat.constraint
     most = constraint.eps if isinstance(constraint, _NORMS[norm]) else math.inf
     # the harness allows a tolerance, by which a rounded size may exceed eps

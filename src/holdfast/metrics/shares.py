@@ -42,16 +42,16 @@ def robust_accuracy(evidence: Evidence, confidence: float = 0.95, *, eps: float 
     Attacked means under every attack and every pass of the run inside the threat model (`Evidence.scope`). For a
     randomised model it is the mean probability of a correct answer under the worst attack, over new random draws.
     """
-    held = robust(evidence, "robust_accuracy", eps)
+    mask = robust(evidence, "robust_accuracy", eps)
     chance = right_probability(evidence, eps)
-    return proportion(held, confidence) if chance is None else mean(chance, confidence)
+    return proportion(mask, confidence) if chance is None else mean(chance, confidence)
 
 
 def suite_robust_accuracy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
     """Robust accuracy under the suite's own attacks only, for comparison with published numbers."""
-    held = suite_robust(evidence, "suite_robust_accuracy")
+    mask = suite_robust(evidence, "suite_robust_accuracy")
     chance = suite_right_probability(evidence)
-    return proportion(held, confidence) if chance is None else mean(chance, confidence)
+    return proportion(mask, confidence) if chance is None else mean(chance, confidence)
 
 
 def suite_right_probability(evidence: Evidence) -> PerExample | None:
@@ -73,8 +73,11 @@ def robustness_score(evidence: Evidence, confidence: float = 0.95, *, eps: float
     It increases with both, so the ends of two simultaneous intervals (Bonferroni) give the ends of its interval. A
     bootstrap would give an interval of width zero for a sample without errors.
     """
-    each = bonferroni(confidence, 2)
-    clean, held = clean_accuracy(evidence, each), robust_accuracy(evidence, each, eps=eps)
+    each_confidence = bonferroni(confidence, 2)
+    clean, held = (
+        clean_accuracy(evidence, each_confidence),
+        robust_accuracy(evidence, each_confidence, eps=eps),
+    )
     low, value, high = (
         _harmonic(c, r)
         for c, r in ((clean.low, held.low), (clean.value, held.value), (clean.high, held.high))
@@ -92,7 +95,9 @@ def attack_success_rate(
     """Share of the examples with a correct clean input that an attack broke."""
     fell = broken(evidence, "attack_success_rate", eps)[evidence["correct"]]
     if not len(fell):
-        raise Absent("attack_success_rate is a share of the originally correct examples, and none is correct")
+        raise Absent(
+            "attack_success_rate is a share of the examples that are correct when clean, and there are none"
+        )
     return proportion(fell, confidence)
 
 
@@ -111,7 +116,7 @@ def targeted_success_rate(evidence: Evidence, confidence: float = 0.95) -> Estim
     eligible = column(evidence, "eligible", "run at least one attack")
     if not eligible.any():
         raise Absent(
-            f"no example is eligible: all are of class {evidence.threat.goal} or predicted as it already"
+            f"no example is eligible: all have class {evidence.threat.goal} as label or clean prediction"
         )
     return proportion(evidence["success"][eligible], confidence)
 
@@ -158,10 +163,10 @@ def worst_class(evidence: Evidence, confidence: float = 0.95, *, eps: float | No
     """
     y = evidence["y"]
     labels = torch.unique(y).tolist()
-    each = bonferroni(confidence, len(labels))
-    found = [_held(evidence, y == label, "worst_class", each, eps) for label in labels]
-    worst = min(found, key=lambda estimate: estimate.value)
-    return Estimate(worst.value, min(e.low for e in found), min(e.high for e in found), worst.n)
+    each_confidence = bonferroni(confidence, len(labels))
+    accuracies = [_held(evidence, y == label, "worst_class", each_confidence, eps) for label in labels]
+    worst = min(accuracies, key=lambda estimate: estimate.value)
+    return Estimate(worst.value, min(e.low for e in accuracies), min(e.high for e in accuracies), worst.n)
 
 
 def _held(

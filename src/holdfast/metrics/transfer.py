@@ -34,7 +34,7 @@ def models(evidence: Evidence) -> tuple[str, ...]:
 def matrix(evidence: Evidence, confidence: float = 0.95) -> tuple[Row, ...]:
     """Return a row for each source of examples. Raises `Absent` if no surrogate was given or time ran out."""
     if "wrong" not in evidence.transfer:
-        raise Absent("nothing was transferred; name a model of the same classes with --surrogate MODEL")
+        raise Absent("transfer was not measured; name a model with the same classes with --surrogate MODEL")
     names, right, wrong = models(evidence), evidence.transfer["right"], evidence.transfer["wrong"]
     own = [0] if evidence.threat.gives("gradients") else []
     made_on: list[int | None] = [*own, *range(1, len(names))]
@@ -57,7 +57,7 @@ def transfer_success(evidence: Evidence, confidence: float = 0.95) -> Estimate:
 
     The examples are those computed on all surrogates at once.
     """
-    found = matrix(evidence, confidence)[-1].shares[0]
-    if found is None:
-        raise Absent("the model is right on no input of the transfer matrix")
-    return found
+    share = matrix(evidence, confidence)[-1].shares[0]
+    if share is None:
+        raise Absent("the model classifies no input of the transfer matrix correctly")
+    return share

@@ -37,12 +37,15 @@ def across(evidence: Evidence, confidence: float) -> Json | None:
 
 def title(found: Mapping[str, Any], noun: str) -> str:
     """Title of the table of the transfer across data sets."""
-    return f"across data: of {count(found['n'])} {noun} of each those that the changes turn, and turn in mixed order"
+    return (
+        f"across data: share of {count(found['n'])} {noun} of each data set whose prediction changes; control: the "
+        "same perturbations in random order"
+    )
 
 
 def headings(found: Mapping[str, Any]) -> list[str]:
     """Column headings of the table."""
-    return ["made on", *(f"put on {name}" for name in found["data"])]
+    return ["computed on", *(f"applied to {name}" for name in found["data"])]
 
 
 def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -51,5 +54,5 @@ def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
         pairs = zip(row["shares"], row["controls"], strict=True)
         yield [
             row["made_on"],
-            *(f"{shown(share)}, mixed {percent(control['value'])}" for share, control in pairs),
+            *(f"{shown(share)}, control {percent(control['value'])}" for share, control in pairs),
         ]

@@ -6,7 +6,7 @@ from typing import Any
 from holdfast.reports.numbers import count, number, percent, plain, seconds
 from holdfast.reports.words import amount, interval
 
-STANDING = ("attack", "broke", "standing", "share", "time", "interval", "queries")
+STANDING = ("attack", "broke", "surviving", "share", "time", "interval", "queries")
 SMALLEST = ("attack", "found", "share", "median", "time", "interval", "queries")
 
 
@@ -20,8 +20,8 @@ def by_distance(summary: Mapping[str, Any]) -> bool:
 def title(summary: Mapping[str, Any]) -> str:
     """Title of the table: `1,000 images, linf:0.2, standard@1`."""
     suite = f", {summary['suite']}" if summary["suite"] else ""
-    found = ": the smallest changes found" if by_distance(summary) else ""
-    return f"{amount(summary['n'], summary['noun'])}, {summary['threat']['constraint']}{suite}{found}"
+    suffix = ": the smallest changes found" if by_distance(summary) else ""
+    return f"{amount(summary['n'], summary['noun'])}, {summary['threat']['constraint']}{suite}{suffix}"
 
 
 def left_out(attack: Mapping[str, Any]) -> bool:
@@ -50,7 +50,7 @@ def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
         "broke": "not run"
         if left_out(attack)
         else count(attack["standing_before"] - attack["standing_after"]),
-        "standing": count(attack["standing_after"]),
+        "surviving": count(attack["standing_after"]),
         "share": percent(after["value"]) if after else "–",
         "interval": interval("robust_accuracy", after) if after else "–",
     }
@@ -59,18 +59,22 @@ def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
 def risks(summary: Mapping[str, Any]) -> str:
     """A line on examples that attacks did not try, with the risk; empty if all surviving examples were tried."""
     left = [attack for attack in summary["attacks"] if attack["residual"]]
-    each = (
+    untried = (
         f"{attack['name']} {count(attack['residual']['untried'])} ({percent(attack['residual']['at_most'])})"
         for attack in left
     )
-    sure = "the most that would fall of them, if none is likelier to (95 %)"
-    return f"left untried because the nearest all held, and {sure}: {', '.join(each)}" if left else ""
+    words = (
+        "examples that were skipped, because all examples closer to the decision boundary survived, with the largest "
+        "share of them that would break (95 % confidence, if none is easier to break)"
+    )
+    return f"{words}: {', '.join(untried)}" if left else ""
 
 
 def fits(summary: Mapping[str, Any]) -> str:
     """A line on the learned attacks with the number of fits of each; empty if there are none."""
     learned = [f"{attack['name']} {count(attack['fits'])}" for attack in summary["attacks"] if attack["fits"]]
-    return f"fits of learned attacks, of which the best was judged: {', '.join(learned)}" if learned else ""
+    words = "number of fits of each learned attack, the best of which was evaluated"
+    return f"{words}: {', '.join(learned)}" if learned else ""
 
 
 def passes(summary: Mapping[str, Any], *, brief: bool = False) -> str:
@@ -78,12 +82,13 @@ def passes(summary: Mapping[str, Any], *, brief: bool = False) -> str:
 
     `brief` omits the names of passes that broke none.
     """
-    made = summary["passes"]
-    if not made:
+    passes_run = summary["passes"]
+    if not passes_run:
         return ""
-    broke = [f"{each['name']} {count(each['broke'])}" for each in made if each["broke"]]
-    total = count(sum(each["broke"] for each in made))
-    found = f": {', '.join(broke)}" if broke else ""
-    said = f"outside the suite, {count(len(made))} pass{'es' * (len(made) > 1)} broke {total} more{found}"
-    idle = [each["name"] for each in made if not each["broke"]]
-    return said if brief or not idle else f"{said}; nothing more was broken by {', '.join(idle)}"
+    broke = [f"{each['name']} {count(each['broke'])}" for each in passes_run if each["broke"]]
+    total = count(sum(each["broke"] for each in passes_run))
+    names = f": {', '.join(broke)}" if broke else ""
+    run = f"{count(len(passes_run))} pass{'es' * (len(passes_run) > 1)}"
+    text = f"outside the suite, {run} broke {total} more examples{names}"
+    idle = [each["name"] for each in passes_run if not each["broke"]]
+    return text if brief or not idle else f"{text}; no more examples were broken by {', '.join(idle)}"

@@ -41,10 +41,10 @@ def document(card: Mapping[str, Any]) -> str:
     before, after, held = card["before"], card["after"], card["chosen"]
     lines = [f"# {escaped(card['name'])}", ""]
     lines += [
-        f"Hardened for {escaped(card['threat'])} by the recipe {code(card['recipe'])}, {_why(card)}.",
+        f"Hardened against {escaped(card['threat'])} with the recipe {code(card['recipe'])}, {_why(card)}.",
         "",
     ]
-    lines += [f"Judged under {escaped(card['judged_under'])}.", ""]
+    lines += [f"Evaluated under {escaped(card['judged_under'])}.", ""]
     lines += _sides(
         f"on {after['n']:,} test examples, suite {escaped(after['suite'])}",
         before["metrics"],
@@ -55,11 +55,11 @@ def document(card: Mapping[str, Any]) -> str:
         lines += [f"Robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}.", ""]
     looked = card["held_out"]
     lines += [
-        f"The checkpoint is that of epoch {held['epoch']} of {plain(card['epochs'])}, the best where it was chosen:",
+        f"The checkpoint is from epoch {held['epoch']} of {plain(card['epochs'])}, the best on held-out examples:",
         "",
     ]
     lines += _sides(
-        f"on {looked['n']:,} held-out training examples, a PGD of 20 steps, which flatters",
+        f"on {looked['n']:,} held-out training examples, attacked by PGD with 20 steps (overestimates robustness)",
         looked["before"],
         looked["after"],
         _HELD_OUT,
@@ -68,12 +68,12 @@ def document(card: Mapping[str, Any]) -> str:
     lines += _reservations(card)
     lines += [
         "",
-        "Open it, from the folder in which it was made:",
+        "Load it, from the folder in which it was created:",
         "",
         f"    {printable(card['opened_by'])}",
         "",
     ]
-    lines += ["Made by:", "", f"    {printable(card['command'] or 'holdfast.harden(...)')}", ""]
+    lines += ["Created by:", "", f"    {printable(card['command'] or 'holdfast.harden(...)')}", ""]
     lines += [_training_cost(card), ""]
     lines += ["Settings:", "", *(f"    {printable(line)}" for line in _settings(card["settings"]))]
     return "\n".join(lines) + "\n"
@@ -83,15 +83,15 @@ def _reservations(card: Mapping[str, Any]) -> list[str]:
     """The doubts about both models, and the notes."""
     before, after = card["before"], card["after"]
     lines = []
-    for side, said in (("before", before), ("after", after)):
+    for side, words in (("before", before), ("after", after)):
         lines += [
-            f"- doubt {side}, {code(doubt['name'])}: {escaped(doubt['says'])}" for doubt in said["doubts"]
+            f"- doubt {side}, {code(doubt['name'])}: {escaped(doubt['says'])}" for doubt in words["doubts"]
         ]
     lines += [f"- accepted, {code(name)}: {escaped(why)}" for name, why in after["accepted_doubts"].items()]
     if not after["doubts"]:
         probed = after["doubts_probed"]
-        said = f"none of {probed} doubts that were probed was raised" if probed else "no doubt was probed"
-        lines += [f"- {said} against the numbers after"]
+        words = f"none of {probed} tested doubts was raised" if probed else "no doubt was tested"
+        lines += [f"- {words} for the hardened model"]
     lines += [f"- {escaped(note)}" for note in card["notes"]]
     return [*lines, *(f"- {escaped(note)}" for note in _of_judging(card))]
 
@@ -101,15 +101,19 @@ def _training_cost(card: Mapping[str, Any]) -> str:
     cost = card["cost"]
     seconds = f"{plain(cost['wall_s'])} s ({plain(cost['cpu_s'])} s of CPU time)"
     passes = (
-        f"; each example went {plain(cost['forwards'])} times through the network" if cost["forwards"] else ""
+        f"; each example passed through the network {plain(cost['forwards'])} times"
+        if cost["forwards"]
+        else ""
     )
     if cost["planning_s"]:
-        seconds += f", beside {plain(cost['planning_s'])} s for the plan,"
+        seconds += f", plus {plain(cost['planning_s'])} s for planning,"
     if "budget_s" in cost:
         passes += (
             f". Both used {percent(cost['budget_used'], 0)} of the budget of {plain(cost['budget_s'])} s"
         )
-        passes += ", and patience ended the training" if card["ended_by"] == "patience" else ""
+        passes += (
+            ", and the training stopped early because of patience" if card["ended_by"] == "patience" else ""
+        )
     return f"Training took {seconds} on {escaped(card['hardware'])}, seed {card['seed']}{passes}."
 
 
@@ -127,14 +131,14 @@ def _of_judging(card: Mapping[str, Any]) -> list[str]:
     before, after = (
         [note for note in card[side]["notes"] if note not in card["notes"]] for side in ("before", "after")
     )
-    both = [f"judging: {note}" for note in before if note in after]
+    both = [f"evaluation: {note}" for note in before if note in after]
     apart = (
         (side, note)
         for side, notes, others in (("before", before, after), ("after", after, before))
         for note in notes
         if note not in others
     )
-    return [*both, *(f"judging {side}: {note}" for side, note in apart)]
+    return [*both, *(f"evaluation {side}: {note}" for side, note in apart)]
 
 
 def _why(card: Mapping[str, Any]) -> str:

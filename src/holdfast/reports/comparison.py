@@ -73,12 +73,12 @@ def _robust(
     """The robust accuracies, the changed examples, the scope, and a note; empty if they are not comparable."""
     try:
         scope = basis(first, second)
-        held = compared(first, scope), compared(second, scope)
-        paired = {"robust_accuracy": _paired(held, regression(first, second, confidence), shared)}
+        masks = compared(first, scope), compared(second, scope)
+        paired = {"robust_accuracy": _paired(masks, regression(first, second, confidence), shared)}
     except Absent as absent:
         return {}, {}, None, f"robust accuracy is not compared: {absent}"
     note = f"robust accuracy is {SCOPES[scope].removeprefix('; ')}"
-    return paired, _flipped(first, second, held, shared), scope, note
+    return paired, _flipped(first, second, masks, shared), scope, note
 
 
 def _side_by_side(first: Mapping[str, Any], second: Mapping[str, Any]) -> Json:
@@ -103,8 +103,8 @@ def caution(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     if before == after:
         return ""
     return (
-        f"The threat differs: {before} in the first run, {after} in the second; "
-        "what changed may come from the adversary and not from the model."
+        f"The threat models differ: {before} in the first run, {after} in the second; the difference may come from "
+        "the attacker and not from the model."
     )
 
 
@@ -114,16 +114,16 @@ def headline(content: Mapping[str, Any]) -> str:
     before, after = (percent(found[side]) for side in ("first", "second"))
     change, p = found["difference"], found["p"]
     survived = "the suite" if content["scope"] == "suite only" else content["tried"]
-    what = f"survive {survived}" if metric == "robust_accuracy" else "are right without any attack"
+    what = f"survive {survived}" if metric == "robust_accuracy" else "are correct without any attack"
     shared = f"{count(content['n'])} shared {content['noun']}"
-    sentence = f"Of {shared}, {after} {what} in the second run and {before} before"
+    sentence = f"Of {shared}, {after} {what} in the second run and {before} in the first"
     sure = f"{100 * content['confidence']:.0f} % interval {signed(change['low'])} to {signed(change['high'])}"
     around = number(change["low"]) <= 0 <= number(change["high"])
     shown = number(p) < 1 - content["confidence"]
-    said = "" if shown else "no difference that these examples can show, "
-    at_odds = f"; the interval {'holds' if around else 'leaves out'} 0, but the exact test decides"
+    prefix = "" if shown else "no significant difference on these examples, "
+    at_odds = f"; the interval {('contains' if around else 'does not contain')} 0, but the exact test decides"
     tested = f"exact McNemar p = {plain(p, 2)}{at_odds if shown == around else ''}"
-    return f"{sentence}: {said}{signed(change['value'])} points ({sure}, {tested})."
+    return f"{sentence}: {prefix}{signed(change['value'])} points ({sure}, {tested})."
 
 
 def points(change: Mapping[str, Any]) -> str:
@@ -238,8 +238,8 @@ def _paired_rows(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 SIDES = {
-    "lost": "Stood in the first run, fell in the second",
-    "gained": "Fell in the first run, stood in the second",
+    "lost": "Robust in the first run, broken in the second",
+    "gained": "Broken in the first run, robust in the second",
 }
 """The two kinds of changed examples."""
 

@@ -19,7 +19,7 @@ def exhibit_table(found: Sequence[Mapping[str, Any]], *, colour: bool, width: in
     """A table of the robust accuracies of each item and the doubts that were raised."""
     first = found[0]
     title = f"robust accuracy of {first['n']} digits under linf:{first['eps']:g}"
-    table = grid(title, (*COLUMNS, "doubts raised by the naive number"))
+    table = grid(title, (*COLUMNS, "doubts raised by the naive evaluation"))
     table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
     for item in found:
         name, *shares = (item[key] for key in COLUMNS.values())

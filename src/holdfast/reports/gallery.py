@@ -31,18 +31,18 @@ def examples(evidence: Evidence, classes: Sequence[str], attacks: Sequence[str])
     if "id" not in evidence.gallery:
         return []
     low, high = _box(evidence.model)
-    found = []
+    entries = []
     for place, wanted in enumerate(evidence.gallery["id"][:MOST_EXAMPLES]):
         rows = (evidence["id"] == wanted).nonzero()[:, 0].tolist()
         if not rows:
             continue
         x, x_adv = evidence.gallery["x"][place].float(), evidence.gallery["x_adv"][place].float()
         entry = _facts(evidence, rows[0], classes, attacks)
-        found.append(
+        entries.append(
             entry
             | (_pictures(x, x_adv, low, high) if is_image(x.shape) else _changes(x, x_adv, evidence.data))
         )
-    return found
+    return entries
 
 
 def is_image(shape: Sequence[int]) -> bool:

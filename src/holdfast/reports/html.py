@@ -124,6 +124,7 @@ def _environment() -> "Environment":
         "label": words.label,
         "definition": words.definition,
         "asked": words.asked,
+        "effect": rotation.effect,
         "every_nth": _every_nth,
         "capitalized": words.capitalized,
         "sentences": words.sentences,

@@ -43,7 +43,7 @@ def document(summary: Mapping[str, Any]) -> str:
 
 
 def _properties(summary: Mapping[str, Any]) -> dict[str, str]:
-    found = {
+    properties = {
         "verdict": summary["verdict"],
         "exit_code": str(summary["exit_code"]),
         "model": str(summary["model"].get("name", "")),
@@ -53,13 +53,17 @@ def _properties(summary: Mapping[str, Any]) -> dict[str, str]:
         "seed": str(summary["seed"]),
         "command": summary["reproduce"],
     }
-    found |= {f"accepted doubt {printable(name)}": why for name, why in summary["accepted_doubts"].items()}
-    found |= {f"metric {printable(name)}": f"{item['value']}" for name, item in summary["metrics"].items()}
-    found |= {
+    properties |= {
+        f"accepted doubt {printable(name)}": why for name, why in summary["accepted_doubts"].items()
+    }
+    properties |= {
+        f"metric {printable(name)}": f"{item['value']}" for name, item in summary["metrics"].items()
+    }
+    properties |= {
         f"robust_accuracy of class {printable(row['name'])}": f"{row['robust_accuracy']['value']}"
         for row in summary["per_class"]
     }
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in properties.items() if value}
 
 
 def _case(group: str, name: str, says: str) -> ET.Element:
@@ -76,14 +80,14 @@ def _assessment(summary: Mapping[str, Any]) -> ET.Element:
 
 def _gate(gate: Mapping[str, Any]) -> ET.Element:
     estimate = gate["estimate"]
-    says = f"{shown(gate['metric'], estimate['value'])}, interval {interval(gate['metric'], estimate)}: {gate['says']}"
+    text = f"{shown(gate['metric'], estimate['value'])}, interval {interval(gate['metric'], estimate)}: {gate['says']}"
     if gate["verdict"] == "pass":
-        return _case("gates", gate["claim"], says)
+        return _case("gates", gate["claim"], text)
     case = _case("gates", gate["claim"], "")
     failure = ET.SubElement(
-        case, "failure", {"type": gate["verdict"], "message": printable(f"{gate['verdict']}: {says}")}
+        case, "failure", {"type": gate["verdict"], "message": printable(f"{gate['verdict']}: {text}")}
     )
-    failure.text = printable(f"{gate['claim']}: {says}")
+    failure.text = printable(f"{gate['claim']}: {text}")
     return case
 
 
@@ -92,7 +96,7 @@ def _doubt(doubt: Mapping[str, Any], accepted: Mapping[str, str]) -> ET.Element:
     if state in ("clear", "answered"):
         return _case("doubts", name, says)
     if state == "raised" and name in accepted:
-        return _case("doubts", name, f"accepted by a person, because {accepted[name]}. Found: {says}")
+        return _case("doubts", name, f"accepted because {accepted[name]}. Measured: {says}")
     case = _case("doubts", name, "")
     ET.SubElement(case, "skipped", {"message": printable(f"{state}: {says}")})
     return case

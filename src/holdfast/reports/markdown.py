@@ -112,13 +112,13 @@ def _matrices(summary: Mapping[str, Any]) -> list[str]:
     """The transfer matrix and the transfer across data sets."""
     lines = []
     for name, words in (("transfer", transfer), ("across", across)):
-        found = summary[name]
-        if found is None:
+        matrix = summary[name]
+        if matrix is None:
             continue
         headings, *rows = (
-            [escaped(each) for each in row] for row in (words.headings(found), *words.cells(found))
+            [escaped(each) for each in row] for row in (words.headings(matrix), *words.cells(matrix))
         )
-        heading, _, says = words.title(found, summary["noun"]).partition(": ")
+        heading, _, says = words.title(matrix, summary["noun"]).partition(": ")
         lines += [
             f"### {heading.capitalize()}",
             "",
@@ -131,8 +131,8 @@ def _matrices(summary: Mapping[str, Any]) -> list[str]:
 
 def _attackers(summary: Mapping[str, Any]) -> list[str]:
     """The attackers that a rotation stops, and the alternatives."""
-    found = summary.get("rotation")
-    if found is None:
+    attackers = summary.get("rotation")
+    if attackers is None:
         return []
 
     def told(headings: list[str], rows: Iterable[list[str]]) -> list[str]:
@@ -142,14 +142,14 @@ def _attackers(summary: Mapping[str, Any]) -> list[str]:
     return [
         "### Attackers of the rotation",
         "",
-        f"{escaped(capitalized(found['verdict']))}.",
+        f"{escaped(capitalized(attackers['verdict']))}.",
         "",
-        f"{escaped(capitalized(rotation.title(found, noun).partition(': ')[2]))}:",
+        f"{escaped(capitalized(rotation.title(attackers, noun).partition(': ')[2]))}:",
         "",
-        *told(rotation.headings(found), rotation.cells(found)),
-        f"{escaped(capitalized(rotation.instead_title(found, noun).partition(': ')[2]))}:",
+        *told(rotation.headings(attackers), rotation.cells(attackers)),
+        f"{escaped(capitalized(rotation.instead_title(attackers, noun).partition(': ')[2]))}:",
         "",
-        *told(rotation.instead_headings(found), rotation.instead_cells(found)),
+        *told(rotation.instead_headings(attackers), rotation.instead_cells(attackers)),
     ]
 
 
@@ -169,8 +169,8 @@ def _doubts(summary: Mapping[str, Any]) -> list[str]:
     lines = ["### Doubts", ""]
     for doubt in raised:
         state = "accepted" if doubt["name"] in summary["accepted_doubts"] else "open"
-        says = sentences(doubt["title"], doubt["says"], doubt["advice"])
-        lines.append(f"- ▲ **{escaped(doubt['name'])}** ({state}): {escaped(says)}")
+        text = sentences(doubt["title"], doubt["says"], doubt["advice"])
+        lines.append(f"- ▲ **{escaped(doubt['name'])}** ({state}): {escaped(text)}")
     return [*lines, ""]
 
 
@@ -180,7 +180,8 @@ def _footing(summary: Mapping[str, Any]) -> str:
     budget = query_budget(summary["threat"])
     allowed = f", {budget}" if budget else ""
     return (
-        "Robust accuracy under a suite is an upper bound on the truth; the interval is sampling error only."
+        "Robust accuracy under a suite is an upper bound of the true value; the interval contains "
+        "the sampling error only."
         f" Threat {code(summary['threat']['constraint'])}{unit}{allowed}, seed {summary['seed']}.{command}"
     )
 

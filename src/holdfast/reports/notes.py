@@ -25,6 +25,6 @@ def details(summary: Mapping[str, Any]) -> list[str]:
 
 def spoken(summary: Mapping[str, Any], *, verbose: bool = False) -> list[str]:
     """The notes to show with the verdict, without those that repeat a raised doubt; with details if `verbose`."""
-    said = {doubt["says"] for doubt in summary["doubts"] if doubt["state"] == "raised"}
+    in_doubts = {doubt["says"] for doubt in summary["doubts"] if doubt["state"] == "raised"}
     notes = summary["notes"] if verbose else remarks(summary)
-    return [note for note in notes if note not in said]
+    return [note for note in notes if note not in in_doubts]

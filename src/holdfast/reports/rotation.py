@@ -11,15 +11,15 @@ Json = dict[str, Any]
 _ROW = ("who", "holds", "share", "attack", "word", "says")
 _INSTEAD = ("who", "clean", "thief", "white", "says")
 NAMES = {
-    "A0": "A0 stole nothing",
-    "A1": "A1 stole a set that is listed",
-    "A1u": "A1u stole one that is not",
-    "A2": "A2 stole several",
-    "A2c": "A2c stole the collection",
+    "A0": "A0 has surrogates only",
+    "A1": "A1 has one listed set",
+    "A1u": "A1u has one unlisted set",
+    "A2": "A2 has several sets",
+    "A2c": "A2c has the collection",
     "A3": "A3 has the generator",
-    "A4": "A4 asks across swaps",
-    "A5": "A5 holds what serves",
-    "A6": "A6 distils the answers",
+    "A4": "A4 queries across swaps",
+    "A5": "A5 has the serving set",
+    "A6": "A6 distils answers",
 }
 """Names of the attackers in reports."""
 
@@ -28,7 +28,7 @@ def rotation(document: Mapping[str, Any] | None) -> Json | None:
     """The table of attackers for the summary; None if it was not measured. The broken inputs stay in the run folder."""
     if document is None or not document["complete"] or not document["rows"]:
         return None
-    found: Json = strict(
+    table: Json = strict(
         {
             "set": document["set"],
             "n": document["right"],
@@ -39,17 +39,25 @@ def rotation(document: Mapping[str, Any] | None) -> Json | None:
             ],
         }
     )
-    return found
+    return table
+
+
+def effect(word: str) -> str:
+    """The effect of a rotation on an attacker, as reports show it."""
+    return "not affected" if word == "untouched" else word
 
 
 def title(found: Mapping[str, Any], noun: str) -> str:
     """Title of the table of attackers."""
-    return f"attackers: of the {count(found['n'])} {noun} that set {found['set']} has right those that each turns"
+    return (
+        f"attackers: share of the {count(found['n'])} {noun} classified correctly by set {found['set']} that each "
+        "attacker breaks"
+    )
 
 
 def headings(found: Mapping[str, Any]) -> list[str]:
     """Column headings of the table of attackers."""
-    return ["attacker", "turned", "rotation", "by", "holds"]
+    return ["attacker", "broken", "rotation", "attack", "has"]
 
 
 def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -57,17 +65,26 @@ def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
     for row in found["rows"]:
         share = "–" if row["share"] is None else shown(row["share"])
         holds = row["says"] if row["share"] is None else row["holds"]
-        yield [NAMES.get(row["who"], row["who"]), share, row["word"], row["attack"] or "–", holds]
+        yield [NAMES.get(row["who"], row["who"]), share, effect(row["word"]), row["attack"] or "–", holds]
 
 
 def instead_title(found: Mapping[str, Any], noun: str) -> str:
     """Title of the table of alternatives."""
-    return f"instead: what else the time buys, {noun} that a thief of the set before turns, and who holds what serves"
+    return (
+        f"alternatives: other uses of the same time, with the share of {noun} that examples from the stolen set "
+        "and white-box attacks on the serving set break"
+    )
 
 
 def instead_headings(found: Mapping[str, Any]) -> list[str]:
     """Column headings of the table of alternatives."""
-    return ["instead", "right", "a thief turns", "white box turns", "what it is"]
+    return [
+        "alternative",
+        "clean accuracy",
+        "broken by the stolen set",
+        "broken by white-box attack",
+        "description",
+    ]
 
 
 def instead_cells(found: Mapping[str, Any]) -> Iterator[list[str]]:

@@ -16,8 +16,8 @@ Json = dict[str, Any]
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 _LEVELS = {"fail": "error", "unclear": "warning"}
 _GATES = {
-    "gate-fail": "A gate failed: the whole interval misses what was asked.",
-    "gate-unclear": "A gate is unclear: the interval or an open doubt forbids both pass and fail.",
+    "gate-fail": "A gate failed: the whole interval misses the threshold.",
+    "gate-unclear": "A gate is unclear: the interval contains the threshold, or a doubt is open.",
 }
 
 

@@ -245,17 +245,17 @@ def _cost(cost: Cost) -> Json:
 
 
 def _doubt(doubt: Doubt, output: str | None) -> Json:
-    known = concern(doubt.name, output)
+    explanation = concern(doubt.name, output)
     return {
         "name": doubt.name,
         "state": doubt.state,
         "statistic": strict(doubt.statistic),
         "threshold": strict(doubt.threshold),
         "n": doubt.n,
-        "title": known.title,
-        "meaning": known.meaning,
+        "title": explanation.title,
+        "meaning": explanation.meaning,
         "says": doubt.says,
-        "advice": known.advice,
+        "advice": explanation.advice,
     }
 
 

@@ -31,8 +31,8 @@ _NAMED = {"class": "y", "clean_class": "clean_prediction", "adversarial_class": 
 
 def headings(columns: Columns, *, named: bool = False) -> list[str]:
     """The columns of the file: those of the lists above that were measured, with names of classes if `named`."""
-    found = [heading for heading, source in _SOURCES.items() if source in columns]
-    return [*found, *(heading for heading, numbers in _NAMED.items() if named and numbers in found)]
+    measured = [heading for heading, source in _SOURCES.items() if source in columns]
+    return [*measured, *(heading for heading, numbers in _NAMED.items() if named and numbers in measured)]
 
 
 def write_rows(summary: Mapping[str, Any], columns: Columns, file: TextIO) -> None:
@@ -73,19 +73,19 @@ def frame(evidence: Evidence) -> Any:
 def _rows(summary: Mapping[str, Any], columns: Columns, rows: slice) -> Iterator[tuple[Any, ...]]:
     stages = [each["stage"] for each in (*summary["attacks"], *summary["passes"])]
     names = [printable(str(name)) for name in summary["data"].get("classes") or ()]
-    found: list[list[Any]] = []
+    columns_of_rows: list[list[Any]] = []
     for heading in headings(columns, named=bool(names)):
         if heading == "robust":
-            held = ~columns["success"][rows].bool()
+            robust_rows = ~columns["success"][rows].bool()
             if summary["threat"]["goal"] is None:
-                held &= columns["correct"][rows].bool()
-            found.append(["true" if robust else "false" for robust in held.tolist()])
+                robust_rows &= columns["correct"][rows].bool()
+            columns_of_rows.append(["true" if robust else "false" for robust in robust_rows.tolist()])
         elif heading == "broken_by":
             places = columns["broken_by"][rows].tolist()
-            found.append([stages[place] if 0 <= place < len(stages) else "" for place in places])
+            columns_of_rows.append([stages[place] if 0 <= place < len(stages) else "" for place in places])
         elif heading in _NAMED:
             numbers = columns[_SOURCES[_NAMED[heading]]][rows].tolist()
-            found.append([names[number] if 0 <= number < len(names) else "" for number in numbers])
+            columns_of_rows.append([names[number] if 0 <= number < len(names) else "" for number in numbers])
         else:
-            found.append(columns[_SOURCES[heading]][rows].tolist())
-    return zip(*found, strict=True)
+            columns_of_rows.append(columns[_SOURCES[heading]][rows].tolist())
+    return zip(*columns_of_rows, strict=True)

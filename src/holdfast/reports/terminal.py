@@ -66,14 +66,14 @@ def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
         lines.append(f"  {VERDICTS[gate['verdict']][0]} ", style=_STYLES[gate["verdict"]])
         value = shown(gate["metric"], gate["estimate"]["value"])
         lines.append(
-            f"{gate['verdict']}: asked for {line(asked(gate))}, measured {value}; {line(gate['says'])}\n"
+            f"{gate['verdict']}: requires {line(asked(gate))}, measured {value}; {line(gate['says'])}\n"
         )
     for doubt in summary["doubts"]:
         if doubt["state"] == "raised":
             reason = summary["accepted_doubts"].get(doubt["name"])
             lines.append("  ▲ ", style="yellow")
-            says = line(sentences(doubt["says"] or doubt["title"]))
-            lines.append(f"doubt {line(doubt['name'])} {'accepted' if reason else 'open'}: {says}")
+            text = line(sentences(doubt["says"] or doubt["title"]))
+            lines.append(f"doubt {line(doubt['name'])} {'accepted' if reason else 'open'}: {text}")
             lines.append(f" Accepted because: {line(reason)}\n" if reason else "\n")
     return as_string(lines, colour=colour, width=None)
 
@@ -88,13 +88,13 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
         metric_table(summary, brief=brief),
         *matrices(summary),
     ]
-    told = [as_string(part, colour=colour, width=width) for part in parts if part.row_count]
+    texts = [as_string(part, colour=colour, width=width) for part in parts if part.row_count]
     budget = query_budget(summary["threat"])
-    allowed = f"the threat allows {budget}" if budget else ""
+    allowed = f"the threat model allows {budget}" if budget else ""
     for said in (allowed, risks(summary), fits(summary), passes(summary, brief=True)):
         if said:
-            told[0] = f"{told[0].rstrip()}\n\n{as_string(cell(said), colour=colour, width=width)}\n\n"
-    text = "\n".join(told)
+            texts[0] = f"{texts[0].rstrip()}\n\n{as_string(cell(said), colour=colour, width=width)}\n\n"
+    text = "\n".join(texts)
     return text + _doubts(summary["doubts"])
 
 
@@ -103,8 +103,8 @@ def _doubts(doubts: Sequence[Mapping[str, Any]]) -> str:
     if not doubts:
         return ""
     names = "  ".join(f"{STATE_SIGNS[doubt['state']]} {line(doubt['name'])}" for doubt in doubts)
-    found = {doubt["state"] for doubt in doubts}
-    legend = ", ".join(f"{sign} {state}" for state, sign in STATE_SIGNS.items() if state in found)
+    states = {doubt["state"] for doubt in doubts}
+    legend = ", ".join(f"{sign} {state}" for state, sign in STATE_SIGNS.items() if state in states)
     return f"\ndoubts ({legend})  {names}\n"
 
 
@@ -120,8 +120,8 @@ def attack_table(summary: Mapping[str, Any], *, narrow: bool = False) -> "Table"
         cells = ["no attack", "", count(standing), percent(clean["value"]), "", sure, ""]
         table.add_row(*cells[: len(headings)])
     for attack in summary["attacks"]:
-        told = row(attack, distance=distance)
-        table.add_row(*(cell(told[heading]) for heading in headings))
+        row_cells = row(attack, distance=distance)
+        table.add_row(*(cell(row_cells[heading]) for heading in headings))
     return table
 
 
@@ -146,11 +146,11 @@ def matrices(summary: Mapping[str, Any]) -> "list[Table]":
     """The transfer matrix, the transfer across data sets and the tables of attackers, if measured."""
     tables = []
     for name, words in (("transfer", transfer), ("across", across)):
-        found = summary[name]
-        if found is None:
+        matrix = summary[name]
+        if matrix is None:
             continue
-        table = grid(words.title(found, summary["noun"]), words.headings(found))
-        for told in words.cells(found):
+        table = grid(words.title(matrix, summary["noun"]), words.headings(matrix))
+        for told in words.cells(matrix):
             table.add_row(*map(cell, told))
         tables.append(table)
     return [*tables, *attackers(summary)]

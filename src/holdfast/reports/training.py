@@ -9,7 +9,7 @@ _WIDTH, _HEIGHT = 640.0, 320.0
 _LINES = (
     ("clean", "clean, held out", "#1f6feb", ""),
     ("robust", "attacked, held out", "#b3261e", ""),
-    ("accuracy", "trained on", "#6e7781", ' stroke-dasharray="4 3"'),
+    ("accuracy", "training examples", "#6e7781", ' stroke-dasharray="4 3"'),
 )
 _STYLE = "text{font:12px system-ui,sans-serif;fill:#24292f} path,line{fill:none}"
 

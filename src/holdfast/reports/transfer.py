@@ -39,13 +39,16 @@ def transfer(evidence: Evidence, confidence: float) -> Json | None:
 
 def title(found: Mapping[str, Any], noun: str) -> str:
     """Title of the transfer matrix."""
-    share = f"of the {count(found['n'])} {noun} those that a model has right and that turn it wrong"
-    return f"transfer: by a pass apart from the suite, {share}"
+    share = (
+        f"on {count(found['n'])} {noun}: share of those that a model classifies correctly and that the examples "
+        "break"
+    )
+    return f"transfer: in a pass outside the suite, {share}"
 
 
 def headings(found: Mapping[str, Any]) -> list[str]:
     """Column headings of the transfer matrix."""
-    return ["made on", *(f"on {name}" for name in found["models"])]
+    return ["computed on", *(f"on {name}" for name in found["models"])]
 
 
 def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:

@@ -23,30 +23,30 @@ _NUMBERS = ("perturbation", "distance", "margin", "radius", "entropy", "mce")
 """Words in names of metrics that are not shares."""
 
 _ACCESS = {
-    "none": "sees nothing of the model",
+    "none": "has no access to the model",
     "labels": "sees the predicted class only",
     "scores": "sees the scores of all classes, but no gradients",
-    "gradients": "knows the model fully, gradients included",
+    "gradients": "has full access to the model, gradients included",
 }
 
 _BALLS = {
     "Linf": "may change every value of an input by at most {eps}",
     "L2": "may change an input by a Euclidean length of at most {eps}",
     "L1": "may change an input by absolute changes that add up to at most {eps}",
-    "Corruptions": "is the weather, the lens or the file: each common corruption once, at severity {eps} of 5",
-    "L0": "may change at most {eps} values of an input, each as far as the box allows",
+    "Corruptions": "applies each common corruption, such as noise, blur or fog, once at severity {eps} of 5",
+    "L0": "may change at most {eps} values of an input, each to any legal value",
 }
 
 
 _CHANGES = {
-    "rotate": "turn an image by at most {} degrees either way",
-    "shift": "shift it by at most {} pixels along each side",
-    "scale": "make it larger or smaller by a share of at most {}",
-    "flow": "bend an image, each pixel moved by at most {} pixels in any direction",
-    "hue": "turn colours by at most {} degrees of their circle",
-    "saturation": "make them stronger or paler by a share of at most {}",
-    "brightness": "make an image brighter or darker by at most {} of the box's width",
-    "contrast": "raise or lower its contrast by a share of at most {}",
+    "rotate": "rotate an image by at most {} degrees in either direction",
+    "shift": "shift it by at most {} pixels along each axis",
+    "scale": "enlarge or shrink it by a share of at most {}",
+    "flow": "move each pixel of an image by at most {} pixels in any direction",
+    "hue": "rotate the hue by at most {} degrees",
+    "saturation": "change the saturation by a share of at most {}",
+    "brightness": "change the brightness by at most {} of the range of values",
+    "contrast": "change the contrast by a share of at most {}",
 }
 """Descriptions of the limits of threat models that transform images."""
 
@@ -165,12 +165,12 @@ def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
             return f"{rate} {of} {verb} the suite{tail}, suite only{_elsewhere(summary)}"
         return f"{rate} {of} {verb} {every_one_tried(summary['threat'])}{tail}{_suite_alone(summary)}"
     if metric == "targeted_success_rate":
-        return f"{rate} {of} could be turned into class {summary['threat']['goal']}{tail}"
+        return f"{rate} {of} could be changed to class {summary['threat']['goal']}{tail}"
     if metric != "clean_accuracy":
         goal = summary["threat"]["goal"]
-        fall = "break" if goal is None else f"turn into class {goal}"
+        fall = "break" if goal is None else f"reach class {goal}"
         return f"Half {of} {fall} within an {summary['threat']['norm']} change of {rate}{tail}"
-    return f"{rate} {of} are right without any attack{tail}"
+    return f"{rate} {of} are correct without any attack{tail}"
 
 
 def _suite_alone(summary: Mapping[str, Any]) -> str:
@@ -230,18 +230,18 @@ def why(gate: Mapping[str, Any], doubts: Sequence[str]) -> str:
 
 
 SCOPES: Mapping[str, str] = {
-    "every pass": "; compared by the adversarial examples of every pass, because both runs made the same passes",
-    "suite only": "; compared by the suites' own numbers, because the runs did not make the same passes",
+    "every pass": "; compared by the adversarial examples of every pass, because both runs have the same passes",
+    "suite only": "; compared by the suites' own robust accuracies, because the runs do not have the same passes",
 }
 """Which adversarial examples count in a comparison of two runs."""
 
 
 def _because(gate: Mapping[str, Any], sure: str, doubts: Sequence[str]) -> str:
     if doubted(gate):
-        return f"the interval ({sure}) meets what was asked, but doubts are open: {', '.join(doubts)}"
+        return f"the interval ({sure}) meets the threshold, but doubts are open: {', '.join(doubts)}"
     if gate["verdict"] == "unclear":
-        return f"the interval ({sure}) lies on both sides of what was asked; more examples decide"
-    return f"the whole interval ({sure}) {'meets' if gate['verdict'] == 'pass' else 'misses'} what was asked"
+        return f"the interval ({sure}) contains the threshold; more examples are needed to decide"
+    return f"the whole interval ({sure}) {'meets' if gate['verdict'] == 'pass' else 'misses'} the threshold"
 
 
 def headline(summary: Mapping[str, Any]) -> str:
@@ -250,7 +250,7 @@ def headline(summary: Mapping[str, Any]) -> str:
     if not gates:
         return f"{found}; no gate was set."
     if len(gates) == 1:
-        sentence = f"{found}; the gate asked for {_brief(gates[0], summary)}: {gates[0]['verdict']}"
+        sentence = f"{found}; the gate requires {_brief(gates[0], summary)}: {gates[0]['verdict']}"
     else:
         sentence = f"{found}; {_tally(gates)}"
     doubts = open_doubts(summary)
@@ -258,7 +258,7 @@ def headline(summary: Mapping[str, Any]) -> str:
         sentence += f", because of open doubts ({', '.join(doubts)})"
     accepted = sorted(summary["accepted_doubts"])
     if accepted:
-        sentence += f". Doubts accepted by a person: {', '.join(accepted)}"
+        sentence += f". Accepted doubts: {', '.join(accepted)}"
     return sentence + "."
 
 
@@ -305,9 +305,7 @@ def _limited(kind: str, limits: Mapping[str, Any]) -> str:
         around = f", within {limits['jitter']} pixels of that" if limits["jitter"] else ""
         if "within" in limits:
             around += ", inside the rectangle from pixel {} to {}".format(*limits["within"].split("-"))
-        return (
-            f"may replace {limits['height']}x{limits['width']} pixels of an image by anything, {at}{around}"
-        )
+        return f"may replace {limits['height']}x{limits['width']} pixels of an image with any values, {at}{around}"
     done = [_CHANGES[name].format(size(far)) for name, far in limits.items()]
     return f"may {', and '.join(done)}"
 
@@ -319,22 +317,22 @@ def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str,
     if threat["limits"]:
         change = _limited(threat["norm"], threat["limits"])
     elif eps == float("inf"):
-        change = f"looks for the smallest change in {threat['norm']} that breaks the model, however large"
+        change = f"looks for the smallest change in {threat['norm']} that breaks the model, of any size"
     else:
         change = ball.format(eps=size(eps) if threat["norm"] != "L0" else count(eps))
         if threat["per"] == "pixel":
             change = change.replace("values of an input", "pixels of an image")
     goal = threat["goal"]
-    aim = "any wrong class" if goal is None else f"class {goal}, and nothing else counts as success"
-    budget = query_budget(threat) or "as many queries as its attacks ask for"
+    aim = "any wrong class" if goal is None else f"class {goal}; no other class counts as success"
+    budget = query_budget(threat) or "any number of queries"
     return [
-        f"It {change}, and every value stays inside the legal range of inputs."
+        f"The attacker {change}. Every value stays inside the legal range of inputs."
         + (f" Eps is in {threat['unit']}." if threat.get("unit") else ""),
-        f"It aims for {aim}.",
-        f"It {_ACCESS[threat['access']]}.",
-        f"It may spend {budget}.",
+        f"The attacker aims for {aim}.",
+        f"The attacker {_ACCESS[threat['access']]}.",
+        f"The attacker may use {budget}.",
         *(
-            [f"It holds models of its own: {', '.join(card['name'] for card in surrogates)}."]
+            [f"The attacker has surrogate models: {', '.join(card['name'] for card in surrogates)}."]
             if surrogates
             else []
         ),

@@ -77,13 +77,13 @@ def check(path: Path, suffixes: Collection[str] = WRITERS.keys()) -> None:
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
-        raise TargetError(f"{path} cannot be written: {folder} is a file and no folder; choose another place")
+        raise TargetError(f"{path} cannot be written: {folder} is a file, not a folder; choose another place")
     try:  # tested by writing, since to root every folder seems writable
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        said = f"{folder} takes no file ({error.strerror or error})"
-        raise TargetError(f"{path} cannot be written: {said}; choose another place") from error
+        reason = f"no file can be created in {folder} ({error.strerror or error})"
+        raise TargetError(f"{path} cannot be written: {reason}; choose another place") from error
 
 
 def write(summary: Summary, columns: "Columns", path: Path) -> None:

@@ -41,19 +41,19 @@ class Hidden:
 
 def hidden(model: Classifier) -> tuple[Hidden, ...]:
     """Return the hidden layers of a sequence of layers. Raises `TargetError` for any other network."""
-    found: list[tuple[int, list[str], str]] = []
+    layers: list[tuple[int, list[str], str]] = []
     refuse_shared(model)
     for name, layer in _leaves(model.net, ""):
         if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1):
-            found.append((len(layer.weight), _parameters(name, layer), f"{name}.weight"))
-        elif isinstance(layer, _BatchNorm) and found:
-            found[-1][1].extend(_parameters(name, layer))
+            layers.append((len(layer.weight), _parameters(name, layer), f"{name}.weight"))
+        elif isinstance(layer, _BatchNorm) and layers:
+            layers[-1][1].extend(_parameters(name, layer))
         elif not isinstance(layer, _UNITWISE):
             raise TargetError(
-                f"{name or 'the network'} is {type(layer).__name__}, and alignment knows sequences of linear "
-                f"layers, convolutions, batch norm and what works on each unit alone; collect without aligning"
+                f"{name or 'the network'} is {type(layer).__name__}, but alignment supports only sequences of "
+                "linear layers, convolutions, batch norm and elementwise layers; collect without alignment"
             )
-    return tuple(Hidden(units, tuple(made), following[2]) for (units, made, _), following in pairwise(found))
+    return tuple(Hidden(units, tuple(made), following[2]) for (units, made, _), following in pairwise(layers))
 
 
 def _leaves(layer: object, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -71,30 +71,30 @@ def _parameters(name: str, layer: nn.Module) -> list[str]:
 
 def permuted(weights: Weights, layers: Sequence[Hidden], orders: Sequence[Tensor]) -> dict[str, Tensor]:
     """Return the parameters of the same network with the units of each hidden layer in the given order."""
-    found = dict(weights)
+    tensors = dict(weights)
     for layer, order in zip(layers, orders, strict=True):
         for name in layer.made:
-            found[name] = found[name][order]
-        read = found[layer.read]
-        found[layer.read] = read.reshape(len(read), layer.units, -1)[:, order].view(read.shape)
-    return found
+            tensors[name] = tensors[name][order]
+        read = tensors[layer.read]
+        tensors[layer.read] = read.reshape(len(read), layer.units, -1)[:, order].view(read.shape)
+    return tensors
 
 
 def aligned(weights: Weights, known: Weights, layers: Sequence[Hidden], *, rng: Draws) -> dict[str, Tensor]:
     """Return the set with its hidden units in the order in which they are most similar to those of `known`."""
-    found = dict(weights)
+    tensors = dict(weights)
     slots = torch.arange(len(layers))
     for turn in range(_ROUNDS):
         changed = False
         for place in rng.at(turn).bits(slots).argsort().tolist():
             layer = layers[place]
-            order = torch.as_tensor(linear_sum_assignment(_alike(found, known, layer), maximize=True)[1])
+            order = torch.as_tensor(linear_sum_assignment(_alike(tensors, known, layer), maximize=True)[1])
             if not torch.equal(order, torch.arange(layer.units)):
                 changed = True
-                found = permuted(found, [layer], [order.to(found[layer.read].device)])
+                tensors = permuted(tensors, [layer], [order.to(tensors[layer.read].device)])
         if not changed:
             break
-    return found
+    return tensors
 
 
 def _alike(weights: Weights, known: Weights, layer: Hidden) -> Tensor:
@@ -115,8 +115,8 @@ def refuse_shared(model: Classifier) -> None:
     for name, layer in model.net.named_modules(remove_duplicate=False):
         if [*layer.parameters(recurse=False)] and id(layer) in seen:
             raise TargetError(
-                f"{name} is a layer that occurs twice, and alignment knows sequences of layers of their own; collect "
-                f"without aligning"
+                f"{name} is a layer that occurs twice, but alignment supports only sequences of separate layers; "
+                "collect without alignment"
             )
         seen.add(id(layer))
 
@@ -136,8 +136,8 @@ def all_aligned(members: Members, model: Classifier, data: Batch, *, rng: Draws)
             old, new = (put(model, one, data)(some.x) for one in (before, sets[-1]))
         if not torch.allclose(old, new, rtol=1e-4, atol=1e-5 * float(old.abs().max())):
             raise TargetError(
-                f"aligning set {place + 1} changes its outputs by up to {float((old - new).abs().max()):.2g}, where "
-                f"none was expected: the network does not go through its layers one after another, unit by unit; "
-                f"collect without aligning"
+                f"aligning set {place + 1} changes its outputs by up to {float((old - new).abs().max()):.2g}, but "
+                "no change was expected: the network does not apply its layers in order with independent units; "
+                "collect without alignment"
             )
     return Members.of(sets, members.basins.tolist())

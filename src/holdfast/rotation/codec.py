@@ -100,7 +100,7 @@ class Codec:
             lost = (F.mse_loss(decoder(raw), points) / points.var(unbiased=False)).item()
         if not math.isfinite(lost):
             raise LostLoss(
-                f"the codec's weights are no numbers any more; train with a smaller rate than {self.lr:g}"
+                f"the weights of the codec are NaN or infinite; train with a smaller learning rate than {self.lr:g}"
             )
         deviation = raw.std(0) + _TINY
         for network in (encoder, decoder):
@@ -133,7 +133,9 @@ class Codec:
 def stepped(optimizer: torch.optim.Optimizer, loss: Tensor, where: str, lr: float) -> None:
     """Perform one update of the optimiser. Raises `LostLoss` if the loss is not finite."""
     if not bool(loss.isfinite()):
-        raise LostLoss(f"the loss of {where} is no number any more; train with a smaller rate than {lr:g}")
+        raise LostLoss(
+            f"the loss of {where} is NaN or infinite; train with a smaller learning rate than {lr:g}"
+        )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
@@ -141,20 +143,25 @@ def stepped(optimizer: torch.optim.Optimizer, loss: Tensor, where: str, lr: floa
 
 def layers(*widths: int) -> nn.Sequential:
     """Linear layers of the given widths with a SiLU between each two of them."""
-    found: list[nn.Module] = []
+    modules: list[nn.Module] = []
     for wide, next_wide in pairwise(widths):
-        found += [nn.Linear(wide, next_wide), nn.SiLU()]
-    return nn.Sequential(*found[:-1])
+        modules += [nn.Linear(wide, next_wide), nn.SiLU()]
+    return nn.Sequential(*modules[:-1])
 
 
 def packed(embedding: Embedding) -> dict[str, Tensor]:
     """All tensors of a fitted codec by name, for a file. `unpacked` is the inverse."""
-    found = {f"mean.{name}": value for name, value in embedding.span.mean.items()}
-    found |= {f"directions.{name}": value for name, value in embedding.span.directions.items()}
-    found |= {f"encoder.{name}": value for name, value in embedding.encoder.state_dict().items()}
-    found |= {f"decoder.{name}": value for name, value in embedding.decoder.state_dict().items()}
+    tensors = {f"mean.{name}": value for name, value in embedding.span.mean.items()}
+    tensors |= {f"directions.{name}": value for name, value in embedding.span.directions.items()}
+    tensors |= {f"encoder.{name}": value for name, value in embedding.encoder.state_dict().items()}
+    tensors |= {f"decoder.{name}": value for name, value in embedding.decoder.state_dict().items()}
     scalars = torch.tensor([embedding.scale, embedding.lost, embedding.span.kept], dtype=torch.float64)
-    return {**found, "latent.mean": embedding.mean, "latent.deviation": embedding.deviation, "told": scalars}
+    return {
+        **tensors,
+        "latent.mean": embedding.mean,
+        "latent.deviation": embedding.deviation,
+        "told": scalars,
+    }
 
 
 def unpacked(tensors: Mapping[str, Tensor]) -> Embedding:

@@ -181,14 +181,14 @@ class Subset:
 
     def chosen(self, model: Classifier) -> list[str]:
         """Names of the parameters that are trained. Raises `UsageError` if no name has one of the prefixes."""
-        known = rotated(model)
-        found = [name for name in known if name.startswith(self.names)]
-        if not found:
+        names = rotated(model)
+        chosen = [name for name in names if name.startswith(self.names)]
+        if not chosen:
             raise UsageError(
                 f"no parameter's name begins with {' or '.join(map(repr, self.names))}; the model has "
-                f"{', '.join(known[:12])}"
+                f"{', '.join(names[:12])}"
             )
-        return found
+        return chosen
 
 
 @dataclass(frozen=True)
@@ -271,8 +271,8 @@ def begun_anew(model: Classifier, rng: Draws, begins: Beginning) -> Classifier:
             begin = getattr(layer, "reset_parameters", None)
             if not callable(begin):
                 raise TargetError(
-                    f"{name} is {type(layer).__name__}, which cannot draw its weights anew; give it a method "
-                    f"reset_parameters(), or collect a Subset or LowRank, which begin at the given model"
+                    f"{name} is {type(layer).__name__}, whose weights cannot be initialised again; give it a "
+                    "method reset_parameters(), or collect a Subset or LowRank, which start from the given model"
                 )
             begin()
         if begins == "he":
@@ -321,8 +321,8 @@ def tail(base: Classifier, task: Task, sets: int, every: int, lr: float, rng: Dr
 
 def _without_examples(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint without state that a recipe keeps for each example, as `atta` does: the next examples differ."""
-    kept = {name: value for name, value in checkpoint.tensors.items() if not name.startswith(STATE)}
-    return replace(checkpoint, tensors=kept)
+    tensors = {name: value for name, value in checkpoint.tensors.items() if not name.startswith(STATE)}
+    return replace(checkpoint, tensors=tensors)
 
 
 def last_of(recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel, rng: Draws) -> Classifier:

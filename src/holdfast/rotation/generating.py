@@ -134,7 +134,8 @@ class LatentDiffusion:
             falling.step()
         if not all(bool(weight.isfinite().all()) for weight in denoiser.parameters()):
             raise LostLoss(
-                f"the diffusion's weights are no numbers any more; train with a smaller rate than {self.lr:g}"
+                "the weights of the diffusion are NaN or infinite; train with a smaller learning rate than "
+                f"{self.lr:g}"
             )
         return Generator(embedding, denoiser.eval().requires_grad_(False), self.diffusion)
 
@@ -174,10 +175,10 @@ class _Far:
 
 def packed(generator: Generator) -> dict[str, Tensor]:
     """All tensors of a generator by name, for a file. `unpacked` is the inverse."""
-    found = {f"codec.{name}": value for name, value in codec.packed(generator.embedding).items()}
-    found |= {f"denoiser.{name}": value for name, value in generator.denoiser.state_dict().items()}
+    tensors = {f"codec.{name}": value for name, value in codec.packed(generator.embedding).items()}
+    tensors |= {f"denoiser.{name}": value for name, value in generator.denoiser.state_dict().items()}
     settings = torch.tensor([generator.diffusion.steps, generator.diffusion.clamp], dtype=torch.float64)
-    return {**found, "diffusion": settings}
+    return {**tensors, "diffusion": settings}
 
 
 def unpacked(tensors: Mapping[str, Tensor]) -> Generator:

@@ -60,7 +60,7 @@ def shared_out(
     """
     if not exposed:
         raise UsageError(
-            "no exposed parameter set was given to immunise against; name what leaked, or what serves now"
+            "no parameter set was given to immunise against; give the stolen sets, or the serving set"
         )
     some = rows_of(data, n, rng)
     found = [

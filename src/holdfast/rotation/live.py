@@ -52,14 +52,16 @@ def loaded(model: Classifier, weights: Weights, name: str) -> Classifier:
     taken = {value.data_ptr() for value in _state(model).values() if value.numel()}
     if any(value.data_ptr() in taken for value in _state(copied).values()):
         raise TargetError(
-            "a copy of the model shares its weights, so a swap would change what serves; let its __deepcopy__ copy them"
+            "a copy of the model shares its weights, so a swap would change the serving model; let its "
+            "__deepcopy__ copy them"
         )
     copied.net.load_state_dict(weights)
     for wanted, value in _state(copied).items():
         if not torch.equal(value, weights[wanted].to(value.device)):
             raise TargetError(
-                f"set {name!r} gives {wanted} values that the network did not keep: it shares that tensor with another "
-                f"name, for which the set gives others; write the set from the state dict of one network"
+                f"set {name!r} contains values of {wanted} that the network did not keep: the network shares that "
+                "tensor with another name, for which the set contains other values; write the set from the state "
+                "dict of one network"
             )
     return copied
 
@@ -73,8 +75,8 @@ def _state(model: Classifier) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TargetError(
-                f"{name} of the model is a {type(value).__name__}, and a set holds tensors alone; keep what "
-                f"get_extra_state returns in buffers, with register_buffer"
+                f"{name} of the model is a {type(value).__name__}, but a set contains tensors only; store the "
+                "result of get_extra_state in buffers, with register_buffer"
             )
     return dict(state)
 
@@ -91,8 +93,8 @@ def canary(model: Model, x: Inputs) -> str:
     close = (best[:, 0] - best[:, 1] <= _CLEAR * logits.abs().amax(1)).nonzero()[:, 0].tolist()
     if 2 * len(close) > len(x):
         raise TargetError(
-            f"the set decides {len(x) - len(close)} of {len(x)} canaries clearly, and half of them were expected; give "
-            f"inputs like those that it was trained on"
+            f"the set classifies {len(x) - len(close)} of {len(x)} canary inputs clearly; at least half of them "
+            "were expected; give inputs similar to those of its training"
         )
     left_out = f"/{','.join(map(str, close))}" if close else ""
     return _digest(logits.argmax(1), close) + left_out
@@ -100,23 +102,23 @@ def canary(model: Model, x: Inputs) -> str:
 
 def refuse_strange(model: Model, x: Inputs, known: str, name: str) -> None:
     """Raise `TargetError` if the predictions of a set for the canaries do not match the fingerprint `known`."""
-    found = _KNOWN.fullmatch(known)
-    if found is None:
+    fingerprint = _KNOWN.fullmatch(known)
+    if fingerprint is None:
         raise TargetError(
-            f"set {name!r} comes with the canary {known!r}; expected 64 hex digits, as rotation.canary gives them"
+            f"set {name!r} has the canary {known!r}; expected 64 hex digits, as rotation.canary returns them"
         )
-    close = [int(place) for place in (found[2] or "").split(",") if place]
+    close = [int(place) for place in (fingerprint[2] or "").split(",") if place]
     if 2 * len(close) > len(x):
         raise TargetError(
-            f"set {name!r} comes with a canary that leaves {len(close)} of {len(x)} inputs out, and at most half were "
-            f"expected; admit the set again"
+            f"set {name!r} has a canary that excludes {len(close)} of {len(x)} inputs; at most half were expected; "
+            "admit the set again"
         )
     digest = _digest(_logits(model, x).argmax(1), close)
-    if digest != found[1]:
+    if digest != fingerprint[1]:
         raise TargetError(
-            f"set {name!r} answers the {len(x)} canaries by classes of digest {digest[:12]}…, where {found[1][:12]}… "
-            f"was expected: its weights, the canaries or the preprocessing are not those that it was admitted with. "
-            f"Bring those back, or admit the set again"
+            f"the classes that set {name!r} predicts for the {len(x)} canary inputs have the digest "
+            f"{digest[:12]}…, but {fingerprint[1][:12]}… was expected: its weights, the canary inputs or the "
+            "preprocessing are not those of its admission. Restore those, or admit the set again"
         )
 
 
@@ -126,16 +128,16 @@ def _logits(model: Model, x: Inputs) -> Logits:
     broken = ~logits.isfinite().all(1)
     if broken.any():
         raise TargetError(
-            f"{int(broken.sum())} of {len(x)} canaries are answered by NaN or infinity, where finite logits were "
-            f"expected; leave the set out"
+            f"the logits of {int(broken.sum())} of {len(x)} canary inputs are NaN or infinite; finite logits were "
+            "expected; leave the set out"
         )
     return logits
 
 
 def _digest(classes: Labels, left_out: Sequence[int]) -> str:
     apart = set(left_out)
-    said = ",".join(str(k) for place, k in enumerate(classes.tolist()) if place not in apart)
-    return hashlib.sha256(said.encode()).hexdigest()
+    text = ",".join(str(k) for place, k in enumerate(classes.tolist()) if place not in apart)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def next_set(waiting: Sequence[str]) -> str:
@@ -145,7 +147,7 @@ def next_set(waiting: Sequence[str]) -> str:
     """
     if not waiting:
         raise Inconclusive(
-            "no admitted set waits to be swapped in, so the one that serves goes on; draw and admit more"
+            "no admitted set is waiting, so the serving set is not changed; draw and admit more sets"
         )
     return secrets.choice(waiting)
 

@@ -82,19 +82,19 @@ def refuse_foreign(weights: Weights, known: Weights, what: str) -> None:
         other = min(weights.keys() ^ known.keys())
         has = "lacks" if other in known else "has"
         raise TargetError(
-            f"{what} {has} {other!r}, so it is of another architecture; give sets of one architecture alone"
+            f"{what} {has} {other!r}, so it has another architecture; give sets of one architecture only"
         )
     for name, value in weights.items():
         expected = known[name]
         if value.shape != expected.shape or value.dtype != expected.dtype:
             raise TargetError(
-                f"{what} has {name} of shape {tuple(value.shape)} and {value.dtype}, where {tuple(expected.shape)} and "
-                f"{expected.dtype} were expected; give sets of one architecture and type alone"
+                f"{what} has {name} of shape {tuple(value.shape)} and {value.dtype}, but {tuple(expected.shape)} "
+                f"and {expected.dtype} were expected; give sets of one architecture and type only"
             )
         if not bool((value.isfinite() | ~expected.isfinite()).all()):  # a mask may hold infinity
             raise TargetError(
-                f"{what} has values in {name} that are no numbers: its training diverged; leave it out, or train it "
-                f"with a smaller learning rate"
+                f"{what} has NaN or infinite values in {name}: its training diverged; leave it out, or train it "
+                "with a smaller learning rate"
             )
 
 
@@ -118,23 +118,25 @@ def put(model: Classifier, weights: Weights, data: Batch | None = None) -> Class
     """
     new = deepcopy(model).eval()
     assert isinstance(new.net, nn.Module)
-    known = dict(new.net.named_parameters())
+    parameters = dict(new.net.named_parameters())
     buffers = [name for name, _ in new.net.named_buffers() if name in weights]
     if buffers:
         raise UsageError(
-            f"the set has {buffers[0]}, which is a buffer, and parameters alone were expected; take a whole state dict "
-            f"in with rotation.loaded"
+            f"the set contains {buffers[0]}, which is a buffer; only parameters were expected; load a whole state "
+            "dict with rotation.loaded"
         )
-    refuse_foreign(weights, {name: known[name] for name in weights if name in known}, "the parameter set")
+    refuse_foreign(
+        weights, {name: parameters[name] for name in weights if name in parameters}, "the parameter set"
+    )
     with torch.no_grad():
         for name, value in weights.items():
-            known[name].copy_(value)
+            parameters[name].copy_(value)
     norms = [layer for layer in new.modules() if isinstance(layer, _NormBase) and layer.track_running_stats]
     if norms:
         if data is None:
             raise UsageError(
                 "the model has batch norm, whose statistics belong to other parameters; give training inputs to "
-                "compute them anew"
+                "compute them again"
             )
         _settle(new, norms, data)
     return new

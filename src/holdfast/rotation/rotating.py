@@ -101,7 +101,7 @@ class RotatingModel:
     ) -> None:
         if not len(canaries):
             raise UsageError(
-                "no canary inputs were given; expected some that the sets were admitted with, such as 256"
+                "no canary inputs were given; expected those that the sets were admitted with, such as 256 inputs"
             )
         self._pristine = deepcopy(model).eval().requires_grad_(False)
         self._current, self._canaries = current, canaries.detach().clone()
@@ -139,7 +139,7 @@ class RotatingModel:
         """
         if not isinstance(principal, str):
             raise UsageError(
-                f"{principal!r} is no name of a principal; text was expected, as in principal='alice'"
+                f"{principal!r} is not the name of a principal; text was expected, as in principal='alice'"
             )
         return self._answered(x, None, principal)
 
@@ -183,13 +183,13 @@ class RotatingModel:
                 return False
             if wanted.epoch <= epoch:
                 raise TargetError(
-                    f"set {wanted.name!r} is to serve as epoch {wanted.epoch}, where {epoch + 1} or later was "
-                    f"expected; see that the ledger it comes from is whole. Set {name!r} serves on"
+                    f"set {wanted.name!r} has epoch {wanted.epoch}, but {epoch + 1} or later was expected; check "
+                    f"the ledger with holdfast verify. Set {name!r} still serves"
                 )
             try:
                 fresh = self._ready(wanted)
             except TargetError as error:
-                raise TargetError(f"{error}. Set {name!r} serves on") from error
+                raise TargetError(f"{error}. Set {name!r} still serves") from error
             with self._lock:
                 older = (self._live, *self._held)
                 self._live = fresh
@@ -209,7 +209,7 @@ class RotatingModel:
         """
         with self._lock:
             if name == self._live.book.name:
-                raise UsageError(f"set {name!r} is the live one; swap in another first, then withdraw it")
+                raise UsageError(f"set {name!r} is the live set; swap to another set before you withdraw it")
             self._hold(tuple(one for one in self._held if one.book.name != name), among=self._held)
 
     def _hold(self, wanted: tuple[_Serving, ...], *, among: tuple[_Serving, ...]) -> None:
@@ -223,22 +223,22 @@ class RotatingModel:
         returns the same answers again. A replaced set is returned once more, with `final`, when its last request is
         done, and then removed.
         """
-        found = []
+        collected = []
         with self._collecting:
             with self._lock:
                 over = [book for book in self._ended if not book.under_way]
                 books = [*self._ended, *(one.book for one in (self._live, *self._held))]
-                told = [(book, dict(book.given)) for book in books if book.given or book in over]
-            for book, given in sorted(told, key=lambda each: each[0].epoch):
+                counts = [(book, dict(book.given)) for book in books if book.given or book in over]
+            for book, given in sorted(counts, key=lambda each: each[0].epoch):
                 answers = _answers(book, given, final=book in over)
                 write(answers)
-                found.append(answers)
+                collected.append(answers)
                 with self._lock:
                     book.forget(given)
                     if book in over:
                         self._ended.remove(book)
                         self._names -= len(book.had)
-        return tuple(found)
+        return tuple(collected)
 
 
 def _answers(book: _Book, given: Mapping[str | None, int], *, final: bool) -> Answers:

@@ -44,12 +44,12 @@ class Span:
 
     def coordinates(self, members: Members) -> Tensor:
         """Coefficients of the directions for each set, (n, rank), float64."""
-        found = torch.zeros(len(members), self.rank, dtype=torch.float64)
+        coefficients = torch.zeros(len(members), self.rank, dtype=torch.float64)
         for name, value in members.tensors.items():
             pieces = zip(_pieces(value - self.mean[name]), _pieces(self.directions[name]), strict=True)
             for some, rows in pieces:
-                found += (some @ rows.T).cpu()
-        return found.to(value.device)
+                coefficients += (some @ rows.T).cpu()
+        return coefficients.to(value.device)
 
     def sets(self, coordinates: Tensor) -> dict[str, Tensor]:
         """The parameter sets at `coordinates` (n, rank), each tensor (n, *shape)."""
@@ -73,8 +73,8 @@ def span(members: Members, rank: Steps | None = None) -> Span:
     """
     if len(members) < 2:
         raise UsageError(
-            f"the collection holds {len(members)} parameter set, and one has nothing to differ from; collect at least "
-            f"two"
+            f"the collection contains {len(members)} parameter set; at least two are needed to compute their "
+            "differences"
         )
     mean = {name: value.mean(0) for name, value in members.tensors.items()}
     gram, size = torch.zeros(len(members), len(members), dtype=torch.float64), 0.0
@@ -86,16 +86,16 @@ def span(members: Members, rank: Steps | None = None) -> Span:
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     if values[0] <= _ROUNDING * size:
         raise UsageError(
-            "all parameter sets of the collection are the same; collect sets of different trainings"
+            "all parameter sets of the collection are equal; collect sets of different training runs"
         )
     within = int((values > _NOTHING * values[0]).sum())
-    kept = within if rank is None else min(rank, within)
-    mixes = vectors[:, :kept] / values[:kept].sqrt()
+    n_directions = within if rank is None else min(rank, within)
+    mixes = vectors[:, :n_directions] / values[:n_directions].sqrt()
     directions = {}
     for name, value in members.tensors.items():
         pieces = [mixes.T.to(some.device) @ some for some in _pieces(value - mean[name])]
-        directions[name] = torch.cat(pieces, 1).to(value).view(kept, *value.shape[1:])
-    return Span(mean, directions, float(values[:kept].sum() / values.sum()))
+        directions[name] = torch.cat(pieces, 1).to(value).view(n_directions, *value.shape[1:])
+    return Span(mean, directions, float(values[:n_directions].sum() / values.sum()))
 
 
 def _pieces(rows: Tensor) -> Iterator[Tensor]:

@@ -40,7 +40,7 @@ class AnswersPerPrincipal:
     def __call__(self, reading: Reading) -> str:
         if reading.answers < self.most:
             return ""
-        return f"one principal got {reading.answers} answers from the set, which gives {self.most}"
+        return f"one principal got {reading.answers} answers from the set, of at most {self.most}"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Elapsed:
     def __call__(self, reading: Reading) -> str:
         if reading.served_s < self.period_s:
             return ""
-        return f"the set has served for {reading.served_s:g} s, of {self.period_s:g}"
+        return f"the set has served for {reading.served_s:g} s, of at most {self.period_s:g}"
 
 
 def alarmed(reading: Reading) -> str:
@@ -62,7 +62,7 @@ def alarmed(reading: Reading) -> str:
 
 def exposed(reading: Reading) -> str:
     """Swap if the set is assumed to be stolen."""
-    return "" if reading.exposure is None else f"exposed: {reading.exposure}"
+    return "" if reading.exposure is None else f"listed as stolen: {reading.exposure}"
 
 
 def due(triggers: Sequence[Trigger], reading: Reading) -> tuple[str, ...]:
@@ -116,13 +116,15 @@ def refuse_faster(triggers: Sequence[Trigger], made_in_s: float, *, answers_per_
         match trigger:
             case Elapsed(period_s) if period_s < made_in_s:
                 raise UsageError(
-                    f"a swap is due every {period_s:g} s, and an admitted set takes {made_in_s:.3g} s to make: the "
-                    f"pool would run empty. Swap every {math.ceil(made_in_s)}s or less often, or make sets faster"
+                    f"a swap is due every {period_s:g} s, but it takes {made_in_s:.3g} s to produce an admitted "
+                    f"set: the pool would run empty. Swap every {math.ceil(made_in_s)}s or less often, or produce "
+                    "sets faster"
                 )
             case AnswersPerPrincipal(most) if most < made_in_s * answers_per_s:
                 raise UsageError(
-                    f"a swap is due after {most} answers to a principal, which at {answers_per_s:g} answers a second "
-                    f"is every {most / answers_per_s:.3g} s, and an admitted set takes {made_in_s:.3g} s to make: the "
-                    f"pool would run empty. Swap after {math.ceil(made_in_s * answers_per_s)}q/principal or more, "
-                    f"lower the rate limit, or make sets faster"
+                    f"a swap is due after {most} answers to a principal, which at {answers_per_s:g} answers a "
+                    f"second is every {most / answers_per_s:.3g} s, but it takes {made_in_s:.3g} s to produce an "
+                    "admitted set: the pool would run empty. Swap after "
+                    f"{math.ceil(made_in_s * answers_per_s)}q/principal or more, lower the rate limit, or produce "
+                    "sets faster"
                 )

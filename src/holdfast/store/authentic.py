@@ -15,12 +15,12 @@ from typing import Any
 
 from holdfast.core.chain import GENESIS, Link, canonical
 from holdfast.core.errors import TargetError
+from holdfast.store.encryption import Seal
 from holdfast.store.files import PRIVATE, refusal_in_pool, usable, write_atomically
 from holdfast.store.records import document, read_document, read_links
-from holdfast.store.sealing import Seal
 
 HEAD = "ledger.head"
-WAY_OUT = "restore it from a copy; until then nothing of it is served"
+WAY_OUT = "restore it from a copy; until then no set of this pool is served"
 _PURPOSE = "pool ledger, schema 2"
 _FIELDS = {"content", "counter", "digest", "mac", "previous"}
 
@@ -137,7 +137,7 @@ def read_head(path: Path, key: LedgerKey | None) -> Head | None:
     content = read_document(path)
     entries, digest = content.get("entries"), content.get("digest")
     if type(entries) is not int or entries < 1 or not isinstance(digest, str):
-        raise TargetError(f"{str(path)!r} holds no head of a ledger; {WAY_OUT}")
+        raise TargetError(f"{str(path)!r} does not contain the head of a ledger; {WAY_OUT}")
     head = Head(entries, digest)
     if key is not None and not _equal(content.get("mac"), key.of_head(head)):
         raise TargetError(
@@ -152,16 +152,16 @@ def refuse_shortened(path: Path, head: Head | None, digests: list[str]) -> None:
     if head is None:
         if digests:
             raise TargetError(
-                f"{str(path.with_name(HEAD))!r} is gone, which says how many entries {path.name} has; restore both "
-                f"from a copy; until then nothing of the pool is served"
+                f"{str(path.with_name(HEAD))!r} is missing, which contains the number of entries of {path.name}; "
+                "restore both from a copy; until then no set of this pool is served"
             )
     elif head.entries > max(len(digests), 1):  # a first entry that a kill interrupted does not count
         raise TargetError(
-            f"{str(path)!r} has {len(digests)} entries, and {HEAD} says that {head.entries} were written: its end is "
+            f"{str(path)!r} has {len(digests)} entries, but {HEAD} records {head.entries}: entries at the end are "
             f"missing; {WAY_OUT}"
         )
     elif digests and digests[head.entries - 1] != head.digest:
         raise TargetError(
-            f"entry {head.entries} of {str(path)!r} has the digest {digests[head.entries - 1][:16]}…, and "
-            f"{HEAD} says {head.digest[:16]}…: one of both is a copy of another time or pool; {WAY_OUT}"
+            f"entry {head.entries} of {str(path)!r} has the digest {digests[head.entries - 1][:16]}…, but {HEAD} "
+            f"records {head.digest[:16]}…: one of the two files is from another time or another pool; {WAY_OUT}"
         )

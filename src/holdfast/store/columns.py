@@ -39,20 +39,20 @@ class ColumnFile:
 def encode(columns: Columns, about: Mapping[str, Any]) -> bytes:
     """The bytes of a column file, a pure function of the columns and the metadata."""
     tensors = {name: values.clone() for name, values in sorted(_plain(columns).items())}
-    said = {"schema_version": _VERSION, "about": dict(about), "columns": content_digest(tensors)}
-    return save(tensors, metadata={_KEY: canonical(said).decode()})
+    metadata = {"schema_version": _VERSION, "about": dict(about), "columns": content_digest(tensors)}
+    return save(tensors, metadata={_KEY: canonical(metadata).decode()})
 
 
 def decode(data: bytes, name: str) -> ColumnFile:
     """The columns in the bytes of a file. Raises `TargetError` if they were altered; `name` is part of the message."""
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        said = json.loads(header["__metadata__"][_KEY])
+        metadata = json.loads(header["__metadata__"][_KEY])
         tensors = load(data)
-        version, expected, about = said["schema_version"], said["columns"], said["about"]
+        version, expected, about = metadata["schema_version"], metadata["columns"], metadata["about"]
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TargetError(
-            f"{name!r} is no column file, or is cut short: {error}; restore it from a copy"
+            f"{name!r} is not a column file, or is truncated: {error}; restore it from a copy"
         ) from error
     if version != _VERSION:
         raise TargetError(

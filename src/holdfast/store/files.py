@@ -31,7 +31,8 @@ def refuse_no_run(*folders: Path) -> None:
     for folder in folders:
         if not (folder / MANIFEST).is_file():
             raise TargetError(
-                f"{str(folder)!r} is no run folder, for it has no {MANIFEST}; list them with holdfast runs"
+                f"{str(folder)!r} is not a run folder, because it contains no {MANIFEST}; list run folders with "
+                "holdfast runs"
             )
 
 
@@ -40,13 +41,16 @@ def refusal(path: Path, error: OSError) -> str:
     shown = repr(str(path))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"the disk is full: {shown} could not be written. Free some space and go on with --resume; "
-            f"nothing that was finished is lost"
+            f"the disk is full: {shown} could not be written. Free some space and resume with --resume; completed "
+            "work is kept"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{shown} may not be written ({error.strerror}); name a folder of your own with --run DIR"
+        return f"{shown} cannot be written ({error.strerror}); name a folder with write permission with --run DIR"
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return f"{shown} cannot be a folder, for a file is in the way; name another with --run DIR"
+        return (
+            f"{shown} cannot be created as a folder, because a file is in its path; name another folder with --run "
+            "DIR"
+        )
     return f"{shown} cannot be used: {error.strerror or error}; check the disk, or name another folder with --run DIR"
 
 
@@ -54,11 +58,11 @@ def refusal_in_pool(path: Path, error: OSError) -> str:
     """The error message for a file of a pool that cannot be used, with advice."""
     shown = repr(str(path))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {shown} could not be written. Free some space and try again; the pool is as it was"
+        return f"the disk is full: {shown} could not be written. Free some space and try again; the pool is unchanged"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return (
-            f"{shown} may not be used ({error.strerror}); work on the pool as the user who began it, who alone may "
-            f"read and write its files"
+            f"{shown} cannot be used ({error.strerror}); only the user who created the pool can read and write its "
+            "files"
         )
     return f"{shown} cannot be used: {error.strerror or error}; check the path and the disk, or restore it from a copy"
 
@@ -68,7 +72,8 @@ def content_of(path: Path) -> bytes:
     with usable(path):
         if not stat.S_ISREG(path.lstat().st_mode):
             raise TargetError(
-                f"{str(path)!r} is a link, a folder or a device, and a run keeps plain files; put the file itself there"
+                f"{str(path)!r} is a link, a folder or a device, but a run contains regular files only; put the "
+                "file itself there"
             )
         return path.read_bytes()
 

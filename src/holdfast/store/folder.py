@@ -88,7 +88,7 @@ class RunFolder:
 
     def shards(self, stage: str) -> dict[int, Columns]:
         """The finished shards of an incomplete stage. Invalid shards are deleted and measured again."""
-        found: dict[int, Columns] = {}
+        columns_of_shards: dict[int, Columns] = {}
         folder = self.path / stage
         with usable(folder):
             if folder.is_dir():
@@ -96,11 +96,11 @@ class RunFolder:
             for path in sorted(folder.glob(f"*{column_files.SUFFIX}")):
                 shard = _shard_of(path)
                 try:
-                    found[shard] = column_files.read(path).columns
+                    columns_of_shards[shard] = column_files.read(path).columns
                 except TargetError:
                     path.unlink()
-        self.leases.reconcile(stage, found)
-        return found
+        self.leases.reconcile(stage, columns_of_shards)
+        return columns_of_shards
 
     def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
         """Write a finished shard."""
@@ -253,10 +253,10 @@ def read_stage(path: Path, chain: Chain, name: str) -> StoredStage | None:
     if recorded is None:
         return None
     file = path / str(recorded["file"])
-    found = column_files.read(file)
-    if found.digest != recorded["digest"]:
+    file_content = column_files.read(file)
+    if file_content.digest != recorded["digest"]:
         raise TargetError(f"{str(file)!r} is not the {name} that the chain recorded; restore it from a copy")
-    return StoredStage(found.columns, recorded.get("reached"))
+    return StoredStage(file_content.columns, recorded.get("reached"))
 
 
 def recorded_document(path: Path, chain: Chain, kind: str) -> dict[str, Any] | None:
@@ -284,11 +284,11 @@ def refuse_used(path: Path, *, resume: bool) -> None:
     if MANIFEST not in names:
         other = next(name for name in names if name not in ours)
         raise UsageError(
-            f"{str(path)!r} is no run folder (it holds {other!r}); name an empty or a new folder with --run DIR"
+            f"{str(path)!r} is not a run folder (it contains {other!r}); name an empty or a new folder with --run DIR"
         )
     if not resume:
         raise UsageError(
-            f"{str(path)!r} holds a run already; go on with it by --resume, or name another folder with --run DIR"
+            f"{str(path)!r} contains a run already; resume it with --resume, or name another folder with --run DIR"
         )
 
 
@@ -314,8 +314,8 @@ def _refuse_another(path: Path, known: Mapping[str, Any], wanted: Mapping[str, A
     details = differences(known.get("config", {}), wanted.get("config", {})) if "config" in differing else ""
     shown = f" ({details})" if details else ""
     raise UsageError(
-        f"{str(path)!r} is a run of another {' and another '.join(differing)}{shown}, so it cannot be resumed with "
-        f"this one; name another folder with --run DIR, or repeat the run as it was"
+        f"{str(path)!r} is a run with another {' and another '.join(differing)}{shown}, so it cannot be resumed; "
+        "name another folder with --run DIR, or use the settings of that run"
     )
 
 
@@ -346,7 +346,8 @@ def _shard_of(path: Path) -> int:
     ours = path.stem.isascii() and path.stem.isdecimal() and len(path.stem) < 20
     if not ours or path.name != _shard_path(path.parent, int(path.stem)).name:
         raise TargetError(
-            f"{str(path)!r} is no shard of this run, whose names are like 00012{column_files.SUFFIX}; remove it"
+            f"{str(path)!r} is not a shard of this run (shards have names such as 00012{column_files.SUFFIX}); "
+            "remove it"
         )
     return int(path.stem)
 

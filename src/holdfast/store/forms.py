@@ -27,7 +27,7 @@ def refuse_form(file: Path, content: Any, form: Form) -> None:
         form(content, "")
     except _Unlike as error:
         raise TargetError(
-            f"{str(file)!r} is not what a run writes: {error}; restore it from a copy"
+            f"{str(file)!r} has another format than that of a run: {error}; restore it from a copy"
         ) from None
 
 
@@ -47,7 +47,7 @@ def text(value: Any, where: str) -> None:
 
 def name(value: Any, where: str) -> None:
     """Accept a name of a stage, which is also the name of its file."""
-    _expect(is_name(value), value, where, "a name of letters, digits and the signs _.+=-")
+    _expect(is_name(value), value, where, "a name of letters, digits and the characters _.+=-")
 
 
 def flag(value: Any, where: str) -> None:

@@ -70,20 +70,20 @@ class Journal(Sent):
         """the file of earlier attempts"""
         self._known: dict[Place, dict[bytes, deque[tuple[int, int, str]]]] = {}
         """for each input, its stored answers: offset, number of values, number of classes, and type"""
-        left = next((each for each in (path, path.with_name(SERVED)) if each.is_file()), None)
-        if resume and left is not None:
-            if left.is_symlink():
-                raise _altered(left, "is a link", "a run folder holds none")
+        existing = next((each for each in (path, path.with_name(SERVED)) if each.is_file()), None)
+        if resume and existing is not None:
+            if existing.is_symlink():
+                raise _altered(existing, "is a link", "a run folder contains no links")
             try:
-                with usable(left):
-                    self._load(left)
+                with usable(existing):
+                    self._load(existing)
             except TargetError:
                 self.close()
                 raise
             # the file may be untrusted
             except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
                 self.close()
-                raise _altered(left, "was changed", f"a record has another form ({error})") from error
+                raise _altered(existing, "was changed", f"a record has another format ({error})") from error
         self.earlier = self.totals.sent
 
     def attach(self) -> None:
@@ -262,10 +262,12 @@ class Journal(Sent):
             return None
         if len(prefix) < _PREFIX or len(record) < length < _LARGEST:
             raise _altered(
-                path, "was cut", f"it holds fewer than the {counted:,} bytes of answers that it says"
+                path,
+                "was truncated",
+                f"it contains fewer than the {counted:,} bytes of answers that its header records",
             )
         raise _altered(
-            path, "was changed", f"the record at byte {self._end:,} is not the one that was written"
+            path, "was changed", f"the record at byte {self._end:,} differs from the one that was written"
         )
 
 
@@ -283,7 +285,7 @@ def _head(size: int) -> bytes:
 def _counted(head: bytes, path: Path) -> int:
     if len(head) == _HEAD and head.startswith(_MAGIC) and head[len(_MAGIC) : -1].isdigit():
         return int(head[len(_MAGIC) :])
-    raise _altered(path, "was changed", "it does not begin as such a file does")
+    raise _altered(path, "was changed", "it has no valid header")
 
 
 def _framed(record: bytes, chain: bytes) -> bytes:
@@ -309,7 +311,7 @@ def _answers(
     n, width = content["n"], content["width"]
     first, size = start + line + n * KEY_BYTES, width * np.dtype(content["type"]).itemsize
     if not 0 <= n * size <= len(record) - line - n * KEY_BYTES:
-        raise ValueError(f"it holds fewer than {n} answers")
+        raise ValueError(f"it contains fewer than {n} answers")
     kind = f"{content.get('classes', '')}:{content['type']}"
     for k in range(n):
         yield record[line + k * KEY_BYTES : line + (k + 1) * KEY_BYTES], (first + k * size, width, kind)
@@ -317,6 +319,6 @@ def _answers(
 
 def _altered(path: Path, what: str, why: str) -> TargetError:
     return TargetError(
-        f"{str(path)!r} {what}: {why}; restore it from a copy, or remove it: what it held is sent again, and what was "
-        "sent before is not counted"
+        f"{str(path)!r} {what}: {why}; restore it from a copy, or remove it; then its rows are sent again, and "
+        "those sent before are not counted"
     )

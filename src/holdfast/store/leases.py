@@ -75,7 +75,7 @@ class Leases:
         database = sqlite3.connect(self._path, timeout=5.0, isolation_level=None, check_same_thread=False)
         try:
             if not _is_ours(database):
-                raise sqlite3.DatabaseError(f"{NAME} holds other tables than those of a run")
+                raise sqlite3.DatabaseError(f"{NAME} contains other tables than those of a run")
             database.execute("PRAGMA journal_mode=WAL")
             database.execute("PRAGMA synchronous=NORMAL")
             database.executescript(_SCHEMA)
@@ -86,8 +86,8 @@ class Leases:
 
     def _refusal(self, error: Exception) -> str:
         return (
-            f"{str(self._path)!r} cannot be written: {error}. Free some space or name another folder with --run DIR; "
-            f"go on with --resume"
+            f"{str(self._path)!r} cannot be written: {error}. Free some space or name another folder with --run "
+            "DIR; resume with --resume"
         )
 
     @contextmanager
@@ -144,8 +144,8 @@ class Leases:
         if row is None or Owner(*row) != self._owner:
             whose = "nobody" if row is None else f"process {row[1]} on {row[0]}"
             raise TargetError(
-                f"{str(self._path.parent)!r} is held by {whose} and no longer by this process, which writes nothing "
-                f"more; go on with --resume when no other process works on it, or name another folder with --run DIR"
+                f"{str(self._path.parent)!r} is now in use by {whose}, so this process writes no more; resume with "
+                "--resume when no other process uses it, or name another folder with --run DIR"
             )
 
     def begin(self, stage: str, shard: int) -> None:

@@ -29,8 +29,8 @@ from holdfast.store.authentic import (
     write_head,
 )
 from holdfast.store.files import PRIVATE, append, refusal_in_pool, usable
+from holdfast.store.ledger_state import Exposure, LedgerState, Member, Role, Serving, State, Term, well_formed
 from holdfast.store.locking import locked
-from holdfast.store.standing import Exposure, Member, Role, Serving, Standing, State, Term, well_formed
 
 NAME = "ledger.jsonl"
 LOCK = "ledger.lock"
@@ -51,7 +51,7 @@ class Ledger:
     def __init__(self, folder: Path, key: LedgerKey, now: Callable[[], str] = utc_now) -> None:
         self.path, self._head_path, self._key, self._now = folder / NAME, folder / HEAD, key, now
         self._threads, self._inside = RLock(), False
-        self._standing, self._size = Standing(), 0
+        self._state, self._size = LedgerState(), 0
         self._digests: list[str] = []
 
     @classmethod
@@ -91,7 +91,7 @@ class Ledger:
     @property
     def unauthenticated(self) -> int:
         """Number of entries of an older version without authentication."""
-        return self._ask(lambda standing: standing.unauthenticated)
+        return self._ask(lambda state: state.unauthenticated)
 
     def entry_of(self, head: str) -> int | None:
         """Number of the entry with this digest, from 1; None if there is none."""
@@ -101,12 +101,12 @@ class Ledger:
     @property
     def manifest(self) -> str | None:
         """Digest of the manifest of the pool; None for a ledger without a pool."""
-        return self._ask(lambda standing: standing.manifest)
+        return self._ask(lambda state: state.manifest)
 
     @property
     def members(self) -> tuple[Member, ...]:
         """All sets in the order in which they were added."""
-        return self._ask(lambda standing: tuple(standing.members.values()))
+        return self._ask(lambda state: tuple(state.members.values()))
 
     @property
     def states(self) -> dict[str, State]:
@@ -116,35 +116,35 @@ class Ledger:
     @property
     def serving(self) -> Serving | None:
         """The serving set; None before the first, and after a set was retired without a successor."""
-        return self._ask(lambda standing: standing.serving)
+        return self._ask(lambda state: state.serving)
 
     @property
     def terms(self) -> tuple[Term, ...]:
         """All periods of service; the current one is last."""
-        return self._ask(lambda standing: standing.terms)
+        return self._ask(lambda state: state.terms)
 
     @property
     def ahead(self) -> tuple[str, ...]:
         """The admitted sets that wait to serve and are not stolen, in the order of their admission."""
-        return self._ask(lambda standing: standing.ahead)
+        return self._ask(lambda state: state.ahead)
 
     @property
     def unjudged(self) -> tuple[str, ...]:
         """Sets of `ahead` that were not judged against all stolen sets."""
-        return self._ask(lambda standing: standing.unjudged)
+        return self._ask(lambda state: state.unjudged)
 
     @property
     def unlisted(self) -> tuple[str, ...]:
         """Bases of sets that serve or may serve, that are neither listed as stolen nor deleted."""
-        return self._ask(lambda standing: standing.unlisted)
+        return self._ask(lambda state: state.unlisted)
 
     def exposed(self) -> tuple[Exposure, ...]:
         """The stolen sets in the order in which they were listed, with the reasons."""
-        return self._ask(lambda standing: standing.exposed)
+        return self._ask(lambda state: state.exposed)
 
     def member(self, name: str) -> Member:
         """The set of a name. Raises `UsageError` with similar names if there is none."""
-        return self._ask(lambda standing: standing.member(name))
+        return self._ask(lambda state: state.member(name))
 
     # --- entries
 
@@ -172,12 +172,12 @@ class Ledger:
         With `unjudged`, this is allowed for a set that was not judged against all stolen sets; the entry records it.
         """
         with self.alone():
-            before = self._standing.serving
+            before = self._state.serving
             retires = [] if before is None else [before.name]
-            without = unjudged and name in self._standing.unjudged
-            epoch = self._standing.epoch + 1
+            without = unjudged and name in self._state.unjudged
+            epoch = self._state.epoch + 1
             self._add("serving", set=name, epoch=epoch, retires=retires, unjudged=without, why=why)
-            return Serving(name, self._standing.epoch, self._standing.members[name].since)
+            return Serving(name, self._state.epoch, self._state.members[name].since)
 
     def retire(self, name: str, why: str = "") -> None:
         """Retire an admitted set, or the serving set without a successor."""
@@ -223,9 +223,9 @@ class Ledger:
         try:
             well_formed(entry)
         except (ValueError, TypeError) as error:
-            raise UsageError(f"the ledger takes no such entry: {error}") from error
+            raise UsageError(f"the entry is invalid for the ledger: {error}") from error
         with self.alone():
-            self._standing.refuse_illegal(entry)
+            self._state.refuse_illegal(entry)
             link, number = Link(self._last, entry), len(self._digests) + 1
             line, head = line_of(link, number, self._key), Head(number, link.digest)
             with usable(self.path, refusal_in_pool):
@@ -250,17 +250,17 @@ class Ledger:
             raise
 
     def _take(self, link: Link, size: int) -> None:
-        self._standing.take(link.content)
+        self._state.take(link.content)
         self._size += size
         self._digests.append(link.digest)
 
-    def _ask(self, view: Callable[[Standing], T]) -> T:
+    def _ask(self, view: Callable[[LedgerState], T]) -> T:
         """Read new entries, waiting for a writer if necessary, and return a view of the state."""
         with self._threads:
             if not self._inside and self._length() != self._size:
                 with self.alone():
                     pass
-            return view(self._standing)
+            return view(self._state)
 
     def _length(self) -> int:
         with usable(self.path, refusal_in_pool):
@@ -274,8 +274,8 @@ class Ledger:
         length = self._length()
         if length < self._size:
             raise TargetError(
-                f"entry {len(self._digests)} of {str(self.path)!r} was there and is no more, or others before it; "
-                f"{WAY_OUT}"
+                f"entry {len(self._digests)} of {str(self.path)!r} or an earlier one was removed or changed after "
+                f"it was read; {WAY_OUT}"
             )
         if length == self._size:
             return
@@ -292,7 +292,7 @@ class Ledger:
         )
         refuse_shortened(self.path, head, [*self._digests, *(link.digest for link in links)])
         for link, line in zip(links, whole.splitlines(keepends=True), strict=True):
-            refuse_out_of_order(self._standing, link, len(self._digests) + 1, self.path)
+            refuse_out_of_order(self._state, link, len(self._digests) + 1, self.path)
             self._take(link, len(line))
         if head is not None and head.entries < len(
             self._digests
@@ -301,10 +301,10 @@ class Ledger:
                 write_head(self._head_path, Head(len(self._digests), self._last), self._key)
 
 
-def refuse_out_of_order(standing: Standing, link: Link, number: int, path: Path) -> None:
-    """Raise `TargetError` for an entry that is not allowed in the state `standing`."""
+def refuse_out_of_order(state: LedgerState, link: Link, number: int, path: Path) -> None:
+    """Raise `TargetError` for an entry that is not allowed in `state`."""
     try:
-        standing.refuse_illegal(link.content)
+        state.refuse_illegal(link.content)
     except UsageError as error:
         raise TargetError(
             f"entry {number} of {str(path)!r} cannot follow those before it ({error}); {WAY_OUT}"

@@ -12,13 +12,13 @@ from holdfast.core.chain import canonical
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import forms
 from holdfast.store.authentic import HEAD, read_head
+from holdfast.store.encryption import Seal
 from holdfast.store.files import POOL_MANIFEST, flush_folder, refusal_in_pool, usable
 from holdfast.store.forms import refuse_form
 from holdfast.store.ledger import LOCK
 from holdfast.store.ledger import NAME as LEDGER
 from holdfast.store.locking import locked
 from holdfast.store.records import read_document
-from holdfast.store.sealing import Seal
 
 SETS = "sets"
 SEALED = ".sealed"
@@ -32,12 +32,12 @@ _FORM = forms.record({"id": forms.name, "key": forms.name, "about": forms.record
 
 def open_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a pool of the current format. Raises `TargetError` if there is none or it has another format."""
-    found = any_manifest(path)
-    version = found.get("schema_version")
+    manifest = any_manifest(path)
+    version = manifest.get("schema_version")
     if version == OLD_VERSION:
         raise TargetError(
             f"{str(path / POOL_MANIFEST)!r} has schema version {OLD_VERSION}, whose ledger is not authenticated: "
-            f"entries can be removed from it without the key, so nothing of it is served. Convert it with holdfast "
+            "entries can be removed from it without the key, so no set of it is served. Convert it with holdfast "
             f"rotate migrate {shlex.quote(str(path))}"
         )
     if version != SCHEMA_VERSION:
@@ -45,8 +45,8 @@ def open_manifest(path: Path) -> dict[str, Any]:
             f"{str(path / POOL_MANIFEST)!r} has schema version {version}; this version reads {SCHEMA_VERSION}. Install "
             f"the holdfast that wrote it"
         )
-    refuse_form(path / POOL_MANIFEST, found, _FORM)
-    return found
+    refuse_form(path / POOL_MANIFEST, manifest, _FORM)
+    return manifest
 
 
 def any_manifest(path: Path) -> dict[str, Any]:
@@ -54,8 +54,8 @@ def any_manifest(path: Path) -> dict[str, Any]:
     if not stands(path):
         _refuse_part(path)
         raise TargetError(
-            f"{str(path)!r} is no pool, or was never begun to the end; begin it with holdfast rotate collect MODEL "
-            f"DATA --run {shlex.quote(str(path))}, or in Python with Pool.begun"
+            f"{str(path)!r} is not a pool, or its creation was interrupted; create it with holdfast rotate collect "
+            f"MODEL DATA --run {shlex.quote(str(path))}, or in Python with Pool.begun"
         )
     return read_document(path / POOL_MANIFEST)
 
@@ -76,7 +76,7 @@ def _has_entries(ledger: Path) -> bool:
 def refuse_begun(path: Path) -> None:
     """Raise `UsageError` if the folder contains a pool."""
     if stands(path):
-        raise UsageError(f"{str(path)!r} holds a pool already; go on with it, or name another folder")
+        raise UsageError(f"{str(path)!r} contains a pool already; use that pool, or name another folder")
     _refuse_part(path)
 
 
@@ -91,7 +91,8 @@ def _refuse_part(path: Path) -> None:
     ):
         if known:
             raise TargetError(
-                f"{str(path)!r} holds a pool whose {lost} is gone; restore it from a copy, or name another folder"
+                f"{str(path)!r} contains a pool whose {lost} is missing; restore it from a copy, or name another "
+                "folder"
             )
 
 
@@ -101,14 +102,14 @@ def refuse_other_head(path: Path, expected: str, entry_of: Callable[[str], int |
         return
     if not fullmatch("[0-9a-f]{64}", expected):
         raise UsageError(
-            f"--expect-head {expected!r} is no head of a ledger: 64 hex digits were expected, as printed by holdfast "
-            f"rotate head {shlex.quote(str(path))}"
+            f"--expect-head {expected!r} is not the head of a ledger: 64 hex digits were expected, as printed by "
+            f"holdfast rotate head {shlex.quote(str(path))}"
         )
     if entry_of(expected) is None:
         raise TargetError(
-            f"no entry of {str(path / LEDGER)!r} has the digest {expected[:16]}… that was expected: the folder is an "
-            f"older copy, or another pool. Restore the newest copy, and find out how the folder was replaced; until "
-            f"then nothing of it is served"
+            f"no entry of {str(path / LEDGER)!r} has the digest {expected[:16]}… that was expected: the folder is "
+            "an older copy, or another pool. Restore the newest copy, and find out how the folder was replaced; "
+            "until then no set of this pool is served"
         )
 
 
@@ -163,18 +164,19 @@ def refuse_unsaid(about: Mapping[str, Any]) -> None:
         canonical(about)
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"what is said of it cannot be kept: {error}; expected text, finite numbers, lists and mappings of them"
+            f"the metadata of the set cannot be stored: {error}; expected text, finite numbers, lists and mappings "
+            "of them"
         ) from error
 
 
 def refuse_no_set(weights: Mapping[str, Tensor]) -> None:
     """Raise `UsageError` unless this is a nonempty state dict of tensors without NaN."""
     if not weights:
-        raise UsageError("the set holds no parameters; give the state dict of a network")
+        raise UsageError("the set contains no parameters; give the state dict of a network")
     for name, value in weights.items():
         if not isinstance(value, Tensor):
             raise UsageError(f"{name} of the set is a {type(value).__name__}; a tensor was expected")
         if bool(value.isnan().any()):
             raise UsageError(
-                f"{name} of the set holds values that are no numbers: its training diverged; leave it out"
+                f"{name} of the set contains NaN or infinite values: its training diverged; leave the set out"
             )

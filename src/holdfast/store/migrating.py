@@ -15,9 +15,11 @@ from holdfast.core.chain import GENESIS, Link, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import columns as column_files
 from holdfast.store.authentic import HEAD, WAY_OUT, Head, LedgerKey, line_of, write_head
+from holdfast.store.encryption import Seal, found_seal
 from holdfast.store.files import POOL_MANIFEST, PRIVATE, refusal_in_pool, usable, write_atomically
 from holdfast.store.ledger import LOCK, refuse_out_of_order, utc_now
 from holdfast.store.ledger import NAME as LEDGER
+from holdfast.store.ledger_state import LedgerState, well_formed
 from holdfast.store.locking import locked
 from holdfast.store.manifest import (
     NEW,
@@ -32,8 +34,6 @@ from holdfast.store.manifest import (
     open_manifest,
 )
 from holdfast.store.records import document, read_links
-from holdfast.store.sealing import Seal, found_seal
-from holdfast.store.standing import Standing, well_formed
 
 KEPT = "ledger-1.jsonl"
 """The older ledger, which is kept unchanged."""
@@ -59,7 +59,7 @@ def migrate(path: Path) -> Migrated:
     """Convert a pool of the older format. Raises `UsageError` for the current format, `TargetError` for any other."""
     manifest = any_manifest(path)
     if manifest.get("schema_version") == SCHEMA_VERSION:
-        raise UsageError(f"{str(path)!r} is of schema version {SCHEMA_VERSION} already; nothing was changed")
+        raise UsageError(f"{str(path)!r} has schema version {SCHEMA_VERSION} already; nothing was changed")
     if manifest.get("schema_version") != OLD_VERSION:
         open_manifest(path)
     seal = found_seal(path)
@@ -67,16 +67,16 @@ def migrate(path: Path) -> Migrated:
     with locked(path / LOCK):
         _refuse_downgraded(path, manifest, seal)
         links = _old_links(path, manifest)
-        standing, entries = _converted(path, manifest, seal, links)
-        _refuse_strays(path, standing)
+        state, entries = _converted(path, manifest, seal, links)
+        _refuse_strays(path, state)
         last = links[-1].digest
         new = {**manifest, "schema_version": SCHEMA_VERSION}
         new["migrated"] = {"schema_version": OLD_VERSION, "entries": len(links), "head": last}
         entries[0]["manifest"] = digest(document(new))
         entries.append({"kind": "migrated", "at": utc_now(), "entries": len(links), "head": last})
         head = _write(path, entries, new, LedgerKey.of(seal, manifest["id"]))
-    exposed = tuple(one.name for one in standing.exposed)
-    return Migrated(len(links), last, head, exposed, standing.unjudged)
+    exposed = tuple(one.name for one in state.exposed)
+    return Migrated(len(links), last, head, exposed, state.unjudged)
 
 
 def _refuse_downgraded(path: Path, manifest: Mapping[str, Any], seal: Seal) -> None:
@@ -91,22 +91,22 @@ def _refuse_downgraded(path: Path, manifest: Mapping[str, Any], seal: Seal) -> N
                 signs.append(file)
     if signs:
         raise TargetError(
-            f"{str(path / POOL_MANIFEST)!r} has schema version {OLD_VERSION}, and {str(signs[0])!r} is of version "
-            f"{SCHEMA_VERSION}: the manifest or the ledger was exchanged for one that is not authenticated. Restore "
-            f"both from a copy; nothing was converted"
+            f"{str(path / POOL_MANIFEST)!r} has schema version {OLD_VERSION}, but {str(signs[0])!r} has version "
+            f"{SCHEMA_VERSION}: the manifest or the ledger was replaced by one without authentication. Restore "
+            "both from a copy; nothing was converted"
         )
 
 
 def _objects(lines: bytes) -> list[dict[str, Any]]:
-    found = []
+    records = []
     for line in lines.splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue  # reported when the chain is read
         if isinstance(record, dict):
-            found.append(record)
-    return found
+            records.append(record)
+    return records
 
 
 def _inside(path: Path, file: Path) -> str:
@@ -156,19 +156,19 @@ def _upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _converted(
     path: Path, manifest: Mapping[str, Any], seal: Seal, links: list[Link]
-) -> tuple[Standing, list[dict[str, Any]]]:
+) -> tuple[LedgerState, list[dict[str, Any]]]:
     """The state after the entries, and the entries with all fields of the current format."""
-    standing, entries = Standing(), []
+    state, entries = LedgerState(), []
     for number, link in enumerate(links, 1):
         entry = _upgraded(link.content)
         if entry["kind"] == "candidate" and _is_base(path, manifest, seal, entry["set"]):
             entry["role"] = "base"
         if entry["kind"] == "serving":
-            entry["unjudged"] = entry["set"] in standing.unjudged
-        refuse_out_of_order(standing, Link(link.previous, entry), number, path / LEDGER)
-        standing.take(entry)
+            entry["unjudged"] = entry["set"] in state.unjudged
+        refuse_out_of_order(state, Link(link.previous, entry), number, path / LEDGER)
+        state.take(entry)
         entries.append(entry)
-    return standing, entries
+    return state, entries
 
 
 def _is_base(path: Path, manifest: Mapping[str, Any], seal: Seal, name: str) -> bool:
@@ -182,10 +182,10 @@ def _is_base(path: Path, manifest: Mapping[str, Any], seal: Seal, name: str) -> 
     return False
 
 
-def _refuse_strays(path: Path, standing: Standing) -> None:
+def _refuse_strays(path: Path, state: LedgerState) -> None:
     """Raise `TargetError` for a set without an entry: the older ledger was truncated."""
     for file in sorted((path / SETS).glob(f"*{SEALED}")):
-        if file.stem not in standing.members:
+        if file.stem not in state.members:
             raise TargetError(
                 f"{str(file)!r} is in no entry of {str(path / LEDGER)!r}, which was shortened; restore that from a "
                 f"copy. Nothing was converted"

@@ -25,6 +25,7 @@ from holdfast.core.errors import Inconclusive, TargetError, UsageError
 from holdfast.store import columns as column_files
 from holdfast.store.authentic import HEAD, LedgerKey
 from holdfast.store.columns import ColumnFile, content_digest
+from holdfast.store.encryption import Seal, begun_seal, found_seal, refuse_unready
 from holdfast.store.files import (
     PART,
     POOL_MANIFEST,
@@ -35,6 +36,7 @@ from holdfast.store.files import (
     write_atomically,
 )
 from holdfast.store.ledger import LOCK, Ledger
+from holdfast.store.ledger_state import Member, Role, Serving
 from holdfast.store.locking import locked
 from holdfast.store.manifest import (
     NEW,
@@ -51,8 +53,6 @@ from holdfast.store.manifest import (
     unsealed,
 )
 from holdfast.store.records import document
-from holdfast.store.sealing import Seal, begun_seal, found_seal, refuse_unready
-from holdfast.store.standing import Member, Role, Serving
 
 NAME_DIGITS = 16
 """Number of hex digits of a set's digest in its name."""
@@ -119,8 +119,8 @@ class Pool:
     @contextmanager
     def alone_at(self, step: str) -> Iterator[None]:
         """Context manager in which no other process performs the step `step`. Raises `InUse` at once if one does."""
-        where = f"another process is at {step} in {str(self.path)!r}"
-        in_use = f"{where}; wait until it has ended or stop it, then start again"
+        where = f"another process runs {step} in {str(self.path)!r}"
+        in_use = f"{where}; wait until it ends or stop it, then start again"
         with locked(self.path / f"{step}.lock", 0.0, in_use=in_use):
             yield
 
@@ -152,7 +152,7 @@ class Pool:
         with self.ledger.alone(), usable(new, refusal_in_pool):
             known = self._known(name)
             if known is not None and (known.deleted or known.digest != full):
-                raise UsageError(f"{name!r} was deleted, or names another set; draw another")
+                raise UsageError(f"{name!r} was deleted, or is the name of another set; draw another set")
             if known is not None and self._settled(path):
                 return name
             try:
@@ -241,24 +241,26 @@ class Pool:
             now = self.serving
             if epoch is not None and now is None:
                 raise Inconclusive(
-                    f"epoch {epoch} is over, and nothing serves in {str(self.path)!r}; swap without naming an epoch"
+                    f"epoch {epoch} has ended, and no set serves in {str(self.path)!r}; swap without an epoch"
                 )
             if epoch is not None and now is not None and now.epoch != epoch:
                 return now
             old = self.unjudged
             waiting = [name for name in self.ahead if name not in old] or (list(old) if unjudged else [])
             if not waiting:
-                still = "nothing serves yet" if now is None else f"{now.name!r} goes on serving"
+                still = "no set serves yet" if now is None else f"{now.name!r} still serves"
                 raise Inconclusive(self._none_waits(still, len(old)))
             return self.serve(choose(waiting), why, unjudged=unjudged)
 
     def _none_waits(self, still: str, unjudged: int) -> str:
         if not unjudged:
-            return f"no admitted set waits in {str(self.path)!r}, so {still}; draw and admit more"
+            return (
+                f"{str(self.path)!r} contains no waiting admitted set, so {still}; draw and admit more sets"
+            )
         return (
-            f"no admitted set waits in {str(self.path)!r} that was judged against everything exposed by now "
-            f"({unjudged} were admitted before), so {still}; judge them with holdfast rotate admit {self.shown}, "
-            f"or let one serve without that by holdfast rotate swap {self.shown} --unjudged"
+            f"no waiting set in {str(self.path)!r} was judged against all stolen sets ({unjudged} were admitted "
+            f"before the last theft was listed), so {still}; judge them with holdfast rotate admit {self.shown}, "
+            f"or use one without that with holdfast rotate swap {self.shown} --unjudged"
         )
 
     def retire(self, name: str, why: str = "") -> None:
@@ -309,7 +311,7 @@ class Pool:
 
     def _kept(self, name: str) -> Path:
         if not (name.isascii() and name.isidentifier()):
-            raise UsageError(f"{name!r} cannot be the name of a file; letters, digits and '_' were expected")
+            raise UsageError(f"{name!r} is not a valid file name; letters, digits and '_' were expected")
         return self.path / f"{name}{SEALED}"
 
     def _known(self, name: str) -> Member | None:
@@ -332,14 +334,14 @@ class Pool:
     def _opened(self, name: str) -> ColumnFile:
         member, path = self.ledger.member(name), self._path(name)
         if member.deleted:
-            raise UsageError(f"the weights of {name!r} were deleted; they cannot be had again")
+            raise UsageError(f"the parameters of {name!r} were deleted and cannot be recovered")
         self._settled(path)
-        found = self._unsealed(path, f"{SETS}/{name}")
-        if content_digest(found.columns) != member.digest:
+        content = self._unsealed(path, f"{SETS}/{name}")
+        if content_digest(content.columns) != member.digest:
             raise TargetError(
                 f"{str(path)!r} is not the set that the ledger recorded; restore it from a copy"
             )
-        return found
+        return content
 
     def _unsealed(self, path: Path, name: str) -> ColumnFile:
         with usable(path, refusal_in_pool):
@@ -366,8 +368,9 @@ class Pool:
             for path in sorted(sets.glob(f"*{SEALED}")):
                 if path.stem not in members:
                     raise TargetError(
-                        f"{str(path)!r} is in no entry of {str(self.ledger.path)!r}, which was shortened; restore that "
-                        f"from a copy, or remove the set if it was put there. Until then nothing of it is served"
+                        f"{str(path)!r} is in no entry of {str(self.ledger.path)!r}, which was shortened; restore "
+                        "that from a copy, or remove the set if it was added by hand. Until then no set of this "
+                        "pool is served"
                     )
                 if members[path.stem].deleted:
                     path.unlink()
@@ -377,6 +380,6 @@ class Pool:
     def _refuse_gone(self, member: Member) -> None:
         if member.needed and not self._path(member.name).exists():
             raise TargetError(
-                f"{str(self._path(member.name))!r} is gone, though the ledger has it as {member.standing}; restore it "
-                f"from a copy"
+                f"{str(self._path(member.name))!r} is missing, but the ledger lists the set as {member.status}; "
+                "restore it from a copy"
             )

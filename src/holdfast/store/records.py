@@ -62,7 +62,7 @@ def read_chain(folder: Path, *, mend: bool) -> Chain:
             data = whole
     if len(whole) < len(data):
         raise TargetError(
-            f"the last record of {str(path)!r} was cut short; go on with --resume, which drops it"
+            f"the last record of {str(path)!r} is truncated; resume with --resume, which removes it"
         )
     return Chain(path, read_links(path, whole, _refuse_outside))
 
@@ -102,7 +102,7 @@ def read_links(
     position = broken_at(links, previous)
     if position is not None:
         raise TargetError(
-            f"{noun} {first + position} of {str(path)!r} does not follow from the one before it; {way_out}"
+            f"{noun} {first + position} of {str(path)!r} does not contain the digest of the one before it; {way_out}"
         )
     return links
 
@@ -136,7 +136,7 @@ def parsed(path: Path, data: bytes) -> dict[str, Any]:
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise TargetError(f"{str(path)!r} is no JSON: {error}; restore it from a copy") from error
+        raise TargetError(f"{str(path)!r} is not valid JSON: {error}; restore it from a copy") from error
     if not isinstance(content, dict):
-        raise TargetError(f"{str(path)!r} holds a {type(content).__name__}; an object was expected")
+        raise TargetError(f"{str(path)!r} contains a {type(content).__name__}; an object was expected")
     return content

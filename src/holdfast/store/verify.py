@@ -48,12 +48,12 @@ def verify(path: Path) -> Verified:
     Files outside the chain (times, hosts, attempts, reports) are not verified. Other files that no record names are
     refused if their names are those of evidence, and listed in the notes otherwise.
     """
-    found = _verified(path)
-    inner = [_verified_within(path, folder, found) for folder in _runs_within(path)]
-    notes = [*found.notes, *(note for each in inner for note in each.notes)]
+    outer = _verified(path)
+    inner = [_verified_within(path, folder, outer) for folder in _runs_within(path)]
+    notes = [*outer.notes, *(note for each in inner for note in each.notes)]
     left = len(notes) - _MOST_NOTES
     more = [f"{left} more files are in no record of the chain"] if left > 0 else []
-    return Verified(found.head, found.records, found.files, found.complete, tuple(notes[:_MOST_NOTES] + more))
+    return Verified(outer.head, outer.records, outer.files, outer.complete, tuple(notes[:_MOST_NOTES] + more))
 
 
 def _verified(path: Path) -> Verified:
@@ -66,7 +66,7 @@ def _verified(path: Path) -> Verified:
         )
     newest = {str(link.content["file"]): link.content for link in chain.links}
     if newest[MANIFEST] != chain.links[0].content:
-        raise TargetError(f"the chain of {str(path)!r} names {MANIFEST} twice; restore it from a copy")
+        raise TargetError(f"the chain of {str(path)!r} contains {MANIFEST} twice; restore it from a copy")
     for name, recorded in newest.items():
         _check_file(path / name, recorded)
     _check_splits(path, chain)
@@ -78,7 +78,7 @@ def _verified(path: Path) -> Verified:
 
 def _check_file(file: Path, recorded: Any) -> None:
     if not file.is_file():
-        raise TargetError(f"{str(file)!r} is gone, though the chain records it; restore it from a copy")
+        raise TargetError(f"{str(file)!r} is missing, but the chain records it; restore it from a copy")
     data = content_of(file)
     if digest(data) != recorded["digest"]:
         raise TargetError(
@@ -91,12 +91,12 @@ def _check_file(file: Path, recorded: Any) -> None:
 
 def _check_splits(path: Path, chain: Chain) -> None:
     """Verify that the file of splits matches the splits of complete stages in the chain."""
-    found = read_splits(path)
+    splits = read_splits(path)
     for link in chain.links:
         if link.content["kind"] != "stage":
             continue
         stage = link.content["name"]
-        if [split for split in found if split["stage"] == stage] != link.content.get("splits", []):
+        if [split for split in splits if split["stage"] == stage] != link.content.get("splits", []):
             raise TargetError(
                 f"{str(path / SPLITS)!r} was changed: the chain has other splits for {stage}; restore it"
             )
@@ -108,22 +108,22 @@ def _check_gone(path: Path, recorded: Mapping[str, Any]) -> None:
         within = path / Path(name).stem
         if name.endswith(".json") and "chain" in read_document(path / name) and not within.is_dir():
             raise TargetError(
-                f"{str(within)!r} is gone, though {name!r} names its chain; restore it from a copy"
+                f"{str(within)!r} is missing, but {name!r} contains its chain; restore it from a copy"
             )
 
 
 def _strays(path: Path, recorded: Mapping[str, Any]) -> Iterator[Path]:
     """Yield files that are neither in the chain nor known. Raises `TargetError` for those named like evidence."""
     for file in sorted(path.iterdir()):
-        known = file.name in recorded or file.name in _BESIDE or _is_rest(file)
+        expected = file.name in recorded or file.name in _BESIDE or _is_rest(file)
         if file.is_dir() and not file.is_symlink():
             yield from _strays_of_folder(file)
         elif _EVIDENCE.fullmatch(file.name) and file.name not in recorded:
             raise TargetError(
-                f"{str(file)!r} is in no record of the chain; remove it, or restore the chain. Where the run was "
-                "stopped as it wrote this file, go on with --resume"
+                f"{str(file)!r} is in no record of the chain; remove it, or restore the chain. If the run was "
+                "stopped while it wrote this file, resume with --resume"
             )
-        elif not known:
+        elif not expected:
             yield file
 
 
@@ -150,15 +150,17 @@ def _runs_within(path: Path) -> list[Path]:
 def _verified_within(path: Path, folder: Path, outer: Verified) -> Verified:
     """Verify an inner run, and that it is the one in the outer chain."""
     if folder.is_symlink():
-        raise TargetError(f"{str(folder)!r} is a link to another folder; put the run itself there")
+        raise TargetError(
+            f"{str(folder)!r} is a link to another folder; put the folder of the run itself there"
+        )
     found, name = _verified(folder), f"{folder.name}.json"
-    known = read_chain(path, mend=False).last(folder.name)
-    if known is not None and read_document(path / name).get("chain") != found.head:
+    recorded = read_chain(path, mend=False).last(folder.name)
+    if recorded is not None and read_document(path / name).get("chain") != found.head:
         raise TargetError(f"{str(folder)!r} is not the run that {name!r} names; restore it from a copy")
-    if known is None and outer.complete:
+    if recorded is None and outer.complete:
         raise TargetError(
             f"{str(folder)!r} is a run that no record of {str(path)!r} names; move it to another place"
         )
     for inner in _runs_within(folder):
-        raise TargetError(f"{str(inner)!r} is a run within a run within a run; move it to another place")
+        raise TargetError(f"{str(inner)!r} is a run inside a run inside a run; move it to another place")
     return found

@@ -8,13 +8,13 @@ from holdfast.core.errors import TargetError
 from holdfast.store import columns as column_files
 from holdfast.store.authentic import HEAD, LedgerKey, read_entries, read_head, refuse_shortened
 from holdfast.store.columns import content_digest
+from holdfast.store.encryption import Seal, found_seal, has_key
 from holdfast.store.files import POOL_MANIFEST, refusal_in_pool, usable
 from holdfast.store.ledger import NAME as LEDGER
 from holdfast.store.ledger import refuse_out_of_order
+from holdfast.store.ledger_state import LedgerState, well_formed
 from holdfast.store.manifest import NEW, SEALED, SETS, open_manifest, refuse_other_head, unsealed
 from holdfast.store.records import document
-from holdfast.store.sealing import Seal, found_seal, has_key
-from holdfast.store.standing import Standing, well_formed
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,16 @@ def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
     links = read_entries(file, data[: data.rfind(b"\n") + 1], well_formed, key)
     digests = [link.digest for link in links]
     refuse_shortened(file, head, digests)
-    standing = Standing()
+    state = LedgerState()
     for number, link in enumerate(links, 1):
-        refuse_out_of_order(standing, link, number, file)
-        standing.take(link.content)
-    if standing.manifest != digest(document(manifest)):
+        refuse_out_of_order(state, link, number, file)
+        state.take(link.content)
+    if state.manifest != digest(document(manifest)):
         raise TargetError(
             f"{str(path / POOL_MANIFEST)!r} is not what the ledger recorded; restore it from a copy"
         )
     refuse_other_head(path, expect_head, lambda one: digests.index(one) + 1 if one in digests else None)
-    opened = _refuse_files(path, standing, seal, manifest)
+    opened = _refuse_files(path, state, seal, manifest)
     return VerifiedPool(digests[-1], len(digests), opened, key is not None)
 
 
@@ -66,22 +66,23 @@ def _newest(file: Path) -> Path:
     return new if new.exists() else file
 
 
-def _refuse_files(path: Path, standing: Standing, seal: Seal | None, manifest: dict[str, object]) -> int:
+def _refuse_files(path: Path, state: LedgerState, seal: Seal | None, manifest: dict[str, object]) -> int:
     """Raise `TargetError` for a set without an entry, a missing required set, or one that differs from its entry."""
     opened = 0
     for file in sorted((path / SETS).glob(f"*{SEALED}")):
-        if file.stem not in standing.members:
+        if file.stem not in state.members:
             raise TargetError(
                 f"{str(file)!r} is in no entry of {LEDGER}, which was shortened; restore that from a copy"
             )
-    for member in standing.members.values():
+    for member in state.members.values():
         file = path / SETS / f"{member.name}{SEALED}"
         if not file.exists() and file.with_name(file.name + NEW).exists():
             file = file.with_name(file.name + NEW)
         if not file.exists():
             if member.needed:
                 raise TargetError(
-                    f"{str(file)!r} is gone, though the ledger has it as {member.standing}; restore it from a copy"
+                    f"{str(file)!r} is missing, but the ledger lists the set as {member.status}; restore it from "
+                    "a copy"
                 )
             continue
         if seal is None or member.deleted:

@@ -22,19 +22,19 @@ from holdfast.gates.judging import Doubts
 from holdfast.rotation import canary
 from holdfast.rotation.live import CANARIES
 from holdfast.rotation.members import refuse_foreign, rotated
-from holdfast.rotation.thieves import Thief
+from holdfast.rotation.transfer_attacks import TransferAttacker
 from holdfast.store.columns import content_digest
 from holdfast.store.pool import NAME_DIGITS, Pool
 from holdfast.verbs.request import Subject
 from holdfast.verbs.rotate.collecting import bases_left
 from holdfast.verbs.rotate.comparing import held
-from holdfast.verbs.rotate.crafting import Workshop, attackers, exposed_for, siblings_of
 from holdfast.verbs.rotate.drawing import candidates
 from holdfast.verbs.rotate.measuring import Measuring, ends, subject_of
-from holdfast.verbs.rotate.ruling import CLAIMABLE, Family, Ruling, Seen, reported, rulings
+from holdfast.verbs.rotate.request import FIRST, RotateRequest, state_of
+from holdfast.verbs.rotate.ruling import CLAIMABLE, Family, Measurements, Ruling, reported, rulings
 from holdfast.verbs.rotate.samples import Gate, Need, measured, statement, widened
 from holdfast.verbs.rotate.sanity import distance, endless, tensors, twin
-from holdfast.verbs.rotate.terms import FIRST, Terms, state_of
+from holdfast.verbs.rotate.transfer_examples import TransferExamples, attackers, exposed_for, siblings_of
 from holdfast.verbs.rotate.verdicts import IN_A_ROW, Admission, Judged
 
 CANARY_INPUTS = "canaries"
@@ -42,16 +42,21 @@ CANARY_INPUTS = "canaries"
 _WHITE, _SIBLINGS = 2, 10
 """Divisors of the first number of examples: for white-box attacks, which are slowest, and for attacks from sets
 generated in the same draw, which decide no gate."""
+_FAMILIES: Mapping[Family, str] = {
+    "transfer": "transfer attacks",
+    "white-box": "white-box attacks",
+    "siblings": "attacks from sets of the same draw",
+}
 
 
 def admit(
     pool: Pool,
-    terms: Terms,
+    request: RotateRequest,
     *,
     claims: Sequence[str] = (),
     accepted: Mapping[str, str] | None = None,
     judged: int = FIRST,
-    thief: Thief | None = None,
+    transfer_attacker: TransferAttacker | None = None,
     again: str = "",
     notify: Notify = ignore,
     progress: Progress = silent,
@@ -65,20 +70,20 @@ def admit(
     be judged, or another process admits sets.
     """
     if not again:
-        again = f"what was finished is kept, go on with: holdfast rotate admit {pool.shown}"
-    found = tuple(map(_claim, claims))
-    workshop = Workshop(pool, terms, thief or Thief(), notify)
-    measuring = Measuring(pool, workshop, progress, again)
+        again = f"completed work is kept; resume with: holdfast rotate admit {pool.shown}"
+    parsed = tuple(map(_claim, claims))
+    transfer_examples = TransferExamples(pool, request, transfer_attacker or TransferAttacker(), notify)
+    measuring = Measuring(pool, transfer_examples, progress, again)
     with pool.alone_at("admit"):
-        return _Admitting(measuring, found, accepted or {}, judged, notify, stopper or Stopper()).done()
+        return _Admitting(measuring, parsed, accepted or {}, judged, notify, stopper or Stopper()).done()
 
 
 def _claim(text: str) -> Claim:
     claim = parse(text)
     if claim.metric not in CLAIMABLE or claim.eps is not None:
         raise UsageError(
-            f"gate {text!r}: of a set that is to be admitted one may claim {', '.join(CLAIMABLE)}, at the pool's own "
-            f"eps; measure the rest with holdfast assess"
+            f"gate {text!r}: an admission can test {', '.join(CLAIMABLE)}, at the eps of the pool; for other "
+            "metrics use holdfast assess"
         )
     return claim
 
@@ -101,9 +106,9 @@ class _Admitting:
         return self.measuring.pool
 
     @property
-    def terms(self) -> Terms:
+    def request(self) -> RotateRequest:
         """The common settings of the sets of the pool."""
-        return self.measuring.workshop.terms
+        return self.measuring.transfer_examples.request
 
     def done(self) -> Admission:
         """Judge all candidates, and stop after five refusals in a row."""
@@ -111,16 +116,17 @@ class _Admitting:
         row = 0
         if not self._waiting:
             raise UsageError(
-                f"no candidate waits in {str(self.pool.path)!r}; make some with holdfast rotate draw {self.pool.shown}"
+                f"{str(self.pool.path)!r} contains no candidate; generate some with holdfast rotate draw "
+                f"{self.pool.shown}"
             )
         while row < IN_A_ROW and (waiting := self._waiting):
-            foreign = [one for one in map(self._foreign, waiting) if one is not None]
-            one = foreign[0] if foreign else self._judged(max(waiting, key=self._apart))
-            if not self._entered(one):
+            foreign = [verdict for verdict in map(self._foreign, waiting) if verdict is not None]
+            verdict = foreign[0] if foreign else self._judged(max(waiting, key=self._apart))
+            if not self._entered(verdict):
                 continue
-            judged.append(one)
-            row = 0 if one.verdict == "admitted" else row + 1
-            self.notify(f"{one.name} {one.verdict}: {one.why}")
+            judged.append(verdict)
+            row = 0 if verdict.verdict == "admitted" else row + 1
+            self.notify(f"{verdict.name} {verdict.verdict}: {verdict.why}")
         return Admission(tuple(judged), self._waiting)
 
     @property
@@ -131,7 +137,7 @@ class _Admitting:
     def _foreign(self, name: str) -> Judged | None:
         """The refusal of a set whose tensors do not match the model; None if they match."""
         try:
-            refuse_foreign({**self.weights(name)}, _shapes(self.terms.model), f"set {name!r}")
+            refuse_foreign({**self.weights(name)}, _shapes(self.request.model), f"set {name!r}")
         except TargetError as error:
             gate = Ruling("tensors", None, "those of the model", "fail", str(error))
             return Judged(name, "refused", (gate,), gate.says, gate.name)
@@ -144,27 +150,30 @@ class _Admitting:
         if at_once is not None:
             return Judged(name, "refused", (at_once,), at_once.says, at_once.name, exposed)
         n = dict(self._first)
-        held = len(self.terms.held)
+        n_held = len(self.request.held)
         while True:
-            n = {family: min(size, held) for family, size in n.items()}
+            n = {family: min(size, n_held) for family, size in n.items()}
             seen = self._seen(name, exposed, n)
-            found = (first, *rulings(seen, self._doubts(seen), self.claims))
+            gates = (first, *rulings(seen, self._doubts(seen), self.claims))
             unclear = {
                 one.family
-                for one in found
-                if one.verdict == "unclear" and one.family and n[one.family] < held
+                for one in gates
+                if one.verdict == "unclear" and one.family and n[one.family] < n_held
             }
-            if not unclear or any(one.verdict == "fail" for one in found):
+            if not unclear or any(one.verdict == "fail" for one in gates):
                 break
-            self.notify(f"{name}: unclear by {', '.join(sorted(unclear))}, on twice as many examples again")
+            self.notify(
+                f"{name}: unclear for {', '.join(_FAMILIES[family] for family in sorted(unclear))}; measuring "
+                "again with twice as many examples"
+            )
             n = {family: 2 * size if family in unclear else size for family, size in n.items()}
         against = next(
-            (one for verdict in ("fail", "unclear") for one in found if one.verdict == verdict), None
+            (one for verdict in ("fail", "unclear") for one in gates if one.verdict == verdict), None
         )
         if against is None:
-            return Judged(name, "admitted", found, self._praise(found), "", exposed, reported(seen))
-        short = " (it stays unclear on all examples)" if against.verdict == "unclear" else ""
-        return Judged(name, "refused", found, f"{against.says}{short}", against.name, exposed, reported(seen))
+            return Judged(name, "admitted", gates, self._praise(gates), "", exposed, reported(seen))
+        short = " (unclear on all held-out examples)" if against.verdict == "unclear" else ""
+        return Judged(name, "refused", gates, f"{against.says}{short}", against.name, exposed, reported(seen))
 
     def _entered(self, one: Judged) -> bool:
         """Record the verdict in the ledger; returns whether it was recorded.
@@ -173,56 +182,59 @@ class _Admitting:
         considered. The bases of an admitted set are listed as stolen before the set is admitted, so that a kill
         cannot omit them.
         """
-        known = ""
+        fingerprint = ""
         if one.verdict == "admitted":
-            known = canary(self.terms.of_set(self.pool, one.name), self._canaries)
+            fingerprint = canary(self.request.of_set(self.pool, one.name), self._canaries)
         with self.stopper.finishing(), self.pool.ledger.alone():
             member = self.pool.ledger.member(one.name)
             if member.state not in ("candidate", "admitted"):
                 self.notify(
-                    f"note: {one.name} is {member.state} by now, and would be {one.verdict}: {one.why}"
+                    f"note: {one.name} is {member.state} already, so the verdict {one.verdict} is not recorded: "
+                    f"{one.why}"
                 )
                 return False
             if one.verdict == "refused":
                 self.pool.refuse(one.name, one.why)
                 return True
             if set(one.against) != set(self._exposed(one.name)):
-                self.notify(f"{one.name}: another set leaked meanwhile, so it is judged again")
+                self.notify(
+                    f"{one.name}: another set was listed as stolen in the meantime, so this one is judged again"
+                )
                 return False
             for base in map(self.pool.ledger.member, member.bases):
                 if base.exposed is None and not base.deleted:
-                    why = f"{one.name}, which was made from it, was admitted"
+                    why = f"{one.name}, which was generated from it, was admitted"
                     self.pool.expose(base.name, why, automatic=True)
             against = exposed_for(self.pool, one.name)
-            self.pool.admit(one.name, one.why, canary=known, against=against)
+            self.pool.admit(one.name, one.why, canary=fingerprint, against=against)
         return True
 
     def _praise(self, found: Sequence[Ruling]) -> str:
         """The reason for an admission, with widened tolerances."""
         wanted = ("clean accuracy", "theft", "ensemble theft")
-        said = [f"{one.name}: {one.why}" for one in found if one.name in wanted]
-        return "; ".join([*said, *widened(self._needs.values())])
+        reasons = [f"{one.name}: {one.why}" for one in found if one.name in wanted]
+        return "; ".join([*reasons, *widened(self._needs.values())])
 
     # --- measurements
 
-    def _seen(self, name: str, exposed: tuple[str, ...], n: Mapping[Family, int]) -> Seen:
-        workshop, of = self.measuring.workshop, self._subject(name)
+    def _seen(self, name: str, exposed: tuple[str, ...], n: Mapping[Family, int]) -> Measurements:
+        transfer_examples, of = self.measuring.transfer_examples, self._subject(name)
         siblings = siblings_of(self.pool, name, self._finite)
-        them = attackers(workshop, name, exposed, siblings)
+        them = attackers(transfer_examples, name, exposed, siblings)
         everyone = (them.nothing, *them.one, them.several, them.evenly)
-        thieves = list(dict.fromkeys(one for one in everyone if one is not None))
-        carried = self.measuring.carried(of, thieves, n["thieves"], first=self._first["thieves"])
+        measured_attackers = list(dict.fromkeys(one for one in everyone if one is not None))
+        carried = self.measuring.carried(of, measured_attackers, n["transfer"], first=self._first["transfer"])
         drawn = None
         if them.siblings is not None:
             drawn = self.measuring.carried(of, [them.siblings], n["siblings"], first=self._first["siblings"])
-        return Seen(
+        return Measurements(
             them,
             carried,
             self._white((of,), n["white-box"])[0],
             drawn,
-            self._clean(self._incumbents, n["thieves"]),
+            self._clean(self._incumbents, n["transfer"]),
             self._white(self._incumbents, n["white-box"]),
-            self._clean(self._bases, n["thieves"]),
+            self._clean(self._bases, n["transfer"]),
             self._white(self._bases, n["white-box"]),
             self.pool.serving is not None,
             self._looks,
@@ -230,7 +242,7 @@ class _Admitting:
         )
 
     def _clean(self, of: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
-        return tuple(self.measuring.clean(each, n, first=self._first["thieves"]) for each in of)
+        return tuple(self.measuring.clean(each, n, first=self._first["transfer"]) for each in of)
 
     def _white(self, of: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
         return tuple(self.measuring.white(each, n, first=self._first["white-box"]) for each in of)
@@ -239,27 +251,27 @@ class _Admitting:
     def _first(self) -> dict[Family, int]:
         """First number of examples of each kind of measurement."""
         white, siblings = (max(self.judged // part, 1) for part in (_WHITE, _SIBLINGS))
-        return {"thieves": self.judged, "white-box": white, "siblings": siblings}
+        return {"transfer": self.judged, "white-box": white, "siblings": siblings}
 
     @cached_property
     def _looks(self) -> dict[Family, int]:
         """Largest number of looks at each kind of measurement; each look doubles the examples."""
-        return {family: len(ends(len(self.terms.held), first)) for family, first in self._first.items()}
+        return {family: len(ends(len(self.request.held), first)) for family, first in self._first.items()}
 
     @cached_property
     def _needs(self) -> dict[Gate, Need]:
         """Sample sizes that the gates on accuracy need, estimated from the differences between bases and surrogates."""
-        n = len(self.terms.held)
+        n = len(self.request.held)
         first = {family: min(size, n) for family, size in self._first.items()}
         alike = [*self._bases, *self._own]
-        clean = [one["correct"] for one in self._clean(alike, first["thieves"])]
+        clean = [one["correct"] for one in self._clean(alike, first["transfer"])]
         white = self._white(alike[: max(len(self._bases), 2)], first["white-box"])
-        found = measured(clean, [held(one) for one in white], n, self.judged)
-        if any(need.widened for need in found):
-            self.notify(f"note: {statement(found, planned=False)}")
-        return {need.gate: need for need in found}
+        needs = measured(clean, [held(one) for one in white], n, self.judged)
+        if any(need.widened for need in needs):
+            self.notify(f"note: {statement(needs, planned=False)}")
+        return {need.gate: need for need in needs}
 
-    def _doubts(self, seen: Seen) -> Doubts:
+    def _doubts(self, seen: Measurements) -> Doubts:
         """The doubts of the candidate that were not raised for all sets that it is compared with."""
         raised = [
             {doubt.name for doubt in one.doubts if doubt.state == "raised"} for one in seen.before_white
@@ -274,11 +286,11 @@ class _Admitting:
 
     @cached_property
     def _own(self) -> tuple[Subject, ...]:
-        found = []
-        for model in self.measuring.workshop.own:
+        subjects = []
+        for model in self.measuring.transfer_examples.own:
             sha = content_digest(state_of(model))
-            found.append(subject_of(self.terms, f"own-{sha[:NAME_DIGITS]}", sha, model))
-        return tuple(found)
+            subjects.append(subject_of(self.request, f"own-{sha[:NAME_DIGITS]}", sha, model))
+        return tuple(subjects)
 
     @cached_property
     def _incumbents(self) -> tuple[Subject, ...]:
@@ -288,16 +300,16 @@ class _Admitting:
 
     def _subject(self, name: str) -> Subject:
         sha = self.pool.ledger.member(name).digest
-        return subject_of(self.terms, name, sha, self.terms.of_set(self.pool, name))
+        return subject_of(self.request, name, sha, self.request.of_set(self.pool, name))
 
     @cached_property
     def _canaries(self) -> Inputs:
         """The canary inputs, stored encrypted in the pool."""
-        kept = self.pool.kept(CANARY_INPUTS)
-        if kept is None:
-            self.pool.keep(CANARY_INPUTS, {"x": self.terms.held.x[:CANARIES].cpu()}, {})
-            return self.terms.held.x[:CANARIES]
-        return kept.columns["x"].to(self.terms.held.x)
+        stored = self.pool.kept(CANARY_INPUTS)
+        if stored is None:
+            self.pool.keep(CANARY_INPUTS, {"x": self.request.held.x[:CANARIES].cpu()}, {})
+            return self.request.held.x[:CANARIES]
+        return stored.columns["x"].to(self.request.held.x)
 
     # --- weights
 
@@ -309,11 +321,11 @@ class _Admitting:
 
     def _finite(self, name: str) -> bool:
         """Whether a set has finite parameters, so that it can be attacked."""
-        return not endless(self.weights(name), state_of(self.terms.model))
+        return not endless(self.weights(name), state_of(self.request.model))
 
     @cached_property
     def _names(self) -> list[str]:
-        return rotated(self.terms.model)
+        return rotated(self.request.model)
 
     @cached_property
     def _known(self) -> list[Mapping[str, Tensor]]:

@@ -27,21 +27,22 @@ from holdfast.ops.recipe import trained_as
 from holdfast.ops.statistics import proportion
 from holdfast.reports.words import amount
 from holdfast.rotation.collecting import begun_anew, last_of, rows_of
-from holdfast.rotation.thieves import ATTACKS, Thief
+from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.store.pool import Pool
 from holdfast.verbs.request import Keep
-from holdfast.verbs.rotate.asking import AcrossSwaps
+from holdfast.verbs.rotate.alternatives import Alternatives, doubt, said
 from holdfast.verbs.rotate.collecting import bases, bases_left, surrogates
-from holdfast.verbs.rotate.crafting import siblings_of
-from holdfast.verbs.rotate.instead import Instead, doubt, said
 from holdfast.verbs.rotate.learning import learned
-from holdfast.verbs.rotate.terms import Terms, accuracy
+from holdfast.verbs.rotate.query_search import AcrossSwaps
+from holdfast.verbs.rotate.request import RotateRequest, accuracy
+from holdfast.verbs.rotate.transfer_examples import siblings_of
 from holdfast.verbs.rotate.wording import judged, verdict
 
 WHO = ("A0", "A1", "A1u", "A2", "A2c", "A3", "A4", "A5", "A6")
 _MOST = 8  # largest number of sets of an attacker with several sets, and of sets that are attacked one by one
 _LOOKED, _POINTS, _CHUNK, _CHUNKS = 500, 0.02, 16, 24
 _FLAT = 0.02  # more generated sets are added until the success rate increases by no more than this
+_QUICK = {name: ATTACKS[name] for name in ("MI", "PGD-50")}
 Json = dict[str, Any]
 
 
@@ -49,13 +50,13 @@ Json = dict[str, Any]
 class Means:
     """Budgets of the attackers."""
 
-    thief: Thief = field(default_factory=Thief)
-    quick: Thief = field(default_factory=lambda: Thief({name: ATTACKS[name] for name in ("MI", "PGD-50")}))
+    transfer_attacker: TransferAttacker = field(default_factory=TransferAttacker)
+    quick: TransferAttacker = field(default_factory=lambda: TransferAttacker(_QUICK))
     """attacks for comparisons with alternatives, and for many generated sets"""
     draws: tuple[int, ...] = (4, 16, 64)
     """numbers of sets that an attacker with the generator attacks at once, increased until the success rate no
     longer grows"""
-    asking: AcrossSwaps = field(default_factory=AcrossSwaps)
+    query_search: AcrossSwaps = field(default_factory=AcrossSwaps)
     labels: Steps = 6_000
     """answers that A6 trains its surrogate on"""
     epochs: Steps = 5
@@ -67,7 +68,7 @@ class Table:
     """Measures the attackers of a pool one after another. Stored rows are not measured again."""
 
     pool: Pool
-    terms: Terms
+    request: RotateRequest
     means: Means = field(default_factory=Means)
 
     def __call__(
@@ -104,18 +105,18 @@ class _Measuring:
         keep: Keep,
         progress: Progress,
     ) -> None:
-        self.pool, self.terms, self.means = table.pool, table.terms, table.means
+        self.pool, self.request, self.means = table.pool, table.request, table.means
         self.keep, self.progress = keep, progress
         now = self.pool.serving
         assert now is not None
         self.name = str(evidence.model.get("set", now.name))
-        self.live = self.terms.of_set(self.pool, self.name)
+        self.live = self.request.of_set(self.pool, self.name)
         self.seen = evidence.threat.access
         self.threat = replace(evidence.threat, access="gradients", queries=None, surrogates=())
         self.rng = Draws(evidence.seed).at("attackers")
         n = len(judged_on)
         right, self.fell = evidence["correct"][:n].bool().cpu(), evidence["success"][:n].bool().cpu()
-        self.whole = judged_on.take(torch.arange(n)).to(torch.device(self.terms.device))
+        self.whole = judged_on.take(torch.arange(n)).to(torch.device(self.request.device))
         self.batch = self.whole.take(right)
         self.fell = self.fell[right]
         self.known = {member.name: member for member in self.pool.ledger.members}
@@ -130,24 +131,24 @@ class _Measuring:
         """The document with all rows, the alternatives, the doubt and the verdict."""
         if not len(self.batch):
             return self.document | {
-                "verdict": "no input is right, so nothing can be turned",
+                "verdict": "the serving set classifies no input correctly, so there is nothing to attack",
                 "complete": True,
             }
         parts = dict(zip(WHO, self._parts(), strict=True))
-        instead = list(self._instead.rows())
+        instead = list(self._alternatives.rows())
         of = len(parts) + len(instead)
         for place, (who, measured) in enumerate(parts.items(), 1):
             self._row("rows", who, measured, place, of)
         for place, (name, measure) in enumerate(instead, len(parts) + 1):
             self._row("instead", name, measure, place, of)
-        found = {row["who"]: row for row in self.document["instead"] if row.get("clean")}
-        itself = (found.get("static") or {}).get("white")
+        by_name = {row["who"]: row for row in self.document["instead"] if row.get("clean")}
+        itself = (by_name.get("static") or {}).get("white")
         rows = judged(self.document["rows"], itself)
-        one = next(row["share"] for row in rows if row["who"] == "A1")
-        known = {name: found.get(name) for name, _ in instead}
+        share_of_a1 = next(row["share"] for row in rows if row["who"] == "A1")
+        alternatives = {name: by_name.get(name) for name, _ in instead}
         return self.document | {
             "rows": rows,
-            "doubt": doubt(known, self.terms, one),
+            "doubt": doubt(alternatives, self.request, share_of_a1),
             "verdict": verdict(rows, itself),
             "notes": self._notes(),
             "complete": True,
@@ -159,8 +160,8 @@ class _Measuring:
             return
         self.progress(Step(who, place, of, 0, len(self.batch), 0, 0))
         begin = time.perf_counter()
-        found = measure() or {"says": "the pool holds no several sets of a run"}
-        row = {"who": who, **found, "seconds": round(time.perf_counter() - begin, 1)}
+        measured = measure() or {"says": "the pool contains no run with several sets"}
+        row = {"who": who, **measured, "seconds": round(time.perf_counter() - begin, 1)}
         self.document = self.document | {what: [*self.document[what], row]}
         self.keep(self.document)
 
@@ -171,41 +172,41 @@ class _Measuring:
         yield self._several
         yield self._collection
         yield self._generator
-        yield self._asking
+        yield self._query_search
         yield self._white_box
         yield self._extracted
 
     def _notes(self) -> list[str]:
-        if self.terms.threat.constraint == self.threat.constraint:
+        if self.request.threat.constraint == self.threat.constraint:
             return []
-        return [f"the pool was made for {self.terms.said}, and is assessed under another threat"]
+        return [f"the pool was collected for another threat model, {self.request.said}"]
 
     @cached_property
-    def _instead(self) -> Instead:
-        place = self.rng.at("instead")
-        return Instead(self.pool, self.terms, self.live, self.whole, self.threat, place, self.means.quick)
+    def _alternatives(self) -> Alternatives:
+        place, quick = self.rng.at("instead"), self.means.quick
+        return Alternatives(self.pool, self.request, self.live, self.whole, self.threat, place, quick)
 
     # --- the attackers
 
     def _nothing(self) -> Json:
-        own = surrogates(self.pool, self.terms)
+        own = surrogates(self.pool, self.request)
         about = self.pool.manifest["about"]["data"]
-        holds = f"nothing; {len(own)} surrogates of his own, trained by {self.terms.candidate.name} on {about['name']}"
+        holds = f"{len(own)} surrogates, trained by {self.request.candidate.name} on {about['name']}"
         return self._told(holds, self._stolen("A0", own))
 
     def _listed(self) -> Json:
         names, stand_in = self._one
         if not names:
-            return _unmeasured("no set is listed as exposed, and the bases are deleted")
-        holds = f"one of {amount(len(names), 'exposed sets')}, the worst of them"
+            return _unmeasured("no set is listed as stolen, and the bases are deleted")
+        holds = f"one of {amount(len(names), 'stolen sets')}, the one with the highest success rate"
         if stand_in:
-            holds = f"{names[0]}, a base that stands in, for no set is listed as exposed"
+            holds = f"{names[0]}, a base, because no set is listed as stolen"
         return self._told(holds, self._each("A1", names))
 
     def _unlisted(self) -> Json:
         names = self._hidden
         if not names:
-            return _unmeasured("every base and every set that served is listed as exposed, or deleted")
+            return _unmeasured("every base and every set that served is listed as stolen, or deleted")
         return self._told(
             f"one of {amount(len(names), 'sets')} that the ledger does not list", self._each("A1u", names)
         )
@@ -213,64 +214,65 @@ class _Measuring:
     def _several(self) -> Json:
         names = self._exposed[-_MOST:]
         if len(names) < 2:
-            return _unmeasured(f"{amount(len(names), 'sets')} listed as exposed, and several were needed")
-        return self._told(f"{len(names)} exposed sets", self._stolen("A2", self._sets(names)))
+            return _unmeasured(f"{amount(len(names), 'sets')} listed as stolen; at least two are needed")
+        return self._told(f"{len(names)} stolen sets", self._stolen("A2", self._sets(names)))
 
     def _collection(self) -> Json:
         names = bases_left(self.pool)[:_MOST]
         if len(names) < 2:
-            return _unmeasured(f"{amount(len(names), 'bases')} kept, and several were needed")
+            return _unmeasured(f"{amount(len(names), 'bases')} left; at least two are needed")
         return self._told(f"the collection: {len(names)} bases", self._stolen("A2c", self._sets(names)))
 
     def _generator(self) -> Json:
         fell: dict[str, Mask] = {}
-        held: list[str] = []
-        generator = learned(self.pool, self.terms)
+        sources: list[str] = []
+        generator = learned(self.pool, self.request)
         if generator is not None:
             drawn, before = self._drawn, -1.0
             for k in self.means.draws:
-                thief = self.means.thief if k == self.means.draws[0] else self.means.quick
-                some = self._stolen(f"A3 {k}", drawn[:k], thief)
-                fell |= {f"EOT over {min(k, len(drawn))} draws, {name}": mask for name, mask in some.items()}
+                attacker = self.means.transfer_attacker if k == self.means.draws[0] else self.means.quick
+                some = self._stolen(f"A3 {k}", drawn[:k], attacker)
+                eot = f"EOT over {min(k, len(drawn))} generated sets"
+                fell |= {f"{eot}, {name}": mask for name, mask in some.items()}
                 best = max(float(mask.float().mean()) for mask in some.values())
                 if best <= before + _FLAT or len(drawn) <= k:
                     break
                 before = best
-            middle = [self.terms.of_weights(generator.mean())]
+            middle = [self.request.of_weights(generator.mean())]
             fell |= {f"the mean set, {name}": mask for name, mask in self._stolen("mean", middle).items()}
-            held.append("the generator")
+            sources.append("the generator")
         siblings = siblings_of(self.pool, self.name, lambda name: True)[:_MOST]
         if siblings:
-            made = self._stolen("siblings", self._sets(siblings))
-            fell |= {f"{amount(len(siblings), 'siblings')}, {name}": mask for name, mask in made.items()}
-            held.append(f"{amount(len(siblings), 'siblings')} of the set")
+            by_attack = self._stolen("siblings", self._sets(siblings))
+            sources.append(f"{amount(len(siblings), 'sets')} of the same draw")
+            fell |= {f"{sources[-1]}, {name}": mask for name, mask in by_attack.items()}
         if not fell:
-            return _unmeasured("there is no generator and no sibling, and the procedure was not rerun")
-        says = "" if siblings else "no sibling is kept, and the procedure was not rerun"
-        return self._told(" and ".join(held), fell, says)
+            return _unmeasured("no generator, no set of the same draw, and the procedure was not repeated")
+        says = "" if siblings else "no set of the same draw is left, and the procedure was not repeated"
+        return self._told(" and ".join(sources), fell, says)
 
-    def _asking(self) -> Json:
-        asking = self.means.asking
+    def _query_search(self) -> Json:
+        search = self.means.query_search
         others = [name for name in self.pool.ahead if name != self.name][: _MOST - 1]
         sets = [self.live, *self._sets(others)]
         fell = {"search": self._search(sets, None)}
         if self._one[0]:
             name, x = self._example
             fell[f"search from {name} on a stolen set"] = self._search(sets, x)
-        holds = f"{asking.queries} answers an input, by {amount(len(sets), 'sets')} that swap every {asking.every}"
-        says = "" if others else "no other set is admitted, so nothing swapped"
+        holds = f"{search.queries} queries per input, {amount(len(sets), 'sets')} swapped every {search.every} queries"
+        says = "" if others else "no other set is admitted, so there was no swap"
         return self._told(holds, fell, says)
 
     def _search(self, sets: Sequence[Classifier], start: Inputs | None) -> Mask:
         place = self.rng.at("A4", "anew" if start is None else "from")
-        return self._turned(self.means.asking(sets, self.batch, self.threat, start=start, rng=place))
+        return self._turned(self.means.query_search(sets, self.batch, self.threat, start=start, rng=place))
 
     def _white_box(self) -> Json:
         """The results of the suite; if it had no gradients, also those of transfer attacks from the set itself."""
         fell = {"the suite": self.fell}
         if self.seen != "gradients":
             fell |= self._stolen("A5", [self.live])
-        return self._told(f"{self.name}, which serves", fell)
+        return self._told(f"the serving set, {self.name}", fell)
 
     def _extracted(self) -> Json:
         """Train a surrogate on the answers of several sets, and attack it."""
@@ -281,24 +283,25 @@ class _Measuring:
             if not self.known[name].deleted
         ][:_MOST]
         place = self.rng.at("A6")
-        some = rows_of(self.terms.train, self.means.labels, place.at("inputs"))
+        some = rows_of(self.request.train, self.means.labels, place.at("inputs"))
         labels, sets = some.y.clone(), self._sets(names)
         for k, each in enumerate(sets):
             rows = torch.arange(k, len(some), len(sets), device=some.x.device)
             labels[rows] = torch.cat([_classes(each, few.x) for few in some.take(rows).split(1_000)])
         recipe = trained_as(
-            self.terms.candidate.recipe, replace(self.terms.training, epochs=self.means.epochs)
+            self.request.candidate.recipe, replace(self.request.training, epochs=self.means.epochs)
         )
-        begun = begun_anew(self.terms.model, place.at("begin"), self.terms.begins)
+        begun = begun_anew(self.request.model, place.at("begin"), self.request.begins)
         try:
-            copied = last_of(recipe, begun, some.labelled(labels), self.terms.threat, place.at("training"))
+            copied = last_of(recipe, begun, some.labelled(labels), self.request.threat, place.at("training"))
         except LostLoss as error:
             return _unmeasured(f"the surrogate could not be distilled: {error}")
         agrees = float((_classes(copied, self.whole.x) == _classes(self.live, self.whole.x)).float().mean())
         holds = (
-            f"{len(some):,} answers of {amount(len(sets), 'sets')}, distilled in {self.means.epochs} epochs"
+            f"a surrogate distilled from {len(some):,} answers of {amount(len(sets), 'sets')} in "
+            f"{self.means.epochs} epochs"
         )
-        says = f"what was distilled answers as the set that serves on {100 * agrees:.1f} %"
+        says = f"the surrogate agrees with the serving set on {100 * agrees:.1f} % of the inputs"
         return self._told(holds, self._stolen("A6", [copied]), says)
 
     # --- models of the attackers
@@ -325,46 +328,49 @@ class _Measuring:
     @cached_property
     def _drawn(self) -> list[Classifier]:
         """Generated sets with sufficient accuracy, as an attacker would select them; if too few, the best ones."""
-        generator, rng = learned(self.pool, self.terms), self.rng.at("drawn")
+        generator, rng = learned(self.pool, self.request), self.rng.at("drawn")
         assert generator is not None
-        some = rows_of(self.terms.train, _LOOKED, rng.at("looked at"))
+        some = rows_of(self.request.train, _LOOKED, rng.at("looked at"))
         wanted, known = max(self.means.draws), bases_left(self.pool)
         right = [accuracy(model, some) for model in self._sets(known[:_MOST])]
         least = sum(right) / len(right) - _POINTS if right else 0.0
-        found: list[tuple[float, Classifier]] = []
+        models_found: list[tuple[float, Classifier]] = []
         for chunk in range(_CHUNKS):
             drawn = generator.drawn(_CHUNK, rng.at(chunk))
-            models = [self.terms.of_weights(drawn.one(k)) for k in range(len(drawn))]
-            found += [(accuracy(model, some), model) for model in models]
-            if sum(share >= least for share, _ in found) >= wanted:
+            models = [self.request.of_weights(drawn.one(k)) for k in range(len(drawn))]
+            models_found += [(accuracy(model, some), model) for model in models]
+            if sum(share >= least for share, _ in models_found) >= wanted:
                 break
-        good = [model for share, model in found if share >= least]
-        best = sorted(found, key=lambda each: -each[0])[: self.means.draws[0]]
+        good = [model for share, model in models_found if share >= least]
+        best = sorted(models_found, key=lambda each: -each[0])[: self.means.draws[0]]
         return good[:wanted] if len(good) >= self.means.draws[0] else [model for _, model in best]
 
     def _sets(self, names: Sequence[str]) -> list[Classifier]:
-        return [self.live if name == self.name else self.terms.of_set(self.pool, name) for name in names]
+        return [self.live if name == self.name else self.request.of_set(self.pool, name) for name in names]
 
     # --- examples and success rates
 
     @cached_property
     def _example(self) -> tuple[str, Inputs]:
         """The attack with the highest success rate on the most recently stolen set of A1, and its examples."""
-        held = self._sets(self._one[0][-1:])
-        made = self.means.quick.crafted(held, self.batch, self.threat, rng=self.rng.at("A4 prior"))
-        return max(made.items(), key=lambda each: int(self._turned(each[1]).sum()))
+        stolen = self._sets(self._one[0][-1:])
+        examples = self.means.quick.crafted(stolen, self.batch, self.threat, rng=self.rng.at("A4 prior"))
+        return max(examples.items(), key=lambda each: int(self._turned(each[1]).sum()))
 
-    def _stolen(self, place: str, held: Sequence[Classifier], thief: Thief | None = None) -> dict[str, Mask]:
+    def _stolen(
+        self, place: str, held: Sequence[Classifier], attacker: TransferAttacker | None = None
+    ) -> dict[str, Mask]:
         """For each attack on the models in `held`, which inputs are adversarial for the serving set."""
-        made = (thief or self.means.thief).crafted(held, self.batch, self.threat, rng=self.rng.at(place))
-        return {name: self._turned(x) for name, x in made.items()}
+        attacker = attacker or self.means.transfer_attacker
+        examples = attacker.crafted(held, self.batch, self.threat, rng=self.rng.at(place))
+        return {name: self._turned(x) for name, x in examples.items()}
 
     def _each(self, place: str, names: Sequence[str]) -> dict[str, Mask]:
         """For each attack on each single set, which inputs are adversarial for the serving set."""
         fell: dict[str, Mask] = {}
         for name in names:
-            made = self._stolen(f"{place} {name}", self._sets([name]))
-            fell |= {f"{attack} on {name}": mask for attack, mask in made.items()}
+            by_attack = self._stolen(f"{place} {name}", self._sets([name]))
+            fell |= {f"{attack} on {name}": mask for attack, mask in by_attack.items()}
         return fell
 
     def _turned(self, x: Inputs) -> Mask:

@@ -27,11 +27,11 @@ from holdfast.store.columns import ColumnFile
 from holdfast.store.manifest import refuse_other_head, stands
 from holdfast.store.pool import Pool
 from holdfast.verbs.pace import Pace, pace, whole_epochs
-from holdfast.verbs.rotate.terms import Terms, accuracy, state_of
+from holdfast.verbs.rotate.request import RotateRequest, accuracy, state_of
 
 OWN = 4
 """Number of surrogates of a surrogate-only attacker."""
-BASE = "a base, which others are made from: it never serves"
+BASE = "a base, which other sets are generated from; it never serves"
 """The recorded reason for which a base does not serve. What makes it a base is its role."""
 _LEFT = {
     "pool.json",
@@ -59,7 +59,9 @@ class Collected:
     """accuracy of each surrogate"""
 
 
-def begun(path: Path, terms: Terms, *, resume: bool, expect_head: str = "", notify: Notify = ignore) -> Pool:
+def begun(
+    path: Path, request: RotateRequest, *, resume: bool, expect_head: str = "", notify: Notify = ignore
+) -> Pool:
     """Return the pool in a folder: a new one, or with `resume` an existing one with the same settings.
 
     With `expect_head`, its ledger must contain that head; see `Pool.held`.
@@ -67,27 +69,27 @@ def begun(path: Path, terms: Terms, *, resume: bool, expect_head: str = "", noti
     if stands(path):
         if not resume:
             raise UsageError(
-                f"{str(path)!r} holds a pool already; go on with it by --resume, or name another folder with --run"
+                f"{str(path)!r} contains a pool already; resume it with --resume, or name another folder with --run"
             )
         pool = Pool.held(path, expect_head=expect_head)
-        terms.refuse_other(pool)
+        request.refuse_other(pool)
         return pool
     refuse_other_head(path, expect_head, lambda head: None)
     strange = sorted(each.name for each in path.iterdir() if each.name not in _LEFT) if path.is_dir() else []
     if strange:
         raise UsageError(
-            f"{str(path)!r} holds {strange[0]!r} and is no pool, whose folder its owner alone can enter; name a new "
-            f"folder with --run"
+            f"{str(path)!r} contains {strange[0]!r} and is not a pool. The folder of a pool is private to its "
+            "owner, so no other files may be in it; name a new folder with --run"
         )
-    pool = Pool.begun(path, terms.about())
+    pool = Pool.begun(path, request.about())
     secret(pool)
-    notify(f"the pool is sealed; its key: {pool.seal.source}")
+    notify(f"the pool is encrypted; its key: {pool.seal.source}")
     return pool
 
 
 def collect(
     pool: Pool,
-    terms: Terms,
+    request: RotateRequest,
     *,
     budget_s: float | None = None,
     stopper: Stopper | None = None,
@@ -96,7 +98,7 @@ def collect(
 ) -> Collected:
     """Train the missing runs, and store their sets encrypted in the pool. Raises `UsageError`, `TargetError`."""
     with pool.alone_at("collect"):
-        return _Collecting(pool, terms, stopper or Stopper(), notify, progress).done(budget_s)
+        return _Collecting(pool, request, stopper or Stopper(), notify, progress).done(budget_s)
 
 
 def members(pool: Pool) -> Members:
@@ -120,11 +122,11 @@ def bases_left(pool: Pool) -> tuple[str, ...]:
     return tuple(m.name for m in pool.ledger.members if m.role == "base" and not m.deleted)
 
 
-def surrogates(pool: Pool, terms: Terms) -> list[Classifier]:
+def surrogates(pool: Pool, request: RotateRequest) -> list[Classifier]:
     """The surrogate models of a surrogate-only attacker. Raises `UsageError` if some are missing."""
-    found = [pool.kept(_own(k)) for k in range(OWN)]
-    _refuse_uncollected(pool, [_own(k) for k in range(OWN)], found)
-    return [loaded(terms.model, kept.columns, "own") for kept in found if kept is not None]
+    files = [pool.kept(_own(k)) for k in range(OWN)]
+    _refuse_uncollected(pool, [_own(k) for k in range(OWN)], files)
+    return [loaded(request.model, kept.columns, "own") for kept in files if kept is not None]
 
 
 def secret(pool: Pool) -> Draws:
@@ -132,12 +134,12 @@ def secret(pool: Pool) -> Draws:
 
     Its seed comes from the operating system and is stored encrypted: a known seed would reproduce the collection.
     """
-    kept = pool.kept(_SECRET)
-    if kept is None:
+    stored = pool.kept(_SECRET)
+    if stored is None:
         pool.keep(_SECRET, {"seed": torch.tensor([secrets.randbits(62)])}, {})
-        kept = pool.kept(_SECRET)
-        assert kept is not None
-    return Draws(int(kept.columns["seed"]))
+        stored = pool.kept(_SECRET)
+        assert stored is not None
+    return Draws(int(stored.columns["seed"]))
 
 
 def epochs_of(pool: Pool) -> int:
@@ -145,7 +147,7 @@ def epochs_of(pool: Pool) -> int:
     plan = pool.kept(_PLAN)
     if plan is None:
         raise UsageError(
-            f"nothing was collected in {str(pool.path)!r} yet; go on with holdfast rotate collect"
+            f"nothing was collected in {str(pool.path)!r} yet; run holdfast rotate collect first"
         )
     return int(plan.about["epochs"])
 
@@ -153,24 +155,24 @@ def epochs_of(pool: Pool) -> int:
 def _runs(pool: Pool) -> list[ColumnFile]:
     plan = pool.kept(_PLAN)
     runs = 0 if plan is None else int(plan.about["runs"])
-    found = [pool.kept(_run(k)) for k in range(runs)]
-    _refuse_uncollected(pool, [_run(k) for k in range(max(runs, 1))], found)
-    return [kept for kept in found if kept is not None]
+    files = [pool.kept(_run(k)) for k in range(runs)]
+    _refuse_uncollected(pool, [_run(k) for k in range(max(runs, 1))], files)
+    return [kept for kept in files if kept is not None]
 
 
 def _refuse_uncollected(pool: Pool, names: list[str], found: list[ColumnFile | None]) -> None:
     done = sum(kept is not None for kept in found)
     if done < len(names):
         raise UsageError(
-            f"{str(pool.path)!r} holds {done} of {len(names)} runs; go on with the collection first, by --resume"
+            f"{str(pool.path)!r} contains {done} of {len(names)} runs; finish the collection first, with --resume"
         )
 
 
 def _too_small(budget_s: float, spent_s: float, found: Pace, trained: int) -> str:
     least = math.ceil((trained * found.epoch + spent_s) / 60 / 0.95)
     return (
-        f"a budget of {budget_s:g} s is too small: {trained} models are to be trained, {OWN} of them surrogates, an "
-        f"epoch of each takes {found.epoch:.3g} s on this machine, and what else there is {spent_s:.3g} s; give "
+        f"a budget of {budget_s:g} s is too small: {trained} models must be trained, {OWN} of them surrogates; an "
+        f"epoch of each takes {found.epoch:.3g} s on this machine, and everything else {spent_s:.3g} s. Give "
         f"--budget {least}min or more, or fewer runs, as in --set source.seeds=3"
     )
 
@@ -191,101 +193,111 @@ class _Collecting:
     """One call of `collect`, which trains all missing runs of a pool."""
 
     def __init__(
-        self, pool: Pool, terms: Terms, stopper: Stopper, notify: Notify, progress: Progress
+        self, pool: Pool, request: RotateRequest, stopper: Stopper, notify: Notify, progress: Progress
     ) -> None:
-        self.pool, self.terms, self.stopper, self.notify, self.progress = (
+        self.pool, self.request, self.stopper, self.notify, self.progress = (
             pool,
-            terms,
+            request,
             stopper,
             notify,
             progress,
         )
         self.draws = secret(pool)
-        self.anew = terms.source.runs if terms.source.anew else 0
+        self.anew = request.source.runs if request.source.anew else 0
 
     def done(self, budget_s: float | None) -> Collected:
         """Train all runs and surrogates that are missing, and return the result."""
         plan = self._planned(budget_s)
-        task, runs, lost = self.terms.task(plan["epochs"]), self.terms.source.runs, self._guessed()
-        found: list[Mapping[str, Any]] = []
+        task, runs, lost = self.request.task(plan["epochs"]), self.request.source.runs, self._guessed()
+        descriptions: list[Mapping[str, Any]] = []
         own: list[float] = []
         for run in range(runs):
-            kept = self.pool.kept(_run(run)) or self._run(task, run, lost)
-            self._list(kept)
-            found.append(kept.about)
+            stored = self.pool.kept(_run(run)) or self._run(task, run, lost)
+            self._list(stored)
+            descriptions.append(stored.about)
             self.notify(
-                f"run {run + 1} of {runs}: {kept.about['sets']} sets, {100 * kept.about['accuracy']:.1f} % right"
+                f"run {run + 1} of {runs}: {stored.about['sets']} sets, accuracy {100 * stored.about['accuracy']:.1f} %"
             )
         for k in range(OWN):
-            kept = self.pool.kept(_own(k)) or self._surrogate(task, k, lost)
-            own.append(kept.about["accuracy"])
-            self.notify(f"surrogate {k + 1} of {OWN}: {100 * kept.about['accuracy']:.1f} % right")
+            stored = self.pool.kept(_own(k)) or self._surrogate(task, k, lost)
+            own.append(stored.about["accuracy"])
+            self.notify(f"surrogate {k + 1} of {OWN}: accuracy {100 * stored.about['accuracy']:.1f} %")
         self.pool.drop(_BEGUN)
         self.progress(Step("collected", self.anew + OWN, self.anew + OWN, 1, 1, 0, 0))
-        right = tuple(one["accuracy"] for one in found)
-        return Collected(runs, sum(one["sets"] for one in found), plan["epochs"], right, tuple(own))
+        right = tuple(one["accuracy"] for one in descriptions)
+        return Collected(runs, sum(one["sets"] for one in descriptions), plan["epochs"], right, tuple(own))
 
     def _planned(self, budget_s: float | None) -> Mapping[str, Any]:
         """The plan of the first call, which fixes the number of epochs of each run."""
-        known = self.pool.kept(_PLAN)
-        if known is not None:
-            planned = known.about["budget_s"]
+        stored = self.pool.kept(_PLAN)
+        if stored is not None:
+            planned = stored.about["budget_s"]
             if budget_s is not None and budget_s != planned:
                 by = "none" if planned is None else f"{planned:g} s"
                 raise UsageError(
-                    f"{str(self.pool.path)!r} was planned by a budget of {by} ({known.about['epochs']} epochs a run), "
-                    f"and {budget_s:g} s were given; leave --budget out, or begin another pool"
+                    f"{str(self.pool.path)!r} was planned with a budget of {by} ({stored.about['epochs']} epochs "
+                    f"for each run), but {budget_s:g} s were given; leave --budget out, or create another pool"
                 )
-            return known.about
-        epochs, spent_s = self.terms.training.epochs, 0.0
+            return stored.about
+        epochs, spent_s = self.request.training.epochs, 0.0
         if budget_s is not None:
             self.notify(
-                f"timing updates of {self.terms.candidate.name} on this machine, for a budget of {budget_s:g} s"
+                f"measuring the time of an update of {self.request.candidate.name} on this machine, for a budget of "
+                f"{budget_s:g} s"
             )
             begin = time.perf_counter()
-            found = pace(
-                self.terms.candidate.recipe, self.terms.model, self.terms.train, self.terms.threat, budget_s
+            measured_pace = pace(
+                self.request.candidate.recipe,
+                self.request.model,
+                self.request.train,
+                self.request.threat,
+                budget_s,
             )
             spent_s = time.perf_counter() - begin
             trained = self.anew + OWN
-            spent_s += self.terms.source.runs * self.terms.source.updates * found.update
-            epochs = whole_epochs((budget_s - spent_s) / trained, found)
+            spent_s += self.request.source.runs * self.request.source.updates * measured_pace.update
+            epochs = whole_epochs((budget_s - spent_s) / trained, measured_pace)
             if not epochs:
-                raise UsageError(_too_small(budget_s, spent_s, found, trained))
-        plan = {"epochs": epochs, "runs": self.terms.source.runs, "budget_s": budget_s, "planning_s": spent_s}
+                raise UsageError(_too_small(budget_s, spent_s, measured_pace, trained))
+        plan = {
+            "epochs": epochs,
+            "runs": self.request.source.runs,
+            "budget_s": budget_s,
+            "planning_s": spent_s,
+        }
         self.pool.keep(_PLAN, {"epochs": torch.tensor([epochs])}, plan)
         return plan
 
     def _guessed(self) -> float:
         """Accuracy that a run must exceed: 1.5 times that of always predicting the most frequent class, at most 1."""
-        held = self.terms.first_held
+        held = self.request.first_held
         return min(_GUESSING * int(held.y.bincount().max()) / len(held), 1.0)
 
     def _run(self, task: Task, run: int, lost: float) -> ColumnFile:
         """Train one run of the source, and store its sets and its base encrypted."""
-        source, model = self.terms.source, self.terms.model
+        source, model = self.request.source, self.request.model
         base = self._trained(task, run, self.draws.at("run", run)) if source.anew else model
         named = swapped(source, model)
         sets = [weights_of(one, named) for one in source(base, task, rng=self.draws.at("sets", run))]
-        right = accuracy(base, self.terms.first_held)
+        right = accuracy(base, self.request.first_held)
         self._refuse_astray(f"run {run + 1}", right, lost)
         joined = Members.of(sets, [run] * len(sets)).tensors
         columns = {f"set.{name}": value.cpu() for name, value in joined.items()}
         columns |= {f"base.{name}": value for name, value in state_of(base).items()}
-        said = {"sets": len(sets), "accuracy": right}
+        metadata = {"sets": len(sets), "accuracy": right}
         with self.stopper.finishing():
-            self.pool.keep(_run(run), columns, said)
-        return ColumnFile(columns, said)
+            self.pool.keep(_run(run), columns, metadata)
+        return ColumnFile(columns, metadata)
 
     def _surrogate(self, task: Task, k: int, lost: float) -> ColumnFile:
         """Train one of the surrogate models of a surrogate-only attacker."""
-        model = self._trained(task, self.anew + k, Draws(self.terms.seed).at("own", k))
-        right = accuracy(model, self.terms.first_held)
+        model = self._trained(task, self.anew + k, Draws(self.request.seed).at("own", k))
+        right = accuracy(model, self.request.first_held)
         self._refuse_astray(f"surrogate {k + 1}", right, lost)
-        columns, said = state_of(model), {"accuracy": right}
+        columns, metadata = state_of(model), {"accuracy": right}
         with self.stopper.finishing():
-            self.pool.keep(_own(k), columns, said)
-        return ColumnFile(columns, said)
+            self.pool.keep(_own(k), columns, metadata)
+        return ColumnFile(columns, metadata)
 
     def _trained(self, task: Task, place: int, rng: Draws) -> Classifier:
         """Like `rotation.collecting.trained_anew`, but each epoch is stored encrypted for a later call.
@@ -310,13 +322,13 @@ class _Collecting:
 
     def _last(self, name: str) -> Checkpoint | None:
         """The last epoch of a run that an earlier call stored."""
-        kept = self.pool.kept(_BEGUN)
-        if kept is None or kept.about["run"] != name:
+        stored = self.pool.kept(_BEGUN)
+        if stored is None or stored.about["run"] != name:
             return None
-        said = kept.about
-        device = torch.device(self.terms.device)
-        tensors = {key: value.to(device) for key, value in kept.columns.items()}
-        return Checkpoint(said["epoch"], said["of"], tensors, said["measured"])
+        metadata = stored.about
+        device = torch.device(self.request.device)
+        tensors = {key: value.to(device) for key, value in stored.columns.items()}
+        return Checkpoint(metadata["epoch"], metadata["of"], tensors, metadata["measured"])
 
     def _list(self, kept: ColumnFile) -> None:
         """Add the base of a run to the pool as a set that never serves."""
@@ -329,8 +341,8 @@ class _Collecting:
         """Raise `TargetError` if a run is not better than `lost`."""
         if right <= lost:
             raise TargetError(
-                f"{what} is right on {100 * right:.1f} % of held-out examples, where guessing gets two thirds of "
-                f"{100 * lost:.1f}: its training went astray. Collect anew with a smaller rate, as in --set "
-                f"recipe.training.lr={self.terms.training.lr / 3:.2g}, a longer warm-up, another --seed, or --set "
-                f"begins=own"
+                f"{what} has an accuracy of {100 * right:.1f} % on held-out examples; more than {100 * lost:.1f} % "
+                "was expected, which is 1.5 times that of guessing: the training diverged. Collect again with a "
+                f"smaller learning rate, as in --set recipe.training.lr={self.request.training.lr / 3:.2g}, a longer "
+                "warm-up, another --seed, or --set begins=own"
             )

@@ -12,9 +12,9 @@ from holdfast.core.types import Mask
 from holdfast.metrics.columns import robust
 from holdfast.ops.statistics import Support, bonferroni, mean, paired_difference, proportion
 from holdfast.reports.numbers import percent
-from holdfast.verbs.rotate.crafting import Attacker
 from holdfast.verbs.rotate.measuring import Carried
 from holdfast.verbs.rotate.samples import CONFIDENCE
+from holdfast.verbs.rotate.transfer_examples import Attacker
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Loss:
 
 def largest_loss(before: Mapping[str, Sequence[Mask]], after: Mask, confidence: float) -> Loss:
     """The largest loss relative to the named references."""
-    each = {name: difference(masks, after, confidence) for name, masks in before.items()}
-    whom = max(each, key=lambda name: each[name].value)
+    losses = {name: difference(masks, after, confidence) for name, masks in before.items()}
+    whom = max(losses, key=lambda name: losses[name].value)
     surely = bonferroni(confidence, len(before))
     low = max(difference(masks, after, surely).low for masks in before.values())
-    value, high = each[whom].value, max(one.high for one in each.values())
-    return Loss(Estimate(value, min(low, value), high, each[whom].n), whom)
+    value, high = losses[whom].value, max(one.high for one in losses.values())
+    return Loss(Estimate(value, min(low, value), high, losses[whom].n), whom)
 
 
 @dataclass(frozen=True)
@@ -54,28 +54,28 @@ class Worst:
     @property
     def says(self) -> str:
         """The success rate and its attack as text."""
-        return f"examples of {self.by} turn {number(self.estimate)}"
+        return f"examples of {self.by} break {number(self.estimate)}"
 
 
-def worst(carried: Carried, thieves: Sequence[Attacker], confidence: float = CONFIDENCE) -> Worst | None:
+def worst(carried: Carried, attackers: Sequence[Attacker], confidence: float = CONFIDENCE) -> Worst | None:
     """The highest success rate over all attacks of the given attackers; None without attackers.
 
     The upper end of the interval is the highest of all upper ends, which is above the largest success rate with the
     given confidence; the lower ends are corrected for their number (Bonferroni).
     """
     right = carried.evidence["correct"]
-    found = {key: fell[right] for key, fell in carried.fell.items() if key[0] in thieves}
-    if not found:
+    masks = {key: fell[right] for key, fell in carried.fell.items() if key[0] in attackers}
+    if not masks:
         return None
-    each = {key: share(fell, confidence) for key, fell in found.items()}
-    order = sorted(found, key=lambda key: -each[key].value)
-    low = max(share(fell, bonferroni(confidence, len(found))).low for fell in found.values())
-    first, high = each[order[0]], max(one.high for one in each.values())
-    thief, attack = order[0]
+    shares = {key: share(fell, confidence) for key, fell in masks.items()}
+    order = sorted(masks, key=lambda key: -shares[key].value)
+    low = max(share(fell, bonferroni(confidence, len(masks))).low for fell in masks.values())
+    first, high = shares[order[0]], max(one.high for one in shares.values())
+    attacker, attack = order[0]
     return Worst(
         Estimate(first.value, min(low, first.value), high, first.n),
-        f"{thief.name} by {attack}",
-        tuple(found[key] for key in order),
+        f"{attacker.name} by {attack}",
+        tuple(masks[key] for key in order),
     )
 
 

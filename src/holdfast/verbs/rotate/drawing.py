@@ -25,7 +25,7 @@ from holdfast.store.differences import differences
 from holdfast.store.pool import Pool
 from holdfast.verbs.rotate.collecting import bases, bases_left, epochs_of
 from holdfast.verbs.rotate.learning import learned
-from holdfast.verbs.rotate.terms import Terms, accuracy, state_of
+from holdfast.verbs.rotate.request import RotateRequest, accuracy, state_of
 
 By = Literal["generator", "anew"]
 _KEPT = "drawing"
@@ -53,7 +53,7 @@ class Drawn:
 
 def draw(
     pool: Pool,
-    terms: Terms,
+    request: RotateRequest,
     sets: int | None = None,
     *,
     by: By | None = None,
@@ -73,35 +73,39 @@ def draw(
     with pool.alone_at("draw"):
         begun = pool.kept(_KEPT) if resume else None
         if begun is None:
-            kind = by or ("anew" if learned(pool, terms) is None else "generator")
-            said = {
+            kind = by or ("anew" if learned(pool, request) is None else "generator")
+            metadata = {
                 "drawing": secrets.token_hex(4),
                 "asked": {"sets": sets or _SETS, "by": kind, "immunise": how},
                 "against": [] if immunise is None else list(_against(pool)),
                 "names": [],
                 "looked_at": 0,
             }
-            pool.keep(_KEPT, {"seed": torch.tensor([secrets.randbits(62)])}, said)
+            pool.keep(_KEPT, {"seed": torch.tensor([secrets.randbits(62)])}, metadata)
         else:
-            known = begun.about["asked"]
-            _refuse_other(known, {"sets": sets or known["sets"], "by": by or known["by"], "immunise": how})
+            settings = begun.about["asked"]
+            _refuse_other(
+                settings, {"sets": sets or settings["sets"], "by": by or settings["by"], "immunise": how}
+            )
             if not _missing(begun.about):
                 notify(
-                    "that drawing is whole, and nothing is left to resume; leave --resume out to draw others"
+                    "that draw is complete, so there is nothing to resume; leave --resume out to draw more sets"
                 )
                 return _drawn(begun.about)
-        return _Drawing(pool, terms, immunise, stopper or Stopper(), notify).done()
+        return _Drawing(pool, request, immunise, stopper or Stopper(), notify).done()
 
 
 def _refuse_other(known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Raise `UsageError` if a resumed draw was begun with other arguments."""
     if (known["immunise"] is None) != (asked["immunise"] is None):
         way, does = ("leave out", "does not immunise") if known["immunise"] is None else ("add", "immunises")
-        raise UsageError(f"the drawing that goes on {does} its sets; {way} --immunise, or begin another")
+        raise UsageError(
+            f"the draw to be resumed {does} its sets; {way} --immunise, or start another draw without --resume"
+        )
     if known != asked:
         raise UsageError(
-            f"the drawing that goes on was begun otherwise than this asks for ({differences(known, asked)}); ask for "
-            f"the same, or leave --resume out to begin another"
+            f"the draw to be resumed has other settings ({differences(known, asked)}); give the same settings, or "
+            "leave --resume out to start another draw"
         )
 
 
@@ -125,38 +129,38 @@ def _missing(about: Mapping[str, Any]) -> bool:
 
 def _against(pool: Pool) -> tuple[str, ...]:
     """The sets that an attacker may have."""
-    known = {member.name: member for member in pool.ledger.members}
-    listed = tuple(one.name for one in pool.ledger.exposed() if not known[one.name].deleted)
+    members = {member.name: member for member in pool.ledger.members}
+    listed = tuple(one.name for one in pool.ledger.exposed() if not members[one.name].deleted)
     if listed:
         return listed
     now = pool.serving
     if now is not None:
         return (now.name,)
-    found = bases_left(pool)
-    if not found:
+    left = bases_left(pool)
+    if not left:
         raise UsageError(
-            f"{str(pool.path)!r} lists no exposed set, none serves, and its bases are deleted: there is nothing to "
-            f"immunise against; leave --immunise out, or collect first"
+            f"{str(pool.path)!r} lists no stolen set, no set serves, and the bases are deleted, so there is "
+            "nothing to immunise against; leave --immunise out, or collect first"
         )
-    return found
+    return left
 
 
 class _Drawing:
     """One call of `draw`, new or resumed."""
 
     def __init__(
-        self, pool: Pool, terms: Terms, immunise: Immunise | None, stopper: Stopper, notify: Notify
+        self, pool: Pool, request: RotateRequest, immunise: Immunise | None, stopper: Stopper, notify: Notify
     ) -> None:
-        kept = pool.kept(_KEPT)
-        assert kept is not None
-        self.pool, self.terms, self.immunise = pool, terms, immunise
-        self.stopper, self.notify, self.said = stopper, notify, dict(kept.about)
+        stored = pool.kept(_KEPT)
+        assert stored is not None
+        self.pool, self.request, self.immunise = pool, request, immunise
+        self.stopper, self.notify, self.said = stopper, notify, dict(stored.about)
         self.by: By = self.said["asked"]["by"]
-        self.seed: Tensor = kept.columns["seed"]
+        self.seed: Tensor = stored.columns["seed"]
         self.draws = Draws(int(self.seed)).at("drawing")
-        self.task = terms.task(epochs_of(pool))
+        self.task = request.task(epochs_of(pool))
         self.looked = rows_of(self.task.data, _LOOKED, self.draws.at("looked at"))
-        self.exposed = [terms.of_set(pool, name) for name in self.said["against"]]
+        self.exposed = [request.of_set(pool, name) for name in self.said["against"]]
         self.generator = self._generator() if self.by == "generator" else None
         self.least = self._least() if self.generator is not None else 0.0
 
@@ -167,9 +171,9 @@ class _Drawing:
             updates = self.immunise.updates(len(self.task.data), self.task.recipe.training.batch)
             if updates < UPDATES:
                 self.notify(
-                    f"note: immunising makes {updates} updates of each set, so that no effect is to be expected: "
-                    f"it was measured with 215. More training data, or a smaller recipe.training.batch of the "
-                    f"collection, make more"
+                    f"note: immunisation trains each set for {updates} updates only, so no effect is expected: it "
+                    "was measured with 215. More training data, or a smaller recipe.training.batch in the "
+                    "collection, give more updates"
                 )
         while _missing(self.said):
             place = len(self.said["names"])
@@ -189,26 +193,27 @@ class _Drawing:
         return _drawn(self.said)
 
     def _generator(self) -> Generator:
-        found = learned(self.pool, self.terms)
-        if found is None:
+        generator = learned(self.pool, self.request)
+        if generator is None:
             raise UsageError(
-                f"{str(self.pool.path)!r} has no generator yet; learn one with holdfast rotate train "
-                f"{self.pool.shown}, or train sets anew with --by anew"
+                f"{str(self.pool.path)!r} has no generator yet; train one with holdfast rotate train "
+                f"{self.pool.shown}, or train sets from fresh weights with --by anew"
             )
-        known = {name: tuple(mean.shape) for name, mean in found.embedding.span.mean.items()}
-        own = {name: tuple(value.shape) for name, value in self.terms.model.net.named_parameters()}  # type: ignore[union-attr]
-        other = next((name for name, shape in known.items() if own.get(name) != shape), None)
+        shapes = {name: tuple(mean.shape) for name, mean in generator.embedding.span.mean.items()}
+        own = {name: tuple(value.shape) for name, value in self.request.model.net.named_parameters()}  # type: ignore[union-attr]
+        other = next((name for name, shape in shapes.items() if own.get(name) != shape), None)
         if other is not None:
             raise UsageError(
-                f"the generator makes {other} of shape {known[other]}, and the model has {own.get(other)}: it is of "
-                f"another architecture; learn it anew with holdfast rotate train {self.pool.shown}"
+                f"the generator returns {other} of shape {shapes[other]}, but the model has {own.get(other)}: the "
+                "generator is for another architecture; train it again with holdfast rotate train "
+                f"{self.pool.shown}"
             )
-        return found
+        return generator
 
     def _least(self) -> float:
         """The accuracy that a generated set needs on the inputs that it is tested on."""
-        known = [self.terms.of_set(self.pool, name) for name in bases_left(self.pool)]
-        right = [accuracy(base, self.looked) for base in known]
+        models = [self.request.of_set(self.pool, name) for name in bases_left(self.pool)]
+        right = [accuracy(base, self.looked) for base in models]
         return mean(right) - _POINT if right else 0.0
 
     def _fresh(self, rng: Draws) -> tuple[Classifier, tuple[str, ...]]:
@@ -222,16 +227,17 @@ class _Drawing:
         best = 0.0
         for turn in range(_MOST):
             drawn = self.generator.drawn(1, rng.at("draw", turn))
-            model = self.terms.of_weights(drawn.one(0))
+            model = self.request.of_weights(drawn.one(0))
             right = accuracy(model, self.looked)
             self.said["looked_at"] += 1
             if right >= self.least:
                 return model, bases(self.pool)
             best = max(best, right)
         raise Inconclusive(
-            f"of {_MOST} draws none is right on {100 * self.least:.1f} % of {len(self.looked)} training inputs, which "
-            f"the bases are up to a point, and the best on {100 * best:.1f} %: the generator draws between them. "
-            f"Collect more sets of each run, learn without a regulariser, or train sets anew with --by anew"
+            f"none of {_MOST} generated sets reaches an accuracy of {100 * self.least:.1f} % on {len(self.looked)} "
+            f"training inputs (one percentage point below the bases); the best has {100 * best:.1f} %. The "
+            "generator samples between the collected sets. Collect more sets of each run, train the generator "
+            "without a regulariser, or train sets from fresh weights with --by anew"
         )
 
     def _take(self, model: Classifier, made_from: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from holdfast.rotation import Codec, Embedding, Generator, LatentDiffusion, Memb
 from holdfast.rotation.generating import packed, unpacked
 from holdfast.store.pool import Pool
 from holdfast.verbs.rotate.collecting import members, secret
-from holdfast.verbs.rotate.terms import Terms, accuracy
+from holdfast.verbs.rotate.request import RotateRequest, accuracy
 
 _KEPT = "generator"
 _LOST = 0.003  # largest loss of accuracy by encoding and decoding
@@ -39,7 +39,7 @@ class Learned:
 
 
 def learn(
-    pool: Pool, terms: Terms, codec: Codec, diffusion: LatentDiffusion, *, notify: Notify = ignore
+    pool: Pool, request: RotateRequest, codec: Codec, diffusion: LatentDiffusion, *, notify: Notify = ignore
 ) -> Learned:
     """Fit codec and diffusion to the collected sets and store them encrypted; replaces an earlier generator.
 
@@ -48,80 +48,83 @@ def learn(
     comes within ten points of the bases; then an earlier generator is kept.
     """
     with pool.alone_at("train"):
-        return _learned_anew(pool, terms, codec, diffusion, notify)
+        return _learned_anew(pool, request, codec, diffusion, notify)
 
 
 def _learned_anew(
-    pool: Pool, terms: Terms, codec: Codec, diffusion: LatentDiffusion, notify: Notify
+    pool: Pool, request: RotateRequest, codec: Codec, diffusion: LatentDiffusion, notify: Notify
 ) -> Learned:
     collected, draws = members(pool), secret(pool).at("generator")
     begin = time.perf_counter()
     embedding = codec(collected, rng=draws.at("codec"))
     codec_s = time.perf_counter() - begin
     notify(
-        f"codec: {len(collected)} sets of {collected.parameters:,} numbers along {embedding.span.rank} directions, "
-        f"{100 * embedding.lost:.2g} % of their differences lost, {codec_s:.1f} s"
+        f"codec: {len(collected)} sets of {collected.parameters:,} parameters, {embedding.span.rank} directions, "
+        f"{100 * embedding.lost:.2g} % of the variance lost, {codec_s:.1f} s"
     )
-    lost = _lost(terms, embedding, collected)
-    notify(f"round trip: {100 * lost:.2f} points of accuracy, of {100 * _LOST:g} that it may lose")
+    lost = _lost(request, embedding, collected)
+    notify(
+        f"encoding and decoding: {100 * lost:.2f} percentage points of accuracy lost, at most {100 * _LOST:g} "
+        "allowed"
+    )
     if lost > _LOST:
         raise Inconclusive(
-            f"sets lose {100 * lost:.2f} points of accuracy through the codec and back, and {100 * _LOST:g} were "
-            f"allowed: what is drawn would be no better. Collect more sets of each run, or give the codec more room, "
-            f"as in --set codec.dims={2 * codec.dims} --set codec.steps={2 * codec.steps}"
+            f"sets lose {100 * lost:.2f} percentage points of accuracy by encoding and decoding, and at most "
+            f"{100 * _LOST:g} are allowed: generated sets would lose as much. Collect more sets of each run, or "
+            f"use a larger codec, as in --set codec.dims={2 * codec.dims} --set codec.steps={2 * codec.steps}"
         )
     begin = time.perf_counter()
     generator = diffusion(embedding, collected, rng=draws.at("diffusion"))
     diffusion_s = time.perf_counter() - begin
-    _refuse_astray(terms, generator, collected, draws.at("tried"), diffusion)
+    _refuse_astray(request, generator, collected, draws.at("tried"), diffusion)
     notify(f"diffusion: regulariser {diffusion.regulariser}, {diffusion_s:.1f} s")
-    found = Learned(
+    result = Learned(
         len(collected), collected.parameters, embedding.span.rank, embedding.lost, lost, codec_s, diffusion_s
     )
-    pool.keep(_KEPT, packed(generator), vars(found))
-    return found
+    pool.keep(_KEPT, packed(generator), vars(result))
+    return result
 
 
 def _refuse_astray(
-    terms: Terms, generator: Generator, collected: Members, rng: Draws, diffusion: LatentDiffusion
+    request: RotateRequest, generator: Generator, collected: Members, rng: Draws, diffusion: LatentDiffusion
 ) -> None:
     """Raise `Inconclusive` if no generated set has nearly the accuracy of the bases."""
-    held = terms.first_held
+    held = request.first_held
     drawn, bases = generator.drawn(_TRIED, rng), collected.bases()
-    best = max(accuracy(terms.of_weights(drawn.one(k)), held) for k in range(len(drawn)))
-    usual = mean(accuracy(terms.of_weights(bases.one(k)), held) for k in range(len(bases)))
+    best = max(accuracy(request.of_weights(drawn.one(k)), held) for k in range(len(drawn)))
+    usual = mean(accuracy(request.of_weights(bases.one(k)), held) for k in range(len(bases)))
     if best < usual - _ASTRAY:
         raise Inconclusive(
-            f"of {_TRIED} draws the best is right on {100 * best:.1f} %, where the bases are on {100 * usual:.1f}: the "
-            f"diffusion went astray, and what was learned before stands. Regularise less (regulariser is "
-            f"{diffusion.regulariser}, weight {diffusion.weight:g}), or train it longer, as in --set "
+            f"the best of {_TRIED} generated sets has an accuracy of {100 * best:.1f} %, the bases "
+            f"{100 * usual:.1f} %: the diffusion diverged, and an earlier generator is kept. Regularise less "
+            f"(regulariser is {diffusion.regulariser}, weight {diffusion.weight:g}), or train longer, as in --set "
             f"generator.steps={2 * diffusion.steps}"
         )
 
 
-def learned(pool: Pool, terms: Terms) -> Generator | None:
+def learned(pool: Pool, request: RotateRequest) -> Generator | None:
     """The generator of the pool; None if there is none."""
-    kept = pool.kept(_KEPT)
-    if kept is None:
+    stored = pool.kept(_KEPT)
+    if stored is None:
         return None
-    device = torch.device(terms.device)
-    return unpacked({name: value.to(device) for name, value in kept.columns.items()})
+    device = torch.device(request.device)
+    return unpacked({name: value.to(device) for name, value in stored.columns.items()})
 
 
 def what_was_learned(pool: Pool) -> Learned | None:
     """What `learn` returned for the generator of the pool; None if there is none."""
-    kept = pool.kept(_KEPT)
-    return None if kept is None else Learned(**kept.about)
+    stored = pool.kept(_KEPT)
+    return None if stored is None else Learned(**stored.about)
 
 
-def _lost(terms: Terms, embedding: Embedding, collected: Members) -> float:
+def _lost(request: RotateRequest, embedding: Embedding, collected: Members) -> float:
     """Mean accuracy on held-out examples that sets lose by encoding and decoding."""
     places = torch.linspace(0, len(collected) - 1, min(_JUDGED, len(collected))).round().long()
     some = collected.take(places)
     back = Members(embedding.decoded(embedding.encoded(some)), some.basins)
-    held = terms.first_held
+    held = request.first_held
 
     def right(sets: Members) -> float:
-        return mean(accuracy(terms.of_weights(sets.one(k)), held) for k in range(len(sets)))
+        return mean(accuracy(request.of_weights(sets.one(k)), held) for k in range(len(sets)))
 
     return right(some) - right(back)

@@ -30,8 +30,8 @@ from holdfast.store.pool import Pool
 from holdfast.store.records import read_chain
 from holdfast.verbs.assess import assess
 from holdfast.verbs.request import AssessRequest, Subject
-from holdfast.verbs.rotate.crafting import Attacker, Workshop
-from holdfast.verbs.rotate.terms import Terms
+from holdfast.verbs.rotate.request import RotateRequest
+from holdfast.verbs.rotate.transfer_examples import Attacker, TransferExamples
 
 FOLDER = "admission"
 WHITE = (Member("PGD-20", PGD(steps=20)), Member("APGD", APGD()))
@@ -49,9 +49,9 @@ class Carried:
     """by attacker and attack, which examples (n) were broken"""
 
 
-def subject_of(terms: Terms, name: str, sha: str, model: Classifier) -> Subject:
+def subject_of(request: RotateRequest, name: str, sha: str, model: Classifier) -> Subject:
     """A parameter set as the subject of an assessment."""
-    card = {key: value for key, value in terms.subject.card.items() if key != "files"}
+    card = {key: value for key, value in request.subject.card.items() if key != "files"}
     return Subject(model, sha, {**card, "name": name, "digest": sha})
 
 
@@ -60,7 +60,7 @@ class Measuring:
     """Assesses sets, and caches the evidence."""
 
     pool: Pool
-    workshop: Workshop
+    transfer_examples: TransferExamples
     progress: Progress = silent
     again: str = ""
     """command that resumes a stopped run"""
@@ -74,16 +74,24 @@ class Measuring:
         """Evidence for the first `n` held-out examples without attacks."""
         return self._remembered(of, "clean", (), n, first)
 
-    def carried(self, of: Subject, thieves: Sequence[Attacker], n: int, *, first: int) -> Carried:
+    def carried(self, of: Subject, attackers: Sequence[Attacker], n: int, *, first: int) -> Carried:
         """Evidence for the transfer examples of each attacker."""
-        what = "-".join(sorted({thief.kind.lower() for thief in thieves}))
+        what = "-".join(sorted({attacker.kind.lower() for attacker in attackers}))
         evidence, fell = [], []
         for start, stop in ends(n, first):
-            members = [member for thief in thieves for member in self.workshop.members(thief, start, stop)]
+            members = [
+                member
+                for attacker in attackers
+                for member in self.transfer_examples.members(attacker, start, stop)
+            ]
             found, path = self._piece(of, what, members, start, stop)
             evidence.append(found)
             fell.append(_fell(path, members))
-        keys = [(thief, attack) for thief in thieves for attack in self.workshop.thief.attacks]
+        keys = [
+            (attacker, attack)
+            for attacker in attackers
+            for attack in self.transfer_examples.transfer_attacker.attacks
+        ]
         by_key = {key: torch.cat([piece[place] for piece in fell]) for place, key in enumerate(keys)}
         return Carried(joined(evidence), by_key)
 
@@ -97,13 +105,15 @@ class Measuring:
     def _piece(
         self, of: Subject, what: str, members: Sequence[Member], start: int, stop: int
     ) -> tuple[Evidence, Path]:
-        terms = self.workshop.terms
-        threat = replace(terms.threat, access="gradients", queries=None, surrogates=())
-        plan = Plan(tuple(members), threat, terms.seed, full=what not in ("white-box", "clean"), shown=False)
-        asked = plan.outline(terms.model.classes or 0).steps
-        tag = digest(canonical([self._base, strict(asked)]))[:_TAG]
+        request = self.transfer_examples.request
+        threat = replace(request.threat, access="gradients", queries=None, surrogates=())
+        plan = Plan(
+            tuple(members), threat, request.seed, full=what not in ("white-box", "clean"), shown=False
+        )
+        stages = plan.outline(request.model.classes or 0).steps
+        tag = digest(canonical([self._base, strict(stages)]))[:_TAG]
         run = self.pool.path / FOLDER / str(of.card["name"]) / f"{what}-{start}-{stop}-{tag}"
-        order = AssessRequest(plan, device=terms.device)
+        order = AssessRequest(plan, device=request.device)
         with private():
             result = assess(
                 of,
@@ -118,7 +128,7 @@ class Measuring:
 
     def _rows(self, start: int, stop: int) -> Arrays:
         """Held-out examples `start` to `stop`, with their row numbers in the training data as ids."""
-        examples, rows = self.workshop.terms.examples, slice(start, stop)
+        examples, rows = self.transfer_examples.request.examples, slice(start, stop)
         x, y, ids = (
             value[rows].cpu().numpy() for value in (examples.held.x, examples.held.y, examples.held.ids)
         )
@@ -127,15 +137,15 @@ class Measuring:
     @cached_property
     def _base(self) -> str:
         """Digest of the code and of the settings of the pool; runs with another digest are not reused."""
-        return digest(canonical(strict([code_digest(), self.workshop.terms.about()])))
+        return digest(canonical(strict([code_digest(), self.transfer_examples.request.about()])))
 
 
 def ends(n: int, first: int) -> list[tuple[int, int]]:
     """Ranges of `n` examples: the first has `first` examples, each later one as many as all before it."""
-    found = [0, min(first, n)]
-    while found[-1] < n:
-        found.append(min(2 * found[-1], n))
-    return list(pairwise(found))
+    stops = [0, min(first, n)]
+    while stops[-1] < n:
+        stops.append(min(2 * stops[-1], n))
+    return list(pairwise(stops))
 
 
 def _fell(path: Path, members: Sequence[Member]) -> list[Mask]:

@@ -27,10 +27,10 @@ from holdfast.verbs.rotate.comparing import (
     share,
     worst,
 )
-from holdfast.verbs.rotate.crafting import Attacker, Attackers
 from holdfast.verbs.rotate.measuring import Carried
 from holdfast.verbs.rotate.samples import CONFIDENCE, LEAST, Gate, Need, slack
 from holdfast.verbs.rotate.samples import points as tolerated
+from holdfast.verbs.rotate.transfer_examples import Attacker, Attackers
 
 CHURN = 0.03
 """Largest share of inputs that may change class."""
@@ -39,10 +39,10 @@ NOTHING, SEVERAL, FLOOR, STATIC = 1.2, 1.5, 0.05, 0.5
 (`NOTHING`) and for several (`SEVERAL`); a share that is always allowed (`FLOOR`); and the share of the success of
 white-box attacks on the reference (`STATIC`), or, if a surrogate-only attacker achieves as much, less than the limit
 above which rotation gives no protection."""
-_MORE = 1.5  # multiple of the difference between bases, of which an interval takes a part
+_MORE = 1.5  # multiple of the difference between bases, which leaves room for the width of an interval
 _ODD = 3.0  # ratio of the success of examples from sets of the same draw to that of examples from stolen sets
-_BETTER = "the better of the incumbent and the bases"
-Family = Literal["thieves", "white-box", "siblings", ""]
+_BETTER = "the better of the serving set and the bases"
+Family = Literal["transfer", "white-box", "siblings", ""]
 """The measurement that needs more examples if the gate is unclear."""
 NO_DOUBTS = Doubts()
 _BEST_FIRST: tuple[Verdict, ...] = ("pass", "unclear", "fail")
@@ -70,7 +70,7 @@ class Ruling:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Measurements:
     """All measurements of a set and of its references, on the same examples."""
 
     attackers: Attackers
@@ -99,10 +99,10 @@ class Seen:
         need = self.needs.get(gate)
         if need is None or not need.widened:
             least = LEAST[gate]
-            return least, f"at most {tolerated(least)} less than {_BETTER} was expected"
+            return least, f"at most {tolerated(least)} less than {_BETTER} are allowed"
         return need.tolerance, (
-            f"at most {tolerated(need.tolerance)} less than {_BETTER} was expected, widened from "
-            f"{tolerated(need.least)}, which needs {need.needed:,} examples, and {need.held:,} are held out"
+            f"at most {tolerated(need.tolerance)} less than {_BETTER} are allowed, widened from "
+            f"{tolerated(need.least)}, which needs {need.needed:,} held-out examples, but there are {need.held:,}"
         )
 
     @property
@@ -117,7 +117,7 @@ class Seen:
     @property
     def transfer(self) -> Worst | None:
         """Highest success rate of an attacker with one stolen set; None if no set is stolen."""
-        return worst(self.carried, self.attackers.one, self.confidence("thieves"))
+        return worst(self.carried, self.attackers.one, self.confidence("transfer"))
 
     @property
     def ensemble(self) -> Worst | None:
@@ -125,7 +125,7 @@ class Seen:
         several = self.attackers.several
         if several is None:
             return None
-        return worst(self.carried, [several], self.confidence("thieves"))
+        return worst(self.carried, [several], self.confidence("transfer"))
 
     @property
     def sibling(self) -> Worst | None:
@@ -139,7 +139,7 @@ class Seen:
     def clean_loss(self) -> Loss:
         """Clean accuracy that the set loses relative to the better of its references."""
         before, bases = ([one["correct"] for one in them] for them in (self.before, self.bases))
-        return self._loss(before, bases, self.carried.evidence["correct"], "thieves")
+        return self._loss(before, bases, self.carried.evidence["correct"], "transfer")
 
     @property
     def robust_loss(self) -> Loss:
@@ -148,17 +148,17 @@ class Seen:
         return self._loss(before, bases, held(self.white), "white-box")
 
     def _loss(self, before: Sequence[Mask], bases: Sequence[Mask], after: Mask, family: Family) -> Loss:
-        against = {"the incumbent": before} if self.serves else {}
+        against = {"the serving set": before} if self.serves else {}
         return largest_loss({**against, "the bases": bases}, after, self.confidence(family))
 
     @property
     def churn(self) -> Estimate:
         """Share of inputs that the set classifies differently from the reference."""
         changed = [differing(one, self.carried.evidence) for one in self.before]
-        return difference(changed, confidence=self.confidence("thieves"))
+        return difference(changed, confidence=self.confidence("transfer"))
 
 
-def rulings(seen: Seen, doubts: Doubts, claims: Sequence[Claim]) -> tuple[Ruling, ...]:
+def rulings(seen: Measurements, doubts: Doubts, claims: Sequence[Claim]) -> tuple[Ruling, ...]:
     """The results of all gates. `doubts` are those of the white-box attacks that were not raised for the references."""
     return (
         _clean(seen),
@@ -170,9 +170,9 @@ def rulings(seen: Seen, doubts: Doubts, claims: Sequence[Claim]) -> tuple[Ruling
     )
 
 
-def reported(seen: Seen) -> dict[str, Estimate]:
+def reported(seen: Measurements) -> dict[str, Estimate]:
     """Estimates that are reported and decide no gate."""
-    found = {
+    estimates = {
         "white_box_success": share(~held(seen.white)[seen.white["correct"]]),
         "static_white_box_success": seen.static,
         "worst_class": worst_class(seen.white),
@@ -180,54 +180,54 @@ def reported(seen: Seen) -> dict[str, Estimate]:
     }
     nothing = worst(seen.carried, [seen.attackers.nothing])
     those = {"transfer_of_nothing": nothing, "sibling_transfer": seen.sibling}
-    return found | {name: one.estimate for name, one in those.items() if one is not None}
+    return estimates | {name: one.estimate for name, one in those.items() if one is not None}
 
 
-def _clean(seen: Seen) -> Ruling:
+def _clean(seen: Measurements) -> Ruling:
     loss, whom = seen.clean_loss.estimate, seen.clean_loss.whom
     most, bound = seen.tolerance("clean accuracy")
-    why = f"{points(loss)} less are right than of {whom}"
-    return Ruling("clean accuracy", loss, bound, AtMost(most)(loss, NO_DOUBTS), why, "thieves")
+    why = f"clean accuracy is {points(loss)} lower than that of {whom}"
+    return Ruling("clean accuracy", loss, bound, AtMost(most)(loss, NO_DOUBTS), why, "transfer")
 
 
-def _robust(seen: Seen, doubts: Doubts) -> Ruling:
+def _robust(seen: Measurements, doubts: Doubts) -> Ruling:
     loss, whom = seen.robust_loss.estimate, seen.robust_loss.whom
     most, bound = seen.tolerance("robust accuracy")
     verdict = AtMost(most)(loss, doubts)
-    why = f"{points(loss)} less hold under PGD-20 and APGD than of {whom}"
+    why = f"robust accuracy under PGD-20 and APGD is {points(loss)} lower than that of {whom}"
     if verdict == "unclear" and loss.high <= most:
         why += f", and doubts are open: {', '.join(doubts.open)}"
         return Ruling("robust accuracy", loss, bound, verdict, why)
     return Ruling("robust accuracy", loss, bound, verdict, why, "white-box")
 
 
-def _thefts(seen: Seen) -> tuple[Ruling, ...]:
+def _thefts(seen: Measurements) -> tuple[Ruling, ...]:
     one, several = seen.transfer, seen.ensemble
     if one is None:
-        why = "nothing is exposed, so that nothing can have been stolen"
+        why = "no set is listed as stolen"
         return tuple(
             Ruling(gate, None, "not applicable", "pass", why) for gate in ("theft", "ensemble theft")
         )
-    found = [
+    gates = [
         _beside_nothing("theft", one, seen, seen.attackers.nothing, NOTHING),
         _of_static(one, seen),
     ]
     if several is None or seen.attackers.evenly is None:
-        why = "one set is exposed, so that a theft of several is a theft of one"
-        return (*found, Ruling("ensemble theft", None, "not applicable", "pass", why))
-    return (*found, _beside_nothing("ensemble theft", several, seen, seen.attackers.evenly, SEVERAL))
+        why = "only one set is listed as stolen"
+        return (*gates, Ruling("ensemble theft", None, "not applicable", "pass", why))
+    return (*gates, _beside_nothing("ensemble theft", several, seen, seen.attackers.evenly, SEVERAL))
 
 
-def _beside_nothing(gate: str, theft: Worst, seen: Seen, thief: Attacker, times: float) -> Ruling:
+def _beside_nothing(gate: str, theft: Worst, seen: Measurements, attacker: Attacker, times: float) -> Ruling:
     """A theft gate: the success rate is at most `FLOOR`, or at most `times` that of a surrogate-only attacker."""
-    nothing = worst(seen.carried, [thief])
+    nothing = worst(seen.carried, [attacker])
     assert nothing is not None
-    verdict = _hardly_more(theft, nothing, times, FLOOR, seen.confidence("thieves"))
+    verdict = _hardly_more(theft, nothing, times, FLOOR, seen.confidence("transfer"))
     bound = (
-        f"at most {percent(FLOOR)} was expected, or {times:g} times the {percent(nothing.estimate.value)} of "
+        f"at most {percent(FLOOR)} is allowed, or {times:g} times the {percent(nothing.estimate.value)} of "
         f"{nothing.by}"
     )
-    return Ruling(gate, theft.estimate, bound, verdict, theft.says, "thieves")
+    return Ruling(gate, theft.estimate, bound, verdict, theft.says, "transfer")
 
 
 def _hardly_more(theft: Worst, nothing: Worst, times: float, floor: float, each: float) -> Verdict:
@@ -253,7 +253,7 @@ def _excess(fell: Mask, nothing: Mask, times: float, confidence: float) -> Estim
     return mean(fell.double() - times * nothing.double(), confidence, support=Support(-times, 1.0))
 
 
-def _of_static(theft: Worst, seen: Seen) -> Ruling:
+def _of_static(theft: Worst, seen: Measurements) -> Ruling:
     """A theft gate: success is at most half of the white-box success, or close to that of a surrogate-only attacker.
 
     The second condition is for sets so robust that surrogates do nearly as well as the sets themselves; without it,
@@ -261,22 +261,24 @@ def _of_static(theft: Worst, seen: Seen) -> Ruling:
     """
     gate, static, nothing = "theft of static", seen.static, worst(seen.carried, [seen.attackers.nothing])
     if not static.value:
-        return Ruling(gate, None, "not applicable", "pass", "attacks on the incumbent itself turn nothing")
+        return Ruling(
+            gate, None, "not applicable", "pass", "white-box attacks on the serving set break nothing"
+        )
     assert nothing is not None
     half, most = STATIC * static.value, wording.NOTHING * static.value
     halved = AtMost(half)(theft.estimate, NO_DOUBTS)
-    beside = _hardly_more(theft, nothing, NOTHING, 0.0, seen.confidence("thieves"))
+    beside = _hardly_more(theft, nothing, NOTHING, 0.0, seen.confidence("transfer"))
     either = {halved, overall([beside, AtMost(most)(theft.estimate, NO_DOUBTS)])}
     verdict = next(one for one in _BEST_FIRST if one in either)
     bound = (
-        f"at most {percent(half)} was expected, {STATIC:g} of what attacks on the incumbent itself achieve "
-        f"({percent(static.value)}), or {NOTHING:g} times the {percent(nothing.estimate.value)} of {nothing.by} and at "
-        f"most {percent(most)}"
+        f"at most {percent(half)} is allowed, {STATIC:g} times the success of white-box attacks on the serving set "
+        f"({percent(static.value)}), or {NOTHING:g} times the {percent(nothing.estimate.value)} of {nothing.by} "
+        f"and at most {percent(most)}"
     )
-    return Ruling(gate, theft.estimate, bound, verdict, theft.says, "thieves")
+    return Ruling(gate, theft.estimate, bound, verdict, theft.says, "transfer")
 
 
-def _churn(seen: Seen) -> Ruling:
+def _churn(seen: Measurements) -> Ruling:
     among = [float(differing(one, other).double().mean()) for one, other in combinations(seen.bases, 2)]
     most = CHURN
     if among:
@@ -285,33 +287,40 @@ def _churn(seen: Seen) -> Ruling:
         most = max(CHURN, _MORE * usual, usual + room)
     changed = seen.churn
     if not seen.serves:
-        why = f"{number(changed)} of inputs are of another class than by the bases"
-        return Ruling("churn", changed, "asked once a set serves, whose clients see it", "pass", why)
-    bound = f"at most {percent(most)} was expected, " + (
-        "1.5 times what bases differ by, or what equal sets need" if most > CHURN else "whatever bases do"
+        why = f"{number(changed)} of inputs have another predicted class than by the bases"
+        return Ruling("churn", changed, "not limited before a set serves", "pass", why)
+    bound = f"at most {percent(most)} is allowed, " + (
+        "1.5 times the difference between bases, or what sets of equal quality need"
+        if most > CHURN
+        else "independent of the difference between bases"
     )
-    why = f"{number(changed)} of inputs change class against the incumbent"
-    return Ruling("churn", changed, bound, AtMost(most)(changed, NO_DOUBTS), why, "thieves")
+    why = f"{number(changed)} of inputs have another predicted class than by the serving set"
+    return Ruling("churn", changed, bound, AtMost(most)(changed, NO_DOUBTS), why, "transfer")
 
 
-def _odd_gradients(seen: Seen, accepted: Mapping[str, str]) -> Ruling:
+def _odd_gradients(seen: Measurements, accepted: Mapping[str, str]) -> Ruling:
     """A gate against masked gradients: the set is easier to break, mostly by examples from sets of the same draw.
 
     More examples cannot decide it; a person may accept it.
     """
     gate, bound = (
         "odd-gradients",
-        f"at most {_ODD:g} times was expected, or a set no easier to break than before",
+        f"at most {_ODD:g} times is allowed, or a set that is not easier to break than the sets before",
     )
     sibling, theft = seen.sibling, seen.transfer
     if sibling is None or theft is None:
-        return Ruling(gate, None, bound, "pass", "no siblings, or nothing exposed, to tell it by")
+        return Ruling(
+            gate, None, bound, "pass", "there is no set of the same draw, or no stolen set, to compare"
+        )
     confidence = seen.confidence("white-box")
     easier = difference([held(one) for one in seen.before_white], held(seen.white), confidence)
     least = 1 / max(theft.estimate.n, 1)
     times = sibling.estimate.value / max(theft.estimate.value, least)
     value = Estimate(times, times, times, sibling.estimate.n)
-    why = f"siblings turn {times:.1f} times as many as the worst theft, and {points(easier)} less hold under attack"
+    why = (
+        f"examples from sets of the same draw break {times:.1f} times as many as those from stolen sets, and "
+        f"robust accuracy is {points(easier)} lower"
+    )
     if easier.low <= 0 or times <= _ODD:
         return Ruling(gate, value, bound, "pass", why)
     if gate in accepted:
@@ -319,10 +328,10 @@ def _odd_gradients(seen: Seen, accepted: Mapping[str, str]) -> Ruling:
     return Ruling(gate, value, bound, "unclear", why)
 
 
-def _claimed(claim: Claim, seen: Seen, doubts: Doubts) -> Ruling:
+def _claimed(claim: Claim, seen: Measurements, doubts: Doubts) -> Ruling:
     thefts: Mapping[str, tuple[Worst | None, Family]] = {
-        "transfer_success": (seen.transfer, "thieves"),
-        "ensemble_transfer": (seen.ensemble or seen.transfer, "thieves"),
+        "transfer_success": (seen.transfer, "transfer"),
+        "ensemble_transfer": (seen.ensemble or seen.transfer, "transfer"),
         "sibling_transfer": (seen.sibling, "siblings"),
     }
     if claim.metric in thefts:
@@ -333,12 +342,12 @@ def _claimed(claim: Claim, seen: Seen, doubts: Doubts) -> Ruling:
         return _judged(claim, theft.estimate, theft.says, family, bound)
     plain: Mapping[str, tuple[Callable[[], Estimate], Family]] = {
         "clean_accuracy": (
-            lambda: share(seen.carried.evidence["correct"], seen.confidence("thieves")),
-            "thieves",
+            lambda: share(seen.carried.evidence["correct"], seen.confidence("transfer")),
+            "transfer",
         ),
         "robust_accuracy": (lambda: share(held(seen.white), seen.confidence("white-box")), "white-box"),
-        "churn": (lambda: seen.churn, "thieves"),
-        "clean_accuracy_drop": (lambda: seen.clean_loss.estimate, "thieves"),
+        "churn": (lambda: seen.churn, "transfer"),
+        "clean_accuracy_drop": (lambda: seen.clean_loss.estimate, "transfer"),
     }
     measured, family = plain[claim.metric]
     estimate = measured()
@@ -358,11 +367,11 @@ def _vacuous(claim: Claim) -> Ruling:
         return Ruling(
             claim.text,
             None,
-            "two sets of a drawing were expected",
+            "two sets of the same draw are needed",
             "unclear",
-            "there is no sibling to make examples on",
+            "there is no other set of the same draw",
         )
-    return Ruling(claim.text, None, "not applicable", "pass", "nothing is exposed")
+    return Ruling(claim.text, None, "not applicable", "pass", "no set is listed as stolen")
 
 
 def _judged(
@@ -370,5 +379,5 @@ def _judged(
 ) -> Ruling:
     gate, word = (AtLeast(bound), "least") if claim.relation == ">=" else (AtMost(bound), "most")
     return Ruling(
-        claim.text, estimate, f"at {word} {bound:.4g} was claimed", gate(estimate, doubts), why, family
+        claim.text, estimate, f"at {word} {bound:.4g} is required", gate(estimate, doubts), why, family
     )

@@ -16,7 +16,7 @@ from typing import Literal
 from holdfast.core.types import Mask
 from holdfast.ops.statistics import bonferroni, normal_quantile
 from holdfast.verbs.rotate.measuring import ends
-from holdfast.verbs.rotate.terms import EVERY, FIRST, MOST
+from holdfast.verbs.rotate.request import EVERY, FIRST, MOST
 
 Gate = Literal["clean accuracy", "robust accuracy"]
 CONFIDENCE = 0.95
@@ -69,8 +69,8 @@ class Need:
     @property
     def says(self) -> str:
         """The gate, its tolerance and its sample size as text."""
-        said = f"{self.gate} within {points(self.least)} needs {self.needed:,} examples"
-        return f"{said}, so it tolerates {points(self.tolerance)}" if self.widened else said
+        text = f"{self.gate} within {points(self.least)} needs {self.needed:,} examples"
+        return f"{text}, so it allows {points(self.tolerance)}" if self.widened else text
 
 
 def looks(held: int, judged: int, gate: Gate) -> int:
@@ -108,14 +108,16 @@ def changed(right: Sequence[Mask]) -> float:
 def statement(needs: Sequence[Need], *, planned: bool) -> str:
     """The required and the available number of examples, and the consequences, as text."""
     need, held, about = max(one.needed for one in needs), needs[0].held, "about " if planned else ""
-    each = "; ".join(
-        f"{one.says}, where equal sets differ on {about}{100 * one.changed:.1f} % of them" for one in needs
+    details = "; ".join(
+        f"{one.says}, since equal sets differ on {about}{100 * one.changed:.1f} % of them" for one in needs
     )
-    said = f"the gates need {about}{need:,} held-out examples, and {held:,} are held out ({each})"
+    text = f"the gates need {about}{need:,} held-out examples, and there are {held:,} ({details})"
     if held >= need:
-        return said
-    remedy = f"{EVERY * need:,} training examples, of which one in {EVERY} is held out, would do without"
-    return f"{said}. Tolerances are widened; {remedy if need <= MOST else f'at most {MOST:,} are held out'}"
+        return text
+    remedy = (
+        f"with {EVERY * need:,} training examples, of which one in {EVERY} is held out, they would not be"
+    )
+    return f"{text}. Tolerances are widened; {remedy if need <= MOST else f'at most {MOST:,} are held out'}"
 
 
 def widened(needs: Iterable[Need]) -> list[str]:

@@ -32,13 +32,16 @@ def tensors(
     weights: Mapping[str, Tensor], known: Sequence[Mapping[str, Tensor]], names: Sequence[str]
 ) -> Ruling:
     """The gate on parameters: all finite, and each norm within three standard deviations of those of the known sets."""
-    bound = f"all finite, norms within {_SIGMAS:g} deviations of {len(known)} sets trained as the pool says"
+    bound = (
+        f"all values finite, norms within {_SIGMAS:g} standard deviations of those of {len(known)} sets trained in "
+        "the same way"
+    )
     broken = endless(weights, known[0])
     if broken:
-        return Ruling("tensors", None, bound, "fail", f"{broken[0]} holds values that are not finite")
+        return Ruling("tensors", None, bound, "fail", f"{broken[0]} contains values that are not finite")
     worst, where = max((_sigmas(name, weights, known), name) for name in names)
     seen = Estimate(worst, worst, worst, len(known))
-    why = f"the norm of {where} is {worst:.1f} deviations from theirs"
+    why = f"the norm of {where} differs by {worst:.1f} standard deviations"
     return Ruling("tensors", seen, bound, "pass" if worst <= _SIGMAS else "fail", why)
 
 
@@ -62,9 +65,9 @@ def distance(
     if not all(bool(weights[name].isfinite().all()) for name in names):
         return 0.0, ""
     some, others = _side_by_side([weights], names), _side_by_side([*exposed.values()], names)
-    found = l1(some, others)[0]
-    place = int(found.argmin())
-    return float(found[place]), list(exposed)[place]
+    distances = l1(some, others)[0]
+    place = int(distances.argmin())
+    return float(distances[place]), list(exposed)[place]
 
 
 def twin(
@@ -81,9 +84,9 @@ def twin(
     return Ruling(
         "distance",
         seen,
-        "another set than any exposed one",
+        "different from every stolen set",
         "fail",
-        f"it is {name} over again, which is exposed",
+        f"it equals the stolen set {name}",
     )
 
 

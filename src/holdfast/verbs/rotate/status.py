@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from holdfast.store.ledger_state import Member, Term
 from holdfast.store.pool import Pool
-from holdfast.store.standing import Member, Term
 from holdfast.verbs.rotate.learning import what_was_learned
 
-UNJUDGED = "it was not judged against everything that is exposed by now"
+UNJUDGED = "it was not judged against all sets that are now listed as stolen"
 """The note on a serving set that was not judged against all stolen sets."""
 
 
@@ -64,21 +64,21 @@ def _notes(pool: Pool) -> list[str]:
     notes = []
     if ledger.unauthenticated:
         notes.append(
-            f"the first {ledger.unauthenticated} entries were written by an older version and not authenticated then: "
-            f"entries may have been removed before the pool was migrated"
+            f"the first {ledger.unauthenticated} entries were written by an older version without authentication; "
+            "entries may have been removed before the pool was migrated"
         )
     if pool.unjudged:
         notes.append(
-            f"{len(pool.unjudged)} of {len(pool.ahead)} sets that wait were not judged against everything exposed by "
-            f"now; judge them with holdfast rotate admit {pool.shown}; holdfast rotate swap refuses them"
+            f"{len(pool.unjudged)} of {len(pool.ahead)} waiting sets were not judged against all stolen sets; "
+            f"judge them with holdfast rotate admit {pool.shown}. Until then holdfast rotate swap refuses them"
         )
     if now is not None and ledger.member(now.name).exposed is not None:
-        notes.append(f"{now.name} serves and is exposed; swap another in")
+        notes.append(f"{now.name} serves and is listed as stolen; swap to another set")
     if ledger.unlisted:
         named = ", ".join(ledger.unlisted[:3])
         more = f" and {len(ledger.unlisted) - 3} more" if len(ledger.unlisted) > 3 else ""
         notes.append(
-            f"sets that serve or may were made from {named}{more}, which are neither listed as exposed nor deleted: "
-            f"stolen, they are worth more than others"
+            f"sets that serve or may serve were generated from {named}{more}, which are neither listed as stolen "
+            "nor deleted. Protect these: an attacker gains more from them than from other sets"
         )
     return notes

@@ -11,10 +11,13 @@ IN_A_ROW = 5
 """Number of refusals in a row after which no more candidates are judged, since the procedure is unsuitable."""
 _LOSES = {"clean accuracy", "robust accuracy", "churn"}
 _LOSE_LESS = (
-    "draw more, or lose less by draw with --set immunise.weight=0.25, or by more epochs of the collection; more "
-    "training data judge more surely"
+    "draw more sets, or reduce the loss with --set immunise.weight=0.25 in draw or with more epochs in the "
+    "collection; more training data give narrower intervals"
 )
-_ELSEWHERE = "sets trained from fresh weights resemble none that leaked: holdfast rotate draw POOL --by anew --immunise"
+_ELSEWHERE = (
+    "train sets from fresh weights, which are independent of stolen sets: holdfast rotate draw POOL --by anew "
+    "--immunise"
+)
 """Advice if sets only lose too much accuracy, and if they are too similar to stolen sets or implausible."""
 
 
@@ -60,10 +63,14 @@ class Admission:
             return ""
         gates = [each.by for each in self.judged]
         counted = ", ".join(f"{gates.count(gate)} by {gate}" for gate in dict.fromkeys(gates))
-        stopped = f" {IN_A_ROW} in a row were, and {len(self.left)} wait unjudged." if self.left else ""
+        stopped = (
+            f" {IN_A_ROW} in a row were refused, and {len(self.left)} are not judged yet."
+            if self.left
+            else ""
+        )
         return (
-            f"none of {len(self.judged)} candidates was admitted ({counted}).{stopped} The first: {self.judged[0].why}."
-            f" What serves goes on serving; {self.remedy}"
+            f"none of {len(self.judged)} candidates was admitted ({counted}).{stopped} The first: "
+            f"{self.judged[0].why}. The serving set is not changed; {self.remedy}"
         )
 
     @property

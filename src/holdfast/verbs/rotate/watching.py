@@ -19,15 +19,15 @@ from holdfast.rotation.triggers import Reading, Trigger, due, exposed
 from holdfast.store.pool import Pool
 from holdfast.verbs.rotate.admission import admit
 from holdfast.verbs.rotate.drawing import By, candidates, draw
+from holdfast.verbs.rotate.request import FIRST, RotateRequest
 from holdfast.verbs.rotate.status import UNJUDGED
-from holdfast.verbs.rotate.terms import FIRST, Terms
 from holdfast.verbs.rotate.verdicts import IN_A_ROW, Admission
 
-_LOOKS_S, _PAUSE_S = 1.0, 60.0  # between two looks at the ledger, and after one without a usable set
+_LOOKS_S, _PAUSE_S = 1.0, 60.0  # seconds between two reads of the ledger, and after one without a usable set
 
 
 @dataclass(frozen=True)
-class Turning:
+class LoopSettings:
     """Settings of a running rotation."""
 
     triggers: tuple[Trigger, ...]
@@ -48,12 +48,12 @@ class Turning:
 
 
 @dataclass
-class Turner:
+class RotationLoop:
     """A process that keeps a rotation running."""
 
     pool: Pool
-    terms: Terms
-    how: Turning
+    request: RotateRequest
+    how: LoopSettings
     stopper: Stopper = field(default_factory=Stopper)
     notify: Notify = ignore
     progress: Progress = silent
@@ -75,25 +75,25 @@ class Turner:
                 self._draw(missing)
                 self._turn()
             last = {name for name in candidates(self.pool) if self._last_resort(name)}
-            found = admit(
-                self.pool, self.terms, claims=self.how.claims, accepted=self.how.accepted, judged=self.how.judged,
+            admission = admit(
+                self.pool, self.request, claims=self.how.claims, accepted=self.how.accepted, judged=self.how.judged,
                 again=self.how.again, stopper=self.stopper, notify=self.notify, progress=self.progress,
             )  # fmt: skip
             self._turn()
-            fell = [one for one in found.judged if one.name in last]
-            refused = 0 if found.admitted else refused + len(fell)
+            fell = [one for one in admission.judged if one.name in last]
+            refused = 0 if admission.admitted else refused + len(fell)
             if refused >= IN_A_ROW:
-                raise Inconclusive(self._ended(found, refused))
-            if found.judged and not (found.admitted or fell) and self._by != "anew":
-                self._refused(found)
-        made = self._admitted - before
-        if made > 0:
-            self._refuse_faster((time.perf_counter() - begin) / made)
+                raise Inconclusive(self._ended(admission, refused))
+            if admission.judged and not (admission.admitted or fell) and self._by != "anew":
+                self._refused(admission)
+        n_admitted = self._admitted - before
+        if n_admitted > 0:
+            self._refuse_faster((time.perf_counter() - begin) / n_admitted)
 
     def _refused(self, found: Admission) -> None:
         """Train sets from fresh weights from now on if all sets of the generator were refused, unless `by` is set."""
         if self.how.by is None and any(self.pool.ledger.member(one.name).bases for one in found.judged):
-            self._go_anew("what the generator draws is not admitted")
+            self._go_anew("the generated sets were not admitted")
 
     def _last_resort(self, name: str) -> bool:
         """Whether no other way is left to make sets: `by` is set, or the candidate was trained from fresh weights."""
@@ -102,11 +102,13 @@ class Turner:
     def _ended(self, found: Admission, refused: int) -> str:
         """The message on why no more sets are made, and which set serves."""
         now = self.pool.serving
-        serves = "nothing serves" if now is None else f"{now.name} goes on serving as epoch {now.epoch}"
-        made = "of the generator" if self.how.by == "generator" else "trained from fresh weights"
+        serves = (
+            "no set serves" if now is None else f"{now.name} remains the serving set, in epoch {now.epoch}"
+        )
+        kind = "of the generator" if self.how.by == "generator" else "trained from fresh weights"
         return (
-            f"{refused} sets {made} were refused in a row, the last one by {found.judged[-1].why}; {serves}, and "
-            f"{len(self.pool.ahead)} admitted sets wait; {found.remedy}"
+            f"{refused} sets {kind} were refused in a row, the last one because of {found.judged[-1].why}; "
+            f"{serves}, and {len(self.pool.ahead)} admitted sets are waiting; {found.remedy}"
         )
 
     @property
@@ -131,20 +133,20 @@ class Turner:
     def _draw(self, missing: int) -> None:
         """Make candidates; train them from fresh weights if no generated set is usable, unless `by` is set."""
         if self.how.by is None and self._by is None and self._refused_of_generator():
-            self._go_anew(f"the last {IN_A_ROW} that the generator drew were refused")
+            self._go_anew(f"the last {IN_A_ROW} generated sets were refused")
         by = self.how.by or self._by
-        given: dict[str, Any] = {
+        options: dict[str, Any] = {
             "immunise": self.how.immunise,
             "stopper": self.stopper,
             "notify": self.notify,
         }
         try:
-            draw(self.pool, self.terms, missing, by=by, **given)
+            draw(self.pool, self.request, missing, by=by, **options)
         except Inconclusive as error:
             if by is not None:
                 raise
             self._go_anew(str(error))
-            draw(self.pool, self.terms, missing, by="anew", **given)
+            draw(self.pool, self.request, missing, by="anew", **options)
 
     def _refused_of_generator(self) -> bool:
         """Whether the last five generated sets were judged and refused."""
@@ -153,7 +155,7 @@ class Turner:
 
     def _go_anew(self, why: str) -> None:
         self._by = "anew"
-        self.notify(f"note: {why}; sets are trained anew from here on")
+        self.notify(f"note: {why}; from now on sets are trained from fresh weights")
 
     def _refuse_faster(self, made_in_s: float) -> None:
         """Raise `UsageError` if the triggers would empty the pool and nothing has served yet; later only warn."""
@@ -186,7 +188,7 @@ class Turner:
         """
         if self.pool.serving is None:
             self.notify(
-                "note: nothing serves, for what did was retired; let another set serve by holdfast rotate swap"
+                "note: no set serves, because the last one was retired; start another with holdfast rotate swap"
             )
             return False
         try:

@@ -15,8 +15,8 @@ Unclear: the interval contains half of the white-box success. A0 and A5 are not 
 WORDS = {
     "stopped": "stopped",
     "slowed": "slowed",
-    "unclear": "unclear on so few inputs",
-    "untouched": "untouched",
+    "unclear": "unclear because there are too few inputs",
+    "untouched": "not affected",
 }
 Json = dict[str, Any]
 
@@ -54,13 +54,16 @@ def verdict(rows: Sequence[Mapping[str, Any]], itself: Mapping[str, Any] | None 
         for word, said in WORDS.items()
         if (who := words[word])
     ]
-    text = f"against the set that serves, {'; '.join(parts)}"
+    text = f"against the serving set, {'; '.join(parts)}"
     if not white["value"]:
-        return f"attacks on the set that serves turn nothing, so that no theft can be told from none; {text}"
+        return (
+            "white-box attacks on the serving set break nothing, so the effect of a theft cannot be measured; "
+            f"{text}"
+        )
     if one is not None and one["value"] >= NOTHING * white["value"] and by["A1"]["word"] == "untouched":
         return (
-            f"no protection: an attack on one stolen set turns {100 * one['value']:.1f} % where one on the set that "
-            f"serves turns {100 * white['value']:.1f} %; {text}"
+            f"no protection: an attack on one stolen set breaks {100 * one['value']:.1f} %, an attack on the "
+            f"serving set {100 * white['value']:.1f} %; {text}"
         )
     return text
 

@@ -84,14 +84,14 @@ class Member:
     deleted: bool = False
 
     @property
-    def standing(self) -> str:
+    def status(self) -> str:
         """Its state in a word; "exposed" if it is listed as stolen."""
         return self.state if self.exposed is None else "exposed"
 
     @property
     def needed(self) -> bool:
         """Whether its parameters are required: it serves, may serve, or others are judged against it."""
-        return self.standing in ("admitted", "serving", "exposed") and not self.deleted
+        return self.status in ("admitted", "serving", "exposed") and not self.deleted
 
 
 @dataclass(frozen=True)
@@ -129,19 +129,21 @@ def well_formed(entry: Mapping[str, Any]) -> None:
     named = [entry["set"]] if "set" in entry else []
     for name in [*named, *(each for key in ("bases", "retires", "against") for each in entry.get(key, ()))]:
         if not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of a set: letters, digits, '.', '_' and '-' were expected")
+            raise ValueError(
+                f"{name!r} is not a valid name of a set: letters, digits, '.', '_' and '-' were expected"
+            )
     for principal, count in entry.get("answers", {}).items():
         if not (isinstance(principal, str) and type(count) is int and count > 0):
             raise ValueError(
-                f"{principal!r} was given {count!r} answers; a name and a positive number were expected"
+                f"the answers to {principal!r} are {count!r}; a name and a positive number were expected"
             )
     if entry.get("others", 0) < 0:
         raise ValueError(
-            f"callers without a name were given {entry['others']} answers; 0 or more were expected"
+            f"the answers to callers without a name are {entry['others']}; 0 or more were expected"
         )
 
 
-class Standing:
+class LedgerState:
     """The state of all sets after the entries so far."""
 
     def __init__(self) -> None:
@@ -218,11 +220,11 @@ class Standing:
         kind = entry["kind"]
         if kind == "begun":
             if self._entries:
-                raise UsageError("a ledger is begun once, by its first entry")
+                raise UsageError("only the first entry of a ledger creates it")
         elif kind == "answers":
             if not 1 <= entry["epoch"] <= self.epoch:
                 raise UsageError(
-                    f"answers of epoch {entry['epoch']} were given; there were {self.epoch} epochs"
+                    f"the answers are of epoch {entry['epoch']}, but there were {self.epoch} epochs"
                 )
         elif kind == "candidate":
             if entry["set"] in self.members:
@@ -233,7 +235,7 @@ class Standing:
                 self.member(base)
         elif kind == "migrated":
             if entry["entries"] != self._entries:
-                raise UsageError(f"{entry['entries']} entries were migrated; there were {self._entries}")
+                raise UsageError(f"{entry['entries']} entries were migrated, but there were {self._entries}")
         else:
             self._refuse_step(entry)
 
@@ -241,22 +243,24 @@ class Standing:
         kind, member = entry["kind"], self.member(entry["set"])
         if member.state not in _BEFORE[kind]:
             allowed = " or ".join(_BEFORE[kind])
-            raise UsageError(f"{member.name!r} is {member.state}; only what is {allowed} can become {kind}")
+            raise UsageError(
+                f"{member.name!r} is {member.state}; only a set that is {allowed} can become {kind}"
+            )
         if member.deleted and kind != "exposed":
             raise UsageError(f"{member.name!r} was deleted; it cannot become {kind}")
         if kind == "admitted" and member.role == "base":
             raise UsageError(
-                f"{member.name!r} is a base, which others are made from; it cannot become admitted"
+                f"{member.name!r} is a base, which other sets are generated from; it cannot become admitted"
             )
         for each in entry.get("against", ()):
             self.member(each)
         if kind in ("serving", "deleted") and member.exposed is not None:
             raise UsageError(
-                f"{member.name!r} is exposed since {member.exposed.at} ({member.exposed.why}); "
+                f"{member.name!r} is listed as stolen since {member.exposed.at} ({member.exposed.why}); "
                 + (
                     "serve another set"
                     if kind == "serving"
-                    else "what comes must be tested against it, so keep it"
+                    else "keep it, because new sets must be tested against it"
                 )
             )
         if kind == "serving":
@@ -268,14 +272,14 @@ class Standing:
                 )
             if not entry["unjudged"] and not self._judged(member):
                 raise UsageError(
-                    f"{member.name!r} was not judged against everything that is exposed; judge it again, or let it "
-                    f"serve unjudged"
+                    f"{member.name!r} was not judged against all stolen sets; judge it again, or let it serve "
+                    "unjudged"
                 )
 
     def member(self, name: str) -> Member:
         """The set of a name. Raises `UsageError` with similar names if there is none."""
         if name not in self.members:
-            raise UsageError(f"{name!r} is no set of this ledger; {_offer(name, self.members)}")
+            raise UsageError(f"{name!r} is not a set of this ledger; {_offer(name, self.members)}")
         return self.members[name]
 
     def take(self, entry: Mapping[str, Any]) -> None:
@@ -315,15 +319,15 @@ class Standing:
         reached: dict[str, State] = {name: state}
         reached |= dict.fromkeys(entry.get("retires", ()), "retired")
         for each, new in reached.items():
-            known = self.members[each]
+            member = self.members[each]
             self.members[each] = replace(
-                known,
+                member,
                 state=new,
                 since=at,
                 why=why,
                 entry=self._entries,
-                canary=entry.get("canary", known.canary),
-                against=tuple(entry.get("against", known.against)),
+                canary=entry.get("canary", member.canary),
+                against=tuple(entry.get("against", member.against)),
             )
         if state == "serving":
             self._terms.append(Term(name, entry["epoch"], at, None, {}, 0))
@@ -332,17 +336,21 @@ class Standing:
     def _expose(self, exposure: Exposure) -> None:
         """Keep the first listing of a set, or the first report after an automatic listing."""
         member = self.members[exposure.name]
-        known = member.exposed
-        if known is None or (known.automatic and not exposure.automatic):
+        earlier = member.exposed
+        if earlier is None or (earlier.automatic and not exposure.automatic):
             self.members[exposure.name] = replace(member, exposed=exposure)
-            self._exposures = [one for one in self._exposures if one is not known] + [exposure]
+            self._exposures = [one for one in self._exposures if one is not earlier] + [exposure]
 
 
 def _offer(name: str, known: Collection[str]) -> str:
     """Known names that are similar to an unknown one, as text."""
     if not known:
-        return "it has none yet"
+        return "it contains no sets yet"
     near = [each for each in known if name and each.startswith(name[:4])] or get_close_matches(
         name, known, 3, 0.5
     )
-    return f"near it: {', '.join(near[:3])}" if near else f"it has {', '.join(list(known)[-3:])}, say"
+    return (
+        f"similar names: {', '.join(near[:3])}"
+        if near
+        else f"the last ones are {', '.join(list(known)[-3:])}"
+    )

@@ -27,10 +27,10 @@ from holdfast.recipes.single_step import SingleStep
 from holdfast.recipes.standard import Standard
 from holdfast.rotation import Distilled, Immunise, Members
 from holdfast.rotation.collecting import last_of, rows_of
-from holdfast.rotation.thieves import Thief, noisy
+from holdfast.rotation.transfer_attacks import TransferAttacker, noisy
 from holdfast.store.pool import Pool
 from holdfast.verbs.rotate.collecting import members, surrogates
-from holdfast.verbs.rotate.terms import Terms
+from holdfast.verbs.rotate.request import RotateRequest
 
 NOISE = 0.3
 """Size of the noise on weights, as a share of the root mean square of each tensor."""
@@ -40,25 +40,27 @@ Json = dict[str, Any]
 
 
 @dataclass
-class Instead:
+class Alternatives:
     """Measures the alternatives on the judged inputs, with the same few attacks for all."""
 
     pool: Pool
-    terms: Terms
+    request: RotateRequest
     live: Classifier
     batch: Batch
     threat: ThreatModel
     rng: Draws
-    thief: Thief
+    transfer_attacker: TransferAttacker
 
     def rows(self) -> Iterator[tuple[str, Callable[[], Json | None]]]:
         """Yield each alternative by name, with a function that measures it or returns None if the pool is
         unsuitable.
         """
-        yield "static", lambda: self._row(self.live, self.live, "the set that serves is never swapped")
+        yield "static", lambda: self._row(self.live, self.live, "the serving set is never swapped")
         yield (
             "weight noise",
-            lambda: self._row(self._noisy(), self.live, f"{NOISE:g} of the size of each tensor"),
+            lambda: self._row(
+                self._noisy(), self.live, f"noise of {NOISE:g} times the root mean square of each tensor"
+            ),
         )
         yield "checkpoints of a run", self._checkpoints
         yield "soup", self._soup
@@ -78,28 +80,30 @@ class Instead:
 
     def _pgd(self) -> Json:
         share = _SHARE * 2 / (_INNER + 1)  # a single-step update takes two passes
-        said = f"the same passes: {share:.2g} of an epoch, {_INNER} steps"
-        return self._row(self._trained(PGDTraining(steps=_INNER), share), self.live, said)
+        description = f"as many passes: {share:.2g} of an epoch, {_INNER} steps"
+        return self._row(self._trained(PGDTraining(steps=_INNER), share), self.live, description)
 
     def _diverse(self) -> Json:
         """Half of the passes compute examples, half train on them, together with FGSM-RS if the sets were hardened."""
-        batch, n, steps = self.terms.training.batch, len(self.terms.train), Distilled().steps
-        recipe, passes = (_ONE_STEP, 2) if hardened(self.terms) else (Standard(), 1)
+        batch, n, steps = self.request.training.batch, len(self.request.train), Distilled().steps
+        recipe, passes = (_ONE_STEP, 2) if hardened(self.request) else (Standard(), 1)
         share = _SHARE / (passes + 0.5)  # each update has half as many computed examples as others
         crafting = Distilled(examples=max(round(_SHARE * n / steps), 1), steps=steps)
         how = Immunise(share=share, batch=max(batch // 2, 1), lr=_LR, crafting=crafting)
         as_known = trained_as(recipe, Training(batch=batch))
         place = self.rng.at("trained", "diverse")
-        made = how(self.live, [self.live], as_known, self.terms.train, self.threat, rng=place)
-        says = f"the same passes: {share:.2g} of an epoch, and {crafting.examples:,} inputs with features of others"
-        return self._row(made, self.live, says)
+        trained = how(self.live, [self.live], as_known, self.request.train, self.threat, rng=place)
+        description = (
+            f"as many passes: {share:.2g} of an epoch, and {crafting.examples:,} inputs distilled from others"
+        )
+        return self._row(trained, self.live, description)
 
     def _trained(self, recipe: Recipe, share: float) -> Classifier:
         """The serving set, trained further for part of an epoch."""
-        known = self.terms.training
-        how = Training(epochs=1, batch=known.batch, lr=_LR, averaging="none", weight_decay=0.0)
+        training = self.request.training
+        how = Training(epochs=1, batch=training.batch, lr=_LR, averaging="none", weight_decay=0.0)
         how = replace(how, optimizer="adamw", schedule="cycle", warmup=0.0)
-        data, place = self.terms.train, self.rng.at("trained", type(recipe).__name__)
+        data, place = self.request.train, self.rng.at("trained", type(recipe).__name__)
         some = rows_of(data, max(round(share * len(data)), 1), place.at("data"))
         return last_of(
             trained_as(recipe, how), deepcopy(self.live).requires_grad_(), some, self.threat, place
@@ -108,12 +112,12 @@ class Instead:
     def _noisy(self) -> Classifier:
         assert isinstance(self.live.net, torch.nn.Module)
         moved = noisy(self.live.net, NOISE, self.rng.at("noise"))
-        return self.terms.of_weights(dict(moved.named_parameters()))
+        return self.request.of_weights(dict(moved.named_parameters()))
 
     def _checkpoints(self) -> Json | None:
         if self._run is None:
             return None
-        first, last = (self.terms.of_weights(self._run.one(k)) for k in (0, -1))
+        first, last = (self.request.of_weights(self._run.one(k)) for k in (0, -1))
         return self._row(
             last, first, f"{len(self._run)} sets of a run; the first was stolen, the last serves"
         )
@@ -121,8 +125,8 @@ class Instead:
     def _soup(self) -> Json | None:
         if self._run is None:
             return None
-        stolen = self.terms.of_weights(self._run.one(0))
-        return self._row(self.terms.of_weights(self._run.bases().one(0)), stolen, "the mean of those sets")
+        stolen = self.request.of_weights(self._run.one(0))
+        return self._row(self.request.of_weights(self._run.bases().one(0)), stolen, "the mean of those sets")
 
     def _swag(self) -> Json | None:
         """A sample around the mean of the run, and an attacker with another sample."""
@@ -134,12 +138,12 @@ class Instead:
             for name, value in self._run.tensors.items():
                 noise = self.rng.at("swag", k, name).normal(torch.arange(value[0].numel()))
                 weights[name] = value.mean(0) + value.std(0) * noise.view(value[0].shape).to(value)
-            samples.append(self.terms.of_weights(weights))
-        return self._row(samples[0], samples[1], "samples around their mean, as far as they differ")
+            samples.append(self.request.of_weights(weights))
+        return self._row(samples[0], samples[1], "samples around their mean with their standard deviation")
 
     def _seeds(self) -> Json:
-        own = surrogates(self.pool, self.terms)
-        return self._row(own[0], own[1], "another training serves than that which was stolen")
+        own = surrogates(self.pool, self.request)
+        return self._row(own[0], own[1], "a set of another training run than the stolen one serves")
 
     @cached_property
     def _run(self) -> Members | None:
@@ -154,13 +158,13 @@ class Instead:
         clean, some = proportion(right), self.batch.take(right)
         if not len(some):
             return {"clean": said(clean), "thief": None, "white": None, "says": says}
-        thief = self._worst(serves, stolen, some)
-        white = thief if stolen is serves else self._worst(serves, serves, some)
-        return {"clean": said(clean), "thief": said(thief), "white": said(white), "says": says}
+        from_stolen = self._worst(serves, stolen, some)
+        white = from_stolen if stolen is serves else self._worst(serves, serves, some)
+        return {"clean": said(clean), "thief": said(from_stolen), "white": said(white), "says": says}
 
     def _worst(self, serves: Classifier, held: Classifier, some: Batch) -> Estimate:
-        made = self.thief.crafted([held], some, self.threat, rng=self.rng.at("instead"))
-        fell = [~_right(serves, some.at(x)) for x in made.values()]
+        examples = self.transfer_attacker.crafted([held], some, self.threat, rng=self.rng.at("instead"))
+        fell = [~_right(serves, some.at(x)) for x in examples.values()]
         return max((proportion(mask) for mask in fell), key=lambda share: share.value)
 
 
@@ -169,28 +173,30 @@ def said(share: Estimate) -> Json:
     return {"value": share.value, "low": share.low, "high": share.high, "n": share.n}
 
 
-def hardened(terms: Terms) -> bool:
+def hardened(request: RotateRequest) -> bool:
     """Whether the sets of a pool were trained against attacks."""
-    return not isinstance(terms.candidate.recipe, Standard)
+    return not isinstance(request.candidate.recipe, Standard)
 
 
-def doubt(found: Mapping[str, Json | None], terms: Terms, one: Json | None) -> Json:
+def doubt(found: Mapping[str, Json | None], request: RotateRequest, one: Json | None) -> Json:
     """The doubt that half an epoch of fine-tuning achieves more than rotation; raised if sets were not hardened."""
     tuned, static = found["adversarial fine-tuning"], found["static"]
     assert tuned is not None and static is not None
     if tuned["thief"] is None or static["white"] is None:
-        says = "the set that serves, or what fine-tuning made of it, has no input right"
+        says = "the serving set, or the fine-tuned one, classifies no input correctly"
         return {"state": "not measured", "statistic": None, "threshold": None, "n": 0, "says": says}
-    thief = "what was not measured" if one is None else f"{100 * one['value']:.1f} %"
+    rotated = "an unmeasured share" if one is None else f"{100 * one['value']:.1f} %"
     left = 100 * static["white"]["value"]
     says = (
-        f"half an epoch of adversarial fine-tuning of the set that serves leaves {100 * tuned['thief']['value']:.1f} % "
-        f"to who stole the old one, and {100 * tuned['white']['value']:.1f} % to the white box; rotation leaves "
-        f"{thief} to a thief of one set, and {left:.1f} % to the white box by the same attacks"
+        "after half an epoch of adversarial fine-tuning of the serving set, an attacker with the old set breaks "
+        f"{100 * tuned['thief']['value']:.1f} % and a white-box attack {100 * tuned['white']['value']:.1f} %; with "
+        f"rotation, an attacker with one stolen set breaks {rotated} and the same white-box attack {left:.1f} %"
     )
-    state = "clear" if hardened(terms) else "raised"
+    state = "clear" if hardened(request) else "raised"
     if state == "raised":
-        says = f"the sets were trained by {terms.candidate.name}, and never against attacks: {says}"
+        says = (
+            f"the sets were trained by {request.candidate.name}, which does not train against attacks: {says}"
+        )
     return {
         "state": state,
         "statistic": static["white"]["value"],

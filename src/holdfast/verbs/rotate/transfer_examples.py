@@ -25,10 +25,10 @@ from holdfast.engine.progress import Notify, ignore
 from holdfast.harness import Member
 from holdfast.harness.plan import settings
 from holdfast.reports.numbers import strict
-from holdfast.rotation.thieves import Thief
+from holdfast.rotation.transfer_attacks import TransferAttacker
 from holdfast.store.pool import Pool
 from holdfast.verbs.rotate.collecting import surrogates
-from holdfast.verbs.rotate.terms import Terms
+from holdfast.verbs.rotate.request import RotateRequest
 
 Kind = Literal["A0", "A1", "A2", "A3"]
 SIBLINGS = 4
@@ -46,8 +46,8 @@ class Attacker:
     @property
     def name(self) -> str:
         """Name of the attacker in columns and reports."""
-        held = self.sources[0] if len(self.sources) == 1 else f"{len(self.sources)} sets"
-        return f"{self.kind} {held}"
+        source = self.sources[0] if len(self.sources) == 1 else f"{len(self.sources)} sets"
+        return f"{self.kind} {source}"
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ class Prepared:
 
 
 @dataclass
-class Workshop:
+class TransferExamples:
     """Computes transfer examples of attackers, and stores them encrypted in the pool so that each is computed once.
 
     If there are more inputs, only the new ones are attacked.
     """
 
     pool: Pool
-    terms: Terms
-    thief: Thief = field(default_factory=Thief)
+    request: RotateRequest
+    transfer_attacker: TransferAttacker = field(default_factory=TransferAttacker)
     notify: Notify = ignore
     _made: dict[tuple[Attacker, int, int], dict[str, Inputs]] = field(default_factory=dict)
     """examples by attacker and range of the held-out inputs, for each attack"""
@@ -85,7 +85,7 @@ class Workshop:
     @property
     def own(self) -> list[Classifier]:
         """The surrogates of a surrogate-only attacker."""
-        self._own = self._own or surrogates(self.pool, self.terms)
+        self._own = self._own or surrogates(self.pool, self.request)
         return self._own
 
     def nothing(self, size: int | None = None) -> Attacker:
@@ -103,11 +103,11 @@ class Workshop:
                 f"{attacker.name} {name}",
                 Prepared(attacker.name, sources, attack, self._given(attacker, name, start, stop)),
             )
-            for name, attack in self.thief.attacks.items()
+            for name, attack in self.transfer_attacker.attacks.items()
         ]
 
     def _given(self, attacker: Attacker, name: str, start: int, stop: int) -> Callable[[Batch], Inputs]:
-        lookup = Lookup(self.terms.examples.held.ids[start:stop].cpu())
+        lookup = Lookup(self.request.examples.held.ids[start:stop].cpu())
 
         def made_before(batch: Batch) -> Inputs:
             made = self._of(attacker, start, stop)[name]
@@ -119,8 +119,8 @@ class Workshop:
         """The examples of an attacker for some inputs, by attack, cached."""
         key = (attacker, start, stop)
         if key not in self._made:
-            some = self.terms.held.take(torch.arange(start, stop))
-            constraint, bounds = self.terms.threat.constraint, self.terms.model.bounds
+            some = self.request.held.take(torch.arange(start, stop))
+            constraint, bounds = self.request.threat.constraint, self.request.model.bounds
             self._made[key] = {
                 name: constraint.project(some.x + change.to(some.x), some.x, bounds).cpu()
                 for name, change in self._changes(attacker, some, start).items()
@@ -129,27 +129,29 @@ class Workshop:
 
     def _changes(self, attacker: Attacker, some: Batch, start: int) -> dict[str, Tensor]:
         """The perturbations of an attacker in half precision, from the pool if they are stored there."""
-        about = digest(canonical(strict([code_digest(), len(some), self._asked, self.terms.about()])))
+        about = digest(canonical(strict([code_digest(), len(some), self._asked, self.request.about()])))
         place = digest(canonical([attacker.kind, *attacker.sources, start]))[:16]
-        kept = self.pool.kept(f"made_{place}")
-        if kept is not None and kept.about["of"] == about:
-            return kept.columns
-        self.notify(f"{attacker.name}: examples of {len(some):,} inputs by {', '.join(self.thief.attacks)}")
-        rng = Draws(self.terms.seed).at("thief", attacker.kind, *attacker.sources)
-        made = self.thief.crafted(self._models(attacker), some, self.terms.threat, rng=rng)
-        changes = {name: (x - some.x).half().cpu() for name, x in made.items()}
+        stored = self.pool.kept(f"made_{place}")
+        if stored is not None and stored.about["of"] == about:
+            return stored.columns
+        self.notify(
+            f"{attacker.name}: examples of {len(some):,} inputs by {', '.join(self.transfer_attacker.attacks)}"
+        )
+        rng = Draws(self.request.seed).at("thief", attacker.kind, *attacker.sources)
+        examples = self.transfer_attacker.crafted(self._models(attacker), some, self.request.threat, rng=rng)
+        changes = {name: (x - some.x).half().cpu() for name, x in examples.items()}
         if attacker.kind != "A3":  # these sets differ for each candidate
             self.pool.keep(f"made_{place}", changes, {"of": about})
         return changes
 
     @property
     def _asked(self) -> dict[str, Any]:
-        return {name: settings(attack) for name, attack in self.thief.attacks.items()}
+        return {name: settings(attack) for name, attack in self.transfer_attacker.attacks.items()}
 
     def _models(self, attacker: Attacker) -> Sequence[Classifier]:
         if attacker.kind == "A0":
             return self.own[: int(attacker.sources[0].removeprefix("own "))]
-        return [self.terms.of_set(self.pool, name) for name in attacker.sources]
+        return [self.request.of_set(self.pool, name) for name in attacker.sources]
 
 
 @dataclass(frozen=True)
@@ -166,26 +168,28 @@ class Attackers:
     siblings: Attacker | None
 
 
-def attackers(workshop: Workshop, name: str, exposed: Sequence[str], siblings: Sequence[str]) -> Attackers:
+def attackers(
+    transfer_examples: TransferExamples, name: str, exposed: Sequence[str], siblings: Sequence[str]
+) -> Attackers:
     """The attackers for the set `name`. `exposed` are the stolen sets, the most recently stolen one last."""
-    own = len(workshop.own)
+    own = len(transfer_examples.own)
     last = tuple(exposed[-own:])
     several = Attacker("A2", last) if len(last) > 1 else None
     return Attackers(
-        workshop.nothing(),
+        transfer_examples.nothing(),
         tuple(Attacker("A1", (each,)) for each in exposed),
         several,
-        None if several is None else workshop.nothing(len(last)),
+        None if several is None else transfer_examples.nothing(len(last)),
         Attacker("A3", tuple(siblings[:SIBLINGS])) if siblings else None,
     )
 
 
 def exposed_for(pool: Pool, name: str) -> tuple[str, ...]:
     """Sets that an attacker may have when the set serves: its bases, then the stolen sets, the most recent one last."""
-    known = {member.name: member for member in pool.ledger.members}
+    members = {member.name: member for member in pool.ledger.members}
     listed = [one.name for one in pool.ledger.exposed()]
-    unlisted = [each for each in known[name].bases if each not in listed]
-    return tuple(each for each in (*unlisted, *listed) if each != name and not known[each].deleted)
+    unlisted = [each for each in members[name].bases if each not in listed]
+    return tuple(each for each in (*unlisted, *listed) if each != name and not members[each].deleted)
 
 
 def siblings_of(pool: Pool, name: str, usable: Callable[[str], bool]) -> tuple[str, ...]:

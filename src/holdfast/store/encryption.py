@@ -46,7 +46,7 @@ class Seal:
 
     def __post_init__(self) -> None:
         if len(self.key) != KEY_BYTES:
-            raise UsageError(f"a key of {len(self.key)} bytes was given; AES-256 takes {KEY_BYTES}")
+            raise UsageError(f"the key has {len(self.key)} bytes; AES-256 needs {KEY_BYTES}")
 
     @property
     def id(self) -> str:
@@ -57,7 +57,7 @@ class Seal:
         """The bytes of an encrypted file that can only be decrypted under `name`. Each call uses a new nonce."""
         if len(data) > _MOST_BYTES:
             raise UsageError(
-                f"{name!r} has {len(data)} bytes; at most {_MOST_BYTES} are sealed in one file: split it"
+                f"{name!r} has {len(data)} bytes; at most {_MOST_BYTES} can be encrypted in one file; split it"
             )
         header = _MAGIC + bytes([_VERSION]) + bytes.fromhex(self.id)
         nonce = os.urandom(_NONCE_BYTES)
@@ -67,18 +67,18 @@ class Seal:
         """Decrypt a file encrypted under `name`. Raises `TargetError` with `path` if the bytes are invalid."""
         shown = repr(name if path is None else str(path))
         if len(data) < _HEADER_BYTES + _NONCE_BYTES + _TAG_BYTES or not data.startswith(_MAGIC):
-            raise TargetError(f"{shown} is no sealed file, or is cut short; restore it from a copy")
+            raise TargetError(f"{shown} is not an encrypted file, or is truncated; restore it from a copy")
         header, nonce = data[:_HEADER_BYTES], data[_HEADER_BYTES:][:_NONCE_BYTES]
         version, other = header[len(_MAGIC)], header[-_ID_BYTES:].hex()
         if version != _VERSION:
             raise TargetError(
-                f"{shown} is a sealed file of version {version}; this version reads {_VERSION}. Install the holdfast "
-                f"that wrote it"
+                f"{shown} is an encrypted file of version {version}; this version reads {_VERSION}. Install the "
+                "holdfast that wrote it"
             )
         if other != self.id:
             raise TargetError(
-                f"{shown} was sealed with key {other}, and the key at hand is {self.id}{self._whence}; set "
-                f"{KEY_VARIABLE} to its own key, or restore the file from a copy"
+                f"{shown} was encrypted with key {other}, but the given key is {self.id}{self._whence}; set "
+                f"{KEY_VARIABLE} to the key of the file, or restore the file from a copy"
             )
         cipher, sealed = _cipher(self.key), memoryview(data)[_HEADER_BYTES + _NONCE_BYTES :]
         from cryptography.exceptions import InvalidTag
@@ -87,16 +87,16 @@ class Seal:
             return cipher.decrypt(nonce, sealed, header + name.encode())
         except InvalidTag:
             raise TargetError(
-                f"{shown} was changed or cut short after it was sealed, or stands in the place of another file; "
-                f"restore it from a copy"
+                f"{shown} was changed or truncated after it was encrypted, or is a copy of another file; restore "
+                "it from a copy"
             ) from None
 
     def pseudonym(self, text: str, name: str) -> str:
         """A pseudonym that is constant for a text and `name`, and does not reveal the text: HMAC-SHA-256, in hex."""
         if not isinstance(text, str):
-            raise UsageError(f"{text!r} is no name of a {name.rpartition('/')[2]}; text was expected")
-        said = f"{name}\0{text}".encode("utf-8", "surrogatepass")
-        return hmac.new(self.key, said, hashlib.sha256).hexdigest()[:PSEUDONYM_DIGITS]
+            raise UsageError(f"{text!r} is not the name of a {name.rpartition('/')[2]}; text was expected")
+        message = f"{name}\0{text}".encode("utf-8", "surrogatepass")
+        return hmac.new(self.key, message, hashlib.sha256).hexdigest()[:PSEUDONYM_DIGITS]
 
     def derived(self, purpose: str, salt: str) -> bytes:
         """A key of 32 bytes for one purpose, which reveals neither this key nor those of other purposes.
@@ -112,8 +112,8 @@ class Seal:
         """Raise `TargetError` if a pool was encrypted with another key."""
         if key_id != self.id:
             raise TargetError(
-                f"{str(manifest)!r} says that the pool is sealed with key {key_id}, and the key at hand is "
-                f"{self.id}{self._whence}; set {KEY_VARIABLE} to the pool's own key, or put its key file back"
+                f"the pool of {str(manifest)!r} is encrypted with key {key_id}, but the given key is "
+                f"{self.id}{self._whence}; set {KEY_VARIABLE} to the key of the pool, or restore its key file"
             )
 
     @property
@@ -141,8 +141,8 @@ def found_seal(folder: Path) -> Seal:
     with usable(path, refusal_in_pool):
         if not path.exists():
             raise TargetError(
-                f"there is no key for {str(folder)!r}: {KEY_VARIABLE} is not set, and {str(path)!r} does not exist; "
-                f"set the one or put back the other. Without its key nothing in a pool can be read again"
+                f"there is no key for {str(folder)!r}: {KEY_VARIABLE} is not set, and {str(path)!r} does not "
+                "exist; set the variable or restore the file. Without its key a pool cannot be read"
             )
         with path.open("rb") as file:  # the file that is tested is the one that is read
             about = os.fstat(file.fileno())
@@ -150,18 +150,18 @@ def found_seal(folder: Path) -> Seal:
     mode = about.st_mode & 0o777
     if os.name != "nt" and about.st_uid != os.geteuid():
         raise TargetError(
-            f"{str(path)!r} belongs to user {about.st_uid}, who knows the key, and this process runs as user "
-            f"{os.geteuid()}; run as its owner, or remove it if nothing was sealed with it yet"
+            f"{str(path)!r} belongs to user {about.st_uid}, who can read the key, but this process runs as user "
+            f"{os.geteuid()}; run as its owner, or remove it if nothing was encrypted with it yet"
         )
     if os.name != "nt" and mode & 0o077:
         raise TargetError(
-            f"{str(path)!r} has mode {mode:04o}, so that others may use the key; chmod 600 it, and if anyone may have "
-            f"read it, take the pool's sets for stolen"
+            f"{str(path)!r} has mode {mode:04o}, so that other users can read the key; run chmod 600 on it. If "
+            "anyone may have read it, list the sets of the pool as stolen"
         )
     if not _HEX.fullmatch(text):
         raise TargetError(
-            f"{str(path)!r} holds {len(text)} characters that are no key; {2 * KEY_BYTES} hex digits were expected. "
-            f"Restore it from a copy, or remove it if nothing was sealed with it yet"
+            f"{str(path)!r} contains {len(text)} characters that are not a key; {2 * KEY_BYTES} hex digits were "
+            "expected. Restore it from a copy, or remove it if nothing was encrypted with it yet"
         )
     return Seal(bytes.fromhex(text), str(path))
 
@@ -179,8 +179,8 @@ def begun_seal(folder: Path) -> Seal:
         with usable(path, refusal_in_pool):
             if path.is_symlink() and not path.exists():
                 raise TargetError(
-                    f"{str(path)!r} is a link to {str(path.readlink())!r}, which does not exist, and no key is written "
-                    f"through a link; remove it, or put back the key that it names"
+                    f"{str(path)!r} is a link to {str(path.readlink())!r}, which does not exist, and a key is not "
+                    "written through a link; remove the link, or restore the key file that it points to"
                 )
             if not path.exists():
                 create_private(path, secrets.token_hex(KEY_BYTES).encode() + b"\n")
@@ -194,8 +194,9 @@ def _given() -> Seal | None:
         return None
     if not _HEX.fullmatch(text):
         raise UsageError(
-            f"{KEY_VARIABLE} holds {len(text)} characters that are no key; {2 * KEY_BYTES} hex digits were expected, "
-            f'as python -c "import secrets; print(secrets.token_hex({KEY_BYTES}))" makes them. Unset it to use a file'
+            f"{KEY_VARIABLE} contains {len(text)} characters that are not a key; {2 * KEY_BYTES} hex digits were "
+            f'expected, as python -c "import secrets; print(secrets.token_hex({KEY_BYTES}))" generates them. Unset '
+            "it to use a file"
         )
     return Seal(bytes.fromhex(text), KEY_VARIABLE)
 
@@ -205,6 +206,6 @@ def _cipher(key: bytes) -> "AESGCM":
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     except ImportError as error:
         raise UsageError(
-            'a pool is sealed on the disk, which needs pip install "holdfast[crypto]"'
+            'a pool is encrypted on the disk, which needs pip install "holdfast[crypto]"'
         ) from error
     return AESGCM(key)

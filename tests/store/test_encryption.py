@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.store import sealing
+from holdfast.store import encryption
+from holdfast.store.encryption import KEY_VARIABLE, Seal, begun_seal, found_seal, key_file
 from holdfast.store.files import create_private
-from holdfast.store.sealing import KEY_VARIABLE, Seal, begun_seal, found_seal, key_file
 
 SEAL, OTHER = Seal(bytes(range(32))), Seal(bytes(32))
 HEX = "0123456789abcdefABCDEF0123456789" * 2
@@ -38,27 +38,27 @@ def test_a_changed_bit_is_noticed(place, bit):
 @given(cut=st.integers(0, 10**6))
 def test_a_file_that_is_cut_short_is_noticed(cut):
     data = SEAL.seal(b"some weights", "a")
-    with pytest.raises(TargetError, match="'a' .*cut short.*restore"):
+    with pytest.raises(TargetError, match="'a' .*truncated.*restore"):
         SEAL.open(data[: cut % len(data)], "a")
 
 
 def test_a_file_opens_under_its_own_name_only():
-    with pytest.raises(TargetError, match="'b' .*stands in the place of another file"):
+    with pytest.raises(TargetError, match="'b' .*is a copy of another file"):
         SEAL.open(SEAL.seal(b"some weights", "a"), "b")
 
 
 def test_another_key_is_told_from_a_corrupt_file(tmp_path):
     with pytest.raises(
         TargetError,
-        match=f"{re.escape(str(tmp_path / 'x'))}' was sealed with key {OTHER.id}, .* is {SEAL.id}",
+        match=f"{re.escape(str(tmp_path / 'x'))}' was encrypted with key {OTHER.id}, .* is {SEAL.id}",
     ):
         SEAL.open(OTHER.seal(b"", "x"), "x", tmp_path / "x")
 
 
 def test_a_file_of_another_version_or_kind_is_refused(monkeypatch):
-    with pytest.raises(TargetError, match="'x' is no sealed file"):
+    with pytest.raises(TargetError, match="'x' is not an encrypted file"):
         SEAL.open(b"PK\x03\x04 a zip, for once" * 5, "x")
-    monkeypatch.setattr(sealing, "_VERSION", 2)
+    monkeypatch.setattr(encryption, "_VERSION", 2)
     newer = SEAL.seal(b"", "x")
     monkeypatch.undo()
     with pytest.raises(TargetError, match="version 2; this version reads 1"):
@@ -66,7 +66,7 @@ def test_a_file_of_another_version_or_kind_is_refused(monkeypatch):
 
 
 def test_what_one_file_cannot_hold_is_refused(monkeypatch):
-    monkeypatch.setattr(sealing, "_MOST_BYTES", 3)
+    monkeypatch.setattr(encryption, "_MOST_BYTES", 3)
     assert SEAL.open(SEAL.seal(b"123", "x"), "x") == b"123"
     with pytest.raises(UsageError, match="'x' has 4 bytes; at most 3"):
         SEAL.seal(b"1234", "x")
@@ -75,7 +75,7 @@ def test_what_one_file_cannot_hold_is_refused(monkeypatch):
 def test_no_error_and_no_text_shows_a_key():
     assert "01" not in repr(Seal(b"01" * 16))
     assert len(SEAL.id) == 16 and SEAL.id not in SEAL.key.hex()
-    with pytest.raises(UsageError, match="a key of 16 bytes was given; AES-256 takes 32"):
+    with pytest.raises(UsageError, match="the key has 16 bytes; AES-256 needs 32"):
         Seal(b"0" * 16)
 
 
@@ -106,7 +106,9 @@ def test_the_environment_comes_before_the_key_file(tmp_path, monkeypatch):
 def test_an_environment_without_a_key_in_it_is_refused_and_not_shown(tmp_path, monkeypatch, text):
     monkeypatch.setenv(KEY_VARIABLE, text)
     for ask in (begun_seal, found_seal):
-        with pytest.raises(UsageError, match=f"{KEY_VARIABLE} holds {len(text)} .*64 hex digits") as caught:
+        with pytest.raises(
+            UsageError, match=f"{KEY_VARIABLE} contains {len(text)} .*64 hex digits"
+        ) as caught:
             ask(tmp_path)
         assert not text or text not in str(caught.value)
 
@@ -136,7 +138,7 @@ def test_a_key_is_written_through_no_link_and_into_no_file_that_lies_in_wait(tmp
     key_file(folder).unlink()
     key_file(folder).symlink_to(tmp_path / "nowhere")
     with pytest.raises(
-        TargetError, match="pool.key' is a link to .*nowhere', which does not exist.*remove it"
+        TargetError, match="pool.key' is a link to .*nowhere', which does not exist.*remove the link"
     ):
         begun_seal(folder)
     with pytest.raises(FileExistsError):
@@ -167,19 +169,19 @@ def test_a_key_that_is_gone_or_damaged_is_said(tmp_path, monkeypatch):
         found_seal(folder)
     begun_seal(folder)
     key_file(folder).write_text("short\n")
-    with pytest.raises(TargetError, match="pool.key' holds 5 characters .*64 hex digits were expected"):
+    with pytest.raises(TargetError, match="pool.key' contains 5 characters .*64 hex digits were expected"):
         found_seal(folder)
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
     sealed = SEAL.seal(b"", "x")
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers.aead", None)
-    for ask in (sealing.refuse_unready, lambda: SEAL.seal(b"", "x"), lambda: SEAL.open(sealed, "x")):
+    for ask in (encryption.refuse_unready, lambda: SEAL.seal(b"", "x"), lambda: SEAL.open(sealed, "x")):
         with pytest.raises(UsageError, match=r'pip install "holdfast\[crypto\]"'):
             ask()
 
 
 def test_importing_the_store_asks_for_no_library():
-    code = "import sys; import holdfast.store.sealing; print(any(m.startswith('cryptography') for m in sys.modules))"
+    code = "import sys; import holdfast.store.encryption; print(any(m.startswith('cryptography') for m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -34,8 +34,8 @@ MOST, EVERY = 8_000, 5
 """One training example in `EVERY` is held out, and at most `MOST`."""
 _SEEN = 8
 _SEEN_BEFORE = (
-    "sets go on from the given model, which may have been trained on the examples that are held out to judge them; "
-    "where it was, their accuracy flatters, theirs and the bases' alike"
+    "sets are trained further from the given model, which may have been trained on the held-out examples; then "
+    "the measured accuracy of sets and bases is too high"
 )
 
 
@@ -51,7 +51,7 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Terms:
+class RotateRequest:
     """Settings of the training that all parameter sets of a pool share."""
 
     subject: Subject
@@ -117,7 +117,7 @@ class Terms:
     def about(self) -> dict[str, Any]:
         """The settings as the manifest of the pool stores them, for the comparison in `refuse_other`."""
         of, examples = type(self.source).__name__.lower(), self.examples
-        said = {
+        settings = {
             "model": {key: value for key, value in self.subject.card.items() if key != "files"},
             "digest": self.subject.digest,
             "data": {
@@ -133,20 +133,20 @@ class Terms:
             "seed": self.seed,
             "settings": dict(self.settings),
         }
-        plain: dict[str, Any] = json.loads(canonical(strict(said)))
+        plain: dict[str, Any] = json.loads(canonical(strict(settings)))
         return plain
 
     def refuse_other(self, pool: Pool) -> None:
         """Raise `UsageError` if the pool has another model, other data or other settings."""
         known, mine = pool.manifest["about"], self.about()
-        words = {"digest": "model, of other weights or preprocessing", "begins": "beginning"}
+        words = {"digest": "model (other weights or preprocessing)", "begins": "beginning"}
         for key in ("digest", "data", "threat", "recipe", "source", "begins", "seed"):
             if known.get(key) != mine[key]:
                 sides = ({key: side.get(key), **_named(key, side)} for side in (known, mine))
-                told = differences(*sides).removeprefix(key).lstrip(".: ")
+                difference = differences(*sides).removeprefix(key).lstrip(".: ")
                 raise UsageError(
-                    f"{str(pool.path)!r} is of another {words.get(key, key)} ({told}); bring that back, or begin "
-                    f"another pool"
+                    f"{str(pool.path)!r} was created with another {words.get(key, key)} ({difference}); use that "
+                    "again, or create another pool"
                 )
 
 

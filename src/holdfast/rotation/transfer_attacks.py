@@ -111,7 +111,7 @@ ATTACKS: Mapping[str, Attack] = {
 
 
 @dataclass(frozen=True)
-class Thief:
+class TransferAttacker:
     """An attacker with some models, on which adversarial examples for another model are computed."""
 
     attacks: Mapping[str, Attack] = field(default_factory=lambda: ATTACKS)
@@ -126,13 +126,14 @@ class Thief:
         those of noisy copies are divided among the sources. Raises `UsageError` if there are no sources.
         """
         if not sources:
-            raise UsageError(
-                "a thief without models makes no examples; give those that it holds, one at least"
-            )
-        held = replace(threat, surrogates=tuple(sources), queries=None)
+            raise UsageError("an attacker without models cannot compute examples; give at least one model")
+        threat_of_attacker = replace(threat, surrogates=tuple(sources), queries=None)
         return {
             name: torch.cat(
-                [attack(sources[0], some, held, rng=rng.at(name)).detach() for some in batch.split(_AT_ONCE)]
+                [
+                    attack(sources[0], some, threat_of_attacker, rng=rng.at(name)).detach()
+                    for some in batch.split(_AT_ONCE)
+                ]
             )
             for name, attack in self.attacks.items()
         }

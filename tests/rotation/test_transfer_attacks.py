@@ -6,7 +6,7 @@ import torch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.rotation.collecting import trained_anew
-from holdfast.rotation.thieves import ATTACKS, Sampled, Thief
+from holdfast.rotation.transfer_attacks import ATTACKS, Sampled, TransferAttacker
 from rotation.problem import THREAT, accuracy, examples, task
 
 EPS = THREAT.constraint.eps
@@ -20,7 +20,7 @@ def models():
 @pytest.fixture(scope="module")
 def made(models):
     """What a thief of both makes."""
-    return Thief().crafted(models, examples(5, 60), THREAT, rng=Draws(1))
+    return TransferAttacker().crafted(models, examples(5, 60), THREAT, rng=Draws(1))
 
 
 def test_every_attack_leaves_examples_that_may_be_and_stops_at_no_success(models, made):
@@ -37,7 +37,7 @@ def test_every_attack_leaves_examples_that_may_be_and_stops_at_no_success(models
 
 def test_a_row_is_made_as_it_would_be_alone(models, made):
     rows = torch.tensor([7, 31])
-    again = Thief().crafted(models, examples(5, 60).take(rows), THREAT, rng=Draws(1))
+    again = TransferAttacker().crafted(models, examples(5, 60).take(rows), THREAT, rng=Draws(1))
     for name, x_adv in again.items():
         torch.testing.assert_close(x_adv, made[name][rows], msg=name)
 
@@ -45,20 +45,20 @@ def test_a_row_is_made_as_it_would_be_alone(models, made):
 def test_what_is_made_on_one_turns_it_and_carries_to_another(models):
     batch = examples(6, 200)
     one, other = models
-    for name, x_adv in Thief().crafted([one], batch, THREAT, rng=Draws(1)).items():
+    for name, x_adv in TransferAttacker().crafted([one], batch, THREAT, rng=Draws(1)).items():
         assert accuracy(one, batch.at(x_adv)) < 0.4, name
         assert accuracy(other, batch.at(x_adv)) < accuracy(other, batch) - 0.1, name
 
 
 def test_noisy_copies_leave_the_weights_alone_and_differ_from_them(models):
     before = [value.clone() for value in models[0].parameters()]
-    thief = Thief({"SWAG": Sampled(), "calm": Sampled(spread=1e-9), "MI": ATTACKS["MI"]})
-    found = thief.crafted(models[:1], examples(5, 60), THREAT, rng=Draws(1))
+    attacker = TransferAttacker({"SWAG": Sampled(), "calm": Sampled(spread=1e-9), "MI": ATTACKS["MI"]})
+    found = attacker.crafted(models[:1], examples(5, 60), THREAT, rng=Draws(1))
     assert all(torch.equal(old, new) for old, new in zip(before, models[0].parameters(), strict=True))
     torch.testing.assert_close(found["calm"], found["MI"], atol=0.02, rtol=0)
     assert not torch.allclose(found["SWAG"], found["MI"], atol=0.02)
 
 
 def test_a_thief_of_nothing_at_all_is_refused():
-    with pytest.raises(UsageError, match="give those that it holds"):
-        Thief().crafted([], examples(5, 60), THREAT, rng=Draws(1))
+    with pytest.raises(UsageError, match="give at least one model"):
+        TransferAttacker().crafted([], examples(5, 60), THREAT, rng=Draws(1))
