@@ -301,11 +301,11 @@ def exhibition(
     items = [item for item in ITEMS if not only or item.name in only]
     training = open_data(DIGITS, split="train")
     digits = training.read(0, len(training))
-    found = []
+    built = []
     for exhibit in exhibits(digits, open_data(DIGITS, n=n), items):
         shown(exhibit)
-        found.append(exhibit)
-    return tuple(found)
+        built.append(exhibit)
+    return tuple(built)
 
 
 @with_gradients
@@ -382,14 +382,14 @@ def _order(
     members = None
     if suite is not None and settings.suite is None:
         members = members_given(suite, threat_model(parse_threat(settings.threat)).constraint)
-    found = ordering.order(
+    order = ordering.order(
         settings,
         members=members,
         baseline=_evidence(baseline),
         device=device,
         target=subject.model.access,
     )
-    return replace(found, attackers=attackers(settings))
+    return replace(order, attackers=attackers(settings))
 
 
 def _evidence(run: Result | Evidence | str | Path | None) -> Evidence | None:

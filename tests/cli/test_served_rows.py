@@ -129,7 +129,7 @@ def test_a_dry_run_sends_at_most_64_rows_and_says_how_many(capsys, size):
         assert f"sent for this: {len(server.rows)} rows" in err
         assert 0 < len(server.rows) <= max(64, size or 0)
     assert expected(out)[0] > 46 * 40
-    assert "46 of the 48" in out if (size or 0) >= 100 else "if as many are right as" in out
+    assert "46 of the 48" in out if (size or 0) >= 100 else "if the share of correct examples is" in out
 
 
 def test_a_dry_run_that_tries_every_example_counts_those_that_are_right(capsys):

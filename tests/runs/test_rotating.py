@@ -157,8 +157,8 @@ def test_a_pool_that_serves_nothing_says_what_to_do(pool, collected):
     ("changes", "says"),
     [
         ({"trust_code": False}, "names code .*; add --trust-code"),
-        ({"arch": "mnist-cnn"}, "says itself what its model is like, and arch was given"),
-        ({"model": "rotating:"}, "names no folder"),
+        ({"arch": "mnist-cnn"}, "determines arch, and arch was given"),
+        ({"model": "rotating:"}, "contains no folder"),
     ],
 )
 def test_what_the_address_does_not_take(serving, collected, changes, says):

@@ -25,7 +25,7 @@ from holdfast.ops.patches import expect_patch, pasted
 
 @dataclass(frozen=True)
 class AdversarialPatch:
-    """Fit one patch that breaks the model on as many images as possible, and paste it into each image."""
+    """Optimises one patch that breaks the model on as many images as possible, and pastes it into each image."""
 
     examples: Steps = 2000
     """largest number of examples of the fit split; half of them are used to choose among the fits"""

@@ -28,7 +28,7 @@ _STAGES = ((3.0, 0.3), (2.0, 0.3))
 
 @dataclass(frozen=True)
 class APGD:
-    """Gradient ascent with momentum that halves the step size when progress stops and restarts from the best point."""
+    """Projected gradient ascent with momentum, whose step size is halved when the loss stops increasing."""
 
     loss: Loss = cross_entropy
     """loss that is maximised: `cross_entropy`, `dlr`, `margin_loss`, `probability_margin`"""

@@ -28,7 +28,7 @@ _JUDGED = 10  # steps between evaluations of the point itself
 
 @dataclass(frozen=True)
 class Bandits:
-    """Query points on both sides of the estimated gradient, improve the estimate, and step along it."""
+    """Estimates the gradient from finite differences of the scores with a bandit prior."""
 
     queries: Steps = 5000
     """largest number of forwards for each example; the threat model's budget if it is smaller"""

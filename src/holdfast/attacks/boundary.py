@@ -25,7 +25,7 @@ from holdfast.ops.norms import expect_norm
 
 @dataclass(frozen=True)
 class Boundary:
-    """Step at random on the sphere around the clean input, then towards it, and keep the steps that stay broken."""
+    """Moves along the decision boundary towards the clean input in random steps, from labels alone."""
 
     queries: Steps = 5000
     """largest number of forwards for each example; the threat model's budget if it is smaller"""

@@ -30,7 +30,7 @@ _DEARER = 10.0  # growth of the weight while none was large enough
 
 @dataclass(frozen=True)
 class EAD:
-    """Minimise the squared L2 size, `beta` times the L1 size and a multiple of the margin, by FISTA."""
+    """Minimises the squared L2 distance, `beta` times the L1 distance and a multiple of the margin with FISTA."""
 
     searches: Steps = 9
     """number of weights of the margin that are tried for each example"""

@@ -44,7 +44,7 @@ _NEAR_ETA, _NEAR_BETA = 1.3, 0.8  # upper limits of eta and beta in these runs
 
 @dataclass(frozen=True)
 class FAB:
-    """Step onto the linearised boundary, with a bias towards the clean input."""
+    """Projects onto the linearised decision boundary in each step, with a bias towards the clean input."""
 
     steps: Steps = 100
     """steps of one run: each costs a forward, and a forward with a gradient"""

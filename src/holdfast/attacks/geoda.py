@@ -25,7 +25,7 @@ from holdfast.ops.norms import expect_norm, farthest
 
 @dataclass(frozen=True)
 class GeoDA:
-    """Sum estimates of the boundary's normal, made from labels, and search along the sum for the boundary."""
+    """Estimates the normal of a nearly flat boundary from labels, and searches along it for the boundary."""
 
     queries: Steps = 5000
     """largest number of forwards for each example; the threat model's budget if it is smaller"""

@@ -28,7 +28,7 @@ _JUMPS = 6  # number of step sizes that are tried along one normal, each half th
 
 @dataclass(frozen=True)
 class HopSkipJump:
-    """Step along the boundary's normal, estimated from labels, and search for the boundary towards the clean input."""
+    """Estimates the gradient at the decision boundary from labels, steps along it, and searches for the boundary."""
 
     queries: Steps = 5000
     """largest number of forwards for each example; the threat model's budget if it is smaller"""

@@ -21,7 +21,7 @@ from holdfast.ops.norms import expect_eps
 
 @dataclass(frozen=True)
 class NES:
-    """Lower the margin along gradients that are estimated from pairs of points."""
+    """Estimates the gradient from scores at antithetic Gaussian samples (natural evolution strategies)."""
 
     queries: Steps = 5000
     """largest number of forwards for each example; the threat model's budget if it is smaller"""

@@ -27,7 +27,7 @@ _LENGTHS = 8  # number of step sizes that are tried, each twice or half the one 
 
 @dataclass(frozen=True)
 class SignOPT:
-    """Turn the ray by the signs of its directional derivatives, with a line search for each step."""
+    """Minimises the distance to the boundary over directions, by signs of directional derivatives from labels alone."""
 
     queries: Steps = 5000
     """largest number of forwards for each example; the threat model's budget if it is smaller"""

@@ -23,7 +23,7 @@ from holdfast.ops.norms import expect_eps
 
 @dataclass(frozen=True)
 class SPSA:
-    """Lower the margin with Adam along gradients that are estimated from pairs of points."""
+    """Estimates the gradient from scores at simultaneous random perturbations, and steps along it with Adam."""
 
     queries: Steps = 5000
     """largest number of forwards for each example; the threat model's budget if it is smaller"""

@@ -24,7 +24,7 @@ from holdfast.ops.norms import expect_norm
 
 @dataclass(frozen=True)
 class SurFree:
-    """Turn the ray in a random plane in both directions, and keep the turns that stay broken."""
+    """Searches random planes for directions with a nearer boundary, from labels alone, without gradient estimates."""
 
     queries: Steps = 5000
     """largest number of forwards for each example; the threat model's budget if it is smaller"""

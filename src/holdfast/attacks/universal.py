@@ -30,7 +30,7 @@ _BEGIN = 1 / 3  # share of the steps that are targeted
 
 @dataclass(frozen=True)
 class Universal:
-    """Fit one perturbation that breaks the model on as many inputs as possible, and add it to each."""
+    """Optimises one perturbation that breaks the model on as many inputs as possible, and adds it to each."""
 
     examples: Steps = 2000
     """largest number of examples of the fit split; half of them are used to choose among the fits"""

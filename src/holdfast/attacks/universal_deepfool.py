@@ -29,7 +29,7 @@ _EVERYWHERE = Bounds(-torch.inf, torch.inf)
 
 @dataclass(frozen=True)
 class UniversalDeepFool:
-    """Fit one perturbation as a sum of steps across class boundaries, and add it to each input."""
+    """Adds up DeepFool steps of single examples to one perturbation for all inputs."""
 
     examples: Steps = 1000
     """largest number of examples of the fit split; half of them are used to choose among the fits"""

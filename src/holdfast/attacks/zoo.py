@@ -32,7 +32,7 @@ _CLOSING = 10  # forwards of the final bisection, if the smallest change is sear
 
 @dataclass(frozen=True)
 class ZOO:
-    """Minimise the squared change plus a weight times the margin, with Adam on a few coordinates at a time."""
+    """Minimises the objective of Carlini & Wagner by coordinate descent with finite differences of the scores."""
 
     queries: Steps = 20_000
     """largest number of forwards for each example; the threat model's budget if it is smaller"""

@@ -40,7 +40,7 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
     if the model cannot be run on the data in this layout or with the channels last.
     """
     if not len(data):
-        raise TargetError(f"{data.name} holds no examples; expected at least one")
+        raise TargetError(f"{data.name} contains no examples; expected at least one")
     if model.remote:
         return examine_served(model, data)
     batch = sampled(data, SAMPLE, model)
@@ -88,7 +88,7 @@ def _predictions(model: Classifier, data: Data) -> Iterator[Finding]:
     """Find an estimator whose largest score belongs to another class than its prediction."""
     for note in settle_predictions(model, data):
         yield Finding(
-            "predictions", "warning", note, "if this is not meant, give an estimator without a threshold"
+            "predictions", "warning", note, "if this is not intended, give an estimator without a threshold"
         )
 
 
@@ -101,7 +101,7 @@ def _found(
         return
     yield from batch_sizes(model)
     if model.rewrites:
-        yield Finding("in place", "warning", IN_PLACE, "write x = x - mean in it, not x -= mean")
+        yield Finding("in place", "warning", IN_PLACE, "write x = x - mean in its code instead of x -= mean")
     known = outputs_of(model, batch.x[:1]).shape[1] - model.rejects
     ends = range_of_labels(data, batch)
     yield from (*range_of_values(model, batch.x, data), *labels_outside(*ends, known, remote=model.remote))
@@ -126,7 +126,7 @@ def _layout(model: Classifier, batch: Batch) -> Finding | None:
         return Finding(
             "layout",
             "problem",
-            f"the model refuses inputs of shape {tuple(batch.x.shape[1:])}, but takes them with the channels last",
+            f"the model refuses inputs of shape {tuple(batch.x.shape[1:])}, but accepts them with the channels last",
             "wrap it so that it permutes its input: x.permute(0, 2, 3, 1)",
         )
     return None

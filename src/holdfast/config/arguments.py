@@ -95,7 +95,7 @@ def surrogates_of(given: object, settings: AssessSettings, target: Classifier) -
             subjects.append(ordering.given_surrogate(each, settings, target))
         else:
             raise UsageError(
-                f"surrogates holds a {type(each).__name__}; give networks, functions or addresses"
+                f"surrogates contains a {type(each).__name__}; give networks, functions or addresses"
             )
     return tuple(subjects)
 
@@ -167,13 +167,13 @@ def _refuse_address_words(settings: AssessSettings, *names: str) -> None:
     said = [f"{name}={value!r}" for name in names if (value := getattr(settings, name))]
     if said:
         raise UsageError(
-            f"{', '.join(said)} cannot be meant for data in hand: it is for an address, such as table.csv; "
-            f"choose the rows and columns before, and leave it out"
+            f"{', '.join(said)} is not possible for data given as a Python object: it is for an address, such as "
+            f"table.csv; select the rows and columns before, and leave it out"
         )
 
 
 def folder_of(run: str | Path | None, *, resume: bool) -> Path | None:
     """Return the folder of a run. Raises `UsageError` if a run is to be resumed and no folder is given."""
     if resume and run is None:
-        raise UsageError("resume=True goes on with a run; name its folder, as in run='runs/h1'")
+        raise UsageError("resume=True continues a run; give its folder, as in run='runs/h1'")
     return None if run is None else Path(run)

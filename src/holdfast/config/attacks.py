@@ -62,7 +62,9 @@ def threat_said(threat: str | Constraint | ThreatModel, where: str = "threat") -
     if model is None:
         model = ThreatModel(constraint)
     if model.surrogates:
-        raise UsageError(f"{where} holds surrogates; give them by themselves, as in surrogates=[net]")
+        raise UsageError(
+            f"{where} contains surrogates; give them as a separate argument, as in surrogates=[net]"
+        )
     return threat_text(_size_said(constraint), model.goal, model.access, model.queries)
 
 

@@ -94,8 +94,8 @@ def units_of_eps(model: Classifier, normalised: Normalisation | None) -> tuple[s
     low, high = ends(model.bounds)
     legal = f"legal values from {low:g} to {high:g}"
     if normalised is not None:
-        unit = "pixels" if low == 0 else "the units before that"
-        said = f"the data were normalised by {normalised}: it is undone, and eps is in {unit}, with {legal}"
+        unit = "pixels" if low == 0 else "the units before normalisation"
+        said = f"the data were normalised by {normalised}; this is undone, and eps is in {unit}, with {legal}"
         return (f"{said}; the model normalises its input inside",)
     if (low, high) == (0.0, 1.0):
         return ()

@@ -135,7 +135,7 @@ def _constraint(word: str) -> ThreatSpec:
     name, colon, size = word.partition(":")
     kind = name.lower()
     if kind not in get_args(Norm):
-        raise UsageError(f"the threat {word!r} names no known norm{nearest(kind, get_args(Norm))}")
+        raise UsageError(f"the threat {word!r} has no known norm{nearest(kind, get_args(Norm))}")
     norm: Norm = kind  # type: ignore[assignment]
     if norm in LIMITS:
         return _limited(ThreatSpec(norm, 1.0), size)
@@ -245,7 +245,7 @@ def _condition(spec: ThreatSpec, word: str) -> ThreatSpec:
     if value == "untargeted":
         return replace(spec, goal=None)
     if spec.norm == "corruptions":
-        raise UsageError(f"corruptions aim at no class; leave {word!r} out")
+        raise UsageError(f"common corruptions have no target class; leave {word!r} out")
     if aimed is None:
         raise UsageError(f"the goal is {value!r}; expected untargeted or targeted:K with a class number K")
     return replace(spec, goal=int(aimed[1]))
@@ -256,7 +256,7 @@ def parse_surrogate(text: str) -> dict[str, object]:
     address, *conditions = re.split(r",(?=[A-Za-z_]\w*=)", text.strip())
     if not address:
         raise UsageError(
-            f"the surrogate {text!r} has no address; expected one as of a model, as in mnist-cnn or net.py:build"
+            f"the surrogate {text!r} has no address; expected one as for a model, as in mnist-cnn or net.py:build"
         )
     found: dict[str, object] = {"model": address}
     arguments: dict[str, str] = {}
@@ -264,7 +264,7 @@ def parse_surrogate(text: str) -> dict[str, object]:
         key, _, value = condition.partition("=")
         into = found if key in ("arch", "mean", "std", "skip", "decay") else arguments
         if key in into:
-            raise UsageError(f"the surrogate {text!r} says {key} twice; keep one")
+            raise UsageError(f"the surrogate {text!r} contains {key} twice; keep one")
         into[key] = value
     return {**found, "model_args": arguments} if arguments else found
 

@@ -54,10 +54,10 @@ def _given(each: object, constraint: Constraint, where: str) -> Member:
     if isinstance(each, str):
         return _named(attack_listed(each), constraint)
     if isinstance(each, type) and not is_dataclass(each):
-        raise UsageError(f"{where} is the class {each.__qualname__}, which is no attack; {_EXPECTED}")
+        raise UsageError(f"{where} is the class {each.__qualname__}, which is not an attack; {_EXPECTED}")
     attack = _made(each, each.__name__) if isinstance(each, type) else each
     if not isinstance(attack, Attack):
-        raise UsageError(f"{where} holds {each!r}; {_EXPECTED}")
+        raise UsageError(f"{where} contains {each!r}; {_EXPECTED}")
     return labelled([checked(attack)])[0]
 
 
@@ -68,7 +68,7 @@ def _named(name: str, constraint: Constraint) -> Member:
     if found is None:
         norm = type(constraint).__name__.lower()
         raise UsageError(
-            f"{name} is the name that suites give to {VARIANTS[name]} under {', '.join(norms_of(name))}, and the "
+            f"{name} is the name of {VARIANTS[name]} in suites under {', '.join(norms_of(name))}, and the "
             f"threat is {norm}; choose such a threat, or name {VARIANTS[name]}"
         )
     return Member(name, found)

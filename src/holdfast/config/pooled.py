@@ -20,7 +20,7 @@ from holdfast.store.pool import Pool
 _OWN = ("arch", "model_args", "bounds", "mean", "std", "model_output", "classes")
 """Settings that the manifest of a pool determines, so that the user may not give them."""
 _BARE = (
-    "the number is that of an attacker who holds the set that serves (A5), which rotation does not change; add "
+    "the robust accuracy is that under an attacker with the serving set (A5), which rotation does not change; add "
     "--adaptive for the table of attackers A0 to A6"
 )
 
@@ -46,7 +46,7 @@ def pool_of(address: str | None) -> Pool | None:
         return None
     path = address.removeprefix(ROTATING)
     if not path:
-        raise UsageError(f"{address!r} names no folder; give that of a pool, as in {ROTATING}pool/")
+        raise UsageError(f"{address!r} contains no folder; give that of a pool, as in {ROTATING}pool/")
     return Pool.held(Path(path))
 
 
@@ -72,7 +72,8 @@ def refuse_code(pool: Pool, *, trust_code: bool) -> None:
         value = known.get(key)
         if value and ".py:" in str(value) and not trust_code:
             raise UsageError(
-                f"{str(pool.path)!r} names code ({key}: {value}), and a pool runs none by itself; add --trust-code"
+                f"{str(pool.path)!r} refers to code ({key}: {value}). Code from a pool is not run. If you trust it, "
+                f"add --trust-code"
             )
 
 
@@ -80,16 +81,14 @@ def _serving(address: str, pool: Pool, settings: AssessSettings) -> OpenedModel:
     """Return the serving set in the architecture that the pool names."""
     for key in _OWN:
         if key in settings.model_fields_set and getattr(settings, key):
-            raise UsageError(
-                f"{address!r} says itself what its model is like, and {key} was given; leave it out"
-            )
+            raise UsageError(f"the pool of {address!r} determines {key}, and {key} was given; leave it out")
     now = pool.serving
     if now is None:
         waits = f"{len(pool.ahead)} admitted sets wait" if pool.ahead else "no admitted set waits"
         way = "swap" if pool.ahead else "admit"
         raise UsageError(
-            f"nothing serves in {str(pool.path)!r} ({waits}), and it is the set that serves that is assessed; let one "
-            f"serve: holdfast rotate {way} {pool.shown}"
+            f"no set serves in {str(pool.path)!r} ({waits}), and the serving set is the one that is assessed; let a "
+            f"set serve: holdfast rotate {way} {pool.shown}"
             + ("" if pool.ahead else f", then holdfast rotate swap {pool.shown}")
         )
     refuse_code(pool, trust_code=settings.trust_code)
@@ -124,8 +123,8 @@ def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
         found = strict(getattr(bare.model, key))
         if key in about and found != about[key]:
             raise TargetError(
-                f"{str(pool.path)!r} is of a model whose {key} is {about[key]}, and {known['model']} has {found}; "
-                f"bring that model back"
+                f"the model of {str(pool.path)!r} had {key} {about[key]}, and {known['model']} has {found}; "
+                f"restore the earlier model"
             )
     return bare
 
@@ -136,7 +135,7 @@ def said_of(pool: Pool) -> Mapping[str, Any]:
     known: Mapping[str, Any] = pool.manifest["about"].get("settings", {})
     if not known.get("model"):
         raise UsageError(
-            f"{str(pool.path)!r} does not say which model its sets are of, as one begun from Python; begin one with "
+            f"{str(pool.path)!r} contains no address of its model, because it was created in Python; create one with "
             f"holdfast rotate collect, or assess rotation.loaded(model, pool.weights(name), name)"
         )
     return known

@@ -31,7 +31,9 @@ def rehearse_served(settings: AssessSettings) -> Rehearsed:
     subject = ordering.opened_subject(settings)
     sent = look_at(subject.model)
     if sent is None:
-        raise UsageError(f"{settings.model} is no model behind a server; it is rehearsed on a few examples")
+        raise UsageError(
+            f"{settings.model} is not a model behind a server; its cost is estimated on a few examples"
+        )
     surrogates = ordering.opened_surrogates(settings, subject.model)
     data = ordering.opened_data(settings, subject.model)
     subject = expecting.fitting(subject, surrogates, data)

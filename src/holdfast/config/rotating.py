@@ -30,7 +30,8 @@ def terms(settings: RotateSettings) -> Terms:
     """Return the terms of the settings. Raises `UsageError` and `TargetError`."""
     if settings.n or settings.sample:
         raise UsageError(
-            "sets are trained on all of the train split, of which a fifth judges them; leave -n and --sample out"
+            "sets are trained on the whole train split, of which a fifth is held out to judge them; leave -n and "
+            "--sample out"
         )
     subject, training, _, test = hardening.opened(settings)
     model = subject.model
@@ -38,7 +39,7 @@ def terms(settings: RotateSettings) -> Terms:
     refuse_unheld(threat)
     if getattr(threat.constraint, "eps", None) == 0:
         raise UsageError(
-            f"threat {settings.threat} changes nothing, so no set could be judged; give an eps above 0"
+            f"threat {settings.threat} allows no change, so no set could be judged; give an eps above 0"
         )
     device = ordering.device_of(settings.device)
     name = settings.fit or settings.data or ""
@@ -69,18 +70,18 @@ def reopened(pool: Pool, settings: RotateSettings) -> Terms:
     refuse_code(pool, trust_code=settings.trust_code)
     known = said_of(pool)
     said = {**known, "device": settings.device, "trust_code": settings.trust_code}
-    told = {key: value for key, value in said.items() if value is not None}
-    opening = check(told, str(pool.path), kind=RotateSettings)
+    present = {key: value for key, value in said.items() if value is not None}
+    opening = check(present, str(pool.path), kind=RotateSettings)
     for key in _OPENING:
         mine, own = getattr(settings, key), getattr(opening, key)
         if key in settings.model_fields_set and mine != own:
             raise UsageError(
-                f"{key} is {own} in {str(pool.path)!r}, which goes by that, and {mine} was given; leave it out, or "
-                f"begin another pool with holdfast rotate collect"
+                f"{key} is {own} in {str(pool.path)!r}, and {mine} was given; leave it out, or create another pool "
+                f"with holdfast rotate collect"
             )
-    found = terms(opening)
-    found.refuse_other(pool)
-    return found
+    reopened_terms = terms(opening)
+    reopened_terms.refuse_other(pool)
+    return reopened_terms
 
 
 def _candidate(settings: RotateSettings) -> Candidate:
@@ -88,7 +89,8 @@ def _candidate(settings: RotateSettings) -> Candidate:
     spec = dict(settings.recipe)
     if spec["use"] == AUTO:
         raise UsageError(
-            "recipe auto chooses for one training, and the sets of a pool are trained alike; name a recipe, or card"
+            "recipe auto selects a recipe for a single training, and all sets of a pool have the same one; name a "
+            "recipe, or card"
         )
     if spec["use"] == CARD:
         card = trained_by(str(settings.model)) or {"use": "standard"}
@@ -99,7 +101,7 @@ def _candidate(settings: RotateSettings) -> Candidate:
     if settings.budget is not None and "epochs" in settings.recipe.get("training", {}):
         raise UsageError(
             f"recipe.training.epochs is {settings.recipe['training']['epochs']}, and the budget is {settings.budget}, "
-            f"which sets them; give one of both"
+            f"which determines them; give only one of both"
         )
     return Candidate(str(spec["use"]), recipe, settings_of(recipe))
 

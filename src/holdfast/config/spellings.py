@@ -92,8 +92,8 @@ def attack_called(name: str) -> str:
         return found
     if folded(name) in map(folded, ADAPTIVE):
         raise UsageError(
-            f"{name} is an attack that adaptive (on the command line --adaptive) adds where a doubt calls for it, and "
-            "cannot be named by itself"
+            f"{name} is an attack that adaptive (on the command line --adaptive) adds depending on the raised doubts, "
+            "and it cannot be named directly"
         )
     near = suggestion(name, every_name())
     raise UsageError(f"there is no attack {name!r}{f'; {near}' if near else nearest(name, _plain())}")
@@ -105,8 +105,8 @@ def attack_class_called(name: str) -> str:
     if found in VARIANTS:
         of = VARIANTS[found]
         raise UsageError(
-            f"{found} is the name that suites give to {of} with settings of its own; name {of} with settings (see "
-            f"holdfast attacks {of}), or name it without any, as in suite: [{found}]"
+            f"{found} is the name of {of} with certain settings in suites; name {of} to give settings (see holdfast "
+            f"attacks {of}), or name {found} without settings, as in suite: [{found}]"
         )
     return found
 
@@ -118,7 +118,7 @@ def suite_or_attacks(names: Iterable[str]) -> str | tuple[str, ...]:
     """
     named = [name.strip() for each in names for name in each.split(",") if name.strip()]
     if not named:
-        raise UsageError("suite names nothing; expected a suite, as in fast, or attacks, as in pgd,square")
+        raise UsageError("suite is empty; expected a suite, as in fast, or attacks, as in pgd,square")
     if len(named) == 1:
         (alone,) = named
         suite = suite_called(alone)
@@ -134,7 +134,8 @@ def attack_listed(name: str) -> str:
     """Return the canonical name of an attack in a list. Raises `UsageError` for a suite, which cannot be in a list."""
     if is_suite_only(name):
         raise UsageError(
-            f"{name} is a suite, and stands alone; leave the other names out, or list attacks, as in pgd,square"
+            f"{name} is a suite, which cannot be combined with other names; leave them out, or list attacks, as in "
+            f"pgd,square"
         )
     return attack_called(name)
 

@@ -25,7 +25,7 @@ from holdfast.ops.learner import Learner, taught, trained
 
 @dataclass(frozen=True)
 class EnsembleTraining:
-    """Train on attacks on the network itself and on each of the surrogates; each batch uses one of them at random."""
+    """Adversarial training on attacks on the network itself and on surrogates, one of them at random per batch."""
 
     steps: Steps = 7
     """gradient steps of the inner attack"""
@@ -48,7 +48,7 @@ class EnsembleTraining:
     ) -> Iterator[Checkpoint]:
         if not threat.surrogates:
             raise UsageError(
-                "ensemble makes attacks on other networks beside this one, and none is given; name one or more with "
+                "ensemble also attacks surrogates, and none is given; give one or more with "
                 "--surrogate MODEL, or choose --recipe pgd"
             )
         return trained(

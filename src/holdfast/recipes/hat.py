@@ -87,6 +87,6 @@ def _refuse_untaught(helper: Classifier, data: Batch) -> None:
         right = (helper(few.x).argmax(1) == few.y).double().mean().item()
     if right < _KNOWS:
         raise UsageError(
-            f"hat learns from the model that is given, which has {right:.0%} of {len(few):,} training examples right; "
-            f"train it first, with --recipe standard, or choose --recipe trades"
+            f"hat learns from the given model, which classifies {right:.0%} of {len(few):,} training examples "
+            f"correctly; train it first, with --recipe standard, or choose --recipe trades"
         )

@@ -31,7 +31,7 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class IKL:
-    """Clean cross-entropy, squared change of the gaps between logits, and cross-entropy with the clean prediction."""
+    """TRADES with its divergence decomposed into a squared error of logit gaps and a cross-entropy."""
 
     alpha: NonNegative = 4.0
     """weight of the cross-entropy with the clean prediction as a label"""

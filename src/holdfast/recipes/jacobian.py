@@ -27,7 +27,7 @@ _PLACE = "place"  # state with the seed of an update's projections, the same for
 
 @dataclass(frozen=True)
 class JacobianRegularisation:
-    """Cross-entropy plus half of `weight` times the squared Frobenius norm of the logits' Jacobian."""
+    """Adds half of `weight` times the squared Frobenius norm of the Jacobian of the logits to the cross-entropy."""
 
     weight: NonNegative = 0.01
     """weight of the penalty"""

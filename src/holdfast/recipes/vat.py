@@ -30,7 +30,7 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class VAT:
-    """Cross-entropy of labelled examples, plus the divergence in the virtual adversarial direction of all examples."""
+    """Virtual adversarial training: penalises the divergence in the worst direction, also for unlabelled examples."""
 
     weight: NonNegative = 1.0
     """weight of the divergence"""
