@@ -294,10 +294,10 @@ def exhibition(
 
     `only` selects some of them by name.
     """
-    known = [item.name for item in ITEMS]
+    names = [item.name for item in ITEMS]
     for name in only:
-        if name not in known:
-            raise UsageError(f"there is no {name!r} in the gallery{nearest(name, known)}")
+        if name not in names:
+            raise UsageError(f"there is no {name!r} in the gallery{nearest(name, names)}")
     items = [item for item in ITEMS if not only or item.name in only]
     training = open_data(DIGITS, split="train")
     digits = training.read(0, len(training))

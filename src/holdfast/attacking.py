@@ -174,8 +174,8 @@ _SPELT = re.compile(r"untargeted|targeted:.*", re.DOTALL)
 
 def _aimed(settings: AssessSettings, goal: str, subject: Subject, data: Data) -> AssessSettings:
     """Return the settings with the class of that name as the goal."""
-    known = settings.class_names or subject.model.class_names or data.classes or ()
-    threat = _threat(settings.threat, _class_called(goal, known), None)
+    names = settings.class_names or subject.model.class_names or data.classes or ()
+    threat = _threat(settings.threat, _class_called(goal, names), None)
     return settings.model_copy(update={"threat": threat})
 
 
@@ -185,9 +185,9 @@ def _class_called(name: str, names: Sequence[str]) -> int:
         return list(names).index(name)
     listed = ", ".join(f"{k} ({each})" for k, each in enumerate(names[:_LISTED]))
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    known = f"there are {listed}{more}" if names else "this model has no names for its classes"
+    listed_names = f"there are {listed}{more}" if names else "this model has no names for its classes"
     raise UsageError(
-        f"goal is {name!r}, which is not the name of a class; {known}; give the number of a class, as in goal=3"
+        f"goal is {name!r}, which is not the name of a class; {listed_names}; give the number of a class, as in goal=3"
     )
 
 

@@ -30,7 +30,7 @@ class AdversarialPatch:
     examples: Steps = 2000
     """largest number of examples of the fit split; half of them are used to choose among the fits"""
     fits: Steps = 3
-    """number of fits with different random numbers; the one that breaks most of the choosing examples, each at a random
+    """number of fits with different random numbers; the one that breaks most examples, each at a random
     position, is used"""
     places: Steps = 1000
     """largest number of positions that are tried in each image; the worst of them counts"""

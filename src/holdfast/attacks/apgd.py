@@ -43,7 +43,7 @@ class APGD:
     shrink: bool = False
     """start in balls of 3 and 2 eps (0.3 of the steps each) before the ball itself, as in the L1 paper"""
     draws: Steps = 1
-    """forwards over which a gradient is averaged, for a randomised model"""
+    """number of forward passes over which a gradient is averaged, for a randomised model"""
     sure: Fraction = 0.5
     """an example counts as broken if more than this share of them is misclassified"""
 

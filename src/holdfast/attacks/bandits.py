@@ -31,7 +31,7 @@ class Bandits:
     """Estimates the gradient from finite differences of the scores with a bandit prior."""
 
     queries: Steps = 5000
-    """largest number of forwards for each example; the threat model's budget if it is smaller"""
+    """largest number of queries for each example; that of the threat model if it is smaller"""
     step_size: Positive = 0.1
     """length of one step in multiples of eps"""
     exploration: Positive = 1.0

@@ -34,7 +34,7 @@ class SparseRS:
     """Searches at random for the few values or pixels to change, from scores alone."""
 
     queries: Steps = 5000
-    """largest number of forwards for each example; the threat model's budget if it is smaller"""
+    """largest number of queries for each example; that of the threat model if it is smaller"""
     alpha_init: Fraction = 0.3
     """share of the changed positions that is exchanged at first; it falls over the number of queries"""
 

@@ -26,7 +26,7 @@ class Square:
     """Changes random square windows that shrink over time, and keeps each change that lowers the margin."""
 
     queries: Steps = 5000
-    """largest number of forwards for each example; the threat model's budget if it is smaller"""
+    """largest number of queries for each example; that of the threat model if it is smaller"""
     p_init: Fraction = 0.8
     """share of the pixels that the first windows cover"""
     scale_schedule: bool = True

@@ -35,7 +35,7 @@ class Universal:
     examples: Steps = 2000
     """largest number of examples of the fit split; half of them are used to choose among the fits"""
     fits: Steps = 10
-    """number of fits, each with first steps towards another class; the one that breaks most of the choosing examples is
+    """number of fits, each with first steps towards another class; the one that breaks most examples is
     used"""
     steps: Steps = 150
     """gradient steps of a fit, each on some of the examples"""

@@ -34,7 +34,7 @@ class UniversalDeepFool:
     examples: Steps = 1000
     """largest number of examples of the fit split; half of them are used to choose among the fits"""
     fits: Steps = 3
-    """number of fits with different random numbers; the one that breaks most of the choosing examples is used"""
+    """number of fits with different random numbers; the one that breaks most examples is used"""
     passes: Steps = 10
     """largest number of passes over the examples"""
     batch: Steps = 10

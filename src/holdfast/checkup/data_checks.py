@@ -49,15 +49,15 @@ def sampled(data: Data, n: int, model: Classifier | None = None) -> Batch:
 
 def _misfits(data: Data, model: Classifier) -> list[int]:
     """First rows of arrays that `assess` would refuse. Images always fit, because they are bytes in class folders."""
-    found: list[int] = []
+    misfits: list[int] = []
     if isinstance(data, Arrays):
         for start in range(0, len(data), _CHUNK):
             batch = data.read(start, min(start + _CHUNK, len(data)))
             misfit = _outside(batch.x, model).flatten(1).any(1) | (batch.y < 0)
             if model.classes is not None:
                 misfit |= batch.y >= model.classes
-            found += (start + misfit.nonzero().flatten()).tolist()
-    return found[:_MISFITS]
+            misfits += (start + misfit.nonzero().flatten()).tolist()
+    return misfits[:_MISFITS]
 
 
 def _outside(x: Tensor, model: Classifier) -> Tensor:
@@ -80,10 +80,10 @@ def known_labels(y: Labels, classes: int, labels: tuple[int, int]) -> tuple[Labe
     """Return labels that are shifted to 0 if their range `labels` starts at 1, and the rows of usable labels."""
     if labels == (1, classes):
         return y - 1, torch.arange(len(y), device=y.device)
-    known = ((y >= 0) & (y < classes)).nonzero()[:, 0]
-    if not len(known):
+    usable = ((y >= 0) & (y < classes)).nonzero()[:, 0]
+    if not len(usable):
         return y.clamp(0, classes - 1), torch.arange(len(y), device=y.device)
-    return y[known], known
+    return y[usable], usable
 
 
 def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Finding]:

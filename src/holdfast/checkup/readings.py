@@ -56,10 +56,10 @@ def layouts(examined: Examined) -> Iterator[Finding]:
 
 def units(examined: Examined) -> Iterator[Finding]:
     """Find a wrong unit of the inputs: a small range, a missing or repeated normalisation, or another scale."""
-    found = tuple(_filled(examined))
-    if not found and examined.may_be_beaten:
-        found = tuple(_normalisation(examined)) or tuple(_scale(examined))
-    yield from found
+    findings = tuple(_filled(examined))
+    if not findings and examined.may_be_beaten:
+        findings = tuple(_normalisation(examined)) or tuple(_scale(examined))
+    yield from findings
 
 
 def _filled(examined: Examined) -> Iterator[Finding]:
@@ -112,14 +112,14 @@ def _scale(examined: Examined) -> Iterator[Finding]:
         ),
         (1 / 255.0, "the network divides by 255 itself, or was given values up to 255: use --bounds 0,255"),
     )
-    found = tuple[Finding, ...]()
+    findings = tuple[Finding, ...]()
     for factor, way_out in ways if 0 < share < _DARK else ways[1:]:
         better = examined.right_with(examined.batch.x * factor)
         if better > best and examined.beaten_by(better):
             text = f"accuracy is {examined.accuracy:.0%}, but {better:.0%} with inputs times {factor:.4g}"
             best, gain = better, better - examined.accuracy
-            found = (Finding("scale", "problem", text, way_out, gain),)
-    yield from found
+            findings = (Finding("scale", "problem", text, way_out, gain),)
+    yield from findings
 
 
 def _normalisation(examined: Examined) -> Iterator[Finding]:
@@ -138,7 +138,7 @@ def _normalisation(examined: Examined) -> Iterator[Finding]:
             )
             yield Finding("normalisation", "problem", text, way_out, without - examined.accuracy)
         return
-    best, found = examined.accuracy, tuple[Finding, ...]()
+    best, findings = examined.accuracy, tuple[Finding, ...]()
     for name, (mean, std) in NORMALISATIONS.items():
         if len(mean) not in (1, batch.x.shape[1]):
             continue
@@ -152,5 +152,5 @@ def _normalisation(examined: Examined) -> Iterator[Finding]:
             if better > best and examined.beaten_by(better):
                 says = f"accuracy is {examined.accuracy:.0%}, but {better:.0%} {text}"
                 gain = better - examined.accuracy
-                best, found = better, (Finding("normalisation", "problem", says, way_out, gain),)
-    yield from found
+                best, findings = better, (Finding("normalisation", "problem", says, way_out, gain),)
+    yield from findings

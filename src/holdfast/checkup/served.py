@@ -38,11 +38,11 @@ def examine_served(model: Classifier, data: Data) -> tuple[Finding, ...]:
     """
     server = look_at(model)
     assert server is not None
-    found = tuple(_found(model, data, server))
-    if any(finding.check == "classes" for finding in found):  # this finding already explains wrong labels
-        found = tuple(finding for finding in found if finding.check != "labels")
+    findings = tuple(_found(model, data, server))
+    if any(finding.check == "classes" for finding in findings):  # this finding already explains wrong labels
+        findings = tuple(finding for finding in findings if finding.check != "labels")
     says = f"{server.rows} rows were sent to the server; doctor sends at most {server.most}"
-    return (*found, Finding("rows sent", "good", says))
+    return (*findings, Finding("rows sent", "good", says))
 
 
 def _found(model: Classifier, data: Data, server: Look) -> Iterator[Finding]:
@@ -81,9 +81,9 @@ def _answered(
     yield from labels_outside(*ends, classes, remote=True)
     moved, unsteady = _moved(model, batch.x[:again], logits[:again], server)
     y, rows = known_labels(batch.y, classes, ends)
-    known = Batch(batch.x[rows], y, batch.ids[rows])
+    labelled = Batch(batch.x[rows], y, batch.ids[rows])
     examined = Examined(
-        model, known, (), logits[rows], len(rows), left=lambda: server.remaining, moved_by=moved
+        model, labelled, (), logits[rows], len(rows), left=lambda: server.remaining, moved_by=moved
     )
     off = tuple(labels(examined))
     yield from (*outputs(examined), *off, *accuracy(examined))

@@ -94,10 +94,10 @@ def constraints(value: Any, where: str) -> tuple[Constraint, ...]:
 
 
 def _ball(word: str, where: str) -> Constraint:
-    found = threat_model(parse_threat(word)).constraint
-    if not isinstance(found, (Linf, L2, L1, L0)) or math.isinf(found.eps):
+    constraint = threat_model(parse_threat(word)).constraint
+    if not isinstance(constraint, (Linf, L2, L1, L0)) or math.isinf(constraint.eps):
         raise UsageError(f"{where} has {word.strip()!r}; expected a norm and a size, as in l2:1.5")
-    return found
+    return constraint
 
 
 def attack_names() -> dict[str, type[Any]]:

@@ -228,8 +228,8 @@ def _budget_s(settings: HardenSettings, recipe: Recipe | None) -> float | None:
     if recipe is None:
         epochs = settings.recipe.get("training", {}).get("epochs")
     else:
-        said = recipe.training.epochs
-        epochs = None if said == _usual_epochs(recipe) else said
+        given_epochs = recipe.training.epochs
+        epochs = None if given_epochs == _usual_epochs(recipe) else given_epochs
     if epochs is not None:
         raise UsageError(
             f"recipe.training.epochs is {epochs}, and the budget {'of recipe auto ' if auto else ''}is {budget}, which "
@@ -240,8 +240,8 @@ def _budget_s(settings: HardenSettings, recipe: Recipe | None) -> float | None:
 
 def _usual_epochs(recipe: Any) -> int | None:
     """Default number of epochs of such a recipe; None if it has no default."""
-    (said,) = (field for field in fields(recipe) if field.name == "training")
-    usual = said.default if said.default_factory is MISSING else said.default_factory()
+    (training,) = (field for field in fields(recipe) if field.name == "training")
+    usual = training.default if training.default_factory is MISSING else training.default_factory()
     return usual.epochs if isinstance(usual, Training) else None
 
 

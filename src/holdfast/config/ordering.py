@@ -60,13 +60,13 @@ def opened_subject(settings: AssessSettings) -> Subject:
     """Open the model at the address in the settings."""
     if settings.model is None:
         raise UsageError("model is missing; give an address, as in mnist-cnn or file.py:factory")
-    said = declared(settings)
-    opened = pooled.opened(settings, said, remote(settings))
+    properties = declared(settings)
+    opened = pooled.opened(settings, properties, remote(settings))
     card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
     card |= opened.architecture
     refuse_unserved(settings, opened.model)
     model, seen, notes = _seen(opened.model, settings.transform)
-    return _subject(model, card | seen, (*opened.notes, *notes), said)
+    return _subject(model, card | seen, (*opened.notes, *notes), properties)
 
 
 def opened_surrogate(said: SurrogateSettings, settings: AssessSettings, target: Classifier) -> Subject:
@@ -125,8 +125,8 @@ def given_subject(net: nn.Module | Any, settings: AssessSettings) -> Subject:
 def _held(net: nn.Module | Any, said: Declared, transform: str | None = None) -> Subject:
     model = said.wrap(differentiable(net) if isinstance(net, nn.Module) else net)
     inner = model.net
-    name, known, notes = known_in_hand(inner)
-    card = {"name": name, "how": "python", "digest": digest(canonical(known))}
+    name, identity, notes = known_in_hand(inner)
+    card = {"name": name, "how": "python", "digest": digest(canonical(identity))}
     model, seen, through = _seen(model, transform)
     return _subject(model, card | seen, (*notes, *through), said)
 
@@ -144,7 +144,7 @@ def _seen(model: Classifier, transform: str | None) -> tuple[Classifier, dict[st
 def _subject(
     model: Classifier, card: Mapping[str, Any], notes: tuple[str, ...], declared: Declared | None = None
 ) -> Subject:
-    said = strict(
+    properties = strict(
         {
             "bounds": [model.bounds.low, model.bounds.high],
             "mean": model.mean,
@@ -155,14 +155,14 @@ def _subject(
             **({} if model.layout is None else {"layout": model.layout}),
         }
     )
-    known = digest(canonical([card["digest"], said, card.get("seen_through")]))
-    shown = {**said, "bounds": list(ends(model.bounds))}
+    identity = digest(canonical([card["digest"], properties, card.get("seen_through")]))
+    shown = {**properties, "bounds": list(ends(model.bounds))}
     parameters = sum(weight.numel() for weight in model.parameters())
     normalised = None if declared is None else declared.normalised
     if normalised is not None:
         shown["data_normalised"] = str(normalised)
     units = units_of_eps(model, normalised)
-    return Subject(model, known, {**card, "parameters": parameters, **shown}, (*notes, *units))
+    return Subject(model, identity, {**card, "parameters": parameters, **shown}, (*notes, *units))
 
 
 def opened_data(settings: AssessSettings, model: Classifier, *, lenient: bool = False) -> Data:

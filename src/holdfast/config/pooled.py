@@ -67,9 +67,9 @@ def opened(settings: AssessSettings, said: Declared, asked: Remote) -> OpenedMod
 
 def refuse_code(pool: Pool, *, trust_code: bool) -> None:
     """Raise `UsageError` if a pool names code that is not trusted: its manifest is not a command line."""
-    known = said_of(pool)
+    settings = said_of(pool)
     for key in ("model", "arch"):
-        value = known.get(key)
+        value = settings.get(key)
         if value and ".py:" in str(value) and not trust_code:
             raise UsageError(
                 f"{str(pool.path)!r} refers to code ({key}: {value}). Code from a pool is not run. If you trust it, "
@@ -102,28 +102,28 @@ def _serving(address: str, pool: Pool, settings: AssessSettings) -> OpenedModel:
 
 def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
     """Return the model with which the pool was created. Raises `TargetError` if it has changed."""
-    known, about = said_of(pool), pool.manifest["about"].get("model", {})
-    ends, names, normalised = (known.get(key) for key in ("bounds", "class_names", "data_normalised"))
+    created, about = said_of(pool), pool.manifest["about"].get("model", {})
+    ends, names, normalised = (created.get(key) for key in ("bounds", "class_names", "data_normalised"))
     bare = open_model(
-        str(known["model"]),
-        arch=known.get("arch"),
-        model_args=known.get("model_args"),
+        str(created["model"]),
+        arch=created.get("arch"),
+        model_args=created.get("model_args"),
         declared=Declared(
             None if ends in (None, [0.0, 1.0]) else Bounds(*ends),
-            known.get("mean"),
-            known.get("std"),
-            known.get("classes"),
-            known.get("model_output"),
+            created.get("mean"),
+            created.get("std"),
+            created.get("classes"),
+            created.get("model_output"),
             class_names=None if names is None else tuple(names),
             normalised=None if normalised is None else Normalisation(*(tuple(side) for side in normalised)),
         ),
         trust_code=trust_code,
     )
     for key in ("mean", "std", "classes"):
-        found = strict(getattr(bare.model, key))
-        if key in about and found != about[key]:
+        value = strict(getattr(bare.model, key))
+        if key in about and value != about[key]:
             raise TargetError(
-                f"the model of {str(pool.path)!r} had {key} {about[key]}, and {known['model']} has {found}; "
+                f"the model of {str(pool.path)!r} had {key} {about[key]}, and {created['model']} has {value}; "
                 f"restore the earlier model"
             )
     return bare
@@ -132,10 +132,10 @@ def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
 def said_of(pool: Pool) -> Mapping[str, Any]:
     """Return the settings with which a pool was created. Raises `UsageError` if it has none."""
     refuse_form(pool.path / POOL_MANIFEST, pool.manifest, _MANIFEST)
-    known: Mapping[str, Any] = pool.manifest["about"].get("settings", {})
-    if not known.get("model"):
+    settings: Mapping[str, Any] = pool.manifest["about"].get("settings", {})
+    if not settings.get("model"):
         raise UsageError(
             f"{str(pool.path)!r} contains no address of its model, because it was created in Python; create one with "
             f"holdfast rotate collect, or assess rotation.loaded(model, pool.weights(name), name)"
         )
-    return known
+    return settings

@@ -45,16 +45,18 @@ def candidates(spec: Mapping[str, Any], model: nn.Module, shape: tuple[int, ...]
         )
     if spec["use"] != AUTO:
         return (_candidate(spec),)
-    told = {key: value for key, value in spec.items() if key != "use"}
-    others = [key for key in told if key != "training"]
+    given_settings = {key: value for key, value in spec.items() if key != "use"}
+    others = [key for key in given_settings if key != "training"]
     if others:
         raise UsageError(
             f"recipe auto selects one of several recipes, so it has no setting {others[0]!r}; name the recipe that has "
             f"it, or give a setting that all have, as in --set recipe.training.batch=64"
         )
     return tuple(
-        _candidate({"use": name, **more, "training": {**training, **told.get("training", {})}}, least)
-        for name, least, more, training in _ladder(shape, model, told.get("training", {}))
+        _candidate(
+            {"use": name, **more, "training": {**training, **given_settings.get("training", {})}}, least
+        )
+        for name, least, more, training in _ladder(shape, model, given_settings.get("training", {}))
     )
 
 
@@ -91,8 +93,8 @@ def build_recipe(spec: Mapping[str, Any]) -> Recipe:
     if name not in RECIPES:  # the name is from a card; other settings were validated before
         raise UsageError(f"there is no recipe {name!r}{nearest(name, RECIPES)}; name one with --recipe")
     cls = getattr(catalogue, RECIPES[name])
-    said = {**PRESETS.get(name, {}), **{key: value for key, value in spec.items() if key != "use"}}
-    recipe: Recipe = built(cls, said, f"recipe {name}", "recipe")
+    settings = {**PRESETS.get(name, {}), **{key: value for key, value in spec.items() if key != "use"}}
+    recipe: Recipe = built(cls, settings, f"recipe {name}", "recipe")
     return recipe
 
 
@@ -157,5 +159,5 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
             return {f.name: plain(getattr(value, f.name)) for f in written_fields(type(value))}
         return getattr(value, "__name__", value) if callable(value) else value
 
-    found: dict[str, Any] = plain(recipe)
-    return found
+    values: dict[str, Any] = plain(recipe)
+    return values

@@ -18,10 +18,10 @@ from holdfast.sources.counting import look_at
 def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
     """Run the first `n` examples without storing anything. Returns the result and the total number of examples."""
     subject, data, surrogates = ordering.opened(settings)
-    asked = ordering.order(settings, baseline=_baseline(settings), target=subject.model.access)
-    fit = ordering.opened_fit(settings, subject.model, asked.plan)
+    planned = ordering.order(settings, baseline=_baseline(settings), target=subject.model.access)
+    fit = ordering.opened_fit(settings, subject.model, planned.plan)
     across = ordering.opened_across(settings, subject.model)
-    order = replace(asked, gates=(), workers=None, fit=fit, surrogates=surrogates, across=across)
+    order = replace(planned, gates=(), workers=None, fit=fit, surrogates=surrogates, across=across)
     few = selected(data, n=min(n, len(data)), sample=None, seed=settings.seed)
     return assessing.assess(subject, few, order), len(data)
 

@@ -68,8 +68,8 @@ def reopened(pool: Pool, settings: RotateSettings) -> Terms:
     manifest raise `UsageError`.
     """
     refuse_code(pool, trust_code=settings.trust_code)
-    known = said_of(pool)
-    said = {**known, "device": settings.device, "trust_code": settings.trust_code}
+    created = said_of(pool)
+    said = {**created, "device": settings.device, "trust_code": settings.trust_code}
     present = {key: value for key, value in said.items() if value is not None}
     opening = check(present, str(pool.path), kind=RotateSettings)
     for key in _OPENING:
@@ -94,9 +94,9 @@ def _candidate(settings: RotateSettings) -> Candidate:
         )
     if spec["use"] == CARD:
         card = trained_by(str(settings.model)) or {"use": "standard"}
-        said = {key: value for key, value in spec.items() if key != "use"}
-        training = {**card.get("training", {}), **said.pop("training", {})}
-        spec = {**card, **said, **({"training": training} if training else {})}
+        given_settings = {key: value for key, value in spec.items() if key != "use"}
+        training = {**card.get("training", {}), **given_settings.pop("training", {})}
+        spec = {**card, **given_settings, **({"training": training} if training else {})}
     recipe = build_recipe(spec)
     if settings.budget is not None and "epochs" in settings.recipe.get("training", {}):
         raise UsageError(
@@ -115,9 +115,9 @@ def source(settings: RotateSettings) -> Source:
     """Return the source of the parameter sets."""
     spec = settings.source
     name = str(spec["use"])
-    said = {key: value for key, value in spec.items() if key != "use"}
-    found: Source = built(getattr(rotation, SOURCES[name]), said, f"source {name}", "source")
-    return found
+    settings_of_source = {key: value for key, value in spec.items() if key != "use"}
+    chosen: Source = built(getattr(rotation, SOURCES[name]), settings_of_source, f"source {name}", "source")
+    return chosen
 
 
 def codec(settings: RotateSettings) -> Codec:
@@ -137,8 +137,8 @@ def immunise(settings: RotateSettings) -> Immunise:
 
 def triggers(settings: RotateSettings) -> tuple[Trigger, ...]:
     """Return the triggers of swaps."""
-    found: list[Trigger] = []
+    parsed: list[Trigger] = []
     for text in settings.every:
         kind, size = parse_every(text)
-        found.append(AnswersPerPrincipal(int(size)) if kind == "answers" else Elapsed(size))
-    return tuple(found)
+        parsed.append(AnswersPerPrincipal(int(size)) if kind == "answers" else Elapsed(size))
+    return tuple(parsed)

@@ -344,11 +344,11 @@ def check(
 
     The message begins with `where`, the source of the content, except for keys that a person gave as `spoken`.
     """
-    known = kind.model_fields
+    fields = kind.model_fields
     prefix = f"{where}: " if where else ""
     for key in content:
-        if key not in known:
-            raise UsageError(f"{prefix}unknown key {key!r}{nearest(str(key), known)}")
+        if key not in fields:
+            raise UsageError(f"{prefix}unknown key {key!r}{nearest(str(key), fields)}")
     suite = content.get("suite")
     if suite is not None and not values.is_suite(suite):
         way_out = "list attacks with settings under attacks:, as in [{use: PGD, steps: 100}]"

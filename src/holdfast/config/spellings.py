@@ -86,8 +86,8 @@ def attack_called(name: str) -> str:
 
     Raises `UsageError`, with the most similar name, if there is none.
     """
-    known = _attacks()
-    found = known.get(folded(name))
+    canonical = _attacks()
+    found = canonical.get(folded(name))
     if found is not None:
         return found
     if folded(name) in map(folded, ADAPTIVE):
@@ -142,8 +142,8 @@ def attack_listed(name: str) -> str:
 
 def norms_of(name: str) -> tuple[Norm, ...]:
     """Norms for which a suite has an attack with that name."""
-    found = (norm for by_norm in MEMBERS.values() for norm, names in by_norm.items() if name in names)
-    return tuple(dict.fromkeys(found))
+    norms = (norm for by_norm in MEMBERS.values() for norm, names in by_norm.items() if name in names)
+    return tuple(dict.fromkeys(norms))
 
 
 def suites_of(name: str) -> tuple[str, ...]:

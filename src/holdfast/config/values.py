@@ -167,13 +167,17 @@ def _accepted(value: object) -> object:
 
 
 def _surrogate(value: object) -> object:
-    said = parse_surrogate(value) if isinstance(value, str) else value
-    if isinstance(said, Mapping) and said.get("decay") is not None and said.get("skip") is None:
+    surrogate = parse_surrogate(value) if isinstance(value, str) else value
+    if (
+        isinstance(surrogate, Mapping)
+        and surrogate.get("decay") is not None
+        and surrogate.get("skip") is None
+    ):
         raise UsageError(
-            f"the surrogate {said.get('model')} has decay={said['decay']} but no residual branches; give the last "
-            "module of each, as in skip=layer*.*.bn2, or leave decay out"
+            f"the surrogate {surrogate.get('model')} has decay={surrogate['decay']} but no residual branches; give "
+            "the last module of each, as in skip=layer*.*.bn2, or leave decay out"
         )
-    return said
+    return surrogate
 
 
 SuiteSpec = Annotated[SuiteName | tuple[str, ...], BeforeValidator(_suite)]

@@ -81,14 +81,14 @@ def recorded(text: str) -> Claim:
 
 
 def _metric(name: str, text: str) -> str:
-    known = METRICS | ROTATION
-    if name in known:
+    metrics = METRICS | ROTATION
+    if name in metrics:
         return name
     if name in RENAMED:
         raise UsageError(
             f"gate {text!r}: {name} is called {RENAMED[name]} now; write {_renamed(name, text)!r}"
         )
-    offered = suggestion(name, known) or f"known are {_list(known)}"
+    offered = suggestion(name, metrics) or f"known are {_list(metrics)}"
     raise UsageError(f"gate {text!r}: there is no metric {name!r}; {offered}")
 
 

@@ -82,10 +82,10 @@ def broadcast(value: T) -> T:
     """The value of the first process, in all processes."""
     if processes() == 1:
         return value
-    held = [value]
+    objects = [value]
     with _heard():
-        dist.broadcast_object_list(held)
-    return held[0]
+        dist.broadcast_object_list(objects)
+    return objects[0]
 
 
 @contextmanager

@@ -77,8 +77,8 @@ def learned(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
 
     A weight that is computed at each pass, as with a parametrisation, would not keep changes.
     """
-    found = layers(net, x)
-    for name, (layer, _) in found.items():
+    confined = layers(net, x)
+    for name, (layer, _) in confined.items():
         own = dict(layer.named_parameters())
         own.pop("bias", None)
         if "weight" not in own and any(weight.requires_grad for weight in own.values()):
@@ -87,7 +87,7 @@ def learned(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
                 f"bounded; remove the parametrisation by torch.nn.utils.parametrize.remove_parametrizations, or "
                 f"choose --recipe gradient-regularisation"
             )
-    return {name: one for name, one in found.items() if one[0].weight.requires_grad}
+    return {name: one for name, one in confined.items() if one[0].weight.requires_grad}
 
 
 def gain(layer: Layer, shape: torch.Size, order: Order, towards: Tensor) -> Tensor:

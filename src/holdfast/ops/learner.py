@@ -141,7 +141,7 @@ def trained(
     learner = Learner(net, twin(net, how.attack_statistics), threat, known)
     for one in (learner.net, learner.frozen) if how.compiled else ():
         have_compiled(one)
-    found = fit(
+    checkpoints = fit(
         net,
         data,
         partial(_made, inner, learner),
@@ -154,7 +154,7 @@ def trained(
         replays=replays,
         settle=None if settle is None else settle(learner),
     )
-    return _counted(found, learner, len(data))
+    return _counted(checkpoints, learner, len(data))
 
 
 def _counted(found: Iterator[Checkpoint], learner: Learner, n: int) -> Iterator[Checkpoint]:

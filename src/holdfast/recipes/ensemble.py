@@ -57,10 +57,10 @@ class EnsembleTraining:
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """The result of gradient ascent on the cross-entropy of one of the networks."""
-        held = learner.threat.surrogates
+        surrogates = learner.threat.surrogates
         one = torch.zeros(1, dtype=torch.int64, device=batch.x.device)
-        chosen = int(turn.rng.at("whose").integers(one, len(held) + 1)[0])
-        attacked = held[chosen - 1] if chosen else None
+        chosen = int(turn.rng.at("whose").integers(one, len(surrogates) + 1)[0])
+        attacked = surrogates[chosen - 1] if chosen else None
         return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach, on=attacked)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:

@@ -72,11 +72,11 @@ class HAT:
     ) -> tuple[Tensor, Tensor]:
         """The clean cross-entropy, the divergence, and the cross-entropy with the helper's labels beyond the attack."""
         with torch.no_grad():
-            says = helper(x_adv).argmax(1)
+            labels = helper(x_adv).argmax(1)
         further = torch.lerp(batch.x, x_adv, self.beyond)
         clean, logits, outside = learner.net(batch.x), learner.net(x_adv), learner.net(further)
         robust = kullback_leibler(logits, clean).mean()
-        helped = F.cross_entropy(outside, says)
+        helped = F.cross_entropy(outside, labels)
         value = F.cross_entropy(clean, batch.y) + self.beta * robust + self.gamma * helped
         return value, hits(logits, batch.y)
 

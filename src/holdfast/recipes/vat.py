@@ -49,10 +49,10 @@ class VAT:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        known = int((data.y != UNLABELLED).sum())
+        labelled = int((data.y != UNLABELLED).sum())
         return trained(
             self.inner,
-            partial(self.loss, labelled=max(known, 1) / len(data)),
+            partial(self.loss, labelled=max(labelled, 1) / len(data)),
             model,
             data,
             threat,
@@ -60,7 +60,7 @@ class VAT:
             rng=rng,
             after=after,
             unlabelled=True,
-            alone=known < len(data),  # a process would know the labels of its own share only
+            alone=labelled < len(data),  # a process would know the labels of its own share only
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
