@@ -235,7 +235,7 @@ def test_without_an_eps_only_the_smallest_change_can_be_asked_for():
     [
         ([], "suite is empty; expected a suite, as in fast, or attacks"),
         (5, "suite is 5; expected the name"),
-        ([PGD(), 5], "suite holds 5; expected the name"),
+        ([PGD(), 5], "suite contains 5; expected the name"),
         ([PGD(), "fast"], "fast is a suite, which cannot be combined with other names"),
         ("pgd,standard", "standard is a suite, which cannot be combined with other names"),
         ([PGD(), "pgdd"], "there is no attack 'pgdd'; did you mean 'PGD'"),

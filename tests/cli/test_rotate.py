@@ -98,7 +98,7 @@ def test_a_pool_is_verified_with_its_key_and_without_and_against_a_head_of_befor
     head = capsys.readouterr().out.strip()
     assert re.fullmatch("[0-9a-f]{64}", head)
     assert run(["verify", "pool", "--expect-head", head]) == 0
-    assert "chain consistent and authenticated; 2 sets open" in capsys.readouterr().out
+    assert "chain consistent and authenticated; 2 sets decrypted" in capsys.readouterr().out
     for words in (
         ["rotate", "swap"],
         ["rotate", "status"],
