@@ -22,7 +22,7 @@ def models(voice: Voice) -> None:
     from holdfast.sources.architectures import ARCHITECTURES
     from holdfast.sources.models import bundled_models
 
-    table = Table("name", "what", box=None, pad_edge=False, header_style="bold")
+    table = Table("name", "description", box=None, pad_edge=False, header_style="bold")
     for name in sorted(bundled_models()):
         table.add_row(name, "bundled model, used by its name")
     for name, factory in sorted(ARCHITECTURES.items()):
@@ -55,18 +55,13 @@ def _list_attacks(voice: Voice) -> None:
     from holdfast.metrics.names import CORRUPTIONS
 
     console = voice.console()
-    table = _table("name", "also", "needs", "what it does")
+    table = _table("name", "other names", "access", "description")
     for known, cls in sorted(attack_names().items()):
         other = str(SPELLINGS.get(known, ""))
         table.add_row(known, other, cls.needs, _first_line(cls))
     console.print(table)
     console.print("\nattacks with other settings, by their names in suites")
-    variants = _table(
-        "name",
-        "also",
-        "attack",
-        "suites",
-    )
+    variants = _table("name", "other names", "attack", "suites")
     for known, of in sorted(VARIANTS.items()):
         if known not in CORRUPTIONS:
             variants.add_row(known, str(SPELLINGS.get(known, "")), of, ", ".join(suites_of(known)))
@@ -74,7 +69,7 @@ def _list_attacks(voice: Voice) -> None:
     console.print(f"\ncommon corruptions: {', '.join(CORRUPTIONS)}")
     console.print(f"\nadded by --adaptive, depending on the raised doubts: {', '.join(ADAPTIVE)}")
     console.print("\nsuites")
-    suites = _table("name", "also")
+    suites = _table("name", "other names")
     for known in MEMBERS:
         suites.add_row(known, ", ".join(SUITE_SPELLINGS.get(known, ())))
     console.print(suites)
@@ -104,7 +99,7 @@ def _show_attack(voice: Voice, chosen: str) -> None:
             f"{chosen} is the name of {of} with other settings in the suites {', '.join(suites_of(chosen))}\n"
         )
     others = str(SPELLINGS.get(chosen, ""))
-    also = f"also {others}\n" if others else ""
+    also = f"other names: {others}\n" if others else ""
     source = (inspect.getmodule(cls).__doc__ or "").strip()
     click.echo(f"{of}: {_first_line(cls)}\nneeds {_needs(cls.needs)}\n{also}\n{source}\n")
     table = _table("setting", "default", "meaning")

@@ -23,7 +23,7 @@ def data(context: click.Context) -> None:
         context.invoke(list_)
 
 
-@data.command("list")
+@data.command("list", short_help="list the data sets of the catalogue")
 @spoken
 def list_(voice: Voice = Voice()) -> None:  # noqa: B008 (an immutable value)
     """List the data sets of the catalogue, and whether each is on this machine."""
@@ -32,7 +32,7 @@ def list_(voice: Voice = Voice()) -> None:  # noqa: B008 (an immutable value)
     from holdfast.sources.catalogue import data_folder, listed
     from holdfast.sources.data import bundled_data
 
-    table = Table("name", "what", "here", box=None, pad_edge=False, header_style="bold")
+    table = Table("name", "description", "available", box=None, pad_edge=False, header_style="bold")
     for name in bundled_data():
         table.add_row(name, "bundled with the package", "yes")
     for row in listed():
@@ -41,7 +41,7 @@ def list_(voice: Voice = Voice()) -> None:  # noqa: B008 (an immutable value)
     voice.say(f"folder: {data_folder()} (HOLDFAST_DATA)")
 
 
-@data.command()
+@data.command(short_help="show the shape, range and classes of a data set")
 @click.argument("address", type=completing.DATA)
 @click.option("--split", metavar="NAME", help="Split of the data (default: test if there is one).")
 @click.option("--label", metavar="COL", help="Label column of a table.")
@@ -78,7 +78,7 @@ def show(voice: Voice, *, address: str, **named: Any) -> None:
     voice.console().print(table)
 
 
-@data.command()
+@data.command(short_help="download a data set from its official mirror")
 @click.argument("name", type=completing.DATA)
 @spoken
 def fetch(voice: Voice, name: str) -> None:
@@ -89,7 +89,7 @@ def fetch(voice: Voice, name: str) -> None:
     click.echo(bring(name))
 
 
-@data.command("import")
+@data.command("import", short_help="import downloaded files of data sets from a folder")
 @click.argument("folder", type=click.Path(path_type=Path))
 @spoken
 def import_(voice: Voice, folder: Path) -> None:

@@ -46,7 +46,7 @@ def refuse_unknown_data(address: str) -> None:
     if _is_word(address) and address not in names:
         raise UsageError(
             f"there is no data set {address!r}{_offered(address, names)} "
-            "give an .npz, .csv or .parquet file, or a folder of class folders"
+            "give an .npz, .csv or .parquet file, or a folder with one folder of images for each class"
         )
 
 

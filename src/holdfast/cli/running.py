@@ -220,11 +220,11 @@ def _dry_run_served(settings: AssessSettings, voice: Voice) -> int:
         f"{amount(estimate.n, 'examples')}, {amount(len(estimate.attacks), 'attacks')} "
         f"({', '.join(estimate.attacks)}): {estimate.most.says}"
     )
-    share = f"{estimate.right:,} of {amount(estimate.tried, 'clean examples')} in a trial"
+    share = f"{estimate.right:,} of {amount(estimate.tried, 'clean examples')}"
     if estimate.likely is not None:
-        click.echo(f"if the share of correct examples is {share}: {estimate.likely.says}")
+        click.echo(f"if the share of correct examples is that of a trial ({share}): {estimate.likely.says}")
     elif estimate.tried:
-        click.echo(f"attacks are run on correct examples only: {share} are correct")
+        click.echo(f"attacks are run on correct examples only; in a trial {share} were correct")
     if estimate.batches:
         voice.say(f"note: {estimate.batches}; the rows that fill up a batch are counted")
     voice.say(f"sent to the server for this estimate: {amount(estimate.sent, 'rows')}; nothing was stored")

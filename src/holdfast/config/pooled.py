@@ -81,7 +81,7 @@ def _serving(address: str, pool: Pool, settings: AssessSettings) -> OpenedModel:
     """Return the serving set in the architecture that the pool names."""
     for key in _OWN:
         if key in settings.model_fields_set and getattr(settings, key):
-            raise UsageError(f"the pool of {address!r} determines {key}, and {key} was given; leave it out")
+            raise UsageError(f"the pool {address!r} determines {key}, and {key} was given; leave it out")
     now = pool.serving
     if now is None:
         waits = f"{len(pool.ahead)} admitted sets wait" if pool.ahead else "no admitted set waits"
