@@ -125,10 +125,10 @@ def _judging(flags: dict[str, Any]) -> dict[str, Any]:
 @offered(*_COLLECTING, *TARGET, *SETTING)
 @spoken
 def collect(voice: Voice, *, run: str | None, resume: bool, expect_head: str, **flags: Any) -> int:
-    """Train parameter sets of MODEL's architecture on the train split of DATA, and surrogates for measurements.
+    """Train parameter sets of MODEL's architecture on the train split of DATA, and surrogates for transfer.
 
-    The surrogates are those of an attacker without any parameters of the pool. A fifth of the examples is held out, and
-    sets are judged on it. The budget is for all trainings together. Without a budget each training has the number of
+    The surrogates are models of an attacker without any parameters of the pool. A fifth of the examples is held out,
+    and sets are judged on it. The budget is for all trainings together. Without a budget each training has the number of
     epochs of its recipe.
     """
     settings = settings_from(_named(flags), RotateSettings)
@@ -145,7 +145,7 @@ def collect(voice: Voice, *, run: str | None, resume: bool, expect_head: str, **
 @offered(*_OF_POOL, *SETTING)
 @spoken
 def train(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
-    """Train a codec and a latent diffusion model on the collected sets of POOL.
+    """Train a codec, which compresses parameter sets, and a latent diffusion model on the collected sets of POOL.
 
     Settings: --set codec.NAME=VALUE and --set generator.NAME=VALUE, as in --set generator.regulariser=hinge. If
     encoding and decoding costs more than 0.3 points of accuracy, no generator is trained (exit code 4).
@@ -214,9 +214,9 @@ def admit(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
 
     The usual gates are conditions on clean accuracy, robust accuracy, the success of examples computed on stolen sets
     (each alone and all together), the share of predictions that differ from the serving set, and the tensors. A
-    candidate is refused if a gate is unclear on all held-out examples. If too few examples are held out to distinguish
-    equal sets from worse ones, the tolerances on accuracy are widened, and the output states it. Exit code 0 if a
-    candidate was admitted, 4 if none.
+    candidate is refused if a gate remains unclear on all held-out examples. If too few examples are held out to
+    distinguish equal sets from worse ones, the tolerances on accuracy are widened, and the output states it. Exit code
+    0 if a candidate was admitted, 4 if none.
     """
     from holdfast.cli.rotating import admit as step
 
@@ -279,7 +279,7 @@ def migrate(voice: Voice, *, pool: str) -> int:
     """Convert POOL from the older format, whose ledger was not authenticated, to the present format.
 
     From then on all entries are authenticated. Whether entries were removed before cannot be detected. Record missing
-    ones with holdfast rotate expose. If any set is listed as exposed, waiting sets must be judged again.
+    exposures with holdfast rotate expose. If any set is listed as exposed, waiting sets must be judged again.
     """
     from holdfast.cli.rotating import migrate as step
 
