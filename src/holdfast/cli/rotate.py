@@ -128,8 +128,8 @@ def collect(voice: Voice, *, run: str | None, resume: bool, expect_head: str, **
     """Train parameter sets of MODEL's architecture on the train split of DATA, and surrogates for transfer.
 
     The surrogates are models of an attacker without any parameters of the pool. A fifth of the examples is held out,
-    and sets are judged on it. The budget is for all trainings together. Without a budget each training has the number of
-    epochs of its recipe.
+    and sets are judged on it. The budget is for all trainings together. Without a budget each training has the number
+    of epochs of its recipe.
     """
     settings = settings_from(_named(flags), RotateSettings)
     if resume and run is None:
