@@ -74,7 +74,7 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
     If only labels are accessible, `black-box` consists of attacks that need only labels.
     """
     if name not in COMPOSED:
-        raise UsageError(f"there is no suite {name!r}; there are {', '.join(COMPOSED)}")
+        raise UsageError(f"there is no suite {name!r}; expected one of {', '.join(COMPOSED)}")
     if isinstance(constraint, Corruptions):
         if name not in ("fast", "standard", "corruptions"):
             raise UsageError(f"there is no suite {name!r} of common corruptions; choose --suite corruptions")
@@ -88,7 +88,7 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
                     "attacker access to the model, as in access=gradients, or choose a threat such as linf:8/255"
                 )
             raise UsageError(
-                f"there is no suite {name!r} under {constraint}; there are {', '.join(sorted(composed))}"
+                f"there is no suite {name!r} under {constraint}; expected one of {', '.join(sorted(composed))}"
             )
         return Suite(name, 1, composed[name])
     elif name == "corruptions":

@@ -52,8 +52,8 @@ REFUSED = [
     ("n: 0", "holdfast.yaml: n is 0; expected at least 1$"),
     ("n: abc", "n is 'abc'; expected a whole number$"),
     ("only: [apgd-q]", "this suite has no attack 'apgd-q'; did you mean 'apgd-t'"),
-    ("only: [alma-2]", "this suite has no attack 'alma-2'; there are sprint, fmn, relay"),
-    ("attacks: [{use: PGD}]\nskip: [fmn]", "this suite has no attack 'fmn'; there are pgd"),
+    ("only: [alma-2]", "this suite has no attack 'alma-2'; expected one of sprint, fmn, relay"),
+    ("attacks: [{use: PGD}]\nskip: [fmn]", "this suite has no attack 'fmn'; expected one of pgd"),
     ("suite: rand\nskip: [apgd-ce, APGD-DLR]", "no attack is left; this suite has apgd-ce, apgd-dlr"),
     ("n: 1.5", "n is 1.5; expected a whole number$"),
     ("n: 2.0", "n is 2.0; expected a whole number$"),
@@ -95,8 +95,11 @@ REFUSED = [
     ("attacks: [{use: PGD, stepz: 3}]", "did you mean 'steps'"),
     ("attacks: [{use: PGD, steps: 0}]", "attacks.0: steps is 0; expected at least 1$"),
     ("attacks: [{use: PGD, steps: [1]}]", r"steps is \[1\]; expected a whole number$"),
-    ("attacks: [{use: PGD, loss: cosine}]", "loss is 'cosine'; did you mean|loss is 'cosine'; there are"),
-    ("attacks: [{use: PGD, loss: [dlr]}]", "there are cross_entropy|did you mean 'dlr'"),
+    (
+        "attacks: [{use: PGD, loss: cosine}]",
+        "loss is 'cosine'; did you mean|loss is 'cosine'; expected one of",
+    ),
+    ("attacks: [{use: PGD, loss: [dlr]}]", "expected one of cross_entropy|did you mean 'dlr'"),
     ("attacks: [{use: PGD, steps: {use: PGD}}]", "steps is"),
     ("gates: [robust_acuracy >= 0.5]", "did you mean 'robust_accuracy'"),
     ("accept_doubts: {noize: I know}", "did you mean 'noise'"),
@@ -277,7 +280,7 @@ def test_the_members_of_a_suite_are_known_by_their_names():
     for name in FLOW:
         bent = members(name, parse_threat("spatial:flow=1.5"))
         assert bent == tuple(member for member, _ in suite(name, Spatial(flow=1.5)).attacks)
-    with pytest.raises(UsageError, match="there are fast, quick, standard"):
+    with pytest.raises(UsageError, match="expected one of fast, quick, standard"):
         suite("black-box", Spatial(flow=1.5))
     for name, by_norm in MEMBERS.items():
         for norm, constraint in constraints.items():
@@ -325,7 +328,7 @@ def test_an_attack_is_found_as_people_write_it(name, attack):
     ("name", "said"),
     [
         ("pgdd", "did you mean 'PGD'"),
-        ("zzz", "there are ALMA"),
+        ("zzz", "expected one of ALMA"),
         ("deepfol", "'DeepFool'"),
         ("bpda", "adaptive"),
         ("apgd-t", "APGD-T is the name of APGD"),

@@ -60,9 +60,9 @@ class ThreatSpec:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the most similar known word, or the list of known words if none is similar."""
+    """Return `; did you mean 'x'?` for the most similar known word, or the known words if none is similar."""
     words = sorted(known)
-    return f"; {suggestion(word, words) or 'there are ' + ', '.join(words)}"
+    return f"; {suggestion(word, words) or 'expected one of ' + ', '.join(words)}"
 
 
 def number(text: str, what: str) -> float:

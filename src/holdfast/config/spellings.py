@@ -124,7 +124,9 @@ def suite_or_attacks(names: Iterable[str]) -> str | tuple[str, ...]:
         suite = suite_called(alone)
         if suite is None and folded(alone) not in _attacks() and folded(alone) not in map(folded, ADAPTIVE):
             near = suggestion(alone, (*MEMBERS, *_plain()))
-            known = f"there are the suites {', '.join(MEMBERS)}, and the attacks that holdfast attacks lists"
+            known = (
+                f"expected one of the suites {', '.join(MEMBERS)}, or an attack that holdfast attacks lists"
+            )
             raise UsageError(f"suite is {alone!r}; {near or known}")
         return suite or (attack_called(alone),)
     return tuple(attack_listed(name) for name in named)
