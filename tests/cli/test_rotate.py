@@ -162,7 +162,7 @@ def test_what_thieves_made_and_what_judged_is_for_the_owner_alone(pool):
             ["--source", "subset", "--threat", "linf:0.1"],
             "source subset needs names, and none was given; add --set source.names=VALUE",
         ),
-        (["--threat", "linf:0"], "threat linf:0 changes nothing"),
+        (["--threat", "linf:0"], "threat linf:0 allows no change"),
     ],
 )
 def test_a_collection_that_cannot_be_is_refused_before_anything_is_trained(elsewhere, capsys, words, says):

@@ -775,7 +775,7 @@ def test_threats_that_no_recipe_is_for_are_refused():
     for recipe in ("pgd", RECIPE):
         with pytest.raises(UsageError, match="and the threat is l0; choose"):
             holdfast.harden(fakes.network(), as_data(data.x, data.y), threat="l0:3", recipe=recipe)
-    with pytest.raises(UsageError, match="the goal is 1; leave goal= out"):
+    with pytest.raises(UsageError, match="the goal is class 1; leave goal= out"):
         holdfast.harden(fakes.network(), (data.x, data.y), threat="linf:0.06,goal=targeted:1")
     with pytest.raises(
         UsageError, match="recipe auto selects one of several recipes, so it has no setting 'beta'"
