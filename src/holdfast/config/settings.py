@@ -69,11 +69,12 @@ class AssessSettings(BaseModel):
     )
     layout: Literal["chw", "hwc", "asis"] | None = Field(
         None,
-        description="axes of the stored arrays: channels first, channels last, or passed to the model unchanged; by "
+        description="axes of the stored arrays: chw (channels first), hwc (channels last), or asis (unchanged); by "
         "default determined with the model",
     )
     model_output: Literal["logit", "probability"] | None = Field(
-        None, description="what the model returns; required for one number per example from 0 to 1"
+        None,
+        description="what the model returns: logit or probability; required for one number per example from 0 to 1",
     )
     classes: values.Classes | None = Field(None, description="expected number of classes")
     class_names: values.ClassNames | None = Field(
@@ -226,8 +227,7 @@ class RotateSettings(HardenSettings):
     )
     begins: Literal["he", "own"] = Field(
         "he",
-        description="initial weights of an independent training: He initialisation, or the initialisation of each "
-        "layer",
+        description="initial weights of an independent training: he (He initialisation) or own (that of each layer)",
     )
     codec: dict[str, Any] = Field(default_factory=dict, description="settings of the codec")
     generator: dict[str, Any] = Field(default_factory=dict, description="settings of the latent diffusion")
