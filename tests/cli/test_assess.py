@@ -311,7 +311,7 @@ def test_a_dry_run_keeps_nothing(elsewhere, capsys):
         run(["assess", "mnist-cnn", "mnist-mini", "--threat", "linf:0.1", "--suite", "quick", "--dry-run"])
         == 0
     )
-    assert "forwards" in capsys.readouterr().out
+    assert "forward passes" in capsys.readouterr().out
     assert not list(elsewhere.iterdir())
 
 

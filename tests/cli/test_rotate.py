@@ -247,7 +247,7 @@ def test_a_training_that_is_stopped_says_the_whole_command(pool, capsys, monkeyp
 
 def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
     assert run([*COLLECT, "--run", "pool/", "--resume"]) == 0
-    assert "8 sets of 2 runs of 3 epochs" in capsys.readouterr().out
+    assert "8 sets of 2 trainings of 3 epochs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
