@@ -146,7 +146,7 @@ def test_another_set_is_another_model(serving, collected):
 
 def test_a_pool_that_serves_nothing_says_what_to_do(pool, collected):
     of = settings(pool, collected[0])
-    with pytest.raises(UsageError, match="nothing serves in .* holdfast rotate admit .*, then .* swap"):
+    with pytest.raises(UsageError, match="no set serves in .* holdfast rotate admit .*, then .* swap"):
         ordering.opened_subject(of)
     pool.admit(drawing.candidates(pool)[0])
     with pytest.raises(UsageError, match="1 admitted sets wait.*: holdfast rotate swap"):
