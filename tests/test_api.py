@@ -233,14 +233,14 @@ def test_without_an_eps_only_the_smallest_change_can_be_asked_for():
 @pytest.mark.parametrize(
     ("suite", "says"),
     [
-        ([], "suite names nothing; expected a suite, as in fast, or attacks"),
+        ([], "suite is empty; expected a suite, as in fast, or attacks"),
         (5, "suite is 5; expected the name"),
-        ([PGD(), 5], "suite holds 5; expected the name"),
-        ([PGD(), "fast"], "fast is a suite, and stands alone"),
-        ("pgd,standard", "standard is a suite, and stands alone"),
+        ([PGD(), 5], "suite contains 5; expected the name"),
+        ([PGD(), "fast"], "fast is a suite, which cannot be combined with other names"),
+        ("pgd,standard", "standard is a suite, which cannot be combined with other names"),
         ([PGD(), "pgdd"], "there is no attack 'pgdd'; did you mean 'PGD'"),
         ("pgdd", "suite is 'pgdd'; did you mean 'PGD'"),
-        ("apgd-t,pgd-ce", "PGD-CE is the name that suites give to PGD under l0, and the threat is linf"),
+        ("apgd-t,pgd-ce", "PGD-CE is the name of PGD in suites under l0, and the threat is linf"),
         ([Needy], r"Needy needs steps; give an attack with it, as Needy\(steps="),
         ([Corruption], "Corruption is a common corruption, and the threat is linf"),
         ([PGD(steps=0)], "PGD: steps is 0; expected at least 1$"),
@@ -302,7 +302,7 @@ def test_a_curve_adds_accuracy_against_eps():
 def test_a_misspelt_name_is_offered_the_nearest():
     with pytest.raises(UsageError, match="'blackbox'"):
         holdfast.assess(network(), (X, Y), "linf:0.1", accept_doubts={"blackbox": "why not"})
-    with pytest.raises(UsageError, match="say why: --accept-doubt noise=REASON"):
+    with pytest.raises(UsageError, match="give one: --accept-doubt noise=REASON"):
         holdfast.assess(network(), (X, Y), "linf:0.1", accept_doubts={"noise": " "})
     with pytest.raises(UsageError, match="mnist-cnn"):
         holdfast.assess("mnist-cmn", "mnist-mini")
@@ -334,7 +334,7 @@ def test_runs_are_kept_reported_verified_and_compared(tmp_path):
     gates = ["regression <= 1 vs baseline"]
     gated = holdfast.assess(strong, (X, Y), "linf:0.1", ATTACKS, gates=gates, baseline=tmp_path / "a")
     assert gated.gates[0].estimate == compared.regression
-    with pytest.raises(UsageError, match="compares with a run; name it: --baseline RUN"):
+    with pytest.raises(UsageError, match="compares with another run; give it with --baseline RUN"):
         holdfast.assess(strong, (X, Y), "linf:0.1", ATTACKS, gates=gates)
     other = holdfast.assess(strong, (X.flip(0) * 0.5, Y), "linf:0.1", ATTACKS)
     with pytest.raises(UsageError, match="share no example"):
@@ -343,7 +343,7 @@ def test_runs_are_kept_reported_verified_and_compared(tmp_path):
 
 @pytest.mark.parametrize("verb", [holdfast.assess, holdfast.harden], ids=["assess", "harden"])
 def test_to_resume_needs_a_folder(verb):
-    with pytest.raises(UsageError, match="resume=True goes on with a run; name its folder, as in run="):
+    with pytest.raises(UsageError, match="resume=True continues a run; give its folder, as in run="):
         verb(network(), (X, Y), "linf:0.1", resume=True)
 
 
@@ -482,7 +482,9 @@ def test_a_function_of_numpy_is_told_the_way_that_works():
 )
 @pytest.mark.parametrize("verb", [holdfast.assess, holdfast.doctor])
 def test_words_for_an_address_are_refused_for_data_in_hand(verb, words, said):
-    with pytest.raises(UsageError, match=f"{said} cannot be meant for data in hand.*leave it out"):
+    with pytest.raises(
+        UsageError, match=f"{said} is not possible for data given as a Python object.*leave it out"
+    ):
         verb(network(), (X, Y), **words)
 
 
@@ -599,7 +601,7 @@ def test_the_skip_gradients_of_a_surrogate_are_part_of_the_run(tmp_path):
     found = holdfast.assess(net, (X, Y), "linf:0.1", ATTACKS, surrogates=given)
     assert len({card["digest"] for card in found.evidence.surrogates}) == len(given)
     assert any(
-        "0.2 of the gradient goes back through 1, 1 of its modules" in note for note in found.evidence.notes
+        "0.2 of the gradient passes back through 1, 1 of its modules" in note for note in found.evidence.notes
     )
     with pytest.raises(UsageError, match=r"called 'bn\*'; it has \*"):
         holdfast.assess(net, (X, Y), "linf:0.1", ATTACKS, surrogates=[f"{path}:build,skip=bn*"])
@@ -609,7 +611,7 @@ def test_the_skip_gradients_of_a_surrogate_are_part_of_the_run(tmp_path):
     "given, said",
     [
         ("mnist-cnn", "surrogates is a str; give a list of models"),
-        ([5], "surrogates holds a int"),
+        ([5], "surrogates contains a int"),
         (["mnist-cn"], "did you mean 'mnist-cnn'"),
         (
             [Classifier(network(), bounds=Bounds(-2.0, 2.0))],

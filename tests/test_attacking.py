@@ -46,7 +46,7 @@ def predicted(net, x):
 )  # fmt: skip
 def test_it_succeeds_where_assess_with_the_same_attack_does(net, attack, threat):
     if attack == "fgsm":
-        with pytest.raises(UsageError, match="FGSM is no common corruption"):
+        with pytest.raises(UsageError, match="FGSM is not a common corruption"):
             holdfast.attack(net, X, Y, attack, threat)
         return
     found = holdfast.attack(net, X, Y, attack, threat, seed=3)
@@ -214,9 +214,9 @@ def test_a_goal_is_a_class_by_its_number_or_its_name(net):
     for options, says in (
         (
             {"goal": "digit", "class_names": names},
-            r"goal is 'digit', which names no class; there are 0 \(digit 0\)",
+            r"goal is 'digit', which is not the name of a class; expected one of 0 \(digit 0\)",
         ),
-        ({"goal": "digit 3"}, "this model has no names for its classes; give the number of one"),
+        ({"goal": "digit 3"}, "this model has no names for its classes; give the number of a class"),
         ({"goal": 70}, "the goal is class 70, and this model has 10 classes; choose one from 0 to 9"),
         ({"goal": -1}, "goal is -1; expected the number of a class"),
         ({"queries": 0}, "queries is 0; expected a whole number of at least 1"),

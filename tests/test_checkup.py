@@ -31,7 +31,7 @@ def test_floats_to_255_are_named_and_the_rest_is_looked_at_all_the_same(tmp_path
     assert run(["doctor", "mnist-cnn", saved(tmp_path / "float255.npz", 255.0)]) == 3
     out, err = capsys.readouterr()
     assert "x range" in out
-    assert "-> divide them by 255 (or --bounds 0,255" in out
+    assert "-> divide them by 255 (or use --bounds 0,255" in out
     assert "+ gradients" in out
     assert "1 problem found" in err
     accuracy = next(line for line in out.splitlines() if line.startswith("+ accuracy"))
@@ -88,7 +88,7 @@ def test_a_model_that_writes_into_its_input_is_told_so() -> None:
     found = said(holdfast.doctor(model, (inputs, digits.y)))
     assert torch.equal(inputs, digits.x)
     assert "randomness" not in said(holdfast.doctor(model, (inputs, digits.y), mean=[0.1], std=[0.3]))
-    assert found["in place"] == ("warning", "write x = x - mean in it, not x -= mean")
+    assert found["in place"] == ("warning", "write x = x - mean in its code instead of x -= mean")
 
 
 def test_a_weak_model_on_a_few_examples_is_not_accused_of_shifted_labels() -> None:
@@ -198,7 +198,7 @@ def test_normalising_twice_is_named_on_either_side() -> None:
     level, way_out = missing["normalisation"]
     assert level == "problem" and way_out.startswith("an estimate: ")
     assert way_out.endswith(
-        "the values of your training, as in --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"
+        "the values of its training, as in --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"
     )
     assert "normalisation" not in said(holdfast.doctor(colourful, (x, y)))
 

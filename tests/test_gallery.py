@@ -91,7 +91,7 @@ def test_the_table_and_the_file_say_the_same(monkeypatch, tmp_path):
     place = tmp_path / "g.json"
     done = CliRunner().invoke(verbs, ["demo", "--gallery", "-o", str(place)])
     assert done.exit_code == 0, done.output
-    assert "  bit-depth: 96.0 % stand as it comes, 4.0 % under who knows it\n" in done.stderr
+    assert "  bit-depth: 96.0 % robust under PGD, 4.0 % under adaptive attacks\n" in done.stderr
     for word in ("bit-depth", "96.0 %", "3.0 %", "4.0 %", "zero-gradient, noise"):
         assert word in done.stdout
     (entry,) = json.loads(place.read_text())["gallery"]

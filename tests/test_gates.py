@@ -55,27 +55,27 @@ def test_every_metric_may_be_gated(metric):
         ("zzz >= 0.4", "known are accepted_right_at_1_percent"),
         ("robust_accuracy >= 40%", "write the share 0.4"),
         ("robust_accuracy >= 40 %", "write the share 0.4"),
-        ("robust_accuracy > 40%", "so write >=; it also gives '40%'"),
+        ("robust_accuracy > 40%", "write >=; it also gives '40%'"),
         ("robust_accuracy < 40 %", "write the share 0.4"),
-        ("robust_accuracy >= 40", "40 is no share; did you mean 0.40?"),
+        ("robust_accuracy >= 40", "40 is not a share; did you mean 0.40?"),
         ("worst_class@8/255 >= 12.5", "did you mean 0.125?"),
-        ("f1 >= 1.5", "1.5 is no share; f1 lies from 0 to 1"),
-        ("calibration_error <= -0.1", "lies from 0 to 1"),
-        ("clean_accuracy >= inf", "'inf' is no number"),
-        ("regression <= 5 vs baseline", "5 is no difference of shares; did you mean 0.05?"),
-        ("regression <= -2 vs baseline", "lies from -1 to 1"),
+        ("f1 >= 1.5", "1.5 is not a share; f1 is from 0 to 1"),
+        ("calibration_error <= -0.1", "is from 0 to 1"),
+        ("clean_accuracy >= inf", "'inf' is not a number"),
+        ("regression <= 5 vs baseline", "5 is not a difference of shares; did you mean 0.05?"),
+        ("regression <= -2 vs baseline", "is from -1 to 1"),
         ("robust_accuracy > 0.4", "write >="),
         ("robust_accuracy == 0.4", "METRIC >= NUMBER"),
         ("robust_accuracy", "cannot be read"),
         ("", "cannot be read"),
-        ("robust_accuracy >= high", "'high' is no number"),
-        ("robust_accuracy >= nan", "'nan' is no number"),
-        ("robust_accuracy >= 1/0", "'1/0' is no number"),
+        ("robust_accuracy >= high", "'high' is not a number"),
+        ("robust_accuracy >= nan", "'nan' is not a number"),
+        ("robust_accuracy >= 1/0", "'1/0' is not a number"),
         ("robust_accuracy@-1 >= 0.4", "eps is -1"),
         ("clean_accuracy@0.1 >= 0.4", "no value at another eps"),
         ("robust_accuracy >= 0.4 of static", "of ensemble_transfer, sibling_transfer, transfer_success"),
         ("transfer_success of static <= 0.5", 'as in "transfer_success <= 0.5 of static"'),
-        ("churn <= 3", "3 is no share; did you mean 0.03?"),
+        ("churn <= 3", "3 is not a share; did you mean 0.03?"),
         ("robust_accuracy >= 0.4 vs baseline", "measured on one run"),
         ("robust_accuracy >= 0.4 please", "'please'"),
         ("regression <= 0.01", "regression <= 0.01 vs baseline"),
@@ -191,7 +191,7 @@ def test_a_judgement_says_why():
     assert doubted.because.endswith("doubts are open: scale")
     assert not doubted
     assert judge(parse("robust_accuracy <= 0.5"), run, RAISED).verdict == "fail"
-    assert "both sides of 0.8" in judge(parse("robust_accuracy >= 0.8"), run, RAISED).because
+    assert "the interval contains 0.8" in judge(parse("robust_accuracy >= 0.8"), run, RAISED).because
 
 
 def test_a_gate_on_an_absent_metric_names_what_would_bring_it():

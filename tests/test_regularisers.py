@@ -205,7 +205,7 @@ def test_layers_that_keep_no_weight_are_refused_to_a_lipschitz_constraint():
 
 
 def test_a_threat_without_gains_is_refused():
-    with pytest.raises(UsageError, match="the gain of a layer is known under linf, l2 and l1"):
+    with pytest.raises(UsageError, match="the gain of a layer can be computed under linf, l2 and l1"):
         list(LipschitzConstraint()(fakes.network(), data(), ThreatModel(L0(2.0)), rng=Draws(0)))
 
 

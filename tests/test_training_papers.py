@@ -276,7 +276,7 @@ def test_the_balls_of_several_norms_grow_until_they_are_whole():
 
 
 def test_one_norm_alone_is_refused():
-    with pytest.raises(UsageError, match=r"others is empty; name them with --set recipe\.others"):
+    with pytest.raises(UsageError, match=r"others is empty; give them with --set recipe\.others"):
         MultiNormTraining()(linear(), data(), ThreatModel(Linf(0.1)), rng=Draws(0))
 
 
@@ -284,7 +284,7 @@ def test_one_norm_alone_is_refused():
 def test_a_norm_without_gradient_steps_is_refused_beside_others(other):
     with pytest.raises(UsageError) as error:
         MultiNormTraining(others=(L2(1.0), other))
-    assert f"others holds {other!r}, and multi-norm trains under linf, l2 and l1" in str(error.value)
+    assert f"others contains {other!r}, and multi-norm trains under linf, l2 and l1" in str(error.value)
 
 
 def test_mart_stays_a_number_where_the_rival_is_certain():

@@ -295,18 +295,18 @@ def exhibition(
 
     `only` selects some of them by name.
     """
-    known = [item.name for item in ITEMS]
+    names = [item.name for item in ITEMS]
     for name in only:
-        if name not in known:
-            raise UsageError(f"there is no {name!r} in the gallery{nearest(name, known)}")
+        if name not in names:
+            raise UsageError(f"there is no {name!r} in the gallery{nearest(name, names)}")
     items = [item for item in ITEMS if not only or item.name in only]
     training = open_data(DIGITS, split="train")
     digits = training.read(0, len(training))
-    found = []
+    built = []
     for exhibit in exhibits(digits, open_data(DIGITS, n=n), items):
         shown(exhibit)
-        found.append(exhibit)
-    return tuple(found)
+        built.append(exhibit)
+    return tuple(built)
 
 
 @gradients()
@@ -383,14 +383,14 @@ def _order(
     members = None
     if suite is not None and settings.suite is None:
         members = members_given(suite, threat_model(parse_threat(settings.threat)).constraint)
-    found = ordering.order(
+    order = ordering.order(
         settings,
         members=members,
         baseline=_evidence(baseline),
         device=device,
         target=subject.model.access,
     )
-    return replace(found, attackers=attackers(settings))
+    return replace(order, attackers=attackers(settings))
 
 
 def _evidence(run: Result | Evidence | str | Path | None) -> Evidence | None:

@@ -82,11 +82,9 @@ class Attacked:
 
     def __repr__(self) -> str:
         attacks = ", ".join(each.name for each in self.result.attacks)
-        n, wrong, found = len(self), int((~self.clean_correct).sum()), int(self.success.sum())
+        n, wrong, succeeded = len(self), int((~self.clean_correct).sum()), int(self.success.sum())
         cut = f"; {NO_GRADIENT}" if NO_GRADIENT in self.notes else ""
-        return (
-            f"<Attacked: {attacks}; {found:,} of {n:,} succeed, {wrong:,} of them wrong from the start{cut}>"
-        )
+        return f"<Attacked: {attacks}; {succeeded:,} of {n:,} succeed, {wrong:,} of them misclassified when clean{cut}>"
 
 
 @gradients()
@@ -154,8 +152,8 @@ def attack(
     named = goal if isinstance(goal, str) and not _SPELT.fullmatch(goal) else None
     aimed = _threat(threat, goal if named is None else None, queries)
     suite = attack if isinstance(attack, str) and is_suite_only(attack) else None
-    said = {**locals(), "x": None, "y": None, "data": place, "threat": aimed, "suite": suite, "doubts": False}
-    settings = settings_said("attack()", said, AssessSettings)
+    args = {**locals(), "x": None, "y": None, "data": place, "threat": aimed, "suite": suite, "doubts": False}
+    settings = settings_said("attack()", args, AssessSettings)
     x, data = _in_hand(x, y)
     opening = partial(given_all, model, data, surrogates, settings)
     subject, given, seconds = opening()
@@ -177,8 +175,8 @@ _SPELT = re.compile(r"untargeted|targeted:.*", re.DOTALL)
 
 def _aimed(settings: AssessSettings, goal: str, subject: Subject, data: Data) -> AssessSettings:
     """Return the settings with the class of that name as the goal."""
-    known = settings.class_names or subject.model.class_names or data.classes or ()
-    threat = _threat(settings.threat, _class_called(goal, known), None)
+    names = settings.class_names or subject.model.class_names or data.classes or ()
+    threat = _threat(settings.threat, _class_called(goal, names), None)
     return settings.model_copy(update={"threat": threat})
 
 
@@ -188,8 +186,10 @@ def _class_called(name: str, names: Sequence[str]) -> int:
         return list(names).index(name)
     listed = ", ".join(f"{k} ({each})" for k, each in enumerate(names[:_LISTED]))
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    known = f"there are {listed}{more}" if names else "this model has no names for its classes"
-    raise UsageError(f"goal is {name!r}, which names no class; {known}; give the number of one, as in goal=3")
+    listed_names = f"expected one of {listed}{more}" if names else "this model has no names for its classes"
+    raise UsageError(
+        f"goal is {name!r}, which is not the name of a class; {listed_names}; give the number of a class, as in goal=3"
+    )
 
 
 def _in_hand(x: DataLike, y: object) -> tuple[DataLike, DataLike]:
@@ -242,11 +242,11 @@ def _attacked(result: Result, data: Data, given: object) -> Attacked:
     correct, success, goal = evidence["correct"], evidence["success"], evidence.threat.goal
     tried = correct if goal is None else correct & evidence["eligible"]
     success = torch.where(tried, success, ~correct if goal is None else evidence["prediction"] == goal)
-    x_adv, made = x.clone(), result.adversarial
-    if made:
-        rows = Lookup(evidence["id"]).rows(made["id"])
-        kept = tried[rows]
-        x_adv[rows[kept]] = made["x"][kept].to(x)
+    x_adv, stored = x.clone(), result.adversarial
+    if stored:
+        rows = Lookup(evidence["id"]).rows(stored["id"])
+        attacked = tried[rows]
+        x_adv[rows[attacked]] = stored["x"][attacked].to(x)
     distance = evidence.threat.constraint.distance(x_adv.double(), x.double()).float()
     returned = _as_given(data, x_adv, given)
 

@@ -71,7 +71,7 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
     If only labels are accessible, `black-box` consists of attacks that need only labels.
     """
     if name not in COMPOSED:
-        raise UsageError(f"there is no suite {name!r}; there are {', '.join(COMPOSED)}")
+        raise UsageError(f"there is no suite {name!r}; expected one of {', '.join(COMPOSED)}")
     if isinstance(constraint, Corruptions):
         if name not in ("fast", "standard", "corruptions"):
             raise UsageError(f"there is no suite {name!r} of common corruptions; choose --suite corruptions")
@@ -81,17 +81,17 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
         if name not in composed:
             if name == "transfer":
                 raise UsageError(
-                    f"under {constraint} images are transformed as wholes, and nothing is made on a surrogate; let the "
-                    "attacker see the model, as in access=gradients, or choose a threat such as linf:8/255"
+                    f"under {constraint} whole images are transformed, and no attack uses a surrogate; give the "
+                    "attacker access to the model, as in access=gradients, or choose a threat such as linf:8/255"
                 )
             raise UsageError(
-                f"there is no suite {name!r} under {constraint}; there are {', '.join(sorted(composed))}"
+                f"there is no suite {name!r} under {constraint}; expected one of {', '.join(sorted(composed))}"
             )
         return Suite(name, 1, composed[name])
     elif name == "corruptions":
         norm = type(constraint).__name__.lower()
         raise UsageError(
-            f"the suite corruptions has nothing under {norm}; choose a threat such as corruptions:3"
+            f"the suite corruptions has no attack under {norm}; choose a threat such as corruptions:3"
         )
     compose = labels_only if name == "black-box" and access == "labels" else COMPOSED[name]
     return Suite(name, 1, compose(constraint), WAVES.get(name, {}), smallest=name == "minimum-norm")
@@ -104,11 +104,11 @@ def variant(name: str, constraint: Constraint) -> Attack | None:
     """
     for each in FIRST:
         try:
-            found = dict(suite(each, constraint).attacks)
-        except UsageError:  # this suite has nothing under the constraint
+            attacks = dict(suite(each, constraint).attacks)
+        except UsageError:  # this suite has no attack under the constraint
             continue
-        if name in found:
-            return found[name]
+        if name in attacks:
+            return attacks[name]
     return None
 
 
@@ -233,7 +233,7 @@ def labels_only(constraint: Constraint) -> Named:
         return (("HopSkipJump", HopSkipJump(queries=5000)), ("SurFree", SurFree(queries=5000)))
     norm = type(constraint).__name__.lower()
     raise UsageError(
-        f"the suite 'black-box' has no attack under {norm} that needs labels alone; use linf or l2"
+        f"the suite 'black-box' has no attack under {norm} that needs only labels; use linf or l2"
     )
 
 

@@ -98,7 +98,7 @@ def test_is_refused_without_examples_and_under_a_budget(case):
         measure(model, [batch], [attack], ThreatModel(Linf(0.2)))
     with pytest.raises(UsageError, match="queries=5"):
         measure(model, [batch], [attack], ThreatModel(Linf(0.2), queries=5), fit=other)
-    with pytest.raises(UsageError, match="learned before it attacks"):
+    with pytest.raises(UsageError, match="must be fitted before it attacks"):
         attack(model, batch, ThreatModel(Linf(0.2)), rng=Draws(0))
 
 

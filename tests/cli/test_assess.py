@@ -96,7 +96,7 @@ def test_corruptions_beside_a_baseline_are_relative_to_it(capsys):
     [
         (["--threat", "corruptions:9"], "severity of 1 to 5"),
         (["--threat", "corruptions"], "severity of 1 to 5"),
-        (["--threat", "corruptions:3,goal=targeted:1"], "aim at no class"),
+        (["--threat", "corruptions:3,goal=targeted:1"], "have no target class"),
         (["--threat", "corruptions:3", "--suite", "quick"], "choose --suite corruptions"),
         (["--threat", "linf:0.1", "--suite", "corruptions"], "a threat such as corruptions:3"),
         (["--threat", "corruptions:3", "--curve"], "leave --curve out"),
@@ -196,7 +196,7 @@ def test_time_that_ran_out_is_told_once_where_a_doubt_tells_it(capsys):
 
 def test_a_run_that_is_not_there_to_go_on_with_is_told(capsys):
     words = ["assess", "mnist-cnn", "mnist-mini", *QUICK, "--run", "r", "--resume"]
-    said = "note: 'r' holds no run to go on with, so a new one begins"
+    said = "note: 'r' contains no run to resume, so a new run is started"
     assert run(words) == 0
     assert said in capsys.readouterr().err
     assert run(words) == 0
@@ -311,7 +311,7 @@ def test_a_dry_run_keeps_nothing(elsewhere, capsys):
         run(["assess", "mnist-cnn", "mnist-mini", "--threat", "linf:0.1", "--suite", "quick", "--dry-run"])
         == 0
     )
-    assert "forwards" in capsys.readouterr().out
+    assert "forward passes" in capsys.readouterr().out
     assert not list(elsewhere.iterdir())
 
 

@@ -184,7 +184,7 @@ CASES = [
     ([*ASSESS, "--set", "thret=linf:0.1"], 2, "threat"),
     ([*ASSESS, "--set", "seed=["], 2, "yaml"),
     ([*ASSESS, "--accept-doubt", "noize=I know"], 2, "noise"),
-    ([*ASSESS, "--accept-doubt", "noise="], 2, "say why: --accept-doubt noise=REASON"),
+    ([*ASSESS, "--accept-doubt", "noise="], 2, "give one: --accept-doubt noise=REASON"),
     ([*ASSESS, "--bounds", "0,inf"], 2, "bounds"),
     ([*ASSESS, "--resume"], 2, "--run"),
     ([*ASSESS[:-1], "linf:-0.1"], 2, "eps"),
@@ -203,7 +203,7 @@ CASES = [
         "under spatial:rotate=20, for images are transformed as wholes; leave --surrogate out",
     ),
     ([*ASSESS[:-1], "spatial:rotate=20,access=none"], 2, "be seen; let the attacker see more"),
-    ([*ASSESS[:-3], "transfer", "-t", "spatial:rotate=20"], 2, "let the attacker see the model"),
+    ([*ASSESS[:-3], "transfer", "-t", "spatial:rotate=20"], 2, "give the attacker access to the model"),
     ([*ASSESS[:-1], "l1:5,access=labels"], 2, "because no attack under l1 works with labels alone"),
     ([*ASSESS[:-1], "patch:8x8,access=scores"], 2, "only; let the attacker see more"),
     ([*ASSESS, "--surrogate", "nowhere.pt,arch=cnn"], 3, "nowhere.pt"),
@@ -226,10 +226,10 @@ CASES = [
     ([*ASSESS, "--batch-size", "0"], 2, "--batch-size is 0; expected at least 1"),
     (["assess", "mnist-cnn", "mnist-mini", "-n", "0"], 2, "-n is 0; expected at least 1"),
     ([*ASSESS, "--set", "seed=abc"], 2, "--set seed is 'abc'; expected a whole number"),
-    ([*ASSESS, "-t", "linf:0.2"], 2, "--threat stands twice"),
-    ([*ASSESS, "-s", "quick"], 2, "--suite stands twice"),
-    ([*ASSESS, "--curve", "--no-curve"], 2, "--curve stands twice"),
-    (["data", "show", "mnist-mini", "--split", "a", "--split", "b"], 2, "--split stands twice"),
+    ([*ASSESS, "-t", "linf:0.2"], 2, "--threat is given twice"),
+    ([*ASSESS, "-s", "quick"], 2, "--suite is given twice"),
+    ([*ASSESS, "--curve", "--no-curve"], 2, "--curve is given twice"),
+    (["data", "show", "mnist-mini", "--split", "a", "--split", "b"], 2, "--split is given twice"),
     ([*ASSESS, "--device", "tpu"], 2, "tpu"),
     (["assess", "mnist-cnn"], 2, "DATA"),
     (["assess"], 2, "MODEL"),
@@ -283,7 +283,7 @@ def test_a_model_that_refuses_some_batch_sizes_is_measured_and_told(data, capsys
 def test_an_attack_is_shown_by_the_name_that_a_suite_gives_it(name, capsys):
     assert run(["attacks", name]) == 0
     shown = capsys.readouterr().out
-    assert "APGD-T is the name that suites give to APGD" in shown
+    assert "APGD-T is the name of APGD" in shown
     assert "shrink" in shown
 
 
@@ -380,7 +380,7 @@ def test_a_configuration_that_lies_here_is_offered(capsys):
     assert run(["init", "-q"]) == 0
     for command in ("assess", "doctor"):
         assert run([command]) == 2
-        assert f"try holdfast {command} -c holdfast.yaml, which lies here" in capsys.readouterr().err
+        assert f"try holdfast {command} -c holdfast.yaml (a file in this folder)" in capsys.readouterr().err
     Path("holdfast.yaml").unlink()
     assert run(["assess"]) == 2
     assert "try holdfast assess mnist-cnn mnist-mini" in capsys.readouterr().err

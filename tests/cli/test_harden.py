@@ -106,7 +106,7 @@ def test_a_signal_while_the_model_is_judged_says_how_to_go_on_with_the_whole_run
         (["--budget", "0.01s"], "one update takes about"),
         (
             ["--set", "recipe.training.epochs=1"],
-            "is 1, and the budget of recipe auto is 10min, which sets them",
+            "is 1, and the budget of recipe auto is 10min, which determines them",
         ),
         (
             ["--recipe", "pgd", "--budget", "1min", "--set", "recipe.training.epochs=1"],

@@ -226,7 +226,7 @@ def test_nothing_is_sent_to_a_host_that_the_command_line_does_not_allow(capsys):
         assert run(["assess", server.url(), "data.npz"]) == 2
         assert f"add --allow-host {server.host}" in capsys.readouterr().err
         assert run(["assess", "-c", "h.yaml"]) == 2
-        assert "a file allows none by itself" in capsys.readouterr().err
+        assert "A configuration alone cannot allow a host" in capsys.readouterr().err
         with pytest.raises(UsageError, match="--allow-host"):
             assess(server.url(), (X, Y))
         assert server.headers == []

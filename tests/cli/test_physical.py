@@ -94,7 +94,7 @@ def test_what_is_learned_needs_other_examples(capsys):
     assert "--fit DATA" in capsys.readouterr().err
     assert run(["assess", "mnist-cnn", "only.npz", *learned, "--fit", "only.npz"]) == 2
     assert run(["assess", "mnist-cnn", "mnist-mini", "-n", "8", *learned, "--split", "train"]) == 2
-    assert "which is judged" in capsys.readouterr().err
+    assert "which is also evaluated" in capsys.readouterr().err
     short = ["--threat", "linf:0.2", "--set", "attacks=[{use: Universal, steps: 2}]"]
     assert run(["assess", "mnist-cnn", "only.npz", *short, "--fit", "mnist-mini"]) == 0
 
@@ -103,7 +103,7 @@ def test_a_model_seen_through_random_changes_is_one_that_draws(capsys):
     seen = ["--transform", "rotate=20,brightness=0.2", "--threat", "linf:0.1", "-s", "quick", "--no-doubts"]
     content = assessed("mnist-cnn", "mnist-mini", "-n", "10", *seen)
     assert content["model"]["seen_through"] == {"rotate": 20.0, "brightness": 0.2}
-    assert any("either way up to rotate 20, brightness 0.2" in note for note in content["notes"])
+    assert any("in both directions by up to rotate 20, brightness 0.2" in note for note in content["notes"])
     assert any("draws at random" in note for note in content["notes"])
 
 
@@ -127,7 +127,7 @@ def test_a_model_seen_through_random_changes_is_one_that_draws(capsys):
         (["--threat", "spatial:rotate=0"], "more than 0 and at most 180"),
         (["--threat", "colour:hue=10"], "three channels"),
         (["--threat", "patch:5x5", "--curve"], "leave --curve out"),
-        (["--threat", "patch:5x5", "--suite", "minimum-norm"], "there are fast, quick, standard"),
+        (["--threat", "patch:5x5", "--suite", "minimum-norm"], "expected one of fast, quick, standard"),
         (["--threat", "linf:0.1", "--set", "attacks=[{use: GridSearch}]"], "such as spatial:rotate=30"),
         (["--threat", "spatial:rotate=30", "--set", "attacks=[{use: PGD}]"], "choose GridSearch or TransformPGD"),
         (["--threat", "patch:5x5", "--set", "attacks=[{use: Square}]"], "Choose another threat"),

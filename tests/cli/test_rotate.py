@@ -53,7 +53,7 @@ def test_the_steps_one_after_another(pool, capsys, monkeypatch):
     assert run(["rotate", "draw", "pool/", "--sets", "2", "--immunise"]) == 0
     said = capsys.readouterr()
     assert re.match(
-        r"2 candidates made by the generator, of \d+ looked at, immunised against 2 sets\n", said.out
+        r"2 candidates sampled from the generator, selected from \d+, immunised against 2 sets\n", said.out
     )
     assert "holdfast rotate admit pool/" in said.err
     held = Pool.held(Path("pool"))
@@ -63,13 +63,13 @@ def test_the_steps_one_after_another(pool, capsys, monkeypatch):
     assert run(["rotate", "swap", "pool/", "--why", "the first"]) == 0
     said = capsys.readouterr()
     assert re.match(r"[0-9a-f]{16} serves as epoch 1\n", said.out)
-    assert "note: 1 admitted sets wait, and 2 should" in said.err
+    assert "note: 1 admitted sets wait, fewer than the recommended 2" in said.err
     serving = said.out.split()[0]
     assert run(["rotate", "expose", "pool/", serving, "--why", "laptop stolen"]) == 0
     said = capsys.readouterr()
     assert said.out == f"{serving} is listed as exposed: laptop stolen\n"
-    assert "it serves still: holdfast rotate swap pool/" in said.err
-    assert "1 sets that wait are to be judged again: holdfast rotate admit pool/" in said.err
+    assert "it is still the serving set; replace it: holdfast rotate swap pool/" in said.err
+    assert "1 waiting sets must be judged again: holdfast rotate admit pool/" in said.err
     assert run(["rotate", "swap", "pool/"]) == 4, "the one that waits was not judged against it"
     assert "--unjudged" in capsys.readouterr().err
     assert run(["rotate", "swap", "pool/", "--unjudged"]) == 0
@@ -98,7 +98,7 @@ def test_a_pool_is_verified_with_its_key_and_without_and_against_a_head_of_befor
     head = capsys.readouterr().out.strip()
     assert re.fullmatch("[0-9a-f]{64}", head)
     assert run(["verify", "pool", "--expect-head", head]) == 0
-    assert "chain consistent and authenticated; 2 sets open" in capsys.readouterr().out
+    assert "chain consistent and authenticated; 2 sets decrypted" in capsys.readouterr().out
     for words in (
         ["rotate", "swap"],
         ["rotate", "status"],
@@ -160,9 +160,9 @@ def test_what_thieves_made_and_what_judged_is_for_the_owner_alone(pool):
     [
         (
             ["--source", "subset", "--threat", "linf:0.1"],
-            "source subset needs names, and none was given; say --set source.names=VALUE",
+            "source subset needs names, and none was given; add --set source.names=VALUE",
         ),
-        (["--threat", "linf:0"], "threat linf:0 changes nothing"),
+        (["--threat", "linf:0"], "threat linf:0 allows no change"),
     ],
 )
 def test_a_collection_that_cannot_be_is_refused_before_anything_is_trained(elsewhere, capsys, words, says):
@@ -188,7 +188,7 @@ def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
     said = capsys.readouterr().err
     assert "serves as epoch 1: the first" in said or "was admitted" in said or "were refused in a row" in said
     assert run(words) == 2
-    assert "nothing says when to swap" in capsys.readouterr().err
+    assert "no condition for swaps is given" in capsys.readouterr().err
     assert run([*words, "--every", "50"]) == 2
     assert "expected answers to one principal or a duration" in capsys.readouterr().err
     assert run([*words, "--every", "24h", "--gate", "transfer_success <= 0.5 of it"]) == 2
@@ -217,7 +217,11 @@ def test_run_trains_sets_anew_where_no_generator_can_be_learned(pool, capsys, mo
     words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--once", "--set", "codec.steps=1"]
     assert run([*words, "--set", "codec.dims=1"]) == 0
     said = capsys.readouterr().err
-    assert seen == ["anew"] and "note: sets lose" in said and "sets are trained anew" in said
+    assert (
+        seen == ["anew"]
+        and "note: sets lose" in said
+        and "sets are trained from fresh random weights" in said
+    )
 
 
 @pytest.mark.parametrize("by", ["anew", "generator"])
@@ -237,15 +241,13 @@ def test_a_training_that_is_stopped_says_the_whole_command(pool, capsys, monkeyp
     monkeypatch.setattr(learning, "learn", lambda *given, **more: signal.raise_signal(signal.SIGINT))
     assert run(words) == 130
     said = capsys.readouterr().err
-    assert (
-        "stopped by SIGINT; what was learned before stands, start again with: holdfast rotate train" in said
-    )
+    assert "stopped by SIGINT; an earlier generator is kept, start again with: holdfast rotate train" in said
     assert said.endswith("pool --set codec.steps=400 --set generator.steps=200\n")
 
 
 def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
     assert run([*COLLECT, "--run", "pool/", "--resume"]) == 0
-    assert "8 sets of 2 runs of 3 epochs" in capsys.readouterr().out
+    assert "8 sets of 2 trainings of 3 epochs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -255,9 +257,9 @@ def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
         (["rotate", "status", "no pool"], 3, "create it with holdfast rotate collect MODEL DATA --run 'no pool'"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--source", "basin"], 2, "there is no source 'basin'"),
         (["rotate", "collect", "mnist-cnn", "mnist-mini", "--set", "source.seed=3"], 2, "has no setting 'seed'"),
-        (["rotate", "collect", "mnist-cnn", "mnist-mini", "--recipe", "auto"], 2, "recipe auto chooses for one"),
-        (["rotate", "collect", "mnist-cnn", "mnist-mini", "--threat", "l0:10"], 2, "recipes make a model hold under"),
-        (["rotate", "collect", "mnist-cnn", "mnist-mini", "--resume"], 2, "name its folder with --run DIR"),
+        (["rotate", "collect", "mnist-cnn", "mnist-mini", "--recipe", "auto"], 2, "recipe auto selects a recipe"),
+        (["rotate", "collect", "mnist-cnn", "mnist-mini", "--threat", "l0:10"], 2, "recipes train for the threats"),
+        (["rotate", "collect", "mnist-cnn", "mnist-mini", "--resume"], 2, "give its folder with --run DIR"),
         ([*COLLECT, "--budget", "1min", "--run", "new"], 2, "recipe.training.epochs is 3, and the budget is 1min"),
         ([*COLLECT, "--run", "pool"], 2, "contains a pool already; resume it with --resume"),
         ([*COLLECT, "--seed", "1", "--run", "pool", "--resume"], 2, "was created with another"),
@@ -266,7 +268,7 @@ def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
         (["rotate", "train", "pool", "--set", "codec.dims=1", "--set", "codec.steps=1"], 4, "sets lose .* points"),
         (["rotate", "train", "pool", *QUICK, "--set", "generator.lr=1e30"], 3, "NaN or infinite"),
         (["rotate", "train", "pool", "--set", "threat=linf:0.3"], 2, "threat is linf:0.1 in 'pool', .* linf:0.3 was"),
-        (["rotate", "draw", "pool", "--set", "seed=3"], 2, "seed is 0 in 'pool', which goes by that, and 3 was given"),
+        (["rotate", "draw", "pool", "--set", "seed=3"], 2, "seed is 0 in 'pool', and 3 was given"),
         (["rotate", "admit", "pool", "--set", "source.seeds=9"], 2, "source is .*'seeds': 2.* leave it out"),
         (["rotate", "draw", "pool", "--sets", "0"], 2, "x>=1"),
         (["rotate", "expose", "pool", "0000", "--why", "lost"], 2, "'0000' is not a set of this ledger"),
@@ -314,5 +316,5 @@ def test_code_in_a_pool_runs_only_where_it_is_trusted(capsys, monkeypatch):
     words = ["rotate", "collect", "net.py:make", *COLLECT[3:], "--run", "pool2"]
     assert run(words) == 0
     assert run(["rotate", "train", "pool2", *QUICK]) == 2
-    assert "a pool runs none by itself; add --trust-code" in capsys.readouterr().err
+    assert "Code from a pool is not run. If you trust it, add --trust-code" in capsys.readouterr().err
     assert run(["rotate", "train", "pool2", *QUICK, "--trust-code"]) == 0

@@ -126,10 +126,10 @@ def test_a_dry_run_sends_at_most_64_rows_and_says_how_many(capsys, size):
     with Server(metadata=metadata) as server:
         assert served(server, "--dry-run") == 0
         out, err = capsys.readouterr()
-        assert f"sent for this: {len(server.rows)} rows" in err
+        assert f"sent to the server for this estimate: {len(server.rows)} rows" in err
         assert 0 < len(server.rows) <= max(64, size or 0)
     assert expected(out)[0] > 46 * 40
-    assert "46 of the 48" in out if (size or 0) >= 100 else "if as many are right as" in out
+    assert "46 of 48" in out if (size or 0) >= 100 else "if the share of correct examples is" in out
 
 
 def test_a_dry_run_that_tries_every_example_counts_those_that_are_right(capsys):
@@ -137,7 +137,7 @@ def test_a_dry_run_that_tries_every_example_counts_those_that_are_right(capsys):
         assert served(server, "--dry-run", "-n", "20", queries=None) == 0
         assert len(server.rows) == 20 + 8
     out = capsys.readouterr().out
-    assert "18 of the 20 clean examples" in out
+    assert "18 of 20 clean examples" in out
     assert expected(out)[2] == 18 * 5000
 
 

@@ -40,12 +40,12 @@ def test_a_run_says_under_which_norms_it_trained():
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--recipe", "pgd", "--unlabelled", "mnist-mini"], "learns from labels alone"),
-        (["--recipe", "multi-norm"], "name them with --set recipe.others=l2:1.5,l1:10"),
+        (["--recipe", "pgd", "--unlabelled", "mnist-mini"], "uses only labelled ones"),
+        (["--recipe", "multi-norm"], "give them with --set recipe.others=l2:1.5,l1:10"),
         (["--recipe", "mart", "--set", "recipe.training.cutmix=0.5"], "not linear in the label"),
         (
             ["--recipe", "atta", "--set", "recipe.training.cutmix=0.5"],
-            "put a part of another one in its place",
+            "replace a part of the image by another one",
         ),
     ],
 )

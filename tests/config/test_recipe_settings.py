@@ -50,10 +50,10 @@ def test_settings_are_said_as_they_are_read():
 @pytest.mark.parametrize(
     "value, said",
     [
-        ("l3:1", "names no known norm"),
+        ("l3:1", "has no known norm"),
         ("l2", "others has 'l2'; expected a norm and a size"),
         ("l2:-1", "it must be 0"),
-        ("l2:1,l0:3px", "others holds L0.* multi-norm trains under linf, l2 and l1; name those"),
+        ("l2:1,l0:3px", "others contains L0.* multi-norm trains under linf, l2 and l1; give such norms"),
         ("corruptions:3", "expected a norm and a size"),
         ("3", "others is 3; expected norms and sizes"),
         ("{l2: 1}", "expected norms and sizes"),

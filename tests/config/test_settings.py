@@ -38,31 +38,34 @@ from holdfast.ops.losses import dlr
 from holdfast.suites import COMPOSED, WAVES, labels_only, suite, variant
 
 REFUSED = [
-    ("? [a]\n: b", "no key"),
-    ("seed: 2020-13-45", "no YAML"),
-    ("a: [", "no YAML"),
-    ("full: !!bool maybe", "no YAML: 'maybe'"),
-    ("seed: !!int ''", "no YAML"),
-    ("seed: !!timestamp now", "no YAML"),
-    (f"seed: {':'.join(['1'] * 300)}.5", "no YAML: int too large to convert to float"),
-    ("model: !!python/object/apply:os.getcwd []", "no YAML"),
-    ("- model", "holds a list"),
-    ("n: 1\nn: 2", "holdfast.yaml: 'n' stands twice"),
-    ("drop: &a [x]\nonly: *a", r"\*a is an alias \(line 2\); write the value itself"),
+    ("? [a]\n: b", "is not a valid key"),
+    ("seed: 2020-13-45", "is not valid YAML"),
+    ("a: [", "is not valid YAML"),
+    ("full: !!bool maybe", "is not valid YAML: 'maybe'"),
+    ("seed: !!int ''", "is not valid YAML"),
+    ("seed: !!timestamp now", "is not valid YAML"),
+    (f"seed: {':'.join(['1'] * 300)}.5", "is not valid YAML: int too large to convert to float"),
+    ("model: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+    ("- model", "contains a list"),
+    ("n: 1\nn: 2", "holdfast.yaml: 'n' is given twice"),
+    (
+        "drop: &a [x]\nonly: *a",
+        r"\*a is an alias \(line 2\), and aliases are not read; write the value itself",
+    ),
     ("thret: linf:0.1", "did you mean 'threat'"),
     ("n: 0", "holdfast.yaml: n is 0; expected at least 1$"),
     ("n: abc", "n is 'abc'; expected a whole number$"),
     ("only: [apgd-q]", "this suite has no attack 'apgd-q'; did you mean 'apgd-t'"),
-    ("only: [alma-2]", "this suite has no attack 'alma-2'; there are sprint, fmn, relay"),
-    ("attacks: [{use: PGD}]\nskip: [fmn]", "this suite has no attack 'fmn'; there are pgd"),
+    ("only: [alma-2]", "this suite has no attack 'alma-2'; expected one of sprint, fmn, relay"),
+    ("attacks: [{use: PGD}]\nskip: [fmn]", "this suite has no attack 'fmn'; expected one of pgd"),
     ("suite: rand\nskip: [apgd-ce, APGD-DLR]", "no attack is left; this suite has apgd-ce, apgd-dlr"),
     ("n: 1.5", "n is 1.5; expected a whole number$"),
     ("n: 2.0", "n is 2.0; expected a whole number$"),
     ("n: true", "n is True; expected a whole number$"),
     ("n: '5'", "n is '5'; expected a whole number$"),
     ("seed: false", "seed is False; expected a whole number$"),
-    ("", "holds no key; expected some such as model: and data:"),
-    ("# n: 1", "holds no key"),
+    ("", "contains no keys; expected keys such as model: and data:"),
+    ("# n: 1", "contains no keys"),
     (
         "suite: [{use: PGD}]",
         r"suite is \[{'use': 'PGD'}\]; .* under attacks:, as in \[{use: PGD, steps: 100}\]",
@@ -85,7 +88,7 @@ REFUSED = [
     ("surrogates: [',arch=cnn']", "has no address"),
     ("surrogates: ['a.pt,mean=0.5,mean=0.5']", "mean twice"),
     ("surrogates: ['a.pt,mean=x']", "expected a number"),
-    ("surrogates: ['a.pt,decay=0.2']", "decay=0.2 and names no branches"),
+    ("surrogates: ['a.pt,decay=0.2']", "decay=0.2 but no residual branches"),
     ("surrogates: ['a.pt,skip=b,decay=2']", "surrogates.0.decay"),
     ("surrogates: ['a.pt,skip=b,decay=half']", "decay is 'half'; expected a number or a fraction"),
     ("suite: quik", "suite is 'quik'; did you mean 'quick'"),
@@ -96,13 +99,16 @@ REFUSED = [
     ("attacks: [{use: PGD, stepz: 3}]", "did you mean 'steps'"),
     ("attacks: [{use: PGD, steps: 0}]", "attacks.0: steps is 0; expected at least 1$"),
     ("attacks: [{use: PGD, steps: [1]}]", r"steps is \[1\]; expected a whole number$"),
-    ("attacks: [{use: PGD, loss: cosine}]", "loss is 'cosine'; did you mean|loss is 'cosine'; there are"),
-    ("attacks: [{use: PGD, loss: [dlr]}]", "there are cross_entropy|did you mean 'dlr'"),
+    (
+        "attacks: [{use: PGD, loss: cosine}]",
+        "loss is 'cosine'; did you mean|loss is 'cosine'; expected one of",
+    ),
+    ("attacks: [{use: PGD, loss: [dlr]}]", "expected one of cross_entropy|did you mean 'dlr'"),
     ("attacks: [{use: PGD, steps: {use: PGD}}]", "steps is"),
     ("gates: [robust_acuracy >= 0.5]", "did you mean 'robust_accuracy'"),
     ("accept_doubts: {noize: I know}", "did you mean 'noise'"),
-    ("accept_doubts: {noise: }", "say why: --accept-doubt noise=REASON"),
-    ("accept_doubts: {noise: ' '}", "say why: --accept-doubt noise=REASON"),
+    ("accept_doubts: {noise: }", "give one: --accept-doubt noise=REASON"),
+    ("accept_doubts: {noise: ' '}", "give one: --accept-doubt noise=REASON"),
     ("output: [report.pdf]", "has the suffix '.pdf'"),
     ("time_budget: 5 weeks", "expected a duration"),
     ("std: [0.5, 0]", r"std is \[0.5, 0.0\]; every number must be positive"),
@@ -126,11 +132,11 @@ def test_what_cannot_be_meant_is_a_usage_error(text, said, tmp_path):
 
 
 def test_a_slip_in_set_is_a_usage_error():
-    with pytest.raises(UsageError, match="--set n is no YAML"):
+    with pytest.raises(UsageError, match="--set n is not valid YAML"):
         read(None, {}, ["n=["])
-    with pytest.raises(UsageError, match=r"'\u00b2' is no place in list"):
+    with pytest.raises(UsageError, match=r"'\u00b2' is not an entry of a list"):
         read(None, {}, ["gates=[robust_accuracy >= 0.5]", "gates.\u00b2=1"])
-    with pytest.raises(UsageError, match=r"no '5' to set"):
+    with pytest.raises(UsageError, match=r"there is no entry '5'"):
         read(None, {}, ["gates=[robust_accuracy >= 0.5]", "gates.5.x=1"])
 
 
@@ -294,7 +300,7 @@ def test_the_members_of_a_suite_are_known_by_their_names():
     for name in FLOW:
         bent = members(name, parse_threat("spatial:flow=1.5"))
         assert bent == tuple(member for member, _ in suite(name, Spatial(flow=1.5)).attacks)
-    with pytest.raises(UsageError, match="there are fast, quick, standard"):
+    with pytest.raises(UsageError, match="expected one of fast, quick, standard"):
         suite("black-box", Spatial(flow=1.5))
     for name, by_norm in MEMBERS.items():
         for norm, constraint in constraints.items():
@@ -342,10 +348,10 @@ def test_an_attack_is_found_as_people_write_it(name, attack):
     ("name", "said"),
     [
         ("pgdd", "did you mean 'PGD'"),
-        ("zzz", "there are ALMA"),
+        ("zzz", "expected one of ALMA"),
         ("deepfol", "'DeepFool'"),
         ("bpda", "adaptive"),
-        ("apgd-t", "APGD-T is the name that suites give to APGD"),
+        ("apgd-t", "APGD-T is the name of APGD"),
     ],
 )
 def test_use_takes_the_name_of_an_attack_with_settings(name, said):
@@ -415,9 +421,9 @@ def test_consent_to_code_is_no_key_of_a_file_and_of_set(value, tmp_path):
     path.write_text(f"trust_code: {value}\nmodel: mnist-cnn\ndata: mnist-mini\n")
     for ask in (lambda: validate(path), lambda: settings.read(path, {}, kind=RotateSettings)):
         with pytest.raises(
-            UsageError, match=r"holdfast\.yaml gives trust_code.*--trust-code.*trust_code=True"
+            UsageError, match=r"holdfast\.yaml contains trust_code.*--trust-code.*trust_code=True"
         ):
             ask()
-    with pytest.raises(UsageError, match=r"--set gives trust_code.*--trust-code"):
+    with pytest.raises(UsageError, match=r"--set contains trust_code.*--trust-code"):
         settings.read(None, {}, [f"trust_code={value}"], kind=AssessSettings)
     assert settings.read(None, {"trust_code": True}, kind=AssessSettings).trust_code

@@ -108,7 +108,7 @@ def test_a_loss_that_is_lost_says_where():
         value, right = of(net)(batch, x)
         return value * (float("nan") if 7 in batch.ids else 1), right
 
-    with pytest.raises(HoldfastError, match=r"no number any more from update [123] of epoch 1"):
+    with pytest.raises(HoldfastError, match=r"not finite from update [123] of epoch 1"):
         list(fit(net, data(), clean, loss, HOW, rng=Draws(0)))
 
 

@@ -110,7 +110,7 @@ def test_a_flow_has_a_gradient_where_nothing_moves_yet():
 
 
 def test_is_refused_where_there_is_no_image_or_no_colour():
-    with pytest.raises(UsageError, match="takes images"):
+    with pytest.raises(UsageError, match="needs images"):
         refuse_unfit(torch.zeros(2, 5), {"rotate": 3.0})
     with pytest.raises(UsageError, match="three channels"):
         refuse_unfit(torch.zeros(2, 1, 5, 5), {"hue": 3.0})

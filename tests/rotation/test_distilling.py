@@ -73,7 +73,7 @@ def test_the_same_draws_make_the_same_and_the_sets_stay_as_they_are():
 def test_without_a_set_or_an_eps_there_is_nothing_to_make(seeds):
     with pytest.raises(UsageError, match="no parameter set was given to immunise against"):
         DISTILLED([], examples(), THREAT, rng=Draws(1))
-    with pytest.raises(UsageError, match="Distilled looks for any change within eps, and the threat"):
+    with pytest.raises(UsageError, match="Distilled searches for any change within eps, and the threat"):
         DISTILLED(seeds, examples(), ThreatModel(Linf(float("inf"))), rng=Draws(1))
 
 

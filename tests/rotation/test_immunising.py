@@ -72,7 +72,7 @@ def test_examples_are_made_of_training_inputs_within_their_ball_and_shared_out(s
     few = Crafting(examples=1)(seeds, data, THREAT, rng=Draws(1))
     assert len(few) == 1  # fewer than there are sets
     with pytest.raises(
-        UsageError, match="Crafting looks for any change within eps, and the threat model linf has no"
+        UsageError, match="Crafting searches for any change within eps, and the threat model linf has no"
     ):
         CRAFTING(seeds, data, ThreatModel(Linf(float("inf"))), rng=Draws(1))
     with pytest.raises(UsageError, match="no parameter set was given to immunise against"):

@@ -645,7 +645,7 @@ def test_a_factory_of_the_twin_draws_the_weights_of_the_seed(tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     "recipe, said",
-    [(PGDTraining, "give a recipe of it: PGDTraining()"), (3, "recipe is 3; expected the name")],
+    [(PGDTraining, "give an instance: PGDTraining()"), (3, "recipe is 3; expected a name")],
 )
 def test_what_is_no_recipe_is_refused(recipe, said):
     data = training()
@@ -773,14 +773,16 @@ def test_a_budget_that_is_out_of_the_question_is_refused_after_two_updates():
 
 def test_threats_that_no_recipe_is_for_are_refused():
     data = training()
-    with pytest.raises(UsageError, match="recipes make a model hold under linf, l2 and l1"):
+    with pytest.raises(UsageError, match="recipes train for the threats linf, l2 and l1"):
         holdfast.harden(fakes.network(), as_data(data.x, data.y), threat="l0:3")
     for recipe in ("pgd", RECIPE):
         with pytest.raises(UsageError, match="and the threat is l0; choose"):
             holdfast.harden(fakes.network(), as_data(data.x, data.y), threat="l0:3", recipe=recipe)
-    with pytest.raises(UsageError, match="the goal is 1; leave goal= out"):
+    with pytest.raises(UsageError, match="the goal is class 1; leave goal= out"):
         holdfast.harden(fakes.network(), (data.x, data.y), threat="linf:0.06,goal=targeted:1")
-    with pytest.raises(UsageError, match="recipe auto chooses among several, so it has no setting 'beta'"):
+    with pytest.raises(
+        UsageError, match="recipe auto selects one of several recipes, so it has no setting 'beta'"
+    ):
         holdfast.harden(
             fakes.network(), (data.x, data.y), threat="linf:0.06", recipe={"use": "auto", "beta": 2}
         )

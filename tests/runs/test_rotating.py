@@ -146,7 +146,7 @@ def test_another_set_is_another_model(serving, collected):
 
 def test_a_pool_that_serves_nothing_says_what_to_do(pool, collected):
     of = settings(pool, collected[0])
-    with pytest.raises(UsageError, match="nothing serves in .* holdfast rotate admit .*, then .* swap"):
+    with pytest.raises(UsageError, match="no set serves in .* holdfast rotate admit .*, then .* swap"):
         ordering.opened_subject(of)
     pool.admit(drawing.candidates(pool)[0])
     with pytest.raises(UsageError, match="1 admitted sets wait.*: holdfast rotate swap"):
@@ -156,9 +156,9 @@ def test_a_pool_that_serves_nothing_says_what_to_do(pool, collected):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"trust_code": False}, "names code .*; add --trust-code"),
-        ({"arch": "mnist-cnn"}, "says itself what its model is like, and arch was given"),
-        ({"model": "rotating:"}, "names no folder"),
+        ({"trust_code": False}, "refers to code .*If you trust it, add --trust-code"),
+        ({"arch": "mnist-cnn"}, "determines arch, and arch was given"),
+        ({"model": "rotating:"}, "contains no folder"),
     ],
 )
 def test_what_the_address_does_not_take(serving, collected, changes, says):

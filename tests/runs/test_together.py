@@ -115,7 +115,7 @@ def test_two_processes_train_the_weights_of_one(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("lost", "the loss is no number any more"),
+        ("lost", "the loss is not finite"),
         pytest.param("kept", "2 processes share them", marks=SLOW),
         pytest.param("one", "a batch of 1 is too small for 2 processes", marks=SLOW),
         pytest.param("unknown", "2 processes share them", marks=SLOW),

@@ -240,7 +240,9 @@ def test_a_configuration_is_short_and_its_numbers_have_64_bits(monkeypatch):
     text = f"seed: {2**63 - 1}"
     monkeypatch.setattr("holdfast.config.yaml_text.MAX_CHARACTERS", len(text))
     assert parsed(text, "holdfast.yaml") == {"seed": 2**63 - 1}
-    with pytest.raises(UsageError, match="is too large for a whole number .line 1.; 64 bits are read"):
+    with pytest.raises(
+        UsageError, match="is too large for a whole number .line 1.; give one of at most 64 bits"
+    ):
         parsed(f"seed: {2**63}", "holdfast.yaml")
     with pytest.raises(UsageError, match=f"holdfast.yaml has more than {len(text)} characters"):
         parsed(f"{text} ", "holdfast.yaml")

@@ -25,12 +25,12 @@ from holdfast.ops.patches import expect_patch, pasted
 
 @dataclass(frozen=True)
 class AdversarialPatch:
-    """Fit one patch that breaks the model on as many images as possible, and paste it into each image."""
+    """Optimises one patch that breaks the model on as many images as possible, and pastes it into each image."""
 
     examples: Steps = 2000
     """largest number of examples of the fit split; half of them are used to choose among the fits"""
     fits: Steps = 3
-    """number of fits with different random numbers; the one that breaks most of the choosing examples, each at a random
+    """number of fits with different random numbers; the one that breaks most examples, each at a random
     position, is used"""
     places: Steps = 1000
     """largest number of positions that are tried in each image; the worst of them counts"""

@@ -30,7 +30,7 @@ _IMPROVED, _TIGHTER, _CHECKED = 0.95, 1.2, 10  # the paper's tau, gamma and M
 
 @dataclass(frozen=True)
 class ALMA:
-    """Minimise the distance under the constraint of misclassification, with an augmented Lagrangian penalty."""
+    """Minimises the distance under the constraint of misclassification by an augmented Lagrangian method."""
 
     steps: Steps = 100
     """gradient steps"""

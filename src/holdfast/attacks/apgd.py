@@ -28,7 +28,7 @@ _STAGES = ((3.0, 0.3), (2.0, 0.3))
 
 @dataclass(frozen=True)
 class APGD:
-    """Gradient ascent with momentum that halves the step size when progress stops and restarts from the best point."""
+    """Projected gradient ascent with momentum, whose step size is halved when the loss stops increasing."""
 
     loss: Loss = cross_entropy
     """loss that is maximised: `cross_entropy`, `dlr`, `margin_loss`, `probability_margin`"""
@@ -43,7 +43,7 @@ class APGD:
     shrink: bool = False
     """start in balls of 3 and 2 eps (0.3 of the steps each) before the ball itself, as in the L1 paper"""
     draws: Steps = 1
-    """forwards over which a gradient is averaged, for a randomised model"""
+    """number of forward passes over which a gradient is averaged, for a randomised model"""
     sure: Fraction = 0.5
     """an example counts as broken if more than this share of them is misclassified"""
 

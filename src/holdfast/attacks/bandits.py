@@ -28,10 +28,10 @@ _JUDGED = 10  # steps between evaluations of the point itself
 
 @dataclass(frozen=True)
 class Bandits:
-    """Query points on both sides of the estimated gradient, improve the estimate, and step along it."""
+    """Estimates the gradient from finite differences of the scores with a bandit prior."""
 
     queries: Steps = 5000
-    """largest number of forwards for each example; the threat model's budget if it is smaller"""
+    """largest number of queries for each example; that of the threat model if it is smaller"""
     step_size: Positive = 0.1
     """length of one step in multiples of eps"""
     exploration: Positive = 1.0

@@ -19,7 +19,7 @@ from holdfast.ops.norms import expect_eps
 
 @dataclass(frozen=True)
 class BIM:
-    """Gradient ascent from the clean input with a constant step size."""
+    """Takes several gradient steps of constant size from the clean input (iterated FGSM)."""
 
     steps: Steps = 10
     """gradient steps"""

@@ -25,10 +25,10 @@ from holdfast.ops.norms import expect_norm
 
 @dataclass(frozen=True)
 class Boundary:
-    """Step at random on the sphere around the clean input, then towards it, and keep the steps that stay broken."""
+    """Moves along the decision boundary towards the clean input in random steps, from labels alone."""
 
     queries: Steps = 5000
-    """largest number of forwards for each example; the threat model's budget if it is smaller"""
+    """largest number of queries for each example; that of the threat model if it is smaller"""
     around: Positive = 0.1
     """length of the first step on the sphere, as a share of its radius"""
     inwards: Positive = 0.01
@@ -36,7 +36,7 @@ class Boundary:
     adaptation: Positive = 1.2
     """factor of a step size after a success; it shrinks so that half the steps around and a quarter inwards succeed"""
     frequencies: Fraction = 0.5
-    """share of an image's lowest frequencies that half of each step's energy is in; 1 for white noise"""
+    """share of an image's lowest frequencies with half of the energy of each step; 1 for white noise"""
 
     needs: ClassVar[Access] = "labels"
 

@@ -33,7 +33,7 @@ _DEARER = 4.0  # growth of the constant while none was large enough
 
 @dataclass(frozen=True)
 class CarliniWagner:
-    """Minimise the size of the change plus a constant times the margin with Adam, and search for the constant."""
+    """Minimises the distance plus a constant times the margin with Adam, and searches for the constant."""
 
     searches: Steps = 9
     """number of constants that are tried for each example"""

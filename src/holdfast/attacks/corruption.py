@@ -45,7 +45,7 @@ COUNTED: tuple[Name, ...] = get_args(Name)[:15]
 
 @dataclass(frozen=True)
 class Corruption:
-    """Corrupt each image once, at the severity of the threat model, without queries of the model."""
+    """Applies one common corruption at the severity of the threat model, without queries of the model."""
 
     name: Name = "gaussian_noise"
     """name of the corruption, as in its paper; the last four are not in the suite"""

@@ -28,7 +28,7 @@ from holdfast.ops.norms import expect_norm, farthest, free, gap
 
 @dataclass(frozen=True)
 class DDN:
-    """Follow the gradient at a radius that shrinks while the example is broken and grows otherwise."""
+    """Decouples direction and norm: gradient steps at a radius that shrinks while the example is broken, else grows."""
 
     steps: Steps = 100
     """gradient steps"""

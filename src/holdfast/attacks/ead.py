@@ -30,7 +30,7 @@ _DEARER = 10.0  # growth of the weight while none was large enough
 
 @dataclass(frozen=True)
 class EAD:
-    """Minimise the squared L2 size, `beta` times the L1 size and a multiple of the margin, by FISTA."""
+    """Minimises the squared L2 distance, `beta` times the L1 distance and a multiple of the margin with FISTA."""
 
     searches: Steps = 9
     """number of weights of the margin that are tried for each example"""
@@ -65,12 +65,12 @@ class EAD:
     def _descend(self, model: Model, batch: Batch, weight: PerExample, norm: Norm, closest: Closest) -> Mask:
         """One run from the clean input; offers broken points; returns where the weight was large enough."""
         x = ahead = batch.x
-        found = torch.zeros_like(weight, dtype=torch.bool)
+        ever_broken = torch.zeros_like(weight, dtype=torch.bool)
         for step in range(self.steps):
             grad, logits = gradient(model, batch.at(ahead), margin_loss)
             broken = firmly_broken(logits, batch)
             closest.offer(batch, ahead, norm.distance(ahead, batch.x), broken)
-            found = found | broken
+            ever_broken = ever_broken | broken
             size = self.step_size * (1 - step / self.steps) ** 0.5
             push = spread(weight, x) * grad * spread(~broken, x)
             delta = ahead - batch.x
@@ -78,4 +78,4 @@ class EAD:
             shrunk = delta.sign() * (delta.abs() - self.beta * model.bounds.width).clamp_min(0)
             last, x = x, model.bounds.clamp(batch.x + shrunk)
             ahead = model.bounds.clamp(x + step / (step + 3) * (x - last))
-        return found
+        return ever_broken

@@ -44,7 +44,7 @@ _NEAR_ETA, _NEAR_BETA = 1.3, 0.8  # upper limits of eta and beta in these runs
 
 @dataclass(frozen=True)
 class FAB:
-    """Step onto the linearised boundary, with a bias towards the clean input."""
+    """Projects onto the linearised decision boundary in each step, with a bias towards the clean input."""
 
     steps: Steps = 100
     """steps of one run: each costs a forward, and a forward with a gradient"""
@@ -106,25 +106,25 @@ class FAB:
         self, model: Model, left: Batch, aim: Labels | None, x: Inputs, norm: Flat, closest: Closest
     ) -> None:
         enough = norm.eps if norm.eps < math.inf else 0.0
-        found, before = Closest(left), torch.full_like(closest.distance[: len(left)], math.inf)
+        run, before = Closest(left), torch.full_like(closest.distance[: len(left)], math.inf)
         for step in range(self.steps):
             height, normal, logits = plane(model, left.at(x), aim, norm)
-            _keep(found, left, x, logits, norm)
+            _keep(run, left, x, logits, norm)
             x = self._step(x, left.x, height, normal, norm, model)
             with torch.no_grad():
-                beyond = _keep(found, left, x, model(x, left.ids), norm)
+                beyond = _keep(run, left, x, model(x, left.ids), norm)
             x = torch.lerp(left.x, x, spread(torch.where(beyond, self.beta, 1.0).to(x.dtype), x))
-            stays = found.distance > enough
+            stays = run.distance > enough
             if self.patience and enough and (step + 1) % self.patience == 0:
-                stays &= found.found & (found.distance**2 <= enough * before)
-                before = found.distance.clone()
+                stays &= run.found & (run.distance**2 <= enough * before)
+                before = run.distance.clone()
             if not stays.all():
-                closest.offer(left, found.x, found.distance, found.found)
+                closest.offer(left, run.x, run.distance, run.found)
                 left, x, aim = left.take(stays), x[stays], None if aim is None else aim[stays]
                 if not len(left):
                     return
-                found, before = found.take(left), before[stays]
-        closest.offer(left, found.x, found.distance, found.found)
+                run, before = run.take(left), before[stays]
+        closest.offer(left, run.x, run.distance, run.found)
 
     def _step(
         self, x: Inputs, clean: Inputs, height: PerExample, normal: Inputs, norm: Flat, model: Model

@@ -19,7 +19,7 @@ from holdfast.ops.norms import expect_eps
 
 @dataclass(frozen=True)
 class FGSM:
-    """Take one step of length eps."""
+    """Takes one gradient step of length eps (under Linf along the sign of the gradient)."""
 
     loss: Loss = cross_entropy
     """loss that is maximised"""

@@ -31,7 +31,7 @@ _MOMENTUM = 0.75  # as in APGD (arXiv:2003.01690)
 
 @dataclass(frozen=True)
 class Flow:
-    """Displace the pixels of an image smoothly until the model breaks, each within the threat model's limit."""
+    """Displaces the pixels of an image by a smooth flow field, each within the limit of the threat model."""
 
     steps: Steps = 50
     """gradient steps of one restart"""

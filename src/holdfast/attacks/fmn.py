@@ -28,7 +28,7 @@ from holdfast.ops.norms import expect_norm, farthest, free, gap
 
 @dataclass(frozen=True)
 class FMN:
-    """Follow the gradient and project onto a ball that shrinks while the example is broken and grows otherwise."""
+    """Follows the gradient inside a ball that shrinks while the example is broken and grows otherwise."""
 
     steps: Steps = 100
     """gradient steps"""

@@ -25,10 +25,10 @@ from holdfast.ops.norms import expect_norm, farthest
 
 @dataclass(frozen=True)
 class GeoDA:
-    """Sum estimates of the boundary's normal, made from labels, and search along the sum for the boundary."""
+    """Estimates the normal of a nearly flat boundary from labels, and searches along it for the boundary."""
 
     queries: Steps = 5000
-    """largest number of forwards for each example; the threat model's budget if it is smaller"""
+    """largest number of queries for each example; that of the threat model if it is smaller"""
     draws: Steps = 30
     """number of points that are queried for the first normal"""
     growth: Positive = 1.4
@@ -36,7 +36,7 @@ class GeoDA:
     radius: Positive = 0.1
     """distance of these points from the boundary, as a share of the distance to the clean input"""
     frequencies: Fraction = 0.5
-    """share of an image's lowest frequencies that half of each point's energy is in; 1 for white noise"""
+    """share of an image's lowest frequencies with half of the energy of each point; 1 for white noise"""
 
     needs: ClassVar[Access] = "labels"
 

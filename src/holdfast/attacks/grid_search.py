@@ -25,7 +25,7 @@ from holdfast.ops.transformations import expect_transformations, reached
 
 @dataclass(frozen=True)
 class GridSearch:
-    """Try every point of a grid over the limits of the threat model: rotations, shifts, scales, or colours."""
+    """Tries every point of a grid of rotations, shifts, scales or colours within the limits of the threat model."""
 
     turns: Steps = 31
     """number of angles between the two limits of `rotate`, and in the whole circle of `hue`"""

@@ -28,16 +28,16 @@ _JUMPS = 6  # number of step sizes that are tried along one normal, each half th
 
 @dataclass(frozen=True)
 class HopSkipJump:
-    """Step along the boundary's normal, estimated from labels, and search for the boundary towards the clean input."""
+    """Estimates the gradient at the decision boundary from labels, steps along it, and searches for the boundary."""
 
     queries: Steps = 5000
-    """largest number of forwards for each example; the threat model's budget if it is smaller"""
+    """largest number of queries for each example; that of the threat model if it is smaller"""
     draws: Steps = 20
     """number of points that are queried for the first normal; it grows with the square root of the step"""
     radius: Positive = 0.1
     """distance of these points from the boundary, as a share of the distance to the clean input"""
     frequencies: Fraction = 0.5
-    """share of an image's lowest frequencies that half of each point's energy is in; 1 for white noise"""
+    """share of an image's lowest frequencies with half of the energy of each point; 1 for white noise"""
     memory: Fraction = 0.7
     """weight that earlier normals keep from step to step"""
 

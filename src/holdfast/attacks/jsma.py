@@ -28,7 +28,7 @@ from holdfast.ops.norms import expect_norm, free
 
 @dataclass(frozen=True)
 class JSMA:
-    """Move the two most salient values in each step until the model breaks."""
+    """Changes the two most salient values in each step, by a saliency map of the Jacobian, until the model breaks."""
 
     steps: Steps = 100
     """largest number of steps; an example stops at its first success"""

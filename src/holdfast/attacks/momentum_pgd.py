@@ -19,7 +19,7 @@ from holdfast.ops.norms import expect_eps
 
 @dataclass(frozen=True)
 class MomentumPGD:
-    """Gradient ascent from the clean input along the accumulated direction."""
+    """Steps from the clean input along an accumulated, normalised gradient (MI-FGSM on the model itself)."""
 
     steps: Steps = 10
     """gradient steps"""

@@ -21,10 +21,10 @@ from holdfast.ops.norms import expect_eps
 
 @dataclass(frozen=True)
 class NES:
-    """Lower the margin along gradients that are estimated from pairs of points."""
+    """Estimates the gradient from scores at antithetic Gaussian samples (natural evolution strategies)."""
 
     queries: Steps = 5000
-    """largest number of forwards for each example; the threat model's budget if it is smaller"""
+    """largest number of queries for each example; that of the threat model if it is smaller"""
     pairs: Steps = 25
     """number of pairs of points from which one gradient is estimated"""
     sigma: Positive = 0.001

@@ -26,7 +26,7 @@ from holdfast.ops.patches import expect_patch
 
 @dataclass(frozen=True)
 class PatchAttack:
-    """Optimise the values inside a rectangle of each image, at several positions."""
+    """Optimises the values of a rectangle of each image by gradient ascent, at several positions."""
 
     steps: Steps = 10
     """gradient steps of one start"""

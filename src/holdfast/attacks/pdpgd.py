@@ -35,7 +35,7 @@ _LARGEST = -math.log(1e-6)  # the paper's bound on the logarithm of the penalty
 
 @dataclass(frozen=True)
 class PDPGD:
-    """Descend on the margin with a penalty on the size of the change that grows while the model is broken."""
+    """Minimises the distance by primal-dual proximal gradient descent, with a penalty that adapts to each example."""
 
     steps: Steps = 100
     """gradient steps"""

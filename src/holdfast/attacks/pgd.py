@@ -22,7 +22,7 @@ from holdfast.ops.norms import expect_eps
 
 @dataclass(frozen=True)
 class PGD:
-    """Projected gradient descent on the margin from random starts."""
+    """Maximises the margin loss by projected gradient steps from random starts."""
 
     steps: Steps = 40
     """gradient steps of one restart"""

@@ -30,10 +30,10 @@ _SLOW = 0.15  # share of an image's lowest frequencies that new random signs are
 
 @dataclass(frozen=True)
 class RayS:
-    """Flip the signs of smaller and smaller blocks, and keep each flip that moves the boundary nearer."""
+    """Searches for the signs of the direction with the nearest boundary, block by block, from labels alone."""
 
     queries: Steps = 5000
-    """largest number of forwards for each example; the threat model's budget if it is smaller"""
+    """largest number of queries for each example; that of the threat model if it is smaller"""
     precision: Positive = 0.001
     """share of the radius at which the search along a ray ends"""
 

@@ -30,7 +30,7 @@ _FROM_BEST = 0.6  # factor of the path length of a run that starts from the resu
 
 @dataclass(frozen=True)
 class Relay:
-    """Descend the margin, search with random windows, and descend again, each from the best point so far."""
+    """Alternates gradient steps and random search with windows, each from the best point so far."""
 
     steps: Steps = 20
     """gradient steps of one run"""

@@ -30,7 +30,7 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class SigmaZero:
-    """Descend on the margin plus a smooth L0 norm, and undo changes below an adaptive threshold."""
+    """Minimises a smooth approximation of the L0 norm, and sets changes below an adaptive threshold to zero."""
 
     steps: Steps = 200
     """gradient steps"""

@@ -27,10 +27,10 @@ _LENGTHS = 8  # number of step sizes that are tried, each twice or half the one 
 
 @dataclass(frozen=True)
 class SignOPT:
-    """Turn the ray by the signs of its directional derivatives, with a line search for each step."""
+    """Minimises the distance to the boundary over directions, by signs of directional derivatives from labels alone."""
 
     queries: Steps = 5000
-    """largest number of forwards for each example; the threat model's budget if it is smaller"""
+    """largest number of queries for each example; that of the threat model if it is smaller"""
     draws: Steps = 30
     """number of directions that are queried for each gradient"""
     epsilon: Positive = 0.1
@@ -38,7 +38,7 @@ class SignOPT:
     step_size: Positive = 0.2
     """first step size, as a share of the length of the ray; then the size of the last step that helped"""
     frequencies: Fraction = 0.5
-    """share of an image's lowest frequencies that half of each direction's energy is in; 1 for white noise"""
+    """share of an image's lowest frequencies with half of the energy of each direction; 1 for white noise"""
 
     needs: ClassVar[Access] = "labels"
 

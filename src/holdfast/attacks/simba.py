@@ -32,10 +32,10 @@ Basis = Literal["pixels", "cosines"]
 
 @dataclass(frozen=True)
 class SimBA:
-    """Step along a direction, or against it, and keep each step that lowers the margin."""
+    """Adds or subtracts one direction of an orthonormal basis at a time, and keeps each step that lowers the margin."""
 
     queries: Steps = 5000
-    """largest number of forwards for each example; the threat model's budget if it is smaller"""
+    """largest number of queries for each example; that of the threat model if it is smaller"""
     basis: Basis = "pixels"
     """directions: single values (`pixels`), or cosines over each channel, low frequencies first (`cosines`)"""
     step_size: Positive = 0.2

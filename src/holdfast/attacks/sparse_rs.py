@@ -31,10 +31,10 @@ _PARTS = (1, 2, 4, 5, 6, 8, 10, 12, 15, 20)  # corresponding fraction of alpha_i
 
 @dataclass(frozen=True)
 class SparseRS:
-    """Exchange some of the changed positions for others, with colours from the box's corners, if the margin falls."""
+    """Searches at random for the few values or pixels to change, from scores alone."""
 
     queries: Steps = 5000
-    """largest number of forwards for each example; the threat model's budget if it is smaller"""
+    """largest number of queries for each example; that of the threat model if it is smaller"""
     alpha_init: Fraction = 0.3
     """share of the changed positions that is exchanged at first; it falls over the number of queries"""
 

@@ -23,10 +23,10 @@ from holdfast.ops.norms import expect_eps
 
 @dataclass(frozen=True)
 class SPSA:
-    """Lower the margin with Adam along gradients that are estimated from pairs of points."""
+    """Estimates the gradient from scores at simultaneous random perturbations, and steps along it with Adam."""
 
     queries: Steps = 5000
-    """largest number of forwards for each example; the threat model's budget if it is smaller"""
+    """largest number of queries for each example; that of the threat model if it is smaller"""
     pairs: Steps = 25
     """number of pairs of points from which one gradient is estimated"""
     delta: Positive = 0.01

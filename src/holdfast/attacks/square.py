@@ -23,10 +23,10 @@ from holdfast.ops.squares import proposals_for, search, share
 
 @dataclass(frozen=True)
 class Square:
-    """Try random windows that shrink over time, and keep each that lowers the margin."""
+    """Changes random square windows that shrink over time, and keeps each change that lowers the margin."""
 
     queries: Steps = 5000
-    """largest number of forwards for each example; the threat model's budget if it is smaller"""
+    """largest number of queries for each example; that of the threat model if it is smaller"""
     p_init: Fraction = 0.8
     """share of the pixels that the first windows cover"""
     scale_schedule: bool = True

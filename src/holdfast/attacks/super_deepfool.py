@@ -35,7 +35,7 @@ _LIKELIEST = 2  # number of classes that are compared near the boundary
 
 @dataclass(frozen=True)
 class SuperDeepFool:
-    """Step across the nearest linear boundary until the model breaks, then move towards the boundary's normal."""
+    """Alternates DeepFool steps with projections onto the normal of the decision boundary."""
 
     steps: Steps = 50
     """largest number of steps of both kinds; an example stops when three broken points in a row come no closer"""

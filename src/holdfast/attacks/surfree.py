@@ -24,10 +24,10 @@ from holdfast.ops.norms import expect_norm
 
 @dataclass(frozen=True)
 class SurFree:
-    """Turn the ray in a random plane in both directions, and keep the turns that stay broken."""
+    """Searches random planes for directions with a nearer boundary, from labels alone, without gradient estimates."""
 
     queries: Steps = 5000
-    """largest number of forwards for each example; the threat model's budget if it is smaller"""
+    """largest number of queries for each example; that of the threat model if it is smaller"""
     angle: Positive = 30.0
     """first angle in degrees"""
     rho: Fraction = 0.95
@@ -35,7 +35,7 @@ class SurFree:
     halvings: Steps = 1
     """number of angles that are tried between one that helps and one that does not"""
     frequencies: Fraction = 0.5
-    """share of an image's lowest frequencies that half of each direction's energy is in; 1 for white noise"""
+    """share of an image's lowest frequencies with half of the energy of each direction; 1 for white noise"""
 
     needs: ClassVar[Access] = "labels"
 

@@ -31,7 +31,7 @@ from holdfast.ops.views import Viewed, shifted
 
 @dataclass(frozen=True)
 class Transfer:
-    """Gradient ascent on the surrogates' loss from the clean input, without early stopping or queries of the target."""
+    """Computes examples on surrogate models by gradient ascent with momentum, without queries of the target."""
 
     steps: Steps = 10
     """steps of (1 + neighbours) (1 + halvings) gradients of each surrogate; the last step uses no neighbours"""
@@ -59,7 +59,7 @@ class Transfer:
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         if not threat.surrogates:
             raise UsageError(
-                "Transfer makes its examples on surrogates, and the threat model has none; name one: --surrogate MODEL"
+                "Transfer computes its examples on surrogates, and the threat model has none; add --surrogate MODEL"
             )
         constraint = expect_eps(threat.constraint, self)
         source = Ensemble(threat.surrogates, model.bounds)

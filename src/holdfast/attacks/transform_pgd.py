@@ -26,7 +26,7 @@ from holdfast.ops.transformations import expect_transformations, reached
 
 @dataclass(frozen=True)
 class TransformPGD:
-    """Lower the margin from random rotations, shifts, scales or colours, within the limits of the threat model."""
+    """Optimises rotation, shift, scale or colour by gradient descent on the margin from random starts."""
 
     steps: Steps = 20
     """gradient steps of one restart"""

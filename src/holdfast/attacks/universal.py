@@ -30,12 +30,12 @@ _BEGIN = 1 / 3  # share of the steps that are targeted
 
 @dataclass(frozen=True)
 class Universal:
-    """Fit one perturbation that breaks the model on as many inputs as possible, and add it to each."""
+    """Optimises one perturbation that breaks the model on as many inputs as possible, and adds it to each."""
 
     examples: Steps = 2000
     """largest number of examples of the fit split; half of them are used to choose among the fits"""
     fits: Steps = 10
-    """number of fits, each with first steps towards another class; the one that breaks most of the choosing examples is
+    """number of fits, each with first steps towards another class; the one that breaks most examples is
     used"""
     steps: Steps = 150
     """gradient steps of a fit, each on some of the examples"""

@@ -29,12 +29,12 @@ _EVERYWHERE = Bounds(-torch.inf, torch.inf)
 
 @dataclass(frozen=True)
 class UniversalDeepFool:
-    """Fit one perturbation as a sum of steps across class boundaries, and add it to each input."""
+    """Adds up DeepFool steps of single examples to one perturbation for all inputs."""
 
     examples: Steps = 1000
     """largest number of examples of the fit split; half of them are used to choose among the fits"""
     fits: Steps = 3
-    """number of fits with different random numbers; the one that breaks most of the choosing examples is used"""
+    """number of fits with different random numbers; the one that breaks most examples is used"""
     passes: Steps = 10
     """largest number of passes over the examples"""
     batch: Steps = 10

@@ -32,10 +32,10 @@ _CLOSING = 10  # forwards of the final bisection, if the smallest change is sear
 
 @dataclass(frozen=True)
 class ZOO:
-    """Minimise the squared change plus a weight times the margin, with Adam on a few coordinates at a time."""
+    """Minimises the objective of Carlini & Wagner by coordinate descent with finite differences of the scores."""
 
     queries: Steps = 20_000
-    """largest number of forwards for each example; the threat model's budget if it is smaller"""
+    """largest number of queries for each example; that of the threat model if it is smaller"""
     searches: Steps = 2
     """number of weights of the margin that are tried in turn"""
     coordinates: Steps = 128

@@ -17,7 +17,7 @@ def batch_sizes(model: Classifier) -> Iterator[Finding]:
     """Find a network that does not accept any number of rows."""
     if model.batches is not None and model.batches != EVERY:
         yield Finding(
-            "batches", "warning", model.batches.says, "let it take any number of rows, to be quicker"
+            "batches", "warning", model.batches.says, "let it accept any number of rows, which is faster"
         )
 
 
@@ -34,7 +34,7 @@ def outputs(examined: Examined) -> Iterator[Finding]:
         yield Finding(
             "nan",
             "problem",
-            f"{share:.0%} of the outputs hold NaN",
+            f"{share:.0%} of the outputs contain NaN",
             "look for a division or a logarithm of zero",
         )
         return
@@ -43,7 +43,7 @@ def outputs(examined: Examined) -> Iterator[Finding]:
         says = "the outputs are probabilities, not logits: attacks see vanishing gradients"
         way_out = "return the layer before the softmax, or declare --model-output probability"
         if examined.model.access == "scores":
-            says = "the outputs are probabilities, which hide small changes where the model is sure"
+            says = "the outputs are probabilities, which hide small changes if the model is confident"
             way_out = "declare --model-output probability"
         yield Finding("probabilities", "warning", says, way_out)
     if len(logits) > 1 and float((logits - logits[0]).abs().max()) <= 1e-6 * float(
@@ -63,21 +63,24 @@ def labels(examined: Examined) -> Iterator[Finding]:
     y = examined.batch.y
     if len(y) > 1 and bool((y == y[0]).all()):
         yield Finding(
-            "labels", "warning", f"all {len(y)} labels looked at are {int(y[0])}", "is it the right split?"
+            "labels",
+            "warning",
+            f"all {len(y)} sampled labels are {int(y[0])}",
+            "check that it is the right split",
         )
 
 
 def accuracy(examined: Examined) -> Iterator[Finding]:
     """Compare the accuracy of the model with that of always predicting the majority class."""
     y = examined.batch.y
-    found = against_majority(examined.logits.argmax(1) == y, y)
+    compared = against_majority(examined.logits.argmax(1) == y, y)
     text = f"accuracy is {examined.accuracy:.1%} on {len(y)} examples"
-    if found.at_chance:
+    if compared.at_chance:
         yield Finding(
             "accuracy",
             "warning",
-            f"{text}, no better than always predicting the majority class ({found.majority:.1%})",
-            "are model and data meant for each other?",
+            f"{text}, no better than always predicting the majority class ({compared.majority:.1%})",
+            "check that the data belong to the model",
         )
     else:
         yield Finding("accuracy", "good", text)
@@ -95,13 +98,13 @@ def steadiness(examined: Examined) -> Iterator[Finding]:
             "randomness",
             "warning",
             f"two calls on the same inputs differ by {examined.moved:.2g} of the largest logit",
-            "if that is no defence, a dropout is on; if it is, use --suite rand",
+            "if this is not a defence, dropout may be active; if it is, use --suite rand",
         )
         return
     change = examined.change(outputs_of(examined.model, examined.batch.x.flip(0)).flip(0))
     if change > STEADY:
         text = f"outputs depend on the other inputs in the batch (by {change:.2g} of the largest logit)"
-        way_out = "is a batch norm using batch statistics, or does the model remember?"
+        way_out = "check whether batch norm uses batch statistics, or the model stores a state between calls"
         yield Finding("state", "problem", text, way_out)
     else:
         yield Finding("steadiness", "good", "the same inputs get the same outputs, in any order")
@@ -121,21 +124,24 @@ def gradients(examined: Examined) -> Iterator[Finding]:
             "gradients",
             "problem",
             "no gradient reaches the input",
-            f"take out what cuts it: {CUTS}; or use --suite black-box",
+            f"remove what stops it: {CUTS}; or use --suite black-box",
         )
         return
     try:
         (grad,) = torch.autograd.grad(margin_loss(logits, examined.batch).sum(), x)
     except RuntimeError as error:
         yield Finding(
-            "gradients", "problem", f"the gradient fails: {error}", "use --suite black-box until it is mended"
+            "gradients",
+            "problem",
+            f"the gradient fails: {error}",
+            "use --suite black-box until this is repaired",
         )
         return
     zero = float((grad.flatten(1).nan_to_num().abs().amax(1) == 0).double().mean())
     if zero > 0.01:
-        text = f"{zero:.0%} of the examples have a zero gradient, so gradient attacks see nothing there"
+        text = f"{zero:.0%} of the examples have a zero gradient, so gradient attacks have no direction there"
         saturated = "return the logit, the output of the layer before the sigmoid or softmax"
-        other = "a rounding or saturated step hides it; the doubts will say more"
+        other = "a rounding or saturated operation may hide it; the doubts of assess contain more details"
         way_out = saturated if examined.model.output == "probability" else other
         yield Finding("gradients", "warning", text, way_out)
     else:

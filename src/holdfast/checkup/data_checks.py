@@ -49,15 +49,15 @@ def sampled(data: Data, n: int, model: Classifier | None = None) -> Batch:
 
 def _misfits(data: Data, model: Classifier) -> list[int]:
     """First rows of arrays that `assess` would refuse. Images always fit, because they are bytes in class folders."""
-    found: list[int] = []
+    misfits: list[int] = []
     if isinstance(data, Arrays):
         for start in range(0, len(data), _CHUNK):
             batch = data.read(start, min(start + _CHUNK, len(data)))
             misfit = _outside(batch.x, model).flatten(1).any(1) | (batch.y < 0)
             if model.classes is not None:
                 misfit |= batch.y >= model.classes
-            found += (start + misfit.nonzero().flatten()).tolist()
-    return found[:_MISFITS]
+            misfits += (start + misfit.nonzero().flatten()).tolist()
+    return misfits[:_MISFITS]
 
 
 def _outside(x: Tensor, model: Classifier) -> Tensor:
@@ -80,27 +80,27 @@ def known_labels(y: Labels, classes: int, labels: tuple[int, int]) -> tuple[Labe
     """Return labels that are shifted to 0 if their range `labels` starts at 1, and the rows of usable labels."""
     if labels == (1, classes):
         return y - 1, torch.arange(len(y), device=y.device)
-    known = ((y >= 0) & (y < classes)).nonzero()[:, 0]
-    if not len(known):
+    usable = ((y >= 0) & (y < classes)).nonzero()[:, 0]
+    if not len(usable):
         return y.clamp(0, classes - 1), torch.arange(len(y), device=y.device)
-    return y[known], known
+    return y[usable], usable
 
 
 def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Finding]:
     """Check whether the values of the inputs are inside the bounds and use their range."""
     low, high = (float(end) for end in (x.min(), x.max()))
-    seen = f"inputs run from {low:.4g} to {high:.4g}"
+    seen = f"inputs range from {low:.4g} to {high:.4g}"
     if bool(_outside(x, model).any()):
         if isinstance(data, Arrays) and data.pixels is not None:
             way_out = data.pixels.advice(high)
         elif model.bounds.width <= 1 and pixel_divisor(low, high, x.dim()) == 255:
-            way_out = "divide them by 255 (or --bounds 0,255, if the network takes them so)"
+            way_out = "divide them by 255 (or use --bounds 0,255, if the network expects such inputs)"
         else:
             way_out = scaling(x)
         yield Finding("range", "problem", f"{seen}, outside the bounds", way_out)
     elif model.bounds.width >= 100 and high <= 1.0:
         reach = float(model.bounds.like(x)[1].max())
-        yield Finding("range", "problem", f"{seen}, but the bounds reach to {reach:g}", "use --bounds 0,1")
+        yield Finding("range", "problem", f"{seen}, but the upper bound is {reach:g}", "use --bounds 0,1")
     else:
         yield Finding("range", "good", f"{seen}, inside the bounds")
 
@@ -108,7 +108,7 @@ def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Findin
 def labels_outside(lowest: int, highest: int, classes: int, *, remote: bool) -> Iterator[Finding]:
     """Find labels outside the classes of the model."""
     if lowest < 0 or highest >= classes:
-        text = f"labels run from {lowest} to {highest}, but the model knows classes 0 to {classes - 1}"
+        text = f"labels range from {lowest} to {highest}, but the model has classes 0 to {classes - 1}"
         from_one = (lowest, highest) == (1, classes)
         other = advice(lowest, highest, classes, remote=remote)
         yield Finding("labels", "problem", text, "they seem to start at 1: subtract 1" if from_one else other)

@@ -40,7 +40,7 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
     if the model cannot be run on the data in this layout or with the channels last.
     """
     if not len(data):
-        raise TargetError(f"{data.name} holds no examples; expected at least one")
+        raise TargetError(f"{data.name} contains no examples; expected at least one")
     if model.remote:
         return examine_served(model, data)
     batch = sampled(data, SAMPLE, model)
@@ -53,10 +53,10 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
             unclear = tuple(_unclear_output(model, data))
             differs = tuple(_predictions(model, data))
             strange = tuple(strange_classes(data))
-            found = () if unclear else tuple(_found(model, batch, left_in_training, data))
+            findings = () if unclear else tuple(_found(model, batch, left_in_training, data))
             if strange:  # these findings already explain wrong labels
-                found = tuple(finding for finding in found if finding.check != "labels")
-            return (*strange, *unclear, *differs, *found)
+                findings = tuple(finding for finding in findings if finding.check != "labels")
+            return (*strange, *unclear, *differs, *findings)
     finally:
         for module, training in modes:
             module.training = training
@@ -72,8 +72,8 @@ def misfit(model: Classifier, batch: Batch, batch_size: int) -> tuple[Finding | 
     logits = torch.cat([outputs_of(model, part) for part in torch.split(batch.x, batch_size)])
     examined = Examined(model, batch, (), logits, batch_size)
     checks = (labels_from_one, layouts, units)
-    found = next((found for check in checks for found in check(examined) if found.level == "problem"), None)
-    return found, len(batch) + sum(examined.calls)
+    first = next((first for check in checks for first in check(examined) if first.level == "problem"), None)
+    return first, len(batch) + sum(examined.calls)
 
 
 def _unclear_output(model: Classifier, data: Data) -> Iterator[Finding]:
@@ -88,7 +88,7 @@ def _predictions(model: Classifier, data: Data) -> Iterator[Finding]:
     """Find an estimator whose largest score belongs to another class than its prediction."""
     for note in settle_predictions(model, data):
         yield Finding(
-            "predictions", "warning", note, "if this is not meant, give an estimator without a threshold"
+            "predictions", "warning", note, "if this is not intended, give an estimator without a threshold"
         )
 
 
@@ -101,11 +101,11 @@ def _found(
         return
     yield from batch_sizes(model)
     if model.rewrites:
-        yield Finding("in place", "warning", IN_PLACE, "write x = x - mean in it, not x -= mean")
-    known = outputs_of(model, batch.x[:1]).shape[1] - model.rejects
+        yield Finding("in place", "warning", IN_PLACE, "write x = x - mean in its code instead of x -= mean")
+    classes = outputs_of(model, batch.x[:1]).shape[1] - model.rejects
     ends = range_of_labels(data, batch)
-    yield from (*range_of_values(model, batch.x, data), *labels_outside(*ends, known, remote=model.remote))
-    y, rows = known_labels(batch.y, known, ends)
+    yield from (*range_of_values(model, batch.x, data), *labels_outside(*ends, classes, remote=model.remote))
+    y, rows = known_labels(batch.y, classes, ends)
     batch = Batch(moved_inside(model, batch.x, batch.x)[rows], y, batch.ids[rows])
     examined = Examined(model, batch, left_in_training, outputs_of(model, batch.x), SAMPLE)
     for check in _CHECKS:
@@ -126,7 +126,7 @@ def _layout(model: Classifier, batch: Batch) -> Finding | None:
         return Finding(
             "layout",
             "problem",
-            f"the model refuses inputs of shape {tuple(batch.x.shape[1:])}, but takes them with the channels last",
+            f"the model refuses inputs of shape {tuple(batch.x.shape[1:])}, but accepts them with the channels last",
             "wrap it so that it permutes its input: x.permute(0, 2, 3, 1)",
         )
     return None

@@ -13,8 +13,8 @@ from holdfast.sources.estimates import NORMALISATIONS
 FILLED = 0.1
 """Share of the bounds that the data must span; an image with 17 grey levels divided by 255 spans 0.06."""
 _DARK = 0.5  # share of the bounds below which inputs may need scaling to all of them
-_ESTIMATE = "an estimate: the network may take normalised input; declare it with the values of your training"
-_TWICE = "it is done twice, by the network and before it: give the data as they were, or leave one of the steps out"
+_ESTIMATE = "an estimate: the network may expect normalised input; declare the values of its training"
+_TWICE = "it is done twice, inside the network and before it: give the original data, or leave one of the steps out"
 
 
 def shifted_labels(examined: Examined, shifts: tuple[int, ...] = (-1, 1)) -> Iterator[Finding]:
@@ -56,10 +56,10 @@ def layouts(examined: Examined) -> Iterator[Finding]:
 
 def units(examined: Examined) -> Iterator[Finding]:
     """Find a wrong unit of the inputs: a small range, a missing or repeated normalisation, or another scale."""
-    found = tuple(_filled(examined))
-    if not found and examined.may_be_beaten:
-        found = tuple(_normalisation(examined)) or tuple(_scale(examined))
-    yield from found
+    findings = tuple(_filled(examined))
+    if not findings and examined.may_be_beaten:
+        findings = tuple(_normalisation(examined)) or tuple(_scale(examined))
+    yield from findings
 
 
 def _filled(examined: Examined) -> Iterator[Finding]:
@@ -70,17 +70,17 @@ def _filled(examined: Examined) -> Iterator[Finding]:
     if share > FILLED or x.numel() < 2:
         return
     low, high = float(x.min()), float(x.max())
-    says, gain = f"inputs run from {low:.4g} to {high:.4g}, which is {share:.1%} of the bounds", None
+    text, gain = f"inputs range from {low:.4g} to {high:.4g}, which is {share:.1%} of the bounds", None
     if share > 0 and examined.may_be_beaten:
         better = examined.right_with(x / share)
         if examined.beaten_by(better):
-            says += (
+            text += (
                 f"; accuracy is {examined.accuracy:.0%}, but {better:.0%} with inputs times {1 / share:.4g}"
             )
             gain = better - examined.accuracy
     level: Level = "problem" if examined.may_be_beaten else "warning"
     yield Finding(
-        "scale", level, says, f"scale them as in training{_levels(examined)}, or correct --bounds", gain
+        "scale", level, text, f"scale them as in training{_levels(examined)}, or correct --bounds", gain
     )
 
 
@@ -106,17 +106,20 @@ def _scale(examined: Examined) -> Iterator[Finding]:
     share, best = _share_filled(examined), examined.accuracy
     ways = (
         (1 / max(share, 1e-12), "scale the inputs so that they fill the bounds, as in x / x.max()"),
-        (255.0, "the network was trained on 0..255: multiply by 255 inside it, as with --std 0.00392157"),
-        (1 / 255.0, "the network divides by 255 itself, or was given numbers to 255: --bounds 0,255"),
+        (
+            255.0,
+            "the network was trained on values from 0 to 255: multiply by 255 inside it, as with --std 0.00392157",
+        ),
+        (1 / 255.0, "the network divides by 255 itself, or was given values up to 255: use --bounds 0,255"),
     )
-    found = tuple[Finding, ...]()
+    findings = tuple[Finding, ...]()
     for factor, way_out in ways if 0 < share < _DARK else ways[1:]:
         better = examined.right_with(examined.batch.x * factor)
         if better > best and examined.beaten_by(better):
             text = f"accuracy is {examined.accuracy:.0%}, but {better:.0%} with inputs times {factor:.4g}"
             best, gain = better, better - examined.accuracy
-            found = (Finding("scale", "problem", text, way_out, gain),)
-    yield from found
+            findings = (Finding("scale", "problem", text, way_out, gain),)
+    yield from findings
 
 
 def _normalisation(examined: Examined) -> Iterator[Finding]:
@@ -135,7 +138,7 @@ def _normalisation(examined: Examined) -> Iterator[Finding]:
             )
             yield Finding("normalisation", "problem", text, way_out, without - examined.accuracy)
         return
-    best, found = examined.accuracy, tuple[Finding, ...]()
+    best, findings = examined.accuracy, tuple[Finding, ...]()
     for name, (mean, std) in NORMALISATIONS.items():
         if len(mean) not in (1, batch.x.shape[1]):
             continue
@@ -149,5 +152,5 @@ def _normalisation(examined: Examined) -> Iterator[Finding]:
             if better > best and examined.beaten_by(better):
                 says = f"accuracy is {examined.accuracy:.0%}, but {better:.0%} {text}"
                 gain = better - examined.accuracy
-                best, found = better, (Finding("normalisation", "problem", says, way_out, gain),)
-    yield from found
+                best, findings = better, (Finding("normalisation", "problem", says, way_out, gain),)
+    yield from findings

@@ -38,11 +38,11 @@ def examine_served(model: Classifier, data: Data) -> tuple[Finding, ...]:
     """
     server = look_at(model)
     assert server is not None
-    found = tuple(_found(model, data, server))
-    if any(finding.check == "classes" for finding in found):  # this finding already explains wrong labels
-        found = tuple(finding for finding in found if finding.check != "labels")
+    findings = tuple(_found(model, data, server))
+    if any(finding.check == "classes" for finding in findings):  # this finding already explains wrong labels
+        findings = tuple(finding for finding in findings if finding.check != "labels")
     says = f"{server.rows} rows were sent to the server; doctor sends at most {server.most}"
-    return (*found, Finding("rows sent", "good", says))
+    return (*findings, Finding("rows sent", "good", says))
 
 
 def _found(model: Classifier, data: Data, server: Look) -> Iterator[Finding]:
@@ -52,7 +52,7 @@ def _found(model: Classifier, data: Data, server: Look) -> Iterator[Finding]:
     yield from batch_sizes(model)
     first, second = rows_of_calls(model, server.remaining, min(_ASKED, len(data)), _ASKED)
     if not first:
-        says = "the model was not asked: all rows were needed to find out how the data are read"
+        says = "the model was not checked: all rows were needed to determine the layout of the data"
         yield Finding("model", "warning", says, "declare it with --layout chw, hwc or asis")
         return
     batch = sampled(data, first)
@@ -67,7 +67,7 @@ def _found(model: Classifier, data: Data, server: Look) -> Iterator[Finding]:
         if not _takes_channels_last(model, batch.x, server):
             raise
         shape = tuple(batch.x.shape[1:])
-        says = f"the model refuses inputs of shape {shape}, but takes them with the channels last"
+        says = f"the model refuses inputs of shape {shape}, but accepts them with the channels last"
         yield Finding("layout", "problem", says, "declare --layout hwc, or $x_last in --http-request")
     else:
         yield from _answered(model, batch, logits, range_of_labels(data, seen), second, server)
@@ -81,9 +81,9 @@ def _answered(
     yield from labels_outside(*ends, classes, remote=True)
     moved, unsteady = _moved(model, batch.x[:again], logits[:again], server)
     y, rows = known_labels(batch.y, classes, ends)
-    known = Batch(batch.x[rows], y, batch.ids[rows])
+    labelled = Batch(batch.x[rows], y, batch.ids[rows])
     examined = Examined(
-        model, known, (), logits[rows], len(rows), left=lambda: server.remaining, moved_by=moved
+        model, labelled, (), logits[rows], len(rows), left=lambda: server.remaining, moved_by=moved
     )
     off = tuple(labels(examined))
     yield from (*outputs(examined), *off, *accuracy(examined))
@@ -118,7 +118,7 @@ def _takes_channels_last(model: Classifier, x: Tensor, server: Look) -> bool:
 def _moved(model: Classifier, x: Tensor, logits: Tensor, server: Look) -> tuple[float, Finding]:
     """Return the change of outputs when `x` is sent in reverse order, relative to the largest, and its finding."""
     if not len(x):
-        says = f"not looked at: another batch would be more than the {server.most} rows that doctor sends at most"
+        says = f"not checked: another batch would exceed the {server.most} rows that doctor sends at most"
         return 0.0, Finding("steadiness", "warning", says)
     turned = _change(outputs_of(model, x.flip(0)).flip(0), logits)
     if turned <= STEADY:
@@ -131,16 +131,16 @@ def _moved(model: Classifier, x: Tensor, logits: Tensor, server: Look) -> tuple[
             "randomness",
             "warning",
             f"two calls on the same inputs differ by {again:.2g} of the largest logit",
-            "if that is no defence, a dropout is on; a run judges each input by votes, which takes 41 rows",
+            "if this is not a defence, dropout may be active; a run judges each input by a vote over 41 rows",
         )
-    said = "outputs depend on the other inputs in the batch, or differ from call to call"
+    text = "outputs depend on the other inputs in the batch, or differ from call to call"
     if again <= STEADY:
-        said = "outputs depend on the other inputs in the batch"
+        text = "outputs depend on the other inputs in the batch"
     return turned, Finding(
         "state",
         "problem",
-        f"{said} (by {turned:.2g} of the largest logit)",
-        "is a batch norm using batch statistics, or does the model remember?",
+        f"{text} (by {turned:.2g} of the largest logit)",
+        "check whether batch norm uses batch statistics, or the model stores a state between calls",
     )
 
 

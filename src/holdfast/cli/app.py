@@ -17,21 +17,21 @@ from holdfast.core.names import line
 from holdfast.engine.signals import Stopped, Stopper
 
 _COMMANDS = {
-    "demo": ("first", "the main job on a bundled model and real data, offline, in under a minute"),
+    "demo": ("first", "assess a bundled model on bundled images, offline, in under a minute"),
     "assess": (
         "assess",
-        "how robust is a model, honestly: worst case over a suite, with intervals and doubts",
+        "measure how robust a model is: the worst case over several attacks, with confidence intervals",
     ),
-    "harden": ("harden", "train a new model that is harder to break, within a budget of time"),
-    "rotate": ("rotate", "parameter sets that take turns at serving, so that what leaked goes stale"),
-    "compare": ("report", "what changed between two runs of the same examples"),
+    "harden": ("harden", "train a new model that is more robust, within a time budget"),
+    "rotate": ("rotate", "serve several parameter sets in turn, so that a stolen set is soon out of use"),
+    "compare": ("report", "show what changed between two runs on the same examples"),
     "report": ("report", "write the reports of a finished run again"),
-    "verify": ("report", "check that a run's evidence, or a pool, is whole and unchanged"),
+    "verify": ("report", "check that the files of a run or a pool are complete and unchanged"),
     "runs": ("report", "list the runs in a folder"),
-    "doctor": ("doctor", "find the usual mistakes in a model and its data before an hour is spent"),
+    "doctor": ("doctor", "find common mistakes in a model and its data before a long run"),
     "init": ("first", "write a commented holdfast.yaml"),
     "validate": ("first", "check a holdfast.yaml without running it"),
-    "data": ("data", "list, show, fetch and import data sets"),
+    "data": ("data", "list, show, download and import data sets"),
     "models": ("catalogue", "list the bundled models and architectures"),
     "attacks": ("catalogue", "list the attacks, or show one with its settings"),
 }
@@ -64,12 +64,12 @@ class _Verbs(Group):
 @click.group(
     cls=_Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 pass or no gate, 1 a gate failed, 2 usage, 3 model, data or disk unusable, 4 unclear, "
-    "5 internal error, 130 or 143 interrupted (resumable).",
+    epilog="Exit codes: 0 all gates passed or none was given, 1 a gate failed, 2 wrong usage, 3 a model, data set or "
+    "disk cannot be used, 4 a gate is unclear, 5 internal error, 130 or 143 interrupted (continue with --resume).",
 )
 @click.version_option(__version__, prog_name="holdfast", message="%(prog)s %(version)s")
 def verbs() -> None:
-    """Find out how a model breaks, make it harder to break, and keep it that way."""
+    """Assess, harden and rotate machine-learning models against adversarial attacks."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -105,37 +105,37 @@ def run(words: Sequence[str]) -> int:
         click.echo(error.format_message(), err=True)
         return 2
     except click.ClickException as error:
-        return _said(_plain(error), 2, debug=debug)
+        return _report(_plain(error), 2, debug=debug)
     except (KeyboardInterrupt, click.Abort) as stopped:
         return _stopped(stopped, words)
     except Interrupted as error:
-        return _said(str(error), 128 + error.signal_number, debug=debug)
+        return _report(str(error), 128 + error.signal_number, debug=debug)
     except HoldfastError as error:
-        return _said(str(error), error.exit_code, debug=debug)
+        return _report(str(error), error.exit_code, debug=debug)
     except OSError as error:
         where = "the output" if error.filename is None else repr(str(error.filename))
-        said = f"{where} cannot be used: {error.strerror or error}; free some space, or name another place"
-        return _said(said, 3, debug=debug)
+        message = f"{where} cannot be used: {error.strerror or error}; free some space, or give another path"
+        return _report(message, 3, debug=debug)
     except Exception as error:  # noqa: BLE001 (the one place where nothing may escape)
         hint = "" if debug else "; run it again with --debug for the traceback, and please report it"
-        return _said(f"internal error: {type(error).__name__}: {error}{hint}", INTERNAL, debug=debug)
+        return _report(f"internal error: {type(error).__name__}: {error}{hint}", INTERNAL, debug=debug)
 
 
 def _stopped(error: BaseException, words: Sequence[str]) -> int:
     """Report a signal that arrived outside of a run, and return the exit code. click converts it to an `Abort`."""
     cause = error.__cause__ if isinstance(error, click.Abort) else error
     number = signal.Signals(cause.number if isinstance(cause, Stopped) else signal.SIGINT)
-    return _said(f"stopped by {number.name}; {_again(words)}", 128 + number, debug="--debug" in words)
+    return _report(f"stopped by {number.name}; {_again(words)}", 128 + number, debug="--debug" in words)
 
 
 def _again(words: Sequence[str]) -> str:
     """Advice how to continue a command that was stopped. `assess` and `harden` store their run."""
     if words[:1] not in (["assess"], ["harden"]):
         return "start it again"
-    kept = "a run keeps what it had finished (see holdfast runs)"
+    stored = "the finished part of a run is stored (see holdfast runs)"
     if not any(word == "--run" or word.startswith("--run=") for word in words):
-        return f"{kept}; start again, or add --run DIR --resume"
-    return f"{kept}; repeat the command{'' if '--resume' in words else ' with --resume'}"
+        return f"{stored}; start again, or add --run DIR --resume"
+    return f"{stored}; repeat the command{'' if '--resume' in words else ' with --resume'}"
 
 
 def _plain(error: click.ClickException) -> str:
@@ -145,7 +145,8 @@ def _plain(error: click.ClickException) -> str:
     return error.format_message().rstrip(".") + where
 
 
-def _said(message: str, code: int, *, debug: bool) -> int:
+def _report(message: str, code: int, *, debug: bool) -> int:
+    """Write a message to stderr, with the traceback if `debug`. Returns the exit code."""
     if debug:
         traceback.print_exc()
     # the text may be from servers and files; only an internal error of a worker has several lines, its traceback

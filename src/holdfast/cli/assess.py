@@ -30,7 +30,7 @@ FIT = click.option(
     "--fit",
     type=completing.DATA,
     metavar="DATA",
-    help="Examples to learn attacks on (default: the train split).",
+    help="Examples for attacks that are fitted to data (default: the train split).",
 )
 ATTACKING = (
     click.option(
@@ -38,15 +38,15 @@ ATTACKING = (
         "-t",
         type=completing.THREAT,
         metavar="T",
-        help="What the adversary may do, as in linf:8/255,queries=1000.",
+        help="Threat model: what the attacker may change and use, as in linf:8/255,queries=1000.",
     ),
     click.option(
         "--suite",
         "-s",
         type=completing.SUITE,
         metavar="S",
-        help=f"Named attacks: {', '.join(SUITES)} (default: {DEFAULT_SUITE}; black-box without gradients), or attacks "
-        "by name, as in pgd,square.",
+        help=f"Suite of attacks: {', '.join(SUITES)} (default: {DEFAULT_SUITE}; black-box for a model without "
+        "gradients), or attacks by name, as in pgd,square.",
     ),
     click.option(
         "--surrogate",
@@ -54,7 +54,7 @@ ATTACKING = (
         multiple=True,
         type=completing.MODEL,
         metavar="MODEL[,K=V]",
-        help="A model of the attacker's own, to make examples on.",
+        help="Surrogate model of the attacker, on which transfer examples are computed.",
     ),
     click.option(
         "--gate",
@@ -62,20 +62,20 @@ ATTACKING = (
         "gates",
         multiple=True,
         metavar="G",
-        help='A claim to judge, as in "robust_accuracy >= 0.40".',
+        help='Condition on a metric, as in "robust_accuracy >= 0.40".',
     ),
     click.option(
         "--baseline",
         type=click.Path(),
         metavar="RUN",
-        help="Run folder that `vs baseline` gates compare with.",
+        help="Run folder for gates that end in `vs baseline`.",
     ),
     click.option(
         "--accept-doubt",
         "accept_doubts",
         multiple=True,
         metavar='NAME="why"',
-        help="Answer for a raised doubt.",
+        help="Accept a raised doubt, with the reason.",
     ),
     click.option(
         "--only",
@@ -85,41 +85,57 @@ ATTACKING = (
         help="Run only these attacks of the suite.",
     ),
     click.option(
-        "--skip", multiple=True, type=completing.ATTACK, metavar="ATTACK", help="Leave these attacks out."
+        "--skip",
+        multiple=True,
+        type=completing.ATTACK,
+        metavar="ATTACK",
+        help="Leave these attacks of the suite out.",
     ),
     click.option(
         "--transform",
         metavar="T",
-        help="Random changes that inputs are seen through, as in rotate=15,blur=1.",
+        help="Transform every input at random before the model, as in rotate=15,blur=1.",
     ),
     click.option(
         "--across",
         multiple=True,
         type=completing.DATA,
         metavar="DATA",
-        help="Other data to carry changes to and from, and see what they turn.",
+        help="Another data set: perturbations are transferred from DATA to it and back.",
     ),
-    click.option("--curve/--no-curve", default=None, help="Also measure accuracy against eps."),
-    click.option("--full", is_flag=True, default=None, help="Run every attack on every example."),
     click.option(
-        "--doubts/--no-doubts", default=None, help="Probe for reasons to doubt the number (default: on)."
+        "--curve/--no-curve", default=None, help="Also measure robust accuracy as a function of eps."
+    ),
+    click.option(
+        "--full",
+        is_flag=True,
+        default=None,
+        help="Run every attack on every example, even if an earlier one broke it.",
+    ),
+    click.option(
+        "--doubts/--no-doubts",
+        default=None,
+        help="Test for reasons why the result may be too optimistic (default: on).",
     ),
     click.option(
         "--adaptive/--no-adaptive",
         default=None,
-        help="Attack once more in the ways that raised doubts or a detector call for.",
+        help="Also run adaptive attacks, chosen by the raised doubts and for a detector.",
     ),
-    click.option("--seed", type=int, metavar="N", help="Seed of every random draw (default: 0)."),
-    click.option("--batch-size", type=int, metavar="N", help="Examples that go through the model at once."),
+    click.option("--seed", type=int, metavar="N", help="Seed of all random numbers (default: 0)."),
+    click.option("--batch-size", type=int, metavar="N", help="Examples in one call of the model."),
     click.option(
-        "--workers", type=int, metavar="N", help="Processes that share the work, each on one thread."
+        "--workers",
+        type=int,
+        metavar="N",
+        help="Number of processes, each with one thread.",
     ),
-    click.option("--time-budget", metavar="T", help="Stop attacking after this long, as in 10min."),
+    click.option("--time-budget", metavar="T", help="Stop attacking after this time, as in 10min."),
     click.option(
         "--save-adversarial",
         is_flag=True,
         default=None,
-        help="Keep every successful input in the run folder.",
+        help="Store all adversarial examples in the run folder.",
     ),
     click.option(
         "-o",
@@ -127,36 +143,51 @@ ATTACKING = (
         multiple=True,
         type=click.Path(),
         metavar="FILE",
-        help="Report, by suffix: .html .json .xml .sarif .md .csv; - for JSON on stdout.",
+        help="Report file, in the format of its suffix: .html .json .xml .sarif .md .csv; - for JSON on stdout.",
     ),
 )
 """Options for attacks, gates and reports."""
 
 TARGET = (
-    click.option("-n", type=int, metavar="N", help="The first N examples."),
-    click.option("--sample", type=int, metavar="N", help="A seeded sample of N examples."),
-    click.option("--split", metavar="NAME", help="Split of the data (default: test where there is one)."),
+    click.option("-n", type=int, metavar="N", help="Use the first N examples."),
+    click.option("--sample", type=int, metavar="N", help="Use N examples chosen at random by the seed."),
+    click.option("--split", metavar="NAME", help="Split of the data (default: test if there is one)."),
     click.option("--label", metavar="COL", help="Label column of a table."),
     click.option(
-        "--drop", multiple=True, metavar="COL", help="Leave this column of a table out, as a name or an id."
+        "--drop",
+        multiple=True,
+        metavar="COL",
+        help="Leave out a column of a table, such as an id.",
     ),
-    click.option("--x", metavar="NAME", help="Array of the inputs in an .npz file (default: x_test or x)."),
-    click.option("--y", metavar="NAME", help="Array of the labels in an .npz file (default: y_test or y)."),
-    click.option("--arch", metavar="NAME|FILE.py:F", help="Architecture of a state dict."),
-    click.option("--model-args", multiple=True, metavar="K=V", help="Arguments of the factory."),
-    click.option("--bounds", metavar="LOW,HIGH", help="Range of legal inputs (default: 0,1)."),
-    click.option("--mean", metavar="M,…", help="Subtracted inside the model, one number a channel."),
-    click.option("--std", metavar="S,…", help="Divides inside the model, one number a channel."),
+    click.option("--x", metavar="NAME", help="Name of the inputs in an .npz file (default: x_test or x)."),
+    click.option("--y", metavar="NAME", help="Name of the labels in an .npz file (default: y_test or y)."),
+    click.option(
+        "--arch",
+        metavar="NAME|FILE.py:F",
+        help="Architecture of a state dict: a name (see holdfast models) or a function in a file.",
+    ),
+    click.option(
+        "--model-args",
+        multiple=True,
+        metavar="K=V",
+        help="Argument of the function that returns the model (file.py:factory).",
+    ),
+    click.option("--bounds", metavar="LOW,HIGH", help="Lowest and highest legal input value (default: 0,1)."),
+    click.option(
+        "--mean", metavar="M,…", help="Subtracted from the input inside the model, one number per channel."
+    ),
+    click.option("--std", metavar="S,…", help="Divides the input inside the model, one number per channel."),
     click.option(
         "--data-normalised",
         metavar="M,…/S,…",
-        help="The data were normalised so: undo it, and do it in the model.",
+        help="Mean and standard deviation by which the data were normalised. This is undone, and done inside the model "
+        "instead.",
     ),
     click.option(
         "--layout",
         type=click.Choice(["chw", "hwc", "asis"]),
         metavar="L",
-        help="Axes of stored arrays: chw or hwc (channels first or last), or asis.",
+        help="Axes of stored arrays: chw (channels first), hwc (channels last), or asis (unchanged).",
     ),
     click.option(
         "--model-output",
@@ -164,29 +195,39 @@ TARGET = (
         metavar="KIND",
         help="What the model returns: logit or probability.",
     ),
-    click.option("--classes", type=int, metavar="N", help="Number of classes, to be checked."),
+    click.option("--classes", type=int, metavar="N", help="Expected number of classes."),
     click.option(
         "--class-names",
         metavar="A,B,…|@FILE",
-        help="Classes of the model in their order, to match names in the data.",
+        help="Names of the classes in the order of the model's outputs, or a file with one name per line.",
     ),
     click.option(
         "--class-order",
         type=click.Choice(["lexical", "numeric"]),
         metavar="ORDER",
-        help="How class names were numbered in training: lexical or numeric.",
+        help="Order by which classes were numbered in training: lexical or numeric.",
     ),
-    click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 (default: auto)."),
+    click.option("--device", metavar="NAME", help="Device: auto, cpu, cuda or cuda:1 (default: auto)."),
     click.option(
-        "--trust-code", is_flag=True, default=None, help="Let files run code that they bring along."
+        "--trust-code", is_flag=True, default=None, help="Allow files to run the code that they contain."
     ),
 )
 """Options for the model, its input, and the data."""
 
 SETTING = (
-    click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Set any key of the configuration."),
     click.option(
-        "--config", "-c", type=click.Path(), metavar="FILE", help="A holdfast.yaml; flags are stronger."
+        "--set",
+        "sets",
+        multiple=True,
+        metavar="A.B=C",
+        help="Set any key of the configuration, as in recipe.beta=6.",
+    ),
+    click.option(
+        "--config",
+        "-c",
+        type=click.Path(),
+        metavar="FILE",
+        help="Configuration file (see holdfast init). Flags take precedence.",
     ),
 )
 """Options for the configuration as a whole."""
@@ -196,9 +237,9 @@ def settings_from(flags: dict[str, Any], kind: type[S]) -> S:
     """Return the settings of a command line. A missing file is reported before a missing flag."""
     from holdfast.config.grammar import is_folder, pairs, parse_surrogate
 
-    held = (str(parse_surrogate(each)["model"]) for each in flags.get("surrogates", ()))
+    surrogates = (str(parse_surrogate(each)["model"]) for each in flags.get("surrogates", ()))
     named = (flags.get("model"), flags.get("data"), flags.get("config"), flags.get("baseline"))
-    for address in (*named, *held, *flags.get("across", ())):
+    for address in (*named, *surrogates, *flags.get("across", ())):
         refuse_missing_file(address)
 
     config, sets = flags.pop("config"), flags.pop("sets")
@@ -212,12 +253,12 @@ def settings_from(flags: dict[str, Any], kind: type[S]) -> S:
     if config:
         _refuse_hosts_of_config(settings, flags)
     _refuse_targets(settings, config)
-    made = isinstance(settings, HardenSettings)
-    files = [output for output in settings.output if not (made and is_folder(output))]
-    for output in files if made else ():
+    hardening = isinstance(settings, HardenSettings)
+    files = [output for output in settings.output if not (hardening and is_folder(output))]
+    for output in files if hardening else ():
         if output != "-" and not Path(output).suffix:
             raise UsageError(
-                f"-o {output} has no suffix; write -o {output}/ for a folder that holds the new model, or "
+                f"-o {output} has no suffix; write -o {output}/ for a folder with the new model, or "
                 f"-o {output}.html for a report"
             )
     refuse_reports(files)
@@ -238,7 +279,7 @@ def _refuse_targets(settings: AssessSettings, config: str | None) -> None:
     command = click.get_current_context().command_path
     example = f"{command} mnist-cnn mnist-mini"
     if config is None and Path(_CONFIG).is_file():
-        example = f"{command} -c {_CONFIG}, which lies here"
+        example = f"{command} -c {_CONFIG} (a file in this folder)"
     for name, meaning in (("model", "what is to be assessed"), ("data", "examples to assess it on")):
         if getattr(settings, name) is None:
             raise UsageError(f"{name.upper()} is missing ({meaning}); try {example}")
@@ -268,19 +309,19 @@ def _refuse_code_of_config(settings: AssessSettings, flags: dict[str, Any]) -> N
         value = getattr(settings, name)
         if value and ".py:" in value and flags.get(name) != value:
             raise UsageError(
-                f"the configuration names code ({name}: {value}); a file runs none by itself: "
-                f"say it on the command line too, or add --trust-code"
+                f"the configuration refers to code ({name}: {value}). Code from a configuration is not run. "
+                f"Repeat the address on the command line, or add --trust-code"
             )
     if not flags.get("surrogates"):
         for place, each in enumerate(settings.surrogates):
             for value in (each.model, each.arch):
                 if value and ".py:" in value:
                     flags_of_all = " ".join(
-                        f"--surrogate {quote(_spelled(one))}" for one in settings.surrogates
+                        f"--surrogate {quote(_spelled(surrogate))}" for surrogate in settings.surrogates
                     )
                     raise UsageError(
-                        f"the configuration names code (surrogates.{place}: {value}); a file runs none by itself: "
-                        f"say it on the command line too, with {flags_of_all}, or add --trust-code"
+                        f"the configuration refers to code (surrogates.{place}: {value}). Code from a configuration "
+                        f"is not run. Repeat the address on the command line, with {flags_of_all}, or add --trust-code"
                     )
 
 
@@ -289,9 +330,9 @@ def _spelled(surrogate: SurrogateSettings) -> str:
 
     A flag replaces the whole list in the file.
     """
-    said = surrogate.model_dump(exclude={"model", "model_args"}, exclude_none=True)
-    numbers = {key: ",".join(map(str, v)) for key, v in said.items() if isinstance(v, tuple)}
-    words = {**said, **numbers, **surrogate.model_args}
+    settings = surrogate.model_dump(exclude={"model", "model_args"}, exclude_none=True)
+    numbers = {key: ",".join(map(str, v)) for key, v in settings.items() if isinstance(v, tuple)}
+    words = {**settings, **numbers, **surrogate.model_args}
     return ",".join((surrogate.model, *(f"{key}={value}" for key, value in words.items())))
 
 
@@ -302,30 +343,33 @@ def _refuse_hosts_of_config(settings: AssessSettings, flags: dict[str, Any]) -> 
     for host in settings.allow_hosts:
         if host not in (flags.get("allow_hosts") or ()):
             raise UsageError(
-                f"the configuration allows the host {host}; a file allows none by itself: say it on the command line "
-                f"too, with --allow-host {host}"
+                f"the configuration allows the host {host}. A configuration alone cannot allow a host. Repeat "
+                f"it on the command line: --allow-host {host}"
             )
     for header in settings.headers:
         if header not in (flags.get("headers") or ()):
             raise UsageError(
-                f"the configuration sends the header {header}; a file sends nothing of the environment by itself: say "
-                f"it on the command line too, with --header '{header}'"
+                f"the configuration sends the header {header}. A configuration alone cannot send the value of an "
+                f"environment variable. Repeat it on the command line: --header '{header}'"
             )
 
 
 _HELP = """\
-How robust is MODEL on DATA, honestly: the worst case over a suite of attacks, with intervals and doubts.
+Measure how robust MODEL is on DATA. An example is robust if it survives every attack of the suite.
+
+The report contains confidence intervals, and doubts: reasons why the measured robust accuracy may be too high.
 
 \b
-MODEL  a bundled name (mnist-cnn, mnist-cnn-hardened), file.py:factory, a
-       .safetensors, .pt, .pt2, .onnx, .skops, .json or .ubj file, or a URL with
-       --allow-host
-DATA   a bundled name (mnist-mini), a catalogue name (see holdfast data), an .npz,
-       .csv or .parquet file, or a folder with one folder of images a class
+MODEL  a bundled model (mnist-cnn, mnist-cnn-hardened), file.py:factory (a
+       function that returns the model), a .safetensors, .pt, .pt2, .onnx,
+       .skops, .json or .ubj file, or a URL with --allow-host
+DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
+       .npz, .csv or .parquet file, or a folder with one folder of images for
+       each class
 """  # the escape is click's: the paragraph below it keeps its lines
 
 
-@click.command(short_help="how robust is a model, honestly", help=_HELP)
+@click.command(short_help="measure how robust a model is", help=_HELP)
 @click.argument("model", required=False, type=completing.MODEL)
 @click.argument("data", required=False, type=completing.DATA)
 @click.option(
@@ -333,12 +377,12 @@ DATA   a bundled name (mnist-mini), a catalogue name (see holdfast data), an .np
     "run",
     type=click.Path(),
     metavar="DIR",
-    help="Run folder (default: holdfast-runs/<time>-assess-<digest>).",
+    help="Folder of the run (default: holdfast-runs/<time>-assess-<digest>).",
 )
 @click.option(
-    "--resume", is_flag=True, help="Go on with the run in --run, or report it again if it is finished."
+    "--resume", is_flag=True, help="Continue the run in --run, or report it again if it is finished."
 )
-@click.option("--dry-run", is_flag=True, help="Print what it would cost, and stop.")
+@click.option("--dry-run", is_flag=True, help="Print the expected cost and exit.")
 @offered(*ATTACKING, FIT, *TARGET, *UNTRAINED, *SERVED, *SETTING)
 @spoken
 def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flags: Any) -> int:
@@ -347,7 +391,7 @@ def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flag
         _refuse_bare_resume(Path(run))
     settings = settings_from(flags, AssessSettings)
     if resume and run is None:
-        raise UsageError("--resume goes on with a run; name its folder with --run DIR (see holdfast runs)")
+        raise UsageError("--resume continues a run; give its folder with --run DIR (see holdfast runs)")
     from holdfast.cli.running import assess_and_report
 
     return assess_and_report(settings, voice, run=run, resume=resume, dry_run=dry_run)

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 @click.command(short_help="list the bundled models and architectures")
 @spoken
 def models(voice: Voice) -> None:
-    """The models that come with the package, and the architectures that a weights file may name."""
+    """List the bundled models, and the architectures for files that contain only parameters (--arch)."""
     from rich.table import Table
 
     from holdfast.sources.architectures import ARCHITECTURES
     from holdfast.sources.models import bundled_models
 
-    table = Table("name", "what", box=None, pad_edge=False, header_style="bold")
+    table = Table("name", "description", box=None, pad_edge=False, header_style="bold")
     for name in sorted(bundled_models()):
-        table.add_row(name, "bundled model, opened by its name")
+        table.add_row(name, "bundled model, used by its name")
     for name, factory in sorted(ARCHITECTURES.items()):
         table.add_row(name, f"architecture, for --arch: {_first_line(factory)}")
     voice.console().print(table)
@@ -34,7 +34,7 @@ def models(voice: Voice) -> None:
 @click.argument("name", required=False, type=completing.ATTACK)
 @spoken
 def attacks(voice: Voice, name: str | None) -> None:
-    """The attacks and all their names, in suites, configurations and tables; with NAME, settings and defaults."""
+    """List the attacks with all their names, or show the settings and defaults of the attack NAME."""
     from holdfast.config.spellings import attack_called, is_suite_only, suite_called
 
     if name is not None and is_suite_only(name):
@@ -55,26 +55,21 @@ def _list_attacks(voice: Voice) -> None:
     from holdfast.metrics.names import CORRUPTIONS
 
     console = voice.console()
-    table = _table("name", "also", "needs", "what it does")
+    table = _table("name", "other names", "access", "description")
     for known, cls in sorted(attack_names().items()):
         other = str(SPELLINGS.get(known, ""))
         table.add_row(known, other, cls.needs, _first_line(cls))
     console.print(table)
-    console.print("\nattacks at settings of their own, by the names that suites give them")
-    given = _table(
-        "name",
-        "also",
-        "attack",
-        "suites",
-    )
+    console.print("\nattacks with other settings, by their names in suites")
+    variants = _table("name", "other names", "attack", "suites")
     for known, of in sorted(VARIANTS.items()):
         if known not in CORRUPTIONS:
-            given.add_row(known, str(SPELLINGS.get(known, "")), of, ", ".join(suites_of(known)))
-    console.print(given)
+            variants.add_row(known, str(SPELLINGS.get(known, "")), of, ", ".join(suites_of(known)))
+    console.print(variants)
     console.print(f"\ncommon corruptions: {', '.join(CORRUPTIONS)}")
-    console.print(f"\nadded by --adaptive where a doubt calls for them: {', '.join(ADAPTIVE)}")
+    console.print(f"\nadded by --adaptive, depending on the raised doubts: {', '.join(ADAPTIVE)}")
     console.print("\nsuites")
-    suites = _table("name", "also")
+    suites = _table("name", "other names")
     for known in MEMBERS:
         suites.add_row(known, ", ".join(SUITE_SPELLINGS.get(known, ())))
     console.print(suites)
@@ -101,10 +96,10 @@ def _show_attack(voice: Voice, chosen: str) -> None:
     cls = attack_class(of)
     if chosen in VARIANTS:
         click.echo(
-            f"{chosen} is the name that suites give to {of} with settings of its own ({', '.join(suites_of(chosen))})\n"
+            f"{chosen} is the name of {of} with other settings in the suites {', '.join(suites_of(chosen))}\n"
         )
     others = str(SPELLINGS.get(chosen, ""))
-    also = f"also {others}\n" if others else ""
+    also = f"other names: {others}\n" if others else ""
     source = (inspect.getmodule(cls).__doc__ or "").strip()
     click.echo(f"{of}: {_first_line(cls)}\nneeds {_needs(cls.needs)}\n{also}\n{source}\n")
     table = _table("setting", "default", "meaning")
@@ -137,9 +132,9 @@ def _meanings(cls: type[Any]) -> dict[str, str]:
 
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for item, after in zip(body.body, body.body[1:], strict=False):
         match item, after:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                found[name] = " ".join(text.split())
-    return found
+                meanings[name] = " ".join(text.split())
+    return meanings

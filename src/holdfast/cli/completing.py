@@ -31,9 +31,9 @@ class Completed(click.ParamType):  # type: ignore[type-arg]  # generic in new ve
     ) -> list[CompletionItem]:
         """Return names that begin with the word, ignoring case, or a request for file names if none does."""
         before, comma, last = incomplete.rpartition(",") if self.listed else ("", "", incomplete)
-        found = [name for name in self.names() if name.lower().startswith(last.lower())]
-        if found:
-            return [CompletionItem(before + comma + name) for name in found]
+        matching = [name for name in self.names() if name.lower().startswith(last.lower())]
+        if matching:
+            return [CompletionItem(before + comma + name) for name in matching]
         return [CompletionItem(incomplete, type="file")]
 
 

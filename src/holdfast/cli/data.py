@@ -12,27 +12,27 @@ from holdfast.cli.options import Voice, spoken
 from holdfast.core.names import line
 
 
-@click.group(cls=Group, invoke_without_command=True, short_help="list, show, fetch and import data sets")
+@click.group(cls=Group, invoke_without_command=True, short_help="list, show, download and import data sets")
 @click.pass_context
 def data(context: click.Context) -> None:
-    """Data sets by name: list them, show one, fetch one from its official mirror, import a folder of files.
+    """List data sets, show one, download one from its official mirror, or import downloaded files from a folder.
 
-    They lie in HOLDFAST_DATA, else in the user's cache.
+    They are stored in the folder HOLDFAST_DATA (an environment variable), else in the user's cache.
     """
     if context.invoked_subcommand is None:
         context.invoke(list_)
 
 
-@data.command("list")
+@data.command("list", short_help="list the data sets of the catalogue")
 @spoken
 def list_(voice: Voice = Voice()) -> None:  # noqa: B008 (an immutable value)
-    """The catalogue, and what of it is on this machine."""
+    """List the data sets of the catalogue, and whether each is on this machine."""
     from rich.table import Table
 
     from holdfast.sources.catalogue import data_folder, listed
     from holdfast.sources.data import bundled_data
 
-    table = Table("name", "what", "here", box=None, pad_edge=False, header_style="bold")
+    table = Table("name", "description", "available", box=None, pad_edge=False, header_style="bold")
     for name in bundled_data():
         table.add_row(name, "bundled with the package", "yes")
     for row in listed():
@@ -41,16 +41,16 @@ def list_(voice: Voice = Voice()) -> None:  # noqa: B008 (an immutable value)
     voice.say(f"folder: {data_folder()} (HOLDFAST_DATA)")
 
 
-@data.command()
+@data.command(short_help="show the shape, range and classes of a data set")
 @click.argument("address", type=completing.DATA)
-@click.option("--split", metavar="NAME", help="Split of the data (default: test where there is one).")
+@click.option("--split", metavar="NAME", help="Split of the data (default: test if there is one).")
 @click.option("--label", metavar="COL", help="Label column of a table.")
 @click.option("--drop", multiple=True, metavar="COL", help="Leave this column of a table out.")
-@click.option("--x", metavar="NAME", help="Array of the inputs in an .npz file.")
-@click.option("--y", metavar="NAME", help="Array of the labels in an .npz file.")
+@click.option("--x", metavar="NAME", help="Name of the array of inputs in an .npz file.")
+@click.option("--y", metavar="NAME", help="Name of the array of labels in an .npz file.")
 @spoken
 def show(voice: Voice, *, address: str, **named: Any) -> None:
-    """What is in a data set: shape, range, classes, digest; for a catalogue name also its licence and source."""
+    """Show a data set: shape, range, classes and digest; for a catalogue name also its licence and source."""
     from rich.table import Table
 
     from holdfast.core.model import Bounds
@@ -78,22 +78,22 @@ def show(voice: Voice, *, address: str, **named: Any) -> None:
     voice.console().print(table)
 
 
-@data.command()
+@data.command(short_help="download a data set from its official mirror")
 @click.argument("name", type=completing.DATA)
 @spoken
 def fetch(voice: Voice, name: str) -> None:
-    """Download a data set from its official mirror; every file is checked against its published checksum."""
+    """Download a data set from its official mirror. Every file must match its published checksum."""
     from holdfast.sources.fetching import fetch as bring
 
     voice.say(f"fetching {name}")
     click.echo(bring(name))
 
 
-@data.command("import")
+@data.command("import", short_help="import downloaded files of data sets from a folder")
 @click.argument("folder", type=click.Path(path_type=Path))
 @spoken
 def import_(voice: Voice, folder: Path) -> None:
-    """Fill the data folder with every data set of the catalogue that FOLDER holds."""
+    """Import every data set of the catalogue whose files are in FOLDER."""
     from holdfast.sources.fetching import import_folder
 
     for imported in import_folder(folder):

@@ -14,15 +14,15 @@ from holdfast.core.names import line
 _SIGNS = {"problem": ("x", "red"), "warning": ("!", "yellow"), "good": ("+", "green")}
 
 
-@click.command(short_help="find the usual mistakes before an hour is spent")
+@click.command(short_help="find common mistakes before a long run")
 @click.argument("model", required=False, type=completing.MODEL)
 @click.argument("data", required=False, type=completing.DATA)
 @offered(*TARGET, *UNTRAINED, *SETTING)
 @spoken
 def doctor(voice: Voice, **flags: Any) -> int:
-    """Find the usual mistakes in MODEL and DATA: scale, normalisation, layout, labels, outputs, randomness, gradients.
+    """Find common mistakes in MODEL and DATA: scale, normalisation, layout, labels, outputs, randomness, gradients.
 
-    Exits 0 when there is nothing that must be mended, 3 when there is.
+    Exit code 0 if no problem is found, 3 if one is found.
     """
     settings = settings_from(flags, AssessSettings)
     from rich.text import Text
@@ -39,9 +39,5 @@ def doctor(voice: Voice, **flags: Any) -> int:
         if finding.way_out:
             console.print(Text.assemble(" " * 16, ("-> ", "bold"), line(finding.way_out)))
     problems = sum(finding.level == "problem" for finding in findings)
-    voice.say(
-        f"{problems} problem{'' if problems == 1 else 's'} found"
-        if problems
-        else "nothing that must be mended"
-    )
+    voice.say(f"{problems} problem{'' if problems == 1 else 's'} found" if problems else "no problem found")
     return 3 if problems else 0

@@ -30,10 +30,10 @@ def refuse_missing_file(address: str | None) -> None:
 
 def refuse_unknown_model(address: str) -> None:
     """Raise `UsageError` for a word that is neither a bundled model nor a file."""
-    known = bundled("*.safetensors")
-    if _is_word(address) and address not in known:
+    names = bundled("*.safetensors")
+    if _is_word(address) and address not in names:
         raise UsageError(
-            f"there is no bundled model {address!r}{_offered(address, known)} "
+            f"there is no bundled model {address!r}{_offered(address, names)} "
             "give file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json or .ubj file, or a URL"
         )
 
@@ -42,11 +42,11 @@ def refuse_unknown_data(address: str) -> None:
     """Raise `UsageError` for a word that is neither a bundled or catalogued data set nor a file."""
     from holdfast.sources.catalogue import CATALOGUE
 
-    known = [*bundled("*.npz"), *CATALOGUE]
-    if _is_word(address) and address not in known:
+    names = [*bundled("*.npz"), *CATALOGUE]
+    if _is_word(address) and address not in names:
         raise UsageError(
-            f"there is no data set {address!r}{_offered(address, known)} "
-            "give an .npz, .csv or .parquet file, or a folder of class folders"
+            f"there is no data set {address!r}{_offered(address, names)} "
+            "give an .npz, .csv or .parquet file, or a folder with one folder of images for each class"
         )
 
 

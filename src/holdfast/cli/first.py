@@ -14,25 +14,29 @@ from holdfast.config.starting import validate as check_file
 @click.command(short_help="write a commented holdfast.yaml")
 @click.argument("path", default="holdfast.yaml", type=click.Path(path_type=Path))
 @click.option(
-    "--model", type=completing.MODEL, default="mnist-cnn", show_default=True, help="The model it names."
+    "--model",
+    type=completing.MODEL,
+    default="mnist-cnn",
+    show_default=True,
+    help="Model of the configuration.",
 )
 @click.option(
-    "--data", type=completing.DATA, default="mnist-mini", show_default=True, help="The data it names."
+    "--data", type=completing.DATA, default="mnist-mini", show_default=True, help="Data of the configuration."
 )
-@click.option("--force", is_flag=True, help="Write over a file that is there.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
 @spoken
 def init(voice: Voice, *, path: Path, model: str, data: str, force: bool) -> None:
-    """Write a commented configuration to start from."""
+    """Write a commented configuration file to start from."""
     write_starting_file(path, model=model, data=data, force=force)
     voice.say(f"wrote {path}; next: holdfast assess --config {path}")
 
 
 @click.command(short_help="check a holdfast.yaml without running it")
 @click.argument("path", required=False, type=click.Path(path_type=Path))
-@click.option("--schema", "print_schema", is_flag=True, help="Print the JSON Schema for editors and stop.")
+@click.option("--schema", "print_schema", is_flag=True, help="Print the JSON Schema for editors and exit.")
 @spoken
 def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
-    """Check every key of a configuration, its threat, gates, suite and attacks, without running anything."""
+    """Check all keys of a configuration file, including threat, gates, suite and attacks, without running anything."""
     if print_schema:
         from holdfast.config.schema import schema
 
@@ -43,7 +47,7 @@ def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
     voice.say(f"{path} is valid")
 
 
-@click.command(short_help="the main job, offline, in under a minute")
+@click.command(short_help="assess a bundled model, offline, in under a minute")
 @click.option(
     "-o",
     "--output",
@@ -51,13 +55,16 @@ def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
     type=click.Path(path_type=Path),
     help="Folder of the report (default: holdfast-demo); with --gallery a .json file, or -.",
 )
-@click.option("--gallery", is_flag=True, help="Show masked models instead, and what gives them away.")
+@click.option(
+    "--gallery", is_flag=True, help="Show models with masked gradients, and the doubts that reveal them."
+)
 @spoken
 def demo(voice: Voice, place: Path | None, *, gallery: bool) -> int:
-    """Assess a bundled model on real data: one gate that passes and one that fails, explained in a report.
+    """Assess a bundled model on real images, with one gate that passes and one that fails, explained in a report.
 
-    With --gallery, build a dozen masked models (four to ten minutes): what PGD as it comes says of each, what is left
-    of it under an attacker who knows it, and the doubts that gave it away. Exits 0 when it ran, whatever gates say.
+    With --gallery, build a dozen models with masked gradients (four to ten minutes), and show for each the robust
+    accuracy under PGD, the robust accuracy under an adaptive attack, and the raised doubts. Exit code 0 if it
+    completes, whether or not gates pass.
     """
     from holdfast.cli.running import run_demo, run_gallery
 

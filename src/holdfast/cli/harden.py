@@ -16,11 +16,13 @@ TRAINING = (
         "--recipe",
         type=completing.RECIPE,
         metavar="R",
-        help=f"How to train: auto (the default, which chooses), {', '.join(RECIPES)}; "
-        "its settings by --set recipe.NAME=VALUE.",
+        help=f"Training method: auto (the default, which selects one), {', '.join(RECIPES)}. "
+        "Settings: --set recipe.NAME=VALUE.",
     ),
     click.option(
-        "--budget", metavar="T", help="Time to plan the training for, as in 10min; judging comes on top."
+        "--budget",
+        metavar="T",
+        help="Time for the training, as in 10min. The assessments take additional time.",
     ),
     click.option(
         "--fit", type=completing.DATA, metavar="DATA", help="Examples to train on (default: the train split)."
@@ -29,22 +31,22 @@ TRAINING = (
         "--unlabelled",
         type=completing.DATA,
         metavar="DATA",
-        help="Examples to train on without their labels, beside the others (vat).",
+        help="Additional examples to train on without labels (recipe vat).",
     ),
 )
 _HELP = """\
-Train a new model that is harder to break than MODEL, on the train split of DATA, and judge both on its test split.
+Train a new model that is more robust than MODEL on the train split of DATA, and assess both on the test split.
 
 \b
-MODEL  a network with weights or without: a bundled name, file.py:factory, or a
-       .safetensors or .pt file
+MODEL  a network, trained or untrained: a bundled name, file.py:factory (a
+       function that returns the network), or a .safetensors or .pt file
 DATA   a catalogue name (see holdfast data), an .npz with x_train and y_train,
        or a folder or table with a train split
 """  # the escape is click's: the paragraph below it keeps its lines
 _JUDGING = ("threat", "suite", "gates", "seed", "doubts", "batch_size", "output")
 
 
-@click.command(short_help="a new model that is harder to break", help=_HELP)
+@click.command(short_help="train a new model that is more robust", help=_HELP)
 @click.argument("model", required=False, type=completing.MODEL)
 @click.argument("data", required=False, type=completing.DATA)
 @click.option(
@@ -52,10 +54,10 @@ _JUDGING = ("threat", "suite", "gates", "seed", "doubts", "batch_size", "output"
     "run",
     type=click.Path(),
     metavar="DIR",
-    help="Run folder (default: holdfast-runs/<time>-harden-<digest>).",
+    help="Folder of the run (default: holdfast-runs/<time>-harden-<digest>).",
 )
 @click.option(
-    "--resume", is_flag=True, help="Go on with the run in --run, or report it again if it is finished."
+    "--resume", is_flag=True, help="Continue the run in --run, or report it again if it is finished."
 )
 @offered(*TRAINING, *ATTACKING, *TARGET, *SETTING)
 @spoken
@@ -66,7 +68,7 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
         flags["sets"] = (f"recipe.use={recipe}", *flags["sets"])
     settings = settings_from(flags, HardenSettings)
     if resume and run is None:
-        raise UsageError("--resume goes on with a run; name its folder with --run DIR (see holdfast runs)")
+        raise UsageError("--resume continues a run; give its folder with --run DIR (see holdfast runs)")
     from holdfast.cli.running import harden_and_report
 
     return harden_and_report(settings, voice, run=run, resume=resume)

@@ -33,5 +33,5 @@ def _refuse_repeated(order: Sequence[click.Parameter]) -> None:
         switch = option.is_flag and not option.secondary_opts
         if str(option.name) in seen and not switch:
             written = max(option.opts, key=len)
-            raise UsageError(f"{written} stands twice, and only one can be meant; keep one")
+            raise UsageError(f"{written} is given twice, and it has only one value; keep one")
         seen.add(str(option.name))

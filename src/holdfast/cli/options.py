@@ -59,9 +59,11 @@ def spoken(command: F) -> F:
     collect.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
     for option in (
         click.option("--debug", is_flag=True, help="Show the traceback of an error."),
-        click.option("--no-color", is_flag=True, help="No colours (NO_COLOR does the same)."),
-        click.option("-v", "--verbose", is_flag=True, help="Say more."),
-        click.option("-q", "--quiet", is_flag=True, help="Say only what was asked for."),
+        click.option(
+            "--no-color", is_flag=True, help="Print no colours (as with the environment variable NO_COLOR)."
+        ),
+        click.option("-v", "--verbose", is_flag=True, help="Print more details."),
+        click.option("-q", "--quiet", is_flag=True, help="Print only the requested output."),
     ):
         collect = option(collect)
     return collect  # type: ignore[return-value]

@@ -19,11 +19,11 @@ from holdfast.store.files import POOL_MANIFEST, refuse_no_run
     "--output",
     multiple=True,
     metavar="FILE",
-    help="Report, by suffix: .html .json .xml .sarif .md .csv; - for JSON on stdout.",
+    help="Report file, in the format of its suffix: .html .json .xml .sarif .md .csv; - for JSON on stdout.",
 )
 @spoken
 def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
-    """Write reports of a finished run, without measuring anything; its verdict is said again, with its exit code."""
+    """Write reports of a finished run without measuring anything. The verdict and exit code are those of the run."""
     refuse_no_run(run)
     refuse_reports(output)
     from holdfast.api import report as opened
@@ -36,54 +36,55 @@ def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
     return result.exit_code
 
 
-@click.command(short_help="check that a run's evidence, or a pool, is whole and unchanged")
+@click.command(short_help="check that the files of a run or a pool are complete and unchanged")
 @click.argument("run", metavar="RUN_OR_POOL", type=click.Path(path_type=Path))
 @click.option(
     "--expect-head",
     default="",
     metavar="DIGEST",
-    help="Refuse a pool whose ledger does not contain this: what rotate head printed earlier, kept elsewhere.",
+    help="Refuse a pool whose ledger does not contain this digest, which rotate head printed earlier.",
 )
 @spoken
 def verify(voice: Voice, run: Path, expect_head: str) -> None:
-    """Hash every file of a run again and follow its chain; exits 3 and names the first thing that does not hold.
+    """Compute the digests of all files of a run, and compare them with its chain. Exit code 3 for the first mismatch.
 
-    Of a pool of holdfast rotate the ledger is checked, and with the pool's key each entry is authenticated and each set
-    is opened. Without the key a consistent chain may still be forged; the output states that.
+    For a pool of holdfast rotate the ledger is checked. With the pool's key each entry is authenticated, and each set
+    is decrypted. Without the key a consistent chain may still be forged; the output states that.
     """
     if (run / POOL_MANIFEST).is_file():
         _verify_pool(voice, run, expect_head)
         return
     if expect_head:
-        raise UsageError(f"--expect-head is for pools, and {str(run)!r} is none; leave it out")
+        raise UsageError(f"--expect-head is for pools, and {str(run)!r} is not a pool; leave it out")
     refuse_no_run(run)
     from holdfast.api import verify as checked
 
-    found = checked(run)
-    state = "complete" if found.complete else "not finished yet"
+    verified = checked(run)
+    state = "complete" if verified.complete else "not finished yet"
     click.echo(
-        f"{line(str(run))}: {found.files} files and {found.records} records hold, {state}; head {found.head}"
+        f"{line(str(run))}: {verified.files} files and {verified.records} records are unchanged, {state}; "
+        f"head {verified.head}"
     )
-    for note in found.notes:
+    for note in verified.notes:
         voice.say(f"note: {note}")
 
 
 def _verify_pool(voice: Voice, pool: Path, expect_head: str) -> None:
     from holdfast.store.verify_pool import verify_pool
 
-    found = verify_pool(pool, expect_head=expect_head)
-    if found.authenticated:
+    verified = verify_pool(pool, expect_head=expect_head)
+    if verified.authenticated:
         click.echo(
-            f"{line(str(pool))}: {found.entries} entries, chain consistent and authenticated; {found.sets} sets open; "
-            f"head {found.head}"
+            f"{line(str(pool))}: {verified.entries} entries, chain consistent and authenticated; {verified.sets} sets "
+            f"decrypted; head {verified.head}"
         )
         return
     click.echo(
-        f"{line(str(pool))}: {found.entries} entries, chain consistent, not authenticated; head {found.head}"
+        f"{line(str(pool))}: {verified.entries} entries, chain consistent, not authenticated; head {verified.head}"
     )
     voice.say(
-        "note: without the pool's key the chain could have been computed again after entries were removed; set "
-        "HOLDFAST_POOL_KEY, or put the key file back, to authenticate it"
+        "note: without the pool's key it is not excluded that entries were removed and the chain was computed again; "
+        "set HOLDFAST_POOL_KEY, or restore the key file, to authenticate the chain"
     )
 
 
@@ -95,7 +96,7 @@ _UNBROKEN = 1000
 @click.argument("folder", default="holdfast-runs", type=click.Path(path_type=Path))
 @spoken
 def runs(voice: Voice, folder: Path) -> None:
-    """The runs in FOLDER, oldest first: where each lies, its robust accuracy and its state."""
+    """List the runs in FOLDER, oldest first, each with its path, its robust accuracy and its state."""
     from rich.table import Table
 
     from holdfast.reports.numbers import percent
@@ -117,12 +118,12 @@ def runs(voice: Voice, folder: Path) -> None:
         names = (entry.verb, entry.model, entry.data, entry.threat, entry.suite)
         table.add_row(*map(cell, (str(entry.path), robust, state, *names)))
     console = voice.console()
-    # Users copy paths from here: a narrow terminal wraps the lines itself, and nothing is cut off.
+    # users copy paths from here, so nothing is cut off: a narrow terminal wraps the lines itself
     console.width = max(console.width, _UNBROKEN)
     console.print(table)
 
 
-@click.command(short_help="what changed between two runs of the same examples")
+@click.command(short_help="show what changed between two runs on the same examples")
 @click.argument("first", metavar="RUN_A", type=click.Path(path_type=Path))
 @click.argument("second", metavar="RUN_B", type=click.Path(path_type=Path))
 @click.option(
@@ -130,11 +131,11 @@ def runs(voice: Voice, folder: Path) -> None:
     "--output",
     multiple=True,
     metavar="FILE",
-    help="Report, by suffix: .html .json .md; - for JSON on stdout.",
+    help="Report file, in the format of its suffix: .html .json .md; - for JSON on stdout.",
 )
 @spoken
 def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) -> None:
-    """What changed from RUN_A to RUN_B: a paired test on the examples they share, and every metric side by side."""
+    """Show what changed from RUN_A to RUN_B: a paired test on their common examples, and all metrics of both."""
     from holdfast.reports.write import COMPARISON_SUFFIXES
 
     refuse_no_run(first, second)

@@ -20,21 +20,21 @@ _COLLECTING = (
         "-t",
         type=completing.THREAT,
         metavar="T",
-        help="What the adversary may do, as in linf:0.2 (default: linf:8/255).",
+        help="Threat model: what the attacker may change, as in linf:0.2 (default: linf:8/255).",
     ),
     click.option(
         "--source",
         type=completing.SOURCE,
         metavar="S",
-        help=f"Where sets come from: {', '.join(SOURCES)} (default: basins); its settings by --set source.NAME=VALUE.",
+        help=f"Method that collects sets: {', '.join(SOURCES)} (default: basins). Settings: --set source.NAME=VALUE.",
     ),
     click.option(
         "--recipe",
         type=completing.SETS_RECIPE,
         metavar="R",
-        help=f"How sets are trained: that of the model's card (the default, else standard), {', '.join(RECIPES)}.",
+        help=f"Training method: card (the default: as the model was trained, else standard), {', '.join(RECIPES)}.",
     ),
-    click.option("--budget", metavar="T", help="Time to plan the trainings for, as in 20min."),
+    click.option("--budget", metavar="T", help="Time for all trainings together, as in 20min."),
     click.option(
         "--fit", type=completing.DATA, metavar="DATA", help="Examples to train on (default: the train split)."
     ),
@@ -47,39 +47,43 @@ _JUDGING = (
         "gates",
         multiple=True,
         metavar="G",
-        help='A claim that sets must hold beside the usual gates, as in "transfer_success <= 0.5 of static".',
+        help='Condition on a metric in addition to the usual gates, as in "transfer_success <= 0.5 of static".',
     ),
     click.option(
         "--accept-doubt",
         "accept_doubts",
         multiple=True,
         metavar='NAME="why"',
-        help="Answer for a raised doubt.",
+        help="Accept a raised doubt, with the reason.",
     ),
 )
 _OF_POOL = (
-    click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1 (default: auto)."),
+    click.option("--device", metavar="NAME", help="Device: auto, cpu, cuda or cuda:1 (default: auto)."),
     click.option(
-        "--trust-code", is_flag=True, default=None, help="Run the code that the pool names for its model."
+        "--trust-code",
+        is_flag=True,
+        default=None,
+        help="Allow the code from which the pool's model is built to run.",
     ),
 )
 _EXPECTING = click.option(
     "--expect-head",
     default="",
     metavar="DIGEST",
-    help="Refuse a pool whose ledger does not contain this: what rotate head printed earlier, kept elsewhere.",
+    help="Refuse a pool whose ledger does not contain this digest, which rotate head printed earlier.",
 )
 _HELP = """\
-Parameter sets that take turns at serving, so that what leaked of one goes stale: Generate to Defend.
+Serve several parameter sets in turn, so that a stolen set is soon out of use (Generate to Defend).
 
-A pool is a folder that is sealed on the disk, with a ledger of which set served when, to whom, and what leaked. Its
-steps: collect sets of independent trainings, train a generator of them, draw fresh sets, admit those that hold
-against what leaked, swap one in. Rotation is a second belt: without holdfast harden the set that serves is as easy to
-break as before.
+A pool is a folder with encrypted parameter sets and a ledger. The ledger records when each set served, how many answers
+each principal received, and which sets may be stolen. The steps: collect trains sets independently, train fits a
+generator to them, draw generates candidates, admit accepts candidates that resist examples computed on stolen sets, and
+swap replaces the serving set. Rotation does not replace hardening: without holdfast harden the serving set is as easy
+to break as before.
 """
 
 
-@click.group(cls=Group, short_help="parameter sets that take turns at serving, against thieves", help=_HELP)
+@click.group(cls=Group, short_help="serve several parameter sets in turn", help=_HELP)
 def rotate() -> None:
     """Group of the commands for pools."""
 
@@ -107,7 +111,7 @@ def _judging(flags: dict[str, Any]) -> dict[str, Any]:
     return {**flags, "gates": list(gates) or None, "accept_doubts": pairs(accepted, "--accept-doubt") or None}
 
 
-@rotate.command(short_help="train the sets that all begins with")
+@rotate.command(short_help="train the first parameter sets of a pool")
 @click.argument("model", required=False, type=completing.MODEL)
 @click.argument("data", required=False, type=completing.DATA)
 @click.option(
@@ -117,55 +121,59 @@ def _judging(flags: dict[str, Any]) -> dict[str, Any]:
     metavar="DIR",
     help="Folder of the pool (default: holdfast-runs/<time>-rotate-<digest>).",
 )
-@click.option("--resume", is_flag=True, help="Go on with the pool in --run.")
+@click.option("--resume", is_flag=True, help="Continue with the pool in --run.")
 @_EXPECTING
 @offered(*_COLLECTING, *TARGET, *SETTING)
 @spoken
 def collect(voice: Voice, *, run: str | None, resume: bool, expect_head: str, **flags: Any) -> int:
-    """Train sets of MODEL's architecture on the train split of DATA, and surrogates of a thief of nothing beside them.
+    """Train parameter sets of MODEL's architecture on the train split of DATA, and surrogates for transfer.
 
-    A fifth of the examples is held out to judge sets by. The budget covers all trainings; without one each has the
-    epochs of its recipe.
+    The surrogates are models of an attacker without any parameters of the pool. A fifth of the examples is held out,
+    and sets are judged on it. The budget is for all trainings together. Without a budget each training has the number
+    of epochs of its recipe.
     """
     settings = settings_from(_named(flags), RotateSettings)
     if resume and run is None:
-        raise UsageError("--resume goes on with a pool; name its folder with --run DIR")
+        raise UsageError("--resume continues with a pool; give its folder with --run DIR")
     from holdfast.cli.rotating import collect as step
 
     return step(settings, voice, run=run, resume=resume, expect_head=expect_head)
 
 
-@rotate.command(short_help="learn a generator of the sets")
+@rotate.command(short_help="train a generator of parameter sets")
 @click.argument("pool", type=click.Path())
 @_EXPECTING
 @offered(*_OF_POOL, *SETTING)
 @spoken
 def train(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
-    """Fit the codec and the latent diffusion to what POOL holds.
+    """Train a codec, which compresses parameter sets, and a latent diffusion model on the collected sets of POOL.
 
-    Settings by --set codec.NAME=VALUE and --set generator.NAME=VALUE, as in --set generator.regulariser=hinge. Where
-    the way through the codec and back costs more than 0.3 points of accuracy, nothing is learned (exit code 4).
+    Settings: --set codec.NAME=VALUE and --set generator.NAME=VALUE, as in --set generator.regulariser=hinge. If
+    encoding and decoding costs more than 0.3 points of accuracy, no generator is trained (exit code 4).
     """
     from holdfast.cli.rotating import train as step
 
     return step(pool, _settings(flags), voice, expect_head=expect_head)
 
 
-@rotate.command(short_help="make fresh candidates")
+@rotate.command(short_help="generate new candidates")
 @click.argument("pool", type=click.Path())
-@click.option("--sets", "wanted", type=click.IntRange(1), metavar="N", help="How many (default: 8).")
+@click.option(
+    "--sets", "wanted", type=click.IntRange(1), metavar="N", help="Number of candidates (default: 8)."
+)
 @click.option(
     "--by",
     type=click.Choice(["generator", "anew"]),
-    help="Drawn by the generator, or trained anew (default: the generator, where there is one).",
+    help="Sample from the generator, or train from fresh random weights (default: generator, if there is one).",
 )
 @click.option(
     "--immunise",
     "immunising",
     is_flag=True,
-    help="Train each on against the exposed sets; without any, against the one that serves, else the bases.",
+    help="Train each further against examples computed on stolen sets; if there are none, on the serving set or the "
+    "bases.",
 )
-@click.option("--resume", is_flag=True, help="Go on with the last drawing, as it was begun.")
+@click.option("--resume", is_flag=True, help="Continue the last draw with its settings.")
 @_EXPECTING
 @offered(*_OF_POOL, *SETTING)
 @spoken
@@ -180,7 +188,7 @@ def draw(
     expect_head: str,
     **flags: Any,
 ) -> int:
-    """Bring fresh candidates into POOL; each must be admitted before it may serve."""
+    """Add new candidates to POOL. A candidate must be admitted before it may serve."""
     from holdfast.cli.rotating import draw as step
 
     return step(
@@ -195,7 +203,7 @@ def draw(
     )
 
 
-@rotate.command(short_help="judge candidates by what thieves can do")
+@rotate.command(short_help="judge candidates, and admit those that pass all gates")
 @click.argument("pool", type=click.Path())
 @_EXPECTING
 @offered(*_JUDGING, *_OF_POOL, *SETTING)
@@ -203,59 +211,62 @@ def draw(
 def admit(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
     """Judge every candidate of POOL on held-out examples: only an admitted set may serve.
 
-    Sets that wait and were not judged against everything exposed by now are judged again.
+    Waiting sets that were not judged against every stolen set are judged again.
 
-    The usual gates: clean accuracy, robust accuracy, what sets that leaked turn, alone and together, how often it
-    differs from the set that serves, its tensors. A gate that stays unclear on all held-out examples refuses. Where too
-    few are held out to tell equal sets from worse ones, the tolerances on accuracy are widened, and the output states
-    it. Exit code 0 if one was admitted, 4 if none.
+    The usual gates are conditions on clean accuracy, robust accuracy, the success of examples computed on stolen sets
+    (each alone and all together), the share of predictions that differ from the serving set, and the tensors. A
+    candidate is refused if a gate remains unclear on all held-out examples. If too few examples are held out to
+    distinguish equal sets from worse ones, the tolerances on accuracy are widened, and the output states it. Exit code
+    0 if a candidate was admitted, 4 if none.
     """
     from holdfast.cli.rotating import admit as step
 
     return step(pool, _settings(_judging(flags)), voice, expect_head=expect_head)
 
 
-@rotate.command(short_help="let another set serve")
+@rotate.command(short_help="replace the serving set by an admitted one")
 @click.argument("pool", type=click.Path())
-@click.option("--why", default="", metavar="TEXT", help="Why, for the ledger.")
+@click.option("--why", default="", metavar="TEXT", help="Reason, recorded in the ledger.")
 @click.option(
     "--unjudged",
     is_flag=True,
-    help="Where no other waits, take a set that was not judged against everything exposed by now.",
+    help="If no other set waits, use one that was not judged against every stolen set.",
 )
 @_EXPECTING
 @spoken
 def swap(voice: Voice, *, pool: str, why: str, unjudged: bool, expect_head: str) -> int:
-    """Let an admitted set of POOL serve, drawn at random, and retire what served.
+    """Serve another admitted set of POOL, chosen at random, and retire the serving set.
 
-    Exit code 4 where no admitted set waits that was judged against everything exposed by now.
+    Exit code 4 if no admitted set waits that was judged against every stolen set.
     """
     from holdfast.cli.rotating import swap as step
 
     return step(pool, voice, why=why, unjudged=unjudged, expect_head=expect_head)
 
 
-@rotate.command(short_help="what serves, waits, was exposed")
+@rotate.command(short_help="show the sets of a pool and their states")
 @click.argument("pool", type=click.Path())
-@click.option("-o", "--output", multiple=True, metavar="FILE", help="As .json; - for JSON on stdout.")
+@click.option(
+    "-o", "--output", multiple=True, metavar="FILE", help="File with suffix .json; - for JSON on stdout."
+)
 @_EXPECTING
 @spoken
 def status(voice: Voice, *, pool: str, output: tuple[str, ...], expect_head: str) -> int:
-    """What POOL holds, after its ledger was verified entry by entry."""
+    """Show the sets of POOL and their states, after every entry of its ledger was verified."""
     from holdfast.cli.rotating import status as step
 
     return step(pool, voice, outputs=output, expect_head=expect_head)
 
 
-@rotate.command(short_help="print what identifies the ledger now")
+@rotate.command(short_help="print the digest of the last entry of the ledger")
 @click.argument("pool", type=click.Path())
 @_EXPECTING
 @spoken
 def head(voice: Voice, *, pool: str, expect_head: str) -> int:
     """Print the digest of the last entry of the ledger of POOL, to be stored outside the folder.
 
-    A later command with --expect-head DIGEST refuses the pool where its ledger does not contain that entry: the folder
-    was replaced by an older copy. Nothing within the folder can detect that.
+    A later command with --expect-head DIGEST refuses the pool if its ledger does not contain that entry. Then the
+    folder was replaced by an older copy, which nothing inside the folder can detect.
     """
     from holdfast.cli.rotating import head as step
 
@@ -266,31 +277,30 @@ def head(voice: Voice, *, pool: str, expect_head: str) -> int:
 @click.argument("pool", type=click.Path())
 @spoken
 def migrate(voice: Voice, *, pool: str) -> int:
-    """Convert POOL from the older format, whose ledger was not authenticated, to this one.
+    """Convert POOL from the older format, whose ledger was not authenticated, to the present format.
 
-    What is in the ledger is authenticated from here on. Whether entries had been removed before cannot be detected:
-    note exposures that are missing by holdfast rotate expose. Sets that wait must be judged again where any set is
-    exposed.
+    From then on all entries are authenticated. Whether entries were removed before cannot be detected. Record missing
+    exposures with holdfast rotate expose. If any set is listed as exposed, waiting sets must be judged again.
     """
     from holdfast.cli.rotating import migrate as step
 
     return step(pool, voice)
 
 
-@rotate.command(short_help="note that an attacker may hold a set")
+@rotate.command(short_help="record that an attacker may have a set")
 @click.argument("pool", type=click.Path())
 @click.argument("name", metavar="SET")
 @click.option("--why", required=True, metavar="TEXT", help="What happened, as in 'laptop stolen'.")
 @_EXPECTING
 @spoken
 def expose(voice: Voice, *, pool: str, name: str, why: str, expect_head: str) -> int:
-    """Note in the ledger of POOL that an attacker may hold SET: it never serves again after the next swap."""
+    """Record in the ledger of POOL that an attacker may have SET. After the next swap it never serves again."""
     from holdfast.cli.rotating import expose as step
 
     return step(pool, name, voice, why=why, expect_head=expect_head)
 
 
-@rotate.command("run", short_help="all of it, and then a swap whenever one is due")
+@rotate.command("run", short_help="run all steps, then swap whenever a swap is due")
 @click.argument("model", required=False, type=completing.MODEL)
 @click.argument("data", required=False, type=completing.DATA)
 @click.option(
@@ -300,23 +310,27 @@ def expose(voice: Voice, *, pool: str, name: str, why: str, expect_head: str) ->
     metavar="DIR",
     help="Folder of the pool (default: holdfast-runs/<time>-rotate-<digest>).",
 )
-@click.option("--resume", is_flag=True, help="Go on with the pool in --run.")
+@click.option("--resume", is_flag=True, help="Continue with the pool in --run.")
 @click.option(
     "--every",
     multiple=True,
     metavar="T",
-    help="When to swap, as in 50q/principal (answers) or 24h; an exposure always does.",
+    help="When to swap, as in 50q/principal (answers to one principal) or 24h. A stolen serving set is always swapped.",
 )
 @click.option(
     "--by",
     type=click.Choice(["generator", "anew"]),
-    help="Drawn by the generator, or trained anew (default: the generator, until what it draws is refused).",
+    help="Sample from the generator, or train from fresh random weights (default: generator, until its sets are "
+    "refused).",
 )
-@click.option("--keep", type=int, metavar="N", help="Admitted sets that are made ahead (default: 8).")
+@click.option("--keep", type=int, metavar="N", help="Number of admitted sets that wait (default: 8).")
 @click.option(
-    "--immunise", "immunising", is_flag=True, help="Train each set on against what may have leaked."
+    "--immunise",
+    "immunising",
+    is_flag=True,
+    help="Train each set further against examples computed on stolen sets.",
 )
-@click.option("--once", is_flag=True, help="End when a set serves and as many as wanted wait.")
+@click.option("--once", is_flag=True, help="Exit when a set serves and enough sets wait.")
 @_EXPECTING
 @offered(*_COLLECTING, *_JUDGING, *TARGET, *SETTING)
 @spoken
@@ -331,17 +345,18 @@ def run_(
     expect_head: str,
     **flags: Any,
 ) -> int:
-    """Collect, train, draw, admit and swap in; then watch the ledger, swap whenever one is due, and make new sets.
+    """Collect, train, draw, admit and swap; then watch the ledger, swap whenever a swap is due, and generate new sets.
 
-    What answers requests writes into the ledger how many each principal was given (Pool.answered, from
-    RotatingModel.collected); without it only the time and exposures count. Before it collects it says how many
-    held-out examples the gates need. Where no set of the generator is admitted, sets are trained from fresh weights;
-    where five of those are refused in a row and none waits, what serves goes on serving, and the exit code is 4.
+    The process that answers requests records the number of answers to each principal in the ledger (Pool.answered, with
+    the counts of RotatingModel.collected). Without these only time and exposures cause a swap. Before the collection,
+    the number of held-out examples that the gates need is printed. If no set of the generator is admitted, sets are
+    trained from fresh random weights. If five of those are refused in a row and no set waits, the serving set continues
+    to serve, and the exit code is 4.
     """
     flags["every"] = list(flags["every"]) or None
     settings = settings_from(_named(flags), RotateSettings)
     if resume and run is None:
-        raise UsageError("--resume goes on with a pool; name its folder with --run DIR")
+        raise UsageError("--resume continues with a pool; give its folder with --run DIR")
     from holdfast.cli.rotating import turn
 
     return turn(

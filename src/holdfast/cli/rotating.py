@@ -49,7 +49,7 @@ class _Begun:
 
     pool: Pool
     terms: RotateRequest
-    found: Collected
+    collected: Collected
     again: str
     """advice how to continue if it is stopped"""
     stopper: Stopper
@@ -68,7 +68,7 @@ def _begun(
         voice.say(statement(planned(len(terms.held), settings.judged), planned=True))
         for note in terms.notes:
             voice.say(f"note: {note}")
-        found = collecting.collect(
+        collected = collecting.collect(
             pool,
             terms,
             budget_s=rotating.budget_s(settings),
@@ -76,7 +76,7 @@ def _begun(
             notify=voice.say,
             progress=progress,
         )
-        yield _Begun(pool, terms, found, again, stopper, progress)
+        yield _Begun(pool, terms, collected, again, stopper, progress)
 
 
 def collect(
@@ -84,24 +84,28 @@ def collect(
 ) -> int:
     """Train and encrypt the first sets of a pool. Returns exit code 0 when complete."""
     with _begun(settings, voice, run=run, resume=resume, expect_head=expect_head) as begun:
-        found = begun.found
-    right = ", ".join(f"{100 * share:.1f}" for share in found.accuracy)
-    click.echo(f"{found.sets} sets of {found.runs} runs of {found.epochs} epochs; bases right on {right} %")
+        collected = begun.collected
+    accuracy = ", ".join(f"{100 * share:.1f}" for share in collected.accuracy)
+    click.echo(
+        f"{collected.sets} sets of {collected.runs} trainings of {collected.epochs} epochs; "
+        f"accuracy of the bases: {accuracy} %"
+    )
     voice.say(f"pool: {begun.pool.path}")
     return 0
 
 
 def train(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str) -> int:
     """Train a generator. Returns exit code 0 when it is stored."""
-    held = Pool.held(Path(pool), expect_head=expect_head)
-    with stoppable(f"what was learned before stands, start again with: {command_line()}"):
-        terms = rotating.reopened(held, settings)
-        found = learning.learn(
-            held, terms, rotating.codec(settings), rotating.diffusion(settings), notify=voice.say
+    opened = Pool.held(Path(pool), expect_head=expect_head)
+    with stoppable(f"an earlier generator is kept, start again with: {command_line()}"):
+        terms = rotating.reopened(opened, settings)
+        learned = learning.learn(
+            opened, terms, rotating.codec(settings), rotating.diffusion(settings), notify=voice.say
         )
     click.echo(
-        f"a generator of {found.sets} sets of {found.parameters:,} numbers, learned in "
-        f"{found.codec_s + found.diffusion_s:.0f} s; the codec loses {100 * found.accuracy_lost:.2f} points"
+        f"generator trained on {learned.sets} sets of {learned.parameters:,} parameters in "
+        f"{learned.codec_s + learned.diffusion_s:.0f} s; the codec costs {100 * learned.accuracy_lost:.2f} points of "
+        f"accuracy"
     )
     return 0
 
@@ -118,12 +122,12 @@ def draw(
     expect_head: str,
 ) -> int:
     """Add candidates to a pool. Returns exit code 0 when complete."""
-    held = Pool.held(Path(pool), expect_head=expect_head)
-    again = f"what was finished is kept, go on with: {command_line()}{'' if resume else ' --resume'}"
+    opened = Pool.held(Path(pool), expect_head=expect_head)
+    again = f"what was finished is kept, continue with: {command_line()}{'' if resume else ' --resume'}"
     with stoppable(again) as stopper:
-        terms = rotating.reopened(held, settings)
-        found = drawing.draw(
-            held,
+        terms = rotating.reopened(opened, settings)
+        drawn = drawing.draw(
+            opened,
             terms,
             wanted,
             by=by,
@@ -132,21 +136,21 @@ def draw(
             stopper=stopper,
             notify=voice.say,
         )
-    against = f", immunised against {len(found.against)} sets" if found.against else ""
-    how = "by the generator" if found.by == "generator" else "anew"
-    click.echo(f"{len(found.names)} candidates made {how}, of {found.looked_at} looked at{against}")
-    voice.say(f"they may serve once they are admitted: holdfast rotate admit {shlex.quote(pool)}")
+    against = f", immunised against {len(drawn.against)} sets" if drawn.against else ""
+    how = "sampled from the generator" if drawn.by == "generator" else "trained from fresh random weights"
+    click.echo(f"{len(drawn.names)} candidates {how}, selected from {drawn.looked_at}{against}")
+    voice.say(f"a candidate must be admitted before it may serve: holdfast rotate admit {shlex.quote(pool)}")
     return 0
 
 
 def admit(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str) -> int:
     """Judge the candidates of a pool. Returns exit code 0 if one was admitted, 4 if none."""
-    held = Pool.held(Path(pool), expect_head=expect_head)
-    again = f"what was finished is kept, go on with: {command_line()}"
+    opened = Pool.held(Path(pool), expect_head=expect_head)
+    again = f"what was finished is kept, continue with: {command_line()}"
     with stoppable(again) as stopper, watched(voice) as progress:
-        found = admission.admit(
-            held,
-            rotating.reopened(held, settings),
+        result = admission.admit(
+            opened,
+            rotating.reopened(opened, settings),
             claims=settings.gates,
             accepted=settings.accept_doubts,
             judged=settings.judged,
@@ -155,12 +159,12 @@ def admit(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str
             notify=voice.say,
             progress=progress,
         )
-    for judged in found.judged if voice.verbose else ():
+    for judged in result.judged if voice.verbose else ():
         _show_gates(judged, voice)
-    click.echo(f"{len(found.admitted)} of {len(found.judged)} candidates admitted")
-    if found.kept_out:
-        click.echo(f"holdfast: {line(found.kept_out)}", err=True)
-    return found.exit_code
+    click.echo(f"{len(result.admitted)} of {len(result.judged)} candidates admitted")
+    if result.kept_out:
+        click.echo(f"holdfast: {line(result.kept_out)}", err=True)
+    return result.exit_code
 
 
 def turn(
@@ -179,7 +183,9 @@ def turn(
     """
     triggers = rotating.triggers(settings)
     if not (triggers or once):
-        raise UsageError("nothing says when to swap; give --every 50q/principal or --every 24h, or --once")
+        raise UsageError(
+            "no condition for swaps is given; add --every 50q/principal or --every 24h, or --once"
+        )
     with _begun(settings, voice, run=run, resume=resume, expect_head=expect_head) as begun:
         pool, terms = begun.pool, begun.terms
         how = LoopSettings(
@@ -197,9 +203,9 @@ def turn(
         voice.say(f"pool: {pool.path}")
         if not once:
             now = pool.serving
-            serves = f"{now.name} serves as epoch {now.epoch}" if now else "nothing serves"
+            serves = f"{now.name} serves as epoch {now.epoch}" if now else "no set serves"
             voice.say(
-                f"{serves}, {len(pool.ahead)} wait; from here on it swaps when that is due, until Ctrl-C"
+                f"{serves}, {len(pool.ahead)} wait; from now on sets are swapped whenever a swap is due, until Ctrl-C"
             )
             turner.turn()
     return 0
@@ -207,7 +213,7 @@ def turn(
 
 def _made_by(begun: _Begun, settings: RotateSettings, voice: Voice, asked: By | None) -> By | None:
     """Train a generator if it is needed. Returns how sets are made: `asked`, or `anew` if that training failed."""
-    if asked == "anew" or begun.found.sets == 1 or learning.what_was_learned(begun.pool) is not None:
+    if asked == "anew" or begun.collected.sets == 1 or learning.what_was_learned(begun.pool) is not None:
         return asked
     codec, diffusion = rotating.codec(settings), rotating.diffusion(settings)
     try:
@@ -215,23 +221,24 @@ def _made_by(begun: _Begun, settings: RotateSettings, voice: Voice, asked: By | 
     except (Inconclusive, LostLoss) as error:
         if asked is not None:
             raise
-        voice.say(f"note: {error}; sets are trained anew")
+        voice.say(f"note: {error}; sets are trained from fresh random weights")
         return "anew"
     return asked
 
 
 def swap(pool: str, voice: Voice, *, why: str, unjudged: bool, expect_head: str) -> int:
     """Let another set serve. Returns exit code 0."""
-    held = Pool.held(Path(pool), expect_head=expect_head)
-    old = held.unjudged
-    now = held.swap(why=why, choose=next_set, unjudged=unjudged)
+    opened = Pool.held(Path(pool), expect_head=expect_head)
+    old = opened.unjudged
+    now = opened.swap(why=why, choose=next_set, unjudged=unjudged)
     click.echo(f"{now.name} serves as epoch {now.epoch}")
     if now.name in old:
         voice.say(f"note: {UNJUDGED}")
-    left = len(held.ahead)
+    left = len(opened.ahead)
     if left < _AHEAD:
         voice.say(
-            f"note: {left} admitted sets wait, and {_AHEAD} should: draw and admit more before the next swap"
+            f"note: {left} admitted sets wait, fewer than the recommended {_AHEAD}; draw and admit more before the "
+            "next swap"
         )
     return 0
 
@@ -239,16 +246,16 @@ def swap(pool: str, voice: Voice, *, why: str, unjudged: bool, expect_head: str)
 def expose(pool: str, name: str, voice: Voice, *, why: str, expect_head: str) -> int:
     """Record that an attacker may have a set. Returns exit code 0 when the ledger contains it."""
     if not why.strip():
-        raise UsageError("an exposure is noted without a reason; say what happened with --why TEXT")
-    held = Pool.held(Path(pool), expect_head=expect_head)
-    held.expose(name, why)
+        raise UsageError("the exposure has no reason; describe what happened with --why TEXT")
+    opened = Pool.held(Path(pool), expect_head=expect_head)
+    opened.expose(name, why)
     click.echo(f"{name} is listed as exposed: {line(why)}")
-    serving = held.serving
+    serving = opened.serving
     if serving is not None and serving.name == name:
-        voice.say(f"it serves still: holdfast rotate swap {shlex.quote(pool)}")
-    if held.unjudged:
+        voice.say(f"it is still the serving set; replace it: holdfast rotate swap {shlex.quote(pool)}")
+    if opened.unjudged:
         voice.say(
-            f"{len(held.unjudged)} sets that wait are to be judged again: holdfast rotate admit {shlex.quote(pool)}"
+            f"{len(opened.unjudged)} waiting sets must be judged again: holdfast rotate admit {shlex.quote(pool)}"
         )
     return 0
 
@@ -256,29 +263,29 @@ def expose(pool: str, name: str, voice: Voice, *, why: str, expect_head: str) ->
 def head(pool: str, voice: Voice, *, expect_head: str) -> int:
     """Print the digest of the last entry. Returns exit code 0 if the ledger is valid."""
     ledger = Pool.held(Path(pool), expect_head=expect_head).ledger
-    found = ledger.head
-    click.echo(found)
+    latest = ledger.head
+    click.echo(latest)
     voice.say(
-        f"entry {ledger.entry_of(found)}; store it outside the folder, and give it to later commands as --expect-head, "
-        f"which refuse an older copy of the folder"
+        f"this is the digest of entry {ledger.entry_of(latest)}; store it outside the folder. A later command with "
+        f"--expect-head DIGEST refuses an older copy of the folder"
     )
     return 0
 
 
 def migrate(pool: str, voice: Voice) -> int:
     """Convert a pool of the older format. Returns exit code 0."""
-    found = migrating.migrate(Path(pool))
-    click.echo(f"{found.entries} entries converted and authenticated; head {found.head}")
-    listed = ", ".join(found.exposed) or "no set"
+    migrated = migrating.migrate(Path(pool))
+    click.echo(f"{migrated.entries} entries converted and authenticated; head {migrated.head}")
+    listed = ", ".join(migrated.exposed) or "no set"
     voice.say(
         f"note: the older ledger was not authenticated: entries may have been removed or changed by anyone who could "
-        f"write the folder. It lists {listed} as exposed; note what is missing by holdfast rotate expose "
+        f"write the folder. It lists {listed} as exposed; record what is missing with holdfast rotate expose "
         f"{shlex.quote(pool)} SET"
     )
-    if found.unjudged:
+    if migrated.unjudged:
         voice.say(
-            f"note: it does not say what sets were judged against, so {len(found.unjudged)} that wait are to be judged "
-            f"again: holdfast rotate admit {shlex.quote(pool)}"
+            f"note: the older ledger does not record which stolen sets a set was judged against, so "
+            f"{len(migrated.unjudged)} waiting sets must be judged again: holdfast rotate admit {shlex.quote(pool)}"
         )
     return 0
 
@@ -287,49 +294,49 @@ def status(pool: str, voice: Voice, *, outputs: Sequence[str], expect_head: str)
     """Show the content of a pool. Returns exit code 0 if its ledger is valid."""
     for output in outputs:
         if output != _STDOUT and Path(output).suffix != ".json":
-            raise UsageError(f"-o {output} has no report of a pool; write -o FILE.json, or - for stdout")
-    found = standing(Pool.held(Path(pool), expect_head=expect_head))
+            raise UsageError(f"-o {output} is not possible for a pool; write -o FILE.json, or - for stdout")
+    overview = standing(Pool.held(Path(pool), expect_head=expect_head))
     for output in outputs:
         if output != _STDOUT:
             with usable(Path(output)):
-                write_atomically(Path(output), document(found), 0o600)
+                write_atomically(Path(output), document(overview), 0o600)
     if _STDOUT in outputs:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json.dumps(overview, indent=2))
     elif not voice.quiet:
-        _show(found, voice)
-    for note in found["notes"]:
+        _show(overview, voice)
+    for note in overview["notes"]:
         voice.say(f"note: {note}")
     return 0
 
 
-def _show(found: Mapping[str, Any], voice: Voice) -> None:
+def _show(overview: Mapping[str, Any], voice: Voice) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("set", min_width=NAME_DIGITS, no_wrap=True)
     for name in ("state", "since", "epoch", "answers"):
         table.add_column(name, no_wrap=True)
     table.add_column("why", overflow="fold")
-    for one in found["sets"]:
-        epochs = ", ".join(map(str, one["epochs"]))
-        given = str(one["answers"]) if one["epochs"] else ""
-        said = f"exposed: {one['exposed']}" if one["exposed"] else one["why"]
-        table.add_row(one["name"], one["state"], one["since"][:10], epochs, given, cell(said))
+    for row in overview["sets"]:
+        epochs = ", ".join(map(str, row["epochs"]))
+        answers = str(row["answers"]) if row["epochs"] else ""
+        why = f"exposed: {row['exposed']}" if row["exposed"] else row["why"]
+        table.add_row(row["name"], row["state"], row["since"][:10], epochs, answers, cell(why))
     voice.console().print(table)
-    now = found["serving"]
+    now = overview["serving"]
     serving = (
-        "nothing serves"
+        "no set serves"
         if now is None
         else f"{now['name']} serves as epoch {now['epoch']} since {now['since']}"
     )
-    click.echo(f"{serving}; {len(found['ahead'])} wait; {found['entries']} entries, authenticated")
+    click.echo(f"{serving}; {len(overview['ahead'])} wait; {overview['entries']} entries, authenticated")
 
 
 def _show_gates(judged: Judged, voice: Voice) -> None:
-    heads = ("verdict", "gate", "found", "asked")
+    heads = ("verdict", "gate", "measured", "required")
     title = f"{judged.name}: {judged.verdict}"
     table = Table(*heads, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for one in judged.gates:
-        table.add_row(one.verdict, one.name, cell(one.why), one.bound)
-    for name, found in judged.reported.items():
-        said = f"{found.value:.3g} ({found.low:.3g} to {found.high:.3g}, n = {found.n:,})"
-        table.add_row("–", name, said, "reported, decides nothing")
+    for gate in judged.gates:
+        table.add_row(gate.verdict, gate.name, cell(gate.why), gate.bound)
+    for name, estimate in judged.reported.items():
+        measured = f"{estimate.value:.3g} ({estimate.low:.3g} to {estimate.high:.3g}, n = {estimate.n:,})"
+        table.add_row("–", name, measured, "reported, not a gate")
     voice.console().print(table)

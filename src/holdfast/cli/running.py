@@ -35,7 +35,7 @@ from holdfast.verbs.exhibition import Exhibit
 from holdfast.verbs.result import Result
 from holdfast.verbs.stored_runs import new_folder
 
-_TRIED = 8  # number of examples of a dry run, whose cost is extrapolated
+_TRIED = 8  # number of examples that a dry run measures; the cost of the others is extrapolated
 _STDOUT = "-"
 
 
@@ -54,7 +54,7 @@ def assess_and_report(
     folder = Path(run) if run else new_folder("assess", digest(as_bytes(canonical(settings))))
     if resume and not (folder.is_dir() and any(folder.iterdir())):
         voice.say(
-            f"note: {str(folder)!r} holds no run to go on with, so a new one begins (see holdfast runs)"
+            f"note: {str(folder)!r} contains no run to resume, so a new run is started (see holdfast runs)"
         )
     with stoppable(way_out(command, folder)):  # also before the run begins and while its reports are written
         with watched(voice) as progress:
@@ -74,17 +74,17 @@ def harden_and_report(settings: HardenSettings, voice: Voice, *, run: str | None
         return 0
     with stoppable(way_out(command, folder)):
         with watched(voice) as progress:
-            found = carry_out_hardening(
+            hardened = carry_out_hardening(
                 settings, run=folder, resume=resume, progress=progress, notify=voice.say, command=command
             )
         for output in settings.output:
             if is_folder(output):
-                voice.say(f"model: {found.write(output)}")
-        tell(found.after, [o for o in settings.output if not is_folder(o)], voice, folder=folder)
-    for note in found.notes:
+                voice.say(f"model: {hardened.write(output)}")
+        tell(hardened.after, [o for o in settings.output if not is_folder(o)], voice, folder=folder)
+    for note in hardened.notes:
         voice.say(f"note: {note}")
-    click.echo(line(str(found)), err=True)
-    return found.after.exit_code
+    click.echo(line(str(hardened)), err=True)
+    return hardened.after.exit_code
 
 
 def tell(result: Result, outputs: Sequence[str], voice: Voice, *, folder: Path | None = None) -> None:
@@ -173,8 +173,8 @@ def watched(voice: Voice, *, piped: bool = False) -> Iterator[Progress]:
             if step.stage != last:
                 bars.reset(task, total=step.of)
                 last = step.stage
-            going = step.done < step.of  # the next work may take long without being a stage
-            bars.update(task, completed=step.done, total=step.of, visible=going, **_words(step))
+            unfinished = step.done < step.of  # the next work may take long and is not a stage
+            bars.update(task, completed=step.done, total=step.of, visible=unfinished, **_words(step))
 
         yield progress
 
@@ -195,7 +195,7 @@ def _lines(voice: Voice) -> Progress:
 
 
 def _words(step: Step) -> dict[str, Any]:
-    share = f"{step.standing / step.seen:6.1%} standing" if step.seen else ""
+    share = f"{step.standing / step.seen:6.1%} robust" if step.seen else ""
     return {"description": step.stage, "place": f"{step.place}/{step.of_stages}", "standing": share}
 
 
@@ -206,28 +206,28 @@ def _dry_run(settings: AssessSettings, voice: Voice) -> int:
     trial, n = rehearse(settings, _TRIED)
     times, cost = n / len(trial.evidence), trial.cost
     click.echo(
-        f"{n:,} examples, {len(trial.attacks)} attacks: about {cost.forwards * times:,.0f} forwards, "
-        f"{cost.backwards * times:,.0f} backwards, {cost.cpu_s * times:,.0f} s of CPU "
+        f"{n:,} examples, {len(trial.attacks)} attacks: about {cost.forwards * times:,.0f} forward passes, "
+        f"{cost.backwards * times:,.0f} backward passes, {cost.cpu_s * times:,.0f} s of CPU "
         f"(measured on the first {len(trial.evidence)})"
     )
-    voice.say("nothing was kept")
+    voice.say("nothing was stored")
     return 0
 
 
 def _dry_run_served(settings: AssessSettings, voice: Voice) -> int:
-    found = rehearse_served(settings)
+    estimate = rehearse_served(settings)
     click.echo(
-        f"{amount(found.n, 'examples')}, {amount(len(found.attacks), 'attacks')} ({', '.join(found.attacks)}): "
-        f"{found.most.says}"
+        f"{amount(estimate.n, 'examples')}, {amount(len(estimate.attacks), 'attacks')} "
+        f"({', '.join(estimate.attacks)}): {estimate.most.says}"
     )
-    share = f"{found.right:,} of the {amount(found.tried, 'clean examples')} that were tried"
-    if found.likely is not None:
-        click.echo(f"if as many are right as {share}: {found.likely.says}")
-    elif found.tried:
-        click.echo(f"attacks are run on the examples that are right, which are {share}")
-    if found.batches:
-        voice.say(f"note: {found.batches}; the rows that fill up a batch are counted")
-    voice.say(f"sent for this: {amount(found.sent, 'rows')} to the server; nothing was kept")
+    share = f"{estimate.right:,} of {amount(estimate.tried, 'clean examples')}"
+    if estimate.likely is not None:
+        click.echo(f"if the share of correct examples is that of a trial ({share}): {estimate.likely.says}")
+    elif estimate.tried:
+        click.echo(f"attacks are run on correct examples only; in a trial {share} were correct")
+    if estimate.batches:
+        voice.say(f"note: {estimate.batches}; the rows that fill up a batch are counted")
+    voice.say(f"sent to the server for this estimate: {amount(estimate.sent, 'rows')}; nothing was stored")
     return 0
 
 
@@ -237,24 +237,24 @@ def run_gallery(place: Path | None, voice: Voice) -> int:
     if place is not None and not as_json:
         check(place, EXHIBIT_SUFFIXES)
     voice.say(
-        "building masked models on real digits and attacking each, as it comes and in the ways that doubts call for"
+        "building models with masked gradients on real digits, and running PGD and adaptive attacks on each"
     )
 
     def shown(exhibit: Exhibit) -> None:
         naive, adaptive = percent(exhibit.naive_robust_accuracy), percent(exhibit.adaptive_robust_accuracy)
-        voice.say(f"  {exhibit.name}: {naive} stand as it comes, {adaptive} under who knows it")
+        voice.say(f"  {exhibit.name}: {naive} robust under PGD, {adaptive} under adaptive attacks")
 
-    found = [asdict(exhibit) for exhibit in exhibition(shown=shown)]
+    rows = [asdict(exhibit) for exhibit in exhibition(shown=shown)]
     colour = sys.stdout.isatty() and not voice.plain
     if as_json:
-        click.echo(exhibits_to_json(found), nl=False)
+        click.echo(exhibits_to_json(rows), nl=False)
     elif not voice.quiet:
-        click.echo(exhibit_table(found, colour=colour, width=voice.console().width), nl=False)
+        click.echo(exhibit_table(rows, colour=colour, width=voice.console().width), nl=False)
     voice.say(
         "naive: PGD-40 on the cross-entropy; twin: the same network without the defence, under suite standard"
     )
     if place is not None and not as_json:
-        write_exhibits(found, place)
+        write_exhibits(rows, place)
         voice.say(f"report: {place}")
     return 0
 
@@ -262,13 +262,13 @@ def run_gallery(place: Path | None, voice: Voice) -> int:
 def run_demo(folder: Path, voice: Voice) -> int:
     """Assess the bundled network on real digits and explain the result. Returns exit code 0."""
     voice.say(
-        "attacking a network that reads digits, on 200 real ones, with the attacks of AutoAttack standard"
+        "attacking a classifier of handwritten digits on 200 real images with the attacks of AutoAttack standard"
     )
     with watched(voice, piped=True) as progress:
         result = demo(folder, progress=progress)
     tell(result, [], voice)
     voice.say(
-        "one gate passes and one fails: the network reads clean digits, and small changes to them mislead it"
+        "one gate passes and one fails: the network classifies clean digits correctly, but small perturbations break it"
     )
     voice.say("open the report in a browser:")
     click.echo(str((folder / "report.html").absolute()))

@@ -39,21 +39,21 @@ def settings_said(where: str, arguments: Mapping[str, Any], kind: type[S]) -> S:
 
     Models and data given as objects are left out.
     """
-    said = {name: arguments[name] for name in kind.model_fields if arguments.get(name) is not None}
-    if "threat" in said:
-        said["threat"] = threat_said(said["threat"], f"{where}: threat")
-    if not is_suite(said.get("suite")):
-        said.pop("suite", None)
+    settings = {name: arguments[name] for name in kind.model_fields if arguments.get(name) is not None}
+    if "threat" in settings:
+        settings["threat"] = threat_said(settings["threat"], f"{where}: threat")
+    if not is_suite(settings.get("suite")):
+        settings.pop("suite", None)
     for name in ("model", "data", "fit", "unlabelled", "baseline"):
-        if isinstance(said.get(name), str | Path):
-            said[name] = str(said[name])
+        if isinstance(settings.get(name), str | Path):
+            settings[name] = str(settings[name])
         else:
-            said.pop(name, None)
+            settings.pop(name, None)
     for name in ("surrogates", "across"):
-        said.pop(name, None)
-    if not isinstance(said.get("recipe", ""), str | Mapping):
-        del said["recipe"]
-    return check(said, where, kind=kind)
+        settings.pop(name, None)
+    if not isinstance(settings.get("recipe", ""), str | Mapping):
+        del settings["recipe"]
+    return check(settings, where, kind=kind)
 
 
 def given_all(
@@ -89,13 +89,13 @@ def surrogates_of(given: object, settings: AssessSettings, target: Classifier) -
     subjects = []
     for each in given:
         if isinstance(each, str | Path):
-            said = check({"surrogates": [str(each)]}, "assess()", kind=AssessSettings).surrogates[0]
-            subjects.append(ordering.opened_surrogate(said, settings, target))
+            described = check({"surrogates": [str(each)]}, "assess()", kind=AssessSettings).surrogates[0]
+            subjects.append(ordering.opened_surrogate(described, settings, target))
         elif accepted(each):
             subjects.append(ordering.given_surrogate(each, settings, target))
         else:
             raise UsageError(
-                f"surrogates holds a {type(each).__name__}; give networks, functions or addresses"
+                f"surrogates contains a {type(each).__name__}; give networks, functions or addresses"
             )
     return tuple(subjects)
 
@@ -164,16 +164,16 @@ def device_of(model: ModelLike, subject: Subject, settings: AssessSettings) -> s
 
 def _refuse_address_words(settings: AssessSettings, *names: str) -> None:
     """Raise `UsageError` for settings that select from a file or a catalogue, if the data are an object."""
-    said = [f"{name}={value!r}" for name in names if (value := getattr(settings, name))]
-    if said:
+    words = [f"{name}={value!r}" for name in names if (value := getattr(settings, name))]
+    if words:
         raise UsageError(
-            f"{', '.join(said)} cannot be meant for data in hand: it is for an address, such as table.csv; "
-            f"choose the rows and columns before, and leave it out"
+            f"{', '.join(words)} is not possible for data given as a Python object: it is for an address, such as "
+            f"table.csv; select the rows and columns before, and leave it out"
         )
 
 
 def folder_of(run: str | Path | None, *, resume: bool) -> Path | None:
     """Return the folder of a run. Raises `UsageError` if a run is to be resumed and no folder is given."""
     if resume and run is None:
-        raise UsageError("resume=True goes on with a run; name its folder, as in run='runs/h1'")
+        raise UsageError("resume=True continues a run; give its folder, as in run='runs/h1'")
     return None if run is None else Path(run)

@@ -33,6 +33,6 @@ def _measured(
     """Open the training data of the pool only when the table is measured, because they may be large."""
     pool = pool_of(settings.model)
     assert pool is not None
-    said = {"device": settings.device, "trust_code": settings.trust_code}
-    terms = rotating.reopened(pool, check(said, str(settings.model), kind=RotateSettings))
+    trusted = {"device": settings.device, "trust_code": settings.trust_code}
+    terms = rotating.reopened(pool, check(trusted, str(settings.model), kind=RotateSettings))
     return Table(pool, terms)(evidence, judged_on, known=known, keep=keep, progress=progress)

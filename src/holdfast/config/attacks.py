@@ -62,7 +62,9 @@ def threat_said(threat: str | Constraint | ThreatModel, where: str = "threat") -
     if model is None:
         model = ThreatModel(constraint)
     if model.surrogates:
-        raise UsageError(f"{where} holds surrogates; give them by themselves, as in surrogates=[net]")
+        raise UsageError(
+            f"{where} contains surrogates; give them as a separate argument, as in surrogates=[net]"
+        )
     return threat_text(_size_said(constraint), model.goal, model.access, model.queries)
 
 
@@ -92,10 +94,10 @@ def constraints(value: Any, where: str) -> tuple[Constraint, ...]:
 
 
 def _ball(word: str, where: str) -> Constraint:
-    found = threat_model(parse_threat(word)).constraint
-    if not isinstance(found, (Linf, L2, L1, L0)) or math.isinf(found.eps):
+    constraint = threat_model(parse_threat(word)).constraint
+    if not isinstance(constraint, (Linf, L2, L1, L0)) or math.isinf(constraint.eps):
         raise UsageError(f"{where} has {word.strip()!r}; expected a norm and a size, as in l2:1.5")
-    return found
+    return constraint
 
 
 def attack_names() -> dict[str, type[Any]]:

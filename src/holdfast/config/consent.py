@@ -11,6 +11,6 @@ def refuse_consent(keys: Collection[str], where: str) -> None:
     """Raise `UsageError` if a configuration file or a `--set` contains the consent to run code, whatever its value."""
     if CONSENT in keys:
         raise UsageError(
-            f"{where} gives {CONSENT}, which is no key of a configuration: only a person lets code of files run. "
+            f"{where} contains {CONSENT}, which is not a key of a configuration: only a person may allow code to run. "
             f"Remove it; if you trust the files, add --trust-code to the command line, or give {CONSENT}=True in Python"
         )

@@ -94,9 +94,9 @@ def units_of_eps(model: Classifier, normalised: Normalisation | None) -> tuple[s
     low, high = ends(model.bounds)
     legal = f"legal values from {low:g} to {high:g}"
     if normalised is not None:
-        unit = "pixels" if low == 0 else "the units before that"
-        said = f"the data were normalised by {normalised}: it is undone, and eps is in {unit}, with {legal}"
-        return (f"{said}; the model normalises its input inside",)
+        unit = "pixels" if low == 0 else "the units before normalisation"
+        note = f"the data were normalised by {normalised}; this is undone, and eps is in {unit}, with {legal}"
+        return (f"{note}; the model normalises its input inside",)
     if (low, high) == (0.0, 1.0):
         return ()
     return (f"eps is in the units of the inputs, with {legal}",)

@@ -60,18 +60,18 @@ class ThreatSpec:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the most similar known word, or the list of known words if none is similar."""
+    """Return `; did you mean 'x'?` for the most similar known word, or the known words if none is similar."""
     words = sorted(known)
-    return f"; {suggestion(word, words) or 'there are ' + ', '.join(words)}"
+    return f"; {suggestion(word, words) or 'expected one of ' + ', '.join(words)}"
 
 
 def number(text: str, what: str) -> float:
     """Parse a decimal number or a fraction."""
-    found = re.fullmatch(r"\s*([^/\s]+)\s*(?:/\s*([^/\s]+))?\s*", text)
+    matched = re.fullmatch(r"\s*([^/\s]+)\s*(?:/\s*([^/\s]+))?\s*", text)
     try:
-        if found is None:
+        if matched is None:
             raise ValueError
-        value = float(found[1]) / (float(found[2]) if found[2] else 1.0)
+        value = float(matched[1]) / (float(matched[2]) if matched[2] else 1.0)
     except (ValueError, ZeroDivisionError):
         raise UsageError(
             f"{what} is {text!r}; expected a number or a fraction, such as 0.3 or 8/255"
@@ -88,20 +88,20 @@ def numbers(text: str, what: str) -> tuple[float, ...]:
 
 def seconds(text: str, what: str) -> float:
     """Parse a duration such as `60s`, `10min` or `24h`. Returns seconds."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*", text)
-    if found is None or float(found[1]) <= 0:
+    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*", text)
+    if matched is None or float(matched[1]) <= 0:
         raise UsageError(f"{what} is {text!r}; expected a duration such as 60s, 10min or 24h")
-    return float(found[1]) * _UNITS[found[2]]
+    return float(matched[1]) * _UNITS[matched[2]]
 
 
 def per_second(text: str) -> float:
     """Parse a rate of requests such as `4/s`, `100/min` or `2000/h`. Returns requests a second."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*/\s*(s|min|h)\s*", text)
-    if found is None or float(found[1]) <= 0:
+    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*/\s*(s|min|h)\s*", text)
+    if matched is None or float(matched[1]) <= 0:
         raise UsageError(
             f"http_rate is {text!r}; expected requests in a time, such as 4/s, 100/min or 2000/h"
         )
-    return float(found[1]) / _UNITS[found[2]]
+    return float(matched[1]) / _UNITS[matched[2]]
 
 
 def parse_every(text: str) -> tuple[Literal["answers", "seconds"], float]:
@@ -135,7 +135,7 @@ def _constraint(word: str) -> ThreatSpec:
     name, colon, size = word.partition(":")
     kind = name.lower()
     if kind not in get_args(Norm):
-        raise UsageError(f"the threat {word!r} names no known norm{nearest(kind, get_args(Norm))}")
+        raise UsageError(f"the threat {word!r} has no known norm{nearest(kind, get_args(Norm))}")
     norm: Norm = kind  # type: ignore[assignment]
     if norm in LIMITS:
         return _limited(ThreatSpec(norm, 1.0), size)
@@ -163,9 +163,9 @@ def _limited(spec: ThreatSpec, word: str) -> ThreatSpec:
         return replace(spec, limits={**spec.limits, key: _placed(key, value)})
     most = LIMITS[spec.norm]
     if not equals or key not in most:
-        said = f"the limit {word!r}" if word else "no limits"
-        known = f"expected any of {', '.join(most)}, as in {_AS_IN[spec.norm]}"
-        raise UsageError(f"the threat {spec.norm} has {said}; {known}")
+        given_limits = f"the limit {word!r}" if word else "no limits"
+        expected = f"expected any of {', '.join(most)}, as in {_AS_IN[spec.norm]}"
+        raise UsageError(f"the threat {spec.norm} has {given_limits}; {expected}")
     far = _far(key, value, most[key], _AS_IN[spec.norm])
     return replace(spec, limits={**spec.limits, key: far})
 
@@ -176,8 +176,8 @@ def parse_transform(text: str) -> Mapping[str, float]:
     for word in re.split(r"[,\s]+", text.strip()):
         key, equals, value = word.partition("=")
         if not equals or key not in SEEN:
-            known = f"expected any of {', '.join(SEEN)}, as in rotate=15,scale=0.1,brightness=0.2"
-            raise UsageError(f"transform has {word!r}; {known}")
+            expected = f"expected any of {', '.join(SEEN)}, as in rotate=15,scale=0.1,brightness=0.2"
+            raise UsageError(f"transform has {word!r}; {expected}")
         limits[key] = _far(key, value, SEEN[key], "rotate=15,scale=0.1,brightness=0.2")
     return limits
 
@@ -192,13 +192,13 @@ def _far(key: str, value: str, most: float, example: str) -> float:
 
 
 def _patch(size: str, word: str) -> Mapping[str, float | str]:
-    found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
-    if found is None:
+    matched = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
+    if matched is None:
         raise UsageError(
             f"the threat {word!r} has no size in pixels; write height and width, as in patch:5x5 or "
             f"patch:8x8,at=centre"
         )
-    return {"height": int(found[1]), "width": int(found[2]), "at": "anywhere", "jitter": 0}
+    return {"height": int(matched[1]), "width": int(matched[2]), "at": "anywhere", "jitter": 0}
 
 
 def _placed(key: str, value: str) -> float | str:
@@ -245,7 +245,7 @@ def _condition(spec: ThreatSpec, word: str) -> ThreatSpec:
     if value == "untargeted":
         return replace(spec, goal=None)
     if spec.norm == "corruptions":
-        raise UsageError(f"corruptions aim at no class; leave {word!r} out")
+        raise UsageError(f"common corruptions have no target class; leave {word!r} out")
     if aimed is None:
         raise UsageError(f"the goal is {value!r}; expected untargeted or targeted:K with a class number K")
     return replace(spec, goal=int(aimed[1]))
@@ -256,28 +256,28 @@ def parse_surrogate(text: str) -> dict[str, object]:
     address, *conditions = re.split(r",(?=[A-Za-z_]\w*=)", text.strip())
     if not address:
         raise UsageError(
-            f"the surrogate {text!r} has no address; expected one as of a model, as in mnist-cnn or net.py:build"
+            f"the surrogate {text!r} has no address; expected one as for a model, as in mnist-cnn or net.py:build"
         )
-    found: dict[str, object] = {"model": address}
+    settings: dict[str, object] = {"model": address}
     arguments: dict[str, str] = {}
     for condition in conditions:
         key, _, value = condition.partition("=")
-        into = found if key in ("arch", "mean", "std", "skip", "decay") else arguments
+        into = settings if key in ("arch", "mean", "std", "skip", "decay") else arguments
         if key in into:
-            raise UsageError(f"the surrogate {text!r} says {key} twice; keep one")
+            raise UsageError(f"the surrogate {text!r} contains {key} twice; keep one")
         into[key] = value
-    return {**found, "model_args": arguments} if arguments else found
+    return {**settings, "model_args": arguments} if arguments else settings
 
 
 def pairs(items: Iterable[str], flag: str) -> dict[str, str]:
     """Parse `k=v` strings to a dictionary."""
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for item in items:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise UsageError(f"{flag} got {item!r}; expected NAME=VALUE")
-        found[key.strip()] = value
-    return found
+        values[key.strip()] = value
+    return values
 
 
 def is_folder(output: str) -> bool:

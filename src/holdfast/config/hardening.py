@@ -100,7 +100,8 @@ def _parted(data: Data, settings: HardenSettings, model: Classifier) -> tuple[Ba
     n = settings.n or settings.sample or min(JUDGED, len(whole) // _ASIDE)
     if n >= len(whole):
         raise UsageError(
-            f"{n} of {len(whole)} examples are to judge, which leaves none to train on; give fewer"
+            f"{n} of {len(whole)} examples are used for the assessment, which leaves none to train on; give a smaller "
+            f"number"
         )
     aside, rest = (whole.take(rows.sort().values) for rows in (order[:n], order[n:]))
     return rest, as_data(aside.x, aside.y, expected=Expected(model.bounds, model.classes))
@@ -130,12 +131,12 @@ def _opened_training(settings: HardenSettings, model: Classifier) -> Batch:
     except NoSplit as error:
         if settings.fit in (None, settings.data):
             same = (
-                f"--fit {settings.fit} names the data that judge"
+                f"--fit {settings.fit} is the data set of the assessment"
                 if settings.fit
-                else "they are there to judge"
+                else "the data are used for the assessment"
             )
             raise UsageError(
-                f"{address!r} has no train split to train on, and {same}; name other examples with --fit DATA"
+                f"{address!r} has no train split to train on, and {same}; give other examples with --fit DATA"
             ) from error
         data = wanted()
     return data.read(0, len(data))
@@ -159,7 +160,7 @@ def _with_unlabelled(
     if more.x.shape[1:] != batch.x.shape[1:]:
         raise UsageError(
             f"unlabelled examples have shape {tuple(more.x.shape[1:])}, and the labelled ones "
-            f"{tuple(batch.x.shape[1:])}; give examples of the same kind"
+            f"{tuple(batch.x.shape[1:])}; give examples of the same shape"
         )
     ids = more.ids + batch.ids.max() + 1  # ids are unique
     y = torch.cat((batch.y, torch.full_like(more.y, UNLABELLED)))
@@ -185,12 +186,12 @@ def harden_request(
     """
     if settings.across:
         raise UsageError(
-            "across is for assess: a hardening carries nothing to other data; leave --across out"
+            "across is a setting of assess, and harden transfers nothing to other data; leave --across out"
         )
     if settings.transform:
         raise UsageError(
-            f"weights that were trained behind {settings.transform} would be of no network alone; leave --transform "
-            f"out, and assess the new model with it"
+            f"a network that is trained behind the transformations {settings.transform} cannot be used without them; "
+            f"leave --transform out, and assess the new model with it"
         )
     order = ordering.order(
         settings, baseline=baseline, device=device, target=subject.model.access, command=command
@@ -236,20 +237,20 @@ def _budget_s(settings: HardenSettings, recipe: Recipe | None) -> float | None:
     if recipe is None:
         epochs = settings.recipe.get("training", {}).get("epochs")
     else:
-        said = recipe.training.epochs
-        epochs = None if said == _usual_epochs(recipe) else said
+        given_epochs = recipe.training.epochs
+        epochs = None if given_epochs == _usual_epochs(recipe) else given_epochs
     if epochs is not None:
         raise UsageError(
             f"recipe.training.epochs is {epochs}, and the budget {'of recipe auto ' if auto else ''}is {budget}, which "
-            f"sets them; give one of both{', and with epochs a recipe, as in --recipe pgd' if auto else ''}"
+            f"determines them; give only one of both{', and with epochs a recipe, as in --recipe pgd' if auto else ''}"
         )
     return seconds(budget, "budget")
 
 
 def _usual_epochs(recipe: Any) -> int | None:
     """Default number of epochs of such a recipe; None if it has no default."""
-    (said,) = (field for field in fields(recipe) if field.name == "training")
-    usual = said.default if said.default_factory is MISSING else said.default_factory()
+    (training,) = (field for field in fields(recipe) if field.name == "training")
+    usual = training.default if training.default_factory is MISSING else training.default_factory()
     return usual.epochs if isinstance(usual, Training) else None
 
 
@@ -280,10 +281,10 @@ def _open_options(settings: HardenSettings, subject: Subject) -> str:
 def name_of(recipe: object) -> str:
     """Name of a recipe object on the command line, or its class name if it is not in the catalogue."""
     if isinstance(recipe, type):
-        raise UsageError(f"recipe is the class {recipe.__name__}; give a recipe of it: {recipe.__name__}()")
+        raise UsageError(f"recipe is the class {recipe.__name__}; give an instance: {recipe.__name__}()")
     if not isinstance(recipe, Recipe):
         raise UsageError(
-            f"recipe is {recipe!r}; expected the name of one, or a recipe such as holdfast.recipes.TRADES(beta=6)"
+            f"recipe is {recipe!r}; expected a name, or a recipe such as holdfast.recipes.TRADES(beta=6)"
         )
     names = [
         name for name, entry in RECIPES.items() if entry.cls == type(recipe).__name__ and not entry.settings

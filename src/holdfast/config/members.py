@@ -42,10 +42,10 @@ def members_given(given: object, constraint: Constraint, where: str = "suite") -
     names = given if isinstance(given, str) else None
     if names is not None:
         given = [name.strip() for name in names.split(",") if name.strip()]
-    each = tuple(given) if isinstance(given, Iterable) and not isinstance(given, bytes) else ()
-    if not each:
+    several = tuple(given) if isinstance(given, Iterable) and not isinstance(given, bytes) else ()
+    if not several:
         raise UsageError(f"{where} is {(given if names is None else names)!r}; {_EXPECTED}")
-    return tuple(_given(one, constraint, where) for one in each)
+    return tuple(_given(one, constraint, where) for one in several)
 
 
 def _given(each: object, constraint: Constraint, where: str) -> Member:
@@ -54,24 +54,24 @@ def _given(each: object, constraint: Constraint, where: str) -> Member:
     if isinstance(each, str):
         return _named(attack_listed(each), constraint)
     if isinstance(each, type) and not is_dataclass(each):
-        raise UsageError(f"{where} is the class {each.__qualname__}, which is no attack; {_EXPECTED}")
+        raise UsageError(f"{where} is the class {each.__qualname__}, which is not an attack; {_EXPECTED}")
     attack = _made(each, each.__name__) if isinstance(each, type) else each
     if not isinstance(attack, Attack):
-        raise UsageError(f"{where} holds {each!r}; {_EXPECTED}")
+        raise UsageError(f"{where} contains {each!r}; {_EXPECTED}")
     return members_of([checked(attack)])[0]
 
 
 def _named(name: str, constraint: Constraint) -> Member:
     if name not in VARIANTS:
         return Member(name, _made(attack_class(name), name))
-    found = variant(name, constraint)
-    if found is None:
+    attack = variant(name, constraint)
+    if attack is None:
         norm = type(constraint).__name__.lower()
         raise UsageError(
-            f"{name} is the name that suites give to {VARIANTS[name]} under {', '.join(norms_of(name))}, and the "
+            f"{name} is the name of {VARIANTS[name]} in suites under {', '.join(norms_of(name))}, and the "
             f"threat is {norm}; choose such a threat, or name {VARIANTS[name]}"
         )
-    return Member(name, found)
+    return Member(name, attack)
 
 
 def _made(cls: type[Any], name: str) -> Any:

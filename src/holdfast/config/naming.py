@@ -130,7 +130,9 @@ def chosen(names: Sequence[str], only: Sequence[str], skip: Sequence[str]) -> se
         if slug(wanted) not in known:
             others = map(slug, (*ATTACKS, *VARIANTS))
             hint = (
-                f"; there are {', '.join(known)}" if slug(wanted) in others else nearest(slug(wanted), known)
+                f"; expected one of {', '.join(known)}"
+                if slug(wanted) in others
+                else nearest(slug(wanted), known)
             )
             raise UsageError(f"this suite has no attack {wanted!r}{hint}")
     left = ({slug(name) for name in only} or set(known)) - {slug(name) for name in skip}

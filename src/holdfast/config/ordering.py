@@ -60,20 +60,21 @@ def opened_subject(settings: AssessSettings) -> Subject:
     """Open the model at the address in the settings."""
     if settings.model is None:
         raise UsageError("model is missing; give an address, as in mnist-cnn or file.py:factory")
-    said = declared(settings)
-    opened = pooled.opened(settings, said, remote(settings))
+    properties = declared(settings)
+    opened = pooled.opened(settings, properties, remote(settings))
     card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
     card |= opened.architecture
     refuse_unserved(settings, opened.model)
     model, seen, notes = _seen(opened.model, settings.transform)
-    return _subject(model, card | seen, (*opened.notes, *notes), said)
+    return _subject(model, card | seen, (*opened.notes, *notes), properties)
 
 
 def opened_surrogate(said: SurrogateSettings, settings: AssessSettings, target: Classifier) -> Subject:
     """Open a surrogate at its address, on which examples for `target` are computed."""
     if said.model.partition(":")[0] in SCHEMES:
         raise UsageError(
-            f"the surrogate {said.model} is behind a server, and examples are made from gradients; give its weights"
+            f"the surrogate {said.model} is behind a server, and transfer examples are computed from gradients; give "
+            f"its weights"
         )
     opened = open_model(
         said.model,
@@ -90,7 +91,7 @@ def opened_surrogate(said: SurrogateSettings, settings: AssessSettings, target: 
         opened.model.net = net
         card["digest"] = digest(canonical([opened.digest, said.skip, share]))
         notes += (
-            f"{share:g} of the gradient goes back through {said.skip}, {len(net.branches)} of its modules",
+            f"{share:g} of the gradient passes back through {said.skip}, {len(net.branches)} of its modules",
         )
     return _same_box(_subject(opened.model, card, notes), target)
 
@@ -124,8 +125,8 @@ def given_subject(net: nn.Module | Any, settings: AssessSettings) -> Subject:
 def _held(net: nn.Module | Any, said: Declared, transform: str | None = None) -> Subject:
     model = said.wrap(differentiable(net) if isinstance(net, nn.Module) else net)
     inner = model.net
-    name, known, notes = known_in_hand(inner)
-    card = {"name": name, "how": "python", "digest": digest(canonical(known))}
+    name, identity, notes = known_in_hand(inner)
+    card = {"name": name, "how": "python", "digest": digest(canonical(identity))}
     model, seen, through = _seen(model, transform)
     return _subject(model, card | seen, (*notes, *through), said)
 
@@ -136,14 +137,14 @@ def _seen(model: Classifier, transform: str | None) -> tuple[Classifier, dict[st
         return model, {}, ()
     limits = parse_transform(transform)
     listed = ", ".join(f"{name} {far:g}" for name, far in limits.items())
-    said = f"the model sees every input through random changes, either way up to {listed}"
-    return seen_through(model, limits), {"seen_through": limits}, (said,)
+    note = f"every input is transformed at random before the model, in both directions by up to {listed}"
+    return seen_through(model, limits), {"seen_through": limits}, (note,)
 
 
 def _subject(
     model: Classifier, card: Mapping[str, Any], notes: tuple[str, ...], declared: Declared | None = None
 ) -> Subject:
-    said = strict(
+    properties = strict(
         {
             "bounds": [model.bounds.low, model.bounds.high],
             "mean": model.mean,
@@ -154,14 +155,14 @@ def _subject(
             **({} if model.layout is None else {"layout": model.layout}),
         }
     )
-    known = digest(canonical([card["digest"], said, card.get("seen_through")]))
-    shown = {**said, "bounds": list(ends(model.bounds))}
+    identity = digest(canonical([card["digest"], properties, card.get("seen_through")]))
+    shown = {**properties, "bounds": list(ends(model.bounds))}
     parameters = sum(weight.numel() for weight in model.parameters())
     normalised = None if declared is None else declared.normalised
     if normalised is not None:
         shown["data_normalised"] = str(normalised)
     units = units_of_eps(model, normalised)
-    return Subject(model, known, {**card, "parameters": parameters, **shown}, (*notes, *units))
+    return Subject(model, identity, {**card, "parameters": parameters, **shown}, (*notes, *units))
 
 
 def opened_data(settings: AssessSettings, model: Classifier, *, lenient: bool = False) -> Data:
@@ -211,7 +212,8 @@ def opened_fit(
     elsewhere = settings.fit not in (None, settings.data)
     if not elsewhere and settings.split == "train":
         raise UsageError(
-            f"attacks are learned on the train split of {address!r}, which is judged; name others with --fit DATA"
+            f"attacks are fitted on the train split of {address!r}, which is also evaluated; give other examples with "
+            f"--fit DATA"
         )
     wanted = partial(
         open_data,
@@ -226,7 +228,7 @@ def opened_fit(
         if elsewhere:
             return wanted(expected=expected(settings, model))
         raise UsageError(
-            f"{address!r} has no train split to learn attacks on ({error}); name other examples with --fit DATA"
+            f"{address!r} has no train split to fit attacks on ({error}); give other examples with --fit DATA"
         ) from error
 
 
@@ -264,7 +266,7 @@ def order(
     claims = tuple(parse_gate(gate) for gate in settings.gates)
     if baseline is None and any(claim.versus for claim in claims):
         raise UsageError(
-            f"gate {next(c.text for c in claims if c.versus)!r} compares with a run; name it: --baseline RUN"
+            f"gate {next(c.text for c in claims if c.versus)!r} compares with another run; give it with --baseline RUN"
         )
     return AssessRequest(
         plan(settings, members, target),
@@ -300,7 +302,7 @@ def plan(
     in_ball = isinstance(threat.constraint, (Linf, L2, L1, L0))
     _refuse_strangers(members, settings, corrupting=corrupting)
     if settings.curve and not in_ball:
-        raise UsageError(f"{settings.threat} has no eps to draw a curve over; leave --curve out")
+        raise UsageError(f"{settings.threat} has no eps, which --curve needs; leave --curve out")
     probing: DoubtsWanted = "all" if name and in_ball else "free"
     selected = _selected(members, settings.only, settings.skip)
     left_out = [member.name for member in members if member not in selected]
@@ -331,9 +333,9 @@ def _adaptive(
         raise UsageError("adaptive attacks are chosen by the doubts that are raised; leave --no-doubts out")
     if smallest or corrupting:
         raise UsageError(
-            f"adaptive attacks need an eps and attacks within it, and this asks for "
-            f"{'the smallest change' if smallest else settings.threat}; leave --adaptive out, or choose a threat such "
-            f"as linf:8/255 and a suite such as {DEFAULT_SUITE}"
+            f"adaptive attacks need an eps, and "
+            f"{'the suite searches for the smallest change' if smallest else f'the threat is {settings.threat}'}; "
+            f"leave --adaptive out, or choose a threat such as linf:8/255 and a suite such as {DEFAULT_SUITE}"
         )
     return adaptive_members(threat.constraint)
 
@@ -348,7 +350,7 @@ def _refuse_endless(threat: ThreatModel, settings: AssessSettings, *, smallest: 
         norm = type(threat.constraint).__name__.lower()
         choose = "choose the suite minimum-norm, or " if threat.gives("gradients") else ""
         raise UsageError(
-            f"{settings.threat} has no eps, so it asks for the smallest change: {choose}give an eps, as in "
+            f"{settings.threat} has no eps, which means the smallest change: {choose}give an eps, as in "
             f"{norm}:{_USUAL[norm]}"
         )
 
@@ -363,7 +365,7 @@ def _refuse_strangers(members: Sequence[Member], settings: AssessSettings, *, co
             )
         if corrupting and not isinstance(member.attack, Corruption):
             raise UsageError(
-                f"{member.name} is no common corruption, and the threat is {settings.threat}; "
+                f"{member.name} is not a common corruption, and the threat is {settings.threat}; "
                 f"leave it out, or choose a threat such as linf:8/255"
             )
 
@@ -383,6 +385,6 @@ def device_of(name: str) -> str:
         raise UsageError(f"device is {name!r}; expected auto, cpu, cuda or cuda:1") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
-            f"device is {name!r}, but this machine shows {torch.cuda.device_count()} GPUs; use --device cpu"
+            f"device is {name!r}, but this machine has {torch.cuda.device_count()} GPUs; use --device cpu"
         )
     return name

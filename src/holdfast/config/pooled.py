@@ -20,7 +20,7 @@ from holdfast.store.pool import Pool
 _OWN = ("arch", "model_args", "bounds", "mean", "std", "model_output", "classes")
 """Settings that the manifest of a pool determines, so that the user may not give them."""
 _BARE = (
-    "the number is that of an attacker who holds the set that serves (A5), which rotation does not change; add "
+    "the robust accuracy is that under an attacker with the serving set (A5), which rotation does not change; add "
     "--adaptive for the table of attackers A0 to A6"
 )
 
@@ -46,7 +46,7 @@ def pool_of(address: str | None) -> Pool | None:
         return None
     path = address.removeprefix(ROTATING)
     if not path:
-        raise UsageError(f"{address!r} names no folder; give that of a pool, as in {ROTATING}pool/")
+        raise UsageError(f"{address!r} contains no folder; give that of a pool, as in {ROTATING}pool/")
     return Pool.held(Path(path))
 
 
@@ -67,12 +67,13 @@ def opened(settings: AssessSettings, said: Declared, asked: Remote) -> OpenedMod
 
 def refuse_code(pool: Pool, *, trust_code: bool) -> None:
     """Raise `UsageError` if a pool names code that is not trusted: its manifest is not a command line."""
-    known = said_of(pool)
+    settings = said_of(pool)
     for key in ("model", "arch"):
-        value = known.get(key)
+        value = settings.get(key)
         if value and ".py:" in str(value) and not trust_code:
             raise UsageError(
-                f"{str(pool.path)!r} names code ({key}: {value}), and a pool runs none by itself; add --trust-code"
+                f"{str(pool.path)!r} refers to code ({key}: {value}). Code from a pool is not run. If you trust it, "
+                f"add --trust-code"
             )
 
 
@@ -80,16 +81,14 @@ def _serving(address: str, pool: Pool, settings: AssessSettings) -> OpenedModel:
     """Return the serving set in the architecture that the pool names."""
     for key in _OWN:
         if key in settings.model_fields_set and getattr(settings, key):
-            raise UsageError(
-                f"{address!r} says itself what its model is like, and {key} was given; leave it out"
-            )
+            raise UsageError(f"the pool {address!r} determines {key}, and {key} was given; leave it out")
     now = pool.serving
     if now is None:
         waits = f"{len(pool.ahead)} admitted sets wait" if pool.ahead else "no admitted set waits"
         way = "swap" if pool.ahead else "admit"
         raise UsageError(
-            f"nothing serves in {str(pool.path)!r} ({waits}), and it is the set that serves that is assessed; let one "
-            f"serve: holdfast rotate {way} {pool.shown}"
+            f"no set serves in {str(pool.path)!r} ({waits}), and the serving set is the one that is assessed; let a "
+            f"set serve: holdfast rotate {way} {pool.shown}"
             + ("" if pool.ahead else f", then holdfast rotate swap {pool.shown}")
         )
     refuse_code(pool, trust_code=settings.trust_code)
@@ -103,29 +102,29 @@ def _serving(address: str, pool: Pool, settings: AssessSettings) -> OpenedModel:
 
 def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
     """Return the model with which the pool was created. Raises `TargetError` if it has changed."""
-    known, about = said_of(pool), pool.manifest["about"].get("model", {})
-    ends, names, normalised = (known.get(key) for key in ("bounds", "class_names", "data_normalised"))
+    created, about = said_of(pool), pool.manifest["about"].get("model", {})
+    ends, names, normalised = (created.get(key) for key in ("bounds", "class_names", "data_normalised"))
     bare = open_model(
-        str(known["model"]),
-        arch=known.get("arch"),
-        model_args=known.get("model_args"),
+        str(created["model"]),
+        arch=created.get("arch"),
+        model_args=created.get("model_args"),
         declared=Declared(
             None if ends in (None, [0.0, 1.0]) else Bounds(*ends),
-            known.get("mean"),
-            known.get("std"),
-            known.get("classes"),
-            known.get("model_output"),
+            created.get("mean"),
+            created.get("std"),
+            created.get("classes"),
+            created.get("model_output"),
             class_names=None if names is None else tuple(names),
             normalised=None if normalised is None else Normalisation(*(tuple(side) for side in normalised)),
         ),
         trust_code=trust_code,
     )
     for key in ("mean", "std", "classes"):
-        found = strict(getattr(bare.model, key))
-        if key in about and found != about[key]:
+        value = strict(getattr(bare.model, key))
+        if key in about and value != about[key]:
             raise TargetError(
-                f"{str(pool.path)!r} is of a model whose {key} is {about[key]}, and {known['model']} has {found}; "
-                f"bring that model back"
+                f"the model of {str(pool.path)!r} had {key} {about[key]}, and {created['model']} has {value}; "
+                f"restore the earlier model"
             )
     return bare
 
@@ -133,10 +132,10 @@ def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
 def said_of(pool: Pool) -> Mapping[str, Any]:
     """Return the settings with which a pool was created. Raises `UsageError` if it has none."""
     refuse_form(pool.path / POOL_MANIFEST, pool.manifest, _MANIFEST)
-    known: Mapping[str, Any] = pool.manifest["about"].get("settings", {})
-    if not known.get("model"):
+    settings: Mapping[str, Any] = pool.manifest["about"].get("settings", {})
+    if not settings.get("model"):
         raise UsageError(
-            f"{str(pool.path)!r} does not say which model its sets are of, as one begun from Python; begin one with "
+            f"{str(pool.path)!r} contains no address of its model, because it was created in Python; create one with "
             f"holdfast rotate collect, or assess rotation.loaded(model, pool.weights(name), name)"
         )
-    return known
+    return settings

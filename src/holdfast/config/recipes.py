@@ -26,13 +26,13 @@ def refuse_unheld(threat: ThreatModel) -> None:
     constraint = threat.constraint
     if not isinstance(constraint, (Linf, L2, L1)):
         raise UsageError(
-            f"recipes make a model hold under linf, l2 and l1, and the threat is {type(constraint).__name__.lower()}; "
+            f"recipes train for the threats linf, l2 and l1, and the threat is {type(constraint).__name__.lower()}; "
             f"choose one of those, as in --threat linf:8/255"
         )
     if threat.goal is not None:
         raise UsageError(
-            f"recipes make a model hold against any other class, and the goal is {threat.goal}; leave goal= out, and "
-            f"assess the new model under it"
+            f"recipes train against attacks without a target class, and the goal is class {threat.goal}; leave goal= "
+            f"out, and assess the new model with it"
         )
 
 
@@ -41,19 +41,23 @@ def candidates(spec: Mapping[str, Any], model: nn.Module, shape: tuple[int, ...]
     first.
     """
     if spec["use"] == CARD:
-        raise UsageError("recipe card is for rotate, which trains as the model was; name a recipe, or auto")
+        raise UsageError(
+            "recipe card is for rotate, which trains as the model was trained; name a recipe, or auto"
+        )
     if spec["use"] != AUTO:
         return (_candidate(spec),)
-    told = {key: value for key, value in spec.items() if key != "use"}
-    others = [key for key in told if key != "training"]
+    given_settings = {key: value for key, value in spec.items() if key != "use"}
+    others = [key for key in given_settings if key != "training"]
     if others:
         raise UsageError(
-            f"recipe auto chooses among several, so it has no setting {others[0]!r}; name the recipe that has it, or "
-            f"set what all have, as in --set recipe.training.batch=64"
+            f"recipe auto selects one of several recipes, so it has no setting {others[0]!r}; name the recipe that has "
+            f"it, or give a setting that all have, as in --set recipe.training.batch=64"
         )
     return tuple(
-        _candidate({"use": name, **more, "training": {**training, **told.get("training", {})}}, least)
-        for name, least, more, training in _ladder(shape, model, told.get("training", {}))
+        _candidate(
+            {"use": name, **more, "training": {**training, **given_settings.get("training", {})}}, least
+        )
+        for name, least, more, training in _ladder(shape, model, given_settings.get("training", {}))
     )
 
 
@@ -90,8 +94,8 @@ def build_recipe(spec: Mapping[str, Any]) -> Recipe:
     if name not in RECIPES:  # the name is from a card; other settings were validated before
         raise UsageError(f"there is no recipe {name!r}{nearest(name, RECIPES)}; name one with --recipe")
     cls = getattr(catalogue, RECIPES[name].cls)
-    said = {**RECIPES[name].settings, **{key: value for key, value in spec.items() if key != "use"}}
-    recipe: Recipe = built(cls, said, f"recipe {name}", "recipe")
+    settings = {**RECIPES[name].settings, **{key: value for key, value in spec.items() if key != "use"}}
+    recipe: Recipe = built(cls, settings, f"recipe {name}", "recipe")
     return recipe
 
 
@@ -101,7 +105,7 @@ def built(cls: type[Made], said: Mapping[str, Any], where: str, key: str) -> Mad
     for field in written_fields(cls):
         if field.default is field.default_factory is MISSING and field.name not in checked:
             raise UsageError(
-                f"{where} needs {field.name}, and none was given; say --set {key}.{field.name}=VALUE"
+                f"{where} needs {field.name}, and none was given; add --set {key}.{field.name}=VALUE"
             )
     return cls(**checked)
 
@@ -156,5 +160,5 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
             return {f.name: plain(getattr(value, f.name)) for f in written_fields(type(value))}
         return getattr(value, "__name__", value) if callable(value) else value
 
-    found: dict[str, Any] = plain(recipe)
-    return found
+    values: dict[str, Any] = plain(recipe)
+    return values

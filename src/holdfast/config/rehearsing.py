@@ -18,10 +18,10 @@ from holdfast.verbs.stored_runs import open_run
 def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
     """Run the first `n` examples without storing anything. Returns the result and the total number of examples."""
     subject, data, surrogates = ordering.opened(settings)
-    asked = ordering.order(settings, baseline=_baseline(settings), target=subject.model.access)
-    fit = ordering.opened_fit(settings, subject.model, asked.plan)
+    planned = ordering.order(settings, baseline=_baseline(settings), target=subject.model.access)
+    fit = ordering.opened_fit(settings, subject.model, planned.plan)
     across = ordering.opened_across(settings, subject.model)
-    order = replace(asked, gates=(), workers=None, fit=fit, surrogates=surrogates, across=across)
+    order = replace(planned, gates=(), workers=None, fit=fit, surrogates=surrogates, across=across)
     few = selected(data, n=min(n, len(data)), sample=None, seed=settings.seed)
     return assessing.assess(subject, few, order), len(data)
 
@@ -31,7 +31,9 @@ def rehearse_served(settings: AssessSettings) -> Rehearsed:
     subject = ordering.opened_subject(settings)
     sent = look_at(subject.model)
     if sent is None:
-        raise UsageError(f"{settings.model} is no model behind a server; it is rehearsed on a few examples")
+        raise UsageError(
+            f"{settings.model} is not a model behind a server; its cost is estimated on a few examples"
+        )
     surrogates = ordering.opened_surrogates(settings, subject.model)
     data = ordering.opened_data(settings, subject.model)
     subject = expecting.fitting(subject, surrogates, data)

@@ -30,7 +30,8 @@ def terms(settings: RotateSettings) -> RotateRequest:
     """Return the terms of the settings. Raises `UsageError` and `TargetError`."""
     if settings.n or settings.sample:
         raise UsageError(
-            "sets are trained on all of the train split, of which a fifth judges them; leave -n and --sample out"
+            "sets are trained on the whole train split, of which a fifth is held out to judge them; leave -n and "
+            "--sample out"
         )
     subject, training, _, test = hardening.opened(settings)
     model = subject.model
@@ -38,7 +39,7 @@ def terms(settings: RotateSettings) -> RotateRequest:
     refuse_unheld(threat)
     if getattr(threat.constraint, "eps", None) == 0:
         raise UsageError(
-            f"threat {settings.threat} changes nothing, so no set could be judged; give an eps above 0"
+            f"threat {settings.threat} allows no change, so no set could be judged; give an eps above 0"
         )
     device = ordering.device_of(settings.device)
     name = settings.fit or settings.data or ""
@@ -67,20 +68,20 @@ def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
     manifest raise `UsageError`.
     """
     refuse_code(pool, trust_code=settings.trust_code)
-    known = said_of(pool)
-    said = {**known, "device": settings.device, "trust_code": settings.trust_code}
-    told = {key: value for key, value in said.items() if value is not None}
-    opening = check(told, str(pool.path), kind=RotateSettings)
+    created = said_of(pool)
+    said = {**created, "device": settings.device, "trust_code": settings.trust_code}
+    present = {key: value for key, value in said.items() if value is not None}
+    opening = check(present, str(pool.path), kind=RotateSettings)
     for key in _OPENING:
         mine, own = getattr(settings, key), getattr(opening, key)
         if key in settings.model_fields_set and mine != own:
             raise UsageError(
-                f"{key} is {own} in {str(pool.path)!r}, which goes by that, and {mine} was given; leave it out, or "
-                f"begin another pool with holdfast rotate collect"
+                f"{key} is {own} in {str(pool.path)!r}, and {mine} was given; leave it out, or create another pool "
+                f"with holdfast rotate collect"
             )
-    found = terms(opening)
-    found.refuse_other(pool)
-    return found
+    reopened_terms = terms(opening)
+    reopened_terms.refuse_other(pool)
+    return reopened_terms
 
 
 def _candidate(settings: RotateSettings) -> Candidate:
@@ -88,18 +89,19 @@ def _candidate(settings: RotateSettings) -> Candidate:
     spec = dict(settings.recipe)
     if spec["use"] == AUTO:
         raise UsageError(
-            "recipe auto chooses for one training, and the sets of a pool are trained alike; name a recipe, or card"
+            "recipe auto selects a recipe for a single training, and all sets of a pool have the same one; name a "
+            "recipe, or card"
         )
     if spec["use"] == CARD:
         card = trained_by(str(settings.model)) or {"use": "standard"}
-        said = {key: value for key, value in spec.items() if key != "use"}
-        training = {**card.get("training", {}), **said.pop("training", {})}
-        spec = {**card, **said, **({"training": training} if training else {})}
+        given_settings = {key: value for key, value in spec.items() if key != "use"}
+        training = {**card.get("training", {}), **given_settings.pop("training", {})}
+        spec = {**card, **given_settings, **({"training": training} if training else {})}
     recipe = build_recipe(spec)
     if settings.budget is not None and "epochs" in settings.recipe.get("training", {}):
         raise UsageError(
             f"recipe.training.epochs is {settings.recipe['training']['epochs']}, and the budget is {settings.budget}, "
-            f"which sets them; give one of both"
+            f"which determines them; give only one of both"
         )
     return Candidate(str(spec["use"]), recipe, settings_of(recipe))
 
@@ -113,9 +115,9 @@ def source(settings: RotateSettings) -> Source:
     """Return the source of the parameter sets."""
     spec = settings.source
     name = str(spec["use"])
-    said = {key: value for key, value in spec.items() if key != "use"}
-    found: Source = built(getattr(rotation, SOURCES[name]), said, f"source {name}", "source")
-    return found
+    settings_of_source = {key: value for key, value in spec.items() if key != "use"}
+    chosen: Source = built(getattr(rotation, SOURCES[name]), settings_of_source, f"source {name}", "source")
+    return chosen
 
 
 def codec(settings: RotateSettings) -> Codec:
@@ -135,8 +137,8 @@ def immunise(settings: RotateSettings) -> Immunise:
 
 def triggers(settings: RotateSettings) -> tuple[Trigger, ...]:
     """Return the triggers of swaps."""
-    found: list[Trigger] = []
+    parsed: list[Trigger] = []
     for text in settings.every:
         kind, size = parse_every(text)
-        found.append(AnswersPerPrincipal(int(size)) if kind == "answers" else Elapsed(size))
-    return tuple(found)
+        parsed.append(AnswersPerPrincipal(int(size)) if kind == "answers" else Elapsed(size))
+    return tuple(parsed)

@@ -27,7 +27,7 @@ def schema() -> dict[str, Any]:
     content = RotateSettings.model_json_schema()
     content["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     content["title"] = "holdfast.yaml"
-    content["description"] = "All settings of the verbs; each verb takes those that concern it."
+    content["description"] = "All settings of the commands; each command uses those that apply to it."
     content["$defs"] = {
         **content.pop("$defs"),
         "attack": {"oneOf": [_tagged(n, c, {}) for n, c in attack_names().items()]},
@@ -45,7 +45,7 @@ def schema() -> dict[str, Any]:
     ]
     properties["suite"] = {**properties["suite"], "anyOf": [*suites, {"type": "null"}]}
     properties["recipe"] = {
-        "description": f"{recipe}; rotate takes `card`, that of the model's card, and not auto",
+        "description": f"{recipe}; rotate accepts `card`, the recipe of the model's card, instead of auto",
         "anyOf": [{"enum": [AUTO, CARD, *RECIPES]}, {"$ref": "#/$defs/recipe"}],
     }
     properties["source"] = {

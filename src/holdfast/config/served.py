@@ -31,10 +31,11 @@ def refuse_unserved(settings: AssessSettings, model: Classifier) -> None:
         return
     if settings.max_queries is not None:
         raise UsageError(
-            f"max_queries is {settings.max_queries}, which limits the rows that a served model is sent, and this model "
-            "is behind no server; a threat such as linf:8/255,queries=1000 limits queries, for each example and attack"
+            f"max_queries is {settings.max_queries}, which limits the rows sent to a server, and this model is not "
+            "behind a server; a threat such as linf:8/255,queries=1000 limits the queries of each attack on each "
+            "example"
         )
     if settings.keep_answers:
         raise UsageError(
-            "keep_answers keeps the answers of a server, and this model is behind none; leave it out"
+            "keep_answers keeps the answers of a server, and this model is not behind a server; leave it out"
         )

@@ -40,151 +40,159 @@ class AssessSettings(BaseModel):
     )
     data: str | None = Field(
         None,
-        description="a bundled or catalogue name, an .npz, .csv or .parquet file, or a folder of class folders",
+        description="a bundled or catalogue name, an .npz, .csv or .parquet file, or a folder with one folder of "
+        "images for each class",
     )
     arch: str | None = Field(
         None, description="architecture of a state dict: a catalogue name or file.py:factory"
     )
-    model_args: dict[str, str] = Field(default_factory=dict, description="arguments of the factory")
+    model_args: dict[str, str] = Field(
+        default_factory=dict, description="arguments of the factory in file.py:factory"
+    )
     input_shape: values.InputShape | None = Field(
         None,
-        description="sizes of one example without the batch, as in 3,224,224, where an .onnx file leaves them free",
+        description="sizes of one example without the batch, as in 3,224,224, if an .onnx file does not fix them",
     )
     bounds: values.Numbers = Field(
         (0.0, 1.0), description="lowest and highest legal input", min_length=2, max_length=2
     )
     mean: values.Numbers | None = Field(
-        None, description="subtracted from the input inside the model, one number a channel"
+        None, description="subtracted from the input inside the model, one number per channel"
     )
     std: values.Numbers | None = Field(
-        None, description="divides the input inside the model, one number a channel"
+        None, description="divides the input inside the model, one number per channel"
     )
     data_normalised: values.Normalised | None = Field(
         None,
-        description="MEAN/STD by which the data were normalised, one number a channel: it is undone, so that eps is in "
-        "pixels, and the model gets normalised input again",
+        description="MEAN/STD by which the data were normalised, one number per channel; it is undone, so that eps is "
+        "in pixels, and the model normalises its input instead",
     )
     layout: Literal["chw", "hwc", "asis"] | None = Field(
         None,
-        description="axes of the stored arrays: channels first, channels last, or given to the model as they are; "
-        "without it the model decides",
+        description="axes of the stored arrays: chw (channels first), hwc (channels last), or asis (unchanged); by "
+        "default determined with the model",
     )
     model_output: Literal["logit", "probability"] | None = Field(
-        None, description="what the model returns; needed for one number an example from 0 to 1"
+        None,
+        description="what the model returns: logit or probability; required for one number per example from 0 to 1",
     )
-    classes: values.Classes | None = Field(None, description="number of classes, to be checked")
+    classes: values.Classes | None = Field(None, description="expected number of classes")
     class_names: values.ClassNames | None = Field(
         None,
-        description="names of the model's classes in the order of its outputs, or @FILE with one a line: class folders "
-        "and text labels are matched with them",
+        description="names of the model's classes in the order of its outputs, or @FILE with one per line; class "
+        "folders and text labels are matched with them",
     )
     class_order: Literal["lexical", "numeric"] | None = Field(
         None,
-        description="how class folders and text labels were numbered in training, where no names are given",
+        description="order by which class folders and text labels were numbered in training, if no names are given",
     )
     allow_hosts: values.Names = Field(
-        default_factory=list, description="servers that a URL may name, each HOST or HOST:PORT"
+        default_factory=list, description="servers to which requests may be sent, each HOST or HOST:PORT"
     )
     headers: list[values.Header] = Field(
-        default_factory=list, description="sent to the server, each `NAME: env:VARIABLE`"
+        default_factory=list, description="headers of requests to the server, each `NAME: env:VARIABLE`"
     )
     http_request: str | None = Field(
         None,
-        description="JSON that asks a server, $x being the rows, or $x_one one example without a batch axis "
-        "($x_last and $x_one_last: channels last); without it the Open Inference Protocol",
+        description="JSON of a request to the server, with $x for the rows, or $x_one for one example without a batch "
+        "axis ($x_last and $x_one_last: channels last); by default the Open Inference Protocol",
     )
     http_response: str | None = Field(
         None,
-        description="where the answer holds scores or classes, as in predictions or rows.*.scores; "
-        "else an output's name",
+        description="path of the scores or classes in the JSON of an answer, as in predictions or rows.*.scores; in "
+        "the Open Inference Protocol the name of an output",
     )
     http_labels: bool = Field(
-        False, description="the answer holds one class a row, its number or its name, and no scores"
+        False, description="answers contain one class per row, as a number or a name, instead of scores"
     )
-    http_max_rows: values.Positive = Field(64, description="rows of one request to a server at most")
-    http_timeout: values.Timeout = Field("30s", description="how long a server may take to answer")
+    http_max_rows: values.Positive = Field(64, description="maximum number of rows in a request")
+    http_timeout: values.Timeout = Field("30s", description="maximum time for an answer")
     http_retries: values.Whole = Field(
-        5, description="how often a request that failed temporarily is sent again"
+        5, description="number of retries of a request that failed temporarily"
     )
-    http_concurrency: values.Positive = Field(
-        1, description="requests to a server that are under way at once, at most"
-    )
-    http_rate: values.Rate | None = Field(
-        None, description="requests to a server in a time, at most, as in 4/s or 100/min"
-    )
+    http_concurrency: values.Positive = Field(1, description="maximum number of simultaneous requests")
+    http_rate: values.Rate | None = Field(None, description="maximum rate of requests, as in 4/s or 100/min")
     max_queries: values.Positive | None = Field(
-        None, description="rows that a server is sent, at most: then the run stops, and goes on by --resume"
+        None,
+        description="maximum number of rows sent to a server; then the run stops, and --resume continues it",
     )
     on_refused: Literal["reject", "stop"] = Field(
         "reject",
         description="an attacked input that a server refuses (400, 422) counts as rejected, or stops the run",
     )
-    keep_answers: bool = Field(
-        False, description="keep the answers of a server in the run folder after the run"
-    )
+    keep_answers: bool = Field(False, description="keep the server's answers in the run folder after the run")
     split: str | None = Field(None, description="train or test, or a value of a table's split column")
     label: str | None = Field(None, description="label column of a table")
-    x: str | None = Field(None, description="array of an .npz file that holds the inputs")
-    y: str | None = Field(None, description="array of an .npz file that holds the labels")
-    drop: list[str] = Field(default_factory=list, description="columns of a table that are no features")
+    x: str | None = Field(None, description="name of the array of inputs in an .npz file")
+    y: str | None = Field(None, description="name of the array of labels in an .npz file")
+    drop: list[str] = Field(default_factory=list, description="columns of a table that are not features")
     fit: str | None = Field(
         None,
-        description="other examples to learn attacks on, or to train on in harden: an address, else the train split",
+        description="address of other examples to fit attacks on, or to train on in harden; by default the train split",
     )
     across: list[str] = Field(
         default_factory=list,
-        description="other data of the same shape, which changes are carried to and from",
+        description="other data of the same shape, to and from which perturbations are transferred",
     )
     transform: values.Transform | None = Field(
         None,
-        description="random changes that inputs are seen through, as in rotate=15,scale=0.1,brightness=0.2",
+        description="random transformations of inputs before the model, as in rotate=15,scale=0.1,brightness=0.2",
     )
     n: values.Positive | None = Field(None, description="use the first N examples")
-    sample: values.Positive | None = Field(None, description="use a seeded sample of N examples")
+    sample: values.Positive | None = Field(
+        None, description="use a random sample of N examples, determined by the seed"
+    )
     threat: values.Threat = Field(
-        "linf:8/255", description="what the adversary may do, as in linf:8/255,queries=1000"
+        "linf:8/255", description="what the attacker may change and use, as in linf:8/255,queries=1000"
     )
     surrogates: list[values.Surrogate] = Field(
         default_factory=list,
-        description="models of the attacker's own, each an address or `model: ADDRESS` with arch, mean, std, skip",
+        description="surrogate models of the attacker, each an address or `model: ADDRESS` with arch, mean, std, skip",
     )
     suite: values.SuiteSpec | None = Field(
         None,
-        description="a named list of attacks, or names of attacks, as in [pgd, square]; fast, unless attacks are "
-        "listed (transfer where access is none)",
+        description="a suite, or names of attacks, as in [pgd, square]; by default fast (transfer if access is none), "
+        "unless attacks are listed",
     )
     attacks: list[dict[str, Any]] | None = Field(
-        None, min_length=1, description="attacks of your own, each `use: NAME` with its settings"
+        None, min_length=1, description="attacks with settings, each `use: NAME` and its settings"
     )
     only: values.Names = Field(default_factory=list, description="attacks of the suite to run, by name")
     skip: values.Names = Field(default_factory=list, description="attacks of the suite to leave out, by name")
     gates: list[values.Gate] = Field(
-        default_factory=list, description='claims to be judged, as in "robust_accuracy >= 0.40"'
+        default_factory=list, description='conditions on metrics, as in "robust_accuracy >= 0.40"'
     )
-    baseline: str | None = Field(None, description="run folder that `vs baseline` gates compare with")
+    baseline: str | None = Field(None, description="run folder with which `vs baseline` gates compare")
     accept_doubts: values.Reasons = Field(
-        default_factory=dict, description="doubts that a person answers for, each with a reason"
+        default_factory=dict, description="raised doubts that are accepted, each with a reason"
     )
-    curve: bool = Field(False, description="also measure accuracy against eps, with minimum-norm attacks")
-    full: bool = Field(False, description="run every attack on every example, standing or not")
-    doubts: bool = Field(True, description="probe for reasons why the number may flatter the model")
+    curve: bool = Field(
+        False, description="also measure robust accuracy as a function of eps, with minimum-norm attacks"
+    )
+    full: bool = Field(
+        False, description="run every attack on every example, even if an earlier one broke it"
+    )
+    doubts: bool = Field(True, description="test for reasons why the robust accuracy may be too high")
     adaptive: bool = Field(
         False,
-        description="attack once more in the ways that raised doubts or a detector call for (BPDA, EOT, search)",
+        description="also run adaptive attacks, chosen by the raised doubts and for a detector (BPDA, EOT, search)",
     )
-    save_adversarial: bool = Field(False, description="keep every successful input in the run folder")
+    save_adversarial: bool = Field(False, description="store all adversarial examples in the run folder")
     time_budget: values.TimeBudget | None = Field(
-        None, description="stop attacking after this long, as in 10min"
+        None, description="stop attacking after this time, as in 10min"
     )
-    batch_size: values.Positive | None = Field(None, description="examples that go through the model at once")
+    batch_size: values.Positive | None = Field(
+        None, description="number of examples in one call of the model"
+    )
     workers: values.Positive | None = Field(
-        None, description="processes that share the work out among them, each on one thread"
+        None, description="number of processes that share the work, each with one thread"
     )
-    seed: values.Whole = Field(0, description="seed of every random draw")
+    seed: values.Whole = Field(0, description="seed of all random numbers")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
-    trust_code: bool = Field(False, description="let model files run code that they bring along")
+    trust_code: bool = Field(False, description="allow model files to run the code that they contain")
     output: list[str] = Field(
-        default_factory=list, description="reports to write, by suffix: .html .json .xml .sarif .md .csv"
+        default_factory=list,
+        description="report files, in the format of their suffix: .html .json .xml .sarif .md .csv",
     )
 
 
@@ -193,14 +201,14 @@ class HardenSettings(AssessSettings):
 
     recipe: values.RecipeSpec = Field(
         default_factory=lambda: {"use": "auto"},
-        description="how to train: a name, `auto` to have it chosen, or `use: NAME` with its settings",
+        description="training method: a name, `auto` to have one selected, or `use: NAME` with its settings",
     )
     budget: values.Budget | None = Field(
-        None, description="time for the training, as in 10min; without it the epochs of the recipe"
+        None, description="time for the training, as in 10min; by default the epochs of the recipe"
     )
     unlabelled: str | None = Field(
         None,
-        description="other examples whose labels are not looked at, for vat: an address with a train split",
+        description="additional examples whose labels are not used, for vat: an address with a train split",
     )
 
 
@@ -209,29 +217,30 @@ class RotateSettings(HardenSettings):
 
     recipe: values.SetsRecipeSpec = Field(
         default_factory=lambda: {"use": CARD},
-        description="how sets are trained: a name, `card` for that of the model's card (else standard), or `use: NAME` "
-        "with its settings",
+        description="training method of the sets: a name, `card` for that of the model's card (else standard), or "
+        "`use: NAME` with its settings",
     )
     source: values.SourceSpec = Field(
         default_factory=lambda: {"use": "basins"},
-        description="where sets come from: basins, seeds, trajectory, subset, low-rank, or `use: NAME` with settings",
+        description="method that collects sets: basins, seeds, trajectory, subset, low-rank, or `use: NAME` with "
+        "settings",
     )
     begins: Literal["he", "own"] = Field(
         "he",
-        description="how weights of a run of its own are drawn: as large as He has it, or by each layer's rule",
+        description="initial weights of an independent training: he (He initialisation) or own (that of each layer)",
     )
     codec: dict[str, Any] = Field(default_factory=dict, description="settings of the codec")
     generator: dict[str, Any] = Field(default_factory=dict, description="settings of the latent diffusion")
     immunise: dict[str, Any] = Field(
-        default_factory=dict, description="settings of the training against exposed sets"
+        default_factory=dict, description="settings of the training against examples computed on stolen sets"
     )
     every: list[values.Every] = Field(
         default_factory=list, description="when to swap, as in 50q/principal or 24h"
     )
-    keep: values.Positive = Field(8, description="admitted sets that are made ahead")
+    keep: values.Positive = Field(8, description="number of admitted sets that wait")
     judged: values.Positive = Field(
         2000,
-        description="held-out examples that a set is judged on at first; twice as many where that is unclear",
+        description="number of held-out examples on which a set is judged first; twice as many while a gate is unclear",
     )
 
 
@@ -255,20 +264,20 @@ def read(
     The file may be shared by all verbs: settings of other verbs are validated and left out. `flags` are the names of
     the overrides for messages.
     """
-    said = {} if path is None else load(path)
-    refuse_consent(said, str(path))
-    content = _for(said, str(path), kind)
-    given = {key: value for key, value in overrides.items() if value is not None}
-    put_in = pairs(sets, "--set")
-    spoken = {key.partition(".")[0]: f"--set {key.partition('.')[0]}" for key in put_in}
+    loaded = {} if path is None else load(path)
+    refuse_consent(loaded, str(path))
+    content = _for(loaded, str(path), kind)
+    overriding = {key: value for key, value in overrides.items() if value is not None}
+    assignments = pairs(sets, "--set")
+    spoken = {key.partition(".")[0]: f"--set {key.partition('.')[0]}" for key in assignments}
     refuse_consent(spoken, "--set")
-    spoken |= {key: flags.get(key, key) for key in given}
+    spoken |= {key: flags.get(key, key) for key in overriding}
     for key, rival in _RIVALS:
         if key in spoken and rival in content and rival not in spoken:
             check({rival: content.pop(rival)}, str(path), kind=kind)
-    for key, value in put_in.items():
+    for key, value in assignments.items():
         put(content, key, parsed(value, f"--set {key}"))
-    content |= given
+    content |= overriding
     settings = check(content, "" if path is None else str(path), spoken, kind=kind)
     refuse_unknown(settings.suite, settings.attacks, settings.threat, settings.only, settings.skip)
     return settings
@@ -295,13 +304,15 @@ def load(path: Path) -> dict[str, Any]:
             text = file.read(MAX_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise TargetError(
-            f"cannot read the configuration {str(path)!r}: {error}; make one with holdfast init"
+            f"cannot read the configuration {str(path)!r}: {error}; write one with holdfast init"
         ) from error
     content = parsed(text, str(path))
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UsageError(f"{path} holds a {type(content).__name__}; expected keys such as model: and data:")
+        raise UsageError(
+            f"{path} contains a {type(content).__name__}; expected keys such as model: and data:"
+        )
     return content
 
 
@@ -313,13 +324,13 @@ def put(content: dict[str, Any], path: str, value: Any) -> None:
         try:
             place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
         except (IndexError, ValueError, AttributeError):
-            raise UsageError(f"--set {path}: there is no {parent!r} to set something in") from None
+            raise UsageError(f"--set {path}: there is no entry {parent!r}") from None
     if isinstance(place, list) and last in map(str, range(len(place))):
         place[int(last)] = value
     elif isinstance(place, dict):
         place[last] = value
     else:
-        raise UsageError(f"--set {path}: {last!r} is no place in {type(place).__name__}")
+        raise UsageError(f"--set {path}: {last!r} is not an entry of a {type(place).__name__}")
 
 
 def check(
@@ -333,16 +344,16 @@ def check(
 
     The message begins with `where`, the source of the content, except for keys that a person gave as `spoken`.
     """
-    known = kind.model_fields
+    fields = kind.model_fields
     prefix = f"{where}: " if where else ""
     for key in content:
-        if key not in known:
-            raise UsageError(f"{prefix}unknown key {key!r}{nearest(str(key), known)}")
-    said = content.get("suite")
-    if said is not None and not values.is_suite(said):
+        if key not in fields:
+            raise UsageError(f"{prefix}unknown key {key!r}{nearest(str(key), fields)}")
+    suite = content.get("suite")
+    if suite is not None and not values.is_suite(suite):
         way_out = "list attacks with settings under attacks:, as in [{use: PGD, steps: 100}]"
         raise UsageError(
-            f"{prefix}suite is {said!r}; expected a name, or names as in [pgd, square]; {way_out}"
+            f"{prefix}suite is {suite!r}; expected a name, or names as in [pgd, square]; {way_out}"
         )
     try:
         settings = kind.model_validate(dict(content))
@@ -360,7 +371,7 @@ def check(
     if settings.data_normalised is not None and (settings.mean is not None or settings.std is not None):
         raise UsageError(
             f"{prefix}give data_normalised, for data that were normalised beforehand, or mean and std, for data that "
-            "are pixels and a model that wants normalised input, not both"
+            "are pixels and a model that expects normalised input, not both"
         )
     if not settings.bounds[0] < settings.bounds[1] or not all(map(math.isfinite, settings.bounds)):
         way_out = "give two numbers, the lower first, as in 0,1"

@@ -74,14 +74,14 @@ def attack_called(name: str) -> str:
 
     Raises `UsageError`, with the most similar name, if there is none.
     """
-    known = _attacks()
-    found = known.get(folded(name))
+    canonical = _attacks()
+    found = canonical.get(folded(name))
     if found is not None:
         return found
     if folded(name) in map(folded, ADAPTIVE):
         raise UsageError(
-            f"{name} is an attack that adaptive (on the command line --adaptive) adds where a doubt calls for it, and "
-            "cannot be named by itself"
+            f"{name} is an attack that adaptive (on the command line --adaptive) adds depending on the raised doubts, "
+            "and it cannot be named directly"
         )
     near = suggestion(name, every_name())
     raise UsageError(f"there is no attack {name!r}{f'; {near}' if near else nearest(name, _plain())}")
@@ -93,8 +93,8 @@ def attack_class_called(name: str) -> str:
     if found in VARIANTS:
         of = VARIANTS[found]
         raise UsageError(
-            f"{found} is the name that suites give to {of} with settings of its own; name {of} with settings (see "
-            f"holdfast attacks {of}), or name it without any, as in suite: [{found}]"
+            f"{found} is the name of {of} with certain settings in suites; name {of} to give settings (see holdfast "
+            f"attacks {of}), or name {found} without settings, as in suite: [{found}]"
         )
     return found
 
@@ -106,13 +106,15 @@ def suite_or_attacks(names: Iterable[str]) -> str | tuple[str, ...]:
     """
     named = [name.strip() for each in names for name in each.split(",") if name.strip()]
     if not named:
-        raise UsageError("suite names nothing; expected a suite, as in fast, or attacks, as in pgd,square")
+        raise UsageError("suite is empty; expected a suite, as in fast, or attacks, as in pgd,square")
     if len(named) == 1:
         (alone,) = named
         suite = suite_called(alone)
         if suite is None and folded(alone) not in _attacks() and folded(alone) not in map(folded, ADAPTIVE):
             near = suggestion(alone, (*MEMBERS, *_plain()))
-            known = f"there are the suites {', '.join(MEMBERS)}, and the attacks that holdfast attacks lists"
+            known = (
+                f"expected one of the suites {', '.join(MEMBERS)}, or an attack that holdfast attacks lists"
+            )
             raise UsageError(f"suite is {alone!r}; {near or known}")
         return suite or (attack_called(alone),)
     return tuple(attack_listed(name) for name in named)
@@ -122,15 +124,16 @@ def attack_listed(name: str) -> str:
     """Return the canonical name of an attack in a list. Raises `UsageError` for a suite, which cannot be in a list."""
     if is_suite_only(name):
         raise UsageError(
-            f"{name} is a suite, and stands alone; leave the other names out, or list attacks, as in pgd,square"
+            f"{name} is a suite, which cannot be combined with other names; leave them out, or list attacks, as in "
+            f"pgd,square"
         )
     return attack_called(name)
 
 
 def norms_of(name: str) -> tuple[Norm, ...]:
     """Norms for which a suite has an attack with that name."""
-    found = (norm for by_norm in MEMBERS.values() for norm, names in by_norm.items() if name in names)
-    return tuple(dict.fromkeys(found))
+    norms = (norm for by_norm in MEMBERS.values() for norm, names in by_norm.items() if name in names)
+    return tuple(dict.fromkeys(norms))
 
 
 def suites_of(name: str) -> tuple[str, ...]:

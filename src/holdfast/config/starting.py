@@ -13,24 +13,24 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.reports.write import check as check_place
 
 _TEMPLATE = """\
-# What `holdfast assess --config holdfast.yaml` does. Every key is also a flag and an argument of holdfast.assess;
-# flags are stronger than this file. Check it with: holdfast validate holdfast.yaml
+# Settings of `holdfast assess --config holdfast.yaml`. Every key is also a flag and an argument of holdfast.assess.
+# Flags take precedence over this file. Check it with: holdfast validate holdfast.yaml
 schema_version: 1
 
 model: {model}        # a bundled name, file.py:factory, a model file (.pt, .onnx, .skops, …), or a URL
 data: {data}          # a bundled or catalogue name, .npz, .csv, .parquet, or a folder of class folders
 n: 200                   # the first 200 examples; leave out for all of them
 
-threat: "linf:0.2"       # what an attacker may change: linf, l2, l1 or l0, and how much of it
-suite: fast              # for every day; standard is the composition of AutoAttack
+threat: "linf:0.2"       # what an attacker may change: linf, l2, l1 or l0, and the maximum size
+suite: fast              # the default; standard has the attacks of AutoAttack
 gates:
   - "clean_accuracy >= 0.95"
   - "robust_accuracy >= 0.50"
 
-# mean: [0.1307]         # preprocessing belongs to the model: it is differentiated through
+# mean: [0.1307]         # preprocessing is part of the model, so that gradients pass through it
 # std: [0.3081]
-# curve: true            # accuracy against eps
-# attacks:               # a list of your own instead of a suite
+# curve: true            # robust accuracy as a function of eps
+# attacks:               # attacks with settings instead of a suite
 #   - {{use: PGD, steps: 100, restarts: 5}}
 output: [report.html, junit.xml]
 seed: 0
@@ -65,7 +65,7 @@ def init(
     """Write a commented configuration. An existing file is kept unless `force`."""
     place = Path(path)
     if place.exists() and not force:
-        raise UsageError(f"{place} is there already; give another name, or --force to write over it")
+        raise UsageError(f"{place} exists already; give another name, or --force to overwrite it")
     try:
         place.write_text(_TEMPLATE.format(model=json.dumps(model), data=json.dumps(data)), encoding="utf-8")
     except OSError as error:
@@ -81,7 +81,7 @@ def validate(path: str | Path = "holdfast.yaml") -> HardenSettings:
     """
     if not load(Path(path)):
         raise UsageError(
-            f"{path} holds no key; expected some such as model: and data:, as holdfast init writes"
+            f"{path} contains no keys; expected keys such as model: and data:, as holdfast init writes them"
         )
     settings = read(Path(path), {}, kind=HardenSettings)
     for output in settings.output:

@@ -44,7 +44,7 @@ def _fractions(value: object) -> object:
 def _normalised(value: object) -> object:
     """Parse mean and standard deviation, from `0.49,0.48/0.25,0.24` or a pair of numbers or lists of numbers."""
     expected = (
-        "expected MEAN/STD, one number a channel, with a positive STD, as in 0.49,0.48,0.45/0.25,0.24,0.26 "
+        "expected MEAN/STD, one number per channel, with a positive STD, as in 0.49,0.48,0.45/0.25,0.24,0.26 "
         "(in Python (mean, std))"
     )
     if isinstance(value, str):
@@ -88,10 +88,10 @@ def _unique(names: Sequence[str]) -> tuple[str, ...]:
     for place, name in enumerate(names):
         if not name.strip():
             raise UsageError(
-                f"class name {place} is empty; give one name a class, as in --class-names cat,dog"
+                f"class name {place} is empty; give one name per class, as in --class-names cat,dog"
             )
         if name in names[:place]:
-            raise UsageError(f"the class name {name!r} occurs twice; give one name a class, as in cat,dog")
+            raise UsageError(f"the class name {name!r} occurs twice; give one name per class, as in cat,dog")
     return tuple(names)
 
 
@@ -103,9 +103,8 @@ def _class_names(value: object) -> object:
             names = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise TargetError(
-                f"class_names is {value!r}, and {str(path)!r} cannot be read: {error}; name a text file with one "
-                "class a "
-                "line"
+                f"class_names is {value!r}, and {str(path)!r} cannot be read: {error}; give a text file with one "
+                "class per line"
             ) from error
         return _unique([name.strip() for name in names if name.strip()])
     if isinstance(value, str):
@@ -163,19 +162,23 @@ def _accepted(value: object) -> object:
             raise UsageError(f"there is no doubt {name!r}{nearest(str(name), _DOUBTS)}")
         if reason is None or not str(reason).strip():
             raise UsageError(
-                f"the doubt {name} is accepted without a reason; say why: --accept-doubt {name}=REASON"
+                f"the doubt {name} is accepted without a reason; give one: --accept-doubt {name}=REASON"
             )
     return value
 
 
 def _surrogate(value: object) -> object:
-    said = parse_surrogate(value) if isinstance(value, str) else value
-    if isinstance(said, Mapping) and said.get("decay") is not None and said.get("skip") is None:
+    surrogate = parse_surrogate(value) if isinstance(value, str) else value
+    if (
+        isinstance(surrogate, Mapping)
+        and surrogate.get("decay") is not None
+        and surrogate.get("skip") is None
+    ):
         raise UsageError(
-            f"the surrogate {said.get('model')} has decay={said['decay']} and names no branches for it; name the last "
-            "module of each, as in skip=layer*.*.bn2, or leave decay out"
+            f"the surrogate {surrogate.get('model')} has decay={surrogate['decay']} but no residual branches; give "
+            "the last module of each, as in skip=layer*.*.bn2, or leave decay out"
         )
-    return said
+    return surrogate
 
 
 SuiteSpec = Annotated[SuiteName | tuple[str, ...], BeforeValidator(_suite)]
@@ -204,7 +207,7 @@ class SurrogateSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
 
-    model: str = Field(description="an address, as of the model under test")
+    model: str = Field(description="an address, as for the model under test")
     arch: str | None = Field(None, description="architecture of a state dict")
     model_args: dict[str, str] = Field(default_factory=dict, description="arguments of the factory")
     mean: Numbers | None = Field(None, description="subtracted from the input inside the surrogate")
@@ -213,7 +216,7 @@ class SurrogateSettings(BaseModel):
         None, description="skip gradients: the last modules of residual branches, as in layer*.*.bn2"
     )
     decay: Annotated[float, Ge(0), Le(1), BeforeValidator(_share)] | None = Field(
-        None, description="share of it that they keep (0.5)"
+        None, description="share of their gradient that is kept (by default 0.5)"
     )
 
 

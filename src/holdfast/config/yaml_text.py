@@ -17,7 +17,7 @@ def parsed(text: str, where: str) -> Any:
     """Return the content of YAML text. Raises `UsageError`, with the position, if it is invalid."""
     if len(text) > MAX_CHARACTERS:
         raise UsageError(
-            f"{where} has more than {MAX_CHARACTERS:,} characters, the most that is read; leave out what is no setting"
+            f"{where} has more than {MAX_CHARACTERS:,} characters, the most that is read; remove what is not a setting"
         )
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a safe loader)
@@ -26,8 +26,10 @@ def parsed(text: str, where: str) -> Any:
     except (
         Exception
     ) as error:  # a value that does not match its tag, such as !!bool maybe, raises various errors
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{where} is no YAML: {said}; write KEY: VALUE, with text in quotes") from error
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(
+            f"{where} is not valid YAML: {message}; write KEY: VALUE, with text in quotes"
+        ) from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,7 +43,7 @@ class _Loader(yaml.SafeLoader):
             event = self.peek_event()  # type: ignore[no-untyped-call]
             line = event.start_mark.line + 1
             raise UsageError(
-                f"*{event.anchor} is an alias (line {line}); write the value itself, for aliases are not read"
+                f"*{event.anchor} is an alias (line {line}), and aliases are not read; write the value itself"
             )
         return super().compose_node(parent, index)
 
@@ -50,7 +52,7 @@ class _Loader(yaml.SafeLoader):
         if abs(number) >= _MOST:
             line = node.start_mark.line + 1
             raise UsageError(
-                f"{node.value:.20} … is too large for a whole number (line {line}); 64 bits are read"
+                f"{node.value:.20} … is too large for a whole number (line {line}); give one of at most 64 bits"
             )
         return number
 
@@ -59,9 +61,11 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                raise UsageError(f"{key!r} is no key (line {key_node.start_mark.line + 1}); keys are words")
+                raise UsageError(
+                    f"{key!r} is not a valid key (line {key_node.start_mark.line + 1}); expected text, as in model:"
+                )
             if key in seen:
-                raise UsageError(f"{key!r} stands twice (line {key_node.start_mark.line + 1}); keep one")
+                raise UsageError(f"{key!r} is given twice (line {key_node.start_mark.line + 1}); keep one")
             seen.add(key)
         return super().construct_mapping(node, deep)
 

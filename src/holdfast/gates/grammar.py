@@ -21,10 +21,15 @@ Versus = Literal["baseline", "static"]
 FORM = 'write METRIC >= NUMBER or METRIC <= NUMBER, as in "robust_accuracy >= 0.40"'
 """Advice for a gate that cannot be parsed."""
 
-VERSUS = 'against a baseline write METRIC <= NUMBER vs baseline, as in "regression <= 0.01 vs baseline"'
+VERSUS = (
+    'to compare with a baseline, write METRIC <= NUMBER vs baseline, as in "regression <= 0.01 vs baseline"'
+)
 """Advice for a gate that compares two runs."""
 
-STATIC = 'beside a model that never changes write METRIC <= NUMBER of static, as in "transfer_success <= 0.5 of static"'
+STATIC = (
+    "to compare with a model that never changes, write METRIC <= NUMBER of static, "
+    'as in "transfer_success <= 0.5 of static"'
+)
 """Advice for a gate of `rotate admit`."""
 
 _PARTS = re.compile(
@@ -76,14 +81,14 @@ def recorded(text: str) -> Claim:
 
 
 def _metric(name: str, text: str) -> str:
-    known = METRICS | ROTATION
-    if name in known:
+    metrics = METRICS | ROTATION
+    if name in metrics:
         return name
     if name in RENAMED:
         raise UsageError(
             f"gate {text!r}: {name} is called {RENAMED[name]} now; write {_renamed(name, text)!r}"
         )
-    offered = suggestion(name, known) or f"known are {_list(known)}"
+    offered = suggestion(name, metrics) or f"known are {_list(metrics)}"
     raise UsageError(f"gate {text!r}: there is no metric {name!r}; {offered}")
 
 
@@ -104,7 +109,8 @@ def _relation(sign: str, percentage: str | None, text: str) -> Relation:
     if sign in {">", "<"}:
         also = "" if percentage is None else f"; it also {percentage}"
         raise UsageError(
-            f"gate {text!r} compares with {sign!r}; an interval cannot tell it from {sign}=, so write {sign}={also}"
+            f"gate {text!r} compares with {sign!r}, which an interval cannot distinguish from {sign}=; write "
+            f"{sign}={also}"
         )
     raise UsageError(f"gate {text!r} compares with {sign!r}; {FORM}")
 
@@ -116,7 +122,7 @@ def _percentage(written: str, rest: str = "") -> str | None:
     number = written.removesuffix("%")
     as_share = _fraction(number)
     way_out = "write it as a share" if as_share is None else f"write the share {as_share / 100:g}"
-    return f"gives '{number}%', but metrics are no percentages; {way_out}"
+    return f"gives '{number}%', but metrics are not percentages; {way_out}"
 
 
 def _bound(metric: str, bound: float, text: str) -> float:
@@ -125,8 +131,8 @@ def _bound(metric: str, bound: float, text: str) -> float:
     if lowest == -math.inf or lowest <= bound <= 1:
         return bound
     kind = "share" if metric in SHARES else "difference of shares"
-    meant = f"did you mean {_share(bound)}?" if 2 <= bound <= 100 else f"{metric} lies from {lowest} to 1"
-    raise UsageError(f"gate {text!r}: {bound:g} is no {kind}; {meant}")
+    meant = f"did you mean {_share(bound)}?" if 2 <= bound <= 100 else f"{metric} is from {lowest} to 1"
+    raise UsageError(f"gate {text!r}: {bound:g} is not a {kind}; {meant}")
 
 
 def _share(percents: float) -> str:
@@ -141,7 +147,7 @@ def _number(written: str, text: str, rest: str = "") -> float:
         raise UsageError(f"gate {text!r} {percentage}")
     number = _fraction(written)
     if number is None or not math.isfinite(number):
-        raise UsageError(f"gate {text!r}: {written!r} is no number; write one such as 0.4 or 8/255")
+        raise UsageError(f"gate {text!r}: {written!r} is not a number; write one such as 0.4 or 8/255")
     return number
 
 
@@ -158,21 +164,24 @@ def _versus(metric: str, rest: str, text: str) -> Versus | None:
     words = rest.split()
     if words == ["vs", "baseline"]:
         if metric not in PAIRED:
-            raise UsageError(f"gate {text!r}: {metric} is measured on one run; {VERSUS}, of {_list(PAIRED)}")
+            raise UsageError(
+                f"gate {text!r}: {metric} is measured on one run; {VERSUS}, with one of {_list(PAIRED)}"
+            )
         return "baseline"
     if words == ["of", "static"]:
         if metric not in OF_STATIC:
             raise UsageError(
-                f"gate {text!r}: {metric} has no value of a model that never changes; {STATIC}, of {_list(OF_STATIC)}"
+                f"gate {text!r}: {metric} has no value for a model that never changes; {STATIC}, with one of "
+                f"{_list(OF_STATIC)}"
             )
         return "static"
     if words:
         raise UsageError(
-            f"gate {text!r} ends in {rest!r}, which means nothing; it may end in 'vs baseline' or 'of static'"
+            f"gate {text!r} ends in {rest!r}, which is unknown; it may end in 'vs baseline' or 'of static'"
         )
     if metric in PAIRED:
         raise UsageError(
             f"gate {text!r}: {metric} compares two runs; "
-            f"write '{text.strip()} vs baseline', and name it with --baseline RUN"
+            f"write '{text.strip()} vs baseline', and give the baseline with --baseline RUN"
         )
     return None

@@ -82,7 +82,7 @@ class Judgement:
             return (
                 f"{numbers}: the interval meets {bound}, but doubts are open: {', '.join(self.open_doubts)}"
             )
-        word = {"pass": "all of it meets", "fail": "none of it meets", "unclear": "it lies on both sides of"}
+        word = {"pass": "all of it meets", "fail": "none of it meets", "unclear": "the interval contains"}
         return f"{numbers}: {word[self.verdict]} {bound}"
 
     def __str__(self) -> str:
@@ -133,8 +133,8 @@ def refuse_rotation(claim: Claim) -> None:
     """Raise `UsageError` for a gate about parameter sets of a pool, which a run on one model cannot judge."""
     if claim.versus == "static" or claim.metric in ROTATION:
         raise UsageError(
-            f"gate {claim.text!r} is about parameter sets that take turns at serving, and one model is measured here; "
-            f"give it to holdfast rotate admit POOL"
+            f"gate {claim.text!r} is a condition on parameter sets of a pool, and one model is measured here; give it "
+            f"to holdfast rotate admit POOL"
         )
 
 

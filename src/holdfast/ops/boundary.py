@@ -65,21 +65,23 @@ def _fewest(model: Model, batch: Batch, far: Inputs, norm: L0) -> Inputs:
     result = far.clone()
     grad, logits = gradient(model, batch.at(far), margin_loss)
     firm = firmly_broken(logits, batch)
-    left, held, grad = batch.take(firm), far[firm], grad[firm]
+    left, distance, grad = batch.take(firm), far[firm], grad[firm]
     if not len(left):
         return result
-    low, high = model.bounds.like(held)
-    pushed = torch.where(held == left.x, held, torch.where(grad > 0, high, torch.where(grad < 0, low, held)))
+    low, high = model.bounds.like(distance)
+    pushed = torch.where(
+        distance == left.x, distance, torch.where(grad > 0, high, torch.where(grad < 0, low, distance))
+    )
     with torch.no_grad():
         better = firmly_broken(model(pushed, left.ids), left)
-    held = pick(better, pushed, held)
-    gain = torch.where(held == left.x, -torch.inf, grad * (held - left.x))
+    distance = pick(better, pushed, distance)
+    gain = torch.where(distance == left.x, -torch.inf, grad * (distance - left.x))
     result[firm] = _bisected(
         model,
         left,
-        held,
+        distance,
         norm,
-        lambda radius: torch.where(norm.largest(gain, radius), held, left.x),
+        lambda radius: torch.where(norm.largest(gain, radius), distance, left.x),
         _FORWARDS - 2,
     )
     return result

@@ -30,8 +30,8 @@ def joined(device: torch.device) -> Iterator[None]:
         return
     if "RANK" not in os.environ:
         raise UsageError(
-            f"WORLD_SIZE is {started()} and RANK is not set, so nobody knows which process this is; start them with "
-            f"torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {started()} and RANK is not set, so the number of this process is unknown; start the "
+            f"processes with torchrun, or unset WORLD_SIZE"
         )
     if device.type == "cuda":
         torch.cuda.set_device(_local())
@@ -82,10 +82,10 @@ def broadcast(value: T) -> T:
     """The value of the first process, in all processes."""
     if processes() == 1:
         return value
-    held = [value]
+    objects = [value]
     with _heard():
-        dist.broadcast_object_list(held)
-    return held[0]
+        dist.broadcast_object_list(objects)
+    return objects[0]
 
 
 @contextmanager
@@ -95,7 +95,8 @@ def _heard() -> Iterator[None]:
         yield
     except RuntimeError as error:  # which is all that gloo and NCCL raise
         raise TargetError(
-            f"this process no longer hears the others: {error}. Where one of them has ended, its own message says why"
+            f"this process has lost the connection to the others: {error}. If one of them has ended, its output has "
+            f"the reason"
         ) from error
 
 
@@ -105,7 +106,7 @@ def refuse_few(batch: int) -> None:
     if batch < n:
         raise UsageError(
             f"a batch of {batch} is too small for {n} processes; give a larger one, as in "
-            f"--set recipe.training.batch={n * 32}, or start fewer"
+            f"--set recipe.training.batch={n * 32}, or start fewer processes"
         )
 
 

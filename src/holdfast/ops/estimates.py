@@ -133,22 +133,22 @@ def coordinate_slopes(
 
     Points that break the model are offered to `closest`. Cost: two forwards for each coordinate.
     """
-    found, n = [], torch.arange(len(left), device=x.device)
+    slopes, n = [], torch.arange(len(left), device=x.device)
     for part in at.split(max(1, _ROWS // (2 * len(left))), dim=1):  # type: ignore[no-untyped-call]
         k = part.shape[1]
         step = x.new_zeros(*part.shape, x[0].numel()).scatter_(2, part[..., None], h)
         rows = n.repeat_interleave(2 * k)
         moved = torch.cat((step, -step), 1).view(-1, *x.shape[1:])
-        whole, asked = left.take(rows), model.bounds.clamp(x[rows] + moved)
-        logits = model(asked, whole.ids)
-        points = asked.view(len(n), 2 * k, *x.shape[1:])
-        far = torch.where(firmly_broken(logits, whole), norm.distance(asked, whole.x), torch.inf)
+        whole, queried = left.take(rows), model.bounds.clamp(x[rows] + moved)
+        logits = model(queried, whole.ids)
+        points = queried.view(len(n), 2 * k, *x.shape[1:])
+        far = torch.where(firmly_broken(logits, whole), norm.distance(queried, whole.x), torch.inf)
         near, which = far.view(-1, 2 * k).min(1)
         closest.offer(left, points[n, which], near, near < torch.inf)
         one, other = points.flatten(2).gather(2, part.repeat(1, 2)[..., None])[..., 0].chunk(2, 1)
         high, low = margin(logits, whole).view(-1, 2 * k).chunk(2, 1)
-        found.append(((high - low) / (one - other).clamp_min(h / 2)).nan_to_num(0.0, 0.0, 0.0))
-    return torch.cat(found, 1)
+        slopes.append(((high - low) / (one - other).clamp_min(h / 2)).nan_to_num(0.0, 0.0, 0.0))
+    return torch.cat(slopes, 1)
 
 
 def _repeated(target: Tensor | None, n: int) -> Tensor | None:

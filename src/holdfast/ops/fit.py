@@ -330,14 +330,14 @@ class _Loop:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that a resumed training needs; not copied, so later updates change them."""
-        found = {WEIGHTS + name: value for name, value in self._model.state_dict().items()}
-        found |= {AVERAGE + name: value for name, value in self._average.items()}
-        found |= {STATE + name: value for name, value in self._state.items()}
+        tensors = {WEIGHTS + name: value for name, value in self._model.state_dict().items()}
+        tensors |= {AVERAGE + name: value for name, value in self._average.items()}
+        tensors |= {STATE + name: value for name, value in self._state.items()}
         for place, memory in self._optimizer.state_dict()["state"].items():
             for name, value in memory.items():
                 if isinstance(value, Tensor):
-                    found[f"{MEMORY}{place}.{name}"] = value
-        return found
+                    tensors[f"{MEMORY}{place}.{name}"] = value
+        return tensors
 
     def _snapshot(self) -> dict[str, Tensor]:
         return {name: _copy(value) for name, value in self.tensors().items()}

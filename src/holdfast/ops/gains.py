@@ -34,8 +34,8 @@ def order_of(constraint: Constraint) -> Order:
         if isinstance(constraint, kind):
             return order  # type: ignore[return-value]  # mypy widens the pairs to str
     raise UsageError(
-        f"the gain of a layer is known under linf, l2 and l1; the threat model is {constraint}. Choose such a threat, "
-        f"or another recipe, as in --recipe pgd"
+        f"the gain of a layer can be computed under linf, l2 and l1; the threat model is {constraint}. Choose such a "
+        f"threat, or another recipe, as in --recipe pgd"
     )
 
 
@@ -77,17 +77,17 @@ def learned(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
 
     A weight that is computed at each pass, as with a parametrisation, would not keep changes.
     """
-    found = layers(net, x)
-    for name, (layer, _) in found.items():
+    confined = layers(net, x)
+    for name, (layer, _) in confined.items():
         own = dict(layer.named_parameters())
         own.pop("bias", None)
         if "weight" not in own and any(weight.requires_grad for weight in own.values()):
             raise UsageError(
-                f"the weight of {name} is computed from {' and '.join(own)} at each pass, so it cannot be held to a "
-                f"gain; leave the parametrisation out, as torch.nn.utils.parametrize.remove_parametrizations does, or "
+                f"the weight of {name} is computed from {' and '.join(own)} at each pass, so its gain cannot be "
+                f"bounded; remove the parametrisation by torch.nn.utils.parametrize.remove_parametrizations, or "
                 f"choose --recipe gradient-regularisation"
             )
-    return {name: one for name, one in found.items() if one[0].weight.requires_grad}
+    return {name: one for name, one in confined.items() if one[0].weight.requires_grad}
 
 
 def gain(layer: Layer, shape: torch.Size, order: Order, towards: Tensor) -> Tensor:

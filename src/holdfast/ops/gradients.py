@@ -50,7 +50,7 @@ def slope(value: Tensor, x: Inputs, *, graph: bool = True) -> Inputs:
         )
     if grad is None:
         raise TargetError(
-            "no gradient reaches the input of this network, and the recipe needs it; take out what cuts it "
+            "no gradient reaches the input of this network, and the recipe needs it; remove what stops it "
             f"({CUTS}), or choose --recipe standard"
         )
     return grad

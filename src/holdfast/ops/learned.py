@@ -38,8 +38,8 @@ def unfitted(attack: object) -> UsageError:
     """The error of an attack that is called before it was fitted."""
     name = type(attack).__name__
     return UsageError(
-        f"{name} is learned before it attacks: {name}().fit(model, other_examples, threat, rng=…) and then "
-        f"{name}().fitted(…), or let assess do it, with --fit DATA where the data has no train split"
+        f"{name} must be fitted before it attacks: {name}().fit(model, other_examples, threat, rng=…) and then "
+        f"{name}().fitted(…), or use assess, which fits it, with --fit DATA if the data have no train split"
     )
 
 

@@ -141,7 +141,7 @@ def trained(
     learner = Learner(net, twin(net, how.attack_statistics), threat, known)
     for one in (learner.net, learner.frozen) if how.compiled else ():
         have_compiled(one)
-    found = fit(
+    checkpoints = fit(
         net,
         data,
         partial(_made, inner, learner),
@@ -154,7 +154,7 @@ def trained(
         replays=replays,
         settle=None if settle is None else settle(learner),
     )
-    return _counted(found, learner, len(data))
+    return _counted(checkpoints, learner, len(data))
 
 
 def _counted(found: Iterator[Checkpoint], learner: Learner, n: int) -> Iterator[Checkpoint]:
@@ -188,13 +188,13 @@ def _refuse_foreign(
     """Raise `UsageError` for data or settings that the recipe's loss does not support."""
     if alone and processes() > 1:
         raise UsageError(
-            f"this recipe needs all examples in one place, and {processes()} processes share them; start one process, "
-            f"or choose --recipe pgd"
+            f"this recipe needs all examples in one process, and {processes()} processes share them; start one "
+            f"process, or choose --recipe pgd"
         )
     if how.compiled and slope:
         raise UsageError(
-            "compiled is true, and the loss of this recipe holds a slope, for which torch would go back through a "
-            "compiled network twice, and it cannot; leave recipe.training.compiled out"
+            "compiled is true, and the loss of this recipe contains a gradient, which needs two backward passes "
+            "through the network; a compiled network supports only one; leave recipe.training.compiled out"
         )
     if how.cutmix and not linear:
         raise UsageError(
@@ -206,7 +206,7 @@ def _refuse_foreign(
     n = int((data.y == UNLABELLED).sum())
     if n and not unlabelled:
         raise UsageError(
-            f"{n:,} of {len(data):,} training examples have no label, and this recipe learns from labels alone; leave "
+            f"{n:,} of {len(data):,} training examples have no label, and this recipe uses only labelled ones; leave "
             f"them out, or choose --recipe vat"
         )
 

@@ -30,12 +30,12 @@ class Masking:
     def says(self) -> tuple[str, ...]:
         """Descriptions of the replacements."""
         declared = "the stand-in that it declares"
-        said = [
+        replacements = [
             f"{way.name or 'the network'} ({_kind(way.module)}) by "
             f"{'the identity' if way.stand_in is None else declared}"
             for way in self.ways
         ]
-        return (*said, *(["every rounding by the identity"] if self.steps else []))
+        return (*replacements, *(["every rounding by the identity"] if self.steps else []))
 
 
 def masking(net: nn.Module, x: Tensor) -> Masking:
@@ -50,17 +50,17 @@ def masking(net: nn.Module, x: Tensor) -> Masking:
     inside = {m for way in declared for m in way.module.modules()}
     with detoured(declared, steps=True) as straight:
         _slope(net, x)
-    steps, found = straight.passed > 0, list[Way]()
+    steps, ways = straight.passed > 0, list[Way]()
     for name, (given, gave) in sorted(_met(net, x).items(), key=lambda met: -met[0].count(".")):
         module = modules[name]
         if module in inside or given.shape != gave.shape:
             continue
-        passed = any(way.module in set(module.modules()) for way in (*declared, *found))
-        with detoured((*declared, *found), steps=steps) as straight:
+        passed = any(way.module in set(module.modules()) for way in (*declared, *ways))
+        with detoured((*declared, *ways), steps=steps) as straight:
             if _masks(module, given, straight, slopes=not passed):
-                found.append(Way(name, module))
+                ways.append(Way(name, module))
     order = {name: place for place, name in enumerate(modules)}
-    return Masking(tuple(sorted((*declared, *found), key=lambda way: order[way.name])), steps)
+    return Masking(tuple(sorted((*declared, *ways), key=lambda way: order[way.name])), steps)
 
 
 def _met(net: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

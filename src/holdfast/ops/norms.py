@@ -32,8 +32,8 @@ def expect_eps(constraint: Constraint, attack: object) -> Constraint:
         return constraint
     norm = type(constraint).__name__.lower()
     raise UsageError(
-        f"{type(attack).__name__} looks for any change within eps, and the threat model {norm} has no eps. "
-        f"Give one, as in {norm}:{_USUAL.get(norm, '0.5')}, or choose an attack that looks for the smallest change, "
+        f"{type(attack).__name__} searches for any change within eps, and the threat model {norm} has no eps. "
+        f"Give one, as in {norm}:{_USUAL.get(norm, '0.5')}, or choose an attack that searches for the smallest change, "
         f"such as FMN"
     )
 

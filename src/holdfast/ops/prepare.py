@@ -122,18 +122,18 @@ def _folded(model: Classifier, x: Tensor) -> Classifier | None:
     """
     if not any(isinstance(m, _BatchNorm) for m in model.modules()):
         return None
-    made: dict[int, tuple[nn.Module, Tensor]] = {}
+    outputs: dict[int, tuple[nn.Module, Tensor]] = {}
     calls: dict[nn.Module, int] = {}
     pairs: dict[nn.Module, nn.Module] = {}
 
     def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         calls[module] = calls.get(module, 0) + 1
         if isinstance(module, _BatchNorm):
-            maker = made.get(id(inputs[0]))
+            maker = outputs.get(id(inputs[0]))
             if maker is not None:
                 pairs[module] = maker[0]
         elif isinstance(output, Tensor):
-            made[id(output)] = (module, output)  # the tensor is kept alive, so that its id stays unique
+            outputs[id(output)] = (module, output)  # the tensor is kept alive, so that its id stays unique
 
     copied = copy.deepcopy(model)
     watched = [

@@ -54,12 +54,12 @@ def _linf(delta: Tensor, price: Tensor) -> Tensor:
 
 def _two_thirds(delta: Tensor, price: Tensor) -> Tensor:
     size = delta.abs()
-    kept = size > 2 * (2 / 3 * price) ** 0.75
+    nonzero = size > 2 * (2 / 3 * price) ** 0.75
     square = size.square() / 16
     larger = (square + (square.square() - 8 / 729 * price**3).clamp_min(0).sqrt()).clamp_min(_TINY) ** (1 / 3)
     root = (2 * (larger + 2 / 9 * price / larger)).sqrt()
     far = ((root + (2 * size / root - root.square()).clamp_min(0).sqrt()) / 2) ** 3
-    return torch.where(kept, far * delta.sign(), 0.0)
+    return torch.where(nonzero, far * delta.sign(), 0.0)
 
 
 _OPERATORS: dict[type[Norm], Callable[[Tensor, Tensor], Tensor]] = {

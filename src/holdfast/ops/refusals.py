@@ -13,8 +13,8 @@ CUTS = "torch.no_grad(), torch.inference_mode(), detach(), argmax() or numpy ins
 
 def unsaved(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the buffers that are not in the state dict."""
-    kept = model.state_dict().keys()
-    return {name: value.detach().clone() for name, value in model.named_buffers() if name not in kept}
+    saved = model.state_dict().keys()
+    return {name: value.detach().clone() for name, value in model.named_buffers() if name not in saved}
 
 
 def refuse_changed(model: nn.Module, before: Mapping[str, Tensor]) -> None:
@@ -23,8 +23,8 @@ def refuse_changed(model: nn.Module, before: Mapping[str, Tensor]) -> None:
     for name, value in before.items():
         if not torch.equal(now[name], value):
             raise TargetError(
-                f"the buffer {name} changes while the network is trained, and its state dict does not hold it, so that "
-                f"the new model would lack it; register it with persistent=True"
+                f"the buffer {name} changes while the network is trained, and its state dict does not contain it, so "
+                f"that the new model would lack it; register it with persistent=True"
             )
 
 
@@ -32,7 +32,7 @@ def refuse_cut(loss: Tensor) -> None:
     """Raise `TargetError` if no gradient of the loss reaches a weight."""
     if not loss.requires_grad:
         raise TargetError(
-            f"no gradient of the loss reaches a weight of this network; take out what cuts it: {CUTS}"
+            f"no gradient of the loss reaches a weight of this network; remove what stops it: {CUTS}"
         )
 
 
@@ -41,6 +41,6 @@ def refuse_lost(losses: Tensor, epoch: int, lr: float) -> None:
     lost = (~losses.isfinite()).nonzero()
     if len(lost):
         raise LostLoss(
-            f"the loss is no number any more from update {int(lost[0]) + 1} of epoch {epoch + 1} on; train with a "
+            f"the loss is not finite from update {int(lost[0]) + 1} of epoch {epoch + 1} on; train with a "
             f"smaller learning rate, as in --set recipe.training.lr={lr / 10:g}"
         )

@@ -52,7 +52,7 @@ def expect_transformations(constraint: Constraint, attack: object) -> Transforma
     if isinstance(constraint, (Spatial, Colour)) and "flow" not in constraint.limits:
         return constraint
     raise UsageError(
-        f"{type(attack).__name__} turns, shifts or recolours images; the threat model is {constraint}. "
+        f"{type(attack).__name__} rotates, shifts or recolours images; the threat model is {constraint}. "
         f"Choose a threat such as spatial:rotate=30,shift=3 or colour:hue=18,saturation=0.3"
     )
 
@@ -62,7 +62,7 @@ def expect_flow(constraint: Constraint, attack: object) -> float:
     if isinstance(constraint, Spatial) and constraint.flow:
         return constraint.flow
     raise UsageError(
-        f"{type(attack).__name__} bends images; the threat model is {constraint}. "
+        f"{type(attack).__name__} displaces the pixels of images; the threat model is {constraint}. "
         f"Choose a threat such as spatial:flow=1.5"
     )
 
@@ -92,13 +92,13 @@ def refuse_unfit(x: Inputs, names: Mapping[str, float]) -> None:
     """Raise `UsageError` if inputs like `x` do not have the shape that these transformations need."""
     if x.dim() != 4:
         raise UsageError(
-            f"a change of {', '.join(names)} takes images (channels, height, width); the inputs "
+            f"a change of {', '.join(names)} needs images (channels, height, width); the inputs "
             f"have shape {tuple(x.shape[1:])}"
         )
     coloured = [name for name in _COLOURED if name in names]
     if coloured and x.shape[1] != 3:
         raise UsageError(
-            f"a change of {' and '.join(coloured)} takes three channels, red, green and blue; the "
+            f"a change of {' and '.join(coloured)} needs three channels, red, green and blue; the "
             f"inputs have {x.shape[1]}, so "
             f"leave them out, as in colour:brightness=0.2,contrast=0.3"
         )

@@ -32,7 +32,7 @@ from holdfast.ops.losses import cross_entropy
 
 @dataclass(frozen=True)
 class ATTA:
-    """Train on adversarial examples that are stored from epoch to epoch and improved by a few steps each time."""
+    """Adversarial training on examples that are stored from epoch to epoch and improved by a few steps each time."""
 
     steps: Steps = 2
     """gradient steps on each stored example in each epoch"""
@@ -57,8 +57,8 @@ class ATTA:
     ) -> Iterator[Checkpoint]:
         if self.training.cutmix:
             raise UsageError(
-                f"atta keeps what it changed of each image, and cutmix={self.training.cutmix:g} would put a part of "
-                f"another one in its place; leave it out, or choose --recipe pgd"
+                f"atta stores the perturbation of each image, and cutmix={self.training.cutmix:g} would replace a part "
+                f"of the image by another one; leave it out, or choose --recipe pgd"
             )
         kept = {
             "kept": torch.zeros_like(data.x, dtype=torch.float16)

@@ -25,7 +25,7 @@ from holdfast.ops.learner import Learner, as_it_is, hits, trained
 
 @dataclass(frozen=True)
 class CURE:
-    """Cross-entropy plus `weight` times the squared change of its gradient in a step; there is no inner attack."""
+    """Adds a penalty on the curvature of the loss: `weight` times the squared change of its gradient in a step."""
 
     weight: NonNegative = 4.0
     """weight of the penalty"""

@@ -27,7 +27,7 @@ from holdfast.ops.losses import cross_entropy
 
 @dataclass(frozen=True)
 class CurriculumTraining:
-    """Train on the results of a short PGD that stops for each example at its first error or a few steps later."""
+    """Adversarial training on PGD attacks that stop for each example at its first error or a few steps later."""
 
     beyond: Count = 3
     """number of steps after an example's first error at the end of the training; 0 at its beginning"""

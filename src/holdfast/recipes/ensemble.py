@@ -25,7 +25,7 @@ from holdfast.ops.learner import Learner, taught, trained
 
 @dataclass(frozen=True)
 class EnsembleTraining:
-    """Train on attacks on the network itself and on each of the surrogates; each batch uses one of them at random."""
+    """Adversarial training on attacks on the network itself and on surrogates, one of them at random per batch."""
 
     steps: Steps = 7
     """gradient steps of the inner attack"""
@@ -48,7 +48,7 @@ class EnsembleTraining:
     ) -> Iterator[Checkpoint]:
         if not threat.surrogates:
             raise UsageError(
-                "ensemble makes attacks on other networks beside this one, and none is given; name one or more with "
+                "ensemble also attacks surrogates, and none is given; give one or more with "
                 "--surrogate MODEL, or choose --recipe pgd"
             )
         return trained(
@@ -57,10 +57,10 @@ class EnsembleTraining:
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """The result of gradient ascent on the cross-entropy of one of the networks."""
-        held = learner.threat.surrogates
+        surrogates = learner.threat.surrogates
         one = torch.zeros(1, dtype=torch.int64, device=batch.x.device)
-        chosen = int(turn.rng.at("whose").integers(one, len(held) + 1)[0])
-        attacked = held[chosen - 1] if chosen else None
+        chosen = int(turn.rng.at("whose").integers(one, len(surrogates) + 1)[0])
+        attacked = surrogates[chosen - 1] if chosen else None
         return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach, on=attacked)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ _EVERYWHERE = Bounds(-math.inf, math.inf)  # the perturbation is not clipped: it
 
 @dataclass(frozen=True)
 class FreeTraining:
-    """Train on each batch several times, and update its perturbation with the gradient of the same backward pass."""
+    """Adversarial training that updates weights and perturbation with the gradient of the same backward pass."""
 
     replays: Steps = 8
     """number of consecutive updates on each batch"""

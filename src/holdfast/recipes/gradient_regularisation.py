@@ -30,7 +30,7 @@ from holdfast.ops.learner import Learner, as_it_is, hits, trained
 
 @dataclass(frozen=True)
 class GradientRegularisation:
-    """Cross-entropy plus `weight` times its first-order increase in a step of length eps; there is no inner attack."""
+    """Adds a penalty on the input gradient: `weight` times the first-order increase of the loss in a step of eps."""
 
     weight: NonNegative = 3.0
     """weight of the penalty; at 1 the sum is the loss after the step, to first order"""

@@ -72,11 +72,11 @@ class HAT:
     ) -> tuple[Tensor, Tensor]:
         """The clean cross-entropy, the divergence, and the cross-entropy with the helper's labels beyond the attack."""
         with torch.no_grad():
-            says = helper(x_adv).argmax(1)
+            labels = helper(x_adv).argmax(1)
         further = torch.lerp(batch.x, x_adv, self.beyond)
         clean, logits, outside = learner.net(batch.x), learner.net(x_adv), learner.net(further)
         robust = kullback_leibler(logits, clean).mean()
-        helped = F.cross_entropy(outside, says)
+        helped = F.cross_entropy(outside, labels)
         value = F.cross_entropy(clean, batch.y) + self.beta * robust + self.gamma * helped
         return value, hits(logits, batch.y)
 
@@ -87,6 +87,6 @@ def _refuse_untaught(helper: Classifier, data: Batch) -> None:
         right = (helper(few.x).argmax(1) == few.y).double().mean().item()
     if right < _KNOWS:
         raise UsageError(
-            f"hat learns from the model that is given, which has {right:.0%} of {len(few):,} training examples right; "
-            f"train it first, with --recipe standard, or choose --recipe trades"
+            f"hat learns from the given model, which classifies {right:.0%} of {len(few):,} training examples "
+            f"correctly; train it first, with --recipe standard, or choose --recipe trades"
         )

@@ -31,7 +31,7 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class IKL:
-    """Clean cross-entropy, squared change of the gaps between logits, and cross-entropy with the clean prediction."""
+    """TRADES with its divergence decomposed into a squared error of logit gaps and a cross-entropy."""
 
     alpha: NonNegative = 4.0
     """weight of the cross-entropy with the clean prediction as a label"""
@@ -89,9 +89,9 @@ class IKL:
     def _seen(self, means: Tensor, clean: Logits, y: Labels) -> Tensor:
         """The running mean prediction of each class, updated with the predictions of a batch."""
         member = F.one_hot(y, len(means)).to(means)
-        said, count = member.t() @ (clean / self.temperature).softmax(1).to(means), member.sum(0)[:, None]
-        average((said, count))  # over the processes
-        now = said / torch.where(count > 0, count, 1)
+        sums, count = member.t() @ (clean / self.temperature).softmax(1).to(means), member.sum(0)[:, None]
+        average((sums, count))  # over the processes
+        now = sums / torch.where(count > 0, count, 1)
         return torch.where(count > 0, torch.lerp(now, means, self.keep), means)
 
 

@@ -27,7 +27,7 @@ _PLACE = "place"  # state with the seed of an update's projections, the same for
 
 @dataclass(frozen=True)
 class JacobianRegularisation:
-    """Cross-entropy plus half of `weight` times the squared Frobenius norm of the logits' Jacobian."""
+    """Adds half of `weight` times the squared Frobenius norm of the Jacobian of the logits to the cross-entropy."""
 
     weight: NonNegative = 0.01
     """weight of the penalty"""
@@ -75,7 +75,7 @@ class JacobianRegularisation:
         classes = logits.shape[1]
         towards = rng.normal(batch.ids, self.projections, classes, dtype=logits.dtype)
         towards = towards / towards.norm(dim=2, keepdim=True)
-        found = torch.zeros_like(logits[:, 0])
+        total = torch.zeros_like(logits[:, 0])
         for unit in towards.unbind(1):
-            found = found + slope(logits * unit, x).square().flatten(1).sum(1)
-        return classes / self.projections * found
+            total = total + slope(logits * unit, x).square().flatten(1).sum(1)
+        return classes / self.projections * total

@@ -29,7 +29,7 @@ from holdfast.ops.learner import Learner, as_it_is, hits, taught, trained
 
 @dataclass(frozen=True)
 class LipschitzConstraint:
-    """Cross-entropy plus `weight` times its slope, with layers of gain at most `gain`; there is no inner attack."""
+    """Bounds the gain of every layer by `gain`, and penalises the input gradient of the loss by `weight`."""
 
     gain: Positive = 10.0
     """largest Lipschitz constant (gain) of each layer; under L2 as estimated by power iteration"""

@@ -28,7 +28,7 @@ from holdfast.ops.losses import cross_entropy
 
 @dataclass(frozen=True)
 class LLR:
-    """Cross-entropy plus the largest distance of the loss from its tangent in the ball, plus the tangent's change."""
+    """Adds a penalty on the largest distance of the loss from its tangent in the ball, and on the tangent's change."""
 
     bend: NonNegative = 4.0
     """weight of the largest distance between the loss and its tangent"""

@@ -28,7 +28,7 @@ from holdfast.ops.lipschitz import input_constant
 
 @dataclass(frozen=True)
 class MarginTraining:
-    """Cross-entropy after an offset is subtracted from the true class's logit; there is no inner attack."""
+    """Subtracts an offset from the true class's logit before the cross-entropy, which trains for a margin."""
 
     offset: NonNegative = 2.0
     """offset, in multiples of the margin that certifies the ball: eps times the square root of two, divided by the

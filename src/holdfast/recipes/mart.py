@@ -28,7 +28,7 @@ _ABOVE_ONE = 1.0001  # as in the authors' code, so that the argument of the loga
 
 @dataclass(frozen=True)
 class MART:
-    """A boosted cross-entropy on attacked inputs, and a divergence with larger weights for clean errors."""
+    """Adversarial training with a boosted cross-entropy, and larger weights for examples misclassified when clean."""
 
     beta: NonNegative = 6.0
     """weight of the divergence"""

@@ -32,7 +32,7 @@ from holdfast.ops.losses import cross_entropy
 
 @dataclass(frozen=True)
 class MultiNormTraining:
-    """Train on attacks under the threat's constraint and under further ones."""
+    """Adversarial training under the threat's constraint and under further ones."""
 
     others: tuple[Constraint, ...] = ()
     """further constraints, each as in a threat: l2:1.5,l1:10"""
@@ -48,7 +48,7 @@ class MultiNormTraining:
         foreign = [other for other in self.others if not isinstance(other, (Linf, L2, L1))]
         if foreign:
             raise UsageError(
-                f"others holds {foreign[0]!r}, and multi-norm trains under linf, l2 and l1; name those, as in "
+                f"others contains {foreign[0]!r}, and multi-norm trains under linf, l2 and l1; give such norms, as in "
                 f"--set recipe.others=l2:1.5,l1:10 or others=(L2(1.5), L1(10.0))"
             )
 
@@ -63,7 +63,7 @@ class MultiNormTraining:
     ) -> Iterator[Checkpoint]:
         if not self.others:
             raise UsageError(
-                f"multi-norm trains under more than {threat.constraint}, and others is empty; name them with "
+                f"multi-norm trains under {threat.constraint} and other norms, and others is empty; give them with "
                 f"--set recipe.others=l2:1.5,l1:10, or choose --recipe pgd"
             )
         return trained(

@@ -22,7 +22,7 @@ from holdfast.ops.learner import Learner, taught, trained
 
 @dataclass(frozen=True)
 class PGDTraining:
-    """Train on the results of a short PGD attack on each batch."""
+    """Adversarial training on the results of a short PGD attack on each batch."""
 
     steps: Steps = 7
     """gradient steps of the inner attack"""

@@ -24,7 +24,7 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class SCORE:
-    """Squared distances: of the clean prediction from the label, and of the attacked prediction from the clean one."""
+    """TRADES with squared distances: clean prediction to label, and attacked prediction to clean prediction."""
 
     beta: NonNegative = 4.0
     """weight of the robust term"""

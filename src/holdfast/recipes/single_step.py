@@ -31,7 +31,7 @@ from holdfast.ops.overfitting import HELD, RAISED, OverfittingGuard
 
 @dataclass(frozen=True)
 class SingleStep:
-    """Train on the results of a single gradient step on each batch: two passes for each update."""
+    """Adversarial training with a single gradient step on each batch: two passes for each update."""
 
     noise: NonNegative = 2.0
     """radius of the ball from which the start is sampled, in multiples of eps"""
@@ -58,7 +58,7 @@ class SingleStep:
     ) -> Iterator[Checkpoint]:
         first = rng.at("guarded").bits(data.ids).argsort()
         n = HELD if self.guard and len(data) > 2 * HELD else 0
-        held, rest = data.take(first[:n]), data.take(first[n:].sort().values)
+        watched, rest = data.take(first[:n]), data.take(first[n:].sort().values)
         state = {RAISED: torch.zeros((), dtype=torch.int64, device=data.x.device)}
         return trained(
             self.inner,
@@ -70,7 +70,7 @@ class SingleStep:
             rng=rng,
             after=after,
             state=state,
-            guard=partial(OverfittingGuard, held=held) if n else None,
+            guard=partial(OverfittingGuard, held=watched) if n else None,
             linear=True,
         )
 

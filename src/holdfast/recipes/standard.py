@@ -17,7 +17,7 @@ from holdfast.ops.learner import Learner, as_it_is, taught, trained
 
 @dataclass(frozen=True)
 class Standard:
-    """Train on clean examples; the model does not become more robust."""
+    """Ordinary training on clean examples, which does not make the model more robust."""
 
     label_smoothing: Fraction = 0.0
     """share of each label that is spread over all classes"""

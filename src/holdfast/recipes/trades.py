@@ -24,7 +24,7 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class TRADES:
-    """Cross-entropy on clean inputs plus `beta` times the largest divergence of the outputs around them."""
+    """Adds `beta` times the largest divergence of the outputs in the ball to the clean cross-entropy."""
 
     beta: NonNegative = 6.0
     """weight of the robust term; with 0 the attack is still made, and batch norm includes its statistics"""

@@ -30,7 +30,7 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class VAT:
-    """Cross-entropy of labelled examples, plus the divergence in the virtual adversarial direction of all examples."""
+    """Virtual adversarial training: penalises the divergence in the worst direction, also for unlabelled examples."""
 
     weight: NonNegative = 1.0
     """weight of the divergence"""
@@ -49,10 +49,10 @@ class VAT:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        known = int((data.y != UNLABELLED).sum())
+        labelled = int((data.y != UNLABELLED).sum())
         return trained(
             self.inner,
-            partial(self.loss, labelled=max(known, 1) / len(data)),
+            partial(self.loss, labelled=max(labelled, 1) / len(data)),
             model,
             data,
             threat,
@@ -60,7 +60,7 @@ class VAT:
             rng=rng,
             after=after,
             unlabelled=True,
-            alone=known < len(data),  # a process would know the labels of its own share only
+            alone=labelled < len(data),  # a process would know the labels of its own share only
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
