@@ -18,8 +18,8 @@ from holdfast.config.arguments import (
     Numbers,
     ThreatLike,
     data_of,
-    device_of,
-    fit_of,
+    device_of_model,
+    fit_data,
     folder_of,
     given_all,
     others_of,
@@ -42,7 +42,7 @@ from holdfast.core.types import Layout
 from holdfast.engine.progress import Notify, Progress, ignore, silent
 from holdfast.gallery import ITEMS
 from holdfast.ops.recipe import Recipe
-from holdfast.reports.write import check as check_place
+from holdfast.reports.write import check_destination as check_place
 from holdfast.sources.counting import look_at
 from holdfast.sources.data import open_data
 from holdfast.sources.expected import ClassOrder
@@ -153,8 +153,8 @@ def assess(
     opening = partial(given_all, model, data, surrogates, settings)
     with journaled(place, resume=resume, keep=keep_answers):
         subject, given, seconds = opening()
-        order = _order(suite, baseline, settings, subject, device_of(model, subject, settings))
-        learned = fit_of(fit, data, settings, subject.model, order)
+        order = _order(suite, baseline, settings, subject, device_of_model(model, subject, settings))
+        learned = fit_data(fit, data, settings, subject.model, order)
         others = others_of(across, settings, subject.model)
         order = replace(order, fit=learned, surrogates=seconds, across=others)
         return assessing.assess(
@@ -238,7 +238,7 @@ def harden(
     """
     settings = settings_said("harden()", locals(), HardenSettings)
     place = folder_of(run, resume=resume)
-    subject, training, test, whole = hardening.given_all(model, data, fit, unlabelled, settings)
+    subject, training, test, whole = hardening.given_for_hardening(model, data, fit, unlabelled, settings)
     request = hardening.harden_request(
         settings,
         subject,
@@ -247,7 +247,7 @@ def harden(
         baseline=_evidence(baseline),
         training=training,
         excluded=whole,
-        device=device_of(model, subject, settings),
+        device=device_of_model(model, subject, settings),
     )
     return hardens.harden(subject, training, test, request, run=place, resume=resume, progress=progress)
 

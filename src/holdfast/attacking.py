@@ -19,8 +19,8 @@ from holdfast.config.arguments import (
     ModelLike,
     Numbers,
     ThreatLike,
-    device_of,
-    fit_of,
+    device_of_model,
+    fit_data,
     given_all,
     settings_said,
 )
@@ -161,10 +161,10 @@ def attack(
     constraint = threat_model(parse_threat(aimed)).constraint
     members = None if suite else members_given(attack, constraint, "attack")
     target = subject.model.access
-    where = device_of(model, subject, settings)
+    where = device_of_model(model, subject, settings)
     order = ordering.order(settings, members=members, device=where, target=target)
     order = replace(order, plan=replace(order.plan, alone=True, attacked=False), surrogates=seconds)
-    order = replace(order, fit=fit_of(fit, data, settings, subject.model, order))
+    order = replace(order, fit=fit_data(fit, data, settings, subject.model, order))
     result = assessing.assess(subject, given, order, opening=opening, progress=progress)
     return _attacked(result, given, x)
 

@@ -13,7 +13,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.best import Best
 from holdfast.ops.cosines import cosines
 from holdfast.ops.estimates import gaussian, rademacher, slope
-from holdfast.ops.sampling import distinct
+from holdfast.ops.sampling import distinct_positions
 from holdfast.testing.fakes import Constant, examples, labelled, network
 from holdfast.testing.linear import linear_problem
 
@@ -22,7 +22,7 @@ RNG = Draws(4)
 
 @pytest.mark.parametrize("k, m", [(1, 1), (3, 3), (2, 7), (5, 40)])
 def test_distinct_positions_differ_and_each_is_as_likely(k, m):
-    found = distinct(RNG.uniform(torch.arange(4000), k + 1), m)
+    found = distinct_positions(RNG.uniform(torch.arange(4000), k + 1), m)
     assert found.shape == (4000, k)
     assert ((found >= 0) & (found < m)).all()
     assert all(len(set(row)) == k for row in found.tolist())

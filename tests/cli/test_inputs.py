@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from holdfast.cli.app import run
-from holdfast.config.settings import AssessSettings, HardenSettings, RotateSettings, check
+from holdfast.config.settings import AssessSettings, HardenSettings, RotateSettings, check_settings
 from holdfast.sources.data import open_data
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -96,8 +96,8 @@ def test_a_rotation_opens_its_terms_again_with_what_was_declared() -> None:
     np.savez("all.npz", x_train=z[:1400], y_train=batch.y[:1400], x_test=z[1400:], y_test=batch.y[1400:])
     declared = {"data_normalised": "0.1307/0.3081", "class_names": ",".join("0123456789"), "layout": "chw"}
     asked = {"model": "net.py:bare", "data": "all.npz", "threat": "linf:0.1", **declared}
-    first = terms(check(asked, "", kind=RotateSettings))
-    second = terms(check(first.settings, "", kind=RotateSettings))
+    first = terms(check_settings(asked, "", kind=RotateSettings))
+    second = terms(check_settings(first.settings, "", kind=RotateSettings))
     assert first.settings.keys() >= declared.keys()
     assert first.about() == second.about()
     assert float(first.examples.train.x.min()) == 0
@@ -107,4 +107,4 @@ def test_a_rotation_opens_its_terms_again_with_what_was_declared() -> None:
 def test_a_mean_and_a_deviation_are_read_in_every_form(kind: type[AssessSettings]) -> None:
     forms = ["0.5/0.25", (0.5, 0.25), [[0.5], [0.25]], ((0.5,), (0.25,)), (np.array([0.5]), np.array([0.25]))]
     for form in forms:
-        assert check({"data_normalised": form}, "", kind=kind).data_normalised == ((0.5,), (0.25,))
+        assert check_settings({"data_normalised": form}, "", kind=kind).data_normalised == ((0.5,), (0.25,))

@@ -11,7 +11,7 @@ from holdfast.checkup import examine
 from holdfast.cli.app import run
 from holdfast.core.errors import TargetLost
 from holdfast.core.model import EVERY, Batches, Classifier
-from holdfast.sources.answers import Answers
+from holdfast.sources.answers import ServerAnswers
 from holdfast.sources.counting import Look, rows_of_calls
 from holdfast.sources.expected import Expected
 from holdfast.sources.memory import as_data
@@ -193,7 +193,7 @@ class Answering:
 
 def behind_a_server(net, batches=EVERY):
     form = Template.of('{"x": $x}', "r")
-    answers = Answers(form, labels=None, names=None, declared=False, masked=str)
+    answers = ServerAnswers(form, labels=None, names=None, declared=False, masked=str)
     served = Served(Answering(net), "/", form, answers, Remote())
     model = Classifier(served, access="scores", batches=batches)
     model.remote = True

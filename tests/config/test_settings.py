@@ -10,7 +10,7 @@ import pytest
 
 from holdfast import attacks, recipes
 from holdfast.config import settings
-from holdfast.config.attacks import build, threat_model, threat_said
+from holdfast.config.attacks import build_attack, threat_model, threat_said
 from holdfast.config.grammar import number, pairs, parse_surrogate, parse_threat, seconds
 from holdfast.config.naming import FLOW, LABELS_ONLY, MEMBERS, VARIANTS, members
 from holdfast.config.settings import AssessSettings, HardenSettings, RotateSettings
@@ -120,7 +120,7 @@ REFUSED = [
     (f"threat: 'linf:0.1,queries={'9' * 5000}'", "expected a whole number of at least 1"),
 ]
 
-read, check = (partial(wants, kind=AssessSettings) for wants in (settings.read, settings.check))
+read, check = (partial(wants, kind=AssessSettings) for wants in (settings.read, settings.check_settings))
 
 
 @pytest.mark.parametrize(("text", "said"), REFUSED)
@@ -178,8 +178,8 @@ def test_numbers_may_be_fractions_at_every_depth():
     settings = check({"mean": "1/2,0.25", "std": ["1/4", 1]}, "here")
     assert settings.mean == (0.5, 0.25)
     assert settings.std == (0.25, 1.0)
-    assert build({"use": "PGD", "reach": "5/2", "steps": "1e1"}, "here").reach == 2.5
-    assert build({"use": "PGD", "steps": "1e1"}, "here").steps == 10
+    assert build_attack({"use": "PGD", "reach": "5/2", "steps": "1e1"}, "here").reach == 2.5
+    assert build_attack({"use": "PGD", "steps": "1e1"}, "here").steps == 10
 
 
 def test_attacks_may_be_named_with_commas():
@@ -190,7 +190,7 @@ def test_attacks_may_be_named_with_commas():
 
 
 def test_functions_are_named():
-    attack = build({"use": "PGD", "loss": "dlr", "schedule": "cosine"}, "here")
+    attack = build_attack({"use": "PGD", "loss": "dlr", "schedule": "cosine"}, "here")
     assert (attack.loss, attack.schedule) == (dlr, cosine)
 
 
@@ -356,7 +356,7 @@ def test_an_attack_is_found_as_people_write_it(name, attack):
 )
 def test_use_takes_the_name_of_an_attack_with_settings(name, said):
     with pytest.raises(UsageError, match=said):
-        build({"use": name}, "here")
+        build_attack({"use": name}, "here")
 
 
 def test_the_grammar_reads_what_it_writes():

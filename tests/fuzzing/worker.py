@@ -156,7 +156,7 @@ def serve(form: str, folder: str, first: str, answers: Connection) -> None:
         os.dup2(os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     torch.set_num_threads(1)
     calling.HERE.limited = True
-    parse = calling.answered
+    parse = calling.answers_of
 
     def answered(*request: Any) -> Mapping[str, Any]:
         answers.send("parser")
@@ -165,7 +165,7 @@ def serve(form: str, folder: str, first: str, answers: Connection) -> None:
         return found
 
     warm = _exit_code(form, Path(first))
-    calling.answered = answered
+    calling.answers_of = answered
     limits.apply(limit(form), _CPU_SECONDS)
     answers.send((*warm, 0, 0.0))
     while path := answers.recv():

@@ -8,7 +8,7 @@ from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
-from holdfast.ops.gains import Confined, directions, gain, layers, learned, order_of
+from holdfast.ops.gains import Confined, gain, gain_directions, layers, learned, order_of
 from matrices import gains
 
 LAYERS = [
@@ -30,7 +30,7 @@ def test_gains_are_the_norms_of_the_matrix(made, shape):
         found = gain(layer, x.shape, order_of(constraint), x).max().item()
         assert found == pytest.approx(gains(layer, x, constraint)[""], rel=1e-12)
     exact = gains(layer, x, L2(1.0))[""]
-    (towards,) = directions(layer, x, "l2", Draws(0)).values()
+    (towards,) = gain_directions(layer, x, "l2", Draws(0)).values()
     told = [gain(layer, x.shape, "l2", towards).item() for _ in range(100)]
     assert told == pytest.approx(sorted(told), rel=1e-9)
     assert exact * 0.99 <= told[-1] <= exact * (1 + 1e-9)
@@ -58,7 +58,7 @@ def net():
 @pytest.mark.parametrize("constraint", [Linf(0.1), L2(0.1), L1(0.1)], ids=repr)
 def test_layers_are_held_to_the_bound(constraint):
     model, x, order = net(), torch.rand(2, 1, 6, 6).double(), order_of(constraint)
-    state = directions(model, x, order, Draws(0))
+    state = gain_directions(model, x, order, Draws(0))
     confine = Confined(layers(model, x), order, 0.5, state)
     for _ in range(60):  # under L2 the power iteration goes on from call to call
         confine()
@@ -73,7 +73,7 @@ def test_what_is_within_the_bound_stays_to_the_last_bit():
     model, x = net(), torch.rand(2, 1, 6, 6).double()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for order in ("linf", "l1", "l2"):
-        Confined(layers(model, x), order, 100.0, directions(model, x, order, Draws(0)))()
+        Confined(layers(model, x), order, 100.0, gain_directions(model, x, order, Draws(0)))()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

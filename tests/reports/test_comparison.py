@@ -12,7 +12,7 @@ from holdfast.core.evidence import PassRecord
 from holdfast.core.threat import ThreatModel
 from holdfast.reports import comparison
 from holdfast.reports.summary import schema
-from holdfast.reports.write import COMPARISON_SUFFIXES, check, write_comparison
+from holdfast.reports.write import COMPARISON_SUFFIXES, check_destination, write_comparison
 from reports import made
 
 
@@ -144,7 +144,7 @@ def test_every_output_says_the_same(first, tmp_path):
     content = _compared(first, _changed(first, lost=30, gained=4))
     for suffix in COMPARISON_SUFFIXES:
         path = tmp_path / f"compared{suffix}"
-        check(path, COMPARISON_SUFFIXES)
+        check_destination(path, COMPARISON_SUFFIXES)
         write_comparison(content, path)
         text = path.read_text(encoding="utf-8")
         assert "6.5" in text
@@ -156,7 +156,7 @@ def test_every_output_says_the_same(first, tmp_path):
     assert "Robust in the first run, broken in the second: 30 (#" in shown
     assert "and 10 more" in shown
     with pytest.raises(UsageError, match=r"\.html \.json \.md"):
-        check(tmp_path / "x.sarif", COMPARISON_SUFFIXES)
+        check_destination(tmp_path / "x.sarif", COMPARISON_SUFFIXES)
 
 
 def test_a_person_reads_the_same_metrics_as_of_one_run(first):

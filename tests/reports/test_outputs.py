@@ -15,7 +15,7 @@ import pytest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Doubt
 from holdfast.reports import html, junit, markdown, sarif, terminal
-from holdfast.reports.write import WRITERS, check, replacing, write
+from holdfast.reports.write import WRITERS, check_destination, replacing, write
 from reports import made
 
 
@@ -270,10 +270,10 @@ def test_a_full_disk_is_said_with_the_way_out(failing, evidence, tmp_path, monke
 def test_a_wrong_suffix_is_refused_with_those_that_exist(failing, evidence, tmp_path):
     for name in ("report.pdf", "report", ".html"):
         with pytest.raises(UsageError, match=r"\.html \.json \.xml \.sarif \.md \.csv"):
-            check(tmp_path / name)
+            check_destination(tmp_path / name)
     with pytest.raises(UsageError):
         write(failing, evidence.columns, tmp_path / "report.pdf")
-    check(tmp_path / "missing" / "REPORT.HTML")
+    check_destination(tmp_path / "missing" / "REPORT.HTML")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -281,9 +281,9 @@ def test_a_place_that_takes_no_file_is_refused_before_anything_runs(tmp_path):
     (tmp_path / "x.html").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(TargetError, match="is a folder"):
-        check(tmp_path / "x.html")
+        check_destination(tmp_path / "x.html")
     with pytest.raises(TargetError, match="is a file, not a folder"):
-        check(tmp_path / "file" / "x.html")
+        check_destination(tmp_path / "file" / "x.html")
     with pytest.raises(TargetError):
         write({}, {}, tmp_path / "file" / "x.json")
 

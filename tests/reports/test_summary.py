@@ -11,7 +11,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.losses import margin_loss
 from holdfast.reports import markdown, terminal, words
 from holdfast.reports.html import page
-from holdfast.reports.numbers import count, number, percent, plain, seconds, size, strict
+from holdfast.reports.numbers import count_text, number, percent, plain, seconds, size, strict
 from holdfast.reports.summary import schema, to_json
 from reports import made
 
@@ -286,7 +286,7 @@ def test_numbers_read_as_people_write_them():
     ]  # fmt: skip
     assert [size(eps) for eps in (8 / 255, 0.2, 0.3, 12, 0.5)] == ["8/255", "0.2", "0.3", "12", "0.5"]
     assert [seconds(value) for value in (0.25, 22.1, 7200)] == ["250 ms", "22.1 s", "2.0 h"]
-    assert count(2113000) == "2,113,000"
+    assert count_text(2113000) == "2,113,000"
 
 
 def test_threat_is_told_in_words():

@@ -7,11 +7,11 @@ import pytest
 from holdfast.core.errors import UsageError
 from holdfast.rotation.triggers import (
     AnswersPerPrincipal,
+    Counters,
     Elapsed,
-    Reading,
     Watch,
     alarmed,
-    due,
+    due_triggers,
     exposed,
     refuse_faster,
 )
@@ -30,10 +30,10 @@ class Clock:
 @pytest.mark.parametrize(
     "trigger, before, after, why",
     [
-        (AnswersPerPrincipal(50), Reading(answers=49), Reading(answers=50), "50 answers .*, of at most 50"),
-        (Elapsed(60), Reading(served_s=59.9), Reading(served_s=60.0), "served for 60 s, of at most 60"),
-        (alarmed, Reading(exposure="laptop stolen"), Reading(alarm="near duplicates"), "near duplicates"),
-        (exposed, Reading(alarm="near duplicates"), Reading(exposure="laptop stolen"), "laptop stolen"),
+        (AnswersPerPrincipal(50), Counters(answers=49), Counters(answers=50), "50 answers .*, of at most 50"),
+        (Elapsed(60), Counters(served_s=59.9), Counters(served_s=60.0), "served for 60 s, of at most 60"),
+        (alarmed, Counters(exposure="laptop stolen"), Counters(alarm="near duplicates"), "near duplicates"),
+        (exposed, Counters(alarm="near duplicates"), Counters(exposure="laptop stolen"), "laptop stolen"),
     ],
 )
 def test_a_trigger_tells_why_from_its_limit_on(trigger, before, after, why):
@@ -42,10 +42,10 @@ def test_a_trigger_tells_why_from_its_limit_on(trigger, before, after, why):
 
 
 def test_all_reasons_are_told_in_the_order_of_the_triggers():
-    assert due(ALL, Reading()) == ()
-    told = due(ALL, Reading(70, 90_000.0, "near duplicates", "laptop stolen"))
+    assert due_triggers(ALL, Counters()) == ()
+    told = due_triggers(ALL, Counters(70, 90_000.0, "near duplicates", "laptop stolen"))
     assert [why.split()[0] for why in told] == ["one", "the", "alarm:", "listed"]
-    assert due((), Reading(70, 90_000.0, "near duplicates", "laptop stolen")) == ()
+    assert due_triggers((), Counters(70, 90_000.0, "near duplicates", "laptop stolen")) == ()
 
 
 def test_a_watch_counts_from_the_swap_and_forgets_what_was_raised_before_it():

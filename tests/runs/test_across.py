@@ -16,7 +16,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.harness import Member, paired
 from holdfast.harness.carrying import _mixed
 from holdfast.harness.plan import MATRIX
-from holdfast.metrics.across import across
+from holdfast.metrics.across import across_rows
 from holdfast.ops import ascent, losses
 from holdfast.sources.memory import as_data
 from holdfast.verbs import preparation
@@ -40,7 +40,7 @@ def carrying(*others, members=(FAST,), **changes):
 
 
 def shares(result):
-    return [[share.value for share in (*row.turned, *row.control)] for row in across(result.evidence)]
+    return [[share.value for share in (*row.turned, *row.control)] for row in across_rows(result.evidence)]
 
 
 def test_other_data_may_be_of_another_type_than_the_model_takes():
@@ -56,7 +56,7 @@ def test_a_change_turns_what_the_model_says_another_thing_of_once_it_bears_it():
     rng, threat = Draws(3).at("stage", "across"), ThreatModel(Linf(0.06), surrogates=(model,))
     sets = [paired(each.read(0, N), 3, place) for place, each in enumerate((data(), elsewhere(n=N)))]
     sets = [replace(each, y=model(each.x).argmax(1)) for each in sets]
-    rows = across(found.evidence)
+    rows = across_rows(found.evidence)
     assert [row.made_on for row in rows] == ["data in memory", "elsewhere 5"]
     for place, (each, row) in enumerate(zip(sets, rows, strict=True)):
         change = MATRIX.attack(model, each, threat, rng=rng.at(place)) - each.x

@@ -9,7 +9,7 @@ from holdfast.attacks import APGD, Square
 from holdfast.core.constraints import L0, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Doubt
-from holdfast.doubts.answering import answered, arms, called
+from holdfast.doubts.answering import arms, called, with_answers
 from holdfast.harness import Member
 from holdfast.verbs.assess import assess
 from holdfast.verbs.stored_runs import open_run
@@ -152,13 +152,15 @@ def ran(n=4, *, dead=False, broke=2):
 def test_a_doubt_is_answered_by_all_that_it_called_for():
     because = {"BPDA": ("zero-gradient",), "Search": ("zero-gradient",)}
     doubts = (Doubt("zero-gradient", "raised", says="no gradient"),)
-    both = answered(doubts, {"BPDA": ran(), "Search": ran(broke=3)}, because, went_round=True, fell=False)[0]
+    both = with_answers(
+        doubts, {"BPDA": ran(), "Search": ran(broke=3)}, because, went_round=True, fell=False
+    )[0]
     assert both.state == "answered"
     assert both.says == (
         "no gradient; answered by BPDA and Search, which broke 3 of the 4 examples that they were run on"
     )
-    assert answered(doubts, {"BPDA": ran()}, because, went_round=True, fell=False) == doubts
-    found_none = answered(
+    assert with_answers(doubts, {"BPDA": ran()}, because, went_round=True, fell=False) == doubts
+    found_none = with_answers(
         doubts, {"BPDA": ran(dead=True), "Search": ran()}, because, went_round=True, fell=False
     )[0]
     assert found_none.state == "raised"
@@ -172,14 +174,16 @@ def test_a_shattered_gradient_is_answered_round_it_or_on_average_alone():
         ("BPDA", False, "raised"),
         ("EOT", False, "answered"),
     ):
-        (told,) = answered(doubts, {arm: ran()}, {arm: ("shattered",)}, went_round=went_round, fell=False)
+        (told,) = with_answers(doubts, {arm: ran()}, {arm: ("shattered",)}, went_round=went_round, fell=False)
         assert told.state == state
 
 
 def test_a_suite_is_not_exhausted_while_a_probe_knows_better():
     doubts, because = (Doubt("not-exhausted", "raised"),), {"Search": ("not-exhausted",)}
-    assert answered(doubts, {"Search": ran()}, because, went_round=True, fell=True) == doubts
-    assert answered(doubts, {"Search": ran()}, because, went_round=True, fell=False)[0].state == "answered"
+    assert with_answers(doubts, {"Search": ran()}, because, went_round=True, fell=True) == doubts
+    assert (
+        with_answers(doubts, {"Search": ran()}, because, went_round=True, fell=False)[0].state == "answered"
+    )
 
 
 @pytest.mark.parametrize(

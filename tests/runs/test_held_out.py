@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from holdfast.config.hardening import given_all
+from holdfast.config.hardening import given_for_hardening
 from holdfast.config.settings import HardenSettings
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import TargetError, UsageError
@@ -183,7 +183,7 @@ def test_judged_examples_are_drawn_by_the_seed_where_nobody_says_which(tmp_path)
 
     def judged(**more):
         settings = HardenSettings(data=path, threat="linf:0.06", **more)
-        return given_all(fakes.network(), path, None, None, settings)[2].read(0, 3_000)
+        return given_for_hardening(fakes.network(), path, None, None, settings)[2].read(0, 3_000)
 
     drawn = judged()
     assert len(drawn) == 1_000 and set(drawn.y.tolist()) == {0, 1, 2, 3}
@@ -197,7 +197,7 @@ def test_what_is_wrong_with_other_training_data_is_said_and_not_that_they_have_n
 
     def asked(fit):
         settings = HardenSettings(data=path, fit=fit, threat="linf:0.06")
-        return given_all(fakes.network(), path, fit, None, settings)
+        return given_for_hardening(fakes.network(), path, fit, None, settings)
 
     with pytest.raises(UsageError, match="label"):
         asked(str(csv))
@@ -205,7 +205,7 @@ def test_what_is_wrong_with_other_training_data_is_said_and_not_that_they_have_n
     np.savez(whole, x=np.load(path)["x_train"], y=np.load(path)["y_train"])
     assert len(asked(str(whole))[1]) == 3_000
     with pytest.raises(UsageError, match="has no train split to train on"):
-        given_all(
+        given_for_hardening(
             fakes.network(), str(whole), None, None, HardenSettings(data=str(whole), threat="linf:0.06")
         )
 

@@ -12,7 +12,7 @@ import torch
 
 from holdfast import api
 from holdfast.config import attacked, ordering, rotating
-from holdfast.config.settings import AssessSettings, RotateSettings, check
+from holdfast.config.settings import AssessSettings, RotateSettings, check_settings
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
@@ -26,7 +26,7 @@ from holdfast.store.pool import Pool
 from holdfast.store.verify import verify
 from holdfast.verbs.rotate import collecting, drawing, learning
 from holdfast.verbs.rotate.alternatives import Alternatives, doubt, hardened
-from holdfast.verbs.rotate.attackers import WHO, Means, Table
+from holdfast.verbs.rotate.attackers import WHO, AttackerTable, Means
 from holdfast.verbs.rotate.query_search import AcrossSwaps
 from holdfast.verbs.rotate.wording import judged, verdict
 from holdfast.verbs.stored_runs import open_run
@@ -67,7 +67,7 @@ def collected(tmp_path_factory):
         },
         "source": {"use": "basins", "seeds": 2, "sets": 3, "every": 2, "lr": 1e-3},
     }  # fmt: skip
-    terms = rotating.terms(check(said, "test", kind=RotateSettings))
+    terms = rotating.terms(check_settings(said, "test", kind=RotateSettings))
     pool = collecting.begun(place / "pool", terms, resume=False)
     stages: list[Step] = []
     collecting.collect(pool, terms, progress=stages.append)
@@ -107,9 +107,9 @@ def quick(monkeypatch):
 
     def table(pool, terms):
         found.append(pool.path)
-        return Table(pool, terms, MEANS)
+        return AttackerTable(pool, terms, MEANS)
 
-    monkeypatch.setattr(attacked, "Table", table)
+    monkeypatch.setattr(attacked, "AttackerTable", table)
     return found
 
 
@@ -118,7 +118,7 @@ def settings(pool, data, **changes):
         "model": f"rotating:{pool.path}", "data": f"{data}/test.npz", "threat": "linf:0.1", "n": 24,
         "attacks": [{"use": "PGD", "steps": 5}], "trust_code": True,
     }  # fmt: skip
-    return check({**said, **changes}, "test", kind=AssessSettings)
+    return check_settings({**said, **changes}, "test", kind=AssessSettings)
 
 
 # --- the address
@@ -247,7 +247,7 @@ def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, tmp_
     before = json.loads((tmp_path / "run" / "rotation.json").read_text())
     assert [row["who"] for row in before["rows"]] == list(WHO[:6]) and not before["complete"]
     monkeypatch.undo()
-    monkeypatch.setattr(attacked, "Table", partial(Table, means=MEANS))
+    monkeypatch.setattr(attacked, "AttackerTable", partial(AttackerTable, means=MEANS))
     monkeypatch.setattr(attackers._Measuring, "_generator", lambda self: 1 / 0)
     api.carry_out(of, run=tmp_path / "run", resume=True)
     after = json.loads((tmp_path / "run" / "rotation.json").read_text())
@@ -266,7 +266,7 @@ def test_rows_from_before_something_leaked_are_measured_anew(
     with pytest.raises(ZeroDivisionError):
         api.carry_out(of, run=run)
     monkeypatch.undo()
-    monkeypatch.setattr(attacked, "Table", partial(Table, means=MEANS))
+    monkeypatch.setattr(attacked, "AttackerTable", partial(AttackerTable, means=MEANS))
     serving.expose(second, "another stolen")
     rows = api.carry_out(of, run=run, resume=True).summary()["rotation"]["rows"]
     by = {row["who"]: row["holds"] for row in rows}

@@ -10,7 +10,7 @@ import torch
 from holdfast.api import assess
 from holdfast.cli.app import run
 from holdfast.core.errors import TargetError, TargetLost, TargetRefused, UnclearOutput, UsageError
-from holdfast.sources.answers import Answers, beginning
+from holdfast.sources.answers import ServerAnswers, first_characters
 from holdfast.sources.models import Declared, open_model
 from holdfast.sources.payloads import Shaped, Template
 from holdfast.sources.remote import Remote
@@ -27,7 +27,7 @@ def as_given(text):
 def reader(*, labels=None, names=None, form=None, **more):
     form = form or Template.of('{"rows": $x}', None)
     options = {"declared": False, "masked": as_given, **more}
-    return Answers(form, labels=labels, names=names, **options)
+    return ServerAnswers(form, labels=labels, names=names, **options)
 
 
 def rows(n):
@@ -234,9 +234,9 @@ def test_classes_that_change_from_text_to_numbers_are_refused():
 
 def test_the_beginning_of_an_answer_is_cut_after_its_secrets_are_masked():
     answer = {"error": "x" * 84 + "secret-token"}
-    assert beginning(answer, as_given).endswith("secre …")
-    assert beginning(answer, lambda text: text.replace("secret-token", "…")).endswith('x…"}')
-    assert beginning([0.5] * 10**6, as_given).startswith("[0.5, 0.5")
+    assert first_characters(answer, as_given).endswith("secre …")
+    assert first_characters(answer, lambda text: text.replace("secret-token", "…")).endswith('x…"}')
+    assert first_characters([0.5] * 10**6, as_given).startswith("[0.5, 0.5")
     with pytest.raises(TargetLost) as refused:
         read({"error": "secret-token"}, masked=lambda text: text.replace("secret-token", "…"))
     assert "secret" not in str(refused.value)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources import catalogue
-from holdfast.sources.catalogue import CATALOGUE, Remote, entry_of, listed
+from holdfast.sources.catalogue import CATALOGUE, RemoteFile, entry_of, listed
 from holdfast.sources.data import open_data
 from holdfast.sources.fetching import download, fetch, import_folder
 from holdfast.sources.official import cifar_arrays, idx
@@ -106,7 +106,7 @@ def digits() -> dict[str, np.ndarray]:
 def serve(server: Server, monkeypatch: pytest.MonkeyPatch, name: str, files: dict[str, bytes]) -> None:
     """Put files on the server and let the catalogue's entry point at them."""
     server.files |= files
-    remotes = tuple(Remote(server.url(file), md5(content)) for file, content in files.items())
+    remotes = tuple(RemoteFile(server.url(file), md5(content)) for file, content in files.items())
     changed = CATALOGUE | {name: dataclasses.replace(CATALOGUE[name], remotes=remotes)}
     for module in ("catalogue", "fetching", "data"):
         monkeypatch.setattr(f"holdfast.sources.{module}.CATALOGUE", changed)
@@ -159,7 +159,7 @@ def test_the_binary_version_of_cifar_is_fetched(server: Server, monkeypatch: pyt
 def test_a_broken_download_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
     content = RNG.bytes(3_000_000)
     server.files["f.bin"] = content
-    remote = Remote(server.url("f.bin"), md5(content))
+    remote = RemoteFile(server.url("f.bin"), md5(content))
     server.break_after = 1_000_000
     with pytest.raises(TargetError, match="the next attempt goes on"):
         download(remote, tmp_path / "f.bin")
@@ -176,13 +176,13 @@ def test_a_server_without_ranges_sends_all_of_it_again(server: Server, tmp_path:
     content = RNG.bytes(1000)
     server.files["f.bin"], server.ranges = content, False
     (tmp_path / "f.bin.part").write_bytes(content[:100])
-    download(Remote(server.url("f.bin"), md5(content)), tmp_path / "f.bin")
+    download(RemoteFile(server.url("f.bin"), md5(content)), tmp_path / "f.bin")
     assert (tmp_path / "f.bin").read_bytes() == content
 
 
 def test_a_wrong_checksum_is_refused_and_nothing_is_left(server: Server, tmp_path: Path) -> None:
     server.files["f.bin"] = b"something else"
-    remote = Remote(server.url("f.bin"), md5(b"what was published"))
+    remote = RemoteFile(server.url("f.bin"), md5(b"what was published"))
     with pytest.raises(TargetError, match=f"md5 {md5(b'something else')}; {remote.md5} was expected"):
         download(remote, tmp_path / "f.bin")
     assert list(tmp_path.iterdir()) == []
@@ -191,7 +191,7 @@ def test_a_wrong_checksum_is_refused_and_nothing_is_left(server: Server, tmp_pat
 def test_a_complete_part_is_checked_and_taken(server: Server, tmp_path: Path) -> None:
     server.files["f.bin"] = b"all of it"
     (tmp_path / "f.bin.part").write_bytes(b"all of it")
-    download(Remote(server.url("f.bin"), md5(b"all of it")), tmp_path / "f.bin")
+    download(RemoteFile(server.url("f.bin"), md5(b"all of it")), tmp_path / "f.bin")
     assert (tmp_path / "f.bin").read_bytes() == b"all of it"
 
 
@@ -199,9 +199,9 @@ def test_what_cannot_be_fetched_is_said(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(TargetError, match="answered 404"):
-        download(Remote(server.url("gone"), md5(b"")), tmp_path / "gone")
+        download(RemoteFile(server.url("gone"), md5(b"")), tmp_path / "gone")
     with pytest.raises(TargetError, match="cannot be reached"):
-        download(Remote("http://127.0.0.1:9/x", md5(b"")), tmp_path / "x")
+        download(RemoteFile("http://127.0.0.1:9/x", md5(b"")), tmp_path / "x")
     with pytest.raises(UsageError, match="no official mirror"):
         fetch("gtsrb")
     with pytest.raises(UsageError, match="did you mean 'mnist'"):

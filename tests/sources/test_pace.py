@@ -2,7 +2,7 @@
 
 import threading
 
-from holdfast.sources.pace import Pace
+from holdfast.sources.pace import RequestPace
 
 
 class Clock:
@@ -21,7 +21,7 @@ class Clock:
 
 def test_requests_begin_at_the_rate_and_are_spread_again_after_a_pause():
     clock = Clock()
-    pace = Pace(5.0, clock.now, clock.sleep)
+    pace = RequestPace(5.0, clock.now, clock.sleep)
     begun = []
     for request in range(12):
         if request == 6:
@@ -42,7 +42,7 @@ def test_a_pause_that_comes_while_a_request_waits_holds_for_it_too():
             pace.pause(2.0)
 
     slept = []
-    pace = Pace(2.0, clock.now, sleep)
+    pace = RequestPace(2.0, clock.now, sleep)
     pace.wait()
     pace.wait()
     assert round(clock.now() - 100.0, 6) == 2.5
@@ -50,7 +50,7 @@ def test_a_pause_that_comes_while_a_request_waits_holds_for_it_too():
 
 def test_the_request_that_was_told_to_wait_does_not_wait_twice():
     clock = Clock()
-    pace = Pace(None, clock.now, clock.sleep)
+    pace = RequestPace(None, clock.now, clock.sleep)
     until = pace.pause(7.0)
     clock.sleep(7.0)
     pace.wait(until)

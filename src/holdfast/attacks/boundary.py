@@ -19,7 +19,7 @@ from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Mask, PerExample, Positive, Steps
 from holdfast.ops.decisions import Decisions
-from holdfast.ops.directions import across
+from holdfast.ops.directions import ray_and_orthogonal
 from holdfast.ops.norms import expect_norm
 
 
@@ -67,6 +67,6 @@ class Boundary:
 
 def _around(some: Batch, x: Inputs, model: Model, size: PerExample, rng: Draws, share: float) -> Inputs:
     """`x` moved in a random direction by a share of its distance, and back onto the sphere."""
-    ray, beside = across(some, x, model.bounds, rng, share=share)
+    ray, beside = ray_and_orthogonal(some, x, model.bounds, rng, share=share)
     radius = L2().distance(x, some.x) / (1 + size**2).sqrt()
     return model.bounds.clamp(some.x + spread(radius, x) * (ray + spread(size, x) * beside))

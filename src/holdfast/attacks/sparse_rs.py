@@ -22,7 +22,7 @@ from holdfast.core.types import Access, Fraction, Inputs, Mask, Steps
 from holdfast.ops.best import Best
 from holdfast.ops.losses import margin
 from holdfast.ops.norms import expect_eps, expect_norm
-from holdfast.ops.sampling import distinct
+from holdfast.ops.sampling import distinct_positions
 
 _BLOCK = 64  # steps whose random numbers are drawn at once, which is faster for small batches
 _FALLS = (0, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 steps: after each the share falls to the
@@ -102,8 +102,8 @@ class _Places:
         """Undo some of the changed positions, and set as many others to a corner's colour."""
         n, rest = self._exchanged(share), self._order.shape[1] - self._k
         draws = self._draws[:, step]
-        self._out = distinct(draws[:, : n + 1], self._k)
-        self._in = self._k + distinct(draws[:, n + 1 : 2 * n + 2], rest) if rest else self._out
+        self._out = distinct_positions(draws[:, : n + 1], self._k)
+        self._in = self._k + distinct_positions(draws[:, n + 1 : 2 * n + 2], rest) if rest else self._out
         old, new = (
             self._order.gather(1, at)[:, None].expand(-1, self._channels, -1) for at in (self._out, self._in)
         )

@@ -18,7 +18,7 @@ from holdfast.core.per_example import spread
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Mask, PerExample, Positive, Steps
 from holdfast.ops.decisions import Decisions
-from holdfast.ops.directions import across
+from holdfast.ops.directions import ray_and_orthogonal
 from holdfast.ops.norms import expect_norm
 
 
@@ -46,7 +46,7 @@ class SurFree:
         with torch.no_grad():
             for step, some in decisions.steps(rng):
                 rows, (x, distance) = decisions.closest.rows(some), decisions.known(some)
-                ray, beside = across(some, x, model.bounds, rng.at(step), share=self.frequencies)
+                ray, beside = ray_and_orthogonal(some, x, model.bounds, rng.at(step), share=self.frequencies)
                 circle = _Circle(some.x, spread(distance, x) * ray, spread(distance, x) * beside)
                 helped = self._turn(decisions, some, circle, angle[rows])
                 angle[rows] = torch.where(helped, angle[rows] / self.rho, angle[rows] * self.rho)

@@ -23,7 +23,7 @@ from holdfast.ops.boundary import to_boundary
 from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.estimates import coordinate_slopes
 from holdfast.ops.norms import expect_norm
-from holdfast.ops.sampling import distinct
+from holdfast.ops.sampling import distinct_positions
 
 _H = 1e-4  # the paper's step to either side, in widths of the box
 _PRICE, _DEARER = 10.0, 10.0
@@ -86,7 +86,7 @@ class ZOO:
             queries -= 1 + 2 * n
             if not n:
                 break
-            at = distinct(rng.at("step", step).uniform(left.ids, n + 1), left.x[0].numel())
+            at = distinct_positions(rng.at("step", step).uniform(left.ids, n + 1), left.x[0].numel())
             slopes = coordinate_slopes(model, left, adam.x, at, norm, closest, _H * model.bounds.width)
             delta = (adam.x - left.x).flatten(1).gather(1, at)
             down = 2 * delta + (price[rows] * ~broken)[:, None] * slopes

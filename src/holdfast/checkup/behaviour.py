@@ -70,7 +70,7 @@ def labels(examined: Examined) -> Iterator[Finding]:
         )
 
 
-def accuracy(examined: Examined) -> Iterator[Finding]:
+def accuracy_of(examined: Examined) -> Iterator[Finding]:
     """Compare the accuracy of the model with that of always predicting the majority class."""
     y = examined.batch.y
     compared = against_majority(examined.logits.argmax(1) == y, y)
@@ -110,7 +110,7 @@ def steadiness(examined: Examined) -> Iterator[Finding]:
         yield Finding("steadiness", "good", "the same inputs get the same outputs, in any order")
 
 
-def gradients(examined: Examined) -> Iterator[Finding]:
+def gradient_findings(examined: Examined) -> Iterator[Finding]:
     """Check whether gradients reach the input."""
     if examined.model.access != "gradients":
         why = f" ({examined.model.hides})" if examined.model.hides else ""

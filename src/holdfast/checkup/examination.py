@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from holdfast.checkup.behaviour import (
-    accuracy,
+    accuracy_of,
     batch_sizes,
-    gradients,
+    gradient_findings,
     labels,
     outputs,
     steadiness,
@@ -135,8 +135,8 @@ def _layout(model: Classifier, batch: Batch) -> Finding | None:
 _CHECKS: tuple[Callable[[Examined], Iterator[Finding]], ...] = (
     outputs,
     labels,
-    accuracy,
+    accuracy_of,
     units,
     steadiness,
-    gradients,
+    gradient_findings,
 )

@@ -9,7 +9,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from holdfast.checkup.behaviour import accuracy, batch_sizes, gradients, labels, outputs, unclear_output
+from holdfast.checkup.behaviour import (
+    accuracy_of,
+    batch_sizes,
+    gradient_findings,
+    labels,
+    outputs,
+    unclear_output,
+)
 from holdfast.checkup.data_checks import (
     SAMPLE,
     known_labels,
@@ -86,7 +93,7 @@ def _answered(
         model, labelled, (), logits[rows], len(rows), left=lambda: server.remaining, moved_by=moved
     )
     off = tuple(labels(examined))
-    yield from (*outputs(examined), *off, *accuracy(examined))
+    yield from (*outputs(examined), *off, *accuracy_of(examined))
     explained = any(examined.accuracy + (finding.gain or 0.0) >= 1 - BETTER for finding in off)
     if not explained:
         yield from units(examined)
@@ -100,7 +107,7 @@ def _answered(
             "compare with how the server's other clients scale and normalise their inputs",
         )
     yield unsteady
-    yield from gradients(examined)
+    yield from gradient_findings(examined)
 
 
 def _takes_channels_last(model: Classifier, x: Tensor, server: Look) -> bool:

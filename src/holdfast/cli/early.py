@@ -71,11 +71,11 @@ def refuse_server_to_train(address: str) -> None:
 
 def refuse_reports(outputs: Iterable[str], suffixes: Collection[str] | None = None) -> None:
     """Raise the errors of `holdfast.reports.write.check` for each report, except one on stdout."""
-    from holdfast.reports.write import WRITERS, check
+    from holdfast.reports.write import WRITERS, check_destination
 
     for output in outputs:
         if output != "-":
-            check(Path(output), WRITERS.keys() if suffixes is None else suffixes)
+            check_destination(Path(output), WRITERS.keys() if suffixes is None else suffixes)
 
 
 def _offered(address: str, known: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from rich.table import Table
 from holdfast.cli.options import Voice
 from holdfast.cli.running import command_line, watched
 from holdfast.config import rotating
-from holdfast.config.settings import RotateSettings, canonical
+from holdfast.config.settings import RotateSettings, canonical_settings
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import Inconclusive, LostLoss, UsageError
@@ -60,7 +60,7 @@ class _Begun:
 def _begun(
     settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool, expect_head: str
 ) -> Iterator[_Begun]:
-    folder = Path(run) if run else new_folder("rotate", digest(as_bytes(canonical(settings))))
+    folder = Path(run) if run else new_folder("rotate", digest(as_bytes(canonical_settings(settings))))
     again = way_out(command_line(), folder)
     with stoppable(again) as stopper, watched(voice) as progress:
         terms = rotating.terms(settings)

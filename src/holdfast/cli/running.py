@@ -14,7 +14,7 @@ import click
 from holdfast.api import carry_out, carry_out_hardening, demo, exhibition, rehearse, rehearse_served
 from holdfast.cli.options import Voice
 from holdfast.config.grammar import is_folder
-from holdfast.config.settings import AssessSettings, HardenSettings, canonical
+from holdfast.config.settings import AssessSettings, HardenSettings, canonical_settings
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
@@ -29,7 +29,7 @@ from holdfast.reports.notes import spoken
 from holdfast.reports.numbers import percent
 from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.words import amount
-from holdfast.reports.write import EXHIBIT_SUFFIXES, check, write_exhibits
+from holdfast.reports.write import EXHIBIT_SUFFIXES, check_destination, write_exhibits
 from holdfast.sources.remote import SCHEMES
 from holdfast.verbs.exhibition import Exhibit
 from holdfast.verbs.result import Result
@@ -51,7 +51,7 @@ def assess_and_report(
     command = command_line()
     if dry_run:
         return _dry_run(settings, voice)
-    folder = Path(run) if run else new_folder("assess", digest(as_bytes(canonical(settings))))
+    folder = Path(run) if run else new_folder("assess", digest(as_bytes(canonical_settings(settings))))
     if resume and not (folder.is_dir() and any(folder.iterdir())):
         voice.say(
             f"note: {str(folder)!r} contains no run to resume, so a new run is started (see holdfast runs)"
@@ -68,7 +68,7 @@ def assess_and_report(
 def harden_and_report(settings: HardenSettings, voice: Voice, *, run: str | None, resume: bool) -> int:
     """Run or resume `harden`, print the results and write the new model. Returns the exit code."""
     command = command_line()
-    folder = Path(run) if run else new_folder("harden", digest(as_bytes(canonical(settings))))
+    folder = Path(run) if run else new_folder("harden", digest(as_bytes(canonical_settings(settings))))
     if not distributed.first():  # other processes train too, and only the first reports
         carry_out_hardening(settings, run=folder, resume=resume, command=command)
         return 0
@@ -235,7 +235,7 @@ def run_gallery(place: Path | None, voice: Voice) -> int:
     """Measure the gallery, and show it as a table and as JSON in `place`. Returns exit code 0."""
     as_json = str(place) == _STDOUT
     if place is not None and not as_json:
-        check(place, EXHIBIT_SUFFIXES)
+        check_destination(place, EXHIBIT_SUFFIXES)
     voice.say(
         "building models with masked gradients on real digits, and running PGD and adaptive attacks on each"
     )

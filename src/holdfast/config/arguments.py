@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from holdfast.config import expecting, ordering
 from holdfast.config.attacks import threat_said
 from holdfast.config.served import refuse_unserved
-from holdfast.config.settings import AssessSettings, S, check
+from holdfast.config.settings import AssessSettings, S, check_settings
 from holdfast.config.values import is_suite
 from holdfast.core.batch import Data
 from holdfast.core.constraints import Constraint
@@ -53,7 +53,7 @@ def settings_said(where: str, arguments: Mapping[str, Any], kind: type[S]) -> S:
         settings.pop(name, None)
     if not isinstance(settings.get("recipe", ""), str | Mapping):
         del settings["recipe"]
-    return check(settings, where, kind=kind)
+    return check_settings(settings, where, kind=kind)
 
 
 def given_all(
@@ -63,7 +63,7 @@ def given_all(
     subject = subject_of(model, settings)
     seconds = surrogates_of(surrogates, settings, subject.model)
     given = data_of(data, settings, subject.model)
-    return expecting.fitting(subject, seconds, given), given, seconds
+    return expecting.with_found_properties(subject, seconds, given), given, seconds
 
 
 def subject_of(model: ModelLike, settings: AssessSettings) -> Subject:
@@ -89,7 +89,9 @@ def surrogates_of(given: object, settings: AssessSettings, target: Classifier) -
     subjects = []
     for each in given:
         if isinstance(each, str | Path):
-            described = check({"surrogates": [str(each)]}, "assess()", kind=AssessSettings).surrogates[0]
+            described = check_settings(
+                {"surrogates": [str(each)]}, "assess()", kind=AssessSettings
+            ).surrogates[0]
             subjects.append(ordering.opened_surrogate(described, settings, target))
         elif accepted(each):
             subjects.append(ordering.given_surrogate(each, settings, target))
@@ -128,7 +130,7 @@ def held(data: DataLike, settings: AssessSettings, expected: Expected) -> Data:
     return as_data(data, expected=expected)
 
 
-def fit_of(
+def fit_data(
     fit: DataLike | None, data: DataLike, settings: AssessSettings, model: Classifier, order: AssessRequest
 ) -> Data | None:
     """Return the examples on which attacks are learned, given as an address or an object. None if none are needed."""
@@ -154,7 +156,7 @@ def others_of(given: object, settings: AssessSettings, model: Classifier) -> tup
     )
 
 
-def device_of(model: ModelLike, subject: Subject, settings: AssessSettings) -> str | None:
+def device_of_model(model: ModelLike, subject: Subject, settings: AssessSettings) -> str | None:
     """Return the device of a network given as an object, or None if the settings determine the device."""
     weight = next(subject.model.parameters(), None)
     if isinstance(model, str | Path) or settings.device != "auto" or weight is None:

@@ -6,12 +6,12 @@ from typing import Any
 
 from holdfast.config import rotating
 from holdfast.config.pooled import pool_of
-from holdfast.config.settings import AssessSettings, RotateSettings, check
+from holdfast.config.settings import AssessSettings, RotateSettings, check_settings
 from holdfast.core.batch import Batch
 from holdfast.core.evidence import Evidence
 from holdfast.engine.progress import Progress
 from holdfast.verbs.request import Keep, MeasureAttackers
-from holdfast.verbs.rotate.attackers import Table
+from holdfast.verbs.rotate.attackers import AttackerTable
 
 
 def attackers(settings: AssessSettings) -> MeasureAttackers | None:
@@ -34,5 +34,5 @@ def _measured(
     pool = pool_of(settings.model)
     assert pool is not None
     trusted = {"device": settings.device, "trust_code": settings.trust_code}
-    terms = rotating.reopened(pool, check(trusted, str(settings.model), kind=RotateSettings))
-    return Table(pool, terms)(evidence, judged_on, known=known, keep=keep, progress=progress)
+    terms = rotating.reopened(pool, check_settings(trusted, str(settings.model), kind=RotateSettings))
+    return AttackerTable(pool, terms)(evidence, judged_on, known=known, keep=keep, progress=progress)

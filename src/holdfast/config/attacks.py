@@ -113,7 +113,7 @@ def attack_class(name: str) -> type[Any]:
     return attack_names()[attack_class_called(name)]
 
 
-def build(spec: Mapping[str, Any], where: str) -> Attack:
+def build_attack(spec: Mapping[str, Any], where: str) -> Attack:
     """Return the attack with the name in `use:`, with settings validated against their types and ranges."""
     if "use" not in spec:
         raise UsageError(
@@ -136,7 +136,7 @@ def build(spec: Mapping[str, Any], where: str) -> Attack:
     return attack
 
 
-def checked(attack: Attack) -> Attack:
+def checked_attack(attack: Attack) -> Attack:
     """Return the attack if each of its settings is valid. The `UsageError` contains the first invalid one.
 
     Objects that are not dataclasses, and settings of other types, are not validated.
@@ -151,7 +151,7 @@ def refuse_settings(held: Any, name: str) -> None:
     for f in fields(held) if is_dataclass(held) else ():
         value, where, hint = getattr(held, f.name), f"{name}: {f.name}", hints[f.name]
         if isinstance(value, Attack):
-            checked(value)
+            checked_attack(value)
         elif isinstance(hint, type) and is_dataclass(hint):
             if not isinstance(value, hint):
                 raise UsageError(f"{where} is {value!r}; expected a {hint.__name__}, as {hint.__name__}()")
@@ -172,7 +172,7 @@ def setting(hint: Any, value: Any, where: str) -> Any:
     errors.
     """
     if hint is Attack and isinstance(value, Mapping):
-        return build(value, where)
+        return build_attack(value, where)
     if hint == tuple[Constraint, ...]:
         return constraints(value, where)
     if get_origin(hint) is Callable:

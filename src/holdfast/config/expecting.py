@@ -13,7 +13,7 @@ from holdfast.core.normalisation import Normalisation
 from holdfast.sources.data import Names
 from holdfast.sources.expected import Expected
 from holdfast.sources.models import Declared
-from holdfast.sources.probing import Probe, settle_gradients, settle_output, settle_predictions
+from holdfast.sources.probing import ProbedClassifier, settle_gradients, settle_output, settle_predictions
 from holdfast.verbs.request import Subject
 
 
@@ -60,7 +60,7 @@ def expected(settings: AssessSettings, model: Classifier, *, lenient: bool = Fal
         settings.class_order,
         settings.layout,
         normalisation(settings),
-        Probe(model),
+        ProbedClassifier(model),
         lenient,
     )
 
@@ -72,7 +72,7 @@ def unlabelled(settings: AssessSettings, model: Classifier) -> Expected:
     )
 
 
-def fitting(subject: Subject, surrogates: Sequence[Subject], data: Data) -> Subject:
+def with_found_properties(subject: Subject, surrogates: Sequence[Subject], data: Data) -> Subject:
     """Determine properties from the data that are not declared. Returns the subject with notes about them.
 
     The properties are: whether single outputs are logits, whether the largest score of an estimator is its class,
@@ -82,7 +82,7 @@ def fitting(subject: Subject, surrogates: Sequence[Subject], data: Data) -> Subj
     model = subject.model
     for each in (model, *(surrogate.model for surrogate in surrogates)):
         if each is not model:
-            Probe(each).suit(data.read(0, min(2, len(data))).x)
+            ProbedClassifier(each).suit(data.read(0, min(2, len(data))).x)
         settle_output(each, data)
     notes = (*settle_predictions(model, data), *settle_gradients(model, data))
     card = {**subject.card, "access": model.access} if notes else subject.card

@@ -49,11 +49,11 @@ def opened(settings: HardenSettings) -> tuple[Subject, Batch, Data, Data]:
     _refuse_estimator(model)
     training = _with_unlabelled(_opened_training(settings, model), settings.unlabelled, settings, model)
     judged = ordering.opened_data(_few(settings), model)
-    subject = expecting.fitting(subject, (), judged)
+    subject = expecting.with_found_properties(subject, (), judged)
     return subject, training, judged, ordering.opened_data(_all(settings), model)
 
 
-def given_all(
+def given_for_hardening(
     model: arguments.ModelLike,
     data: arguments.DataLike,
     fit: arguments.DataLike | None,
@@ -79,7 +79,7 @@ def given_all(
         else:
             given = arguments.held(fit, settings, expecting.expected(settings, own))
             training = given.read(0, len(given))
-    subject = expecting.fitting(subject, (), judged)
+    subject = expecting.with_found_properties(subject, (), judged)
     return subject, _with_unlabelled(training, unlabelled, settings, own), judged, whole
 
 

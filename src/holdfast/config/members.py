@@ -5,7 +5,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from holdfast.attacks.protocol import Attack
-from holdfast.config.attacks import attack_class, build, checked
+from holdfast.config.attacks import attack_class, build_attack, checked_attack
 from holdfast.config.naming import VARIANTS
 from holdfast.config.settings import AssessSettings
 from holdfast.config.spellings import attack_listed, norms_of
@@ -29,7 +29,7 @@ _EXPECTED = (
 def members_said(settings: AssessSettings, constraint: Constraint) -> tuple[Member, ...] | None:
     """Return the attacks that settings list with settings or by name, or None if they name a suite or nothing."""
     if settings.attacks is not None:
-        return members_of(build(spec, f"attacks.{k}") for k, spec in enumerate(settings.attacks))
+        return members_of(build_attack(spec, f"attacks.{k}") for k, spec in enumerate(settings.attacks))
     if isinstance(settings.suite, tuple):
         return tuple(_named(name, constraint) for name in settings.suite)
     return None
@@ -50,7 +50,7 @@ def members_given(given: object, constraint: Constraint, where: str = "suite") -
 
 def _given(each: object, constraint: Constraint, where: str) -> Member:
     if isinstance(each, Mapping):
-        return members_of([build(each, where)])[0]
+        return members_of([build_attack(each, where)])[0]
     if isinstance(each, str):
         return _named(attack_listed(each), constraint)
     if isinstance(each, type) and not is_dataclass(each):
@@ -58,7 +58,7 @@ def _given(each: object, constraint: Constraint, where: str) -> Member:
     attack = _made(each, each.__name__) if isinstance(each, type) else each
     if not isinstance(attack, Attack):
         raise UsageError(f"{where} contains {each!r}; {_EXPECTED}")
-    return members_of([checked(attack)])[0]
+    return members_of([checked_attack(attack)])[0]
 
 
 def _named(name: str, constraint: Constraint) -> Member:

@@ -16,11 +16,11 @@ from holdfast.config.expecting import (
     declared,
     ends,
     expected,
-    fitting,
     names,
     normalisation,
     units_of_eps,
     unlabelled,
+    with_found_properties,
 )
 from holdfast.config.grad_mode import differentiable
 from holdfast.config.grammar import parse_threat, parse_transform, seconds
@@ -188,7 +188,7 @@ def opened(settings: AssessSettings) -> tuple[Subject, Data, tuple[Subject, ...]
     subject = opened_subject(settings)
     surrogates = opened_surrogates(settings, subject.model)
     data = opened_data(settings, subject.model)
-    return fitting(subject, surrogates, data), data, surrogates
+    return with_found_properties(subject, surrogates, data), data, surrogates
 
 
 def examples_to_fit(plan: Plan) -> int:

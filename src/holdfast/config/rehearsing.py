@@ -36,7 +36,7 @@ def rehearse_served(settings: AssessSettings) -> Rehearsed:
         )
     surrogates = ordering.opened_surrogates(settings, subject.model)
     data = ordering.opened_data(settings, subject.model)
-    subject = expecting.fitting(subject, surrogates, data)
+    subject = expecting.with_found_properties(subject, surrogates, data)
     order = ordering.order(settings, baseline=_baseline(settings), target=subject.model.access)
     fit = ordering.opened_fit(settings, subject.model, order.plan)
     across = ordering.opened_across(settings, subject.model)

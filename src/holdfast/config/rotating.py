@@ -9,7 +9,7 @@ from holdfast.config.grammar import parse_every, parse_threat, seconds
 from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.pooled import refuse_code, said_of
 from holdfast.config.recipes import build_recipe, built, refuse_unheld, settings_of
-from holdfast.config.settings import RotateSettings, check
+from holdfast.config.settings import RotateSettings, check_settings
 from holdfast.core.errors import UsageError
 from holdfast.rotation import AnswersPerPrincipal, Codec, Elapsed, Immunise, LatentDiffusion, Source
 from holdfast.rotation.triggers import Trigger
@@ -71,7 +71,7 @@ def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
     created = said_of(pool)
     said = {**created, "device": settings.device, "trust_code": settings.trust_code}
     present = {key: value for key, value in said.items() if value is not None}
-    opening = check(present, str(pool.path), kind=RotateSettings)
+    opening = check_settings(present, str(pool.path), kind=RotateSettings)
     for key in _OPENING:
         mine, own = getattr(settings, key), getattr(opening, key)
         if key in settings.model_fields_set and mine != own:

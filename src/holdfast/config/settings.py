@@ -274,11 +274,11 @@ def read(
     spoken |= {key: flags.get(key, key) for key in overriding}
     for key, rival in _RIVALS:
         if key in spoken and rival in content and rival not in spoken:
-            check({rival: content.pop(rival)}, str(path), kind=kind)
+            check_settings({rival: content.pop(rival)}, str(path), kind=kind)
     for key, value in assignments.items():
         put(content, key, parsed(value, f"--set {key}"))
     content |= overriding
-    settings = check(content, "" if path is None else str(path), spoken, kind=kind)
+    settings = check_settings(content, "" if path is None else str(path), spoken, kind=kind)
     refuse_unknown(settings.suite, settings.attacks, settings.threat, settings.only, settings.skip)
     return settings
 
@@ -290,7 +290,7 @@ def _for(content: dict[str, Any], where: str, kind: type[S]) -> dict[str, Any]:
         for key in content
         if key in RotateSettings.model_fields and key not in kind.model_fields
     }
-    check(others, where, kind=RotateSettings)
+    check_settings(others, where, kind=RotateSettings)
     return {key: value for key, value in content.items() if key not in others}
 
 
@@ -333,7 +333,7 @@ def put(content: dict[str, Any], path: str, value: Any) -> None:
         raise UsageError(f"--set {path}: {last!r} is not an entry of a {type(place).__name__}")
 
 
-def check(
+def check_settings(
     content: Mapping[str, Any],
     where: str,
     spoken: Mapping[str, str] = MappingProxyType({}),
@@ -379,7 +379,7 @@ def check(
     return settings
 
 
-def canonical(settings: AssessSettings) -> dict[str, Any]:
+def canonical_settings(settings: AssessSettings) -> dict[str, Any]:
     """Return the settings that affect the evidence as plain values, whose digest a resumed run compares."""
     outside = {"output", "gates", "accept_doubts", "baseline", "device", "schema_version"}
     content: dict[str, Any] = json.loads(settings.model_dump_json(exclude=outside))

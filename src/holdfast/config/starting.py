@@ -8,9 +8,9 @@ from pathlib import Path
 
 from holdfast.config.grammar import is_folder
 from holdfast.config.naming import AUTO
-from holdfast.config.settings import AssessSettings, HardenSettings, check, load, read
+from holdfast.config.settings import AssessSettings, HardenSettings, check_settings, load, read
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.reports.write import check as check_place
+from holdfast.reports.write import check_destination as check_place
 
 _TEMPLATE = """\
 # Settings of `holdfast assess --config holdfast.yaml`. Every key is also a flag and an argument of holdfast.assess.
@@ -92,13 +92,13 @@ def validate(path: str | Path = "holdfast.yaml") -> HardenSettings:
 
         build_recipe(settings.recipe)
     if settings.attacks is not None:
-        from holdfast.config.attacks import build
+        from holdfast.config.attacks import build_attack
 
         for k, spec in enumerate(settings.attacks):
-            build(spec, f"{path}: attacks.{k}")
+            build_attack(spec, f"{path}: attacks.{k}")
     return settings
 
 
 def demo_settings() -> AssessSettings:
     """Return the settings of `holdfast demo`."""
-    return check(DEMO, "the demo", kind=AssessSettings)
+    return check_settings(DEMO, "the demo", kind=AssessSettings)

@@ -12,7 +12,7 @@ WEIGHTS, AVERAGE, MEMORY, STATE = "weights.", "average.", "memory.", "state."
 state."""
 
 
-def beginning(tensors: Mapping[str, Tensor], first: str) -> dict[str, Tensor]:
+def without_prefix(tensors: Mapping[str, Tensor], first: str) -> dict[str, Tensor]:
     """The tensors whose names have the prefix `first`, by name without the prefix."""
     return {name.removeprefix(first): t for name, t in tensors.items() if name.startswith(first)}
 
@@ -91,4 +91,4 @@ class Checkpoint:
     def put_into(self, model: Classifier) -> None:
         """Load the new weights into a model of the same architecture."""
         first = AVERAGE if self.averaged else WEIGHTS
-        model.load_state_dict(beginning(self.tensors, first))
+        model.load_state_dict(without_prefix(self.tensors, first))

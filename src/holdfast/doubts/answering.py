@@ -108,7 +108,7 @@ def _random(doubt: Doubt) -> bool:
     return doubt.name == "randomness" and (doubt.state == "raised" or moved)
 
 
-def answered(
+def with_answers(
     doubts: Sequence[Doubt],
     ran: Mapping[str, Columns],
     because: Mapping[str, tuple[str, ...]],

@@ -27,7 +27,7 @@ from holdfast.core.meter import Metered
 from holdfast.core.model import VOTES, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Logits, Mask, PerExample, Rows
-from holdfast.doubts.slopes import gradients
+from holdfast.doubts.slopes import gradient_properties
 from holdfast.doubts.steadiness import steadiness
 from holdfast.doubts.thresholds import FRESH_ROWS, NOISE_DRAWS, SAMPLE
 from holdfast.ops.ascent import ascend
@@ -219,7 +219,7 @@ def again(attacks: tuple[Attack, ...]) -> Probe:
 
 PROBES: tuple[Probe, ...] = (
     Probe("steadiness", "none", steadiness, breaks=False),
-    Probe("gradients", "gradients", gradients, breaks=False),
+    Probe("gradients", "gradients", gradient_properties, breaks=False),
     Probe("cross-entropy", "gradients", _by(cross_entropy), queries=STEPS + 1),
     Probe("small-cross-entropy", "gradients", _by(small_cross_entropy), queries=STEPS + 1),
     Probe("one-step", "gradients", _one_step, queries=2),

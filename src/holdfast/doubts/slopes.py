@@ -18,7 +18,7 @@ _NEAREST = 1e-3  # share of the magnitude of the input: a point close to the cle
 _RESOLVED = 1e-4  # a predicted change below this share of the logits is within float32 rounding errors
 
 
-def gradients(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
+def gradient_properties(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
     """Properties of the gradient of the margin, at the clean input and at a random point.
 
     `dead`: it is zero or not finite at both. `ratio` (n, 2): measured to predicted change along it, NaN if the

@@ -27,7 +27,7 @@ def network(channels: int = 1, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Seq
     )
 
 
-def cross_entropy(net: nn.Module, batch: Batch) -> Tensor:
+def training_loss(net: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy of the predictions."""
     return F.cross_entropy(net(batch.x), batch.y)
 
@@ -35,7 +35,7 @@ def cross_entropy(net: nn.Module, batch: Batch) -> Tensor:
 def trained(
     build: Callable[[], nn.Module],
     digits: Batch,
-    loss: Loss = cross_entropy,
+    loss: Loss = training_loss,
     *,
     epochs: int = 6,
     lr: float = 4e-3,

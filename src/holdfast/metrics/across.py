@@ -11,7 +11,7 @@ from holdfast.ops.statistics import proportion
 
 
 @dataclass(frozen=True)
-class Row:
+class AcrossRow:
     """Perturbations computed on one data set, and their effect on the inputs of each data set."""
 
     made_on: str
@@ -26,7 +26,7 @@ def sets(evidence: Evidence) -> tuple[str, ...]:
     return tuple(str(card.get("name", "data")) for card in (evidence.data, *evidence.others))
 
 
-def across(evidence: Evidence, confidence: float = 0.95) -> tuple[Row, ...]:
+def across_rows(evidence: Evidence, confidence: float = 0.95) -> tuple[AcrossRow, ...]:
     """Return a row for each data set. Raises `Absent` if no other data set was given or time ran out."""
     if "turned" not in evidence.across:
         raise Absent(
@@ -40,6 +40,6 @@ def across(evidence: Evidence, confidence: float = 0.95) -> tuple[Row, ...]:
         for name in ("turned", "control")
     }
     return tuple(
-        Row(name, tuple(shares["turned"][k]), tuple(shares["control"][k]))
+        AcrossRow(name, tuple(shares["turned"][k]), tuple(shares["control"][k]))
         for k, name in enumerate(sets(evidence))
     )

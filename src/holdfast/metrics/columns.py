@@ -37,7 +37,7 @@ def untargeted(evidence: Evidence, metric: str) -> None:
         )
 
 
-def broken(evidence: Evidence, metric: str, eps: float | None) -> Mask:
+def broken_examples(evidence: Evidence, metric: str, eps: float | None) -> Mask:
     """Mask of the examples that an allowed attack broke, at the run's eps or at another one.
 
     For another eps the distances of the minimum-norm attacks are used.
@@ -55,7 +55,7 @@ def broken(evidence: Evidence, metric: str, eps: float | None) -> Mask:
 
 def robust(evidence: Evidence, metric: str, eps: float | None = None) -> Mask:
     """Mask of the examples that are correct both when clean and under the worst attack."""
-    return evidence["correct"] & ~broken(evidence, metric, eps)
+    return evidence["correct"] & ~broken_examples(evidence, metric, eps)
 
 
 def suite_robust(evidence: Evidence, metric: str) -> Mask:

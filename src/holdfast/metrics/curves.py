@@ -7,7 +7,7 @@ import torch
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.types import PerExample
-from holdfast.metrics.columns import MINIMUM_NORM, broken, column, untargeted
+from holdfast.metrics.columns import MINIMUM_NORM, broken_examples, column, untargeted
 from holdfast.ops.statistics import clopper_pearson
 
 POINTS = 100
@@ -58,7 +58,7 @@ def accuracy_against_eps(evidence: Evidence, confidence: float = 0.95) -> Curve:
 
 def accuracy_against_queries(evidence: Evidence, confidence: float = 0.95) -> Curve:
     """Robust accuracy against the number of queries for each example, from the query that first broke each example."""
-    fell = broken(evidence, "the query curve", None)
+    fell = broken_examples(evidence, "the query curve", None)
     first = column(evidence, "first_success", "run at least one attack").double()
     falls = torch.where(fell, first, torch.inf)
     return _falling(torch.where(evidence["correct"], falls, 0.0), confidence)

@@ -35,7 +35,7 @@ def _fooled(evidence: Evidence, of: Attacker) -> tuple[PerExample, PerExample]:
     return clean[turned], attacked[turned]
 
 
-def auroc(evidence: Evidence, confidence: float = 0.95, *, of: Attacker = "aware") -> Estimate:
+def auroc_estimate(evidence: Evidence, confidence: float = 0.95, *, of: Attacker = "aware") -> Estimate:
     """Probability that an attacked input has a higher score than a clean one (AUROC)."""
     return detection.auroc(*_fooled(evidence, of), confidence)
 

@@ -66,7 +66,7 @@ def _passes(evidence: Evidence) -> tuple[object, ...] | None:
     return evidence.suite, attacks, passes, [surrogate["digest"] for surrogate in evidence.surrogates]
 
 
-def compared(evidence: Evidence, scope: Scope) -> Mask:
+def robust_in_scope(evidence: Evidence, scope: Scope) -> Mask:
     """Mask of robust examples in a comparison that counts `scope`."""
     if scope == "suite only" and "suite_success" in evidence:
         return suite_robust(evidence, "regression")
@@ -81,7 +81,7 @@ def regression(evidence: Evidence, baseline: Evidence, confidence: float = 0.95)
     shared, scope = pairs(evidence, baseline), basis(evidence, baseline)
     chances = right_probability if scope == "every pass" else suite_right_probability
     mine, theirs = chances(evidence), chances(baseline)
-    held, held_before = compared(evidence, scope), compared(baseline, scope)
+    held, held_before = robust_in_scope(evidence, scope), robust_in_scope(baseline, scope)
     if mine is None and theirs is None:
         return paired_difference(held_before[shared.second], held[shared.first], confidence)
     after = (held.double() if mine is None else mine)[shared.first]

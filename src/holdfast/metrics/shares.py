@@ -10,7 +10,7 @@ import torch
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.types import Mask, PerExample
-from holdfast.metrics.columns import Absent, broken, column, robust, suite_robust
+from holdfast.metrics.columns import Absent, broken_examples, column, robust, suite_robust
 from holdfast.ops.statistics import bonferroni, complement, mean, proportion
 
 
@@ -93,7 +93,7 @@ def attack_success_rate(
     evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None
 ) -> Estimate:
     """Share of the examples with a correct clean input that an attack broke."""
-    fell = broken(evidence, "attack_success_rate", eps)[evidence["correct"]]
+    fell = broken_examples(evidence, "attack_success_rate", eps)[evidence["correct"]]
     if not len(fell):
         raise Absent(
             "attack_success_rate is a share of the examples that are correct when clean, and there are none"
@@ -103,7 +103,7 @@ def attack_success_rate(
 
 def perturbed_share(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
     """Share of all examples that an attack broke. The mean perturbations are over these examples."""
-    return proportion(broken(evidence, "perturbed_share", eps), confidence)
+    return proportion(broken_examples(evidence, "perturbed_share", eps), confidence)
 
 
 def targeted_success_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:

@@ -16,7 +16,7 @@ ALL = "all surrogates"
 
 
 @dataclass(frozen=True)
-class Row:
+class TransferRow:
     """Examples of one source, and their success on each model."""
 
     maker: str
@@ -31,7 +31,7 @@ def models(evidence: Evidence) -> tuple[str, ...]:
     return tuple(str(card.get("name", "model")) for card in (evidence.model, *evidence.surrogates))
 
 
-def matrix(evidence: Evidence, confidence: float = 0.95) -> tuple[Row, ...]:
+def matrix(evidence: Evidence, confidence: float = 0.95) -> tuple[TransferRow, ...]:
     """Return a row for each source of examples. Raises `Absent` if no surrogate was given or time ran out."""
     if "wrong" not in evidence.transfer:
         raise Absent("transfer was not measured; name a model with the same classes with --surrogate MODEL")
@@ -40,7 +40,7 @@ def matrix(evidence: Evidence, confidence: float = 0.95) -> tuple[Row, ...]:
     made_on: list[int | None] = [*own, *range(1, len(names))]
     made_on += [None] * (wrong.shape[1] - len(made_on))
     return tuple(
-        Row(
+        TransferRow(
             ALL if of is None else names[of],
             of,
             tuple(

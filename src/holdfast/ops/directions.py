@@ -51,7 +51,9 @@ def _mixed(noise: Tensor, rng: Draws, ids: Ids, share: float, weight: float) -> 
     return flat.baddbmm_(rows.T.expand(len(flat), -1, -1), half, beta=own, alpha=theirs).view_as(noise)
 
 
-def across(some: Batch, x: Inputs, bounds: Bounds, rng: Draws, *, share: float) -> tuple[Inputs, Inputs]:
+def ray_and_orthogonal(
+    some: Batch, x: Inputs, bounds: Bounds, rng: Draws, *, share: float
+) -> tuple[Inputs, Inputs]:
     """The direction from each clean input to `x`, and a random direction orthogonal to it; both of length one."""
     ray = L2().steepest(x - some.x, x, bounds)
     drawn = directions(rng, some.ids, 1, x.shape[1:], share, x.dtype)[:, 0]

@@ -22,7 +22,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from holdfast.core.batch import UNLABELLED, Batch
-from holdfast.core.checkpoint import AVERAGE, MEMORY, STATE, WEIGHTS, Checkpoint, beginning
+from holdfast.core.checkpoint import AVERAGE, MEMORY, STATE, WEIGHTS, Checkpoint, without_prefix
 from holdfast.core.draws import Draws
 from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.augment import Augmentation, augmented, cut_and_mixed
@@ -346,16 +346,16 @@ class _Loop:
         self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor] = MappingProxyType({})
     ) -> None:
         """Restore model, average and optimiser from `tensors`; of the loss's state, only the entries in `state`."""
-        self._model.load_state_dict(beginning(tensors, WEIGHTS))
-        for name, value in beginning(tensors, AVERAGE).items():
+        self._model.load_state_dict(without_prefix(tensors, WEIGHTS))
+        for name, value in without_prefix(tensors, AVERAGE).items():
             self._average[name].copy_(value)
-        for name, value in beginning(tensors, STATE).items():
+        for name, value in without_prefix(tensors, STATE).items():
             if (
                 name in state and state[name].shape == value.shape
             ):  # the shape differs if the batch size was reduced because memory ran out
                 state[name].copy_(value)
         memory: dict[int, dict[str, Tensor]] = {}
-        for name, value in beginning(tensors, MEMORY).items():
+        for name, value in without_prefix(tensors, MEMORY).items():
             place, _, key = name.partition(".")
             value = value.cpu() if key == "step" else value  # read without waiting for the device
             memory.setdefault(int(place), {})[key] = _copy(value)

@@ -143,7 +143,7 @@ def _anywhere(shape: torch.Size, like: Tensor, rng: Draws) -> Tensor:
     return unit
 
 
-def directions(net: nn.Module, x: Inputs, order: Order, rng: Draws) -> dict[str, Tensor]:
+def gain_directions(net: nn.Module, x: Inputs, order: Order, rng: Draws) -> dict[str, Tensor]:
     """State of `Confined` between updates: under L2, the power iteration's direction of each layer."""
     if order != "l2":
         return {}
@@ -159,7 +159,7 @@ class Confined:
     order: Order
     most: float
     state: Mapping[str, Tensor]
-    """see `directions`; changed in place"""
+    """see `gain_directions`; changed in place"""
 
     def __call__(self) -> None:
         """Scale the weights whose gain exceeds the bound; all others are unchanged."""

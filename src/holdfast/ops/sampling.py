@@ -8,7 +8,7 @@ from holdfast.core.evidence import Columns
 from holdfast.core.types import Mask, Rows
 
 
-def distinct(draws: Tensor, m: int) -> Tensor:
+def distinct_positions(draws: Tensor, m: int) -> Tensor:
     """`k` distinct positions below `m` for each row of uniform draws (n, k + 1), the last of which is a cyclic shift.
 
     All positions are equally likely; sets with neighbouring positions are slightly rarer than in a uniform choice.

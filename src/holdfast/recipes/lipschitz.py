@@ -22,7 +22,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive
 from holdfast.ops.fit import Training
-from holdfast.ops.gains import Confined, directions, learned, order_of
+from holdfast.ops.gains import Confined, gain_directions, learned, order_of
 from holdfast.ops.gradients import rise, sloped
 from holdfast.ops.learner import Learner, as_it_is, hits, taught, trained
 
@@ -62,7 +62,7 @@ class LipschitzConstraint:
             self.training,
             rng=rng,
             after=after,
-            state=directions(deepcopy(model).eval(), data.x, order, rng.at("gain")),
+            state=gain_directions(deepcopy(model).eval(), data.x, order, rng.at("gain")),
             settle=confined,
             slope=self.weight > 0,
         )

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from holdfast.core.evidence import Evidence
-from holdfast.metrics.across import across as carried
+from holdfast.metrics.across import across_rows as carried
 from holdfast.metrics.across import sets
 from holdfast.metrics.columns import Absent
-from holdfast.reports.curves import estimate
-from holdfast.reports.numbers import count, percent
+from holdfast.reports.curves import estimate_to_json
+from holdfast.reports.numbers import count_text, percent
 from holdfast.reports.transfer import shown, told_apart
 
 Json = dict[str, Any]
@@ -27,8 +27,8 @@ def across(evidence: Evidence, confidence: float) -> Json | None:
         "rows": [
             {
                 "made_on": name,
-                "shares": [estimate(share) for share in row.turned],
-                "controls": [estimate(share) for share in row.control],
+                "shares": [estimate_to_json(share) for share in row.turned],
+                "controls": [estimate_to_json(share) for share in row.control],
             }
             for name, row in zip(names, rows, strict=True)
         ],
@@ -38,8 +38,8 @@ def across(evidence: Evidence, confidence: float) -> Json | None:
 def title(found: Mapping[str, Any], noun: str) -> str:
     """Title of the table of the transfer across data sets."""
     return (
-        f"across data: share of {count(found['n'])} {noun} of each data set whose prediction changes; control: the "
-        "same perturbations in random order"
+        f"across data: share of {count_text(found['n'])} {noun} of each data set whose prediction changes; control: "
+        "the same perturbations in random order"
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from holdfast.reports.numbers import count, number, percent, plain, seconds
+from holdfast.reports.numbers import count_text, number, percent, plain, seconds
 from holdfast.reports.words import amount, interval
 
 STANDING = ("attack", "broke", "surviving", "share", "time", "interval", "queries")
@@ -35,13 +35,13 @@ def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
     cells = {
         "attack": attack["name"],
         "time": seconds(attack["seconds"]),
-        "queries": count(attack["queries"]),
+        "queries": count_text(attack["queries"]),
     }
     if distance:
         return cells | {
             "found": "not run"
             if left_out(attack)
-            else count(number(attack["found"]["value"]) * attack["found"]["n"]),
+            else count_text(number(attack["found"]["value"]) * attack["found"]["n"]),
             "share": percent(attack["found"]["value"]),
             "median": plain(attack["distance"]["value"]),
             "interval": interval("distance", attack["distance"]),
@@ -49,8 +49,8 @@ def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
     return cells | {
         "broke": "not run"
         if left_out(attack)
-        else count(attack["standing_before"] - attack["standing_after"]),
-        "surviving": count(attack["standing_after"]),
+        else count_text(attack["standing_before"] - attack["standing_after"]),
+        "surviving": count_text(attack["standing_after"]),
         "share": percent(after["value"]) if after else "–",
         "interval": interval("robust_accuracy", after) if after else "–",
     }
@@ -60,7 +60,7 @@ def risks(summary: Mapping[str, Any]) -> str:
     """A line on examples that attacks did not try, with the risk; empty if all surviving examples were tried."""
     left = [attack for attack in summary["attacks"] if attack["residual"]]
     untried = (
-        f"{attack['name']} {count(attack['residual']['untried'])} ({percent(attack['residual']['at_most'])})"
+        f"{attack['name']} {count_text(attack['residual']['untried'])} ({percent(attack['residual']['at_most'])})"
         for attack in left
     )
     words = (
@@ -70,9 +70,11 @@ def risks(summary: Mapping[str, Any]) -> str:
     return f"{words}: {', '.join(untried)}" if left else ""
 
 
-def fits(summary: Mapping[str, Any]) -> str:
+def fits_text(summary: Mapping[str, Any]) -> str:
     """A line on the learned attacks with the number of fits of each; empty if there are none."""
-    learned = [f"{attack['name']} {count(attack['fits'])}" for attack in summary["attacks"] if attack["fits"]]
+    learned = [
+        f"{attack['name']} {count_text(attack['fits'])}" for attack in summary["attacks"] if attack["fits"]
+    ]
     words = "number of fits of each learned attack, the best of which was evaluated"
     return f"{words}: {', '.join(learned)}" if learned else ""
 
@@ -85,10 +87,10 @@ def passes(summary: Mapping[str, Any], *, brief: bool = False) -> str:
     passes_run = summary["passes"]
     if not passes_run:
         return ""
-    broke = [f"{each['name']} {count(each['broke'])}" for each in passes_run if each["broke"]]
-    total = count(sum(each["broke"] for each in passes_run))
+    broke = [f"{each['name']} {count_text(each['broke'])}" for each in passes_run if each["broke"]]
+    total = count_text(sum(each["broke"] for each in passes_run))
     names = f": {', '.join(broke)}" if broke else ""
-    run = f"{count(len(passes_run))} pass{'es' * (len(passes_run) > 1)}"
+    run = f"{count_text(len(passes_run))} pass{'es' * (len(passes_run) > 1)}"
     text = f"outside the suite, {run} broke {total} more examples{names}"
     idle = [each["name"] for each in passes_run if not each["broke"]]
     return text if brief or not idle else f"{text}; no more examples were broken by {', '.join(idle)}"

@@ -13,7 +13,7 @@ _KEPT = ("clean_accuracy", "robust_accuracy", "suite_robust_accuracy")
 _HELD_OUT = ("clean_accuracy", "robust_accuracy")
 
 
-def compared(card: Mapping[str, Any]) -> tuple[str, str]:
+def compared_metrics(card: Mapping[str, Any]) -> tuple[str, str]:
     """The metrics by which the models are compared. Cards of earlier versions have no scope and one robust accuracy."""
     return "clean_accuracy", "suite_robust_accuracy" if card.get(
         "scope"
@@ -49,7 +49,7 @@ def document(card: Mapping[str, Any]) -> str:
         f"on {after['n']:,} test examples, suite {escaped(after['suite'])}",
         before["metrics"],
         after["metrics"],
-        compared(card),
+        compared_metrics(card),
     )
     if "scope" in card:
         lines += [f"Robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}.", ""]

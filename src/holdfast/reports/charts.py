@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.reports.numbers import count, number, plain
+from holdfast.reports.numbers import count_text, number, plain
 
 _HALF = 0.5
 _FEW = 200
@@ -60,7 +60,7 @@ class Axis:
             factors = (1, 2, 5) if self.top < _FEW else (1,)
             powers = range(math.floor(math.log10(max(self.top, 1))) + 1)
             found = [factor * 10.0**power for power in powers for factor in factors]
-            return [(value, count(value)) for value in (0.0, *found) if value <= self.top]
+            return [(value, count_text(value)) for value in (0.0, *found) if value <= self.top]
         step = round_step(self.top)
         return [(k * step, plain(k * step)) for k in range(math.floor(self.top / step + 1e-9) + 1)]
 

@@ -10,10 +10,10 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence, Scope
 from holdfast.core.types import Mask
 from holdfast.metrics.columns import Absent
-from holdfast.metrics.paired import Pairs, basis, clean_accuracy_drop, compared, pairs, regression
+from holdfast.metrics.paired import Pairs, basis, clean_accuracy_drop, pairs, regression, robust_in_scope
 from holdfast.ops.statistics import mcnemar
-from holdfast.reports.curves import estimate
-from holdfast.reports.numbers import count, number, percent, plain, strict
+from holdfast.reports.curves import estimate_to_json
+from holdfast.reports.numbers import count_text, number, percent, plain, strict
 from holdfast.reports.words import SCOPES, as_asked, capitalized, every_one_tried, label, told_of
 
 Json = dict[str, Any]
@@ -73,7 +73,7 @@ def _robust(
     """The robust accuracies, the changed examples, the scope, and a note; empty if they are not comparable."""
     try:
         scope = basis(first, second)
-        masks = compared(first, scope), compared(second, scope)
+        masks = robust_in_scope(first, scope), robust_in_scope(second, scope)
         paired = {"robust_accuracy": _paired(masks, regression(first, second, confidence), shared)}
     except Absent as absent:
         return {}, {}, None, f"robust accuracy is not compared: {absent}"
@@ -115,7 +115,7 @@ def headline(content: Mapping[str, Any]) -> str:
     change, p = found["difference"], found["p"]
     survived = "the suite" if content["scope"] == "suite only" else content["tried"]
     what = f"survive {survived}" if metric == "robust_accuracy" else "are correct without any attack"
-    shared = f"{count(content['n'])} shared {content['noun']}"
+    shared = f"{count_text(content['n'])} shared {content['noun']}"
     sentence = f"Of {shared}, {after} {what} in the second run and {before} in the first"
     sure = f"{100 * content['confidence']:.0f} % interval {signed(change['low'])} to {signed(change['high'])}"
     around = number(change["low"]) <= 0 <= number(change["high"])
@@ -143,7 +143,7 @@ def _paired(judged: tuple[Mask, Mask], difference: Estimate, shared: Pairs) -> J
     return {
         "first": float(before.double().mean()),
         "second": float(after.double().mean()),
-        "difference": estimate(difference),
+        "difference": estimate_to_json(difference),
         "only_first": test.only_first,
         "only_second": test.only_second,
         "p": test.p,
@@ -193,7 +193,7 @@ def _differences(
     ]
     if not n_shared == n_first == n_second:
         notes.append(
-            f"{count(n_shared)} examples are in both runs, of {count(n_first)} and {count(n_second)}"
+            f"{count_text(n_shared)} examples are in both runs, of {count_text(n_first)} and {count_text(n_second)}"
         )
     for place, side in zip(("first", "second"), sides, strict=True):
         if side["open_doubts"]:
@@ -219,7 +219,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     for side, words in SIDES.items():
         if side in content["flipped"]:
             flipped = content["flipped"][side]
-            lines.append(f"- {words}: {count(flipped['n'])}{_some(flipped)}")
+            lines.append(f"- {words}: {count_text(flipped['n'])}{_some(flipped)}")
     return "\n".join([*lines, ""])
 
 
@@ -250,7 +250,7 @@ def _some(flipped: Mapping[str, Any], most: int = 20) -> str:
         return ""
     ids = ", ".join(f"#{pair[0]}" for pair in flipped["ids"][:most])
     more = flipped["n"] - most
-    return f" ({ids}{f' and {count(more)} more' if more > 0 else ''})"
+    return f" ({ids}{f' and {count_text(more)} more' if more > 0 else ''})"
 
 
 def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) -> str:
@@ -258,7 +258,8 @@ def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) 
     from holdfast.reports.terminal import as_string, cell, grid, shown_or_dash
 
     paired = grid(
-        f"{count(content['n'])} shared {content['noun']}", ("paired", "first", "second", "difference", "p")
+        f"{count_text(content['n'])} shared {content['noun']}",
+        ("paired", "first", "second", "difference", "p"),
     )
     for cells in _paired_rows(content):
         paired.add_row(*map(cell, cells))
@@ -266,7 +267,7 @@ def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) 
     for name, both in told_side_by_side(content).items():
         metrics.add_row(cell(label(name)), *(shown_or_dash(name, found) for found in both))
     lines = [
-        f"{words}: {count(flipped['n'])}{_some(flipped)}"
+        f"{words}: {count_text(flipped['n'])}{_some(flipped)}"
         for side, words in SIDES.items()
         if (flipped := content["flipped"].get(side))
     ]

@@ -29,7 +29,7 @@ def robust(evidence: Evidence) -> Mask:
     return unbroken if evidence.threat.goal is not None else unbroken & evidence["correct"].bool()
 
 
-def estimate(value: Estimate) -> Json:
+def estimate_to_json(value: Estimate) -> Json:
     """An estimate in the format of the summary."""
     return {"value": strict(value.value), "low": strict(value.low), "high": strict(value.high), "n": value.n}
 
@@ -51,7 +51,7 @@ def _points(
         found = curve(evidence, confidence)
     except Absent:
         return []
-    return [{axis: strict(x)} | estimate(y) for x, y in zip(found.x, found.y, strict=True)]
+    return [{axis: strict(x)} | estimate_to_json(y) for x, y in zip(found.x, found.y, strict=True)]
 
 
 def per_class(evidence: Evidence, names: tuple[str, ...], confidence: float) -> list[Json]:
@@ -65,8 +65,8 @@ def per_class(evidence: Evidence, names: tuple[str, ...], confidence: float) -> 
             "class": row.label,
             "name": class_name(row.label, names),
             "n": row.n,
-            "clean_accuracy": estimate(row.clean_accuracy),
-            "robust_accuracy": estimate(row.robust_accuracy),
+            "clean_accuracy": estimate_to_json(row.clean_accuracy),
+            "robust_accuracy": estimate_to_json(row.robust_accuracy),
         }
         for row in sorted(worst[:MOST_CLASSES], key=lambda row: row.label)
         if row.robust_accuracy is not None

@@ -26,7 +26,7 @@ MOST_FEATURES = 5
 _DISTANCES = ("distance_linf", "distance_l2", "distance_l1", "distance_l0")
 
 
-def examples(evidence: Evidence, classes: Sequence[str], attacks: Sequence[str]) -> list[Json]:
+def example_images(evidence: Evidence, classes: Sequence[str], attacks: Sequence[str]) -> list[Json]:
     """The gallery of the evidence, with the results of each of its examples."""
     if "id" not in evidence.gallery:
         return []

@@ -60,7 +60,12 @@ def fragment(summary: Mapping[str, Any], asked: Sequence[Mapping[str, Any]] = ()
     headings = attacks.SMALLEST if distance else attacks.STANDING
     rows = [attacks.row(attack, distance=distance) for attack in summary["attacks"]]
     metrics = [
-        (words.label(name), words.shown(name, e["value"]), words.interval(name, e), numbers.count(e["n"]))
+        (
+            words.label(name),
+            words.shown(name, e["value"]),
+            words.interval(name, e),
+            numbers.count_text(e["n"]),
+        )
         for name, e in words.told_metrics(summary).items()
         if name in FIRST
     ]
@@ -117,7 +122,7 @@ def _environment() -> "Environment":
     environment.filters |= {
         "percent": numbers.percent,
         "plain": numbers.plain,
-        "count": numbers.count,
+        "count": numbers.count_text,
         "duration": numbers.seconds,
         "number": numbers.number,
         "picture": _picture,

@@ -6,8 +6,8 @@ from typing import Any
 
 from holdfast.core.names import printable
 from holdfast.reports import across, rotation, transfer
-from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits, passes, risks, row
-from holdfast.reports.numbers import count, percent
+from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits_text, passes, risks, row
+from holdfast.reports.numbers import count_text, percent
 from holdfast.reports.words import (
     VERDICTS,
     capitalized,
@@ -72,7 +72,7 @@ def _class(row: Mapping[str, Any]) -> list[str]:
     clean, robust = row["clean_accuracy"], row["robust_accuracy"]
     return [
         escaped(row["name"]),
-        count(row["n"]),
+        count_text(row["n"]),
         percent(clean["value"]),
         percent(robust["value"]),
         interval("robust_accuracy", robust),
@@ -101,7 +101,7 @@ def _attacks(summary: Mapping[str, Any]) -> list[str]:
         *table(headings, [[escaped(cells[heading]) for heading in headings] for cells in rows]),
         *(
             line
-            for said in (risks(summary), fits(summary), passes(summary))
+            for said in (risks(summary), fits_text(summary), passes(summary))
             if said
             for line in (f"{escaped(capitalized(said))}.", "")
         ),
@@ -158,7 +158,7 @@ def _metric(name: str, estimate: Mapping[str, Any]) -> list[str]:
         escaped(label(name)),
         shown(name, estimate["value"]),
         interval(name, estimate),
-        count(estimate["n"]),
+        count_text(estimate["n"]),
     ]
 
 

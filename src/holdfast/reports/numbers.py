@@ -65,7 +65,7 @@ def plain(value: float | str, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
-def count(value: float | str) -> str:
+def count_text(value: float | str) -> str:
     """An integer with thousands separators."""
     amount = number(value)
     return f"{amount:,.0f}" if math.isfinite(amount) else plain(amount)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from holdfast.reports.numbers import count, percent, strict
+from holdfast.reports.numbers import count_text, percent, strict
 from holdfast.reports.transfer import shown
 
 Json = dict[str, Any]
@@ -50,7 +50,7 @@ def effect(word: str) -> str:
 def title(found: Mapping[str, Any], noun: str) -> str:
     """Title of the table of attackers."""
     return (
-        f"attackers: share of the {count(found['n'])} {noun} classified correctly by set {found['set']} that each "
+        f"attackers: share of the {count_text(found['n'])} {noun} classified correctly by set {found['set']} that each "
         "attacker breaks"
     )
 

@@ -26,12 +26,12 @@ from holdfast.reports.across import across
 from holdfast.reports.concerns import concern
 from holdfast.reports.curves import (
     accuracy_curves,
-    estimate,
+    estimate_to_json,
     judged,
     per_class,
     robust,
 )
-from holdfast.reports.gallery import examples, is_image
+from holdfast.reports.gallery import example_images, is_image
 from holdfast.reports.numbers import size, strict
 from holdfast.reports.rotation import rotation as rotated
 from holdfast.reports.transfer import transfer
@@ -74,7 +74,7 @@ def summary(
         "n": int(judged(evidence).sum()),
         "noun": _noun(evidence),
         "confidence": confidence,
-        "metrics": {name: estimate(value) for name, value in metrics.items()},
+        "metrics": {name: estimate_to_json(value) for name, value in metrics.items()},
         "gates": [_gate(gate) for gate in gates],
         **_measured(evidence, confidence),
         "rotation": rotated(rotation),
@@ -111,7 +111,7 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
         "transfer": transfer(evidence, confidence),
         "others": [_bounded(card) for card in evidence.others],
         "across": across(evidence, confidence),
-        "examples": examples(evidence, classes, found_by),
+        "examples": example_images(evidence, classes, found_by),
         "passes": [asdict(each) for each in evidence.passes],
         "scope": evidence.scope,
         "broken_elsewhere": evidence.broken_elsewhere,
@@ -169,7 +169,7 @@ def _gate(gate: Judgement) -> Json:
         "eps": claim.eps,
         "versus": claim.versus,
         "verdict": gate.verdict,
-        "estimate": estimate(gate.estimate),
+        "estimate": estimate_to_json(gate.estimate),
         "scope": gate.scope,
     }
 
@@ -187,7 +187,7 @@ def _attacks(evidence: Evidence, confidence: float) -> list[Json]:
         after = None
         if broken_by is not None:
             fallen = fallen | lost & _broke(evidence, place)
-            after = estimate(proportion(~fallen[chosen], confidence)) if chosen.any() else None
+            after = estimate_to_json(proportion(~fallen[chosen], confidence)) if chosen.any() else None
         entries.append(_attack(record, after) | _smallest(evidence, record, confidence))
     return entries
 
@@ -212,8 +212,8 @@ def _smallest(evidence: Evidence, record: AttackRecord, confidence: float) -> Js
     # a misclassified example has distance 0, unless the attack must reach a target class
     counted = judged(evidence) if evidence.threat.goal is None else attacked
     return {
-        "found": estimate(proportion(distance[attacked].isfinite(), confidence)),
-        "distance": estimate(median(distance[counted], confidence)),
+        "found": estimate_to_json(proportion(distance[attacked].isfinite(), confidence)),
+        "distance": estimate_to_json(median(distance[counted], confidence)),
     }
 
 

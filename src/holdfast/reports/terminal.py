@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import line
 from holdfast.reports import across, rotation, transfer
-from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits, passes, risks, row, title
-from holdfast.reports.numbers import count, percent
+from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits_text, passes, risks, row, title
+from holdfast.reports.numbers import count_text, percent
 from holdfast.reports.words import (
     VERDICTS,
     asked,
@@ -91,7 +91,7 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
     texts = [as_string(part, colour=colour, width=width) for part in parts if part.row_count]
     budget = query_budget(summary["threat"])
     allowed = f"the threat model allows {budget}" if budget else ""
-    for said in (allowed, risks(summary), fits(summary), passes(summary, brief=True)):
+    for said in (allowed, risks(summary), fits_text(summary), passes(summary, brief=True)):
         if said:
             texts[0] = f"{texts[0].rstrip()}\n\n{as_string(cell(said), colour=colour, width=width)}\n\n"
     text = "\n".join(texts)
@@ -117,7 +117,7 @@ def attack_table(summary: Mapping[str, Any], *, narrow: bool = False) -> "Table"
     if clean and summary["threat"]["goal"] is None and not distance:
         standing = round(clean["value"] * clean["n"])
         sure = interval("clean_accuracy", clean)
-        cells = ["no attack", "", count(standing), percent(clean["value"]), "", sure, ""]
+        cells = ["no attack", "", count_text(standing), percent(clean["value"]), "", sure, ""]
         table.add_row(*cells[: len(headings)])
     for attack in summary["attacks"]:
         row_cells = row(attack, distance=distance)
@@ -137,7 +137,7 @@ def metric_table(summary: Mapping[str, Any], *, brief: bool = False) -> "Table":
             cell(label(name)),
             shown(name, estimate["value"]),
             interval(name, estimate),
-            count(estimate["n"]),
+            count_text(estimate["n"]),
         )
     return table
 

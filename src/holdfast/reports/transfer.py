@@ -7,8 +7,8 @@ from typing import Any
 from holdfast.core.evidence import Evidence
 from holdfast.metrics.columns import Absent
 from holdfast.metrics.transfer import matrix, models
-from holdfast.reports.curves import estimate
-from holdfast.reports.numbers import count, percent
+from holdfast.reports.curves import estimate_to_json
+from holdfast.reports.numbers import count_text, percent
 from holdfast.reports.words import interval
 
 Json = dict[str, Any]
@@ -30,7 +30,7 @@ def transfer(evidence: Evidence, confidence: float) -> Json | None:
             {
                 "made_on": row.maker if row.of is None else names[row.of],
                 "own": row.of,
-                "shares": [None if share is None else estimate(share) for share in row.shares],
+                "shares": [None if share is None else estimate_to_json(share) for share in row.shares],
             }
             for row in rows
         ],
@@ -40,7 +40,7 @@ def transfer(evidence: Evidence, confidence: float) -> Json | None:
 def title(found: Mapping[str, Any], noun: str) -> str:
     """Title of the transfer matrix."""
     share = (
-        f"on {count(found['n'])} {noun}: share of those that a model classifies correctly and that the examples "
+        f"on {count_text(found['n'])} {noun}: share of those that a model classifies correctly and that the examples "
         "break"
     )
     return f"transfer: in a pass outside the suite, {share}"

@@ -7,7 +7,7 @@ from typing import Any
 from holdfast.core.names import threat_text
 from holdfast.doubts.names import MEANINGLESS
 from holdfast.metrics.names import METRICS
-from holdfast.reports.numbers import count, number, percent, plain, size
+from holdfast.reports.numbers import count_text, number, percent, plain, size
 
 Json = dict[str, Any]
 
@@ -86,7 +86,7 @@ def interval(metric: str, estimate: Mapping[str, Any]) -> str:
 
 def amount(n: int, noun: str) -> str:
     """A number with its noun: `1,000 images`, `1 image`."""
-    return f"{count(n)} {noun.removesuffix('s') if n == 1 else noun}"
+    return f"{count_text(n)} {noun.removesuffix('s') if n == 1 else noun}"
 
 
 def capitalized(sentence: str) -> str:
@@ -189,7 +189,7 @@ def every_one_tried(threat: Mapping[str, Any]) -> str:
 def _elsewhere(summary: Mapping[str, Any]) -> str:
     """For a run that counts only the suite: how many of its surviving examples other passes broke."""
     n = summary["broken_elsewhere"]
-    return f"; passes outside the suite broke {count(n)} of them" if n else ""
+    return f"; passes outside the suite broke {count_text(n)} of them" if n else ""
 
 
 def asked(gate: Mapping[str, Any]) -> str:
@@ -319,7 +319,7 @@ def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str,
     elif eps == float("inf"):
         change = f"looks for the smallest change in {threat['norm']} that breaks the model, of any size"
     else:
-        change = ball.format(eps=size(eps) if threat["norm"] != "L0" else count(eps))
+        change = ball.format(eps=size(eps) if threat["norm"] != "L0" else count_text(eps))
         if threat["per"] == "pixel":
             change = change.replace("values of an input", "pixels of an image")
     goal = threat["goal"]
@@ -348,7 +348,9 @@ def query_budget(threat: Mapping[str, Any]) -> str:
     spend = threat["queries"]
     if spend is None:
         return ""
-    return f"at most {count(spend)} {'query' if spend == 1 else 'queries'} for each example in each attack"
+    return (
+        f"at most {count_text(spend)} {'query' if spend == 1 else 'queries'} for each example in each attack"
+    )
 
 
 def as_asked(threat: Mapping[str, Any]) -> str:

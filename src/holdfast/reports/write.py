@@ -68,7 +68,7 @@ COMPARISON_SUFFIXES = (".html", ".json", ".md")
 """File suffixes for a comparison."""
 
 
-def check(path: Path, suffixes: Collection[str] = WRITERS.keys()) -> None:
+def check_destination(path: Path, suffixes: Collection[str] = WRITERS.keys()) -> None:
     """Test a path before a run: raises `UsageError` for an unknown suffix, `TargetError` if it cannot be written."""
     _known(path, suffixes)
     if path.is_dir():

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.core.checkpoint import beginning
+from holdfast.core.checkpoint import without_prefix
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss
 from holdfast.core.types import NonNegative, Positive, Steps
@@ -168,14 +168,14 @@ def unpacked(tensors: Mapping[str, Tensor]) -> Embedding:
     """The fitted codec of the tensors that `packed` returned."""
 
     def network(first: str) -> nn.Module:
-        state = beginning(tensors, first)
+        state = without_prefix(tensors, first)
         begin, end = state["0.weight"], state["2.weight"]
         found = layers(begin.shape[1], begin.shape[0], end.shape[0])
         found.load_state_dict(state)
         return found.eval().requires_grad_(False)
 
     scale, lost, kept = tensors["told"].tolist()
-    inside = Span(beginning(tensors, "mean."), beginning(tensors, "directions."), kept)
+    inside = Span(without_prefix(tensors, "mean."), without_prefix(tensors, "directions."), kept)
     return Embedding(
         inside,
         scale,

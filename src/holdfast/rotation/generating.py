@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.core.checkpoint import beginning
+from holdfast.core.checkpoint import without_prefix
 from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss
 from holdfast.core.types import NonNegative, Positive, Steps
@@ -183,7 +183,7 @@ def packed(generator: Generator) -> dict[str, Tensor]:
 
 def unpacked(tensors: Mapping[str, Tensor]) -> Generator:
     """The generator of the tensors that `packed` returned."""
-    embedding, state = codec.unpacked(beginning(tensors, "codec.")), beginning(tensors, "denoiser.")
+    embedding, state = codec.unpacked(without_prefix(tensors, "codec.")), without_prefix(tensors, "denoiser.")
     width, depth = len(state["first.bias"]), sum(name.endswith(".bias") for name in state) - 2
     denoiser = Denoiser(embedding.dims, width, depth)
     denoiser.load_state_dict(state)

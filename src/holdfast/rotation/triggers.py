@@ -14,7 +14,7 @@ from holdfast.core.types import Count, NonNegative, Positive, Steps
 
 
 @dataclass(frozen=True)
-class Reading:
+class Counters:
     """State of the serving set that triggers decide on."""
 
     answers: Count = 0
@@ -27,7 +27,7 @@ class Reading:
     """reason to assume that the set was stolen; None if there is none"""
 
 
-Trigger = Callable[[Reading], str]
+Trigger = Callable[[Counters], str]
 """Returns the reason to swap as text, or an empty string."""
 
 
@@ -37,7 +37,7 @@ class AnswersPerPrincipal:
 
     most: Steps
 
-    def __call__(self, reading: Reading) -> str:
+    def __call__(self, reading: Counters) -> str:
         if reading.answers < self.most:
             return ""
         return f"one principal got {reading.answers} answers from the set, of at most {self.most}"
@@ -49,23 +49,23 @@ class Elapsed:
 
     period_s: Positive
 
-    def __call__(self, reading: Reading) -> str:
+    def __call__(self, reading: Counters) -> str:
         if reading.served_s < self.period_s:
             return ""
         return f"the set has served for {reading.served_s:g} s, of at most {self.period_s:g}"
 
 
-def alarmed(reading: Reading) -> str:
+def alarmed(reading: Counters) -> str:
     """Swap on an alarm, such as that of a detector of query attacks."""
     return "" if reading.alarm is None else f"alarm: {reading.alarm}"
 
 
-def exposed(reading: Reading) -> str:
+def exposed(reading: Counters) -> str:
     """Swap if the set is assumed to be stolen."""
     return "" if reading.exposure is None else f"listed as stolen: {reading.exposure}"
 
 
-def due(triggers: Sequence[Trigger], reading: Reading) -> tuple[str, ...]:
+def due_triggers(triggers: Sequence[Trigger], reading: Counters) -> tuple[str, ...]:
     """The reasons of all triggers that fire, in their order; empty if none fires."""
     return tuple(why for trigger in triggers if (why := trigger(reading)))
 
@@ -81,7 +81,7 @@ class Watch:
         self, triggers: Sequence[Trigger], clock: Callable[[], float], *, served_s: float = 0.0
     ) -> None:
         self._triggers, self._clock, self._lock = tuple(triggers), clock, threading.Lock()
-        self._began_s, self._raised = clock() - served_s, Reading()
+        self._began_s, self._raised = clock() - served_s, Counters()
 
     def alarm(self, why: str) -> None:
         """Record an alarm. The next swap clears it."""
@@ -96,13 +96,13 @@ class Watch:
     def swapped(self) -> None:
         """Record that another set serves from now on."""
         with self._lock:
-            self._began_s, self._raised = self._clock(), Reading()
+            self._began_s, self._raised = self._clock(), Counters()
 
     def due(self, answers: int) -> tuple[str, ...]:
         """All reasons to swap now. `answers` is the most that one principal got from the set, `RotatingModel.asked`."""
         with self._lock:
             reading = replace(self._raised, answers=answers, served_s=self._clock() - self._began_s)
-        return due(self._triggers, reading)
+        return due_triggers(self._triggers, reading)
 
 
 def refuse_faster(triggers: Sequence[Trigger], made_in_s: float, *, answers_per_s: float = 0.0) -> None:

@@ -29,7 +29,7 @@ _NO_SCORES = (list, dict, str, bool)
 _ORDER = "in the order of the model's classes"
 
 
-class Answers:
+class ServerAnswers:
     """Reads the answers of one server, which must all have the same form.
 
     `labels` is the number of classes of a server that answers with labels. `expected` is the number of classes if it is
@@ -74,7 +74,7 @@ class Answers:
             found = self._form.found(answer)
             return self._scores(found, x) if self._labels is None else self._one_hot(found, x)
         except (TargetLost, TargetRefused) as error:
-            begins = beginning(answer, self._masked)
+            begins = first_characters(answer, self._masked)
             raise type(error)(self._masked(f"{error}. The answer begins: {begins}")) from None
 
     def recall(self, row: Tensor) -> None:
@@ -255,7 +255,7 @@ def _lists_classes(entry: Any) -> bool:
     return isinstance(entry, list) and all(isinstance(e, Mapping) and e.keys() >= _PAIR for e in entry)
 
 
-def beginning(answer: Any, masked: Callable[[str], str]) -> str:
+def first_characters(answer: Any, masked: Callable[[str], str]) -> str:
     """First characters of an answer as JSON, without secrets."""
     text = ""
     for piece in json.JSONEncoder().iterencode(answer):

@@ -46,7 +46,7 @@ def mnist_cnn() -> nn.Module:
     return cnn()
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions with batch norm, added to the input (projected if the shape changes)."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
@@ -92,7 +92,7 @@ def resnet(
     for stage in range(stages):
         wide = width << stage
         for block in range(blocks):
-            layers.append(Residual(before, wide, 2 if stage and not block else 1))
+            layers.append(ResidualBlock(before, wide, 2 if stage and not block else 1))
             before = wide
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
 

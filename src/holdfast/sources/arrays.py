@@ -20,8 +20,8 @@ from holdfast.core.normalisation import Normalisation
 from holdfast.core.types import Inputs, Layout
 from holdfast.sources.estimates import as_in_training, pixel_divisor
 from holdfast.sources.expected import Expected
-from holdfast.sources.layouts import Reading, reading_of
-from holdfast.sources.probing import Probe
+from holdfast.sources.layouts import LayoutReading, reading_of
+from holdfast.sources.probing import ProbedClassifier
 
 _CHUNK = 1 << 24
 """number of values that are checked at a time"""
@@ -86,7 +86,7 @@ class Arrays:
     """notes for the report"""
     pixels: Pixels | None = None
     """conversion of the stored values to pixels, if they were normalised beforehand"""
-    reading: Reading = Reading("asis")
+    reading: LayoutReading = LayoutReading("asis")
     """how the axes of the original array were converted to those of `x`"""
     features: tuple[str, ...] | None = None
     """names of the columns of a table, in the order of the inputs"""
@@ -242,7 +242,7 @@ def from_numpy(
     pixels = _pixels(x, expected, name, resolution)
     bare = Arrays(name, stored, y, ids, names, scale, pixels=pixels)
     declared = expected.layout or layout
-    reading = Reading("asis") if keeps and declared is None else _reading(bare, declared, probe)
+    reading = LayoutReading("asis") if keeps and declared is None else _reading(bare, declared, probe)
     moved = np.ascontiguousarray(reading.inputs(stored))
     data = replace(bare, x=moved, reading=reading, notes=(*notes, *reading.notes, *said))
     if probe is not None:
@@ -262,14 +262,14 @@ def suited(data: Arrays, expected: Expected) -> Arrays:
     return replace(data, notes=(*data.notes, *expected.probe.suit(data.read(0, 2).x)))
 
 
-def _reading(bare: Arrays, declared: Layout | None, probe: Probe | None) -> Reading:
+def _reading(bare: Arrays, declared: Layout | None, probe: ProbedClassifier | None) -> LayoutReading:
     """Return how the axes of the stored array are read."""
     n = 2 if probe is not None and probe.model.remote else _COMPARED
     places = np.unique(np.linspace(0, len(bare) - 1, min(n, len(bare))).astype(np.int64))
     if len(places) == 1:
         places = places.repeat(2)
 
-    def rows(reading: Reading) -> Tensor:
+    def rows(reading: LayoutReading) -> Tensor:
         few = replace(bare, x=reading.inputs(bare.x[places]), y=bare.y[places], ids=bare.ids[places])
         return few.read(0, len(places)).x
 

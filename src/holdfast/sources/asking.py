@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult
 
 from holdfast.core.errors import InputRefused, TargetLost, UsageError
-from holdfast.sources.pace import Pace
+from holdfast.sources.pace import RequestPace
 from holdfast.sources.remote import SCHEMES, Remote, header_variable
 from holdfast.sources.sent import Sent
 
@@ -94,7 +94,7 @@ class Client:
         self._stopped = Event()
         self._sleep = remote.sleep or self._stopped.wait
         self._parts, self._remote = parts, remote
-        self._pace = Pace(remote.rate, remote.now, self._sleep)
+        self._pace = RequestPace(remote.rate, remote.now, self._sleep)
         self._headers = {
             name: _value(name, variable) for name, variable in map(header_variable, remote.headers)
         }

@@ -14,7 +14,7 @@ _DIGITS = tuple("0123456789")
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteFile:
     """An official file with the checksum that its authors or torchvision publish."""
 
     url: str
@@ -41,7 +41,7 @@ class Entry:
     """name of the label column of a table"""
     drop: tuple[str, ...] = ()
     """columns of a table that are not features: row numbers and text"""
-    remotes: tuple[Remote, ...] = ()
+    remotes: tuple[RemoteFile, ...] = ()
     """official files; empty if their format is not supported"""
     form: Literal["idx", "cifar-binary"] | None = None
     """format of the official files"""
@@ -62,10 +62,10 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             "LeCun, Cortes and Burges, The MNIST database of handwritten digits",
             classes=_DIGITS,
             remotes=(
-                Remote(_MNIST_MIRROR + "train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
-                Remote(_MNIST_MIRROR + "train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432"),
-                Remote(_MNIST_MIRROR + "t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3"),
-                Remote(_MNIST_MIRROR + "t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c"),
+                RemoteFile(_MNIST_MIRROR + "train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+                RemoteFile(_MNIST_MIRROR + "train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432"),
+                RemoteFile(_MNIST_MIRROR + "t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3"),
+                RemoteFile(_MNIST_MIRROR + "t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c"),
             ),
             form="idx",
         ),
@@ -79,10 +79,14 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
                 *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
             ),
             remotes=(
-                Remote(_FASHION_MIRROR + "train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
-                Remote(_FASHION_MIRROR + "train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe"),
-                Remote(_FASHION_MIRROR + "t10k-images-idx3-ubyte.gz", "bef4ecab320f06d8554ea6380940ec79"),
-                Remote(_FASHION_MIRROR + "t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310"),
+                RemoteFile(
+                    _FASHION_MIRROR + "train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"
+                ),
+                RemoteFile(
+                    _FASHION_MIRROR + "train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe"
+                ),
+                RemoteFile(_FASHION_MIRROR + "t10k-images-idx3-ubyte.gz", "bef4ecab320f06d8554ea6380940ec79"),
+                RemoteFile(_FASHION_MIRROR + "t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310"),
             ),
             form="idx",
         ),
@@ -96,7 +100,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
                 *("dog", "frog", "horse", "ship", "truck"),
             ),
             remotes=(
-                Remote(
+                RemoteFile(
                     "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
                     "c32a1d4ab5d03f1284b67883e8d87530",
                 ),

@@ -27,7 +27,7 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Table:
+class ColumnTable:
     """A table: columns of labels and splits as words, features as numbers."""
 
     name: str

@@ -6,7 +6,7 @@ from typing import Literal
 from holdfast.core.model import Bounds
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.types import Layout
-from holdfast.sources.probing import Probe
+from holdfast.sources.probing import ProbedClassifier
 
 ClassOrder = Literal["lexical", "numeric"]
 """Order in which class folders and text labels are numbered if no class names are declared."""
@@ -33,7 +33,7 @@ class Expected:
     """layout of the stored arrays"""
     normalised: Normalisation | None = None
     """normalisation of the stored values, which is undone"""
-    probe: Probe | None = None
+    probe: ProbedClassifier | None = None
     """the model, to find out the shapes that it takes and the classes that it has"""
     lenient: bool = False
     """whether values outside the bounds and labels outside the classes are accepted"""

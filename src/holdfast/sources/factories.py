@@ -49,10 +49,10 @@ def build_from_file(address: str, arguments: Mapping[str, str]) -> Built:
         content = path.read_bytes()
         module = _import(path, content)
         factory = _factory(module, factory_name, path)
-        return build(factory, arguments, address, {file_name: hashlib.sha256(content).hexdigest()})
+        return call_factory(factory, arguments, address, {file_name: hashlib.sha256(content).hexdigest()})
 
 
-def build(
+def call_factory(
     factory: Callable[..., object], arguments: Mapping[str, str], address: str, files: Mapping[str, str]
 ) -> Built:
     """Call a factory with strings converted to the types of its annotations."""

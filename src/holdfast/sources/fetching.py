@@ -12,7 +12,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.sources.catalogue import CATALOGUE, Entry, Remote, data_folder, entry_of
+from holdfast.sources.catalogue import CATALOGUE, Entry, RemoteFile, data_folder, entry_of
 from holdfast.sources.files import megabytes
 from holdfast.sources.official import cifar_arrays, mnist_arrays, strip_arrays, write_npz
 
@@ -62,7 +62,7 @@ def fetch(name: str, *, progress: Progress = _silent) -> Path:
     return target
 
 
-def download(remote: Remote, target: Path, *, progress: Progress = _silent) -> None:
+def download(remote: RemoteFile, target: Path, *, progress: Progress = _silent) -> None:
     """Download a file, continuing an interrupted download. It is put in place only if the checksum is right."""
     if target.exists() and _md5(target) == remote.md5:
         return
@@ -136,7 +136,7 @@ def _bring(folder: Path, entry: Entry, files: tuple[str, ...]) -> None:
         write_npz(target, cifar_arrays(folder / files[0]))
 
 
-def _receive(remote: Remote, partial: Path, progress: Progress) -> None:
+def _receive(remote: RemoteFile, partial: Path, progress: Progress) -> None:
     done = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(remote.url, headers={"Range": f"bytes={done}-"} if done else {})  # noqa: S310
     try:

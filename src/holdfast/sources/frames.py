@@ -8,9 +8,9 @@ import numpy as np
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.arrays import Arrays
-from holdfast.sources.columns import SPLIT_COLUMN, Table, Words, as_numbers, as_words, side_by_side
+from holdfast.sources.columns import SPLIT_COLUMN, ColumnTable, Words, as_numbers, as_words, side_by_side
 from holdfast.sources.expected import Expected
-from holdfast.sources.tables import examples
+from holdfast.sources.tables import table_examples
 
 _NAME = "the data frame"
 
@@ -54,7 +54,7 @@ def open_frame(
                 f"label={label!r} names a column, and the labels were given as well; leave one out"
             )
         label, columns = _with_labels(columns, labels, frame.index)
-    return examples(
+    return table_examples(
         _table(columns, label),
         name=_NAME,
         label=label,
@@ -67,7 +67,7 @@ def open_frame(
     )
 
 
-def _table(columns: Mapping[str, list[str]], label: str | None) -> Table:
+def _table(columns: Mapping[str, list[str]], label: str | None) -> ColumnTable:
     texts = [name for name in columns if name in (label, SPLIT_COLUMN)]
     features = [name for name in columns if name not in texts]
     rows = len(next(iter(columns.values()), []))
@@ -77,7 +77,7 @@ def _table(columns: Mapping[str, list[str]], label: str | None) -> Table:
         known: dict[str, int] = {}
         places = as_words(columns[name], known)
         words[name] = Words(tuple(known), places)
-    return Table(_NAME, tuple(columns), tuple(features), numbers, kinds if kinds.any() else None, words)
+    return ColumnTable(_NAME, tuple(columns), tuple(features), numbers, kinds if kinds.any() else None, words)
 
 
 def _with_labels(columns: dict[str, list[str]], labels: Any, index: Any) -> tuple[str, dict[str, list[str]]]:

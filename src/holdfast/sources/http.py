@@ -15,7 +15,7 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, TargetLost, UsageError
 from holdfast.core.model import Batches
 from holdfast.core.types import Access
-from holdfast.sources.answers import Answers, beginning, refuse_classes
+from holdfast.sources.answers import ServerAnswers, first_characters, refuse_classes
 from holdfast.sources.asking import Client
 from holdfast.sources.files import nearest
 from holdfast.sources.payloads import FLOATS, TEXT, WHOLE, Shaped, Template
@@ -67,7 +67,7 @@ def open_http(
         refuse_classes("the output that the server describes", way.classes, expected)
     size = way.form.shape[0] if isinstance(way.form, Shaped) and way.form.shape else -1
     what: Access = "labels" if way.labels else "scores"
-    answers = Answers(
+    answers = ServerAnswers(
         way.form,
         labels=labels,
         names=names,
@@ -126,7 +126,7 @@ def _way(client: Client, parts: SplitResult, remote: Remote, address: str, *, de
     try:
         known = _metadata(answer, client.masked_name)
     except TargetLost as error:
-        begins = beginning(answer, client.masked)
+        begins = first_characters(answer, client.masked)
         raise TargetLost(
             f"{error}; ask another kind of service with --http-request. The answer begins: {begins}"
         ) from None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.types import Layout, Logits
-from holdfast.sources.probing import HWC_NOTE, Probe
+from holdfast.sources.probing import HWC_NOTE, ProbedClassifier
 
 CHANNELS = (1, 3, 4)
 """sizes of an axis that may be the channels: grey, colour, colour with transparency"""
@@ -28,7 +28,7 @@ Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Reading:
+class LayoutReading:
     """One way to interpret the axes of an array (N, ...) as inputs."""
 
     stored: Layout
@@ -76,11 +76,11 @@ class Reading:
 def reading_of(
     shape: Sequence[int],
     declared: Layout | None,
-    probe: Probe | None,
-    rows: Callable[[Reading], Tensor],
+    probe: ProbedClassifier | None,
+    rows: Callable[[LayoutReading], Tensor],
     y: Tensor,
     name: str,
-) -> Reading:
+) -> LayoutReading:
     """Return how an array of that shape (N, ...) is read.
 
     `rows` returns some examples under a reading. `y` are their labels, which are used only in the message. A declared
@@ -91,10 +91,10 @@ def reading_of(
     if declared is not None:
         _refuse_no_image(shape, declared, name)
         channels_last = declared == "hwc" and len(shape) == 3
-        return _channels_last(shape, probe, rows, name) if channels_last else Reading(declared)
+        return _channels_last(shape, probe, rows, name) if channels_last else LayoutReading(declared)
     first, *others = _candidates(tuple(shape), None if probe is None else probe.own.layout)
     if probe is None or (probe.model.remote and len(first) == 1):
-        return first[0] if len(first) == 1 else Reading("asis")
+        return first[0] if len(first) == 1 else LayoutReading("asis")
     taken = _taken_whole((first, *others), probe, rows) or _taken(first, probe, rows)
     refused = probe.refused
     for readings in others:
@@ -115,13 +115,13 @@ def reading_of(
 
 
 def _channels_last(
-    shape: Sequence[int], probe: Probe | None, rows: Callable[[Reading], Tensor], name: str
-) -> Reading:
+    shape: Sequence[int], probe: ProbedClassifier | None, rows: Callable[[LayoutReading], Tensor], name: str
+) -> LayoutReading:
     """Return how an array of rank 3 is read under `--layout hwc`.
 
     Grey images have no axis of channels, and in signals (N, length, channels) it is the last one.
     """
-    grey, signal = Reading("chw"), Reading("hwc")
+    grey, signal = LayoutReading("chw"), LayoutReading("hwc")
     if probe is None or probe.model.remote:
         return grey
     distinct = _distinct(_taken([grey, signal], probe, rows))
@@ -144,30 +144,32 @@ def _refuse_no_image(shape: Sequence[int], declared: Layout, name: str) -> None:
         )
 
 
-def _candidates(shape: tuple[int, ...], network: Layout | None) -> list[list[Reading]]:
+def _candidates(shape: tuple[int, ...], network: Layout | None) -> list[list[LayoutReading]]:
     """Return groups of readings in the order of preference. A group is tried if no reading of the previous ones
     fits.
     """
-    inserted = [] if network or len(shape) not in (2, 4) else [[Reading("asis", inserted=True)]]
+    inserted = [] if network or len(shape) not in (2, 4) else [[LayoutReading("asis", inserted=True)]]
     if network == "asis" or len(shape) not in (3, 4, 5):
-        return [[Reading("asis")], *inserted]
+        return [[LayoutReading("asis")], *inserted]
     if len(shape) == 3:
-        grey = Reading("chw")
-        return [[grey]] if network else [[grey, Reading("asis")], [Reading("chw", "hwc")]]
-    plain, last = Reading("chw"), Reading("hwc")
+        grey = LayoutReading("chw")
+        return [[grey]] if network else [[grey, LayoutReading("asis")], [LayoutReading("chw", "hwc")]]
+    plain, last = LayoutReading("chw"), LayoutReading("hwc")
     may_be_first, may_be_last = shape[1] in CHANNELS, shape[-1] in CHANNELS
     if network and may_be_first != may_be_last:
         return [[last if may_be_last else plain]]
     if may_be_first and len({*shape[2:]}) == 1 and len({*shape[1:-1]}) > 1:
         may_be_last = False  # (1, 4, 4) is a square grey image, not an image of 1 x 4 with four channels
     usual = [plain] if not may_be_last else [plain, last] if may_be_first else [last, plain]
-    turned = [] if network else [Reading("chw", "hwc")]
+    turned = [] if network else [LayoutReading("chw", "hwc")]
     return [usual, [*turned, *([] if may_be_last else [last])], *inserted]
 
 
 def _taken_whole(
-    groups: Sequence[Sequence[Reading]], probe: Probe, rows: Callable[[Reading], Tensor]
-) -> list[tuple[Reading, Logits]]:
+    groups: Sequence[Sequence[LayoutReading]],
+    probe: ProbedClassifier,
+    rows: Callable[[LayoutReading], Tensor],
+) -> list[tuple[LayoutReading, Logits]]:
     """Return the readings of the first group that the network accepts as whole batches.
 
     Single examples are no reliable test: torch takes (1, length) as a signal of one channel without a batch axis.
@@ -180,8 +182,12 @@ def _taken_whole(
 
 
 def _taken(
-    readings: Sequence[Reading], probe: Probe, rows: Callable[[Reading], Tensor], *, whole: bool = False
-) -> list[tuple[Reading, Logits]]:
+    readings: Sequence[LayoutReading],
+    probe: ProbedClassifier,
+    rows: Callable[[LayoutReading], Tensor],
+    *,
+    whole: bool = False,
+) -> list[tuple[LayoutReading, Logits]]:
     found = []
     for reading in readings:
         outputs = probe.outputs(rows(reading), reading.network, whole=whole)
@@ -190,9 +196,9 @@ def _taken(
     return found
 
 
-def _distinct(taken: list[tuple[Reading, Logits]]) -> list[tuple[Reading, Logits]]:
+def _distinct(taken: list[tuple[LayoutReading, Logits]]) -> list[tuple[LayoutReading, Logits]]:
     """Return one reading, the first, of each set of readings with equal outputs."""
-    kept: list[tuple[Reading, Logits]] = []
+    kept: list[tuple[LayoutReading, Logits]] = []
     for reading, outputs in taken:
         if not any(_equal(outputs, other) for _, other in kept):
             kept.append((reading, outputs))
@@ -206,15 +212,17 @@ def _equal(first: Logits, second: Logits) -> bool:
     return torch.allclose(first, second, rtol=0, atol=_SAME * scale, equal_nan=True)
 
 
-def _as_image(reading: Reading, shape: Sequence[int], probe: Probe) -> Reading:
+def _as_image(reading: LayoutReading, shape: Sequence[int], probe: ProbedClassifier) -> LayoutReading:
     """Return an equivalent reading in which images with the channels last have them first inside Holdfast."""
     image = len(shape) in (4, 5) and shape[1] not in CHANNELS and shape[-1] in CHANNELS
-    if reading == Reading("chw") and image and probe.own.layout is None:
-        return Reading("hwc", "hwc")
+    if reading == LayoutReading("chw") and image and probe.own.layout is None:
+        return LayoutReading("hwc", "hwc")
     return reading
 
 
-def _ambiguous(shape: Sequence[int], distinct: Sequence[tuple[Reading, Logits]], y: Tensor, name: str) -> str:
+def _ambiguous(
+    shape: Sequence[int], distinct: Sequence[tuple[LayoutReading, Logits]], y: Tensor, name: str
+) -> str:
     ways = [
         f"--layout {_flag(reading, shape)} (an example of shape {reading.shape(shape)} for the network; "
         f"{float((outputs.argmax(1) == y).double().mean()):.0%} of {len(y)} examples right)"
@@ -227,6 +235,6 @@ def _ambiguous(shape: Sequence[int], distinct: Sequence[tuple[Reading, Logits]],
     )
 
 
-def _flag(reading: Reading, shape: Sequence[int]) -> Layout:
+def _flag(reading: LayoutReading, shape: Sequence[int]) -> Layout:
     """Value of `--layout` that declares a reading: `asis` if the axes stay as they are."""
     return "asis" if reading.stored == "chw" and len(shape) > 3 else reading.stored

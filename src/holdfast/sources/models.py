@@ -22,7 +22,14 @@ from holdfast.sources.archive import Weights
 from holdfast.sources.estimator_files import ESTIMATOR_SUFFIXES, open_estimator
 from holdfast.sources.estimators import Estimator
 from holdfast.sources.exported import open_program
-from holdfast.sources.factories import Built, Model, build, build_from_file, converted_arguments, names_code
+from holdfast.sources.factories import (
+    Built,
+    Model,
+    build_from_file,
+    call_factory,
+    converted_arguments,
+    names_code,
+)
 from holdfast.sources.files import nearest, reading, sha256_of_file
 from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.remote import SCHEMES, Remote
@@ -305,7 +312,7 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
         make = partial(factory, **converted_arguments(factory, opening.arguments, address))
         with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # raised again below
             refuse_misfit(make, weights, repr(opening.address), spare=_SPARE)
-        return build(factory, opening.arguments, address, {}), _known(metadata)
+        return call_factory(factory, opening.arguments, address, {}), _known(metadata)
     try:
         make = partial(ARCHITECTURES[name], **metadata.get("arguments", {}))
         refuse_misfit(make, weights, repr(opening.address))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from threading import Lock
 
 
-class Pace:
+class RequestPace:
     """Limits the start of requests to `rate` a second and to times outside of pauses, for all threads together."""
 
     def __init__(

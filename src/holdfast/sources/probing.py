@@ -32,7 +32,7 @@ NO_GRADIENT = (
 """note for a model whose outputs have no computation graph"""
 
 
-class Probe:
+class ProbedClassifier:
     """Computes outputs of a classifier in eval mode, without gradients, and restores its state afterwards.
 
     The random numbers of a randomised network use one seed, so that equal inputs have equal outputs.

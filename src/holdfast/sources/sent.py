@@ -87,7 +87,7 @@ class Sent:
 
     def answered(self, purpose: Purpose, values: Tensor, keys: Sequence[bytes]) -> None:
         """Count the answer to inputs with the digests `keys`: scores or one-hot labels (n, classes)."""
-        self._note({"t": "answer", **described(purpose), "n": len(values)})
+        self._note({"t": "answer", **purpose_record(purpose), "n": len(values)})
 
     def refused(self, purpose: Purpose, rows: int) -> None:
         """Count a refused request."""
@@ -95,7 +95,7 @@ class Sent:
 
     def rejected(self, purpose: Purpose, status: str, key: bytes) -> None:
         """Record that an input counts as rejected. Its request was already counted as refused."""
-        self._note({"t": "rejected", **described(purpose), "status": status}, key)
+        self._note({"t": "rejected", **purpose_record(purpose), "status": status}, key)
 
     def found_limit(self, most: int, refused: int) -> None:
         """Record the most rows that the server takes in a request."""
@@ -110,7 +110,7 @@ class Sent:
 
     def _note(self, content: Mapping[str, Any], *parts: bytes) -> None:
         with self._lock:
-            count(self.totals, content)
+            add_record(self.totals, content)
 
 
 _NEW: ContextVar[Callable[[int | None], Sent]] = ContextVar("sent", default=Sent)
@@ -136,12 +136,12 @@ def key_of(row: Tensor) -> bytes:
     return blake2b(row.contiguous().numpy().tobytes(), digest_size=KEY_BYTES).digest()
 
 
-def described(purpose: Purpose) -> dict[str, Any]:
+def purpose_record(purpose: Purpose) -> dict[str, Any]:
     """A purpose in the form of a record."""
     return {"stage": purpose.stage, "shard": purpose.shard, "kind": purpose.kind}
 
 
-def count(totals: Totals, content: Mapping[str, Any]) -> None:
+def add_record(totals: Totals, content: Mapping[str, Any]) -> None:
     """Add a record to the totals."""
     match content:
         case {"t": "sent", "n": n}:

@@ -12,7 +12,7 @@ from torch import Tensor
 from holdfast.core.errors import InputRefused, TargetRefused
 from holdfast.core.outputs import REFUSED, refused
 from holdfast.core.purpose import Purpose, current
-from holdfast.sources.answers import Answers
+from holdfast.sources.answers import ServerAnswers
 from holdfast.sources.asking import Client, status_line
 from holdfast.sources.payloads import Shaped, Template
 from holdfast.sources.remote import Remote
@@ -69,7 +69,7 @@ class Served:
     """
 
     def __init__(
-        self, client: Client, path: str, form: Shaped | Template, answers: Answers, remote: Remote
+        self, client: Client, path: str, form: Shaped | Template, answers: ServerAnswers, remote: Remote
     ) -> None:
         self._client, self._path, self._form, self._answers, self.remote = client, path, form, answers, remote
         self._fixed = form.shape[0] if isinstance(form, Shaped) and form.shape and form.shape[0] > 0 else 0

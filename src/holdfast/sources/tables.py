@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.sources.arrays import Arrays, from_numpy, selected_rows
 from holdfast.sources.class_numbers import numbered, numbered_words
-from holdfast.sources.columns import MISSING, SPLIT_COLUMN, TEXT, Table, Words, number_of
+from holdfast.sources.columns import MISSING, SPLIT_COLUMN, TEXT, ColumnTable, Words, number_of
 from holdfast.sources.expected import Expected
 from holdfast.sources.files import nearest, readable_file
 from holdfast.sources.limited.calling import read_under_limits
@@ -44,7 +44,7 @@ def open_table(
     readable_file(path, "data file")
     with read_under_limits("tables", path, LIMITS, label=label, drop=drop) as (found, folder):
         given = table(path, found, folder)
-    return examples(
+    return table_examples(
         given,
         name=name,
         label=label,
@@ -57,8 +57,8 @@ def open_table(
     )
 
 
-def examples(
-    table: Table,
+def table_examples(
+    table: ColumnTable,
     *,
     name: str,
     label: str | None,
@@ -103,7 +103,7 @@ def _numbering(names: tuple[str, ...]) -> str:
     return f"text labels were numbered: {shown}{' …' if len(names) > 6 else ''}"
 
 
-def _as_fitted(features: list[str], table: Table, expected: Expected) -> list[str]:
+def _as_fitted(features: list[str], table: ColumnTable, expected: Expected) -> list[str]:
     """Return the features in the order in which the model was fitted, if it has their names.
 
     Raises `TargetError` if the columns differ.
@@ -132,7 +132,7 @@ def _as_fitted(features: list[str], table: Table, expected: Expected) -> list[st
     return list(wanted)
 
 
-def _label(label: str | None, table: Table) -> str:
+def _label(label: str | None, table: ColumnTable) -> str:
     """Return the name of the label column. Raises `UsageError` if it does not exist."""
     if label is not None and label in table.columns:
         return label
@@ -149,7 +149,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
 
 
-def _refuse_dropped(drop: tuple[str, ...], label: str, table: Table) -> None:
+def _refuse_dropped(drop: tuple[str, ...], label: str, table: ColumnTable) -> None:
     for column in drop:
         if column not in table.columns:
             several = column.split(",")
@@ -161,7 +161,7 @@ def _refuse_dropped(drop: tuple[str, ...], label: str, table: Table) -> None:
             raise UsageError(f"{column!r} is the label of {table.name}; leave --drop {column} out")
 
 
-def _rows_of_split(table: Table, split: str | None) -> NDArray[np.int64]:
+def _rows_of_split(table: ColumnTable, split: str | None) -> NDArray[np.int64]:
     column = table.words.get(SPLIT_COLUMN)
     if column is None:
         if split is not None:
@@ -204,7 +204,7 @@ def _whole(text: str) -> int | None:
     return int(number) if number is not None and number.is_integer() and abs(number) < 2**63 else None
 
 
-def _numbers(table: Table, features: list[str], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+def _numbers(table: ColumnTable, features: list[str], rows: NDArray[np.int64]) -> NDArray[np.float32]:
     if not features:
         raise TargetError(f"{table.name} has no column beside its label; at least one feature was expected")
     numbers = {name: place for place, name in enumerate(table.features)}
@@ -219,7 +219,7 @@ def _numbers(table: Table, features: list[str], rows: NDArray[np.int64]) -> NDAr
 
 
 def _refuse_missing(
-    table: Table, features: list[str], kinds: NDArray[np.uint8], rows: NDArray[np.int64]
+    table: ColumnTable, features: list[str], kinds: NDArray[np.uint8], rows: NDArray[np.int64]
 ) -> None:
     """Raise `TargetError` for a numeric column with an empty cell."""
     for name, column in zip(features, kinds.T, strict=True):
@@ -231,7 +231,7 @@ def _refuse_missing(
             )
 
 
-def _not_numbers(table: Table, text: list[str]) -> TargetError:
+def _not_numbers(table: ColumnTable, text: list[str]) -> TargetError:
     """Error for columns that contain text."""
     counted = "1 column" if len(text) == 1 else f"{len(text)} columns"
     few, more = text[:6], " …" if len(text) > 6 else ""

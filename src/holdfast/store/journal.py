@@ -23,7 +23,7 @@ from torch import Tensor
 from holdfast.core.errors import TargetError
 from holdfast.core.outputs import REFUSED
 from holdfast.core.purpose import LOOK, Purpose
-from holdfast.sources.sent import KEY_BYTES, Sent, count, described
+from holdfast.sources.sent import KEY_BYTES, Sent, add_record, purpose_record
 from holdfast.store import forms
 from holdfast.store.files import PART, SERVED, usable
 from holdfast.store.forms import refuse_form
@@ -104,7 +104,7 @@ class Journal(Sent):
 
     def answered(self, purpose: Purpose, values: Tensor, keys: Sequence[bytes]) -> None:
         """Store the answer to some inputs."""
-        content: dict[str, Any] = {"t": "answer", **described(purpose), "n": len(values)}
+        content: dict[str, Any] = {"t": "answer", **purpose_record(purpose), "n": len(values)}
         if values.is_floating_point():
             single = values.float()
             same = torch.equal(single.double().nan_to_num(), values.double().nan_to_num())
@@ -177,7 +177,7 @@ class Journal(Sent):
         record = b"".join((json.dumps(content, separators=(",", ":")).encode(), b"\n", *parts))
         place = _place_of(content)
         with self._lock:
-            count(self.totals, content)
+            add_record(self.totals, content)
             if self._file is not None:
                 self._append(place, record)
             else:
@@ -243,7 +243,7 @@ class Journal(Sent):
             place = _place_of(content)
             if content["t"] == "totals":
                 refuse_form(path, content, _TOTALS)
-            count(self.totals, content)
+            add_record(self.totals, content)
             if place is not None:
                 self._kept[place].append((start, len(record)))
                 for key, at in _answers(content, record, start, line):

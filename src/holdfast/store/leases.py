@@ -41,7 +41,7 @@ CREATE TABLE IF NOT EXISTS tasks (
 
 
 @dataclass(frozen=True)
-class Spent:
+class ShardTimes:
     """Seconds and attempts of one stage, including attempts that were killed."""
 
     cpu_s: float = 0.0
@@ -181,7 +181,7 @@ class Leases:
                 [(stage, shard) for shard in shards],
             )
 
-    def spent(self, stage: str) -> Spent:
+    def spent(self, stage: str) -> ShardTimes:
         """Time and attempts of one stage."""
         with self._reported():
             row = self._database.execute(
@@ -189,7 +189,7 @@ class Leases:
                 "FROM shards WHERE stage = ?",
                 (stage,),
             ).fetchone()
-        return Spent(float(row[0]), float(row[1]), int(row[2]))
+        return ShardTimes(float(row[0]), float(row[1]), int(row[2]))
 
     def close(self, *, release: bool) -> None:
         """Release the lease if `release`, and merge the write-ahead log into the database file."""
@@ -227,7 +227,7 @@ def _is_ours(database: sqlite3.Connection) -> bool:
     )
 
 
-def spent_in(folder: Path) -> dict[str, Spent]:
+def spent_in(folder: Path) -> dict[str, ShardTimes]:
     """Time and attempts by stage, read without a lease; empty if unknown.
 
     The file may be untrusted: a database with other tables or implausible values is ignored.
@@ -245,11 +245,11 @@ def spent_in(folder: Path) -> dict[str, Spent]:
             rows = database.execute(
                 "SELECT stage, sum(cpu_s), sum(wall_s), sum(attempts) FROM shards GROUP BY stage"
             )
-            found = {str(stage): Spent(float(cpu), float(wall), int(n)) for stage, cpu, wall, n in rows}
+            found = {str(stage): ShardTimes(float(cpu), float(wall), int(n)) for stage, cpu, wall, n in rows}
     except (sqlite3.Error, ValueError, TypeError, OverflowError):
         return {}  # times are optional; the evidence does not depend on them
     return found if all(_is_plausible(spent) for spent in found.values()) else {}
 
 
-def _is_plausible(spent: Spent) -> bool:
+def _is_plausible(spent: ShardTimes) -> bool:
     return all(math.isfinite(value) and value >= 0 for value in astuple(spent))

@@ -29,7 +29,16 @@ from holdfast.store.authentic import (
     write_head,
 )
 from holdfast.store.files import PRIVATE, append, refusal_in_pool, usable
-from holdfast.store.ledger_state import Exposure, LedgerState, Member, Role, Serving, State, Term, well_formed
+from holdfast.store.ledger_state import (
+    Exposure,
+    LedgerState,
+    Role,
+    Serving,
+    SetRecord,
+    State,
+    Term,
+    well_formed,
+)
 from holdfast.store.locking import locked
 
 NAME = "ledger.jsonl"
@@ -104,7 +113,7 @@ class Ledger:
         return self._ask(lambda state: state.manifest)
 
     @property
-    def members(self) -> tuple[Member, ...]:
+    def members(self) -> tuple[SetRecord, ...]:
         """All sets in the order in which they were added."""
         return self._ask(lambda state: tuple(state.members.values()))
 
@@ -142,7 +151,7 @@ class Ledger:
         """The stolen sets in the order in which they were listed, with the reasons."""
         return self._ask(lambda state: state.exposed)
 
-    def member(self, name: str) -> Member:
+    def member(self, name: str) -> SetRecord:
         """The set of a name. Raises `UsageError` with similar names if there is none."""
         return self._ask(lambda state: state.member(name))
 

@@ -61,7 +61,7 @@ class Exposure:
 
 
 @dataclass(frozen=True)
-class Member:
+class SetRecord:
     """A parameter set and its state."""
 
     name: str
@@ -151,7 +151,7 @@ class LedgerState:
         """digest of the manifest of the pool; None for a ledger without a pool"""
         self.unauthenticated = 0
         """number of entries of an older version without authentication"""
-        self.members: dict[str, Member] = {}
+        self.members: dict[str, SetRecord] = {}
         """sets by name, in the order in which they were added"""
         self._terms: list[Term] = []
         self._answers: list[dict[str, int]] = []
@@ -198,7 +198,7 @@ class LedgerState:
         """
         return tuple(name for name in self.ahead if not self._judged(self.members[name]))
 
-    def _judged(self, member: Member) -> bool:
+    def _judged(self, member: SetRecord) -> bool:
         return all(
             one.name in member.against and (one.automatic or one.entry < member.entry)
             for one in self._exposures
@@ -276,7 +276,7 @@ class LedgerState:
                     "unjudged"
                 )
 
-    def member(self, name: str) -> Member:
+    def member(self, name: str) -> SetRecord:
         """The set of a name. Raises `UsageError` with similar names if there is none."""
         if name not in self.members:
             raise UsageError(f"{name!r} is not a set of this ledger; {_offer(name, self.members)}")
@@ -293,7 +293,7 @@ class LedgerState:
             for principal, count in entry["answers"].items():
                 given[principal] = given.get(principal, 0) + count
         elif kind == "candidate":
-            self.members[entry["set"]] = Member(
+            self.members[entry["set"]] = SetRecord(
                 entry["set"],
                 entry["digest"],
                 tuple(entry["bases"]),

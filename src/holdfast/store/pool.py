@@ -36,7 +36,7 @@ from holdfast.store.files import (
     write_atomically,
 )
 from holdfast.store.ledger import LOCK, Ledger
-from holdfast.store.ledger_state import Member, Role, Serving
+from holdfast.store.ledger_state import Role, Serving, SetRecord
 from holdfast.store.locking import locked
 from holdfast.store.manifest import (
     NEW,
@@ -314,7 +314,7 @@ class Pool:
             raise UsageError(f"{name!r} is not a valid file name; letters, digits and '_' were expected")
         return self.path / f"{name}{SEALED}"
 
-    def _known(self, name: str) -> Member | None:
+    def _known(self, name: str) -> SetRecord | None:
         return next((member for member in self.ledger.members if member.name == name), None)
 
     def _name(self, path: Path) -> None:
@@ -377,7 +377,7 @@ class Pool:
             for member in members.values():
                 self._refuse_gone(member)
 
-    def _refuse_gone(self, member: Member) -> None:
+    def _refuse_gone(self, member: SetRecord) -> None:
         if member.needed and not self._path(member.name).exists():
             raise TargetError(
                 f"{str(self._path(member.name))!r} is missing, but the ledger lists the set as {member.status}; "

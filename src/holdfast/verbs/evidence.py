@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.evidence import PARTIAL, Columns, Cost, Evidence, Seconds
-from holdfast.doubts.answering import answered
+from holdfast.doubts.answering import with_answers
 from holdfast.harness import (
     Context,
     Outline,
@@ -120,7 +120,7 @@ def _adapted(
     left = fallen & set(clean["id"][standing].tolist())
     return replace(
         context,
-        doubts=answered(
+        doubts=with_answers(
             context.doubts,
             ran,
             because,

@@ -46,7 +46,7 @@ from holdfast.verbs.hardened import (
     timeless,
     weights_metadata,
 )
-from holdfast.verbs.held_out import Examples, examples_of, harmless, looked_at
+from holdfast.verbs.held_out import TrainingExamples, examples_of, harmless, looked_at
 from holdfast.verbs.manifest import about_run, harden_manifest
 from holdfast.verbs.pace import Clock, Pacer, as_it_says, smaller
 from holdfast.verbs.preparation import readied
@@ -108,7 +108,7 @@ class _Job:
     def __init__(
         self,
         subject: Subject,
-        examples: Examples,
+        examples: TrainingExamples,
         test: Data,
         request: HardenRequest,
         run: Path,

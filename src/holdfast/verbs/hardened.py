@@ -16,7 +16,7 @@ from holdfast.core.model import Classifier
 from holdfast.metrics.paired import basis
 from holdfast.ops.overfitting import MOST_RAISED
 from holdfast.ops.statistics import proportion
-from holdfast.reports.card import compared, judged
+from holdfast.reports.card import compared_metrics, judged
 from holdfast.reports.card import document as as_markdown
 from holdfast.reports.numbers import percent, plain, strict
 from holdfast.reports.training import curve_svg
@@ -72,7 +72,7 @@ class Hardened:
         before, after = (self.card[side]["metrics"] for side in ("before", "after"))
         said = [
             f"{name} {percent(before[name]['value'])} → {percent(after[name]['value'])}"
-            for name in compared(self.card)
+            for name in compared_metrics(self.card)
         ]
         epoch = f"epoch {self.card['chosen']['epoch']} of {plain(self.card['epochs'])}"
         return f"{self.card['recipe']}: {', '.join(said)} ({epoch})"

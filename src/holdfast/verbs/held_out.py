@@ -25,7 +25,7 @@ _NAMED = 3  # duplicates that a message names
 
 
 @dataclass(frozen=True)
-class Examples:
+class TrainingExamples:
     """The training examples, and the held-out examples that choose the checkpoint."""
 
     rest: Batch
@@ -36,7 +36,7 @@ class Examples:
     """which examples were left out, and why"""
 
 
-def examples_of(data: Batch, excluded: Data, seed: int, classes: int) -> Examples:
+def examples_of(data: Batch, excluded: Data, seed: int, classes: int) -> TrainingExamples:
     """Split the training examples, without those of the evaluation.
 
     Raises an error if a class has no training example left.
@@ -48,7 +48,7 @@ def examples_of(data: Batch, excluded: Data, seed: int, classes: int) -> Example
     notes = tuple(note for note in (judged, chosen_by) if note)
     if notes:
         refuse_missing_classes(rest, classes, after="; ".join(notes))
-    return Examples(rest, held, digest_of(fresh), notes)
+    return TrainingExamples(rest, held, digest_of(fresh), notes)
 
 
 def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVERY) -> tuple[Batch, Batch]:

@@ -8,12 +8,12 @@ from torch import Tensor
 from holdfast.core.draws import Draws
 from holdfast.core.types import Ids, Inputs
 from holdfast.ops.corruptions.constants import Constants
-from holdfast.ops.corruptions.filters import clamped, disk, filtered, gaussian, moved, zoomed
+from holdfast.ops.corruptions.filters import clamped, disk, filtered, gaussian_kernel, moved, zoomed
 
 
 def gaussian_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
     """Gaussian blur with standard deviation `c`."""
-    return clamped(gaussian(x, c[0]))
+    return clamped(gaussian_kernel(x, c[0]))
 
 
 def defocus_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
@@ -46,11 +46,11 @@ def glass_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
     value. The published code intends a swap, but overwrites the first pixel before it is read.
     """
     sigma, reach, rounds = c[0], int(c[1]), int(c[2])
-    flat = gaussian(x, sigma).flatten(2)
+    flat = gaussian_kernel(x, sigma).flatten(2)
     for turn in range(rounds):
         source = _scattered(x, reach, ids, rng.at("round", turn))
         flat = flat.gather(2, source[:, None].expand_as(flat))
-    return clamped(gaussian(flat.view_as(x), sigma))
+    return clamped(gaussian_kernel(flat.view_as(x), sigma))
 
 
 def _scattered(x: Inputs, reach: int, ids: Ids, rng: Draws) -> Tensor:

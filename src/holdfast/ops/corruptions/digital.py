@@ -8,7 +8,7 @@ from torch import Tensor
 from holdfast.core.draws import Draws
 from holdfast.core.types import Ids, Inputs
 from holdfast.ops.corruptions.constants import Constants
-from holdfast.ops.corruptions.filters import along, clamped, gaussian, sampled
+from holdfast.ops.corruptions.filters import along, clamped, gaussian_kernel, sampled
 
 
 def pixelate(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
@@ -43,7 +43,7 @@ def elastic_transform(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
     wide = torch.float64
     right, down = (
         shift
-        * gaussian(
+        * gaussian_kernel(
             2 * rng.at(name).uniform(ids, 1, height, width, dtype=wide) - 1,
             smooth,
             edge="symmetric",

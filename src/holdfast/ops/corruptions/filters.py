@@ -13,7 +13,7 @@ Edge = Literal["edge", "mirror", "symmetric"]
 """Continuation of an image beyond its border: `aaa|abc`, `cb|abc` or `cba|abc`."""
 
 
-def folded(index: Tensor, size: int, edge: Edge) -> Tensor:
+def wrapped_positions(index: Tensor, size: int, edge: Edge) -> Tensor:
     """Map positions on an infinite line to positions from 0 to `size` - 1."""
     if edge == "edge":
         return index.clamp(0, size - 1)
@@ -28,7 +28,7 @@ def along(x: Inputs, rows: Tensor, columns: Tensor) -> Tensor:
     return mapped
 
 
-def gaussian(x: Inputs, sigma: float, *, edge: Edge = "edge", reach: float = 4.0) -> Inputs:
+def gaussian_kernel(x: Inputs, sigma: float, *, edge: Edge = "edge", reach: float = 4.0) -> Inputs:
     """Gaussian blur with a kernel that ends at `reach` times sigma."""
     radius = int(reach * sigma + 0.5)
     if radius == 0:
@@ -39,7 +39,7 @@ def gaussian(x: Inputs, sigma: float, *, edge: Edge = "edge", reach: float = 4.0
 
     def blurs(size: int) -> Tensor:
         """The blur of a line of `size` pixels as a matrix."""
-        ends = folded(torch.arange(size, device=x.device)[:, None] + places, size, edge)
+        ends = wrapped_positions(torch.arange(size, device=x.device)[:, None] + places, size, edge)
         return x.new_zeros(size, size).scatter_add_(1, ends, taps.expand(size, -1))
 
     return along(x, blurs(x.shape[2]), blurs(x.shape[3]))
@@ -49,8 +49,8 @@ def filtered(x: Inputs, kernel: Tensor, edge: Edge = "mirror") -> Inputs:
     """Correlation of every channel with one kernel with odd sides."""
     n, channels, height, width = x.shape
     above, left = kernel.shape[0] // 2, kernel.shape[1] // 2
-    rows = folded(torch.arange(-above, height + above, device=x.device), height, edge)
-    columns = folded(torch.arange(-left, width + left, device=x.device), width, edge)
+    rows = wrapped_positions(torch.arange(-above, height + above, device=x.device), height, edge)
+    columns = wrapped_positions(torch.arange(-left, width + left, device=x.device), width, edge)
     wide = x[:, :, rows][:, :, :, columns].reshape(n * channels, 1, len(rows), len(columns))
     return F.conv2d(wide, kernel.to(x)[None, None]).view(x.shape)
 
@@ -86,7 +86,10 @@ def moved(x: Inputs, radius: float, sigma: float, *, degrees: PerExample) -> Inp
     total = torch.zeros_like(x)
     for step, share in enumerate((taps / taps.sum()).tolist()):
         down, right = (torch.ceil(step * part - 0.5).long()[:, None] for part in (angle.sin(), angle.cos()))
-        row, column = folded(rows + down, len(rows), "edge"), folded(columns + right, len(columns), "edge")
+        row, column = (
+            wrapped_positions(rows + down, len(rows), "edge"),
+            wrapped_positions(columns + right, len(columns), "edge"),
+        )
         total += share * x[image, :, row[:, :, None], column[:, None, :]].movedim(3, 1)
     return total
 
@@ -99,7 +102,10 @@ def sampled(x: Inputs, row: Tensor, column: Tensor, edge: Edge) -> Inputs:
     down, right = (row - top)[:, None].to(x), (column - left)[:, None].to(x)
 
     def at(below: int, beside: int) -> Inputs:
-        i, j = folded(top.long() + below, height, edge), folded(left.long() + beside, width, edge)
+        i, j = (
+            wrapped_positions(top.long() + below, height, edge),
+            wrapped_positions(left.long() + beside, width, edge),
+        )
         return x[image, :, i, j].movedim(3, 1)
 
     upper = (1 - right) * at(0, 0) + right * at(0, 1)

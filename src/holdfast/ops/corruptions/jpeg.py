@@ -12,7 +12,7 @@ from torch import Tensor
 from holdfast.core.draws import Draws
 from holdfast.core.types import Ids, Inputs
 from holdfast.ops.corruptions.constants import Constants
-from holdfast.ops.corruptions.filters import folded
+from holdfast.ops.corruptions.filters import wrapped_positions
 from holdfast.ops.cosines import cosines
 
 _LIGHT = (
@@ -64,7 +64,8 @@ def _mixed(x: Inputs, matrix: tuple[tuple[float, ...], ...]) -> Inputs:
 def _filled(x: Inputs, block: int) -> Inputs:
     """The images with their last row and column repeated up to whole blocks."""
     rows, columns = (
-        folded(torch.arange(-(-side // block) * block, device=x.device), side, "edge") for side in x.shape[2:]
+        wrapped_positions(torch.arange(-(-side // block) * block, device=x.device), side, "edge")
+        for side in x.shape[2:]
     )
     return x[:, :, rows][:, :, :, columns]
 

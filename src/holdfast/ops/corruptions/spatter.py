@@ -7,7 +7,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.types import Ids, Inputs
 from holdfast.ops.corruptions.colour import paint
 from holdfast.ops.corruptions.constants import Constants
-from holdfast.ops.corruptions.filters import clamped, filtered, folded, gaussian
+from holdfast.ops.corruptions.filters import clamped, filtered, gaussian_kernel, wrapped_positions
 
 _WATER = (175 / 255, 238 / 255, 238 / 255)
 _MUD = (63 / 255, 42 / 255, 20 / 255)
@@ -24,9 +24,9 @@ def spatter(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
     """Drops where smooth normal noise exceeds a threshold: of pale turquoise with bright edges, or of mud."""
     mean, spread, smooth, threshold, strength, mud = c
     liquid = mean + spread * rng.normal(ids, 1, *x.shape[2:], dtype=x.dtype)
-    liquid = gaussian(liquid, smooth)
+    liquid = gaussian_kernel(liquid, smooth)
     if mud:
-        cover = gaussian((liquid > threshold).to(x), strength)
+        cover = gaussian_kernel((liquid > threshold).to(x), strength)
         cover = torch.where(cover < 0.8, 0, cover)
         return clamped(x * (1 - cover) + paint(*_MUD, x) * cover)
     drops = torch.where(liquid < threshold, 0, (255 * liquid).floor().clamp(0, 255))
@@ -47,10 +47,12 @@ def _shifted(x: Tensor, down: int, right: int, beyond: float) -> Tensor:
     """The value `down` rows and `right` columns from each pixel, `beyond` outside the image."""
     rows, columns = (torch.arange(side, device=x.device) for side in x.shape[2:])
     row, column = rows + down, columns + right
-    inside = ((row == folded(row, len(rows), "edge"))[:, None]) & (
-        column == folded(column, len(columns), "edge")
+    inside = ((row == wrapped_positions(row, len(rows), "edge"))[:, None]) & (
+        column == wrapped_positions(column, len(columns), "edge")
     )
-    there = x[:, :, folded(row, len(rows), "edge")][:, :, :, folded(column, len(columns), "edge")]
+    there = x[:, :, wrapped_positions(row, len(rows), "edge")][
+        :, :, :, wrapped_positions(column, len(columns), "edge")
+    ]
     return torch.where(inside, there, beyond)
 
 

@@ -42,7 +42,7 @@ def main(name: str) -> None:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.exit(NOT_STARTED)
     try:
-        answer = answered(request, content, folder)
+        answer = answers_of(request, content, folder)
         (folder / ANSWER).write_text(json.dumps(answer))
     except OSError as error:
         if error.errno in _FULL:
@@ -56,7 +56,7 @@ def is_out_of_memory(cause: BaseException | None) -> bool:
     return too_large or isinstance(cause, MemoryError) or any(each in str(cause) for each in _NO_MEMORY)
 
 
-def answered(request: Mapping[str, Any], content: bytes | None, folder: Path) -> Mapping[str, Any]:
+def answers_of(request: Mapping[str, Any], content: bytes | None, folder: Path) -> Mapping[str, Any]:
     """Return the result of the parser, or the class and the message of its error."""
     read = import_module(f"{_PACKAGE}.{request['parser']}").read
     path = Path(request["path"])

@@ -14,7 +14,7 @@ from typing import Any
 
 from holdfast.core.errors import CarriesCode, HoldfastError, NoSplit, TargetError, UsageError
 from holdfast.sources.files import megabytes
-from holdfast.sources.limited.answering import ANSWER, NO_SPACE, NOT_STARTED, REQUEST, answered
+from holdfast.sources.limited.answering import ANSWER, NO_SPACE, NOT_STARTED, REQUEST, answers_of
 from holdfast.sources.limited.limits import MEMORY, SECONDS, WALL_FACTOR, Limits, cpu_seconds
 
 _ERRORS = {each.__name__: each for each in (TargetError, UsageError, NoSplit, CarriesCode)}
@@ -27,7 +27,7 @@ sys.path += [each for each in path if each not in sys.path]
 spec = spec_from_file_location("holdfast", package + "/__init__.py", submodule_search_locations=[package])
 sys.modules["holdfast"] = module_from_spec(spec)
 spec.loader.exec_module(sys.modules["holdfast"])
-from {answered.__module__} import main
+from {answers_of.__module__} import main
 main(folder)
 """
 """Imports the same package as this process, and libraries from where this process finds them."""
@@ -81,7 +81,7 @@ def read_under_limits(
         asked = {"parser": parser, "path": str(path), "content": content is not None, **request}
         n_bytes = n_bytes_beside + (path.stat().st_size if content is None else len(content))
         if HERE.limited:
-            answer = answered(asked, content, folder)
+            answer = answers_of(asked, content, folder)
         else:
             memory, seconds = limits.memory(n_bytes), cpu_seconds()
             asked |= {"memory": memory, "seconds": seconds}

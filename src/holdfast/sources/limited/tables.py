@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.sources.columns import SPLIT_COLUMN, Table, Words, as_numbers, as_words, rounded, side_by_side
+from holdfast.sources.columns import (
+    SPLIT_COLUMN,
+    ColumnTable,
+    Words,
+    as_numbers,
+    as_words,
+    rounded,
+    side_by_side,
+)
 from holdfast.sources.files import megabytes
 from holdfast.sources.limited.limits import MEMORY, requested_memory
 
@@ -131,11 +139,11 @@ def read(
     }
 
 
-def table(path: Path, found: Mapping[str, Any], folder: Path) -> Table:
+def table(path: Path, found: Mapping[str, Any], folder: Path) -> ColumnTable:
     """Return the table from the result and the files of `read`."""
     shape = found["rows"], len(found["features"])
     kinds = None if found["all_numbers"] else np.fromfile(folder / _KINDS, np.uint8).reshape(shape)
-    return Table(
+    return ColumnTable(
         repr(str(path)),
         tuple(found["columns"]),
         tuple(found["features"]),

@@ -174,7 +174,7 @@ class Builder:
 
 
 @dataclass(frozen=True)
-class Step:
+class GraphStep:
     """One operator to convert: its inputs, its settings and its number of outputs."""
 
     builder: Builder
@@ -229,7 +229,7 @@ class Step:
         return self.attributes.get(name, default)
 
 
-Operator = Callable[[Step], Value | tuple[Value, ...]]
+Operator = Callable[[GraphStep], Value | tuple[Value, ...]]
 
 
 def _at(arg: Any, i: int) -> Any:

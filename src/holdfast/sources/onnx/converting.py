@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from holdfast.sources.onnx.building import Builder, Operator, Step, Unsupported, Value
+from holdfast.sources.onnx.building import Builder, GraphStep, Operator, Unsupported, Value
 from holdfast.sources.onnx.layers import LAYERS
 from holdfast.sources.onnx.pointwise import POINTWISE
 from holdfast.sources.onnx.reading import OnnxFile, onnx_module
@@ -41,7 +41,7 @@ def convert(file: OnnxFile, output: str, *, batch_size: int | None) -> fx.GraphM
     values[file.input.name] = builder.input
     fixed = file.input.shape[0] if batch_size is None else None
     for node, spent in _needed(file.proto.graph, output):
-        step = Step(
+        step = GraphStep(
             builder,
             node.op_type,
             tuple(values[name] if name else None for name in node.input),
@@ -70,7 +70,7 @@ def _needed(graph: Any, output: str) -> Iterator[tuple[Any, list[str]]]:
     yield from reversed(nodes)
 
 
-def _results(step: Step) -> tuple[Value, ...]:
+def _results(step: GraphStep) -> tuple[Value, ...]:
     try:
         found = OPERATORS[step.op](step)
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.sources.onnx.building import Operator, Step, Unsupported, Value
+from holdfast.sources.onnx.building import GraphStep, Operator, Unsupported, Value
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -21,7 +21,7 @@ _GLOBAL_AVERAGE: dict[int, Any] = {3: nn.AdaptiveAvgPool1d, 4: nn.AdaptiveAvgPoo
 _GLOBAL_MAX: dict[int, Any] = {3: nn.AdaptiveMaxPool1d, 4: nn.AdaptiveMaxPool2d, 5: nn.AdaptiveMaxPool3d}
 
 
-def conv(step: Step) -> Value:
+def conv(step: GraphStep) -> Value:
     """Convolution over one, two or three dimensions."""
     weight, bias = step.tensor(1), step.tensor(2) if step.given(2) else None
     stride, dilation, pads = _window(step, tuple(weight.shape[2:]))
@@ -40,7 +40,7 @@ def conv(step: Step) -> Value:
     return step.builder.module("conv", _filled(layer, weight=weight, bias=bias), x)
 
 
-def conv_transpose(step: Step) -> Value:
+def conv_transpose(step: GraphStep) -> Value:
     """Transposed convolution. Uneven pads are removed afterwards."""
     weight, bias = step.tensor(1), step.tensor(2) if step.given(2) else None
     if "output_shape" in step.attributes or step.setting("auto_pad", b"NOTSET") != b"NOTSET":
@@ -64,7 +64,7 @@ def conv_transpose(step: Step) -> Value:
     return y if even else step.builder.call(F.pad, y, _reversed_pads([-p for p in pads]))
 
 
-def gemm(step: Step) -> Value:
+def gemm(step: GraphStep) -> Value:
     """General matrix product, converted to a linear layer. The second factor must be a constant."""
     alpha, beta = step.setting("alpha", 1.0), step.setting("beta", 1.0)
     x = step.builder.call(torch.t, step.x) if step.setting("transA", 0) else step.x
@@ -77,7 +77,7 @@ def gemm(step: Step) -> Value:
     return step.builder.module("linear", _linear(weight * alpha, bias), x)
 
 
-def matmul(step: Step) -> Value:
+def matmul(step: GraphStep) -> Value:
     """Matrix product, converted to a linear layer if its second factor is a constant matrix."""
     right = step.input(1)
     if right.is_static and right.rank == 2 and step.x.node is not None:
@@ -85,7 +85,7 @@ def matmul(step: Step) -> Value:
     return step.builder.call(torch.matmul, step.x, right)
 
 
-def batch_norm(step: Step) -> Value:
+def batch_norm(step: GraphStep) -> Value:
     """Batch normalisation with fixed statistics."""
     if step.setting("training_mode", 0):
         raise Unsupported("BatchNormalization in training mode")
@@ -96,7 +96,7 @@ def batch_norm(step: Step) -> Value:
     )
 
 
-def instance_norm(step: Step) -> Value:
+def instance_norm(step: GraphStep) -> Value:
     """Normalisation of each channel of each example."""
     layer = _of_rank(_INSTANCE_NORM, step)(step.x.shape[1], eps=step.setting("epsilon", 1e-5), affine=True)
     return step.builder.module(
@@ -104,7 +104,7 @@ def instance_norm(step: Step) -> Value:
     )
 
 
-def layer_norm(step: Step) -> Value:
+def layer_norm(step: GraphStep) -> Value:
     """Normalisation over the last dimensions."""
     axis = step.setting("axis", -1)
     layer = nn.LayerNorm(step.x.shape[axis % step.x.rank :], eps=step.setting("epsilon", 1e-5))
@@ -115,7 +115,7 @@ def layer_norm(step: Step) -> Value:
     )
 
 
-def group_norm(step: Step) -> Value:
+def group_norm(step: GraphStep) -> Value:
     """Normalisation of groups of channels."""
     groups, channels = step.setting("num_groups", 1), step.x.shape[1]
     layer = nn.GroupNorm(groups, channels, eps=step.setting("epsilon", 1e-5))
@@ -125,7 +125,7 @@ def group_norm(step: Step) -> Value:
     return step.builder.module("group_norm", _filled(layer, weight=weight, bias=bias), step.x)
 
 
-def local_response_norm(step: Step) -> Value:
+def local_response_norm(step: GraphStep) -> Value:
     """Normalisation across neighbouring channels."""
     layer = nn.LocalResponseNorm(
         step.setting("size", 1),
@@ -136,7 +136,7 @@ def local_response_norm(step: Step) -> Value:
     return step.builder.module("local_response_norm", layer, step.x)
 
 
-def prelu(step: Step) -> Value:
+def prelu(step: GraphStep) -> Value:
     """Rectifier with a learned slope below zero."""
     slope = step.tensor(1)
     channels = step.x.shape[1] if step.x.rank > 1 else 1
@@ -145,7 +145,7 @@ def prelu(step: Step) -> Value:
     return step.builder.module("prelu", _filled(nn.PReLU(slope.numel()), weight=slope.flatten()), step.x)
 
 
-def max_pool(step: Step) -> Value:
+def max_pool(step: GraphStep) -> Value:
     """Maximum of each window."""
     if step.n_outputs > 1 or step.setting("storage_order", 0):
         raise Unsupported("MaxPool that returns indices")
@@ -158,7 +158,7 @@ def max_pool(step: Step) -> Value:
     return step.builder.module("max_pool", layer, x)
 
 
-def average_pool(step: Step) -> Value:
+def average_pool(step: GraphStep) -> Value:
     """Mean of each window. Whether padding counts is an attribute of the operator."""
     kernel = tuple(step.attributes["kernel_shape"])
     stride, dilation, pads = _window(step, kernel)
@@ -177,20 +177,22 @@ def average_pool(step: Step) -> Value:
 
 
 def _global_pool(layers: dict[int, Any], name: str) -> Operator:
-    def pool(step: Step) -> Value:
+    def pool(step: GraphStep) -> Value:
         return step.builder.module(name, _of_rank(layers, step)(1), step.x)
 
     return pool
 
 
-def _of_rank(layers: dict[int, Any], step: Step) -> Callable[..., Any]:
+def _of_rank(layers: dict[int, Any], step: GraphStep) -> Callable[..., Any]:
     if step.x.rank not in layers:
         raise Unsupported(f"{step.op} of {step.x.rank} dimensions")
     chosen: Callable[..., Any] = layers[step.x.rank]
     return chosen
 
 
-def _window(step: Step, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def _window(
+    step: GraphStep, kernel: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Strides, dilations and pads of an operator. The pads are first those at the beginnings, then those at the
     ends.
     """
@@ -211,7 +213,7 @@ def _window(step: Step, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], tuple
 
 
 def _padded(
-    step: Step, pads: tuple[int, ...], value: float, at_most: tuple[int, ...] | None = None
+    step: GraphStep, pads: tuple[int, ...], value: float, at_most: tuple[int, ...] | None = None
 ) -> tuple[Value, tuple[int, ...]]:
     """Return the input and the even padding of the layer. Uneven or too large pads are added to the input instead."""
     n = len(pads) // 2

@@ -18,7 +18,7 @@ from holdfast.sources.limited.calling import read_under_limits
 from holdfast.sources.limited.limits import Limits
 from holdfast.sources.onnx.building import Unsupported
 from holdfast.sources.onnx.converting import convert, random_batch, unknown_operators
-from holdfast.sources.onnx.reading import OnnxFile, OnnxInput, bytes_beside, content_of, read_onnx
+from holdfast.sources.onnx.reading import OnnxFile, OnnxInput, bytes_beside, onnx_content, read_onnx
 from holdfast.sources.onnx.runtime import run, session
 
 TOLERANCES = {"float16": 1e-2, "float32": 1e-4, "float64": 1e-4}
@@ -123,7 +123,7 @@ def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel
 
     `input_shape` is the shape of one example, which is needed for a file with free sizes.
     """
-    content = content_of(path)
+    content = onnx_content(path)
     shape = None if input_shape is None else list(input_shape)
     with read_under_limits(
         "onnx_files", path, LIMITS, content=content, n_bytes_beside=bytes_beside(path), input_shape=shape

@@ -8,40 +8,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.sources.onnx.building import Operator, Step, Unsupported, Value
+from holdfast.sources.onnx.building import GraphStep, Operator, Unsupported, Value
 
 
 def _unary(function: Callable[[Tensor], Tensor]) -> Operator:
-    def apply(step: Step) -> Value:
+    def apply(step: GraphStep) -> Value:
         return step.builder.call(function, step.x)
 
     return apply
 
 
 def _binary(function: Callable[[Any, Any], Any]) -> Operator:
-    def apply(step: Step) -> Value:
+    def apply(step: GraphStep) -> Value:
         return step.builder.call(function, step.x, step.input(1))
 
     return apply
 
 
 def _variadic(function: Callable[[Tensor, Tensor], Tensor]) -> Operator:
-    def apply(step: Step) -> Value:
+    def apply(step: GraphStep) -> Value:
         values = [step.input(i) for i in range(len(step.inputs))]
         return reduce(lambda a, b: step.builder.call(function, a, b), values)
 
     return apply
 
 
-def _activation(name: str, make: Callable[[Step], nn.Module]) -> Operator:
-    def apply(step: Step) -> Value:
+def _activation(name: str, make: Callable[[GraphStep], nn.Module]) -> Operator:
+    def apply(step: GraphStep) -> Value:
         return step.builder.module(name, make(step), step.x)
 
     return apply
 
 
 def _reduction(function: Callable[..., Tensor]) -> Operator:
-    def apply(step: Step) -> Value:
+    def apply(step: GraphStep) -> Value:
         axes = step.axes(1)
         if not axes:
             if step.setting("noop_with_empty_axes", 0):
@@ -74,14 +74,14 @@ def quotient(a: Tensor, b: Tensor) -> Tensor:
     return torch.div(a, b, rounding_mode="trunc")
 
 
-def modulo(step: Step) -> Value:
+def modulo(step: GraphStep) -> Value:
     """Remainder of a division with the sign of the divisor, or of the dividend with `fmod`."""
     return step.builder.call(
         torch.fmod if step.setting("fmod", 0) else torch.remainder, step.x, step.input(1)
     )
 
 
-def clip(step: Step) -> Value:
+def clip(step: GraphStep) -> Value:
     """Values clipped to two constants. The limits are attributes in older opsets and inputs in newer ones."""
     low, high = (
         float(step.tensor(i)) if step.given(i) else step.attributes.get(name)
@@ -92,14 +92,14 @@ def clip(step: Step) -> Value:
     return step.builder.call(torch.clamp, step.x, min=low, max=high)
 
 
-def hard_sigmoid(step: Step) -> Value:
+def hard_sigmoid(step: GraphStep) -> Value:
     """Linear function clipped to [0, 1]."""
     alpha, beta = step.setting("alpha", 0.2), step.setting("beta", 0.5)
     line = step.builder.call(torch.add, step.builder.call(torch.mul, step.x, alpha), beta)
     return step.builder.call(torch.clamp, line, min=0.0, max=1.0)
 
 
-def softmax(step: Step) -> Value:
+def softmax(step: GraphStep) -> Value:
     """Softmax or its logarithm. Before opset 13 it applies to all dimensions from the axis on."""
     axis = step.setting("axis", -1 if step.opset >= 13 else 1) % step.x.rank
     if step.opset < 13 and any(size != 1 for size in step.x.shape[axis + 1 :]):
@@ -108,18 +108,18 @@ def softmax(step: Step) -> Value:
     return step.builder.module("softmax", layer, step.x)
 
 
-def gelu(step: Step) -> Value:
+def gelu(step: GraphStep) -> Value:
     """Gaussian error linear unit."""
     how = step.setting("approximate", b"none").decode()
     return step.builder.module("gelu", nn.GELU(approximate=how), step.x)
 
 
-def where(step: Step) -> Value:
+def where(step: GraphStep) -> Value:
     """Elements of one of two values, selected by a condition."""
     return step.builder.call(torch.where, step.x, step.input(1), step.input(2))
 
 
-def arg_max(step: Step) -> Value:
+def arg_max(step: GraphStep) -> Value:
     """Index of the largest value."""
     if step.setting("select_last_index", 0):
         raise Unsupported("ArgMax that takes the last of equals")
@@ -128,7 +128,7 @@ def arg_max(step: Step) -> Value:
     )
 
 
-def mean(step: Step) -> Value:
+def mean(step: GraphStep) -> Value:
     """Mean of several values."""
     total = _variadic(torch.add)(step)
     assert isinstance(total, Value)

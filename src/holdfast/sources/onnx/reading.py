@@ -76,7 +76,7 @@ def onnx_module() -> ModuleType:
     return module
 
 
-def content_of(path: Path) -> bytes:
+def onnx_content(path: Path) -> bytes:
     """Return the bytes of a model file. Raises `TargetError` if it is too large."""
     readable_file(path, "model")
     if path.stat().st_size > MAX_BYTES:
@@ -106,7 +106,7 @@ def read_onnx(
     `input_shape` is the shape of one example, which is needed for a file with free sizes. `content` is the content of
     the file if it was read already; then the file is not opened again.
     """
-    content = content_of(path) if content is None else content
+    content = onnx_content(path) if content is None else content
     onnx = onnx_module()
     try:
         proto = onnx.load_model_from_string(content)

@@ -8,14 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from holdfast.sources.onnx.building import MAX_ELEMENTS, Builder, Ints, Operator, Step, Unsupported, Value
+from holdfast.sources.onnx.building import (
+    MAX_ELEMENTS,
+    Builder,
+    GraphStep,
+    Ints,
+    Operator,
+    Unsupported,
+    Value,
+)
 from holdfast.sources.onnx.reading import onnx_module
 
 _MOST_PLACES = 2**24
 """maximum number of indices of a backward slice, which are listed individually"""
 
 
-def reshape(step: Step) -> Value:
+def reshape(step: GraphStep) -> Value:
     """Reshape. The batch size stays free, even if it is fixed in the file."""
     x, wanted = step.x, step.ints(1)
     if step.setting("allowzero", 0) and 0 in (*wanted.at[0], *wanted.at[1]):
@@ -27,7 +35,7 @@ def reshape(step: Step) -> Value:
     return _reshaped(step.builder, x, Ints((first, second)))
 
 
-def flatten(step: Step) -> Value:
+def flatten(step: GraphStep) -> Value:
     """Reshape to two dimensions: those before the axis, and the rest."""
     axis = step.setting("axis", 1)
     axis = axis + step.x.rank if axis < 0 else axis
@@ -37,7 +45,7 @@ def flatten(step: Step) -> Value:
     return _reshaped(step.builder, step.x, Ints((first, second)))
 
 
-def squeeze(step: Step) -> Value:
+def squeeze(step: GraphStep) -> Value:
     """Remove dimensions of size one."""
     axes = step.axes(1)
     x = step.x
@@ -48,7 +56,7 @@ def squeeze(step: Step) -> Value:
     return _reshaped(step.builder, x, Ints((first, second)))
 
 
-def unsqueeze(step: Step) -> Value:
+def unsqueeze(step: GraphStep) -> Value:
     """Insert dimensions of size one."""
     axes = step.axes(1) or ()
     rank = step.x.rank + len(axes)
@@ -60,13 +68,13 @@ def unsqueeze(step: Step) -> Value:
     return _reshaped(step.builder, step.x, Ints((shapes[0], shapes[1])))
 
 
-def transpose(step: Step) -> Value:
+def transpose(step: GraphStep) -> Value:
     """Permute the dimensions."""
     order = step.setting("perm", tuple(reversed(range(step.x.rank))))
     return step.builder.call(torch.permute, step.x, tuple(order))
 
 
-def concat(step: Step) -> Value:
+def concat(step: GraphStep) -> Value:
     """Concatenate values."""
     values = [step.input(i) for i in range(len(step.inputs))]
     if len(values) == 1:
@@ -74,7 +82,7 @@ def concat(step: Step) -> Value:
     return step.builder.call(torch.cat, tuple(values), step.attributes["axis"])
 
 
-def split(step: Step) -> tuple[Value, ...]:
+def split(step: GraphStep) -> tuple[Value, ...]:
     """Split a value along an axis."""
     axis = step.setting("axis", 0) % step.x.rank
     size = step.x.shape[axis]
@@ -88,7 +96,7 @@ def split(step: Step) -> tuple[Value, ...]:
     return tuple(step.builder.item(parts, i) for i in range(step.n_outputs))
 
 
-def slice_(step: Step) -> Value:
+def slice_(step: GraphStep) -> Value:
     """Slice a value by starts and ends."""
     if "starts" in step.attributes:  # before opset 10
         starts, ends = step.attributes["starts"], step.attributes["ends"]
@@ -113,7 +121,7 @@ def slice_(step: Step) -> Value:
     return step.builder.call(operator.getitem, y, tuple(cuts))
 
 
-def gather(step: Step) -> Value:
+def gather(step: GraphStep) -> Value:
     """Select entries of a value by their indices along an axis."""
     axis = step.setting("axis", 0) % step.x.rank
     places = step.input(1)
@@ -131,7 +139,7 @@ def gather(step: Step) -> Value:
     raise Unsupported(f"Gather by places of {indices.dim()} dimensions")
 
 
-def pad(step: Step) -> Value:
+def pad(step: GraphStep) -> Value:
     """Pad a value."""
     mode = step.setting("mode", b"constant").decode()
     pads = list(step.attributes["pads"] if "pads" in step.attributes else step.tensor(1).tolist())
@@ -154,7 +162,7 @@ def pad(step: Step) -> Value:
     return step.builder.call(F.pad, step.x, flat, mode=names[mode])
 
 
-def resize(step: Step) -> Value:
+def resize(step: GraphStep) -> Value:
     """Resize images, by the nearest value or by linear interpolation."""
     mode = step.setting("mode", b"nearest").decode()
     how = step.setting(
@@ -182,7 +190,7 @@ def resize(step: Step) -> Value:
     raise Unsupported(f"Resize of mode {mode}, {how}, {rounding}")
 
 
-def expand(step: Step) -> Value:
+def expand(step: GraphStep) -> Value:
     """Expand dimensions of size one."""
     first, second = (
         tuple(np.broadcast_shapes(tuple(example.shape), wanted))
@@ -192,20 +200,20 @@ def expand(step: Step) -> Value:
     return step.builder.call(torch.Tensor.expand, step.x, Ints((first, second)))
 
 
-def tile(step: Step) -> Value:
+def tile(step: GraphStep) -> Value:
     """Repeat a value."""
     times = step.ints(1)
     _bounded((*times.at[0], step.x.at[0].numel()))
     return step.builder.call(torch.tile, step.x, times)
 
 
-def cast(step: Step) -> Value:
+def cast(step: GraphStep) -> Value:
     """Convert to another type."""
     dtype = _dtype(step.attributes["to"])
     return step.x if step.x.at[0].dtype == dtype else step.builder.call(torch.Tensor.to, step.x, dtype)
 
 
-def constant(step: Step) -> Value:
+def constant(step: GraphStep) -> Value:
     """Constant in the file."""
     ((name, value),) = step.attributes.items()
     if name == "value":
@@ -221,7 +229,7 @@ def constant(step: Step) -> Value:
     return step.builder.constant(torch.tensor(value, dtype=kinds[name]))
 
 
-def constant_of_shape(step: Step) -> Value:
+def constant_of_shape(step: GraphStep) -> Value:
     """Tensor of a given shape, filled with one number."""
     value = as_tensor(step.attributes["value"]) if "value" in step.attributes else torch.zeros(1)
     shape = step.ints(0)
@@ -229,20 +237,20 @@ def constant_of_shape(step: Step) -> Value:
     return step.builder.call(torch.full, shape, value.item(), dtype=value.dtype)
 
 
-def shape(step: Step) -> Value:
+def shape(step: GraphStep) -> Value:
     """Sizes of a value."""
     rows = slice(step.setting("start", 0), step.attributes.get("end"))
     first, second = (torch.tensor(list(example.shape)[rows], dtype=torch.int64) for example in step.x.at)
     return Value(None, (first, second))
 
 
-def size(step: Step) -> Value:
+def size(step: GraphStep) -> Value:
     """Number of elements of a value."""
     first, second = (torch.tensor(example.numel()) for example in step.x.at)
     return Value(None, (first, second))
 
 
-def range_(step: Step) -> Value:
+def range_(step: GraphStep) -> Value:
     """Numbers from a start to an end."""
     start, end, stride = (step.tensor(i) for i in range(3))
     if stride == 0 or abs((end - start).item() / stride.item()) > MAX_ELEMENTS:
@@ -250,7 +258,7 @@ def range_(step: Step) -> Value:
     return step.builder.constant(torch.arange(start.item(), end.item(), stride.item(), dtype=start.dtype))
 
 
-def identity(step: Step) -> Value:
+def identity(step: GraphStep) -> Value:
     """Return the value unchanged. Dropout is also converted to this, because it has no effect outside of training."""
     if step.n_outputs > 1:
         raise Unsupported(f"{step.op} that returns a mask")
@@ -294,7 +302,7 @@ def _resolved(old: tuple[int, ...], new: tuple[int, ...], fixed_batch: int | Non
     return tuple(sizes)
 
 
-def _sizes(step: Step) -> tuple[int, ...]:
+def _sizes(step: GraphStep) -> tuple[int, ...]:
     """Output sizes of a Resize or Upsample."""
     if step.given(3):
         return tuple(step.ints(3).at[0])

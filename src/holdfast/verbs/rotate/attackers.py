@@ -64,7 +64,7 @@ class Means:
 
 
 @dataclass
-class Table:
+class AttackerTable:
     """Measures the attackers of a pool one after another. Stored rows are not measured again."""
 
     pool: Pool
@@ -98,7 +98,7 @@ class _Measuring:
 
     def __init__(
         self,
-        table: Table,
+        table: AttackerTable,
         evidence: Evidence,
         judged_on: Batch,
         known: Mapping[str, Any],

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from holdfast.core.checkpoint import Checkpoint, beginning
+from holdfast.core.checkpoint import Checkpoint, without_prefix
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
@@ -105,7 +105,7 @@ def members(pool: Pool) -> Members:
     """All collected sets. Raises `UsageError` if some are missing."""
     whole: Members | None = None
     for run, kept in enumerate(_runs(pool)):
-        tensors = beginning(kept.columns, "set.")
+        tensors = without_prefix(kept.columns, "set.")
         some = Members(tensors, torch.full((int(kept.about["sets"]),), run))
         whole = some if whole is None else whole.joined(some)
     assert whole is not None
@@ -332,7 +332,7 @@ class _Collecting:
 
     def _list(self, kept: ColumnFile) -> None:
         """Add the base of a run to the pool as a set that never serves."""
-        state = beginning(kept.columns, "base.")
+        state = without_prefix(kept.columns, "base.")
         name = self.pool.add(state, {"base": True}, why=BASE, role="base")
         if self.pool.ledger.member(name).state == "candidate":
             self.pool.refuse(name, BASE)

@@ -23,7 +23,7 @@ _ASTRAY = 0.1  # largest difference in accuracy between the bases and the best o
 
 
 @dataclass(frozen=True)
-class Learned:
+class LearnedGenerator:
     """Size and quality of a trained generator."""
 
     sets: int
@@ -40,7 +40,7 @@ class Learned:
 
 def learn(
     pool: Pool, request: RotateRequest, codec: Codec, diffusion: LatentDiffusion, *, notify: Notify = ignore
-) -> Learned:
+) -> LearnedGenerator:
     """Fit codec and diffusion to the collected sets and store them encrypted; replaces an earlier generator.
 
     Raises `UsageError` if fewer than two sets are collected or another process trains, `LostLoss` if the training
@@ -53,7 +53,7 @@ def learn(
 
 def _learned_anew(
     pool: Pool, request: RotateRequest, codec: Codec, diffusion: LatentDiffusion, notify: Notify
-) -> Learned:
+) -> LearnedGenerator:
     collected, draws = members(pool), secret(pool).at("generator")
     begin = time.perf_counter()
     embedding = codec(collected, rng=draws.at("codec"))
@@ -78,7 +78,7 @@ def _learned_anew(
     diffusion_s = time.perf_counter() - begin
     _refuse_astray(request, generator, collected, draws.at("tried"), diffusion)
     notify(f"diffusion: regulariser {diffusion.regulariser}, {diffusion_s:.1f} s")
-    result = Learned(
+    result = LearnedGenerator(
         len(collected), collected.parameters, embedding.span.rank, embedding.lost, lost, codec_s, diffusion_s
     )
     pool.keep(_KEPT, packed(generator), vars(result))
@@ -111,10 +111,10 @@ def learned(pool: Pool, request: RotateRequest) -> Generator | None:
     return unpacked({name: value.to(device) for name, value in stored.columns.items()})
 
 
-def what_was_learned(pool: Pool) -> Learned | None:
+def what_was_learned(pool: Pool) -> LearnedGenerator | None:
     """What `learn` returned for the generator of the pool; None if there is none."""
     stored = pool.kept(_KEPT)
-    return None if stored is None else Learned(**stored.about)
+    return None if stored is None else LearnedGenerator(**stored.about)
 
 
 def _lost(request: RotateRequest, embedding: Embedding, collected: Members) -> float:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from holdfast.store.ledger_state import Member, Term
+from holdfast.store.ledger_state import SetRecord, Term
 from holdfast.store.pool import Pool
 from holdfast.verbs.rotate.learning import what_was_learned
 
@@ -29,7 +29,7 @@ def standing(pool: Pool) -> dict[str, Any]:
     }
 
 
-def _member(member: Member, terms: tuple[Term, ...]) -> dict[str, Any]:
+def _member(member: SetRecord, terms: tuple[Term, ...]) -> dict[str, Any]:
     served = [term for term in terms if term.name == member.name]
     return {
         "name": member.name,

@@ -15,7 +15,7 @@ from holdfast.core.errors import Inconclusive, InUse, UsageError
 from holdfast.engine.progress import Notify, Progress, ignore, silent
 from holdfast.engine.signals import Stopper
 from holdfast.rotation import Immunise, next_set, refuse_faster
-from holdfast.rotation.triggers import Reading, Trigger, due, exposed
+from holdfast.rotation.triggers import Counters, Trigger, due_triggers, exposed
 from holdfast.store.pool import Pool
 from holdfast.verbs.rotate.admission import admit
 from holdfast.verbs.rotate.drawing import By, candidates, draw
@@ -126,7 +126,7 @@ class RotationLoop:
         if now is None:
             return
         reading = self.reading()
-        why, stolen = due((*self.how.triggers, exposed), reading), reading.exposure is not None
+        why, stolen = due_triggers((*self.how.triggers, exposed), reading), reading.exposure is not None
         if why and len(self.pool.ahead) > (0 if stolen else len(self.pool.unjudged)):
             self._swap(now.epoch, "; ".join(why), unjudged=stolen)
 
@@ -209,12 +209,12 @@ class RotationLoop:
             sleep(_LOOKS_S if self.look() else _PAUSE_S)
             looks = None if looks is None else looks - 1
 
-    def reading(self) -> Reading:
+    def reading(self) -> Counters:
         """The state of the serving set from the ledger."""
         term = self.pool.ledger.terms[-1]
         mark = self.pool.ledger.member(term.name).exposed
         since = datetime.fromisoformat(term.since)
-        return Reading(
+        return Counters(
             max(term.answers.values(), default=0),
             max((datetime.now(UTC) - since).total_seconds(), 0.0),
             exposure=None if mark is None else mark.why,
