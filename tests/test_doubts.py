@@ -26,7 +26,7 @@ from holdfast.doubts.probing import (
     probing_threat,
     rows_for,
     sample_rows,
-    standing,
+    surviving_examples,
     title,
 )
 from holdfast.harness import measure, prepared
@@ -316,7 +316,7 @@ def test_the_examples_that_probes_broke_stood(net):
     model, batch = Classifier(net), patterns(80, seed=2)
     columns = evidence_columns(model, batch, suite=(PGD(steps=1, reach=0.5),))
     found, _ = probe_all(model, batch, columns)
-    held = set(columns["id"][standing(columns, THREAT)].tolist())
+    held = set(columns["id"][surviving_examples(columns, THREAT)].tolist())
     passes = broken_by(found, columns, THREAT)
     fallen = conclude(found, columns, Circumstances(THREAT, "quick@1"), passes).fallen
     assert title("whole-box") not in fallen
@@ -462,7 +462,7 @@ def test_a_minimum_norm_run_is_probed_at_the_median_it_found():
     }
     threat = ThreatModel(L2())
     assert probing_threat(threat, columns).constraint == L2(pytest.approx(0.2))
-    assert standing(columns, threat).tolist() == [False, False, True, True, False]
+    assert surviving_examples(columns, threat).tolist() == [False, False, True, True, False]
 
 
 def test_change_is_relative_to_what_distinguishes_the_classes():

@@ -312,8 +312,8 @@ def test_runs_are_paired_by_digest_whatever_their_order():
 
 def test_copies_of_an_example_are_paired_one_by_one():
     same = torch.zeros(60, 32, dtype=torch.uint8)
-    assert len(paired.pairs(evidence(digest=same), evidence(digest=same))) == 60
-    assert len(paired.pairs(evidence(digest=same), evidence())) == 1
+    assert len(paired.paired_examples(evidence(digest=same), evidence(digest=same))) == 60
+    assert len(paired.paired_examples(evidence(digest=same), evidence())) == 1
 
 
 def test_runs_of_other_examples_are_refused():

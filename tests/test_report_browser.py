@@ -63,7 +63,7 @@ def _hostile():
 
 def _comparison():
     runs = made.evidence(), made.evidence(suite=HOSTILE)
-    return comparison.page(comparison.comparison(*runs, tuple(map(made.summarised, runs))))
+    return comparison.comparison_page(comparison.comparison(*runs, tuple(map(made.summarised, runs))))
 
 
 @pytest.mark.parametrize("build", [_failing_images, _accepted_table, _hostile, _comparison])

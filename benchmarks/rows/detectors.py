@@ -15,7 +15,7 @@ from holdfast.core.guard import guarded
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.gallery import undefended
-from holdfast.gallery.training import network, trained
+from holdfast.gallery.training import network, trained_on_digits
 from holdfast.ops.detection import threshold
 from holdfast.ops.losses import cross_entropy
 from holdfast.verbs.result import Result
@@ -88,7 +88,7 @@ def told(net: nn.Module, digits: Batch) -> Told:
     attack = PGD(loss=cross_entropy, drop=False)
     made = attack(Classifier(net), digits, ThreatModel(Linf(EPS)), rng=Draws(SEED))
     x, y = torch.cat((digits.x, made.detach())), torch.arange(2).repeat_interleave(len(digits))
-    return Told(trained(_two_classes, Batch(x, y, torch.arange(len(x))), epochs=3, seed=SEED))
+    return Told(trained_on_digits(_two_classes, Batch(x, y, torch.arange(len(x))), epochs=3, seed=SEED))
 
 
 def _two_classes() -> nn.Module:

@@ -15,7 +15,7 @@ from benchmarks.record import Cells, Claim, Outcome
 from benchmarks.rotated import STANDARD, Momentum, accuracy, admitted, collected, examples, models, success
 from holdfast.core.draws import Draws
 from holdfast.rotation import Codec, Embedding, Generator, LatentDiffusion, Members
-from holdfast.rotation.distances import apart, nearest
+from holdfast.rotation.distances import apart, nearest_sets
 from holdfast.rotation.span import span
 
 WHAT = "draws of a latent diffusion over 200 parameter sets, by collection and regulariser"
@@ -100,7 +100,7 @@ def _drawn(source: str, said: dict[str, Any], seed: int) -> Cells:
     embedding, generator = _learned(members, said, rng)
     drawn = generator.drawn(DRAWN, rng.at("drawn"))
     sets, let_in, right = admitted(drawn, members)
-    far = nearest(drawn, members)[0] / apart(members)
+    far = nearest_sets(drawn, members)[0] / apart(members)
     return {
         "variance lost": embedding.lost,
         "round trip, points": _round_trip(embedding, members),
@@ -108,7 +108,7 @@ def _drawn(source: str, said: dict[str, Any], seed: int) -> Cells:
         "median accuracy, %": 100 * median(right),
         "L1 to nearest": float(far.mean()),
         "of those let in": float(far[let_in].mean()) if let_in.any() else None,
-        **_transfers(sets, nearest(drawn.take(let_in), members.bases())[1] if let_in.any() else None),
+        **_transfers(sets, nearest_sets(drawn.take(let_in), members.bases())[1] if let_in.any() else None),
     }
 
 

@@ -35,7 +35,7 @@ from holdfast.ops.fit import Training
 from holdfast.recipes import Standard
 from holdfast.rotation import Codec, Immunise, LatentDiffusion, Members, all_aligned, put, weights_of
 from holdfast.rotation.collecting import begun_anew, last_of, rows_of
-from holdfast.rotation.distances import nearest
+from holdfast.rotation.distances import nearest_sets
 
 WHAT = "whether draws of a generator are new basins: raw, of aligned runs, and trained on for a while, three seeds"
 ROW, SEEDS = "new-basins", (0, 1, 2)
@@ -104,7 +104,7 @@ def drawn(members: Members, seed: int) -> Made:
 def between(members: Members, seed: int) -> Made:
     """Of many draws those that lie farthest from every set of the collection, and so between its runs."""
     found, spent = _drawn(members, seed, 4 * DRAWN)
-    far = nearest(found, members)[0].argsort(descending=True)[:DRAWN]
+    far = nearest_sets(found, members)[0].argsort(descending=True)[:DRAWN]
     return models(found, far.tolist()), 4 * spent
 
 
@@ -229,4 +229,4 @@ def _lost_halfway(target: Classifier, bases: Members) -> float:
 
 def _place(target: Classifier, bases: Members) -> int:
     """Of the nearest of some sets."""
-    return int(nearest(Members.of([weights_of(target)], [0]), bases)[1])
+    return int(nearest_sets(Members.of([weights_of(target)], [0]), bases)[1])

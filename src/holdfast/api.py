@@ -30,7 +30,7 @@ from holdfast.config.arguments import (
 from holdfast.config.attacked import attackers
 from holdfast.config.attacks import threat_model
 from holdfast.config.grad_mode import gradients
-from holdfast.config.grammar import nearest, parse_threat
+from holdfast.config.grammar import did_you_mean, parse_threat
 from holdfast.config.members import SuiteLike, members_given
 from holdfast.config.rehearsing import rehearse, rehearse_served
 from holdfast.config.settings import AssessSettings, HardenSettings
@@ -172,7 +172,7 @@ def carry_out(
     command: str = "",
 ) -> Result:
     """Run `assess` for the command line or a configuration file; `command` is the command that repeats it."""
-    opening = partial(ordering.opened, settings)
+    opening = partial(ordering.open_all, settings)
     with journaled(run, resume=resume, keep=settings.keep_answers):
         subject, data, surrogates = opening()
         baseline, target = _evidence(settings.baseline), subject.model.access
@@ -262,7 +262,7 @@ def carry_out_hardening(
     command: str = "",
 ) -> Hardened:
     """Run `harden` for the command line or a configuration file; `command` is the command that repeats it."""
-    subject, training, test, whole = hardening.opened(settings)
+    subject, training, test, whole = hardening.open_for_hardening(settings)
     request = hardening.harden_request(
         settings,
         subject,
@@ -298,7 +298,7 @@ def exhibition(
     names = [item.name for item in ITEMS]
     for name in only:
         if name not in names:
-            raise UsageError(f"there is no {name!r} in the gallery{nearest(name, names)}")
+            raise UsageError(f"there is no {name!r} in the gallery{did_you_mean(name, names)}")
     items = [item for item in ITEMS if not only or item.name in only]
     training = open_data(DIGITS, split="train")
     digits = training.read(0, len(training))

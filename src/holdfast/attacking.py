@@ -186,9 +186,9 @@ def _class_called(name: str, names: Sequence[str]) -> int:
         return list(names).index(name)
     listed = ", ".join(f"{k} ({each})" for k, each in enumerate(names[:_LISTED]))
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    listed_names = f"expected one of {listed}{more}" if names else "this model has no names for its classes"
+    listed = f"expected one of {listed}{more}" if names else "this model has no names for its classes"
     raise UsageError(
-        f"goal is {name!r}, which is not the name of a class; {listed_names}; give the number of a class, as in goal=3"
+        f"goal is {name!r}, which is not the name of a class; {listed}; give the number of a class, as in goal=3"
     )
 
 

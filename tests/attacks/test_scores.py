@@ -12,7 +12,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.best import Best
 from holdfast.ops.cosines import cosines
-from holdfast.ops.estimates import gaussian, rademacher, slope
+from holdfast.ops.estimates import estimated_slope, gaussian, rademacher
 from holdfast.ops.sampling import distinct_positions
 from holdfast.testing.fakes import Constant, examples, labelled, network
 from holdfast.testing.linear import linear_problem
@@ -48,7 +48,7 @@ def test_the_estimate_points_along_the_gradient(noise):
     oracle, batch = linear_problem(0, classes=2)
     model, best = oracle.classifier(), Best(batch)
     x = torch.full_like(batch.x, 0.5)
-    found = slope(model, batch, x, Linf(1.0), best, noise, pairs=400, size=1e-3, rng=RNG)
+    found = estimated_slope(model, batch, x, Linf(1.0), best, noise, pairs=400, size=1e-3, rng=RNG)
     weight = oracle.weight[1 - batch.y] - oracle.weight[batch.y]
     assert (torch.cosine_similarity(found, weight.to(found)) > 0.9).all()
 
@@ -58,7 +58,9 @@ def test_a_point_that_is_asked_on_the_way_counts_inside_the_ball_alone():
     batch = Batch(torch.full((3, 4), 0.5), torch.zeros(3, dtype=torch.int64), torch.arange(3))
     for eps, kept in ((1.0, True), (1e-3, False)):
         best = Best(batch)
-        slope(Classifier(model), batch, batch.x, Linf(eps), best, rademacher, pairs=2, size=0.1, rng=RNG)
+        estimated_slope(
+            Classifier(model), batch, batch.x, Linf(eps), best, rademacher, pairs=2, size=0.1, rng=RNG
+        )
         assert ((best.margin < 0).all()) == kept
 
 

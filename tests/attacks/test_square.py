@@ -10,7 +10,7 @@ from holdfast.core.constraints import L1, L2, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.meter import Metered, margin
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.squares import as_image, pattern, share, window
+from holdfast.ops.squares import as_image, pattern, window, window_share
 from holdfast.testing.fakes import examples, labelled, network
 from holdfast.testing.linear import linear_problem
 
@@ -19,13 +19,13 @@ NORMS = [Linf(0.1), L2(0.5), L1(2.0)]
 
 
 def test_the_share_of_the_pixels_halves_as_in_the_paper():
-    assert [share(0.8, step, None) * 2**k / 0.8 for k, step in enumerate((10, 50, 200, 500, 1000))] == [
-        1.0
-    ] * 5
-    assert share(0.8, 11, None) == 0.4
-    assert share(0.8, 4999, None) == 0.8 / 128
-    assert share(0.8, 499, 500) == 0.8 / 512
-    assert share(0.8, 30, 5000) == share(0.8, 60, None)
+    assert [
+        window_share(0.8, step, None) * 2**k / 0.8 for k, step in enumerate((10, 50, 200, 500, 1000))
+    ] == [1.0] * 5
+    assert window_share(0.8, 11, None) == 0.4
+    assert window_share(0.8, 4999, None) == 0.8 / 128
+    assert window_share(0.8, 499, 500) == 0.8 / 512
+    assert window_share(0.8, 30, 5000) == window_share(0.8, 60, None)
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 1), (3, 3), (4, 7), (13, 13)])

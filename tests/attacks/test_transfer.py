@@ -13,7 +13,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.ascent import ascend
 from holdfast.ops.ensemble import Ensemble
 from holdfast.ops.losses import cross_entropy, margin_loss
-from holdfast.ops.views import SHRUNK, halved, resized, shifted
+from holdfast.ops.views import SHRUNK, halved_view, resized, shifted
 from holdfast.suites import PUBLISHED
 from holdfast.testing.fakes import examples, labelled, network
 from holdfast.testing.linear import linear_problem
@@ -70,7 +70,7 @@ def test_a_resized_image_is_smaller_somewhere_on_an_empty_ground_and_each_for_it
 
 def test_halving_goes_towards_the_lower_side_of_the_box():
     x = torch.tensor([[1.0, -1.0, 0.0]])
-    torch.testing.assert_close(halved(x, 2, Bounds(-1.0, 1.0)), torch.tensor([[-0.5, -1.0, -0.75]]))
+    torch.testing.assert_close(halved_view(x, 2, Bounds(-1.0, 1.0)), torch.tensor([[-0.5, -1.0, -0.75]]))
 
 
 def test_several_models_are_the_mean_of_their_logits():

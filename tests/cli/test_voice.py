@@ -8,7 +8,7 @@ import time
 import pytest
 
 from holdfast.cli.options import Voice
-from holdfast.cli.running import watched
+from holdfast.cli.running import progress_bar
 from holdfast.engine.progress import Step
 
 
@@ -36,7 +36,7 @@ def test_what_is_said_takes_the_place_of_the_bar_and_does_not_go_on_its_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     terminal = standing_in(monkeypatch)
-    with watched(Voice()):
+    with progress_bar(Voice()):
         Voice().say("a set is drawn")
     assert not terminal.buffer.getvalue(), "nothing goes round the bar"
     assert re.search(r"starting.*\r\x1b\[2Ka set is drawn\n", terminal.getvalue(), re.DOTALL)
@@ -55,7 +55,7 @@ def test_the_bar_of_what_is_done_does_not_stand_under_what_follows(monkeypatch: 
             time.sleep(0.05)
         return stands() is state
 
-    with watched(Voice()) as progress:
+    with progress_bar(Voice()) as progress:
         progress(Step("run 1", 1, 12, 1, 2, 0, 0))
         assert comes(True)
         progress(Step("run 1", 1, 12, 2, 2, 0, 0))

@@ -12,7 +12,7 @@ import yaml
 from holdfast import attacks
 from holdfast.config.consent import CONSENT
 from holdfast.config.naming import AUTO, CARD, SOURCES
-from holdfast.config.schema import schema
+from holdfast.config.schema import settings_schema
 from holdfast.config.settings import RotateSettings
 from holdfast.config.starting import DEMO, init, validate
 from holdfast.core.catalogue import RECIPES
@@ -34,7 +34,7 @@ def blocks():
 
 @cache
 def validator():
-    return jsonschema.Draft202012Validator(schema())
+    return jsonschema.Draft202012Validator(settings_schema())
 
 
 def accepted(content):
@@ -42,13 +42,13 @@ def accepted(content):
 
 
 def test_stored_copy_is_in_step():
-    assert json.loads(STORED.read_text(encoding="utf-8")) == schema(), (
+    assert json.loads(STORED.read_text(encoding="utf-8")) == settings_schema(), (
         "write it again: holdfast validate --schema > docs/reference/holdfast.schema.json"
     )
 
 
 def test_it_is_a_schema_and_holds_every_key_attack_and_recipe():
-    content = schema()
+    content = settings_schema()
     jsonschema.Draft202012Validator.check_schema(content)
     assert set(content["properties"]) == set(RotateSettings.model_fields) - {CONSENT}
     tags = [attack["properties"]["use"]["const"] for attack in content["$defs"]["attack"]["oneOf"]]

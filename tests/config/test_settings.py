@@ -11,7 +11,7 @@ import pytest
 from holdfast import attacks, recipes
 from holdfast.config import settings
 from holdfast.config.attacks import build_attack, threat_model, threat_said
-from holdfast.config.grammar import number, pairs, parse_surrogate, parse_threat, seconds
+from holdfast.config.grammar import number, parse_pairs, parse_surrogate, parse_threat, seconds
 from holdfast.config.naming import FLOW, LABELS_ONLY, MEMBERS, VARIANTS, members
 from holdfast.config.settings import AssessSettings, HardenSettings, RotateSettings
 from holdfast.config.spellings import (
@@ -21,7 +21,7 @@ from holdfast.config.spellings import (
     attack_called,
     every_name,
     folded,
-    norms_of,
+    norms_of_suite,
     suite_or_attacks,
 )
 from holdfast.config.starting import validate
@@ -120,7 +120,9 @@ REFUSED = [
     (f"threat: 'linf:0.1,queries={'9' * 5000}'", "expected a whole number of at least 1"),
 ]
 
-read, check = (partial(wants, kind=AssessSettings) for wants in (settings.read, settings.check_settings))
+read, check = (
+    partial(wants, kind=AssessSettings) for wants in (settings.read_settings, settings.check_settings)
+)
 
 
 @pytest.mark.parametrize(("text", "said"), REFUSED)
@@ -253,7 +255,7 @@ def test_a_name_that_suites_give_has_its_settings_wherever_it_stands():
     for name, of in VARIANTS.items():
         for norm, constraint in constraints.items():
             found = variant(name, constraint)
-            assert (type(found).__name__ if found else None) == (of if norm in norms_of(name) else None)
+            assert (type(found).__name__ if found else None) == (of if norm in norms_of_suite(name) else None)
     assert variant("APGD-T", Linf(0.1)) == dict(suite("standard", Linf(0.1)).attacks)["APGD-T"]
 
 
@@ -364,7 +366,7 @@ def test_the_grammar_reads_what_it_writes():
         assert str(parse_threat(text)) == text
     assert parse_threat("linf:8/255").eps == 8 / 255
     assert parse_threat("l0:inf") == parse_threat("l0")
-    assert (seconds("2min", "it"), number("8/255", "it"), pairs(["a=b=c"], "--x")) == (
+    assert (seconds("2min", "it"), number("8/255", "it"), parse_pairs(["a=b=c"], "--x")) == (
         120,
         8 / 255,
         {"a": "b=c"},
@@ -406,7 +408,7 @@ def test_settings_of_a_recipe_that_is_not_named_are_of_the_usual_one():
 def test_one_file_serves_both_verbs_and_what_it_says_to_the_other_is_checked(tmp_path):
     file = tmp_path / "holdfast.yaml"
     file.write_text("model: mnist-cnn\ndata: mnist-mini\nrecipe: {use: trades, beta: 3}\nbudget: 5min\n")
-    assert settings.read(file, {}, kind=HardenSettings).recipe == {"use": "trades", "beta": 3}
+    assert settings.read_settings(file, {}, kind=HardenSettings).recipe == {"use": "trades", "beta": 3}
     assert read(file, {}).model == "mnist-cnn"
     file.write_text("model: mnist-cnn\nbudget: soon\n")
     with pytest.raises(UsageError, match="budget is 'soon'"):
@@ -419,11 +421,11 @@ def test_one_file_serves_both_verbs_and_what_it_says_to_the_other_is_checked(tmp
 def test_consent_to_code_is_no_key_of_a_file_and_of_set(value, tmp_path):
     path = tmp_path / "holdfast.yaml"
     path.write_text(f"trust_code: {value}\nmodel: mnist-cnn\ndata: mnist-mini\n")
-    for ask in (lambda: validate(path), lambda: settings.read(path, {}, kind=RotateSettings)):
+    for ask in (lambda: validate(path), lambda: settings.read_settings(path, {}, kind=RotateSettings)):
         with pytest.raises(
             UsageError, match=r"holdfast\.yaml contains trust_code.*--trust-code.*trust_code=True"
         ):
             ask()
     with pytest.raises(UsageError, match=r"--set contains trust_code.*--trust-code"):
-        settings.read(None, {}, [f"trust_code={value}"], kind=AssessSettings)
-    assert settings.read(None, {"trust_code": True}, kind=AssessSettings).trust_code
+        settings.read_settings(None, {}, [f"trust_code={value}"], kind=AssessSettings)
+    assert settings.read_settings(None, {"trust_code": True}, kind=AssessSettings).trust_code

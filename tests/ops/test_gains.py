@@ -8,7 +8,7 @@ from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
-from holdfast.ops.gains import Confined, gain, gain_directions, layers, learned, order_of
+from holdfast.ops.gains import Confined, gain, gain_directions, layers, order_of, trained_layers
 from matrices import gains
 
 LAYERS = [
@@ -97,10 +97,10 @@ def test_under_linf_only_outputs_beyond_the_bound_shrink():
 def test_a_weight_that_is_computed_anew_at_each_pass_is_named_and_not_held_to_a_bound(parametrised):
     net, x = nn.Sequential(nn.Linear(3, 3), parametrised(nn.Linear(3, 3))), torch.zeros(1, 3)
     with pytest.raises(UsageError, match=r"the weight of 1 is computed from .*remove_parametrizations"):
-        learned(net, x)
-    assert set(learned(net.requires_grad_(False), x)) == set()
+        trained_layers(net, x)
+    assert set(trained_layers(net.requires_grad_(False), x)) == set()
     net[0].requires_grad_(True)
-    assert set(learned(net, x)) == {"0"}
+    assert set(trained_layers(net, x)) == {"0"}
 
 
 def test_a_norm_without_gains_is_named():

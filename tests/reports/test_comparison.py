@@ -11,7 +11,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.evidence import PassRecord
 from holdfast.core.threat import ThreatModel
 from holdfast.reports import comparison
-from holdfast.reports.summary import schema
+from holdfast.reports.summary import summary_schema
 from holdfast.reports.write import COMPARISON_SUFFIXES, check_destination, write_comparison
 from reports import made
 
@@ -33,7 +33,7 @@ def _changed(evidence, lost, gained, **changes):
 
 def _compared(first, second):
     content = comparison.comparison(first, second, (made.summarised(first), made.summarised(second)))
-    jsonschema.validate(content, schema("comparison-1"), cls=jsonschema.Draft202012Validator)
+    jsonschema.validate(content, summary_schema("comparison-1"), cls=jsonschema.Draft202012Validator)
     return content
 
 
@@ -106,9 +106,9 @@ def test_another_threat_is_said_before_any_number(first):
     assert content["caution"].startswith(said)
     assert comparison.text(content, colour=False).startswith(said)
     assert comparison.markdown(content).startswith(f"**{said}")
-    page = comparison.page(content)
+    page = comparison.comparison_page(content)
     assert page.index(said) < page.index(content["headline"][:20])
-    keys = list(json.loads(comparison.to_json(content)))
+    keys = list(json.loads(comparison.comparison_to_json(content)))
     assert keys.index("caution") < keys.index("headline")
     assert _compared(first, first)["caution"] == ""
 
@@ -164,7 +164,7 @@ def test_a_person_reads_the_same_metrics_as_of_one_run(first):
     assert {"attack_success_rate", "perturbation_linf"} <= set(content["metrics"])
     content["metrics"]["perturbation_linf"][0]["value"] = "inf"
     content["metrics"]["perturbation_linf"][1]["value"] = "inf"
-    for text in (comparison.text(content, colour=False), comparison.page(content)):
+    for text in (comparison.text(content, colour=False), comparison.comparison_page(content)):
         assert "Robust accuracy" in text
         assert "Attack success rate" not in text
         assert "Perturbation Linf" not in text
@@ -182,7 +182,7 @@ def test_names_of_users_are_shown_and_not_obeyed(first, text):
         "suite": text,
     }
     content = _compared(dataclasses.replace(first, **named), dataclasses.replace(first, suite=f"{text}2"))
-    page = comparison.page(content) + comparison.fragment(content)
+    page = comparison.comparison_page(content) + comparison.comparison_fragment(content)
     assert not re.search(r"<(script|img)", page)
     assert "\x1b" not in page + comparison.markdown(content) + comparison.text(content, colour=False)
     assert (

@@ -12,7 +12,7 @@ from holdfast.core.evidence import Doubt
 from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import Judgement
 from holdfast.reports import terminal
-from holdfast.reports.card import document as as_markdown
+from holdfast.reports.card import card_document as as_markdown
 from holdfast.reports.html import fragment, page
 from holdfast.reports.summary import summary
 from holdfast.reports.write import WRITERS, write

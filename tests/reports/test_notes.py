@@ -5,7 +5,7 @@ from torch import nn
 
 from holdfast.core.model import Classifier
 from holdfast.ops.prepare import quickened
-from holdfast.reports.notes import DETAILS, details, remarks, spoken
+from holdfast.reports.notes import DETAILS, details, remarks, spoken_notes
 
 
 def test_whatever_makes_the_attacks_quick_is_a_detail():
@@ -21,6 +21,6 @@ def test_no_sentence_is_said_twice():
     fast, late = "convolutions run channels last", "time ran out: PGD finished none"
     doubts = [{"state": "raised", "says": late}, {"state": "clear", "says": "other"}]
     summary = {"notes": ["a note", fast, late, "other"], "doubts": doubts}
-    assert spoken(summary) == ["a note", "other"]
-    assert spoken(summary, verbose=True) == ["a note", fast, "other"]
+    assert spoken_notes(summary) == ["a note", "other"]
+    assert spoken_notes(summary, verbose=True) == ["a note", fast, "other"]
     assert (remarks(summary), details(summary)) == (["a note", late, "other"], [fast])

@@ -39,7 +39,7 @@ def accepted(evidence):
 
 
 def _cases(content):
-    root = ET.fromstring(junit.document(content))
+    root = ET.fromstring(junit.junit_document(content))
     return root, {case.get("name"): case for case in root.iter("testcase")}
 
 
@@ -80,7 +80,7 @@ def test_junit_has_a_failure_exactly_when_the_exit_code_is_not_zero(claims, evid
 
 
 def test_sarif_has_what_the_standard_and_code_scanning_require(failing):
-    log = json.loads(sarif.document(failing))
+    log = json.loads(sarif.sarif_document(failing))
     assert log["version"] == "2.1.0"
     (run,) = log["runs"]
     rules = run["tool"]["driver"]["rules"]
@@ -101,7 +101,7 @@ def test_sarif_has_what_the_standard_and_code_scanning_require(failing):
 
 def test_sarif_fingerprints_outlive_a_run_and_differ_by_finding(evidence):
     def prints(content):
-        results = json.loads(sarif.document(content))["runs"][0]["results"]
+        results = json.loads(sarif.sarif_document(content))["runs"][0]["results"]
         return [result["partialFingerprints"]["holdfast/v1"] for result in results]
 
     first = prints(made.summarised(evidence, "robust_accuracy >= 0.5"))
@@ -111,7 +111,7 @@ def test_sarif_fingerprints_outlive_a_run_and_differ_by_finding(evidence):
 
 
 def test_sarif_suppresses_an_accepted_doubt_with_its_reason(accepted):
-    (result,) = json.loads(sarif.document(accepted))["runs"][0]["results"]
+    (result,) = json.loads(sarif.sarif_document(accepted))["runs"][0]["results"]
     assert result["suppressions"] == [
         {"kind": "external", "status": "accepted", "justification": "an adaptive run is on file"}
     ]
@@ -125,12 +125,12 @@ def test_sarif_names_the_models_file_as_it_was_given():
 
 
 def test_markdown_puts_the_verdict_first_and_keeps_its_tables_whole(failing, accepted):
-    lines = markdown.document(failing).splitlines()
+    lines = markdown.markdown_document(failing).splitlines()
     assert lines[0].startswith("## ✕ Fail")
     assert lines[2].startswith("41.5 % of 1,000 images")
     tables = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in tables} == {5, 6, 8}
-    assert "accepted doubt **black-box**: an adaptive run is on file" in markdown.document(accepted)
+    assert "accepted doubt **black-box**: an adaptive run is on file" in markdown.markdown_document(accepted)
 
 
 def test_every_report_says_a_doubt_in_sentences_and_advises_by_the_declared_output():
@@ -141,7 +141,7 @@ def test_every_report_says_a_doubt_in_sentences_and_advises_by_the_declared_outp
     assert "BPDA" in logits["advice"]
     advice = ("Return the logit, the output of the layer before", "The suite is too weak: add")
     says = ("2 of 4 are flat; see there.", "Draws break 1 of 4.")
-    for text in (markdown.document(content), json.dumps(sarif.document(content))):
+    for text in (markdown.markdown_document(content), json.dumps(sarif.sarif_document(content))):
         assert all(f"{found} {way_out}" in text for found, way_out in zip(says, advice, strict=True))
     assert all(f"open: {found}\n" in terminal.verdict(content, colour=False) for found in says)
     assert all(f"<dd>{part}" in html.page(content) for part in (*says, *advice))
@@ -204,9 +204,9 @@ def test_what_an_attack_left_untried_is_said_with_its_risk(failing):
     plain = terminal.tables(failing, colour=False)
     why = "\n\nexamples that were skipped, because all examples closer to the decision boundary survived, with the "
     assert f"{why}largest share of them that would break {said}\n\n" in plain
-    assert f"{said}." in markdown.document(failing)
+    assert f"{said}." in markdown.markdown_document(failing)
     tried = {**failing, "attacks": [{**attack, "residual": None} for attack in failing["attacks"]]}
-    assert "skipped" not in terminal.tables(tried, colour=False) + markdown.document(tried)
+    assert "skipped" not in terminal.tables(tried, colour=False) + markdown.markdown_document(tried)
 
 
 def test_the_fits_of_learned_attacks_are_stated(failing):
@@ -214,8 +214,10 @@ def test_the_fits_of_learned_attacks_are_stated(failing):
     learned = {**failing, "attacks": [{**first, "fits": 3}, *others]}
     said = "number of fits of each learned attack, the best of which was evaluated: APGD-CE 3"
     assert f"\n\n{said}\n\n" in terminal.tables(learned, colour=False)
-    assert f"{said[1:]}." in markdown.document(learned)
-    assert "learned attack" not in terminal.tables(failing, colour=False) + markdown.document(failing)
+    assert f"{said[1:]}." in markdown.markdown_document(learned)
+    assert "learned attack" not in terminal.tables(failing, colour=False) + markdown.markdown_document(
+        failing
+    )
 
 
 def test_the_signs_of_the_doubts_are_explained_where_they_stand(failing):
@@ -317,9 +319,9 @@ def test_names_of_classes_are_in_every_report_that_lists_classes(tmp_path):
     rows = list(csv.DictReader(io.StringIO((tmp_path / "rows.csv").read_text())))
     assert [row["class"] for row in rows] == [names[int(row["y"])] for row in rows]
     for text in (
-        markdown.document(content),
+        markdown.markdown_document(content),
         html.page(content),
-        junit.document(content),
+        junit.junit_document(content),
         json.dumps(content),
     ):
         assert all(row["name"] in text for row in content["per_class"])

@@ -10,7 +10,7 @@ from holdfast.reports import markdown, terminal
 from holdfast.reports.concerns import CONCERNS
 from holdfast.reports.html import fragment, page
 from holdfast.reports.rotation import NAMES
-from holdfast.reports.summary import schema, summary, to_json
+from holdfast.reports.summary import summary, summary_schema, to_json
 from reports import made
 
 HOSTILE = "<script>alert(1)</script>|[x](http://e)\x1b[31m`"
@@ -43,32 +43,32 @@ def summarised(rotation):
 
 def test_the_table_is_in_every_report():
     content = summarised(document())
-    jsonschema.validate(json.loads(to_json(content)), schema())
+    jsonschema.validate(json.loads(to_json(content)), summary_schema())
     assert [row["who"] for row in content["rotation"]["instead"]] == ["static"], (
         "what was not measured is left out"
     )
     assert "turned" not in content["rotation"]["rows"][0], "which inputs fell stays in the folder of the run"
-    for text in (page(content), markdown.document(content), terminal.tables(content, colour=False)):
+    for text in (page(content), markdown.markdown_document(content), terminal.tables(content, colour=False)):
         assert all(name in text for name in NAMES.values())
         assert "static" in text and "slowed" in text and "25.0 %" in text
-    assert "A1 is slowed." in page(content) and "A1 is slowed." in markdown.document(content)
+    assert "A1 is slowed." in page(content) and "A1 is slowed." in markdown.markdown_document(content)
 
 
 def test_what_a_pool_says_is_shown_and_never_obeyed():
     content = summarised(document())
-    for text in (page(content), fragment(content), markdown.document(content)):
+    for text in (page(content), fragment(content), markdown.markdown_document(content)):
         assert "<script>alert" not in text and "\x1b" not in text
     assert "\x1b" not in terminal.tables(content, colour=False)
-    assert "\\|\\[x\\](http" in markdown.document(content), "no cell is cut in two"
+    assert "\\|\\[x\\](http" in markdown.markdown_document(content), "no cell is cut in two"
 
 
 @pytest.mark.parametrize("rotation", [None, document(complete=False), document(rows=[])])
 def test_without_a_whole_table_nothing_is_said(rotation):
     content = summarised(rotation)
-    jsonschema.validate(json.loads(to_json(content)), schema())
+    jsonschema.validate(json.loads(to_json(content)), summary_schema())
     assert content["rotation"] is None
     assert "Rotation against each attacker" not in page(content)
-    assert "### Attackers" not in markdown.document(content)
+    assert "### Attackers" not in markdown.markdown_document(content)
     assert "attackers:" not in terminal.tables(content, colour=False)
 
 

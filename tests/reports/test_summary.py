@@ -11,13 +11,13 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.losses import margin_loss
 from holdfast.reports import markdown, terminal, words
 from holdfast.reports.html import page
-from holdfast.reports.numbers import count_text, number, percent, plain, seconds, size, strict
-from holdfast.reports.summary import schema, to_json
+from holdfast.reports.numbers import count_text, number, percent, plain, seconds_text, size, strict
+from holdfast.reports.summary import summary_schema, to_json
 from reports import made
 
 
 def _check(content):
-    jsonschema.validate(content, schema(), cls=jsonschema.Draft202012Validator)
+    jsonschema.validate(content, summary_schema(), cls=jsonschema.Draft202012Validator)
     return content
 
 
@@ -89,7 +89,7 @@ def test_every_summary_makes_a_page(case):
 
 def test_schema_refuses_what_a_reader_would_misread():
     content = made.summarised(made.evidence())
-    jsonschema.Draft202012Validator.check_schema(schema())
+    jsonschema.Draft202012Validator.check_schema(summary_schema())
     for broken in (
         {"verdict": "maybe"},
         {"exit_code": 7},
@@ -185,7 +185,7 @@ def test_an_attack_without_an_eps_is_told_by_what_it_found():
     assert " APGD-CE " in terminal.tables(content, colour=False, width=80)
     assert fab[1:4] == [str(round(share * 985)), f"{100 * share:.1f}", "%"]
     assert fab[4] == f"{content['attacks'][2]['distance']['value']:.3f}"
-    assert "| attack | found | share | median |" in markdown.document(content)
+    assert "| attack | found | share | median |" in markdown.markdown_document(content)
     assert "median distance" in page(content) and "Hardest attack" not in page(content)
     plain = made.summarised(made.evidence())
     assert {attack["found"] for attack in plain["attacks"]} == {None}
@@ -285,7 +285,7 @@ def test_numbers_read_as_people_write_them():
         "0.2", "1,234", "1.00e−05", "−2.5", "∞", "400",
     ]  # fmt: skip
     assert [size(eps) for eps in (8 / 255, 0.2, 0.3, 12, 0.5)] == ["8/255", "0.2", "0.3", "12", "0.5"]
-    assert [seconds(value) for value in (0.25, 22.1, 7200)] == ["250 ms", "22.1 s", "2.0 h"]
+    assert [seconds_text(value) for value in (0.25, 22.1, 7200)] == ["250 ms", "22.1 s", "2.0 h"]
     assert count_text(2113000) == "2,113,000"
 
 
@@ -343,7 +343,7 @@ def test_the_transfer_matrix_is_in_every_report():
     assert "<b>.pt" not in html
     said = f"{percent(share['value'])} ({words.interval('transfer_success', share)})"
     assert said in terminal.tables(content, colour=False)
-    assert said in markdown.document(content)
+    assert said in markdown.markdown_document(content)
     assert any("surrogate models: nets/" in sentence for sentence in content["threat"]["says"])
 
 
@@ -365,7 +365,7 @@ def test_what_carries_across_data_is_in_every_report():
     interval = words.interval("transfer_success", share)
     said = f"{percent(share['value'])} ({interval}), control {percent(control['value'])}"
     assert said in terminal.tables(content, colour=False)
-    assert said in markdown.document(content)
+    assert said in markdown.markdown_document(content)
 
 
 def test_without_other_data_nothing_is_said_of_it():

@@ -11,7 +11,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.rotation import Basins, LowRank, Members, Seeds, Subset, Trajectory, collect, put, weights_of
 from holdfast.rotation.collecting import begun_anew, trained_anew
-from holdfast.rotation.distances import apart, l1, nearest
+from holdfast.rotation.distances import apart, l1, nearest_sets
 from rotation.problem import accuracy, examples, network, task
 
 SOURCES = [
@@ -47,7 +47,7 @@ def test_sets_of_one_run_are_neighbours_and_those_of_two_are_strangers():
     assert 3 * distances[same].max() < distances[~same].min()
     between = l1(members.bases(), members.bases())
     assert apart(members) == pytest.approx((between.sum() / 6).item())
-    far, whose = nearest(members, members.bases())
+    far, whose = nearest_sets(members, members.bases())
     assert whose.tolist() == members.basins.tolist()
     assert far.max() < distances[~same].min()
 

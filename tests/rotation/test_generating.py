@@ -7,8 +7,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss, UsageError
 from holdfast.ops.diffusion import Diffusion
 from holdfast.rotation import Basins, Codec, LatentDiffusion, Members, collect, put
-from holdfast.rotation.distances import apart, nearest
-from holdfast.rotation.generating import packed, unpacked
+from holdfast.rotation.distances import apart, nearest_sets
+from holdfast.rotation.generating import packed_generator, unpacked_generator
 from holdfast.rotation.span import span
 from rotation.problem import accuracy, examples, task
 
@@ -97,7 +97,7 @@ def test_draws_lie_among_the_collection_and_some_work(members, generator):
     blind = torch.tensor([accuracy(put(model, middling.one(k)), held) for k in range(40)])
     assert (found > 0.9).sum() > 2 * (blind > 0.9).sum()  # of latents drawn as if they had one middle
     assert (found > 0.9).float().mean() > 0.2
-    distances, whose = nearest(drawn.take(found > 0.9), members.bases())
+    distances, whose = nearest_sets(drawn.take(found > 0.9), members.bases())
     assert distances.max() < apart(members)
     assert len(set(whose.tolist())) == 3  # from every basin
     quick = generator.drawn(40, Draws(7), "ddim")
@@ -106,7 +106,7 @@ def test_draws_lie_among_the_collection_and_some_work(members, generator):
 
 
 def test_what_is_kept_draws_the_same(generator):
-    back = unpacked(packed(generator))
+    back = unpacked_generator(packed_generator(generator))
     one, other = generator.drawn(3, Draws(4)), back.drawn(3, Draws(4))
     for name, value in one.tensors.items():
         torch.testing.assert_close(other.tensors[name], value)
@@ -117,7 +117,7 @@ def test_what_is_kept_draws_the_same(generator):
 def test_the_printed_sign_pulls_and_the_others_push(members, embedding):
     def far(**said):
         made = LatentDiffusion(Diffusion(50), width=64, steps=250, **said)(embedding, members, rng=Draws(2))
-        return nearest(made.drawn(40, Draws(7)), members)[0].mean().item()
+        return nearest_sets(made.drawn(40, Draws(7)), members)[0].mean().item()
 
     off = far()
     assert far(weight=7.0) == off  # nothing is added, whatever its weight

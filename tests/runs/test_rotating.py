@@ -178,7 +178,7 @@ def serving_at(path):
 def test_a_pool_is_no_surrogate(serving, collected):
     of = settings(serving, collected[0], surrogates=[{"model": f"rotating:{serving.path}"}])
     with pytest.raises(UsageError, match="can be assessed and stands for no other model"):
-        ordering.opened(of)
+        ordering.open_all(of)
 
 
 # --- the table

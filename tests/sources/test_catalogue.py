@@ -17,7 +17,7 @@ from PIL import Image
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources import catalogue
-from holdfast.sources.catalogue import CATALOGUE, RemoteFile, entry_of, listed
+from holdfast.sources.catalogue import CATALOGUE, RemoteFile, entry_of, listed_data_sets
 from holdfast.sources.data import open_data
 from holdfast.sources.fetching import download, fetch, import_folder
 from holdfast.sources.official import cifar_arrays, idx
@@ -247,7 +247,7 @@ def test_a_folder_is_imported_in_whatever_form_it_holds(
     assert np.array_equal((batch.x.permute(0, 2, 3, 1).numpy() * 255).round(), images[:4])
     assert batch.y.tolist() == [0, 1, 2, 3]
     assert len(open_data("mnist")) == 3 and len(open_data("gtsrb")) == 6
-    present = {row.name for row in listed() if row.present}
+    present = {row.name for row in listed_data_sets() if row.present}
     assert present == set(brought)
     assert not [path for path in catalogue.data_folder().iterdir() if path.name.startswith(".")]
 

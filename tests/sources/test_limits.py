@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from holdfast.config.yaml_text import parsed
+from holdfast.config.yaml_text import parse_yaml
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.sources.archive import Weights, check_archive, refuse_large
 from holdfast.sources.data import open_data
@@ -239,13 +239,13 @@ def test_arrays_and_tables_are_read_up_to_their_size(tmp_path: Path, monkeypatch
 def test_a_configuration_is_short_and_its_numbers_have_64_bits(monkeypatch):
     text = f"seed: {2**63 - 1}"
     monkeypatch.setattr("holdfast.config.yaml_text.MAX_CHARACTERS", len(text))
-    assert parsed(text, "holdfast.yaml") == {"seed": 2**63 - 1}
+    assert parse_yaml(text, "holdfast.yaml") == {"seed": 2**63 - 1}
     with pytest.raises(
         UsageError, match="is too large for a whole number .line 1.; give one of at most 64 bits"
     ):
-        parsed(f"seed: {2**63}", "holdfast.yaml")
+        parse_yaml(f"seed: {2**63}", "holdfast.yaml")
     with pytest.raises(UsageError, match=f"holdfast.yaml has more than {len(text)} characters"):
-        parsed(f"{text} ", "holdfast.yaml")
+        parse_yaml(f"{text} ", "holdfast.yaml")
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from holdfast.core.chain import Link, canonical
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store.folder import open_folder
 from holdfast.store.leases import FOREIGN_LEASE_S, Leases, spent_in
-from holdfast.store.processes import Owner, started
+from holdfast.store.processes import Owner, start_time
 from holdfast.store.verify import verify
 
 MANIFEST = {
@@ -210,7 +210,7 @@ def test_a_lease_of_a_living_process_holds_and_of_a_dead_one_does_not(tmp_path):
         with pytest.raises(UsageError, match=f"is in use by process {holder.pid} on"):
             mine.take_lease()
         holder.send_signal(signal.SIGKILL)
-        while started(holder.pid) is not None:  # a zombie is dead
+        while start_time(holder.pid) is not None:  # a zombie is dead
             time.sleep(0.01)
         mine.take_lease()
         mine.close(release=True)

@@ -17,7 +17,7 @@ from holdfast.core.errors import TargetError
 from holdfast.store import journal
 from holdfast.store.encryption import KEY_VARIABLE
 from holdfast.store.folder import open_folder
-from holdfast.store.forms import count, listed, mapped, maybe, one_of, real, record, refuse_form, text
+from holdfast.store.forms import count, list_of, mapped, maybe, one_of, real, record, refuse_form, text
 from holdfast.store.leases import Leases, spent_in
 from holdfast.store.pool import Pool
 from holdfast.store.records import line_of
@@ -75,7 +75,7 @@ def test_a_document_of_another_form_is_refused_by_its_name_and_the_list_of_runs_
 
 
 def test_a_form_names_the_field_the_value_and_what_was_expected(tmp_path):
-    form = record({"a": listed(count)}, {"b": mapped(maybe(real)), "c": one_of("x"), "d": text})
+    form = record({"a": list_of(count)}, {"b": mapped(maybe(real)), "c": one_of("x"), "d": text})
     refuse_form(tmp_path, {"a": [0], "b": {"k": None, "l": "inf", "m": 0.5}, "more": 1}, form)
     for content, said in (
         ({"a": [0, -1]}, r"a\[1\] is -1; a whole number from 0"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from holdfast.core.chain import GENESIS, Link, broken_at, canonical
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import Ledger as AnyLedger
-from holdfast.store.authentic import HEAD, Head, LedgerKey, line_of, read_entries, write_head
+from holdfast.store.authentic import HEAD, Head, LedgerKey, authenticated_line, read_entries, write_head
 from holdfast.store.ledger import utc_now
 from holdfast.store.ledger_state import Exposure, LedgerState, Serving, Term, well_formed
 from holdfast.store.locking import locked
@@ -263,7 +263,7 @@ def forged(contents, key=KEY, **more):
     lines, previous = [], GENESIS
     for counter, content in enumerate(contents, 1):
         link = Link(previous, content)
-        lines.append(canonical(json.loads(line_of(link, counter, key)) | more) + b"\n")
+        lines.append(canonical(json.loads(authenticated_line(link, counter, key)) | more) + b"\n")
         previous = link.digest
     return b"".join(lines)
 

@@ -21,9 +21,9 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Count, Fraction, Inputs, Labels, Positive, Steps
 from holdfast.ops.ascent import descend
 from holdfast.ops.best import Best
-from holdfast.ops.nearest import nearest
+from holdfast.ops.nearest import nearest_classes
 from holdfast.ops.norms import expect_eps, expect_norm
-from holdfast.ops.squares import proposals_for, search, share
+from holdfast.ops.squares import proposals_for, search, window_share
 
 _FROM_BEST = 0.6  # factor of the path length of a run that starts from the result of a search
 
@@ -75,7 +75,7 @@ class Relay:
         rows = best.standing
         if not self.targets or batch.target is not None or not len(rows):
             return
-        aims = nearest(model, batch.take(rows), constraint, self.targets)
+        aims = nearest_classes(model, batch.take(rows), constraint, self.targets)
         for rank, aim in enumerate(aims.unbind(1)):
             still = best.margin[rows] > 0
             left = batch.take(rows[still])
@@ -117,6 +117,6 @@ class Relay:
             proposals.start(rng.at("start"))
         else:
             proposals.x = best.x[rows]
-        shares = [share(p_init, step, None) for step in range(self.queries)]
+        shares = [window_share(p_init, step, None) for step in range(self.queries)]
         with torch.no_grad():
             search(model, left, proposals, best, shares, rng)

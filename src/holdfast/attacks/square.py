@@ -18,7 +18,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Steps
 from holdfast.ops.best import Best
 from holdfast.ops.norms import expect_eps, expect_norm
-from holdfast.ops.squares import proposals_for, search, share
+from holdfast.ops.squares import proposals_for, search, window_share
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Square:
             proposals = proposals_for(batch, norm, model.bounds)
             proposals.start(rng.at("start"))
             scaled = queries if self.scale_schedule else None
-            shares = [share(self.p_init, step, scaled) for step in range(queries)]
+            shares = [window_share(self.p_init, step, scaled) for step in range(queries)]
             with torch.no_grad():
                 search(model, batch, proposals, best, shares, rng)
         return best.x

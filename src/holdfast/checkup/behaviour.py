@@ -57,7 +57,7 @@ def outputs(examined: Examined) -> Iterator[Finding]:
         )
 
 
-def labels(examined: Examined) -> Iterator[Finding]:
+def label_findings(examined: Examined) -> Iterator[Finding]:
     """Find labels that are shifted by one, or all equal."""
     yield from shifted_labels(examined)
     y = examined.batch.y
@@ -86,7 +86,7 @@ def accuracy_of(examined: Examined) -> Iterator[Finding]:
         yield Finding("accuracy", "good", text)
 
 
-def steadiness(examined: Examined) -> Iterator[Finding]:
+def steadiness_findings(examined: Examined) -> Iterator[Finding]:
     """Check whether equal inputs have equal outputs, independently of the other inputs in the batch."""
     if examined.in_training:
         names = ", ".join(examined.in_training[:3]) + (" …" if len(examined.in_training) > 3 else "")

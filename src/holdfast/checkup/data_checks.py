@@ -33,7 +33,7 @@ def range_of_labels(data: Data, batch: Batch) -> tuple[int, int]:
     return int(y.min()), int(y.max())
 
 
-def sampled(data: Data, n: int, model: Classifier | None = None) -> Batch:
+def spread_examples(data: Data, n: int, model: Classifier | None = None) -> Batch:
     """Return at most `n` examples spread evenly over the data set, so that all classes of sorted files occur.
 
     With a `model`, some examples that `assess` would refuse are added.

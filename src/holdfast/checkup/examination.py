@@ -8,9 +8,9 @@ from holdfast.checkup.behaviour import (
     accuracy_of,
     batch_sizes,
     gradient_findings,
-    labels,
+    label_findings,
     outputs,
-    steadiness,
+    steadiness_findings,
     unclear_output,
 )
 from holdfast.checkup.data_checks import (
@@ -20,7 +20,7 @@ from holdfast.checkup.data_checks import (
     moved_inside,
     range_of_labels,
     range_of_values,
-    sampled,
+    spread_examples,
     strange_classes,
 )
 from holdfast.checkup.examined import Examined, Finding, outputs_of
@@ -43,7 +43,7 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
         raise TargetError(f"{data.name} contains no examples; expected at least one")
     if model.remote:
         return examine_served(model, data)
-    batch = sampled(data, SAMPLE, model)
+    batch = spread_examples(data, SAMPLE, model)
     # a frozen script has no mode
     modes = [(module, getattr(module, "training", False)) for module in model.modules()]
     left_in_training = in_training(model)
@@ -134,9 +134,9 @@ def _layout(model: Classifier, batch: Batch) -> Finding | None:
 
 _CHECKS: tuple[Callable[[Examined], Iterator[Finding]], ...] = (
     outputs,
-    labels,
+    label_findings,
     accuracy_of,
     units,
-    steadiness,
+    steadiness_findings,
     gradient_findings,
 )

@@ -13,7 +13,7 @@ from holdfast.checkup.behaviour import (
     accuracy_of,
     batch_sizes,
     gradient_findings,
-    labels,
+    label_findings,
     outputs,
     unclear_output,
 )
@@ -24,7 +24,7 @@ from holdfast.checkup.data_checks import (
     moved_inside,
     range_of_labels,
     range_of_values,
-    sampled,
+    spread_examples,
     strange_classes,
 )
 from holdfast.checkup.examined import BETTER, STEADY, Examined, Finding, outputs_of
@@ -54,7 +54,7 @@ def examine_served(model: Classifier, data: Data) -> tuple[Finding, ...]:
 
 def _found(model: Classifier, data: Data, server: Look) -> Iterator[Finding]:
     yield from strange_classes(data)
-    seen = sampled(data, SAMPLE, model)
+    seen = spread_examples(data, SAMPLE, model)
     yield from range_of_values(model, seen.x, data)
     yield from batch_sizes(model)
     first, second = rows_of_calls(model, server.remaining, min(_ASKED, len(data)), _ASKED)
@@ -62,7 +62,7 @@ def _found(model: Classifier, data: Data, server: Look) -> Iterator[Finding]:
         says = "the model was not checked: all rows were needed to determine the layout of the data"
         yield Finding("model", "warning", says, "declare it with --layout chw, hwc or asis")
         return
-    batch = sampled(data, first)
+    batch = spread_examples(data, first)
     batch = batch.at(moved_inside(model, batch.x, seen.x))
     try:
         logits = outputs_of(model, batch.x)
@@ -92,7 +92,7 @@ def _answered(
     examined = Examined(
         model, labelled, (), logits[rows], len(rows), left=lambda: server.remaining, moved_by=moved
     )
-    off = tuple(labels(examined))
+    off = tuple(label_findings(examined))
     yield from (*outputs(examined), *off, *accuracy_of(examined))
     explained = any(examined.accuracy + (finding.gain or 0.0) >= 1 - BETTER for finding in off)
     if not explained:

@@ -49,9 +49,9 @@ class _Verbs(Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
-            from holdfast.config.grammar import nearest
+            from holdfast.config.grammar import did_you_mean
 
-            raise UsageError(f"there is no command {cmd_name!r}{nearest(cmd_name, _COMMANDS)}")
+            raise UsageError(f"there is no command {cmd_name!r}{did_you_mean(cmd_name, _COMMANDS)}")
         module = importlib.import_module(f"holdfast.cli.{_COMMANDS[cmd_name][0]}")
         command: click.Command = getattr(module, cmd_name)
         return command

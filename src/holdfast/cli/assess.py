@@ -15,9 +15,9 @@ from holdfast.cli.early import (
     refuse_unknown_data,
     refuse_unknown_model,
 )
-from holdfast.cli.options import Voice, offered, spoken
+from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.untrained import SERVED, UNTRAINED
-from holdfast.config.settings import AssessSettings, HardenSettings, S, read
+from holdfast.config.settings import AssessSettings, HardenSettings, S, read_settings
 from holdfast.config.suites import DEFAULT_SUITE, SUITES
 from holdfast.config.values import SurrogateSettings
 from holdfast.core.errors import UsageError
@@ -235,7 +235,7 @@ SETTING = (
 
 def settings_from(flags: dict[str, Any], kind: type[S]) -> S:
     """Return the settings of a command line. A missing file is reported before a missing flag."""
-    from holdfast.config.grammar import is_folder, pairs, parse_surrogate
+    from holdfast.config.grammar import is_folder, parse_pairs, parse_surrogate
 
     surrogates = (str(parse_surrogate(each)["model"]) for each in flags.get("surrogates", ()))
     named = (flags.get("model"), flags.get("data"), flags.get("config"), flags.get("baseline"))
@@ -244,10 +244,10 @@ def settings_from(flags: dict[str, Any], kind: type[S]) -> S:
 
     config, sets = flags.pop("config"), flags.pop("sets")
     for key, flag in (("model_args", "--model-args"), ("accept_doubts", "--accept-doubt")):
-        flags[key] = pairs(flags.get(key, ()), flag) or None
+        flags[key] = parse_pairs(flags.get(key, ()), flag) or None
     for key in ("gates", "only", "skip", "drop", "allow_hosts", "headers", "output", "surrogates", "across"):
         flags[key] = list(flags.get(key, ())) or None
-    settings = read(Path(config) if config else None, flags, sets, flags=_flag_names(), kind=kind)
+    settings = read_settings(Path(config) if config else None, flags, sets, flags=_flag_names(), kind=kind)
     if config and not settings.trust_code:
         _refuse_code_of_config(settings, flags)
     if config:
@@ -384,7 +384,7 @@ DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
 )
 @click.option("--dry-run", is_flag=True, help="Print the expected cost and exit.")
 @offered(*ATTACKING, FIT, *TARGET, *UNTRAINED, *SERVED, *SETTING)
-@spoken
+@with_voice
 def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flags: Any) -> int:
     """Run or resume an assessment of MODEL on DATA, or estimate its cost."""
     if resume and run is not None and flags["model"] is None and flags["config"] is None:

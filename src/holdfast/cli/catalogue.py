@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from holdfast.cli import completing
-from holdfast.cli.options import Voice, spoken
+from holdfast.cli.options import Voice, with_voice
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 @click.command(short_help="list the bundled models and architectures")
-@spoken
+@with_voice
 def models(voice: Voice) -> None:
     """List the bundled models, and the architectures for files that contain only parameters (--arch)."""
     from rich.table import Table
@@ -32,7 +32,7 @@ def models(voice: Voice) -> None:
 
 @click.command(short_help="list the attacks, or show one with its settings")
 @click.argument("name", required=False, type=completing.ATTACK)
-@spoken
+@with_voice
 def attacks(voice: Voice, name: str | None) -> None:
     """List the attacks with all their names, or show the settings and defaults of the attack NAME."""
     from holdfast.config.spellings import attack_called, is_suite_only, suite_called

@@ -8,7 +8,7 @@ import click
 
 from holdfast.cli import completing
 from holdfast.cli.once import Group
-from holdfast.cli.options import Voice, spoken
+from holdfast.cli.options import Voice, with_voice
 from holdfast.core.names import line
 
 
@@ -24,18 +24,18 @@ def data(context: click.Context) -> None:
 
 
 @data.command("list", short_help="list the data sets of the catalogue")
-@spoken
+@with_voice
 def list_(voice: Voice = Voice()) -> None:  # noqa: B008 (an immutable value)
     """List the data sets of the catalogue, and whether each is on this machine."""
     from rich.table import Table
 
-    from holdfast.sources.catalogue import data_folder, listed
+    from holdfast.sources.catalogue import data_folder, listed_data_sets
     from holdfast.sources.data import bundled_data
 
     table = Table("name", "description", "available", box=None, pad_edge=False, header_style="bold")
     for name in bundled_data():
         table.add_row(name, "bundled with the package", "yes")
-    for row in listed():
+    for row in listed_data_sets():
         table.add_row(row.name, row.title, "yes" if row.present else "fetch" if row.fetchable else "import")
     voice.console().print(table)
     voice.say(f"folder: {data_folder()} (HOLDFAST_DATA)")
@@ -48,7 +48,7 @@ def list_(voice: Voice = Voice()) -> None:  # noqa: B008 (an immutable value)
 @click.option("--drop", multiple=True, metavar="COL", help="Leave this column of a table out.")
 @click.option("--x", metavar="NAME", help="Name of the array of inputs in an .npz file.")
 @click.option("--y", metavar="NAME", help="Name of the array of labels in an .npz file.")
-@spoken
+@with_voice
 def show(voice: Voice, *, address: str, **named: Any) -> None:
     """Show a data set: shape, range, classes and digest; for a catalogue name also its licence and source."""
     from rich.table import Table
@@ -80,7 +80,7 @@ def show(voice: Voice, *, address: str, **named: Any) -> None:
 
 @data.command(short_help="download a data set from its official mirror")
 @click.argument("name", type=completing.DATA)
-@spoken
+@with_voice
 def fetch(voice: Voice, name: str) -> None:
     """Download a data set from its official mirror. Every file must match its published checksum."""
     from holdfast.sources.fetching import fetch as bring
@@ -91,7 +91,7 @@ def fetch(voice: Voice, name: str) -> None:
 
 @data.command("import", short_help="import downloaded files of data sets from a folder")
 @click.argument("folder", type=click.Path(path_type=Path))
-@spoken
+@with_voice
 def import_(voice: Voice, folder: Path) -> None:
     """Import every data set of the catalogue whose files are in FOLDER."""
     from holdfast.sources.fetching import import_folder

@@ -6,7 +6,7 @@ import click
 
 from holdfast.cli import completing
 from holdfast.cli.assess import SETTING, TARGET, settings_from
-from holdfast.cli.options import Voice, offered, spoken
+from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.untrained import UNTRAINED
 from holdfast.config.settings import AssessSettings
 from holdfast.core.names import line
@@ -18,7 +18,7 @@ _SIGNS = {"problem": ("x", "red"), "warning": ("!", "yellow"), "good": ("+", "gr
 @click.argument("model", required=False, type=completing.MODEL)
 @click.argument("data", required=False, type=completing.DATA)
 @offered(*TARGET, *UNTRAINED, *SETTING)
-@spoken
+@with_voice
 def doctor(voice: Voice, **flags: Any) -> int:
     """Find common mistakes in MODEL and DATA: scale, normalisation, layout, labels, outputs, randomness, gradients.
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import holdfast
-from holdfast.config.grammar import nearest
+from holdfast.config.grammar import did_you_mean
 from holdfast.core.errors import UsageError
 from holdfast.sources.files import existing
 
@@ -79,7 +79,7 @@ def refuse_reports(outputs: Iterable[str], suffixes: Collection[str] | None = No
 
 
 def _offered(address: str, known: Iterable[str]) -> str:
-    offer = nearest(address, known)
+    offer = did_you_mean(address, known)
     return f"{offer} Or" if offer.endswith("?") else f"{offer}; or"
 
 

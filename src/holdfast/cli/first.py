@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from holdfast.cli import completing
-from holdfast.cli.options import Voice, spoken
+from holdfast.cli.options import Voice, with_voice
 from holdfast.config.starting import init as write_starting_file
 from holdfast.config.starting import validate as check_file
 
@@ -24,7 +24,7 @@ from holdfast.config.starting import validate as check_file
     "--data", type=completing.DATA, default="mnist-mini", show_default=True, help="Data of the configuration."
 )
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
-@spoken
+@with_voice
 def init(voice: Voice, *, path: Path, model: str, data: str, force: bool) -> None:
     """Write a commented configuration file to start from."""
     write_starting_file(path, model=model, data=data, force=force)
@@ -34,13 +34,13 @@ def init(voice: Voice, *, path: Path, model: str, data: str, force: bool) -> Non
 @click.command(short_help="check a holdfast.yaml without running it")
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @click.option("--schema", "print_schema", is_flag=True, help="Print the JSON Schema for editors and exit.")
-@spoken
+@with_voice
 def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
     """Check all keys of a configuration file, including threat, gates, suite and attacks, without running anything."""
     if print_schema:
-        from holdfast.config.schema import schema
+        from holdfast.config.schema import settings_schema
 
-        click.echo(json.dumps(schema(), indent=2))
+        click.echo(json.dumps(settings_schema(), indent=2))
         return
     path = path or Path("holdfast.yaml")
     check_file(path)
@@ -58,7 +58,7 @@ def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
 @click.option(
     "--gallery", is_flag=True, help="Show models with masked gradients, and the doubts that reveal them."
 )
-@spoken
+@with_voice
 def demo(voice: Voice, place: Path | None, *, gallery: bool) -> int:
     """Assess a bundled model on real images, with one gate that passes and one that fails, explained in a report.
 

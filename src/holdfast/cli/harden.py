@@ -6,7 +6,7 @@ import click
 
 from holdfast.cli import completing
 from holdfast.cli.assess import ATTACKING, SETTING, TARGET, settings_from
-from holdfast.cli.options import Voice, offered, spoken
+from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.config.settings import HardenSettings
 from holdfast.core.catalogue import RECIPES
 from holdfast.core.errors import UsageError
@@ -60,7 +60,7 @@ _JUDGING = ("threat", "suite", "gates", "seed", "doubts", "batch_size", "output"
     "--resume", is_flag=True, help="Continue the run in --run, or report it again if it is finished."
 )
 @offered(*TRAINING, *ATTACKING, *TARGET, *SETTING)
-@spoken
+@with_voice
 def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     """Run or resume a hardening."""
     recipe = flags.pop("recipe")

@@ -49,7 +49,7 @@ class Voice:
             sys.stderr.flush()
 
 
-def spoken(command: F) -> F:
+def with_voice(command: F) -> F:
     """Add -q, -v, --no-color and --debug to a command, which receives a `voice`."""
 
     def collect(*, quiet: bool, verbose: bool, no_color: bool, debug: bool, **rest: Any) -> Any:

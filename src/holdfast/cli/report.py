@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from holdfast.cli.early import refuse_reports
-from holdfast.cli.options import Voice, spoken
+from holdfast.cli.options import Voice, with_voice
 from holdfast.core.errors import UsageError
 from holdfast.core.names import line
 from holdfast.store.files import POOL_MANIFEST, refuse_no_run
@@ -21,7 +21,7 @@ from holdfast.store.files import POOL_MANIFEST, refuse_no_run
     metavar="FILE",
     help="Report file, in the format of its suffix: .html .json .xml .sarif .md .csv; - for JSON on stdout.",
 )
-@spoken
+@with_voice
 def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
     """Write reports of a finished run without measuring anything. The verdict and exit code are those of the run."""
     refuse_no_run(run)
@@ -44,7 +44,7 @@ def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
     metavar="DIGEST",
     help="Refuse a pool whose ledger does not contain this digest, which rotate head printed earlier.",
 )
-@spoken
+@with_voice
 def verify(voice: Voice, run: Path, expect_head: str) -> None:
     """Compute the digests of all files of a run, and compare them with its chain. Exit code 3 for the first mismatch.
 
@@ -94,7 +94,7 @@ _UNBROKEN = 1000
 
 @click.command(short_help="list the runs in a folder")
 @click.argument("folder", default="holdfast-runs", type=click.Path(path_type=Path))
-@spoken
+@with_voice
 def runs(voice: Voice, folder: Path) -> None:
     """List the runs in FOLDER, oldest first, each with its path, its robust accuracy and its state."""
     from rich.table import Table
@@ -133,7 +133,7 @@ def runs(voice: Voice, folder: Path) -> None:
     metavar="FILE",
     help="Report file, in the format of its suffix: .html .json .md; - for JSON on stdout.",
 )
-@spoken
+@with_voice
 def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) -> None:
     """Show what changed from RUN_A to RUN_B: a paired test on their common examples, and all metrics of both."""
     from holdfast.reports.write import COMPARISON_SUFFIXES

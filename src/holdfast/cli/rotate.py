@@ -8,9 +8,9 @@ import click
 from holdfast.cli import completing
 from holdfast.cli.assess import SETTING, TARGET, settings_from
 from holdfast.cli.once import Group
-from holdfast.cli.options import Voice, offered, spoken
+from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.config.naming import SOURCES
-from holdfast.config.settings import RotateSettings, read
+from holdfast.config.settings import RotateSettings, read_settings
 from holdfast.core.catalogue import RECIPES
 from holdfast.core.errors import UsageError
 
@@ -91,7 +91,7 @@ def rotate() -> None:
 def _settings(flags: dict[str, Any]) -> RotateSettings:
     """Return the settings of a verb for a pool."""
     config, sets = flags.pop("config"), flags.pop("sets")
-    return read(Path(config) if config else None, flags, sets, kind=RotateSettings)
+    return read_settings(Path(config) if config else None, flags, sets, kind=RotateSettings)
 
 
 def _named(flags: dict[str, Any]) -> dict[str, Any]:
@@ -105,10 +105,14 @@ def _named(flags: dict[str, Any]) -> dict[str, Any]:
 
 def _judging(flags: dict[str, Any]) -> dict[str, Any]:
     """Return the flags with gates and accepted doubts converted to settings."""
-    from holdfast.config.grammar import pairs
+    from holdfast.config.grammar import parse_pairs
 
     gates, accepted = flags.pop("gates"), flags.pop("accept_doubts")
-    return {**flags, "gates": list(gates) or None, "accept_doubts": pairs(accepted, "--accept-doubt") or None}
+    return {
+        **flags,
+        "gates": list(gates) or None,
+        "accept_doubts": parse_pairs(accepted, "--accept-doubt") or None,
+    }
 
 
 @rotate.command(short_help="train the first parameter sets of a pool")
@@ -124,7 +128,7 @@ def _judging(flags: dict[str, Any]) -> dict[str, Any]:
 @click.option("--resume", is_flag=True, help="Continue with the pool in --run.")
 @_EXPECTING
 @offered(*_COLLECTING, *TARGET, *SETTING)
-@spoken
+@with_voice
 def collect(voice: Voice, *, run: str | None, resume: bool, expect_head: str, **flags: Any) -> int:
     """Train parameter sets of MODEL's architecture on the train split of DATA, and surrogates for transfer.
 
@@ -144,7 +148,7 @@ def collect(voice: Voice, *, run: str | None, resume: bool, expect_head: str, **
 @click.argument("pool", type=click.Path())
 @_EXPECTING
 @offered(*_OF_POOL, *SETTING)
-@spoken
+@with_voice
 def train(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
     """Train a codec, which compresses parameter sets, and a latent diffusion model on the collected sets of POOL.
 
@@ -176,7 +180,7 @@ def train(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
 @click.option("--resume", is_flag=True, help="Continue the last draw with its settings.")
 @_EXPECTING
 @offered(*_OF_POOL, *SETTING)
-@spoken
+@with_voice
 def draw(
     voice: Voice,
     *,
@@ -207,7 +211,7 @@ def draw(
 @click.argument("pool", type=click.Path())
 @_EXPECTING
 @offered(*_JUDGING, *_OF_POOL, *SETTING)
-@spoken
+@with_voice
 def admit(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
     """Judge every candidate of POOL on held-out examples: only an admitted set may serve.
 
@@ -233,7 +237,7 @@ def admit(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
     help="If no other set waits, use one that was not judged against every stolen set.",
 )
 @_EXPECTING
-@spoken
+@with_voice
 def swap(voice: Voice, *, pool: str, why: str, unjudged: bool, expect_head: str) -> int:
     """Serve another admitted set of POOL, chosen at random, and retire the serving set.
 
@@ -250,7 +254,7 @@ def swap(voice: Voice, *, pool: str, why: str, unjudged: bool, expect_head: str)
     "-o", "--output", multiple=True, metavar="FILE", help="File with suffix .json; - for JSON on stdout."
 )
 @_EXPECTING
-@spoken
+@with_voice
 def status(voice: Voice, *, pool: str, output: tuple[str, ...], expect_head: str) -> int:
     """Show the sets of POOL and their states, after every entry of its ledger was verified."""
     from holdfast.cli.rotating import status as step
@@ -261,7 +265,7 @@ def status(voice: Voice, *, pool: str, output: tuple[str, ...], expect_head: str
 @rotate.command(short_help="print the digest of the last entry of the ledger")
 @click.argument("pool", type=click.Path())
 @_EXPECTING
-@spoken
+@with_voice
 def head(voice: Voice, *, pool: str, expect_head: str) -> int:
     """Print the digest of the last entry of the ledger of POOL, to be stored outside the folder.
 
@@ -275,7 +279,7 @@ def head(voice: Voice, *, pool: str, expect_head: str) -> int:
 
 @rotate.command(short_help="convert a pool whose ledger is not authenticated")
 @click.argument("pool", type=click.Path())
-@spoken
+@with_voice
 def migrate(voice: Voice, *, pool: str) -> int:
     """Convert POOL from the older format, whose ledger was not authenticated, to the present format.
 
@@ -292,7 +296,7 @@ def migrate(voice: Voice, *, pool: str) -> int:
 @click.argument("name", metavar="SET")
 @click.option("--why", required=True, metavar="TEXT", help="What happened, as in 'laptop stolen'.")
 @_EXPECTING
-@spoken
+@with_voice
 def expose(voice: Voice, *, pool: str, name: str, why: str, expect_head: str) -> int:
     """Record in the ledger of POOL that an attacker may have SET. After the next swap it never serves again."""
     from holdfast.cli.rotating import expose as step
@@ -333,7 +337,7 @@ def expose(voice: Voice, *, pool: str, name: str, why: str, expect_head: str) ->
 @click.option("--once", is_flag=True, help="Exit when a set serves and enough sets wait.")
 @_EXPECTING
 @offered(*_COLLECTING, *_JUDGING, *TARGET, *SETTING)
-@spoken
+@with_voice
 def run_(
     voice: Voice,
     *,

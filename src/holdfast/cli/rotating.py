@@ -12,7 +12,7 @@ import click
 from rich.table import Table
 
 from holdfast.cli.options import Voice
-from holdfast.cli.running import command_line, watched
+from holdfast.cli.running import command_line, progress_bar
 from holdfast.config import rotating
 from holdfast.config.settings import RotateSettings, canonical_settings
 from holdfast.core.chain import canonical as as_bytes
@@ -62,7 +62,7 @@ def _begun(
 ) -> Iterator[_Begun]:
     folder = Path(run) if run else new_folder("rotate", digest(as_bytes(canonical_settings(settings))))
     again = way_out(command_line(), folder)
-    with stoppable(again) as stopper, watched(voice) as progress:
+    with stoppable(again) as stopper, progress_bar(voice) as progress:
         terms = rotating.terms(settings)
         pool = collecting.begun(folder, terms, resume=resume, expect_head=expect_head, notify=voice.say)
         voice.say(statement(planned(len(terms.held), settings.judged), planned=True))
@@ -147,7 +147,7 @@ def admit(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str
     """Judge the candidates of a pool. Returns exit code 0 if one was admitted, 4 if none."""
     opened = Pool.held(Path(pool), expect_head=expect_head)
     again = f"what was finished is kept, continue with: {command_line()}"
-    with stoppable(again) as stopper, watched(voice) as progress:
+    with stoppable(again) as stopper, progress_bar(voice) as progress:
         result = admission.admit(
             opened,
             rotating.reopened(opened, settings),

@@ -24,8 +24,8 @@ from holdfast.engine.resuming import way_out
 from holdfast.engine.signals import stoppable
 from holdfast.ops import distributed
 from holdfast.reports.exhibits import exhibit_table, exhibits_to_json
-from holdfast.reports.markdown import document
-from holdfast.reports.notes import spoken
+from holdfast.reports.markdown import markdown_document
+from holdfast.reports.notes import spoken_notes
 from holdfast.reports.numbers import percent
 from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.words import amount
@@ -57,7 +57,7 @@ def assess_and_report(
             f"note: {str(folder)!r} contains no run to resume, so a new run is started (see holdfast runs)"
         )
     with stoppable(way_out(command, folder)):  # also before the run begins and while its reports are written
-        with watched(voice) as progress:
+        with progress_bar(voice) as progress:
             result = carry_out(
                 settings, run=folder, resume=resume, progress=progress, notify=voice.say, command=command
             )
@@ -73,7 +73,7 @@ def harden_and_report(settings: HardenSettings, voice: Voice, *, run: str | None
         carry_out_hardening(settings, run=folder, resume=resume, command=command)
         return 0
     with stoppable(way_out(command, folder)):
-        with watched(voice) as progress:
+        with progress_bar(voice) as progress:
             hardened = carry_out_hardening(
                 settings, run=folder, resume=resume, progress=progress, notify=voice.say, command=command
             )
@@ -95,7 +95,7 @@ def tell(result: Result, outputs: Sequence[str], voice: Voice, *, folder: Path |
         places.extend(_written(result, output, folder) for output in outputs if output != _STDOUT)
         job_summary = os.environ.get("GITHUB_STEP_SUMMARY")
         if job_summary:
-            _add(Path(job_summary), document(summary))
+            _add(Path(job_summary), markdown_document(summary))
     finally:
         _say(result, summary, voice, as_json=_STDOUT in outputs)
         if folder is not None:
@@ -112,7 +112,7 @@ def _say(result: Result, summary: Mapping[str, Any], voice: Voice, *, as_json: b
         colour = sys.stdout.isatty() and not voice.plain
         click.echo(tables(summary, colour=colour, width=width, brief=not voice.verbose))
     click.echo(verdict(summary, colour=sys.stderr.isatty() and not voice.plain), err=True, nl=False)
-    for note in spoken(summary, verbose=voice.verbose):
+    for note in spoken_notes(summary, verbose=voice.verbose):
         voice.say(f"note: {note}")
 
 
@@ -138,7 +138,7 @@ def _add(place: Path, text: str) -> None:
 
 
 @contextmanager
-def watched(voice: Voice, *, piped: bool = False) -> Iterator[Progress]:
+def progress_bar(voice: Voice, *, piped: bool = False) -> Iterator[Progress]:
     """Yield the callback of a progress bar with the remaining time and the accuracy, on a terminal.
 
     Elsewhere the callback writes a line for each stage if `piped`, and nothing otherwise.
@@ -264,7 +264,7 @@ def run_demo(folder: Path, voice: Voice) -> int:
     voice.say(
         "attacking a classifier of handwritten digits on 200 real images with the attacks of AutoAttack standard"
     )
-    with watched(voice, piped=True) as progress:
+    with progress_bar(voice, piped=True) as progress:
         result = demo(folder, progress=progress)
     tell(result, [], voice)
     voice.say(

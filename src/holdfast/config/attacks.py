@@ -10,7 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from holdfast import attacks as catalogue
 from holdfast.attacks.protocol import Attack
-from holdfast.config.grammar import ThreatSpec, nearest, number, parse_threat
+from holdfast.config.grammar import ThreatSpec, did_you_mean, number, parse_threat
 from holdfast.config.naming import GROUP
 from holdfast.config.spellings import attack_class_called
 from holdfast.config.wording import complaint, place
@@ -127,7 +127,7 @@ def build_attack(spec: Mapping[str, Any], where: str) -> Attack:
         if key == "use":
             continue
         if key not in names:
-            raise UsageError(f"{where}: {spec['use']} has no setting {key!r}{nearest(str(key), names)}")
+            raise UsageError(f"{where}: {spec['use']} has no setting {key!r}{did_you_mean(str(key), names)}")
         settings[key] = setting(hints[key], value, f"{where}: {key}")
     missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in settings]
     if missing:
@@ -178,7 +178,7 @@ def setting(hint: Any, value: Any, where: str) -> Any:
     if get_origin(hint) is Callable:
         named = functions(hint)
         if str(value) not in named:
-            raise UsageError(f"{where} is {value!r}{nearest(str(value), named)}")
+            raise UsageError(f"{where} is {value!r}{did_you_mean(str(value), named)}")
         return named[str(value)]
     if isinstance(value, str) and _is_number(hint):
         value = number(value, where)

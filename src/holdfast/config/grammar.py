@@ -59,7 +59,7 @@ class ThreatSpec:
         return threat_text(self.norm + size, self.goal, self.access, self.queries)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the most similar known word, or the known words if none is similar."""
     words = sorted(known)
     return f"; {suggestion(word, words) or 'expected one of ' + ', '.join(words)}"
@@ -135,7 +135,7 @@ def _constraint(word: str) -> ThreatSpec:
     name, colon, size = word.partition(":")
     kind = name.lower()
     if kind not in get_args(Norm):
-        raise UsageError(f"the threat {word!r} has no known norm{nearest(kind, get_args(Norm))}")
+        raise UsageError(f"the threat {word!r} has no known norm{did_you_mean(kind, get_args(Norm))}")
     norm: Norm = kind  # type: ignore[assignment]
     if norm in LIMITS:
         return _limited(ThreatSpec(norm, 1.0), size)
@@ -229,10 +229,10 @@ def _severity(text: str, word: str) -> float:
 def _condition(spec: ThreatSpec, word: str) -> ThreatSpec:
     key, equals, value = word.partition("=")
     if not equals or key not in ("goal", "access", "queries"):
-        raise UsageError(f"the threat has {word!r}{nearest(key, ('goal', 'access', 'queries'))}")
+        raise UsageError(f"the threat has {word!r}{did_you_mean(key, ('goal', 'access', 'queries'))}")
     if key == "access":
         if value not in get_args(Sees):
-            raise UsageError(f"access is {value!r}{nearest(value, get_args(Sees))}")
+            raise UsageError(f"access is {value!r}{did_you_mean(value, get_args(Sees))}")
         return replace(spec, access=value)  # type: ignore[arg-type]
     if key == "queries":
         if not re.fullmatch(r"[0-9]{1,18}", value) or int(value) < 1:
@@ -269,7 +269,7 @@ def parse_surrogate(text: str) -> dict[str, object]:
     return {**settings, "model_args": arguments} if arguments else settings
 
 
-def pairs(items: Iterable[str], flag: str) -> dict[str, str]:
+def parse_pairs(items: Iterable[str], flag: str) -> dict[str, str]:
     """Parse `k=v` strings to a dictionary."""
     values: dict[str, str] = {}
     for item in items:

@@ -39,7 +39,7 @@ USUAL_BUDGET = "10min"
 _ASIDE = 10  # of data given as an object, one in this many examples is used for measurements
 
 
-def opened(settings: HardenSettings) -> tuple[Subject, Batch, Data, Data]:
+def open_for_hardening(settings: HardenSettings) -> tuple[Subject, Batch, Data, Data]:
     """Return the model, the train split, the examples for measurements, and the data set from which those are
     sampled.
     """

@@ -8,7 +8,7 @@ from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import attack_class, build_attack, checked_attack
 from holdfast.config.naming import VARIANTS
 from holdfast.config.settings import AssessSettings
-from holdfast.config.spellings import attack_listed, norms_of
+from holdfast.config.spellings import attack_listed, norms_of_suite
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
 from holdfast.harness import Member, members_of
@@ -68,7 +68,7 @@ def _named(name: str, constraint: Constraint) -> Member:
     if attack is None:
         norm = type(constraint).__name__.lower()
         raise UsageError(
-            f"{name} is the name of {VARIANTS[name]} in suites under {', '.join(norms_of(name))}, and the "
+            f"{name} is the name of {VARIANTS[name]} in suites under {', '.join(norms_of_suite(name))}, and the "
             f"threat is {norm}; choose such a threat, or name {VARIANTS[name]}"
         )
     return Member(name, attack)

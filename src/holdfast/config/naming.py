@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from holdfast.config.grammar import Norm, ThreatSpec, nearest
+from holdfast.config.grammar import Norm, ThreatSpec, did_you_mean
 from holdfast.core.catalogue import ATTACKS
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug
@@ -132,7 +132,7 @@ def chosen(names: Sequence[str], only: Sequence[str], skip: Sequence[str]) -> se
             hint = (
                 f"; expected one of {', '.join(known)}"
                 if slug(wanted) in others
-                else nearest(slug(wanted), known)
+                else did_you_mean(slug(wanted), known)
             )
             raise UsageError(f"this suite has no attack {wanted!r}{hint}")
     left = ({slug(name) for name in only} or set(known)) - {slug(name) for name in skip}

@@ -61,7 +61,7 @@ def opened_subject(settings: AssessSettings) -> Subject:
     if settings.model is None:
         raise UsageError("model is missing; give an address, as in mnist-cnn or file.py:factory")
     properties = declared(settings)
-    opened = pooled.opened(settings, properties, remote(settings))
+    opened = pooled.open_from_pool(settings, properties, remote(settings))
     card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
     card |= opened.architecture
     refuse_unserved(settings, opened.model)
@@ -183,7 +183,7 @@ def opened_data(settings: AssessSettings, model: Classifier, *, lenient: bool = 
     )
 
 
-def opened(settings: AssessSettings) -> tuple[Subject, Data, tuple[Subject, ...]]:
+def open_all(settings: AssessSettings) -> tuple[Subject, Data, tuple[Subject, ...]]:
     """Open the model, the examples and the surrogates at the addresses in the settings."""
     subject = opened_subject(settings)
     surrogates = opened_surrogates(settings, subject.model)

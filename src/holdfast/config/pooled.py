@@ -24,15 +24,15 @@ _BARE = (
     "--adaptive for the table of attackers A0 to A6"
 )
 
-_NUMBERS = forms.maybe(forms.listed(forms.real))
+_NUMBERS = forms.maybe(forms.list_of(forms.real))
 _SETTINGS = {
     **dict.fromkeys(("model", "arch", "model_output"), forms.maybe(forms.text)),
     **dict.fromkeys(("mean", "std"), _NUMBERS),
     "model_args": forms.maybe(forms.mapped(forms.anything)),
     "bounds": forms.maybe(forms.pair(forms.real)),
     "classes": forms.maybe(forms.count),
-    "class_names": forms.maybe(forms.listed(forms.text)),
-    "data_normalised": forms.maybe(forms.pair(forms.listed(forms.real))),
+    "class_names": forms.maybe(forms.list_of(forms.text)),
+    "data_normalised": forms.maybe(forms.pair(forms.list_of(forms.real))),
 }
 _MANIFEST = forms.record(
     {"about": forms.record({}, {"settings": forms.record({}, _SETTINGS), "model": forms.record({})})}
@@ -50,7 +50,7 @@ def pool_of(address: str | None) -> Pool | None:
     return Pool.held(Path(path))
 
 
-def opened(settings: AssessSettings, said: Declared, asked: Remote) -> OpenedModel:
+def open_from_pool(settings: AssessSettings, said: Declared, asked: Remote) -> OpenedModel:
     """Open the model in the settings. Raises `UsageError` or `TargetError` with advice."""
     address, pool = str(settings.model), pool_of(settings.model)
     if pool is not None:
@@ -65,7 +65,7 @@ def opened(settings: AssessSettings, said: Declared, asked: Remote) -> OpenedMod
     )
 
 
-def refuse_code(pool: Pool, *, trust_code: bool) -> None:
+def refuse_code_in_pool(pool: Pool, *, trust_code: bool) -> None:
     """Raise `UsageError` if a pool names code that is not trusted: its manifest is not a command line."""
     settings = said_of(pool)
     for key in ("model", "arch"):
@@ -91,7 +91,7 @@ def _serving(address: str, pool: Pool, settings: AssessSettings) -> OpenedModel:
             f"set serve: holdfast rotate {way} {pool.shown}"
             + ("" if pool.ahead else f", then holdfast rotate swap {pool.shown}")
         )
-    refuse_code(pool, trust_code=settings.trust_code)
+    refuse_code_in_pool(pool, trust_code=settings.trust_code)
     bare = _architecture(pool, trust_code=settings.trust_code)
     model = loaded(bare.model, pool.weights(now.name), now.name)
     card = {**bare.architecture, "pool": pool.manifest["id"], "set": now.name, "epoch": now.epoch}

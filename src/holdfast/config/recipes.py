@@ -8,7 +8,7 @@ from torch import nn
 
 from holdfast import recipes as catalogue
 from holdfast.config.attacks import setting
-from holdfast.config.grammar import nearest
+from holdfast.config.grammar import did_you_mean
 from holdfast.config.naming import AUTO, CARD
 from holdfast.core.catalogue import RECIPES
 from holdfast.core.constraints import L1, L2, Linf
@@ -92,7 +92,7 @@ def build_recipe(spec: Mapping[str, Any]) -> Recipe:
     """Return the recipe with the name in `use:`, with settings validated against their types and ranges."""
     name = str(spec["use"])
     if name not in RECIPES:  # the name is from a card; other settings were validated before
-        raise UsageError(f"there is no recipe {name!r}{nearest(name, RECIPES)}; name one with --recipe")
+        raise UsageError(f"there is no recipe {name!r}{did_you_mean(name, RECIPES)}; name one with --recipe")
     cls = getattr(catalogue, RECIPES[name].cls)
     settings = {**RECIPES[name].settings, **{key: value for key, value in spec.items() if key != "use"}}
     recipe: Recipe = built(cls, settings, f"recipe {name}", "recipe")
@@ -131,7 +131,7 @@ def _checked(cls: type[Any], said: Mapping[str, Any], where: str, path: str) -> 
     values: dict[str, Any] = {}
     for key, value in said.items():
         if key not in written:
-            raise UsageError(f"{where} has no setting {key!r}{nearest(str(key), written)}")
+            raise UsageError(f"{where} has no setting {key!r}{did_you_mean(str(key), written)}")
         hint = hints[key]
         held = part_of(written[key], hint)
         if held is not None:

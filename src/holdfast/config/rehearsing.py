@@ -17,7 +17,7 @@ from holdfast.verbs.stored_runs import open_run
 
 def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
     """Run the first `n` examples without storing anything. Returns the result and the total number of examples."""
-    subject, data, surrogates = ordering.opened(settings)
+    subject, data, surrogates = ordering.open_all(settings)
     planned = ordering.order(settings, baseline=_baseline(settings), target=subject.model.access)
     fit = ordering.opened_fit(settings, subject.model, planned.plan)
     across = ordering.opened_across(settings, subject.model)

@@ -7,7 +7,7 @@ from holdfast.config import hardening, ordering
 from holdfast.config.attacks import threat_model
 from holdfast.config.grammar import parse_every, parse_threat, seconds
 from holdfast.config.naming import AUTO, CARD, SOURCES
-from holdfast.config.pooled import refuse_code, said_of
+from holdfast.config.pooled import refuse_code_in_pool, said_of
 from holdfast.config.recipes import build_recipe, built, refuse_unheld, settings_of
 from holdfast.config.settings import RotateSettings, check_settings
 from holdfast.core.errors import UsageError
@@ -33,7 +33,7 @@ def terms(settings: RotateSettings) -> RotateRequest:
             "sets are trained on the whole train split, of which a fifth is held out to judge them; leave -n and "
             "--sample out"
         )
-    subject, training, _, test = hardening.opened(settings)
+    subject, training, _, test = hardening.open_for_hardening(settings)
     model = subject.model
     threat = threat_model(parse_threat(settings.threat))
     refuse_unheld(threat)
@@ -67,7 +67,7 @@ def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
     Code runs only if the settings trust it, because the manifest is not a command line. Settings that differ from the
     manifest raise `UsageError`.
     """
-    refuse_code(pool, trust_code=settings.trust_code)
+    refuse_code_in_pool(pool, trust_code=settings.trust_code)
     created = said_of(pool)
     said = {**created, "device": settings.device, "trust_code": settings.trust_code}
     present = {key: value for key, value in said.items() if value is not None}

@@ -20,7 +20,7 @@ from holdfast.ops.fit import Training
 from holdfast.rotation import Codec, Immunise, LatentDiffusion
 
 
-def schema() -> dict[str, Any]:
+def settings_schema() -> dict[str, Any]:
     """Return the published schema, which `holdfast validate --schema` prints. A test compares it with the
     stored copy.
     """

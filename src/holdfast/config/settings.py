@@ -15,13 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from holdfast.config import values
 from holdfast.config.consent import refuse_consent
 from holdfast.config.grammar import (
-    nearest,
-    pairs,
+    did_you_mean,
+    parse_pairs,
 )
 from holdfast.config.naming import CARD
 from holdfast.config.suites import refuse_unknown
 from holdfast.config.wording import complaint, place
-from holdfast.config.yaml_text import MAX_CHARACTERS, parsed
+from holdfast.config.yaml_text import MAX_CHARACTERS, parse_yaml
 from holdfast.core.errors import TargetError, UsageError
 
 SCHEMA_VERSION = 1
@@ -251,7 +251,7 @@ _RIVALS = (("n", "sample"), ("sample", "n"), ("suite", "attacks"), ("attacks", "
 S = TypeVar("S", bound=AssessSettings)
 
 
-def read(
+def read_settings(
     path: Path | None,
     overrides: Mapping[str, Any],
     sets: Sequence[str] = (),
@@ -268,7 +268,7 @@ def read(
     refuse_consent(loaded, str(path))
     content = _for(loaded, str(path), kind)
     overriding = {key: value for key, value in overrides.items() if value is not None}
-    assignments = pairs(sets, "--set")
+    assignments = parse_pairs(sets, "--set")
     spoken = {key.partition(".")[0]: f"--set {key.partition('.')[0]}" for key in assignments}
     refuse_consent(spoken, "--set")
     spoken |= {key: flags.get(key, key) for key in overriding}
@@ -276,7 +276,7 @@ def read(
         if key in spoken and rival in content and rival not in spoken:
             check_settings({rival: content.pop(rival)}, str(path), kind=kind)
     for key, value in assignments.items():
-        put(content, key, parsed(value, f"--set {key}"))
+        put_setting(content, key, parse_yaml(value, f"--set {key}"))
     content |= overriding
     settings = check_settings(content, "" if path is None else str(path), spoken, kind=kind)
     refuse_unknown(settings.suite, settings.attacks, settings.threat, settings.only, settings.skip)
@@ -306,7 +306,7 @@ def load(path: Path) -> dict[str, Any]:
         raise TargetError(
             f"cannot read the configuration {str(path)!r}: {error}; write one with holdfast init"
         ) from error
-    content = parsed(text, str(path))
+    content = parse_yaml(text, str(path))
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -316,7 +316,7 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def put(content: dict[str, Any], path: str, value: Any) -> None:
+def put_setting(content: dict[str, Any], path: str, value: Any) -> None:
     """Set a value at a dotted path, such as `attacks.0.steps`."""
     *parents, last = path.split(".")
     place: Any = content
@@ -348,7 +348,7 @@ def check_settings(
     prefix = f"{where}: " if where else ""
     for key in content:
         if key not in fields:
-            raise UsageError(f"{prefix}unknown key {key!r}{nearest(str(key), fields)}")
+            raise UsageError(f"{prefix}unknown key {key!r}{did_you_mean(str(key), fields)}")
     suite = content.get("suite")
     if suite is not None and not values.is_suite(suite):
         way_out = "list attacks with settings under attacks:, as in [{use: PGD, steps: 100}]"

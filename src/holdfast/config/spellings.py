@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Final
 
-from holdfast.config.grammar import Norm, nearest
+from holdfast.config.grammar import Norm, did_you_mean
 from holdfast.config.naming import GROUP, MEMBERS, VARIANTS
 from holdfast.core.catalogue import ATTACKS
 from holdfast.core.errors import UsageError
@@ -84,7 +84,7 @@ def attack_called(name: str) -> str:
             "and it cannot be named directly"
         )
     near = suggestion(name, every_name())
-    raise UsageError(f"there is no attack {name!r}{f'; {near}' if near else nearest(name, _plain())}")
+    raise UsageError(f"there is no attack {name!r}{f'; {near}' if near else did_you_mean(name, _plain())}")
 
 
 def attack_class_called(name: str) -> str:
@@ -130,7 +130,7 @@ def attack_listed(name: str) -> str:
     return attack_called(name)
 
 
-def norms_of(name: str) -> tuple[Norm, ...]:
+def norms_of_suite(name: str) -> tuple[Norm, ...]:
     """Norms for which a suite has an attack with that name."""
     norms = (norm for by_norm in MEMBERS.values() for norm, names in by_norm.items() if name in names)
     return tuple(dict.fromkeys(norms))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from holdfast.config.grammar import is_folder
 from holdfast.config.naming import AUTO
-from holdfast.config.settings import AssessSettings, HardenSettings, check_settings, load, read
+from holdfast.config.settings import AssessSettings, HardenSettings, check_settings, load, read_settings
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.reports.write import check_destination as check_place
 
@@ -83,7 +83,7 @@ def validate(path: str | Path = "holdfast.yaml") -> HardenSettings:
         raise UsageError(
             f"{path} contains no keys; expected keys such as model: and data:, as holdfast init writes them"
         )
-    settings = read(Path(path), {}, kind=HardenSettings)
+    settings = read_settings(Path(path), {}, kind=HardenSettings)
     for output in settings.output:
         if output != "-" and not is_folder(output):
             check_place(Path(output))

@@ -10,7 +10,7 @@ from annotated_types import Ge, Le, MinLen
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
 
 from holdfast.config.grammar import (
-    nearest,
+    did_you_mean,
     number,
     numbers,
     parse_every,
@@ -159,7 +159,7 @@ def _suite(value: object) -> object:
 def _accepted(value: object) -> object:
     for name, reason in value.items() if isinstance(value, Mapping) else ():
         if name not in _DOUBTS:
-            raise UsageError(f"there is no doubt {name!r}{nearest(str(name), _DOUBTS)}")
+            raise UsageError(f"there is no doubt {name!r}{did_you_mean(str(name), _DOUBTS)}")
         if reason is None or not str(reason).strip():
             raise UsageError(
                 f"the doubt {name} is accepted without a reason; give one: --accept-doubt {name}=REASON"
@@ -228,7 +228,7 @@ def _one_of(kind: str, usual: str, known: Sequence[str]) -> Callable[[object], o
         if isinstance(said, Mapping):
             name = str(said.get("use", usual))
             if name.lower() not in known:
-                raise UsageError(f"there is no {kind} {name!r}{nearest(name.lower(), known)}")
+                raise UsageError(f"there is no {kind} {name!r}{did_you_mean(name.lower(), known)}")
             return {**said, "use": name.lower()}
         return said
 

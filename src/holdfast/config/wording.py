@@ -2,7 +2,7 @@
 
 from pydantic import ValidationError
 
-from holdfast.config.grammar import nearest
+from holdfast.config.grammar import did_you_mean
 
 _KINDS = {
     "int": "a whole number",
@@ -50,7 +50,7 @@ def _expected(error: ValidationError) -> str:
         return f"; expected {words} {limits[key]} {'entry' if limits[key] == 1 else 'entries'}"
     if kind == "literal_error":
         allowed = str(limits["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
-        return f"; expected {allowed[0]}" if len(allowed) == 1 else nearest(str(first["input"]), allowed)
+        return f"; expected {allowed[0]}" if len(allowed) == 1 else did_you_mean(str(first["input"]), allowed)
     name = kind.partition("_")[0]
     if name in _KINDS:
         return f"; expected {_KINDS[name]}"

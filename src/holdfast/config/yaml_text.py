@@ -13,7 +13,7 @@ _MOST = 2**63
 """limit of whole numbers; one with very many digits cannot be printed"""
 
 
-def parsed(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
     """Return the content of YAML text. Raises `UsageError`, with the position, if it is invalid."""
     if len(text) > MAX_CHARACTERS:
         raise UsageError(

@@ -18,7 +18,7 @@ from holdfast.doubts.probing import (
     limit,
     probes_for,
     probing_threat,
-    standing,
+    surviving_examples,
     title,
     within_budget,
 )
@@ -73,7 +73,7 @@ def conclude(
 
 def missed_by_suite(columns: Columns, threat: ThreatModel, passes: Mapping[str, Mask]) -> dict[str, Ids]:
     """Ids of the surviving examples of the suite that each pass broke; passes that broke none are omitted."""
-    left = standing(columns, threat)
+    left = surviving_examples(columns, threat)
     ids_by_pass = {name: columns["id"][broken & left] for name, broken in passes.items()}
     return {name: ids for name, ids in ids_by_pass.items() if len(ids)}
 

@@ -272,7 +272,7 @@ def within_budget(n: int, threat: ThreatModel) -> int:
     return n if threat.queries is None else min(n, threat.queries)
 
 
-def standing(columns: Columns, threat: ThreatModel) -> Mask:
+def surviving_examples(columns: Columns, threat: ThreatModel) -> Mask:
     """Mask of the surviving examples; for a minimum-norm run, those not broken within 1.05 times the eps of the probes.
 
     The factor allows for the inaccuracy of the distances: an example that a probe breaks just inside its known
@@ -295,7 +295,7 @@ def rows_for(
     if probe.on == "correct":
         among = columns["correct"] & columns.get("eligible", torch.ones_like(columns["correct"]))
         return sample_rows(columns, among, rng, n)
-    surviving = standing(columns, threat)
+    surviving = surviving_examples(columns, threat)
     if probe.on == "standing":
         return sample_rows(columns, surviving, rng, n)
     n = FRESH_ROWS if most is None else min(most, FRESH_ROWS)

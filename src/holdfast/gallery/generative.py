@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from holdfast.core.batch import Batch
 from holdfast.core.through import through
 from holdfast.gallery.item import Item
-from holdfast.gallery.training import trained
+from holdfast.gallery.training import trained_on_digits
 
 LATENT, HIDDEN = 32, 128
 DESCENTS, STEP = 5, 0.2
@@ -58,7 +58,7 @@ def projected(digits: Batch, twin: nn.Module) -> nn.Module:
     def far(net: nn.Module, batch: Batch) -> Tensor:
         return 100 * F.mse_loss(net(batch.x), batch.x)
 
-    pair = trained(Autoencoder, digits, far, epochs=10)
+    pair = trained_on_digits(Autoencoder, digits, far, epochs=10)
     assert isinstance(pair, Autoencoder)
     return nn.Sequential(through(Projected(pair), pair), twin)
 

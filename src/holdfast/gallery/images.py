@@ -10,7 +10,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.through import through
 from holdfast.gallery.item import Item
-from holdfast.gallery.training import network, trained
+from holdfast.gallery.training import network, trained_on_digits
 from holdfast.ops.corruptions.jpeg import jpeg_compression
 
 BITS = 4
@@ -51,7 +51,7 @@ class Thermometer(nn.Module):
         return (x > _levels(x)).to(x.dtype)
 
 
-def slope(x: Tensor) -> Tensor:
+def thermometer_slope(x: Tensor) -> Tensor:
     """Differentiable approximation of a thermometer code by Athalye et al.: the excess of the pixel over each level."""
     return (x - _levels(x)).clamp(0, 1)
 
@@ -104,7 +104,9 @@ def _variation(x: Tensor) -> Tensor:
 
 def coded(digits: Batch, twin: nn.Module) -> nn.Module:
     """Return the network trained on thermometer codes."""
-    return trained(lambda: nn.Sequential(through(Thermometer(), slope), network(CODE)), digits)
+    return trained_on_digits(
+        lambda: nn.Sequential(through(Thermometer(), thermometer_slope), network(CODE)), digits
+    )
 
 
 _ATHALYE = "Athalye et al., Obfuscated gradients give a false sense of security, ICML 2018, arXiv:1802.00420"

@@ -32,7 +32,7 @@ def training_loss(net: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(net(batch.x), batch.y)
 
 
-def trained(
+def trained_on_digits(
     build: Callable[[], nn.Module],
     digits: Batch,
     loss: Loss = training_loss,
@@ -61,4 +61,4 @@ def trained(
 
 def undefended(digits: Batch) -> nn.Module:
     """Return the twin of every item: the same network without the defence."""
-    return trained(network, digits)
+    return trained_on_digits(network, digits)

@@ -16,7 +16,7 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.types import PerExample
 from holdfast.metrics.columns import Absent, column
 from holdfast.metrics.names import CORRUPTIONS
-from holdfast.metrics.paired import pairs
+from holdfast.metrics.paired import paired_examples
 from holdfast.ops.statistics import Support, bonferroni, bootstrap, complement, mean, proportion
 
 _WAY_OUT: Final = "use a threat such as corruptions:3"
@@ -59,7 +59,7 @@ def mce(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Est
     Raises `Absent` if the baseline makes no error under one of them, or measured other corruptions.
     """
     refuse_incomparable(evidence, baseline)
-    shared = pairs(evidence, baseline)
+    shared = paired_examples(evidence, baseline)
     after, before = ~_right(evidence)[:, shared.first], ~_right(baseline)[:, shared.second]
     both = torch.stack((after, before)).double()
 
@@ -78,7 +78,7 @@ def refuse_incomparable(evidence: Evidence, baseline: Evidence) -> None:
         raise Absent(
             "mce needs a baseline with the same corruptions; assess both runs with the same corruptions"
         )
-    wrong = ~_right(baseline)[:, pairs(evidence, baseline).second]
+    wrong = ~_right(baseline)[:, paired_examples(evidence, baseline).second]
     spotless = [name for name, each in zip(measured(baseline), wrong, strict=True) if not each.any()]
     if spotless:
         raise Absent(

@@ -40,7 +40,7 @@ def auroc_estimate(evidence: Evidence, confidence: float = 0.95, *, of: Attacker
     return detection.auroc(*_fooled(evidence, of), confidence)
 
 
-def rate(
+def rate_estimate(
     evidence: Evidence, confidence: float = 0.95, *, false_positives: float, of: Attacker = "aware"
 ) -> Estimate:
     """Share of attacked inputs rejected at the threshold that rejects the share `false_positives` of clean inputs."""

@@ -26,7 +26,7 @@ class Pairs:
         return len(self.first)
 
 
-def pairs(first: Evidence, second: Evidence) -> Pairs:
+def paired_examples(first: Evidence, second: Evidence) -> Pairs:
     """Pair rows by digest, and the k-th copy of an example with the k-th copy. Raises `UsageError` if none is
     shared.
     """
@@ -78,7 +78,7 @@ def regression(evidence: Evidence, baseline: Evidence, confidence: float = 0.95)
 
     `basis` determines which adversarial examples count.
     """
-    shared, scope = pairs(evidence, baseline), basis(evidence, baseline)
+    shared, scope = paired_examples(evidence, baseline), basis(evidence, baseline)
     chances = right_probability if scope == "every pass" else suite_right_probability
     mine, theirs = chances(evidence), chances(baseline)
     held, held_before = robust_in_scope(evidence, scope), robust_in_scope(baseline, scope)
@@ -91,7 +91,7 @@ def regression(evidence: Evidence, baseline: Evidence, confidence: float = 0.95)
 
 def clean_accuracy_drop(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
     """Clean accuracy of the baseline minus that of this run, on the shared examples. Positive values are worse."""
-    shared = pairs(evidence, baseline)
+    shared = paired_examples(evidence, baseline)
     return paired_difference(
         baseline["correct"][shared.second], evidence["correct"][shared.first], confidence
     )

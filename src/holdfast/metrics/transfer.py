@@ -26,7 +26,7 @@ class TransferRow:
     """for each model, the share of its correctly classified inputs that they break; None if there are no such inputs"""
 
 
-def models(evidence: Evidence) -> tuple[str, ...]:
+def model_names(evidence: Evidence) -> tuple[str, ...]:
     """Names of the target and of the surrogates."""
     return tuple(str(card.get("name", "model")) for card in (evidence.model, *evidence.surrogates))
 
@@ -35,7 +35,7 @@ def matrix(evidence: Evidence, confidence: float = 0.95) -> tuple[TransferRow, .
     """Return a row for each source of examples. Raises `Absent` if no surrogate was given or time ran out."""
     if "wrong" not in evidence.transfer:
         raise Absent("transfer was not measured; name a model with the same classes with --surrogate MODEL")
-    names, right, wrong = models(evidence), evidence.transfer["right"], evidence.transfer["wrong"]
+    names, right, wrong = model_names(evidence), evidence.transfer["right"], evidence.transfer["wrong"]
     own = [0] if evidence.threat.gives("gradients") else []
     made_on: list[int | None] = [*own, *range(1, len(names))]
     made_on += [None] * (wrong.shape[1] - len(made_on))

@@ -49,7 +49,7 @@ class Moves:
         return x if self.mirrored is None else torch.where(self.mirrored[:, None, None, None], x.flip(3), x)
 
 
-def refuse_no_images(x: Inputs, how: Augmentation, cutmix: float) -> None:
+def refuse_augmentation(x: Inputs, how: Augmentation, cutmix: float) -> None:
     """Raise `UsageError` if an augmentation or CutMix is set and inputs are not images (n, channels, h, w)."""
     shape = tuple(x.shape[1:])
     if how != "none" and len(shape) != 3:
@@ -64,7 +64,7 @@ def moves(batch: Batch, how: Augmentation, rng: Draws) -> Moves | None:
     """Random shifts and flips of each image; None if `how` is "none". Other inputs must be (n, channels, h, w)."""
     if how == "none":
         return None
-    refuse_no_images(batch.x, how, 0.0)
+    refuse_augmentation(batch.x, how, 0.0)
     reach = _REACH[how]
     down, right = rng.at("shift").integers(batch.ids, 2 * reach + 1, 2).unbind(1)
     return Moves(reach, down, right, rng.at("flip").bits(batch.ids) < 0 if how == "crop-flip" else None)
@@ -95,7 +95,7 @@ def cut_and_mixed(batch: Batch, chance: float, rng: Draws) -> tuple[Batch, Batch
     """
     if not chance:
         return batch, batch, 1.0
-    refuse_no_images(batch.x, "none", chance)
+    refuse_augmentation(batch.x, "none", chance)
     whole = torch.zeros(1, dtype=torch.int64, device=batch.x.device)
     wanted, area, down, right = rng.at("cutmix").uniform(whole, 4, dtype=torch.float64)[0].tolist()
     if wanted >= chance:

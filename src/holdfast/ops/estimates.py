@@ -53,7 +53,7 @@ def rademacher(rng: Draws, ids: Ids, like: Inputs) -> Inputs:
     return signs(rng, ids, *like.shape[1:], dtype=like.dtype)
 
 
-def slope(
+def estimated_slope(
     model: Model, left: Batch, x: Inputs, constraint: Constraint, best: Best, noise: Noise,
     *, pairs: int, size: float, rng: Draws,
 ) -> Inputs:  # fmt: skip
@@ -102,7 +102,7 @@ def climb(
     for step, most in enumerate([*steps, 0]):
         best.offer(left, x, margin(model(x, left.ids), left))
         if most:
-            grad = slope(
+            grad = estimated_slope(
                 model, left, x, constraint, best, noise, pairs=most, size=size, rng=rng.at("step", step)
             )
         standing = (best.margin[best.rows(left)] > 0).nonzero()[:, 0]

@@ -72,7 +72,7 @@ def _has_gain(layer: nn.Module) -> bool:
     return isinstance(layer, Layer)
 
 
-def learned(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
+def trained_layers(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
     """Those of `layers` whose weights are trained; `UsageError` if such a weight is not a parameter of its layer.
 
     A weight that is computed at each pass, as with a parametrisation, would not keep changes.

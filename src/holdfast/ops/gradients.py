@@ -38,7 +38,7 @@ def sloped(net: Callable[[Inputs], Logits], x: Inputs, y: Labels) -> tuple[Input
     return leaf, logits, F.cross_entropy(logits, y, reduction="none")
 
 
-def slope(value: Tensor, x: Inputs, *, graph: bool = True) -> Inputs:
+def gradient_of(value: Tensor, x: Inputs, *, graph: bool = True) -> Inputs:
     """Gradient of the summed `value` for use in a loss; with `graph` the result can be differentiated again.
 
     The graph is kept for another gradient. Raises `TargetError` if `value` does not depend on `x`. Cost: one backward.
@@ -63,7 +63,7 @@ def rise(value: PerExample, x: Inputs, constraint: Constraint, bounds: Bounds) -
     replaces the dual norm. The result is differentiable, so that it can be a penalty. Cost: one backward, and another
     when it is differentiated.
     """
-    grad = slope(value, x)
+    grad = gradient_of(value, x)
     climb = constraint.steepest(grad.detach(), x.detach(), bounds)
     added: PerExample = constraint.eps * (grad * climb).flatten(1).sum(1)
     return added

@@ -17,7 +17,7 @@ from holdfast.core.model import Classifier, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.ascent import ascend
-from holdfast.ops.augment import refuse_no_images
+from holdfast.ops.augment import refuse_augmentation
 from holdfast.ops.distributed import processes, refuse_few
 from holdfast.ops.fit import Guard, Training, Turn, fit
 from holdfast.ops.frozen import twin
@@ -201,7 +201,7 @@ def _refuse_foreign(
             f"cutmix is {how.cutmix:g}, and the loss of this recipe is not linear in the label, so labels cannot be "
             f"mixed in it; leave recipe.training.cutmix out, or choose --recipe pgd or trades"
         )
-    refuse_no_images(data.x, how.augment, how.cutmix)
+    refuse_augmentation(data.x, how.augment, how.cutmix)
     refuse_few(min(how.batch, len(data)))
     n = int((data.y == UNLABELLED).sum())
     if n and not unlabelled:

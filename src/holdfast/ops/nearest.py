@@ -16,7 +16,7 @@ from holdfast.ops.losses import likeliest
 _CANDIDATES = 9  # number of likeliest wrong classes that are compared; all of them if there are ten classes
 
 
-def nearest(model: Model, batch: Batch, constraint: Constraint, k: int) -> Tensor:
+def nearest_classes(model: Model, batch: Batch, constraint: Constraint, k: int) -> Tensor:
     """The (up to) k wrong classes nearest to `batch.x` by their linearised boundaries, nearest first: (n, k).
 
     Cost: a forward, and a backward for each of nine classes at most.

@@ -27,7 +27,7 @@ _SCHEDULED = 10_000
 _BLOCK = 64  # steps whose windows are drawn at once, which is faster for small batches
 
 
-def share(p_init: float, step: int, steps: int | None) -> float:
+def window_share(p_init: float, step: int, steps: int | None) -> float:
     """Share of the pixels that a window covers; the schedule has 10,000 steps, or is scaled to `steps`."""
     at = step if steps is None else step * _SCHEDULED // steps
     return p_init * 0.5 ** bisect_left(_HALVINGS, at)

@@ -54,7 +54,7 @@ def shifted(gradient: Inputs, reach: int) -> Inputs:
     return F.conv2d(down, weight, padding=(0, reach), groups=gradient.shape[1])
 
 
-def halved(x: Inputs, times: int, bounds: Bounds) -> Inputs:
+def halved_view(x: Inputs, times: int, bounds: Bounds) -> Inputs:
     """The input with its distance from the lower bound of the box halved `times` times.
 
     Lin et al., "Nesterov Accelerated Gradient and Scale Invariance for Adversarial Attacks", ICLR 2020,
@@ -84,5 +84,5 @@ class Viewed:
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
         """Logits of the transformed inputs; the random numbers depend on `ids`."""
         assert ids is not None
-        view = halved(x, self.halvings, self.bounds)
+        view = halved_view(x, self.halvings, self.bounds)
         return self.model(resized(view, ids, self.bounds, self.chance, self.rng), ids)

@@ -19,7 +19,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Logits, NonNegative, Positive
 from holdfast.ops.fit import Training
-from holdfast.ops.gradients import slope, sloped
+from holdfast.ops.gradients import gradient_of, sloped
 from holdfast.ops.learner import Learner, as_it_is, hits, trained
 
 
@@ -60,4 +60,4 @@ class CURE:
 def _slope(net: Callable[[Inputs], Logits], x: Inputs, y: Labels) -> tuple[Tensor, Tensor, Tensor]:
     """The mean cross-entropy, the gradient of each example's cross-entropy, and the number of correct examples."""
     x, logits, each = sloped(net, x, y)
-    return each.mean(), slope(each, x), hits(logits, y)
+    return each.mean(), gradient_of(each, x), hits(logits, y)

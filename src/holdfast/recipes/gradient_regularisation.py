@@ -24,7 +24,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, NonNegative, PerExample, Positive
 from holdfast.ops.fit import Training
-from holdfast.ops.gradients import rise, slope, sloped
+from holdfast.ops.gradients import gradient_of, rise, sloped
 from holdfast.ops.learner import Learner, as_it_is, hits, trained
 
 
@@ -68,6 +68,6 @@ class GradientRegularisation:
     ) -> PerExample:
         """Increase of the loss in a short step."""
         constraint = learner.threat.constraint
-        climb = constraint.steepest(slope(each, x, graph=False), batch.x, learner.net.bounds)
+        climb = constraint.steepest(gradient_of(each, x, graph=False), batch.x, learner.net.bounds)
         moved = again(torch.add(batch.x, climb, alpha=self.reach * constraint.eps))
         return F.cross_entropy(moved, batch.y, reduction="none") - each

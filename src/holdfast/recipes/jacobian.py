@@ -19,7 +19,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, NonNegative, PerExample, Steps
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.gradients import slope
+from holdfast.ops.gradients import gradient_of
 from holdfast.ops.learner import Learner, hits, trained
 
 _PLACE = "place"  # state with the seed of an update's projections, the same for every evaluation of the loss
@@ -77,5 +77,5 @@ class JacobianRegularisation:
         towards = towards / towards.norm(dim=2, keepdim=True)
         total = torch.zeros_like(logits[:, 0])
         for unit in towards.unbind(1):
-            total = total + slope(logits * unit, x).square().flatten(1).sum(1)
+            total = total + gradient_of(logits * unit, x).square().flatten(1).sum(1)
         return classes / self.projections * total

@@ -22,7 +22,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive
 from holdfast.ops.fit import Training
-from holdfast.ops.gains import Confined, gain_directions, learned, order_of
+from holdfast.ops.gains import Confined, gain_directions, order_of, trained_layers
 from holdfast.ops.gradients import rise, sloped
 from holdfast.ops.learner import Learner, as_it_is, hits, taught, trained
 
@@ -51,7 +51,7 @@ class LipschitzConstraint:
         order = order_of(threat.constraint) if self.norm == "threat" else "l2"
 
         def confined(learner: Learner) -> Confined:
-            return Confined(learned(learner.net, data.x), order, self.gain, learner.state)
+            return Confined(trained_layers(learner.net, data.x), order, self.gain, learner.state)
 
         return trained(
             as_it_is,

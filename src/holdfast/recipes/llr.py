@@ -21,7 +21,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive, Steps
 from holdfast.ops.ascent import gradient
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.gradients import slope, sloped
+from holdfast.ops.gradients import gradient_of, sloped
 from holdfast.ops.learner import Learner, hits, trained
 from holdfast.ops.losses import cross_entropy
 
@@ -71,7 +71,7 @@ class LLR:
         """The cross-entropy, plus the weighted distance from its tangent and change of the tangent at `x_adv`."""
         again = learner.again()
         x, logits, each = sloped(learner.net, batch.x, batch.y)
-        risen = (slope(each, x) * (x_adv - batch.x)).flatten(1).sum(1)
+        risen = (gradient_of(each, x) * (x_adv - batch.x)).flatten(1).sum(1)
         there = F.cross_entropy(again(x_adv), batch.y, reduction="none")
         apart = (there - each - risen).abs()
         return (each + self.bend * apart + self.slope * risen.abs()).mean(), hits(logits, batch.y)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from holdfast.reports.numbers import count_text, number, percent, plain, seconds
+from holdfast.reports.numbers import count_text, number, percent, plain, seconds_text
 from holdfast.reports.words import amount, interval
 
 STANDING = ("attack", "broke", "surviving", "share", "time", "interval", "queries")
@@ -34,7 +34,7 @@ def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
     after = attack["robust_accuracy"]
     cells = {
         "attack": attack["name"],
-        "time": seconds(attack["seconds"]),
+        "time": seconds_text(attack["seconds"]),
         "queries": count_text(attack["queries"]),
     }
     if distance:

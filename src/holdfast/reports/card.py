@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.core.names import printable
-from holdfast.reports.markdown import code, escaped, table
-from holdfast.reports.notes import spoken
+from holdfast.reports.markdown import code, escaped, markdown_table
+from holdfast.reports.notes import spoken_notes
 from holdfast.reports.numbers import percent, plain
 from holdfast.reports.words import SCOPES, capitalized, interval, label, shown
 
@@ -31,12 +31,12 @@ def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
         "metrics": {name: summary["metrics"][name] for name in _KEPT},
         "doubts": [{"name": doubt["name"], "says": doubt["says"]} for doubt in raised],
         "doubts_probed": len(looked),
-        "notes": spoken(summary),
+        "notes": spoken_notes(summary),
         "accepted_doubts": dict(summary["accepted_doubts"]),
     }
 
 
-def document(card: Mapping[str, Any]) -> str:
+def card_document(card: Mapping[str, Any]) -> str:
     """The card as Markdown."""
     before, after, held = card["before"], card["after"], card["chosen"]
     lines = [f"# {escaped(card['name'])}", ""]
@@ -123,7 +123,7 @@ def _sides(head: str, before: Mapping[str, Any], after: Mapping[str, Any], names
         (capitalized(label(name)), *(_measured(name, side[name]) for side in (before, after)))
         for name in names
     )
-    return table((head, "before", "after"), rows)
+    return markdown_table((head, "before", "after"), rows)
 
 
 def _of_judging(card: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,14 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence, Scope
 from holdfast.core.types import Mask
 from holdfast.metrics.columns import Absent
-from holdfast.metrics.paired import Pairs, basis, clean_accuracy_drop, pairs, regression, robust_in_scope
+from holdfast.metrics.paired import (
+    Pairs,
+    basis,
+    clean_accuracy_drop,
+    paired_examples,
+    regression,
+    robust_in_scope,
+)
 from holdfast.ops.statistics import mcnemar
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, number, percent, plain, strict
@@ -35,7 +42,7 @@ def comparison(
 
     `summaries` are the summaries of the two runs. Raises `UsageError` if the runs have no examples in common.
     """
-    shared = pairs(first, second)
+    shared = paired_examples(first, second)
     notes = _differences(*summaries, len(first), len(second), len(shared))
     paired = {
         "clean_accuracy": _paired(
@@ -62,7 +69,7 @@ def comparison(
         "notes": notes,
     }
     content["tried"] = every_one_tried(summaries[1]["threat"])
-    content["headline"] = headline(content)
+    content["headline"] = comparison_headline(content)
     written: Json = strict(content)
     return written
 
@@ -92,7 +99,7 @@ def told_side_by_side(content: Mapping[str, Any]) -> dict[str, list[Mapping[str,
     return {name: both for name, both in content["metrics"].items() if name in wanted}
 
 
-def to_json(content: Mapping[str, Any]) -> str:
+def comparison_to_json(content: Mapping[str, Any]) -> str:
     """The comparison as strict JSON with a newline at the end."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -108,7 +115,7 @@ def caution(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     )
 
 
-def headline(content: Mapping[str, Any]) -> str:
+def comparison_headline(content: Mapping[str, Any]) -> str:
     """The change in one sentence. The exact test decides whether there is a difference."""
     metric, found = next(iter(content["paired"].items()))
     before, after = (percent(found[side]) for side in ("first", "second"))
@@ -126,7 +133,7 @@ def headline(content: Mapping[str, Any]) -> str:
     return f"{sentence}: {prefix}{signed(change['value'])} points ({sure}, {tested})."
 
 
-def points(change: Mapping[str, Any]) -> str:
+def percentage_points(change: Mapping[str, Any]) -> str:
     """A difference of shares with its interval: `−3.5 points (−5.8 to −1.2)`."""
     return f"{signed(change['value'])} points ({signed(change['low'])} to {signed(change['high'])})"
 
@@ -203,7 +210,7 @@ def _differences(
 
 def markdown(content: Mapping[str, Any]) -> str:
     """The comparison as Markdown."""
-    from holdfast.reports.markdown import escaped, table
+    from holdfast.reports.markdown import escaped, markdown_table
 
     lines = [f"**{escaped(content['caution'])}**", ""] if content["caution"] else []
     lines += ["## Comparison", "", escaped(content["headline"]), ""]
@@ -214,8 +221,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     runs += [
         (key, *(escaped(str(run[key])) for run in content["runs"])) for key in ("threat", "suite", "verdict")
     ]
-    lines += table(("", "first", "second"), runs)
-    lines += table(("paired", "first", "second", "difference", "p"), _paired_rows(content))
+    lines += markdown_table(("", "first", "second"), runs)
+    lines += markdown_table(("paired", "first", "second", "difference", "p"), _paired_rows(content))
     for side, words in SIDES.items():
         if side in content["flipped"]:
             flipped = content["flipped"][side]
@@ -230,7 +237,7 @@ def _paired_rows(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
             label(f"suite_{name}" if suite and name == "robust_accuracy" else name),
             percent(found["first"]),
             percent(found["second"]),
-            points(found["difference"]),
+            percentage_points(found["difference"]),
             plain(found["p"], 2),
         )
         for name, found in content["paired"].items()
@@ -277,15 +284,17 @@ def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) 
     return head + tables + "".join(f"\n{cell(line)}" for line in lines) + "\n"
 
 
-def page(content: Mapping[str, Any]) -> str:
+def comparison_page(content: Mapping[str, Any]) -> str:
     """The comparison as a self-contained HTML page."""
     from holdfast.reports.html import render
 
     metrics = told_side_by_side(content)
-    return render("comparison.html.j2", s=content, metrics=metrics, sides=SIDES, points=points, some=_some)
+    return render(
+        "comparison.html.j2", s=content, metrics=metrics, sides=SIDES, points=percentage_points, some=_some
+    )
 
 
-def fragment(content: Mapping[str, Any]) -> str:
+def comparison_fragment(content: Mapping[str, Any]) -> str:
     """The comparison as HTML for notebooks."""
     from holdfast.reports.html import filled
     from holdfast.reports.terminal import FIRST, shown_or_dash

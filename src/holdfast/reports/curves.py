@@ -23,7 +23,7 @@ def judged(evidence: Evidence) -> Mask:
     return evidence["eligible"].bool() if "eligible" in evidence else ones_like(evidence["correct"].bool())
 
 
-def robust(evidence: Evidence) -> Mask:
+def robust_examples(evidence: Evidence) -> Mask:
     """Mask of the robust examples: correct and unbroken, or for a targeted threat model only unbroken."""
     unbroken = ~evidence["success"].bool()
     return unbroken if evidence.threat.goal is not None else unbroken & evidence["correct"].bool()
@@ -54,7 +54,7 @@ def _points(
     return [{axis: strict(x)} | estimate_to_json(y) for x, y in zip(found.x, found.y, strict=True)]
 
 
-def per_class(evidence: Evidence, names: tuple[str, ...], confidence: float) -> list[Json]:
+def per_class_to_json(evidence: Evidence, names: tuple[str, ...], confidence: float) -> list[Json]:
     """Clean and robust accuracy of every class in order; if there are more than a thousand, of the worst ones."""
     if evidence.threat.goal is not None or not len(evidence):
         return []

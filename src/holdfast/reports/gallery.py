@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 
 from holdfast.core.evidence import Evidence
-from holdfast.reports.curves import class_name, robust
+from holdfast.reports.curves import class_name, robust_examples
 from holdfast.reports.numbers import strict
 
 Json = dict[str, Any]
@@ -68,7 +68,7 @@ def _facts(evidence: Evidence, row: int, classes: Sequence[str], attacks: Sequen
         "label": label("y"),
         "clean_prediction": label("prediction"),
         "adversarial_prediction": label("adversarial_prediction"),
-        "robust": bool(robust(evidence)[row]),
+        "robust": bool(robust_examples(evidence)[row]),
         "broken_by": attacks[broken_by] if 0 <= broken_by < len(attacks) else None,
         "distances": distances,
     }

@@ -80,7 +80,7 @@ def fragment(summary: Mapping[str, Any], asked: Sequence[Mapping[str, Any]] = ()
         headings=headings,
         rows=[[cells[heading] for heading in headings] for cells in rows],
         metrics=metrics,
-        notes=notes.spoken(summary),
+        notes=notes.spoken_notes(summary),
     )
 
 
@@ -123,7 +123,7 @@ def _environment() -> "Environment":
         "percent": numbers.percent,
         "plain": numbers.plain,
         "count": numbers.count_text,
-        "duration": numbers.seconds,
+        "duration": numbers.seconds_text,
         "number": numbers.number,
         "picture": _picture,
         "label": words.label,

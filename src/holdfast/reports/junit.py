@@ -15,7 +15,7 @@ from holdfast.reports.numbers import number
 from holdfast.reports.words import interval, shown
 
 
-def document(summary: Mapping[str, Any]) -> str:
+def junit_document(summary: Mapping[str, Any]) -> str:
     """The document, valid under the schemas of Jenkins and of the legacy reports of JUnit 5."""
     cases = [_assessment(summary)]
     cases += [_gate(gate) for gate in summary["gates"]]

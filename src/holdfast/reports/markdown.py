@@ -22,7 +22,7 @@ from holdfast.reports.words import (
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$@&#])")
 
 
-def document(summary: Mapping[str, Any]) -> str:
+def markdown_document(summary: Mapping[str, Any]) -> str:
     """The summary as GitHub-flavoured Markdown; strings of users are escaped."""
     sign, word = VERDICTS[summary["verdict"]]
     about = f"{summary['model'].get('name', 'model')} on {summary['data'].get('name', 'data')}"
@@ -34,7 +34,7 @@ def document(summary: Mapping[str, Any]) -> str:
         ]
         lines.append("")
     if summary["gates"]:
-        lines += table(("gate", "measured", "interval", "verdict"), map(_gate, summary["gates"]))
+        lines += markdown_table(("gate", "measured", "interval", "verdict"), map(_gate, summary["gates"]))
     if summary["attacks"]:
         lines += _attacks(summary)
     lines += _matrices(summary)
@@ -42,13 +42,13 @@ def document(summary: Mapping[str, Any]) -> str:
     lines += _doubts(summary)
     if summary["per_class"]:
         lines += ["<details><summary>Classes</summary>", ""]
-        lines += table(
+        lines += markdown_table(
             ("class", escaped(summary["noun"]), "clean", "robust", "interval"),
             map(_class, summary["per_class"]),
         )
         lines += ["</details>", ""]
     lines += ["<details><summary>Metrics</summary>", ""]
-    lines += table(
+    lines += markdown_table(
         ("metric", "value", "interval", "n"), (_metric(*item) for item in told_metrics(summary).items())
     )
     lines += ["</details>", ""]
@@ -62,7 +62,7 @@ def escaped(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", printable(text))
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a table; the first column is aligned left, the others right."""
     rule = ["---", *["---:"] * (len(headings) - 1)]
     return [*("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows)), ""]
@@ -98,7 +98,7 @@ def _attacks(summary: Mapping[str, Any]) -> list[str]:
     return [
         title,
         "",
-        *table(headings, [[escaped(cells[heading]) for heading in headings] for cells in rows]),
+        *markdown_table(headings, [[escaped(cells[heading]) for heading in headings] for cells in rows]),
         *(
             line
             for said in (risks(summary), fits_text(summary), passes(summary))
@@ -124,7 +124,7 @@ def _matrices(summary: Mapping[str, Any]) -> list[str]:
             "",
             f"{escaped(says.capitalize())}.",
             "",
-            *table(headings, rows),
+            *markdown_table(headings, rows),
         ]
     return lines
 
@@ -136,7 +136,7 @@ def _attackers(summary: Mapping[str, Any]) -> list[str]:
         return []
 
     def told(headings: list[str], rows: Iterable[list[str]]) -> list[str]:
-        return table(*([*map(escaped, headings)], ([*map(escaped, row)] for row in rows)))
+        return markdown_table(*([*map(escaped, headings)], ([*map(escaped, row)] for row in rows)))
 
     noun = summary["noun"]
     return [

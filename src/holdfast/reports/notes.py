@@ -23,7 +23,7 @@ def details(summary: Mapping[str, Any]) -> list[str]:
     return [note for note in summary["notes"] if note in DETAILS]
 
 
-def spoken(summary: Mapping[str, Any], *, verbose: bool = False) -> list[str]:
+def spoken_notes(summary: Mapping[str, Any], *, verbose: bool = False) -> list[str]:
     """The notes to show with the verdict, without those that repeat a raised doubt; with details if `verbose`."""
     in_doubts = {doubt["says"] for doubt in summary["doubts"] if doubt["state"] == "raised"}
     notes = summary["notes"] if verbose else remarks(summary)

@@ -71,7 +71,7 @@ def count_text(value: float | str) -> str:
     return f"{amount:,.0f}" if math.isfinite(amount) else plain(amount)
 
 
-def seconds(value: float | str) -> str:
+def seconds_text(value: float | str) -> str:
     """A duration in a suitable unit."""
     amount = number(value)
     if not math.isfinite(amount):

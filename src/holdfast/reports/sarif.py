@@ -21,7 +21,7 @@ _GATES = {
 }
 
 
-def document(summary: Mapping[str, Any]) -> str:
+def sarif_document(summary: Mapping[str, Any]) -> str:
     """A SARIF run with a result for each gate that does not pass and each raised doubt; accepted ones are
     suppressed.
     """

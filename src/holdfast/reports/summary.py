@@ -28,8 +28,8 @@ from holdfast.reports.curves import (
     accuracy_curves,
     estimate_to_json,
     judged,
-    per_class,
-    robust,
+    per_class_to_json,
+    robust_examples,
 )
 from holdfast.reports.gallery import example_images, is_image
 from holdfast.reports.numbers import size, strict
@@ -106,7 +106,7 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
         "doubts_cost": _cost(evidence.doubts_cost),
         "served": dict(evidence.served),
         "curves": accuracy_curves(evidence, confidence),
-        "per_class": per_class(evidence, classes, confidence),
+        "per_class": per_class_to_json(evidence, classes, confidence),
         "surrogates": [_bounded(card) for card in evidence.surrogates],
         "transfer": transfer(evidence, confidence),
         "others": [_bounded(card) for card in evidence.others],
@@ -135,7 +135,7 @@ def to_json(content: Mapping[str, Any]) -> str:
     return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # `-o -` prints it
 
 
-def schema(name: str = "assessment-1") -> Json:
+def summary_schema(name: str = "assessment-1") -> Json:
     """A published JSON Schema: that of the summary, or of a comparison (`comparison-1`)."""
     text = resources.files("holdfast.reports").joinpath("schema", f"{name}.json").read_text(encoding="utf-8")
     content: Json = json.loads(text)
@@ -179,7 +179,7 @@ def _attacks(evidence: Evidence, confidence: float) -> list[Json]:
     chosen = judged(evidence)
     bounded = math.isfinite(evidence.threat.constraint.eps)  # else a large enough change breaks any example
     broken_by = evidence["broken_by"].long() if bounded and "broken_by" in evidence else None
-    lost = ~robust(evidence)
+    lost = ~robust_examples(evidence)
     # not robust and broken by no attack: misclassified when clean
     fallen = lost if broken_by is None else lost & (broken_by < 0)
     entries = []

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.names import printable
-from holdfast.reports.curves import robust
+from holdfast.reports.curves import robust_examples
 
 CHUNK = 10_000
 """Rows that are formatted at a time, which limits memory."""
@@ -66,7 +66,7 @@ def frame(evidence: Evidence) -> Any:
             names[place] if 0 <= place < len(names) else None for place in evidence["broken_by"].tolist()
         ]
     if "success" in evidence:
-        columns["robust"] = robust(evidence).numpy()
+        columns["robust"] = robust_examples(evidence).numpy()
     return pd.DataFrame(columns).set_index("id")
 
 

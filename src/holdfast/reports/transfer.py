@@ -6,7 +6,7 @@ from typing import Any
 
 from holdfast.core.evidence import Evidence
 from holdfast.metrics.columns import Absent
-from holdfast.metrics.transfer import matrix, models
+from holdfast.metrics.transfer import matrix, model_names
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, percent
 from holdfast.reports.words import interval
@@ -22,7 +22,7 @@ def transfer(evidence: Evidence, confidence: float) -> Json | None:
         rows = matrix(evidence, confidence)
     except Absent:
         return None
-    names = told_apart(models(evidence))
+    names = told_apart(model_names(evidence))
     return {
         "models": list(names),
         "n": len(evidence.transfer["id"]),

@@ -28,21 +28,21 @@ def _json(summary: Summary, _: "Columns", file: TextIO) -> None:
 
 
 def _junit(summary: Summary, _: "Columns", file: TextIO) -> None:
-    from holdfast.reports.junit import document
+    from holdfast.reports.junit import junit_document
 
-    file.write(document(summary))
+    file.write(junit_document(summary))
 
 
 def _sarif(summary: Summary, _: "Columns", file: TextIO) -> None:
-    from holdfast.reports.sarif import document
+    from holdfast.reports.sarif import sarif_document
 
-    file.write(document(summary))
+    file.write(sarif_document(summary))
 
 
 def _markdown(summary: Summary, _: "Columns", file: TextIO) -> None:
-    from holdfast.reports.markdown import document
+    from holdfast.reports.markdown import markdown_document
 
-    file.write(document(summary))
+    file.write(markdown_document(summary))
 
 
 def _csv(summary: Summary, columns: "Columns", file: TextIO) -> None:
@@ -97,7 +97,11 @@ def write_comparison(content: Summary, path: Path) -> None:
     """Write a comparison in the format of the suffix, atomically."""
     from holdfast.reports import comparison
 
-    render = {".html": comparison.page, ".json": comparison.to_json, ".md": comparison.markdown}
+    render = {
+        ".html": comparison.comparison_page,
+        ".json": comparison.comparison_to_json,
+        ".md": comparison.markdown,
+    }
     suffix = _known(path, COMPARISON_SUFFIXES)
     with _explained(path), replacing(path) as file:
         file.write(render[suffix](content))

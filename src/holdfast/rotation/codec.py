@@ -110,8 +110,8 @@ class Codec:
     def _networks(self, rank: int, device: torch.device, rng: Draws) -> tuple[nn.Module, nn.Module]:
         with drawing(rng.at("begin")):
             return (
-                layers(rank, self.hidden, self.dims).to(device),
-                layers(self.dims, self.hidden, rank).to(device),
+                codec_layers(rank, self.hidden, self.dims).to(device),
+                codec_layers(self.dims, self.hidden, rank).to(device),
             )
 
     def _fit(self, encoder: nn.Module, decoder: nn.Module, points: Tensor, rng: Draws) -> None:
@@ -141,7 +141,7 @@ def stepped(optimizer: torch.optim.Optimizer, loss: Tensor, where: str, lr: floa
     optimizer.step()
 
 
-def layers(*widths: int) -> nn.Sequential:
+def codec_layers(*widths: int) -> nn.Sequential:
     """Linear layers of the given widths with a SiLU between each two of them."""
     modules: list[nn.Module] = []
     for wide, next_wide in pairwise(widths):
@@ -170,7 +170,7 @@ def unpacked(tensors: Mapping[str, Tensor]) -> Embedding:
     def network(first: str) -> nn.Module:
         state = without_prefix(tensors, first)
         begin, end = state["0.weight"], state["2.weight"]
-        found = layers(begin.shape[1], begin.shape[0], end.shape[0])
+        found = codec_layers(begin.shape[1], begin.shape[0], end.shape[0])
         found.load_state_dict(state)
         return found.eval().requires_grad_(False)
 

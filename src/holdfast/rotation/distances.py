@@ -27,7 +27,7 @@ def apart(members: Members) -> float:
     return float(within.min(1).values.mean())
 
 
-def nearest(some: Members, others: Members) -> tuple[Tensor, Tensor]:
+def nearest_sets(some: Members, others: Members) -> tuple[Tensor, Tensor]:
     """For each set, the L1 distance to the nearest of the others (n) and the index of that set (n)."""
     found = l1(some, others).min(1)
     return found.values, found.indices

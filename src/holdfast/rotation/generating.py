@@ -173,7 +173,7 @@ class _Far:
         return torch.cdist(sets, self._known[:, few], p=1) / len(few) / self._unit
 
 
-def packed(generator: Generator) -> dict[str, Tensor]:
+def packed_generator(generator: Generator) -> dict[str, Tensor]:
     """All tensors of a generator by name, for a file. `unpacked` is the inverse."""
     tensors = {f"codec.{name}": value for name, value in codec.packed(generator.embedding).items()}
     tensors |= {f"denoiser.{name}": value for name, value in generator.denoiser.state_dict().items()}
@@ -181,7 +181,7 @@ def packed(generator: Generator) -> dict[str, Tensor]:
     return {**tensors, "diffusion": settings}
 
 
-def unpacked(tensors: Mapping[str, Tensor]) -> Generator:
+def unpacked_generator(tensors: Mapping[str, Tensor]) -> Generator:
     """The generator of the tensors that `packed` returned."""
     embedding, state = codec.unpacked(without_prefix(tensors, "codec.")), without_prefix(tensors, "denoiser.")
     width, depth = len(state["first.bias"]), sum(name.endswith(".bias") for name in state) - 2

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from holdfast.core.errors import TargetLost, TargetRefused
 from holdfast.sources.class_numbers import listed
-from holdfast.sources.files import nearest
+from holdfast.sources.files import similar_name
 from holdfast.sources.payloads import Shaped, Template, Values, as_values
 
 _SHOWN = 80
@@ -158,7 +158,7 @@ class ServerAnswers:
                 f"the answer has {width} scores a row, where earlier ones had {self._classes}; answers of one form "
                 "were expected, so check the server"
             )
-        refuse_classes("the answer", width, self._expected)
+        refuse_too_many_classes("the answer", width, self._expected)
 
     def _refuse_class_numbers(self, values: Values) -> None:
         """Raise `TargetLost` for one whole number a row, which is a class number unless it is declared as a score."""
@@ -211,12 +211,12 @@ class ServerAnswers:
         numbers = {name: number for number, name in enumerate(self._names)}
         for label in labels:
             if label not in numbers:
-                known = f"{listed(self._names)}{nearest(label[:_SHOWN], self._names)}"
+                known = f"{listed(self._names)}{similar_name(label[:_SHOWN], self._names)}"
                 raise _unread(label, f"the names of the classes are {known}; give all of them with")
         return np.array([numbers[label] for label in labels])
 
 
-def refuse_classes(what: str, width: int, expected: int | None) -> None:
+def refuse_too_many_classes(what: str, width: int, expected: int | None) -> None:
     """Raise `TargetLost` if rows do not have `expected` scores. A single score stands for two classes."""
     if expected in (None, max(width, 2)):
         return

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from holdfast.core.errors import UsageError
-from holdfast.sources.files import nearest
+from holdfast.sources.files import similar_name
 
 _DIGITS = tuple("0123456789")
 
@@ -185,11 +185,13 @@ def data_folder() -> Path:
 def entry_of(name: str) -> Entry:
     """Return the entry with that name. Raises `UsageError`, with the most similar name, if there is none."""
     if name not in CATALOGUE:
-        raise UsageError(f"there is no data set {name!r}{nearest(name, CATALOGUE)}; holdfast data lists them")
+        raise UsageError(
+            f"there is no data set {name!r}{similar_name(name, CATALOGUE)}; holdfast data lists them"
+        )
     return CATALOGUE[name]
 
 
-def listed() -> tuple[Listed, ...]:
+def listed_data_sets() -> tuple[Listed, ...]:
     """Return all data sets of the catalogue, and whether they are on this machine."""
     folder = data_folder()
     return tuple(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.expected import Expected
-from holdfast.sources.files import nearest
+from holdfast.sources.files import similar_name
 
 Array = NDArray[Any]
 _SHOWN = 10
@@ -148,7 +148,7 @@ def matched(
     if expected.names_declared:
         raise TargetError(
             f"the data name the classes {listed(names)}, and --class-names {listed(declared)}"
-            f"{nearest(strange[0], declared)}; leave --class-names out, or use the same names"
+            f"{similar_name(strange[0], declared)}; leave --class-names out, or use the same names"
         )
     return names, None
 
@@ -181,7 +181,7 @@ def _declared(
     strange = [name for name in found if name not in known]
     if strange:
         raise TargetError(
-            f"{where} has the {kind} {listed(strange)}, and {source} {listed(names)}{nearest(strange[0], names)}; "
+            f"{where} has the {kind} {listed(strange)}, and {source} {listed(names)}{similar_name(strange[0], names)}; "
             "correct the names, with --class-names A,B,C in the order of the model's outputs"
         )
     return names

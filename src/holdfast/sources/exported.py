@@ -112,7 +112,7 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
     else:
         with read_under_limits("programs", path, LIMITS, content=content):
             pass  # it is loaded here after that has gone well
-    net, sizes = loaded(path, content)
+    net, sizes = loaded_program(path, content)
     size = _batch_size(net, sizes)
     digest = hashlib.sha256(content).hexdigest()
     return Program(net if size is None else FixedBatch(net, size), size, digest)
@@ -131,7 +131,7 @@ def reasons_to_refuse(path: Path, content: bytes) -> list[str]:
         ) from error
 
 
-def refuse_code(path: Path, content: bytes) -> None:
+def refuse_code_in_program(path: Path, content: bytes) -> None:
     """Raise `UsageError` for a program with parts other than tensors and operators of networks."""
     reasons = reasons_to_refuse(path, content)
     if reasons:
@@ -142,7 +142,7 @@ def refuse_code(path: Path, content: bytes) -> None:
         )
 
 
-def loaded(path: Path, content: bytes) -> tuple[nn.Module, Sizes]:
+def loaded_program(path: Path, content: bytes) -> tuple[nn.Module, Sizes]:
     """Return the network in a file that was checked or is trusted, and the sizes of its one input (None: free)."""
     try:
         with warnings.catch_warnings():

@@ -19,7 +19,7 @@ from torch import nn
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.adapting import accepted
 from holdfast.sources.estimators import Predictor
-from holdfast.sources.files import nearest, readable_file, sha256_of_file
+from holdfast.sources.files import readable_file, sha256_of_file, similar_name
 from holdfast.sources.inhand import LOADED
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -93,7 +93,9 @@ def converted_arguments(
     for name in arguments:
         if name not in by_name and not takes_any:
             known = ", ".join(by_name) or "no arguments"
-            raise UsageError(f"{address} has no argument {name!r}{nearest(name, by_name)}; it takes {known}")
+            raise UsageError(
+                f"{address} has no argument {name!r}{similar_name(name, by_name)}; it takes {known}"
+            )
     missing = [n for n, p in by_name.items() if p.default is p.empty and n not in arguments]
     if missing:
         wanted = " ".join(f"--model-args {name}=…" for name in missing)
@@ -184,7 +186,7 @@ def _factory(module: types.ModuleType, name: str, path: Path) -> Callable[..., o
     if found is None:
         known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         own = [n for n in known if _is_own(vars(module)[n], module)]
-        offered = nearest(name, known) or (f"; it defines {', '.join(own[:8])}" if own else "")
+        offered = similar_name(name, known) or (f"; it defines {', '.join(own[:8])}" if own else "")
         raise UsageError(f"{str(path)!r} has no factory {name!r}{offered}")
     if not isinstance(found, type) and (
         isinstance(found, nn.Module) or (not callable(found) and isinstance(found, Predictor))

@@ -54,7 +54,7 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def similar_name(name: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)`, or an empty text if no known name is similar."""
     offered = suggestion(name, known)
     return f" ({offered})" if offered else ""
@@ -70,6 +70,6 @@ def _way_out(path: Path) -> str:
         return f"; neither does its folder {str(path.parent)!r}"
     looked_in = f"; it was looked for in {str(path.parent.absolute())!r}"
     try:
-        return nearest(path.name, (entry.name for entry in path.parent.iterdir())) or looked_in
+        return similar_name(path.name, (entry.name for entry in path.parent.iterdir())) or looked_in
     except OSError:  # a folder that can be entered but not listed: there is no name to suggest
         return looked_in

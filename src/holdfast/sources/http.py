@@ -15,9 +15,9 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, TargetLost, UsageError
 from holdfast.core.model import Batches
 from holdfast.core.types import Access
-from holdfast.sources.answers import ServerAnswers, first_characters, refuse_classes
+from holdfast.sources.answers import ServerAnswers, first_characters, refuse_too_many_classes
 from holdfast.sources.asking import Client
-from holdfast.sources.files import nearest
+from holdfast.sources.files import similar_name
 from holdfast.sources.payloads import FLOATS, TEXT, WHOLE, Shaped, Template
 from holdfast.sources.remote import Remote, allowed_address
 from holdfast.sources.served import Served
@@ -64,7 +64,7 @@ def open_http(
     expected = _expected(classes, names)
     labels = _number_of_labels(expected) if way.labels else None
     if way.classes is not None:
-        refuse_classes("the output that the server describes", way.classes, expected)
+        refuse_too_many_classes("the output that the server describes", way.classes, expected)
     size = way.form.shape[0] if isinstance(way.form, Shaped) and way.form.shape else -1
     what: Access = "labels" if way.labels else "scores"
     answers = ServerAnswers(
@@ -249,7 +249,7 @@ def _output(outputs: list[dict[str, Any]], remote: Remote) -> dict[str, Any] | N
     if remote.response is not None:
         if remote.response not in names:
             raise UsageError(
-                f"the model has no output {remote.response!r}{nearest(remote.response, names)}; "
+                f"the model has no output {remote.response!r}{similar_name(remote.response, names)}; "
                 f"it has {', '.join(names)}"
             )
         return outputs[names.index(remote.response)]

@@ -30,7 +30,7 @@ from holdfast.sources.factories import (
     converted_arguments,
     names_code,
 )
-from holdfast.sources.files import nearest, reading, sha256_of_file
+from holdfast.sources.files import reading, sha256_of_file, similar_name
 from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.remote import SCHEMES, Remote
 from holdfast.sources.weights import fit_weights, read_state_dict, refuse_misfit
@@ -303,7 +303,7 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
             f"or --arch with one of {', '.join(sorted(ARCHITECTURES))}"
         )
     if name not in ARCHITECTURES:
-        hint = nearest(str(name), ARCHITECTURES) or f"; known are {', '.join(sorted(ARCHITECTURES))}"
+        hint = similar_name(str(name), ARCHITECTURES) or f"; known are {', '.join(sorted(ARCHITECTURES))}"
         raise UsageError(
             f"there is no architecture {name!r}{hint}. Your own is given as --arch file.py:factory"
         )
@@ -345,7 +345,7 @@ def _open_bundled(opening: _Opening) -> OpenedModel:
         looks_like_path = "/" in name or "\\" in name or bool(Path(name).suffix)
         if looks_like_path:
             raise TargetError(f"model {name!r} does not exist; give {_FORMS}")
-        raise UsageError(f"there is no bundled model {name!r}{nearest(name, bundled)}; give {_FORMS}")
+        raise UsageError(f"there is no bundled model {name!r}{similar_name(name, bundled)}; give {_FORMS}")
     opened = _open_state_dict(opening, bundled[name])
     files = {f"bundled:{name}": sha256_of_file(bundled[name])}
     return replace(opened, name=name, how="bundled", files=files)

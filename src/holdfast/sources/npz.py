@@ -13,7 +13,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from holdfast.core.errors import NoSplit, TargetError, UsageError
-from holdfast.sources.files import megabytes, nearest, readable_file
+from holdfast.sources.files import megabytes, readable_file, similar_name
 from holdfast.sources.limited.limits import MEMORY, requested_memory
 
 MAX_BYTES = 16 * 2**30
@@ -151,7 +151,7 @@ def _no_split(
     archive: Npz, split: str | None, pairs: Mapping[str, object], name: str
 ) -> TargetError | NoSplit:
     if split is not None and pairs:
-        known = nearest(split, pairs)
+        known = similar_name(split, pairs)
         return NoSplit(f"{name!r} has no split {split!r}{known}; it has {', '.join(pairs)}")
     holds = ", ".join(archive.names) or "nothing"
     if split is not None and "x" in archive.names:

@@ -18,7 +18,7 @@ from holdfast.core.errors import NoSplit, TargetError, UsageError
 from holdfast.sources.arrays import selected_rows
 from holdfast.sources.class_numbers import lenient_numbers
 from holdfast.sources.expected import Expected
-from holdfast.sources.files import megabytes, nearest, sha256_of_file
+from holdfast.sources.files import megabytes, sha256_of_file, similar_name
 from holdfast.sources.limited.limits import MEMORY, requested_memory
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
@@ -146,7 +146,7 @@ def _split_folder(folder: Path, split: str | None) -> Path:
         return folder
     if not (folder / wanted).is_dir():
         raise NoSplit(
-            f"{str(folder)!r} has no folder {wanted!r}{nearest(wanted, splits)}; leave --split out to read it all"
+            f"{str(folder)!r} has no folder {wanted!r}{similar_name(wanted, splits)}; leave --split out to read it all"
         )
     return folder / wanted
 

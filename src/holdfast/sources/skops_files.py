@@ -32,11 +32,11 @@ def open_skops(path: Path, *, trust_code: bool) -> tuple[Any, str, tuple[str, ..
     if not trust_code:
         with read_under_limits("estimators", path, LIMITS, content=content):
             pass  # loaded here after the separate process succeeded
-    found, notes = loaded(path, content, trust_code=trust_code)
+    found, notes = loaded_estimator(path, content, trust_code=trust_code)
     return found, hashlib.sha256(content).hexdigest(), notes
 
 
-def loaded(path: Path, content: bytes, *, trust_code: bool) -> tuple[Any, tuple[str, ...]]:
+def loaded_estimator(path: Path, content: bytes, *, trust_code: bool) -> tuple[Any, tuple[str, ...]]:
     """Return the estimator in the content of a file, and notes. Raises the same errors as `open_skops`."""
     try:
         import skops.io as sio

@@ -13,7 +13,7 @@ from holdfast.sources.arrays import Arrays, from_numpy, selected_rows
 from holdfast.sources.class_numbers import numbered, numbered_words
 from holdfast.sources.columns import MISSING, SPLIT_COLUMN, TEXT, ColumnTable, Words, number_of
 from holdfast.sources.expected import Expected
-from holdfast.sources.files import nearest, readable_file
+from holdfast.sources.files import readable_file, similar_name
 from holdfast.sources.limited.calling import read_under_limits
 from holdfast.sources.limited.limits import Limits
 from holdfast.sources.limited.tables import table
@@ -137,7 +137,7 @@ def _label(label: str | None, table: ColumnTable) -> str:
     if label is not None and label in table.columns:
         return label
     wrong = (
-        f"{table.name} has no column {label!r}{nearest(label, table.columns)}"
+        f"{table.name} has no column {label!r}{similar_name(label, table.columns)}"
         if label
         else f"{table.name} is a table"
     )
@@ -156,7 +156,9 @@ def _refuse_dropped(drop: tuple[str, ...], label: str, table: ColumnTable) -> No
             if len(several) > 1 and all(part.strip() in table.columns for part in several):
                 flags = " ".join(f"--drop {shlex.quote(part.strip())}" for part in several)
                 raise UsageError(f"{table.name} has no column {column!r}; repeat the flag: {flags}")
-            raise UsageError(f"{table.name} has no column {column!r} to drop{nearest(column, table.columns)}")
+            raise UsageError(
+                f"{table.name} has no column {column!r} to drop{similar_name(column, table.columns)}"
+            )
         if column == label:
             raise UsageError(f"{column!r} is the label of {table.name}; leave --drop {column} out")
 
@@ -170,7 +172,9 @@ def _rows_of_split(table: ColumnTable, split: str | None) -> NDArray[np.int64]:
     wanted = split or "test"
     if wanted not in column.words:
         found = sorted(column.words)
-        raise NoSplit(f"{table.name} has no split {wanted!r}{nearest(wanted, found)}; it has {_some(found)}")
+        raise NoSplit(
+            f"{table.name} has no split {wanted!r}{similar_name(wanted, found)}; it has {_some(found)}"
+        )
     return np.flatnonzero(column.places == column.words.index(wanted)).astype(np.int64)
 
 

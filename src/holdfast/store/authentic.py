@@ -64,7 +64,7 @@ class LedgerKey:
         return hmac.new(self.key, canonical(message), hashlib.sha256).hexdigest()
 
 
-def line_of(link: Link, counter: int, key: LedgerKey) -> bytes:
+def authenticated_line(link: Link, counter: int, key: LedgerKey) -> bytes:
     """The line of the ledger for an entry."""
     record = {"content": link.content, "previous": link.previous, "digest": link.digest}
     return canonical({**record, "counter": counter, "mac": key.of_entry(counter, link)}) + b"\n"

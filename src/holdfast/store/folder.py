@@ -41,19 +41,19 @@ SAMENESS = ("config", "data", "model", "code")
 """Digests that must be equal for the processes and attempts of a run."""
 
 _SPLIT = {"stage": forms.name, "shard": forms.count, "at": forms.count, "size": forms.count}
-_SPLITS = forms.listed(forms.record(_SPLIT))
+_SPLITS = forms.list_of(forms.record(_SPLIT))
 _SAID = ("created", "command")
 _ABOUT = forms.record({}, dict.fromkeys(_SAID, forms.text))
 _MANIFEST = forms.record(
     {"digests": forms.record(dict.fromkeys(SAMENESS, forms.text))},
     {
-        "config": forms.record({}, {"stages": forms.listed(forms.record({"name": forms.name}))}),
+        "config": forms.record({}, {"stages": forms.list_of(forms.record({"name": forms.name}))}),
         "plan": forms.record(
             {},
             {
-                "stages": forms.listed(forms.name),
+                "stages": forms.list_of(forms.name),
                 "batch_size": forms.count,
-                "shards": forms.listed(forms.listed(forms.count)),
+                "shards": forms.list_of(forms.list_of(forms.count)),
             },
         ),
     },

@@ -94,7 +94,7 @@ def maybe(form: Form) -> Form:
     return check
 
 
-def listed(form: Form) -> Form:
+def list_of(form: Form) -> Form:
     """A form that accepts a list of values of `form`."""
 
     def check(value: Any, where: str) -> None:
@@ -109,7 +109,7 @@ def distinct(form: Form, field: str | None = None) -> Form:
     """A list of values of `form`, of which no two are equal. With `field`, its values in the objects are compared."""
 
     def check(value: Any, where: str) -> None:
-        listed(form)(value, where)
+        list_of(form)(value, where)
         seen = set()
         for each in value if field is None else [item[field] for item in value]:
             _expect(each not in seen, each, f"an entry of {where}", "a name that occurs once")
@@ -122,7 +122,7 @@ def pair(form: Form) -> Form:
     """A list of two such values."""
 
     def check(value: Any, where: str) -> None:
-        listed(form)(value, where)
+        list_of(form)(value, where)
         _expect(len(value) == 2, value, where, "a list of two")
 
     return check

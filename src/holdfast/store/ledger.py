@@ -22,7 +22,7 @@ from holdfast.store.authentic import (
     WAY_OUT,
     Head,
     LedgerKey,
-    line_of,
+    authenticated_line,
     read_entries,
     read_head,
     refuse_shortened,
@@ -236,7 +236,7 @@ class Ledger:
         with self.alone():
             self._state.refuse_illegal(entry)
             link, number = Link(self._last, entry), len(self._digests) + 1
-            line, head = line_of(link, number, self._key), Head(number, link.digest)
+            line, head = authenticated_line(link, number, self._key), Head(number, link.digest)
             with usable(self.path, refusal_in_pool):
                 self._write(line, head)
             self._take(link, len(line))

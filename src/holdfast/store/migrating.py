@@ -14,7 +14,7 @@ from typing import Any
 from holdfast.core.chain import GENESIS, Link, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import columns as column_files
-from holdfast.store.authentic import HEAD, WAY_OUT, Head, LedgerKey, line_of, write_head
+from holdfast.store.authentic import HEAD, WAY_OUT, Head, LedgerKey, authenticated_line, write_head
 from holdfast.store.encryption import Seal, found_seal
 from holdfast.store.files import POOL_MANIFEST, PRIVATE, refusal_in_pool, usable, write_atomically
 from holdfast.store.ledger import LOCK, refuse_out_of_order, utc_now
@@ -200,7 +200,7 @@ def _write(path: Path, entries: list[dict[str, Any]], manifest: Mapping[str, Any
     lines, previous = b"", GENESIS
     for number, entry in enumerate(entries, 1):
         link = Link(previous, entry)
-        lines, previous = lines + line_of(link, number, key), link.digest
+        lines, previous = lines + authenticated_line(link, number, key), link.digest
     with usable(path, refusal_in_pool):
         write_atomically(path / KEPT, (path / LEDGER).read_bytes(), PRIVATE)
         write_atomically(path / f"{LEDGER}{NEW}", lines, PRIVATE)

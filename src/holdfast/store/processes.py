@@ -17,7 +17,7 @@ class Owner:
     @classmethod
     def myself(cls) -> "Owner":
         """The owner that represents the current process."""
-        return cls(socket.gethostname(), os.getpid(), started(os.getpid()) or "")
+        return cls(socket.gethostname(), os.getpid(), start_time(os.getpid()) or "")
 
     def alive(self) -> bool:
         """Whether the process is alive; only for processes on this host."""
@@ -27,11 +27,11 @@ class Owner:
             return False
         except PermissionError:
             return True
-        now = started(self.pid)
+        now = start_time(self.pid)
         return now is not None and (not self.started or now == self.started)
 
 
-def started(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """Start time of a process in clock ticks of this boot; None if it is dead, empty if it is unknown."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     if not boot.exists():

@@ -44,7 +44,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """The summary as JSON text."""
-        return reported.to_json(self._summary)
+        return reported.comparison_to_json(self._summary)
 
     def write(self, path: str | Path) -> Path:
         """Write a report in the format of the suffix: `.html .json .md`."""
@@ -53,7 +53,7 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         """HTML representation of the comparison for notebooks."""
-        return reported.fragment(self._summary)
+        return reported.comparison_fragment(self._summary)
 
     def __str__(self) -> str:
         return " ".join(said for key in ("caution", "headline") if (said := self._summary[key]))

@@ -14,7 +14,7 @@ from holdfast.store.forms import (
     count,
     distinct,
     flag,
-    listed,
+    list_of,
     mapped,
     maybe,
     name,
@@ -31,7 +31,7 @@ _STEP = record(
         "kind": one_of(*get_args(Kind)),
         "attack": text,
         "settings": mapped(anything),
-        "notes": listed(text),
+        "notes": list_of(text),
     },
     {"wave_of": text, "adaptive": flag},
 )
@@ -48,7 +48,7 @@ _THREAT = record(
 )
 _OTHER = record({"name": text, "digest": text}, {"n": count})
 _DATA = record(
-    {"name": text}, {"n": count, "classes": maybe(listed(text)), "shape": listed(count), "digest": text}
+    {"name": text}, {"n": count, "classes": maybe(list_of(text)), "shape": list_of(count), "digest": text}
 )
 ASSESSED = record(
     {
@@ -65,11 +65,11 @@ ASSESSED = record(
         ),
         "model": record({"randomised": flag}, {"name": text}),
         "data": _DATA,
-        "notes": listed(text),
+        "notes": list_of(text),
         "versions": mapped(text),
         "hardware": text,
     },
-    {"surrogates": listed(_OTHER), "others": listed(_OTHER)},
+    {"surrogates": list_of(_OTHER), "others": list_of(_OTHER)},
 )
 """Schema of `run.json` of an assessment."""
 LISTED = record(
@@ -88,12 +88,12 @@ _GATE = record(
         "claim": text,
         "estimate": _ESTIMATE,
         "verdict": one_of("pass", "fail", "unclear"),
-        "open_doubts": listed(text),
+        "open_doubts": list_of(text),
     },
     {"scope": text},
 )
 _CODE = one_of(0, 1, 4)
-DECIDED = record({"gates": listed(_GATE), "accepted_doubts": mapped(text), "exit_code": _CODE})
+DECIDED = record({"gates": list_of(_GATE), "accepted_doubts": mapped(text), "exit_code": _CODE})
 """Schema of `verdict.json` of an assessment."""
 JUDGED = record({"judged": one_of("after"), "exit_code": _CODE})
 """Schema of `verdict.json` of a hardening; the verdict is that of the inner run that measured the new model."""
@@ -112,9 +112,9 @@ _DOUBT = record(
 ASKED = record(
     {
         "cost": record(dict.fromkeys(("forwards", "backwards", "queries"), real)),
-        "doubts": listed(_DOUBT),
-        "notes": listed(text),
-        "fallen": mapped(listed(whole)),
+        "doubts": list_of(_DOUBT),
+        "notes": list_of(text),
+        "fallen": mapped(list_of(whole)),
     }
 )
 """Schema of `doubts.json`."""

@@ -24,7 +24,7 @@ from holdfast.doubts.probing import (
     probes_for,
     probing_threat,
     rows_for,
-    standing,
+    surviving_examples,
 )
 from holdfast.doubts.thresholds import SAMPLE
 from holdfast.engine.store import Stopwatch
@@ -199,7 +199,7 @@ def _judged(
 ) -> dict[str, Tensor]:
     """Judge, on the target model, inputs by which probes broke examples that survive the suite."""
     plan, rng = measurement.plan, Draws(measurement.plan.seed).at("stage", FOUND)
-    left, rows_of = standing(columns, plan.threat), []
+    left, rows_of = surviving_examples(columns, plan.threat), []
     for place, (name, _) in enumerate(counting):
         rows = probed[name].rows
         at = (probed[name].columns["broken"] & left[rows]).nonzero()[:, 0]

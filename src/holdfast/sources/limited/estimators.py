@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from holdfast.sources.skops_files import loaded
+from holdfast.sources.skops_files import loaded_estimator
 
 _METHODS = ("predict", "predict_proba", "decision_function")
 
@@ -16,7 +16,7 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
     `loaded`.
     """
     assert content is not None, "the file is read once"
-    estimator, _ = loaded(path, content, trust_code=False)
+    estimator, _ = loaded_estimator(path, content, trust_code=False)
     width = getattr(estimator, "n_features_in_", None)
     if isinstance(width, int):
         rows = np.stack((np.zeros(width, np.float32), np.ones(width, np.float32)))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from holdfast.sources.exported import loaded, refuse_code
+from holdfast.sources.exported import loaded_program, refuse_code_in_program
 from holdfast.sources.limited.answering import is_out_of_memory
 
 _ROWS = 2
@@ -14,8 +14,8 @@ _ROWS = 2
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
     """Nothing, where the program can be loaded and run once; else raises as `refuse_code` and `loaded` do."""
     assert content is not None, "the file is read once"
-    refuse_code(path, content)
-    net, sizes = loaded(path, content)
+    refuse_code_in_program(path, content)
+    net, sizes = loaded_program(path, content)
     rows = [sizes[0] or _ROWS, *(side or 1 for side in sizes[1:])]
     try:
         with torch.no_grad():

@@ -128,7 +128,7 @@ def arg_max(step: GraphStep) -> Value:
     )
 
 
-def mean(step: GraphStep) -> Value:
+def onnx_mean(step: GraphStep) -> Value:
     """Mean of several values."""
     total = _variadic(torch.add)(step)
     assert isinstance(total, Value)
@@ -161,7 +161,7 @@ POINTWISE: dict[str, Operator] = {
     "Log": _unary(torch.log),
     "LogSoftmax": softmax,
     "Max": _variadic(torch.maximum),
-    "Mean": mean,
+    "Mean": onnx_mean,
     "Min": _variadic(torch.minimum),
     "Mish": _activation("mish", lambda _: nn.Mish()),
     "Mod": modulo,

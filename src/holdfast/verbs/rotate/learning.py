@@ -10,7 +10,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import Inconclusive
 from holdfast.engine.progress import Notify, ignore
 from holdfast.rotation import Codec, Embedding, Generator, LatentDiffusion, Members
-from holdfast.rotation.generating import packed, unpacked
+from holdfast.rotation.generating import packed_generator, unpacked_generator
 from holdfast.store.pool import Pool
 from holdfast.verbs.rotate.collecting import members, secret
 from holdfast.verbs.rotate.request import RotateRequest, accuracy
@@ -81,7 +81,7 @@ def _learned_anew(
     result = LearnedGenerator(
         len(collected), collected.parameters, embedding.span.rank, embedding.lost, lost, codec_s, diffusion_s
     )
-    pool.keep(_KEPT, packed(generator), vars(result))
+    pool.keep(_KEPT, packed_generator(generator), vars(result))
     return result
 
 
@@ -108,7 +108,7 @@ def learned(pool: Pool, request: RotateRequest) -> Generator | None:
     if stored is None:
         return None
     device = torch.device(request.device)
-    return unpacked({name: value.to(device) for name, value in stored.columns.items()})
+    return unpacked_generator({name: value.to(device) for name, value in stored.columns.items()})
 
 
 def what_was_learned(pool: Pool) -> LearnedGenerator | None:

@@ -18,7 +18,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, Steps
 from holdfast.ops.losses import margin
 from holdfast.ops.norms import expect_eps, expect_norm
-from holdfast.ops.squares import proposals_for, share
+from holdfast.ops.squares import proposals_for, window_share
 
 _BLOCK = 64  # steps whose windows are sampled together
 
@@ -53,7 +53,7 @@ class AcrossSwaps:
         else:
             proposals.x = start.clone()
         first = self.p_init if start is None else self.p_init / 8
-        shares = [share(first, step, self.queries) for step in range(self.queries)]
+        shares = [window_share(first, step, self.queries) for step in range(self.queries)]
         last = (self.queries - 1) // self.every
         for step in range(self.queries):
             serving = sets[(last - step // self.every) % len(sets)]
