@@ -22,12 +22,12 @@ from holdfast.doubts.probing import (
     PROBES,
     Probed,
     counts,
+    probe_title,
     probes_for,
     probing_threat,
     rows_for,
     sample_rows,
     surviving_examples,
-    title,
 )
 from holdfast.harness import measure, prepared
 from holdfast.ops.logits import change
@@ -141,8 +141,8 @@ def broken_by(found, columns, threat):
     passes = {}
     for name, probed in found.items():
         if counts(probes[name], threat):
-            passes[title(name)] = torch.zeros_like(columns["correct"])
-            passes[title(name)][probed.rows] = probed.columns["broken"]
+            passes[probe_title(name)] = torch.zeros_like(columns["correct"])
+            passes[probe_title(name)][probed.rows] = probed.columns["broken"]
     return passes
 
 
@@ -307,7 +307,7 @@ def test_a_suite_that_does_too_little_is_not_exhausted(net):
     result = findings(net, suite=weak, only=CHEAP)
     doubt = next(d for d in result.doubts if d.name == "not-exhausted")
     assert doubt.state == "raised"
-    assert {title("margin"), title("cross-entropy")} <= set(result.fallen)
+    assert {probe_title("margin"), probe_title("cross-entropy")} <= set(result.fallen)
     for ids in result.fallen.values():
         assert len(ids) > 0
 
@@ -319,7 +319,7 @@ def test_the_examples_that_probes_broke_stood(net):
     held = set(columns["id"][surviving_examples(columns, THREAT)].tolist())
     passes = broken_by(found, columns, THREAT)
     fallen = conclude(found, columns, Circumstances(THREAT, "quick@1"), passes).fallen
-    assert title("whole-box") not in fallen
+    assert probe_title("whole-box") not in fallen
     assert fallen and all(set(ids.tolist()) <= held for ids in fallen.values())
 
 
@@ -361,8 +361,8 @@ def test_a_probe_that_asks_more_than_the_budget_says_nothing_against_the_suite(n
     assert found["one-step"].columns["broken"].any() and found["margin"].columns["broken"].any()
     passes = broken_by(found, columns, threat)
     fallen = conclude(found, columns, Circumstances(threat, "quick@1"), passes).fallen
-    assert (title("one-step") in fallen) is counted
-    assert (title("margin") in fallen) is (queries is None)
+    assert (probe_title("one-step") in fallen) is counted
+    assert (probe_title("margin") in fallen) is (queries is None)
 
 
 def test_probes_say_how_much_they_ask(net):

@@ -99,6 +99,69 @@ def test_every_package_that_a_run_imports_is_part_of_its_code_digest_or_decides_
     assert packages - covered == set(NOT_DECIDING)
 
 
+COMMANDS = {
+    "admit",
+    "assess",
+    "collect",
+    "compare",
+    "demo",
+    "doctor",
+    "draw",
+    "expose",
+    "fetch",
+    "harden",
+    "head",
+    "init",
+    "migrate",
+    "report",
+    "run",
+    "status",
+    "swap",
+    "train",
+    "validate",
+    "verify",
+}
+"""A command, the function of the Python interface or of the verb that it calls, and the step that does the work."""
+SAME_ROLE = {
+    "cells": "cells of a row, of each table of a report",
+    "headings": "headings of each table of a report",
+    "title": "title of each table of a report",
+    "main": "entry point of each process",
+    "prepare": "imports of each parser, before memory is limited",
+    "read": "reading of a file, by each parser and store",
+    "write": "writing of a file, by each store",
+    "leaves_the_model_alone": "a law of attacks and one of recipes",
+    "repeats_itself": "a law of attacks and one of recipes",
+}
+"""Names that several modules define for the same role on different types."""
+SHARED = {
+    "across",
+    "attackers",
+    "candidates",
+    "ends",
+    "held",
+    "judged",
+    "measured",
+    "members",
+    "shown",
+    "size",
+    "subject_of",
+    "text",
+    "twin",
+    "verdict",
+}
+"""Names with two meanings that are not renamed yet; none may be added."""
+
+
+def test_a_public_name_has_one_meaning():
+    modules: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "src/holdfast").rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                modules.setdefault(node.name, set()).add(str(path))
+    assert {name for name, paths in modules.items() if len(paths) > 1} == COMMANDS | set(SAME_ROLE) | SHARED
+
+
 # --- what is shipped
 
 

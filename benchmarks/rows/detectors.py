@@ -15,7 +15,7 @@ from holdfast.core.guard import guarded
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.gallery import undefended
-from holdfast.gallery.training import network, trained_on_digits
+from holdfast.gallery.training import digit_network, trained_on_digits
 from holdfast.ops.detection import threshold
 from holdfast.ops.losses import cross_entropy
 from holdfast.verbs.result import Result
@@ -92,7 +92,7 @@ def told(net: nn.Module, digits: Batch) -> Told:
 
 
 def _two_classes() -> nn.Module:
-    net = network()
+    net = digit_network()
     net[-1] = nn.Linear(64, 2)
     return net
 

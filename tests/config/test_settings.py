@@ -11,7 +11,7 @@ import pytest
 from holdfast import attacks, recipes
 from holdfast.config import settings
 from holdfast.config.attacks import build_attack, threat_model, threat_said
-from holdfast.config.grammar import number, parse_pairs, parse_surrogate, parse_threat, seconds
+from holdfast.config.grammar import parse_number, parse_pairs, parse_surrogate, parse_threat, seconds
 from holdfast.config.naming import FLOW, LABELS_ONLY, MEMBERS, VARIANTS, members
 from holdfast.config.settings import AssessSettings, HardenSettings, RotateSettings
 from holdfast.config.spellings import (
@@ -366,7 +366,7 @@ def test_the_grammar_reads_what_it_writes():
         assert str(parse_threat(text)) == text
     assert parse_threat("linf:8/255").eps == 8 / 255
     assert parse_threat("l0:inf") == parse_threat("l0")
-    assert (seconds("2min", "it"), number("8/255", "it"), parse_pairs(["a=b=c"], "--x")) == (
+    assert (seconds("2min", "it"), parse_number("8/255", "it"), parse_pairs(["a=b=c"], "--x")) == (
         120,
         8 / 255,
         {"a": "b=c"},

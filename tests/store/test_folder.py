@@ -14,7 +14,7 @@ import torch
 
 from holdfast.core.chain import Link, canonical
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.store.folder import open_folder
+from holdfast.store.folder import open_run_folder
 from holdfast.store.leases import FOREIGN_LEASE_S, Leases, spent_in
 from holdfast.store.processes import Owner, start_time
 from holdfast.store.verify import verify
@@ -27,7 +27,7 @@ SHARDS = [{"id": torch.arange(3), "success": torch.tensor([True, False, True])},
 
 
 def finished(run):
-    with open_folder(run, MANIFEST, {"created": "now"}, resume=False) as folder:
+    with open_run_folder(run, MANIFEST, {"created": "now"}, resume=False) as folder:
         for stage in ("clean", "1-pgd"):
             folder.keep_shard(stage, 0, SHARDS[0])
             folder.complete(stage, SHARDS[0])
@@ -124,7 +124,7 @@ def test_a_stage_without_a_record_is_found(whole, tmp_path):
 
 
 def test_changed_splits_of_a_finished_stage_are_found(tmp_path):
-    with open_folder(tmp_path / "run", MANIFEST, {}, resume=False) as folder:
+    with open_run_folder(tmp_path / "run", MANIFEST, {}, resume=False) as folder:
         folder.add_split("clean", 0, 0, 8)
         folder.complete("clean", SHARDS[0])
     path = tmp_path / "run" / "splits.json"
@@ -138,7 +138,7 @@ def test_another_stage_cannot_take_the_place_of_one(whole, tmp_path):
     (run / "clean.safetensors").write_bytes((run / "1-pgd.safetensors").read_bytes())
     with (
         pytest.raises(TargetError, match="is not the clean that the chain recorded"),
-        open_folder(run, MANIFEST, {}, resume=True) as folder,
+        open_run_folder(run, MANIFEST, {}, resume=True) as folder,
     ):
         folder.stage("clean")
 
@@ -149,14 +149,14 @@ def test_a_torn_record_is_dropped_by_the_next_process_and_told_to_readers(whole,
         file.write(b'{"previous":"torn')
     with pytest.raises(TargetError, match="is truncated; resume with --resume"):
         verify(run)
-    with open_folder(run, MANIFEST, {}, resume=True):
+    with open_run_folder(run, MANIFEST, {}, resume=True):
         pass
     assert verify(run).head == verify(whole).head
 
 
 def test_the_same_verdict_again_adds_no_record(tmp_path):
     run = tmp_path / "run"
-    with open_folder(run, MANIFEST, {}, resume=False) as folder:
+    with open_run_folder(run, MANIFEST, {}, resume=False) as folder:
         for code in (0, 0, 1, 0):
             folder.record("verdict", {"exit_code": code})
         assert [link.content["kind"] for link in folder.chain.links] == [
@@ -174,7 +174,7 @@ def test_what_differs_is_named(whole):
     other = {"digests": digests, "config": {**MANIFEST["config"], "eps": 0.1}}
     with (
         pytest.raises(UsageError, match=r"another config and another model \(eps: 0.3 → 0.1\)"),
-        open_folder(whole, other, {}, resume=True),
+        open_run_folder(whole, other, {}, resume=True),
     ):
         pass
 
@@ -185,7 +185,7 @@ def test_a_manifest_of_another_version_is_refused(whole, tmp_path):
     path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 7'))
     with (
         pytest.raises(TargetError, match="has schema version 7; this version reads 1"),
-        open_folder(run, MANIFEST, {}, resume=True),
+        open_run_folder(run, MANIFEST, {}, resume=True),
     ):
         pass
 
@@ -219,7 +219,7 @@ def test_a_lease_of_a_living_process_holds_and_of_a_dead_one_does_not(tmp_path):
 @pytest.mark.parametrize("other", [None, ("elsewhere", 7, "then")])
 def test_a_process_that_lost_its_lease_writes_nothing_more(tmp_path, other):
     run = tmp_path / "run"
-    with open_folder(run, MANIFEST, {}, resume=False) as folder:
+    with open_run_folder(run, MANIFEST, {}, resume=False) as folder:
         folder.leases.begin("clean", 0)
         with sqlite3.connect(run / "state.sqlite") as database:
             database.execute("DELETE FROM lease")
@@ -251,7 +251,7 @@ def test_a_process_that_lost_its_lease_writes_nothing_more(tmp_path, other):
 @pytest.mark.parametrize("name", ["other", "\u00b2", "7", "-0001"])
 def test_a_file_that_is_no_shard_is_named_and_left(tmp_path, name):
     run, stray = tmp_path / "run", tmp_path / "run" / "clean" / f"{name}.safetensors"
-    with open_folder(run, MANIFEST, {}, resume=False) as folder:
+    with open_run_folder(run, MANIFEST, {}, resume=False) as folder:
         folder.keep_shard("clean", 0, SHARDS[0])
         shutil.copy(run / "clean" / "00000.safetensors", stray)
         with pytest.raises(TargetError, match=f"{name}.safetensors' is not a shard of this run.*remove it"):
@@ -298,7 +298,7 @@ def test_time_of_every_attempt_is_added_up(tmp_path):
 
 
 def test_the_index_says_what_lies_in_the_folder(tmp_path):
-    with open_folder(tmp_path / "run", MANIFEST, {}, resume=False) as folder:
+    with open_run_folder(tmp_path / "run", MANIFEST, {}, resume=False) as folder:
         for shard in (0, 1):
             folder.leases.begin("clean", shard)
             folder.keep_shard("clean", shard, SHARDS[shard])
@@ -330,7 +330,7 @@ def test_a_full_disk_under_the_state_is_said(tmp_path, monkeypatch):
 
 
 def fill(run):
-    with open_folder(run, MANIFEST, {}, resume=False) as folder:
+    with open_run_folder(run, MANIFEST, {}, resume=False) as folder:
         for shard in range(100):
             folder.keep_shard("clean", shard, {"id": torch.arange(500)})
 
@@ -340,5 +340,5 @@ def test_a_tiny_disk_loses_nothing(tiny):
         fill(tiny / "run")
     kept = sorted((tiny / "run" / "clean").glob("*.safetensors"))
     subprocess.run(["mount", "-o", "remount,size=4m", str(tiny)], check=True)
-    with open_folder(tiny / "run", MANIFEST, {}, resume=True) as folder:
+    with open_run_folder(tiny / "run", MANIFEST, {}, resume=True) as folder:
         assert len(folder.shards("clean")) == len(kept) > 0

@@ -16,7 +16,7 @@ from holdfast.core.chain import GENESIS, Link, digest
 from holdfast.core.errors import TargetError
 from holdfast.store import journal
 from holdfast.store.encryption import KEY_VARIABLE
-from holdfast.store.folder import open_folder
+from holdfast.store.folder import open_run_folder
 from holdfast.store.forms import count, list_of, mapped, maybe, one_of, real, record, refuse_form, text
 from holdfast.store.leases import Leases, spent_in
 from holdfast.store.pool import Pool
@@ -126,7 +126,7 @@ TRIGGER = "CREATE TRIGGER t AFTER INSERT ON lease BEGIN DELETE FROM lease; END"
 @pytest.mark.parametrize("what", ["view", "trigger", "text", "negative"])
 def test_an_index_that_is_not_a_runs_own_says_nothing_and_is_made_anew(tmp_path, what):
     run = tmp_path / "run"
-    with open_folder(run, MANIFEST, {}, resume=False) as folder:
+    with open_run_folder(run, MANIFEST, {}, resume=False) as folder:
         folder.leases.begin("clean", 0)
         folder.leases.spend("clean", 0, 1.0, 1.0, done=True)
     with sqlite3.connect(run / "state.sqlite") as database:
@@ -157,7 +157,7 @@ def test_an_index_that_is_a_link_is_not_followed(tmp_path):
 
 def test_files_that_no_record_names_are_noted_or_refused(tmp_path):
     run = tmp_path / "run"
-    with open_folder(run, MANIFEST, {"created": "now"}, resume=False) as folder:
+    with open_run_folder(run, MANIFEST, {"created": "now"}, resume=False) as folder:
         folder.complete("clean", SHARDS[0])
         folder.record("verdict", {"exit_code": 0})
     for known in ("report.html", "report.json", "junit.xml", "served.journal", "answers.journal", ".x.part"):
@@ -181,7 +181,7 @@ def test_files_that_no_record_names_are_noted_or_refused(tmp_path):
 
 def test_a_run_that_the_chain_does_not_name_is_refused_within_a_finished_run(tmp_path):
     run = tmp_path / "run"
-    with open_folder(run, MANIFEST, {}, resume=False) as folder:
+    with open_run_folder(run, MANIFEST, {}, resume=False) as folder:
         shutil.copytree(SUITE_ONLY_RUN, run / "after")
         assert not verify(run).complete
         folder.record("verdict", {"exit_code": 0, "judged": "after"})
@@ -191,7 +191,7 @@ def test_a_run_that_the_chain_does_not_name_is_refused_within_a_finished_run(tmp
 
 def test_a_hardening_reports_only_the_run_that_its_chain_names(tmp_path):
     run = tmp_path / "run"
-    with open_folder(run, MANIFEST, {}, resume=False) as folder:
+    with open_run_folder(run, MANIFEST, {}, resume=False) as folder:
         shutil.copytree(SUITE_ONLY_RUN, run / "after")
         folder.record("after", {"chain": verify(run / "after").head})
         folder.record("verdict", {"exit_code": 0, "judged": "after"})

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from holdfast.core.catalogue import ATTACKS, load
+from holdfast.core.catalogue import ATTACKS, load_class
 
 __all__ = sorted(ATTACKS)  # noqa: PLE0605
 
@@ -10,7 +10,7 @@ _MODULES = {name: entry.module for name, entry in ATTACKS.items()}
 
 
 def __getattr__(name: str) -> type[Any]:
-    return load(__name__, _MODULES, name)
+    return load_class(__name__, _MODULES, name)
 
 
 def __dir__() -> list[str]:

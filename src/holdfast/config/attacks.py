@@ -10,7 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from holdfast import attacks as catalogue
 from holdfast.attacks.protocol import Attack
-from holdfast.config.grammar import ThreatSpec, did_you_mean, number, parse_threat
+from holdfast.config.grammar import ThreatSpec, did_you_mean, parse_number, parse_threat
 from holdfast.config.naming import GROUP
 from holdfast.config.spellings import attack_class_called
 from holdfast.config.wording import complaint, place
@@ -181,7 +181,7 @@ def setting(hint: Any, value: Any, where: str) -> Any:
             raise UsageError(f"{where} is {value!r}{did_you_mean(str(value), named)}")
         return named[str(value)]
     if isinstance(value, str) and _is_number(hint):
-        value = number(value, where)
+        value = parse_number(value, where)
     return _validated(hint, value, where, strict=isinstance(value, bool) and _is_number(hint))
 
 

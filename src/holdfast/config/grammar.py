@@ -65,7 +65,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; {suggestion(word, words) or 'expected one of ' + ', '.join(words)}"
 
 
-def number(text: str, what: str) -> float:
+def parse_number(text: str, what: str) -> float:
     """Parse a decimal number or a fraction."""
     matched = re.fullmatch(r"\s*([^/\s]+)\s*(?:/\s*([^/\s]+))?\s*", text)
     try:
@@ -83,7 +83,7 @@ def number(text: str, what: str) -> float:
 
 def numbers(text: str, what: str) -> tuple[float, ...]:
     """Parse numbers separated by commas."""
-    return tuple(number(part, what) for part in text.split(","))
+    return tuple(parse_number(part, what) for part in text.split(","))
 
 
 def seconds(text: str, what: str) -> float:
@@ -146,7 +146,7 @@ def _constraint(word: str) -> ThreatSpec:
     if norm == "corruptions":
         return ThreatSpec(norm, _severity(size, word))
     pixels = norm == "l0" and size.endswith("px")
-    eps = number(size.removesuffix("px") if pixels else size, f"eps in {word!r}")
+    eps = parse_number(size.removesuffix("px") if pixels else size, f"eps in {word!r}")
     if eps < 0:
         raise UsageError(f"eps is {eps:g} in {word!r}; it must be 0 (clean accuracy) or more")
     if (pixels and math.isinf(eps)) or (norm == "l0" and eps % 1 and not math.isinf(eps)):
@@ -184,7 +184,7 @@ def parse_transform(text: str) -> Mapping[str, float]:
 
 def _far(key: str, value: str, most: float, example: str) -> float:
     """Return the value of one limit. Raises `UsageError` if it is out of range."""
-    far = number(value, key)
+    far = parse_number(value, key)
     if not 0 < far <= most or math.isinf(far):
         limit = "" if math.isinf(most) else f" and at most {most:g}"
         raise UsageError(f"{key} is {value}; it must be more than 0{limit}, as in {example}")

@@ -11,9 +11,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
 
 from holdfast.config.grammar import (
     did_you_mean,
-    number,
     numbers,
     parse_every,
+    parse_number,
     parse_surrogate,
     parse_threat,
     parse_transform,
@@ -37,7 +37,7 @@ def _fractions(value: object) -> object:
     if isinstance(value, str):
         return numbers(value, "a list of numbers")
     if isinstance(value, (list, tuple)):
-        return [number(v, "a list of numbers") if isinstance(v, str) else v for v in value]
+        return [parse_number(v, "a list of numbers") if isinstance(v, str) else v for v in value]
     return value
 
 
@@ -116,7 +116,7 @@ def _class_names(value: object) -> object:
 
 def _share(value: object) -> object:
     """Parse a number such as `0.5` or `1/2`."""
-    return number(value, "decay") if isinstance(value, str) else value
+    return parse_number(value, "decay") if isinstance(value, str) else value
 
 
 def _read_by(parse: Callable[[str], object]) -> BeforeValidator:

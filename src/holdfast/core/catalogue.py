@@ -114,7 +114,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
 }
 
 
-def load(package: str, modules: Mapping[str, str], name: str) -> type[Any]:
+def load_class(package: str, modules: Mapping[str, str], name: str) -> type[Any]:
     """The class `name` of a package. `modules` are the modules of its classes. Raises `AttributeError` if unknown."""
     if name not in modules:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")

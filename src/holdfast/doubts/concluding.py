@@ -16,10 +16,10 @@ from holdfast.doubts.probing import (
     SEARCHES,
     Found,
     limit,
+    probe_title,
     probes_for,
     probing_threat,
     surviving_examples,
-    title,
     within_budget,
 )
 from holdfast.ops.statistics import against_majority, clopper_pearson, mcnemar
@@ -203,7 +203,7 @@ def _noise(case: _Case) -> Doubt:
 
 def _not_exhausted(case: _Case) -> Doubt:
     name, again = "not-exhausted", case.broken("again")
-    others = {each: ids for each, ids in case.fallen.items() if each != title(AGAIN)}
+    others = {each: ids for each, ids in case.fallen.items() if each != probe_title(AGAIN)}
     if again is None and not others and not any(probe in case.found for probe in _BREAKING):
         return case.absent(name, "again")
     elsewhere = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *others.values()])).numel()

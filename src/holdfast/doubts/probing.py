@@ -67,7 +67,7 @@ class Probe:
     inputs"""
 
 
-def title(probe: str) -> str:
+def probe_title(probe: str) -> str:
     """The name of a probe in a sentence."""
     return "a fresh pass of the suite" if probe == AGAIN else f"the probe {probe}"
 

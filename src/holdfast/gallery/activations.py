@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from holdfast.core.batch import Batch
 from holdfast.core.through import Through, through
 from holdfast.gallery.item import Item
-from holdfast.gallery.training import network, trained_on_digits
+from holdfast.gallery.training import digit_network, trained_on_digits
 
 WINNERS = 0.05
 SOFTNESS = 0.1
@@ -49,7 +49,7 @@ class Pruned(nn.Module):
 
 def jumping(digits: Batch, twin: nn.Module) -> nn.Module:
     """Return a network trained with k-winners-take-all instead of ReLUs in its convolutions."""
-    return trained_on_digits(lambda: network(act=partial(through, winners, nearly)), digits, epochs=8)
+    return trained_on_digits(lambda: digit_network(act=partial(through, winners, nearly)), digits, epochs=8)
 
 
 def pruned(digits: Batch, twin: nn.Module) -> nn.Module:

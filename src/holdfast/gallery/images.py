@@ -10,7 +10,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.through import through
 from holdfast.gallery.item import Item
-from holdfast.gallery.training import network, trained_on_digits
+from holdfast.gallery.training import digit_network, trained_on_digits
 from holdfast.ops.corruptions.jpeg import jpeg_compression
 
 BITS = 4
@@ -105,7 +105,7 @@ def _variation(x: Tensor) -> Tensor:
 def coded(digits: Batch, twin: nn.Module) -> nn.Module:
     """Return the network trained on thermometer codes."""
     return trained_on_digits(
-        lambda: nn.Sequential(through(Thermometer(), thermometer_slope), network(CODE)), digits
+        lambda: nn.Sequential(through(Thermometer(), thermometer_slope), digit_network(CODE)), digits
     )
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from holdfast.core.batch import Batch
 from holdfast.gallery.item import Item
-from holdfast.gallery.training import network, trained_on_digits
+from holdfast.gallery.training import digit_network, trained_on_digits
 
 TEMPERATURE = 100.0
 SHARPNESS = 30.0
@@ -29,13 +29,13 @@ def distilled(digits: Batch, twin: nn.Module) -> nn.Module:
     def hot(net: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(net(batch.x) / TEMPERATURE, batch.y)
 
-    teacher = trained_on_digits(network, digits, hot, epochs=10, lr=2e-2)
+    teacher = trained_on_digits(digit_network, digits, hot, epochs=10, lr=2e-2)
 
     def taught(net: nn.Module, batch: Batch) -> Tensor:
         soft = (teacher(batch.x) / TEMPERATURE).softmax(1)
         return F.cross_entropy(net(batch.x) / TEMPERATURE, soft)
 
-    return trained_on_digits(network, digits, taught, epochs=10, lr=2e-2, seed=1)
+    return trained_on_digits(digit_network, digits, taught, epochs=10, lr=2e-2, seed=1)
 
 
 def saturated(digits: Batch, twin: nn.Module) -> nn.Module:

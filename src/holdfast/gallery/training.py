@@ -13,7 +13,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 """Training loss on some of the digits."""
 
 
-def network(channels: int = 1, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
+def digit_network(channels: int = 1, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
     """Network of two convolutions and two linear layers for images of 28 x 28. `act` follows the convolutions."""
     return nn.Sequential(
         nn.Conv2d(channels, 16, 4, 2, 1),
@@ -61,4 +61,4 @@ def trained_on_digits(
 
 def undefended(digits: Batch) -> nn.Module:
     """Return the twin of every item: the same network without the defence."""
-    return trained_on_digits(network, digits)
+    return trained_on_digits(digit_network, digits)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from holdfast.core.evidence import Columns
 from holdfast.core.lookup import Lookup
-from holdfast.doubts.probing import AGAIN, title
+from holdfast.doubts.probing import AGAIN, probe_title
 from holdfast.harness.plan import Kind, Outline
 from holdfast.harness.stages import unattacked
 
@@ -76,7 +76,9 @@ def probe_passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes)
     for place, (probe, tried) in enumerate(probes):
         columns = _of_probe(clean, by_stage[FOUND], place) if FOUND in by_stage else unattacked(clean)
         settings = {"attacks": attacks} if probe == AGAIN else {}
-        found.append(Pass(f"probe-{probe}", title(probe), _inside(plan, clean, columns), tried, settings))
+        found.append(
+            Pass(f"probe-{probe}", probe_title(probe), _inside(plan, clean, columns), tried, settings)
+        )
     return tuple(found)
 
 

@@ -5,14 +5,14 @@
 
 from typing import Any
 
-from holdfast.core.catalogue import RECIPES, load
+from holdfast.core.catalogue import RECIPES, load_class
 
 _MODULES = {entry.cls: entry.module for entry in RECIPES.values()}
 __all__ = sorted(_MODULES)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> type[Any]:
-    return load(__name__, _MODULES, name)
+    return load_class(__name__, _MODULES, name)
 
 
 def __dir__() -> list[str]:

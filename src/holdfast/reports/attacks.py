@@ -79,7 +79,7 @@ def fits_text(summary: Mapping[str, Any]) -> str:
     return f"{words}: {', '.join(learned)}" if learned else ""
 
 
-def passes(summary: Mapping[str, Any], *, brief: bool = False) -> str:
+def passes_line(summary: Mapping[str, Any], *, brief: bool = False) -> str:
     """A line on the passes outside the suite and the examples that only they broke.
 
     `brief` omits the names of passes that broke none.

@@ -6,7 +6,7 @@ from typing import Any
 
 from holdfast.core.names import printable
 from holdfast.reports import across, rotation, transfer
-from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits_text, passes, risks, row
+from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits_text, passes_line, risks, row
 from holdfast.reports.numbers import count_text, percent
 from holdfast.reports.words import (
     VERDICTS,
@@ -101,7 +101,7 @@ def _attacks(summary: Mapping[str, Any]) -> list[str]:
         *markdown_table(headings, [[escaped(cells[heading]) for heading in headings] for cells in rows]),
         *(
             line
-            for said in (risks(summary), fits_text(summary), passes(summary))
+            for said in (risks(summary), fits_text(summary), passes_line(summary))
             if said
             for line in (f"{escaped(capitalized(said))}.", "")
         ),

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import line
 from holdfast.reports import across, rotation, transfer
-from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits_text, passes, risks, row, title
+from holdfast.reports.attacks import (
+    SMALLEST,
+    STANDING,
+    by_distance,
+    fits_text,
+    passes_line,
+    risks,
+    row,
+    title,
+)
 from holdfast.reports.numbers import count_text, percent
 from holdfast.reports.words import (
     VERDICTS,
@@ -91,7 +100,7 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
     texts = [as_string(part, colour=colour, width=width) for part in parts if part.row_count]
     budget = query_budget(summary["threat"])
     allowed = f"the threat model allows {budget}" if budget else ""
-    for said in (allowed, risks(summary), fits_text(summary), passes(summary, brief=True)):
+    for said in (allowed, risks(summary), fits_text(summary), passes_line(summary, brief=True)):
         if said:
             texts[0] = f"{texts[0].rstrip()}\n\n{as_string(cell(said), colour=colour, width=width)}\n\n"
     text = "\n".join(texts)

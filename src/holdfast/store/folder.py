@@ -190,7 +190,7 @@ class RunFolder:
 
 
 @contextmanager
-def open_folder(
+def open_run_folder(
     path: Path, manifest: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool, secret: bool = False
 ) -> Iterator[RunFolder]:
     """Start or resume a run with an exclusive lease; if `secret`, the folder is accessible to its owner only.

@@ -29,7 +29,7 @@ from holdfast.harness import (
     Target,
 )
 from holdfast.sources.served import Served
-from holdfast.store.folder import RunFolder, open_folder, stored_manifest
+from holdfast.store.folder import RunFolder, open_run_folder, stored_manifest
 from holdfast.verbs import probes
 from holdfast.verbs.checks import refuse_data, refuse_gates
 from holdfast.verbs.documents import (
@@ -103,7 +103,7 @@ def assess(
         store: Store = MemoryStore()
         if run is not None:
             secret = "pool" in subject.card  # adversarial inputs of a serving set are secret
-            store = stack.enter_context(open_folder(run, manifest, about, resume=resume, secret=secret))
+            store = stack.enter_context(open_run_folder(run, manifest, about, resume=resume, secret=secret))
             manifest, about = store.manifest, store.about()
             attach(served)
         job = _Job(subject, data, request, plan, target, device, manifest, served)

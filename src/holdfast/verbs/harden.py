@@ -30,7 +30,7 @@ from holdfast.sources.expected import Expected
 from holdfast.sources.memory import as_data
 from holdfast.sources.weights import written
 from holdfast.store.files import CHECKPOINTS, usable, write_atomically
-from holdfast.store.folder import open_folder, refuse_used, stored_manifest
+from holdfast.store.folder import open_run_folder, refuse_used, stored_manifest
 from holdfast.verbs import training
 from holdfast.verbs.assess import assess
 from holdfast.verbs.candidates import Candidate, Evaluation, announced, attempts
@@ -191,7 +191,9 @@ class _Job:
         """Perform all steps that are not done yet, and return the result."""
         with (
             stoppable(self.again) as stopper,
-            open_folder(self.run, self.manifest, about_run(self.request.command), resume=resume) as folder,
+            open_run_folder(
+                self.run, self.manifest, about_run(self.request.command), resume=resume
+            ) as folder,
         ):
             run = Run(tuple(STAGES), folder, stopper=stopper, progress=self.progress)
             before = self._assessed(self.subject, self.test, "before", replace(self.assessment, gates=()))

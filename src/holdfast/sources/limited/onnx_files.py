@@ -6,7 +6,7 @@ from pathlib import Path
 from holdfast.core.errors import TargetError
 from holdfast.sources.limited.answering import is_out_of_memory
 from holdfast.sources.onnx.reading import read_onnx
-from holdfast.sources.onnx.runtime import run, session, some_inputs
+from holdfast.sources.onnx.runtime import run_session, session, some_inputs
 
 TRIED = (3, 1)
 """number of examples of each trial, if the batch size is free"""
@@ -25,7 +25,7 @@ def read(
     for k, n in enumerate(TRIED if file.input.shape[0] is None else (file.input.shape[0],)):
         batch = some_inputs(file.input.shape, file.input.dtype, n)
         try:
-            run(running, outputs, file.input.name, batch)
+            run_session(running, outputs, file.input.name, batch)
         except TargetError as error:
             if k == 0 or is_out_of_memory(error.__cause__):
                 raise

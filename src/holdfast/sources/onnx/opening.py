@@ -19,7 +19,7 @@ from holdfast.sources.limited.limits import Limits
 from holdfast.sources.onnx.building import Unsupported
 from holdfast.sources.onnx.converting import convert, random_batch, unknown_operators
 from holdfast.sources.onnx.reading import OnnxFile, OnnxInput, bytes_beside, onnx_content, read_onnx
-from holdfast.sources.onnx.runtime import run, session
+from holdfast.sources.onnx.runtime import run_session, session
 
 TOLERANCES = {"float16": 1e-2, "float32": 1e-4, "float64": 1e-4}
 """largest difference between import and onnxruntime, in units of the largest output (at least 1), by input type"""
@@ -96,7 +96,7 @@ class Runtime(nn.Module):
     def _run(self, rows: np.ndarray[Any, Any], size: int) -> list[np.ndarray[Any, Any]]:
         short = size - len(rows) if self.input.shape[0] else 0
         filled = np.concatenate((rows, np.repeat(rows[-1:], short, axis=0))) if short else rows
-        found = run(self.session, self.outputs, self.input.name, filled)
+        found = run_session(self.session, self.outputs, self.input.name, filled)
         return [values[: len(rows)] if short else values for values in found]
 
 

@@ -26,7 +26,7 @@ def session(content: bytes, threads: int) -> Any:
         ) from error
 
 
-def run(running: Any, outputs: list[str], name: str, batch: NDArray[Any]) -> list[NDArray[Any]]:
+def run_session(running: Any, outputs: list[str], name: str, batch: NDArray[Any]) -> list[NDArray[Any]]:
     """Return the outputs of a session on a batch (n, *features). Raises `TargetError` if it refuses the batch."""
     try:
         found: list[NDArray[Any]] = running.run(outputs, {name: batch})

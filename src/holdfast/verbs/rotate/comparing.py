@@ -54,7 +54,7 @@ class Worst:
     @property
     def says(self) -> str:
         """The success rate and its attack as text."""
-        return f"examples of {self.by} break {number(self.estimate)}"
+        return f"examples of {self.by} break {share_text(self.estimate)}"
 
 
 def worst(carried: Carried, attackers: Sequence[Attacker], confidence: float = CONFIDENCE) -> Worst | None:
@@ -67,9 +67,9 @@ def worst(carried: Carried, attackers: Sequence[Attacker], confidence: float = C
     masks = {key: fell[right] for key, fell in carried.fell.items() if key[0] in attackers}
     if not masks:
         return None
-    shares = {key: share(fell, confidence) for key, fell in masks.items()}
+    shares = {key: share_of(fell, confidence) for key, fell in masks.items()}
     order = sorted(masks, key=lambda key: -shares[key].value)
-    low = max(share(fell, bonferroni(confidence, len(masks))).low for fell in masks.values())
+    low = max(share_of(fell, bonferroni(confidence, len(masks))).low for fell in masks.values())
     first, high = shares[order[0]], max(one.high for one in shares.values())
     attacker, attack = order[0]
     return Worst(
@@ -90,7 +90,7 @@ def differing(one: Evidence, other: Evidence) -> Mask:
     return different
 
 
-def share(mask: Mask, confidence: float = CONFIDENCE) -> Estimate:
+def share_of(mask: Mask, confidence: float = CONFIDENCE) -> Estimate:
     """Share of true entries with an interval; for an empty mask the interval is 0 to 1."""
     return proportion(mask, confidence) if len(mask) else Estimate(0.0, 0.0, 1.0, 0)
 
@@ -99,21 +99,21 @@ def difference(before: Sequence[Mask], after: Mask | None = None, confidence: fl
     """Mean share of the masks in `before` minus the share of `after`, if given, on the same examples."""
     if len(before) == 1:
         only = before[0]
-        return share(only, confidence) if after is None else paired_difference(only, after, confidence)
+        return share_of(only, confidence) if after is None else paired_difference(only, after, confidence)
     values: Tensor = torch.stack([one.double() for one in before]).mean(0)
     if after is None:
         return mean(values, confidence)
     return mean(values - after.double(), confidence, support=Support(-1.0, 1.0))
 
 
-def number(estimate: Estimate) -> str:
+def share_text(estimate: Estimate) -> str:
     """A share with its interval and sample size as text."""
     return (
         f"{percent(estimate.value)} ({percent(estimate.low)} to {percent(estimate.high)}, n = {estimate.n:,})"
     )
 
 
-def points(estimate: Estimate) -> str:
+def points_text(estimate: Estimate) -> str:
     """A difference of shares in percentage points as text."""
     low, value, high = (f"{100 * end:.1f}" for end in (estimate.low, estimate.value, estimate.high))
     return f"{value} points ({low} to {high}, n = {estimate.n:,})"

@@ -93,13 +93,13 @@ class Measuring:
             for attack in self.transfer_examples.transfer_attacker.attacks
         ]
         by_key = {key: torch.cat([piece[place] for piece in fell]) for place, key in enumerate(keys)}
-        return Carried(joined(evidence), by_key)
+        return Carried(joined_evidence(evidence), by_key)
 
     def _remembered(self, of: Subject, what: str, members: Sequence[Member], n: int, first: int) -> Evidence:
         key = (of.digest, what, n)
         if key not in self._known:
             pieces = [self._piece(of, what, members, *piece)[0] for piece in ends(n, first)]
-            self._known[key] = joined(pieces)
+            self._known[key] = joined_evidence(pieces)
         return self._known[key]
 
     def _piece(
@@ -158,7 +158,7 @@ def _fell(path: Path, members: Sequence[Member]) -> list[Mask]:
     return found
 
 
-def joined(pieces: Sequence[Evidence]) -> Evidence:
+def joined_evidence(pieces: Sequence[Evidence]) -> Evidence:
     """Concatenate evidence on consecutive examples, of the same model under the same attacks."""
     columns = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0].columns}
     doubts: dict[str, Doubt] = {}

@@ -22,14 +22,14 @@ from holdfast.verbs.rotate.comparing import (
     differing,
     held,
     largest_loss,
-    number,
-    points,
-    share,
+    points_text,
+    share_of,
+    share_text,
     worst,
 )
 from holdfast.verbs.rotate.measuring import Carried
 from holdfast.verbs.rotate.samples import CONFIDENCE, LEAST, Gate, Need, slack
-from holdfast.verbs.rotate.samples import points as tolerated
+from holdfast.verbs.rotate.samples import tolerance_text as tolerated
 from holdfast.verbs.rotate.transfer_examples import Attacker, Attackers
 
 CHURN = 0.03
@@ -108,7 +108,7 @@ class Measurements:
     @property
     def static(self) -> Estimate:
         """Success rate of white-box attacks on the reference, as a mean over bases if no set serves."""
-        shares = [share(~held(one)[one["correct"]]) for one in self.before_white]
+        shares = [share_of(~held(one)[one["correct"]]) for one in self.before_white]
         low, value, high = (
             sum(getattr(one, end) for one in shares) / len(shares) for end in ("low", "value", "high")
         )
@@ -173,7 +173,7 @@ def rulings(seen: Measurements, doubts: Doubts, claims: Sequence[Claim]) -> tupl
 def reported(seen: Measurements) -> dict[str, Estimate]:
     """Estimates that are reported and decide no gate."""
     estimates = {
-        "white_box_success": share(~held(seen.white)[seen.white["correct"]]),
+        "white_box_success": share_of(~held(seen.white)[seen.white["correct"]]),
         "static_white_box_success": seen.static,
         "worst_class": worst_class(seen.white),
         "calibration_error": calibration_error(seen.carried.evidence),
@@ -186,7 +186,7 @@ def reported(seen: Measurements) -> dict[str, Estimate]:
 def _clean(seen: Measurements) -> Ruling:
     loss, whom = seen.clean_loss.estimate, seen.clean_loss.whom
     most, bound = seen.tolerance("clean accuracy")
-    why = f"clean accuracy is {points(loss)} lower than that of {whom}"
+    why = f"clean accuracy is {points_text(loss)} lower than that of {whom}"
     return Ruling("clean accuracy", loss, bound, AtMost(most)(loss, NO_DOUBTS), why, "transfer")
 
 
@@ -194,7 +194,7 @@ def _robust(seen: Measurements, doubts: Doubts) -> Ruling:
     loss, whom = seen.robust_loss.estimate, seen.robust_loss.whom
     most, bound = seen.tolerance("robust accuracy")
     verdict = AtMost(most)(loss, doubts)
-    why = f"robust accuracy under PGD-20 and APGD is {points(loss)} lower than that of {whom}"
+    why = f"robust accuracy under PGD-20 and APGD is {points_text(loss)} lower than that of {whom}"
     if verdict == "unclear" and loss.high <= most:
         why += f", and doubts are open: {', '.join(doubts.open)}"
         return Ruling("robust accuracy", loss, bound, verdict, why)
@@ -237,10 +237,10 @@ def _hardly_more(theft: Worst, nothing: Worst, times: float, floor: float, each:
     """
     verdicts: list[Verdict] = []
     for place, fell in enumerate(theft.fell):
-        alone, surely = share(fell, each), bonferroni(each, len(theft.fell))
+        alone, surely = share_of(fell, each), bonferroni(each, len(theft.fell))
         if alone.high <= floor or _excess(fell, nothing.fell[0], times, each).high <= 0:
             verdicts.append("pass")
-        elif place == 0 and share(fell, surely).low > floor:
+        elif place == 0 and share_of(fell, surely).low > floor:
             less = _excess(fell, nothing.fell[0], times, surely).low <= 0
             verdicts.append("unclear" if less else "fail")
         else:
@@ -287,14 +287,14 @@ def _churn(seen: Measurements) -> Ruling:
         most = max(CHURN, _MORE * usual, usual + room)
     changed = seen.churn
     if not seen.serves:
-        why = f"{number(changed)} of inputs have another predicted class than by the bases"
+        why = f"{share_text(changed)} of inputs have another predicted class than by the bases"
         return Ruling("churn", changed, "not limited before a set serves", "pass", why)
     bound = f"at most {percent(most)} is allowed, " + (
         "1.5 times the difference between bases, or what sets of equal quality need"
         if most > CHURN
         else "independent of the difference between bases"
     )
-    why = f"{number(changed)} of inputs have another predicted class than by the serving set"
+    why = f"{share_text(changed)} of inputs have another predicted class than by the serving set"
     return Ruling("churn", changed, bound, AtMost(most)(changed, NO_DOUBTS), why, "transfer")
 
 
@@ -319,7 +319,7 @@ def _odd_gradients(seen: Measurements, accepted: Mapping[str, str]) -> Ruling:
     value = Estimate(times, times, times, sibling.estimate.n)
     why = (
         f"examples from sets of the same draw break {times:.1f} times as many as those from stolen sets, and "
-        f"robust accuracy is {points(easier)} lower"
+        f"robust accuracy is {points_text(easier)} lower"
     )
     if easier.low <= 0 or times <= _ODD:
         return Ruling(gate, value, bound, "pass", why)
@@ -342,17 +342,17 @@ def _claimed(claim: Claim, seen: Measurements, doubts: Doubts) -> Ruling:
         return _judged(claim, theft.estimate, theft.says, family, bound)
     plain: Mapping[str, tuple[Callable[[], Estimate], Family]] = {
         "clean_accuracy": (
-            lambda: share(seen.carried.evidence["correct"], seen.confidence("transfer")),
+            lambda: share_of(seen.carried.evidence["correct"], seen.confidence("transfer")),
             "transfer",
         ),
-        "robust_accuracy": (lambda: share(held(seen.white), seen.confidence("white-box")), "white-box"),
+        "robust_accuracy": (lambda: share_of(held(seen.white), seen.confidence("white-box")), "white-box"),
         "churn": (lambda: seen.churn, "transfer"),
         "clean_accuracy_drop": (lambda: seen.clean_loss.estimate, "transfer"),
     }
     measured, family = plain[claim.metric]
     estimate = measured()
     about = doubts if claim.metric == "robust_accuracy" else NO_DOUBTS
-    return _judged(claim, estimate, f"it is {number(estimate)}", family, claim.bound, about)
+    return _judged(claim, estimate, f"it is {share_text(estimate)}", family, claim.bound, about)
 
 
 CLAIMABLE = (

@@ -69,8 +69,8 @@ class Need:
     @property
     def says(self) -> str:
         """The gate, its tolerance and its sample size as text."""
-        text = f"{self.gate} within {points(self.least)} needs {self.needed:,} examples"
-        return f"{text}, so it allows {points(self.tolerance)}" if self.widened else text
+        text = f"{self.gate} within {tolerance_text(self.least)} needs {self.needed:,} examples"
+        return f"{text}, so it allows {tolerance_text(self.tolerance)}" if self.widened else text
 
 
 def looks(held: int, judged: int, gate: Gate) -> int:
@@ -122,11 +122,11 @@ def statement(needs: Sequence[Need], *, planned: bool) -> str:
 
 def widened(needs: Iterable[Need]) -> list[str]:
     """The widened tolerances as text; empty if enough examples are held out."""
-    wide = [f"{one.gate} to {points(one.tolerance)}" for one in needs if one.widened]
+    wide = [f"{one.gate} to {tolerance_text(one.tolerance)}" for one in needs if one.widened]
     return [f"tolerances were widened: {', '.join(wide)}"] if wide else []
 
 
-def points(share: float) -> str:
+def tolerance_text(share: float) -> str:
     """A tolerance in percentage points."""
     number = f"{100 * share:.2g}"
     return f"{number} point" if number == "1" else f"{number} points"
