@@ -1,4 +1,4 @@
-"""Draw the pictures of the documentation from the newest records:
+"""Draw the figures of the documentation from the newest records:
 
 python -m benchmarks.figures
 """
@@ -25,23 +25,27 @@ _COLLECTIONS = {"trajectory": ("one run", _RED), "basins": ("eight runs", _BLUE)
 
 
 def places(record: Cells) -> Figure:
-    """Where the sets of a collection and draws from it lie, in the two directions in which the sets differ most."""
+    """Plot the sets of a collection and generated sets in the two directions in which the sets differ most."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
     for panel, (source, (name, _)) in zip(panels, _COLLECTIONS.items(), strict=True):
-        found = record["detail"][f"{source}, in the two widest directions"]["measured"]
-        colours: dict[str, Any] = {"c": found["runs"], "cmap": "tab10", "vmax": 9, "alpha": 0.5}
-        panel.scatter(*_columns(found["originals"]), s=60, label="originals", **colours)
-        for let_in, marker, said in (
-            (True, "x", "draws that are let in"),
-            (False, "+", "draws that are not"),
+        coordinates = record["detail"][f"{source}, in the two widest directions"]["measured"]
+        colours: dict[str, Any] = {"c": coordinates["runs"], "cmap": "tab10", "vmax": 9, "alpha": 0.5}
+        panel.scatter(*_columns(coordinates["originals"]), s=60, label="originals", **colours)
+        for let_in, marker, label in (
+            (True, "x", "generated, admitted"),
+            (False, "+", "generated, refused"),
         ):
-            some = [at for at, fine in zip(found["draws"], found["let in"], strict=True) if fine is let_in]
+            some = [
+                at
+                for at, fine in zip(coordinates["draws"], coordinates["let in"], strict=True)
+                if fine is let_in
+            ]
             if some:
                 colour = "#24292f" if let_in else _RED
-                panel.scatter(*_columns(some), s=16, c=colour, marker=marker, linewidths=0.7, label=said)
-        share = round(100 * found["variance along them"])
+                panel.scatter(*_columns(some), s=16, c=colour, marker=marker, linewidths=0.7, label=label)
+        share = round(100 * coordinates["variance along them"])
         panel.set(
-            title=f"{name}: {share} % of what differs", xlabel="first direction", ylabel="second direction"
+            title=f"{name}: {share} % of the variance", xlabel="first direction", ylabel="second direction"
         )
         panel.set_aspect("equal", "datalim")
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -49,19 +53,19 @@ def places(record: Cells) -> Figure:
 
 
 def regularisers(record: Cells) -> Figure:
-    """Accuracy, distance and transfer of draws under each reading of the regulariser."""
-    asked = {
+    """Plot accuracy, distance and transfer of generated sets for each regulariser."""
+    titles = {
         "let in, %": "within a point, %",
         "median accuracy, %": "median accuracy, %",
         "L1 to nearest": "L1 to the nearest set",
-        "transfer": "transfer between draws",
+        "transfer": "transfer between sets",
     }
-    figure, panels = plt.subplots(1, len(asked), figsize=(12, 3.6), layout="constrained")
-    for panel, (key, title) in zip(panels, asked.items(), strict=True):
+    figure, panels = plt.subplots(1, len(titles), figsize=(12, 3.6), layout="constrained")
+    for panel, (key, title) in zip(panels, titles.items(), strict=True):
         for source, (name, colour) in _COLLECTIONS.items():
             rows = [row for row in record["table"] if row["collection"] == source]
-            known = [(k, row[key]) for k, row in enumerate(rows) if row[key] != ""]
-            panel.plot(*_columns(known), "o", color=colour, label=name)
+            points = [(k, row[key]) for k, row in enumerate(rows) if row[key] != ""]
+            panel.plot(*_columns(points), "o", color=colour, label=name)
         panel.set(title=title, xlim=(-0.5, len(rows) - 0.5))
         panel.set_xticks(range(len(rows)), _REGULARISERS, rotation=60, ha="right", rotation_mode="anchor")
         if key == "L1 to nearest":
@@ -76,7 +80,7 @@ _REGULARISERS = ("off", "printed, λ 1", "away, λ 1", "hinge, less", "hinge, mo
 
 
 def lines(record: Cells) -> Figure:
-    """White-box success after each rotation of a chain, and of its controls."""
+    """Plot white-box success after each rotation of a chain, and of its controls."""
     figure, panel = plt.subplots(figsize=(7.5, 4), layout="constrained")
     panel = _only(panel)
     rows = [row for row in record["table"] if "after 1" in row]
@@ -103,21 +107,21 @@ FIGURES: dict[str, tuple[str, Callable[[Cells], Figure]]] = {
     "rotation-regularisers": ("draws", regularisers),
     "rotation-lines": ("rotation-robust", lines),
 }
-"""Name of a picture, the row that it shows, and what draws it."""
+"""Name of a figure, the row of its record, and the function that draws it."""
 
 
 def main() -> None:
-    """Write each as `docs/concepts/figures/NAME.svg`, with the date of its record."""
+    """Write each figure to `docs/concepts/figures/NAME.svg`, with the date of its record."""
     FOLDER.mkdir(exist_ok=True)
     for name, (row, draw) in FIGURES.items():
         record = newest(row)
         with mpl.rc_context(_STYLE):
             figure = draw(record)
-            told: dict[str, str | None] = {
+            metadata: dict[str, str | None] = {
                 "Date": None,
                 "Description": f"{record['command']}, {record['made']}",
             }
-            figure.savefig(FOLDER / f"{name}.svg", metadata=told)
+            figure.savefig(FOLDER / f"{name}.svg", metadata=metadata)
         plt.close(figure)
         at = Path(FOLDER / f"{name}.svg")
         print(at.relative_to(ROOT))
