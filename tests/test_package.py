@@ -100,27 +100,9 @@ def test_every_package_that_a_run_imports_is_part_of_its_code_digest_or_decides_
 
 
 COMMANDS = {
-    "admit",
-    "assess",
-    "collect",
-    "compare",
-    "demo",
-    "doctor",
-    "draw",
-    "expose",
-    "fetch",
-    "harden",
-    "head",
-    "init",
-    "migrate",
-    "report",
-    "run",
-    "status",
-    "swap",
-    "train",
-    "validate",
-    "verify",
-}
+    "admit", "assess", "collect", "compare", "demo", "doctor", "draw", "expose", "fetch", "harden", "head",
+    "init", "migrate", "report", "run", "status", "swap", "train", "validate", "verify",
+}  # fmt: skip
 """A command, the function of the Python interface or of the verb that it calls, and the step that does the work."""
 SAME_ROLE = {
     "cells": "cells of a row, of each table of a report",
@@ -135,21 +117,9 @@ SAME_ROLE = {
 }
 """Names that several modules define for the same role on different types."""
 SHARED = {
-    "across",
-    "attackers",
-    "candidates",
-    "ends",
-    "held",
-    "judged",
-    "measured",
-    "members",
-    "shown",
-    "size",
-    "subject_of",
-    "text",
-    "twin",
-    "verdict",
-}
+    "across", "attackers", "candidates", "ends", "held", "judged", "measured", "members", "shown", "size",
+    "subject_of", "text", "twin", "verdict",
+}  # fmt: skip
 """Names with two meanings that are not renamed yet; none may be added."""
 
 

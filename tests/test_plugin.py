@@ -95,7 +95,7 @@ def test_what_broke_a_model_is_told(outcome):
     assert "AssertionError: robust accuracy under linf:0.3 is 0, 95 % interval 0 to" in said
     assert "n = 60: none of it meets 0.5 (fail)" in said
     assert "clean accuracy: 1" in said
-    assert "PGD: broke 60 of the 60 that stood" in said
+    assert "PGD: broke 60 of the 60 that survived the attacks before" in said
     assert "broken examples: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 50 more" in said
     assert "plugin.py" not in said  # the way through the plugin is nobody's concern
 

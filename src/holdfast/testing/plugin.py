@@ -79,7 +79,9 @@ def _message(result: Result, judgement: Judgement, threat: str) -> list[str]:
     ]
     for record in evidence.attacks:
         gone = record.standing_before - record.standing_after
-        lines.append(f"{record.name}: broke {gone} of the {record.standing_before} that stood")
+        lines.append(
+            f"{record.name}: broke {gone} of the {record.standing_before} that survived the attacks before"
+        )
     broken = evidence["id"][evidence["success"]].tolist()
     if broken:
         more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
