@@ -336,7 +336,7 @@ def test_a_signal_before_the_run_is_told_too(name, code):
         [sys.executable, "-m", "holdfast", *words], check=False, capture_output=True, text=True, timeout=60
     )
     assert ended.returncode == code
-    assert f"stopped by {name}; what was finished is kept, go on with: holdfast assess" in ended.stderr
+    assert f"stopped by {name}; finished steps are stored; resume with: holdfast assess" in ended.stderr
     assert "--run holdfast-runs/" in ended.stderr and ended.stderr.endswith(" --resume\n")
 
 

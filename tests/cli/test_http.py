@@ -139,7 +139,7 @@ def test_a_run_whose_server_dies_resumes_to_what_an_undisturbed_one_finds(capsys
         assert run(words(server, *dying)) == 3
     said = capsys.readouterr().err
     assert "the connection failed" in said
-    assert "what was finished is kept, go on with: holdfast" in said
+    assert "finished steps are stored; resume with: holdfast" in said
     assert said.rstrip().endswith("--run cut --resume")
     assert run([*words(server, *dying), "--resume"]) == 3
     assert "cannot be reached" in capsys.readouterr().err
@@ -165,7 +165,7 @@ def test_a_run_whose_server_refuses_an_input_goes_on_once_that_is_mended(capsys)
         assert run(words(server, *refused)) == 3
     said = capsys.readouterr().err
     assert "answers 400 Bad Request" in said
-    assert "what was finished is kept, go on with: holdfast" in said
+    assert "finished steps are stored; resume with: holdfast" in said
     with Server(port=port) as server:
         assert run([*words(server, *refused), "--resume"]) == 0
         assert 0 < len(server.sizes) < sent

@@ -152,7 +152,7 @@ def test_workers_leave_it_to_the_process_that_holds_the_run(tmp_path):
 def test_time_that_runs_out_leaves_it_out():
     found = assess(subject(), data(), carrying(elsewhere(), time_budget_s=1e-9))
     assert not found.evidence.across
-    assert any("what was to be carried across data sets is left out" in note for note in found.evidence.notes)
+    assert any("the transfer between data sets is left out" in note for note in found.evidence.notes)
 
 
 @pytest.mark.parametrize(

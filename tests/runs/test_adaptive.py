@@ -87,7 +87,7 @@ def test_under_l2_an_answer_stands_on_a_search_for_the_smallest_change():
 def test_an_honest_model_has_no_adaptive_attack():
     result = assess(subject(), data(), adaptive_order(threat=holdfast.ThreatModel(Linf(1e-3))))
     assert [record.name for record in result.attacks] == ["PGD"]
-    assert "no doubt called for an adaptive attack, so none was run" in result.evidence.notes
+    assert "no doubt requires an adaptive attack, so none was run" in result.evidence.notes
 
 
 def test_a_model_that_draws_is_attacked_on_average():

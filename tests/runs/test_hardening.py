@@ -274,7 +274,7 @@ def test_what_is_frozen_stays_and_is_named():
     subject.model.net[1].weight.requires_grad_(False)
     before = subject.model.net[1].weight.clone()
     found = harden(subject, training(), fakes.data(), wish())
-    assert found.notes == ("1 of 4 parameters are frozen and stay what they are: net.1.weight",)
+    assert found.notes == ("1 of 4 parameters are frozen and are not trained: net.1.weight",)
     assert torch.equal(found.model.net[1].weight, before)
     assert not torch.equal(found.model.net[1].bias, subject.model.net[1].bias)
 
@@ -441,7 +441,9 @@ def test_a_run_that_nobody_asked_to_keep_stays_until_it_is_done(monkeypatch, tmp
     with pytest.raises(OSError, match="^the disk is gone") as caught:
         harden(trainable(), training(), fakes.data(), wish(), progress=fail)
     (run,) = tmp_path.glob("holdfast-*/run")
-    assert caught.value.__notes__ == [f"what was finished is kept, go on with: run={str(run)!r}, resume=True"]
+    assert caught.value.__notes__ == [
+        f"finished steps are stored; resume with: run={str(run)!r}, resume=True"
+    ]
     found = harden(trainable(), training(), fakes.data(), wish(), run=run, resume=True)
     shutil.rmtree(run.parent)
     assert harden(trainable(), training(), fakes.data(), wish()).weights == found.weights

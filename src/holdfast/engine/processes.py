@@ -197,10 +197,10 @@ class Processes:
         at = ("", -1) if worker.shard is None else (stage, worker.shard)
         self._deaths[at] += 1
         if self._deaths[at] >= _DEATHS:
-            where = "before it had begun" if worker.shard is None else f"on shard {worker.shard} of {stage}"
+            where = "before it had started" if worker.shard is None else f"on shard {worker.shard} of {stage}"
             raise TargetError(
                 f"a worker died {_DEATHS} times {where}, the last time with status {worker.process.returncode}; if "
-                f"memory ran out, take fewer --workers or a smaller --batch-size"
+                f"memory ran out, use fewer --workers or a smaller --batch-size"
             )
 
     def end(self) -> None:
@@ -229,8 +229,8 @@ def worker_processes(setup: Setup, size: int) -> Iterator[Processes]:
 def unshared(error: Exception) -> UsageError:
     """The error for a model or data that cannot be pickled for another process."""
     return UsageError(
-        f"a worker cannot take the model, the data or an attack over ({type(error).__name__}: {error}); define them in "
-        f"a file that can be imported, or give addresses such as file.py:factory, or leave workers out"
+        f"a worker process cannot receive the model, the data or an attack ({type(error).__name__}: {error}); define them "
+        f"in a file that can be imported, or give addresses such as file.py:factory, or leave --workers out"
     )
 
 

@@ -22,7 +22,7 @@ def way_out(command: str, run: Path, *, max_queries: int | None = None) -> str:
         more = [] if max_queries is None else ["--max-queries", str(max_queries)]
         command = repeatable(command if max_queries is None else without(command, "--max-queries"))
         again = f"{command} {shlex.join([*more, '--run', str(run), '--resume'])}"
-    return f"what was finished is kept, go on with: {again}"
+    return f"finished steps are stored; resume with: {again}"
 
 
 class _WayOut(Protocol):

@@ -36,7 +36,7 @@ def run_fit(stage: Stage, plan: Plan, target: Target, batch: Batch, clean: Colum
     batch = batch.take(rng.at("examples").bits(batch.ids).argsort()[: attack.examples])
     if not len(batch):
         raise UsageError(
-            f"there is no example to learn {stage.member.name} on that is not judged; name others with --fit DATA"
+            f"there is no example to fit {stage.member.name} to that is not judged; name others with --fit DATA"
         )
     meter = Metered(target.asked(target.quick, batch), batch, plan.threat)
     with target.repeatable(rng):

@@ -223,7 +223,7 @@ def few_classes(plain: Mapping[str, Any], classes: int, *, aimed: bool) -> tuple
     targets = plain.get("targets") or 0
     needed, notes = 4 if targets or aimed else 3, []
     if plain.get("loss") == "dlr" and classes < needed:
-        notes.append(f"DLR needs {needed} classes; with {classes} the margin is climbed instead")
+        notes.append(f"DLR needs {needed} classes; with {classes} the margin is used instead")
     if targets >= classes:
         notes.append(f"{targets} targets were asked for; with {classes} classes there are {classes - 1}")
     return tuple(notes)
@@ -240,7 +240,7 @@ def refuse_unfitted(plan: Plan, *, fit: bool) -> None:
     """Raise `UsageError` if a learned attack cannot be fitted, or if `fit` is given without a learned attack."""
     if fit and not any(isinstance(member.attack, Learned) for member in plan.members):
         raise UsageError(
-            "there are examples to learn attacks on, and none of the attacks is learned; leave --fit out, or list one, "
+            "examples to fit attacks to are given, and no attack of the suite is fitted; leave --fit out, or list one, "
             "as in attacks: [{use: AdversarialPatch}]"
         )
     for member in plan.members:
@@ -248,16 +248,16 @@ def refuse_unfitted(plan: Plan, *, fit: bool) -> None:
             continue
         if plan.smallest:
             raise UsageError(
-                f"{member.name} is learned for one eps; give one, as in linf:0.2, or leave it out"
+                f"{member.name} is fitted for one eps; give one, as in linf:0.2, or leave it out"
             )
         if plan.threat.queries is not None:
             raise UsageError(
-                f"{member.name} is learned with as many queries as it takes, which no budget counts; "
+                f"{member.name} is fitted with an unlimited number of queries, which no budget counts; "
                 f"leave queries={plan.threat.queries} out, or leave it out"
             )
         if not fit:
             raise UsageError(
-                f"{member.name} is learned first, on examples that are not judged; name some with --fit DATA "
+                f"{member.name} is first fitted to examples that are not judged; name some with --fit DATA "
                 f"(in Python fit=…), or leave it out"
             )
 
@@ -272,10 +272,10 @@ def refuse_what_is_hidden(plan: Plan, target: Access, why: str = "") -> Plan:
     seen = replace(seen, adaptive=tuple(m for m in plan.adaptive if seen.threat.gives(m.attack.needs)))
     for member in (*seen.members, *seen.curve):
         if isinstance(member.attack, Transfer) and not seen.threat.surrogates:
-            way = "--surrogate MODEL, as often as you have one"
+            way = "--surrogate MODEL, once for each"
             raise UsageError(
-                f"{member.name} makes its examples on surrogates, and there is none; name a model of the same classes "
-                f"with {'surrogates=[net]' if plan.alone else way}"
+                f"{member.name} computes its examples on surrogates, and none is given; name a model with the same "
+                f"classes with {'surrogates=[net]' if plan.alone else way}"
             )
         if not seen.threat.gives(member.attack.needs):
             seeable = "nothing to be seen" if least == "none" else f"{least} only"
@@ -317,10 +317,10 @@ def _way_out(member: Member, plan: Plan, target: Access) -> str:
         ways.append(
             "give attack='transfer' and surrogates=[net]"
             if plan.alone
-            else "choose --suite transfer, which makes its examples on a --surrogate MODEL"
+            else "choose --suite transfer, which computes its examples on a --surrogate MODEL"
         )
     if replace(threat, access=target).gives(member.attack.needs):
-        ways.append(f"let the attacker see more, as in access={member.attack.needs}")
+        ways.append(f"allow the attacker more access, as in access={member.attack.needs}")
     norm = type(threat.constraint).__name__.lower()
     if threat.access == "labels" and isinstance(threat.constraint, (L1, L0)):
         ways.append(f"use linf or l2, because no attack under {norm} works with labels alone")

@@ -359,7 +359,7 @@ def returned(
     if x_adv.shape != batch.x.shape or x_adv.dtype != batch.x.dtype:
         raise HoldfastError(
             f"{type(attack).__name__} returned {x_adv.dtype} of shape {tuple(x_adv.shape)} for inputs "
-            f"{batch.x.dtype} of shape {tuple(batch.x.shape)}; an attack returns inputs like those it was given"
+            f"{batch.x.dtype} of shape {tuple(batch.x.shape)}; an attack must return inputs of the same type and shape"
         )
     legal = allowed(threat.constraint, x_adv, batch.x, target.bare.bounds)
     if not legal.all():

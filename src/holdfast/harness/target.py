@@ -201,7 +201,7 @@ def _gone_round(target: Target, sample: Batch) -> Target:
     except UsageError:
         raise
     except Exception:  # noqa: BLE001  a network may fail in any way
-        said = "the stages of the model cannot be looked at one by one, so adaptive attacks go round none"
+        said = "the stages of the model cannot be inspected one by one, so adaptive attacks bypass none"
         return replace(target, notes=(*target.notes, said))
     if not found:
         return target
@@ -231,12 +231,10 @@ def _remarks(logits: Logits, *, randomised: bool) -> tuple[str, ...]:
     remarks = []
     lost = int(logits.isnan().any(1).sum())
     if lost:
-        said = f"the model returns NaN for {lost} of the first {len(logits)} examples, which counts as broken"
+        said = f"the model returns NaN for {lost} of the first {len(logits)} examples; these count as wrong predictions"
         remarks.append(f"{said}; look for a division or a logarithm of zero with holdfast doctor")
     elif len(logits) > 1 and bool((logits == logits[0]).all()):
-        said = (
-            f"the model gives each of {len(logits)} examples the same output: nothing to attack or to doubt"
-        )
+        said = f"the model gives each of {len(logits)} examples the same output, so that there is nothing to attack"
         remarks.append(f"{said}; check its weights and its preprocessing with holdfast doctor")
     if randomised:
         remarks.append(

@@ -147,8 +147,8 @@ def remark(attack: str, waves: Sequence[Columns], risk: Residual | None) -> tupl
     ran = [int(columns["ran"].sum()) for columns in waves]
     tried, last = sum(ran), next(n for n in reversed(ran) if n)
     said = (
-        f"{attack} was run on {tried:,} of the {tried + risk.untried:,} that stood, lowest margins first. The last "
-        f"{last:,} of them all held, so with 95 % confidence it would break at most {100 * risk.at_most:.1f} % of the "
-        f"other {risk.untried:,}, if none of those is likelier to fall"
+        f"{attack} was run on {tried:,} of the {tried + risk.untried:,} robust examples, lowest margins "
+        f"first. The last {last:,} all survived, so with 95 % confidence it would break at most "
+        f"{100 * risk.at_most:.1f} % of the other {risk.untried:,}, if none of those is more likely to be broken"
     )
     return (said,)

@@ -197,7 +197,11 @@ class _Job:
             return stored
         store.begin(DOUBTS, 0)
         stopwatch = Stopwatch(store, DOUBTS)
-        unasked = ["nothing was doubted: the doubts were switched off"] if off and not self.plan.alone else []
+        unasked = (
+            ["no doubt was measured, because the doubts were switched off"]
+            if off and not self.plan.alone
+            else []
+        )
         with purpose(DOUBTS, 0, "doubts"):
             asked = probes.run_probes(measurement, by_stage, missed, stopwatch)
         measurement.confirm()
@@ -230,7 +234,7 @@ class _Job:
                 "ways": list(self.target.masking.says),
                 "blind": self.target.blind_view,
                 "missed": list(missed),
-                "notes": [] if because else ["no doubt called for an adaptive attack, so none was run"],
+                "notes": [] if because else ["no doubt requires an adaptive attack, so none was run"],
             },
         )
 

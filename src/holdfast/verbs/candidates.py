@@ -112,7 +112,7 @@ def attempts(
         f"{one.name} would have {plain(epochs)} and wants {one.least}" for one, epochs in known[first + 1 :]
     ]
     told_of = "; ".join([f"{plain(fit[first])} fit", *stronger])
-    why = f"the strongest that has its epochs within the budget: {told_of}"
+    why = f"the strongest recipe whose epochs fit into the budget: {told_of}"
     tried = [planned[first].attempt(why)]
     tried[0]["fits"] = {one.name: epochs for one, epochs in known}
     tried += [each.attempt("doubts object to the one before") for each in planned[first + 1 :] if each.epochs]
@@ -168,10 +168,10 @@ def announced(attempt: Mapping[str, Any], budget_s: float | None, n: int) -> str
     of = (
         ""
         if budget_s is None
-        else f" of about {attempt['epoch_s']:.1f} s as first planned, within a budget of {budget_s:g} s"
+        else f" of about {attempt['epoch_s']:.1f} s in the first plan, within a budget of {budget_s:g} s"
     )
     epochs = "1 epoch" if attempt["epochs"] == 1 else f"{plain(attempt['epochs'])} epochs"
     return (
         f"training by {attempt['recipe']} ({attempt['why']}): {epochs}{of}; judging the new model on {n:,} test "
-        f"examples comes on top"
+        f"examples is not part of the budget"
     )

@@ -132,6 +132,6 @@ def consistent(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise TargetError(
-            f"the files of the run in {str(path)!r} do not fit together ({type(error).__name__}: {error}); restore it "
+            f"the files of the run in {str(path)!r} are inconsistent ({type(error).__name__}: {error}); restore it "
             "from a copy, or see holdfast verify"
         ) from error

@@ -236,7 +236,9 @@ def _followed(tried: Sequence[str], best: Made) -> list[str]:
     """A note on why there was more than one training."""
     if len(tried) == 1:
         return []
-    return [f"doubts objected, so one followed another: {', '.join(tried)}; {best.candidate.name} stands"]
+    return [
+        f"doubts were raised, so several recipes were tried: {', '.join(tried)}; {best.candidate.name} stands"
+    ]
 
 
 def _noted(made: Made) -> list[str]:

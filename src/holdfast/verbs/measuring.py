@@ -228,9 +228,9 @@ def shards_of(n: int, size: int) -> tuple[tuple[int, int], ...]:
 
 _LOST = {
     "curve": "its distances are",
-    "detection": "what the detector is worth is",
+    "detection": "the evaluation of the detector is",
     "transfer": "the transfer matrix is",
-    "across": "what was to be carried across data sets is",
+    "across": "the transfer between data sets is",
 }
 
 

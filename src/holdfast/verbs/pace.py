@@ -85,7 +85,7 @@ def smaller(batch: int, error: BaseException) -> int:
     half = half_batch(batch, error)
     if processes() > 1:
         raise TargetError(
-            f"memory ran out for a batch of {batch} on {processes()} processes; go on with a smaller one in a new run, "
+            f"memory ran out for a batch of {batch} on {processes()} processes; use a smaller one in a new run, "
             f"as in --set recipe.training.batch={half}"
         ) from error
     return half

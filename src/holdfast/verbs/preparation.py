@@ -79,10 +79,10 @@ def with_surrogates(
     if not surrogates:
         return plan
     if isinstance(plan.threat.constraint, Corruptions):
-        raise UsageError("nothing is made on a surrogate under common corruptions; leave --surrogate out")
+        raise UsageError("surrogates are not used under common corruptions; leave --surrogate out")
     if isinstance(plan.threat.constraint, Transformations):
         raise UsageError(
-            f"nothing is made on a surrogate under {plan.threat.constraint}, for images are transformed as wholes; "
+            f"surrogates are not used under {plan.threat.constraint}, because whole images are transformed; "
             "leave --surrogate out"
         )
     ready = tuple(_ready(one, stack, sample, target).quick for one in surrogates)
@@ -113,18 +113,18 @@ def _ready(surrogate: Subject, stack: ExitStack, sample: Batch, target: Target) 
         )
     if found.rejects:
         raise UsageError(
-            f"the surrogate {name} rejects inputs, and examples are made on a network alone; "
-            "name the one without its detector"
+            f"the surrogate {name} rejects inputs, and examples are computed on a network without a detector; "
+            "name the network without its detector"
         )
     if found.randomised:
         raise UsageError(
-            f"the surrogate {name} draws at random, so what is made on it could not be made again; "
-            "wrap it in a factory that fixes its draws"
+            f"the surrogate {name} is randomised, so its examples could not be reproduced; "
+            "wrap it in a factory that fixes its random numbers"
         )
     lost = int(found.logits(sample.x).isnan().any(1).sum())
     if lost:
         raise TargetError(
-            f"the surrogate {name} returns NaN for {lost} of the first {len(sample)} examples, and NaN leads nowhere; "
+            f"the surrogate {name} returns NaN for {lost} of the first {len(sample)} examples, from which no example can be computed; "
             f"look for a division or a logarithm of zero with holdfast doctor"
         )
     _refuse_flat(name, found, sample)
@@ -138,7 +138,7 @@ def _refuse_flat(name: str, found: Target, sample: Batch) -> None:
     if not slope.any():
         raise UsageError(
             f"the surrogate {name} passes no gradient back to any of the first {len(few)} examples, and examples are "
-            "made from gradients; take out what cuts them (detach, no_grad, rounding), or name another model"
+            "computed from gradients; remove what stops them (detach, no_grad, rounding), or name another model"
         )
 
 
@@ -152,17 +152,17 @@ def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Targe
     threat = plan.threat
     if not isinstance(threat.constraint, (Linf, L2, L1, L0)) or threat.constraint.eps == float("inf"):
         raise UsageError(
-            "changes are carried across data sets inside a ball of a given size; choose a threat such as linf:8/255, "
+            "perturbations are transferred between data sets within a norm and an eps; choose a threat such as linf:8/255, "
             "or leave --across out"
         )
     if threat.goal is not None:
         raise UsageError(
-            f"changes that are carried across data sets lead away from whatever the model says, and not to a class; "
+            f"perturbations for the transfer between data sets lead away from the prediction, and not to a target class; "
             f"leave goal=targeted:{threat.goal} out, or leave --across out"
         )
     if not (threat.gives("gradients") and target.bare.access == "gradients") and not threat.surrogates:
         raise UsageError(
-            "changes that are carried across data sets are made from gradients, and the model gives none here; name "
+            "perturbations for the transfer between data sets are computed from gradients, and the model gives none; name "
             "one that does with --surrogate MODEL, or leave --across out"
         )
     shape = tuple(sample.x.shape[1:])
@@ -188,7 +188,7 @@ def plan_for(
     refuse_batch(sample, bare.bounds, target.classes, data.name, whole=data, remote=bare.remote)
     if target.rejects and isinstance(threat.constraint, Corruptions):
         raise UsageError(
-            "common corruptions are drawn, not chosen against a detector, and this model rejects; "
+            "common corruptions are drawn at random and not chosen against a detector, and this model has one; "
             "measure the network without its detector, or give a norm, as in --threat linf:8/255"
         )
     refuse_threat(threat, bare.bounds, sample.x, target.classes)

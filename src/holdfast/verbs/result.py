@@ -177,7 +177,7 @@ class Result:
     def _write(self, path: str | Path, suffix: str) -> Path:
         if Path(path).suffix.lower() != suffix:
             raise UsageError(
-                f"{str(path)!r} does not end in {suffix}; name it so, or call write() for other formats"
+                f"{str(path)!r} does not end in {suffix}; add the suffix, or call write() for other formats"
             )
         return self.write(path)
 

@@ -75,7 +75,7 @@ def open_run(path: Path) -> Result:
     refuse_altered(path, chain)  # the model and the threat model in the manifest belong to the measurements
     decided = recorded_document(path, chain, VERDICT)
     if decided is None:
-        raise TargetError(f"the run in {str(path)!r} is not finished; go on with it by --run {path} --resume")
+        raise TargetError(f"the run in {str(path)!r} is not finished; resume it with --run {path} --resume")
     if "judged" in decided:
         return _opened(*_judged(path, chain, decided))
     return _opened(path, manifest, chain, decided)
@@ -89,7 +89,7 @@ def _judged(
     place = str(decided["judged"])
     within, named = path / place, recorded_document(path, chain, place)
     if named is None or within.is_symlink():
-        raise TargetError(f"{str(path)!r} has no {place!r} of its own; restore it from a copy")
+        raise TargetError(f"{str(path)!r} has no inner run {place!r}; restore it from a copy")
     refuse_form(path / f"{place}.json", named, HEAD)
     manifest, inner = read_manifest(within), read_chain(within, mend=False)
     if inner.head != named["chain"]:
@@ -97,9 +97,7 @@ def _judged(
     refuse_altered(within, inner)
     found = recorded_document(within, inner, VERDICT)
     if found is None:
-        raise TargetError(
-            f"the run in {str(within)!r} is not finished; go on with it by --run {path} --resume"
-        )
+        raise TargetError(f"the run in {str(within)!r} is not finished; resume it with --run {path} --resume")
     return within, manifest, inner, found
 
 
@@ -193,7 +191,7 @@ def _stages(path: Path, manifest: dict[str, Any], chain: Chain) -> dict[str, Col
 def _doubts(path: Path, chain: Chain) -> dict[str, Any]:
     asked = recorded_document(path, chain, DOUBTS)
     if asked is None:
-        raise TargetError(f"the run in {str(path)!r} has a verdict and no {DOUBTS}; restore it from a copy")
+        raise TargetError(f"the run in {str(path)!r} has a verdict but no {DOUBTS}; restore it from a copy")
     refuse_form(path / f"{DOUBTS}.json", asked, ASKED)
     return asked
 

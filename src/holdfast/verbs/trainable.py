@@ -35,7 +35,7 @@ def refuse_untrainable(model: Classifier) -> None:
         raise TargetError("the model has no parameters to train; give a network, as in net.py:make")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise TargetError(
-            "the model is TorchScript, whose copies cannot be trained; give the network that it was made from, as in "
+            "the model is TorchScript, whose copies cannot be trained; give the network from which it was made, as in "
             "net.py:make"
         )
     if isinstance(model.net, KerasNet):
@@ -47,7 +47,7 @@ def refuse_untrainable(model: Classifier) -> None:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise TargetError(
-                f"{name} of the model is a {type(value).__name__}, and a checkpoint holds tensors alone; keep what "
+                f"{name} of the model is a {type(value).__name__}, and a checkpoint contains only tensors; keep what "
                 f"get_extra_state returns in buffers, with register_buffer"
             )
     frozen = _frozen(model)
@@ -66,7 +66,7 @@ def training_notes(model: Classifier, x: Inputs) -> tuple[str, ...]:
     frozen = _frozen(model)
     named = ", ".join(frozen[:_NAMED]) + (", …" if len(frozen) > _NAMED else "")
     whole = sum(1 for _ in model.parameters())
-    said = f"{len(frozen)} of {whole} parameters are frozen and stay what they are: {named}"
+    said = f"{len(frozen)} of {whole} parameters are frozen and are not trained: {named}"
     flat = (
         f"no gradient reaches any of the first {len(x)} held-out examples, so an attack that follows it in training "
         f"changes them at random; look for what cuts it (detach, no_grad, rounding) with holdfast doctor"
@@ -95,7 +95,7 @@ def copy_of(model: Classifier) -> Classifier:
     except Exception as error:  # a layer may raise any exception
         raise TargetError(
             f"the model cannot be copied, and the one that is given is never changed: {type(error).__name__}: {error}; "
-            f"give its layers what copy.deepcopy asks, such as __deepcopy__"
+            f"define what copy.deepcopy needs, such as __deepcopy__"
         ) from error
     own = {weight.data_ptr() for weight in model.parameters() if weight.numel()}  # others have the address 0
     if any(weight.data_ptr() in own for weight in copied.parameters()):
