@@ -283,7 +283,7 @@ def test_an_attack_that_needs_more_than_can_be_seen_is_refused_by_name():
             [PGD(), DDN(), Square()],
             ThreatModel(L2(0.1), access="scores"),
             "gradients",
-            "--skip pgd --skip ddn, or choose --suite black-box .Square., or let the attacker see more, .*gradients$",
+            "--skip pgd --skip ddn, or choose --suite black-box .Square., or allow the attacker more access, .*gradients$",
         ),
         ([PGD()], ThreatModel(L0(3)), "scores", "choose --suite black-box "),
         (
@@ -494,7 +494,7 @@ def test_settings_are_plain_values():
 def test_what_few_classes_change_is_noted():
     plan = Plan((Member("APGD-T", PGD(loss=dlr)), Member("PGD", PGD(loss=cross_entropy))), THREAT)
     notes = [step.notes for step in plan.outline(2).steps]
-    assert notes == [(), ("DLR needs 3 classes; with 2 the margin is climbed instead",), ()]
+    assert notes == [(), ("DLR needs 3 classes; with 2 the margin is used instead",), ()]
     assert all(step.notes == () for step in plan.outline(3).steps)
 
 

@@ -200,12 +200,12 @@ CASES = [
     (
         [*ASSESS[:-1], "spatial:rotate=20", "--surrogate", "mnist-cnn"],
         2,
-        "under spatial:rotate=20, for images are transformed as wholes; leave --surrogate out",
+        "under spatial:rotate=20, because whole images are transformed; leave --surrogate out",
     ),
-    ([*ASSESS[:-1], "spatial:rotate=20,access=none"], 2, "be seen; let the attacker see more"),
+    ([*ASSESS[:-1], "spatial:rotate=20,access=none"], 2, "be seen; allow the attacker more access"),
     ([*ASSESS[:-3], "transfer", "-t", "spatial:rotate=20"], 2, "give the attacker access to the model"),
     ([*ASSESS[:-1], "l1:5,access=labels"], 2, "because no attack under l1 works with labels alone"),
-    ([*ASSESS[:-1], "patch:8x8,access=scores"], 2, "only; let the attacker see more"),
+    ([*ASSESS[:-1], "patch:8x8,access=scores"], 2, "only; allow the attacker more access"),
     ([*ASSESS, "--surrogate", "nowhere.pt,arch=cnn"], 3, "nowhere.pt"),
     ([*ASSESS, "--surrogate", "good.npz"], 2, "good.npz"),
     ([*ASSESS, "--surrogate", "m.py:fine,skip=layer*.bn2"], 2, "'layer*.bn2'"),
@@ -364,7 +364,7 @@ def test_a_run_that_is_resumed_without_its_model_is_told_the_command_that_made_i
     assert run(["assess", "--run", "r", "--resume"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("holdfast: MODEL is missing")
-    assert "go on with: holdfast " in said and said.endswith(" --run r --resume\n")
+    assert "resume with: holdfast " in said and said.endswith(" --run r --resume\n")
 
 
 def test_a_signal_in_a_command_that_keeps_no_run_names_none(monkeypatch, capsys):

@@ -94,7 +94,7 @@ def test_a_signal_while_the_model_is_judged_says_how_to_go_on_with_the_whole_run
     _, said = started.communicate()
     assert started.returncode == 130
     assert said.strip().endswith("--run r --resume")
-    assert "go on with: holdfast harden mnist-cnn mnist-mini" in said
+    assert "resume with: holdfast harden mnist-cnn mnist-mini" in said
 
 
 @pytest.mark.parametrize(

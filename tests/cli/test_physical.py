@@ -131,7 +131,7 @@ def test_a_model_seen_through_random_changes_is_one_that_draws(capsys):
         (["--threat", "linf:0.1", "--set", "attacks=[{use: GridSearch}]"], "such as spatial:rotate=30"),
         (["--threat", "spatial:rotate=30", "--set", "attacks=[{use: PGD}]"], "choose GridSearch or TransformPGD"),
         (["--threat", "patch:5x5", "--set", "attacks=[{use: Square}]"], "Choose another threat"),
-        (["--fit", "mnist-mini"], "none of the attacks is learned"),
+        (["--fit", "mnist-mini"], "no attack of the suite is fitted"),
         (["--threat", "linf:0.1", "--set", "attacks=[{use: Universal}]", "--fit", "other.npz"], "of the same kind"),
         (["--transform", "rot=3"], "expected any of rotate, shift"),
         (["--transform", "noise=3"], "at most 1"),

@@ -138,7 +138,7 @@ def test_where_the_model_shows_no_gradient_changes_are_made_on_surrogates():
     transfer = replace(asked.plan, members=(MATRIX,))
     found = assess(subject(), data(), replace(asked, plan=transfer, surrogates=(other,)))
     assert sum(sum(row) for row in shares(found)) > 0
-    with pytest.raises(UsageError, match="made from gradients, and the model gives none here"):
+    with pytest.raises(UsageError, match="computed from gradients, and the model gives none"):
         assess(subject(), data(), replace(carrying(elsewhere()), plan=replace(asked.plan, members=(FAST,))))
 
 
@@ -158,7 +158,12 @@ def test_time_that_runs_out_leaves_it_out():
 @pytest.mark.parametrize(
     "threat, members, changes, said",
     [
-        (ThreatModel(L2(math.inf)), (SMALLEST,), {"smallest": True, "attacked": False}, "of a given size"),
+        (
+            ThreatModel(L2(math.inf)),
+            (SMALLEST,),
+            {"smallest": True, "attacked": False},
+            "within a norm and an eps",
+        ),
         (ThreatModel(Linf(0.06), goal=3), (FAST,), {"attacked": False}, "leave goal=targeted:3 out"),
     ],
     ids=["without an eps", "goal"],

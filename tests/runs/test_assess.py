@@ -475,7 +475,7 @@ def test_runs_are_listed_finished_or_not(tmp_path):
     assert entries["a"].robust == open_run(tmp_path / "a").metrics["robust_accuracy"].value
     assert entries["b"].robust is None
     assert runs_in(tmp_path / "nowhere") == []
-    with pytest.raises(TargetError, match="is not finished; go on with it by --run"):
+    with pytest.raises(TargetError, match="is not finished; resume it with --run"):
         open_run(tmp_path / "b")
     with pytest.raises(TargetError, match="is not a run folder"):
         open_run(tmp_path / "c")

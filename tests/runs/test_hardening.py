@@ -503,7 +503,9 @@ def test_a_stronger_recipe_follows_where_doubts_object(objecting, tmp_path):
     assert verify(run).complete
     assert looked_at == [60, 60]  # of the training data, and not those that judge
     assert found.card["tried"] == ["SingleStep", "PGDTraining"]
-    assert found.notes[-1].endswith("one followed another: SingleStep, PGDTraining; PGDTraining stands")
+    assert found.notes[-1].endswith(
+        "several recipes were tried: SingleStep, PGDTraining; the result is that of PGDTraining"
+    )
     assert found.card["cost"]["wall_s"] > sum(point.wall_s for point in found.curve)
     assert open_run(run).about["folder"] == str(run / "after")
     again = harden(trainable(), training(), fakes.data(), BOTH, run=run, resume=True)

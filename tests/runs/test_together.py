@@ -119,7 +119,7 @@ def test_two_processes_train_the_weights_of_one(tmp_path, name):
         pytest.param("kept", "2 processes share them", marks=SLOW),
         pytest.param("one", "a batch of 1 is too small for 2 processes", marks=SLOW),
         pytest.param("unknown", "2 processes share them", marks=SLOW),
-        pytest.param("other", "this process holds other data than the first", marks=SLOW),
+        pytest.param("other", "this process has other data than the first one", marks=SLOW),
     ],
 )
 def test_what_two_processes_cannot_do_is_said(tmp_path, name, said):

@@ -190,7 +190,7 @@ def test_who_draws_at_random_is_refused():
         def forward(self, x):
             return network(1)(x + 0.1 * torch.randn_like(x))
 
-    with pytest.raises(UsageError, match="other draws at random"):
+    with pytest.raises(UsageError, match="other is randomised"):
         assess(subject(), data(), with_surrogates(other(net=Noisy())))
 
 

@@ -165,7 +165,8 @@ def test_a_model_that_no_other_process_can_take_over_is_refused():
     x, y = torch.rand(4, 3), torch.zeros(4, dtype=torch.int64)
     attack = PGD(steps=3, loss=losses.margin_loss, schedule=ascent.flat)
     with pytest.raises(
-        UsageError, match="a worker cannot take the model.*Local.*file.py:factory, or leave workers"
+        UsageError,
+        match="a worker process cannot receive the model.*Local.*file.py:factory, or leave --workers",
     ):
         holdfast.assess(Local(), (x, y), "linf:0.1", [attack], workers=2)
 

@@ -92,7 +92,7 @@ def test_a_form_names_the_field_the_value_and_what_was_expected(tmp_path):
 
 def test_columns_that_do_not_fit_are_no_internal_error(run):
     rewritten(run, "run.json", lambda content: content["config"]["stages"].pop(0))
-    with pytest.raises(TargetError, match="do not fit together"):
+    with pytest.raises(TargetError, match="are inconsistent"):
         open_run(run)
 
 
@@ -100,7 +100,7 @@ def test_what_only_a_report_would_stumble_over_is_exit_3_too(run, capsys):
     rewritten(run, "run.json", lambda content: content["model"].update(bounds=["x", 1]))
     for words in (["report", str(run)], ["compare", str(run), str(SUITE_ONLY_RUN)]):
         assert command_line(words) == 3
-        assert f"the run in {str(run)!r} do not fit together" in capsys.readouterr().err
+        assert f"the run in {str(run)!r} are inconsistent" in capsys.readouterr().err
 
 
 def test_links_and_devices_are_not_opened(run):

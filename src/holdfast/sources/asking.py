@@ -306,7 +306,7 @@ class Client:
         return "".join((*pieces, text[start:]))
 
 
-_KEY_LATER = "the key may have expired, or its quota may be used up: renew it, and go on with --resume"
+_KEY_LATER = "the key may have expired, or its quota may be used up: renew it, and resume with --resume"
 _KEY = "it may want a key: --header 'Authorization: env:VARIABLE'"
 
 
