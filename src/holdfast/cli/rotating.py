@@ -123,7 +123,7 @@ def draw(
 ) -> int:
     """Add candidates to a pool. Returns exit code 0 when complete."""
     opened = Pool.held(Path(pool), expect_head=expect_head)
-    again = f"what was finished is kept, continue with: {command_line()}{'' if resume else ' --resume'}"
+    again = f"finished steps are stored; resume with: {command_line()}{'' if resume else ' --resume'}"
     with stoppable(again) as stopper:
         terms = rotating.reopened(opened, settings)
         drawn = drawing.draw(
@@ -146,7 +146,7 @@ def draw(
 def admit(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str) -> int:
     """Judge the candidates of a pool. Returns exit code 0 if one was admitted, 4 if none."""
     opened = Pool.held(Path(pool), expect_head=expect_head)
-    again = f"what was finished is kept, continue with: {command_line()}"
+    again = f"finished steps are stored; resume with: {command_line()}"
     with stoppable(again) as stopper, progress_bar(voice) as progress:
         result = admission.admit(
             opened,

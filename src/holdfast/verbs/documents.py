@@ -95,7 +95,8 @@ def _constraint(threat: Mapping[str, Any]) -> Constraint:
     norms: dict[str, type[Linf | L2 | L1]] = {"Linf": Linf, "L2": L2, "L1": L1}
     if threat["norm"] not in norms:
         raise TargetError(
-            f"the run has the threat {threat['norm']}, which this version does not know; install the version that wrote it"
+            f"the run has the threat {threat['norm']}, which this version does not know; install the version that "
+            "wrote it"
         )
     return norms[threat["norm"]](eps)
 
@@ -181,5 +182,6 @@ def _halved(splits: Sequence[Split]) -> list[str]:
         return []
     size = min(split["size"] for split in splits)
     return [
-        f"memory ran out, and the run continued with batches of {size} examples; --batch-size {size} starts with that size"
+        f"memory ran out, and the run continued with batches of {size} examples; --batch-size {size} starts with "
+        "that size"
     ]

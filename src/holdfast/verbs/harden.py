@@ -151,7 +151,8 @@ class _Job:
         """Verify that the data equal those of the first process, and use its initial weights."""
         if distributed.broadcast(digests) != digests:
             raise UsageError(
-                "this process has other data than the first one; give all processes the same data in the same order, as from one file"
+                "this process has other data than the first one; give all processes the same data in the same order, "
+                "as from one file"
             )
         weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(distributed.broadcast(weights))

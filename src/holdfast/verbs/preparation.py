@@ -124,7 +124,8 @@ def _ready(surrogate: Subject, stack: ExitStack, sample: Batch, target: Target) 
     lost = int(found.logits(sample.x).isnan().any(1).sum())
     if lost:
         raise TargetError(
-            f"the surrogate {name} returns NaN for {lost} of the first {len(sample)} examples, from which no example can be computed; "
+            f"the surrogate {name} returns NaN for {lost} of the first {len(sample)} examples, from which no example "
+            "can be computed; "
             f"look for a division or a logarithm of zero with holdfast doctor"
         )
     _refuse_flat(name, found, sample)
@@ -152,17 +153,20 @@ def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Targe
     threat = plan.threat
     if not isinstance(threat.constraint, (Linf, L2, L1, L0)) or threat.constraint.eps == float("inf"):
         raise UsageError(
-            "perturbations are transferred between data sets within a norm and an eps; choose a threat such as linf:8/255, "
+            "perturbations are transferred between data sets within a norm and an eps; choose a threat such as "
+            "linf:8/255, "
             "or leave --across out"
         )
     if threat.goal is not None:
         raise UsageError(
-            f"perturbations for the transfer between data sets lead away from the prediction, and not to a target class; "
+            "perturbations for the transfer between data sets lead away from the prediction, and not to a target "
+            "class; "
             f"leave goal=targeted:{threat.goal} out, or leave --across out"
         )
     if not (threat.gives("gradients") and target.bare.access == "gradients") and not threat.surrogates:
         raise UsageError(
-            "perturbations for the transfer between data sets are computed from gradients, and the model gives none; name "
+            "perturbations for the transfer between data sets are computed from gradients, and the model gives none; "
+            "name "
             "one that does with --surrogate MODEL, or leave --across out"
         )
     shape = tuple(sample.x.shape[1:])

@@ -80,7 +80,8 @@ def refuse_early(served: Served, subject: Subject, request: AssessRequest) -> No
         refuse_what_is_hidden(request.plan, subject.model.access, subject.model.hides)
     if request.workers is not None:
         raise UsageError(
-            f"--workers is {request.workers}, and the model is behind a server, which computes its outputs; leave --workers "
+            f"--workers is {request.workers}, and the model is behind a server, which computes its outputs; leave "
+            "--workers "
             f"out, and give --http-concurrency {request.workers} to send that many requests at the same time"
         )
 
