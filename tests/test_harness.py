@@ -283,8 +283,10 @@ def test_an_attack_that_needs_more_than_can_be_seen_is_refused_by_name():
             [PGD(), DDN(), Square()],
             ThreatModel(L2(0.1), access="scores"),
             "gradients",
-            "--skip pgd --skip ddn, or choose --suite black-box .Square., or allow the attacker more access, "
-            ".*gradients$",
+            (
+                "--skip pgd --skip ddn, or choose --suite black-box .Square., or allow the attacker more access, "
+                ".*gradients$"
+            ),
         ),
         ([PGD()], ThreatModel(L0(3)), "scores", "choose --suite black-box "),
         (

@@ -230,8 +230,7 @@ def unshared(error: Exception) -> UsageError:
     """The error for a model or data that cannot be pickled for another process."""
     return UsageError(
         f"a worker process cannot receive the model, the data or an attack ({type(error).__name__}: {error}); define "
-        "them "
-        f"in a file that can be imported, or give addresses such as file.py:factory, or leave --workers out"
+        "them in a file that can be imported, or give addresses such as file.py:factory, or leave --workers out"
     )
 
 

@@ -182,6 +182,8 @@ def _halved(splits: Sequence[Split]) -> list[str]:
         return []
     size = min(split["size"] for split in splits)
     return [
-        f"memory ran out, and the run continued with batches of {size} examples; --batch-size {size} starts with "
-        "that size"
+        (
+            f"memory ran out, and the run continued with batches of {size} examples; --batch-size {size} starts with "
+            "that size"
+        )
     ]

@@ -237,8 +237,10 @@ def _followed(tried: Sequence[str], best: Made) -> list[str]:
     if len(tried) == 1:
         return []
     return [
-        f"doubts were raised, so several recipes were tried: {', '.join(tried)}; the result is that of "
-        f"{best.candidate.name}"
+        (
+            f"doubts were raised, so several recipes were tried: {', '.join(tried)}; the result is that of "
+            f"{best.candidate.name}"
+        )
     ]
 
 
