@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import holdfast
 from holdfast.attacks import PGD
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.engine.processes import import_path
-from holdfast.harness import Member
+from holdfast.harness import Member, Stage, task_of
 from holdfast.ops import ascent, losses
 from holdfast.store.verify import verify
 from holdfast.verbs.assess import assess
@@ -215,3 +216,54 @@ def test_killed_with_its_workers_at_work_it_goes_on_with_another_number(tmp_path
         subprocess.run([*command, "--run", str(whole), "--workers", "1", "-q"], check=False).returncode == 0
     )
     assert settled(run) == settled(whole)
+
+
+class Talkative(torch.nn.Module):
+    """The fake network, opened by a factory whose child process reads standard input, and which prints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def __setstate__(self, state) -> None:
+        self.__dict__.update(state)
+        print("printed while it was opened")
+        os.write(1, b"written while it was opened\n")
+        self.child = subprocess.run(["cat"], stdout=subprocess.DEVNULL, check=True, timeout=20).args
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_pipes_of_a_worker_are_its_own(one, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('printed by Python before the worker starts')\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    assess(subject(Talkative()), data(), asked(doubts="all", workers=1), run=tmp_path / "run")
+    assert settled(tmp_path / "run") == settled(one)
+
+
+class Forking(InWorkers):
+    """Starts a copy of the process, which keeps its pipes open for longer than it lives, and then kills it."""
+
+    def act(self):
+        if not os.fork():
+            time.sleep(60)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_dead_worker_is_noticed_while_a_copy_of_it_lives(one, tmp_path):
+    begun = time.monotonic()
+    assess(
+        subject(Forking(tmp_path / "forked")), data(), asked(doubts="all", workers=1), run=tmp_path / "run"
+    )
+    assert time.monotonic() - begun < 50
+    assert settled(tmp_path / "run") == settled(one)
+
+
+def test_a_task_is_not_larger_than_its_shard():
+    big = {"id": torch.arange(100_000), "correct": torch.ones(100_000, dtype=torch.bool)}
+    stage = Stage("1-pgd", "attack", Member("PGD", PGD()))
+    task = task_of(stage, 0, (0, 10), big["correct"], {"clean": {**big, "eligible": big["correct"]}})
+    assert len(pickle.dumps(task)) < 5_000

@@ -45,12 +45,16 @@ class Executor(Protocol):
         `moved` is called with the number of finished examples in shards that are not finished.
         """
 
+    def pause(self) -> None:
+        """Release what the executor holds until the next stage."""
+
 
 @dataclass(frozen=True)
 class Inline:
     """Measures shards in the process of the run, one after another."""
 
     work: Measure | None = None
+    """None for a run without shards"""
 
     def measure(
         self,
@@ -82,6 +86,9 @@ class Inline:
                 return
             run.keep(stage, shard, columns, stopwatch)
             yield shard, columns
+
+    def pause(self) -> None:
+        """Do nothing: the model belongs to the process of the run."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ shard of a worker that died is measured again.
 """
 
 import json
+import math
 import pickle
 import queue
 import struct
@@ -37,19 +38,31 @@ _ERRORS: Mapping[str, type[HoldfastError]] = {
     error.__name__: error for error in (HoldfastError, TargetError, TargetLost, TargetRefused, UsageError)
 }
 _START = """\
-import sys
+import os, sys
+inbox, outbox = os.dup(0), os.dup(1)
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.dup2(2, 1)
 sys.path[:] = sys.argv[1:]
 from holdfast.engine.worker import main
-sys.exit(main())
+sys.exit(main(inbox, outbox))
 """
-"""Code of a worker process: it sets `sys.path` before any import."""
+"""Code of a worker process. It keeps the pipes for itself, so that neither the libraries and the model nor their child
+processes read tasks or write messages, and sets `sys.path` before any import of a library."""
+BEGINNING = b"\0holdfast worker\0"
+"""The first bytes of a worker's messages. What Python printed before, as in a `sitecustomize`, is skipped."""
 LENGTH = struct.Struct("<Q")
 """Number of bytes that precedes each message."""
+_LAST_WORDS_S = 1.0
+"""Seconds for which the messages of a worker that has ended are still awaited. A child process of it may keep the pipe
+open for longer."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
-    """A worker process, and the thread that reads its messages."""
+    """A worker process, with a thread that reads its messages and one that writes its tasks.
+
+    Writing in the thread of the run could block until the worker has imported its libraries.
+    """
 
     process: "subprocess.Popen[bytes]"
     messages: "queue.Queue[tuple[_Worker, bytes]]"
@@ -57,32 +70,48 @@ class _Worker:
     """the shard that it measures"""
     ready: bool = False
     error: Mapping[str, Any] | None = None
+    ended_at: float = math.inf
+    """`time.monotonic()` at which the end of the process was noticed"""
+    _outgoing: "queue.SimpleQueue[bytes | None]" = field(default_factory=queue.SimpleQueue)
 
     def __post_init__(self) -> None:
-        threading.Thread(target=self._read, daemon=True).start()
+        for work in (self._read, self._write):
+            threading.Thread(target=work, daemon=True).start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        while (message := read_message(self.process.stdout)) is not None:
-            self.messages.put((self, message))
-        self.messages.put((self, b""))
-
-    def send(self, message: object) -> None:
-        """Send an object. A worker that has died does not receive it; its end is handled when it is read."""
-        assert self.process.stdin is not None
         try:
-            write_message(self.process.stdin, pickle.dumps(message))
-        except (BrokenPipeError, OSError):
-            return
+            with self.process.stdout as pipe:
+                skip_to(BEGINNING, pipe)
+                while (message := read_message(pipe)) is not None:
+                    self.messages.put((self, message))
+        finally:
+            self.messages.put((self, b""))
+
+    def _write(self) -> None:
+        assert self.process.stdin is not None
+        with (
+            suppress(OSError),
+            self.process.stdin as pipe,
+        ):  # the end of the worker is noticed when it is read
+            while (content := self._outgoing.get()) is not None:
+                write_message(pipe, content)
+
+    def send(self, content: bytes) -> None:
+        """Send a message."""
+        self._outgoing.put(content)
+
+    def has_ended(self) -> bool:
+        """Whether the process has ended, and its last messages were awaited for long enough."""
+        if self.process.poll() is not None and math.isinf(self.ended_at):
+            self.ended_at = time.monotonic()
+        return time.monotonic() - self.ended_at > _LAST_WORDS_S
 
     def end(self) -> None:
         """Kill the process, and wait for its end."""
         self.process.kill()
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            with suppress(OSError):  # an unsent message to a process that has ended
-                pipe.close()
+        self._outgoing.put(None)
 
 
 @dataclass
@@ -106,21 +135,22 @@ class Processes:
     ) -> Iterator[tuple[int, Columns]]:
         """Yield each shard after a worker has measured it, and it is stored. At the deadline, no shard is started."""
         waiting, finished = deque(tasks), dict[int, int]()
-        stopwatch = Stopwatch(
-            run.store, stage, next(iter(tasks)), cpu=False
-        )  # wall time is that of all workers
+        # wall time is that of all workers, and is stored once
+        stopwatch = Stopwatch(run.store, stage, next(iter(tasks)), cpu=False)
         while True:
             if time.perf_counter() >= until:
                 waiting.clear()
+            self._notice_ends()
             self._start(min(self.size, len(waiting) + len(finished)))
             for worker in self._workers:
-                if worker.ready and worker.shard is None and waiting:
+                if worker.ready and worker.shard is None and waiting and worker.process.poll() is None:
                     worker.shard = waiting.popleft()
                     finished[worker.shard] = 0
                     run.store.begin(stage, worker.shard)
                     room = run.room(stage, worker.shard)
                     left_s = until - time.perf_counter()
-                    worker.send((tasks[worker.shard], room.size, dict(room.known), left_s))
+                    task = tasks[worker.shard], room.size, dict(room.known), left_s
+                    worker.send(pickle.dumps(task))
             if not waiting and not finished:
                 break
             try:
@@ -128,19 +158,22 @@ class Processes:
             except queue.Empty:
                 stopwatch.tick()
                 continue
+            if worker not in self._workers:  # a message of a worker that was removed
+                continue
             columns = self._receive(worker, message, run, stage, finished)
             if columns is not None:
                 assert worker.shard is not None
                 shard, worker.shard = worker.shard, None
                 run.keep(stage, shard, columns)
+                run.store.spend(stage, shard, Seconds(), done=True)
                 del finished[shard]
                 yield shard, columns
-            elif worker.process.returncode is not None and worker.shard is not None:
+            elif worker not in self._workers and worker.shard is not None:  # it died
                 waiting.appendleft(worker.shard)
                 del finished[worker.shard]
             moved(sum(finished.values()))
             stopwatch.tick()
-        stopwatch.tick(done=True)
+        stopwatch.tick(least=0.0)
 
     def _receive(
         self, worker: _Worker, message: bytes, run: Run, stage: str, finished: dict[int, int]
@@ -158,7 +191,7 @@ class Processes:
         elif kind == b"T" and shard is not None:
             times = json.loads(content)
             finished[shard] += times["examples"]
-            run.store.spend(stage, shard, Seconds(times["cpu_s"], 0.0), done=times["done"])
+            run.store.spend(stage, shard, Seconds(times["cpu_s"], 0.0), done=False)
         elif kind == b"S" and shard is not None:
             run.split(stage, shard, **json.loads(content))
         elif kind == b"L" and shard is not None:
@@ -181,12 +214,14 @@ class Processes:
                 start_new_session=True,
             )
             worker = _Worker(process, self._messages)
+            worker.send(self.setup)
             self._workers.append(worker)
-            assert process.stdin is not None
-            try:
-                write_message(process.stdin, self.setup)
-            except OSError:  # it has ended already, which is handled when its output is read
-                continue
+
+    def _notice_ends(self) -> None:
+        """Handle workers that have ended without closing their pipe, which a child process of theirs may hold open."""
+        for worker in self._workers:
+            if worker.has_ended():
+                self._messages.put((worker, b""))
 
     def _bury(self, worker: _Worker, stage: str) -> None:
         """Remove a worker that has ended. Raises the error that it reported, or counts its death."""
@@ -194,6 +229,8 @@ class Processes:
         worker.end()
         if worker.error is not None:
             raise _ERRORS.get(worker.error["error"], HoldfastError)(worker.error["message"])
+        if worker.ready and worker.shard is None:
+            return
         at = ("", -1) if worker.shard is None else (stage, worker.shard)
         self._deaths[at] += 1
         if self._deaths[at] >= _DEATHS:
@@ -202,6 +239,10 @@ class Processes:
                 f"a worker died {_DEATHS} times {where}, the last time with status {worker.process.returncode}; if "
                 f"memory ran out, use fewer --workers or a smaller --batch-size"
             )
+
+    def pause(self) -> None:
+        """End the workers, which release their memory. A later stage starts new ones."""
+        self.end()
 
     def end(self) -> None:
         """Kill all workers, and wait for their end."""
@@ -249,17 +290,33 @@ def import_path() -> list[str]:
 
 def write_message(file: IO[bytes], content: bytes) -> None:
     """Write a message to a pipe."""
-    left = memoryview(LENGTH.pack(len(content)) + content)
-    while left:  # an unbuffered file may write a part
-        left = left[file.write(left) :]
+    for part in (LENGTH.pack(len(content)), content):
+        left = memoryview(part)
+        while left:  # an unbuffered file may write a part
+            left = left[file.write(left) :]
     file.flush()
+
+
+def skip_to(beginning: bytes, file: IO[bytes]) -> None:
+    """Read a pipe up to and including `beginning`, or to its end."""
+    last = b""
+    while last != beginning and (byte := file.read(1)):
+        last = (last + byte)[-len(beginning) :]
 
 
 def read_message(file: IO[bytes]) -> bytes | None:
     """The next message of a pipe; None at its end, or if it ends inside a message."""
-    head = file.read(LENGTH.size)
-    if len(head) < LENGTH.size:
-        return None
-    (length,) = LENGTH.unpack(head)
-    content = file.read(length)
-    return content if len(content) == length else None
+    head = _read(file, LENGTH.size)
+    return None if head is None else _read(file, LENGTH.unpack(head)[0])
+
+
+def _read(file: IO[bytes], n: int) -> bytes | None:
+    """The next `n` bytes of a pipe, of which each read may return a part; None if it ends before."""
+    parts: list[bytes] = []
+    while n:
+        part = file.read(n)
+        if not part:
+            return None
+        parts.append(part)
+        n -= len(part)
+    return b"".join(parts)

@@ -1,6 +1,6 @@
-"""A worker process that measures shards (`processes.py`): it receives tasks on standard input and sends columns back.
+"""A worker process that measures shards (`processes.py`): it receives tasks over a pipe and sends columns back.
 
-It ends when its standard input is closed, which happens at any end of the process of the run. Each message has one
+It ends when the pipe is closed, which happens at any end of the process of the run. Each message has one
 letter for its kind: R ready, T time and progress, S batch split, C columns, L out of time, E error.
 """
 
@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import queue
-import sys
 import threading
 import time
 import traceback
@@ -20,22 +19,22 @@ import torch
 
 from holdfast.core.errors import HoldfastError
 from holdfast.engine.executor import Measure, OutOfTime, Task
-from holdfast.engine.processes import Setup, read_message, unshared, write_message
+from holdfast.engine.processes import BEGINNING, Setup, read_message, unshared, write_message
 from holdfast.ops.pieces import Room
 
 _REPORTED_S = 1.0
 """Interval in seconds at which time and progress are sent."""
 
 
-def main() -> int:
-    """Measure tasks until standard input is closed. Output of the model goes to standard error."""
-    # unbuffered, since a buffer would be written again when it is closed
-    with os.fdopen(os.dup(1), "wb", buffering=0) as pipe:
-        os.dup2(2, 1)
+def main(inbox: int, outbox: int) -> int:
+    """Measure the tasks of the file descriptor `inbox` until its end, and send messages to `outbox`."""
+    # unbuffered: a buffer would be written again when it is closed, and is locked while a thread reads into it
+    with os.fdopen(inbox, "rb", buffering=0) as tasks, os.fdopen(outbox, "wb", buffering=0) as pipe:
+        pipe.write(BEGINNING)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
         try:
-            _serve(_Driver(pipe))
+            _serve(_Driver(tasks, pipe))
         except HoldfastError as error:
             _send(pipe, b"E", {"error": type(error).__name__, "message": str(error)})
         except Exception:  # noqa: BLE001 - the process of the run raises it
@@ -50,6 +49,7 @@ def main() -> int:
 class _Driver:
     """The pipes to the process of the run. At their end this process ends, at once if it is `busy` with a shard."""
 
+    tasks: IO[bytes]
     pipe: IO[bytes]
     busy: bool = False
     _messages: "queue.Queue[bytes | None]" = field(default_factory=queue.Queue)
@@ -58,7 +58,7 @@ class _Driver:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
-        while (message := read_message(sys.stdin.buffer)) is not None:
+        while (message := read_message(self.tasks)) is not None:
             self._messages.put(message)
         if self.busy:
             os._exit(1)
@@ -93,17 +93,17 @@ def _measure(
     cpu, wall, examples = time.process_time(), time.perf_counter(), 0
     until = wall + left_s
 
-    def send_time(*, done: bool) -> None:
+    def send_time() -> None:
         nonlocal cpu, wall, examples
         now = time.process_time()
-        _send(pipe, b"T", {"cpu_s": now - cpu, "examples": examples, "done": done})
+        _send(pipe, b"T", {"cpu_s": now - cpu, "examples": examples})
         cpu, wall, examples = now, time.perf_counter(), 0
 
     def progress(n: int) -> None:
         nonlocal examples
         examples += n
         if time.perf_counter() - wall >= _REPORTED_S:
-            send_time(done=False)
+            send_time()
 
     def halved(row: int, size: int) -> None:
         _send(pipe, b"S", {"row": row, "size": size})
@@ -111,12 +111,12 @@ def _measure(
     try:
         columns = measure(task, Room(size, splits, halved, progress), until)
     except OutOfTime:
-        send_time(done=False)
+        send_time()
         _send(pipe, b"L", {})
         return
-    send_time(done=True)
+    send_time()
     write_message(
-        pipe, b"C" + safetensors.torch.save({name: values.clone() for name, values in columns.items()})
+        pipe, b"C" + safetensors.torch.save({name: x.contiguous().clone() for name, x in columns.items()})
     )
 
 

@@ -44,7 +44,10 @@ def task_of(
     chosen: Mask | None,
     by_stage: Mapping[str, Columns],
 ) -> ShardTask:
-    """The task of a stage (as `ready` returns it) on one shard. `chosen` are the examples of the whole stage."""
+    """The task of a stage (as `ready_stage` returns it) on one shard. `chosen` are the examples of the whole stage.
+
+    Its columns are copies: a view of a tensor is pickled with the whole tensor.
+    """
     start, stop = rows
     if chosen is None:
         return ShardTask(stage.name, shard, start, stop)
@@ -54,8 +57,8 @@ def task_of(
         start,
         stop,
         shard_rows(by_stage["clean"], start, stop),
-        chosen[start:stop],
-        None if stage.kind == "attack" else broken_by_suite(by_stage)[start:stop],
+        chosen[start:stop].clone(),
+        None if stage.kind == "attack" else broken_by_suite(by_stage)[start:stop].clone(),
         stage.aim,
         learned_for(stage, by_stage),
     )
@@ -69,5 +72,7 @@ def stage_of(task: ShardTask, plan: Plan) -> Stage:
 
 
 def shard_rows(columns: Columns, start: int, stop: int) -> dict[str, Tensor]:
-    """The rows `start` to `stop` of the columns that have one row for each example."""
-    return {name: values[start:stop] for name, values in columns.items() if not name.startswith(PARTIAL)}
+    """A copy of the rows `start` to `stop` of the columns that have one row for each example."""
+    return {
+        name: values[start:stop].clone() for name, values in columns.items() if not name.startswith(PARTIAL)
+    }

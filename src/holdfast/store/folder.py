@@ -313,9 +313,12 @@ def _refuse_another(path: Path, known: Mapping[str, Any], wanted: Mapping[str, A
         return
     details = differences(known.get("config", {}), wanted.get("config", {})) if "config" in differing else ""
     shown = f" ({details})" if details else ""
+    same = "use the settings of that run"
+    if differing == ["code"]:
+        same = "resume it with the version of Holdfast that wrote it"
     raise UsageError(
         f"{str(path)!r} is a run with another {' and another '.join(differing)}{shown}, so it cannot be resumed; "
-        "name another folder with --run DIR, or use the settings of that run"
+        f"name another folder with --run DIR, or {same}"
     )
 
 

@@ -163,9 +163,10 @@ class Leases:
         with self._transaction():
             self.refuse_lost()
             self._database.execute(
-                "UPDATE shards SET cpu_s = cpu_s + ?, wall_s = wall_s + ?, done = max(done, ?) "
-                "WHERE stage = ? AND shard = ?",
-                (cpu_s, wall_s, int(done), stage, shard),
+                "INSERT INTO shards (stage, shard, cpu_s, wall_s, done) VALUES (?, ?, ?, ?, ?) "
+                "ON CONFLICT DO UPDATE SET cpu_s = cpu_s + excluded.cpu_s, wall_s = wall_s + excluded.wall_s, "
+                "done = max(done, excluded.done)",
+                (stage, shard, cpu_s, wall_s, int(done)),
             )
             self._database.execute(
                 "UPDATE lease SET seen = ? WHERE host = ? AND pid = ? AND started = ?",

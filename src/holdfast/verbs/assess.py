@@ -114,6 +114,7 @@ def assess(
                 notify(job.expected(served))
             measurement, by_stage = job.measurement(work), dict[str, Columns]()
             missed = measurement.stages([s for s in plan.stages() if not s.adaptive], by_stage)
+            executor.pause()
             asked = job.doubted(measurement, by_stage, missed)
             adapted = job.adapted(measurement, by_stage, asked) if plan.adaptive else None
         evidence = job.evidence(work, by_stage, asked, adapted)
