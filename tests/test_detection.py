@@ -106,7 +106,7 @@ def test_a_stage_that_gives_no_floats_has_no_gradient_to_stand_in_for():
     _, batch, _, _ = problem()
     whole = through(lambda x: offset(x) > LIMIT, backward=offset)
     arms = (Member("BPDA", PGD(steps=10)),)
-    with pytest.raises(UsageError, match=r"the stage net.detector gives torch.bool, .* as in .float\(\)"):
+    with pytest.raises(UsageError, match=r"the stage net.detector returns torch.bool, .* as in .float\(\)"):
         assessed(guarded(sides, whole, 0.5), batch, doubts="all", adaptive=arms)
 
 

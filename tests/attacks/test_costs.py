@@ -18,7 +18,7 @@ from holdfast.testing.fakes import examples, labelled, network
 
 KINDS = [
     kind
-    for kind in vars(attacks).values()
+    for kind in (getattr(attacks, name) for name in attacks.__all__)
     if inspect.isclass(kind) and dataclasses.is_dataclass(kind) and hasattr(kind, "needs")
 ]
 ASKING = [kind for kind in KINDS if kind.needs in ("scores", "labels")]

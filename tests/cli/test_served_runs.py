@@ -131,7 +131,7 @@ def test_a_journal_that_was_cut_or_changed_is_refused_by_name(stopped, capsys):
     whole = journal.read_bytes()
     middle = len(whole) // 2
     for content, said in (
-        (whole[:middle], "was cut"),
+        (whole[:middle], "was truncated"),
         (whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], "was changed"),
         (b"nothing", "was changed"),
     ):

@@ -136,7 +136,7 @@ def test_runs_without_robust_accuracy_compare_the_rest(first):
     content = _compared(first, second)
     assert list(content["paired"]) == ["clean_accuracy"]
     assert any("robust accuracy is not compared" in note for note in content["notes"])
-    for suffix in ("page", "markdown", "to_json", "fragment"):
+    for suffix in ("comparison_page", "markdown", "comparison_to_json", "comparison_fragment"):
         assert getattr(comparison, suffix)(content)
 
 

@@ -101,11 +101,11 @@ def test_batches_shards_and_resumption_change_nothing_of_it(tmp_path, monkeypatc
 
     real, calls = stages._transferred, []
 
-    def stops(*arguments):
+    def stops(*arguments, **more):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **more)
 
     monkeypatch.setattr(stages, "_transferred", stops)
     with pytest.raises(BaseException):  # noqa: B017, PT011

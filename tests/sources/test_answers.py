@@ -469,7 +469,7 @@ def test_labels_beyond_the_scores_name_the_option_for_classes(verb, capsys):
     with Server() as server:
         assert run([verb, server.url(), "data.npz", "--allow-host", server.host]) == 3
         said = " ".join("".join(capsys.readouterr()).split())
-        assert "run from 6 to 7" in said and "--http-labels and --classes N" in said
+        assert "range from 6 to 7" in said and "--http-labels and --classes N" in said
 
 
 CHANGED = {

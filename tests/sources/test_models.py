@@ -54,7 +54,9 @@ def test_lazy_layers_of_a_factory_are_refused_with_weights_and_without(code: Pat
     weights = tmp_path / "w.safetensors"
     safetensors.torch.save_file({"1.weight": torch.ones(3, 4), "1.bias": torch.ones(3)}, weights)
     for address, arch in ((f"{code}:lazy", None), (str(weights), f"{code}:lazy")):
-        with pytest.raises(TargetError, match="weight is UninitializedParameter: .*; run a batch"):
+        with pytest.raises(
+            TargetError, match="weight is UninitializedParameter: .*; call the network on a batch"
+        ):
             open_model(address, arch=arch)
 
 
