@@ -292,7 +292,8 @@ def test_a_place_that_takes_no_file_is_refused_before_anything_runs(tmp_path):
 
 def test_checking_an_output_needs_neither_torch_nor_a_renderer():
     code = (
-        "import sys; from pathlib import Path; from holdfast.reports.write import check_destination; check_destination(Path('x.html'));"
+        "import sys; from pathlib import Path; from holdfast.reports.write import check_destination;"
+        "check_destination(Path('x.html'));"
         "print([name for name in ('torch', 'jinja2', 'rich', 'PIL', 'numpy') if name in sys.modules])"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

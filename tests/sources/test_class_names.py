@@ -142,7 +142,9 @@ def test_the_range_of_all_labels_is_refused_wherever_the_wrong_one_is(row: int, 
     np.savez(tmp_path / "d.npz", x=x, y=y)
     for data in ((x, y), (torch.from_numpy(x), torch.from_numpy(y)), tmp_path / "d.npz"):
         for n in (None, 40):
-            with pytest.raises(TargetError, match="run from 0 to 4, but the model has 4 classes") as refused:
+            with pytest.raises(
+                TargetError, match="range from 0 to 4, but the model has 4 classes"
+            ) as refused:
                 holdfast.assess(Brightness(), data, "linf:0.01", "quick", n=n)
             assert "subtract" not in str(refused.value)
     findings = {f.check: f for f in holdfast.doctor(Brightness(), (x, y))}

@@ -183,7 +183,7 @@ def test_bad_arrays_are_refused_with_what_was_expected(tmp_path: Path, case: str
 
 
 def test_labels_outside_the_classes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match=r"run from 0 to 2, but the model has 2 classes \(0 to 1\)"):
+    with pytest.raises(TargetError, match=r"range from 0 to 2, but the model has 2 classes \(0 to 1\)"):
         open_data(npz(tmp_path / "a.npz", x=BYTES, y=Y), expected=Expected(classes=2))
     with pytest.raises(TargetError, match="count from 1: subtract 1"):
         open_data(npz(tmp_path / "b.npz", x=BYTES, y=Y + 1), expected=Expected(classes=3))

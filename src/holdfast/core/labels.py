@@ -4,7 +4,7 @@
 def off_range(lowest: int, highest: int, classes: int, name: str, *, remote: bool = False) -> str:
     """The message for a data set whose labels range from `lowest` to `highest`; `remote` means a served model."""
     return (
-        f"the labels of {name} run from {lowest} to {highest}, but the model has {classes} classes "
+        f"the labels of {name} range from {lowest} to {highest}, but the model has {classes} classes "
         f"(0 to {classes - 1}); {advice(lowest, highest, classes, remote=remote)}"
     )
 
