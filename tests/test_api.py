@@ -443,7 +443,7 @@ def test_a_model_that_is_no_classifier_of_these_is_refused():
     with pytest.raises(TargetError, match="the model returned a tuple"):
         holdfast.assess(lambda x: (x.flatten(1),), (X, Y))
     with pytest.raises(
-        TargetError, match="labels of data in memory run from 0 to 2, but the model has 2 classes"
+        TargetError, match="labels of data in memory range from 0 to 2, but the model has 2 classes"
     ):
         holdfast.assess(lambda x: x.flatten(1)[:, :2], (X, torch.arange(N) % CLASSES))
 

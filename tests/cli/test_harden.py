@@ -181,7 +181,7 @@ def test_labels_that_are_no_classes_are_refused_before_anything_is_timed(capsys)
     Path("net.py").write_text(CODE.replace("10)", "4)"))
     words = ["--threat", "linf:0.05", "--budget", "1min", *JUDGED]
     assert run(["harden", "net.py:make", "mnist-mini", *words]) == 3
-    assert "run from 0 to 9, but the model has 4 classes" in capsys.readouterr().err
+    assert "range from 0 to 9, but the model has 4 classes" in capsys.readouterr().err
 
 
 def test_attacks_that_are_learned_learn_on_the_training_examples():
