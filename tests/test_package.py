@@ -186,14 +186,14 @@ def test_the_wheel_holds_the_bundled_files_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_a_module_reads_in_one_sitting(path):
     text = path.read_text(encoding="utf-8")
-    limit = 150 if path.parent.name == "attacks" else 400
+    limit = 150 if path.parent.name == "attacks" else 450
     assert text.count("\n") <= limit, f"{path.name} has {text.count(chr(10))} lines; at most {limit}"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = node.body[0] if ast.get_docstring(node) else None
             n_documented = docstring.end_lineno - docstring.lineno + 1 if docstring else 0
             n_lines = node.end_lineno - node.lineno + 1 - n_documented
-            limit = LONG_FUNCTIONS.get(f"{path.relative_to(SOURCE)}:{node.name}", 40)
+            limit = LONG_FUNCTIONS.get(f"{path.relative_to(SOURCE)}:{node.name}", 60)
             assert n_lines <= limit, f"{node.name} has {n_lines} lines; at most {limit}"
 
 
