@@ -1,6 +1,6 @@
-"""Holdfast: find out how a model breaks, make it harder to break, keep it that way in production.
+"""Holdfast: assess, harden and rotate machine-learning models against adversarial attacks.
 
-Nothing is imported before it is asked for: `import holdfast` costs a few milliseconds and no torch.
+A module is imported when one of its names is first used: `import holdfast` takes a few milliseconds and imports no torch.
 """
 
 from typing import TYPE_CHECKING, Any
