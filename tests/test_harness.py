@@ -272,7 +272,12 @@ def test_an_attack_that_needs_more_than_can_be_seen_is_refused_by_name():
 @pytest.mark.parametrize(
     "members, threat, target, says",
     [
-        ([Square()], ThreatModel(Linf(0.1), access="labels"), "gradients", "more access, as in access=scores$"),
+        (
+            [Square()],
+            ThreatModel(Linf(0.1), access="labels"),
+            "gradients",
+            "more access, as in access=scores$",
+        ),
         (
             [PGD(), Square()],
             ThreatModel(Linf(0.1)),

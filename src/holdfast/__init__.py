@@ -1,6 +1,6 @@
 """Holdfast: assess, harden and rotate machine-learning models against adversarial attacks.
 
-A module is imported when one of its names is first used: `import holdfast` takes a few milliseconds and imports no torch.
+A module is imported when one of its names is first used, so that `import holdfast` takes a few milliseconds.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -157,7 +157,8 @@ def renumbered(y: Array, numbers: tuple[int, ...], name: str) -> Array:
     """Labels with new numbers for the same classes. Raises `TargetError` for a label without a name."""
     if len(y) and (y.min() < 0 or y.max() >= len(numbers)):
         raise TargetError(
-            f"the labels of {name} range from {y.min()} to {y.max()}, but it names {len(numbers)} classes; correct either"
+            f"the labels of {name} range from {y.min()} to {y.max()}, but it names {len(numbers)} classes; "
+            "correct the labels or the classes"
         )
     return np.array(numbers, dtype=np.int64)[y]
 
