@@ -229,7 +229,7 @@ def test_inputs_are_looked_at_in_every_shard():
 def test_labels_that_are_no_classes_are_refused(y, says):
     labels = torch.tensor([1, 1, 2, y] if y == CLASSES else [0, 1, 2, y])
     with pytest.raises(
-        TargetError, match=rf"labels of raw run from .* but the model has 4 classes \(0 to 3\).*{says}"
+        TargetError, match=rf"labels of raw range from .* but the model has 4 classes \(0 to 3\).*{says}"
     ):
         assess(subject(), Raw(uniform(4, FEATURES).double(), labels), order())
 
