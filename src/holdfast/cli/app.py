@@ -17,7 +17,7 @@ from holdfast.core.names import line
 from holdfast.engine.signals import Stopped, Stopper
 
 _COMMANDS = {
-    "demo": ("first", "assess a bundled model on bundled images, offline, in under a minute"),
+    "demo": ("first", "assess a bundled model on bundled images, offline, in a minute or two"),
     "assess": (
         "assess",
         "measure how robust a model is: the worst case over several attacks, with confidence intervals",

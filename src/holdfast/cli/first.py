@@ -47,7 +47,7 @@ def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
     voice.say(f"{path} is valid")
 
 
-@click.command(short_help="assess a bundled model, offline, in under a minute")
+@click.command(short_help="assess a bundled model, offline, in a minute or two")
 @click.option(
     "-o",
     "--output",
