@@ -52,7 +52,7 @@ BEGINNING = b"\0holdfast worker\0"
 """The first bytes of a worker's messages. What Python printed before, as in a `sitecustomize`, is skipped."""
 LENGTH = struct.Struct("<Q")
 """Number of bytes that precedes each message."""
-_LAST_WORDS_S = 1.0
+_AWAITED_S = 1.0
 """Seconds for which the messages of a worker that has ended are still awaited. A child process of it may keep the pipe
 open for longer."""
 
@@ -90,10 +90,8 @@ class _Worker:
 
     def _write(self) -> None:
         assert self.process.stdin is not None
-        with (
-            suppress(OSError),
-            self.process.stdin as pipe,
-        ):  # the end of the worker is noticed when it is read
+        # the end of the worker is noticed by the thread that reads
+        with suppress(OSError), self.process.stdin as pipe:
             while (content := self._outgoing.get()) is not None:
                 write_message(pipe, content)
 
@@ -105,7 +103,7 @@ class _Worker:
         """Whether the process has ended, and its last messages were awaited for long enough."""
         if self.process.poll() is not None and math.isinf(self.ended_at):
             self.ended_at = time.monotonic()
-        return time.monotonic() - self.ended_at > _LAST_WORDS_S
+        return time.monotonic() - self.ended_at > _AWAITED_S
 
     def end(self) -> None:
         """Kill the process, and wait for its end."""
@@ -165,7 +163,6 @@ class Processes:
                 assert worker.shard is not None
                 shard, worker.shard = worker.shard, None
                 run.keep(stage, shard, columns)
-                run.store.spend(stage, shard, Seconds(), done=True)
                 del finished[shard]
                 yield shard, columns
             elif worker not in self._workers and worker.shard is not None:  # it died
@@ -200,7 +197,7 @@ class Processes:
         elif kind == b"E":
             worker.error = json.loads(content)
         elif not kind:
-            self._bury(worker, stage)
+            self._remove(worker, stage)
         return None
 
     def _start(self, wanted: int) -> None:
@@ -223,7 +220,7 @@ class Processes:
             if worker.has_ended():
                 self._messages.put((worker, b""))
 
-    def _bury(self, worker: _Worker, stage: str) -> None:
+    def _remove(self, worker: _Worker, stage: str) -> None:
         """Remove a worker that has ended. Raises the error that it reported, or counts its death."""
         self._workers.remove(worker)
         worker.end()
@@ -241,11 +238,7 @@ class Processes:
             )
 
     def pause(self) -> None:
-        """End the workers, which release their memory. A later stage starts new ones."""
-        self.end()
-
-    def end(self) -> None:
-        """Kill all workers, and wait for their end."""
+        """Kill all workers, which release their memory, and wait for their end. A later stage starts new ones."""
         for worker in self._workers:
             worker.process.kill()
         for worker in self._workers:
@@ -264,7 +257,7 @@ def worker_processes(setup: Setup, size: int) -> Iterator[Processes]:
     try:
         yield executor
     finally:
-        executor.end()
+        executor.pause()
 
 
 def unshared(error: Exception) -> UsageError:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from holdfast.core.evidence import Columns
+from holdfast.core.evidence import Columns, Seconds
 from holdfast.engine.executor import Executor, Inline, OutOfTime, Task
 from holdfast.engine.progress import Progress, Step, silent
 from holdfast.engine.signals import Stopper
@@ -119,10 +119,15 @@ class Run:
         return StoredStage(columns, reached)
 
     def keep(self, stage: str, shard: int, columns: Columns, stopwatch: Stopwatch | None = None) -> None:
-        """Store a finished shard and its time. A signal takes effect after the write."""
+        """Store a finished shard and its time. A signal takes effect after the write.
+
+        Without a stopwatch, its time was stored before.
+        """
         with self.stopper.finishing():
             self.store.keep_shard(stage, shard, columns)
-            if stopwatch is not None:
+            if stopwatch is None:
+                self.store.spend(stage, shard, Seconds(), done=True)
+            else:
                 stopwatch.tick(done=True)
         self.stored(stage, shard)
 

@@ -10,7 +10,6 @@ from holdfast.core.guard import Aim
 from holdfast.core.types import Mask
 from holdfast.harness.plan import Plan, Stage
 from holdfast.harness.stages import learned_for, with_learned
-from holdfast.harness.waves import broken_by_suite
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,13 @@ def task_of(
     shard: int,
     rows: tuple[int, int],
     chosen: Mask | None,
+    broken: Mask | None,
     by_stage: Mapping[str, Columns],
 ) -> ShardTask:
-    """The task of a stage (as `ready_stage` returns it) on one shard. `chosen` are the examples of the whole stage.
+    """The task of a stage (as `ready_stage` returns it) on one shard.
 
-    Its columns are copies: a view of a tensor is pickled with the whole tensor.
+    `chosen` are the examples of the whole stage, and `broken` those that the suite has broken; see `ShardTask`. Its
+    columns are copies: a view of a tensor is pickled with the whole tensor.
     """
     start, stop = rows
     if chosen is None:
@@ -58,7 +59,7 @@ def task_of(
         stop,
         shard_rows(by_stage["clean"], start, stop),
         chosen[start:stop].clone(),
-        None if stage.kind == "attack" else broken_by_suite(by_stage)[start:stop].clone(),
+        None if broken is None else broken[start:stop].clone(),
         stage.aim,
         learned_for(stage, by_stage),
     )

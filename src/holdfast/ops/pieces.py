@@ -26,6 +26,11 @@ class Room:
     progress: Callable[[int], None] = field(default=lambda n: None)
     """called with the number of examples that were just finished"""
 
+    def enter(self, row: int) -> int:
+        """The size from this row on: not more than that with which an earlier attempt continued here."""
+        self.size = min(self.size, self.known.get(row, self.size))
+        return self.size
+
     def halve(self, row: int, left: int, error: BaseException) -> None:
         """Halve the size after `error`, which is raised again if it is not that memory ran out.
 
@@ -45,8 +50,7 @@ def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Ro
     done: list[dict[str, Tensor]] = []
     start = 0
     while start < len(batch):
-        room.size = min(room.size, room.known.get(start, room.size))
-        rows = torch.arange(start, min(start + room.size, len(batch)), device=batch.ids.device)
+        rows = torch.arange(start, min(start + room.enter(start), len(batch)), device=batch.ids.device)
         try:
             columns = work(batch.take(rows))
         except (RuntimeError, MemoryError) as error:
@@ -64,10 +68,9 @@ def in_room(work: Callable[[int], _T], room: Room, row: int, left: int) -> _T:
     `left` examples, from `row` on, are not processed yet. Raises `TargetError` if memory is too small for one
     example.
     """
-    room.size = room.known.get(row, room.size)
     while True:
         try:
-            return work(room.size)
+            return work(room.enter(row))
         except (RuntimeError, MemoryError) as error:
             room.halve(row, left, error)
 

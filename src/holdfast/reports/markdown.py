@@ -135,7 +135,7 @@ def _attackers(summary: Mapping[str, Any]) -> list[str]:
     if attackers is None:
         return []
 
-    def told(headings: list[str], rows: Iterable[list[str]]) -> list[str]:
+    def escaped_table(headings: list[str], rows: Iterable[list[str]]) -> list[str]:
         return markdown_table(*([*map(escaped, headings)], ([*map(escaped, row)] for row in rows)))
 
     noun = summary["noun"]
@@ -146,10 +146,10 @@ def _attackers(summary: Mapping[str, Any]) -> list[str]:
         "",
         f"{escaped(capitalized(rotation.title(attackers, noun).partition(': ')[2]))}:",
         "",
-        *told(rotation.headings(attackers), rotation.cells(attackers)),
+        *escaped_table(rotation.headings(attackers), rotation.cells(attackers)),
         f"{escaped(capitalized(rotation.instead_title(attackers, noun).partition(': ')[2]))}:",
         "",
-        *told(rotation.instead_headings(attackers), rotation.instead_cells(attackers)),
+        *escaped_table(rotation.instead_headings(attackers), rotation.instead_cells(attackers)),
     ]
 
 

@@ -159,8 +159,8 @@ def matrices(summary: Mapping[str, Any]) -> "list[Table]":
         if matrix is None:
             continue
         table = grid(words.title(matrix, summary["noun"]), words.headings(matrix))
-        for told in words.cells(matrix):
-            table.add_row(*map(cell, told))
+        for texts in words.cells(matrix):
+            table.add_row(*map(cell, texts))
         tables.append(table)
     return [*tables, *attackers(summary)]
 
@@ -171,11 +171,11 @@ def attackers(summary: Mapping[str, Any]) -> "list[Table]":
     if found is None:
         return []
     first = grid(rotation.title(found, noun), rotation.headings(found))
-    for told in rotation.cells(found):
-        first.add_row(*map(cell, told))
+    for texts in rotation.cells(found):
+        first.add_row(*map(cell, texts))
     second = grid(rotation.instead_title(found, noun), rotation.instead_headings(found))
-    for told in rotation.instead_cells(found):
-        second.add_row(*map(cell, told))
+    for texts in rotation.instead_cells(found):
+        second.add_row(*map(cell, texts))
     for table in (first, second):
         table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
     first.columns[-2].justify = "left"

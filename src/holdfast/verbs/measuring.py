@@ -171,7 +171,10 @@ class Measurement:
     def _shards(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Shards:
         """The work of a stage with shards."""
         stage, shards = ready_stage(stage, by_stage), self.run.shards
-        chosen: Mask | None = None if stage.kind == "clean" else due_examples(stage, self.plan, by_stage)
+        chosen = broken = left = None
+        if stage.kind != "clean":
+            chosen, left = due_examples(stage, self.plan, by_stage), surviving(by_stage)
+            broken = None if stage.kind == "attack" else broken_by_suite(by_stage)
 
         def filled(shard: int) -> Columns | None:
             start, stop = shards[shard]
@@ -181,22 +184,24 @@ class Measurement:
 
         def report(done: Mapping[int, Columns], more: int) -> None:
             finished = sum(len(columns["id"]) for columns in done.values())
-            left, n = self._standing(stage, done, by_stage), len(self.data)
-            self.run.report(stage.name, finished + more, n, left, finished if chosen is None else n)
+            standing, n = self._standing(stage, done, left), len(self.data)
+            self.run.report(stage.name, finished + more, n, standing, finished if chosen is None else n)
 
         return Shards(
             filled,
-            lambda shard: task_of(stage, shard, shards[shard], chosen, by_stage),
+            lambda shard: task_of(stage, shard, shards[shard], chosen, broken, by_stage),
             join,
             report,
             timed=chosen is not None,
         )
 
-    def _standing(self, stage: Stage, done: Mapping[int, Columns], by_stage: Mapping[str, Columns]) -> int:
-        """Number of examples that are not broken, including those that finished shards of `stage` have broken."""
-        if stage.kind == "clean":
+    def _standing(self, stage: Stage, done: Mapping[int, Columns], left: Mask | None) -> int:
+        """Number of examples that no finished shard has broken, of those that were `left` before the stage.
+
+        For the clean stage, which has none before it, the number of examples that are known to be correct.
+        """
+        if left is None:
             return sum(int(columns["correct"].sum()) for columns in done.values())
-        left = surviving(by_stage)
         if stage.kind != "attack":
             return int(left.sum())
         fallen = 0
