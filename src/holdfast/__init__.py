@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from holdfast.api import assess, compare, demo, doctor, harden, report, verify
     from holdfast.attacking import attack
+    from holdfast.config.references import open_data, open_model
     from holdfast.config.starting import init, validate
     from holdfast.core.batch import Batch
     from holdfast.core.constraints import L0, L1, L2, Linf
@@ -48,6 +49,8 @@ __all__ = [
     "guarded",
     "harden",
     "init",
+    "open_data",
+    "open_model",
     "report",
     "skipped",
     "through",
@@ -78,6 +81,8 @@ _HOMES = {
     "guarded": "holdfast.core.guard",
     "harden": "holdfast.api",
     "init": "holdfast.config.starting",
+    "open_data": "holdfast.config.references",
+    "open_model": "holdfast.config.references",
     "report": "holdfast.api",
     "skipped": "holdfast.core.skipped",
     "through": "holdfast.core.through",

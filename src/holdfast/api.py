@@ -4,48 +4,61 @@ They accept a network, a function or an address as model, and tensors, arrays, a
 convert these once. Functions below this module have one type for each parameter.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from holdfast.checkup import Finding, examine
-from holdfast.config import hardening, ordering
-from holdfast.config.arguments import (
+from holdfast.config import hardening
+from holdfast.config.attacked import attackers
+from holdfast.config.attacks import ThreatLike, threat_model, threat_written
+from holdfast.config.grammar import did_you_mean, parse_threat
+from holdfast.config.members import SuiteLike, members_given
+from holdfast.config.moved import verb
+from holdfast.config.planning import assess_request
+from holdfast.config.references import (
     DataLike,
     ModelLike,
     Numbers,
-    ThreatLike,
-    data_of,
-    device_of_model,
-    fit_data,
-    folder_of,
-    given_all,
-    others_of,
-    settings_said,
-    subject_of,
-    surrogates_of,
+    Sources,
+    open_data,
+    open_model,
 )
-from holdfast.config.attacked import attackers
-from holdfast.config.attacks import threat_model
-from holdfast.config.grad_mode import gradients
-from holdfast.config.grammar import did_you_mean, parse_threat
-from holdfast.config.members import SuiteLike, members_given
 from holdfast.config.rehearsing import rehearse, rehearse_served
-from holdfast.config.settings import AssessSettings, HardenSettings
+from holdfast.config.resolve import (
+    device_of_model,
+    folder_of,
+    open_all,
+    open_examples,
+    open_fit,
+    open_others,
+    open_subject,
+    open_surrogates,
+    sources_at,
+    sources_given,
+)
+from holdfast.config.settings import (
+    AssessSettings,
+    DoctorSettings,
+    HardenSettings,
+    check_settings,
+    given,
+)
 from holdfast.config.starting import DEMO_COMMAND, DIGITS, demo_settings, init, validate
+from holdfast.config.values import is_suite
+from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
-from holdfast.core.outputs import OutputKind
-from holdfast.core.types import Layout
 from holdfast.engine.progress import Notify, Progress, ignore, silent
 from holdfast.gallery import ITEMS
+from holdfast.harness import Member
 from holdfast.ops.recipe import Recipe
 from holdfast.reports.write import check_destination as check_place
+from holdfast.sources import data as data_sources
 from holdfast.sources.counting import look_at
-from holdfast.sources.data import open_data
-from holdfast.sources.expected import ClassOrder
 from holdfast.store.verify import Verified
 from holdfast.store.verify import verify as verify_folder
 from holdfast.verbs import assess as assessing
@@ -53,7 +66,7 @@ from holdfast.verbs import harden as hardens
 from holdfast.verbs.comparison import Comparison
 from holdfast.verbs.exhibition import Exhibit, exhibits
 from holdfast.verbs.hardened import Hardened
-from holdfast.verbs.request import AssessRequest, Subject
+from holdfast.verbs.request import AssessRequest, Opening, Subject
 from holdfast.verbs.result import Result
 from holdfast.verbs.served import journaled
 from holdfast.verbs.stored_runs import open_run
@@ -68,6 +81,8 @@ __all__ = [
     "harden",
     "init",
     "look_over",
+    "open_data",
+    "open_model",
     "rehearse",
     "rehearse_served",
     "report",
@@ -76,7 +91,7 @@ __all__ = [
 ]
 
 
-@gradients()
+@verb
 def assess(
     model: ModelLike,
     data: DataLike,
@@ -90,40 +105,13 @@ def assess(
     seed: int = 0,
     n: int | None = None,
     sample: int | None = None,
-    split: str | None = None,
     fit: DataLike | None = None,
     across: Sequence[DataLike] = (),
     transform: str | None = None,
-    label: str | None = None,
-    drop: Sequence[str] = (),
-    x: str | None = None,
-    y: str | None = None,
     bounds: Numbers | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
     data_normalised: tuple[Numbers, Numbers] | str | None = None,
-    layout: Layout | None = None,
-    model_output: OutputKind | None = None,
-    classes: int | None = None,
-    class_names: Sequence[str] | str | None = None,
-    class_order: ClassOrder | None = None,
-    arch: str | None = None,
-    model_args: Mapping[str, str] | None = None,
-    input_shape: Sequence[int] | None = None,
-    allow_hosts: Sequence[str] = (),
-    headers: Sequence[str] = (),
-    http_request: str | None = None,
-    http_response: str | None = None,
-    http_labels: bool = False,
-    http_max_rows: int = 64,
-    http_timeout: str = "30s",
-    http_retries: int = 5,
-    http_concurrency: int = 1,
-    http_rate: str | None = None,
-    max_queries: int | None = None,
-    on_refused: Literal["reject", "stop"] = "reject",
-    keep_answers: bool = False,
-    trust_code: bool = False,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     curve: bool = False,
@@ -141,24 +129,58 @@ def assess(
 ) -> Result:
     """Measure how robust a model is: the worst case over a suite of attacks, with intervals and doubts.
 
-    `threat` is text, or a constraint such as `holdfast.Linf(8/255)`. `suite` names a suite or attacks (`"pgd,square"`),
-    or is an attack, a class of attacks, or a list of these. The default is `fast`, or `transfer` for a threat with
-    access=none. `surrogates` are models of the attacker; a `Classifier` declares the preprocessing, and
-    `holdfast.skipped` is for skip gradients. `across` lists other data of the same shape, to which perturbations are
-    transferred and from which they come. With `run` all artefacts are stored in that folder, and `resume` continues the
-    run. A network given as an object stays on its device.
+    `model` and `data` are objects, addresses, or results of `open_model` and `open_data`. `threat` is text, or a
+    constraint such as `holdfast.Linf(8/255)`. `suite` names a suite or attacks (`"pgd,square"`), or is an attack, a
+    class of attacks, or a list of these. The default is `fast`, or `transfer` for a threat with access=none.
+    `surrogates` are models of the attacker; a `Classifier` declares the preprocessing, and `holdfast.skipped` is for
+    skip gradients. `across` lists other data of the same shape, to which perturbations are transferred and from which
+    they come. With `run` all artefacts are stored in that folder, and `resume` continues the run. A network given as an
+    object stays on its device.
     """
-    settings = settings_said("assess()", locals(), AssessSettings)
+    settings = check_settings(
+        given(
+            threat=threat_written(threat, "assess(): threat"),
+            suite=suite if is_suite(suite) else None,
+            gates=gates,
+            accept_doubts=accept_doubts,
+            seed=seed,
+            n=n,
+            sample=sample,
+            transform=transform,
+            bounds=bounds,
+            mean=mean,
+            std=std,
+            data_normalised=data_normalised,
+            only=only,
+            skip=skip,
+            curve=curve,
+            full=full,
+            doubts=doubts,
+            adaptive=adaptive,
+            save_adversarial=save_adversarial,
+            time_budget=time_budget,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+        ),
+        "assess()",
+        kind=AssessSettings,
+    )
+    sources = sources_given(model, data, settings)
+    members = None
+    if suite is not None and settings.suite.suite is None:
+        members = members_given(suite, threat_model(parse_threat(settings.threat.threat)).constraint)
+    opening = _Opening(settings, sources, surrogates, fit, across, members, _evidence(baseline))
     place = folder_of(run, resume=resume)
-    opening = partial(given_all, model, data, surrogates, settings)
-    with journaled(place, resume=resume, keep=keep_answers):
-        subject, given, seconds = opening()
-        order = _order(suite, baseline, settings, subject, device_of_model(model, subject, settings))
-        learned = fit_data(fit, data, settings, subject.model, order)
-        others = others_of(across, settings, subject.model)
-        order = replace(order, fit=learned, surrogates=seconds, across=others)
+    with _opened(opening, place, resume=resume) as (subject, examples, request):
         return assessing.assess(
-            subject, given, order, run=place, resume=resume, progress=progress, opening=opening
+            subject,
+            examples,
+            request,
+            run=place,
+            resume=resume,
+            progress=progress,
+            opening=opening.open_all,
         )
 
 
@@ -172,20 +194,80 @@ def carry_out(
     command: str = "",
 ) -> Result:
     """Run `assess` for the command line or a configuration file; `command` is the command that repeats it."""
-    opening = partial(ordering.open_all, settings)
-    with journaled(run, resume=resume, keep=settings.keep_answers):
-        subject, data, surrogates = opening()
-        baseline, target = _evidence(settings.baseline), subject.model.access
-        order = ordering.order(settings, baseline=baseline, target=target, command=command)
-        fit = ordering.opened_fit(settings, subject.model, order.plan)
-        across = ordering.opened_across(settings, subject.model)
-        order = replace(order, fit=fit, surrogates=surrogates, across=across, attackers=attackers(settings))
+    surrogates, fit, across = settings.suite.surrogates, settings.others.fit, settings.options.across
+    baseline = _evidence(settings.reports.baseline)
+    opening = _Opening(settings, sources_at(settings), surrogates, fit, across, None, baseline, command)
+    with _opened(opening, run, resume=resume) as (subject, examples, request):
         return assessing.assess(
-            subject, data, order, run=run, resume=resume, progress=progress, opening=opening, notify=notify
+            subject,
+            examples,
+            request,
+            run=run,
+            resume=resume,
+            progress=progress,
+            opening=opening.open_all,
+            notify=notify,
         )
 
 
-@gradients()
+@dataclass(frozen=True)
+class _Opening:
+    """The inputs of an assessment before they are opened."""
+
+    settings: AssessSettings
+    sources: Sources
+    surrogates: Sequence[Any]
+    fit: DataLike | None
+    across: Sequence[DataLike]
+    members: tuple[Member, ...] | None
+    """the attacks, if they were given as objects"""
+    baseline: Evidence | None
+    command: str = ""
+
+    @property
+    def open_all(self) -> Opening:
+        """Function that opens model, data and surrogates, which worker processes call too."""
+        settings = self.settings
+        return partial(
+            open_all,
+            self.sources,
+            self.surrogates,
+            transform=settings.options.transform,
+            adaptive=settings.suite.adaptive,
+        )
+
+
+@contextmanager
+def _opened(
+    opening: _Opening, run: Path | None, *, resume: bool
+) -> Iterator[tuple[Subject, Data, AssessRequest]]:
+    """Open the inputs of an assessment, and make its request.
+
+    Answers of servers are stored in the folder of the run.
+    """
+    settings, sources = opening.settings, opening.sources
+    with journaled(run, resume=resume, keep=sources.model.limits.keep_answers):
+        subject, data, surrogates = opening.open_all()
+        device = settings.device.device
+        request = assess_request(
+            settings,
+            members=opening.members,
+            baseline=opening.baseline,
+            device=device_of_model(sources, subject, device),
+            target=subject.model.access,
+            command=opening.command,
+        )
+        request = replace(
+            request,
+            fit=open_fit(sources, opening.fit, subject.model, request.plan),
+            surrogates=surrogates,
+            across=open_others(opening.across, sources, subject.model),
+            attackers=attackers(sources, device, adaptive=settings.suite.adaptive),
+        )
+        yield subject, data, request
+
+
+@verb
 def harden(
     model: ModelLike,
     data: DataLike,
@@ -203,25 +285,18 @@ def harden(
     seed: int = 0,
     n: int | None = None,
     sample: int | None = None,
-    split: str | None = None,
-    label: str | None = None,
-    drop: Sequence[str] = (),
-    x: str | None = None,
-    y: str | None = None,
     bounds: Numbers | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
     data_normalised: tuple[Numbers, Numbers] | str | None = None,
-    layout: Layout | None = None,
-    model_output: OutputKind | None = None,
-    classes: int | None = None,
-    class_names: Sequence[str] | str | None = None,
-    class_order: ClassOrder | None = None,
-    arch: str | None = None,
-    model_args: Mapping[str, str] | None = None,
-    trust_code: bool = False,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    curve: bool = False,
+    full: bool = False,
     doubts: bool = True,
     adaptive: bool = False,
+    save_adversarial: bool = False,
+    time_budget: str | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
     device: str = "auto",
@@ -231,23 +306,56 @@ def harden(
 ) -> Hardened:
     """Train a new model that is more robust, and measure both. The given model is never changed.
 
-    If `data` is an address, its train split is used for training and its test split for measurement. If it is an
-    object, it is used for measurement and `fit` for training; without `fit` a tenth of it is held out for measurement.
-    `unlabelled` are more inputs for training, as an address or an object, for recipes that learn without labels.
-    `budget` is time for the training, as in "10min". With `run` all is stored in that folder; `resume` continues it.
+    `model` and `data` are objects, addresses, or results of `open_model` and `open_data`. If `data` is an address, its
+    train split is used for training and its test split for measurement. If it is an object, it is used for measurement
+    and `fit` for training; without `fit` a tenth of it is held out for measurement. `unlabelled` are more inputs for
+    training, as an address or an object, for recipes that learn without labels. `budget` is time for the training, as
+    in "10min". The other arguments are those of `assess`, for the measurements before and after. With `run` all is
+    stored in that folder; `resume` continues it.
     """
-    settings = settings_said("harden()", locals(), HardenSettings)
+    settings = check_settings(
+        given(
+            threat=threat_written(threat, "harden(): threat"),
+            recipe=recipe if isinstance(recipe, str | Mapping) else None,
+            budget=budget,
+            suite=suite,
+            gates=gates,
+            accept_doubts=accept_doubts,
+            seed=seed,
+            n=n,
+            sample=sample,
+            bounds=bounds,
+            mean=mean,
+            std=std,
+            data_normalised=data_normalised,
+            only=only,
+            skip=skip,
+            curve=curve,
+            full=full,
+            doubts=doubts,
+            adaptive=adaptive,
+            save_adversarial=save_adversarial,
+            time_budget=time_budget,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+        ),
+        "harden()",
+        kind=HardenSettings,
+    )
+    sources = sources_given(model, data, settings)
     place = folder_of(run, resume=resume)
-    subject, training, test, whole = hardening.given_for_hardening(model, data, fit, unlabelled, settings)
+    subject, training, test, whole = hardening.open_for_hardening(sources, fit, unlabelled)
     request = hardening.harden_request(
         settings,
+        sources,
         subject,
         recipe=None if isinstance(recipe, str | Mapping) else recipe,
-        surrogates=surrogates_of(surrogates, settings, subject.model),
+        surrogates=open_surrogates(surrogates, sources, subject.model),
         baseline=_evidence(baseline),
         training=training,
         excluded=whole,
-        device=device_of_model(model, subject, settings),
+        device=device_of_model(sources, subject, device),
     )
     return hardens.harden(subject, training, test, request, run=place, resume=resume, progress=progress)
 
@@ -262,12 +370,14 @@ def carry_out_hardening(
     command: str = "",
 ) -> Hardened:
     """Run `harden` for the command line or a configuration file; `command` is the command that repeats it."""
-    subject, training, test, whole = hardening.open_for_hardening(settings)
+    sources, fit, unlabelled = sources_at(settings), settings.others.fit, settings.options.unlabelled
+    subject, training, test, whole = hardening.open_for_hardening(sources, fit, unlabelled)
     request = hardening.harden_request(
         settings,
+        sources,
         subject,
-        surrogates=ordering.opened_surrogates(settings, subject.model),
-        baseline=_evidence(settings.baseline),
+        surrogates=open_surrogates(settings.suite.surrogates, sources, subject.model),
+        baseline=_evidence(settings.reports.baseline),
         training=training,
         excluded=whole,
         command=command,
@@ -300,62 +410,57 @@ def exhibition(
         if name not in names:
             raise UsageError(f"there is no {name!r} in the gallery{did_you_mean(name, names)}")
     items = [item for item in ITEMS if not only or item.name in only]
-    training = open_data(DIGITS, split="train")
+    training = data_sources.open_data(DIGITS, split="train")
     digits = training.read(0, len(training))
     built = []
-    for exhibit in exhibits(digits, open_data(DIGITS, n=n), items):
+    for exhibit in exhibits(digits, data_sources.open_data(DIGITS, n=n), items):
         shown(exhibit)
         built.append(exhibit)
     return tuple(built)
 
 
-@gradients()
+@verb
 def doctor(
     model: ModelLike,
     data: DataLike,
     *,
     n: int | None = None,
-    split: str | None = None,
-    label: str | None = None,
-    drop: Sequence[str] = (),
-    x: str | None = None,
-    y: str | None = None,
+    sample: int | None = None,
+    seed: int = 0,
     bounds: Numbers | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
     data_normalised: tuple[Numbers, Numbers] | str | None = None,
-    layout: Layout | None = None,
-    model_output: OutputKind | None = None,
-    classes: int | None = None,
-    class_names: Sequence[str] | str | None = None,
-    class_order: ClassOrder | None = None,
-    arch: str | None = None,
-    model_args: Mapping[str, str] | None = None,
-    input_shape: Sequence[int] | None = None,
-    allow_hosts: Sequence[str] = (),
-    headers: Sequence[str] = (),
-    http_request: str | None = None,
-    http_response: str | None = None,
-    http_labels: bool = False,
-    http_max_rows: int = 64,
-    http_timeout: str = "30s",
-    http_retries: int = 5,
-    http_concurrency: int = 1,
-    http_rate: str | None = None,
-    trust_code: bool = False,
 ) -> tuple[Finding, ...]:
-    """Find common mistakes in the combination of a model and its data, in seconds."""
-    settings = settings_said("doctor()", locals(), AssessSettings)
-    subject = subject_of(model, settings)
-    look_at(subject.model)
-    return examine(subject.model, data_of(data, settings, subject.model, lenient=True))
+    """Find common mistakes in the combination of a model and its data, in seconds.
+
+    `model` and `data` are objects, addresses, or results of `open_model` and `open_data`.
+    """
+    settings = check_settings(
+        given(
+            n=n,
+            sample=sample,
+            seed=seed,
+            bounds=bounds,
+            mean=mean,
+            std=std,
+            data_normalised=data_normalised,
+        ),
+        "doctor()",
+        kind=DoctorSettings,
+    )
+    return _findings(sources_given(model, data, settings))
 
 
-def look_over(settings: AssessSettings) -> tuple[Finding, ...]:
+def look_over(settings: DoctorSettings) -> tuple[Finding, ...]:
     """Run `doctor` with settings of the command line or a configuration file."""
-    subject = ordering.opened_subject(settings)
+    return _findings(sources_at(settings))
+
+
+def _findings(sources: Sources) -> tuple[Finding, ...]:
+    subject = open_subject(sources)
     look_at(subject.model)
-    return examine(subject.model, ordering.opened_data(settings, subject.model, lenient=True))
+    return examine(subject.model, open_examples(sources, subject.model, lenient=True))
 
 
 def compare(first: Result | str | Path, second: Result | str | Path) -> Comparison:
@@ -371,26 +476,6 @@ def report(run: str | Path) -> Result:
 def verify(run: str | Path) -> Verified:
     """Check whether a run folder matches its chain. Raises `TargetError` for the first difference."""
     return verify_folder(Path(run))
-
-
-def _order(
-    suite: SuiteLike | None,
-    baseline: Result | Evidence | str | Path | None,
-    settings: AssessSettings,
-    subject: Subject,
-    device: str | None,
-) -> AssessRequest:
-    members = None
-    if suite is not None and settings.suite is None:
-        members = members_given(suite, threat_model(parse_threat(settings.threat)).constraint)
-    order = ordering.order(
-        settings,
-        members=members,
-        baseline=_evidence(baseline),
-        device=device,
-        target=subject.model.access,
-    )
-    return replace(order, attackers=attackers(settings))
 
 
 def _evidence(run: Result | Evidence | str | Path | None) -> Evidence | None:

@@ -1,40 +1,31 @@
 """`holdfast.attack`: adversarial examples of any attack, judged in the same way as in `assess`."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import index
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from holdfast.config import ordering
-from holdfast.config.arguments import (
-    DataLike,
-    ModelLike,
-    Numbers,
-    ThreatLike,
-    device_of_model,
-    fit_data,
-    given_all,
-    settings_said,
-)
-from holdfast.config.attacks import threat_model, threat_said
-from holdfast.config.grad_mode import gradients
+from holdfast.config.attacks import ThreatLike, threat_model, threat_written
 from holdfast.config.grammar import parse_threat
+from holdfast.config.groups import ThreatSource
 from holdfast.config.members import SuiteLike, members_given
-from holdfast.config.settings import AssessSettings
+from holdfast.config.moved import verb
+from holdfast.config.planning import assess_request
+from holdfast.config.references import DataLike, DataReference, ModelLike, Numbers
+from holdfast.config.resolve import device_of_model, open_all, open_fit, sources_given
+from holdfast.config.settings import AssessSettings, check_settings, given
 from holdfast.config.spellings import is_suite_only
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.lookup import Lookup
-from holdfast.core.outputs import OutputKind
-from holdfast.core.types import Inputs, Layout
+from holdfast.core.types import Inputs
 from holdfast.engine.progress import Progress, silent
 from holdfast.reports.notes import DETAILS
 from holdfast.sources.arrays import Arrays, as_given
@@ -42,7 +33,6 @@ from holdfast.sources.memory import as_array
 from holdfast.sources.probing import NO_GRADIENT
 from holdfast.sources.selection import Selection
 from holdfast.verbs import assess as assessing
-from holdfast.verbs.request import Subject
 from holdfast.verbs.result import Result
 
 Array = Tensor | NDArray[Any]
@@ -87,7 +77,7 @@ class Attacked:
         return f"<Attacked: {attacks}; {succeeded:,} of {n:,} succeed, {wrong:,} of them misclassified when clean{cut}>"
 
 
-@gradients()
+@verb
 def attack(
     model: ModelLike,
     x: DataLike,
@@ -102,33 +92,10 @@ def attack(
     fit: DataLike | None = None,
     n: int | None = None,
     sample: int | None = None,
-    split: str | None = None,
-    label: str | None = None,
-    drop: Sequence[str] = (),
-    input_shape: Sequence[int] | None = None,
     bounds: Numbers | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
     data_normalised: tuple[Numbers, Numbers] | str | None = None,
-    layout: Layout | None = None,
-    model_output: OutputKind | None = None,
-    classes: int | None = None,
-    class_names: Sequence[str] | str | None = None,
-    arch: str | None = None,
-    model_args: Mapping[str, str] | None = None,
-    allow_hosts: Sequence[str] = (),
-    headers: Sequence[str] = (),
-    http_request: str | None = None,
-    http_response: str | None = None,
-    http_labels: bool = False,
-    http_max_rows: int = 64,
-    http_timeout: str = "30s",
-    http_retries: int = 5,
-    http_concurrency: int = 1,
-    http_rate: str | None = None,
-    max_queries: int | None = None,
-    on_refused: Literal["reject", "stop"] = "reject",
-    trust_code: bool = False,
     batch_size: int | None = None,
     device: str = "auto",
     progress: Progress = silent,
@@ -142,42 +109,58 @@ def attack(
 
     `goal` is a target class for all examples, by number or name. `queries` is the most forward passes of an attack for
     each example. Equal values of `seed` give equal examples, which are also those of `assess` with the same attack. `y`
-    is omitted if `x` is a loader or dataset of pairs, or an address. `fit` contains other examples for attacks that are
-    learned, `surrogates` the models on which `Transfer` computes its examples. Every other argument is as in `assess`.
+    is omitted if `x` is a loader or dataset of pairs, an address, or a result of `holdfast.open_data`. `fit` contains
+    other examples for attacks that are learned, `surrogates` the models on which `Transfer` computes its examples.
+    Every other argument is as in `assess`.
 
     Mode, weights and gradients of the model are unchanged. Raises `UsageError` for an unknown name, and for an attack
     that cannot run under this threat or needs more access than the model gives.
     """
-    place = str(x) if isinstance(x, str | Path) else None
-    named = goal if isinstance(goal, str) and not _SPELT.fullmatch(goal) else None
-    aimed = _threat(threat, goal if named is None else None, queries)
+    class_name = goal if isinstance(goal, str) and not _WRITTEN_GOAL.fullmatch(goal) else None
+    text = _threat(threat, goal if class_name is None else None, queries)
     suite = attack if isinstance(attack, str) and is_suite_only(attack) else None
-    args = {**locals(), "x": None, "y": None, "data": place, "threat": aimed, "suite": suite, "doubts": False}
-    settings = settings_said("attack()", args, AssessSettings)
-    x, data = _in_hand(x, y)
-    opening = partial(given_all, model, data, surrogates, settings)
-    subject, given, seconds = opening()
-    settings = settings if named is None else _aimed(settings, named, subject, given)
-    constraint = threat_model(parse_threat(aimed)).constraint
-    members = None if suite else members_given(attack, constraint, "attack")
-    target = subject.model.access
-    where = device_of_model(model, subject, settings)
-    order = ordering.order(settings, members=members, device=where, target=target)
-    order = replace(order, plan=replace(order.plan, alone=True, attacked=False), surrogates=seconds)
-    order = replace(order, fit=fit_data(fit, data, settings, subject.model, order))
-    result = assessing.assess(subject, given, order, opening=opening, progress=progress)
-    return _attacked(result, given, x)
+    settings = check_settings(
+        given(
+            threat=text,
+            suite=suite,
+            doubts=False,
+            seed=seed,
+            n=n,
+            sample=sample,
+            bounds=bounds,
+            mean=mean,
+            std=std,
+            data_normalised=data_normalised,
+            batch_size=batch_size,
+            device=device,
+        ),
+        "attack()",
+        kind=AssessSettings,
+    )
+    inputs, data = _inputs_and_data(x, y)
+    sources = sources_given(model, data, settings)
+    opening = partial(open_all, sources, surrogates)
+    subject, examples, opened = opening()
+    if class_name is not None:
+        names = sources.model.source.class_names or subject.model.class_names or examples.classes or ()
+        text = _threat(text, _class_called(class_name, names), None)
+        settings = replace(settings, threat=ThreatSource(threat=text))
+    members = None if suite else members_given(attack, threat_model(parse_threat(text)).constraint, "attack")
+    request = assess_request(
+        settings,
+        members=members,
+        device=device_of_model(sources, subject, device),
+        target=subject.model.access,
+    )
+    plan = replace(request.plan, alone=True, attacked=False)
+    learned = open_fit(sources, fit, subject.model, plan)
+    request = replace(request, plan=plan, surrogates=opened, fit=learned)
+    result = assessing.assess(subject, examples, request, opening=opening, progress=progress)
+    return _attacked(result, examples, inputs)
 
 
-_SPELT = re.compile(r"untargeted|targeted:.*", re.DOTALL)
+_WRITTEN_GOAL = re.compile(r"untargeted|targeted:.*", re.DOTALL)
 """a goal in the form of a threat's text"""
-
-
-def _aimed(settings: AssessSettings, goal: str, subject: Subject, data: Data) -> AssessSettings:
-    """Return the settings with the class of that name as the goal."""
-    names = settings.class_names or subject.model.class_names or data.classes or ()
-    threat = _threat(settings.threat, _class_called(goal, names), None)
-    return settings.model_copy(update={"threat": threat})
 
 
 def _class_called(name: str, names: Sequence[str]) -> int:
@@ -192,22 +175,29 @@ def _class_called(name: str, names: Sequence[str]) -> int:
     )
 
 
-def _in_hand(x: DataLike, y: object) -> tuple[DataLike, DataLike]:
+def _inputs_and_data(x: DataLike, y: object) -> tuple[DataLike, DataLike]:
     """Return the inputs as they were given, and the data in the form that `assess` accepts."""
     if isinstance(x, tuple) and len(x) == 2 and y is None:
         x, y = x
+    reference = x if isinstance(x, DataReference) else None
+    inputs = x if reference is None else reference.given
+    if reference is not None and y is None:
+        if isinstance(inputs, tuple) and len(inputs) == 2:
+            return inputs[0], reference
+        return inputs, reference
     if y is not None:
-        return x, (x, y)
-    if isinstance(x, Tensor | np.ndarray | list):
+        pair = (inputs, y)
+        return inputs, pair if reference is None else replace(reference, given=pair)
+    if isinstance(inputs, Tensor | np.ndarray | list):
         raise UsageError(
             f"y is missing for inputs in a {type(x).__name__}; give one label for each, as in attack(model, x, y)"
         )
-    return x, x
+    return inputs, inputs
 
 
 def _threat(threat: ThreatLike, goal: int | str | None, queries: int | None) -> str:
     """Return the threat as text, including the goal and the queries from other arguments."""
-    text = threat_said(threat, "attack(): threat")
+    text = threat_written(threat, "attack(): threat")
     spec = parse_threat(text)
     if goal is not None:
         if spec.goal is not None:
@@ -236,7 +226,7 @@ def _target(goal: int) -> str:
     return f"targeted:{number}"
 
 
-def _attacked(result: Result, data: Data, given: object) -> Attacked:
+def _attacked(result: Result, data: Data, inputs: object) -> Attacked:
     """Return the results of the run in the form of the given inputs."""
     evidence, x = result.evidence, data.read(0, len(data)).x
     correct, success, goal = evidence["correct"], evidence["success"], evidence.threat.goal
@@ -248,7 +238,7 @@ def _attacked(result: Result, data: Data, given: object) -> Attacked:
         attacked = tried[rows]
         x_adv[rows[attacked]] = stored["x"][attacked].to(x)
     distance = evidence.threat.constraint.distance(x_adv.double(), x.double()).float()
-    returned = _as_given(data, x_adv, given)
+    returned = _as_given(data, x_adv, inputs)
 
     def alike(column: Tensor) -> Array:
         return column.to(returned.device) if isinstance(returned, Tensor) else column.numpy()

@@ -1,12 +1,12 @@
 """`holdfast assess MODEL DATA`."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, TypeVar, get_origin
 
 import click
 
-from holdfast.cli import completing
 from holdfast.cli.early import (
     refuse_foreign_server,
     refuse_missing_file,
@@ -16,9 +16,17 @@ from holdfast.cli.early import (
     refuse_unknown_model,
 )
 from holdfast.cli.options import Voice, offered, with_voice
-from holdfast.cli.untrained import SERVED, UNTRAINED
-from holdfast.config.settings import AssessSettings, HardenSettings, S, read_settings
-from holdfast.config.suites import DEFAULT_SUITE, SUITES
+from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, flag_names, options_of
+from holdfast.config.groups import InferenceSource
+from holdfast.config.settings import (
+    AssessSettings,
+    DoctorSettings,
+    HardenSettings,
+    RotateSettings,
+    S,
+    keys_of,
+    read_settings,
+)
 from holdfast.config.values import SurrogateSettings
 from holdfast.core.errors import UsageError
 from holdfast.store.files import refuse_no_run
@@ -26,272 +34,95 @@ from holdfast.store.files import refuse_no_run
 _CONFIG = "holdfast.yaml"
 """Default file of `holdfast init`."""
 
-FIT = click.option(
-    "--fit",
-    type=completing.DATA,
-    metavar="DATA",
-    help="Examples for attacks that are fitted to data (default: the train split).",
-)
-ATTACKING = (
-    click.option(
-        "--threat",
-        "-t",
-        type=completing.THREAT,
-        metavar="T",
-        help="Threat model: what the attacker may change and use, as in linf:8/255,queries=1000.",
-    ),
-    click.option(
-        "--suite",
-        "-s",
-        type=completing.SUITE,
-        metavar="S",
-        help=f"Suite of attacks: {', '.join(SUITES)} (default: {DEFAULT_SUITE}; black-box for a model without "
-        "gradients), or attacks by name, as in pgd,square.",
-    ),
-    click.option(
-        "--surrogate",
-        "surrogates",
-        multiple=True,
-        type=completing.MODEL,
-        metavar="MODEL[,K=V]",
-        help="Surrogate model of the attacker, on which transfer examples are computed.",
-    ),
-    click.option(
-        "--gate",
-        "-g",
-        "gates",
-        multiple=True,
-        metavar="G",
-        help='Condition on a metric, as in "robust_accuracy >= 0.40".',
-    ),
-    click.option(
-        "--baseline",
-        type=click.Path(),
-        metavar="RUN",
-        help="Run folder for gates that end in `vs baseline`.",
-    ),
-    click.option(
-        "--accept-doubt",
-        "accept_doubts",
-        multiple=True,
-        metavar='NAME="why"',
-        help="Accept a raised doubt, with the reason.",
-    ),
-    click.option(
-        "--only",
-        multiple=True,
-        type=completing.ATTACK,
-        metavar="ATTACK",
-        help="Run only these attacks of the suite.",
-    ),
-    click.option(
-        "--skip",
-        multiple=True,
-        type=completing.ATTACK,
-        metavar="ATTACK",
-        help="Leave these attacks of the suite out.",
-    ),
-    click.option(
-        "--transform",
-        metavar="T",
-        help="Transform every input at random before the model, as in rotate=15,blur=1.",
-    ),
-    click.option(
-        "--across",
-        multiple=True,
-        type=completing.DATA,
-        metavar="DATA",
-        help="Another data set: perturbations are transferred from DATA to it and back.",
-    ),
-    click.option(
-        "--curve/--no-curve", default=None, help="Also measure robust accuracy as a function of eps."
-    ),
-    click.option(
-        "--full",
-        is_flag=True,
-        default=None,
-        help="Run every attack on every example, even if an earlier one broke it.",
-    ),
-    click.option(
-        "--doubts/--no-doubts",
-        default=None,
-        help="Test for reasons why the result may be too optimistic (default: on).",
-    ),
-    click.option(
-        "--adaptive/--no-adaptive",
-        default=None,
-        help="Also run adaptive attacks, chosen by the raised doubts and for a detector.",
-    ),
-    click.option("--seed", type=int, metavar="N", help="Seed of all random numbers (default: 0)."),
-    click.option("--batch-size", type=int, metavar="N", help="Examples in one call of the model."),
-    click.option(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="Number of processes, each with one thread.",
-    ),
-    click.option("--time-budget", metavar="T", help="Stop attacking after this time, as in 10min."),
-    click.option(
-        "--save-adversarial",
-        is_flag=True,
-        default=None,
-        help="Store all adversarial examples in the run folder.",
-    ),
-    click.option(
-        "-o",
-        "--output",
-        multiple=True,
-        type=click.Path(),
-        metavar="FILE",
-        help="Report file, in the format of its suffix: .html .json .xml .sarif .md .csv; - for JSON on stdout.",
-    ),
-)
-"""Options for attacks, gates and reports."""
-
-TARGET = (
-    click.option("-n", type=int, metavar="N", help="Use the first N examples."),
-    click.option("--sample", type=int, metavar="N", help="Use N examples chosen at random by the seed."),
-    click.option("--split", metavar="NAME", help="Split of the data (default: test if there is one)."),
-    click.option("--label", metavar="COL", help="Label column of a table."),
-    click.option(
-        "--drop",
-        multiple=True,
-        metavar="COL",
-        help="Leave out a column of a table, such as an id.",
-    ),
-    click.option("--x", metavar="NAME", help="Name of the inputs in an .npz file (default: x_test or x)."),
-    click.option("--y", metavar="NAME", help="Name of the labels in an .npz file (default: y_test or y)."),
-    click.option(
-        "--arch",
-        metavar="NAME|FILE.py:F",
-        help="Architecture of a state dict: a name (see holdfast models) or a function in a file.",
-    ),
-    click.option(
-        "--model-args",
-        multiple=True,
-        metavar="K=V",
-        help="Argument of the function that returns the model (file.py:factory).",
-    ),
-    click.option("--bounds", metavar="LOW,HIGH", help="Lowest and highest legal input value (default: 0,1)."),
-    click.option(
-        "--mean", metavar="M,…", help="Subtracted from the input inside the model, one number per channel."
-    ),
-    click.option("--std", metavar="S,…", help="Divides the input inside the model, one number per channel."),
-    click.option(
-        "--data-normalised",
-        metavar="M,…/S,…",
-        help="Mean and standard deviation by which the data were normalised. This is undone, and done inside the model "
-        "instead.",
-    ),
-    click.option(
-        "--layout",
-        type=click.Choice(["chw", "hwc", "asis"]),
-        metavar="L",
-        help="Axes of stored arrays: chw (channels first), hwc (channels last), or asis (unchanged).",
-    ),
-    click.option(
-        "--model-output",
-        type=click.Choice(["logit", "probability"]),
-        metavar="KIND",
-        help="What the model returns: logit or probability.",
-    ),
-    click.option("--classes", type=int, metavar="N", help="Expected number of classes."),
-    click.option(
-        "--class-names",
-        metavar="A,B,…|@FILE",
-        help="Names of the classes in the order of the model's outputs, or a file with one name per line.",
-    ),
-    click.option(
-        "--class-order",
-        type=click.Choice(["lexical", "numeric"]),
-        metavar="ORDER",
-        help="Order by which classes were numbered in training: lexical or numeric.",
-    ),
-    click.option("--device", metavar="NAME", help="Device: auto, cpu, cuda or cuda:1 (default: auto)."),
-    click.option(
-        "--trust-code", is_flag=True, default=None, help="Allow files to run the code that they contain."
-    ),
-)
-"""Options for the model, its input, and the data."""
-
-SETTING = (
-    click.option(
-        "--set",
-        "sets",
-        multiple=True,
-        metavar="A.B=C",
-        help="Set any key of the configuration, as in recipe.beta=6.",
-    ),
-    click.option(
-        "--config",
-        "-c",
-        type=click.Path(),
-        metavar="FILE",
-        help="Configuration file (see holdfast init). Flags take precedence.",
-    ),
-)
-"""Options for the configuration as a whole."""
+Opened = AssessSettings | DoctorSettings | HardenSettings | RotateSettings
+"""Settings with the addresses of a model and data."""
+V = TypeVar("V", AssessSettings, DoctorSettings, HardenSettings, RotateSettings)
 
 
-def settings_from(flags: dict[str, Any], kind: type[S]) -> S:
-    """Return the settings of a command line. A missing file is reported before a missing flag."""
-    from holdfast.config.grammar import is_folder, parse_pairs, parse_surrogate
+def settings_from(flags: dict[str, Any], kind: type[V], voice: Voice) -> V:
+    """Return the settings of a command that opens a model. A missing file is reported before a missing flag."""
+    from holdfast.config.grammar import parse_surrogate
 
-    surrogates = (str(parse_surrogate(each)["model"]) for each in flags.get("surrogates", ()))
-    named = (flags.get("model"), flags.get("data"), flags.get("config"), flags.get("baseline"))
-    for address in (*named, *surrogates, *flags.get("across", ())):
+    addresses: list[str | None] = [flags.get(key) for key in ("model", "data", "config", "baseline")]
+    addresses += [str(parse_surrogate(each)["model"]) for each in flags.get("surrogates", ())]
+    for address in (*addresses, *flags.get("across", ())):
         refuse_missing_file(address)
-
-    config, sets = flags.pop("config"), flags.pop("sets")
-    for key, flag in (("model_args", "--model-args"), ("accept_doubts", "--accept-doubt")):
-        flags[key] = parse_pairs(flags.get(key, ()), flag) or None
-    for key in ("gates", "only", "skip", "drop", "allow_hosts", "headers", "output", "surrogates", "across"):
-        flags[key] = list(flags.get(key, ())) or None
-    settings = read_settings(Path(config) if config else None, flags, sets, flags=_flag_names(), kind=kind)
-    if config and not settings.trust_code:
+    config = flags.get("config")
+    settings = settings_of_flags(flags, kind, voice)
+    if config and not settings.model.trust_code:
         _refuse_code_of_config(settings, flags)
-    if config:
-        _refuse_hosts_of_config(settings, flags)
+    if config and isinstance(settings, AssessSettings | DoctorSettings):
+        _refuse_hosts_of_config(settings.inference, flags)
     _refuse_targets(settings, config)
-    hardening = isinstance(settings, HardenSettings)
-    files = [output for output in settings.output if not (hardening and is_folder(output))]
-    for output in files if hardening else ():
+    if isinstance(settings, AssessSettings):
+        refuse_reports(settings.reports.output)
+    if isinstance(settings, HardenSettings):
+        refuse_reports(_report_files(settings.reports.output))
+    return settings
+
+
+def settings_of_flags(flags: dict[str, Any], kind: type[S], voice: Voice) -> S:
+    """Return the settings of the flags, `--set` and the configuration file of a command."""
+    from holdfast.config.grammar import parse_pairs
+
+    names = flag_names(kind)
+    content: dict[str, Any] = {}
+    for key, value in flags.items():
+        if key in ("config", "sets"):
+            continue
+        if isinstance(value, tuple):
+            pairs = key in names and get_origin(keys_of(kind)[key].field.annotation) is dict
+            value = (parse_pairs(value, names[key]) if pairs else list(value)) or None
+        content[key] = value
+    config = flags.get("config")
+    path, sets = Path(config) if config else None, flags.get("sets", ())
+    settings = read_settings(path, content, sets, flags=names, kind=kind)
+    for note in settings.notes:
+        voice.say(f"note: {note}")
+    return settings
+
+
+def _report_files(outputs: Iterable[str]) -> list[str]:
+    """Return the outputs of a hardening that are files, without folders for the model."""
+    from holdfast.config.grammar import is_folder
+
+    files = [output for output in outputs if not is_folder(output)]
+    for output in files:
         if output != "-" and not Path(output).suffix:
             raise UsageError(
                 f"-o {output} has no suffix; write -o {output}/ for a folder with the new model, or "
                 f"-o {output}.html for a report"
             )
-    refuse_reports(files)
-    return settings
+    return files
 
 
-def _flag_names() -> dict[str, str]:
-    """Flags of the parameters of the running command, such as `--threat` for `threat`."""
-    context = click.get_current_context()
-    return {
-        str(parameter.name): max(parameter.opts, key=len)
-        for parameter in context.command.params
-        if isinstance(parameter, click.Option)
-    }
+def _surrogates(settings: Opened) -> list[SurrogateSettings]:
+    return settings.suite.surrogates if isinstance(settings, AssessSettings | HardenSettings) else []
 
 
-def _refuse_targets(settings: AssessSettings, config: str | None) -> None:
+def _refuse_targets(settings: Opened, config: str | None) -> None:
     command = click.get_current_context().command_path
     example = f"{command} mnist-cnn mnist-mini"
     if config is None and Path(_CONFIG).is_file():
         example = f"{command} -c {_CONFIG} (a file in this folder)"
-    for name, meaning in (("model", "what is to be assessed"), ("data", "examples to assess it on")):
-        if getattr(settings, name) is None:
-            raise UsageError(f"{name.upper()} is missing ({meaning}); try {example}")
-    for address in (str(settings.model), *(each.model for each in settings.surrogates)):
+    model, data = settings.model.address, settings.data.address
+    for name, address, meaning in (
+        ("MODEL", model, "what is to be assessed"),
+        ("DATA", data, "examples to assess it on"),
+    ):
+        if address is None:
+            raise UsageError(f"{name} is missing ({meaning}); try {example}")
+    for address in (str(model), *(each.model for each in _surrogates(settings))):
         refuse_unknown_model(address)
     if isinstance(settings, HardenSettings):
-        refuse_server_to_train(str(settings.model))
-    refuse_foreign_server(str(settings.model), settings.allow_hosts)
-    for address in (str(settings.data), *settings.across):
+        refuse_server_to_train(str(model))
+    hosts = settings.inference.allow_hosts if isinstance(settings, AssessSettings | DoctorSettings) else ()
+    refuse_foreign_server(str(model), hosts)
+    across = settings.options.across if isinstance(settings, AssessSettings) else ()
+    for address in (str(data), *across):
         refuse_unknown_data(address)
-    if settings.baseline is not None:
-        refuse_no_run(Path(settings.baseline))
+    if isinstance(settings, AssessSettings | HardenSettings) and settings.reports.baseline is not None:
+        refuse_no_run(Path(settings.reports.baseline))
 
 
 def _refuse_bare_resume(run: Path) -> None:
@@ -304,20 +135,19 @@ def _refuse_bare_resume(run: Path) -> None:
         raise UsageError(f"MODEL is missing; {way_out(command, run)}")
 
 
-def _refuse_code_of_config(settings: AssessSettings, flags: dict[str, Any]) -> None:
-    for name in ("model", "arch"):
-        value = getattr(settings, name)
+def _refuse_code_of_config(settings: Opened, flags: dict[str, Any]) -> None:
+    for name, value in (("model", settings.model.address), ("arch", settings.model.arch)):
         if value and ".py:" in value and flags.get(name) != value:
             raise UsageError(
                 f"the configuration refers to code ({name}: {value}). Code from a configuration is not run. "
                 f"Repeat the address on the command line, or add --trust-code"
             )
     if not flags.get("surrogates"):
-        for place, each in enumerate(settings.surrogates):
+        for place, each in enumerate(_surrogates(settings)):
             for value in (each.model, each.arch):
                 if value and ".py:" in value:
                     flags_of_all = " ".join(
-                        f"--surrogate {quote(_spelled(surrogate))}" for surrogate in settings.surrogates
+                        f"--surrogate {quote(_spelled(surrogate))}" for surrogate in _surrogates(settings)
                     )
                     raise UsageError(
                         f"the configuration refers to code (surrogates.{place}: {value}). Code from a configuration "
@@ -336,17 +166,17 @@ def _spelled(surrogate: SurrogateSettings) -> str:
     return ",".join((surrogate.model, *(f"{key}={value}" for key, value in words.items())))
 
 
-def _refuse_hosts_of_config(settings: AssessSettings, flags: dict[str, Any]) -> None:
+def _refuse_hosts_of_config(inference: InferenceSource, flags: dict[str, Any]) -> None:
     """Raise `UsageError` for hosts and headers from a configuration, which may be untrusted, if no flag gives
     them too.
     """
-    for host in settings.allow_hosts:
+    for host in inference.allow_hosts:
         if host not in (flags.get("allow_hosts") or ()):
             raise UsageError(
                 f"the configuration allows the host {host}. A configuration alone cannot allow a host. Repeat "
                 f"it on the command line: --allow-host {host}"
             )
-    for header in settings.headers:
+    for header in inference.headers:
         if header not in (flags.get("headers") or ()):
             raise UsageError(
                 f"the configuration sends the header {header}. A configuration alone cannot send the value of an "
@@ -370,8 +200,7 @@ DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
 
 
 @click.command(short_help="measure how robust a model is", help=_HELP)
-@click.argument("model", required=False, type=completing.MODEL)
-@click.argument("data", required=False, type=completing.DATA)
+@offered(*MODEL_AND_DATA)
 @click.option(
     "--run",
     "run",
@@ -383,13 +212,13 @@ DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
     "--resume", is_flag=True, help="Continue the run in --run, or report it again if it is finished."
 )
 @click.option("--dry-run", is_flag=True, help="Print the expected cost and exit.")
-@offered(*ATTACKING, FIT, *TARGET, *UNTRAINED, *SERVED, *SETTING)
+@offered(*options_of(AssessSettings), *SETTING)
 @with_voice
 def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flags: Any) -> int:
     """Run or resume an assessment of MODEL on DATA, or estimate its cost."""
     if resume and run is not None and flags["model"] is None and flags["config"] is None:
         _refuse_bare_resume(Path(run))
-    settings = settings_from(flags, AssessSettings)
+    settings = settings_from(flags, AssessSettings, voice)
     if resume and run is None:
         raise UsageError("--resume continues a run; give its folder with --run DIR (see holdfast runs)")
     from holdfast.cli.running import assess_and_report

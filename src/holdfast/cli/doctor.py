@@ -4,27 +4,24 @@ from typing import Any
 
 import click
 
-from holdfast.cli import completing
-from holdfast.cli.assess import SETTING, TARGET, settings_from
+from holdfast.cli.assess import settings_from
 from holdfast.cli.options import Voice, offered, with_voice
-from holdfast.cli.untrained import UNTRAINED
-from holdfast.config.settings import AssessSettings
+from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
+from holdfast.config.settings import DoctorSettings
 from holdfast.core.names import line
 
 _SIGNS = {"problem": ("x", "red"), "warning": ("!", "yellow"), "good": ("+", "green")}
 
 
 @click.command(short_help="find common mistakes before a long run")
-@click.argument("model", required=False, type=completing.MODEL)
-@click.argument("data", required=False, type=completing.DATA)
-@offered(*TARGET, *UNTRAINED, *SETTING)
+@offered(*MODEL_AND_DATA, *options_of(DoctorSettings), *SETTING)
 @with_voice
 def doctor(voice: Voice, **flags: Any) -> int:
     """Find common mistakes in MODEL and DATA: scale, normalisation, layout, labels, outputs, randomness, gradients.
 
     Exit code 0 if no problem is found, 3 if one is found.
     """
-    settings = settings_from(flags, AssessSettings)
+    settings = settings_from(flags, DoctorSettings, voice)
     from rich.text import Text
 
     from holdfast.api import look_over

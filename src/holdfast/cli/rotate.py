@@ -1,71 +1,20 @@
 """`holdfast rotate`: a pool of parameter sets that serve in turn."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 import click
 
-from holdfast.cli import completing
-from holdfast.cli.assess import SETTING, TARGET, settings_from
+from holdfast.cli.assess import settings_from, settings_of_flags
 from holdfast.cli.once import Group
 from holdfast.cli.options import Voice, offered, with_voice
-from holdfast.config.naming import SOURCES
-from holdfast.config.settings import RotateSettings, read_settings
-from holdfast.core.catalogue import RECIPES
+from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, flag_names, options_of, with_named_parts
+from holdfast.config.settings import RotateSettings
 from holdfast.core.errors import UsageError
 
-_COLLECTING = (
-    click.option(
-        "--threat",
-        "-t",
-        type=completing.THREAT,
-        metavar="T",
-        help="Threat model: what the attacker may change, as in linf:0.2 (default: linf:8/255).",
-    ),
-    click.option(
-        "--source",
-        type=completing.SOURCE,
-        metavar="S",
-        help=f"Method that collects sets: {', '.join(SOURCES)} (default: basins). Settings: --set source.NAME=VALUE.",
-    ),
-    click.option(
-        "--recipe",
-        type=completing.SETS_RECIPE,
-        metavar="R",
-        help=f"Training method: card (the default: as the model was trained, else standard), {', '.join(RECIPES)}.",
-    ),
-    click.option("--budget", metavar="T", help="Time for all trainings together, as in 20min."),
-    click.option(
-        "--fit", type=completing.DATA, metavar="DATA", help="Examples to train on (default: the train split)."
-    ),
-    click.option("--seed", type=int, metavar="N", help="Seed of the trainings (default: 0)."),
-)
-_JUDGING = (
-    click.option(
-        "--gate",
-        "-g",
-        "gates",
-        multiple=True,
-        metavar="G",
-        help='Condition on a metric in addition to the usual gates, as in "transfer_success <= 0.5 of static".',
-    ),
-    click.option(
-        "--accept-doubt",
-        "accept_doubts",
-        multiple=True,
-        metavar='NAME="why"',
-        help="Accept a raised doubt, with the reason.",
-    ),
-)
-_OF_POOL = (
-    click.option("--device", metavar="NAME", help="Device: auto, cpu, cuda or cuda:1 (default: auto)."),
-    click.option(
-        "--trust-code",
-        is_flag=True,
-        default=None,
-        help="Allow the code from which the pool's model is built to run.",
-    ),
-)
+_JUDGING = options_of(RotateSettings, only=("gates", "accept_doubts"))
+_OF_POOL = options_of(RotateSettings, only=("device", "trust_code"))
+_LOOP = ("gates", "accept_doubts", "every", "min_waiting")
+_COLLECTING = options_of(RotateSettings, only=[key for key in flag_names(RotateSettings) if key not in _LOOP])
 _EXPECTING = click.option(
     "--expect-head",
     default="",
@@ -88,36 +37,8 @@ def rotate() -> None:
     """Group of the commands for pools."""
 
 
-def _settings(flags: dict[str, Any]) -> RotateSettings:
-    """Return the settings of a verb for a pool."""
-    config, sets = flags.pop("config"), flags.pop("sets")
-    return read_settings(Path(config) if config else None, flags, sets, kind=RotateSettings)
-
-
-def _named(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags with `--source` and `--recipe` converted to settings, which `--set` may extend."""
-    for key in ("source", "recipe"):
-        name = flags.pop(key)
-        if name is not None:
-            flags["sets"] = (f"{key}.use={name}", *flags["sets"])
-    return flags
-
-
-def _judging(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags with gates and accepted doubts converted to settings."""
-    from holdfast.config.grammar import parse_pairs
-
-    gates, accepted = flags.pop("gates"), flags.pop("accept_doubts")
-    return {
-        **flags,
-        "gates": list(gates) or None,
-        "accept_doubts": parse_pairs(accepted, "--accept-doubt") or None,
-    }
-
-
 @rotate.command(short_help="train the first parameter sets of a pool")
-@click.argument("model", required=False, type=completing.MODEL)
-@click.argument("data", required=False, type=completing.DATA)
+@offered(*MODEL_AND_DATA)
 @click.option(
     "--run",
     "run",
@@ -127,7 +48,7 @@ def _judging(flags: dict[str, Any]) -> dict[str, Any]:
 )
 @click.option("--resume", is_flag=True, help="Continue with the pool in --run.")
 @_EXPECTING
-@offered(*_COLLECTING, *TARGET, *SETTING)
+@offered(*_COLLECTING, *SETTING)
 @with_voice
 def collect(voice: Voice, *, run: str | None, resume: bool, expect_head: str, **flags: Any) -> int:
     """Train parameter sets of MODEL's architecture on the train split of DATA, and surrogates for transfer.
@@ -136,7 +57,7 @@ def collect(voice: Voice, *, run: str | None, resume: bool, expect_head: str, **
     and sets are judged on it. The budget is for all trainings together. Without a budget each training has the number
     of epochs of its recipe.
     """
-    settings = settings_from(_named(flags), RotateSettings)
+    settings = settings_from(with_named_parts(flags), RotateSettings, voice)
     if resume and run is None:
         raise UsageError("--resume continues with a pool; give its folder with --run DIR")
     from holdfast.cli.rotating import collect as step
@@ -157,7 +78,7 @@ def train(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
     """
     from holdfast.cli.rotating import train as step
 
-    return step(pool, _settings(flags), voice, expect_head=expect_head)
+    return step(pool, settings_of_flags(flags, RotateSettings, voice), voice, expect_head=expect_head)
 
 
 @rotate.command(short_help="generate new candidates")
@@ -197,7 +118,7 @@ def draw(
 
     return step(
         pool,
-        _settings(flags),
+        settings_of_flags(flags, RotateSettings, voice),
         voice,
         wanted=wanted,
         by=by,
@@ -225,7 +146,7 @@ def admit(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
     """
     from holdfast.cli.rotating import admit as step
 
-    return step(pool, _settings(_judging(flags)), voice, expect_head=expect_head)
+    return step(pool, settings_of_flags(flags, RotateSettings, voice), voice, expect_head=expect_head)
 
 
 @rotate.command(short_help="replace the serving set by an admitted one")
@@ -305,8 +226,7 @@ def expose(voice: Voice, *, pool: str, name: str, why: str, expect_head: str) ->
 
 
 @rotate.command("run", short_help="run all steps, then swap whenever a swap is due")
-@click.argument("model", required=False, type=completing.MODEL)
-@click.argument("data", required=False, type=completing.DATA)
+@offered(*MODEL_AND_DATA)
 @click.option(
     "--run",
     "run",
@@ -316,18 +236,11 @@ def expose(voice: Voice, *, pool: str, name: str, why: str, expect_head: str) ->
 )
 @click.option("--resume", is_flag=True, help="Continue with the pool in --run.")
 @click.option(
-    "--every",
-    multiple=True,
-    metavar="T",
-    help="When to swap, as in 50q/principal (answers to one principal) or 24h. A stolen serving set is always swapped.",
-)
-@click.option(
     "--by",
     type=click.Choice(["generator", "anew"]),
     help="Sample from the generator, or train from fresh random weights (default: generator, until its sets are "
     "refused).",
 )
-@click.option("--keep", type=int, metavar="N", help="Number of admitted sets that wait (default: 8).")
 @click.option(
     "--immunise",
     "immunising",
@@ -336,7 +249,7 @@ def expose(voice: Voice, *, pool: str, name: str, why: str, expect_head: str) ->
 )
 @click.option("--once", is_flag=True, help="Exit when a set serves and enough sets wait.")
 @_EXPECTING
-@offered(*_COLLECTING, *_JUDGING, *TARGET, *SETTING)
+@offered(*options_of(RotateSettings), *SETTING)
 @with_voice
 def run_(
     voice: Voice,
@@ -357,8 +270,7 @@ def run_(
     trained from fresh random weights. If five of those are refused in a row and no set waits, the serving set continues
     to serve, and the exit code is 4.
     """
-    flags["every"] = list(flags["every"]) or None
-    settings = settings_from(_named(flags), RotateSettings)
+    settings = settings_from(with_named_parts(flags), RotateSettings, voice)
     if resume and run is None:
         raise UsageError("--resume continues with a pool; give its folder with --run DIR")
     from holdfast.cli.rotating import turn

@@ -65,7 +65,7 @@ def _begun(
     with stoppable(again) as stopper, progress_bar(voice) as progress:
         terms = rotating.terms(settings)
         pool = collecting.begun(folder, terms, resume=resume, expect_head=expect_head, notify=voice.say)
-        voice.say(statement(planned(len(terms.held), settings.judged), planned=True))
+        voice.say(statement(planned(len(terms.held), settings.options.n_judged), planned=True))
         for note in terms.notes:
             voice.say(f"note: {note}")
         collected = collecting.collect(
@@ -151,9 +151,9 @@ def admit(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str
         result = admission.admit(
             opened,
             rotating.reopened(opened, settings),
-            claims=settings.gates,
-            accepted=settings.accept_doubts,
-            judged=settings.judged,
+            claims=settings.judgement.gates,
+            accepted=settings.judgement.accept_doubts,
+            judged=settings.options.n_judged,
             again=again,
             stopper=stopper,
             notify=voice.say,
@@ -190,12 +190,12 @@ def turn(
         pool, terms = begun.pool, begun.terms
         how = LoopSettings(
             triggers,
-            settings.keep,
+            settings.options.min_waiting,
             rotating.immunise(settings) if immunising else None,
             _made_by(begun, settings, voice, by),
-            claims=settings.gates,
-            accepted=settings.accept_doubts,
-            judged=settings.judged,
+            claims=settings.judgement.gates,
+            accepted=settings.judgement.accept_doubts,
+            judged=settings.options.n_judged,
             again=begun.again,
         )
         turner = RotationLoop(pool, terms, how, begun.stopper, voice.say, begun.progress)

@@ -61,7 +61,7 @@ def assess_and_report(
             result = carry_out(
                 settings, run=folder, resume=resume, progress=progress, notify=voice.say, command=command
             )
-        tell(result, settings.output, voice, folder=folder)
+        tell(result, settings.reports.output, voice, folder=folder)
     return result.exit_code
 
 
@@ -77,10 +77,10 @@ def harden_and_report(settings: HardenSettings, voice: Voice, *, run: str | None
             hardened = carry_out_hardening(
                 settings, run=folder, resume=resume, progress=progress, notify=voice.say, command=command
             )
-        for output in settings.output:
+        for output in settings.reports.output:
             if is_folder(output):
                 voice.say(f"model: {hardened.write(output)}")
-        tell(hardened.after, [o for o in settings.output if not is_folder(o)], voice, folder=folder)
+        tell(hardened.after, [o for o in settings.reports.output if not is_folder(o)], voice, folder=folder)
     for note in hardened.notes:
         voice.say(f"note: {note}")
     click.echo(line(str(hardened)), err=True)
@@ -201,7 +201,7 @@ def _words(step: Step) -> dict[str, Any]:
 
 def _dry_run(settings: AssessSettings, voice: Voice) -> int:
     """Measure a few examples and extrapolate the cost. For a served model, compute what a run would send."""
-    if (settings.model or "").partition(":")[0] in SCHEMES:
+    if (settings.model.address or "").partition(":")[0] in SCHEMES:
         return _dry_run_served(settings, voice)
     trial, n = rehearse(settings, _TRIED)
     times, cost = n / len(trial.evidence), trial.cost

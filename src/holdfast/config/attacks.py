@@ -46,7 +46,11 @@ def threat_model(spec: ThreatSpec) -> ThreatModel:
     return ThreatModel(constraints[spec.norm], spec.goal, spec.access, spec.queries)
 
 
-def threat_said(threat: str | Constraint | ThreatModel, where: str = "threat") -> str:
+ThreatLike = str | Constraint | ThreatModel
+"""A threat as text, a constraint such as `holdfast.Linf(8/255)`, or a threat model without surrogates."""
+
+
+def threat_written(threat: ThreatLike, where: str = "threat") -> str:
     """Return a threat as text, from text, a constraint such as `Linf(8/255)`, or a threat model.
 
     Raises `UsageError` for anything else, and for a threat model with surrogates, which are a separate argument.

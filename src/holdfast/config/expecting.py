@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from holdfast.config.settings import AssessSettings
+from holdfast.config.groups import DataSource, InputSpace
+from holdfast.config.references import DataReference, Sources
 from holdfast.core.batch import Data
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.normalisation import Normalisation
@@ -17,58 +18,63 @@ from holdfast.sources.probing import ProbedClassifier, settle_gradients, settle_
 from holdfast.verbs.request import Subject
 
 
-def declared(settings: AssessSettings) -> Declared:
-    """Return the properties of the model's input and output that the settings declare. Default bounds are not
-    included.
-    """
-    bounds = Bounds(*settings.bounds) if "bounds" in settings.model_fields_set else None
+def declared(sources: Sources) -> Declared:
+    """Return the declared properties of the model's input and output. Default bounds are not included."""
+    source, inputs = sources.model.source, sources.inputs
     return Declared(
-        bounds,
-        settings.mean,
-        settings.std,
-        settings.classes,
-        settings.model_output,
-        class_names=settings.class_names,
-        normalised=normalisation(settings),
-        input_shape=settings.input_shape,
+        Bounds(*inputs.bounds) if "bounds" in inputs.model_fields_set else None,
+        inputs.mean,
+        inputs.std,
+        source.classes,
+        source.model_output,
+        class_names=source.class_names,
+        normalised=normalisation(inputs),
+        input_shape=sources.model.inference.input_shape,
     )
 
 
-def names(settings: AssessSettings) -> Names:
-    """Return the names inside data files that the settings contain."""
-    return {"label": settings.label, "drop": tuple(settings.drop), "x": settings.x, "y": settings.y}
+def names(source: DataSource) -> Names:
+    """Return the declared names inside data files."""
+    return {"label": source.label, "drop": tuple(source.drop), "x": source.x, "y": source.y}
 
 
-def normalisation(settings: AssessSettings) -> Normalisation | None:
+def normalisation(inputs: InputSpace) -> Normalisation | None:
     """Return the declared normalisation that was applied to the data beforehand, or None."""
-    return None if settings.data_normalised is None else Normalisation(*settings.data_normalised)
+    return None if inputs.data_normalised is None else Normalisation(*inputs.data_normalised)
 
 
-def expected(settings: AssessSettings, model: Classifier, *, lenient: bool = False) -> Expected:
+def expected(
+    sources: Sources, model: Classifier, data: DataReference | None = None, *, lenient: bool = False
+) -> Expected:
     """Return the required properties of data for the model, and how they are read.
 
     With `lenient`, data that do not fit the model are accepted too.
     """
-    names = settings.class_names or model.class_names
+    source = sources.model.source
+    names = source.class_names or model.class_names
     return Expected(
         model.bounds,
         model.classes,
         None if names is None else tuple(names),
         model.class_labels,
         model.feature_names,
-        settings.class_names is not None,
-        settings.class_order,
-        settings.layout,
-        normalisation(settings),
+        source.class_names is not None,
+        source.class_order,
+        (data or sources.data).source.layout,
+        normalisation(sources.inputs),
         ProbedClassifier(model),
         lenient,
     )
 
 
-def unlabelled(settings: AssessSettings, model: Classifier) -> Expected:
+def unlabelled(sources: Sources, model: Classifier, data: DataReference) -> Expected:
     """Return the required properties of data whose labels are not used."""
     return replace(
-        expected(settings, model), classes=None, class_names=None, class_labels=None, checks_labels=False
+        expected(sources, model, data),
+        classes=None,
+        class_names=None,
+        class_labels=None,
+        checks_labels=False,
     )
 
 

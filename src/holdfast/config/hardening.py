@@ -2,20 +2,21 @@
 
 import shlex
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import MISSING, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from holdfast.config import arguments, expecting, ordering
+from holdfast.config import expecting, resolve
 from holdfast.config.attacks import refuse_settings, threat_model
 from holdfast.config.grammar import parse_threat, seconds
+from holdfast.config.groups import Selection
 from holdfast.config.naming import AUTO
+from holdfast.config.planning import assess_request, examples_to_fit
 from holdfast.config.recipes import candidates, refuse_unheld, settings_of
+from holdfast.config.references import DataLike, Sources
 from holdfast.config.settings import HardenSettings
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.catalogue import RECIPES
@@ -39,65 +40,34 @@ USUAL_BUDGET = "10min"
 _ASIDE = 10  # of data given as an object, one in this many examples is used for measurements
 
 
-def open_for_hardening(settings: HardenSettings) -> tuple[Subject, Batch, Data, Data]:
-    """Return the model, the train split, the examples for measurements, and the data set from which those are
-    sampled.
-    """
-    with _weights_of(settings):
-        subject = ordering.opened_subject(settings)
-    model = subject.model
-    _refuse_estimator(model)
-    training = _with_unlabelled(_opened_training(settings, model), settings.unlabelled, settings, model)
-    judged = ordering.opened_data(_few(settings), model)
-    subject = expecting.with_found_properties(subject, (), judged)
-    return subject, training, judged, ordering.opened_data(_all(settings), model)
-
-
-def given_for_hardening(
-    model: arguments.ModelLike,
-    data: arguments.DataLike,
-    fit: arguments.DataLike | None,
-    unlabelled: arguments.DataLike | None,
-    settings: HardenSettings,
+def open_for_hardening(
+    sources: Sources, fit: DataLike | None, unlabelled: DataLike | None
 ) -> tuple[Subject, Batch, Data, Data]:
-    """Return the same as `opened` for models and data given as objects.
+    """Return the model, the training examples, the examples for measurements, and the data set from which those are
+    sampled.
 
-    Of data without `fit`, a tenth, sampled by the seed, is used for measurements.
+    Of data that are given as an object, without `fit`, a tenth, sampled by the seed, is used for measurements.
     """
-    with _weights_of(settings):
-        subject = arguments.subject_of(model, settings)
-    own = subject.model
-    _refuse_estimator(own)
-    if fit is None and not isinstance(data, str | Path):
-        training, judged = _parted(arguments.data_of(data, _all(settings), own), settings, own)
+    with drawing(Draws(sources.seed).at("model")):  # a factory initialises weights from the seed
+        subject = resolve.open_subject(sources)
+    model = subject.model
+    if model.access != "gradients":
+        refuse_untrainable(model)  # before its data are opened
+    if fit is None and sources.data.given is not None and sources.data.address is None:
+        training, judged = _parted(resolve.open_examples(sources.all_examples(), model), sources, model)
         whole = judged
     else:
-        judged = arguments.data_of(data, _few(settings), own)
-        whole = arguments.data_of(data, _all(settings), own)
-        if fit is None or isinstance(fit, str | Path):
-            training = _opened_training(settings, own)
-        else:
-            given = arguments.held(fit, settings, expecting.expected(settings, own))
-            training = given.read(0, len(given))
+        training = _open_training(sources, fit, model)
+        judged = resolve.open_examples(_few(sources), model)
+        whole = resolve.open_examples(sources.all_examples(), model)
     subject = expecting.with_found_properties(subject, (), judged)
-    return subject, _with_unlabelled(training, unlabelled, settings, own), judged, whole
+    return subject, _with_unlabelled(training, unlabelled, sources, model), judged, whole
 
 
-def _refuse_estimator(model: Classifier) -> None:
-    """Refuse a model that cannot be trained before its data are opened."""
-    if model.access != "gradients":
-        refuse_untrainable(model)
-
-
-def _weights_of(settings: HardenSettings) -> AbstractContextManager[None]:
-    """Return a context in which a factory initialises weights from the seed, so that a resumed run gets equal ones."""
-    return drawing(Draws(settings.seed).at("model"))
-
-
-def _parted(data: Data, settings: HardenSettings, model: Classifier) -> tuple[Batch, Data]:
+def _parted(data: Data, sources: Sources, model: Classifier) -> tuple[Batch, Data]:
     whole = data.read(0, len(data))
-    order = Draws(settings.seed).at("judged").bits(whole.ids).argsort()
-    n = settings.n or settings.sample or min(JUDGED, len(whole) // _ASIDE)
+    order = Draws(sources.seed).at("judged").bits(whole.ids).argsort()
+    n = sources.selection.n or sources.selection.sample or min(JUDGED, len(whole) // _ASIDE)
     if n >= len(whole):
         raise UsageError(
             f"{n} of {len(whole)} examples are used for the assessment, which leaves none to train on; give a smaller "
@@ -107,32 +77,31 @@ def _parted(data: Data, settings: HardenSettings, model: Classifier) -> tuple[Ba
     return rest, as_data(aside.x, aside.y, expected=Expected(model.bounds, model.classes))
 
 
-def _few(settings: HardenSettings) -> HardenSettings:
-    return settings if settings.n or settings.sample else settings.model_copy(update={"sample": JUDGED})
-
-
-def _all(settings: HardenSettings) -> HardenSettings:
-    return settings.model_copy(update={"n": None, "sample": None})
-
-
-def _opened_training(settings: HardenSettings, model: Classifier) -> Batch:
-    """Return the train split of `fit`, or all of it if it has none, or the train split of the data."""
-    address = settings.fit or settings.data
-    if address is None:
-        raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
-    wanted = partial(
-        open_data,
-        address,
-        **expecting.names(settings),
-        expected=expecting.expected(settings, model),
+def _few(sources: Sources) -> Sources:
+    selection = sources.selection
+    return (
+        sources if selection.n or selection.sample else replace(sources, selection=Selection(sample=JUDGED))
     )
+
+
+def _open_training(sources: Sources, fit: DataLike | None, model: Classifier) -> Batch:
+    """Return the train split of `fit`, or all of it if it has none, or the train split of the data."""
+    reference = sources.data if fit is None else sources.beside(fit)
+    address, own = reference.address, sources.data.address
+    if reference.given is None:
+        raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
+    known = expecting.expected(sources, model, reference)
+    if address is None:
+        given = resolve.open_object(reference, known)
+        return given.read(0, len(given))
+    wanted = partial(open_data, address, **expecting.names(reference.source), expected=known)
     try:
-        data = wanted(split="train")
+        data = wanted(split="train" if fit is None else reference.source.split or "train")
     except NoSplit as error:
-        if settings.fit in (None, settings.data):
+        if fit is None or address == own:
             same = (
-                f"--fit {settings.fit} is the data set of the assessment"
-                if settings.fit
+                f"--fit {address} is the data set of the assessment"
+                if fit is not None
                 else "the data are used for the assessment"
             )
             raise UsageError(
@@ -142,20 +111,21 @@ def _opened_training(settings: HardenSettings, model: Classifier) -> Batch:
     return data.read(0, len(data))
 
 
-def _with_unlabelled(
-    batch: Batch, given: arguments.DataLike | None, settings: HardenSettings, model: Classifier
-) -> Batch:
+def _with_unlabelled(batch: Batch, given: DataLike | None, sources: Sources, model: Classifier) -> Batch:
     """Append examples without labels to the labelled ones, from a train split or from inputs given as an object."""
     if given is None:
         return batch
-    expected = expecting.unlabelled(settings, model)
-    if isinstance(given, str | Path):
-        named = expecting.names(settings)
-        data: Data = open_data(str(given), split="train", **named, expected=expected)
-    elif isinstance(given, torch.Tensor | np.ndarray):
-        data = as_data(given, np.zeros(len(given), dtype=np.int64), expected=expected)
+    reference = sources.beside(given)
+    expected, source = expecting.unlabelled(sources, model, reference), reference.source
+    if reference.address is not None:
+        data: Data = open_data(
+            reference.address, split=source.split or "train", **expecting.names(source), expected=expected
+        )
+    elif isinstance(reference.given, torch.Tensor | np.ndarray):
+        labels = np.zeros(len(reference.given), dtype=np.int64)
+        data = as_data(reference.given, labels, expected=expected)
     else:
-        data = arguments.held(given, settings, expected)
+        data = resolve.open_object(reference, expected)
     more = data.read(0, len(data))
     if more.x.shape[1:] != batch.x.shape[1:]:
         raise UsageError(
@@ -169,6 +139,7 @@ def _with_unlabelled(
 
 def harden_request(
     settings: HardenSettings,
+    sources: Sources,
     subject: Subject,
     *,
     recipe: Recipe | None = None,
@@ -184,41 +155,32 @@ def harden_request(
     `recipe` is a recipe given as an object, and `excluded` the data that must not be trained on. Attacks that are
     learned use training examples.
     """
-    if settings.across:
-        raise UsageError(
-            "across is a setting of assess, and harden transfers nothing to other data; leave --across out"
-        )
-    if settings.transform:
-        raise UsageError(
-            f"a network that is trained behind the transformations {settings.transform} cannot be used without them; "
-            f"leave --transform out, and assess the new model with it"
-        )
-    order = ordering.order(
+    assessment = assess_request(
         settings, baseline=baseline, device=device, target=subject.model.access, command=command
     )
-    assessment = replace(order, surrogates=tuple(surrogates))
-    threat = threat_model(parse_threat(settings.threat))
-    threat = replace(threat, surrogates=tuple(held.model for held in surrogates))
-    name = str(settings.recipe["use"]) if recipe is None else name_of(recipe)
+    assessment = replace(assessment, surrogates=tuple(surrogates))
+    threat = threat_model(parse_threat(settings.threat.threat))
+    threat = replace(threat, surrogates=tuple(each.model for each in surrogates))
+    name = str(settings.options.recipe["use"]) if recipe is None else name_of(recipe)
     refuse_unheld(threat)
     chosen = (
-        candidates(settings.recipe, subject.model, tuple(training.x.shape[1:]))
+        candidates(settings.options.recipe, subject.model, tuple(training.x.shape[1:]))
         if recipe is None
         else (_candidate(name, recipe),)
     )
-    budget_s, learn = _budget_s(settings, recipe), ordering.examples_to_fit(order.plan)
+    budget_s, learn = _budget_s(settings, recipe), examples_to_fit(assessment.plan)
     return HardenRequest(
         name,
         chosen,
         threat,
         assessment,
         budget_s,
-        settings.seed,
+        settings.random.seed,
         assessment.device,
         command,
         learn,
         excluded,
-        _open_options(settings, subject),
+        _open_options(settings.threat.threat, sources, subject),
     )
 
 
@@ -230,12 +192,12 @@ def _candidate(name: str, recipe: Recipe) -> Candidate:
 
 def _budget_s(settings: HardenSettings, recipe: Recipe | None) -> float | None:
     """Return the budget in seconds, or None. Raises `UsageError` if both epochs and a budget are given."""
-    auto = recipe is None and settings.recipe["use"] == AUTO
-    budget = settings.budget or (USUAL_BUDGET if auto else None)
+    auto = recipe is None and settings.options.recipe["use"] == AUTO
+    budget = settings.options.budget or (USUAL_BUDGET if auto else None)
     if budget is None:
         return None
     if recipe is None:
-        epochs = settings.recipe.get("training", {}).get("epochs")
+        epochs = settings.options.recipe.get("training", {}).get("epochs")
     else:
         given_epochs = recipe.training.epochs
         epochs = None if given_epochs == _usual_epochs(recipe) else given_epochs
@@ -254,26 +216,28 @@ def _usual_epochs(recipe: Any) -> int | None:
     return usual.epochs if isinstance(usual, Training) else None
 
 
-def _open_options(settings: HardenSettings, subject: Subject) -> str:
+def _open_options(threat: str, sources: Sources, subject: Subject) -> str:
     """Flags with which the new model is opened and assessed, as far as its file does not contain them."""
-    words = ["--threat", settings.threat]
+    words = ["--threat", threat]
+    model, data = sources.model.source, sources.data.source
     if "architecture" not in subject.card:
-        code = next((said for said in (settings.arch, settings.model) if said and ".py:" in said), None)
+        named = (model.arch, sources.model.address)
+        code = next((address for address in named if address and ".py:" in address), None)
         words += ["--arch", code or "FILE.py:FACTORY"]
-        for key, value in settings.model_args.items():
+        for key, value in model.model_args.items():
             words += ["--model-args", f"{key}={value}"]
-    normalised = expecting.normalisation(settings)
-    for flag, said in (
-        ("--split", settings.split),
-        ("--label", settings.label),
-        ("--x", settings.x),
-        ("--y", settings.y),
+    normalised = expecting.normalisation(sources.inputs)
+    for flag, text in (
+        ("--split", data.split),
+        ("--label", data.label),
+        ("--x", data.x),
+        ("--y", data.y),
         ("--data-normalised", None if normalised is None else str(normalised)),
-        ("--layout", settings.layout),
-        ("--class-order", settings.class_order),
+        ("--layout", data.layout),
+        ("--class-order", model.class_order),
     ):
-        words += [flag, said] if said else []
-    for column in settings.drop:
+        words += [flag, text] if text else []
+    for column in data.drop:
         words += ["--drop", column]
     return shlex.join(words)
 

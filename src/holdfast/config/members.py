@@ -6,8 +6,8 @@ from typing import Any
 
 from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import attack_class, build_attack, checked_attack
+from holdfast.config.groups import Suite
 from holdfast.config.naming import VARIANTS
-from holdfast.config.settings import AssessSettings
 from holdfast.config.spellings import attack_listed, norms_of_suite
 from holdfast.core.constraints import Constraint
 from holdfast.core.errors import UsageError
@@ -26,12 +26,12 @@ _EXPECTED = (
 )
 
 
-def members_said(settings: AssessSettings, constraint: Constraint) -> tuple[Member, ...] | None:
+def listed_members(suite: Suite, constraint: Constraint) -> tuple[Member, ...] | None:
     """Return the attacks that settings list with settings or by name, or None if they name a suite or nothing."""
-    if settings.attacks is not None:
-        return members_of(build_attack(spec, f"attacks.{k}") for k, spec in enumerate(settings.attacks))
-    if isinstance(settings.suite, tuple):
-        return tuple(_named(name, constraint) for name in settings.suite)
+    if suite.attacks is not None:
+        return members_of(build_attack(spec, f"attacks.{k}") for k, spec in enumerate(suite.attacks))
+    if isinstance(suite.suite, tuple):
+        return tuple(_named(name, constraint) for name in suite.suite)
     return None
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from holdfast.config.settings import AssessSettings
+from holdfast.config.references import Sources
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 from holdfast.core.normalisation import Normalisation
@@ -17,7 +17,8 @@ from holdfast.store.files import POOL_MANIFEST
 from holdfast.store.forms import refuse_form
 from holdfast.store.pool import Pool
 
-_OWN = ("arch", "model_args", "bounds", "mean", "std", "model_output", "classes")
+_OF_SOURCE = ("arch", "model_args", "model_output", "classes")
+_OF_INPUTS = ("bounds", "mean", "std")
 """Settings that the manifest of a pool determines, so that the user may not give them."""
 _BARE = (
     "the robust accuracy is that under an attacker with the serving set (A5), which rotation does not change; add "
@@ -50,18 +51,24 @@ def pool_of(address: str | None) -> Pool | None:
     return Pool.held(Path(path))
 
 
-def open_from_pool(settings: AssessSettings, said: Declared, asked: Remote) -> OpenedModel:
-    """Open the model in the settings. Raises `UsageError` or `TargetError` with advice."""
-    address, pool = str(settings.model), pool_of(settings.model)
+def open_model_at(
+    address: str, sources: Sources, declared: Declared, remote: Remote, *, adaptive: bool = False
+) -> OpenedModel:
+    """Open the model at an address, which may be that of a pool. Raises `UsageError` or `TargetError` with advice.
+
+    `adaptive` states whether the attackers of a pool are measured too; without it a note is added.
+    """
+    pool = pool_of(address)
     if pool is not None:
-        return _serving(address, pool, settings)
+        return _serving(address, pool, sources, adaptive=adaptive)
+    source = sources.model.source
     return open_model(
         address,
-        arch=settings.arch,
-        model_args=settings.model_args,
-        declared=said,
-        trust_code=settings.trust_code,
-        remote=asked,
+        arch=source.arch,
+        model_args=source.model_args,
+        declared=declared,
+        trust_code=source.trust_code,
+        remote=remote,
     )
 
 
@@ -77,11 +84,12 @@ def refuse_code_in_pool(pool: Pool, *, trust_code: bool) -> None:
             )
 
 
-def _serving(address: str, pool: Pool, settings: AssessSettings) -> OpenedModel:
+def _serving(address: str, pool: Pool, sources: Sources, *, adaptive: bool) -> OpenedModel:
     """Return the serving set in the architecture that the pool names."""
-    for key in _OWN:
-        if key in settings.model_fields_set and getattr(settings, key):
-            raise UsageError(f"the pool {address!r} determines {key}, and {key} was given; leave it out")
+    for group, keys in ((sources.model.source, _OF_SOURCE), (sources.inputs, _OF_INPUTS)):
+        for key in keys:
+            if key in group.model_fields_set and getattr(group, key):
+                raise UsageError(f"the pool {address!r} determines {key}, and {key} was given; leave it out")
     now = pool.serving
     if now is None:
         waits = f"{len(pool.ahead)} admitted sets wait" if pool.ahead else "no admitted set waits"
@@ -91,11 +99,11 @@ def _serving(address: str, pool: Pool, settings: AssessSettings) -> OpenedModel:
             f"set serve: holdfast rotate {way} {pool.shown}"
             + ("" if pool.ahead else f", then holdfast rotate swap {pool.shown}")
         )
-    refuse_code_in_pool(pool, trust_code=settings.trust_code)
-    bare = _architecture(pool, trust_code=settings.trust_code)
+    refuse_code_in_pool(pool, trust_code=sources.model.source.trust_code)
+    bare = _architecture(pool, trust_code=sources.model.source.trust_code)
     model = loaded(bare.model, pool.weights(now.name), now.name)
     card = {**bare.architecture, "pool": pool.manifest["id"], "set": now.name, "epoch": now.epoch}
-    notes = () if settings.adaptive else (_BARE,)
+    notes = () if adaptive else (_BARE,)
     files = {f"set {now.name}": pool.ledger.member(now.name).digest}
     return OpenedModel(model, address, "rotating", files, (*bare.notes, *notes), card)
 

@@ -1,15 +1,14 @@
 """Converts settings of a rotation to the inputs of its steps: the terms of a pool, its models and its triggers."""
 
-import json
-
 from holdfast import rotation
-from holdfast.config import hardening, ordering
+from holdfast.config import hardening, resolve
 from holdfast.config.attacks import threat_model
 from holdfast.config.grammar import parse_every, parse_threat, seconds
 from holdfast.config.naming import AUTO, CARD, SOURCES
+from holdfast.config.planning import device_of
 from holdfast.config.pooled import refuse_code_in_pool, said_of
 from holdfast.config.recipes import build_recipe, built, refuse_unheld, settings_of
-from holdfast.config.settings import RotateSettings, check_settings
+from holdfast.config.settings import RotateSettings, check_settings, items, plain_settings
 from holdfast.core.errors import UsageError
 from holdfast.rotation import AnswersPerPrincipal, Codec, Elapsed, Immunise, LatentDiffusion, Source
 from holdfast.rotation.triggers import Trigger
@@ -21,39 +20,36 @@ from holdfast.verbs.rotate.request import RotateRequest, parted, ready
 _OPENING = (
     "model", "data", "arch", "model_args", "bounds", "mean", "std", "data_normalised", "layout",
     "model_output", "classes", "class_names", "class_order", "split", "label", "drop", "x", "y", "fit", "threat",
-    "recipe", "source", "begins", "seed",
+    "recipe", "source", "initialisation", "seed",
 )  # fmt: skip
 """Settings with which the terms of a pool are opened again."""
 
 
 def terms(settings: RotateSettings) -> RotateRequest:
     """Return the terms of the settings. Raises `UsageError` and `TargetError`."""
-    if settings.n or settings.sample:
-        raise UsageError(
-            "sets are trained on the whole train split, of which a fifth is held out to judge them; leave -n and "
-            "--sample out"
-        )
-    subject, training, _, test = hardening.open_for_hardening(settings)
+    sources = resolve.sources_at(settings)
+    subject, training, _, test = hardening.open_for_hardening(sources, settings.others.fit, None)
     model = subject.model
-    threat = threat_model(parse_threat(settings.threat))
+    threat = threat_model(parse_threat(settings.threat.threat))
     refuse_unheld(threat)
     if getattr(threat.constraint, "eps", None) == 0:
         raise UsageError(
-            f"threat {settings.threat} allows no change, so no set could be judged; give an eps above 0"
+            f"threat {settings.threat.threat} allows no change, so no set could be judged; give an eps above 0"
         )
-    device = ordering.device_of(settings.device)
-    name = settings.fit or settings.data or ""
-    examples = parted(training, test, name, model.classes or int(training.y.max()) + 1, settings.seed)
-    opening = json.loads(settings.model_dump_json(include=set(_OPENING), exclude_unset=True))
+    device = device_of(settings.device.device)
+    name = settings.others.fit or settings.data.address or ""
+    examples = parted(training, test, name, model.classes or int(training.y.max()) + 1, sources.seed)
+    plain = plain_settings(settings)
+    opening = {key: plain[key] for key, _, given in items(settings) if given and key in _OPENING}
     return RotateRequest(
         subject=ready(subject, device, examples),
         threat=threat,
-        said=settings.threat,
+        said=settings.threat.threat,
         candidate=_candidate(settings),
         source=source(settings),
         examples=examples,
-        seed=settings.seed,
-        begins=settings.begins,
+        seed=sources.seed,
+        begins=settings.options.initialisation,
         device=device,
         settings=opening,
     )
@@ -67,14 +63,15 @@ def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
     Code runs only if the settings trust it, because the manifest is not a command line. Settings that differ from the
     manifest raise `UsageError`.
     """
-    refuse_code_in_pool(pool, trust_code=settings.trust_code)
+    refuse_code_in_pool(pool, trust_code=settings.model.trust_code)
     created = said_of(pool)
-    said = {**created, "device": settings.device, "trust_code": settings.trust_code}
+    said = {**created, "device": settings.device.device, "trust_code": settings.model.trust_code}
     present = {key: value for key, value in said.items() if value is not None}
     opening = check_settings(present, str(pool.path), kind=RotateSettings)
-    for key in _OPENING:
-        mine, own = getattr(settings, key), getattr(opening, key)
-        if key in settings.model_fields_set and mine != own:
+    stored = {key: value for key, value, _ in items(opening)}
+    for key, mine, given in items(settings):
+        own = stored[key]
+        if given and key in _OPENING and mine != own:
             raise UsageError(
                 f"{key} is {own} in {str(pool.path)!r}, and {mine} was given; leave it out, or create another pool "
                 f"with holdfast rotate collect"
@@ -86,21 +83,22 @@ def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
 
 def _candidate(settings: RotateSettings) -> Candidate:
     """Return the recipe in the settings: a named one, or that of the model's card with changes, or `standard`."""
-    spec = dict(settings.recipe)
+    spec = dict(settings.options.recipe)
     if spec["use"] == AUTO:
         raise UsageError(
             "recipe auto selects a recipe for a single training, and all sets of a pool have the same one; name a "
             "recipe, or card"
         )
     if spec["use"] == CARD:
-        card = trained_by(str(settings.model)) or {"use": "standard"}
+        card = trained_by(str(settings.model.address)) or {"use": "standard"}
         given_settings = {key: value for key, value in spec.items() if key != "use"}
         training = {**card.get("training", {}), **given_settings.pop("training", {})}
         spec = {**card, **given_settings, **({"training": training} if training else {})}
     recipe = build_recipe(spec)
-    if settings.budget is not None and "epochs" in settings.recipe.get("training", {}):
+    budget, epochs = settings.options.budget, settings.options.recipe.get("training", {}).get("epochs")
+    if budget is not None and epochs is not None:
         raise UsageError(
-            f"recipe.training.epochs is {settings.recipe['training']['epochs']}, and the budget is {settings.budget}, "
+            f"recipe.training.epochs is {epochs}, and the budget is {budget}, "
             f"which determines them; give only one of both"
         )
     return Candidate(str(spec["use"]), recipe, settings_of(recipe))
@@ -108,12 +106,12 @@ def _candidate(settings: RotateSettings) -> Candidate:
 
 def budget_s(settings: RotateSettings) -> float | None:
     """Budget of a collection in seconds; None for the recipe's own epochs."""
-    return None if settings.budget is None else seconds(settings.budget, "budget")
+    return None if settings.options.budget is None else seconds(settings.options.budget, "budget")
 
 
 def source(settings: RotateSettings) -> Source:
     """Return the source of the parameter sets."""
-    spec = settings.source
+    spec = settings.options.source
     name = str(spec["use"])
     settings_of_source = {key: value for key, value in spec.items() if key != "use"}
     chosen: Source = built(getattr(rotation, SOURCES[name]), settings_of_source, f"source {name}", "source")
@@ -122,23 +120,23 @@ def source(settings: RotateSettings) -> Source:
 
 def codec(settings: RotateSettings) -> Codec:
     """Return the codec, which represents sets by a few numbers."""
-    return built(Codec, settings.codec, "codec", "codec")
+    return built(Codec, settings.options.codec, "codec", "codec")
 
 
 def diffusion(settings: RotateSettings) -> LatentDiffusion:
     """Return the generator, which learns the distribution of those numbers."""
-    return built(LatentDiffusion, settings.generator, "generator", "generator")
+    return built(LatentDiffusion, settings.options.generator, "generator", "generator")
 
 
 def immunise(settings: RotateSettings) -> Immunise:
     """Return the training of a set against adversarial examples of other sets."""
-    return built(Immunise, settings.immunise, "immunise", "immunise")
+    return built(Immunise, settings.options.immunise, "immunise", "immunise")
 
 
 def triggers(settings: RotateSettings) -> tuple[Trigger, ...]:
     """Return the triggers of swaps."""
     parsed: list[Trigger] = []
-    for text in settings.every:
+    for text in settings.options.every:
         kind, size = parse_every(text)
         parsed.append(AnswersPerPrincipal(int(size)) if kind == "answers" else Elapsed(size))
     return tuple(parsed)

@@ -12,7 +12,7 @@ from holdfast.config.attacks import attack_names, functions
 from holdfast.config.consent import CONSENT
 from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.recipes import part_of, written_fields
-from holdfast.config.settings import HardenSettings, RotateSettings
+from holdfast.config.settings import VERBS, RotateSettings, VerbSettings, groups_of
 from holdfast.config.suites import SUITES
 from holdfast.core.catalogue import RECIPES
 from holdfast.core.constraints import Constraint
@@ -23,61 +23,104 @@ from holdfast.rotation import Codec, Immunise, LatentDiffusion
 def settings_schema() -> dict[str, Any]:
     """Return the published schema, which `holdfast validate --schema` prints. A test compares it with the
     stored copy.
+
+    At the top are the keys of all verbs, and a section with the name of each verb, which has its keys.
     """
-    content = RotateSettings.model_json_schema()
-    content["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    content["title"] = "holdfast.yaml"
-    content["description"] = "All settings of the commands; each command uses those that apply to it."
-    content["$defs"] = {
-        **content.pop("$defs"),
+    definitions: dict[str, Any] = {
         "attack": {"oneOf": [_tagged(n, c, {}) for n, c in attack_names().items()]},
         "recipe": {"oneOf": [_recipe(name) for name in (AUTO, CARD, *RECIPES)]},
         "source": {"oneOf": [_tagged(n, getattr(rotation, of), {}) for n, of in SOURCES.items()]},
     }
-    properties = content["properties"]
+    keys_by_verb = {verb: _keys(kind, definitions) for verb, kind in VERBS.items()}
+    shared = {key: value for keys in keys_by_verb.values() for key, value in keys.items()}
+    shared["recipe"] = {
+        "description": "Training method, see holdfast harden and holdfast rotate.",
+        "anyOf": [{"enum": [AUTO, CARD, *RECIPES]}, {"$ref": "#/$defs/recipe"}],
+    }
+    for key in ("mean", "std"):
+        _take_numbers(definitions["SurrogateSettings"]["properties"][key], optional=True)
+    sections = {
+        verb: {
+            "description": f"Settings of {verb} alone. They take precedence over the keys at the top.",
+            "anyOf": [
+                {"type": "object", "properties": keys, "additionalProperties": False},
+                {"type": "null"},
+            ],
+        }
+        for verb, keys in keys_by_verb.items()
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "holdfast.yaml",
+        "description": "All settings of the commands. Each command accepts those at the top that it uses, and those in "
+        "the section with its name.",
+        "type": "object",
+        "properties": {**shared, **sections},
+        "additionalProperties": False,
+        "$defs": definitions,
+    }
+
+
+def _keys(kind: type[VerbSettings], definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return the schemas of the keys of a verb, and add the schemas to which they refer to `definitions`."""
+    properties: dict[str, Any] = {}
+    for group in groups_of(kind).values():
+        content = group.model_json_schema()
+        definitions |= content.get("$defs", {})
+        properties |= content["properties"]
     del properties[CONSENT]
+    if "suite" in properties:
+        _take_attacks(properties)
+    if "recipe" in properties:
+        first, names = (CARD, [CARD, *RECIPES]) if kind is RotateSettings else (AUTO, [AUTO, *RECIPES])
+        properties["recipe"] = {
+            "description": properties["recipe"]["description"],
+            "default": first,
+            "anyOf": [{"enum": names}, {"$ref": "#/$defs/recipe"}],
+        }
+    if "source" in properties:
+        properties["source"] = {
+            "description": properties["source"]["description"],
+            "anyOf": [{"enum": [*SOURCES]}, {"$ref": "#/$defs/source"}],
+        }
+        for key, cls in (("codec", Codec), ("generator", LatentDiffusion), ("immunise", Immunise)):
+            properties[key] = {"description": properties[key]["description"], **_settings(cls, {})}
+    _take_other_forms(properties)
+    return properties
+
+
+def _take_attacks(properties: dict[str, Any]) -> None:
+    """Describe suites, attacks and surrogates in each form that a file may contain."""
     properties["surrogates"]["items"] = {"anyOf": [{"type": "string"}, properties["surrogates"]["items"]]}
-    recipe = HardenSettings.model_fields["recipe"].description
     suites = [
         {"enum": [*SUITES]},
         {"type": "string"},
         {"type": "array", "minItems": 1, "items": {"type": "string"}},
     ]
     properties["suite"] = {**properties["suite"], "anyOf": [*suites, {"type": "null"}]}
-    properties["recipe"] = {
-        "description": f"{recipe}; rotate accepts `card`, the recipe of the model's card, instead of auto",
-        "anyOf": [{"enum": [AUTO, CARD, *RECIPES]}, {"$ref": "#/$defs/recipe"}],
-    }
-    properties["source"] = {
-        "description": properties["source"]["description"],
-        "anyOf": [{"enum": [*SOURCES]}, {"$ref": "#/$defs/source"}],
-    }
-    for key, cls in (("codec", Codec), ("generator", LatentDiffusion), ("immunise", Immunise)):
-        properties[key] = {"description": properties[key]["description"], **_settings(cls, {})}
     properties["attacks"] = {
         **properties["attacks"],
         "anyOf": [{"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/attack"}}, {"type": "null"}],
     }
-    _take_other_forms(properties, content["$defs"]["SurrogateSettings"]["properties"])
-    return content
 
 
-def _take_other_forms(properties: dict[str, Any], held: dict[str, Any]) -> None:
-    """Allow forms other than a list of numbers for some settings and for those of a surrogate."""
-    for place, key in (
-        (properties, "bounds"),
-        *((p, k) for p in (properties, held) for k in ("mean", "std")),
-    ):
-        numbers = {"type": "array", "items": {"type": ["number", "string"]}}
-        absent = [] if key == "bounds" else [{"type": "null"}]
-        place[key]["anyOf"] = [numbers, {"type": "string"}, *absent]
-        for old in ("type", "items", "minItems", "maxItems", "prefixItems"):
-            place[key].pop(old, None)
+def _take_other_forms(properties: dict[str, Any]) -> None:
+    """Allow forms other than a list of numbers for some settings."""
+    for key in ("bounds", "mean", "std"):
+        _take_numbers(properties[key], optional=key != "bounds")
     side = {"anyOf": [{"type": "number"}, {"type": "array", "items": {"type": "number"}, "minItems": 1}]}
     pair = {"type": "array", "items": side, "minItems": 2, "maxItems": 2}
     properties["data_normalised"]["anyOf"] = [pair, {"type": "string"}, {"type": "null"}]
     names = {"type": "array", "items": {"type": ["string", "integer"]}, "minItems": 2}
     properties["class_names"]["anyOf"] = [names, {"type": "string"}, {"type": "null"}]
+
+
+def _take_numbers(schema: dict[str, Any], *, optional: bool) -> None:
+    """Allow text and fractions for a list of numbers."""
+    numbers = {"type": "array", "items": {"type": ["number", "string"]}}
+    for old in ("type", "items", "minItems", "maxItems", "prefixItems"):
+        schema.pop(old, None)
+    schema["anyOf"] = [numbers, {"type": "string"}, *([{"type": "null"}] if optional else [])]
 
 
 def _recipe(name: str) -> dict[str, Any]:

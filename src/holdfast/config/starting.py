@@ -7,15 +7,26 @@ import json
 from pathlib import Path
 
 from holdfast.config.grammar import is_folder
-from holdfast.config.naming import AUTO
-from holdfast.config.settings import AssessSettings, HardenSettings, check_settings, load, read_settings
+from holdfast.config.naming import AUTO, CARD
+from holdfast.config.settings import (
+    VERBS,
+    AssessSettings,
+    HardenSettings,
+    MisplacedKeys,
+    RotateSettings,
+    VerbSettings,
+    check_settings,
+    keys_for_verb,
+    load,
+    read_settings,
+)
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.reports.write import check_destination as check_place
 
 _TEMPLATE = """\
-# Settings of `holdfast assess --config holdfast.yaml`. Every key is also a flag and an argument of holdfast.assess.
+# Settings of `holdfast assess --config holdfast.yaml`. Every key is also a flag, and an argument in Python.
 # Flags take precedence over this file. Check it with: holdfast validate holdfast.yaml
-schema_version: 1
+schema_version: 2
 
 model: {model}        # a bundled name, file.py:factory, a model file (.pt, .onnx, .skops, …), or a URL
 data: {data}          # a bundled or catalogue name, .npz, .csv, .parquet, or a folder of class folders
@@ -34,6 +45,9 @@ gates:
 #   - {{use: PGD, steps: 100, restarts: 5}}
 output: [report.html, junit.xml]
 seed: 0
+
+# harden:                # keys of one verb are in a section with its name
+#   recipe: {{use: trades, beta: 6}}
 """
 
 DIGITS = "mnist-mini"
@@ -74,29 +88,49 @@ def init(
     return place
 
 
-def validate(path: str | Path = "holdfast.yaml") -> HardenSettings:
-    """Return the settings of a configuration after checking all keys, threats, gates, suites, attacks and reports.
+def validate(path: str | Path = "holdfast.yaml") -> tuple[str, ...]:
+    """Check all keys of a configuration, and its threats, gates, suites, attacks, recipes and reports.
 
-    Nothing is run.
+    Nothing is run. Returns the verbs for which the file is valid: those that use all keys at its top. Raises
+    `UsageError` for the first fault, and if there is no such verb.
     """
-    if not load(Path(path)):
+    loaded = load(Path(path))
+    if not loaded:
         raise UsageError(
             f"{path} contains no keys; expected keys such as model: and data:, as holdfast init writes them"
         )
-    settings = read_settings(Path(path), {}, kind=HardenSettings)
-    for output in settings.output:
-        if output != "-" and not is_folder(output):
-            check_place(Path(output))
-    if settings.recipe["use"] != AUTO:
+    verbs, faults = [], []
+    for verb, kind in VERBS.items():
+        try:
+            keys_for_verb(loaded, str(path), kind)
+        except MisplacedKeys as error:
+            faults.append(error)
+        else:
+            verbs.append(verb)
+    if not verbs:
+        raise min(faults, key=lambda error: len(error.keys))
+    for verb in verbs:
+        _check_parts(read_settings(Path(path), {}, kind=VERBS[verb]), str(path))
+    return tuple(verbs)
+
+
+def _check_parts(settings: VerbSettings, path: str) -> None:
+    """Check the settings that need torch: reports, recipe and attacks."""
+    if isinstance(settings, HardenSettings | RotateSettings):
         from holdfast.config.recipes import build_recipe
 
-        build_recipe(settings.recipe)
-    if settings.attacks is not None:
-        from holdfast.config.attacks import build_attack
+        recipe = settings.options.recipe
+        if recipe["use"] not in (AUTO, CARD):
+            build_recipe(recipe)
+    if isinstance(settings, AssessSettings | HardenSettings):
+        for output in settings.reports.output:
+            if output != "-" and not is_folder(output):
+                check_place(Path(output))
+        if settings.suite.attacks is not None:
+            from holdfast.config.attacks import build_attack
 
-        for k, spec in enumerate(settings.attacks):
-            build_attack(spec, f"{path}: attacks.{k}")
-    return settings
+            for k, spec in enumerate(settings.suite.attacks):
+                build_attack(spec, f"{path}: attacks.{k}")
 
 
 def demo_settings() -> AssessSettings:

@@ -208,15 +208,15 @@ class SurrogateSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
 
     model: str = Field(description="an address, as for the model under test")
-    arch: str | None = Field(None, description="architecture of a state dict")
+    arch: str | None = Field(default=None, description="architecture of a state dict")
     model_args: dict[str, str] = Field(default_factory=dict, description="arguments of the factory")
-    mean: Numbers | None = Field(None, description="subtracted from the input inside the surrogate")
-    std: Numbers | None = Field(None, description="divides the input inside the surrogate")
+    mean: Numbers | None = Field(default=None, description="subtracted from the input inside the surrogate")
+    std: Numbers | None = Field(default=None, description="divides the input inside the surrogate")
     skip: str | None = Field(
-        None, description="skip gradients: the last modules of residual branches, as in layer*.*.bn2"
+        default=None, description="skip gradients: the last modules of residual branches, as in layer*.*.bn2"
     )
     decay: Annotated[float, Ge(0), Le(1), BeforeValidator(_share)] | None = Field(
-        None, description="share of their gradient that is kept (by default 0.5)"
+        default=None, description="share of their gradient that is kept (by default 0.5)"
     )
 
 

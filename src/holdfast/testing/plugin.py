@@ -15,7 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     from holdfast.attacks.protocol import Attack
-    from holdfast.config.arguments import DataLike, ModelLike
+    from holdfast.config.references import DataLike, ModelLike
     from holdfast.gates.judging import Judgement
     from holdfast.verbs.result import Result
 

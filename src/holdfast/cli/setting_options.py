@@ -1,0 +1,113 @@
+"""Options of the command line, generated from the settings of a verb."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal, Union, get_args, get_origin
+
+import click
+from pydantic.fields import FieldInfo
+
+from holdfast.cli import completing
+from holdfast.config.groups import Flag
+from holdfast.config.settings import FORMER_KEYS, VerbSettings, keys_of
+
+Option = Callable[[Any], Any]
+
+SETTING = (
+    click.option(
+        "--set",
+        "sets",
+        multiple=True,
+        metavar="A.B=C",
+        help="Set any key of the configuration, as in recipe.beta=6.",
+    ),
+    click.option(
+        "--config",
+        "-c",
+        type=click.Path(),
+        metavar="FILE",
+        help="Configuration file (see holdfast init). Flags take precedence.",
+    ),
+)
+"""Options for the configuration as a whole."""
+
+MODEL_AND_DATA = (
+    click.argument("model", required=False, type=completing.MODEL),
+    click.argument("data", required=False, type=completing.DATA),
+)
+"""Arguments of the commands that open a model and data."""
+
+
+def options_of(kind: type[VerbSettings], *, only: Collection[str] = ()) -> tuple[Option, ...]:
+    """Return an option for each setting of a verb that has one, or for those in `only`."""
+    former = {new: old for old, new in FORMER_KEYS.items()}
+    options: list[Option] = []
+    for key, entry in keys_of(kind).items():
+        flag = flag_of(entry.field)
+        if flag is None or (only and key not in only):
+            continue
+        options.append(_option(key, entry.field, flag))
+        if key in former:
+            # the earlier name of the option is accepted, with a note, and not shown
+            options.append(_option(former[key], entry.field, Flag(flag.metavar), hidden=True))
+    return tuple(options)
+
+
+def flag_of(field: FieldInfo) -> Flag | None:
+    """Return how a setting is written on the command line, or None if it is a key of files only."""
+    return next((each for each in field.metadata if isinstance(each, Flag)), None)
+
+
+def flag_names(kind: type[VerbSettings]) -> Mapping[str, str]:
+    """Return the options of a verb by the keys of its settings."""
+    return {
+        key: flag.name or _long(key)
+        for key, entry in keys_of(kind).items()
+        if (flag := flag_of(entry.field)) is not None
+    }
+
+
+def _long(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+def _option(key: str, field: FieldInfo, flag: Flag, *, hidden: bool = False) -> Option:
+    name = flag.name or _long(key)
+    names = (flag.short, name) if flag.short else (name,)
+    kind = _plain_type(field.annotation)
+    # default=None, unlike that of the setting, so that a key of a file is not replaced by an absent option
+    settings: dict[str, Any] = {"default": None, "help": field.description, "hidden": hidden}
+    if kind is bool:
+        if flag.negated:
+            return click.option(f"{name}/--no-{name[2:]}", key, **settings)
+        return click.option(*names, key, is_flag=True, **settings)
+    settings["metavar"] = flag.metavar
+    if get_origin(kind) in (list, dict):
+        settings |= {"multiple": True, "default": ()}
+    return click.option(*names, key, type=_click_type(kind, flag), **settings)
+
+
+def _plain_type(annotation: Any) -> Any:
+    """Return the type of a setting without `Annotated` and without None."""
+    if hasattr(annotation, "__metadata__"):
+        return _plain_type(get_args(annotation)[0])
+    if get_origin(annotation) is Union or type(annotation).__name__ == "UnionType":
+        kinds = [each for each in get_args(annotation) if each is not type(None)]
+        return _plain_type(kinds[0]) if len(kinds) == 1 else annotation
+    return annotation
+
+
+def _click_type(kind: Any, flag: Flag) -> Any:
+    if flag.completion == "PATH":
+        return click.Path()
+    if flag.completion:
+        return getattr(completing, flag.completion)
+    if get_origin(kind) is Literal:
+        return click.Choice(get_args(kind))
+    return int if kind is int else str
+
+
+def with_named_parts(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags with `--recipe` and `--source` as a `--set` of their name, which further `--set` may extend."""
+    parts = {key: flags[key] for key in ("recipe", "source") if flags.get(key) is not None}
+    others = {key: value for key, value in flags.items() if key not in parts}
+    return {**others, "sets": (*(f"{key}.use={name}" for key, name in parts.items()), *flags["sets"])}

@@ -1,0 +1,433 @@
+"""The settings of all verbs, in groups: each setting is declared here once. They need pydantic, but not torch.
+
+A verb is made of the groups that it uses (`holdfast.config.settings`). The keys of a configuration file, the options of
+the command line and the JSON Schema are generated from these fields.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from holdfast.config import values
+from holdfast.config.naming import CARD, SOURCES
+from holdfast.config.suites import DEFAULT_SUITE, SUITES
+from holdfast.core.catalogue import RECIPES
+from holdfast.core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How a setting is written on the command line."""
+
+    metavar: str = ""
+    name: str = ""
+    """the option, if it is not `--` and the key with hyphens"""
+    short: str = ""
+    """one-letter form"""
+    completion: str = ""
+    """what the shell completes: a name of `holdfast.cli.completing`, or PATH"""
+    negated: bool = False
+    """whether there is also a `--no-` form"""
+
+
+class Group(BaseModel):
+    """Settings that are used together."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
+
+    def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` for settings that contradict each other.
+
+        `prefix` names their source in the message, and `written` is the form in which a person wrote a key.
+        """
+
+
+class FileFormat(Group):
+    """The format of a configuration file."""
+
+    schema_version: Literal[1, 2] = Field(default=2, description="Version of the format of this file.")
+
+
+class ModelSource(Group):
+    """Where a model is, how it is opened, and what its outputs mean."""
+
+    address: str | None = Field(
+        default=None,
+        alias="model",
+        description="A bundled name, file.py:factory, a .safetensors, .pt, .pt2, .onnx, .skops, .json or .ubj file, "
+        "or a URL.",
+    )
+    arch: Annotated[str | None, Flag("NAME|FILE.py:F")] = Field(
+        default=None,
+        description="Architecture of a state dict: a name (see holdfast models) or a function in a file.",
+    )
+    model_args: Annotated[dict[str, str], Flag("K=V")] = Field(
+        default_factory=dict,
+        description="Argument of the function that returns the model (file.py:factory).",
+    )
+    model_output: Annotated[Literal["logit", "probability"] | None, Flag("KIND")] = Field(
+        default=None,
+        description="What the model returns: logit or probability. Required for one number per example from 0 to 1.",
+    )
+    classes: Annotated[values.Classes | None, Flag("N")] = Field(
+        default=None, description="Expected number of classes."
+    )
+    class_names: Annotated[values.ClassNames | None, Flag("A,B,…|@FILE")] = Field(
+        default=None,
+        description="Names of the classes in the order of the model's outputs, or a file with one name per line. Class "
+        "folders and text labels are matched with them.",
+    )
+    class_order: Annotated[Literal["lexical", "numeric"] | None, Flag("ORDER")] = Field(
+        default=None,
+        description="Order by which classes were numbered in training, if no names are given: lexical or numeric.",
+    )
+    trust_code: Annotated[bool, Flag()] = Field(
+        default=False, description="Allow files to run the code that they contain."
+    )
+
+
+class InferenceSource(Group):
+    """How a model is opened that can be evaluated but not trained: an ONNX file, or a model behind a server."""
+
+    input_shape: Annotated[values.InputShape | None, Flag("N,…")] = Field(
+        default=None,
+        description="Sizes of one example without the batch, as in 3,224,224, if an .onnx file does not fix them.",
+    )
+    allow_hosts: Annotated[values.Names, Flag("HOST[:PORT]", "--allow-host")] = Field(
+        default_factory=list, description="Server to which requests may be sent."
+    )
+    headers: Annotated[list[values.Header], Flag("'NAME: env:VAR'", "--header")] = Field(
+        default_factory=list,
+        description="Header of the requests. Its value is read from an environment variable.",
+    )
+    http_request: Annotated[str | None, Flag("JSON")] = Field(
+        default=None,
+        description="JSON of a request, with $x for the rows, as in '{\"instances\": $x}', or $x_one for one example "
+        "without a batch axis ($x_last and $x_one_last: channels last). Default: the Open Inference Protocol.",
+    )
+    http_response: Annotated[str | None, Flag("PATH")] = Field(
+        default=None,
+        description="Path of the scores or classes in the JSON of an answer, as in predictions or rows.*.scores. In "
+        "the Open Inference Protocol the name of an output.",
+    )
+    http_labels: Annotated[bool, Flag()] = Field(
+        default=False, description="Answers contain classes (numbers or names) instead of scores."
+    )
+    http_max_rows: Annotated[values.Positive, Flag("N")] = Field(
+        default=64, description="Maximum number of rows in a request (default: 64)."
+    )
+    http_timeout: Annotated[values.Timeout, Flag("T")] = Field(
+        default="30s", description="Maximum time for an answer (default: 30s)."
+    )
+    http_retries: Annotated[values.Whole, Flag("N")] = Field(
+        default=5, description="Number of retries of a request that failed temporarily (default: 5)."
+    )
+    http_concurrency: Annotated[values.Positive, Flag("N")] = Field(
+        default=1, description="Maximum number of simultaneous requests (default: 1)."
+    )
+    http_rate: Annotated[values.Rate | None, Flag("N/T")] = Field(
+        default=None, description="Maximum rate of requests, as in 4/s or 100/min."
+    )
+
+
+class ServerLimits(Group):
+    """Limits of a run on a model behind a server."""
+
+    max_queries: Annotated[values.Positive | None, Flag("N")] = Field(
+        default=None,
+        description="Maximum number of rows sent to a server. Then the run stops; continue it with --resume.",
+    )
+    on_refused: Annotated[Literal["reject", "stop"], Flag("HOW")] = Field(
+        default="reject",
+        description="Effect of an attacked input that a server refuses (400, 422): reject (it counts as rejected, the "
+        "default) or stop (the run stops).",
+    )
+    keep_answers: Annotated[bool, Flag()] = Field(
+        default=False, description="Keep the server's answers in the run folder after the run."
+    )
+
+
+class InputSpace(Group):
+    """The legal inputs of a model, and the normalisation inside it."""
+
+    bounds: Annotated[values.Numbers, Flag("LOW,HIGH")] = Field(
+        default=(0.0, 1.0),
+        description="Lowest and highest legal input value (default: 0,1).",
+        min_length=2,
+        max_length=2,
+    )
+    mean: Annotated[values.Numbers | None, Flag("M,…")] = Field(
+        default=None, description="Subtracted from the input inside the model, one number per channel."
+    )
+    std: Annotated[values.Numbers | None, Flag("S,…")] = Field(
+        default=None, description="Divides the input inside the model, one number per channel."
+    )
+    data_normalised: Annotated[values.Normalised | None, Flag("M,…/S,…")] = Field(
+        default=None,
+        description="Mean and standard deviation by which the data were normalised. This is undone, and done inside "
+        "the model instead, so that eps is in pixels.",
+    )
+
+    def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` for a wrong standard deviation, two normalisations, or wrong bounds."""
+        if self.std is not None and not all(number > 0 for number in self.std):
+            raise UsageError(
+                f"{written.get('std', f'{prefix}std')} is {list(self.std)}; every number must be positive, as in "
+                "0.2470,0.2435,0.2616"
+            )
+        if self.data_normalised is not None and (self.mean is not None or self.std is not None):
+            raise UsageError(
+                f"{prefix}give data_normalised, for data that were normalised beforehand, or mean and std, for data "
+                "that are pixels and a model that expects normalised input, not both"
+            )
+        if not self.bounds[0] < self.bounds[1] or not all(map(math.isfinite, self.bounds)):
+            raise UsageError(
+                f"{prefix}bounds are {self.bounds}; give two numbers, the lower first, as in 0,1"
+            )
+
+
+class DataSource(Group):
+    """Where the examples are, and how they are read."""
+
+    address: str | None = Field(
+        default=None,
+        alias="data",
+        description="A bundled or catalogue name, an .npz, .csv or .parquet file, or a folder with one folder of "
+        "images for each class.",
+    )
+    split: Annotated[str | None, Flag("NAME")] = Field(
+        default=None,
+        description="Split of the data, or a value of a table's split column (default: test if there is one).",
+    )
+    label: Annotated[str | None, Flag("COL")] = Field(default=None, description="Label column of a table.")
+    drop: Annotated[list[str], Flag("COL")] = Field(
+        default_factory=list, description="Leave out a column of a table, such as an id."
+    )
+    x: Annotated[str | None, Flag("NAME")] = Field(
+        default=None, description="Name of the inputs in an .npz file (default: x_test or x)."
+    )
+    y: Annotated[str | None, Flag("NAME")] = Field(
+        default=None, description="Name of the labels in an .npz file (default: y_test or y)."
+    )
+    layout: Annotated[Literal["chw", "hwc", "asis"] | None, Flag("L")] = Field(
+        default=None,
+        description="Axes of stored arrays: chw (channels first), hwc (channels last), or asis (unchanged). By default "
+        "they are determined with the model.",
+    )
+
+
+class OtherData(Group):
+    """Other examples than those on which a model is judged."""
+
+    fit: Annotated[str | None, Flag("DATA", completion="DATA")] = Field(
+        default=None,
+        description="Examples on which attacks are fitted, or models are trained (default: the train split).",
+    )
+
+
+class Selection(Group):
+    """Which of the examples are used."""
+
+    n: Annotated[values.Positive | None, Flag("N", "-n")] = Field(
+        default=None, description="Use the first N examples."
+    )
+    sample: Annotated[values.Positive | None, Flag("N")] = Field(
+        default=None, description="Use N examples chosen at random by the seed."
+    )
+
+    def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` if both are given."""
+        if self.n is not None and self.sample is not None:
+            raise UsageError(f"{prefix}give n (the first N) or sample (a random N), not both")
+
+
+class ThreatSource(Group):
+    """What the attacker may change and use."""
+
+    threat: Annotated[values.Threat, Flag("T", short="-t", completion="THREAT")] = Field(
+        default="linf:8/255",
+        description="Threat model: what the attacker may change and use, as in linf:8/255,queries=1000 (default: "
+        "linf:8/255).",
+    )
+
+
+class Suite(Group):
+    """Which attacks run, and what else is measured."""
+
+    suite: Annotated[values.SuiteSpec | None, Flag("S", short="-s", completion="SUITE")] = Field(
+        default=None,
+        description=f"Suite of attacks: {', '.join(SUITES)} (default: {DEFAULT_SUITE}; black-box for a model without "
+        "gradients, transfer for access=none), or attacks by name, as in pgd,square.",
+    )
+    attacks: list[dict[str, Any]] | None = Field(
+        default=None,
+        min_length=1,
+        description="Attacks with settings instead of a suite, each `use: NAME` and its settings.",
+    )
+    surrogates: Annotated[list[values.Surrogate], Flag("MODEL[,K=V]", "--surrogate", completion="MODEL")] = (
+        Field(
+            default_factory=list,
+            description="Surrogate model of the attacker, on which transfer examples are computed: an address, or "
+            "`model: ADDRESS` with arch, mean, std, skip.",
+        )
+    )
+    only: Annotated[values.Names, Flag("ATTACK", completion="ATTACK")] = Field(
+        default_factory=list, description="Run only these attacks of the suite."
+    )
+    skip: Annotated[values.Names, Flag("ATTACK", completion="ATTACK")] = Field(
+        default_factory=list, description="Leave these attacks of the suite out."
+    )
+    curve: Annotated[bool, Flag(negated=True)] = Field(
+        default=False,
+        description="Also measure robust accuracy as a function of eps, with minimum-norm attacks.",
+    )
+    full: Annotated[bool, Flag()] = Field(
+        default=False, description="Run every attack on every example, even if an earlier one broke it."
+    )
+    doubts: Annotated[bool, Flag(negated=True)] = Field(
+        default=True, description="Test for reasons why the result may be too optimistic (default: on)."
+    )
+    adaptive: Annotated[bool, Flag(negated=True)] = Field(
+        default=False,
+        description="Also run adaptive attacks, chosen by the raised doubts and for a detector (BPDA, EOT, search).",
+    )
+    save_adversarial: Annotated[bool, Flag()] = Field(
+        default=False, description="Store all adversarial examples in the run folder."
+    )
+
+    def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` if both a suite and a list of attacks are given."""
+        if self.suite is not None and self.attacks is not None:
+            raise UsageError(f"{prefix}give a suite or a list of attacks, not both")
+
+
+class Judgement(Group):
+    """What a result is compared with, and which doubts are accepted."""
+
+    gates: Annotated[list[values.Gate], Flag("G", "--gate", "-g")] = Field(
+        default_factory=list,
+        description='Condition on a metric, as in "robust_accuracy >= 0.40".',
+    )
+    accept_doubts: Annotated[values.Reasons, Flag('NAME="why"', "--accept-doubt")] = Field(
+        default_factory=dict, description="Accept a raised doubt, with the reason."
+    )
+
+
+class Reports(Group):
+    """What is written after a run."""
+
+    baseline: Annotated[str | None, Flag("RUN", completion="PATH")] = Field(
+        default=None, description="Run folder for gates that end in `vs baseline`."
+    )
+    output: Annotated[list[str], Flag("FILE", short="-o", completion="PATH")] = Field(
+        default_factory=list,
+        description="Report file, in the format of its suffix: .html .json .xml .sarif .md .csv; - for JSON on stdout.",
+    )
+
+
+class Execution(Group):
+    """How the work of a measurement is divided."""
+
+    time_budget: Annotated[values.TimeBudget | None, Flag("T")] = Field(
+        default=None, description="Stop attacking after this time, as in 10min."
+    )
+    batch_size: Annotated[values.Positive | None, Flag("N")] = Field(
+        default=None, description="Examples in one call of the model."
+    )
+    workers: Annotated[values.Positive | None, Flag("N")] = Field(
+        default=None, description="Number of processes that share the work, each with one thread."
+    )
+
+
+class Seed(Group):
+    """The seed of random numbers."""
+
+    seed: Annotated[values.Whole, Flag("N")] = Field(
+        default=0, description="Seed of all random numbers (default: 0)."
+    )
+
+
+class Device(Group):
+    """The device of the computation."""
+
+    device: Annotated[str, Flag("NAME")] = Field(
+        default="auto", description="Device: auto, cpu, cuda or cuda:1 (default: auto)."
+    )
+
+
+class AssessOptions(Group):
+    """Settings of `assess` alone."""
+
+    across: Annotated[list[str], Flag("DATA", completion="DATA")] = Field(
+        default_factory=list,
+        description="Another data set of the same shape: perturbations are transferred from DATA to it and back.",
+    )
+    transform: Annotated[values.Transform | None, Flag("T")] = Field(
+        default=None,
+        description="Transform every input at random before the model, as in rotate=15,scale=0.1,brightness=0.2.",
+    )
+
+
+_BUDGET = "Time for the training, as in 10min (default: the epochs of the recipe)."
+
+
+class HardenOptions(Group):
+    """Settings of `harden` alone."""
+
+    recipe: Annotated[values.RecipeSpec, Flag("R", completion="RECIPE")] = Field(
+        default_factory=lambda: {"use": "auto"},
+        description=f"Training method: auto (the default, which selects one), {', '.join(RECIPES)}. Settings: --set "
+        "recipe.NAME=VALUE, or `use: NAME` with its settings.",
+    )
+    budget: Annotated[values.Budget | None, Flag("T")] = Field(
+        default=None, description=f"{_BUDGET} The assessments take additional time."
+    )
+    unlabelled: Annotated[str | None, Flag("DATA", completion="DATA")] = Field(
+        default=None,
+        description="Additional examples to train on without labels (recipe vat): an address with a train split.",
+    )
+
+
+class RotateOptions(Group):
+    """Settings of `rotate` alone: where parameter sets come from, how they are trained, and when they are swapped."""
+
+    recipe: Annotated[values.SetsRecipeSpec, Flag("R", completion="SETS_RECIPE")] = Field(
+        default_factory=lambda: {"use": CARD},
+        description=f"Training method of the sets: card (the default: as the model was trained, else standard), "
+        f"{', '.join(RECIPES)}.",
+    )
+    budget: Annotated[values.Budget | None, Flag("T")] = Field(
+        default=None,
+        description="Time for all trainings together, as in 20min (default: the epochs of the recipe).",
+    )
+    source: Annotated[values.SourceSpec, Flag("S", completion="SOURCE")] = Field(
+        default_factory=lambda: {"use": "basins"},
+        description=f"Method that collects sets: {', '.join(SOURCES)} (default: basins). Settings: --set "
+        "source.NAME=VALUE, or `use: NAME` with its settings.",
+    )
+    initialisation: Literal["he", "own"] = Field(
+        default="he",
+        description="Initial weights of an independent training: he (He initialisation) or own (that of each layer).",
+    )
+    codec: dict[str, Any] = Field(default_factory=dict, description="Settings of the codec.")
+    generator: dict[str, Any] = Field(default_factory=dict, description="Settings of the latent diffusion.")
+    immunise: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings of the training against examples computed on stolen sets.",
+    )
+    every: Annotated[list[values.Every], Flag("T")] = Field(
+        default_factory=list,
+        description="When to swap, as in 50q/principal (answers to one principal) or 24h. A stolen serving set is "
+        "always swapped.",
+    )
+    min_waiting: Annotated[values.Positive, Flag("N")] = Field(
+        default=8, description="Number of admitted sets that should wait (default: 8)."
+    )
+    n_judged: values.Positive = Field(
+        default=2000,
+        description="Number of held-out examples on which a set is judged first. It is doubled while a gate is "
+        "inconclusive.",
+    )

@@ -1,0 +1,43 @@
+"""Arguments that moved from the functions of the verbs to `open_model` and `open_data`."""
+
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
+from typing import ParamSpec, TypeVar
+
+from holdfast.config.grad_mode import gradients
+from holdfast.config.groups import DataSource, Group, InferenceSource, ModelSource, ServerLimits
+from holdfast.core.errors import UsageError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _keys(*groups: type[Group]) -> list[str]:
+    return [name for group in groups for name in group.model_fields if name != "address"]
+
+
+PLACES = {
+    **dict.fromkeys(_keys(ModelSource, InferenceSource, ServerLimits), "open_model"),
+    **dict.fromkeys(_keys(DataSource), "open_data"),
+}
+"""The function that has an argument, for arguments that the verbs had in version 0.1."""
+
+
+def verb(function: Callable[P, R]) -> Callable[P, R]:
+    """Enable gradients in a function of the Python interface, and name the new place of arguments that moved."""
+    parameters = signature(function).parameters
+
+    @wraps(function)
+    def call(*args: P.args, **arguments: P.kwargs) -> R:
+        for key in arguments:
+            if key not in parameters and key in PLACES:
+                place = PLACES[key]
+                first = "model" if place == "open_model" else "data"
+                raise UsageError(
+                    f"{key} is an argument of holdfast.{place}: give holdfast.{place}({first}, {key}=...) as {first}"
+                )
+        with gradients():
+            return function(*args, **arguments)
+
+    return call

@@ -1,0 +1,188 @@
+"""Converts settings to the request of an assessment: the plan of attacks, the gates and the limits."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from holdfast.attacks.corruption import Corruption
+from holdfast.attacks.protocol import Learned
+from holdfast.config.attacks import threat_model
+from holdfast.config.grammar import parse_threat, seconds
+from holdfast.config.members import listed_members
+from holdfast.config.naming import chosen
+from holdfast.config.settings import AssessSettings, HardenSettings
+from holdfast.config.suites import DEFAULT_SUITE, usual_suite
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.corruptions import Corruptions
+from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Evidence
+from holdfast.core.names import slug
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import ACCESS_ORDER, Access
+from holdfast.gates.grammar import parse as parse_gate
+from holdfast.harness import Member, Plan
+from holdfast.harness.plan import DoubtsWanted, adaptive_members
+from holdfast.suites import curve, suite
+from holdfast.verbs.request import AssessRequest
+
+Measuring = AssessSettings | HardenSettings
+"""Settings of the verbs that measure a model with a suite."""
+
+_USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
+
+
+def examples_to_fit(plan: Plan) -> int:
+    """Maximum number of examples on which an attack of the plan is learned, or 0 if none is learned.
+
+    They are sampled at random, because files are often sorted by class.
+    """
+    return max((m.attack.examples for m in plan.members if isinstance(m.attack, Learned)), default=0)
+
+
+def assess_request(
+    settings: Measuring,
+    *,
+    members: tuple[Member, ...] | None = None,
+    baseline: Evidence | None = None,
+    device: str | None = None,
+    target: Access = "gradients",
+    command: str = "",
+) -> AssessRequest:
+    """Return the request of the settings. `members` replaces the suite, `device` that of the settings.
+
+    `target` is the highest access that the model allows.
+    """
+    claims = tuple(parse_gate(gate) for gate in settings.judgement.gates)
+    if baseline is None and any(claim.versus for claim in claims):
+        raise UsageError(
+            f"gate {next(c.text for c in claims if c.versus)!r} compares with another run; give it with --baseline RUN"
+        )
+    execution = settings.execution
+    return AssessRequest(
+        plan(settings, members, target),
+        claims,
+        baseline,
+        settings.judgement.accept_doubts,
+        execution.batch_size,
+        time_budget_s=None
+        if execution.time_budget is None
+        else seconds(execution.time_budget, "time_budget"),
+        workers=execution.workers,
+        device=device_of(settings.device.device) if device is None else device,
+        command=command,
+    )
+
+
+def plan(
+    settings: Measuring, members: tuple[Member, ...] | None = None, target: Access = "gradients"
+) -> Plan:
+    """Return the attacks in order under the threat model. The access determines the default suite."""
+    spec, wanted = parse_threat(settings.threat.threat), settings.suite
+    threat = threat_model(spec)
+    seen: Access = min(threat.access, target, key=ACCESS_ORDER.index)
+    members = members or listed_members(wanted, threat.constraint)
+    if members is not None:
+        name, smallest = "", threat.constraint.eps == float("inf")
+    else:
+        named = str(wanted.suite or "") or usual_suite(replace(spec, access=seen))
+        composed = suite(named, threat.constraint, seen)
+        members = tuple(
+            Member(name, attack, composed.waves.get(name, 0)) for name, attack in composed.attacks
+        )
+        name, smallest = str(composed), composed.smallest
+    _refuse_endless(replace(threat, access=seen), settings, smallest=smallest)
+    corrupting = isinstance(threat.constraint, Corruptions)
+    in_ball = isinstance(threat.constraint, (Linf, L2, L1, L0))
+    _refuse_strangers(members, settings, corrupting=corrupting)
+    if wanted.curve and not in_ball:
+        raise UsageError(f"{settings.threat.threat} has no eps, which --curve needs; leave --curve out")
+    probing: DoubtsWanted = "all" if name and in_ball else "free"
+    selected = _selected(members, wanted.only, wanted.skip)
+    left_out = [member.name for member in members if member not in selected]
+    if name and left_out:
+        name += f" without {', '.join(left_out)}"
+    return Plan(
+        selected,
+        threat,
+        settings.random.seed,
+        name,
+        smallest=smallest,
+        attacked=bool(name) and not smallest and in_ball,
+        curve=_curve(threat.constraint) if wanted.curve and not smallest else (),
+        full=wanted.full or corrupting,
+        keep_adversarial=wanted.save_adversarial,
+        doubts=probing if wanted.doubts else "none",
+        adaptive=_adaptive(threat, settings, smallest=smallest, corrupting=corrupting),
+    )
+
+
+def _adaptive(
+    threat: ThreatModel, settings: Measuring, *, smallest: bool, corrupting: bool
+) -> tuple[Member, ...]:
+    """Return the adaptive attacks, from which raised doubts select."""
+    if not settings.suite.adaptive:
+        return ()
+    if not settings.suite.doubts:
+        raise UsageError("adaptive attacks are chosen by the doubts that are raised; leave --no-doubts out")
+    if smallest or corrupting:
+        why = (
+            "the suite searches for the smallest change"
+            if smallest
+            else f"the threat is {settings.threat.threat}"
+        )
+        raise UsageError(
+            f"adaptive attacks need an eps, and {why}; leave --adaptive out, or choose a threat such as linf:8/255 and "
+            f"a suite such as {DEFAULT_SUITE}"
+        )
+    return adaptive_members(threat.constraint)
+
+
+def _curve(constraint: Constraint) -> tuple[Member, ...]:
+    return tuple(Member(*named) for named in curve(constraint))
+
+
+def _refuse_endless(threat: ThreatModel, settings: Measuring, *, smallest: bool) -> None:
+    """Raise `UsageError` for a threat without eps, unless the suite searches for the smallest change."""
+    if threat.constraint.eps == float("inf") and not smallest:
+        norm = type(threat.constraint).__name__.lower()
+        choose = "choose the suite minimum-norm, or " if threat.gives("gradients") else ""
+        raise UsageError(
+            f"{settings.threat.threat} has no eps, which means the smallest change: {choose}give an eps, as in "
+            f"{norm}:{_USUAL[norm]}"
+        )
+
+
+def _refuse_strangers(members: Sequence[Member], settings: Measuring, *, corrupting: bool) -> None:
+    """Raise `UsageError` for a mixture of corruptions with other attacks or threats."""
+    for member in members:
+        if isinstance(member.attack, Corruption) and not corrupting:
+            raise UsageError(
+                f"{member.name} is a common corruption, and the threat is {settings.threat.threat}; "
+                f"choose a threat such as corruptions:3, or another suite"
+            )
+        if corrupting and not isinstance(member.attack, Corruption):
+            raise UsageError(
+                f"{member.name} is not a common corruption, and the threat is {settings.threat.threat}; "
+                f"leave it out, or choose a threat such as linf:8/255"
+            )
+
+
+def _selected(members: tuple[Member, ...], only: Sequence[str], skip: Sequence[str]) -> tuple[Member, ...]:
+    left = chosen([member.name for member in members], only, skip)
+    return tuple(member for member in members if slug(member.name) in left)
+
+
+def device_of(name: str) -> str:
+    """Return the device. `auto` selects a GPU if there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device is {name!r}; expected auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device is {name!r}, but this machine has {torch.cuda.device_count()} GPUs; use --device cpu"
+        )
+    return name

@@ -1,0 +1,199 @@
+"""Models and data with how they are opened: the results of `holdfast.open_model` and `holdfast.open_data`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from holdfast.config.groups import (
+    DataSource,
+    InferenceSource,
+    InputSpace,
+    ModelSource,
+    Selection,
+    ServerLimits,
+)
+from holdfast.config.settings import check_groups
+from holdfast.core.errors import UsageError
+from holdfast.core.outputs import OutputKind
+from holdfast.core.types import Layout
+from holdfast.sources.adapting import accepted
+from holdfast.sources.estimators import Predictor
+from holdfast.sources.expected import ClassOrder
+
+Numbers = Sequence[float]
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A model, and how it is opened. A verb opens it, so that requests to a server are counted in its run."""
+
+    given: "nn.Module | Callable[[Tensor], Tensor] | Predictor | str | None"
+    """an address, or a network, a function from inputs to logits, or an estimator"""
+    source: ModelSource = field(default_factory=ModelSource)
+    inference: InferenceSource = field(default_factory=InferenceSource)
+    limits: ServerLimits = field(default_factory=ServerLimits)
+
+    @property
+    def address(self) -> str | None:
+        """The address, or None for a model given as an object."""
+        return self.given if isinstance(self.given, str) else None
+
+
+@dataclass(frozen=True)
+class DataReference:
+    """Examples, and how they are read. A verb reads them, because some properties follow from the model."""
+
+    given: Any
+    """an address, or `(x, y)` as tensors or arrays, a loader or dataset of pairs, a data frame, or a `Data`"""
+    source: DataSource = field(default_factory=DataSource)
+
+    @property
+    def address(self) -> str | None:
+        """The address, or None for examples given as an object."""
+        return self.given if isinstance(self.given, str) else None
+
+
+ModelLike = nn.Module | Callable[[Tensor], Tensor] | Predictor | str | Path | ModelReference
+"""A network, a function from inputs to logits, an estimator, an address, or the result of `holdfast.open_model`."""
+DataLike = Any
+"""`(x, y)` as tensors or arrays, a loader or dataset of pairs, a data frame, a `Data`, an address, or the result of
+`holdfast.open_data`."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The model and the examples of a verb, and how they are opened."""
+
+    model: ModelReference
+    data: DataReference
+    inputs: InputSpace = field(default_factory=InputSpace)
+    selection: Selection = field(default_factory=Selection)
+    seed: int = 0
+
+    def all_examples(self) -> "Sources":
+        """Return the same sources with all examples selected."""
+        return replace(self, selection=Selection())
+
+    def beside(self, data: DataLike) -> DataReference:
+        """Return the reference to other examples, which are read like those of the verb if nothing else is stated."""
+        return data_reference(data, self.data.source.model_copy(update={"split": None}))
+
+
+def open_model(
+    model: ModelLike,
+    *,
+    arch: str | None = None,
+    model_args: Mapping[str, str] | None = None,
+    trust_code: bool = False,
+    model_output: OutputKind | None = None,
+    classes: int | None = None,
+    class_names: Sequence[str] | str | None = None,
+    class_order: ClassOrder | None = None,
+    input_shape: Sequence[int] | None = None,
+    allow_hosts: Sequence[str] = (),
+    headers: Sequence[str] = (),
+    http_request: str | None = None,
+    http_response: str | None = None,
+    http_labels: bool = False,
+    http_max_rows: int = 64,
+    http_timeout: str = "30s",
+    http_retries: int = 5,
+    http_concurrency: int = 1,
+    http_rate: str | None = None,
+    max_queries: int | None = None,
+    on_refused: Literal["reject", "stop"] = "reject",
+    keep_answers: bool = False,
+) -> ModelReference:
+    """Describe how a model is opened, as an argument of `assess`, `harden`, `attack` and the other functions.
+
+    `model` is an address (`"net.py:make"`, `"model.onnx"`, a URL) or an object. `arch` and `model_args` make the
+    network of a state dict; `trust_code` allows a file to run the code that it contains. `model_output`, `classes`,
+    `class_names` and `class_order` state what the outputs mean, and `input_shape` the sizes that an ONNX file leaves
+    open. The other arguments are for models behind a server. The arguments are checked now, and the model is opened by
+    the function that receives it, so that requests to a server are counted in its run.
+
+    Raises `UsageError` for a wrong argument.
+    """
+    if isinstance(model, ModelReference):
+        raise UsageError("model is a result of open_model already; give all arguments in one call")
+    source, inference, limits = check_groups(
+        "open_model()",
+        {
+            "arch": arch,
+            "model_args": model_args,
+            "trust_code": trust_code,
+            "model_output": model_output,
+            "classes": classes,
+            "class_names": class_names,
+            "class_order": class_order,
+            "input_shape": input_shape,
+            "allow_hosts": allow_hosts,
+            "headers": headers,
+            "http_request": http_request,
+            "http_response": http_response,
+            "http_labels": http_labels,
+            "http_max_rows": http_max_rows,
+            "http_timeout": http_timeout,
+            "http_retries": http_retries,
+            "http_concurrency": http_concurrency,
+            "http_rate": http_rate,
+            "max_queries": max_queries,
+            "on_refused": on_refused,
+            "keep_answers": keep_answers,
+        },
+        (ModelSource, InferenceSource, ServerLimits),
+    )
+    reference = model_reference(model)
+    return ModelReference(reference.given, source, inference, limits)
+
+
+def open_data(
+    data: DataLike,
+    *,
+    split: str | None = None,
+    label: str | None = None,
+    drop: Sequence[str] = (),
+    x: str | None = None,
+    y: str | None = None,
+    layout: Layout | None = None,
+) -> DataReference:
+    """Describe how examples are read, as an argument of `assess`, `harden`, `attack` and the other functions.
+
+    `data` is an address or an object. `split` selects a part of the data, `label` and `drop` name columns of a table,
+    `x` and `y` arrays of an `.npz` file, and `layout` states the axes of stored arrays (`"chw"`, `"hwc"`, `"asis"`).
+    The examples are read by the function that receives them, because some properties follow from the model.
+
+    Raises `UsageError` for a wrong argument.
+    """
+    if isinstance(data, DataReference):
+        raise UsageError("data is a result of open_data already; give all arguments in one call")
+    (source,) = check_groups(
+        "open_data()",
+        {"split": split, "label": label, "drop": drop, "x": x, "y": y, "layout": layout},
+        (DataSource,),
+    )
+    return DataReference(data_reference(data).given, source)
+
+
+def model_reference(model: ModelLike) -> ModelReference:
+    """Return the reference to a model given in any form. Raises `UsageError` for other objects."""
+    if isinstance(model, ModelReference):
+        return model
+    if isinstance(model, str | Path):
+        return ModelReference(str(model))
+    if not accepted(model):
+        raise UsageError(
+            f"model is a {type(model).__name__}; expected a network, a function from inputs to logits, an estimator, "
+            "or an address"
+        )
+    return ModelReference(model)
+
+
+def data_reference(data: DataLike, default: DataSource | None = None) -> DataReference:
+    """Return the reference to examples given in any form. `default` is how they are read if that is not stated."""
+    if isinstance(data, DataReference):
+        return data
+    return DataReference(str(data) if isinstance(data, str | Path) else data, default or DataSource())

@@ -1,0 +1,347 @@
+"""Opens the models and the examples of a verb, given as addresses or as Python objects."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from holdfast.config import pooled
+from holdfast.config.expecting import (
+    declared,
+    ends,
+    expected,
+    names,
+    normalisation,
+    units_of_eps,
+    unlabelled,
+    with_found_properties,
+)
+from holdfast.config.grad_mode import differentiable
+from holdfast.config.grammar import parse_transform
+from holdfast.config.groups import Selection
+from holdfast.config.planning import examples_to_fit
+from holdfast.config.references import (
+    DataLike,
+    DataReference,
+    ModelLike,
+    ModelReference,
+    Sources,
+    data_reference,
+    model_reference,
+)
+from holdfast.config.served import refuse_unserved, remote
+from holdfast.config.settings import (
+    AssessSettings,
+    DoctorSettings,
+    HardenSettings,
+    RotateSettings,
+    check_settings,
+)
+from holdfast.config.values import SurrogateSettings
+from holdfast.core.batch import Data
+from holdfast.core.chain import canonical, digest
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Bounds, Classifier
+from holdfast.core.skipped import DECAY, skipped
+from holdfast.harness import MATRIX_ROWS, Plan
+from holdfast.ops.expectation import seen_through
+from holdfast.reports.numbers import strict
+from holdfast.sources.adapting import accepted, known_in_hand
+from holdfast.sources.data import noting_fewer, open_data
+from holdfast.sources.expected import Expected
+from holdfast.sources.frames import is_frame, open_frame
+from holdfast.sources.memory import as_data
+from holdfast.sources.models import Declared, open_model
+from holdfast.sources.remote import SCHEMES
+from holdfast.sources.selection import selected
+from holdfast.verbs.request import Subject
+
+
+def sources_at(settings: AssessSettings | DoctorSettings | HardenSettings | RotateSettings) -> Sources:
+    """Return the model and the data at the addresses in the settings."""
+    model = ModelReference(settings.model.address, settings.model)
+    if isinstance(settings, AssessSettings | DoctorSettings):
+        model = replace(model, inference=settings.inference)
+    if isinstance(settings, AssessSettings):
+        model = replace(model, limits=settings.limits)
+    selection = Selection() if isinstance(settings, RotateSettings) else settings.selection
+    data = DataReference(settings.data.address, settings.data)
+    return Sources(model, data, settings.inputs, selection, settings.random.seed)
+
+
+def sources_given(
+    model: ModelLike, data: DataLike, settings: AssessSettings | DoctorSettings | HardenSettings
+) -> Sources:
+    """Return the model and the data of a Python function, given as objects or addresses."""
+    return Sources(
+        model_reference(model),
+        data_reference(data),
+        settings.inputs,
+        settings.selection,
+        settings.random.seed,
+    )
+
+
+def open_subject(sources: Sources, *, transform: str | None = None, adaptive: bool = False) -> Subject:
+    """Open the model, behind random transformations if some are named."""
+    given, properties = sources.model.given, declared(sources)
+    if given is None:
+        raise UsageError("model is missing; give an address, as in mnist-cnn or file.py:factory")
+    if isinstance(given, str):
+        opened = pooled.open_model_at(given, sources, properties, remote(sources.model), adaptive=adaptive)
+        card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
+        card |= opened.architecture
+        model, notes = opened.model, opened.notes
+    else:
+        model, card, notes = _wrapped(given, properties)
+    refuse_unserved(sources.model.limits, model)
+    model, transformed, more = _transformed(model, transform)
+    return _subject(model, card | transformed, (*notes, *more), properties)
+
+
+def _wrapped(net: object, properties: Declared) -> tuple[Classifier, dict[str, Any], tuple[str, ...]]:
+    """Return a model given as an object, its card and notes.
+
+    It is identified by its weights, its code and the objects that it refers to.
+    """
+    model = properties.wrap(differentiable(net) if isinstance(net, nn.Module) else net)  # type: ignore[arg-type]
+    name, identity, notes = known_in_hand(model.net)
+    return model, {"name": name, "how": "python", "digest": digest(canonical(identity))}, notes
+
+
+def _transformed(
+    model: Classifier, transform: str | None
+) -> tuple[Classifier, dict[str, Any], tuple[str, ...]]:
+    """Return the model behind the named random transformations, with entries for its card and notes."""
+    if transform is None:
+        return model, {}, ()
+    limits = parse_transform(transform)
+    listed = ", ".join(f"{name} {far:g}" for name, far in limits.items())
+    note = f"every input is transformed at random before the model, in both directions by up to {listed}"
+    return seen_through(model, limits), {"seen_through": limits}, (note,)
+
+
+def _subject(
+    model: Classifier, card: Mapping[str, Any], notes: tuple[str, ...], declared: Declared | None = None
+) -> Subject:
+    properties = strict(
+        {
+            "bounds": [model.bounds.low, model.bounds.high],
+            "mean": model.mean,
+            "std": model.std,
+            "classes": model.classes,
+            "access": model.access,
+            **({} if model.output is None else {"output": model.output}),
+            **({} if model.layout is None else {"layout": model.layout}),
+        }
+    )
+    identity = digest(canonical([card["digest"], properties, card.get("seen_through")]))
+    shown = {**properties, "bounds": list(ends(model.bounds))}
+    parameters = sum(weight.numel() for weight in model.parameters())
+    normalised = None if declared is None else declared.normalised
+    if normalised is not None:
+        shown["data_normalised"] = str(normalised)
+    units = units_of_eps(model, normalised)
+    return Subject(model, identity, {**card, "parameters": parameters, **shown}, (*notes, *units))
+
+
+def open_surrogates(given: Sequence[object], sources: Sources, target: Classifier) -> tuple[Subject, ...]:
+    """Open surrogate models, given as settings, addresses in the form of `--surrogate`, or objects."""
+    if not isinstance(given, list | tuple):
+        raise UsageError(
+            f"surrogates is a {type(given).__name__}; give a list of models, as in surrogates=[net]"
+        )
+    return tuple(_open_surrogate(each, sources, target) for each in given)
+
+
+def _open_surrogate(given: object, sources: Sources, target: Classifier) -> Subject:
+    if isinstance(given, str | Path):
+        given = check_settings({"surrogates": [str(given)]}, "", kind=AssessSettings).suite.surrogates[0]
+    if isinstance(given, ModelReference) and given.address is not None:
+        source = given.source
+        given = SurrogateSettings(model=given.address, arch=source.arch, model_args=source.model_args)
+        subject = _surrogate_at(given, sources, trust_code=source.trust_code)
+    elif isinstance(given, SurrogateSettings):
+        subject = _surrogate_at(given, sources, trust_code=sources.model.source.trust_code)
+    else:
+        net = given.given if isinstance(given, ModelReference) else given
+        if not accepted(net):
+            raise UsageError(
+                f"surrogates contains a {type(net).__name__}; give networks, functions or addresses"
+            )
+        # its preprocessing is its own, or undoes that of the data
+        properties = Declared(normalised=normalisation(sources.inputs))
+        subject = _subject(*_wrapped(net, properties), properties)
+    own, other = (ends(model.bounds) for model in (subject.model, target))
+    if own not in (other, ends(Bounds())):
+        raise UsageError(
+            f"the surrogate {subject.card['name']} takes inputs from {own[0]:g} to {own[1]:g}, the model from "
+            f"{other[0]:g} to {other[1]:g}; wrap it in a factory that rescales them"
+        )
+    return subject
+
+
+def _surrogate_at(spec: SurrogateSettings, sources: Sources, *, trust_code: bool) -> Subject:
+    """Open the surrogate at an address."""
+    if spec.model.partition(":")[0] in SCHEMES:
+        raise UsageError(
+            f"the surrogate {spec.model} is behind a server, and transfer examples are computed from gradients; give "
+            f"its weights"
+        )
+    opened = open_model(
+        spec.model,
+        arch=spec.arch,
+        model_args=spec.model_args,
+        declared=Declared(mean=spec.mean, std=spec.std, normalised=normalisation(sources.inputs)),
+        trust_code=trust_code,
+    )
+    card = {"name": opened.name, "how": opened.how, "digest": opened.digest}
+    notes = opened.notes
+    if spec.skip is not None:
+        share = DECAY if spec.decay is None else spec.decay
+        net = skipped(opened.model.net, spec.skip, decay=share)
+        opened.model.net = net
+        card["digest"] = digest(canonical([opened.digest, spec.skip, share]))
+        notes += (
+            f"{share:g} of the gradient passes back through {spec.skip}, {len(net.branches)} of its modules",
+        )
+    return _subject(opened.model, card, notes)
+
+
+def open_examples(sources: Sources, model: Classifier, *, lenient: bool = False) -> Data:
+    """Open the examples of the verb. With `lenient`, examples that do not fit the model are accepted too."""
+    data, selection = sources.data, sources.selection
+    if data.given is None:
+        raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
+    known = expected(sources, model, lenient=lenient)
+    chosen: dict[str, Any] = {"n": selection.n, "sample": selection.sample, "seed": sources.seed}
+    if data.address is not None:
+        return open_data(
+            data.address, split=data.source.split, **names(data.source), **chosen, expected=known
+        )
+    _refuse_names(data)
+    if is_frame(data.given):
+        source = data.source
+        given: Data = open_frame(
+            data.given, label=source.label, drop=source.drop, split=source.split, **chosen, expected=known
+        )
+    else:
+        whole = as_data(data.given, expected=known, n=selection.n if selection.sample is None else None)
+        given = selected(whole, **chosen)
+    return noting_fewer(given, selection.n or selection.sample)
+
+
+def _refuse_names(data: DataReference) -> None:
+    """Raise `UsageError` for settings that select from a file or a catalogue, if the data are an object."""
+    keys = ("x", "y") if is_frame(data.given) else ("split", "label", "drop", "x", "y")
+    words = [f"{key}={value!r}" for key in keys if (value := getattr(data.source, key))]
+    if words:
+        raise UsageError(
+            f"{', '.join(words)} is not possible for data given as a Python object: it is for an address, such as "
+            f"table.csv; select the rows and columns before, and leave it out"
+        )
+
+
+def open_object(data: DataReference, expected: Expected) -> Data:
+    """Return all examples of other data that are given as an object."""
+    if is_frame(data.given):
+        return open_frame(data.given, label=data.source.label, drop=data.source.drop, expected=expected)
+    return as_data(data.given, expected=expected)
+
+
+def open_all(
+    sources: Sources, surrogates: Sequence[object], *, transform: str | None = None, adaptive: bool = False
+) -> tuple[Subject, Data, tuple[Subject, ...]]:
+    """Open the model, the examples and the surrogates."""
+    subject = open_subject(sources, transform=transform, adaptive=adaptive)
+    opened = open_surrogates(surrogates, sources, subject.model)
+    data = open_examples(sources, subject.model)
+    return with_found_properties(subject, opened, data), data, opened
+
+
+def open_fit(sources: Sources, fit: DataLike | None, model: Classifier, plan: Plan) -> Data | None:
+    """Open the examples for attacks that are learned: those in `fit`, else the train split of the data.
+
+    Returns None if no attack is learned and `fit` is not given.
+    """
+    count = examples_to_fit(plan)
+    if fit is None and not (count and sources.data.address):
+        return None
+    reference = sources.data if fit is None else sources.beside(fit)
+    known, address = expected(sources, model, reference), reference.address
+    if address is None:
+        return selected(open_object(reference, known), n=None, sample=count or 1, seed=sources.seed)
+    same = address == sources.data.address
+    if same and sources.data.source.split == "train":
+        raise UsageError(
+            f"attacks are fitted on the train split of {address!r}, which is also evaluated; give other examples with "
+            f"--fit DATA"
+        )
+    wanted = partial(
+        open_data,
+        address,
+        **names(reference.source),
+        sample=count or 1,
+        seed=sources.seed,
+        expected=known,
+    )
+    own = None if fit is None else reference.source.split
+    try:
+        return wanted(split=own or "train")
+    except (UsageError, TargetError) as error:
+        if own is not None:
+            raise
+        if not same:
+            return wanted()
+        raise UsageError(
+            f"{address!r} has no train split to fit attacks on ({error}); give other examples with --fit DATA"
+        ) from error
+
+
+def open_others(given: object, sources: Sources, model: Classifier) -> tuple[Data, ...]:
+    """Open the data sets of the transfer between data sets. Their labels are not used, so their classes do not
+    matter.
+
+    At an address a random sample is opened, because no more examples are used.
+    """
+    if not isinstance(given, list | tuple):
+        raise UsageError(
+            f"across is a {type(given).__name__}; give a list of data sets, as in across=['mnist-mini']"
+        )
+    opened: list[Data] = []
+    for each in given:
+        reference = sources.beside(each)
+        known = unlabelled(sources, model, reference)
+        if reference.address is None:
+            opened.append(open_object(reference, known))
+        else:
+            source = reference.source
+            opened.append(
+                open_data(
+                    reference.address,
+                    split=source.split,
+                    **names(source),
+                    sample=MATRIX_ROWS,
+                    seed=sources.seed,
+                    expected=known,
+                )
+            )
+    return tuple(opened)
+
+
+def device_of_model(sources: Sources, subject: Subject, device: str) -> str | None:
+    """Return the device of a network given as an object, or None if the settings determine the device."""
+    weight = next(subject.model.parameters(), None)
+    if sources.model.address is not None or device != "auto" or weight is None:
+        return None
+    return str(weight.device)
+
+
+def folder_of(run: str | Path | None, *, resume: bool) -> Path | None:
+    """Return the folder of a run. Raises `UsageError` if a run is to be resumed and no folder is given."""
+    if resume and run is None:
+        raise UsageError("resume=True continues a run; give its folder, as in run='runs/h1'")
+    return None if run is None else Path(run)
