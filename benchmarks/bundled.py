@@ -69,7 +69,7 @@ def hardened(x: Tensor, y: Tensor, test: tuple[Tensor, Tensor]) -> Trained:
     torch.manual_seed(SEED)
     found = holdfast.harden(
         ARCHITECTURES[ARCHITECTURE](), test, THREAT, RECIPE, fit=(x, y), n=N, suite="quick",
-        mean=[MEAN], std=[STD], classes=10, seed=SEED, device="cpu",
+        mean=[MEAN], std=[STD], seed=SEED, device="cpu",
     )  # fmt: skip
     card, net = found.card, found.model.net
     assert isinstance(net, nn.Module)

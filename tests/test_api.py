@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import holdfast
 from holdfast.attacks import FGSM, FMN, PGD, Corruption
-from holdfast.config import ordering
+from holdfast.config.resolve import open_subject, sources_given
 from holdfast.config.settings import AssessSettings
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds, Classifier
@@ -385,7 +385,7 @@ def renamed(cls):
 
 
 def code_of(model):
-    return ordering.given_subject(model, AssessSettings()).digest
+    return open_subject(sources_given(model, None, AssessSettings())).digest
 
 
 def test_a_changed_python_model_is_another_model():
@@ -415,10 +415,10 @@ def test_an_equal_python_model_is_the_same_in_another_process(tmp_path):
         "def help(x):\n    return x in {'a', 'b', 'c'}\n"
         "class Net(torch.nn.Module):\n"
         "    def forward(self, x):\n        return net(x) if help('a') else net(-x)\n"
-        "from holdfast.config import ordering\n"
+        "from holdfast.config.resolve import open_subject, sources_given\n"
         "from holdfast.config.settings import AssessSettings\n"
         "for model in (Net(), lambda x: net(x) * 2, Net().forward):\n"
-        "    print(ordering.given_subject(model, AssessSettings()).digest)\n"
+        "    print(open_subject(sources_given(model, None, AssessSettings())).digest)\n"
     )
     said = [
         subprocess.run(

@@ -209,11 +209,13 @@ def test_what_cannot_work_is_refused_with_the_way_out(net):
 def test_a_goal_is_a_class_by_its_number_or_its_name(net):
     names = [f"digit {k}" for k in range(10)]
     by_number = holdfast.attack(net, X, Y, PGD(steps=2), "linf:0.1", goal=3)
-    by_name = holdfast.attack(net, X, Y, PGD(steps=2), "linf:0.1", goal="digit 3", class_names=names)
+    by_name = holdfast.attack(
+        holdfast.open_model(net, class_names=names), X, Y, PGD(steps=2), "linf:0.1", goal="digit 3"
+    )
     assert torch.equal(by_number.x_adv, by_name.x_adv)
     for options, says in (
         (
-            {"goal": "digit", "class_names": names},
+            {"goal": "digit", "model": holdfast.open_model(net, class_names=names)},
             r"goal is 'digit', which is not the name of a class; expected one of 0 \(digit 0\)",
         ),
         ({"goal": "digit 3"}, "this model has no names for its classes; give the number of a class"),
@@ -222,7 +224,7 @@ def test_a_goal_is_a_class_by_its_number_or_its_name(net):
         ({"queries": 0}, "queries is 0; expected a whole number of at least 1"),
     ):
         with pytest.raises(UsageError, match=says):
-            holdfast.attack(net, X, Y, PGD(steps=2), "linf:0.1", **options)
+            holdfast.attack(options.pop("model", net), X, Y, PGD(steps=2), "linf:0.1", **options)
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])

@@ -56,7 +56,9 @@ def test_folders_that_lack_classes_are_named(tmp_path: Path) -> None:
     assert found["classes"].level == "problem"
     assert "2 class folders (2, 7)" in found["classes"].says and "10 classes" in found["classes"].says
     names = ",".join(map(str, range(10)))
-    found = {f.check: f for f in holdfast.doctor("mnist-cnn", tmp_path, class_names=names)}
+    found = {
+        f.check: f for f in holdfast.doctor(holdfast.open_model("mnist-cnn", class_names=names), tmp_path)
+    }
     assert "classes" not in found
     assert found["accuracy"].level == "good"
 

@@ -21,7 +21,7 @@ from holdfast.cli.app import _COMMANDS
 from holdfast.config.consent import CONSENT
 from holdfast.config.naming import VARIANTS
 from holdfast.config.recipes import build_recipe, written_fields
-from holdfast.config.settings import HardenSettings, RotateSettings
+from holdfast.config.settings import AssessSettings, HardenSettings, RotateSettings, keys_of
 from holdfast.config.spellings import SPELLINGS, SUITE_SPELLINGS, attack_called, folded, suite_called
 from holdfast.core.catalogue import ATTACKS as NAMES
 from holdfast.core.catalogue import RECIPES as CLASSES
@@ -199,11 +199,12 @@ def test_every_key_of_the_configuration_is_described_as_in_the_schema():
         row["key"].strip("`"): row["description"] for row in rows("reference/configuration.md", "key")
     }
     known = {
-        **RotateSettings.model_fields,
-        **HardenSettings.model_fields,
-    }  # for keys of both, the description of harden
+        key: entry.field.description
+        for kind in (RotateSettings, HardenSettings, AssessSettings)  # of several, that of harden
+        for key, entry in keys_of(kind).items()
+    }
     del known[CONSENT]
-    assert documented == {name: field.description for name, field in known.items()}
+    assert documented == known
 
 
 def test_the_flags_of_the_configuration_page_exist():

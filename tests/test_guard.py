@@ -239,7 +239,9 @@ def test_classes_are_counted_without_the_rejection():
         Classifier(model, classes=3)(batch.x)
     one = guarded(lambda x: x[:, 0] - 0.5, offset, LIMIT)
     assert Classifier(one, classes=2)(batch.x).shape == (N, 3)
-    evidence = holdfast.assess(model, (batch.x, batch.y), "linf:0.2", [PGD()], classes=2).evidence
+    evidence = holdfast.assess(
+        holdfast.open_model(model, classes=2), (batch.x, batch.y), "linf:0.2", [PGD()]
+    ).evidence
     assert 0 < evidence["rejected"].sum() < N
 
 

@@ -110,6 +110,8 @@ SAME_ROLE = {
     "title": "title of each table of a report",
     "main": "entry point of each process",
     "prepare": "imports of each parser, before memory is limited",
+    "open_data": "describes examples in the Python interface, and opens those at an address",
+    "open_model": "describes a model in the Python interface, and opens the one at an address",
     "read": "reading of a file, by each parser and store",
     "write": "writing of a file, by each store",
     "leaves_the_model_alone": "a law of attacks and one of recipes",
@@ -118,7 +120,7 @@ SAME_ROLE = {
 """Names that several modules define for the same role on different types."""
 SHARED = {
     "across", "attackers", "candidates", "ends", "held", "judged", "measured", "members", "shown", "size",
-    "subject_of", "text", "twin", "verdict",
+    "text", "twin", "verdict",
 }  # fmt: skip
 """Names with two meanings that are not renamed yet; none may be added."""
 

@@ -86,5 +86,5 @@ def _made(track: Track, device: str) -> Cells:
     return made(
         "cifar-hardening", track.name, net, images("cifar10", track.n), track.threat, track.recipe, track.budget,
         fit=images("cifar10", 50_000, split="train"), suite="fast", n=track.n, seed=SEED, threads=THREADS,
-        device=device, mean=MEAN, std=STD, classes=10,
+        device=device, mean=MEAN, std=STD,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from holdfast.sources.architectures import ARCHITECTURES
 
 WHAT = "three kinds of hardening and none, MNIST linf:0.1, three seeds: accuracy, error, norms, success rates"
 ROW, THREAT, BUDGET, SEEDS, THREADS = "seed-tables", "linf:0.1", "2min", (0, 1, 2), 2
-NET: dict[str, Any] = {"mean": [0.1307], "std": [0.3081], "classes": 10}
+NET: dict[str, Any] = {"mean": [0.1307], "std": [0.3081]}
 MODELS = {
     "undefended": "standard",
     "gradient regularisation and Lipschitz constraints": "lipschitz",
@@ -77,8 +77,8 @@ def _norms(recipe: str, seed: int) -> Cells:
 
     def median(norm: str) -> float:
         found = holdfast.assess(
-            weights, dataset("mnist"), f"{norm}:1", "minimum-norm", arch="mnist-cnn", n=SEEN, doubts=False,
-            device="cpu", seed=seed, **NET,
+            holdfast.open_model(weights, arch="mnist-cnn"), dataset("mnist"), f"{norm}:1", "minimum-norm", n=SEEN,
+            doubts=False, device="cpu", seed=seed, **NET,
         )  # fmt: skip
         return float(found.metrics["robust_margin"].value)
 

@@ -50,6 +50,7 @@ class Form:
     server: dict[str, Any] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)
     shape: tuple[int, ...] = (1, SIDE, SIDE)
+    doubts: bool = False
 
 
 FORMS = {
@@ -60,7 +61,7 @@ FORMS = {
     "batches of 32": Form({"batch": 32}),
     "one row a request": Form(asked={"http_max_rows": 1}),
     "8 requests at once": Form(asked={"http_max_rows": 5, "http_concurrency": 8}),
-    "with doubts": Form(asked={"doubts": True}),
+    "with doubts": Form(doubts=True),
 }
 
 
@@ -97,12 +98,12 @@ def _digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _form(name: str, form: Form, data: tuple[torch.Tensor, torch.Tensor]) -> Cells:
-    doubts = bool(form.asked.get("doubts"))
+    doubts = form.doubts
     access = "labels" if form.asked.get("http_labels") else "scores"
     local = holdfast.assess(in_process, data, f"{THREAT},access={access}", "black-box", doubts=False)
     with CountingServer(scores, form.shape, **form.server) as server:
-        asked = {"doubts": False, "allow_hosts": ["127.0.0.1"], **form.asked}
-        remote = holdfast.assess(server.url, data, THREAT, "black-box", **asked)
+        model = holdfast.open_model(server.url, allow_hosts=["127.0.0.1"], **form.asked)
+        remote = holdfast.assess(model, data, THREAT, "black-box", doubts=form.doubts)
         counted = server.rows
     one, other = local.evidence, remote.evidence
     served = other.served
@@ -176,14 +177,13 @@ def _speed() -> list[Cells]:
         with CountingServer(scores, (FEATURES,), delay=DELAY_S) as server:
             begun = time.monotonic()
             result: Result = holdfast.assess(
-                server.url,
+                holdfast.open_model(
+                    server.url, allow_hosts=["127.0.0.1"], http_max_rows=8, http_concurrency=at_once
+                ),
                 data,
                 SLOW_THREAT,
                 "black-box",
                 doubts=False,
-                allow_hosts=["127.0.0.1"],
-                http_max_rows=8,
-                http_concurrency=at_once,
             )
             seconds = time.monotonic() - begun
             beyond = server.rows - result.evidence.served["rows"]

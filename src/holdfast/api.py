@@ -4,21 +4,17 @@ They accept a network, a function or an address as model, and tensors, arrays, a
 convert these once. Functions below this module have one type for each parameter.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from holdfast.checkup import Finding, examine
 from holdfast.config import hardening
-from holdfast.config.attacked import attackers
+from holdfast.config.assess_inputs import AssessInputs, opened_for_assess
 from holdfast.config.attacks import ThreatLike, threat_model, threat_written
 from holdfast.config.grammar import did_you_mean, parse_threat
 from holdfast.config.members import SuiteLike, members_given
 from holdfast.config.moved import verb
-from holdfast.config.planning import assess_request
 from holdfast.config.references import (
     DataLike,
     ModelLike,
@@ -31,10 +27,7 @@ from holdfast.config.rehearsing import rehearse, rehearse_served
 from holdfast.config.resolve import (
     device_of_model,
     folder_of,
-    open_all,
     open_examples,
-    open_fit,
-    open_others,
     open_subject,
     open_surrogates,
     sources_at,
@@ -49,12 +42,10 @@ from holdfast.config.settings import (
 )
 from holdfast.config.starting import DEMO_COMMAND, DIGITS, demo_settings, init, validate
 from holdfast.config.values import is_suite
-from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.engine.progress import Notify, Progress, ignore, silent
 from holdfast.gallery import ITEMS
-from holdfast.harness import Member
 from holdfast.ops.recipe import Recipe
 from holdfast.reports.write import check_destination as check_place
 from holdfast.sources import data as data_sources
@@ -66,9 +57,7 @@ from holdfast.verbs import harden as hardens
 from holdfast.verbs.comparison import Comparison
 from holdfast.verbs.exhibition import Exhibit, exhibits
 from holdfast.verbs.hardened import Hardened
-from holdfast.verbs.request import AssessRequest, Opening, Subject
 from holdfast.verbs.result import Result
-from holdfast.verbs.served import journaled
 from holdfast.verbs.stored_runs import open_run
 
 __all__ = [
@@ -170,9 +159,9 @@ def assess(
     members = None
     if suite is not None and settings.suite.suite is None:
         members = members_given(suite, threat_model(parse_threat(settings.threat.threat)).constraint)
-    opening = _Opening(settings, sources, surrogates, fit, across, members, _evidence(baseline))
+    inputs = AssessInputs(settings, sources, surrogates, fit, across, members, _evidence(baseline))
     place = folder_of(run, resume=resume)
-    with _opened(opening, place, resume=resume) as (subject, examples, request):
+    with opened_for_assess(inputs, place, resume=resume) as (subject, examples, request):
         return assessing.assess(
             subject,
             examples,
@@ -180,7 +169,7 @@ def assess(
             run=place,
             resume=resume,
             progress=progress,
-            opening=opening.open_all,
+            opening=inputs.open_all,
         )
 
 
@@ -196,8 +185,8 @@ def carry_out(
     """Run `assess` for the command line or a configuration file; `command` is the command that repeats it."""
     surrogates, fit, across = settings.suite.surrogates, settings.others.fit, settings.options.across
     baseline = _evidence(settings.reports.baseline)
-    opening = _Opening(settings, sources_at(settings), surrogates, fit, across, None, baseline, command)
-    with _opened(opening, run, resume=resume) as (subject, examples, request):
+    inputs = AssessInputs(settings, sources_at(settings), surrogates, fit, across, None, baseline, command)
+    with opened_for_assess(inputs, run, resume=resume) as (subject, examples, request):
         return assessing.assess(
             subject,
             examples,
@@ -205,66 +194,9 @@ def carry_out(
             run=run,
             resume=resume,
             progress=progress,
-            opening=opening.open_all,
+            opening=inputs.open_all,
             notify=notify,
         )
-
-
-@dataclass(frozen=True)
-class _Opening:
-    """The inputs of an assessment before they are opened."""
-
-    settings: AssessSettings
-    sources: Sources
-    surrogates: Sequence[Any]
-    fit: DataLike | None
-    across: Sequence[DataLike]
-    members: tuple[Member, ...] | None
-    """the attacks, if they were given as objects"""
-    baseline: Evidence | None
-    command: str = ""
-
-    @property
-    def open_all(self) -> Opening:
-        """Function that opens model, data and surrogates, which worker processes call too."""
-        settings = self.settings
-        return partial(
-            open_all,
-            self.sources,
-            self.surrogates,
-            transform=settings.options.transform,
-            adaptive=settings.suite.adaptive,
-        )
-
-
-@contextmanager
-def _opened(
-    opening: _Opening, run: Path | None, *, resume: bool
-) -> Iterator[tuple[Subject, Data, AssessRequest]]:
-    """Open the inputs of an assessment, and make its request.
-
-    Answers of servers are stored in the folder of the run.
-    """
-    settings, sources = opening.settings, opening.sources
-    with journaled(run, resume=resume, keep=sources.model.limits.keep_answers):
-        subject, data, surrogates = opening.open_all()
-        device = settings.device.device
-        request = assess_request(
-            settings,
-            members=opening.members,
-            baseline=opening.baseline,
-            device=device_of_model(sources, subject, device),
-            target=subject.model.access,
-            command=opening.command,
-        )
-        request = replace(
-            request,
-            fit=open_fit(sources, opening.fit, subject.model, request.plan),
-            surrogates=surrogates,
-            across=open_others(opening.across, sources, subject.model),
-            attackers=attackers(sources, device, adaptive=settings.suite.adaptive),
-        )
-        yield subject, data, request
 
 
 @verb

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import holdfast
 from holdfast.api import assess
 from holdfast.cli.app import run
 from holdfast.core.errors import UsageError
@@ -255,13 +256,11 @@ def test_the_python_twin_and_the_doctor_take_the_same(capsys):
             {"http_request": '{"instances": $x}', "http_response": "predictions.*.scores"},
         )
         result = assess(
-            server.url(path),
+            holdfast.open_model(server.url(path), allow_hosts=[server.host], **template),
             (X, Y),
             f"linf:{RADIUS},queries=20",
             "black-box",
             doubts=False,
-            allow_hosts=[server.host],
-            **template,
         )
         assert result.metrics["clean_accuracy"].value == pytest.approx(1 - 2 / len(X))
         assert run(["doctor", server.url(), "data.npz", "--allow-host", "127.0.0.1"]) == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from holdfast.api import assess
+from holdfast.api import assess, open_model
 from holdfast.cli.app import run
 from holdfast.core.errors import TargetLost, UsageError
 from servers import Server, examples
@@ -282,10 +282,12 @@ def test_limits_are_refused_where_there_is_no_server(capsys):
 def test_the_python_twin_counts_and_limits(tmp_path):
     with Server() as server:
         threat = "linf:0.05,queries=20"
-        how = {"doubts": False, "allow_hosts": [server.host]}
-        found = assess(server.url(), (X, Y), threat, **how)
+        found = assess(open_model(server.url(), allow_hosts=[server.host]), (X, Y), threat, doubts=False)
         assert found.evidence.served["rows"] == len(server.rows)
-        with pytest.raises(TargetLost, match=r"run='.*', resume=True, max_queries=100"):
-            assess(server.url(), (X, Y), threat, **how, max_queries=50, run=tmp_path / "r")
+        limited = open_model(server.url(), allow_hosts=[server.host], max_queries=50)
+        with pytest.raises(
+            TargetLost, match=r"run='.*', resume=True and holdfast.open_model.*max_queries=100"
+        ):
+            assess(limited, (X, Y), threat, doubts=False, run=tmp_path / "r")
         with pytest.raises(UsageError, match="keep_answers"):
-            assess("mnist-cnn", "mnist-mini", keep_answers=True)
+            assess(open_model("mnist-cnn", keep_answers=True), "mnist-mini")

@@ -1,19 +1,21 @@
 """The configuration file: what cannot be meant is said in one sentence, whatever is wrong with it."""
 
 from dataclasses import is_dataclass
-from functools import partial
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from pkgutil import iter_modules
+from types import SimpleNamespace
 
 import pytest
 
+import holdfast
 from holdfast import attacks, recipes
 from holdfast.config import settings
-from holdfast.config.attacks import build_attack, threat_model, threat_said
+from holdfast.config.attacks import build_attack, threat_model, threat_written
 from holdfast.config.grammar import parse_number, parse_pairs, parse_surrogate, parse_threat, seconds
 from holdfast.config.naming import FLOW, LABELS_ONLY, MEMBERS, VARIANTS, members
-from holdfast.config.settings import AssessSettings, HardenSettings, RotateSettings
+from holdfast.config.settings import AssessSettings, DoctorSettings, HardenSettings, RotateSettings
 from holdfast.config.spellings import (
     ADAPTIVE,
     SPELLINGS,
@@ -78,7 +80,7 @@ REFUSED = [
     ("model: 3", "model is 3; expected text$"),
     ("model_args: [a]", "expected names with values"),
     ("bounds: [1]", r"bounds is \[1\]; expected at least 2 entries$"),
-    ("schema_version: 2", "schema_version is 2; expected 1$"),
+    ("schema_version: 3", "schema_version is 3; expected one of 1, 2$"),
     ("n: 3\nsample: 3", "not both"),
     ("bounds: [1, 0]", "the lower first"),
     ("bounds: [0, .inf]", "the lower first"),
@@ -120,9 +122,18 @@ REFUSED = [
     (f"threat: 'linf:0.1,queries={'9' * 5000}'", "expected a whole number of at least 1"),
 ]
 
-read, check = (
-    partial(wants, kind=AssessSettings) for wants in (settings.read_settings, settings.check_settings)
-)
+
+def read(*args, kind=AssessSettings, **more):
+    """The values of settings from a file and flags, by key."""
+    return values(settings.read_settings(*args, kind=kind, **more))
+
+
+def check(content, where):
+    return values(settings.check_settings(content, where, kind=AssessSettings))
+
+
+def values(of):
+    return SimpleNamespace(**{key: value for key, value, _ in settings.items(of)})
 
 
 @pytest.mark.parametrize(("text", "said"), REFUSED)
@@ -278,7 +289,7 @@ def test_a_name_that_suites_give_has_its_settings_wherever_it_stands():
     ids=str,
 )
 def test_a_constraint_in_hand_is_the_threat_that_it_is_written_as(constraint):
-    assert threat_model(parse_threat(threat_said(constraint))).constraint == constraint
+    assert threat_model(parse_threat(threat_written(constraint))).constraint == constraint
 
 
 def test_all_attacks_of_fast_but_the_first_go_in_waves():
@@ -405,16 +416,112 @@ def test_settings_of_a_recipe_that_is_not_named_are_of_the_usual_one():
     assert found == {HardenSettings: {"use": "auto", **training}, RotateSettings: {"use": "card", **training}}
 
 
-def test_one_file_serves_both_verbs_and_what_it_says_to_the_other_is_checked(tmp_path):
+FILE = """
+model: mnist-cnn
+data: mnist-mini
+seed: 1
+assess: {across: [mnist-mini], seed: 2}
+harden: {recipe: {use: trades, beta: 3}, budget: 5min}
+rotate: {keep: 3, begins: own}
+"""
+
+
+def test_one_file_serves_several_verbs(tmp_path):
     file = tmp_path / "holdfast.yaml"
-    file.write_text("model: mnist-cnn\ndata: mnist-mini\nrecipe: {use: trades, beta: 3}\nbudget: 5min\n")
-    assert settings.read_settings(file, {}, kind=HardenSettings).recipe == {"use": "trades", "beta": 3}
-    assert read(file, {}).model == "mnist-cnn"
-    file.write_text("model: mnist-cnn\nbudget: soon\n")
-    with pytest.raises(UsageError, match="budget is 'soon'"):
+    file.write_text(FILE)
+    assert validate(file) == ("assess", "harden", "rotate")
+    hardening = read(file, {}, kind=HardenSettings)
+    assert (hardening.recipe, hardening.budget, hardening.seed) == (
+        {"use": "trades", "beta": 3},
+        "5min",
+        1,
+    )
+    assert (read(file, {}).across, read(file, {}).seed, read(file, {"seed": 3}).seed) == (
+        ["mnist-mini"],
+        2,
+        3,
+    )
+    assert read(file, {}, kind=DoctorSettings).seed == 2
+    file.write_text("model: mnist-cnn\nharden: {budget: soon}\n")
+    with pytest.raises(UsageError, match="budget is 'soon'; expected a duration"):
         read(file, {})
-    with pytest.raises(UsageError, match="unknown key 'budget'"):
+    file.write_text("harden: fast\n")
+    with pytest.raises(UsageError, match="harden is 'fast'; expected settings of harden"):
+        read(file, {})
+
+
+def test_a_key_that_a_verb_does_not_use_is_refused_with_its_place(tmp_path):
+    file = tmp_path / "holdfast.yaml"
+    file.write_text("model: mnist-cnn\nrecipe: trades\nunlabelled: mnist\nn: 5\n")
+    with pytest.raises(
+        UsageError,
+        match="recipe, unlabelled at the top, .*: recipe in harden: or rotate:; unlabelled in harden:$",
+    ):
+        read(file, {})
+    assert validate(file) == ("harden",)
+    file.write_text("recipe: trades\nacross: [mnist]\nmax_queries: 3\n")
+    with pytest.raises(UsageError, match="recipe at the top, which assess does not use"):
+        validate(file)
+    with pytest.raises(UsageError, match="unknown key 'budget', which is a setting of harden, rotate"):
         read(None, {}, ["budget=5min"])
+    with pytest.raises(UsageError, match="unknown key 'n', which is a setting of assess, harden"):
+        read(None, {}, ["n=3"], kind=RotateSettings)
+
+
+def test_earlier_names_of_keys_are_accepted_with_a_note(tmp_path):
+    file = tmp_path / "holdfast.yaml"
+    file.write_text("judged: 5\nrotate: {keep: 3}\n")
+    found = settings.read_settings(file, {}, kind=RotateSettings)
+    assert (found.options.min_waiting, found.options.n_judged) == (3, 5)
+    assert found.notes == ("judged is now called n_judged", "keep is now called min_waiting")
+    with pytest.raises(UsageError, match="keep is the earlier name of min_waiting, and both are given"):
+        read(file, {"min_waiting": 2}, kind=RotateSettings)
+
+
+HOMES = {
+    "assess": (AssessSettings, holdfast.assess),
+    "harden": (HardenSettings, holdfast.harden),
+    "doctor": (DoctorSettings, holdfast.doctor),
+}
+
+
+@pytest.mark.parametrize("verb", HOMES)
+def test_every_option_has_one_place_in_python_with_the_same_default(verb):
+    kind, function = HOMES[verb]
+    places = {
+        place.__name__: signature(place).parameters
+        for place in (function, holdfast.open_model, holdfast.open_data)
+    }
+    assert len(places[verb]) <= 34
+    table = {}
+    for key, entry in settings.keys_of(kind).items():
+        homes = [name for name, parameters in places.items() if key in parameters]
+        if key in ("schema_version", "output", "attacks"):  # of a file, Result.write, and suite=[PGD(…)]
+            assert not homes
+            continue
+        if key in ("model", "data"):
+            continue
+        (table[key],) = homes
+        default = places[table[key]][key].default
+        usual = getattr(kind(), entry.group).model_dump()[entry.name]
+        assert default in (usual, None) or [*default] == [*usual] or usual == {"use": default}, key
+    print(*(f"{key:18} holdfast.{place}" for key, place in table.items()), sep="\n")
+    assert set(table.values()) == set(places)
+
+
+def test_an_argument_that_moved_is_refused_with_its_place():
+    with pytest.raises(
+        UsageError, match=r"arch is an argument of holdfast.open_model: .*open_model\(model, arch="
+    ):
+        holdfast.assess("net.pt", "mnist-mini", arch="mnist-cnn")
+    with pytest.raises(UsageError, match=r"give holdfast.open_data\(data, label=...\) as data"):
+        holdfast.attack("mnist-cnn", "t.csv", label="kind")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'archs'"):
+        holdfast.assess("net.pt", "mnist-mini", archs="mnist-cnn")
+    with pytest.raises(UsageError, match=r"open_model\(\): classes is 1; expected at least 2"):
+        holdfast.open_model("net.pt", classes=1)
+    with pytest.raises(UsageError, match="a result of open_data already"):
+        holdfast.open_data(holdfast.open_data("mnist-mini"), split="train")
 
 
 @pytest.mark.parametrize("value", ["true", "false"])
@@ -422,10 +529,8 @@ def test_consent_to_code_is_no_key_of_a_file_and_of_set(value, tmp_path):
     path = tmp_path / "holdfast.yaml"
     path.write_text(f"trust_code: {value}\nmodel: mnist-cnn\ndata: mnist-mini\n")
     for ask in (lambda: validate(path), lambda: settings.read_settings(path, {}, kind=RotateSettings)):
-        with pytest.raises(
-            UsageError, match=r"holdfast\.yaml contains trust_code.*--trust-code.*trust_code=True"
-        ):
+        with pytest.raises(UsageError, match=r"holdfast\.yaml contains trust_code.*--trust-code.*open_model"):
             ask()
     with pytest.raises(UsageError, match=r"--set contains trust_code.*--trust-code"):
         settings.read_settings(None, {}, [f"trust_code={value}"], kind=AssessSettings)
-    assert settings.read_settings(None, {"trust_code": True}, kind=AssessSettings).trust_code
+    assert settings.read_settings(None, {"trust_code": True}, kind=AssessSettings).model.trust_code

@@ -37,7 +37,9 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 def test_robust_accuracy_is_exact_whatever_the_form(data, sigmoid, flat, output):
     exact = float(((data[0][:, 0] - 0.5).abs() > 0.2).double().mean())
     net = Single(sigmoid=sigmoid, flat=flat)
-    found = holdfast.assess(net, data, "linf:0.2", "quick", model_output=output, doubts=False)
+    found = holdfast.assess(
+        holdfast.open_model(net, model_output=output), data, "linf:0.2", "quick", doubts=False
+    )
     assert found.metrics["clean_accuracy"].value == 1
     assert found.metrics["robust_accuracy"].value == pytest.approx(exact, abs=1e-9)
 
@@ -84,11 +86,14 @@ def test_softmax_outputs_that_are_declared_become_logits():
 def test_what_is_no_probability_is_refused(data):
     with pytest.raises(TargetError, match="declares numbers from 0 to 1"):
         holdfast.assess(
-            Single(sigmoid=False, flat=True), data, "linf:0.2", "quick", model_output="probability"
+            holdfast.open_model(Single(sigmoid=False, flat=True), model_output="probability"),
+            data,
+            "linf:0.2",
+            "quick",
         )
     inside = guarded(nn.Linear(2, 2), lambda x: x[:, 0], 2.0)
     with pytest.raises(UsageError, match="network inside"):
-        holdfast.assess(inside, data, "linf:0.2", "quick", model_output="probability")
+        holdfast.assess(holdfast.open_model(inside, model_output="probability"), data, "linf:0.2", "quick")
 
 
 def test_doctor_finds_it(data):

@@ -637,8 +637,8 @@ def test_a_factory_of_the_twin_draws_the_weights_of_the_seed(tmp_path, monkeypat
     data = training(1_000)
     one, other = (
         holdfast.harden(
-            "net.py:make", (data.x, data.y), threat="linf:0.06", suite="quick", doubts=False, trust_code=True,
-            recipe={"use": "fgsm-rs", "training": {"epochs": 1}},
+            holdfast.open_model("net.py:make", trust_code=True), (data.x, data.y), threat="linf:0.06",
+            suite="quick", doubts=False, recipe={"use": "fgsm-rs", "training": {"epochs": 1}},
         )
         for _ in range(2)
     )  # fmt: skip

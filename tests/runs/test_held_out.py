@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from holdfast.config.hardening import given_for_hardening
-from holdfast.config.settings import HardenSettings
+from holdfast.config.hardening import open_for_hardening
+from holdfast.config.resolve import sources_given
+from holdfast.config.settings import HardenSettings, check_settings
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.memory import as_data
@@ -182,8 +183,9 @@ def test_judged_examples_are_drawn_by_the_seed_where_nobody_says_which(tmp_path)
     path = sorted_file(tmp_path)
 
     def judged(**more):
-        settings = HardenSettings(data=path, threat="linf:0.06", **more)
-        return given_for_hardening(fakes.network(), path, None, None, settings)[2].read(0, 3_000)
+        settings = check_settings(more, "", kind=HardenSettings)
+        sources = sources_given(fakes.network(), path, settings)
+        return open_for_hardening(sources, None, None)[2].read(0, 3_000)
 
     drawn = judged()
     assert len(drawn) == 1_000 and set(drawn.y.tolist()) == {0, 1, 2, 3}
@@ -196,8 +198,7 @@ def test_what_is_wrong_with_other_training_data_is_said_and_not_that_they_have_n
     csv.write_text("a,b\n1,0\n")
 
     def asked(fit):
-        settings = HardenSettings(data=path, fit=fit, threat="linf:0.06")
-        return given_for_hardening(fakes.network(), path, fit, None, settings)
+        return open_for_hardening(sources_given(fakes.network(), path, HardenSettings()), fit, None)
 
     with pytest.raises(UsageError, match="label"):
         asked(str(csv))
@@ -205,9 +206,7 @@ def test_what_is_wrong_with_other_training_data_is_said_and_not_that_they_have_n
     np.savez(whole, x=np.load(path)["x_train"], y=np.load(path)["y_train"])
     assert len(asked(str(whole))[1]) == 3_000
     with pytest.raises(UsageError, match="has no train split to train on"):
-        given_for_hardening(
-            fakes.network(), str(whole), None, None, HardenSettings(data=str(whole), threat="linf:0.06")
-        )
+        open_for_hardening(sources_given(fakes.network(), whole, HardenSettings()), None, None)
 
 
 def test_a_zero_of_the_other_sign_is_the_same_input():

@@ -91,7 +91,8 @@ TAKEN = {
 
 
 def assessed(net: object, x: object, y: object, **options: object) -> Result:
-    return holdfast.assess(net, (x, y), "linf:0.02", "quick", doubts=False, **options)
+    data = holdfast.open_data((x, y), **options)
+    return holdfast.assess(net, data, "linf:0.02", "quick", doubts=False)
 
 
 @pytest.mark.parametrize("case", TAKEN)

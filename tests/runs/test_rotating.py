@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from holdfast import api
-from holdfast.config import attacked, ordering, rotating
+from holdfast.config import attacked, rotating
+from holdfast.config.resolve import open_all, open_subject, sources_at
 from holdfast.config.settings import AssessSettings, RotateSettings, check_settings
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
@@ -121,11 +122,15 @@ def settings(pool, data, **changes):
     return check_settings({**said, **changes}, "test", kind=AssessSettings)
 
 
+def subject_of(settings):
+    return open_subject(sources_at(settings), adaptive=settings.suite.adaptive)
+
+
 # --- the address
 
 
 def test_the_address_opens_the_set_that_serves(serving, collected):
-    subject = ordering.opened_subject(settings(serving, collected[0]))
+    subject = subject_of(settings(serving, collected[0]))
     weights, now = serving.weights(serving.serving.name), serving.serving
     for name, value in subject.model.net.state_dict().items():
         assert torch.equal(value, weights[name])
@@ -133,24 +138,24 @@ def test_the_address_opens_the_set_that_serves(serving, collected):
     assert (card["how"], card["set"], card["epoch"]) == ("rotating", now.name, 1)
     assert card["name"] == f"rotating:{serving.path}"
     assert "(A5), which rotation does not change; add --adaptive" in subject.notes[-1]
-    assert not ordering.opened_subject(settings(serving, collected[0], adaptive=True)).notes
+    assert not subject_of(settings(serving, collected[0], adaptive=True)).notes
 
 
 def test_another_set_is_another_model(serving, collected):
     of = settings(serving, collected[0])
-    before = ordering.opened_subject(of)
+    before = subject_of(of)
     serving.swap()
-    after = ordering.opened_subject(of)
+    after = subject_of(of)
     assert after.card["epoch"] == 2 and before.digest != after.digest
 
 
 def test_a_pool_that_serves_nothing_says_what_to_do(pool, collected):
     of = settings(pool, collected[0])
     with pytest.raises(UsageError, match="no set serves in .* holdfast rotate admit .*, then .* swap"):
-        ordering.opened_subject(of)
+        subject_of(of)
     pool.admit(drawing.candidates(pool)[0])
     with pytest.raises(UsageError, match="1 admitted sets wait.*: holdfast rotate swap"):
-        ordering.opened_subject(of)
+        subject_of(of)
 
 
 @pytest.mark.parametrize(
@@ -163,12 +168,12 @@ def test_a_pool_that_serves_nothing_says_what_to_do(pool, collected):
 )
 def test_what_the_address_does_not_take(serving, collected, changes, says):
     with pytest.raises(UsageError, match=says):
-        ordering.opened_subject(settings(serving, collected[0], **changes))
+        subject_of(settings(serving, collected[0], **changes))
 
 
 def test_no_pool_is_no_model(tmp_path, collected):
     with pytest.raises(TargetError, match="is not a pool"):
-        ordering.opened_subject(settings(serving_at(tmp_path), collected[0]))
+        subject_of(settings(serving_at(tmp_path), collected[0]))
 
 
 def serving_at(path):
@@ -178,7 +183,7 @@ def serving_at(path):
 def test_a_pool_is_no_surrogate(serving, collected):
     of = settings(serving, collected[0], surrogates=[{"model": f"rotating:{serving.path}"}])
     with pytest.raises(UsageError, match="can be assessed and stands for no other model"):
-        ordering.open_all(of)
+        open_all(sources_at(of), of.suite.surrogates)
 
 
 # --- the table
@@ -278,7 +283,11 @@ def test_rows_from_before_something_leaked_are_measured_anew(
 
 def test_without_adaptive_there_is_no_table(serving, collected, quick):
     result = api.assess(
-        f"rotating:{serving.path}", f"{collected[0]}/test.npz", "linf:0.1", n=8, trust_code=True, doubts=False
+        api.open_model(f"rotating:{serving.path}", trust_code=True),
+        f"{collected[0]}/test.npz",
+        "linf:0.1",
+        n=8,
+        doubts=False,
     )
     assert not quick and result.summary()["rotation"] is None
     assert any("add --adaptive for the table" in note for note in result.summary()["notes"])

@@ -52,12 +52,13 @@ def test_the_verdict_on_normalised_data_is_that_on_the_pixels(pixels, kind):
 
 
 def test_the_gradient_goes_through_the_normalisation(pixels):
-    from holdfast.config.ordering import given_subject
-    from holdfast.config.settings import AssessSettings
+    from holdfast.config.resolve import open_subject, sources_given
+    from holdfast.config.settings import AssessSettings, check_settings
 
     x, y = pixels
-    given = AssessSettings(data_normalised="0.49,0.48,0.45/0.25,0.24,0.26")
-    model = given_subject(net(), given).model
+    declared = {"data_normalised": "0.49,0.48,0.45/0.25,0.24,0.26"}
+    settings = check_settings(declared, "", kind=AssessSettings)
+    model = open_subject(sources_given(net(), pixels, settings)).model
     expected = Expected(normalised=Normalisation(MEAN, STD))
     restored = as_data((normalised(x), y), expected=expected).read(0, len(x)).x.requires_grad_()
     raw = x.clone().requires_grad_()
@@ -139,6 +140,8 @@ def test_a_hardened_model_opens_with_the_preprocessing_it_was_trained_with(pixel
         "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))\n"
     )
     weights = next(Path(place).glob("*.safetensors")) if Path(place).is_dir() else place
-    again = holdfast.assess(str(weights), (x, y), "linf:0.02", "quick", arch=f"{code}:net", doubts=False)
+    again = holdfast.assess(
+        holdfast.open_model(str(weights), arch=f"{code}:net"), (x, y), "linf:0.02", "quick", doubts=False
+    )
     assert again.metrics["robust_accuracy"].value == made.after.metrics["robust_accuracy"].value
     torch.testing.assert_close(torch.tensor(again.evidence.model["mean"]), torch.tensor(MEAN))

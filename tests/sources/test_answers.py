@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import holdfast
 from holdfast.api import assess
 from holdfast.cli.app import run
 from holdfast.core.errors import TargetError, TargetLost, TargetRefused, UnclearOutput, UsageError
@@ -341,10 +342,11 @@ def sigmoid(scores):
     return 1 / (1 + np.exp(-scores[:, :1]))
 
 
-def verdicts(model, data, access="scores", **options):
+def verdicts(model, data, access="scores", layout=None, **options):
     """What a run decides and asks: the columns that are the same whether scores or labels are judged."""
     threat = f"{THREAT},access={access}"
-    found = assess(model, data, threat, "black-box", doubts=False, n=6, **options)
+    model, data = holdfast.open_model(model, **options), holdfast.open_data(data, layout=layout)
+    found = assess(model, data, threat, "black-box", doubts=False, n=6)
     columns = found.evidence.columns
     kept = (
         "correct",

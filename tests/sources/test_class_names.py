@@ -48,7 +48,9 @@ def made(kind: str, root: Path, names: dict[str, int]) -> dict[str, object]:
 
 
 def accuracy(data: dict[str, object], **options: object) -> float:
-    found = holdfast.assess(Brightness(), **data, threat="linf:0.01", suite="quick", doubts=False, **options)
+    model = holdfast.open_model(Brightness(), **options)
+    examples = holdfast.open_data(data["data"], label=data.get("label"))
+    found = holdfast.assess(model, examples, threat="linf:0.01", suite="quick", doubts=False)
     return found.metrics["clean_accuracy"].value
 
 

@@ -177,14 +177,18 @@ def test_columns_of_a_table_are_matched_by_name(tmp_path: Path):
     turned.to_csv(tmp_path / "t.csv", index=False)
     for data in (turned, str(tmp_path / "t.csv"), (turned[["c", "b", "a"]], turned.label)):
         label = None if isinstance(data, tuple) else "label"
-        found = holdfast.assess(model, data, "linf:0.01,queries=5", Square(), label=label, doubts=False)
+        found = holdfast.assess(
+            model, holdfast.open_data(data, label=label), "linf:0.01,queries=5", Square(), doubts=False
+        )
         assert found["clean_accuracy"].value == 1
     with pytest.raises(
         TargetError, match="fitted on 3 named columns, and .* has 'd' beside them; .* --drop d"
     ):
-        holdfast.assess(model, turned.assign(d=0.5), "linf:0.01", label="label")
+        holdfast.assess(model, holdfast.open_data(turned.assign(d=0.5), label="label"), "linf:0.01")
     with pytest.raises(TargetError, match="the data frame lacks 'a' and has 'z' beside them; rename or add"):
-        holdfast.assess(model, turned.rename(columns={"a": "z"}), "linf:0.01", label="label")
+        holdfast.assess(
+            model, holdfast.open_data(turned.rename(columns={"a": "z"}), label="label"), "linf:0.01"
+        )
 
 
 def test_columns_that_are_picked_by_name_are_given_by_name():

@@ -40,7 +40,9 @@ def test_a_verdict_on_a_frame_is_exact() -> None:
     def model(x):
         return 10 * (x[:, :1] - 0.5) * x.new_tensor([-1, 1])
 
-    found = holdfast.assess(model, table, "linf:0.1", "quick", label="label", doubts=False, n=100)
+    found = holdfast.assess(
+        model, holdfast.open_data(table, label="label"), "linf:0.1", "quick", doubts=False, n=100
+    )
     assert found.metrics["robust_accuracy"].value == (abs(table.a - 0.5) > 0.1).mean()
     (example, *_) = found.summary()["examples"]
     assert example["changes"][0]["feature"] == "a"

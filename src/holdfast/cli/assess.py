@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 from shlex import quote
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar
 
 import click
 
@@ -16,7 +16,7 @@ from holdfast.cli.early import (
     refuse_unknown_model,
 )
 from holdfast.cli.options import Voice, offered, with_voice
-from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, flag_names, options_of
+from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, flag_names, is_mapping, options_of
 from holdfast.config.groups import InferenceSource
 from holdfast.config.settings import (
     AssessSettings,
@@ -71,7 +71,7 @@ def settings_of_flags(flags: dict[str, Any], kind: type[S], voice: Voice) -> S:
         if key in ("config", "sets"):
             continue
         if isinstance(value, tuple):
-            pairs = key in names and get_origin(keys_of(kind)[key].field.annotation) is dict
+            pairs = key in names and is_mapping(keys_of(kind)[key].field)
             value = (parse_pairs(value, names[key]) if pairs else list(value)) or None
         content[key] = value
     config = flags.get("config")

@@ -81,9 +81,21 @@ def _option(key: str, field: FieldInfo, flag: Flag, *, hidden: bool = False) -> 
             return click.option(f"{name}/--no-{name[2:]}", key, **settings)
         return click.option(*names, key, is_flag=True, **settings)
     settings["metavar"] = flag.metavar
-    if get_origin(kind) in (list, dict):
+    if is_repeated(field):
         settings |= {"multiple": True, "default": ()}
     return click.option(*names, key, type=_click_type(kind, flag), **settings)
+
+
+def is_repeated(field: FieldInfo) -> bool:
+    """Whether the option of a setting may be given several times: a list, or names with values."""
+    kind = _plain_type(field.annotation)
+    return get_origin(kind) is list or is_mapping(field)
+
+
+def is_mapping(field: FieldInfo) -> bool:
+    """Whether each value of the option of a setting is NAME=VALUE."""
+    kind = _plain_type(field.annotation)
+    return get_origin(kind) is dict and get_args(kind) == (str, str)
 
 
 def _plain_type(annotation: Any) -> Any:

@@ -12,5 +12,6 @@ def refuse_consent(keys: Collection[str], where: str) -> None:
     if CONSENT in keys:
         raise UsageError(
             f"{where} contains {CONSENT}, which is not a key of a configuration: only a person may allow code to run. "
-            f"Remove it; if you trust the files, add --trust-code to the command line, or give {CONSENT}=True in Python"
+            f"Remove it; if you trust the files, add --trust-code to the command line, or in Python give "
+            f"holdfast.open_model(…, {CONSENT}=True)"
         )

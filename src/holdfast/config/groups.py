@@ -33,7 +33,7 @@ class Flag:
     """whether there is also a `--no-` form"""
 
 
-class Group(BaseModel):
+class SettingGroup(BaseModel):
     """Settings that are used together."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
@@ -45,13 +45,13 @@ class Group(BaseModel):
         """
 
 
-class FileFormat(Group):
+class FileFormat(SettingGroup):
     """The format of a configuration file."""
 
     schema_version: Literal[1, 2] = Field(default=2, description="Version of the format of this file.")
 
 
-class ModelSource(Group):
+class ModelSource(SettingGroup):
     """Where a model is, how it is opened, and what its outputs mean."""
 
     address: str | None = Field(
@@ -89,7 +89,7 @@ class ModelSource(Group):
     )
 
 
-class InferenceSource(Group):
+class InferenceSource(SettingGroup):
     """How a model is opened that can be evaluated but not trained: an ONNX file, or a model behind a server."""
 
     input_shape: Annotated[values.InputShape | None, Flag("N,…")] = Field(
@@ -133,7 +133,7 @@ class InferenceSource(Group):
     )
 
 
-class ServerLimits(Group):
+class ServerLimits(SettingGroup):
     """Limits of a run on a model behind a server."""
 
     max_queries: Annotated[values.Positive | None, Flag("N")] = Field(
@@ -150,7 +150,7 @@ class ServerLimits(Group):
     )
 
 
-class InputSpace(Group):
+class InputSpace(SettingGroup):
     """The legal inputs of a model, and the normalisation inside it."""
 
     bounds: Annotated[values.Numbers, Flag("LOW,HIGH")] = Field(
@@ -189,7 +189,7 @@ class InputSpace(Group):
             )
 
 
-class DataSource(Group):
+class DataSource(SettingGroup):
     """Where the examples are, and how they are read."""
 
     address: str | None = Field(
@@ -219,7 +219,7 @@ class DataSource(Group):
     )
 
 
-class OtherData(Group):
+class OtherData(SettingGroup):
     """Other examples than those on which a model is judged."""
 
     fit: Annotated[str | None, Flag("DATA", completion="DATA")] = Field(
@@ -228,7 +228,7 @@ class OtherData(Group):
     )
 
 
-class Selection(Group):
+class ExampleSelection(SettingGroup):
     """Which of the examples are used."""
 
     n: Annotated[values.Positive | None, Flag("N", "-n")] = Field(
@@ -244,7 +244,7 @@ class Selection(Group):
             raise UsageError(f"{prefix}give n (the first N) or sample (a random N), not both")
 
 
-class ThreatSource(Group):
+class ThreatSource(SettingGroup):
     """What the attacker may change and use."""
 
     threat: Annotated[values.Threat, Flag("T", short="-t", completion="THREAT")] = Field(
@@ -254,7 +254,7 @@ class ThreatSource(Group):
     )
 
 
-class Suite(Group):
+class SuiteSettings(SettingGroup):
     """Which attacks run, and what else is measured."""
 
     suite: Annotated[values.SuiteSpec | None, Flag("S", short="-s", completion="SUITE")] = Field(
@@ -304,7 +304,7 @@ class Suite(Group):
             raise UsageError(f"{prefix}give a suite or a list of attacks, not both")
 
 
-class Judgement(Group):
+class GateSettings(SettingGroup):
     """What a result is compared with, and which doubts are accepted."""
 
     gates: Annotated[list[values.Gate], Flag("G", "--gate", "-g")] = Field(
@@ -316,7 +316,7 @@ class Judgement(Group):
     )
 
 
-class Reports(Group):
+class Reports(SettingGroup):
     """What is written after a run."""
 
     baseline: Annotated[str | None, Flag("RUN", completion="PATH")] = Field(
@@ -328,7 +328,7 @@ class Reports(Group):
     )
 
 
-class Execution(Group):
+class Execution(SettingGroup):
     """How the work of a measurement is divided."""
 
     time_budget: Annotated[values.TimeBudget | None, Flag("T")] = Field(
@@ -342,7 +342,7 @@ class Execution(Group):
     )
 
 
-class Seed(Group):
+class Seed(SettingGroup):
     """The seed of random numbers."""
 
     seed: Annotated[values.Whole, Flag("N")] = Field(
@@ -350,7 +350,7 @@ class Seed(Group):
     )
 
 
-class Device(Group):
+class Device(SettingGroup):
     """The device of the computation."""
 
     device: Annotated[str, Flag("NAME")] = Field(
@@ -358,7 +358,7 @@ class Device(Group):
     )
 
 
-class AssessOptions(Group):
+class AssessOptions(SettingGroup):
     """Settings of `assess` alone."""
 
     across: Annotated[list[str], Flag("DATA", completion="DATA")] = Field(
@@ -374,7 +374,7 @@ class AssessOptions(Group):
 _BUDGET = "Time for the training, as in 10min (default: the epochs of the recipe)."
 
 
-class HardenOptions(Group):
+class HardenOptions(SettingGroup):
     """Settings of `harden` alone."""
 
     recipe: Annotated[values.RecipeSpec, Flag("R", completion="RECIPE")] = Field(
@@ -391,7 +391,7 @@ class HardenOptions(Group):
     )
 
 
-class RotateOptions(Group):
+class RotateOptions(SettingGroup):
     """Settings of `rotate` alone: where parameter sets come from, how they are trained, and when they are swapped."""
 
     recipe: Annotated[values.SetsRecipeSpec, Flag("R", completion="SETS_RECIPE")] = Field(

@@ -12,7 +12,7 @@ import torch
 from holdfast.config import expecting, resolve
 from holdfast.config.attacks import refuse_settings, threat_model
 from holdfast.config.grammar import parse_threat, seconds
-from holdfast.config.groups import Selection
+from holdfast.config.groups import ExampleSelection
 from holdfast.config.naming import AUTO
 from holdfast.config.planning import assess_request, examples_to_fit
 from holdfast.config.recipes import candidates, refuse_unheld, settings_of
@@ -80,7 +80,9 @@ def _parted(data: Data, sources: Sources, model: Classifier) -> tuple[Batch, Dat
 def _few(sources: Sources) -> Sources:
     selection = sources.selection
     return (
-        sources if selection.n or selection.sample else replace(sources, selection=Selection(sample=JUDGED))
+        sources
+        if selection.n or selection.sample
+        else replace(sources, selection=ExampleSelection(sample=JUDGED))
     )
 
 

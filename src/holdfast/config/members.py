@@ -6,7 +6,7 @@ from typing import Any
 
 from holdfast.attacks.protocol import Attack
 from holdfast.config.attacks import attack_class, build_attack, checked_attack
-from holdfast.config.groups import Suite
+from holdfast.config.groups import SuiteSettings
 from holdfast.config.naming import VARIANTS
 from holdfast.config.spellings import attack_listed, norms_of_suite
 from holdfast.core.constraints import Constraint
@@ -26,7 +26,7 @@ _EXPECTED = (
 )
 
 
-def listed_members(suite: Suite, constraint: Constraint) -> tuple[Member, ...] | None:
+def listed_members(suite: SuiteSettings, constraint: Constraint) -> tuple[Member, ...] | None:
     """Return the attacks that settings list with settings or by name, or None if they name a suite or nothing."""
     if suite.attacks is not None:
         return members_of(build_attack(spec, f"attacks.{k}") for k, spec in enumerate(suite.attacks))

@@ -6,14 +6,14 @@ from inspect import signature
 from typing import ParamSpec, TypeVar
 
 from holdfast.config.grad_mode import gradients
-from holdfast.config.groups import DataSource, Group, InferenceSource, ModelSource, ServerLimits
+from holdfast.config.groups import DataSource, InferenceSource, ModelSource, ServerLimits, SettingGroup
 from holdfast.core.errors import UsageError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _keys(*groups: type[Group]) -> list[str]:
+def _keys(*groups: type[SettingGroup]) -> list[str]:
     return [name for group in groups for name in group.model_fields if name != "address"]
 
 

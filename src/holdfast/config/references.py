@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from holdfast.config.groups import (
     DataSource,
+    ExampleSelection,
     InferenceSource,
     InputSpace,
     ModelSource,
-    Selection,
     ServerLimits,
 )
 from holdfast.config.settings import check_groups
@@ -70,12 +70,12 @@ class Sources:
     model: ModelReference
     data: DataReference
     inputs: InputSpace = field(default_factory=InputSpace)
-    selection: Selection = field(default_factory=Selection)
+    selection: ExampleSelection = field(default_factory=ExampleSelection)
     seed: int = 0
 
     def all_examples(self) -> "Sources":
         """Return the same sources with all examples selected."""
-        return replace(self, selection=Selection())
+        return replace(self, selection=ExampleSelection())
 
     def beside(self, data: DataLike) -> DataReference:
         """Return the reference to other examples, which are read like those of the verb if nothing else is stated."""

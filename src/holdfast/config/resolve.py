@@ -21,7 +21,7 @@ from holdfast.config.expecting import (
 )
 from holdfast.config.grad_mode import differentiable
 from holdfast.config.grammar import parse_transform
-from holdfast.config.groups import Selection
+from holdfast.config.groups import ExampleSelection
 from holdfast.config.planning import examples_to_fit
 from holdfast.config.references import (
     DataLike,
@@ -67,7 +67,7 @@ def sources_at(settings: AssessSettings | DoctorSettings | HardenSettings | Rota
         model = replace(model, inference=settings.inference)
     if isinstance(settings, AssessSettings):
         model = replace(model, limits=settings.limits)
-    selection = Selection() if isinstance(settings, RotateSettings) else settings.selection
+    selection = ExampleSelection() if isinstance(settings, RotateSettings) else settings.selection
     data = DataReference(settings.data.address, settings.data)
     return Sources(model, data, settings.inputs, selection, settings.random.seed)
 

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from holdfast.config import groups, values
 from holdfast.config.consent import refuse_consent
 from holdfast.config.grammar import did_you_mean, parse_pairs
-from holdfast.config.groups import Group
+from holdfast.config.groups import SettingGroup
 from holdfast.config.suites import refuse_unknown
 from holdfast.config.wording import complaint, place
 from holdfast.config.yaml_text import MAX_CHARACTERS, parse_yaml
@@ -31,7 +31,7 @@ class VerbSettings:
     notes: tuple[str, ...] = ()
 
 
-def _group(kind: type[Group]) -> Any:
+def _group(kind: type[SettingGroup]) -> Any:
     return field(default_factory=kind)
 
 
@@ -45,7 +45,7 @@ class DoctorSettings(VerbSettings):
     inference: groups.InferenceSource = _group(groups.InferenceSource)
     inputs: groups.InputSpace = _group(groups.InputSpace)
     data: groups.DataSource = _group(groups.DataSource)
-    selection: groups.Selection = _group(groups.Selection)
+    selection: groups.ExampleSelection = _group(groups.ExampleSelection)
     random: groups.Seed = _group(groups.Seed)
 
 
@@ -56,11 +56,11 @@ class AssessSettings(VerbSettings):
     verb = "assess"
     file: groups.FileFormat = _group(groups.FileFormat)
     threat: groups.ThreatSource = _group(groups.ThreatSource)
-    suite: groups.Suite = _group(groups.Suite)
-    judgement: groups.Judgement = _group(groups.Judgement)
+    suite: groups.SuiteSettings = _group(groups.SuiteSettings)
+    judgement: groups.GateSettings = _group(groups.GateSettings)
     reports: groups.Reports = _group(groups.Reports)
     options: groups.AssessOptions = _group(groups.AssessOptions)
-    selection: groups.Selection = _group(groups.Selection)
+    selection: groups.ExampleSelection = _group(groups.ExampleSelection)
     random: groups.Seed = _group(groups.Seed)
     execution: groups.Execution = _group(groups.Execution)
     device: groups.Device = _group(groups.Device)
@@ -80,10 +80,10 @@ class HardenSettings(VerbSettings):
     file: groups.FileFormat = _group(groups.FileFormat)
     options: groups.HardenOptions = _group(groups.HardenOptions)
     threat: groups.ThreatSource = _group(groups.ThreatSource)
-    suite: groups.Suite = _group(groups.Suite)
-    judgement: groups.Judgement = _group(groups.Judgement)
+    suite: groups.SuiteSettings = _group(groups.SuiteSettings)
+    judgement: groups.GateSettings = _group(groups.GateSettings)
     reports: groups.Reports = _group(groups.Reports)
-    selection: groups.Selection = _group(groups.Selection)
+    selection: groups.ExampleSelection = _group(groups.ExampleSelection)
     random: groups.Seed = _group(groups.Seed)
     execution: groups.Execution = _group(groups.Execution)
     device: groups.Device = _group(groups.Device)
@@ -101,7 +101,7 @@ class RotateSettings(VerbSettings):
     file: groups.FileFormat = _group(groups.FileFormat)
     threat: groups.ThreatSource = _group(groups.ThreatSource)
     options: groups.RotateOptions = _group(groups.RotateOptions)
-    judgement: groups.Judgement = _group(groups.Judgement)
+    judgement: groups.GateSettings = _group(groups.GateSettings)
     random: groups.Seed = _group(groups.Seed)
     device: groups.Device = _group(groups.Device)
     model: groups.ModelSource = _group(groups.ModelSource)
@@ -145,7 +145,7 @@ class Key:
     field: FieldInfo
 
 
-def _groups(kind: type[VerbSettings]) -> dict[str, type[Group]]:
+def _groups(kind: type[VerbSettings]) -> dict[str, type[SettingGroup]]:
     hints = get_type_hints(kind)
     return {each.name: hints[each.name] for each in fields(kind) if each.name != "notes"}
 
@@ -162,7 +162,7 @@ _KEYS = {
 }
 
 
-def groups_of(kind: type[VerbSettings]) -> Mapping[str, type[Group]]:
+def groups_of(kind: type[VerbSettings]) -> Mapping[str, type[SettingGroup]]:
     """Return the groups of a verb by the name of their attribute."""
     return _GROUPS[kind]
 
@@ -343,7 +343,9 @@ def given(**settings: Any) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def check_groups(where: str, content: Mapping[str, Any], kinds: Sequence[type[Group]]) -> tuple[Any, ...]:
+def check_groups(
+    where: str, content: Mapping[str, Any], kinds: Sequence[type[SettingGroup]]
+) -> tuple[Any, ...]:
     """Return validated groups from their keys together. Values that are None are left at their defaults."""
     checked = []
     for kind in kinds:
@@ -356,8 +358,8 @@ def check_groups(where: str, content: Mapping[str, Any], kinds: Sequence[type[Gr
 
 
 def _checked_group(
-    kind: type[Group], content: Mapping[str, Any], prefix: str, written: Mapping[str, str]
-) -> Group:
+    kind: type[SettingGroup], content: Mapping[str, Any], prefix: str, written: Mapping[str, str]
+) -> SettingGroup:
     try:
         return kind.model_validate(dict(content))
     except ValidationError as error:
@@ -385,7 +387,7 @@ def _with_present_names(
 def items(settings: VerbSettings) -> Iterator[tuple[str, Any, bool]]:
     """Yield every key of the settings with its value, and whether it was given."""
     for key, entry in keys_of(type(settings)).items():
-        group: Group = getattr(settings, entry.group)
+        group: SettingGroup = getattr(settings, entry.group)
         yield key, getattr(group, entry.name), entry.name in group.model_fields_set
 
 

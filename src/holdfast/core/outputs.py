@@ -48,7 +48,7 @@ def kind_of_single(outputs: Tensor, declared: OutputKind | None) -> OutputKind |
         f"the model returns one number for each example, from {float(numbers.min()):.4g} to "
         f"{float(numbers.max()):.4g}: that may be the logit of class 1 or its probability. Declare it: "
         "--model-output probability (after a sigmoid), or --model-output logit; in Python "
-        f"model_output='probability'{hint}"
+        f"holdfast.open_model(…, model_output='probability'){hint}"
     )
 
 

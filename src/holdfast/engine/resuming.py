@@ -17,11 +17,12 @@ def way_out(command: str, run: Path, *, max_queries: int | None = None) -> str:
 
     `max_queries` replaces the limit on the rows that a server is sent.
     """
-    again = f"run={str(run)!r}, resume=True" + (f", max_queries={max_queries}" if max_queries else "")
+    more = f" and holdfast.open_model(…, max_queries={max_queries})" if max_queries else ""
+    again = f"run={str(run)!r}, resume=True{more}"
     if command:
-        more = [] if max_queries is None else ["--max-queries", str(max_queries)]
+        limit = [] if max_queries is None else ["--max-queries", str(max_queries)]
         command = repeatable(command if max_queries is None else without(command, "--max-queries"))
-        again = f"{command} {shlex.join([*more, '--run', str(run), '--resume'])}"
+        again = f"{command} {shlex.join([*limit, '--run', str(run), '--resume'])}"
     return f"finished steps are stored; resume with: {again}"
 
 

@@ -99,7 +99,7 @@ class ProbedClassifier:
         if x.dim() > 3 and self.outputs(rows.movedim(-1, 1)) is not None:
             raise TargetError(
                 f"the model refuses an example of shape {tuple(x.shape[1:])} and takes one with its last axis first: "
-                'declare --layout hwc (in Python layout="hwc")'
+                'declare --layout hwc (in Python open_data(…, layout="hwc"))'
             )
         if x.dim() in (2, 3, 4) and self.outputs(rows[:, None]) is not None:
             raise TargetError(

@@ -57,7 +57,7 @@ def loaded_estimator(path: Path, content: bytes, *, trust_code: bool) -> tuple[A
             boosted = any(each.startswith("xgboost.") for each in untrusted)
             raise UsageError(
                 f"{str(path)!r} holds {_listed(untrusted)}, which skops does not trust by itself, since loading them "
-                "may run code. If you trust the file, give --trust-code (Python: trust_code=True)"
+                "may run code. If you trust the file, give --trust-code (in Python open_model(…, trust_code=True))"
                 + ("; models of XGBoost are saved by their save_model, as .json or .ubj" if boosted else "")
             )
         try:

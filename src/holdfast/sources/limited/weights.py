@@ -24,8 +24,8 @@ NESTINGS = (
 )
 """entries in which training scripts store the state dict, in the order of the search"""
 TRUST = (
-    "If you trust the file, give --trust-code (Python: trust_code=True). It is safer to save model.state_dict() and "
-    "give --arch, or to export a .pt2 program or ONNX, which run no code"
+    "If you trust the file, give --trust-code (in Python open_model(…, trust_code=True)). It is safer to save "
+    "model.state_dict() and give --arch, or to export a .pt2 program or ONNX, which run no code"
 )
 """advice for model files that run code"""
 WRITTEN = "weights.safetensors"
