@@ -480,12 +480,11 @@ def test_a_function_of_numpy_is_told_the_way_that_works():
         ({"split": "train", "label": "y"}, "split='train', label='y'"),
     ],
 )
-@pytest.mark.parametrize("verb", [holdfast.assess, holdfast.doctor])
-def test_words_for_an_address_are_refused_for_data_in_hand(verb, words, said):
+def test_words_for_an_address_are_refused_for_data_in_hand(words, said):
     with pytest.raises(
         UsageError, match=f"{said} is not possible for data given as a Python object.*leave it out"
     ):
-        verb(network(), (X, Y), **words)
+        holdfast.open_data((X, Y), **words)
 
 
 def test_the_doctor_sees_what_the_caller_has():

@@ -22,6 +22,7 @@ from holdfast.core.types import Layout
 from holdfast.sources.adapting import accepted
 from holdfast.sources.estimators import Predictor
 from holdfast.sources.expected import ClassOrder
+from holdfast.sources.frames import is_frame
 
 Numbers = Sequence[float]
 
@@ -166,7 +167,7 @@ def open_data(
     `x` and `y` arrays of an `.npz` file, and `layout` states the axes of stored arrays (`"chw"`, `"hwc"`, `"asis"`).
     The examples are read by the function that receives them, because some properties follow from the model.
 
-    Raises `UsageError` for a wrong argument.
+    Raises `UsageError` for a wrong argument, and for one that selects from a file if the data are an object.
     """
     if isinstance(data, DataReference):
         raise UsageError("data is a result of open_data already; give all arguments in one call")
@@ -175,7 +176,21 @@ def open_data(
         {"split": split, "label": label, "drop": drop, "x": x, "y": y, "layout": layout},
         (DataSource,),
     )
-    return DataReference(data_reference(data).given, source)
+    reference = DataReference(data_reference(data).given, source)
+    if reference.address is None:
+        _refuse_names(reference)
+    return reference
+
+
+def _refuse_names(data: DataReference) -> None:
+    """Raise `UsageError` for settings that select from a file or a catalogue, if the data are an object."""
+    keys = ("x", "y") if is_frame(data.given) else ("split", "label", "drop", "x", "y")
+    words = [f"{key}={value!r}" for key in keys if (value := getattr(data.source, key))]
+    if words:
+        raise UsageError(
+            f"{', '.join(words)} is not possible for data given as a Python object: it is for an address, such as "
+            f"table.csv; select the rows and columns before, and leave it out"
+        )
 
 
 def model_reference(model: ModelLike) -> ModelReference:

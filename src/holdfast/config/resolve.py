@@ -222,7 +222,6 @@ def open_examples(sources: Sources, model: Classifier, *, lenient: bool = False)
         return open_data(
             data.address, split=data.source.split, **names(data.source), **chosen, expected=known
         )
-    _refuse_names(data)
     if is_frame(data.given):
         source = data.source
         given: Data = open_frame(
@@ -232,17 +231,6 @@ def open_examples(sources: Sources, model: Classifier, *, lenient: bool = False)
         whole = as_data(data.given, expected=known, n=selection.n if selection.sample is None else None)
         given = selected(whole, **chosen)
     return noting_fewer(given, selection.n or selection.sample)
-
-
-def _refuse_names(data: DataReference) -> None:
-    """Raise `UsageError` for settings that select from a file or a catalogue, if the data are an object."""
-    keys = ("x", "y") if is_frame(data.given) else ("split", "label", "drop", "x", "y")
-    words = [f"{key}={value!r}" for key in keys if (value := getattr(data.source, key))]
-    if words:
-        raise UsageError(
-            f"{', '.join(words)} is not possible for data given as a Python object: it is for an address, such as "
-            f"table.csv; select the rows and columns before, and leave it out"
-        )
 
 
 def open_object(data: DataReference, expected: Expected) -> Data:
