@@ -3,10 +3,11 @@
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.decorators import pass_meta_key
 
 from holdfast.core.names import line
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_VOICE = "holdfast.voice"
+"""Key of the voice in the context of a command."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +53,47 @@ class Voice:
             sys.stderr.flush()
 
 
+def _remember(field: str) -> Callable[[click.Context, click.Parameter, bool], None]:
+    """Return a callback that stores a flag in the voice of the running command."""
+
+    def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001 (by click)
+        context.meta[_VOICE] = replace(context.meta.get(_VOICE, Voice()), **{field: value})
+
+    return remember
+
+
+_OPTIONS = (
+    click.option(
+        "-q",
+        "--quiet",
+        is_flag=True,
+        expose_value=False,
+        callback=_remember("quiet"),
+        help="Print only the requested output.",
+    ),
+    click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        callback=_remember("verbose"),
+        help="Print more details.",
+    ),
+    click.option(
+        "--no-color",
+        is_flag=True,
+        expose_value=False,
+        callback=_remember("no_color"),
+        help="Print no colours (as with the environment variable NO_COLOR).",
+    ),
+    # read from the words of the command line, because errors occur before options are parsed, too
+    click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
+)
+
+
 def with_voice(command: F) -> F:
-    """Add -q, -v, --no-color and --debug to a command, which receives a `voice`."""
-
-    def collect(*, quiet: bool, verbose: bool, no_color: bool, debug: bool, **rest: Any) -> Any:
-        return command(voice=Voice(quiet, verbose, no_color), **rest)
-
-    collect.__name__, collect.__doc__ = command.__name__, command.__doc__
-    collect.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
-    for option in (
-        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
-        click.option(
-            "--no-color", is_flag=True, help="Print no colours (as with the environment variable NO_COLOR)."
-        ),
-        click.option("-v", "--verbose", is_flag=True, help="Print more details."),
-        click.option("-q", "--quiet", is_flag=True, help="Print only the requested output."),
-    ):
-        collect = option(collect)
-    return collect  # type: ignore[return-value]
+    """Add -q, -v, --no-color and --debug to a command, which receives a `Voice` as its first argument."""
+    return offered(*_OPTIONS)(pass_meta_key(_VOICE)(command))  # type: ignore[return-value]
 
 
 def offered(*options: Callable[[Any], Any]) -> Callable[[F], F]:
