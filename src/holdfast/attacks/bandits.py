@@ -44,6 +44,7 @@ class Bandits:
     """side of the tiles of an image in pixels; other inputs have no tiles"""
 
     needs: ClassVar[Access] = "scores"
+    batched: ClassVar[bool] = True
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm, best = expect_norm(expect_eps(threat.constraint, self), self, Linf, L2), Best(batch)

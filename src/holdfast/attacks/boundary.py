@@ -39,6 +39,7 @@ class Boundary:
     """share of an image's lowest frequencies with half of the energy of each step; 1 for white noise"""
 
     needs: ClassVar[Access] = "labels"
+    batched: ClassVar[bool] = False
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm = expect_norm(threat.constraint, self, L2)

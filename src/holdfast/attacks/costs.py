@@ -3,29 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from holdfast.attacks.bandits import Bandits
-from holdfast.attacks.boundary import Boundary
-from holdfast.attacks.geoda import GeoDA
-from holdfast.attacks.grid_search import GridSearch
-from holdfast.attacks.hop_skip_jump import HopSkipJump
-from holdfast.attacks.nes import NES
-from holdfast.attacks.protocol import Attack
-from holdfast.attacks.rays import RayS
-from holdfast.attacks.sign_opt import SignOPT
-from holdfast.attacks.simba import SimBA
-from holdfast.attacks.sparse_rs import SparseRS
-from holdfast.attacks.spsa import SPSA
-from holdfast.attacks.square import Square
-from holdfast.attacks.surfree import SurFree
-from holdfast.attacks.zoo import ZOO
+from holdfast.attacks.protocol import Attack, Enumeration, QueryAttack
 from holdfast.core.model import Batches
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Transformations
-
-_TOGETHER = (Bandits, NES, RayS, SimBA, SparseRS, SPSA, Square, ZOO)
-"""Attacks that query all remaining examples in each call, at most `queries` times."""
-_APART = (Boundary, GeoDA, HopSkipJump, SignOPT, SurFree)
-"""Attacks that query some of the examples in each call, at most `queries` times for each."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +48,10 @@ def most_queries(attack: Attack, threat: ThreatModel) -> int | None:
     own: int | None = None
     if attack.needs == "none":
         return 0
-    if isinstance(attack, (*_TOGETHER, *_APART)):
+    if isinstance(attack, QueryAttack):
         own = attack.queries
-    elif isinstance(attack, GridSearch) and isinstance(threat.constraint, Transformations):
-        own = len(attack.points(threat.constraint))
+    elif isinstance(attack, Enumeration) and isinstance(threat.constraint, Transformations):
+        own = len(attack.grid_points(threat.constraint))
     return min((n for n in (own, threat.queries) if n is not None), default=None)
 
 
@@ -82,6 +63,6 @@ def most_rows(attack: Attack, threat: ThreatModel, n: int, passes: Passes) -> in
     queries = most_queries(attack, threat)
     if queries is None:
         return None
-    if isinstance(attack, (*_TOGETHER, GridSearch)):
+    if isinstance(attack, Enumeration) or (isinstance(attack, QueryAttack) and attack.batched):
         return queries * passes.once(n)
     return queries * n * passes.filled(1)

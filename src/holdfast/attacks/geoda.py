@@ -39,6 +39,7 @@ class GeoDA:
     """share of an image's lowest frequencies with half of the energy of each point; 1 for white noise"""
 
     needs: ClassVar[Access] = "labels"
+    batched: ClassVar[bool] = False
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm = expect_norm(threat.constraint, self, L2, Linf)

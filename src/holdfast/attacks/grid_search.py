@@ -36,7 +36,7 @@ class GridSearch:
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         constraint, best = expect_transformations(threat.constraint, self), Best(batch)
-        points = self.points(constraint)
+        points = self.grid_points(constraint)
         with torch.no_grad():
             for point in points[: threat.queries]:
                 left = batch.take(best.standing)
@@ -47,7 +47,7 @@ class GridSearch:
                 best.offer(left, x, margin(model(x, left.ids), left))
         return best.x
 
-    def points(self, constraint: Transformations) -> list[tuple[float, ...]]:
+    def grid_points(self, constraint: Transformations) -> list[tuple[float, ...]]:
         """The points of the grid as shares of the limits, those farthest from the clean image first."""
         hues = max(self.values, math.ceil(self.turns * min(constraint.axes.get("hue", 0.0) / 180, 1)))
         counts = {"rotate": self.turns, "hue": hues}

@@ -42,6 +42,7 @@ class HopSkipJump:
     """weight that earlier normals keep from step to step"""
 
     needs: ClassVar[Access] = "labels"
+    batched: ClassVar[bool] = False
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm = expect_norm(threat.constraint, self, L2, Linf)

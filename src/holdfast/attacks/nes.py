@@ -35,6 +35,7 @@ class NES:
     """path length in multiples of eps"""
 
     needs: ClassVar[Access] = "scores"
+    batched: ClassVar[bool] = True
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         if not len(batch):

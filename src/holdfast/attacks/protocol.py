@@ -1,5 +1,6 @@
 """Protocols of attacks: settings, the access that is needed, and a call that returns inputs."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -9,6 +10,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
+from holdfast.core.transformations import Transformations
 from holdfast.core.types import Access, Inputs
 
 
@@ -61,3 +63,23 @@ class Placed(Attack, Protocol):
 
     def at_random(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         """Return the inputs with the change at one random position of each, without queries of the model."""
+
+
+@runtime_checkable
+class QueryAttack(Attack, Protocol):
+    """An attack whose setting `queries` limits its queries for each example."""
+
+    batched: ClassVar[bool]
+    """whether each call queries all remaining examples; otherwise a call queries some of them"""
+
+    @property
+    def queries(self) -> int:
+        """Largest number of queries for one example."""
+
+
+@runtime_checkable
+class Enumeration(Attack, Protocol):
+    """An attack that tries every point of a grid, with all remaining examples in each call."""
+
+    def grid_points(self, constraint: Transformations) -> Sequence[tuple[float, ...]]:
+        """Return the points of the grid as shares of the limits."""

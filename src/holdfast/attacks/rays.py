@@ -38,6 +38,7 @@ class RayS:
     """share of the radius at which the search along a ray ends"""
 
     needs: ClassVar[Access] = "labels"
+    batched: ClassVar[bool] = True
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm, closest = expect_norm(threat.constraint, self, Linf), Closest(batch)

@@ -42,6 +42,7 @@ class SimBA:
     """step size in multiples of eps; under Linf pixels move from side to side of the cube"""
 
     needs: ClassVar[Access] = "scores"
+    batched: ClassVar[bool] = True
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm, best = expect_norm(expect_eps(threat.constraint, self), self, Linf, L2), Best(batch)

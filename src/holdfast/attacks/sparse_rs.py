@@ -39,6 +39,7 @@ class SparseRS:
     """share of the changed positions that is exchanged at first; it falls over the number of queries"""
 
     needs: ClassVar[Access] = "scores"
+    batched: ClassVar[bool] = True
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm, best = expect_norm(expect_eps(threat.constraint, self), self, L0), Best(batch)

@@ -33,6 +33,7 @@ class Square:
     """whether windows shrink over the number of queries instead of the paper's 10,000"""
 
     needs: ClassVar[Access] = "scores"
+    batched: ClassVar[bool] = True
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm = expect_norm(expect_eps(threat.constraint, self), self, Linf, L2, L1)

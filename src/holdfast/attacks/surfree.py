@@ -38,6 +38,7 @@ class SurFree:
     """share of an image's lowest frequencies with half of the energy of each direction; 1 for white noise"""
 
     needs: ClassVar[Access] = "labels"
+    batched: ClassVar[bool] = False
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm = expect_norm(threat.constraint, self, L2)

@@ -44,6 +44,7 @@ class ZOO:
     """approximate change of a coordinate in one step, in widths of the box"""
 
     needs: ClassVar[Access] = "scores"
+    batched: ClassVar[bool] = True
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm, closest = expect_norm(threat.constraint, self, L2), Closest(batch)
