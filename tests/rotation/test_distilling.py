@@ -9,9 +9,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.features import watched
 from holdfast.rotation import Distilled, Immunise
 from holdfast.rotation.collecting import trained_anew
+from holdfast.rotation.distilling import watched
 from rotation.problem import THREAT, accuracy, examples, network, task
 
 DISTILLED = Distilled(examples=300)

@@ -15,8 +15,7 @@ import torch
 from holdfast.core.chain import Link, canonical
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store.folder import open_run_folder
-from holdfast.store.leases import FOREIGN_LEASE_S, Leases, spent_in
-from holdfast.store.processes import Owner, start_time
+from holdfast.store.leases import FOREIGN_LEASE_S, Leases, Owner, spent_in, start_time
 from holdfast.store.verify import verify
 
 MANIFEST = {

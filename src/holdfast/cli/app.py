@@ -6,12 +6,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any, TextIO, cast
 
 import click
 
 from holdfast import __version__
-from holdfast.cli.lasting import outlive_readers
-from holdfast.cli.once import Group
+from holdfast.cli.options import Group
 from holdfast.core.errors import HoldfastError, Interrupted, UsageError
 from holdfast.core.names import line
 from holdfast.engine.signals import Stopped, Stopper
@@ -78,7 +78,7 @@ def main(args: Sequence[str] | None = None) -> None:
     # read by the import of torch: threads that spin while they wait make a run five times slower if a core is busy
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, Stopper())
-    outlive_readers()
+    _outlive_readers()
     try:
         code = run(words)
     except KeyboardInterrupt as stopped:  # between the end of the command and this line
@@ -153,3 +153,42 @@ def _report(message: str, code: int, *, debug: bool) -> int:
     lines = message.splitlines() if code == INTERNAL else [message]
     click.echo("holdfast: " + "\n".join(map(line, lines)), err=True)
     return code
+
+
+class _LastingStream:
+    """A stream that discards its output after its pipe was closed."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text. It is discarded if the pipe is closed."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._let_go()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream. Buffered text is discarded if the pipe is closed."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._let_go()
+            self._stream.flush()  # discards the rest now instead of at the end of Python
+
+    def _let_go(self) -> None:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self._stream.fileno())
+        os.close(nothing)
+
+
+def _outlive_readers() -> None:
+    """Let stdout and stderr of this process survive the end of their readers."""
+    if sys.stdout is not None:  # there is none if it was closed before the start
+        sys.stdout = cast(TextIO, _LastingStream(sys.stdout))
+    if sys.stderr is not None:
+        sys.stderr = cast(TextIO, _LastingStream(sys.stderr))

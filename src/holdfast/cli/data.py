@@ -7,8 +7,7 @@ from typing import Any
 import click
 
 from holdfast.cli import completing
-from holdfast.cli.once import Group
-from holdfast.cli.options import Voice, with_voice
+from holdfast.cli.options import Group, Voice, with_voice
 from holdfast.core.names import line
 
 

@@ -5,8 +5,7 @@ from typing import Any, Literal
 import click
 
 from holdfast.cli.assess import settings_from, settings_of_flags
-from holdfast.cli.once import Group
-from holdfast.cli.options import Voice, offered, with_voice
+from holdfast.cli.options import Group, Voice, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, flag_names, options_of, with_named_parts
 from holdfast.config.settings import RotateSettings
 from holdfast.core.errors import UsageError

@@ -20,8 +20,8 @@ from holdfast.config.expecting import (
     with_found_properties,
 )
 from holdfast.config.grad_mode import differentiable
-from holdfast.config.grammar import parse_transform
-from holdfast.config.groups import ExampleSelection
+from holdfast.config.grammar import parse_transform, per_second, seconds
+from holdfast.config.groups import ExampleSelection, ServerLimits
 from holdfast.config.planning import examples_to_fit
 from holdfast.config.references import (
     DataLike,
@@ -32,7 +32,6 @@ from holdfast.config.references import (
     data_reference,
     model_reference,
 )
-from holdfast.config.served import refuse_unserved, remote
 from holdfast.config.settings import (
     AssessSettings,
     DoctorSettings,
@@ -55,9 +54,44 @@ from holdfast.sources.expected import Expected
 from holdfast.sources.frames import is_frame, open_frame
 from holdfast.sources.memory import as_data
 from holdfast.sources.models import Declared, open_model
-from holdfast.sources.remote import SCHEMES
+from holdfast.sources.remote import SCHEMES, Remote
 from holdfast.sources.selection import selected
 from holdfast.verbs.request import Subject
+
+
+def remote(reference: ModelReference) -> Remote:
+    """Return the options for requests to a model behind HTTP."""
+    inference, limits = reference.inference, reference.limits
+    return Remote(
+        tuple(inference.allow_hosts),
+        tuple(inference.headers),
+        inference.http_request,
+        inference.http_response,
+        inference.http_labels,
+        inference.http_max_rows,
+        seconds(inference.http_timeout, "http_timeout"),
+        inference.http_retries,
+        inference.http_concurrency,
+        None if inference.http_rate is None else per_second(inference.http_rate),
+        limits.max_queries,
+        limits.on_refused,
+    )
+
+
+def refuse_unserved(limits: ServerLimits, model: Classifier) -> None:
+    """Raise `UsageError` for limits of a server if the model is not behind one."""
+    if model.remote:
+        return
+    if limits.max_queries is not None:
+        raise UsageError(
+            f"max_queries is {limits.max_queries}, which limits the rows sent to a server, and this model is not "
+            "behind a server; a threat such as linf:8/255,queries=1000 limits the queries of each attack on each "
+            "example"
+        )
+    if limits.keep_answers:
+        raise UsageError(
+            "keep_answers keeps the answers of a server, and this model is not behind a server; leave it out"
+        )
 
 
 def sources_at(settings: AssessSettings | DoctorSettings | HardenSettings | RotateSettings) -> Sources:

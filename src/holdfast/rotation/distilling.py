@@ -9,12 +9,14 @@ is sampled in each epoch; paths start at random points of the ball and use no mo
 once, and their loss is added to that of a recipe, while the paper has no other loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
@@ -23,8 +25,45 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Logits, PerExample, Positive, Steps
 from holdfast.ops.ascent import ascend
-from holdfast.ops.features import watched
 from holdfast.rotation.immunising import ball, shared_out
+
+
+class Features:
+    """The features of the latest forward pass."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._found: Tensor | None = None
+
+    def or_logits(self, logits: Logits) -> Tensor:
+        """The input of the last layer, with at least as many rows as the batch, or `logits` if there is none."""
+        return logits if self._found is None else self._found
+
+    def _begin(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._rows, self._found = len(inputs[0]), None
+
+    def _note(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        # a layer that runs for single examples or for a part of the batch is left out
+        if inputs and inputs[0].dim() > 1 and len(inputs[0]) >= self._rows:
+            self._found = inputs[0]
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[Features]:
+    """Context that records the input of the last linear or convolution layer that runs for the whole batch in a pass.
+
+    Layers are recognised by their type; a network that was imported as one graph or program, or that stores its weights
+    elsewhere, has none. All hooks are removed at the end, also after an error.
+    """
+    features = Features()
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, _ConvNd))]
+    hooks = [model.register_forward_pre_hook(features._begin, prepend=True)]
+    hooks += [layer.register_forward_pre_hook(features._note) for layer in layers]
+    try:
+        yield features
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass(frozen=True)

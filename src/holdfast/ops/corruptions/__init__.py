@@ -21,8 +21,7 @@ from holdfast.ops.corruptions.constants import LARGE, LARGE_FROM, SMALL, Constan
 from holdfast.ops.corruptions.digital import elastic_transform, pixelate
 from holdfast.ops.corruptions.jpeg import jpeg_compression
 from holdfast.ops.corruptions.noise import gaussian_noise, impulse_noise, shot_noise, speckle_noise
-from holdfast.ops.corruptions.spatter import spatter
-from holdfast.ops.corruptions.weather import fog, frost, snow
+from holdfast.ops.corruptions.weather import fog, frost, snow, spatter
 
 Operator = Callable[[Inputs, Constants, Ids, Draws], Inputs]
 """Returns corrupted images in [0, 1] from images in [0, 1], the constants of a severity, ids and random numbers."""

@@ -1,4 +1,4 @@
-"""Weather: snow, frost and fog, on images in [0, 1]."""
+"""Weather: snow, frost, fog, and spatter (drops of water or mud on the lens), on images in [0, 1]."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,115 @@ from holdfast.core.draws import Draws
 from holdfast.core.types import Ids, Inputs
 from holdfast.ops.corruptions.colour import grey, paint
 from holdfast.ops.corruptions.constants import Constants
-from holdfast.ops.corruptions.filters import clamped, moved, zoomed
+from holdfast.ops.corruptions.filters import (
+    clamped,
+    filtered,
+    gaussian_kernel,
+    moved,
+    wrapped_positions,
+    zoomed,
+)
+
+_WATER = (175 / 255, 238 / 255, 238 / 255)
+_MUD = (63 / 255, 42 / 255, 20 / 255)
+_FAR = 20.0
+"""distance in pixels from the edge of a drop at which it has its full depth"""
+_RELIEF = ((-2, -1, 0), (-1, 1, 1), (0, 1, 2))
+_LOW, _HIGH = 50, 150
+"""thresholds of the gradient that continues an edge and of the one that starts it"""
+_KNIGHT = 2.1969
+"""length of the step (1, 2) in Borgefors' distance for neighbourhoods of 5 x 5; (1, 1) is 1.4"""
+
+
+def spatter(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
+    """Drops where smooth normal noise exceeds a threshold: of pale turquoise with bright edges, or of mud."""
+    mean, spread, smooth, threshold, strength, mud = c
+    liquid = mean + spread * rng.normal(ids, 1, *x.shape[2:], dtype=x.dtype)
+    liquid = gaussian_kernel(liquid, smooth)
+    if mud:
+        cover = gaussian_kernel((liquid > threshold).to(x), strength)
+        cover = torch.where(cover < 0.8, 0, cover)
+        return clamped(x * (1 - cover) + paint(*_MUD, x) * cover)
+    drops = torch.where(liquid < threshold, 0, (255 * liquid).floor().clamp(0, 255))
+    shine = drops * _relief(drops)
+    shine = shine / shine.amax((1, 2, 3), keepdim=True).clamp_min(1)
+    return clamped(x + strength * shine * paint(*_WATER, x))
+
+
+def _relief(drops: Inputs) -> Inputs:
+    """Highlights of the drops: their depth after histogram equalisation, lit from one corner."""
+    mean = drops.new_full((3, 3), 1.0)
+    depth = (filtered(_distance(_rims(drops)), mean) / 9 + 1e-4).floor()
+    lit = filtered(_even(depth), drops.new_tensor(_RELIEF)).clamp(0, 255)
+    return (filtered(lit, mean) / 9).round()
+
+
+def _shifted(x: Tensor, down: int, right: int, beyond: float) -> Tensor:
+    """The value `down` rows and `right` columns from each pixel, `beyond` outside the image."""
+    rows, columns = (torch.arange(side, device=x.device) for side in x.shape[2:])
+    row, column = rows + down, columns + right
+    inside = ((row == wrapped_positions(row, len(rows), "edge"))[:, None]) & (
+        column == wrapped_positions(column, len(columns), "edge")
+    )
+    there = x[:, :, wrapped_positions(row, len(rows), "edge")][
+        :, :, :, wrapped_positions(column, len(columns), "edge")
+    ]
+    return torch.where(inside, there, beyond)
+
+
+def _rims(drops: Inputs) -> Tensor:
+    """Canny's edges as a mask: ridges of the gradient that exceed the upper threshold somewhere."""
+    sobel = drops.new_tensor(((-1, 0, 1), (-2, 0, 2), (-1, 0, 1)))
+    right, down = filtered(drops, sobel, "edge"), filtered(drops, sobel.T, "edge")
+    steep = right.abs() + down.abs()
+
+    def beats(below: int, beside: int, *, ties: bool) -> Tensor:
+        other = _shifted(steep, below, beside, 0.0)
+        return steep >= other if ties else steep > other
+
+    flat = down.abs() < right.abs() * (13573 / 32768)
+    upright = down.abs() > right.abs() * (2 + 13573 / 32768)
+    rising = torch.where(
+        right * down < 0,
+        beats(-1, 1, ties=False) & beats(1, -1, ties=False),
+        beats(-1, -1, ties=False) & beats(1, 1, ties=False),
+    )
+    ridge = torch.where(upright, beats(-1, 0, ties=False) & beats(1, 0, ties=True), rising)
+    ridge = torch.where(flat, beats(0, -1, ties=False) & beats(0, 1, ties=True), ridge)
+    may, rim = ridge & (steep > _LOW), ridge & (steep > _HIGH)
+    while True:
+        grown = may & (torch.max_pool2d(rim.to(drops), 3, stride=1, padding=1) > 0)
+        if torch.equal(grown, rim):
+            return rim
+        rim = grown
+
+
+def _distance(rims: Tensor) -> Inputs:
+    """Distance to the nearest edge in steps of 1, 1.4 and knight's moves, at most `_FAR`."""
+    away = torch.where(rims, 0.0, _FAR)
+    steps = [
+        (i, j) for i in range(-2, 3) for j in range(-2, 3) if abs(i) + abs(j) in (1, 3) or abs(i * j) == 1
+    ]
+    lengths = {1: 1.0, 2: 1.4, 3: _KNIGHT}
+    while True:
+        nearer = away
+        for i, j in steps:
+            nearer = torch.minimum(nearer, _shifted(nearer, i, j, _FAR) + lengths[abs(i) + abs(j)])
+        if torch.equal(nearer, away):
+            return away
+        away = nearer
+
+
+def _even(levels: Inputs) -> Inputs:
+    """Histogram equalisation of levels 0 to 255; an image of a single level is unchanged."""
+    flat = levels.flatten(1).long()
+    counts = torch.zeros(len(flat), 256, dtype=torch.float64, device=flat.device)
+    counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float64))
+    darkest = counts.gather(1, flat.amin(1, keepdim=True))
+    share = (counts.cumsum(1) - darkest) / (flat.shape[1] - darkest).clamp_min(1)
+    spread_out = (255 * share).round().gather(1, flat)
+    return torch.where(darkest == flat.shape[1], flat.double(), spread_out).to(levels).view_as(levels)
+
 
 _ICE = (0.57, 0.66, 0.70)
 _ICE_SPREAD = 0.11
