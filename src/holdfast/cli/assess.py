@@ -221,6 +221,22 @@ def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flag
     settings = settings_from(flags, AssessSettings, voice)
     if resume and run is None:
         raise UsageError("--resume continues a run; give its folder with --run DIR (see holdfast runs)")
-    from holdfast.cli.running import assess_and_report
+    from holdfast.api import carry_out
+    from holdfast.cli.running import command_line, dry_run_of, folder_of_run, progress_bar, tell
+    from holdfast.engine.resuming import way_out
+    from holdfast.engine.signals import stoppable
 
-    return assess_and_report(settings, voice, run=run, resume=resume, dry_run=dry_run)
+    if dry_run:
+        return dry_run_of(settings, voice)
+    command, folder = command_line(), folder_of_run("assess", settings, run)
+    if resume and not (folder.is_dir() and any(folder.iterdir())):
+        voice.say(
+            f"note: {str(folder)!r} contains no run to resume, so a new run is started (see holdfast runs)"
+        )
+    with stoppable(way_out(command, folder)):  # also before the run begins and while its reports are written
+        with progress_bar(voice) as progress:
+            result = carry_out(
+                settings, run=folder, resume=resume, progress=progress, notify=voice.say, command=command
+            )
+        tell(result, settings.reports.output, voice, folder=folder)
+    return result.exit_code

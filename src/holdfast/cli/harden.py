@@ -40,6 +40,28 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     settings = settings_from(with_named_parts(flags), HardenSettings, voice)
     if resume and run is None:
         raise UsageError("--resume continues a run; give its folder with --run DIR (see holdfast runs)")
-    from holdfast.cli.running import harden_and_report
+    from holdfast.api import carry_out_hardening
+    from holdfast.cli.running import command_line, folder_of_run, progress_bar, tell
+    from holdfast.config.grammar import is_folder
+    from holdfast.core.names import line
+    from holdfast.engine.resuming import way_out
+    from holdfast.engine.signals import stoppable
+    from holdfast.ops import distributed
 
-    return harden_and_report(settings, voice, run=run, resume=resume)
+    command, folder = command_line(), folder_of_run("harden", settings, run)
+    if not distributed.first():  # other processes train too, and only the first reports
+        carry_out_hardening(settings, run=folder, resume=resume, command=command)
+        return 0
+    with stoppable(way_out(command, folder)):
+        with progress_bar(voice) as progress:
+            hardened = carry_out_hardening(
+                settings, run=folder, resume=resume, progress=progress, notify=voice.say, command=command
+            )
+        outputs = settings.reports.output
+        for output in filter(is_folder, outputs):
+            voice.say(f"model: {hardened.write(output)}")
+        tell(hardened.after, [output for output in outputs if not is_folder(output)], voice, folder=folder)
+    for note in hardened.notes:
+        voice.say(f"note: {note}")
+    click.echo(line(str(hardened)), err=True)
+    return hardened.after.exit_code

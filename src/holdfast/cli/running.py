@@ -11,18 +11,13 @@ from typing import Any
 
 import click
 
-from holdfast.api import carry_out, carry_out_hardening, demo, exhibition, rehearse, rehearse_served
+from holdfast.api import demo, exhibition, rehearse, rehearse_served
 from holdfast.cli.options import Voice
-from holdfast.config.grammar import is_folder
-from holdfast.config.settings import AssessSettings, HardenSettings, canonical_settings
+from holdfast.config.settings import AssessSettings, VerbSettings, canonical_settings
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
 from holdfast.core.errors import TargetError
-from holdfast.core.names import line
 from holdfast.engine.progress import Progress, Step, silent
-from holdfast.engine.resuming import way_out
-from holdfast.engine.signals import stoppable
-from holdfast.ops import distributed
 from holdfast.reports.exhibits import exhibit_table, exhibits_to_json
 from holdfast.reports.markdown import markdown_document
 from holdfast.reports.notes import spoken_notes
@@ -44,47 +39,9 @@ def command_line() -> str:
     return shlex.join(["holdfast", *sys.argv[1:]])
 
 
-def assess_and_report(
-    settings: AssessSettings, voice: Voice, *, run: str | None, resume: bool, dry_run: bool
-) -> int:
-    """Run or resume `assess`, print the verdict and write the reports. Returns the exit code."""
-    command = command_line()
-    if dry_run:
-        return _dry_run(settings, voice)
-    folder = Path(run) if run else new_folder("assess", digest(as_bytes(canonical_settings(settings))))
-    if resume and not (folder.is_dir() and any(folder.iterdir())):
-        voice.say(
-            f"note: {str(folder)!r} contains no run to resume, so a new run is started (see holdfast runs)"
-        )
-    with stoppable(way_out(command, folder)):  # also before the run begins and while its reports are written
-        with progress_bar(voice) as progress:
-            result = carry_out(
-                settings, run=folder, resume=resume, progress=progress, notify=voice.say, command=command
-            )
-        tell(result, settings.reports.output, voice, folder=folder)
-    return result.exit_code
-
-
-def harden_and_report(settings: HardenSettings, voice: Voice, *, run: str | None, resume: bool) -> int:
-    """Run or resume `harden`, print the results and write the new model. Returns the exit code."""
-    command = command_line()
-    folder = Path(run) if run else new_folder("harden", digest(as_bytes(canonical_settings(settings))))
-    if not distributed.first():  # other processes train too, and only the first reports
-        carry_out_hardening(settings, run=folder, resume=resume, command=command)
-        return 0
-    with stoppable(way_out(command, folder)):
-        with progress_bar(voice) as progress:
-            hardened = carry_out_hardening(
-                settings, run=folder, resume=resume, progress=progress, notify=voice.say, command=command
-            )
-        for output in settings.reports.output:
-            if is_folder(output):
-                voice.say(f"model: {hardened.write(output)}")
-        tell(hardened.after, [o for o in settings.reports.output if not is_folder(o)], voice, folder=folder)
-    for note in hardened.notes:
-        voice.say(f"note: {note}")
-    click.echo(line(str(hardened)), err=True)
-    return hardened.after.exit_code
+def folder_of_run(verb: str, settings: VerbSettings, run: str | None) -> Path:
+    """Return the folder in `--run`, or a new one that is named after the verb and the digest of its settings."""
+    return Path(run) if run else new_folder(verb, digest(as_bytes(canonical_settings(settings))))
 
 
 def tell(result: Result, outputs: Sequence[str], voice: Voice, *, folder: Path | None = None) -> None:
@@ -199,7 +156,7 @@ def _words(step: Step) -> dict[str, Any]:
     return {"description": step.stage, "place": f"{step.place}/{step.of_stages}", "standing": share}
 
 
-def _dry_run(settings: AssessSettings, voice: Voice) -> int:
+def dry_run_of(settings: AssessSettings, voice: Voice) -> int:
     """Measure a few examples and extrapolate the cost. For a served model, compute what a run would send."""
     if (settings.model.address or "").partition(":")[0] in SCHEMES:
         return _dry_run_served(settings, voice)
