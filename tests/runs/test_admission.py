@@ -7,17 +7,17 @@ from holdfast.core.constraints import Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.threat import ThreatModel
-from holdfast.engine.signals import Stopper
+from holdfast.engine.run import Run
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts
 from holdfast.rotation import Live, RotatingModel, canary
 from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.store.encryption import KEY_VARIABLE
 from holdfast.store.pool import Pool
-from holdfast.verbs.rotate.admission import _Admitting, admit
+from holdfast.verbs.rotate.admission_gates import Measurements, rulings
+from holdfast.verbs.rotate.admit import _Admitting
 from holdfast.verbs.rotate.comparing import worst
 from holdfast.verbs.rotate.measuring import Carried, Measuring
-from holdfast.verbs.rotate.ruling import Measurements, rulings
 from holdfast.verbs.rotate.sanity import twin
 from holdfast.verbs.rotate.transfer_examples import (
     Attacker,
@@ -28,6 +28,7 @@ from holdfast.verbs.rotate.transfer_examples import (
 )
 from holdfast.verbs.rotate.verdicts import Admission, Judged
 from runs.rotating import DRAWING, begun, immunised, nearby, state, terms, trained
+from runs.steps import admit
 
 QUICK = TransferAttacker({"MI": ATTACKS["MI"]})
 
@@ -183,7 +184,7 @@ def test_a_kill_before_the_entry_loses_nothing_and_bases_are_listed(tmp_path, mo
 def test_what_is_unclear_is_judged_on_twice_as_many_while_they_last(tmp_path):
     pool = begun(tmp_path / "pool", bases=(0,))
     name = pool.add(state(trained(6)), {})
-    found = admit(pool, terms(1_000), claims=["churn <= 0.02"], transfer_attacker=QUICK, judged=250)
+    found = admit(pool, terms(1_000), claims=["churn <= 0.02"], transfer_attacker=QUICK, n_judged=250)
     runs = {path.name.rsplit("-", 1)[0] for path in (pool.path / "admission" / name).iterdir()}
     assert {"a0-0-250", "a0-250-500"} <= runs
     theft = gates(found, name)["theft"]
@@ -328,7 +329,7 @@ def verdicts(found, accepted=None, claims=()):
 def test_the_way_out_is_of_what_kept_sets_out():
     lost, stolen = (Judged("one", "refused", (), "", gate) for gate in ("clean accuracy", "theft of static"))
     assert "reduce the loss" in Admission((lost, lost), ()).kept_out
-    assert "--by anew" in Admission((lost, stolen), ()).kept_out
+    assert "--by retraining" in Admission((lost, stolen), ()).kept_out
 
 
 def test_what_swaps_lose_does_not_add_up():
@@ -351,7 +352,7 @@ def test_bases_are_measured_once_for_all_admissions(tmp_path):
 
     def measured(share):
         pool.add(state(nearby(trained(6), share)), {})
-        admit(pool, terms(64), transfer_attacker=QUICK, judged=64)
+        admit(pool, terms(64), transfer_attacker=QUICK, n_judged=64)
         found = (pool.path / "admission" / base).iterdir()
         return {path.name: (path / "run.json").stat().st_mtime_ns for path in found}
 
@@ -416,7 +417,7 @@ def test_of_several_looks_each_needs_more_so_that_all_of_them_hold_together():
 def test_the_examples_say_how_many_looks_there_are(tmp_path):
     pool = begun(tmp_path / "pool", bases=(0,))
     measuring = Measuring(pool, TransferExamples(pool, terms(1_000), QUICK))
-    one = _Admitting(measuring, (), {}, 250, print, Stopper())
+    one = _Admitting(measuring, Run(()), (), {}, 250, print)
     assert one._looks == {"transfer": 3, "white-box": 4, "siblings": 7}, (
         "250, 500, 1,000; from 125 on; from 25 on"
     )

@@ -24,13 +24,14 @@ from holdfast.rotation import Codec, LatentDiffusion
 from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.store.pool import Pool
 from holdfast.store.verify import verify
-from holdfast.verbs.rotate import collecting, drawing, learning
+from holdfast.verbs.rotate import contents, draw, train
 from holdfast.verbs.rotate.alternatives import Alternatives, doubt, hardened
 from holdfast.verbs.rotate.attackers import WHO, AttackerTable, Means
 from holdfast.verbs.rotate.query_search import AcrossSwaps
 from holdfast.verbs.rotate.wording import judged, verdict
 from holdfast.verbs.stored_runs import open_run
 from rotation.problem import examples
+from runs import steps
 
 NET = "from rotation.problem import network\n\n\ndef make():\n    return network()\n"
 FEW = TransferAttacker({"MI": ATTACKS["MI"]})
@@ -45,8 +46,8 @@ INSTEAD = (
 def unflushed():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
-        patch.setattr(learning, "_LOST", 0.2)  # of what was trained for so short a time
-        patch.setattr(drawing, "_POINT", 1.0)  # any draw does, for its place is drawn anew in every run
+        patch.setattr(train, "_LOST", 0.2)  # of what was trained for so short a time
+        patch.setattr(draw, "_POINT", 1.0)  # any draw does, for its place is drawn anew in every run
         yield
 
 
@@ -67,19 +68,19 @@ def collected(tmp_path_factory):
         },
         "source": {"use": "basins", "seeds": 2, "sets": 3, "every": 2, "lr": 1e-3},
     }  # fmt: skip
-    terms = rotating.terms(check_settings(said, "test", kind=RotateSettings))
-    pool = collecting.begun(place / "pool", terms, resume=False)
+    terms = rotating.rotate_request(check_settings(said, "test", kind=RotateSettings))
+    pool = steps.create(place / "pool", terms)
     stages: list[Step] = []
-    collecting.collect(pool, terms, progress=stages.append)
+    steps.collect(pool, terms, progress=stages.append)
     assert [f"{s.place}/{s.of_stages} {s.stage}" for s in stages if s.done == s.of] == [
         "1/6 run 1", "2/6 run 2", *(f"{2 + k}/6 surrogate {k}" for k in (1, 2, 3, 4)),
         "6/6 collected",
     ]  # fmt: skip
-    learning.learn(
+    steps.train(
         pool, terms, Codec(dims=8, hidden=64, steps=100), LatentDiffusion(width=64, depth=2, steps=100)
     )
-    drawing.draw(pool, terms, 2, by="anew")
-    drawing.draw(pool, terms, 1)
+    steps.draw(pool, terms, 2, by="retraining")
+    steps.draw(pool, terms, 1)
     return place, terms
 
 
@@ -93,7 +94,7 @@ def pool(collected, tmp_path):
 @pytest.fixture
 def serving(pool):
     """The same with a set that serves and one that waits."""
-    one, other, _ = drawing.candidates(pool)
+    one, other, _ = contents.candidates(pool)
     pool.admit(one)
     pool.swap()
     pool.admit(other)
@@ -148,7 +149,7 @@ def test_a_pool_that_serves_nothing_says_what_to_do(pool, collected):
     of = settings(pool, collected[0])
     with pytest.raises(UsageError, match="no set serves in .* holdfast rotate admit .*, then .* swap"):
         ordering.opened_subject(of)
-    pool.admit(drawing.candidates(pool)[0])
+    pool.admit(contents.candidates(pool)[0])
     with pytest.raises(UsageError, match="1 admitted sets wait.*: holdfast rotate swap"):
         ordering.opened_subject(of)
 
@@ -185,8 +186,8 @@ def test_a_pool_is_no_surrogate(serving, collected):
 
 
 def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collected, quick, tmp_path):
-    serving.expose(collecting.bases(serving)[0], "laptop stolen")
-    serving.expose(collecting.bases(serving)[1], "laptop stolen")
+    serving.expose(contents.bases(serving)[0], "laptop stolen")
+    serving.expose(contents.bases(serving)[1], "laptop stolen")
     of = settings(serving, collected[0], adaptive=True)
     run = tmp_path / "run"
     result = api.carry_out(of, run=run)
@@ -230,9 +231,9 @@ def test_what_else_is_trained_takes_as_many_passes(serving, collected, recipe, m
 
     monkeypatch.setattr(Classifier, "forward", counting)
     monkeypatch.setattr(Alternatives, "_row", lambda self, serves, stolen, says: says)
-    for train in (lambda: instead.tuned, instead._pgd, instead._diverse):
+    for trained in (lambda: instead.tuned, instead._pgd, instead._diverse):
         passes.append(0)
-        said = train()
+        said = trained()
     assert passes == pytest.approx([len(terms.train)] * 3, rel=0.1)
     assert said.startswith(f"as many passes: {'0.2' if hardened(terms) else '0.33'} of an epoch, and ")
 
@@ -258,7 +259,7 @@ def test_rows_from_before_something_leaked_are_measured_anew(
     serving, collected, quick, tmp_path, monkeypatch
 ):
     of, run = settings(serving, collected[0], adaptive=True), tmp_path / "run"
-    first, second = collecting.bases(serving)[:2]
+    first, second = contents.bases(serving)[:2]
     serving.expose(first, "laptop stolen")
     from holdfast.verbs.rotate import attackers
 
@@ -285,10 +286,10 @@ def test_without_adaptive_there_is_no_table(serving, collected, quick):
 
 
 def test_a_set_beside_a_stolen_one_has_no_protection(serving, collected, quick):
-    near = serving.weights(collecting.bases(serving)[0])
+    near = serving.weights(contents.bases(serving)[0])
     near = {name: value * 1.001 for name, value in near.items()}
     serving.admit(serving.add(near, {"by": "trajectory"}))
-    serving.expose(collecting.bases(serving)[0], "laptop stolen")
+    serving.expose(contents.bases(serving)[0], "laptop stolen")
     serving.serve(serving.ahead[-1], unjudged=True)
     of = settings(serving, collected[0], adaptive=True, threat="linf:0.12")
     summary = api.carry_out(of, run=None).summary()

@@ -7,7 +7,7 @@ import torch
 
 from holdfast.gates.judging import AtMost
 from holdfast.ops.statistics import bonferroni, paired_difference
-from holdfast.verbs.rotate.ruling import NO_DOUBTS, rulings
+from holdfast.verbs.rotate.admission_gates import NO_DOUBTS, rulings
 from holdfast.verbs.rotate.samples import CONFIDENCE, POWER, Need, changed, measured, planned, statement
 from runs.test_admission import N, seen, verdicts
 

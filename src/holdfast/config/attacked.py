@@ -34,5 +34,5 @@ def _measured(
     pool = pool_of(settings.model)
     assert pool is not None
     trusted = {"device": settings.device, "trust_code": settings.trust_code}
-    terms = rotating.reopened(pool, check_settings(trusted, str(settings.model), kind=RotateSettings))
-    return AttackerTable(pool, terms)(evidence, judged_on, known=known, keep=keep, progress=progress)
+    request = rotating.reopened(pool, check_settings(trusted, str(settings.model), kind=RotateSettings))
+    return AttackerTable(pool, request)(evidence, judged_on, known=known, keep=keep, progress=progress)

@@ -1,4 +1,4 @@
-"""Converts settings of a rotation to the inputs of its steps: the terms of a pool, its models and its triggers."""
+"""Converts settings of a rotation to the inputs of its steps: the request of a pool, its model, data and triggers."""
 
 import json
 
@@ -23,11 +23,14 @@ _OPENING = (
     "model_output", "classes", "class_names", "class_order", "split", "label", "drop", "x", "y", "fit", "threat",
     "recipe", "source", "begins", "seed",
 )  # fmt: skip
-"""Settings with which the terms of a pool are opened again."""
+"""Settings with which the model and the data of a pool are opened again."""
 
 
-def terms(settings: RotateSettings) -> RotateRequest:
-    """Return the terms of the settings. Raises `UsageError` and `TargetError`."""
+def rotate_request(settings: RotateSettings) -> RotateRequest:
+    """Return the settings that all sets of a pool share, with the opened model and data.
+
+    Raises `UsageError` and `TargetError`.
+    """
     if settings.n or settings.sample:
         raise UsageError(
             "sets are trained on the whole train split, of which a fifth is held out to judge them; leave -n and "
@@ -48,7 +51,7 @@ def terms(settings: RotateSettings) -> RotateRequest:
     return RotateRequest(
         subject=ready(subject, device, examples),
         threat=threat,
-        said=settings.threat,
+        threat_text=settings.threat,
         candidate=_candidate(settings),
         source=source(settings),
         examples=examples,
@@ -60,7 +63,7 @@ def terms(settings: RotateSettings) -> RotateRequest:
 
 
 def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
-    """Return the terms of an existing pool, from its manifest.
+    """Return the request with which an existing pool was created, from its manifest.
 
     Only `device` and the trust in code come from the settings.
 
@@ -68,20 +71,19 @@ def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
     manifest raise `UsageError`.
     """
     refuse_code_in_pool(pool, trust_code=settings.trust_code)
-    created = said_of(pool)
-    said = {**created, "device": settings.device, "trust_code": settings.trust_code}
-    present = {key: value for key, value in said.items() if value is not None}
+    stored = {**said_of(pool), "device": settings.device, "trust_code": settings.trust_code}
+    present = {key: value for key, value in stored.items() if value is not None}
     opening = check_settings(present, str(pool.path), kind=RotateSettings)
     for key in _OPENING:
-        mine, own = getattr(settings, key), getattr(opening, key)
-        if key in settings.model_fields_set and mine != own:
+        given, expected = getattr(settings, key), getattr(opening, key)
+        if key in settings.model_fields_set and given != expected:
             raise UsageError(
-                f"{key} is {own} in {str(pool.path)!r}, and {mine} was given; leave it out, or create another pool "
-                f"with holdfast rotate collect"
+                f"{key} is {expected} in {str(pool.path)!r}, and {given} was given; leave it out, or create another "
+                f"pool with holdfast rotate collect"
             )
-    reopened_terms = terms(opening)
-    reopened_terms.refuse_other(pool)
-    return reopened_terms
+    request = rotate_request(opening)
+    request.refuse_other(pool)
+    return request
 
 
 def _candidate(settings: RotateSettings) -> Candidate:

@@ -29,7 +29,7 @@ from holdfast.rotation import Distilled, Immunise, Members
 from holdfast.rotation.collecting import last_of, rows_of
 from holdfast.rotation.transfer_attacks import TransferAttacker, noisy
 from holdfast.store.pool import Pool
-from holdfast.verbs.rotate.collecting import members, surrogates
+from holdfast.verbs.rotate.contents import members, surrogates
 from holdfast.verbs.rotate.request import RotateRequest
 
 NOISE = 0.3

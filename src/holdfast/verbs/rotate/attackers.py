@@ -31,8 +31,7 @@ from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.store.pool import Pool
 from holdfast.verbs.request import Keep
 from holdfast.verbs.rotate.alternatives import Alternatives, doubt, said
-from holdfast.verbs.rotate.collecting import bases, bases_left, surrogates
-from holdfast.verbs.rotate.learning import learned
+from holdfast.verbs.rotate.contents import bases, bases_left, generator_of, surrogates
 from holdfast.verbs.rotate.query_search import AcrossSwaps
 from holdfast.verbs.rotate.request import RotateRequest, accuracy
 from holdfast.verbs.rotate.transfer_examples import siblings_of
@@ -179,7 +178,7 @@ class _Measuring:
     def _notes(self) -> list[str]:
         if self.request.threat.constraint == self.threat.constraint:
             return []
-        return [f"the pool was collected for another threat model, {self.request.said}"]
+        return [f"the pool was collected for another threat model, {self.request.threat_text}"]
 
     @cached_property
     def _alternatives(self) -> Alternatives:
@@ -226,7 +225,7 @@ class _Measuring:
     def _generator(self) -> Json:
         fell: dict[str, Mask] = {}
         sources: list[str] = []
-        generator = learned(self.pool, self.request)
+        generator = generator_of(self.pool, self.request)
         if generator is not None:
             drawn, before = self._drawn, -1.0
             for k in self.means.draws:
@@ -328,7 +327,7 @@ class _Measuring:
     @cached_property
     def _drawn(self) -> list[Classifier]:
         """Generated sets with sufficient accuracy, as an attacker would select them; if too few, the best ones."""
-        generator, rng = learned(self.pool, self.request), self.rng.at("drawn")
+        generator, rng = generator_of(self.pool, self.request), self.rng.at("drawn")
         assert generator is not None
         some = rows_of(self.request.train, _LOOKED, rng.at("looked at"))
         wanted, known = max(self.means.draws), bases_left(self.pool)

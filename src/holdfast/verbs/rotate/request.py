@@ -57,7 +57,7 @@ class RotateRequest:
     subject: Subject
     """the model, with the architecture and preprocessing of all sets"""
     threat: ThreatModel
-    said: str
+    threat_text: str
     """the threat model in the syntax of the command line"""
     candidate: Candidate
     """the recipe of the training"""
@@ -126,7 +126,7 @@ class RotateRequest:
                 "train": len(examples.train),
                 "held": len(examples.held),
             },
-            "threat": self.said,
+            "threat": self.threat_text,
             "recipe": {"name": self.candidate.name, "settings": dict(self.candidate.settings)},
             "source": {"name": of, **vars(self.source)},
             "begins": self.begins,

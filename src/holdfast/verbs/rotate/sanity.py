@@ -13,7 +13,7 @@ from torch import Tensor
 from holdfast.core.estimate import Estimate
 from holdfast.rotation import Members
 from holdfast.rotation.distances import l1
-from holdfast.verbs.rotate.ruling import Ruling
+from holdfast.verbs.rotate.admission_gates import Ruling
 
 _SIGMAS = 3.0
 _LEAST_SPREAD = 0.25  # share of the mean norm: half an epoch of immunisation changes biases by a third of it

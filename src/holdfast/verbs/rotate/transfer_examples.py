@@ -27,7 +27,7 @@ from holdfast.harness.plan import settings
 from holdfast.reports.numbers import strict
 from holdfast.rotation.transfer_attacks import TransferAttacker
 from holdfast.store.pool import Pool
-from holdfast.verbs.rotate.collecting import surrogates
+from holdfast.verbs.rotate.contents import surrogates
 from holdfast.verbs.rotate.request import RotateRequest
 
 Kind = Literal["A0", "A1", "A2", "A3"]

@@ -1,4 +1,4 @@
-"""Admission of sets: each candidate is assessed against attackers with the stolen sets, then admitted or refused.
+"""The step `admit`: each candidate is assessed against attackers with the stolen sets, then admitted or refused.
 
 All results about a set are in the ledger. After a kill, the call is repeated and continues with the same candidate,
 whose finished assessments are reused.
@@ -16,7 +16,8 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs
 from holdfast.engine.progress import Notify, Progress, ignore, silent
-from holdfast.engine.signals import Stopper
+from holdfast.engine.run import Run
+from holdfast.engine.signals import stoppable
 from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts
 from holdfast.rotation import canary
@@ -24,14 +25,15 @@ from holdfast.rotation.live import CANARIES
 from holdfast.rotation.members import refuse_foreign, rotated
 from holdfast.rotation.transfer_attacks import TransferAttacker
 from holdfast.store.columns import content_digest
+from holdfast.store.folder import StoredStage
 from holdfast.store.pool import NAME_DIGITS, Pool
 from holdfast.verbs.request import Subject
-from holdfast.verbs.rotate.collecting import bases_left
+from holdfast.verbs.rotate.admission_gates import CLAIMABLE, Family, Measurements, Ruling, reported, rulings
 from holdfast.verbs.rotate.comparing import held
-from holdfast.verbs.rotate.drawing import candidates
+from holdfast.verbs.rotate.contents import bases_left, candidates
 from holdfast.verbs.rotate.measuring import Measuring, ends, subject_of
+from holdfast.verbs.rotate.pool_store import PoolStore
 from holdfast.verbs.rotate.request import FIRST, RotateRequest, state_of
-from holdfast.verbs.rotate.ruling import CLAIMABLE, Family, Measurements, Ruling, reported, rulings
 from holdfast.verbs.rotate.samples import Gate, Need, measured, statement, widened
 from holdfast.verbs.rotate.sanity import distance, endless, tensors, twin
 from holdfast.verbs.rotate.transfer_examples import TransferExamples, attackers, exposed_for, siblings_of
@@ -49,36 +51,56 @@ _FAMILIES: Mapping[Family, str] = {
 }
 
 
+@dataclass(frozen=True)
+class AdmitRequest:
+    """Which pool's candidates are judged, and how."""
+
+    pool: Pool
+    common: RotateRequest
+    """the settings that all sets of the pool share"""
+    claims: Sequence[str] = ()
+    """gates in addition to the default ones"""
+    accepted: Mapping[str, str] = field(default_factory=dict)
+    """accepted doubts by name, with reasons"""
+    n_judged: int = FIRST
+    """first number of held-out examples"""
+    transfer_attacker: TransferAttacker = field(default_factory=TransferAttacker)
+
+
 def admit(
-    pool: Pool,
-    request: RotateRequest,
-    *,
-    claims: Sequence[str] = (),
-    accepted: Mapping[str, str] | None = None,
-    judged: int = FIRST,
-    transfer_attacker: TransferAttacker | None = None,
-    again: str = "",
-    notify: Notify = ignore,
-    progress: Progress = silent,
-    stopper: Stopper | None = None,
+    request: AdmitRequest, *, again: str = "", notify: Notify = ignore, progress: Progress = silent
 ) -> Admission:
     """Judge every candidate, starting with the one farthest from the stolen sets, and record the verdicts.
 
-    Admitted sets that wait since before a theft are judged again. `claims` are gates in addition to the default
-    ones; `accepted` are accepted doubts by name, with reasons; `judged` is the first number of held-out examples.
-    `again` is the command that resumes a stopped call. Raises `UsageError` if there is no candidate, a claim cannot
-    be judged, or another process admits sets.
+    Admitted sets that wait since before a theft are judged again. The call ends after five refusals in a row. `again`
+    states how a stopped call is resumed. Raises `UsageError` if there is no candidate, a claim cannot be judged, or
+    another process admits sets.
     """
-    if not again:
-        again = f"completed work is kept; resume with: holdfast rotate admit {pool.shown}"
-    parsed = tuple(map(_claim, claims))
-    transfer_examples = TransferExamples(pool, request, transfer_attacker or TransferAttacker(), notify)
-    measuring = Measuring(pool, transfer_examples, progress, again)
-    with pool.alone_at("admit"):
-        return _Admitting(measuring, parsed, accepted or {}, judged, notify, stopper or Stopper()).done()
+    pool = request.pool
+    again = again or f"finished steps are stored; resume with: holdfast rotate admit {pool.shown}"
+    claims = tuple(map(_parsed_claim, request.claims))
+    with stoppable(again) as stopper, pool.alone_at("admit"):
+        examples = TransferExamples(pool, request.common, request.transfer_attacker, notify)
+        measuring = Measuring(pool, examples, progress, again)
+        run = Run((CANARY_INPUTS,), PoolStore(pool=pool), stopper=stopper, progress=progress)
+        admitting = _Admitting(measuring, run, claims, request.accepted, request.n_judged, notify)
+        if not admitting.waiting:
+            raise UsageError(
+                f"{str(pool.path)!r} contains no candidate; generate some with holdfast rotate draw {pool.shown}"
+            )
+        judged: list[Judged] = []
+        refused_in_a_row = 0
+        while refused_in_a_row < IN_A_ROW and admitting.waiting:
+            verdict = admitting.next_verdict()
+            if not admitting.record(verdict):
+                continue
+            judged.append(verdict)
+            refused_in_a_row = 0 if verdict.verdict == "admitted" else refused_in_a_row + 1
+            notify(f"{verdict.name} {verdict.verdict}: {verdict.why}")
+        return Admission(tuple(judged), admitting.waiting)
 
 
-def _claim(text: str) -> Claim:
+def _parsed_claim(text: str) -> Claim:
     claim = parse(text)
     if claim.metric not in CLAIMABLE or claim.eps is not None:
         raise UsageError(
@@ -90,14 +112,14 @@ def _claim(text: str) -> Claim:
 
 @dataclass
 class _Admitting:
-    """One call of `admit`, which judges all candidates of a pool."""
+    """The measurements and verdicts of one call of `admit`."""
 
     measuring: Measuring
+    run: Run
     claims: tuple[Claim, ...]
     accepted: Mapping[str, str]
-    judged: int
+    n_judged: int
     notify: Notify
-    stopper: Stopper
     _weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
@@ -110,27 +132,14 @@ class _Admitting:
         """The common settings of the sets of the pool."""
         return self.measuring.transfer_examples.request
 
-    def done(self) -> Admission:
-        """Judge all candidates, and stop after five refusals in a row."""
-        judged: list[Judged] = []
-        row = 0
-        if not self._waiting:
-            raise UsageError(
-                f"{str(self.pool.path)!r} contains no candidate; generate some with holdfast rotate draw "
-                f"{self.pool.shown}"
-            )
-        while row < IN_A_ROW and (waiting := self._waiting):
-            foreign = [verdict for verdict in map(self._foreign, waiting) if verdict is not None]
-            verdict = foreign[0] if foreign else self._judged(max(waiting, key=self._apart))
-            if not self._entered(verdict):
-                continue
-            judged.append(verdict)
-            row = 0 if verdict.verdict == "admitted" else row + 1
-            self.notify(f"{verdict.name} {verdict.verdict}: {verdict.why}")
-        return Admission(tuple(judged), self._waiting)
+    def next_verdict(self) -> Judged:
+        """The verdict on a set whose tensors do not match, else on the set that is farthest from the stolen ones."""
+        waiting = self.waiting
+        foreign = [verdict for verdict in map(self._foreign, waiting) if verdict is not None]
+        return foreign[0] if foreign else self._judged(max(waiting, key=self._apart))
 
     @property
-    def _waiting(self) -> tuple[str, ...]:
+    def waiting(self) -> tuple[str, ...]:
         """Candidates, and admitted sets that were judged before a later theft."""
         return (*candidates(self.pool), *self.pool.unjudged)
 
@@ -175,7 +184,7 @@ class _Admitting:
         short = " (unclear on all held-out examples)" if against.verdict == "unclear" else ""
         return Judged(name, "refused", gates, f"{against.says}{short}", against.name, exposed, reported(seen))
 
-    def _entered(self, one: Judged) -> bool:
+    def record(self, one: Judged) -> bool:
         """Record the verdict in the ledger; returns whether it was recorded.
 
         It is not recorded if the set already serves, or if another set was stolen in the meantime and must be
@@ -185,7 +194,7 @@ class _Admitting:
         fingerprint = ""
         if one.verdict == "admitted":
             fingerprint = canary(self.request.of_set(self.pool, one.name), self._canaries)
-        with self.stopper.finishing(), self.pool.ledger.alone():
+        with self.run.stopper.finishing(), self.pool.ledger.alone():
             member = self.pool.ledger.member(one.name)
             if member.state not in ("candidate", "admitted"):
                 self.notify(
@@ -250,8 +259,8 @@ class _Admitting:
     @cached_property
     def _first(self) -> dict[Family, int]:
         """First number of examples of each kind of measurement."""
-        white, siblings = (max(self.judged // part, 1) for part in (_WHITE, _SIBLINGS))
-        return {"transfer": self.judged, "white-box": white, "siblings": siblings}
+        white, siblings = (max(self.n_judged // part, 1) for part in (_WHITE, _SIBLINGS))
+        return {"transfer": self.n_judged, "white-box": white, "siblings": siblings}
 
     @cached_property
     def _looks(self) -> dict[Family, int]:
@@ -266,7 +275,7 @@ class _Admitting:
         alike = [*self._bases, *self._own]
         clean = [one["correct"] for one in self._clean(alike, first["transfer"])]
         white = self._white(alike[: max(len(self._bases), 2)], first["white-box"])
-        needs = measured(clean, [held(one) for one in white], n, self.judged)
+        needs = measured(clean, [held(one) for one in white], n, self.n_judged)
         if any(need.widened for need in needs):
             self.notify(f"note: {statement(needs, planned=False)}")
         return {need.gate: need for need in needs}
@@ -305,11 +314,9 @@ class _Admitting:
     @cached_property
     def _canaries(self) -> Inputs:
         """The canary inputs, stored encrypted in the pool."""
-        stored = self.pool.kept(CANARY_INPUTS)
-        if stored is None:
-            self.pool.keep(CANARY_INPUTS, {"x": self.request.held.x[:CANARIES].cpu()}, {})
-            return self.request.held.x[:CANARIES]
-        return stored.columns["x"].to(self.request.held.x)
+        x = self.request.held.x
+        stored = self.run.step(CANARY_INPUTS, lambda: StoredStage({"x": x[:CANARIES].cpu()}))
+        return stored.columns["x"].to(x)
 
     # --- weights
 
