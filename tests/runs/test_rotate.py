@@ -24,7 +24,7 @@ from holdfast.store.pool import Pool
 from holdfast.verbs.candidates import Candidate
 from holdfast.verbs.request import Subject
 from holdfast.verbs.rotate import collect, contents, draw
-from holdfast.verbs.rotate.request import RotateRequest, parted, ready
+from holdfast.verbs.rotate.request import RotateRequest, split_examples, trainable_subject
 from holdfast.verbs.rotate.status import status
 from rotation.problem import THREAT, accuracy, examples, network
 from runs import steps
@@ -44,12 +44,11 @@ def terms(source=SOURCE, *, robust=False, epochs=8, lr=0.01, seed=0, given=None)
     kind = SingleStep if robust else Standard
     recipe = kind(training=Training(epochs=epochs, batch=32, lr=lr, averaging="none"))
     data, other = examples(n=640), examples(1, 64)
-    parts = parted(data, as_data(other.x, other.y), "blobs", 4, seed)
+    parts = split_examples(data, as_data(other.x, other.y), "blobs", 4, seed)
     subject = Subject(given or network(), "digest", {"name": "net"})
-    return RotateRequest(
-        ready(subject, "cpu", parts), THREAT, "linf:0.1", Candidate("standard", recipe, {}), source, parts, seed,
-        "own",
-    )  # fmt: skip
+    trainable = trainable_subject(subject, "cpu", parts)
+    candidate = Candidate("standard", recipe, {})
+    return RotateRequest(trainable, THREAT, "linf:0.1", candidate, source, parts, seed, "own")
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +77,14 @@ def test_collects_every_run_and_the_surrogates(collected):
     held = Pool.held(path)
     assert (found.runs, found.sets, found.epochs, len(found.surrogate_accuracy)) == (2, 8, 8, contents.OWN)
     assert min(found.accuracy + found.surrogate_accuracy) > 0.9
-    sets = contents.members(held)
+    sets = contents.collected_members(held)
     assert sets.basins.tolist() == [0] * 4 + [1] * 4
     assert len(contents.bases(held)) == 2
     assert {member.state for member in held.ledger.members} == {"refused"}, "bases never serve"
     models = contents.surrogates(held, terms())
     weights = [model.net[0].weight for model in models]
     assert all(not torch.equal(one, weights[0]) for one in weights[1:])
-    assert accuracy(terms().of_weights(sets.one(5)), terms().held) > 0.9
+    assert accuracy(terms().of_weights(sets.one(5)), terms().held_out) > 0.9
     assert not (path / "begun.sealed").exists(), "the checkpoint of the last training is of no use any more"
 
 
@@ -105,9 +104,9 @@ def test_who_knows_the_seed_cannot_make_the_collection_again(collected, tmp_path
 
 def test_nothing_that_judges_is_trained_on():
     of = terms()
-    assert len(of.held) == 128 and not set(of.held.ids.tolist()) & set(of.train.ids.tolist())
-    assert torch.equal(of.held.ids, terms().held.ids)
-    assert not torch.equal(of.held.ids, terms(seed=1).held.ids)
+    assert len(of.held_out) == 128 and not set(of.held_out.ids.tolist()) & set(of.train.ids.tolist())
+    assert torch.equal(of.held_out.ids, terms().held_out.ids)
+    assert not torch.equal(of.held_out.ids, terms(seed=1).held_out.ids)
 
 
 def test_of_sets_that_go_on_from_the_given_model_it_is_said_that_it_may_have_seen_what_judges():
@@ -117,8 +116,8 @@ def test_of_sets_that_go_on_from_the_given_model_it_is_said_that_it_may_have_see
 
 def test_a_test_example_is_never_trained_on():
     data, twin = examples(n=640), examples(n=640).take(torch.arange(3))
-    parts = parted(data, as_data(twin.x, twin.y), "blobs", 4, 0)
-    assert not {0, 1, 2} & {*parts.train.ids.tolist(), *parts.held.ids.tolist()}
+    parts = split_examples(data, as_data(twin.x, twin.y), "blobs", 4, 0)
+    assert not {0, 1, 2} & {*parts.train.ids.tolist(), *parts.held_out.ids.tolist()}
     assert "training examples are test examples" in parts.notes[0]
 
 
@@ -204,7 +203,7 @@ def test_of_a_subset_the_rest_stays(tmp_path):
     of = terms(Subset(("7.",), sets=3, updates=2), given=given)
     held = steps.create(tmp_path / "pool", of)
     steps.collect(held, of)
-    sets = contents.members(held)
+    sets = contents.collected_members(held)
     assert sorted(sets.tensors) == ["7.bias", "7.weight"]
     assert len(contents.bases(held)) == 1, "all of them begin at the given model"
     assert torch.equal(of.of_weights(sets.one(0)).net[0].weight, of.model.net[0].weight)
@@ -218,7 +217,7 @@ def test_learns_a_generator_whose_draws_work(pool, collected):
     assert learned.sets == 8 and learned.accuracy_lost <= 0.003
     generator = contents.generator_of(pool, terms())
     drawn = generator.drawn(4, Draws(3))
-    assert max(accuracy(terms().of_weights(drawn.one(k)), terms().held) for k in range(4)) > 0.9
+    assert max(accuracy(terms().of_weights(drawn.one(k)), terms().held_out) for k in range(4)) > 0.9
     assert contents.trained_generator(pool) == learned
 
 
@@ -281,7 +280,7 @@ def test_immunises_against_what_is_exposed_else_what_serves_else_the_bases(pool)
 def test_trains_anew_where_asked_to_or_without_a_generator(pool):
     found = steps.draw(pool, terms(), 1, by="retraining")
     assert found.by == "retraining" and pool.ledger.member(found.names[0]).bases == ()
-    assert accuracy(terms().of_set(pool, found.names[0]), terms().held) > 0.9
+    assert accuracy(terms().of_set(pool, found.names[0]), terms().held_out) > 0.9
     pool.drop("generator")
     assert steps.draw(pool, terms(), 1).by == "retraining"
     with pytest.raises(UsageError, match="has no generator yet; train one with holdfast rotate train"):
@@ -305,7 +304,7 @@ def test_a_drawing_that_was_cut_short_goes_on(pool, monkeypatch):
     )
     with pytest.raises(ZeroDivisionError):
         steps.draw(pool, terms(), 3, immunise=IMMUNISE)
-    begun = contents.candidates(pool)
+    begun = contents.waiting_candidates(pool)
     monkeypatch.undo()
     with pytest.raises(UsageError, match="the draw to be resumed immunises its sets; add --immunise"):
         steps.draw(pool, terms(), 3, resume=True)
@@ -321,7 +320,7 @@ def test_a_drawing_that_was_cut_short_goes_on(pool, monkeypatch):
         steps.draw(pool, terms(), 4, immunise=IMMUNISE, resume=True)
     found = steps.draw(pool, terms(), immunise=IMMUNISE, resume=True)
     assert begun == found.names[:1] and len(found.names) == 3
-    assert contents.candidates(pool) == found.names
+    assert contents.waiting_candidates(pool) == found.names
 
 
 def test_a_drawing_that_is_whole_is_told_again_and_no_other_begins(pool):
@@ -332,6 +331,18 @@ def test_a_drawing_that_is_whole_is_told_again_and_no_other_begins(pool):
     assert "so there is nothing to resume; leave --resume out to draw more sets" in heard[0]
     with pytest.raises(UsageError, match=r"\(sets: 2 → 3\)"):
         steps.draw(pool, terms(), 3, resume=True)
+
+
+def test_a_draw_of_an_earlier_version_is_resumed(pool):
+    steps.draw(pool, terms(), 1, by="retraining")
+    stored = pool.kept("drawing")
+    asked = {**stored.about["asked"], "by": "anew", "sets": 2}
+    pool.keep("drawing", stored.columns, {**stored.about, "asked": asked})
+    found = steps.draw(pool, terms(), by="retraining", resume=True)
+    assert found.by == "retraining" and len(found.names) == 2
+    assert pool.ledger.member(found.names[1]).why == "drawn by retraining"
+    with pytest.raises(UsageError, match=r"\(by: retraining → generator\)"):
+        steps.draw(pool, terms(), by="generator", resume=True)
 
 
 def test_a_second_process_draws_nothing_and_leaves_what_the_first_has_sealed(pool):
@@ -465,4 +476,4 @@ def test_twenty_kills_leave_what_serves_and_go_on(pool, step, tmp_path):
     again = Pool.held(pool.path)
     assert again.serving == now and contents.generator_of(again, terms()) is not None
     if step is _draw:
-        assert len(contents.candidates(again)) >= 6
+        assert len(contents.waiting_candidates(again)) >= 6

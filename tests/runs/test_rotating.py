@@ -26,9 +26,9 @@ from holdfast.store.pool import Pool
 from holdfast.store.verify import verify
 from holdfast.verbs.rotate import contents, draw, train
 from holdfast.verbs.rotate.alternatives import Alternatives, doubt, hardened
-from holdfast.verbs.rotate.attackers import WHO, AttackerTable, Means
+from holdfast.verbs.rotate.attackers import ATTACKERS, AttackerTable, Means
 from holdfast.verbs.rotate.query_search import AcrossSwaps
-from holdfast.verbs.rotate.wording import judged, verdict
+from holdfast.verbs.rotate.wording import protection_verdict, with_words
 from holdfast.verbs.stored_runs import open_run
 from rotation.problem import examples
 from runs import steps
@@ -94,7 +94,7 @@ def pool(collected, tmp_path):
 @pytest.fixture
 def serving(pool):
     """The same with a set that serves and one that waits."""
-    one, other, _ = contents.candidates(pool)
+    one, other, _ = contents.waiting_candidates(pool)
     pool.admit(one)
     pool.swap()
     pool.admit(other)
@@ -149,7 +149,7 @@ def test_a_pool_that_serves_nothing_says_what_to_do(pool, collected):
     of = settings(pool, collected[0])
     with pytest.raises(UsageError, match="no set serves in .* holdfast rotate admit .*, then .* swap"):
         ordering.opened_subject(of)
-    pool.admit(contents.candidates(pool)[0])
+    pool.admit(contents.waiting_candidates(pool)[0])
     with pytest.raises(UsageError, match="1 admitted sets wait.*: holdfast rotate swap"):
         ordering.opened_subject(of)
 
@@ -192,7 +192,7 @@ def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collec
     run = tmp_path / "run"
     result = api.carry_out(of, run=run)
     found = result.summary()["rotation"]
-    assert [row["who"] for row in found["rows"]] == list(WHO)
+    assert [row["who"] for row in found["rows"]] == list(ATTACKERS)
     assert [row["who"] for row in found["instead"]] == list(INSTEAD)
     by = {row["who"]: row for row in found["rows"]}
     assert by["A0"]["holds"].startswith("4 surrogates, trained by standard on")
@@ -223,7 +223,7 @@ def test_what_else_is_trained_takes_as_many_passes(serving, collected, recipe, m
     terms, passes, forward = collected[1], [], Classifier.forward
     terms = replace(terms, candidate=replace(terms.candidate, recipe=trained_as(recipe, terms.training)))
     live = terms.of_set(serving, serving.serving.name)
-    instead = Alternatives(serving, terms, live, terms.held, terms.threat, Draws(0), FEW)
+    instead = Alternatives(serving, terms, live, terms.held_out, terms.threat, Draws(0), FEW)
 
     def counting(model, x, ids=None):
         passes[-1] += len(x) * torch.is_grad_enabled()
@@ -246,7 +246,7 @@ def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, tmp_
     with pytest.raises(ZeroDivisionError):
         api.carry_out(of, run=tmp_path / "run")
     before = json.loads((tmp_path / "run" / "rotation.json").read_text())
-    assert [row["who"] for row in before["rows"]] == list(WHO[:6]) and not before["complete"]
+    assert [row["who"] for row in before["rows"]] == list(ATTACKERS[:6]) and not before["complete"]
     monkeypatch.undo()
     monkeypatch.setattr(attacked, "AttackerTable", partial(AttackerTable, means=MEANS))
     monkeypatch.setattr(attackers._Measuring, "_generator", lambda self: 1 / 0)
@@ -323,8 +323,8 @@ def share(value, half=0.01):
 
 
 def rows(**shares):
-    values = dict.fromkeys(WHO, 0.5) | shares
-    return judged([{"who": who, "share": None if v is None else share(v)} for who, v in values.items()])
+    values = dict.fromkeys(ATTACKERS, 0.5) | shares
+    return with_words([{"who": who, "share": None if v is None else share(v)} for who, v in values.items()])
 
 
 def test_words_go_by_the_interval_and_by_the_white_box():
@@ -340,30 +340,36 @@ def test_words_go_by_the_interval_and_by_the_white_box():
 
 def test_what_an_interval_leaves_open_is_unclear_and_not_untouched():
     few = {"value": 0.07, "low": 0.03, "high": 0.14, "n": 99}
-    known = [{"who": who, "share": few if who == "A1" else share(0.23)} for who in WHO]
-    found = judged(known)
+    known = [{"who": who, "share": few if who == "A1" else share(0.23)} for who in ATTACKERS]
+    found = with_words(known)
     assert [row["word"] for row in found if row["who"] in ("A0", "A1", "A2")] == [
         "untouched",
         "unclear",
         "untouched",
     ]
-    assert "A1 is unclear because there are too few inputs" in verdict(found)
+    assert "A1 is unclear because there are too few inputs" in protection_verdict(found)
 
 
 def test_where_the_set_itself_holds_or_an_interval_is_wide_nobody_says_no_protection():
-    nothing = [{"who": who, "share": share(0.0)} for who in WHO]
-    assert verdict(judged(nothing)).startswith("white-box attacks on the serving set break nothing")
+    nothing = [{"who": who, "share": share(0.0)} for who in ATTACKERS]
+    assert protection_verdict(with_words(nothing)).startswith(
+        "white-box attacks on the serving set break nothing"
+    )
     wide = {"value": 0.24, "low": 0.05, "high": 0.5, "n": 9}
-    known = [{"who": who, "share": wide if who == "A1" else share(0.25)} for who in WHO]
-    assert "no protection" not in verdict(judged(known)) and "A1 is unclear" in verdict(judged(known))
+    known = [{"who": who, "share": wide if who == "A1" else share(0.25)} for who in ATTACKERS]
+    assert "no protection" not in protection_verdict(
+        with_words(known)
+    ) and "A1 is unclear" in protection_verdict(with_words(known))
 
 
 def test_a_thief_is_compared_with_what_his_own_attacks_do_to_the_set_itself():
-    known = [{"who": who, "share": share({"A0": 0.3, "A1": 0.3, "A5": 0.9}.get(who, 0.2))} for who in WHO]
-    assert judged(known)[1]["word"] == "stopped"
+    known = [
+        {"who": who, "share": share({"A0": 0.3, "A1": 0.3, "A5": 0.9}.get(who, 0.2))} for who in ATTACKERS
+    ]
+    assert with_words(known)[1]["word"] == "stopped"
     itself = share(0.35)
-    assert judged(known, itself)[1]["word"] == "untouched"
-    assert verdict(judged(known, itself), itself).startswith("no protection: ")
+    assert with_words(known, itself)[1]["word"] == "untouched"
+    assert protection_verdict(with_words(known, itself), itself).startswith("no protection: ")
 
 
 def test_who_gets_no_more_than_without_theft_is_not_stopped_where_that_is_all():
@@ -372,12 +378,12 @@ def test_who_gets_no_more_than_without_theft_is_not_stopped_where_that_is_all():
 
 
 def test_the_verdict_names_everyone():
-    said = verdict(rows(A0=0.2, A1=0.03, A2=0.3, A5=0.8))
+    said = protection_verdict(rows(A0=0.2, A1=0.03, A2=0.3, A5=0.8))
     assert said == (
         "against the serving set, A1 is stopped; A2 is slowed; A0, A1u, A2c, A3, A4, A5 and A6 are not affected"
     )
-    assert verdict(rows(A0=0.2, A1=0.7, A5=0.8)).startswith("no protection: ")
-    assert not verdict(rows(A0=0.2, A1=0.03, A5=0.03)).startswith("no protection"), (
+    assert protection_verdict(rows(A0=0.2, A1=0.7, A5=0.8)).startswith("no protection: ")
+    assert not protection_verdict(rows(A0=0.2, A1=0.03, A5=0.03)).startswith("no protection"), (
         "what is stopped is no theft"
     )
 

@@ -8,7 +8,7 @@ import pytest
 from holdfast.core.errors import Inconclusive, UsageError
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.verbs.rotate import run as watching
-from holdfast.verbs.rotate.contents import candidates
+from holdfast.verbs.rotate.contents import waiting_candidates
 from holdfast.verbs.rotate.run import LoopSettings, RotationLoop
 from holdfast.verbs.rotate.verdicts import Admission, Judged
 from runs import steps
@@ -25,7 +25,7 @@ def generous(monkeypatch):
 
     def admit(request, **given):
         of = request.pool
-        found = (*candidates(of), *of.unjudged)
+        found = (*waiting_candidates(of), *of.unjudged)
         for name in found:
             of.admit(name, against=[one.name for one in of.ledger.exposed()])
         return Admission(tuple(Judged(name, "admitted", (), "") for name in found), ())
@@ -39,7 +39,7 @@ def strict(monkeypatch):
 
     def admit(request, **given):
         of = request.pool
-        found = candidates(of)
+        found = waiting_candidates(of)
         for name in found:
             of.refuse(name, "it falls")
         judged = tuple(Judged(name, "refused", (), "it falls", by="A1") for name in found)
@@ -158,7 +158,10 @@ def test_what_was_admitted_serves_although_too_few_were(pool, monkeypatch):  # n
 
     def admit(request, **given):
         of = request.pool
-        found = [(name, "admitted" if next(left) else "refused") for name in (*candidates(of), *of.unjudged)]
+        found = [
+            (name, "admitted" if next(left) else "refused")
+            for name in (*waiting_candidates(of), *of.unjudged)
+        ]
         for name, verdict in found:
             (of.admit if verdict == "admitted" else of.refuse)(name, "it was judged")
         return Admission(tuple(Judged(name, verdict, (), "it was judged") for name, verdict in found), ())

@@ -16,7 +16,7 @@ from holdfast.rotation.triggers import Trigger
 from holdfast.sources.cards import trained_by
 from holdfast.store.pool import Pool
 from holdfast.verbs.candidates import Candidate
-from holdfast.verbs.rotate.request import RotateRequest, parted, ready
+from holdfast.verbs.rotate.request import RotateRequest, split_examples, trainable_subject
 
 _OPENING = (
     "model", "data", "arch", "model_args", "bounds", "mean", "std", "data_normalised", "layout",
@@ -46,10 +46,10 @@ def rotate_request(settings: RotateSettings) -> RotateRequest:
         )
     device = ordering.device_of(settings.device)
     name = settings.fit or settings.data or ""
-    examples = parted(training, test, name, model.classes or int(training.y.max()) + 1, settings.seed)
+    examples = split_examples(training, test, name, model.classes or int(training.y.max()) + 1, settings.seed)
     opening = json.loads(settings.model_dump_json(include=set(_OPENING), exclude_unset=True))
     return RotateRequest(
-        subject=ready(subject, device, examples),
+        subject=trainable_subject(subject, device, examples),
         threat=threat,
         threat_text=settings.threat,
         candidate=_candidate(settings),

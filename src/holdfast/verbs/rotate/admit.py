@@ -28,15 +28,27 @@ from holdfast.store.columns import content_digest
 from holdfast.store.folder import StoredStage
 from holdfast.store.pool import NAME_DIGITS, Pool
 from holdfast.verbs.request import Subject
-from holdfast.verbs.rotate.admission_gates import CLAIMABLE, Family, Measurements, Ruling, reported, rulings
-from holdfast.verbs.rotate.comparing import held
-from holdfast.verbs.rotate.contents import bases_left, candidates
-from holdfast.verbs.rotate.measuring import Measuring, ends, subject_of
+from holdfast.verbs.rotate.admission_gates import (
+    CLAIMABLE,
+    Family,
+    GateResult,
+    Measurements,
+    gate_results,
+    reported,
+)
+from holdfast.verbs.rotate.comparing import robust_mask
+from holdfast.verbs.rotate.contents import bases_left, waiting_candidates
+from holdfast.verbs.rotate.measuring import SetMeasurements, judged_ranges, set_subject
 from holdfast.verbs.rotate.pool_store import PoolStore
 from holdfast.verbs.rotate.request import FIRST, RotateRequest, state_of
-from holdfast.verbs.rotate.samples import Gate, Need, measured, statement, widened
-from holdfast.verbs.rotate.sanity import distance, endless, tensors, twin
-from holdfast.verbs.rotate.transfer_examples import TransferExamples, attackers, exposed_for, siblings_of
+from holdfast.verbs.rotate.samples import Gate, Need, measured_needs, statement, widened
+from holdfast.verbs.rotate.sanity import distance, duplicate_gate, nonfinite_tensors, tensor_gate
+from holdfast.verbs.rotate.transfer_examples import (
+    TransferExamples,
+    attackers_against,
+    exposed_for,
+    siblings_of,
+)
 from holdfast.verbs.rotate.verdicts import IN_A_ROW, Admission, Judged
 
 CANARY_INPUTS = "canaries"
@@ -81,7 +93,7 @@ def admit(
     claims = tuple(map(_parsed_claim, request.claims))
     with stoppable(again) as stopper, pool.alone_at("admit"):
         examples = TransferExamples(pool, request.common, request.transfer_attacker, notify)
-        measuring = Measuring(pool, examples, progress, again)
+        measuring = SetMeasurements(pool, examples, progress, again)
         run = Run((CANARY_INPUTS,), PoolStore(pool=pool), stopper=stopper, progress=progress)
         admitting = _Admitting(measuring, run, claims, request.accepted, request.n_judged, notify)
         if not admitting.waiting:
@@ -114,7 +126,7 @@ def _parsed_claim(text: str) -> Claim:
 class _Admitting:
     """The measurements and verdicts of one call of `admit`."""
 
-    measuring: Measuring
+    measuring: SetMeasurements
     run: Run
     claims: tuple[Claim, ...]
     accepted: Mapping[str, str]
@@ -136,34 +148,36 @@ class _Admitting:
         """The verdict on a set whose tensors do not match, else on the set that is farthest from the stolen ones."""
         waiting = self.waiting
         foreign = [verdict for verdict in map(self._foreign, waiting) if verdict is not None]
-        return foreign[0] if foreign else self._judged(max(waiting, key=self._apart))
+        return foreign[0] if foreign else self._judged(max(waiting, key=self._distance))
 
     @property
     def waiting(self) -> tuple[str, ...]:
         """Candidates, and admitted sets that were judged before a later theft."""
-        return (*candidates(self.pool), *self.pool.unjudged)
+        return (*waiting_candidates(self.pool), *self.pool.unjudged)
 
     def _foreign(self, name: str) -> Judged | None:
         """The refusal of a set whose tensors do not match the model; None if they match."""
         try:
             refuse_foreign({**self.weights(name)}, _shapes(self.request.model), f"set {name!r}")
         except TargetError as error:
-            gate = Ruling("tensors", None, "those of the model", "fail", str(error))
-            return Judged(name, "refused", (gate,), gate.says, gate.name)
+            gate = GateResult("tensors", None, "those of the model", "fail", str(error))
+            return Judged(name, "refused", (gate,), gate.description, gate.name)
         return None
 
     def _judged(self, name: str) -> Judged:
         weights, exposed = self.weights(name), self._exposed(name)
-        first = tensors(weights, self._known, self._names)
-        at_once = first if first.verdict == "fail" else twin(weights, self._several(exposed), self._names)
+        first = tensor_gate(weights, self._known, self._names)
+        at_once = (
+            first if first.verdict == "fail" else duplicate_gate(weights, self._several(exposed), self._names)
+        )
         if at_once is not None:
-            return Judged(name, "refused", (at_once,), at_once.says, at_once.name, exposed)
+            return Judged(name, "refused", (at_once,), at_once.description, at_once.name, exposed)
         n = dict(self._first)
-        n_held = len(self.request.held)
+        n_held = len(self.request.held_out)
         while True:
             n = {family: min(size, n_held) for family, size in n.items()}
             seen = self._seen(name, exposed, n)
-            gates = (first, *rulings(seen, self._doubts(seen), self.claims))
+            gates = (first, *gate_results(seen, self._doubts(seen), self.claims))
             unclear = {
                 one.family
                 for one in gates
@@ -180,9 +194,11 @@ class _Admitting:
             (one for verdict in ("fail", "unclear") for one in gates if one.verdict == verdict), None
         )
         if against is None:
-            return Judged(name, "admitted", gates, self._praise(gates), "", exposed, reported(seen))
+            return Judged(name, "admitted", gates, self._reason(gates), "", exposed, reported(seen))
         short = " (unclear on all held-out examples)" if against.verdict == "unclear" else ""
-        return Judged(name, "refused", gates, f"{against.says}{short}", against.name, exposed, reported(seen))
+        return Judged(
+            name, "refused", gates, f"{against.description}{short}", against.name, exposed, reported(seen)
+        )
 
     def record(self, one: Judged) -> bool:
         """Record the verdict in the ledger; returns whether it was recorded.
@@ -218,7 +234,7 @@ class _Admitting:
             self.pool.admit(one.name, one.why, canary=fingerprint, against=against)
         return True
 
-    def _praise(self, found: Sequence[Ruling]) -> str:
+    def _reason(self, found: Sequence[GateResult]) -> str:
         """The reason for an admission, with widened tolerances."""
         wanted = ("clean accuracy", "theft", "ensemble theft")
         reasons = [f"{one.name}: {one.why}" for one in found if one.name in wanted]
@@ -229,16 +245,20 @@ class _Admitting:
     def _seen(self, name: str, exposed: tuple[str, ...], n: Mapping[Family, int]) -> Measurements:
         transfer_examples, of = self.measuring.transfer_examples, self._subject(name)
         siblings = siblings_of(self.pool, name, self._finite)
-        them = attackers(transfer_examples, name, exposed, siblings)
+        them = attackers_against(transfer_examples, name, exposed, siblings)
         everyone = (them.nothing, *them.one, them.several, them.evenly)
         measured_attackers = list(dict.fromkeys(one for one in everyone if one is not None))
-        carried = self.measuring.carried(of, measured_attackers, n["transfer"], first=self._first["transfer"])
+        transferred = self.measuring.transferred(
+            of, measured_attackers, n["transfer"], first=self._first["transfer"]
+        )
         drawn = None
         if them.siblings is not None:
-            drawn = self.measuring.carried(of, [them.siblings], n["siblings"], first=self._first["siblings"])
+            drawn = self.measuring.transferred(
+                of, [them.siblings], n["siblings"], first=self._first["siblings"]
+            )
         return Measurements(
             them,
-            carried,
+            transferred,
             self._white((of,), n["white-box"])[0],
             drawn,
             self._clean(self._incumbents, n["transfer"]),
@@ -265,17 +285,20 @@ class _Admitting:
     @cached_property
     def _looks(self) -> dict[Family, int]:
         """Largest number of looks at each kind of measurement; each look doubles the examples."""
-        return {family: len(ends(len(self.request.held), first)) for family, first in self._first.items()}
+        return {
+            family: len(judged_ranges(len(self.request.held_out), first))
+            for family, first in self._first.items()
+        }
 
     @cached_property
     def _needs(self) -> dict[Gate, Need]:
         """Sample sizes that the gates on accuracy need, estimated from the differences between bases and surrogates."""
-        n = len(self.request.held)
+        n = len(self.request.held_out)
         first = {family: min(size, n) for family, size in self._first.items()}
         alike = [*self._bases, *self._own]
         clean = [one["correct"] for one in self._clean(alike, first["transfer"])]
         white = self._white(alike[: max(len(self._bases), 2)], first["white-box"])
-        needs = measured(clean, [held(one) for one in white], n, self.n_judged)
+        needs = measured_needs(clean, [robust_mask(one) for one in white], n, self.n_judged)
         if any(need.widened for need in needs):
             self.notify(f"note: {statement(needs, planned=False)}")
         return {need.gate: need for need in needs}
@@ -298,7 +321,7 @@ class _Admitting:
         subjects = []
         for model in self.measuring.transfer_examples.own:
             sha = content_digest(state_of(model))
-            subjects.append(subject_of(self.request, f"own-{sha[:NAME_DIGITS]}", sha, model))
+            subjects.append(set_subject(self.request, f"own-{sha[:NAME_DIGITS]}", sha, model))
         return tuple(subjects)
 
     @cached_property
@@ -309,12 +332,12 @@ class _Admitting:
 
     def _subject(self, name: str) -> Subject:
         sha = self.pool.ledger.member(name).digest
-        return subject_of(self.request, name, sha, self.request.of_set(self.pool, name))
+        return set_subject(self.request, name, sha, self.request.of_set(self.pool, name))
 
     @cached_property
     def _canaries(self) -> Inputs:
         """The canary inputs, stored encrypted in the pool."""
-        x = self.request.held.x
+        x = self.request.held_out.x
         stored = self.run.step(CANARY_INPUTS, lambda: StoredStage({"x": x[:CANARIES].cpu()}))
         return stored.columns["x"].to(x)
 
@@ -328,7 +351,7 @@ class _Admitting:
 
     def _finite(self, name: str) -> bool:
         """Whether a set has finite parameters, so that it can be attacked."""
-        return not endless(self.weights(name), state_of(self.request.model))
+        return not nonfinite_tensors(self.weights(name), state_of(self.request.model))
 
     @cached_property
     def _names(self) -> list[str]:
@@ -343,7 +366,7 @@ class _Admitting:
     def _exposed(self, name: str) -> tuple[str, ...]:
         return tuple(each for each in exposed_for(self.pool, name) if self._finite(each))
 
-    def _apart(self, name: str) -> float:
+    def _distance(self, name: str) -> float:
         return distance(self.weights(name), self._several(self._exposed(name)), self._names)[0]
 
     def _several(self, names: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:

@@ -32,7 +32,7 @@ from holdfast.verbs.pace import Pace, pace, whole_epochs
 from holdfast.verbs.rotate.contents import OWN, PLAN, secret, surrogate_name, training_name
 from holdfast.verbs.rotate.pool_store import PoolStore
 from holdfast.verbs.rotate.request import FIRST, RotateRequest, accuracy, state_of
-from holdfast.verbs.rotate.samples import planned, statement
+from holdfast.verbs.rotate.samples import planned_needs, statement
 
 BASE = "a base, which other sets are generated from; it never serves"
 """The recorded reason for which a base does not serve. What makes it a base is its role."""
@@ -94,7 +94,7 @@ def collect(
     with stoppable(again) as stopper:
         pool = create_or_resume(request, notify=notify)
         common = request.common
-        notify(statement(planned(len(common.held), request.n_judged), planned=True))
+        notify(statement(planned_needs(len(common.held_out), request.n_judged), planned=True))
         for note in common.notes:
             notify(f"note: {note}")
         with pool.alone_at("collect"):
@@ -203,7 +203,7 @@ class _Collection:
         self.draws = secret(pool)
         self.n_trained = _n_trained(common)
         self.n_bases = self.n_trained - OWN
-        held = common.first_held
+        held = common.first_held_out
         # accuracy that a training must exceed: 1.5 times that of always predicting the most frequent class, at most 1
         self.least = min(_GUESSING * int(held.y.bincount().max()) / len(held), 1.0)
 
@@ -227,7 +227,7 @@ class _Collection:
         base = self._trained(k, self.draws.at("run", k)) if source.anew else model
         named = swapped(source, model)
         sets = [weights_of(one, named) for one in source(base, self.task, rng=self.draws.at("sets", k))]
-        right = accuracy(base, self.common.first_held)
+        right = accuracy(base, self.common.first_held_out)
         self._refuse_diverged(f"run {k + 1}", right)
         joined = Members.of(sets, [k] * len(sets)).tensors
         columns = {f"set.{name}": value.cpu() for name, value in joined.items()}
@@ -237,7 +237,7 @@ class _Collection:
     def _train_surrogate(self, k: int) -> StoredStage:
         """One of the surrogate models of a surrogate-only attacker."""
         model = self._trained(self.n_bases + k, Draws(self.common.seed).at("own", k))
-        right = accuracy(model, self.common.first_held)
+        right = accuracy(model, self.common.first_held_out)
         self._refuse_diverged(f"surrogate {k + 1}", right)
         return StoredStage(state_of(model), about={"accuracy": right})
 

@@ -73,7 +73,7 @@ def epochs_of(pool: Pool) -> int:
     return int(plan.about["epochs"])
 
 
-def members(pool: Pool) -> Members:
+def collected_members(pool: Pool) -> Members:
     """All collected sets. Raises `UsageError` if some are missing."""
     plan = pool.kept(PLAN)
     runs = 1 if plan is None else int(plan.about["runs"])
@@ -113,7 +113,7 @@ def bases_left(pool: Pool) -> tuple[str, ...]:
     return tuple(m.name for m in pool.ledger.members if m.role == "base" and not m.deleted)
 
 
-def candidates(pool: Pool) -> tuple[str, ...]:
+def waiting_candidates(pool: Pool) -> tuple[str, ...]:
     """Sets that were neither admitted nor refused yet, in the order in which they were added."""
     waiting = (
         one

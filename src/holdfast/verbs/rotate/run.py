@@ -20,7 +20,7 @@ from holdfast.store.ledger_state import Serving
 from holdfast.store.pool import Pool
 from holdfast.verbs.rotate.admit import AdmitRequest, admit
 from holdfast.verbs.rotate.collect import Collected, CollectRequest, collect
-from holdfast.verbs.rotate.contents import candidates, trained_generator
+from holdfast.verbs.rotate.contents import trained_generator, waiting_candidates
 from holdfast.verbs.rotate.draw import By, DrawRequest, draw
 from holdfast.verbs.rotate.request import FIRST, RotateRequest
 from holdfast.verbs.rotate.swap import UNJUDGED, SwapRequest, swap
@@ -189,10 +189,10 @@ class RotationLoop:
         self.swap_if_due()
         goal = before + max(settings.keep - len(self.pool.ahead), 0)
         while (missing := goal - self._admitted) > 0 or self.pool.unjudged:
-            if not (candidates(self.pool) or self.pool.unjudged):
+            if not (waiting_candidates(self.pool) or self.pool.unjudged):
                 self._draw(missing)
                 self.swap_if_due()
-            last = {name for name in candidates(self.pool) if self._last_resort(name)}
+            last = {name for name in waiting_candidates(self.pool) if self._last_resort(name)}
             request = AdmitRequest(
                 self.pool, self.common, settings.claims, settings.accepted, settings.n_judged
             )

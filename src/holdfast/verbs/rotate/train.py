@@ -13,7 +13,7 @@ from holdfast.engine.signals import stoppable
 from holdfast.rotation import Codec, Embedding, Generator, LatentDiffusion, Members
 from holdfast.rotation.generating import packed_generator
 from holdfast.store.pool import Pool
-from holdfast.verbs.rotate.contents import GENERATOR, TrainedGenerator, members, secret
+from holdfast.verbs.rotate.contents import GENERATOR, TrainedGenerator, collected_members, secret
 from holdfast.verbs.rotate.request import RotateRequest, accuracy
 
 _LOST = 0.003  # largest loss of accuracy by encoding and decoding
@@ -43,7 +43,7 @@ def train(request: TrainRequest, *, again: str = "", notify: Notify = ignore) ->
     pool, common, codec, diffusion = request.pool, request.common, request.codec, request.diffusion
     again = again or "an earlier generator is kept; train again with the same arguments"
     with stoppable(again) as stopper, pool.alone_at("train"):
-        collected, draws = members(pool), secret(pool).at("generator")
+        collected, draws = collected_members(pool), secret(pool).at("generator")
         begin = time.perf_counter()
         embedding = codec(collected, rng=draws.at("codec"))
         codec_s = time.perf_counter() - begin
@@ -78,7 +78,7 @@ def _refuse_diverged(
     request: RotateRequest, generator: Generator, collected: Members, rng: Draws, diffusion: LatentDiffusion
 ) -> None:
     """Raise `Inconclusive` if no generated set has nearly the accuracy of the bases."""
-    held = request.first_held
+    held = request.first_held_out
     drawn, bases = generator.drawn(_TRIED, rng), collected.bases()
     best = max(accuracy(request.of_weights(drawn.one(k)), held) for k in range(len(drawn)))
     usual = mean(accuracy(request.of_weights(bases.one(k)), held) for k in range(len(bases)))
@@ -96,7 +96,7 @@ def _lost_accuracy(request: RotateRequest, embedding: Embedding, collected: Memb
     places = torch.linspace(0, len(collected) - 1, min(_JUDGED, len(collected))).round().long()
     some = collected.take(places)
     decoded = Members(embedding.decoded(embedding.encoded(some)), some.basins)
-    held = request.first_held
+    held = request.first_held_out
 
     def mean_accuracy(sets: Members) -> float:
         return mean(accuracy(request.of_weights(sets.one(k)), held) for k in range(len(sets)))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from holdfast.core.estimate import Estimate
-from holdfast.verbs.rotate.admission_gates import Ruling
+from holdfast.verbs.rotate.admission_gates import GateResult
 
 IN_A_ROW = 5
 """Number of refusals in a row after which no more candidates are judged, since the procedure is unsuitable."""
@@ -27,7 +27,7 @@ class Judged:
 
     name: str
     verdict: Literal["admitted", "refused"]
-    gates: tuple[Ruling, ...]
+    gates: tuple[GateResult, ...]
     why: str
     """the reason of the refusal or admission"""
     by: str = ""
