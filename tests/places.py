@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from holdfast.verbs.rotate import collecting, drawing
+from holdfast.verbs.rotate import contents, draw
 
 
 @pytest.fixture(scope="session", autouse=True)
 def collections_from_one_place():
     """Every pool is collected from the same secret, in whatever order tests run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collecting, "secrets", SimpleNamespace(randbits=lambda bits: 7))
+        patch.setattr(contents, "secrets", SimpleNamespace(randbits=lambda bits: 7))
         yield
 
 
@@ -22,4 +22,4 @@ def draws_by_count(monkeypatch):
     """The drawings of a test are from the places 1, 2, 3 …"""
     count = itertools.count(1)
     known = SimpleNamespace(randbits=lambda bits: next(count), token_hex=secrets.token_hex)
-    monkeypatch.setattr(drawing, "secrets", known)
+    monkeypatch.setattr(draw, "secrets", known)

@@ -118,10 +118,7 @@ SAME_ROLE = {
     "repeats_itself": "a law of attacks and one of recipes",
 }
 """Names that several modules define for the same role on different types."""
-SHARED = {
-    "across", "attackers", "candidates", "ends", "held", "judged", "measured", "members", "shown", "size",
-    "text", "twin", "verdict",
-}  # fmt: skip
+SHARED = {"across", "attackers", "held", "judged", "measured", "shown", "size", "text"}
 """Names with two meanings that are not renamed yet; none may be added."""
 
 

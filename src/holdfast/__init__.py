@@ -91,15 +91,20 @@ _HOMES = {
 }
 
 
-_MODULES = frozenset({"attacks", "recipes", "rotation"})
-"""Packages that are imported when they are first used, as in `holdfast.attacks.PGD(steps=100)`."""
+_MODULES = {
+    "attacks": "holdfast.attacks",
+    "recipes": "holdfast.recipes",
+    "rotate": "holdfast.rotating",
+    "rotation": "holdfast.rotation",
+}
+"""Modules that are imported when they are first used, as in `holdfast.attacks.PGD(steps=100)`."""
 
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name in _MODULES:
-        return import_module(f"holdfast.{name}")
+        return import_module(_MODULES[name])
     if name not in _HOMES:
         raise AttributeError(
             f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(__all__))}"

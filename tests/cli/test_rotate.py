@@ -12,8 +12,9 @@ import safetensors.torch
 from holdfast.cli.app import run
 from holdfast.core.errors import UsageError
 from holdfast.store.pool import Pool
-from holdfast.verbs.rotate import collecting, learning, watching
-from holdfast.verbs.rotate.collecting import Collected
+from holdfast.verbs.rotate import run as loop
+from holdfast.verbs.rotate import train as training
+from holdfast.verbs.rotate.collect import Collected
 from store.old_format import aged
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -202,9 +203,9 @@ def test_run_learns_a_generator_of_one_run_of_several_sets(pool, capsys, monkeyp
     def learn(*given, **more):
         raise UsageError("it is learned")
 
-    monkeypatch.setattr(collecting, "begun", lambda *given, **more: held)
-    monkeypatch.setattr(collecting, "collect", lambda *given, **more: Collected(1, 4, 3, (1.0,), (1.0,) * 4))
-    monkeypatch.setattr(learning, "learn", learn)
+    collected = Collected(1, 4, 3, (1.0,), (1.0,) * 4, held)
+    monkeypatch.setattr(loop, "collect", lambda *given, **more: collected)
+    monkeypatch.setattr(loop, "train", learn)
     words = ["rotate", "run", *COLLECT[2:8], "--source", "trajectory", "--run", "pool", "--resume", "--once"]
     assert run(words) == 2
     assert "it is learned" in capsys.readouterr().err
@@ -213,32 +214,33 @@ def test_run_learns_a_generator_of_one_run_of_several_sets(pool, capsys, monkeyp
 def test_run_trains_sets_anew_where_no_generator_can_be_learned(pool, capsys, monkeypatch):
     Pool.held(Path("pool")).drop("generator")
     seen = []
-    monkeypatch.setattr(watching.RotationLoop, "begin", lambda self: seen.append(self.how.by))
+    monkeypatch.setattr(loop.RotationLoop, "begin", lambda self: seen.append(self.settings.by))
     words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--once", "--set", "codec.steps=1"]
     assert run([*words, "--set", "codec.dims=1"]) == 0
     said = capsys.readouterr().err
     assert (
-        seen == ["anew"]
+        seen == ["retraining"]
         and "note: sets lose" in said
         and "sets are trained from fresh random weights" in said
     )
 
 
 @pytest.mark.parametrize("by", ["anew", "generator"])
-def test_run_makes_sets_as_it_is_asked_to(pool, monkeypatch, by):
+def test_run_makes_sets_as_it_is_asked_to(pool, capsys, monkeypatch, by):
     Pool.held(Path("pool")).drop("generator")
     seen = []
-    monkeypatch.setattr(watching.RotationLoop, "begin", lambda self: seen.append(self.how.by))
-    monkeypatch.setattr(learning, "learn", lambda *given, **more: seen.append("learned"))
+    monkeypatch.setattr(loop.RotationLoop, "begin", lambda self: seen.append(self.settings.by))
+    monkeypatch.setattr(loop, "train", lambda *given, **more: seen.append("learned"))
     words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--once", "--by", by]
     assert run(words) == 0
-    assert seen == (["anew"] if by == "anew" else ["learned", "generator"])
+    assert seen == (["retraining"] if by == "anew" else ["learned", "generator"])
+    assert ("note: --by anew is now called --by retraining" in capsys.readouterr().err) == (by == "anew")
 
 
 def test_a_training_that_is_stopped_says_the_whole_command(pool, capsys, monkeypatch):
     words = ["rotate", "train", "pool", *QUICK]
     monkeypatch.setattr("sys.argv", ["holdfast", *words])
-    monkeypatch.setattr(learning, "learn", lambda *given, **more: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(training, "train", lambda *given, **more: signal.raise_signal(signal.SIGINT))
     assert run(words) == 130
     said = capsys.readouterr().err
     assert "stopped by SIGINT; an earlier generator is kept, start again with: holdfast rotate train" in said

@@ -14,7 +14,8 @@ from holdfast.rotation.collecting import trained_anew
 from holdfast.store.pool import Pool
 from holdfast.verbs.candidates import Candidate
 from holdfast.verbs.request import Subject
-from holdfast.verbs.rotate.collecting import BASE, OWN
+from holdfast.verbs.rotate.collect import BASE
+from holdfast.verbs.rotate.contents import OWN
 from holdfast.verbs.rotate.request import Examples, RotateRequest
 from rotation.problem import examples, task
 

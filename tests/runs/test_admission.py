@@ -7,27 +7,28 @@ from holdfast.core.constraints import Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.threat import ThreatModel
-from holdfast.engine.signals import Stopper
+from holdfast.engine.run import Run
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts
 from holdfast.rotation import Live, RotatingModel, canary
 from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.store.encryption import KEY_VARIABLE
 from holdfast.store.pool import Pool
-from holdfast.verbs.rotate.admission import _Admitting, admit
+from holdfast.verbs.rotate.admission_gates import Measurements, gate_results
+from holdfast.verbs.rotate.admit import _Admitting
 from holdfast.verbs.rotate.comparing import worst
-from holdfast.verbs.rotate.measuring import Carried, Measuring
-from holdfast.verbs.rotate.ruling import Measurements, rulings
-from holdfast.verbs.rotate.sanity import twin
+from holdfast.verbs.rotate.measuring import SetMeasurements, TransferResult
+from holdfast.verbs.rotate.sanity import duplicate_gate
 from holdfast.verbs.rotate.transfer_examples import (
     Attacker,
     Attackers,
     TransferExamples,
-    attackers,
+    attackers_against,
     exposed_for,
 )
 from holdfast.verbs.rotate.verdicts import Admission, Judged
 from runs.rotating import DRAWING, begun, immunised, nearby, state, terms, trained
+from runs.steps import admit
 
 QUICK = TransferAttacker({"MI": ATTACKS["MI"]})
 
@@ -68,7 +69,7 @@ def test_a_set_that_holds_against_what_leaked_is_admitted_with_its_canary(judged
     assert found.admitted == (names["good"],) and found.exit_code == 0 and found.kept_out == ""
     member = pool.ledger.member(names["good"])
     assert member.state == "admitted" and "A1 " + stolen in member.why
-    x = terms().held.x[:256]
+    x = terms().held_out.x[:256]
     assert member.canary == canary(terms().of_set(pool, names["good"]), x)
     passed = gates(found, names["good"])
     assert {one.verdict for one in passed.values()} == {"pass"}
@@ -183,7 +184,7 @@ def test_a_kill_before_the_entry_loses_nothing_and_bases_are_listed(tmp_path, mo
 def test_what_is_unclear_is_judged_on_twice_as_many_while_they_last(tmp_path):
     pool = begun(tmp_path / "pool", bases=(0,))
     name = pool.add(state(trained(6)), {})
-    found = admit(pool, terms(1_000), claims=["churn <= 0.02"], transfer_attacker=QUICK, judged=250)
+    found = admit(pool, terms(1_000), claims=["churn <= 0.02"], transfer_attacker=QUICK, n_judged=250)
     runs = {path.name.rsplit("-", 1)[0] for path in (pool.path / "admission" / name).iterdir()}
     assert {"a0-0-250", "a0-250-500"} <= runs
     theft = gates(found, name)["theft"]
@@ -210,8 +211,10 @@ def waits(tmp_path, monkeypatch):
 
 def let_in(admitting, name):
     exposed = admitting._exposed(name)
-    same = twin(admitting.weights(name), admitting._several(exposed), admitting._names)
-    return Judged(name, "refused" if same else "admitted", (), same.says if same else "holds", "", exposed)
+    same = duplicate_gate(admitting.weights(name), admitting._several(exposed), admitting._names)
+    return Judged(
+        name, "refused" if same else "admitted", (), same.description if same else "holds", "", exposed
+    )
 
 
 def test_what_waits_is_judged_again_by_what_leaked_since(waits):
@@ -302,9 +305,9 @@ def seen(
     fell = {(OWN, "MI"): torch.arange(N) < nothing, (OLD, "MI"): torch.arange(N) < theft}
     return Measurements(
         Attackers(OWN, (OLD,), None, None, DRAWN),
-        Carried(columns(correct=N - changed), fell),
+        TransferResult(columns(correct=N - changed), fell),
         columns(fell=white),
-        Carried(columns(), {(DRAWN, "MI"): torch.arange(N) < siblings}),
+        TransferResult(columns(), {(DRAWN, "MI"): torch.arange(N) < siblings}),
         (columns(correct=N - lost),),
         (columns(fell=before),),
         (columns(), columns(correct=N - 4)),
@@ -321,14 +324,14 @@ def test_churn_counts_once_clients_of_a_set_would_see_it():
 
 
 def verdicts(found, accepted=None, claims=()):
-    given = rulings(found, Doubts((), accepted or {}), tuple(map(parse, claims)))
+    given = gate_results(found, Doubts((), accepted or {}), tuple(map(parse, claims)))
     return {one.name: one.verdict for one in given}
 
 
 def test_the_way_out_is_of_what_kept_sets_out():
     lost, stolen = (Judged("one", "refused", (), "", gate) for gate in ("clean accuracy", "theft of static"))
     assert "reduce the loss" in Admission((lost, lost), ()).kept_out
-    assert "--by anew" in Admission((lost, stolen), ()).kept_out
+    assert "--by retraining" in Admission((lost, stolen), ()).kept_out
 
 
 def test_what_swaps_lose_does_not_add_up():
@@ -351,7 +354,7 @@ def test_bases_are_measured_once_for_all_admissions(tmp_path):
 
     def measured(share):
         pool.add(state(nearby(trained(6), share)), {})
-        admit(pool, terms(64), transfer_attacker=QUICK, judged=64)
+        admit(pool, terms(64), transfer_attacker=QUICK, n_judged=64)
         found = (pool.path / "admission" / base).iterdir()
         return {path.name: (path / "run.json").stat().st_mtime_ns for path in found}
 
@@ -415,8 +418,8 @@ def test_of_several_looks_each_needs_more_so_that_all_of_them_hold_together():
 
 def test_the_examples_say_how_many_looks_there_are(tmp_path):
     pool = begun(tmp_path / "pool", bases=(0,))
-    measuring = Measuring(pool, TransferExamples(pool, terms(1_000), QUICK))
-    one = _Admitting(measuring, (), {}, 250, print, Stopper())
+    measuring = SetMeasurements(pool, TransferExamples(pool, terms(1_000), QUICK))
+    one = _Admitting(measuring, Run(()), (), {}, 250, print)
     assert one._looks == {"transfer": 3, "white-box": 4, "siblings": 7}, (
         "250, 500, 1,000; from 125 on; from 25 on"
     )
@@ -435,20 +438,20 @@ def test_the_worst_theft_is_named_and_its_interval_holds_for_the_largest():
         (NEW, "MI"): torch.arange(N) < 60,
         (NEW, "SWAG"): torch.arange(N) < 50,
     }
-    found = worst(Carried(columns(), fell), [OLD, NEW])
+    found = worst(TransferResult(columns(), fell), [OLD, NEW])
     assert found.by == "A1 new by MI" and found.estimate.value == 0.15
     assert found.estimate.low < 0.1174 and found.estimate.high == pytest.approx(0.1888, abs=0.001)
-    assert worst(Carried(columns(), fell), []) is None
+    assert worst(TransferResult(columns(), fell), []) is None
 
 
 def test_a_theft_of_several_holds_as_many_as_leaked_last_and_is_compared_with_as_many(monkeypatch):
     class Shop:
         own = (1, 2, 3, 4)
 
-        def nothing(self, size=None):
+        def surrogate_only(self, size=None):
             return Attacker("A0", (f"own {size or 4}",))
 
-    of = attackers(Shop(), "me", ["a", "b", "c", "d", "e"], ["s", "t"])
+    of = attackers_against(Shop(), "me", ["a", "b", "c", "d", "e"], ["s", "t"])
     assert of.several.sources == ("b", "c", "d", "e") and of.evenly == of.nothing and len(of.one) == 5
-    assert attackers(Shop(), "me", ["a", "b"], []).evenly.sources == ("own 2",)
-    assert attackers(Shop(), "me", ["a"], []).several is None
+    assert attackers_against(Shop(), "me", ["a", "b"], []).evenly.sources == ("own 2",)
+    assert attackers_against(Shop(), "me", ["a"], []).several is None

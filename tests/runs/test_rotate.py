@@ -23,10 +23,11 @@ from holdfast.sources.memory import as_data
 from holdfast.store.pool import Pool
 from holdfast.verbs.candidates import Candidate
 from holdfast.verbs.request import Subject
-from holdfast.verbs.rotate import collecting, drawing, learning
-from holdfast.verbs.rotate.request import RotateRequest, parted, ready
-from holdfast.verbs.rotate.status import standing
+from holdfast.verbs.rotate import collect, contents, draw
+from holdfast.verbs.rotate.request import RotateRequest, split_examples, trainable_subject
+from holdfast.verbs.rotate.status import status
 from rotation.problem import THREAT, accuracy, examples, network
+from runs import steps
 
 SOURCE = Basins(seeds=2, sets=4, every=2, lr=1e-3)
 CODEC, DIFFUSION = Codec(dims=8, hidden=64, steps=400), LatentDiffusion(width=64, depth=2, steps=400)
@@ -43,21 +44,20 @@ def terms(source=SOURCE, *, robust=False, epochs=8, lr=0.01, seed=0, given=None)
     kind = SingleStep if robust else Standard
     recipe = kind(training=Training(epochs=epochs, batch=32, lr=lr, averaging="none"))
     data, other = examples(n=640), examples(1, 64)
-    parts = parted(data, as_data(other.x, other.y), "blobs", 4, seed)
+    parts = split_examples(data, as_data(other.x, other.y), "blobs", 4, seed)
     subject = Subject(given or network(), "digest", {"name": "net"})
-    return RotateRequest(
-        ready(subject, "cpu", parts), THREAT, "linf:0.1", Candidate("standard", recipe, {}), source, parts, seed,
-        "own",
-    )  # fmt: skip
+    trainable = trainable_subject(subject, "cpu", parts)
+    candidate = Candidate("standard", recipe, {})
+    return RotateRequest(trainable, THREAT, "linf:0.1", candidate, source, parts, seed, "own")
 
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory):
     """A pool with everything collected and a generator, to be copied."""
     path = tmp_path_factory.mktemp("collected") / "pool"
-    pool = collecting.begun(path, terms(), resume=False)
-    found = collecting.collect(pool, terms())
-    learned = learning.learn(pool, terms(), CODEC, DIFFUSION)
+    pool = steps.create(path, terms())
+    found = steps.collect(pool, terms())
+    learned = steps.train(pool, terms(), CODEC, DIFFUSION)
     return path, found, learned
 
 
@@ -75,28 +75,26 @@ def pool(collected, tmp_path):
 def test_collects_every_run_and_the_surrogates(collected):
     path, found, _ = collected
     held = Pool.held(path)
-    assert (found.runs, found.sets, found.epochs, len(found.own)) == (2, 8, 8, collecting.OWN)
-    assert min(found.accuracy + found.own) > 0.9
-    sets = collecting.members(held)
+    assert (found.runs, found.sets, found.epochs, len(found.surrogate_accuracy)) == (2, 8, 8, contents.OWN)
+    assert min(found.accuracy + found.surrogate_accuracy) > 0.9
+    sets = contents.collected_members(held)
     assert sets.basins.tolist() == [0] * 4 + [1] * 4
-    assert len(collecting.bases(held)) == 2
+    assert len(contents.bases(held)) == 2
     assert {member.state for member in held.ledger.members} == {"refused"}, "bases never serve"
-    models = collecting.surrogates(held, terms())
+    models = contents.surrogates(held, terms())
     weights = [model.net[0].weight for model in models]
     assert all(not torch.equal(one, weights[0]) for one in weights[1:])
-    assert accuracy(terms().of_weights(sets.one(5)), terms().held) > 0.9
+    assert accuracy(terms().of_weights(sets.one(5)), terms().held_out) > 0.9
     assert not (path / "begun.sealed").exists(), "the checkpoint of the last training is of no use any more"
 
 
 def test_who_knows_the_seed_cannot_make_the_collection_again(collected, tmp_path, monkeypatch):
-    assert collecting.secret(Pool.held(collected[0])).key == 7, (
-        "what the operating system gave, in these tests"
-    )
-    monkeypatch.setattr(collecting, "secrets", SimpleNamespace(randbits=lambda bits: 8))
-    other = collecting.begun(tmp_path / "pool", terms(), resume=False)
-    collecting.collect(other, terms())
+    assert contents.secret(Pool.held(collected[0])).key == 7, "what the operating system gave, in these tests"
+    monkeypatch.setattr(contents, "secrets", SimpleNamespace(randbits=lambda bits: 8))
+    other = steps.create(tmp_path / "pool", terms())
+    steps.collect(other, terms())
     one = Pool.held(collected[0])
-    assert not set(collecting.bases(one)) & set(collecting.bases(other))
+    assert not set(contents.bases(one)) & set(contents.bases(other))
     same = (
         torch.equal(one.kept("own_0").columns[name], value)
         for name, value in other.kept("own_0").columns.items()
@@ -106,9 +104,9 @@ def test_who_knows_the_seed_cannot_make_the_collection_again(collected, tmp_path
 
 def test_nothing_that_judges_is_trained_on():
     of = terms()
-    assert len(of.held) == 128 and not set(of.held.ids.tolist()) & set(of.train.ids.tolist())
-    assert torch.equal(of.held.ids, terms().held.ids)
-    assert not torch.equal(of.held.ids, terms(seed=1).held.ids)
+    assert len(of.held_out) == 128 and not set(of.held_out.ids.tolist()) & set(of.train.ids.tolist())
+    assert torch.equal(of.held_out.ids, terms().held_out.ids)
+    assert not torch.equal(of.held_out.ids, terms(seed=1).held_out.ids)
 
 
 def test_of_sets_that_go_on_from_the_given_model_it_is_said_that_it_may_have_seen_what_judges():
@@ -118,8 +116,8 @@ def test_of_sets_that_go_on_from_the_given_model_it_is_said_that_it_may_have_see
 
 def test_a_test_example_is_never_trained_on():
     data, twin = examples(n=640), examples(n=640).take(torch.arange(3))
-    parts = parted(data, as_data(twin.x, twin.y), "blobs", 4, 0)
-    assert not {0, 1, 2} & {*parts.train.ids.tolist(), *parts.held.ids.tolist()}
+    parts = split_examples(data, as_data(twin.x, twin.y), "blobs", 4, 0)
+    assert not {0, 1, 2} & {*parts.train.ids.tolist(), *parts.held_out.ids.tolist()}
     assert "training examples are test examples" in parts.notes[0]
 
 
@@ -128,21 +126,22 @@ def test_no_pool_is_begun_among_other_files(tmp_path):
     folder.mkdir(mode=0o755)
     (folder / "x.txt").write_text("hi")
     with pytest.raises(UsageError, match=r"contains 'x\.txt' and is not a pool.*; name a new folder"):
-        collecting.begun(folder, terms(), resume=False)
+        steps.create(folder, terms())
     assert folder.stat().st_mode & 0o777 == 0o755 and len(list(folder.iterdir())) == 1
 
 
 def test_a_pool_is_begun_once(pool):
     with pytest.raises(UsageError, match="contains a pool already; resume it with --resume"):
-        collecting.begun(pool.path, terms(), resume=False)
+        steps.create(pool.path, terms())
 
 
 @pytest.mark.parametrize(
-    "other", [terms(seed=1), terms(Basins(seeds=3, sets=4, every=2)), replace(terms(), said="linf:0.2")]
+    "other",
+    [terms(seed=1), terms(Basins(seeds=3, sets=4, every=2)), replace(terms(), threat_text="linf:0.2")],
 )
 def test_a_pool_of_other_terms_does_not_go_on(pool, other):
     with pytest.raises(UsageError, match="was created with another .*( → ).*; use that again"):
-        collecting.begun(pool.path, other, resume=True)
+        steps.create(pool.path, other, resume=True)
 
 
 def test_another_model_is_told_by_its_name_and_a_short_digest():
@@ -167,46 +166,46 @@ def test_another_model_is_told_by_its_name_and_a_short_digest():
 
 
 def test_an_ended_collection_is_told_again(pool, collected):
-    assert collecting.collect(pool, terms()) == collected[1]
+    assert steps.collect(pool, terms()) == collected[1]
 
 
 def test_a_run_that_went_astray_is_refused(tmp_path):
     lost = terms(lr=1e6, epochs=1)
     with pytest.raises(TargetError, match="the loss is not finite"):
-        collecting.collect(collecting.begun(tmp_path / "pool", lost, resume=False), lost)
+        steps.collect(steps.create(tmp_path / "pool", lost), lost)
 
 
 def test_a_budget_says_how_many_epochs(tmp_path, monkeypatch):
     short = terms(Seeds(2))
     heard = []
-    pool = collecting.begun(tmp_path / "pool", short, resume=False)
-    monkeypatch.setattr(collecting, "pace", lambda *given: collecting.Pace(0.01, 1.0))
-    found = collecting.collect(pool, short, budget_s=50.0, notify=heard.append)
+    pool = steps.create(tmp_path / "pool", short)
+    monkeypatch.setattr(collect, "pace", lambda *given: collect.Pace(0.01, 1.0))
+    found = steps.collect(pool, short, budget_s=50.0, notify=heard.append)
     assert found.epochs == 7  # 6 trainings in 47.5 of the 50 seconds
-    assert "for a budget of 50 s" in heard[0]
+    assert "the gates need" in heard[0] and "for a budget of 50 s" in heard[1]
     with pytest.raises(
         UsageError, match=r"planned with a budget of 50 s \(7 epochs for each run\), but 60 s were given"
     ):
-        collecting.collect(pool, short, budget_s=60.0)
-    assert collecting.collect(pool, short, budget_s=50.0) == found == collecting.collect(pool, short)
+        steps.collect(pool, short, budget_s=60.0)
+    assert steps.collect(pool, short, budget_s=50.0) == found == steps.collect(pool, short)
 
 
 def test_a_budget_that_holds_no_epoch_says_what_would_do(tmp_path, monkeypatch):
-    pool = collecting.begun(tmp_path / "pool", terms(), resume=False)
-    monkeypatch.setattr(collecting, "pace", lambda *given: collecting.Pace(0.01, 30.0))
+    pool = steps.create(tmp_path / "pool", terms())
+    monkeypatch.setattr(collect, "pace", lambda *given: collect.Pace(0.01, 30.0))
     with pytest.raises(UsageError, match="6 models must be trained, 4 of them surrogates.*--budget 4min"):
-        collecting.collect(pool, terms(), budget_s=20.0)
+        steps.collect(pool, terms(), budget_s=20.0)
 
 
 def test_of_a_subset_the_rest_stays(tmp_path):
     begun = terms()
     given = last_of(begun.candidate.recipe, network(3), begun.train, THREAT, Draws(0))
     of = terms(Subset(("7.",), sets=3, updates=2), given=given)
-    held = collecting.begun(tmp_path / "pool", of, resume=False)
-    collecting.collect(held, of)
-    sets = collecting.members(held)
+    held = steps.create(tmp_path / "pool", of)
+    steps.collect(held, of)
+    sets = contents.collected_members(held)
     assert sorted(sets.tensors) == ["7.bias", "7.weight"]
-    assert len(collecting.bases(held)) == 1, "all of them begin at the given model"
+    assert len(contents.bases(held)) == 1, "all of them begin at the given model"
     assert torch.equal(of.of_weights(sets.one(0)).net[0].weight, of.model.net[0].weight)
 
 
@@ -216,10 +215,10 @@ def test_of_a_subset_the_rest_stays(tmp_path):
 def test_learns_a_generator_whose_draws_work(pool, collected):
     learned = collected[2]
     assert learned.sets == 8 and learned.accuracy_lost <= 0.003
-    generator = learning.learned(pool, terms())
+    generator = contents.generator_of(pool, terms())
     drawn = generator.drawn(4, Draws(3))
-    assert max(accuracy(terms().of_weights(drawn.one(k)), terms().held) for k in range(4)) > 0.9
-    assert learning.what_was_learned(pool) == learned
+    assert max(accuracy(terms().of_weights(drawn.one(k)), terms().held_out) for k in range(4)) > 0.9
+    assert contents.trained_generator(pool) == learned
 
 
 def test_a_codec_that_loses_too_much_learns_nothing(pool):
@@ -227,119 +226,135 @@ def test_a_codec_that_loses_too_much_learns_nothing(pool):
     with pytest.raises(
         Inconclusive, match=r"sets lose .* points of accuracy by encoding and decoding.* --set codec.dims="
     ):
-        learning.learn(pool, terms(), Codec(dims=1, hidden=1, steps=1), DIFFUSION)
+        steps.train(pool, terms(), Codec(dims=1, hidden=1, steps=1), DIFFUSION)
     assert pool.kept("generator").digest == before
 
 
 def test_a_pool_with_one_member_has_nothing_to_learn(tmp_path):
     alone = terms(Seeds(1))
-    held = collecting.begun(tmp_path / "pool", alone, resume=False)
-    collecting.collect(held, alone)
+    held = steps.create(tmp_path / "pool", alone)
+    steps.collect(held, alone)
     with pytest.raises(UsageError, match="contains 1 parameter set; at least two are needed"):
-        learning.learn(held, alone, CODEC, DIFFUSION)
+        steps.train(held, alone, CODEC, DIFFUSION)
 
 
 def test_nothing_is_learned_before_all_is_collected(tmp_path):
-    held = collecting.begun(tmp_path / "pool", terms(), resume=False)
+    held = steps.create(tmp_path / "pool", terms())
     with pytest.raises(UsageError, match="contains 0 of 1 runs; finish the collection first"):
-        learning.learn(held, terms(), CODEC, DIFFUSION)
+        steps.train(held, terms(), CODEC, DIFFUSION)
 
 
 # --- draw
 
 
 def test_draws_candidates_that_name_their_bases(pool):
-    found = drawing.draw(pool, terms(), 3)
+    found = steps.draw(pool, terms(), 3)
     assert found.by == "generator" and len(set(found.names)) == 3 and found.against == ()
     for name in found.names:
         member = pool.ledger.member(name)
-        assert member.state == "candidate" and member.bases == collecting.bases(pool)
+        assert member.state == "candidate" and member.bases == contents.bases(pool)
     assert len({pool.about(name)["drawing"] for name in found.names}) == 1
-    assert set(pool.ledger.unlisted) == set(collecting.bases(pool))
-    assert "neither listed as stolen nor deleted" in standing(pool)["notes"][0]
+    assert set(pool.ledger.unlisted) == set(contents.bases(pool))
+    assert "neither listed as stolen nor deleted" in status(pool)["notes"][0]
 
 
 def test_the_place_of_a_draw_comes_from_the_operating_system(pool):
-    one, other = (drawing.draw(pool, terms(), 1).names for _ in range(2))
+    one, other = (steps.draw(pool, terms(), 1).names for _ in range(2))
     assert one != other
 
 
 def test_immunises_against_what_is_exposed_else_what_serves_else_the_bases(pool):
     def against():
-        return drawing.draw(pool, terms(), 1, immunise=IMMUNISE).against
+        return steps.draw(pool, terms(), 1, immunise=IMMUNISE).against
 
-    assert against() == collecting.bases(pool)
-    served = drawing.draw(pool, terms(), 1).names[0]
+    assert against() == contents.bases(pool)
+    served = steps.draw(pool, terms(), 1).names[0]
     pool.admit(served)
     pool.swap()
     assert against() == (served,)
-    leaked = collecting.bases(pool)[1]
+    leaked = contents.bases(pool)[1]
     pool.expose(leaked, "laptop stolen")
     assert against() == (leaked,)
 
 
 def test_trains_anew_where_asked_to_or_without_a_generator(pool):
-    found = drawing.draw(pool, terms(), 1, by="anew")
-    assert found.by == "anew" and pool.ledger.member(found.names[0]).bases == ()
-    assert accuracy(terms().of_set(pool, found.names[0]), terms().held) > 0.9
+    found = steps.draw(pool, terms(), 1, by="retraining")
+    assert found.by == "retraining" and pool.ledger.member(found.names[0]).bases == ()
+    assert accuracy(terms().of_set(pool, found.names[0]), terms().held_out) > 0.9
     pool.drop("generator")
-    assert drawing.draw(pool, terms(), 1).by == "anew"
+    assert steps.draw(pool, terms(), 1).by == "retraining"
     with pytest.raises(UsageError, match="has no generator yet; train one with holdfast rotate train"):
-        drawing.draw(pool, terms(), 1, by="generator")
+        steps.draw(pool, terms(), 1, by="generator")
 
 
 def test_a_generator_that_draws_nothing_that_works_says_so(pool, monkeypatch):
-    monkeypatch.setattr(drawing, "_POINT", -1.0)
-    with pytest.raises(Inconclusive, match="none of 64 generated sets reaches an accuracy of .* --by anew"):
-        drawing.draw(pool, terms(), 1)
+    monkeypatch.setattr(draw, "_POINT", -1.0)
+    with pytest.raises(
+        Inconclusive, match="none of 64 generated sets reaches an accuracy of .* --by retraining"
+    ):
+        steps.draw(pool, terms(), 1)
 
 
 def test_a_drawing_that_was_cut_short_goes_on(pool, monkeypatch):
-    whole = drawing._Drawing._take
+    whole = draw._Drawing._store
     monkeypatch.setattr(
-        drawing._Drawing,
-        "_take",
-        lambda self, *given: 1 / 0 if len(self.said["names"]) == 1 else whole(self, *given),
+        draw._Drawing,
+        "_store",
+        lambda self, *given: 1 / 0 if len(self.about["names"]) == 1 else whole(self, *given),
     )
     with pytest.raises(ZeroDivisionError):
-        drawing.draw(pool, terms(), 3, immunise=IMMUNISE)
-    begun = drawing.candidates(pool)
+        steps.draw(pool, terms(), 3, immunise=IMMUNISE)
+    begun = contents.waiting_candidates(pool)
     monkeypatch.undo()
     with pytest.raises(UsageError, match="the draw to be resumed immunises its sets; add --immunise"):
-        drawing.draw(pool, terms(), 3, resume=True)
-    with pytest.raises(UsageError, match=r"has other settings .*\(by: generator → anew\); give the same"):
-        drawing.draw(pool, terms(), 3, by="anew", immunise=IMMUNISE, resume=True)
+        steps.draw(pool, terms(), 3, resume=True)
+    with pytest.raises(
+        UsageError, match=r"has other settings .*\(by: generator → retraining\); give the same"
+    ):
+        steps.draw(pool, terms(), 3, by="retraining", immunise=IMMUNISE, resume=True)
     with pytest.raises(
         UsageError, match=r"\(immunise.share: 0.5 → 0.25\); give the same settings, or leave --resume"
     ):
-        drawing.draw(pool, terms(), immunise=replace(IMMUNISE, share=0.25), resume=True)
+        steps.draw(pool, terms(), immunise=replace(IMMUNISE, share=0.25), resume=True)
     with pytest.raises(UsageError, match=r"\(sets: 3 → 4\)"):
-        drawing.draw(pool, terms(), 4, immunise=IMMUNISE, resume=True)
-    found = drawing.draw(pool, terms(), immunise=IMMUNISE, resume=True)
+        steps.draw(pool, terms(), 4, immunise=IMMUNISE, resume=True)
+    found = steps.draw(pool, terms(), immunise=IMMUNISE, resume=True)
     assert begun == found.names[:1] and len(found.names) == 3
-    assert drawing.candidates(pool) == found.names
+    assert contents.waiting_candidates(pool) == found.names
 
 
 def test_a_drawing_that_is_whole_is_told_again_and_no_other_begins(pool):
-    found, entries = drawing.draw(pool, terms(), 2), pool.ledger.entries
+    found, entries = steps.draw(pool, terms(), 2), pool.ledger.entries
     heard = []
-    assert drawing.draw(pool, terms(), resume=True, notify=heard.append) == found
+    assert steps.draw(pool, terms(), resume=True, notify=heard.append) == found
     assert pool.ledger.entries == entries
     assert "so there is nothing to resume; leave --resume out to draw more sets" in heard[0]
     with pytest.raises(UsageError, match=r"\(sets: 2 → 3\)"):
-        drawing.draw(pool, terms(), 3, resume=True)
+        steps.draw(pool, terms(), 3, resume=True)
+
+
+def test_a_draw_of_an_earlier_version_is_resumed(pool):
+    steps.draw(pool, terms(), 1, by="retraining")
+    stored = pool.kept("drawing")
+    asked = {**stored.about["asked"], "by": "anew", "sets": 2}
+    pool.keep("drawing", stored.columns, {**stored.about, "asked": asked})
+    found = steps.draw(pool, terms(), by="retraining", resume=True)
+    assert found.by == "retraining" and len(found.names) == 2
+    assert pool.ledger.member(found.names[1]).why == "drawn by retraining"
+    with pytest.raises(UsageError, match=r"\(by: retraining → generator\)"):
+        steps.draw(pool, terms(), by="generator", resume=True)
 
 
 def test_a_second_process_draws_nothing_and_leaves_what_the_first_has_sealed(pool):
-    drawing.draw(pool, terms(), 1)
+    steps.draw(pool, terms(), 1)
     before = pool.kept("drawing").digest
     with pool.alone_at("draw"), pytest.raises(UsageError, match="another process runs draw in"):
-        drawing.draw(Pool.held(pool.path), terms(), 2)
+        steps.draw(Pool.held(pool.path), terms(), 2)
     assert pool.kept("drawing").digest == before
     with pool.alone_at("collect"), pytest.raises(UsageError, match="another process runs collect in"):
-        collecting.collect(Pool.held(pool.path), terms())
+        steps.collect(Pool.held(pool.path), terms())
     with pool.alone_at("train"), pytest.raises(UsageError, match="another process runs train in"):
-        learning.learn(Pool.held(pool.path), terms(), CODEC, DIFFUSION)
+        steps.train(Pool.held(pool.path), terms(), CODEC, DIFFUSION)
 
 
 def test_a_generator_of_another_architecture_is_refused(pool):
@@ -354,7 +369,7 @@ def test_a_generator_of_another_architecture_is_refused(pool):
     }
     pool.keep("generator", columns, kept.about)
     with pytest.raises(UsageError, match="the generator is for another architecture; train it again"):
-        drawing.draw(pool, terms(), 1)
+        steps.draw(pool, terms(), 1)
 
 
 def test_a_generator_that_went_astray_does_not_replace_one_that_works(pool):
@@ -364,7 +379,7 @@ def test_a_generator_that_went_astray_does_not_replace_one_that_works(pool):
         Inconclusive,
         match=r"the best of 16 generated sets has an accuracy of .*regulariser is away, weight 1e\+06",
     ):
-        learning.learn(pool, terms(), CODEC, far)
+        steps.train(pool, terms(), CODEC, far)
     assert pool.kept("generator").digest == before
 
 
@@ -372,12 +387,12 @@ def test_a_generator_that_went_astray_does_not_replace_one_that_works(pool):
 
 
 def test_status_is_plain_and_tells_no_secret(pool):
-    name = drawing.draw(pool, terms(), 1).names[0]
+    name = steps.draw(pool, terms(), 1).names[0]
     pool.admit(name)
     now = pool.swap(why="first")
     pool.answered(now.epoch, {"alice": 3, "bob": 5}, 2)
     pool.expose(name, "laptop stolen")
-    said = standing(pool)
+    said = status(pool)
     assert said["serving"] == {"name": name, "epoch": 1, "since": now.since}
     (served,) = [one for one in said["sets"] if one["epochs"]]
     assert served["answers"] == 10 and served["exposed"] == "laptop stolen"
@@ -391,17 +406,17 @@ def test_status_is_plain_and_tells_no_secret(pool):
 
 
 def _collect(path):
-    collecting.collect(collecting.begun(path, terms(), resume=path.exists()), terms())
+    steps.collect(steps.create(path, terms(), resume=path.exists()), terms())
 
 
 def _learn(path):
-    learning.learn(Pool.held(path), terms(), CODEC, DIFFUSION)
+    steps.train(Pool.held(path), terms(), CODEC, DIFFUSION)
 
 
 def _draw(path):
     held = Pool.held(path)
     resume = held.kept("drawing").about["asked"]["sets"] == 6
-    drawing.draw(held, terms(), 6, immunise=IMMUNISE, resume=resume)
+    steps.draw(held, terms(), 6, immunise=IMMUNISE, resume=resume)
 
 
 def killed(step, path, after_s):
@@ -436,7 +451,7 @@ def test_twenty_kills_in_collect_lose_nothing(tmp_path):
     _collect(path)
     assert kills >= 5
     one, other = Pool.held(path), Pool.held(tmp_path / "undisturbed" / "pool")
-    assert collecting.bases(one) == collecting.bases(other), "the same sets, kills or none"
+    assert contents.bases(one) == contents.bases(other), "the same sets, kills or none"
     for name in ("run_0", "run_1", "own_0", "own_3"):
         assert one.kept(name).columns.keys() == other.kept(name).columns.keys()
         for key, value in one.kept(name).columns.items():
@@ -447,7 +462,7 @@ def test_twenty_kills_in_collect_lose_nothing(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be killed")
 @pytest.mark.parametrize("step", [_learn, _draw], ids=["train", "draw"])
 def test_twenty_kills_leave_what_serves_and_go_on(pool, step, tmp_path):
-    served = drawing.draw(pool, terms(), 1).names[0]
+    served = steps.draw(pool, terms(), 1).names[0]
     pool.admit(served)
     now = pool.swap()
     shutil.copytree(pool.path, tmp_path / "undisturbed" / "pool")
@@ -459,6 +474,6 @@ def test_twenty_kills_leave_what_serves_and_go_on(pool, step, tmp_path):
     step(pool.path)
     assert kills >= 5
     again = Pool.held(pool.path)
-    assert again.serving == now and learning.learned(again, terms()) is not None
+    assert again.serving == now and contents.generator_of(again, terms()) is not None
     if step is _draw:
-        assert len(drawing.candidates(again)) >= 6
+        assert len(contents.waiting_candidates(again)) >= 6

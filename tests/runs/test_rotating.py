@@ -25,13 +25,14 @@ from holdfast.rotation import Codec, LatentDiffusion
 from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.store.pool import Pool
 from holdfast.store.verify import verify
-from holdfast.verbs.rotate import collecting, drawing, learning
+from holdfast.verbs.rotate import contents, draw, train
 from holdfast.verbs.rotate.alternatives import Alternatives, doubt, hardened
-from holdfast.verbs.rotate.attackers import WHO, AttackerTable, Means
+from holdfast.verbs.rotate.attackers import ATTACKERS, AttackerTable, Means
 from holdfast.verbs.rotate.query_search import AcrossSwaps
-from holdfast.verbs.rotate.wording import judged, verdict
+from holdfast.verbs.rotate.wording import protection_verdict, with_words
 from holdfast.verbs.stored_runs import open_run
 from rotation.problem import examples
+from runs import steps
 
 NET = "from rotation.problem import network\n\n\ndef make():\n    return network()\n"
 FEW = TransferAttacker({"MI": ATTACKS["MI"]})
@@ -46,8 +47,8 @@ INSTEAD = (
 def unflushed():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
-        patch.setattr(learning, "_LOST", 0.2)  # of what was trained for so short a time
-        patch.setattr(drawing, "_POINT", 1.0)  # any draw does, for its place is drawn anew in every run
+        patch.setattr(train, "_LOST", 0.2)  # of what was trained for so short a time
+        patch.setattr(draw, "_POINT", 1.0)  # any draw does, for its place is drawn anew in every run
         yield
 
 
@@ -68,19 +69,19 @@ def collected(tmp_path_factory):
         },
         "source": {"use": "basins", "seeds": 2, "sets": 3, "every": 2, "lr": 1e-3},
     }  # fmt: skip
-    terms = rotating.terms(check_settings(said, "test", kind=RotateSettings))
-    pool = collecting.begun(place / "pool", terms, resume=False)
+    terms = rotating.rotate_request(check_settings(said, "test", kind=RotateSettings))
+    pool = steps.create(place / "pool", terms)
     stages: list[Step] = []
-    collecting.collect(pool, terms, progress=stages.append)
+    steps.collect(pool, terms, progress=stages.append)
     assert [f"{s.place}/{s.of_stages} {s.stage}" for s in stages if s.done == s.of] == [
         "1/6 run 1", "2/6 run 2", *(f"{2 + k}/6 surrogate {k}" for k in (1, 2, 3, 4)),
         "6/6 collected",
     ]  # fmt: skip
-    learning.learn(
+    steps.train(
         pool, terms, Codec(dims=8, hidden=64, steps=100), LatentDiffusion(width=64, depth=2, steps=100)
     )
-    drawing.draw(pool, terms, 2, by="anew")
-    drawing.draw(pool, terms, 1)
+    steps.draw(pool, terms, 2, by="retraining")
+    steps.draw(pool, terms, 1)
     return place, terms
 
 
@@ -94,7 +95,7 @@ def pool(collected, tmp_path):
 @pytest.fixture
 def serving(pool):
     """The same with a set that serves and one that waits."""
-    one, other, _ = drawing.candidates(pool)
+    one, other, _ = contents.waiting_candidates(pool)
     pool.admit(one)
     pool.swap()
     pool.admit(other)
@@ -153,7 +154,7 @@ def test_a_pool_that_serves_nothing_says_what_to_do(pool, collected):
     of = settings(pool, collected[0])
     with pytest.raises(UsageError, match="no set serves in .* holdfast rotate admit .*, then .* swap"):
         subject_of(of)
-    pool.admit(drawing.candidates(pool)[0])
+    pool.admit(contents.waiting_candidates(pool)[0])
     with pytest.raises(UsageError, match="1 admitted sets wait.*: holdfast rotate swap"):
         subject_of(of)
 
@@ -190,13 +191,13 @@ def test_a_pool_is_no_surrogate(serving, collected):
 
 
 def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collected, quick, tmp_path):
-    serving.expose(collecting.bases(serving)[0], "laptop stolen")
-    serving.expose(collecting.bases(serving)[1], "laptop stolen")
+    serving.expose(contents.bases(serving)[0], "laptop stolen")
+    serving.expose(contents.bases(serving)[1], "laptop stolen")
     of = settings(serving, collected[0], adaptive=True)
     run = tmp_path / "run"
     result = api.carry_out(of, run=run)
     found = result.summary()["rotation"]
-    assert [row["who"] for row in found["rows"]] == list(WHO)
+    assert [row["who"] for row in found["rows"]] == list(ATTACKERS)
     assert [row["who"] for row in found["instead"]] == list(INSTEAD)
     by = {row["who"]: row for row in found["rows"]}
     assert by["A0"]["holds"].startswith("4 surrogates, trained by standard on")
@@ -227,7 +228,7 @@ def test_what_else_is_trained_takes_as_many_passes(serving, collected, recipe, m
     terms, passes, forward = collected[1], [], Classifier.forward
     terms = replace(terms, candidate=replace(terms.candidate, recipe=trained_as(recipe, terms.training)))
     live = terms.of_set(serving, serving.serving.name)
-    instead = Alternatives(serving, terms, live, terms.held, terms.threat, Draws(0), FEW)
+    instead = Alternatives(serving, terms, live, terms.held_out, terms.threat, Draws(0), FEW)
 
     def counting(model, x, ids=None):
         passes[-1] += len(x) * torch.is_grad_enabled()
@@ -235,9 +236,9 @@ def test_what_else_is_trained_takes_as_many_passes(serving, collected, recipe, m
 
     monkeypatch.setattr(Classifier, "forward", counting)
     monkeypatch.setattr(Alternatives, "_row", lambda self, serves, stolen, says: says)
-    for train in (lambda: instead.tuned, instead._pgd, instead._diverse):
+    for trained in (lambda: instead.tuned, instead._pgd, instead._diverse):
         passes.append(0)
-        said = train()
+        said = trained()
     assert passes == pytest.approx([len(terms.train)] * 3, rel=0.1)
     assert said.startswith(f"as many passes: {'0.2' if hardened(terms) else '0.33'} of an epoch, and ")
 
@@ -250,7 +251,7 @@ def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, tmp_
     with pytest.raises(ZeroDivisionError):
         api.carry_out(of, run=tmp_path / "run")
     before = json.loads((tmp_path / "run" / "rotation.json").read_text())
-    assert [row["who"] for row in before["rows"]] == list(WHO[:6]) and not before["complete"]
+    assert [row["who"] for row in before["rows"]] == list(ATTACKERS[:6]) and not before["complete"]
     monkeypatch.undo()
     monkeypatch.setattr(attacked, "AttackerTable", partial(AttackerTable, means=MEANS))
     monkeypatch.setattr(attackers._Measuring, "_generator", lambda self: 1 / 0)
@@ -263,7 +264,7 @@ def test_rows_from_before_something_leaked_are_measured_anew(
     serving, collected, quick, tmp_path, monkeypatch
 ):
     of, run = settings(serving, collected[0], adaptive=True), tmp_path / "run"
-    first, second = collecting.bases(serving)[:2]
+    first, second = contents.bases(serving)[:2]
     serving.expose(first, "laptop stolen")
     from holdfast.verbs.rotate import attackers
 
@@ -294,10 +295,10 @@ def test_without_adaptive_there_is_no_table(serving, collected, quick):
 
 
 def test_a_set_beside_a_stolen_one_has_no_protection(serving, collected, quick):
-    near = serving.weights(collecting.bases(serving)[0])
+    near = serving.weights(contents.bases(serving)[0])
     near = {name: value * 1.001 for name, value in near.items()}
     serving.admit(serving.add(near, {"by": "trajectory"}))
-    serving.expose(collecting.bases(serving)[0], "laptop stolen")
+    serving.expose(contents.bases(serving)[0], "laptop stolen")
     serving.serve(serving.ahead[-1], unjudged=True)
     of = settings(serving, collected[0], adaptive=True, threat="linf:0.12")
     summary = api.carry_out(of, run=None).summary()
@@ -331,8 +332,8 @@ def share(value, half=0.01):
 
 
 def rows(**shares):
-    values = dict.fromkeys(WHO, 0.5) | shares
-    return judged([{"who": who, "share": None if v is None else share(v)} for who, v in values.items()])
+    values = dict.fromkeys(ATTACKERS, 0.5) | shares
+    return with_words([{"who": who, "share": None if v is None else share(v)} for who, v in values.items()])
 
 
 def test_words_go_by_the_interval_and_by_the_white_box():
@@ -348,30 +349,36 @@ def test_words_go_by_the_interval_and_by_the_white_box():
 
 def test_what_an_interval_leaves_open_is_unclear_and_not_untouched():
     few = {"value": 0.07, "low": 0.03, "high": 0.14, "n": 99}
-    known = [{"who": who, "share": few if who == "A1" else share(0.23)} for who in WHO]
-    found = judged(known)
+    known = [{"who": who, "share": few if who == "A1" else share(0.23)} for who in ATTACKERS]
+    found = with_words(known)
     assert [row["word"] for row in found if row["who"] in ("A0", "A1", "A2")] == [
         "untouched",
         "unclear",
         "untouched",
     ]
-    assert "A1 is unclear because there are too few inputs" in verdict(found)
+    assert "A1 is unclear because there are too few inputs" in protection_verdict(found)
 
 
 def test_where_the_set_itself_holds_or_an_interval_is_wide_nobody_says_no_protection():
-    nothing = [{"who": who, "share": share(0.0)} for who in WHO]
-    assert verdict(judged(nothing)).startswith("white-box attacks on the serving set break nothing")
+    nothing = [{"who": who, "share": share(0.0)} for who in ATTACKERS]
+    assert protection_verdict(with_words(nothing)).startswith(
+        "white-box attacks on the serving set break nothing"
+    )
     wide = {"value": 0.24, "low": 0.05, "high": 0.5, "n": 9}
-    known = [{"who": who, "share": wide if who == "A1" else share(0.25)} for who in WHO]
-    assert "no protection" not in verdict(judged(known)) and "A1 is unclear" in verdict(judged(known))
+    known = [{"who": who, "share": wide if who == "A1" else share(0.25)} for who in ATTACKERS]
+    assert "no protection" not in protection_verdict(
+        with_words(known)
+    ) and "A1 is unclear" in protection_verdict(with_words(known))
 
 
 def test_a_thief_is_compared_with_what_his_own_attacks_do_to_the_set_itself():
-    known = [{"who": who, "share": share({"A0": 0.3, "A1": 0.3, "A5": 0.9}.get(who, 0.2))} for who in WHO]
-    assert judged(known)[1]["word"] == "stopped"
+    known = [
+        {"who": who, "share": share({"A0": 0.3, "A1": 0.3, "A5": 0.9}.get(who, 0.2))} for who in ATTACKERS
+    ]
+    assert with_words(known)[1]["word"] == "stopped"
     itself = share(0.35)
-    assert judged(known, itself)[1]["word"] == "untouched"
-    assert verdict(judged(known, itself), itself).startswith("no protection: ")
+    assert with_words(known, itself)[1]["word"] == "untouched"
+    assert protection_verdict(with_words(known, itself), itself).startswith("no protection: ")
 
 
 def test_who_gets_no_more_than_without_theft_is_not_stopped_where_that_is_all():
@@ -380,12 +387,12 @@ def test_who_gets_no_more_than_without_theft_is_not_stopped_where_that_is_all():
 
 
 def test_the_verdict_names_everyone():
-    said = verdict(rows(A0=0.2, A1=0.03, A2=0.3, A5=0.8))
+    said = protection_verdict(rows(A0=0.2, A1=0.03, A2=0.3, A5=0.8))
     assert said == (
         "against the serving set, A1 is stopped; A2 is slowed; A0, A1u, A2c, A3, A4, A5 and A6 are not affected"
     )
-    assert verdict(rows(A0=0.2, A1=0.7, A5=0.8)).startswith("no protection: ")
-    assert not verdict(rows(A0=0.2, A1=0.03, A5=0.03)).startswith("no protection"), (
+    assert protection_verdict(rows(A0=0.2, A1=0.7, A5=0.8)).startswith("no protection: ")
+    assert not protection_verdict(rows(A0=0.2, A1=0.03, A5=0.03)).startswith("no protection"), (
         "what is stopped is no theft"
     )
 

@@ -7,8 +7,16 @@ import torch
 
 from holdfast.gates.judging import AtMost
 from holdfast.ops.statistics import bonferroni, paired_difference
-from holdfast.verbs.rotate.ruling import NO_DOUBTS, rulings
-from holdfast.verbs.rotate.samples import CONFIDENCE, POWER, Need, changed, measured, planned, statement
+from holdfast.verbs.rotate.admission_gates import NO_DOUBTS, gate_results
+from holdfast.verbs.rotate.samples import (
+    CONFIDENCE,
+    POWER,
+    Need,
+    changed,
+    measured_needs,
+    planned_needs,
+    statement,
+)
 from runs.test_admission import N, seen, verdicts
 
 
@@ -40,14 +48,14 @@ def test_as_many_as_are_needed_are_not_widened_and_one_less_is():
 
 
 def test_what_is_needed_is_said_before_and_after_and_what_follows():
-    before = statement(planned(1_000, judged=500), planned=True)
+    before = statement(planned_needs(1_000, judged=500), planned=True)
     assert before.startswith("the gates need about ") and "there are 1,000" in before
     assert "Tolerances are widened" in before and "training examples" in before
-    enough = statement(planned(8_000), planned=True)
+    enough = statement(planned_needs(8_000), planned=True)
     assert "widened" not in enough
     right = [torch.arange(100) < k for k in (90, 92, 94)]
     assert changed(right) == pytest.approx((0.02 + 0.02 + 0.04) / 3) and changed(right[:1]) == 0.0
-    clean, white = measured(right, right[:2], 100, 100)
+    clean, white = measured_needs(right, right[:2], 100, 100)
     assert (clean.changed, white.changed) == (changed(right), pytest.approx(0.02))
     assert (clean.looks, white.looks) == (1, 2)
 
@@ -57,5 +65,5 @@ def test_a_widened_tolerance_decides_and_is_said():
     need = Need("robust accuracy", 0.1, N, 3)
     wide = replace(found, needs={"robust accuracy": need})
     assert verdicts(found)["robust accuracy"] == "unclear" and verdicts(wide)["robust accuracy"] == "pass"
-    (gate,) = [one for one in rulings(wide, NO_DOUBTS, ()) if one.name == "robust accuracy"]
+    (gate,) = [one for one in gate_results(wide, NO_DOUBTS, ()) if one.name == "robust accuracy"]
     assert "widened from 2 points, which needs" in gate.bound and "there are 400" in gate.bound

@@ -7,10 +7,11 @@ import pytest
 
 from holdfast.core.errors import Inconclusive, UsageError
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
-from holdfast.verbs.rotate import watching
-from holdfast.verbs.rotate.drawing import candidates
+from holdfast.verbs.rotate import run as watching
+from holdfast.verbs.rotate.contents import waiting_candidates
+from holdfast.verbs.rotate.run import LoopSettings, RotationLoop
 from holdfast.verbs.rotate.verdicts import Admission, Judged
-from holdfast.verbs.rotate.watching import LoopSettings, RotationLoop
+from runs import steps
 from runs.test_rotate import IMMUNISE, collected, pool, terms, unflushed  # noqa: F401 (fixtures)
 
 
@@ -22,8 +23,9 @@ def turner(of, *triggers, keep=2, **more):
 def generous(monkeypatch):
     """An admission that takes every candidate."""
 
-    def admit(of, _, **given):
-        found = (*candidates(of), *of.unjudged)
+    def admit(request, **given):
+        of = request.pool
+        found = (*waiting_candidates(of), *of.unjudged)
         for name in found:
             of.admit(name, against=[one.name for one in of.ledger.exposed()])
         return Admission(tuple(Judged(name, "admitted", (), "") for name in found), ())
@@ -35,8 +37,9 @@ def generous(monkeypatch):
 def strict(monkeypatch):
     """One that takes none."""
 
-    def admit(of, _, **given):
-        found = candidates(of)
+    def admit(request, **given):
+        of = request.pool
+        found = waiting_candidates(of)
         for name in found:
             of.refuse(name, "it falls")
         judged = tuple(Judged(name, "refused", (), "it falls", by="A1") for name in found)
@@ -59,14 +62,14 @@ def test_begins_with_one_that_serves_and_as_many_ahead_as_wanted(pool):  # noqa:
 def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):  # noqa: F811
     one = turner(pool, AnswersPerPrincipal(50))
     one.begin()
-    assert one.look() and pool.serving.epoch == 1
+    assert one.check() and pool.serving.epoch == 1
     pool.answered(1, {"alice": 49, "bob": 30})
-    assert one.look() and pool.serving.epoch == 1
+    assert one.check() and pool.serving.epoch == 1
     pool.answered(1, {"alice": 1})
-    assert one.look() and pool.serving.epoch == 2 and len(pool.ahead) == 2
+    assert one.check() and pool.serving.epoch == 2 and len(pool.ahead) == 2
     waited = pool.ahead
     pool.expose(pool.serving.name, "laptop stolen")
-    assert one.look() and pool.serving.epoch == 3
+    assert one.check() and pool.serving.epoch == 3
     assert pool.ledger.member(pool.serving.name).why == "listed as stolen: laptop stolen"
     assert len(pool.ahead) == 2 and set(waited) & set(pool.ahead) and not pool.unjudged, "judged again"
 
@@ -89,16 +92,16 @@ def test_an_exposure_does_not_wait_until_the_pool_is_full_again(pool, monkeypatc
 
     monkeypatch.setattr(watching, "draw", drawn)
     monkeypatch.setattr(watching, "admit", admitted)
-    assert one.look()
+    assert one.check()
     assert served[:2] == [1, 2], "it swapped before what was drawn was judged"
-    assert len(pool.ahead) == 3 and one.look() and len(pool.ahead) == 4
+    assert len(pool.ahead) == 3 and one.check() and len(pool.ahead) == 4
 
 
 @pytest.mark.usefixtures("generous")
 def test_time_counts_from_when_the_ledger_says(pool, monkeypatch):  # noqa: F811
     one = turner(pool, Elapsed(3600))
     one.begin()
-    assert one.look() and pool.serving.epoch == 1
+    assert one.check() and pool.serving.epoch == 1
 
     class Later(datetime):
         hours = 2
@@ -110,14 +113,14 @@ def test_time_counts_from_when_the_ledger_says(pool, monkeypatch):  # noqa: F811
             return later
 
     monkeypatch.setattr(watching, "datetime", Later)
-    assert one.look() and pool.serving.epoch == 2
+    assert one.check() and pool.serving.epoch == 2
 
 
 @pytest.fixture
 def begun(pool, monkeypatch, strict):  # noqa: F811
     """A turner whose first set serves and whose second waits, before admissions refuse everything; what it says."""
     for name in ("first", "second"):
-        (drawn,) = watching.draw(pool, terms(), 1).names
+        (drawn,) = steps.draw(pool, terms(), 1).names
         pool.admit(drawn, name)
     one, said = turner(pool, AnswersPerPrincipal(5), keep=1), []
     one.begin()
@@ -131,7 +134,7 @@ def test_where_nothing_is_admitted_and_none_waits_what_serves_goes_on_and_it_end
     with pytest.raises(
         Inconclusive, match="5 sets trained from fresh weights were refused in a row"
     ) as caught:
-        one.turn(looks=3, sleep=lambda _: None)
+        one.watch(checks=3, sleep=lambda _: None)
     assert caught.value.exit_code == 4
     now = pool.serving
     assert now.epoch == 2, "the one that waited serves"
@@ -144,8 +147,8 @@ def test_where_nothing_is_admitted_and_none_waits_what_serves_goes_on_and_it_end
 
 def test_where_others_wait_it_goes_on_without_keeping_a_core_busy(pool, begun):  # noqa: F811
     one, said = begun
-    one.how, waited = replace(one.how, keep=2), []
-    one.turn(looks=1, sleep=waited.append)
+    one.settings, waited = replace(one.settings, keep=2), []
+    one.watch(checks=1, sleep=waited.append)
     assert pool.serving.epoch == 1 and len(pool.ahead) == 1, "nothing is due, and one set waits"
     assert waited[-1] > 30 and "were refused in a row" in said[-1]
 
@@ -153,8 +156,12 @@ def test_where_others_wait_it_goes_on_without_keeping_a_core_busy(pool, begun): 
 def test_what_was_admitted_serves_although_too_few_were(pool, monkeypatch):  # noqa: F811
     left = iter([True] + [False] * 99)
 
-    def admit(of, _, **given):
-        found = [(name, "admitted" if next(left) else "refused") for name in (*candidates(of), *of.unjudged)]
+    def admit(request, **given):
+        of = request.pool
+        found = [
+            (name, "admitted" if next(left) else "refused")
+            for name in (*waiting_candidates(of), *of.unjudged)
+        ]
         for name, verdict in found:
             (of.admit if verdict == "admitted" else of.refuse)(name, "it was judged")
         return Admission(tuple(Judged(name, verdict, (), "it was judged") for name, verdict in found), ())
@@ -172,10 +179,10 @@ def test_only_an_exposure_lets_a_set_serve_that_was_not_judged_against_it(pool):
     base = next(member.name for member in pool.ledger.members if member.role == "base")
     pool.expose(base, "laptop stolen")
     pool.answered(1, {"alice": 5})
-    one._turn()
+    one.swap_if_due()
     assert pool.serving.epoch == 1 and len(pool.unjudged) == 1, "answers alone wait for the judgement"
     pool.expose(pool.serving.name, "")
-    one._turn()
+    one.swap_if_due()
     assert pool.serving.epoch == 2, "whatever the reason says, and be it nothing"
 
 
@@ -186,9 +193,9 @@ def test_it_waits_where_another_process_draws(pool):  # noqa: F811
     one.notify = said.append
     pool.answered(1, {"alice": 5})
     with pool.alone_at("draw"):
-        assert not one.look() and pool.serving.epoch == 2, "what waited serves"
+        assert not one.check() and pool.serving.epoch == 2, "what waited serves"
     assert "another process runs draw" in said[-1]
-    assert one.look() and len(pool.ahead) == 1
+    assert one.check() and len(pool.ahead) == 1
 
 
 @pytest.mark.usefixtures("strict")
@@ -245,7 +252,7 @@ def test_a_schedule_that_became_faster_than_generation_is_told_and_a_filling_end
     assert pool.serving.epoch > 1
     assert sum("a swap is due every 1e-06 s" in text for text in said) == 1
     before = pool.serving.epoch
-    one.turn(looks=2, sleep=lambda _: None)
+    one.watch(checks=2, sleep=lambda _: None)
     assert pool.serving.epoch >= before + 2
 
 
@@ -255,9 +262,9 @@ def test_it_says_that_nothing_serves_any_more(pool):  # noqa: F811
     one.begin()
     pool.retire(pool.serving.name, "by hand")
     one.notify = said.append
-    assert not one.look() and "no set serves" in said[-1]
+    assert not one.check() and "no set serves" in said[-1]
     assert pool.serving is None
 
 
 def replace_every(one, trigger):
-    return RotationLoop(one.pool, one.request, replace(one.how, triggers=(trigger,)))
+    return RotationLoop(one.pool, one.common, replace(one.settings, triggers=(trigger,)))

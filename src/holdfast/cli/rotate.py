@@ -1,6 +1,6 @@
 """`holdfast rotate`: a pool of parameter sets that serve in turn."""
 
-from typing import Any, Literal
+from typing import Any
 
 import click
 
@@ -14,6 +14,19 @@ _JUDGING = options_of(RotateSettings, only=("gates", "accept_doubts"))
 _OF_POOL = options_of(RotateSettings, only=("device", "trust_code"))
 _LOOP = ("gates", "accept_doubts", "every", "min_waiting")
 _COLLECTING = options_of(RotateSettings, only=[key for key in flag_names(RotateSettings) if key not in _LOOP])
+
+
+class _By(click.Choice):  # type: ignore[type-arg]  # generic in new versions of click only
+    """A way of generating sets. An earlier name is passed on; the step accepts it with a note."""
+
+    def __init__(self) -> None:
+        super().__init__(["generator", "retraining"])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the name, if it is known."""
+        return value if value == "anew" else super().convert(value, param, ctx)
+
+
 _EXPECTING = click.option(
     "--expect-head",
     default="",
@@ -87,7 +100,7 @@ def train(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
 )
 @click.option(
     "--by",
-    type=click.Choice(["generator", "anew"]),
+    type=_By(),
     help="Sample from the generator, or train from fresh random weights (default: generator, if there is one).",
 )
 @click.option(
@@ -106,7 +119,7 @@ def draw(
     *,
     pool: str,
     wanted: int | None,
-    by: Literal["generator", "anew"] | None,
+    by: str | None,
     immunising: bool,
     resume: bool,
     expect_head: str,
@@ -236,7 +249,7 @@ def expose(voice: Voice, *, pool: str, name: str, why: str, expect_head: str) ->
 @click.option("--resume", is_flag=True, help="Continue with the pool in --run.")
 @click.option(
     "--by",
-    type=click.Choice(["generator", "anew"]),
+    type=_By(),
     help="Sample from the generator, or train from fresh random weights (default: generator, until its sets are "
     "refused).",
 )
@@ -255,7 +268,7 @@ def run_(
     *,
     run: str | None,
     resume: bool,
-    by: Literal["generator", "anew"] | None,
+    by: str | None,
     immunising: bool,
     once: bool,
     expect_head: str,

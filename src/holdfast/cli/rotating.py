@@ -2,9 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +11,28 @@ from rich.table import Table
 
 from holdfast.cli.options import Voice
 from holdfast.cli.running import command_line, progress_bar
-from holdfast.config import rotating
+from holdfast.config import rotate_requests
 from holdfast.config.settings import RotateSettings, canonical_settings
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
-from holdfast.core.errors import Inconclusive, LostLoss, UsageError
+from holdfast.core.errors import UsageError
 from holdfast.core.names import line
-from holdfast.engine.progress import Progress
 from holdfast.engine.resuming import way_out
-from holdfast.engine.signals import Stopper, stoppable
+from holdfast.engine.signals import stoppable
 from holdfast.reports.terminal import cell
-from holdfast.rotation import next_set
 from holdfast.store import migrating
 from holdfast.store.files import usable, write_atomically
 from holdfast.store.pool import NAME_DIGITS, Pool
 from holdfast.store.records import document
-from holdfast.verbs.rotate import admission, collecting, drawing, learning
-from holdfast.verbs.rotate.collecting import Collected
-from holdfast.verbs.rotate.drawing import By
-from holdfast.verbs.rotate.request import RotateRequest
-from holdfast.verbs.rotate.samples import planned, statement
-from holdfast.verbs.rotate.status import UNJUDGED, standing
+from holdfast.verbs.rotate import admit as admission
+from holdfast.verbs.rotate import collect as collection
+from holdfast.verbs.rotate import draw as drawing
+from holdfast.verbs.rotate import expose as exposure
+from holdfast.verbs.rotate import run as rotation_run
+from holdfast.verbs.rotate import status as pool_status
+from holdfast.verbs.rotate import swap as swapping
+from holdfast.verbs.rotate import train as training
 from holdfast.verbs.rotate.verdicts import Judged
-from holdfast.verbs.rotate.watching import LoopSettings, RotationLoop
 from holdfast.verbs.stored_runs import new_folder
 
 _STDOUT = "-"
@@ -43,68 +40,38 @@ _AHEAD = 2
 """Least number of admitted sets that should wait, so that a swap is always possible."""
 
 
-@dataclass(frozen=True)
-class _Begun:
-    """A pool whose collection is complete, with the inputs of the next steps."""
-
-    pool: Pool
-    terms: RotateRequest
-    collected: Collected
-    again: str
-    """advice how to continue if it is stopped"""
-    stopper: Stopper
-    progress: Progress
-
-
-@contextmanager
-def _begun(
-    settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool, expect_head: str
-) -> Iterator[_Begun]:
-    folder = Path(run) if run else new_folder("rotate", digest(as_bytes(canonical_settings(settings))))
-    again = way_out(command_line(), folder)
-    with stoppable(again) as stopper, progress_bar(voice) as progress:
-        terms = rotating.terms(settings)
-        pool = collecting.begun(folder, terms, resume=resume, expect_head=expect_head, notify=voice.say)
-        voice.say(statement(planned(len(terms.held), settings.options.n_judged), planned=True))
-        for note in terms.notes:
-            voice.say(f"note: {note}")
-        collected = collecting.collect(
-            pool,
-            terms,
-            budget_s=rotating.budget_s(settings),
-            stopper=stopper,
-            notify=voice.say,
-            progress=progress,
-        )
-        yield _Begun(pool, terms, collected, again, stopper, progress)
-
-
 def collect(
     settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool, expect_head: str
 ) -> int:
     """Train and encrypt the first sets of a pool. Returns exit code 0 when complete."""
-    with _begun(settings, voice, run=run, resume=resume, expect_head=expect_head) as begun:
-        collected = begun.collected
+    folder = _folder(settings, run)
+    again = way_out(command_line(), folder)
+    with stoppable(again), progress_bar(voice) as progress:
+        request = rotate_requests.collect_request(settings, folder, resume=resume, expect_head=expect_head)
+        collected = collection.collect(request, again=again, notify=voice.say, progress=progress)
     accuracy = ", ".join(f"{100 * share:.1f}" for share in collected.accuracy)
     click.echo(
         f"{collected.sets} sets of {collected.runs} trainings of {collected.epochs} epochs; "
         f"accuracy of the bases: {accuracy} %"
     )
-    voice.say(f"pool: {begun.pool.path}")
+    voice.say(f"pool: {collected.pool.path}")
     return 0
+
+
+def _folder(settings: RotateSettings, run: str | None) -> Path:
+    """The folder of a pool: the given one, or a new one whose name contains the digest of the settings."""
+    return Path(run) if run else new_folder("rotate", digest(as_bytes(canonical_settings(settings))))
 
 
 def train(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str) -> int:
     """Train a generator. Returns exit code 0 when it is stored."""
-    opened = Pool.held(Path(pool), expect_head=expect_head)
-    with stoppable(f"an earlier generator is kept, start again with: {command_line()}"):
-        terms = rotating.reopened(opened, settings)
-        learned = learning.learn(
-            opened, terms, rotating.codec(settings), rotating.diffusion(settings), notify=voice.say
-        )
+    again = f"an earlier generator is kept, start again with: {command_line()}"
+    with stoppable(again):
+        request = rotate_requests.train_request(Path(pool), settings, expect_head=expect_head)
+        trained = training.train(request, again=again, notify=voice.say)
     click.echo(
-        f"generator trained on {learned.sets} sets of {learned.parameters:,} parameters in "
-        f"{learned.codec_s + learned.diffusion_s:.0f} s; the codec costs {100 * learned.accuracy_lost:.2f} points of "
+        f"generator trained on {trained.sets} sets of {trained.parameters:,} parameters in "
+        f"{trained.codec_s + trained.diffusion_s:.0f} s; the codec costs {100 * trained.accuracy_lost:.2f} points of "
         f"accuracy"
     )
     return 0
@@ -116,26 +83,19 @@ def draw(
     voice: Voice,
     *,
     wanted: int | None,
-    by: By | None,
+    by: str | None,
     immunising: bool,
     resume: bool,
     expect_head: str,
 ) -> int:
     """Add candidates to a pool. Returns exit code 0 when complete."""
-    opened = Pool.held(Path(pool), expect_head=expect_head)
     again = f"finished steps are stored; resume with: {command_line()}{'' if resume else ' --resume'}"
-    with stoppable(again) as stopper:
-        terms = rotating.reopened(opened, settings)
-        drawn = drawing.draw(
-            opened,
-            terms,
-            wanted,
-            by=by,
-            immunise=rotating.immunise(settings) if immunising else None,
-            resume=resume,
-            stopper=stopper,
-            notify=voice.say,
-        )
+    with stoppable(again):
+        request = rotate_requests.draw_request(
+            Path(pool), settings, sets=wanted, by=by, immunising=immunising, resume=resume,
+            expect_head=expect_head, notify=voice.say,
+        )  # fmt: skip
+        drawn = drawing.draw(request, again=again, notify=voice.say)
     against = f", immunised against {len(drawn.against)} sets" if drawn.against else ""
     how = "sampled from the generator" if drawn.by == "generator" else "trained from fresh random weights"
     click.echo(f"{len(drawn.names)} candidates {how}, selected from {drawn.looked_at}{against}")
@@ -145,20 +105,10 @@ def draw(
 
 def admit(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str) -> int:
     """Judge the candidates of a pool. Returns exit code 0 if one was admitted, 4 if none."""
-    opened = Pool.held(Path(pool), expect_head=expect_head)
     again = f"finished steps are stored; resume with: {command_line()}"
-    with stoppable(again) as stopper, progress_bar(voice) as progress:
-        result = admission.admit(
-            opened,
-            rotating.reopened(opened, settings),
-            claims=settings.judgement.gates,
-            accepted=settings.judgement.accept_doubts,
-            judged=settings.options.n_judged,
-            again=again,
-            stopper=stopper,
-            notify=voice.say,
-            progress=progress,
-        )
+    with stoppable(again), progress_bar(voice) as progress:
+        request = rotate_requests.admit_request(Path(pool), settings, expect_head=expect_head)
+        result = admission.admit(request, again=again, notify=voice.say, progress=progress)
     for judged in result.judged if voice.verbose else ():
         _show_gates(judged, voice)
     click.echo(f"{len(result.admitted)} of {len(result.judged)} candidates admitted")
@@ -173,7 +123,7 @@ def turn(
     *,
     run: str | None,
     resume: bool,
-    by: By | None,
+    by: str | None,
     immunising: bool,
     once: bool,
     expect_head: str,
@@ -181,92 +131,52 @@ def turn(
     """Run all steps, and then swap whenever it is due until stopped. Returns exit code 0, with `once` after the
     steps.
     """
-    triggers = rotating.triggers(settings)
-    if not (triggers or once):
-        raise UsageError(
-            "no condition for swaps is given; add --every 50q/principal or --every 24h, or --once"
-        )
-    with _begun(settings, voice, run=run, resume=resume, expect_head=expect_head) as begun:
-        pool, terms = begun.pool, begun.terms
-        how = LoopSettings(
-            triggers,
-            settings.options.min_waiting,
-            rotating.immunise(settings) if immunising else None,
-            _made_by(begun, settings, voice, by),
-            claims=settings.judgement.gates,
-            accepted=settings.judgement.accept_doubts,
-            judged=settings.options.n_judged,
-            again=begun.again,
-        )
-        turner = RotationLoop(pool, terms, how, begun.stopper, voice.say, begun.progress)
-        turner.begin()
-        voice.say(f"pool: {pool.path}")
-        if not once:
-            now = pool.serving
-            serves = f"{now.name} serves as epoch {now.epoch}" if now else "no set serves"
-            voice.say(
-                f"{serves}, {len(pool.ahead)} wait; from now on sets are swapped whenever a swap is due, until Ctrl-C"
-            )
-            turner.turn()
+    folder = _folder(settings, run)
+    again = way_out(command_line(), folder)
+    with stoppable(again), progress_bar(voice) as progress:
+        request = rotate_requests.run_request(
+            settings, folder, by=by, immunising=immunising, once=once, resume=resume,
+            expect_head=expect_head, notify=voice.say,
+        )  # fmt: skip
+        rotation_run.run(request, again=again, notify=voice.say, progress=progress)
     return 0
-
-
-def _made_by(begun: _Begun, settings: RotateSettings, voice: Voice, asked: By | None) -> By | None:
-    """Train a generator if it is needed. Returns how sets are made: `asked`, or `anew` if that training failed."""
-    if asked == "anew" or begun.collected.sets == 1 or learning.what_was_learned(begun.pool) is not None:
-        return asked
-    codec, diffusion = rotating.codec(settings), rotating.diffusion(settings)
-    try:
-        learning.learn(begun.pool, begun.terms, codec, diffusion, notify=voice.say)
-    except (Inconclusive, LostLoss) as error:
-        if asked is not None:
-            raise
-        voice.say(f"note: {error}; sets are trained from fresh random weights")
-        return "anew"
-    return asked
 
 
 def swap(pool: str, voice: Voice, *, why: str, unjudged: bool, expect_head: str) -> int:
     """Let another set serve. Returns exit code 0."""
     opened = Pool.held(Path(pool), expect_head=expect_head)
-    old = opened.unjudged
-    now = opened.swap(why=why, choose=next_set, unjudged=unjudged)
-    click.echo(f"{now.name} serves as epoch {now.epoch}")
-    if now.name in old:
-        voice.say(f"note: {UNJUDGED}")
-    left = len(opened.ahead)
-    if left < _AHEAD:
+    swapped = swapping.swap(swapping.SwapRequest(opened, why, unjudged))
+    click.echo(f"{swapped.name} serves as epoch {swapped.epoch}")
+    if swapped.unjudged:
+        voice.say(f"note: {swapping.UNJUDGED}")
+    if swapped.waiting < _AHEAD:
         voice.say(
-            f"note: {left} admitted sets wait, fewer than the recommended {_AHEAD}; draw and admit more before the "
-            "next swap"
+            f"note: {swapped.waiting} admitted sets wait, fewer than the recommended {_AHEAD}; draw and admit more "
+            "before the next swap"
         )
     return 0
 
 
 def expose(pool: str, name: str, voice: Voice, *, why: str, expect_head: str) -> int:
     """Record that an attacker may have a set. Returns exit code 0 when the ledger contains it."""
-    if not why.strip():
-        raise UsageError("the exposure has no reason; describe what happened with --why TEXT")
     opened = Pool.held(Path(pool), expect_head=expect_head)
-    opened.expose(name, why)
+    exposed = exposure.expose(exposure.ExposeRequest(opened, name, why))
     click.echo(f"{name} is listed as exposed: {line(why)}")
-    serving = opened.serving
-    if serving is not None and serving.name == name:
+    if exposed.serving:
         voice.say(f"it is still the serving set; replace it: holdfast rotate swap {shlex.quote(pool)}")
-    if opened.unjudged:
+    if exposed.unjudged:
         voice.say(
-            f"{len(opened.unjudged)} waiting sets must be judged again: holdfast rotate admit {shlex.quote(pool)}"
+            f"{exposed.unjudged} waiting sets must be judged again: holdfast rotate admit {shlex.quote(pool)}"
         )
     return 0
 
 
 def head(pool: str, voice: Voice, *, expect_head: str) -> int:
     """Print the digest of the last entry. Returns exit code 0 if the ledger is valid."""
-    ledger = Pool.held(Path(pool), expect_head=expect_head).ledger
-    latest = ledger.head
-    click.echo(latest)
+    latest = pool_status.head(Pool.held(Path(pool), expect_head=expect_head))
+    click.echo(latest.digest)
     voice.say(
-        f"this is the digest of entry {ledger.entry_of(latest)}; store it outside the folder. A later command with "
+        f"this is the digest of entry {latest.entries}; store it outside the folder. A later command with "
         f"--expect-head DIGEST refuses an older copy of the folder"
     )
     return 0
@@ -295,7 +205,7 @@ def status(pool: str, voice: Voice, *, outputs: Sequence[str], expect_head: str)
     for output in outputs:
         if output != _STDOUT and Path(output).suffix != ".json":
             raise UsageError(f"-o {output} is not possible for a pool; write -o FILE.json, or - for stdout")
-    overview = standing(Pool.held(Path(pool), expect_head=expect_head))
+    overview = pool_status.status(Pool.held(Path(pool), expect_head=expect_head))
     for output in outputs:
         if output != _STDOUT:
             with usable(Path(output)):

@@ -40,5 +40,5 @@ def _measured(
     pool = pool_of(address)
     assert pool is not None
     trusted = {"device": device, "trust_code": trust_code}
-    terms = rotating.reopened(pool, check_settings(trusted, address, kind=RotateSettings))
-    return AttackerTable(pool, terms)(evidence, judged_on, known=known, keep=keep, progress=progress)
+    request = rotating.reopened(pool, check_settings(trusted, address, kind=RotateSettings))
+    return AttackerTable(pool, request)(evidence, judged_on, known=known, keep=keep, progress=progress)

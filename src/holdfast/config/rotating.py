@@ -1,4 +1,4 @@
-"""Converts settings of a rotation to the inputs of its steps: the terms of a pool, its models and its triggers."""
+"""Converts settings of a rotation to the inputs of its steps: the request of a pool, its model, data and triggers."""
 
 from holdfast import rotation
 from holdfast.config import hardening, resolve
@@ -15,18 +15,21 @@ from holdfast.rotation.triggers import Trigger
 from holdfast.sources.cards import trained_by
 from holdfast.store.pool import Pool
 from holdfast.verbs.candidates import Candidate
-from holdfast.verbs.rotate.request import RotateRequest, parted, ready
+from holdfast.verbs.rotate.request import RotateRequest, split_examples, trainable_subject
 
 _OPENING = (
     "model", "data", "arch", "model_args", "bounds", "mean", "std", "data_normalised", "layout",
     "model_output", "classes", "class_names", "class_order", "split", "label", "drop", "x", "y", "fit", "threat",
     "recipe", "source", "initialisation", "seed",
 )  # fmt: skip
-"""Settings with which the terms of a pool are opened again."""
+"""Settings with which the model and the data of a pool are opened again."""
 
 
-def terms(settings: RotateSettings) -> RotateRequest:
-    """Return the terms of the settings. Raises `UsageError` and `TargetError`."""
+def rotate_request(settings: RotateSettings) -> RotateRequest:
+    """Return the settings that all sets of a pool share, with the opened model and data.
+
+    Raises `UsageError` and `TargetError`.
+    """
     sources = resolve.sources_at(settings)
     subject, training, _, test = hardening.open_for_hardening(sources, settings.others.fit, None)
     model = subject.model
@@ -38,13 +41,13 @@ def terms(settings: RotateSettings) -> RotateRequest:
         )
     device = device_of(settings.device.device)
     name = settings.others.fit or settings.data.address or ""
-    examples = parted(training, test, name, model.classes or int(training.y.max()) + 1, sources.seed)
+    examples = split_examples(training, test, name, model.classes or int(training.y.max()) + 1, sources.seed)
     plain = plain_settings(settings)
     opening = {key: plain[key] for key, _, given in items(settings) if given and key in _OPENING}
     return RotateRequest(
-        subject=ready(subject, device, examples),
+        subject=trainable_subject(subject, device, examples),
         threat=threat,
-        said=settings.threat.threat,
+        threat_text=settings.threat.threat,
         candidate=_candidate(settings),
         source=source(settings),
         examples=examples,
@@ -56,7 +59,7 @@ def terms(settings: RotateSettings) -> RotateRequest:
 
 
 def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
-    """Return the terms of an existing pool, from its manifest.
+    """Return the request with which an existing pool was created, from its manifest.
 
     Only `device` and the trust in code come from the settings.
 
@@ -64,21 +67,20 @@ def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
     manifest raise `UsageError`.
     """
     refuse_code_in_pool(pool, trust_code=settings.model.trust_code)
-    created = said_of(pool)
-    said = {**created, "device": settings.device.device, "trust_code": settings.model.trust_code}
-    present = {key: value for key, value in said.items() if value is not None}
+    own = {"device": settings.device.device, "trust_code": settings.model.trust_code}
+    present = {key: value for key, value in {**said_of(pool), **own}.items() if value is not None}
     opening = check_settings(present, str(pool.path), kind=RotateSettings)
     stored = {key: value for key, value, _ in items(opening)}
-    for key, mine, given in items(settings):
-        own = stored[key]
-        if given and key in _OPENING and mine != own:
+    for key, value, given in items(settings):
+        expected = stored[key]
+        if given and key in _OPENING and value != expected:
             raise UsageError(
-                f"{key} is {own} in {str(pool.path)!r}, and {mine} was given; leave it out, or create another pool "
-                f"with holdfast rotate collect"
+                f"{key} is {expected} in {str(pool.path)!r}, and {value} was given; leave it out, or create another "
+                f"pool with holdfast rotate collect"
             )
-    reopened_terms = terms(opening)
-    reopened_terms.refuse_other(pool)
-    return reopened_terms
+    request = rotate_request(opening)
+    request.refuse_other(pool)
+    return request
 
 
 def _candidate(settings: RotateSettings) -> Candidate:

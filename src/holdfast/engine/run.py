@@ -1,7 +1,7 @@
 """One attempt at a run: it computes the artefacts that the store does not have yet, and stores each of them.
 
-`Run.document` and `Run.stage` are the steps of a run. Each is skipped if its artefact is stored. A stage with shards
-is divided among the processes of the executor, and each shard is stored when it is finished.
+`Run.document`, `Run.stage` and `Run.step` are the steps of a run. Each is skipped if its artefact is stored. A stage
+with shards is divided among the processes of the executor, and each shard is stored when it is finished.
 """
 
 import math
@@ -75,21 +75,27 @@ class Run:
 
     def stage(self, name: str, compute: Callable[[], Columns]) -> StoredStage:
         """The columns of a stage without shards, which are computed and stored unless they are stored already."""
+
+        def measured() -> StoredStage:
+            try:
+                return StoredStage(compute())
+            except OutOfTime:
+                return StoredStage({"id": torch.empty(0, dtype=torch.int64)}, 0)
+
+        return self.step(name, measured)
+
+    def step(self, name: str, compute: Callable[[], StoredStage]) -> StoredStage:
+        """The artefact of a step, which is computed and stored unless it is stored already."""
         if (stored := self.store.stage(name)) is not None:
             return stored
         self.store.begin(name, 0)
         stopwatch = Stopwatch(self.store, name)
-        columns: Columns = {"id": torch.empty(0, dtype=torch.int64)}
-        reached = None
-        try:
-            columns = compute()
-        except OutOfTime:
-            reached = 0
+        artefact = compute()
         with self.stopper.finishing():
-            self.store.complete(name, columns, reached)
+            self.store.complete(name, artefact.columns, artefact.reached, artefact.about)
             stopwatch.tick(done=True)
         self.stored(name, None)
-        return StoredStage(columns, reached)
+        return artefact
 
     def sharded_stage(self, name: str, shards: Callable[[], Shards]) -> StoredStage:
         """The columns of a stage with shards. The executor measures the shards that are not stored yet.
@@ -112,11 +118,12 @@ class Run:
         reached = next((shard for shard in range(len(self.shards)) if shard not in done), None)
         whole = [done[shard] for shard in sorted(done) if reached is None or shard < reached]
         columns = work.join(whole) if whole else {"id": torch.empty(0, dtype=torch.int64)}
+        artefact = StoredStage(columns, reached)
         with self.stopper.finishing():
-            self.store.complete(name, columns, reached)
+            self.store.complete(name, artefact.columns, artefact.reached, artefact.about)
         if reached is not None:
             self.stored(name, None)
-        return StoredStage(columns, reached)
+        return artefact
 
     def keep(self, stage: str, shard: int, columns: Columns, stopwatch: Stopwatch | None = None) -> None:
         """Store a finished shard and its time. A signal takes effect after the write.

@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from holdfast.core.evidence import Columns, Seconds
@@ -26,10 +27,17 @@ class Store(Protocol):
     def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
         """Store a finished shard."""
 
-    def complete(self, stage: str, columns: Columns, reached: int | None = None) -> None:
+    def complete(
+        self,
+        stage: str,
+        columns: Columns,
+        reached: int | None = None,
+        about: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         """Store the columns of a whole stage, and drop its shards.
 
-        `reached` is the number of measured shards if time ran out, else None.
+        `reached` is the number of measured shards if time ran out, else None. `about` are plain values that describe
+        the columns.
         """
 
     def document(self, kind: str) -> Mapping[str, Any] | None:
@@ -76,9 +84,15 @@ class MemoryStore:
         """Store a finished shard."""
         self._shards[stage][shard] = columns
 
-    def complete(self, stage: str, columns: Columns, reached: int | None = None) -> None:
+    def complete(
+        self,
+        stage: str,
+        columns: Columns,
+        reached: int | None = None,
+        about: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         """Store the columns of a whole stage, and drop its shards."""
-        self._stages[stage] = StoredStage(columns, reached)
+        self._stages[stage] = StoredStage(columns, reached, about)
         self._shards.pop(stage, None)
 
     def document(self, kind: str) -> Mapping[str, Any] | None:

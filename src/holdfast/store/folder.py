@@ -8,8 +8,9 @@ step may be interrupted by a kill; the next process repeats it.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from holdfast.core.chain import canonical, digest
@@ -71,6 +72,8 @@ class StoredStage:
     columns: Columns
     reached: int | None = None
     """number of measured shards if time ran out; the columns contain only these"""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """plain values that describe the columns, such as the accuracy of a trained network"""
 
 
 class RunFolder:
@@ -112,13 +115,19 @@ class RunFolder:
                 flush_folder(self.path)
         column_files.write(_shard_path(folder, shard), columns, {"stage": stage, "shard": shard})
 
-    def complete(self, stage: str, columns: Columns, reached: int | None = None) -> None:
+    def complete(
+        self,
+        stage: str,
+        columns: Columns,
+        reached: int | None = None,
+        about: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         """Write the columns of a whole stage, record them in the chain, and then delete its shards."""
         self.leases.refuse_lost()
         path = self.path / f"{stage}{column_files.SUFFIX}"
         splits = [split for split in self.splits() if split["stage"] == stage]
         rows = len(columns["id"])
-        found = column_files.write(path, columns, {"stage": stage, "rows": rows})
+        found = column_files.write(path, columns, {"stage": stage, "rows": rows, **about})
         record = {"kind": "stage", "name": stage, "file": path.name, "digest": found, "rows": rows}
         cut = {} if reached is None else {"reached": reached}
         self.chain.add(record | ({"splits": splits} if splits else {}) | cut)
@@ -256,7 +265,8 @@ def read_stage(path: Path, chain: Chain, name: str) -> StoredStage | None:
     file_content = column_files.read(file)
     if file_content.digest != recorded["digest"]:
         raise TargetError(f"{str(file)!r} is not the {name} that the chain recorded; restore it from a copy")
-    return StoredStage(file_content.columns, recorded.get("reached"))
+    about = {key: value for key, value in file_content.about.items() if key not in ("stage", "rows")}
+    return StoredStage(file_content.columns, recorded.get("reached"), about)
 
 
 def recorded_document(path: Path, chain: Chain, kind: str) -> dict[str, Any] | None:

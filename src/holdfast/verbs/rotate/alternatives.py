@@ -29,7 +29,7 @@ from holdfast.rotation import Distilled, Immunise, Members
 from holdfast.rotation.collecting import last_of, rows_of
 from holdfast.rotation.transfer_attacks import TransferAttacker, noisy
 from holdfast.store.pool import Pool
-from holdfast.verbs.rotate.collecting import members, surrogates
+from holdfast.verbs.rotate.contents import collected_members, surrogates
 from holdfast.verbs.rotate.request import RotateRequest
 
 NOISE = 0.3
@@ -148,7 +148,7 @@ class Alternatives:
     @cached_property
     def _run(self) -> Members | None:
         """The sets of the first run; None if it has only one."""
-        whole = members(self.pool)
+        whole = collected_members(self.pool)
         rows = (whole.basins == whole.basins[0]).nonzero()[:, 0]
         return whole.take(rows) if len(rows) > 1 else None
 
@@ -157,18 +157,23 @@ class Alternatives:
         right = _right(serves, self.batch)
         clean, some = proportion(right), self.batch.take(right)
         if not len(some):
-            return {"clean": said(clean), "thief": None, "white": None, "says": says}
+            return {"clean": share_json(clean), "thief": None, "white": None, "says": says}
         from_stolen = self._worst(serves, stolen, some)
         white = from_stolen if stolen is serves else self._worst(serves, serves, some)
-        return {"clean": said(clean), "thief": said(from_stolen), "white": said(white), "says": says}
+        return {
+            "clean": share_json(clean),
+            "thief": share_json(from_stolen),
+            "white": share_json(white),
+            "says": says,
+        }
 
-    def _worst(self, serves: Classifier, held: Classifier, some: Batch) -> Estimate:
-        examples = self.transfer_attacker.crafted([held], some, self.threat, rng=self.rng.at("instead"))
-        fell = [~_right(serves, some.at(x)) for x in examples.values()]
-        return max((proportion(mask) for mask in fell), key=lambda share: share.value)
+    def _worst(self, serves: Classifier, source: Classifier, some: Batch) -> Estimate:
+        examples = self.transfer_attacker.crafted([source], some, self.threat, rng=self.rng.at("instead"))
+        broken = [~_right(serves, some.at(x)) for x in examples.values()]
+        return max((proportion(mask) for mask in broken), key=lambda share: share.value)
 
 
-def said(share: Estimate) -> Json:
+def share_json(share: Estimate) -> Json:
     """A share with its interval as a document stores it."""
     return {"value": share.value, "low": share.low, "high": share.high, "n": share.n}
 

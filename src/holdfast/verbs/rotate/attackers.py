@@ -30,15 +30,14 @@ from holdfast.rotation.collecting import begun_anew, last_of, rows_of
 from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.store.pool import Pool
 from holdfast.verbs.request import Keep
-from holdfast.verbs.rotate.alternatives import Alternatives, doubt, said
-from holdfast.verbs.rotate.collecting import bases, bases_left, surrogates
-from holdfast.verbs.rotate.learning import learned
+from holdfast.verbs.rotate.alternatives import Alternatives, doubt, share_json
+from holdfast.verbs.rotate.contents import bases, bases_left, generator_of, surrogates
 from holdfast.verbs.rotate.query_search import AcrossSwaps
 from holdfast.verbs.rotate.request import RotateRequest, accuracy
 from holdfast.verbs.rotate.transfer_examples import siblings_of
-from holdfast.verbs.rotate.wording import judged, verdict
+from holdfast.verbs.rotate.wording import protection_verdict, with_words
 
-WHO = ("A0", "A1", "A1u", "A2", "A2c", "A3", "A4", "A5", "A6")
+ATTACKERS = ("A0", "A1", "A1u", "A2", "A2c", "A3", "A4", "A5", "A6")
 _MOST = 8  # largest number of sets of an attacker with several sets, and of sets that are attacked one by one
 _LOOKED, _POINTS, _CHUNK, _CHUNKS = 500, 0.02, 16, 24
 _FLAT = 0.02  # more generated sets are added until the success rate increases by no more than this
@@ -86,7 +85,7 @@ class AttackerTable:
                 "the table of attackers needs an eps under Linf, L2 or L1 and no target, so none was measured"
             )
             return {"rows": [], "instead": [], "doubt": None, "verdict": why, "complete": True}
-        return _Measuring(self, evidence, judged_on, known or {}, keep, progress).done()
+        return _Measuring(self, evidence, judged_on, known or {}, keep, progress).table()
 
 
 def _possible(threat: ThreatModel) -> bool:
@@ -115,10 +114,10 @@ class _Measuring:
         self.threat = replace(evidence.threat, access="gradients", queries=None, surrogates=())
         self.rng = Draws(evidence.seed).at("attackers")
         n = len(judged_on)
-        right, self.fell = evidence["correct"][:n].bool().cpu(), evidence["success"][:n].bool().cpu()
+        right, self.broken = evidence["correct"][:n].bool().cpu(), evidence["success"][:n].bool().cpu()
         self.whole = judged_on.take(torch.arange(n)).to(torch.device(self.request.device))
         self.batch = self.whole.take(right)
-        self.fell = self.fell[right]
+        self.broken = self.broken[right]
         self.known = {member.name: member for member in self.pool.ledger.members}
         self.document: Json = {"set": self.name, "n": n, "right": len(self.batch), "rows": [], "instead": []}
         self.document |= {"ids": self.batch.ids.tolist(), "exposed": self._exposed, "complete": False}
@@ -127,14 +126,14 @@ class _Measuring:
 
     # --- rows and verdict
 
-    def done(self) -> Json:
+    def table(self) -> Json:
         """The document with all rows, the alternatives, the doubt and the verdict."""
         if not len(self.batch):
             return self.document | {
                 "verdict": "the serving set classifies no input correctly, so there is nothing to attack",
                 "complete": True,
             }
-        parts = dict(zip(WHO, self._parts(), strict=True))
+        parts = dict(zip(ATTACKERS, self._parts(), strict=True))
         instead = list(self._alternatives.rows())
         of = len(parts) + len(instead)
         for place, (who, measured) in enumerate(parts.items(), 1):
@@ -143,13 +142,13 @@ class _Measuring:
             self._row("instead", name, measure, place, of)
         by_name = {row["who"]: row for row in self.document["instead"] if row.get("clean")}
         itself = (by_name.get("static") or {}).get("white")
-        rows = judged(self.document["rows"], itself)
+        rows = with_words(self.document["rows"], itself)
         share_of_a1 = next(row["share"] for row in rows if row["who"] == "A1")
         alternatives = {name: by_name.get(name) for name, _ in instead}
         return self.document | {
             "rows": rows,
             "doubt": doubt(alternatives, self.request, share_of_a1),
-            "verdict": verdict(rows, itself),
+            "verdict": protection_verdict(rows, itself),
             "notes": self._notes(),
             "complete": True,
         }
@@ -179,7 +178,7 @@ class _Measuring:
     def _notes(self) -> list[str]:
         if self.request.threat.constraint == self.threat.constraint:
             return []
-        return [f"the pool was collected for another threat model, {self.request.said}"]
+        return [f"the pool was collected for another threat model, {self.request.threat_text}"]
 
     @cached_property
     def _alternatives(self) -> Alternatives:
@@ -192,7 +191,7 @@ class _Measuring:
         own = surrogates(self.pool, self.request)
         about = self.pool.manifest["about"]["data"]
         holds = f"{len(own)} surrogates, trained by {self.request.candidate.name} on {about['name']}"
-        return self._told(holds, self._stolen("A0", own))
+        return self._row_of(holds, self._stolen("A0", own))
 
     def _listed(self) -> Json:
         names, stand_in = self._one
@@ -201,13 +200,13 @@ class _Measuring:
         holds = f"one of {amount(len(names), 'stolen sets')}, the one with the highest success rate"
         if stand_in:
             holds = f"{names[0]}, a base, because no set is listed as stolen"
-        return self._told(holds, self._each("A1", names))
+        return self._row_of(holds, self._each("A1", names))
 
     def _unlisted(self) -> Json:
         names = self._hidden
         if not names:
             return _unmeasured("every base and every set that served is listed as stolen, or deleted")
-        return self._told(
+        return self._row_of(
             f"one of {amount(len(names), 'sets')} that the ledger does not list", self._each("A1u", names)
         )
 
@@ -215,64 +214,64 @@ class _Measuring:
         names = self._exposed[-_MOST:]
         if len(names) < 2:
             return _unmeasured(f"{amount(len(names), 'sets')} listed as stolen; at least two are needed")
-        return self._told(f"{len(names)} stolen sets", self._stolen("A2", self._sets(names)))
+        return self._row_of(f"{len(names)} stolen sets", self._stolen("A2", self._sets(names)))
 
     def _collection(self) -> Json:
         names = bases_left(self.pool)[:_MOST]
         if len(names) < 2:
             return _unmeasured(f"{amount(len(names), 'bases')} left; at least two are needed")
-        return self._told(f"the collection: {len(names)} bases", self._stolen("A2c", self._sets(names)))
+        return self._row_of(f"the collection: {len(names)} bases", self._stolen("A2c", self._sets(names)))
 
     def _generator(self) -> Json:
-        fell: dict[str, Mask] = {}
+        broken: dict[str, Mask] = {}
         sources: list[str] = []
-        generator = learned(self.pool, self.request)
+        generator = generator_of(self.pool, self.request)
         if generator is not None:
             drawn, before = self._drawn, -1.0
             for k in self.means.draws:
                 attacker = self.means.transfer_attacker if k == self.means.draws[0] else self.means.quick
                 some = self._stolen(f"A3 {k}", drawn[:k], attacker)
                 eot = f"EOT over {min(k, len(drawn))} generated sets"
-                fell |= {f"{eot}, {name}": mask for name, mask in some.items()}
+                broken |= {f"{eot}, {name}": mask for name, mask in some.items()}
                 best = max(float(mask.float().mean()) for mask in some.values())
                 if best <= before + _FLAT or len(drawn) <= k:
                     break
                 before = best
             middle = [self.request.of_weights(generator.mean())]
-            fell |= {f"the mean set, {name}": mask for name, mask in self._stolen("mean", middle).items()}
+            broken |= {f"the mean set, {name}": mask for name, mask in self._stolen("mean", middle).items()}
             sources.append("the generator")
         siblings = siblings_of(self.pool, self.name, lambda name: True)[:_MOST]
         if siblings:
             by_attack = self._stolen("siblings", self._sets(siblings))
             sources.append(f"{amount(len(siblings), 'sets')} of the same draw")
-            fell |= {f"{sources[-1]}, {name}": mask for name, mask in by_attack.items()}
-        if not fell:
+            broken |= {f"{sources[-1]}, {name}": mask for name, mask in by_attack.items()}
+        if not broken:
             return _unmeasured("no generator, no set of the same draw, and the procedure was not repeated")
         says = "" if siblings else "no set of the same draw is left, and the procedure was not repeated"
-        return self._told(" and ".join(sources), fell, says)
+        return self._row_of(" and ".join(sources), broken, says)
 
     def _query_search(self) -> Json:
         search = self.means.query_search
         others = [name for name in self.pool.ahead if name != self.name][: _MOST - 1]
         sets = [self.live, *self._sets(others)]
-        fell = {"search": self._search(sets, None)}
+        broken = {"search": self._search(sets, None)}
         if self._one[0]:
             name, x = self._example
-            fell[f"search from {name} on a stolen set"] = self._search(sets, x)
+            broken[f"search from {name} on a stolen set"] = self._search(sets, x)
         holds = f"{search.queries} queries per input, {amount(len(sets), 'sets')} swapped every {search.every} queries"
         says = "" if others else "no other set is admitted, so there was no swap"
-        return self._told(holds, fell, says)
+        return self._row_of(holds, broken, says)
 
     def _search(self, sets: Sequence[Classifier], start: Inputs | None) -> Mask:
         place = self.rng.at("A4", "anew" if start is None else "from")
-        return self._turned(self.means.query_search(sets, self.batch, self.threat, start=start, rng=place))
+        return self._broken(self.means.query_search(sets, self.batch, self.threat, start=start, rng=place))
 
     def _white_box(self) -> Json:
         """The results of the suite; if it had no gradients, also those of transfer attacks from the set itself."""
-        fell = {"the suite": self.fell}
+        broken = {"the suite": self.broken}
         if self.seen != "gradients":
-            fell |= self._stolen("A5", [self.live])
-        return self._told(f"the serving set, {self.name}", fell)
+            broken |= self._stolen("A5", [self.live])
+        return self._row_of(f"the serving set, {self.name}", broken)
 
     def _extracted(self) -> Json:
         """Train a surrogate on the answers of several sets, and attack it."""
@@ -302,7 +301,7 @@ class _Measuring:
             f"{self.means.epochs} epochs"
         )
         says = f"the surrogate agrees with the serving set on {100 * agrees:.1f} % of the inputs"
-        return self._told(holds, self._stolen("A6", [copied]), says)
+        return self._row_of(holds, self._stolen("A6", [copied]), says)
 
     # --- models of the attackers
 
@@ -328,7 +327,7 @@ class _Measuring:
     @cached_property
     def _drawn(self) -> list[Classifier]:
         """Generated sets with sufficient accuracy, as an attacker would select them; if too few, the best ones."""
-        generator, rng = learned(self.pool, self.request), self.rng.at("drawn")
+        generator, rng = generator_of(self.pool, self.request), self.rng.at("drawn")
         assert generator is not None
         some = rows_of(self.request.train, _LOOKED, rng.at("looked at"))
         wanted, known = max(self.means.draws), bases_left(self.pool)
@@ -355,36 +354,36 @@ class _Measuring:
         """The attack with the highest success rate on the most recently stolen set of A1, and its examples."""
         stolen = self._sets(self._one[0][-1:])
         examples = self.means.quick.crafted(stolen, self.batch, self.threat, rng=self.rng.at("A4 prior"))
-        return max(examples.items(), key=lambda each: int(self._turned(each[1]).sum()))
+        return max(examples.items(), key=lambda each: int(self._broken(each[1]).sum()))
 
     def _stolen(
-        self, place: str, held: Sequence[Classifier], attacker: TransferAttacker | None = None
+        self, place: str, sources: Sequence[Classifier], attacker: TransferAttacker | None = None
     ) -> dict[str, Mask]:
-        """For each attack on the models in `held`, which inputs are adversarial for the serving set."""
+        """For each attack on the models in `sources`, which inputs are adversarial for the serving set."""
         attacker = attacker or self.means.transfer_attacker
-        examples = attacker.crafted(held, self.batch, self.threat, rng=self.rng.at(place))
-        return {name: self._turned(x) for name, x in examples.items()}
+        examples = attacker.crafted(sources, self.batch, self.threat, rng=self.rng.at(place))
+        return {name: self._broken(x) for name, x in examples.items()}
 
     def _each(self, place: str, names: Sequence[str]) -> dict[str, Mask]:
         """For each attack on each single set, which inputs are adversarial for the serving set."""
-        fell: dict[str, Mask] = {}
+        broken: dict[str, Mask] = {}
         for name in names:
             by_attack = self._stolen(f"{place} {name}", self._sets([name]))
-            fell |= {f"{attack} on {name}": mask for attack, mask in by_attack.items()}
-        return fell
+            broken |= {f"{attack} on {name}": mask for attack, mask in by_attack.items()}
+        return broken
 
-    def _turned(self, x: Inputs) -> Mask:
+    def _broken(self, x: Inputs) -> Mask:
         some = self.batch.at(x)
         wrong = [_classes(self.live, few.x) != few.y for few in some.split(1_000)]
         return torch.cat(wrong).cpu()
 
-    def _told(self, holds: str, fell: Mapping[str, Mask], says: str = "") -> Json:
+    def _row_of(self, holds: str, broken: Mapping[str, Mask], says: str = "") -> Json:
         """A row of the table, with the attack of the highest success rate and its adversarial examples."""
-        attack, mask = max(fell.items(), key=lambda each: int(each[1].sum()))
+        attack, mask = max(broken.items(), key=lambda each: int(each[1].sum()))
         turned = self.batch.ids.cpu()[mask].tolist()
         return {
             "holds": holds,
-            "share": said(proportion(mask)),
+            "share": share_json(proportion(mask)),
             "attack": attack,
             "says": says,
             "turned": turned,

@@ -12,7 +12,7 @@ from holdfast.core.types import Mask
 from holdfast.metrics.columns import robust
 from holdfast.ops.statistics import Support, bonferroni, mean, paired_difference, proportion
 from holdfast.reports.numbers import percent
-from holdfast.verbs.rotate.measuring import Carried
+from holdfast.verbs.rotate.measuring import TransferResult
 from holdfast.verbs.rotate.samples import CONFIDENCE
 from holdfast.verbs.rotate.transfer_examples import Attacker
 
@@ -26,18 +26,18 @@ class Loss:
 
     estimate: Estimate
     """loss, with an interval for the larger of both losses"""
-    whom: str
+    reference: str
     """name of the better reference"""
 
 
 def largest_loss(before: Mapping[str, Sequence[Mask]], after: Mask, confidence: float) -> Loss:
     """The largest loss relative to the named references."""
     losses = {name: difference(masks, after, confidence) for name, masks in before.items()}
-    whom = max(losses, key=lambda name: losses[name].value)
-    surely = bonferroni(confidence, len(before))
-    low = max(difference(masks, after, surely).low for masks in before.values())
-    value, high = losses[whom].value, max(one.high for one in losses.values())
-    return Loss(Estimate(value, min(low, value), high, losses[whom].n), whom)
+    reference = max(losses, key=lambda name: losses[name].value)
+    joint = bonferroni(confidence, len(before))
+    low = max(difference(masks, after, joint).low for masks in before.values())
+    value, high = losses[reference].value, max(one.high for one in losses.values())
+    return Loss(Estimate(value, min(low, value), high, losses[reference].n), reference)
 
 
 @dataclass(frozen=True)
@@ -48,28 +48,30 @@ class Worst:
     """share of the correctly classified inputs, with an interval for the largest of all success rates"""
     by: str
     """description of the attacker and its attack"""
-    fell: tuple[Mask, ...]
+    broken: tuple[Mask, ...]
     """for each attack, which of those inputs it broke; the largest share first"""
 
     @property
-    def says(self) -> str:
+    def description(self) -> str:
         """The success rate and its attack as text."""
         return f"examples of {self.by} break {share_text(self.estimate)}"
 
 
-def worst(carried: Carried, attackers: Sequence[Attacker], confidence: float = CONFIDENCE) -> Worst | None:
+def worst(
+    transferred: TransferResult, attackers: Sequence[Attacker], confidence: float = CONFIDENCE
+) -> Worst | None:
     """The highest success rate over all attacks of the given attackers; None without attackers.
 
     The upper end of the interval is the highest of all upper ends, which is above the largest success rate with the
     given confidence; the lower ends are corrected for their number (Bonferroni).
     """
-    right = carried.evidence["correct"]
-    masks = {key: fell[right] for key, fell in carried.fell.items() if key[0] in attackers}
+    right = transferred.evidence["correct"]
+    masks = {key: mask[right] for key, mask in transferred.broken.items() if key[0] in attackers}
     if not masks:
         return None
-    shares = {key: share_of(fell, confidence) for key, fell in masks.items()}
+    shares = {key: share_of(mask, confidence) for key, mask in masks.items()}
     order = sorted(masks, key=lambda key: -shares[key].value)
-    low = max(share_of(fell, bonferroni(confidence, len(masks))).low for fell in masks.values())
+    low = max(share_of(mask, bonferroni(confidence, len(masks))).low for mask in masks.values())
     first, high = shares[order[0]], max(one.high for one in shares.values())
     attacker, attack = order[0]
     return Worst(
@@ -79,12 +81,12 @@ def worst(carried: Carried, attackers: Sequence[Attacker], confidence: float = C
     )
 
 
-def held(white: Evidence) -> Mask:
+def robust_mask(white: Evidence) -> Mask:
     """Which examples are robust to the white-box attacks."""
     return robust(white, "robust_accuracy")
 
 
-def differing(one: Evidence, other: Evidence) -> Mask:
+def changed_predictions(one: Evidence, other: Evidence) -> Mask:
     """Mask of the inputs that two sets classify differently."""
     different: Mask = one["prediction"] != other["prediction"]
     return different

@@ -40,23 +40,23 @@ _TAG = 8  # hex digits that distinguish runs with other attacks, code or setting
 
 
 @dataclass(frozen=True)
-class Carried:
+class TransferResult:
     """Results of the transfer examples of attackers on a set."""
 
     evidence: Evidence
     """evidence in which the worst case is over all attacks"""
-    fell: Mapping[tuple[Attacker, str], Mask]
+    broken: Mapping[tuple[Attacker, str], Mask]
     """by attacker and attack, which examples (n) were broken"""
 
 
-def subject_of(request: RotateRequest, name: str, sha: str, model: Classifier) -> Subject:
+def set_subject(request: RotateRequest, name: str, sha: str, model: Classifier) -> Subject:
     """A parameter set as the subject of an assessment."""
     card = {key: value for key, value in request.subject.card.items() if key != "files"}
     return Subject(model, sha, {**card, "name": name, "digest": sha})
 
 
 @dataclass
-class Measuring:
+class SetMeasurements:
     """Assesses sets, and caches the evidence."""
 
     pool: Pool
@@ -68,17 +68,19 @@ class Measuring:
 
     def white(self, of: Subject, n: int, *, first: int) -> Evidence:
         """Evidence for the first `n` held-out examples under white-box attacks."""
-        return self._remembered(of, "white-box", WHITE, n, first)
+        return self._cached(of, "white-box", WHITE, n, first)
 
     def clean(self, of: Subject, n: int, *, first: int) -> Evidence:
         """Evidence for the first `n` held-out examples without attacks."""
-        return self._remembered(of, "clean", (), n, first)
+        return self._cached(of, "clean", (), n, first)
 
-    def carried(self, of: Subject, attackers: Sequence[Attacker], n: int, *, first: int) -> Carried:
+    def transferred(
+        self, of: Subject, attackers: Sequence[Attacker], n: int, *, first: int
+    ) -> TransferResult:
         """Evidence for the transfer examples of each attacker."""
         what = "-".join(sorted({attacker.kind.lower() for attacker in attackers}))
-        evidence, fell = [], []
-        for start, stop in ends(n, first):
+        evidence, broken = [], []
+        for start, stop in judged_ranges(n, first):
             members = [
                 member
                 for attacker in attackers
@@ -86,19 +88,19 @@ class Measuring:
             ]
             found, path = self._piece(of, what, members, start, stop)
             evidence.append(found)
-            fell.append(_fell(path, members))
+            broken.append(_broken_in(path, members))
         keys = [
             (attacker, attack)
             for attacker in attackers
             for attack in self.transfer_examples.transfer_attacker.attacks
         ]
-        by_key = {key: torch.cat([piece[place] for piece in fell]) for place, key in enumerate(keys)}
-        return Carried(joined_evidence(evidence), by_key)
+        by_key = {key: torch.cat([piece[place] for piece in broken]) for place, key in enumerate(keys)}
+        return TransferResult(joined_evidence(evidence), by_key)
 
-    def _remembered(self, of: Subject, what: str, members: Sequence[Member], n: int, first: int) -> Evidence:
+    def _cached(self, of: Subject, what: str, members: Sequence[Member], n: int, first: int) -> Evidence:
         key = (of.digest, what, n)
         if key not in self._known:
-            pieces = [self._piece(of, what, members, *piece)[0] for piece in ends(n, first)]
+            pieces = [self._piece(of, what, members, *piece)[0] for piece in judged_ranges(n, first)]
             self._known[key] = joined_evidence(pieces)
         return self._known[key]
 
@@ -130,7 +132,8 @@ class Measuring:
         """Held-out examples `start` to `stop`, with their row numbers in the training data as ids."""
         examples, rows = self.transfer_examples.request.examples, slice(start, stop)
         x, y, ids = (
-            value[rows].cpu().numpy() for value in (examples.held.x, examples.held.y, examples.held.ids)
+            value[rows].cpu().numpy()
+            for value in (examples.held_out.x, examples.held_out.y, examples.held_out.ids)
         )
         return Arrays(f"held-out examples {start + 1} to {stop} of {examples.name}", x, y, ids)
 
@@ -140,7 +143,7 @@ class Measuring:
         return digest(canonical(strict([code_digest(), self.transfer_examples.request.about()])))
 
 
-def ends(n: int, first: int) -> list[tuple[int, int]]:
+def judged_ranges(n: int, first: int) -> list[tuple[int, int]]:
     """Ranges of `n` examples: the first has `first` examples, each later one as many as all before it."""
     stops = [0, min(first, n)]
     while stops[-1] < n:
@@ -148,7 +151,7 @@ def ends(n: int, first: int) -> list[tuple[int, int]]:
     return list(pairwise(stops))
 
 
-def _fell(path: Path, members: Sequence[Member]) -> list[Mask]:
+def _broken_in(path: Path, members: Sequence[Member]) -> list[Mask]:
     """For each attack, which examples it broke, read from its stage of the run."""
     chain, found = read_chain(path, mend=False), []
     for place, member in enumerate(members, 1):

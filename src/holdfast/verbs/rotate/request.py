@@ -32,8 +32,8 @@ FIRST = 2_000
 """First number of held-out examples for judging a set; it is doubled as long as a gate is unclear."""
 MOST, EVERY = 8_000, 5
 """One training example in `EVERY` is held out, and at most `MOST`."""
-_SEEN = 8
-_SEEN_BEFORE = (
+_SAMPLE = 8
+_MAY_BE_SEEN = (
     "sets are trained further from the given model, which may have been trained on the held-out examples; then "
     "the measured accuracy of sets and bases is too high"
 )
@@ -44,7 +44,7 @@ class Examples:
     """Training examples, split once into those that sets are trained on and those that judge them."""
 
     train: Batch
-    held: Batch
+    held_out: Batch
     digest: str
     name: str
     notes: tuple[str, ...]
@@ -57,7 +57,7 @@ class RotateRequest:
     subject: Subject
     """the model, with the architecture and preprocessing of all sets"""
     threat: ThreatModel
-    said: str
+    threat_text: str
     """the threat model in the syntax of the command line"""
     candidate: Candidate
     """the recipe of the training"""
@@ -80,14 +80,14 @@ class RotateRequest:
         return self.examples.train.to(torch.device(self.device))
 
     @cached_property
-    def held(self) -> Batch:
+    def held_out(self) -> Batch:
         """The held-out examples that judge sets, in random order, on the device."""
-        return self.examples.held.to(torch.device(self.device))
+        return self.examples.held_out.to(torch.device(self.device))
 
     @cached_property
-    def first_held(self) -> Batch:
+    def first_held_out(self) -> Batch:
         """The first of the held-out examples, on which sets are judged first."""
-        return self.held.take(torch.arange(min(FIRST, len(self.held))))
+        return self.held_out.take(torch.arange(min(FIRST, len(self.held_out))))
 
     def task(self, epochs: int) -> Task:
         """The settings of the training of a set with the given number of epochs."""
@@ -104,7 +104,7 @@ class RotateRequest:
         """Notes on the held-out examples."""
         if self.source.anew:
             return self.examples.notes
-        return (*self.examples.notes, _SEEN_BEFORE)
+        return (*self.examples.notes, _MAY_BE_SEEN)
 
     def of_set(self, pool: Pool, name: str) -> Classifier:
         """A set of the pool as a model."""
@@ -124,9 +124,9 @@ class RotateRequest:
                 "name": examples.name,
                 "digest": examples.digest,
                 "train": len(examples.train),
-                "held": len(examples.held),
+                "held": len(examples.held_out),
             },
-            "threat": self.said,
+            "threat": self.threat_text,
             "recipe": {"name": self.candidate.name, "settings": dict(self.candidate.settings)},
             "source": {"name": of, **vars(self.source)},
             "begins": self.begins,
@@ -156,23 +156,23 @@ def _named(key: str, about: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": {name: card.get(name) for name in ("name", "mean", "std")}} if key == "digest" else {}
 
 
-def parted(data: Batch, test: Data, name: str, classes: int, seed: int) -> Examples:
+def split_examples(data: Batch, test: Data, name: str, classes: int, seed: int) -> Examples:
     """Split the training examples, without test examples: one in five is held out, at most 8,000."""
     refuse_missing_classes(data, classes)
     fresh, judged = without_judged(data.take(data.y != UNLABELLED), test)
     rest, held = split_of(fresh, seed, most=MOST, every=EVERY)
-    rest, twice = without_held(rest, held)
+    rest, duplicates = without_held(rest, held)
     order = Draws(seed).at("judging").bits(held.ids).argsort()
-    notes = tuple(note for note in (judged, twice) if note)
+    notes = tuple(note for note in (judged, duplicates) if note)
     if notes:
         refuse_missing_classes(rest, classes, after="; ".join(notes))
     return Examples(rest, held.take(order), digest_of(fresh), name, notes)
 
 
-def ready(subject: Subject, device: str, examples: Examples) -> Subject:
+def trainable_subject(subject: Subject, device: str, examples: Examples) -> Subject:
     """The subject with a trainable copy of the model. Raises `UsageError` and `TargetError` if it cannot be trained."""
     refuse_untrainable(subject.model)
-    seen = examples.train.x[:_SEEN].to(torch.device(device))
+    seen = examples.train.x[:_SAMPLE].to(torch.device(device))
     return replace(subject, model=learner_of(subject.model, seen).eval())
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from holdfast.core.types import Mask
 from holdfast.ops.statistics import bonferroni, normal_quantile
-from holdfast.verbs.rotate.measuring import ends
+from holdfast.verbs.rotate.measuring import judged_ranges
 from holdfast.verbs.rotate.request import EVERY, FIRST, MOST
 
 Gate = Literal["clean accuracy", "robust accuracy"]
@@ -41,7 +41,7 @@ class Need:
     gate: Gate
     changed: float
     """share of examples on which only one of two equal sets is correct"""
-    held: int
+    n_held_out: int
     """number of held-out examples"""
     looks: int
     """largest number of times that the gate is judged, with more examples each time"""
@@ -59,7 +59,7 @@ class Need:
     @property
     def tolerance(self) -> float:
         """Accuracy that may be lost, as a share: `least`, or more if there are too few examples."""
-        return max(self.least, _reach(self.looks) * math.sqrt(self.changed / max(self.held, 1)))
+        return max(self.least, _reach(self.looks) * math.sqrt(self.changed / max(self.n_held_out, 1)))
 
     @property
     def widened(self) -> bool:
@@ -67,7 +67,7 @@ class Need:
         return self.tolerance > self.least
 
     @property
-    def says(self) -> str:
+    def description(self) -> str:
         """The gate, its tolerance and its sample size as text."""
         text = f"{self.gate} within {tolerance_text(self.least)} needs {self.needed:,} examples"
         return f"{text}, so it allows {tolerance_text(self.tolerance)}" if self.widened else text
@@ -75,7 +75,7 @@ class Need:
 
 def looks(held: int, judged: int, gate: Gate) -> int:
     """Largest number of times that a gate is judged, with `held` examples in total and `judged` at first."""
-    return len(ends(held, max(judged // _PART[gate], 1)))
+    return len(judged_ranges(held, max(judged // _PART[gate], 1)))
 
 
 def slack(changed: float, held: int, looks: int) -> float:
@@ -88,12 +88,12 @@ def _reach(looks: int) -> float:
     return normal_quantile((1 + bonferroni(CONFIDENCE, looks)) / 2) + normal_quantile(POWER)
 
 
-def planned(held: int, judged: int = FIRST) -> tuple[Need, ...]:
+def planned_needs(held: int, judged: int = FIRST) -> tuple[Need, ...]:
     """The sample sizes before any training."""
     return tuple(Need(gate, share, held, looks(held, judged, gate)) for gate, share in PLANNED.items())
 
 
-def measured(clean: Sequence[Mask], white: Sequence[Mask], held: int, judged: int) -> tuple[Need, ...]:
+def measured_needs(clean: Sequence[Mask], white: Sequence[Mask], held: int, judged: int) -> tuple[Need, ...]:
     """The sample sizes from measured masks (n) of the correct examples of similar sets, clean and under attack."""
     shares: Mapping[Gate, float] = {"clean accuracy": changed(clean), "robust accuracy": changed(white)}
     return tuple(Need(gate, share, held, looks(held, judged, gate)) for gate, share in shares.items())
@@ -107,9 +107,10 @@ def changed(right: Sequence[Mask]) -> float:
 
 def statement(needs: Sequence[Need], *, planned: bool) -> str:
     """The required and the available number of examples, and the consequences, as text."""
-    need, held, about = max(one.needed for one in needs), needs[0].held, "about " if planned else ""
+    need, held, about = max(one.needed for one in needs), needs[0].n_held_out, "about " if planned else ""
     details = "; ".join(
-        f"{one.says}, since equal sets differ on {about}{100 * one.changed:.1f} % of them" for one in needs
+        f"{one.description}, since equal sets differ on {about}{100 * one.changed:.1f} % of them"
+        for one in needs
     )
     text = f"the gates need {about}{need:,} held-out examples, and there are {held:,} ({details})"
     if held >= need:

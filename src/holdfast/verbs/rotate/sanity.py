@@ -13,7 +13,7 @@ from torch import Tensor
 from holdfast.core.estimate import Estimate
 from holdfast.rotation import Members
 from holdfast.rotation.distances import l1
-from holdfast.verbs.rotate.ruling import Ruling
+from holdfast.verbs.rotate.admission_gates import GateResult
 
 _SIGMAS = 3.0
 _LEAST_SPREAD = 0.25  # share of the mean norm: half an epoch of immunisation changes biases by a third of it
@@ -21,28 +21,28 @@ _LEAST_SIZE = 1e-3  # norm for each parameter, for biases that are still close t
 _SAME = 1e-6  # share of the mean absolute parameter, for rounding errors
 
 
-def endless(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> list[str]:
+def nonfinite_tensors(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> list[str]:
     """Names of tensors with values that are not finite where those of the network itself are finite."""
     return [
         name for name, value in weights.items() if bool((~value.isfinite() & like[name].isfinite()).any())
     ]
 
 
-def tensors(
+def tensor_gate(
     weights: Mapping[str, Tensor], known: Sequence[Mapping[str, Tensor]], names: Sequence[str]
-) -> Ruling:
+) -> GateResult:
     """The gate on parameters: all finite, and each norm within three standard deviations of those of the known sets."""
     bound = (
         f"all values finite, norms within {_SIGMAS:g} standard deviations of those of {len(known)} sets trained in "
         "the same way"
     )
-    broken = endless(weights, known[0])
+    broken = nonfinite_tensors(weights, known[0])
     if broken:
-        return Ruling("tensors", None, bound, "fail", f"{broken[0]} contains values that are not finite")
+        return GateResult("tensors", None, bound, "fail", f"{broken[0]} contains values that are not finite")
     worst, where = max((_sigmas(name, weights, known), name) for name in names)
     seen = Estimate(worst, worst, worst, len(known))
     why = f"the norm of {where} differs by {worst:.1f} standard deviations"
-    return Ruling("tensors", seen, bound, "pass" if worst <= _SIGMAS else "fail", why)
+    return GateResult("tensors", seen, bound, "pass" if worst <= _SIGMAS else "fail", why)
 
 
 def _sigmas(name: str, weights: Mapping[str, Tensor], known: Sequence[Mapping[str, Tensor]]) -> float:
@@ -70,18 +70,18 @@ def distance(
     return float(distances[place]), list(exposed)[place]
 
 
-def twin(
+def duplicate_gate(
     weights: Mapping[str, Tensor], exposed: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]
-) -> Ruling | None:
+) -> GateResult | None:
     """The refusal of a set that equals a stolen one up to rounding; None for any other set."""
-    apart, name = distance(weights, exposed, names)
+    difference, name = distance(weights, exposed, names)
     size = sum(float(weights[each].abs().sum()) for each in names) / sum(
         weights[each].numel() for each in names
     )
-    if not exposed or apart > _SAME * size:
+    if not exposed or difference > _SAME * size:
         return None
-    seen = Estimate(apart, apart, apart, len(exposed))
-    return Ruling(
+    seen = Estimate(difference, difference, difference, len(exposed))
+    return GateResult(
         "distance",
         seen,
         "different from every stolen set",

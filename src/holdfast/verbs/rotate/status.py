@@ -1,35 +1,40 @@
-"""The state of a pool in plain values: the sets, which of them served when and to whom, and what was stolen."""
+"""The steps `status` and `head`: the sets of a pool, which of them served when, what was stolen, and the last entry."""
 
 from typing import Any
 
+from holdfast.store.authentic import Head
 from holdfast.store.ledger_state import SetRecord, Term
 from holdfast.store.pool import Pool
-from holdfast.verbs.rotate.learning import what_was_learned
-
-UNJUDGED = "it was not judged against all sets that are now listed as stolen"
-"""The note on a serving set that was not judged against all stolen sets."""
+from holdfast.verbs.rotate.contents import trained_generator
 
 
-def standing(pool: Pool) -> dict[str, Any]:
-    """The state of the pool from its verified ledger."""
+def head(pool: Pool) -> Head:
+    """The number and the digest of the last entry of the verified ledger."""
+    ledger = pool.ledger
+    latest = ledger.head
+    return Head(ledger.entry_of(latest) or 0, latest)
+
+
+def status(pool: Pool) -> dict[str, Any]:
+    """The state of the pool from its verified ledger, as plain values."""
     ledger, about = pool.ledger, pool.manifest["about"]
-    terms, now, learned = ledger.terms, pool.serving, what_was_learned(pool)
+    terms, now, generator = ledger.terms, pool.serving, trained_generator(pool)
     return {
         "pool": str(pool.path),
         "of": {key: about.get(key) for key in ("model", "data", "threat", "recipe", "source")},
-        "generator": None if learned is None else vars(learned),
+        "generator": None if generator is None else vars(generator),
         "serving": None if now is None else vars(now),
         "ahead": list(pool.ahead),
         "entries": ledger.entries,
         "head": ledger.head,
         "unjudged": list(pool.unjudged),
-        "sets": [_member(member, terms) for member in ledger.members],
-        "terms": [_term(term) for term in terms],
+        "sets": [_set_row(member, terms) for member in ledger.members],
+        "terms": [_service_row(term) for term in terms],
         "notes": _notes(pool),
     }
 
 
-def _member(member: SetRecord, terms: tuple[Term, ...]) -> dict[str, Any]:
+def _set_row(member: SetRecord, terms: tuple[Term, ...]) -> dict[str, Any]:
     served = [term for term in terms if term.name == member.name]
     return {
         "name": member.name,
@@ -45,7 +50,7 @@ def _member(member: SetRecord, terms: tuple[Term, ...]) -> dict[str, Any]:
     }
 
 
-def _term(term: Term) -> dict[str, Any]:
+def _service_row(term: Term) -> dict[str, Any]:
     most = max(term.answers.values(), default=0)
     return {
         "set": term.name,

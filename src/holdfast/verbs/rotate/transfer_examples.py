@@ -27,7 +27,7 @@ from holdfast.harness.plan import settings
 from holdfast.reports.numbers import strict
 from holdfast.rotation.transfer_attacks import TransferAttacker
 from holdfast.store.pool import Pool
-from holdfast.verbs.rotate.collecting import surrogates
+from holdfast.verbs.rotate.contents import surrogates
 from holdfast.verbs.rotate.request import RotateRequest
 
 Kind = Literal["A0", "A1", "A2", "A3"]
@@ -78,7 +78,7 @@ class TransferExamples:
     request: RotateRequest
     transfer_attacker: TransferAttacker = field(default_factory=TransferAttacker)
     notify: Notify = ignore
-    _made: dict[tuple[Attacker, int, int], dict[str, Inputs]] = field(default_factory=dict)
+    _cache: dict[tuple[Attacker, int, int], dict[str, Inputs]] = field(default_factory=dict)
     """examples by attacker and range of the held-out inputs, for each attack"""
     _own: list[Classifier] = field(default_factory=list)
 
@@ -88,7 +88,7 @@ class TransferExamples:
         self._own = self._own or surrogates(self.pool, self.request)
         return self._own
 
-    def nothing(self, size: int | None = None) -> Attacker:
+    def surrogate_only(self, size: int | None = None) -> Attacker:
         """The surrogate-only attacker with `size` surrogates, or all."""
         return Attacker("A0", (f"own {len(self.own) if size is None else min(size, len(self.own))}",))
 
@@ -107,29 +107,31 @@ class TransferExamples:
         ]
 
     def _given(self, attacker: Attacker, name: str, start: int, stop: int) -> Callable[[Batch], Inputs]:
-        lookup = Lookup(self.request.examples.held.ids[start:stop].cpu())
+        lookup = Lookup(self.request.examples.held_out.ids[start:stop].cpu())
 
-        def made_before(batch: Batch) -> Inputs:
-            made = self._of(attacker, start, stop)[name]
-            return made[lookup.rows(batch.ids.cpu())].to(batch.x)
+        def stored(batch: Batch) -> Inputs:
+            examples = self._of(attacker, start, stop)[name]
+            return examples[lookup.rows(batch.ids.cpu())].to(batch.x)
 
-        return made_before
+        return stored
 
     def _of(self, attacker: Attacker, start: int, stop: int) -> dict[str, Inputs]:
         """The examples of an attacker for some inputs, by attack, cached."""
         key = (attacker, start, stop)
-        if key not in self._made:
-            some = self.request.held.take(torch.arange(start, stop))
+        if key not in self._cache:
+            some = self.request.held_out.take(torch.arange(start, stop))
             constraint, bounds = self.request.threat.constraint, self.request.model.bounds
-            self._made[key] = {
+            self._cache[key] = {
                 name: constraint.project(some.x + change.to(some.x), some.x, bounds).cpu()
                 for name, change in self._changes(attacker, some, start).items()
             }
-        return self._made[key]
+        return self._cache[key]
 
     def _changes(self, attacker: Attacker, some: Batch, start: int) -> dict[str, Tensor]:
         """The perturbations of an attacker in half precision, from the pool if they are stored there."""
-        about = digest(canonical(strict([code_digest(), len(some), self._asked, self.request.about()])))
+        about = digest(
+            canonical(strict([code_digest(), len(some), self._attack_settings, self.request.about()]))
+        )
         place = digest(canonical([attacker.kind, *attacker.sources, start]))[:16]
         stored = self.pool.kept(f"made_{place}")
         if stored is not None and stored.about["of"] == about:
@@ -145,7 +147,7 @@ class TransferExamples:
         return changes
 
     @property
-    def _asked(self) -> dict[str, Any]:
+    def _attack_settings(self) -> dict[str, Any]:
         return {name: settings(attack) for name, attack in self.transfer_attacker.attacks.items()}
 
     def _models(self, attacker: Attacker) -> Sequence[Classifier]:
@@ -168,7 +170,7 @@ class Attackers:
     siblings: Attacker | None
 
 
-def attackers(
+def attackers_against(
     transfer_examples: TransferExamples, name: str, exposed: Sequence[str], siblings: Sequence[str]
 ) -> Attackers:
     """The attackers for the set `name`. `exposed` are the stolen sets, the most recently stolen one last."""
@@ -176,10 +178,10 @@ def attackers(
     last = tuple(exposed[-own:])
     several = Attacker("A2", last) if len(last) > 1 else None
     return Attackers(
-        transfer_examples.nothing(),
+        transfer_examples.surrogate_only(),
         tuple(Attacker("A1", (each,)) for each in exposed),
         several,
-        None if several is None else transfer_examples.nothing(len(last)),
+        None if several is None else transfer_examples.surrogate_only(len(last)),
         Attacker("A3", tuple(siblings[:SIBLINGS])) if siblings else None,
     )
 

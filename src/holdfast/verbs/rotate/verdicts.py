@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from holdfast.core.estimate import Estimate
-from holdfast.verbs.rotate.ruling import Ruling
+from holdfast.verbs.rotate.admission_gates import GateResult
 
 IN_A_ROW = 5
 """Number of refusals in a row after which no more candidates are judged, since the procedure is unsuitable."""
@@ -15,7 +15,7 @@ _LOSE_LESS = (
     "collection; more training data give narrower intervals"
 )
 _ELSEWHERE = (
-    "train sets from fresh weights, which are independent of stolen sets: holdfast rotate draw POOL --by anew "
+    "train sets from fresh weights, which are independent of stolen sets: holdfast rotate draw POOL --by retraining "
     "--immunise"
 )
 """Advice if sets only lose too much accuracy, and if they are too similar to stolen sets or implausible."""
@@ -27,7 +27,7 @@ class Judged:
 
     name: str
     verdict: Literal["admitted", "refused"]
-    gates: tuple[Ruling, ...]
+    gates: tuple[GateResult, ...]
     why: str
     """the reason of the refusal or admission"""
     by: str = ""

@@ -21,7 +21,7 @@ WORDS = {
 Json = dict[str, Any]
 
 
-def judged(rows: Sequence[Mapping[str, Any]], itself: Mapping[str, Any] | None = None) -> list[Json]:
+def with_words(rows: Sequence[Mapping[str, Any]], itself: Mapping[str, Any] | None = None) -> list[Json]:
     """The rows with their words.
 
     `itself` is the success of an attacker's attacks with the serving set; if it is None, that of A5 is used.
@@ -44,14 +44,14 @@ def _word(who: str, share: Mapping[str, Any] | None, white: float, none: float) 
     return "unclear" if share["low"] <= HALF * white else "untouched"
 
 
-def verdict(rows: Sequence[Mapping[str, Any]], itself: Mapping[str, Any] | None = None) -> str:
+def protection_verdict(rows: Sequence[Mapping[str, Any]], itself: Mapping[str, Any] | None = None) -> str:
     """The verdict in one or two sentences."""
     by = {row["who"]: row for row in rows}
     one, white = by["A1"]["share"], itself or by["A5"]["share"]
     words = {word: [row["who"] for row in rows if row["word"] == word] for word in WORDS}
     parts = [
-        f"{_listed(who)} {'is' if len(who) == 1 else 'are'} {said}"
-        for word, said in WORDS.items()
+        f"{_listed(who)} {'is' if len(who) == 1 else 'are'} {text}"
+        for word, text in WORDS.items()
         if (who := words[word])
     ]
     text = f"against the serving set, {'; '.join(parts)}"

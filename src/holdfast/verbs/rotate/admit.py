@@ -1,4 +1,4 @@
-"""Admission of sets: each candidate is assessed against attackers with the stolen sets, then admitted or refused.
+"""The step `admit`: each candidate is assessed against attackers with the stolen sets, then admitted or refused.
 
 All results about a set are in the ledger. After a kill, the call is repeated and continues with the same candidate,
 whose finished assessments are reused.
@@ -16,7 +16,8 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs
 from holdfast.engine.progress import Notify, Progress, ignore, silent
-from holdfast.engine.signals import Stopper
+from holdfast.engine.run import Run
+from holdfast.engine.signals import stoppable
 from holdfast.gates.grammar import Claim, parse
 from holdfast.gates.judging import Doubts
 from holdfast.rotation import canary
@@ -24,17 +25,30 @@ from holdfast.rotation.live import CANARIES
 from holdfast.rotation.members import refuse_foreign, rotated
 from holdfast.rotation.transfer_attacks import TransferAttacker
 from holdfast.store.columns import content_digest
+from holdfast.store.folder import StoredStage
 from holdfast.store.pool import NAME_DIGITS, Pool
 from holdfast.verbs.request import Subject
-from holdfast.verbs.rotate.collecting import bases_left
-from holdfast.verbs.rotate.comparing import held
-from holdfast.verbs.rotate.drawing import candidates
-from holdfast.verbs.rotate.measuring import Measuring, ends, subject_of
+from holdfast.verbs.rotate.admission_gates import (
+    CLAIMABLE,
+    Family,
+    GateResult,
+    Measurements,
+    gate_results,
+    reported,
+)
+from holdfast.verbs.rotate.comparing import robust_mask
+from holdfast.verbs.rotate.contents import bases_left, waiting_candidates
+from holdfast.verbs.rotate.measuring import SetMeasurements, judged_ranges, set_subject
+from holdfast.verbs.rotate.pool_store import PoolStore
 from holdfast.verbs.rotate.request import FIRST, RotateRequest, state_of
-from holdfast.verbs.rotate.ruling import CLAIMABLE, Family, Measurements, Ruling, reported, rulings
-from holdfast.verbs.rotate.samples import Gate, Need, measured, statement, widened
-from holdfast.verbs.rotate.sanity import distance, endless, tensors, twin
-from holdfast.verbs.rotate.transfer_examples import TransferExamples, attackers, exposed_for, siblings_of
+from holdfast.verbs.rotate.samples import Gate, Need, measured_needs, statement, widened
+from holdfast.verbs.rotate.sanity import distance, duplicate_gate, nonfinite_tensors, tensor_gate
+from holdfast.verbs.rotate.transfer_examples import (
+    TransferExamples,
+    attackers_against,
+    exposed_for,
+    siblings_of,
+)
 from holdfast.verbs.rotate.verdicts import IN_A_ROW, Admission, Judged
 
 CANARY_INPUTS = "canaries"
@@ -49,36 +63,56 @@ _FAMILIES: Mapping[Family, str] = {
 }
 
 
+@dataclass(frozen=True)
+class AdmitRequest:
+    """Which pool's candidates are judged, and how."""
+
+    pool: Pool
+    common: RotateRequest
+    """the settings that all sets of the pool share"""
+    claims: Sequence[str] = ()
+    """gates in addition to the default ones"""
+    accepted: Mapping[str, str] = field(default_factory=dict)
+    """accepted doubts by name, with reasons"""
+    n_judged: int = FIRST
+    """first number of held-out examples"""
+    transfer_attacker: TransferAttacker = field(default_factory=TransferAttacker)
+
+
 def admit(
-    pool: Pool,
-    request: RotateRequest,
-    *,
-    claims: Sequence[str] = (),
-    accepted: Mapping[str, str] | None = None,
-    judged: int = FIRST,
-    transfer_attacker: TransferAttacker | None = None,
-    again: str = "",
-    notify: Notify = ignore,
-    progress: Progress = silent,
-    stopper: Stopper | None = None,
+    request: AdmitRequest, *, again: str = "", notify: Notify = ignore, progress: Progress = silent
 ) -> Admission:
     """Judge every candidate, starting with the one farthest from the stolen sets, and record the verdicts.
 
-    Admitted sets that wait since before a theft are judged again. `claims` are gates in addition to the default
-    ones; `accepted` are accepted doubts by name, with reasons; `judged` is the first number of held-out examples.
-    `again` is the command that resumes a stopped call. Raises `UsageError` if there is no candidate, a claim cannot
-    be judged, or another process admits sets.
+    Admitted sets that wait since before a theft are judged again. The call ends after five refusals in a row. `again`
+    states how a stopped call is resumed. Raises `UsageError` if there is no candidate, a claim cannot be judged, or
+    another process admits sets.
     """
-    if not again:
-        again = f"completed work is kept; resume with: holdfast rotate admit {pool.shown}"
-    parsed = tuple(map(_claim, claims))
-    transfer_examples = TransferExamples(pool, request, transfer_attacker or TransferAttacker(), notify)
-    measuring = Measuring(pool, transfer_examples, progress, again)
-    with pool.alone_at("admit"):
-        return _Admitting(measuring, parsed, accepted or {}, judged, notify, stopper or Stopper()).done()
+    pool = request.pool
+    again = again or f"finished steps are stored; resume with: holdfast rotate admit {pool.shown}"
+    claims = tuple(map(_parsed_claim, request.claims))
+    with stoppable(again) as stopper, pool.alone_at("admit"):
+        examples = TransferExamples(pool, request.common, request.transfer_attacker, notify)
+        measuring = SetMeasurements(pool, examples, progress, again)
+        run = Run((CANARY_INPUTS,), PoolStore(pool=pool), stopper=stopper, progress=progress)
+        admitting = _Admitting(measuring, run, claims, request.accepted, request.n_judged, notify)
+        if not admitting.waiting:
+            raise UsageError(
+                f"{str(pool.path)!r} contains no candidate; generate some with holdfast rotate draw {pool.shown}"
+            )
+        judged: list[Judged] = []
+        refused_in_a_row = 0
+        while refused_in_a_row < IN_A_ROW and admitting.waiting:
+            verdict = admitting.next_verdict()
+            if not admitting.record(verdict):
+                continue
+            judged.append(verdict)
+            refused_in_a_row = 0 if verdict.verdict == "admitted" else refused_in_a_row + 1
+            notify(f"{verdict.name} {verdict.verdict}: {verdict.why}")
+        return Admission(tuple(judged), admitting.waiting)
 
 
-def _claim(text: str) -> Claim:
+def _parsed_claim(text: str) -> Claim:
     claim = parse(text)
     if claim.metric not in CLAIMABLE or claim.eps is not None:
         raise UsageError(
@@ -90,14 +124,14 @@ def _claim(text: str) -> Claim:
 
 @dataclass
 class _Admitting:
-    """One call of `admit`, which judges all candidates of a pool."""
+    """The measurements and verdicts of one call of `admit`."""
 
-    measuring: Measuring
+    measuring: SetMeasurements
+    run: Run
     claims: tuple[Claim, ...]
     accepted: Mapping[str, str]
-    judged: int
+    n_judged: int
     notify: Notify
-    stopper: Stopper
     _weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
@@ -110,51 +144,40 @@ class _Admitting:
         """The common settings of the sets of the pool."""
         return self.measuring.transfer_examples.request
 
-    def done(self) -> Admission:
-        """Judge all candidates, and stop after five refusals in a row."""
-        judged: list[Judged] = []
-        row = 0
-        if not self._waiting:
-            raise UsageError(
-                f"{str(self.pool.path)!r} contains no candidate; generate some with holdfast rotate draw "
-                f"{self.pool.shown}"
-            )
-        while row < IN_A_ROW and (waiting := self._waiting):
-            foreign = [verdict for verdict in map(self._foreign, waiting) if verdict is not None]
-            verdict = foreign[0] if foreign else self._judged(max(waiting, key=self._apart))
-            if not self._entered(verdict):
-                continue
-            judged.append(verdict)
-            row = 0 if verdict.verdict == "admitted" else row + 1
-            self.notify(f"{verdict.name} {verdict.verdict}: {verdict.why}")
-        return Admission(tuple(judged), self._waiting)
+    def next_verdict(self) -> Judged:
+        """The verdict on a set whose tensors do not match, else on the set that is farthest from the stolen ones."""
+        waiting = self.waiting
+        foreign = [verdict for verdict in map(self._foreign, waiting) if verdict is not None]
+        return foreign[0] if foreign else self._judged(max(waiting, key=self._distance))
 
     @property
-    def _waiting(self) -> tuple[str, ...]:
+    def waiting(self) -> tuple[str, ...]:
         """Candidates, and admitted sets that were judged before a later theft."""
-        return (*candidates(self.pool), *self.pool.unjudged)
+        return (*waiting_candidates(self.pool), *self.pool.unjudged)
 
     def _foreign(self, name: str) -> Judged | None:
         """The refusal of a set whose tensors do not match the model; None if they match."""
         try:
             refuse_foreign({**self.weights(name)}, _shapes(self.request.model), f"set {name!r}")
         except TargetError as error:
-            gate = Ruling("tensors", None, "those of the model", "fail", str(error))
-            return Judged(name, "refused", (gate,), gate.says, gate.name)
+            gate = GateResult("tensors", None, "those of the model", "fail", str(error))
+            return Judged(name, "refused", (gate,), gate.description, gate.name)
         return None
 
     def _judged(self, name: str) -> Judged:
         weights, exposed = self.weights(name), self._exposed(name)
-        first = tensors(weights, self._known, self._names)
-        at_once = first if first.verdict == "fail" else twin(weights, self._several(exposed), self._names)
+        first = tensor_gate(weights, self._known, self._names)
+        at_once = (
+            first if first.verdict == "fail" else duplicate_gate(weights, self._several(exposed), self._names)
+        )
         if at_once is not None:
-            return Judged(name, "refused", (at_once,), at_once.says, at_once.name, exposed)
+            return Judged(name, "refused", (at_once,), at_once.description, at_once.name, exposed)
         n = dict(self._first)
-        n_held = len(self.request.held)
+        n_held = len(self.request.held_out)
         while True:
             n = {family: min(size, n_held) for family, size in n.items()}
             seen = self._seen(name, exposed, n)
-            gates = (first, *rulings(seen, self._doubts(seen), self.claims))
+            gates = (first, *gate_results(seen, self._doubts(seen), self.claims))
             unclear = {
                 one.family
                 for one in gates
@@ -171,11 +194,13 @@ class _Admitting:
             (one for verdict in ("fail", "unclear") for one in gates if one.verdict == verdict), None
         )
         if against is None:
-            return Judged(name, "admitted", gates, self._praise(gates), "", exposed, reported(seen))
+            return Judged(name, "admitted", gates, self._reason(gates), "", exposed, reported(seen))
         short = " (unclear on all held-out examples)" if against.verdict == "unclear" else ""
-        return Judged(name, "refused", gates, f"{against.says}{short}", against.name, exposed, reported(seen))
+        return Judged(
+            name, "refused", gates, f"{against.description}{short}", against.name, exposed, reported(seen)
+        )
 
-    def _entered(self, one: Judged) -> bool:
+    def record(self, one: Judged) -> bool:
         """Record the verdict in the ledger; returns whether it was recorded.
 
         It is not recorded if the set already serves, or if another set was stolen in the meantime and must be
@@ -185,7 +210,7 @@ class _Admitting:
         fingerprint = ""
         if one.verdict == "admitted":
             fingerprint = canary(self.request.of_set(self.pool, one.name), self._canaries)
-        with self.stopper.finishing(), self.pool.ledger.alone():
+        with self.run.stopper.finishing(), self.pool.ledger.alone():
             member = self.pool.ledger.member(one.name)
             if member.state not in ("candidate", "admitted"):
                 self.notify(
@@ -209,7 +234,7 @@ class _Admitting:
             self.pool.admit(one.name, one.why, canary=fingerprint, against=against)
         return True
 
-    def _praise(self, found: Sequence[Ruling]) -> str:
+    def _reason(self, found: Sequence[GateResult]) -> str:
         """The reason for an admission, with widened tolerances."""
         wanted = ("clean accuracy", "theft", "ensemble theft")
         reasons = [f"{one.name}: {one.why}" for one in found if one.name in wanted]
@@ -220,16 +245,20 @@ class _Admitting:
     def _seen(self, name: str, exposed: tuple[str, ...], n: Mapping[Family, int]) -> Measurements:
         transfer_examples, of = self.measuring.transfer_examples, self._subject(name)
         siblings = siblings_of(self.pool, name, self._finite)
-        them = attackers(transfer_examples, name, exposed, siblings)
+        them = attackers_against(transfer_examples, name, exposed, siblings)
         everyone = (them.nothing, *them.one, them.several, them.evenly)
         measured_attackers = list(dict.fromkeys(one for one in everyone if one is not None))
-        carried = self.measuring.carried(of, measured_attackers, n["transfer"], first=self._first["transfer"])
+        transferred = self.measuring.transferred(
+            of, measured_attackers, n["transfer"], first=self._first["transfer"]
+        )
         drawn = None
         if them.siblings is not None:
-            drawn = self.measuring.carried(of, [them.siblings], n["siblings"], first=self._first["siblings"])
+            drawn = self.measuring.transferred(
+                of, [them.siblings], n["siblings"], first=self._first["siblings"]
+            )
         return Measurements(
             them,
-            carried,
+            transferred,
             self._white((of,), n["white-box"])[0],
             drawn,
             self._clean(self._incumbents, n["transfer"]),
@@ -250,23 +279,26 @@ class _Admitting:
     @cached_property
     def _first(self) -> dict[Family, int]:
         """First number of examples of each kind of measurement."""
-        white, siblings = (max(self.judged // part, 1) for part in (_WHITE, _SIBLINGS))
-        return {"transfer": self.judged, "white-box": white, "siblings": siblings}
+        white, siblings = (max(self.n_judged // part, 1) for part in (_WHITE, _SIBLINGS))
+        return {"transfer": self.n_judged, "white-box": white, "siblings": siblings}
 
     @cached_property
     def _looks(self) -> dict[Family, int]:
         """Largest number of looks at each kind of measurement; each look doubles the examples."""
-        return {family: len(ends(len(self.request.held), first)) for family, first in self._first.items()}
+        return {
+            family: len(judged_ranges(len(self.request.held_out), first))
+            for family, first in self._first.items()
+        }
 
     @cached_property
     def _needs(self) -> dict[Gate, Need]:
         """Sample sizes that the gates on accuracy need, estimated from the differences between bases and surrogates."""
-        n = len(self.request.held)
+        n = len(self.request.held_out)
         first = {family: min(size, n) for family, size in self._first.items()}
         alike = [*self._bases, *self._own]
         clean = [one["correct"] for one in self._clean(alike, first["transfer"])]
         white = self._white(alike[: max(len(self._bases), 2)], first["white-box"])
-        needs = measured(clean, [held(one) for one in white], n, self.judged)
+        needs = measured_needs(clean, [robust_mask(one) for one in white], n, self.n_judged)
         if any(need.widened for need in needs):
             self.notify(f"note: {statement(needs, planned=False)}")
         return {need.gate: need for need in needs}
@@ -289,7 +321,7 @@ class _Admitting:
         subjects = []
         for model in self.measuring.transfer_examples.own:
             sha = content_digest(state_of(model))
-            subjects.append(subject_of(self.request, f"own-{sha[:NAME_DIGITS]}", sha, model))
+            subjects.append(set_subject(self.request, f"own-{sha[:NAME_DIGITS]}", sha, model))
         return tuple(subjects)
 
     @cached_property
@@ -300,16 +332,14 @@ class _Admitting:
 
     def _subject(self, name: str) -> Subject:
         sha = self.pool.ledger.member(name).digest
-        return subject_of(self.request, name, sha, self.request.of_set(self.pool, name))
+        return set_subject(self.request, name, sha, self.request.of_set(self.pool, name))
 
     @cached_property
     def _canaries(self) -> Inputs:
         """The canary inputs, stored encrypted in the pool."""
-        stored = self.pool.kept(CANARY_INPUTS)
-        if stored is None:
-            self.pool.keep(CANARY_INPUTS, {"x": self.request.held.x[:CANARIES].cpu()}, {})
-            return self.request.held.x[:CANARIES]
-        return stored.columns["x"].to(self.request.held.x)
+        x = self.request.held_out.x
+        stored = self.run.step(CANARY_INPUTS, lambda: StoredStage({"x": x[:CANARIES].cpu()}))
+        return stored.columns["x"].to(x)
 
     # --- weights
 
@@ -321,7 +351,7 @@ class _Admitting:
 
     def _finite(self, name: str) -> bool:
         """Whether a set has finite parameters, so that it can be attacked."""
-        return not endless(self.weights(name), state_of(self.request.model))
+        return not nonfinite_tensors(self.weights(name), state_of(self.request.model))
 
     @cached_property
     def _names(self) -> list[str]:
@@ -336,7 +366,7 @@ class _Admitting:
     def _exposed(self, name: str) -> tuple[str, ...]:
         return tuple(each for each in exposed_for(self.pool, name) if self._finite(each))
 
-    def _apart(self, name: str) -> float:
+    def _distance(self, name: str) -> float:
         return distance(self.weights(name), self._several(self._exposed(name)), self._names)[0]
 
     def _several(self, names: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:

@@ -18,16 +18,16 @@ from holdfast.verbs.rotate import wording
 from holdfast.verbs.rotate.comparing import (
     Loss,
     Worst,
+    changed_predictions,
     difference,
-    differing,
-    held,
     largest_loss,
     points_text,
+    robust_mask,
     share_of,
     share_text,
     worst,
 )
-from holdfast.verbs.rotate.measuring import Carried
+from holdfast.verbs.rotate.measuring import TransferResult
 from holdfast.verbs.rotate.samples import CONFIDENCE, LEAST, Gate, Need, slack
 from holdfast.verbs.rotate.samples import tolerance_text as tolerated
 from holdfast.verbs.rotate.transfer_examples import Attacker, Attackers
@@ -49,7 +49,7 @@ _BEST_FIRST: tuple[Verdict, ...] = ("pass", "unclear", "fail")
 
 
 @dataclass(frozen=True)
-class Ruling:
+class GateResult:
     """The result of one gate for one set."""
 
     name: str
@@ -64,7 +64,7 @@ class Ruling:
     family: Family = ""
 
     @property
-    def says(self) -> str:
+    def description(self) -> str:
         """The gate, its result and its limit as text."""
         return f"{self.name}: {self.why}; {self.bound}"
 
@@ -74,9 +74,9 @@ class Measurements:
     """All measurements of a set and of its references, on the same examples."""
 
     attackers: Attackers
-    carried: Carried
+    transferred: TransferResult
     white: Evidence
-    siblings: Carried | None
+    siblings: TransferResult | None
     before: tuple[Evidence, ...]
     """evidence on clean inputs of the serving set; if there is none, of each base"""
     before_white: tuple[Evidence, ...]
@@ -102,13 +102,13 @@ class Measurements:
             return least, f"at most {tolerated(least)} less than {_BETTER} are allowed"
         return need.tolerance, (
             f"at most {tolerated(need.tolerance)} less than {_BETTER} are allowed, widened from "
-            f"{tolerated(need.least)}, which needs {need.needed:,} held-out examples, but there are {need.held:,}"
+            f"{tolerated(need.least)}, which needs {need.needed:,} held-out examples, but there are {need.n_held_out:,}"
         )
 
     @property
     def static(self) -> Estimate:
         """Success rate of white-box attacks on the reference, as a mean over bases if no set serves."""
-        shares = [share_of(~held(one)[one["correct"]]) for one in self.before_white]
+        shares = [share_of(~robust_mask(one)[one["correct"]]) for one in self.before_white]
         low, value, high = (
             sum(getattr(one, end) for one in shares) / len(shares) for end in ("low", "value", "high")
         )
@@ -117,7 +117,7 @@ class Measurements:
     @property
     def transfer(self) -> Worst | None:
         """Highest success rate of an attacker with one stolen set; None if no set is stolen."""
-        return worst(self.carried, self.attackers.one, self.confidence("transfer"))
+        return worst(self.transferred, self.attackers.one, self.confidence("transfer"))
 
     @property
     def ensemble(self) -> Worst | None:
@@ -125,7 +125,7 @@ class Measurements:
         several = self.attackers.several
         if several is None:
             return None
-        return worst(self.carried, [several], self.confidence("transfer"))
+        return worst(self.transferred, [several], self.confidence("transfer"))
 
     @property
     def sibling(self) -> Worst | None:
@@ -139,13 +139,13 @@ class Measurements:
     def clean_loss(self) -> Loss:
         """Clean accuracy that the set loses relative to the better of its references."""
         before, bases = ([one["correct"] for one in them] for them in (self.before, self.bases))
-        return self._loss(before, bases, self.carried.evidence["correct"], "transfer")
+        return self._loss(before, bases, self.transferred.evidence["correct"], "transfer")
 
     @property
     def robust_loss(self) -> Loss:
         """Robust accuracy under white-box attacks that the set loses relative to the better of its references."""
-        before, bases = ([held(one) for one in them] for them in (self.before_white, self.bases_white))
-        return self._loss(before, bases, held(self.white), "white-box")
+        before, bases = ([robust_mask(one) for one in them] for them in (self.before_white, self.bases_white))
+        return self._loss(before, bases, robust_mask(self.white), "white-box")
 
     def _loss(self, before: Sequence[Mask], bases: Sequence[Mask], after: Mask, family: Family) -> Loss:
         against = {"the serving set": before} if self.serves else {}
@@ -154,11 +154,11 @@ class Measurements:
     @property
     def churn(self) -> Estimate:
         """Share of inputs that the set classifies differently from the reference."""
-        changed = [differing(one, self.carried.evidence) for one in self.before]
+        changed = [changed_predictions(one, self.transferred.evidence) for one in self.before]
         return difference(changed, confidence=self.confidence("transfer"))
 
 
-def rulings(seen: Measurements, doubts: Doubts, claims: Sequence[Claim]) -> tuple[Ruling, ...]:
+def gate_results(seen: Measurements, doubts: Doubts, claims: Sequence[Claim]) -> tuple[GateResult, ...]:
     """The results of all gates. `doubts` are those of the white-box attacks that were not raised for the references."""
     return (
         _clean(seen),
@@ -173,61 +173,63 @@ def rulings(seen: Measurements, doubts: Doubts, claims: Sequence[Claim]) -> tupl
 def reported(seen: Measurements) -> dict[str, Estimate]:
     """Estimates that are reported and decide no gate."""
     estimates = {
-        "white_box_success": share_of(~held(seen.white)[seen.white["correct"]]),
+        "white_box_success": share_of(~robust_mask(seen.white)[seen.white["correct"]]),
         "static_white_box_success": seen.static,
         "worst_class": worst_class(seen.white),
-        "calibration_error": calibration_error(seen.carried.evidence),
+        "calibration_error": calibration_error(seen.transferred.evidence),
     }
-    nothing = worst(seen.carried, [seen.attackers.nothing])
+    nothing = worst(seen.transferred, [seen.attackers.nothing])
     those = {"transfer_of_nothing": nothing, "sibling_transfer": seen.sibling}
     return estimates | {name: one.estimate for name, one in those.items() if one is not None}
 
 
-def _clean(seen: Measurements) -> Ruling:
-    loss, whom = seen.clean_loss.estimate, seen.clean_loss.whom
+def _clean(seen: Measurements) -> GateResult:
+    loss, reference = seen.clean_loss.estimate, seen.clean_loss.reference
     most, bound = seen.tolerance("clean accuracy")
-    why = f"clean accuracy is {points_text(loss)} lower than that of {whom}"
-    return Ruling("clean accuracy", loss, bound, AtMost(most)(loss, NO_DOUBTS), why, "transfer")
+    why = f"clean accuracy is {points_text(loss)} lower than that of {reference}"
+    return GateResult("clean accuracy", loss, bound, AtMost(most)(loss, NO_DOUBTS), why, "transfer")
 
 
-def _robust(seen: Measurements, doubts: Doubts) -> Ruling:
-    loss, whom = seen.robust_loss.estimate, seen.robust_loss.whom
+def _robust(seen: Measurements, doubts: Doubts) -> GateResult:
+    loss, reference = seen.robust_loss.estimate, seen.robust_loss.reference
     most, bound = seen.tolerance("robust accuracy")
     verdict = AtMost(most)(loss, doubts)
-    why = f"robust accuracy under PGD-20 and APGD is {points_text(loss)} lower than that of {whom}"
+    why = f"robust accuracy under PGD-20 and APGD is {points_text(loss)} lower than that of {reference}"
     if verdict == "unclear" and loss.high <= most:
         why += f", and doubts are open: {', '.join(doubts.open)}"
-        return Ruling("robust accuracy", loss, bound, verdict, why)
-    return Ruling("robust accuracy", loss, bound, verdict, why, "white-box")
+        return GateResult("robust accuracy", loss, bound, verdict, why)
+    return GateResult("robust accuracy", loss, bound, verdict, why, "white-box")
 
 
-def _thefts(seen: Measurements) -> tuple[Ruling, ...]:
+def _thefts(seen: Measurements) -> tuple[GateResult, ...]:
     one, several = seen.transfer, seen.ensemble
     if one is None:
         why = "no set is listed as stolen"
         return tuple(
-            Ruling(gate, None, "not applicable", "pass", why) for gate in ("theft", "ensemble theft")
+            GateResult(gate, None, "not applicable", "pass", why) for gate in ("theft", "ensemble theft")
         )
     gates = [
-        _beside_nothing("theft", one, seen, seen.attackers.nothing, NOTHING),
+        _beside_surrogates("theft", one, seen, seen.attackers.nothing, NOTHING),
         _of_static(one, seen),
     ]
     if several is None or seen.attackers.evenly is None:
         why = "only one set is listed as stolen"
-        return (*gates, Ruling("ensemble theft", None, "not applicable", "pass", why))
-    return (*gates, _beside_nothing("ensemble theft", several, seen, seen.attackers.evenly, SEVERAL))
+        return (*gates, GateResult("ensemble theft", None, "not applicable", "pass", why))
+    return (*gates, _beside_surrogates("ensemble theft", several, seen, seen.attackers.evenly, SEVERAL))
 
 
-def _beside_nothing(gate: str, theft: Worst, seen: Measurements, attacker: Attacker, times: float) -> Ruling:
+def _beside_surrogates(
+    gate: str, theft: Worst, seen: Measurements, attacker: Attacker, times: float
+) -> GateResult:
     """A theft gate: the success rate is at most `FLOOR`, or at most `times` that of a surrogate-only attacker."""
-    nothing = worst(seen.carried, [attacker])
+    nothing = worst(seen.transferred, [attacker])
     assert nothing is not None
     verdict = _hardly_more(theft, nothing, times, FLOOR, seen.confidence("transfer"))
     bound = (
         f"at most {percent(FLOOR)} is allowed, or {times:g} times the {percent(nothing.estimate.value)} of "
         f"{nothing.by}"
     )
-    return Ruling(gate, theft.estimate, bound, verdict, theft.says, "transfer")
+    return GateResult(gate, theft.estimate, bound, verdict, theft.description, "transfer")
 
 
 def _hardly_more(theft: Worst, nothing: Worst, times: float, floor: float, each: float) -> Verdict:
@@ -236,32 +238,32 @@ def _hardly_more(theft: Worst, nothing: Worst, times: float, floor: float, each:
     Both limits are tested with the upper ends of confidence intervals.
     """
     verdicts: list[Verdict] = []
-    for place, fell in enumerate(theft.fell):
-        alone, surely = share_of(fell, each), bonferroni(each, len(theft.fell))
-        if alone.high <= floor or _excess(fell, nothing.fell[0], times, each).high <= 0:
+    for place, broken in enumerate(theft.broken):
+        alone, joint = share_of(broken, each), bonferroni(each, len(theft.broken))
+        if alone.high <= floor or _excess(broken, nothing.broken[0], times, each).high <= 0:
             verdicts.append("pass")
-        elif place == 0 and share_of(fell, surely).low > floor:
-            less = _excess(fell, nothing.fell[0], times, surely).low <= 0
+        elif place == 0 and share_of(broken, joint).low > floor:
+            less = _excess(broken, nothing.broken[0], times, joint).low <= 0
             verdicts.append("unclear" if less else "fail")
         else:
             verdicts.append("unclear")
     return overall(verdicts)
 
 
-def _excess(fell: Mask, nothing: Mask, times: float, confidence: float) -> Estimate:
-    """Share of `fell` minus `times` the share of `nothing`, with an interval, on the same inputs."""
-    return mean(fell.double() - times * nothing.double(), confidence, support=Support(-times, 1.0))
+def _excess(broken: Mask, nothing: Mask, times: float, confidence: float) -> Estimate:
+    """Share of `broken` minus `times` the share of `nothing`, with an interval, on the same inputs."""
+    return mean(broken.double() - times * nothing.double(), confidence, support=Support(-times, 1.0))
 
 
-def _of_static(theft: Worst, seen: Measurements) -> Ruling:
+def _of_static(theft: Worst, seen: Measurements) -> GateResult:
     """A theft gate: success is at most half of the white-box success, or close to that of a surrogate-only attacker.
 
     The second condition is for sets so robust that surrogates do nearly as well as the sets themselves; without it,
     none would pass.
     """
-    gate, static, nothing = "theft of static", seen.static, worst(seen.carried, [seen.attackers.nothing])
+    gate, static, nothing = "theft of static", seen.static, worst(seen.transferred, [seen.attackers.nothing])
     if not static.value:
-        return Ruling(
+        return GateResult(
             gate, None, "not applicable", "pass", "white-box attacks on the serving set break nothing"
         )
     assert nothing is not None
@@ -275,30 +277,32 @@ def _of_static(theft: Worst, seen: Measurements) -> Ruling:
         f"({percent(static.value)}), or {NOTHING:g} times the {percent(nothing.estimate.value)} of {nothing.by} "
         f"and at most {percent(most)}"
     )
-    return Ruling(gate, theft.estimate, bound, verdict, theft.says, "transfer")
+    return GateResult(gate, theft.estimate, bound, verdict, theft.description, "transfer")
 
 
-def _churn(seen: Measurements) -> Ruling:
-    among = [float(differing(one, other).double().mean()) for one, other in combinations(seen.bases, 2)]
+def _churn(seen: Measurements) -> GateResult:
+    among = [
+        float(changed_predictions(one, other).double().mean()) for one, other in combinations(seen.bases, 2)
+    ]
     most = CHURN
     if among:
         usual, need = sum(among) / len(among), seen.needs.get("clean accuracy")
-        room = 0.0 if need is None else slack(usual, need.held, need.looks)
+        room = 0.0 if need is None else slack(usual, need.n_held_out, need.looks)
         most = max(CHURN, _MORE * usual, usual + room)
     changed = seen.churn
     if not seen.serves:
         why = f"{share_text(changed)} of inputs have another predicted class than by the bases"
-        return Ruling("churn", changed, "not limited before a set serves", "pass", why)
+        return GateResult("churn", changed, "not limited before a set serves", "pass", why)
     bound = f"at most {percent(most)} is allowed, " + (
         "1.5 times the difference between bases, or what sets of equal quality need"
         if most > CHURN
         else "independent of the difference between bases"
     )
     why = f"{share_text(changed)} of inputs have another predicted class than by the serving set"
-    return Ruling("churn", changed, bound, AtMost(most)(changed, NO_DOUBTS), why, "transfer")
+    return GateResult("churn", changed, bound, AtMost(most)(changed, NO_DOUBTS), why, "transfer")
 
 
-def _odd_gradients(seen: Measurements, accepted: Mapping[str, str]) -> Ruling:
+def _odd_gradients(seen: Measurements, accepted: Mapping[str, str]) -> GateResult:
     """A gate against masked gradients: the set is easier to break, mostly by examples from sets of the same draw.
 
     More examples cannot decide it; a person may accept it.
@@ -309,11 +313,11 @@ def _odd_gradients(seen: Measurements, accepted: Mapping[str, str]) -> Ruling:
     )
     sibling, theft = seen.sibling, seen.transfer
     if sibling is None or theft is None:
-        return Ruling(
+        return GateResult(
             gate, None, bound, "pass", "there is no set of the same draw, or no stolen set, to compare"
         )
     confidence = seen.confidence("white-box")
-    easier = difference([held(one) for one in seen.before_white], held(seen.white), confidence)
+    easier = difference([robust_mask(one) for one in seen.before_white], robust_mask(seen.white), confidence)
     least = 1 / max(theft.estimate.n, 1)
     times = sibling.estimate.value / max(theft.estimate.value, least)
     value = Estimate(times, times, times, sibling.estimate.n)
@@ -322,13 +326,13 @@ def _odd_gradients(seen: Measurements, accepted: Mapping[str, str]) -> Ruling:
         f"robust accuracy is {points_text(easier)} lower"
     )
     if easier.low <= 0 or times <= _ODD:
-        return Ruling(gate, value, bound, "pass", why)
+        return GateResult(gate, value, bound, "pass", why)
     if gate in accepted:
-        return Ruling(gate, value, bound, "pass", f"{why}; accepted: {accepted[gate]}")
-    return Ruling(gate, value, bound, "unclear", why)
+        return GateResult(gate, value, bound, "pass", f"{why}; accepted: {accepted[gate]}")
+    return GateResult(gate, value, bound, "unclear", why)
 
 
-def _claimed(claim: Claim, seen: Measurements, doubts: Doubts) -> Ruling:
+def _claimed(claim: Claim, seen: Measurements, doubts: Doubts) -> GateResult:
     thefts: Mapping[str, tuple[Worst | None, Family]] = {
         "transfer_success": (seen.transfer, "transfer"),
         "ensemble_transfer": (seen.ensemble or seen.transfer, "transfer"),
@@ -339,13 +343,16 @@ def _claimed(claim: Claim, seen: Measurements, doubts: Doubts) -> Ruling:
         if theft is None:
             return _vacuous(claim)
         bound = claim.bound * (seen.static.value if claim.versus == "static" else 1.0)
-        return _judged(claim, theft.estimate, theft.says, family, bound)
+        return _judged(claim, theft.estimate, theft.description, family, bound)
     plain: Mapping[str, tuple[Callable[[], Estimate], Family]] = {
         "clean_accuracy": (
-            lambda: share_of(seen.carried.evidence["correct"], seen.confidence("transfer")),
+            lambda: share_of(seen.transferred.evidence["correct"], seen.confidence("transfer")),
             "transfer",
         ),
-        "robust_accuracy": (lambda: share_of(held(seen.white), seen.confidence("white-box")), "white-box"),
+        "robust_accuracy": (
+            lambda: share_of(robust_mask(seen.white), seen.confidence("white-box")),
+            "white-box",
+        ),
         "churn": (lambda: seen.churn, "transfer"),
         "clean_accuracy_drop": (lambda: seen.clean_loss.estimate, "transfer"),
     }
@@ -362,22 +369,22 @@ CLAIMABLE = (
 """Metrics that additional claims on a set may use."""
 
 
-def _vacuous(claim: Claim) -> Ruling:
+def _vacuous(claim: Claim) -> GateResult:
     if claim.metric == "sibling_transfer":
-        return Ruling(
+        return GateResult(
             claim.text,
             None,
             "two sets of the same draw are needed",
             "unclear",
             "there is no other set of the same draw",
         )
-    return Ruling(claim.text, None, "not applicable", "pass", "no set is listed as stolen")
+    return GateResult(claim.text, None, "not applicable", "pass", "no set is listed as stolen")
 
 
 def _judged(
     claim: Claim, estimate: Estimate, why: str, family: Family, bound: float, doubts: Doubts = NO_DOUBTS
-) -> Ruling:
+) -> GateResult:
     gate, word = (AtLeast(bound), "least") if claim.relation == ">=" else (AtMost(bound), "most")
-    return Ruling(
+    return GateResult(
         claim.text, estimate, f"at {word} {bound:.4g} is required", gate(estimate, doubts), why, family
     )

@@ -1,0 +1,113 @@
+"""Makes the request of each step of a rotation from its settings: opens the pool, its model and its data."""
+
+from pathlib import Path
+
+from holdfast.config import rotating
+from holdfast.config.settings import RotateSettings
+from holdfast.core.errors import UsageError
+from holdfast.engine.progress import Notify, ignore
+from holdfast.store.pool import Pool
+from holdfast.verbs.rotate.admit import AdmitRequest
+from holdfast.verbs.rotate.collect import CollectRequest
+from holdfast.verbs.rotate.draw import By, DrawRequest, by_named
+from holdfast.verbs.rotate.run import LoopSettings, RunRequest
+from holdfast.verbs.rotate.train import TrainRequest
+
+
+def collect_request(
+    settings: RotateSettings, path: Path, *, resume: bool = False, expect_head: str = ""
+) -> CollectRequest:
+    """Return the request of a collection in the folder `path`."""
+    common, budget_s = rotating.rotate_request(settings), rotating.budget_s(settings)
+    return CollectRequest(path, common, resume, budget_s, settings.options.n_judged, expect_head)
+
+
+def train_request(path: Path, settings: RotateSettings, *, expect_head: str = "") -> TrainRequest:
+    """Return the request of the training of a generator for the pool in the folder `path`."""
+    pool = Pool.held(path, expect_head=expect_head)
+    common = rotating.reopened(pool, settings)
+    return TrainRequest(pool, common, rotating.codec(settings), rotating.diffusion(settings))
+
+
+def draw_request(
+    path: Path,
+    settings: RotateSettings,
+    *,
+    sets: int | None = None,
+    by: str | None = None,
+    immunising: bool = False,
+    resume: bool = False,
+    expect_head: str = "",
+    notify: Notify = ignore,
+) -> DrawRequest:
+    """Return the request of a draw; `immunising` says whether the settings of the immunisation are used."""
+    _refuse_no_count(sets)
+    named = by_named(by, notify)
+    pool = Pool.held(path, expect_head=expect_head)
+    common = rotating.reopened(pool, settings)
+    immunise = rotating.immunise(settings) if immunising else None
+    return DrawRequest(pool, common, sets, named, immunise, resume)
+
+
+def _refuse_no_count(sets: object) -> None:
+    if sets is not None and not (isinstance(sets, int) and sets >= 1):
+        raise UsageError(f"sets is {sets!r}; expected a number of candidates of at least 1")
+
+
+def admit_request(path: Path, settings: RotateSettings, *, expect_head: str = "") -> AdmitRequest:
+    """Return the request of the admission of all candidates."""
+    pool = Pool.held(path, expect_head=expect_head)
+    common = rotating.reopened(pool, settings)
+    return AdmitRequest(
+        pool, common, settings.judgement.gates, settings.judgement.accept_doubts, settings.options.n_judged
+    )
+
+
+def run_request(
+    settings: RotateSettings,
+    path: Path,
+    *,
+    by: str | None = None,
+    immunising: bool = False,
+    once: bool = False,
+    resume: bool = False,
+    expect_head: str = "",
+    notify: Notify = ignore,
+) -> RunRequest:
+    """Return the request of all steps with a new pool, or with `resume` the pool in the folder `path`."""
+    loop = _loop_settings(settings, by_named(by, notify), immunising=immunising, once=once)
+    collection = collect_request(settings, path, resume=resume, expect_head=expect_head)
+    return RunRequest(collection, loop, rotating.codec(settings), rotating.diffusion(settings), once)
+
+
+def resumed_run_request(
+    settings: RotateSettings,
+    path: Path,
+    *,
+    by: str | None = None,
+    immunising: bool = False,
+    once: bool = False,
+    expect_head: str = "",
+    notify: Notify = ignore,
+) -> RunRequest:
+    """Return the request of all steps with an existing pool, whose model and data are opened again."""
+    loop = _loop_settings(settings, by_named(by, notify), immunising=immunising, once=once)
+    common = rotating.reopened(Pool.held(path, expect_head=expect_head), settings)
+    collection = CollectRequest(
+        path, common, True, n_judged=settings.options.n_judged, expect_head=expect_head
+    )
+    return RunRequest(collection, loop, rotating.codec(settings), rotating.diffusion(settings), once)
+
+
+def _loop_settings(settings: RotateSettings, by: By | None, *, immunising: bool, once: bool) -> LoopSettings:
+    """Return when sets are swapped and how new ones are produced and judged."""
+    triggers = rotating.triggers(settings)
+    if not (triggers or once):
+        raise UsageError(
+            "no condition for swaps is given; add --every 50q/principal or --every 24h, or --once"
+        )
+    immunise = rotating.immunise(settings) if immunising else None
+    gates, accepted = settings.judgement.gates, settings.judgement.accept_doubts
+    return LoopSettings(
+        triggers, settings.options.min_waiting, immunise, by, gates, accepted, settings.options.n_judged
+    )

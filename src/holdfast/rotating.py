@@ -1,0 +1,322 @@
+"""The steps of a rotation, with the names, defaults and meaning of the options of `holdfast rotate`.
+
+This module is `holdfast.rotate`. A pool is a folder; each step takes it as a path, or as the `pool` of an earlier
+result. Every step stores what it finished, so a stopped one continues when it is called again.
+
+    collected = holdfast.rotate.collect("net.py:make", "digits.npz", "linf:0.2", run="pool")
+    holdfast.rotate.draw("pool", by="retraining", immunise=True)
+    if holdfast.rotate.admit("pool").admitted:
+        holdfast.rotate.swap("pool", why="the first")
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from holdfast.config import rotate_requests
+from holdfast.config.attacks import ThreatLike, threat_written
+from holdfast.config.groups import DataSource, ModelSource
+from holdfast.config.moved import verb
+from holdfast.config.references import DataReference, ModelReference, Numbers
+from holdfast.config.resolve import folder_of
+from holdfast.config.settings import RotateSettings, canonical_settings, check_settings, given
+from holdfast.core.chain import canonical, digest
+from holdfast.core.errors import UsageError
+from holdfast.engine.progress import Notify, Progress, ignore, silent
+from holdfast.rotation.collecting import Beginning
+from holdfast.store import migrating
+from holdfast.store.authentic import Head
+from holdfast.store.migrating import Migrated
+from holdfast.store.pool import Pool
+from holdfast.verbs.rotate import admit as admission
+from holdfast.verbs.rotate import collect as collection
+from holdfast.verbs.rotate import draw as drawing
+from holdfast.verbs.rotate import expose as exposure
+from holdfast.verbs.rotate import run as loop
+from holdfast.verbs.rotate import status as pool_status
+from holdfast.verbs.rotate import swap as swapping
+from holdfast.verbs.rotate import train as training
+from holdfast.verbs.rotate.collect import Collected
+from holdfast.verbs.rotate.contents import TrainedGenerator
+from holdfast.verbs.rotate.draw import By, Drawn
+from holdfast.verbs.rotate.expose import Exposed
+from holdfast.verbs.rotate.run import Rotated
+from holdfast.verbs.rotate.swap import Swapped
+from holdfast.verbs.rotate.verdicts import Admission
+from holdfast.verbs.stored_runs import new_folder
+
+__all__ = ["admit", "collect", "draw", "expose", "head", "migrate", "run", "status", "swap", "train"]
+
+PoolLike = str | Path | Pool
+"""A pool, or the path of its folder."""
+Options = Mapping[str, Any]
+"""Settings by name, as after `--set codec.`."""
+
+
+@verb
+def collect(
+    model: str | Path | ModelReference,
+    data: str | Path | DataReference,
+    threat: ThreatLike = "linf:8/255",
+    source: str | Options = "basins",
+    recipe: str | Options = "card",
+    *,
+    budget: str | None = None,
+    fit: str | Path | None = None,
+    seed: int = 0,
+    initialisation: Beginning = "he",
+    bounds: Numbers | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+    data_normalised: tuple[Numbers, Numbers] | str | None = None,
+    device: str = "auto",
+    run: str | Path | None = None,
+    resume: bool = False,
+    expect_head: str = "",
+    notify: Notify = ignore,
+    progress: Progress = silent,
+) -> Collected:
+    """Train parameter sets of the model's architecture on the train split of `data`, and surrogates for transfer.
+
+    `model`, `data` and `fit` are addresses, because a pool stores how its model and data are opened again; further
+    settings of them are given with `holdfast.open_model` and `holdfast.open_data`. `source` is the method that collects
+    sets, and `recipe` the training method; both are a name, or settings with the name as `use`. `budget` is time for
+    all trainings together, as in "20min". `run` is the folder of the pool, by default a new one, and `resume` continues
+    the pool in it. `notify` receives messages. Raises `UsageError` and `TargetError`.
+    """
+    path = folder_of(run, resume=resume)
+    settings = check_settings(
+        given(
+            threat=threat_written(threat, "rotate.collect(): threat"),
+            source=source,
+            recipe=recipe,
+            budget=budget,
+            fit=None if fit is None else _address("fit", fit),
+            seed=seed,
+            initialisation=initialisation,
+            bounds=bounds,
+            mean=mean,
+            std=std,
+            data_normalised=data_normalised,
+            device=device,
+        ),
+        "rotate.collect()",
+        kind=RotateSettings,
+    )
+    model_source = model.source if isinstance(model, ModelReference) else ModelSource()
+    data_source = data.source if isinstance(data, DataReference) else DataSource()
+    settings = replace(
+        settings,
+        model=model_source.model_copy(update={"address": _address("model", model)}),
+        data=data_source.model_copy(update={"address": _address("data", data)}),
+    )
+    path = path or new_folder("rotate", digest(canonical(canonical_settings(settings))))
+    request = rotate_requests.collect_request(settings, path, resume=resume, expect_head=expect_head)
+    return collection.collect(request, notify=notify, progress=progress)
+
+
+@verb
+def train(
+    pool: PoolLike,
+    *,
+    codec: Options | None = None,
+    generator: Options | None = None,
+    device: str = "auto",
+    trust_code: bool = False,
+    expect_head: str = "",
+    notify: Notify = ignore,
+) -> TrainedGenerator:
+    """Train a codec and a latent diffusion model on the collected sets, as in `generator={"regulariser": "hinge"}`.
+
+    It replaces an earlier generator. Raises `Inconclusive` if encoding and decoding costs more than 0.3 points of
+    accuracy. `trust_code` allows the code from which the pool's model is built to run.
+    """
+    settings = check_settings(
+        given(codec=codec, generator=generator, device=device, trust_code=trust_code),
+        "rotate.train()",
+        kind=RotateSettings,
+    )
+    request = rotate_requests.train_request(_path(pool), settings, expect_head=expect_head)
+    return training.train(request, notify=notify)
+
+
+@verb
+def draw(
+    pool: PoolLike,
+    *,
+    sets: int | None = None,
+    by: By | Literal["anew"] | None = None,
+    immunise: bool | Options = False,
+    resume: bool = False,
+    device: str = "auto",
+    trust_code: bool = False,
+    expect_head: str = "",
+    notify: Notify = ignore,
+) -> Drawn:
+    """Add new candidates to the pool, by default eight. A candidate must be admitted before it may serve.
+
+    `by` is "generator", the default if there is one, or "retraining" from fresh random weights. With `immunise`, or
+    settings of it such as `{"share": 0.25}`, each is trained further against examples computed on stolen sets; if there
+    are none, on the serving set or the bases. `resume` continues the last draw, with its settings.
+    """
+    settings = check_settings(
+        given(immunise=_options(immunise=immunise), device=device, trust_code=trust_code),
+        "rotate.draw()",
+        kind=RotateSettings,
+    )
+    request = rotate_requests.draw_request(
+        _path(pool), settings, sets=sets, by=by, immunising=immunise is not False, resume=resume,
+        expect_head=expect_head, notify=notify,
+    )  # fmt: skip
+    return drawing.draw(request, notify=notify)
+
+
+@verb
+def admit(
+    pool: PoolLike,
+    *,
+    gates: Sequence[str] = (),
+    accept_doubts: Mapping[str, str] | None = None,
+    n_judged: int = 2_000,
+    device: str = "auto",
+    trust_code: bool = False,
+    expect_head: str = "",
+    notify: Notify = ignore,
+    progress: Progress = silent,
+) -> Admission:
+    """Judge every candidate of the pool, and waiting sets that were not judged against every stolen set.
+
+    `gates` are conditions in addition to the usual ones, `accept_doubts` raised doubts that are accepted, with reasons,
+    and `n_judged` is the first number of held-out examples. The result has the verdict on each set; `exit_code` is 0 if a
+    candidate was admitted and 4 if none was.
+    """
+    settings = check_settings(
+        given(
+            gates=gates,
+            accept_doubts=accept_doubts,
+            n_judged=n_judged,
+            device=device,
+            trust_code=trust_code,
+        ),
+        "rotate.admit()",
+        kind=RotateSettings,
+    )
+    request = rotate_requests.admit_request(_path(pool), settings, expect_head=expect_head)
+    return admission.admit(request, notify=notify, progress=progress)
+
+
+def swap(pool: PoolLike, *, why: str = "", unjudged: bool = False, expect_head: str = "") -> Swapped:
+    """Serve another admitted set, chosen at random, and retire the serving set. `why` is recorded in the ledger.
+
+    With `unjudged`, a set that was not judged against every stolen set is used if no other waits. Raises
+    `Inconclusive` if no set can serve.
+    """
+    return swapping.swap(swapping.SwapRequest(_opened(pool, expect_head), why, unjudged))
+
+
+def expose(pool: PoolLike, name: str, *, why: str, expect_head: str = "") -> Exposed:
+    """Record that an attacker may have the set `name`, and what happened. After the next swap it never serves again."""
+    return exposure.expose(exposure.ExposeRequest(_opened(pool, expect_head), name, why))
+
+
+def status(pool: PoolLike, *, expect_head: str = "") -> dict[str, Any]:
+    """Return the sets of the pool and their states as plain values, after every entry of its ledger was verified."""
+    return pool_status.status(_opened(pool, expect_head))
+
+
+def head(pool: PoolLike, *, expect_head: str = "") -> Head:
+    """Return the number and the digest of the last entry of the ledger, to be stored outside the folder.
+
+    A later step with `expect_head=digest` refuses the pool if its ledger does not contain that entry, as in an older
+    copy of the folder.
+    """
+    return pool_status.head(_opened(pool, expect_head))
+
+
+def migrate(pool: str | Path) -> Migrated:
+    """Convert a pool from the older format, whose ledger was not authenticated, to the present format."""
+    return migrating.migrate(_path(pool))
+
+
+@verb
+def run(
+    pool: PoolLike,
+    *,
+    every: Sequence[str] = (),
+    by: By | Literal["anew"] | None = None,
+    min_waiting: int = 8,
+    immunise: bool | Options = False,
+    once: bool = False,
+    gates: Sequence[str] = (),
+    accept_doubts: Mapping[str, str] | None = None,
+    n_judged: int = 2_000,
+    codec: Options | None = None,
+    generator: Options | None = None,
+    device: str = "auto",
+    trust_code: bool = False,
+    expect_head: str = "",
+    notify: Notify = ignore,
+    progress: Progress = silent,
+) -> Rotated:
+    """Finish the collection of the pool, train a generator if it is needed, and swap whenever a swap is due.
+
+    `every` lists when, as in `["50q/principal", "24h"]`; a stolen serving set is always swapped. `min_waiting` is the
+    number of admitted sets that should wait. The call ends with Ctrl-C, with `Inconclusive` if no set is admitted and none waits, and
+    with `once` as soon as a set serves and enough wait. On the command line, this step also creates the pool.
+    """
+    settings = check_settings(
+        given(
+            every=every,
+            min_waiting=min_waiting,
+            immunise=_options(immunise=immunise),
+            gates=gates,
+            accept_doubts=accept_doubts,
+            n_judged=n_judged,
+            codec=codec,
+            generator=generator,
+            device=device,
+            trust_code=trust_code,
+        ),
+        "rotate.run()",
+        kind=RotateSettings,
+    )
+    request = rotate_requests.resumed_run_request(
+        settings, _path(pool), by=by, immunising=immunise is not False, once=once, expect_head=expect_head,
+        notify=notify,
+    )  # fmt: skip
+    return loop.run(request, notify=notify, progress=progress)
+
+
+def _options(*, immunise: bool | Options) -> Options | None:
+    return None if isinstance(immunise, bool) else immunise
+
+
+def _path(pool: PoolLike) -> Path:
+    """Return the folder of a pool."""
+    if isinstance(pool, Pool):
+        return pool.path
+    if not isinstance(pool, str | Path):
+        raise UsageError(f"pool is a {type(pool).__name__}; give the path of its folder, as in 'pool/'")
+    return Path(pool)
+
+
+def _opened(pool: PoolLike, expect_head: str) -> Pool:
+    """Return the pool after every entry of its ledger was verified."""
+    return Pool.held(_path(pool), expect_head=expect_head)
+
+
+def _address(name: str, given: object) -> str:
+    """Return the address of a model or data. Raises `UsageError` for objects, with the way to give an address."""
+    address = given.given if isinstance(given, ModelReference | DataReference) else given
+    if isinstance(address, str | Path):
+        return str(address)
+    way = (
+        "a function in a file that returns it, as in net.py:make, or a file such as weights.safetensors"
+        if name == "model"
+        else "a file with it, as written by numpy.savez('images.npz', x_train=x, y_train=y, x_test=x2, y_test=y2)"
+    )
+    raise UsageError(
+        f"{name} is a {type(address).__name__}, and a pool stores the address with which it is opened again; give "
+        f"{way}"
+    )

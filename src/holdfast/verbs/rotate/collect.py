@@ -1,0 +1,299 @@
+"""The step `collect`: independent training runs, resumable at the last epoch, whose sets are encrypted; and surrogates.
+
+The surrogates represent a surrogate-only attacker: models of the same architecture, trained by the same recipe on
+the same examples from their own random weights. Gates on thefts are relative to the success of this attacker.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.core.checkpoint import Checkpoint, without_prefix
+from holdfast.core.draws import Draws
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Classifier
+from holdfast.engine.progress import Notify, Progress, Step, ignore, silent
+from holdfast.engine.resuming import way_out
+from holdfast.engine.run import Run
+from holdfast.engine.signals import stoppable
+from holdfast.rotation import Members, Task, weights_of
+from holdfast.rotation.collecting import begun_anew, swapped
+from holdfast.store.folder import StoredStage
+from holdfast.store.manifest import refuse_other_head, stands
+from holdfast.store.pool import Pool
+from holdfast.verbs.pace import Pace, pace, whole_epochs
+from holdfast.verbs.rotate.contents import OWN, PLAN, secret, surrogate_name, training_name
+from holdfast.verbs.rotate.pool_store import PoolStore
+from holdfast.verbs.rotate.request import FIRST, RotateRequest, accuracy, state_of
+from holdfast.verbs.rotate.samples import planned_needs, statement
+
+BASE = "a base, which other sets are generated from; it never serves"
+"""The recorded reason for which a base does not serve. What makes it a base is its role."""
+_LEFT = {
+    "pool.json",
+    ".pool.json.part",
+    "ledger.jsonl",
+    "ledger.head",
+    ".ledger.head.part",
+    "ledger.lock",
+    "sets",
+}  # may be left by a killed creation of the pool
+_CHECKPOINT = (
+    "begun"  # name of the file with the last epoch of the training in progress, which each epoch replaces
+)
+_GUESSING = 1.5  # times the accuracy of the most frequent class, below which a run has diverged
+
+
+@dataclass(frozen=True)
+class CollectRequest:
+    """Which sets are collected in which folder."""
+
+    path: Path
+    """folder of the pool"""
+    common: RotateRequest
+    """the settings that all sets share"""
+    resume: bool = False
+    """whether an existing pool is continued"""
+    budget_s: float | None = None
+    """seconds for all trainings together; None for the epochs of the recipe"""
+    n_judged: int = FIRST
+    """first number of held-out examples for judging a set, for the message on the sizes that the gates need"""
+    expect_head: str = ""
+    """a head that the ledger must contain; see `Pool.held`"""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Number and accuracy of the collected sets and surrogates."""
+
+    runs: int
+    sets: int
+    epochs: int
+    accuracy: tuple[float, ...]
+    """accuracy of each base on held-out examples"""
+    surrogate_accuracy: tuple[float, ...]
+    """accuracy of each surrogate on held-out examples"""
+    pool: Pool = field(repr=False, compare=False)
+
+
+def collect(
+    request: CollectRequest, *, again: str = "", notify: Notify = ignore, progress: Progress = silent
+) -> Collected:
+    """Create or resume a pool, train the missing runs, and store their sets encrypted.
+
+    `again` states how a stopped call is resumed. Raises `UsageError`, `TargetError`, and `Interrupted` on a signal.
+    """
+    again = again or way_out("", request.path)
+    with stoppable(again) as stopper:
+        pool = create_or_resume(request, notify=notify)
+        common = request.common
+        notify(statement(planned_needs(len(common.held_out), request.n_judged), planned=True))
+        for note in common.notes:
+            notify(f"note: {note}")
+        with pool.alone_at("collect"):
+            runs, n_trained = common.source.runs, _n_trained(common)
+            stages = (PLAN, *map(training_name, range(runs)), *map(surrogate_name, range(OWN)))
+            run = Run(stages, PoolStore(pool=pool), stopper=stopper, progress=progress)
+            plan = run.step(PLAN, partial(_plan, request, notify)).about
+            _refuse_other_budget(plan, request)
+            collection = _Collection(pool, common, run, common.task(plan["epochs"]))
+            bases = [collection.base(k, notify) for k in range(runs)]
+            surrogates = [collection.surrogate(k, notify) for k in range(OWN)]
+            pool.drop(_CHECKPOINT)
+            progress(Step("collected", n_trained, n_trained, 1, 1, 0, 0))
+    return Collected(
+        runs,
+        sum(base["sets"] for base in bases),
+        plan["epochs"],
+        tuple(base["accuracy"] for base in bases),
+        tuple(surrogate["accuracy"] for surrogate in surrogates),
+        pool,
+    )
+
+
+def create_or_resume(request: CollectRequest, *, notify: Notify = ignore) -> Pool:
+    """Create the pool in the folder; with `resume`, open an existing one that was created with the same settings.
+
+    Raises `UsageError` for a folder with other files or another pool.
+    """
+    path = request.path
+    if stands(path):
+        if not request.resume:
+            raise UsageError(
+                f"{str(path)!r} contains a pool already; resume it with --resume, or name another folder with --run"
+            )
+        pool = Pool.held(path, expect_head=request.expect_head)
+        request.common.refuse_other(pool)
+        return pool
+    refuse_other_head(path, request.expect_head, lambda head: None)
+    strange = sorted(each.name for each in path.iterdir() if each.name not in _LEFT) if path.is_dir() else []
+    if strange:
+        raise UsageError(
+            f"{str(path)!r} contains {strange[0]!r} and is not a pool. The folder of a pool is private to its "
+            "owner, so no other files may be in it; name a new folder with --run"
+        )
+    pool = Pool.begun(path, request.common.about())
+    secret(pool)
+    notify(f"the pool is encrypted; its key: {pool.seal.source}")
+    return pool
+
+
+# --- the plan
+
+
+def _n_trained(common: RotateRequest) -> int:
+    """Number of models that are trained from random weights: the bases, if the source trains them, and surrogates."""
+    return (common.source.runs if common.source.anew else 0) + OWN
+
+
+def _plan(request: CollectRequest, notify: Notify) -> StoredStage:
+    """The plan of the first call, which fixes the number of epochs of each training for all later calls."""
+    common, budget_s = request.common, request.budget_s
+    epochs, spent_s = common.training.epochs, 0.0
+    if budget_s is not None:
+        notify(
+            f"measuring the time of an update of {common.candidate.name} on this machine, for a budget of "
+            f"{budget_s:g} s"
+        )
+        begin = time.perf_counter()
+        measured = pace(common.candidate.recipe, common.model, common.train, common.threat, budget_s)
+        spent_s = time.perf_counter() - begin + common.source.runs * common.source.updates * measured.update
+        epochs = whole_epochs((budget_s - spent_s) / _n_trained(common), measured)
+        if not epochs:
+            raise UsageError(_too_small(budget_s, spent_s, measured, _n_trained(common)))
+    about = {"epochs": epochs, "runs": common.source.runs, "budget_s": budget_s, "planning_s": spent_s}
+    return StoredStage({"epochs": torch.tensor([epochs])}, about=about)
+
+
+def _refuse_other_budget(plan: Mapping[str, Any], request: CollectRequest) -> None:
+    """Raise `UsageError` if the plan was made for another budget. None accepts any budget."""
+    budget_s, earlier = request.budget_s, plan["budget_s"]
+    if budget_s is not None and budget_s != earlier:
+        by = "none" if earlier is None else f"{earlier:g} s"
+        raise UsageError(
+            f"{str(request.path)!r} was planned with a budget of {by} ({plan['epochs']} epochs for each run), but "
+            f"{budget_s:g} s were given; leave --budget out, or create another pool"
+        )
+
+
+def _too_small(budget_s: float, spent_s: float, measured: Pace, n_trained: int) -> str:
+    least = math.ceil((n_trained * measured.epoch + spent_s) / 60 / 0.95)
+    return (
+        f"a budget of {budget_s:g} s is too small: {n_trained} models must be trained, {OWN} of them surrogates; an "
+        f"epoch of each takes {measured.epoch:.3g} s on this machine, and everything else {spent_s:.3g} s. Give "
+        f"--budget {least}min or more, or fewer runs, as in --set source.seeds=3"
+    )
+
+
+# --- trainings
+
+
+class _Collection:
+    """The trainings of a collection, each of which is a step of the run."""
+
+    def __init__(self, pool: Pool, common: RotateRequest, run: Run, task: Task) -> None:
+        self.pool, self.common, self.run, self.task = pool, common, run, task
+        self.draws = secret(pool)
+        self.n_trained = _n_trained(common)
+        self.n_bases = self.n_trained - OWN
+        held = common.first_held_out
+        # accuracy that a training must exceed: 1.5 times that of always predicting the most frequent class, at most 1
+        self.least = min(_GUESSING * int(held.y.bincount().max()) / len(held), 1.0)
+
+    def base(self, k: int, notify: Notify) -> Mapping[str, Any]:
+        """Train the run `k` unless its sets are stored, list its base in the ledger, and return its description."""
+        stored = self.run.step(training_name(k), partial(self._train_sets, k))
+        self._list(stored)
+        n_sets, right = stored.about["sets"], stored.about["accuracy"]
+        notify(f"run {k + 1} of {self.common.source.runs}: {n_sets} sets, accuracy {100 * right:.1f} %")
+        return stored.about
+
+    def surrogate(self, k: int, notify: Notify) -> Mapping[str, Any]:
+        """Train the surrogate `k` unless it is stored, and return its description."""
+        stored = self.run.step(surrogate_name(k), partial(self._train_surrogate, k))
+        notify(f"surrogate {k + 1} of {OWN}: accuracy {100 * stored.about['accuracy']:.1f} %")
+        return stored.about
+
+    def _train_sets(self, k: int) -> StoredStage:
+        """The sets of one run of the source, and its base."""
+        source, model = self.common.source, self.common.model
+        base = self._trained(k, self.draws.at("run", k)) if source.anew else model
+        named = swapped(source, model)
+        sets = [weights_of(one, named) for one in source(base, self.task, rng=self.draws.at("sets", k))]
+        right = accuracy(base, self.common.first_held_out)
+        self._refuse_diverged(f"run {k + 1}", right)
+        joined = Members.of(sets, [k] * len(sets)).tensors
+        columns = {f"set.{name}": value.cpu() for name, value in joined.items()}
+        columns |= {f"base.{name}": value for name, value in state_of(base).items()}
+        return StoredStage(columns, about={"sets": len(sets), "accuracy": right})
+
+    def _train_surrogate(self, k: int) -> StoredStage:
+        """One of the surrogate models of a surrogate-only attacker."""
+        model = self._trained(self.n_bases + k, Draws(self.common.seed).at("own", k))
+        right = accuracy(model, self.common.first_held_out)
+        self._refuse_diverged(f"surrogate {k + 1}", right)
+        return StoredStage(state_of(model), about={"accuracy": right})
+
+    def _trained(self, place: int, rng: Draws) -> Classifier:
+        """Like `rotation.collecting.trained_anew`, but each epoch is stored encrypted for a later call.
+
+        `place` is the index among all trainings: first the runs, then the surrogates.
+        """
+        k = place - self.n_bases
+        name, title = (training_name(place), f"run {place + 1}")
+        if k >= 0:
+            name, title = surrogate_name(k), f"surrogate {k + 1}"
+        task = self.task
+        start = begun_anew(task.model, rng.at("begin"), task.begins)
+        after = self._checkpoint(name)
+        done = 0 if after is None else after.epoch
+        self.run.progress(Step(title, place + 1, self.n_trained, done, task.recipe.training.epochs, 0, 0))
+        for checkpoint in task.recipe(start, task.data, task.threat, rng=rng.at("training"), after=after):
+            after = checkpoint
+            about = {
+                "run": name,
+                "epoch": checkpoint.epoch,
+                "of": checkpoint.of,
+                "measured": dict(checkpoint.measured),
+            }
+            with self.run.stopper.finishing():
+                self.pool.keep(_CHECKPOINT, dict(checkpoint.tensors), about)
+            self.run.progress(Step(title, place + 1, self.n_trained, checkpoint.epoch, checkpoint.of, 0, 0))
+        assert after is not None
+        model = deepcopy(start)
+        after.put_into(model)
+        return model.eval()
+
+    def _checkpoint(self, name: str) -> Checkpoint | None:
+        """The last epoch of a training that an earlier call stored."""
+        stored = self.pool.kept(_CHECKPOINT)
+        if stored is None or stored.about["run"] != name:
+            return None
+        about, device = stored.about, torch.device(self.common.device)
+        tensors = {key: value.to(device) for key, value in stored.columns.items()}
+        return Checkpoint(about["epoch"], about["of"], tensors, about["measured"])
+
+    def _list(self, stored: StoredStage) -> None:
+        """Add the base of a run to the pool as a set that never serves."""
+        state = without_prefix(stored.columns, "base.")
+        name = self.pool.add(state, {"base": True}, why=BASE, role="base")
+        if self.pool.ledger.member(name).state == "candidate":
+            self.pool.refuse(name, BASE)
+
+    def _refuse_diverged(self, what: str, right: float) -> None:
+        """Raise `TargetError` if a training is not clearly better than guessing."""
+        if right <= self.least:
+            raise TargetError(
+                f"{what} has an accuracy of {100 * right:.1f} % on held-out examples; more than "
+                f"{100 * self.least:.1f} % was expected, which is 1.5 times that of guessing: the training diverged. "
+                "Collect again with a smaller learning rate, as in --set "
+                f"recipe.training.lr={self.common.training.lr / 3:.2g}, a longer warm-up, another --seed, or --set "
+                "begins=own"
+            )

@@ -1,0 +1,138 @@
+"""What the files of a pool contain: collected sets, surrogates, the generator, candidates, and the secret seed."""
+
+import secrets
+from dataclasses import dataclass
+
+import torch
+
+from holdfast.core.checkpoint import without_prefix
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier
+from holdfast.rotation import Generator, Members, loaded
+from holdfast.rotation.generating import unpacked_generator
+from holdfast.store.columns import ColumnFile
+from holdfast.store.pool import Pool
+from holdfast.verbs.rotate.request import RotateRequest
+
+OWN = 4
+"""Number of surrogates of a surrogate-only attacker."""
+PLAN = "plan"
+"""Name of the plan of a collection, with the number of epochs of each training."""
+GENERATOR = "generator"
+"""Name of the trained generator."""
+_SEED = "secret"  # name of the file with the secret seed
+
+
+@dataclass(frozen=True)
+class TrainedGenerator:
+    """Size and quality of a trained generator."""
+
+    sets: int
+    parameters: int
+    rank: int
+    """number of directions in which the sets differ"""
+    variance_lost: float
+    """share of the variance that the codec does not reconstruct"""
+    accuracy_lost: float
+    """accuracy lost by encoding and decoding, mean over sets"""
+    codec_s: float
+    diffusion_s: float
+
+
+def training_name(k: int) -> str:
+    """Name of the stored sets of the training run `k`."""
+    return f"run_{k}"
+
+
+def surrogate_name(k: int) -> str:
+    """Name of the stored surrogate `k`."""
+    return f"own_{k}"
+
+
+def secret(pool: Pool) -> Draws:
+    """The secret random stream of the pool, created at the first call.
+
+    Its seed comes from the operating system and is stored encrypted: a known seed would reproduce the collection.
+    """
+    stored = pool.kept(_SEED)
+    if stored is None:
+        pool.keep(_SEED, {"seed": torch.tensor([secrets.randbits(62)])}, {})
+        stored = pool.kept(_SEED)
+        assert stored is not None
+    return Draws(int(stored.columns["seed"]))
+
+
+def epochs_of(pool: Pool) -> int:
+    """The planned number of epochs of each run. Raises `UsageError` if there is no plan."""
+    plan = pool.kept(PLAN)
+    if plan is None:
+        raise UsageError(
+            f"nothing was collected in {str(pool.path)!r} yet; run holdfast rotate collect first"
+        )
+    return int(plan.about["epochs"])
+
+
+def collected_members(pool: Pool) -> Members:
+    """All collected sets. Raises `UsageError` if some are missing."""
+    plan = pool.kept(PLAN)
+    runs = 1 if plan is None else int(plan.about["runs"])
+    whole: Members | None = None
+    for run, stored in enumerate(_complete(pool, [training_name(k) for k in range(runs)])):
+        tensors = without_prefix(stored.columns, "set.")
+        some = Members(tensors, torch.full((int(stored.about["sets"]),), run))
+        whole = some if whole is None else whole.joined(some)
+    assert whole is not None
+    return whole
+
+
+def surrogates(pool: Pool, request: RotateRequest) -> list[Classifier]:
+    """The surrogate models of a surrogate-only attacker. Raises `UsageError` if some are missing."""
+    files = _complete(pool, [surrogate_name(k) for k in range(OWN)])
+    return [loaded(request.model, stored.columns, "own") for stored in files]
+
+
+def _complete(pool: Pool, names: list[str]) -> list[ColumnFile]:
+    """The stored trainings of these names. Raises `UsageError` if some are missing."""
+    files = [stored for name in names if (stored := pool.kept(name)) is not None]
+    if len(files) < len(names):
+        raise UsageError(
+            f"{str(pool.path)!r} contains {len(files)} of {len(names)} runs; finish the collection first, with "
+            "--resume"
+        )
+    return files
+
+
+def bases(pool: Pool) -> tuple[str, ...]:
+    """Names of the bases in their order."""
+    return tuple(member.name for member in pool.ledger.members if member.role == "base")
+
+
+def bases_left(pool: Pool) -> tuple[str, ...]:
+    """Names of the bases that were not deleted."""
+    return tuple(m.name for m in pool.ledger.members if m.role == "base" and not m.deleted)
+
+
+def waiting_candidates(pool: Pool) -> tuple[str, ...]:
+    """Sets that were neither admitted nor refused yet, in the order in which they were added."""
+    waiting = (
+        one
+        for one in pool.ledger.members
+        if one.state == "candidate" and one.role == "service" and one.exposed is None
+    )
+    return tuple(one.name for one in waiting if not one.deleted)
+
+
+def generator_of(pool: Pool, request: RotateRequest) -> Generator | None:
+    """The generator of the pool; None if there is none."""
+    stored = pool.kept(GENERATOR)
+    if stored is None:
+        return None
+    device = torch.device(request.device)
+    return unpacked_generator({name: value.to(device) for name, value in stored.columns.items()})
+
+
+def trained_generator(pool: Pool) -> TrainedGenerator | None:
+    """Size and quality of the generator of the pool; None if there is none."""
+    stored = pool.kept(GENERATOR)
+    return None if stored is None else TrainedGenerator(**stored.about)

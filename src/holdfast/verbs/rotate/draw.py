@@ -1,0 +1,281 @@
+"""The step `draw`: new sets, by the generator or by training from fresh random weights, immunised against stolen sets.
+
+The seed of every draw comes from the operating system and is stored encrypted, so the seed of the run does not
+reproduce the sets.
+"""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from holdfast.core.draws import Draws
+from holdfast.core.errors import Inconclusive, UsageError
+from holdfast.core.model import Classifier
+from holdfast.engine.progress import Notify, ignore
+from holdfast.engine.signals import Stopper, stoppable
+from holdfast.reports.numbers import strict
+from holdfast.rotation import Generator, Immunise
+from holdfast.rotation.collecting import rows_of, trained_anew
+from holdfast.store.differences import differences
+from holdfast.store.pool import Pool
+from holdfast.verbs.rotate.contents import bases, bases_left, epochs_of, generator_of
+from holdfast.verbs.rotate.request import RotateRequest, accuracy, state_of
+
+By = Literal["generator", "retraining"]
+"""How sets are produced: sampled from the generator, or trained from fresh random weights."""
+_EARLIER: Mapping[str, By] = {"anew": "retraining"}  # earlier names, in pools and on the command line
+_KEPT = "drawing"
+_SETS = 8
+_LOOKED = 2_000  # training inputs on which a generated set is tested before it is immunised
+_POINT = 0.01  # accuracy on them by which a set may be below the bases: half an epoch cannot improve more
+_MOST = 64  # generated sets that are tried for one set above that accuracy
+UPDATES = 100
+"""Number of updates of the immunisation below which a warning is shown: half of those of the record `rotation`, with
+27,500 examples in batches of 128."""
+
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """How many candidates are added to which pool, and how they are produced."""
+
+    pool: Pool
+    common: RotateRequest
+    """the settings that all sets of the pool share"""
+    sets: int | None = None
+    """number of candidates; None for eight, or for that of a resumed draw"""
+    by: By | None = None
+    """None for the generator if there is one, or as in a resumed draw"""
+    immunise: Immunise | None = None
+    """the training against stolen sets; None for none"""
+    resume: bool = False
+    """whether the last draw is continued, which must have had the same settings"""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The new candidates of one draw."""
+
+    names: tuple[str, ...]
+    """names of the new candidates"""
+    by: By
+    against: tuple[str, ...]
+    """the sets that they were immunised against; empty without immunisation"""
+    looked_at: int
+    """number of sets generated, including those that were discarded"""
+
+
+def draw(request: DrawRequest, *, again: str = "", notify: Notify = ignore) -> Drawn:
+    """Add new candidates to the pool.
+
+    With `immunise`, each is trained further against the stolen sets in the ledger; if there are none, against the
+    serving set, and if none serves, against the bases. If a resumed draw is complete, its result is returned. `again`
+    states how a stopped call is resumed. Raises `UsageError`, also if another process draws, and `Inconclusive` if no
+    generated set has sufficient accuracy.
+    """
+    again = again or "finished steps are stored; resume with the same arguments and resume=True"
+    with stoppable(again) as stopper, request.pool.alone_at("draw"):
+        stored = request.pool.kept(_KEPT) if request.resume else None
+        if stored is None:
+            _start(request)
+        else:
+            _refuse_other(_asked(stored.about), request)
+            if not _missing(stored.about):
+                notify(
+                    "that draw is complete, so there is nothing to resume; leave --resume out to draw more sets"
+                )
+                return _result(stored.about)
+        drawing = _Drawing(request, stopper, notify)
+        drawing.warn()
+        while _missing(drawing.about):
+            drawing.add()
+    return _result(drawing.about)
+
+
+def by_named(name: str | None, notify: Notify = ignore) -> By | None:
+    """The way of producing sets with a name, or with an earlier name, for which a note is shown. None stays None.
+
+    Raises `UsageError` for any other name.
+    """
+    if name is None or name in get_args(By):
+        return cast("By | None", name)
+    if name not in _EARLIER:
+        raise UsageError(f"by is {name!r}; expected generator or retraining")
+    notify(f"note: --by {name} is now called --by {_EARLIER[name]}; the earlier name is still accepted")
+    return _EARLIER[name]
+
+
+# --- the description of a draw, which is stored encrypted
+
+
+def _start(request: DrawRequest) -> None:
+    """Store the description of a new draw, without sets, and its secret seed."""
+    pool, immunise = request.pool, request.immunise
+    by = request.by or ("retraining" if generator_of(pool, request.common) is None else "generator")
+    about = {
+        "drawing": secrets.token_hex(4),
+        "asked": {"sets": request.sets or _SETS, "by": by, "immunise": _plain(immunise)},
+        "against": [] if immunise is None else list(_against(pool)),
+        "names": [],
+        "looked_at": 0,
+    }
+    pool.keep(_KEPT, {"seed": torch.tensor([secrets.randbits(62)])}, about)
+
+
+def _plain(immunise: Immunise | None) -> Any:
+    return None if immunise is None else strict(asdict(immunise))
+
+
+def _asked(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a stored draw; pools of earlier versions contain an earlier name of `by`."""
+    asked = about["asked"]
+    return {**asked, "by": _EARLIER.get(asked["by"], asked["by"])}
+
+
+def _refuse_other(known: Mapping[str, Any], request: DrawRequest) -> None:
+    """Raise `UsageError` if the settings of the draw to be resumed differ."""
+    immunise = _plain(request.immunise)
+    settings = {
+        "sets": request.sets or known["sets"],
+        "by": request.by or known["by"],
+        "immunise": immunise,
+    }
+    if (known["immunise"] is None) != (immunise is None):
+        way, does = ("leave out", "does not immunise") if known["immunise"] is None else ("add", "immunises")
+        raise UsageError(
+            f"the draw to be resumed {does} its sets; {way} --immunise, or start another draw without --resume"
+        )
+    if known != settings:
+        raise UsageError(
+            f"the draw to be resumed has other settings ({differences(known, settings)}); give the same settings, or "
+            "leave --resume out to start another draw"
+        )
+
+
+def _missing(about: Mapping[str, Any]) -> bool:
+    return len(about["names"]) < int(about["asked"]["sets"])
+
+
+def _result(about: Mapping[str, Any]) -> Drawn:
+    return Drawn(tuple(about["names"]), _asked(about)["by"], tuple(about["against"]), about["looked_at"])
+
+
+def _against(pool: Pool) -> tuple[str, ...]:
+    """The sets that an attacker may have."""
+    members = {member.name: member for member in pool.ledger.members}
+    listed = tuple(one.name for one in pool.ledger.exposed() if not members[one.name].deleted)
+    if listed:
+        return listed
+    now = pool.serving
+    if now is not None:
+        return (now.name,)
+    left = bases_left(pool)
+    if not left:
+        raise UsageError(
+            f"{str(pool.path)!r} lists no stolen set, no set serves, and the bases are deleted, so there is "
+            "nothing to immunise against; leave --immunise out, or collect first"
+        )
+    return left
+
+
+# --- the sets of a draw
+
+
+class _Drawing:
+    """The remaining sets of a draw, new or resumed."""
+
+    def __init__(self, request: DrawRequest, stopper: Stopper, notify: Notify) -> None:
+        stored = request.pool.kept(_KEPT)
+        assert stored is not None
+        self.pool, self.common, self.immunise = request.pool, request.common, request.immunise
+        self.stopper, self.notify, self.about = stopper, notify, dict(stored.about)
+        self.by: By = _asked(self.about)["by"]
+        self.seed: Tensor = stored.columns["seed"]
+        self.draws = Draws(int(self.seed)).at("drawing")
+        self.task = self.common.task(epochs_of(self.pool))
+        self.tested = rows_of(self.task.data, _LOOKED, self.draws.at("looked at"))
+        self.exposed = [self.common.of_set(self.pool, name) for name in self.about["against"]]
+        self.generator = self._generator() if self.by == "generator" else None
+        self.least = self._least() if self.generator is not None else 0.0
+
+    def warn(self) -> None:
+        """Notify if there are too few updates for an immunisation."""
+        if self.immunise is None or not self.exposed:
+            return
+        updates = self.immunise.updates(len(self.task.data), self.task.recipe.training.batch)
+        if updates < UPDATES:
+            self.notify(
+                f"note: immunisation trains each set for {updates} updates only, so no effect is expected: it "
+                "was measured with 215. More training data, or a smaller recipe.training.batch in the "
+                "collection, give more updates"
+            )
+
+    def add(self) -> None:
+        """Produce one set, immunise it, add it to the pool as a candidate, and record its name in the draw."""
+        place, task = len(self.about["names"]), self.task
+        model, made_from = self._produced(self.draws.at("set", place))
+        if self.immunise is not None and self.exposed:
+            rng = self.draws.at("immunised", place)
+            model = self.immunise(model, self.exposed, task.recipe, task.data, task.threat, rng=rng)
+        self._store(model, made_from)
+        self.notify(f"set {place + 1} of {self.about['asked']['sets']}: {self.about['names'][-1]}")
+
+    def _generator(self) -> Generator:
+        generator = generator_of(self.pool, self.common)
+        if generator is None:
+            raise UsageError(
+                f"{str(self.pool.path)!r} has no generator yet; train one with holdfast rotate train "
+                f"{self.pool.shown}, or train sets from fresh weights with --by retraining"
+            )
+        shapes = {name: tuple(mean.shape) for name, mean in generator.embedding.span.mean.items()}
+        own = {name: tuple(value.shape) for name, value in self.common.model.net.named_parameters()}  # type: ignore[union-attr]
+        other = next((name for name, shape in shapes.items() if own.get(name) != shape), None)
+        if other is not None:
+            raise UsageError(
+                f"the generator returns {other} of shape {shapes[other]}, but the model has {own.get(other)}: the "
+                "generator is for another architecture; train it again with holdfast rotate train "
+                f"{self.pool.shown}"
+            )
+        return generator
+
+    def _least(self) -> float:
+        """The accuracy that a generated set needs on the inputs that it is tested on."""
+        models = [self.common.of_set(self.pool, name) for name in bases_left(self.pool)]
+        right = [accuracy(base, self.tested) for base in models]
+        return mean(right) - _POINT if right else 0.0
+
+    def _produced(self, rng: Draws) -> tuple[Classifier, tuple[str, ...]]:
+        """A set with sufficient accuracy, and the names of the sets that it was made from.
+
+        Raises `Inconclusive` if none of 64 generated sets is sufficient.
+        """
+        if self.generator is None:
+            self.about["looked_at"] += 1
+            return trained_anew(self.task, rng), ()
+        best = 0.0
+        for trial in range(_MOST):
+            drawn = self.generator.drawn(1, rng.at("draw", trial))
+            model = self.common.of_weights(drawn.one(0))
+            right = accuracy(model, self.tested)
+            self.about["looked_at"] += 1
+            if right >= self.least:
+                return model, bases(self.pool)
+            best = max(best, right)
+        raise Inconclusive(
+            f"none of {_MOST} generated sets reaches an accuracy of {100 * self.least:.1f} % on {len(self.tested)} "
+            f"training inputs (one percentage point below the bases); the best has {100 * best:.1f} %. The "
+            "generator samples between the collected sets. Collect more sets of each run, train the generator "
+            "without a regulariser, or train sets from fresh weights with --by retraining"
+        )
+
+    def _store(self, model: Classifier, made_from: Sequence[str]) -> None:
+        """Add a set to the pool and record its name. A signal takes effect after both."""
+        about = {"drawing": self.about["drawing"], "by": self.by, "against": self.about["against"]}
+        with self.stopper.finishing():
+            name = self.pool.add(state_of(model), about, bases=made_from, why=f"drawn by {self.by}")
+            self.about["names"] = [*self.about["names"], name]
+            self.pool.keep(_KEPT, {"seed": self.seed}, self.about)

@@ -1,0 +1,37 @@
+"""The artefacts of a pool as a store of the run engine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from holdfast.core.evidence import Columns
+from holdfast.engine.store import MemoryStore
+from holdfast.store.folder import StoredStage
+from holdfast.store.pool import Pool
+
+
+@dataclass
+class PoolStore(MemoryStore):
+    """A store whose stages are encrypted files of a pool.
+
+    A pool has no shards, batch splits and times; these are in memory and end with the process. The states of the
+    parameter sets are in the ledger, which the steps use directly.
+    """
+
+    pool: Pool = field(kw_only=True)
+
+    def stage(self, name: str) -> StoredStage | None:
+        """The decrypted columns of a complete stage; None if it is not complete."""
+        stored = self.pool.kept(name)
+        return None if stored is None else StoredStage(stored.columns, about=stored.about)
+
+    def complete(
+        self,
+        stage: str,
+        columns: Columns,
+        reached: int | None = None,
+        about: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Encrypt and store the columns of a whole stage."""
+        self.pool.keep(stage, columns, about)

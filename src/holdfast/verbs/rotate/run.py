@@ -1,0 +1,310 @@
+"""The step `run`: all steps of a rotation, and then swaps whenever one is due, with enough admitted sets in stock.
+
+Other processes record in the ledger which set serves and how many answers it gave; this one reads the ledger, swaps,
+and produces new sets. A timer never causes a set that was not admitted to serve: without an admitted set, the serving
+set stays.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+from holdfast.core.errors import Inconclusive, InUse, LostLoss, UsageError
+from holdfast.engine.progress import Notify, Progress, ignore, silent
+from holdfast.engine.resuming import way_out
+from holdfast.engine.signals import Stopper, stoppable
+from holdfast.rotation import Codec, Immunise, LatentDiffusion, refuse_faster
+from holdfast.rotation.triggers import Counters, Trigger, due_triggers, exposed
+from holdfast.store.ledger_state import Serving
+from holdfast.store.pool import Pool
+from holdfast.verbs.rotate.admit import AdmitRequest, admit
+from holdfast.verbs.rotate.collect import Collected, CollectRequest, collect
+from holdfast.verbs.rotate.contents import trained_generator, waiting_candidates
+from holdfast.verbs.rotate.draw import By, DrawRequest, draw
+from holdfast.verbs.rotate.request import FIRST, RotateRequest
+from holdfast.verbs.rotate.swap import UNJUDGED, SwapRequest, swap
+from holdfast.verbs.rotate.train import TrainRequest, train
+from holdfast.verbs.rotate.verdicts import IN_A_ROW, Admission
+
+_INTERVAL_S, _PAUSE_S = (
+    1.0,
+    60.0,
+)  # seconds between two checks of the ledger, and after one without a usable set
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Settings of a running rotation."""
+
+    triggers: tuple[Trigger, ...]
+    """when the serving set is replaced; a theft always replaces it"""
+    keep: int = 8
+    """number of admitted sets in stock"""
+    immunise: Immunise | None = None
+    by: By | None = None
+    """how sets are produced; None uses the generator until its sets are not admitted any more"""
+    claims: Sequence[str] = ()
+    """gates in addition to the default ones"""
+    accepted: Mapping[str, str] = field(default_factory=dict)
+    """accepted doubts with reasons"""
+    n_judged: int = FIRST
+    """first number of held-out examples for judging a set"""
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """A collection, and how its sets are then generated, judged and swapped."""
+
+    collection: CollectRequest
+    loop: LoopSettings
+    codec: Codec = field(default_factory=Codec)
+    diffusion: LatentDiffusion = field(default_factory=LatentDiffusion)
+    once: bool = False
+    """whether the call ends as soon as a set serves and enough sets wait"""
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """The state of the pool at the end of the call."""
+
+    serving: Serving | None
+    """the serving set"""
+    waiting: int
+    """number of admitted sets that wait to serve"""
+    pool: Pool = field(repr=False, compare=False)
+
+
+def run(
+    request: RunRequest, *, again: str = "", notify: Notify = ignore, progress: Progress = silent
+) -> Rotated:
+    """Collect, train a generator if it is needed, let a set serve, and then swap whenever it is due, until stopped.
+
+    `again` states how a stopped call is resumed. Raises `Inconclusive` if too few sets are admitted.
+    """
+    again = again or way_out("", request.collection.path)
+    with stoppable(again) as stopper:
+        collected = collect(request.collection, again=again, notify=notify, progress=progress)
+        pool = collected.pool
+        settings = replace(request.loop, by=_train_if_needed(request, collected, again, notify))
+        loop = RotationLoop(pool, request.collection.common, settings, again, stopper, notify, progress)
+        loop.begin()
+        notify(f"pool: {pool.path}")
+        if not request.once:
+            now = pool.serving
+            serves = f"{now.name} serves as epoch {now.epoch}" if now else "no set serves"
+            notify(
+                f"{serves}, {len(pool.ahead)} wait; from now on sets are swapped whenever a swap is due, until Ctrl-C"
+            )
+            loop.watch()
+    return Rotated(pool.serving, len(pool.ahead), pool)
+
+
+def _train_if_needed(request: RunRequest, collected: Collected, again: str, notify: Notify) -> By | None:
+    """Train a generator if sets are to be sampled from one and there is none.
+
+    Returns how sets are produced: as requested, or by retraining if that training failed and nothing was requested.
+    """
+    by, pool = request.loop.by, collected.pool
+    if by == "retraining" or collected.sets == 1 or trained_generator(pool) is not None:
+        return by
+    training = TrainRequest(pool, request.collection.common, request.codec, request.diffusion)
+    try:
+        train(training, again=again, notify=notify)
+    except (Inconclusive, LostLoss) as error:
+        if by is not None:
+            raise
+        notify(f"note: {error}; sets are trained from fresh random weights")
+        return "retraining"
+    return by
+
+
+@dataclass
+class RotationLoop:
+    """A process that keeps a rotation running."""
+
+    pool: Pool
+    common: RotateRequest
+    """the settings that all sets of the pool share"""
+    settings: LoopSettings
+    again: str = ""
+    """how a stopped step is resumed"""
+    stopper: Stopper = field(default_factory=Stopper)
+    notify: Notify = ignore
+    progress: Progress = silent
+    _by: By | None = None
+
+    def begin(self) -> None:
+        """Make sure that a set serves and that enough sets wait.
+
+        Raises `Inconclusive` if too few sets are admitted; if one was admitted, it serves nevertheless.
+        """
+        try:
+            self.fill()
+        except Inconclusive:
+            if self.pool.serving is None and len(self.pool.ahead) > len(self.pool.unjudged):
+                self._swap(None, "the first")
+            raise
+        if self.pool.serving is None:
+            self._swap(None, "the first")
+            self.fill()
+
+    def watch(self, *, checks: int | None = None, sleep: Callable[[float], None] = time.sleep) -> None:
+        """Call `check` repeatedly, without an end or `checks` times."""
+        while checks is None or checks > 0:
+            sleep(_INTERVAL_S if self.check() else _PAUSE_S)
+            checks = None if checks is None else checks - 1
+
+    def check(self) -> bool:
+        """Swap if a trigger fires, and replace the used set. Returns whether everything was done.
+
+        Raises `Inconclusive` if no set is admitted and none waits, so that no swap is possible.
+        """
+        if self.pool.serving is None:
+            self.notify(
+                "note: no set serves, because the last one was retired; start another with holdfast rotate swap"
+            )
+            return False
+        try:
+            self.fill()
+        except InUse as error:
+            self.notify(f"note: {error}")
+            return False
+        except Inconclusive as error:
+            if not self.pool.ahead:
+                raise
+            self.notify(f"note: {error}")
+            return False
+        return True
+
+    def fill(self) -> None:
+        """Draw and admit until enough sets wait that were judged against all stolen sets, else raise `Inconclusive`.
+
+        If the sets of the generator are refused, sets are trained from fresh random weights; five refusals of those
+        in a row end the call. This may take long, so triggers are evaluated between the steps, each of which is a
+        draw of all missing sets or one admission. A set that a swap uses in the meantime is replaced in the next
+        call.
+        """
+        begin, before, refused, settings = time.perf_counter(), self._admitted, 0, self.settings
+        self.swap_if_due()
+        goal = before + max(settings.keep - len(self.pool.ahead), 0)
+        while (missing := goal - self._admitted) > 0 or self.pool.unjudged:
+            if not (waiting_candidates(self.pool) or self.pool.unjudged):
+                self._draw(missing)
+                self.swap_if_due()
+            last = {name for name in waiting_candidates(self.pool) if self._last_resort(name)}
+            request = AdmitRequest(
+                self.pool, self.common, settings.claims, settings.accepted, settings.n_judged
+            )
+            admission = admit(request, again=self.again, notify=self.notify, progress=self.progress)
+            self.swap_if_due()
+            of_last_resort = [one for one in admission.judged if one.name in last]
+            refused = 0 if admission.admitted else refused + len(of_last_resort)
+            if refused >= IN_A_ROW:
+                raise Inconclusive(self._end(admission, refused))
+            if (
+                admission.judged
+                and not (admission.admitted or of_last_resort)
+                and self._by != "retraining"
+                and settings.by is None
+                and any(self.pool.ledger.member(one.name).bases for one in admission.judged)
+            ):
+                self._retrain("the generated sets were not admitted")
+        n_admitted = self._admitted - before
+        if n_admitted > 0:
+            self._refuse_faster((time.perf_counter() - begin) / n_admitted)
+
+    @property
+    def _admitted(self) -> int:
+        """Number of sets that were admitted: those that wait and those that served."""
+        return len(self.pool.ahead) + len(self.pool.ledger.terms)
+
+    def _last_resort(self, name: str) -> bool:
+        """Whether no other way is left to produce sets: `by` is set, or the candidate was retrained."""
+        return self.settings.by is not None or not self.pool.ledger.member(name).bases
+
+    def _end(self, admission: Admission, refused: int) -> str:
+        """The message on why no more sets are produced, and which set serves."""
+        now = self.pool.serving
+        serves = (
+            "no set serves" if now is None else f"{now.name} remains the serving set, in epoch {now.epoch}"
+        )
+        kind = "of the generator" if self.settings.by == "generator" else "trained from fresh weights"
+        return (
+            f"{refused} sets {kind} were refused in a row, the last one because of {admission.judged[-1].why}; "
+            f"{serves}, and {len(self.pool.ahead)} admitted sets are waiting; {admission.remedy}"
+        )
+
+    def _refuse_faster(self, produced_in_s: float) -> None:
+        """Raise `UsageError` if the triggers would empty the pool and nothing has served yet; later only warn."""
+        try:
+            refuse_faster(self.settings.triggers, produced_in_s)
+        except UsageError as error:
+            if not self.pool.ledger.terms:
+                raise
+            self.notify(f"note: {error}")
+
+    # --- new sets
+
+    def _draw(self, missing: int) -> None:
+        """Produce candidates; train them from fresh weights if no generated set is usable, unless `by` is set."""
+        if self.settings.by is None and self._by is None and self._refused_of_generator():
+            self._retrain(f"the last {IN_A_ROW} generated sets were refused")
+        request = DrawRequest(
+            self.pool, self.common, missing, self.settings.by or self._by, self.settings.immunise
+        )
+        try:
+            draw(request, again=self.again, notify=self.notify)
+        except Inconclusive as error:
+            if request.by is not None:
+                raise
+            self._retrain(str(error))
+            draw(replace(request, by="retraining"), again=self.again, notify=self.notify)
+
+    def _refused_of_generator(self) -> bool:
+        """Whether the last five generated sets were judged and refused."""
+        generated = [member for member in self.pool.ledger.members if member.bases]
+        return len(generated) >= IN_A_ROW and all(
+            member.state == "refused" for member in generated[-IN_A_ROW:]
+        )
+
+    def _retrain(self, why: str) -> None:
+        self._by = "retraining"
+        self.notify(f"note: {why}; from now on sets are trained from fresh weights")
+
+    # --- swaps
+
+    def swap_if_due(self) -> None:
+        """Swap if a set serves, a trigger fires, and another set waits.
+
+        A stolen serving set is replaced by any admitted set, even by one that was not judged against it, until a
+        judged one is available. For other reasons only judged sets are used.
+        """
+        now = self.pool.serving
+        if now is None:
+            return
+        counters = self.counters()
+        why, stolen = (
+            due_triggers((*self.settings.triggers, exposed), counters),
+            counters.exposure is not None,
+        )
+        if why and len(self.pool.ahead) > (0 if stolen else len(self.pool.unjudged)):
+            self._swap(now.epoch, "; ".join(why), unjudged=stolen)
+
+    def counters(self) -> Counters:
+        """The counters of the serving set from the ledger, which the triggers evaluate."""
+        term = self.pool.ledger.terms[-1]
+        exposure = self.pool.ledger.member(term.name).exposed
+        since = datetime.fromisoformat(term.since)
+        return Counters(
+            max(term.answers.values(), default=0),
+            max((datetime.now(UTC) - since).total_seconds(), 0.0),
+            exposure=None if exposure is None else exposure.why,
+        )
+
+    def _swap(self, epoch: int | None, why: str, *, unjudged: bool = False) -> None:
+        with self.stopper.finishing():
+            swapped = swap(SwapRequest(self.pool, why, unjudged, epoch))
+        self.notify(f"{swapped.name} serves as epoch {swapped.epoch}: {why}")
+        if swapped.unjudged:
+            self.notify(f"note: {UNJUDGED}")
