@@ -188,8 +188,8 @@ def admit(
     """Judge every candidate of the pool, and waiting sets that were not judged against every stolen set.
 
     `gates` are conditions in addition to the usual ones, `accept_doubts` raised doubts that are accepted, with reasons,
-    and `n_judged` is the first number of held-out examples. The result has the verdict on each set; `exit_code` is 0 if a
-    candidate was admitted and 4 if none was.
+    and `n_judged` is the first number of held-out examples. The result has the verdict on each set; `exit_code` is 0 if
+    a candidate was admitted and 4 if none was.
     """
     settings = check_settings(
         given(
@@ -262,8 +262,9 @@ def run(
     """Finish the collection of the pool, train a generator if it is needed, and swap whenever a swap is due.
 
     `every` lists when, as in `["50q/principal", "24h"]`; a stolen serving set is always swapped. `min_waiting` is the
-    number of admitted sets that should wait. The call ends with Ctrl-C, with `Inconclusive` if no set is admitted and none waits, and
-    with `once` as soon as a set serves and enough wait. On the command line, this step also creates the pool.
+    number of admitted sets that should wait. The call ends with Ctrl-C, with `Inconclusive` if no set is admitted and
+    none waits, and with `once` as soon as a set serves and enough wait. On the command line, this step also creates the
+    pool.
     """
     settings = check_settings(
         given(

@@ -90,9 +90,9 @@ TAKEN = {
 }
 
 
-def assessed(net: object, x: object, y: object, **options: object) -> Result:
-    data = holdfast.open_data((x, y), **options)
-    return holdfast.assess(net, data, "linf:0.02", "quick", doubts=False)
+def assessed(net: object, x: object, y: object, layout: str | None = None, **declared: object) -> Result:
+    data = holdfast.open_data((x, y), layout=layout)
+    return holdfast.assess(net, data, "linf:0.02", "quick", doubts=False, **declared)
 
 
 @pytest.mark.parametrize("case", TAKEN)

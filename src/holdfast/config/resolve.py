@@ -184,7 +184,9 @@ def _subject(
 
 def open_surrogates(given: Sequence[object], sources: Sources, target: Classifier) -> tuple[Subject, ...]:
     """Open surrogate models, given as settings, addresses in the form of `--surrogate`, or objects."""
-    if not isinstance(given, list | tuple):
+    if isinstance(given, tuple) and not given:
+        return ()
+    if not isinstance(given, list):
         raise UsageError(
             f"surrogates is a {type(given).__name__}; give a list of models, as in surrogates=[net]"
         )
@@ -329,7 +331,9 @@ def open_others(given: object, sources: Sources, model: Classifier) -> tuple[Dat
 
     At an address a random sample is opened, because no more examples are used.
     """
-    if not isinstance(given, list | tuple):
+    if isinstance(given, tuple) and not given:
+        return ()
+    if not isinstance(given, list):
         raise UsageError(
             f"across is a {type(given).__name__}; give a list of data sets, as in across=['mnist-mini']"
         )
