@@ -17,6 +17,7 @@ from holdfast.core.evidence import (
     Places,
     Scope,
     Seconds,
+    Table,
 )
 from holdfast.core.lookup import Lookup
 from holdfast.core.patches import counts_pixels
@@ -137,7 +138,9 @@ def evidence_from(
         del columns["eligible"]
     if context.scope == "suite only" and counts_pixels(plan.threat.constraint):
         del columns["distance_l0"]  # such runs counted values instead of pixels
-    tables = {name: table for kind in KINDS.values() for name, table in kind.tables(by_stage).items()}
+    tables = _gallery(plan, by_stage, found)
+    for kind in KINDS.values():
+        tables |= kind.tables(by_stage)
     records, total = _told(plan, by_stage, seconds, context.remarks, randomised=randomised)
     return Evidence(
         columns,
@@ -154,11 +157,9 @@ def evidence_from(
         passes=_counted(found, columns["broken_by"] - len(records)),
         scope=context.scope,
         broken_elsewhere=context.broken_elsewhere,
-        gallery=_gallery(plan, by_stage, found),
+        tables=tables,
         surrogates=context.surrogates,
-        transfer=tables.get("transfer", {}),
         others=context.others,
-        across=tables.get("across", {}),
     )
 
 
@@ -255,14 +256,17 @@ def _cost(kind: StageKind, columns: Columns, seconds: Seconds | None, *, randomi
     return kind.cost(columns, randomised=randomised) + Cost(cpu_s=spent.cpu, wall_s=spent.wall)
 
 
-def _gallery(plan: Outline, by_stage: Mapping[str, Columns], counted: Sequence[Pass]) -> dict[str, Tensor]:
-    """The first dozen broken examples in source order, each with the input of its worst case."""
+def _gallery(plan: Outline, by_stage: Mapping[str, Columns], counted: Sequence[Pass]) -> dict[str, Table]:
+    """The table of the first dozen broken examples in source order, each with the input of its worst case."""
     attacks = [by_stage[s.name] for s in plan.steps if s.kind.in_suite and s.name in by_stage]
     found = [c for c in (*attacks, *(each.columns for each in counted)) if "gallery.id" in c]
     if not found:
         return {}
     chosen = speaking(found, "gallery", smallest=plan.smallest)[:GALLERY]
-    return {name: torch.cat([c[f"gallery.{name}"] for c in found])[chosen] for name in ("id", "x", "x_adv")}
+    columns = {
+        name: torch.cat([c[f"gallery.{name}"] for c in found])[chosen] for name in ("id", "x", "x_adv")
+    }
+    return {"gallery": Table("broken example", columns)}
 
 
 def speaking(attacks: Sequence[Columns], kind: str, *, smallest: bool) -> Rows:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
-from holdfast.core.evidence import Columns, Cost
+from holdfast.core.evidence import Columns, Cost, Table
 from holdfast.core.guard import Aim
 from holdfast.core.model import VOTES
 from holdfast.core.threat import ThreatModel
@@ -143,7 +143,7 @@ class StageKind(ABC):
         """The columns that stages of this kind add to the evidence. `worst` are those of the worst case."""
         return {}
 
-    def tables(self, by_stage: Mapping[str, Columns]) -> Mapping[str, Columns]:
+    def tables(self, by_stage: Mapping[str, Columns]) -> Mapping[str, Table]:
         """The tables that stages of this kind add to the evidence, by name; see `Evidence.tables`."""
         return {}
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.evidence import Columns
+from holdfast.core.evidence import Columns, Table
 from holdfast.core.meter import Metered, margin
 from holdfast.core.types import Inputs, Mask
-from holdfast.harness.kinds.transfer import MATRIX, table_of
+from holdfast.harness.kinds.transfer import MATRIX, sampled_table
 from holdfast.harness.stage import Stage, StageKind, Work
 from holdfast.harness.target import Target
 from holdfast.harness.verdict import returned, unattacked
@@ -68,9 +68,9 @@ class AcrossSets(StageKind):
         sets = columns["across.turned"].shape[1]
         return int(columns["ran"].sum()) * sets * (1 + 2 * sets)
 
-    def tables(self, by_stage: Mapping[str, Columns]) -> Mapping[str, Columns]:
+    def tables(self, by_stage: Mapping[str, Columns]) -> Mapping[str, Table]:
         """The table `across`."""
-        return {"across": table_of(by_stage, "across", ("turned", "control"))}
+        return sampled_table(by_stage, "across", "input of each data set", ("turned", "control"))
 
 
 def paired(batch: Batch, seed: int, place: int) -> Batch:

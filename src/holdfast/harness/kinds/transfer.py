@@ -10,7 +10,7 @@ from torch import Tensor
 from holdfast.attacks.transfer import Transfer
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.evidence import Columns
+from holdfast.core.evidence import Columns, Table
 from holdfast.core.meter import Metered, margin
 from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
@@ -102,15 +102,18 @@ class TransferMatrix(AttackKind):
         sources = columns["transfer.wrong"].shape[1]
         return int(columns["ran"].sum()) * (1 + sources * evaluations(randomised=randomised))
 
-    def tables(self, by_stage: Mapping[str, Columns]) -> Mapping[str, Columns]:
+    def tables(self, by_stage: Mapping[str, Columns]) -> Mapping[str, Table]:
         """The table `transfer`."""
-        return {"transfer": table_of(by_stage, "transfer", _COLUMNS)}
+        return sampled_table(by_stage, "transfer", "example", _COLUMNS)
 
 
-def table_of(by_stage: Mapping[str, Columns], stage: str, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """The columns of a stage that measures a sample; empty if it was not run or not finished."""
+def sampled_table(
+    by_stage: Mapping[str, Columns], stage: str, unit: str, names: tuple[str, ...]
+) -> dict[str, Table]:
+    """The table of a stage that measures a sample, by its name; empty if it was not run or not finished."""
     columns = by_stage.get(stage, {})
-    return {name: columns[f"{stage}.{name}"] for name in names if f"{stage}.{name}" in columns}
+    sampled = {name: columns[f"{stage}.{name}"] for name in names if f"{stage}.{name}" in columns}
+    return {stage: Table(unit, sampled)} if sampled else {}
 
 
 def makers(target: Model, threat: ThreatModel) -> list[tuple[Model, ...]]:
