@@ -16,8 +16,9 @@ from holdfast.core.guard import Aim, guarded, held, score, softly_held, taken
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.through import through
-from holdfast.harness.detecting import PASSES
-from holdfast.harness.plan import Against, Member, adaptive_members
+from holdfast.harness.kinds.detection import PASSES
+from holdfast.harness.plan import adaptive_members
+from holdfast.harness.stage import Against, Member
 from holdfast.harness.target import Held
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.columns import Absent

@@ -20,6 +20,7 @@ from holdfast.harness import (
     Context,
     Member,
     Plan,
+    Work,
     due_examples,
     evidence_from,
     join,
@@ -27,8 +28,6 @@ from holdfast.harness import (
     members_of,
     prepared,
     refuse_what_is_hidden,
-    run_clean,
-    run_stage,
     settings,
 )
 from holdfast.metrics.catalogue import estimate
@@ -80,11 +79,9 @@ def concluded(plan, model, batch, room=256, context=CONTEXT):
     with prepared(model, batch.take(torch.arange(1))) as target:
         columns = {}
         for stage in plan.stages():
-            if stage.kind == "clean":
-                columns["clean"] = run_clean(plan, target, batch, Room(room))
-                continue
-            chosen = due_examples(stage, plan, columns)
-            columns[stage.name] = run_stage(stage, plan, target, batch, columns["clean"], chosen, Room(room))
+            chosen, clean = due_examples(stage, plan, columns), columns.get("clean", {})
+            work = Work(plan, target, (batch,), Room(room), clean, chosen)
+            columns[stage.name] = stage.kind.run(stage, work)
         by_stage = {name: join([values]) for name, values in columns.items()}
         return evidence_from(
             plan.outline(target.classes), by_stage, {}, context, randomised=target.randomised

@@ -15,7 +15,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.meter import Metered
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.judging import AtLeast
-from holdfast.harness import stages
+from holdfast.harness import verdict
 from holdfast.ops import ascent
 from holdfast.testing import geometry, laws
 from holdfast.testing.laws import Case
@@ -252,13 +252,13 @@ def forgets_when_cut_short(monkeypatch):
 
 def believes_the_attack(monkeypatch):
     """The harness takes whatever comes back from an attack for a success."""
-    judged = stages._judged
+    judged = verdict.votes
 
     def believing(target, batch, x, seen):
         logits, right, fresh = judged(target, batch, x, seen)
         return (logits, right, fresh) if x is batch.x else (logits, right * 0, fresh * 0)
 
-    monkeypatch.setattr(stages, "_judged", believing)
+    monkeypatch.setattr(verdict, "votes", believing)
 
 
 @pytest.mark.parametrize(

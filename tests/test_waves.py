@@ -12,7 +12,8 @@ from holdfast.core.constraints import Linf
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.harness import Member, Plan, due_examples, measure_plan
-from holdfast.harness.waves import LEAST, most_left
+from holdfast.harness.kinds.attack import LEAST
+from holdfast.harness.waves import most_left
 
 N = 40 * LEAST
 

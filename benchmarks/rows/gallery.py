@@ -6,7 +6,7 @@ from benchmarks.record import Cells, Claim, Outcome
 from holdfast.api import exhibition
 from holdfast.doubts.thresholds import SAMPLE
 from holdfast.gallery import EPS, ITEMS, undefended
-from holdfast.harness.plan import FIXED
+from holdfast.harness.kinds.passes import FIXED
 from holdfast.sources.data import open_data
 from holdfast.sources.memory import as_data
 from holdfast.verbs.exhibition import assessed_net as by_attacks

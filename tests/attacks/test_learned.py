@@ -15,7 +15,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.harness import measure
-from holdfast.harness.fitting import best_fit
+from holdfast.harness.kinds.fit import best_fit
 from holdfast.ops.learned import Pasted
 from holdfast.sources.data import open_data
 from holdfast.sources.models import open_model

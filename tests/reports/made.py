@@ -7,7 +7,7 @@ import torch
 
 from holdfast.core.constraints import Linf
 from holdfast.core.estimate import Estimate
-from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence, Residual
+from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence, Residual, Table
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Judgement, judge
@@ -23,6 +23,11 @@ STAGES = (
     ("FAB-T", 0.425, Cost(396_000, 396_000, 396_000, 170.0, 88.0)),
     ("Square", 0.415, Cost(2_113_000, 0, 2_113_000, 420.5, 214.8)),
 )
+
+
+def tables(**columns):
+    """Tables of evidence by name, from their columns."""
+    return {name: Table("row", of_table) for name, of_table in columns.items()}
 
 
 def evidence(
@@ -103,7 +108,7 @@ def evidence(
         "notes": (),
         "cost": Cost(3_100_000, 900_000, 3_000_000, 800.0, 412.0),
         "doubts_cost": Cost(38_400, 19_200, 38_400, 20.0, 11.0),
-        "gallery": {"id": columns["id"][shown], "x": x, "x_adv": (x + noise).clamp(0, 1)},
+        "tables": tables(gallery={"id": columns["id"][shown], "x": x, "x_adv": (x + noise).clamp(0, 1)}),
     }
     return Evidence(**(standard | changes))
 

@@ -70,7 +70,7 @@ def _summary(text):
     run = dict.fromkeys(("verb", "created", "folder", "hardware", "command"), text)
     run |= {"hashes": {text: text}, "versions": {text: text, "holdfast": text}}
     metrics = {"robust_accuracy": estimate, text: estimate}
-    both = (evidence, dataclasses.replace(evidence, gallery=table))
+    both = (evidence, dataclasses.replace(evidence, tables=made.tables(gallery=table)))
     return [
         (summary(one, metrics=metrics, gates=[gate], accepted_doubts={text: text}, run=run), one)
         for one in both

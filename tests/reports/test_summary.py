@@ -46,7 +46,7 @@ def _nothing_attacked():
     columns = {name: evidence[name] for name in kept} | {
         "success": torch.zeros(len(evidence), dtype=torch.bool)
     }
-    return dataclasses.replace(evidence, columns=columns, attacks=(), doubts=(), suite="", gallery={})
+    return dataclasses.replace(evidence, columns=columns, attacks=(), doubts=(), suite="", tables={})
 
 
 CASES = {
@@ -196,8 +196,8 @@ def test_examples_are_called_what_they_are():
     assert made.summarised(made.evidence())["noun"] == "images"
     assert made.summarised(made.evidence(image=False))["noun"] == "examples"
     bare = made.evidence(gallery=0)
-    assert made.summarised(dataclasses.replace(bare, gallery={}))["noun"] == "examples"
-    told = dataclasses.replace(bare, gallery={}, data=dict(bare.data) | {"shape": [3, 32, 32]})
+    assert made.summarised(dataclasses.replace(bare, tables={}))["noun"] == "examples"
+    told = dataclasses.replace(bare, tables={}, data=dict(bare.data) | {"shape": [3, 32, 32]})
     assert made.summarised(told)["noun"] == "images"
 
 
@@ -233,7 +233,7 @@ def test_difference_is_grey_where_nothing_changed():
     x_adv = x.clone()
     x_adv[0, 0, 0, 0], x_adv[0, 0, 3, 3] = 0.6, 0.4
     gallery = {"id": evidence.gallery["id"], "x": x, "x_adv": x_adv}
-    content = made.summarised(dataclasses.replace(evidence, gallery=gallery))
+    content = made.summarised(dataclasses.replace(evidence, tables=made.tables(gallery=gallery)))
     address = content["examples"][0]["difference"].partition(",")[2]
     pixels = Image.open(io.BytesIO(base64.b64decode(address)))
     assert pixels.getpixel((1, 1)) == 128
@@ -247,7 +247,7 @@ def test_features_of_a_table_are_listed_by_how_much_they_changed():
     x_adv = torch.tensor([[0.1, 0.0, -0.3, 0.2]])
     gallery = {"id": evidence.gallery["id"], "x": x, "x_adv": x_adv}
     data = dict(evidence.data) | {"features": ["age", "income", "debt", "rent"]}
-    content = made.summarised(dataclasses.replace(evidence, gallery=gallery, data=data))
+    content = made.summarised(dataclasses.replace(evidence, tables=made.tables(gallery=gallery), data=data))
     example = content["examples"][0]
     assert [change["feature"] for change in example["changes"]] == ["debt", "rent", "age"]
     assert example["changed"] == 3
@@ -258,7 +258,7 @@ def test_large_evidence_stays_a_small_page():
     evidence = made.evidence(200_000, classes=classes, gallery=0)
     noise = torch.rand((12, 3, 224, 224), generator=torch.Generator().manual_seed(0))
     gallery = {"id": evidence["id"][evidence["success"]][:12], "x": noise, "x_adv": 1 - noise}
-    evidence = dataclasses.replace(evidence, gallery=gallery)
+    evidence = dataclasses.replace(evidence, tables=made.tables(gallery=gallery))
     metrics = {"robust_accuracy": made.estimate("robust_accuracy", evidence)}
     content = made.summary(evidence, metrics=metrics, run=made.RUN)
     text = page(content)
@@ -321,7 +321,7 @@ def _transferred():
         {"name": "c", "how": "code", "digest": "12" * 32},
     )
     transfer = {"id": torch.arange(300), "right": right, "wrong": wrong}
-    return made.evidence(surrogates=cards, transfer=transfer)
+    return made.evidence(surrogates=cards, tables=made.tables(transfer=transfer))
 
 
 def test_the_transfer_matrix_is_in_every_report():
@@ -351,7 +351,9 @@ def test_what_carries_across_data_is_in_every_report():
     g = torch.Generator().manual_seed(0)
     turned = torch.rand(200, 2, 2, generator=g) < torch.tensor([[0.9, 0.3], [0.1, 0.8]])
     others = ({"name": "sets/<b>.npz", "digest": "ef" * 32, "n": 300},)
-    evidence = made.evidence(others=others, across={"turned": turned, "control": turned.flip(2)})
+    evidence = made.evidence(
+        others=others, tables=made.tables(across={"turned": turned, "control": turned.flip(2)})
+    )
     content = _check(made.summarised(evidence))
     found = content["across"]
     assert (found["data"][1], found["n"], content["others"][0]["n"]) == ("<b>.npz", 200, 300)

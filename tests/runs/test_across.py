@@ -14,8 +14,8 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.harness import Member, paired
-from holdfast.harness.carrying import _mixed
-from holdfast.harness.plan import MATRIX
+from holdfast.harness.kinds.across import _mixed
+from holdfast.harness.kinds.transfer import MATRIX
 from holdfast.metrics.across import across_rows
 from holdfast.ops import ascent, losses
 from holdfast.sources.memory import as_data
@@ -106,7 +106,7 @@ def test_batches_and_resumption_change_nothing_of_it(tmp_path, monkeypatch):
     asked = carrying(elsewhere())
     whole = assess(subject(), data(), asked, run=tmp_path / "whole")
     assert shares(assess(subject(), data(), replace(asked, batch_size=7, shard_size=9))) == shares(whole)
-    from holdfast.harness import carrying as module
+    from holdfast.harness.kinds import across as module
 
     def stops(*arguments):
         raise KeyboardInterrupt

@@ -7,6 +7,8 @@ import pytest
 from holdfast.attacks import Universal
 from holdfast.core.errors import UsageError
 from holdfast.harness import Member
+from holdfast.harness.kinds.attack import AttackKind
+from holdfast.harness.kinds.fit import Fit
 from holdfast.sources.memory import as_data
 from holdfast.verbs.assess import assess
 from runs.fakes import FAST, data, order, settled, subject
@@ -22,18 +24,19 @@ def test_is_learned_once_and_found_again(tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assess(subject(), data(), wanted(), run=whole)
 
-    def fails(stage, *_):
+    def fails(kind, stage, work):
         raise MemoryError(stage.name)
 
     with monkeypatch.context() as patch:
-        real = __import__("holdfast.verbs.measuring", fromlist=["run_stage"]).run_stage
+        real = AttackKind.run
         patch.setattr(
-            "holdfast.verbs.measuring.run_stage",
-            lambda stage, *rest: fails(stage) if stage.name == "2-universal" else real(stage, *rest),
+            AttackKind,
+            "run",
+            lambda kind, stage, work: (fails if stage.name == "2-universal" else real)(kind, stage, work),
         )
         with pytest.raises(MemoryError):
             assess(subject(), data(), wanted(), run=cut)
-    monkeypatch.setattr("holdfast.verbs.measuring.run_fit", fails)
+    monkeypatch.setattr(Fit, "run", fails)
     assess(subject(), data(), wanted(), run=cut, resume=True)
     assert settled(cut) == settled(whole)
 

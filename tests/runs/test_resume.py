@@ -117,7 +117,7 @@ def test_a_finished_run_is_told_again_without_measuring(whole, monkeypatch):
         raise AssertionError("measured again")
 
     first = assess(subject(), data(), order(), run=whole, resume=True)
-    monkeypatch.setattr("holdfast.verbs.measuring.run_stage", refused)
+    monkeypatch.setattr("holdfast.verbs.measuring.ShardMeasure.__call__", refused)
     monkeypatch.setattr("holdfast.verbs.probes.run_probes", refused)
     before = settled(whole)
     again = assess(subject(), data(), order(), run=whole, resume=True)

@@ -13,8 +13,8 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.gates.grammar import parse
-from holdfast.harness import Member, waves
-from holdfast.harness.plan import MATRIX
+from holdfast.harness import Member
+from holdfast.harness.kinds.transfer import MATRIX
 from holdfast.metrics.transfer import ALL, matrix
 from holdfast.verbs.assess import assess
 from holdfast.verbs.request import Subject
@@ -97,9 +97,9 @@ def test_batches_shards_and_resumption_change_nothing_of_it(tmp_path, monkeypatc
     small = assess(subject(), data(), replace(asked, batch_size=7, shard_size=9))
     assert shares(small) == shares(whole)
     assess(subject(), data(), asked, run=tmp_path / "whole")
-    from holdfast.harness import stages
+    from holdfast.harness.kinds.transfer import TransferMatrix
 
-    real, calls = stages._transferred, []
+    real, calls = TransferMatrix.piece, []
 
     def stops(*arguments, **more):
         calls.append(1)
@@ -107,7 +107,7 @@ def test_batches_shards_and_resumption_change_nothing_of_it(tmp_path, monkeypatc
             raise KeyboardInterrupt
         return real(*arguments, **more)
 
-    monkeypatch.setattr(stages, "_transferred", stops)
+    monkeypatch.setattr(TransferMatrix, "piece", stops)
     with pytest.raises(BaseException):  # noqa: B017, PT011
         assess(subject(), data(), asked, run=tmp_path / "cut")
     assess(subject(), data(), asked, run=tmp_path / "cut", resume=True)
@@ -115,7 +115,7 @@ def test_batches_shards_and_resumption_change_nothing_of_it(tmp_path, monkeypatc
 
 
 def test_the_sample_is_bounded_and_seeded(monkeypatch):
-    monkeypatch.setattr(waves, "MATRIX_ROWS", 11)
+    monkeypatch.setattr("holdfast.harness.kinds.transfer.MATRIX_ROWS", 11)
     found = assess(subject(), data(), with_surrogates(other(), shard_size=5))
     ids = found.evidence.transfer["id"]
     assert len(ids) == 11

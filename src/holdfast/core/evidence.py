@@ -122,6 +122,26 @@ class PassRecord:
     """settings of its attack; the `attacks` of a fresh pass of the suite; empty for other probes"""
 
 
+@dataclass(frozen=True)
+class Table:
+    """Columns of equal length, with one row for each unit of measurement other than an example of the run.
+
+    Raises `ValueError` if the columns have different lengths.
+    """
+
+    unit: str
+    """what a row is, in the singular, such as `broken example`"""
+    columns: Columns
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(values) for name, values in self.columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"the columns of a table have different lengths: {lengths}; expected equal ones")
+
+    def __len__(self) -> int:
+        return next((len(values) for values in self.columns.values()), 0)
+
+
 Scope = Literal["every pass", "suite only"]
 """Which adversarial examples a verdict counts: those of every pass, or (in earlier versions) of the suite only."""
 
@@ -129,6 +149,10 @@ Scope = Literal["every pass", "suite only"]
 @dataclass(frozen=True)
 class Evidence:
     """Measurements of each example, with the attacks, the threat model, the model and the data.
+
+    `columns` are the table of the examples, `tables` are all others, and the other fields are the header. A
+    measurement of something else, such as a certificate, an episode or a generated sample, is a further table, which
+    the kind of its stage adds (see `holdfast.harness.stage.StageKind`).
 
     Columns of an assessment: `id`, `y`, `digest` (n, 32) and the clean `prediction`, `margin`, `confidence`, `entropy`,
     `probability_margin`, `correct`. The worst case over all attacks and passes: `success`; `broken_by` (index into
@@ -167,16 +191,10 @@ class Evidence:
     scope: Scope = "every pass"
     broken_elsewhere: int = 0
     """in a run of scope "suite only", the number of examples that other passes broke and that are not counted"""
-    gallery: Columns = field(default_factory=dict)
-    """some broken examples to look at: `id` (k), `x` and `x_adv` (k, *features)"""
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    """further tables, by name; see `gallery`, `transfer` and `across`"""
     surrogates: tuple[Mapping[str, Any], ...] = ()
     """`name`, `how` and `digest` of each surrogate model of the attacker"""
-    transfer: Columns = field(default_factory=dict)
-    """transfer matrix: `id` (k), correct clean predictions `right` (k, models), errors `wrong` (k, makers, models)
-
-    The models are the target and each surrogate. The makers are the models that the examples are computed on: the same,
-    the target only if the attacker has its gradients, and all surrogates together if there are several.
-    """
     served: Mapping[str, Any] = field(default_factory=dict)
     """the requests to a served model over all attempts at the run; empty for any other model
 
@@ -188,11 +206,33 @@ class Evidence:
     """
     others: tuple[Mapping[str, Any], ...] = ()
     """`name`, `digest` and `n` of each data set to and from which changes were transferred"""
-    across: Columns = field(default_factory=dict)
-    """results of changes transferred between data sets, `turned` and their `control`: (k, source, destination)
 
-    The data sets are that of the run and then the others, with the same number of inputs each.
-    """
+    @property
+    def gallery(self) -> Columns:
+        """Some broken examples to look at: `id` (k), `x` and `x_adv` (k, *features). Empty if there are none."""
+        return self._table("gallery")
+
+    @property
+    def transfer(self) -> Columns:
+        """Transfer matrix: `id` (k), correct clean predictions `right` (k, models), errors `wrong` (k, makers, models).
+
+        The models are the target and each surrogate. The makers are the models that the examples are computed on: the
+        same, the target only if the attacker has its gradients, and all surrogates together if there are several.
+        Empty if it was not measured.
+        """
+        return self._table("transfer")
+
+    @property
+    def across(self) -> Columns:
+        """Results of changes transferred between data sets, `turned` and their `control`: (k, source, destination).
+
+        The data sets are that of the run and then the others, with the same number of inputs each. Empty if it was not
+        measured.
+        """
+        return self._table("across")
+
+    def _table(self, name: str) -> Columns:
+        return self.tables[name].columns if name in self.tables else {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]

@@ -6,36 +6,37 @@ It is a pure function of these, the plan and the seed, so that a caller may stor
 """
 
 from holdfast.harness.assembly import Context, assemble, evidence_from, join, speaking
-from holdfast.harness.carrying import paired, run_across
-from holdfast.harness.detecting import on_detector
-from holdfast.harness.fitting import run_fit
+from holdfast.harness.kinds import KINDS
+from holdfast.harness.kinds.across import paired
+from holdfast.harness.kinds.transfer import MATRIX_ROWS
 from holdfast.harness.measure import measure, measure_plan
 from holdfast.harness.passes import FOUND, PROBE, Pass, Probes, passes, probe_passes, stage_passes
 from holdfast.harness.plan import (
-    Member,
-    Outline,
     Plan,
-    Stage,
-    StageOutline,
     members_of,
+    on_detector,
     refuse_unfitted,
     refuse_what_is_hidden,
     settings,
 )
 from holdfast.harness.shards import ShardTask, shard_rows, stage_of, task_of
-from holdfast.harness.stages import (
-    judge_inputs,
-    makers,
-    ready_stage,
-    run_clean,
-    run_stage,
-    unattacked,
+from holdfast.harness.stage import (
+    Member,
+    Outline,
+    Stage,
+    StageKind,
+    StageOutline,
+    Work,
+    broken_by_suite,
+    suite_columns,
 )
 from holdfast.harness.target import LOOKED_AT, Target, prepared
-from holdfast.harness.waves import MATRIX_ROWS, broken_by_suite, due_examples
+from holdfast.harness.verdict import judge_inputs, unattacked
+from holdfast.harness.waves import due_examples
 
 __all__ = [
     "FOUND",
+    "KINDS",
     "LOOKED_AT",
     "MATRIX_ROWS",
     "PROBE",
@@ -47,15 +48,16 @@ __all__ = [
     "Probes",
     "ShardTask",
     "Stage",
+    "StageKind",
     "StageOutline",
     "Target",
+    "Work",
     "assemble",
     "broken_by_suite",
     "due_examples",
     "evidence_from",
     "join",
     "judge_inputs",
-    "makers",
     "measure",
     "measure_plan",
     "members_of",
@@ -64,18 +66,14 @@ __all__ = [
     "passes",
     "prepared",
     "probe_passes",
-    "ready_stage",
     "refuse_unfitted",
     "refuse_what_is_hidden",
-    "run_across",
-    "run_clean",
-    "run_fit",
-    "run_stage",
     "settings",
     "shard_rows",
     "speaking",
     "stage_of",
     "stage_passes",
+    "suite_columns",
     "task_of",
     "unattacked",
 ]

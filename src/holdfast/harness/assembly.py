@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.core.corruptions import Corruptions
 from holdfast.core.evidence import (
     AttackRecord,
     Columns,
@@ -18,15 +17,16 @@ from holdfast.core.evidence import (
     Places,
     Scope,
     Seconds,
+    Table,
 )
 from holdfast.core.lookup import Lookup
-from holdfast.core.model import VOTES
 from holdfast.core.patches import counts_pixels
 from holdfast.core.types import Ids, Rows
-from holdfast.harness.detecting import PASSES, lowest
+from holdfast.harness.kinds import KINDS
+from holdfast.harness.kinds.fit import fit_stage_of
 from holdfast.harness.passes import Pass, Probes, passes
-from holdfast.harness.plan import Outline, fit_stage_of
-from holdfast.harness.stages import GALLERY, NORMS
+from holdfast.harness.stage import Outline, StageKind
+from holdfast.harness.verdict import GALLERY, NORMS
 from holdfast.harness.waves import joined_waves, remark, residual
 
 
@@ -64,35 +64,16 @@ def assemble(
     by_stage = joined_waves(plan.steps, by_stage)
     clean = by_stage["clean"]
     columns = {name: values for name, values in clean.items() if not name.startswith(("right", "is_prob"))}
-    steps = [s for s in plan.steps if s.kind == "attack" and s.name in by_stage]
+    steps = [s for s in plan.steps if s.kind.in_suite and s.name in by_stage]
     attacks, others = [by_stage[s.name] for s in steps], [each.columns for each in counted]
     columns |= _worst_case(clean, attacks, others, smallest=plan.smallest)
     suite = _worst_case(clean, [by_stage[s.name] for s in steps if not s.adaptive], smallest=plan.smallest)
     columns |= {f"suite_{name}": suite[name] for name in ("success", "right_probability")}
-    curve = [by_stage[s.name] for s in plan.steps if s.kind == "curve" and s.name in by_stage]
+    curve = [by_stage[s.name] for s in plan.steps if s.kind.smallest and s.name in by_stage]
     if curve or plan.smallest:
         columns["distance"] = torch.stack([a["distance"] for a in (*attacks, *curve, *others)]).amin(0)
-    if plan.smallest:
-        columns |= {
-            f"{s.name}.distance": by_stage[s.name]["distance"]
-            for s in plan.steps
-            if s.kind == "attack" and s.name in by_stage
-        }
-    if isinstance(plan.threat.constraint, Corruptions):
-        columns |= {
-            f"{s.settings['name']}.right": by_stage[s.name]["right"] > 0.5
-            for s in plan.steps
-            if s.kind == "attack" and s.name in by_stage
-        }
-    if set(PASSES) <= set(by_stage):
-        columns["oblivious_score"] = by_stage[PASSES[0]]["score"]
-        # an example that an attack broke is misclassified with a score below the threshold
-        known = torch.where(columns["success"], 0.0, torch.inf)
-        columns["aware_score"] = torch.minimum(lowest(by_stage), known)
-    fixed = by_stage.get("attacked")
-    if fixed is not None:
-        names = ("prediction", "confidence", "entropy", "probability_margin")
-        columns |= {f"attacked_{name}": fixed[name] for name in names}
+    for kind in dict.fromkeys(step.kind for step in plan.steps):
+        columns |= kind.evidence(plan, by_stage, columns)
     return columns
 
 
@@ -157,6 +138,9 @@ def evidence_from(
         del columns["eligible"]
     if context.scope == "suite only" and counts_pixels(plan.threat.constraint):
         del columns["distance_l0"]  # such runs counted values instead of pixels
+    tables = _gallery(plan, by_stage, found)
+    for kind in KINDS.values():
+        tables |= kind.tables(by_stage)
     records, total = _told(plan, by_stage, seconds, context.remarks, randomised=randomised)
     return Evidence(
         columns,
@@ -173,11 +157,9 @@ def evidence_from(
         passes=_counted(found, columns["broken_by"] - len(records)),
         scope=context.scope,
         broken_elsewhere=context.broken_elsewhere,
-        gallery=_gallery(plan, by_stage, found),
+        tables=tables,
         surrogates=context.surrogates,
-        transfer=_sampled(by_stage, "transfer", ("id", "right", "wrong")),
         others=context.others,
-        across=_sampled(by_stage, "across", ("turned", "control")),
     )
 
 
@@ -189,12 +171,6 @@ def _counted(found: Sequence[Pass], broken_by: Tensor) -> tuple[PassRecord, ...]
     )
 
 
-def _sampled(by_stage: Mapping[str, Columns], stage: str, names: Sequence[str]) -> dict[str, Tensor]:
-    """The columns of a stage that measures a sample; empty if it was not run or not finished."""
-    columns = by_stage.get(stage, {})
-    return {name: columns[f"{stage}.{name}"] for name in names if f"{stage}.{name}" in columns}
-
-
 def _told(
     plan: Outline,
     by_stage: Mapping[str, Columns],
@@ -204,21 +180,21 @@ def _told(
     randomised: bool,
 ) -> tuple[tuple[AttackRecord, ...], Cost]:
     """The records of the attacks in their order, with waves combined, and the cost of all stages."""
-    clean, records = by_stage["clean"], []
+    clean, records, total = by_stage["clean"], [], Cost()
     standing = clean["correct"] & clean["eligible"]
-    total = _clean_cost(clean, seconds.get("clean", Seconds()), randomised=randomised)
-    for stage in plan.steps[1:]:
+    costs = {
+        step.name: _cost(step.kind, by_stage[step.name], seconds.get(step.name), randomised=randomised)
+        for step in plan.steps
+        if step.name in by_stage
+    }
+    for stage in plan.steps:
         names = [s.name for s in plan.steps if stage.name in (s.name, s.wave_of) and s.name in by_stage]
-        if stage.wave_of or stage.kind == "fit" or not names:
+        if stage.wave_of or stage.kind.of_attack or not names:
             continue
-        waves = [by_stage[name] for name in names]
-        spent = zip(waves, (seconds.get(name, Seconds()) for name in names), strict=True)
-        cost = sum((_cost(*each, randomised=randomised) for each in spent), Cost())
-        learned = fit_stage_of(stage.name)
-        if learned in by_stage:
-            cost += _cost(by_stage[learned], seconds.get(learned, Seconds()), randomised=False)
+        waves, learned = [by_stage[name] for name in names], fit_stage_of(stage.name)
+        cost = sum((costs[name] for name in (*names, learned) if name in costs), Cost())
         total += cost
-        if stage.kind == "attack":
+        if stage.kind.in_suite:
             left = standing & ~torch.stack([columns["success"] for columns in waves]).any(0)
             before, after = int(standing.sum()), int(left.sum())
             risk = residual(waves, before) if len(waves) > 1 else None
@@ -274,37 +250,23 @@ def _placed(places: Places | None) -> tuple[str, ...]:
     return (f"{worst}; at one random place of each, {places.standing_at_random:,} stand",)
 
 
-def _clean_cost(columns: Columns, seconds: Seconds, *, randomised: bool) -> Cost:
-    n = len(columns["id"])
-    return Cost(n * _looks(randomised=randomised), 0, n, seconds.cpu, seconds.wall)
+def _cost(kind: StageKind, columns: Columns, seconds: Seconds | None, *, randomised: bool) -> Cost:
+    """The cost of a stage, with its time."""
+    spent = seconds or Seconds()
+    return kind.cost(columns, randomised=randomised) + Cost(cpu_s=spent.cpu, wall_s=spent.wall)
 
 
-def _looks(*, randomised: bool) -> int:
-    """Forward passes that judge one input: 1, or with two sets of votes in addition."""
-    return 1 + 2 * VOTES if randomised else 1
-
-
-def _cost(columns: Columns, seconds: Seconds, *, randomised: bool) -> Cost:
-    queries = int(columns["queries"].sum())
-    judged = int(columns["ran"].sum()) if "ran" in columns else len(columns["id"])
-    if "transfer.wrong" in columns:  # once clean, and once for each set of source models
-        judged *= 1 + columns["transfer.wrong"].shape[1] * _looks(randomised=randomised)
-    elif "across.turned" in columns:  # each data set once clean, then with each perturbation and its control
-        sets = columns["across.turned"].shape[1]
-        judged *= sets * (1 + 2 * sets)
-    else:
-        judged *= _looks(randomised=randomised and "right" in columns)
-    return Cost(queries + judged, int(columns["backwards"].sum()), queries, seconds.cpu, seconds.wall)
-
-
-def _gallery(plan: Outline, by_stage: Mapping[str, Columns], counted: Sequence[Pass]) -> dict[str, Tensor]:
-    """The first dozen broken examples in source order, each with the input of its worst case."""
-    attacks = [by_stage[s.name] for s in plan.steps if s.kind == "attack" and s.name in by_stage]
+def _gallery(plan: Outline, by_stage: Mapping[str, Columns], counted: Sequence[Pass]) -> dict[str, Table]:
+    """The table of the first dozen broken examples in source order, each with the input of its worst case."""
+    attacks = [by_stage[s.name] for s in plan.steps if s.kind.in_suite and s.name in by_stage]
     found = [c for c in (*attacks, *(each.columns for each in counted)) if "gallery.id" in c]
     if not found:
         return {}
     chosen = speaking(found, "gallery", smallest=plan.smallest)[:GALLERY]
-    return {name: torch.cat([c[f"gallery.{name}"] for c in found])[chosen] for name in ("id", "x", "x_adv")}
+    columns = {
+        name: torch.cat([c[f"gallery.{name}"] for c in found])[chosen] for name in ("id", "x", "x_adv")
+    }
+    return {"gallery": Table("broken example", columns)}
 
 
 def speaking(attacks: Sequence[Columns], kind: str, *, smallest: bool) -> Rows:

@@ -12,11 +12,10 @@ from holdfast.core.evidence import Columns, Evidence, Seconds
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.harness.assembly import Context, evidence_from, join
-from holdfast.harness.fitting import run_fit
-from holdfast.harness.plan import Plan, Stage, members_of, refuse_unfitted, refuse_what_is_hidden
-from holdfast.harness.stages import ready_stage, run_clean, run_stage
+from holdfast.harness.plan import Plan, members_of, refuse_unfitted, refuse_what_is_hidden
+from holdfast.harness.stage import Stage, Work, broken_by_suite
 from holdfast.harness.target import LOOKED_AT, Target, prepared
-from holdfast.harness.waves import broken_by_suite, due_examples
+from holdfast.harness.waves import due_examples
 from holdfast.ops.pieces import Room
 
 _TYPES = (torch.float32, torch.float64)
@@ -70,11 +69,11 @@ def measure_plan(
             if stage.adaptive:  # no doubts are measured here that could require it
                 continue
             cpu, wall = time.process_time(), time.perf_counter()
-            if stage.kind == "fit" and fit is not None:
-                by_stage[stage.name] = run_fit(stage, plan, target, fit, by_stage["clean"])
+            if fit is not None and not stage.kind.sharded:
+                work = Work(plan, target, (fit,), Room(batch_size), by_stage["clean"])
+                by_stage[stage.name] = stage.kind.run(stage, work)
             else:
-                shards = _shards(ready_stage(stage, by_stage), plan, target, batches, by_stage, batch_size)
-                by_stage[stage.name] = join(shards)
+                by_stage[stage.name] = join(_shards(stage, plan, target, batches, by_stage, batch_size))
             seconds[stage.name] = Seconds(time.process_time() - cpu, time.perf_counter() - wall)
         outline, context = plan.outline(target.classes), Context(notes=target.notes)
         return evidence_from(outline, by_stage, seconds, context, randomised=target.randomised)
@@ -89,14 +88,15 @@ def _shards(
     batch_size: int,
 ) -> list[Columns]:
     """Columns of one stage on each of the batches."""
-    if stage.kind == "clean":
-        return [run_clean(plan, target, batch, Room(batch_size)) for batch in batches]
-    chosen, shards, start = due_examples(stage, plan, by_stage), [], 0
-    gone = broken_by_suite(by_stage) if stage.kind != "attack" else None
+    stage, shards, start = stage.kind.ready(stage, by_stage), [], 0
+    due = due_examples(stage, plan, by_stage)
+    first = due is None
+    broken = None if first or stage.kind.in_suite else broken_by_suite(plan.stages(), by_stage)
     for batch in batches:
         rows = slice(start, start + len(batch))
-        clean = {name: values[rows] for name, values in by_stage["clean"].items()}
-        known = None if gone is None else gone[rows]
-        shards.append(run_stage(stage, plan, target, batch, clean, chosen[rows], Room(batch_size), known))
+        clean = {} if first else {name: values[rows] for name, values in by_stage["clean"].items()}
+        chosen, gone = (None if mask is None else mask[rows] for mask in (due, broken))
+        work = Work(plan, target, (batch,), Room(batch_size), clean, chosen, gone)
+        shards.append(stage.kind.run(stage, work))
         start += len(batch)
     return shards

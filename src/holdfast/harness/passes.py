@@ -14,21 +14,14 @@ from torch import Tensor
 from holdfast.core.evidence import Columns
 from holdfast.core.lookup import Lookup
 from holdfast.doubts.probing import AGAIN, probe_title
-from holdfast.harness.plan import Kind, Outline
-from holdfast.harness.stages import unattacked
+from holdfast.harness.stage import Outline
+from holdfast.harness.verdict import unattacked
 
 FOUND = "found"
 """Name of the stage with the adversarial examples of the probes; its columns are those of an attack, one row for
 each example and probe."""
 PROBE = "probe"
 """The column with the index of the probe that found a row."""
-
-_TITLES: Mapping[Kind, str] = {
-    "attacked": "the fixed {} pass",
-    "detection": "the pass {} on the detector",
-    "curve": "{} of the eps curve",
-    "transfer": "the transfer matrix",
-}
 
 
 @dataclass(frozen=True)
@@ -60,9 +53,9 @@ def stage_passes(plan: Outline, by_stage: Mapping[str, Columns]) -> tuple[Pass, 
     clean = by_stage["clean"]
     found = []
     for step in plan.steps:
-        if step.kind in _TITLES and step.name in by_stage:
+        if step.kind.title and step.name in by_stage:
             columns = by_stage[step.name]
-            name, tried = _TITLES[step.kind].format(step.attack), int(columns["ran"].sum())
+            name, tried = step.kind.title.format(step.attack), int(columns["ran"].sum())
             found.append(Pass(step.name, name, _inside(plan, clean, columns), tried, step.settings))
     return tuple(found)
 
@@ -70,7 +63,7 @@ def stage_passes(plan: Outline, by_stage: Mapping[str, Columns]) -> tuple[Pass, 
 def probe_passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes) -> tuple[Pass, ...]:
     """The passes that are probes, each with its adversarial examples inside the threat model."""
     clean = by_stage["clean"]
-    suite = [step for step in plan.steps if step.kind == "attack" and not step.adaptive and not step.wave_of]
+    suite = [step for step in plan.steps if step.kind.in_suite and not step.adaptive and not step.wave_of]
     attacks = [{"name": step.attack, **step.settings} for step in suite]
     found = []
     for place, (probe, tried) in enumerate(probes):

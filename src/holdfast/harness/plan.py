@@ -1,92 +1,24 @@
 """The plan of a measurement: the attacks, the threat model and the seed, as a list of stages."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from holdfast.attacks.pgd import PGD
 from holdfast.attacks.protocol import Attack, Learned
 from holdfast.attacks.transfer import Transfer
 from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
 from holdfast.core.errors import UsageError
-from holdfast.core.guard import Aim
 from holdfast.core.names import slug
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Transformations
 from holdfast.core.types import ACCESS_ORDER, Access
-from holdfast.doubts.answering import EVEN, arms
-from holdfast.ops.ascent import flat
-from holdfast.ops.losses import cross_entropy
+from holdfast.doubts.answering import arms
+from holdfast.harness.kinds import KINDS
+from holdfast.harness.stage import Against, Member, Outline, Stage, StageOutline
 from holdfast.suites import suite
 
-Kind = Literal["clean", "fit", "attack", "attacked", "detection", "curve", "transfer", "across"]
 DoubtsWanted = Literal["all", "free", "none"]
-
-
-@dataclass(frozen=True)
-class Against:
-    """How an attack treats the detector of a model that rejects, relative to the scores of the clean inputs."""
-
-    weight: float
-    """weight of the score, in multiples of the weight that balances it with the margins of the classes; 0 ignores it"""
-    rejecting: float | None = None
-    """aim at the threshold that rejects this share of the clean inputs; None uses the threshold of the model"""
-
-
-@dataclass(frozen=True)
-class Member:
-    """An attack and its name in the suite, such as `APGD-CE`."""
-
-    name: str
-    attack: Attack
-    waves: int = 0
-    """number of halvings of the surviving examples that give the first wave; 0 runs the attack on all at once"""
-    against: Against | None = None
-    """how it treats a detector; None treats the model as an ordinary classifier"""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of a measurement. `name` is unique in the plan and names its random stream and its file."""
-
-    name: str
-    kind: Kind
-    member: Member | None = None
-    earlier: tuple[str, ...] = ()
-    """names of the earlier waves of the same attack"""
-    adaptive: bool = False
-    """run after the doubts, if one requires it, with gradients that bypass masked stages"""
-    aim: Aim = Aim()
-    """how it treats a detector"""
-
-
-@dataclass(frozen=True)
-class StageOutline:
-    """A stage in plain values, for JSON."""
-
-    name: str
-    kind: Kind
-    attack: str = ""
-    """name of the attack in the suite"""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    """notes for the reader of a report"""
-    wave_of: str = ""
-    """name of the first wave of the same attack, if this is a later wave"""
-    adaptive: bool = False
-    """run only if a raised doubt requires it"""
-
-
-@dataclass(frozen=True)
-class Outline:
-    """The parts of a plan that evidence needs."""
-
-    steps: tuple[StageOutline, ...]
-    threat: ThreatModel
-    seed: int
-    suite: str
-    smallest: bool
 
 
 @dataclass(frozen=True)
@@ -123,28 +55,9 @@ class Plan:
     """attacks that raised doubts may require, run on the examples that survive all others"""
 
     def stages(self) -> tuple[Stage, ...]:
-        """The stages of the plan in the order in which they run."""
-        attacks = [
-            stage for k, m in enumerate(self.members, 1) for stage in self._waves(f"{k}-{slug(m.name)}", m)
-        ]
-        fixed = (
-            [Stage("attacked", "attacked", FIXED)] if self.attacked and self.threat.gives("gradients") else []
-        )
-        detection = [Stage(slug(m.name), "detection", m) for m in DETECTION if self.detection]
-        curve = [Stage(f"curve-{k}-{slug(m.name)}", "curve", m) for k, m in enumerate(self.curve, 1)]
-        matrix = [Stage("transfer", "transfer", MATRIX)] if self.matrix else []
-        across = [Stage("across", "across", MATRIX)] if self.across else []
-        arms = [
-            Stage(f"{k}-{slug(m.name)}", "attack", m, adaptive=True)
-            for k, m in enumerate(self.adaptive, len(self.members) + 1)
-        ]
-        return (Stage("clean", "clean"), *attacks, *fixed, *detection, *curve, *matrix, *across, *arms)
-
-    def _waves(self, name: str, member: Member) -> list[Stage]:
-        later = 0 if self.full or self.smallest else member.waves
-        names = (name, *(f"{name}-wave-{wave + 2}" for wave in range(later)))
-        fit = [Stage(fit_stage_of(name), "fit", member)] if isinstance(member.attack, Learned) else []
-        return [*fit, *(Stage(each, "attack", member, names[:k]) for k, each in enumerate(names))]
+        """The stages of the plan in the order in which they run: kind by kind, and adaptive attacks at the end."""
+        stages = [stage for kind in KINDS.values() for stage in kind.stages(self)]
+        return (*(s for s in stages if not s.adaptive), *(s for s in stages if s.adaptive))
 
     def outline(self, classes: int) -> Outline:
         """The plan in plain values, for a model with `classes` classes."""
@@ -175,30 +88,12 @@ def adaptive_members(constraint: Constraint) -> tuple[Member, ...]:
     )
 
 
-def fit_stage_of(stage: str) -> str:
-    """The name of the stage that fits the attack of the stage `stage`."""
-    return f"fit-{stage}"
-
-
-FIXED = Member("PGD-40", PGD(steps=40, reach=2.5, loss=cross_entropy, schedule=flat, drop=False))
-"""The pass that does not depend on the order of the suite: it runs on every example."""
-
-FALSE_POSITIVES = (0.5, 0.05, 0.01)
-"""False positive rates at which a detector is attacked, in order of increasing threshold: an input below the lowest
-threshold is below the others."""
-
-AWARE = PGD(restarts=3)
-"""The attack on network and detector together."""
-
-DETECTION = (
-    Member("Oblivious", FIXED.attack, against=Against(0.0)),
-    *(Member(f"Aware-{100 * rate:g}", AWARE, against=Against(EVEN, rate)) for rate in FALSE_POSITIVES),
-    Member("Aware", AWARE, against=Against(EVEN)),
-)
-"""The passes on a model that rejects: first one that ignores the detector, then one for each threshold."""
-
-MATRIX = Member("Transfer", Transfer(reach=2.5, diversity=0.5, neighbours=0))
-"""The attack for the transfer matrix and for the transfer across data sets."""
+def on_detector(plan: Plan, *, rejects: bool) -> Plan:
+    """The plan with the passes on a detector if the model has one, and without attacks on detectors otherwise."""
+    if not rejects:
+        return replace(plan, adaptive=tuple(member for member in plan.adaptive if member.against is None))
+    seen = plan.attacked and plan.threat.goal is None and plan.threat.gives("gradients")
+    return replace(plan, detection=seen)
 
 
 def members_of(attacks: Iterable[Attack]) -> tuple[Member, ...]:

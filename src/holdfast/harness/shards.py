@@ -8,8 +8,9 @@ from torch import Tensor
 from holdfast.core.evidence import PARTIAL, Columns
 from holdfast.core.guard import Aim
 from holdfast.core.types import Mask
-from holdfast.harness.plan import Plan, Stage
-from holdfast.harness.stages import learned_for, with_learned
+from holdfast.harness.kinds.attack import learned_for, with_learned
+from holdfast.harness.plan import Plan
+from holdfast.harness.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def task_of(
     broken: Mask | None,
     by_stage: Mapping[str, Columns],
 ) -> ShardTask:
-    """The task of a stage (as `ready_stage` returns it) on one shard.
+    """The task of a stage (as `StageKind.ready` returns it) on one shard.
 
     `chosen` are the examples of the whole stage, and `broken` those that the suite has broken; see `ShardTask`. Its
     columns are copies: a view of a tensor is pickled with the whole tensor.

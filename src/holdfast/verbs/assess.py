@@ -181,7 +181,8 @@ class _Job:
         """The state that the stages of the run share."""
         fit = learning_examples(self.plan, self.target, self.data, self.request.fit)
         across = paired_sets(self.plan, self.data, self.request.across)
-        return Measurement(run, self.plan, self.target, self.data, self.device, fit, across, self.served)
+        sets = {"fit": () if fit is None else (fit,), "across": across}
+        return Measurement(run, self.plan, self.target, self.data, self.device, sets, self.served)
 
     def doubted(
         self, measurement: Measurement, by_stage: dict[str, Columns], missed: Sequence[str]
@@ -255,7 +256,7 @@ class _Job:
 
     def adversarial(self, by_stage: Mapping[str, Columns], asked: Mapping[str, Any]) -> Columns:
         """The adversarial inputs that the run stores."""
-        attacks = [stage.name for stage in self.plan.stages() if stage.kind == "attack"]
+        attacks = [stage.name for stage in self.plan.stages() if stage.kind.in_suite]
         counted = counted_passes(self.manifest, by_stage, asked)
         return adversarial(by_stage, attacks, counted, smallest=self.plan.smallest)
 

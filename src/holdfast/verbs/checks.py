@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,7 +20,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Colour, Spatial
 from holdfast.gates.grammar import Claim
 from holdfast.gates.judging import Doubts, judge, refuse_rotation
-from holdfast.harness import Context, Plan, Stage, Target, evidence_from, makers, run_clean, unattacked
+from holdfast.harness import Context, Plan, Target, Work, evidence_from
 from holdfast.ops.corruptions import refuse_no_images
 from holdfast.ops.pieces import Room
 from holdfast.ops.prepare import multiply_adds
@@ -174,30 +174,7 @@ def _as_if_broken(plan: Plan, target: Target, sample: Batch) -> Evidence:
     """Evidence with every column of the plan, in which the last attack breaks all correct examples."""
     by_stage: dict[str, Columns] = {}
     for stage in plan.stages():
-        if stage.kind == "clean":
-            by_stage[stage.name] = run_clean(plan, target, sample, Room(len(sample)))
-        else:
-            by_stage[stage.name] = _made_up(stage, by_stage["clean"])
-    if "transfer" in by_stage:
-        by_stage["transfer"] = {**by_stage["transfer"], **_turned(by_stage["clean"], plan.threat, target)}
+        work = Work(plan, target, (sample,), Room(len(sample)), by_stage.get("clean", {}))
+        by_stage[stage.name] = stage.kind.as_if_broken(stage, work)
     outline = plan.outline(target.classes)
     return evidence_from(outline, by_stage, {}, Context(), randomised=target.randomised)
-
-
-def _made_up(stage: Stage, clean: Columns) -> Mapping[str, Tensor]:
-    alone = unattacked(clean, stage.kind)
-    if stage.kind == "attacked":
-        return {**alone, **{name: values for name, values in clean.items() if name != "correct"}}
-    near = {
-        name: torch.zeros_like(values)
-        for name, values in alone.items()
-        if name.startswith("distance") or name == "score"
-    }
-    return {**alone, **near, "success": clean["correct"].clone()}
-
-
-def _turned(clean: Columns, threat: ThreatModel, target: Target) -> dict[str, Tensor]:
-    """Columns of a transfer matrix in which all models agree with this one and every example breaks all of them."""
-    models, right = 1 + len(threat.surrogates), clean["correct"][:, None]
-    wrong = right[:, None].expand(-1, len(makers(target.quick, threat)), models)
-    return {"transfer.id": clean["id"], "transfer.right": right.expand(-1, models), "transfer.wrong": wrong}

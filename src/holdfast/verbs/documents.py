@@ -14,7 +14,7 @@ from holdfast.core.transformations import Colour, Spatial
 from holdfast.doubts.concluding import Findings
 from holdfast.gates.grammar import recorded
 from holdfast.gates.judging import Judgement, exit_code
-from holdfast.harness import Outline, Probes
+from holdfast.harness import KINDS, Outline, Probes
 from holdfast.harness import StageOutline as OutlineStep
 from holdfast.reports.numbers import number, strict
 from holdfast.store.folder import Split
@@ -32,7 +32,7 @@ def outline_to_json(outline: Outline) -> Json:
         "stages": [
             {
                 "name": s.name,
-                "kind": s.kind,
+                "kind": s.kind.name,
                 "attack": s.attack,
                 "settings": strict(s.settings),
                 "notes": list(s.notes),
@@ -63,7 +63,7 @@ def outline_from_json(content: Mapping[str, Any]) -> Outline:
         tuple(
             OutlineStep(
                 s["name"],
-                s["kind"],
+                KINDS[s["kind"]],
                 s["attack"],
                 s["settings"],
                 tuple(s["notes"]),

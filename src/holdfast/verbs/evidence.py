@@ -13,6 +13,7 @@ from holdfast.harness import (
     Context,
     Outline,
     Pass,
+    StageKind,
     broken_by_suite,
     evidence_from,
     passes,
@@ -34,14 +35,14 @@ TUNING = "fine-tuning"
 """Name of the doubt that fine-tuning would achieve more than rotation."""
 
 
-def counted(kind: str, stage: StoredStage, by_stage: Mapping[str, Columns]) -> Columns | None:
+def counted(kind: StageKind, stage: StoredStage, by_stage: Mapping[str, Columns]) -> Columns | None:
     """The columns of a stage for all examples; None if time ran out and the missing examples cannot be filled in.
 
     Examples that an unfinished attack did not reach count as not attacked.
     """
     if stage.reached is None:
         return stage.columns
-    return _filled(stage.columns, by_stage["clean"]) if kind == "attack" else None
+    return _filled(stage.columns, by_stage["clean"]) if kind.in_suite else None
 
 
 def evidence_of(
@@ -115,7 +116,7 @@ def _adapted(
     places = {step.attack: step.name for step in outline.steps if step.adaptive and step.name in by_stage}
     ran = {} if adapted["missed"] else {arm: by_stage[name] for arm, name in places.items()}
     clean = by_stage["clean"]
-    standing = clean["correct"] & clean["eligible"] & ~broken_by_suite(by_stage)
+    standing = clean["correct"] & clean["eligible"] & ~broken_by_suite(outline.steps, by_stage)
     fallen = {id_ for ids in asked["fallen"].values() for id_ in ids}
     left = fallen & set(clean["id"][standing].tolist())
     return replace(

@@ -12,7 +12,8 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.gallery import ITEMS, Item, undefended
 from holdfast.harness import Member, Plan
-from holdfast.harness.plan import FIXED, DoubtsWanted, adaptive_members
+from holdfast.harness.kinds.passes import FIXED
+from holdfast.harness.plan import DoubtsWanted, adaptive_members
 from holdfast.suites import suite
 from holdfast.verbs.assess import assess
 from holdfast.verbs.request import AssessRequest, Subject

@@ -10,8 +10,7 @@ from holdfast.core.model import VOTES
 from holdfast.doubts.allotting import JUDGED_AT_RANDOM, probe_rows
 from holdfast.doubts.probing import AGAIN, probes_for
 from holdfast.doubts.thresholds import FRESH_ROWS, SAMPLE
-from holdfast.harness import LOOKED_AT, MATRIX_ROWS, Plan, Target
-from holdfast.harness.plan import Member
+from holdfast.harness import LOOKED_AT, MATRIX_ROWS, Member, Plan, Target
 from holdfast.verbs.evidence import enumerated
 from holdfast.verbs.request import AssessRequest
 

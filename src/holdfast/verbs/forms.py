@@ -8,7 +8,7 @@ from typing import get_args
 from holdfast.core.errors import Interrupted, TargetError
 from holdfast.core.evidence import DoubtState
 from holdfast.core.types import Access
-from holdfast.harness.plan import Kind
+from holdfast.harness import KINDS
 from holdfast.store.forms import (
     anything,
     count,
@@ -28,7 +28,7 @@ from holdfast.store.forms import (
 _STEP = record(
     {
         "name": name,
-        "kind": one_of(*get_args(Kind)),
+        "kind": one_of(*KINDS),
         "attack": text,
         "settings": mapped(anything),
         "notes": list_of(text),

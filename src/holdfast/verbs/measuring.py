@@ -20,18 +20,13 @@ from holdfast.harness import (
     ShardTask,
     Stage,
     Target,
+    Work,
     broken_by_suite,
     due_examples,
     join,
-    ready_stage,
-    run_across,
-    run_clean,
-    run_fit,
-    run_stage,
     shard_rows,
     stage_of,
     task_of,
-    unattacked,
 )
 from holdfast.ops.pieces import Room
 from holdfast.sources.served import Served
@@ -60,12 +55,10 @@ class ShardMeasure:
             bare, classes = self.target.bare, self.target.classes
             refuse_batch(batch, bare.bounds, classes, self.data.name, whole=self.data, remote=bare.remote)
         with purpose(task.stage, task.shard, "clean" if clean else "attacks"):
-            target = timed(self.target, until)
-            if task.clean is None or task.chosen is None:
-                return run_clean(self.plan, target, batch, room)
-            stage = stage_of(task, self.plan)
-            columns = run_stage(stage, self.plan, target, batch, task.clean, task.chosen, room, task.broken)
-            if self.served is not None:
+            target, stage = timed(self.target, until), stage_of(task, self.plan)
+            work = Work(self.plan, target, (batch,), room, task.clean or {}, task.chosen, task.broken)
+            columns = stage.kind.run(stage, work)
+            if self.served is not None and not clean:
                 self.served.confirm()
             return columns
 
@@ -123,10 +116,8 @@ class Measurement:
     target: Target
     data: Data
     device: torch.device
-    fit: Batch | None = None
-    """examples that learned attacks are fitted to"""
-    across: tuple[Batch, ...] = ()
-    """inputs of each data set, equally many, for the transfer of perturbations between data sets"""
+    sets: Mapping[str, tuple[Batch, ...]] = field(default_factory=dict)
+    """the data sets of stages without shards, by the name of their kind"""
     served: Served | None = None
     """connection to the server of a served model, which may charge for each row"""
 
@@ -134,34 +125,28 @@ class Measurement:
         """Add the columns of some stages to `by_stage`; returns notes on what time did not allow."""
         cut: list[tuple[Stage, int]] = []
         for stage in stages:
-            if stage.kind in ("fit", "across"):
+            if not stage.kind.sharded:
                 stored = self.run.stage(stage.name, partial(self._whole, stage, by_stage))
             else:
                 stored = self.run.sharded_stage(stage.name, partial(self._shards, stage, by_stage))
             columns = counted(stage.kind, stored, by_stage)
             if columns is not None:
                 by_stage[stage.name] = columns
-            cut_short = stored.reached is not None and stage.kind != "fit"  # reported for its attack
+            cut_short = stored.reached is not None and not stage.kind.of_attack
             if cut_short and not any(attack_of(stage) == attack_of(other) for other, _ in cut):
                 cut.append((stage, len(stored.columns["id"])))
         return out_of_time(cut, len(self.data), self.plan)
 
     def _whole(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Columns:
-        """Columns of a stage without shards: fitting an attack, or a transfer across data sets.
-
-        After a kill, the whole stage is measured again.
-        """
-        examples = self.across[0] if self.fit is None or stage.kind == "across" else self.fit
-        self.run.report(stage.name, 0, len(examples), int(surviving(by_stage).sum()), len(self.data))
-        target = timed(self.target, self.run.deadline)
+        """Columns of a stage without shards. After a kill, the whole stage is measured again."""
+        sets = self.sets[stage.kind.name]
+        left = int(self.surviving(by_stage).sum())
+        self.run.report(stage.name, 0, len(sets[0]), left, len(self.data))
+        target, room = timed(self.target, self.run.deadline), self.run.room(stage.name, 0)
+        on_device = tuple(each.to(self.device) for each in sets)
         try:
             with purpose(stage.name, 0, "attacks"):
-                if stage.kind == "fit":
-                    assert self.fit is not None
-                    columns = run_fit(stage, self.plan, target, self.fit.to(self.device), by_stage["clean"])
-                else:
-                    sets = [each.to(self.device) for each in self.across]
-                    columns = run_across(stage, self.plan, target, sets, self.run.room(stage.name, 0))
+                columns = stage.kind.run(stage, Work(self.plan, target, on_device, room, by_stage["clean"]))
         except OutOfTime:
             self.confirm()
             raise
@@ -170,17 +155,17 @@ class Measurement:
 
     def _shards(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Shards:
         """The work of a stage with shards."""
-        stage, shards = ready_stage(stage, by_stage), self.run.shards
-        chosen = broken = left = None
-        if stage.kind != "clean":
-            chosen, left = due_examples(stage, self.plan, by_stage), surviving(by_stage)
-            broken = None if stage.kind == "attack" else broken_by_suite(by_stage)
+        stage, shards = stage.kind.ready(stage, by_stage), self.run.shards
+        chosen, broken, left = due_examples(stage, self.plan, by_stage), None, None
+        if chosen is not None:
+            left = self.surviving(by_stage)
+            broken = None if stage.kind.in_suite else broken_by_suite(self.plan.stages(), by_stage)
 
         def filled(shard: int) -> Columns | None:
             start, stop = shards[shard]
             if chosen is None or chosen[start:stop].any():
                 return None
-            return unattacked(shard_rows(by_stage["clean"], start, stop), stage.kind)
+            return stage.kind.columns(shard_rows(by_stage["clean"], start, stop))
 
         def report(done: Mapping[int, Columns], more: int) -> None:
             finished = sum(len(columns["id"]) for columns in done.values())
@@ -202,7 +187,7 @@ class Measurement:
         """
         if left is None:
             return sum(int(columns["correct"].sum()) for columns in done.values())
-        if stage.kind != "attack":
+        if not stage.kind.in_suite:
             return int(left.sum())
         fallen = 0
         for shard, columns in done.items():
@@ -210,15 +195,15 @@ class Measurement:
             fallen += int((left[start:stop] & columns["success"]).sum())
         return int(left.sum()) - fallen
 
+    def surviving(self, by_stage: Mapping[str, Columns]) -> Mask:
+        """Mask of the examples that no attack of the suite has broken."""
+        clean = by_stage["clean"]
+        return clean["correct"] & clean["eligible"] & ~broken_by_suite(self.plan.stages(), by_stage)
+
     def confirm(self) -> None:
         """Verify that a server that refused the last inputs still answers clean inputs."""
         if self.served is not None:
             self.served.confirm()
-
-
-def surviving(by_stage: Mapping[str, Columns]) -> Mask:
-    """Mask of the examples that no attack of the suite has broken."""
-    return by_stage["clean"]["correct"] & by_stage["clean"]["eligible"] & ~broken_by_suite(by_stage)
 
 
 def attack_of(stage: Stage) -> str:
@@ -231,28 +216,19 @@ def shards_of(n: int, size: int) -> tuple[tuple[int, int], ...]:
     return tuple((start, min(start + size, n)) for start in range(0, n, size))
 
 
-_LOST = {
-    "curve": "its distances are",
-    "detection": "the evaluation of the detector is",
-    "transfer": "the transfer matrix is",
-    "across": "the transfer between data sets is",
-}
-
-
 def out_of_time(cut: Sequence[tuple[Stage, int]], of: int, plan: Plan) -> tuple[str, ...]:
     """Notes on the stages that time cut off, with the number of finished examples, and the effect on the metrics."""
-    attacks = [(attack_of(stage), n) for stage, n in cut if stage.kind == "attack"]
+    attacks = [(attack_of(stage), n) for stage, n in cut if stage.kind.in_suite]
     done = [f"{name} finished {n:,} of {of:,} examples" for name, n in attacks if n]
     idle = [name for name, n in attacks if not n]
     if idle:
         done.append(f"{enumerated(idle)} finished none")
     notes = [f"time ran out: {', '.join(done)}; {_meaning(plan)}"] if attacks else []
     for stage, _ in cut:
-        if stage.kind != "attack":
-            lost = _LOST.get(stage.kind, "entropy, margin, precision and calibration under attack are")
-            on = "its sample" if stage.kind in ("transfer", "across") else "every example"
+        if not stage.kind.in_suite:
+            on = "its sample" if stage.kind.sampled else "every example"
             notes.append(
-                f"time ran out: the pass of {attack_of(stage)} on {on} was not finished, so {lost} left out"
+                f"time ran out: the pass of {attack_of(stage)} on {on} was not finished, so {stage.kind.lost} left out"
             )
     return tuple(notes)
 

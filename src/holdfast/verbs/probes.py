@@ -36,6 +36,7 @@ from holdfast.harness import (
     judge_inputs,
     probe_passes,
     stage_passes,
+    suite_columns,
 )
 from holdfast.ops.pieces import in_pieces, in_room
 from holdfast.ops.sampling import sample_rows
@@ -104,7 +105,7 @@ def run_probes(
         plan.threat,
         wanted,
         target.in_training,
-        _first_gradients(by_stage),
+        _first_gradients(suite_columns(plan.stages(), by_stage)),
         target.blind,
         target.randomised,
         access=target.bare.access,
@@ -156,7 +157,7 @@ def _allotment(
         return probe_rows(probes[name], attacks, within, n, passes, randomised=measurement.target.randomised)
 
     judged = JUDGED_AT_RANDOM if measurement.target.randomised else 1
-    suite = [found for name, found in by_stage.items() if name[0].isdigit()]
+    suite = suite_columns(plan.stages(), by_stage).values()
     budget = sum(int(found["queries"].sum()) + judged * int(found["ran"].sum()) for found in suite)
     return allotted(wanted, budget, cost)
 
@@ -222,13 +223,12 @@ def _judged(
     return {name: torch.cat([found[name] for found in rows_of]) for name in rows_of[0]} if rows_of else {}
 
 
-def _first_gradients(by_stage: Mapping[str, Columns]) -> Mask | None:
+def _first_gradients(suite: Mapping[str, Columns]) -> Mask | None:
     """Which gradients were zero in the first pass of the first gradient attack; None if no attack used gradients."""
-    for name, columns in by_stage.items():
-        if name[0].isdigit():
-            asked = columns["dead"] | (columns["backwards"] > 0)
-            if asked.any():
-                return columns["dead"][asked]
+    for columns in suite.values():
+        asked = columns["dead"] | (columns["backwards"] > 0)
+        if asked.any():
+            return columns["dead"][asked]
     return None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.evidence import Columns, Evidence, Seconds
-from holdfast.harness import FOUND
+from holdfast.harness import FOUND, KINDS
 from holdfast.metrics.shares import robust_accuracy
 from holdfast.reports.numbers import number
 from holdfast.store.files import MANIFEST
@@ -122,7 +122,7 @@ def _put_together(
     gates = tuple(judgement_from_json(gate) for gate in decided["gates"])
     by_stage = _stages(path, manifest, chain)
     evidence = with_attackers(_evidence(path, manifest, by_stage, chain, asked), rotation)
-    attacks = [step["name"] for step in manifest["config"]["stages"] if step["kind"] == "attack"]
+    attacks = [step["name"] for step in manifest["config"]["stages"] if KINDS[step["kind"]].in_suite]
     counted = counted_passes(manifest, by_stage, asked)
     found = adversarial(by_stage, attacks, counted, smallest=manifest["config"]["smallest"])
     return Result(evidence, gates, decided["accepted_doubts"], about, path, found, rotation=rotation)
@@ -181,7 +181,7 @@ def _stages(path: Path, manifest: dict[str, Any], chain: Chain) -> dict[str, Col
     by_stage: dict[str, Columns] = {}
     for step in manifest["config"]["stages"]:
         stage = read_stage(path, chain, step["name"])
-        columns = None if stage is None else counted(step["kind"], stage, by_stage)
+        columns = None if stage is None else counted(KINDS[step["kind"]], stage, by_stage)
         if columns is not None:
             by_stage[step["name"]] = columns
     found = read_stage(path, chain, FOUND)

@@ -5,35 +5,72 @@ another data set need not be those of the model. Each perturbation has a control
 pixels permuted, which has the same size in every norm and a random direction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
-from holdfast.core.evidence import Columns
+from holdfast.core.evidence import Columns, Table
 from holdfast.core.meter import Metered, margin
 from holdfast.core.types import Inputs, Mask
-from holdfast.harness.plan import Plan, Stage
-from holdfast.harness.stages import returned
+from holdfast.harness.kinds.transfer import MATRIX, sampled_table
+from holdfast.harness.stage import Stage, StageKind, Work
 from holdfast.harness.target import Target
-from holdfast.ops.pieces import Room, in_pieces
+from holdfast.harness.verdict import returned, unattacked
+from holdfast.ops.pieces import in_pieces
+
+if TYPE_CHECKING:
+    from holdfast.harness.plan import Plan
 
 _IMAGE = 4
 
 
-def run_across(stage: Stage, plan: Plan, target: Target, sets: Sequence[Batch], room: Room) -> Columns:
-    """Columns of the stage that transfers perturbations between `sets`, equally many inputs of each, paired by row.
+class AcrossSets(StageKind):
+    """Transfers perturbations between data sets, equally many inputs of each, paired by row."""
 
-    `across.turned` and `across.control` (n, source set, target set) say which inputs were broken; the others are
-    costs.
-    """
-    pairs = replace(sets[0], ids=torch.arange(len(sets[0]), device=sets[0].ids.device))
-    return in_pieces(
-        lambda piece: _carried(stage, plan, target, [each.take(piece.ids) for each in sets]), pairs, room
-    )
+    name = "across"
+    sharded = False
+    lost = "the transfer between data sets is"
+    sampled = True
+
+    def stages(self, plan: "Plan") -> list[Stage]:
+        """The one stage of this kind."""
+        return [Stage("across", self, MATRIX)] if plan.across else []
+
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
+        """None: the stage is run on all inputs of its data sets."""
+
+    def run(self, stage: Stage, work: Work) -> Columns:
+        """`across.turned` and `across.control` (n, source, destination) say which inputs were broken.
+
+        The other columns are costs.
+        """
+        first = work.batch
+        pairs = replace(first, ids=torch.arange(len(first), device=first.ids.device))
+        return in_pieces(
+            lambda piece: _carried(stage, work, [each.take(piece.ids) for each in work.sets]),
+            pairs,
+            work.room,
+        )
+
+    def columns(self, clean: Columns) -> dict[str, Tensor]:
+        """The columns of a transfer without inputs."""
+        return unattacked(clean)
+
+    def judged(self, columns: Columns, *, randomised: bool) -> int:
+        """Each data set is judged once clean, then with each perturbation and its control."""
+        if "across.turned" not in columns:
+            return super().judged(columns, randomised=randomised)
+        sets = columns["across.turned"].shape[1]
+        return int(columns["ran"].sum()) * sets * (1 + 2 * sets)
+
+    def tables(self, by_stage: Mapping[str, Columns]) -> Mapping[str, Table]:
+        """The table `across`."""
+        return sampled_table(by_stage, "across", "input of each data set", ("turned", "control"))
 
 
 def paired(batch: Batch, seed: int, place: int) -> Batch:
@@ -42,8 +79,8 @@ def paired(batch: Batch, seed: int, place: int) -> Batch:
     return batch.take(rng.uniform(batch.ids, 1, dtype=torch.float64)[:, 0].argsort(stable=True))
 
 
-def _carried(stage: Stage, plan: Plan, target: Target, sets: Sequence[Batch]) -> dict[str, Tensor]:
-    assert stage.member is not None
+def _carried(stage: Stage, work: Work, sets: Sequence[Batch]) -> dict[str, Tensor]:
+    plan, target = work.plan, work.target
     rng, threat = Draws(plan.seed).at("stage", stage.name), replace(plan.threat, queries=None)
     project, bounds = threat.constraint.project, target.bare.bounds
     turned: list[Tensor] = []
@@ -54,9 +91,7 @@ def _carried(stage: Stage, plan: Plan, target: Target, sets: Sequence[Batch]) ->
         for place, each in enumerate(sets):
             own = Metered(target.asked(target.quick, each), each, threat)
             makers = (own,) if threat.gives("gradients") else threat.surrogates
-            x_adv, _ = returned(
-                stage.member.attack, replace(threat, surrogates=makers), target, each, rng.at(place)
-            )
+            x_adv, _ = returned(stage.attack, replace(threat, surrogates=makers), target, each, rng.at(place))
             change = x_adv - each.x
             mixed = _mixed(change, each, rng.at("control", place))
             for delta, kept in ((change, turned), (mixed, control)):

@@ -1,0 +1,30 @@
+"""The kinds of stages: each says which examples it runs on, measures them, and what its columns and its cost are.
+
+The names are stored in `run.json`. The stages of a plan follow the order of `KINDS`.
+"""
+
+from collections.abc import Mapping
+
+from holdfast.harness.kinds.across import AcrossSets
+from holdfast.harness.kinds.attack import SuiteAttack
+from holdfast.harness.kinds.clean import Clean
+from holdfast.harness.kinds.detection import DetectorPass
+from holdfast.harness.kinds.fit import Fit
+from holdfast.harness.kinds.passes import CurvePass, FixedPass
+from holdfast.harness.kinds.transfer import TransferMatrix
+from holdfast.harness.stage import StageKind
+
+KINDS: Mapping[str, StageKind] = {
+    kind.name: kind
+    for kind in (
+        Clean(),
+        Fit(),
+        SuiteAttack(),
+        FixedPass(),
+        DetectorPass(),
+        CurvePass(),
+        TransferMatrix(),
+        AcrossSets(),
+    )
+}
+"""All kinds of stages by name."""

@@ -1,0 +1,240 @@
+"""Stages that run an attack on some of the examples, and the attacks of the suite."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks.protocol import Learned, Placed
+from holdfast.core.batch import Batch
+from holdfast.core.corruptions import Corruptions
+from holdfast.core.draws import Draws
+from holdfast.core.evidence import PARTIAL, Columns
+from holdfast.core.names import slug
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Ids, Mask, PerExample
+from holdfast.harness.detecting import aim_of
+from holdfast.harness.kinds.fit import Fit, fit_stage_of
+from holdfast.harness.stage import Member, Outline, Stage, StageKind, Work, broken_by_suite, suite_columns
+from holdfast.harness.verdict import aimed, cost_columns, kept, returned, unattacked, verdict_of, votes
+from holdfast.ops.pieces import in_pieces
+
+if TYPE_CHECKING:
+    from holdfast.harness.plan import Plan
+
+LEAST = 32
+"""Smallest number of examples in a wave: with fewer, a wave without success shows little."""
+AT_TIMES = 0.05
+"""Adaptive attacks continue with a broken example that is correct in more than this share of the votes."""
+_PLACES, _BROKEN_AT_RANDOM = "places", "broken_at_random"
+
+
+class AttackKind(StageKind):
+    """Stages that run an attack on chosen examples; the others keep the columns of an example without attack."""
+
+    aware = False
+    """whether the attack always uses what is known of the defence"""
+
+    def ready(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Stage:
+        """The stage with the fitted attack, and with the aim at a detector; unchanged if it needs neither."""
+        if stage.member is not None and stage.member.against is not None:
+            return replace(stage, aim=aim_of(stage.member.against, by_stage["clean"]))
+        learned = learned_for(stage, by_stage)
+        return stage if learned is None else with_learned(stage, learned)
+
+    def run(self, stage: Stage, work: Work) -> Columns:
+        """The columns of the attack for the chosen examples, and of no attack for the others.
+
+        A pass outside the suite stores no inputs for examples that the suite has already broken.
+        """
+        batch, plan, chosen = work.batch, work.plan, work.chosen
+        target = work.target
+        knows = stage.adaptive or self.aware
+        target = replace(target, quick=target.view if knows else target.quick, aim=stage.aim)
+        missed = batch.ids if work.broken is None else batch.ids[~work.broken.to(batch.ids.device)]
+        rng, work = Draws(plan.seed).at("stage", stage.name), replace(work, target=target)
+        columns = self.columns(work.clean)
+        if isinstance(stage.attack, Placed):
+            columns |= {name: torch.zeros_like(columns["queries"]) for name in (_PLACES, _BROKEN_AT_RANDOM)}
+        chosen = torch.ones_like(work.clean["correct"]) if chosen is None else chosen
+        work.room.progress(int((~chosen).sum()))
+        if not chosen.any():
+            return columns
+        measured = in_pieces(
+            lambda piece: self.piece(stage, work, piece, rng, missed), batch.take(chosen), work.room
+        )
+        for name, values in measured.items():
+            if name.startswith(PARTIAL):
+                columns[name] = values
+            else:
+                columns[name][chosen] = values
+        if isinstance(plan.threat.constraint, Corruptions):
+            columns["success"] &= work.clean["correct"] & work.clean["eligible"]
+        return columns
+
+    @abstractmethod
+    def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
+        """The columns of the attack for some of its examples; inputs are stored of those in `missed`."""
+
+    def columns(self, clean: Columns) -> dict[str, Tensor]:
+        """The columns of examples that were not attacked."""
+        return unattacked(clean)
+
+    def as_if_broken(self, stage: Stage, work: Work) -> Columns:
+        """The columns as if every correct example was broken by a change of size 0."""
+        alone = self.columns(work.clean)
+        near = {
+            name: torch.zeros_like(values)
+            for name, values in alone.items()
+            if name.startswith("distance") or name == "score"
+        }
+        return {**alone, **near, "success": work.clean["correct"].clone()}
+
+
+class SuiteAttack(AttackKind):
+    """The attacks of the suite and the adaptive attacks, each on the examples that survive those before."""
+
+    name = "attack"
+    in_suite = True
+
+    def stages(self, plan: "Plan") -> list[Stage]:
+        """The stages of the attacks, each after the one that fits it; then those of the adaptive attacks."""
+        attacks = [
+            stage
+            for k, m in enumerate(plan.members, 1)
+            for stage in self._waves(plan, f"{k}-{slug(m.name)}", m)
+        ]
+        first = len(plan.members) + 1
+        return [
+            *attacks,
+            *(
+                Stage(f"{k}-{slug(m.name)}", self, m, adaptive=True)
+                for k, m in enumerate(plan.adaptive, first)
+            ),
+        ]
+
+    def _waves(self, plan: "Plan", name: str, member: Member) -> list[Stage]:
+        later = 0 if plan.full or plan.smallest else member.waves
+        names = (name, *(f"{name}-wave-{wave + 2}" for wave in range(later)))
+        fit = [Stage(fit_stage_of(name), Fit(), member)] if isinstance(member.attack, Learned) else []
+        return [*fit, *(Stage(each, self, member, names[:k]) for k, each in enumerate(names))]
+
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
+        """The examples that survive, and in a wave those of the lowest margins; all correct ones if the plan says so.
+
+        An attack with waves starts with the examples of the lowest margins and continues while it succeeds: the first
+        wave has 1 / 2^waves of the surviving examples, the second as many, each later one twice as many. No wave has
+        fewer than `LEAST` examples, and a wave that breaks none is the last.
+        """
+        clean, stages = by_stage["clean"], plan.stages()
+        eligible = clean["correct"] & clean["eligible"]
+        if plan.smallest or plan.full:
+            return eligible
+        standing = eligible & ~broken_by_suite(stages, by_stage)
+        measured = suite_columns(stages, by_stage)
+        if stage.adaptive:
+            return standing | eligible & (_chance(clean, measured) > AT_TIMES)
+        if stage.member is None or not stage.member.waves:
+            return standing
+        earlier = [by_stage[name] for name in stage.earlier]
+        if earlier and not earlier[-1]["success"].any():
+            return torch.zeros_like(standing)
+        tried = torch.stack([torch.zeros_like(standing), *(columns["ran"] for columns in earlier)]).any(0)
+        began = int((standing & ~tried).sum() + tried.sum())
+        share = math.ceil(began / 2 ** (stage.member.waves - max(len(earlier) - 1, 0)))
+        last = len(earlier) == stage.member.waves
+        heights = _heights(clean, measured, goal=plan.threat.goal)
+        return _lowest(standing & ~tried, heights, began if last else max(share, LEAST))
+
+    def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
+        """The inputs that the attack returns, judged by the original model, with their cost."""
+        threat = unlimited(work.plan.threat) if work.plan.smallest else work.plan.threat
+        return attacked_columns(stage, work, batch, threat, rng, missed)
+
+    def evidence(
+        self, outline: Outline, by_stage: Mapping[str, Columns], worst: Columns
+    ) -> Mapping[str, Tensor]:
+        """The distances of each minimum-norm attack, and the verdicts of each corruption."""
+        added: dict[str, Tensor] = {}
+        steps = [step for step in outline.steps if step.kind is self and step.name in by_stage]
+        if outline.smallest:
+            added |= {f"{step.name}.distance": by_stage[step.name]["distance"] for step in steps}
+        if isinstance(outline.threat.constraint, Corruptions):
+            added |= {f"{step.settings['name']}.right": by_stage[step.name]["right"] > 0.5 for step in steps}
+        return added
+
+
+def attacked_columns(
+    stage: Stage, work: Work, batch: Batch, threat: ThreatModel, rng: Draws, missed: Ids
+) -> dict[str, Tensor]:
+    """The columns of an attack under a threat model that may differ from that of the plan."""
+    plan, target = work.plan, work.target
+    batch = aimed(batch, threat)
+    with target.repeatable(rng.at(int(batch.ids[0]))):
+        x_adv, spent = returned(stage.attack, threat, target, batch, rng)
+        _, columns = verdict_of(plan, target, batch, x_adv)
+        columns |= _at_random(stage, work, threat, batch, rng)
+    columns |= {
+        **cost_columns(spent),
+        "dead": spent.dead,
+        **kept(plan, batch, x_adv, columns["success"], missed),
+    }
+    return {name: values.cpu() for name, values in columns.items()}
+
+
+def _at_random(stage: Stage, work: Work, threat: ThreatModel, batch: Batch, rng: Draws) -> dict[str, Tensor]:
+    """The result at one random place of each image, for an attack that chooses among places; else empty."""
+    attack, target = stage.attack, work.target
+    if not isinstance(attack, Placed):
+        return {}
+    x_adv = attack.at_random(target.bare, batch, threat, rng=rng)
+    _, right, _ = votes(target, batch, x_adv, lambda logits: target.held(logits, batch.y))
+    tried = attack.tried(threat, batch.x.shape[1:])
+    return {_PLACES: torch.full_like(batch.ids, tried), _BROKEN_AT_RANDOM: (right <= 0.5).long()}
+
+
+def unlimited(threat: ThreatModel) -> ThreatModel:
+    """The threat model with a ball of infinite radius, for minimum-norm attacks."""
+    return replace(threat, constraint=threat.constraint.resized(torch.inf))
+
+
+def learned_for(stage: Stage, by_stage: Mapping[str, Columns]) -> Tensor | None:
+    """What the attack of a stage has learned in an earlier stage; None if it learns nothing."""
+    first = fit_stage_of((*stage.earlier, stage.name)[0])
+    return by_stage[first]["learned.x"] if first in by_stage else None
+
+
+def with_learned(stage: Stage, learned: Tensor) -> Stage:
+    """The stage with the attack that uses what was learned."""
+    assert stage.member is not None
+    attack = stage.member.attack
+    assert isinstance(attack, Learned)
+    return replace(stage, member=replace(stage.member, attack=attack.fitted(learned)))
+
+
+def _heights(clean: Columns, measured: Mapping[str, Columns], *, goal: int | None) -> PerExample:
+    """The lowest margin reached for each example; the clean margin is included for an untargeted threat model."""
+    lowest = clean["margin"] if goal is None else torch.full_like(clean["margin"], torch.inf)
+    for columns in measured.values():
+        lowest = torch.where(columns["ran"], torch.minimum(lowest, columns["height"]), lowest)
+    return lowest
+
+
+def _chance(clean: Columns, measured: Mapping[str, Columns]) -> Tensor:
+    """The lowest share of votes in which each example is correct; 0 or 1 for a deterministic model."""
+    lowest = clean["right"]
+    for columns in measured.values():
+        lowest = torch.where(columns["ran"], torch.minimum(lowest, columns["right"]), lowest)
+    return lowest
+
+
+def _lowest(among: Mask, heights: PerExample, n: int) -> Mask:
+    """The `n` examples of lowest margin; the first ones among equals."""
+    rows = among.nonzero()[:, 0]
+    chosen = torch.zeros_like(among)
+    chosen[rows[heights[rows].argsort(stable=True)[:n]]] = True
+    return chosen

@@ -1,0 +1,82 @@
+"""The first stage: the outputs of the model for the clean inputs."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.evidence import Columns, Cost
+from holdfast.core.guard import score
+from holdfast.core.meter import margin
+from holdfast.harness.stage import Stage, StageKind, Work, evaluations
+from holdfast.harness.verdict import digests, votes
+from holdfast.ops.pieces import in_pieces
+
+if TYPE_CHECKING:
+    from holdfast.harness.plan import Plan
+
+
+class Clean(StageKind):
+    """Evaluates the model on the clean inputs."""
+
+    name = "clean"
+
+    def stages(self, plan: "Plan") -> list[Stage]:
+        """The one stage of this kind."""
+        return [Stage("clean", self)]
+
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
+        """None: the stage is run on all examples."""
+
+    def run(self, stage: Stage, work: Work) -> Columns:
+        """The outputs for the clean inputs, and the digests of the inputs."""
+        rng = Draws(work.plan.seed).at("stage", stage.name)
+        return in_pieces(lambda piece: _clean(work, piece, rng), work.batch, work.room)
+
+    def columns(self, clean: Columns) -> dict[str, Tensor]:
+        """The columns themselves: no example is left out."""
+        return dict(clean)
+
+    def as_if_broken(self, stage: Stage, work: Work) -> Columns:
+        """The measured columns."""
+        return self.run(stage, work)
+
+    def cost(self, columns: Columns, *, randomised: bool) -> Cost:
+        """One query for each example, and the votes of a randomised model."""
+        n = len(columns["id"])
+        return Cost(n * evaluations(randomised=randomised), 0, n)
+
+
+def _clean(work: Work, batch: Batch, rng: Draws) -> dict[str, Tensor]:
+    target, goal = work.target, work.plan.threat.goal
+    with target.repeatable(rng.at(int(batch.ids[0]))):
+        logits, right, _ = votes(target, batch, batch.x, lambda logits: logits)
+    known = logits[:, : target.classes]
+    probabilities = known.softmax(1)
+    height = margin(logits, batch.towards(None))
+    prediction = target.predicted(logits)
+    eligible = torch.ones_like(prediction, dtype=torch.bool)
+    if goal is not None:
+        eligible = (batch.y != goal) & (prediction != goal)
+    columns = {
+        "id": batch.ids,
+        "y": batch.y,
+        "digest": digests(batch),
+        "prediction": prediction,
+        "margin": height,
+        "confidence": probabilities.amax(1),
+        "entropy": torch.special.entr(probabilities).sum(1),
+        "probability_margin": margin(probabilities, batch.towards(None)),
+        "correct": right > 0.5,
+        "right": right,
+        "eligible": eligible,
+        "nan": logits.isnan().any(1),
+        "is_probability": ((known.sum(1) - 1).abs() < 1e-4) & (known >= 0).all(1),
+    }
+    if target.rejects:
+        columns["rejected"] = target.rejected(logits)
+        columns["score"], columns["class_margin"] = score(logits), margin(known, batch.towards(None))
+    return {name: values.cpu() for name, values in columns.items()}

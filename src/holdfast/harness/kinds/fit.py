@@ -1,0 +1,122 @@
+"""Fits learned attacks: several times with different random streams; the best fit on separate examples is used."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks.protocol import Attack, Learned, Placed, Refitted
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Columns
+from holdfast.core.meter import Metered, margin
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Mask
+from holdfast.harness.stage import Stage, StageKind, Work
+from holdfast.harness.verdict import aimed, digests, unattacked
+
+if TYPE_CHECKING:
+    from holdfast.harness.plan import Plan
+
+_CHOOSE = 2  # one in this many examples selects among the fits
+_LEAST = 8  # with fewer examples than this, all are used both for fitting and for the selection
+
+
+class Fit(StageKind):
+    """Fits an attack on examples that are not judged. It has no shards: after a kill, it is fitted again."""
+
+    name = "fit"
+    sharded = False
+    of_attack = True
+
+    def stages(self, plan: "Plan") -> list[Stage]:
+        """None: each stands before the attack that it fits, and is in the list of the attacks."""
+        return []
+
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
+        """None: the examples are not those of the run."""
+
+    def run(self, stage: Stage, work: Work) -> Columns:
+        """`learned.x` is the fitted perturbation; the other columns are costs.
+
+        Raises `UsageError` if no example is left.
+        """
+        assert stage.member is not None
+        attack, rng, target = stage.member.attack, Draws(work.plan.seed).at("stage", stage.name), work.target
+        assert isinstance(attack, Learned)
+        batch = _examples(attack, work, rng)
+        if not len(batch):
+            raise UsageError(
+                f"there is no example to fit {stage.member.name} to that is not judged; name others with --fit DATA"
+            )
+        meter = Metered(target.asked(target.quick, batch), batch, work.plan.threat)
+        with target.repeatable(rng):
+            learned, fits, chose = best_fit(attack, meter, batch, work.plan.threat, rng=rng)
+        columns = {
+            "id": batch.ids,
+            "ran": torch.zeros_like(batch.ids, dtype=torch.bool),
+            "queries": meter.spent.queries,
+            "backwards": meter.spent.backwards,
+            "fits": torch.full_like(batch.ids, fits),
+            "chose": chose,
+            "learned.x": learned.detach(),
+        }
+        return {name: values.cpu() for name, values in columns.items()}
+
+    def columns(self, clean: Columns) -> dict[str, Tensor]:
+        """The columns of a fit without examples."""
+        return unattacked(clean)
+
+
+def fit_stage_of(stage: str) -> str:
+    """The name of the stage that fits the attack of the stage `stage`."""
+    return f"fit-{stage}"
+
+
+def _examples(attack: Learned, work: Work, rng: Draws) -> Batch:
+    """The examples to fit an attack to: a random choice of those that are not judged."""
+    batch, threat = work.batch, work.plan.threat
+    judged = {row.numpy().tobytes() for row in work.clean["digest"]}
+    apart = [row.numpy().tobytes() not in judged for row in digests(batch)]
+    batch = aimed(batch.take(torch.tensor(apart, device=batch.ids.device)), threat)
+    if batch.target is not None:
+        batch = batch.take(batch.y != batch.target)
+    return batch.take(rng.at("examples").bits(batch.ids).argsort()[: attack.examples])
+
+
+def best_fit(
+    attack: Learned, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws
+) -> tuple[Tensor, int, Mask]:
+    """The best fit, the number of fits, and the mask of the examples that selected it.
+
+    The best fit breaks most of the selecting examples; among equals, it has the lowest mean margin.
+    """
+    fits = attack.fits if isinstance(attack, Refitted) else 1
+    if fits == 1:
+        return attack.fit(model, batch, threat, rng=rng), 1, torch.zeros_like(batch.ids, dtype=torch.bool)
+    drawn = rng.at("choose").bits(batch.ids).argsort()
+    n = len(batch) // _CHOOSE
+    apart = len(batch) >= _LEAST
+    chooses = batch.take(drawn[:n].sort().values) if apart else batch
+    learns = batch.take(drawn[n:].sort().values) if apart else batch
+    assert isinstance(attack, Refitted)
+    found = [attack.refit(k, model, learns, threat, rng=rng) for k in range(fits)]
+    scores = [_score(attack.fitted(one), model, chooses, threat, rng) for one in found]
+    chose = torch.zeros_like(batch.ids, dtype=torch.bool)
+    chose[drawn[:n] if apart else drawn] = True
+    return found[scores.index(max(scores))], fits, chose
+
+
+def _score(attack: Attack, model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> tuple[int, float]:
+    """How many examples a fitted attack breaks, and the negative mean margin of all."""
+    place = rng.at("chosen")
+    if isinstance(attack, Placed):
+        x_adv = attack.at_random(model, batch, threat, rng=place)
+    else:
+        x_adv = attack(model, batch, threat, rng=place)
+    with torch.no_grad():
+        heights = margin(model(x_adv, batch.ids), batch)
+    return int((~(heights > 0)).sum()), -float(heights.nan_to_num(-torch.inf).mean())

@@ -1,0 +1,102 @@
+"""Passes on every example: the fixed attack, and the minimum-norm attacks of the curve over eps."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks.pgd import PGD
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.evidence import Columns
+from holdfast.core.meter import margin
+from holdfast.core.names import slug
+from holdfast.core.refused import for_label
+from holdfast.core.types import Ids, Mask
+from holdfast.harness.kinds.attack import AttackKind, attacked_columns, unlimited
+from holdfast.harness.stage import Member, Outline, Stage, Work
+from holdfast.harness.verdict import aimed, cost_columns, kept, returned, verdict_of
+from holdfast.ops.ascent import flat
+from holdfast.ops.losses import cross_entropy
+from holdfast.ops.pieces import in_pieces
+
+if TYPE_CHECKING:
+    from holdfast.harness.plan import Plan
+
+FIXED = Member("PGD-40", PGD(steps=40, reach=2.5, loss=cross_entropy, schedule=flat, drop=False))
+"""The pass that does not depend on the order of the suite: it runs on every example."""
+
+
+class FixedPass(AttackKind):
+    """The fixed PGD-40 pass, for entropy, margin, F1 and calibration."""
+
+    name = "attacked"
+    title = "the fixed {} pass"
+    lost = "entropy, margin, precision and calibration under attack are"
+
+    def stages(self, plan: "Plan") -> list[Stage]:
+        """The one stage of this kind, if the attacker has gradients."""
+        return [Stage("attacked", self, FIXED)] if plan.attacked and plan.threat.gives("gradients") else []
+
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
+        """All examples."""
+        return torch.ones_like(by_stage["clean"]["correct"])
+
+    def run(self, stage: Stage, work: Work) -> Columns:
+        """The columns of the attack; every example has them, so there are none without attack."""
+        batch, rng = work.batch, Draws(work.plan.seed).at("stage", stage.name)
+        missed = batch.ids if work.broken is None else batch.ids[~work.broken.to(batch.ids.device)]
+        return in_pieces(lambda piece: self.piece(stage, work, piece, rng, missed), batch, work.room)
+
+    def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
+        """The verdicts on the attacked inputs, and their probabilities."""
+        plan, target = work.plan, work.target
+        batch = aimed(batch, plan.threat)
+        with target.repeatable(rng.at(int(batch.ids[0]))):
+            x_adv, spent = returned(stage.attack, plan.threat, target, batch, rng)
+            logits, columns = verdict_of(plan, target, batch, x_adv)
+        probabilities = for_label(logits[:, : target.classes], batch.y).softmax(1)
+        columns |= {
+            "confidence": probabilities.amax(1),
+            "entropy": torch.special.entr(probabilities).sum(1),
+            "probability_margin": margin(probabilities, batch.towards(None)),
+            **cost_columns(spent),
+            **kept(plan, batch, x_adv, columns["success"], missed),
+        }
+        return {name: values.cpu() for name, values in columns.items()}
+
+    def as_if_broken(self, stage: Stage, work: Work) -> Columns:
+        """The columns of the clean inputs instead of the attacked ones."""
+        clean = {name: values for name, values in work.clean.items() if name != "correct"}
+        return {**self.columns(work.clean), **clean}
+
+    def evidence(
+        self, outline: Outline, by_stage: Mapping[str, Columns], worst: Columns
+    ) -> Mapping[str, Tensor]:
+        """Predictions and probabilities of the attacked inputs."""
+        if self.name not in by_stage:
+            return {}
+        names = ("prediction", "confidence", "entropy", "probability_margin")
+        return {f"attacked_{name}": by_stage[self.name][name] for name in names}
+
+
+class CurvePass(AttackKind):
+    """Minimum-norm attacks on every correct example, for accuracy as a function of eps."""
+
+    name = "curve"
+    title = "{} of the eps curve"
+    lost = "its distances are"
+    smallest = True
+
+    def stages(self, plan: "Plan") -> list[Stage]:
+        """One stage for each attack of the curve."""
+        return [Stage(f"curve-{k}-{slug(m.name)}", self, m) for k, m in enumerate(plan.curve, 1)]
+
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
+        """The correct examples."""
+        return by_stage["clean"]["correct"] & by_stage["clean"]["eligible"]
+
+    def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
+        """The smallest changes that the attack finds, without a limit of their size."""
+        return attacked_columns(stage, work, batch, unlimited(work.plan.threat), rng, missed)

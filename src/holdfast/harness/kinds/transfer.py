@@ -1,0 +1,122 @@
+"""The transfer matrix: examples computed on the target and on each surrogate, judged by all of them."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks.transfer import Transfer
+from holdfast.core.batch import Batch
+from holdfast.core.draws import Draws
+from holdfast.core.evidence import Columns, Table
+from holdfast.core.meter import Metered, margin
+from holdfast.core.model import Model
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Ids, Inputs, Logits, Mask
+from holdfast.harness.kinds.attack import AttackKind
+from holdfast.harness.stage import Member, Stage, Work, evaluations
+from holdfast.harness.verdict import aimed, cost_columns, kept, returned, verdict_of
+from holdfast.ops.sampling import sample_rows
+
+if TYPE_CHECKING:
+    from holdfast.harness.plan import Plan
+
+MATRIX = Member("Transfer", Transfer(reach=2.5, diversity=0.5, neighbours=0))
+"""The attack for the transfer matrix and for the transfer across data sets."""
+MATRIX_ROWS = 500
+"""Largest number of examples in the transfer matrix, and of each data set in the transfer across data sets; a share
+is then known to 4.5 percentage points."""
+_COLUMNS = ("id", "right", "wrong")
+
+
+class TransferMatrix(AttackKind):
+    """Transfer between the target and the surrogates, on a sample of the examples."""
+
+    name = "transfer"
+    title = "the transfer matrix"
+    lost = "the transfer matrix is"
+    sampled = True
+
+    def stages(self, plan: "Plan") -> list[Stage]:
+        """The one stage of this kind."""
+        return [Stage("transfer", self, MATRIX)] if plan.matrix else []
+
+    def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
+        """A sample of the examples; under a targeted goal, of those of other classes."""
+        clean, goal = by_stage["clean"], plan.threat.goal
+        chosen = torch.zeros_like(clean["correct"])
+        among = torch.ones_like(chosen) if goal is None else clean["y"] != goal
+        chosen[sample_rows(clean, among, Draws(plan.seed).at("stage", stage.name), MATRIX_ROWS)] = True
+        return chosen
+
+    def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
+        """Which models each example breaks, for each set of source models; see `Evidence.transfer`.
+
+        The verdict on each example is that of the first source whose input the target misclassifies.
+        """
+        plan, target = work.plan, work.target
+        batch, threat = aimed(batch, plan.threat), replace(plan.threat, queries=None)
+        metered = Metered(target.asked(target.quick, batch), batch, threat)
+
+        def holds(x: Inputs, own: Logits) -> Tensor:
+            with torch.no_grad():
+                others = [model(x, batch.ids) for model in threat.surrogates]
+            return torch.stack([margin(logits, batch) > 0 for logits in (own, *others)], 1)
+
+        wrong, columns, x_best = [], dict[str, Tensor](), batch.x
+        with target.repeatable(rng.at(int(batch.ids[0]))):
+            right = holds(batch.x, target.logits(batch.x))
+            for models in makers(metered, threat):
+                x_adv, _ = returned(stage.attack, replace(threat, surrogates=models), target, batch, rng)
+                logits, found = verdict_of(plan, target, batch, x_adv)
+                wrong.append(~holds(x_adv, target.held(logits, batch.y)))
+                first = found["success"]
+                first = first & ~columns["success"] if columns else torch.ones_like(first)
+                x_best = torch.where(first.view(-1, *[1] * (x_adv.dim() - 1)), x_adv, x_best)
+                columns = {
+                    name: torch.where(first, found[name], columns.get(name, found[name])) for name in found
+                }
+        columns |= {
+            **cost_columns(metered.spent),
+            **kept(plan, batch, x_best, columns["success"], missed),
+            "transfer.id": batch.ids,
+            "transfer.right": right,
+            "transfer.wrong": torch.stack(wrong, 1),
+        }
+        return {name: values.cpu() for name, values in columns.items()}
+
+    def as_if_broken(self, stage: Stage, work: Work) -> Columns:
+        """The columns as if all models agreed with the target, and every example broke all of them."""
+        clean, threat = work.clean, work.plan.threat
+        models, right = 1 + len(threat.surrogates), clean["correct"][:, None]
+        wrong = right[:, None].expand(-1, len(makers(work.target.quick, threat)), models)
+        table = {"transfer.id": clean["id"], "transfer.right": right.expand(-1, models)}
+        return {**super().as_if_broken(stage, work), **table, "transfer.wrong": wrong}
+
+    def judged(self, columns: Columns, *, randomised: bool) -> int:
+        """Each example is judged once clean, and once for each set of source models."""
+        if "transfer.wrong" not in columns:
+            return super().judged(columns, randomised=randomised)
+        sources = columns["transfer.wrong"].shape[1]
+        return int(columns["ran"].sum()) * (1 + sources * evaluations(randomised=randomised))
+
+    def tables(self, by_stage: Mapping[str, Columns]) -> Mapping[str, Table]:
+        """The table `transfer`."""
+        return sampled_table(by_stage, "transfer", "example", _COLUMNS)
+
+
+def sampled_table(
+    by_stage: Mapping[str, Columns], stage: str, unit: str, names: tuple[str, ...]
+) -> dict[str, Table]:
+    """The table of a stage that measures a sample, by its name; empty if it was not run or not finished."""
+    columns = by_stage.get(stage, {})
+    sampled = {name: columns[f"{stage}.{name}"] for name in names if f"{stage}.{name}" in columns}
+    return {stage: Table(unit, sampled)} if sampled else {}
+
+
+def makers(target: Model, threat: ThreatModel) -> list[tuple[Model, ...]]:
+    """Models for the transfer matrix: the target if gradients are allowed, each surrogate, and all of these."""
+    own, each = [(target,)] if threat.gives("gradients") else [], [(model,) for model in threat.surrogates]
+    return [*own, *each, *([threat.surrogates] if len(each) > 1 else [])]

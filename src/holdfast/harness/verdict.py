@@ -1,0 +1,176 @@
+"""Calls an attack, and judges the inputs that it returns by the original model."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from holdfast.attacks.protocol import Attack
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
+from holdfast.core.draws import Draws
+from holdfast.core.errors import BudgetSpent, HoldfastError
+from holdfast.core.evidence import Columns
+from holdfast.core.meter import Metered, Spent, margin
+from holdfast.core.model import VOTES
+from holdfast.core.patches import counts_pixels
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Ids, Inputs, Logits, Mask
+from holdfast.harness.target import Target
+
+if TYPE_CHECKING:
+    from holdfast.harness.plan import Plan
+
+GALLERY = 12
+"""Number of broken examples that are stored for the report."""
+
+NORMS: Mapping[str, Constraint] = {"linf": Linf(), "l2": L2(), "l1": L1(), "l0": L0()}
+"""Norms in which distances are measured under any threat model; for `l0`, see `distance_norms`."""
+
+
+def distance_norms(threat: Constraint) -> Mapping[str, Constraint]:
+    """Norms for distances under a threat model: `l0` counts pixels if the constraint does, otherwise values."""
+    return {**NORMS, "l0": L0(per="pixel")} if counts_pixels(threat) else NORMS
+
+
+def unattacked(clean: Columns) -> dict[str, Tensor]:
+    """The columns of examples that were not attacked: distance 0 if the clean prediction is wrong, else inf."""
+    n = len(clean["id"])
+    zeros = torch.zeros(n, dtype=torch.int64)
+    distance = torch.where(clean["correct"], torch.inf, 0.0).float()
+    return {
+        "id": clean["id"].clone(),
+        "ran": torch.zeros(n, dtype=torch.bool),
+        "success": torch.zeros(n, dtype=torch.bool),
+        "prediction": clean["prediction"].clone(),
+        "right": clean["right"].clone(),
+        "right_fresh": clean["right"].clone(),
+        "height": clean["margin"].clone(),
+        "distance": distance.clone(),
+        **{f"distance_{norm}": distance.clone() for norm in NORMS},
+        "queries": zeros.clone(),
+        "first_success": zeros.clone(),
+        "backwards": zeros.clone(),
+        "dead": torch.zeros(n, dtype=torch.bool),
+    }
+
+
+def judge_inputs(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs, rng: Draws) -> dict[str, Tensor]:
+    """Columns of an attack for inputs that were found outside the stages, judged by the original model."""
+    batch = aimed(batch, plan.threat)
+    with target.repeatable(rng.at(int(batch.ids[0]))):
+        _, columns = verdict_of(plan, target, batch, x_adv)
+    nothing = torch.zeros_like(batch.ids)
+    columns |= {"queries": nothing, "first_success": nothing, "backwards": nothing}
+    columns |= kept(plan, batch, x_adv, columns["success"], batch.ids)
+    return {name: values.cpu() for name, values in columns.items()}
+
+
+def verdict_of(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs) -> tuple[Logits, dict[str, Tensor]]:
+    """Logits of the original model, and its verdict: `success` is a wrong prediction inside the threat model."""
+    logits, right, right_fresh = votes(target, batch, x_adv, lambda logits: target.held(logits, batch.y))
+    found, constraint = ~(right > 0.5), plan.threat.constraint
+    distance = constraint.distance(x_adv, batch.x)
+    far = torch.full_like(distance, torch.inf)
+    return logits, {
+        "id": batch.ids,
+        "ran": torch.ones_like(found),
+        "success": found & allowed(constraint, x_adv, batch.x, target.bare.bounds),
+        "prediction": target.predicted(logits),
+        "right": right,
+        "right_fresh": right_fresh,
+        "height": margin(target.held(logits, batch.y), batch),
+        "distance": torch.where(found, distance, far).float(),
+        **{
+            f"distance_{name}": torch.where(found, norm.distance(x_adv, batch.x), far).float()
+            for name, norm in distance_norms(constraint).items()
+        },
+    }
+
+
+def cost_columns(spent: Spent) -> dict[str, Tensor]:
+    """The cost columns of an attack."""
+    return {"queries": spent.queries, "first_success": spent.first_success, "backwards": spent.backwards}
+
+
+def kept(plan: "Plan", batch: Batch, x_adv: Inputs, success: Mask, missed: Ids) -> dict[str, Tensor]:
+    """Adversarial inputs of examples in `missed`: a few for the report, and all if the plan stores them.
+
+    If the plan runs only the attacks, all inputs are stored, even unsuccessful ones.
+    """
+    stored = (success & torch.isin(batch.ids, missed)).nonzero()[:, 0]
+    shown = stored[: GALLERY if plan.shown else 0]
+    columns = {"gallery.id": batch.ids[shown], "gallery.x": batch.x[shown], "gallery.x_adv": x_adv[shown]}
+    if plan.keep_adversarial:
+        columns |= {"adversarial.id": batch.ids[stored], "adversarial.x": x_adv[stored]}
+    if plan.alone:
+        columns |= {"adversarial.id": batch.ids, "adversarial.x": x_adv}
+    return columns
+
+
+def aimed(batch: Batch, threat: ThreatModel) -> Batch:
+    """The batch with the target class of the threat model, if it has one."""
+    return batch if threat.goal is None else batch.towards(torch.full_like(batch.y, threat.goal))
+
+
+def returned(
+    attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
+) -> tuple[Inputs, Spent]:
+    """The inputs that an attack returned, or that it had found when its budget was spent; and its cost.
+
+    Raises `HoldfastError` if they violate the threat model.
+    """
+    meter = Metered(target.asked(target.quick, batch), batch, threat)
+    try:
+        x_adv = attack(meter, batch, threat, rng=rng)
+    except BudgetSpent:
+        x_adv = meter.found()
+    if x_adv.shape != batch.x.shape or x_adv.dtype != batch.x.dtype:
+        raise HoldfastError(
+            f"{type(attack).__name__} returned {x_adv.dtype} of shape {tuple(x_adv.shape)} for inputs "
+            f"{batch.x.dtype} of shape {tuple(batch.x.shape)}; an attack must return inputs of the same type and shape"
+        )
+    legal = allowed(threat.constraint, x_adv, batch.x, target.bare.bounds)
+    if not legal.all():
+        worst = int((~legal).nonzero()[0, 0])
+        distance = float(threat.constraint.distance(x_adv[worst : worst + 1], batch.x[worst : worst + 1]))
+        raise HoldfastError(
+            f"{type(attack).__name__} left the threat model on example {int(batch.ids[worst])}: "
+            f"distance {distance:.6g}, allowed {threat.constraint.eps:.6g} inside the bounds; "
+            f"report it as a bug of the attack"
+        )
+    return x_adv.detach(), meter.spent
+
+
+def votes(
+    target: Target, batch: Batch, x: Inputs, seen: Callable[[Logits], Tensor]
+) -> tuple[Logits, Tensor, Tensor]:
+    """Logits of the original model, the share of votes in which it is correct, and the share for new votes.
+
+    `seen` computes the logits that are judged. A deterministic model is evaluated once. Ties and NaN count as wrong.
+    """
+
+    def holds(logits: Logits) -> Mask:
+        return margin(seen(logits), batch) > 0
+
+    logits = target.logits(x)
+    if not target.randomised:
+        right = holds(logits).float()
+        return logits, right, right
+
+    def share() -> Tensor:
+        return torch.stack([holds(target.logits(x)).double() for _ in range(VOTES)]).mean(0)
+
+    return logits, share(), share()
+
+
+def digests(batch: Batch) -> Tensor:
+    """SHA-256 of each input's bytes and label, (n, 32) uint8; `compare` pairs examples by it."""
+    rows = zip(batch.x.detach().cpu().contiguous().flatten(1).numpy(), batch.y.tolist(), strict=True)
+    digests = b"".join(
+        hashlib.sha256(row.tobytes() + label.to_bytes(8, "little", signed=True)).digest()
+        for row, label in rows
+    )
+    return torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(-1, 32)
