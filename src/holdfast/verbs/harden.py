@@ -1,7 +1,6 @@
 """The harden verb: measure, train a new model within a budget, choose a checkpoint, and measure again."""
 
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
@@ -14,9 +13,8 @@ from torch import nn
 
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.chain import digest
-from holdfast.core.checkpoint import STATE, Checkpoint
 from holdfast.core.draws import Draws
-from holdfast.core.errors import LostLoss, UsageError
+from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.engine.identity import hardware
 from holdfast.engine.progress import Notify, Progress, ignore, silent
@@ -24,36 +22,33 @@ from holdfast.engine.resuming import lent, repeatable, way_out
 from holdfast.engine.run import Run
 from holdfast.engine.signals import stoppable
 from holdfast.ops import distributed
-from holdfast.ops.overfitting import RAISED
 from holdfast.reports.numbers import size
 from holdfast.sources.expected import Expected
 from holdfast.sources.memory import as_data
 from holdfast.sources.weights import written
-from holdfast.store.files import CHECKPOINTS, usable, write_atomically
+from holdfast.store.files import CHECKPOINTS
 from holdfast.store.folder import open_run_folder, refuse_used, stored_manifest
-from holdfast.verbs import training
 from holdfast.verbs.assess import assess
+from holdfast.verbs.attempt_training import AttemptTraining
 from holdfast.verbs.candidates import Candidate, Evaluation, announced, attempts
 from holdfast.verbs.checks import refuse_batch, refuse_data, refuse_threat
-from holdfast.verbs.epochs import NOTHING, STAGES, Trainer, TrainingStart, ended_by
+from holdfast.verbs.epochs import NOTHING, STAGES, Trainer, TrainingStart
 from holdfast.verbs.hardened import (
     MODEL,
     Hardened,
     Made,
     card_of,
-    digest_of_weights,
     opened_by,
     timeless,
     weights_metadata,
 )
 from holdfast.verbs.held_out import TrainingExamples, examples_of, harmless, looked_at
 from holdfast.verbs.manifest import about_run, harden_manifest
-from holdfast.verbs.pace import Clock, Pacer, as_it_says, smaller
+from holdfast.verbs.pace import Clock, as_it_says
 from holdfast.verbs.preparation import readied
 from holdfast.verbs.request import AssessRequest, HardenRequest, Subject
 from holdfast.verbs.result import Result
 from holdfast.verbs.trainable import learner_of, refuse_untrainable, threats_of, training_notes
-from holdfast.verbs.training import BEST, LAST, Point
 
 _CHECKED = 4_096  # training examples that are validated at once
 _SEEN = 8  # examples that show whether a network changes its input in place
@@ -246,11 +241,14 @@ class _Job:
         made: list[Made] = []
         heights: list[tuple[bool, float]] = []
         held, tried = self.held.to(torch.device("cpu")), self.plan["attempts"]
+        metadata = weights_metadata(self.subject, self.manifest)
+        trainings = AttemptTraining(self.subject, self.trainer, self.plan, metadata, self.clock)
         own = self.subject.model
         examples = as_data(held.x, held.y, expected=Expected(own.bounds, own.classes))
         for k, attempt in enumerate(tried):
             self.notify(announced(attempt, self.plan["budget_s"], len(self.test)))
-            made.append(self._attempt(k, attempt, run))
+            candidate = self._candidate(attempt["recipe"])
+            made.append(trainings.trained(self.run / _numbered(CHECKPOINTS, k), candidate, attempt, run))
             if len(tried) == 1:
                 return made, made[0]
             assessment = replace(self.assessment, gates=(), baseline=None)
@@ -263,20 +261,6 @@ class _Job:
                 break
         return made, made[heights.index(max(heights))]
 
-    def _attempt(self, k: int, attempt: Mapping[str, Any], run: Run) -> Made:
-        candidate = self._candidate(attempt["recipe"])
-        place = self.run / _numbered(CHECKPOINTS, k)
-        curve = self._trained(place, candidate, attempt, run)
-        best, last = training.kept(place, BEST), training.kept(place, LAST)
-        assert best is not None and last is not None
-        new = self._new_model(best.checkpoint, candidate)
-        state = last.checkpoint.tensors.get(STATE + RAISED)
-        raised = 0 if state is None else int(state)
-        # if the budget left no update, no checkpoint records the end
-        why = ended_by(last.checkpoint, curve, candidate.recipe.training) or "budget"
-        plans = len(last.checkpoint.plans)
-        return Made(candidate, attempt, new, curve, best.curve[-1], raised, why, plans)
-
     def _candidate(self, name: str) -> Candidate:
         return next(one for one in self.request.candidates if one.name == name)
 
@@ -286,13 +270,6 @@ class _Job:
         assert isinstance(model.net, nn.Module)
         model.net.load_state_dict(safetensors.torch.load(weights))
         return model.eval()
-
-    def _new_model(self, checkpoint: Checkpoint, candidate: Candidate) -> Subject:
-        new = deepcopy(self.subject.model)
-        checkpoint.put_into(new)
-        name = f"{self.subject.card.get('name', 'model')}, {candidate.name}"
-        card = {**self.subject.card, "name": name}
-        return replace(self.subject, model=new.eval(), digest=digest_of_weights(checkpoint), card=card)
 
     def _assessed(self, subject: Subject, data: Data, place: str, request: AssessRequest) -> Result:
         return assess(
@@ -304,47 +281,6 @@ class _Job:
             progress=self.progress,
             again=self.again,
         )
-
-    def _trained(
-        self, place: Path, candidate: Candidate, attempt: Mapping[str, Any], run: Run
-    ) -> tuple[Point, ...]:
-        """Train, and return the curve over all epochs. The last and the best checkpoint are in their files."""
-        how = candidate.recipe.training
-        if self.plan["budget_s"] is not None:
-            # a recipe with its own loop uses the epochs of the first plan
-            epochs = max(int(attempt["epochs"]), 1)
-            how = replace(how, epochs=epochs, pacing=self._pacer(place, attempt))
-        batch = training.kept_batch(place) or how.batch
-        while True:
-            try:
-                sized = replace(how, batch=batch, lr=how.lr * batch / how.batch)
-                return self.trainer.course(place, candidate, sized, run)
-            except (RuntimeError, MemoryError) as error:
-                batch = smaller(batch, error)
-                with run.stopper.finishing():
-                    training.keep_batch(place, batch)
-            except LostLoss as error:
-                raise LostLoss(f"{error}; {self._rescued(place, candidate)}") from error
-
-    def _pacer(self, place: Path, attempt: Mapping[str, Any]) -> Pacer:
-        """The pacer for the rest of the budget, after the planning and the epochs that are done."""
-        last = training.kept(place, LAST)
-        curve = () if last is None else last.curve
-        spent_s = self.plan["planning_s"] + sum(point.wall_s for point in curve)
-        times = (attempt["epoch_s"], attempt["look_s"])
-        return Pacer(self.plan["budget_s"], *times, spent_s, self.clock)
-
-    def _rescued(self, place: Path, candidate: Candidate) -> str:
-        """Save the best model so far, if there is one, and return a sentence with its path."""
-        best, last = training.kept(place, BEST), training.kept(place, LAST)
-        if best is None or last is None:
-            return "no epoch had been finished"
-        net = self._new_model(best.checkpoint, candidate).model.net
-        assert isinstance(net, nn.Module)
-        path = place / MODEL
-        with usable(path):
-            write_atomically(path, written(net, weights_metadata(self.subject, self.manifest)))
-        return f"the best of the {len(last.curve)} epochs before is in {str(path)!r}"
 
 
 def _numbered(name: str, k: int) -> str:

@@ -1,0 +1,97 @@
+"""The training of one attempt of a hardening: within its budget, in batches that fit into memory."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from holdfast.core.checkpoint import STATE, Checkpoint
+from holdfast.core.errors import LostLoss
+from holdfast.engine.run import Run
+from holdfast.ops.overfitting import RAISED
+from holdfast.sources.weights import written
+from holdfast.store.files import usable, write_atomically
+from holdfast.verbs import training
+from holdfast.verbs.candidates import Candidate
+from holdfast.verbs.epochs import Trainer, ended_by
+from holdfast.verbs.hardened import MODEL, Made, digest_of_weights
+from holdfast.verbs.pace import Clock, Pacer, smaller
+from holdfast.verbs.request import Subject
+from holdfast.verbs.training import BEST, LAST, Point
+
+
+@dataclass(frozen=True)
+class AttemptTraining:
+    """Trains a copy of a model by the recipe of an attempt."""
+
+    subject: Subject
+    trainer: Trainer
+    plan: Mapping[str, Any]
+    """`attempts`, `budget_s` (None for the epochs of the recipe) and `planning_s`"""
+    metadata: Mapping[str, str]
+    """metadata of a file with weights of the model"""
+    clock: Clock
+
+    def trained(self, place: Path, candidate: Candidate, attempt: Mapping[str, Any], run: Run) -> Made:
+        """Return the model of the best checkpoint, after the training in the folder `place` is finished."""
+        curve = self._curve(place, candidate, attempt, run)
+        best, last = training.kept(place, BEST), training.kept(place, LAST)
+        assert best is not None and last is not None
+        new = self._new_model(best.checkpoint, candidate)
+        state = last.checkpoint.tensors.get(STATE + RAISED)
+        raised = 0 if state is None else int(state)
+        # if the budget left no update, no checkpoint records the end
+        why = ended_by(last.checkpoint, curve, candidate.recipe.training) or "budget"
+        plans = len(last.checkpoint.plans)
+        return Made(candidate, attempt, new, curve, best.curve[-1], raised, why, plans)
+
+    def _curve(
+        self, place: Path, candidate: Candidate, attempt: Mapping[str, Any], run: Run
+    ) -> tuple[Point, ...]:
+        """Train, and return the curve over all epochs. The last and the best checkpoint are in their files."""
+        how = candidate.recipe.training
+        if self.plan["budget_s"] is not None:
+            # a recipe with its own loop uses the epochs of the first plan
+            epochs = max(int(attempt["epochs"]), 1)
+            how = replace(how, epochs=epochs, pacing=self._pacer(place, attempt))
+        batch = training.kept_batch(place) or how.batch
+        while True:
+            try:
+                sized = replace(how, batch=batch, lr=how.lr * batch / how.batch)
+                return self.trainer.course(place, candidate, sized, run)
+            except (RuntimeError, MemoryError) as error:
+                batch = smaller(batch, error)
+                with run.stopper.finishing():
+                    training.keep_batch(place, batch)
+            except LostLoss as error:
+                raise LostLoss(f"{error}; {self._rescued(place, candidate)}") from error
+
+    def _pacer(self, place: Path, attempt: Mapping[str, Any]) -> Pacer:
+        """The pacer for the rest of the budget, after the planning and the epochs that are done."""
+        last = training.kept(place, LAST)
+        curve = () if last is None else last.curve
+        spent_s = self.plan["planning_s"] + sum(point.wall_s for point in curve)
+        times = (attempt["epoch_s"], attempt["look_s"])
+        return Pacer(self.plan["budget_s"], *times, spent_s, self.clock)
+
+    def _rescued(self, place: Path, candidate: Candidate) -> str:
+        """Save the best model so far, if there is one, and return a sentence with its path."""
+        best, last = training.kept(place, BEST), training.kept(place, LAST)
+        if best is None or last is None:
+            return "no epoch had been finished"
+        net = self._new_model(best.checkpoint, candidate).model.net
+        assert isinstance(net, nn.Module)
+        path = place / MODEL
+        with usable(path):
+            write_atomically(path, written(net, self.metadata))
+        return f"the best of the {len(last.curve)} epochs before is in {str(path)!r}"
+
+    def _new_model(self, checkpoint: Checkpoint, candidate: Candidate) -> Subject:
+        new = deepcopy(self.subject.model)
+        checkpoint.put_into(new)
+        name = f"{self.subject.card.get('name', 'model')}, {candidate.name}"
+        card = {**self.subject.card, "name": name}
+        return replace(self.subject, model=new.eval(), digest=digest_of_weights(checkpoint), card=card)
