@@ -43,8 +43,7 @@ def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
         click.echo(json.dumps(settings_schema(), indent=2))
         return
     path = path or Path("holdfast.yaml")
-    check_file(path)
-    voice.say(f"{path} is valid")
+    voice.say(f"{path} is valid for {', '.join(check_file(path))}")
 
 
 @click.command(short_help="assess a bundled model, offline, in a minute or two")
