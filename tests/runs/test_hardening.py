@@ -385,7 +385,7 @@ def test_where_memory_runs_out_for_a_single_example_it_is_said():
 
     net = Full(*fakes.network(1)).requires_grad_()
     for budget_s in (None, 2.0):
-        with pytest.raises(TargetError, match="memory ran out for a batch of one example"):
+        with pytest.raises(TargetError, match="memory ran out with one example at a time"):
             harden(fakes.subject(net), training(), fakes.data(), wish(budget_s=budget_s))
 
 

@@ -11,6 +11,7 @@ from holdfast.config.resolve import sources_given
 from holdfast.config.settings import HardenSettings, check_settings
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.ops.pieces import PIECE, results_in_pieces
 from holdfast.sources.memory import as_data
 from holdfast.verbs.harden import harden
 from holdfast.verbs.held_out import (
@@ -22,7 +23,6 @@ from holdfast.verbs.held_out import (
     without_judged,
 )
 from holdfast.verbs.pace import as_it_says
-from holdfast.verbs.pieces import PIECE, results_in_pieces
 from runs import fakes
 from runs.test_hardening import THREAT, trainable, training, wish
 
@@ -144,7 +144,7 @@ def test_pieces_are_halved_as_often_as_it_takes():
     def full(some):
         raise torch.OutOfMemoryError("out of memory")
 
-    with pytest.raises(TargetError, match="memory ran out for a batch of one example"):
+    with pytest.raises(TargetError, match="memory ran out with one example at a time"):
         results_in_pieces(data, full)
 
     def broken(some):

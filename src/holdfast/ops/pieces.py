@@ -12,6 +12,8 @@ from holdfast.core.errors import TargetError
 from holdfast.core.model import out_of_memory
 
 _T = TypeVar("_T")
+PIECE = 256
+"""Default number of examples in a piece."""
 
 
 @dataclass
@@ -37,12 +39,17 @@ class Room:
         `left` examples, from `row` on, are not processed yet. Raises `TargetError` if memory is too small for one
         example.
         """
-        if not out_of_memory(error):
-            raise error
-        if self.size == 1:
-            raise no_memory(1, error) from error
-        self.size = max(1, min(self.size, left) // 2)
+        self.size = half_batch(min(self.size, left), error)
         self.halved(row, self.size)
+
+
+def half_batch(size: int, error: BaseException) -> int:
+    """Half of a number of examples for which memory ran out. Re-raises other errors; `TargetError` for one example."""
+    if not out_of_memory(error):
+        raise error
+    if size == 1:
+        raise no_memory(1, error) from error
+    return size // 2
 
 
 def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Room) -> dict[str, Tensor]:
@@ -60,6 +67,24 @@ def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Ro
         start += len(rows)
         room.progress(len(rows))
     return {name: torch.cat([columns[name] for columns in done]) for name in done[0]} if done else {}
+
+
+def results_in_pieces(data: Batch, work: Callable[[Batch], _T], size: int = PIECE) -> list[_T]:
+    """Return the results of `work` for pieces of at most `size` examples, in order; see `in_pieces`.
+
+    The result for an example must not depend on the other examples.
+    """
+    results: list[_T] = []
+    room, start = Room(size), 0
+    while start < len(data):
+        rows = torch.arange(start, min(start + room.size, len(data)), device=data.ids.device)
+        try:
+            results.append(work(data.take(rows)))
+        except (RuntimeError, MemoryError) as error:
+            room.halve(start, len(data) - start, error)
+            continue
+        start += len(rows)
+    return results
 
 
 def in_room(work: Callable[[int], _T], room: Room, row: int, left: int) -> _T:

@@ -14,7 +14,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import drawing
 from holdfast.ops.losses import margin
-from holdfast.verbs.pieces import results_in_pieces
+from holdfast.ops.pieces import results_in_pieces
 
 LOOK = PGD(steps=20)
 """The attack that chooses the checkpoint, with more steps and another loss than in training."""

@@ -17,9 +17,9 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.distributed import broadcast, processes
 from holdfast.ops.fit import updates
+from holdfast.ops.pieces import half_batch, results_in_pieces
 from holdfast.ops.recipe import Recipe, trained_as
 from holdfast.verbs.held_out import harmless
-from holdfast.verbs.pieces import half_batch, results_in_pieces
 from holdfast.verbs.training import BEST, LAST, keep
 
 _SHORT = 3  # updates in the shorter trial

@@ -16,6 +16,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training
+from holdfast.ops.pieces import results_in_pieces
 from holdfast.ops.recipe import trained_as
 from holdfast.reports.numbers import strict
 from holdfast.rotation import Source, Task, loaded, put
@@ -24,7 +25,6 @@ from holdfast.store.differences import differences
 from holdfast.store.pool import Pool
 from holdfast.verbs.candidates import Candidate
 from holdfast.verbs.held_out import digest_of, refuse_missing_classes, split_of, without_held, without_judged
-from holdfast.verbs.pieces import results_in_pieces
 from holdfast.verbs.request import Subject
 from holdfast.verbs.trainable import learner_of, refuse_untrainable
 
