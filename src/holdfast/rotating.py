@@ -4,9 +4,11 @@ This module is `holdfast.rotate`. A pool is a folder; each step takes it as a pa
 result. Every step stores what it finished, so a stopped one continues when it is called again.
 
     collected = holdfast.rotate.collect("net.py:make", "digits.npz", "linf:0.2", run="pool")
-    holdfast.rotate.draw("pool", by="retraining", immunise=True)
-    if holdfast.rotate.admit("pool").admitted:
+    holdfast.rotate.draw("pool", by="retraining", immunise=True, trust_code=True)
+    if holdfast.rotate.admit("pool", trust_code=True).admitted:
         holdfast.rotate.swap("pool", why="the first")
+
+`trust_code=True` is needed for a model at `file.py:factory`: the address in the pool is code that the pool names.
 """
 
 from collections.abc import Mapping, Sequence
