@@ -212,7 +212,7 @@ class _Job:
             run.record("training", {"chosen": card["chosen"]["epoch"], "weights": digest(weights)})
             run.record("after", _head(after))
             run.record("card", timeless(card))
-            run.record("verdict", {"exit_code": after.exit_code, "judged": "after"})
+            run.record("verdict", {"exit_code": after.exit_code, "verdict_of": "after"})
         # the model may come from a factory and is not sent; its weights are part of the result
         distributed.broadcast(replace(result, model=NOTHING))
         return result
@@ -229,7 +229,7 @@ class _Job:
         """Entries of the card from the request, and the metrics of the given model on held-out examples."""
         request, constraint = self.request, self.request.threat.constraint
         return {
-            "asked": request.name,
+            "requested_recipe": request.name,
             "threat": f"{type(constraint).__name__.lower()}:{size(constraint.eps)}",
             "seed": request.seed,
             "notes": self.notes,
@@ -331,7 +331,7 @@ class _Job:
         last = training.kept(place, LAST)
         curve = () if last is None else last.curve
         spent_s = self.plan["planning_s"] + sum(point.wall_s for point in curve)
-        times = (attempt["epoch_s"], attempt["look_s"])
+        times = (attempt["epoch_s"], attempt["evaluation_s"])
         return Pacer(self.plan["budget_s"], *times, spent_s, self.clock)
 
     def _rescued(self, place: Path, candidate: Candidate) -> str:
