@@ -582,7 +582,7 @@ def test_data_to_carry_changes_to_is_in_hand_or_an_address(tmp_path):
     np.savez(tmp_path / "more.npz", x=X.flip(0).numpy(), y=np.full(len(X), 77))
     others = [(X**2, Y + 50), tmp_path / "more.npz"]
     found = holdfast.assess(net, (X, Y), "linf:0.1", ATTACKS, across=others).summary()
-    assert found["across"]["data"] == ["data in memory 1", "data in memory 2", "more.npz"]
+    assert found["data_transfer"]["data"] == ["data in memory 1", "data in memory 2", "more.npz"]
     with pytest.raises(UsageError, match="across is a tuple; give a list of data sets"):
         holdfast.assess(net, (X, Y), "linf:0.1", ATTACKS, across=(X, Y))
 

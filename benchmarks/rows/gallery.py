@@ -56,7 +56,7 @@ def measured() -> Outcome:
         "seed": 0,
         "honest n": SAMPLE,
     }
-    detail: Cells = {"ways": {item.name: item.ways for item in found}, "honest": honest}
+    detail: Cells = {"ways": {item.name: item.bypassed for item in found}, "honest": honest}
     assert len(found) == len(ITEMS)
     notes = [
         f"all evaluations of the masked models took {sum(item.cpu_s for item in found):.0f} s of CPU time"

@@ -206,7 +206,7 @@ def compared(case: Case, port: int) -> tuple[str, list[str]]:
 def found(content: Json) -> Json:
     """What must be equal over HTTP and in the process."""
     accuracies = {name: content["metrics"][name]["value"] for name in ("clean_accuracy", "robust_accuracy")}
-    kept = ("queries", "standing_before", "standing_after")
+    kept = ("queries", "surviving_before", "surviving_after")
     attacks = {attack["name"]: {name: attack[name] for name in kept} for attack in content["attacks"]}
     return {**accuracies, "verdict": content["verdict"], **attacks}
 

@@ -27,7 +27,6 @@ from holdfast.core.errors import UsageError
 from holdfast.core.lookup import Lookup
 from holdfast.core.types import Inputs
 from holdfast.engine.progress import Progress, silent
-from holdfast.reports.notes import DETAILS
 from holdfast.sources.arrays import Arrays, as_given
 from holdfast.sources.memory import as_array
 from holdfast.sources.probing import NO_GRADIENT
@@ -65,7 +64,7 @@ class Attacked:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes that matter for the numbers, such as that no gradient reaches the input."""
-        return tuple(note for note in self.result.evidence.notes if note not in DETAILS)
+        return self.result.evidence.notes
 
     def __len__(self) -> int:
         return len(self.x_adv)

@@ -55,7 +55,7 @@ def test_the_evidence_accounts_for_every_row_that_the_server_was_asked_for(capsy
         assert run(words(server, *BLACK_BOX, "-o", "-", "-o", "r.csv")) == 0
         content = json.loads(capsys.readouterr().out)
         (square,) = content["attacks"]
-        judged = square["standing_before"]
+        judged = square["surviving_before"]
         assert len(server.rows) == LOOKED_AT + len(X) + square["queries"] + judged
         assert len(server.rows) == LOOKED_AT + content["cost"]["forwards"]
         assert max(server.sizes) <= 64

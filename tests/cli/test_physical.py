@@ -61,7 +61,7 @@ def assessed(*flags):
 def test_a_threat_that_is_no_ball(threat, attacks, says):
     content = assessed("mnist-cnn", "mnist-mini", "-n", "20", "--threat", threat, "-s", "quick")
     assert content["threat"]["constraint"] == threat
-    assert says in content["threat"]["says"][0]
+    assert says in content["threat"]["description"][0]
     assert [attack["name"] for attack in content["attacks"]] == attacks
     assert content["metrics"]["robust_accuracy"]["value"] < 1
     assert all(doubt["name"] in FREE for doubt in content["doubts"])

@@ -66,7 +66,7 @@ def test_doubts_take_at_most_as_many_rows_as_the_suite(capsys, metadata, n, quer
             content = json.loads(capsys.readouterr().out)
     doubts = asked[1] - asked[0]
     (square,) = content["attacks"]
-    assert 0 < doubts <= square["queries"] + square["standing_before"]
+    assert 0 < doubts <= square["queries"] + square["surviving_before"]
     assert doubts <= asked[0]
     if metadata is None:
         assert doubts == content["doubts_cost"]["forwards"]
@@ -83,7 +83,7 @@ def test_a_doubt_that_would_take_too_many_rows_is_not_measured_and_says_what_to_
         assert doubts[name]["state"] == "not measured" or doubts[name]["n"] > 0
     said = doubts["not-exhausted"]
     assert (said["state"], said["statistic"]) == ("not measured", None)
-    assert "at most as many rows as the suite" in said["says"] and "larger -n" in said["says"]
+    assert "at most as many rows as the suite" in said["message"] and "larger -n" in said["message"]
 
 
 # --- before the run

@@ -58,7 +58,7 @@ def test_the_report_counts_the_rows_that_the_server_saw(doubts):
         assert served["rows"] == len(server.rows)
         assert served["rows"] == sum(served[kind] for kind in ("clean", "attacks", "doubts", "judging"))
         assert (served["doubts"] > 0) == doubts
-        assert served["sent_again"] == {"rows": 14, "requests": 2, "why": {"503 Service Unavailable": 2}}
+        assert served["retried"] == {"rows": 14, "requests": 2, "reasons": {"503 Service Unavailable": 2}}
         assert served["requests"] == len(server.sizes)
         assert served["unanswered"] == served["refused"] == 0
 

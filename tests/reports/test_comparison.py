@@ -33,7 +33,7 @@ def _changed(evidence, lost, gained, **changes):
 
 def _compared(first, second):
     content = comparison.comparison(first, second, (made.summarised(first), made.summarised(second)))
-    jsonschema.validate(content, summary_schema("comparison-1"), cls=jsonschema.Draft202012Validator)
+    jsonschema.validate(content, summary_schema("comparison-2"), cls=jsonschema.Draft202012Validator)
     return content
 
 

@@ -148,10 +148,20 @@ def test_a_card_shows_hostile_names_and_its_lines_do_not_depend_on_them(text):
     def card(word):
         share = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
         held = dict.fromkeys(("clean_accuracy", "robust_accuracy"), share)
-        side = {"n": 9, "suite": word, "metrics": held, "doubts": [{"name": word, "says": word}]}
-        side |= {"doubts_probed": 1, "accepted_doubts": {word: word}, "notes": [f"of one side {word}"]}
+        side = {"n": 9, "suite": word, "metrics": held, "doubts": [{"name": word, "message": word}]}
+        side |= {"doubts_tested": 1, "accepted_doubts": {word: word}, "notes": [f"of one side {word}"]}
         strings = dict.fromkeys(
-            ("name", "threat", "judged_under", "recipe", "why", "asked", "opened_by", "command", "hardware"),
+            (
+                "name",
+                "threat",
+                "evaluated_under",
+                "recipe",
+                "reason",
+                "requested_recipe",
+                "opened_by",
+                "command",
+                "hardware",
+            ),
             word,
         )
         return strings | {

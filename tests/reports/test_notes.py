@@ -5,7 +5,8 @@ from torch import nn
 
 from holdfast.core.model import Classifier
 from holdfast.ops.prepare import quickened
-from holdfast.reports.notes import DETAILS, details, remarks, spoken_notes
+from holdfast.reports.notes import spoken_notes
+from holdfast.store.schema_1 import DETAILS
 
 
 def test_whatever_makes_the_attacks_quick_is_a_detail():
@@ -19,8 +20,7 @@ def test_whatever_makes_the_attacks_quick_is_a_detail():
 
 def test_no_sentence_is_said_twice():
     fast, late = "convolutions run channels last", "time ran out: PGD finished none"
-    doubts = [{"state": "raised", "says": late}, {"state": "clear", "says": "other"}]
-    summary = {"notes": ["a note", fast, late, "other"], "doubts": doubts}
+    doubts = [{"state": "raised", "message": late}, {"state": "clear", "message": "other"}]
+    summary = {"notes": ["a note", late, "other"], "details": [fast], "doubts": doubts}
     assert spoken_notes(summary) == ["a note", "other"]
-    assert spoken_notes(summary, verbose=True) == ["a note", fast, "other"]
-    assert (remarks(summary), details(summary)) == (["a note", late, "other"], [fast])
+    assert spoken_notes(summary, verbose=True) == ["a note", "other", fast]

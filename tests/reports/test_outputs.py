@@ -200,12 +200,12 @@ def test_terminal_says_the_same_without_colour(failing, accepted):
 
 def test_what_an_attack_left_untried_is_said_with_its_risk(failing):
     square = failing["attacks"][-1]
-    said = f"(95 % confidence, if none is easier to break): Square {square['residual']['untried']} (8.9 %)"
+    said = f"(95 % confidence, if none is easier to break): Square {square['not_tried']['n']} (8.9 %)"
     plain = terminal.tables(failing, colour=False)
     why = "\n\nexamples that were skipped, because all examples closer to the decision boundary survived, with the "
     assert f"{why}largest share of them that would break {said}\n\n" in plain
     assert f"{said}." in markdown.markdown_document(failing)
-    tried = {**failing, "attacks": [{**attack, "residual": None} for attack in failing["attacks"]]}
+    tried = {**failing, "attacks": [{**attack, "not_tried": None} for attack in failing["attacks"]]}
     assert "skipped" not in terminal.tables(tried, colour=False) + markdown.markdown_document(tried)
 
 

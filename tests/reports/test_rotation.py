@@ -44,7 +44,7 @@ def summarised(rotation):
 def test_the_table_is_in_every_report():
     content = summarised(document())
     jsonschema.validate(json.loads(to_json(content)), summary_schema())
-    assert [row["who"] for row in content["rotation"]["instead"]] == ["static"], (
+    assert [row["alternative"] for row in content["rotation"]["alternatives"]] == ["static"], (
         "what was not measured is left out"
     )
     assert "turned" not in content["rotation"]["rows"][0], "which inputs fell stays in the folder of the run"

@@ -129,7 +129,7 @@ def test_headline_is_one_plain_sentence():
     assert made.summarised(evidence, "robust_accuracy >= 0.4")["headline"].endswith("at least 40 %: unclear.")
     doubted = made.summarised(evidence, "robust_accuracy >= 0.3")
     assert doubted["headline"].endswith("unclear, because of open doubts (black-box).")
-    assert "doubts are open: black-box" in doubted["gates"][0]["says"]
+    assert "doubts are open: black-box" in doubted["gates"][0]["message"]
     accepted = made.summarised(evidence, "robust_accuracy >= 0.3", accepted={"black-box": "why"})
     assert accepted["headline"].endswith("at least 30 %: pass. Accepted doubts: black-box.")
     several = made.summarised(
@@ -157,7 +157,7 @@ def test_share_after_each_attack_ends_at_robust_accuracy():
     after = [attack["robust_accuracy"]["value"] for attack in content["attacks"]]
     assert after == sorted(after, reverse=True)
     assert after[-1] == content["metrics"]["robust_accuracy"]["value"]
-    standing = [attack["standing_after"] for attack in content["attacks"]]
+    standing = [attack["surviving_after"] for attack in content["attacks"]]
     assert after == pytest.approx([left / 1000 for left in standing])
 
 
@@ -175,20 +175,22 @@ def test_an_attack_without_an_eps_is_told_by_what_it_found():
     for attack in content["attacks"]:
         distance = evidence[f"{attack['stage']}.distance"]
         found = distance.isfinite() & evidence["correct"]
-        assert attack["found"]["n"] == int(evidence["correct"].sum())
-        assert attack["found"]["value"] == pytest.approx(int(found.sum()) / attack["found"]["n"])
-        assert attack["distance"]["value"] == float(distance.double().sort().values[499])
+        assert attack["success_rate"]["n"] == int(evidence["correct"].sum())
+        assert attack["success_rate"]["value"] == pytest.approx(
+            int(found.sum()) / attack["success_rate"]["n"]
+        )
+        assert attack["median_distance"]["value"] == float(distance.double().sort().values[499])
     rows = [line.split() for line in terminal.tables(content, colour=False).splitlines()]
     (fab,) = (row for row in rows if row[:1] == ["FAB-T"])
-    share = content["attacks"][2]["found"]["value"]
+    share = content["attacks"][2]["success_rate"]["value"]
     assert "minimum-norm@1: the smallest changes found" in terminal.tables(content, colour=False, width=80)
     assert " APGD-CE " in terminal.tables(content, colour=False, width=80)
     assert fab[1:4] == [str(round(share * 985)), f"{100 * share:.1f}", "%"]
-    assert fab[4] == f"{content['attacks'][2]['distance']['value']:.3f}"
+    assert fab[4] == f"{content['attacks'][2]['median_distance']['value']:.3f}"
     assert "| attack | found | share | median |" in markdown.markdown_document(content)
     assert "median distance" in page(content) and "Hardest attack" not in page(content)
     plain = made.summarised(made.evidence())
-    assert {attack["found"] for attack in plain["attacks"]} == {None}
+    assert {attack["success_rate"] for attack in plain["attacks"]} == {None}
     assert "median" not in terminal.tables(plain, colour=False) and "median distance" not in page(plain)
 
 
@@ -290,17 +292,17 @@ def test_numbers_read_as_people_write_them():
 
 
 def test_threat_is_told_in_words():
-    told = made.summarised(_targeted())["threat"]["says"]
+    told = made.summarised(_targeted())["threat"]["description"]
     assert "at most 0.2" in told[0]
     assert "class 3" in told[1]
     assert "500 queries" in told[3]
     pixels = CASES["pixels"]()["threat"]
     assert pixels["constraint"] == "l0:10px"
-    assert "10 pixels of an image" in pixels["says"][0]
-    assert "no gradients" in pixels["says"][2]
+    assert "10 pixels of an image" in pixels["description"][0]
+    assert "no gradients" in pixels["description"][2]
     smallest = made.summarised(_minimum_norm())["threat"]
     assert smallest["constraint"] == "l2"
-    assert "smallest change" in smallest["says"][0]
+    assert "smallest change" in smallest["description"][0]
 
 
 def test_every_metric_has_a_label_and_a_kind():
@@ -328,7 +330,7 @@ def test_the_transfer_matrix_is_in_every_report():
     content = _check(made.summarised(_transferred()))
     found = content["transfer"]
     assert found["models"] == ["mnist-cnn-hardened", "<b>.pt", "c"]
-    assert [(row["made_on"], row["own"]) for row in found["rows"]] == [
+    assert [(row["computed_on"], row["source"]) for row in found["rows"]] == [
         ("mnist-cnn-hardened", 0),
         ("<b>.pt", 1),
         ("c", 2),
@@ -344,7 +346,7 @@ def test_the_transfer_matrix_is_in_every_report():
     said = f"{percent(share['value'])} ({words.interval('transfer_success', share)})"
     assert said in terminal.tables(content, colour=False)
     assert said in markdown.markdown_document(content)
-    assert any("surrogate models: nets/" in sentence for sentence in content["threat"]["says"])
+    assert any("surrogate models: nets/" in sentence for sentence in content["threat"]["description"])
 
 
 def test_what_carries_across_data_is_in_every_report():
@@ -355,9 +357,9 @@ def test_what_carries_across_data_is_in_every_report():
         others=others, tables=made.tables(across={"turned": turned, "control": turned.flip(2)})
     )
     content = _check(made.summarised(evidence))
-    found = content["across"]
-    assert (found["data"][1], found["n"], content["others"][0]["n"]) == ("<b>.npz", 200, 300)
-    assert [row["made_on"] for row in found["rows"]] == found["data"]
+    found = content["data_transfer"]
+    assert (found["data"][1], found["n"], content["other_data"][0]["n"]) == ("<b>.npz", 200, 300)
+    assert [row["computed_on"] for row in found["rows"]] == found["data"]
     share, control = (found["rows"][0][name][1] for name in ("shares", "controls"))
     assert share["value"] == pytest.approx(turned[:, 0, 1].double().mean().item())
     html = page(content)
@@ -372,7 +374,7 @@ def test_what_carries_across_data_is_in_every_report():
 
 def test_without_other_data_nothing_is_said_of_it():
     content = _check(made.summarised(made.evidence()))
-    assert (content["across"], content["others"]) == (None, [])
+    assert (content["data_transfer"], content["other_data"]) == (None, [])
     assert "across data" not in page(content) + terminal.tables(content, colour=False)
 
 

@@ -93,7 +93,7 @@ def test_a_run_keeps_it_tells_it_again_and_books_what_it_asked(tmp_path):
     kept = assess(subject(), data(), asked, run=tmp_path / "run")
     assert (tmp_path / "run" / "across.safetensors").is_file()
     assert open_run(tmp_path / "run").summary() == kept.summary()
-    assert [card["name"] for card in kept.summary()["others"]] == ["elsewhere 5", "elsewhere 6"]
+    assert [card["name"] for card in kept.summary()["other_data"]] == ["elsewhere 5", "elsewhere 6"]
     without = assess(subject(), data(), replace(asked, across=())).evidence.cost
     # on each of three data sets 10 gradients, one look at the clean input and one at each change and its control
     assert kept.cost.forwards - without.forwards == N * 3 * (10 + 1 + 2 * 3)

@@ -633,7 +633,7 @@ def test_comparisons_count_every_pass_only_where_both_runs_made_the_same():
         judged = assess(subject(), data(), replace(gated, baseline=baseline.evidence))
         assert judged.gates[0].scope == judged.summary()["gates"][0]["scope"] == scope
         assert judged.gates[0].estimate.value == 0
-        assert ("own robust accuracies" in judged.summary()["gates"][0]["says"]) is (scope == "suite only")
+        assert ("own robust accuracies" in judged.summary()["gates"][0]["message"]) is (scope == "suite only")
 
 
 @pytest.mark.parametrize("goal", [None, 2])

@@ -456,7 +456,7 @@ def test_a_run_that_nobody_asked_to_keep_stays_until_it_is_done(monkeypatch, tmp
 def objecting(monkeypatch):
     """Two recipes to try, and doubts that are raised against held-out examples, by the folder of the assessment."""
     plan = [
-        {"recipe": name, "epochs": 2, "why": "tried", "epoch_s": 1.0, "look_s": 0.1}
+        {"recipe": name, "epochs": 2, "reason": "tried", "epoch_s": 1.0, "evaluation_s": 0.1}
         for name in ("SingleStep", "PGDTraining")
     ]
     assessed, doubted, looked_at = hardening.assess, {}, []
@@ -502,7 +502,7 @@ def test_a_stronger_recipe_follows_where_doubts_object(objecting, tmp_path):
     ]
     assert verify(run).complete
     assert looked_at == [60, 60]  # of the training data, and not those that judge
-    assert found.card["tried"] == ["SingleStep", "PGDTraining"]
+    assert found.card["recipes_tried"] == ["SingleStep", "PGDTraining"]
     assert found.notes[-1].endswith(
         "several recipes were tried: SingleStep, PGDTraining; the result is that of PGDTraining"
     )
@@ -524,7 +524,7 @@ def test_a_doubt_that_was_accepted_stays_so_when_the_run_goes_on(objecting, tmp_
         BOTH, assessment=replace(BOTH.assessment, accepted={"one-step": "as it is known to be"})
     )
     found = harden(trainable(), training(), fakes.data(), accepting, run=tmp_path / "r")
-    assert found.card["tried"] == ["SingleStep"]
+    assert found.card["recipes_tried"] == ["SingleStep"]
     again = harden(trainable(), training(), fakes.data(), BOTH, run=tmp_path / "r", resume=True)
     assert again.card["tried"] == ["SingleStep"] and again.weights == found.weights
 
@@ -563,12 +563,12 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
     assert tried(60.0) == [("SingleStep", 19.4), ("PGDTraining", 7.2)]
     assert tried(10.0) == [("Standard", 9.7), ("SingleStep", 3.2), ("PGDTraining", 1.2)]
     (chosen, *_), _ = planned(5.0)
-    assert chosen["fits"] == {"Standard": 4.8, "SingleStep": 1.6, "PGDTraining": 0.6}
+    assert chosen["fitting_epochs"] == {"Standard": 4.8, "SingleStep": 1.6, "PGDTraining": 0.6}
     (chosen, *_), spent_s = planned(60.0, look_s=2.0)
-    assert (chosen["epoch_s"], chosen["look_s"], chosen["held_out"]) == (3.0 + 2.0, 2.0, 64)
+    assert (chosen["epoch_s"], chosen["evaluation_s"], chosen["held_out"]) == (3.0 + 2.0, 2.0, 64)
     assert spent_s == 2.0 * (8 + 64) / 64  # one for all recipes, timed on a few examples first
     (chosen, *_), _ = planned(60.0, look_s=12.0)
-    assert (chosen["look_s"], chosen["held_out"]) == (
+    assert (chosen["evaluation_s"], chosen["held_out"]) == (
         3.0,
         16,
     )  # a twentieth of the budget, and not all examples

@@ -302,9 +302,9 @@ def test_a_set_beside_a_stolen_one_has_no_protection(serving, collected, quick):
     serving.serve(serving.ahead[-1], unjudged=True)
     of = settings(serving, collected[0], adaptive=True, threat="linf:0.12")
     summary = api.carry_out(of, run=None).summary()
-    by = {row["who"]: row for row in summary["rotation"]["rows"]}
-    assert by["A1"]["word"] == "untouched"
-    assert summary["rotation"]["verdict"].startswith("no protection: an attack on one stolen set breaks")
+    by = {row["attacker"]: row for row in summary["rotation"]["rows"]}
+    assert by["A1"]["effect"] == "not affected"
+    assert summary["rotation"]["conclusion"].startswith("no protection: an attack on one stolen set breaks")
     assert any("collected for another threat model" in note for note in summary["notes"])
 
 
@@ -319,7 +319,7 @@ def test_a_white_box_is_one_whatever_the_suite_was_let_see(serving, collected, q
     spec = [{"use": "Square", "queries": 2}]
     of = settings(serving, collected[0], adaptive=True, threat="linf:0.1,access=scores", attacks=spec)
     result = api.carry_out(of, run=None)
-    by = {row["who"]: row for row in result.summary()["rotation"]["rows"]}
+    by = {row["attacker"]: row for row in result.summary()["rotation"]["rows"]}
     assert by["A5"]["attack"] == "MI"
     assert by["A5"]["share"]["value"] > result.metrics["attack_success_rate"].value
 

@@ -184,7 +184,7 @@ def test_a_run_that_the_chain_does_not_name_is_refused_within_a_finished_run(tmp
     with open_run_folder(run, MANIFEST, {}, resume=False) as folder:
         shutil.copytree(SUITE_ONLY_RUN, run / "after")
         assert not verify(run).complete
-        folder.record("verdict", {"exit_code": 0, "judged": "after"})
+        folder.record("verdict", {"exit_code": 0, "verdict_of": "after"})
     with pytest.raises(TargetError, match="is a run that no record of .* names"):
         verify(run)
 
@@ -194,7 +194,7 @@ def test_a_hardening_reports_only_the_run_that_its_chain_names(tmp_path):
     with open_run_folder(run, MANIFEST, {}, resume=False) as folder:
         shutil.copytree(SUITE_ONLY_RUN, run / "after")
         folder.record("after", {"chain": verify(run / "after").head})
-        folder.record("verdict", {"exit_code": 0, "judged": "after"})
+        folder.record("verdict", {"exit_code": 0, "verdict_of": "after"})
     assert open_run(run).metrics["robust_accuracy"].value == 0.7
     rewritten(run / "after", "verdict.json", lambda content: content.update(exit_code=4))
     for reader in (open_run, verify):

@@ -11,8 +11,14 @@ from holdfast.core.threat import ThreatModel
 Columns = Mapping[str, Tensor]
 """Columns by name; each has one row for each example."""
 
-PARTIAL = ("gallery.", "adversarial.", "transfer.", "across.")
-"""Prefixes of columns that cover only some of a stage's examples; these are identified by an `id` column."""
+PARTIAL = frozenset(("gallery", "adversarial", "transfer", "across"))
+"""Tables inside the columns of a stage: the column `gallery.x` is the column `x` of the table `gallery`."""
+
+
+def in_table(column: str) -> bool:
+    """Whether a column of a stage belongs to a table of its own, and not to the examples of the stage."""
+    return column.partition(".")[0] in PARTIAL
+
 
 DoubtState = Literal["clear", "raised", "answered", "not measured", "not applicable"]
 
@@ -183,6 +189,9 @@ class Evidence:
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    """notes that a reader needs with the numbers"""
+    details: tuple[str, ...] = ()
+    """how the copy of the model that attacks query was optimised, without any change of its outputs"""
     cost: Cost = Cost()
     """total cost: clean pass, attacks, fixed pass, doubts"""
     doubts_cost: Cost = Cost()
@@ -200,9 +209,9 @@ class Evidence:
 
     `rows` that the server answered or rejected, divided into `clean` (with the first examination of the model),
     `attacks`, `doubts` and `judging`, with padding; `requests`; rows of `refused` requests; attacked inputs that were
-    `rejected`, by status; repeated requests as `sent_again` (`rows`, `requests` and `why`); rows left `unanswered` when
-    a run stopped, which are not included in `rows`; `max_rows` of a request if the server showed a limit, else None;
-    and the sentences `says` with the same content.
+    `rejected`, by status; repeated requests as `retried` (`rows`, `requests` and `reasons`); rows left `unanswered`
+    when a run stopped, which are not included in `rows`; `max_rows` of a request if the server showed a limit, else
+    None; and the sentences `messages` with the same content.
     """
     others: tuple[Mapping[str, Any], ...] = ()
     """`name`, `digest` and `n` of each data set to and from which changes were transferred"""

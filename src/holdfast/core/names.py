@@ -17,6 +17,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def suite_name(suite: str) -> str:
+    """The name of a suite in its name and version: `rand` in `rand@1`, and in `rand@1 without APGD-CE`."""
+    return suite.partition("@")[0]
+
+
 def threat_text(change: str, goal: int | None, access: str, queries: int | None) -> str:
     """The threat as a command line argument, from its constraint (such as `linf:0.1`); default values are left out."""
     aim = "" if goal is None else f",goal=targeted:{goal}"

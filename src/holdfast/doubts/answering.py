@@ -52,6 +52,13 @@ class Arm:
     weight: float | None = None
     """weight of a detector's score, in multiples of the weight that balances it with the classes; if set, the attack
     runs on every model with a detector"""
+    averages: bool = False
+    """whether its gradients are means over several forward passes"""
+
+    @property
+    def single_draw(self) -> bool:
+        """Whether it uses gradients of single forward passes, which prove nothing about a randomised model."""
+        return self.attack.needs == "gradients" and not self.averages
 
 
 def arms(constraint: Constraint) -> tuple[Arm, ...]:
@@ -75,7 +82,12 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
     )
     return (
         *on_pair,
-        Arm("EOT", APGD(loss=margin_loss, steps=100, restarts=2, draws=DRAWS, sure=SURE), RANDOM),
+        Arm(
+            "EOT",
+            APGD(loss=margin_loss, steps=100, restarts=2, draws=DRAWS, sure=SURE),
+            RANDOM,
+            averages=True,
+        ),
         Arm("BPDA", APGD(loss=margin_loss, steps=100, restarts=2), MISLEADING),
         Arm("BPDA-T", APGD(loss=dlr, steps=100, targets=9), MISLEADING),
         *(() if isinstance(constraint, Linf) else nearest),
@@ -89,12 +101,12 @@ def called(known: Sequence[Arm], doubts: Sequence[Doubt]) -> dict[str, tuple[str
     On a randomised model only EOT uses gradients, since a single misclassified draw proves nothing.
     """
     raised = [doubt.name for doubt in doubts if doubt.state == "raised"]
-    averaged = any(arm.name == "EOT" for arm in known) and any(map(_random, doubts))
+    averaged = any(arm.averages for arm in known) and any(map(_random, doubts))
     found: dict[str, tuple[str, ...]] = {}
     for arm in known:
-        if averaged and (arm.name.startswith("BPDA") or arm.weight):
+        if averaged and arm.single_draw:
             continue
-        speaks = (*RANDOM, *MISLEADING) if averaged and arm.name == "EOT" else arm.doubts
+        speaks = (*RANDOM, *MISLEADING) if averaged and arm.averages else arm.doubts
         because = tuple(name for name in raised if name in speaks)
         if arm.weight:
             because = (DETECTOR, *because)

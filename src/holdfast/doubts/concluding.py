@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from holdfast.core.evidence import Columns, Doubt, DoubtState
+from holdfast.core.names import suite_name
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Ids, Mask, PerExample
 from holdfast.doubts import thresholds as at
@@ -256,7 +257,7 @@ def _randomness(case: _Case) -> Doubt:
     moved = case.found["steadiness"].columns["repeat"]
     largest = _largest(moved)
     says = f"two calls with the same input differ by at most {largest:.1g} of the largest logit"
-    averaged = case.circumstances.suite.startswith("rand@")
+    averaged = suite_name(case.circumstances.suite) == "rand"
     if largest > at.CHANGE:
         says += (
             "; the suite averages over draws" if averaged else "; use --suite rand, which averages over draws"

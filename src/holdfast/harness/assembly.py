@@ -29,6 +29,8 @@ from holdfast.harness.stage import Outline, StageKind
 from holdfast.harness.verdict import GALLERY, NORMS
 from holdfast.harness.waves import joined_waves, remark, residual
 
+_NOT_IN_EVIDENCE = ("right", "is_probability")
+
 
 @dataclass(frozen=True)
 class Context:
@@ -37,6 +39,7 @@ class Context:
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
     doubts: tuple[Doubt, ...] = ()
     doubts_cost: Cost = Cost()
     probes: Probes = ()
@@ -63,7 +66,7 @@ def assemble(
     """The columns of the evidence (see `Evidence`): the clean ones, and the worst case over attacks and passes."""
     by_stage = joined_waves(plan.steps, by_stage)
     clean = by_stage["clean"]
-    columns = {name: values for name, values in clean.items() if not name.startswith(("right", "is_prob"))}
+    columns = {name: values for name, values in clean.items() if name not in _NOT_IN_EVIDENCE}
     steps = [s for s in plan.steps if s.kind.in_suite and s.name in by_stage]
     attacks, others = [by_stage[s.name] for s in steps], [each.columns for each in counted]
     columns |= _worst_case(clean, attacks, others, smallest=plan.smallest)
@@ -152,6 +155,7 @@ def evidence_from(
         model=context.model,
         data=context.data,
         notes=context.notes,
+        details=context.details,
         cost=total + context.doubts_cost,
         doubts_cost=context.doubts_cost,
         passes=_counted(found, columns["broken_by"] - len(records)),

@@ -75,7 +75,7 @@ def measure_plan(
             else:
                 by_stage[stage.name] = join(_shards(stage, plan, target, batches, by_stage, batch_size))
             seconds[stage.name] = Seconds(time.process_time() - cpu, time.perf_counter() - wall)
-        outline, context = plan.outline(target.classes), Context(notes=target.notes)
+        outline, context = plan.outline(target.classes), Context(notes=target.notes, details=target.details)
         return evidence_from(outline, by_stage, seconds, context, randomised=target.randomised)
 
 

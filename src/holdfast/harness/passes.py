@@ -15,7 +15,7 @@ from holdfast.core.evidence import Columns
 from holdfast.core.lookup import Lookup
 from holdfast.doubts.probing import AGAIN, probe_title
 from holdfast.harness.stage import Outline
-from holdfast.harness.verdict import unattacked
+from holdfast.harness.verdict import DISTANCES, unattacked
 
 FOUND = "found"
 """Name of the stage with the adversarial examples of the probes; its columns are those of an attack, one row for
@@ -81,10 +81,8 @@ def _inside(plan: Outline, clean: Columns, columns: Columns) -> dict[str, Tensor
     if plan.threat.queries is not None:
         success = success & (columns["queries"] <= plan.threat.queries)
     inside = dict(columns) | {"success": success}
-    for name, values in columns.items():
-        # other inputs may be outside the threat model
-        if name.startswith("distance") or name == "right":
-            inside[name] = torch.where(success, values, torch.inf)
+    for name in (*DISTANCES, "right"):  # other inputs may be outside the threat model
+        inside[name] = torch.where(success, columns[name], torch.inf)
     for kept in ("gallery.", "adversarial."):
         if f"{kept}id" in columns:
             rows = torch.isin(columns[f"{kept}id"], columns["id"][success])

@@ -8,7 +8,7 @@ from holdfast.attacks.protocol import Attack, Learned
 from holdfast.attacks.transfer import Transfer
 from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
 from holdfast.core.errors import UsageError
-from holdfast.core.names import slug
+from holdfast.core.names import slug, suite_name
 from holdfast.core.patches import Patch
 from holdfast.core.threat import ThreatModel
 from holdfast.core.transformations import Transformations
@@ -205,7 +205,7 @@ def _way_out(member: Member, plan: Plan, target: Access) -> str:
         ways.append("leave --curve out")
     elif len(hidden) < len(plan.members) and not plan.alone:
         ways.append(f"leave it out with {' '.join(f'--skip {slug(each.name)}' for each in hidden)}")
-    if _searched(threat) and not plan.suite.startswith("black-box@"):
+    if _searched(threat) and suite_name(plan.suite) != "black-box":
         searches = ", ".join(name for name, _ in suite("black-box", threat.constraint, threat.access).attacks)
         ways.append(f"choose {_suite(plan, 'black-box')} ({searches})")
     elif threat.access == "none" and not isinstance(threat.constraint, Transformations):

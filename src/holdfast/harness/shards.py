@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from holdfast.core.evidence import PARTIAL, Columns
+from holdfast.core.evidence import Columns, in_table
 from holdfast.core.guard import Aim
 from holdfast.core.types import Mask
 from holdfast.harness.kinds.attack import learned_for, with_learned
@@ -75,6 +75,4 @@ def stage_of(task: ShardTask, plan: Plan) -> Stage:
 
 def shard_rows(columns: Columns, start: int, stop: int) -> dict[str, Tensor]:
     """A copy of the rows `start` to `stop` of the columns that have one row for each example."""
-    return {
-        name: values[start:stop].clone() for name, values in columns.items() if not name.startswith(PARTIAL)
-    }
+    return {name: values[start:stop].clone() for name, values in columns.items() if not in_table(name)}

@@ -4,10 +4,10 @@ The kinds are in `holdfast.harness.kinds`. A new kind is a subclass of `StageKin
 entry in `KINDS`. No other module distinguishes kinds.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class Work:
         return self.sets[0]
 
 
-class StageKind(ABC):
+class StageKind(Protocol):
     """What stages of one kind have in common. A kind has no state."""
 
     name: ClassVar[str]
@@ -87,6 +87,8 @@ class StageKind(ABC):
     """a pass outside the suite whose adversarial examples count, as text with `{}` for the attack; else empty"""
     lost: ClassVar[str] = ""
     """what is left out if time runs out during the stage, as the subject and the verb of a sentence"""
+    listed: ClassVar[str] = ""
+    """name of the attacks of this kind where two runs are compared; empty if other settings show the difference"""
     sampled: ClassVar[bool] = False
     """whether the stage is run on a sample of the examples"""
 
@@ -115,7 +117,7 @@ class StageKind(ABC):
     def run(self, stage: "Stage", work: Work) -> Columns:
         """Measure the stage, and return its columns.
 
-        Columns whose names start with one of `PARTIAL` contain only some examples, given by their `id`.
+        Columns of tables (see `holdfast.core.evidence.in_table`) contain only some examples, given by their `id`.
         """
 
     @abstractmethod

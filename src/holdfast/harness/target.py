@@ -77,6 +77,8 @@ class Target:
     randomised: bool
     classes: int
     notes: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
+    """how `quick` was optimised"""
     in_training: tuple[str, ...] = ()
     """dropout and batch norm layers that were in train mode; the model was measured in eval mode"""
     masking: Masking = Masking()
@@ -158,19 +160,18 @@ def _looked_at(model: Classifier, sample: Batch, left_in_training: tuple[str, ..
     once = _first(model, sample)
     looks = 1 if torch.equal(before, _generators(sample.x.device)) else VOTES
     randomised = any(bool((change(once, _first(model, sample)) > _SAME).any()) for _ in range(looks))
-    quick, notes = (model, ()) if randomised else quickened(model, sample.x)
+    quick, details = (model, ()) if randomised else quickened(model, sample.x)
     filling = () if model.batches is None or model.batches == EVERY else (model.batches.says,)
     if model.rewrites:
         filling = (*filling, IN_PLACE)
     known = once[:, :-1] if model.rejects else once
     notes = (
-        *notes,
         *filling,
         *_remarks(known, randomised=randomised),
         *((REJECTS,) if model.rejects else ()),
     )
     blind = model.rejects and model.access == "gradients" and _blind(quick, sample)
-    found = Target(model, quick, quick, randomised, known.shape[1], notes, left_in_training)
+    found = Target(model, quick, quick, randomised, known.shape[1], notes, details, left_in_training)
     return replace(found, blind=blind, blind_view=blind)
 
 

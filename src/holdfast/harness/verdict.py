@@ -29,6 +29,9 @@ GALLERY = 12
 NORMS: Mapping[str, Constraint] = {"linf": Linf(), "l2": L2(), "l1": L1(), "l0": L0()}
 """Norms in which distances are measured under any threat model; for `l0`, see `distance_norms`."""
 
+DISTANCES = ("distance", *(f"distance_{norm}" for norm in NORMS))
+"""Columns with the size of the change of each example."""
+
 
 def distance_norms(threat: Constraint) -> Mapping[str, Constraint]:
     """Norms for distances under a threat model: `l0` counts pixels if the constraint does, otherwise values."""
@@ -64,7 +67,7 @@ def judge_inputs(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs, rng:
         _, columns = verdict_of(plan, target, batch, x_adv)
     nothing = torch.zeros_like(batch.ids)
     columns |= {"queries": nothing, "first_success": nothing, "backwards": nothing}
-    columns |= kept(plan, batch, x_adv, columns["success"], batch.ids)
+    columns |= stored_inputs(plan, batch, x_adv, columns["success"], batch.ids)
     return {name: values.cpu() for name, values in columns.items()}
 
 
@@ -95,7 +98,7 @@ def cost_columns(spent: Spent) -> dict[str, Tensor]:
     return {"queries": spent.queries, "first_success": spent.first_success, "backwards": spent.backwards}
 
 
-def kept(plan: "Plan", batch: Batch, x_adv: Inputs, success: Mask, missed: Ids) -> dict[str, Tensor]:
+def stored_inputs(plan: "Plan", batch: Batch, x_adv: Inputs, success: Mask, missed: Ids) -> dict[str, Tensor]:
     """Adversarial inputs of examples in `missed`: a few for the report, and all if the plan stores them.
 
     If the plan runs only the attacks, all inputs are stored, even unsuccessful ones.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from holdfast.core.corruptions import Corruptions
-from holdfast.core.evidence import PARTIAL, Columns, Residual
+from holdfast.core.evidence import Columns, Residual, in_table
 from holdfast.core.types import Mask
 from holdfast.harness.plan import Plan
 from holdfast.harness.stage import Stage, StageOutline
@@ -39,7 +39,7 @@ def _either(name: str, first: Columns, wave: Columns, ran: Mask) -> Tensor:
     """One column of both: the value of the wave that ran on the example, or all stored inputs."""
     if name not in wave or name not in first:
         return wave[name] if name in wave else first[name]
-    if len(first[name]) == len(ran) and not name.startswith(PARTIAL):
+    if len(first[name]) == len(ran) and not in_table(name):
         return torch.where(ran, wave[name], first[name])
     return torch.cat((first[name], wave[name]))
 

@@ -179,6 +179,23 @@ SHARES: Final = AT_EPS | {
 }
 """Metrics between 0 and 1, for which a gate such as `robust_accuracy >= 40` is refused."""
 
+PERTURBATIONS: Final = tuple(f"perturbation_{norm}" for norm in ("linf", "l2", "l1", "l0"))
+"""Medians of the smallest changes found."""
+
+NOT_SHARES: Final = frozenset(
+    {
+        *PERTURBATIONS,
+        *(f"mean_{name}" for name in PERTURBATIONS),
+        "robust_margin",
+        "adversarial_radius",
+        "defensive_entropy",
+        "defensive_entropy_rise",
+        "defensive_margin",
+        "mce",
+    }
+)
+"""Metrics that are not proportions, so that reports do not show them in percent."""
+
 PAIRED: Final = frozenset({"regression", "clean_accuracy_drop", "mce"})
 """Metrics of two runs on the same examples, as in `regression <= 0.01 vs baseline`."""
 

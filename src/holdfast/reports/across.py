@@ -26,7 +26,7 @@ def across(evidence: Evidence, confidence: float) -> Json | None:
         "n": len(evidence.across["turned"]),
         "rows": [
             {
-                "made_on": name,
+                "computed_on": name,
                 "shares": [estimate_to_json(share) for share in row.turned],
                 "controls": [estimate_to_json(share) for share in row.control],
             }
@@ -53,6 +53,6 @@ def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
     for row in found["rows"]:
         pairs = zip(row["shares"], row["controls"], strict=True)
         yield [
-            row["made_on"],
+            row["computed_on"],
             *(f"{shown(share)}, control {percent(control['value'])}" for share, control in pairs),
         ]

@@ -13,7 +13,7 @@ SMALLEST = ("attack", "found", "share", "median", "time", "interval", "queries")
 def by_distance(summary: Mapping[str, Any]) -> bool:
     """Whether the table shows distances: without an eps, a large enough change breaks any example."""
     return number(summary["threat"]["eps"]) == float("inf") and all(
-        attack.get("found") and attack.get("distance") for attack in summary["attacks"]
+        attack.get("success_rate") and attack.get("median_distance") for attack in summary["attacks"]
     )
 
 
@@ -26,7 +26,7 @@ def title(summary: Mapping[str, Any]) -> str:
 
 def left_out(attack: Mapping[str, Any]) -> bool:
     """Whether time ran out before the attack was run on any surviving example."""
-    return not attack["forwards"] and bool(attack["standing_before"])
+    return not attack["forwards"] and bool(attack["surviving_before"])
 
 
 def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
@@ -41,16 +41,16 @@ def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
         return cells | {
             "found": "not run"
             if left_out(attack)
-            else count_text(number(attack["found"]["value"]) * attack["found"]["n"]),
-            "share": percent(attack["found"]["value"]),
-            "median": plain(attack["distance"]["value"]),
-            "interval": interval("distance", attack["distance"]),
+            else count_text(number(attack["success_rate"]["value"]) * attack["success_rate"]["n"]),
+            "share": percent(attack["success_rate"]["value"]),
+            "median": plain(attack["median_distance"]["value"]),
+            "interval": interval("distance", attack["median_distance"]),
         }
     return cells | {
         "broke": "not run"
         if left_out(attack)
-        else count_text(attack["standing_before"] - attack["standing_after"]),
-        "surviving": count_text(attack["standing_after"]),
+        else count_text(attack["surviving_before"] - attack["surviving_after"]),
+        "surviving": count_text(attack["surviving_after"]),
         "share": percent(after["value"]) if after else "–",
         "interval": interval("robust_accuracy", after) if after else "–",
     }
@@ -58,9 +58,10 @@ def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
 
 def risks(summary: Mapping[str, Any]) -> str:
     """A line on examples that attacks did not try, with the risk; empty if all surviving examples were tried."""
-    left = [attack for attack in summary["attacks"] if attack["residual"]]
+    left = [attack for attack in summary["attacks"] if attack["not_tried"]]
     untried = (
-        f"{attack['name']} {count_text(attack['residual']['untried'])} ({percent(attack['residual']['at_most'])})"
+        f"{attack['name']} {count_text(attack['not_tried']['n'])} "
+        f"({percent(attack['not_tried']['max_success_rate'])})"
         for attack in left
     )
     words = (
@@ -87,10 +88,10 @@ def passes_line(summary: Mapping[str, Any], *, brief: bool = False) -> str:
     passes_run = summary["passes"]
     if not passes_run:
         return ""
-    broke = [f"{each['name']} {count_text(each['broke'])}" for each in passes_run if each["broke"]]
-    total = count_text(sum(each["broke"] for each in passes_run))
+    broke = [f"{each['name']} {count_text(each['broken'])}" for each in passes_run if each["broken"]]
+    total = count_text(sum(each["broken"] for each in passes_run))
     names = f": {', '.join(broke)}" if broke else ""
     run = f"{count_text(len(passes_run))} pass{'es' * (len(passes_run) > 1)}"
     text = f"outside the suite, {run} broke {total} more examples{names}"
-    idle = [each["name"] for each in passes_run if not each["broke"]]
+    idle = [each["name"] for each in passes_run if not each["broken"]]
     return text if brief or not idle else f"{text}; no more examples were broken by {', '.join(idle)}"

@@ -29,8 +29,8 @@ def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
         "suite": summary["suite"],
         "n": summary["n"],
         "metrics": {name: summary["metrics"][name] for name in _KEPT},
-        "doubts": [{"name": doubt["name"], "says": doubt["says"]} for doubt in raised],
-        "doubts_probed": len(looked),
+        "doubts": [{"name": doubt["name"], "message": doubt["message"]} for doubt in raised],
+        "doubts_tested": len(looked),
         "notes": spoken_notes(summary),
         "accepted_doubts": dict(summary["accepted_doubts"]),
     }
@@ -44,7 +44,7 @@ def card_document(card: Mapping[str, Any]) -> str:
         f"Hardened against {escaped(card['threat'])} with the recipe {code(card['recipe'])}, {_why(card)}.",
         "",
     ]
-    lines += [f"Evaluated under {escaped(card['judged_under'])}.", ""]
+    lines += [f"Evaluated under {escaped(card['evaluated_under'])}.", ""]
     lines += _sides(
         f"on {after['n']:,} test examples, suite {escaped(after['suite'])}",
         before["metrics"],
@@ -85,11 +85,11 @@ def _reservations(card: Mapping[str, Any]) -> list[str]:
     lines = []
     for side, words in (("before", before), ("after", after)):
         lines += [
-            f"- doubt {side}, {code(doubt['name'])}: {escaped(doubt['says'])}" for doubt in words["doubts"]
+            f"- doubt {side}, {code(doubt['name'])}: {escaped(doubt['message'])}" for doubt in words["doubts"]
         ]
     lines += [f"- accepted, {code(name)}: {escaped(why)}" for name, why in after["accepted_doubts"].items()]
     if not after["doubts"]:
-        probed = after["doubts_probed"]
+        probed = after["doubts_tested"]
         words = f"none of {probed} tested doubts was raised" if probed else "no doubt was tested"
         lines += [f"- {words} for the hardened model"]
     lines += [f"- {escaped(note)}" for note in card["notes"]]
@@ -142,7 +142,11 @@ def _of_judging(card: Mapping[str, Any]) -> list[str]:
 
 
 def _why(card: Mapping[str, Any]) -> str:
-    return escaped(card["why"]) if card["asked"] == card["recipe"] else f"chosen: {escaped(card['why'])}"
+    return (
+        escaped(card["reason"])
+        if card["requested_recipe"] == card["recipe"]
+        else f"chosen: {escaped(card['reason'])}"
+    )
 
 
 def _measured(name: str, estimate: Mapping[str, Any]) -> str:

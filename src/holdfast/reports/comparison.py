@@ -25,7 +25,7 @@ from holdfast.reports.words import SCOPES, as_asked, capitalized, every_one_trie
 
 Json = dict[str, Any]
 
-COMPARISON_VERSION = 1
+COMPARISON_VERSION = 2
 """Increased if a reader of the previous version would misinterpret the new one."""
 MOST_FLIPPED = 1000
 """Largest number of examples listed on each side; the counts include all."""
@@ -68,7 +68,7 @@ def comparison(
         "metrics": _side_by_side(*(summary["metrics"] for summary in summaries)),
         "notes": notes,
     }
-    content["tried"] = every_one_tried(summaries[1]["threat"])
+    content["survived"] = every_one_tried(summaries[1]["threat"])
     content["headline"] = comparison_headline(content)
     written: Json = strict(content)
     return written
@@ -120,7 +120,7 @@ def comparison_headline(content: Mapping[str, Any]) -> str:
     metric, found = next(iter(content["paired"].items()))
     before, after = (percent(found[side]) for side in ("first", "second"))
     change, p = found["difference"], found["p"]
-    survived = "the suite" if content["scope"] == "suite only" else content["tried"]
+    survived = "the suite" if content["scope"] == "suite only" else content["survived"]
     what = f"survive {survived}" if metric == "robust_accuracy" else "are correct without any attack"
     shared = f"{count_text(content['n'])} shared {content['noun']}"
     sentence = f"Of {shared}, {after} {what} in the second run and {before} in the first"
@@ -172,7 +172,7 @@ def _side(mask: Mask, ids: tuple[Tensor, Tensor]) -> Json:
 
 def _run(summary: Mapping[str, Any]) -> Json:
     return {
-        "run": summary["run"].get("folder", ""),
+        "folder": summary["run"].get("folder", ""),
         "model": str(summary["model"].get("name", "model")),
         "data": str(summary["data"].get("name", "data")),
         "threat": summary["threat"]["constraint"],

@@ -42,8 +42,8 @@ def page(summary: Mapping[str, Any]) -> str:
         classes=_worst(summary["per_class"]),
         eps_charts=_charts(summary["curves"]["eps"], "eps", mark=numbers.number(threat["eps"])),
         query_charts=_charts(summary["curves"]["queries"], "queries", logarithmic=True),
-        remarks=notes.remarks(summary),
-        details=notes.details(summary),
+        remarks=summary["notes"],
+        details=summary["details"],
         attacker_names=rotation.NAMES,
         raised=[doubt for doubt in summary["doubts"] if doubt["state"] == "raised"],
         calm=words.grouped_doubts(sorted(summary["doubts"], key=lambda doubt: _STATES.index(doubt["state"]))),
@@ -129,7 +129,6 @@ def _environment() -> "Environment":
         "label": words.label,
         "definition": words.definition,
         "asked": words.asked,
-        "effect": rotation.effect,
         "every_nth": _every_nth,
         "capitalized": words.capitalized,
         "sentences": words.sentences,
@@ -164,7 +163,9 @@ def _every_nth(rows: list[Any]) -> list[Any]:
 
 def _hardest(attacks: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The attack that broke most examples."""
-    return max(attacks, key=lambda attack: attack["standing_before"] - attack["standing_after"], default=None)
+    return max(
+        attacks, key=lambda attack: attack["surviving_before"] - attack["surviving_after"], default=None
+    )
 
 
 def _worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

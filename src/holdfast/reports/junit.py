@@ -80,19 +80,20 @@ def _assessment(summary: Mapping[str, Any]) -> ET.Element:
 
 def _gate(gate: Mapping[str, Any]) -> ET.Element:
     estimate = gate["estimate"]
-    text = f"{shown(gate['metric'], estimate['value'])}, interval {interval(gate['metric'], estimate)}: {gate['says']}"
+    sure = interval(gate["metric"], estimate)
+    text = f"{shown(gate['metric'], estimate['value'])}, interval {sure}: {gate['message']}"
     if gate["verdict"] == "pass":
-        return _case("gates", gate["claim"], text)
-    case = _case("gates", gate["claim"], "")
+        return _case("gates", gate["condition"], text)
+    case = _case("gates", gate["condition"], "")
     failure = ET.SubElement(
         case, "failure", {"type": gate["verdict"], "message": printable(f"{gate['verdict']}: {text}")}
     )
-    failure.text = printable(f"{gate['claim']}: {text}")
+    failure.text = printable(f"{gate['condition']}: {text}")
     return case
 
 
 def _doubt(doubt: Mapping[str, Any], accepted: Mapping[str, str]) -> ET.Element:
-    name, state, says = doubt["name"], doubt["state"], doubt["says"] or doubt["title"]
+    name, state, says = doubt["name"], doubt["state"], doubt["message"] or doubt["title"]
     if state in ("clear", "answered"):
         return _case("doubts", name, says)
     if state == "raised" and name in accepted:

@@ -52,7 +52,7 @@ def markdown_document(summary: Mapping[str, Any]) -> str:
         ("metric", "value", "interval", "n"), (_metric(*item) for item in told_metrics(summary).items())
     )
     lines += ["</details>", ""]
-    lines += [f"- {escaped(capitalized(said))}." for said in summary["served"].get("says", ())]
+    lines += [f"- {escaped(capitalized(said))}." for said in summary["served"].get("messages", ())]
     lines += ["", _footing(summary), ""] if summary["served"] else [_footing(summary), ""]
     return "\n".join(lines)
 
@@ -83,7 +83,7 @@ def _gate(gate: Mapping[str, Any]) -> list[str]:
     sign, word = VERDICTS[gate["verdict"]]
     metric, estimate = gate["metric"], gate["estimate"]
     return [
-        f"{escaped(gate['claim'])}",
+        f"{escaped(gate['condition'])}",
         shown(metric, estimate["value"]),
         interval(metric, estimate),
         f"{sign} {word}",
@@ -111,7 +111,7 @@ def _attacks(summary: Mapping[str, Any]) -> list[str]:
 def _matrices(summary: Mapping[str, Any]) -> list[str]:
     """The transfer matrix and the transfer across data sets."""
     lines = []
-    for name, words in (("transfer", transfer), ("across", across)):
+    for name, words in (("transfer", transfer), ("data_transfer", across)):
         matrix = summary[name]
         if matrix is None:
             continue
@@ -142,14 +142,14 @@ def _attackers(summary: Mapping[str, Any]) -> list[str]:
     return [
         "### Attackers of the rotation",
         "",
-        f"{escaped(capitalized(attackers['verdict']))}.",
+        f"{escaped(capitalized(attackers['conclusion']))}.",
         "",
         f"{escaped(capitalized(rotation.title(attackers, noun).partition(': ')[2]))}:",
         "",
         *escaped_table(rotation.headings(attackers), rotation.cells(attackers)),
-        f"{escaped(capitalized(rotation.instead_title(attackers, noun).partition(': ')[2]))}:",
+        f"{escaped(capitalized(rotation.alternatives_title(attackers, noun).partition(': ')[2]))}:",
         "",
-        *escaped_table(rotation.instead_headings(attackers), rotation.instead_cells(attackers)),
+        *escaped_table(rotation.alternatives_headings(attackers), rotation.alternatives_cells(attackers)),
     ]
 
 
@@ -169,7 +169,7 @@ def _doubts(summary: Mapping[str, Any]) -> list[str]:
     lines = ["### Doubts", ""]
     for doubt in raised:
         state = "accepted" if doubt["name"] in summary["accepted_doubts"] else "open"
-        text = sentences(doubt["title"], doubt["says"], doubt["advice"])
+        text = sentences(doubt["title"], doubt["message"], doubt["advice"])
         lines.append(f"- ▲ **{escaped(doubt['name'])}** ({state}): {escaped(text)}")
     return [*lines, ""]
 

@@ -8,8 +8,22 @@ from holdfast.reports.transfer import shown
 
 Json = dict[str, Any]
 
-_ROW = ("who", "holds", "share", "attack", "word", "says")
-_INSTEAD = ("who", "clean", "thief", "white", "says")
+_ROW = {
+    "attacker": "who",
+    "has": "holds",
+    "share": "share",
+    "attack": "attack",
+    "effect": "word",
+    "message": "says",
+}
+_ALTERNATIVE = {
+    "alternative": "who",
+    "clean_accuracy": "clean",
+    "stolen_set": "thief",
+    "white_box": "white",
+    "message": "says",
+}
+"""Keys of the rows in reports, and those of the document in the run folder."""
 NAMES = {
     "A0": "A0 has surrogates only",
     "A1": "A1 has one listed set",
@@ -30,28 +44,31 @@ def rotation(document: Mapping[str, Any] | None) -> Json | None:
         return None
     table: Json = strict(
         {
-            "set": document["set"],
+            "serving_set": document["set"],
             "n": document["right"],
-            "verdict": document["verdict"],
-            "rows": [{key: row[key] for key in _ROW} for row in document["rows"]],
-            "instead": [
-                {key: row.get(key) for key in _INSTEAD} for row in document["instead"] if row.get("clean")
+            "conclusion": document["verdict"],
+            "rows": [_attacker(row) for row in document["rows"]],
+            "alternatives": [
+                {key: row.get(stored) for key, stored in _ALTERNATIVE.items()}
+                for row in document["instead"]
+                if row.get("clean")
             ],
         }
     )
     return table
 
 
-def effect(word: str) -> str:
-    """The effect of a rotation on an attacker, as reports show it."""
-    return "not affected" if word == "untouched" else word
+def _attacker(row: Mapping[str, Any]) -> Json:
+    """A row of the table of attackers."""
+    content = {key: row[stored] for key, stored in _ROW.items()}
+    return content | {"effect": "not affected" if row["word"] == "untouched" else row["word"]}
 
 
 def title(found: Mapping[str, Any], noun: str) -> str:
     """Title of the table of attackers."""
     return (
-        f"attackers: share of the {count_text(found['n'])} {noun} classified correctly by set {found['set']} that each "
-        "attacker breaks"
+        f"attackers: share of the {count_text(found['n'])} {noun} classified correctly by set {found['serving_set']} "
+        "that each attacker breaks"
     )
 
 
@@ -64,11 +81,11 @@ def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
     """Cells of each row of the table of attackers, as text."""
     for row in found["rows"]:
         share = "–" if row["share"] is None else shown(row["share"])
-        holds = row["says"] if row["share"] is None else row["holds"]
-        yield [NAMES.get(row["who"], row["who"]), share, effect(row["word"]), row["attack"] or "–", holds]
+        has = row["message"] if row["share"] is None else row["has"]
+        yield [NAMES.get(row["attacker"], row["attacker"]), share, row["effect"], row["attack"] or "–", has]
 
 
-def instead_title(found: Mapping[str, Any], noun: str) -> str:
+def alternatives_title(found: Mapping[str, Any], noun: str) -> str:
     """Title of the table of alternatives."""
     return (
         f"alternatives: other uses of the same time, with the share of {noun} that examples from the stolen set "
@@ -76,7 +93,7 @@ def instead_title(found: Mapping[str, Any], noun: str) -> str:
     )
 
 
-def instead_headings(found: Mapping[str, Any]) -> list[str]:
+def alternatives_headings(found: Mapping[str, Any]) -> list[str]:
     """Column headings of the table of alternatives."""
     return [
         "alternative",
@@ -87,8 +104,8 @@ def instead_headings(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def instead_cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
+def alternatives_cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
     """Cells of each row of the table of alternatives, as text."""
-    for row in found["instead"]:
-        shares = ("–" if row[key] is None else shown(row[key]) for key in ("thief", "white"))
-        yield [row["who"], percent(row["clean"]["value"]), *shares, row["says"]]
+    for row in found["alternatives"]:
+        shares = ("–" if row[key] is None else shown(row[key]) for key in ("stolen_set", "white_box"))
+        yield [row["alternative"], percent(row["clean_accuracy"]["value"]), *shares, row["message"]]

@@ -91,12 +91,12 @@ def _result(rule: str, level: str, message: str, subject: str, summary: Mapping[
 
 def _gate(gate: Mapping[str, Any], summary: Mapping[str, Any]) -> Json:
     value, sure = shown(gate["metric"], gate["estimate"]["value"]), interval(gate["metric"], gate["estimate"])
-    message = f"{gate['claim']}: {gate['verdict']}. Measured {value}, interval {sure}: {gate['says']}."
-    return _result(f"gate-{gate['verdict']}", _LEVELS[gate["verdict"]], message, gate["claim"], summary)
+    message = f"{gate['condition']}: {gate['verdict']}. Measured {value}, interval {sure}: {gate['message']}."
+    return _result(f"gate-{gate['verdict']}", _LEVELS[gate["verdict"]], message, gate["condition"], summary)
 
 
 def _doubt(doubt: Mapping[str, Any], summary: Mapping[str, Any]) -> Json:
-    message = sentences(doubt["title"], doubt["says"], doubt["advice"])
+    message = sentences(doubt["title"], doubt["message"], doubt["advice"])
     result = _result(f"doubt-{doubt['name']}", "warning", message, doubt["name"], summary)
     reason = summary["accepted_doubts"].get(doubt["name"])
     if reason is not None:

@@ -1,6 +1,6 @@
 """The content of `-o x.json`, from which all other reports are made.
 
-Its schema is published and versioned (`schema/assessment-1.json`). Strict JSON has no infinity: a number that is not
+Its schema is published and versioned (`schema/assessment-2.json`). Strict JSON has no infinity: a number that is not
 finite is one of the strings "inf", "-inf" and "nan".
 """
 
@@ -8,13 +8,12 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
 from holdfast.core.constraints import L0, L1, L2, Limited, Linf
 from holdfast.core.estimate import Estimate
-from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence
+from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence, PassRecord, Places, Residual
 from holdfast.core.names import limits_text
 from holdfast.core.patches import counts_pixels
 from holdfast.core.threat import ThreatModel
@@ -42,7 +41,7 @@ Json = dict[str, Any]
 _OBEYED = re.compile(r"[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 """Characters that are legal in JSON, but that a terminal interprets or a file cannot contain."""
 
-SCHEMA_VERSION = 1
+SUMMARY_VERSION = 2
 """Increased if a reader of the previous version would misinterpret the new one; not for additional keys."""
 MOST_NAMES = 1000
 """Largest number of names of classes or features."""
@@ -66,7 +65,7 @@ def summary(
     `rotation` is the document of the table of attackers. `notes` are added to those of the evidence.
     """
     content: Json = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SUMMARY_VERSION,
         "verb": str((run or {}).get("verb", "assess")),
         "verdict": overall([gate.verdict for gate in gates]) if gates else "no gate",
         "headline": "",
@@ -83,8 +82,8 @@ def summary(
     }
     content["notes"] = [*content["notes"], *notes]
     doubts = open_doubts(content)
-    content["gates"] = [gate | {"says": why(gate, doubts)} for gate in content["gates"]]
-    content["threat"]["says"] = threat_in_words(content["threat"], content["surrogates"])
+    content["gates"] = [gate | {"message": why(gate, doubts)} for gate in content["gates"]]
+    content["threat"]["description"] = threat_in_words(content["threat"], content["surrogates"])
     content["headline"] = headline(content)
     written: Json = strict(content)
     return written
@@ -109,13 +108,14 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
         "per_class": per_class_to_json(evidence, classes, confidence),
         "surrogates": [_bounded(card) for card in evidence.surrogates],
         "transfer": transfer(evidence, confidence),
-        "others": [_bounded(card) for card in evidence.others],
-        "across": across(evidence, confidence),
+        "other_data": [_bounded(card) for card in evidence.others],
+        "data_transfer": across(evidence, confidence),
         "examples": example_images(evidence, classes, found_by),
-        "passes": [asdict(each) for each in evidence.passes],
+        "passes": [_pass(each) for each in evidence.passes],
         "scope": evidence.scope,
-        "broken_elsewhere": evidence.broken_elsewhere,
+        "broken_outside_suite": evidence.broken_elsewhere,
         "notes": list(evidence.notes),
+        "details": list(evidence.details),
     }
 
 
@@ -135,8 +135,8 @@ def to_json(content: Mapping[str, Any]) -> str:
     return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # `-o -` prints it
 
 
-def summary_schema(name: str = "assessment-1") -> Json:
-    """A published JSON Schema: that of the summary, or of a comparison (`comparison-1`)."""
+def summary_schema(name: str = "assessment-2") -> Json:
+    """A published JSON Schema: that of the summary, or of a comparison (`comparison-2`)."""
     text = resources.files("holdfast.reports").joinpath("schema", f"{name}.json").read_text(encoding="utf-8")
     content: Json = json.loads(text)
     return content
@@ -155,14 +155,14 @@ def _noun(evidence: Evidence) -> str:
 def asked_gate(gate: Judgement, content: Mapping[str, Any]) -> Json:
     """The entry of a gate that was judged after the run, in the format of the summary."""
     entry = _gate(gate)
-    judged: Json = strict(entry | {"says": why(entry, open_doubts(content))})
+    judged: Json = strict(entry | {"message": why(entry, open_doubts(content))})
     return judged
 
 
 def _gate(gate: Judgement) -> Json:
     claim = gate.claim
     return {
-        "claim": claim.text,
+        "condition": claim.text,
         "metric": claim.metric,
         "relation": claim.relation,
         "bound": claim.bound,
@@ -203,7 +203,7 @@ def _broke(evidence: Evidence, place: int) -> Mask:
 
 def _smallest(evidence: Evidence, record: AttackRecord, confidence: float) -> Json:
     """The share of examples and the median distance that a minimum-norm attack found; None for other attacks."""
-    nothing = {"found": None, "distance": None}
+    nothing = {"success_rate": None, "median_distance": None}
     if f"{record.stage}.distance" not in evidence:
         return nothing
     distance, attacked = evidence[f"{record.stage}.distance"], judged(evidence) & evidence["correct"].bool()
@@ -212,8 +212,8 @@ def _smallest(evidence: Evidence, record: AttackRecord, confidence: float) -> Js
     # a misclassified example has distance 0, unless the attack must reach a target class
     counted = judged(evidence) if evidence.threat.goal is None else attacked
     return {
-        "found": estimate_to_json(proportion(distance[attacked].isfinite(), confidence)),
-        "distance": estimate_to_json(median(distance[counted], confidence)),
+        "success_rate": estimate_to_json(proportion(distance[attacked].isfinite(), confidence)),
+        "median_distance": estimate_to_json(median(distance[counted], confidence)),
     }
 
 
@@ -222,15 +222,37 @@ def _attack(record: AttackRecord, after: Json | None) -> Json:
         "stage": record.stage,
         "name": record.name,
         "settings": strict(record.settings),
-        "standing_before": record.standing_before,
-        "standing_after": record.standing_after,
+        "surviving_before": record.standing_before,
+        "surviving_after": record.standing_after,
         "robust_accuracy": after,
         **_cost(record.cost),
         "notes": list(record.notes),
-        "residual": record.residual and asdict(record.residual),
+        "not_tried": _not_tried(record.residual),
         "adaptive": record.adaptive,
         "fits": record.fits,
-        "places": record.places and asdict(record.places),
+        "positions": _positions(record.places),
+    }
+
+
+def _not_tried(residual: Residual | None) -> Json | None:
+    if residual is None:
+        return None
+    return {"n": residual.untried, "max_success_rate": residual.at_most}
+
+
+def _positions(places: Places | None) -> Json | None:
+    if places is None:
+        return None
+    return {"tried": places.tried, "surviving_at_random": places.standing_at_random}
+
+
+def _pass(record: PassRecord) -> Json:
+    return {
+        "stage": record.stage,
+        "name": record.name,
+        "tried": record.tried,
+        "broken": record.broke,
+        "settings": dict(record.settings),
     }
 
 
@@ -254,7 +276,7 @@ def _doubt(doubt: Doubt, output: str | None) -> Json:
         "n": doubt.n,
         "title": explanation.title,
         "meaning": explanation.meaning,
-        "says": doubt.says,
+        "message": doubt.says,
         "advice": explanation.advice,
     }
 

@@ -75,13 +75,13 @@ def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
         lines.append(f"  {VERDICTS[gate['verdict']][0]} ", style=_STYLES[gate["verdict"]])
         value = shown(gate["metric"], gate["estimate"]["value"])
         lines.append(
-            f"{gate['verdict']}: requires {line(asked(gate))}, measured {value}; {line(gate['says'])}\n"
+            f"{gate['verdict']}: requires {line(asked(gate))}, measured {value}; {line(gate['message'])}\n"
         )
     for doubt in summary["doubts"]:
         if doubt["state"] == "raised":
             reason = summary["accepted_doubts"].get(doubt["name"])
             lines.append("  ▲ ", style="yellow")
-            text = line(sentences(doubt["says"] or doubt["title"]))
+            text = line(sentences(doubt["message"] or doubt["title"]))
             lines.append(f"doubt {line(doubt['name'])} {'accepted' if reason else 'open'}: {text}")
             lines.append(f" Accepted because: {line(reason)}\n" if reason else "\n")
     return as_string(lines, colour=colour, width=None)
@@ -154,7 +154,7 @@ def metric_table(summary: Mapping[str, Any], *, brief: bool = False) -> "Table":
 def matrices(summary: Mapping[str, Any]) -> "list[Table]":
     """The transfer matrix, the transfer across data sets and the tables of attackers, if measured."""
     tables = []
-    for name, words in (("transfer", transfer), ("across", across)):
+    for name, words in (("transfer", transfer), ("data_transfer", across)):
         matrix = summary[name]
         if matrix is None:
             continue
@@ -173,8 +173,8 @@ def attackers(summary: Mapping[str, Any]) -> "list[Table]":
     first = grid(rotation.title(found, noun), rotation.headings(found))
     for texts in rotation.cells(found):
         first.add_row(*map(cell, texts))
-    second = grid(rotation.instead_title(found, noun), rotation.instead_headings(found))
-    for texts in rotation.instead_cells(found):
+    second = grid(rotation.alternatives_title(found, noun), rotation.alternatives_headings(found))
+    for texts in rotation.alternatives_cells(found):
         second.add_row(*map(cell, texts))
     for table in (first, second):
         table.columns[-1].justify, table.columns[-1].no_wrap = "left", False

@@ -28,8 +28,8 @@ def transfer(evidence: Evidence, confidence: float) -> Json | None:
         "n": len(evidence.transfer["id"]),
         "rows": [
             {
-                "made_on": row.maker if row.of is None else names[row.of],
-                "own": row.of,
+                "computed_on": row.maker if row.of is None else names[row.of],
+                "source": row.of,
                 "shares": [None if share is None else estimate_to_json(share) for share in row.shares],
             }
             for row in rows
@@ -54,7 +54,7 @@ def headings(found: Mapping[str, Any]) -> list[str]:
 def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
     """Each row as text: the source of the examples, then shares with intervals."""
     for row in found["rows"]:
-        yield [row["made_on"], *("–" if share is None else shown(share) for share in row["shares"])]
+        yield [row["computed_on"], *("–" if share is None else shown(share) for share in row["shares"])]
 
 
 def shown(share: Mapping[str, Any]) -> str:

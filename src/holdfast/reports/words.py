@@ -6,7 +6,7 @@ from typing import Any
 
 from holdfast.core.names import threat_text
 from holdfast.doubts.names import MEANINGLESS
-from holdfast.metrics.names import METRICS
+from holdfast.metrics.names import METRICS, NOT_SHARES, PERTURBATIONS
 from holdfast.reports.numbers import count_text, number, percent, plain, size
 
 Json = dict[str, Any]
@@ -18,9 +18,6 @@ VERDICTS = {
     "no gate": ("–", "No gate"),
 }
 """A sign and a word for each verdict, so that colour is never the only distinction."""
-
-_NUMBERS = ("perturbation", "distance", "margin", "radius", "entropy", "mce")
-"""Words in names of metrics that are not shares."""
 
 _ACCESS = {
     "none": "has no access to the model",
@@ -68,7 +65,7 @@ def definition(metric: str) -> str:
 
 def is_share(metric: str) -> bool:
     """Whether the metric is a proportion, shown in percent."""
-    return not any(word in metric.split("_") for word in _NUMBERS)
+    return metric not in NOT_SHARES
 
 
 def shown(metric: str, value: float | str) -> str:
@@ -109,8 +106,8 @@ def grouped_doubts(doubts: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str
     """The doubts that are not raised, in groups: those not measured for the same reason are one group."""
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for doubt in doubts:
-        alike = doubt["state"] in ("not measured", "not applicable") and doubt["says"]
-        key = (doubt["state"], doubt["says"]) if alike else (doubt["name"],)
+        alike = doubt["state"] in ("not measured", "not applicable") and doubt["message"]
+        key = (doubt["state"], doubt["message"]) if alike else (doubt["name"],)
         if doubt["state"] != "raised":
             groups.setdefault(key, []).append(doubt)
     return list(groups.values())
@@ -142,7 +139,7 @@ def told_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, An
     if robust is not None:
         metrics.pop("attack_success_rate", None)
         metrics.pop("robust_error_rate", None)
-        for name in [name for name in metrics if name.startswith("perturbation_")]:
+        for name in [name for name in PERTURBATIONS if name in metrics]:
             if number(metrics[name]["value"]) == float("inf"):
                 del metrics[name]
         if metrics.get("suite_robust_accuracy", {}).get("value") == robust["value"]:
@@ -188,7 +185,7 @@ def every_one_tried(threat: Mapping[str, Any]) -> str:
 
 def _elsewhere(summary: Mapping[str, Any]) -> str:
     """For a run that counts only the suite: how many of its surviving examples other passes broke."""
-    n = summary["broken_elsewhere"]
+    n = summary["broken_outside_suite"]
     return f"; passes outside the suite broke {count_text(n)} of them" if n else ""
 
 

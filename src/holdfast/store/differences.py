@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from holdfast.core.names import limits_text, threat_text
+from holdfast.harness import KINDS
 
 MOST = 4
 """Largest number of differences that are named; the others are counted."""
@@ -51,16 +52,13 @@ def _threat(threat: Mapping[str, Any]) -> str:
 
 def _stages(known: Sequence[Mapping[str, Any]], wanted: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Differences of the attacks by name; for equal attacks, differences of their settings."""
-    for kind, what in (
-        ("attack", "attacks"),
-        ("curve", "curve"),
-        ("attacked", "fixed pass"),
-        ("detection", "passes on the detector"),
-    ):
-        sides = [[stage for stage in stages if stage["kind"] == kind] for stages in (known, wanted)]
+    for kind in KINDS.values():
+        if not kind.listed:
+            continue
+        sides = [[stage for stage in stages if stage["kind"] == kind.name] for stages in (known, wanted)]
         before, after = ([stage["attack"] for stage in side] for side in sides)
         if before != after:
-            yield f"{what}: {', '.join(before) or 'none'} → {', '.join(after) or 'none'}"
+            yield f"{kind.listed}: {', '.join(before) or 'none'} → {', '.join(after) or 'none'}"
             continue
         for one, other in zip(*sides, strict=True):
             yield from _changes(one["settings"], other["settings"], one["attack"])

@@ -6,6 +6,7 @@ step may be interrupted by a kill; the next process repeats it.
 """
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.evidence import Columns, Seconds
 from holdfast.store import columns as column_files
-from holdfast.store import forms
+from holdfast.store import forms, schema_1
 from holdfast.store.differences import differences
 from holdfast.store.files import (
     MANIFEST,
@@ -35,7 +36,7 @@ from holdfast.store.leases import NAME as STATE
 from holdfast.store.leases import Leases
 from holdfast.store.records import Chain, document, parsed, read_chain, read_document
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ABOUT = "about.json"
 SPLITS = "splits.json"
 SAMENESS = ("config", "data", "model", "code")
@@ -232,12 +233,18 @@ def stored_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read `run.json`. Raises `TargetError` if it is missing, invalid, or of another version."""
+    """Read `run.json`. Raises `TargetError` if it is missing, invalid, or of an unknown version.
+
+    The content of a run of schema 1 has the keys of this version, and its own `schema_version`.
+    """
     refuse_no_run(path)
     manifest = read_document(path / MANIFEST)
-    if manifest.get("schema_version") != SCHEMA_VERSION:
+    version = manifest.get("schema_version")
+    if version == schema_1.VERSION:
+        manifest = schema_1.manifest_of_schema_1(manifest)
+    elif version != SCHEMA_VERSION:
         raise TargetError(
-            f"{str(path / MANIFEST)!r} has schema version {manifest.get('schema_version')}; this version reads "
+            f"{str(path / MANIFEST)!r} has schema version {version}; this version reads {schema_1.VERSION} and "
             f"{SCHEMA_VERSION}. Install the holdfast that wrote it"
         )
     refuse_form(path / MANIFEST, manifest, _MANIFEST)
@@ -269,8 +276,13 @@ def read_stage(path: Path, chain: Chain, name: str) -> StoredStage | None:
     return StoredStage(file_content.columns, recorded.get("reached"), about)
 
 
-def recorded_document(path: Path, chain: Chain, kind: str) -> dict[str, Any] | None:
-    """A document that the chain lists, verified against its digest; None if it is not listed."""
+def recorded_document(
+    path: Path, chain: Chain, kind: str, version: int = SCHEMA_VERSION
+) -> dict[str, Any] | None:
+    """A document that the chain lists, verified against its digest; None if it is not listed.
+
+    `version` is the `schema_version` of the run. A document of schema 1 is returned with the keys of this version.
+    """
     known = chain.last(kind)
     if known is None:
         return None
@@ -278,11 +290,15 @@ def recorded_document(path: Path, chain: Chain, kind: str) -> dict[str, Any] | N
     data = content_of(file)
     if digest(data) != known["digest"]:
         raise TargetError(f"{str(file)!r} is not what the chain recorded; restore it from a copy")
-    return parsed(file, data)
+    content = parsed(file, data)
+    return schema_1.document_of_schema_1(kind, content) if version == schema_1.VERSION else content
 
 
 def refuse_used(path: Path, *, resume: bool) -> None:
-    """Raise `UsageError` if a folder contains files that are not a run, or a run and `resume` is false."""
+    """Raise `UsageError` if a folder contains files that are not a run, or a run that is not to be resumed.
+
+    A run of schema 1 cannot be resumed.
+    """
     with usable(path):
         if not path.is_dir():
             return
@@ -299,6 +315,12 @@ def refuse_used(path: Path, *, resume: bool) -> None:
     if not resume:
         raise UsageError(
             f"{str(path)!r} contains a run already; resume it with --resume, or name another folder with --run DIR"
+        )
+    if read_manifest(path)["schema_version"] != SCHEMA_VERSION:
+        raise UsageError(
+            f"{str(path)!r} is a run of an earlier version (schema {schema_1.VERSION}), which cannot be resumed; start "
+            "it again in another folder with --run DIR, or read its results with holdfast report "
+            f"{shlex.quote(str(path))}"
         )
 
 

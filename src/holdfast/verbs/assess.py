@@ -232,10 +232,10 @@ class _Job:
         return measurement.run.document(
             ADAPTIVE,
             lambda: {
-                "because": {arm: list(names) for arm, names in because.items()},
-                "ways": list(self.target.masking.says),
-                "blind": self.target.blind_view,
-                "missed": list(missed),
+                "reasons": {arm: list(names) for arm, names in because.items()},
+                "bypassed": list(self.target.masking.says),
+                "no_detector_gradient": self.target.blind_view,
+                "unfinished": list(missed),
                 "notes": [] if because else ["no doubt requires an adaptive attack, so none was run"],
             },
         )

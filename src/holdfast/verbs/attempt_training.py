@@ -74,7 +74,7 @@ class AttemptTraining:
         last = training.kept(place, LAST)
         curve = () if last is None else last.curve
         spent_s = self.plan["planning_s"] + sum(point.wall_s for point in curve)
-        times = (attempt["epoch_s"], attempt["look_s"])
+        times = (attempt["epoch_s"], attempt["evaluation_s"])
         return Pacer(self.plan["budget_s"], *times, spent_s, self.clock)
 
     def _rescued(self, place: Path, candidate: Candidate) -> str:

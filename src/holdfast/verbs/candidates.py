@@ -58,15 +58,15 @@ class _Planned:
     per_epoch: int
     epochs: float
 
-    def attempt(self, why: str) -> dict[str, Any]:
+    def attempt(self, reason: str) -> dict[str, Any]:
         """The entry of this candidate in the plan of the run."""
         return {
             "recipe": self.candidate.name,
             "epochs": self.epochs,
-            "why": why,
+            "reason": reason,
             "update_s": self.found.update,
             "epoch_s": self.found.epoch,
-            "look_s": self.found.between(self.per_epoch),
+            "evaluation_s": self.found.between(self.per_epoch),
             "held_out": self.found.held_out,
         }
 
@@ -84,12 +84,12 @@ def attempts(
 
     `candidates` are ordered from the fastest to the strongest. The first attempt is the strongest candidate whose
     required epochs fit into the rest of the budget. The later ones are stronger candidates that fit, used if doubts
-    are raised against the attempts before. If there was a choice, `fits` holds how many epochs of each timed
-    candidate fit, which may be fractional. Raises `UsageError` if not even one update fits.
+    are raised against the attempts before. If there was a choice, `fitting_epochs` is the number of epochs of each
+    timed candidate that fit, which may be fractional. Raises `UsageError` if not even one update fits.
     """
     if budget_s is None:
         asked = [
-            {"recipe": one.name, "epochs": one.recipe.training.epochs, "why": "asked for"}
+            {"recipe": one.name, "epochs": one.recipe.training.epochs, "reason": "requested"}
             for one in candidates
         ]
         return asked, 0.0
@@ -105,7 +105,7 @@ def attempts(
         for each in zip(candidates[: len(paces)], paces, sizes[: len(paces)], fit, strict=True)
     ]
     if len(candidates) == 1:
-        return [planned[0].attempt("asked for")], spent_s
+        return [planned[0].attempt("requested")], spent_s
     known = [(each.candidate, each.epochs) for each in planned]
     first = max((k for k, (one, epochs) in enumerate(known) if epochs >= one.least), default=0)
     stronger = [
@@ -114,7 +114,7 @@ def attempts(
     told_of = "; ".join([f"{plain(fit[first])} fit", *stronger])
     why = f"the strongest recipe whose epochs fit into the budget: {told_of}"
     tried = [planned[first].attempt(why)]
-    tried[0]["fits"] = {one.name: epochs for one, epochs in known}
+    tried[0]["fitting_epochs"] = {one.name: epochs for one, epochs in known}
     tried += [each.attempt("doubts object to the one before") for each in planned[first + 1 :] if each.epochs]
     return tried, spent_s
 
@@ -172,6 +172,6 @@ def announced(attempt: Mapping[str, Any], budget_s: float | None, n: int) -> str
     )
     epochs = "1 epoch" if attempt["epochs"] == 1 else f"{plain(attempt['epochs'])} epochs"
     return (
-        f"training by {attempt['recipe']} ({attempt['why']}): {epochs}{of}; judging the new model on {n:,} test "
+        f"training by {attempt['recipe']} ({attempt['reason']}): {epochs}{of}; judging the new model on {n:,} test "
         f"examples is not part of the budget"
     )

@@ -52,7 +52,7 @@ def outline_to_json(outline: Outline) -> Json:
         },
         "seed": outline.seed,
         "suite": outline.suite,
-        "smallest": outline.smallest,
+        "minimum_norm": outline.smallest,
     }
 
 
@@ -67,15 +67,15 @@ def outline_from_json(content: Mapping[str, Any]) -> Outline:
                 s["attack"],
                 s["settings"],
                 tuple(s["notes"]),
-                s.get("wave_of", ""),
-                s.get("adaptive", False),
+                s["wave_of"],
+                s["adaptive"],
             )
             for s in content["stages"]
         ),
         ThreatModel(_constraint(threat), threat["goal"], threat["access"], threat["queries"]),
         content["seed"],
         content["suite"],
-        content["smallest"],
+        content["minimum_norm"],
     )
 
 
@@ -109,7 +109,7 @@ def doubt_to_json(doubt: Doubt) -> Json:
         "statistic": strict(doubt.statistic),
         "threshold": strict(doubt.threshold),
         "n": doubt.n,
-        "says": doubt.says,
+        "message": doubt.says,
     }
 
 
@@ -121,7 +121,7 @@ def doubt_from_json(content: Mapping[str, Any]) -> Doubt:
         _optional(content["statistic"]),
         _optional(content["threshold"]),
         content["n"],
-        content["says"],
+        content["message"],
     )
 
 
@@ -133,7 +133,7 @@ def judgement_to_json(judgement: Judgement) -> Json:
     """A gate with its verdict as JSON."""
     seen = judgement.estimate
     return {
-        "claim": judgement.claim.text,
+        "condition": judgement.claim.text,
         "estimate": {
             "value": strict(seen.value),
             "low": strict(seen.low),
@@ -151,7 +151,7 @@ def judgement_from_json(content: Mapping[str, Any]) -> Judgement:
     seen = content["estimate"]
     estimate = Estimate(number(seen["value"]), number(seen["low"]), number(seen["high"]), seen["n"])
     doubts, scope = tuple(content["open_doubts"]), content.get("scope")
-    return Judgement(recorded(content["claim"]), estimate, content["verdict"], doubts, scope)
+    return Judgement(recorded(content["condition"]), estimate, content["verdict"], doubts, scope)
 
 
 def verdict_to_json(judgements: Sequence[Judgement], accepted: Mapping[str, str]) -> Json:
@@ -169,7 +169,7 @@ def doubts_to_json(
     """The document of the doubts, with notes on the course of the run."""
     return {
         "doubts": [doubt_to_json(doubt) for doubt in findings.doubts],
-        "fallen": {name: ids.tolist() for name, ids in findings.fallen.items()},
+        "broken": {name: ids.tolist() for name, ids in findings.fallen.items()},
         "probes": list(probes),
         "notes": [*remarks, *_halved(splits)],
         "cost": {name: getattr(cost, name) for name in ("forwards", "backwards", "queries")},

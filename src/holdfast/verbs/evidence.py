@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.core.evidence import PARTIAL, Columns, Cost, Evidence, Seconds
+from holdfast.core.evidence import Columns, Cost, Evidence, Seconds, in_table
 from holdfast.doubts.answering import with_answers
 from holdfast.harness import (
     Context,
@@ -63,11 +63,12 @@ def evidence_of(
     context = Context(
         model=manifest["model"],
         data=manifest["data"],
-        notes=(*manifest["notes"], *asked["notes"], *served.get("says", ())),
+        notes=(*manifest["notes"], *asked["notes"], *served.get("messages", ())),
+        details=tuple(manifest["details"]),
         doubts=tuple(doubt_from_json(doubt) for doubt in asked["doubts"]),
         doubts_cost=Cost(cost["forwards"], cost["backwards"], cost["queries"], spent.cpu, spent.wall),
-        surrogates=tuple(manifest.get("surrogates", ())),
-        others=tuple(manifest.get("others", ())),
+        surrogates=tuple(manifest["surrogates"]),
+        others=tuple(manifest["other_data"]),
         **_scope(asked),
     )
     outline = outline_from_json(manifest["config"])
@@ -81,7 +82,7 @@ def _scope(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Which adversarial examples count. Runs of earlier versions list no probes, so only those of the suite count."""
     if "probes" in asked:
         return {"probes": asked["probes"]}
-    missed = {id_ for ids in asked["fallen"].values() for id_ in ids}
+    missed = {id_ for ids in asked["broken"].values() for id_ in ids}
     return {"scope": "suite only", "broken_elsewhere": len(missed)}
 
 
@@ -100,7 +101,7 @@ def with_attackers(evidence: Evidence, found: Mapping[str, Any] | None) -> Evide
         return evidence
     notes = (found["verdict"], *found.get("notes", ()))
     asked = found["doubt"]
-    doubts = () if asked is None else (doubt_from_json({"name": TUNING, **asked}),)
+    doubts = () if asked is None else (doubt_from_json({"name": TUNING, "message": asked["says"], **asked}),)
     return replace(evidence, doubts=(*evidence.doubts, *doubts), notes=(*evidence.notes, *notes))
 
 
@@ -112,12 +113,12 @@ def _adapted(
     adapted: Mapping[str, Any],
 ) -> Context:
     """The context after the adaptive attacks: which doubts they answered, and their notes."""
-    because = {arm: tuple(names) for arm, names in adapted["because"].items()}
+    because = {arm: tuple(names) for arm, names in adapted["reasons"].items()}
     places = {step.attack: step.name for step in outline.steps if step.adaptive and step.name in by_stage}
-    ran = {} if adapted["missed"] else {arm: by_stage[name] for arm, name in places.items()}
+    ran = {} if adapted["unfinished"] else {arm: by_stage[name] for arm, name in places.items()}
     clean = by_stage["clean"]
     standing = clean["correct"] & clean["eligible"] & ~broken_by_suite(outline.steps, by_stage)
-    fallen = {id_ for ids in asked["fallen"].values() for id_ in ids}
+    fallen = {id_ for ids in asked["broken"].values() for id_ in ids}
     left = fallen & set(clean["id"][standing].tolist())
     return replace(
         context,
@@ -125,11 +126,11 @@ def _adapted(
             context.doubts,
             ran,
             because,
-            went_round=bool(adapted["ways"]),
+            went_round=bool(adapted["bypassed"]),
             fell=bool(left),
-            blind=adapted["blind"],
+            blind=adapted["no_detector_gradient"],
         ),
-        notes=(*context.notes, *adapted["missed"], *adapted["notes"]),
+        notes=(*context.notes, *adapted["unfinished"], *adapted["notes"]),
         broken_elsewhere=len(left) if context.scope == "suite only" else 0,
         remarks={
             name: (f"run because of {enumerated(because[arm])}", *_round(adapted, arm))
@@ -139,18 +140,13 @@ def _adapted(
 
 
 def _round(adapted: Mapping[str, Any], arm: str) -> tuple[str, ...]:
-    ways = adapted["ways"] if arm != "Search" else []
+    ways = adapted["bypassed"] if arm != "Search" else []
     return (f"its gradient goes round {enumerated(ways)}",) if ways else ()
 
 
 def enumerated(names: Sequence[str]) -> str:
     """Join names with commas and "and", as in `a, b and c`."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def is_of_rows(column: str) -> bool:
-    """Whether a column has one row for each example."""
-    return not column.startswith(PARTIAL)
 
 
 def adversarial(
@@ -174,4 +170,4 @@ def _filled(columns: Columns, clean: Columns) -> dict[str, Tensor]:
     """The columns of the first examples, extended by those of examples that were not attacked."""
     alone, n = unattacked(clean), len(columns["id"])
     filled = {name: torch.cat([columns[name], values[n:]]) if n else values for name, values in alone.items()}
-    return filled | {name: values for name, values in columns.items() if not is_of_rows(name)}
+    return filled | {name: values for name, values in columns.items() if in_table(name)}

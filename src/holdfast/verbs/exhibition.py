@@ -40,7 +40,7 @@ class Exhibit:
     """doubts that the naive evaluation raised"""
     adaptive: tuple[str, ...]
     """adaptive attacks that were run"""
-    ways: tuple[str, ...]
+    bypassed: tuple[str, ...]
     """the stages that the adaptive attacks bypassed, and how"""
     n: int
     cpu_s: float

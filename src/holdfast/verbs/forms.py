@@ -32,8 +32,9 @@ _STEP = record(
         "attack": text,
         "settings": mapped(anything),
         "notes": list_of(text),
-    },
-    {"wave_of": text, "adaptive": flag},
+        "wave_of": text,
+        "adaptive": flag,
+    }
 )
 _THREAT = record(
     {
@@ -60,7 +61,7 @@ ASSESSED = record(
                 "threat": _THREAT,
                 "seed": whole,
                 "suite": text,
-                "smallest": flag,
+                "minimum_norm": flag,
             }
         ),
         "model": record({"randomised": flag}, {"name": text}),
@@ -68,8 +69,10 @@ ASSESSED = record(
         "notes": list_of(text),
         "versions": mapped(text),
         "hardware": text,
-    },
-    {"surrogates": list_of(_OTHER), "others": list_of(_OTHER)},
+        "details": list_of(text),
+        "surrogates": list_of(_OTHER),
+        "other_data": list_of(_OTHER),
+    }
 )
 """Schema of `run.json` of an assessment."""
 LISTED = record(
@@ -85,7 +88,7 @@ LISTED = record(
 _ESTIMATE = record({"value": real, "low": real, "high": real, "n": count})
 _GATE = record(
     {
-        "claim": text,
+        "condition": text,
         "estimate": _ESTIMATE,
         "verdict": one_of("pass", "fail", "unclear"),
         "open_doubts": list_of(text),
@@ -95,7 +98,7 @@ _GATE = record(
 _CODE = one_of(0, 1, 4)
 DECIDED = record({"gates": list_of(_GATE), "accepted_doubts": mapped(text), "exit_code": _CODE})
 """Schema of `verdict.json` of an assessment."""
-JUDGED = record({"judged": one_of("after"), "exit_code": _CODE})
+JUDGED = record({"verdict_of": one_of("after"), "exit_code": _CODE})
 """Schema of `verdict.json` of a hardening; the verdict is that of the inner run that measured the new model."""
 HEAD = record({"chain": text})
 """Schema of a document with the chain digest of an inner run."""
@@ -106,7 +109,7 @@ _DOUBT = record(
         "statistic": maybe(real),
         "threshold": maybe(real),
         "n": count,
-        "says": text,
+        "message": text,
     }
 )
 ASKED = record(
@@ -114,7 +117,7 @@ ASKED = record(
         "cost": record(dict.fromkeys(("forwards", "backwards", "queries"), real)),
         "doubts": list_of(_DOUBT),
         "notes": list_of(text),
-        "fallen": mapped(list_of(whole)),
+        "broken": mapped(list_of(whole)),
     }
 )
 """Schema of `doubts.json`."""

@@ -207,7 +207,7 @@ class _Job:
             run.record("training", {"chosen": card["chosen"]["epoch"], "weights": digest(weights)})
             run.record("after", _head(after))
             run.record("card", timeless(card))
-            run.record("verdict", {"exit_code": after.exit_code, "judged": "after"})
+            run.record("verdict", {"exit_code": after.exit_code, "verdict_of": "after"})
         # the model may come from a factory and is not sent; its weights are part of the result
         distributed.broadcast(replace(result, model=NOTHING))
         return result
@@ -224,7 +224,7 @@ class _Job:
         """Entries of the card from the request, and the metrics of the given model on held-out examples."""
         request, constraint = self.request, self.request.threat.constraint
         return {
-            "asked": request.name,
+            "requested_recipe": request.name,
             "threat": f"{type(constraint).__name__.lower()}:{size(constraint.eps)}",
             "seed": request.seed,
             "notes": self.notes,

@@ -14,6 +14,7 @@ from holdfast.core.evidence import AttackRecord, Columns, Cost, Doubt, Evidence
 from holdfast.core.spelling import suggestion
 from holdfast.gates.grammar import parse
 from holdfast.gates.judging import Doubts, Judgement, exit_code, judge
+from holdfast.harness.verdict import DISTANCES
 from holdfast.metrics.catalogue import estimates, missing
 from holdfast.metrics.curves import EpsCurve, eps_curve
 from holdfast.reports.html import fragment
@@ -40,7 +41,18 @@ class Metrics(dict[str, Estimate]):
         raise UnknownMetric(f"there is no metric {name!r}; {f'{near} ' if near else ''}{known}")
 
 
-_WORST_CASE = ("id", "y", "prediction", "correct", "success", "broken_by", "adversarial_prediction")
+_WORST_CASE = (
+    "id",
+    "y",
+    "prediction",
+    "correct",
+    "success",
+    "broken_by",
+    "adversarial_prediction",
+    "right_probability",
+    "queries",
+    *DISTANCES,
+)
 
 
 @dataclass(frozen=True)
@@ -92,11 +104,7 @@ class Result:
     def worst_case(self) -> dict[str, Tensor]:
         """Columns with the worst case of each example over the whole suite, including distances."""
         columns = self.evidence.columns
-        return {
-            name: values
-            for name, values in columns.items()
-            if name in _WORST_CASE or name.startswith("distance") or name in {"queries", "right_probability"}
-        }
+        return {name: values for name, values in columns.items() if name in _WORST_CASE}
 
     @property
     def table(self) -> str:

@@ -115,14 +115,14 @@ def totals_to_json(totals: Totals) -> dict[str, Any]:
         "requests": totals.requests,
         "refused": totals.refused,
         "rejected": dict(totals.rejected),
-        "sent_again": {
+        "retried": {
             "rows": totals.failed_rows,
             "requests": totals.failed.total(),
-            "why": dict(totals.failed),
+            "reasons": dict(totals.failed),
         },
         "unanswered": totals.unanswered,
         "max_rows": totals.most,
-        "says": list(in_words(totals)),
+        "messages": list(in_words(totals)),
     }
 
 

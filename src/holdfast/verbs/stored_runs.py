@@ -73,10 +73,10 @@ def open_run(path: Path) -> Result:
     """
     manifest, chain = read_manifest(path), read_chain(path, mend=False)
     refuse_altered(path, chain)  # the model and the threat model in the manifest belong to the measurements
-    decided = recorded_document(path, chain, VERDICT)
+    decided = recorded_document(path, chain, VERDICT, manifest["schema_version"])
     if decided is None:
         raise TargetError(f"the run in {str(path)!r} is not finished; resume it with --run {path} --resume")
-    if "judged" in decided:
+    if "verdict_of" in decided:
         return _opened(*_judged(path, chain, decided))
     return _opened(path, manifest, chain, decided)
 
@@ -86,7 +86,7 @@ def _judged(
 ) -> tuple[Path, dict[str, Any], Chain, dict[str, Any]]:
     """The inner run of a hardening that measured the new model; it must match the digest in the outer chain."""
     refuse_form(path / f"{VERDICT}.json", decided, JUDGED)
-    place = str(decided["judged"])
+    place = str(decided["verdict_of"])
     within, named = path / place, recorded_document(path, chain, place)
     if named is None or within.is_symlink():
         raise TargetError(f"{str(path)!r} has no inner run {place!r}; restore it from a copy")
@@ -95,7 +95,7 @@ def _judged(
     if inner.head != named["chain"]:
         raise TargetError(f"{str(within)!r} is not the run that {place}.json names; restore it from a copy")
     refuse_altered(within, inner)
-    found = recorded_document(within, inner, VERDICT)
+    found = recorded_document(within, inner, VERDICT, manifest["schema_version"])
     if found is None:
         raise TargetError(f"the run in {str(within)!r} is not finished; resume it with --run {path} --resume")
     return within, manifest, inner, found
@@ -104,7 +104,7 @@ def _judged(
 def _opened(path: Path, manifest: dict[str, Any], chain: Chain, decided: dict[str, Any]) -> Result:
     refuse_form(path / MANIFEST, manifest, ASSESSED)
     refuse_form(path / f"{VERDICT}.json", decided, DECIDED)
-    asked = _doubts(path, chain)
+    asked = _doubts(path, chain, manifest["schema_version"])
     rotation = recorded_document(path, chain, ROTATION)
     with consistent(path):
         return _put_together(path, manifest, chain, decided, asked, rotation)
@@ -124,7 +124,7 @@ def _put_together(
     evidence = with_attackers(_evidence(path, manifest, by_stage, chain, asked), rotation)
     attacks = [step["name"] for step in manifest["config"]["stages"] if KINDS[step["kind"]].in_suite]
     counted = counted_passes(manifest, by_stage, asked)
-    found = adversarial(by_stage, attacks, counted, smallest=manifest["config"]["smallest"])
+    found = adversarial(by_stage, attacks, counted, smallest=manifest["config"]["minimum_norm"])
     return Result(evidence, gates, decided["accepted_doubts"], about, path, found, rotation=rotation)
 
 
@@ -147,9 +147,12 @@ def _entry(path: Path) -> RunEntry:
     manifest, chain = read_manifest(path), read_chain(path, mend=False)
     refuse_form(path / MANIFEST, manifest, LISTED)
     refuse_altered(path, chain)
-    threat, decided = manifest["config"]["threat"], recorded_document(path, chain, VERDICT)
+    threat, decided = (
+        manifest["config"]["threat"],
+        recorded_document(path, chain, VERDICT, manifest["schema_version"]),
+    )
     if decided is not None:
-        refuse_form(path / f"{VERDICT}.json", decided, JUDGED if "judged" in decided else DECIDED)
+        refuse_form(path / f"{VERDICT}.json", decided, JUDGED if "verdict_of" in decided else DECIDED)
     eps = number(threat["eps"])
     stages = manifest["plan"]["stages"]
     done = sum({link.content["kind"], link.content.get("name")} & {*stages} != set() for link in chain.links)
@@ -188,8 +191,8 @@ def _stages(path: Path, manifest: dict[str, Any], chain: Chain) -> dict[str, Col
     return by_stage if found is None else {**by_stage, FOUND: found.columns}
 
 
-def _doubts(path: Path, chain: Chain) -> dict[str, Any]:
-    asked = recorded_document(path, chain, DOUBTS)
+def _doubts(path: Path, chain: Chain, version: int) -> dict[str, Any]:
+    asked = recorded_document(path, chain, DOUBTS, version)
     if asked is None:
         raise TargetError(f"the run in {str(path)!r} has a verdict but no {DOUBTS}; restore it from a copy")
     refuse_form(path / f"{DOUBTS}.json", asked, ASKED)
@@ -206,5 +209,5 @@ def _evidence(
     known = {link.content.get("name") or link.content["kind"] for link in chain.links}
     spent = {name: each for name, each in spent_in(path).items() if name in known}
     seconds = {name: Seconds(each.cpu_s, each.wall_s) for name, each in spent.items()}
-    adapted = recorded_document(path, chain, ADAPTIVE)
+    adapted = recorded_document(path, chain, ADAPTIVE, manifest["schema_version"])
     return evidence_of(manifest, by_stage, asked, seconds, adapted, totals_in(path))

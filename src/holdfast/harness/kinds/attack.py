@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -13,14 +13,23 @@ from holdfast.attacks.protocol import Learned, Placed
 from holdfast.core.batch import Batch
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
-from holdfast.core.evidence import PARTIAL, Columns
+from holdfast.core.evidence import Columns, in_table
 from holdfast.core.names import slug
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Mask, PerExample
 from holdfast.harness.detecting import aim_of
 from holdfast.harness.kinds.fit import Fit, fit_stage_of
 from holdfast.harness.stage import Member, Outline, Stage, StageKind, Work, broken_by_suite, suite_columns
-from holdfast.harness.verdict import aimed, cost_columns, kept, returned, unattacked, verdict_of, votes
+from holdfast.harness.verdict import (
+    DISTANCES,
+    aimed,
+    cost_columns,
+    returned,
+    stored_inputs,
+    unattacked,
+    verdict_of,
+    votes,
+)
 from holdfast.ops.pieces import in_pieces
 
 if TYPE_CHECKING:
@@ -33,10 +42,10 @@ AT_TIMES = 0.05
 _PLACES, _BROKEN_AT_RANDOM = "places", "broken_at_random"
 
 
-class AttackKind(StageKind):
+class AttackKind(StageKind, Protocol):
     """Stages that run an attack on chosen examples; the others keep the columns of an example without attack."""
 
-    aware = False
+    aware: ClassVar[bool] = False
     """whether the attack always uses what is known of the defence"""
 
     def ready(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Stage:
@@ -68,7 +77,7 @@ class AttackKind(StageKind):
             lambda piece: self.piece(stage, work, piece, rng, missed), batch.take(chosen), work.room
         )
         for name, values in measured.items():
-            if name.startswith(PARTIAL):
+            if in_table(name):
                 columns[name] = values
             else:
                 columns[name][chosen] = values
@@ -87,11 +96,7 @@ class AttackKind(StageKind):
     def as_if_broken(self, stage: Stage, work: Work) -> Columns:
         """The columns as if every correct example was broken by a change of size 0."""
         alone = self.columns(work.clean)
-        near = {
-            name: torch.zeros_like(values)
-            for name, values in alone.items()
-            if name.startswith("distance") or name == "score"
-        }
+        near = {name: torch.zeros_like(alone[name]) for name in (*DISTANCES, "score") if name in alone}
         return {**alone, **near, "success": work.clean["correct"].clone()}
 
 
@@ -100,6 +105,7 @@ class SuiteAttack(AttackKind):
 
     name = "attack"
     in_suite = True
+    listed = "attacks"
 
     def stages(self, plan: "Plan") -> list[Stage]:
         """The stages of the attacks, each after the one that fits it; then those of the adaptive attacks."""
@@ -181,7 +187,7 @@ def attacked_columns(
     columns |= {
         **cost_columns(spent),
         "dead": spent.dead,
-        **kept(plan, batch, x_adv, columns["success"], missed),
+        **stored_inputs(plan, batch, x_adv, columns["success"], missed),
     }
     return {name: values.cpu() for name, values in columns.items()}
 

@@ -18,7 +18,7 @@ from holdfast.doubts.answering import EVEN
 from holdfast.harness.kinds.attack import AttackKind
 from holdfast.harness.kinds.passes import FIXED
 from holdfast.harness.stage import Against, Member, Outline, Stage, Work
-from holdfast.harness.verdict import cost_columns, kept, returned, verdict_of
+from holdfast.harness.verdict import cost_columns, returned, stored_inputs, verdict_of
 
 if TYPE_CHECKING:
     from holdfast.harness.plan import Plan
@@ -43,6 +43,7 @@ class DetectorPass(AttackKind):
 
     name = "detection"
     title = "the pass {} on the detector"
+    listed = "passes on the detector"
     lost = "the evaluation of the detector is"
     aware = True
 
@@ -64,7 +65,7 @@ class DetectorPass(AttackKind):
         columns |= {
             "score": torch.where(wrong, score(logits), torch.inf),
             **cost_columns(spent),
-            **kept(plan, batch, x_adv, columns["success"], missed),
+            **stored_inputs(plan, batch, x_adv, columns["success"], missed),
         }
         return {name: values.cpu() for name, values in columns.items()}
 

@@ -16,7 +16,7 @@ from holdfast.core.refused import for_label
 from holdfast.core.types import Ids, Mask
 from holdfast.harness.kinds.attack import AttackKind, attacked_columns, unlimited
 from holdfast.harness.stage import Member, Outline, Stage, Work
-from holdfast.harness.verdict import aimed, cost_columns, kept, returned, verdict_of
+from holdfast.harness.verdict import aimed, cost_columns, returned, stored_inputs, verdict_of
 from holdfast.ops.ascent import flat
 from holdfast.ops.losses import cross_entropy
 from holdfast.ops.pieces import in_pieces
@@ -33,6 +33,7 @@ class FixedPass(AttackKind):
 
     name = "attacked"
     title = "the fixed {} pass"
+    listed = "fixed pass"
     lost = "entropy, margin, precision and calibration under attack are"
 
     def stages(self, plan: "Plan") -> list[Stage]:
@@ -62,7 +63,7 @@ class FixedPass(AttackKind):
             "entropy": torch.special.entr(probabilities).sum(1),
             "probability_margin": margin(probabilities, batch.towards(None)),
             **cost_columns(spent),
-            **kept(plan, batch, x_adv, columns["success"], missed),
+            **stored_inputs(plan, batch, x_adv, columns["success"], missed),
         }
         return {name: values.cpu() for name, values in columns.items()}
 
@@ -86,6 +87,7 @@ class CurvePass(AttackKind):
 
     name = "curve"
     title = "{} of the eps curve"
+    listed = "curve"
     lost = "its distances are"
     smallest = True
 

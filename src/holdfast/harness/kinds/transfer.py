@@ -17,7 +17,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Inputs, Logits, Mask
 from holdfast.harness.kinds.attack import AttackKind
 from holdfast.harness.stage import Member, Stage, Work, evaluations
-from holdfast.harness.verdict import aimed, cost_columns, kept, returned, verdict_of
+from holdfast.harness.verdict import aimed, cost_columns, returned, stored_inputs, verdict_of
 from holdfast.ops.sampling import sample_rows
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class TransferMatrix(AttackKind):
                 }
         columns |= {
             **cost_columns(metered.spent),
-            **kept(plan, batch, x_best, columns["success"], missed),
+            **stored_inputs(plan, batch, x_best, columns["success"], missed),
             "transfer.id": batch.ids,
             "transfer.right": right,
             "transfer.wrong": torch.stack(wrong, 1),
