@@ -15,6 +15,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.sources.data import open_data
 from holdfast.sources.expected import Expected
+from holdfast.sources.limited.estimators import read
 from holdfast.sources.memory import as_data
 from holdfast.sources.models import Declared, open_model
 
@@ -28,7 +29,7 @@ from sklearn.ensemble import IsolationForest, RandomForestClassifier, VotingClas
 from sklearn.linear_model import LinearRegression, LogisticRegression  # noqa: E402
 from sklearn.multiclass import OneVsRestClassifier  # noqa: E402
 from sklearn.neighbors import KNeighborsClassifier  # noqa: E402
-from sklearn.pipeline import make_pipeline  # noqa: E402
+from sklearn.pipeline import FeatureUnion, make_pipeline  # noqa: E402
 from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, StandardScaler  # noqa: E402
 from sklearn.svm import SVC, LinearSVC  # noqa: E402
 from sklearn.tree import DecisionTreeClassifier  # noqa: E402
@@ -315,6 +316,49 @@ def test_damaged_and_foreign_skops_files_are_refused(tmp_path: Path):
             open_model(str(tmp_path / "m.skops"))
 
 
+def test_an_estimator_of_a_file_starts_no_processes(tmp_path: Path, monkeypatch):
+    sio, joblib = pytest.importorskip("skops.io"), pytest.importorskip("joblib")
+    asked = []
+
+    def started(self, *given, **named):
+        asked.append(given)
+        raise RuntimeError("a process was started")
+
+    for backend in ("LokyBackend", "ThreadingBackend"):
+        monkeypatch.setattr(f"joblib._parallel_backends.{backend}.configure", started)
+    both = FeatureUnion([("a", StandardScaler()), ("b", MinMaxScaler())], n_jobs=3)
+    estimator = make_pipeline(both, logistic()).fit
+    with joblib.parallel_backend("sequential"):
+        estimator = estimator(X, Y)
+    sio.dump(estimator, tmp_path / "m.skops")
+    model = open_model(str(tmp_path / "m.skops")).model
+    assert model(torch.from_numpy(SHOWN)).shape == (len(SHOWN), 10)
+    assert not asked
+    with pytest.raises(TargetError, match="a process was started"):  # the user's own object does as it says
+        wrapped(estimator)(torch.from_numpy(SHOWN))
+
+
+def test_an_estimator_that_raises_errors_is_an_error_of_the_model(tmp_path: Path):
+    sio = pytest.importorskip("skops.io")
+    damaged = logistic().fit(X, Y)
+    damaged.n_features_in_ = str(X.shape[1])
+    sio.dump(damaged, tmp_path / "m.skops")
+    model = open_model(str(tmp_path / "m.skops")).model
+    with pytest.raises(TargetError, match="the LogisticRegression raised ValueError: X has 64 features, but"):
+        model.net.settle(torch.from_numpy(SHOWN))
+
+
+@pytest.mark.parametrize("kind", [int, float, np.int64])
+def test_a_file_is_tried_with_rows_of_any_form_of_its_number_of_features(tmp_path: Path, monkeypatch, kind):
+    sio = pytest.importorskip("skops.io")
+    estimator, tried = logistic().fit(X, Y), []
+    estimator.n_features_in_ = kind(X.shape[1])
+    monkeypatch.setattr("holdfast.sources.estimators.Estimator.settle", lambda self, x: tried.append(x.shape))
+    content = sio.dumps(estimator)
+    read(tmp_path / "m.skops", content, tmp_path)
+    assert tried == [(2, X.shape[1])]
+
+
 @pytest.mark.parametrize("suffix", ["pkl", "joblib", "keras"])
 def test_files_that_run_code_are_refused_with_the_way_out(tmp_path: Path, suffix: str):
     place = tmp_path / f"m.{suffix}"
@@ -370,6 +414,19 @@ def test_features_of_a_booster_are_limited(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("holdfast.sources.limited.trees._MOST_FEATURES", X.shape[1] - 1)
     with pytest.raises(TargetError, match=f"declares {X.shape[1]} features"):
         open_model(str(path))
+
+
+def test_a_best_iteration_that_a_booster_does_not_have_is_refused(tmp_path: Path):
+    trained = booster()
+    rounds, place = trained.num_boosted_rounds(), tmp_path / "m.ubj"
+    for best, exists in ((rounds - 1, True), (rounds, False), (2**31 - 1, False)):
+        trained.set_attr(scikit_learn="{}", best_iteration=str(best))
+        trained.save_model(place)
+        if exists:
+            assert open_model(str(place)).model(torch.from_numpy(SHOWN)).shape[0] == len(SHOWN)
+        else:
+            with pytest.raises(TargetError, match=f"its best iteration is {best}, and it has {rounds}"):
+                open_model(str(place))
 
 
 @pytest.mark.slow  # each file is loaded in a process of its own first

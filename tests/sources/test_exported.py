@@ -75,6 +75,13 @@ def test_any_batch_size_gives_the_networks_outputs_and_gradients(programs: Path,
     assert opened.access == "gradients"
 
 
+def test_a_large_batch_is_not_enlarged_to_try_other_sizes(programs: Path, monkeypatch) -> None:
+    monkeypatch.setattr("holdfast.sources.exported._MOST_TRIED", 4 * 16)
+    assert open_model(str(programs / "fixed.pt2")).notes == ()
+    monkeypatch.setattr("holdfast.sources.exported._MOST_TRIED", 4 * 16 - 1)
+    assert "takes batches of 4 only" in open_model(str(programs / "fixed.pt2")).notes[0]
+
+
 def test_programs_that_carry_code_need_trust(programs: Path, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     evil = json.dumps(f"__import__('pathlib').Path({str(marker)!r}).touch()")[1:-1]

@@ -110,6 +110,17 @@ def test_labels_are_short_and_few(tmp_path: Path, monkeypatch):
         open_data(str(tmp_path / "t.csv"), label="label")
 
 
+def test_names_of_classes_are_short_in_all(tmp_path: Path, monkeypatch):
+    np.savez(tmp_path / "d.npz", x=np.zeros((2, 3), np.float32), y=np.array(["cat", "horse"]))
+    monkeypatch.setattr("holdfast.sources.class_numbers.MOST_CHARACTERS", 8)
+    assert len(open_data(str(tmp_path / "d.npz"))) == 2
+    monkeypatch.setattr("holdfast.sources.class_numbers.MOST_CHARACTERS", 7)
+    with pytest.raises(
+        TargetError, match="has 2 text labels of 8 characters in all; names of classes of at most 7"
+    ):
+        open_data(str(tmp_path / "d.npz"))
+
+
 @pytest.mark.parametrize(
     ("x", "y", "says"),
     [

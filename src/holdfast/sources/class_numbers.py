@@ -15,6 +15,8 @@ from holdfast.sources.files import similar_name
 Array = NDArray[Any]
 _SHOWN = 10
 MOST_NAMES = 100_000
+MOST_CHARACTERS = 10_000_000
+"""maximum number of characters of all names of classes; comparing them takes a hundred times their memory"""
 MOST_TEXTS = 10_000_000
 """maximum number of text labels of an array; sorting more takes minutes and ten times their memory"""
 
@@ -31,6 +33,12 @@ def class_numbers(
     """
     if expected.class_names is not None:
         return _declared(found, expected, classes, where, kind)
+    n_characters = sum(map(len, found))
+    if n_characters > MOST_CHARACTERS:
+        raise TargetError(
+            f"{where} has {len(found):,} {kind} of {n_characters:,} characters in all; names of classes of at most "
+            f"{MOST_CHARACTERS:,} were expected: shorten them, or number the classes 0, 1, 2, …"
+        )
     lexical, numeric = sorted(found), _numeric_order(found)
     order = numeric if expected.class_order == "numeric" else lexical
     seen = f"{where} has {len(found)} {kind} ({listed(numeric)})"

@@ -36,4 +36,4 @@ def open_estimator(path: Path, *, trust_code: bool) -> tuple[Adapted, str, tuple
         raise TargetError(
             f"{str(path)!r} holds a {type(found).__qualname__}; an estimator with the method predict was expected"
         )
-    return adapted_estimator(found), digest, notes
+    return adapted_estimator(found, parallel=trust_code), digest, notes

@@ -9,7 +9,8 @@ import importlib.util
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor, nn
 
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.outputs import OutputKind
 from holdfast.sources.adapted import Adapted
 from holdfast.sources.contents import contents
@@ -60,6 +61,8 @@ class Asked:
     dtype: DTypeLike = np.float64
     kind: OutputKind | None = None
     """kind of the scores"""
+    parallel: bool = True
+    """whether it may start the threads and processes that its `n_jobs` asks for"""
 
 
 class Estimator(nn.Module):
@@ -100,12 +103,21 @@ class Estimator(nn.Module):
         """Compare scores and labels of the rows `x`. Returns a note if the largest score belongs to another class.
 
         The midpoints of neighbouring rows are compared too, because there the scores of two classes are close. Raises
-        `TargetError` for an estimator that predicts several labels for each example.
+        `TargetError` for an estimator that predicts several labels for each example, and for one that raises an error.
         """
         if self.asked.labels is None or self.asked.scores is None or self.decides:
             return ()
         rows = self._rows(torch.cat((x, (x + x.roll(1, 0)) / 2)))
-        numbers, scores = self._numbers(rows), self._raw(rows)
+        try:
+            numbers, scores = self._numbers(rows), self._raw(rows)
+        except (HoldfastError, MemoryError):
+            raise
+        except Exception as error:  # an estimator, above all one of a damaged file, may raise anything
+            first = (str(error).splitlines() or [""])[0].rstrip(".")
+            raise TargetError(
+                f"the {self.name} raised {type(error).__name__}: {first}. Check that it is fitted on these features, "
+                f"save it again, or {_WAY_OUT}"
+            ) from error
         if self.gives == "labels":
             assert self.asked.classes is not None
             said = f"the scores of {self.name} have {scores.shape[-1]} columns for {len(self.asked.classes)} classes"
@@ -141,7 +153,7 @@ class Estimator(nn.Module):
         An estimator that was fitted on a table also accepts an array, which is faster, unless it selects its columns by
         name. Its warnings would be repeated for every batch and are not shown.
         """
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _in_parallel(allowed=self.asked.parallel):
             warnings.simplefilter("ignore")
             if not self.by_name:
                 try:
@@ -208,8 +220,13 @@ class Estimator(nn.Module):
         return cast("NDArray[np.int64]", numbers.astype(np.int64))
 
 
-def adapted_estimator(given: Predictor) -> Adapted:
-    """Return a classifier with the methods of scikit-learn as a model.
+def adapted_estimator(given: Predictor, *, parallel: bool = True) -> Adapted:
+    """Return a classifier with the methods of scikit-learn as a model. Raises the errors of `asked_of`."""
+    return as_model(asked_of(given, parallel=parallel), contents(given))
+
+
+def asked_of(given: Predictor, *, parallel: bool = True) -> Asked:
+    """Return the methods and properties of a classifier.
 
     Raises `TargetError` if the object is not a classifier or is not fitted.
     """
@@ -219,7 +236,7 @@ def adapted_estimator(given: Predictor) -> Adapted:
     classes = _classes(given, name, gives_probabilities=probabilities is not None)
     kind: OutputKind | None = None if scores is None else "logit" if probabilities is None else "probability"
     features, columns = getattr(given, "n_features_in_", None), getattr(given, "feature_names_in_", None)
-    asked = Asked(
+    return Asked(
         name,
         scores,
         given.predict,
@@ -227,8 +244,8 @@ def adapted_estimator(given: Predictor) -> Adapted:
         None if features is None else int(features),
         None if columns is None else tuple(map(str, columns)),
         kind=kind,
+        parallel=parallel,
     )
-    return as_model(asked, contents(given))
 
 
 def as_model(asked: Asked, digest: str) -> Adapted:
@@ -265,6 +282,22 @@ def named(classes: Sequence[Any]) -> tuple[tuple[str, ...] | None, tuple[int, ..
         return tuple(map(str, classes)), None
     numbers = tuple(map(int, classes))
     return (None, None) if numbers == tuple(range(len(numbers))) else (tuple(map(str, numbers)), numbers)
+
+
+@contextmanager
+def _in_parallel(*, allowed: bool) -> Iterator[None]:
+    """Unless allowed, estimators start no threads and processes within the block, whatever their `n_jobs` is.
+
+    A file may ask for any number of processes, and joblib starts them with `python -m`, which imports modules from the
+    current folder.
+    """
+    if allowed:
+        yield
+        return
+    from joblib import parallel_backend  # a dependency of scikit-learn
+
+    with parallel_backend("sequential"):
+        yield
 
 
 def _classes(given: Any, name: str, *, gives_probabilities: bool) -> Array | None:

@@ -10,6 +10,7 @@ new one fails.
 import hashlib
 import io
 import json
+import math
 import re
 import warnings
 import zipfile
@@ -32,6 +33,10 @@ from holdfast.sources.operators import is_operator_of_networks, replace_unchecke
 Sizes = tuple[int | None, ...]
 LIMITS = Limits(copies=8, spare_bytes=2**31)
 """limits of the process that first loads and runs a program"""
+_MOST_TRIED = 2**24
+"""maximum number of input values of a fixed batch for which other batch sizes are tried; these use two to four times
+its memory
+"""
 _NAME = re.compile(r"(?!(.*\.)?__\w*__(\.|$))[\w@-]+(\.[\w@-]+)*|", re.ASCII)
 """names in parts, which are written into generated code; names with two underscores at both ends are reserved by Python
 """
@@ -203,9 +208,9 @@ def _input_shape(program: torch.export.ExportedProgram) -> Sizes:
 
 def _takes_any_batch(net: nn.Module, size: int, shape: tuple[int | None, ...]) -> bool:
     """Whether a program exported for one batch size gives equal rows for other sizes, because slices are many times
-    slower.
+    slower. Other sizes are not tried if the batch is large.
     """
-    if None in shape:
+    if None in shape or size * math.prod(side or 1 for side in shape) > _MOST_TRIED:
         return False
     slices = FixedBatch(net, size)
     for n in (size + 1, 2 * size + 3):

@@ -7,7 +7,6 @@ damaged file could crash the process. The files are data and run no code.
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from holdfast.sources.archive import read_once
 from holdfast.sources.estimators import Array, Asked, as_model
 from holdfast.sources.limited.calling import read_under_limits
 from holdfast.sources.limited.limits import Limits
-from holdfast.sources.limited.trees import damaged
+from holdfast.sources.limited.trees import best_iteration, damaged
 
 MAX_BYTES = 2**30
 """maximum number of bytes of a file; a booster of 10,000 deep trees has some hundred megabytes"""
@@ -58,18 +57,11 @@ def open_booster(path: Path) -> tuple[Adapted, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns about files of another version
             booster.load_model(bytearray(content))
-        best = _best_iteration(booster.attributes())
+        best = best_iteration(booster)
         adapted = _adapted(booster, hashlib.sha256(content).hexdigest(), best)
     except xgboost.core.XGBoostError as error:
         raise damaged(path, str(error)) from error
     return adapted, hashlib.sha256(content).hexdigest()
-
-
-def _best_iteration(attributes: Mapping[str, str | None]) -> int | None:
-    """Last iteration that `XGBClassifier` uses, for a file that it wrote; None for other files."""
-    best = attributes.get("best_iteration")
-    marked = attributes.get("scikit_learn") is not None
-    return int(best) if marked and best is not None and best.isdecimal() else None
 
 
 def _adapted(booster: Any, digest: str, best: int | None) -> Adapted:

@@ -1,38 +1,36 @@
 """Loads one estimator from a `.skops` file and calls it with two rows, because native code might crash on it."""
 
-import warnings
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+import torch
 
+from holdfast.sources.estimators import Estimator, Predictor, asked_of
 from holdfast.sources.skops_files import loaded_estimator
-
-_METHODS = ("predict", "predict_proba", "decision_function")
 
 
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
     """Return an empty result if the estimator can be loaded and called without a crash. Raises the errors of
-    `loaded`.
+    `loaded_estimator` and `asked_of`.
     """
     assert content is not None, "the file is read once"
-    estimator, _ = loaded_estimator(path, content, trust_code=False)
-    width = getattr(estimator, "n_features_in_", None)
-    if isinstance(width, int):
-        rows = np.stack((np.zeros(width, np.float32), np.ones(width, np.float32)))
-        for method in _METHODS:
-            _ask(estimator, method, rows)
+    found, _ = loaded_estimator(path, content, trust_code=False)
+    if isinstance(found, Predictor):
+        _ask(Estimator(asked_of(found, parallel=False), ""))
     return {}
 
 
-def _ask(estimator: Any, method: str, rows: Any) -> None:
+def _ask(estimator: Estimator) -> None:
+    """Call the estimator with two rows, in the ways in which a run calls it."""
+    width = estimator.asked.features
+    if width is None:
+        return
+    rows = torch.stack((torch.zeros(width), torch.ones(width)))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            getattr(estimator, method, lambda rows: None)(rows)
+        estimator.settle(rows)
+        estimator(rows)
     except MemoryError:
         raise
-    except Exception:  # noqa: BLE001 - it needs other rows or column names: the run reports it with the user's data
+    except Exception:  # noqa: BLE001 - it needs other rows: the run reports it with the user's data
         return
 
 

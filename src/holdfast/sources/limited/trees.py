@@ -67,6 +67,7 @@ def _ask(content: bytes) -> None:
         raise ValueError(f"it declares {width} features")
     learner = json.loads(booster.save_raw("json"))["learner"]
     refuse_stray_trees(learner["gradient_booster"], int(learner["learner_model_param"]["num_class"]), width)
+    best = best_iteration(booster)
     rows = np.stack((np.zeros(width, np.float32), np.ones(width, np.float32)))
     matrix = xgboost.DMatrix(
         rows,
@@ -75,7 +76,22 @@ def _ask(content: bytes) -> None:
         enable_categorical=True,
         nthread=1,
     )
-    booster.predict(matrix, output_margin=True)
+    booster.predict(matrix, output_margin=True, iteration_range=(0, 0 if best is None else best + 1))
+
+
+def best_iteration(booster: Any) -> int | None:
+    """Last iteration that `XGBClassifier` uses, for a file that it wrote; None for other files.
+
+    Raises `ValueError` for an iteration that the booster does not have, because XGBoost may read outside of its memory.
+    """
+    attributes = booster.attributes()
+    best = attributes.get("best_iteration")
+    if attributes.get("scikit_learn") is None or best is None or not best.isdecimal():
+        return None
+    rounds = booster.num_boosted_rounds()
+    if int(best) >= rounds:
+        raise ValueError(f"its best iteration is {int(best)}, and it has {rounds} iterations, counted from 0")
+    return int(best)
 
 
 def refuse_stray_trees(boosted: dict[str, Any], classes: int, width: int) -> None:
