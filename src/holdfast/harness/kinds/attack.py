@@ -1,9 +1,9 @@
 """Stages that run an attack on some of the examples, and the attacks of the suite."""
 
 import math
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
@@ -73,9 +73,8 @@ class AttackKind(StageKind, Protocol):
         work.room.progress(int((~chosen).sum()))
         if not chosen.any():
             return columns
-        measured = in_pieces(
-            lambda piece: self.piece(stage, work, piece, rng, missed), batch.take(chosen), work.room
-        )
+        measure = partial(self.piece, stage, work, rng=rng, missed=missed)
+        measured = in_pieces(measure, batch.take(chosen), work.room)
         for name, values in measured.items():
             if in_table(name):
                 columns[name] = values
@@ -85,9 +84,27 @@ class AttackKind(StageKind, Protocol):
             columns["success"] &= work.clean["correct"] & work.clean["eligible"]
         return columns
 
-    @abstractmethod
     def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
-        """The columns of the attack for some of its examples; inputs are stored of those in `missed`."""
+        """The inputs that the attack returns for some of its examples, judged by the original model, with their cost.
+
+        Inputs of the examples in `missed` are stored.
+        """
+        plan, target, threat = work.plan, work.target, self.threat(work.plan)
+        batch = aimed(batch, threat)
+        with target.repeatable(rng.at(int(batch.ids[0]))):
+            x_adv, spent = returned(stage.attack, threat, target, batch, rng)
+            _, columns = verdict_of(plan, target, batch, x_adv)
+            columns |= _at_random(stage, work, threat, batch, rng)
+        columns |= {
+            **cost_columns(spent),
+            "dead": spent.dead,
+            **stored_inputs(plan, batch, x_adv, columns["success"], missed),
+        }
+        return {name: values.cpu() for name, values in columns.items()}
+
+    def threat(self, plan: "Plan") -> ThreatModel:
+        """The threat model under which the attack runs: that of the plan, without a limit for the smallest change."""
+        return unlimited(plan.threat) if plan.smallest else plan.threat
 
     def columns(self, clean: Columns) -> dict[str, Tensor]:
         """The columns of examples that were not attacked."""
@@ -156,11 +173,6 @@ class SuiteAttack(AttackKind):
         heights = _heights(clean, measured, goal=plan.threat.goal)
         return _lowest(standing & ~tried, heights, began if last else max(share, LEAST))
 
-    def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
-        """The inputs that the attack returns, judged by the original model, with their cost."""
-        threat = unlimited(work.plan.threat) if work.plan.smallest else work.plan.threat
-        return attacked_columns(stage, work, batch, threat, rng, missed)
-
     def evidence(
         self, outline: Outline, by_stage: Mapping[str, Columns], worst: Columns
     ) -> Mapping[str, Tensor]:
@@ -172,24 +184,6 @@ class SuiteAttack(AttackKind):
         if isinstance(outline.threat.constraint, Corruptions):
             added |= {f"{step.settings['name']}.right": by_stage[step.name]["right"] > 0.5 for step in steps}
         return added
-
-
-def attacked_columns(
-    stage: Stage, work: Work, batch: Batch, threat: ThreatModel, rng: Draws, missed: Ids
-) -> dict[str, Tensor]:
-    """The columns of an attack under a threat model that may differ from that of the plan."""
-    plan, target = work.plan, work.target
-    batch = aimed(batch, threat)
-    with target.repeatable(rng.at(int(batch.ids[0]))):
-        x_adv, spent = returned(stage.attack, threat, target, batch, rng)
-        _, columns = verdict_of(plan, target, batch, x_adv)
-        columns |= _at_random(stage, work, threat, batch, rng)
-    columns |= {
-        **cost_columns(spent),
-        "dead": spent.dead,
-        **stored_inputs(plan, batch, x_adv, columns["success"], missed),
-    }
-    return {name: values.cpu() for name, values in columns.items()}
 
 
 def _at_random(stage: Stage, work: Work, threat: ThreatModel, batch: Batch, rng: Draws) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Passes on every example: the fixed attack, and the minimum-norm attacks of the curve over eps."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +14,9 @@ from holdfast.core.evidence import Columns
 from holdfast.core.meter import margin
 from holdfast.core.names import slug
 from holdfast.core.refused import for_label
+from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Mask
-from holdfast.harness.kinds.attack import AttackKind, attacked_columns, unlimited
+from holdfast.harness.kinds.attack import AttackKind, unlimited
 from holdfast.harness.stage import Member, Outline, Stage, Work
 from holdfast.harness.verdict import aimed, cost_columns, returned, stored_inputs, verdict_of
 from holdfast.ops.ascent import flat
@@ -48,7 +50,7 @@ class FixedPass(AttackKind):
         """The columns of the attack; every example has them, so there are none without attack."""
         batch, rng = work.batch, Draws(work.plan.seed).at("stage", stage.name)
         missed = batch.ids if work.broken is None else batch.ids[~work.broken.to(batch.ids.device)]
-        return in_pieces(lambda piece: self.piece(stage, work, piece, rng, missed), batch, work.room)
+        return in_pieces(partial(self.piece, stage, work, rng=rng, missed=missed), batch, work.room)
 
     def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
         """The verdicts on the attacked inputs, and their probabilities."""
@@ -99,6 +101,6 @@ class CurvePass(AttackKind):
         """The correct examples."""
         return by_stage["clean"]["correct"] & by_stage["clean"]["eligible"]
 
-    def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
-        """The smallest changes that the attack finds, without a limit of their size."""
-        return attacked_columns(stage, work, batch, unlimited(work.plan.threat), rng, missed)
+    def threat(self, plan: "Plan") -> ThreatModel:
+        """The threat model of the plan without a limit of the change, because the smallest is searched for."""
+        return unlimited(plan.threat)
