@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import tomllib
 from dataclasses import replace
 from importlib import import_module
 from operator import attrgetter
@@ -380,11 +381,55 @@ def test_every_setting_of_a_training_is_documented():
     assert documented == {field.name: str(field.default) for field in written_fields(Training)}
 
 
-def test_the_functions_of_the_architecture_page_exist():
-    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    steps = re.findall(r"^\| \d+ \| `([^`]+)` \| `([^`]+)` \|", page, re.MULTILINE)
-    places = re.findall(r"`([a-z/_]+\.py)` \(`([A-Za-z_.]+)`\)", page)
-    assert len(steps) > 30 and len(places) > 6
+@pytest.mark.parametrize(
+    ("page", "n_steps", "n_places"), [("architecture", 30, 6), ("design", 0, 6), ("style", 0, 2)]
+)
+def test_the_functions_that_a_page_names_exist(page, n_steps, n_places):
+    content = text(f"{page}.md")
+    steps = re.findall(r"^\| \d+ \| `([^`]+)` \| `([^`]+)` \|", content, re.MULTILINE)
+    places = re.findall(r"`([a-z/_]+\.py)`\s\(`([A-Za-z_.]+)`\)", content)
+    assert len(steps) >= n_steps and len(places) >= n_places
     for file, name in (*steps, *places):
         module = import_module("holdfast." + file.removesuffix(".py").replace("/", "."))
         assert attrgetter(name)(module), f"{file}: {name}"
+
+
+def unindented(content):
+    return "\n".join(line.strip() for line in content.splitlines())
+
+
+def test_the_excerpts_of_the_style_page_are_in_the_code():
+    blocks = re.findall(r"```python([^\n]*)\n(.*?)```", text("style.md"), re.DOTALL)
+    assert len(blocks) > 5
+    for info, excerpt in blocks:
+        source = re.fullmatch(r' title="(.+)"', info)[1]
+        assert unindented(excerpt) in unindented((ROOT / source).read_text(encoding="utf-8")), excerpt
+
+
+def test_the_design_names_the_packages_that_do_not_exist_yet():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (floors,) = (each for each in project["tool"]["importlinter"]["contracts"] if each["id"] == "floors")
+    packages = set(re.findall(r"\w+", " ".join(floors["layers"]))) - {"__main__"}
+    planned = text("design.md").partition("## Planned verbs")[2]
+    source = ROOT / "src/holdfast"
+    absent = {
+        name for name in packages if not (source / name).is_dir() and not (source / f"{name}.py").is_file()
+    }
+    assert absent == {name for name in packages if f"`{name}`" in planned}
+
+
+def test_the_files_and_names_of_contributing_exist():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    path = r"`([\w.]+(?:/[\w.]+)*(?:/|\.(?:py|md|json|toml|txt|yml|png)))`"
+
+    def place(name):
+        return next((root / name for root in (ROOT, ROOT / "src/holdfast") if (root / name).exists()), None)
+
+    files = {name for name in re.findall(path, page) if "NAME" not in name} - {"run.json"}  # of a run folder
+    assert len(files) > 60
+    assert all(map(place, files)), [name for name in files if place(name) is None]
+    for row in re.findall(r"^\| (`.+) \|$", page, re.MULTILINE):
+        places = filter(None, map(place, re.findall(path, row)))
+        code = "".join(each.read_text(encoding="utf-8") for each in places if each.suffix == ".py")
+        for name in re.findall(r"`(_?[A-Z]{2}[A-Z_]*|_\w+)`", row.partition(" | ")[2]):
+            assert not code or name in code, row

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 from shlex import quote
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -20,9 +20,8 @@ from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, flag_names, is
 from holdfast.config.groups import InferenceSource
 from holdfast.config.settings import (
     AssessSettings,
-    DoctorSettings,
     HardenSettings,
-    RotateSettings,
+    OpeningSettings,
     S,
     keys_of,
     read_settings,
@@ -34,9 +33,7 @@ from holdfast.store.files import refuse_no_run
 _CONFIG = "holdfast.yaml"
 """Default file of `holdfast init`."""
 
-Opened = AssessSettings | DoctorSettings | HardenSettings | RotateSettings
-"""Settings with the addresses of a model and data."""
-V = TypeVar("V", AssessSettings, DoctorSettings, HardenSettings, RotateSettings)
+V = TypeVar("V", bound=OpeningSettings)
 
 
 def settings_from(flags: dict[str, Any], kind: type[V], voice: Voice) -> V:
@@ -48,11 +45,11 @@ def settings_from(flags: dict[str, Any], kind: type[V], voice: Voice) -> V:
     for address in (*addresses, *flags.get("across", ())):
         refuse_missing_file(address)
     config = flags.get("config")
-    settings = settings_of_flags(flags, kind, voice)
+    settings: V = settings_of_flags(flags, cast(Any, kind), voice)
     if config and not settings.model.trust_code:
         _refuse_code_of_config(settings, flags)
-    if config and isinstance(settings, AssessSettings | DoctorSettings):
-        _refuse_hosts_of_config(settings.inference, flags)
+    if config:
+        _refuse_hosts_of_config(getattr(settings, "inference", InferenceSource()), flags)
     _refuse_targets(settings, config)
     if isinstance(settings, AssessSettings):
         refuse_reports(settings.reports.output)
@@ -96,11 +93,11 @@ def _report_files(outputs: Iterable[str]) -> list[str]:
     return files
 
 
-def _surrogates(settings: Opened) -> list[SurrogateSettings]:
+def _surrogates(settings: OpeningSettings) -> list[SurrogateSettings]:
     return settings.suite.surrogates if isinstance(settings, AssessSettings | HardenSettings) else []
 
 
-def _refuse_targets(settings: Opened, config: str | None) -> None:
+def _refuse_targets(settings: OpeningSettings, config: str | None) -> None:
     command = click.get_current_context().command_path
     example = f"{command} mnist-cnn mnist-mini"
     if config is None and Path(_CONFIG).is_file():
@@ -116,8 +113,7 @@ def _refuse_targets(settings: Opened, config: str | None) -> None:
         refuse_unknown_model(address)
     if isinstance(settings, HardenSettings):
         refuse_server_to_train(str(model))
-    hosts = settings.inference.allow_hosts if isinstance(settings, AssessSettings | DoctorSettings) else ()
-    refuse_foreign_server(str(model), hosts)
+    refuse_foreign_server(str(model), getattr(settings, "inference", InferenceSource()).allow_hosts)
     across = settings.options.across if isinstance(settings, AssessSettings) else ()
     for address in (str(data), *across):
         refuse_unknown_data(address)
@@ -135,7 +131,7 @@ def _refuse_bare_resume(run: Path) -> None:
         raise UsageError(f"MODEL is missing; {way_out(command, run)}")
 
 
-def _refuse_code_of_config(settings: Opened, flags: dict[str, Any]) -> None:
+def _refuse_code_of_config(settings: OpeningSettings, flags: dict[str, Any]) -> None:
     for name, value in (("model", settings.model.address), ("arch", settings.model.arch)):
         if value and ".py:" in value and flags.get(name) != value:
             raise UsageError(

@@ -1,7 +1,6 @@
 """Opens the models and the examples of a verb, given as addresses or as Python objects."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from holdfast.config.expecting import (
 )
 from holdfast.config.grad_mode import differentiable
 from holdfast.config.grammar import parse_transform, per_second, seconds
-from holdfast.config.groups import ExampleSelection, ServerLimits
+from holdfast.config.groups import ExampleSelection, InferenceSource, ServerLimits
 from holdfast.config.planning import examples_to_fit
 from holdfast.config.references import (
     DataLike,
@@ -34,9 +33,7 @@ from holdfast.config.references import (
 )
 from holdfast.config.settings import (
     AssessSettings,
-    DoctorSettings,
-    HardenSettings,
-    RotateSettings,
+    OpeningSettings,
     check_settings,
 )
 from holdfast.config.values import SurrogateSettings
@@ -94,29 +91,25 @@ def refuse_unserved(limits: ServerLimits, model: Classifier) -> None:
         )
 
 
-def sources_at(settings: AssessSettings | DoctorSettings | HardenSettings | RotateSettings) -> Sources:
+def sources_at(settings: OpeningSettings) -> Sources:
     """Return the model and the data at the addresses in the settings."""
-    model = ModelReference(settings.model.address, settings.model)
-    if isinstance(settings, AssessSettings | DoctorSettings):
-        model = replace(model, inference=settings.inference)
-    if isinstance(settings, AssessSettings):
-        model = replace(model, limits=settings.limits)
-    selection = ExampleSelection() if isinstance(settings, RotateSettings) else settings.selection
-    data = DataReference(settings.data.address, settings.data)
-    return Sources(model, data, settings.inputs, selection, settings.random.seed)
-
-
-def sources_given(
-    model: ModelLike, data: DataLike, settings: AssessSettings | DoctorSettings | HardenSettings
-) -> Sources:
-    """Return the model and the data of a Python function, given as objects or addresses."""
-    return Sources(
-        model_reference(model),
-        data_reference(data),
-        settings.inputs,
-        settings.selection,
-        settings.random.seed,
+    model = ModelReference(
+        settings.model.address,
+        settings.model,
+        getattr(settings, "inference", InferenceSource()),
+        getattr(settings, "limits", ServerLimits()),
     )
+    return _sources(model, DataReference(settings.data.address, settings.data), settings)
+
+
+def sources_given(model: ModelLike, data: DataLike, settings: OpeningSettings) -> Sources:
+    """Return the model and the data of a Python function, given as objects or addresses."""
+    return _sources(model_reference(model), data_reference(data), settings)
+
+
+def _sources(model: ModelReference, data: DataReference, settings: OpeningSettings) -> Sources:
+    selection = getattr(settings, "selection", ExampleSelection())
+    return Sources(model, data, settings.inputs, selection, settings.random.seed)
 
 
 def open_subject(sources: Sources, *, transform: str | None = None, adaptive: bool = False) -> Subject:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -108,6 +108,19 @@ class RotateSettings(VerbSettings):
     inputs: groups.InputSpace = _group(groups.InputSpace)
     data: groups.DataSource = _group(groups.DataSource)
     others: groups.OtherData = _group(groups.OtherData)
+
+
+class OpeningSettings(Protocol):
+    """Settings of a verb that opens a model and data."""
+
+    @property
+    def model(self) -> groups.ModelSource: ...
+    @property
+    def data(self) -> groups.DataSource: ...
+    @property
+    def inputs(self) -> groups.InputSpace: ...
+    @property
+    def random(self) -> groups.Seed: ...
 
 
 VERBS: Mapping[str, type[VerbSettings]] = {
