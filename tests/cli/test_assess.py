@@ -208,7 +208,7 @@ def test_how_the_attacks_are_made_quick_is_a_detail(capsys):
     detail = "matrix product"
     assert run(words) == 0
     assert detail not in capsys.readouterr().err
-    assert detail in " ".join(json.loads(Path("r.json").read_text())["notes"])
+    assert detail in " ".join(json.loads(Path("r.json").read_text())["details"])
     assert detail in Path("r.html").read_text().partition("<details>")[2]
     assert run([*words, "-v"]) == 0
     assert detail in capsys.readouterr().err

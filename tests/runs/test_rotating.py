@@ -197,15 +197,15 @@ def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collec
     run = tmp_path / "run"
     result = api.carry_out(of, run=run)
     found = result.summary()["rotation"]
-    assert [row["who"] for row in found["rows"]] == list(ATTACKERS)
-    assert [row["who"] for row in found["instead"]] == list(INSTEAD)
-    by = {row["who"]: row for row in found["rows"]}
-    assert by["A0"]["holds"].startswith("4 surrogates, trained by standard on")
-    assert "2 stolen sets" in by["A1"]["holds"] and by["A2"]["holds"] == "2 stolen sets"
-    assert by["A1u"]["word"] == "not measured" and by["A1u"]["share"] is None
-    assert "the generator and 1 set of the same draw" in by["A3"]["holds"]
-    assert by["A4"]["holds"] == "12 queries per input, 2 sets swapped every 5 queries"
-    assert by["A5"]["word"] == "untouched"
+    assert [row["attacker"] for row in found["rows"]] == list(ATTACKERS)
+    assert [row["alternative"] for row in found["alternatives"]] == list(INSTEAD)
+    by = {row["attacker"]: row for row in found["rows"]}
+    assert by["A0"]["has"].startswith("4 surrogates, trained by standard on")
+    assert "2 stolen sets" in by["A1"]["has"] and by["A2"]["has"] == "2 stolen sets"
+    assert by["A1u"]["effect"] == "not measured" and by["A1u"]["share"] is None
+    assert "the generator and 1 set of the same draw" in by["A3"]["has"]
+    assert by["A4"]["has"] == "12 queries per input, 2 sets swapped every 5 queries"
+    assert by["A5"]["effect"] == "not affected"
     assert by["A5"]["share"]["value"] == pytest.approx(result.metrics["attack_success_rate"].value)
     document = json.loads((run / "rotation.json").read_text())
     assert all(set(row["turned"]) <= set(document["ids"]) for row in document["rows"])
@@ -275,7 +275,7 @@ def test_rows_from_before_something_leaked_are_measured_anew(
     monkeypatch.setattr(attacked, "AttackerTable", partial(AttackerTable, means=MEANS))
     serving.expose(second, "another stolen")
     rows = api.carry_out(of, run=run, resume=True).summary()["rotation"]["rows"]
-    by = {row["who"]: row["holds"] for row in rows}
+    by = {row["attacker"]: row["has"] for row in rows}
     assert (
         by["A1"] == "one of 2 stolen sets, the one with the highest success rate"
         and by["A2"] == "2 stolen sets"
