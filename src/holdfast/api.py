@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast.checkup import Finding, examine
 from holdfast.config import hardening
-from holdfast.config.assess_inputs import AssessInputs, opened_for_assess
+from holdfast.config.assess_inputs import AssessInputs, opened_for_assess, rehearse, rehearse_served
 from holdfast.config.attacks import ThreatLike, threat_model, threat_written
 from holdfast.config.grammar import did_you_mean, parse_threat
 from holdfast.config.members import SuiteLike, members_given
@@ -23,7 +23,6 @@ from holdfast.config.references import (
     open_data,
     open_model,
 )
-from holdfast.config.rehearsing import rehearse, rehearse_served
 from holdfast.config.resolve import (
     device_of_model,
     folder_of,
@@ -54,11 +53,10 @@ from holdfast.store.verify import Verified
 from holdfast.store.verify import verify as verify_folder
 from holdfast.verbs import assess as assessing
 from holdfast.verbs import harden as hardens
-from holdfast.verbs.comparison import Comparison
 from holdfast.verbs.exhibition import Exhibit, exhibits
 from holdfast.verbs.hardened import Hardened
 from holdfast.verbs.result import Result
-from holdfast.verbs.stored_runs import open_run
+from holdfast.verbs.stored_runs import Comparison, open_run
 
 __all__ = [
     "assess",

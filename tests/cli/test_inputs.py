@@ -88,7 +88,7 @@ def test_refusals_name_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_rotation_opens_its_terms_again_with_what_was_declared() -> None:
-    from holdfast.config.rotating import terms
+    from holdfast.config.rotating import rotate_request
 
     digits = open_data("mnist-mini", split="train", n=1500)
     batch = digits.read(0, 1500)
@@ -96,8 +96,8 @@ def test_a_rotation_opens_its_terms_again_with_what_was_declared() -> None:
     np.savez("all.npz", x_train=z[:1400], y_train=batch.y[:1400], x_test=z[1400:], y_test=batch.y[1400:])
     declared = {"data_normalised": "0.1307/0.3081", "class_names": ",".join("0123456789"), "layout": "chw"}
     asked = {"model": "net.py:bare", "data": "all.npz", "threat": "linf:0.1", **declared}
-    first = terms(check_settings(asked, "", kind=RotateSettings))
-    second = terms(check_settings(first.settings, "", kind=RotateSettings))
+    first = rotate_request(check_settings(asked, "", kind=RotateSettings))
+    second = rotate_request(check_settings(first.settings, "", kind=RotateSettings))
     assert first.settings.keys() >= declared.keys()
     assert first.about() == second.about()
     assert float(first.examples.train.x.min()) == 0

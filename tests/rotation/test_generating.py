@@ -7,9 +7,9 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import LostLoss, UsageError
 from holdfast.ops.diffusion import Diffusion
 from holdfast.rotation import Basins, Codec, LatentDiffusion, Members, collect, put
+from holdfast.rotation.codec import span
 from holdfast.rotation.distances import apart, nearest_sets
 from holdfast.rotation.generating import packed_generator, unpacked_generator
-from holdfast.rotation.span import span
 from rotation.problem import accuracy, examples, task
 
 CODEC = Codec(rank=12, dims=6, hidden=64, steps=400)

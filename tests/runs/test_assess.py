@@ -22,9 +22,8 @@ from holdfast.metrics.paired import basis
 from holdfast.ops.losses import dlr
 from holdfast.sources.memory import as_data
 from holdfast.verbs.assess import assess
-from holdfast.verbs.comparison import Comparison
 from holdfast.verbs.request import Subject
-from holdfast.verbs.stored_runs import new_folder, open_run, runs_in
+from holdfast.verbs.stored_runs import Comparison, new_folder, open_run, runs_in
 from runs.fakes import CLASSES, FAST, FEATURES, SMALLEST, THOROUGH, N, data, network, order, settled, subject
 
 

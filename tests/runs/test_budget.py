@@ -10,7 +10,7 @@ from holdfast.ops.fit import Training
 from holdfast.ops.overfitting import MOST_RAISED, RAISED, OverfittingGuard
 from holdfast.recipes import PGDTraining, SingleStep
 from holdfast.testing.recipes import same
-from holdfast.verbs import harden as hardening
+from holdfast.verbs import attempt_training
 from holdfast.verbs.harden import harden
 from holdfast.verbs.training import LAST, kept
 from runs import fakes
@@ -183,7 +183,7 @@ def test_the_weights_follow_from_the_plans_that_are_stored(tmp_path, monkeypatch
     found = last_of(tmp_path / "r")
     assert len({plan.end for plan in found.plans}) > 3
     plans = iter([plan for plan in found.plans if not plan.rewound])
-    monkeypatch.setattr(hardening, "Pacer", lambda *rest: lambda *where: next(plans))
+    monkeypatch.setattr(attempt_training, "Pacer", lambda *rest: lambda *where: next(plans))
     hardened(steady, *RECIPES[name], run=tmp_path / "again")
     assert same(found, last_of(tmp_path / "again"))
     assert next(plans, None) is None

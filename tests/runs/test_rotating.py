@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from holdfast import api
-from holdfast.config import attacked, rotating
+from holdfast.config import assess_inputs, rotating
 from holdfast.config.resolve import open_all, open_subject, sources_at
 from holdfast.config.settings import AssessSettings, RotateSettings, check_settings
 from holdfast.core.draws import Draws
@@ -111,7 +111,7 @@ def quick(monkeypatch):
         found.append(pool.path)
         return AttackerTable(pool, terms, MEANS)
 
-    monkeypatch.setattr(attacked, "AttackerTable", table)
+    monkeypatch.setattr(assess_inputs, "AttackerTable", table)
     return found
 
 
@@ -253,7 +253,7 @@ def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, tmp_
     before = json.loads((tmp_path / "run" / "rotation.json").read_text())
     assert [row["who"] for row in before["rows"]] == list(ATTACKERS[:6]) and not before["complete"]
     monkeypatch.undo()
-    monkeypatch.setattr(attacked, "AttackerTable", partial(AttackerTable, means=MEANS))
+    monkeypatch.setattr(assess_inputs, "AttackerTable", partial(AttackerTable, means=MEANS))
     monkeypatch.setattr(attackers._Measuring, "_generator", lambda self: 1 / 0)
     api.carry_out(of, run=tmp_path / "run", resume=True)
     after = json.loads((tmp_path / "run" / "rotation.json").read_text())
@@ -272,7 +272,7 @@ def test_rows_from_before_something_leaked_are_measured_anew(
     with pytest.raises(ZeroDivisionError):
         api.carry_out(of, run=run)
     monkeypatch.undo()
-    monkeypatch.setattr(attacked, "AttackerTable", partial(AttackerTable, means=MEANS))
+    monkeypatch.setattr(assess_inputs, "AttackerTable", partial(AttackerTable, means=MEANS))
     serving.expose(second, "another stolen")
     rows = api.carry_out(of, run=run, resume=True).summary()["rotation"]["rows"]
     by = {row["attacker"]: row["has"] for row in rows}

@@ -19,8 +19,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources import catalogue
 from holdfast.sources.catalogue import CATALOGUE, RemoteFile, entry_of, listed_data_sets
 from holdfast.sources.data import open_data
-from holdfast.sources.fetching import download, fetch, import_folder
-from holdfast.sources.official import cifar_arrays, idx
+from holdfast.sources.fetching import cifar_arrays, download, fetch, idx, import_folder
 
 RNG = np.random.default_rng(0)
 

@@ -13,7 +13,7 @@ from fuzzing.encodings import chunks, png
 from holdfast.core.errors import TargetError
 from holdfast.sources.data import open_data
 from holdfast.sources.models import open_model
-from holdfast.sources.onnx.bounds import MOST_ROUNDS
+from holdfast.sources.onnx.reading import MOST_ROUNDS
 
 onnx = pytest.importorskip("onnx")
 helper = onnx.helper

@@ -2,7 +2,7 @@
 
 import threading
 
-from holdfast.sources.pace import RequestPace
+from holdfast.sources.asking import RequestPace
 
 
 class Clock:

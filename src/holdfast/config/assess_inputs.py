@@ -1,22 +1,103 @@
-"""Opens the inputs of an assessment and makes its request, for the command line and for Python."""
+"""Opens the inputs of an assessment, makes its request, and estimates its cost, for the command line and for Python."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from holdfast.config.attacked import attackers
+from holdfast.config import expecting, resolve, rotating
 from holdfast.config.planning import assess_request
+from holdfast.config.pooled import pool_of
 from holdfast.config.references import DataLike, Sources
 from holdfast.config.resolve import device_of_model, open_all, open_fit, open_others
-from holdfast.config.settings import AssessSettings
-from holdfast.core.batch import Data
+from holdfast.config.settings import AssessSettings, RotateSettings, check_settings
+from holdfast.core.batch import Batch, Data
+from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
+from holdfast.engine.progress import Progress
 from holdfast.harness import Member
-from holdfast.verbs.request import AssessRequest, Opening, Subject
+from holdfast.sources.counting import look_at
+from holdfast.sources.selection import selected
+from holdfast.verbs import assess as assessing
+from holdfast.verbs.rehearsal import Rehearsed, rehearsed
+from holdfast.verbs.request import AssessRequest, Keep, MeasureAttackers, Opening, Subject
+from holdfast.verbs.result import Result
+from holdfast.verbs.rotate.attackers import AttackerTable
 from holdfast.verbs.served import journaled
+from holdfast.verbs.stored_runs import open_run
+
+
+def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
+    """Run the first `n` examples without storing anything. Returns the result and the total number of examples."""
+    sources = resolve.sources_at(settings)
+    subject, data, surrogates = resolve.open_all(
+        sources,
+        settings.suite.surrogates,
+        transform=settings.options.transform,
+        adaptive=settings.suite.adaptive,
+    )
+    request = replace(_request(settings, sources, subject, surrogates), gates=(), workers=None)
+    few = selected(data, n=min(n, len(data)), sample=None, seed=sources.seed)
+    return assessing.assess(subject, few, request), len(data)
+
+
+def rehearse_served(settings: AssessSettings) -> Rehearsed:
+    """Compute what a run would send to a server. At most 64 rows, or one larger batch, are sent for this."""
+    sources = resolve.sources_at(settings)
+    subject = resolve.open_subject(sources, transform=settings.options.transform)
+    sent = look_at(subject.model)
+    if sent is None:
+        raise UsageError(
+            f"{sources.model.address} is not a model behind a server; its cost is estimated on a few examples"
+        )
+    surrogates = resolve.open_surrogates(settings.suite.surrogates, sources, subject.model)
+    data = resolve.open_examples(sources, subject.model)
+    subject = expecting.with_found_properties(subject, surrogates, data)
+    return rehearsed(subject, data, _request(settings, sources, subject, surrogates), sent)
+
+
+def _request(
+    settings: AssessSettings, sources: Sources, subject: Subject, surrogates: tuple[Subject, ...]
+) -> AssessRequest:
+    request = assess_request(settings, baseline=_baseline(settings), target=subject.model.access)
+    fit = resolve.open_fit(sources, settings.others.fit, subject.model, request.plan)
+    across = resolve.open_others(settings.options.across, sources, subject.model)
+    return replace(request, fit=fit, surrogates=surrogates, across=across)
+
+
+def _baseline(settings: AssessSettings) -> Evidence | None:
+    return None if settings.reports.baseline is None else open_run(Path(settings.reports.baseline)).evidence
+
+
+def attackers(sources: Sources, device: str, *, adaptive: bool) -> MeasureAttackers | None:
+    """Return the function that measures the attackers of a pool, or None if the model is not a pool or `adaptive` is
+    off.
+    """
+    address = sources.model.address
+    if address is None or not adaptive or not pool_of(address):
+        return None
+    return partial(_measured, address, device, trust_code=sources.model.source.trust_code)
+
+
+def _measured(
+    address: str,
+    device: str,
+    evidence: Evidence,
+    judged_on: Batch,
+    *,
+    trust_code: bool,
+    known: Mapping[str, Any] | None,
+    keep: Keep,
+    progress: Progress,
+) -> Mapping[str, Any]:
+    """Open the training data of the pool only when the table is measured, because they may be large."""
+    pool = pool_of(address)
+    assert pool is not None
+    trusted = {"device": device, "trust_code": trust_code}
+    request = rotating.reopened(pool, check_settings(trusted, address, kind=RotateSettings))
+    return AttackerTable(pool, request)(evidence, judged_on, known=known, keep=keep, progress=progress)
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,35 @@ from holdfast.core.model import VOTES, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Logits, Mask, PerExample, Rows
 from holdfast.doubts.slopes import gradient_properties
-from holdfast.doubts.steadiness import steadiness
 from holdfast.doubts.thresholds import FRESH_ROWS, NOISE_DRAWS, SAMPLE
 from holdfast.ops.ascent import ascend
+from holdfast.ops.logits import change
 from holdfast.ops.losses import Loss, cross_entropy, likeliest, margin, margin_loss, probability_margin
 from holdfast.ops.sampling import sample_rows
+
+
+def steadiness(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
+    """Relative change of each example's logits: `repeat`, `order`, `batch`, and `history` with the same torch seed.
+
+    Cost: 6 forward passes. The random state of torch is restored.
+    """
+    backwards = torch.arange(len(batch) - 1, -1, -1, device=batch.ids.device)
+    halves = batch.split(max(1, len(batch) // 2))
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        first = model(batch.x, batch.ids)
+        second = model(batch.x, batch.ids)
+        turned = model(batch.x[backwards], batch.ids[backwards])[backwards]
+        parts = torch.cat([model(part.x, part.ids) for part in halves])
+        torch.manual_seed(0)
+        later = model(batch.x, batch.ids)
+    return {
+        "repeat": change(first, second),
+        "order": change(first, turned),
+        "batch": change(first, parts),
+        "history": change(first, later),
+    }
+
 
 Run = Callable[[Model, Batch, ThreatModel, Draws], dict[str, Tensor]]
 """Returns columns for the batch; attacks return `broken`, the lowest `margin`, and its input `x`."""

@@ -5,8 +5,11 @@ class is always that of `predict`: the first of equal scores wins, as in `predic
 the largest score, such as a threshold, the other scores are lowered below that of the predicted class.
 """
 
+import hashlib
 import importlib.util
+import io
 import math
+import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +25,31 @@ from torch import Tensor, nn
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.outputs import OutputKind
 from holdfast.sources.adapted import Adapted
-from holdfast.sources.contents import contents
+
+
+def contents(estimator: Any) -> str:
+    """SHA-256 in hex over the fitted values of an estimator, equal in every process.
+
+    The objects are traversed as for pickling, and nothing is loaded. The result is empty if the estimator contains an
+    object that cannot be pickled, such as a function without a name.
+    """
+    try:
+        walked = _walked(estimator)
+    except (pickle.PicklingError, AttributeError, TypeError, ValueError, RecursionError):
+        return ""
+    kind = type(estimator)
+    return hashlib.sha256(f"{kind.__module__}.{kind.__qualname__} {walked}".encode()).hexdigest()
+
+
+def _walked(estimator: Any) -> str:
+    try:
+        import joblib  # a dependency of scikit-learn; it sorts sets and stores equal strings once
+    except ImportError:
+        buffer = io.BytesIO()
+        pickle.dump(estimator, buffer, protocol=5)
+        return hashlib.sha256(buffer.getvalue()).hexdigest()
+    return str(joblib.hash(estimator, hash_name="sha1"))
+
 
 Array = NDArray[Any]
 _APART = 4e-6

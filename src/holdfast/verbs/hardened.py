@@ -17,9 +17,8 @@ from holdfast.metrics.paired import basis
 from holdfast.ops.overfitting import MOST_RAISED
 from holdfast.ops.statistics import proportion
 from holdfast.reports.card import card_document as as_markdown
-from holdfast.reports.card import compared_metrics, judged
+from holdfast.reports.card import compared_metrics, curve_svg, judged
 from holdfast.reports.numbers import percent, plain, strict
-from holdfast.reports.training import curve_svg
 from holdfast.reports.words import as_asked
 from holdfast.store.files import usable, write_atomically
 from holdfast.store.records import document

@@ -1,18 +1,24 @@
-"""Stored runs: open one, list those in a folder, and create the path of a new one."""
+"""Stored runs: open one, list those in a folder, create the path of a new one, and compare two on the same examples."""
 
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from holdfast.core.errors import HoldfastError, TargetError
+from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns, Evidence, Seconds
 from holdfast.harness import FOUND, KINDS
+from holdfast.metrics.paired import clean_accuracy_drop, regression
 from holdfast.metrics.shares import robust_accuracy
+from holdfast.reports import comparison as reported
 from holdfast.reports.numbers import number
+from holdfast.reports.summary import Json
+from holdfast.reports.write import write_comparison
 from holdfast.store.files import MANIFEST
 from holdfast.store.folder import read_about, read_manifest, read_stage, recorded_document, refuse_altered
 from holdfast.store.forms import refuse_form
@@ -32,6 +38,54 @@ from holdfast.verbs.evidence import (
 from holdfast.verbs.forms import ASKED, ASSESSED, DECIDED, HEAD, JUDGED, LISTED, consistent
 from holdfast.verbs.result import Result, about_of
 from holdfast.verbs.served import totals_in
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Comparison of a second run with a first. Raises `UsageError` if they have no examples in common."""
+
+    first: Result
+    second: Result
+
+    @property
+    def regression(self) -> Estimate:
+        """Robust accuracy of the first run minus that of the second; positive is worse."""
+        return regression(self.second.evidence, self.first.evidence)
+
+    @property
+    def clean_accuracy_drop(self) -> Estimate:
+        """Clean accuracy of the first run minus that of the second; positive is worse."""
+        return clean_accuracy_drop(self.second.evidence, self.first.evidence)
+
+    def summary(self) -> Json:
+        """The content of every report, in the types of strict JSON."""
+        return self._summary
+
+    @cached_property
+    def _summary(self) -> Json:
+        summaries = self.first.summary(), self.second.summary()
+        return reported.comparison(self.first.evidence, self.second.evidence, summaries)
+
+    def text(self, *, colour: bool = False, width: int | None = None) -> str:
+        """The changes and the metrics of both runs as text for a terminal."""
+        return reported.text(self._summary, colour=colour, width=width)
+
+    def to_json(self) -> str:
+        """The summary as JSON text."""
+        return reported.comparison_to_json(self._summary)
+
+    def write(self, path: str | Path) -> Path:
+        """Write a report in the format of the suffix: `.html .json .md`."""
+        write_comparison(self._summary, Path(path))
+        return Path(path)
+
+    def _repr_html_(self) -> str:
+        """HTML representation of the comparison for notebooks."""
+        return reported.comparison_fragment(self._summary)
+
+    def __str__(self) -> str:
+        return " ".join(said for key in ("caution", "headline") if (said := self._summary[key]))
+
 
 RUNS = Path("holdfast-runs")
 """Parent folder of runs without a given folder."""
