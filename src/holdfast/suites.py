@@ -77,7 +77,7 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
             raise UsageError(f"there is no suite {name!r} of common corruptions; choose --suite corruptions")
         name = "corruptions"
     elif isinstance(constraint, Limited):
-        composed = LIMITED["flow" if "flow" in constraint.limits else type(constraint).__name__.lower()]
+        composed = LIMITED["flow" if "flow" in constraint.limits else constraint.name]
         if name not in composed:
             if name == "transfer":
                 raise UsageError(
@@ -89,7 +89,7 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
             )
         return Suite(name, 1, composed[name])
     elif name == "corruptions":
-        norm = type(constraint).__name__.lower()
+        norm = constraint.name
         raise UsageError(
             f"the suite corruptions has no attack under {norm}; choose a threat such as corruptions:3"
         )
@@ -231,7 +231,7 @@ def labels_only(constraint: Constraint) -> Named:
         return (("RayS", RayS(queries=5000)),)
     if isinstance(constraint, L2):
         return (("HopSkipJump", HopSkipJump(queries=5000)), ("SurFree", SurFree(queries=5000)))
-    norm = type(constraint).__name__.lower()
+    norm = constraint.name
     raise UsageError(
         f"the suite 'black-box' has no attack under {norm} that needs only labels; use linf or l2"
     )

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, Norm, allowed
+from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
+from holdfast.core.patches import Patch
+from holdfast.core.transformations import Colour, Spatial
 from holdfast.testing import geometry
 
 SEEDS = st.integers(0, 2**31)
@@ -159,3 +162,24 @@ def test_an_l2_ball_holds_in_half_precision(eps, high):
     assert found.isfinite().all()
     reached = (found.double() - x.double()).norm(dim=1)
     assert (reached <= 1.1 * eps).all() and reached.mean() > 0.3 * eps
+
+
+@pytest.mark.parametrize(
+    ("constraint", "name", "is_ball", "in_input_units", "judges_misclassified"),
+    [
+        (Linf(0.1), "linf", True, True, False),
+        (L2(0.1), "l2", True, True, False),
+        (L1(1), "l1", True, True, False),
+        (L0(2), "l0", True, False, False),
+        (Patch(), "patch", False, False, False),
+        (Spatial(rotate=3), "spatial", False, False, False),
+        (Colour(hue=2), "colour", False, False, False),
+        (Corruptions(3), "corruptions", False, False, True),
+    ],
+)
+def test_a_constraint_states_its_name_and_what_it_is(
+    constraint, name, is_ball, in_input_units, judges_misclassified
+):
+    assert isinstance(constraint, Constraint)
+    stated = constraint.name, constraint.is_ball, constraint.in_input_units, constraint.judges_misclassified
+    assert stated == (name, is_ball, in_input_units, judges_misclassified)

@@ -10,7 +10,7 @@ largest gains (Croce & Hein, "Sparse and imperceivable adversarial attacks", ICC
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ _L1_DENSITY = (
 @runtime_checkable
 class Constraint(Protocol):
     """A set of allowed inputs around each clean one; `eps` is its size, infinite if only the distance is measured."""
+
+    name: ClassVar[str]
+    """name on the command line, such as `linf`"""
+    is_ball: ClassVar[bool]
+    """whether the set is the ball of radius eps in a norm"""
+    in_input_units: ClassVar[bool]
+    """whether eps is the size of a change of values, in units of the inputs"""
+    judges_misclassified: ClassVar[bool]
+    """whether misclassified examples are judged, too, because they may be correct when changed"""
 
     @property
     def eps(self) -> float:
@@ -85,7 +94,7 @@ def allowed(constraint: Constraint, x_adv: Inputs, x: Inputs, bounds: Bounds) ->
 
 
 def _rounding(constraint: Constraint, x_adv: Inputs, x: Inputs) -> PerExample | float:
-    if not isinstance(constraint, (Linf, L2, L1)):
+    if not constraint.in_input_units:
         return 0.0
     size = torch.maximum(x_adv.abs(), x.abs()).double() * (x_adv != x)
     return constraint.distance(torch.finfo(x_adv.dtype).eps * size, torch.zeros_like(size))
@@ -112,6 +121,11 @@ def _room(delta: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
 @dataclass(frozen=True)
 class Linf:
     """No coordinate changes by more than `eps`."""
+
+    name: ClassVar[str] = "linf"
+    is_ball: ClassVar[bool] = True
+    in_input_units: ClassVar[bool] = True
+    judges_misclassified: ClassVar[bool] = False
 
     eps: NonNegative = math.inf
 
@@ -145,6 +159,11 @@ class Linf:
 @dataclass(frozen=True)
 class L2:
     """The Euclidean length of the change is at most `eps`."""
+
+    name: ClassVar[str] = "l2"
+    is_ball: ClassVar[bool] = True
+    in_input_units: ClassVar[bool] = True
+    judges_misclassified: ClassVar[bool] = False
 
     eps: NonNegative = math.inf
 
@@ -231,6 +250,11 @@ def _l2_share(delta: Tensor, most: Tensor, eps: PerExample) -> PerExample:
 class L1:
     """The sum of absolute changes is at most `eps`."""
 
+    name: ClassVar[str] = "l1"
+    is_ball: ClassVar[bool] = True
+    in_input_units: ClassVar[bool] = True
+    judges_misclassified: ClassVar[bool] = False
+
     eps: NonNegative = math.inf
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
@@ -313,6 +337,11 @@ def _l1_shrinkage(size: Tensor, room: Tensor, eps: PerExample) -> Tensor:
 @dataclass(frozen=True)
 class L0:
     """At most `eps` values change (or pixels: all channels of one position count once)."""
+
+    name: ClassVar[str] = "l0"
+    is_ball: ClassVar[bool] = True
+    in_input_units: ClassVar[bool] = False
+    judges_misclassified: ClassVar[bool] = False
 
     eps: NonNegative = math.inf
     per: Literal["value", "pixel"] = "value"

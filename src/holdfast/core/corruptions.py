@@ -1,6 +1,7 @@
 """Common corruptions as a constraint: the threat model `corruptions:3`."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from holdfast.core.errors import UsageError
 from holdfast.core.types import Inputs, PerExample
@@ -14,6 +15,9 @@ class Corruptions(Whole):
     There is no ball: any image inside the box is allowed, since only corruptions run under this constraint and every
     other attack raises `UsageError`. The corruptions are in `holdfast.ops.corruptions`.
     """
+
+    name: ClassVar[str] = "corruptions"
+    judges_misclassified: ClassVar[bool] = True
 
     severity: int = 3
 

@@ -7,6 +7,7 @@ Noise", ICML 2018, arXiv:1801.02608.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,11 @@ class Patch:
     attacker. With `jitter` the position varies by up to that many pixels. The patch stays inside the rectangle
     `within`, if there is one: `anywhere` and `centre` then refer to that rectangle.
     """
+
+    name: ClassVar[str] = "patch"
+    is_ball: ClassVar[bool] = False
+    in_input_units: ClassVar[bool] = False
+    judges_misclassified: ClassVar[bool] = False
 
     height: Steps = 5
     width: Steps = 5

@@ -7,6 +7,7 @@ Compositional Adversarial Robustness", CVPR 2023, arXiv:2202.04235, for the seco
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from holdfast.core.errors import UsageError
 from holdfast.core.names import MOST_SCALED, limits_text, refuse_mixed
@@ -21,6 +22,8 @@ class Spatial(Whole):
     There is no ball: any image inside the box is allowed, since only attacks that transform images run under this
     constraint, and these keep to the limits. Every other attack raises `UsageError`.
     """
+
+    name: ClassVar[str] = "spatial"
 
     rotate: NonNegative = 0.0
     """largest rotation in degrees, in both directions"""
@@ -76,6 +79,8 @@ class Spatial(Whole):
 @dataclass(frozen=True)
 class Colour(Whole):
     """Changes of hue, saturation, brightness and contrast, each up to its limit; allowed images as under `Spatial`."""
+
+    name: ClassVar[str] = "colour"
 
     hue: NonNegative = 0.0
     """largest rotation of the hue in degrees, in both directions"""

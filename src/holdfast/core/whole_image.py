@@ -1,6 +1,7 @@
 """Base class of constraints that change an image as a whole, without a ball."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
@@ -11,6 +12,10 @@ from holdfast.core.types import Inputs
 
 class Whole(ABC):
     """A constraint under which attacks that change single values raise `UsageError`."""
+
+    is_ball: ClassVar[bool] = False
+    in_input_units: ClassVar[bool] = False
+    judges_misclassified: ClassVar[bool] = False
 
     @abstractmethod
     def refusal(self) -> UsageError:

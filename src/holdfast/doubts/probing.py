@@ -18,7 +18,7 @@ from holdfast.attacks.protocol import Attack
 from holdfast.attacks.square import Square
 from holdfast.attacks.transfer import Transfer
 from holdfast.core.batch import Batch
-from holdfast.core.constraints import L1, L2, Constraint, Linf, extent
+from holdfast.core.constraints import Constraint, extent
 from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent
 from holdfast.core.evidence import Columns
@@ -263,7 +263,7 @@ def probes_for(threat: ThreatModel, attacks: tuple[Attack, ...] = ()) -> tuple[P
     probes = (*PROBES, again(attacks)) if attacks else PROBES
     if threat.constraint.eps == 0:
         probes = tuple(probe for probe in probes if probe.name in {"steadiness", "gradients"})
-    if not isinstance(threat.constraint, (Linf, L2, L1)):
+    if not threat.constraint.in_input_units:
         probes = tuple(probe for probe in probes if probe.name != "search")
     if threat.goal is not None:
         probes = tuple(probe for probe in probes if probe.name != "runner-up")

@@ -216,7 +216,7 @@ def _way_out(member: Member, plan: Plan, target: Access) -> str:
         )
     if replace(threat, access=target).gives(member.attack.needs):
         ways.append(f"allow the attacker more access, as in access={member.attack.needs}")
-    norm = type(threat.constraint).__name__.lower()
+    norm = threat.constraint.name
     if threat.access == "labels" and isinstance(threat.constraint, (L1, L0)):
         ways.append(f"use linf or l2, because no attack under {norm} works with labels alone")
     return ", or ".join(ways) or f"there is no attack under {norm} that needs less; use linf or l2"

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from holdfast.core.corruptions import Corruptions
 from holdfast.core.evidence import Columns, Residual, in_table
 from holdfast.core.types import Mask
 from holdfast.harness.plan import Plan
@@ -17,7 +16,7 @@ _CONFIDENCE = 0.95
 def due_examples(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask | None:
     """Mask of the examples that a stage is run on; None for the first stage, which is run on all."""
     due = stage.kind.due(stage, plan, by_stage)
-    if due is not None and isinstance(plan.threat.constraint, Corruptions):
+    if due is not None and plan.threat.constraint.judges_misclassified:
         return torch.ones_like(due)  # a misclassified image may be classified correctly when corrupted
     return due
 

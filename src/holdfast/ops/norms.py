@@ -30,7 +30,7 @@ def expect_eps(constraint: Constraint, attack: object) -> Constraint:
     """The constraint, if it has an eps; raises `UsageError` otherwise, for attacks that need one."""
     if constraint.eps < torch.inf:
         return constraint
-    norm = type(constraint).__name__.lower()
+    norm = constraint.name
     raise UsageError(
         f"{type(attack).__name__} searches for any change within eps, and the threat model {norm} has no eps. "
         f"Give one, as in {norm}:{_USUAL.get(norm, '0.5')}, or choose an attack that searches for the smallest change, "

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from holdfast.core.constraints import L0, L1, L2, Limited, Linf
+from holdfast.core.constraints import L0, Limited
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import AttackRecord, Cost, Doubt, Evidence, PassRecord, Places, Residual
 from holdfast.core.names import limits_text
@@ -302,7 +302,7 @@ def _threat(threat: ThreatModel) -> Json:
 
 def eps_unit(threat: ThreatModel, model: Mapping[str, Any]) -> str:
     """The unit of eps, from the card of the model; empty if eps is not a size of a change in values."""
-    if not isinstance(threat.constraint, (Linf, L2, L1)):
+    if not threat.constraint.in_input_units:
         return ""
     low, high = (float(end) for end in model.get("bounds") or (0.0, 1.0))
     legal = f"legal values from {low:g} to {high:g}"

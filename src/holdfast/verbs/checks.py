@@ -74,7 +74,7 @@ def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) 
         threat.constraint.places(x.shape[1:])
     eps, farthest = threat.constraint.eps, extent(threat.constraint, x, bounds)
     if math.isfinite(eps) and eps > farthest * (1 + 1e-6):
-        norm = type(threat.constraint).__name__.lower()
+        norm = threat.constraint.name
         raise UsageError(
             f"eps is {eps:g}, but no two inputs inside the bounds are further apart than {farthest:g} in {norm}; "
             f"give an eps in the units of the inputs, as in {norm}:{farthest / 32:.3g}, or the model's --bounds"

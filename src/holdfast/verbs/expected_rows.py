@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from holdfast.attacks.costs import Passes, most_rows
-from holdfast.core.corruptions import Corruptions
 from holdfast.core.model import VOTES
 from holdfast.doubts.allotting import JUDGED_AT_RANDOM, probe_rows
 from holdfast.doubts.probing import AGAIN, probes_for
@@ -78,7 +77,7 @@ def expected_rows(
     the transfer across data sets. `openings` is the number of processes that inspect the model, and `opening` the
     rows that each needs to determine how the data are read.
     """
-    due = n if right is None or isinstance(plan.threat.constraint, Corruptions) else right
+    due = n if right is None or plan.threat.constraint.judges_misclassified else right
     judged = JUDGED_AT_RANDOM if randomised else 1
     few = passes.filled(min(LOOKED_AT, n))
     look = passes.filled(1) + (1 + VOTES if randomised else 2) * few

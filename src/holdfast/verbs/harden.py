@@ -225,7 +225,7 @@ class _Job:
         request, constraint = self.request, self.request.threat.constraint
         return {
             "requested_recipe": request.name,
-            "threat": f"{type(constraint).__name__.lower()}:{size(constraint.eps)}",
+            "threat": f"{constraint.name}:{size(constraint.eps)}",
             "seed": request.seed,
             "notes": self.notes,
             "command": repeatable(request.command),

@@ -9,7 +9,6 @@ import torch
 from holdfast.attacks.protocol import Learned
 from holdfast.core.batch import Batch, Data
 from holdfast.core.chain import canonical, digest
-from holdfast.core.constraints import L0, L1, L2, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
@@ -151,7 +150,7 @@ def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Targe
     if not others:
         return plan
     threat = plan.threat
-    if not isinstance(threat.constraint, (Linf, L2, L1, L0)) or threat.constraint.eps == float("inf"):
+    if not threat.constraint.is_ball or threat.constraint.eps == float("inf"):
         raise UsageError(
             "perturbations are transferred between data sets within a norm and an eps; choose a threat such as "
             "linf:8/255, "

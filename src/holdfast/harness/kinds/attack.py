@@ -80,7 +80,7 @@ class AttackKind(StageKind, Protocol):
                 columns[name] = values
             else:
                 columns[name][chosen] = values
-        if isinstance(plan.threat.constraint, Corruptions):
+        if plan.threat.constraint.judges_misclassified:
             columns["success"] &= work.clean["correct"] & work.clean["eligible"]
         return columns
 
