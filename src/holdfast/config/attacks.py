@@ -74,7 +74,7 @@ def threat_written(threat: ThreatLike, where: str = "threat") -> str:
 
 def _size_said(constraint: Any) -> str:
     """Text of a constraint with its size in full precision."""
-    kind = type(constraint).__name__.lower()
+    kind = constraint.name
     if isinstance(constraint, Limited):
         exact = {k: v if isinstance(v, str) else repr(v) for k, v in constraint.limits.items()}
         return limits_text(kind, exact)

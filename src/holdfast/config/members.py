@@ -66,7 +66,7 @@ def _named(name: str, constraint: Constraint) -> Member:
         return Member(name, _made(attack_class(name), name))
     attack = variant(name, constraint)
     if attack is None:
-        norm = type(constraint).__name__.lower()
+        norm = constraint.name
         raise UsageError(
             f"{name} is the name of {VARIANTS[name]} in suites under {', '.join(norms_of_suite(name))}, and the "
             f"threat is {norm}; choose such a threat, or name {VARIANTS[name]}"

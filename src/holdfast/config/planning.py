@@ -13,7 +13,7 @@ from holdfast.config.members import listed_members
 from holdfast.config.naming import chosen
 from holdfast.config.settings import AssessSettings, HardenSettings
 from holdfast.config.suites import DEFAULT_SUITE, usual_suite
-from holdfast.core.constraints import L0, L1, L2, Constraint, Linf
+from holdfast.core.constraints import Constraint
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
@@ -93,7 +93,7 @@ def plan(
         name, smallest = str(composed), composed.smallest
     _refuse_endless(replace(threat, access=seen), settings, smallest=smallest)
     corrupting = isinstance(threat.constraint, Corruptions)
-    in_ball = isinstance(threat.constraint, (Linf, L2, L1, L0))
+    in_ball = threat.constraint.is_ball
     _refuse_strangers(members, settings, corrupting=corrupting)
     if wanted.curve and not in_ball:
         raise UsageError(f"{settings.threat.threat} has no eps, which --curve needs; leave --curve out")
@@ -145,7 +145,7 @@ def _curve(constraint: Constraint) -> tuple[Member, ...]:
 def _refuse_endless(threat: ThreatModel, settings: Measuring, *, smallest: bool) -> None:
     """Raise `UsageError` for a threat without eps, unless the suite searches for the smallest change."""
     if threat.constraint.eps == float("inf") and not smallest:
-        norm = type(threat.constraint).__name__.lower()
+        norm = threat.constraint.name
         choose = "choose the suite minimum-norm, or " if threat.gives("gradients") else ""
         raise UsageError(
             f"{settings.threat.threat} has no eps, which means the smallest change: {choose}give an eps, as in "

@@ -26,7 +26,7 @@ def refuse_unheld(threat: ThreatModel) -> None:
     constraint = threat.constraint
     if not isinstance(constraint, (Linf, L2, L1)):
         raise UsageError(
-            f"recipes train for the threats linf, l2 and l1, and the threat is {type(constraint).__name__.lower()}; "
+            f"recipes train for the threats linf, l2 and l1, and the threat is {constraint.name}; "
             f"choose one of those, as in --threat linf:8/255"
         )
     if threat.goal is not None:
