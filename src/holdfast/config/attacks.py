@@ -69,10 +69,10 @@ def threat_written(threat: ThreatLike, where: str = "threat") -> str:
         raise UsageError(
             f"{where} contains surrogates; give them as a separate argument, as in surrogates=[net]"
         )
-    return threat_text(_size_said(constraint), model.goal, model.access, model.queries)
+    return threat_text(_text_with_size(constraint), model.goal, model.access, model.queries)
 
 
-def _size_said(constraint: Any) -> str:
+def _text_with_size(constraint: Constraint) -> str:
     """Text of a constraint with its size in full precision."""
     kind = constraint.name
     if isinstance(constraint, Limited):
