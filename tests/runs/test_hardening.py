@@ -526,12 +526,12 @@ def test_a_doubt_that_was_accepted_stays_so_when_the_run_goes_on(objecting, tmp_
     found = harden(trainable(), training(), fakes.data(), accepting, run=tmp_path / "r")
     assert found.card["recipes_tried"] == ["SingleStep"]
     again = harden(trainable(), training(), fakes.data(), BOTH, run=tmp_path / "r", resume=True)
-    assert again.card["tried"] == ["SingleStep"] and again.weights == found.weights
+    assert again.card["recipes_tried"] == ["SingleStep"] and again.weights == found.weights
 
 
 def test_a_suite_that_is_too_weak_is_no_objection(objecting):
     objecting[0]["checked"] = ("not-exhausted", 0.4)
-    assert harden(trainable(), training(), fakes.data(), BOTH).card["tried"] == ["SingleStep"]
+    assert harden(trainable(), training(), fakes.data(), BOTH).card["recipes_tried"] == ["SingleStep"]
 
 
 def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_after_it(monkeypatch):
