@@ -23,16 +23,29 @@ def share(value=0.25):
 def document(**changes):
     rows = [
         {
-            "who": who, "holds": HOSTILE, "share": None if who == "A2" else share(), "attack": HOSTILE,
-            "word": "not measured" if who == "A2" else "slowed", "says": HOSTILE, "turned": [1, 2], "seconds": 1.0,
+            "attacker": who, "has": HOSTILE, "share": None if who == "A2" else share(), "attack": HOSTILE,
+            "effect": "not measured" if who == "A2" else "slowed", "message": HOSTILE,
+            "broken_ids": [1, 2], "seconds": 1.0,
         }
         for who in NAMES
     ]  # fmt: skip
-    instead = [
-        {"who": "static", "clean": share(1.0), "thief": share(), "white": None, "says": HOSTILE},
-        {"who": "soup", "says": "the pool holds no several sets of a run"},
-    ]
-    known = {"set": "8db30a34", "right": 300, "rows": rows, "instead": instead, "verdict": "A1 is slowed"}
+    alternatives = [
+        {
+            "alternative": "static",
+            "clean_accuracy": share(1.0),
+            "stolen_set": share(),
+            "white_box": None,
+            "message": HOSTILE,
+        },
+        {"alternative": "soup", "message": "the pool holds no several sets of a run"},
+    ]  # fmt: skip
+    known = {
+        "set": "8db30a34",
+        "n_correct": 300,
+        "rows": rows,
+        "alternatives": alternatives,
+        "conclusion": "A1 is slowed",
+    }
     return {**known, "complete": True, **changes}
 
 
@@ -47,7 +60,9 @@ def test_the_table_is_in_every_report():
     assert [row["alternative"] for row in content["rotation"]["alternatives"]] == ["static"], (
         "what was not measured is left out"
     )
-    assert "turned" not in content["rotation"]["rows"][0], "which inputs fell stays in the folder of the run"
+    assert "broken_ids" not in content["rotation"]["rows"][0], (
+        "which inputs fell stays in the folder of the run"
+    )
     for text in (page(content), markdown.markdown_document(content), terminal.tables(content, colour=False)):
         assert all(name in text for name in NAMES.values())
         assert "static" in text and "slowed" in text and "25.0 %" in text

@@ -29,7 +29,7 @@ from holdfast.verbs.rotate import contents, draw, train
 from holdfast.verbs.rotate.alternatives import Alternatives, doubt, hardened
 from holdfast.verbs.rotate.attackers import ATTACKERS, AttackerTable, Means
 from holdfast.verbs.rotate.query_search import AcrossSwaps
-from holdfast.verbs.rotate.wording import protection_verdict, with_words
+from holdfast.verbs.rotate.wording import protection_verdict, with_effects
 from holdfast.verbs.stored_runs import open_run
 from rotation.problem import examples
 from runs import steps
@@ -208,7 +208,7 @@ def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collec
     assert by["A5"]["effect"] == "not affected"
     assert by["A5"]["share"]["value"] == pytest.approx(result.metrics["attack_success_rate"].value)
     document = json.loads((run / "rotation.json").read_text())
-    assert all(set(row["turned"]) <= set(document["ids"]) for row in document["rows"])
+    assert all(set(row["broken_ids"]) <= set(document["ids"]) for row in document["rows"])
     assert verify(run).complete and run.stat().st_mode & 0o777 == 0o700
     raised = next(each for each in result.doubts if each.name == "fine-tuning")
     assert raised.state == "raised" and "half an epoch of adversarial fine-tuning" in raised.says
@@ -251,7 +251,7 @@ def test_what_was_measured_before_a_kill_is_kept(serving, collected, quick, tmp_
     with pytest.raises(ZeroDivisionError):
         api.carry_out(of, run=tmp_path / "run")
     before = json.loads((tmp_path / "run" / "rotation.json").read_text())
-    assert [row["who"] for row in before["rows"]] == list(ATTACKERS[:6]) and not before["complete"]
+    assert [row["attacker"] for row in before["rows"]] == list(ATTACKERS[:6]) and not before["complete"]
     monkeypatch.undo()
     monkeypatch.setattr(assess_inputs, "AttackerTable", partial(AttackerTable, means=MEANS))
     monkeypatch.setattr(attackers._Measuring, "_generator", lambda self: 1 / 0)
@@ -333,57 +333,60 @@ def share(value, half=0.01):
 
 def rows(**shares):
     values = dict.fromkeys(ATTACKERS, 0.5) | shares
-    return with_words([{"who": who, "share": None if v is None else share(v)} for who, v in values.items()])
+    return with_effects(
+        [{"attacker": who, "share": None if v is None else share(v)} for who, v in values.items()]
+    )
 
 
 def test_words_go_by_the_interval_and_by_the_white_box():
     found = {
-        row["who"]: row["word"]
+        row["attacker"]: row["effect"]
         for row in rows(A0=0.2, A1=0.03, A1u=0.22, A2=0.3, A2c=0.42, A3=None, A4=0.225, A5=0.8, A6=0.45)
     }
     assert found == {
-        "A0": "untouched", "A1": "stopped", "A1u": "stopped", "A2": "slowed", "A2c": "untouched",
-        "A3": "not measured", "A4": "stopped", "A5": "untouched", "A6": "untouched",
+        "A0": "not affected", "A1": "stopped", "A1u": "stopped", "A2": "slowed", "A2c": "not affected",
+        "A3": "not measured", "A4": "stopped", "A5": "not affected", "A6": "not affected",
     }  # fmt: skip
 
 
 def test_what_an_interval_leaves_open_is_unclear_and_not_untouched():
     few = {"value": 0.07, "low": 0.03, "high": 0.14, "n": 99}
-    known = [{"who": who, "share": few if who == "A1" else share(0.23)} for who in ATTACKERS]
-    found = with_words(known)
-    assert [row["word"] for row in found if row["who"] in ("A0", "A1", "A2")] == [
-        "untouched",
+    known = [{"attacker": who, "share": few if who == "A1" else share(0.23)} for who in ATTACKERS]
+    found = with_effects(known)
+    assert [row["effect"] for row in found if row["attacker"] in ("A0", "A1", "A2")] == [
+        "not affected",
         "unclear",
-        "untouched",
+        "not affected",
     ]
     assert "A1 is unclear because there are too few inputs" in protection_verdict(found)
 
 
 def test_where_the_set_itself_holds_or_an_interval_is_wide_nobody_says_no_protection():
-    nothing = [{"who": who, "share": share(0.0)} for who in ATTACKERS]
-    assert protection_verdict(with_words(nothing)).startswith(
+    nothing = [{"attacker": who, "share": share(0.0)} for who in ATTACKERS]
+    assert protection_verdict(with_effects(nothing)).startswith(
         "white-box attacks on the serving set break nothing"
     )
     wide = {"value": 0.24, "low": 0.05, "high": 0.5, "n": 9}
-    known = [{"who": who, "share": wide if who == "A1" else share(0.25)} for who in ATTACKERS]
+    known = [{"attacker": who, "share": wide if who == "A1" else share(0.25)} for who in ATTACKERS]
     assert "no protection" not in protection_verdict(
-        with_words(known)
-    ) and "A1 is unclear" in protection_verdict(with_words(known))
+        with_effects(known)
+    ) and "A1 is unclear" in protection_verdict(with_effects(known))
 
 
 def test_a_thief_is_compared_with_what_his_own_attacks_do_to_the_set_itself():
     known = [
-        {"who": who, "share": share({"A0": 0.3, "A1": 0.3, "A5": 0.9}.get(who, 0.2))} for who in ATTACKERS
+        {"attacker": who, "share": share({"A0": 0.3, "A1": 0.3, "A5": 0.9}.get(who, 0.2))}
+        for who in ATTACKERS
     ]
-    assert with_words(known)[1]["word"] == "stopped"
+    assert with_effects(known)[1]["effect"] == "stopped"
     itself = share(0.35)
-    assert with_words(known, itself)[1]["word"] == "untouched"
-    assert protection_verdict(with_words(known, itself), itself).startswith("no protection: ")
+    assert with_effects(known, itself)[1]["effect"] == "not affected"
+    assert protection_verdict(with_effects(known, itself), itself).startswith("no protection: ")
 
 
 def test_who_gets_no_more_than_without_theft_is_not_stopped_where_that_is_all():
-    found = {row["who"]: row["word"] for row in rows(A0=0.8, A1=0.8, A5=0.8)}
-    assert found["A0"] == found["A1"] == "untouched"
+    found = {row["attacker"]: row["effect"] for row in rows(A0=0.8, A1=0.8, A5=0.8)}
+    assert found["A0"] == found["A1"] == "not affected"
 
 
 def test_the_verdict_names_everyone():
@@ -400,8 +403,8 @@ def test_the_verdict_names_everyone():
 def test_sets_that_were_hardened_carry_no_doubt(collected):
     terms = collected[1]
     robust = replace(terms, candidate=replace(terms.candidate, recipe=SingleStep()))
-    row = {"thief": share(0.1), "white": share(0.2)}
+    row = {"stolen_set": share(0.1), "white_box": share(0.2)}
     known = {"adversarial fine-tuning": row, "static": row}
     assert doubt(known, terms, share(0.3))["state"] == "raised"
-    assert "an attacker with one stolen set breaks 30.0 %" in doubt(known, terms, share(0.3))["says"]
+    assert "an attacker with one stolen set breaks 30.0 %" in doubt(known, terms, share(0.3))["message"]
     assert doubt(known, robust, share(0.3))["state"] == "clear"

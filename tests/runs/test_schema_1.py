@@ -106,6 +106,18 @@ def test_every_key_of_the_documents_is_converted():
         "doubts": [{"name": "scale", "message": "why"}], "broken": {"noise": [1]}, "notes": [],
     }  # fmt: skip
     assert document_of_schema_1("verdict", {"judged": "after", "exit_code": 0})["verdict_of"] == "after"
+    rotation = {
+        "right": 3, "rows": [{"who": "A5", "holds": "x", "word": "untouched", "says": "", "turned": [1]}],
+        "instead": [{"who": "static", "clean": {}, "thief": {}, "white": {}, "says": ""}], "verdict": "none",
+        "doubt": {"state": "raised", "says": "why"},
+    }  # fmt: skip
+    assert document_of_schema_1("rotation", rotation) == {
+        "n_correct": 3, "conclusion": "none", "doubt": {"state": "raised", "message": "why"},
+        "rows": [{"attacker": "A5", "has": "x", "effect": "not affected", "message": "", "broken_ids": [1]}],
+        "alternatives": [
+            {"alternative": "static", "clean_accuracy": {}, "stolen_set": {}, "white_box": {}, "message": ""}
+        ],
+    }  # fmt: skip
     assert document_of_schema_1("card", {"why": "requested"}) == {"why": "requested"}
 
 

@@ -8,22 +8,9 @@ from holdfast.reports.transfer import shown
 
 Json = dict[str, Any]
 
-_ROW = {
-    "attacker": "who",
-    "has": "holds",
-    "share": "share",
-    "attack": "attack",
-    "effect": "word",
-    "message": "says",
-}
-_ALTERNATIVE = {
-    "alternative": "who",
-    "clean_accuracy": "clean",
-    "stolen_set": "thief",
-    "white_box": "white",
-    "message": "says",
-}
-"""Keys of the rows in reports, and those of the document in the run folder."""
+_ROW = ("attacker", "has", "share", "attack", "effect", "message")
+_ALTERNATIVE = ("alternative", "clean_accuracy", "stolen_set", "white_box", "message")
+"""Keys of the document in the run folder that the rows of the tables contain."""
 NAMES = {
     "A0": "A0 has surrogates only",
     "A1": "A1 has one listed set",
@@ -45,23 +32,17 @@ def rotation(document: Mapping[str, Any] | None) -> Json | None:
     table: Json = strict(
         {
             "serving_set": document["set"],
-            "n": document["right"],
-            "conclusion": document["verdict"],
-            "rows": [_attacker(row) for row in document["rows"]],
+            "n": document["n_correct"],
+            "conclusion": document["conclusion"],
+            "rows": [{key: row[key] for key in _ROW} for row in document["rows"]],
             "alternatives": [
-                {key: row.get(stored) for key, stored in _ALTERNATIVE.items()}
-                for row in document["instead"]
-                if row.get("clean")
+                {key: row.get(key) for key in _ALTERNATIVE}
+                for row in document["alternatives"]
+                if row.get("clean_accuracy")
             ],
         }
     )
     return table
-
-
-def _attacker(row: Mapping[str, Any]) -> Json:
-    """A row of the table of attackers."""
-    content = {key: row[stored] for key, stored in _ROW.items()}
-    return content | {"effect": "not affected" if row["word"] == "untouched" else row["word"]}
 
 
 def title(found: Mapping[str, Any], noun: str) -> str:

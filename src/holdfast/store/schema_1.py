@@ -66,10 +66,30 @@ def _adaptive(content: Json) -> Json:
     return dict(_renamed(content, names))
 
 
+def _rotation(content: Json) -> Json:
+    content = dict(
+        _renamed(content, {"right": "n_correct", "instead": "alternatives", "verdict": "conclusion"})
+    )
+    row = {"who": "attacker", "holds": "has", "word": "effect", "says": "message", "turned": "broken_ids"}
+    alternative = {
+        "who": "alternative",
+        "clean": "clean_accuracy",
+        "thief": "stolen_set",
+        "white": "white_box",
+        "says": "message",
+    }
+    content |= _each(content, "rows", row) | _each(content, "alternatives", alternative)
+    for each in content.get("rows", ()):
+        if isinstance(each, dict) and each.get("effect") == "untouched":
+            each["effect"] = "not affected"
+    return content | {"doubt": _renamed(content.get("doubt"), {"says": "message"})}
+
+
 _DOCUMENTS: Mapping[str, Callable[[Json], Json]] = {
     "doubts": _doubts,
     "verdict": _verdict,
     "adaptive": _adaptive,
+    "rotation": _rotation,
 }
 
 

@@ -99,9 +99,9 @@ def with_attackers(evidence: Evidence, found: Mapping[str, Any] | None) -> Evide
     """The evidence with the doubt, the verdict and the notes of the table of attackers `found`, if it is complete."""
     if found is None or not found["complete"]:
         return evidence
-    notes = (found["verdict"], *found.get("notes", ()))
+    notes = (found["conclusion"], *found.get("notes", ()))
     asked = found["doubt"]
-    doubts = () if asked is None else (doubt_from_json({"name": TUNING, "message": asked["says"], **asked}),)
+    doubts = () if asked is None else (doubt_from_json({"name": TUNING, **asked}),)
     return replace(evidence, doubts=(*evidence.doubts, *doubts), notes=(*evidence.notes, *notes))
 
 

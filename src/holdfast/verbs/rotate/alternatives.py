@@ -152,19 +152,24 @@ class Alternatives:
         rows = (whole.basins == whole.basins[0]).nonzero()[:, 0]
         return whole.take(rows) if len(rows) > 1 else None
 
-    def _row(self, serves: Classifier, stolen: Classifier, says: str) -> Json:
+    def _row(self, serves: Classifier, stolen: Classifier, message: str) -> Json:
         """Clean accuracy of `serves`, and the success rates on it of examples computed on `stolen` and on itself."""
         right = _right(serves, self.batch)
         clean, some = proportion(right), self.batch.take(right)
         if not len(some):
-            return {"clean": share_json(clean), "thief": None, "white": None, "says": says}
+            return {
+                "clean_accuracy": share_json(clean),
+                "stolen_set": None,
+                "white_box": None,
+                "message": message,
+            }
         from_stolen = self._worst(serves, stolen, some)
         white = from_stolen if stolen is serves else self._worst(serves, serves, some)
         return {
-            "clean": share_json(clean),
-            "thief": share_json(from_stolen),
-            "white": share_json(white),
-            "says": says,
+            "clean_accuracy": share_json(clean),
+            "stolen_set": share_json(from_stolen),
+            "white_box": share_json(white),
+            "message": message,
         }
 
     def _worst(self, serves: Classifier, source: Classifier, some: Batch) -> Estimate:
@@ -187,27 +192,26 @@ def doubt(found: Mapping[str, Json | None], request: RotateRequest, one: Json | 
     """The doubt that half an epoch of fine-tuning achieves more than rotation; raised if sets were not hardened."""
     tuned, static = found["adversarial fine-tuning"], found["static"]
     assert tuned is not None and static is not None
-    if tuned["thief"] is None or static["white"] is None:
-        says = "the serving set, or the fine-tuned one, classifies no input correctly"
-        return {"state": "not measured", "statistic": None, "threshold": None, "n": 0, "says": says}
+    if tuned["stolen_set"] is None or static["white_box"] is None:
+        message = "the serving set, or the fine-tuned one, classifies no input correctly"
+        return {"state": "not measured", "statistic": None, "threshold": None, "n": 0, "message": message}
     rotated = "an unmeasured share" if one is None else f"{100 * one['value']:.1f} %"
-    left = 100 * static["white"]["value"]
-    says = (
+    left = 100 * static["white_box"]["value"]
+    message = (
         "after half an epoch of adversarial fine-tuning of the serving set, an attacker with the old set breaks "
-        f"{100 * tuned['thief']['value']:.1f} % and a white-box attack {100 * tuned['white']['value']:.1f} %; with "
-        f"rotation, an attacker with one stolen set breaks {rotated} and the same white-box attack {left:.1f} %"
+        f"{100 * tuned['stolen_set']['value']:.1f} % and a white-box attack "
+        f"{100 * tuned['white_box']['value']:.1f} %; with rotation, an attacker with one stolen set breaks {rotated} "
+        f"and the same white-box attack {left:.1f} %"
     )
     state = "clear" if hardened(request) else "raised"
     if state == "raised":
-        says = (
-            f"the sets were trained by {request.candidate.name}, which does not train against attacks: {says}"
-        )
+        message = f"the sets were trained by {request.candidate.name}, which does not train against attacks: {message}"
     return {
         "state": state,
-        "statistic": static["white"]["value"],
-        "threshold": tuned["white"]["value"],
-        "n": static["white"]["n"],
-        "says": says,
+        "statistic": static["white_box"]["value"],
+        "threshold": tuned["white_box"]["value"],
+        "n": static["white_box"]["n"],
+        "message": message,
     }
 
 

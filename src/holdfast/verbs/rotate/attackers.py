@@ -35,7 +35,7 @@ from holdfast.verbs.rotate.contents import bases, bases_left, generator_of, surr
 from holdfast.verbs.rotate.query_search import AcrossSwaps
 from holdfast.verbs.rotate.request import RotateRequest, accuracy
 from holdfast.verbs.rotate.transfer_examples import siblings_of
-from holdfast.verbs.rotate.wording import protection_verdict, with_words
+from holdfast.verbs.rotate.wording import protection_verdict, with_effects
 
 ATTACKERS = ("A0", "A1", "A1u", "A2", "A2c", "A3", "A4", "A5", "A6")
 _MOST = 8  # largest number of sets of an attacker with several sets, and of sets that are attacked one by one
@@ -84,7 +84,7 @@ class AttackerTable:
             why = (
                 "the table of attackers needs an eps under Linf, L2 or L1 and no target, so none was measured"
             )
-            return {"rows": [], "instead": [], "doubt": None, "verdict": why, "complete": True}
+            return {"rows": [], "alternatives": [], "doubt": None, "conclusion": why, "complete": True}
         return _Measuring(self, evidence, judged_on, known or {}, keep, progress).table()
 
 
@@ -119,10 +119,11 @@ class _Measuring:
         self.batch = self.whole.take(right)
         self.broken = self.broken[right]
         self.known = {member.name: member for member in self.pool.ledger.members}
-        self.document: Json = {"set": self.name, "n": n, "right": len(self.batch), "rows": [], "instead": []}
-        self.document |= {"ids": self.batch.ids.tolist(), "exposed": self._exposed, "complete": False}
+        self.document: Json = {"set": self.name, "n": n, "n_correct": len(self.batch), "rows": []}
+        self.document |= {"alternatives": [], "ids": self.batch.ids.tolist(), "exposed": self._exposed}
+        self.document["complete"] = False
         if known.get("exposed") == self._exposed:  # otherwise rows of two ledger states would be mixed
-            self.document |= {name: known[name] for name in ("rows", "instead")}
+            self.document |= {name: known[name] for name in ("rows", "alternatives")}
 
     # --- rows and verdict
 
@@ -130,38 +131,42 @@ class _Measuring:
         """The document with all rows, the alternatives, the doubt and the verdict."""
         if not len(self.batch):
             return self.document | {
-                "verdict": "the serving set classifies no input correctly, so there is nothing to attack",
+                "conclusion": "the serving set classifies no input correctly, so there is nothing to attack",
                 "complete": True,
             }
         parts = dict(zip(ATTACKERS, self._parts(), strict=True))
-        instead = list(self._alternatives.rows())
-        of = len(parts) + len(instead)
-        for place, (who, measured) in enumerate(parts.items(), 1):
-            self._row("rows", who, measured, place, of)
-        for place, (name, measure) in enumerate(instead, len(parts) + 1):
-            self._row("instead", name, measure, place, of)
-        by_name = {row["who"]: row for row in self.document["instead"] if row.get("clean")}
-        itself = (by_name.get("static") or {}).get("white")
-        rows = with_words(self.document["rows"], itself)
-        share_of_a1 = next(row["share"] for row in rows if row["who"] == "A1")
-        alternatives = {name: by_name.get(name) for name, _ in instead}
+        alternatives = list(self._alternatives.rows())
+        of = len(parts) + len(alternatives)
+        for place, (name, measure_part) in enumerate(parts.items(), 1):
+            self._row("rows", "attacker", name, measure_part, place, of)
+        for place, (name, measure) in enumerate(alternatives, len(parts) + 1):
+            self._row("alternatives", "alternative", name, measure, place, of)
+        by_name = {
+            row["alternative"]: row for row in self.document["alternatives"] if row.get("clean_accuracy")
+        }
+        white_box = (by_name.get("static") or {}).get("white_box")
+        rows = with_effects(self.document["rows"], white_box)
+        share_of_a1 = next(row["share"] for row in rows if row["attacker"] == "A1")
+        measured = {name: by_name.get(name) for name, _ in alternatives}
         return self.document | {
             "rows": rows,
-            "doubt": doubt(alternatives, self.request, share_of_a1),
-            "verdict": protection_verdict(rows, itself),
+            "doubt": doubt(measured, self.request, share_of_a1),
+            "conclusion": protection_verdict(rows, white_box),
             "notes": self._notes(),
             "complete": True,
         }
 
-    def _row(self, what: str, who: str, measure: Callable[[], Json | None], place: int, of: int) -> None:
-        """Measure a row, unless it is stored."""
-        if any(row["who"] == who for row in self.document[what]):
+    def _row(
+        self, table: str, key: str, name: str, measure: Callable[[], Json | None], place: int, of: int
+    ) -> None:
+        """Measure a row of a table, unless it is stored; `key` is the key of its name."""
+        if any(row[key] == name for row in self.document[table]):
             return
-        self.progress(Step(who, place, of, 0, len(self.batch), 0, 0))
+        self.progress(Step(name, place, of, 0, len(self.batch), 0, 0))
         begin = time.perf_counter()
-        measured = measure() or {"says": "the pool contains no run with several sets"}
-        row = {"who": who, **measured, "seconds": round(time.perf_counter() - begin, 1)}
-        self.document = self.document | {what: [*self.document[what], row]}
+        measured = measure() or {"message": "the pool contains no run with several sets"}
+        row = {key: name, **measured, "seconds": round(time.perf_counter() - begin, 1)}
+        self.document = self.document | {table: [*self.document[table], row]}
         self.keep(self.document)
 
     def _parts(self) -> Iterator[Callable[[], Json]]:
@@ -190,17 +195,17 @@ class _Measuring:
     def _nothing(self) -> Json:
         own = surrogates(self.pool, self.request)
         about = self.pool.manifest["about"]["data"]
-        holds = f"{len(own)} surrogates, trained by {self.request.candidate.name} on {about['name']}"
-        return self._row_of(holds, self._stolen("A0", own))
+        has = f"{len(own)} surrogates, trained by {self.request.candidate.name} on {about['name']}"
+        return self._row_of(has, self._stolen("A0", own))
 
     def _listed(self) -> Json:
         names, stand_in = self._one
         if not names:
             return _unmeasured("no set is listed as stolen, and the bases are deleted")
-        holds = f"one of {amount(len(names), 'stolen sets')}, the one with the highest success rate"
+        has = f"one of {amount(len(names), 'stolen sets')}, the one with the highest success rate"
         if stand_in:
-            holds = f"{names[0]}, a base, because no set is listed as stolen"
-        return self._row_of(holds, self._each("A1", names))
+            has = f"{names[0]}, a base, because no set is listed as stolen"
+        return self._row_of(has, self._each("A1", names))
 
     def _unlisted(self) -> Json:
         names = self._hidden
@@ -247,8 +252,8 @@ class _Measuring:
             broken |= {f"{sources[-1]}, {name}": mask for name, mask in by_attack.items()}
         if not broken:
             return _unmeasured("no generator, no set of the same draw, and the procedure was not repeated")
-        says = "" if siblings else "no set of the same draw is left, and the procedure was not repeated"
-        return self._row_of(" and ".join(sources), broken, says)
+        message = "" if siblings else "no set of the same draw is left, and the procedure was not repeated"
+        return self._row_of(" and ".join(sources), broken, message)
 
     def _query_search(self) -> Json:
         search = self.means.query_search
@@ -258,9 +263,9 @@ class _Measuring:
         if self._one[0]:
             name, x = self._example
             broken[f"search from {name} on a stolen set"] = self._search(sets, x)
-        holds = f"{search.queries} queries per input, {amount(len(sets), 'sets')} swapped every {search.every} queries"
-        says = "" if others else "no other set is admitted, so there was no swap"
-        return self._row_of(holds, broken, says)
+        has = f"{search.queries} queries per input, {amount(len(sets), 'sets')} swapped every {search.every} queries"
+        message = "" if others else "no other set is admitted, so there was no swap"
+        return self._row_of(has, broken, message)
 
     def _search(self, sets: Sequence[Classifier], start: Inputs | None) -> Mask:
         place = self.rng.at("A4", "anew" if start is None else "from")
@@ -296,12 +301,12 @@ class _Measuring:
         except LostLoss as error:
             return _unmeasured(f"the surrogate could not be distilled: {error}")
         agrees = float((_classes(copied, self.whole.x) == _classes(self.live, self.whole.x)).float().mean())
-        holds = (
+        has = (
             f"a surrogate distilled from {len(some):,} answers of {amount(len(sets), 'sets')} in "
             f"{self.means.epochs} epochs"
         )
-        says = f"the surrogate agrees with the serving set on {100 * agrees:.1f} % of the inputs"
-        return self._row_of(holds, self._stolen("A6", [copied]), says)
+        message = f"the surrogate agrees with the serving set on {100 * agrees:.1f} % of the inputs"
+        return self._row_of(has, self._stolen("A6", [copied]), message)
 
     # --- models of the attackers
 
@@ -377,21 +382,20 @@ class _Measuring:
         wrong = [_classes(self.live, few.x) != few.y for few in some.split(1_000)]
         return torch.cat(wrong).cpu()
 
-    def _row_of(self, holds: str, broken: Mapping[str, Mask], says: str = "") -> Json:
+    def _row_of(self, has: str, broken: Mapping[str, Mask], message: str = "") -> Json:
         """A row of the table, with the attack of the highest success rate and its adversarial examples."""
         attack, mask = max(broken.items(), key=lambda each: int(each[1].sum()))
-        turned = self.batch.ids.cpu()[mask].tolist()
         return {
-            "holds": holds,
+            "has": has,
             "share": share_json(proportion(mask)),
             "attack": attack,
-            "says": says,
-            "turned": turned,
+            "message": message,
+            "broken_ids": self.batch.ids.cpu()[mask].tolist(),
         }
 
 
 def _unmeasured(why: str) -> Json:
-    return {"holds": "–", "share": None, "attack": "", "says": why, "turned": []}
+    return {"has": "–", "share": None, "attack": "", "message": why, "broken_ids": []}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The words of the table of attackers: which attackers a rotation stops, slows, or does not affect.
+"""The effect of a rotation on each attacker: stopped, slowed, unclear, or not affected.
 
 An attacker is compared with the success of its own attacks when it has the serving set, since a suite counts
 examples that any of its attacks breaks, and an attacker only those of its best attack.
@@ -8,51 +8,51 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 AS_A0, LITTLE, HALF, NOTHING = 1.2, 0.05, 0.5, 0.8
-"""Limits of the words. Slowed: with confidence, the success is at most `HALF` of that of the white-box attack.
+"""Limits of the effects. Slowed: with confidence, the success is at most `HALF` of that of the white-box attack.
 Stopped: slowed, and with confidence at most `AS_A0` times the success of A0; or with confidence at most `LITTLE`.
 Unclear: the interval contains half of the white-box success. A0 and A5 are not affected by swaps. If A1 achieves
 `NOTHING` of the white-box success or more, rotation does not protect from thefts."""
-WORDS = {
+EFFECTS = {
     "stopped": "stopped",
     "slowed": "slowed",
     "unclear": "unclear because there are too few inputs",
-    "untouched": "not affected",
+    "not affected": "not affected",
 }
 Json = dict[str, Any]
 
 
-def with_words(rows: Sequence[Mapping[str, Any]], itself: Mapping[str, Any] | None = None) -> list[Json]:
-    """The rows with their words.
+def with_effects(rows: Sequence[Mapping[str, Any]], white_box: Mapping[str, Any] | None = None) -> list[Json]:
+    """The rows with the effect of the rotation on each attacker.
 
-    `itself` is the success of an attacker's attacks with the serving set; if it is None, that of A5 is used.
+    `white_box` is the success of an attacker's attacks with the serving set; if it is None, that of A5 is used.
     """
-    shares = {row["who"]: row["share"] for row in rows}
-    white, none = (itself or shares["A5"])["value"], shares["A0"]["value"]
-    return [{**row, "word": _word(row["who"], row["share"], white, none)} for row in rows]
+    shares = {row["attacker"]: row["share"] for row in rows}
+    white, none = (white_box or shares["A5"])["value"], shares["A0"]["value"]
+    return [{**row, "effect": _effect(row["attacker"], row["share"], white, none)} for row in rows]
 
 
-def _word(who: str, share: Mapping[str, Any] | None, white: float, none: float) -> str:
+def _effect(attacker: str, share: Mapping[str, Any] | None, white: float, none: float) -> str:
     if share is None:
         return "not measured"
-    if who in ("A0", "A5"):
-        return "untouched"
+    if attacker in ("A0", "A5"):
+        return "not affected"
     half = share["high"] <= HALF * white
     if share["high"] <= LITTLE or (half and share["high"] <= AS_A0 * none):
         return "stopped"
     if half:
         return "slowed"
-    return "unclear" if share["low"] <= HALF * white else "untouched"
+    return "unclear" if share["low"] <= HALF * white else "not affected"
 
 
-def protection_verdict(rows: Sequence[Mapping[str, Any]], itself: Mapping[str, Any] | None = None) -> str:
+def protection_verdict(rows: Sequence[Mapping[str, Any]], white_box: Mapping[str, Any] | None = None) -> str:
     """The verdict in one or two sentences."""
-    by = {row["who"]: row for row in rows}
-    one, white = by["A1"]["share"], itself or by["A5"]["share"]
-    words = {word: [row["who"] for row in rows if row["word"] == word] for word in WORDS}
+    by = {row["attacker"]: row for row in rows}
+    one, white = by["A1"]["share"], white_box or by["A5"]["share"]
+    by_effect = {effect: [row["attacker"] for row in rows if row["effect"] == effect] for effect in EFFECTS}
     parts = [
-        f"{_listed(who)} {'is' if len(who) == 1 else 'are'} {text}"
-        for word, text in WORDS.items()
-        if (who := words[word])
+        f"{_listed(attackers)} {'is' if len(attackers) == 1 else 'are'} {text}"
+        for effect, text in EFFECTS.items()
+        if (attackers := by_effect[effect])
     ]
     text = f"against the serving set, {'; '.join(parts)}"
     if not white["value"]:
@@ -60,7 +60,7 @@ def protection_verdict(rows: Sequence[Mapping[str, Any]], itself: Mapping[str, A
             "white-box attacks on the serving set break nothing, so the effect of a theft cannot be measured; "
             f"{text}"
         )
-    if one is not None and one["value"] >= NOTHING * white["value"] and by["A1"]["word"] == "untouched":
+    if one is not None and one["value"] >= NOTHING * white["value"] and by["A1"]["effect"] == "not affected":
         return (
             f"no protection: an attack on one stolen set breaks {100 * one['value']:.1f} %, an attack on the "
             f"serving set {100 * white['value']:.1f} %; {text}"
