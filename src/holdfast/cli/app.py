@@ -142,7 +142,18 @@ def _plain(error: click.ClickException) -> str:
     """Message of click, with the command that shows help."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     where = f"; see {context.command_path} --help" if context is not None else ""
-    return error.format_message().rstrip(".") + where
+    return error.format_message().rstrip(".") + _verbs_with(error) + where
+
+
+def _verbs_with(error: click.ClickException) -> str:
+    """Part of a message that names the verbs with an option that the command does not have."""
+    if not isinstance(error, click.NoSuchOption):
+        return ""
+    from holdfast.cli.setting_options import flag_names
+    from holdfast.config.settings import VERBS
+
+    verbs = [verb for verb, kind in VERBS.items() if error.option_name in flag_names(kind).values()]
+    return f"; it is an option of {', '.join(verbs)}" if verbs else ""
 
 
 def _report(message: str, code: int, *, debug: bool) -> int:
