@@ -22,7 +22,7 @@ NETWORKS = ("mnist-cnn", "mnist-cnn-hardened")
 
 # Functions that are one algorithm and read worse in pieces (docstrings do not count): "file:function" -> lines.
 # A twin has an argument for each setting.
-LONG_FUNCTIONS: dict[str, int] = {"api.py:assess": 74, "api.py:harden": 57, "attacking.py:attack": 64}
+LONG_FUNCTIONS: dict[str, int] = {"api.py:assess": 80, "api.py:harden": 57, "attacking.py:attack": 64}
 """Functions that are one thing though they are long, and how long they may be."""
 
 
@@ -118,7 +118,7 @@ SAME_ROLE = {
     "repeats_itself": "a law of attacks and one of recipes",
 }
 """Names that several modules define for the same role on different types."""
-SHARED = {"across", "attackers", "held", "judged", "measured", "shown", "size", "text"}
+SHARED = {"across", "attackers", "judged", "measured", "shown", "size", "text"}
 """Names with two meanings that are not renamed yet; none may be added."""
 
 

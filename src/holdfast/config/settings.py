@@ -114,13 +114,20 @@ class OpeningSettings(Protocol):
     """Settings of a verb that opens a model and data."""
 
     @property
-    def model(self) -> groups.ModelSource: ...
+    def model(self) -> groups.ModelSource:
+        """The model, and how it is opened."""
+
     @property
-    def data(self) -> groups.DataSource: ...
+    def data(self) -> groups.DataSource:
+        """The examples, and how they are read."""
+
     @property
-    def inputs(self) -> groups.InputSpace: ...
+    def inputs(self) -> groups.InputSpace:
+        """The legal inputs of the model, and its normalisation."""
+
     @property
-    def random(self) -> groups.Seed: ...
+    def random(self) -> groups.Seed:
+        """The seed of random numbers."""
 
 
 VERBS: Mapping[str, type[VerbSettings]] = {
