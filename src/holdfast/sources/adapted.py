@@ -1,4 +1,4 @@
-"""Description of a model of another library that was wrapped as a torch module."""
+"""The description of a model of another library that was wrapped as a torch module."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,9 @@ from holdfast.core.types import Access, Layout
 
 @dataclass(frozen=True)
 class Adapted:
-    """A module from inputs to outputs, and the properties that the library's object declares. None means not
-    declared.
+    """A module that maps inputs to outputs, and the properties that the original object of the library declares.
+
+    A property is None if it is not declared.
     """
 
     net: nn.Module

@@ -1,8 +1,8 @@
-"""The catalogue of small networks that a weights file may name. They are built from whole numbers, without code.
+"""The small networks that a file with weights may refer to by name. They are built from integers, without code.
 
-A safetensors file of Holdfast has one metadata key, `holdfast`, with sorted JSON: `architecture` (a name below),
+A safetensors file of Holdfast has one metadata key, `holdfast`, with sorted JSON: `architecture` (one of these names),
 `arguments` (its settings), `bounds`, `mean`, `std`, `classes` (their number) and `training` (the digest of the training
-that wrote it). Inputs of these networks are normalised by `mean` and `std` beforehand.
+that produced the weights). Inputs are normalised by `mean` and `std` before they reach these networks.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,12 +42,12 @@ def cnn(
 
 
 def mnist_cnn() -> nn.Module:
-    """The network of the bundled MNIST models: three convolutions, two linear layers, 127,062 parameters."""
+    """Network of the bundled MNIST models: three convolutions, two linear layers, 127,062 parameters."""
     return cnn()
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with batch norm, added to the input (projected if the shape changes)."""
+    """Two 3 x 3 convolutions with batch norm whose output is added to the input (projected if the shape changes)."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class ResidualBlock(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output of the block."""
+        """Return the output of the block."""
         y: Tensor = self.relu(self.body(x) + self.shortcut(x))
         return y
 
@@ -168,4 +168,4 @@ ARCHITECTURES: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
         "resnet": resnet,
     }
 )
-"""Name to factory of the networks that a weights file may name."""
+"""Functions that build the networks, by the names that a file with weights may contain."""
