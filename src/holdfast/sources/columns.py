@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 SPLIT_COLUMN = "split"
 """Name of the column that assigns rows to the train and test split."""
 NUMBER, MISSING, TEXT = 0, 1, 2
-"""kinds of a cell in a feature column"""
+"""Kinds of a cell in a feature column."""
 _TRUTH: Mapping[str, float] = {"true": 1.0, "false": 0.0}
 """Values of the strings that pandas and pyarrow write for booleans."""
 

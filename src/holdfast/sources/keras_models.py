@@ -55,7 +55,7 @@ _LONGEST = 300
 
 
 def plainly(said: str) -> str:
-    r"""First line of an error of Keras, without the layer's name, colours and values of tensors.
+    r"""Return the first line of an error of Keras, without the layer's name, colours and values of tensors.
 
     >>> plainly("Exception encountered when calling A\n\n\x1b[1mshapes (4, 2) and (3, 1)\x1b[0m\n\nArguments: x")
     'shapes (4, 2) and (3, 1)'
