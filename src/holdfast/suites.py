@@ -155,7 +155,7 @@ LIMITED: Mapping[str, Mapping[str, Named]] = {
 
 
 def curve(constraint: Constraint) -> Named:
-    """Return the minimum-norm attacks from which accuracy against eps is computed."""
+    """Return the minimum-norm attacks from whose results robust accuracy is computed as a function of eps."""
     if isinstance(constraint, Linf):
         return (("FMN", FMN(steps=100)),)
     return (("ALMA", ALMA(steps=100)),) if isinstance(constraint, L2) else (("PDPGD", PDPGD(steps=100)),)
@@ -228,7 +228,10 @@ def _black_box(constraint: Constraint) -> Named:
 
 
 def labels_only(constraint: Constraint) -> Named:
-    """Return the attacks of `black-box` for access to labels only."""
+    """Return the attacks of `black-box` under a constraint for an attacker that has access only to labels.
+
+    Raises `UsageError` if there are none.
+    """
     if isinstance(constraint, Linf):
         return (("RayS", RayS(queries=5000)),)
     if isinstance(constraint, L2):

@@ -64,10 +64,9 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
 
 
 def misfit(model: Classifier, batch: Batch, batch_size: int) -> tuple[Finding | None, int]:
-    """Return the first finding that the data do not fit the model, or None, and the number of forward passes of the
-    search.
+    """Return a finding that the data do not fit the model, or None, and the number of forward passes that were made.
 
-    The search checks labels, layout, normalisation, scale and value range. The model must be in eval mode, and the
+    The function checks labels, layout, normalisation, scale and value range. The model must be in eval mode, and the
     inputs inside its bounds. The cost is one forward pass for each example if the model is correct on nearly all of
     them, otherwise about fifteen.
     """

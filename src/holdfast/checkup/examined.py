@@ -45,7 +45,7 @@ class Examined:
     batch_size: int
     """number of examples in one call of the model"""
     calls: list[int] = field(default_factory=list)
-    """number of examples in each further call"""
+    """number of examples in each further call of the model"""
     left: Callable[[], int] | None = None
     """function that returns how many rows may still be sent to the model; None means no limit"""
     untried: list[int] = field(default_factory=list)

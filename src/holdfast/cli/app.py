@@ -150,7 +150,7 @@ def _plain(error: click.ClickException) -> str:
 
 
 def _report(message: str, code: int, *, debug: bool) -> int:
-    """Write a message to stderr, with the traceback if `debug`. Returns the exit code."""
+    """Write an error message to stderr, after the traceback if `debug` is True, and return `code`."""
     if debug:
         traceback.print_exc()
     # the text may be from servers and files; only an internal error of a worker has several lines, its traceback

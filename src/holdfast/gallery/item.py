@@ -23,5 +23,5 @@ class Item:
     source: str
     """the paper that proposed the defence, or that showed how it masks gradients"""
     build: Callable[[Batch, nn.Module], nn.Module]
-    """function from training digits and the undefended twin to the masked model"""
+    """function that builds the masked model from training digits and the undefended twin"""
     eps: float = EPS

@@ -22,7 +22,7 @@ class Adapted:
     classes: int | None = None
     class_names: tuple[str, ...] | None = None
     class_labels: tuple[int, ...] | None = None
-    """labels of the classes in the order of the outputs, if they are whole numbers other than 0, 1, 2, …"""
+    """labels of the classes in the order of the outputs, if they are integers other than 0, 1, 2, …"""
     feature_names: tuple[str, ...] | None = None
     """names of the columns that the model was fitted on, in their order"""
     output: OutputKind | None = None

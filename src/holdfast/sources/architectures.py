@@ -25,7 +25,7 @@ def mlp(features: int = 784, classes: int = 10, width: int = 128, depth: int = 2
 def cnn(
     channels: int = 1, side: int = 28, classes: int = 10, width: int = 16, depth: int = 3, hidden: int = 100
 ) -> nn.Module:
-    """Convolutions of stride 2, each with twice the channels of the previous one, followed by two linear layers.
+    """Network of convolutions with stride 2, each with twice the channels of the one before, and two linear layers.
 
     Strides replace pooling: a forward pass costs a quarter, and every layer has exact linear bounds.
     """
@@ -100,8 +100,9 @@ def resnet(
 def lipschitz_aol(
     channels: int = 1, side: int = 28, classes: int = 10, width: int = 32, depth: int = 2, hidden: int = 256
 ) -> nn.Module:
-    """Network of almost-orthogonal layers with a certified radius: two convolutions a stage; each stage halves the
-    image.
+    """Network of almost-orthogonal layers with a certified radius. Two convolutions in each stage.
+
+    Each stage halves the height and width of the image.
     """
     return _lipschitz(AOLConv2d, AOLLinear, channels, side, classes, width, depth, hidden)
 
@@ -109,15 +110,16 @@ def lipschitz_aol(
 def lipschitz_cayley(
     channels: int = 1, side: int = 28, classes: int = 10, width: int = 16, depth: int = 2, hidden: int = 128
 ) -> nn.Module:
-    """Network of orthogonal layers with a certified radius. Like `lipschitz-aol`, but several times slower."""
+    """Network of orthogonal layers with a certified radius. Built like `lipschitz-aol`, but several times slower."""
     return _lipschitz(CayleyConv2d, CayleyLinear, channels, side, classes, width, depth, hidden)
 
 
 def lipschitz_sll(
     channels: int = 1, side: int = 28, classes: int = 10, width: int = 32, depth: int = 2, hidden: int = 256
 ) -> nn.Module:
-    """Network of 1-Lipschitz residual layers with a certified radius: two layers a stage; each stage halves the
-    image.
+    """Network of 1-Lipschitz residual layers with a certified radius. Two layers in each stage.
+
+    Each stage halves the height and width of the image.
     """
     layers: list[nn.Module] = [Widened(max(width // 4, channels))]
     now = max(width // 4, channels)

@@ -56,7 +56,7 @@ def read_once(path: Path, what: str, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def refuse_large(path: Path, max_bytes: int) -> None:
-    """Raise `TargetError` for a file larger than both `max_bytes` and `HOLDFAST_READ_MEMORY`."""
+    """Raise `TargetError` if a file is larger than `max_bytes` and larger than the size in `HOLDFAST_READ_MEMORY`."""
     n_bytes, most = path.stat().st_size, max(max_bytes, requested_memory())
     if n_bytes > most:
         raise TargetError(

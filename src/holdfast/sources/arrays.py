@@ -87,7 +87,7 @@ class Arrays:
     notes: tuple[str, ...] = ()
     """notes for the report"""
     pixels: Pixels | None = None
-    """conversion of the stored values to pixels, if they were normalised beforehand"""
+    """conversion of the stored values to pixels, if the stored values are normalised; else None"""
     reading: LayoutReading = LayoutReading("asis")
     """conversion of the axes of the original array to those of `x`"""
     features: tuple[str, ...] | None = None
@@ -263,7 +263,7 @@ def from_numpy(
 
 
 def suited(data: Arrays, expected: Expected) -> Arrays:
-    """Return the data set with notes about the layout of the network's inputs, which this function determines."""
+    """Determine the layout of the network's inputs, and return the data set with notes about it."""
     if expected.probe is None:
         return data
     return replace(data, notes=(*data.notes, *expected.probe.suit(data.read(0, 2).x)))

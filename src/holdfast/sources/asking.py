@@ -83,7 +83,7 @@ _OF_THE_INPUT = frozenset({400, 413, 415, 422})
 
 @dataclass(eq=False)
 class _InPassing(Exception):
-    """A failure that may not occur in another attempt."""
+    """Error for a failed request that may succeed in another attempt."""
 
     what: str
     """kind of the failure, by which failures are counted"""
@@ -334,7 +334,7 @@ class Client:
     def masked(self, text: str, *, least: int = _LETTERS) -> str:
         """Return a text in which the values of the request headers are replaced by "…".
 
-        Values are found unchanged, escaped as in JSON, and truncated to `least` or more letters.
+        A value is also replaced if it is escaped as in JSON, or if only its first `least` or more characters occur.
         """
         written = [form for value in self._headers.values() for form in _forms(value)]
         begins = re.compile("|".join(re.escape(form[:least]) for form in written))

@@ -26,7 +26,7 @@ class Look(Sent):
 
     @property
     def remaining(self) -> int:
-        """Number of rows that may still be sent."""
+        """Number of rows that may still be sent to the model."""
         return self.most - self.rows
 
     def spent(self, rows: int) -> str:

@@ -54,7 +54,7 @@ def _walked(estimator: Any) -> str:
 
 Array = NDArray[Any]
 _APART = 4e-6
-"""Relative difference by which the predicted class exceeds equal scores.
+"""Relative amount by which the predicted class is raised above equal scores of other classes.
 
 It is the smallest difference that is visible in the logarithm of a probability in single precision.
 """
@@ -92,7 +92,7 @@ class Asked:
     """names of the features, if the estimator was fitted on a table"""
     dtype: DTypeLike = np.float64
     kind: OutputKind | None = None
-    """kind of the scores"""
+    """kind of the scores: logits or probabilities; None if there are no scores"""
     parallel: bool = True
     """whether the estimator may start as many threads and processes as its `n_jobs` specifies"""
 

@@ -141,7 +141,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def _silent(file: str, done: int, total: int) -> None:
-    """Ignore the progress."""
+    """Do nothing. This is the default callback."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from holdfast.sources.limited.limits import MEMORY, requested_memory
 MAX_BYTES = 16 * 2**30
 """Largest total size in bytes of the arrays of one archive after decompression."""
 _SMALL, _RATIO = 2**30, 200
-"""an archive above a gibibyte with a compression ratio above 200 is treated as a decompression bomb"""
+"""An archive that would need more than 1 GiB and more than 200 times its size is rejected as a decompression bomb."""
 _DAMAGE = (zipfile.BadZipFile, zlib.error, LZMAError, EOFError, ValueError, OSError, NotImplementedError)
 
 

@@ -1,4 +1,4 @@
-"""The operators that an exported program may call: operators of networks that check their arguments.
+"""List of the operators that an exported program may call: operators of networks that check their arguments.
 
 Other operators of aten build tensors from unchecked indices, strides or pointers, and may therefore read or write
 outside of their memory. A common operator without checks is replaced by an equivalent one with checks.

@@ -18,7 +18,7 @@ TEXT = frozenset({"BYTES"})
 _PLACES = ("$x", "$x_last", "$x_one", "$x_one_last")
 """Placeholders of a template: for all rows, or for one example without a batch axis; `last` puts the channels last."""
 _NAME, _NAMES = 40, 8
-"""number of characters of a name, and number of names, that a message shows"""
+"""Number of characters of a name, and number of names, in an error message."""
 _ADVICE = "say where the scores or classes are with --http-response"
 
 

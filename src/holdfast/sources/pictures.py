@@ -29,7 +29,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF")
 MAX_PIXELS = 64_000_000
 """Largest number of pixels of one image according to its header, checked before decoding."""
 _SMALL, _RATIO = 2**30, 200
-"""images above a gibibyte with a compression ratio above 200 are treated as a decompression bomb"""
+"""Images that need more than 1 GiB and more than 200 times the size of their files are rejected as a decompression
+bomb.
+"""
 _GREY = ("1", "L", "LA", "I;16", "I", "F")
 
 

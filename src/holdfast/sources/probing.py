@@ -19,7 +19,7 @@ _ROWS = 2
 _LOOKED_AT = 2048
 """Number of examples that are searched for an output outside [0, 1]."""
 _CHUNK, _VALUES = 256, 1 << 26
-"""most examples, and most values of examples, that are processed at a time"""
+"""Largest number of examples, and largest number of their values, that are processed at a time."""
 _COMPARED = 512
 """Number of examples whose scores are compared with the labels that an estimator predicts."""
 HWC_NOTE = "the network takes the channels last; its inputs are transposed inside the model"

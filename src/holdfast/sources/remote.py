@@ -50,9 +50,7 @@ class Remote:
     max_queries: int | None = None
     """largest number of rows that a run may send, including earlier attempts; None means no limit"""
     on_refused: Literal["reject", "stop"] = "reject"
-    """whether an attacked input that the server rejects counts as rejected by a defence ("reject"), or ends the run
-    ("stop")
-    """
+    """what happens with an attacked input that the server rejects: it is recorded as rejected, or the run stops"""
     sleep: Callable[[float], object] | None = None
     """function that waits for a number of seconds; None means to wait for that time or until the run is stopped"""
     now: Callable[[], float] = time.monotonic

@@ -28,7 +28,10 @@ _DOUBTED = 8
 
 @dataclass(eq=False)
 class _Origin:
-    """A rejected request that is larger than any accepted one: it may be too large, or contain a rejected input."""
+    """The state of a rejected request that is larger than any accepted one, while its parts are sent again.
+
+    Such a request may be too large, or contain an input that the server rejects.
+    """
 
     left: int
     """number of rows for which the reason is not known yet"""

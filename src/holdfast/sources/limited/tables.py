@@ -41,7 +41,7 @@ _BYTES_A_CELL = 20
 _BLOCK = 1 << 20
 """Number of cells that are converted at a time."""
 _SMALL, _RATIO = 1 << 26, 200
-"""text above 64 MiB with a compression ratio above 200 is treated as a decompression bomb"""
+"""Text that needs more than 64 MiB and more than 200 times the size of its file is rejected as a decompression bomb."""
 _NUMBERS, _KINDS = "numbers", "kinds"
 
 
