@@ -416,7 +416,10 @@ def report(run: str | Path) -> Result:
 
 
 def verify(run: str | Path) -> Verified:
-    """Check whether the files in the folder of a run match its chain. Raises `TargetError` for the first difference."""
+    """Verify that the files in the folder of a run match its chain, and return their number and the state of the run.
+
+    Raises `TargetError` for the first difference.
+    """
     return verify_folder(Path(run))
 
 

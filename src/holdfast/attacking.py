@@ -35,7 +35,7 @@ from holdfast.verbs import assess as assessing
 from holdfast.verbs.result import Result
 
 Array = Tensor | NDArray[Any]
-"""A tensor if the inputs were a tensor, a loader or an address, else a numpy array."""
+"""Type of the results: a tensor if the inputs were a tensor, a loader or an address, else a numpy array."""
 _LISTED = 20
 """Largest number of classes that an error message lists."""
 

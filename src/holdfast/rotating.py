@@ -189,10 +189,10 @@ def admit(
     notify: Notify = ignore,
     progress: Progress = silent,
 ) -> Admission:
-    """Evaluate every candidate of the pool, and every waiting set that was not evaluated against all stolen sets.
+    """Judge every candidate of the pool, and every waiting set that was not judged against all stolen sets.
 
     `gates` are conditions in addition to the usual ones. `accept_doubts` maps raised doubts that are accepted to
-    reasons. `n_judged` is the number of held-out examples in the first evaluation. The result contains the verdict on
+    reasons. `n_judged` is the number of held-out examples in the first measurement. The result contains the verdict on
     each set; its `exit_code` is 0 if a candidate was admitted and 4 if none was.
     """
     settings = check_settings(
@@ -213,22 +213,22 @@ def admit(
 def swap(pool: PoolLike, *, why: str = "", unjudged: bool = False, expect_head: str = "") -> Swapped:
     """Serve another admitted set, chosen at random, and retire the serving set. `why` is recorded in the ledger.
 
-    If `unjudged` is True and no other set waits, a set that was not evaluated against every stolen set is used. Raises
+    If `unjudged` is True and no other set waits, a set that was not judged against every stolen set is used. Raises
     `Inconclusive` if no set can serve.
     """
     return swapping.swap(swapping.SwapRequest(_opened(pool, expect_head), why, unjudged))
 
 
 def expose(pool: PoolLike, name: str, *, why: str, expect_head: str = "") -> Exposed:
-    """Record that an attacker may have the set `name`, and in `why` what happened. It never serves again after the next
+    """Record that an attacker may have the set `name`. `why` states what happened. The set never serves after the next
     swap.
     """
     return exposure.expose(exposure.ExposeRequest(_opened(pool, expect_head), name, why))
 
 
 def status(pool: PoolLike, *, expect_head: str = "") -> dict[str, Any]:
-    """Verify every entry of the ledger, and return the sets of the pool and their states as a dictionary of plain
-    values.
+    """Verify every entry of the ledger, and return the state of the pool and its sets as a dictionary of
+    plain values.
     """
     return pool_status.status(_opened(pool, expect_head))
 
@@ -270,9 +270,9 @@ def run(
     """Finish the collection of the pool, train a generator if it is needed, and swap whenever a swap is due.
 
     `every` lists the conditions of a swap, as in `["50q/principal", "24h"]`; a stolen serving set is always replaced.
-    `min_waiting` is the number of admitted sets that should be available for the next swaps. The function runs until
-    Ctrl-C. It raises `Inconclusive` if no set is admitted and none is available. With `once` it returns as soon as a
-    set serves and enough sets are available. On the command line, this step also creates the pool.
+    `min_waiting` is the number of admitted sets that should wait for the next swaps. The function runs until Ctrl-C. It
+    raises `Inconclusive` if no set is admitted and none waits. If `once` is True, it returns as soon as a set serves
+    and enough sets wait. On the command line, this step also creates the pool.
     """
     settings = check_settings(
         given(

@@ -57,9 +57,7 @@ class Suite:
     version: int
     attacks: Named
     waves: Mapping[str, int] = field(default_factory=dict)
-    """by name of an attack that starts with the examples nearest to being broken: how often the robust examples are
-    halved
-    """
+    """number of halvings of the robust examples, by name of an attack that starts with those nearest to being broken"""
     smallest: bool = False
     """whether the suite searches for the smallest change of every example, instead of any change within eps"""
 
@@ -162,7 +160,7 @@ def curve(constraint: Constraint) -> Named:
 
 
 SPRINT = Relay(searches=0, rounds=0)
-"""A few short gradient runs: in `quick`, two from random starts and two towards the nearest classes.
+"""Attack with a few short gradient runs: in `quick`, two from random starts and two towards the nearest classes.
 
 `fast` uses one random start, and under L2 and L1 no target class, because more attacks follow.
 """

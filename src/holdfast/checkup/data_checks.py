@@ -39,7 +39,7 @@ def spread_examples(data: Data, n: int, model: Classifier | None = None) -> Batc
     """Return at most `n` examples spread evenly over the data set, so that all classes occur even if the data are
     sorted.
 
-    If `model` is given, some examples that `assess` would refuse are added.
+    If `model` is given, some examples that `assess` would reject are added.
     """
     n = min(n, len(data))
     misfits = [] if model is None else _misfits(data, model)
@@ -51,7 +51,7 @@ def spread_examples(data: Data, n: int, model: Classifier | None = None) -> Batc
 
 
 def _misfits(data: Data, model: Classifier) -> list[int]:
-    """Return the rows of the first examples that `assess` would refuse, for data in arrays.
+    """Return the rows of the first examples that `assess` would reject, for data in arrays.
 
     For other data the list is empty: images are bytes in class folders, and therefore are always accepted.
     """
@@ -75,7 +75,8 @@ def _outside(x: Tensor, model: Classifier) -> Tensor:
 def moved_inside(model: Classifier, x: Tensor, seen: Tensor) -> Tensor:
     """Return `x` divided by 255 (or another divisor of pixels) if the examples `seen` are pixels outside the bounds.
 
-    Otherwise return `x` unchanged. Without this correction, later checks would only find its consequences.
+    Otherwise return `x` unchanged. Without this correction, the later checks would report only effects of the wrong
+    scale.
     """
     divisor = pixel_divisor(float(seen.min()), float(seen.max()), seen.dim())
     if bool(_outside(seen, model).any()) and model.bounds.width <= 1 and divisor is not None:
@@ -98,7 +99,9 @@ def known_labels(y: Labels, classes: int, labels: tuple[int, int]) -> tuple[Labe
 
 
 def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Finding]:
-    """Yield a finding on whether the values of the inputs are inside the bounds of the model, and use their range."""
+    """Yield a finding on whether the values of the inputs are inside the bounds of the model and cover enough
+    of them.
+    """
     low, high = (float(end) for end in (x.min(), x.max()))
     seen = f"inputs range from {low:.4g} to {high:.4g}"
     if bool(_outside(x, model).any()):

@@ -28,7 +28,7 @@ class Finding:
     check: str
     level: Level
     says: str
-    """description with numbers"""
+    """description of the finding, with numbers"""
     way_out: str = ""
     gain: float | None = None
     """increase of accuracy by an alternative interpretation of the data; None if no alternative was tried"""
@@ -49,7 +49,7 @@ class Examined:
     left: Callable[[], int] | None = None
     """function that returns how many rows may still be sent to the model; None means no limit"""
     untried: list[int] = field(default_factory=list)
-    """numbers of rows of the alternatives that were not tried because too few rows were left"""
+    """numbers of rows that the alternatives needed which were not tried because too few rows were left"""
     moved_by: float | None = None
     """value of `moved` if it was already measured, else None"""
 
@@ -81,9 +81,7 @@ class Examined:
 
     @cached_property
     def moved(self) -> float:
-        """Largest change of the outputs when the model is called again on the same inputs, relative to the largest
-        logit.
-        """
+        """Largest change of the outputs in a second call on the same inputs, relative to the largest logit."""
         if self.moved_by is not None:
             return self.moved_by
         return self.change(self.ask(self.model, self.batch.x))

@@ -60,9 +60,7 @@ def layouts(examined: Examined) -> Iterator[Finding]:
 
 
 def units(examined: Examined) -> Iterator[Finding]:
-    """Yield findings for a wrong unit of the inputs: a small range, a missing or repeated normalisation, or another
-    scale.
-    """
+    """Yield findings for wrong units of the inputs: a small range, a wrong normalisation, or another scale."""
     findings = tuple(_filled(examined))
     if not findings and examined.may_be_beaten:
         findings = tuple(_normalisation(examined)) or tuple(_scale(examined))

@@ -126,7 +126,7 @@ _OPTIONS = (
 
 
 def with_voice(command: F) -> F:
-    """Add -q, -v, --no-color and --debug to a command, which receives a `Voice` as its first argument."""
+    """Add the options -q, -v, --no-color and --debug to a command. It receives a `Voice` as its first argument."""
     return offered(*_OPTIONS)(pass_meta_key(_VOICE)(command))  # type: ignore[return-value]
 
 

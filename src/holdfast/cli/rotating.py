@@ -104,7 +104,7 @@ def draw(
 
 
 def admit(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str) -> int:
-    """Evaluate the candidates of a pool. Return exit code 0 if one was admitted, 4 if none was."""
+    """Judge the candidates of a pool. Return exit code 0 if one was admitted, 4 if none was."""
     again = f"finished steps are stored; resume with: {command_line()}"
     with stoppable(again), progress_bar(voice) as progress:
         request = rotate_requests.admit_request(Path(pool), settings, expect_head=expect_head)

@@ -1,8 +1,9 @@
-"""Masked models: small versions of defences that seem robust under a naive evaluation. They are tests of the doubts.
+"""Masked models: small versions of defences that seem robust under a naive evaluation.
 
-None of them is suitable as a defence. Each is built like the defence in its paper, within seconds on 5,000 digits, and
-is compared with an undefended twin, which is the same network without the defence. For each, `holdfast demo --gallery`
-shows the robust accuracy under plain PGD and under an adaptive attack, and the doubts that are raised.
+They serve to test whether the doubts about such an evaluation are raised; none of them is suitable as a defence. Each
+is built like the defence in its paper, within seconds on 5,000 digits, and is compared with an undefended twin, which
+is the same network without the defence. For each, `holdfast demo --gallery` shows the robust accuracy under plain PGD
+and under an adaptive attack, and the doubts that are raised.
 """
 
 from holdfast.gallery import activations, generative, images, logits

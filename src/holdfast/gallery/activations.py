@@ -16,9 +16,7 @@ SAMPLES = 0.28
 
 
 def winners(h: Tensor) -> Tensor:
-    """Return the activations `h` (n, …) in which the largest 5 % of each example are unchanged and all others
-    are zero.
-    """
+    """Return a tensor with the largest 5 % of the activations `h` (n, …) of each example, and zero for all others."""
     flat, least = _ranked(h)
     return (flat * (flat >= least)).view_as(h)
 

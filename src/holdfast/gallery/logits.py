@@ -24,8 +24,9 @@ class Times(nn.Module):
 
 
 def distilled(digits: Batch, twin: nn.Module) -> nn.Module:
-    """Return a network distilled from a teacher. Both are trained at temperature 100; the result is used at temperature
-    1.
+    """Return a network distilled from a teacher. Both are trained at temperature 100.
+
+    The result is used without the temperature, so that its logits are large.
     """
 
     def hot(net: nn.Module, batch: Batch) -> Tensor:

@@ -78,9 +78,7 @@ class ServerAnswers:
             raise type(error)(self._masked(f"{error}. The answer begins: {begins}")) from None
 
     def recall(self, row: Tensor) -> None:
-        """Register the scores (classes) or the one-hot label of a row that were received in an earlier attempt of the
-        run.
-        """
+        """Register the scores (classes) or the one-hot label of a row that an earlier attempt of the run received."""
         if self._labels is None:
             self._classes = len(row)
             self._split = self._split or bool((row != row.round()).any())

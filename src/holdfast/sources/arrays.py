@@ -36,7 +36,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Pixels:
-    """Function that converts normalised values to pixels."""
+    """Conversion of normalised values to pixels, which is called with inputs."""
 
     normalised: Normalisation
     bounds: Bounds

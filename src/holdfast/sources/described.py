@@ -1,5 +1,6 @@
-"""Checks the description of a network in a file with weights. Types and values are restricted, as the file is
-untrusted.
+"""Checks the description of a network in a file with weights.
+
+Each entry has one type and range of values, because the file may be untrusted.
 """
 
 import math
@@ -56,8 +57,9 @@ _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def refuse_description(path: Path, said: Mapping[str, Any]) -> None:
-    """Raise `TargetError` for the first known entry whose value has another type or range. Other entries are
-    ignored.
+    """Raise `TargetError` for the first known entry whose value has another type or range.
+
+    Entries that are not known are ignored.
     """
     for key, (fits, expected) in _FORMS.items():
         value = said.get(key)

@@ -21,9 +21,9 @@ _NEAR_255 = 128
 def pixel_divisor(lowest: float, highest: float, dims: int) -> float | None:
     """Return the divisor that scales pixels to [0, 1], or None for values that are no pixels.
 
-    `lowest` and `highest` are the extreme values of an array with `dims` axes. If the largest value is near 255, the
-    divisor is 255; otherwise it is the largest value. Values of a table, which has two axes, are pixels only if the
-    largest is exactly 255.
+    `lowest` and `highest` are the extreme values of an array with `dims` axes. If the largest value is between 128 and
+    255, the divisor is 255; otherwise it is the largest value. Values of a table, which has two axes, are pixels only
+    if the largest is exactly 255.
     """
     if lowest < 0 or highest < _FEWEST_LEVELS or (dims <= 2 and highest != 255):
         return None

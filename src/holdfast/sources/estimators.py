@@ -400,8 +400,10 @@ def _largest(scores: Array) -> NDArray[np.int64]:
 
 
 def _ahead(scores: Array, winners: NDArray[np.int64]) -> Array:
-    """Lower all scores that are at least that of the predicted class in `winners` below it. Modifies `scores`
-    in place.
+    """Lower all scores that equal or exceed that of the predicted class in `winners`, so that it is the only largest
+    one.
+
+    Modifies `scores` in place.
     """
     rows = np.arange(len(scores))
     best = scores[rows, winners]

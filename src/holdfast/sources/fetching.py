@@ -137,7 +137,9 @@ def _strip(content: bytes, path: Path) -> NDArray[np.uint8]:
 TIMEOUT_S = 60
 _CHUNK = 1 << 20
 Progress = Callable[[str, int, int], None]
-"""Callback with the file, the bytes received so far and their total (0 if the server does not send it)."""
+"""Type of a callback. Its arguments are the file name, the bytes received so far, and their total (0 if it is
+unknown).
+"""
 
 
 def _silent(file: str, done: int, total: int) -> None:

@@ -247,9 +247,7 @@ def _of_labels(output: Mapping[str, Any], *, declared: bool) -> bool:
 
 
 def _output(outputs: list[dict[str, Any]], remote: Remote) -> dict[str, Any] | None:
-    """Return the requested output, else the first output with scores, else with class numbers, else with
-    class names.
-    """
+    """Return the requested output, else the first output with scores, with class numbers, or with class names."""
     if not outputs:
         return None
     names = [each["name"] for each in outputs]

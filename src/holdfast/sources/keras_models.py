@@ -104,8 +104,9 @@ def _layout(model: Any, keras: Any) -> Layout | None:
 
 
 def _output(model: Any, keras: Any) -> OutputKind | None:
-    """Return "probability" if the last layer computes probabilities. Otherwise, and for a user-defined class, return
-    None.
+    """Return "probability" if the last layer computes probabilities. Otherwise return None.
+
+    The result is also None for a model of a user-defined class, whose outputs are unknown.
     """
     if len(getattr(model, "outputs", None) or ()) != 1:
         return None

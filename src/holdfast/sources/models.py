@@ -36,9 +36,9 @@ from holdfast.sources.remote import SCHEMES, Remote
 from holdfast.sources.weights import fit_weights, read_state_dict, refuse_misfit
 
 _SPARE = 1_000
-"""Largest difference between the numbers of tensors of a requested network and of the file.
+"""Number by which the parameters of a requested network may exceed the tensors of the file.
 
-Within this difference the error message can list the missing tensors.
+Up to this number the error message can list the missing tensors.
 """
 BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled"
 STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ts", ".model", ".ckpt", ".bin")

@@ -94,11 +94,13 @@ class Sent:
         self._note({"t": "refused", "kind": purpose.kind, "n": rows})
 
     def rejected(self, purpose: Purpose, status: str, key: bytes) -> None:
-        """Record that an input counts as rejected. Its request was already counted by `refused`."""
+        """Record that an attacked input was rejected with a status code. Its request was already counted by
+        `refused`.
+        """
         self._note({"t": "rejected", **purpose_record(purpose), "status": status}, key)
 
     def found_limit(self, most: int, refused: int) -> None:
-        """Record the largest number of rows that the server accepts, and that of the smallest request that it
+        """Record two numbers of rows: the largest that the server accepts, and that of the smallest request that it
         rejected.
         """
         self._note({"t": "limit", "most": most, "refused": refused})

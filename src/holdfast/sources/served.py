@@ -1,4 +1,4 @@
-"""A served model as a function of a batch: rows are sent in requests, and responses are counted and stored."""
+"""Calls a served model on batches: rows are sent in requests, and responses are counted and stored."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -67,9 +67,9 @@ class Served:
     """A function that returns the scores or one-hot labels of a batch, which it requests from a server.
 
     A request has at most `remote.max_rows` rows. A rejected request is halved until the server accepts it, which
-    determines the largest number of rows of a request. Inputs of attacks that are rejected individually get the logits
-    of `core.outputs.refused` or end the run, depending on `remote.on_refused`. `sent` counts the rows, and returns
-    responses from earlier attempts of the run.
+    determines the largest number of rows of a request. Inputs of attacks that are rejected individually get logits with
+    the value `REFUSED` or end the run, depending on `remote.on_refused`. `sent` counts the rows, and returns responses
+    from earlier attempts of the run.
     """
 
     def __init__(

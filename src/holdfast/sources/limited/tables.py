@@ -1,6 +1,6 @@
-"""Reads `.csv`, `.csv.gz` and `.parquet` files in blocks.
+"""Reads `.csv`, `.csv.gz` and `.parquet` files in blocks, so that a table is never in memory as a whole.
 
-Besides a block, each cell of a feature needs the memory of a number, and each distinct string is stored once.
+The cells of features are written as numbers, and distinct strings are stored once.
 """
 
 import csv

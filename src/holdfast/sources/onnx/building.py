@@ -20,9 +20,7 @@ MAX_COMPUTED = 2**30
 
 
 class Unsupported(Exception):
-    """Error for an operator, or a setting of one, that the importer does not support. The model then runs in
-    onnxruntime.
-    """
+    """Error for an operator or a setting that the importer does not support. The model then runs in onnxruntime."""
 
 
 @dataclass(frozen=True, eq=False)

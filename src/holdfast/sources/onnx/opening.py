@@ -286,9 +286,7 @@ def _chosen_output(file: OnnxFile, path: Path) -> tuple[str, int, tuple[str, ...
 
 
 def _refuse_several(scores: Mapping[str, Tensor], path: Path) -> None:
-    """Raise `TargetError` if several outputs may be the scores and their largest values are those of
-    different classes.
-    """
+    """Raise `TargetError` if several outputs may be the scores and their largest values belong to different classes."""
     (first, *others) = scores.values() if scores else (torch.empty(0),)
     alike = all(y.shape == first.shape and torch.equal(y.argmax(-1), first.argmax(-1)) for y in others)
     if others and (first.dim() == 1 or not alike):
