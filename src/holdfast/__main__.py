@@ -1,4 +1,4 @@
-"""`python -m holdfast` is `holdfast`."""
+"""Entry point of `python -m holdfast`, which runs the command line `holdfast`."""
 
 from holdfast.cli import main
 

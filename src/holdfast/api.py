@@ -1,7 +1,7 @@
 """Python functions equivalent to the commands, with the same names, arguments and results.
 
-They accept a network, a function or an address as model, and tensors, arrays, a loader or an address as data, and
-convert these once. Functions below this module have one type for each parameter.
+Each function accepts a network, a function or an address as its model, and tensors, arrays, a loader or an address as
+its data, and converts them once. The functions that it calls accept one type for each parameter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -114,15 +114,16 @@ def assess(
     resume: bool = False,
     progress: Progress = silent,
 ) -> Result:
-    """Measure how robust a model is: the worst case over a suite of attacks, with intervals and doubts.
+    """Measure the robust accuracy of a model against a suite of attacks, with confidence intervals and doubts.
 
-    `model` and `data` are objects, addresses, or results of `open_model` and `open_data`. `threat` is text, or a
-    constraint such as `holdfast.Linf(8/255)`. `suite` names a suite or attacks (`"pgd,square"`), or is an attack, a
-    class of attacks, or a list of these. The default is `fast`, or `transfer` for a threat with access=none.
-    `surrogates` are models of the attacker; a `Classifier` declares the preprocessing, and `holdfast.skipped` is for
-    skip gradients. `across` lists other data of the same shape, to which perturbations are transferred and from which
-    they come. With `run` all artefacts are stored in that folder, and `resume` continues the run. A network given as an
-    object stays on its device.
+    An example is robust if no attack of the suite breaks it. `model` and `data` are objects, addresses, or results of
+    `open_model` and `open_data`. `threat` is a string, or a constraint such as `holdfast.Linf(8/255)`. `suite` is the
+    name of a suite or of attacks (`"pgd,square"`), an attack, a class of attacks, or a list of these. The default is
+    `fast`, or `transfer` for a threat with access=none. `surrogates` are models of the attacker; a `Classifier`
+    declares the preprocessing, and `holdfast.skipped` is for skip gradients. `across` lists other data sets with inputs
+    of the same shape: perturbations computed on `data` are also evaluated on them, and perturbations computed on them
+    are evaluated on `data`. If `run` is given, all artefacts are stored in that folder, and `resume` continues the run
+    in it. A network given as an object stays on its device.
     """
     settings = check_settings(
         given(
@@ -180,7 +181,10 @@ def carry_out(
     notify: Notify = ignore,
     command: str = "",
 ) -> Result:
-    """Run `assess` for the command line or a configuration file; `command` is the command that repeats it."""
+    """Run `assess` with the settings of the command line or of a configuration file.
+
+    `command` is the command line that repeats the run; the run stores it.
+    """
     surrogates, fit, across = settings.suite.surrogates, settings.others.fit, settings.options.across
     baseline = _evidence(settings.reports.baseline)
     inputs = AssessInputs(settings, sources_at(settings), surrogates, fit, across, None, baseline, command)
@@ -234,14 +238,15 @@ def harden(
     resume: bool = False,
     progress: Progress = silent,
 ) -> Hardened:
-    """Train a new model that is more robust, and measure both. The given model is never changed.
+    """Train a new model that is more robust than `model`, and assess both. The given model is never changed.
 
     `model` and `data` are objects, addresses, or results of `open_model` and `open_data`. If `data` is an address, its
     train split is used for training and its test split for measurement. If it is an object, it is used for measurement
-    and `fit` for training; without `fit` a tenth of it is held out for measurement. `unlabelled` are more inputs for
-    training, as an address or an object, for recipes that learn without labels. `budget` is time for the training, as
-    in "10min". The other arguments are those of `assess`, for the measurements before and after. With `run` all is
-    stored in that folder; `resume` continues it.
+    and `fit` for training; without `fit`, a tenth of it is held out for measurement. `unlabelled` contains further
+    inputs for training, as an address or an object, for recipes that use inputs without labels. `budget` is the
+    wall-clock time for the training, as in "10min". The other arguments are those of `assess`, and apply to the
+    measurements before and after the training. If `run` is given, all artefacts are stored in that folder, and `resume`
+    continues the run in it.
     """
     settings = check_settings(
         given(
@@ -299,7 +304,10 @@ def carry_out_hardening(
     notify: Notify = ignore,
     command: str = "",
 ) -> Hardened:
-    """Run `harden` for the command line or a configuration file; `command` is the command that repeats it."""
+    """Run `harden` with the settings of the command line or of a configuration file.
+
+    `command` is the command line that repeats the run; the run stores it.
+    """
     sources, fit, unlabelled = sources_at(settings), settings.others.fit, settings.options.unlabelled
     subject, training, test, whole = hardening.open_for_hardening(sources, fit, unlabelled)
     request = hardening.harden_request(
@@ -318,7 +326,10 @@ def carry_out_hardening(
 
 
 def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -> Result:
-    """Run `assess` on a bundled network and real data, offline. Writes `report.html` and `report.json` in a folder."""
+    """Run `assess` on bundled data, offline, and write `report.html` and `report.json` in `folder`.
+
+    The model is a bundled network, and the data are real images of digits.
+    """
     places = [Path(folder) / name for name in ("report.html", "report.json")]
     for place in places:
         check_place(place)
@@ -331,9 +342,10 @@ def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -
 def exhibition(
     *, n: int = 500, only: Sequence[str] = (), shown: Callable[[Exhibit], None] = lambda exhibit: None
 ) -> tuple[Exhibit, ...]:
-    """Build and measure each masked model of the gallery on the first `n` bundled digits, and pass it to `shown`.
+    """Build each masked model of the gallery and measure it on the first `n` bundled digits.
 
-    `only` selects some of them by name.
+    `shown` is called with each result as soon as it is known. `only` lists the names of the models to build; if it is
+    empty, all are built. Raises `UsageError` for an unknown name.
     """
     names = [item.name for item in ITEMS]
     for name in only:
@@ -362,7 +374,7 @@ def doctor(
     std: Numbers | None = None,
     data_normalised: tuple[Numbers, Numbers] | str | None = None,
 ) -> tuple[Finding, ...]:
-    """Find common mistakes in the combination of a model and its data, in seconds.
+    """Return findings about common mistakes in the combination of a model and its data, within seconds.
 
     `model` and `data` are objects, addresses, or results of `open_model` and `open_data`.
     """
@@ -383,7 +395,7 @@ def doctor(
 
 
 def look_over(settings: DoctorSettings) -> tuple[Finding, ...]:
-    """Run `doctor` with settings of the command line or a configuration file."""
+    """Run `doctor` with the settings of the command line or of a configuration file."""
     return _findings(sources_at(settings))
 
 
@@ -394,17 +406,20 @@ def _findings(sources: Sources) -> tuple[Finding, ...]:
 
 
 def compare(first: Result | str | Path, second: Result | str | Path) -> Comparison:
-    """Return the changes from the first run to the second, on the examples that both have."""
+    """Return the differences between the first and the second run, on the examples that both runs contain."""
     return Comparison(_result(first), _result(second))
 
 
 def report(run: str | Path) -> Result:
-    """Return the result of a finished run from its folder."""
+    """Read the folder of a finished run and return its result."""
     return open_run(Path(run))
 
 
 def verify(run: str | Path) -> Verified:
-    """Check whether a run folder matches its chain. Raises `TargetError` for the first difference."""
+    """Verify that the files in the folder of a run match its chain, and return their number and the state of the run.
+
+    Raises `TargetError` for the first difference.
+    """
     return verify_folder(Path(run))
 
 

@@ -1,4 +1,4 @@
-"""`holdfast.attack`: adversarial examples of any attack, judged in the same way as in `assess`."""
+"""`holdfast.attack`: computes adversarial examples with any attack, and evaluates them in the same way as `assess`."""
 
 import re
 from collections.abc import Sequence
@@ -35,35 +35,36 @@ from holdfast.verbs import assess as assessing
 from holdfast.verbs.result import Result
 
 Array = Tensor | NDArray[Any]
-"""A tensor if the inputs were a tensor, a loader or an address, else a numpy array."""
+"""Type of the results: a tensor if the inputs were a tensor, a loader or an address, else a numpy array."""
 _LISTED = 20
-"""number of classes that an error message lists"""
+"""Largest number of classes that an error message lists."""
 
 
 @dataclass(frozen=True)
 class Attacked:
-    """Results of an attack on each of n examples, in the given order."""
+    """Results of an attack on n examples, in the order in which the examples were given."""
 
     x_adv: Array
-    """(n, …): an input for each example, with the shape, layout, scale and float type of `x`
+    """(n, …): one input for each example, with the shape, layout, scale and float type of `x`
 
     It is the adversarial example if one was found, else the attack's best attempt. An example that is misclassified
-    when clean keeps its input (under a goal: an example that needs no attack, or is not eligible).
+    when clean keeps its input unchanged; so does, under a goal, an example whose label or clean prediction is the
+    target.
     """
     success: Array
     """(n) bool: the model misclassifies `x_adv` (under a goal: predicts the target), inside the threat model"""
     distance: Array
     """(n) float: distance of `x_adv` from `x` in the norm and the units of the threat's eps; 0 if they are equal"""
     queries: Array
-    """(n) int64: forward passes of the attack, without those of the verdict"""
+    """(n) int64: number of forward passes of the attack, without those that evaluate `x_adv`"""
     clean_correct: Array
     """(n) bool: the model classifies `x` correctly"""
     result: Result
-    """result of the run as from `assess`: metrics with intervals, notes and costs"""
+    """result of the run, as `assess` returns it: metrics with confidence intervals, notes and costs"""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes that matter for the numbers, such as that no gradient reaches the input."""
+        """Notes that affect the interpretation of the numbers, such as that no gradient reaches the input."""
         return self.result.evidence.notes
 
     def __len__(self) -> int:
@@ -99,18 +100,18 @@ def attack(
     device: str = "auto",
     progress: Progress = silent,
 ) -> Attacked:
-    """Compute adversarial examples for `x` (n, …) with labels `y` (n) by an attack, and judge them on the model.
+    """Compute adversarial examples for `x` (n, …) with labels `y` (n), and evaluate them on the model.
 
     `attack` is a name (`"pgd"`, `"cw"`, see `holdfast attacks`), a class or an instance of `holdfast.attacks`, such as
-    `PGD(steps=100)`, or `{"use": "pgd", "steps": 100}`. Several of them, or the name of a suite such as `"autoattack"`,
-    run in order on the examples that are still robust. `threat` is text or a constraint, such as `holdfast.L2(0.5)`;
-    without an eps (`"l2"`) a minimum-norm attack searches for the smallest change.
+    `PGD(steps=100)`, or `{"use": "pgd", "steps": 100}`. Several attacks, or the attacks of a suite such as
+    `"autoattack"`, run in order, each on the examples that are still robust. `threat` is a string or a constraint, such
+    as `holdfast.L2(0.5)`; without an eps (`"l2"`), a minimum-norm attack searches for the smallest change.
 
-    `goal` is a target class for all examples, by number or name. `queries` is the most forward passes of an attack for
-    each example. Equal values of `seed` give equal examples, which are also those of `assess` with the same attack. `y`
-    is omitted if `x` is a loader or dataset of pairs, an address, or a result of `holdfast.open_data`. `fit` contains
-    other examples for attacks that are learned, `surrogates` the models on which `Transfer` computes its examples.
-    Every other argument is as in `assess`.
+    `goal` is a target class for all examples, by number or name. `queries` is the largest number of forward passes of
+    an attack for each example. Equal values of `seed` give equal examples; `assess` with the same attack and seed
+    computes the same examples. `y` is omitted if `x` is a loader or dataset of pairs, an address, or a result of
+    `holdfast.open_data`. `fit` contains other examples, for attacks that are learned. `surrogates` are the models on
+    which `Transfer` computes its examples. Every other argument has the same meaning as in `assess`.
 
     Mode, weights and gradients of the model are unchanged. Raises `UsageError` for an unknown name, and for an attack
     that cannot run under this threat or needs more access than the model gives.
@@ -159,11 +160,14 @@ def attack(
 
 
 _WRITTEN_GOAL = re.compile(r"untargeted|targeted:.*", re.DOTALL)
-"""a goal in the form of a threat's text"""
+"""pattern of a goal in the syntax of a threat"""
 
 
 def _class_called(name: str, names: Sequence[str]) -> int:
-    """Number of the class with that name. Raises `UsageError`, with names and numbers, if there is none."""
+    """Return the number of the class called `name`.
+
+    Raises `UsageError` if there is none; its message lists classes with their numbers.
+    """
     if name in names:
         return list(names).index(name)
     listed = ", ".join(f"{k} ({each})" for k, each in enumerate(names[:_LISTED]))
@@ -175,7 +179,7 @@ def _class_called(name: str, names: Sequence[str]) -> int:
 
 
 def _inputs_and_data(x: DataLike, y: object) -> tuple[DataLike, DataLike]:
-    """Return the inputs as they were given, and the data in the form that `assess` accepts."""
+    """Return the inputs as they were given, and the data in a type that `assess` accepts."""
     if isinstance(x, tuple) and len(x) == 2 and y is None:
         x, y = x
     reference = x if isinstance(x, DataReference) else None
@@ -195,7 +199,7 @@ def _inputs_and_data(x: DataLike, y: object) -> tuple[DataLike, DataLike]:
 
 
 def _threat(threat: ThreatLike, goal: int | str | None, queries: int | None) -> str:
-    """Return the threat as text, including the goal and the queries from other arguments."""
+    """Return the threat as a string, with the goal and the number of queries from the other arguments."""
     text = threat_written(threat, "attack(): threat")
     spec = parse_threat(text)
     if goal is not None:
@@ -226,7 +230,7 @@ def _target(goal: int) -> str:
 
 
 def _attacked(result: Result, data: Data, inputs: object) -> Attacked:
-    """Return the results of the run in the form of the given inputs."""
+    """Return the results of the run as an `Attacked`, with arrays of the type of the given inputs."""
     evidence, x = result.evidence, data.read(0, len(data)).x
     correct, success, goal = evidence["correct"], evidence["success"], evidence.threat.goal
     tried = correct if goal is None else correct & evidence["eligible"]
@@ -248,7 +252,7 @@ def _attacked(result: Result, data: Data, inputs: object) -> Attacked:
 
 
 def _as_given(data: Data, x_adv: Inputs, given: object) -> Array:
-    """Return inputs in the form of the caller's object, or in that of the model if they came from elsewhere."""
+    """Return inputs with the type and layout of the caller's object, or those of the model if `given` is no array."""
     whole, rows = (data.whole, data.rows) if isinstance(data, Selection) else (data, None)
     if not isinstance(whole, Arrays) or not isinstance(given, Tensor | np.ndarray | list):
         return x_adv

@@ -1,14 +1,14 @@
-"""The steps of a rotation, with the names, defaults and meaning of the options of `holdfast rotate`.
+"""The steps of a rotation. Names, defaults and meanings of the arguments are those of the options of `holdfast rotate`.
 
-This module is `holdfast.rotate`. A pool is a folder; each step takes it as a path, or as the `pool` of an earlier
-result. Every step stores what it finished, so a stopped one continues when it is called again.
+This module is `holdfast.rotate`. A pool is a folder; each step accepts its path, or the `pool` of an earlier result.
+Every step stores what it has finished, so that a stopped step continues when it is called again.
 
     collected = holdfast.rotate.collect("net.py:make", "digits.npz", "linf:0.2", run="pool")
     holdfast.rotate.draw("pool", by="retraining", immunise=True, trust_code=True)
     if holdfast.rotate.admit("pool", trust_code=True).admitted:
         holdfast.rotate.swap("pool", why="the first")
 
-`trust_code=True` is needed for a model at `file.py:factory`: the address in the pool is code that the pool names.
+`trust_code=True` is needed for a model at `file.py:factory`, because the address stored in the pool refers to code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,9 +51,9 @@ from holdfast.verbs.stored_runs import new_folder
 __all__ = ["admit", "collect", "draw", "expose", "head", "migrate", "run", "status", "swap", "train"]
 
 PoolLike = str | Path | Pool
-"""A pool, or the path of its folder."""
+"""Types of the argument `pool`: a pool, or the path of its folder."""
 Options = Mapping[str, Any]
-"""Settings by name, as after `--set codec.`."""
+"""Settings by name, with the names that follow `--set codec.` or `--set generator.` on the command line."""
 
 
 @verb
@@ -81,11 +81,11 @@ def collect(
 ) -> Collected:
     """Train parameter sets of the model's architecture on the train split of `data`, and surrogates for transfer.
 
-    `model`, `data` and `fit` are addresses, because a pool stores how its model and data are opened again; further
-    settings of them are given with `holdfast.open_model` and `holdfast.open_data`. `source` is the method that collects
-    sets, and `recipe` the training method; both are a name, or settings with the name as `use`. `budget` is time for
-    all trainings together, as in "20min". `run` is the folder of the pool, by default a new one, and `resume` continues
-    the pool in it. `notify` receives messages. Raises `UsageError` and `TargetError`.
+    `model`, `data` and `fit` are addresses, because a pool stores how its model and data are opened again. Results of
+    `holdfast.open_model` and `holdfast.open_data` are addresses with further settings. `source` is the method that
+    collects sets, and `recipe` the training method; each is a name, or settings with the name as `use`. `budget` is the
+    wall-clock time for all trainings together, as in "20min". `run` is the folder of the pool, by default a new one,
+    and `resume` continues the pool in it. `notify` is called with messages. Raises `UsageError` and `TargetError`.
     """
     path = folder_of(run, resume=resume)
     settings = check_settings(
@@ -129,10 +129,11 @@ def train(
     expect_head: str = "",
     notify: Notify = ignore,
 ) -> TrainedGenerator:
-    """Train a codec and a latent diffusion model on the collected sets, as in `generator={"regulariser": "hinge"}`.
+    """Train a codec and a latent diffusion model on the collected sets.
 
-    It replaces an earlier generator. Raises `Inconclusive` if encoding and decoding costs more than 0.3 points of
-    accuracy. `trust_code` allows the code from which the pool's model is built to run.
+    Settings are mappings, as in `generator={"regulariser": "hinge"}`. The new generator replaces an earlier one. Raises
+    `Inconclusive` if encoding and decoding costs more than 0.3 points of accuracy. `trust_code` permits the execution
+    of the code that builds the pool's model.
     """
     settings = check_settings(
         given(codec=codec, generator=generator, device=device, trust_code=trust_code),
@@ -156,11 +157,12 @@ def draw(
     expect_head: str = "",
     notify: Notify = ignore,
 ) -> Drawn:
-    """Add new candidates to the pool, by default eight. A candidate must be admitted before it may serve.
+    """Add `sets` new candidates to the pool, by default eight. A candidate must be admitted before it may serve.
 
-    `by` is "generator", the default if there is one, or "retraining" from fresh random weights. With `immunise`, or
-    settings of it such as `{"share": 0.25}`, each is trained further against examples computed on stolen sets; if there
-    are none, on the serving set or the bases. `resume` continues the last draw, with its settings.
+    `by` is "generator", the default if the pool has one, or "retraining", which trains from fresh random weights. If
+    `immunise` is True, or a mapping of its settings such as `{"share": 0.25}`, each candidate is trained further
+    against examples computed on stolen sets; if there are none, on the serving set or the bases. `resume` continues the
+    last draw with its settings.
     """
     settings = check_settings(
         given(immunise=_options(immunise=immunise), device=device, trust_code=trust_code),
@@ -187,11 +189,11 @@ def admit(
     notify: Notify = ignore,
     progress: Progress = silent,
 ) -> Admission:
-    """Judge every candidate of the pool, and waiting sets that were not judged against every stolen set.
+    """Judge every candidate of the pool, and every waiting set that was not judged against all stolen sets.
 
-    `gates` are conditions in addition to the usual ones, `accept_doubts` raised doubts that are accepted, with reasons,
-    and `n_judged` is the first number of held-out examples. The result has the verdict on each set; `exit_code` is 0 if
-    a candidate was admitted and 4 if none was.
+    `gates` are conditions in addition to the usual ones. `accept_doubts` maps raised doubts that are accepted to
+    reasons. `n_judged` is the number of held-out examples in the first measurement. The result contains the verdict on
+    each set; its `exit_code` is 0 if a candidate was admitted and 4 if none was.
     """
     settings = check_settings(
         given(
@@ -211,27 +213,31 @@ def admit(
 def swap(pool: PoolLike, *, why: str = "", unjudged: bool = False, expect_head: str = "") -> Swapped:
     """Serve another admitted set, chosen at random, and retire the serving set. `why` is recorded in the ledger.
 
-    With `unjudged`, a set that was not judged against every stolen set is used if no other waits. Raises
+    If `unjudged` is True and no other set waits, a set that was not judged against every stolen set is used. Raises
     `Inconclusive` if no set can serve.
     """
     return swapping.swap(swapping.SwapRequest(_opened(pool, expect_head), why, unjudged))
 
 
 def expose(pool: PoolLike, name: str, *, why: str, expect_head: str = "") -> Exposed:
-    """Record that an attacker may have the set `name`, and what happened. After the next swap it never serves again."""
+    """Record that an attacker may have the set `name`. `why` states what happened. The set never serves after the next
+    swap.
+    """
     return exposure.expose(exposure.ExposeRequest(_opened(pool, expect_head), name, why))
 
 
 def status(pool: PoolLike, *, expect_head: str = "") -> dict[str, Any]:
-    """Return the sets of the pool and their states as plain values, after every entry of its ledger was verified."""
+    """Verify every entry of the ledger, and return the state of the pool and its sets as a dictionary of
+    plain values.
+    """
     return pool_status.status(_opened(pool, expect_head))
 
 
 def head(pool: PoolLike, *, expect_head: str = "") -> Head:
     """Return the number and the digest of the last entry of the ledger, to be stored outside the folder.
 
-    A later step with `expect_head=digest` refuses the pool if its ledger does not contain that entry, as in an older
-    copy of the folder.
+    If a later step is called with this digest as `expect_head`, it raises `TargetError` when the ledger does not
+    contain that entry, as in an older copy of the folder.
     """
     return pool_status.head(_opened(pool, expect_head))
 
@@ -263,10 +269,10 @@ def run(
 ) -> Rotated:
     """Finish the collection of the pool, train a generator if it is needed, and swap whenever a swap is due.
 
-    `every` lists when, as in `["50q/principal", "24h"]`; a stolen serving set is always swapped. `min_waiting` is the
-    number of admitted sets that should wait. The call ends with Ctrl-C, with `Inconclusive` if no set is admitted and
-    none waits, and with `once` as soon as a set serves and enough wait. On the command line, this step also creates the
-    pool.
+    `every` lists the conditions of a swap, as in `["50q/principal", "24h"]`; a stolen serving set is always replaced.
+    `min_waiting` is the number of admitted sets that should wait for the next swaps. The function runs until Ctrl-C. It
+    raises `Inconclusive` if no set is admitted and none waits. If `once` is True, it returns as soon as a set serves
+    and enough sets wait. On the command line, this step also creates the pool.
     """
     settings = check_settings(
         given(
@@ -296,7 +302,7 @@ def _options(*, immunise: bool | Options) -> Options | None:
 
 
 def _path(pool: PoolLike) -> Path:
-    """Return the folder of a pool."""
+    """Return the path of the folder of a pool. Raises `UsageError` for an object of another type."""
     if isinstance(pool, Pool):
         return pool.path
     if not isinstance(pool, str | Path):
@@ -305,12 +311,14 @@ def _path(pool: PoolLike) -> Path:
 
 
 def _opened(pool: PoolLike, expect_head: str) -> Pool:
-    """Return the pool after every entry of its ledger was verified."""
+    """Open a pool, verify every entry of its ledger, and return it."""
     return Pool.held(_path(pool), expect_head=expect_head)
 
 
 def _address(name: str, given: object) -> str:
-    """Return the address of a model or data. Raises `UsageError` for objects, with the way to give an address."""
+    """Return the address of a model or data. Raises `UsageError` for an object; its message states how to give an
+    address.
+    """
     address = given.given if isinstance(given, ModelReference | DataReference) else given
     if isinstance(address, str | Path):
         return str(address)

@@ -1,18 +1,18 @@
-"""Named, versioned lists of attacks. Equal names and versions mean equal attacks with equal settings.
+"""Named, versioned lists of attacks. Suites with equal names and versions have equal attacks with equal settings.
 
-`fast` is Holdfast's default suite: attacks that break most for their cost come first. The later attacks start with the
-examples nearest to being broken, and stop when they break none of a wave (docs/decisions/0007). `quick` is its first
-attack with more restarts.
+`fast` is Holdfast's default suite. Its order starts with the attacks that break the most examples for their cost. The
+later attacks process the examples in waves, those nearest to being broken first, and stop after a wave in which they
+break none (docs/decisions/0007). `quick` consists of its first attack, with other settings.
 
 `standard` is the composition of AutoAttack standard (Croce & Hein, "Reliable evaluation of adversarial robustness with
 an ensemble of diverse parameter-free attacks", ICML 2020, arXiv:2003.01690; for L1 "Mind the box", ICML 2021,
 arXiv:2103.01208), and `rand` that of its version for randomised models, so that the numbers can be compared with
-published ones. There is no AutoAttack for L0; there `standard` is projected gradient descent, PDPGD, SigmaZero and
-Sparse-RS.
+published ones. There is no AutoAttack for L0; there `standard` consists of projected gradient descent, PDPGD, SigmaZero
+and Sparse-RS.
 
-`black-box` uses only what the threat allows: scores, or labels. `transfer` sends no queries to the target and computes
-its examples on surrogates. Under common corruptions, `fast` and `standard` are `corruptions`, the fifteen of Hendrycks
-& Dietterich.
+`black-box` uses only what the threat model allows: scores, or labels. `transfer` sends no queries to the target and
+computes its examples on surrogates. Under common corruptions, `fast` and `standard` are `corruptions`, the fifteen of
+Hendrycks & Dietterich.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,18 +46,18 @@ from holdfast.core.types import Access
 from holdfast.ops.losses import cross_entropy, dlr
 
 Named = tuple[tuple[str, Attack], ...]
-"""Attacks with their names in a suite."""
+"""Pairs of an attack and its name in a suite."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A name, a version, and the attacks in their order."""
+    """A list of attacks with a name and a version. The attacks are run in this order."""
 
     name: str
     version: int
     attacks: Named
     waves: Mapping[str, int] = field(default_factory=dict)
-    """number of halvings of the robust examples, for attacks that start with those nearest to being broken"""
+    """number of halvings of the robust examples, by name of an attack that starts with those nearest to being broken"""
     smallest: bool = False
     """whether the suite searches for the smallest change of every example, instead of any change within eps"""
 
@@ -66,9 +66,9 @@ class Suite:
 
 
 def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Suite:
-    """Return the suite of that name for a constraint. Raises `UsageError` if there is none.
+    """Return the suite called `name` for a constraint. Raises `UsageError` if the constraint has no such suite.
 
-    If only labels are accessible, `black-box` consists of attacks that need only labels.
+    If `access` is "labels", `black-box` consists of attacks that need only labels.
     """
     if name not in COMPOSED:
         raise UsageError(f"there is no suite {name!r}; expected one of {', '.join(COMPOSED)}")
@@ -98,9 +98,9 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
 
 
 def variant(name: str, constraint: Constraint) -> Attack | None:
-    """Return the attack with that name in suites under a constraint, or None if there is none.
+    """Return the attack called `name` in the suites for a constraint, or None if there is none.
 
-    If suites give the name to different settings, those of the first suite in `FIRST` are returned.
+    If several suites use the name for attacks with different settings, the first suite in `FIRST` decides.
     """
     for each in FIRST:
         try:
@@ -113,7 +113,7 @@ def variant(name: str, constraint: Constraint) -> Attack | None:
 
 
 FIRST = ("standard", "quick", "fast", "rand", "minimum-norm", "corruptions", "transfer", "black-box")
-"""Order of suites in which the meaning of a name is looked up."""
+"""Names of suites, in the order in which `variant` searches them for the name of an attack."""
 
 PUBLISHED: Mapping[str, Attack] = {
     "MI-FGSM": Transfer(reach=1, neighbours=0),
@@ -123,10 +123,10 @@ PUBLISHED: Mapping[str, Attack] = {
     "SI-NI-FGSM": Transfer(reach=1, neighbours=0, ahead=True, halvings=4),
     "VMI-FGSM": Transfer(reach=1, neighbours=5, around=1.5),
 }
-"""Transfer with the settings of papers, except for the neighbours of VMI, which are 20 in its paper."""
+"""`Transfer` with the settings of published attacks, except that VMI has 5 neighbours and its paper 20."""
 
 TRANSFER: Named = (("Transfer", Transfer()), *PUBLISHED.items())
-"""Attacks on surrogates: Holdfast's own, then those of papers."""
+"""Attacks that compute their examples on surrogates: first `Transfer` with its default settings, then `PUBLISHED`."""
 
 _TRANSFORMED: Mapping[str, Named] = {
     "quick": (("TransformPGD", TransformPGD()),),
@@ -149,20 +149,20 @@ LIMITED: Mapping[str, Mapping[str, Named]] = {
     },
     "colour": _TRANSFORMED,
 }
-"""Suites under threats other than norm balls."""
+"""Suites by constraint and name, for constraints other than norm balls."""
 
 
 def curve(constraint: Constraint) -> Named:
-    """Return the minimum-norm attacks from which accuracy against eps is computed."""
+    """Return the minimum-norm attacks from whose results robust accuracy is computed as a function of eps."""
     if isinstance(constraint, Linf):
         return (("FMN", FMN(steps=100)),)
     return (("ALMA", ALMA(steps=100)),) if isinstance(constraint, L2) else (("PDPGD", PDPGD(steps=100)),)
 
 
 SPRINT = Relay(searches=0, rounds=0)
-"""A few short gradient runs, from random starts and towards the nearest classes: two of each in `quick`.
+"""Attack with a few short gradient runs: in `quick`, two from random starts and two towards the nearest classes.
 
-`fast` uses one start, and under L2 and L1 no class, because more attacks follow.
+`fast` uses one random start, and under L2 and L1 no target class, because more attacks follow.
 """
 
 
@@ -226,7 +226,10 @@ def _black_box(constraint: Constraint) -> Named:
 
 
 def labels_only(constraint: Constraint) -> Named:
-    """Return the attacks of `black-box` for access to labels only."""
+    """Return the attacks of `black-box` under a constraint for an attacker that has access only to labels.
+
+    Raises `UsageError` if there are none.
+    """
     if isinstance(constraint, Linf):
         return (("RayS", RayS(queries=5000)),)
     if isinstance(constraint, L2):
@@ -265,7 +268,7 @@ COMPOSED: dict[str, Callable[[Constraint], Named]] = {
     "corruptions": _corruptions,
     "transfer": _transfer,
 }
-"""Every suite by name."""
+"""Functions that return the attacks of a suite for a constraint, by the name of the suite."""
 
 WAVES: Mapping[str, Mapping[str, int]] = {
     "fast": {
@@ -274,4 +277,4 @@ WAVES: Mapping[str, Mapping[str, int]] = {
         **dict.fromkeys(("Relay", "Square", "APGD-T"), 5),
     }
 }
-"""Attacks of a suite that run in waves; see `Suite.waves`."""
+"""Number of halvings of each attack that runs in waves, by suite and attack; see `Suite.waves`."""

@@ -1,8 +1,8 @@
-"""Checks of `holdfast doctor`: common mistakes in the combination of a model and its data, in seconds.
+"""Checks of `holdfast doctor`, which find common mistakes in the combination of a model and its data within seconds.
 
-Each check is a pure function of an `Examined` and returns findings as text with advice. Checks that compare accuracies
-(another scale, another normalisation, shifted labels) report a finding only if the alternative is correct far more
-often than the declaration, so that a weak model does not cause findings.
+Each check is a function of an `Examined` that yields findings; a finding contains a description and advice. Checks that
+compare accuracies (another scale, another normalisation, shifted labels) report a finding only if the model is correct
+far more often with the alternative than with the declared one, so that a weak model does not cause findings.
 """
 
 from holdfast.checkup.examination import examine, misfit

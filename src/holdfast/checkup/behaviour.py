@@ -1,4 +1,4 @@
-"""Checks of the behaviour of a model: its accuracy, its outputs, their repeatability and their gradients."""
+"""Checks of the behaviour of a model: its accuracy, its outputs, whether they are repeatable, and its gradients."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ from holdfast.ops.statistics import against_majority
 
 
 def batch_sizes(model: Classifier) -> Iterator[Finding]:
-    """Find a network that does not accept any number of rows."""
+    """Yield a finding if the network accepts only certain batch sizes."""
     if model.batches is not None and model.batches != EVERY:
         yield Finding(
             "batches", "warning", model.batches.says, "let it accept any number of rows, which is faster"
@@ -22,12 +22,12 @@ def batch_sizes(model: Classifier) -> Iterator[Finding]:
 
 
 def unclear_output(error: UnclearOutput) -> Finding:
-    """Finding for single outputs that may be logits or probabilities."""
+    """Return the finding for a model with one output per example that may be a logit or a probability."""
     return Finding("output", "problem", str(error), "--model-output probability, or --model-output logit")
 
 
 def outputs(examined: Examined) -> Iterator[Finding]:
-    """Find outputs that are NaN, that are probabilities, or that are all equal."""
+    """Yield findings for outputs that are NaN, that are probabilities, or that are equal for all inputs."""
     logits = examined.logits
     if bool(logits.isnan().any()):
         share = float(logits.isnan().any(1).double().mean())
@@ -58,7 +58,7 @@ def outputs(examined: Examined) -> Iterator[Finding]:
 
 
 def label_findings(examined: Examined) -> Iterator[Finding]:
-    """Find labels that are shifted by one, or all equal."""
+    """Yield findings for labels that are shifted by one, and for labels that are all equal."""
     yield from shifted_labels(examined)
     y = examined.batch.y
     if len(y) > 1 and bool((y == y[0]).all()):
@@ -71,7 +71,7 @@ def label_findings(examined: Examined) -> Iterator[Finding]:
 
 
 def accuracy_of(examined: Examined) -> Iterator[Finding]:
-    """Compare the accuracy of the model with that of always predicting the majority class."""
+    """Yield a finding that compares the accuracy of the model with that of always predicting the majority class."""
     y = examined.batch.y
     compared = against_majority(examined.logits.argmax(1) == y, y)
     text = f"accuracy is {examined.accuracy:.1%} on {len(y)} examples"
@@ -87,7 +87,7 @@ def accuracy_of(examined: Examined) -> Iterator[Finding]:
 
 
 def steadiness_findings(examined: Examined) -> Iterator[Finding]:
-    """Check whether equal inputs have equal outputs, independently of the other inputs in the batch."""
+    """Yield findings on whether equal inputs have equal outputs, independently of the other inputs in the batch."""
     if examined.in_training:
         names = ", ".join(examined.in_training[:3]) + (" …" if len(examined.in_training) > 3 else "")
         yield Finding(
@@ -111,7 +111,7 @@ def steadiness_findings(examined: Examined) -> Iterator[Finding]:
 
 
 def gradient_findings(examined: Examined) -> Iterator[Finding]:
-    """Check whether gradients reach the input."""
+    """Yield a finding on whether gradients reach the input."""
     if examined.model.access != "gradients":
         why = f" ({examined.model.hides})" if examined.model.hides else ""
         text = f"the model gives {examined.model.access} only{why}: the default suite is black-box"

@@ -1,4 +1,4 @@
-"""Checks of the data alone and against the bounds and classes of a model, without calling the model."""
+"""Checks of the data: their values and labels, compared with the bounds and classes of a model that is not called."""
 
 from collections.abc import Iterator
 
@@ -15,28 +15,31 @@ from holdfast.sources.estimates import pixel_divisor, scaling
 from holdfast.sources.pictures import Pictures
 
 SAMPLE = 256
-"""number of examples in the sample"""
+"""Number of examples in the sample that the checks use."""
 _MISFITS = 16  # number of examples outside the bounds or the classes that are added to the sample
 _CHUNK = 4096
 _ROUNDING = 1e-6
 
 
 def strange_classes(data: Data) -> Iterator[Finding]:
-    """Find named classes with uncertain numbers, such as a folder without one of the model's classes."""
+    """Yield a finding if the numbers of named classes are uncertain, such as for folders without one of the model's
+    classes.
+    """
     if isinstance(data, Pictures | Arrays) and data.objection:
         yield Finding("classes", "problem", data.objection)
 
 
 def range_of_labels(data: Data, batch: Batch) -> tuple[int, int]:
-    """Smallest and largest label: of all examples for arrays, else of the sample."""
+    """Return the smallest and the largest label: of all examples if the data are arrays, else of the sample `batch`."""
     y = torch.from_numpy(data.y) if isinstance(data, Arrays) else batch.y
     return int(y.min()), int(y.max())
 
 
 def spread_examples(data: Data, n: int, model: Classifier | None = None) -> Batch:
-    """Return at most `n` examples spread evenly over the data set, so that all classes of sorted files occur.
+    """Return at most `n` examples spread evenly over the data set, so that all classes occur even if the data are
+    sorted.
 
-    With a `model`, some examples that `assess` would refuse are added.
+    If `model` is given, some examples that `assess` would reject are added.
     """
     n = min(n, len(data))
     misfits = [] if model is None else _misfits(data, model)
@@ -48,7 +51,10 @@ def spread_examples(data: Data, n: int, model: Classifier | None = None) -> Batc
 
 
 def _misfits(data: Data, model: Classifier) -> list[int]:
-    """First rows of arrays that `assess` would refuse. Images always fit, because they are bytes in class folders."""
+    """Return the rows of the first examples that `assess` would reject, for data in arrays.
+
+    For other data the list is empty: images are bytes in class folders, and therefore are always accepted.
+    """
     misfits: list[int] = []
     if isinstance(data, Arrays):
         for start in range(0, len(data), _CHUNK):
@@ -67,8 +73,10 @@ def _outside(x: Tensor, model: Classifier) -> Tensor:
 
 
 def moved_inside(model: Classifier, x: Tensor, seen: Tensor) -> Tensor:
-    """Return `x` scaled to the bounds if the examples `seen` are pixels outside of them, so that later checks are
-    meaningful.
+    """Return `x` divided by 255 (or another divisor of pixels) if the examples `seen` are pixels outside the bounds.
+
+    Otherwise return `x` unchanged. Without this correction, the later checks would report only effects of the wrong
+    scale.
     """
     divisor = pixel_divisor(float(seen.min()), float(seen.max()), seen.dim())
     if bool(_outside(seen, model).any()) and model.bounds.width <= 1 and divisor is not None:
@@ -77,7 +85,11 @@ def moved_inside(model: Classifier, x: Tensor, seen: Tensor) -> Tensor:
 
 
 def known_labels(y: Labels, classes: int, labels: tuple[int, int]) -> tuple[Labels, Rows]:
-    """Return labels that are shifted to 0 if their range `labels` starts at 1, and the rows of usable labels."""
+    """Return usable labels (m), and the rows (m) of `y` that contain them.
+
+    If the range `labels` of all labels is 1 to `classes`, all labels are reduced by 1. Otherwise labels outside the
+    classes are left out; if no label is left, all are clamped to the classes.
+    """
     if labels == (1, classes):
         return y - 1, torch.arange(len(y), device=y.device)
     usable = ((y >= 0) & (y < classes)).nonzero()[:, 0]
@@ -87,7 +99,9 @@ def known_labels(y: Labels, classes: int, labels: tuple[int, int]) -> tuple[Labe
 
 
 def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Finding]:
-    """Check whether the values of the inputs are inside the bounds and use their range."""
+    """Yield a finding on whether the values of the inputs are inside the bounds of the model and cover enough
+    of them.
+    """
     low, high = (float(end) for end in (x.min(), x.max()))
     seen = f"inputs range from {low:.4g} to {high:.4g}"
     if bool(_outside(x, model).any()):
@@ -106,7 +120,7 @@ def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Findin
 
 
 def labels_outside(lowest: int, highest: int, classes: int, *, remote: bool) -> Iterator[Finding]:
-    """Find labels outside the classes of the model."""
+    """Yield a finding if labels are outside the classes of the model."""
     if lowest < 0 or highest >= classes:
         text = f"labels range from {lowest} to {highest}, but the model has classes 0 to {classes - 1}"
         from_one = (lowest, highest) == (1, classes)

@@ -1,4 +1,4 @@
-"""The checks of a model and its data, and a shorter version for `assess`."""
+"""Functions that run the checks of `doctor` on a model and its data, and a shorter selection of them for `assess`."""
 
 from collections.abc import Callable, Iterator
 
@@ -34,10 +34,11 @@ from holdfast.sources.probing import settle_output, settle_predictions
 
 
 def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
-    """Return all findings for a model and a data set. The mode of the model is restored.
+    """Return all findings about a model and a data set. The train or eval mode of the model is restored.
 
-    A served model gets at most 64 rows, including those of opening the data if they were counted. Raises `TargetError`
-    if the model cannot be run on the data in this layout or with the channels last.
+    At most 64 rows are sent to a served model; this number includes the rows that were sent when the data were opened,
+    if those were counted. Raises `TargetError` if the model can be run on the data neither in this layout nor with the
+    channels last.
     """
     if not len(data):
         raise TargetError(f"{data.name} contains no examples; expected at least one")
@@ -63,11 +64,11 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
 
 
 def misfit(model: Classifier, batch: Batch, batch_size: int) -> tuple[Finding | None, int]:
-    """Return the first sign that the data do not fit the model, and the number of forward passes for the search.
+    """Return a finding that the data do not fit the model, or None, and the number of forward passes that were made.
 
-    It checks labels, layout, normalisation, scale and value range. The model must be in eval mode, and the inputs
-    inside its bounds. The cost is one forward pass for each example if the model is correct on nearly all, otherwise
-    about fifteen.
+    The function checks labels, layout, normalisation, scale and value range. The model must be in eval mode, and the
+    inputs inside its bounds. The cost is one forward pass for each example if the model is correct on nearly all of
+    them, otherwise about fifteen.
     """
     logits = torch.cat([outputs_of(model, part) for part in torch.split(batch.x, batch_size)])
     examined = Examined(model, batch, (), logits, batch_size)
@@ -77,7 +78,7 @@ def misfit(model: Classifier, batch: Batch, batch_size: int) -> tuple[Finding | 
 
 
 def _unclear_output(model: Classifier, data: Data) -> Iterator[Finding]:
-    """Find single outputs that may be logits or probabilities."""
+    """Yield a finding if the model has one output per example that may be a logit or a probability."""
     try:
         settle_output(model, data)
     except UnclearOutput as error:
@@ -85,7 +86,7 @@ def _unclear_output(model: Classifier, data: Data) -> Iterator[Finding]:
 
 
 def _predictions(model: Classifier, data: Data) -> Iterator[Finding]:
-    """Find an estimator whose largest score belongs to another class than its prediction."""
+    """Yield a finding if an estimator's largest score belongs to another class than its prediction."""
     for note in settle_predictions(model, data):
         yield Finding(
             "predictions", "warning", note, "if this is not intended, give an estimator without a threshold"
@@ -113,7 +114,7 @@ def _found(
 
 
 def _layout(model: Classifier, batch: Batch) -> Finding | None:
-    """Return a problem if the model refuses the inputs but accepts them with the channels last."""
+    """Return a finding if the model rejects the inputs but accepts them with the channels last, else None."""
     try:
         outputs_of(model, batch.x[:2])
     except TargetError as refused:

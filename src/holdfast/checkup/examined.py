@@ -1,4 +1,4 @@
-"""The result of a check, and the model and data that the checks use."""
+"""The result of a check, and the model and data that are checked."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,28 +15,28 @@ from holdfast.core.model import Classifier
 Level = Literal["problem", "warning", "good"]
 
 BETTER = 0.15
-"""Increase of accuracy that another reading of the data must reach."""
+"""Smallest increase of accuracy for which an alternative interpretation of the data is reported."""
 _MORE = 5  # number of additional examples that it must classify correctly
 STEADY = 1e-4
-"""Change of an output by rounding, relative to the largest logit."""
+"""Largest change of an output that can be due to rounding, relative to the largest logit."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check."""
+    """The result of one check: a problem, a warning, or the statement that nothing is wrong."""
 
     check: str
     level: Level
     says: str
-    """description with numbers"""
+    """description of the finding, with numbers"""
     way_out: str = ""
     gain: float | None = None
-    """increase of accuracy by another reading of the data; None if no reading was tried"""
+    """increase of accuracy by an alternative interpretation of the data; None if no alternative was tried"""
 
 
 @dataclass(frozen=True)
 class Examined:
-    """A model, some of its data, and its outputs on them in eval mode."""
+    """A model, a sample of its data, and the outputs of the model on the sample in eval mode."""
 
     model: Classifier
     batch: Batch
@@ -45,23 +45,27 @@ class Examined:
     batch_size: int
     """number of examples in one call of the model"""
     calls: list[int] = field(default_factory=list)
-    """number of examples in each further call"""
+    """number of examples in each further call of the model"""
     left: Callable[[], int] | None = None
-    """returns the number of rows that may still be sent to the model; None means no limit"""
+    """function that returns how many rows may still be sent to the model; None means no limit"""
     untried: list[int] = field(default_factory=list)
-    """number of rows of each reading that was not tried because too few rows were left"""
+    """numbers of rows that the alternatives needed which were not tried because too few rows were left"""
     moved_by: float | None = None
-    """value of `moved` if it was measured already"""
+    """value of `moved` if it was already measured, else None"""
 
     def ask(self, model: Classifier, x: Tensor) -> Tensor:
-        """Outputs of the model, or of the same network with other preprocessing."""
+        """Return the outputs of `model` on `x`, and record the number of rows in `calls`.
+
+        `model` is the examined model, or the same network with other preprocessing.
+        """
         self.calls.append(len(x))
         return torch.cat([outputs_of(model, part) for part in torch.split(x, self.batch_size)])
 
     def right_with(self, x: Tensor, model: Classifier | None = None) -> float:
-        """Accuracy on the sample with other inputs or another model; 0 if the network refuses them.
+        """Return the accuracy on the sample with the inputs `x` instead of the original ones, or with another model.
 
-        It is also 0 if too few rows are left, which `untried` records.
+        The result is 0 if the network rejects the inputs, or if too few rows are left; the latter is recorded in
+        `untried`.
         """
         size = 1 if self.model.batches is None else self.model.batches.size
         rows = -(-len(x) // size) * size
@@ -77,31 +81,35 @@ class Examined:
 
     @cached_property
     def moved(self) -> float:
-        """Change of the outputs in a second call, relative to the largest logit."""
+        """Largest change of the outputs in a second call on the same inputs, relative to the largest logit."""
         if self.moved_by is not None:
             return self.moved_by
         return self.change(self.ask(self.model, self.batch.x))
 
     def change(self, logits: Tensor) -> float:
-        """Largest difference from the outputs, relative to the largest output."""
+        """Return the largest difference between `logits` and the recorded outputs, relative to the largest recorded
+        output.
+        """
         scale = self.logits.nan_to_num().abs().max().clamp_min(1e-12)
         return float((logits - self.logits).nan_to_num().abs().max() / scale)
 
     @property
     def accuracy(self) -> float:
-        """Share of the sample that is classified correctly."""
+        """Fraction of the sample that the model classifies correctly."""
         return share_right(self.logits, self.batch.y)
 
     @property
     def may_be_beaten(self) -> bool:
-        """Whether an alternative can increase the accuracy by `BETTER`; if not, none needs to be tried."""
+        """Whether an alternative can still increase the accuracy by `BETTER`. If it is False, no alternative
+        is tried.
+        """
         return self.accuracy < 1 - BETTER
 
     def beaten_by(self, other: float) -> bool:
-        """Whether the accuracy `other` exceeds that of the model and of chance by more than `BETTER`, on enough
-        examples.
+        """Return whether the accuracy `other` exceeds both that of the model and that of chance by more than `BETTER`.
 
-        It is False for a model whose outputs change between calls.
+        At least five more examples must be classified correctly. The result is False for a model whose outputs change
+        between calls.
         """
         if not self.may_be_beaten or self.moved > STEADY:
             return False
@@ -110,11 +118,11 @@ class Examined:
 
 
 def outputs_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Outputs of the model without gradients."""
+    """Return the outputs of the model on `x`, computed without gradients."""
     with torch.no_grad():
         return model(x.clone())  # a network may write into its input
 
 
 def share_right(logits: Tensor, y: Tensor) -> float:
-    """Share of the examples whose largest output belongs to their class."""
+    """Return the fraction of examples whose largest logit is that of their class `y`."""
     return float((logits.argmax(1) == y).double().mean())

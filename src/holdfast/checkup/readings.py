@@ -1,6 +1,7 @@
-"""Checks of other readings of the same data: another layout, range, normalisation or scale, and shifted labels.
+"""Checks of alternative interpretations of the data: another layout, range, normalisation or scale, and shifted labels.
 
-A reading is reported only if the model is correct far more often with it, so that a weak model does not cause findings.
+An alternative is reported only if the model is correct far more often with it, so that a weak model does not cause
+findings.
 """
 
 from collections.abc import Iterator
@@ -11,14 +12,18 @@ from holdfast.checkup.examined import BETTER, Examined, Finding, Level, share_ri
 from holdfast.sources.estimates import NORMALISATIONS
 
 FILLED = 0.1
-"""Share of the bounds that the data must span; an image with 17 grey levels divided by 255 spans 0.06."""
+"""Smallest fraction of the bounds that the data should span; an image with 17 grey levels divided by 255 spans 0.06."""
 _DARK = 0.5  # share of the bounds below which inputs may need scaling to all of them
 _ESTIMATE = "an estimate: the network may expect normalised input; declare the values of its training"
 _TWICE = "it is done twice, inside the network and before it: give the original data, or leave one of the steps out"
 
 
 def shifted_labels(examined: Examined, shifts: tuple[int, ...] = (-1, 1)) -> Iterator[Finding]:
-    """Find labels shifted by one, if the model is far more accurate with the shift, and than a constant prediction."""
+    """Yield findings for labels that are shifted by one of `shifts`.
+
+    A shift is reported if the accuracy with the shift is far higher than that without it, and than that of a constant
+    prediction.
+    """
     y, classes = examined.batch.y, examined.logits.shape[1] - examined.model.rejects
     majority = int(torch.unique(y, return_counts=True)[1].max()) / len(y)
     for shift in shifts:
@@ -30,13 +35,13 @@ def shifted_labels(examined: Examined, shifts: tuple[int, ...] = (-1, 1)) -> Ite
 
 
 def labels_from_one(examined: Examined) -> Iterator[Finding]:
-    """Find labels that start at 1: none is 0, and the model is far more accurate after subtracting 1."""
+    """Yield a finding if labels start at 1: no label is 0, and the model is far more accurate after 1 is subtracted."""
     if bool((examined.batch.y > 0).all()):
         yield from shifted_labels(examined, (-1,))
 
 
 def layouts(examined: Examined) -> Iterator[Finding]:
-    """Find another order of the axes that the network accepts and with which it is far more accurate."""
+    """Yield findings for other orders of the input's axes with which the network is far more accurate."""
     x = examined.batch.x
     orders = {3: ((0, 2, 1),), 4: ((0, 3, 1, 2), (0, 2, 3, 1))}.get(x.dim(), ())
     for order in orders:
@@ -55,7 +60,7 @@ def layouts(examined: Examined) -> Iterator[Finding]:
 
 
 def units(examined: Examined) -> Iterator[Finding]:
-    """Find a wrong unit of the inputs: a small range, a missing or repeated normalisation, or another scale."""
+    """Yield findings for wrong units of the inputs: a small range, a wrong normalisation, or another scale."""
     findings = tuple(_filled(examined))
     if not findings and examined.may_be_beaten:
         findings = tuple(_normalisation(examined)) or tuple(_scale(examined))
@@ -63,8 +68,9 @@ def units(examined: Examined) -> Iterator[Finding]:
 
 
 def _filled(examined: Examined) -> Iterator[Finding]:
-    """Find data that span a small part of the bounds. It is a warning if the model is accurate on them, else a
-    problem.
+    """Yield a finding if the data span only a small part of the bounds.
+
+    It is a warning if the model is accurate on them, else a problem.
     """
     share, x = _share_filled(examined), examined.batch.x
     if share > FILLED or x.numel() < 2:
@@ -85,7 +91,9 @@ def _filled(examined: Examined) -> Iterator[Finding]:
 
 
 def _levels(examined: Examined) -> str:
-    """Example of the scaling if values were divided by 255 although their largest is far smaller; else empty."""
+    """Return an example of the right scaling if integers were divided by 255 although their maximum is smaller; else
+    "".
+    """
     highest = 255 * float(examined.batch.x.max())
     whole = round(highest)
     if examined.model.bounds.width != 1 or whole < 2 or abs(highest - whole) > 0.01:
@@ -94,7 +102,7 @@ def _levels(examined: Examined) -> str:
 
 
 def _share_filled(examined: Examined) -> float:
-    """Range of all values as a share of the bounds, where each feature has its own bounds."""
+    """Return the range of all values as a fraction of the bounds, where each feature has its own bounds."""
     x = examined.batch.x.double()
     low, high = (end.double() for end in examined.model.bounds.like(examined.batch.x))
     place = ((x - low) / (high - low).clamp_min(1e-12)).nan_to_num()
@@ -102,7 +110,7 @@ def _share_filled(examined: Examined) -> float:
 
 
 def _scale(examined: Examined) -> Iterator[Finding]:
-    """Find inputs that are too small or too large by the factor 255 or another one."""
+    """Yield a finding if the inputs are too small or too large by the factor 255 or another one."""
     share, best = _share_filled(examined), examined.accuracy
     ways = (
         (1 / max(share, 1e-12), "scale the inputs so that they fill the bounds, as in x / x.max()"),
@@ -123,7 +131,7 @@ def _scale(examined: Examined) -> Iterator[Finding]:
 
 
 def _normalisation(examined: Examined) -> Iterator[Finding]:
-    """Find a missing or repeated normalisation."""
+    """Yield a finding if a normalisation is missing or applied twice."""
     model, batch = examined.model, examined.batch
     if batch.x.dim() < 2:
         return

@@ -1,7 +1,7 @@
-"""The checks of a served model with at most 64 rows, because every row may cost money.
+"""Checks of a served model. At most 64 rows are sent, because every row may cost money.
 
-About 20 examples are sent once, and once more in reverse order. Other readings of the data are tried with the remaining
-rows.
+About 20 examples are sent, and sent again in reverse order. The remaining rows are used to try alternative
+interpretations of the data.
 """
 
 from collections.abc import Iterator
@@ -35,13 +35,13 @@ from holdfast.core.model import Classifier
 from holdfast.sources.counting import Look, look_at, rows_of_calls
 
 _ASKED = 20
-"""number of examples that are sent if the server accepts any number of rows"""
+"""Number of examples that are sent if the server accepts any number of rows."""
 
 
 def examine_served(model: Classifier, data: Data) -> tuple[Finding, ...]:
-    """Return all findings for a served model and a data set, and the number of rows that were sent.
+    """Return all findings about a served model and a data set. The last finding states how many rows were sent.
 
-    Raises `TargetError` if the model cannot be run on the data in this layout or with the channels last.
+    Raises `TargetError` if the model can be run on the data neither in this layout nor with the channels last.
     """
     server = look_at(model)
     assert server is not None
@@ -83,7 +83,7 @@ def _found(model: Classifier, data: Data, server: Look) -> Iterator[Finding]:
 def _answered(
     model: Classifier, batch: Batch, logits: Tensor, ends: tuple[int, int], again: int, server: Look
 ) -> Iterator[Finding]:
-    """Yield the findings about the first answers. The first `again` examples are sent once more."""
+    """Yield the findings about the first responses. The first `again` examples are sent once more."""
     classes = logits.shape[1] - model.rejects
     yield from labels_outside(*ends, classes, remote=True)
     moved, unsteady = _moved(model, batch.x[:again], logits[:again], server)
@@ -111,7 +111,7 @@ def _answered(
 
 
 def _takes_channels_last(model: Classifier, x: Tensor, server: Look) -> bool:
-    """Whether the server accepts images with the channels last. It is tested only if rows are left."""
+    """Return whether the server accepts images with the channels last; False if too few rows are left for a test."""
     few = x[:2]
     if few.dim() != 4 or max(len(few), _size(model)) > server.remaining:
         return False
@@ -123,7 +123,9 @@ def _takes_channels_last(model: Classifier, x: Tensor, server: Look) -> bool:
 
 
 def _moved(model: Classifier, x: Tensor, logits: Tensor, server: Look) -> tuple[float, Finding]:
-    """Return the change of outputs when `x` is sent in reverse order, relative to the largest, and its finding."""
+    """Return the largest change of outputs when `x` is sent in reverse order, relative to the largest output, and a
+    finding.
+    """
     if not len(x):
         says = f"not checked: another batch would exceed the {server.most} rows that doctor sends at most"
         return 0.0, Finding("steadiness", "warning", says)
@@ -156,6 +158,6 @@ def _size(model: Classifier) -> int:
 
 
 def _change(logits: Tensor, first: Tensor) -> float:
-    """Largest difference between outputs, relative to the largest of `first`."""
+    """Return the largest difference between two outputs, relative to the largest value of `first`."""
     scale = first.nan_to_num().abs().max().clamp_min(1e-12)
     return float((logits - first).nan_to_num().abs().max() / scale)

@@ -1,4 +1,4 @@
-"""The command line: one grammar for all verbs. Large libraries are imported only when a command runs."""
+"""The command line. All commands share one grammar, and large libraries are imported only when a command needs them."""
 
 from holdfast.cli.app import main
 

@@ -1,4 +1,4 @@
-"""The entry point: a group that loads commands when they are called, and the conversion of errors to messages."""
+"""The entry point: a group that imports each command when it is called, and the conversion of errors to messages."""
 
 import importlib
 import os
@@ -42,7 +42,7 @@ INTERNAL = 5
 
 
 class _Verbs(Group):
-    """A group with names and one-line help of all commands, which imports a command only to run it."""
+    """A group that has the names and one-line descriptions of all commands, and imports a command only to run it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -73,7 +73,7 @@ def verbs() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its exit code."""
+    """Run the command line `args` (by default that of the process) and exit the process with its exit code."""
     words = list(sys.argv[1:] if args is None else args)
     # read by the import of torch: threads that spin while they wait make a run five times slower if a core is busy
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -92,8 +92,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def run(words: Sequence[str]) -> int:
-    """Run a command line and return its exit code. Errors become one message on stderr, with a traceback under
-    --debug.
+    """Run a command line and return its exit code.
+
+    An error is written to stderr as one message, after a traceback if `words` contains --debug.
     """
     debug = "--debug" in words
     try:
@@ -122,14 +123,17 @@ def run(words: Sequence[str]) -> int:
 
 
 def _stopped(error: BaseException, words: Sequence[str]) -> int:
-    """Report a signal that arrived outside of a run, and return the exit code. click converts it to an `Abort`."""
+    """Report a signal that arrived outside of a run, and return the exit code.
+
+    `error` may be an `Abort` to which click converted the exception of the signal.
+    """
     cause = error.__cause__ if isinstance(error, click.Abort) else error
     number = signal.Signals(cause.number if isinstance(cause, Stopped) else signal.SIGINT)
     return _report(f"stopped by {number.name}; {_again(words)}", 128 + number, debug="--debug" in words)
 
 
 def _again(words: Sequence[str]) -> str:
-    """Advice how to continue a command that was stopped. `assess` and `harden` store their run."""
+    """Return advice on how to continue a command that was stopped. `assess` and `harden` store their run."""
     if words[:1] not in (["assess"], ["harden"]):
         return "start it again"
     stored = "the finished part of a run is stored (see holdfast runs)"
@@ -139,7 +143,7 @@ def _again(words: Sequence[str]) -> str:
 
 
 def _plain(error: click.ClickException) -> str:
-    """Message of click, with the command that shows help."""
+    """Return the message of an error of click, with the command that shows the help."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     where = f"; see {context.command_path} --help" if context is not None else ""
     return error.format_message().rstrip(".") + _verbs_with(error) + where
@@ -157,7 +161,7 @@ def _verbs_with(error: click.ClickException) -> str:
 
 
 def _report(message: str, code: int, *, debug: bool) -> int:
-    """Write a message to stderr, with the traceback if `debug`. Returns the exit code."""
+    """Write an error message to stderr, after the traceback if `debug` is True, and return `code`."""
     if debug:
         traceback.print_exc()
     # the text may be from servers and files; only an internal error of a worker has several lines, its traceback
@@ -167,7 +171,7 @@ def _report(message: str, code: int, *, debug: bool) -> int:
 
 
 class _LastingStream:
-    """A stream that discards its output after its pipe was closed."""
+    """A wrapper of an output stream that discards what is written after the reader of its pipe has closed it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -176,7 +180,7 @@ class _LastingStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write text. It is discarded if the pipe is closed."""
+        """Write `text` and return its length. The text is discarded if the pipe is closed."""
         try:
             return self._stream.write(text)
         except BrokenPipeError:
@@ -198,7 +202,7 @@ class _LastingStream:
 
 
 def _outlive_readers() -> None:
-    """Let stdout and stderr of this process survive the end of their readers."""
+    """Replace stdout and stderr by wrappers, so that this process continues when the reader of its output has ended."""
     if sys.stdout is not None:  # there is none if it was closed before the start
         sys.stdout = cast(TextIO, _LastingStream(sys.stdout))
     if sys.stderr is not None:

@@ -1,4 +1,4 @@
-"""`holdfast assess MODEL DATA`."""
+"""The command `holdfast assess MODEL DATA`."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,13 +31,16 @@ from holdfast.core.errors import UsageError
 from holdfast.store.files import refuse_no_run
 
 _CONFIG = "holdfast.yaml"
-"""Default file of `holdfast init`."""
+"""Default name of the file that `holdfast init` writes."""
 
 V = TypeVar("V", bound=OpeningSettings)
 
 
 def settings_from(flags: dict[str, Any], kind: type[V], voice: Voice) -> V:
-    """Return the settings of a command that opens a model. A missing file is reported before a missing flag."""
+    """Return the settings of a command that opens a model, from its flags, `--set` and the configuration file.
+
+    A file that does not exist is reported before an argument that is missing.
+    """
     from holdfast.config.grammar import parse_surrogate
 
     addresses: list[str | None] = [flags.get(key) for key in ("model", "data", "config", "baseline")]
@@ -59,7 +62,7 @@ def settings_from(flags: dict[str, Any], kind: type[V], voice: Voice) -> V:
 
 
 def settings_of_flags(flags: dict[str, Any], kind: type[S], voice: Voice) -> S:
-    """Return the settings of the flags, `--set` and the configuration file of a command."""
+    """Return the settings of a command from its flags, `--set` and the configuration file."""
     from holdfast.config.grammar import parse_pairs
 
     names = flag_names(kind)
@@ -80,7 +83,7 @@ def settings_of_flags(flags: dict[str, Any], kind: type[S], voice: Voice) -> S:
 
 
 def _report_files(outputs: Iterable[str]) -> list[str]:
-    """Return the outputs of a hardening that are files, without folders for the model."""
+    """Return those `outputs` of `harden` that are report files, without the folders for the new model."""
     from holdfast.config.grammar import is_folder
 
     files = [output for output in outputs if not is_folder(output)]
@@ -122,7 +125,7 @@ def _refuse_targets(settings: OpeningSettings, config: str | None) -> None:
 
 
 def _refuse_bare_resume(run: Path) -> None:
-    """Raise `UsageError` with the original command of a run, if it is resumed by its folder only."""
+    """Raise `UsageError` with the original command of a run, because `--resume` was given without MODEL."""
     from holdfast.engine.resuming import way_out
     from holdfast.store.folder import read_about
 
@@ -152,9 +155,9 @@ def _refuse_code_of_config(settings: OpeningSettings, flags: dict[str, Any]) -> 
 
 
 def _spelled(surrogate: SurrogateSettings) -> str:
-    """Return a surrogate in the form of `--surrogate`, with all its settings.
+    """Return a surrogate in the syntax of the option `--surrogate`, with all its settings.
 
-    A flag replaces the whole list in the file.
+    The error message needs all settings, because the option replaces the whole list in the file.
     """
     settings = surrogate.model_dump(exclude={"model", "model_args"}, exclude_none=True)
     numbers = {key: ",".join(map(str, v)) for key, v in settings.items() if isinstance(v, tuple)}
@@ -163,8 +166,9 @@ def _spelled(surrogate: SurrogateSettings) -> str:
 
 
 def _refuse_hosts_of_config(inference: InferenceSource, flags: dict[str, Any]) -> None:
-    """Raise `UsageError` for hosts and headers from a configuration, which may be untrusted, if no flag gives
-    them too.
+    """Raise `UsageError` for a host or header in the configuration that is not also given as a flag.
+
+    A configuration may come from an untrusted source, so it alone cannot allow hosts or send environment variables.
     """
     for host in inference.allow_hosts:
         if host not in (flags.get("allow_hosts") or ()):

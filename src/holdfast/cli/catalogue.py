@@ -1,4 +1,4 @@
-"""`holdfast models` and `holdfast attacks`: lists of models, architectures and attacks."""
+"""The commands `holdfast models` and `holdfast attacks`: lists of models, architectures and attacks."""
 
 import inspect
 from dataclasses import MISSING, fields
@@ -48,7 +48,7 @@ def attacks(voice: Voice, name: str | None) -> None:
 
 
 def _list_attacks(voice: Voice) -> None:
-    """Print the attacks, their variants in suites and in adaptive runs, and the suites, each with its other names."""
+    """Print tables of the attacks, of their variants in suites, and of the suites, each with its other names."""
     from holdfast.config.attacks import attack_names
     from holdfast.config.naming import MEMBERS, VARIANTS
     from holdfast.config.spellings import ADAPTIVE, SPELLINGS, SUITE_SPELLINGS, suites_of
@@ -111,7 +111,7 @@ def _show_attack(voice: Voice, chosen: str) -> None:
 
 
 def _needs(access: str) -> str:
-    """Access that an attack needs, as text after the word *needs*."""
+    """Return the access that an attack needs, as the words that follow "needs" in the output."""
     return "no access" if access == "none" else access
 
 
@@ -126,7 +126,7 @@ def _first_line(thing: Any) -> str:
 
 
 def _meanings(cls: type[Any]) -> dict[str, str]:
-    """Return the string under each field of a dataclass, which documents the setting."""
+    """Return the documentation string of each field of the dataclass `cls`, by the name of the field."""
     import ast
     import textwrap
 

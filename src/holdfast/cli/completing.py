@@ -1,4 +1,4 @@
-"""Types of options and arguments for shell completion. They validate nothing and do not import torch."""
+"""Types of options and arguments for shell completion. They do not validate values, and do not import torch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
@@ -14,22 +14,25 @@ from holdfast.core.catalogue import ATTACKS, RECIPES
 
 
 class Completed(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only
-    """Text that a shell completes with names, or with files if no name matches."""
+    """Type of a string that the shell completes with names, or with file names if no name matches."""
 
     name = "text"
 
     def __init__(self, names: Callable[[], Sequence[str]], *, listed: bool = False) -> None:
-        """With `listed`, the value is a list of names separated by commas."""
+        """Create a type whose possible values are returned by `names`.
+
+        If `listed` is True, the value is a list of names separated by commas.
+        """
         self.names, self.listed = names, listed
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the text unchanged."""
+        """Return the value as a string, without validation."""
         return str(value)
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Return names that begin with the word, ignoring case, or a request for file names if none does."""
+        """Return the names that begin with `incomplete`, ignoring case, or a request for file names if no name does."""
         before, comma, last = incomplete.rpartition(",") if self.listed else ("", "", incomplete)
         matching = [name for name in self.names() if name.lower().startswith(last.lower())]
         if matching:

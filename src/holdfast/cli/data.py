@@ -1,4 +1,4 @@
-"""`holdfast data`: list, show, fetch and import data sets."""
+"""The command `holdfast data`, which lists, shows, downloads and imports data sets."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`holdfast doctor MODEL DATA`."""
+"""The command `holdfast doctor MODEL DATA`."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""Checks before torch is imported: missing files, unknown names, and unknown kinds of reports.
+"""Checks that run before torch is imported: missing files, unknown names, and unknown formats of reports.
 
-Functions below check the same for callers from Python. Here a mistake is reported within half a second.
+They report a mistake within half a second. Other functions repeat these checks for callers from Python.
 """
 
 from collections.abc import Collection, Iterable
@@ -18,7 +18,7 @@ _FILES = (
 
 
 def refuse_missing_file(address: str | None) -> None:
-    """Raise `TargetError` for an address that has the form of a file and does not exist."""
+    """Raise `TargetError` if `address` has the syntax of a path and no file or folder exists there."""
     if address is None:
         return
     path = address.removeprefix("rotating:")
@@ -29,7 +29,7 @@ def refuse_missing_file(address: str | None) -> None:
 
 
 def refuse_unknown_model(address: str) -> None:
-    """Raise `UsageError` for a word that is neither a bundled model nor a file."""
+    """Raise `UsageError` if `address` is a word that is neither the name of a bundled model nor a file."""
     names = bundled("*.safetensors")
     if _is_word(address) and address not in names:
         raise UsageError(
@@ -39,7 +39,7 @@ def refuse_unknown_model(address: str) -> None:
 
 
 def refuse_unknown_data(address: str) -> None:
-    """Raise `UsageError` for a word that is neither a bundled or catalogued data set nor a file."""
+    """Raise `UsageError` if `address` is a word that is neither a bundled or catalogued data set nor a file."""
     from holdfast.sources.catalogue import CATALOGUE
 
     names = [*bundled("*.npz"), *CATALOGUE]
@@ -51,7 +51,7 @@ def refuse_unknown_data(address: str) -> None:
 
 
 def refuse_foreign_server(address: str, hosts: Iterable[str]) -> None:
-    """Raise `UsageError` for the URL of a server that is not allowed."""
+    """Raise `UsageError` if `address` is the URL of a server that is not one of the allowed `hosts`."""
     from holdfast.sources.remote import SCHEMES, allowed_address
 
     if address.partition(":")[0] in SCHEMES:
@@ -59,7 +59,7 @@ def refuse_foreign_server(address: str, hosts: Iterable[str]) -> None:
 
 
 def refuse_server_to_train(address: str) -> None:
-    """Raise `UsageError` for the URL of a server if weights are to be trained."""
+    """Raise `UsageError` if `address` is the URL of a server, because its weights cannot be trained."""
     from holdfast.sources.remote import SCHEMES
 
     if address.partition(":")[0] in SCHEMES:
@@ -70,7 +70,11 @@ def refuse_server_to_train(address: str) -> None:
 
 
 def refuse_reports(outputs: Iterable[str], suffixes: Collection[str] | None = None) -> None:
-    """Raise the errors of `holdfast.reports.write.check` for each report, except one on stdout."""
+    """Raise the errors of `holdfast.reports.write.check_destination` for each report file in `outputs`.
+
+    An output `-` is stdout and is not checked. `suffixes` are the permitted suffixes, by default all formats of
+    reports.
+    """
     from holdfast.reports.write import WRITERS, check_destination
 
     for output in outputs:
@@ -84,10 +88,10 @@ def _offered(address: str, known: Iterable[str]) -> str:
 
 
 def bundled(pattern: str) -> list[str]:
-    """Names of the bundled files of a kind."""
+    """Return the names, without suffix, of the bundled files that match `pattern`."""
     return sorted(path.stem for path in (Path(holdfast.__file__).parent / "bundled").glob(pattern))
 
 
 def _is_word(address: str) -> bool:
-    """Whether an address is a plain name, without the form of a file, a factory or another place."""
+    """Return whether an address is a plain name, without the syntax of a path, a factory or a URL."""
     return not set(address) & set("./\\:") and not Path(address).exists()

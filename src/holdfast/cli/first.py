@@ -1,4 +1,4 @@
-"""`holdfast init`, `holdfast validate` and `holdfast demo`: commands for a first use."""
+"""The commands `holdfast init`, `holdfast validate` and `holdfast demo`, for a first use."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`holdfast harden MODEL DATA --recipe R`."""
+"""The command `holdfast harden MODEL DATA --recipe R`."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ DATA   a catalogue name (see holdfast data), an .npz with x_train and y_train,
 @offered(*options_of(HardenSettings), *SETTING)
 @with_voice
 def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
-    """Run or resume a hardening."""
+    """Train a new model with the settings of the flags, or resume such a run, and assess both models."""
     settings = settings_from(with_named_parts(flags), HardenSettings, voice)
     if resume and run is None:
         raise UsageError("--resume continues a run; give its folder with --run DIR (see holdfast runs)")

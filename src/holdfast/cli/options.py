@@ -1,4 +1,4 @@
-"""Options of every command, and its output: results on stdout, everything else on stderr."""
+"""Options that every command has, and its output: results are written to stdout, everything else to stderr."""
 
 import os
 import sys
@@ -19,12 +19,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Group(click.Group):
-    """A group that refuses repeated options of its commands, except options that allow it."""
+    """A group of commands that rejects an option given twice, unless the option may be repeated."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command of the words, after checking that its options are not repeated."""
+        """Return the name and the command at the start of `args`, and the other arguments, after a check for repeated
+        options.
+        """
         name, command, rest = super().resolve_command(ctx, args)
         if command is not None and not ctx.resilient_parsing:
             inner = click.Context(command, parent=ctx, info_name=name, **command.context_settings)
@@ -34,7 +36,7 @@ class Group(click.Group):
 
 
 def _refuse_repeated(order: Sequence[click.Parameter]) -> None:
-    """Raise `UsageError` for an option that is given twice with a value."""
+    """Raise `UsageError` if an option that has one value is given twice."""
     if any(parameter.is_eager for parameter in order):  # --help is answered whatever other options are given
         return
     seen: set[str] = set()
@@ -49,12 +51,12 @@ def _refuse_repeated(order: Sequence[click.Parameter]) -> None:
 
 
 _VOICE = "holdfast.voice"
-"""Key of the voice in the context of a command."""
+"""Key of the `Voice` in the metadata of click's context."""
 
 
 @dataclass(frozen=True)
 class Voice:
-    """Verbosity and colours of a command."""
+    """Verbosity and colours of a command, with methods that write its output."""
 
     quiet: bool = False
     verbose: bool = False
@@ -74,9 +76,9 @@ class Voice:
         return Console(stderr=err, no_color=self.plain, highlight=False, width=width, soft_wrap=False)
 
     def say(self, text: str) -> None:
-        """Write a line to stderr, unless quiet.
+        """Write a line to stderr, unless `quiet` is True.
 
-        Control characters and CI commands in it are made harmless.
+        Control characters and CI commands in the text are escaped.
         """
         if not self.quiet:
             indent = len(text) - len(text.lstrip(" "))
@@ -86,7 +88,7 @@ class Voice:
 
 
 def _remember(field: str) -> Callable[[click.Context, click.Parameter, bool], None]:
-    """Return a callback that stores a flag in the voice of the running command."""
+    """Return a callback of click that stores the value of a flag in the `Voice` of the running command."""
 
     def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001 (by click)
         context.meta[_VOICE] = replace(context.meta.get(_VOICE, Voice()), **{field: value})
@@ -124,12 +126,12 @@ _OPTIONS = (
 
 
 def with_voice(command: F) -> F:
-    """Add -q, -v, --no-color and --debug to a command, which receives a `Voice` as its first argument."""
+    """Add the options -q, -v, --no-color and --debug to a command. It receives a `Voice` as its first argument."""
     return offered(*_OPTIONS)(pass_meta_key(_VOICE)(command))  # type: ignore[return-value]
 
 
 def offered(*options: Callable[[Any], Any]) -> Callable[[F], F]:
-    """Add options to a command in the given order."""
+    """Return a decorator that adds `options` to a command, in the given order."""
 
     def offer(command: F) -> F:
         for option in reversed(options):

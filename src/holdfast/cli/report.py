@@ -1,4 +1,4 @@
-"""`holdfast compare`, `report`, `verify` and `runs`: commands for finished runs."""
+"""The commands `holdfast compare`, `report`, `verify` and `runs`, which read finished runs."""
 
 import sys
 from pathlib import Path
@@ -89,7 +89,7 @@ def _verify_pool(voice: Voice, pool: Path, expect_head: str) -> None:
 
 
 _UNBROKEN = 1000
-"""number of characters that exceeds the width of any table"""
+"""Width in characters that is larger than any table."""
 
 
 @click.command(short_help="list the runs in a folder")

@@ -1,4 +1,4 @@
-"""`holdfast rotate`: a pool of parameter sets that serve in turn."""
+"""The command `holdfast rotate`: a pool of parameter sets that serve in turn."""
 
 from typing import Any
 
@@ -17,13 +17,16 @@ _COLLECTING = options_of(RotateSettings, only=[key for key in flag_names(RotateS
 
 
 class _By(click.Choice):  # type: ignore[type-arg]  # generic in new versions of click only
-    """A way of generating sets. An earlier name is passed on; the step accepts it with a note."""
+    """Type of the option `--by`: the method that generates sets.
+
+    The earlier name "anew" is accepted as well; the step replaces it and writes a note.
+    """
 
     def __init__(self) -> None:
         super().__init__(["generator", "retraining"])
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the name, if it is known."""
+        """Return the name if it is known, else raise an error of click."""
         return value if value == "anew" else super().convert(value, param, ctx)
 
 

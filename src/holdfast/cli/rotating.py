@@ -1,4 +1,4 @@
-"""The steps of a rotation on the command line: progress on stderr, results on stdout."""
+"""The steps of a rotation on the command line: progress is written to stderr, results to stdout."""
 
 import json
 import shlex
@@ -37,13 +37,13 @@ from holdfast.verbs.stored_runs import new_folder
 
 _STDOUT = "-"
 _AHEAD = 2
-"""Least number of admitted sets that should wait, so that a swap is always possible."""
+"""Smallest recommended number of admitted sets that have not served yet, so that a swap is always possible."""
 
 
 def collect(
     settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool, expect_head: str
 ) -> int:
-    """Train and encrypt the first sets of a pool. Returns exit code 0 when complete."""
+    """Train the first sets of a pool, and store them encrypted. Return exit code 0."""
     folder = _folder(settings, run)
     again = way_out(command_line(), folder)
     with stoppable(again), progress_bar(voice) as progress:
@@ -59,12 +59,12 @@ def collect(
 
 
 def _folder(settings: RotateSettings, run: str | None) -> Path:
-    """The folder of a pool: the given one, or a new one whose name contains the digest of the settings."""
+    """Return the folder `run`, or the path of a new folder whose name contains the digest of the settings."""
     return Path(run) if run else new_folder("rotate", digest(as_bytes(canonical_settings(settings))))
 
 
 def train(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str) -> int:
-    """Train a generator. Returns exit code 0 when it is stored."""
+    """Train a generator on the sets of a pool, and store it. Return exit code 0."""
     again = f"an earlier generator is kept, start again with: {command_line()}"
     with stoppable(again):
         request = rotate_requests.train_request(Path(pool), settings, expect_head=expect_head)
@@ -88,7 +88,7 @@ def draw(
     resume: bool,
     expect_head: str,
 ) -> int:
-    """Add candidates to a pool. Returns exit code 0 when complete."""
+    """Add candidates to a pool. Return exit code 0."""
     again = f"finished steps are stored; resume with: {command_line()}{'' if resume else ' --resume'}"
     with stoppable(again):
         request = rotate_requests.draw_request(
@@ -104,7 +104,7 @@ def draw(
 
 
 def admit(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str) -> int:
-    """Judge the candidates of a pool. Returns exit code 0 if one was admitted, 4 if none."""
+    """Judge the candidates of a pool. Return exit code 0 if one was admitted, 4 if none was."""
     again = f"finished steps are stored; resume with: {command_line()}"
     with stoppable(again), progress_bar(voice) as progress:
         request = rotate_requests.admit_request(Path(pool), settings, expect_head=expect_head)
@@ -128,8 +128,9 @@ def turn(
     once: bool,
     expect_head: str,
 ) -> int:
-    """Run all steps, and then swap whenever it is due until stopped. Returns exit code 0, with `once` after the
-    steps.
+    """Run all steps, then swap whenever a swap is due until the process is stopped. Return exit code 0.
+
+    If `once` is True, the function returns after the steps.
     """
     folder = _folder(settings, run)
     again = way_out(command_line(), folder)
@@ -143,7 +144,7 @@ def turn(
 
 
 def swap(pool: str, voice: Voice, *, why: str, unjudged: bool, expect_head: str) -> int:
-    """Let another set serve. Returns exit code 0."""
+    """Replace the serving set by another admitted set. Return exit code 0."""
     opened = Pool.held(Path(pool), expect_head=expect_head)
     swapped = swapping.swap(swapping.SwapRequest(opened, why, unjudged))
     click.echo(f"{swapped.name} serves as epoch {swapped.epoch}")
@@ -158,7 +159,7 @@ def swap(pool: str, voice: Voice, *, why: str, unjudged: bool, expect_head: str)
 
 
 def expose(pool: str, name: str, voice: Voice, *, why: str, expect_head: str) -> int:
-    """Record that an attacker may have a set. Returns exit code 0 when the ledger contains it."""
+    """Record in the ledger that an attacker may have a set. Return exit code 0."""
     opened = Pool.held(Path(pool), expect_head=expect_head)
     exposed = exposure.expose(exposure.ExposeRequest(opened, name, why))
     click.echo(f"{name} is listed as exposed: {line(why)}")
@@ -172,7 +173,7 @@ def expose(pool: str, name: str, voice: Voice, *, why: str, expect_head: str) ->
 
 
 def head(pool: str, voice: Voice, *, expect_head: str) -> int:
-    """Print the digest of the last entry. Returns exit code 0 if the ledger is valid."""
+    """Verify the ledger and print the digest of its last entry. Return exit code 0."""
     latest = pool_status.head(Pool.held(Path(pool), expect_head=expect_head))
     click.echo(latest.digest)
     voice.say(
@@ -183,7 +184,7 @@ def head(pool: str, voice: Voice, *, expect_head: str) -> int:
 
 
 def migrate(pool: str, voice: Voice) -> int:
-    """Convert a pool of the older format. Returns exit code 0."""
+    """Convert a pool from the older format to the present one. Return exit code 0."""
     migrated = migrating.migrate(Path(pool))
     click.echo(f"{migrated.entries} entries converted and authenticated; head {migrated.head}")
     listed = ", ".join(migrated.exposed) or "no set"
@@ -201,7 +202,7 @@ def migrate(pool: str, voice: Voice) -> int:
 
 
 def status(pool: str, voice: Voice, *, outputs: Sequence[str], expect_head: str) -> int:
-    """Show the content of a pool. Returns exit code 0 if its ledger is valid."""
+    """Verify the ledger, and show the sets of a pool and their states. Return exit code 0."""
     for output in outputs:
         if output != _STDOUT and Path(output).suffix != ".json":
             raise UsageError(f"-o {output} is not possible for a pool; write -o FILE.json, or - for stdout")

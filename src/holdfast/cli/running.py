@@ -1,4 +1,4 @@
-"""An assessment on the command line: progress and verdict on stderr, the table on stdout, reports in files."""
+"""Output of runs on the command line: progress and verdict on stderr, the table on stdout, reports in files."""
 
 import os
 import shlex
@@ -35,12 +35,12 @@ _STDOUT = "-"
 
 
 def command_line() -> str:
-    """Command line of this process, quoted for a shell."""
+    """Return the command line of this process, quoted for a shell."""
     return shlex.join(["holdfast", *sys.argv[1:]])
 
 
 def folder_of_run(verb: str, settings: VerbSettings, run: str | None) -> Path:
-    """Return the folder in `--run`, or a new one that is named after the verb and the digest of its settings."""
+    """Return the folder `run`, or the path of a new folder named after the verb and the digest of its settings."""
     return Path(run) if run else new_folder(verb, digest(as_bytes(canonical_settings(settings))))
 
 
@@ -96,9 +96,11 @@ def _add(place: Path, text: str) -> None:
 
 @contextmanager
 def progress_bar(voice: Voice, *, piped: bool = False) -> Iterator[Progress]:
-    """Yield the callback of a progress bar with the remaining time and the accuracy, on a terminal.
+    """Context manager that shows a progress bar with the remaining time and the robust accuracy, and yields its
+    callback.
 
-    Elsewhere the callback writes a line for each stage if `piped`, and nothing otherwise.
+    If stderr is not a terminal, no bar is shown. Then the callback writes a line for each stage if `piped` is True, and
+    nothing otherwise.
     """
     if voice.quiet or not sys.stderr.isatty():
         yield _lines(voice) if piped and not voice.quiet else silent
@@ -137,7 +139,7 @@ def progress_bar(voice: Voice, *, piped: bool = False) -> Iterator[Progress]:
 
 
 def _lines(voice: Voice) -> Progress:
-    """Return a callback that reports each stage when it begins, with the accuracy so far."""
+    """Return a callback that writes a line when a stage begins, with the robust accuracy so far."""
     last = ""
 
     def progress(step: Step) -> None:
@@ -157,7 +159,10 @@ def _words(step: Step) -> dict[str, Any]:
 
 
 def dry_run_of(settings: AssessSettings, voice: Voice) -> int:
-    """Measure a few examples and extrapolate the cost. For a served model, compute what a run would send."""
+    """Print the expected cost of an assessment, extrapolated from a few examples, and return the exit code.
+
+    For a served model, the cost is the number of rows that the run would send.
+    """
     if (settings.model.address or "").partition(":")[0] in SCHEMES:
         return _dry_run_served(settings, voice)
     trial, n = rehearse(settings, _TRIED)
@@ -189,7 +194,7 @@ def _dry_run_served(settings: AssessSettings, voice: Voice) -> int:
 
 
 def run_gallery(place: Path | None, voice: Voice) -> int:
-    """Measure the gallery, and show it as a table and as JSON in `place`. Returns exit code 0."""
+    """Measure the masked models of the gallery, print a table, and write JSON to `place`. Return exit code 0."""
     as_json = str(place) == _STDOUT
     if place is not None and not as_json:
         check_destination(place, EXHIBIT_SUFFIXES)
@@ -217,7 +222,7 @@ def run_gallery(place: Path | None, voice: Voice) -> int:
 
 
 def run_demo(folder: Path, voice: Voice) -> int:
-    """Assess the bundled network on real digits and explain the result. Returns exit code 0."""
+    """Assess the bundled network on real digits, print the results and explain them. Return exit code 0."""
     voice.say(
         "attacking a classifier of handwritten digits on 200 real images with the attacks of AutoAttack standard"
     )

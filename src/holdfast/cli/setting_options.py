@@ -1,4 +1,4 @@
-"""Options of the command line, generated from the settings of a verb."""
+"""Options of the command line that are generated from the settings of a verb."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
@@ -28,17 +28,20 @@ SETTING = (
         help="Configuration file (see holdfast init). Flags take precedence.",
     ),
 )
-"""Options for the configuration as a whole."""
+"""The options `--set` and `--config`, which concern the configuration as a whole."""
 
 MODEL_AND_DATA = (
     click.argument("model", required=False, type=completing.MODEL),
     click.argument("data", required=False, type=completing.DATA),
 )
-"""Arguments of the commands that open a model and data."""
+"""The arguments MODEL and DATA of the commands that open a model and data."""
 
 
 def options_of(kind: type[VerbSettings], *, only: Collection[str] = ()) -> tuple[Option, ...]:
-    """Return an option for each setting of a verb that has one, or for those in `only`."""
+    """Return the options for the settings of a verb.
+
+    If `only` is given, options are returned for these keys only. Settings without a flag have no option.
+    """
     former = {new: old for old, new in FORMER_KEYS.items()}
     options: list[Option] = []
     for key, entry in keys_of(kind).items():
@@ -53,12 +56,14 @@ def options_of(kind: type[VerbSettings], *, only: Collection[str] = ()) -> tuple
 
 
 def flag_of(field: FieldInfo) -> Flag | None:
-    """Return how a setting is written on the command line, or None if it is a key of files only."""
+    """Return the description of a setting's option, or None if the setting can only be given in files or with
+    `--set`.
+    """
     return next((each for each in field.metadata if isinstance(each, Flag)), None)
 
 
 def flag_names(kind: type[VerbSettings]) -> Mapping[str, str]:
-    """Return the options of a verb by the keys of its settings."""
+    """Return the names of the options of a verb, such as `--batch-size`, by the keys of its settings."""
     return {
         key: flag.name or _long(key)
         for key, entry in keys_of(kind).items()
@@ -87,13 +92,13 @@ def _option(key: str, field: FieldInfo, flag: Flag, *, hidden: bool = False) -> 
 
 
 def is_repeated(field: FieldInfo) -> bool:
-    """Whether the option of a setting may be given several times: a list, or names with values."""
+    """Return whether the option of a setting may be given several times, because its value is a list or a mapping."""
     kind = _plain_type(field.annotation)
     return get_origin(kind) is list or is_mapping(field)
 
 
 def is_mapping(field: FieldInfo) -> bool:
-    """Whether each value of the option of a setting is NAME=VALUE."""
+    """Return whether each value of the option of a setting has the syntax NAME=VALUE."""
     kind = _plain_type(field.annotation)
     return get_origin(kind) is dict and get_args(kind) == (str, str)
 
@@ -119,7 +124,11 @@ def _click_type(kind: Any, flag: Flag) -> Any:
 
 
 def with_named_parts(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags with `--recipe` and `--source` as a `--set` of their name, which further `--set` may extend."""
+    """Return the flags with `--recipe NAME` and `--source NAME` replaced by `--set recipe.use=NAME`, and likewise for
+    sources.
+
+    Further `--set` options can then change settings of the recipe or source.
+    """
     parts = {key: flags[key] for key in ("recipe", "source") if flags.get(key) is not None}
     others = {key: value for key, value in flags.items() if key not in parts}
     return {**others, "sets": (*(f"{key}.use={name}" for key, name in parts.items()), *flags["sets"])}

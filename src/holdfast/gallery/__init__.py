@@ -1,8 +1,9 @@
-"""Masked models: small versions of defences that look robust under a naive evaluation, as tests of the doubts.
+"""Masked models: small versions of defences that seem robust under a naive evaluation.
 
-None of them is suitable as a defence. Each is the construction of its paper, built in seconds on 5,000 digits, and
-comes with an undefended twin, which is the same network without the defence. For each, `holdfast demo --gallery` shows
-the robust accuracy under plain PGD and under an adaptive attack, and the doubts that are raised.
+They serve to test whether the doubts about such an evaluation are raised; none of them is suitable as a defence. Each
+is built like the defence in its paper, within seconds on 5,000 digits, and is compared with an undefended twin, which
+is the same network without the defence. For each, `holdfast demo --gallery` shows the robust accuracy under plain PGD
+and under an adaptive attack, and the doubts that are raised.
 """
 
 from holdfast.gallery import activations, generative, images, logits
@@ -10,6 +11,6 @@ from holdfast.gallery.item import EPS, Item
 from holdfast.gallery.training import undefended
 
 ITEMS: tuple[Item, ...] = (*logits.ITEMS, *images.ITEMS, *activations.ITEMS, *generative.ITEMS)
-"""All masked models, grouped by the part of the network that they change."""
+"""All masked models, grouped by the module that defines them."""
 
 __all__ = ["EPS", "ITEMS", "Item", "undefended"]

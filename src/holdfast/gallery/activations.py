@@ -1,4 +1,4 @@
-"""Activations that are discontinuous or random."""
+"""Masked models whose activations are discontinuous or random."""
 
 from functools import partial
 
@@ -16,14 +16,16 @@ SAMPLES = 0.28
 
 
 def winners(h: Tensor) -> Tensor:
-    """Return the largest 5 % of a layer's activations and zero for the others."""
+    """Return a tensor with the largest 5 % of the activations `h` (n, …) of each example, and zero for all others."""
     flat, least = _ranked(h)
     return (flat * (flat >= least)).view_as(h)
 
 
 def nearly(h: Tensor) -> Tensor:
-    """Continuous approximation of `winners`: a sigmoid around the smallest kept value, with a tenth of the spread as
-    width.
+    """Return a continuous approximation of `winners`.
+
+    Each activation is multiplied by a sigmoid that is centred at the smallest unchanged value. The width of the sigmoid
+    is a tenth of the standard deviation of the activations.
     """
     flat, least = _ranked(h)
     width = SOFTNESS * flat.detach().std(1, keepdim=True)
@@ -36,10 +38,16 @@ def _ranked(h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Pruned(nn.Module):
-    """Keeps activations at random, with a probability that increases with their size, and scales up those it keeps."""
+    """Layer that sets random activations to zero and scales up the others, so that their expected values do not change.
+
+    The probability that an activation remains increases with its absolute value.
+    """
 
     def forward(self, h: Tensor) -> Tensor:
-        """Prune as if `SAMPLES` times the number of activations were sampled with replacement."""
+        """Return the pruned activations.
+
+        The probabilities are those of `SAMPLES` times the number of activations, sampled with replacement.
+        """
         flat = h.flatten(1)
         share = flat.abs() / flat.abs().sum(1, keepdim=True).clamp_min(1e-12)
         kept = 1 - (1 - share).pow(SAMPLES * flat.shape[1])
@@ -48,12 +56,14 @@ class Pruned(nn.Module):
 
 
 def jumping(digits: Batch, twin: nn.Module) -> nn.Module:
-    """Return a network trained with k-winners-take-all instead of ReLUs in its convolutions."""
+    """Return a network trained on `digits` with k-winners-take-all instead of ReLUs after its convolutions."""
     return trained_on_digits(lambda: digit_network(act=partial(through, winners, nearly)), digits, epochs=8)
 
 
 def pruned(digits: Batch, twin: nn.Module) -> nn.Module:
-    """Return the twin with random pruning of its convolutions' activations. Their expected values do not change."""
+    """Return the twin with random pruning of the activations of its convolutions, which preserves their expected
+    values.
+    """
     layers: list[nn.Module] = []
     for place, layer in enumerate(twin.children()):
         layers.append(layer)

@@ -1,4 +1,4 @@
-"""Defences that project inputs onto the range of a generator."""
+"""Masked models that project inputs onto the range of a generator."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ DESCENTS, STEP = 5, 0.2
 
 
 class Autoencoder(nn.Module):
-    """A generator of digits, and an encoder that estimates the latent of a digit."""
+    """A generator of digits, and an encoder that estimates the latent vector of a digit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,20 +26,23 @@ class Autoencoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output of the generator for the encoder's latent."""
+        """Return the reconstruction of `x`: the generator's output for the latent vector that the encoder estimates."""
         drawn: Tensor = self.generator(self.encoder(x))
         return drawn.view_as(x)
 
 
 class Projected(nn.Module):
-    """Projects a digit onto the range of the generator, by descent in the latent space from the encoder's estimate."""
+    """Layer that projects a digit onto the range of a generator, by gradient descent in the latent space.
+
+    The descent starts from the estimate of the encoder.
+    """
 
     def __init__(self, pair: Autoencoder) -> None:
         super().__init__()
         self.pair = pair
 
     def forward(self, x: Tensor) -> Tensor:
-        """Projected image, detached from the graph."""
+        """Return the projected images, detached from the graph."""
         seen = x.detach()
         z = self.pair.encoder(seen)
         for _ in range(DESCENTS):
@@ -53,7 +56,7 @@ class Projected(nn.Module):
 
 
 def projected(digits: Batch, twin: nn.Module) -> nn.Module:
-    """Return the twin after a projection. Its differentiable approximation is the autoencoder, without the descent."""
+    """Return the twin with a projection of its inputs. The autoencoder is its differentiable approximation."""
 
     def far(net: nn.Module, batch: Batch) -> Tensor:
         return 100 * F.mse_loss(net(batch.x), batch.x)

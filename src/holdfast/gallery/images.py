@@ -1,4 +1,6 @@
-"""Image transformations before the network whose gradient is zero, noise, or that of one random draw."""
+"""Masked models that transform images before the network, so that gradients are zero, noisy or depend on random
+numbers.
+"""
 
 import math
 
@@ -22,37 +24,43 @@ DESCENTS, WEIGHT, STEP = 6, 0.02, 0.2
 
 
 class Rounded(nn.Module):
-    """Rounds pixels to `bits` bits. 8 bits do not change an image from a file."""
+    """Layer that rounds pixels to `bits` bits. Images from files have 8 bits, so the default does not change them."""
 
     def __init__(self, bits: int = 8) -> None:
         super().__init__()
         self.levels = 2**bits - 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pixels rounded to the nearest level."""
+        """Return the pixels, each rounded to the nearest level."""
         rounded: Tensor = (x * self.levels).round() / self.levels
         return rounded
 
 
 class Compressed(nn.Module):
-    """Compresses images as JPEG and decompresses them."""
+    """Layer that compresses images as JPEG and decompresses them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Decompressed image."""
+        """Return the decompressed images."""
         rows = torch.arange(len(x), device=x.device)
         return jpeg_compression(x, (QUALITY,), rows, Draws(0))
 
 
 class Thermometer(nn.Module):
-    """Encodes a pixel by indicators, one for each level that it exceeds: one channel becomes `CODE` channels."""
+    """Layer that replaces each pixel by `CODE` indicators of the levels that it exceeds.
+
+    Its input has one channel, and its output `CODE` channels.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zeros and ones."""
+        """Return the indicators, which are zeros and ones."""
         return (x > _levels(x)).to(x.dtype)
 
 
 def thermometer_slope(x: Tensor) -> Tensor:
-    """Differentiable approximation of a thermometer code by Athalye et al.: the excess of the pixel over each level."""
+    """Return the differentiable approximation of a thermometer code by Athalye et al.
+
+    It is the amount by which a pixel exceeds each level, clamped to 0 and 1.
+    """
     return (x - _levels(x)).clamp(0, 1)
 
 
@@ -61,20 +69,23 @@ def _levels(x: Tensor) -> Tensor:
 
 
 class Shattered(nn.Module):
-    """Adds an invisible but very steep ripple, so that the sign of the gradient is practically random."""
+    """Layer that adds an invisible but very steep ripple, so that the sign of the gradient is practically random."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Image with the ripple."""
+        """Return the images with the ripple."""
         return x + RIPPLE * torch.sin(2 * math.pi / PERIOD * x)
 
 
 class Resized(nn.Module):
-    """Shrinks an image by a random amount and pads it at a random position, rounded to 256 levels as in image
-    libraries.
+    """Layer that shrinks images to a random size and pads them at a random position.
+
+    The result is rounded to 256 levels, as in image libraries.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transformed images, with a new size and position in each call that is common to the batch."""
+        """Return the transformed images. Size and position are the same for all images of a batch, and new in each
+        call.
+        """
         side = x.shape[-1]
         small = int(torch.randint(SMALLEST, side + 1, ()))
         room = side - small
@@ -84,10 +95,12 @@ class Resized(nn.Module):
 
 
 class Denoised(nn.Module):
-    """Minimises distance plus total variation inside the forward pass, and returns the result."""
+    """Layer that denoises images by a few steps of gradient descent on the squared distance plus the total
+    variation.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Smoothed image, detached from the graph."""
+        """Return the smoothed images, detached from the graph."""
         seen, z = x.detach(), x.detach()
         for _ in range(DESCENTS):
             z = z.detach().requires_grad_()
@@ -103,7 +116,7 @@ def _variation(x: Tensor) -> Tensor:
 
 
 def coded(digits: Batch, twin: nn.Module) -> nn.Module:
-    """Return the network trained on thermometer codes."""
+    """Return a network that is trained on thermometer codes of the digits."""
     return trained_on_digits(
         lambda: nn.Sequential(through(Thermometer(), thermometer_slope), digit_network(CODE)), digits
     )

@@ -1,4 +1,4 @@
-"""A masked model of the gallery."""
+"""The description of a masked model in the gallery."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +13,15 @@ EPS = 0.15
 
 @dataclass(frozen=True)
 class Item:
-    """A masked model. Its twin is the network of `training.undefended`, which it wraps or whose training it shares."""
+    """A masked model and how it is built.
+
+    Its twin is the network of `training.undefended`. The masked model contains this network, or is a network that is
+    trained in a similar way.
+    """
 
     name: str
     source: str
-    """the paper that proposed it, or that showed how it masks gradients"""
+    """the paper that proposed the defence, or that showed how it masks gradients"""
     build: Callable[[Batch, nn.Module], nn.Module]
-    """function from training digits and the undefended twin to the masked model"""
+    """function that builds the masked model from training digits and the undefended twin"""
     eps: float = EPS

@@ -1,4 +1,4 @@
-"""Logits on which the softmax saturates: the cross-entropy has no gradient, although the margin has one."""
+"""Masked models whose softmax is saturated: the gradient of the cross-entropy is zero, that of the margin is not."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ SHARPNESS = 30.0
 
 
 class Times(nn.Module):
-    """Multiplies by a constant."""
+    """Layer that multiplies its input by a constant."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -24,7 +24,10 @@ class Times(nn.Module):
 
 
 def distilled(digits: Batch, twin: nn.Module) -> nn.Module:
-    """Return a student distilled from a teacher, both trained at temperature 100, which is not used afterwards."""
+    """Return a network distilled from a teacher. Both are trained at temperature 100.
+
+    The result is used without the temperature, so that its logits are large.
+    """
 
     def hot(net: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(net(batch.x) / TEMPERATURE, batch.y)
@@ -39,7 +42,7 @@ def distilled(digits: Batch, twin: nn.Module) -> nn.Module:
 
 
 def saturated(digits: Batch, twin: nn.Module) -> nn.Module:
-    """Return the twin with a softmax so sharp that most probabilities are 0 or 1 in float32."""
+    """Return the twin followed by a softmax so sharp that most probabilities are 0 or 1 in float32."""
     return nn.Sequential(twin, Times(SHARPNESS), nn.Softmax(1))
 
 

@@ -1,4 +1,4 @@
-"""Small networks that are trained in one or two seconds on a few thousand digits."""
+"""Functions that train small networks on a few thousand digits in one or two seconds."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,14 @@ from holdfast.core.batch import Batch
 
 BATCH = 100
 Loss = Callable[[nn.Module, Batch], Tensor]
-"""Training loss on some of the digits."""
+"""Type of a training loss: a function of a network and a batch of digits."""
 
 
 def digit_network(channels: int = 1, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
-    """Network of two convolutions and two linear layers for images of 28 x 28. `act` follows the convolutions."""
+    """Return an untrained network with two convolutions and two linear layers for images of 28 x 28 pixels.
+
+    `channels` is the number of input channels, and `act` builds the activation after each convolution.
+    """
     return nn.Sequential(
         nn.Conv2d(channels, 16, 4, 2, 1),
         act(),
@@ -28,7 +31,7 @@ def digit_network(channels: int = 1, act: Callable[[], nn.Module] = nn.ReLU) -> 
 
 
 def training_loss(net: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of the predictions."""
+    """Return the cross-entropy of the predictions of `net` on `batch`."""
     return F.cross_entropy(net(batch.x), batch.y)
 
 
@@ -41,8 +44,9 @@ def trained_on_digits(
     lr: float = 4e-3,
     seed: int = 0,
 ) -> nn.Module:
-    """Return the network of `build` after training with Adam, frozen and in eval mode. Torch's generators are
-    restored.
+    """Train the network that `build` returns with Adam, and return it frozen and in eval mode.
+
+    The state of torch's random number generators is restored.
     """
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
@@ -60,5 +64,5 @@ def trained_on_digits(
 
 
 def undefended(digits: Batch) -> nn.Module:
-    """Return the twin of every item: the same network without the defence."""
+    """Return the network without a defence that is trained on `digits`. It is the twin of every item."""
     return trained_on_digits(digit_network, digits)

@@ -1,1 +1,3 @@
-"""Open untrusted models and data safely: files are checked before they are read, and code runs only with consent."""
+"""Opens untrusted models and data: files are checked before they are read, and code runs only with the user's
+consent.
+"""

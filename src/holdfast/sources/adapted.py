@@ -1,4 +1,4 @@
-"""Description of a model of another library that was wrapped as a torch module."""
+"""The description of a model of another library that was wrapped as a torch module."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,9 @@ from holdfast.core.types import Access, Layout
 
 @dataclass(frozen=True)
 class Adapted:
-    """A module from inputs to outputs, and the properties that the library's object declares. None means not
-    declared.
+    """A module that maps inputs to outputs, and the properties that the original object of the library declares.
+
+    A property is None if it is not declared.
     """
 
     net: nn.Module
@@ -21,7 +22,7 @@ class Adapted:
     classes: int | None = None
     class_names: tuple[str, ...] | None = None
     class_labels: tuple[int, ...] | None = None
-    """labels of the classes in the order of the outputs, if they are whole numbers other than 0, 1, 2, …"""
+    """labels of the classes in the order of the outputs, if they are integers other than 0, 1, 2, …"""
     feature_names: tuple[str, ...] | None = None
     """names of the columns that the model was fitted on, in their order"""
     output: OutputKind | None = None

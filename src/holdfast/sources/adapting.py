@@ -1,7 +1,7 @@
-"""Models given as Python objects other than torch networks and functions: estimators, boosters and Keras models.
+"""Wraps models that are neither torch networks nor functions: estimators, boosters and Keras models.
 
-A library is looked up only among the imported modules, because importing one takes seconds. If an object of the library
-exists, the library is imported already.
+A library is searched for only among the imported modules, because importing one takes seconds. If an object of the
+library exists, the library is already imported.
 """
 
 import sys
@@ -18,14 +18,15 @@ from holdfast.sources.trees import adapted_booster
 
 
 def accepted(model: object) -> bool:
-    """Whether the object is a model of a supported kind: a network, a function or an estimator."""
+    """Return whether the object is a model of a supported kind: a network, a function or an estimator."""
     return callable(model) or isinstance(model, Predictor)
 
 
 def adapted(model: object) -> Adapted | None:
-    """Return the model as a module from inputs to outputs, or None for a torch network or a function.
+    """Return the model wrapped as a module that maps inputs to outputs, or None for a torch network or a function.
 
-    Raises `TargetError` for an object that is not a classifier, is not fitted, or runs on another back end than torch.
+    Raises `TargetError` for an object that is not a classifier, is not fitted, or runs on another back end than torch,
+    and `UsageError` for a class.
     """
     if isinstance(model, type):
         raise UsageError(
@@ -41,7 +42,10 @@ def adapted(model: object) -> Adapted | None:
 
 
 def known_in_hand(net: Any) -> tuple[str, list[str], tuple[str, ...]]:
-    """Return the name of a model object, the values that identify it in the evidence, and notes about their limits."""
+    """Return the name of a model given as an object, the strings that identify it in the evidence, and notes.
+
+    A note states what a resumed run cannot verify about the model.
+    """
     kind = type(net) if isinstance(net, nn.Module) else net
     name = (
         net.name

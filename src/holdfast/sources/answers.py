@@ -1,7 +1,7 @@
-"""Reads the answers of a server as scores or as one-hot labels of the rows in the request.
+"""Converts the responses of a server to scores or one-hot labels of the rows in the request.
 
-An answer holds one entry for each row: numbers, text, or an object with a score for each class name. The answer to a
-single row may leave out the axis of the rows.
+A response contains one entry for each row: numbers, a string, or an object with a score for each class name. The
+response to a single row may omit the axis of the rows.
 """
 
 import json
@@ -18,24 +18,24 @@ from holdfast.sources.files import similar_name
 from holdfast.sources.payloads import Shaped, Template, Values, as_values
 
 _SHOWN = 80
-"""number of characters of an unknown label that a message shows"""
+"""Number of characters of an unknown label that an error message contains."""
 _BEGINNING = 100
-"""number of characters of an unreadable answer that a message shows"""
+"""Number of characters of an invalid response that an error message contains."""
 _MASKED = 2000
-"""number of characters of an answer that are searched for secrets before the answer is shortened"""
+"""Number of characters of a response that are searched for secrets before it is shortened."""
 _PAIR = frozenset({"label", "score"})
-"""keys of one class if an answer lists the classes of a row, as pipelines of Hugging Face do"""
+"""Keys of one class if a response lists the classes of a row, as pipelines of Hugging Face do."""
 _NO_SCORES = (list, dict, str, bool)
 _ORDER = "in the order of the model's classes"
 
 
 class ServerAnswers:
-    """Reads the answers of one server, which must all have the same form.
+    """Reader of the responses of one server, which must all have the same structure.
 
-    `labels` is the number of classes of a server that answers with labels. `expected` is the number of classes if it is
-    declared. Text labels, and scores given by class name, are looked up in `names`, which are in the order of the
-    classes. If `declared` is true, single numbers are scores, whatever their type. `masked` removes secrets from a text
-    that a message shows.
+    `labels` is the number of classes of a server that returns labels; None for a server that returns scores. `expected`
+    is the declared number of classes. `names` are the class names in the order of the classes; string labels, and
+    scores by class name, are looked up in it. If `declared` is True, single numbers are scores, whatever their type.
+    `masked` is a function that removes secrets from a string before it is part of a message.
     """
 
     def __init__(
@@ -51,24 +51,24 @@ class ServerAnswers:
         self._form, self._labels, self._expected = form, labels, expected
         self._names = None if names is None else tuple(names)
         self._named_by_numbers = self._names is not None and all(map(_is_whole, self._names))
-        """whether all class names are whole numbers, so that whole numbers in an answer are class names"""
+        """whether all class names are integers, so that integers in a response are class names"""
         self._declared, self._masked = declared, masked
         self._classes: int | None = None
         self._kind: str | None = None
-        """kind of the entries of earlier answers"""
+        """kind of the entries of earlier responses"""
         self._split = False
-        """whether an earlier answer had a score that is not a whole number"""
+        """whether an earlier response contained a score that is not an integer"""
 
     @property
     def classes(self) -> int | None:
-        """Number of scores of a row; None before the first answer."""
+        """Number of scores of a row, or of possible labels. For scores it is None before the first response."""
         return self._classes or self._labels
 
     def read(self, answer: Any, x: Tensor) -> Tensor:
-        """Return scores (n, classes) float64, or one-hot labels (n, classes) int64, of the rows `x` (n, *features).
+        """Return the scores (n, classes) float64, or one-hot labels (n, classes) int64, of the rows `x` (n, *features).
 
-        Raises `TargetLost` for an answer of another form, and `TargetRefused` for values that cannot be used. The
-        message shows the beginning of the answer.
+        Raises `TargetLost` for a response of another structure, and `TargetRefused` for values that cannot be used. The
+        message contains the beginning of the response.
         """
         try:
             found = self._form.found(answer)
@@ -78,7 +78,7 @@ class ServerAnswers:
             raise type(error)(self._masked(f"{error}. The answer begins: {begins}")) from None
 
     def recall(self, row: Tensor) -> None:
-        """Register the scores (classes) or the one-hot label of a row from an earlier attempt of the same run."""
+        """Register the scores (classes) or the one-hot label of a row that an earlier attempt of the run received."""
         if self._labels is None:
             self._classes = len(row)
             self._split = self._split or bool((row != row.round()).any())
@@ -108,7 +108,7 @@ class ServerAnswers:
         return scores
 
     def _in_order(self, rows: Sequence[Mapping[str, Any]]) -> Values:
-        """Scores (n, classes) of rows that give them by class name."""
+        """Return the scores (n, classes) of rows that contain a score for each class name."""
         if self._names is None:
             found = [name[:_SHOWN] for name in rows[0]]
             raise TargetLost(
@@ -128,7 +128,7 @@ class ServerAnswers:
         return as_values([[row[name] for name in self._names] for row in rows])
 
     def _entries(self, values: Values, n: int) -> Values:
-        """Return the values with the axis of the rows first. It may be missing for a single row."""
+        """Return the values with the axis of the `n` rows first. It may be missing for a single row."""
         if n == 1 and values.size and values.ndim < 2:
             return values.reshape(1, -1)
         if values.ndim == 0 or len(values) != n:
@@ -161,7 +161,7 @@ class ServerAnswers:
         refuse_too_many_classes("the answer", width, self._expected)
 
     def _refuse_class_numbers(self, values: Values) -> None:
-        """Raise `TargetLost` for one whole number a row, which is a class number unless it is declared as a score."""
+        """Raise `TargetLost` if each row is one integer, which is a class number unless it is declared as a score."""
         if values.shape[1] != 1 or self._declared:
             return
         written_as_whole = values.dtype.kind in "iu"
@@ -205,7 +205,7 @@ class ServerAnswers:
             )
 
     def _numbered(self, labels: Sequence[str]) -> Values:
-        """Class number of each text label."""
+        """Return the class number of each string label."""
         if self._names is None:
             raise _unread(labels[0], "the order of the classes is not declared; give")
         numbers = {name: number for number, name in enumerate(self._names)}
@@ -217,7 +217,7 @@ class ServerAnswers:
 
 
 def refuse_too_many_classes(what: str, width: int, expected: int | None) -> None:
-    """Raise `TargetLost` if rows do not have `expected` scores. A single score stands for two classes."""
+    """Raise `TargetLost` if rows do not have `expected` scores. A single score per row means two classes."""
     if expected in (None, max(width, 2)):
         return
     scores = "1 score" if width == 1 else f"{width} scores"
@@ -229,9 +229,9 @@ def refuse_too_many_classes(what: str, width: int, expected: int | None) -> None
 
 
 def rows_by_name(found: Any, n: int) -> list[Mapping[str, Any]] | None:
-    """Return the scores of each row by class name, or None for an answer to `n` rows without class names.
+    """Return the scores of each of `n` rows by class name, or None if the response contains no class names.
 
-    The answer is a list of objects, an object with a list for each name, or, for a single row, one object. A list of
+    The response is a list of objects, an object with a list for each name, or, for a single row, one object. A list of
     objects with the keys `label` and `score` is equivalent to one object.
     """
     if isinstance(found, Mapping):
@@ -247,7 +247,7 @@ def rows_by_name(found: Any, n: int) -> list[Mapping[str, Any]] | None:
 
 
 def _holds_scores(row: Any) -> bool:
-    """Whether a row is an object whose values are single values other than text."""
+    """Return whether a row is an object whose values are numbers or null."""
     return isinstance(row, Mapping) and bool(row) and not any(isinstance(v, _NO_SCORES) for v in row.values())
 
 
@@ -256,7 +256,7 @@ def _lists_classes(entry: Any) -> bool:
 
 
 def first_characters(answer: Any, masked: Callable[[str], str]) -> str:
-    """First characters of an answer as JSON, without secrets."""
+    """Return the first characters of a response as JSON, with secrets removed."""
     text = ""
     for piece in json.JSONEncoder().iterencode(answer):
         text += piece[:_MASKED]

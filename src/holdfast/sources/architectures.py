@@ -1,8 +1,8 @@
-"""The catalogue of small networks that a weights file may name. They are built from whole numbers, without code.
+"""The small networks that a file with weights may refer to by name. They are built from integers, without code.
 
-A safetensors file of Holdfast has one metadata key, `holdfast`, with sorted JSON: `architecture` (a name below),
+A safetensors file of Holdfast has one metadata key, `holdfast`, with sorted JSON: `architecture` (one of these names),
 `arguments` (its settings), `bounds`, `mean`, `std`, `classes` (their number) and `training` (the digest of the training
-that wrote it). Inputs of these networks are normalised by `mean` and `std` beforehand.
+that produced the weights). Inputs are normalised by `mean` and `std` before they reach these networks.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ def mlp(features: int = 784, classes: int = 10, width: int = 128, depth: int = 2
 def cnn(
     channels: int = 1, side: int = 28, classes: int = 10, width: int = 16, depth: int = 3, hidden: int = 100
 ) -> nn.Module:
-    """Convolutions of stride 2, each with twice the channels of the previous one, followed by two linear layers.
+    """Network of convolutions with stride 2, each with twice the channels of the one before, and two linear layers.
 
     Strides replace pooling: a forward pass costs a quarter, and every layer has exact linear bounds.
     """
@@ -42,12 +42,12 @@ def cnn(
 
 
 def mnist_cnn() -> nn.Module:
-    """The network of the bundled MNIST models: three convolutions, two linear layers, 127,062 parameters."""
+    """Network of the bundled MNIST models: three convolutions, two linear layers, 127,062 parameters."""
     return cnn()
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with batch norm, added to the input (projected if the shape changes)."""
+    """Two 3 x 3 convolutions with batch norm whose output is added to the input (projected if the shape changes)."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class ResidualBlock(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output of the block."""
+        """Return the output of the block."""
         y: Tensor = self.relu(self.body(x) + self.shortcut(x))
         return y
 
@@ -100,8 +100,9 @@ def resnet(
 def lipschitz_aol(
     channels: int = 1, side: int = 28, classes: int = 10, width: int = 32, depth: int = 2, hidden: int = 256
 ) -> nn.Module:
-    """Network of almost-orthogonal layers with a certified radius: two convolutions a stage; each stage halves the
-    image.
+    """Network of almost-orthogonal layers with a certified radius. Two convolutions in each stage.
+
+    Each stage halves the height and width of the image.
     """
     return _lipschitz(AOLConv2d, AOLLinear, channels, side, classes, width, depth, hidden)
 
@@ -109,15 +110,16 @@ def lipschitz_aol(
 def lipschitz_cayley(
     channels: int = 1, side: int = 28, classes: int = 10, width: int = 16, depth: int = 2, hidden: int = 128
 ) -> nn.Module:
-    """Network of orthogonal layers with a certified radius. Like `lipschitz-aol`, but several times slower."""
+    """Network of orthogonal layers with a certified radius. Built like `lipschitz-aol`, but several times slower."""
     return _lipschitz(CayleyConv2d, CayleyLinear, channels, side, classes, width, depth, hidden)
 
 
 def lipschitz_sll(
     channels: int = 1, side: int = 28, classes: int = 10, width: int = 32, depth: int = 2, hidden: int = 256
 ) -> nn.Module:
-    """Network of 1-Lipschitz residual layers with a certified radius: two layers a stage; each stage halves the
-    image.
+    """Network of 1-Lipschitz residual layers with a certified radius. Two layers in each stage.
+
+    Each stage halves the height and width of the image.
     """
     layers: list[nn.Module] = [Widened(max(width // 4, channels))]
     now = max(width // 4, channels)
@@ -168,4 +170,4 @@ ARCHITECTURES: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
         "resnet": resnet,
     }
 )
-"""Name to factory of the networks that a weights file may name."""
+"""Functions that build the networks, by the names that a file with weights may contain."""

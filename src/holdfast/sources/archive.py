@@ -21,11 +21,13 @@ from holdfast.sources.limited.limits import MEMORY, Limits, requested_memory
 from holdfast.sources.limited.weights import TRUST, WRITTEN
 
 MAX_BYTES = 4 * 2**30
-"""total size of the members of an archive; much larger than any classifier that fits the memory limit"""
+"""Largest total size in bytes of the members of an archive. Any classifier that fits the memory limit is much
+smaller.
+"""
 MAX_MEMBERS = 100_000
-"""torch stores one member for each tensor"""
+"""Largest number of members of an archive; torch stores one member for each tensor."""
 LIMITS = Limits(copies=4, spare_bytes=512 * 2**20)
-"""limits of the process that unpickles a state dict"""
+"""Limits of the process that unpickles a state dict."""
 _ZIP_MAGIC = b"PK\x03\x04"
 _SAVED_BY = (
     "torch.save stores members uncompressed, so this file was repacked. Save it again with "
@@ -35,17 +37,18 @@ _SAVED_BY = (
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by name, with notes about how they were found in the file."""
+    """Tensors by name, with notes on how they were found in the file."""
 
     tensors: dict[str, Tensor]
     notes: tuple[str, ...] = ()
-    """for the report: nested dictionaries that were entered, and entries that were left out"""
+    """notes for the report: nested dictionaries that were entered, and entries that were left out"""
 
 
 def read_once(path: Path, what: str, *, max_bytes: int = MAX_BYTES) -> bytes:
-    """Return the bytes of a file.
+    """Return the content of a file. Raises `TargetError` if it cannot be read or is larger than `max_bytes`.
 
-    Reading once ensures that the checked bytes are the loaded ones; errors contain `what`.
+    The file is read once, so that the bytes that are checked are those that are loaded. `what` describes the file in
+    error messages.
     """
     readable_file(path, what)
     refuse_large(path, max_bytes)
@@ -53,7 +56,7 @@ def read_once(path: Path, what: str, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def refuse_large(path: Path, max_bytes: int) -> None:
-    """Raise `TargetError` for a file larger than both `max_bytes` and `HOLDFAST_READ_MEMORY`."""
+    """Raise `TargetError` if a file is larger than `max_bytes` and larger than the size in `HOLDFAST_READ_MEMORY`."""
     n_bytes, most = path.stat().st_size, max(max_bytes, requested_memory())
     if n_bytes > most:
         raise TargetError(
@@ -63,7 +66,7 @@ def refuse_large(path: Path, max_bytes: int) -> None:
 
 
 def is_script(content: bytes) -> bool:
-    """Whether the bytes are a TorchScript archive."""
+    """Return whether the bytes are a TorchScript archive."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return any(_is_code(member) for member in archive.infolist())
@@ -79,11 +82,12 @@ def check_archive(
     trust_code: bool = False,
     saved_by: str = _SAVED_BY,
 ) -> None:
-    """Check a zip archive by its directory, without decompressing anything. A file that is not a zip archive passes.
+    """Check a zip archive by its directory, without decompressing anything. A file that is not a zip archive is
+    accepted.
 
-    `content` is the content of the file if it was read already; then the file is not opened again. `saved_by` is the
-    advice how to write such files without compression. Raises `CarriesCode` for TorchScript, and `TargetError` for
-    other archives that are refused.
+    `content` is the content of the file if it was already read; then the file is not opened again. `saved_by` is the
+    advice on how to write such files without compression. Raises `CarriesCode` for TorchScript, and `TargetError` for
+    other archives that are not accepted.
     """
     try:
         with path.open("rb") if content is None else io.BytesIO(content) as file:
@@ -118,8 +122,9 @@ def check_archive(
 
 
 def read_weights(path: Path, *, max_bytes: int = MAX_BYTES) -> Weights:
-    """Return the tensors of a `.pt` state dict, unpickled in a separate process, which costs about 1.5 s of CPU
-    time.
+    """Return the tensors of a `.pt` state dict.
+
+    It is unpickled in a separate process, which costs about 1.5 s of CPU time.
     """
     readable_file(path, "weights file")
     refuse_large(path, max_bytes)

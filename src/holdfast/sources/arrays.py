@@ -1,4 +1,4 @@
-"""Arrays as a data set: checked once when opened, kept in their type, and converted to inputs slice by slice."""
+"""Arrays as a data set: checked once when opened, stored in their original type, and converted to inputs in slices."""
 
 import hashlib
 from collections.abc import Sequence
@@ -24,43 +24,45 @@ from holdfast.sources.layouts import LayoutReading, reading_of
 from holdfast.sources.probing import ProbedClassifier
 
 _CHUNK = 1 << 24
-"""number of values that are checked at a time"""
+"""Number of values that are checked at a time."""
 _ROUNDING = 1e-6
-"""distance outside the bounds, relative to their width, that counts as rounding"""
+"""Largest distance outside the bounds, relative to their width, that is treated as rounding."""
 
 _COMPARED = 64
-"""number of examples by which layouts of an array are compared; two for a model behind a server"""
+"""Number of examples on which layouts of an array are compared. For a model behind a server it is two."""
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Converts normalised values to pixels."""
+    """Conversion of normalised values to pixels, which is called with inputs."""
 
     normalised: Normalisation
     bounds: Bounds
     """bounds of the pixels"""
     slack: float
-    """distance outside the bounds that rounding can explain; such pixels are moved to the bound"""
+    """largest distance outside the bounds that rounding can explain; such pixels are clamped to the bounds"""
 
     @classmethod
     def of(cls, normalised: Normalisation, bounds: Bounds, resolution: float) -> "Pixels":
-        """Return the conversion; `resolution` is the relative rounding error of the type in which the values were
-        stored.
+        """Return the conversion for values with the given normalisation.
+
+        `bounds` are those of the pixels, and `resolution` is the relative rounding error of the type in which the
+        values were stored.
         """
         low, high = (torch.as_tensor(side, dtype=torch.float64) for side in (bounds.low, bounds.high))
         reach = float(torch.maximum(low.abs().max(), high.abs().max())) + max(map(abs, normalised.mean))
         return cls(normalised, bounds, max(_ROUNDING * bounds.width, 2 * resolution * reach))
 
     def __call__(self, x: Inputs) -> Inputs:
-        """Return the pixels. Values further outside the bounds than rounding explains are kept."""
+        """Return the pixels. Values further outside the bounds than rounding explains are not clamped."""
         pixels = self.normalised.undone(x)
         inside = self.bounds.clamp(pixels)
         return torch.where((pixels - inside).abs() <= self.slack, inside, pixels)
 
     def advice(self, highest: float) -> str:
-        """Advice for values outside the bounds, where `highest` is the largest pixel after the conversion."""
+        """Return advice for values outside the bounds. `highest` is the largest pixel after the conversion."""
         if _is_unit(self.bounds) and pixel_divisor(0.0, round(highest, 3), 4) == 255:
             return (
                 "MEAN/STD of --data-normalised seem to be on the scale of 0 to 255: divide them by 255, or add "
@@ -71,34 +73,34 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Arrays:
-    """Examples in memory. Bytes are stored as bytes until they are read."""
+    """A data set whose examples are in memory. Bytes are converted to floats when they are read."""
 
     name: str
     x: Array
     """uint8 or float, (N, …); images with the channels first"""
     y: NDArray[np.int64]
     ids: NDArray[np.int64]
-    """row of each example in the source"""
+    """row numbers of the examples in the source"""
     classes: tuple[str, ...] | None = None
     scale: float = 1.0
     """divisor of the stored values"""
     notes: tuple[str, ...] = ()
     """notes for the report"""
     pixels: Pixels | None = None
-    """conversion of the stored values to pixels, if they were normalised beforehand"""
+    """conversion of the stored values to pixels, if the stored values are normalised; else None"""
     reading: LayoutReading = LayoutReading("asis")
-    """how the axes of the original array were converted to those of `x`"""
+    """conversion of the axes of the original array to those of `x`"""
     features: tuple[str, ...] | None = None
     """names of the columns of a table, in the order of the inputs"""
     objection: str = ""
-    """reason why the class numbers are uncertain, if such data are accepted nevertheless"""
+    """reason why the class numbers are uncertain, if the data were accepted in spite of it; else empty"""
 
     def __len__(self) -> int:
         return len(self.x)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the shape, the stored values, the labels and the ids."""
+        """SHA-256 in hex of the type, shape, scale, normalisation, stored values, labels and ids."""
         digest = hashlib.sha256(f"{self.x.dtype} {self.x.shape} {self.scale}".encode())
         if self.pixels is not None:
             digest.update(repr(self.pixels.normalised).encode())
@@ -110,12 +112,12 @@ class Arrays:
         return digest.hexdigest()
 
     def taken(self, rows: Sequence[int]) -> "Arrays":
-        """Return the examples in the given rows."""
+        """Return a data set with the examples in the given rows."""
         chosen = np.asarray(rows, dtype=np.int64)
         return replace(self, x=self.x[chosen], y=self.y[chosen], ids=self.ids[chosen])
 
     def read(self, start: int, stop: int) -> Batch:
-        """Return examples `start` to `stop` as floats."""
+        """Return the examples from `start` to `stop` - 1 as a batch of floats."""
         rows = slice(start, stop)
         stored = torch.from_numpy(np.array(self.x[rows], order="C"))
         x = stored if stored.is_floating_point() else stored.float()
@@ -127,10 +129,10 @@ class Arrays:
 
 
 def as_given(data: Arrays, changed: Inputs, given: Array) -> Array:
-    """Return inputs of all examples in the form of the array `given`: with its axes, its scale and its normalisation.
+    """Return the inputs `changed` of all examples with the axes, the scale and the normalisation of the array `given`.
 
-    The type is that of `given`, or float32 if `given` has whole numbers or half precision, because these would round
-    small changes away. Values that did not change are bitwise equal to those of `given`.
+    The type is that of `given`. It is float32 if `given` has integers or half precision, because these types would
+    round small changes away. Values that did not change are bitwise equal to those of `given`.
     """
     x = data.read(0, len(data)).x
     same, changed = changed == x, changed.to(x.dtype)
@@ -145,7 +147,12 @@ def as_given(data: Arrays, changed: Inputs, given: Array) -> Array:
 def selected_rows(
     n_rows: int, *, n: int | None, sample: int | None, seed: int, name: str
 ) -> NDArray[np.int64]:
-    """Return the rows to keep, in ascending order: the first `n`, a random sample by seed, or all."""
+    """Return the selected row numbers in ascending order: the first `n`, a random sample that depends on `seed`, or
+    all.
+
+    Raises `UsageError` if both `n` and `sample` are given or one is less than 1, and `TargetError` if there are no
+    rows.
+    """
     if n is not None and sample is not None:
         raise UsageError(
             f"-n {n} and --sample {sample} exclude each other: give the first N, or N drawn by seed"
@@ -169,10 +176,10 @@ def labels(
     name: str,
     whole: Array | None = None,
 ) -> NDArray[np.int64]:
-    """Return labels as int64, one for each example, from 0 to classes - 1.
+    """Return the labels (n_rows,) as int64 from 0 to classes - 1.
 
-    Other labels raise `TargetError` unless `expected` allows any label. If `y` is a part of a source, `whole` are the
-    labels of the whole source, whose range the message shows.
+    Raises `TargetError` for other labels, unless `expected` permits any label. If `y` is a part of a source, `whole`
+    contains the labels of the whole source, whose range is part of the error message.
     """
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
@@ -221,11 +228,11 @@ def from_numpy(
     keeps: bool = False,
     resolution: float | None = None,
 ) -> Arrays:
-    """Check rows that were selected already, and return them as a data set.
+    """Check rows that were already selected, and return them as a data set.
 
-    `layout` is the layout of the source; a declared layout takes precedence. `whole` are the labels of the whole
-    source. `keeps` is true for a tensor, which keeps its axes and float64; `resolution` is then the relative rounding
-    error of its type.
+    `layout` is the layout of the source; a layout declared in `expected` takes precedence. `whole` contains the labels
+    of the whole source. `keeps` is True for a tensor, whose axes and float64 type are preserved; `resolution` is then
+    the relative rounding error of its type.
     """
     expected = expected or Expected()
     names, probe = class_names or expected.class_names, expected.probe
@@ -256,14 +263,14 @@ def from_numpy(
 
 
 def suited(data: Arrays, expected: Expected) -> Arrays:
-    """Return the data set with notes about the form in which the network takes its inputs, which is determined here."""
+    """Determine the layout of the network's inputs, and return the data set with notes about it."""
     if expected.probe is None:
         return data
     return replace(data, notes=(*data.notes, *expected.probe.suit(data.read(0, 2).x)))
 
 
 def _reading(bare: Arrays, declared: Layout | None, probe: ProbedClassifier | None) -> LayoutReading:
-    """Return how the axes of the stored array are read."""
+    """Return how the axes of the stored array correspond to those of the inputs."""
     n = 2 if probe is not None and probe.model.remote else _COMPARED
     places = np.unique(np.linspace(0, len(bare) - 1, min(n, len(bare))).astype(np.int64))
     if len(places) == 1:
@@ -295,9 +302,9 @@ def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -
 
 
 def check_inputs(data: Arrays, bounds: Bounds, *, lenient: bool = False) -> None:
-    """Raise `TargetError` for floats that are not finite or outside the bounds. Bytes divided by 255 need no check.
+    """Raise `TargetError` for floats that are not finite or are outside the bounds. Bytes divided by 255 need no check.
 
-    With `lenient`, only values that are not finite are refused.
+    If `lenient` is True, values outside the bounds are accepted.
     """
     if data.x.dtype == np.uint8 and data.scale == 255.0 and _is_unit(bounds):
         return
@@ -317,7 +324,7 @@ def check_inputs(data: Arrays, bounds: Bounds, *, lenient: bool = False) -> None
 
 
 def _rows(data: Arrays) -> int:
-    """Number of examples that are checked at a time."""
+    """Return the number of examples that are checked at a time."""
     return max(1, _CHUNK // max(1, prod(data.x.shape[1:])))
 
 
@@ -360,7 +367,7 @@ def _is_unit(bounds: Bounds) -> bool:
 
 
 def _stored(x: Array, bounds: Bounds, name: str, *, keeps: bool) -> tuple[Array, float, tuple[str, ...]]:
-    """Return the values to store, their divisor, and notes for the report."""
+    """Return the values to store, the number by which they are divided when they are read, and notes for the report."""
     if x.dtype == np.bool_:
         return x.astype(np.uint8), 1.0, ()
     if x.dtype == np.uint8:

@@ -1,4 +1,4 @@
-"""Sends requests to a server that the user named. Temporary failures are repeated, and the rate is limited."""
+"""Sends requests to a server that the user specified, repeats them after temporary failures, and limits their rate."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from holdfast.sources.sent import Sent
 
 
 class RequestPace:
-    """Limits the start of requests to `rate` a second and to times outside of pauses, for all threads together."""
+    """Limiter for the requests of all threads: at most `rate` requests start per second, and none during a pause."""
 
     def __init__(
         self, rate: float | None, now: Callable[[], float], sleep: Callable[[float], object]
@@ -34,7 +34,7 @@ class RequestPace:
         """earliest start of the next request, and end of the pause"""
 
     def wait(self, waited: float = 0.0) -> None:
-        """Wait until a request may begin. The caller has already waited until the time `waited`."""
+        """Block until a request may start. The caller has already waited until the time `waited`."""
         while True:
             with self._lock:
                 begin = max(waited, self._paused)
@@ -51,7 +51,7 @@ class RequestPace:
             waited = begin
 
     def pause(self, seconds: float) -> float:
-        """Prevent new requests for so many seconds. Returns the time at which the pause ends."""
+        """Prevent new requests for a number of seconds. Return the time at which the pause ends."""
         with self._lock:
             until = self._now() + seconds
             self._paused = max(self._paused, until)
@@ -62,12 +62,13 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 LONGEST_WAIT_S = 60.0
-"""A server that requests a longer pause ends the run, which can be resumed later."""
+"""Longest pause in seconds that a server may request. A longer one ends the run, which can be resumed later."""
 _FIRST_WAIT_S, _LAST_WAIT_S = 0.5, 30.0
 _MOST_BYTES = 1 << 26
-"""Maximum number of bytes of an answer.
+"""Largest number of bytes of a response.
 
-It fits scores in text form of some hundred rows with ten thousand classes; a request has 64 rows by default.
+It is enough for the scores of some hundred rows with ten thousand classes as decimal numbers; a request has 64 rows by
+default.
 """
 _CHUNK = 1 << 16
 _LETTERS = 4  # shorter strings are not secret, and occur in many words
@@ -82,22 +83,24 @@ _OF_THE_INPUT = frozenset({400, 413, 415, 422})
 
 @dataclass(eq=False)
 class _InPassing(Exception):
-    """A failure that may not occur in another attempt."""
+    """Error for a failed request that may succeed in another attempt."""
 
     what: str
     """kind of the failure, by which failures are counted"""
     detail: str = ""
-    """text of the answer, for the message after the last attempt"""
+    """beginning of the response, for the message after the last attempt"""
     wait_s: float | None = None
-    """pause that the server requests"""
+    """pause in seconds that the server requests"""
     at_once: bool = False
-    """whether the server closed an idle connection, which is usual"""
+    """whether the server closed an idle connection, which is normal"""
     of_the_request: bool = False
     """whether the failure may be due to a request that the server does not understand"""
 
 
 class _Within(RawIOBase):
-    """Reads from a socket until `late` returns true, even if data keep arriving in small pieces."""
+    """Reader of a socket that raises `TimeoutError` when `late` returns True, even if data still arrive in small
+    pieces.
+    """
 
     def __init__(self, raw: SocketIO, late: Callable[[], bool]) -> None:
         self._raw, self._late = raw, late
@@ -118,9 +121,9 @@ class _Within(RawIOBase):
 class Client:
     """A client of one server. A request that fails temporarily is repeated after increasing pauses.
 
-    Raises `TargetLost` if the repetitions fail, and `InputRefused` if the server refuses the content of a request.
-    Redirects are not followed and proxies are not used. Several threads may send requests at once, each over its own
-    connection. They share the limit of the request rate and the pauses that the server requests.
+    Raises `TargetLost` if the last repetition fails, and `InputRefused` if the server rejects the content of a request.
+    Redirects are not followed and proxies are not used. Several threads may send requests at the same time, each over
+    its own connection. They share the limit of the request rate and the pauses that the server requests.
     """
 
     def __init__(self, parts: SplitResult, remote: Remote) -> None:
@@ -135,17 +138,17 @@ class Client:
             name: _value(name, variable) for name, variable in map(header_variable, remote.headers)
         }
         self._met = self._answered = False
-        """whether the server was reached, and whether it answered a request with rows"""
+        """whether the server was reached, and whether it responded to a request with rows"""
 
     def __del__(self) -> None:
         for connection in self._idle:
             connection.close()
 
     def ask(self, path: str, body: bytes | None = None, *, sent: Sent | None = None, rows: int = 0) -> Any:
-        """Return the answer of the server, parsed as JSON.
+        """Send a request and return the response, parsed as JSON.
 
-        With `body`, which holds `rows` rows, it is sent by POST; without, the request is a GET. Every attempt is
-        counted in `sent`.
+        If `body` is given, it is sent by POST; otherwise the request is a GET. `rows` is the number of rows in `body`.
+        Every attempt is counted in `sent`.
         """
         sent, waited = sent or Sent(), 0.0
         for attempt in range(self._remote.retries + 1):
@@ -160,7 +163,7 @@ class Client:
         raise AssertionError("the last attempt returns or raises")
 
     def stop(self) -> None:
-        """End the running requests of other threads, without waiting for their answers."""
+        """End the current requests of other threads, without waiting for the responses."""
         with self._lock:
             self._stopped.set()
             for connection in self._busy:
@@ -169,11 +172,11 @@ class Client:
                         connection.sock.shutdown(SHUT_RDWR)
 
     def go_on(self) -> None:
-        """Allow requests again after `stop`."""
+        """Permit requests again after `stop`."""
         self._stopped.clear()
 
     def _wait(self, failure: _InPassing, attempt: int, sent: Sent, rows: int) -> float:
-        """Wait before the next attempt. Returns the time until which the server requests a pause, or 0.
+        """Wait before the next attempt. Return the time until which the server requests a pause, or 0.
 
         Raises `TargetLost` after the last attempt.
         """
@@ -242,7 +245,7 @@ class Client:
         return self._read(answer, content, sent_rows=body is not None)
 
     def _taken(self) -> tuple[HTTPConnection | None, HTTPConnection]:
-        """Return an unused open connection or None, and the connection to use: that one or a new one."""
+        """Return an idle open connection or None, and the connection to use: that one or a new one."""
         with self._lock:
             kept = self._idle.pop() if self._idle else None
             connection = kept or self._connected()
@@ -259,7 +262,7 @@ class Client:
         return connection
 
     def _answer(self, sock: socket, method: str | None) -> HTTPResponse:
-        """Return an answer whose header and body must arrive within the timeout together."""
+        """Return a response object whose header and body must together arrive within the timeout."""
         answer, deadline = HTTPResponse(sock, method=method), self._remote.now() + self._remote.timeout_s
         answer.fp.close()
         raw = _Within(sock.makefile("rb", buffering=0), lambda: self._remote.now() > deadline)
@@ -267,7 +270,7 @@ class Client:
         return answer
 
     def _content(self, answer: HTTPResponse) -> bytes:
-        """Return the whole body. Raises `TargetLost` for a body that is too large."""
+        """Return the whole body of a response. Raises `TargetLost` if it is too large."""
         pieces, size = [], 0
         while piece := answer.read1(_CHUNK):
             pieces.append(piece)
@@ -316,21 +319,22 @@ class Client:
         raise TargetLost(f"{words}; {keys.get(status, 'check the address')}")
 
     def _excerpt(self, content: bytes) -> str:
-        """Return the beginning of an answer for a message."""
+        """Return the beginning of a response for an error message."""
         text = self._clean(content[:2000].decode("utf-8", "replace"))
         return f": {text!r}" if text else ""
 
     def _clean(self, text: str) -> str:
-        """Return the text on one line, shortened, without secrets that it may repeat."""
+        """Return the text on one line, shortened, with secrets removed."""
         return " ".join(self.masked(text).split())[:200]
 
     def masked_name(self, text: str) -> str:
-        """Return a name without secrets that it may repeat. A few letters in common with a secret do not count."""
+        """Return a name with secrets removed. Fewer than eight letters in common with a secret are not removed."""
         return self.masked(text, least=_LETTERS_OF_NAME)
 
     def masked(self, text: str, *, least: int = _LETTERS) -> str:
-        """Return a text without the secrets that it may repeat: as they are, in JSON form, or cut after `least`
-        letters.
+        """Return a text in which the values of the request headers are replaced by "…".
+
+        A value is also replaced if it is escaped as in JSON, or if only its first `least` or more characters occur.
         """
         written = [form for value in self._headers.values() for form in _forms(value)]
         begins = re.compile("|".join(re.escape(form[:least]) for form in written))
@@ -360,14 +364,14 @@ def _value(name: str, variable: str) -> str:
 
 
 def _forms(value: str) -> list[str]:
-    """Forms in which a text may repeat a header's value or a word of it: as it is, or escaped as JSON."""
+    """Return the strings that would reveal a header's value or a word of it: unchanged, and escaped as in JSON."""
     secrets = [secret for secret in (value, *value.split()) if len(secret) >= _LETTERS]
     quoted = [json.dumps(secret)[1:-1] for secret in secrets]
     return [*secrets, *quoted, *(each.replace("/", r"\/") for each in quoted)]
 
 
 def _shared(text: str, other: str) -> int:
-    """Length of the common beginning of two texts."""
+    """Return the length of the longest common prefix of two strings."""
     differ = (k for k, (one, two) in enumerate(zip(text, other, strict=False)) if one != two)
     return next(differ, min(len(text), len(other)))
 
@@ -377,7 +381,7 @@ def _said(error: BaseException) -> str:
 
 
 def status_line(status: int) -> str:
-    """Status code with its name, such as `400 Bad Request`."""
+    """Return a status code with its name, such as `400 Bad Request`."""
     return f"{status} {_phrase(status)}"
 
 
@@ -389,7 +393,9 @@ def _phrase(status: int) -> str:
 
 
 def _retry_after(text: str | None) -> float | None:
-    """Seconds to wait, from a number or a date. None if there is neither."""
+    """Return the number of seconds that a Retry-After header requests as a number or a date, or None if it
+    has neither.
+    """
     if text is None:
         return None
     if re.fullmatch(r"\s*\d{1,9}\s*", text):

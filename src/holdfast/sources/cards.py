@@ -1,4 +1,7 @@
-"""Reads the training recipe from the card of a model: a file beside weights of a hardening, or a bundled card."""
+"""Reads the training recipe from the card of a model.
+
+A card is a file beside the weights that `harden` wrote, or the description of a bundled model.
+"""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +16,10 @@ _INDENT = "    "  # indent of the settings in a bundled card
 
 
 def trained_by(address: str) -> dict[str, Any] | None:
-    """Return the recipe as `use:` and its settings, or None if the address has no card or the card names no recipe."""
+    """Return the recipe of the model at an address as a dictionary with its name as `use` and its settings.
+
+    The result is None if the model has no card, or if its card contains no recipe.
+    """
     bundled, beside = BUNDLED_FOLDER / f"{address}.md", Path(address).with_name(CARD)
     if "/" not in address and bundled.is_file():
         lines = bundled.read_text(encoding="utf-8").splitlines()
@@ -33,7 +39,7 @@ def trained_by(address: str) -> dict[str, Any] | None:
 
 
 def _recipe(said: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the settings of the recipe, without the other entries of a bundled card."""
+    """Return the name and settings of the recipe, without the other entries of a bundled card."""
     if "recipe" not in said:
         return None
     return {

@@ -1,4 +1,4 @@
-"""The catalogue of data sets with a name: descriptions, sources, and files on this machine."""
+"""The catalogue of data sets with names: descriptions, sources, and paths of their files."""
 
 import os
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ _DIGITS = tuple("0123456789")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """An official file with the checksum that its authors or torchvision publish."""
+    """An official file of a data set, with the checksum that its authors or torchvision publish."""
 
     url: str
     md5: str
-    """published MD5 digest; it detects damage, and HTTPS protects against tampering"""
+    """published MD5 digest, which detects damage; HTTPS protects against tampering where the server offers it"""
 
     @property
     def file(self) -> str:
@@ -29,7 +29,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Entry:
-    """A data set in the catalogue."""
+    """The description of a data set in the catalogue."""
 
     title: str
     file: str
@@ -40,7 +40,7 @@ class Entry:
     label: str | None = None
     """name of the label column of a table"""
     drop: tuple[str, ...] = ()
-    """columns of a table that are not features: row numbers and text"""
+    """columns of a table that are not features: row numbers and strings"""
     remotes: tuple[RemoteFile, ...] = ()
     """official files; empty if their format is not supported"""
     form: Literal["idx", "cifar-binary"] | None = None
@@ -51,7 +51,7 @@ class Entry:
 
 _MNIST_MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _FASHION_MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-"""the authors do not offer HTTPS; the checksum detects changes"""
+"""Address of an HTTP server, because the authors do not offer HTTPS; the checksums detect changes."""
 
 CATALOGUE: Mapping[str, Entry] = MappingProxyType(
     {
@@ -164,7 +164,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Listed:
-    """A row of `holdfast data`."""
+    """A row of the table that `holdfast data` prints."""
 
     name: str
     title: str
@@ -174,7 +174,7 @@ class Listed:
 
 
 def data_folder() -> Path:
-    """Folder of the data sets: `HOLDFAST_DATA` if it is set, else a folder in the user's cache."""
+    """Return the folder of the data sets: `HOLDFAST_DATA` if it is set, else a folder in the user's cache."""
     named = os.environ.get("HOLDFAST_DATA")
     if named:
         return Path(named)
@@ -183,7 +183,10 @@ def data_folder() -> Path:
 
 
 def entry_of(name: str) -> Entry:
-    """Return the entry with that name. Raises `UsageError`, with the most similar name, if there is none."""
+    """Return the entry of the data set called `name`.
+
+    Raises `UsageError` if there is none; its message contains the most similar name.
+    """
     if name not in CATALOGUE:
         raise UsageError(
             f"there is no data set {name!r}{similar_name(name, CATALOGUE)}; holdfast data lists them"
@@ -192,7 +195,7 @@ def entry_of(name: str) -> Entry:
 
 
 def listed_data_sets() -> tuple[Listed, ...]:
-    """Return all data sets of the catalogue, and whether they are on this machine."""
+    """Return all data sets of the catalogue, and whether their files are on this machine."""
     folder = data_folder()
     return tuple(
         Listed(name, entry.title, folder / entry.file, (folder / entry.file).exists(), bool(entry.remotes))

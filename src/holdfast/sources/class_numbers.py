@@ -1,4 +1,4 @@
-"""Class numbers of named classes: from declared names, else from the order of the names if it is unambiguous."""
+"""Assigns numbers to named classes: by the declared names, else by the order of the names if it is unambiguous."""
 
 import re
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ Array = NDArray[Any]
 _SHOWN = 10
 MOST_NAMES = 100_000
 MOST_CHARACTERS = 10_000_000
-"""maximum number of characters of all names of classes; comparing them takes a hundred times their memory"""
+"""Largest total number of characters of the names of classes; comparing them takes a hundred times their memory."""
 MOST_TEXTS = 10_000_000
-"""maximum number of text labels of an array; sorting more takes minutes and ten times their memory"""
+"""Largest number of string labels of an array; sorting more takes minutes and ten times their memory."""
 
 
 def class_numbers(
     found: Sequence[str], expected: Expected, classes: int | None, where: str, kind: str
 ) -> tuple[str, ...]:
-    """Return the names of the classes in the order of their numbers. Each of `found` is one of them.
+    """Return the names of the classes in the order of their numbers. They include all names in `found`.
 
-    `classes` is the number of the model's classes if it is known. `kind` describes the names in messages, as in "class
-    folders". Declared names determine the order. Without them the names are numbered in lexical order, as in
-    torchvision and Keras. Raises `TargetError` if that order is ambiguous or a class is missing, and `UsageError` if
-    the number of declared names differs from that of the model's classes.
+    `classes` is the number of the model's classes if it is known. `where` and `kind` describe the source and the names
+    in messages, as in "class folders". Declared names determine the order. Without them the names are numbered in
+    lexical order, as in torchvision and Keras. Raises `TargetError` if that order is ambiguous or a class is missing,
+    and `UsageError` if the number of declared names differs from that of the model's classes.
     """
     if expected.class_names is not None:
         return _declared(found, expected, classes, where, kind)
@@ -64,9 +64,10 @@ def class_numbers(
 def lenient_numbers(
     found: Sequence[str], expected: Expected, where: str, kind: str
 ) -> tuple[tuple[str, ...], str]:
-    """Return the result of `class_numbers` and an empty objection.
+    """Return the result of `class_numbers` and an empty string.
 
-    If it raises an error and any label is accepted, return the names in lexical order and the error's message instead.
+    If `class_numbers` raises an error and `expected` permits any label, return the names in lexical order and the
+    error's message instead.
     """
     classes = expected.classes or (None if expected.probe is None else expected.probe.classes)
     try:
@@ -79,21 +80,21 @@ def lenient_numbers(
 
 @dataclass(frozen=True)
 class Numbered:
-    """Labels as class numbers."""
+    """Labels of examples, converted to class numbers."""
 
     y: Array
     names: tuple[str, ...] | None = None
-    """names of the classes, if the labels are text"""
+    """names of the classes, if the original labels are strings"""
     objection: str = ""
-    """reason why the class numbers are uncertain, if such data are accepted nevertheless"""
+    """reason why the class numbers are uncertain, if the data were accepted in spite of it; else empty"""
 
 
 def numbered(y: Array, expected: Expected, name: str) -> Numbered:
-    """Return the class numbers of labels (n,) of a source.
+    """Return the class numbers of the labels `y` (n,) of a source.
 
-    Whole numbers are looked up among the class labels of the model if it has some; otherwise they are the class
-    numbers. Text is numbered as in `class_numbers`. Other labels are returned unchanged and refused later. Raises
-    `TargetError` for a label that the model does not have.
+    Integers are looked up among the class labels of the model if it has some; otherwise they are the class numbers.
+    Strings are numbered as in `class_numbers`. Labels of other types are returned unchanged and rejected by a later
+    check. Raises `TargetError` for a label that the model does not have.
     """
     if y.ndim == 1 and y.dtype.kind == "U" and len(y):
         if len(y) > MOST_TEXTS:
@@ -108,10 +109,11 @@ def numbered(y: Array, expected: Expected, name: str) -> Numbered:
 
 
 def numbered_words(words: Sequence[str], places: Array, expected: Expected, name: str) -> Numbered:
-    """Return the class numbers of text labels, where `places` (n,) is the index of each label in the distinct `words`.
+    """Return the class numbers of string labels, where `places` (n,) is the index of each label in the distinct
+    `words`.
 
-    Words without a label are not classes. Raises the errors of `class_numbers`, and `TargetError` for more than 100,000
-    different labels.
+    Words that are not the label of any example are not classes. Raises the errors of `class_numbers`, and `TargetError`
+    for more than 100,000 different labels.
     """
     used = np.unique(places)
     if len(used) > MOST_NAMES:
@@ -125,7 +127,7 @@ def numbered_words(words: Sequence[str], places: Array, expected: Expected, name
 
 
 def _among(y: Array, labels: tuple[int, ...], expected: Expected, name: str) -> Array:
-    """Index of each label among the class labels of the model."""
+    """Return the index of each label in `labels`, the class labels of the model."""
     numbers = {label: number for number, label in enumerate(labels)}
     found, places = np.unique(y, return_inverse=True)
     strange = [label for label in found.tolist() if label not in numbers]
@@ -141,10 +143,10 @@ def _among(y: Array, labels: tuple[int, ...], expected: Expected, name: str) -> 
 def matched(
     names: tuple[str, ...] | None, expected: Expected
 ) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
-    """Return class names for whole-number labels of a source, and the new number of each class, or None for no change.
+    """Return the class names for integer labels of a source, and the new number of each class, or None for no change.
 
-    Labels that are whole numbers are the class numbers. They are renumbered only if the source and the model name the
-    same classes in a different order. Raises `TargetError` if names declared by the user lack one of the source's.
+    Integer labels are class numbers. They are renumbered only if the source and the model have the same class names in
+    a different order. Raises `TargetError` if the user declared names that do not include all names of the source.
     """
     declared = expected.class_names
     if declared is None or names is None or names == declared:
@@ -162,7 +164,9 @@ def matched(
 
 
 def renumbered(y: Array, numbers: tuple[int, ...], name: str) -> Array:
-    """Labels with new numbers for the same classes. Raises `TargetError` for a label without a name."""
+    """Return the labels with the new `numbers` of their classes. Raises `TargetError` for a label without a
+    class name.
+    """
     if len(y) and (y.min() < 0 or y.max() >= len(numbers)):
         raise TargetError(
             f"the labels of {name} range from {y.min()} to {y.max()}, but it names {len(numbers)} classes; "
@@ -172,7 +176,7 @@ def renumbered(y: Array, numbers: tuple[int, ...], name: str) -> Array:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the first ten names, followed by an ellipsis if there are more."""
+    """Return the first ten names, separated by commas, with an ellipsis if there are more."""
     return ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
 
 
@@ -202,7 +206,7 @@ def _served(expected: Expected) -> str:
 
 
 def _unclear(lexical: list[str], numeric: list[str]) -> str:
-    """Reason why the order of the names does not number the classes with certainty; empty if it does."""
+    """Return the reason why the order of the names does not determine class numbers, or "" if it does."""
     whole = [name for name in numeric if re.fullmatch("-?[0-9]+", name)]
     if whole and len(whole) < len(numeric):
         other = next(name for name in numeric if name not in whole)
@@ -219,13 +223,15 @@ def _unclear(lexical: list[str], numeric: list[str]) -> str:
 
 
 def _numeric_order(names: Sequence[str]) -> list[str]:
-    """Sort whole numbers by their value. In other names, each run of digits is compared by its value."""
+    """Return the names in numeric order: integers by value, and other names with each run of digits compared
+    by value.
+    """
     if all(re.fullmatch("-?[0-9]+", name) for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names, key=lambda name: (_characters(name), name))
 
 
 def _characters(name: str) -> list[tuple[int, int]]:
-    """Code points of a name, with each run of ASCII digits as a single character and its value."""
+    """Return the code points of a name, where each run of ASCII digits is one entry with its value."""
     runs = re.findall("[0-9]+|[^0-9]", name)
     return [(ord("0"), int(run)) if run[0] in "0123456789" else (ord(run), 0) for run in runs]

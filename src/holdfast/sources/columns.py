@@ -1,6 +1,6 @@
-"""Columns of a table as numbers and as words.
+"""Converts columns of a table to numbers or to indices of distinct strings.
 
-The module does not import torch, so that the reading process starts fast.
+The module does not import torch, so that the process that reads the table starts fast.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,28 +10,28 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 SPLIT_COLUMN = "split"
-"""name of the column that assigns rows to train and test"""
+"""Name of the column that assigns rows to the train and test split."""
 NUMBER, MISSING, TEXT = 0, 1, 2
-"""kinds of a cell in a feature column"""
+"""Kinds of a cell in a feature column."""
 _TRUTH: Mapping[str, float] = {"true": 1.0, "false": 0.0}
-"""booleans as written by pandas and pyarrow"""
+"""Values of the strings that pandas and pyarrow write for booleans."""
 
 
 @dataclass(frozen=True)
 class Words:
-    """A text column: its distinct words, and the index of the word in each row."""
+    """A column of strings: its distinct strings, and for each row the index of its string."""
 
     words: tuple[str, ...]
     places: NDArray[np.int32]
-    """(rows,)"""
+    """(rows,) indices in `words`"""
 
 
 @dataclass(frozen=True)
 class ColumnTable:
-    """A table: columns of labels and splits as words, features as numbers."""
+    """A table whose columns of labels and splits contain strings, and whose features are numbers."""
 
     name: str
-    """name for messages"""
+    """name of the table in messages"""
     columns: tuple[str, ...]
     """names of all columns, in the order of the file"""
     features: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ def as_numbers(cells: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.ui
 def side_by_side(
     columns: Sequence[tuple[NDArray[np.float32], NDArray[np.uint8] | None]], rows: int
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Numbers and kinds of all cells, each of shape (rows, columns), of columns that `as_numbers` returned."""
+    """Return the numbers and the kinds, each of shape (rows, columns), of columns that `as_numbers` returned."""
     numbers = np.empty((rows, len(columns)), np.float32)
     kinds = np.full((rows, len(columns)), NUMBER, np.uint8)
     for place, (values, found) in enumerate(columns):
@@ -77,12 +77,12 @@ def side_by_side(
 
 
 def as_words(cells: Sequence[str], known: dict[str, int]) -> NDArray[np.int32]:
-    """Return the index of each cell in `known`, to which new words are added."""
+    """Return the index of each cell in `known`, to which new strings are added."""
     return np.array([known.setdefault(cell, len(known)) for cell in cells], np.int32)
 
 
 def number_of(text: str) -> float | None:
-    """The text as a number; None if it is not a number."""
+    """Return the number that `text` represents, or None if it is not a number."""
     try:
         return float(text)
     except ValueError:
@@ -95,6 +95,6 @@ def _number(cell: str) -> float | None:
 
 
 def rounded(values: ArrayLike) -> NDArray[np.float32]:
-    """Numbers as float32, rounded from float64; infinite outside its range."""
+    """Return the values as float32, rounded from float64. Values outside the range of float32 become infinite."""
     with np.errstate(over="ignore"):
         return np.asarray(values, np.float64).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Counts the rows that are sent to a served model, and refuses those beyond a limit."""
+"""Counts the rows that are sent to a served model, and prevents further rows when a limit is reached."""
 
 from holdfast.core.model import Classifier
 from holdfast.ops.expectation import inner
@@ -6,13 +6,14 @@ from holdfast.sources.sent import Sent
 from holdfast.sources.served import Served
 
 MOST = 64
-"""Maximum number of rows that an inspection sends to a served model. A server that accepts only larger batches
-gets one batch.
+"""Largest number of rows that an inspection sends to a served model.
+
+A server that accepts only larger batches is sent one batch.
 """
 
 
 class Look(Sent):
-    """Counts the rows that an inspection sends to a served model, and refuses to send more than `most`."""
+    """Counter of the rows that an inspection sends to a served model. At most `most` rows are sent."""
 
     def __init__(self, most: int) -> None:
         super().__init__(most)
@@ -20,16 +21,16 @@ class Look(Sent):
 
     @property
     def rows(self) -> int:
-        """Number of rows that were sent."""
+        """Number of rows that were sent so far."""
         return self.totals.sent
 
     @property
     def remaining(self) -> int:
-        """Number of rows that may still be sent."""
+        """Number of rows that may still be sent to the model."""
         return self.most - self.rows
 
     def spent(self, rows: int) -> str:
-        """Message why `rows` further rows are not sent."""
+        """Return the message why `rows` further rows are not sent."""
         why = "to find out how the data are read; declare it with --layout chw, hwc or asis"
         if self.totals.refused:
             why = "because the server refuses so many at once; give --http-max-rows N with the number that it takes"
@@ -40,7 +41,10 @@ class Look(Sent):
 
 
 def look_at(model: Classifier) -> Look | None:
-    """Return the counter of rows sent to a served model, created by the first call. None for other models."""
+    """Return the counter of the rows that are sent to a served model, or None for other models.
+
+    The first call creates the counter, later calls return it.
+    """
     net = inner(model).net
     if not isinstance(net, Served):
         return None
@@ -53,7 +57,7 @@ def look_at(model: Classifier) -> Look | None:
 
 
 def rows_of_calls(model: Classifier, left: int, wanted: int, again: int) -> tuple[int, int]:
-    """Numbers of examples in a first and a second call if `left` rows may be sent. 0 means that none fit.
+    """Return the numbers of examples in a first and a second call if `left` rows may be sent; 0 if no call is possible.
 
     The first call has about `wanted` examples, or a whole batch if the server accepts only whole batches. The second
     call has at most `again` examples.

@@ -1,4 +1,4 @@
-"""Opens a data set in any supported form from its address."""
+"""Opens a data set of any supported format at an address."""
 
 import os
 from dataclasses import dataclass, replace
@@ -25,12 +25,12 @@ _FORMS = "a bundled or catalogue name, .npz, a folder of class folders, .csv or 
 
 
 def bundled_data() -> dict[str, Path]:
-    """Return the names of the data sets in the package, with their files."""
+    """Return the paths of the data sets in the package, by name."""
     return {path.stem: path for path in sorted(BUNDLED_FOLDER.glob("*.npz"))}
 
 
 class Names(TypedDict):
-    """Names that the user gives inside a file, as arguments of `open_data`."""
+    """Arguments of `open_data` by which the user names columns of a table or arrays of a file."""
 
     label: str | None
     drop: tuple[str, ...]
@@ -51,12 +51,13 @@ def open_data(
     seed: int = 0,
     expected: Expected | None = None,
 ) -> Arrays | Pictures:
-    """Open the data set at an address. Raises `UsageError` or `TargetError` with advice.
+    """Return the data set at an address. Raises `UsageError` or `TargetError` with advice.
 
-    `n` keeps the first n examples of the split in source order, `sample` a random sample by seed. Without `split` the
-    test split is used if there is one. `label` and `drop` are columns of a table; those in `drop` are not features. `x`
-    and `y` are names of arrays in an `.npz` file. `expected` declares properties of the data and how they are read. Its
-    probe, which is the model, gets its layout and its number of classes from the data.
+    `n` selects the first n examples of the split in source order, `sample` a random sample that depends on `seed`. If
+    `split` is None, the test split is used if there is one. `label` is the label column of a table, and `drop` lists
+    columns that are not features. `x` and `y` are names of arrays in an `.npz` file. `expected` declares properties of
+    the data. If `expected` has a model as its probe, the layout of its inputs and the number of its classes are
+    determined from the data.
     """
     wanted = _Wanted(split, label, drop, x, y, n, sample, seed, expected or Expected())
     place = _located(address)
@@ -66,7 +67,7 @@ def open_data(
 
 
 def noting_fewer(data: D, wanted: int | None) -> D:
-    """Return the data set, with a note if it has fewer examples than requested."""
+    """Return the data set with a note if it has fewer than the `wanted` examples."""
     if wanted is None or len(data) >= wanted or not isinstance(data, Arrays | Pictures):
         return data
     note = f"{wanted:,} examples were requested, and the data have {len(data):,}: all of them were used"
@@ -90,7 +91,7 @@ class _Wanted:
 
 @dataclass(frozen=True)
 class _Place:
-    """The file or folder of an address, with the properties that the catalogue declares."""
+    """The file or folder of an address, with the properties that the catalogue declares for it."""
 
     path: Path
     classes: tuple[str, ...] | None = None
@@ -186,7 +187,7 @@ def _open_archive(archive: Npz, place: _Place, address: str, wanted: _Wanted) ->
 
 
 def _layout(declared: Layout | None, x: Array) -> Layout | None:
-    """Layout of the images in an archive of the catalogue; colour images may have their channels last."""
+    """Return the layout of the images in an archive of the catalogue; colour images may have their channels last."""
     if declared is None or x.ndim not in (3, 4):
         return None
     return "hwc" if x.ndim == 4 and x.shape[1] not in CHANNELS and x.shape[3] in CHANNELS else declared

@@ -1,4 +1,7 @@
-"""Checks the description of a network in a weights file. Each entry has one form, because the file may be untrusted."""
+"""Checks the description of a network in a file with weights.
+
+Each entry has one type and range of values, because the file may be untrusted.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -54,7 +57,10 @@ _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def refuse_description(path: Path, said: Mapping[str, Any]) -> None:
-    """Raise `TargetError` for the first entry of another form. Entries that are not used may have any value."""
+    """Raise `TargetError` for the first known entry whose value has another type or range.
+
+    Entries that are not known are ignored.
+    """
     for key, (fits, expected) in _FORMS.items():
         value = said.get(key)
         if value is not None and not fits(value):

@@ -1,5 +1,6 @@
-"""Estimates of the range and the normalisation of inputs from the inputs alone. They are not the values of a
-training.
+"""Estimates the range and the normalisation of inputs from the inputs alone.
+
+The results may differ from the values that were used in the training.
 """
 
 from torch import Tensor
@@ -12,17 +13,17 @@ NORMALISATIONS = {
     "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "the half-half": ((0.5,), (0.5,)),
 }
-"""Customary mean and standard deviation, by data set."""
+"""Common means and standard deviations, by data set."""
 _FEWEST_LEVELS = 2  # a smaller largest value is more likely an outlier of values in [0, 1]
 _NEAR_255 = 128
 
 
 def pixel_divisor(lowest: float, highest: float, dims: int) -> float | None:
-    """Return the divisor that scales pixels to [0, 1], by their range in an array of `dims` axes.
+    """Return the divisor that scales pixels to [0, 1], or None for values that are no pixels.
 
-    None for other values.
-
-    Bytes are recognised by a largest value near 255; in a table it must be exactly 255.
+    `lowest` and `highest` are the extreme values of an array with `dims` axes. If the largest value is between 128 and
+    255, the divisor is 255; otherwise it is the largest value. Values of a table, which has two axes, are pixels only
+    if the largest is exactly 255.
     """
     if lowest < 0 or highest < _FEWEST_LEVELS or (dims <= 2 and highest != 255):
         return None
@@ -30,14 +31,16 @@ def pixel_divisor(lowest: float, highest: float, dims: int) -> float | None:
 
 
 def as_in_training(lowest: float, highest: float, dims: int) -> str:
-    """Advice to scale values, with an example if they may be pixels."""
+    """Return advice to scale values, with an example if they may be pixels."""
     divisor = pixel_divisor(lowest, highest, dims)
     example = "" if divisor is None else f", as in x / {divisor:g} for values from 0 to {divisor:g}"
     return f"scale {'the features' if dims == 2 else 'them'} as in training{example}"
 
 
 def scaling(x: Tensor) -> str:
-    """Advice for inputs outside the bounds. Numbers that are derived from the data alone are called estimates."""
+    """Return advice for inputs outside the bounds. Numbers that are derived from the data alone are called
+    estimates.
+    """
     low, high = float(x.min()), float(x.max())
     first = as_in_training(low, high, x.dim())
     known = [
@@ -54,6 +57,6 @@ def scaling(x: Tensor) -> str:
 
 
 def _are_pixels(x: Tensor) -> bool:
-    """Whether the values lie in [0, 1] and cover most of it."""
+    """Return whether the values lie in [0, 1] and cover most of it."""
     low, high = float(x.min()), float(x.max())
     return -1e-3 <= low <= 0.05 and 0.95 <= high <= 1 + 1e-3

@@ -1,4 +1,4 @@
-"""Opens files with an estimator, and refuses those that would run code when loaded."""
+"""Opens files that contain an estimator, and rejects those that would run code when loaded."""
 
 from pathlib import Path
 
@@ -12,16 +12,16 @@ _FACTORY = "load it in a factory of yours, and give that as file.py:factory"
 _SKLEARN = f"save a scikit-learn estimator with skops.io.dump, as .skops, and give that; or {_FACTORY}"
 _KERAS = "load it with keras.models.load_model in a factory of yours, and give that as file.py:factory"
 _RUN_CODE = {".pkl": _SKLEARN, ".pickle": _SKLEARN, ".joblib": _SKLEARN, ".keras": _KERAS, ".h5": _KERAS}
-"""suffixes of files that may run code when they are loaded, with advice for each"""
+"""Suffixes of files that may run code when they are loaded, with advice for each."""
 ESTIMATOR_SUFFIXES = (".skops", ".json", ".ubj", *_RUN_CODE)
-"""suffixes of files with an estimator or a Keras model"""
+"""Suffixes of files that contain an estimator or a Keras model."""
 
 
 def open_estimator(path: Path, *, trust_code: bool) -> tuple[Adapted, str, tuple[str, ...]]:
-    """Return the estimator in the file as a model, the SHA-256 of the file, and notes.
+    """Return the estimator in a file wrapped as a model, the SHA-256 of the file, and notes.
 
-    Raises `UsageError` if an extra or the user's trust is missing, and `TargetError` for a damaged file and for an
-    object that is not a classifier.
+    Raises `UsageError` if a required package is missing or the file needs `trust_code`, and `TargetError` for a damaged
+    file and for an object that is not a classifier.
     """
     if path.suffix in (".json", ".ubj"):
         return (*open_booster(path), ())

@@ -1,8 +1,9 @@
-"""Estimators of scikit-learn, and of libraries with the same methods, as models with scores or labels.
+"""Wraps estimators of scikit-learn, and of libraries with the same methods, as models with scores or labels.
 
 An estimator is called by `predict_proba` if it exists, else by `decision_function`, else by `predict`. The predicted
-class is always that of `predict`: the first of equal scores wins, as in `predict`. If `predict` uses another rule than
-the largest score, such as a threshold, the other scores are lowered below that of the predicted class.
+class is always that of `predict`: of equal scores the first determines the class, as in `predict`. If `predict` uses
+another rule than the largest score, such as a threshold, the other scores are lowered below that of the predicted
+class.
 """
 
 import hashlib
@@ -28,9 +29,9 @@ from holdfast.sources.adapted import Adapted
 
 
 def contents(estimator: Any) -> str:
-    """SHA-256 in hex over the fitted values of an estimator, equal in every process.
+    """Return the SHA-256 in hex of the fitted values of an estimator, which is equal in every process.
 
-    The objects are traversed as for pickling, and nothing is loaded. The result is empty if the estimator contains an
+    The objects are traversed as for pickling, and nothing is loaded. The result is "" if the estimator contains an
     object that cannot be pickled, such as a function without a name.
     """
     try:
@@ -53,50 +54,55 @@ def _walked(estimator: Any) -> str:
 
 Array = NDArray[Any]
 _APART = 4e-6
-"""relative lead of the predicted class among equal scores: the smallest that is visible in the logarithm of a
-probability in single precision
+"""Relative amount by which the predicted class is raised above equal scores of other classes.
+
+It is the smallest difference that is visible in the logarithm of a probability in single precision.
 """
 _OTHER_SCORES = 0.1
-"""share of examples whose largest score belongs to another class than `predict`; above it the scores are not used"""
+"""Largest fraction of examples whose largest score may belong to another class than that of `predict`.
+
+If the fraction is larger, the scores are not used.
+"""
 _WAY_OUT = "give a function from inputs to logits instead, as file.py:factory or in Python"
 
 
 @runtime_checkable
 class Predictor(Protocol):
-    """Protocol of objects with a method `predict` for arrays (n, features), as every estimator has."""
+    """Protocol of objects with a method `predict` for arrays (n, features), such as every estimator."""
 
     def predict(self, X: Any, /) -> Any:  # noqa: N803 - the name of scikit-learn
-        """Labels of the rows."""
+        """Return the predicted labels of the rows `X` (n, features)."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Methods and properties through which an estimator is called with rows (n, features)."""
+    """Methods and properties of an estimator with which it is called on rows (n, features)."""
 
     name: str
     """name of the estimator's class"""
     scores: Callable[[Any], Any] | None
-    """method for scores (n, classes), or (n,) of class 1"""
+    """method that returns scores (n, classes), or scores (n,) of class 1"""
     labels: Callable[[Any], Any] | None = None
-    """method for labels (n,) out of `classes`; None if the largest score determines the class"""
+    """method that returns labels (n,) out of `classes`; None if the largest score determines the class"""
     classes: Array | None = None
-    """labels in the order of the scores; None if they are 0, 1, 2, … and the scores determine their number"""
+    """labels in the order of the scores; None if they are 0, 1, 2, … as many as there are scores"""
     features: int | None = None
-    """number of features that the estimator was fitted on; None if it does not have this attribute"""
+    """number of features that the estimator was fitted on; None if the estimator has no such attribute"""
     columns: tuple[str, ...] | None = None
     """names of the features, if the estimator was fitted on a table"""
     dtype: DTypeLike = np.float64
     kind: OutputKind | None = None
-    """kind of the scores"""
+    """kind of the scores: logits or probabilities; None if there are no scores"""
     parallel: bool = True
-    """whether it may start the threads and processes that its `n_jobs` asks for"""
+    """whether the estimator may start as many threads and processes as its `n_jobs` specifies"""
 
 
 class Estimator(nn.Module):
-    """An estimator as a module. Returns scores of a batch in the type of the inputs, without gradients.
+    """An estimator wrapped as a module. It returns scores of a batch in the type of the inputs, without gradients.
 
-    Inputs (n, *features) of more than two axes are flattened in the order of their axes (channels, rows, columns) if
-    the result has as many features as the estimator was fitted on. Costs one call of the estimator for each batch.
+    Inputs (n, *features) with more than two axes are flattened in the order of their axes (channels, rows, columns) if
+    the result has as many features as the estimator was fitted on. A forward pass costs one call of the estimator, or
+    two if `decides` is True.
     """
 
     def __init__(self, asked: Asked, digest: str) -> None:
@@ -104,33 +110,34 @@ class Estimator(nn.Module):
         self.asked = asked
         self.name = asked.name
         self.digest = digest
-        """digest of the estimator's values"""
+        """digest of the estimator's fitted values"""
         self.gives = "scores" if asked.scores is not None else "labels"
         self.by_name = False
         """whether the estimator needs a table with feature names instead of an array"""
         self.decides = False
-        """whether `predict` is called too, because the largest score does not always determine its class"""
+        """whether `predict` is called as well, because the largest score does not always determine its class"""
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Estimator":
-        """Return the module itself: calling the estimator does not change it, and a copy may be large."""
+        """Return the module itself, because calling the estimator does not change it, and a copy may be large."""
         return self
 
     def extra_repr(self) -> str:
-        """Name of the estimator's class."""
+        """Return the name of the estimator's class."""
         return self.name
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return scores (n, classes), or (n,) of class 1, or one-hot labels if the estimator gives only labels."""
+        """Return scores (n, classes), or (n,) of class 1, or one-hot labels if the estimator has only labels."""
         rows = self._rows(x)
         kind = np.float64 if x.dtype == torch.float64 else np.float32
         found = self._one_hot(rows, kind) if self.gives == "labels" else self._scores(rows, kind)
         return torch.from_numpy(np.ascontiguousarray(found)).to(x.device, x.dtype)
 
     def settle(self, x: Tensor) -> tuple[str, ...]:
-        """Compare scores and labels of the rows `x`. Returns a note if the largest score belongs to another class.
+        """Compare the largest scores of the rows `x` with their predicted labels, and decide whether scores are used.
 
-        The midpoints of neighbouring rows are compared too, because there the scores of two classes are close. Raises
-        `TargetError` for an estimator that predicts several labels for each example, and for one that raises an error.
+        Return a note if they differ for some rows. The midpoints of adjacent rows are compared as well, because there
+        the scores of two classes are close. Raises `TargetError` for an estimator that predicts several labels for each
+        example, and for one that raises an error.
         """
         if self.asked.labels is None or self.asked.scores is None or self.decides:
             return ()
@@ -163,7 +170,9 @@ class Estimator(nn.Module):
         return (f"{said}: the class is that of predict(), and the other scores are lowered below its score",)
 
     def _rows(self, x: Tensor) -> Array:
-        """Return the inputs as the estimator takes them, usually float64, in which scikit-learn computes."""
+        """Return the inputs in the type that the estimator is called with, usually float64, in which scikit-learn
+        computes.
+        """
         width, wanted = math.prod(x.shape[1:]), self.asked.features
         if x.dim() < 2 or (wanted is not None and width != wanted):
             raise TargetError(
@@ -175,10 +184,10 @@ class Estimator(nn.Module):
         return rows
 
     def _called(self, method: Callable[[Any], Any], rows: Array) -> Any:
-        """Return the result of the method for the rows.
+        """Return the result of `method` for the rows.
 
         An estimator that was fitted on a table also accepts an array, which is faster, unless it selects its columns by
-        name. Its warnings would be repeated for every batch and are not shown.
+        name. Warnings are suppressed, because they would be repeated for every batch.
         """
         with warnings.catch_warnings(), _in_parallel(allowed=self.asked.parallel):
             warnings.simplefilter("ignore")
@@ -195,7 +204,7 @@ class Estimator(nn.Module):
             return found
 
     def _raw(self, rows: Array) -> Array:
-        """Return the scores of the estimator. If they do not match its classes, only labels are used from now on."""
+        """Return the scores of the estimator. If they do not match its classes, only labels are used from then on."""
         assert self.asked.scores is not None
         found = self._called(self.asked.scores, rows)
         classes = self.asked.classes
@@ -226,7 +235,7 @@ class Estimator(nn.Module):
         return np.eye(len(self.asked.classes), dtype=kind)[self._numbers(rows)]
 
     def _numbers(self, rows: Array) -> NDArray[np.int64]:
-        """Index of each predicted label among the classes."""
+        """Return the index of each predicted label among the classes."""
         assert self.asked.labels is not None
         labels = np.asarray(self._called(self.asked.labels, rows))
         if labels.ndim == 2 and labels.shape[1] == 1:
@@ -248,12 +257,12 @@ class Estimator(nn.Module):
 
 
 def adapted_estimator(given: Predictor, *, parallel: bool = True) -> Adapted:
-    """Return a classifier with the methods of scikit-learn as a model. Raises the errors of `asked_of`."""
+    """Return a classifier with the methods of scikit-learn wrapped as a model. Raises the errors of `asked_of`."""
     return as_model(asked_of(given, parallel=parallel), contents(given))
 
 
 def asked_of(given: Predictor, *, parallel: bool = True) -> Asked:
-    """Return the methods and properties of a classifier.
+    """Return the methods and properties with which a classifier is called.
 
     Raises `TargetError` if the object is not a classifier or is not fitted.
     """
@@ -276,7 +285,7 @@ def asked_of(given: Predictor, *, parallel: bool = True) -> Asked:
 
 
 def as_model(asked: Asked, digest: str) -> Adapted:
-    """Return the module that calls the estimator, with its access, classes and features."""
+    """Return the module that calls the estimator, with its access, classes and feature names."""
     net = Estimator(asked, digest)
     names, labels = (None, None) if asked.classes is None else named(asked.classes.tolist())
     return Adapted(
@@ -292,14 +301,14 @@ def as_model(asked: Asked, digest: str) -> Adapted:
 
 
 def no_gradient(name: str) -> str:
-    """Reason why an estimator is attacked without gradients."""
+    """Return the reason why an estimator is attacked without gradients."""
     return f"{name} is an estimator without gradients"
 
 
 def named(classes: Sequence[Any]) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
-    """Return the names of classes and their labels as whole numbers, or None for both if the labels are 0, 1, 2, ….
+    """Return the names of classes, and their labels as integers. Both are None if the labels are 0, 1, 2, ….
 
-    False and True are 0 and 1. Labels that are text, or numbers with a fraction, have only names.
+    False and True are 0 and 1. Labels that are strings, or numbers with a fraction, have only names.
     """
     whole = all(
         isinstance(label, bool | int) or (isinstance(label, float) and label.is_integer())
@@ -313,9 +322,10 @@ def named(classes: Sequence[Any]) -> tuple[tuple[str, ...] | None, tuple[int, ..
 
 @contextmanager
 def _in_parallel(*, allowed: bool) -> Iterator[None]:
-    """Unless allowed, estimators start no threads and processes within the block, whatever their `n_jobs` is.
+    """Context manager in which estimators start threads and processes only if `allowed` is True, whatever their
+    `n_jobs`.
 
-    A file may ask for any number of processes, and joblib starts them with `python -m`, which imports modules from the
+    A file may specify any number of processes, and joblib starts them with `python -m`, which imports modules from the
     current folder.
     """
     if allowed:
@@ -328,7 +338,7 @@ def _in_parallel(*, allowed: bool) -> Iterator[None]:
 
 
 def _classes(given: Any, name: str, *, gives_probabilities: bool) -> Array | None:
-    """Return the labels in the order of the scores, or None if the estimator does not list them but has probabilities.
+    """Return the labels in the order of the scores, or None if only the number of probabilities determines them.
 
     Raises `TargetError` for an object that is not a classifier with one label for each example.
     """
@@ -380,14 +390,21 @@ def _is_single(scores: Array) -> bool:
 
 
 def _largest(scores: Array) -> NDArray[np.int64]:
-    """Return the class that `predict` derives from the scores: the first of equal ones, and class 1 only above zero."""
+    """Return the class (n,) that `predict` derives from scores: the first of the largest ones.
+
+    For single scores it is class 1 if the score is above zero, else class 0.
+    """
     if _is_single(scores):
         return (scores.reshape(len(scores)) > 0).astype(np.int64)
     return cast("NDArray[np.int64]", scores.argmax(1))
 
 
 def _ahead(scores: Array, winners: NDArray[np.int64]) -> Array:
-    """Change the scores in place: scores that reach or exceed that of the winner are lowered below it."""
+    """Lower all scores that equal or exceed that of the predicted class in `winners`, so that it is the only largest
+    one.
+
+    Modifies `scores` in place.
+    """
     rows = np.arange(len(scores))
     best = scores[rows, winners]
     below = best - np.maximum(np.abs(best) * _APART, np.finfo(scores.dtype).tiny)
@@ -398,7 +415,7 @@ def _ahead(scores: Array, winners: NDArray[np.int64]) -> Array:
 
 
 def _on_side(scores: Array, winners: NDArray[np.int64]) -> Array:
-    """Scores of class 1 with the sign of the predicted class."""
+    """Return the scores of class 1, changed where their sign is not that of the predicted class in `winners`."""
     tiny = np.finfo(scores.dtype).tiny
     scores = np.where((winners == 1) & (scores <= 0), tiny, scores)
     return np.where((winners == 0) & (scores >= 0), -tiny, scores)

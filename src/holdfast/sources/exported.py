@@ -2,9 +2,9 @@
 
 The loader of torch evaluates symbolic expressions of the file, resolves its operators by attribute, writes its names
 into source code, and falls back to unsafe unpickling. Therefore the archive is read once and checked first, with the
-reader that loads it. Allowed are plain tensors, operators of networks, plain names, and shape expressions of known
-words. Anything else needs the user's trust. `torch.export.load` is not called, because it tries an older format if the
-new one fails.
+same reader that loads it. Plain tensors, operators of networks, plain names, and shape expressions of known words are
+accepted. Anything else requires the user's trust. `torch.export.load` is not called, because it tries an older format
+if the new one fails.
 """
 
 import hashlib
@@ -32,13 +32,16 @@ from holdfast.sources.operators import is_operator_of_networks, replace_unchecke
 
 Sizes = tuple[int | None, ...]
 LIMITS = Limits(copies=8, spare_bytes=2**31)
-"""limits of the process that first loads and runs a program"""
+"""Limits of the process in which a program is first loaded and run."""
 _MOST_TRIED = 2**24
-"""maximum number of input values of a fixed batch for which other batch sizes are tried; these use two to four times
-its memory
+"""Largest number of input values of a fixed batch for which other batch sizes are tried.
+
+Other batch sizes use two to four times the memory of the fixed one.
 """
 _NAME = re.compile(r"(?!(.*\.)?__\w*__(\.|$))[\w@-]+(\.[\w@-]+)*|", re.ASCII)
-"""names in parts, which are written into generated code; names with two underscores at both ends are reserved by Python
+"""Pattern of dotted names that may be written into generated code.
+
+Names with two underscores at both ends do not match, because Python reserves them.
 """
 _TEXT = re.compile(r"[\w .,:;+<>=*/-]*", re.ASCII)
 _TENSOR_FILE = re.compile(r"(weight|tensor)_\d+", re.ASCII)
@@ -53,7 +56,7 @@ _DAMAGE = (
     ValueError,
     zipfile.BadZipFile,
 )
-"""errors that torch's reader and ours raise for a damaged archive"""
+"""Errors that torch's reader and this module raise for a damaged archive."""
 _WORDS = frozenset(
     {
         "Symbol",
@@ -78,7 +81,7 @@ _SYMBOL = re.compile(r"[su]\d+")
 
 @dataclass(frozen=True)
 class Program:
-    """An exported program as a module, with the fixed batch size that it needs (None: any size)."""
+    """An exported program wrapped as a module, with the only batch size that it accepts, or None if it accepts any."""
 
     net: nn.Module
     batch_size: int | None
@@ -87,9 +90,9 @@ class Program:
 
 
 class FixedBatch(nn.Module):
-    """Runs a program with a fixed batch size on any number of rows, in slices.
+    """A module that runs a program with a fixed batch size on any number of rows, in slices.
 
-    The last slice is filled with its last row.
+    The last slice is filled up with copies of its last row.
     """
 
     def __init__(self, net: nn.Module, size: int) -> None:
@@ -98,7 +101,7 @@ class FixedBatch(nn.Module):
         self.size = size
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs of all rows."""
+        """Return the outputs of all rows."""
         if not len(x):
             empty: Tensor = self.net(x.new_zeros(self.size, *x.shape[1:]))[:0]
             return empty
@@ -106,9 +109,10 @@ class FixedBatch(nn.Module):
 
 
 def open_program(path: Path, *, trust_code: bool) -> Program:
-    """Return the program in a `.pt2` file. A file that contains code is refused unless `trust_code`.
+    """Return the program in a `.pt2` file. Raises `UsageError` for a file that contains code unless `trust_code` is
+    True.
 
-    Without trust, the program is checked, loaded and run once in a separate process before it is loaded here.
+    Without trust, the program is checked, loaded and run once in a separate process before it is loaded in this one.
     """
     content = read_once(path, "exported program")  # the checked bytes are the loaded ones
     check_archive(path, content)
@@ -124,9 +128,9 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
 
 
 def reasons_to_refuse(path: Path, content: bytes) -> list[str]:
-    """Return the parts of a program other than tensors and operators of networks.
+    """Return descriptions of the parts of a program that are neither tensors nor operators of networks.
 
-    Raises `TargetError` if it is damaged.
+    Raises `TargetError` if the program is damaged.
     """
     try:
         return list(_needs_trust(content))
@@ -137,7 +141,7 @@ def reasons_to_refuse(path: Path, content: bytes) -> list[str]:
 
 
 def refuse_code_in_program(path: Path, content: bytes) -> None:
-    """Raise `UsageError` for a program with parts other than tensors and operators of networks."""
+    """Raise `UsageError` for a program with parts that are neither tensors nor operators of networks."""
     reasons = reasons_to_refuse(path, content)
     if reasons:
         raise UsageError(
@@ -148,7 +152,10 @@ def refuse_code_in_program(path: Path, content: bytes) -> None:
 
 
 def loaded_program(path: Path, content: bytes) -> tuple[nn.Module, Sizes]:
-    """Return the network in a file that was checked or is trusted, and the sizes of its one input (None: free)."""
+    """Return the network in a file that was checked or is trusted, and the sizes of the axes of its input.
+
+    A size is None if the program accepts any.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -165,7 +172,7 @@ def loaded_program(path: Path, content: bytes) -> tuple[nn.Module, Sizes]:
 
 
 def _batch_size(net: nn.Module, sizes: Sizes) -> int | None:
-    """The one size of a batch that the network takes; None where it takes any."""
+    """Return the only batch size that the network accepts, or None if it accepts any."""
     size = sizes[0]
     return None if size is None or _takes_any_batch(net, size, sizes[1:]) else size
 
@@ -178,9 +185,9 @@ def _loaded(content: bytes) -> torch.export.ExportedProgram:
 
 
 def _plain(exported: fx.GraphModule) -> fx.GraphModule:
-    """Return the program as an ordinary module, with eval mode and without checks of sizes.
+    """Return the program as an ordinary module in eval mode, without checks of sizes.
 
-    The output of a classifier with one output is returned as a tensor instead of a tree.
+    A program with one output returns a tensor instead of a tuple.
     """
     graph = fx.Graph()
     output = graph.graph_copy(exported.graph, {})
@@ -194,7 +201,7 @@ def _plain(exported: fx.GraphModule) -> fx.GraphModule:
 
 
 def _input_shape(program: torch.export.ExportedProgram) -> Sizes:
-    """Sizes of the one input; None for a free size."""
+    """Return the sizes of the axes of the only input; a size is None if it is free."""
     users = set(program.graph_signature.user_inputs)
     nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
     values = [node.meta["val"] for node in nodes]
@@ -207,8 +214,9 @@ def _input_shape(program: torch.export.ExportedProgram) -> Sizes:
 
 
 def _takes_any_batch(net: nn.Module, size: int, shape: tuple[int | None, ...]) -> bool:
-    """Whether a program exported for one batch size gives equal rows for other sizes, because slices are many times
-    slower. Other sizes are not tried if the batch is large.
+    """Return whether a program exported for one batch size returns equal rows for other batch sizes.
+
+    The test is worthwhile because slices are many times slower. It is not made if the batch is large.
     """
     if None in shape or size * math.prod(side or 1 for side in shape) > _MOST_TRIED:
         return False
@@ -224,7 +232,7 @@ def _takes_any_batch(net: nn.Module, size: int, shape: tuple[int | None, ...]) -
 
 
 def _needs_trust(content: bytes) -> Iterator[str]:
-    """Reasons why a program is more than tensors and known operators."""
+    """Yield the reasons why a program contains more than tensors and known operators."""
     from torch.export.pt2_archive._package import PT2ArchiveReader  # late, as above
 
     expected = _member_names(content)
@@ -247,7 +255,10 @@ def _needs_trust(content: bytes) -> Iterator[str]:
 
 
 def _member_names(content: bytes) -> list[str]:
-    """Return the names of the members in their one folder. torch ignores case, so names may not differ by case only."""
+    """Return the names of the members inside their common folder. Raises `ValueError` if names differ only by case.
+
+    torch ignores case in these names.
+    """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         parts = [name.partition("/") for name in archive.namelist()]
     folders, names = {folder for folder, _, _ in parts}, [name for _, _, name in parts]
@@ -259,9 +270,7 @@ def _member_names(content: bytes) -> list[str]:
 
 
 def _unsafe_tensors(entries: dict[str, Any]) -> Iterator[str]:
-    """Yield the tensors that are not stored as plain bytes, because torch unpickles these, and names that are not
-    plain.
-    """
+    """Yield tensors that are not stored as plain bytes, because torch unpickles these, and names that are not plain."""
     for entry, how in entries.items():
         if how["use_pickle"] or not _TENSOR_FILE.fullmatch(how["path_name"]):
             yield f"the pickled tensor {entry[:60]!r}"
@@ -283,7 +292,7 @@ def _unsafe_pickle(content: bytes, name: str) -> Iterator[str]:
 
 
 def _unsafe_graph(value: Any, key: str) -> Iterator[str]:
-    """Yield the parts of a graph that torch would resolve, evaluate or write into source code.
+    """Yield the parts of a graph that torch would resolve, evaluate or write into source code, if they are not known.
 
     `metadata` of strings is not among them.
     """
@@ -319,7 +328,10 @@ def _unsafe_text(key: str, text: str) -> Iterator[str]:
 
 
 def _plain_container(spec: dict[str, Any]) -> bool:
-    """Whether it is a tuple, a list or a dictionary with names as keys. Any other context may import a module."""
+    """Return whether a container is a tuple, a list or a dictionary with names as keys.
+
+    The context of any other container may import a module.
+    """
     if spec["type"] is None:
         return True
     context = json.loads(spec["context"])
@@ -336,5 +348,5 @@ def _harmless(expression: str) -> bool:
 
 
 def _quoted(word: str, expression: str) -> bool:
-    """Whether an input name occurs in guards only as `L['input']`."""
+    """Return whether an input name occurs in an expression only as `L['input']`."""
     return expression.count(word) == expression.count(f"L['{word}']") and "__" not in word

@@ -1,4 +1,4 @@
-"""Calls code that the user names on the command line as `file.py:factory`, with `--model-args` as its arguments."""
+"""Calls code that the user specifies as `file.py:factory`, with `--model-args` as the arguments."""
 
 import contextlib
 import hashlib
@@ -30,19 +30,21 @@ Model = nn.Module | Callable[..., Any] | Predictor
 
 @dataclass(frozen=True)
 class Built:
-    """Return value of a factory, with digests of the code and of the files that its arguments name."""
+    """The model that a factory returned, and digests of the files with its code and of the files in its arguments."""
 
     net: Model
     files: dict[str, str]
 
 
 def names_code(address: str) -> bool:
-    """Whether an address has the form `file.py:factory`."""
+    """Return whether an address has the syntax `file.py:factory`."""
     return ".py:" in address
 
 
 def build_from_file(address: str, arguments: Mapping[str, str]) -> Built:
-    """Import the file under a unique name and call its factory with the converted arguments."""
+    """Import the file of an address `file.py:factory`, call its factory with the converted arguments, and return the
+    model.
+    """
     file_name, _, factory_name = address.rpartition(":")
     path = readable_file(Path(file_name), "code file")
     with importable(path.parent):
@@ -55,7 +57,10 @@ def build_from_file(address: str, arguments: Mapping[str, str]) -> Built:
 def call_factory(
     factory: Callable[..., object], arguments: Mapping[str, str], address: str, files: Mapping[str, str]
 ) -> Built:
-    """Call a factory with strings converted to the types of its annotations."""
+    """Call a factory with arguments converted to the types of its annotations, and return the model.
+
+    Raises `TargetError` if the factory raises an error or does not return a model. `files` are digests of its code.
+    """
     converted = converted_arguments(factory, arguments, address)
     try:
         net = factory(**converted)
@@ -83,7 +88,11 @@ def call_factory(
 def converted_arguments(
     factory: Callable[..., object], arguments: Mapping[str, str], address: str
 ) -> dict[str, object]:
-    """Return the arguments in the types that the factory declares, as strings where it declares none."""
+    """Return the arguments, converted to the types of the factory's annotations. Without annotation they remain
+    strings.
+
+    Raises `UsageError` for an unknown or missing argument, and for a value that cannot be converted.
+    """
     try:
         parameters = inspect.signature(factory, eval_str=True).parameters
     except (NameError, TypeError, ValueError) as error:
@@ -138,7 +147,7 @@ def _convert(text: str, annotation: object, name: str, address: str) -> object:
 
 
 def _import(path: Path, content: bytes) -> types.ModuleType:
-    """Return the module of a file, compiled from the bytes that were already read."""
+    """Return the module of a file, compiled from the bytes `content` that were already read."""
     name = f"{LOADED}{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or not isinstance(spec.loader, SourceFileLoader):
@@ -155,7 +164,7 @@ def _import(path: Path, content: bytes) -> types.ModuleType:
 
 
 def _told(error: BaseException, files: Iterable[str]) -> str:
-    """Describe an exception: its type, the line in the user's files or other files of their folder, and its message."""
+    """Return a description of an exception: its type, the line in the user's file or its folder, and its message."""
     own = {Path(name).resolve().parent for name in files}
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename).resolve().parent in own:
         return f"{type(error).__name__} in line {error.lineno} of {Path(error.filename).name}: {error.msg}"
@@ -169,7 +178,7 @@ def _told(error: BaseException, files: Iterable[str]) -> str:
 
 
 def _takes_nothing(function: object) -> bool:
-    """Whether the object is a function that cannot be called with inputs, such as another factory."""
+    """Return whether the object is a function that cannot be called with inputs, such as another factory."""
     if isinstance(function, nn.Module) or not callable(function):
         return False
     try:
@@ -205,7 +214,10 @@ def _is_own(value: object, module: types.ModuleType) -> bool:
 
 @contextlib.contextmanager
 def importable(folder: Path) -> Iterator[None]:
-    """Let a file in the folder import other files of it. The folder is last on the path, so that it shadows nothing."""
+    """Context manager in which a file in the folder can import other files of the folder.
+
+    The folder is last on the path, so that its files do not replace other modules.
+    """
     entry = str(folder.resolve())
     sys.path.append(entry)
     try:

@@ -1,6 +1,6 @@
 """Copies data sets to this machine from their official mirrors or from a local folder.
 
-Files in the format of their authors are read without pickle, and written as `.npz`.
+Files in the original formats of the data sets are read without pickle, and written as `.npz`.
 """
 
 import gzip
@@ -31,7 +31,7 @@ from holdfast.sources.files import megabytes
 from holdfast.sources.npz import Npz
 
 MAX_BYTES = 2**30
-"""maximum number of bytes of an official file after decompression; the largest known file has a fifth of it"""
+"""Largest number of bytes of an official file after decompression; the largest known file has a fifth of it."""
 _CIFAR_ROW = 1 + 3 * 32 * 32
 
 
@@ -53,13 +53,16 @@ def idx(path: Path) -> NDArray[np.uint8]:
 
 
 def mnist_arrays(folder: Path, entry: Entry) -> dict[str, Array]:
-    """Return train and test arrays from the four IDX files, in the order of the entry."""
+    """Return the train and test arrays of the four IDX files in `folder`, by name (`x_train` and so on)."""
     x_train, y_train, x_test, y_test = (idx(folder / remote.file) for remote in entry.remotes)
     return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
 
 
 def cifar_arrays(archive: Path) -> dict[str, Array]:
-    """Return train and test arrays from the binary version: rows of a label byte and three planes of 32 x 32."""
+    """Return the train and test arrays of the binary version of CIFAR-10, by name (`x_train` and so on).
+
+    A row of this version consists of a label byte and three planes of 32 x 32 bytes.
+    """
     names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
     found: dict[str, Array] = {}
     try:
@@ -89,7 +92,11 @@ def cifar_arrays(archive: Path) -> dict[str, Array]:
 
 
 def strip_arrays(paths: Mapping[str, tuple[Path, ...]], side: int = 32) -> dict[str, Array]:
-    """Return the arrays of each split from archives of image strips with the members `webp`, `offsets` and `y`."""
+    """Return the arrays of each split from archives of image strips.
+
+    Each archive has the members `webp`, `offsets` and `y`. `paths` contains the archives of each split, and `side` is
+    the height and width of an image.
+    """
     arrays: dict[str, Array] = {}
     for split, files in paths.items():
         images, labels = [], []
@@ -104,7 +111,9 @@ def strip_arrays(paths: Mapping[str, tuple[Path, ...]], side: int = 32) -> dict[
 
 
 def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Write the arrays compressed. The file is replaced atomically, so that a reader never sees an incomplete file."""
+    """Write the arrays to a compressed `.npz` file. It is replaced atomically, so that no reader gets an incomplete
+    file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -128,16 +137,18 @@ def _strip(content: bytes, path: Path) -> NDArray[np.uint8]:
 TIMEOUT_S = 60
 _CHUNK = 1 << 20
 Progress = Callable[[str, int, int], None]
-"""callback with the file, the bytes received so far and their total (0 if the server does not give it)"""
+"""Type of a callback. Its arguments are the file name, the bytes received so far, and their total (0 if it is
+unknown).
+"""
 
 
 def _silent(file: str, done: int, total: int) -> None:
-    """Ignore the progress."""
+    """Do nothing. This is the default callback."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A data set that was imported, and the files it was read from."""
+    """A data set that was imported, and the names of the files that it was read from."""
 
     name: str
     path: Path
@@ -145,7 +156,11 @@ class Imported:
 
 
 def fetch(name: str, *, progress: Progress = _silent) -> Path:
-    """Download a data set from its official mirror, check it, and write it as `.npz`. Existing files are kept."""
+    """Download a data set from its official mirror, check it, and write it as `.npz`. Return the path of the file.
+
+    An existing file is not downloaded again. Raises `UsageError` for an unknown name, or if there is no mirror, and
+    `TargetError` if the download fails.
+    """
     entry = entry_of(name)
     target = data_folder() / entry.file
     if target.exists():
@@ -172,7 +187,10 @@ def fetch(name: str, *, progress: Progress = _silent) -> Path:
 
 
 def download(remote: RemoteFile, target: Path, *, progress: Progress = _silent) -> None:
-    """Download a file, continuing an interrupted download. It is put in place only if the checksum is right."""
+    """Download a file to `target`, continuing an interrupted download.
+
+    Raises `TargetError` if the download fails or its checksum is wrong; then `target` is not written.
+    """
     if target.exists() and _md5(target) == remote.md5:
         return
     partial = target.with_name(f"{target.name}.part")
@@ -189,7 +207,10 @@ def download(remote: RemoteFile, target: Path, *, progress: Progress = _silent) 
 
 
 def import_folder(folder: Path) -> tuple[Imported, ...]:
-    """Import every data set of the catalogue that a folder contains. Existing files in the data folder are replaced."""
+    """Import every data set of the catalogue that a folder contains, and return the imported data sets.
+
+    Existing files in the data folder are replaced. Raises `TargetError` if the folder contains no known data set.
+    """
     if not folder.is_dir():
         raise TargetError(
             f"{str(folder)!r} is no folder; one that holds {', '.join(_importable())} was expected"
@@ -214,7 +235,9 @@ def _importable() -> list[str]:
 
 
 def _files(folder: Path, entry: Entry) -> tuple[str, ...]:
-    """Return the files of a data set in a folder, in the first form that is complete; empty if none is."""
+    """Return the names of the files of a data set in a folder, in the first complete format; empty if none is
+    complete.
+    """
     for form in ((entry.file,), entry.parts):
         if form and all((folder / file).is_file() for file in form):
             return form

@@ -1,4 +1,4 @@
-"""Checks and digests of files that the user names."""
+"""Checks and digests of files that the user specifies."""
 
 import hashlib
 import os
@@ -10,18 +10,21 @@ from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.spelling import suggestion
 
 _SHOWN = 200
-"""number of characters of a reason that a message shows"""
+"""Largest number of characters of a reason in an error message."""
 
 
 def existing(path: Path, what: str) -> Path:
-    """Return the path if it exists. The error contains `what` as its description."""
+    """Return the path if it exists. Otherwise raise `TargetError`, whose message describes the path as `what`."""
     if not path.exists():
         raise TargetError(f"{what} {str(path)!r} does not exist{_way_out(path)}")
     return path
 
 
 def readable_file(path: Path, what: str) -> Path:
-    """Return the path if it is a readable file that is not empty. The error contains `what` as its description."""
+    """Return the path if it is a readable file that is not empty.
+
+    Otherwise raise `TargetError`, whose message describes the file as `what`.
+    """
     if existing(path, what).is_dir():
         raise TargetError(f"{what} {str(path)!r} is a folder; a file was expected")
     if not path.is_file():
@@ -35,7 +38,9 @@ def readable_file(path: Path, what: str) -> Path:
 
 @contextmanager
 def reading(address: object) -> Iterator[None]:
-    """Convert every error of a parser within the block to a `TargetError` for the file, with the reason."""
+    """Context manager that converts every error of a parser to a `TargetError` for the file at `address`, with the
+    reason.
+    """
     try:
         yield
     except HoldfastError:
@@ -49,19 +54,19 @@ def reading(address: object) -> Iterator[None]:
 
 
 def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of the content of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def similar_name(name: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)`, or an empty text if no known name is similar."""
+    """Return ` (did you mean 'x'?)` with the most similar of the `known` names, or "" if none is similar."""
     offered = suggestion(name, known)
     return f" ({offered})" if offered else ""
 
 
 def megabytes(n_bytes: int) -> str:
-    """Size as text: 200 MB, 0.2 MB."""
+    """Return a size in bytes as a string in megabytes, such as "200 MB" or "0.2 MB"."""
     return f"{n_bytes / 1e6:,.0f} MB" if n_bytes >= 10_000_000 else f"{n_bytes / 1e6:.2g} MB"
 
 

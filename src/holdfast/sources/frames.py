@@ -16,8 +16,9 @@ _NAME = "the data frame"
 
 
 def is_frame(data: object) -> bool:
-    """Whether the data are a pandas frame, or a pair of a frame and its labels. pandas is not imported for the
-    check.
+    """Return whether the data are a pandas frame, or a pair of a frame and its labels.
+
+    The function does not import pandas.
     """
     pandas = sys.modules.get("pandas")
     first = data[0] if isinstance(data, tuple) and len(data) == 2 else data
@@ -37,8 +38,8 @@ def open_frame(
 ) -> Arrays:
     """Return the examples of a frame with a label column, or of `(frame, labels)`, with features as float32.
 
-    Raises the same `UsageError` and `TargetError` as `open_table`. The order of the rows is kept. Labels with the same
-    index in another order are refused, because they could be matched by index or by position.
+    Raises the same `UsageError` and `TargetError` as `open_table`. The order of the rows is preserved. Labels with the
+    same index in another order are rejected, because they could be matched by index or by position.
     """
     frame, labels = data if isinstance(data, tuple) else (data, None)
     names = [str(name) for name in frame.columns]
@@ -81,7 +82,7 @@ def _table(columns: Mapping[str, list[str]], label: str | None) -> ColumnTable:
 
 
 def _with_labels(columns: dict[str, list[str]], labels: Any, index: Any) -> tuple[str, dict[str, list[str]]]:
-    """Return the name of the label column and the columns including it."""
+    """Return the name of the new label column, and the columns including it."""
     values = labels if hasattr(labels, "isna") else np.asarray(labels)
     _refuse_other_order(index, values)
     if getattr(values, "ndim", 1) == 2 and values.shape[1] == 1:
@@ -109,6 +110,6 @@ def _refuse_other_order(index: Any, labels: Any) -> None:
 
 
 def _text(column: Any) -> list[str]:
-    """A column as text; a missing value becomes the empty text, as in a file."""
+    """Return the values of a column as strings. A missing value becomes the empty string, as in a file."""
     missing = np.asarray(column.isna()) if hasattr(column, "isna") else np.zeros(len(column), bool)
     return ["" if gone else str(value) for gone, value in zip(missing, np.asarray(column), strict=True)]

@@ -1,7 +1,8 @@
-"""A classifier behind HTTP: called by the Open Inference Protocol v2 or by a JSON template of the user.
+"""Opens a classifier behind HTTP, which is called by the Open Inference Protocol v2 or by a JSON template of the user.
 
-KServe, "Open Inference Protocol (V2 Inference Protocol)", REST: `GET /v2/models/NAME[/versions/V]` describes inputs and
-outputs of the model, and `POST …/infer` sends inputs. The model returns scores or labels, without gradients.
+KServe, "Open Inference Protocol (V2 Inference Protocol)", REST: `GET /v2/models/NAME[/versions/V]` returns a
+description of the inputs and outputs of the model, and `POST …/infer` sends inputs. The model returns scores or labels,
+without gradients.
 """
 
 import re
@@ -24,17 +25,17 @@ from holdfast.sources.served import Served
 
 _MODEL = re.compile(r"(?P<model>.*/v2/models/[^/]+(?:/versions/[^/]+)?)(?:/infer)?/?")
 _MOST_VALUES = 1 << 24
-"""maximum number of values of a request or of a batch whose size the server fixes"""
+"""Largest number of values of a request, or of a batch whose size the server prescribes."""
 _MOST_CLASSES = 1_000_000
 _SHOWN = 80
-"""number of characters of a shape that a message shows"""
+"""Number of characters of a shape that an error message contains."""
 _UNNAMED = "input-0"
-"""name of an input that the metadata do not name; servers without names ignore it"""
+"""Name of an input that has no name in the metadata; servers without names ignore it."""
 
 
 @dataclass(frozen=True)
 class HttpModel:
-    """A model behind HTTP, with its properties and notes about it."""
+    """A model behind HTTP, with its properties and notes on it."""
 
     net: Served
     access: Access
@@ -54,9 +55,10 @@ def open_http(
     *,
     declared: bool = False,
 ) -> HttpModel:
-    """Query the properties of the model at an address. Raises `UsageError` unless its host is allowed.
+    """Request the properties of the model at an address from its server, and return the model.
 
-    `names` are the class names in their order. `declared` states that the output of the model is declared as scores.
+    `names` are the class names in the order of the classes. `declared` is True if the user declared that the model
+    returns scores. Raises `UsageError` if the host is not allowed.
     """
     parts = _parts(address, remote)
     client = Client(parts, remote)
@@ -99,7 +101,7 @@ def _parts(address: str, remote: Remote) -> SplitResult:
 
 @dataclass(frozen=True)
 class _Way:
-    """Request format of a model behind HTTP, and the properties that its server declares."""
+    """The request format of a model behind HTTP, and the properties that its server declares."""
 
     path: str
     form: Shaped | Template
@@ -135,8 +137,8 @@ def _way(client: Client, parts: SplitResult, remote: Remote, address: str, *, de
 
 
 def _own_path(path: str, address: str) -> str:
-    """Return the path of a model of the Open Inference Protocol without the verb. Raises `UsageError` for other
-    paths.
+    """Return the path of a model of the Open Inference Protocol, without `/infer`. Raises `UsageError` for
+    other paths.
     """
     named = _MODEL.fullmatch(path)
     if named is None:
@@ -148,7 +150,7 @@ def _own_path(path: str, address: str) -> str:
 
 
 def _expected(classes: int | None, names: Sequence[str] | None) -> int | None:
-    """Return the declared number of classes, or None."""
+    """Return the declared number of classes, or None if neither it nor names are declared."""
     if classes is not None and names is not None and len(names) != classes:
         raise UsageError(
             f"--classes is {classes}, and --class-names names {len(names)}; give one name for each class, or leave "
@@ -194,7 +196,7 @@ def _tensors(answer: Mapping[str, Any], key: str, masked: Callable[[str], str]) 
 def _shaped(
     known: Mapping[str, Any], remote: Remote, *, declared: bool
 ) -> tuple[Shaped, bool, int | None, tuple[str, ...]]:
-    """Return the request format, whether the model returns labels, its number of classes, and notes."""
+    """Return the request format, whether the model returns labels, its number of classes or None, and notes."""
     inputs, output = known["inputs"], _output(known["outputs"], remote)
     front = "put a function in front of it with file.py:factory"
     if len(inputs) > 1:
@@ -226,7 +228,10 @@ def _shaped(
 
 
 def _number_of_classes(scores: int) -> int:
-    """Return the number of classes for a number of scores. Raises `TargetError` for an implausibly large number."""
+    """Return the number of classes for a number of scores: at least two, because a single score means two classes.
+
+    Raises `TargetError` for an implausibly large number.
+    """
     if scores > _MOST_CLASSES:
         raise TargetError(
             f"the server says that the model returns {str(scores)[:_SHOWN]} scores; at most {_MOST_CLASSES:,} were "
@@ -236,7 +241,7 @@ def _number_of_classes(scores: int) -> int:
 
 
 def _of_labels(output: Mapping[str, Any], *, declared: bool) -> bool:
-    """Whether an output contains classes: text, or one whole number a row that is not declared as a score."""
+    """Return whether an output contains labels: strings, or one integer per row that is not declared as a score."""
     several = len(output["shape"]) == 2 and output["shape"][1] > 1
     return output["datatype"] in TEXT or (output["datatype"] in WHOLE and not several and not declared)
 

@@ -1,9 +1,9 @@
 """Digest of a network or a function given as a Python object: its weights, plain attributes and compiled code.
 
-The compiled code is digested because it is what runs, even if the source is missing or was edited. It differs between
-versions of Python. Objects that a function refers to are followed through closures, defaults and globals, if they are
-networks, functions, tensors or plain values. Lists and other containers, in which functions may record results, are not
-digested.
+The digest covers the compiled code, because this is what runs, even if the source is missing or was edited. It differs
+between versions of Python. Objects that a function refers to through closures, defaults and globals are included if
+they are networks, functions, tensors or plain values. Lists and other containers, in which functions may record
+results, are not included.
 """
 
 import hashlib
@@ -19,15 +19,18 @@ from torch import Tensor, nn
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
 _FOLLOWED = (FunctionType, MethodType, partial, nn.Module, type)
 _NOT_THEIRS = frozenset({"torch", "numpy", "keras", "sklearn", "xgboost", *sys.stdlib_module_names})
-"""Packages whose code is identified by name: a run stores their versions, and resuming requires equal ones."""
+"""Packages whose code is identified by name. A run stores their versions, and can be resumed only with the
+same ones.
+"""
 LOADED = "holdfast_user_"
 """Prefix of the names of modules that are loaded from files of the user. The rest is a digest of the path."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def digest_in_hand(net: nn.Module | Callable[..., Any]) -> str:
-    """Return the SHA-256 in hex, equal for the same network in other processes, with other threads and on other
-    devices.
+    """Return the SHA-256 in hex of a network or a function.
+
+    It is equal for the same object in other processes, with another number of threads and on other devices.
     """
     sha, found = hashlib.sha256(), _Found([net])
     for value in found.left:  # the list grows during the loop
@@ -37,14 +40,14 @@ def digest_in_hand(net: nn.Module | Callable[..., Any]) -> str:
 
 
 class _Found:
-    """Objects to digest, each once, in the order of their discovery."""
+    """A list of the objects to digest, in the order of their discovery. Each object occurs once."""
 
     def __init__(self, left: list[Any]) -> None:
         self.left = left
         self.places = {id(value): place for place, value in enumerate(left)}
 
     def met(self, value: Any) -> bytes:
-        """Return the index of an object in that order, and append a new object."""
+        """Return the index of an object in the list, as bytes. A new object is appended first."""
         if id(value) not in self.places:
             self.places[id(value)] = len(self.left)
             self.left.append(value)
@@ -54,7 +57,7 @@ class _Found:
 def _parts(value: Any, found: _Found) -> Iterator[bytes]:
     """Yield the bytes of a value.
 
-    For a function, a class or a network it is a reference, and its content follows later.
+    For a function, a class or a network they are a reference, and its content is digested later.
     """
     if isinstance(value, _PLAIN):
         yield f"{type(value).__name__} {value!r}".encode()
@@ -113,7 +116,9 @@ def _function(function: FunctionType, found: _Found) -> Iterator[bytes]:
 
 
 def _referred(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yield the objects that a function looks up: closures, globals, and attributes of modules of the same author."""
+    """Yield the names and values that a function refers to: closures, globals, and attributes of modules of
+    the user.
+    """
     names = sorted(name for name in _names(function.__code__) if not name.startswith("__"))
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         yield name, _content(cell)
@@ -125,7 +130,7 @@ def _referred(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _names(code: CodeType) -> set[str]:
-    """Names that a function and its inner functions look up."""
+    """Return the names that a function and its inner functions look up."""
     inner = [const for const in code.co_consts if isinstance(const, CodeType)]
     return set(code.co_names).union(*map(_names, inner))
 
@@ -152,9 +157,9 @@ def _module(net: nn.Module, found: _Found) -> Iterator[bytes]:
 
 
 def _attributes(holder: Any, found: _Found) -> Iterator[bytes]:
-    """Yield the public attributes and hooks, which affect the computation.
+    """Yield the bytes of the public attributes and hooks, which affect the computation.
 
-    The mode is left out, because the run sets it.
+    The mode (train or eval) is left out, because the run sets it.
     """
     for name, value in sorted(getattr(holder, "__dict__", {}).items()):
         if name in _HOOKS:
@@ -165,7 +170,7 @@ def _attributes(holder: Any, found: _Found) -> Iterator[bytes]:
 
 
 def _class(cls: type, found: _Found) -> Iterator[bytes]:
-    """Yield the methods and settings of a class and references to its base classes."""
+    """Yield the bytes of the methods and settings of a class, and references to its base classes."""
     yield f"{'' if cls.__module__.startswith(LOADED) else cls.__module__}.{cls.__qualname__}".encode()
     if _not_theirs(cls.__module__):
         return

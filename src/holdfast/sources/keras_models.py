@@ -1,4 +1,4 @@
-"""Models of Keras 3 with its torch back end, as torch networks with a declared layout and output."""
+"""Wraps models of Keras 3 with its torch back end as torch networks with a declared layout and output."""
 
 import re
 import warnings
@@ -14,7 +14,7 @@ from holdfast.sources.adapted import Adapted
 
 
 class KerasNet(nn.Module):
-    """A Keras model that runs in the mode of the module: dropout and updates of batch norm need train mode."""
+    """A Keras model wrapped as a module. Dropout and updates of batch norm are active only in train mode."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class KerasNet(nn.Module):
         self.name = type(model).__qualname__
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs of the model."""
+        """Return the outputs of the model."""
         try:
             outputs: Tensor = self.model(x, training=self.training)
         except (ValueError, RuntimeError) as error:  # raised by an input or a layer of another shape
@@ -31,7 +31,10 @@ class KerasNet(nn.Module):
         return outputs
 
     def __deepcopy__(self, memo: dict[int, object]) -> "KerasNet":
-        """Return a copy with the same layers and its own weights. The copy function of Keras would write a file."""
+        """Return a copy with the same layers and its own weights.
+
+        The copy function of Keras is not used, because it would write a file.
+        """
         import keras
 
         with warnings.catch_warnings():
@@ -48,11 +51,11 @@ class KerasNet(nn.Module):
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _TENSOR = re.compile(r"\s*\btensor\(\[.*?\](?:, [^()]*)?\)", re.DOTALL)
 _LONGEST = 300
-"""maximum number of characters of an error of Keras that are kept"""
+"""Largest number of characters of an error of Keras that a message contains."""
 
 
 def plainly(said: str) -> str:
-    r"""First line of an error of Keras, without the layer's name, colours and values of tensors.
+    r"""Return the first line of an error of Keras, without the layer's name, colours and values of tensors.
 
     >>> plainly("Exception encountered when calling A\n\n\x1b[1mshapes (4, 2) and (3, 1)\x1b[0m\n\nArguments: x")
     'shapes (4, 2) and (3, 1)'
@@ -68,7 +71,7 @@ def plainly(said: str) -> str:
 
 
 def adapted_keras(model: Any) -> Adapted:
-    """Return a Keras model as a network, with its layout and whether its outputs are probabilities.
+    """Return a Keras model wrapped as a network, with its layout and whether its outputs are probabilities.
 
     Raises `TargetError` for another back end than torch, and for a model without weights.
     """
@@ -89,7 +92,7 @@ def adapted_keras(model: Any) -> Adapted:
 
 
 def _layout(model: Any, keras: Any) -> Layout | None:
-    """Layout of images or volumes according to the layers of the model; None for other inputs."""
+    """Return the layout of images or volumes according to the layers of the model, or None for other inputs."""
     shape = getattr(model, "input_shape", None)
     if not isinstance(shape, tuple) or len(shape) not in (4, 5):
         return None
@@ -101,7 +104,10 @@ def _layout(model: Any, keras: Any) -> Layout | None:
 
 
 def _output(model: Any, keras: Any) -> OutputKind | None:
-    """Return `probability` if the last layer computes probabilities. None if not, or for a user-defined class."""
+    """Return "probability" if the last layer computes probabilities. Otherwise return None.
+
+    The result is also None for a model of a user-defined class, whose outputs are unknown.
+    """
     if len(getattr(model, "outputs", None) or ()) != 1:
         return None
     last = model.layers[-1]  # layers are in the order of the graph

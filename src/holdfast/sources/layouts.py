@@ -1,7 +1,7 @@
-"""Determines the layout of arrays: the declared one, else the one that the network accepts, without guessing.
+"""Determines the layout of arrays: the declared one, else the only one that the network accepts.
 
-Inside Holdfast the channels of images come first. A reading defines how stored axes become inputs, and in which layout
-the network gets them.
+Inside Holdfast the channels of images come first. A `LayoutReading` defines how the axes of a stored array are
+converted to those of the inputs, and which layout the network receives.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ from holdfast.core.types import Layout, Logits
 from holdfast.sources.probing import HWC_NOTE, ProbedClassifier
 
 CHANNELS = (1, 3, 4)
-"""sizes of an axis that may be the channels: grey, colour, colour with transparency"""
+"""Sizes of an axis that may be the channels: grey, colour, colour with transparency."""
 _SAME = 1e-5
-"""largest difference, relative to the largest output, between outputs that count as equal"""
+"""Largest difference, relative to the largest output, between outputs that are treated as equal."""
 MOVED_NOTE = "the channels came last and were put first"
 INSERTED_NOTE = "the network takes an axis of channels, so one of size 1 was inserted"
 
@@ -29,7 +29,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class LayoutReading:
-    """One way to interpret the axes of an array (N, ...) as inputs."""
+    """One interpretation of the axes of an array (N, ...) as inputs."""
 
     stored: Layout
     """layout of the array"""
@@ -49,7 +49,7 @@ class LayoutReading:
         return x[:, None] if x.ndim == 3 else x
 
     def array(self, x: Array, rank: int) -> Array:
-        """Return a view of inputs with the axes of the original array, which has `rank` axes. The inverse of
+        """Return a view of inputs with the axes of the original array, which has `rank` axes. It is the inverse of
         `inputs`.
         """
         if self.inserted:
@@ -61,13 +61,13 @@ class LayoutReading:
         return x[:, 0] if rank == 3 else x
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of one example in the layout of the network, for an array of that shape."""
+        """Return the shape of one example in the layout of the network, for a stored array of shape `shape`."""
         first = self.inputs(np.empty((1, *shape[1:]), dtype=bool)).shape[1:]
         return (*first[1:], first[0]) if self.network == "hwc" else first
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes about the reading for the report."""
+        """Notes for the report on changes of the layout."""
         moved = (MOVED_NOTE,) if self.stored == "hwc" else ()
         inserted = (INSERTED_NOTE,) if self.inserted else ()
         return (*moved, *inserted, *((HWC_NOTE,) if self.network == "hwc" else ()))
@@ -81,12 +81,12 @@ def reading_of(
     y: Tensor,
     name: str,
 ) -> LayoutReading:
-    """Return how an array of that shape (N, ...) is read.
+    """Return the interpretation of the axes of an array of shape `shape` (N, ...).
 
-    `rows` returns some examples under a reading. `y` are their labels, which are used only in the message. A declared
-    layout takes precedence, then the layout that the model's file declares, then the layouts that the network accepts,
-    where those with equal outputs count as one. Raises `UsageError` if a layout of images is declared for an array of
-    another rank, and `TargetError` if several readings remain, or none.
+    `rows` is a function that returns some examples under an interpretation. `y` contains their labels, which are used
+    only in the error message. A declared layout takes precedence, then the layout that the model's file declares, then
+    the layouts that the network accepts, where those with equal outputs count as one. Raises `UsageError` if a layout
+    of images is declared for an array of another rank, and `TargetError` if several interpretations remain, or none.
     """
     if declared is not None:
         _refuse_no_image(shape, declared, name)
@@ -117,7 +117,7 @@ def reading_of(
 def _channels_last(
     shape: Sequence[int], probe: ProbedClassifier | None, rows: Callable[[LayoutReading], Tensor], name: str
 ) -> LayoutReading:
-    """Return how an array of rank 3 is read under `--layout hwc`.
+    """Return the interpretation of an array of rank 3 under `--layout hwc`.
 
     Grey images have no axis of channels, and in signals (N, length, channels) it is the last one.
     """
@@ -145,8 +145,9 @@ def _refuse_no_image(shape: Sequence[int], declared: Layout, name: str) -> None:
 
 
 def _candidates(shape: tuple[int, ...], network: Layout | None) -> list[list[LayoutReading]]:
-    """Return groups of readings in the order of preference. A group is tried if no reading of the previous ones
-    fits.
+    """Return groups of possible interpretations in the order of preference.
+
+    A group is tried only if the network accepts no interpretation of the groups before.
     """
     inserted = [] if network or len(shape) not in (2, 4) else [[LayoutReading("asis", inserted=True)]]
     if network == "asis" or len(shape) not in (3, 4, 5):
@@ -170,9 +171,10 @@ def _taken_whole(
     probe: ProbedClassifier,
     rows: Callable[[LayoutReading], Tensor],
 ) -> list[tuple[LayoutReading, Logits]]:
-    """Return the readings of the first group that the network accepts as whole batches.
+    """Return the interpretations, with outputs, of the first group of which the network accepts some as whole batches.
 
-    Single examples are no reliable test: torch takes (1, length) as a signal of one channel without a batch axis.
+    Single examples are not a reliable test, because torch treats (1, length) as a signal with one channel and without a
+    batch axis.
     """
     for readings in groups:
         taken = _taken(readings, probe, rows, whole=True)
@@ -197,7 +199,7 @@ def _taken(
 
 
 def _distinct(taken: list[tuple[LayoutReading, Logits]]) -> list[tuple[LayoutReading, Logits]]:
-    """Return one reading, the first, of each set of readings with equal outputs."""
+    """Return the first interpretation of each set of interpretations with equal outputs."""
     kept: list[tuple[LayoutReading, Logits]] = []
     for reading, outputs in taken:
         if not any(_equal(outputs, other) for _, other in kept):
@@ -213,7 +215,7 @@ def _equal(first: Logits, second: Logits) -> bool:
 
 
 def _as_image(reading: LayoutReading, shape: Sequence[int], probe: ProbedClassifier) -> LayoutReading:
-    """Return an equivalent reading in which images with the channels last have them first inside Holdfast."""
+    """Return an equivalent interpretation in which images with the channels last have them first inside Holdfast."""
     image = len(shape) in (4, 5) and shape[1] not in CHANNELS and shape[-1] in CHANNELS
     if reading == LayoutReading("chw") and image and probe.own.layout is None:
         return LayoutReading("hwc", "hwc")
@@ -236,5 +238,5 @@ def _ambiguous(
 
 
 def _flag(reading: LayoutReading, shape: Sequence[int]) -> Layout:
-    """Value of `--layout` that declares a reading: `asis` if the axes stay as they are."""
+    """Return the value of `--layout` that declares an interpretation: `asis` if the axes do not change."""
     return "asis" if reading.stored == "chw" and len(shape) > 3 else reading.stored

@@ -14,7 +14,7 @@ from holdfast.sources.class_numbers import numbered
 from holdfast.sources.expected import Expected
 
 _BATCH = 256
-"""number of items of a dataset that are read at a time"""
+"""Number of items of a dataset that are read at a time."""
 
 
 def as_data(
@@ -27,9 +27,9 @@ def as_data(
 ) -> Data:
     """Return a data set from `(x, y)`, or from a loader or dataset of pairs. A `Data` object is returned unchanged.
 
-    Tensors keep their layout whatever their type, and keep float32 and float64. numpy arrays are read as in an `.npz`
-    file. Text labels are class names. A loader is read once, into memory, and only up to its first `n` examples if `n`
-    is given. `expected` declares properties of the data.
+    The layout of tensors is preserved, whatever their type, as are the types float32 and float64. numpy arrays are
+    interpreted as in an `.npz` file. String labels are class names. A loader is read once, into memory, and only up to
+    its first `n` examples if `n` is given. `expected` declares properties of the data.
     """
     expected = expected or Expected()
     if y is None:
@@ -56,9 +56,9 @@ def as_data(
 
 
 def _introduced(data: Data, expected: Expected) -> Data:
-    """Return a data set of the caller's own class, which reads itself.
+    """Return a data set of a class that the caller defined, unchanged.
 
-    Raises `UsageError` if a normalisation or a layout is declared.
+    Raises `UsageError` if a normalisation or a layout is declared, because the class itself reads the examples.
     """
     if expected.normalised is not None or expected.layout is not None:
         raise UsageError(
@@ -72,7 +72,9 @@ def _introduced(data: Data, expected: Expected) -> Data:
 
 
 def _gathered(pairs: object, n: int | None) -> tuple[object, object]:
-    """Return inputs and labels from the batches of a loader or the items of a dataset, up to at least `n` examples."""
+    """Return the inputs and labels of a loader or a dataset: all, or the batches that contain the first `n`
+    examples.
+    """
     if isinstance(pairs, torch.utils.data.Dataset):
         pairs = torch.utils.data.DataLoader(pairs, batch_size=_BATCH if n is None else min(n, _BATCH))
     if not isinstance(pairs, Iterable):
@@ -100,7 +102,10 @@ def _gathered(pairs: object, n: int | None) -> tuple[object, object]:
 
 
 def as_array(values: object, what: str) -> Array:
-    """Return values as a numpy array, with half precision as float32. A `TargetError` contains `what` as their name."""
+    """Return values as a numpy array, with half precision converted to float32.
+
+    Raises `TargetError`, whose message describes the values as `what`, if they are not an array.
+    """
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         return np.asarray(values.float() if values.dtype in (torch.bfloat16, torch.float16) else values)

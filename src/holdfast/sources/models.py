@@ -1,4 +1,4 @@
-"""Opens a model in any supported form from its address, and describes how it was opened."""
+"""Opens a model of any supported format at an address, and records how it was opened."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +36,14 @@ from holdfast.sources.remote import SCHEMES, Remote
 from holdfast.sources.weights import fit_weights, read_state_dict, refuse_misfit
 
 _SPARE = 1_000
-"""how many more parameters than the file a requested network may have, so that the message can list the missing ones"""
+"""Number by which the parameters of a requested network may exceed the tensors of the file.
+
+Up to this number the error message can list the missing tensors.
+"""
 BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled"
 STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ts", ".model", ".ckpt", ".bin")
 ROTATING = "rotating:"
-"""Prefix of the address of a pool. The model is the serving set of the pool."""
+"""Prefix of the address of a pool. The model at such an address is the serving set of the pool."""
 _FORMS = (
     "a bundled name, file.py:factory, .safetensors or .pt with --arch, .onnx, .pt2, .skops, .json or .ubj of XGBoost, "
     "or a URL with --allow-host"
@@ -49,34 +52,36 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A classifier that is ready for attacks, with the properties of its source that the evidence records."""
+    """A classifier that is ready for attacks, with properties of its source that are stored in the evidence."""
 
     model: Classifier
     name: str
-    """the address as it was given by the user"""
+    """the address as the user wrote it"""
     how: str
-    """the form in which it was opened: `safetensors`, `onnx`, `code` …"""
+    """the format from which it was opened: `safetensors`, `onnx`, `code` …"""
     files: Mapping[str, str]
-    """SHA-256 of every file that was read, by its path as given"""
+    """SHA-256 of every file that was read, by its path as the user wrote it"""
     notes: tuple[str, ...] = ()
     """notes for the report"""
     architecture: Mapping[str, Any] = field(default_factory=dict)
-    """`architecture` and `arguments` for the metadata of a weights file, if the network is in the catalogue"""
+    """`architecture` and `arguments` for the metadata of a file with weights, if the network is in the catalogue"""
 
     @property
     def access(self) -> Access:
-        """Highest access that the target allows."""
+        """Highest access that the model permits: gradients, scores or labels."""
         return self.model.access
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the contents of all files, in hex. It does not depend on their paths."""
+        """SHA-256 of the contents of all files, in hex. It does not depend on their paths."""
         return hashlib.sha256("\n".join(sorted(self.files.values())).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Declared:
-    """Declared properties of the model's input and output. None means that the file or the default decides."""
+    """Declared properties of a model's inputs and outputs. If a property is None, the file or the default determines
+    it.
+    """
 
     bounds: Bounds | None = None
     mean: Sequence[float] | None = None
@@ -84,20 +89,20 @@ class Declared:
     classes: int | None = None
     output: OutputKind | None = None
     layout: Layout | None = None
-    """layout that the network takes"""
+    """layout of the network's inputs"""
     class_names: tuple[str, ...] | None = None
     normalised: Normalisation | None = None
     """normalisation of the data; a model without preprocessing applies it to its inputs"""
     input_shape: Sequence[int] | None = None
-    """shape of one example, if an ONNX file leaves it open"""
+    """shape of one example, if an ONNX file does not specify it"""
     class_labels: tuple[int, ...] | None = None
-    """class labels of the data, if they are other than 0, 1, 2, …"""
+    """class labels of the data, if they are not 0, 1, 2, …"""
 
     def wrap(self, net: Model, *, access: Access = "gradients", batches: Batches | None = None) -> Classifier:
         """Return the network as a classifier with bounds and preprocessing.
 
-        If a factory returned a `Classifier`, its values are kept where nothing is declared. An estimator or a Keras
-        model declares its own properties. Raises `TargetError` for an estimator that is not a fitted classifier.
+        If `net` is a `Classifier`, its values are used where nothing is declared. An estimator or a Keras model
+        declares its own properties. Raises `TargetError` for an estimator that is not a fitted classifier.
         """
         if isinstance(net, Classifier):
             return self.over(net).wrap(net.net, access=net.access, batches=net.batches)
@@ -125,7 +130,7 @@ class Declared:
         return model
 
     def of(self, found: Adapted) -> Classifier:
-        """Return a model of another library as a classifier."""
+        """Return a wrapped model of another library as a classifier."""
         known = Declared(
             classes=found.classes,
             output=found.output,
@@ -138,7 +143,7 @@ class Declared:
         return model
 
     def over(self, other: Classifier) -> "Declared":
-        """Return these declarations, completed by the values of the classifier."""
+        """Return these declarations, with missing values taken from the classifier `other`."""
         mean = None if other.mean is None else other.mean.tolist()
         std = None if other.std is None else other.std.tolist()
         known = (other.classes, other.output, other.layout, other.class_names)
@@ -146,14 +151,14 @@ class Declared:
         return self.filled(Declared(other.bounds, mean, std, *known, class_labels=labels))
 
     def filled(self, known: "Declared") -> "Declared":
-        """Return these declarations, completed by `known`."""
+        """Return these declarations, with missing values taken from `known`."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(known, **{name: value for name, value in own.items() if value is not None})
 
 
 @dataclass(frozen=True)
 class _Opening:
-    """All options for opening a model."""
+    """All options with which a model is opened."""
 
     address: str
     arch: str | None
@@ -172,7 +177,11 @@ def open_model(
     trust_code: bool = False,
     remote: Remote | None = None,
 ) -> OpenedModel:
-    """Open the model at an address. Raises `UsageError` or `TargetError` with advice."""
+    """Return the model at an address. Raises `UsageError` or `TargetError` with advice.
+
+    `arch` is the architecture for a file that contains only weights, and `model_args` are arguments of the function
+    that builds the network. `trust_code` permits files that run code. `remote` contains the options for a server.
+    """
     said = declared or Declared()
     if said.input_shape is not None and Path(address).suffix != ".onnx":
         raise UsageError(
@@ -194,7 +203,7 @@ def open_model(
 
 
 def bundled_models() -> dict[str, Path]:
-    """Return the names of the models in the package, with their files."""
+    """Return the paths of the models in the package, by name."""
     return {path.stem: path for path in sorted(BUNDLED_FOLDER.glob("*.safetensors"))}
 
 
@@ -230,7 +239,7 @@ def _open_code(opening: _Opening) -> OpenedModel:
 
 
 def sha256_of_state(net: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and values of a network's parameters and buffers, in hex."""
+    """Return the SHA-256 of the names, types, shapes and values of a network's parameters and buffers, in hex."""
     digest = hashlib.sha256()
     for name, tensor in sorted(net.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -249,7 +258,7 @@ def _open_state_dict(opening: _Opening, path: Path) -> OpenedModel:
 
 
 def _open_trusted(opening: _Opening, path: Path) -> OpenedModel:
-    """Open a file that runs code: a whole network, or weights with other objects."""
+    """Open a file that runs code: it contains a whole network, or weights with other objects."""
     from holdfast.sources.trusted import open_trusted  # late: few files run code
 
     found, how, digest = open_trusted(path)
@@ -263,7 +272,7 @@ def _open_trusted(opening: _Opening, path: Path) -> OpenedModel:
 def _filled(
     opening: _Opening, weights: Weights, metadata: Mapping[str, Any], how: str, digest: str
 ) -> OpenedModel:
-    """Return the architecture with the weights loaded."""
+    """Build the architecture, load the weights into it, and return it as a model."""
     built, known = _architecture(opening, metadata, weights)
     net = built.net.net if isinstance(built.net, Classifier) else built.net
     if not isinstance(net, nn.Module):
@@ -281,7 +290,7 @@ def _filled(
 
 
 def _catalogued(opening: _Opening, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the architecture for the metadata of a weights file; empty for networks from the user's code."""
+    """Return the architecture for the metadata of a file with weights; empty for networks from the user's code."""
     if opening.arch is not None and names_code(opening.arch):
         return {}
     said = {name: int(value) for name, value in opening.arguments.items()}
@@ -290,7 +299,10 @@ def _catalogued(opening: _Opening, metadata: Mapping[str, Any]) -> Mapping[str, 
 
 
 def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weights) -> tuple[Built, Declared]:
-    """Return the network for the weights: from `--arch` if given, else from the catalogue by the name in the file."""
+    """Return the network for the weights and the properties that the file declares.
+
+    The architecture is that of `--arch` if it is given, else the one in the catalogue that the file names.
+    """
     from holdfast.sources.architectures import ARCHITECTURES  # late: nothing else needs the catalogue
 
     if opening.arch is not None and names_code(opening.arch):

@@ -17,14 +17,14 @@ from holdfast.sources.files import megabytes, readable_file, similar_name
 from holdfast.sources.limited.limits import MEMORY, requested_memory
 
 MAX_BYTES = 16 * 2**30
-"""total size of the arrays of one archive after decompression"""
+"""Largest total size in bytes of the arrays of one archive after decompression."""
 _SMALL, _RATIO = 2**30, 200
-"""an archive above a gibibyte with a compression ratio above 200 is treated as a decompression bomb"""
+"""An archive that would need more than 1 GiB and more than 200 times its size is rejected as a decompression bomb."""
 _DAMAGE = (zipfile.BadZipFile, zlib.error, LZMAError, EOFError, ValueError, OSError, NotImplementedError)
 
 
 class Npz:
-    """An archive whose directory was read and checked."""
+    """An `.npz` archive whose directory was read and checked."""
 
     def __init__(self, path: Path) -> None:
         self.path = readable_file(path, "data file")
@@ -58,7 +58,7 @@ class Npz:
         return tuple(self._sizes)
 
     def rows(self, name: str) -> int:
-        """Length of an array, read from its header."""
+        """Return the length of the first axis of an array, which is read from its header. It is 0 for a scalar."""
         shape, *_ = self._read(name, 0)
         return shape[0] if shape else 0
 
@@ -111,9 +111,10 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def arrays_of_split(archive: Npz, split: str | None, name: str) -> tuple[str, str]:
-    """Return the names of the inputs and labels of a split: `x_SPLIT, y_SPLIT`; without a split `test`, else `x, y`.
+    """Return the names of the inputs and labels of a split, `x_SPLIT` and `y_SPLIT`.
 
-    `name` is the user's name of the archive, for messages.
+    If `split` is None, they are those of `test` if it exists, else `x` and `y`. `name` is the name of the archive in
+    error messages.
     """
     pairs: Mapping[str, tuple[str, str]] = {
         name.removeprefix("x_"): (name, f"y_{name.removeprefix('x_')}")
@@ -132,7 +133,10 @@ def arrays_of_split(archive: Npz, split: str | None, name: str) -> tuple[str, st
 
 
 def named_arrays(archive: Npz, x: str | None, y: str | None, split: str | None, name: str) -> tuple[str, str]:
-    """Return the arrays that the user names as inputs and labels. They are a single set without splits."""
+    """Return the names of the inputs and labels, `x` and `y`, after a check that the archive contains them.
+
+    The arrays are a single set without splits, so a `split` raises `NoSplit`.
+    """
     holds = ", ".join(archive.names) or "nothing"
     if not x or not y:
         given, other = (f"--x {x}", "--y") if x else (f"--y {y}", "--x")

@@ -1,4 +1,4 @@
-"""The operators that an exported program may call: operators of networks that check their arguments.
+"""List of the operators that an exported program may call: operators of networks that check their arguments.
 
 Other operators of aten build tensors from unchecked indices, strides or pointers, and may therefore read or write
 outside of their memory. A common operator without checks is replaced by an equivalent one with checks.
@@ -55,15 +55,15 @@ _OPERATORS = frozenset(f"{_LAYERS} {_SHAPES} {_REDUCTIONS}".split())
 _IN_PLACE = frozenset(
     {*_POINTWISE.split(), "index_add", "index_put", "masked_fill", "scatter", "scatter_add"}
 )
-"""operators that a program may also call in place, such as `relu_`"""
+"""Operators of which a program may also call the version that modifies its argument, such as `relu_`."""
 _NUMBERS = re.compile(r"_operator\.(getitem|add|sub|mul|floordiv|mod|neg|pow)", re.ASCII)
 _TENSORS = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)", re.ASCII)
 _RECURRENT = frozenset({"gru", "lstm", "rnn_relu", "rnn_tanh"})
-"""allowed only for whole batches, because the sizes of packed sequences are not checked"""
+"""Operators that are permitted only for whole batches, because the sizes of packed sequences are not checked."""
 
 
 def is_operator_of_networks(name: str) -> bool:
-    """Whether a program may call the operator of that name, such as `torch.ops.aten.relu.default`."""
+    """Return whether a program may call the operator called `name`, such as `torch.ops.aten.relu.default`."""
     if _NUMBERS.fullmatch(name):
         return True
     found = _TENSORS.fullmatch(name)
@@ -85,7 +85,7 @@ def is_operator_of_networks(name: str) -> bool:
 
 
 def replace_unchecked(graph: fx.Graph) -> None:
-    """Replace operators that do not check the sizes of their weights by ones that do. Changes the graph in place."""
+    """Replace operators that do not check the sizes of their weights by ones that do. Modifies the graph in place."""
     aten = torch.ops.aten
     for target, checked in (
         (aten._native_batch_norm_legit_no_training.default, _batch_norm),
@@ -108,7 +108,7 @@ def _batch_norm(
 
 
 def _lstm(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
-    """LSTM without oneDNN, which does not check the size of the weights."""
+    """Return the result of an LSTM that is computed without oneDNN, which does not check the size of the weights."""
     enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)  # torch's context manager warns about other flags that it sets
     try:

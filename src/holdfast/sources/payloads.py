@@ -1,4 +1,4 @@
-"""Two JSON formats for sending rows to a model behind HTTP and for reading its answer."""
+"""Two JSON formats for requests with rows to a model behind HTTP, and for the responses."""
 
 import json
 import re
@@ -16,24 +16,23 @@ FLOATS = frozenset({"FP16", "BF16", "FP32", "FP64"})
 WHOLE = frozenset(f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64))
 TEXT = frozenset({"BYTES"})
 _PLACES = ("$x", "$x_last", "$x_one", "$x_one_last")
-"""placeholders of a template: for all rows, or for one example without a batch axis; each also with the channels last
-"""
+"""Placeholders of a template: for all rows, or for one example without a batch axis; `last` puts the channels last."""
 _NAME, _NAMES = 40, 8
-"""number of characters of a name, and number of names, that a message shows"""
+"""Number of characters of a name, and number of names, in an error message."""
 _ADVICE = "say where the scores or classes are with --http-response"
 
 
 @dataclass(frozen=True)
 class Shaped:
-    """Request format of the Open Inference Protocol."""
+    """The request format of the Open Inference Protocol for one model."""
 
     name: str
     datatype: str = "FP32"
     shape: tuple[int, ...] | None = None
-    """shape with the batch first; -1 means any size, None means unknown"""
+    """shape of the input with the batch first; -1 means any size, None means unknown"""
     output: str | None = None
     labels: bool = False
-    """whether outputs with classes take precedence over outputs with scores"""
+    """whether outputs with labels take precedence over outputs with scores"""
     one: ClassVar[bool] = False
 
     @property
@@ -43,7 +42,7 @@ class Shaped:
         return shape is not None and len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3)
 
     def body(self, x: Tensor) -> bytes:
-        """Return the request for the rows."""
+        """Return the body of a request for the rows `x` (n, *features)."""
         rows = x.permute(0, 2, 3, 1) if self.channels_last and x.dim() == 4 else x
         rows = x if self._fits(x) and not self._fits(rows) else rows  # the channels are last already
         self._refuse_shape(rows)
@@ -68,7 +67,7 @@ class Shaped:
             )
 
     def found(self, answer: Any) -> Values:
-        """Return the values of the rows in an answer, in the shape that the answer declares."""
+        """Return the values of the rows in a response, in the shape that the response declares."""
         tensor = self._tensor(answer)
         values, shape, datatype = as_values(tensor.get("data")), tensor.get("shape"), _datatype(tensor)
         if datatype in FLOATS and values.dtype.kind in "iu":  # some servers write 1.0 as 1
@@ -84,7 +83,7 @@ class Shaped:
             ) from error
 
     def _tensor(self, answer: Any) -> Mapping[str, Any]:
-        """Return the requested output, else the first output with scores, or with classes if `labels`."""
+        """Return the requested output, else the first output with scores, or with labels if `labels` is True."""
         outputs = answer.get("outputs") if isinstance(answer, Mapping) else None
         named = [o for o in outputs if isinstance(o, Mapping)] if isinstance(outputs, list) else []
         mine = [o for o in named if self.output in (None, o.get("name"))]
@@ -97,24 +96,24 @@ class Shaped:
 
 
 def _datatype(tensor: Mapping[str, Any]) -> str:
-    """Type of the numbers according to the answer, converted to text."""
+    """Return the type of the numbers according to the response, as a string."""
     return str(tensor.get("datatype"))
 
 
 @dataclass(frozen=True)
 class Template:
-    """Request format of the user: a JSON template, and a path to the scores in the answer."""
+    """The request format of the user: a JSON template, and a path to the scores in the response."""
 
     before: str
     after: str
     channels_last: bool
     one: bool
-    """whether a request holds one example without a batch axis"""
+    """whether a request contains one example without a batch axis"""
     path: str | None
 
     @classmethod
     def of(cls, request: str, path: str | None) -> "Template":
-        """Parse a template. Raises `UsageError` unless it is JSON with one placeholder for the rows."""
+        """Return the format for a template. Raises `UsageError` unless it is JSON with one placeholder for the rows."""
         places = re.findall(r"\$x\w*", request)
         place = places[0] if places else ""
         before, _, after = request.partition(place) if place else (request, "", "")
@@ -132,19 +131,22 @@ class Template:
         return cls(before, after, place.endswith("_last"), place.startswith("$x_one"), path)
 
     def body(self, x: Tensor) -> bytes:
-        """Return the request for the rows, which must be a single row if the template takes `one` example."""
+        """Return the body of a request for the rows `x` (n, *features). If `one` is True, n must be 1."""
         rows = x.movedim(1, -1) if self.channels_last and x.dim() > 2 else x
         if self.one:
             (rows,) = rows
         return self.before.encode() + _json(rows.tolist()) + self.after.encode()
 
     def found(self, answer: Any) -> Any:
-        """Return the value at the path in the answer."""
+        """Return the value at the path in the response. Raises `TargetLost` if it does not exist."""
         return walked(answer, self.path)
 
 
 def walked(answer: Any, path: str | None) -> Any:
-    """Return the value at a path such as `outputs.0.data` or `predictions.*.scores`, where `*` means every entry."""
+    """Return the value at a path such as `outputs.0.data` or `predictions.*.scores`, where `*` means every entry.
+
+    Raises `TargetLost` if the response does not have this path.
+    """
     return _step(answer, path.split(".") if path else [])
 
 
@@ -176,7 +178,8 @@ def _kind(found: Any) -> str:
 
 
 def as_values(found: Any) -> Values:
-    """Return whole numbers and text unchanged and other numbers as floats; null becomes NaN.
+    """Return an array of the values. Integers and strings are unchanged, other numbers become floats, and null becomes
+    NaN.
 
     Raises `TargetLost` for anything else, such as booleans, objects, lists of different lengths, and a single null.
     """

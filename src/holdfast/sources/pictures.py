@@ -1,4 +1,6 @@
-"""Class folders of images as a data set. Images are listed and measured when opened, and decoded when read."""
+"""Class folders of images as a data set. Headers are read when it is opened, and images are decoded when they
+are read.
+"""
 
 import hashlib
 import warnings
@@ -23,17 +25,19 @@ from holdfast.sources.limited.limits import MEMORY, requested_memory
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF")
-"""formats that are decoded; files of other formats with one of the suffixes are refused"""
+"""Formats that are decoded; files of other formats with one of the suffixes are rejected."""
 MAX_PIXELS = 64_000_000
-"""maximum number of pixels of one image according to its header, checked before decoding"""
+"""Largest number of pixels of one image according to its header, checked before decoding."""
 _SMALL, _RATIO = 2**30, 200
-"""images above a gibibyte with a compression ratio above 200 are treated as a decompression bomb"""
+"""Images that need more than 1 GiB and more than 200 times the size of their files are rejected as a decompression
+bomb.
+"""
 _GREY = ("1", "L", "LA", "I;16", "I", "F")
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images of one size in class folders."""
+    """A data set of images of one size in class folders."""
 
     name: str
     paths: tuple[Path, ...]
@@ -44,14 +48,14 @@ class Pictures:
     """colour mode of all images, `L` or `RGB`"""
     notes: tuple[str, ...] = ()
     objection: str = ""
-    """reason why the class numbers are uncertain, if such data are accepted nevertheless"""
+    """reason why the class numbers are uncertain, if the data were accepted in spite of it; else empty"""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the bytes of the files, the labels and the ids."""
+        """SHA-256 in hex of the colour mode, the contents of the files, the labels and the ids."""
         digest = hashlib.sha256(self.mode.encode())
         for path in self.paths:
             digest.update(bytes.fromhex(sha256_of_file(path)))  # the files are not loaded as a whole
@@ -60,7 +64,7 @@ class Pictures:
         return digest.hexdigest()
 
     def read(self, start: int, stop: int) -> Batch:
-        """Return images `start` to `stop` as floats in [0, 1], with the channels first."""
+        """Return the images from `start` to `stop` - 1 as floats in [0, 1], with the channels first."""
         rows = slice(start, stop)
         images = np.stack([_decoded(path, self.mode) for path in self.paths[rows]])
         x = torch.from_numpy(images).float() / 255
@@ -76,10 +80,9 @@ def open_folder(
     seed: int,
     expected: Expected | None = None,
 ) -> Pictures:
-    """Return the images of a folder, alternating between the classes, so that the first n include all classes.
+    """Return the images of a folder, alternating between the classes, so that the first images include all classes.
 
-    A folder without images counts as a class. `expected` contains the declared properties of the classes, and the
-    model.
+    A folder without images is a class too. `expected` contains the declared properties of the classes, and the model.
     """
     expected = expected or Expected()
     root = _split_folder(folder, split)
@@ -110,7 +113,7 @@ def open_folder(
 
 
 def _refuse_declared(expected: Expected, name: str) -> None:
-    """Raise `UsageError` for a declared normalisation or layout, because images are read in one way only."""
+    """Raise `UsageError` for a declared normalisation or layout, because images are always read in the same way."""
     if expected.normalised is not None:
         raise UsageError(
             f"{name!r} holds images, which are no normalised values; leave --data-normalised out, and give --mean "
@@ -126,7 +129,7 @@ def _refuse_declared(expected: Expected, name: str) -> None:
 
 
 def _nested(root: Path, names: Sequence[str]) -> tuple[str, ...]:
-    """Return a note about folders inside class folders, which are not read."""
+    """Return a note on folders inside class folders, which are not read."""
     inner = [f"{name}/{entry.name}" for name in names for entry in (root / name).iterdir() if entry.is_dir()]
     if not inner:
         return ()
@@ -135,7 +138,7 @@ def _nested(root: Path, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _split_folder(folder: Path, split: str | None) -> Path:
-    """Return the folder, or the sub-folder of a split: the named one, else `test` if it exists."""
+    """Return the sub-folder of a split: the given one, else `test` if it exists, else `folder` itself."""
     splits = [
         entry.name
         for entry in folder.iterdir()
@@ -180,7 +183,10 @@ def _measured(paths: tuple[Path, ...]) -> tuple[str, tuple[str, ...]]:
 
 
 def _refuse_bomb(paths: tuple[Path, ...], n_bytes: int) -> None:
-    """Refuse images that need much more memory than their files. `n_bytes` is the size of one decoded image."""
+    """Raise `TargetError` for images that need much more memory than their files.
+
+    `n_bytes` is the size of one decoded image.
+    """
     on_disk = sum(path.stat().st_size for path in paths)
     if len(paths) * n_bytes > max(_SMALL, _RATIO * on_disk, requested_memory()):
         raise TargetError(

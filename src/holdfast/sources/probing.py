@@ -1,4 +1,4 @@
-"""Outputs of a model on a few examples, to determine the layout, the number of classes and the kind of the outputs."""
+"""Calls a model on a few examples to determine the layout, the number of classes and the kind of its outputs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,43 +15,44 @@ from holdfast.ops.refusals import CUTS
 from holdfast.sources.estimators import Estimator
 
 _ROWS = 2
-"""number of examples that test a shape; a single row might be taken as an image without a batch axis"""
+"""Number of examples with which a shape is tested; a single row might be treated as an image without a batch axis."""
 _LOOKED_AT = 2048
-"""number of examples that are searched for an output outside [0, 1]"""
+"""Number of examples that are searched for an output outside [0, 1]."""
 _CHUNK, _VALUES = 256, 1 << 26
-"""most examples, and most values of examples, that are processed at a time"""
+"""Largest number of examples, and largest number of their values, that are processed at a time."""
 _COMPARED = 512
-"""number of examples whose scores are compared with the labels that an estimator predicts"""
+"""Number of examples whose scores are compared with the labels that an estimator predicts."""
 HWC_NOTE = "the network takes the channels last; its inputs are transposed inside the model"
-"""note for a `Classifier` whose layout was found to be hwc"""
+"""Note for a `Classifier` whose layout was found to be hwc."""
 
 NO_GRADIENT = (
     "no gradient reaches the input, so attacks that follow one stay near where they start, and a robust accuracy by "
     f"them says little; take out what cuts it ({CUTS}), or use the suite black-box, which needs scores only"
 )
-"""note for a model whose outputs have no computation graph"""
+"""Note for a model whose outputs have no computation graph."""
 
 
 class ProbedClassifier:
-    """Computes outputs of a classifier in eval mode, without gradients, and restores its state afterwards.
+    """Wrapper that computes outputs of a classifier in eval mode, without gradients, and restores its state afterwards.
 
-    The random numbers of a randomised network use one seed, so that equal inputs have equal outputs.
+    The random numbers of a randomised network start from a fixed seed, so that equal inputs have equal outputs.
     """
 
     def __init__(self, model: Classifier) -> None:
         self.model = model
         self.own = inner(model)
-        """the classifier without transformations around it"""
+        """the classifier without the transformations that wrap it"""
         self.classes = model.classes
         """number of classes of the network; None before its first outputs"""
         self.refused: TargetError | None = None
-        """error of the network for the last inputs that it refused"""
+        """error of the network for the last inputs that it rejected"""
 
     def outputs(self, x: Tensor, layout: Layout | None = None, *, whole: bool = False) -> Logits | None:
-        """Return logits of `x` (n, *features) in a layout of the network's inputs, or None if the network refuses them.
+        """Return the logits of `x` (n, *features) for a given layout of the network's inputs, or None if it rejects
+        them.
 
-        With `whole`, all rows are passed at once, else in batches of a size that the network takes. Outputs that may be
-        logits or probabilities are treated as logits.
+        If `whole` is True, all rows are passed at once, else in batches of a size that the network accepts. Outputs
+        that may be logits or probabilities are treated as logits.
         """
         own = self.own
         before = own.layout, own.output
@@ -81,11 +82,11 @@ class ProbedClassifier:
             return _forwarded(self.model, x, whole=whole)
 
     def suit(self, x: Tensor) -> tuple[str, ...]:
-        """Set the layout of a network that accepts images only with the channels last. Returns a note if it was set.
+        """Set the layout of a network that accepts images only with the channels last. Return a note if it was set.
 
-        `x` are examples as the data set reads them. Networks behind a server are not called, because queries may be
-        charged. Raises `TargetError` if the network accepts the examples only with another order of the axes or with an
-        axis for one channel.
+        `x` contains examples as the data set returns them. Networks behind a server are not called, because queries may
+        cost money. Raises `TargetError` if the network accepts the examples only with another order of the axes or with
+        an axis for one channel.
         """
         if self.model.remote:
             return ()
@@ -111,10 +112,10 @@ class ProbedClassifier:
 
 
 def settle_output(model: Classifier, data: Data) -> None:
-    """Determine whether a single output is a logit, which a value outside [0, 1] among the examples proves.
+    """Determine whether a model with one output per example returns a logit, which a value outside [0, 1] proves.
 
-    Raises `UnclearOutput` if there is no such value. Cost: forward passes of at most 2048 examples, until one is found;
-    of two examples for a model that returns one number for each class. A model whose outputs are declared, or that is
+    Raises `UnclearOutput` if no example has such a value. Cost: forward passes of at most 2048 examples, until one is
+    found; of two examples for a model with an output for each class. A model whose outputs are declared, or that is
     behind a server, is not called.
     """
     if inner(model).output is not None or model.remote or model.rejects:
@@ -138,7 +139,7 @@ def settle_output(model: Classifier, data: Data) -> None:
 
 
 def settle_predictions(model: Classifier, data: Data) -> tuple[str, ...]:
-    """Determine whether the largest score of an estimator is its predicted class. Returns a note if it is not.
+    """Compare the largest scores of an estimator with its predicted classes. Return a note if they differ.
 
     Cost: the scores and the labels of at most 1,024 rows. Models other than estimators are not called.
     """
@@ -154,11 +155,11 @@ def settle_predictions(model: Classifier, data: Data) -> tuple[str, ...]:
 
 
 def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
-    """Treat a model whose backward pass raises an error as one with scores only. Returns a note with the reason.
+    """Restrict the access of a model whose backward pass raises an error to scores. Return a note with the reason.
 
-    If the outputs have no graph, only a note is returned: attacks continue, and the doubt `zero-gradient` is raised.
     Such models are common: an operator without a derivative, a value that is changed in place after it was saved, a
-    cuDNN LSTM in eval mode. Cost: one forward and one backward pass of two examples.
+    cuDNN LSTM in eval mode. If the outputs have no graph, only a note is returned: attacks continue, and the doubt
+    `zero-gradient` is raised. Cost: one forward and one backward pass of two examples.
     """
     if model.access != "gradients" or model.remote or not len(data):
         return ()
@@ -187,8 +188,10 @@ def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
 
 
 def _forwarded(model: Classifier, x: Tensor, *, whole: bool = False) -> Logits:
-    """Return logits of `x` on the CPU. Unless `whole`, they are computed in batches of a size that the network
-    takes.
+    """Return the logits of `x` on the CPU.
+
+    If the network rejects all rows at once and `whole` is False, they are computed in batches of a size that it
+    accepts.
     """
     weight = next(model.parameters(), None)
     rows = x if weight is None else x.to(weight.device)
@@ -208,7 +211,9 @@ def _forwarded(model: Classifier, x: Tensor, *, whole: bool = False) -> Logits:
 
 @contextmanager
 def _looked_at(model: Classifier) -> Iterator[None]:
-    """Set the model to eval mode without gradients within the block, and restore torch's generators afterwards."""
+    """Context manager that sets the model to eval mode without gradients, and restores its mode and torch's
+    generators.
+    """
     # a frozen script has no mode
     modes = [(module, getattr(module, "training", False)) for module in model.modules()]
     try:

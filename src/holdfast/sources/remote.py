@@ -1,6 +1,6 @@
 """Options for a model behind HTTP: allowed hosts, headers, and the format of requests.
 
-The module uses only the standard library, so that an address is refused before torch is imported.
+The module uses only the standard library, so that an address can be rejected before torch is imported.
 """
 
 import re
@@ -22,41 +22,45 @@ _VARIABLE = re.compile(r"env:([A-Za-z_][A-Za-z0-9_]*)")
 
 @dataclass(frozen=True)
 class Remote:
-    """Options for requests to a model behind HTTP."""
+    """Options of the requests to a model behind HTTP."""
 
     hosts: tuple[str, ...] = ()
-    """hosts to which requests are allowed, each `HOST` or `HOST:PORT`"""
+    """hosts to which requests may be sent, each `HOST` or `HOST:PORT`"""
     headers: tuple[str, ...] = ()
     """headers of every request, each `NAME: env:VARIABLE`"""
     request: str | None = None
-    """JSON of a request with `$x` for its rows, or with `$x_one` for one example without a batch axis, in which case
-    each request has one example; None uses the Open Inference Protocol
+    """JSON of a request with `$x` in place of its rows, or `$x_one` in place of one example without a batch axis
+
+    With `$x_one` each request has one example. None means the Open Inference Protocol.
     """
     response: str | None = None
-    """place of the scores or classes in the answer: a path such as `predictions`, or the name of an output"""
+    """location of the scores or labels in the response: a path such as `predictions`, or the name of an output"""
     labels: bool = False
-    """whether the answer has one class for each row, by number or name, instead of scores"""
+    """whether the response contains one label for each row, by number or name, instead of scores"""
     max_rows: int = 64
-    """maximum number of rows of one request"""
+    """largest number of rows of one request"""
     timeout_s: float = 30.0
-    """longest pause in an answer, and longest duration of a whole answer, of one request"""
+    """largest duration in seconds of a pause within a response, and of a whole response"""
     retries: int = 5
     """how often a request that failed temporarily is repeated"""
     concurrency: int = 1
-    """maximum number of requests at the same time"""
+    """largest number of requests at the same time"""
     rate: float | None = None
-    """maximum number of requests a second; None means no limit"""
+    """largest number of requests per second; None means no limit"""
     max_queries: int | None = None
-    """maximum number of rows that a run may send, including earlier attempts; None means no limit"""
+    """largest number of rows that a run may send, including earlier attempts; None means no limit"""
     on_refused: Literal["reject", "stop"] = "reject"
-    """whether an attacked input that the server refuses counts as rejected, or ends the run"""
+    """what happens with an attacked input that the server rejects: it is recorded as rejected, or the run stops"""
     sleep: Callable[[float], object] | None = None
-    """function that waits for so many seconds; None waits for that time or until the run is stopped"""
+    """function that waits for a number of seconds; None means to wait for that time or until the run is stopped"""
     now: Callable[[], float] = time.monotonic
 
 
 def header_variable(text: str) -> tuple[str, str]:
-    """Return the names of a header and of the environment variable with its value. A literal value is refused."""
+    """Return the name of a header, and that of the environment variable with its value.
+
+    Raises `UsageError` for a literal value, because it would be stored in the evidence.
+    """
     form = "give 'NAME: env:VARIABLE', as in --header 'Authorization: env:MODEL_TOKEN'"
     found = _HEADER.fullmatch(text)
     if found is None:
@@ -73,7 +77,7 @@ def header_variable(text: str) -> tuple[str, str]:
 
 
 def allowed_address(address: str, hosts: Iterable[str]) -> SplitResult:
-    """Return the parts of an address with an allowed host. Raises `UsageError`, with advice, for other addresses."""
+    """Return the parts of a URL whose host is one of `hosts`. Raises `UsageError`, with advice, for other addresses."""
     try:
         parts = urlsplit(address)
         port = parts.port or SCHEMES.get(parts.scheme)

@@ -1,4 +1,4 @@
-"""A subset of an opened data set: its first examples, or a seeded sample."""
+"""A subset of an opened data set: its first examples, or a random sample that depends on a seed."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from holdfast.sources.arrays import selected_rows
 
 @dataclass(frozen=True)
 class Selection:
-    """A subset of the rows of a data set, in ascending order; ids are those of the whole data set."""
+    """A subset of the rows of a data set, in ascending order. The ids are those of the whole data set."""
 
     whole: Data
     rows: tuple[int, ...]
@@ -23,25 +23,25 @@ class Selection:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes, if known."""
+        """Names of the classes, or None if they are unknown."""
         return self.whole.classes
 
     @property
     def features(self) -> tuple[str, ...] | None:
-        """Names of the columns if the data set is a table, else None."""
+        """Names of the columns that are features if the data set is a table, else None."""
         found: tuple[str, ...] | None = getattr(self.whole, "features", None)
         return found
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the whole data set and of the indices of the rows."""
+        """SHA-256 in hex of the digest of the whole data set and of the row numbers."""
         return digest(canonical([self.whole.digest, self.rows]))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, start: int, stop: int) -> Batch:
-        """Examples `start` to `stop` of the selection; consecutive rows are read in one call."""
+        """Return the examples from `start` to `stop` - 1 of the selection. Consecutive rows are read in one call."""
         rows = self.rows[start:stop]
         if rows and rows[-1] - rows[0] == len(rows) - 1:
             return self.whole.read(rows[0], rows[-1] + 1)
@@ -49,7 +49,7 @@ class Selection:
 
 
 def selected(data: Data, *, n: int | None, sample: int | None, seed: int) -> Data:
-    """The first `n` examples, a seeded sample, or all."""
+    """Return a data set with the first `n` examples, a random sample that depends on `seed`, or all examples."""
     if n is None and sample is None:
         return data
     rows = selected_rows(len(data), n=n, sample=sample, seed=seed, name=data.name)
@@ -57,7 +57,7 @@ def selected(data: Data, *, n: int | None, sample: int | None, seed: int) -> Dat
 
 
 def concatenated(batches: list[Batch]) -> Batch:
-    """Concatenate several batches to one."""
+    """Return one batch that contains the examples of several batches."""
     return Batch(
         torch.cat([batch.x for batch in batches]),
         torch.cat([batch.y for batch in batches]),

@@ -15,47 +15,47 @@ from holdfast.core.errors import QueriesSpent
 from holdfast.core.purpose import Purpose
 
 KEY_BYTES = 16
-"""length of the digest that identifies an input"""
+"""Number of bytes of the digest that identifies an input."""
 
 
 @dataclass
 class Totals:
-    """Rows and requests over all attempts of a run."""
+    """Numbers of rows and requests over all attempts of a run."""
 
     sent: int = 0
-    """rows of all requests, including repeated ones"""
+    """number of rows of all requests, including repeated ones"""
     rows: Counter[str] = field(default_factory=Counter)
-    """rows that the server answered or refused, by purpose"""
+    """number of rows that the server processed or rejected, by purpose"""
     requests: int = 0
     refused: int = 0
-    """number of these rows in requests that the server refused"""
+    """number of these rows in requests that the server rejected"""
     rejected: Counter[str] = field(default_factory=Counter)
-    """attacked inputs that the server refused individually, by status"""
+    """number of attacked inputs that the server rejected individually, by status code"""
     failed: Counter[str] = field(default_factory=Counter)
-    """requests that failed temporarily and were repeated, by failure"""
+    """number of requests that failed temporarily and were repeated, by failure"""
     failed_rows: int = 0
     most: int | None = None
-    """maximum number of rows that a request may have, determined by refused requests"""
+    """largest number of rows that a request may have, as determined from rejected requests"""
     too_many: int = 0
-    """number of rows in the refused request that determined it"""
+    """number of rows of the smallest rejected request, from which `most` was determined"""
 
     @property
     def unanswered(self) -> int:
-        """Rows of requests without an answer because the run was stopped."""
+        """Number of rows of requests that had no response when the run was stopped."""
         return self.sent - self.rows.total() - self.failed_rows
 
 
 class Sent:
-    """Counts the rows that are sent to a server, and enforces a limit.
+    """Counter of the rows that are sent to a server, which enforces a limit.
 
-    All methods may be called by several threads.
+    All methods may be called by several threads at the same time.
     """
 
     keeps = False
-    """whether answers are stored, which requires digests of their inputs"""
+    """whether responses are stored, which requires digests of their inputs"""
 
     earlier = 0
-    """rows that earlier attempts of the run sent"""
+    """number of rows that earlier attempts of the run sent"""
 
     def __init__(self, limit: int | None = None) -> None:
         self.totals = Totals()
@@ -63,11 +63,11 @@ class Sent:
         self._lock = RLock()
 
     def left(self) -> int | None:
-        """Number of rows that may still be sent. None without a limit."""
+        """Return how many rows may still be sent, or None if there is no limit."""
         return None if self.limit is None else max(0, self.limit - self.totals.sent)
 
     def spent(self, rows: int) -> str:
-        """Message why `rows` further rows are not sent."""
+        """Return the message why `rows` further rows are not sent."""
         return (
             f"--max-queries is {self.limit:,}; rows that were sent to the server: {self.totals.sent:,}, rows of the "
             f"next request: {rows:,}"
@@ -82,31 +82,35 @@ class Sent:
             self._note({"t": "sent", "n": rows})
 
     def failed(self, what: str, rows: int) -> None:
-        """Count a request that failed temporarily and is repeated."""
+        """Count a request that failed temporarily and is repeated. `what` is the kind of the failure."""
         self._note({"t": "failed", "what": what, "n": rows})
 
     def answered(self, purpose: Purpose, values: Tensor, keys: Sequence[bytes]) -> None:
-        """Count the answer to inputs with the digests `keys`: scores or one-hot labels (n, classes)."""
+        """Count a response: scores or one-hot labels (n, classes) of inputs with the digests `keys`."""
         self._note({"t": "answer", **purpose_record(purpose), "n": len(values)})
 
     def refused(self, purpose: Purpose, rows: int) -> None:
-        """Count a refused request."""
+        """Count a request with `rows` rows that the server rejected."""
         self._note({"t": "refused", "kind": purpose.kind, "n": rows})
 
     def rejected(self, purpose: Purpose, status: str, key: bytes) -> None:
-        """Record that an input counts as rejected. Its request was already counted as refused."""
+        """Record that an attacked input was rejected with a status code. Its request was already counted by
+        `refused`.
+        """
         self._note({"t": "rejected", **purpose_record(purpose), "status": status}, key)
 
     def found_limit(self, most: int, refused: int) -> None:
-        """Record the most rows that the server takes in a request."""
+        """Record two numbers of rows: the largest that the server accepts, and that of the smallest request that it
+        rejected.
+        """
         self._note({"t": "limit", "most": most, "refused": refused})
 
     def recalled(self, purpose: Purpose, keys: Sequence[bytes]) -> list[Tensor | None]:
-        """Return the stored answer for each input, or None for inputs that must be sent."""
+        """Return the stored response for each input, or None for an input that must be sent."""
         return [None] * len(keys)
 
     def done(self, stage: str, shard: int | None = None) -> None:
-        """Discard the stored answers of a finished shard, or of a whole stage."""
+        """Discard the stored responses of a finished shard, or of a whole stage if `shard` is None."""
 
     def _note(self, content: Mapping[str, Any], *parts: bytes) -> None:
         with self._lock:
@@ -117,13 +121,13 @@ _NEW: ContextVar[Callable[[int | None], Sent]] = ContextVar("sent", default=Sent
 
 
 def new_sent(limit: int | None) -> Sent:
-    """Return the counter for a served model that is being opened."""
+    """Return a new counter for a served model that is being opened."""
     return _NEW.get()(limit)
 
 
 @contextmanager
 def counting_by(make: Callable[[int | None], Sent]) -> Iterator[None]:
-    """Within the block, rows of newly opened served models are counted by `make(limit)`."""
+    """Context manager in which the rows of newly opened served models are counted by the counter `make(limit)`."""
     token = _NEW.set(make)
     try:
         yield
@@ -132,17 +136,17 @@ def counting_by(make: Callable[[int | None], Sent]) -> Iterator[None]:
 
 
 def key_of(row: Tensor) -> bytes:
-    """Digest of an input (*features) on the CPU."""
+    """Return the digest of an input (*features) on the CPU."""
     return blake2b(row.contiguous().numpy().tobytes(), digest_size=KEY_BYTES).digest()
 
 
 def purpose_record(purpose: Purpose) -> dict[str, Any]:
-    """A purpose in the form of a record."""
+    """Return the fields of a record that describe a purpose."""
     return {"stage": purpose.stage, "shard": purpose.shard, "kind": purpose.kind}
 
 
 def add_record(totals: Totals, content: Mapping[str, Any]) -> None:
-    """Add a record to the totals."""
+    """Add the numbers of a record to the totals."""
     match content:
         case {"t": "sent", "n": n}:
             totals.sent += n

@@ -1,4 +1,4 @@
-"""A served model as a network: rows are sent in requests, and answers are counted and stored."""
+"""Calls a served model on batches: rows are sent in requests, and responses are counted and stored."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,30 +19,33 @@ from holdfast.sources.remote import Remote
 from holdfast.sources.sent import Sent, key_of, new_sent
 
 _OF_THE_VALUES = frozenset({400, 422})
-"""Status codes for refused values of an input, in contrast to its size or type."""
+"""Status codes that mean that the values of an input were rejected, not its size or type."""
 _WEIGHT = 1 / 32
-"""weight of the last input in the moving average of the refused share"""
+"""Weight of the last input in the moving average of the fraction of rejected inputs."""
 _DOUBTED = 8
-"""Number of consecutive refused inputs after which a clean input is sent, to check that it is still answered."""
+"""Number of consecutive rejected inputs after which a clean input is sent, to check that it is still accepted."""
 
 
 @dataclass(eq=False)
 class _Origin:
-    """A refused request larger than any answered one: it may be too large, or contain a refused input."""
+    """The state of a rejected request that is larger than any accepted one, while its parts are sent again.
+
+    Such a request may be too large, or contain an input that the server rejects.
+    """
 
     left: int
-    """rows that are not decided yet"""
+    """number of rows for which the reason is not known yet"""
     refused: int
-    """number of rows of the smallest refused request"""
+    """number of rows of the smallest rejected request"""
     most: int = 0
-    """number of rows of the largest answered request"""
+    """number of rows of the largest accepted request"""
     rejected: bool = False
-    """whether a single input was refused"""
+    """whether a single input was rejected"""
 
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    """Rows of one request."""
+    """Indices of the rows of one request."""
 
     rows: list[int]
     origin: _Origin | None = None
@@ -50,22 +53,23 @@ class _Chunk:
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """The inputs of one call, with the answers known so far."""
+    """The inputs of one call, with the responses received so far."""
 
     x: Tensor
     purpose: Purpose
     keys: list[bytes]
-    """digests of the inputs; empty if answers are not stored"""
+    """digests of the inputs; empty if responses are not stored"""
     found: list[Tensor | None]
     waiting: deque[_Chunk] = field(default_factory=deque)
 
 
 class Served:
-    """Returns scores or one-hot labels of a batch from a server, in requests of at most `remote.max_rows` rows.
+    """A function that returns the scores or one-hot labels of a batch, which it requests from a server.
 
-    A refused request is halved until the server answers, which determines the most rows of a request. Inputs of attacks
-    that are refused individually get the logits of `core.refused` or end the run, depending on `remote.on_refused`.
-    `sent` counts the rows, and returns answers from earlier attempts of the run.
+    A request has at most `remote.max_rows` rows. A rejected request is halved until the server accepts it, which
+    determines the largest number of rows of a request. Inputs of attacks that are rejected individually get logits with
+    the value `REFUSED` or end the run, depending on `remote.on_refused`. `sent` counts the rows, and returns responses
+    from earlier attempts of the run.
     """
 
     def __init__(
@@ -75,9 +79,9 @@ class Served:
         self._fixed = form.shape[0] if isinstance(form, Shaped) and form.shape and form.shape[0] > 0 else 0
         self._pool = ThreadPoolExecutor(remote.concurrency) if remote.concurrency > 1 else None
         self._control: Tensor | None = None
-        """a clean input that was answered"""
+        """a clean input that the server accepted"""
         self.opening = 0
-        """rows that were sent to determine how the data are read"""
+        """number of rows that were sent to determine how the data are interpreted"""
         self.begin(new_sent(remote.max_queries))
 
     def begin(self, sent: Sent) -> None:
@@ -86,13 +90,13 @@ class Served:
         most = max(self.remote.max_rows, self._fixed)
         self._limit = min(most, sent.totals.most or most)
         self._most = self._limit
-        """rows of the next request; below the limit while the limit is being determined"""
+        """number of rows of the next request; below the limit while the limit is being determined"""
         self._answered = self._streak = 0
-        """rows of the largest answered request, and number of refused inputs since the last answer"""
+        """number of rows of the largest accepted request, and number of rejected inputs since the last accepted one"""
         self._unconfirmed: list[tuple[Purpose, str, bytes]] = []
-        """refused inputs since the last answer, which may be due to a failure of the server"""
+        """rejected inputs since the last accepted request, which may be due to a failure of the server"""
         self._rejecting = 0.0
-        """moving average of the share of inputs that were refused individually"""
+        """moving average of the fraction of inputs that were rejected individually"""
 
     @property
     def at_once(self) -> int:
@@ -100,7 +104,7 @@ class Served:
         return self._limit * self.remote.concurrency
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return logits (n, classes) on the device of `x`. Rows of refused inputs are marked."""
+        """Return the logits (n, classes) of `x` on its device. Rows of rejected inputs have the value `REFUSED`."""
         self._client.go_on()
         rows, purpose = x.detach().cpu(), current()
         keys = [key_of(row) for row in rows] if self.sent.keeps else []
@@ -125,9 +129,9 @@ class Served:
         return self
 
     def confirm(self) -> None:
-        """Check that a clean input is still answered, if the last inputs of attacks were refused.
+        """Send a clean input if the last inputs of attacks were rejected, to check that it is still accepted.
 
-        Raises `TargetRefused` if it is not answered: then the refusals do not depend on the attacked inputs.
+        Raises `TargetRefused` if it is not accepted: then the rejections do not depend on the attacked inputs.
         """
         if not self._streak or self._control is None:
             return
@@ -144,13 +148,13 @@ class Served:
         self._confirmed()
 
     def _confirmed(self) -> None:
-        """Record the refused inputs as rejected. The server still answers, so it refused their values."""
+        """Record the unconfirmed inputs as rejected. As the server accepts other inputs, it rejected their values."""
         for purpose, status, key in self._unconfirmed:
             self.sent.rejected(purpose, status, key)
         self._unconfirmed, self._streak = [], 0
 
     def _recall(self, rows: Tensor, purpose: Purpose, found: Sequence[Tensor | None]) -> None:
-        """Process stored answers as if the server had just given them."""
+        """Process stored responses as if the server had just returned them."""
         for row, known in zip(rows, found, strict=True):
             if known is None or refused(known[None]).any():
                 continue
@@ -184,7 +188,7 @@ class Served:
         return values
 
     def _refuse(self, task: _Task, chunk: _Chunk, error: InputRefused) -> None:
-        """Halve a refused request. If it is a single input, mark it as refused or raise the error."""
+        """Halve a rejected request. If it is a single input, mark the input as rejected or raise the error."""
         n, rows = len(chunk.rows), self._fixed or len(chunk.rows)
         rejects = (
             self.remote.on_refused == "reject"
@@ -213,7 +217,7 @@ class Served:
         task.waiting.extendleft((_Chunk(chunk.rows[half:], origin), _Chunk(chunk.rows[:half], origin)))
 
     def _learn(self, chunk: _Chunk, *, answered: int = 0, rejected: bool = False) -> None:
-        """Update the limit of rows from the result of a part of a refused request."""
+        """Update the limit of rows from the result of a part of a rejected request."""
         origin = chunk.origin
         if origin is None:
             return
@@ -227,7 +231,7 @@ class Served:
         self._most = self._limit
 
     def _replies(self, task: _Task) -> Iterator[tuple[_Chunk, Any]]:
-        """Yield each waiting chunk with its answer or its `InputRefused`. Chunks may be added meanwhile."""
+        """Yield each waiting chunk with its response or its `InputRefused`. Chunks may be added in the meantime."""
         flying: dict[Future[Any], _Chunk] = {}
         failure: BaseException | None = None
         try:
@@ -251,7 +255,7 @@ class Served:
     def _next(self, task: _Task) -> _Chunk:
         """Return the next chunk, within the limits of a request and of the rows that may still be sent.
 
-        If many inputs are refused, requests are so short that most contain none of them, as in group testing.
+        If many inputs are rejected, requests are so short that most contain none of them, as in group testing.
         """
         chunk, left = task.waiting.popleft(), self.sent.left()
         size = self._most
@@ -263,7 +267,7 @@ class Served:
         return chunk
 
     def _submitted(self, x: Tensor) -> "Future[Any]":
-        """Return the future answer. Without other threads it is complete on return."""
+        """Return a future for the response. Without other threads it is complete on return."""
         if self._pool is not None:
             return self._pool.submit(self._ask, x)
         future: Future[Any] = Future()

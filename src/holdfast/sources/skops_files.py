@@ -1,7 +1,7 @@
 """Opens estimators in `.skops` files, which contain the values and the types of an estimator without pickle.
 
-A file with types that skops does not trust is opened only if the user trusts its code. The bytes are read once, so that
-the checked bytes are the loaded ones.
+A file with types that skops does not trust is opened only if the user trusts its code. The content is read once, so
+that the bytes that are checked are those that are loaded.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ _SAVED_BY = "save it with skops.io.dump(estimator, file), without compression"
 
 
 LIMITS = Limits(copies=8, spare_bytes=2**30)
-"""limits of the process that first loads an estimator"""
+"""Limits of the process that first loads an estimator."""
 
 
 def open_skops(path: Path, *, trust_code: bool) -> tuple[Any, str, tuple[str, ...]]:
-    """Return the estimator in the file, the SHA-256 of the file, and notes.
+    """Return the estimator in a file, the SHA-256 of the file, and notes.
 
-    Without `trust_code`, it is first loaded in a separate process and called with two rows. Raises `UsageError` for
-    types that skops does not trust, unless `trust_code`, and `TargetError` for a damaged file.
+    If `trust_code` is False, the estimator is first loaded in a separate process and called with two rows, and types
+    that skops does not trust raise `UsageError`. Raises `TargetError` for a damaged file.
     """
     content = read_once(path, "model")
     if not trust_code:

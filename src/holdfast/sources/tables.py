@@ -1,4 +1,4 @@
-"""Tables as a data set: numeric columns are the features, one column is the label."""
+"""Tables as a data set: numeric columns are the features, and one column is the label."""
 
 import shlex
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ from holdfast.sources.limited.tables import table
 
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
 LIMITS = Limits(copies=4, spare_bytes=2**32)
-"""limits of the process that reads the file"""
+"""Limits of the process that reads the file."""
 _SHOWN = 50
-"""number of names of columns or splits that a message shows"""
+"""Largest number of names of columns or splits in an error message."""
 
 
 def open_table(
@@ -37,9 +37,10 @@ def open_table(
     seed: int,
     expected: Expected | None = None,
 ) -> Arrays:
-    """Return the rows of a split, with features as float32.
+    """Return the rows of a split of a table in a file, with features as float32.
 
-    Labels that are whole numbers from 0 on are the class numbers. Other labels are class names.
+    Labels that are integers from 0 on are the class numbers. Other labels are class names. `name` is the name of the
+    table in messages, `label` the label column, and `drop` lists columns that are not features.
     """
     readable_file(path, "data file")
     with read_under_limits("tables", path, LIMITS, label=label, drop=drop) as (found, folder):
@@ -69,7 +70,7 @@ def table_examples(
     seed: int = 0,
     expected: Expected | None = None,
 ) -> Arrays:
-    """Return the rows of a split of a table that was read, in the same form as `open_table`."""
+    """Return the rows of a split of a table that was already read, in the same way as `open_table`."""
     expected = expected or Expected()
     label = _label(label, table)
     _refuse_dropped(drop, label, table)
@@ -98,13 +99,13 @@ def table_examples(
 
 
 def _numbering(names: tuple[str, ...]) -> str:
-    """Note with the number of each class."""
+    """Return a note with the number of each class."""
     shown = ", ".join(f"{name}={i}" for i, name in enumerate(names[:6]))
     return f"text labels were numbered: {shown}{' …' if len(names) > 6 else ''}"
 
 
 def _as_fitted(features: list[str], table: ColumnTable, expected: Expected) -> list[str]:
-    """Return the features in the order in which the model was fitted, if it has their names.
+    """Return the names of the features in the order in which the model was fitted, if the model declares names.
 
     Raises `TargetError` if the columns differ.
     """
@@ -145,7 +146,7 @@ def _label(label: str | None, table: ColumnTable) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    """Return the first names, with an ellipsis if there are more; a table may have a million."""
+    """Return the first names, with an ellipsis if there are more, because a table may have a million columns."""
     return ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
 
 
@@ -179,10 +180,10 @@ def _rows_of_split(table: ColumnTable, split: str | None) -> NDArray[np.int64]:
 
 
 def _class_numbers(column: Words, name: str) -> NDArray[np.int64] | None:
-    """Return labels that are whole numbers from 0 on, which are the class numbers. None for labels that are names."""
+    """Return labels that are integers from 0 on, which are the class numbers, or None for labels that are names."""
 
     def first(places: list[int]) -> int:
-        """First row with one of these words."""
+        """Return the first row with one of these strings."""
         chosen = np.zeros(len(column.words), bool)
         chosen[places] = True
         return int(chosen[column.places].argmax())
@@ -236,7 +237,7 @@ def _refuse_missing(
 
 
 def _not_numbers(table: ColumnTable, text: list[str]) -> TargetError:
-    """Error for columns that contain text."""
+    """Return the error for columns that contain strings."""
     counted = "1 column" if len(text) == 1 else f"{len(text)} columns"
     few, more = text[:6], " …" if len(text) > 6 else ""
     flags = " ".join(f"--drop {shlex.quote(name)}" for name in few)

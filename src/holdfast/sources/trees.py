@@ -1,4 +1,4 @@
-"""Boosters of XGBoost as models: objects, and the `.json` and `.ubj` files of XGBoost.
+"""Wraps boosters of XGBoost as models: objects, and the `.json` and `.ubj` files of XGBoost.
 
 A file is first loaded in a separate process with limits of memory and time, because the reader is native code and a
 damaged file could crash the process. The files are data and run no code.
@@ -23,22 +23,25 @@ from holdfast.sources.limited.limits import Limits
 from holdfast.sources.limited.trees import best_iteration, damaged
 
 MAX_BYTES = 2**30
-"""maximum number of bytes of a file; a booster of 10,000 deep trees has some hundred megabytes"""
+"""Largest number of bytes of a file; a booster of 10,000 deep trees has some hundred megabytes."""
 LIMITS = Limits(copies=8, spare_bytes=2**30)
-"""limits of the process that first loads a file; JSON needs eight copies"""
+"""Limits of the process that first loads a file; JSON needs memory for eight copies."""
 _OBJECTIVES = frozenset(
     {"binary:logistic", "binary:logitraw", "binary:hinge", "multi:softmax", "multi:softprob"}
 )
-"""objectives whose margins are logits of classes"""
+"""Training objectives of boosters whose margins are logits of classes."""
 
 
 def adapted_booster(booster: Any) -> Adapted:
-    """Return a booster with a classification objective as a model. Its margins are the logits of the classes."""
+    """Return a booster with a classification objective wrapped as a model. Its margins are the logits of the classes.
+
+    Raises `TargetError` for another objective.
+    """
     return _adapted(booster, hashlib.sha256(bytes(booster.save_raw("ubj"))).hexdigest(), None)
 
 
 def open_booster(path: Path) -> tuple[Adapted, str]:
-    """Return the booster in a `.json` or `.ubj` file as a model, and the SHA-256 of the file.
+    """Return the booster in a `.json` or `.ubj` file wrapped as a model, and the SHA-256 of the file.
 
     If `XGBClassifier` wrote the file after early stopping, trees after the best iteration are not used, as in
     `XGBClassifier`.
@@ -91,7 +94,7 @@ def _adapted(booster: Any, digest: str, best: int | None) -> Adapted:
 
 
 def _margins(booster: Any, iterations: tuple[int, int], rows: Array) -> Array:
-    """Logits (n, classes), or (n,) of class 1."""
+    """Return the logits (n, classes) of the rows, or those (n,) of class 1."""
     import xgboost
 
     matrix = xgboost.DMatrix(

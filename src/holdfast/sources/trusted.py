@@ -1,6 +1,6 @@
-"""Opens model files that run code, with the user's trust: TorchScript, and pickles of whole modules.
+"""Opens model files that run code and that the user trusts: TorchScript, and pickles of whole modules.
 
-A file is read once, so that the checked and hashed bytes are the loaded ones.
+A file is read once, so that the bytes that are checked and hashed are those that are loaded.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from holdfast.sources.limited.weights import NESTINGS, state_dict
 
 
 def open_trusted(path: Path) -> tuple[nn.Module | Weights, str, str]:
-    """Load a file and run its code. Returns a module, or weights if the file has no module, its form and its SHA-256.
+    """Load a file, which runs its code, and return its content, its format and its SHA-256.
 
-    Raises `TargetError` if it cannot be loaded.
+    The content is a module, or weights if the file has no module. Raises `TargetError` if it cannot be loaded.
     """
     content = read_once(path, "model")
     check_archive(path, content, trust_code=True)

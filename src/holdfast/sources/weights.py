@@ -1,4 +1,4 @@
-"""Loads tensors into an architecture, or reports which of them do not fit."""
+"""Loads tensors into an architecture, or reports which of them do not match it."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,15 +18,15 @@ from holdfast.sources.described import refuse_description
 from holdfast.sources.files import readable_file
 
 METADATA_KEY = "holdfast"
-"""metadata key of Holdfast's safetensors files; its value is sorted JSON"""
+"""Metadata key of Holdfast's safetensors files; its value is sorted JSON."""
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")
-"""prefixes that DataParallel, torch.compile and training scripts add to every name"""
+"""Prefixes that DataParallel, torch.compile and training scripts add to every name."""
 _SHOWN = 4
 _MOST_WRAPPERS = 8
 
 
 def read_state_dict(path: Path) -> tuple[Weights, dict[str, Any]]:
-    """Return the tensors of a safetensors file or a `.pt` state dict, and Holdfast's metadata if there are any."""
+    """Return the tensors of a safetensors file or a `.pt` state dict, and Holdfast's metadata, which may be empty."""
     readable_file(path, "weights file")
     if path.suffix != ".safetensors":
         return read_weights(path), {}
@@ -46,7 +46,7 @@ def read_state_dict(path: Path) -> tuple[Weights, dict[str, Any]]:
 
 
 def written(net: nn.Module, described: Mapping[str, Any]) -> bytes:
-    """Return the weights of the network as a safetensors file with the metadata `described`."""
+    """Return the content of a safetensors file with the weights of the network and the metadata `described`."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in net.state_dict().items()}
     return safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(described, sort_keys=True)})
 
@@ -54,8 +54,8 @@ def written(net: nn.Module, described: Mapping[str, Any]) -> bytes:
 def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str, *, spare: int = 0) -> None:
     """Raise `TargetError` if a network has other tensors than the file, before memory is allocated for it.
 
-    The network is built on the meta device, and only until it has `spare` more parameters than the file has tensors,
-    because a file or a configuration may request a network of any size. Errors of `make` are not caught.
+    The network is built by `make` on the meta device. Building ends when it has `spare` more parameters than the file
+    has tensors, because a file or a configuration may request a network of any size. Errors of `make` are not caught.
     """
     most, n = len(weights.tensors) + spare, 0
     thread = get_ident()
@@ -81,9 +81,9 @@ def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str, 
 
 
 def fit_weights(net: nn.Module, weights: Weights, source: str) -> tuple[str, ...]:
-    """Load the tensors into the network in place. Returns notes about changes of names.
+    """Load the tensors into the network in place. Return notes on changed names.
 
-    Raises `TargetError` with the tensors that do not fit.
+    Raises `TargetError`, with the names of the tensors, if some do not match or are not finite.
     """
     tensors, notes = _fitting(net, weights, source)
     net.load_state_dict(tensors)
@@ -100,8 +100,9 @@ def fit_weights(net: nn.Module, weights: Weights, source: str) -> tuple[str, ...
 
 
 def _fitting(net: nn.Module, weights: Weights, source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors by the names of the network, and notes. Raises `TargetError` with the tensors that do
-    not fit.
+    """Return the tensors by the names in the network, and notes.
+
+    Raises `TargetError` with the names of the tensors that do not match.
     """
     wanted = net.state_dict()
     tensors, notes = _unwrapped(weights.tensors, wanted)
@@ -120,7 +121,7 @@ def _fitting(net: nn.Module, weights: Weights, source: str) -> tuple[dict[str, T
 def _unwrapped(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Remove known prefixes from all names if no name fits unchanged."""
+    """Return the tensors without known prefixes of their names, and notes. If some names match, none is changed."""
     now: dict[str, Tensor] = dict(tensors)
     notes: list[str] = []
     while not wanted.keys() & now.keys() and len(notes) < _MOST_WRAPPERS:

@@ -1,5 +1,5 @@
 """Parsers that run in a separate process with limits of memory and time, because a file may be untrusted.
 
 `calling` starts such a process and `answering` is its main program. The other modules are the parsers. A parser imports
-torch only if its format needs it.
+torch only if its format requires it.
 """

@@ -1,4 +1,4 @@
-"""The main program of the process that reads one file under limits."""
+"""The main program of the process that reads one file under limits of memory and time."""
 
 import errno
 import json
@@ -13,9 +13,9 @@ from holdfast.sources.files import reading
 from holdfast.sources.limited import limits
 
 NO_SPACE, NOT_STARTED = 28, 70
-"""exit statuses: the disk for temporary files is full, and a library or the package cannot be imported"""
+"""Exit codes: the disk for temporary files is full, and a library or the package cannot be imported."""
 REQUEST, ANSWER = "request.json", "answer.json"
-"""documents in the folder that both processes share"""
+"""Names of the documents in the folder that both processes use."""
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _PACKAGE = __name__.rpartition(".")[0]
 _NO_MEMORY = (
@@ -26,11 +26,11 @@ _NO_MEMORY = (
     "Failed to allocate memory",
     "Failed to serialize proto",
 )
-"""messages of libraries about failed allocations in errors other than `MemoryError`"""
+"""Messages of libraries about failed allocations in errors other than `MemoryError`."""
 
 
 def main(name: str) -> None:
-    """Read the file of the request in a folder, and write the answer into the folder."""
+    """Read the file that the request in the folder `name` refers to, and write the result into the folder."""
     folder = Path(name)
     try:
         request = json.loads((folder / REQUEST).read_text())
@@ -51,13 +51,13 @@ def main(name: str) -> None:
 
 
 def is_out_of_memory(cause: BaseException | None) -> bool:
-    """Whether a library raised this because it did not get memory."""
+    """Return whether an error was raised because memory could not be allocated."""
     too_large = isinstance(cause, OSError) and cause.errno == errno.EFBIG  # the limit of written files
     return too_large or isinstance(cause, MemoryError) or any(each in str(cause) for each in _NO_MEMORY)
 
 
 def answers_of(request: Mapping[str, Any], content: bytes | None, folder: Path) -> Mapping[str, Any]:
-    """Return the result of the parser, or the class and the message of its error."""
+    """Return the result of the parser, or a dictionary with the class and the message of its error."""
     read = import_module(f"{_PACKAGE}.{request['parser']}").read
     path = Path(request["path"])
     named = {key: value for key, value in request.items() if key not in ("parser", "path", "content")}

@@ -1,4 +1,4 @@
-"""Starts the process that reads a file under limits, and returns its result."""
+"""Starts the process that reads a file under limits of memory and time, and returns its result."""
 
 import json
 import os
@@ -30,7 +30,7 @@ spec.loader.exec_module(sys.modules["holdfast"])
 from {answers_of.__module__} import main
 main(folder)
 """
-"""Imports the same package as this process, and libraries from where this process finds them."""
+"""Program that imports the same package as this process, and libraries from the same folders."""
 # One thread: each has a stack and an arena, which count as memory. The allocators of arrow and glibc reserve far more
 # than they use.
 _ENVIRONMENT = {
@@ -44,12 +44,14 @@ _ENVIRONMENT = {
 
 
 _OUT_OF_TIME = -signal.SIGXCPU if hasattr(signal, "SIGXCPU") else None
-"""status of a process that reached its limit of CPU time, where the system has one"""
+"""Exit code of a process that reached its limit of CPU time; None on systems without such a limit."""
 
 
 @dataclass
 class _Here:
-    """Whether this process is under limits itself, so that it needs no other: as `make fuzz` and tests are."""
+    """Setting of this process: whether it is itself under limits, as in fuzzing, so that no other process is
+    started.
+    """
 
     limited: bool = False
 
@@ -67,14 +69,15 @@ def read_under_limits(
     n_bytes_beside: int = 0,
     **request: Any,
 ) -> Iterator[tuple[Mapping[str, Any], Path]]:
-    """Yield the result of a parser for a file, and a temporary folder with the files that it wrote.
+    """Context manager that yields the result of a parser for a file, and a temporary folder with the files that it
+    wrote.
 
-    `parser` is the name of a module here, whose `read(path, content, folder, **request)` is called in a process of its
-    own. With `content`, the bytes of the file that were read already, the file is not opened again. `n_bytes_beside`
-    is the size of other files that the parser reads with it.
+    `parser` is the name of a module of this package. Its function `read(path, content, folder, **request)` is called in
+    a separate process. If `content` is given, it is the content of the file, and the file is not opened again.
+    `n_bytes_beside` is the size of other files that the parser reads as well.
 
-    Raises what the parser raised where that is an error of Holdfast, and `TargetError` where the process ended
-    otherwise or reached a limit.
+    Raises the error of the parser if it is an error of Holdfast, and `TargetError` if the process failed in another way
+    or reached a limit.
     """
     with tempfile.TemporaryDirectory(prefix="holdfast-") as name:
         folder = Path(name)
@@ -128,7 +131,7 @@ def _run(folder: Path, content: bytes | None, path: Path, memory: int, seconds: 
 
 
 def _import_path() -> list[str]:
-    """Where this process imports from, without the current folder."""
+    """Return the import path of this process, without the current folder."""
     here = Path.cwd()
     return [each for each in sys.path if each and Path(each).resolve() != here]
 

@@ -1,4 +1,4 @@
-"""Loads one estimator from a `.skops` file and calls it with two rows, because native code might crash on it."""
+"""Loads one estimator from a `.skops` file and calls it with two rows, because native code may crash on it."""
 
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from holdfast.sources.skops_files import loaded_estimator
 
 
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
-    """Return an empty result if the estimator can be loaded and called without a crash. Raises the errors of
-    `loaded_estimator` and `asked_of`.
+    """Load the estimator and call it. Return an empty dictionary if the process does not crash.
+
+    Raises the errors of `loaded_estimator` and `asked_of`.
     """
     assert content is not None, "the file is read once"
     found, _ = loaded_estimator(path, content, trust_code=False)
@@ -20,7 +21,7 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
 
 
 def _ask(estimator: Estimator) -> None:
-    """Call the estimator with two rows, in the ways in which a run calls it."""
+    """Call the estimator with two rows, by the same methods as a run does."""
     width = estimator.asked.features
     if width is None:
         return

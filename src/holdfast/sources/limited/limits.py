@@ -8,32 +8,37 @@ from pathlib import Path
 from holdfast.core.errors import UsageError
 
 MEMORY = "HOLDFAST_READ_MEMORY"
-"""Environment variable that raises the memory limit for one file, such as `16GB`."""
+"""Name of the environment variable that raises the memory limit for one file, with values such as `16GB`."""
 SECONDS = "HOLDFAST_READ_SECONDS"
-"""Environment variable that raises the limit of CPU time for one file."""
+"""Name of the environment variable that sets the limit of CPU time for one file, in seconds."""
 CPU_SECONDS = 60
 WALL_FACTOR = 5
-"""the time by the clock is this multiple of the CPU time: a machine may be busy, or its disk slow"""
+"""Ratio of the limits of wall-clock time and CPU time. It is large because a machine may be busy, or its disk slow."""
 _DAY = 86_400
 _UNITS = {"MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Memory limits, counted beyond the memory that the process uses before it reads the file."""
+    """Memory limits of a process, in addition to the memory that it uses before it reads the file."""
 
     copies: int
-    """memory limit as a multiple of the file size"""
+    """multiple of the file size in the memory limit"""
     spare_bytes: int
-    """bytes in addition to that multiple"""
+    """number of bytes that are added to that multiple"""
 
     def memory(self, n_bytes: int) -> int:
-        """Memory limit in bytes for a file of `n_bytes`; at least the value of the environment variable."""
+        """Return the memory limit in bytes for a file of `n_bytes`. It is at least the value of the environment
+        variable.
+        """
         return max(self.copies * n_bytes + self.spare_bytes, requested_memory())
 
 
 def requested_memory() -> int:
-    """Value of `HOLDFAST_READ_MEMORY` in bytes, or 0 if it is not set. Raises `UsageError` for an invalid size."""
+    """Return the value of `HOLDFAST_READ_MEMORY` in bytes, or 0 if it is not set.
+
+    Raises `UsageError` for an invalid size.
+    """
     text = os.environ.get(MEMORY, "")
     found = re.fullmatch(r"(\d{1,7})\s*(MB|GB)", text.strip().upper()) if text else None
     if text and found is None:
@@ -42,7 +47,9 @@ def requested_memory() -> int:
 
 
 def cpu_seconds() -> int:
-    """Value of `HOLDFAST_READ_SECONDS`, or 60 if it is not set. Raises `UsageError` for an invalid number."""
+    """Return the value of `HOLDFAST_READ_SECONDS`, or 60 if it is not set. Raises `UsageError` for an invalid
+    number.
+    """
     text = os.environ.get(SECONDS, "").strip()
     if text and not (re.fullmatch(r"\d{1,5}", text) and 1 <= int(text) <= _DAY):
         raise UsageError(f"{SECONDS} is {text!r}; a whole number from 1 to {_DAY} was expected, as 600")
@@ -50,7 +57,7 @@ def cpu_seconds() -> int:
 
 
 def apply(memory: int, seconds: int) -> None:
-    """Limit memory, CPU time, written files and core dumps of this process, beyond its previous use.
+    """Limit memory, CPU time, written files and core dumps of this process, in addition to what it has already used.
 
     Windows has no such limits; there only the checks of each parser before its allocations apply.
     """
@@ -70,7 +77,7 @@ def apply(memory: int, seconds: int) -> None:
 
 
 def _set(what: int, amount: int, grace: int = 0) -> None:
-    """Set a soft limit, and a hard limit that the process cannot raise. Existing lower limits are kept."""
+    """Set a soft limit, and a hard limit that the process cannot raise. Existing lower limits are preserved."""
     import resource
 
     hard = resource.getrlimit(what)[1]

@@ -9,14 +9,15 @@ from holdfast.sources.onnx.reading import read_onnx
 from holdfast.sources.onnx.runtime import run_session, session, some_inputs
 
 TRIED = (3, 1)
-"""number of examples of each trial, if the batch size is free"""
+"""Numbers of examples of the trials, if the batch size is free."""
 
 
 def read(
     path: Path, content: bytes | None, folder: Path, input_shape: Sequence[int] | None
 ) -> dict[str, object]:
-    """Return an empty result if the file can be parsed and run. Raises the errors of `read_onnx`, `session` and
-    `run`.
+    """Parse the file and run it. Return an empty dictionary if this is possible.
+
+    Raises the errors of `read_onnx`, `session` and `run_session`.
     """
     assert content is not None, "the file is read once"
     file = read_onnx(path, input_shape, content=content)

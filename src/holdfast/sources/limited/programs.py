@@ -8,11 +8,14 @@ from holdfast.sources.exported import loaded_program, refuse_code_in_program
 from holdfast.sources.limited.answering import is_out_of_memory
 
 _ROWS = 2
-"""number of rows of the trial, if the batch size is free"""
+"""Number of rows of the trial, if the batch size is free."""
 
 
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
-    """Nothing, where the program can be loaded and run once; else raises as `refuse_code` and `loaded` do."""
+    """Load the program and run it once. Return an empty dictionary if the process does not crash.
+
+    Raises the errors of `refuse_code_in_program` and `loaded_program`.
+    """
     assert content is not None, "the file is read once"
     refuse_code_in_program(path, content)
     net, sizes = loaded_program(path, content)
@@ -28,7 +31,7 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
 
 
 def prepare() -> None:
-    """Limit torch to one thread. Importing this module loads the libraries before memory is limited."""
+    """Limit torch to one thread. The import of this module loads the libraries before memory is limited."""
     import torch.export.pt2_archive._package
 
     torch.set_num_threads(1)

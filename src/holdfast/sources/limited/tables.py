@@ -1,4 +1,7 @@
-"""Reads `.csv`, `.csv.gz` and `.parquet` block by block. Memory grows by one float for each cell and by new words."""
+"""Reads `.csv`, `.csv.gz` and `.parquet` files in blocks, so that a table is never in memory as a whole.
+
+The cells of features are written as numbers, and distinct strings are stored once.
+"""
 
 import csv
 import gc
@@ -28,50 +31,52 @@ from holdfast.sources.files import megabytes
 from holdfast.sources.limited.limits import MEMORY, requested_memory
 
 MAX_BYTES = 2**30
-"""maximum number of bytes of a text table after decompression"""
+"""Largest number of bytes of a text table after decompression."""
 MAX_CELLS = 200_000_000
-"""maximum number of cells of a table; parquet can repeat a value any number of times in a few bytes"""
+"""Largest number of cells of a table; parquet can repeat a value any number of times in a few bytes."""
 MAX_WORD = 1000
-"""maximum number of characters of a label or of the name of a split"""
+"""Largest number of characters of a label or of the name of a split."""
 _BYTES_A_CELL = 20
-"""upper bound of the memory of a cell in both processes"""
+"""Upper bound of the memory of a cell in both processes, in bytes."""
 _BLOCK = 1 << 20
-"""number of cells that are converted at a time"""
+"""Number of cells that are converted at a time."""
 _SMALL, _RATIO = 1 << 26, 200
-"""text above 64 MiB with a compression ratio above 200 is treated as a decompression bomb"""
+"""Text that needs more than 64 MiB and more than 200 times the size of its file is rejected as a decompression bomb."""
 _NUMBERS, _KINDS = "numbers", "kinds"
 
 
 class Cells(Protocol):
-    """The cells of one column in a block."""
+    """Protocol of the cells of one column in a block."""
 
     def __len__(self) -> int:
-        """Number of cells."""
+        """Return the number of cells."""
 
     def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """Return the numbers and kinds of the cells, in the form of `as_numbers`."""
+        """Return the numbers and the kinds of the cells, in the format of `as_numbers`."""
 
     def words(self) -> tuple[Sequence[str], NDArray[np.int32] | None]:
-        """Return texts and the index of each cell in them.
+        """Return strings, and for each cell the index of its string.
 
-        The index is None if the texts are those of the cells in order.
+        The indices are None if the strings are those of the cells in order.
         """
 
 
 class TextCells(list[str]):
-    """Cells of a text table."""
+    """Cells of one column in a block of a text table."""
 
     def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """Return the numbers and kinds of the cells."""
+        """Return the numbers and the kinds of the cells."""
         return as_numbers(self)
 
     def words(self) -> tuple[Sequence[str], None]:
-        """Return the cells as texts."""
+        """Return the strings of the cells, and None."""
         return self, None
 
 
 class ArrowCells:
-    """Cells of a parquet file. Their text is the text form of the value in Python."""
+    """Cells of one column in a block of a parquet file. As strings they are what `str` returns for the value
+    in Python.
+    """
 
     def __init__(self, column: Any) -> None:
         self.column = column
@@ -80,7 +85,7 @@ class ArrowCells:
         return len(self.column)
 
     def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """Return the numbers and kinds of the cells, without conversion to text if all are numbers."""
+        """Return the numbers and the kinds of the cells, without conversion to strings if all are numbers."""
         import pyarrow as pa
 
         kind = self.column.type
@@ -89,7 +94,10 @@ class ArrowCells:
         return as_numbers(_texts(self.column))
 
     def words(self) -> tuple[Sequence[str], NDArray[np.int32] | None]:
-        """Return the distinct values as text, with the index of each cell, if arrow supports them for the type."""
+        """Return the distinct values as strings and the index of each cell in them.
+
+        For types of which arrow cannot find the distinct values, return the strings of all cells, and None.
+        """
         import pyarrow as pa
 
         if pa.types.is_dictionary(self.column.type) or pa.types.is_nested(self.column.type):
@@ -108,9 +116,10 @@ Blocks = Iterator[Mapping[str, Cells]]
 def read(
     path: Path, content: bytes | None, folder: Path, label: str | None, drop: list[str]
 ) -> dict[str, Any]:
-    """Return the columns of the table; its cells are written to files in the folder.
+    """Return the names of the columns and the distinct strings of the table, and write its cells to files in the
+    folder.
 
-    Without the label column no rows are read.
+    If the table has no column `label`, no rows are read.
     """
     assert content is None, "a table is read from its file"
     header, blocks = (_parquet if path.suffix == ".parquet" else _csv)(path)
@@ -140,7 +149,7 @@ def read(
 
 
 def table(path: Path, found: Mapping[str, Any], folder: Path) -> ColumnTable:
-    """Return the table from the result and the files of `read`."""
+    """Return the table from the result of `read` and the files that it wrote."""
     shape = found["rows"], len(found["features"])
     kinds = None if found["all_numbers"] else np.fromfile(folder / _KINDS, np.uint8).reshape(shape)
     return ColumnTable(
@@ -157,7 +166,7 @@ def table(path: Path, found: Mapping[str, Any], folder: Path) -> ColumnTable:
 
 
 def _write_numbers(columns: Sequence[Cells], numbers: IO[bytes], kinds: IO[bytes]) -> bool:
-    """Write numbers and kinds of the features of a block, row by row. Returns whether all cells are numbers."""
+    """Write the numbers and kinds of the features of a block, row by row. Return whether all cells are numbers."""
     values, what = side_by_side([cells.numbers() for cells in columns], len(columns[0]) if columns else 0)
     numbers.write(values.tobytes())
     kinds.write(what.tobytes())
@@ -174,8 +183,9 @@ def _refuse_many(path: Path, rows: int, columns: int) -> None:
 
 
 def _as_words(cells: Cells, known: dict[str, int], name: str, path: Path) -> NDArray[np.int32]:
-    """Return the index of each cell in the known words. Raises `TargetError` for a text that is too long for a
-    label.
+    """Return the index of each cell in the known strings.
+
+    Raises `TargetError` for a string that is too long for a label.
     """
     texts, places = cells.words()
     if max(map(len, texts), default=0) > MAX_WORD:
@@ -219,7 +229,9 @@ def _blocks(path: Path, header: list[str], lines: Iterator[list[str]]) -> Blocks
 
 
 class _Counted(io.RawIOBase):
-    """Bytes of a table with limits: at most `most` bytes, and fewer if the compression ratio is implausible."""
+    """A stream of the bytes of a table with limits: at most `most` bytes, and fewer if the compression ratio is
+    implausible.
+    """
 
     def __init__(self, path: Path, stream: Any, most: int) -> None:
         self.path, self.stream, self.most, self.n_read = path, stream, most, 0
@@ -235,7 +247,7 @@ class _Counted(io.RawIOBase):
         super().close()
 
     def readinto(self, buffer: Any) -> int:
-        """Read the next bytes into the buffer. Raises `TargetError` beyond the limits."""
+        """Read the next bytes into the buffer and return their number. Raises `TargetError` beyond the limits."""
         found = self.stream.read(len(buffer))
         buffer[: len(found)] = found
         self.n_read += len(found)

@@ -1,4 +1,4 @@
-"""Loads one XGBoost model and calls it once, because a damaged file might crash its native reader."""
+"""Loads one XGBoost model and calls it once, because a damaged file may crash its native reader."""
 
 import json
 import warnings
@@ -14,7 +14,9 @@ _MOST_FEATURES = 10_000_000
 
 
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
-    """Return an empty result if the model can be loaded and called with two rows. Raises `TargetError` otherwise."""
+    """Load the model and call it with two rows. Return an empty dictionary if this is possible, else raise
+    `TargetError`.
+    """
     assert content is not None, "the file is read once"
     if path.suffix == ".json":
         _refuse_foreign(path, content)
@@ -30,7 +32,7 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
 
 
 def damaged(path: Path, reason: str) -> TargetError:
-    """Error for a file that XGBoost cannot read, with the first line of the reason."""
+    """Return the error for a file that XGBoost cannot read, with the first line of the reason."""
     first = (reason.splitlines() or ["no message"])[0][:200]
     return TargetError(
         f"{str(path)!r} is no readable model of XGBoost: {first}; save it again with save_model, or download it again"
@@ -80,7 +82,7 @@ def _ask(content: bytes) -> None:
 
 
 def best_iteration(booster: Any) -> int | None:
-    """Last iteration that `XGBClassifier` uses, for a file that it wrote; None for other files.
+    """Return the last iteration that `XGBClassifier` uses, for a file that it wrote, or None for other files.
 
     Raises `ValueError` for an iteration that the booster does not have, because XGBoost may read outside of its memory.
     """
@@ -95,7 +97,10 @@ def best_iteration(booster: Any) -> int | None:
 
 
 def refuse_stray_trees(boosted: dict[str, Any], classes: int, width: int) -> None:
-    """Raise `ValueError` for a tree without a valid class or with invalid nodes. A linear booster has no trees."""
+    """Raise `ValueError` for a tree without a valid class or with invalid nodes. A linear booster has no trees.
+
+    `boosted` is the part of the model with the trees, `classes` the number of classes and `width` that of features.
+    """
     model = boosted.get("gbtree", boosted)["model"]  # dart has its trees one level deeper
     if any(not 0 <= number < max(classes, 1) for number in model.get("tree_info", [])):
         raise ValueError("a tree is of a class that there is not")

@@ -22,19 +22,20 @@ NESTINGS = (
     "weights",
     "params",
 )
-"""entries in which training scripts store the state dict, in the order of the search"""
+"""Keys under which training scripts store the state dict, in the order of the search."""
 TRUST = (
     "If you trust the file, give --trust-code (in Python open_model(…, trust_code=True)). It is safer to save "
     "model.state_dict() and give --arch, or to export a .pt2 program or ONNX, which run no code"
 )
-"""advice for model files that run code"""
+"""Advice for model files that run code."""
 WRITTEN = "weights.safetensors"
-"""file with the tensors, in the folder that both processes share"""
+"""Name of the file with the tensors, in the folder that both processes use."""
 
 
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
-    """Write the tensors of a state dict to the file `WRITTEN` and return notes. Raises `CarriesCode` for other
-    objects.
+    """Write the tensors of a state dict to the file `WRITTEN` and return notes.
+
+    Raises `CarriesCode` for a file that would run code, and `TargetError` for other files.
     """
     assert content is None, "torch maps the file"
     torch.set_num_threads(1)
@@ -53,7 +54,10 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
 
 
 def state_dict(found: object) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of a checkpoint, and notes about their place and about other entries."""
+    """Return the tensors of a checkpoint, and notes on the entry that contains them and on entries that were left out.
+
+    Raises `TypeError` if there are none.
+    """
     notes: list[str] = []
     for _ in range(3):  # the deepest known nesting is a list of one checkpoint that contains a state dict
         if isinstance(found, (list, tuple)) and len(found) == 1:
@@ -77,9 +81,9 @@ def state_dict(found: object) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def dense(name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor without gradient, converted to dense.
+    """Return a tensor without gradient, converted from sparse to dense.
 
-    Raises `TypeError` for a nested tensor with unchecked offsets.
+    Raises `TypeError` for a nested tensor, whose offsets are not checked.
     """
     if tensor.is_nested:
         raise TypeError(f"holds the nested tensor {name!r}; save tensors of one shape each, or give ONNX")
@@ -95,7 +99,7 @@ def _nested(checkpoint: Mapping[object, object]) -> str | None:
 
 
 def explain(error: Exception) -> str:
-    """Explanation of the error that needs no knowledge of pickle."""
+    """Return an explanation of an error for readers without knowledge of pickle."""
     text = str(error)
     if wanted := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", text):
         return (

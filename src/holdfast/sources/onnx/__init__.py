@@ -1,1 +1,1 @@
-"""Importer from ONNX to torch, which provides gradients. Each import is compared with onnxruntime."""
+"""Importer that converts ONNX models to torch, which provides gradients. Each import is compared with onnxruntime."""

@@ -1,7 +1,8 @@
 """Builds a `torch.fx` graph operator by operator, and computes every value on examples at the same time.
 
 Two example batches of different sizes pass through the network while it is built. Therefore shapes are known numbers,
-values that depend only on constants and shapes are folded, and a size that differs between the two is the batch size.
+values that depend only on constants and shapes are computed once, and a size that differs between the two is the batch
+size.
 """
 
 import operator
@@ -13,19 +14,20 @@ import torch
 from torch import Tensor, fx, nn
 
 MAX_ELEMENTS = 2**28
-"""maximum number of elements of one value on the examples; more is an attack or an error"""
+"""Largest number of elements of one value on the examples; a larger one is an attack or an error."""
 MAX_COMPUTED = 2**30
-"""maximum number of bytes of all computed constants that are not in the file; each is three times in memory"""
+"""Largest number of bytes of all computed constants that are not in the file; each is three times in memory."""
 
 
 class Unsupported(Exception):
-    """An operator, or a setting of one, that the importer does not support. The model then runs in onnxruntime."""
+    """Error for an operator or a setting that the importer does not support. The model then runs in onnxruntime."""
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A value of the network: its node in the graph (None: independent of the input), and its values on both
-    examples.
+    """A value of the network: its node in the graph, and its values on both examples.
+
+    The node is None if the value does not depend on the input.
     """
 
     node: fx.Node | None
@@ -33,7 +35,7 @@ class Value:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape on the first example."""
+        """Shape of the value on the first example batch."""
         return tuple(self.at[0].shape)
 
     @property
@@ -42,19 +44,19 @@ class Value:
         return len(self.shape)
 
     def varies(self, dim: int) -> bool:
-        """Whether a size depends on the batch size."""
+        """Return whether the size of dimension `dim` depends on the batch size."""
         return bool(self.at[0].shape[dim] != self.at[1].shape[dim])
 
     @property
     def is_static(self) -> bool:
-        """Whether it is a constant tensor, independent of the batch."""
+        """Whether the value is a constant tensor that depends neither on the input nor on the batch size."""
         first, second = self.at
         return self.node is None and first.shape == second.shape and bool(torch.equal(first, second))
 
 
 @dataclass(frozen=True)
 class Ints:
-    """An integer vector as an argument, some of whose numbers may be multiples of the batch size."""
+    """An argument that is a vector of integers on both examples. Some integers may be multiples of the batch size."""
 
     at: tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -74,7 +76,7 @@ class Builder:
         self._batch: fx.Node | None = None
 
     def module(self, name: str, module: nn.Module, *inputs: Value) -> Value:
-        """Add a module and return its outputs.
+        """Add a module to the graph and return its output.
 
         Modules without parameters are added too, so that their settings are visible.
         """
@@ -88,8 +90,9 @@ class Builder:
         return Value(self.graph.call_module(target, tuple(map(self._argument, inputs))), at)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Value:
-        """Add a function call and return its result, folded if no argument depends on the input or on the batch
-        size.
+        """Add a function call to the graph and return its result.
+
+        No call is added if no argument depends on the input or on the batch size; then the result is a constant.
         """
         at = self._examples(function, args, kwargs)
         used = (*args, *kwargs.values())
@@ -105,15 +108,15 @@ class Builder:
         return Value(node, at)
 
     def constant(self, tensor: Tensor) -> Value:
-        """Return a tensor that does not depend on the input as a value."""
+        """Return a value for a tensor that does not depend on the input."""
         return Value(None, (tensor, tensor))
 
     def item(self, values: Value, index: int) -> Value:
-        """Return one of several outputs."""
+        """Return the output with the given index of an operator with several outputs."""
         return self.call(operator.getitem, values, index)
 
     def finish(self, output: Value) -> fx.GraphModule:
-        """Return the finished module, without the parts that the output does not use."""
+        """Return the finished module, without the parts that `output` does not depend on."""
         self.graph.output(self._argument(output))
         built = fx.GraphModule(self.root, self.graph, "Imported")
         built.graph.eliminate_dead_code()
@@ -175,7 +178,7 @@ class Builder:
 
 @dataclass(frozen=True)
 class GraphStep:
-    """One operator to convert: its inputs, its settings and its number of outputs."""
+    """An operator of the file that is to be converted: its inputs, its settings and its number of outputs."""
 
     builder: Builder
     op: str
@@ -184,15 +187,15 @@ class GraphStep:
     opset: int = 0
     n_outputs: int = 1
     fixed_batch: int | None = None
-    """fixed batch size in the file, if it is not free"""
+    """fixed batch size in the file; None if it is free"""
 
     @property
     def x(self) -> Value:
-        """The first input."""
+        """The first input of the operator."""
         return self.input(0)
 
     def given(self, index: int) -> bool:
-        """Whether an optional input is present."""
+        """Return whether an optional input is present."""
         return index < len(self.inputs) and self.inputs[index] is not None
 
     def input(self, index: int) -> Value:
@@ -219,13 +222,15 @@ class GraphStep:
         return Ints((first, second))
 
     def axes(self, index: int) -> tuple[int, ...] | None:
-        """Return the axes, which are an attribute in older operators and an input in newer ones. None if not given."""
+        """Return the axes, or None if there are none. They are an attribute of older operators and an input of newer
+        ones.
+        """
         if "axes" in self.attributes:
             return tuple(self.attributes["axes"])
         return tuple(self.tensor(index).flatten().tolist()) if self.given(index) else None
 
     def setting(self, name: str, default: Any) -> Any:
-        """Return an attribute, or its default in the standard."""
+        """Return the attribute called `name`, or `default` if the operator does not have it."""
         return self.attributes.get(name, default)
 
 

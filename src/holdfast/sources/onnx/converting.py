@@ -14,13 +14,13 @@ from holdfast.sources.onnx.reading import OnnxFile, onnx_module
 from holdfast.sources.onnx.shaping import SHAPING, as_tensor
 
 OPERATORS: dict[str, Operator] = {**LAYERS, **POINTWISE, **SHAPING}
-"""all supported operators by their ONNX names"""
+"""Functions that convert the supported operators, by their ONNX names."""
 _FREE_SIZES = (2, 3)
-"""batch sizes of the two examples; sizes that differ between them depend on the batch"""
+"""Batch sizes of the two examples. Sizes that differ between them depend on the batch size."""
 
 
 def unknown_operators(file: OnnxFile) -> tuple[str, ...]:
-    """Operators of the file that are not supported, with their domain if it is not ONNX's own."""
+    """Return the operators of the file that are not supported, with their domain if it is not ONNX's own."""
     names = {
         node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
         for node in file.proto.graph.node
@@ -29,10 +29,10 @@ def unknown_operators(file: OnnxFile) -> tuple[str, ...]:
 
 
 def convert(file: OnnxFile, output: str, *, batch_size: int | None) -> fx.GraphModule:
-    """Return the network up to one output. Raises `Unsupported` if settings of an operator are not supported.
+    """Return the part of the network that computes `output`. Raises `Unsupported` if it uses unsupported settings.
 
-    With `batch_size` None the batch size is free, even if it is fixed in the file. Otherwise the network takes that
-    size only.
+    If `batch_size` is None, the network accepts any batch size, even if the file specifies one. Otherwise it accepts
+    only that size.
     """
     sizes = _FREE_SIZES if batch_size is None else (batch_size, batch_size)
     examples = (random_batch(file, sizes[0]), random_batch(file, sizes[1]))
@@ -59,7 +59,7 @@ def convert(file: OnnxFile, output: str, *, batch_size: int | None) -> fx.GraphM
 
 
 def _needed(graph: Any, output: str) -> Iterator[tuple[Any, list[str]]]:
-    """Yield the nodes that an output depends on, in order, each with the names that no later node uses."""
+    """Yield the nodes that an output depends on, in order, each with the names of values that no later node uses."""
     wanted, nodes = {output}, []
     for node in reversed(graph.node):
         if wanted.isdisjoint(node.output):
@@ -87,7 +87,7 @@ def _setting(attribute: Any) -> Any:
 
 
 def random_batch(file: OnnxFile, n: int) -> Tensor:
-    """Inputs in [0, 1) in the shape and type of the file, equal in every call."""
+    """Return `n` random inputs in [0, 1) with the shape and type of the file, equal in every call."""
     dtype = as_tensor(np.zeros(1, file.input.dtype)).dtype
     sizes = [n, *(size or 1 for size in file.input.shape[1:])]
     return torch.rand(sizes, generator=torch.Generator().manual_seed(n)).to(dtype)

@@ -1,4 +1,4 @@
-"""ONNX operators that are layers: convolutions, linear maps, normalisation and pooling, as torch modules."""
+"""Converts ONNX operators that are layers to torch modules: convolutions, linear maps, normalisation and pooling."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ _GLOBAL_MAX: dict[int, Any] = {3: nn.AdaptiveMaxPool1d, 4: nn.AdaptiveMaxPool2d,
 
 
 def conv(step: GraphStep) -> Value:
-    """Convolution over one, two or three dimensions."""
+    """Convert the operator Conv: a convolution over one, two or three dimensions."""
     weight, bias = step.tensor(1), step.tensor(2) if step.given(2) else None
     stride, dilation, pads = _window(step, tuple(weight.shape[2:]))
     x, padding = _padded(step, pads, 0.0)
@@ -41,7 +41,7 @@ def conv(step: GraphStep) -> Value:
 
 
 def conv_transpose(step: GraphStep) -> Value:
-    """Transposed convolution. Uneven pads are removed afterwards."""
+    """Convert the operator ConvTranspose: a transposed convolution. Uneven pads are removed from its output."""
     weight, bias = step.tensor(1), step.tensor(2) if step.given(2) else None
     if "output_shape" in step.attributes or step.setting("auto_pad", b"NOTSET") != b"NOTSET":
         raise Unsupported("ConvTranspose with output_shape or auto_pad")
@@ -65,7 +65,7 @@ def conv_transpose(step: GraphStep) -> Value:
 
 
 def gemm(step: GraphStep) -> Value:
-    """General matrix product, converted to a linear layer. The second factor must be a constant."""
+    """Convert the operator Gemm, a general matrix product, to a linear layer. The second factor must be a constant."""
     alpha, beta = step.setting("alpha", 1.0), step.setting("beta", 1.0)
     x = step.builder.call(torch.t, step.x) if step.setting("transA", 0) else step.x
     if not step.input(1).is_static or (step.given(2) and not step.input(2).is_static):
@@ -78,7 +78,9 @@ def gemm(step: GraphStep) -> Value:
 
 
 def matmul(step: GraphStep) -> Value:
-    """Matrix product, converted to a linear layer if its second factor is a constant matrix."""
+    """Convert the operator MatMul: to a linear layer if its second factor is a constant matrix, else to a matrix
+    product.
+    """
     right = step.input(1)
     if right.is_static and right.rank == 2 and step.x.node is not None:
         return step.builder.module("linear", _linear(step.tensor(1).t(), None), step.x)
@@ -86,7 +88,7 @@ def matmul(step: GraphStep) -> Value:
 
 
 def batch_norm(step: GraphStep) -> Value:
-    """Batch normalisation with fixed statistics."""
+    """Convert the operator BatchNormalization with fixed statistics."""
     if step.setting("training_mode", 0):
         raise Unsupported("BatchNormalization in training mode")
     layer = _of_rank(_BATCH_NORM, step)(step.x.shape[1], eps=step.setting("epsilon", 1e-5))
@@ -97,7 +99,7 @@ def batch_norm(step: GraphStep) -> Value:
 
 
 def instance_norm(step: GraphStep) -> Value:
-    """Normalisation of each channel of each example."""
+    """Convert the operator InstanceNormalization, which normalises each channel of each example."""
     layer = _of_rank(_INSTANCE_NORM, step)(step.x.shape[1], eps=step.setting("epsilon", 1e-5), affine=True)
     return step.builder.module(
         "instance_norm", _filled(layer, weight=step.tensor(1), bias=step.tensor(2)), step.x
@@ -105,7 +107,7 @@ def instance_norm(step: GraphStep) -> Value:
 
 
 def layer_norm(step: GraphStep) -> Value:
-    """Normalisation over the last dimensions."""
+    """Convert the operator LayerNormalization, which normalises over the last dimensions."""
     axis = step.setting("axis", -1)
     layer = nn.LayerNorm(step.x.shape[axis % step.x.rank :], eps=step.setting("epsilon", 1e-5))
     weight, shape = step.tensor(1), layer.normalized_shape
@@ -116,7 +118,7 @@ def layer_norm(step: GraphStep) -> Value:
 
 
 def group_norm(step: GraphStep) -> Value:
-    """Normalisation of groups of channels."""
+    """Convert the operator GroupNormalization, which normalises groups of channels."""
     groups, channels = step.setting("num_groups", 1), step.x.shape[1]
     layer = nn.GroupNorm(groups, channels, eps=step.setting("epsilon", 1e-5))
     weight, bias = step.tensor(1), step.tensor(2)
@@ -126,7 +128,7 @@ def group_norm(step: GraphStep) -> Value:
 
 
 def local_response_norm(step: GraphStep) -> Value:
-    """Normalisation across neighbouring channels."""
+    """Convert the operator LRN, which normalises across adjacent channels."""
     layer = nn.LocalResponseNorm(
         step.setting("size", 1),
         step.setting("alpha", 1e-4),
@@ -137,7 +139,7 @@ def local_response_norm(step: GraphStep) -> Value:
 
 
 def prelu(step: GraphStep) -> Value:
-    """Rectifier with a learned slope below zero."""
+    """Convert the operator PRelu: a rectifier with a learned slope below zero."""
     slope = step.tensor(1)
     channels = step.x.shape[1] if step.x.rank > 1 else 1
     if slope.numel() not in (1, channels) or (slope.numel() > 1 and slope.shape[0] != channels):
@@ -146,7 +148,7 @@ def prelu(step: GraphStep) -> Value:
 
 
 def max_pool(step: GraphStep) -> Value:
-    """Maximum of each window."""
+    """Convert the operator MaxPool: the maximum of each window."""
     if step.n_outputs > 1 or step.setting("storage_order", 0):
         raise Unsupported("MaxPool that returns indices")
     kernel = tuple(step.attributes["kernel_shape"])
@@ -159,7 +161,9 @@ def max_pool(step: GraphStep) -> Value:
 
 
 def average_pool(step: GraphStep) -> Value:
-    """Mean of each window. Whether padding counts is an attribute of the operator."""
+    """Convert the operator AveragePool: the mean of each window. An attribute determines whether padding is
+    included.
+    """
     kernel = tuple(step.attributes["kernel_shape"])
     stride, dilation, pads = _window(step, kernel)
     if any(size != 1 for size in dilation):
@@ -193,8 +197,9 @@ def _of_rank(layers: dict[int, Any], step: GraphStep) -> Callable[..., Any]:
 def _window(
     step: GraphStep, kernel: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Strides, dilations and pads of an operator. The pads are first those at the beginnings, then those at the
-    ends.
+    """Return the strides, dilations and pads of an operator.
+
+    The pads are first those at the beginnings of all dimensions, then those at the ends.
     """
     n = len(kernel)
     stride = tuple(step.setting("strides", (1,) * n))
@@ -215,7 +220,9 @@ def _window(
 def _padded(
     step: GraphStep, pads: tuple[int, ...], value: float, at_most: tuple[int, ...] | None = None
 ) -> tuple[Value, tuple[int, ...]]:
-    """Return the input and the even padding of the layer. Uneven or too large pads are added to the input instead."""
+    """Return the input and the padding of the layer. Pads that are uneven or larger than `at_most` are added to the
+    input.
+    """
     n = len(pads) // 2
     if pads[:n] == pads[n:] and (
         at_most is None or all(p <= most for p, most in zip(pads, at_most, strict=False))
@@ -225,7 +232,7 @@ def _padded(
 
 
 def _reversed_pads(pads: list[int] | tuple[int, ...]) -> tuple[int, ...]:
-    """Pads in the order of torch: last dimension first, with beginning and end next to each other."""
+    """Return pads in the order of torch: last dimension first, with beginning and end next to each other."""
     n = len(pads) // 2
     return tuple(pad for dim in reversed(range(n)) for pad in (pads[dim], pads[dim + n]))
 
@@ -236,7 +243,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _filled(layer: Layer, **tensors: Tensor | None) -> Layer:
-    """Return the layer with copies of the tensors in their type."""
+    """Return the layer with copies of the tensors as its parameters, converted to the type of the first tensor."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     layer.to(next(iter(given.values())).dtype)
     state = {name: tensor.detach().clone() for name, tensor in given.items()}
@@ -260,4 +267,4 @@ LAYERS: dict[str, Operator] = {
     "MaxPool": max_pool,
     "PRelu": prelu,
 }
-"""operators by their ONNX names"""
+"""Functions that convert the operators of this module, by their ONNX names."""

@@ -1,4 +1,4 @@
-"""Opens an ONNX classifier: imported and checked if its operators are supported, otherwise run in onnxruntime."""
+"""Opens an ONNX classifier: it is imported and checked if its operators are supported, otherwise run in onnxruntime."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,50 +22,50 @@ from holdfast.sources.onnx.reading import OnnxFile, OnnxInput, bytes_beside, onn
 from holdfast.sources.onnx.runtime import run_session, session
 
 TOLERANCES = {"float16": 1e-2, "float32": 1e-4, "float64": 1e-4}
-"""largest difference between import and onnxruntime, in units of the largest output (at least 1), by input type"""
+"""Largest difference between import and onnxruntime, in units of the largest output (at least 1), by input type."""
 CHECKED_SIZES = (1, 3)
-"""batch sizes that are compared when a model is opened"""
+"""Batch sizes on which the import is compared with onnxruntime."""
 LIMITS = Limits(copies=8, spare_bytes=2**31)
-"""limits of the process that first parses and runs a file"""
+"""Limits of the process that first parses and runs a file."""
 
 _COMPARED = 64
-"""number of random inputs on which scores and labels of a file are compared"""
+"""Number of random inputs on which scores and labels of a file are compared."""
 _NUMBERS = frozenset(f"tensor({kind})" for kind in ("float16", "float", "double", "int32", "int64", "bool"))
-"""types of numeric outputs in onnxruntime; text, maps and sequences are not scores"""
+"""Types of numeric outputs in onnxruntime; strings, maps and sequences are not scores."""
 
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """A network from an ONNX file, with notes about it."""
+    """A network from an ONNX file, with its properties and notes on it."""
 
     net: nn.Module
     access: Access
     hides: str
-    """reason why it gives no gradients; empty if it gives them"""
+    """reason why the model gives no gradients; empty if it gives them"""
     classes: int
     files: Mapping[str, str]
     notes: tuple[str, ...]
     class_names: tuple[str, ...] | None = None
-    """names of the classes, if the file has text labels"""
+    """names of the classes, if the labels in the file are strings"""
     class_labels: tuple[int, ...] | None = None
-    """labels of the classes, if they are whole numbers other than 0, 1, 2, …"""
+    """labels of the classes, if they are integers other than 0, 1, 2, …"""
 
 
 class Converted(nn.Module):
-    """A network that computes in another float type than that of its inputs and outputs. Gradients pass through."""
+    """A network that computes in another float type than that of its inputs and outputs. Gradients are propagated."""
 
     def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.net, self.dtype = net, dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs in the type of the inputs."""
+        """Return the outputs in the type of the inputs."""
         y: Tensor = self.net(x.to(self.dtype))
         return y.to(x.dtype)
 
 
 class Runtime(nn.Module):
-    """The model in onnxruntime: scores without gradients."""
+    """A model that runs in onnxruntime and returns scores without gradients."""
 
     def __init__(self, file: OnnxFile, output: str | None = None) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Runtime(nn.Module):
         self.outputs = [output] if output else [name for name, kind in self.kinds.items() if kind in _NUMBERS]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores of a batch. A file with a fixed batch size is run in slices."""
+        """Return the scores of a batch. If the batch size of the file is fixed, the batch is processed in slices."""
         return self.all(x)[0].to(x.dtype)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Runtime":
@@ -83,11 +83,11 @@ class Runtime(nn.Module):
         return self
 
     def all(self, x: Tensor) -> list[Tensor]:
-        """All outputs of a batch as tensors."""
+        """Return all outputs of a batch as tensors."""
         return [torch.from_numpy(values).to(x.device) for values in self.values(x)]
 
     def values(self, x: Tensor) -> list[np.ndarray[Any, Any]]:
-        """All outputs of a batch as arrays, which may contain text."""
+        """Return all outputs of a batch as arrays, which may contain strings."""
         batch = x.detach().cpu().numpy().astype(self.input.dtype)
         size = self.input.shape[0] or len(batch)
         parts = [self._run(batch[start : start + size], size) for start in range(0, len(batch), max(size, 1))]
@@ -101,7 +101,7 @@ class Runtime(nn.Module):
 
 
 class RuntimeLabels(nn.Module):
-    """The predicted classes of a file, as one-hot rows."""
+    """A module that returns the predicted classes of a file as one-hot rows."""
 
     def __init__(self, runtime: Runtime, classes: Sequence[str | int]) -> None:
         super().__init__()
@@ -109,19 +109,21 @@ class RuntimeLabels(nn.Module):
         self.places = {label: place for place, label in enumerate(classes)}
 
     def forward(self, x: Tensor) -> Tensor:
-        """One-hot rows in the order of the classes."""
+        """Return one-hot rows (n, classes) in the order of the classes."""
         return nn.functional.one_hot(self.of(x), len(self.places)).to(x.dtype)
 
     def of(self, x: Tensor) -> Tensor:
-        """Class number of each example."""
+        """Return the class number (n,) of each example."""
         answers = self.runtime.values(x)[0].reshape(-1).tolist()
         return torch.tensor([self.places[answer] for answer in answers], dtype=torch.int64, device=x.device)
 
 
 def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel:
-    """Import a classifier and compare it with onnxruntime. If it cannot be imported, it gives only scores.
+    """Return the classifier in an ONNX file: imported and compared with onnxruntime, or run in onnxruntime.
 
-    `input_shape` is the shape of one example, which is needed for a file with free sizes.
+    A model that cannot be imported gives only scores or labels, without gradients. `input_shape` is the shape of one
+    example, which is needed for a file with free sizes. Raises `TargetError` for a file that is not a classifier, or if
+    the import differs from onnxruntime.
     """
     content = onnx_content(path)
     shape = None if input_shape is None else list(input_shape)
@@ -168,10 +170,10 @@ def _refuse_regressor(file: OnnxFile, path: Path) -> None:
 
 
 def _labels_that_differ(file: OnnxFile, output: str, path: Path) -> RuntimeLabels | None:
-    """Return the label output of the file if it differs from the class of the largest score, or None.
+    """Return the labels of the file as a module if they differ from the classes of the largest scores, or None.
 
-    A support vector machine decides by the votes of pairs of classes, so its labels are used. For other classifiers the
-    largest score decides, because onnxruntime computes the labels of some small tree ensembles differently. Raises
+    A support vector machine predicts by the votes of pairs of classes, so its labels are used. For other classifiers
+    the largest score is used, because onnxruntime computes the labels of some small tree ensembles differently. Raises
     `TargetError` for a file without class labels whose integer output is not the class of the largest score, such as a
     clustering.
     """
@@ -208,7 +210,10 @@ def _labels_that_differ(file: OnnxFile, output: str, path: Path) -> RuntimeLabel
 def _named(
     labels: Sequence[str | int], classes: int
 ) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
-    """Return the names of all classes for text labels, or their labels if they are numbers other than 0, 1, 2, …."""
+    """Return the names of the classes and their labels, of which at least one is None.
+
+    Strings are names. Integers are labels, unless they are 0, 1, 2, ….
+    """
     if len(labels) != classes or tuple(labels) == tuple(range(classes)):
         return None, None
     if all(isinstance(label, str) for label in labels):
@@ -217,8 +222,10 @@ def _named(
 
 
 def _imported(file: OnnxFile, output: str) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return the network with a free batch size, or in slices of the size in the file if its operators need
-    that size.
+    """Return the converted network, and notes.
+
+    It accepts any batch size. If its operators need the batch size of the file, it processes batches in slices of that
+    size.
     """
     net: nn.Module
     notes: tuple[str, ...] = ()
@@ -250,7 +257,9 @@ def _torch_type(file: OnnxFile) -> torch.dtype:
 
 
 def _chosen_output(file: OnnxFile, path: Path) -> tuple[str, int, tuple[str, ...]]:
-    """Return the first output with a float for every class of every example, the number of classes, and notes."""
+    """Return the name of the first output with a float for every class of every example, the number of classes, and
+    notes.
+    """
     # Three rows reveal a file in which the size of one example is fixed.
     runtime, n = Runtime(file), file.input.shape[0] or 3
     answers = runtime.all(random_batch(file, n)) if runtime.outputs else []
@@ -277,9 +286,7 @@ def _chosen_output(file: OnnxFile, path: Path) -> tuple[str, int, tuple[str, ...
 
 
 def _refuse_several(scores: Mapping[str, Tensor], path: Path) -> None:
-    """Raise `TargetError` for several outputs that may be the scores, unless their largest values agree on the
-    class.
-    """
+    """Raise `TargetError` if several outputs may be the scores and their largest values belong to different classes."""
     (first, *others) = scores.values() if scores else (torch.empty(0),)
     alike = all(y.shape == first.shape and torch.equal(y.argmax(-1), first.argmax(-1)) for y in others)
     if others and (first.dim() == 1 or not alike):

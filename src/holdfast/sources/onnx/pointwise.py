@@ -1,4 +1,4 @@
-"""Elementwise operators, comparisons and reductions."""
+"""Converts ONNX operators that are elementwise operations, comparisons and reductions."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -53,36 +53,41 @@ def _reduction(function: Callable[..., Tensor]) -> Operator:
 
 
 def l1_norm(x: Tensor, dim: tuple[int, ...], *, keepdim: bool) -> Tensor:
-    """Sum of absolute values."""
+    """Return the sum of absolute values over the dimensions `dim`."""
     return x.abs().sum(dim, keepdim=keepdim)
 
 
 def l2_norm(x: Tensor, dim: tuple[int, ...], *, keepdim: bool) -> Tensor:
-    """Root of the sum of squares."""
+    """Return the square root of the sum of squares over the dimensions `dim`."""
     return x.square().sum(dim, keepdim=keepdim).sqrt()
 
 
 def squares(x: Tensor, dim: tuple[int, ...], *, keepdim: bool) -> Tensor:
-    """Sum of squares."""
+    """Return the sum of squares over the dimensions `dim`."""
     return x.square().sum(dim, keepdim=keepdim)
 
 
 def quotient(a: Tensor, b: Tensor) -> Tensor:
-    """Division. Whole numbers are rounded towards zero."""
+    """Return the quotient of two tensors. Quotients of integers are rounded towards zero."""
     if a.is_floating_point() or b.is_floating_point():
         return torch.div(a, b)
     return torch.div(a, b, rounding_mode="trunc")
 
 
 def modulo(step: GraphStep) -> Value:
-    """Remainder of a division with the sign of the divisor, or of the dividend with `fmod`."""
+    """Convert the operator Mod: the remainder of a division, with the sign of the divisor, or of the dividend if `fmod`
+    is set.
+    """
     return step.builder.call(
         torch.fmod if step.setting("fmod", 0) else torch.remainder, step.x, step.input(1)
     )
 
 
 def clip(step: GraphStep) -> Value:
-    """Values clipped to two constants. The limits are attributes in older opsets and inputs in newer ones."""
+    """Convert the operator Clip, which clamps values to two constants.
+
+    The limits are attributes in older opsets and inputs in newer ones.
+    """
     low, high = (
         float(step.tensor(i)) if step.given(i) else step.attributes.get(name)
         for i, name in ((1, "min"), (2, "max"))
@@ -93,14 +98,14 @@ def clip(step: GraphStep) -> Value:
 
 
 def hard_sigmoid(step: GraphStep) -> Value:
-    """Linear function clipped to [0, 1]."""
+    """Convert the operator HardSigmoid: a linear function clamped to [0, 1]."""
     alpha, beta = step.setting("alpha", 0.2), step.setting("beta", 0.5)
     line = step.builder.call(torch.add, step.builder.call(torch.mul, step.x, alpha), beta)
     return step.builder.call(torch.clamp, line, min=0.0, max=1.0)
 
 
 def softmax(step: GraphStep) -> Value:
-    """Softmax or its logarithm. Before opset 13 it applies to all dimensions from the axis on."""
+    """Convert the operators Softmax and LogSoftmax. Before opset 13 they apply to all dimensions from the axis on."""
     axis = step.setting("axis", -1 if step.opset >= 13 else 1) % step.x.rank
     if step.opset < 13 and any(size != 1 for size in step.x.shape[axis + 1 :]):
         raise Unsupported(f"{step.op} of opset {step.opset} over several dimensions")
@@ -109,18 +114,18 @@ def softmax(step: GraphStep) -> Value:
 
 
 def gelu(step: GraphStep) -> Value:
-    """Gaussian error linear unit."""
+    """Convert the operator Gelu: the Gaussian error linear unit."""
     how = step.setting("approximate", b"none").decode()
     return step.builder.module("gelu", nn.GELU(approximate=how), step.x)
 
 
 def where(step: GraphStep) -> Value:
-    """Elements of one of two values, selected by a condition."""
+    """Convert the operator Where, which selects elements of one of two values by a condition."""
     return step.builder.call(torch.where, step.x, step.input(1), step.input(2))
 
 
 def arg_max(step: GraphStep) -> Value:
-    """Index of the largest value."""
+    """Convert the operator ArgMax, which returns the index of the largest element."""
     if step.setting("select_last_index", 0):
         raise Unsupported("ArgMax that takes the last of equals")
     return step.builder.call(
@@ -129,7 +134,7 @@ def arg_max(step: GraphStep) -> Value:
 
 
 def onnx_mean(step: GraphStep) -> Value:
-    """Mean of several values."""
+    """Convert the operator Mean: the elementwise mean of several values."""
     total = _variadic(torch.add)(step)
     assert isinstance(total, Value)
     return step.builder.call(torch.div, total, len(step.inputs))
@@ -193,4 +198,4 @@ POINTWISE: dict[str, Operator] = {
     "Tanh": _activation("tanh", lambda _: nn.Tanh()),
     "Where": where,
 }
-"""operators by their ONNX names"""
+"""Functions that convert the operators of this module, by their ONNX names."""

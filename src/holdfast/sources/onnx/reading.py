@@ -1,4 +1,7 @@
-"""Reads an `.onnx` file with limits for its size and its nodes, and external data only from its own folder."""
+"""Parses an `.onnx` file, with limits on its size and its number of nodes.
+
+External data are read only from the folder of the file.
+"""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,13 +19,13 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.files import megabytes, readable_file, sha256_of_file
 
 MOST_ROUNDS = 1 << 16
-"""maximum number of iterations of a loop"""
+"""Largest number of iterations of a loop."""
 _DEFAULT = ("", "ai.onnx")
-"""domain of the standard operators"""
+"""Names of the domain of the standard operators."""
 
 
 class Endless(ValueError):
-    """Functions that call each other in a cycle, or a loop without a limit."""
+    """Error for functions that call each other in a cycle, or for a loop without a limit."""
 
 
 def n_nodes(proto: Any) -> int:
@@ -58,7 +61,7 @@ def n_nodes(proto: Any) -> int:
 def refuse_endless(graph: Any, known: Mapping[str, NDArray[Any]]) -> None:
     """Raise `Endless` for a loop whose number of iterations is not limited by a constant.
 
-    `known` are the tensors of the file; those of graphs inside nodes are added.
+    `known` contains the tensors of the file by name; constants of the graph and of graphs inside its nodes are added.
     """
     known = {**known, **_constants(graph)}
     for node in graph.node:
@@ -73,7 +76,7 @@ def refuse_endless(graph: Any, known: Mapping[str, NDArray[Any]]) -> None:
 
 
 def _inside(node: Any) -> Iterable[Any]:
-    """Graphs inside a node, such as the body of a loop."""
+    """Yield the graphs inside a node, such as the body of a loop."""
     for attribute in node.attribute:
         yield from attribute.graphs
         if attribute.HasField("g"):
@@ -81,7 +84,7 @@ def _inside(node: Any) -> Iterable[Any]:
 
 
 def _constants(graph: Any) -> dict[str, NDArray[Any]]:
-    """Initial values of a graph, and constant tensors and integers of its nodes."""
+    """Return the initial values of a graph, and the constant tensors and integers of its nodes, by name."""
     from onnx import numpy_helper
 
     found = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -96,33 +99,33 @@ def _constants(graph: Any) -> dict[str, NDArray[Any]]:
 
 
 MAX_BYTES = 1_900_000_000
-"""maximum number of bytes of the model with its data; protobuf itself is limited to 2 GiB"""
+"""Largest number of bytes of the model with its data; protobuf itself is limited to 2 GiB."""
 MAX_NODES = 50_000
 MAX_VALUES = 2**28
-"""maximum number of values of one example, or of the batch if its size is fixed"""
+"""Largest number of values of one example, or of a batch if the batch size is fixed."""
 _FLOATS: dict[int, np.dtype[Any]] = {
     1: np.dtype(np.float32),
     10: np.dtype(np.float16),
     11: np.dtype(np.float64),
 }
-"""types in TensorProto.DataType whose values attacks can change"""
+"""Types in TensorProto.DataType that inputs may have, because attacks can change their values."""
 _EXTERNAL = 1
-"""TensorProto.DataLocation.EXTERNAL"""
+"""Value of TensorProto.DataLocation.EXTERNAL."""
 
 
 @dataclass(frozen=True)
 class OnnxInput:
-    """The one input of a classifier."""
+    """Name, type and shape of the only input of a classifier."""
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | None, ...]
-    """None for a free size"""
+    """sizes of the axes; None for a free size"""
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A checked model that includes its tensors."""
+    """The parsed and checked content of a file, including its tensors."""
 
     proto: Any
     input: OnnxInput
@@ -131,17 +134,19 @@ class OnnxFile:
     files: dict[str, str]
     """SHA-256 of the file and of its data files, by path"""
     labels: tuple[str, ...] | tuple[int, ...] = ()
-    """labels of the classes in the order of the scores, if the file has them, as files from scikit-learn do"""
+    """labels of the classes in the order of the scores, if the file has them, as files from scikit-learn do;
+    else empty
+    """
 
     @property
     def content(self) -> bytes:
-        """The serialised model, for a runtime."""
+        """The serialised model, for onnxruntime."""
         serialised: bytes = self.proto.SerializeToString()
         return serialised
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs."""
+        """Names of the outputs of the model."""
         return tuple(value.name for value in self.proto.graph.output)
 
 
@@ -156,7 +161,7 @@ def onnx_module() -> ModuleType:
 
 
 def onnx_content(path: Path) -> bytes:
-    """Return the bytes of a model file. Raises `TargetError` if it is too large."""
+    """Return the content of a model file. Raises `TargetError` if it is too large."""
     readable_file(path, "model")
     if path.stat().st_size > MAX_BYTES:
         raise TargetError(
@@ -167,7 +172,9 @@ def onnx_content(path: Path) -> bytes:
 
 
 def bytes_beside(path: Path) -> int:
-    """Size of the other files in the folder of a model, which may hold its data; at most `MAX_BYTES`."""
+    """Return the total size of the other files in the folder of a model, which may contain its data; at most
+    `MAX_BYTES`.
+    """
     total = 0
     for each in path.parent.iterdir():
         if each.is_file() and each.name != path.name:
@@ -180,10 +187,11 @@ def bytes_beside(path: Path) -> int:
 def read_onnx(
     path: Path, input_shape: Sequence[int] | None = None, *, content: bytes | None = None
 ) -> OnnxFile:
-    """Parse and check a model within limits. Only this function reads external data.
+    """Return the parsed and checked content of a file. Only this function reads external data.
 
     `input_shape` is the shape of one example, which is needed for a file with free sizes. `content` is the content of
-    the file if it was read already; then the file is not opened again.
+    the file if it was already read; then the file is not opened again. Raises `TargetError` for a file that is invalid
+    or exceeds a limit, and `UsageError` if `input_shape` is missing or wrong.
     """
     content = onnx_content(path) if content is None else content
     onnx = onnx_module()
@@ -231,7 +239,7 @@ def _refuse_size(proto: Any, path: Path) -> None:
 
 
 def _labels(graph: Any) -> tuple[str, ...] | tuple[int, ...]:
-    """Labels of the classes from the last operator with labels."""
+    """Return the labels of the classes in the last operator that has labels, or an empty tuple."""
     for node in reversed(graph.node):
         for attribute in node.attribute:
             if attribute.name == "classlabels_strings" and attribute.strings:
@@ -242,7 +250,7 @@ def _labels(graph: Any) -> tuple[str, ...] | tuple[int, ...]:
 
 
 def _keep_tensors(graph: Any) -> None:
-    """Replace ZipMap, which converters of scikit-learn append, by Identity, so that the scores stay a tensor."""
+    """Replace ZipMap, which converters of scikit-learn append, by Identity, so that the scores remain a tensor."""
     helper = onnx_module().helper
     zipped = {}
     for node in graph.node:
@@ -255,7 +263,7 @@ def _keep_tensors(graph: Any) -> None:
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
-    """All tensors of a graph and of the graphs inside its nodes."""
+    """Yield all tensors of a graph and of the graphs inside its nodes."""
     yield from graph.initializer
     for node in graph.node:
         for attribute in node.attribute:
@@ -267,7 +275,7 @@ def _tensors(graph: Any) -> Iterator[Any]:
 
 
 def _take_external(tensor: Any, model: Path, n_bytes: int) -> Path:
-    """Load the external data of a tensor from a file inside the model's folder. Returns the path of that file."""
+    """Load the external data of a tensor from a file inside the model's folder. Return the path of that file."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     name = PurePosixPath(location.replace("\\", "/"))
@@ -331,7 +339,7 @@ def _input(
 
 
 def _refuse_no_scores(outputs: Sequence[Any], path: Path) -> None:
-    """Raise `TargetError` if no output has one or two axes, according to the declared shapes."""
+    """Raise `TargetError` if all outputs have more than two axes, according to the declared shapes."""
     declared = [value.type.tensor_type.HasField("shape") for value in outputs]
     if all(declared) and all(len(value.type.tensor_type.shape.dim) > 2 for value in outputs):
         listed = ", ".join(_described(value) for value in outputs)
@@ -344,7 +352,7 @@ def _refuse_no_scores(outputs: Sequence[Any], path: Path) -> None:
 def _filled(
     sizes: tuple[int | None, ...], input_shape: Sequence[int] | None, value: Any, path: Path
 ) -> tuple[int | None, ...]:
-    """Return the sizes of the file, with free sizes replaced by those of the declared shape of one example."""
+    """Return the sizes in the file, with free sizes replaced by those of the declared shape of one example."""
     if input_shape is None:
         if sizes and None not in sizes[1:]:
             return sizes
@@ -363,7 +371,7 @@ def _filled(
 
 
 def _described(value: Any) -> str:
-    """Name, type and shape of an input or an output, for messages."""
+    """Return the name, type and shape of an input or an output, for error messages."""
     kind = value.type.tensor_type
     if not kind.elem_type:
         return f"{value.name} (no tensor)"

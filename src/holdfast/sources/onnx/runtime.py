@@ -9,7 +9,7 @@ from holdfast.core.errors import TargetError, UsageError
 
 
 def session(content: bytes, threads: int) -> Any:
-    """Return an onnxruntime session on the CPU. Raises `TargetError` if onnxruntime refuses the model."""
+    """Return a session of onnxruntime on the CPU. Raises `TargetError` if onnxruntime rejects the model."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -27,7 +27,10 @@ def session(content: bytes, threads: int) -> Any:
 
 
 def run_session(running: Any, outputs: list[str], name: str, batch: NDArray[Any]) -> list[NDArray[Any]]:
-    """Return the outputs of a session on a batch (n, *features). Raises `TargetError` if it refuses the batch."""
+    """Return the outputs of a session on a batch (n, *features). Raises `TargetError` if onnxruntime rejects the batch.
+
+    `name` is the name of the input, and `outputs` lists the names of the outputs.
+    """
     try:
         found: list[NDArray[Any]] = running.run(outputs, {name: batch})
     except Exception as error:  # as above
@@ -38,7 +41,7 @@ def run_session(running: Any, outputs: list[str], name: str, batch: NDArray[Any]
 
 
 def some_inputs(shape: tuple[int | None, ...], dtype: np.dtype[Any], n: int) -> NDArray[Any]:
-    """Return `n` examples in [0, 1), with size one for every free size. They are equal in every call."""
+    """Return `n` random examples in [0, 1), with size one for every free size. They are equal in every call."""
     sizes = [n, *(size or 1 for size in shape[1:])]
     return np.random.default_rng(n).random(sizes, np.float32).astype(dtype)
 

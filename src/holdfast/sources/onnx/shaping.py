@@ -1,4 +1,4 @@
-"""Operators that move or copy values, and operators that create constants and shapes."""
+"""Converts ONNX operators that move or copy values, and operators that create constants and shapes."""
 
 import operator
 from typing import Any
@@ -20,11 +20,11 @@ from holdfast.sources.onnx.building import (
 from holdfast.sources.onnx.reading import onnx_module
 
 _MOST_PLACES = 2**24
-"""maximum number of indices of a backward slice, which are listed individually"""
+"""Largest number of indices of a slice with negative steps, which are listed individually."""
 
 
 def reshape(step: GraphStep) -> Value:
-    """Reshape. The batch size stays free, even if it is fixed in the file."""
+    """Convert the operator Reshape. The batch size remains free, even if it is fixed in the file."""
     x, wanted = step.x, step.ints(1)
     if step.setting("allowzero", 0) and 0 in (*wanted.at[0], *wanted.at[1]):
         raise Unsupported("Reshape to a size of 0")  # without a 0 the setting has no effect
@@ -36,7 +36,7 @@ def reshape(step: GraphStep) -> Value:
 
 
 def flatten(step: GraphStep) -> Value:
-    """Reshape to two dimensions: those before the axis, and the rest."""
+    """Convert the operator Flatten, which merges the dimensions before the axis to one, and the others to another."""
     axis = step.setting("axis", 1)
     axis = axis + step.x.rank if axis < 0 else axis
     first, second = (
@@ -46,7 +46,7 @@ def flatten(step: GraphStep) -> Value:
 
 
 def squeeze(step: GraphStep) -> Value:
-    """Remove dimensions of size one."""
+    """Convert the operator Squeeze, which removes dimensions of size one."""
     axes = step.axes(1)
     x = step.x
     gone = {axis % x.rank for axis in axes} if axes else {i for i in range(x.rank) if x.shape[i] == 1}
@@ -57,7 +57,7 @@ def squeeze(step: GraphStep) -> Value:
 
 
 def unsqueeze(step: GraphStep) -> Value:
-    """Insert dimensions of size one."""
+    """Convert the operator Unsqueeze, which inserts dimensions of size one."""
     axes = step.axes(1) or ()
     rank = step.x.rank + len(axes)
     new = {axis % rank for axis in axes}
@@ -69,13 +69,13 @@ def unsqueeze(step: GraphStep) -> Value:
 
 
 def transpose(step: GraphStep) -> Value:
-    """Permute the dimensions."""
+    """Convert the operator Transpose, which permutes the dimensions."""
     order = step.setting("perm", tuple(reversed(range(step.x.rank))))
     return step.builder.call(torch.permute, step.x, tuple(order))
 
 
 def concat(step: GraphStep) -> Value:
-    """Concatenate values."""
+    """Convert the operator Concat, which concatenates values along an axis."""
     values = [step.input(i) for i in range(len(step.inputs))]
     if len(values) == 1:
         return values[0]
@@ -83,7 +83,7 @@ def concat(step: GraphStep) -> Value:
 
 
 def split(step: GraphStep) -> tuple[Value, ...]:
-    """Split a value along an axis."""
+    """Convert the operator Split, which splits a value along an axis."""
     axis = step.setting("axis", 0) % step.x.rank
     size = step.x.shape[axis]
     sizes = step.attributes.get("split")
@@ -97,7 +97,7 @@ def split(step: GraphStep) -> tuple[Value, ...]:
 
 
 def slice_(step: GraphStep) -> Value:
-    """Slice a value by starts and ends."""
+    """Convert the operator Slice, which selects entries from starts to ends along some axes."""
     if "starts" in step.attributes:  # before opset 10
         starts, ends = step.attributes["starts"], step.attributes["ends"]
         axes, steps = step.attributes.get("axes", range(len(starts))), [1] * len(starts)
@@ -122,7 +122,7 @@ def slice_(step: GraphStep) -> Value:
 
 
 def gather(step: GraphStep) -> Value:
-    """Select entries of a value by their indices along an axis."""
+    """Convert the operator Gather, which selects entries of a value by their indices along an axis."""
     axis = step.setting("axis", 0) % step.x.rank
     places = step.input(1)
     if not places.is_static:
@@ -140,7 +140,7 @@ def gather(step: GraphStep) -> Value:
 
 
 def pad(step: GraphStep) -> Value:
-    """Pad a value."""
+    """Convert the operator Pad, which extends a value at the beginnings and ends of its dimensions."""
     mode = step.setting("mode", b"constant").decode()
     pads = list(step.attributes["pads"] if "pads" in step.attributes else step.tensor(1).tolist())
     value = float(step.tensor(2)) if step.given(2) else step.setting("value", 0.0)
@@ -163,7 +163,7 @@ def pad(step: GraphStep) -> Value:
 
 
 def resize(step: GraphStep) -> Value:
-    """Resize images, by the nearest value or by linear interpolation."""
+    """Convert the operators Resize and Upsample with the nearest value or linear interpolation."""
     mode = step.setting("mode", b"nearest").decode()
     how = step.setting(
         "coordinate_transformation_mode", b"half_pixel" if step.opset > 10 else b"asymmetric"
@@ -191,7 +191,7 @@ def resize(step: GraphStep) -> Value:
 
 
 def expand(step: GraphStep) -> Value:
-    """Expand dimensions of size one."""
+    """Convert the operator Expand, which repeats a value along dimensions of size one."""
     first, second = (
         tuple(np.broadcast_shapes(tuple(example.shape), wanted))
         for example, wanted in zip(step.x.at, step.ints(1).at, strict=True)
@@ -201,20 +201,20 @@ def expand(step: GraphStep) -> Value:
 
 
 def tile(step: GraphStep) -> Value:
-    """Repeat a value."""
+    """Convert the operator Tile, which repeats a value along its dimensions."""
     times = step.ints(1)
     _bounded((*times.at[0], step.x.at[0].numel()))
     return step.builder.call(torch.tile, step.x, times)
 
 
 def cast(step: GraphStep) -> Value:
-    """Convert to another type."""
+    """Convert the operator Cast, which converts a value to another type."""
     dtype = _dtype(step.attributes["to"])
     return step.x if step.x.at[0].dtype == dtype else step.builder.call(torch.Tensor.to, step.x, dtype)
 
 
 def constant(step: GraphStep) -> Value:
-    """Constant in the file."""
+    """Convert the operator Constant, which returns a constant of the file."""
     ((name, value),) = step.attributes.items()
     if name == "value":
         return step.builder.constant(as_tensor(value))
@@ -230,7 +230,7 @@ def constant(step: GraphStep) -> Value:
 
 
 def constant_of_shape(step: GraphStep) -> Value:
-    """Tensor of a given shape, filled with one number."""
+    """Convert the operator ConstantOfShape, which returns a tensor of a given shape, filled with one number."""
     value = as_tensor(step.attributes["value"]) if "value" in step.attributes else torch.zeros(1)
     shape = step.ints(0)
     _bounded(shape.at[0])
@@ -238,20 +238,20 @@ def constant_of_shape(step: GraphStep) -> Value:
 
 
 def shape(step: GraphStep) -> Value:
-    """Sizes of a value."""
+    """Convert the operator Shape, which returns the sizes of a value."""
     rows = slice(step.setting("start", 0), step.attributes.get("end"))
     first, second = (torch.tensor(list(example.shape)[rows], dtype=torch.int64) for example in step.x.at)
     return Value(None, (first, second))
 
 
 def size(step: GraphStep) -> Value:
-    """Number of elements of a value."""
+    """Convert the operator Size, which returns the number of elements of a value."""
     first, second = (torch.tensor(example.numel()) for example in step.x.at)
     return Value(None, (first, second))
 
 
 def range_(step: GraphStep) -> Value:
-    """Numbers from a start to an end."""
+    """Convert the operator Range, which returns equally spaced numbers from a start to an end."""
     start, end, stride = (step.tensor(i) for i in range(3))
     if stride == 0 or abs((end - start).item() / stride.item()) > MAX_ELEMENTS:
         raise Unsupported("Range without an end")
@@ -259,14 +259,14 @@ def range_(step: GraphStep) -> Value:
 
 
 def identity(step: GraphStep) -> Value:
-    """Return the value unchanged. Dropout is also converted to this, because it has no effect outside of training."""
+    """Convert the operators Identity and Dropout, which return their input; dropout has an effect only in training."""
     if step.n_outputs > 1:
         raise Unsupported(f"{step.op} that returns a mask")
     return step.x
 
 
 def as_tensor(array: Any) -> Tensor:
-    """Return an array of the file as a tensor."""
+    """Return an array of the file as a tensor. Raises `Unsupported` for a type that torch does not have."""
     try:
         return torch.from_numpy(array.copy())
     except TypeError as error:
@@ -274,7 +274,7 @@ def as_tensor(array: Any) -> Tensor:
 
 
 def _reshaped(builder: Builder, x: Value, sizes: Ints) -> Value:
-    """Reshape a value. If everything except the batch is flattened, `nn.Flatten` is used."""
+    """Return a reshaped value. If everything except the batch is flattened, `nn.Flatten` is used."""
     first, second = sizes.at
     if first == tuple(x.at[0].shape) and second == tuple(x.at[1].shape):
         return x
@@ -290,7 +290,9 @@ def _reshaped(builder: Builder, x: Value, sizes: Ints) -> Value:
 
 
 def _resolved(old: tuple[int, ...], new: tuple[int, ...], fixed_batch: int | None) -> tuple[int, ...]:
-    """Return the full sizes: 0 keeps a size, -1 is inferred, and a fixed batch size becomes that of the example."""
+    """Return the sizes as numbers: 0 becomes the old size, -1 is inferred, and a fixed batch size is that of the
+    example.
+    """
     sizes = [old[i] if size == 0 else size for i, size in enumerate(new)]
     if fixed_batch is not None and sizes and sizes[0] == fixed_batch:
         sizes[0] = old[0]
@@ -303,7 +305,7 @@ def _resolved(old: tuple[int, ...], new: tuple[int, ...], fixed_batch: int | Non
 
 
 def _sizes(step: GraphStep) -> tuple[int, ...]:
-    """Output sizes of a Resize or Upsample."""
+    """Return the output sizes of the operators Resize and Upsample."""
     if step.given(3):
         return tuple(step.ints(3).at[0])
     place = 1 if step.op == "Upsample" or step.opset < 11 else 2
@@ -345,4 +347,4 @@ SHAPING: dict[str, Operator] = {
     "Unsqueeze": unsqueeze,
     "Upsample": resize,
 }
-"""operators by their ONNX names"""
+"""Functions that convert the operators of this module, by their ONNX names."""
