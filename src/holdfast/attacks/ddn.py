@@ -33,9 +33,10 @@ class DDN:
     steps: Steps = 100
     """gradient steps"""
     gamma: Positive = 0.05
-    """share by which the radius shrinks or grows"""
+    """fraction by which the radius shrinks or grows in a step"""
     loss: Loss = cross_entropy
-    """loss that is maximised; the scale of the search comes from one more gradient, of the margin at the clean input"""
+    """loss that is maximised; the first radius comes from one further gradient, that of the margin at the
+    clean input"""
 
     needs: ClassVar[Access] = "gradients"
 

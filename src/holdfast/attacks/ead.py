@@ -37,9 +37,9 @@ class EAD:
     steps: Steps = 100
     """gradient steps for each weight"""
     step_size: Positive = 0.01
-    """first step size; it falls to zero along a square root"""
+    """first step size; it falls to zero with the square root of the remaining steps"""
     beta: Positive = 0.01
-    """amount by which each step shrinks every change, as a share of the box's width"""
+    """amount by which each step shrinks every change, as a fraction of the width of the box"""
 
     needs: ClassVar[Access] = "gradients"
 

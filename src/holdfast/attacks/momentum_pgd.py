@@ -26,7 +26,7 @@ class MomentumPGD:
     reach: Positive = 1.0
     """path length, in multiples of eps"""
     momentum: NonNegative = 1.0
-    """share of the direction that the next step keeps"""
+    """factor of the accumulated direction in each step"""
     loss: Loss = cross_entropy
     """loss that is maximised"""
 

@@ -39,17 +39,17 @@ class Relay:
     restarts: Count = 2
     """runs from random starts"""
     targets: Count = 2
-    """number of runs that each aim at one class, nearest first"""
+    """number of runs that each target one class, nearest linearised boundary first"""
     searches: Count = 2
     """number of runs from the results of new random searches"""
     rounds: Count = 2
     """number of runs from the results of random searches that start from the best point so far"""
     queries: Steps = 200
-    """number of windows that are tried before a run"""
+    """number of windows that are tried in each random search"""
     p_init: Fraction = 0.8
-    """share of the pixels that the first windows of a new random search cover"""
+    """fraction of the pixels that the first windows of a new random search cover"""
     p_best: Fraction = 0.05
-    """share of the pixels that the first windows cover in a search from the best point so far"""
+    """fraction of the pixels that the first windows cover in a search from the best point so far"""
 
     needs: ClassVar[Access] = "gradients"
 

@@ -38,11 +38,12 @@ class SuperDeepFool:
     """Alternates DeepFool steps with projections onto the normal of the decision boundary."""
 
     steps: Steps = 50
-    """largest number of steps of both kinds; an example stops when three broken points in a row come no closer"""
+    """largest number of steps of both kinds; an example stops when three broken points in a row are no closer than
+    before"""
     candidates: Steps = 9
-    """number of likeliest other classes that are compared until an example is broken; then it is two"""
+    """number of wrong classes that are compared, likeliest first, until an example is broken; then two are compared"""
     overshoot: Positive = 0.02
-    """share of the whole change by which a step goes beyond the linear boundary"""
+    """fraction of the whole change by which a step goes beyond the linear boundary"""
 
     needs: ClassVar[Access] = "gradients"
 

@@ -31,9 +31,9 @@ class TransformPGD:
     steps: Steps = 20
     """gradient steps of one restart"""
     restarts: Restarts = 10
-    """starts, the first from the clean image; each is run on the examples that survive the ones before"""
+    """number of starts, the first at the clean image; each is run on the examples that survive the previous starts"""
     step_size: Positive = 0.1
-    """mean step size along each axis, as a share of its limit"""
+    """mean step size along each axis, as a fraction of its limit"""
 
     needs: ClassVar[Access] = "gradients"
 
