@@ -37,7 +37,7 @@ class FreeTraining:
     step: Positive = 1.0
     """step size of the perturbation in each update, in multiples of eps"""
     label_smoothing: Fraction = 0.0
-    """share of each label that is spread over all classes"""
+    """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -66,7 +66,9 @@ class FreeTraining:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The inputs with the present perturbation; a hook on them updates it in the backward pass."""
+        """Return the inputs with the current perturbation. A hook on them updates the perturbation in the backward
+        pass.
+        """
         whole = batch.x + learner.state[_DELTA]
         x_adv = learner.net.bounds.clamp(whole).requires_grad_()
         cut = whole - x_adv.detach()
@@ -81,5 +83,5 @@ class FreeTraining:
         delta.copy_(constraint.project(moved, torch.zeros_like(delta), _EVERYWHERE))
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy at attacked inputs."""
+        """Return the cross-entropy at attacked inputs, and the number of correct examples."""
         return taught(learner, batch, x_adv, smoothing=self.label_smoothing)
