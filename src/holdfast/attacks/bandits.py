@@ -1,9 +1,9 @@
 """Bandits: a running estimate of the gradient, improved with two queries a step, from scores alone.
 
 Ilyas, Engstrom & Madry, "Prior convictions: black-box adversarial attacks with bandits and priors", ICLR 2019,
-arXiv:1807.07978. The estimate is kept from step to step (time prior) and is constant within a tile (data prior).
-Differs from the paper: it uses the margin instead of the cross-entropy; differences are divided by their running mean,
-so that no rate depends on the logits' scale; and every tenth point is evaluated with an additional query.
+arXiv:1807.07978. The estimate is carried over from step to step (time prior) and is constant within a tile (data
+prior). Differs from the paper: it uses the margin instead of the cross-entropy; differences are divided by their
+running mean, so that no rate depends on the logits' scale; and every tenth point is evaluated with an additional query.
 """
 
 from dataclasses import dataclass

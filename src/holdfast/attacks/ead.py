@@ -2,8 +2,8 @@
 
 Chen et al., "EAD: Elastic-Net Attacks to Deep Neural Networks via Adversarial Examples", AAAI 2018, arXiv:1709.04114.
 Differs from the paper: the weight of the margin starts where the first step just changes a value instead of from one
-constant for all, the points of the gradients are evaluated, the closest in L1 is kept, an example is dropped once it is
-broken inside a finite eps, and it ends with a bisection to the boundary.
+constant for all, the points of the gradients are evaluated, the closest point in L1 is returned, an example is dropped
+once it is broken inside a finite eps, and it ends with a bisection to the boundary.
 """
 
 from dataclasses import dataclass

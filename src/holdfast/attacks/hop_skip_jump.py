@@ -2,7 +2,7 @@
 
 Chen, Jordan & Wainwright, "HopSkipJumpAttack: A Query-Efficient Decision-Based Attack", IEEE S&P 2020,
 arXiv:1904.02144. Differs from the paper: a normal is estimated from points at a tenth of the distance, which is many
-times farther, and for images half of their energy is in low frequencies; earlier normals are kept with a decaying
+times farther, and for images half of their energy is in low frequencies; earlier normals are used with a decaying
 weight; a step is evaluated at a point closer than the known one, and the boundary is searched from there; and the
 nearest of several starts is used.
 """

@@ -3,7 +3,7 @@
 Engstrom et al., "Exploring the Landscape of Spatial Robustness", ICML 2019, arXiv:1712.02779 (their first-order
 method), and Hsiung et al., "Towards Compositional Adversarial Robustness", CVPR 2023, arXiv:2202.04235, for colours.
 Differs from the papers: the margin is lowered, with step sizes along a cosine, over all axes at once, from random
-starts; hue and saturation change in YIQ instead of HSV, which keeps the brightness and has a gradient everywhere.
+starts; hue and saturation change in YIQ instead of HSV, which preserves the brightness and has a gradient everywhere.
 """
 
 from dataclasses import dataclass

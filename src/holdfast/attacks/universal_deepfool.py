@@ -2,7 +2,7 @@
 
 Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, arXiv:1610.08401. Differs from the paper:
 several examples take one step of DeepFool at once and the mean of their steps is added, where the paper moves one
-example after the other across its boundary; an input counts as broken if it gets a wrong class, not if its prediction
+example after the other across its boundary; an input counts as broken if it is misclassified, not if its prediction
 changes; and the rate is counted during a pass, for each example when it is used.
 """
 

@@ -73,7 +73,7 @@ def moves(batch: Batch, how: Augmentation, rng: Draws) -> Moves | None:
 
 
 def augmented(batch: Batch, how: Augmentation, rng: Draws) -> Batch:
-    """The batch with randomly augmented images; their classes do not change."""
+    """Return the batch with randomly augmented images; their classes do not change."""
     drawn = moves(batch, how, rng)
     return batch if drawn is None else batch.at(drawn.of(batch.x))
 

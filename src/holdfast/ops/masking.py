@@ -1,4 +1,4 @@
-"""Search for the stages of a network that mask its gradient, by a test of each module on the inputs that it gets."""
+"""Search for the stages of a network that mask its gradient, by a test of each module on its own inputs."""
 
 from dataclasses import dataclass
 

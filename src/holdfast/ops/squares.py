@@ -305,7 +305,7 @@ def _tiled(heap: Tensor, down: Tensor, across: Tensor) -> Tensor:
 def search(
     model: Model, left: Batch, proposals: Proposals, best: Best, shares: Sequence[float], rng: Draws
 ) -> None:
-    """Random search: try one window in each query from the points of `proposals`, and accept those that lower the
+    """Search at random: try one window in each query from the points of `proposals`, and accept those that lower the
     margin.
 
     `shares` are the fractions of the pixels that the windows cover, one for each query; the last is not used, since the

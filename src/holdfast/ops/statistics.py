@@ -82,7 +82,7 @@ def against_majority(correct: Mask, y: Labels, confidence: float = 0.95) -> Agai
 
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Exact interval of a proportion with `k` of `n` observed; its coverage is at least `confidence`.
+    """Return the exact interval of a proportion with `k` of `n` observed; its coverage is at least `confidence`.
 
     >>> [round(end, 4) for end in clopper_pearson(0, 10)]
     [0.0, 0.3085]

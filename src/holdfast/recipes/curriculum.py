@@ -1,4 +1,4 @@
-"""Curriculum adversarial training, in its friendly form: attacks stop soon after their success, later and later.
+"""Friendly adversarial training: attacks stop soon after their success, and later as the training proceeds.
 
 Zhang et al., "Attacks Which Do Not Kill Training Make Adversarial Learning Stronger", ICML 2020, arXiv:2002.11242
 (friendly adversarial training, FAT): among the adversarial examples, train on those with the smallest loss. Training

@@ -4,7 +4,7 @@ Shafahi et al., "Adversarial Training for Free!", NeurIPS 2019, arXiv:1904.12843
 and the perturbation continues from replay to replay and from batch to batch, so that an update costs one forward and
 one backward, as in ordinary training. Differs from the paper: any norm, eps grows at first, the weights are averaged,
 the learning rate follows one cycle, a pass over the data counts as one epoch for any number of replays, and a feature
-that was clipped to the box keeps a gradient that leads back into it, which the paper's code drops.
+that was clipped to the box has a gradient that leads back into it, which the paper's code drops.
 """
 
 import math

@@ -4,8 +4,9 @@ Miyato et al., "Virtual Adversarial Training: A Regularization Method for Superv
 TPAMI 41(8), 2018, arXiv:1704.03976. The direction in which the prediction changes most is the first eigenvector of the
 divergence's Hessian, computed by power iteration from a random direction. Differs from the paper: under norms other
 than L2 each iteration uses that norm's steepest direction, which maximises the same quadratic form over the norm's own
-ball; the finite difference is a share of eps and not 1e-6, which is lost in float32 rounding; labelled and unlabelled
-examples are in the same batches; eps grows at first, the weights are averaged, and the learning rate follows one cycle.
+ball; the finite difference is a fraction of eps and not 1e-6, which is lost in float32 rounding; labelled and
+unlabelled examples are in the same batches; eps grows at first, the weights are averaged, and the learning rate follows
+one cycle.
 """
 
 from collections.abc import Iterator

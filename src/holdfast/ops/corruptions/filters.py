@@ -38,7 +38,7 @@ def gaussian_kernel(x: Inputs, sigma: float, *, edge: Edge = "edge", reach: floa
     taps = taps / taps.sum()
 
     def blurs(size: int) -> Tensor:
-        """The blur of a line of `size` pixels as a matrix."""
+        """Return the blur of a line of `size` pixels as a matrix."""
         ends = wrapped_positions(torch.arange(size, device=x.device)[:, None] + places, size, edge)
         return x.new_zeros(size, size).scatter_add_(1, ends, taps.expand(size, -1))
 
