@@ -35,7 +35,7 @@ class AdversarialPatch:
     places: Steps = 1000
     """largest number of positions of the patch that are tried in each image; the one with the lowest margin is used"""
     steps: Steps = 300
-    """gradient steps of a fit, each on some examples at random allowed positions"""
+    """number of gradient steps of a fit, each on some examples at random allowed positions"""
     batch: Steps = 100
     """number of examples in one gradient step"""
     step_size: Positive = 0.05

@@ -33,9 +33,9 @@ class APGD:
     loss: Loss = cross_entropy
     """loss that is maximised: `cross_entropy`, `dlr`, `margin_loss`, `probability_margin`"""
     steps: Steps = 100
-    """gradient steps of one restart"""
+    """number of gradient steps of one restart"""
     restarts: Restarts = 1
-    """random starts for each target; each is run on the examples that survive the previous starts"""
+    """number of random starts for each target; each is run on the examples that survive the previous starts"""
     targets: Count = 0
     """number of wrong classes that are targeted in turn, likeliest first; 0 for an untargeted attack"""
     rho: Fraction = 0.75

@@ -22,7 +22,7 @@ class BIM:
     """Takes several gradient steps of constant size from the clean input (iterated FGSM)."""
 
     steps: Steps = 10
-    """gradient steps"""
+    """number of gradient steps"""
     reach: Positive = 1.25
     """path length in multiples of eps; the paper uses 1.25 eps steps of one grey level"""
     loss: Loss = cross_entropy

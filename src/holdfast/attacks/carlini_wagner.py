@@ -38,7 +38,7 @@ class CarliniWagner:
     searches: Steps = 9
     """number of constants that are tried for each example"""
     steps: Steps = 100
-    """gradient steps for each constant"""
+    """number of gradient steps for each constant"""
     reach: Positive = 1.0
     """path length of one coordinate in the first run, in units of the first-order distance to the boundary"""
     growth: Positive = 16.0

@@ -31,7 +31,7 @@ class DDN:
     """Decouples direction and norm: gradient steps at a radius that shrinks while the example is broken, else grows."""
 
     steps: Steps = 100
-    """gradient steps"""
+    """number of gradient steps"""
     gamma: Positive = 0.05
     """fraction by which the radius shrinks or grows in a step"""
     loss: Loss = cross_entropy

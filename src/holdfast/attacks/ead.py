@@ -35,7 +35,7 @@ class EAD:
     searches: Steps = 9
     """number of weights of the margin that are tried for each example"""
     steps: Steps = 100
-    """gradient steps for each weight"""
+    """number of gradient steps for each weight"""
     step_size: Positive = 0.01
     """first step size; it falls to zero with the square root of the remaining steps"""
     beta: Positive = 0.01

@@ -47,9 +47,9 @@ class FAB:
     """Projects onto the linearised decision boundary in each step, with a bias towards the clean input."""
 
     steps: Steps = 100
-    """steps of one run; each costs one forward pass, and one forward pass with a gradient"""
+    """number of steps of one run; each costs one forward pass, and one forward pass with a gradient"""
     restarts: Restarts = 1
-    """runs for each target: the first from the clean input, the others from random points around it"""
+    """number of runs for each target: the first from the clean input, the others from random points around it"""
     targets: Count = 9
     """number of wrong classes that are targeted in turn, likeliest first; 0 for the closest boundary (one gradient a
     class)"""
@@ -63,8 +63,9 @@ class FAB:
     """number of steps between checks. A check ends a run that is not broken yet, and a run whose distance would stay
     above eps if it fell again by the same factor as since the last check. 0 for no checks"""
     refine: Count = 0
-    """gradient steps inside a finite ball, from the projections of the points that ended outside; points within 1.35
-    eps first get up to twice as many steps of another run that starts from them, towards the likeliest wrong class"""
+    """number of gradient steps inside a finite ball, from the projections of the points that ended outside; points
+    within 1.35 eps first get up to twice as many steps of another run that starts from them, towards the likeliest
+    wrong class"""
 
     needs: ClassVar[Access] = "gradients"
 

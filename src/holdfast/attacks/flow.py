@@ -34,7 +34,7 @@ class Flow:
     """Displaces the pixels of an image by a smooth flow field, each within the limit of the threat model."""
 
     steps: Steps = 50
-    """gradient steps of one restart"""
+    """number of gradient steps of one restart"""
     restarts: Restarts = 5
     """number of starts, all but the first at random; each is run on the examples that survive the previous starts"""
     step_size: Positive = 0.8

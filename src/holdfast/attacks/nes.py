@@ -30,7 +30,7 @@ class NES:
     sigma: Positive = 0.001
     """standard deviation of the points around the current one, as a fraction of the width of the box"""
     momentum: Fraction = 0.9
-    """weight of the earlier estimates in the running mean"""
+    """factor of the sum of earlier estimates in each step"""
     reach: Positive = 20.0
     """path length in multiples of eps"""
 

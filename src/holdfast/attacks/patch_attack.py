@@ -29,7 +29,7 @@ class PatchAttack:
     """Optimises the values of a rectangle of each image by gradient ascent, at several positions."""
 
     steps: Steps = 10
-    """gradient steps of one start"""
+    """number of gradient steps of one start"""
     places: Steps = 20
     """number of starts, each at another position, that with the next largest gradients; if the threat model allows
     fewer positions, they are used again with other noise. Each is run on the examples that survive the previous starts

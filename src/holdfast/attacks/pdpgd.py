@@ -38,7 +38,7 @@ class PDPGD:
     """Minimises the distance by primal-dual proximal gradient descent, with a penalty that adapts to each example."""
 
     steps: Steps = 100
-    """gradient steps"""
+    """number of gradient steps"""
     step_size: Positive = 1.0
     """first step of a value in first-order Linf distances; under L1 and L0, the geometric mean of that and the box's
     width"""
@@ -51,8 +51,8 @@ class PDPGD:
     memory: Fraction = 0.5
     """weight of earlier values in the running mean of the penalties"""
     refine: Count = 0
-    """gradient steps inside a finite ball, from the projections of the points that ended outside; other points do not
-    change"""
+    """number of gradient steps inside a finite ball, from the projections of the points that ended outside; other
+    points do not change"""
 
     needs: ClassVar[Access] = "gradients"
 

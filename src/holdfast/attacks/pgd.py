@@ -25,11 +25,11 @@ class PGD:
     """Maximises the margin loss by projected gradient steps from random starts."""
 
     steps: Steps = 40
-    """gradient steps of one restart"""
+    """number of gradient steps of one restart"""
     reach: Positive = 20.0
     """path length of one restart, in multiples of eps"""
     restarts: Restarts = 1
-    """random starts; each is run on the examples that survive the previous starts"""
+    """number of random starts; each is run on the examples that survive the previous starts"""
     loss: Loss = margin_loss
     """loss that is maximised: `margin_loss`, `cross_entropy`, `dlr`, `probability_margin`"""
     schedule: Schedule = cosine

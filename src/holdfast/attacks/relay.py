@@ -33,11 +33,11 @@ class Relay:
     """Alternates gradient steps and random search with windows, each from the best point so far."""
 
     steps: Steps = 20
-    """gradient steps of one run"""
+    """number of gradient steps of one run"""
     reach: Positive = 10.0
     """path length of one run, in multiples of eps"""
     restarts: Count = 2
-    """runs from random starts"""
+    """number of runs from random starts"""
     targets: Count = 2
     """number of runs that each target one class, nearest linearised boundary first"""
     searches: Count = 2

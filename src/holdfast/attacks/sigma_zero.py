@@ -33,7 +33,7 @@ class SigmaZero:
     """Minimises a smooth approximation of the L0 norm, and sets changes below an adaptive threshold to zero."""
 
     steps: Steps = 200
-    """gradient steps"""
+    """number of gradient steps"""
     step_size: Positive = 1.0
     """first step size of a value, as a fraction of the width of its box; it falls to a tenth along a cosine"""
     sigma: Positive = 0.001

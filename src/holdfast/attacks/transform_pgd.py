@@ -29,7 +29,7 @@ class TransformPGD:
     """Optimises rotation, shift, scale or colour by gradient descent on the margin from random starts."""
 
     steps: Steps = 20
-    """gradient steps of one restart"""
+    """number of gradient steps of one restart"""
     restarts: Restarts = 10
     """number of starts, the first at the clean image; each is run on the examples that survive the previous starts"""
     step_size: Positive = 0.1

@@ -37,7 +37,7 @@ class Universal:
     fits: Steps = 10
     """number of fits, each with first steps towards another class; the fit that breaks most examples is used"""
     steps: Steps = 150
-    """gradient steps of a fit, each on some of the examples"""
+    """number of gradient steps of a fit, each on some of the examples"""
     batch: Steps = 100
     """number of examples in one gradient step"""
     step_size: Positive = 0.2

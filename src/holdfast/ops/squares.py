@@ -87,7 +87,7 @@ class Proposals(Protocol):
     """best points so far"""
 
     def start(self, rng: Draws) -> Inputs:
-        """Return the first points."""
+        """Return the points to try first, (n, *features)."""
 
     def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
         """Prepare a block of steps from `draws` (n, steps, per_step) and the fraction that the window covers in each
@@ -95,7 +95,7 @@ class Proposals(Protocol):
         """
 
     def propose(self, step: int) -> Inputs:
-        """Return the points to try at a step of the block."""
+        """Return the points to try at a step of the block, (n, *features)."""
 
     def keep(self, better: Mask) -> None:
         """Accept the tried points where `better` is true, and leave the best points unchanged elsewhere."""

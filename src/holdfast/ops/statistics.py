@@ -55,7 +55,7 @@ class AgainstMajority:
     majority: float
     """fraction of examples with the most frequent label"""
     at_chance: bool
-    """whether the model is not better than the majority class, or cannot be distinguished from guessing"""
+    """whether the accuracy does not exceed that of the majority class, or cannot be distinguished from guessing"""
 
 
 NEAR_CHANCE = 1.5

@@ -35,7 +35,7 @@ class ATTA:
     """Adversarial training on examples that are stored from epoch to epoch and improved by a few steps each time."""
 
     steps: Steps = 2
-    """gradient steps on each stored example in each epoch"""
+    """number of gradient steps on each stored example in each epoch"""
     step: Positive = 0.33
     """step size, in multiples of eps"""
     refresh: Count = 0

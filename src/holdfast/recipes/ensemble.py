@@ -28,7 +28,7 @@ class EnsembleTraining:
     """Adversarial training on attacks on the network itself and on surrogates, one of them at random per batch."""
 
     steps: Steps = 7
-    """gradient steps of the inner attack"""
+    """number of gradient steps of the inner attack"""
     reach: Positive = 2.5
     """path length of the inner attack, in multiples of eps"""
     clean: NonNegative = 0.5

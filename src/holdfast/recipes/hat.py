@@ -40,7 +40,7 @@ class HAT:
     """factor by which the change of the attack is enlarged at the points where the helper's predictions are
     the labels"""
     steps: Steps = 10
-    """gradient steps of the inner attack"""
+    """number of gradient steps of the inner attack"""
     reach: Positive = 2.5
     """path length of the inner attack, in multiples of eps"""
     training: Training = field(default_factory=Training)

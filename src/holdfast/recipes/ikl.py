@@ -42,7 +42,7 @@ class IKL:
     keep: Annotated[float, Gt(0), Lt(1)] = 0.99
     """weight of the earlier mean prediction of a class in its running mean, for each update"""
     steps: Steps = 10
-    """gradient steps of the inner attack"""
+    """number of gradient steps of the inner attack"""
     reach: Positive = 2.5
     """path length of the inner attack, in multiples of eps"""
     training: Training = field(default_factory=Training)

@@ -35,7 +35,7 @@ class LLR:
     slope: NonNegative = 3.0
     """weight of the absolute change of the tangent at the same point"""
     steps: Steps = 2
-    """gradient steps of the search for the point with the largest distance"""
+    """number of gradient steps of the search for the point with the largest distance"""
     reach: Positive = 2.5
     """path length of the search, in multiples of eps"""
     training: Training = field(default_factory=Training)

@@ -33,7 +33,7 @@ class MART:
     beta: NonNegative = 6.0
     """weight of the divergence"""
     steps: Steps = 10
-    """gradient steps of the inner attack"""
+    """number of gradient steps of the inner attack"""
     reach: Positive = 2.5
     """path length of the inner attack, in multiples of eps"""
     training: Training = field(default_factory=Training)

@@ -40,7 +40,7 @@ class MultiNormTraining:
     """`max`: the worst attack on each example; `average`: all attacks; `msd`: one attack with the worst norm in every
     step"""
     steps: Steps = 10
-    """gradient steps of each inner attack"""
+    """number of gradient steps of each inner attack"""
     reach: Positive = 2.5
     """path length of each inner attack, in multiples of eps"""
     training: Training = field(default_factory=lambda: Training(warmup=0.5))

@@ -25,7 +25,7 @@ class PGDTraining:
     """Adversarial training on the results of a short PGD attack on each batch."""
 
     steps: Steps = 7
-    """gradient steps of the inner attack"""
+    """number of gradient steps of the inner attack"""
     reach: Positive = 2.5
     """path length of the inner attack, in multiples of eps"""
     clean: NonNegative = 0.0

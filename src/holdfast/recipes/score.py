@@ -33,7 +33,7 @@ class SCORE:
     label_smoothing: Fraction = 0.0
     """fraction of each label that is spread evenly over all classes"""
     steps: Steps = 10
-    """gradient steps of the inner attack"""
+    """number of gradient steps of the inner attack"""
     reach: Positive = 2.5
     """path length of the inner attack, in multiples of eps"""
     training: Training = field(default_factory=Training)

@@ -29,7 +29,7 @@ class TRADES:
     beta: NonNegative = 6.0
     """weight of the robust term; with 0 the attack is still computed, and changes the statistics of batch norm"""
     steps: Steps = 10
-    """gradient steps of the inner attack"""
+    """number of gradient steps of the inner attack"""
     reach: Positive = 2.5
     """path length of the inner attack, in multiples of eps"""
     label_smoothing: Fraction = 0.0

@@ -174,7 +174,7 @@ class Codec:
     dims: Steps = 32
     """number of dimensions of the latents"""
     hidden: Steps = 256
-    """units of the hidden layer"""
+    """number of units of the hidden layer"""
     parameter_noise: NonNegative = 0.05
     """standard deviation of the noise on the coordinates, in multiples of their standard deviation"""
     latent_noise: NonNegative = 0.1

@@ -77,7 +77,7 @@ class Distilled:
     overshoot: Positive = 1.25
     """radius of the ball, in multiples of eps"""
     steps: Steps = 6
-    """gradient steps towards the features of the other input"""
+    """number of gradient steps towards the features of the other input"""
     reach: Positive = 2.0
     """path length, in multiples of that radius"""
 
