@@ -1,4 +1,4 @@
-"""RayS: search for the ray of signs along which the boundary is nearest, from labels alone.
+"""RayS: search for the direction with entries -1 and 1 along which the boundary is nearest, from labels alone.
 
 Chen & Gu, "RayS: a ray searching method for hard-label adversarial attack", KDD 2020, arXiv:2006.12792. Differs from
 the paper: until a point is broken, rays are tried at the corners of the box, and after blocks of a sixteenth new random

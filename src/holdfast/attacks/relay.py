@@ -1,4 +1,4 @@
-"""Relay: gradient steps and random search in turn, each from the best point of the other.
+"""Relay: gradient steps and random search in turn, each from the best point that the other method found.
 
 Our own. It makes short runs of gradient descent on the margin from random starts; the same towards the classes with the
 nearest linearised boundaries (Melamed et al., "MALT powers up adversarial attacks", NeurIPS 2024, arXiv:2407.02240);

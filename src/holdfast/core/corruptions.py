@@ -1,4 +1,4 @@
-"""Constraint of common corruptions, which is the threat model `corruptions:3`."""
+"""Common corruptions as a constraint, which is written `corruptions:3` in a threat model."""
 
 from dataclasses import dataclass
 from typing import ClassVar

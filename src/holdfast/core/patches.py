@@ -1,4 +1,4 @@
-"""A rectangle of an image as a constraint: the threat model `patch:5x5`.
+"""A rectangle of an image as a constraint, which is written `patch:5x5` in a threat model.
 
 Brown et al., "Adversarial Patch", 2017, arXiv:1712.09665; Karmon et al., "LaVAN: Localized and Visible Adversarial
 Noise", ICML 2018, arXiv:1801.02608.

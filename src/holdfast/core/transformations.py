@@ -1,4 +1,4 @@
-"""Constraints of transformations of images: the threat models `spatial:rotate=30` and `colour:hue=18`.
+"""Transformations of images as constraints, which are written `spatial:rotate=30` and `colour:hue=18` in threat models.
 
 Engstrom et al., "Exploring the Landscape of Spatial Robustness", ICML 2019, arXiv:1712.02779, for the first, and Xiao
 et al., "Spatially Transformed Adversarial Examples", ICLR 2018, arXiv:1801.02612, for its flow; Hsiung et al., "Towards

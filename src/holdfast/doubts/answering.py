@@ -1,4 +1,4 @@
-"""Adaptive attacks, with the rules which of them a raised doubt requires, and when they answer it.
+"""Adaptive attacks, with rules for which attacks a raised doubt requires, and for when they answer it.
 
 As Tramer et al., "On adaptive attacks to adversarial example defenses", NeurIPS 2020, arXiv:2002.08347, recommend, an
 attack is chosen by what makes the naive one fail. Each runs on the examples that survive all others, with gradients

@@ -1,4 +1,4 @@
-"""Augmentations of training images, which preserve their class or mix two, on a whole batch at once and on its device.
+"""Augmentations of training images, which preserve or mix classes, for a whole batch at once and on its device.
 
 Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019,
 arXiv:1905.04899; with adversarial training Rebuffi et al., "Data Augmentation Can Improve Robustness", NeurIPS 2021,

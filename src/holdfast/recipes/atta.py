@@ -1,4 +1,4 @@
-"""ATTA: adversarial training whose attacks start from the results of the epoch before.
+"""ATTA: adversarial training whose attacks start from their results of the previous epoch.
 
 Zheng et al., "Efficient Adversarial Training With Transferable Adversarial Examples", CVPR 2020, arXiv:1912.11969:
 adversarial examples of the network an epoch ago nearly break it now, so that two steps in each epoch have the effect of

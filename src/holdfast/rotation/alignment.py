@@ -1,4 +1,4 @@
-"""Permutation alignment: reorders the hidden units of one network to match another, without a change of its outputs.
+"""Permutation alignment, which reorders the hidden units of one network to match another and preserves its outputs.
 
 Ainsworth, Hayase & Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries", ICLR 2023,
 arXiv:2209.04836: weight matching by coordinate descent over linear assignments. Differs from the paper: only

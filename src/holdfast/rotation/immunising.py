@@ -1,4 +1,4 @@
-"""Immunising: trains a parameter set so that adversarial examples computed on stolen sets do not break it.
+"""Immunising: training of a parameter set so that adversarial examples computed on stolen sets do not break it.
 
 Transfer examples are computed on the stolen sets by momentum PGD (Dong et al., "Boosting Adversarial Attacks with
 Momentum", CVPR 2018, arXiv:1710.06081), from training inputs only, and their loss is added to that of half an epoch

@@ -1,4 +1,4 @@
-"""Transfer attacks of an attacker with some models on a model that the attacker never queries.
+"""Transfer attacks: examples are computed on models of the attacker, for a target that the attacker never queries.
 
 Which attack transfers best depends on the networks, so the attacker uses several, and the best counts: momentum
 (MI-FGSM, Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018, arXiv:1710.06081); 50 steps on the
