@@ -1,4 +1,4 @@
-"""The attacks. Each class is loaded when it is used; `holdfast.core.catalogue` is the list of them."""
+"""Attacks. Each class is imported when it is first used; `holdfast.core.catalogue` lists all of them."""
 
 from typing import Any
 

@@ -33,18 +33,18 @@ class AdversarialPatch:
     """number of fits with different random numbers; the one that breaks most examples, each at a random
     position, is used"""
     places: Steps = 1000
-    """largest number of positions that are tried in each image; the worst of them counts"""
+    """largest number of positions of the patch that are tried in each image; the one with the lowest margin is used"""
     steps: Steps = 300
-    """gradient steps of a fit, each on some examples at random allowed positions"""
+    """number of gradient steps of a fit, each on some examples at random allowed positions"""
     batch: Steps = 100
-    """number of examples of one step"""
+    """number of examples in one gradient step"""
     step_size: Positive = 0.05
-    """mean step size, as a share of the box's width"""
+    """mean step size, as a fraction of the width of the box"""
 
     needs: ClassVar[Access] = "gradients"
 
     def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """The values of the patch, as a batch of one."""
+        """Return the fitted values of the patch, of shape (1, channels, height, width)."""
         patch = expect_patch(threat.constraint, self)
         low, high = (
             side.expand(batch.x[:1].shape).mean((2, 3), keepdim=True) for side in model.bounds.like(batch.x)
@@ -61,11 +61,13 @@ class AdversarialPatch:
         return filling.detach()
 
     def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """The result of fit `k`, with its own random numbers."""
+        """Return the result of fit `k`, which has its own random numbers, as in `fit`."""
         return self.fit(model, batch, threat, rng=rng.at("fit", k))
 
     def fitted(self, learned: Tensor) -> Pasted:
-        """The attack that pastes the patch into each image at the worst position."""
+        """Return the attack that pastes the fitted patch `learned` into each image, at the position with the lowest
+        margin.
+        """
         return Pasted(learned, self.places)
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:

@@ -33,15 +33,17 @@ class ALMA:
     """Minimises the distance under the constraint of misclassification by an augmented Lagrangian method."""
 
     steps: Steps = 100
-    """gradient steps"""
+    """number of gradient steps"""
     reach: Positive = 2.0
     """length of the first step in first-order distances"""
     fall: Fraction = 0.01
-    """share of the step size at the last step; it falls from the first success on"""
+    """factor by which the step size has fallen at the last step; it starts to fall at the first success"""
     memory: Fraction = 0.5
-    """weight of earlier values in the running means of multiplier, squared gradient, momentum; 0.9 for 1,000 steps"""
+    """weight of earlier values in the running means of multiplier, squared gradient and momentum; 0.9 suits
+    1,000 steps"""
     refine: Count = 0
-    """gradient steps inside a finite ball from the projections of points outside of it; other points do not change"""
+    """number of gradient steps inside a finite ball, from the projections of the points that ended outside; other
+    points do not change"""
 
     needs: ClassVar[Access] = "gradients"
 

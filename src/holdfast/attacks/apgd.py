@@ -33,19 +33,20 @@ class APGD:
     loss: Loss = cross_entropy
     """loss that is maximised: `cross_entropy`, `dlr`, `margin_loss`, `probability_margin`"""
     steps: Steps = 100
-    """gradient steps of one restart"""
+    """number of gradient steps of one restart"""
     restarts: Restarts = 1
-    """random starts for each target; each is run on the examples that survive the ones before"""
+    """number of random starts for each target; each is run on the examples that survive the previous starts"""
     targets: Count = 0
-    """number of wrong classes to aim for in turn, likeliest first; 0 aims away from the label"""
+    """number of wrong classes that are targeted in turn, likeliest first; 0 for an untargeted attack"""
     rho: Fraction = 0.75
-    """share of the steps that must raise the loss; below it, the step size is halved"""
+    """fraction of the steps since the last check that must raise the loss; if fewer do, the step size is halved"""
     shrink: bool = False
-    """start in balls of 3 and 2 eps (0.3 of the steps each) before the ball itself, as in the L1 paper"""
+    """whether to start in balls of radius 3 and 2 eps (0.3 of the steps each) before the ball itself, as in the L1
+    paper"""
     draws: Steps = 1
     """number of forward passes over which a gradient is averaged, for a randomised model"""
     sure: Fraction = 0.5
-    """an example counts as broken if more than this share of them is misclassified"""
+    """an example counts as broken if more than this fraction of these forward passes misclassifies it"""
 
     needs: ClassVar[Access] = "gradients"
 

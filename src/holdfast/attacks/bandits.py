@@ -1,9 +1,9 @@
 """Bandits: a running estimate of the gradient, improved with two queries a step, from scores alone.
 
 Ilyas, Engstrom & Madry, "Prior convictions: black-box adversarial attacks with bandits and priors", ICLR 2019,
-arXiv:1807.07978. The estimate is kept from step to step (time prior) and is constant within a tile (data prior).
-Differs from the paper: it uses the margin instead of the cross-entropy; differences are divided by their running mean,
-so that no rate depends on the logits' scale; and every tenth point is evaluated with an additional query.
+arXiv:1807.07978. The estimate is carried over from step to step (time prior) and is constant within a tile (data
+prior). Differs from the paper: it uses the margin instead of the cross-entropy; differences are divided by their
+running mean, so that no rate depends on the logits' scale; and every tenth point is evaluated with an additional query.
 """
 
 from dataclasses import dataclass
@@ -31,13 +31,14 @@ class Bandits:
     """Estimates the gradient from finite differences of the scores with a bandit prior."""
 
     queries: Steps = 5000
-    """largest number of queries for each example; that of the threat model if it is smaller"""
+    """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""
     step_size: Positive = 0.1
     """length of one step in multiples of eps"""
     exploration: Positive = 1.0
-    """length of the random part of a query; the estimate is at most one in each tile, under L2 unbounded"""
+    """length of the random part of a query; the estimate is at most 1 in each tile under Linf, and unbounded
+    under L2"""
     rate: Positive = 0.1
-    """learning rate of the estimate for a pair of queries"""
+    """learning rate of the gradient estimate, which is updated after each pair of queries"""
     fd_eta: Positive = 0.1
     """Euclidean distance of queried points from the current one, in widths of the box"""
     tile: Steps = 2

@@ -1,7 +1,7 @@
 """BIM: the basic iterative method, iterated FGSM with small steps.
 
 Kurakin et al., "Adversarial Examples in the Physical World", ICLR 2017 workshop, arXiv:1607.02533. Differs from the
-paper: the step size is a share of eps instead of one grey level, and the best iterate of each example is returned.
+paper: the step size is a fraction of eps instead of one grey level, and the best iterate of each example is returned.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ class BIM:
     """Takes several gradient steps of constant size from the clean input (iterated FGSM)."""
 
     steps: Steps = 10
-    """gradient steps"""
+    """number of gradient steps"""
     reach: Positive = 1.25
-    """path length in multiples of eps; the paper takes 1.25 eps steps of one grey level"""
+    """path length in multiples of eps; the paper uses 1.25 eps steps of one grey level"""
     loss: Loss = cross_entropy
     """loss that is maximised"""
 

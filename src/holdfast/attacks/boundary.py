@@ -28,15 +28,16 @@ class Boundary:
     """Moves along the decision boundary towards the clean input in random steps, from labels alone."""
 
     queries: Steps = 5000
-    """largest number of queries for each example; that of the threat model if it is smaller"""
+    """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""
     around: Positive = 0.1
-    """length of the first step on the sphere, as a share of its radius"""
+    """length of the first step on the sphere, as a fraction of its radius"""
     inwards: Positive = 0.01
-    """length of the first step towards the clean input, as a share of the radius"""
+    """length of the first step towards the clean input, as a fraction of the distance to it"""
     adaptation: Positive = 1.2
-    """factor of a step size after a success; it shrinks so that half the steps around and a quarter inwards succeed"""
+    """factor of a step size after a success; after a failure the step size shrinks, so that half of the steps on the
+    sphere and a quarter of the steps inwards succeed"""
     frequencies: Fraction = 0.5
-    """share of an image's lowest frequencies with half of the energy of each step; 1 for white noise"""
+    """fraction of an image's frequencies, lowest first, with half of the energy of each step; 1 for white noise"""
 
     needs: ClassVar[Access] = "labels"
     batched: ClassVar[bool] = False

@@ -1,7 +1,7 @@
 """C&W: gradient descent on the size of the change plus a constant times the margin, with a search for the constant.
 
 Carlini & Wagner, "Towards Evaluating the Robustness of Neural Networks", S&P 2017, arXiv:1608.04644. Differs from the
-paper: the box is kept by projection (their first option) instead of tanh, whose slope vanishes at black and white
+paper: points are projected onto the box (their first option) instead of tanh, whose slope vanishes at black and white
 pixels; the search starts from the first-order distance to the boundary instead of one constant for all; step sizes of
 Adam follow a cosine; every run has a longer path than the one before, to leave the first one's minimum; under Linf
 the search brackets the size tau above which changes are penalised; and it ends with a bisection to the boundary.
@@ -38,7 +38,7 @@ class CarliniWagner:
     searches: Steps = 9
     """number of constants that are tried for each example"""
     steps: Steps = 100
-    """gradient steps for each constant"""
+    """number of gradient steps for each constant"""
     reach: Positive = 1.0
     """path length of one coordinate in the first run, in units of the first-order distance to the boundary"""
     growth: Positive = 16.0

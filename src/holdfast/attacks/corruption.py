@@ -40,7 +40,7 @@ Name = Literal[
 
 
 COUNTED: tuple[Name, ...] = get_args(Name)[:15]
-"""Corruptions in the mean corruption error and in the suite."""
+"""names of the corruptions that are part of the mean corruption error and of the suite"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Corruption:
     """Applies one common corruption at the severity of the threat model, without queries of the model."""
 
     name: Name = "gaussian_noise"
-    """name of the corruption, as in its paper; the last four are not in the suite"""
+    """name of the corruption, as in the paper; the last four names are not part of the suite"""
 
     needs: ClassVar[Access] = "none"
 

@@ -1,4 +1,4 @@
-"""Upper bounds of the number of rows that an attack sends to a model, computed before the run."""
+"""Upper bounds of the number of rows that an attack sends to a model, computed before a run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,22 +11,26 @@ from holdfast.core.transformations import Transformations
 
 @dataclass(frozen=True)
 class Passes:
-    """Number of rows sent to a model: batches of at most `size` examples, each filled up to an accepted batch size."""
+    """Parameters of batching, which determine how many rows are sent to a model: batches have at most `size` examples,
+    and each is padded to a batch size that the model accepts.
+    """
 
     size: int
     """number of examples in one forward pass"""
     batches: Batches | None = None
     """batch sizes that the model accepts; None for any"""
     shards: tuple[int, ...] = ()
-    """numbers of examples of separate shards; empty if all are measured together"""
+    """numbers of examples of the shards that are measured separately; empty if all examples are measured together"""
 
     def filled(self, rows: int) -> int:
-        """Number of rows of one call with `rows` rows, after filling up."""
+        """Return the number of rows of one call with `rows` rows, after padding."""
         size = 1 if self.batches is None else self.batches.size
         return -(-rows // size) * size
 
     def once(self, n: int) -> int:
-        """Largest number of rows of one call for each of `n` examples, for any distribution over the shards."""
+        """Return the largest number of rows of one call for each of `n` examples, however they are distributed over the
+        shards.
+        """
         if len(self.shards) < 2 or n >= sum(self.shards):
             each = (n,) if len(self.shards) < 2 else self.shards
             return sum(self.filled(piece) for shard in each for piece in self.pieces(shard))
@@ -36,14 +40,16 @@ class Passes:
         return min(most, self.once(sum(self.shards)))
 
     def pieces(self, n: int) -> Iterator[int]:
-        """The batch sizes of `n` examples."""
+        """Yield the sizes of the batches into which `n` examples are split."""
         yield from (min(self.size, n - start) for start in range(0, n, self.size))
 
 
 def most_queries(attack: Attack, threat: ThreatModel) -> int | None:
-    """Largest number of queries of the attack for one example; None if no setting or budget limits it.
+    """Return the largest number of queries of the attack for one example, or None if no setting and no budget limits
+    it.
 
-    For attacks that need gradients only a budget limits it, since their settings are numbers of steps.
+    The settings of a gradient attack are numbers of steps, so that only the query budget of the threat model limits its
+    queries.
     """
     own: int | None = None
     if attack.needs == "none":
@@ -56,9 +62,9 @@ def most_queries(attack: Attack, threat: ThreatModel) -> int | None:
 
 
 def most_rows(attack: Attack, threat: ThreatModel, n: int, passes: Passes) -> int | None:
-    """Largest number of rows that the attack on `n` examples sends to a model; None if it is unknown.
+    """Return the largest number of rows that the attack on `n` examples sends to a model, or None if it is unknown.
 
-    If an attack queries some of its examples in each call, every row may be filled up separately.
+    For attacks that query only some of the examples in each call, it is assumed that every row is padded separately.
     """
     queries = most_queries(attack, threat)
     if queries is None:

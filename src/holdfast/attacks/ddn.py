@@ -31,11 +31,12 @@ class DDN:
     """Decouples direction and norm: gradient steps at a radius that shrinks while the example is broken, else grows."""
 
     steps: Steps = 100
-    """gradient steps"""
+    """number of gradient steps"""
     gamma: Positive = 0.05
-    """share by which the radius shrinks or grows"""
+    """fraction by which the radius shrinks or grows in a step"""
     loss: Loss = cross_entropy
-    """loss that is maximised; the scale of the search comes from one more gradient, of the margin at the clean input"""
+    """loss that is maximised; the first radius comes from one further gradient, that of the margin at the
+    clean input"""
 
     needs: ClassVar[Access] = "gradients"
 

@@ -2,9 +2,9 @@
 
 Moosavi-Dezfooli et al., "DeepFool: A Simple and Accurate Method to Fool Deep Neural Networks", CVPR 2016,
 arXiv:1511.04599. Differs from the paper: the classes are ranked once, at the clean input; with a target, the only
-boundary is that between the target and the leading class; every step overshoots by a share of the whole change and ends
-inside the box, and in the second half of the steps features at the sides of the box are left out; a step under L1 is
-shared by the features with the largest gradient; and it ends with a bisection, which removes the overshoot.
+boundary is that between the target and the leading class; every step overshoots by a fraction of the whole change and
+ends inside the box, and in the second half of the steps features at the sides of the box are left out; a step under L1
+is shared by the features with the largest gradient; and it ends with a bisection, which removes the overshoot.
 """
 
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ class DeepFool:
     steps: Steps = 50
     """largest number of steps; an example stops at its first success"""
     candidates: Steps = 9
-    """number of likeliest other classes that are compared"""
+    """number of wrong classes that are compared, likeliest first"""
     overshoot: Positive = 0.02
-    """share of the whole change by which a step goes beyond the linear boundary"""
+    """fraction of the whole change by which a step goes beyond the linear boundary"""
 
     needs: ClassVar[Access] = "gradients"
 

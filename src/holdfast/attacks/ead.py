@@ -2,8 +2,8 @@
 
 Chen et al., "EAD: Elastic-Net Attacks to Deep Neural Networks via Adversarial Examples", AAAI 2018, arXiv:1709.04114.
 Differs from the paper: the weight of the margin starts where the first step just changes a value instead of from one
-constant for all, the points of the gradients are evaluated, the closest in L1 is kept, an example is dropped once it is
-broken inside a finite eps, and it ends with a bisection to the boundary.
+constant for all, the points of the gradients are evaluated, the closest point in L1 is returned, an example is dropped
+once it is broken inside a finite eps, and it ends with a bisection to the boundary.
 """
 
 from dataclasses import dataclass
@@ -35,11 +35,11 @@ class EAD:
     searches: Steps = 9
     """number of weights of the margin that are tried for each example"""
     steps: Steps = 100
-    """gradient steps for each weight"""
+    """number of gradient steps for each weight"""
     step_size: Positive = 0.01
-    """first step size; it falls to zero along a square root"""
+    """first step size; it falls to zero with the square root of the remaining steps"""
     beta: Positive = 0.01
-    """amount by which each step shrinks every change, as a share of the box's width"""
+    """amount by which each step shrinks every change, as a fraction of the width of the box"""
 
     needs: ClassVar[Access] = "gradients"
 

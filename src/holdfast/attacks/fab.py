@@ -47,23 +47,25 @@ class FAB:
     """Projects onto the linearised decision boundary in each step, with a bias towards the clean input."""
 
     steps: Steps = 100
-    """steps of one run: each costs a forward, and a forward with a gradient"""
+    """number of steps of one run; each costs one forward pass, and one forward pass with a gradient"""
     restarts: Restarts = 1
-    """runs for each target: the first from the clean input, the others from random points around it"""
+    """number of runs for each target: the first from the clean input, the others from random points around it"""
     targets: Count = 9
-    """number of wrong classes to aim for in turn, likeliest first; 0 for the closest boundary (one gradient a class)"""
+    """number of wrong classes that are targeted in turn, likeliest first; 0 for the closest boundary (one gradient a
+    class)"""
     alpha_max: Fraction = 0.1
-    """largest weight of the clean input's projection in a step"""
+    """largest weight of the projection of the clean input in a step"""
     eta: Positive = 1.05
     """step size in multiples of the distance to the linearised boundary"""
     beta: Fraction = 0.9
-    """share of its distance that a broken point keeps before the next step"""
+    """factor of the distance of a broken point from the clean input, applied before the next step"""
     patience: Count = 0
-    """steps between checks; a check ends a run that is not broken yet, or whose distance would stay above eps if it
-    fell again by the factor since the last check; 0 for no checks"""
+    """number of steps between checks. A check ends a run that is not broken yet, and a run whose distance would stay
+    above eps if it fell again by the same factor as since the last check. 0 for no checks"""
     refine: Count = 0
-    """gradient steps inside a finite ball from the projections of points outside of it; points within 1.35 eps first
-    take up to twice as many steps of another run from there, towards the likeliest wrong class"""
+    """number of gradient steps inside a finite ball, from the projections of the points that ended outside; points
+    within 1.35 eps first get up to twice as many steps of another run that starts from them, towards the likeliest
+    wrong class"""
 
     needs: ClassVar[Access] = "gradients"
 

@@ -34,13 +34,13 @@ class Flow:
     """Displaces the pixels of an image by a smooth flow field, each within the limit of the threat model."""
 
     steps: Steps = 50
-    """gradient steps of one restart"""
+    """number of gradient steps of one restart"""
     restarts: Restarts = 5
-    """starts, all but the first at random; each is run on the examples that survive the ones before"""
+    """number of starts, all but the first at random; each is run on the examples that survive the previous starts"""
     step_size: Positive = 0.8
-    """mean step size of each pixel, as a share of the limit"""
+    """mean step size of each pixel, as a fraction of the largest displacement"""
     smoothness: NonNegative = 0.001
-    """weight of the flow's total variation (in pixels) relative to the margin; the paper's is 0.05"""
+    """weight of the total variation of the flow (in pixels) relative to the margin; 0.05 in the paper"""
 
     needs: ClassVar[Access] = "gradients"
 

@@ -31,11 +31,11 @@ class FMN:
     """Follows the gradient inside a ball that shrinks while the example is broken and grows otherwise."""
 
     steps: Steps = 100
-    """gradient steps"""
+    """number of gradient steps"""
     step_size: Positive = 1.0
-    """first step size; it falls to a hundredth along a cosine"""
+    """first step size in first-order distances (L0: in widths of the box); it falls to a hundredth along a cosine"""
     gamma: Positive = 0.05
-    """share by which the radius changes at first; it falls to 0.001 along a cosine"""
+    """fraction by which the radius changes in the first step; it falls to 0.001 along a cosine"""
 
     needs: ClassVar[Access] = "gradients"
 

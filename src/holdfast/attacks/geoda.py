@@ -28,15 +28,15 @@ class GeoDA:
     """Estimates the normal of a nearly flat boundary from labels, and searches along it for the boundary."""
 
     queries: Steps = 5000
-    """largest number of queries for each example; that of the threat model if it is smaller"""
+    """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""
     draws: Steps = 30
     """number of points that are queried for the first normal"""
     growth: Positive = 1.4
-    """growth of the number of points from normal to normal: 0.6 to the power of -2/3, as in the paper"""
+    """growth factor of the number of points from one normal to the next; 0.6 to the power of -2/3, as in the paper"""
     radius: Positive = 0.1
-    """distance of these points from the boundary, as a share of the distance to the clean input"""
+    """distance of these points from the boundary, as a fraction of the distance to the clean input"""
     frequencies: Fraction = 0.5
-    """share of an image's lowest frequencies with half of the energy of each point; 1 for white noise"""
+    """fraction of an image's frequencies, lowest first, with half of the energy of each point; 1 for white noise"""
 
     needs: ClassVar[Access] = "labels"
     batched: ClassVar[bool] = False

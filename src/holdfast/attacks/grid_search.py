@@ -48,7 +48,7 @@ class GridSearch:
         return best.x
 
     def grid_points(self, constraint: Transformations) -> list[tuple[float, ...]]:
-        """The points of the grid as shares of the limits, those farthest from the clean image first."""
+        """Return the points of the grid, each as fractions of the limits of all axes, the largest changes first."""
         hues = max(self.values, math.ceil(self.turns * min(constraint.axes.get("hue", 0.0) / 180, 1)))
         counts = {"rotate": self.turns, "hue": hues}
         lengths = (counts.get(axis, self.values) for axis in constraint.axes)

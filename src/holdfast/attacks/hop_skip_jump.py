@@ -2,7 +2,7 @@
 
 Chen, Jordan & Wainwright, "HopSkipJumpAttack: A Query-Efficient Decision-Based Attack", IEEE S&P 2020,
 arXiv:1904.02144. Differs from the paper: a normal is estimated from points at a tenth of the distance, which is many
-times farther, and for images half of their energy is in low frequencies; earlier normals are kept with a decaying
+times farther, and for images half of their energy is in low frequencies; earlier normals are used with a decaying
 weight; a step is evaluated at a point closer than the known one, and the boundary is searched from there; and the
 nearest of several starts is used.
 """
@@ -31,15 +31,16 @@ class HopSkipJump:
     """Estimates the gradient at the decision boundary from labels, steps along it, and searches for the boundary."""
 
     queries: Steps = 5000
-    """largest number of queries for each example; that of the threat model if it is smaller"""
+    """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""
     draws: Steps = 20
-    """number of points that are queried for the first normal; it grows with the square root of the step"""
+    """number of points that are queried for the first normal; it grows with the square root of the number of
+    the step"""
     radius: Positive = 0.1
-    """distance of these points from the boundary, as a share of the distance to the clean input"""
+    """distance of these points from the boundary, as a fraction of the distance to the clean input"""
     frequencies: Fraction = 0.5
-    """share of an image's lowest frequencies with half of the energy of each point; 1 for white noise"""
+    """fraction of an image's frequencies, lowest first, with half of the energy of each point; 1 for white noise"""
     memory: Fraction = 0.7
-    """weight that earlier normals keep from step to step"""
+    """factor of the sum of earlier normals in each step"""
 
     needs: ClassVar[Access] = "labels"
     batched: ClassVar[bool] = False

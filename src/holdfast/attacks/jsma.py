@@ -33,9 +33,9 @@ class JSMA:
     steps: Steps = 100
     """largest number of steps; an example stops at its first success"""
     values: Steps = 2
-    """number of values (or pixels) that a step moves"""
+    """number of values (or pixels) that a step changes"""
     theta: Positive = 1.0
-    """distance of the move, as a share of the box's edge"""
+    """size of the change of a value, as a fraction of the width of its box"""
 
     needs: ClassVar[Access] = "gradients"
 

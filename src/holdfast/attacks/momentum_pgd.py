@@ -22,11 +22,11 @@ class MomentumPGD:
     """Steps from the clean input along an accumulated, normalised gradient (MI-FGSM on the model itself)."""
 
     steps: Steps = 10
-    """gradient steps"""
+    """number of gradient steps"""
     reach: Positive = 1.0
     """path length, in multiples of eps"""
     momentum: NonNegative = 1.0
-    """share of the direction that the next step keeps"""
+    """factor of the accumulated direction in each step"""
     loss: Loss = cross_entropy
     """loss that is maximised"""
 

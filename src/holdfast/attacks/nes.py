@@ -24,13 +24,13 @@ class NES:
     """Estimates the gradient from scores at antithetic Gaussian samples (natural evolution strategies)."""
 
     queries: Steps = 5000
-    """largest number of queries for each example; that of the threat model if it is smaller"""
+    """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""
     pairs: Steps = 25
     """number of pairs of points from which one gradient is estimated"""
     sigma: Positive = 0.001
-    """standard deviation of the points around the current one, in widths of the box"""
+    """standard deviation of the points around the current one, as a fraction of the width of the box"""
     momentum: Fraction = 0.9
-    """share of the earlier estimates that is kept"""
+    """factor of the sum of earlier estimates in each step"""
     reach: Positive = 20.0
     """path length in multiples of eps"""
 

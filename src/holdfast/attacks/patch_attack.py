@@ -29,12 +29,13 @@ class PatchAttack:
     """Optimises the values of a rectangle of each image by gradient ascent, at several positions."""
 
     steps: Steps = 10
-    """gradient steps of one start"""
+    """number of gradient steps of one start"""
     places: Steps = 20
-    """starts, each at the next position, and again from the first with other noise if the threat allows fewer; each is
-    run on the examples that survive the ones before"""
+    """number of starts, each at another position, that with the next largest gradients; if the threat model allows
+    fewer positions, they are used again with other noise. Each is run on the examples that survive the previous starts
+    """
     reach: Positive = 2.5
-    """path length of one start, in multiples of the box's width"""
+    """path length of one start, in multiples of the width of the box"""
     loss: Loss = margin_loss
     """loss that is maximised: `margin_loss`, `cross_entropy`, `dlr`, `probability_margin`"""
 

@@ -38,19 +38,21 @@ class PDPGD:
     """Minimises the distance by primal-dual proximal gradient descent, with a penalty that adapts to each example."""
 
     steps: Steps = 100
-    """gradient steps"""
+    """number of gradient steps"""
     step_size: Positive = 1.0
-    """first step of a value in first-order Linf distances; L1, L0: in the geometric mean of that and the box's width"""
+    """first step of a value in first-order Linf distances; under L1 and L0, the geometric mean of that and the box's
+    width"""
     fall: Fraction = 0.1
-    """share of the step size at the last step"""
+    """factor by which the step size has fallen at the last step"""
     price: Positive = 0.001
-    """first penalty on the size of the change, as a share of the margin's slope"""
+    """first penalty on the size of the change, as a fraction of the slope of the margin"""
     dual_reach: Positive = 20.0
-    """first step of the logarithm of the penalty times the number of steps; it falls linearly to a tenth"""
+    """first step of the logarithm of the penalty, times the number of steps; the step falls linearly to a tenth"""
     memory: Fraction = 0.5
     """weight of earlier values in the running mean of the penalties"""
     refine: Count = 0
-    """gradient steps inside a finite ball from the projections of points outside of it; other points do not change"""
+    """number of gradient steps inside a finite ball, from the projections of the points that ended outside; other
+    points do not change"""
 
     needs: ClassVar[Access] = "gradients"
 

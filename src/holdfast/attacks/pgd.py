@@ -25,17 +25,17 @@ class PGD:
     """Maximises the margin loss by projected gradient steps from random starts."""
 
     steps: Steps = 40
-    """gradient steps of one restart"""
+    """number of gradient steps of one restart"""
     reach: Positive = 20.0
     """path length of one restart, in multiples of eps"""
     restarts: Restarts = 1
-    """random starts; each is run on the examples that survive the ones before"""
+    """number of random starts; each is run on the examples that survive the previous starts"""
     loss: Loss = margin_loss
     """loss that is maximised: `margin_loss`, `cross_entropy`, `dlr`, `probability_margin`"""
     schedule: Schedule = cosine
-    """schedule of the step size: `cosine` from twice the mean to zero, or `flat`"""
+    """schedule of the step size: `cosine` from twice the mean step size to zero, or `flat`"""
     drop: bool = True
-    """whether an example is dropped once it is broken"""
+    """whether an example is no longer attacked once it is broken"""
 
     needs: ClassVar[Access] = "gradients"
 

@@ -1,4 +1,4 @@
-"""Protocols of attacks: settings, the access that is needed, and a call that returns inputs."""
+"""Protocols of attacks, which have settings, state the access that they need, and are called to perturb inputs."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Protocol, runtime_checkable
@@ -16,70 +16,78 @@ from holdfast.core.types import Access, Inputs
 
 @runtime_checkable
 class Attack(Protocol):
-    """A frozen dataclass whose fields are the settings and whose call is the algorithm, without an evaluation."""
+    """Protocol of an attack: a frozen dataclass whose fields are its settings and whose call is the algorithm.
+
+    An attack does not evaluate its own success; the harness does.
+    """
 
     needs: ClassVar[Access]
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        """Return perturbed inputs (n, *features), inside the constraint if it has an eps."""
+        """Return the perturbed inputs (n, *features); they are inside the constraint if it has an eps."""
 
 
 @runtime_checkable
 class Learned(Attack, Protocol):
-    """An attack that is fitted once, on examples that are not evaluated, and then is the same for every example.
+    """Protocol of an attack that is fitted once, on examples that are not evaluated, and is then the same for every
+    example.
 
-    Calling it raises `UsageError`; `fitted` returns the attack with the result of the fit.
+    Calling it raises `UsageError`; `fitted` returns an attack that uses the result of the fit.
     """
 
     @property
     def examples(self) -> int:
-        """Largest number of examples that it is fitted on."""
+        """Largest number of examples that the attack is fitted on."""
 
     def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """Return the result of a fit, as a batch of one."""
+        """Return the result of a fit, such as a perturbation or the values of a patch, as a batch of one."""
 
     def fitted(self, learned: Tensor) -> Attack:
-        """Return the attack that applies the result to every example."""
+        """Return the attack that applies `learned`, the result of a fit, to every example."""
 
 
 @runtime_checkable
 class Refitted(Learned, Protocol):
-    """A fitted attack that depends on random numbers, so that several fits are made and the best is used."""
+    """Protocol of a fitted attack that depends on random numbers, so that several fits are made and the best one is
+    used.
+    """
 
     @property
     def fits(self) -> int:
-        """Number of fits; the best is chosen on examples that no fit used."""
+        """Number of fits; the best one is chosen on examples that no fit has used."""
 
     def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """Return the result of fit `k`, as a batch of one."""
+        """Return the result of fit number `k`, as a batch of one."""
 
 
 @runtime_checkable
 class Placed(Attack, Protocol):
-    """An attack that applies the same change at the worst position of each image."""
+    """Protocol of an attack that makes the same change to each image, at the position where the model's margin is
+    lowest.
+    """
 
     def tried(self, threat: ThreatModel, shape: torch.Size) -> int:
-        """Largest number of positions that are tried in an image of this shape (channels, height, width)."""
+        """Return the largest number of positions that are tried in an image of shape (channels, height, width)."""
 
     def at_random(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        """Return the inputs with the change at one random position of each, without queries of the model."""
+        """Return the inputs with the change at one random position of each image; the model is not queried."""
 
 
 @runtime_checkable
 class QueryAttack(Attack, Protocol):
-    """An attack whose setting `queries` limits its queries for each example."""
+    """Protocol of an attack whose setting `queries` limits the number of its queries for each example."""
 
     batched: ClassVar[bool]
-    """whether each call queries all remaining examples; otherwise a call queries some of them"""
+    """whether each call of the model queries all remaining examples; otherwise a call may query only some of them"""
 
     @property
     def queries(self) -> int:
-        """Largest number of queries for one example."""
+        """Largest number of queries for each example."""
 
 
 @runtime_checkable
 class Enumeration(Attack, Protocol):
-    """An attack that tries every point of a grid, with all remaining examples in each call."""
+    """Protocol of an attack that tries every point of a grid, with all remaining examples in each call of the model."""
 
     def grid_points(self, constraint: Transformations) -> Sequence[tuple[float, ...]]:
-        """Return the points of the grid as shares of the limits."""
+        """Return the points of the grid, each as fractions of the limits of all axes of the constraint."""

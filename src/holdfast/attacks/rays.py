@@ -1,9 +1,9 @@
-"""RayS: search for the ray of signs along which the boundary is nearest, from labels alone.
+"""RayS: search for the direction with entries -1 and 1 along which the boundary is nearest, from labels alone.
 
 Chen & Gu, "RayS: a ray searching method for hard-label adversarial attack", KDD 2020, arXiv:2006.12792. Differs from
 the paper: until a point is broken, rays are tried at the corners of the box, and after blocks of a sixteenth new random
 signs are used; the search along a ray first doubles its steps down from the known radius, because most flips gain
-little, and ends at a share of the radius; after single features the blocks start again with the whole input; and an
+little, and ends at a fraction of the radius; after single features the blocks start again with the whole input; and an
 example is dropped once it is broken inside a finite eps.
 """
 
@@ -33,9 +33,9 @@ class RayS:
     """Searches for the signs of the direction with the nearest boundary, block by block, from labels alone."""
 
     queries: Steps = 5000
-    """largest number of queries for each example; that of the threat model if it is smaller"""
+    """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""
     precision: Positive = 0.001
-    """share of the radius at which the search along a ray ends"""
+    """precision of the search along a ray, as a fraction of the radius"""
 
     needs: ClassVar[Access] = "labels"
     batched: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Relay: gradient steps and random search in turn, each from the best point of the other.
+"""Relay: gradient steps and random search in turn, each from the best point that the other method found.
 
 Our own. It makes short runs of gradient descent on the margin from random starts; the same towards the classes with the
 nearest linearised boundaries (Melamed et al., "MALT powers up adversarial attacks", NeurIPS 2024, arXiv:2407.02240);
@@ -33,23 +33,23 @@ class Relay:
     """Alternates gradient steps and random search with windows, each from the best point so far."""
 
     steps: Steps = 20
-    """gradient steps of one run"""
+    """number of gradient steps of one run"""
     reach: Positive = 10.0
     """path length of one run, in multiples of eps"""
     restarts: Count = 2
-    """runs from random starts"""
+    """number of runs from random starts"""
     targets: Count = 2
-    """number of runs that each aim at one class, nearest first"""
+    """number of runs that each target one class, nearest linearised boundary first"""
     searches: Count = 2
     """number of runs from the results of new random searches"""
     rounds: Count = 2
     """number of runs from the results of random searches that start from the best point so far"""
     queries: Steps = 200
-    """number of windows that are tried before a run"""
+    """number of windows that are tried in each random search"""
     p_init: Fraction = 0.8
-    """share of the pixels that the first windows of a new random search cover"""
+    """fraction of the pixels that the first windows of a new random search cover"""
     p_best: Fraction = 0.05
-    """share of the pixels that the first windows cover in a search from the best point so far"""
+    """fraction of the pixels that the first windows cover in a search from the best point so far"""
 
     needs: ClassVar[Access] = "gradients"
 

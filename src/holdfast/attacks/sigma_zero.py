@@ -1,7 +1,7 @@
 """Sigma-zero: smallest number of changed values, by gradient descent on a smooth approximation of the L0 norm.
 
 Cinà et al., "σ-zero: Gradient-based Optimization of ℓ0-norm Adversarial Examples", ICLR 2025, arXiv:2402.01879.
-Differs from the paper: lengths are shares of the box's edges, under `10px` the channels of a pixel count as one, an
+Differs from the paper: lengths are fractions of the box's edges, under `10px` the channels of a pixel count as one, an
 example is dropped once it is broken inside a finite eps, and it ends by undoing the changes that are not needed.
 """
 
@@ -33,15 +33,16 @@ class SigmaZero:
     """Minimises a smooth approximation of the L0 norm, and sets changes below an adaptive threshold to zero."""
 
     steps: Steps = 200
-    """gradient steps"""
+    """number of gradient steps"""
     step_size: Positive = 1.0
-    """first step size of a value, as a share of the box's edge; it falls to a tenth along a cosine"""
+    """first step size of a value, as a fraction of the width of its box; it falls to a tenth along a cosine"""
     sigma: Positive = 0.001
-    """squared change that counts as half a changed value"""
+    """squared change that counts as half a changed value in the approximation of the L0 norm"""
     threshold: Fraction = 0.3
-    """first threshold below which a change is undone, as a share of the box's edge"""
+    """first threshold below which a change is set to zero, as a fraction of the width of the box"""
     pace: Positive = 0.01
-    """rate at which the threshold rises while the example is broken and falls otherwise, in step sizes"""
+    """change of the threshold per step, as a fraction of the step size; it rises while the example is broken, and falls
+    else"""
 
     needs: ClassVar[Access] = "gradients"
 

@@ -30,15 +30,16 @@ class SignOPT:
     """Minimises the distance to the boundary over directions, by signs of directional derivatives from labels alone."""
 
     queries: Steps = 5000
-    """largest number of queries for each example; that of the threat model if it is smaller"""
+    """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""
     draws: Steps = 30
     """number of directions that are queried for each gradient"""
     epsilon: Positive = 0.1
-    """length of a queried direction, as a share of the length of the ray"""
+    """length of a queried direction, as a fraction of the length of the ray"""
     step_size: Positive = 0.2
-    """first step size, as a share of the length of the ray; then the size of the last step that helped"""
+    """first step size, as a fraction of the length of the ray; later steps start with the size of the last successful
+    step"""
     frequencies: Fraction = 0.5
-    """share of an image's lowest frequencies with half of the energy of each direction; 1 for white noise"""
+    """fraction of an image's frequencies, lowest first, with half of the energy of each direction; 1 for white noise"""
 
     needs: ClassVar[Access] = "labels"
     batched: ClassVar[bool] = False

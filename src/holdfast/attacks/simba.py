@@ -35,11 +35,12 @@ class SimBA:
     """Adds or subtracts one direction of an orthonormal basis at a time, and keeps each step that lowers the margin."""
 
     queries: Steps = 5000
-    """largest number of queries for each example; that of the threat model if it is smaller"""
+    """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""
     basis: Basis = "pixels"
-    """directions: single values (`pixels`), or cosines over each channel, low frequencies first (`cosines`)"""
+    """basis of the directions: single values (`pixels`), or cosines over each channel, low frequencies first
+    (`cosines`)"""
     step_size: Positive = 0.2
-    """step size in multiples of eps; under Linf pixels move from side to side of the cube"""
+    """step size in multiples of eps; under Linf with `pixels`, a value moves from one side of the cube to the other"""
 
     needs: ClassVar[Access] = "scores"
     batched: ClassVar[bool] = True

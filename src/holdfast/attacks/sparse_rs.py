@@ -34,9 +34,9 @@ class SparseRS:
     """Searches at random for the few values or pixels to change, from scores alone."""
 
     queries: Steps = 5000
-    """largest number of queries for each example; that of the threat model if it is smaller"""
+    """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""
     alpha_init: Fraction = 0.3
-    """share of the changed positions that is exchanged at first; it falls over the number of queries"""
+    """fraction of the changed positions that is exchanged in the first step; it falls over the number of queries"""
 
     needs: ClassVar[Access] = "scores"
     batched: ClassVar[bool] = True

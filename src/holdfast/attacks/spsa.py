@@ -26,11 +26,11 @@ class SPSA:
     """Estimates the gradient from scores at simultaneous random perturbations, and steps along it with Adam."""
 
     queries: Steps = 5000
-    """largest number of queries for each example; that of the threat model if it is smaller"""
+    """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""
     pairs: Steps = 25
     """number of pairs of points from which one gradient is estimated"""
     delta: Positive = 0.01
-    """displacement of each value to either side, in widths of the box"""
+    """displacement of each value to either side, as a fraction of the width of the box"""
     reach: Positive = 20.0
     """path length in multiples of eps"""
 

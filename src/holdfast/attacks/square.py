@@ -26,9 +26,9 @@ class Square:
     """Changes random square windows that shrink over time, and keeps each change that lowers the margin."""
 
     queries: Steps = 5000
-    """largest number of queries for each example; that of the threat model if it is smaller"""
+    """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""
     p_init: Fraction = 0.8
-    """share of the pixels that the first windows cover"""
+    """fraction of the pixels that the first windows cover"""
     scale_schedule: bool = True
     """whether windows shrink over the number of queries instead of the paper's 10,000"""
 

@@ -2,10 +2,10 @@
 
 Abdolpourrostam, Abroshan & Moosavi-Dezfooli, "Revisiting DeepFool: generalization and improvement", TMLR 2024,
 arXiv:2303.12481; this is its SDF(∞, 1). Differs from the paper: the normal is that of the margin; a projection goes
-half of the way (the whole way oscillates between the sides of a curved boundary); examples alternate independently
-until one came no closer three times; only the two likeliest classes are compared once an example was broken; the
-closest of all broken points is kept; an example is dropped once it is broken inside a finite eps; and DeepFool's steps
-are those of `DeepFool`, but leave out features at the sides of the box from the first one on.
+half of the way (the whole way oscillates between the sides of a curved boundary); examples alternate independently,
+each until three broken points in a row are no closer; only the two likeliest classes are compared once an example was
+broken; the closest of all broken points is returned; an example is dropped once it is broken inside a finite eps; and
+DeepFool's steps are those of `DeepFool`, but leave out features at the sides of the box from the first one on.
 """
 
 from dataclasses import dataclass
@@ -38,11 +38,12 @@ class SuperDeepFool:
     """Alternates DeepFool steps with projections onto the normal of the decision boundary."""
 
     steps: Steps = 50
-    """largest number of steps of both kinds; an example stops when three broken points in a row come no closer"""
+    """largest number of steps of both kinds; an example stops when three broken points in a row are no closer than
+    before"""
     candidates: Steps = 9
-    """number of likeliest other classes that are compared until an example is broken; then it is two"""
+    """number of wrong classes that are compared, likeliest first, until an example is broken; then two are compared"""
     overshoot: Positive = 0.02
-    """share of the whole change by which a step goes beyond the linear boundary"""
+    """fraction of the whole change by which a step goes beyond the linear boundary"""
 
     needs: ClassVar[Access] = "gradients"
 

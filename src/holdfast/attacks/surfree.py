@@ -27,15 +27,15 @@ class SurFree:
     """Searches random planes for directions with a nearer boundary, from labels alone, without gradient estimates."""
 
     queries: Steps = 5000
-    """largest number of queries for each example; that of the threat model if it is smaller"""
+    """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""
     angle: Positive = 30.0
-    """first angle in degrees"""
+    """first angle by which the ray is turned, in degrees"""
     rho: Fraction = 0.95
-    """factor of the angle if neither direction helps; the angle is divided by it otherwise"""
+    """factor of the angle if neither direction gives a closer point; otherwise the angle is divided by it"""
     halvings: Steps = 1
-    """number of angles that are tried between one that helps and one that does not"""
+    """number of angles that are tried between one that gives a closer point and one that does not"""
     frequencies: Fraction = 0.5
-    """share of an image's lowest frequencies with half of the energy of each direction; 1 for white noise"""
+    """fraction of an image's frequencies, lowest first, with half of the energy of each direction; 1 for white noise"""
 
     needs: ClassVar[Access] = "labels"
     batched: ClassVar[bool] = False

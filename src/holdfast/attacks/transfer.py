@@ -34,21 +34,22 @@ class Transfer:
     """Computes examples on surrogate models by gradient ascent with momentum, without queries of the target."""
 
     steps: Steps = 10
-    """steps of (1 + neighbours) (1 + halvings) gradients of each surrogate; the last step uses no neighbours"""
+    """number of steps; each costs (1 + neighbours) (1 + halvings) gradients of each surrogate, the last one without
+    neighbours"""
     reach: Positive = 6.0
     """path length, in multiples of eps"""
     momentum: NonNegative = 1.0
-    """share of the direction that the next step keeps (MI)"""
+    """factor of the accumulated direction in each step (MI)"""
     ahead: bool = False
-    """whether gradients are computed at the point ahead of the momentum (NI)"""
+    """whether gradients are computed at the point to which the momentum leads (NI)"""
     diversity: Fraction = 0.0
-    """probability that an image is shrunk and moved (DI)"""
+    """probability that an image is shrunk and moved before a gradient is computed (DI)"""
     shifts: Count = 0
     """largest shift in pixels over which gradients are averaged (TI)"""
     halvings: Count = 0
-    """number of copies with halved brightness, each half of the one before, whose gradients are averaged (SI)"""
+    """number of copies, each with half the brightness of the previous one, whose gradients are averaged (SI)"""
     neighbours: Count = 5
-    """number of random neighbours whose gradients correct that of the point (VMI)"""
+    """number of random points around the current one whose gradients correct its gradient (VMI)"""
     around: Positive = 5.0
     """radius of the neighbours, in multiples of eps"""
     loss: Loss = cross_entropy

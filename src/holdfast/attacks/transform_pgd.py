@@ -3,7 +3,7 @@
 Engstrom et al., "Exploring the Landscape of Spatial Robustness", ICML 2019, arXiv:1712.02779 (their first-order
 method), and Hsiung et al., "Towards Compositional Adversarial Robustness", CVPR 2023, arXiv:2202.04235, for colours.
 Differs from the papers: the margin is lowered, with step sizes along a cosine, over all axes at once, from random
-starts; hue and saturation change in YIQ instead of HSV, which keeps the brightness and has a gradient everywhere.
+starts; hue and saturation change in YIQ instead of HSV, which preserves the brightness and has a gradient everywhere.
 """
 
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ class TransformPGD:
     """Optimises rotation, shift, scale or colour by gradient descent on the margin from random starts."""
 
     steps: Steps = 20
-    """gradient steps of one restart"""
+    """number of gradient steps of one restart"""
     restarts: Restarts = 10
-    """starts, the first from the clean image; each is run on the examples that survive the ones before"""
+    """number of starts, the first at the clean image; each is run on the examples that survive the previous starts"""
     step_size: Positive = 0.1
-    """mean step size along each axis, as a share of its limit"""
+    """mean step size along each axis, as a fraction of its limit"""
 
     needs: ClassVar[Access] = "gradients"
 

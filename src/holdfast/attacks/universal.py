@@ -35,25 +35,26 @@ class Universal:
     examples: Steps = 2000
     """largest number of examples of the fit split; half of them are used to choose among the fits"""
     fits: Steps = 10
-    """number of fits, each with first steps towards another class; the one that breaks most examples is
-    used"""
+    """number of fits, each with first steps towards another class; the fit that breaks most examples is used"""
     steps: Steps = 150
-    """gradient steps of a fit, each on some of the examples"""
+    """number of gradient steps of a fit, each on some of the examples"""
     batch: Steps = 100
-    """number of examples of one step"""
+    """number of examples in one gradient step"""
     step_size: Positive = 0.2
     """mean step size, in multiples of eps"""
     momentum: Fraction = 0.9
-    """share of the direction that the next step keeps"""
+    """factor of the accumulated direction in each step"""
 
     needs: ClassVar[Access] = "gradients"
 
     def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """The perturbation, as a batch of one."""
+        """Return the fitted perturbation, of shape (1, *features)."""
         return self.refit(0, model, batch, threat, rng=rng)
 
     def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """The perturbation of fit `k`, with its own random numbers and, if untargeted, its own first class."""
+        """Return the perturbation of fit `k`, which has its own random numbers and, if untargeted, its own first target
+        class.
+        """
         norm, draws = expect_norm(threat.constraint, self, Linf, L2), rng.at("fit", k)
         delta, everywhere = torch.zeros_like(batch.x[:1]), Bounds(-torch.inf, torch.inf)
         momentum = torch.zeros_like(delta)
@@ -71,7 +72,7 @@ class Universal:
         return delta
 
     def fitted(self, learned: Tensor) -> Added:
-        """The attack that adds the perturbation to every input."""
+        """Return the attack that adds the fitted perturbation `learned` to every input."""
         return Added(learned)
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:

@@ -2,7 +2,7 @@
 
 Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, arXiv:1610.08401. Differs from the paper:
 several examples take one step of DeepFool at once and the mean of their steps is added, where the paper moves one
-example after the other across its boundary; an input counts as broken if it gets a wrong class, not if its prediction
+example after the other across its boundary; an input counts as broken if it is misclassified, not if its prediction
 changes; and the rate is counted during a pass, for each example when it is used.
 """
 
@@ -38,18 +38,18 @@ class UniversalDeepFool:
     passes: Steps = 10
     """largest number of passes over the examples"""
     batch: Steps = 10
-    """number of examples that step at once"""
+    """number of examples whose steps are computed at once and averaged"""
     candidates: Steps = 9
-    """number of likeliest other classes that are compared"""
+    """number of wrong classes that are compared, likeliest first"""
     overshoot: Positive = 0.02
-    """share of a step by which it goes beyond the linear boundary"""
+    """fraction of a step by which it goes beyond the linear boundary"""
     rate: Fraction = 0.8
-    """share of broken examples in a pass at which the fit ends"""
+    """fraction of broken examples in a pass at which the fit ends"""
 
     needs: ClassVar[Access] = "gradients"
 
     def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """The perturbation, as a batch of one."""
+        """Return the fitted perturbation, of shape (1, *features)."""
         norm = expect_norm(threat.constraint, self, Linf, L2)
         delta, none = torch.zeros_like(batch.x[:1]), torch.zeros_like(batch.x[:1])
         turns = max(1, len(batch) // self.batch)
@@ -77,11 +77,11 @@ class UniversalDeepFool:
         return (moved - left.x).mean(0, keepdim=True), len(left)
 
     def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """The result of fit `k`, with its own random numbers."""
+        """Return the perturbation of fit `k`, which has its own random numbers."""
         return self.fit(model, batch, threat, rng=rng.at("fit", k))
 
     def fitted(self, learned: Tensor) -> Added:
-        """The attack that adds the perturbation to every input."""
+        """Return the attack that adds the fitted perturbation `learned` to every input."""
         return Added(learned)
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:

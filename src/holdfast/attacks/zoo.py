@@ -35,13 +35,13 @@ class ZOO:
     """Minimises the objective of Carlini & Wagner by coordinate descent with finite differences of the scores."""
 
     queries: Steps = 20_000
-    """largest number of queries for each example; that of the threat model if it is smaller"""
+    """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""
     searches: Steps = 2
     """number of weights of the margin that are tried in turn"""
     coordinates: Steps = 128
-    """number of coordinates of one step, two queries each"""
+    """number of coordinates of one step; each needs two queries"""
     lr: Positive = 0.1
-    """approximate change of a coordinate in one step, in widths of the box"""
+    """approximate change of a coordinate in one step, as a fraction of the width of the box"""
 
     needs: ClassVar[Access] = "scores"
     batched: ClassVar[bool] = True

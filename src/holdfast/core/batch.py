@@ -10,15 +10,15 @@ from torch import Tensor
 from holdfast.core.types import Ids, Inputs, Labels
 
 UNLABELLED = -1
-"""Label of a training example without a label."""
+"""label of a training example that has no label"""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples `x` (n, *features), labels `y` (n), and `ids` (n), the source row of each.
+    """Examples with inputs `x` (n, *features), labels `y` (n), and `ids` (n), the row of each example in its source.
 
-    `target` (n) is the class that a targeted attack aims for; None means that any wrong class counts. In training data
-    a label may be `UNLABELLED`.
+    `target` (n) is the class that a targeted attack must reach; None means that any wrong class counts. In training
+    data a label may be `UNLABELLED`.
     """
 
     x: Inputs
@@ -30,31 +30,31 @@ class Batch:
         return len(self.x)
 
     def take(self, rows: Tensor) -> "Batch":
-        """The batch of some rows (positions or a mask), with their ids and targets."""
+        """Return the batch of some examples, chosen by positions or a mask, with their ids and targets."""
         rows = (rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows).to(self.x.device)
         target = None if self.target is None else self.target[rows]
         x = self.x.index_select(0, rows)  # three times as fast as `x[rows]` on a CPU
         return Batch(x, self.y[rows], self.ids[rows], target)
 
     def at(self, x: Inputs) -> "Batch":
-        """The same examples with other inputs."""
+        """Return the same examples with other inputs `x` (n, *features)."""
         return replace(self, x=x)
 
     def labelled(self, y: Labels) -> "Batch":
-        """The same examples with other labels."""
+        """Return the same examples with other labels `y` (n)."""
         return replace(self, y=y)
 
     def towards(self, target: Labels | None) -> "Batch":
-        """The same examples with a target class."""
+        """Return the same examples with the target classes `target` (n), or without targets if it is None."""
         return replace(self, target=target)
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
+        """Return the batch with all tensors on `device`."""
         target = None if self.target is None else self.target.to(device)
         return Batch(self.x.to(device), self.y.to(device), self.ids.to(device), target)
 
     def split(self, size: int) -> Iterator["Batch"]:
-        """Consecutive batches of at most `size` examples."""
+        """Yield consecutive batches of at most `size` examples."""
         for start in range(0, len(self), size):
             rows = slice(start, start + size)
             target = None if self.target is None else self.target[rows]
@@ -63,7 +63,7 @@ class Batch:
 
 @runtime_checkable
 class Data(Protocol):
-    """A data set that is read in slices, so that it may be larger than memory."""
+    """Protocol of a data set that is read in slices, so that it may be larger than memory."""
 
     @property
     def name(self) -> str:
@@ -71,14 +71,16 @@ class Data(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes, if known."""
+        """Names of the classes; None if they are unknown."""
 
     @property
     def digest(self) -> str:
         """SHA-256 of the selected examples and their labels, in hex."""
 
     def __len__(self) -> int:
-        """Number of selected examples."""
+        """Return the number of selected examples."""
 
     def read(self, start: int, stop: int) -> Batch:
-        """Examples `start` to `stop` of the selection: float inputs, int64 labels, ids = source rows."""
+        """Return examples `start` to `stop` of the selection: float inputs, int64 labels, and the source rows
+        as ids.
+        """

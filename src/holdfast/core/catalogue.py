@@ -1,7 +1,7 @@
-"""The catalogue of attacks and recipes, without torch: their names, modules and needs.
+"""Catalogue of attacks and recipes, with their names, modules and properties. It does not import torch.
 
-It is the only list of them. `holdfast.attacks` and `holdfast.recipes` load a class when it is used; settings, help,
-completion and documentation read the names here.
+It is the only list of them. `holdfast.attacks` and `holdfast.recipes` import a class when it is first used; settings,
+help, completion and documentation read the names here.
 """
 
 from collections.abc import Mapping
@@ -12,31 +12,31 @@ from typing import Any, Final, Literal
 
 @dataclass(frozen=True)
 class AttackEntry:
-    """An attack of `holdfast.attacks`."""
+    """Entry of the catalogue for an attack of `holdfast.attacks`."""
 
     name: str
     """name of the class, which suites, configuration files and the command line accept"""
     module: str
-    """module in `holdfast.attacks`"""
+    """name of the module in `holdfast.attacks`"""
     needs: Literal["none", "labels", "scores", "gradients"]
     """access to the model that the attack needs"""
     paper: str = ""
-    """name in the paper, if it differs and is not the name of another attack here"""
+    """name in the paper, if it differs from `name` and is not the name of another attack of the catalogue"""
     short: tuple[str, ...] = ()
-    """usual short names"""
+    """common short names of the attack"""
 
 
 @dataclass(frozen=True)
 class RecipeEntry:
-    """A recipe of `holdfast.recipes`, by a value of `--recipe`."""
+    """Entry of the catalogue for a recipe of `holdfast.recipes`, with its name as a value of `--recipe`."""
 
     name: str
     cls: str
-    """name of the class"""
+    """name of the class in `holdfast.recipes`"""
     module: str
-    """module in `holdfast.recipes`"""
+    """name of the module in `holdfast.recipes`"""
     settings: Mapping[str, float | bool] = field(default_factory=dict)
-    """settings that differ from the defaults of the class"""
+    """settings whose defaults under this name differ from those of the class"""
 
 
 ATTACKS: Final[Mapping[str, AttackEntry]] = {
@@ -115,7 +115,10 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
 
 
 def load_class(package: str, modules: Mapping[str, str], name: str) -> type[Any]:
-    """The class `name` of a package. `modules` are the modules of its classes. Raises `AttributeError` if unknown."""
+    """Import and return the class `name` of a package; `modules` maps class names to modules.
+
+    Raises `AttributeError` if the name is unknown.
+    """
     if name not in modules:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     loaded: type[Any] = getattr(import_module(f"{package}.{modules[name]}"), name)

@@ -7,38 +7,42 @@ from dataclasses import dataclass
 from typing import Any
 
 GENESIS = "0" * 64
-"""Predecessor's digest in the first record."""
+"""value of the previous digest in the first record of a chain"""
 
 
 def canonical(content: object) -> bytes:
-    """JSON with sorted keys and no spaces: equal contents give equal bytes. NaN and infinity raise `ValueError`."""
+    """Return `content` as JSON with sorted keys and no spaces, so that equal contents give equal bytes.
+
+    Raises `ValueError` for NaN and infinity.
+    """
     return json.dumps(
         content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     ).encode()
 
 
 def digest(data: bytes) -> str:
-    """SHA-256 in hexadecimal."""
+    """Return the SHA-256 of `data` in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 @dataclass(frozen=True)
 class Link:
-    """One record of a chain: its content, and the digest of the record before it."""
+    """One record of a hash chain: its content, and the digest of the previous record."""
 
     previous: str
     content: Mapping[str, Any]
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the predecessor's digest and the content."""
+        """SHA-256 of the previous digest and the content, in hexadecimal."""
         return digest(canonical({"previous": self.previous, "content": self.content}))
 
 
 def broken_at(links: Iterable[Link], previous: str = GENESIS) -> int | None:
-    """Position of the first record whose `previous` is not the digest of the record before it; None if all match.
+    """Return the position of the first record whose `previous` is not the digest of the record before it; None if all
+    match.
 
-    The first record must contain `previous`, the digest of the record before these links.
+    The argument `previous` is the digest that the first record must contain, that of the record before these links.
     """
     for position, link in enumerate(links):
         if link.previous != previous:

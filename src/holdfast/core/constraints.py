@@ -32,7 +32,9 @@ _L1_DENSITY = (
 
 @runtime_checkable
 class Constraint(Protocol):
-    """A set of allowed inputs around each clean one; `eps` is its size, infinite if only the distance is measured."""
+    """Protocol of a set of allowed inputs around each clean input. `eps` is its size, which is infinite if distances
+    are only measured.
+    """
 
     name: ClassVar[str]
     """name on the command line, such as `linf`"""
@@ -41,50 +43,53 @@ class Constraint(Protocol):
     in_input_units: ClassVar[bool]
     """whether eps is the size of a change of values, in units of the inputs"""
     judges_misclassified: ClassVar[bool]
-    """whether misclassified examples are judged, too, because they may be correct when changed"""
+    """whether examples that are misclassified when clean are evaluated as well, because they may be correct when
+    changed"""
 
     @property
     def eps(self) -> float:
-        """The radius, in units of the inputs (L0: number of values or pixels)."""
+        """Radius of the set, in units of the inputs; under L0 the number of values or pixels."""
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """Distance of `x_adv` (n, *features) from `x`, in the constraint's own unit."""
+        """Return the distance of each `x_adv` (n, *features) from `x`, in the constraint's own unit."""
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """The nearest point of ball and box; a point inside both is unchanged."""
+        """Return the nearest point to each `x_adv` inside ball and box; a point inside both is unchanged."""
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """The direction of length one with the largest slope of `gradient` at `x`."""
+        """Return the direction of length one at each `x` along which a function with this gradient increases most."""
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """A random point of ball and box around each example."""
+        """Return a random point inside ball and box around each example."""
 
     def resized(self, eps: float) -> "Constraint":
-        """The same constraint with another radius."""
+        """Return the same constraint with the radius `eps`."""
 
 
 @runtime_checkable
 class Norm(Constraint, Protocol):
-    """A constraint whose radius may differ between examples, as minimum-norm attacks need."""
+    """Protocol of a constraint whose radius may differ between examples, as minimum-norm attacks require."""
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
-        """`project`, with a radius for each example in place of eps."""
+        """Return the same as `project`, but with `radius` (n), a radius for each example, in place of eps."""
 
 
 @runtime_checkable
 class Limited(Constraint, Protocol):
-    """A constraint that is not a ball: it is defined by its arguments, and an `eps` of 1 allows all of it."""
+    """Protocol of a constraint that is not a ball: it is defined by its arguments, and an `eps` of 1 allows
+    all of it.
+    """
 
     @property
     def limits(self) -> Mapping[str, float | str]:
-        """The constructor arguments of the constraint, without those that allow no change."""
+        """Constructor arguments of the constraint, without those that allow no change."""
 
 
 def allowed(constraint: Constraint, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Mask:
-    """Whether each point is inside ball and box, measured in float64: distance <= eps (1 + 1e-6) + 1e-7 + rounding.
+    """Return whether each point is inside ball and box, measured in float64.
 
-    Rounding is the largest error of storing the changed values: for inputs in [0, 1] at most 1.2e-7 each, for inputs up
-    to 255 3e-5, and 0 under L0.
+    The distance may be at most eps (1 + 1e-6) + 1e-7 plus rounding, which is the largest error of storing the changed
+    values: for inputs in [0, 1] at most 1.2e-7 for each value, for inputs up to 255 3e-5, and 0 under L0.
     """
     wide_adv, wide = x_adv.double(), x.double()
     low, high = bounds.like(wide)
@@ -101,7 +106,9 @@ def _rounding(constraint: Constraint, x_adv: Inputs, x: Inputs) -> PerExample | 
 
 
 def extent(constraint: Constraint, x: Inputs, bounds: Bounds) -> float:
-    """Distance between opposite corners of the box of inputs like `x`; with it as eps, every input is allowed."""
+    """Return the distance between opposite corners of the box of inputs like `x`; an eps of this size allows every
+    input.
+    """
     low, high = bounds.like(x.double())
     corner = x[:1].shape
     return float(constraint.distance(high.expand(corner), low.expand(corner)).max())
@@ -120,7 +127,7 @@ def _room(delta: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
 
 @dataclass(frozen=True)
 class Linf:
-    """No coordinate changes by more than `eps`."""
+    """Constraint that no coordinate changes by more than `eps`."""
 
     name: ClassVar[str] = "linf"
     is_ball: ClassVar[bool] = True
@@ -130,35 +137,35 @@ class Linf:
     eps: NonNegative = math.inf
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """Largest absolute change."""
+        """Return the largest absolute change of each example."""
         return (x_adv - x).flatten(1).abs_().amax(1)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Clamp to the cube and the box."""
+        """Return `x_adv`, clamped to the cube around `x` and to the box."""
         return bounds.clamp(torch.clamp(x_adv, x - self.eps, x + self.eps))
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
-        """Clamp to each example's cube and the box."""
+        """Return `x_adv`, clamped to a cube with its own radius for each example, and to the box."""
         reach = spread(radius, x)
         return bounds.clamp(torch.minimum(torch.maximum(x_adv, x - reach), x + reach))
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """The sign of the gradient."""
+        """Return the sign of the gradient."""
         return gradient.sign()
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """Uniform in the cube, then clamped to the box."""
+        """Return a uniform random point of the cube around each example, clamped to the box."""
         u = rng.uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
         return self.project(batch.x + self.eps * (2 * u - 1), batch.x, bounds)
 
     def resized(self, eps: float) -> "Linf":
-        """The same norm with another radius."""
+        """Return the Linf constraint with radius `eps`."""
         return Linf(eps)
 
 
 @dataclass(frozen=True)
 class L2:
-    """The Euclidean length of the change is at most `eps`."""
+    """Constraint that the Euclidean length of the change is at most `eps`."""
 
     name: ClassVar[str] = "l2"
     is_ball: ClassVar[bool] = True
@@ -168,16 +175,18 @@ class L2:
     eps: NonNegative = math.inf
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """Euclidean length of the change."""
+        """Return the Euclidean length of the change of each example."""
         length: PerExample = torch.linalg.vector_norm((x_adv - x).flatten(1), dim=1)
         return length
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """The nearest point of ball and box: see `within`."""
+        """Return the nearest point to each `x_adv` inside ball and box; see `within`."""
         return self.within(x_adv, x, bounds, _eps(self, x))
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
-        """`clamp(x + t (x_adv - x))` with the largest t <= 1 that reaches no further than the radius."""
+        """Return `clamp(x + t (x_adv - x))` with the largest t <= 1 for which the distance from `x` is at most the
+        radius.
+        """
         clamped = bounds.clamp(x_adv)
         outside = (self.distance(clamped, x) > radius).nonzero()[:, 0]
         if not len(outside):
@@ -195,14 +204,14 @@ class L2:
         return inside if every else clamped.index_copy(0, outside, inside)
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """The gradient divided by its length; zero if it is zero."""
+        """Return the gradient divided by its Euclidean length; zero if the gradient is zero."""
         # divided by its largest entry first, because squares of very small or large gradients leave float32
         largest = gradient.flatten(1).abs().amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
         scaled = gradient / spread(largest, gradient)
         return scaled / spread(scaled.flatten(1).norm(dim=1).clamp_min(_TINY), gradient)
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """Uniform in the ball, then projected onto the box too."""
+        """Return a uniform random point of the ball around each example, projected onto ball and box."""
         shape = batch.x.shape[1:]
         direction = rng.at("direction").normal(batch.ids, *shape, dtype=batch.x.dtype)
         radius = rng.at("radius").uniform(batch.ids, 1, dtype=batch.x.dtype)[:, 0] ** (
@@ -214,7 +223,7 @@ class L2:
         return self.project(batch.x + step, batch.x, bounds)
 
     def resized(self, eps: float) -> "L2":
-        """The same norm with another radius."""
+        """Return the L2 constraint with radius `eps`."""
         return L2(eps)
 
 
@@ -248,7 +257,7 @@ def _l2_share(delta: Tensor, most: Tensor, eps: PerExample) -> PerExample:
 
 @dataclass(frozen=True)
 class L1:
-    """The sum of absolute changes is at most `eps`."""
+    """Constraint that the sum of the absolute changes is at most `eps`."""
 
     name: ClassVar[str] = "l1"
     is_ball: ClassVar[bool] = True
@@ -258,11 +267,11 @@ class L1:
     eps: NonNegative = math.inf
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """Sum of the absolute changes."""
+        """Return the sum of the absolute changes of each example."""
         return (x_adv - x).flatten(1).abs().sum(1)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """The nearest point of ball and box: see `within`."""
+        """Return the nearest point to each `x_adv` inside ball and box; see `within`."""
         return self.within(x_adv, x, bounds, _eps(self, x))
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
@@ -292,7 +301,9 @@ class L1:
         return result
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Equal steps on the 1 % of the features with the largest gradient that can still move inside the box."""
+        """Return a step of equal size on the 1 % of the features with the largest gradient that can still move inside
+        the box.
+        """
         flat = gradient.flatten(1)
         gain = flat.abs() * (_room(gradient, x, bounds).flatten(1) > 0)
         k = max(1, round(_L1_DENSITY * flat.shape[1]))
@@ -303,7 +314,10 @@ class L1:
         )
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """Uniform in the ball (exponential spacings with random signs), then projected onto the box too."""
+        """Return a uniform random point of the ball around each example, projected onto ball and box.
+
+        It is sampled by exponential spacings with random signs.
+        """
         shape, dtype = batch.x.shape[1:], batch.x.dtype
         spacings = -torch.log1p(-rng.at("spacing").uniform(batch.ids, shape.numel() + 1, dtype=dtype))
         share = spacings[:, :-1] / spacings.sum(1, keepdim=True).clamp_min(_TINY)
@@ -311,7 +325,7 @@ class L1:
         return self.project(batch.x + step.view_as(batch.x), batch.x, bounds)
 
     def resized(self, eps: float) -> "L1":
-        """The same norm with another radius."""
+        """Return the L1 constraint with radius `eps`."""
         return L1(eps)
 
 
@@ -336,7 +350,9 @@ def _l1_shrinkage(size: Tensor, room: Tensor, eps: PerExample) -> Tensor:
 
 @dataclass(frozen=True)
 class L0:
-    """At most `eps` values change (or pixels: all channels of one position count once)."""
+    """Constraint that at most `eps` values change, or pixels with `per="pixel"`, where all channels of a position count
+    once.
+    """
 
     name: ClassVar[str] = "l0"
     is_ball: ClassVar[bool] = True
@@ -347,7 +363,9 @@ class L0:
     per: Literal["value", "pixel"] = "value"
 
     def grouped(self, values: Tensor) -> Tensor:
-        """Values of an input (n, *features), grouped as (n, units, values of a unit)."""
+        """Return the values of inputs (n, *features), grouped as (n, units, values of a unit); a unit is a value or a
+        pixel.
+        """
         if self.per == "pixel" and values.dim() == 4:
             return values.flatten(2).transpose(1, 2)
         return values.flatten(1)[:, :, None]
@@ -359,15 +377,15 @@ class L0:
         return keep.view(like.shape)
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """Number of values or pixels that differ."""
+        """Return the number of values or pixels that differ in each example."""
         return (self.grouped(x_adv) != self.grouped(x)).any(2).sum(1).to(x.dtype)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """The nearest point of ball and box: see `within`."""
+        """Return the nearest point to each `x_adv` inside ball and box; see `within`."""
         return self.within(x_adv, x, bounds, _eps(self, x))
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
-        """Keep the changes whose removal would move the point furthest; undo the others."""
+        """Keep the `radius` changes of each example whose removal would move the point most, and undo the others."""
         clamped = bounds.clamp(x_adv)
         outside = self.distance(clamped, x) > radius
         if not outside.any():
@@ -376,7 +394,9 @@ class L0:
         return torch.where(kept | ~_expand(outside, x), clamped, x)
 
     def largest(self, gain: Tensor, radius: PerExample) -> Tensor:
-        """A mask, in the inputs' shape, of the `radius` values or pixels with the largest summed gain."""
+        """Return a mask, in the shape of the inputs, of the `radius` values or pixels of each example with the largest
+        total gain.
+        """
         units = self.grouped(gain).sum(2)
         most = radius.clamp(0, units.shape[1]).long()
         order = units.topk(int(most.max()), dim=1).indices
@@ -385,22 +405,22 @@ class L0:
         return self._ungrouped(kept, gain)
 
     def summed(self, values: Tensor) -> Tensor:
-        """For each value the sum over its unit: the value itself, or all channels of its pixel."""
+        """Return for each value the sum over its unit: the value itself, or the sum over all channels of its pixel."""
         if self.per == "pixel" and values.dim() == 4:
             return values.sum(1, keepdim=True).expand_as(values)
         return values
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """The gradient, scaled so that a step of eps moves a value by twice the box's width on average.
+        """Return the gradient, scaled so that a step of length eps moves a value by twice the box's width on average.
 
-        Croce & Hein scale to the width once; twice the width leaves fewer examples robust with PGD's 40 steps (MNIST at
-        10 values 56 instead of 72 of 100, CIFAR-10 at 10 values 12 instead of 15 of 40).
+        Croce & Hein scale to the width once. With twice the width, PGD with 40 steps leaves fewer examples robust (on
+        MNIST with 10 values 56 instead of 72 of 100, on CIFAR-10 with 10 values 12 instead of 15 of 40).
         """
         mean = gradient.flatten(1).abs().mean(1).clamp_min(_TINY)
         return gradient * spread(2 * bounds.width / (mean * max(self.eps, 1)), gradient)
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """Replace as many random values or pixels as allowed by uniform values in the box."""
+        """Replace as many random values or pixels as are allowed by uniform random values in the box."""
         u = rng.at("value").uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
         low, high = bounds.like(batch.x)
         units = self.grouped(batch.x).shape[1]
@@ -410,7 +430,7 @@ class L0:
         return torch.where(self._ungrouped(kept, batch.x), low + u * (high - low), batch.x)
 
     def resized(self, eps: float) -> "L0":
-        """The same unit of count with another radius."""
+        """Return the L0 constraint with radius `eps` that counts the same unit."""
         return L0(eps, self.per)
 
 

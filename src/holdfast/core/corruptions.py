@@ -1,4 +1,4 @@
-"""Common corruptions as a constraint: the threat model `corruptions:3`."""
+"""Common corruptions as a constraint, which is written `corruptions:3` in a threat model."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,19 +23,21 @@ class Corruptions(Whole):
 
     @property
     def eps(self) -> float:
-        """The severity."""
+        """Severity of the corruption, from 1 to 5."""
         return float(self.severity)
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """The severity if anything changed, else 0."""
+        """Return the severity for each example that changed, else 0."""
         return self.eps * (x_adv != x).flatten(1).any(1).to(x)
 
     def resized(self, eps: float) -> "Corruptions":
-        """The severity nearest to `eps`."""
+        """Return the constraint whose severity is the integer from 1 to 5 that is nearest to `eps`."""
         return Corruptions(round(min(max(eps, 1), 5)))
 
     def refusal(self) -> UsageError:
-        """The error for other attacks; it names the suite of corruptions."""
+        """Return the error that other attacks raise under this constraint; its message names the suite of
+        corruptions.
+        """
         return UsageError(
             f"under corruptions:{self.severity} images are corrupted, not attacked; choose --suite corruptions, or "
             "a threat such as linf:8/255"

@@ -1,7 +1,7 @@
 """Counter-based random numbers.
 
-A random number is a pure function of the run's seed, named places, the example's id and the position. There is no
-state, so that the numbers of an example do not depend on batch size, order or sharding.
+A random number is a pure function of the run's seed, names of places in the program, the example's id and the position.
+There is no state, so that the numbers of an example do not depend on batch size, order or sharding.
 
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, for the idea; the mixing function is that of
 SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), in wrapping int64.
@@ -59,27 +59,31 @@ class Draws:
     """the run's seed, or the key that `at` derived from it"""
 
     def at(self, *places: int | str) -> "Draws":
-        """The source of a named sub-place, such as `rng.at("restart", 3)` or `rng.at(restart, step)`."""
+        """Return the source of random numbers for a named sub-place, such as `rng.at("restart", 3)` or `rng.at(restart,
+        step)`.
+        """
         key = self.key
         for place in places:
             key = _place_key(key, place)
         return Draws(key)
 
     def bits(self, ids: Ids, *shape: int) -> Tensor:
-        """64 random bits for each of `shape` positions of each example, as int64 (n, *shape)."""
+        """Return 64 random bits for each of `shape` positions of each example, as int64 (n, *shape)."""
         n_each = math.prod(shape)
         rows = _mix_(_mix_(ids * _STEP) + _signed(self.key))
         positions = torch.arange(1, n_each + 1, device=ids.device) * _STEP
         return _mix_(rows[:, None] + positions).view(len(ids), *shape)
 
     def uniform(self, ids: Ids, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uniform numbers on [0, 1), with as many random bits as the data type's significand has."""
+        """Return uniform random numbers in [0, 1), (n, *shape), with as many random bits as the significand of the data
+        type has.
+        """
         digits = 1 - round(math.log2(torch.finfo(dtype).eps))
         mantissa = (self.bits(ids, *shape) >> (64 - digits)) & ((1 << digits) - 1)
         return mantissa.to(dtype).mul_(2.0**-digits)
 
     def normal(self, ids: Ids, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standard normal numbers, by the Box-Muller transform of two uniform ones."""
+        """Return standard normal random numbers (n, *shape), by the Box-Muller transform of two uniform ones."""
         u, v = (
             self.at("radius").uniform(ids, *shape, dtype=dtype),
             self.at("angle").uniform(ids, *shape, dtype=dtype),
@@ -87,9 +91,9 @@ class Draws:
         return (-2.0 * torch.log1p(-u)).sqrt_() * torch.cos(2.0 * math.pi * v)
 
     def integers(self, ids: Ids, high: int, *shape: int) -> Tensor:
-        """Uniform integers in [0, high), int64; `high` is at most 2**24."""
+        """Return uniform random integers in [0, high), int64 (n, *shape); `high` is at most 2**24."""
         return (self.uniform(ids, *shape, dtype=torch.float64) * high).long()
 
     def signs(self, ids: Ids, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """-1 or +1 with equal probability."""
+        """Return random signs, -1 or +1 with equal probability, (n, *shape)."""
         return ((self.bits(ids, *shape) >> 63) * 2 + 1).to(dtype)

@@ -13,35 +13,35 @@ class HoldfastError(Exception):
 
 
 class UsageError(HoldfastError):
-    """An invalid flag, name, threat string or configuration (exit code 2)."""
+    """An option, name, threat string or configuration is invalid (exit code 2)."""
 
     exit_code: ClassVar[int] = 2
 
 
 class NoSplit(UsageError):
-    """The data set does not have the split."""
+    """The data set does not have the requested split."""
 
 
 class InUse(UsageError):
-    """Another process uses the file or folder; it is available after that process has ended."""
+    """Another process uses the file or folder, which is available after that process has ended."""
 
 
 class TargetError(HoldfastError):
-    """A model, a data set or a disk that cannot be used (exit code 3)."""
+    """A model, a data set or a disk cannot be used (exit code 3)."""
 
     exit_code: ClassVar[int] = 3
 
 
 class CarriesCode(TargetError):
-    """A model file that runs code when it is loaded, and that is not trusted."""
+    """A model file contains code that would run when the file is loaded, and the file is not trusted."""
 
 
 class TargetLost(TargetError):
-    """A target that no longer answers any input; an unfinished run can be resumed later."""
+    """A served model no longer answers any input; the unfinished run can be resumed later."""
 
 
 class TargetRefused(TargetError):
-    """A target that rejected an input or gave an unusable answer; after it is repaired, the run can be resumed."""
+    """A served model rejected an input or gave an unusable answer; after it is repaired, the run can be resumed."""
 
 
 class InputRefused(TargetRefused):
@@ -61,7 +61,7 @@ class QueriesSpent(TargetLost):
 
 
 class UnclearOutput(TargetError):
-    """A model returns one number for each example, and it is not declared whether it is a logit or a probability."""
+    """A model returns one number for each example, and it was not declared whether that is a logit or a probability."""
 
 
 class LostLoss(TargetError):
@@ -69,13 +69,13 @@ class LostLoss(TargetError):
 
 
 class Inconclusive(HoldfastError):
-    """The measurements do not support the requested change; the present state is kept (exit code 4)."""
+    """The measurements do not support the requested change, and the current state is not changed (exit code 4)."""
 
     exit_code: ClassVar[int] = 4
 
 
 class BudgetSpent(HoldfastError):
-    """Raised by the metered model at the query that would exceed the budget; caught by the harness."""
+    """The next query would exceed the budget; the metered model raises this error, and the harness catches it."""
 
 
 class Interrupted(HoldfastError):

@@ -1,4 +1,4 @@
-"""A number with its confidence interval. Imports no torch, so that reports and the command line can use it."""
+"""A number with its confidence interval. The module does not import torch, so that the command line starts fast."""
 
 from dataclasses import dataclass
 

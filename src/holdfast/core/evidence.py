@@ -9,14 +9,16 @@ from torch import Tensor
 from holdfast.core.threat import ThreatModel
 
 Columns = Mapping[str, Tensor]
-"""Columns by name; each has one row for each example."""
+"""columns by name; each has one row for each example"""
 
 PARTIAL = frozenset(("gallery", "adversarial", "transfer", "across"))
-"""Tables inside the columns of a stage: the column `gallery.x` is the column `x` of the table `gallery`."""
+"""names of the tables inside the columns of a stage: the column `gallery.x` is the column `x` of the table `gallery`"""
 
 
 def in_table(column: str) -> bool:
-    """Whether a column of a stage belongs to a table of its own, and not to the examples of the stage."""
+    """Return whether a column of a stage belongs to one of the tables in `PARTIAL`, and not to the examples of the
+    stage.
+    """
     return column.partition(".")[0] in PARTIAL
 
 
@@ -28,21 +30,21 @@ class Doubt:
     """A reason why the measured robust accuracy may be too high, with the result of its test."""
 
     name: str
-    """name, as in `--accept-doubt NAME="why"`"""
+    """name of the doubt, as in `--accept-doubt NAME="why"`"""
     state: DoubtState
     statistic: float | None = None
-    """measured value; None if nothing was measured"""
+    """measured value that is compared with the threshold; None if nothing was measured"""
     threshold: float | None = None
-    """the doubt is raised beyond this value"""
+    """value beyond which the doubt is raised"""
     n: int = 0
     """number of examples that were measured"""
     says: str = ""
-    """one sentence for the report, with the numbers"""
+    """one sentence for the report, with the measured numbers"""
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds that a step took, over all attempts."""
+    """CPU and wall-clock time of a step in seconds, summed over all attempts."""
 
     cpu: float = 0.0
     wall: float = 0.0
@@ -50,7 +52,9 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a stage. Forwards, backwards and queries are sums over examples; times are those of the process."""
+    """Cost of a stage. Forwards, backwards and queries are sums over examples; times are those of the process, in
+    seconds.
+    """
 
     forwards: int = 0
     backwards: int = 0
@@ -73,17 +77,20 @@ class Residual:
     """Examples that an attack in waves skipped, because all examples of the last wave survived."""
 
     untried: int
-    """number of surviving examples on which the attack was not run"""
+    """number of examples that survived the previous attacks and on which this attack was not run"""
     at_most: float
-    """largest share of them that it would break, with 95 % confidence, if they are no weaker than those tried"""
+    """largest fraction of them that the attack would break, with 95 % confidence, if they are no weaker than those
+    attacked"""
 
 
 @dataclass(frozen=True)
 class Places:
-    """Positions at which an attack placed the same change; the worst position of each image counts."""
+    """Numbers about an attack that makes the same change at several positions of an image, of which the worst
+    counts.
+    """
 
     tried: int
-    """largest number of positions of each image"""
+    """largest number of positions that were tried in an image"""
     standing_at_random: int
     """number of examples that survive the change at one random position of each"""
 
@@ -93,7 +100,7 @@ class AttackRecord:
     """One attack of a suite: its settings, the number of surviving examples before and after it, and its cost."""
 
     stage: str
-    """place in the suite and column prefix, such as `1-apgd-ce`"""
+    """position in the suite and prefix of columns, such as `1-apgd-ce`"""
     name: str
     """name of the algorithm, as in its paper"""
     settings: Mapping[str, Any]
@@ -103,40 +110,40 @@ class AttackRecord:
     notes: tuple[str, ...] = ()
     """notes for the reader, such as a loss that was replaced because there are too few classes"""
     residual: Residual | None = None
-    """skipped examples and their risk; None if the attack ran on all surviving examples"""
+    """number of skipped examples and the bound for them; None if the attack ran on all surviving examples"""
     adaptive: bool = False
-    """whether a doubt requested it, so that it does not count in the suite's own robust accuracy"""
+    """whether a doubt required the attack, so that it does not count in the suite's own robust accuracy"""
     fits: int = 0
-    """number of fits of a learned attack, of which the best was used; 0 for other attacks"""
+    """number of fits of an attack that is fitted, of which the best was used; 0 for other attacks"""
     places: Places | None = None
-    """positions of a change that is placed at the worst position of each image; None if there is a single position"""
+    """numbers about the positions of a change that is placed at the worst one of each image; None for other attacks"""
 
 
 @dataclass(frozen=True)
 class PassRecord:
-    """A pass outside the suite whose adversarial examples count, such as a probe or a curve."""
+    """Record of a pass outside the suite whose adversarial examples count, such as a probe or a curve."""
 
     stage: str
-    """name in tables, such as `curve-1-fmn` or `probe-noise`"""
+    """name of the pass in tables, such as `curve-1-fmn` or `probe-noise`"""
     name: str
-    """name in sentences"""
+    """name of the pass in sentences"""
     tried: int
-    """number of examples on which it was run"""
+    """number of examples on which the pass was run"""
     broke: int
-    """number of examples that it broke and that no attack or earlier pass had broken"""
+    """number of examples that the pass broke and that no attack or earlier pass had broken"""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """settings of its attack; the `attacks` of a fresh pass of the suite; empty for other probes"""
+    """settings of the attack of the pass; for a fresh pass of the suite, its `attacks`; empty for other probes"""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length, with one row for each unit of measurement other than an example of the run.
+    """Columns of equal length, whose rows are units of measurement other than the examples of the run.
 
     Raises `ValueError` if the columns have different lengths.
     """
 
     unit: str
-    """what a row is, in the singular, such as `broken example`"""
+    """description of a row, in the singular, such as `broken example`"""
     columns: Columns
 
     def __post_init__(self) -> None:
@@ -149,7 +156,7 @@ class Table:
 
 
 Scope = Literal["every pass", "suite only"]
-"""Which adversarial examples a verdict counts: those of every pass, or (in earlier versions) of the suite only."""
+"""adversarial examples that a verdict counts: those of every pass, or (in earlier versions) those of the suite only"""
 
 
 @dataclass(frozen=True)
@@ -182,61 +189,63 @@ class Evidence:
     columns: Columns
     threat: ThreatModel
     suite: str
-    """name and version, such as `standard@1`; empty for a list of attacks"""
+    """name and version of the suite, such as `standard@1`; empty for a list of attacks"""
     attacks: tuple[AttackRecord, ...]
     seed: int
     doubts: tuple[Doubt, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    """notes that a reader needs with the numbers"""
+    """notes that are needed to understand the numbers"""
     details: tuple[str, ...] = ()
-    """how the copy of the model that attacks query was optimised, without any change of its outputs"""
+    """descriptions of the optimisations of the model's copy that attacks query; they do not change its outputs"""
     cost: Cost = Cost()
-    """total cost: clean pass, attacks, fixed pass, doubts"""
+    """total cost: clean pass, attacks, fixed PGD-40 pass and doubts"""
     doubts_cost: Cost = Cost()
     passes: tuple[PassRecord, ...] = ()
-    """passes outside the suite whose adversarial examples are counted"""
+    """records of the passes outside the suite whose adversarial examples are counted"""
     scope: Scope = "every pass"
     broken_elsewhere: int = 0
     """in a run of scope "suite only", the number of examples that other passes broke and that are not counted"""
     tables: Mapping[str, Table] = field(default_factory=dict)
-    """further tables, by name; see `gallery`, `transfer` and `across`"""
+    """further tables, by name, such as those of `gallery`, `transfer` and `across`"""
     surrogates: tuple[Mapping[str, Any], ...] = ()
     """`name`, `how` and `digest` of each surrogate model of the attacker"""
     served: Mapping[str, Any] = field(default_factory=dict)
-    """the requests to a served model over all attempts at the run; empty for any other model
+    """counts of the requests to a served model over all attempts at the run; empty for any other model
 
     `rows` that the server answered or rejected, divided into `clean` (with the first examination of the model),
     `attacks`, `doubts` and `judging`, with padding; `requests`; rows of `refused` requests; attacked inputs that were
     `rejected`, by status; repeated requests as `retried` (`rows`, `requests` and `reasons`); rows left `unanswered`
     when a run stopped, which are not included in `rows`; `max_rows` of a request if the server showed a limit, else
-    None; and the sentences `messages` with the same content.
-    """
+    None; and the sentences `messages` with the same content."""
     others: tuple[Mapping[str, Any], ...] = ()
-    """`name`, `digest` and `n` of each data set to and from which changes were transferred"""
+    """`name`, `digest` and `n` of each further data set, between which and that of the run changes were transferred"""
 
     @property
     def gallery(self) -> Columns:
-        """Some broken examples to look at: `id` (k), `x` and `x_adv` (k, *features). Empty if there are none."""
+        """Table of some broken examples for display: `id` (k), `x` and `x_adv` (k, *features). Empty if there
+        are none.
+        """
         return self._table("gallery")
 
     @property
     def transfer(self) -> Columns:
-        """Transfer matrix: `id` (k), correct clean predictions `right` (k, models), errors `wrong` (k, makers, models).
+        """Table of transfer between models: `id` (k), correct clean predictions `right` (k, models), and errors `wrong`
+        (k, makers, models).
 
-        The models are the target and each surrogate. The makers are the models that the examples are computed on: the
-        same, the target only if the attacker has its gradients, and all surrogates together if there are several.
-        Empty if it was not measured.
+        The models are the target and each surrogate. The makers are the models on which the examples are computed: the
+        target only if the attacker has its gradients, each surrogate, and all surrogates together if there are several.
+        Empty if transfer was not measured.
         """
         return self._table("transfer")
 
     @property
     def across(self) -> Columns:
-        """Results of changes transferred between data sets, `turned` and their `control`: (k, source, destination).
+        """Table of changes transferred between data sets: `turned` and its `control`, both (k, source, destination).
 
-        The data sets are that of the run and then the others, with the same number of inputs each. Empty if it was not
-        measured.
+        The data sets are that of the run and then the others, with the same number of inputs each. Empty if transfer
+        was not measured.
         """
         return self._table("across")
 

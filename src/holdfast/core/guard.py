@@ -20,7 +20,7 @@ Net = nn.Module | Callable[[Tensor], Tensor]
 
 
 class Guarded(nn.Module):
-    """A network and a detector, with an additional last logit for "rejected"; see `guarded`."""
+    """A network with a detector, which returns an additional last logit for "rejected"; see `guarded`."""
 
     def __init__(
         self, net: Net, detector: Net, threshold: float, scale: float, output: OutputKind | None = None
@@ -34,7 +34,9 @@ class Guarded(nn.Module):
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
 
     def forward(self, x: Inputs) -> Tensor:
-        """The logits of the classes, and the largest of them plus `(score - threshold) / scale`."""
+        """Return the logits of the classes (n, classes), and as the last logit their largest plus `(score - threshold)
+        / scale`.
+        """
         logits = self.net(x)
         if not isinstance(logits, Tensor) or logits.dim() not in (1, 2) or len(logits) != len(x):
             return logits  # `Classifier` raises the error
@@ -57,12 +59,12 @@ class Guarded(nn.Module):
 def guarded(
     net: Net, detector: Net, threshold: float, *, scale: float = 1.0, output: OutputKind | None = None
 ) -> Guarded:
-    """The network with a detector: an input whose score is above the threshold is rejected.
+    """Combine a network with a detector: an input whose score is above the threshold is rejected.
 
     `detector` takes the same inputs as `net` and returns one score for each, higher for suspicious inputs. `scale` is
-    the amount of the score that weighs as much as one logit in an attack's loss; it does not change which inputs are
-    rejected, only the gradients, and adaptive attacks choose their own weights. The result must be the outermost
-    network of a model.
+    the difference of scores that counts as much as one logit in an attack's loss. It changes only gradients, not which
+    inputs are rejected, and adaptive attacks choose their own weights. The result must be the outermost network of a
+    model.
     """
     if not callable(net) or not callable(detector):
         raise UsageError(
@@ -89,7 +91,10 @@ def _number(value: float) -> float:
 
 
 def refuse_inner(model: nn.Module, *, outermost: bool) -> None:
-    """Raise `TargetError` for a guarded network inside another one, whose last logit would be read as a class."""
+    """Raise `TargetError` if a guarded network is part of another network, which would treat its last logit as a class.
+
+    With `outermost`, `model` may itself be a guarded network.
+    """
     if sum(isinstance(module, Guarded) for module in model.modules()) > outermost:
         raise TargetError(
             "a guarded network is part of another network, which would treat its last logit as a class; guard the "
@@ -99,35 +104,42 @@ def refuse_inner(model: nn.Module, *, outermost: bool) -> None:
 
 @dataclass(frozen=True)
 class Aim:
-    """How an attack includes the detector of a guarded model: weight of its score and threshold of rejection."""
+    """Parameters by which an attack takes the detector of a guarded model into account."""
 
     weight: float = 1.0
     """factor of the difference between score and threshold"""
     beyond: float = 0.0
-    """threshold, in the units of `score`; infinite for an attack without knowledge of the detector"""
+    """threshold of rejection, in the units of `score`; infinite for an attack without knowledge of the detector"""
     softness: float = 0.0
-    """width in logits of the smooth maximum of the label's and the detector's logit; 0 for the maximum itself"""
+    """width, in logits, of the smooth maximum of the label's and the detector's logit; 0 for the exact maximum"""
 
 
 def score(logits: Logits) -> PerExample:
-    """Detector's score minus its threshold, in units of its scale; inputs with NaN are not rejected."""
+    """Return the detector's score minus its threshold, in units of its scale; inputs with NaN are not rejected."""
     beyond: PerExample = logits[:, -1] - logits[:, :-1].amax(1)
     return beyond.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def taken(logits: Logits, aim: Aim) -> Logits:
-    """Logits of a guarded model with another scale and threshold; the logits of the classes are unchanged."""
+    """Return the logits of a guarded model with the scale and threshold of `aim`; the logits of the classes are
+    unchanged.
+    """
     most = logits[:, :-1].amax(1, keepdim=True)
     return torch.cat((logits[:, :-1], most + aim.weight * (logits[:, -1:] - most - aim.beyond)), dim=1)
 
 
 def held(logits: Logits, y: Labels) -> Tensor:
-    """Logits (n, classes) without that of rejection; a rejected input counts as its label."""
+    """Return the logits (n, classes) without that of rejection, which replaces the label's logit where it is larger.
+
+    A rejected input therefore counts as correctly classified.
+    """
     own = torch.maximum(logits.gather(1, y[:, None]), logits[:, -1:])
     return logits[:, :-1].scatter(1, y[:, None], own)
 
 
 def softly_held(logits: Logits, y: Labels, softness: float) -> Tensor:
-    """Like `held`, with a smooth maximum of width `softness`; its gradient follows the boundary of rejection."""
+    """Return the same as `held`, but with a smooth maximum of width `softness`, whose gradient follows the boundary of
+    rejection.
+    """
     own = torch.stack((logits.gather(1, y[:, None]), logits[:, -1:])) / softness
     return logits[:, :-1].scatter(1, y[:, None], softness * own.logsumexp(0))

@@ -2,7 +2,9 @@
 
 
 def off_range(lowest: int, highest: int, classes: int, name: str, *, remote: bool = False) -> str:
-    """The message for a data set whose labels range from `lowest` to `highest`; `remote` means a served model."""
+    """Return the message for a data set whose labels range from `lowest` to `highest`; `remote` means a
+    served model.
+    """
     return (
         f"the labels of {name} range from {lowest} to {highest}, but the model has {classes} classes "
         f"(0 to {classes - 1}); {advice(lowest, highest, classes, remote=remote)}"
@@ -10,7 +12,7 @@ def off_range(lowest: int, highest: int, classes: int, name: str, *, remote: boo
 
 
 def advice(lowest: int, highest: int, classes: int, *, remote: bool = False) -> str:
-    """The advice for such labels."""
+    """Return the advice for labels from `lowest` to `highest` with a model of `classes` classes."""
     if lowest == 1 and highest == classes:
         return "they appear to count from 1: subtract 1"
     trained = "check the label column, and that the model was trained on these classes"

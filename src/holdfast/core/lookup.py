@@ -1,4 +1,4 @@
-"""Finds the positions of examples in a batch by their ids."""
+"""Search for the positions of examples in a batch by their ids."""
 
 import torch
 
@@ -6,14 +6,16 @@ from holdfast.core.types import Ids, Rows
 
 
 class Lookup:
-    """Finds rows of a batch by id, in any order; repeated calls with the same tensor of ids use a cached result."""
+    """Index of a batch that finds rows by id, in any order; repeated calls with the same tensor of ids use a cached
+    result.
+    """
 
     def __init__(self, ids: Ids) -> None:
         self._sorted, self._order = ids.sort()
         self._last: tuple[Ids, Rows] | None = None
 
     def rows(self, ids: Ids) -> Rows:
-        """The row of each id; raises `KeyError` with the first unknown id."""
+        """Return the position of each id. Raises `KeyError` with the first unknown id."""
         if self._last is None or self._last[0] is not ids:
             self._last = ids, self._found(ids)
         return self._last[1]

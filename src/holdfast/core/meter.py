@@ -1,4 +1,6 @@
-"""The metered model: hides what the threat model hides, counts the queries of each example, enforces the budget."""
+"""The metered model, which hides what the threat model hides, counts the queries of each example, and enforces the
+budget.
+"""
 
 from dataclasses import dataclass
 
@@ -15,7 +17,7 @@ from holdfast.core.types import Ids, Inputs, Labels, Logits, PerExample
 
 
 def margin(logits: Logits, batch: Batch) -> PerExample:
-    """The margin of each example: positive while it is not broken; zero (a tie) and NaN count as broken.
+    """Return the margin of each example: positive while it is not broken; zero (a tie) and NaN count as broken.
 
     Untargeted: the label's logit minus the largest other one. With targets: the largest other logit minus the target's.
     """
@@ -24,30 +26,30 @@ def margin(logits: Logits, batch: Batch) -> PerExample:
 
 
 def lead_of(logits: Logits, wanted: Labels) -> PerExample:
-    """The logit (n) of class `wanted` of each row, minus the largest other one."""
+    """Return for each row the logit of its class `wanted`, minus the largest other logit (n)."""
     own = logits.gather(1, wanted[:, None])[:, 0]
     return own - logits.scatter(1, wanted[:, None], -torch.inf).amax(1)
 
 
 @dataclass(frozen=True)
 class Spent:
-    """Queries and gradients of one attack for each example: (n) int64 each."""
+    """Numbers of queries and gradients of one attack for each example, each (n) int64."""
 
     queries: Tensor
-    """number of model evaluations"""
+    """number of evaluations of the model"""
     first_success: Tensor
-    """number of the query at which an allowed input first broke the model; 0 if none did"""
+    """number of the query at which an allowed input first broke the model; 0 if there was none"""
     backwards: Tensor
-    """number of gradients"""
+    """number of gradients that were computed"""
     dead: Tensor
     """whether the first gradient was zero or not finite (bool); False if none was computed"""
 
 
 class Metered:
-    """A `Model` for one attack on one batch.
+    """A `Model` for one attack on one batch, with limits of access and queries.
 
     A call counts one query for the id of each row. It raises `BudgetSpent` before the model is evaluated if any id has
-    no query left. Under a query limit the first success of each example is kept, or the closest one without an eps, so
+    no query left. Under a query limit the first success of each example is stored (without an eps, the closest one), so
     that an interrupted attack loses nothing. With access "labels" the logits are one-hot, or NaN where the model's are;
     with "labels" and "scores" they have no gradient.
     """
@@ -72,23 +74,25 @@ class Metered:
 
     @property
     def bounds(self) -> Bounds:
-        """The bounds of the model."""
+        """Bounds of the inputs of the model."""
         return self._model.bounds
 
     @property
     def spent(self) -> Spent:
-        """The counts so far."""
+        """Counts of queries and gradients so far."""
         return Spent(self._queries.clone(), self._first.clone(), self._backwards.clone(), self._dead.clone())
 
     def found(self) -> Inputs:
-        """Each example's first success under a query limit (closest without an eps); else its clean input."""
+        """Return the first success of each example under a query limit (without an eps, the closest one); else its
+        clean input.
+        """
         x = self._batch.x.clone()
         for row, (_, x_adv) in self._found.items():
             x[row] = x_adv
         return x
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits of `x`, counted as queries of `ids` (if None, all examples of the batch in order)."""
+        """Return the logits of `x`, counted as queries of `ids` (if None, all examples of the batch in order)."""
         rows, ones, wanted = self._places(x, ids)
         before, asked = self._queries, self._queries.index_add(0, rows, ones)
         if self._threat.queries is not None and (asked > self._threat.queries).any():

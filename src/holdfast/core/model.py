@@ -23,7 +23,8 @@ from holdfast.core.outputs import REFUSED, OutputKind, is_single, kind_of_single
 from holdfast.core.types import Access, Ids, Inputs, Layout, Logits
 
 VOTES = 20
-"""Evaluations of a randomised model that decide if an example survives; the final judgement uses as many new ones."""
+"""number of evaluations of a randomised model that decide whether an example survives; the final evaluation uses as
+many new ones"""
 
 
 @dataclass(frozen=True)
@@ -34,48 +35,50 @@ class Bounds:
     high: float | Tensor = 1.0
 
     def clamp(self, x: Inputs, *, out: Tensor | None = None) -> Inputs:
-        """The nearest point of the box; written to `out` if it is given, which may be `x`."""
+        """Return the nearest point of the box to each `x`; it is written to `out` if given, which may be `x`."""
         if isinstance(self.low, Tensor) or isinstance(self.high, Tensor):
             low, high = self.like(x)
             return torch.clamp(x, low, high, out=out)
         return torch.clamp(x, self.low, self.high, out=out)
 
     def like(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both sides as tensors with the device and data type of `x`, in shapes that broadcast with it."""
+        """Return both sides of the box as tensors with the device and data type of `x`, in shapes that broadcast with
+        it.
+        """
         low, high = torch.as_tensor(self.low), torch.as_tensor(self.high)
         return low.to(x.device, x.dtype), high.to(x.device, x.dtype)
 
     @property
     def width(self) -> float:
-        """The longest edge of the box."""
+        """Length of the longest edge of the box."""
         return float((torch.as_tensor(self.high) - torch.as_tensor(self.low)).max())
 
 
 @runtime_checkable
 class Model(Protocol):
-    """Protocol of a classifier for attacks.
+    """Protocol of a classifier that attacks can query.
 
-    `ids` are the ids of the rows of `x`, by which a metered model counts queries; other models ignore it.
+    `ids` are the ids of the rows of `x`, by which a metered model counts queries; other models ignore them.
     """
 
     @property
     def bounds(self) -> Bounds:
-        """The box of valid inputs."""
+        """Box of valid inputs."""
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits (n, classes) of the inputs `x` (n, *features)."""
+        """Return the logits (n, classes) of the inputs `x` (n, *features)."""
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The batch sizes that a network accepts: `size` rows, or any multiple of it."""
+    """The batch sizes that a network accepts: `size` rows, or with `multiples` any multiple of it."""
 
     size: int
     multiples: bool = False
 
     @property
     def says(self) -> str:
-        """A sentence about the batch sizes for the evidence."""
+        """Description of the accepted batch sizes, as a sentence for the evidence."""
         if not self.multiples:
             return f"the model accepts batches of {self.size} only; other batches are split and padded"
         how = (
@@ -84,10 +87,10 @@ class Batches:
         return f"the model does not accept all batch sizes; each batch is {how}"
 
     def through(self, net: Callable[[Tensor], Any], x: Tensor) -> Tensor:
-        """Outputs of all rows: the last row is repeated to fill the batch, and the outputs of the copies are dropped.
+        """Return the outputs of `net` for all rows of `x`, in batches of accepted sizes.
 
-        The first output that has no rows, such as a tuple, is returned unchanged, so that the caller can raise an
-        error.
+        Copies of the last row fill an incomplete batch, and their outputs are dropped. If an output has no rows, such
+        as a tuple, the first such output is returned unchanged, so that the caller can raise an error.
         """
         short = -len(x) % self.size
         filled = torch.cat((x, x[-1:].expand(short, *x.shape[1:]))) if short else x
@@ -101,13 +104,13 @@ class Batches:
 
 
 EVERY = Batches(1, multiples=True)
-"""Any number of rows; declared for a model that is known to accept it, so that batch sizes are not tested."""
+"""any number of rows; declared for a model that is known to accept all batch sizes, so that they are not tested"""
 
 _TRIED = (*range(1, 13), 16, 20, 25, 32, 50, 64, 100, 128, 200, 256)
 """batch sizes that are tested before a network counts as accepting none"""
 
 IN_PLACE = "the model changes its input in place, so it is given a copy each time"
-"""note about a `Classifier` with `rewrites`"""
+"""note in the evidence about a `Classifier` with `rewrites`"""
 
 _NO_MEMORY = (
     "out of memory",  # CUDA, HIP, XPU, MPS: of the driver or the allocator
@@ -131,17 +134,17 @@ _NO_GRADIENT = (
 class Classifier(nn.Module):
     """A network with its bounds and its preprocessing: `net((x - mean) / std)`.
 
-    `mean` and `std` have one number for each channel (or each feature of a table). `access` is the most that the target
-    can give: a file that runs without gradients has "scores", and `hides` is the reason. `batches` are the batch sizes
-    that the network accepts, if it rejects some. `output` declares what the network returns: logits, or probabilities,
-    whose logarithms are the logits. If the network returns one number for each example, it becomes two classes: a logit
-    z becomes (0, z), a probability p becomes (log(1 - p), log(p)). Without `output` one number is taken as a logit once
-    a value outside [0, 1] occurred; before, `UnclearOutput` is raised. `layout` is the layout of the network's input if
-    known: with "hwc", images (n, channels, height, width) are passed with the channels last. `class_labels` are the
-    labels of the classes in the data, in the order of the outputs, if they are whole numbers other than 0, 1, 2, …
-    `feature_names` are the columns of the table that the model was fitted on. Raises `TargetError` if the network does
-    not return a float tensor (n, classes). `rejects` is true for the result of `guarded`, whose last logit is not a
-    class.
+    `mean` and `std` have one number for each channel (or each feature of a table). `access` is the largest access that
+    the model can give: a file that runs without gradients has "scores", and `hides` is the reason. `batches` are the
+    batch sizes that the network accepts, if it rejects some. `output` declares what the network returns: logits, or
+    probabilities, whose logarithms are the logits. If the network returns one number for each example, it becomes two
+    classes: a logit z becomes (0, z), a probability p becomes (log(1 - p), log(p)). Without `output`, a single number
+    is interpreted as a logit once a value outside [0, 1] has occurred; before that, `UnclearOutput` is raised. `layout`
+    is the layout of the network's input if known: with "hwc", images (n, channels, height, width) are passed with the
+    channels last. `class_labels` are the labels of the classes in the data, in the order of the outputs, if they are
+    whole numbers other than 0, 1, 2, … `feature_names` are the columns of the table that the model was fitted on.
+    `rejects` is true for the result of `guarded`, whose last logit is not a class. Raises `TargetError` if the network
+    does not return a float tensor (n, classes).
     """
 
     class_labels: tuple[int, ...] | None = None
@@ -189,7 +192,7 @@ class Classifier(nn.Module):
             )
 
     def renormalised(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> "Classifier":
-        """The same network with the same declarations but other values of `mean` and `std`."""
+        """Return a classifier of the same network with the same declarations but other values of `mean` and `std`."""
         other = Classifier(
             self.net,
             bounds=self.bounds,
@@ -220,7 +223,7 @@ class Classifier(nn.Module):
         return f"It accepted {took} before; --debug shows where it failed now"
 
     def preprocess(self, x: Inputs) -> Tensor:
-        """`(x - mean) / std` for each channel, in the layout of the network."""
+        """Return `(x - mean) / std` for each channel, in the layout of the network."""
         if self.mean is not None:
             x = x - per_channel(self.mean, x)
         if self.std is not None:
@@ -228,7 +231,7 @@ class Classifier(nn.Module):
         return x.movedim(1, -1) if self.layout == "hwc" and x.dim() > 3 else x
 
     def forward(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits (n, classes), in the data type of `x`."""
+        """Return the logits (n, classes) of `x`, in the data type of `x`."""
         try:
             inputs = self.preprocess(x.clone() if self.rewrites else x)
             logits = self.net(inputs) if self.batches is None else self.batches.through(self.net, inputs)
@@ -282,7 +285,9 @@ class Classifier(nn.Module):
 
 
 def refuse_lazy(net: nn.Module) -> None:
-    """Raise `TargetError` for lazy layers that have not been called yet, since they have no sizes and weights."""
+    """Raise `TargetError` if the network has lazy layers that were not called yet, since they have no sizes and
+    weights.
+    """
     for name, value in (*net.named_parameters(), *net.named_buffers()):
         if isinstance(value, (UninitializedParameter, UninitializedBuffer)):
             raise TargetError(
@@ -293,7 +298,9 @@ def refuse_lazy(net: nn.Module) -> None:
 
 @contextmanager
 def fitted(model: Classifier, x: Inputs) -> Iterator[None]:
-    """Context in which `batches` and `rewrites` of the model are set by tests on rows like `x`; restored at the end."""
+    """Context manager that sets `batches` and `rewrites` of the model by tests on rows like `x`, and restores them on
+    exit.
+    """
     before = model.batches, model.rewrites
     try:
         model.batches = model.batches or _batches(model, x)
@@ -305,7 +312,7 @@ def fitted(model: Classifier, x: Inputs) -> Iterator[None]:
 
 
 def rewrites(model: Classifier, x: Inputs) -> bool:
-    """Whether the model changes inputs like `x` in place; `x` itself is not changed."""
+    """Return whether the model changes inputs like `x` in place; `x` itself is not changed."""
     rows = x.clone()
     version = rows._version
     try:
@@ -346,7 +353,7 @@ def _takes(model: Classifier, x: Inputs, n: int) -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on any device."""
+    """Return whether an error means that memory ran out, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     message = str(error).lower()

@@ -1,4 +1,6 @@
-"""Text forms of attack names, threats and foreign texts; imports no torch, so that messages appear fast."""
+"""Text forms of attack names, threats and untrusted strings. The module does not import torch, so that messages appear
+fast.
+"""
 
 import re
 from collections.abc import Mapping
@@ -6,24 +8,26 @@ from collections.abc import Mapping
 from holdfast.core.errors import UsageError
 
 MOST_SCALED = 0.9
-"""Largest share by which an image may grow or shrink; with 1 it could shrink to nothing."""
+"""largest fraction by which an image may grow or shrink; with 1 it could shrink to nothing"""
 
 _CI_COMMAND = re.compile(r"::(?=[A-Za-z][A-Za-z-]*(\s.*?)?::)")
 _CI_MARK = re.compile(r"##(?=[A-Za-z]*\[)")
 
 
 def slug(name: str) -> str:
-    """A name in small letters, digits and hyphens: `APGD-CE (large eps)` becomes `apgd-ce-large-eps`."""
+    """Return a name in lower-case letters, digits and hyphens: `APGD-CE (large eps)` becomes `apgd-ce-large-eps`."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def suite_name(suite: str) -> str:
-    """The name of a suite in its name and version: `rand` in `rand@1`, and in `rand@1 without APGD-CE`."""
+    """Return the name of a suite without its version: `rand` for `rand@1`, and for `rand@1 without APGD-CE`."""
     return suite.partition("@")[0]
 
 
 def threat_text(change: str, goal: int | None, access: str, queries: int | None) -> str:
-    """The threat as a command line argument, from its constraint (such as `linf:0.1`); default values are left out."""
+    """Return the threat as a command line argument. `change` is its constraint, such as `linf:0.1`; default values are
+    omitted.
+    """
     aim = "" if goal is None else f",goal=targeted:{goal}"
     seen = "" if access == "gradients" else f",access={access}"
     spent = "" if queries is None else f",queries={queries}"
@@ -31,7 +35,7 @@ def threat_text(change: str, goal: int | None, access: str, queries: int | None)
 
 
 def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
-    """A constraint as text: `spatial:rotate=30,shift=3`, `patch:8x8,at=centre,jitter=3`."""
+    """Return a constraint as text, such as `spatial:rotate=30,shift=3` or `patch:8x8,at=centre,jitter=3`."""
     words = [f"{name}={far if isinstance(far, str) else f'{far:.6g}'}" for name, far in limits.items()]
     if kind == "patch":
         words[:2] = [f"{limits['height']}x{limits['width']}"]
@@ -49,13 +53,15 @@ def refuse_mixed(limits: Mapping[str, float | str]) -> None:
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which affect terminals and are invalid in XML; line breaks become spaces."""
+    """Return the text without control characters, which affect terminals and are invalid in XML; line breaks become
+    spaces.
+    """
     spaced = re.sub(r"\s+", " ", text)
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in spaced)
 
 
 def line(text: str) -> str:
-    """The text on one line, without control characters and without commands of CI systems.
+    """Return the text on one line, without control characters and without commands of CI systems.
 
     GitHub interprets `::error::...` at the start of a line as a command, and `##[...]` anywhere, as Azure does.
     """

@@ -11,30 +11,33 @@ from holdfast.core.errors import TargetError
 
 @dataclass(frozen=True)
 class Normalisation:
-    """`(x - mean) / std`, with one number for each channel (or feature of a table), or one for all."""
+    """Parameters of the normalisation `(x - mean) / std`, with one number for each channel (or feature of a table), or
+    one for all.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def done(self, x: Tensor) -> Tensor:
-        """`(x - mean) / std`, computed in float64 and returned in the data type of `x`."""
+        """Return `(x - mean) / std`, computed in float64 and returned in the data type of `x`."""
         wide = x.double()
         mean, std = (torch.tensor(side, dtype=torch.float64) for side in (self.mean, self.std))
         return ((wide - per_channel(mean, wide)) / per_channel(std, wide)).to(x.dtype)
 
     def undone(self, x: Tensor) -> Tensor:
-        """`x * std + mean`, computed in float64 and returned in the data type of `x`."""
+        """Return `x * std + mean`, computed in float64 and returned in the data type of `x`."""
         wide = x.double()
         mean, std = (torch.tensor(side, dtype=torch.float64) for side in (self.mean, self.std))
         return (wide * per_channel(std, wide) + per_channel(mean, wide)).to(x.dtype)
 
     def __str__(self) -> str:
-        """The value as an argument of `--data-normalised`."""
+        """Return the value as an argument of `--data-normalised`."""
         return "/".join(",".join(f"{number:g}" for number in side) for side in (self.mean, self.std))
 
 
 def per_channel(values: Sequence[float] | Tensor, x: Tensor) -> Tensor:
-    """Values, one for all or one a channel, shaped to broadcast with `x` (n, channels, ...) or (n, ..., channels).
+    """Return values, one for all channels or one for each, shaped to broadcast with `x` (n, channels, ...) or (n, ...,
+    channels).
 
     The channels are the first axis of an example if its length matches, else the last. Raises `TargetError` if neither
     matches.

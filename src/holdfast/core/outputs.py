@@ -9,7 +9,7 @@ from holdfast.core.errors import TargetError, UnclearOutput
 from holdfast.core.types import Logits, Mask
 
 OutputKind = Literal["logit", "probability"]
-"""`logit`: any real number. `probability`: a number from 0 to 1, after a sigmoid or a softmax."""
+"""`logit`: any real number; `probability`: a number from 0 to 1, after a sigmoid or a softmax"""
 
 _ROUNDING = 1e-4
 """tolerance of probabilities outside [0, 1]; the error of a softmax in half precision is smaller"""
@@ -20,20 +20,20 @@ REFUSED = torch.inf
 
 
 def refused(outputs: Tensor) -> Mask:
-    """Which rows of outputs (n, classes) belong to inputs that the server rejects."""
+    """Return which rows of outputs (n, classes) belong to inputs that the server rejected."""
     return outputs.isposinf().all(1)
 
 
 def is_single(outputs: Tensor) -> bool:
-    """Whether outputs (n,) or (n, 1) have one number for each example."""
+    """Return whether outputs (n,) or (n, 1) have one number for each example."""
     return outputs.dim() == 1 or outputs.shape[1] == 1
 
 
 def kind_of_single(outputs: Tensor, declared: OutputKind | None) -> OutputKind | None:
-    """The kind of single outputs: as declared, else logits if one is outside [0, 1]; None if all are NaN.
+    """Return the kind of single outputs: as declared, else logits if one is outside [0, 1]; None if all are NaN.
 
-    Raises `UnclearOutput` if all are inside and nothing is declared: a probability would be read as a logit, and every
-    example as class 1.
+    Raises `UnclearOutput` if all are inside [0, 1] and nothing is declared, because a probability that is interpreted
+    as a logit would classify every example as class 1.
     """
     if declared is not None:
         return declared
@@ -53,11 +53,11 @@ def kind_of_single(outputs: Tensor, declared: OutputKind | None) -> OutputKind |
 
 
 def of_classes(outputs: Tensor, kind: OutputKind | None = None) -> Logits:
-    """Logits (n, classes) of the outputs (n, classes), (n, 1) or (n,) of a network.
+    """Return the logits (n, classes) for the outputs (n, classes), (n, 1) or (n,) of a network.
 
     One logit z for an example becomes two, (0, z); one probability p becomes (log(1 - p), log(p)). The logits of
-    several probabilities are their logarithms. Probabilities are first raised to the smallest normal number. Raises
-    `TargetError` for a probability outside [0, 1].
+    several probabilities are their logarithms, where smaller probabilities are replaced by the smallest normal number.
+    Raises `TargetError` for a probability outside [0, 1].
     """
     if kind == "probability":
         _refuse_no_probabilities(outputs)

@@ -1,4 +1,4 @@
-"""A rectangle of an image as a constraint: the threat model `patch:5x5`.
+"""A rectangle of an image as a constraint, which is written `patch:5x5` in a threat model.
 
 Brown et al., "Adversarial Patch", 2017, arXiv:1712.09665; Karmon et al., "LaVAN: Localized and Visible Adversarial
 Noise", ICML 2018, arXiv:1801.02608.
@@ -22,15 +22,15 @@ from holdfast.core.names import limits_text
 from holdfast.core.types import Count, Ids, Inputs, PerExample, Steps
 
 Corners = tuple[Tensor, Tensor]
-"""Row and column of the upper left corner of a rectangle, for each example: int64 (n)."""
+"""row and column of the upper left corner of a rectangle, for each example, each int64 (n)"""
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One rectangle of an image, whose values may be anything inside the box.
+    """Constraint that only one rectangle of an image changes, whose values may be anything inside the box.
 
-    `at` is the row and column of its upper left corner, `centre`, or `anywhere`, which leaves the position to the
-    attacker. With `jitter` the position varies by up to that many pixels. The patch stays inside the rectangle
+    `at` is the row and column of its upper left corner, `centre`, or `anywhere`, where the attacker chooses the
+    position. With `jitter` the position varies by up to that many pixels. The patch stays inside the rectangle
     `within`, if there is one: `anywhere` and `centre` then refer to that rectangle.
     """
 
@@ -46,23 +46,24 @@ class Patch:
     jitter: Count = 0
     """largest deviation from the position in pixels, along each axis"""
     within: str = ""
-    """`ROW:COLUMN-ROW:COLUMN`, the first and the last pixel that the patch may cover; without it, the whole image"""
+    """`ROW:COLUMN-ROW:COLUMN`, the first and the last pixel that the patch may cover; empty for the whole image"""
 
     @property
     def eps(self) -> float:
-        """Always 1: the constraint has no size in a norm."""
+        """Always 1, because the constraint has no size in a norm."""
         return 1.0
 
     @property
     def limits(self) -> Mapping[str, int | str]:
-        """The constructor arguments of the patch."""
+        """Constructor arguments of the patch."""
         confined = {"within": self.within} if self.within else {}
         return {"height": self.height, "width": self.width, "at": self.at, "jitter": self.jitter, **confined}
 
     def places(self, shape: torch.Size) -> tuple[range, range]:
-        """The rows and columns that its upper left corner may have, in images (channels, height, width).
+        """Return the rows and columns that its upper left corner may have, in images of `shape` (channels, height,
+        width).
 
-        Raises `UsageError` if it does not fit.
+        Raises `UsageError` if the patch does not fit.
         """
         if len(shape) != 3:
             raise UsageError(
@@ -85,13 +86,13 @@ class Patch:
         return _near(row, self.jitter, rows), _near(column, self.jitter, columns)
 
     def drawn(self, ids: Ids, shape: torch.Size, rng: Draws) -> Corners:
-        """A random position for each example."""
+        """Return a random position of the patch for each example."""
         rows, columns = self.places(shape)
         down = rng.at("row").integers(ids, len(rows)) + rows.start
         return down, rng.at("column").integers(ids, len(columns)) + columns.start
 
     def mask(self, x: Inputs, corners: Corners) -> Tensor:
-        """Whether each pixel lies inside the rectangle, bool (n, 1, height, width)."""
+        """Return whether each pixel lies inside the rectangle at `corners`, bool (n, 1, height, width)."""
         down = torch.arange(x.shape[2], device=x.device) - corners[0][:, None]
         right = torch.arange(x.shape[3], device=x.device) - corners[1][:, None]
         inside = ((down >= 0) & (down < self.height))[:, :, None] & ((right >= 0) & (right < self.width))[
@@ -100,14 +101,16 @@ class Patch:
         return inside[:, None]
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """0 if nothing changed, 1 if one rectangle contains all changes, else infinity."""
+        """Return for each example 0 if nothing changed, 1 if one rectangle contains all changes, else infinity."""
         changed = (x_adv != x).any(1).to(x)
         missed = changed.flatten(1).sum(1) - self.sums(changed, x.shape[1:]).flatten(1).amax(1)
         anything = changed.flatten(1).any(1).to(x)
         return torch.where(missed > 0.5, torch.inf, anything)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Keep the change inside the rectangle that contains most of it, and clamp to the box."""
+        """Keep the change of each image inside the rectangle that contains most of it, undo the rest, and clamp to the
+        box.
+        """
         clamped = bounds.clamp(x_adv)
         size = self.sums(((clamped - x) ** 2).sum(1), x.shape[1:])
         best = size.flatten(1).argmax(1)
@@ -116,23 +119,23 @@ class Patch:
         return torch.where(self.mask(x, corners), clamped, x)
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """The sign of the gradient times the width of the box."""
+        """Return the sign of the gradient times the width of the box."""
         low, high = bounds.like(x)
         return gradient.sign() * (high - low)
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """Uniform noise in a rectangle at a random position."""
+        """Return the images with uniform noise in a rectangle at a random position of each."""
         low, high = bounds.like(batch.x)
         u = rng.at("value").uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
         inside = self.mask(batch.x, self.drawn(batch.ids, batch.x.shape[1:], rng))
         return torch.where(inside, low + u * (high - low), batch.x)
 
     def resized(self, eps: float) -> "Patch":
-        """The patch itself, since it has no size to change."""
+        """Return the patch itself, since it has no size to change."""
         return self
 
     def sums(self, values: Tensor, shape: torch.Size) -> Tensor:
-        """The sums of (n, height, width) over the rectangle at each position: (n, rows, columns)."""
+        """Return the sums of `values` (n, height, width) over the rectangle at each position, (n, rows, columns)."""
         rows, columns = self.places(shape)
         inside = values[
             :, None, rows.start : rows.stop + self.height - 1, columns.start : columns.stop + self.width - 1
@@ -145,7 +148,9 @@ class Patch:
 
 
 def counts_pixels(constraint: Constraint) -> bool:
-    """Whether a threat counts changed pixels (all channels of a position as one); others count values."""
+    """Return whether the distance of a threat counts changed pixels (all channels of a position as one) instead of
+    values.
+    """
     return isinstance(constraint, Patch) or (isinstance(constraint, L0) and constraint.per == "pixel")
 
 

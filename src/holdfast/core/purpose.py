@@ -1,4 +1,4 @@
-"""The purpose of a query, by which the rows sent to a served model are counted."""
+"""The purpose of a query. The rows that are sent to a served model are counted by purpose."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 LOOK = "look"
-"""stage of the examination of the model before the first stage, and of queries that open the data"""
+"""name, in place of a stage, for the examination of the model before the first stage, and for queries that open the
+data"""
 Kind = Literal["clean", "attacks", "doubts", "judging"]
 
 
 @dataclass(frozen=True)
 class Purpose:
-    """The step of a run that makes a query."""
+    """The stage and shard of a run that make a query, and the kind of its purpose."""
 
     stage: str = LOOK
     """name of a stage, or `LOOK`"""
@@ -26,13 +27,13 @@ _PURPOSE: ContextVar[Purpose] = ContextVar("purpose", default=_FIRST)
 
 
 def current() -> Purpose:
-    """The purpose of a query that is made now; that of the first examination if none was set."""
+    """Return the current purpose of queries; that of the first examination if none was set."""
     return _PURPOSE.get()
 
 
 @contextmanager
 def purpose(stage: str, shard: int, kind: Kind) -> Iterator[None]:
-    """Context in which queries have this purpose."""
+    """Context manager that sets the purpose of all queries inside it."""
     token = _PURPOSE.set(Purpose(stage, shard, kind))
     try:
         yield
@@ -42,7 +43,7 @@ def purpose(stage: str, shard: int, kind: Kind) -> Iterator[None]:
 
 @contextmanager
 def judging() -> Iterator[None]:
-    """Context in which queries with the purpose "attacks" have the purpose "judging" instead."""
+    """Context manager inside which queries with the purpose "attacks" have the purpose "judging" instead."""
     now = current()
     token = _PURPOSE.set(replace(now, kind="judging") if now.kind == "attacks" else now)
     try:

@@ -18,7 +18,7 @@ _LEAD = 1.0
 
 
 def for_label(logits: Logits, y: Labels, lead: PerExample | float = _LEAD) -> Logits:
-    """Logits (n, classes) in which each rejected row has a margin of `lead` for its label `y`."""
+    """Return logits (n, classes) in which the margin of each rejected row is `lead` for its label `y`."""
     rows = refused(logits)
     if not rows.any():
         return logits
@@ -28,9 +28,10 @@ def for_label(logits: Logits, y: Labels, lead: PerExample | float = _LEAD) -> Lo
 
 
 class Answering:
-    """A served model for an attack on a batch, with a large margin for rejected inputs.
+    """A served model for an attack on a batch, which returns a large margin for rejected inputs.
 
-    The margin of a rejected input is the largest margin of any answer for its example, so that no attack moves there.
+    The margin of a rejected input is the largest margin of any answer for its example so far, so that no attack moves
+    there.
     """
 
     def __init__(self, model: Model, batch: Batch) -> None:
@@ -40,11 +41,11 @@ class Answering:
 
     @property
     def bounds(self) -> Bounds:
-        """The bounds of the model."""
+        """Bounds of the inputs of the model."""
         return self._model.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits (n, classes) of the inputs; those of rejected inputs are replaced."""
+        """Return the logits (n, classes) of the inputs; those of rejected inputs are replaced."""
         rows = self._lookup.rows(self._batch.ids if ids is None else ids)
         logits = self._model(x, ids)
         y = self._batch.y[rows]

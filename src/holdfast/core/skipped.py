@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from holdfast.core.errors import UsageError
 
 DECAY = 0.5
-"""Default share of the gradient that a branch keeps."""
+"""default fraction of the gradient that passes through a branch"""
 _SHOWN = 12
 """largest number of names in a message"""
 
 
 class Skipped(nn.Module):
-    """A network whose gradient is multiplied by `decay` at the end of each branch; see `skipped`."""
+    """A network whose gradient is multiplied by `decay` at the end of each residual branch; see `skipped`."""
 
     def __init__(self, net: nn.Module, branches: tuple[str, ...], decay: float) -> None:
         super().__init__()
         self.net, self.branches, self.decay = net, branches, decay
 
     def forward(self, x: Tensor) -> Tensor:
-        """The network's outputs, bitwise unchanged; the hooks exist during this call only."""
+        """Return the network's outputs, bitwise unchanged; the hooks exist during this call only."""
         called: set[str] = set()
         hooks = [
             self.net.get_submodule(name).register_forward_hook(_hook(name, self.decay, called))
@@ -49,10 +49,10 @@ class Skipped(nn.Module):
 
 
 def skipped(net: nn.Module | Callable[[Tensor], Tensor], branches: str, *, decay: float = DECAY) -> Skipped:
-    """The network for a surrogate, with gradients that prefer its skip connections (SGM).
+    """Return the network with gradients that prefer its skip connections (SGM), for use as a surrogate.
 
     `branches` is a pattern of module names with `*` for any text, which matches the last module of each residual
-    branch, before the addition: `layer*.*.bn2`. Each branch keeps the share `decay` of the gradient; 1 has no effect.
+    branch, before the addition: `layer*.*.bn2`. The gradient of each branch is multiplied by `decay`; 1 has no effect.
     The authors give 0.5 for a ResNet and 0.2 for a DenseNet in their code's README. Raises `UsageError` if no module
     matches.
     """

@@ -1,4 +1,4 @@
-"""Suggestions for misspelt names. Imports no torch, so that the message appears fast."""
+"""Suggestions for misspelt names. The module does not import torch, so that messages appear fast."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,9 +7,9 @@ _SIMILAR = 0.5  # cutoff of difflib's ratio (default 0.6): in short names one ty
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?` for the most similar known name; empty if no name is similar.
+    """Return `did you mean 'x'?` with the most similar known name; an empty string if no name is similar.
 
-    Upper and lower case are equal, and so are `-` and `_`.
+    Upper and lower case are treated as equal, and so are `-` and `_`.
 
     >>> suggestion("pgdd", ("APGD", "FAB", "PGD"))
     "did you mean 'PGD'?"

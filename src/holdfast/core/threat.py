@@ -1,4 +1,4 @@
-"""The threat model: what an attacker may change, aim for, see and spend."""
+"""The threat model: what an attacker may change, must achieve, can access and may spend."""
 
 from dataclasses import dataclass, field
 
@@ -30,5 +30,5 @@ class ThreatModel:
             raise UsageError(f"queries is {self.queries}; it must be at least 1, or left out for no limit")
 
     def gives(self, needed: Access) -> bool:
-        """Whether the access is sufficient for an attack that needs `needed`."""
+        """Return whether the access is sufficient for an attack that needs the access `needed`."""
         return ACCESS_ORDER.index(needed) <= ACCESS_ORDER.index(self.access)

@@ -20,11 +20,11 @@ from holdfast.core.model import Bounds, Model
 from holdfast.core.types import Ids, Inputs, Logits
 
 StandIn = Callable[[Tensor], Tensor]
-"""A differentiable function from the input of a stage to a tensor in the shape of its output."""
+"""function that is differentiable, from the input of a stage to a tensor in the shape of the stage's output"""
 
 
 class Through(nn.Module):
-    """A stage with the function that adaptive attacks differentiate in its place; see `through`."""
+    """A stage with a function that adaptive attacks differentiate in its place; see `through`."""
 
     def __init__(
         self, stage: nn.Module | Callable[[Tensor], Tensor], backward: StandIn | None = None
@@ -33,16 +33,17 @@ class Through(nn.Module):
         self.stage, self.backward = stage, backward
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output of the stage itself, with its own gradient."""
+        """Return the output of the stage itself, with its own gradient."""
         passed: Tensor = self.stage(x)
         return passed
 
 
 def through(stage: nn.Module | Callable[[Tensor], Tensor], backward: StandIn | None = None) -> Through:
-    """The stage, for use inside a network, with a function that adaptive attacks differentiate: see `--adaptive`.
+    """Return the stage, for use inside a network, with a function that adaptive attacks differentiate: see
+    `--adaptive`.
 
     `backward` takes the stage's inputs and returns a tensor in the shape of its outputs. Without it the gradient passes
-    unchanged, which needs a stage that keeps the shape. Only adaptive attacks use the function.
+    unchanged, which requires that the stage does not change the shape. Only adaptive attacks use the function.
     """
     if not callable(stage) or not (backward is None or callable(backward)):
         raise UsageError(
@@ -54,7 +55,7 @@ def through(stage: nn.Module | Callable[[Tensor], Tensor], backward: StandIn | N
 
 @dataclass(frozen=True)
 class Way:
-    """A module of a network, and the function that is differentiated in its place; None is the identity."""
+    """A module of a network, and the function that is differentiated in its place; None means the identity."""
 
     name: str
     module: nn.Module
@@ -63,7 +64,9 @@ class Way:
 
 @dataclass(frozen=True)
 class View:
-    """A model for an adaptive attack: the same outputs, with gradients of the replacement functions."""
+    """A model for an adaptive attack, with the same outputs as `model` but with gradients of the replacement
+    functions.
+    """
 
     model: Model
     ways: Sequence[Way] = ()
@@ -72,20 +75,20 @@ class View:
 
     @property
     def bounds(self) -> Bounds:
-        """The bounds of the model."""
+        """Bounds of the inputs of the model."""
         return self.model.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits of the model."""
+        """Return the logits of the model, whose gradient is that of the replacements."""
         with detoured(self.ways, steps=self.steps):
             return self.model(x, ids)
 
 
 @contextmanager
 def detoured(ways: Sequence[Way], *, steps: bool = False) -> Iterator["Straight"]:
-    """Context in which the modules of `ways` have the gradients of their replacements, with `steps` also roundings.
+    """Context manager inside which the modules of `ways` have the gradients of their replacements.
 
-    Yields an object that counts the roundings.
+    With `steps`, roundings also have the gradient of the identity. Yields an object that counts these roundings.
     """
     hooks = [way.module.register_forward_hook(_hook(way)) for way in ways]
     straight = Straight()
@@ -120,7 +123,7 @@ def _hook(way: Way) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
 
 
 def instead(value: Tensor, stand_in: Tensor) -> Tensor:
-    """Exactly `value`, with the gradient of `stand_in`."""
+    """Return exactly `value`, with the gradient of `stand_in`."""
     out: Tensor = _Instead.apply(value.detach(), stand_in)  # type: ignore[no-untyped-call]
     return out
 
@@ -141,7 +144,7 @@ _STEPS = {torch.round, torch.floor, torch.ceil, torch.trunc, torch.fix} | {
 
 
 class Straight(TorchFunctionMode):
-    """Context in which roundings have the gradient of the identity."""
+    """Context manager inside which roundings have the gradient of the identity."""
 
     def __init__(self) -> None:
         super().__init__()

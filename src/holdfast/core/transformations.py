@@ -1,4 +1,4 @@
-"""Transformations of images as constraints: the threat models `spatial:rotate=30` and `colour:hue=18`.
+"""Transformations of images as constraints, which are written `spatial:rotate=30` and `colour:hue=18` in threat models.
 
 Engstrom et al., "Exploring the Landscape of Spatial Robustness", ICML 2019, arXiv:1712.02779, for the first, and Xiao
 et al., "Spatially Transformed Adversarial Examples", ICLR 2018, arXiv:1801.02612, for its flow; Hsiung et al., "Towards
@@ -17,10 +17,10 @@ from holdfast.core.whole_image import Whole
 
 @dataclass(frozen=True)
 class Spatial(Whole):
-    """Rotations, shifts and scales of images, or displacements of their pixels, each up to its limit.
+    """Constraint of rotations, shifts and scales of images, or of displacements of their pixels, each up to its limit.
 
     There is no ball: any image inside the box is allowed, since only attacks that transform images run under this
-    constraint, and these keep to the limits. Every other attack raises `UsageError`.
+    constraint, and these respect the limits. Every other attack raises `UsageError`.
     """
 
     name: ClassVar[str] = "spatial"
@@ -30,9 +30,10 @@ class Spatial(Whole):
     shift: NonNegative = 0.0
     """largest shift in pixels, along each axis in both directions"""
     scale: Fraction = 0.0
-    """largest share by which an image may grow or shrink, at most 0.9"""
+    """largest fraction by which an image may grow or shrink, at most 0.9"""
     flow: NonNegative = 0.0
-    """largest displacement of each pixel in pixels, in any direction; only alone, since no attack searches both"""
+    """largest displacement of each pixel in pixels, in any direction; it excludes other limits, since no attack
+    searches both"""
 
     def __post_init__(self) -> None:
         refuse_mixed(self.limits)
@@ -44,7 +45,7 @@ class Spatial(Whole):
 
     @property
     def eps(self) -> float:
-        """Always 1: the constraint has no size in a norm."""
+        """Always 1, because the constraint has no size in a norm."""
         return 1.0
 
     @property
@@ -54,20 +55,22 @@ class Spatial(Whole):
 
     @property
     def axes(self) -> Mapping[str, float]:
-        """Limits by axis: names of `holdfast.ops.transformations` with the largest amount in both directions."""
+        """Limits by axis, that is by the names of `holdfast.ops.transformations`; each is the largest amount in both
+        directions.
+        """
         along = {"shift": ("shift_x", "shift_y")}
         return {axis: far for name, far in self.limits.items() for axis in along.get(name, (name,))}
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """1 if anything changed, else 0."""
+        """Return for each example 1 if anything changed, else 0."""
         return _changed(x_adv, x)
 
     def refusal(self) -> UsageError:
-        """The error for other attacks; it names the attacks that transform images."""
+        """Return the error that other attacks raise; its message names the attacks that transform images."""
         return _refusal(self)
 
     def resized(self, eps: float) -> "Spatial":
-        """The constraint with every limit multiplied by `eps`."""
+        """Return the constraint with every limit multiplied by `eps`."""
         return Spatial(
             self.rotate * eps, self.shift * eps, min(self.scale * eps, MOST_SCALED), self.flow * eps
         )
@@ -78,22 +81,24 @@ class Spatial(Whole):
 
 @dataclass(frozen=True)
 class Colour(Whole):
-    """Changes of hue, saturation, brightness and contrast, each up to its limit; allowed images as under `Spatial`."""
+    """Constraint of changes of hue, saturation, brightness and contrast, each up to its limit; as in `Spatial`, there
+    is no ball.
+    """
 
     name: ClassVar[str] = "colour"
 
     hue: NonNegative = 0.0
     """largest rotation of the hue in degrees, in both directions"""
     saturation: Fraction = 0.0
-    """largest share by which colours may be stronger or paler"""
+    """largest fraction by which colours may become stronger or paler"""
     brightness: Fraction = 0.0
-    """largest change as a share of the box's width, in both directions"""
+    """largest change in both directions, as a fraction of the width of the box"""
     contrast: Fraction = 0.0
-    """largest share by which differences from the mean brightness may grow or shrink"""
+    """largest fraction by which differences from the mean brightness may grow or shrink"""
 
     @property
     def eps(self) -> float:
-        """Always 1: the constraint has no size in a norm."""
+        """Always 1, because the constraint has no size in a norm."""
         return 1.0
 
     @property
@@ -107,15 +112,15 @@ class Colour(Whole):
         return self.limits
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """1 if anything changed, else 0."""
+        """Return for each example 1 if anything changed, else 0."""
         return _changed(x_adv, x)
 
     def refusal(self) -> UsageError:
-        """The error for other attacks; it names the attacks that transform images."""
+        """Return the error that other attacks raise; its message names the attacks that transform images."""
         return _refusal(self)
 
     def resized(self, eps: float) -> "Colour":
-        """The constraint with every limit multiplied by `eps`."""
+        """Return the constraint with every limit multiplied by `eps`."""
         shares = (min(share * eps, 1.0) for share in (self.saturation, self.brightness, self.contrast))
         return Colour(self.hue * eps, *shares)
 
@@ -124,7 +129,7 @@ class Colour(Whole):
 
 
 Transformations = Spatial | Colour
-"""The constraints under which images are transformed as a whole."""
+"""constraints under which images are transformed as a whole"""
 
 
 def _limits(constraint: Transformations) -> dict[str, float]:

@@ -22,27 +22,27 @@ class Shape:
 
 
 Inputs = Annotated[Tensor, Shape("n *features", "float")]
-"""A batch of inputs, one row for each example."""
+"""batch of inputs, one row for each example"""
 Logits = Annotated[Tensor, Shape("n classes", "float")]
-"""One score for each class; the largest is the prediction."""
+"""one score for each class and example; the class with the largest is the prediction"""
 Labels = Annotated[Tensor, Shape("n", "int")]
-"""One class index for each example, int64."""
+"""class index of each example, int64"""
 Ids = Annotated[Tensor, Shape("n", "int")]
-"""The source row of each example, int64."""
+"""source row of each example, int64"""
 PerExample = Annotated[Tensor, Shape("n", "float")]
-"""One number for each example."""
+"""one number for each example"""
 Mask = Annotated[Tensor, Shape("n", "bool")]
-"""One truth value for each example."""
+"""one truth value for each example"""
 Rows = Annotated[Tensor, Shape("k", "int")]
-"""Positions of some rows of a batch."""
+"""positions of some rows of a batch"""
 
 Access = Literal["none", "labels", "scores", "gradients"]
-"""The attacker's access to the model, in ascending order; each includes the ones before it."""
+"""access of the attacker to the model, in ascending order; each value includes all earlier ones"""
 
 ACCESS_ORDER: tuple[Access, ...] = ("none", "labels", "scores", "gradients")
 
 Layout = Literal["chw", "hwc", "asis"]
-"""Position of the channel axis of an example: first, last, or as in the array, without reordering."""
+"""position of the channel axis of an example: first, last, or as in the array, without reordering"""
 
 Steps = Annotated[int, Ge(1)]
 Restarts = Annotated[int, Ge(1)]

@@ -1,4 +1,4 @@
-"""Base class of constraints that change an image as a whole, without a ball."""
+"""Base class of constraints that change an image as a whole and have no ball."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -19,16 +19,16 @@ class Whole(ABC):
 
     @abstractmethod
     def refusal(self) -> UsageError:
-        """The error that such attacks raise."""
+        """Return the error that attacks on single values raise under this constraint."""
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Raise the error: there is no nearest allowed image."""
+        """Raise the error of `refusal`, because there is no nearest allowed image."""
         raise self.refusal()
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Raise the error: there is no direction of values."""
+        """Raise the error of `refusal`, because there is no steepest direction of single values."""
         raise self.refusal()
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """Raise the error: there is no ball to sample from."""
+        """Raise the error of `refusal`, because there is no ball to sample from."""
         raise self.refusal()

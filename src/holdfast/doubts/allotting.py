@@ -1,4 +1,4 @@
-"""The number of examples for each probe on a served model, so that all probes cost at most as much as the suite.
+"""The number of examples for each probe on a served model, chosen so that all probes cost at most as much as the suite.
 
 Each row sent to a server may cost money. The largest number of rows of a probe is known in advance, so the numbers
 follow from the columns of the suite, and a resumed run computes the same ones.
@@ -16,11 +16,13 @@ from holdfast.doubts.probing import AGAIN, SEARCHES, Probe, counts, within_budge
 from holdfast.doubts.thresholds import NOISE_DRAWS
 
 LEAST = 8
-"""Smallest useful number of examples for a probe: if none of 8 breaks, up to a third of all may (95 % confidence)."""
+"""Smallest useful number of examples for a probe: if it breaks none of 8, it may still break up to a third of all
+examples (95 % confidence)."""
 JUDGED_AT_RANDOM = 1 + 2 * VOTES
-"""Rows that judge one input of a randomised model; for other models it is 1."""
+"""Number of rows with which one input of a randomised model is evaluated; for other models it is 1."""
 GIVES_WAY = ("search", AGAIN, "noise", "steadiness")
-"""The order in which probes are omitted if not all can have `LEAST` examples. The search alone decides no doubt."""
+"""Probes in the order in which they are omitted if not all of them can have `LEAST` examples. The search is first
+because it decides no doubt alone."""
 
 _SHARED = "for a served model all doubts together may use at most as many rows as the suite"
 _SPOKEN_FOR = {"randomness": "steadiness", "state": "steadiness", "noise": "noise", "not-exhausted": AGAIN}
@@ -29,22 +31,23 @@ _SPOKEN_FOR = {"randomness": "steadiness", "state": "steadiness", "noise": "nois
 
 @dataclass(frozen=True)
 class Allotment:
-    """The number of examples for each probe, and why probes are omitted."""
+    """The number of examples for each probe of a run on a served model, and the reasons why probes are omitted."""
 
     examples: Mapping[str, int]
-    """by name of the probe; omitted probes are missing"""
+    """number of examples by name of the probe; omitted probes are missing"""
     wanted: Mapping[str, int] = field(default_factory=dict)
-    """the number of examples that each probe would run on without a limit"""
+    """number of examples on which each probe would run if there were no limit, by its name"""
     reasons: Mapping[str, str] = field(default_factory=dict)
-    """why a probe is omitted, by its name"""
+    """reason why a probe is omitted, by its name"""
 
 
 def probe_rows(
     probe: Probe, attacks: Sequence[Attack], threat: ThreatModel, n: int, passes: Passes, *, randomised: bool
 ) -> int | None:
-    """Upper bound on the rows of a probe without gradients on `n` examples, including the judging of its results.
+    """Return an upper bound of the rows of a probe without gradients on `n` examples, including the evaluation of its
+    results.
 
-    None if it is unknown, as for an attack of another package without a budget.
+    Returns None if the number is unknown, as for an attack of another package without a budget.
     """
     looks, asked = (VOTES if randomised and probe.voted is not None else 1), passes.once(n)
     if probe.name == "steadiness":
@@ -69,10 +72,11 @@ def _halves(n: int, passes: Passes) -> int:
 
 
 def allotted(wanted: Mapping[str, int], budget: int, cost: Callable[[str, int], int | None]) -> Allotment:
-    """Divide `budget` rows among probes that want the given numbers of examples; `cost` returns their rows.
+    """Divide `budget` rows among probes. `wanted` are the numbers of examples by probe, and `cost` returns the rows of
+    a probe.
 
-    In order of increasing cost, each probe gets an equal part of the remaining rows, and leaves what it does not
-    need.
+    In order of increasing cost, each probe gets an equal part of the remaining rows, or as many as it needs if these
+    are fewer.
     """
     reasons: dict[str, str] = {}
     running: dict[str, int] = {}
@@ -111,7 +115,11 @@ def _reason(rows: int, n: int, budget: int) -> str:
 
 
 def as_allotted(doubts: Sequence[Doubt], allotment: Allotment) -> tuple[Doubt, ...]:
-    """The doubts after the division: `not measured` if their probe was omitted, with a note on fewer examples."""
+    """Return the doubts after the division of rows among probes.
+
+    A doubt is `not measured` if its probe was omitted, and has a note if its probe was run on fewer examples than
+    without the limit.
+    """
 
     def said(doubt: Doubt) -> Doubt:
         probe = _SPOKEN_FOR.get(doubt.name, "")

@@ -1,8 +1,8 @@
-"""Adaptive attacks: which of them a raised doubt requires, and which doubts they answer.
+"""Adaptive attacks, with rules for which attacks a raised doubt requires, and for when they answer it.
 
-As Tramer et al., "On adaptive attacks to adversarial example defenses", NeurIPS 2020, arXiv:2002.08347, recommend,
-an attack is chosen by what makes the naive one fail. Each runs on the examples that survive all others, with
-gradients that bypass the stages that mask them (`core.through`). Examples that it breaks count in the verdict.
+As Tramer et al., "On adaptive attacks to adversarial example defenses", NeurIPS 2020, arXiv:2002.08347, recommend, an
+attack is chosen by what makes the naive one fail. Each runs on the examples that survive all others, with gradients
+that bypass the stages that mask them (`core.through`). Examples that it breaks count in the verdict.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,23 +23,23 @@ from holdfast.doubts.thresholds import ZERO_GRADIENTS
 from holdfast.ops.losses import dlr, margin_loss
 
 DRAWS = 20
-"""Forward passes over which EOT averages a gradient."""
+"""number of forward passes over which EOT (expectation over transformation) averages a gradient"""
 SURE = 0.95
-"""EOT stops at an example if more than this share of the draws is misclassified, since a mere majority may not last."""
+"""fraction of the forward passes that must misclassify an example before EOT stops; a mere majority may not last"""
 MISLEADING = (
     "zero-gradient", "probabilities", "scale", "one-step", "black-box", "noise", "not-exhausted", "whole-box",
     "loss-spread", "shattered",
 )  # fmt: skip
-"""Doubts on zero gradients, misleading gradients, or attacks with too few steps."""
+"""doubts about zero gradients, misleading gradients, or attacks with too few steps"""
 BLIND = ("zero-gradient", "one-step", "black-box", "noise", "not-exhausted", "whole-box", "shattered")
-"""Those of them that a search without gradients can answer, too."""
+"""doubts among `MISLEADING` that a search without gradients can also answer"""
 RANDOM = ("randomness",)
 DETECTOR = "a detector"
-"""The reason, listed with the doubts, for attacks on a network together with its detector."""
+"""reason, listed with the doubts, for attacks on a network together with its detector"""
 EVEN = 0.3
-"""Weight of the detector's score, in multiples of the weight that balances it with the margins of the classes."""
+"""weight of the detector's score, in multiples of the weight that balances it with the margins of the classes"""
 WEIGHTS = {"Pair": EVEN, "Pair-light": EVEN / 10, "Pair-heavy": EVEN * 10}
-"""The weight of the detector's score in each attack on a network and its detector."""
+"""weight of the detector's score in each attack on a network and its detector, by name of the attack"""
 
 
 @dataclass(frozen=True)
@@ -50,23 +50,23 @@ class Arm:
     attack: Attack
     doubts: tuple[str, ...]
     weight: float | None = None
-    """weight of a detector's score, in multiples of the weight that balances it with the classes; if set, the attack
-    runs on every model with a detector"""
+    """weight of a detector's score, in multiples of the weight that balances it with the classes; if it is set, the
+    attack runs on every model with a detector"""
     averages: bool = False
-    """whether its gradients are means over several forward passes"""
+    """whether the gradients of the attack are means over several forward passes"""
 
     @property
     def single_draw(self) -> bool:
-        """Whether it uses gradients of single forward passes, which prove nothing about a randomised model."""
+        """Whether the attack uses gradients of single forward passes, which prove nothing about a randomised model."""
         return self.attack.needs == "gradients" and not self.averages
 
 
 def arms(constraint: Constraint) -> tuple[Arm, ...]:
-    """The adaptive attacks under a constraint: first those with gradients that bypass masking, then a search.
+    """Return the adaptive attacks under a constraint: first those with gradients that bypass masking, then a search.
 
     Expectation over transformation (Athalye et al., "Synthesizing robust adversarial examples", ICML 2018,
-    arXiv:1707.07397) needs steps that can be averaged, which L0 attacks lack. Under L2 and L1, minimum-norm attacks
-    are added, since they break examples that survive attacks inside the ball (docs/decisions/0008).
+    arXiv:1707.07397) needs steps that can be averaged, which L0 attacks lack. Under L2 and L1, minimum-norm attacks are
+    added, since they break examples that survive attacks inside the ball (docs/decisions/0008).
     """
     pair = PGD(steps=100, restarts=8)
     on_pair = tuple(Arm(name, pair, MISLEADING, weight) for name, weight in WEIGHTS.items())
@@ -96,9 +96,10 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
 
 
 def called(known: Sequence[Arm], doubts: Sequence[Doubt]) -> dict[str, tuple[str, ...]]:
-    """The attacks that raised doubts require, each with the names of these doubts.
+    """Return the names of the attacks in `known` that raised doubts require, each with the names of these doubts.
 
-    On a randomised model only EOT uses gradients, since a single misclassified draw proves nothing.
+    On a randomised model, EOT is the only attack that uses gradients, since a single misclassified forward pass proves
+    nothing.
     """
     raised = [doubt.name for doubt in doubts if doubt.state == "raised"]
     averaged = any(arm.averages for arm in known) and any(map(_random, doubts))
@@ -129,12 +130,13 @@ def with_answers(
     fell: bool,
     blind: bool = False,
 ) -> tuple[Doubt, ...]:
-    """The doubts after the adaptive attacks, given the columns of each attack and the doubts that required it.
+    """Return the doubts after the adaptive attacks.
 
-    A doubt is answered if every attack that it requires has run on all surviving examples. Exceptions: the gradient
-    of the attack itself is still zero, also with respect to a detector (`blind`); the gradient is shattered, and no
-    attack averaged it or bypassed a stage (`went_round`); `not-exhausted`, while an example that a probe broke
-    survives (`fell`).
+    `ran` are the columns of each attack that was run, and `because` the doubts that required each attack. A doubt is
+    answered if all attacks that it requires were run on all surviving examples. There are three exceptions: the
+    gradient of the attack itself is still zero, also with respect to a detector (`blind`); the gradient is shattered,
+    and no attack averaged it or bypassed a stage (`went_round`); and `not-exhausted`, while an example that a probe
+    broke survives (`fell`).
     """
 
     def told(doubt: Doubt) -> Doubt:

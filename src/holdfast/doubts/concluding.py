@@ -1,4 +1,4 @@
-"""Computes the state of every doubt from the results of the probes."""
+"""Computation of the state of every doubt from the results of the probes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,37 +34,40 @@ class Circumstances:
 
     threat: ThreatModel
     suite: str = ""
-    """name and version; empty for a list of attacks, for which only the free doubts are raised"""
+    """name and version of the suite; empty for a list of attacks, for which only the doubts in `FREE` are raised"""
     in_training: tuple[str, ...] = ()
-    """layers that were in train mode; the model was measured in eval mode"""
+    """names of the layers that were in train mode; the model was measured in eval mode"""
     first_gradient_dead: Mask | None = None
-    """mask of the examples with a zero or NaN first gradient, for a list of attacks; None if not recorded"""
+    """mask of the examples whose first gradient is zero or NaN, for a list of attacks; None if it was not recorded"""
     blind: bool = False
-    """whether no gradient of a detector's score reaches an input"""
+    """whether a detector's score has no gradient with respect to any input"""
     randomised: bool = False
     """whether the model is randomised, so that a single output proves nothing"""
     input: Doubt = Doubt("input", "not measured")
-    """the doubt whether the data fit the model, which is measured elsewhere"""
+    """doubt whether the data fit the model, which is measured before the attacks"""
     access: Access = "gradients"
-    """the largest access that the model itself gives, whatever the threat model allows"""
+    """largest access that the model itself gives, regardless of what the threat model allows"""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """The doubts in the order of `names.DOUBTS`, and the examples that the suite missed."""
+    """The doubts in the order of `names.DOUBTS`, and the examples that the suite did not break but another
+    attack did.
+    """
 
     doubts: tuple[Doubt, ...]
     fallen: Mapping[str, Ids] = field(default_factory=dict)
-    """by probe or pass, the ids of the examples that it broke and the suite did not"""
+    """ids of the examples that a probe or pass broke and the suite did not, by name of the probe or pass"""
 
 
 def conclude(
     found: Found, columns: Columns, circumstances: Circumstances, passes: Mapping[str, Mask] = NO_PASSES
 ) -> Findings:
-    """The state of every doubt, from the columns of the suite with the clean `nan` and `is_probability`.
+    """Return the state of every doubt.
 
-    `passes` are masks (n) of the examples that each pass or probe outside the suite broke, as the harness judged. A
-    list of attacks (no suite) gets only the free doubts, and `not-exhausted` if a pass broke more than the attacks.
+    `columns` are those of the suite, with the clean `nan` and `is_probability`. `passes` are masks (n) of the examples
+    that each pass or probe outside the suite broke, as evaluated by the harness. For a list of attacks (no suite), only
+    the doubts in `FREE` are returned, and `not-exhausted` if a pass broke examples that survived the attacks.
     """
     fallen = missed_by_suite(columns, circumstances.threat, passes)
     case = _Case(found, columns, circumstances, fallen)
@@ -73,7 +76,9 @@ def conclude(
 
 
 def missed_by_suite(columns: Columns, threat: ThreatModel, passes: Mapping[str, Mask]) -> dict[str, Ids]:
-    """Ids of the surviving examples of the suite that each pass broke; passes that broke none are omitted."""
+    """Return the ids of the examples that survive the suite and that a pass broke, by pass; passes that broke none are
+    omitted.
+    """
     left = surviving_examples(columns, threat)
     ids_by_pass = {name: columns["id"][broken & left] for name, broken in passes.items()}
     return {name: ids for name, ids in ids_by_pass.items() if len(ids)}

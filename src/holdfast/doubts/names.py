@@ -1,4 +1,7 @@
-"""The names of the doubts for `--accept-doubt NAME="why"`. Does not import torch, so a misspelled name fails fast."""
+"""Names of the doubts for `--accept-doubt NAME="why"`.
+
+The module does not import torch, so that a misspelled name is reported quickly.
+"""
 
 from typing import Final
 
@@ -21,10 +24,10 @@ DOUBTS: Final[dict[str, str]] = {
     "constant": "the outputs do not depend on the input",
     "input": "the value range, the scale, the layout or the labels of the data do not fit the model",
 }
-"""Name of every doubt, and when it is raised."""
+"""condition under which each doubt is raised, by name of the doubt"""
 
 MEANINGLESS: Final = ("constant", "input", "chance")
-"""Doubts under which the robust accuracy says nothing about the model, the most informative first."""
+"""doubts under which the robust accuracy is meaningless for the model, the most informative one first"""
 
 OF_STRENGTH: Final = (
     "zero-gradient",
@@ -40,7 +43,7 @@ OF_STRENGTH: Final = (
     "loss-spread",
     "shattered",
 )
-"""Doubts that imply that stronger attacks would break more: the true robust accuracy may be lower, but not higher."""
+"""doubts that imply that stronger attacks would break more: the true robust accuracy may be lower, but not higher"""
 
 OF_ADMISSION: Final[dict[str, str]] = {
     "odd-gradients": (
@@ -48,12 +51,12 @@ OF_ADMISSION: Final[dict[str, str]] = {
         "times as often as examples from stolen sets"
     ),
 }
-"""Name of every doubt that only the admission of a set to a rotation raises, and when it is raised."""
+"""condition under which each doubt is raised that only the admission of a set to a rotation can raise"""
 
 OF_ROTATION: Final[dict[str, str]] = {
     "fine-tuning": "the parameter sets of the rotation were not trained against attacks",
 }
-"""Name of every doubt that only a model with rotation raises, by its table of attackers, and when it is raised."""
+"""condition under which each doubt is raised that only a model with rotation can raise, from its table of attackers"""
 
 FREE: Final = ("zero-gradient", "probabilities", "state", "nan", "chance", "constant", "input")
-"""The doubts that cost at most a few forward passes more than the attacks. A list of attacks raises only these."""
+"""doubts that cost at most a few forward passes in addition to the attacks; a list of attacks raises only these"""

@@ -1,9 +1,9 @@
-"""The probes that measure doubts, and the examples that they run on.
+"""Probes, which measure doubts, and the choice of the examples that they run on.
 
 A probe is a pure function of model, batch, threat model and random stream, and returns columns. Doubts share probes:
-PGD-20 on the cross-entropy is used by `scale`, `one-step` and `loss-spread`; margin PGD, two restarts of 20 steps,
-is used by `black-box` and, with its first restart, by `loss-spread`. All probes use the same random stream, so that
-two losses start from the same points.
+PGD-20 on the cross-entropy is used by `scale`, `one-step` and `loss-spread`; margin PGD, two restarts of 20 steps, is
+used by `black-box` and, with its first restart, by `loss-spread`. All probes use the same random stream, so that two
+losses start from the same points.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,9 +36,11 @@ from holdfast.ops.sampling import sample_rows
 
 
 def steadiness(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
-    """Relative change of each example's logits: `repeat`, `order`, `batch`, and `history` with the same torch seed.
+    """Return the relative change of each example's logits when the model is called again, in four columns.
 
-    Cost: 6 forward passes. The random state of torch is restored.
+    `repeat` is the change in a second call, `order` with the batch in reverse order, `batch` with a divided batch, and
+    `history` after the other calls, with the same seed of torch. Cost: 6 forward passes. The random state of torch is
+    restored.
     """
     backwards = torch.arange(len(batch) - 1, -1, -1, device=batch.ids.device)
     halves = batch.split(max(1, len(batch) // 2))
@@ -59,57 +61,61 @@ def steadiness(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> d
 
 
 Run = Callable[[Model, Batch, ThreatModel, Draws], dict[str, Tensor]]
-"""Returns columns for the batch; attacks return `broken`, the lowest `margin`, and its input `x`."""
+"""function that returns the columns of a probe for a batch; attacks return `broken`, the lowest `margin`, and its input
+`x`"""
 
 STEPS = 20
-"""Gradient steps of the short attacks."""
+"""number of gradient steps of the short attacks"""
 REACH = 2.5
-"""Path length of a short attack in multiples of eps, with a constant step, as in Madry et al."""
+"""path length of a short attack in multiples of eps, with a constant step size, as in Madry et al."""
 SMALL = 0.01
-"""Factor of the logits for the doubt `scale`."""
+"""factor by which logits are multiplied for the doubt `scale`"""
 SEARCHES = 1000
-"""Queries of the black-box search."""
+"""number of queries of the black-box search"""
 AGAIN = "again"
-"""The probe that runs the suite once more."""
+"""name of the probe that runs the suite once more"""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A measurement or attack on a few examples for doubts."""
+    """A measurement or attack on a few examples, whose result decides doubts."""
 
     name: str
     needs: Access
     run: Run
     on: Literal["correct", "standing", "closest"] = "correct"
-    """a sample of the correct examples, of the surviving ones, or the surviving ones with the lowest margin"""
+    """examples that the probe runs on: a sample of the correct ones (`correct`), a sample of the surviving ones
+    (`standing`), or the surviving ones with the lowest margin (`closest`)"""
     breaks: bool = True
-    """whether its inputs are inside the threat model, so that a broken example counts against the suite"""
+    """whether the inputs of the probe are inside the threat model, so that a broken example counts against the suite"""
     queries: int = 0
-    """largest number of queries for an example; 0 if it respects the budget of the threat model"""
+    """largest number of queries for an example; 0 if the probe respects the budget of the threat model"""
     voted: Run | None = None
-    """the same for a randomised model: a majority of votes decides on its final inputs; None if it has no final
-    inputs"""
+    """variant for a randomised model, in which a majority of votes decides whether a final input is adversarial; None
+    if the probe has no final inputs"""
 
 
 def probe_title(probe: str) -> str:
-    """The name of a probe in a sentence."""
+    """Return the description of a probe for use in a sentence."""
     return "a fresh pass of the suite" if probe == AGAIN else f"the probe {probe}"
 
 
 def counts(probe: Probe, threat: ThreatModel) -> bool:
-    """Whether adversarial examples of the probe are inside the threat model, including its query budget."""
+    """Return whether adversarial examples of the probe are inside the threat model, including its query budget."""
     return probe.breaks and within_budget(probe.queries, threat) == probe.queries
 
 
 def fallen(margin: PerExample, x: Inputs) -> dict[str, Tensor]:
-    """The columns of an attack: `broken` (margin at most 0 or NaN), the lowest `margin`, and its input `x`."""
+    """Return the columns of an attack: `broken` (margin at most 0 or NaN), the lowest `margin`, and its input `x`."""
     return {"broken": ~(margin > 0), "margin": margin, "x": x}
 
 
 def climbed(
     model: Model, batch: Batch, threat: ThreatModel, rng: Draws, loss: Loss, *, eps: float | None = None
 ) -> dict[str, Tensor]:
-    """A short PGD attack from a random start inside the threat model; `eps` enlarges the ball of its steps."""
+    """Return the columns of a short PGD attack from a random start inside the threat model; `eps` enlarges the ball of
+    its steps.
+    """
     wide = threat.constraint if eps is None else threat.constraint.resized(eps)
     start = threat.constraint.sample(batch, model.bounds, rng.at("start"))
     x, height = ascend(model, batch, start, loss, wide, steps=STEPS, step_size=REACH * wide.eps / STEPS)
@@ -131,7 +137,7 @@ def _lower(known: dict[str, Tensor], found: dict[str, Tensor], rows: Rows) -> No
 
 
 def small_cross_entropy(logits: Logits, batch: Batch) -> PerExample:
-    """Cross-entropy of the logits times `SMALL`, whose softmax does not saturate."""
+    """Return the cross-entropy of the logits times `SMALL`, whose softmax does not saturate."""
     return cross_entropy(SMALL * logits, batch)
 
 
@@ -225,7 +231,7 @@ def _transferred(
 
 
 def again(attacks: tuple[Attack, ...]) -> Probe:
-    """A new run of the suite on the surviving examples closest to the decision boundary."""
+    """Return the probe that runs the attacks of the suite again, on the surviving examples with the lowest margin."""
 
     def run(model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int = 1) -> dict[str, Tensor]:
         found = _nothing(batch)
@@ -255,11 +261,11 @@ PROBES: tuple[Probe, ...] = (
     Probe("search", "scores", _black_box, voted=partial(_black_box, looks=VOTES)),
     Probe("transfer", "gradients", _transferred, voted=partial(_transferred, looks=VOTES)),
 )
-"""All probes except the new run of the suite, which `again` returns."""
+"""all probes except the new run of the suite, which `again` returns"""
 
 
 def probes_for(threat: ThreatModel, attacks: tuple[Attack, ...] = ()) -> tuple[Probe, ...]:
-    """The probes that the threat model allows. With eps 0 only those that test the model itself."""
+    """Return the probes that the threat model allows; with eps 0, only those that test the model itself."""
     probes = (*PROBES, again(attacks)) if attacks else PROBES
     if threat.constraint.eps == 0:
         probes = tuple(probe for probe in probes if probe.name in {"steadiness", "gradients"})
@@ -273,7 +279,7 @@ def probes_for(threat: ThreatModel, attacks: tuple[Attack, ...] = ()) -> tuple[P
 
 
 def probing_threat(threat: ThreatModel, columns: Columns) -> ThreatModel:
-    """The threat model of the probes, which has a finite eps.
+    """Return the threat model of the probes, which has a finite eps.
 
     For a minimum-norm run, eps is the median of the distances that it found.
     """
@@ -285,22 +291,23 @@ def probing_threat(threat: ThreatModel, columns: Columns) -> ThreatModel:
 
 
 def limit(threat: ThreatModel, access: Access, needed: Access) -> str:
-    """The reason for missing access: the model, which gives at most `access`, or the threat model."""
+    """Return the reason for missing access in words: the model, which gives at most `access`, or the threat model."""
     if not replace(threat, access=access).gives(needed):
         return f"the model gives {access} only"
     return f"the threat model allows {('no access' if threat.access == 'none' else f'access to {threat.access} only')}"
 
 
 def within_budget(n: int, threat: ThreatModel) -> int:
-    """`n` queries, or the budget of the threat model if it is smaller."""
+    """Return `n`, or the query budget of the threat model if it is smaller."""
     return n if threat.queries is None else min(n, threat.queries)
 
 
 def surviving_examples(columns: Columns, threat: ThreatModel) -> Mask:
-    """Mask of the surviving examples; for a minimum-norm run, those not broken within 1.05 times the eps of the probes.
+    """Return the mask of the examples that survive the suite.
 
-    The factor allows for the inaccuracy of the distances: an example that a probe breaks just inside its known
-    distance says nothing against the run.
+    For a minimum-norm run, these are the examples that were not broken within 1.05 times the eps of the probes. The
+    factor allows for inaccurate distances: a probe that breaks an example just inside its known distance is no evidence
+    against the run.
     """
     surviving = columns["correct"] & columns.get("eligible", torch.ones_like(columns["correct"]))
     if threat.constraint.eps < torch.inf:
@@ -311,9 +318,9 @@ def surviving_examples(columns: Columns, threat: ThreatModel) -> Mask:
 def rows_for(
     probe: Probe, columns: Columns, threat: ThreatModel, rng: Draws, most: int | None = None
 ) -> Rows:
-    """The examples that a probe runs on, in source order. Samples depend on ids only, so that shards have no influence.
+    """Return the positions of the examples that a probe runs on, at most `most`, in source order.
 
-    `most` limits their number.
+    A sample depends on ids only, so that shards have no influence.
     """
     n = SAMPLE if most is None else min(most, SAMPLE)
     if probe.on == "correct":
@@ -330,11 +337,11 @@ def rows_for(
 
 @dataclass(frozen=True)
 class Probed:
-    """The columns that a probe returned, and the rows of its examples."""
+    """The columns that a probe returned, and the positions of its examples."""
 
     rows: Rows
     columns: Columns
 
 
 Found = Mapping[str, Probed]
-"""The examples and the returned columns of each probe, by the name of the probe."""
+"""examples and returned columns of each probe, by name of the probe"""

@@ -1,4 +1,4 @@
-"""Tests whether gradients are nonzero, and whether they predict the effect of a small step."""
+"""Test whether gradients are nonzero, and whether they predict the effect of a small step."""
 
 import torch
 from torch import Tensor
@@ -13,17 +13,17 @@ from holdfast.ops.logits import scale
 from holdfast.ops.losses import cross_entropy, margin_loss
 
 REACH = 0.05
-"""Length of the step in multiples of eps: less than half of one step of PGD-20."""
+"""length of the step in multiples of eps: less than half of one step of PGD-20"""
 _NEAREST = 1e-3  # share of the magnitude of the input: a point close to the clean one if eps is 0
 _RESOLVED = 1e-4  # a predicted change below this share of the logits is within float32 rounding errors
 
 
 def gradient_properties(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
-    """Properties of the gradient of the margin, at the clean input and at a random point.
+    """Return properties of the gradient of the margin, measured at the clean input and at a random point.
 
-    `dead`: it is zero or not finite at both. `ratio` (n, 2): measured to predicted change along it, NaN if the
-    prediction is too small. `flat`: the gradient of the cross-entropy is dead at the clean input and that of the
-    margin is not. Cost: 5 forward and 3 backward passes.
+    `dead`: the gradient is zero or not finite at both points. `ratio` (n, 2): measured change along the gradient,
+    divided by the predicted one; NaN if the prediction is too small. `flat`: the gradient of the cross-entropy is dead
+    at the clean input and that of the margin is not. Cost: 5 forward and 3 backward passes.
     """
     points = (batch.x, threat.constraint.sample(batch, model.bounds, rng.at("point")))
     dead, ratios = torch.ones_like(batch.y, dtype=torch.bool), []

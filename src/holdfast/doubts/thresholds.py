@@ -1,4 +1,5 @@
-"""Thresholds of the doubts, with reasons. Calibrated on undefended networks and on networks with masked gradients.
+"""Thresholds of the doubts, with reasons. They were calibrated on undefended networks and on networks with masked
+gradients.
 
 `docs/decisions/0002-doubts.md` describes differences from the first design.
 """
@@ -6,37 +7,40 @@
 from typing import Final
 
 SAMPLE: Final = 128
-"""Largest number of examples for a probe."""
+"""largest number of examples for a probe"""
 FORWARDS: Final = 300
-"""Largest number of forward passes for each example, without `black-box` and the new run of `not-exhausted`."""
+"""largest number of forward passes of all probes for each example, without `black-box` and the new run of
+`not-exhausted`"""
 BACKWARDS: Final = 150
-"""Largest number of backward passes for each example, with the same exceptions."""
+"""largest number of backward passes of all probes for each example, with the same exceptions"""
 
 ZERO_GRADIENTS: Final = 0.01
-"""Share of examples without a gradient of the margin. A ReLU network may have none at one point, but rarely at two."""
+"""fraction of examples without a gradient of the margin above which the doubt is raised; a ReLU network may have no
+gradient at one point, but rarely at two"""
 POINTS_BY_SCALE: Final = 0.03
-"""Share that scaled-down logits break in addition to that of the original logits."""
+"""fraction of examples that the attack on scaled-down logits must break in addition to that on the original logits"""
 POINTS_BY_RIVAL: Final = 0.02
-"""Difference of shares by which a weaker attack must beat a stronger one."""
+"""difference of success rates by which a weaker attack must exceed a stronger one to raise a doubt"""
 P_BY_RIVAL: Final = 0.01
-"""Exact McNemar p-value below which the difference is significant."""
+"""exact McNemar p-value below which this difference is significant"""
 NOISE: Final = 0.005
-"""Share of the surviving examples that random inputs may break."""
+"""fraction of the surviving examples that random inputs may break without raising the doubt"""
 NOISE_DRAWS: Final = 100
-"""Random inputs for each example."""
+"""number of random inputs for each example"""
 FRESH_ROWS: Final = 32
-"""Number of surviving examples that the suite is run on again, those of lowest margin."""
+"""number of surviving examples on which the suite is run again, those with the lowest margin"""
 FRESH_BROKEN: Final = 3
-"""Number of them that must be broken to raise the doubt."""
+"""number of these examples that must be broken to raise the doubt"""
 WHOLE_BOX: Final = 0.05
-"""Largest share of surviving examples, by the lower end of its interval, if every input inside the bounds is
-allowed."""
+"""largest fraction of examples that may survive if every input inside the bounds is allowed, by the lower end of its
+confidence interval"""
 CHANGE: Final = 1e-4
-"""Relative change of the logits between two calls. Differences of about 1e-6 are normal for different batch sizes."""
+"""relative change of the logits between two calls that raises a doubt; differences of about 1e-6 are normal for
+different batch sizes"""
 CONSTANT: Final = 1e-6
-"""Relative spread of the outputs over all examples below which they are considered constant."""
+"""relative spread of the outputs over all examples below which they are considered constant"""
 LOSS_SPREAD: Final = 0.15
-"""Share by which the best loss may beat the worst untargeted one. Short and weak trainings reach 0.08; networks
-whose logits saturate have 0.31 and more."""
+"""difference between the success rates of the best loss and the worst untargeted one above which the doubt is raised;
+networks after short and weak training reach 0.08, and networks whose logits saturate 0.31 and more"""
 SLOPE_RATIO: Final = (0.5, 2.0)
-"""Interval for the median ratio of measured to predicted change."""
+"""interval in which the median ratio of measured to predicted change must be"""

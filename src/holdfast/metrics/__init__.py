@@ -1,1 +1,1 @@
-"""Metrics: functions from evidence to an `Estimate`. `names` is the catalogue and does not import torch."""
+"""Metrics, which are functions from evidence to an `Estimate`. `names` is their catalogue and does not import torch."""

@@ -1,5 +1,6 @@
-"""Success of perturbations of one data set on the inputs of another, and of the same perturbations with shuffled
-values.
+"""Success of perturbations that were computed on one data set, on the inputs of another data set.
+
+The control is the success of the same perturbations with their values in random order.
 """
 
 from dataclasses import dataclass
@@ -12,22 +13,25 @@ from holdfast.ops.statistics import proportion
 
 @dataclass(frozen=True)
 class AcrossRow:
-    """Perturbations computed on one data set, and their effect on the inputs of each data set."""
+    """Row of a table: perturbations computed on one data set, and their effect on the inputs of each data set."""
 
     made_on: str
     turned: tuple[Estimate, ...]
     """for each data set, the share of its inputs whose prediction changes from that of the clean input"""
     control: tuple[Estimate, ...]
-    """the same shares for the same perturbations with their coordinates in random order"""
+    """the same shares for the perturbations with their coordinates in random order"""
 
 
 def sets(evidence: Evidence) -> tuple[str, ...]:
-    """Names of the data set of the run and of the other data sets."""
+    """Return the names of the data set of the run and of the other data sets."""
     return tuple(str(card.get("name", "data")) for card in (evidence.data, *evidence.others))
 
 
 def across_rows(evidence: Evidence, confidence: float = 0.95) -> tuple[AcrossRow, ...]:
-    """Return a row for each data set. Raises `Absent` if no other data set was given or time ran out."""
+    """Return a row for each data set on which perturbations were computed.
+
+    Raises `Absent` if no other data set was given or time ran out.
+    """
     if "turned" not in evidence.across:
         raise Absent(
             "transfer across data sets was not measured; name a data set with inputs of the same shape with "

@@ -1,4 +1,4 @@
-"""Precision, recall, F1, entropy, margin and calibration, on clean inputs and under the fixed PGD-40 cross-entropy
+"""Precision, recall, F1, entropy, margin and calibration, on clean inputs and on inputs attacked in the fixed PGD-40
 pass.
 
 Guo et al., "On calibration of modern neural networks", ICML 2017, arXiv:1706.04599, for the calibration error.
@@ -19,7 +19,7 @@ from holdfast.metrics.columns import ATTACKED_INPUT, Absent, column
 from holdfast.ops.statistics import Support, bootstrap, mean
 
 BINS = 15
-"""Number of equal-width bins of confidence, as in Guo et al. 2017."""
+"""number of equal-width bins of confidence, as in Guo et al. 2017"""
 
 Input = Literal["clean", "attacked"]
 _PREFIX: dict[Input, str] = {"clean": "", "attacked": "attacked_"}
@@ -51,7 +51,9 @@ def _confusions(y: Labels, prediction: Labels, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of each class (resamples, classes): correct predictions, all predictions, all labels."""
+    """Counts for each resample and class, (resamples, classes): correct predictions, all predictions, and all
+    labels.
+    """
 
     hits: Tensor
     predicted: Tensor
@@ -59,7 +61,7 @@ class Counts:
 
 
 Score = Callable[[Counts], Tensor]
-"""Function that returns the score of each class (resamples, classes)."""
+"""function that returns the score of each class (resamples, classes) from their counts"""
 
 
 def _precision(counts: Counts) -> Tensor:
@@ -93,17 +95,17 @@ def _macro(evidence: Evidence, score: Score, of: Input, confidence: float) -> Es
 
 
 def precision(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
-    """Macro precision."""
+    """Return the macro precision: the mean of the precision of each class."""
     return _macro(evidence, _precision, of, confidence)
 
 
 def recall(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
-    """Macro recall."""
+    """Return the macro recall: the mean of the recall of each class."""
     return _macro(evidence, _recall, of, confidence)
 
 
 def f1(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
-    """Macro F1: the mean of the F1 of each class, not the F1 of mean precision and mean recall."""
+    """Return the macro F1: the mean of the F1 of each class, not the F1 of mean precision and mean recall."""
     return _macro(evidence, _f1, of, confidence)
 
 
@@ -114,13 +116,13 @@ def _entropy_limit(evidence: Evidence) -> float:
 
 
 def defensive_entropy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Mean predictive entropy on attacked inputs, in nats."""
+    """Return the mean predictive entropy on attacked inputs, in nats."""
     values = _numbers(_values(evidence, "entropy", "attacked"), "defensive_entropy")
     return mean(values, confidence, support=Support(0.0, max(_entropy_limit(evidence), float(values.max()))))
 
 
 def defensive_entropy_rise(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Mean increase of the predictive entropy from clean to attacked inputs, in nats."""
+    """Return the mean increase of the predictive entropy from clean to attacked inputs, in nats."""
     rise = _values(evidence, "entropy", "attacked").double() - evidence["entropy"].double()
     values = _numbers(rise, "defensive_entropy_rise")
     limit = max(_entropy_limit(evidence), float(values.abs().max()))
@@ -128,14 +130,14 @@ def defensive_entropy_rise(evidence: Evidence, confidence: float = 0.95) -> Esti
 
 
 def defensive_margin(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Mean decrease of the margin between class probabilities from clean to attacked inputs."""
+    """Return the mean decrease of the margin between class probabilities from clean to attacked inputs."""
     after = _values(evidence, "probability_margin", "attacked").double()
     drop = _numbers(evidence["probability_margin"].double() - after, "defensive_margin")
     return mean(drop, confidence, support=Support(-2.0, 2.0))
 
 
 def calibration_error(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
-    """Expected calibration error: mean gap between confidence and accuracy over bins of confidence.
+    """Return the expected calibration error: the mean gap between confidence and accuracy over bins of confidence.
 
     The estimate is biased upwards in small samples, and resampling adds to the bias. The interval is corrected for the
     latter. For a model that rejects inputs, only accepted inputs count.

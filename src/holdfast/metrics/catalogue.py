@@ -1,4 +1,4 @@
-"""Every metric by name: the functions of `names.METRICS`."""
+"""All metrics by name: the functions for the names in `names.METRICS`."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,7 +13,7 @@ from holdfast.metrics.names import METRICS, RENAMED
 from holdfast.metrics.transfer import transfer_success
 
 Metric = Callable[[Evidence, float], Estimate]
-"""`metric(evidence, confidence)`"""
+"""function `metric(evidence, confidence)` that returns an `Estimate`"""
 
 PLAIN: Mapping[str, Metric] = {
     "clean_accuracy": shares.clean_accuracy,
@@ -54,14 +54,14 @@ PLAIN: Mapping[str, Metric] = {
     "worst_corruption": corruptions.worst_corruption,
     **corruptions.ACCURACIES,
 }
-"""Metrics of one run."""
+"""metrics of one run, by name"""
 
 
 class AtEps(Protocol):
-    """A metric that can be computed at another eps than that of the run."""
+    """Protocol of a metric that can be computed at another eps than that of the run."""
 
     def __call__(self, evidence: Evidence, confidence: float = ..., *, eps: float | None = ...) -> Estimate:
-        """Return the metric at `eps`; None is the eps of the run."""
+        """Return the metric at `eps`, or at the eps of the run if it is None."""
 
 
 BY_EPS: Mapping[str, AtEps] = {
@@ -72,14 +72,14 @@ BY_EPS: Mapping[str, AtEps] = {
     "attack_success_rate": shares.attack_success_rate,
     "perturbed_share": shares.perturbed_share,
 }
-"""Metrics of one run that can be computed at another eps."""
+"""metrics of one run that can be computed at another eps, by name"""
 
 PAIRED: Mapping[str, Callable[[Evidence, Evidence, float], Estimate]] = {
     "regression": paired.regression,
     "clean_accuracy_drop": paired.clean_accuracy_drop,
     "mce": corruptions.mce,
 }
-"""Metrics of a run and its baseline."""
+"""metrics that compare a run with its baseline, by name"""
 
 
 def estimate(
@@ -90,9 +90,9 @@ def estimate(
     baseline: Evidence | None = None,
     confidence: float = 0.95,
 ) -> Estimate:
-    """Return one metric by name.
+    """Return the metric `name` of a run.
 
-    Raises `Absent`, a usage error with advice, if its attack did not run.
+    Raises `Absent`, a usage error with advice, if the attack that measures it was not run.
     """
     if name in PAIRED:
         if baseline is None:
@@ -112,7 +112,10 @@ def estimate(
 
 
 def missing(evidence: Evidence, baseline: Evidence | None) -> tuple[str, ...]:
-    """Return the reason why mCE has no value although both runs measured corruptions; empty if there is none."""
+    """Return why the mean corruption error (mCE) has no value although both runs measured corruptions.
+
+    The result is empty if mCE has a value, or if a run did not measure corruptions.
+    """
     if baseline is None or not corruptions.measured(evidence) or not corruptions.measured(baseline):
         return ()
     try:
@@ -125,7 +128,7 @@ def missing(evidence: Evidence, baseline: Evidence | None) -> tuple[str, ...]:
 def estimates(
     evidence: Evidence, *, baseline: Evidence | None = None, confidence: float = 0.95
 ) -> dict[str, Estimate]:
-    """Return every metric for which the evidence suffices, in the order of `names.METRICS`."""
+    """Return all metrics that can be computed from the evidence, in the order of `names.METRICS`."""
     values = {}
     for name in METRICS:
         try:

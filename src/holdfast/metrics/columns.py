@@ -1,4 +1,4 @@
-"""Access to columns of the evidence for metrics, and the error of a metric whose attack did not run."""
+"""Access to columns of the evidence for metrics, and the error for a metric whose attack was not run."""
 
 import math
 
@@ -13,23 +13,23 @@ MINIMUM_NORM = "minimum-norm attacks measure it: add --curve, or run --suite min
 
 
 class Absent(UsageError):
-    """Error for a metric whose attack did not run. The message says how to obtain it."""
+    """Error for a metric whose attack was not run. Its message states how to measure the metric."""
 
 
 def column(evidence: Evidence, name: str, way_out: str) -> Tensor:
-    """Return one column of the evidence. Raises `Absent` with the advice if it does not exist."""
+    """Return the column `name` of the evidence. Raises `Absent` with the advice `way_out` if it does not exist."""
     if name not in evidence:
         raise Absent(f"this run measured no {name.replace('_', ' ')}; {way_out}")
     return evidence[name]
 
 
 def within(distance: PerExample, eps: float) -> Mask:
-    """Whether a perturbation of this size is allowed at `eps`, with the tolerance of the harness."""
+    """Return whether perturbations of these sizes are allowed at `eps`, with the tolerance of the harness."""
     return distance.double() <= eps * (1 + 1e-6) + 1e-7
 
 
 def untargeted(evidence: Evidence, metric: str) -> None:
-    """Raise `Absent` for a metric that is defined only for untargeted attackers, if the threat has a goal."""
+    """Raise `Absent` if the threat has a target class, for a metric that is defined only for untargeted attackers."""
     if evidence.threat.goal is not None:
         raise Absent(
             f"{metric} does not exist under goal=targeted:{evidence.threat.goal}; use targeted_success_rate, or "
@@ -38,7 +38,7 @@ def untargeted(evidence: Evidence, metric: str) -> None:
 
 
 def broken_examples(evidence: Evidence, metric: str, eps: float | None) -> Mask:
-    """Mask of the examples that an allowed attack broke, at the run's eps or at another one.
+    """Return the mask of the examples that an allowed attack broke, at the run's eps or at another one.
 
     For another eps the distances of the minimum-norm attacks are used.
     """
@@ -54,12 +54,12 @@ def broken_examples(evidence: Evidence, metric: str, eps: float | None) -> Mask:
 
 
 def robust(evidence: Evidence, metric: str, eps: float | None = None) -> Mask:
-    """Mask of the examples that are correct both when clean and under the worst attack."""
+    """Return the mask of the examples that are correct both when clean and under every attack."""
     return evidence["correct"] & ~broken_examples(evidence, metric, eps)
 
 
 def suite_robust(evidence: Evidence, metric: str) -> Mask:
-    """Mask of the examples that are correct both when clean and under the worst of the suite's own attacks."""
+    """Return the mask of the examples that are correct both when clean and under every attack of the suite itself."""
     untargeted(evidence, metric)
     if math.isinf(evidence.threat.constraint.eps):
         raise Absent(f"{metric} needs an eps; give one, as in --threat l2:0.5")

@@ -23,7 +23,7 @@ _WAY_OUT: Final = "use a threat such as corruptions:3"
 
 
 def measured(evidence: Evidence) -> list[str]:
-    """Names of the common corruptions that a run measured."""
+    """Return the names of the common corruptions that a run measured."""
     return [name for name in CORRUPTIONS if f"{name}.right" in evidence]
 
 
@@ -36,17 +36,19 @@ def _right(evidence: Evidence) -> Tensor:
 
 
 def corrupted_accuracy(evidence: Evidence, confidence: float = 0.95, *, name: str) -> Estimate:
-    """Share of all examples classified correctly under one corruption."""
+    """Return the share of all examples that are classified correctly under the corruption `name`."""
     return proportion(column(evidence, f"{name}.right", _WAY_OUT), confidence)
 
 
 def corruption_error_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Mean error rate over the corruptions."""
+    """Return the mean error rate over the corruptions."""
     return complement(mean(_right(evidence).double().mean(0), confidence))
 
 
 def worst_corruption(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Smallest accuracy over the corruptions, with an interval that is simultaneous over them (Bonferroni)."""
+    """Return the smallest accuracy over the corruptions, with an interval that is simultaneous over them
+    (Bonferroni).
+    """
     right = _right(evidence)
     intervals = [proportion(row, bonferroni(confidence, len(right))) for row in right]
     worst = min(intervals, key=lambda estimate: estimate.value)
@@ -54,9 +56,9 @@ def worst_corruption(evidence: Evidence, confidence: float = 0.95) -> Estimate:
 
 
 def mce(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
-    """Mean over the corruptions of the error rate divided by that of the baseline, on the shared examples.
+    """Return the mean, over the corruptions, of the error rate divided by that of the baseline, on the shared examples.
 
-    Raises `Absent` if the baseline makes no error under one of them, or measured other corruptions.
+    Raises `Absent` if the baseline has no error under a corruption, or measured other corruptions.
     """
     refuse_incomparable(evidence, baseline)
     shared = paired_examples(evidence, baseline)
@@ -89,4 +91,4 @@ def refuse_incomparable(evidence: Evidence, baseline: Evidence) -> None:
 
 
 ACCURACIES = {f"{name}_accuracy": partial(corrupted_accuracy, name=name) for name in CORRUPTIONS}
-"""Accuracy under each corruption, by the names of the catalogue."""
+"""functions for the accuracy under each corruption, by the names of the catalogue"""

@@ -11,12 +11,12 @@ from holdfast.metrics.columns import MINIMUM_NORM, broken_examples, column, unta
 from holdfast.ops.statistics import clopper_pearson
 
 POINTS = 100
-"""Maximum number of steps of a curve; a page cannot show more."""
+"""largest number of steps of a curve; a page cannot show more"""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A decreasing step function: from `x[i]` to `x[i + 1]` the accuracy is `y[i]`. Intervals are pointwise."""
+    """A decreasing step function: from `x[i]` to `x[i + 1]` the accuracy is `y[i]`, with a pointwise interval."""
 
     x: tuple[float, ...]
     y: tuple[Estimate, ...]
@@ -41,15 +41,16 @@ class EpsCurve:
 
 
 def eps_curve(evidence: Evidence, confidence: float = 0.95) -> EpsCurve:
-    """Return robust accuracy against eps. Raises `Absent` if no minimum-norm attack was run on every example."""
+    """Return the robust accuracy against eps. Raises `Absent` if no minimum-norm attack was run on every example."""
     curve = accuracy_against_eps(evidence, confidence)
     value, low, high = ([getattr(y, of) for y in curve.y] for of in ("value", "low", "high"))
     return EpsCurve(curve.x, tuple(value), tuple(low), tuple(high), curve.y[0].n)
 
 
 def accuracy_against_eps(evidence: Evidence, confidence: float = 0.95) -> Curve:
-    """Robust accuracy at every eps, from the smallest success of each example. The first point is the clean
-    accuracy.
+    """Return the robust accuracy at every eps, from the smallest perturbation that breaks each example.
+
+    The first point is the clean accuracy.
     """
     untargeted(evidence, "the eps curve")
     distance = column(evidence, "distance", MINIMUM_NORM).double()
@@ -57,7 +58,7 @@ def accuracy_against_eps(evidence: Evidence, confidence: float = 0.95) -> Curve:
 
 
 def accuracy_against_queries(evidence: Evidence, confidence: float = 0.95) -> Curve:
-    """Robust accuracy against the number of queries for each example, from the query that first broke each example."""
+    """Return the robust accuracy against the number of queries for each example, from the first query that broke it."""
     fell = broken_examples(evidence, "the query curve", None)
     first = column(evidence, "first_success", "run at least one attack").double()
     falls = torch.where(fell, first, torch.inf)

@@ -36,26 +36,37 @@ def _fooled(evidence: Evidence, of: Attacker) -> tuple[PerExample, PerExample]:
 
 
 def auroc_estimate(evidence: Evidence, confidence: float = 0.95, *, of: Attacker = "aware") -> Estimate:
-    """Probability that an attacked input has a higher score than a clean one (AUROC)."""
+    """Return the probability that an attacked input has a higher detector score than a clean one (AUROC)."""
     return detection.auroc(*_fooled(evidence, of), confidence)
 
 
 def rate_estimate(
     evidence: Evidence, confidence: float = 0.95, *, false_positives: float, of: Attacker = "aware"
 ) -> Estimate:
-    """Share of attacked inputs rejected at the threshold that rejects the share `false_positives` of clean inputs."""
+    """Return the share of attacked inputs that are rejected at the threshold that rejects `false_positives` of the
+    clean ones.
+
+    `false_positives` is a fraction of the clean inputs.
+    """
     attacked = _fooled(evidence, of)[1]
     return proportion(attacked > detection.threshold(evidence["score"], false_positives), confidence)
 
 
 def accepted_right(evidence: Evidence, confidence: float = 0.95, *, false_positives: float) -> Estimate:
-    """Robust accuracy with rejection at the threshold of `rate`."""
+    """Return the robust accuracy with rejection: the share of examples that are correct, accepted when clean, and never
+    accepted and misclassified when attacked.
+
+    The threshold rejects the fraction `false_positives` of the clean inputs.
+    """
     clean, attacked, _ = _scores(evidence, "aware")
     limit = detection.threshold(clean, false_positives)
     return proportion((evidence["class_margin"] > 0) & (clean <= limit) & (attacked > limit), confidence)
 
 
 def accepted_wrong(evidence: Evidence, confidence: float = 0.95, *, false_positives: float) -> Estimate:
-    """Share of examples with an input, clean or attacked, that is accepted and wrong at the threshold of `rate`."""
+    """Return the share of examples with a clean or attacked input that is accepted and misclassified.
+
+    The threshold rejects the fraction `false_positives` of the clean inputs.
+    """
     clean, attacked, _ = _scores(evidence, "aware")
     return proportion(attacked <= detection.threshold(clean, false_positives), confidence)

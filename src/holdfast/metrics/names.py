@@ -1,4 +1,4 @@
-"""The catalogue of metrics for gates. It does not import torch, so that a misspelt gate is refused immediately."""
+"""Catalogue of metrics for gates. It does not import torch, so that a misspelt gate is refused immediately."""
 
 from typing import Final
 
@@ -19,7 +19,7 @@ CORRUPTIONS: Final = (
     "pixelate",
     "jpeg_compression",
 )
-"""The common corruptions that are measured, by the names of their paper."""
+"""names of the common corruptions that are measured, as in their paper"""
 
 DETECTION: Final[dict[str, str]] = {
     "detection_auroc": (
@@ -56,7 +56,7 @@ DETECTION: Final[dict[str, str]] = {
         for percent in (5, 1)
     },
 }
-"""Metrics of the detector of a model that rejects inputs."""
+"""descriptions of the metrics for the detector of a model that rejects inputs, by name"""
 
 METRICS: Final[dict[str, str]] = {
     "clean_accuracy": "share of examples classified correctly when clean",
@@ -106,7 +106,7 @@ METRICS: Final[dict[str, str]] = {
     "regression": "robust accuracy of the baseline minus this one, on the same examples",
     "clean_accuracy_drop": "clean accuracy of the baseline minus this one, on the same examples",
 }
-"""Name and description of every metric."""
+"""description of every metric of runs, by name"""
 
 ROTATION: Final[dict[str, str]] = {
     "ensemble_transfer": (
@@ -115,10 +115,11 @@ ROTATION: Final[dict[str, str]] = {
     "sibling_transfer": "the same for examples computed on other sets of the same draw",
     "churn": "share of clean examples that two parameter sets classify differently",
 }
-"""Metrics of parameter sets of a pool. `rotate admit` measures them, and a run of one model does not."""
+"""descriptions of the metrics of parameter sets of a pool, by name; `rotate admit` measures them, and no assessment
+does"""
 
 OF_STATIC: Final = frozenset({"transfer_success", "ensemble_transfer", "sibling_transfer"})
-"""Metrics whose bound may be a share of their value for a static model: `of static`."""
+"""metrics whose threshold may be given relative to their value for a static model: `of static`"""
 
 AT_EPS: Final = frozenset(
     {
@@ -130,7 +131,7 @@ AT_EPS: Final = frozenset(
         "perturbed_share",
     }
 )
-"""Metrics that can be computed at another eps, as in `robust_accuracy@4/255`."""
+"""metrics that can be computed at another eps, as in `robust_accuracy@4/255`"""
 
 UPPER_BOUNDS: Final = frozenset(
     {
@@ -143,7 +144,7 @@ UPPER_BOUNDS: Final = frozenset(
         "adversarial_radius",
     }
 )
-"""Metrics that stronger attacks can only lower."""
+"""metrics that stronger attacks can only decrease"""
 
 LOWER_BOUNDS: Final = frozenset(
     {
@@ -154,7 +155,7 @@ LOWER_BOUNDS: Final = frozenset(
         "perturbed_share",
     }
 )
-"""Metrics that stronger attacks can only raise."""
+"""metrics that stronger attacks can only increase"""
 
 SHARES: Final = AT_EPS | {
     *ROTATION,
@@ -177,10 +178,10 @@ SHARES: Final = AT_EPS | {
     "calibration_error",
     "attacked_calibration_error",
 }
-"""Metrics between 0 and 1, for which a gate such as `robust_accuracy >= 40` is refused."""
+"""metrics between 0 and 1, for which a gate such as `robust_accuracy >= 40` is refused"""
 
 PERTURBATIONS: Final = tuple(f"perturbation_{norm}" for norm in ("linf", "l2", "l1", "l0"))
-"""Medians of the smallest changes found."""
+"""metrics that are medians of the smallest perturbations found"""
 
 NOT_SHARES: Final = frozenset(
     {
@@ -194,13 +195,13 @@ NOT_SHARES: Final = frozenset(
         "mce",
     }
 )
-"""Metrics that are not proportions, so that reports do not show them in percent."""
+"""metrics that are not proportions, so that reports do not show them in percent"""
 
 PAIRED: Final = frozenset({"regression", "clean_accuracy_drop", "mce"})
-"""Metrics of two runs on the same examples, as in `regression <= 0.01 vs baseline`."""
+"""metrics of two runs on the same examples, as in `regression <= 0.01 vs baseline`"""
 
 DIFFERENCES: Final = PAIRED - {"mce"}
-"""Metrics of two runs with values between -1 and 1."""
+"""metrics of two runs that have values between -1 and 1"""
 
 RENAMED: Final = {"mean_corruption_error": "corruption_error_rate", "relative_corruption_error": "mce"}
-"""Earlier names of metrics, and their present names according to Hendrycks & Dietterich 2019."""
+"""earlier names of metrics, with their current names according to Hendrycks & Dietterich 2019"""

@@ -17,7 +17,7 @@ from holdfast.ops.statistics import Support, mean, paired_difference
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows of two runs with the same example, in the order of the first run."""
+    """Positions of the same examples in two runs, in the order of the first run."""
 
     first: Rows
     second: Rows
@@ -27,8 +27,9 @@ class Pairs:
 
 
 def paired_examples(first: Evidence, second: Evidence) -> Pairs:
-    """Pair rows by digest, and the k-th copy of an example with the k-th copy. Raises `UsageError` if none is
-    shared.
+    """Pair the rows of two runs whose examples have equal digests; the k-th copies of an example are paired.
+
+    Raises `UsageError` if the runs share no example.
     """
     places: defaultdict[bytes, list[int]] = defaultdict(list)
     for row, key in enumerate(_keys(second["digest"])):
@@ -48,7 +49,7 @@ def _keys(digests: Tensor) -> list[bytes]:
 
 
 def basis(first: Evidence, second: Evidence) -> Scope:
-    """Return which adversarial examples a comparison counts: those of every pass, or of the suites only.
+    """Return which adversarial examples a comparison of two runs counts: those of every pass, or of the suites only.
 
     Every pass counts if both runs had equal passes, that is equal attacks, settings and surrogates. Otherwise only the
     suites count, because the model of the run with more passes would seem weaker.
@@ -67,14 +68,15 @@ def _passes(evidence: Evidence) -> tuple[object, ...] | None:
 
 
 def robust_in_scope(evidence: Evidence, scope: Scope) -> Mask:
-    """Mask of robust examples in a comparison that counts `scope`."""
+    """Return the mask of robust examples in a comparison that counts the adversarial examples of `scope`."""
     if scope == "suite only" and "suite_success" in evidence:
         return suite_robust(evidence, "regression")
     return robust(evidence, "regression")
 
 
 def regression(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
-    """Robust accuracy of the baseline minus that of this run, on the shared examples. Positive values are worse.
+    """Return the robust accuracy of the baseline minus that of this run, on the shared examples. Positive values are
+    worse.
 
     `basis` determines which adversarial examples count.
     """
@@ -90,7 +92,9 @@ def regression(evidence: Evidence, baseline: Evidence, confidence: float = 0.95)
 
 
 def clean_accuracy_drop(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
-    """Clean accuracy of the baseline minus that of this run, on the shared examples. Positive values are worse."""
+    """Return the clean accuracy of the baseline minus that of this run, on the shared examples. Positive values are
+    worse.
+    """
     shared = paired_examples(evidence, baseline)
     return paired_difference(
         baseline["correct"][shared.second], evidence["correct"][shared.first], confidence

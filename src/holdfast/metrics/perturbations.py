@@ -1,4 +1,4 @@
-"""Sizes of the perturbations that break the model. A larger minimum norm means a more robust model."""
+"""Sizes of the perturbations that break the model. A larger smallest perturbation means a more robust model."""
 
 import math
 from functools import partial
@@ -31,7 +31,9 @@ def _counted(evidence: Evidence) -> Mask:
 
 
 def perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: NormName) -> Estimate:
-    """Median size over all examples: 0 for misclassified clean inputs, infinite if nothing was found."""
+    """Return the median size over all examples: 0 for misclassified clean inputs, infinite if no perturbation was
+    found.
+    """
     counted = _counted(evidence)
     if not counted.any():
         raise Absent("no example is eligible, so there is no perturbation to measure")
@@ -39,7 +41,9 @@ def perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: NormName
 
 
 def mean_perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: NormName) -> Estimate:
-    """Mean size over the `n` examples that an attack broke. `perturbed_share` is their share of all examples."""
+    """Return the mean size over the `n` examples that an attack broke; `perturbed_share` is their share of all
+    examples.
+    """
     size = _sizes(evidence, norm)
     # a misclassified clean input needs no perturbation; under a targeted goal it may still reach the target
     turned = evidence["success"] & _counted(evidence) & size.isfinite()
@@ -54,13 +58,13 @@ def mean_perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: Nor
 
 
 def robust_margin(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Median over examples of the smallest perturbation found by minimum-norm attacks, an upper bound."""
+    """Return the median over examples of the smallest perturbation that minimum-norm attacks found, an upper bound."""
     untargeted(evidence, "robust_margin")
     return median(column(evidence, "distance", MINIMUM_NORM), confidence)
 
 
 def adversarial_radius(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Largest eps at which robust accuracy is at least half of clean accuracy, from the eps curve.
+    """Return the largest eps at which robust accuracy is at least half of clean accuracy, from the eps curve.
 
     It is the upper median of the distances of the correct examples, because at a smaller eps at least half of them are
     robust (a supremum: at this eps one of them is broken). It is 0 if no example is correct.
@@ -82,4 +86,4 @@ PERTURBATIONS = {
         for norm in ("linf", "l2", "l1", "l0")
     },
 }
-"""Median and mean size in each norm, by the names of the catalogue."""
+"""functions for the median and the mean size in each norm, by the names of the catalogue"""

@@ -1,6 +1,6 @@
-"""Accuracies, error rates and success rates: proportions with exact intervals.
+"""Accuracies, error rates and success rates, which are proportions with exact intervals.
 
-With `eps`, another eps than that of the run, they are computed from the distances of minimum-norm attacks.
+If `eps` is given and differs from the eps of the run, they are computed from the distances of minimum-norm attacks.
 """
 
 from dataclasses import dataclass
@@ -15,32 +15,36 @@ from holdfast.ops.statistics import bonferroni, complement, mean, proportion
 
 
 def clean_accuracy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Share of clean inputs that are classified correctly."""
+    """Return the share of clean inputs that are classified correctly."""
     return proportion(evidence["correct"], confidence)
 
 
 def clean_error_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """One minus the clean accuracy."""
+    """Return one minus the clean accuracy."""
     return complement(clean_accuracy(evidence, confidence))
 
 
 def rejection_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Share of clean inputs that a model with a detector rejects."""
+    """Return the share of clean inputs that a model with a detector rejects."""
     way_out = "the model accepts every input; give it a detector with holdfast.guarded"
     return proportion(column(evidence, "rejected", way_out), confidence)
 
 
 def right_probability(evidence: Evidence, eps: float | None = None) -> PerExample | None:
-    """Probability that each example is correct under the worst attack, for a randomised model. None at another eps."""
+    """Return the probability that each example is correct under the worst attack, for a randomised model.
+
+    Returns None if `eps` is not the eps of the run, or if the model is not randomised.
+    """
     own = eps is None or eps == evidence.threat.constraint.eps
     return evidence["right_probability"].double() if own and "right_probability" in evidence else None
 
 
 def robust_accuracy(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
-    """Share of all examples classified correctly, both clean and attacked. It is an upper bound of the true value.
+    """Return the share of all examples that are classified correctly, both clean and attacked: an upper bound of the
+    true value.
 
     Attacked means under every attack and every pass of the run inside the threat model (`Evidence.scope`). For a
-    randomised model it is the mean probability of a correct answer under the worst attack, over new random draws.
+    randomised model it is the mean probability of a correct answer under the worst attack, over new random numbers.
     """
     mask = robust(evidence, "robust_accuracy", eps)
     chance = right_probability(evidence, eps)
@@ -48,27 +52,28 @@ def robust_accuracy(evidence: Evidence, confidence: float = 0.95, *, eps: float 
 
 
 def suite_robust_accuracy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Robust accuracy under the suite's own attacks only, for comparison with published numbers."""
+    """Return the robust accuracy under the suite's own attacks only, for comparison with published numbers."""
     mask = suite_robust(evidence, "suite_robust_accuracy")
     chance = suite_right_probability(evidence)
     return proportion(mask, confidence) if chance is None else mean(chance, confidence)
 
 
 def suite_right_probability(evidence: Evidence) -> PerExample | None:
-    """Probability that each example is correct under the suite's own attacks, for a randomised model; otherwise
-    None.
+    """Return the probability that each example is correct under the suite's own attacks, for a randomised model.
+
+    Returns None if the model is not randomised.
     """
     name = "suite_right_probability"
     return evidence[name].double() if name in evidence else None
 
 
 def robust_error_rate(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
-    """One minus the robust accuracy."""
+    """Return one minus the robust accuracy."""
     return complement(robust_accuracy(evidence, confidence, eps=eps))
 
 
 def robustness_score(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
-    """Harmonic mean of clean and robust accuracy.
+    """Return the harmonic mean of clean and robust accuracy.
 
     It increases with both, so the ends of two simultaneous intervals (Bonferroni) give the ends of its interval. A
     bootstrap would give an interval of width zero for a sample without errors.
@@ -92,7 +97,7 @@ def _harmonic(a: float, b: float) -> float:
 def attack_success_rate(
     evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None
 ) -> Estimate:
-    """Share of the examples with a correct clean input that an attack broke."""
+    """Return the share of the examples with a correct clean input that an attack broke."""
     fell = broken_examples(evidence, "attack_success_rate", eps)[evidence["correct"]]
     if not len(fell):
         raise Absent(
@@ -102,12 +107,14 @@ def attack_success_rate(
 
 
 def perturbed_share(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
-    """Share of all examples that an attack broke. The mean perturbations are over these examples."""
+    """Return the share of all examples that an attack broke; the mean perturbations are computed over these
+    examples.
+    """
     return proportion(broken_examples(evidence, "perturbed_share", eps), confidence)
 
 
 def targeted_success_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Share of eligible examples that an attack changed to the target class.
+    """Return the share of eligible examples that an attack changed to the target class.
 
     Eligible examples are neither of that class nor predicted as that class when clean.
     """
@@ -123,18 +130,19 @@ def targeted_success_rate(evidence: Evidence, confidence: float = 0.95) -> Estim
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One class of the per-class table."""
+    """Row of the table of classes: the clean and robust accuracy of one class."""
 
     label: int
     n: int
     clean_accuracy: Estimate
     robust_accuracy: Estimate | None
-    """None if the run has no robust accuracy"""
+    """robust accuracy of the class; None if the run has no robust accuracy"""
 
 
 def per_class(evidence: Evidence, confidence: float = 0.95) -> tuple[ClassRow, ...]:
-    """Clean and robust accuracy of each class that occurs. The intervals are not corrected for the number of
-    classes.
+    """Return the clean and robust accuracy of each class that occurs.
+
+    The intervals are not corrected for the number of classes.
     """
     try:
         robust(evidence, "robust_accuracy")
@@ -156,7 +164,7 @@ def per_class(evidence: Evidence, confidence: float = 0.95) -> tuple[ClassRow, .
 
 
 def worst_class(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
-    """Smallest robust accuracy over the classes that occur. `n` is the size of that class.
+    """Return the smallest robust accuracy over the classes that occur; `n` is the number of examples of that class.
 
     The intervals of all classes are simultaneous (Bonferroni), so the smallest of their ends bound the smallest
     accuracy.

@@ -12,27 +12,31 @@ from holdfast.metrics.columns import Absent
 from holdfast.ops.statistics import proportion
 
 ALL = "all surrogates"
-"""Name of the row of examples that were computed on the mean of all surrogates."""
+"""name of the row of examples that were computed on the mean of all surrogates"""
 
 
 @dataclass(frozen=True)
 class TransferRow:
-    """Examples of one source, and their success on each model."""
+    """Row of the transfer matrix: the success, on each model, of examples that were computed on one model."""
 
     maker: str
     of: int | None
-    """index of the model on which they were computed; None for all surrogates together"""
+    """index of the model on which the examples were computed; None for all surrogates together"""
     shares: tuple[Estimate | None, ...]
-    """for each model, the share of its correctly classified inputs that they break; None if there are no such inputs"""
+    """for each model, the share of its correctly classified inputs that the examples break; None if there are no such
+    inputs"""
 
 
 def model_names(evidence: Evidence) -> tuple[str, ...]:
-    """Names of the target and of the surrogates."""
+    """Return the names of the target and of the surrogates."""
     return tuple(str(card.get("name", "model")) for card in (evidence.model, *evidence.surrogates))
 
 
 def matrix(evidence: Evidence, confidence: float = 0.95) -> tuple[TransferRow, ...]:
-    """Return a row for each source of examples. Raises `Absent` if no surrogate was given or time ran out."""
+    """Return a row for each model on which examples were computed.
+
+    Raises `Absent` if no surrogate was given or time ran out.
+    """
     if "wrong" not in evidence.transfer:
         raise Absent("transfer was not measured; name a model with the same classes with --surrogate MODEL")
     names, right, wrong = model_names(evidence), evidence.transfer["right"], evidence.transfer["wrong"]
@@ -53,7 +57,7 @@ def matrix(evidence: Evidence, confidence: float = 0.95) -> tuple[TransferRow, .
 
 
 def transfer_success(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Share of the inputs classified correctly by the target that examples of the surrogates break.
+    """Return the share of the inputs classified correctly by the target that examples of the surrogates break.
 
     The examples are those computed on all surrogates at once.
     """

@@ -1,4 +1,4 @@
-"""Adam on inputs: running means of the gradient and of its square."""
+"""Adam for inputs: running means of the gradient and of its square."""
 
 import torch
 
@@ -8,7 +8,9 @@ _TINY = 1e-12
 
 
 class Adam:
-    """Kingma & Ba, "Adam: a method for stochastic optimization", ICLR 2015, arXiv:1412.6980, applied to inputs."""
+    """The optimiser Adam (Kingma & Ba, "Adam: a method for stochastic optimization", ICLR 2015, arXiv:1412.6980) for
+    inputs.
+    """
 
     def __init__(self, like: Inputs, fade: float = 0.9, fade_square: float = 0.999) -> None:
         self._fades = fade, fade_square
@@ -16,7 +18,7 @@ class Adam:
         self._steps = 0
 
     def take(self, rows: torch.Tensor) -> None:
-        """Keep the state of the given rows only."""
+        """Restrict the state to the given rows of the batch."""
         self._mean, self._square = self._mean[rows], self._square[rows]
 
     def __call__(self, gradient: Inputs) -> Inputs:
@@ -25,7 +27,9 @@ class Adam:
         return mean / scale
 
     def seen(self, grad: Inputs) -> tuple[Inputs, Inputs]:
-        """Update with a gradient; return the bias-corrected mean and the root of the bias-corrected mean square."""
+        """Update the running means with `grad`; return the bias-corrected mean and the root of the bias-corrected mean
+        square.
+        """
         self._steps += 1
         mean, square = self._fades
         self._mean = torch.lerp(grad, self._mean, mean)

@@ -170,27 +170,27 @@ def _changed(x: Inputs, clean: Inputs) -> PerExample:
 
 @dataclass(frozen=True)
 class Climb:
-    """One run of APGD. Cost: `steps + 1` forwards and `steps` backwards, each times `draws`."""
+    """Settings of one run of APGD. Cost: `steps + 1` forwards and `steps` backwards, each times `draws`."""
 
     loss: Loss
     """loss that is maximised"""
     steps: int
     rho: float = 0.75
-    """share of the steps since the last checkpoint that must have raised the loss; below it, the step size halves"""
+    """fraction of the steps since the last check that must raise the loss; if fewer do, the step size is halved"""
     draws: int = 1
-    """forward passes over which a gradient is averaged"""
+    """number of forward passes over which a gradient is averaged"""
     sure: float = 0.5
-    """a point counts as broken if more than this share of its forward passes is misclassified"""
+    """a point counts as broken if more than this fraction of its forward passes misclassifies it"""
     fresh: bool = True
     """whether the start is noise, so that under L1 the number of changed features carries no information"""
 
     def __call__(
         self, model: Model, batch: Batch, aim: Labels | None, start: Inputs, constraint: Constraint
     ) -> tuple[Inputs, PerExample]:
-        """Return, for each path, the point of lowest margin if it is broken, else that of highest loss; and the margin.
+        """Return for each path its result and the margin of the result.
 
-        `aim` is the class that the loss targets; any misclassification counts as success. Broken examples
-        are dropped.
+        The result is the point of lowest margin if it is broken, else the point of highest loss. `aim` is the class
+        that the loss targets; any misclassification counts as success. Broken examples are dropped.
         """
         best, left = Best(batch), batch
         now = top = self._look(model, left, aim, start)
@@ -216,7 +216,9 @@ class Climb:
     def highest(
         self, model: Model, batch: Batch, aim: Labels | None, start: Inputs, constraint: Constraint
     ) -> Inputs:
-        """The point of highest loss of each path, as the start of another run; broken examples stay in the path."""
+        """Return the point of highest loss of each path, as the start of another run; broken examples are not
+        dropped.
+        """
         now = top = self._look(model, batch, aim, start)
         pace = self._pace(now, batch, constraint)
         for step in range(self.steps):

@@ -15,21 +15,21 @@ from holdfast.ops.gradients import input_gradient, levelled
 from holdfast.ops.losses import Loss, margin, margin_loss
 
 Schedule = Callable[[int, int], float]
-"""`schedule(step, steps)`: factor of the step size."""
+"""function `schedule(step, steps)` that returns the factor of the step size"""
 
 
 def flat(step: int, steps: int) -> float:
-    """The factor 1 for every step."""
+    """Return 1, the factor of a constant step size."""
     return 1.0
 
 
 def cosine(step: int, steps: int) -> float:
-    """A cosine from 2 to 0, so that the path is as long as with `flat`."""
+    """Return the factor of a step size that follows a cosine from 2 to 0; the path is as long as with `flat`."""
     return 1.0 + math.cos(math.pi * step / steps)
 
 
 def gradient(model: Model, batch: Batch, loss: Loss, *, raw: bool = False) -> tuple[Inputs, Logits]:
-    """Gradient of the summed loss with respect to `batch.x`, and the logits; one forward and one backward.
+    """Return the gradient of the summed loss with respect to `batch.x`, and the logits; one forward and one backward.
 
     The gradient is zero where the model cuts the graph, for example with a comparison or a rounding to integers. NaN
     and infinity are replaced by zero, except with `raw`.

@@ -1,4 +1,4 @@
-"""Augmentations of training images that keep their class or mix it, on a whole batch at once and on its device.
+"""Augmentations of training images, which preserve or mix classes, for a whole batch at once and on its device.
 
 Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019,
 arXiv:1905.04899; with adversarial training Rebuffi et al., "Data Augmentation Can Improve Robustness", NeurIPS 2021,
@@ -24,19 +24,19 @@ _REACH = {"shift": 2, "crop-flip": 4}  # pixels; customary for digits and for ph
 
 @dataclass(frozen=True)
 class Moves:
-    """Shifts and flips of each image of a batch (n, channels, h, w)."""
+    """Random shifts and flips for each image of a batch (n, channels, h, w)."""
 
     reach: int
     """largest shift in pixels"""
     down: Tensor
     """(n,) first row of the window on the padded image; `reach` for no shift"""
     right: Tensor
-    """(n,) first column of the window"""
+    """(n,) first column of the window on the padded image"""
     mirrored: Tensor | None
     """(n,) whether the image is flipped horizontally after the shift; None if no image is"""
 
     def of(self, x: Inputs) -> Inputs:
-        """The shifted and flipped images, padded with zeros."""
+        """Return the images `x` shifted and flipped, padded with zeros."""
         return self._mirror(windows(x, self.reach, self.down, self.right))
 
     def back(self, x: Inputs, unseen: Inputs) -> Inputs:
@@ -61,7 +61,9 @@ def refuse_augmentation(x: Inputs, how: Augmentation, cutmix: float) -> None:
 
 
 def moves(batch: Batch, how: Augmentation, rng: Draws) -> Moves | None:
-    """Random shifts and flips of each image; None if `how` is "none". Other inputs must be (n, channels, h, w)."""
+    """Sample shifts and flips of each image; return None if `how` is "none". Otherwise inputs must be (n, channels, h,
+    w).
+    """
     if how == "none":
         return None
     refuse_augmentation(batch.x, how, 0.0)
@@ -71,13 +73,15 @@ def moves(batch: Batch, how: Augmentation, rng: Draws) -> Moves | None:
 
 
 def augmented(batch: Batch, how: Augmentation, rng: Draws) -> Batch:
-    """The batch with randomly augmented images; their classes do not change."""
+    """Return the batch with randomly augmented images; their classes do not change."""
     drawn = moves(batch, how, rng)
     return batch if drawn is None else batch.at(drawn.of(batch.x))
 
 
 def windows(x: Inputs, reach: int, down: Tensor, right: Tensor) -> Inputs:
-    """Images (n, channels, h, w), padded with `reach` zeros on each side, cropped from row `down`, column `right`."""
+    """Return images (n, channels, h, w), padded with `reach` zeros on each side and cropped from row `down`, column
+    `right`.
+    """
     height, width = x.shape[2:]
     padded = F.pad(x, (reach,) * 4)
     rows = down[:, None] + torch.arange(height, device=x.device)
@@ -87,11 +91,11 @@ def windows(x: Inputs, reach: int, down: Tensor, right: Tensor) -> Inputs:
 
 
 def cut_and_mixed(batch: Batch, chance: float, rng: Draws) -> tuple[Batch, Batch, float]:
-    """CutMix: images in which a box is replaced by that of another image; with the major and with the minor labels.
+    """Apply CutMix: replace a box in each image by that of another image.
 
-    Returns a batch with the labels that have the larger share of each image, a batch with the other labels, and the
-    share of the first labels. The box is the same for the whole batch. With a probability of 1 - `chance` the batch is
-    unchanged and the share is 1.
+    Returns a batch with the labels that have the larger share of each image, a batch with the labels of the rest, and
+    the fraction of an image that has the first labels. The box is the same for the whole batch. With a probability of 1
+    - `chance` the batch is unchanged and the fraction is 1.
     """
     if not chance:
         return batch, batch, 1.0

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 
 def ema(average: dict[str, Tensor], model: nn.Module, keep: float, step: int) -> None:
-    """Update the exponential moving average in place; early updates have more weight to forget the start."""
+    """Update the exponential moving average in place. Its decay is smaller at first, so that the initial weights are
+    forgotten.
+    """
     _moved(average, model, 1 - min(keep, (step + 1) / (step + 10)))
 
 
 def swa(average: dict[str, Tensor], model: nn.Module, place: int) -> None:
-    """Update the average in place to the mean of the `place` weights before and the present ones."""
+    """Update the average in place to the mean of `place` earlier weights and the current ones."""
     _moved(average, model, 1 / (1 + place))
 
 

@@ -1,4 +1,6 @@
-"""The lowest margin of each example of a batch over all evaluated points, and the point with that margin."""
+"""Store of the lowest margin of each example of a batch over all evaluated points, and of the point with that
+margin.
+"""
 
 import torch
 
@@ -9,7 +11,9 @@ from holdfast.core.types import Inputs, Mask, PerExample, Rows
 
 
 class Best:
-    """Keeps the best point of each example over restarts, and reports which examples survive."""
+    """The best point of each example over all restarts, that is the one with the lowest margin, and which examples
+    survive.
+    """
 
     def __init__(self, batch: Batch) -> None:
         self._ids = batch.ids
@@ -25,11 +29,13 @@ class Best:
         return (self.margin > 0).nonzero()[:, 0]
 
     def rows(self, some: Batch) -> Rows:
-        """Positions of the examples of `some` in the whole batch."""
+        """Return the positions of the examples of `some` in the whole batch."""
         return self._lookup.rows(some.ids)
 
     def offer(self, some: Batch, x: Inputs, margin: PerExample) -> Mask:
-        """Keep the points of `some` whose margins are lower than the best ones (NaN is lowest); return which are."""
+        """Store the points of `some` whose margins are lower than the best ones (NaN is lowest); return which points
+        are stored.
+        """
         if some.ids is self._ids:
             lower = ~(margin >= self.margin)
             self.x = pick(lower, x, self.x)

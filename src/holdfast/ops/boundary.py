@@ -24,7 +24,7 @@ _REACH = 5.0  # path length of the descent inside the ball, in multiples of eps
 _FIRST = 15 / 16  # first probe of the bisection: a good attack ends within a few percent of the boundary
 
 Shrink = Callable[[PerExample], Inputs]
-"""The points within a given distance of the clean inputs that are most likely to stay broken."""
+"""function that returns the points within a given distance of the clean inputs that are most likely to be broken"""
 
 
 def to_boundary(model: Model, batch: Batch, x_adv: Inputs, norm: Norm, refine: int = 0) -> Inputs:
@@ -33,6 +33,7 @@ def to_boundary(model: Model, batch: Batch, x_adv: Inputs, norm: Norm, refine: i
     A point moves only to one that breaks the model by more than rounding. Under L0, changes are undone instead, the
     least useful first. Cost: at most ten forwards (under L0, the first with a backward) of the examples that differ
     from the clean ones.
+
     With `refine` and a finite eps no point is moved towards the clean input: points outside the ball are projected onto
     it, and `refine` gradient steps and a forward then lower their margin inside the ball.
     """

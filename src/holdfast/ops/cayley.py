@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Map a matrix (…, m, n) to one with orthonormal columns, or rows if m < n; a zero matrix gives the identity.
+    """Return a matrix with orthonormal columns (rows if m < n) for a matrix (…, m, n); a zero matrix gives the
+    identity.
 
     The inverse always exists and its norm is at most one: the matrix is the sum of the identity, a skew-symmetric and a
     positive semi-definite matrix.
@@ -37,7 +38,7 @@ class CayleyLinear(nn.Module):
         nn.init.xavier_normal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs (n, width) of inputs (n, features)."""
+        """Return the outputs (n, width) for inputs (n, features)."""
         return F.linear(x, orthogonal(self.weight), self.bias)
 
 
@@ -51,7 +52,7 @@ class CayleyConv2d(nn.Module):
         nn.init.xavier_normal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Feature maps (n, width, h, w) of inputs (n, channels, h, w)."""
+        """Return the feature maps (n, width, h, w) for inputs (n, channels, h, w)."""
         size = x.shape[2:]
         half = self.weight.shape[2] // 2
         if min(size) <= 2 * half:

@@ -1,4 +1,4 @@
-"""The closest broken point of each example of a batch, for minimum-norm attacks."""
+"""Store of the closest broken point of each example of a batch, for minimum-norm attacks."""
 
 import torch
 
@@ -10,17 +10,19 @@ from holdfast.ops.losses import margin
 
 
 def leeway(logits: Logits) -> PerExample:
-    """How far below 0 a margin stays negative with other batch sizes: about 1e-5 of the largest logit in float32."""
+    """Return the amount below 0 at which a margin stays negative with other batch sizes, about 1e-5 of the largest
+    logit in float32.
+    """
     return 100 * torch.finfo(logits.dtype).eps * scale(logits)
 
 
 def firmly_broken(logits: Logits, batch: Batch) -> Mask:
-    """Whether the model misclassifies by more than rounding; NaN counts as broken."""
+    """Return whether the model misclassifies each example by more than rounding; NaN counts as broken."""
     return ~(margin(logits, batch) > -leeway(logits))
 
 
 class Closest:
-    """Keeps the closest broken point of each example; the clean input at infinite distance while there is none."""
+    """The closest broken point of each example; the clean input at infinite distance if none was found."""
 
     def __init__(self, batch: Batch) -> None:
         self._ids = batch.ids
@@ -28,29 +30,33 @@ class Closest:
         self.x: Inputs = batch.x.clone()
         """closest broken point of each example"""
         self.distance: PerExample = torch.full_like(batch.x.flatten(1)[:, 0], torch.inf)
-        """its distance from the clean input"""
+        """distance of the closest broken point from the clean input"""
 
     @property
     def found(self) -> Mask:
-        """Which examples are broken."""
+        """Mask of the examples that are broken."""
         return self.distance < torch.inf
 
     def rows(self, some: Batch) -> Rows:
-        """Positions of the examples of `some` in the whole batch."""
+        """Return the positions of the examples of `some` in the whole batch."""
         return self._lookup.rows(some.ids)
 
     def take(self, some: Batch) -> "Closest":
-        """A new `Closest` with the points of the examples of `some`."""
+        """Return a new `Closest` with the points of the examples of `some`."""
         rows, own = self.rows(some), Closest(some)
         own.x, own.distance = self.x[rows], self.distance[rows]
         return own
 
     def far(self, some: Batch, eps: float) -> Mask:
-        """Whether each example of `some` is unbroken within eps; with infinite eps, whether it is not clean."""
+        """Return whether each example of `some` has no broken point within eps.
+
+        With infinite eps, return whether its clean input is not misclassified, that is whether a closer point may
+        exist.
+        """
         return self.distance[self.rows(some)] > (eps if eps < torch.inf else 0.0)
 
     def offer(self, some: Batch, x: Inputs, distance: PerExample, broken: Mask) -> Mask:
-        """Keep the broken points that are closer than the known ones; return which examples got closer."""
+        """Store the broken points that are closer than the known ones; return for which examples this was the case."""
         rows = slice(None) if some.ids is self._ids else self.rows(some)
         closer = broken & (distance < self.distance[rows])
         theirs = closer.nonzero()[:, 0]  # usually few: faster than torch.where over all inputs

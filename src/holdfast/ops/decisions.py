@@ -1,4 +1,6 @@
-"""Shared parts of attacks that use labels only: query counts for each example, starts, search for the boundary."""
+"""Shared parts of attacks that use labels only: query counts of each example, starts, and the search for the
+boundary.
+"""
 
 import math
 from collections.abc import Iterator
@@ -27,9 +29,9 @@ _STRIDE = 0.02  # first inward step of the search as a share of the radius; doub
 
 
 class Decisions:
-    """Queries a model with a limit for each example, and keeps the closest broken point of each example.
+    """A model with a limit of queries for each example, and the closest broken point of each example.
 
-    An example is open while it has queries left and is not broken inside a finite eps.
+    An example is open while it has queries left and no broken point within a finite eps.
     """
 
     def __init__(self, model: Model, batch: Batch, norm: Norm, queries: int) -> None:
@@ -40,7 +42,7 @@ class Decisions:
         self.closest = Closest(batch)
 
     def found(self) -> Inputs:
-        """The closest broken point of each example inside the ball; the clean input where there is none."""
+        """Return the closest broken point of each example inside the ball; the clean input if there is none."""
         return self._norm.project(self.closest.x, self.batch.x, self.bounds)
 
     def _start(self, rng: Draws) -> None:
@@ -56,16 +58,18 @@ class Decisions:
             self.improve(some, points[self.closest.rows(some)], share=_RIVAL)
 
     def open(self, some: Batch) -> Mask:
-        """Whether each example of `some` has queries left and is not broken inside a finite eps."""
+        """Return whether each example of `some` has queries left and no broken point within a finite eps."""
         rows = self.closest.rows(some)
         return (self._left[rows] > 0) & (self.closest.distance[rows] > self._enough)
 
     def left(self, some: Batch) -> Tensor:
-        """Number of queries that each example has left: int64 (n)."""
+        """Return the number of queries that each example has left, int64 (n)."""
         return self._left[self.closest.rows(some)]
 
     def steps(self, rng: Draws) -> Iterator[tuple[int, Batch]]:
-        """Find starts; then yield step numbers and the examples that are broken and open, until there are none."""
+        """Search for starts; then yield the number of each step and the examples that are broken and open, until there
+        are none.
+        """
         self._start(rng.at("start"))
         for step in count():
             some = self.batch.take(self.closest.found & self.open(self.batch))
@@ -74,20 +78,25 @@ class Decisions:
             yield step, some
 
     def known(self, some: Batch) -> tuple[Inputs, PerExample]:
-        """The closest broken points of the examples of `some`, and their distances."""
+        """Return the closest broken points of the examples of `some`, and their distances."""
         rows = self.closest.rows(some)
         return self.closest.x.index_select(0, rows), self.closest.distance[rows]
 
     def ask(self, some: Batch, x: Inputs, who: Mask | None = None) -> Mask:
-        """Whether each `x` breaks the model; one query for each open example (of `who`), False for the others."""
+        """Query each point of `x` once and return whether it breaks the model.
+
+        Only open examples are queried, and only those of the mask `who` if it is given; the result for all others is
+        False.
+        """
         asked = self.open(some) if who is None else who & self.open(some)
         broken, _ = self.ask_many(some, x[:, None], asked.long())
         return broken[:, 0]
 
     def ask_many(self, some: Batch, x: Tensor, wanted: Tensor) -> tuple[Mask, Mask]:
-        """Query the first `wanted` (n) points of `x` (n, k, *features); return masks (n, k) of broken and queried ones.
+        """Query the first `wanted` (n) points of `x` (n, k, *features); return masks (n, k) of broken and queried
+        points.
 
-        An example with fewer queries left is queried on as many points only.
+        For an example with fewer queries left than `wanted`, fewer points are queried.
         """
         n, k = x.shape[:2]
         wanted = wanted.minimum(self.left(some)) * self.open(some)
@@ -111,17 +120,19 @@ class Decisions:
         return torch.cat([self._model(part.x, part.ids) for part in few.split(rows)])
 
     def improve(self, some: Batch, far: Inputs, *, share: float = _NEARER) -> Mask:
-        """Query the points `far`, moved to a share of the known distance; search for the boundary from the broken ones.
+        """Move the points `far` to the fraction `share` of the known distance, query them, and search for the boundary.
 
-        Points without a known distance are queried unchanged. Cost: one query for a point that does not break the
-        model. Returns whether each point breaks it.
+        Points of examples without a known distance are queried unchanged. The search starts from the points that break
+        the model; for others, the cost is one query. Returns whether each point breaks the model.
         """
         broken, radius = self.nearer(some, far, share=share)
         self.search(some, far, radius * broken)
         return broken
 
     def nearer(self, some: Batch, far: Inputs, *, share: float = _NEARER) -> tuple[Mask, PerExample]:
-        """Whether each point `far`, moved to a share of the known distance, breaks the model; and its distance."""
+        """Return whether each point `far`, moved to the fraction `share` of the known distance, breaks the model; and
+        its distance.
+        """
         known = self.closest.distance[self.closest.rows(some)]
         radius = (share * known).minimum(self._norm.distance(far, some.x))
         return self.ask(some, self._drawn_in(some, far, radius)), radius
@@ -131,9 +142,10 @@ class Decisions:
         return self._norm.within(far, some.x, self.bounds, radius)
 
     def search(self, some: Batch, far: Inputs, radius: PerExample) -> None:
-        """Search for the boundary between the clean inputs and points at `radius`, which break: doubling, bisection.
+        """Search for the boundary between the clean inputs and the points at `radius`, which break the model.
 
-        Examples with a radius of 0 are left out.
+        The step inwards is doubled until a point does not break the model, and a bisection follows. Examples with a
+        radius of 0 are omitted.
         """
         high, low, stride = radius, torch.zeros_like(radius), _STRIDE * radius
         while True:

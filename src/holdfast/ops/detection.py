@@ -10,12 +10,15 @@ from holdfast.ops.statistics import bootstrap
 
 
 def threshold(clean: PerExample, false_positives: float) -> float:
-    """The lowest clean score that at most a share `false_positives` of them exceeds. At least one score is needed."""
+    """Return the lowest clean score that at most the fraction `false_positives` of them exceeds; needs at least one
+    score.
+    """
     return float(clean.sort().values[len(clean) - 1 - math.floor(false_positives * len(clean))])
 
 
 def auroc(clean: PerExample, attacked: PerExample, confidence: float = 0.95) -> Estimate:
-    """Area under the ROC curve: probability that an attacked input scores above a clean one; ties count half.
+    """Return the area under the ROC curve: the probability that an attacked input scores above a clean one; ties count
+    half.
 
     The bootstrap interval resamples examples, so that the clean and the attacked input of an example stay together.
     """
@@ -36,13 +39,15 @@ def _counts(codes: torch.Tensor, of: int) -> torch.Tensor:
 
 
 def median_width(margins: PerExample) -> float:
-    """The median absolute margin; 0 if it is not finite."""
+    """Return the median absolute margin; 0 if it is not finite."""
     width = float(margins.double().abs().median())
     return width if math.isfinite(width) else 0.0
 
 
 def balance(scores: PerExample, width: float) -> float:
-    """Factor that scales the interquartile range of the scores to `width`; 1 if one of them is zero or infinite."""
+    """Return the factor that scales the interquartile range of the scores to `width`; 1 if one of them is zero or
+    infinite.
+    """
     ordered = scores.double().sort().values
     spread = float(ordered[3 * len(ordered) // 4] - ordered[len(ordered) // 4])
     return width / spread if width > 0 and 0 < spread < math.inf else 1.0

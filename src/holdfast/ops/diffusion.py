@@ -17,14 +17,14 @@ from holdfast.core.draws import Draws
 from holdfast.core.types import Positive, Steps
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""Predicts the noise (n, d) in points (n, d) at diffusion steps (n)."""
+"""function that predicts the noise (n, d) in points (n, d) at diffusion steps (n)"""
 
 _FIRST, _LAST, _PAPER = 1e-4, 0.02, 1000  # betas of the paper, over its thousand steps
 
 
 @dataclass(frozen=True)
 class Diffusion:
-    """Noise schedule of a diffusion process, with DDPM and DDIM sampling."""
+    """Noise schedule of a diffusion process, with sampling by DDPM and DDIM."""
 
     steps: Steps = 200
     """number of steps that add noise"""
@@ -32,26 +32,28 @@ class Diffusion:
     """limit of the absolute coordinates of a predicted clean point; points should have a standard deviation of one"""
 
     def betas(self) -> Tensor:
-        """Share of the variance that each step replaces by noise: (steps), float64."""
+        """Return the fraction of the variance that each step replaces by noise, (steps), float64."""
         times = _PAPER / self.steps
         return torch.linspace(_FIRST * times, min(_LAST * times, 0.999), self.steps, dtype=torch.float64)
 
     def kept(self) -> Tensor:
-        """Share of the variance that is still signal after each step: (steps), float64."""
+        """Return the fraction of the variance that is still signal after each step, (steps), float64."""
         return torch.cumprod(1 - self.betas(), 0)
 
     def noised(self, clean: Tensor, noise: Tensor, step: Tensor) -> Tensor:
-        """The points (n, d) with the noise of diffusion steps (n), counted from 0."""
+        """Return the points (n, d) with the noise of diffusion steps (n), which are counted from 0."""
         kept = self._kept_at(step, clean)
         return kept.sqrt() * clean + (1 - kept).sqrt() * noise
 
     def cleaned(self, noised: Tensor, noise: Tensor, step: Tensor) -> Tensor:
-        """The clean points (n, d) that give `noised` with this noise, clamped."""
+        """Return the clean points (n, d) from which `noised` results with this noise, clamped."""
         kept = self._kept_at(step, noised)
         return ((noised - (1 - kept).sqrt() * noise) / kept.sqrt()).clamp(-self.clamp, self.clamp)
 
     def weight(self, step: Tensor, like: Tensor) -> Tensor:
-        """Share of the variance that is still signal at diffusion steps (n), in the data type of `like`."""
+        """Return the fraction of the variance that is still signal at diffusion steps (n), in the data type
+        of `like`.
+        """
         return self._kept_at(step, like)[:, 0]
 
     def _kept_at(self, step: Tensor, like: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Random directions of signs; for images, half of the energy is in low frequencies.
+"""Random directions with random signs; for images, half of the energy is in low frequencies.
 
-Low frequencies move the boundaries of most networks most for their length (Guo et al., "Low Frequency Adversarial
-Perturbation", UAI 2019, arXiv:1809.08758), but not of all networks; the other half is therefore white noise.
+Changes of low frequency cross the boundaries of most networks at a smaller length (Guo et al., "Low Frequency
+Adversarial Perturbation", UAI 2019, arXiv:1809.08758), but not of all networks; the other half is therefore white
+noise.
 """
 
 import math
@@ -19,10 +20,10 @@ from holdfast.core.types import Ids, Inputs
 
 
 def directions(rng: Draws, ids: Ids, k: int, shape: torch.Size, share: float, dtype: torch.dtype) -> Tensor:
-    """`k` random directions for each example (n, k, *shape), of length one up to rounding and overlap.
+    """Return `k` random directions for each example (n, k, *shape), of length one up to rounding and overlap.
 
-    For images, half of the energy is in the lowest `share` of the frequencies along height and width, and half is white
-    noise.
+    For images, half of the energy is in the lowest fraction `share` of the frequencies along height and width, and half
+    is white noise.
     """
     noise = signs(rng.at("noise"), ids, k, *shape, dtype=dtype)
     if len(shape) != 3 or share >= 1:
@@ -31,9 +32,10 @@ def directions(rng: Draws, ids: Ids, k: int, shape: torch.Size, share: float, dt
 
 
 def waves(rng: Draws, ids: Ids, k: int, shape: torch.Size, share: float, dtype: torch.dtype) -> Tensor:
-    """`k` directions of length one for each example (n, k, *shape) from the lowest `share` of an image's frequencies.
+    """Return `k` directions of length one for each example (n, k, *shape), from the lowest frequencies of an image.
 
-    They are sums of orthonormal DCT-II cosines with random signs. For inputs that are not images they are signs only.
+    `share` is the fraction of the frequencies that are used. The directions are sums of orthonormal DCT-II cosines with
+    random signs. For inputs that are not images they consist of signs only.
     """
     if len(shape) != 3:
         return signs(rng, ids, k, *shape, dtype=dtype).div_(math.sqrt(shape.numel()))
@@ -54,7 +56,9 @@ def _mixed(noise: Tensor, rng: Draws, ids: Ids, share: float, weight: float) -> 
 def ray_and_orthogonal(
     some: Batch, x: Inputs, bounds: Bounds, rng: Draws, *, share: float
 ) -> tuple[Inputs, Inputs]:
-    """The direction from each clean input to `x`, and a random direction orthogonal to it; both of length one."""
+    """Return the direction from each clean input to `x`, and a random direction orthogonal to it, both of
+    length one.
+    """
     ray = L2().steepest(x - some.x, x, bounds)
     drawn = directions(rng, some.ids, 1, x.shape[1:], share, x.dtype)[:, 0]
     beside = drawn - spread((drawn * ray).flatten(1).sum(1), x) * ray
@@ -62,7 +66,10 @@ def ray_and_orthogonal(
 
 
 def signs(rng: Draws, ids: Ids, *shape: int, dtype: torch.dtype) -> Tensor:
-    """-1 or +1 with equal probability (n, *shape), one random bit each; many times faster than `Draws.signs`."""
+    """Return random signs, -1 or +1 with equal probability (n, *shape), from one random bit each.
+
+    It is many times faster than `Draws.signs`.
+    """
     size = math.prod(shape)
     octets = rng.bits(ids, -(-size // 64)).view(torch.uint8)
     places = torch.arange(8, device=ids.device)

@@ -1,8 +1,9 @@
-"""Data-parallel training: each process trains on its share of every batch, and the gradients are averaged.
+"""Data-parallel training: each process trains on a part of every batch, and the gradients are averaged.
 
 The processes are started by torchrun and communicate through torch.distributed. Random numbers depend on the example
-and not on the process, so that any number of processes trains the same weights up to the order of sums. Exceptions are
-batch norm, whose statistics are those of a share and are averaged, and dropout, which each process draws on its own.
+and not on the process, so that any number of processes trains the same weights up to the order of sums. There are two
+exceptions: batch norm uses the statistics of the part of each process, which are averaged, and dropout has its own
+random numbers in each process.
 """
 
 import importlib
@@ -24,7 +25,9 @@ _PATIENT = timedelta(days=7)  # timeout: the other processes wait while the firs
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Context with a process group of the torchrun processes; no effect with one process or an existing group."""
+    """Context manager with a process group of the torchrun processes; no effect with one process or an
+    existing group.
+    """
     if started() == 1 or not dist.is_available() or dist.is_initialized():
         yield
         return
@@ -46,17 +49,17 @@ def joined(device: torch.device) -> Iterator[None]:
 
 
 def started() -> int:
-    """Number of processes according to the process group, or else to torchrun; 1 without both."""
+    """Return the number of processes according to the process group, or else to torchrun; 1 without both."""
     return dist.get_world_size() if _grouped() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def processes() -> int:
-    """Number of processes that train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if _grouped() else 1
 
 
 def rank() -> int:
-    """Rank of this process."""
+    """Return the rank of this process."""
     return dist.get_rank() if _grouped() else int(os.environ.get("RANK", "0"))
 
 
@@ -65,12 +68,12 @@ def _grouped() -> bool:
 
 
 def first() -> bool:
-    """Whether this is the process that evaluates and writes."""
+    """Return whether this is the process that evaluates and writes."""
     return rank() == 0
 
 
 def own(device: torch.device) -> torch.device:
-    """The GPU of this process if torchrun started several; any other device unchanged."""
+    """Return the GPU of this process if torchrun started several processes; any other device is returned unchanged."""
     return torch.device("cuda", _local()) if device.type == "cuda" and started() > 1 else device
 
 
@@ -79,7 +82,7 @@ def _local() -> int:
 
 
 def broadcast(value: T) -> T:
-    """The value of the first process, in all processes."""
+    """Return the value of the first process, in all processes."""
     if processes() == 1:
         return value
     objects = [value]
@@ -111,13 +114,16 @@ def refuse_few(batch: int) -> None:
 
 
 def share(rows: Tensor) -> Tensor:
-    """The rows of a batch that this process trains on."""
+    """Return the positions, among `rows` of a batch, that this process trains on."""
     refuse_few(len(rows))
     return rows[rank() :: processes()]
 
 
 def worth(mine: int, all_of_them: int) -> float:
-    """Factor of the mean over a share, so that the mean over the processes is the mean over all rows."""
+    """Return the factor of this process's mean, so that the mean over the processes is the mean over all rows.
+
+    `mine` is the number of rows of this process.
+    """
     return mine * processes() / all_of_them
 
 

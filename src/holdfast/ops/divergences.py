@@ -1,4 +1,4 @@
-"""Distances between the attacked and the clean prediction of each example, as terms of training losses."""
+"""Distances between the attacked and the clean prediction of each example, which are terms of training losses."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,21 +7,22 @@ from holdfast.core.types import Logits, PerExample
 
 
 def kullback_leibler(logits: Logits, clean: Logits) -> PerExample:
-    """Kullback-Leibler divergence KL(clean || attacked) of each example, in nats."""
+    """Return the Kullback-Leibler divergence KL(clean || attacked) of each example, in nats."""
     return F.kl_div(logits.log_softmax(1), clean.log_softmax(1), reduction="none", log_target=True).sum(1)
 
 
 def squared_error(logits: Logits, clean: Logits) -> PerExample:
-    """Squared Euclidean distance of the two predictions (Pang et al., SCORE, ICML 2022, arXiv:2202.10103)."""
+    """Return the squared Euclidean distance of both predictions (Pang et al., SCORE, ICML 2022, arXiv:2202.10103)."""
     return (logits.softmax(1) - clean.softmax(1)).square().sum(1)
 
 
 def weighted_gaps(logits: Logits, clean: Logits, weight: Tensor) -> PerExample:
-    """A quarter of the weighted sum over all pairs of classes of the squared change of the gap between their logits.
+    """Return a quarter of the weighted sum, over all pairs of classes, of the squared change of the gap between their
+    logits.
 
     This is the part of the Kullback-Leibler divergence that aligns the logits (Cui et al., "Decoupled Kullback-Leibler
-    Divergence Loss", NeurIPS 2024, arXiv:2305.13948). `weight` (n, classes) is the weight of a class; a pair has the
-    product.
+    Divergence Loss", NeurIPS 2024, arXiv:2305.13948). `weight` (n, classes) is the weight of a class; the weight of a
+    pair is the product of both.
 
     With w the weights and d the difference of the logits, the double sum is 2 (w d² Σw - (w d)²), so no pairs are
     formed.

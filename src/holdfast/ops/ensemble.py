@@ -14,11 +14,11 @@ from holdfast.core.types import Ids, Inputs, Logits
 
 @dataclass(frozen=True)
 class Ensemble:
-    """The mean of the logits of `models`, on inputs inside `bounds`."""
+    """A model that returns the mean of the logits of `models`, on inputs inside `bounds`."""
 
     models: tuple[Model, ...]
     bounds: Bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits (n, classes): one forward of each model."""
+        """Return the logits (n, classes); cost: one forward of each model."""
         return torch.stack([model(x, ids) for model in self.models]).mean(0)

@@ -1,6 +1,7 @@
-"""Gradient estimates from scores: margins at antithetic pairs of points, and gradient descent with these estimates.
+"""Gradient estimates from scores, and gradient descent with these estimates.
 
-A queried point also counts as a result if it breaks the model inside the constraint.
+Estimates use margins at antithetic pairs of points. A queried point also counts as a result if it breaks the model
+inside the constraint.
 """
 
 import math
@@ -26,21 +27,23 @@ _ROWS = 512
 """largest number of rows of a forward pass, unless one pair for each example needs more"""
 
 Noise = Callable[[Draws, Ids, Inputs], Inputs]
-"""`noise(rng, ids, like)`: a random direction for each example."""
+"""function `noise(rng, ids, like)` that returns a random direction for each example"""
 
 
 class Steering(Protocol):
-    """Turns the gradient estimates of successive steps into the direction of the next step."""
+    """Protocol of an optimiser that turns the gradient estimates of successive steps into the direction of the next
+    step.
+    """
 
     def __call__(self, gradient: Inputs) -> Inputs:
         """Update with an estimate and return the direction of the next step."""
 
     def take(self, rows: Rows) -> None:
-        """Keep the state of some of the examples only."""
+        """Restrict the state to the given rows of the batch."""
 
 
 def gaussian(rng: Draws, ids: Ids, like: Inputs) -> Inputs:
-    """Standard normal values, two for each 64 random bits (Box and Muller)."""
+    """Return standard normal values in the shape of `like`, two from each 64 random bits (Box and Muller)."""
     n = like[0].numel()
     words = rng.bits(ids, -(-n // 2))
     u, v = (((words >> shift) & 0xFFFFFF).to(like.dtype) * 2.0**-24 for shift in (0, 32))
@@ -49,7 +52,7 @@ def gaussian(rng: Draws, ids: Ids, like: Inputs) -> Inputs:
 
 
 def rademacher(rng: Draws, ids: Ids, like: Inputs) -> Inputs:
-    """Random signs, 64 for each 64 random bits."""
+    """Return random signs in the shape of `like`, 64 from each 64 random bits."""
     return signs(rng, ids, *like.shape[1:], dtype=like.dtype)
 
 
@@ -57,9 +60,10 @@ def estimated_slope(
     model: Model, left: Batch, x: Inputs, constraint: Constraint, best: Best, noise: Noise,
     *, pairs: int, size: float, rng: Draws,
 ) -> Inputs:  # fmt: skip
-    """Estimate of minus the margin's gradient at `x`, up to a factor, from `pairs` of points at `size` on either side.
+    """Return an estimate of minus the margin's gradient at `x`, up to a factor.
 
-    Points are clamped to the box, and differences are taken along the line between them. Cost: two forwards a pair.
+    It uses `pairs` pairs of points at the distance `size` on either side, which are clamped to the box; differences are
+    taken along the line between both points. Cost: two forwards for each pair.
     """
     total, at_once = torch.zeros_like(x), max(1, _ROWS // (2 * len(left)))
     for first in range(0, pairs, at_once):
@@ -77,7 +81,10 @@ def estimated_slope(
 def look(
     model: Model, left: Batch, points: list[Inputs], constraint: Constraint, best: Best
 ) -> list[PerExample]:
-    """The margins of several points of each example; points that break the model inside the constraint are kept."""
+    """Return the margins of several points of each example.
+
+    Points that break the model inside the constraint are offered to `best`.
+    """
     n = len(points)
     whole = Batch(torch.cat(points), left.y.repeat(n), left.ids.repeat(n), _repeated(left.target, n))
     heights = margin(model(whole.x, whole.ids), whole).view(n, -1).unbind()
@@ -93,9 +100,10 @@ def climb(
     model: Model, batch: Batch, constraint: Constraint, noise: Noise, steering: Steering,
     *, queries: int, pairs: int, size: float, reach: float, rng: Draws,
 ) -> Inputs:  # fmt: skip
-    """The best points of a descent of the margin from the clean inputs; step sizes follow a cosine over `reach` eps.
+    """Descend the margin from the clean inputs with estimated gradients, and return the best point of each example.
 
-    Cost: at most `queries` forwards, one to evaluate each point and two for each pair; the last step uses the rest.
+    Step sizes follow a cosine over a path of `reach` times eps. Cost: at most `queries` forwards, one to evaluate each
+    point and two for each pair; the last step uses the remaining queries.
     """
     best, left, x = Best(batch), batch, batch.x
     steps = list(_pairs(queries, pairs))
@@ -129,7 +137,8 @@ def _pairs(queries: int, pairs: int) -> Iterator[int]:
 def coordinate_slopes(
     model: Model, left: Batch, x: Inputs, at: Tensor, norm: Norm, closest: Closest, h: float
 ) -> Tensor:  # fmt: skip
-    """The margin's slopes (n, k) at `x` along the coordinates `at`, from points at `h` on either side, inside the box.
+    """Return the margin's slopes (n, k) at `x` along the coordinates `at`, from points at `h` on either side, inside
+    the box.
 
     Points that break the model are offered to `closest`. Cost: two forwards for each coordinate.
     """

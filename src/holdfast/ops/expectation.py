@@ -1,6 +1,6 @@
 """A model behind random transformations, like those between a print and a camera: expectation over transformation.
 
-Athalye et al., "Synthesizing Robust Adversarial Examples", ICML 2018, arXiv:1707.07397. Each call draws a new
+Athalye et al., "Synthesizing Robust Adversarial Examples", ICML 2018, arXiv:1707.07397. Each call samples a new
 transformation for each row, so that any attack maximises the expectation. The harness evaluates the model by votes like
 every randomised model. Differs from the paper: the whole input is printed, and amounts are uniform in a range around 0.
 """
@@ -18,10 +18,12 @@ _AXES = {"shift": ("shift_x", "shift_y"), "perspective": ("perspective_x", "pers
 
 
 class Transformed(nn.Module):
-    """A classifier behind random transformations, each uniform between minus and plus its limit.
+    """A classifier whose inputs are transformed at random, by amounts between minus and plus the limit of each
+    transformation.
 
     The limits are those of `holdfast.ops.transformations`, and `noise`, the standard deviation of the noise that a
-    printer or sensor adds to every value, as a share of the box's width. Random numbers are those of torch's generator.
+    printer or sensor adds to every value, as a fraction of the box's width. Random numbers are those of torch's
+    generator.
     """
 
     def __init__(self, model: Classifier, limits: Mapping[str, float]) -> None:
@@ -30,7 +32,7 @@ class Transformed(nn.Module):
         self.limits = dict(limits)
 
     def forward(self, x: Inputs) -> Tensor:
-        """Logits of the inputs, each under its own random transformation."""
+        """Return the logits of the inputs, each under its own random transformation."""
         bounds, amounts = self.model.bounds, {}
         for name, far in self.limits.items():
             for axis in _AXES.get(name, (name,)) if name != "noise" else ():
@@ -44,7 +46,7 @@ class Transformed(nn.Module):
 
 
 def seen_through(model: Classifier, limits: Mapping[str, float]) -> Classifier:
-    """The classifier behind random transformations, with the same bounds, classes and access."""
+    """Return the classifier behind random transformations, with the same bounds, classes and access."""
     behind = Classifier(
         Transformed(model, limits), bounds=model.bounds, classes=model.classes, access=model.access
     )
@@ -55,5 +57,5 @@ def seen_through(model: Classifier, limits: Mapping[str, float]) -> Classifier:
 
 
 def inner(model: Classifier) -> Classifier:
-    """The classifier without its random transformations; a classifier without any is returned unchanged."""
+    """Return the classifier without its random transformations; a classifier that has none is returned unchanged."""
     return model.net.model if isinstance(model.net, Transformed) else model

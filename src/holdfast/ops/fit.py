@@ -1,4 +1,4 @@
-"""The training loop of every recipe: batches, updates of the weights, their average, a checkpoint after each epoch.
+"""The training loop of every recipe: batches, updates of the weights, their average, and a checkpoint after each epoch.
 
 Within a time budget the number of updates is planned again as the training proceeds (`Training.pacing`). An update is a
 function of the plans so far, which are part of the checkpoint, and the last epoch may be incomplete.
@@ -38,25 +38,26 @@ from holdfast.ops.weight_perturbation import perturbed
 
 @dataclass(frozen=True)
 class Turn:
-    """One update: its random numbers and the progress of the training."""
+    """Arguments of one update: its random numbers and the progress of the training."""
 
     rng: Draws
-    """random numbers of the update, also those of the augmentation of its images"""
+    """random numbers of the update, which also determine the augmentation of its images"""
     epoch: int
     """number of completed epochs"""
     done: float
-    """completed share of the schedules of learning rate and eps, that is of all planned updates"""
+    """completed fraction of all planned updates, on which the schedules of learning rate and eps depend"""
     grown: float
-    """factor of eps: it grows during the warm-up, and may exceed 1"""
+    """factor of eps, which grows during the warm-up and may exceed 1"""
 
 
 Inner = Callable[[Batch, Turn], Inputs]
-"""Returns the inputs that a batch is trained on."""
+"""function that returns the inputs on which a batch is trained"""
 TrainingLoss = Callable[[Batch, Inputs], tuple[Tensor, Tensor]]
-"""Returns the mean loss of a batch and its attacked inputs, and how many of these are classified correctly."""
+"""function that returns the mean loss of a batch and its attacked inputs, and how many of these are classified
+correctly"""
 
 UNWRITTEN = MappingProxyType({"written": False})
-"""Metadata of a field that can be set in Python only and not in a file."""
+"""metadata of a field that can be set in Python only, and not in a file"""
 
 Rate = Literal["cycle", "cosine", "steps", "flat"]
 
@@ -66,57 +67,65 @@ class Training:
     """Settings of the training loop that do not depend on the loss."""
 
     epochs: Steps = 30
-    """passes over the training data; a time budget replaces them"""
+    """number of passes over the training data; a time budget replaces it"""
     patience: Count = 0
-    """epochs without a better robust accuracy on held-out examples after which a run of `harden` stops; 0 for never"""
+    """number of epochs without a better robust accuracy on held-out examples after which `harden` stops; 0 for never"""
     batch: Steps = 128
-    """number of examples of one update"""
+    """number of examples in one update"""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """adamw also works for networks without batch norm; with batch norm, sgd at a learning rate of 0.1 is customary"""
+    """optimiser; adamw also works for networks without batch norm, and sgd with a learning rate of 0.1 is common for
+    networks with batch norm"""
     lr: Positive = 3e-3
     """largest learning rate"""
     schedule: Rate = "cycle"
-    """learning rate schedule: a cycle up and down, a cosine down, times 0.1 at half and at three quarters, or flat"""
+    """schedule of the learning rate: up and down (`cycle`), down along a cosine, times 0.1 at half and at three
+    quarters (`steps`), or `flat`"""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     """momentum of sgd"""
     weight_decay: NonNegative | None = None
-    """share of each weight that a step at a learning rate of 1 removes; None for 0.1 with adamw, 0.0005 with sgd"""
+    """fraction of each weight that a step with a learning rate of 1 removes; None for 0.1 with adamw and 0.0005 with
+    sgd"""
     averaging: Literal["ema", "swa", "none"] = "ema"
-    """which weights the new model has: a running average (EMA), the mean of those at the ends of the last epochs (SWA;
-    use a learning rate that does not fall to zero, such as `flat`), or the last ones"""
+    """which weights the new model has: a running average (`ema`), the mean of those after the last epochs (`swa`; use a
+    learning rate that does not fall to zero, such as `flat`), or the last ones (`none`)"""
     average: Annotated[float, Ge(0), Lt(1)] = 0.999
-    """with ema: share of the average that an update keeps"""
+    """with ema: decay, that is the weight of the earlier average in each update"""
     tail: Fraction = 0.25
-    """with swa: share of the epochs, the last ones, over whose ends the weights are averaged"""
+    """with swa: fraction of the epochs, the last ones, after each of which the weights are included in the average"""
     warmup: Fraction = 0.25
-    """share of the training over which eps grows linearly: a network that is attacked with the full eps from the start
-    may lose its accuracy"""
+    """fraction of the training over which eps grows linearly: a network that is attacked with the full eps from the
+    start may lose its accuracy"""
     overshoot: Positive = 1.0
     """factor of the threat's eps in training: a value slightly above 1 may give more robust accuracy at the threat's
     eps, at the cost of clean accuracy"""
     awp: NonNegative = 0.0
-    """adversarial weight perturbation: share of each weight tensor's norm that it moves up the loss; 0 for none"""
+    """size of the adversarial weight perturbation, as a fraction of the norm of each weight tensor; 0 for none"""
     attack_statistics: Statistics = "running"
     """statistics that batch norm uses while the network is attacked: the running ones, as in eval mode, or those of the
     attacked batch, as in train mode; the attack does not update them"""
     augment: Augmentation = "none"
-    """augmentation of training images: none, a shift by up to two pixels, or a shift by up to four and a flip"""
+    """augmentation of training images: `none`, a `shift` by up to two pixels, or `crop-flip`, a shift by up to four and
+    a flip"""
     cutmix: Fraction = 0.0
-    """share of the batches with CutMix: each image gets a box of another image, and its label the box's share of it"""
+    """fraction of the batches with CutMix: a box of another image replaces a part of each image, and its label has the
+    weight of that part"""
     precision: Precision = "auto"
-    """number format of products in training: float32, bfloat16, or auto: bfloat16 on a GPU that has it, else float32"""
+    """number format of products in training: float32, bfloat16, or auto, which is bfloat16 on a GPU that supports it,
+    else float32"""
     layout: Layout = "auto"
-    """memory layout of images: channels-first, channels-last, or auto: channels-last on a GPU, else channels-first"""
+    """memory layout of images: channels-first, channels-last, or auto, which is channels-last on a GPU, else
+    channels-first"""
     compiled: bool = False
-    """whether torch compiles the network: takes minutes at first, updates are faster; not with a gradient penalty"""
+    """whether torch compiles the network, which takes minutes at first and makes updates faster; not with a gradient
+    penalty"""
     immunity: Immunity | None = field(default=None, metadata=UNWRITTEN)
-    """adversarial examples of other networks, whose loss is added to that of the recipe; cannot be set in a file"""
+    """adversarial examples of other networks, whose loss is added to that of the recipe; it cannot be set in a file"""
     pacing: Pacing | None = field(default=None, metadata=UNWRITTEN)
-    """plans the number of updates within a time budget, in place of `epochs`; set by `harden`"""
+    """function that plans the number of updates within a time budget, in place of `epochs`; it is set by `harden`"""
 
     @property
     def decay(self) -> float:
-        """The weight decay, with the optimiser's default if it is None."""
+        """Weight decay; the default of the optimiser if it was not set."""
         return _DECAYS[self.optimizer] if self.weight_decay is None else self.weight_decay
 
 
@@ -125,7 +134,7 @@ _ENDS = "ends"  # state of swa: the number of epochs in the average
 
 
 def rate(schedule: Rate, done: float) -> float:
-    """Factor of the learning rate after a share `done` of the training."""
+    """Return the factor of the learning rate after the fraction `done` of the training."""
     if schedule == "cycle":
         return done / 0.3 if done < 0.3 else (1 - done) / 0.7
     if schedule == "cosine":
@@ -140,12 +149,14 @@ def _grown(how: Training, done: float) -> float:
 
 
 def updates(n: int, batch: int) -> int:
-    """Updates of one epoch: an incomplete last batch is left out, unless it is the only one."""
+    """Return the number of updates in one epoch; an incomplete last batch is omitted, unless it is the only one."""
     return max(n // batch, 1)
 
 
 class Guard(Protocol):
-    """Checks the network every few updates, and decides whether the updates since the last check must be repeated."""
+    """Protocol of a check of the network every few updates, after which the updates since the last check may be
+    repeated.
+    """
 
     @property
     def every(self) -> int:
@@ -153,10 +164,10 @@ class Guard(Protocol):
 
     @property
     def dearer(self) -> float:
-        """Present cost of an update, in multiples of that of the first one."""
+        """Current cost of an update, in multiples of the cost of the first one."""
 
     def holds(self) -> bool:
-        """Whether the check passes; if not, the training has been changed so that a later check will pass."""
+        """Return whether the check passes; if not, the training was changed so that a later check can pass."""
 
 
 def fit(
@@ -173,12 +184,13 @@ def fit(
     replays: int = 1,
     settle: Callable[[], None] | None = None,
 ) -> Iterator[Checkpoint]:
-    """Train the weights of `model` in place; yield a checkpoint after each epoch, also after an incomplete last one.
+    """Train the weights of `model` in place, and yield a checkpoint after each epoch, also after an incomplete last
+    one.
 
     `settle` is called after each update, before the average is updated, and may change the weights too. With `after`
-    the training resumes from that checkpoint. `state` are tensors that the loss or `settle` change in place and that
-    are saved and restored, except for changes by a `guard`: these stay when the guard undoes the last updates. Each
-    batch is used for `replays` consecutive updates. Raises `LostLoss` if the loss is not finite, and `TargetError` if a
+    the training resumes from that checkpoint. `state` contains tensors that the loss or `settle` change in place. They
+    are saved and restored, except that changes by a `guard` remain when the guard undoes the last updates. Each batch
+    is used for `replays` consecutive updates. Raises `LostLoss` if the loss is not finite, and `TargetError` if a
     buffer changes that is not in the state dict.
     """
     if how.averaging == "swa":
@@ -368,7 +380,7 @@ def _copy(value: Tensor) -> Tensor:
 
 @contextmanager
 def drawing(rng: Draws, device: torch.device | None = None) -> Iterator[None]:
-    """Context that seeds torch's generators (which dropout uses) from `rng`, and restores them at the end.
+    """Context manager that seeds torch's generators (which dropout uses) from `rng`, and restores them on exit.
 
     With `device`, only the CPU generator and that of this GPU are seeded; without it, those of all GPUs.
     """

@@ -1,8 +1,8 @@
-"""Frozen copy of the network for attacks during training: it shares the present weights and is not trained itself.
+"""Frozen copy of the network for attacks during training, which shares its current weights and is not trained itself.
 
 Which statistics batch norm should use in such attacks is open: Xie et al., "Adversarial Examples Improve Image
-Recognition", CVPR 2020, arXiv:1911.09665, find those of clean and attacked inputs different enough to keep both. Here
-an attack uses the running ones, with which the model will be attacked later, or those of its own batch.
+Recognition", CVPR 2020, arXiv:1911.09665, find those of clean and attacked inputs different enough to use both. Here an
+attack uses the running ones, with which the model will be attacked later, or those of its own batch.
 """
 
 from copy import deepcopy
@@ -15,13 +15,13 @@ from holdfast.core.model import Classifier
 from holdfast.ops.stem import quicken_stems
 
 Statistics = Literal["running", "batch"]
-"""Statistics that batch norm uses: the running mean and variance, or those of the present batch."""
+"""statistics that batch norm uses: the running mean and variance, or those of the current batch"""
 
 
 def twin(model: Classifier, statistics: Statistics = "running") -> Classifier:
-    """A frozen copy in eval mode that shares the memory of weights and running statistics with `model`.
+    """Return a frozen copy in eval mode that shares the memory of weights and running statistics with `model`.
 
-    Updates in place, as optimisers and batch norm make them, affect both. Attacks on the copy build no graph of the
+    Updates in place, such as those of optimisers and batch norm, affect both. Attacks on the copy build no graph of the
     weights, do not change batch norm, and compute the gradient of images fast. With `statistics="batch"`, batch norm
     uses the statistics of the copy's own inputs and stores none.
     """

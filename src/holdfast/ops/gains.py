@@ -20,16 +20,16 @@ from holdfast.core.errors import UsageError
 from holdfast.core.types import Inputs
 
 Order = Literal["linf", "l2", "l1"]
-"""The norm in which changes of inputs and outputs are measured."""
+"""norm in which changes of inputs and outputs are measured"""
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
-"""Layers whose gain is bounded; all other layers are unchanged."""
+"""layers whose gain is bounded; all other layers are unchanged"""
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 _TINY = 1e-12
 
 
 def order_of(constraint: Constraint) -> Order:
-    """The norm of a constraint; raises `UsageError` if it has none of these."""
+    """Return the norm of a constraint. Raises `UsageError` if it is none of Linf, L2 and L1."""
     for kind, order in ((Linf, "linf"), (L2, "l2"), (L1, "l1")):
         if isinstance(constraint, kind):
             return order  # type: ignore[return-value]  # mypy widens the pairs to str
@@ -40,7 +40,8 @@ def order_of(constraint: Constraint) -> Order:
 
 
 def layers(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
-    """Each layer that has a gain, with the shape of its input in a forward pass of the first row of `x`.
+    """Return each layer that has a gain, by name, with the shape of its input in a forward pass of the first row of
+    `x`.
 
     The network is in eval mode during the pass, so that its running statistics do not change.
     """
@@ -73,9 +74,10 @@ def _has_gain(layer: nn.Module) -> bool:
 
 
 def trained_layers(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
-    """Those of `layers` whose weights are trained; `UsageError` if such a weight is not a parameter of its layer.
+    """Return those of `layers` whose weights are trained.
 
-    A weight that is computed at each pass, as with a parametrisation, would not keep changes.
+    Raises `UsageError` if such a weight is not a parameter of its layer: a weight that is computed at each pass, as
+    with a parametrisation, would lose the changes.
     """
     confined = layers(net, x)
     for name, (layer, _) in confined.items():
@@ -91,7 +93,7 @@ def trained_layers(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Si
 
 
 def gain(layer: Layer, shape: torch.Size, order: Order, towards: Tensor) -> Tensor:
-    """Largest change of the outputs for an input change of norm one: a number, or one for each output.
+    """Return the largest change of the outputs for an input change of norm one: a number, or one for each output.
 
     Under L2 it is estimated from below by one power iteration, which updates `towards` in place to approach the
     direction with the largest gain.
@@ -144,7 +146,7 @@ def _anywhere(shape: torch.Size, like: Tensor, rng: Draws) -> Tensor:
 
 
 def gain_directions(net: nn.Module, x: Inputs, order: Order, rng: Draws) -> dict[str, Tensor]:
-    """State of `Confined` between updates: under L2, the power iteration's direction of each layer."""
+    """Return the state of `Confined` between updates: under L2, the direction of the power iteration of each layer."""
     if order != "l2":
         return {}
     found = layers(net, x).items()
@@ -153,16 +155,18 @@ def gain_directions(net: nn.Module, x: Inputs, order: Order, rng: Draws) -> dict
 
 @dataclass(frozen=True)
 class Confined:
-    """Scales the weights of layers so that their gains are within a bound; called after each update."""
+    """Constraint of the gains of layers, which is called after each update and scales their weights to satisfy the
+    bound.
+    """
 
     layers: Mapping[str, tuple[Layer, torch.Size]]
     order: Order
     most: float
     state: Mapping[str, Tensor]
-    """see `gain_directions`; changed in place"""
+    """state of the power iterations, which is changed in place; see `gain_directions`"""
 
     def __call__(self) -> None:
-        """Scale the weights whose gain exceeds the bound; all others are unchanged."""
+        """Scale the weights whose gain exceeds the bound, and leave all others unchanged."""
         with torch.no_grad():
             for name, (layer, shape) in self.layers.items():
                 towards = self.state.get(f"towards.{name}", layer.weight)

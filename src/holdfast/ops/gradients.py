@@ -15,9 +15,11 @@ from holdfast.ops.refusals import CUTS
 
 
 def input_gradient(value: PerExample, x: Inputs, *, again: bool = False, raw: bool = False) -> Inputs:
-    """Gradient of the summed `value`; zero if it does not depend on `x`. NaN and infinity are replaced by zero.
+    """Return the gradient of the summed `value`; zero if it does not depend on `x`. NaN and infinity are replaced by
+    zero.
 
-    With `again`, the graph is kept for another gradient; with `raw`, NaN and infinity are kept. Cost: one backward.
+    With `again`, the graph is retained for another gradient; with `raw`, NaN and infinity are not replaced. Cost: one
+    backward.
     """
     if not value.requires_grad:
         return torch.zeros_like(x)
@@ -27,21 +29,24 @@ def input_gradient(value: PerExample, x: Inputs, *, again: bool = False, raw: bo
 
 
 def levelled(grad: Inputs) -> Inputs:
-    """Each example's gradient divided by its mean absolute value; Dong et al. 2018 divide by the L1 norm."""
+    """Return each example's gradient divided by its mean absolute value; Dong et al. 2018 divide by the L1 norm."""
     return grad / spread(grad.flatten(1).abs().mean(1).clamp_min(1e-12), grad)
 
 
 def sloped(net: Callable[[Inputs], Logits], x: Inputs, y: Labels) -> tuple[Inputs, Logits, PerExample]:
-    """A leaf tensor at `x`, its logits, and the cross-entropy of each example, differentiable in the leaf."""
+    """Return a leaf tensor equal to `x`, its logits, and the cross-entropy of each example, differentiable in
+    the leaf.
+    """
     leaf = x.detach().requires_grad_()
     logits = net(leaf)
     return leaf, logits, F.cross_entropy(logits, y, reduction="none")
 
 
 def gradient_of(value: Tensor, x: Inputs, *, graph: bool = True) -> Inputs:
-    """Gradient of the summed `value` for use in a loss; with `graph` the result can be differentiated again.
+    """Return the gradient of the summed `value` for use in a loss; with `graph` the result can be differentiated again.
 
-    The graph is kept for another gradient. Raises `TargetError` if `value` does not depend on `x`. Cost: one backward.
+    The graph is retained for another gradient. Raises `TargetError` if `value` does not depend on `x`. Cost: one
+    backward.
     """
     grad: Inputs | None = None
     if value.requires_grad:
@@ -57,11 +62,11 @@ def gradient_of(value: Tensor, x: Inputs, *, graph: bool = True) -> Inputs:
 
 
 def rise(value: PerExample, x: Inputs, constraint: Constraint, bounds: Bounds) -> PerExample:
-    """First-order increase of `value` in a step of length eps: eps times the dual norm of its gradient.
+    """Return the first-order increase of `value` in a step of length eps: eps times the dual norm of its gradient.
 
-    Under L1, where the steepest step changes a hundredth of the features, the mean of that share of the largest slopes
-    replaces the dual norm. The result is differentiable, so that it can be a penalty. Cost: one backward, and another
-    when it is differentiated.
+    Under L1, where the steepest step changes a hundredth of the features, the mean of that hundredth of the largest
+    slopes replaces the dual norm. The result is differentiable, so that it can be a penalty. Cost: one backward, and
+    another when it is differentiated.
     """
     grad = gradient_of(value, x)
     climb = constraint.steepest(grad.detach(), x.detach(), bounds)

@@ -21,13 +21,14 @@ _TINY, _HUGE = 1e-30, 1e30
 _CLOSE = 1e-5  # share of the distance that may be missing: rounding of sums, far below any overshoot
 
 Flat = Linf | L2 | L1
-"""The norms with an exact projection."""
+"""norms that have an exact projection"""
 
 
 def to_plane(
     points: Tensor, normal: Inputs, height: Tensor, norm: Flat, bounds: Bounds
 ) -> tuple[Tensor, Tensor]:
-    """The step from each of `points` (k, n, *features) onto the plane with `normal` (n, *features); its length (k, n).
+    """Return the step from each of `points` (k, n, *features) onto the plane with `normal` (n, *features), and its
+    length (k, n).
 
     `height` (k, n) is the value at each point of the affine function that is zero on the plane. If the plane does not
     intersect the box, the step leads to the corner of the box that is nearest to the plane. The box must be finite.
@@ -95,9 +96,10 @@ def _one_by_one(weight: Tensor, room: Tensor, rise: Tensor) -> Tensor:
 
 
 def plane(model: Model, batch: Batch, aim: Labels | None, norm: Flat) -> tuple[PerExample, Inputs, Logits]:
-    """The gap between the label's logit and that of class `aim`, linearised: value and gradient; and the logits.
+    """Return the value and the gradient of the gap between the logits of the label and of class `aim`, and all logits.
 
-    Without `aim`: with a target the margin, otherwise the gap whose plane is closest (one backward for each class).
+    Without `aim`, the gap is the margin if the batch has targets, otherwise the one whose plane is closest (one
+    backward for each class).
     """
     x = batch.x.detach().requires_grad_()
     with torch.enable_grad():

@@ -18,17 +18,17 @@ from holdfast.core.types import Positive, Steps
 
 @dataclass(frozen=True, eq=False)
 class Immunity:
-    """Adversarial examples of stolen parameter sets, and the weight of their loss in a training."""
+    """Adversarial examples computed on stolen parameter sets, and the weight of their loss in a training."""
 
     examples: Batch = field(repr=False)
-    """computed on stolen parameter sets"""
+    """adversarial examples computed on stolen parameter sets, with their original labels"""
     weight: Positive = 0.5
-    """weight of their loss relative to that of the recipe"""
+    """weight of the loss of these examples, relative to that of the recipe"""
     batch: Steps = 64
     """number of these examples in each update"""
 
     def __call__(self, model: nn.Module, rng: Draws) -> Tensor:
-        """The weighted mean loss of `batch` random examples. Cost: one forward of them."""
+        """Return the weighted mean loss of `batch` random examples. Cost: one forward of them."""
         slots = torch.arange(self.batch, device=self.examples.x.device)
         few = self.examples.take(rng.at("immunity").integers(slots, len(self.examples)))
         return self.weight * F.cross_entropy(model(few.x), few.y)

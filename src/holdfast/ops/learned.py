@@ -22,12 +22,14 @@ _ENOUGH = 9.0  # cross-entropy at which an example is clipped, so that none domi
 
 
 def truncated(logits: Logits, batch: Batch) -> PerExample:
-    """Cross-entropy, clipped at 9 so that broken examples do not dominate; with targets, minus that of the target."""
+    """Return the cross-entropy, clipped at 9 so that broken examples do not dominate; with targets, minus that of the
+    target.
+    """
     return cross_entropy(logits, batch).clamp_max(_ENOUGH)
 
 
 def some(batch: Batch, n: int, rng: Draws, step: int) -> Batch:
-    """`n` random examples; each example is used once before any is used again."""
+    """Return `n` random examples for a step; each example is used once before any is used again."""
     n = min(n, len(batch))
     steps = len(batch) // n
     order = rng.at("order", step // steps).bits(batch.ids).argsort()
@@ -35,7 +37,7 @@ def some(batch: Batch, n: int, rng: Draws, step: int) -> Batch:
 
 
 def unfitted(attack: object) -> UsageError:
-    """The error of an attack that is called before it was fitted."""
+    """Return the error of an attack that was called before it was fitted."""
     name = type(attack).__name__
     return UsageError(
         f"{name} must be fitted before it attacks: {name}().fit(model, other_examples, threat, rng=…) and then "
@@ -45,10 +47,10 @@ def unfitted(attack: object) -> UsageError:
 
 @dataclass(frozen=True)
 class Added:
-    """Adds one learned change to every input and projects the result onto ball and box."""
+    """Attack that adds one fitted change to every input and projects the result onto ball and box."""
 
     learned: Tensor
-    """learned change (1, *features)"""
+    """fitted change, of shape (1, *features)"""
 
     needs: ClassVar[Access] = "none"
 
@@ -58,16 +60,17 @@ class Added:
 
 @dataclass(frozen=True)
 class Pasted:
-    """Pastes one learned patch into each image, at that allowed position where the margin is lowest.
+    """Attack that pastes one fitted patch into each image, at the allowed position where the margin is lowest.
 
     The threat model leaves the position to the attacker, who queries the model. Positions are tried in random order
     until the image is broken. Cost: a forward for each position.
     """
 
     learned: Tensor
-    """learned patch (1, channels, height, width)"""
+    """fitted patch, of shape (1, channels, height, width)"""
     places: int = 1_000
-    """largest number of positions that are tried for an image; if there are more, a random choice for all"""
+    """largest number of positions that are tried for an image; of more, some are chosen at random, the same for all
+    images"""
 
     needs: ClassVar[Access] = "labels"
 
@@ -84,12 +87,14 @@ class Pasted:
         return best.x
 
     def tried(self, threat: ThreatModel, shape: torch.Size) -> int:
-        """Largest number of positions that are tried for an image of this shape (channels, height, width)."""
+        """Return the largest number of positions that are tried for an image of this shape (channels, height,
+        width).
+        """
         rows, columns = expect_patch(threat.constraint, self).places(shape)
         return min(len(rows) * len(columns), self.places)
 
     def at_random(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        """The images with the patch at a random position of each."""
+        """Return the images with the patch at one random position of each; the model is not queried."""
         patch = expect_patch(threat.constraint, self)
         return self._pasted(model, batch, patch.drawn(batch.ids, batch.x.shape[1:], rng.at("place")))
 

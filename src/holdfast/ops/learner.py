@@ -1,4 +1,4 @@
-"""Objects that a recipe's loss uses: the network in training, its frozen copy, and the threat model."""
+"""Arguments of a recipe's loss: the network in training, its frozen copy, and the threat model."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -25,7 +25,7 @@ from holdfast.ops.losses import Loss, cross_entropy
 from holdfast.ops.number_format import have_compiled, lay_out
 
 GROWN = "grown"
-"""Name of the state tensor with the present factor of eps."""
+"""name of the state tensor with the current factor of eps"""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Learner:
 
     net: Classifier
     frozen: Classifier
-    """copy with the same weights, in eval mode, for attacks"""
+    """copy with the same weights, in eval mode, which attacks use"""
     threat: ThreatModel
     state: dict[str, Tensor] = field(default_factory=dict)
-    """tensors that the loss keeps from update to update"""
+    """tensors that the loss stores from one update to the next"""
 
     @property
     def now(self) -> "Learner":
-        """The learner with the eps of the threat model multiplied by its present growth factor."""
+        """The same learner with the eps of the threat model multiplied by its current growth factor."""
         whole, grown = self.threat.constraint, float(self.state.get(GROWN, 1.0))
         if grown == 1:
             return self
@@ -57,7 +57,8 @@ class Learner:
         loss: Loss = cross_entropy,
         on: Model | None = None,
     ) -> Inputs:
-        """Maximise `loss` from a random start and return the end of a path of `steps` steps, `reach` times eps long.
+        """Maximise `loss` from a random start, and return the end of a path of `steps` steps and length `reach` times
+        eps.
 
         `on` is the model that is attacked, if it is not the frozen copy. Cost: `steps` forwards and backwards of it.
         """
@@ -75,13 +76,14 @@ class Learner:
         steps: int,
         reach: float,
     ) -> Inputs:
-        """Like `worst`, but maximises a `distance` from the clean prediction; one additional forward."""
+        """Maximise a `distance` from the clean prediction in the same way as `worst`; cost: one additional forward."""
         with torch.no_grad():
             clean = self.frozen(batch.x)
         return self.worst(batch, rng, steps=steps, reach=reach, loss=lambda z, _: distance(z, clean))
 
     def again(self) -> Callable[[Inputs], Logits]:
-        """A function that repeats the next forward pass of `net` on other inputs with the same randomness and buffers.
+        """Return a function that repeats the next forward pass of `net` on other inputs with the same randomness and
+        buffers.
 
         It uses the same random numbers, as for dropout, and starts with the same buffers; its updates of buffers, as by
         batch norm, are discarded. Call this before the pass, once for each pair of passes. Cost: a copy of the buffers.
@@ -102,9 +104,10 @@ class Learner:
 
 
 InnerOf = Callable[[Learner, Batch, Turn], Inputs]
-"""Returns the inputs that a batch is trained on."""
+"""function that returns the inputs on which a batch is trained"""
 LossOf = Callable[[Learner, Batch, Inputs], tuple[Tensor, Tensor]]
-"""Returns the mean loss of a batch and its attacked inputs, and how many of these are classified correctly."""
+"""function that returns the mean loss of a batch and its attacked inputs, and how many of these are classified
+correctly"""
 
 
 def trained(
@@ -126,13 +129,14 @@ def trained(
     slope: bool = False,
     alone: bool = False,
 ) -> Iterator[Checkpoint]:
-    """Train a copy of the model with a loss on the inputs that `inner` returns; the model itself is unchanged.
+    """Train a copy of the model with a loss on the inputs that `inner` returns, and yield checkpoints.
 
-    `inner` and `loss` get the threat model with its present eps. `guard` and `settle` return, for a learner, the
-    arguments of `fit` of the same names. The flags declare properties of the recipe: its loss is `linear` in the label
-    (up to terms without a gradient), so that labels can be mixed; it learns from `unlabelled` examples; its loss
-    contains a gradient (`slope`), so that a pass is differentiated twice; it must train `alone`, in one process,
-    because it keeps data of all examples. Settings that contradict these raise `UsageError` before the first update.
+    `inner` and `loss` get the threat model with its current eps. `guard` and `settle` return, for a learner, the
+    arguments of `fit` of the same names. The flags declare properties of the recipe. `linear`: its loss is linear in
+    the label (up to terms without a gradient), so that labels can be mixed. `unlabelled`: it learns from examples
+    without labels. `slope`: its loss contains a gradient, so that a pass is differentiated twice. `alone`: it must
+    train in one process, because it stores data of all examples. Settings that contradict these raise `UsageError`
+    before the first update.
     """
     _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled, slope=slope, alone=alone)
     net = deepcopy(model).train()
@@ -212,17 +216,18 @@ def _refuse_foreign(
 
 
 def as_it_is(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-    """The clean inputs."""
+    """Return the clean inputs, for recipes without an attack."""
     return batch.x
 
 
 def taught(
     learner: Learner, batch: Batch, x_adv: Inputs, *, clean: float = 0.0, smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy at `x_adv` plus `clean` times that at the clean inputs, and the number of correct `x_adv`.
+    """Return the cross-entropy at `x_adv` plus `clean` times that at the clean inputs, and the number of correct
+    `x_adv`.
 
-    `smoothing` is the share of each label that is spread over all classes. Cost: a forward, and another if `clean` is
-    not 0.
+    `smoothing` is the fraction of each label that is spread evenly over all classes. Cost: a forward, and another if
+    `clean` is not 0.
     """
     loss = partial(F.cross_entropy, target=batch.y, label_smoothing=smoothing)
     logits = learner.net(x_adv)
@@ -233,5 +238,5 @@ def taught(
 
 
 def hits(logits: Logits, y: Labels) -> Tensor:
-    """Number of correctly classified examples; an example without a label never counts."""
+    """Return the number of correctly classified examples; an example without a label never counts."""
     return (logits.argmax(1) == y).sum()

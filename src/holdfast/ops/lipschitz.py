@@ -3,13 +3,13 @@
 AOL: Prach & Lampert, "Almost-Orthogonal Layers for Efficient General-Purpose Lipschitz Networks", ECCV 2022,
 arXiv:2208.03160. SLL: Araujo et al., "A Unified Algebraic Perspective on Lipschitz Neural Networks", ICLR 2023,
 arXiv:2303.03169. MaxMin: Anil, Lucas & Grosse, "Sorting out Lipschitz function approximation", ICML 2019,
-arXiv:1811.05381. Differs from the papers: AOL rescales inputs or outputs, whichever are fewer, so that a layer that
-narrows can be orthogonal too; both add a small constant to their divisors, which only shrinks the outputs. The first
-SLL runs, with another constant, had chance accuracy (Prach et al., "1-Lipschitz Layers Compared", CVPR 2024,
-arXiv:2311.16833).
+arXiv:1811.05381. Differs from the papers: AOL rescales inputs or outputs, whichever are fewer, so that a layer with
+fewer outputs than inputs can be orthogonal too; both add a small constant to their divisors, which only shrinks the
+outputs. The first SLL runs, with another constant, had chance accuracy (Prach et al., "1-Lipschitz Layers Compared",
+CVPR 2024, arXiv:2311.16833).
 
-Convolutions keep the size of the image and pad with zeros. Bounds for the unbounded plane hold for the image too, since
-neither cropping nor padding with zeros increases a distance.
+Convolutions preserve the size of the image and pad with zeros. Bounds for the unbounded plane hold for the image too,
+since neither cropping nor padding with zeros increases a distance.
 """
 
 import math
@@ -29,10 +29,12 @@ _SLACK = 1e-4  # relative reduction of a radius: a hundred layers with gains of 
 
 
 def overlaps(kernel: Tensor) -> Tensor:
-    """Sum of absolute correlations over all shifts, for each pair of output channels of an odd kernel (out, in, k, k).
+    """Return the sum of absolute correlations over all shifts, for each pair of output channels of a kernel (out, in,
+    k, k).
 
-    The diagonal matrix of its row sums bounds the convolution times its transpose for every image size. The same holds
-    for the matrix with its columns multiplied by positive numbers and its rows divided by them.
+    `k` must be odd. The diagonal matrix of the row sums is an upper bound of the convolution times its transpose, for
+    every image size. The same holds for the matrix with its columns multiplied by positive numbers and its rows divided
+    by them.
     """
     with exactly(kernel):
         sums: Tensor = F.conv2d(kernel, kernel, padding=kernel.shape[2] - 1).abs().sum((2, 3))
@@ -40,7 +42,7 @@ def overlaps(kernel: Tensor) -> Tensor:
 
 
 def almost_orthogonal(kernel: Tensor) -> Tensor:
-    """The kernel rescaled by input or output channel so that the norm of its convolution is at most one."""
+    """Return the kernel, rescaled by input or output channel so that the norm of its convolution is at most one."""
     if kernel.shape[0] <= kernel.shape[1]:
         return kernel * torch.rsqrt(overlaps(kernel).sum(1) + _GUARD).view(-1, 1, 1, 1)
     return kernel * torch.rsqrt(overlaps(kernel.transpose(0, 1)).sum(1) + _GUARD).view(1, -1, 1, 1)
@@ -56,7 +58,7 @@ class AOLConv2d(nn.Module):
         nn.init.dirac_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Feature maps (n, width, h, w) of inputs (n, channels, h, w)."""
+        """Return the feature maps (n, width, h, w) for inputs (n, channels, h, w)."""
         return F.conv2d(x, almost_orthogonal(self.weight), self.bias, padding=self.weight.shape[2] // 2)
 
 
@@ -70,13 +72,13 @@ class AOLLinear(nn.Module):
         nn.init.orthogonal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs (n, width) of inputs (n, features)."""
+        """Return the outputs (n, width) for inputs (n, features)."""
         kernel = almost_orthogonal(self.weight[:, :, None, None])
         return F.linear(x, kernel[:, :, 0, 0], self.bias)
 
 
 class SLLConv2d(nn.Module):
-    """A 1-Lipschitz residual layer: the input minus a hidden layer's output; both matrices share weights."""
+    """A 1-Lipschitz residual layer: the input minus the output of a hidden layer, whose two matrices share weights."""
 
     def __init__(self, channels: int, width: int, kernel: int = 3) -> None:
         super().__init__()
@@ -86,7 +88,7 @@ class SLLConv2d(nn.Module):
         nn.init.xavier_normal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Feature maps of the same shape as the input."""
+        """Return the feature maps, of the same shape as the input."""
         kernel, half = self.weight, self.weight.shape[2] // 2
         q = self.scale.clamp(-_REACH, _REACH).exp()
         with exactly(kernel):
@@ -97,34 +99,34 @@ class SLLConv2d(nn.Module):
 
 
 class MaxMin(nn.Module):
-    """The maximum and the minimum of each pair of channels; it preserves gradient norms."""
+    """An activation that returns the maximum and the minimum of each pair of channels, and preserves gradient norms."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs of the same shape; a channel without a partner is unchanged."""
+        """Return the outputs, of the same shape as the input; a channel without a partner is unchanged."""
         half = x.shape[1] // 2
         one, other, rest = x[:, :half], x[:, half : 2 * half], x[:, 2 * half :]
         return torch.cat((torch.maximum(one, other), torch.minimum(one, other), rest), 1)
 
 
 class Widened(nn.Module):
-    """Pads the channels with zeros up to a width."""
+    """A layer that pads the channels with zeros up to a width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs (n, width, …) of inputs (n, at most width, …)."""
+        """Return the outputs (n, width, …) for inputs (n, at most width, …)."""
         return F.pad(x, (0, 0, 0, 0, 0, self.width - x.shape[1]))
 
 
 def input_constant(model: Classifier) -> float:
-    """Lipschitz constant of a classifier's normalisation: one over its smallest std."""
+    """Return the Lipschitz constant of a classifier's normalisation: one over its smallest std."""
     return 1.0 if model.std is None else 1.0 / float(model.std.min())
 
 
 def certified_radius(logits: Logits, *, constant: float = 1.0) -> PerExample:
-    """The Euclidean radius within which the prediction cannot change, rounded down; 0 for a tie.
+    """Return the Euclidean radius within which the prediction cannot change, rounded down; 0 for a tie.
 
     `constant` is a Lipschitz constant of the logits: one for a network of these layers, times the `input_constant` of
     its classifier. The difference of two logits then has the Lipschitz constant `sqrt(2) * constant`.

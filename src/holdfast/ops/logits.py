@@ -9,7 +9,8 @@ _OUT_OF_REACH = 1e4  # below the largest: exp(-1e4) is 0 in every type
 
 
 def contending(logits: Logits) -> Tensor:
-    """Which logits (n, classes) matter for the prediction: those that are finite and less than 1e4 below the largest.
+    """Return which logits (n, classes) can affect the prediction: those that are finite and less than 1e4 below the
+    largest.
 
     A class that is masked out, with minus infinity or a large negative number, does not affect the scale of the others.
     """
@@ -18,14 +19,15 @@ def contending(logits: Logits) -> Tensor:
 
 
 def scale(logits: Logits) -> PerExample:
-    """The largest absolute logit of each row among those that matter for the prediction; 0 if there is none."""
+    """Return the largest absolute logit of each row among those that can affect the prediction; 0 if there is none."""
     return logits.where(contending(logits), 0.0).abs().amax(1)
 
 
 def change(one: Logits, other: Logits) -> PerExample:
-    """Largest difference in each row relative to the largest logit of all rows, both after subtracting row means.
+    """Return for each row the largest difference between two sets of logits, relative to the largest logit of all rows.
 
-    A logit that is finite in only one of both counts as a change of 1. Classes that are masked out do not count.
+    Row means are subtracted first. A logit that is finite in only one of both counts as a change of 1. Classes that are
+    masked out do not count.
     """
     lost = (one.isfinite() != other.isfinite()).any(1)
     kept = contending(one) | contending(other)

@@ -26,33 +26,37 @@ __all__ = [
 ]
 
 Loss = Callable[[Logits, Batch], PerExample]
-"""`loss(logits, batch)`: one number for each example, to be maximised."""
+"""function `loss(logits, batch)` that returns one number for each example, which attacks maximise"""
 
 _TINY = 1e-12
 
 
 def cross_entropy(logits: Logits, batch: Batch) -> PerExample:
-    """Cross-entropy of the label; with targets, minus that of the target."""
+    """Return the cross-entropy of the label; with targets, minus that of the target."""
     if batch.target is None:
         return F.cross_entropy(logits, batch.y, reduction="none")
     return -F.cross_entropy(logits, batch.target, reduction="none")
 
 
 def margin_loss(logits: Logits, batch: Batch) -> PerExample:
-    """Minus the margin (Carlini & Wagner, "Towards evaluating the robustness of neural networks", 2017, f6)."""
+    """Return minus the margin (Carlini & Wagner, "Towards evaluating the robustness of neural networks", 2017, f6)."""
     return -margin(logits, batch)
 
 
 def probability_margin(logits: Logits, batch: Batch) -> PerExample:
-    """Minus the margin between probabilities (Ma et al., arXiv:2411.15210): bounded, so no large logits dominate."""
+    """Return minus the margin between probabilities (Ma et al., arXiv:2411.15210), which is bounded.
+
+    Large logits therefore do not dominate.
+    """
     return -margin(logits.softmax(1), batch)
 
 
 def dlr(logits: Logits, batch: Batch) -> PerExample:
-    """Difference of logits ratio (Croce & Hein, "Reliable evaluation … AutoAttack", ICML 2020, arXiv:2003.01690).
+    """Return the difference of logits ratio (Croce & Hein, "Reliable evaluation … AutoAttack", ICML 2020,
+    arXiv:2003.01690).
 
-    Independent of the logits' scale. Needs three classes, with targets four; with fewer it is minus the margin, which
-    then ranks points equally.
+    It does not depend on the scale of the logits. It needs three classes, or four with targets; with fewer classes it
+    is minus the margin, which then ranks points equally.
     """
     classes = logits.shape[1]
     if classes < (3 if batch.target is None else 4):
@@ -68,13 +72,14 @@ def dlr(logits: Logits, batch: Batch) -> PerExample:
 
 
 def likeliest(logits: Logits, y: Labels, k: int) -> Tensor:
-    """The (up to) k wrong classes with the largest logits, largest first: int64 (n, min(k, classes - 1))."""
+    """Return the (up to) k wrong classes with the largest logits, largest first, int64 (n, min(k, classes - 1))."""
     others = logits.scatter(1, y[:, None], -torch.inf)
     return others.argsort(dim=1, descending=True, stable=True)[:, : min(k, logits.shape[1] - 1)]
 
 
 def aims(model: Model, batch: Batch, k: int) -> list[Labels | None]:
-    """The classes that the runs of a targeted attack aim for: the `likeliest` wrong classes in turn; one forward.
+    """Return the classes that the runs of a targeted attack target: the `likeliest` wrong classes in turn. Cost: one
+    forward.
 
     The list is [None], for the goal of the batch itself, if k is 0, if the batch has targets, or if it is empty.
     """

@@ -1,4 +1,4 @@
-"""Finds the stages of a network that mask its gradient, by a test of each module on the inputs that it gets."""
+"""Search for the stages of a network that mask its gradient, by a test of each module on its own inputs."""
 
 from dataclasses import dataclass
 
@@ -21,14 +21,14 @@ class Masking:
 
     ways: tuple[Way, ...] = ()
     steps: bool = False
-    """whether there are roundings, inside of modules or between them"""
+    """whether the network contains roundings, inside modules or between them, whose gradient is replaced"""
 
     def __bool__(self) -> bool:
         return bool(self.ways) or self.steps
 
     @property
     def says(self) -> tuple[str, ...]:
-        """Descriptions of the replacements."""
+        """Descriptions of the replacements, for the report."""
         declared = "the stand-in that it declares"
         replacements = [
             f"{way.name or 'the network'} ({_kind(way.module)}) by "
@@ -39,11 +39,12 @@ class Masking:
 
 
 def masking(net: nn.Module, x: Tensor) -> Masking:
-    """The stages of `net` that declare a replacement, and those that keep the shape and have a wrong or zero gradient.
+    """Return the stages of `net` that declare a replacement, and those with a wrong or zero gradient that preserve the
+    shape.
 
     Roundings are replaced first, because a stage without its roundings is closer to the original than the identity is.
-    Tested on inputs like `x`: three forwards of the network, and for each module that keeps the shape three forwards
-    and a backward.
+    The tests use inputs like `x`. Cost: three forwards of the network, and for each module that preserves the shape
+    three forwards and a backward.
     """
     modules = dict(net.named_modules())
     declared = [Way(name, m, m.backward) for name, m in modules.items() if isinstance(m, Through)]

@@ -1,7 +1,7 @@
-"""Selects target classes: those whose linearised boundaries are nearest to the clean input.
+"""Choice of target classes: those whose linearised boundaries are nearest to the clean input.
 
-Melamed, Yehudai, Shamir, "MALT powers up adversarial attacks", NeurIPS 2024, arXiv:2407.02240.
-Differs from the paper: slopes are measured by a step of length one in the constraint's own norm.
+Melamed, Yehudai, Shamir, "MALT powers up adversarial attacks", NeurIPS 2024, arXiv:2407.02240. Differs from the paper:
+slopes are measured by a step of length one in the constraint's own norm.
 """
 
 import torch
@@ -17,7 +17,7 @@ _CANDIDATES = 9  # number of likeliest wrong classes that are compared; all of t
 
 
 def nearest_classes(model: Model, batch: Batch, constraint: Constraint, k: int) -> Tensor:
-    """The (up to) k wrong classes nearest to `batch.x` by their linearised boundaries, nearest first: (n, k).
+    """Return the (up to) k wrong classes nearest to `batch.x` by their linearised boundaries, nearest first, (n, k).
 
     Cost: a forward, and a backward for each of nine classes at most.
     """

@@ -1,7 +1,7 @@
-"""Number format and memory layout in training: bfloat16, channels last, compilation.
+"""Number format and memory layout in training: bfloat16, channels last, and compilation.
 
 bfloat16 has the range of float32, so that no loss scaling is needed and no scale is part of a checkpoint. Weights,
-losses and updates keep their precision. The new model is evaluated in its own precision.
+losses and updates are in their own precision. The new model is also evaluated in its own precision.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from holdfast.core.model import Classifier
 
 Precision = Literal["auto", "float32", "bfloat16"]
-"""Number format of convolutions and matrix products: auto is bfloat16 on a GPU that has it, float32 elsewhere."""
+"""number format of convolutions and matrix products: auto is bfloat16 on a GPU that supports it, float32 elsewhere"""
 Layout = Literal["auto", "channels-first", "channels-last"]
-"""Memory layout of images: auto is channels last on a GPU, channels first elsewhere."""
+"""memory layout of images: auto is channels last on a GPU, channels first elsewhere"""
 
 
 @contextmanager
 def computing(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Context in which products use this number format.
+    """Context manager inside which products use this number format.
 
     Enter it for each pass separately: casts of weights are cached inside the context and miss changes in place.
     """
@@ -35,13 +35,15 @@ def computing(precision: Precision, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def exactly(x: Tensor) -> Iterator[None]:
-    """Context in which products keep the precision of their inputs, for bounds that must account for every rounding."""
+    """Context manager inside which products have the precision of their inputs, for bounds that account for every
+    rounding.
+    """
     with torch.autocast(x.device.type, enabled=False):
         yield
 
 
 def have_compiled(model: Classifier) -> None:
-    """Let torch compile the forward of a model's network, in place; its tensors keep their names.
+    """Compile the forward of a model's network with torch, in place; its tensors have the same names as before.
 
     The forward is wrapped in a function, because torch does not compile the forward of its own modules, such as
     `Sequential`.
@@ -62,7 +64,7 @@ def _last(layout: Layout, device: torch.device) -> bool:
 
 
 def laid_out(x: Tensor, layout: Layout) -> Tensor:
-    """Images in the memory layout; other tensors unchanged."""
+    """Return images in the given memory layout; other tensors are unchanged."""
     if x.dim() == 4 and _last(layout, x.device):
         return x.contiguous(memory_format=torch.channels_last)
     return x

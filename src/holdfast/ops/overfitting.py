@@ -1,4 +1,4 @@
-"""Guard against catastrophic overfitting: the network becomes robust to single-step attacks only.
+"""Guard against catastrophic overfitting, in which the network becomes robust to single-step attacks only.
 
 Wong et al., "Fast is Better than Free: Revisiting Adversarial Training", ICLR 2020, arXiv:2001.03994, detect it and
 stop the training; here the training returns to its state before and continues with more steps (our own).
@@ -15,18 +15,18 @@ from holdfast.ops.distributed import broadcast
 from holdfast.ops.learner import Learner
 
 RAISED = "raised"
-"""Name of the state tensor that counts how often the guard has increased the number of steps."""
+"""name of the state tensor that counts how often the guard has increased the number of steps"""
 MOST_RAISED = 3
-"""Largest number of increases; the guard does not check after the last one."""
+"""largest number of increases; the guard does not check after the last one"""
 HELD = 128
-"""Number of training examples that are used for the check and not for training."""
+"""number of training examples that are used for the check and not for training"""
 _STEPS = 10
 _APART = 0.25  # largest accuracy difference between one step and ten: 5 to 10 points are normal, 50 show overfitting
 
 
 @dataclass(frozen=True)
 class OverfittingGuard:
-    """Compares a single-step attack with ten steps on examples that are not trained on."""
+    """Guard that compares a single-step attack with one of ten steps, on examples that are not used for training."""
 
     learner: Learner
     held: Batch
@@ -35,11 +35,13 @@ class OverfittingGuard:
 
     @property
     def dearer(self) -> float:
-        """Present cost of an update, in multiples of the two passes that a single step takes."""
+        """Current cost of an update, in multiples of the cost of the two passes that a single step takes."""
         return 1 + int(self.learner.state[RAISED]) / 2
 
     def holds(self) -> bool:
-        """Whether ten steps break little more than one; if not, the number of training steps increases."""
+        """Return whether ten steps break little more than one; if not, increase the number of steps of the attack in
+        training.
+        """
         raised = self.learner.state[RAISED]
         if int(raised) >= MOST_RAISED or broadcast(self._right(1) - self._right(_STEPS) <= _APART):
             return True

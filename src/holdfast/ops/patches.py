@@ -10,7 +10,7 @@ from holdfast.core.types import Inputs
 
 
 def expect_patch(constraint: Constraint, attack: object) -> Patch:
-    """The constraint, if it is a patch; raises `UsageError` otherwise."""
+    """Return the constraint, if it is a patch. Raises `UsageError` otherwise."""
     if isinstance(constraint, Patch):
         return constraint
     raise UsageError(
@@ -20,7 +20,9 @@ def expect_patch(constraint: Constraint, attack: object) -> Patch:
 
 
 def pasted(x: Inputs, filling: Tensor, corners: Corners) -> Inputs:
-    """Images with `filling` (1, channels, height, width) pasted at the corner of each; differentiable in `filling`."""
+    """Return images with `filling` (1, channels, height, width) pasted at the corner of each; differentiable in
+    `filling`.
+    """
     height, width = filling.shape[2:]
     rows = corners[0][:, None, None] + torch.arange(height, device=x.device)[:, None]
     columns = corners[1][:, None, None] + torch.arange(width, device=x.device)

@@ -1,4 +1,4 @@
-"""Processes a batch in pieces that fit into memory."""
+"""Processing of a batch in pieces that fit into memory."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,28 +13,30 @@ from holdfast.core.model import out_of_memory
 
 _T = TypeVar("_T")
 PIECE = 256
-"""Default number of examples in a piece."""
+"""default number of examples in a piece"""
 
 
 @dataclass
 class Room:
-    """The number of examples in one pass; halved permanently if memory runs out."""
+    """The number of examples in one pass, which is halved for the rest of the run if memory runs out."""
 
     size: int
     known: Mapping[int, int] = field(default_factory=dict)
-    """sizes that an earlier attempt continued with, by the row at which memory ran out"""
+    """numbers of examples with which an earlier attempt continued, by the row at which memory ran out"""
     halved: Callable[[int, int], None] = field(default=lambda row, size: None)
-    """called with the row at which memory ran out and the next size, before it is tried"""
+    """function that is called with the row at which memory ran out and the next size, before that size is tried"""
     progress: Callable[[int], None] = field(default=lambda n: None)
-    """called with the number of examples that were just finished"""
+    """function that is called with the number of examples that were just finished"""
 
     def enter(self, row: int) -> int:
-        """The size from this row on: not more than that with which an earlier attempt continued here."""
+        """Return the number of examples in a pass from this row on: at most that with which an earlier attempt
+        continued here.
+        """
         self.size = min(self.size, self.known.get(row, self.size))
         return self.size
 
     def halve(self, row: int, left: int, error: BaseException) -> None:
-        """Halve the size after `error`, which is raised again if it is not that memory ran out.
+        """Halve the size after `error`; an error with another cause than missing memory is raised again.
 
         `left` examples, from `row` on, are not processed yet. Raises `TargetError` if memory is too small for one
         example.
@@ -44,7 +46,10 @@ class Room:
 
 
 def half_batch(size: int, error: BaseException) -> int:
-    """Half of a number of examples for which memory ran out. Re-raises other errors; `TargetError` for one example."""
+    """Return half of a number of examples for which memory ran out.
+
+    Raises `TargetError` if it is one example, and `error` again if it has another cause than missing memory.
+    """
     if not out_of_memory(error):
         raise error
     if size == 1:
@@ -53,7 +58,7 @@ def half_batch(size: int, error: BaseException) -> int:
 
 
 def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Room) -> dict[str, Tensor]:
-    """Apply `work` to pieces of the size of `room` and concatenate the columns; halves the size if memory runs out."""
+    """Apply `work` to pieces of the batch and concatenate the columns; halve the size of `room` if memory runs out."""
     done: list[dict[str, Tensor]] = []
     start = 0
     while start < len(batch):
@@ -101,7 +106,7 @@ def in_room(work: Callable[[int], _T], room: Room, row: int, left: int) -> _T:
 
 
 def no_memory(n: int, error: BaseException) -> TargetError:
-    """The error for memory that is too small for the smallest batch."""
+    """Return the error for memory that is too small for `n` examples, the smallest batch."""
     many = "one example" if n == 1 else f"{n} examples"
     way_out = "give it a machine or a --device with more, or a smaller model"
     return TargetError(f"memory ran out with {many} at a time ({error}); {way_out}")

@@ -20,7 +20,9 @@ from holdfast.ops.losses import likeliest
 
 
 def rivals_of(logits: Logits, batch: Batch, k: int) -> Tensor:
-    """The target if there is one, else the (up to) k wrong classes with the largest logits: int64 (n, k)."""
+    """Return the target class if there is one, else the (up to) k wrong classes with the largest logits,
+    int64 (n, k).
+    """
     if batch.target is not None:
         return batch.target[:, None]
     return likeliest(logits, batch.y, k)
@@ -35,7 +37,9 @@ def across(
     margins: Tensor,
     overshoot: float,
 ) -> Inputs:
-    """`x` moved just beyond the nearest linear boundary with these gradients and gaps; unchanged without any."""
+    """Return `x` moved just beyond the nearest linear boundary with these gradients and gaps; unchanged if there is
+    none.
+    """
     if not grads:
         return x
     best, shift = torch.full_like(margins[:, 0], torch.inf), torch.zeros_like(x)
@@ -50,7 +54,10 @@ def across(
 
 
 def planes(model: Model, batch: Batch, x: Inputs, rivals: Tensor) -> tuple[Tensor, list[Inputs]]:
-    """Absolute gap between each rival's logit and the leading one at `x` (n, rivals); gradients of the gaps, if any."""
+    """Return the absolute gaps between each rival's logit and the leading one at `x` (n, rivals), and their gradients.
+
+    The list of gradients is empty if the logits have none.
+    """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x, batch.ids)

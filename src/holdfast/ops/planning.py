@@ -1,4 +1,4 @@
-"""Plans of a training: the number of its updates, and the progress of its schedules at each of them.
+"""Plans of a training, which state the number of its updates and the progress of its schedules.
 
 Without a time budget there is one plan, by the number of epochs. With one, a plan is made before and after each epoch,
 and during it as often as the last plan requests. An update depends on the plans alone, so that a stopped training
@@ -12,12 +12,12 @@ from holdfast.core.checkpoint import Checkpoint, TrainingPlan
 from holdfast.ops.distributed import broadcast
 
 Pacing = Callable[[int, int, int, TrainingPlan | None], TrainingPlan]
-"""Plans the number of updates of a training from the number of completed updates, the completed ones of the present
-epoch, the updates of an epoch, and the previous plan."""
+"""function that plans the number of updates of a training, from the number of completed updates, that of the current
+epoch, the updates of an epoch, and the previous plan"""
 
 
 class Plans:
-    """The plans that were made so far, in order."""
+    """All plans of a training so far, in order."""
 
     def __init__(self, epochs: int, per_epoch: int, pacing: Pacing | None) -> None:
         self.per_epoch, self._pacing = per_epoch, pacing
@@ -37,7 +37,7 @@ class Plans:
         return self._made[-1].end
 
     def resume(self, after: Checkpoint) -> None:
-        """Continue from a checkpoint; the number of updates of an epoch may differ from that of the checkpoint."""
+        """Continue from a checkpoint; the number of updates in an epoch may differ from that of the checkpoint."""
         self.updates = after.epoch * self.per_epoch
         if not self.paced or not after.plans:
             return
@@ -53,21 +53,22 @@ class Plans:
             )
 
     def ended(self) -> bool:
-        """Whether all planned updates are done."""
+        """Return whether all planned updates are completed."""
         return bool(self._made) and self.updates >= self.end
 
     def due(self) -> bool:
-        """Whether the last plan requests a new plan at this update."""
+        """Return whether the last plan requests a new plan at this update."""
         return self.paced and self.updates >= self._made[-1].review
 
     def review(self, position: int) -> None:
-        """Plan again after `position` updates of an epoch; several processes use the clock of the first one."""
+        """Make a new plan after `position` updates of an epoch; several processes use the clock of the first one."""
         if self._pacing is not None and not self.ended():
             last = self._made[-1] if self._made else None
             self._made.append(broadcast(self._pacing(self.updates, position, self.per_epoch, last)))
 
     def rewind(self, updates: int, position: int) -> None:
-        """Go back to `updates` completed updates, `position` of them in the present epoch; used time stays used.
+        """Go back to `updates` completed updates, `position` of them in the current epoch; the used time does not
+        change.
 
         The number of remaining updates is the same as without going back.
         """
@@ -83,15 +84,15 @@ class Plans:
         self.updates = updates
 
     def at(self, updates: int) -> TrainingPlan:
-        """The plan that applies after this number of updates."""
+        """Return the plan that applies after this number of updates."""
         return next(plan for plan in reversed(self._made) if plan.at <= updates)
 
     @property
     def share(self) -> float:
-        """Completed share of the schedules."""
+        """Completed fraction of the schedules."""
         return self.at(self.updates).done(self.updates)
 
     @property
     def kept(self) -> tuple[TrainingPlan, ...]:
-        """Plans for a checkpoint: all of them with a time budget, else none."""
+        """Plans for a checkpoint: all of them if there is a time budget, else none."""
         return tuple(self._made) if self.paced else ()

@@ -1,7 +1,7 @@
-"""Makes a frozen copy of a network faster without a change of its outputs: batch norm folding, channels last.
+"""Faster frozen copies of a network with the same outputs, by batch norm folding and the memory layout channels last.
 
-Each change is checked on real inputs against the original network, and left out if outputs differ or it does not pay.
-The gradient of convolutions on the image itself is computed in a faster way: see `ops.stem`.
+Each change is compared with the original network on real inputs, and omitted if outputs differ or it is not faster. The
+gradient of convolutions on the image itself is computed in a faster way: see `ops.stem`.
 """
 
 import copy
@@ -18,7 +18,7 @@ from holdfast.ops.logits import scale
 from holdfast.ops.stem import quicken_stems
 
 Step = Callable[[Classifier, Tensor], Classifier | None]
-"""Returns a faster copy for inputs like the given ones; None if there is nothing to change."""
+"""function that returns a faster copy for inputs like the given ones; None if nothing can be changed"""
 
 _AGREES = 1e-4  # largest difference of logits, relative to the largest logit
 _SLOPES = 2  # number of examples whose gradients are compared
@@ -26,22 +26,23 @@ _AGREES_IN_SLOPE = 1e-2  # relative to the gradients' norms: rounding may switch
 
 
 def agrees(one: Tensor, other: Tensor) -> bool:
-    """Whether two sets of logits differ by at most 1e-4 of the largest, with NaN in the same places."""
+    """Return whether two sets of logits differ by at most 1e-4 of the largest, with NaN in the same places."""
     size = scale(one).max().clamp_min(1e-12)
     return bool(torch.allclose(one / size, other / size, rtol=0.0, atol=_AGREES, equal_nan=True))
 
 
 def in_training(model: nn.Module) -> tuple[str, ...]:
-    """Names of the dropout and batch norm layers that are in train mode."""
+    """Return the names of the dropout and batch norm layers that are in train mode."""
     minding = (_BatchNorm, _DropoutNd)
     return tuple(name for name, m in model.named_modules() if isinstance(m, minding) and m.training)
 
 
 def quickened(model: Classifier, x: Tensor) -> tuple[Classifier, tuple[str, ...]]:
-    """A faster frozen copy of `model` for attacks on inputs like `x` (n, *features), and descriptions of the changes.
+    """Return a faster frozen copy of `model` for attacks on inputs like `x` (n, *features), and descriptions of the
+    changes.
 
-    In the copy, batch norm is folded into the layer before it, convolutions run channels last where that pays, and the
-    input gradient of convolutions with few channels is faster. A change is left out if it alters the logits by more
+    In the copy, batch norm is folded into the layer before it, convolutions use channels last where that is faster, and
+    the input gradient of convolutions with few channels is faster. A change is omitted if it alters the logits by more
     than 1e-4 or the gradient by more than 1e-2 (both relative), or if it raises an error. A model that cannot be copied
     is returned unchanged.
     """
@@ -183,7 +184,10 @@ def _channels_last_pays(model: Classifier, x: Tensor) -> bool:
 
 
 def multiply_adds(model: nn.Module, x: Tensor) -> int:
-    """Multiplications of one example's forward in convolutions and linear layers, counted in a pass over `x` (n, …)."""
+    """Return the number of multiplications in the convolutions and linear layers of one example's forward pass.
+
+    They are counted in a forward pass of `x` (n, *features).
+    """
     seen = 0
 
     def count(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:

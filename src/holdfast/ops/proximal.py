@@ -1,4 +1,4 @@
-"""Proximal operators: they minimise the sum of a weighted squared distance to a given point and a norm.
+"""Proximal operators, which minimise the sum of a weighted squared distance to a given point and a norm.
 
 Parikh & Boyd, "Proximal algorithms", Foundations and Trends in Optimization 2014; for the power 2/3 Cao, Sun & Xu,
 "Fast image deconvolution using closed-form thresholding formulas of Lq (q = 1/2, 2/3) regularization", J. Vis. Commun.
@@ -18,7 +18,7 @@ _TINY = 1e-30
 
 
 def shrunk(norm: Norm, delta: Inputs, price: Inputs) -> Inputs:
-    """The r that minimises `sum((r - delta)^2 / (2 price)) + |r|`, where |r| is the size in `norm`.
+    """Return the r that minimises `sum((r - delta)^2 / (2 price)) + |r|`, where |r| is the size in `norm`.
 
     Prices are positive, one for each coordinate. Under L0 the size is `sum(|r|^(2/3))`, because the number of nonzero
     coordinates has no useful slope.

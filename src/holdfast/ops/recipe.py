@@ -1,4 +1,4 @@
-"""Protocol of recipes: settings, and a call that trains a copy of a model and yields a checkpoint after each epoch."""
+"""Protocol of recipes, which have settings, and train a copy of a model and yield checkpoints when they are called."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +14,7 @@ from holdfast.ops.fit import Training
 
 @runtime_checkable
 class Recipe(Protocol):
-    """A frozen dataclass whose fields are the settings; calling it does not change the model."""
+    """Protocol of a recipe: a frozen dataclass whose fields are its settings. A call does not change the model."""
 
     @property
     def training(self) -> Training:
@@ -29,11 +29,13 @@ class Recipe(Protocol):
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        """Yield a checkpoint after each epoch, the last with the new model; with `after`, resume after that one."""
+        """Yield a checkpoint after each epoch, the last one with the new model; with `after`, resume from that
+        checkpoint.
+        """
 
 
 def trained_as(recipe: Recipe, how: Training) -> Recipe:
-    """The recipe with other settings of the training loop."""
+    """Return the recipe with the settings `how` of the training loop."""
     settings: Any = recipe  # every recipe is a dataclass
     changed: Recipe = replace(settings, training=how)
     return changed

@@ -8,17 +8,19 @@ from torch import Tensor, nn
 from holdfast.core.errors import LostLoss, TargetError
 
 CUTS = "torch.no_grad(), torch.inference_mode(), detach(), argmax() or numpy inside the model"
-"""operations that prevent gradients from reaching the inputs or weights"""
+"""operations that prevent gradients from reaching the inputs or weights, as text for messages"""
 
 
 def unsaved(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the buffers that are not in the state dict."""
+    """Return copies of the buffers that are not in the state dict."""
     saved = model.state_dict().keys()
     return {name: value.detach().clone() for name, value in model.named_buffers() if name not in saved}
 
 
 def refuse_changed(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Raise `TargetError` if one of these buffers has changed, since checkpoints and the new model would lose it."""
+    """Raise `TargetError` if one of the buffers `before` has changed, since checkpoints and the new model would lose
+    it.
+    """
     now = dict(model.named_buffers())
     for name, value in before.items():
         if not torch.equal(now[name], value):
@@ -29,7 +31,7 @@ def refuse_changed(model: nn.Module, before: Mapping[str, Tensor]) -> None:
 
 
 def refuse_cut(loss: Tensor) -> None:
-    """Raise `TargetError` if no gradient of the loss reaches a weight."""
+    """Raise `TargetError` if the loss has no gradient with respect to any weight."""
     if not loss.requires_grad:
         raise TargetError(
             f"no gradient of the loss reaches a weight of this network; remove what stops it: {CUTS}"

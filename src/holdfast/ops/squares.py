@@ -28,13 +28,15 @@ _BLOCK = 64  # steps whose windows are drawn at once, which is faster for small 
 
 
 def window_share(p_init: float, step: int, steps: int | None) -> float:
-    """Share of the pixels that a window covers; the schedule has 10,000 steps, or is scaled to `steps`."""
+    """Return the fraction of the pixels that a window covers; the schedule has 10,000 steps, or is scaled to
+    `steps`.
+    """
     at = step if steps is None else step * _SCHEDULED // steps
     return p_init * 0.5 ** bisect_left(_HALVINGS, at)
 
 
 def as_image(shape: torch.Size) -> tuple[int, int, int]:
-    """Channels, height and width of the image as which features of this shape are arranged."""
+    """Return channels, height and width of the image as which features of this shape are arranged."""
     if len(shape) < 3:
         height, width = (1, *shape)[-2:] if shape else (1, 1)
         return 1, height, width
@@ -42,7 +44,10 @@ def as_image(shape: torch.Size) -> tuple[int, int, int]:
 
 
 def window(p: float, height: int, width: int, *, odd: bool) -> tuple[int, int]:
-    """Height and width of a window of share `p`: a square if it fits; `odd` (at least 3) for patterns."""
+    """Return height and width of a window that covers the fraction `p` of the pixels: a square if it fits.
+
+    With `odd`, which patterns need, the side of the square is odd and at least 3.
+    """
     pixels = p * height * width
     side = max(round(math.sqrt(pixels)), 3 if odd else 1)
     side += odd and side % 2 == 0
@@ -52,7 +57,7 @@ def window(p: float, height: int, width: int, *, odd: bool) -> tuple[int, int]:
 
 
 def pattern(rows: int, columns: int, norm: L2 | L1, like: Tensor) -> Tensor:
-    """Two peaks of opposite sign, one above the other (rows, columns), of length one in the norm."""
+    """Return two peaks of opposite sign, one above the other, (rows, columns), of length one in the norm."""
     upper = _heap(rows // 2, columns, norm)
     both = torch.cat((upper, -_heap(rows - rows // 2, columns, norm))).to(like.device, like.dtype)
     return both / norm.distance(both[None], torch.zeros_like(both)[None])
@@ -71,7 +76,10 @@ def _heap(rows: int, columns: int, norm: L2 | L1) -> Tensor:
 
 
 class Proposals(Protocol):
-    """The best points so far, and the points to try: complete starts at first, then one changed window a step."""
+    """Protocol of a source of points to try, which also stores the best points so far.
+
+    The first points are complete starts; afterwards one window is changed in each step.
+    """
 
     per_step: int
     """number of uniform random numbers that a step needs for each example"""
@@ -79,19 +87,21 @@ class Proposals(Protocol):
     """best points so far"""
 
     def start(self, rng: Draws) -> Inputs:
-        """Return the first points."""
+        """Return the points to try first, (n, *features)."""
 
     def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
-        """Prepare a block of steps from `draws` (n, steps, per_step) and the share that the window covers in each."""
+        """Prepare a block of steps from `draws` (n, steps, per_step) and the fraction that the window covers in each
+        step.
+        """
 
     def propose(self, step: int) -> Inputs:
-        """Return the points to try at a step of the block."""
+        """Return the points to try at a step of the block, (n, *features)."""
 
     def keep(self, better: Mask) -> None:
-        """Accept the tried points where `better` is true; keep the best points elsewhere."""
+        """Accept the tried points where `better` is true, and leave the best points unchanged elsewhere."""
 
     def take(self, rows: Mask) -> None:
-        """Keep the state of some of the examples only."""
+        """Restrict the state to some of the examples."""
 
 
 class _Windows:
@@ -119,7 +129,7 @@ def _offsets(size: tuple[int, int], width: int) -> Tensor:
 
 
 class Corners:
-    """Proposals under Linf: every window moves to a corner of the cube, the same for all pixels of a channel.
+    """Proposals under Linf: every window moves to a corner of the cube, the same one for all pixels of a channel.
 
     Windows are read and written by pixel positions, because most have few pixels.
     """
@@ -135,21 +145,21 @@ class Corners:
         self.x = low
 
     def start(self, rng: Draws) -> Inputs:
-        """Vertical stripes: a random sign for each column of each channel."""
+        """Return vertical stripes, with a random sign for each column of each channel, as the first points."""
         up = rng.uniform(self._ids, self._channels, 1, self._width) < 0.5
         low, high = self._corners.view(*self._corners.shape[:2], 2, self._height, self._width).unbind(2)
         self.x = torch.where(up, high, low).view_as(self.x)
         return self.x.clone()  # a copy, because `keep` changes `x` in place
 
     def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
-        """Prepare the positions of the windows of a block, and the corners that they move to."""
+        """Prepare the positions of the windows of a block, and the corners to which they move."""
         sizes = [window(p, self._height, self._width, odd=False) for p in shares]
         self._windows = _Windows(draws[..., :2], sizes, self._height, self._width)
         up = (draws[..., 2:] < 0.5).transpose(0, 1)[..., None]
         self._side = up * (self._height * self._width)  # the high corners are stored after the low ones
 
     def propose(self, step: int) -> Inputs:
-        """The best points with the step's window moved to its corner."""
+        """Return the best points, with the window of the step moved to its corner."""
         places = self._windows.places(step)
         self._new = self._corners.gather(2, places + self._side[step])
         self._at = places.expand_as(self._new)
@@ -160,19 +170,21 @@ class Corners:
         return self.x.view(len(self.x), self._channels, -1)
 
     def keep(self, better: Mask) -> None:
-        """Write the better windows into the best points."""
+        """Write the windows that lower the margin into the best points."""
         old = self._pixels.gather(2, self._at)
         self._pixels.scatter_(2, self._at, torch.where(spread(better, old), self._new, old))
 
     def take(self, rows: Mask) -> None:
-        """Keep the state of some of the examples only."""
+        """Restrict the state to some of the examples."""
         self._ids, self._corners, self.x = self._ids[rows], self._corners[rows], self.x[rows]
         self._windows.take(rows)
         self._side = self._side[:, rows]
 
 
 class Heaps:
-    """Proposals under L2 and L1: the norm of two windows is moved into a pattern in the first of them."""
+    """Proposals under L2 and L1: the norm of the changes in two windows is moved into a pattern in the first
+    of them.
+    """
 
     def __init__(self, batch: Batch, norm: L2 | L1, bounds: Bounds) -> None:
         self._ids, self._clean, self._norm, self._bounds = batch.ids, batch.x, norm, bounds
@@ -183,7 +195,9 @@ class Heaps:
         self.x = batch.x
 
     def start(self, rng: Draws) -> Inputs:
-        """A grid of at least five by five peaks, each with a random sign and orientation."""
+        """Return a grid of at least five by five peaks, each with a random sign and orientation, as the first
+        points.
+        """
         down, across = _tiles(self._height), _tiles(self._width)
         columns = int(across.max()) + 1
         tile = (down[:, None] * columns + across).to(self._clean.device)
@@ -211,7 +225,9 @@ class Heaps:
         self._signs = (1 - 2 * (draws[..., 5:] < 0.5).to(self._clean.dtype)).transpose(0, 1).contiguous()
 
     def propose(self, step: int) -> Inputs:
-        """The best points with the second window emptied, and the norm of both windows used for a peak in the first."""
+        """Return the best points with a peak in the first window, which has the norm of the changes in both, and an
+        empty second window.
+        """
         self._tried = self._moved(step, self.x)
         return self._tried
 
@@ -261,7 +277,7 @@ class Heaps:
         return self._patterns[size]
 
     def take(self, rows: Mask) -> None:
-        """Keep the state of some of the examples only."""
+        """Restrict the state to some of the examples."""
         self._ids, self._clean, self.x = self._ids[rows], self._clean[rows], self.x[rows]
         self._first.take(rows)
         self._second.take(rows)
@@ -289,11 +305,12 @@ def _tiled(heap: Tensor, down: Tensor, across: Tensor) -> Tensor:
 def search(
     model: Model, left: Batch, proposals: Proposals, best: Best, shares: Sequence[float], rng: Draws
 ) -> None:
-    """Random search: try one window a query from the points of `proposals`, and keep each that lowers the margin.
+    """Search at random: try one window in each query from the points of `proposals`, and accept those that lower the
+    margin.
 
-    `shares` are the shares of the pixels that the windows cover, one for each query; the last is not used, since the
-    first query evaluates the start. The final point of each example is offered to `best`; broken examples are
-    dropped. Cost: a forward for each share.
+    `shares` are the fractions of the pixels that the windows cover, one for each query; the last is not used, since the
+    first query evaluates the start. The final point of each example is offered to `best`; broken examples are dropped.
+    Cost: a forward for each element of `shares`.
     """
     height = margin(model(proposals.x.clone(), left.ids), left)  # a copy, because `keep` changes `x` in place
     for step in range(len(shares)):
@@ -319,5 +336,5 @@ def search(
 
 
 def proposals_for(batch: Batch, norm: Linf | L2 | L1, bounds: Bounds) -> Proposals:
-    """The proposals for a norm."""
+    """Return the proposals for a norm."""
     return Corners(batch, norm, bounds) if isinstance(norm, Linf) else Heaps(batch, norm, bounds)

@@ -11,7 +11,7 @@ from holdfast.core.types import Inputs
 
 
 def unit_noise(batch: Batch, constraint: Constraint, rng: Draws) -> Inputs:
-    """Noise of length one in the constraint's norm: uniform for Linf, Gaussian otherwise."""
+    """Return noise of length one in the constraint's norm: uniform for Linf, Gaussian otherwise."""
     shape, dtype = batch.x.shape[1:], batch.x.dtype
     if isinstance(constraint, Linf):
         noise = 2 * rng.uniform(batch.ids, *shape, dtype=dtype) - 1
@@ -21,7 +21,7 @@ def unit_noise(batch: Batch, constraint: Constraint, rng: Draws) -> Inputs:
 
 
 def surface(batch: Batch, constraint: Constraint, bounds: Bounds, rng: Draws) -> Inputs:
-    """A random point on the ball's surface, clipped to the box; for L1, Gaussian noise projected onto both."""
+    """Return a random point on the ball's surface, clipped to the box; for L1, Gaussian noise projected onto both."""
     if isinstance(constraint, L1):
         noise = rng.normal(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
     elif isinstance(constraint, (Linf, L2)):

@@ -17,20 +17,21 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.types import Labels, Mask, PerExample
 
 RESAMPLES = 2000
-"""Number of bootstrap resamples; Efron & Tibshirani, "An introduction to the bootstrap", 1993, recommend over 1,000."""
+"""number of bootstrap resamples; Efron & Tibshirani, "An introduction to the bootstrap", 1993, recommend over 1,000"""
 
 FEW = 6
-"""Below this number of examples a median has no bound at 95 %, and resamples take too few different values."""
+"""number of examples below which a median has no bound at 95 %, and resamples have too few different values"""
 
 _CHUNK = 1 << 22  # indices in memory at once: 32 MB of int64
 _BOOTSTRAP = Draws(0).at("bootstrap")  # fixed random numbers: the interval is a function of the data alone
 
 Statistic = Callable[[Tensor], PerExample]
-"""`statistic(rows)`: its value for each row of `rows` (resamples, n), which are indices of examples."""
+"""function `statistic(rows)` that returns its value for each row of `rows` (resamples, n), which are indices of
+examples"""
 
 
 def normal_quantile(p: float) -> float:
-    """Quantile of the standard normal distribution at `p`."""
+    """Return the quantile of the standard normal distribution at `p`."""
     return float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64)))
 
 
@@ -39,28 +40,29 @@ def _normal_cdf(z: float) -> float:
 
 
 def bonferroni(confidence: float, claims: int) -> float:
-    """Confidence of each of `claims` intervals, so that all of them hold together with `confidence`."""
+    """Return the confidence of each of `claims` intervals with which all of them hold together with `confidence`."""
     return 1 - (1 - confidence) / max(claims, 1)
 
 
 @dataclass(frozen=True)
 class AgainstMajority:
-    """The accuracy of a model compared with that of always predicting the most frequent label."""
+    """Comparison of the accuracy of a model with that of always predicting the most frequent label."""
 
     low: float
     """lower end of the accuracy's confidence interval"""
     high: float
     """upper end of the accuracy's confidence interval"""
     majority: float
-    """share of the most frequent label"""
+    """fraction of examples with the most frequent label"""
     at_chance: bool
-    """whether the model is not better, or not distinguishable from guessing"""
+    """whether the accuracy does not exceed that of the majority class, or cannot be distinguished from guessing"""
 
 
 NEAR_CHANCE = 1.5
-"""A model may be at chance up to this multiple of the accuracy of guessing among the labels that occur."""
+"""multiple of the accuracy of guessing among the labels that occur, up to which a model may count as at chance"""
 FEWEST = 20
-"""With fewer examples, a model is at chance only if its interval does not exceed the majority share."""
+"""number of examples below which a model is at chance only if its interval does not exceed the share of the majority
+class"""
 
 
 def against_majority(correct: Mask, y: Labels, confidence: float = 0.95) -> AgainstMajority:
@@ -80,7 +82,7 @@ def against_majority(correct: Mask, y: Labels, confidence: float = 0.95) -> Agai
 
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Exact interval of a proportion with `k` of `n` observed; its coverage is at least `confidence`.
+    """Return the exact interval of a proportion with `k` of `n` observed; its coverage is at least `confidence`.
 
     >>> [round(end, 4) for end in clopper_pearson(0, 10)]
     [0.0, 0.3085]
@@ -96,21 +98,22 @@ def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, fl
 
 
 def proportion(mask: Mask, confidence: float = 0.95) -> Estimate:
-    """The share of true entries, with its Clopper-Pearson interval. At least one entry is needed."""
+    """Return the share of true entries, with its Clopper-Pearson interval; needs at least one entry."""
     k, n = int(mask.sum()), len(mask)
     return Estimate(k / n, *clopper_pearson(k, n, confidence), n)
 
 
 def complement(estimate: Estimate) -> Estimate:
-    """One minus a proportion."""
+    """Return one minus a proportion, with its interval."""
     return Estimate(1 - estimate.value, 1 - estimate.high, 1 - estimate.low, estimate.n)
 
 
 def median(values: PerExample, confidence: float = 0.95, *, least: float = 0.0) -> Estimate:
-    """The median with the exact interval between two order statistics; values may be infinite.
+    """Return the median with the exact interval between two order statistics; values may be infinite.
 
-    Of an even number it is the lower middle value, so that finite and infinite values are not averaged. With too few
-    examples (fewer than six at 95 %) an order statistic is missing, and the interval ends at `least` or infinity.
+    For an even number of values it is the lower middle one, so that finite and infinite values are not averaged. With
+    too few examples (fewer than six at 95 %) an order statistic is missing, and the interval ends at `least` or
+    infinity.
     """
     n, ordered = len(values), values.double().sort().values
     tail = (1 - confidence) / 2
@@ -130,7 +133,9 @@ def _log_choose(n: int, k: int) -> float:
 
 
 def resampled(statistic: Statistic, n: int, resamples: int = RESAMPLES) -> PerExample:
-    """The statistic on `resamples` samples of `n` examples with replacement, float64; the samples are fixed."""
+    """Return the statistic on `resamples` samples of `n` examples with replacement, float64; the samples are always the
+    same.
+    """
     return torch.cat([statistic(rows).double() for rows in _rows(n, resamples)])
 
 
@@ -142,14 +147,14 @@ def _rows(n: int, resamples: int) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Support:
-    """The range of a statistic; intervals are clipped to it."""
+    """The range of a statistic, to which intervals are clipped."""
 
     low: float = -math.inf
     high: float = math.inf
 
 
 UNIT = Support(0.0, 1.0)
-"""The support of shares and of their averages."""
+"""support of shares and of their averages"""
 
 
 def bootstrap(
@@ -160,7 +165,7 @@ def bootstrap(
     support: Support = UNIT,
     influence: PerExample | None = None,
 ) -> Estimate:
-    """The statistic with its bias-corrected bootstrap interval; accelerated (BCa) where `influence` is given.
+    """Return the statistic with its bias-corrected bootstrap interval; accelerated (BCa) if `influence` is given.
 
     `influence` is the contribution of each example to the statistic, up to a constant. If all resamples agree, or there
     are fewer than six examples, resampling cannot show the uncertainty. The interval is then widened by the share of
@@ -202,25 +207,25 @@ def _quantile(values: PerExample, p: float) -> float:
 
 
 def mean(values: PerExample, confidence: float = 0.95, *, support: Support = UNIT) -> Estimate:
-    """The mean with its BCa interval."""
+    """Return the mean with its BCa interval."""
     wide = values.double()
     return bootstrap(lambda rows: wide[rows].mean(1), len(wide), confidence, support=support, influence=wide)
 
 
 @dataclass(frozen=True)
 class McNemar:
-    """Disagreement of two judgements of the same examples."""
+    """Result of a McNemar test, which compares two judgements of the same examples."""
 
     only_first: int
-    """number of examples that are true in the first only"""
+    """number of examples that are true in the first judgement only"""
     only_second: int
-    """number of examples that are true in the second only"""
+    """number of examples that are true in the second judgement only"""
     p: float
-    """exact two-sided p-value of this imbalance under the hypothesis that both are equally good"""
+    """exact two-sided p-value of this imbalance under the hypothesis that both judgements are equally good"""
 
 
 def mcnemar(first: Mask, second: Mask) -> McNemar:
-    """Exact McNemar test of two paired judgements: a sign test on the examples where they differ."""
+    """Perform the exact McNemar test of two paired judgements: a sign test on the examples where they differ."""
     ahead, behind = int((first & ~second).sum()), int((second & ~first).sum())
     differ = ahead + behind
     return McNemar(ahead, behind, min(1.0, 2 * _upper_tail(max(ahead, behind), differ)))
@@ -234,7 +239,9 @@ def _upper_tail(k: int, n: int) -> float:
 
 
 def paired_difference(first: Mask, second: Mask, confidence: float = 0.95) -> Estimate:
-    """Share true in `first` minus share true in `second` on the same examples, with Bonett and Price's interval."""
+    """Return the share true in `first` minus that in `second` on the same examples, with Bonett and Price's
+    interval.
+    """
     test, n = mcnemar(first, second), len(first)
     ahead, behind = (test.only_first + 1) / (n + 2), (test.only_second + 1) / (n + 2)
     centre = ahead - behind

@@ -1,4 +1,4 @@
-"""The input gradient of convolutions with few input channels, such as a network's first one.
+"""Fast input gradient of convolutions with few input channels, such as a network's first one.
 
 Training does not need this gradient of the first layer, and attacks always do. With one to four input channels, torch's
 CPU kernel takes 1.2 to five times as long as a matrix product and a fold.
@@ -55,7 +55,7 @@ class StemConv2d(nn.Conv2d):
     """A frozen convolution of images with few channels whose input gradient is fast."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Feature maps (n, out_channels, …) of images (n, in_channels, height, width)."""
+        """Return the feature maps (n, out_channels, …) for images (n, in_channels, height, width)."""
         learns = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if learns or input.dim() != 4 or not (input.requires_grad and torch.is_grad_enabled()):
             return super().forward(input)

@@ -18,7 +18,7 @@ from holdfast.core.transformations import Colour, Spatial, Transformations
 from holdfast.core.types import Inputs, PerExample
 
 Amounts = Mapping[str, PerExample]
-"""The amount along each axis for each example."""
+"""amount along each axis for each example, by name of the axis"""
 
 _SPATIAL = ("rotate", "shift_x", "shift_y", "scale", "perspective_x", "perspective_y")
 _COLOURED = ("hue", "saturation")
@@ -26,13 +26,13 @@ _TO_YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -
 
 
 def transformed(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
-    """Transform images `x` (n, channels, height, width); with all amounts zero the result is bitwise equal to `x` and
-    still has a gradient.
+    """Transform images `x` (n, channels, height, width) by an amount along each axis.
 
-    `rotate` and `hue` are in degrees, `shift_x` and `shift_y` in pixels (right and down). `scale`, `saturation` and
-    `contrast` are added to a factor of one. `brightness` is a share of the box's width. `blur` is the standard
-    deviation of a Gaussian in pixels (its sign is ignored). `perspective_x` and `perspective_y` are how much nearer the
-    right or the lower side is than the centre.
+    With all amounts zero the result is bitwise equal to `x` and still has a gradient. `rotate` and `hue` are in
+    degrees, `shift_x` and `shift_y` in pixels (right and down). `scale`, `saturation` and `contrast` are added to a
+    factor of one. `brightness` is a fraction of the box's width. `blur` is the standard deviation of a Gaussian in
+    pixels (its sign is ignored). `perspective_x` and `perspective_y` are how much nearer the right or the lower side is
+    than the centre.
     """
     if not amounts:
         return x
@@ -48,7 +48,7 @@ def transformed(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
 
 
 def expect_transformations(constraint: Constraint, attack: object) -> Transformations:
-    """The constraint, if it transforms images; raises `UsageError` otherwise."""
+    """Return the constraint, if it transforms images. Raises `UsageError` otherwise."""
     if isinstance(constraint, (Spatial, Colour)) and "flow" not in constraint.limits:
         return constraint
     raise UsageError(
@@ -58,7 +58,7 @@ def expect_transformations(constraint: Constraint, attack: object) -> Transforma
 
 
 def expect_flow(constraint: Constraint, attack: object) -> float:
-    """Largest displacement of a pixel, if the constraint displaces pixels; raises `UsageError` otherwise."""
+    """Return the largest displacement of a pixel, if the constraint displaces pixels. Raises `UsageError` otherwise."""
     if isinstance(constraint, Spatial) and constraint.flow:
         return constraint.flow
     raise UsageError(
@@ -68,7 +68,8 @@ def expect_flow(constraint: Constraint, attack: object) -> float:
 
 
 def flowed(x: Inputs, flow: Tensor, bounds: Bounds) -> Inputs:
-    """Images in which each pixel is read at a displacement `flow` (n, 2, height, width) in pixels, right and down.
+    """Return images in which each pixel is read at a displacement `flow` (n, 2, height, width) in pixels, right and
+    down.
 
     Outside of the image the value of the border continues. Pixels without a displacement are bitwise unchanged, and
     have a gradient.
@@ -83,7 +84,9 @@ def flowed(x: Inputs, flow: Tensor, bounds: Bounds) -> Inputs:
 
 
 def reached(x: Inputs, place: Tensor, constraint: Transformations, bounds: Bounds) -> Inputs:
-    """Images transformed by `place` (n, axes): the amount along each axis as a share of its limit, from -1 to 1."""
+    """Return images transformed by `place` (n, axes), the amount along each axis as a fraction of its limit, from -1 to
+    1.
+    """
     amounts = {axis: far * place[:, k] for k, (axis, far) in enumerate(constraint.axes.items())}
     return transformed(x, amounts, bounds)
 

@@ -14,7 +14,7 @@ from holdfast.core.types import Ids, Inputs, Logits
 
 _IMAGE = 4
 SHRUNK = 0.9
-"""Smallest size of a resized image, as a share of its original size."""
+"""smallest size of a resized image, as a fraction of its original size"""
 _SIGMAS = 3.0
 """Extent of the kernel to each side in standard deviations, as in Dong et al. 2019."""
 
@@ -40,7 +40,8 @@ def resized(x: Inputs, ids: Ids, bounds: Bounds, chance: float, rng: Draws) -> I
 
 
 def shifted(gradient: Inputs, reach: int) -> Inputs:
-    """The gradient blurred by a Gaussian: the weighted mean of the gradients of images shifted by up to `reach`.
+    """Return the gradient, blurred by a Gaussian: the weighted mean of the gradients of images shifted by up to
+    `reach`.
 
     Dong et al., "Evading Defenses to Transferable Adversarial Examples by Translation-Invariant Attacks", CVPR 2019,
     arXiv:1904.02884: a Gaussian kernel, applied along both axes in turn.
@@ -55,7 +56,7 @@ def shifted(gradient: Inputs, reach: int) -> Inputs:
 
 
 def halved_view(x: Inputs, times: int, bounds: Bounds) -> Inputs:
-    """The input with its distance from the lower bound of the box halved `times` times.
+    """Return the input with its distance from the lower bound of the box halved `times` times.
 
     Lin et al., "Nesterov Accelerated Gradient and Scale Invariance for Adversarial Attacks", ICLR 2020,
     arXiv:1908.06281.
@@ -69,7 +70,7 @@ def halved_view(x: Inputs, times: int, bounds: Bounds) -> Inputs:
 
 @dataclass(frozen=True)
 class Viewed:
-    """A model whose inputs are `halved` and, with a probability, `resized`."""
+    """A model whose inputs are darkened by `halved_view` and, with probability `chance`, resized by `resized`."""
 
     model: Model
     chance: float
@@ -78,11 +79,11 @@ class Viewed:
 
     @property
     def bounds(self) -> Bounds:
-        """The bounds of the model."""
+        """Bounds of the inputs of the model."""
         return self.model.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits of the transformed inputs; the random numbers depend on `ids`."""
+        """Return the logits of the transformed inputs; the random numbers depend on `ids`."""
         assert ids is not None
         view = halved_view(x, self.halvings, self.bounds)
         return self.model(resized(view, ids, self.bounds, self.chance, self.rng), ids)

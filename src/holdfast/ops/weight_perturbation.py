@@ -1,4 +1,4 @@
-"""Moves weights in the direction that raises their loss, for the computation of one gradient.
+"""Perturbation of weights in the direction that raises their loss, for the computation of one gradient.
 
 Wu et al., "Adversarial Weight Perturbation Helps Robust Generalization", NeurIPS 2020, arXiv:2004.05884. Differs from
 the paper: the network itself takes the step and undoes it, in place of a copy.
@@ -17,10 +17,11 @@ _TINY = 1e-12
 
 @contextmanager
 def perturbed(model: nn.Module, loss: Callable[[], Tensor], share: float) -> Iterator[None]:
-    """Context in which each matrix or kernel of `model` is moved up `loss` by a share of its norm; undone at the end.
+    """Context manager that perturbs each matrix or kernel of `model` in the direction that increases `loss`.
 
-    Vectors, such as biases and the scales of norms, are unchanged. Changes of running statistics by `loss` are undone.
-    Cost: a forward and a backward; nothing if the share is 0.
+    The size of the perturbation is the fraction `share` of the norm of each weight, and the weights are restored on
+    exit. Vectors, such as biases and the scales of norms, are unchanged. Changes of running statistics by `loss` are
+    undone. Cost: a forward and a backward; nothing if `share` is 0.
     """
     if not share:
         yield

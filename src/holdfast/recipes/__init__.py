@@ -1,6 +1,6 @@
-"""Recipes: each trains a new model that is more robust. A class is loaded when it is used.
+"""Recipes: training methods, each of which returns a new model that is more robust.
 
-`holdfast.core.catalogue` is the list of them.
+A class is imported when it is first used; `holdfast.core.catalogue` lists all recipes.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""ATTA: adversarial training whose attacks start from the results of the epoch before.
+"""ATTA: adversarial training whose attacks start from their results of the previous epoch.
 
 Zheng et al., "Efficient Adversarial Training With Transferable Adversarial Examples", CVPR 2020, arXiv:1912.11969:
 adversarial examples of the network an epoch ago nearly break it now, so that two steps in each epoch have the effect of
@@ -35,7 +35,7 @@ class ATTA:
     """Adversarial training on examples that are stored from epoch to epoch and improved by a few steps each time."""
 
     steps: Steps = 2
-    """gradient steps on each stored example in each epoch"""
+    """number of gradient steps on each stored example in each epoch"""
     step: Positive = 0.33
     """step size, in multiples of eps"""
     refresh: Count = 0
@@ -43,7 +43,7 @@ class ATTA:
     clean: NonNegative = 0.25
     """weight of the loss on clean inputs, relative to that on attacked ones"""
     label_smoothing: Fraction = 0.0
-    """share of each label that is spread over all classes"""
+    """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -73,7 +73,11 @@ class ATTA:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn, rows: Rows, unit: float) -> Inputs:
-        """Gradient ascent from the stored changes (in multiples of `unit`), which are replaced by the result."""
+        """Return attacked inputs, found by gradient ascent from the stored changes of the previous epoch, and store the
+        new changes.
+
+        `rows` are the positions of the examples in the store, and stored changes are in multiples of `unit`.
+        """
         constraint, bounds, kept = learner.threat.constraint, learner.frozen.bounds, learner.state["kept"]
         assert isinstance(constraint, (Linf, L2, L1))
         moved, change = moves(batch, self.training.augment, turn.rng), kept[rows].to(batch.x) * unit
@@ -98,5 +102,7 @@ class ATTA:
         return x_adv
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy at attacked inputs, plus that at clean ones with its weight."""
+        """Return the cross-entropy at attacked inputs plus the weighted one at clean inputs, and the number of correct
+        examples.
+        """
         return taught(learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing)

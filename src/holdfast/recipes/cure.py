@@ -47,7 +47,9 @@ class CURE:
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy plus the weighted squared change of its gradient."""
+        """Return the cross-entropy plus the weighted squared change of its gradient, and the number of correct
+        examples.
+        """
         constraint, again = learner.threat.constraint, learner.again()
         value, grad, right = _slope(learner.net, x_adv, batch.y)
         climb = constraint.steepest(grad.detach(), batch.x, learner.net.bounds)

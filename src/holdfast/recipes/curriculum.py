@@ -1,4 +1,4 @@
-"""Curriculum adversarial training, in its friendly form: attacks stop soon after their success, later and later.
+"""Friendly adversarial training: attacks stop soon after their success, and later as the training proceeds.
 
 Zhang et al., "Attacks Which Do Not Kill Training Make Adversarial Learning Stronger", ICML 2020, arXiv:2002.11242
 (friendly adversarial training, FAT): among the adversarial examples, train on those with the smallest loss. Training
@@ -30,13 +30,13 @@ class CurriculumTraining:
     """Adversarial training on PGD attacks that stop for each example at its first error or a few steps later."""
 
     beyond: Count = 3
-    """number of steps after an example's first error at the end of the training; 0 at its beginning"""
+    """number of steps that an example takes after its first error, at the end of the training; it grows from 0"""
     steps: Steps = 10
     """largest number of gradient steps of the inner attack"""
     reach: Positive = 2.5
     """path length of all steps, in multiples of eps"""
     label_smoothing: Fraction = 0.0
-    """share of each label that is spread over all classes"""
+    """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -53,7 +53,9 @@ class CurriculumTraining:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Gradient ascent on the cross-entropy; each example stops some steps after its first error."""
+        """Return the result of gradient ascent on the cross-entropy, which stops for each example some steps after its
+        first error.
+        """
         constraint, model = learner.threat.constraint, learner.frozen
         x_adv = constraint.sample(batch, model.bounds, turn.rng.at("start"))
         going = torch.arange(len(batch), device=batch.x.device)
@@ -79,5 +81,5 @@ class CurriculumTraining:
         return gradient(learner.frozen, batch.take(going), cross_entropy)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy at attacked inputs."""
+        """Return the cross-entropy at attacked inputs, and the number of correct examples."""
         return taught(learner, batch, x_adv, smoothing=self.label_smoothing)

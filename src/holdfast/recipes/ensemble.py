@@ -28,13 +28,13 @@ class EnsembleTraining:
     """Adversarial training on attacks on the network itself and on surrogates, one of them at random per batch."""
 
     steps: Steps = 7
-    """gradient steps of the inner attack"""
+    """number of gradient steps of the inner attack"""
     reach: Positive = 2.5
     """path length of the inner attack, in multiples of eps"""
     clean: NonNegative = 0.5
     """weight of the loss on clean inputs, relative to that on attacked ones"""
     label_smoothing: Fraction = 0.0
-    """share of each label that is spread over all classes"""
+    """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -56,7 +56,9 @@ class EnsembleTraining:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The result of gradient ascent on the cross-entropy of one of the networks."""
+        """Return the result of gradient ascent on the cross-entropy of the network or of a surrogate, chosen
+        at random.
+        """
         surrogates = learner.threat.surrogates
         one = torch.zeros(1, dtype=torch.int64, device=batch.x.device)
         chosen = int(turn.rng.at("whose").integers(one, len(surrogates) + 1)[0])
@@ -64,5 +66,7 @@ class EnsembleTraining:
         return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach, on=attacked)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy at attacked inputs, plus that at clean ones with its weight."""
+        """Return the cross-entropy at attacked inputs plus the weighted one at clean inputs, and the number of correct
+        examples.
+        """
         return taught(learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing)

@@ -4,7 +4,7 @@ Shafahi et al., "Adversarial Training for Free!", NeurIPS 2019, arXiv:1904.12843
 and the perturbation continues from replay to replay and from batch to batch, so that an update costs one forward and
 one backward, as in ordinary training. Differs from the paper: any norm, eps grows at first, the weights are averaged,
 the learning rate follows one cycle, a pass over the data counts as one epoch for any number of replays, and a feature
-that was clipped to the box keeps a gradient that leads back into it, which the paper's code drops.
+that was clipped to the box has a gradient that leads back into it, which the paper's code drops.
 """
 
 import math
@@ -37,7 +37,7 @@ class FreeTraining:
     step: Positive = 1.0
     """step size of the perturbation in each update, in multiples of eps"""
     label_smoothing: Fraction = 0.0
-    """share of each label that is spread over all classes"""
+    """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -66,7 +66,9 @@ class FreeTraining:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The inputs with the present perturbation; a hook on them updates it in the backward pass."""
+        """Return the inputs with the current perturbation. A hook on them updates the perturbation in the backward
+        pass.
+        """
         whole = batch.x + learner.state[_DELTA]
         x_adv = learner.net.bounds.clamp(whole).requires_grad_()
         cut = whole - x_adv.detach()
@@ -81,5 +83,5 @@ class FreeTraining:
         delta.copy_(constraint.project(moved, torch.zeros_like(delta), _EVERYWHERE))
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy at attacked inputs."""
+        """Return the cross-entropy at attacked inputs, and the number of correct examples."""
         return taught(learner, batch, x_adv, smoothing=self.label_smoothing)

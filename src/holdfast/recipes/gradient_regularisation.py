@@ -33,11 +33,11 @@ class GradientRegularisation:
     """Adds a penalty on the input gradient: `weight` times the first-order increase of the loss in a step of eps."""
 
     weight: NonNegative = 3.0
-    """weight of the penalty; at 1 the sum is the loss after the step, to first order"""
+    """weight of the penalty; with 1, the sum is a first-order approximation of the loss after a step of eps"""
     method: Literal["double-backprop", "finite-difference"] = "double-backprop"
     """how the penalty is computed: by a second backward pass, or by the loss after a short step"""
     reach: Positive = 0.1
-    """length of the finite difference, in multiples of eps"""
+    """length of the step of the finite difference, in multiples of eps"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -54,7 +54,7 @@ class GradientRegularisation:
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy plus the weighted penalty."""
+        """Return the mean cross-entropy plus the weighted penalty, and the number of correct examples."""
         again = learner.again()
         x, logits, each = sloped(learner.net, x_adv, batch.y)
         if self.method == "double-backprop":

@@ -35,11 +35,12 @@ class HAT:
     beta: NonNegative = 2.5
     """weight of the divergence"""
     gamma: NonNegative = 0.5
-    """weight of the loss with the helper's predictions"""
+    """weight of the cross-entropy with the predictions of the original model (the helper) as labels"""
     beyond: Positive = 2.0
-    """factor of the attack's change at the points of that loss"""
+    """factor by which the change of the attack is enlarged at the points where the helper's predictions are
+    the labels"""
     steps: Steps = 10
-    """gradient steps of the inner attack"""
+    """number of gradient steps of the inner attack"""
     reach: Positive = 2.5
     """path length of the inner attack, in multiples of eps"""
     training: Training = field(default_factory=Training)
@@ -64,13 +65,17 @@ class HAT:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The result of gradient ascent on the divergence from the clean prediction."""
+        """Return the result of gradient ascent on the divergence from the clean prediction."""
         return learner.apart(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
 
     def loss(
         self, learner: Learner, batch: Batch, x_adv: Inputs, helper: Classifier
     ) -> tuple[Tensor, Tensor]:
-        """The clean cross-entropy, the divergence, and the cross-entropy with the helper's labels beyond the attack."""
+        """Return the sum of the three loss terms, and the number of correct examples.
+
+        The terms are the clean cross-entropy, the divergence at `x_adv`, and the cross-entropy at points beyond `x_adv`
+        with the predictions of `helper` as labels.
+        """
         with torch.no_grad():
             labels = helper(x_adv).argmax(1)
         further = torch.lerp(batch.x, x_adv, self.beyond)

@@ -34,15 +34,15 @@ class IKL:
     """TRADES with its divergence decomposed into a squared error of logit gaps and a cross-entropy."""
 
     alpha: NonNegative = 4.0
-    """weight of the cross-entropy with the clean prediction as a label"""
+    """weight of the cross-entropy whose soft label is the clean prediction"""
     beta: NonNegative = 20.0
     """weight of the gaps between logits"""
     temperature: Positive = 4.0
     """divisor of the logits in the predictions whose class means weight the gaps"""
     keep: Annotated[float, Gt(0), Lt(1)] = 0.99
-    """share of the mean prediction of a class that an update keeps"""
+    """weight of the earlier mean prediction of a class in its running mean, for each update"""
     steps: Steps = 10
-    """gradient steps of the inner attack"""
+    """number of gradient steps of the inner attack"""
     reach: Positive = 2.5
     """path length of the inner attack, in multiples of eps"""
     training: Training = field(default_factory=Training)
@@ -73,11 +73,11 @@ class IKL:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The result of gradient ascent on the divergence from the clean prediction."""
+        """Return the result of gradient ascent on the divergence from the clean prediction."""
         return learner.apart(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the three terms."""
+        """Return the weighted sum of the three loss terms, and the number of correct examples."""
         clean, logits = learner.net(batch.x), learner.net(x_adv)
         target = clean.detach()
         means = learner.state["means"]

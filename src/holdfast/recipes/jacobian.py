@@ -32,7 +32,7 @@ class JacobianRegularisation:
     weight: NonNegative = 0.01
     """weight of the penalty"""
     projections: Steps = 1
-    """number of random directions of the logits for the estimate; each costs a second backward pass"""
+    """number of random directions of the logits from which the norm is estimated; each costs a second backward pass"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -59,19 +59,21 @@ class JacobianRegularisation:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The clean inputs; also store the seed of the projections."""
+        """Return the clean inputs, and store the seed from which `loss` samples its random directions."""
         learner.state[_PLACE].fill_(turn.rng.key >> 1)
         return batch.x
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy plus the penalty."""
+        """Return the cross-entropy plus the weighted penalty, and the number of correct examples."""
         x = x_adv.detach().requires_grad_()
         logits = learner.net(x)
         squared = self.penalty(logits, x, batch, Draws(int(learner.state[_PLACE]))).mean()
         return F.cross_entropy(logits, batch.y) + self.weight / 2 * squared, hits(logits, batch.y)
 
     def penalty(self, logits: Logits, x: Inputs, batch: Batch, rng: Draws) -> PerExample:
-        """The squared Frobenius norm of each example's Jacobian, an unbiased estimate from random directions."""
+        """Return an unbiased estimate of the squared Frobenius norm of each example's Jacobian, from random
+        directions.
+        """
         classes = logits.shape[1]
         towards = rng.normal(batch.ids, self.projections, classes, dtype=logits.dtype)
         towards = towards / towards.norm(dim=2, keepdim=True)

@@ -34,7 +34,8 @@ class LipschitzConstraint:
     gain: Positive = 10.0
     """largest Lipschitz constant (gain) of each layer; under L2 as estimated by power iteration"""
     norm: Literal["threat", "l2"] = "threat"
-    """norm of the gain: that of the threat, or l2 for any threat, which is spectral normalisation with its own bound"""
+    """norm in which the gain is measured: that of the threat, or `l2`, which is spectral normalisation with another
+    bound"""
     weight: NonNegative = 6.0
     """weight of the first-order increase of the loss in a step of length eps; with 0 only the constraint remains"""
     training: Training = field(default_factory=lambda: Training(weight_decay=5e-4))
@@ -68,7 +69,9 @@ class LipschitzConstraint:
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy plus the weighted slope."""
+        """Return the cross-entropy plus the weighted increase of the loss in a step of eps, and the number of correct
+        examples.
+        """
         if not self.weight:
             return taught(learner, batch, x_adv)
         x, logits, each = sloped(learner.net, x_adv, batch.y)

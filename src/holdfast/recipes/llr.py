@@ -35,7 +35,7 @@ class LLR:
     slope: NonNegative = 3.0
     """weight of the absolute change of the tangent at the same point"""
     steps: Steps = 2
-    """gradient steps of the search for this point"""
+    """number of gradient steps of the search for the point with the largest distance"""
     reach: Positive = 2.5
     """path length of the search, in multiples of eps"""
     training: Training = field(default_factory=Training)
@@ -54,7 +54,7 @@ class LLR:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The result of gradient ascent on the absolute distance of the loss from its tangent."""
+        """Return the result of gradient ascent on the absolute distance of the loss from its tangent."""
         constraint, net, bounds = learner.threat.constraint, learner.frozen, learner.frozen.bounds
         tangent, logits = gradient(net, batch, cross_entropy)
         level = cross_entropy(logits, batch)
@@ -68,7 +68,7 @@ class LLR:
         return x
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy, plus the weighted distance from its tangent and change of the tangent at `x_adv`."""
+        """Return the loss with both penalties, measured at `x_adv`, and the number of correct examples."""
         again = learner.again()
         x, logits, each = sloped(learner.net, batch.x, batch.y)
         risen = (gradient_of(each, x) * (x_adv - batch.x)).flatten(1).sum(1)

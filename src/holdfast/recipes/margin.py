@@ -31,10 +31,11 @@ class MarginTraining:
     """Subtracts an offset from the true class's logit before the cross-entropy, which trains for a margin."""
 
     offset: NonNegative = 2.0
-    """offset, in multiples of the margin that certifies the ball: eps times the square root of two, divided by the
-    smallest std of the preprocessing"""
+    """offset, in multiples of the margin that certifies the ball, which is eps times the square root of two, divided by
+    the smallest std of the preprocessing"""
     temperature: Positive = 0.25
-    """divisor of the logits and factor of the loss"""
+    """number by which the logits are divided before the cross-entropy, and by which the loss is multiplied
+    afterwards"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -49,7 +50,9 @@ class MarginTraining:
         return trained(as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy after the offset is subtracted from the true class's logits."""
+        """Return the cross-entropy after the offset was subtracted from the true class's logit, and the number of
+        correct examples.
+        """
         logits, constraint = learner.net(x_adv), learner.threat.constraint
         eps = constraint.eps * input_constant(learner.net)  # radius after the preprocessing
         if isinstance(constraint, Linf):

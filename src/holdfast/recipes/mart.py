@@ -33,7 +33,7 @@ class MART:
     beta: NonNegative = 6.0
     """weight of the divergence"""
     steps: Steps = 10
-    """gradient steps of the inner attack"""
+    """number of gradient steps of the inner attack"""
     reach: Positive = 2.5
     """path length of the inner attack, in multiples of eps"""
     training: Training = field(default_factory=Training)
@@ -50,11 +50,11 @@ class MART:
         return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The result of gradient ascent on the cross-entropy."""
+        """Return the result of gradient ascent on the cross-entropy."""
         return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The sum of both terms."""
+        """Return the boosted cross-entropy plus the weighted divergence, and the number of correct examples."""
         clean, logits = learner.net(batch.x), learner.net(x_adv)
         own = batch.y[:, None]
         rival = logits.softmax(1).scatter(1, own, 0.0).amax(1)

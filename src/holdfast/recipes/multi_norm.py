@@ -35,11 +35,12 @@ class MultiNormTraining:
     """Adversarial training under the threat's constraint and under further ones."""
 
     others: tuple[Constraint, ...] = ()
-    """further constraints, each as in a threat: l2:1.5,l1:10"""
+    """further constraints, each written as in a threat: l2:1.5,l1:10"""
     method: Literal["max", "average", "msd"] = "msd"
-    """the worst attack on each example (max), all attacks (average), or one with the worst norm in every step (msd)"""
+    """`max`: the worst attack on each example; `average`: all attacks; `msd`: one attack with the worst norm in every
+    step"""
     steps: Steps = 10
-    """gradient steps of each inner attack"""
+    """number of gradient steps of each inner attack"""
     reach: Positive = 2.5
     """path length of each inner attack, in multiples of eps"""
     training: Training = field(default_factory=lambda: Training(warmup=0.5))
@@ -71,7 +72,7 @@ class MultiNormTraining:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The attacked inputs; with `average` those of all constraints, concatenated."""
+        """Return the attacked inputs; with `average`, those of all constraints are concatenated."""
         constraints = [learner.threat.constraint, *(c.resized(turn.grown * c.eps) for c in self.others)]
         if self.method == "msd":
             return self._steepest_of_all(learner, batch, constraints)
@@ -98,7 +99,9 @@ class MultiNormTraining:
         return worst
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The mean cross-entropy over all points, and the number of examples that are correct at all points."""
+        """Return the mean cross-entropy over all points, and the number of examples that are correct at all of their
+        points.
+        """
         logits, n = learner.net(x_adv), len(x_adv) // len(batch)
         y = batch.y.repeat(n)
         right = (logits.argmax(1) == y).view(n, -1).all(0).sum()

@@ -25,13 +25,13 @@ class PGDTraining:
     """Adversarial training on the results of a short PGD attack on each batch."""
 
     steps: Steps = 7
-    """gradient steps of the inner attack"""
+    """number of gradient steps of the inner attack"""
     reach: Positive = 2.5
     """path length of the inner attack, in multiples of eps"""
     clean: NonNegative = 0.0
     """weight of the loss on clean inputs, relative to that on attacked ones"""
     label_smoothing: Fraction = 0.0
-    """share of each label that is spread over all classes"""
+    """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -48,9 +48,11 @@ class PGDTraining:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The result of gradient ascent on the cross-entropy."""
+        """Return the result of gradient ascent on the cross-entropy."""
         return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy at attacked inputs, plus that at clean ones if it has a weight."""
+        """Return the cross-entropy at attacked inputs plus the weighted one at clean inputs, and the number of correct
+        examples.
+        """
         return taught(learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing)

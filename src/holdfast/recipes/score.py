@@ -31,9 +31,9 @@ class SCORE:
     forgiven: NonNegative = 0.0
     """squared distance below which the robust term is zero, since labels are uncertain"""
     label_smoothing: Fraction = 0.0
-    """share of each label that is spread over all classes"""
+    """fraction of each label that is spread evenly over all classes"""
     steps: Steps = 10
-    """gradient steps of the inner attack"""
+    """number of gradient steps of the inner attack"""
     reach: Positive = 2.5
     """path length of the inner attack, in multiples of eps"""
     training: Training = field(default_factory=Training)
@@ -52,11 +52,11 @@ class SCORE:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The result of gradient ascent on the squared distance from the clean prediction."""
+        """Return the result of gradient ascent on the squared distance from the clean prediction."""
         return learner.apart(batch, turn.rng, squared_error, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The weighted sum of both squared distances."""
+        """Return the weighted sum of both squared distances, and the number of correct examples."""
         clean, logits = learner.net(batch.x), learner.net(x_adv)
         label = F.one_hot(batch.y, clean.shape[1]).to(clean)
         label = torch.lerp(label, torch.full_like(label, 1 / clean.shape[1]), self.label_smoothing)

@@ -40,11 +40,11 @@ class SingleStep:
     clip: bool = False
     """whether the result is projected onto the ball"""
     guard: bool = True
-    """whether a guard checks for catastrophic overfitting, on 128 examples that are not trained on (if there are more
-    than twice as many): if ten steps break far more than one, the last updates are undone and a further step is added,
-    three times at most"""
+    """whether a guard checks for catastrophic overfitting on 128 examples that are not used for training (only if there
+    are more than twice as many). If an attack of ten steps breaks far more of them than one step, the last updates are
+    undone and each attack gets a further step; this happens at most three times"""
     label_smoothing: Fraction = 0.0
-    """share of each label that is spread over all classes"""
+    """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -75,7 +75,9 @@ class SingleStep:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The result of one gradient step, or of as many as the guard has set, of the same total length."""
+        """Return the result of one gradient step, or of as many steps as the guard has set, with the same
+        total length.
+        """
         constraint, bounds = learner.threat.constraint, learner.frozen.bounds
         assert isinstance(constraint, (Linf, L2, L1))
         x, steps = batch.x, 1 + int(learner.state[RAISED])
@@ -89,5 +91,5 @@ class SingleStep:
         return x
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy at attacked inputs."""
+        """Return the cross-entropy at attacked inputs, and the number of correct examples."""
         return taught(learner, batch, x_adv, smoothing=self.label_smoothing)

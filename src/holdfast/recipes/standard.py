@@ -20,7 +20,7 @@ class Standard:
     """Ordinary training on clean examples, which does not make the model more robust."""
 
     label_smoothing: Fraction = 0.0
-    """share of each label that is spread over all classes"""
+    """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -37,5 +37,5 @@ class Standard:
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The cross-entropy with smoothed labels."""
+        """Return the cross-entropy with smoothed labels, and the number of correct examples."""
         return taught(learner, batch, x_adv, smoothing=self.label_smoothing)

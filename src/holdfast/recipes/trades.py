@@ -27,13 +27,13 @@ class TRADES:
     """Adds `beta` times the largest divergence of the outputs in the ball to the clean cross-entropy."""
 
     beta: NonNegative = 6.0
-    """weight of the robust term; with 0 the attack is still made, and batch norm includes its statistics"""
+    """weight of the robust term; with 0 the attack is still computed, and changes the statistics of batch norm"""
     steps: Steps = 10
-    """gradient steps of the inner attack"""
+    """number of gradient steps of the inner attack"""
     reach: Positive = 2.5
     """path length of the inner attack, in multiples of eps"""
     label_smoothing: Fraction = 0.0
-    """share of each label that is spread over all classes"""
+    """fraction of each label that is spread evenly over all classes"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -50,11 +50,11 @@ class TRADES:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The result of gradient ascent on the divergence from the clean prediction."""
+        """Return the result of gradient ascent on the divergence from the clean prediction."""
         return learner.apart(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """The clean cross-entropy plus the weighted divergence."""
+        """Return the clean cross-entropy plus the weighted divergence, and the number of correct examples."""
         clean, logits = learner.net(batch.x), learner.net(x_adv)
         robust = kullback_leibler(logits, clean).mean()
         taught = F.cross_entropy(clean, batch.y, label_smoothing=self.label_smoothing)

@@ -4,8 +4,9 @@ Miyato et al., "Virtual Adversarial Training: A Regularization Method for Superv
 TPAMI 41(8), 2018, arXiv:1704.03976. The direction in which the prediction changes most is the first eigenvector of the
 divergence's Hessian, computed by power iteration from a random direction. Differs from the paper: under norms other
 than L2 each iteration uses that norm's steepest direction, which maximises the same quadratic form over the norm's own
-ball; the finite difference is a share of eps and not 1e-6, which is lost in float32 rounding; labelled and unlabelled
-examples are in the same batches; eps grows at first, the weights are averaged, and the learning rate follows one cycle.
+ball; the finite difference is a fraction of eps and not 1e-6, which is lost in float32 rounding; labelled and
+unlabelled examples are in the same batches; eps grows at first, the weights are averaged, and the learning rate follows
+one cycle.
 """
 
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ class VAT:
     weight: NonNegative = 1.0
     """weight of the divergence"""
     iterations: Steps = 1
-    """power iterations; each costs a forward and a backward"""
+    """number of power iterations; each costs a forward and a backward pass"""
     reach: Positive = 0.1
     """length of the finite difference, in multiples of eps"""
     training: Training = field(default_factory=Training)
@@ -64,7 +65,7 @@ class VAT:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """The result of a step of eps in the virtual adversarial direction."""
+        """Return the inputs after a step of length eps in the virtual adversarial direction."""
         constraint, model, x = learner.threat.constraint, learner.frozen, batch.x
         with torch.no_grad():
             clean = model(x)
@@ -80,10 +81,11 @@ class VAT:
     def loss(
         self, learner: Learner, batch: Batch, x_adv: Inputs, *, labelled: float
     ) -> tuple[Tensor, Tensor]:
-        """The mean cross-entropy of the labelled examples plus the weighted mean divergence of all.
+        """Return the mean cross-entropy of the labelled examples plus the weighted mean divergence, and the number of
+        correct ones.
 
-        `labelled` is the share of the data with labels. The first mean is correct on average over batches and not in
-        each of them, since a batch may contain no label.
+        `labelled` is the fraction of the data with labels. A batch may contain no label, so the first mean is correct
+        only on average over batches.
         """
         again = learner.again()
         clean, logits = learner.net(batch.x), again(x_adv)

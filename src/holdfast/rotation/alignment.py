@@ -1,4 +1,4 @@
-"""Permutation alignment: reorders the hidden units of one network to match another, without a change of its outputs.
+"""Permutation alignment, which reorders the hidden units of one network to match another and preserves its outputs.
 
 Ainsworth, Hayase & Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries", ICLR 2023,
 arXiv:2209.04836: weight matching by coordinate descent over linear assignments. Differs from the paper: only
@@ -30,13 +30,16 @@ _UNITWISE = (
 
 @dataclass(frozen=True)
 class Hidden:
-    """A hidden layer: its number of units and the parameters that depend on their order."""
+    """A hidden layer of a network, with its number of units and the names of the parameters that depend on
+    their order.
+    """
 
     units: int
     made: tuple[str, ...]
-    """parameters whose first dimension is the units: those of the layer and of a batch norm after it"""
+    """names of the parameters whose first dimension is the units: those of the layer and of a batch norm after it"""
     read: str
-    """weight of the next layer; its second dimension is the units, each of which may have several columns"""
+    """name of the weight of the next layer; its second dimension is the units, each of which may have several
+    columns"""
 
 
 def hidden(model: Classifier) -> tuple[Hidden, ...]:
@@ -70,7 +73,7 @@ def _parameters(name: str, layer: nn.Module) -> list[str]:
 
 
 def permuted(weights: Weights, layers: Sequence[Hidden], orders: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return the parameters of the same network with the units of each hidden layer in the given order."""
+    """Return the parameters of an equivalent network in which the units of each hidden layer are in the given order."""
     tensors = dict(weights)
     for layer, order in zip(layers, orders, strict=True):
         for name in layer.made:
@@ -81,7 +84,9 @@ def permuted(weights: Weights, layers: Sequence[Hidden], orders: Sequence[Tensor
 
 
 def aligned(weights: Weights, known: Weights, layers: Sequence[Hidden], *, rng: Draws) -> dict[str, Tensor]:
-    """Return the set with its hidden units in the order in which they are most similar to those of `known`."""
+    """Return the parameter set `weights` with its hidden units reordered so that they are most similar to those of
+    `known`.
+    """
     tensors = dict(weights)
     slots = torch.arange(len(layers))
     for turn in range(_ROUNDS):
@@ -109,7 +114,9 @@ def _alike(weights: Weights, known: Weights, layer: Hidden) -> Tensor:
 
 
 def refuse_shared(model: Classifier) -> None:
-    """Raise `TargetError` if a layer occurs twice: one order of its units cannot suit both places."""
+    """Raise `TargetError` if a layer occurs twice in the model, because no single order of its units may suit both
+    places.
+    """
     assert isinstance(model.net, nn.Module)
     seen: set[int] = set()
     for name, layer in model.net.named_modules(remove_duplicate=False):
@@ -122,10 +129,11 @@ def refuse_shared(model: Classifier) -> None:
 
 
 def all_aligned(members: Members, model: Classifier, data: Batch, *, rng: Draws) -> Members:
-    """Align every set to the first one. Compares the outputs of each set before and after on some inputs of `data`.
+    """Align every parameter set to the first one, and return the aligned collection.
 
-    Raises `TargetError` if outputs change by more than rounding: then the network does not treat its units
-    independently, as its list of layers suggests. Cost: two forward passes of 64 inputs for each set.
+    The outputs of each set before and after are compared on at most 64 inputs of `data`, which costs two forward passes
+    of them for each set. Raises `TargetError` if they differ by more than rounding: the network then does not treat its
+    units independently, as its list of layers suggests.
     """
     layers, sets = hidden(model), [members.one(0)]
     some = data.take(torch.arange(min(_LOOKED_AT, len(data))))

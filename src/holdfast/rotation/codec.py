@@ -35,17 +35,19 @@ _AT_ONCE = 1 << 18  # columns that are converted to double precision at a time
 
 @dataclass(frozen=True)
 class Span:
-    """A mean parameter set and orthonormal directions; a set is the mean plus a combination of the directions."""
+    """The affine space that contains a collection: a mean parameter set and orthonormal directions, which are combined
+    linearly.
+    """
 
     mean: dict[str, Tensor]
     directions: dict[str, Tensor]
-    """each tensor has shape (rank, *shape); flattened and joined, the rows are orthonormal"""
+    """directions by parameter name, each of shape (rank, *shape); flattened and joined, their rows are orthonormal"""
     kept: float
-    """share of the variance of the collection along the directions"""
+    """fraction of the variance of the collection that lies along the directions"""
 
     @property
     def rank(self) -> int:
-        """Number of principal directions."""
+        """Number of orthonormal directions."""
         return len(next(iter(self.directions.values())))
 
     @property
@@ -54,7 +56,7 @@ class Span:
         return sum(value.numel() for value in self.mean.values())
 
     def coordinates(self, members: Members) -> Tensor:
-        """Coefficients of the directions for each set, (n, rank), float64."""
+        """Return the coefficients of the directions for each parameter set, (n, rank), float64."""
         coefficients = torch.zeros(len(members), self.rank, dtype=torch.float64)
         for name, value in members.tensors.items():
             pieces = zip(_pieces(value - self.mean[name]), _pieces(self.directions[name]), strict=True)
@@ -63,24 +65,26 @@ class Span:
         return coefficients.to(value.device)
 
     def sets(self, coordinates: Tensor) -> dict[str, Tensor]:
-        """The parameter sets at `coordinates` (n, rank), each tensor (n, *shape)."""
+        """Return the parameter sets at `coordinates` (n, rank); each tensor has shape (n, *shape)."""
         return {
             name: mean + torch.einsum("nr,r...->n...", coordinates.to(mean), self.directions[name])
             for name, mean in self.mean.items()
         }
 
     def at(self, coordinates: Tensor, columns: Tensor) -> Tensor:
-        """Parameters at positions `columns` (k) of the flattened sets at `coordinates` (n, rank), shape (n, k)."""
+        """Return the parameters at positions `columns` (k) of the flattened sets at `coordinates` (n, rank), of shape
+        (n, k).
+        """
         rows = torch.cat([value.flatten(1) for value in self.directions.values()], 1)[:, columns]
         mean = torch.cat([value.flatten() for value in self.mean.values()])[columns]
         return mean + coordinates.to(rows) @ rows
 
 
 def span(members: Members, rank: Steps | None = None) -> Span:
-    """The mean and the `rank` principal directions of a collection; by default all directions.
+    """Return the mean and the first `rank` principal directions of a collection; by default all directions.
 
     With all directions the sets are recovered exactly, except for components below 1e-5 of the largest, which are
-    treated as rounding. Raises `UsageError` for fewer than two sets, or if all sets are equal.
+    treated as rounding errors. Raises `UsageError` for fewer than two sets, or if all sets are equal.
     """
     if len(members) < 2:
         raise UsageError(
@@ -120,13 +124,14 @@ _TINY = 1e-6
 
 @dataclass(frozen=True)
 class Embedding:
-    """A fitted codec: encodes parameter sets as latents, whose dimensions have mean 0 and deviation 1, and decodes
-    them.
+    """A fitted codec, which encodes parameter sets as latents and decodes them.
+
+    Each dimension of the latents has mean 0 and standard deviation 1 over the collection.
     """
 
     span: Span
     scale: float
-    """standard deviation of the coordinates; the networks take coordinates divided by it"""
+    """standard deviation of the coordinates, by which they are divided before they are passed to the networks"""
     encoder: nn.Module
     decoder: nn.Module
     mean: Tensor
@@ -134,7 +139,7 @@ class Embedding:
     deviation: Tensor
     """standard deviation of the latents, (dims)"""
     lost: float
-    """share of the variance in the span that is lost by encoding and decoding"""
+    """fraction of the variance inside the span that is lost by encoding and decoding"""
 
     @property
     def dims(self) -> int:
@@ -143,31 +148,33 @@ class Embedding:
 
     @torch.no_grad()
     def encoded(self, members: Members) -> Tensor:
-        """Latents of the parameter sets, (n, dims)."""
+        """Return the latents of the parameter sets, (n, dims)."""
         raw: Tensor = self.encoder((self.span.coordinates(members) / self.scale).float())
         return (raw - self.mean) / self.deviation
 
     def coordinates(self, latents: Tensor) -> Tensor:
-        """Coordinates in the span (n, rank) of the latents. Differentiable with respect to the latents."""
+        """Return the coordinates in the span (n, rank) of latents (n, dims); differentiable with respect to the
+        latents.
+        """
         raw: Tensor = self.decoder(latents * self.deviation + self.mean)
         return raw * self.scale
 
     @torch.no_grad()
     def decoded(self, latents: Tensor) -> dict[str, Tensor]:
-        """Parameter sets of the latents, each tensor (n, *shape)."""
+        """Return the parameter sets of latents (n, dims); each tensor has shape (n, *shape)."""
         return self.span.sets(self.coordinates(latents))
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Settings of a codec, which learns to describe each parameter set of a collection by a few numbers."""
+    """Settings of a codec, which learns to describe each parameter set of a collection by `dims` numbers."""
 
     rank: Steps = 64
-    """largest number of principal directions that are kept"""
+    """largest number of principal directions that are used"""
     dims: Steps = 32
-    """dimensions of the latents"""
+    """number of dimensions of the latents"""
     hidden: Steps = 256
-    """units of the hidden layer"""
+    """number of units of the hidden layer"""
     parameter_noise: NonNegative = 0.05
     """standard deviation of the noise on the coordinates, in multiples of their standard deviation"""
     latent_noise: NonNegative = 0.1
@@ -175,12 +182,14 @@ class Codec:
     steps: Steps = 800
     """number of updates"""
     batch: Steps = 64
-    """parameter sets in each update"""
+    """number of parameter sets in each update"""
     lr: Positive = 2e-3
     """largest learning rate; it decreases along a cosine"""
 
     def __call__(self, members: Members, *, rng: Draws) -> Embedding:
-        """Fit the codec. Raises `UsageError` for fewer than two sets, `LostLoss` if the training diverges."""
+        """Fit the codec to a collection. Raises `UsageError` for fewer than two sets, and `LostLoss` if the training
+        diverges.
+        """
         inside = span(members, self.rank)
         coordinates = inside.coordinates(members)
         scale = float(coordinates.std())
@@ -234,7 +243,7 @@ def stepped(optimizer: torch.optim.Optimizer, loss: Tensor, where: str, lr: floa
 
 
 def codec_layers(*widths: int) -> nn.Sequential:
-    """Linear layers of the given widths with a SiLU between each two of them."""
+    """Return a network of linear layers of the given widths, with a SiLU between each two of them."""
     modules: list[nn.Module] = []
     for wide, next_wide in pairwise(widths):
         modules += [nn.Linear(wide, next_wide), nn.SiLU()]
@@ -242,7 +251,7 @@ def codec_layers(*widths: int) -> nn.Sequential:
 
 
 def packed(embedding: Embedding) -> dict[str, Tensor]:
-    """All tensors of a fitted codec by name, for a file. `unpacked` is the inverse."""
+    """Return all tensors of a fitted codec by name, for storage in a file. `unpacked` is the inverse."""
     tensors = {f"mean.{name}": value for name, value in embedding.span.mean.items()}
     tensors |= {f"directions.{name}": value for name, value in embedding.span.directions.items()}
     tensors |= {f"encoder.{name}": value for name, value in embedding.encoder.state_dict().items()}
@@ -257,7 +266,7 @@ def packed(embedding: Embedding) -> dict[str, Tensor]:
 
 
 def unpacked(tensors: Mapping[str, Tensor]) -> Embedding:
-    """The fitted codec of the tensors that `packed` returned."""
+    """Return the fitted codec from the tensors that `packed` returned."""
 
     def network(first: str) -> nn.Module:
         state = without_prefix(tensors, first)

@@ -1,8 +1,7 @@
-"""Collects parameter sets of one architecture, trained by any recipe, on which a generator is trained.
+"""Collection of parameter sets of one architecture, trained by any recipe, on which a generator is trained.
 
-Sets from one training run are similar, and an attack on one breaks the others; sets from independent runs differ
-more. `Basins` has both: a few runs, each continued by a short sequence of checkpoints at a small constant learning
-rate.
+Sets from one training run are similar, and an attack on one breaks the others; sets from independent runs differ more.
+`Basins` combines both: a few runs, each continued by a short sequence of checkpoints at a small constant learning rate.
 """
 
 import math
@@ -31,7 +30,9 @@ Beginning = Literal["he", "own"]
 
 @dataclass(frozen=True)
 class Task:
-    """What the training of every parameter set has in common."""
+    """The inputs of a collection that the training runs of all parameter sets share: model, data, threat model and
+    recipes.
+    """
 
     model: Classifier
     """model that defines the architecture; it is not changed"""
@@ -39,45 +40,46 @@ class Task:
     """training examples"""
     threat: ThreatModel
     recipe: Recipe
-    """recipe by which each run is trained from its initial weights"""
+    """recipe that trains each run from its initial weights"""
     tail: Recipe
-    """recipe by which a run is continued for its sequence of checkpoints; its epochs, learning rate, warm-up and
+    """recipe that continues a run to produce its sequence of checkpoints; its epochs, learning rate, warm-up and
     averaging are overridden"""
     begins: Beginning = "he"
-    """how initial weights are sampled: `he` preserves the size of the activations (He et al.); `own` is the rule of
-    each layer, which for the layers of torch is 2.4 times smaller and makes independent runs three times as similar
-    to an attack"""
+    """how initial weights are sampled. `he` preserves the size of the activations (He et al.). `own` is the rule of
+    each layer; for the layers of torch its weights are 2.4 times smaller, and an attack on one of the resulting runs
+    breaks the others three times as often"""
 
 
 class Source(Protocol):
-    """A method that produces parameter sets, by one or more training runs."""
+    """Protocol of a method that produces parameter sets by one or more training runs."""
 
     anew: ClassVar[bool]
     """whether each run is trained from fresh random weights; otherwise it starts from the given model"""
 
     @property
     def runs(self) -> int:
-        """Number of training runs. Each can be computed without the others."""
+        """Number of training runs. Each run is independent of the others."""
 
     @property
     def updates(self) -> int:
-        """Updates of one run after the training of its base."""
+        """Number of updates of one run after the training of its base."""
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
-        """Yield the models of one run that starts at `base`, in order. Their parameters are the sets."""
+        """Yield the models of one run that starts at `base`, in order; their parameters are the parameter sets."""
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Checkpoints of one run, as in the published recipe. A rotation among them gives no protection.
+    """Settings for a collection of checkpoints of one run, as in the published recipe. Rotation among them gives no
+    protection.
 
-    All lie in one basin of the loss, so an attack on one breaks the others.
+    All of them lie in one basin of the loss, so an attack on one breaks the others.
     """
 
     sets: Steps = 200
     """number of checkpoints"""
     every: Steps = 4
-    """updates between two checkpoints"""
+    """number of updates between two checkpoints"""
     lr: Positive = 1e-3
     """constant learning rate between the checkpoints"""
 
@@ -90,7 +92,7 @@ class Trajectory:
 
     @property
     def updates(self) -> int:
-        """Updates from the first checkpoint to the last."""
+        """Number of updates from the base to the last checkpoint."""
         return self.sets * self.every
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
@@ -99,7 +101,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Seeds:
-    """The final parameter sets of independent runs."""
+    """Settings for a collection of the final parameter sets of independent runs."""
 
     seeds: Steps = 18
     """number of runs"""
@@ -113,7 +115,7 @@ class Seeds:
 
     @property
     def updates(self) -> int:
-        """Always 0: a run ends with the training of its base."""
+        """Always 0, because a run ends with the training of its base."""
         return 0
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
@@ -122,14 +124,14 @@ class Seeds:
 
 @dataclass(frozen=True)
 class Basins:
-    """A few independent runs, each continued by a short sequence of checkpoints."""
+    """Settings for a collection from a few independent runs, each continued by a short sequence of checkpoints."""
 
     seeds: Steps = 8
     """number of runs"""
     sets: Steps = 25
-    """checkpoints of each run"""
+    """number of checkpoints of each run"""
     every: Steps = 4
-    """updates between two checkpoints"""
+    """number of updates between two checkpoints"""
     lr: Positive = 1e-3
     """constant learning rate between the checkpoints"""
 
@@ -142,7 +144,7 @@ class Basins:
 
     @property
     def updates(self) -> int:
-        """Updates from the first checkpoint of a run to its last."""
+        """Number of updates from the base of a run to its last checkpoint."""
         return self.sets * self.every
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
@@ -151,17 +153,18 @@ class Basins:
 
 @dataclass(frozen=True)
 class Subset:
-    """Several trainings of a subset of the parameters of the given model, for networks too large to train in full.
+    """Settings for several trainings of a subset of the given model's parameters, for networks too large to train in
+    full.
 
-    The features do not change, so an attack on one set works on the others, too.
+    The other parameters do not change, so the features stay similar and an attack on one set also works on the others.
     """
 
     names: tuple[str, ...]
-    """prefixes of the names of the parameters that are trained, as in ("net.8.",)"""
+    """prefixes of the names of the parameters that are trained, such as `("net.8.",)`"""
     sets: Steps = 20
     """number of trainings"""
     updates: Steps = 150
-    """updates of each training"""
+    """number of updates of each training"""
     lr: Positive = 1e-3
     """constant learning rate"""
 
@@ -180,7 +183,9 @@ class Subset:
         yield from tail(model, task, 1, self.updates, self.lr, rng)
 
     def chosen(self, model: Classifier) -> list[str]:
-        """Names of the parameters that are trained. Raises `UsageError` if no name has one of the prefixes."""
+        """Return the names of the parameters that are trained. Raises `UsageError` if no name has one of the
+        prefixes.
+        """
         names = rotated(model)
         chosen = [name for name in names if name.startswith(self.names)]
         if not chosen:
@@ -193,19 +198,16 @@ class Subset:
 
 @dataclass(frozen=True)
 class LowRank:
-    """Several copies of the given model, each trained further after a random low-rank change.
-
-    The change is added to the weight of each linear layer.
-    """
+    """Settings for several copies of the given model, each trained further after a random low-rank change."""
 
     rank: Steps = 4
     """rank of the change"""
     kick: Positive = 1.0
-    """Frobenius norm of the change, in multiples of that of the weight"""
+    """Frobenius norm of the change, in multiples of the Frobenius norm of the weight"""
     sets: Steps = 20
     """number of trainings"""
     updates: Steps = 100
-    """updates of each training"""
+    """number of updates of each training"""
     lr: Positive = 1e-3
     """constant learning rate"""
 
@@ -231,9 +233,9 @@ def collect(
     rng: Draws,
     said: Callable[[int, int], None] = lambda run, of: None,
 ) -> Members:
-    """Collect all parameter sets of a source. Raises `UsageError`, `TargetError`.
+    """Collect all parameter sets of a source. Raises `UsageError` and `TargetError`.
 
-    `said` is called after each run with the number of runs that are done and of all runs.
+    `said` is called after each run with the number of completed runs and the number of all runs.
     """
     sets, basins = [], []
     for run in range(source.runs):
@@ -246,22 +248,22 @@ def collect(
 
 
 def swapped(source: Source, model: Classifier) -> Sequence[str]:
-    """Names of the parameters that the sets of a source contain."""
+    """Return the names of the parameters that the sets of a source contain."""
     return source.chosen(model) if isinstance(source, Subset) else rotated(model)
 
 
 def trained_anew(task: Task, rng: Draws) -> Classifier:
-    """A model of the task's architecture, trained from fresh random weights."""
+    """Return a model of the task's architecture, trained from fresh random weights."""
     begun = begun_anew(task.model, rng.at("begin"), task.begins)
     return last_of(task.recipe, begun, task.data, task.threat, rng.at("training"))
 
 
 def begun_anew(model: Classifier, rng: Draws, begins: Beginning) -> Classifier:
-    """A copy with fresh random weights. Raises `TargetError` for a layer without `reset_parameters`.
+    """Return a copy of the model with fresh random weights.
 
-    With `he`, weights of linear layers and convolutions have the variance of He et al., "Delving Deep into
-    Rectifiers", ICCV 2015, arXiv:1502.01852, those of the last such layer half of it. Other parameters are sampled
-    by the rule of their layer.
+    With `he`, weights of linear layers and convolutions have the variance of He et al., "Delving Deep into Rectifiers",
+    ICCV 2015, arXiv:1502.01852, and those of the last such layer half of it. Other parameters are sampled by the rule
+    of their layer. Raises `TargetError` for a layer without `reset_parameters`.
     """
     new = deepcopy(model).requires_grad_()
     with drawing(rng):
@@ -287,9 +289,10 @@ def _enlarge(layers: Sequence[nn.Linear | _ConvNd]) -> None:
 
 
 def tail(base: Classifier, task: Task, sets: int, every: int, lr: float, rng: Draws) -> Iterator[Classifier]:
-    """Yield `sets` models with `every` updates between two, at a constant learning rate, on batches sampled with `rng`.
+    """Yield `sets` models that continue the training of `base`, with `every` updates from one to the next.
 
-    Recipes that hold examples out, such as those with a guard, make fewer updates.
+    The learning rate is constant, and batches are sampled with `rng`. Recipes that reserve held-out examples, such as
+    those with a guard, make fewer updates.
     """
     batch = task.tail.training.batch
     passes = math.ceil(
@@ -326,7 +329,7 @@ def _without_examples(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def last_of(recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel, rng: Draws) -> Classifier:
-    """The model at the last checkpoint of a recipe, in eval mode."""
+    """Train a copy of the model with a recipe, and return it at the last checkpoint, in eval mode."""
     new = deepcopy(model)
     checkpoint: Checkpoint | None = None
     for checkpoint in recipe(model, data, threat, rng=rng):  # noqa: B007
@@ -337,7 +340,7 @@ def last_of(recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel,
 
 
 def rows_of(data: Batch, n: int, rng: Draws) -> Batch:
-    """At most `n` of the examples, sampled without replacement."""
+    """Return at most `n` of the examples, sampled without replacement."""
     return data.take(rng.bits(data.ids).argsort()[:n])
 
 

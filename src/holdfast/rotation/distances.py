@@ -1,4 +1,6 @@
-"""Distances between parameter sets, summed over their tensors. They do not predict whether an attack transfers."""
+"""Distances between parameter sets, summed over their tensors. These distances do not predict whether an attack
+transfers.
+"""
 
 import torch
 from torch import Tensor
@@ -7,7 +9,9 @@ from holdfast.rotation.members import Members
 
 
 def l1(some: Members, others: Members) -> Tensor:
-    """Mean absolute difference of the parameters between each set of `some` and each of `others`, (n, m), float64."""
+    """Return the mean absolute difference of the parameters between each set of `some` and each of `others`, (n, m),
+    float64.
+    """
     total = torch.zeros(len(some), len(others), dtype=torch.float64)
     for name, value in some.tensors.items():
         total += torch.cdist(value.flatten(1), others.tensors[name].flatten(1), p=1).double().cpu()
@@ -15,9 +19,10 @@ def l1(some: Members, others: Members) -> Tensor:
 
 
 def apart(members: Members) -> float:
-    """Distance between the runs of a collection: the mean L1 distance between the mean sets of its runs.
+    """Return the distance between the runs of a collection: the mean L1 distance between the mean parameter sets of its
+    runs.
 
-    For a collection of a single run: the mean L1 distance of each set to its nearest other set.
+    For a collection from a single run, return the mean L1 distance of each set to its nearest other set.
     """
     bases = members.bases()
     if len(bases) > 1:
@@ -28,6 +33,8 @@ def apart(members: Members) -> float:
 
 
 def nearest_sets(some: Members, others: Members) -> tuple[Tensor, Tensor]:
-    """For each set, the L1 distance to the nearest of the others (n) and the index of that set (n)."""
+    """Return for each set of `some` the L1 distance to the nearest set of `others` (n), and the index of that
+    set (n).
+    """
     found = l1(some, others).min(1)
     return found.values, found.indices

@@ -29,14 +29,16 @@ from holdfast.rotation.immunising import ball, shared_out
 
 
 class Features:
-    """The features of the latest forward pass."""
+    """Record of the features that a network computed in its latest forward pass; `watched` fills it."""
 
     def __init__(self) -> None:
         self._rows = 0
         self._found: Tensor | None = None
 
     def or_logits(self, logits: Logits) -> Tensor:
-        """The input of the last layer, with at least as many rows as the batch, or `logits` if there is none."""
+        """Return the recorded input of the last layer, with at least as many rows as the batch, or `logits` if none was
+        recorded.
+        """
         return logits if self._found is None else self._found
 
     def _begin(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -50,10 +52,10 @@ class Features:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[Features]:
-    """Context that records the input of the last linear or convolution layer that runs for the whole batch in a pass.
+    """Context manager that records the input of the last linear or convolution layer that is called for a whole batch.
 
-    Layers are recognised by their type; a network that was imported as one graph or program, or that stores its weights
-    elsewhere, has none. All hooks are removed at the end, also after an error.
+    Layers are recognised by their type; none is found in a network that was imported as one graph or program, or that
+    stores its weights elsewhere. All hooks are removed on exit, also after an error.
     """
     features = Features()
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, _ConvNd))]
@@ -68,26 +70,26 @@ def watched(model: nn.Module) -> Iterator[Features]:
 
 @dataclass(frozen=True)
 class Distilled:
-    """Settings for distilled examples, computed from training inputs, for `Immunise(crafting=Distilled())`."""
+    """Settings of distilled examples, which are computed from training inputs, for `Immunise(crafting=Distilled())`."""
 
     examples: Steps = 6_000
     """largest number of training inputs; each is assigned to one of the stolen sets"""
     overshoot: Positive = 1.25
     """radius of the ball, in multiples of eps"""
     steps: Steps = 6
-    """gradient steps towards the features of the other input"""
+    """number of gradient steps towards the features of the other input"""
     reach: Positive = 2.0
-    """length of the path, in multiples of that radius"""
+    """path length, in multiples of that radius"""
 
     def __call__(
         self, exposed: Sequence[Classifier], data: Batch, threat: ThreatModel, *, rng: Draws
     ) -> Batch:
         """Return the changed inputs (n, *features) with their original labels.
 
-        The other input of each is a random example of `data`. The features are the input of the last linear layer or
-        convolution, of any shape; for a network in which none is found, the logits. Cost for each example: `steps`
-        forward and backward passes, and one forward pass of the other input. Raises `UsageError` if no stolen set is
-        given, or if the threat model has no eps.
+        The other input, whose features are the goal, is a random example of `data`. The features are the input of the
+        last linear layer or convolution, of any shape; for a network in which none is found, the logits. Cost for each
+        example: `steps` forward and backward passes, and one forward pass of the other input. Raises `UsageError` if no
+        stolen set is given, or if the threat model has no eps.
         """
         made = partial(self._made, data=data, constraint=ball(threat, self.overshoot, self), rng=rng)
         return shared_out(exposed, data, self.examples, made, rng.at("inputs"))

@@ -32,14 +32,16 @@ Regulariser = Literal["off", "printed", "away", "hinge"]
 Sampler = Literal["ddpm", "ddim"]
 
 UNKNOWN = -1
-"""Value in `Members.basins` of a set that belongs to no run."""
+"""value in `Members.basins` of a set that belongs to no training run"""
 _FREQUENCIES = 16
 # Parameters that distances are computed from, those of them in one update, and the sets in one update:
 _POOL, _COLUMNS, _ROWS = 16_384, 512, 24
 
 
 class Denoiser(nn.Module):
-    """Predicts the noise in latents (n, dims) at given diffusion steps, with a residual multilayer perceptron."""
+    """Network that predicts the noise in latents (n, dims) at given diffusion steps: a residual multilayer
+    perceptron.
+    """
 
     falling: Tensor
 
@@ -51,7 +53,7 @@ class Denoiser(nn.Module):
         self.register_buffer("falling", torch.exp(-0.5 * torch.arange(_FREQUENCIES)), persistent=False)
 
     def forward(self, latents: Tensor, step: Tensor) -> Tensor:
-        """Predicted noise (n, dims) in `latents` at diffusion steps `step` (n)."""
+        """Return the predicted noise (n, dims) in `latents` (n, dims) at diffusion steps `step` (n)."""
         angle = step.to(latents.dtype)[:, None] * self.falling
         hidden = F.silu(self.first(torch.cat((latents, angle.sin(), angle.cos()), 1)))
         for block in self.blocks:
@@ -62,23 +64,26 @@ class Denoiser(nn.Module):
 
 @dataclass(frozen=True)
 class Generator:
-    """A fitted generator of parameter sets. Keep it secret: it reveals the collection it was fitted to."""
+    """A fitted generator of parameter sets. It must be secret, because the collection can be reconstructed from it."""
 
     embedding: Embedding
     denoiser: nn.Module
     diffusion: Diffusion
 
     def drawn(self, n: int, rng: Draws, sampler: Sampler = "ddpm") -> Members:
-        """Generate `n` parameter sets. The same `rng` generates the same sets, so secret sets need a secret `rng`."""
+        """Generate `n` parameter sets. The same `rng` generates the same sets, so `rng` must be secret if the
+        sets are.
+        """
         ids = torch.arange(n, device=self.embedding.mean.device)
         draw = self.diffusion.ddpm if sampler == "ddpm" else self.diffusion.ddim
         latents = draw(self.denoiser, ids, self.embedding.dims, rng)
         return Members(self.embedding.decoded(latents), torch.full((n,), UNKNOWN))
 
     def mean(self) -> dict[str, Tensor]:
-        """The parameter set at the mean of the latents.
+        """Return the parameter set at the mean of the latents.
 
-        For a collection of one run it is as good a model as any generated set; for several runs it does not work.
+        For a collection from one run it is as good a model as any generated set; for one from several runs it does not
+        work.
         """
         middle = torch.zeros(1, self.embedding.dims, device=self.embedding.mean.device)
         return Members(self.embedding.decoded(middle), torch.full((1,), UNKNOWN)).one(0)
@@ -90,26 +95,28 @@ class LatentDiffusion:
 
     diffusion: Diffusion = field(default_factory=Diffusion)
     width: Steps = 384
-    """units of each layer of the denoiser"""
+    """number of units of each layer of the denoiser"""
     depth: Steps = 3
-    """residual blocks of the denoiser"""
+    """number of residual blocks of the denoiser"""
     steps: Steps = 3_000
-    """number of updates; with half as many, a third of the sets generated from several runs work instead of four
-    fifths"""
+    """number of updates; with half as many, only a third of the sets that are generated from several runs work, instead
+    of four fifths"""
     batch: Steps = 64
-    """latents in each update"""
+    """number of latents in each update"""
     lr: Positive = 1e-3
     """largest learning rate; it decreases along a cosine"""
     regulariser: Regulariser = "off"
-    """term for the L1 distance to the collection: `off`: none; `printed`: the distance to the set that is restored,
-    as in the paper; `away`: minus that; `hinge`: a hinge loss on the distance to the nearest set"""
+    """term of the loss for the L1 distance to the collection: `off`: none; `printed`: the distance to the set that is
+    restored, as in the paper; `away`: minus that distance; `hinge`: a hinge loss on the distance to the nearest set"""
     weight: NonNegative = 1.0
     """weight of the regulariser (lambda)"""
     margin: Positive = 0.3
     """margin of the hinge, in multiples of the distance between the runs of the collection"""
 
     def __call__(self, embedding: Embedding, members: Members, *, rng: Draws) -> Generator:
-        """Fit a generator to the collection that the codec was fitted to. Raises `LostLoss` if training diverges."""
+        """Fit a generator to the collection that the codec was fitted to. Raises `LostLoss` if the training
+        diverges.
+        """
         latents = embedding.encoded(members)
         with drawing(rng.at("begin")):
             denoiser = Denoiser(embedding.dims, self.width, self.depth).to(latents.device)
@@ -174,7 +181,7 @@ class _Far:
 
 
 def packed_generator(generator: Generator) -> dict[str, Tensor]:
-    """All tensors of a generator by name, for a file. `unpacked` is the inverse."""
+    """Return all tensors of a generator by name, for storage in a file. `unpacked_generator` is the inverse."""
     tensors = {f"codec.{name}": value for name, value in codec.packed(generator.embedding).items()}
     tensors |= {f"denoiser.{name}": value for name, value in generator.denoiser.state_dict().items()}
     settings = torch.tensor([generator.diffusion.steps, generator.diffusion.clamp], dtype=torch.float64)
@@ -182,7 +189,7 @@ def packed_generator(generator: Generator) -> dict[str, Tensor]:
 
 
 def unpacked_generator(tensors: Mapping[str, Tensor]) -> Generator:
-    """The generator of the tensors that `packed` returned."""
+    """Return the generator from the tensors that `packed_generator` returned."""
     embedding, state = codec.unpacked(without_prefix(tensors, "codec.")), without_prefix(tensors, "denoiser.")
     width, depth = len(state["first.bias"]), sum(name.endswith(".bias") for name in state) - 2
     denoiser = Denoiser(embedding.dims, width, depth)

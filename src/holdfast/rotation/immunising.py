@@ -1,4 +1,4 @@
-"""Immunising: trains a parameter set so that adversarial examples computed on stolen sets do not break it.
+"""Immunising: training of a parameter set so that adversarial examples computed on stolen sets do not break it.
 
 Transfer examples are computed on the stolen sets by momentum PGD (Dong et al., "Boosting Adversarial Attacks with
 Momentum", CVPR 2018, arXiv:1710.06081), from training inputs only, and their loss is added to that of half an epoch
@@ -33,16 +33,21 @@ _AT_ONCE = 1_000
 
 
 class Making(Protocol):
-    """Computes examples on stolen sets: `Crafting` or `Distilled`."""
+    """Protocol of a method that computes examples on stolen sets: `Crafting` or `Distilled`."""
 
     def __call__(
         self, exposed: Sequence[Classifier], data: Batch, threat: ThreatModel, *, rng: Draws
     ) -> Batch:
-        """Return changed inputs of `data` with their original labels."""
+        """Return changed inputs of `data` with their original labels, computed on the models `exposed`, which have
+        stolen sets.
+        """
 
 
 def ball(threat: ThreatModel, overshoot: float, making: Making) -> Constraint:
-    """The constraint of a threat model with its eps multiplied by `overshoot`. Raises `UsageError` if it has no eps."""
+    """Return the constraint of a threat model with its eps multiplied by `overshoot`.
+
+    Raises `UsageError`, with the name of `making`, if the constraint has no eps.
+    """
     whole = expect_eps(threat.constraint, making)
     return whole.resized(overshoot * whole.eps)
 
@@ -54,9 +59,11 @@ def shared_out(
     made: Callable[[Classifier, Batch], Batch],
     rng: Draws,
 ) -> Batch:
-    """Apply `made` to at most `n` sampled examples, each with a copy, in eval mode, of one of the `exposed` models.
+    """Sample at most `n` examples, divide them among the models `exposed`, and apply `made` to a model and its
+    examples.
 
-    Raises `UsageError` if `exposed` is empty.
+    Each model is copied and in eval mode. Returns the results of `made` in one batch. Raises `UsageError` if `exposed`
+    is empty.
     """
     if not exposed:
         raise UsageError(
@@ -73,23 +80,23 @@ def shared_out(
 
 @dataclass(frozen=True)
 class Crafting:
-    """Settings for transfer examples, computed from training inputs by momentum PGD."""
+    """Settings of transfer examples, which are computed from training inputs by momentum PGD."""
 
     examples: Steps = 6_000
     """largest number of training inputs; each is assigned to one of the stolen sets"""
     overshoot: Positive = 1.25
     """radius of the ball, in multiples of eps"""
     steps: Steps = 6
-    """gradient steps; all are taken, even after an example is adversarial"""
+    """number of gradient steps; they do not stop when an example is adversarial"""
     reach: Positive = 2.5
-    """length of the path, in multiples of that radius"""
+    """path length, in multiples of that radius"""
     momentum: NonNegative = 0.9
-    """decay factor of the momentum"""
+    """decay factor of the momentum in each step"""
 
     def __call__(
         self, exposed: Sequence[Classifier], data: Batch, threat: ThreatModel, *, rng: Draws
     ) -> Batch:
-        """Return the changed inputs with their original labels.
+        """Return the changed inputs (n, *features) with their original labels.
 
         Cost: `steps` forward and backward passes for each example.
         """
@@ -113,20 +120,22 @@ class Crafting:
 
 @dataclass(frozen=True)
 class Immunise:
-    """Trains a set for a part of an epoch on the loss of a recipe and on examples computed on stolen sets."""
+    """Settings of immunising: a set is trained for a part of an epoch on the loss of a recipe and on transfer
+    examples.
+    """
 
     share: Fraction = 0.5
-    """share of the training data that is used, for one epoch"""
+    """fraction of the training data that is used, for one epoch"""
     weight: Positive = 0.5
     """weight of the loss of the computed examples, relative to the loss of the recipe"""
     batch: Steps = 64
-    """computed examples in each update"""
+    """number of computed examples in each update"""
     lr: Positive = 1e-3
     """largest learning rate of a one-cycle schedule"""
     crafting: Making = field(default_factory=Crafting)
 
     def updates(self, examples: int, batch: int) -> int:
-        """Number of updates for `examples` training examples with batches of `batch` examples."""
+        """Return the number of updates for `examples` training examples with batches of `batch` examples."""
         return max(math.ceil(max(round(self.share * examples), 1) / batch), 1)
 
     def __call__(
@@ -174,10 +183,10 @@ def chain(
 ) -> list[Classifier]:
     """Immunise a model `rotations` times in a row, each time against its last `remembered` predecessors.
 
-    Returns the model and its successors, `rotations + 1` models. For models that were hardened by single-step
-    training, each rotation increases robustness further, while a longer single-step training does not; PGD training
-    with as many passes achieves the same. For other models it is ordinary adversarial training in parts, and no
-    better.
+    Returns the model and its successors, `rotations + 1` models. For models that were hardened by single-step training,
+    each rotation increases robustness further, while a longer single-step training does not; PGD training with as many
+    passes achieves the same. For other models the result is no better than that of ordinary adversarial training of the
+    same length.
     """
     line = [model]
     for step in range(rotations):

@@ -18,7 +18,7 @@ from holdfast.ops.statistics import proportion
 from holdfast.rotation.members import Weights, refuse_foreign
 
 CANARIES = 256
-"""Default number of canary inputs that a set must answer before it serves."""
+"""default number of canary inputs on which a parameter set is tested before it serves"""
 
 _CLEAR = 2**-7
 """smallest difference of the two largest logits, relative to the largest absolute logit, that rounding cannot
@@ -29,11 +29,11 @@ _KNOWN = re.compile(r"([0-9a-f]{64})(?:/(\d+(?:,\d+)*))?")
 
 @dataclass(frozen=True, eq=False)
 class Live:
-    """The parameter set that should serve, with its metadata."""
+    """The parameter set that is to serve, with its metadata."""
 
     name: str
     epoch: int
-    """how many sets have served so far, including this one; it increases with each swap"""
+    """number of sets that have served so far, including this one; it increases with each swap"""
     weights: Weights
     """state dict of the network: parameters, and buffers such as the statistics of batch norm"""
     canary: str
@@ -82,7 +82,8 @@ def _state(model: Classifier) -> dict[str, Tensor]:
 
 
 def canary(model: Model, x: Inputs) -> str:
-    """Return a fingerprint of a set: SHA-256 in hex of the classes that it predicts for the canary inputs `x`.
+    """Return a fingerprint of a parameter set: SHA-256 in hex of the classes that it predicts for the canary inputs
+    `x`.
 
     Classes are used because logits differ between machines in their last digits, while damaged or wrong parameters
     change predictions. Canaries whose two largest logits are too close for rounding are excluded, and their indices
@@ -141,9 +142,10 @@ def _digest(classes: Labels, left_out: Sequence[int]) -> str:
 
 
 def next_set(waiting: Sequence[str]) -> str:
-    """Choose one of the waiting admitted sets with the randomness of the operating system, which no seed predicts.
+    """Choose one of the names `waiting` of admitted sets, with random numbers of the operating system, which cannot be
+    predicted.
 
-    Raises `Inconclusive` if none waits.
+    Raises `Inconclusive` if `waiting` is empty.
     """
     if not waiting:
         raise Inconclusive(
@@ -154,7 +156,9 @@ def next_set(waiting: Sequence[str]) -> str:
 
 @torch.no_grad()
 def churn(one: Model, other: Model, x: Inputs) -> Estimate:
-    """Share of inputs whose predicted classes differ between two models, with an interval of at least 95 % coverage."""
+    """Return the fraction of inputs whose predicted classes differ between two models, with an interval of at least 95
+    % coverage.
+    """
     return proportion(
         torch.cat([one(some).argmax(1) != other(some).argmax(1) for some in torch.split(x, _AT_ONCE)])
     )

@@ -13,7 +13,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 
 Weights = Mapping[str, Tensor]
-"""Parameters by name, as in a state dict."""
+"""parameters by name, as in a state dict"""
 
 _STATISTICS = 2_000  # inputs from which the statistics of batch norm are recomputed
 _AT_ONCE = 500
@@ -21,7 +21,9 @@ _AT_ONCE = 500
 
 @dataclass(frozen=True)
 class Members:
-    """A collection of parameter sets: each tensor has shape (n, *shape), and each set the index of its training run."""
+    """A collection of `n` parameter sets: each tensor has shape (n, *shape), and `basins` states the training run of
+    each set.
+    """
 
     tensors: dict[str, Tensor]
     basins: Tensor
@@ -29,9 +31,9 @@ class Members:
 
     @classmethod
     def of(cls, sets: Sequence[Weights], basins: Sequence[int]) -> "Members":
-        """Stack sets into a collection. Raises `TargetError` if architectures differ or a value is not finite.
+        """Stack parameter sets into a collection. `basins` are the indices of their training runs.
 
-        Raises `UsageError` if there are no sets.
+        Raises `TargetError` if architectures differ or a value is not finite, and `UsageError` if there are no sets.
         """
         if not sets:
             raise UsageError("there are no parameter sets; collect some first")
@@ -49,17 +51,17 @@ class Members:
         return sum(value[0].numel() for value in self.tensors.values())
 
     def one(self, place: int) -> dict[str, Tensor]:
-        """The set at index `place`."""
+        """Return the parameter set at index `place`."""
         return {name: value[place] for name, value in self.tensors.items()}
 
     def take(self, rows: Tensor) -> "Members":
-        """A subset of the sets, by indices or a mask."""
+        """Return the collection of some of the sets, chosen by indices or a mask."""
         return Members({name: value[rows] for name, value in self.tensors.items()}, self.basins[rows])
 
     def joined(self, other: "Members") -> "Members":
-        """The sets of both collections; the runs keep their indices. Raises `TargetError` if architectures differ.
+        """Return the sets of both collections in one; the indices of training runs do not change.
 
-        If one of them is empty, nothing is compared.
+        Raises `TargetError` if architectures differ. If one of the collections is empty, nothing is compared.
         """
         if len(self) and len(other):
             refuse_foreign(other.one(0), self.one(0), "the first of the other parameter sets")
@@ -67,7 +69,7 @@ class Members:
         return Members(tensors, torch.cat((self.basins, other.basins)))
 
     def bases(self) -> "Members":
-        """The mean parameter set of each run, ordered by the index of the run."""
+        """Return the mean parameter set of each training run, ordered by the index of the run."""
         runs = sorted(set(self.basins.tolist()))
         means = {
             name: torch.stack([value[self.basins == run].mean(0) for run in runs])
@@ -77,7 +79,11 @@ class Members:
 
 
 def refuse_foreign(weights: Weights, known: Weights, what: str) -> None:
-    """Raise `TargetError` if names, shapes or types differ from those of `known`, or a value is not finite."""
+    """Raise `TargetError` if names, shapes or types of `weights` differ from those of `known`, or a value is not
+    finite.
+
+    `what` describes the parameter set in the message.
+    """
     if weights.keys() != known.keys():
         other = min(weights.keys() ^ known.keys())
         has = "lacks" if other in known else "has"
@@ -99,12 +105,14 @@ def refuse_foreign(weights: Weights, known: Weights, what: str) -> None:
 
 
 def rotated(model: Classifier) -> list[str]:
-    """Names of the parameters that a rotation swaps: all of floating-point type. Buffers are recomputed from data."""
+    """Return the names of the parameters that a rotation swaps: all of floating-point type. Buffers are recomputed from
+    data.
+    """
     return [name for name, value in model.net.named_parameters() if value.is_floating_point()]  # type: ignore[union-attr]
 
 
 def weights_of(model: Classifier, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Copies of the named parameters, or of all."""
+    """Return copies of the parameters with the given names; by default of all that a rotation swaps."""
     assert isinstance(model.net, nn.Module)
     known = dict(model.net.named_parameters())
     return {name: known[name].detach().clone() for name in (rotated(model) if names is None else names)}
@@ -113,8 +121,8 @@ def weights_of(model: Classifier, names: Iterable[str] | None = None) -> dict[st
 def put(model: Classifier, weights: Weights, data: Batch | None = None) -> Classifier:
     """Return a copy of the model in eval mode with the parameters in `weights`; other parameters keep their values.
 
-    The statistics of batch norm are recomputed on the first inputs of `data`, since those of the model belong to
-    other parameters. Raises `UsageError` if the model has batch norm and `data` is None.
+    The statistics of batch norm are recomputed on the first inputs of `data`, since those of the model belong to other
+    parameters. Raises `UsageError` if the model has batch norm and `data` is None.
     """
     new = deepcopy(model).eval()
     assert isinstance(new.net, nn.Module)

@@ -1,7 +1,7 @@
 """A model whose parameters are swapped while it serves, so that stolen parameter sets become outdated.
 
 Each request uses one reference to a network that is never modified. A swap builds the next network and then replaces
-the reference. So each batch is answered by a single set, and no request waits or fails.
+the reference, so that each batch is answered by a single set, and no request waits or fails because of a swap.
 """
 
 import threading
@@ -18,15 +18,17 @@ from holdfast.rotation.triggers import AnswersPerPrincipal
 
 @dataclass(frozen=True)
 class Answers:
-    """Numbers of answers that a set gave during one epoch of service, since the last collection."""
+    """Numbers of answers of a parameter set to each principal during one epoch of service, since the previous
+    collection.
+    """
 
     name: str
     epoch: int
     principals: Mapping[str, int]
     others: int
-    """answers to callers without a name and to callers beyond the limit of names, in total"""
+    """number of answers to callers without a name and to callers beyond the limit of names, in total"""
     final: bool
-    """whether the set was replaced and answers no more requests"""
+    """whether the set was replaced and answers no further requests"""
 
 
 @dataclass(eq=False)
@@ -79,13 +81,13 @@ class _Serving:
 class RotatingModel:
     """A `Model` with the architecture and preprocessing of `model` and the parameter set that `current` returns.
 
-    `refresh` calls `current` and swaps. A new set must match its fingerprint on `canaries`. On any error an
-    exception is raised, and the old set continues to serve. No output of the model reveals the epoch.
+    `refresh` calls `current` and swaps. A new set must match its fingerprint on `canaries`. On any error an exception
+    is raised, and the old set continues to serve. No output of the model reveals the epoch.
 
-    With `sticky`, a principal keeps its first set until the set has given it that many answers, was withdrawn, or
-    `kept` later sets have been replaced. Answers are counted by principal, a name that the server assigns and no
-    client chooses. At most `principals` names are stored, over all sets that are in use or not yet collected;
-    further callers are counted together as one and get the live set, so a trigger may fire too early and never too
+    With `sticky`, a principal is answered by the same set until it got that many answers, the set was withdrawn, or
+    `kept` later sets have been replaced. Answers are counted by principal, a name that the server assigns and that no
+    client chooses. At most `principals` names are stored, over all sets that are in use or not yet collected. Further
+    callers are counted together as one and are answered by the live set, so a trigger may fire too early, but never too
     late.
     """
 
@@ -119,21 +121,21 @@ class RotatingModel:
 
     @property
     def live(self) -> tuple[str, int]:
-        """Name and epoch of the live set, for the operator of the service; do not show them to clients."""
+        """Name and epoch of the live set. They are for the operator of the service and must not be shown to clients."""
         book = self._live.book
         return book.name, book.epoch
 
     @property
     def asked(self) -> int:
-        """The largest number of answers that one principal got from the live set, or an upper bound of it."""
+        """Largest number of answers to one principal from the live set, or an upper bound of it."""
         return self._live.book.most
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits of the live set, counted for a caller without a name."""
+        """Return the logits of the live set for `x`; the answers are counted for a caller without a name."""
         return self._answered(x, ids, None)
 
     def answer(self, x: Inputs, *, principal: str) -> Logits:
-        """Logits for a principal, all from one set; each row counts as one answer.
+        """Return the logits of `x` for a principal, all from one parameter set; each row counts as one answer.
 
         Raises `UsageError` if `principal` is not a string.
         """
@@ -172,10 +174,10 @@ class RotatingModel:
         return self._live
 
     def refresh(self) -> bool:
-        """Swap to the set that `current` returns. Returns whether the epoch changed.
+        """Swap to the set that `current` returns, and return whether the epoch changed.
 
-        Raises `TargetError` if the set is unusable; the old set continues to serve. Cost: a copy of the network and
-        a forward pass of the canaries, while requests continue.
+        Raises `TargetError` if the set is unusable; the old set then continues to serve. Cost: a copy of the network
+        and a forward pass of the canaries, while requests continue.
         """
         with self._swapping:
             wanted, (name, epoch) = self._current(), self.live
@@ -203,7 +205,7 @@ class RotatingModel:
         return _Serving(model, _Book(wanted.name, wanted.epoch))
 
     def withdraw(self, name: str) -> None:
-        """Stop the use of a stolen or retired set: all principals get the live set from now on.
+        """Stop the use of the stolen or retired set `name`; all principals are answered by the live set from now on.
 
         Raises `UsageError` if it is the live set.
         """
@@ -217,11 +219,11 @@ class RotatingModel:
         self._ended += [one.book for one in among if one not in self._held]
 
     def collected(self, write: Callable[[Answers], object] = lambda answers: None) -> tuple[Answers, ...]:
-        """Return the answers since the last call, by epoch, and call `write` with each before it counts as collected.
+        """Return the numbers of answers since the previous call, by epoch, and call `write` with each of them.
 
         No answer is counted twice or lost: if `write` raises an exception, such as for a full disk, the next call
         returns the same answers again. A replaced set is returned once more, with `final`, when its last request is
-        done, and then removed.
+        done, and is then removed.
         """
         collected = []
         with self._collecting:

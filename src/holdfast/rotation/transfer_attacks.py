@@ -1,4 +1,4 @@
-"""Transfer attacks of an attacker with some models on a model that the attacker never queries.
+"""Transfer attacks: examples are computed on models of the attacker, for a target that the attacker never queries.
 
 Which attack transfers best depends on the networks, so the attacker uses several, and the best counts: momentum
 (MI-FGSM, Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018, arXiv:1710.06081); 50 steps on the
@@ -35,7 +35,10 @@ _AT_ONCE = 250  # examples in one batch
 
 @torch.no_grad()
 def noisy(source: M, spread: float, rng: Draws) -> M:
-    """A copy of a network with Gaussian noise in its weights, of `spread` times the root mean square of each tensor."""
+    """Return a copy of a network with Gaussian noise in its weights.
+
+    The standard deviation is `spread` times the root mean square of each tensor.
+    """
     copied = deepcopy(source)
     for name, value in copied.named_parameters():
         if value.is_floating_point():
@@ -46,12 +49,12 @@ def noisy(source: M, spread: float, rng: Draws) -> M:
 
 @dataclass(frozen=True)
 class ToTheEnd:
-    """PGD on the surrogates that takes all its steps, even after an example is adversarial."""
+    """PGD on the surrogates that performs all its steps, even after an example is adversarial."""
 
     steps: Steps = 50
-    """gradient steps, each with a gradient of every surrogate"""
+    """number of steps, each of which uses the gradients of all surrogates"""
     reach: Positive = 20.0
-    """length of the path, in multiples of eps"""
+    """path length, in multiples of eps"""
     loss: Loss = margin_loss
     """loss that is maximised"""
 
@@ -76,18 +79,18 @@ class ToTheEnd:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Another attack on copies of the surrogates with random noise in their weights.
+    """A transfer attack on copies of the surrogates with random noise in their weights.
 
-    Differs from SWAG: an attacker with one parameter set has no training trajectory from which to estimate the
-    noise, so its size is relative to each tensor.
+    Differs from SWAG: an attacker with one parameter set has no training trajectory from which to estimate the noise,
+    so its size is relative to each tensor.
     """
 
     attack: Transfer = field(default_factory=lambda: Transfer(neighbours=0))
-    """attack on the mean of the copies"""
+    """attack that is run on the mean of the copies"""
     copies: Steps = 4
-    """number of copies, taken from the surrogates in turn; at least one of each surrogate"""
+    """number of copies, made of each surrogate in turn; there is at least one copy of each surrogate"""
     spread: Positive = 0.1
-    """size of the noise, as a share of the root mean square of each tensor"""
+    """size of the noise, as a fraction of the root mean square of each tensor"""
 
     needs: ClassVar[Access] = "none"
 
@@ -107,12 +110,12 @@ ATTACKS: Mapping[str, Attack] = {
     "MI-DI-VMI": Transfer(diversity=0.5),
     "SWAG": Sampled(),
 }
-"""The default attacks, by their names in the literature."""
+"""default attacks, by their names in the literature"""
 
 
 @dataclass(frozen=True)
 class TransferAttacker:
-    """An attacker with some models, on which adversarial examples for another model are computed."""
+    """An attacker that computes adversarial examples for a target on one or more models of its own."""
 
     attacks: Mapping[str, Attack] = field(default_factory=lambda: ATTACKS)
     """attacks by name; each computes its examples on the surrogates of the threat model only"""
@@ -120,10 +123,11 @@ class TransferAttacker:
     def crafted(
         self, sources: Sequence[Classifier], batch: Batch, threat: ThreatModel, *, rng: Draws
     ) -> dict[str, Inputs]:
-        """Return the examples of each attack, by name. With several sources, the attacks use the mean of the models.
+        """Return the examples of each attack on `sources`, by name. With several sources, the attacks use the mean of
+        the models.
 
-        Each example is computed independently of the others. Cost for each example and source: about 160 gradients;
-        those of noisy copies are divided among the sources. Raises `UsageError` if there are no sources.
+        Each example is computed independently of the others. Cost for each example and source: about 160 gradients; the
+        gradients of noisy copies are divided among the sources. Raises `UsageError` if there are no sources.
         """
         if not sources:
             raise UsageError("an attacker without models cannot compute examples; give at least one model")

@@ -15,25 +15,25 @@ from holdfast.core.types import Count, NonNegative, Positive, Steps
 
 @dataclass(frozen=True)
 class Counters:
-    """State of the serving set that triggers decide on."""
+    """State of the serving set on which triggers depend."""
 
     answers: Count = 0
     """largest number of answers to one principal"""
     served_s: NonNegative = 0.0
-    """seconds for which it has served"""
+    """seconds since it began to serve"""
     alarm: str | None = None
-    """reason of an alarm since it began to serve; None if there was none"""
+    """reason of an alarm since the set began to serve; None if there was no alarm"""
     exposure: str | None = None
-    """reason to assume that the set was stolen; None if there is none"""
+    """reason to assume that the set was stolen; None if there is no reason"""
 
 
 Trigger = Callable[[Counters], str]
-"""Returns the reason to swap as text, or an empty string."""
+"""function of the state of the serving set that returns the reason to swap, or an empty string if there is none"""
 
 
 @dataclass(frozen=True)
 class AnswersPerPrincipal:
-    """Swap after a principal got `most` answers from one set, written as `50q/principal`."""
+    """Trigger that fires after a principal got `most` answers from one set, written as `50q/principal`."""
 
     most: Steps
 
@@ -45,7 +45,7 @@ class AnswersPerPrincipal:
 
 @dataclass(frozen=True)
 class Elapsed:
-    """Swap after a set has served for `period_s` seconds, written as `24h`."""
+    """Trigger that fires after a set has served for `period_s` seconds, written as `24h`."""
 
     period_s: Positive
 
@@ -56,25 +56,27 @@ class Elapsed:
 
 
 def alarmed(reading: Counters) -> str:
-    """Swap on an alarm, such as that of a detector of query attacks."""
+    """Return the reason to swap if there was an alarm, such as that of a detector of query attacks; otherwise an empty
+    string.
+    """
     return "" if reading.alarm is None else f"alarm: {reading.alarm}"
 
 
 def exposed(reading: Counters) -> str:
-    """Swap if the set is assumed to be stolen."""
+    """Return the reason to swap if the serving set is assumed to be stolen; otherwise an empty string."""
     return "" if reading.exposure is None else f"listed as stolen: {reading.exposure}"
 
 
 def due_triggers(triggers: Sequence[Trigger], reading: Counters) -> tuple[str, ...]:
-    """The reasons of all triggers that fire, in their order; empty if none fires."""
+    """Return the reasons of all triggers that fire, in the order of the triggers; empty if none fires."""
     return tuple(why for trigger in triggers if (why := trigger(reading)))
 
 
 class Watch:
-    """Evaluates triggers, and keeps the start of service and the alarms of the serving set.
+    """Evaluates triggers, and stores when the serving set began to serve and its alarms.
 
-    `clock` returns seconds that never decrease, such as `time.monotonic`. `served_s` is how long the set had served
-    before, which after a restart is read from the ledger. All methods are thread-safe.
+    `clock` returns seconds that never decrease, such as `time.monotonic`. `served_s` is the number of seconds for which
+    the set had already served; after a restart it is read from the ledger. All methods are thread-safe.
     """
 
     def __init__(
@@ -84,12 +86,12 @@ class Watch:
         self._began_s, self._raised = clock() - served_s, Counters()
 
     def alarm(self, why: str) -> None:
-        """Record an alarm. The next swap clears it."""
+        """Record an alarm with its reason `why`. The next swap clears it."""
         with self._lock:
             self._raised = replace(self._raised, alarm=why)
 
     def expose(self, why: str) -> None:
-        """Record that the serving set may be stolen. The next swap clears it."""
+        """Record that the serving set may be stolen, with the reason `why`. The next swap clears it."""
         with self._lock:
             self._raised = replace(self._raised, exposure=why)
 
@@ -99,7 +101,11 @@ class Watch:
             self._began_s, self._raised = self._clock(), Counters()
 
     def due(self, answers: int) -> tuple[str, ...]:
-        """All reasons to swap now. `answers` is the most that one principal got from the set, `RotatingModel.asked`."""
+        """Return all reasons to swap now; empty if there are none.
+
+        `answers` is the largest number of answers to one principal from the serving set, which `RotatingModel.asked`
+        returns.
+        """
         with self._lock:
             reading = replace(self._raised, answers=answers, served_s=self._clock() - self._began_s)
         return due_triggers(self._triggers, reading)
@@ -108,9 +114,9 @@ class Watch:
 def refuse_faster(triggers: Sequence[Trigger], made_in_s: float, *, answers_per_s: float = 0.0) -> None:
     """Raise `UsageError` if swaps are due more often than sets can be produced.
 
-    `made_in_s` is the time for one admitted set, including the time for sets that were refused; a stock of waiting
-    sets only delays the shortage. `answers_per_s` is the rate limit of one principal; without one (0), a trigger by
-    answers is not tested.
+    `made_in_s` is the time in seconds to produce one admitted set, including the time for sets that were refused; a
+    stock of waiting sets only delays the shortage. `answers_per_s` is the rate limit of one principal; without one (0),
+    a trigger that counts answers is not tested.
     """
     for trigger in triggers:
         match trigger:

@@ -1,4 +1,4 @@
-"""Small models and batches, in float64 where rounding could otherwise change a verdict."""
+"""Small models and batches for tests, in float64 where rounding could otherwise change a verdict."""
 
 import torch
 from torch import Tensor, nn
@@ -7,14 +7,14 @@ from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
 
 SHAPE = (3, 4, 4)
-"""Channels, height and width of the small images."""
+"""channels, height and width of the small images"""
 
 
 class Sine(nn.Module):
-    """Elementwise sin(8 z), which gives a loss with many local minima."""
+    """A layer that computes sin(8 z) of each value z, which gives a loss with many local minima."""
 
     def forward(self, z: Tensor) -> Tensor:
-        """Sine of each value."""
+        """Return sin(8 z) of each value of `z`."""
         return torch.sin(8 * z)
 
 
@@ -23,7 +23,7 @@ def network(
 ) -> Classifier:
     """Return a two-layer network with random weights in eval mode, for inputs in [0, 1].
 
-    Its loss is smooth, or has many local minima if `rippled`.
+    Its loss is smooth, or has many local minima if `rippled` is true.
     """
     draw, features = torch.Generator().manual_seed(seed), torch.Size(shape).numel()
     hidden, last = nn.Linear(features, 16).double(), nn.Linear(16, classes).double()
@@ -45,13 +45,13 @@ def examples(
 
 
 def labelled(model: Classifier, batch: Batch) -> Batch:
-    """Return the batch with the model's predictions as labels, so that every example is correct."""
+    """Return the batch with the model's predictions as labels, so that every example is classified correctly."""
     with torch.no_grad():
         return Batch(batch.x, model(batch.x).argmax(1), batch.ids)
 
 
 class Constant(nn.Module):
-    """A model with equal logits for every input, as from a damaged model file."""
+    """A model with equal logits for every input, such as one from a damaged file."""
 
     def __init__(self, logits: tuple[float, ...]) -> None:
         super().__init__()
@@ -64,14 +64,14 @@ class Constant(nn.Module):
 
 
 class Gradientless(nn.Module):
-    """A network without gradients, as under a `no_grad` decorator."""
+    """A network whose outputs have no gradient, such as one with a `no_grad` decorator."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of the network, detached from the inputs."""
+        """Return the logits of the network, detached from the inputs."""
         logits: Tensor = self.net(x.detach())
         return logits.detach()
 
@@ -86,7 +86,7 @@ class NaNBeyond(nn.Module):
         self.clean: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of the network near the clean inputs, and NaN elsewhere."""
+        """Return the logits of the network near the clean inputs, and NaN elsewhere."""
         distance = torch.cdist(x.detach().flatten(1), self.clean.flatten(1)).amin(1)
         logits: Tensor = self.net(x)
         return torch.where(distance[:, None] > self.reach, torch.nan, logits)

@@ -22,14 +22,16 @@ from holdfast.core.types import Inputs, PerExample
 from holdfast.testing.fakes import examples
 
 SHAPE = (2, 2, 2)
-"""Eight values in four pixels, few enough to try every set of changes."""
+"""shape of the inputs: eight values in four pixels, few enough to test every set of changes"""
 BOUNDS = Bounds()
 
 _RIVALS = 20  # number of random unit steps that the steepest step is compared with
 
 
 def scene(seed: int, *, n: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Batch, Inputs]:
-    """Return examples, some values of which are at the bounds, and a point near each, mostly outside the bounds."""
+    """Return examples, some values of which are at the bounds, and a point near each example, mostly outside the
+    bounds.
+    """
     batch = examples(seed, n=n, shape=SHAPE, dtype=dtype)
     rng = Draws(seed).at("scene")
     away = rng.at("length").uniform(batch.ids, 1, dtype=dtype).view(-1, 1, 1, 1) * 2
@@ -38,7 +40,7 @@ def scene(seed: int, *, n: int = 6, dtype: torch.dtype = torch.float64) -> tuple
 
 
 def projects_inside(constraint: Constraint, seed: int) -> None:
-    """A projection is inside the ball and the bounds, in float64 and in float32."""
+    """Check that a projection is inside the ball and the bounds, in float64 and in float32."""
     for dtype in (torch.float64, torch.float32):
         batch, points = scene(seed, dtype=dtype)
         projected = constraint.project(points, batch.x, BOUNDS)
@@ -49,7 +51,7 @@ def projects_inside(constraint: Constraint, seed: int) -> None:
 
 
 def projects_once(constraint: Constraint, seed: int) -> None:
-    """A second projection does not move points by more than rounding."""
+    """Check that a second projection does not move points by more than rounding."""
     batch, points = scene(seed)
     once = constraint.project(points, batch.x, BOUNDS)
     moved = float((constraint.project(once, batch.x, BOUNDS) - once).abs().max())
@@ -57,7 +59,9 @@ def projects_once(constraint: Constraint, seed: int) -> None:
 
 
 def leaves_feasible_points_alone(constraint: Constraint, seed: int) -> None:
-    """A point well inside the ball and the bounds is returned bitwise equal, independently of the other examples."""
+    """Check that a point well inside the ball and the bounds is returned bitwise equal, whatever the other examples
+    are.
+    """
     batch, points = scene(seed)
     smaller = constraint.resized(
         int(constraint.eps / 2) if isinstance(constraint, L0) else constraint.eps / 2
@@ -72,7 +76,7 @@ def leaves_feasible_points_alone(constraint: Constraint, seed: int) -> None:
 
 
 def projects_to_the_nearest(constraint: Constraint, seed: int) -> None:
-    """A projection is the nearest feasible point, compared with a slow exact search for the four norms."""
+    """Check that a projection is the nearest feasible point, by a slow exact search for the four norms."""
     if not isinstance(constraint, (Linf, L2, L1, L0)):
         return
     batch, points = scene(seed)
@@ -84,9 +88,9 @@ def projects_to_the_nearest(constraint: Constraint, seed: int) -> None:
 
 
 def steps_along_the_steepest(constraint: Constraint, seed: int) -> None:
-    """The step has length at most one, and no unit step inside the bounds has a larger gain.
+    """Check that the steepest step has length at most one, and that no unit step inside the bounds has a larger gain.
 
-    For L0 only the gain is checked.
+    For L0 only the sign of the gain is checked.
     """
     batch, _ = scene(seed)
     gradient = Draws(seed).at("gradient").normal(batch.ids, *SHAPE, dtype=batch.x.dtype)
@@ -109,7 +113,9 @@ def steps_along_the_steepest(constraint: Constraint, seed: int) -> None:
 
 
 def samples_inside(constraint: Constraint, seed: int) -> None:
-    """Random points are inside the ball and the bounds, and those of an example do not depend on the batch."""
+    """Check that random points are inside the ball and the bounds, and that those of an example do not depend on the
+    batch.
+    """
     for dtype in (torch.float64, torch.float32):
         batch, _ = scene(seed, dtype=dtype)
         points = constraint.sample(batch, BOUNDS, Draws(seed))
@@ -121,7 +127,7 @@ def samples_inside(constraint: Constraint, seed: int) -> None:
 
 
 def radii_are_each_example_s_own(constraint: Constraint, seed: int) -> None:
-    """`within` with several radii is equal to `project` with the radius of each example."""
+    """Check that `within` with several radii is equal to `project` with the radius of each example."""
     if not isinstance(constraint, Norm):
         return
     batch, points = scene(seed)
@@ -143,7 +149,7 @@ CONSTRAINT_LAWS: tuple[Callable[[Constraint, int], None], ...] = (
     samples_inside,
     radii_are_each_example_s_own,
 )
-"""Every law of constraints, for `parametrize`."""
+"""all laws of constraints, for `pytest.mark.parametrize`"""
 
 
 def _nearest(norm: Linf | L2 | L1 | L0, points: Tensor, clean: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Laws of every attack. Each law raises `AssertionError` with numbers if an attack violates it.
 
-A law takes a `Case`: an attack, a norm, and how close to the exact distance it must come on a linear model. Outside
-packages can run the laws on their attacks:
+A law takes a `Case`: an attack, a norm, and the factors that state how close to the exact distance the attack must come
+on a linear model. Other packages can run the laws on their attacks:
 
     @pytest.mark.parametrize("law", laws.ATTACK_LAWS)
     def test_law(law):
@@ -29,23 +29,23 @@ from holdfast.testing.fakes import SHAPE, Constant, Gradientless, NaNBeyond, exa
 from holdfast.testing.linear import LinearOracle, linear_problem
 
 Kind = Callable[[float], Norm]
-"""A norm as a function of its radius, such as `Linf`."""
+"""function that returns a norm of a given radius, such as `Linf`"""
 
 
 @dataclass(frozen=True)
 class Case:
-    """An attack under one norm."""
+    """An attack under one norm, on which the laws are checked."""
 
     attack: Attack
     norm: Kind
     slack: float = 0.95
-    """share of eps within which every example of a two-class linear model must be broken"""
+    """an example of a two-class linear model must be broken if its exact distance is at most this fraction of eps"""
     many: float = 0.4
-    """the same for more classes, where the most likely other class may be farther away than the nearest one"""
+    """the same fraction for more classes, where the most likely other class may be farther away than the nearest one"""
     smallest: bool = False
-    """whether the attack searches for the smallest change, and so works without an eps"""
+    """whether the attack searches for the smallest perturbation, and so works without an eps"""
     variant: str = ""
-    """distinguishes entries of the same attack"""
+    """name that distinguishes several cases of the same attack"""
 
     def __repr__(self) -> str:
         kind = self.norm.func if isinstance(self.norm, partial) else self.norm
@@ -54,15 +54,17 @@ class Case:
 
     @property
     def counts(self) -> bool:
-        """Whether the radius counts values, and so must be whole."""
+        """Whether the radius is a number of values, and so must be an integer."""
         return isinstance(self.norm(1.0), L0)
 
     def eps(self, wanted: float) -> float:
-        """Return a valid radius near `wanted`; whole for L0."""
+        """Return a valid radius near `wanted`, which is an integer for L0."""
         return max(1.0, round(wanted)) if self.counts else wanted
 
     def enough(self, exact: PerExample, classes: int) -> PerExample:
-        """Return the radius at which examples must be broken, from their exact distances. For L0 it is rounded up."""
+        """Return the radius at which examples must be broken, from their exact distances (n); for L0 it is
+        rounded up.
+        """
         needed = exact / (self.slack if classes == 2 else self.many)
         return needed.ceil() if self.counts else needed
 
@@ -70,7 +72,10 @@ class Case:
 def run(
     case: Case, model: Model, batch: Batch, threat: ThreatModel, *, seed: int = 0
 ) -> tuple[Inputs, Spent]:
-    """Run the attack through a metered model, as in the harness. The model is its own surrogate."""
+    """Run the attack on a metered model, as the harness does, and return its points and its queries.
+
+    The model is also the surrogate.
+    """
     threat = replace(threat, surrogates=(model,))
     metered = Metered(model, batch, threat)
     try:
@@ -81,7 +86,7 @@ def run(
 
 
 def broken(model: Model, batch: Batch, x_adv: Inputs) -> Mask:
-    """Whether the model misclassifies each point."""
+    """Return whether the model misclassifies each point `x_adv`."""
     with torch.no_grad():
         return ~(margin(model(x_adv), batch) > 0)
 
@@ -96,7 +101,9 @@ def problem(
     dtype: torch.dtype = torch.float64,
     rippled: bool = False,
 ) -> tuple[Classifier, Batch, ThreatModel]:
-    """Return a small network, examples that it classifies correctly, and an eps that breaks about half of them."""
+    """Return a small network, examples that it classifies correctly, and a threat whose eps breaks about half
+    of them.
+    """
     model = network(seed, classes=classes, shape=shape, rippled=rippled).to(dtype)
     batch = labelled(model, examples(seed, n=n, shape=shape, dtype=dtype))
     radius = {"Linf": 0.06, "L2": 0.3, "L1": 1.2, "L0": 2.0}.get(type(case.norm(1.0)).__name__, 0.1)
@@ -104,7 +111,7 @@ def problem(
 
 
 def stays_inside(case: Case) -> None:
-    """Every returned point is finite, inside the ball and inside the bounds, also in float32."""
+    """Check that every returned point is finite, inside the ball and inside the bounds, also in float32."""
     for seed, dtype in ((0, torch.float64), (1, torch.float32), (2, torch.float32)):
         model, batch, threat = problem(case, seed, dtype=dtype)
         x_adv, _ = run(case, model, batch, threat, seed=seed)
@@ -121,7 +128,8 @@ def stays_inside(case: Case) -> None:
 
 
 def agrees_with_the_oracle(case: Case) -> None:
-    """On a linear model, no success beyond the exact distance, and success for every example well within it.
+    """Check on linear models that an attack succeeds only beyond the exact distance, and for every example well within
+    it.
 
     With more than two classes the distance is that of the nearest class, which may not be the most likely one; see
     `Case.many`.
@@ -157,17 +165,17 @@ def _finds_the_smallest(
 
 
 def repeats_itself(case: Case) -> None:
-    """The same seed gives the same points."""
+    """Check that two runs with the same seed return the same points."""
     model, batch, threat = problem(case)
     first, again = run(case, model, batch, threat, seed=5)[0], run(case, model, batch, threat, seed=5)[0]
     assert torch.equal(first, again), f"{case}: two runs of one seed differ"
 
 
 def ignores_the_company(case: Case) -> None:
-    """The result of an example does not depend on the batch size, the order or the other examples.
+    """Check that the result of an example does not depend on the batch size, the order or the other examples.
 
-    Verdicts are equal. Points are equal except for a few examples in which a different order of summation changes a
-    comparison.
+    Verdicts must be equal. Points must be equal except for a few examples in which a different order of summation
+    changes a comparison.
     """
     model, batch, threat = problem(case, n=5)
     whole, _ = run(case, model, batch, threat)
@@ -186,7 +194,7 @@ def _same(case: Case, what: str, model: Model, batch: Batch, expected: Tensor, f
 
 
 def keeps_what_it_found(case: Case) -> None:
-    """If any query broke an example inside the constraint, the returned point breaks it."""
+    """Check that the returned point of an example breaks it if any query inside the constraint did."""
     for seed, rippled in ((0, False), (1, False), (0, True), (1, True)):
         model, batch, threat = problem(case, seed, rippled=rippled)
         x_adv, spent = run(case, model, batch, threat, seed=seed)
@@ -195,14 +203,14 @@ def keeps_what_it_found(case: Case) -> None:
 
 
 def eps_zero_changes_nothing(case: Case) -> None:
-    """A ball of radius zero returns the clean inputs."""
+    """Check that the clean inputs are returned for a ball of radius zero."""
     model, batch, _ = problem(case)
     x_adv, _ = run(case, model, batch, ThreatModel(case.norm(0.0)))
     assert torch.equal(x_adv, batch.x), f"{case}: moved by {float((x_adv - batch.x).abs().max())} at eps 0"
 
 
 def works_for_any_number_of_classes(case: Case) -> None:
-    """With 2, 3, 8 and 1,000 classes, where other laws have 4, points are feasible and some example is broken."""
+    """Check that points are feasible and some example is broken with 2, 3, 8 and 1,000 classes; other laws use 4."""
     for classes in (2, 3, 8, 1000):
         model, batch, threat = problem(case, classes=classes, n=6)
         x_adv, _ = run(case, model, batch, ThreatModel(case.norm(case.eps(threat.constraint.eps * 3))))
@@ -210,7 +218,9 @@ def works_for_any_number_of_classes(case: Case) -> None:
 
 
 def takes_inputs_of_any_shape(case: Case) -> None:
-    """For rows of a table, sequences and images of one channel, points are feasible and some example is broken."""
+    """Check that points are feasible and some example is broken for rows of a table, sequences and images of one
+    channel.
+    """
     for shape in ((24,), (2, 12), (1, 5, 7)):
         model, batch, threat = problem(case, n=6, shape=shape)
         threat = ThreatModel(case.norm(case.eps(threat.constraint.eps * 3)))
@@ -222,7 +232,9 @@ def takes_inputs_of_any_shape(case: Case) -> None:
 
 
 def leaves_the_model_alone(case: Case) -> None:
-    """Weights, their gradients, `requires_grad` and the mode of the model are unchanged, whether frozen or not."""
+    """Check that weights, their gradients, `requires_grad` and the mode of the model do not change, whether frozen or
+    not.
+    """
     model, batch, threat = problem(case)
     frozen, _ = run(case, model, batch, threat)
     model.requires_grad_(True)
@@ -238,8 +250,9 @@ def leaves_the_model_alone(case: Case) -> None:
 
 
 def leaves_its_arguments_alone(case: Case) -> None:
-    """Inputs, labels and ids are not changed in place, nor are the inputs of earlier calls, which the model may
-    store.
+    """Check that inputs, labels and ids are not changed in place, nor the inputs of earlier calls of the model.
+
+    A model may store the inputs of its calls.
     """
     model, batch, threat = problem(case)
     x, y, ids = batch.x.clone(), batch.y.clone(), batch.ids.clone()
@@ -254,7 +267,7 @@ def leaves_its_arguments_alone(case: Case) -> None:
 
 
 def declares_what_it_must_see(case: Case) -> None:
-    """With the access that it declares, an attack returns the same points as with more access."""
+    """Check that an attack with the access that it declares returns the same points as with more access."""
     model, batch, threat = problem(case)
     declared, _ = run(case, model, batch, replace(threat, access=case.attack.needs))
     more, _ = run(case, model, batch, replace(threat, access="gradients"))
@@ -262,7 +275,7 @@ def declares_what_it_must_see(case: Case) -> None:
 
 
 def keeps_to_the_budget(case: Case) -> None:
-    """No example gets more than `queries` queries, and successes within the budget are kept."""
+    """Check that no example gets more than `queries` queries, and that successes within the budget are returned."""
     model, batch, threat = problem(case)
     for queries in (1, 2, 13):
         limited = replace(threat, queries=queries, access=case.attack.needs)
@@ -277,8 +290,8 @@ def keeps_to_the_budget(case: Case) -> None:
 
 
 def survives_odd_batches(case: Case) -> None:
-    """Batches of one, empty, already misclassified, non-contiguous or channels-last examples are handled like
-    others.
+    """Check that batches of one, empty, misclassified, non-contiguous or channels-last examples give the same
+    results.
     """
     model, batch, threat = problem(case)
     whole, _ = run(case, model, batch, threat)
@@ -305,7 +318,7 @@ def survives_odd_batches(case: Case) -> None:
 
 
 def survives_odd_models(case: Case) -> None:
-    """For models that are constant, without gradients, NaN or partly NaN, the points are finite and feasible."""
+    """Check that points are finite and feasible for models that are constant, without gradients, NaN or partly NaN."""
     model, batch, threat = problem(case)
     logits = (3.0, 1.0, 1.0, 0.0)
     odd = {
@@ -324,7 +337,7 @@ def survives_odd_models(case: Case) -> None:
 
 
 def reaches_targets(case: Case) -> None:
-    """With a large eps most targets are reached, and each point is judged by its target."""
+    """Check that most targets are reached with a large eps."""
     model, batch, threat = problem(case)
     aimed = batch.towards((batch.y + 1) % 4)
     wide = ThreatModel(case.norm(case.eps(threat.constraint.eps * 8)), goal=1)
@@ -334,7 +347,7 @@ def reaches_targets(case: Case) -> None:
 
 
 def breaks_an_undefended_network(case: Case) -> None:
-    """A minimum-norm attack breaks every example, with verdicts that do not depend on the batch size."""
+    """Check that a minimum-norm attack breaks every example, with verdicts that do not depend on the batch size."""
     if not case.smallest:
         return
     model, batch, _ = problem(case)
@@ -363,7 +376,7 @@ ATTACK_LAWS: tuple[Callable[[Case], None], ...] = (
     reaches_targets,
     breaks_an_undefended_network,
 )
-"""Every law of attacks, for `parametrize`."""
+"""all laws of attacks, for `pytest.mark.parametrize`"""
 
 LIMITED_LAWS = tuple(
     law
@@ -377,11 +390,13 @@ LIMITED_LAWS = tuple(
         breaks_an_undefended_network,
     )
 )
-"""Laws that hold under threats other than balls, such as patches, which have no radius and apply to images."""
+"""laws that also hold under threats other than balls, such as patches, which have no radius and are for images"""
 
 
 def more_never_loses(weaker: Attack, stronger: Attack, norm: Kind) -> None:
-    """A stronger setting breaks every example that the weaker one breaks, because restarts and budgets only add."""
+    """Check that the attack `stronger` breaks every example that `weaker` breaks, because restarts and budgets only
+    add.
+    """
     for seed in range(3):
         case = Case(weaker, norm)
         model, batch, threat = problem(case, seed)

@@ -1,7 +1,7 @@
-"""The oracle: a linear classifier with the exact distance of each input to its decision boundary, inside the bounds.
+"""Linear classifier with the exact distance of each input to its decision boundary, inside the bounds, as an oracle.
 
-For one other class the smallest change solves a knapsack problem: for Linf and L2 all values move up to the bounds by
-an amount that is solved for, for L1 and L0 the values with the largest gain move first. The distance is the minimum
+For one other class the smallest change solves a knapsack problem. For Linf and L2 all values move up to the bounds by
+an amount that is solved for; for L1 and L0 the values with the largest gain move first. The distance is the minimum
 over the other classes.
 """
 
@@ -22,9 +22,9 @@ class LinearOracle:
     """A linear model (`Model`) with the exact distance of any input to its decision boundary."""
 
     weight: Tensor
-    """(classes, features)"""
+    """weights, (classes, features)"""
     bias: Tensor
-    """(classes,)"""
+    """biases, (classes,)"""
     bounds: Bounds = Bounds()
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
@@ -32,7 +32,7 @@ class LinearOracle:
         return x.flatten(1) @ self.weight.T + self.bias
 
     def classifier(self) -> Classifier:
-        """Return the same model as a network that the harness can measure."""
+        """Return the same model as a network, which the harness can measure."""
         layer = nn.Linear(self.weight.shape[1], self.weight.shape[0]).to(self.weight)
         with torch.no_grad():
             layer.weight.copy_(self.weight)
@@ -40,7 +40,9 @@ class LinearOracle:
         return Classifier(nn.Sequential(nn.Flatten(), layer), bounds=self.bounds).eval()
 
     def distance(self, x: Inputs, y: Labels, norm: Constraint) -> PerExample:
-        """Exact distance to the nearest point inside the bounds that is not classified as `y`; inf if there is none."""
+        """Return the exact distance to the nearest point inside the bounds that is not classified as `y`; inf if there
+        is none.
+        """
         x, logits = x.double(), self(x).double()
         low, high = self.bounds.like(x)
         rivals = []

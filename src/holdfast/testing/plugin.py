@@ -1,9 +1,9 @@
-"""The pytest plugin: `assert_robust` as a fixture of that name.
+"""Plugin for pytest that provides `assert_robust` as a fixture of that name.
 
     def test_holds(assert_robust):
         assert_robust(model, (x, y), threat="linf:8/255", at_least=0.4)
 
-The start of pytest is not slowed down, because torch is imported in the first call.
+It does not slow down the start of pytest, because torch is imported in the first call.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ def assert_robust(
     std: Sequence[float] | None = None,
     accept_doubts: Mapping[str, str] | None = None,
 ) -> Result:
-    """Raise `AssertionError` unless the whole interval of robust accuracy is at least `at_least` and no doubt is open.
+    """Raise `AssertionError` unless the whole confidence interval of robust accuracy is at least `at_least`.
 
-    The arguments are those of `holdfast.assess`, whose result is returned. An unclear verdict fails too; the message
-    states whether more examples or the acceptance of a doubt could change it.
+    It is also raised if a doubt is neither answered nor accepted. The arguments are those of `holdfast.assess`, whose
+    result is returned. An unclear verdict fails too; the message states whether more examples or the acceptance of a
+    doubt could change it.
     """
     from holdfast.api import assess
 

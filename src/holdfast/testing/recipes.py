@@ -1,4 +1,4 @@
-"""Laws of every recipe, for `parametrize`, also for recipes of other packages."""
+"""Laws of every recipe, for `pytest.mark.parametrize`, which also apply to recipes of other packages."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from holdfast.ops.recipe import Recipe, trained_as
 from holdfast.testing.fakes import examples, labelled, network
 
 SHORT = Training(epochs=3, batch=8, optimizer="sgd", lr=0.05, schedule="cosine", average=0.9)
-"""Training that changes the weights measurably within a fraction of a second."""
+"""settings of a training that changes the weights measurably within a fraction of a second"""
 
 
 def _problem(seed: int = 0) -> tuple[Classifier, Batch]:
@@ -41,13 +41,15 @@ def _threat(eps: float) -> ThreatModel:
 
 
 def same(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two checkpoints are bitwise equal."""
+    """Return whether two checkpoints are bitwise equal."""
     names = one.tensors.keys() == other.tensors.keys()
     return names and all(torch.equal(value, other.tensors[name]) for name, value in one.tensors.items())
 
 
 def leaves_the_model_alone(recipe: Recipe) -> None:
-    """Weights, mode and `requires_grad` of the given model are unchanged, and the new model differs from it."""
+    """Check that weights, mode and `requires_grad` of the given model do not change, and that the new model differs
+    from it.
+    """
     model, data = _problem()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x, y = data.x.clone(), data.y.clone()
@@ -60,7 +62,7 @@ def leaves_the_model_alone(recipe: Recipe) -> None:
 
 
 def repeats_itself(recipe: Recipe) -> None:
-    """Equal seeds give equal weights, and different seeds different ones."""
+    """Check that equal seeds give equal weights, and different seeds different ones."""
     model, data = _problem()
     one, again, other = (_run(recipe, model, data, 0.05, seed)[-1] for seed in (0, 0, 1))
     assert same(one, again)
@@ -68,7 +70,7 @@ def repeats_itself(recipe: Recipe) -> None:
 
 
 def goes_on_exactly(recipe: Recipe) -> None:
-    """Training resumed from any checkpoint is bitwise equal to training without interruption."""
+    """Check that training resumed from any checkpoint is bitwise equal to training without interruption."""
     model, data = _problem()
     whole = _run(recipe, model, data, 0.05)
     assert [checkpoint.epoch for checkpoint in whole] == [1, 2, 3]
@@ -79,7 +81,7 @@ def goes_on_exactly(recipe: Recipe) -> None:
 
 
 def draws_from_its_own_seed(recipe: Recipe) -> None:
-    """Torch's own generator does not affect the result and is not changed."""
+    """Check that torch's own generator does not affect the result and is not changed."""
     model, data = _problem()
     torch.manual_seed(1)
     one = _run(recipe, model, data, 0.05)[-1]
@@ -92,7 +94,9 @@ def draws_from_its_own_seed(recipe: Recipe) -> None:
 
 
 def learns(recipe: Recipe) -> None:
-    """The loss decreases from the first to the last epoch, and the new model agrees with more of the labels."""
+    """Check that the loss decreases from the first to the last epoch, and that the new model is correct on more
+    examples.
+    """
     model, data = _problem()
     longer = replace(SHORT, epochs=30)
     found = list(trained_as(recipe, longer)(model, data, _threat(0.01), rng=Draws(0)))
@@ -110,4 +114,4 @@ RECIPE_LAWS = (
     draws_from_its_own_seed,
     learns,
 )
-"""Every law of recipes."""
+"""all laws of recipes"""

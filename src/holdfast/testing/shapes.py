@@ -20,7 +20,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def fits(value: Tensor, shape: Shape, sizes: dict[str, tuple[int, ...]]) -> bool:
-    """Whether a tensor has this shape and kind, given the sizes of names so far. New names are added to `sizes`."""
+    """Return whether a tensor has this shape and kind, given the `sizes` of names so far. New names are added to
+    `sizes`.
+    """
     if shape.kind == "float" and not value.is_floating_point():
         return False
     if shape.kind == "bool" and value.dtype != torch.bool:
@@ -42,7 +44,7 @@ def fits(value: Tensor, shape: Shape, sizes: dict[str, tuple[int, ...]]) -> bool
 
 
 def checked(function: F) -> F:
-    """Return the function, wrapped so that it raises `TypeError` for an argument or result of another shape than
+    """Return the function with a check that raises `TypeError` for arguments or results of another shape than
     annotated.
     """
     hints = _shapes(get_type_hints(function, include_extras=True))
@@ -87,7 +89,7 @@ _Seen = tuple[torch.dtype, torch.Size] | None
 
 @contextmanager
 def watching(*packages: str) -> Iterator[None]:
-    """Check every public function and method of these packages, wherever it was imported, until the block ends."""
+    """Context manager that checks all public functions and methods of these packages, also where they were imported."""
     loaded = {name: module for name, module in sys.modules.items() if name.startswith("holdfast.")}
     undo: list[tuple[Any, str, Any]] = []
     wrapped: dict[Any, Any] = {}

@@ -24,7 +24,8 @@ from holdfast.ops.corruptions.noise import gaussian_noise, impulse_noise, shot_n
 from holdfast.ops.corruptions.weather import fog, frost, snow, spatter
 
 Operator = Callable[[Inputs, Constants, Ids, Draws], Inputs]
-"""Returns corrupted images in [0, 1] from images in [0, 1], the constants of a severity, ids and random numbers."""
+"""function that returns corrupted images in [0, 1] from images in [0, 1], the constants of a severity, ids and random
+numbers"""
 
 STANDARD: Final[Mapping[str, Operator]] = {
     "gaussian_noise": gaussian_noise,
@@ -43,7 +44,7 @@ STANDARD: Final[Mapping[str, Operator]] = {
     "pixelate": pixelate,
     "jpeg_compression": jpeg_compression,
 }
-"""The fifteen corruptions of the mean corruption error."""
+"""the fifteen corruptions of the mean corruption error, by name"""
 
 EXTRA: Final[Mapping[str, Operator]] = {
     "speckle_noise": speckle_noise,
@@ -51,13 +52,13 @@ EXTRA: Final[Mapping[str, Operator]] = {
     "spatter": spatter,
     "saturate": saturate,
 }
-"""Four further corruptions, intended for validation."""
+"""four further corruptions, which are intended for validation, by name"""
 
 
 def corrupted(
     name: str, x: Inputs, severity: int, ids: Ids, rng: Draws, bounds: Bounds | None = None
 ) -> Inputs:
-    """The images of `x` (n, 1 or 3, height, width) with one corruption, inside the box.
+    """Return the images of `x` (n, 1 or 3, height, width) with one corruption, inside the box.
 
     The constants are those of CIFAR-10-C if the shorter side is at most 64 pixels, else those of ImageNet-C. Raises
     `UsageError` if inputs are not images.

@@ -1,4 +1,4 @@
-"""Blur: defocus, glass, motion, zoom and Gaussian, of images in [0, 1]."""
+"""Blur corruptions of images in [0, 1]: defocus, glass, motion, zoom and Gaussian."""
 
 import math
 
@@ -12,12 +12,14 @@ from holdfast.ops.corruptions.filters import clamped, disk, filtered, gaussian_k
 
 
 def gaussian_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Gaussian blur with standard deviation `c`."""
+    """Apply a Gaussian blur with standard deviation `c[0]` in pixels."""
     return clamped(gaussian_kernel(x, c[0]))
 
 
 def defocus_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Mean over a disk of radius `c[0]`, whose edge is smoothed by a Gaussian of standard deviation `c[1]`."""
+    """Replace each value by the mean over a disk of radius `c[0]`, with an edge smoothed by a Gaussian of deviation
+    `c[1]`.
+    """
     return clamped(filtered(x, disk(*c)))
 
 
@@ -30,7 +32,9 @@ def motion_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def zoom_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Mean of the image and its zooms by the factors 1, 1 + step, 1 + 2 step, … below `c[0]`, with step `c[1]`."""
+    """Return the mean of the image and its zooms by the factors 1, 1 + step, 1 + 2 step, … below `c[0]`, with step
+    `c[1]`.
+    """
     last, step = c
     n_zooms, apart = math.ceil((last - 1) / step), (1 + step) - 1
     total = x.clone()
@@ -40,10 +44,11 @@ def zoom_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def glass_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Blur, exchange of pixels within `reach` in `rounds` rounds, and a second blur.
+    """Blur the image, exchange pixels that are close to each other in several rounds, and blur it again.
 
-    Pixels are processed one after the other from the last one; each copies the value of another pixel, which keeps its
-    value. The published code intends a swap, but overwrites the first pixel before it is read.
+    `c` contains the standard deviation, the largest distance in pixels and the number of rounds. Pixels are processed
+    one after the other from the last one; each copies the value of another pixel, which does not change. The published
+    code intends a swap, but overwrites the first pixel before it is read.
     """
     sigma, reach, rounds = c[0], int(c[1]), int(c[2])
     flat = gaussian_kernel(x, sigma).flatten(2)

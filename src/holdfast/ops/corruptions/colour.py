@@ -1,4 +1,4 @@
-"""Brightness, contrast and saturation of images in [0, 1]."""
+"""Colour corruptions of images in [0, 1]: brightness, contrast and saturation."""
 
 import torch
 from torch import Tensor
@@ -12,27 +12,29 @@ _GREY = (0.299, 0.587, 0.114)
 
 
 def grey(x: Inputs) -> Tensor:
-    """Luminance of each pixel (n, 1, height, width) with the weights of ITU-R BT.601."""
+    """Return the luminance of each pixel (n, 1, height, width) with the weights of ITU-R BT.601."""
     if x.shape[1] == 1:
         return x
     return (x * x.new_tensor(_GREY)[:, None, None]).sum(1, keepdim=True)
 
 
 def paint(red: float, green: float, blue: float, x: Inputs) -> Tensor:
-    """A colour, shaped to broadcast with images like `x`; its luminance if they are grey."""
+    """Return a colour, shaped to broadcast with images like `x`; its luminance if they are grey."""
     colour = x.new_tensor((red, green, blue))[:, None, None]
     return colour if x.shape[1] == 3 else grey(colour[None])[0]
 
 
 def brightness(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Add `c` to the value in HSV (hue, saturation, value)."""
+    """Add `c[0]` to the value in HSV (hue, saturation, value)."""
     value = x.amax(1, keepdim=True)
     brighter = (value + c[0]).clamp_max(1)
     return torch.where(value > 0, x * (brighter / value.clamp_min(torch.finfo(x.dtype).tiny)), brighter)
 
 
 def saturate(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Multiply the saturation by `c[0]` and add `c[1]`; pixels without hue count as red; grey images do not change."""
+    """Multiply the saturation by `c[0]` and add `c[1]`; pixels without hue are treated as red, and grey images do not
+    change.
+    """
     if x.shape[1] == 1:
         return x
     value, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
@@ -43,6 +45,6 @@ def saturate(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def contrast(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Multiply the difference from the mean of each channel by `c`."""
+    """Multiply the difference of each value from the mean of its channel by `c[0]`."""
     mean = x.mean((2, 3), keepdim=True)
     return clamped((x - mean) * c[0] + mean)

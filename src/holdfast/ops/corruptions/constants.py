@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Final
 
 Constants = tuple[float, ...]
-"""The constants of one corruption at one severity."""
+"""constants of one corruption at one severity"""
 
 LARGE_FROM: Final = 65
-"""Shortest side in pixels from which the constants of ImageNet-C are used."""
+"""shortest side in pixels from which the constants of ImageNet-C are used"""
 
 _ODD: Final = 244 / 224
 
@@ -54,7 +54,7 @@ SMALL: Final[Mapping[str, tuple[Constants, ...]]] = {
     ),
     "saturate": ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
 }
-"""The constants of CIFAR-10-C."""
+"""constants of CIFAR-10-C at the five severities, by name of the corruption"""
 
 LARGE: Final[Mapping[str, tuple[Constants, ...]]] = {
     "gaussian_noise": ((0.08,), (0.12,), (0.18,), (0.26,), (0.38,)),
@@ -95,4 +95,4 @@ LARGE: Final[Mapping[str, tuple[Constants, ...]]] = {
     ),
     "saturate": ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
 }
-"""The constants of ImageNet-C."""
+"""constants of ImageNet-C at the five severities, by name of the corruption"""

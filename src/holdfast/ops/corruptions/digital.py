@@ -1,4 +1,4 @@
-"""Elastic transform and pixelation of images in [0, 1]."""
+"""Digital corruptions of images in [0, 1]: elastic transform and pixelation."""
 
 import math
 
@@ -12,7 +12,7 @@ from holdfast.ops.corruptions.filters import along, clamped, gaussian_kernel, sa
 
 
 def pixelate(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Shrink to a share `c` of each side and enlarge again, with box filters."""
+    """Shrink each side to the fraction `c[0]` of its length and enlarge it again, with box filters."""
     down = [_boxes(side, max(1, int(side * c[0])), x) for side in x.shape[2:]]
     up = [_boxes(len(matrix), side, x) for matrix, side in zip(down, x.shape[2:], strict=True)]
     return clamped(along(along(x, *down), *up))
@@ -28,9 +28,9 @@ def _boxes(size: int, wanted: int, like: Tensor) -> Tensor:
 
 
 def elastic_transform(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """A random affine map near the identity, then a smooth random displacement of every pixel.
+    """Apply a random affine map near the identity, then a smooth random displacement of every pixel.
 
-    The constants are shares of the shorter side: of the displacement, of its smoothness and of the affine map.
+    The constants are fractions of the shorter side: of the displacement, of its smoothness and of the affine map.
     """
     height, width = x.shape[2:]
     shift, smooth, turn = (min(height, width) * share for share in c)

@@ -10,7 +10,7 @@ from torch import Tensor
 from holdfast.core.types import Inputs, PerExample
 
 Edge = Literal["edge", "mirror", "symmetric"]
-"""Continuation of an image beyond its border: `aaa|abc`, `cb|abc` or `cba|abc`."""
+"""continuation of an image beyond its border: `aaa|abc`, `cb|abc` or `cba|abc`"""
 
 
 def wrapped_positions(index: Tensor, size: int, edge: Edge) -> Tensor:
@@ -29,7 +29,7 @@ def along(x: Inputs, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def gaussian_kernel(x: Inputs, sigma: float, *, edge: Edge = "edge", reach: float = 4.0) -> Inputs:
-    """Gaussian blur with a kernel that ends at `reach` times sigma."""
+    """Apply a Gaussian blur whose kernel ends at `reach` times `sigma`."""
     radius = int(reach * sigma + 0.5)
     if radius == 0:
         return x
@@ -38,7 +38,7 @@ def gaussian_kernel(x: Inputs, sigma: float, *, edge: Edge = "edge", reach: floa
     taps = taps / taps.sum()
 
     def blurs(size: int) -> Tensor:
-        """The blur of a line of `size` pixels as a matrix."""
+        """Return the blur of a line of `size` pixels as a matrix."""
         ends = wrapped_positions(torch.arange(size, device=x.device)[:, None] + places, size, edge)
         return x.new_zeros(size, size).scatter_add_(1, ends, taps.expand(size, -1))
 
@@ -46,7 +46,7 @@ def gaussian_kernel(x: Inputs, sigma: float, *, edge: Edge = "edge", reach: floa
 
 
 def filtered(x: Inputs, kernel: Tensor, edge: Edge = "mirror") -> Inputs:
-    """Correlation of every channel with one kernel with odd sides."""
+    """Return the correlation of every channel with one kernel, whose sides are odd."""
     n, channels, height, width = x.shape
     above, left = kernel.shape[0] // 2, kernel.shape[1] // 2
     rows = wrapped_positions(torch.arange(-above, height + above, device=x.device), height, edge)
@@ -56,7 +56,9 @@ def filtered(x: Inputs, kernel: Tensor, edge: Edge = "mirror") -> Inputs:
 
 
 def disk(radius: float, alias: float) -> Tensor:
-    """A disk as a kernel with sum one, its edge smoothed by a Gaussian of sigma `alias` over 3 or 5 pixels."""
+    """Return a disk as a kernel with sum one, whose edge is smoothed by a Gaussian of sigma `alias` over 3 or
+    5 pixels.
+    """
     half, soft = (8, 1) if radius <= 8 else (math.floor(radius), 2)
     line = torch.arange(-half, half + 1, dtype=torch.float64)
     inside = (line[:, None] ** 2 + line**2 <= radius**2).double()
@@ -66,7 +68,7 @@ def disk(radius: float, alias: float) -> Tensor:
 
 
 def zoomed(x: Inputs, factor: float) -> Inputs:
-    """The centre of each image, enlarged to the size of the whole: bilinear, with aligned corners."""
+    """Return the centre of each image, enlarged to the size of the whole: bilinear, with aligned corners."""
     size = x.shape[2:]
     cut = [math.ceil(side / factor) for side in size]
     top, left = ((side - short) // 2 for side, short in zip(size, cut, strict=True))
@@ -78,7 +80,9 @@ def zoomed(x: Inputs, factor: float) -> Inputs:
 
 
 def moved(x: Inputs, radius: float, sigma: float, *, degrees: PerExample) -> Inputs:
-    """Motion blur: half a Gaussian of sigma over 2 `radius` + 1 pixels, with one angle for each image."""
+    """Apply motion blur: half a Gaussian of `sigma` over 2 `radius` + 1 pixels, with one angle in degrees for each
+    image.
+    """
     width, angle = 2 * math.ceil(radius) + 1, torch.deg2rad(degrees.double())
     taps = torch.exp(-0.5 * (torch.arange(width).double() / sigma) ** 2)
     rows, columns = (torch.arange(side, device=x.device) for side in x.shape[2:])
@@ -95,7 +99,7 @@ def moved(x: Inputs, radius: float, sigma: float, *, degrees: PerExample) -> Inp
 
 
 def sampled(x: Inputs, row: Tensor, column: Tensor, edge: Edge) -> Inputs:
-    """Each image at fractional positions (n, height, width), bilinear."""
+    """Return each image read at fractional positions (n, height, width), with bilinear interpolation."""
     height, width = x.shape[2:]
     image = torch.arange(len(x), device=x.device)[:, None, None]
     top, left = row.floor(), column.floor()
@@ -113,5 +117,5 @@ def sampled(x: Inputs, row: Tensor, column: Tensor, edge: Edge) -> Inputs:
 
 
 def clamped(x: Inputs) -> Inputs:
-    """The image clipped to [0, 1]."""
+    """Return the images clipped to [0, 1]."""
     return x.clamp(0, 1)

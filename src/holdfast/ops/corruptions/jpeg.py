@@ -39,7 +39,7 @@ _FROM_YCC = ((1.0, 0.0, 1.402), (1.0, -0.344136286, -0.714136286), (1.0, 1.772, 
 
 
 def jpeg_compression(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Encode as JPEG at quality `c` and decode; the image is rounded to 256 levels in between."""
+    """Encode as JPEG at quality `c[0]` and decode; the image is rounded to 256 levels before."""
     levels = (255 * x).round()
     if x.shape[1] == 1:
         return _coded(levels, _LIGHT, c[0]) / 255

@@ -1,4 +1,4 @@
-"""Noise: Gaussian, shot, impulse and speckle, of images in [0, 1]; results are clipped."""
+"""Noise corruptions of images in [0, 1]: Gaussian, shot, impulse and speckle. Results are clipped to [0, 1]."""
 
 import torch
 
@@ -9,24 +9,24 @@ from holdfast.ops.corruptions.filters import clamped
 
 
 def gaussian_noise(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Normal noise of standard deviation `c` on every value."""
+    """Add normal noise of standard deviation `c[0]` to every value."""
     return clamped(x + c[0] * rng.normal(ids, *x.shape[1:], dtype=x.dtype))
 
 
 def speckle_noise(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Normal noise in proportion to the value."""
+    """Add normal noise to every value, with a standard deviation of `c[0]` times the value."""
     return clamped(x + c[0] * x * rng.normal(ids, *x.shape[1:], dtype=x.dtype))
 
 
 def impulse_noise(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Set a share `c` of all values to 0 or 1 with equal probability."""
+    """Set each value to 0 or 1, with equal probability, with probability `c[0]`."""
     hit = rng.at("hit").uniform(ids, *x.shape[1:], dtype=x.dtype) <= c[0]
     salt = (rng.at("salt").signs(ids, *x.shape[1:], dtype=x.dtype) + 1) / 2
     return torch.where(hit, salt, x)
 
 
 def shot_noise(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Poisson noise: counts of photons, of which a value of 1 emits `c` on average, divided by `c`.
+    """Add Poisson noise: numbers of photons, whose mean is `c[0]` times the value, divided by `c[0]`.
 
     The count is the quantile of a uniform random number: that of the normal distribution with a correction for
     skewness, then moved to the exact count.

@@ -1,4 +1,4 @@
-"""Weather: snow, frost, fog, and spatter (drops of water or mud on the lens), on images in [0, 1]."""
+"""Weather corruptions of images in [0, 1]: snow, frost, fog, and spatter (drops of water or mud on the lens)."""
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ _KNIGHT = 2.1969
 
 
 def spatter(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Drops where smooth normal noise exceeds a threshold: of pale turquoise with bright edges, or of mud."""
+    """Add drops where smooth normal noise exceeds a threshold: of pale turquoise with bright edges, or of mud."""
     mean, spread, smooth, threshold, strength, mud = c
     liquid = mean + spread * rng.normal(ids, 1, *x.shape[2:], dtype=x.dtype)
     liquid = gaussian_kernel(liquid, smooth)
@@ -122,7 +122,7 @@ _ICE_SPREAD = 0.11
 
 
 def snow(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Flakes of zoomed normal noise above a threshold, with motion blur, added to a whitened image."""
+    """Add flakes, which are zoomed normal noise above a threshold with motion blur, to a whitened image."""
     mean, spread, factor, threshold, radius, sigma, kept = c
     flakes = mean + spread * rng.at("flakes").normal(ids, 1, *x.shape[2:], dtype=x.dtype)
     flakes = zoomed(flakes, factor)
@@ -135,7 +135,7 @@ def snow(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def fog(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Add a plasma fractal times an amount, and scale the result back to the brightest value."""
+    """Add a plasma fractal times an amount, and scale the result back to the brightest value of the image."""
     amount, decay = c
     brightest = x.amax((1, 2, 3), keepdim=True)
     thick = x + amount * plasma(x, decay, ids, rng)
@@ -143,7 +143,7 @@ def fog(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def frost(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """A weighted sum of the image and ice crystals.
+    """Return a weighted sum of the image and ice crystals.
 
     The published code crops photographs of frost; these crystals are the ridges of two plasma fractals and needles in
     three directions, with approximately the colour and contrast of those photographs.
@@ -164,7 +164,9 @@ def frost(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def plasma(x: Inputs, decay: float, ids: Ids, rng: Draws) -> Tensor:
-    """Clouds (n, 1, height, width) from 0 to 1 by the diamond-square algorithm, on a torus of the next power of two."""
+    """Return clouds (n, 1, height, width) from 0 to 1 by the diamond-square algorithm, on a torus of the next power of
+    two.
+    """
     side = max(2, 1 << (max(x.shape[2:]) - 1).bit_length())
     field, step, size = x.new_zeros(len(x), side, side), side, 100.0
     while step >= 2:
