@@ -76,11 +76,11 @@ def assess(
 ) -> Result:
     """Measure how robust a model is, and judge its gates.
 
-    With `run`, all results are written to that folder. An interrupted run is continued with `resume`; if the run is
-    finished, its stored result is returned. `again` is the command that resumes the run that contains this one. Worker
-    processes open the model and the data with `opening`; without it they receive copies of `subject` and `data`. For a
-    served model, `notify` is called with the largest number of rows that the run sends to the server. Raises
-    `UsageError`, `TargetError`, or `Interrupted` with the command to resume.
+    With `run`, all results are written to that folder. With `resume`, an interrupted run in that folder is continued,
+    and the stored result of a finished run is returned. `again` is the command that resumes the run that contains this
+    one. Worker processes open the model and the data with `opening`; without it they receive copies of `subject` and
+    `data`. For a served model, `notify` is called with the largest number of rows that the run sends to the server.
+    Raises `UsageError`, `TargetError`, or `Interrupted` with the command to resume.
     """
     refuse_data(data)
     served = served_by(subject.model)

@@ -57,8 +57,8 @@ def examples_of(data: Batch, excluded: Data, seed: int, classes: int) -> Trainin
 def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVERY) -> tuple[Batch, Batch]:
     """Split labelled examples into training examples and held-out ones. The split is determined by the seed.
 
-    The last example of each class stays in the training examples. At most `most` examples are held out, and at most one
-    in `every`. Raises `UsageError` if fewer than 50 would be held out.
+    At least one example of each class stays in the training examples. At most `most` examples are held out, and at most
+    one in `every`. Raises `UsageError` if fewer than 50 would be held out.
     """
     known = data.y != UNLABELLED
     order = Draws(seed).at("held out").bits(data.ids).argsort()

@@ -1,17 +1,21 @@
-"""The words of the table of attackers: which attackers a rotation stops, slows, or does not affect.
+"""The words in the table of attackers, which state whether a rotation stops, slows, or does not affect an attacker.
 
-An attacker is compared with the success of its own attacks when it has the serving set, since a suite counts
-examples that any of its attacks breaks, and an attacker only those of its best attack.
+The success of an attacker is compared with that of its own attacks when it has the serving set. It is not compared with
+that of a suite, because a suite counts the examples that any of its attacks breaks, and the table only those of the
+best attack of each attacker.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 AS_A0, LITTLE, HALF, NOTHING = 1.2, 0.05, 0.5, 0.8
-"""Limits of the words. Slowed: with confidence, the success is at most `HALF` of that of the white-box attack.
-Stopped: slowed, and with confidence at most `AS_A0` times the success of A0; or with confidence at most `LITTLE`.
-Unclear: the interval contains half of the white-box success. A0 and A5 are not affected by swaps. If A1 achieves
-`NOTHING` of the white-box success or more, rotation does not protect from thefts."""
+"""Limits that define the words.
+
+Slowed: with confidence, the success rate is at most `HALF` of that of the white-box attack. Stopped: slowed and, with
+confidence, at most `AS_A0` times the success rate of A0; or, with confidence, at most `LITTLE`. Unclear: the interval
+contains half of the white-box success rate. A0 and A5 are not affected by swaps. If the success rate of A1 is at least
+`NOTHING` times the white-box success rate, rotation does not protect from thefts.
+"""
 WORDS = {
     "stopped": "stopped",
     "slowed": "slowed",
@@ -22,9 +26,10 @@ Json = dict[str, Any]
 
 
 def with_words(rows: Sequence[Mapping[str, Any]], itself: Mapping[str, Any] | None = None) -> list[Json]:
-    """The rows with their words.
+    """Return the rows of the table with the word of each attacker.
 
-    `itself` is the success of an attacker's attacks with the serving set; if it is None, that of A5 is used.
+    `itself` is the success rate of an attacker's attacks when it has the serving set; if it is None, that of A5 is
+    used.
     """
     shares = {row["who"]: row["share"] for row in rows}
     white, none = (itself or shares["A5"])["value"], shares["A0"]["value"]
@@ -45,7 +50,7 @@ def _word(who: str, share: Mapping[str, Any] | None, white: float, none: float) 
 
 
 def protection_verdict(rows: Sequence[Mapping[str, Any]], itself: Mapping[str, Any] | None = None) -> str:
-    """The verdict in one or two sentences."""
+    """Return the verdict on the protection by the rotation, in one or two sentences."""
     by = {row["who"]: row for row in rows}
     one, white = by["A1"]["share"], itself or by["A5"]["share"]
     words = {word: [row["who"] for row in rows if row["word"] == word] for word in WORDS}
