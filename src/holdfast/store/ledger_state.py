@@ -209,8 +209,7 @@ class LedgerState:
 
     @property
     def unlisted(self) -> tuple[str, ...]:
-        """Names of bases that are neither listed as stolen nor deleted, and from which sets that serve or may serve
-        were made.
+        """Names of the bases of sets that serve or may serve, without bases that are listed as stolen or deleted.
 
         No gate considers the theft of these bases.
         """
