@@ -1,4 +1,4 @@
-"""Arguments that moved from the functions of the verbs to `open_model` and `open_data`."""
+"""Arguments that were moved from the functions of the verbs to `open_model` and `open_data`."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -21,11 +21,14 @@ PLACES = {
     **dict.fromkeys(_keys(ModelSource, InferenceSource, ServerLimits), "open_model"),
     **dict.fromkeys(_keys(DataSource), "open_data"),
 }
-"""The function that has an argument, for arguments that the verbs had in version 0.1."""
+"""Name of the function that has the argument now, for each argument that the verbs had in version 0.1."""
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Enable gradients in a function of the Python interface, and name the new place of arguments that moved."""
+    """Return a function of the Python interface with gradients enabled and better messages.
+
+    The message for an argument that was moved states which function has it now.
+    """
     parameters = signature(function).parameters
 
     @wraps(function)

@@ -108,7 +108,9 @@ class Result:
 
     @property
     def worst_case(self) -> dict[str, Tensor]:
-        """Columns with the worst case of each example over all attacks, including its distances."""
+        """Columns with the worst case of each example over all attacks and passes that count,
+        including its distances.
+        """
         columns = self.evidence.columns
         return {name: values for name, values in columns.items() if name in _WORST_CASE}
 
