@@ -90,7 +90,7 @@ _WRITTEN = (Linf, L2, L1, L0, Corruptions, Patch, Spatial, Colour)
 
 
 def constraints(value: Any, where: str) -> tuple[Constraint, ...]:
-    """Return norm balls from a list of constraints or texts, or from one text such as `l2:1.5,l1:10`."""
+    """Return norm balls from a list of constraints or strings, or from one string such as `l2:1.5,l1:10`."""
     words = value.split(",") if isinstance(value, str) else value
     if not isinstance(words, (list, tuple)) or not all(isinstance(word, (str, Constraint)) for word in words):
         raise UsageError(f"{where} is {value!r}; expected norms and sizes, as in l2:1.5,l1:10")

@@ -277,7 +277,7 @@ def parse_surrogate(text: str) -> dict[str, object]:
 
 
 def parse_pairs(items: Iterable[str], flag: str) -> dict[str, str]:
-    """Return texts of the form `NAME=VALUE` as a dictionary."""
+    """Return strings of the form `NAME=VALUE` as a dictionary."""
     values: dict[str, str] = {}
     for item in items:
         key, equals, value = item.partition("=")

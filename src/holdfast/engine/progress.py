@@ -20,7 +20,7 @@ class Step:
     """number of examples that no finished shard has broken; in the clean stage, number of examples that are known to be
     correct"""
     seen: int
-    """number of examples among which `standing` examples survive"""
+    """number of examples of which `standing` survive"""
 
 
 Progress = Callable[[Step], None]

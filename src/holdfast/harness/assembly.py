@@ -283,8 +283,7 @@ def _gallery(plan: Outline, by_stage: Mapping[str, Columns], counted: Sequence[P
 
 
 def speaking(attacks: Sequence[Columns], kind: str, *, smallest: bool) -> Rows:
-    """Return for each example the row of its worst case among the stored inputs of several attacks, in the order of the
-    ids.
+    """Return the rows of the worst case of each example among the stored inputs of several attacks, ordered by id.
 
     The worst case is the first attack that broke the example or, with `smallest`, the smallest change. If no attack
     broke the example, it is the first stored input. `kind` is the prefix of the columns with the stored inputs.
@@ -304,7 +303,7 @@ def _of_kept(name: str, columns: Columns, kind: str) -> Tensor:
 
 
 def first_of_each(ids: Ids) -> Rows:
-    """Return the first row of each id, in the order of the ids."""
+    """Return the first row of each id, ordered by id."""
     order = ids.argsort(stable=True)
     first = torch.ones_like(order, dtype=torch.bool)
     first[1:] = ids[order][1:] != ids[order][:-1]

@@ -1,4 +1,4 @@
-"""Geometry of the charts: SVG paths and ticks, computed from numbers. Colours and texts of users are not included."""
+"""Geometry of the charts: SVG paths and ticks, computed from numbers. Colours and strings of users are not included."""
 
 import math
 from collections.abc import Mapping, Sequence

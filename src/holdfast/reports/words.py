@@ -1,4 +1,4 @@
-"""Texts of the reports: the verdict, the gates, the threat model and the metrics in words."""
+"""Functions that put results into words: the verdict, the gates, the threat model and the metrics."""
 
 import re
 from collections.abc import Mapping, Sequence

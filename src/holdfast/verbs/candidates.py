@@ -25,12 +25,12 @@ _PLANNING = 0.1  # share of the budget after which no stronger recipe is timed
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluation of a checkpoint on held-out examples."""
+    """Evaluation of a model on held-out examples."""
 
     examples: int
-    """number of held-out examples"""
+    """number of available held-out examples"""
     at: Callable[[int], object]
-    """function that evaluates a model on that number of held-out examples"""
+    """function that evaluates the model on a given number of these examples"""
 
 
 @dataclass(frozen=True)

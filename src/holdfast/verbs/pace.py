@@ -236,7 +236,7 @@ def _planned_s(budget_s: float, look_s: float) -> float:
 
 
 class Pacer:
-    """Plans a training within a budget, repeatedly during the training: see `holdfast.ops.planning.Pacing`.
+    """Plans a training within a budget, and repeats the plan during the training: see `holdfast.ops.planning.Pacing`.
 
     A plan depends only on the plan before and on the elapsed time.
     """

@@ -143,7 +143,8 @@ class Result:
         return self.metrics.keys()
 
     def gate(self, claim: str) -> Judgement:
-        """Judge another gate, such as `"robust_accuracy >= 0.5"`, on the same evidence and doubts.
+        """Judge another gate, such as `"robust_accuracy >= 0.5"`, on the same evidence and doubts, and return its
+        verdict.
 
         Notebooks show it beside the gates of the run. It changes neither the verdict nor the exit code.
         """
@@ -209,7 +210,7 @@ class Result:
         return verdict(self._summary, colour=False).rstrip("\n")
 
     def __repr__(self) -> str:
-        """The verdict and the main metrics in one line."""
+        """Return the verdict and the main metrics in one line."""
         where = "" if self.folder is None else f", folder {str(self.folder)!r}"
         return f"<Result: {VERDICTS[self._summary['verdict']][1]}; {measured(self._summary)}{where}>"
 

@@ -76,7 +76,7 @@ def refuse_early(served: Served, subject: Subject, request: AssessRequest) -> No
     """Raise `UsageError` for a request that a served model does not allow, before further rows are sent.
 
     Also records the number of rows that were sent while the data were opened. Several worker processes are refused,
-    because none would know how many rows the others send.
+    because the sent rows could not be counted across processes.
     """
     served.opening = opening_rows(served.sent)
     if not request.surrogates:

@@ -1,4 +1,4 @@
-"""The step `collect`: trains independent models, and stores their parameter sets encrypted, and trains surrogates.
+"""The step `collect`: trains independent models and surrogates, and stores their parameter sets encrypted.
 
 A stopped collection continues after the last epoch. The surrogates represent a surrogate-only attacker: models of the
 same architecture, trained by the same recipe on the same examples from their own random weights. Gates on thefts are
