@@ -344,7 +344,7 @@ class Execution(SettingGroup):
 
 
 class Seed(SettingGroup):
-    """The seed of random numbers."""
+    """Seed of all random numbers."""
 
     seed: Annotated[values.Whole, Flag("N")] = Field(
         default=0, description="Seed of all random numbers (default: 0)."
@@ -352,7 +352,7 @@ class Seed(SettingGroup):
 
 
 class Device(SettingGroup):
-    """The device of the computation."""
+    """Device on which the model runs."""
 
     device: Annotated[str, Flag("NAME")] = Field(
         default="auto", description="Device: auto, cpu, cuda or cuda:1 (default: auto)."

@@ -19,7 +19,7 @@ AttackLike = Attack | type[Attack] | str | Mapping[str, Any]
 100}`."""
 
 SuiteLike = AttackLike | Sequence[AttackLike]
-"""The name of a suite, an attack, or several attacks."""
+"""The name of a suite, an attack, or a list of attacks."""
 
 _EXPECTED = (
     "expected the name of a suite or of an attack, an attack such as holdfast.attacks.PGD(steps=100), or a list of "

@@ -112,7 +112,7 @@ def budget_s(settings: RotateSettings) -> float | None:
 
 
 def source(settings: RotateSettings) -> Source:
-    """Return the source of the parameter sets that the settings name."""
+    """Return the source of the parameter sets that is named in the settings."""
     spec = settings.options.source
     name = str(spec["use"])
     settings_of_source = {key: value for key, value in spec.items() if key != "use"}
@@ -131,12 +131,12 @@ def diffusion(settings: RotateSettings) -> LatentDiffusion:
 
 
 def immunise(settings: RotateSettings) -> Immunise:
-    """Return the training of a set against adversarial examples of other sets."""
+    """Return the settings of the training of a parameter set against adversarial examples of other sets."""
     return built(Immunise, settings.options.immunise, "immunise", "immunise")
 
 
 def triggers(settings: RotateSettings) -> tuple[Trigger, ...]:
-    """Return the triggers of swaps that the settings name."""
+    """Return the triggers of swaps that are listed in the settings."""
     parsed: list[Trigger] = []
     for text in settings.options.every:
         kind, size = parse_every(text)

@@ -22,7 +22,7 @@ class Spelling:
     paper: str
     """name in the paper; empty if it is the same or if another attack has this name here"""
     short: tuple[str, ...] = ()
-    """usual short names"""
+    """usual short names of the attack"""
 
     def __str__(self) -> str:
         return ", ".join(each for each in (self.paper, *self.short) if each)

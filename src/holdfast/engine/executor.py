@@ -52,7 +52,7 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class Inline:
-    """Measures shards in the process of the run, one after another."""
+    """Executor that measures shards in the process of the run, one after another."""
 
     work: Measure | None = None
     """function that measures a shard; None for a run without shards"""

@@ -121,7 +121,7 @@ class Processes:
     """Executor with at most `size` worker processes. `setup` opens the model and the data in each of them."""
 
     setup: bytes
-    """the pickled `Setup`"""
+    """the pickled `Setup` that each worker calls"""
     size: int
     _workers: list[_Worker] = field(default_factory=list)
     _messages: "queue.Queue[tuple[_Worker, bytes]]" = field(default_factory=queue.Queue)
@@ -300,7 +300,7 @@ def write_message(file: IO[bytes], content: bytes) -> None:
 
 
 def skip_to(beginning: bytes, file: IO[bytes]) -> None:
-    """Read a pipe up to and including `beginning`, or to its end."""
+    """Read and discard the bytes of a pipe up to and including `beginning`, or to its end."""
     last = b""
     while last != beginning and (byte := file.read(1)):
         last = (last + byte)[-len(beginning) :]

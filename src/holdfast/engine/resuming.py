@@ -1,4 +1,4 @@
-"""Commands that repeat a run or resume a stopped one."""
+"""Command lines that repeat a run or resume a stopped run."""
 
 import shlex
 import shutil

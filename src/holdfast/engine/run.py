@@ -39,7 +39,7 @@ class Shards:
     """function that is called with the columns of the finished shards, and the number of finished examples of other
     shards"""
     timed: bool = True
-    """whether the deadline of the run applies"""
+    """whether the deadline of the run applies to the stage"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Run:
     store: Store = field(default_factory=MemoryStore)
     executor: Executor = field(default_factory=Inline)
     shards: tuple[tuple[int, int], ...] = ()
-    """first row and last row + 1 of each shard"""
+    """for each shard, its first row and the row after its last one"""
     batch_size: int = 1
     """number of examples in one forward pass; it is halved if memory runs out"""
     deadline: float = math.inf

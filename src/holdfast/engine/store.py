@@ -108,7 +108,7 @@ class MemoryStore:
         return self._splits
 
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
-        """Record a batch split."""
+        """Record that memory ran out before row `at` of a shard; batches have `size` examples from there on."""
         self._splits.append({"stage": stage, "shard": shard, "at": at, "size": size})
 
     def begin(self, stage: str, shard: int) -> None:

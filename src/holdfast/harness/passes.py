@@ -31,14 +31,14 @@ class Pass:
     """Adversarial examples of one pass outside the suite, as the columns of an attack on all examples."""
 
     stage: str
-    """name in tables, such as `curve-1-fmn` or `probe-noise`"""
+    """name of the pass in tables, such as `curve-1-fmn` or `probe-noise`"""
     name: str
-    """name in sentences"""
+    """name of the pass in sentences"""
     columns: Columns
     tried: int
     """number of examples that the pass was run on"""
     settings: Mapping[str, Any]
-    """settings of the pass, as in `PassRecord`"""
+    """settings of the attack of the pass, as in `PassRecord`"""
 
 
 Probes = Sequence[tuple[str, int]]

@@ -29,19 +29,19 @@ class Plan:
     threat: ThreatModel
     seed: int = 0
     suite: str = ""
-    """name and version; empty for a list of attacks"""
+    """name and version of the suite; empty for a list of attacks"""
     smallest: bool = False
     """search for the smallest change that breaks an example, instead of any change within eps"""
     attacked: bool = False
-    """run the fixed PGD-40 pass for entropy, margin, F1 and calibration"""
+    """run the fixed PGD-40 pass, from which entropy, margin, F1 and calibration are computed"""
     detection: bool = False
     """run the passes that evaluate the detector of a model that rejects inputs"""
     curve: tuple[Member, ...] = ()
-    """minimum-norm attacks on every example, for accuracy as a function of eps"""
+    """minimum-norm attacks that are run on every example, for accuracy as a function of eps"""
     matrix: bool = False
     """measure how examples computed on the model and on each surrogate transfer to each other model"""
     across: bool = False
-    """measure how perturbations transfer between the data and other data sets"""
+    """measure how perturbations transfer between the data of the run and further data sets"""
     full: bool = False
     """run every attack on every correct example, even on those that are already broken"""
     keep_adversarial: bool = False

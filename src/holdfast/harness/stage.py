@@ -77,11 +77,11 @@ class StageKind(Protocol):
     """Interface of a kind of stage. A kind has no state."""
 
     name: ClassVar[str]
-    """name in `run.json`"""
+    """name of the kind in `run.json`"""
     sharded: ClassVar[bool] = True
     """whether the stage is divided into shards; otherwise it is run once, on its own data sets"""
     in_suite: ClassVar[bool] = False
-    """whether the stage is an attack of the suite, so that later stages skip the examples that it breaks"""
+    """whether the stage runs an attack of the suite, so that later stages skip the examples that it breaks"""
     of_attack: ClassVar[bool] = False
     """whether the stage prepares an attack, so that its cost and its deadline are those of that attack"""
     smallest: ClassVar[bool] = False

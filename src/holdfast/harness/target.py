@@ -87,7 +87,8 @@ class Target:
     aim: Aim = Aim()
     """how attacks treat the detector of a model that rejects inputs"""
     blind: bool = False
-    """whether no gradient of the detector's score reaches an input, because it rounds or is binary"""
+    """whether no gradient of the detector's score reaches an input, for example because the score
+    is rounded or binary"""
     blind_view: bool = False
     """whether no gradient of the detector's score reaches an input through `view`"""
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from holdfast.harness.plan import Plan
 
 GALLERY = 12
-"""Number of broken examples that are stored for the report."""
+"""Largest number of broken examples that are stored for the report."""
 
 NORMS: Mapping[str, Constraint] = {"linf": Linf(), "l2": L2(), "l1": L1(), "l0": L0()}
 """Norms in which distances are measured under all threat models; for `l0`, see `distance_norms`."""
@@ -156,9 +156,10 @@ def returned(
 def votes(
     target: Target, batch: Batch, x: Inputs, seen: Callable[[Logits], Tensor]
 ) -> tuple[Logits, Tensor, Tensor]:
-    """Return the logits of the original model, the fraction of votes in which it is correct, and that for new votes.
+    """Return the logits of the original model, and twice the fraction of votes in which it is correct.
 
-    `seen` computes the logits that are judged. A deterministic model is evaluated once. Ties and NaN count as wrong.
+    The second fraction is computed from new votes. `seen` computes the logits that are judged. A deterministic model is
+    evaluated once. Ties and NaN count as wrong.
     """
 
     def holds(logits: Logits) -> Mask:

@@ -34,7 +34,9 @@ def left_out(attack: Mapping[str, Any]) -> bool:
 
 
 def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
-    """Return the cells of an attack by heading. With `distance`, the headings are `SMALLEST`, otherwise `STANDING`."""
+    """Return the cells of an attack by heading. The headings are `SMALLEST` if `distance` is true, otherwise
+    `STANDING`.
+    """
     after = attack["robust_accuracy"]
     cells = {
         "attack": attack["name"],

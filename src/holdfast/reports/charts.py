@@ -36,7 +36,7 @@ class Staircase:
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     mark: float | None
-    """horizontal coordinate of the eps of the threat model"""
+    """horizontal coordinate of the eps of the threat model; None if no line is drawn there"""
     mark_text: float
     """vertical coordinate of the label of the mark, away from the curve"""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Concern:
-    """A doubt with its meaning and advice."""
+    """Explanation of a doubt: a title, its meaning, and advice."""
 
     title: str
     meaning: str

@@ -1,4 +1,6 @@
-"""Atomic writes: after a kill, a power failure or a full disk, a file has its old or its new content, never a part."""
+"""Atomic writes of files. After a kill, a power failure or a full disk, a file has either its old
+or its new content.
+"""
 
 import errno
 import os
@@ -21,13 +23,14 @@ _OPEN = 0o666
 """Mode of other files, before the umask."""
 
 SERVED = "served.journal"
-"""File in a run folder with the totals of what was sent to a server; like times, it is not part of the chain."""
+"""File in a run folder with the number of rows and requests sent to a server. Like times, it is not
+part of the chain."""
 CHECKPOINTS = "checkpoints"
 """Prefix of the names of folders with checkpoints."""
 
 
 def refuse_no_run(*folders: Path) -> None:
-    """Raise `TargetError` for a folder that contains no run."""
+    """Raise `TargetError` if a folder contains no run."""
     for folder in folders:
         if not (folder / MANIFEST).is_file():
             raise TargetError(

@@ -68,7 +68,7 @@ Split = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class StoredStage:
-    """Columns of a complete stage."""
+    """Columns of a stage that is complete."""
 
     columns: Columns
     reached: int | None = None
@@ -140,7 +140,7 @@ class RunFolder:
         self.drop_shards(stage)
 
     def drop_shards(self, stage: str) -> None:
-        """Delete the shards of a complete stage."""
+        """Delete the shard files of a complete stage."""
         folder = self.path / stage
         with usable(folder):
             if folder.is_dir():

@@ -96,7 +96,7 @@ class ShardTimes:
 
 
 class Leases:
-    """The open database `state.sqlite` of a run folder."""
+    """Open database `state.sqlite` of a run folder."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME

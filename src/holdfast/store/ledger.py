@@ -97,7 +97,7 @@ class Ledger:
 
     @property
     def entries(self) -> int:
-        """Number of entries of the ledger."""
+        """Number of entries in the ledger."""
         return self._ask(lambda _: len(self._digests))
 
     @property
@@ -192,7 +192,7 @@ class Ledger:
             return Serving(name, self._state.epoch, self._state.members[name].since)
 
     def retire(self, name: str, why: str = "") -> None:
-        """Retire an admitted set, or the serving set without a successor."""
+        """Retire an admitted set or the serving set. If it serves, no set serves afterwards."""
         self._add("retired", set=name, why=why)
 
     def expose(self, name: str, why: str, *, automatic: bool = False) -> None:

@@ -219,7 +219,7 @@ class LedgerState:
         return tuple(member.name for member in known if member.exposed is None and not member.deleted)
 
     def refuse_illegal(self, entry: Mapping[str, Any]) -> None:
-        """Raise `UsageError` for a valid entry that is not allowed in the current state."""
+        """Raise `UsageError` if an entry with valid fields is not allowed in the current state."""
         kind = entry["kind"]
         if kind == "begun":
             if self._entries:
@@ -286,7 +286,7 @@ class LedgerState:
         return self.members[name]
 
     def take(self, entry: Mapping[str, Any]) -> None:
-        """Apply an entry that `refuse_illegal` allows."""
+        """Update the state by an entry that `refuse_illegal` allows."""
         kind, at, self._entries = entry["kind"], entry["at"], self._entries + 1
         if kind == "begun":
             self.manifest = entry["manifest"]

@@ -1,4 +1,4 @@
-"""The manifest and the format of a pool, and validation of its files."""
+"""The manifest and the format of a pool, and checks of its files."""
 
 import shlex
 from collections.abc import Callable, Mapping
@@ -166,7 +166,7 @@ def _new_files(path: Path) -> list[Path]:
 
 
 def refuse_unsaid(about: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for metadata that JSON cannot represent."""
+    """Raise `UsageError` if metadata cannot be represented as JSON."""
     try:
         canonical(about)
     except (TypeError, ValueError) as error:

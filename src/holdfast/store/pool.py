@@ -119,7 +119,9 @@ class Pool:
 
     @contextmanager
     def alone_at(self, step: str) -> Iterator[None]:
-        """Context manager in which no other process performs the step `step`. Raises `InUse` at once if one does."""
+        """Context manager in which no other process performs the step `step`. Raises `InUse`
+        immediately if one does.
+        """
         where = f"another process runs {step} in {str(self.path)!r}"
         in_use = f"{where}; wait until it ends or stop it, then start again"
         with locked(self.path / f"{step}.lock", 0.0, in_use=in_use):
@@ -268,7 +270,7 @@ class Pool:
         )
 
     def retire(self, name: str, why: str = "") -> None:
-        """Retire an admitted set, or the serving set without a successor."""
+        """Retire an admitted set or the serving set. If it serves, no set serves afterwards."""
         self.ledger.retire(name, why)
 
     def expose(self, name: str, why: str, *, automatic: bool = False) -> None:

@@ -13,7 +13,7 @@ from holdfast.store.forms import is_name
 
 CHAIN = "chain.jsonl"
 COLUMNS = ".safetensors"
-"""Suffix of column files and of weights."""
+"""Suffix of the names of column files and of files with weights."""
 
 
 class Chain:

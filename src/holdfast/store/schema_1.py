@@ -15,8 +15,10 @@ DETAILS = frozenset(
         "convolutions of few channels give their input gradient as a matrix product",
     )
 )
-"""Notes of schema 1 on the copy of the model that attacks query. In schema 2 they are in the
-separate field `details`."""
+"""Notes of schema 1 that describe the optimised copy of the model, which attacks query.
+
+In schema 2 they are in the separate field `details`.
+"""
 
 Json = dict[str, Any]
 

@@ -25,12 +25,12 @@ from holdfast.verbs.training import BEST, LAST, Point
 
 @dataclass(frozen=True)
 class AttemptTraining:
-    """Trains a copy of a model by the recipe of an attempt."""
+    """Trains a copy of a model with the recipe of an attempt."""
 
     subject: Subject
     trainer: Trainer
     plan: Mapping[str, Any]
-    """`attempts`, `budget_s` (None for the epochs of the recipe) and `planning_s`"""
+    """plan of the hardening: `attempts`, `budget_s` (None if the epochs of the recipe are used) and `planning_s`"""
     metadata: Mapping[str, str]
     """metadata for the file with the weights of the model"""
     clock: Clock

@@ -35,7 +35,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe that may be chosen for the training."""
+    """A recipe that may be chosen for the training of a hardening."""
 
     name: str
     recipe: Recipe

@@ -64,7 +64,7 @@ def enough_threads(model: nn.Module, x: Tensor) -> Iterator[None]:
 
 
 def refuse_data(data: Data) -> None:
-    """Raise `TargetError` if there are no examples."""
+    """Raise `TargetError` if the data contain no examples."""
     if not len(data):
         raise TargetError(f"{data.name} is empty; at least one example is needed")
 
@@ -116,10 +116,10 @@ def refuse_batch(
     whole: Data | Batch | None = None,
     remote: bool = False,
 ) -> None:
-    """Raise `TargetError` unless inputs are floats inside the bounds and labels are classes.
+    """Raise `TargetError` unless inputs are floats inside the bounds and labels are valid classes.
 
-    The message names the range of the labels of `whole`, which contains the batch. `remote` says whether the model
-    runs on a server.
+    The message contains the range of the labels of `whole`, of which the batch is a part. `remote` states whether the
+    model runs on a server.
     """
     x, y = batch.x, batch.y
     if not x.is_floating_point():

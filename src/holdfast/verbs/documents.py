@@ -22,7 +22,7 @@ from holdfast.store.folder import Split
 Json = dict[str, Any]
 
 VERDICT = "verdict"
-"""Name of the document with the judged gates."""
+"""Name of the document with the verdicts of the gates."""
 
 
 def outline_to_json(outline: Outline) -> Json:

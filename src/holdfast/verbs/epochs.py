@@ -39,7 +39,7 @@ class TrainingStart:
     name: str
     """name of the candidate"""
     how: Training
-    """settings of the training, without the pacing of a budget, which only the first process has"""
+    """settings of the training, without the pacing for a budget, which only the first process needs"""
     paced: bool
     """whether the training has a budget"""
     after: Checkpoint | None
@@ -59,7 +59,7 @@ class Trainer:
     clock: Clock = field(default=time.perf_counter)
 
     def begun(self, recipe: Recipe, after: Checkpoint | None) -> Iterator[Checkpoint]:
-        """Return the iterator over the checkpoints of a recipe; no update is made before the first checkpoint is
+        """Return an iterator over the checkpoints of a recipe; no update is made before the first checkpoint is
         requested.
         """
         return recipe(self.model, self.rest, self.threat, rng=Draws(self.seed), after=after)

@@ -27,7 +27,7 @@ SOUND = "standard"
 
 @dataclass(frozen=True)
 class Exhibit:
-    """Measurements of an item of the gallery."""
+    """Measurements of one model of the gallery."""
 
     name: str
     source: str
@@ -37,9 +37,9 @@ class Exhibit:
     twin_robust_accuracy: float
     adaptive_robust_accuracy: float
     doubts: tuple[str, ...]
-    """doubts that the naive evaluation raised"""
+    """names of the doubts that the naive evaluation raised"""
     adaptive: tuple[str, ...]
-    """adaptive attacks that were run"""
+    """names of the adaptive attacks that were run"""
     bypassed: tuple[str, ...]
     """the stages that the adaptive attacks bypassed, and how they did it"""
     n: int

@@ -1,4 +1,4 @@
-"""The largest number of rows that a run sends to a server, computed before the run."""
+"""Upper bounds on the number of rows that a run sends to a server, computed before the run."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,14 +19,14 @@ class ExpectedRows:
     """Upper bounds on the rows that are sent to a server, by purpose."""
 
     clean: int
-    """clean inputs, including the inspection of the model before the run"""
+    """rows of clean inputs, including those for the inspection of the model before the run"""
     attacks: int
     doubts: int
     """rows of the probes, including those for judging the examples that the probes find"""
     judging: int
     """one row for each example that each attack is run on, or 41 rows for a randomised model"""
     unknown: tuple[str, ...] = ()
-    """attacks that are not included, because neither a setting nor a budget bounds their rows"""
+    """names of the attacks that are not included, because neither a setting nor a budget bounds their rows"""
 
     @property
     def total(self) -> int:

@@ -74,7 +74,7 @@ ASSESSED = record(
         "other_data": list_of(_OTHER),
     }
 )
-"""Schema of `run.json` of an assessment."""
+"""Schema of the file `run.json` of an assessment."""
 LISTED = record(
     {
         "verb": text,
@@ -97,7 +97,7 @@ _GATE = record(
 )
 _CODE = one_of(0, 1, 4)
 DECIDED = record({"gates": list_of(_GATE), "accepted_doubts": mapped(text), "exit_code": _CODE})
-"""Schema of `verdict.json` of an assessment."""
+"""Schema of the file `verdict.json` of an assessment."""
 JUDGED = record({"verdict_of": one_of("after"), "exit_code": _CODE})
 """Schema of `verdict.json` of a hardening, whose verdict is that of the inner run that measured the new model."""
 HEAD = record({"chain": text})
@@ -120,7 +120,7 @@ ASKED = record(
         "broken": mapped(list_of(whole)),
     }
 )
-"""Schema of `doubts.json`."""
+"""Schema of the file `doubts.json`."""
 
 
 @contextmanager

@@ -29,22 +29,22 @@ from holdfast.verbs.result import Result
 from holdfast.verbs.training import Point
 
 MODEL = "model.safetensors"
-"""File name of the new model."""
+"""Name of the file with the new model."""
 
 
 @dataclass(frozen=True)
 class Hardened:
-    """A new model, how it was trained, and measurements of the given model and the new one."""
+    """A new model, its training, and measurements of the original model and the new one."""
 
     model: Classifier
     before: Result
     after: Result
     curve: tuple[Point, ...]
-    """one point for each epoch of its training"""
+    """training curve of the new model, with one point for each epoch"""
     card: Mapping[str, Any]
     """recipe, settings, plan, both measurements, cost and versions, as strict JSON"""
     weights: bytes
-    """the new model as a safetensors file"""
+    """content of the safetensors file with the new model"""
     folder: Path | None = None
 
     def write(self, folder: str | Path) -> Path:
@@ -119,7 +119,7 @@ def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str,
 
 
 def digest_of_weights(checkpoint: Checkpoint) -> str:
-    """Return the SHA-256 over names, types, shapes and values of the tensors of a checkpoint, in hex."""
+    """Return the SHA-256 over names, types, shapes and values of all tensors of a checkpoint, in hex."""
     sha = hashlib.sha256()
     for name, value in sorted(checkpoint.tensors.items()):
         sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

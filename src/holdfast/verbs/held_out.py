@@ -34,7 +34,7 @@ class TrainingExamples:
     rest: Batch
     held: Batch
     digest: str
-    """SHA-256 over the training and the held-out examples, in hex"""
+    """SHA-256 over all training and held-out examples, in hex"""
     notes: tuple[str, ...]
     """notes on which examples were left out of the training, and why"""
 

@@ -1,4 +1,4 @@
-"""The content of `run.json`: everything that identifies a run and its numbers."""
+"""Content of `run.json`: all values that identify a run and its results."""
 
 import math
 from collections.abc import Mapping

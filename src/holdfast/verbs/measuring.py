@@ -47,7 +47,7 @@ class ShardMeasure:
     data: Data
     device: torch.device
     served: Served | None = None
-    """connection to the server of a served model"""
+    """connection to the server of a served model; None for other models"""
     _last: dict[tuple[int, int], Batch] = field(default_factory=dict)
 
     def __call__(self, task: ShardTask, room: Room, until: float) -> Columns:
@@ -121,7 +121,7 @@ class Measurement:
     sets: Mapping[str, tuple[Batch, ...]] = field(default_factory=dict)
     """data sets for the stages that are not divided into shards, by the name of the kind of stage"""
     served: Served | None = None
-    """connection to the server of a served model, which may charge for each row"""
+    """connection to the server of a served model, which may charge for each row; None for other models"""
 
     def stages(self, stages: Sequence[Stage], by_stage: dict[str, Columns]) -> tuple[str, ...]:
         """Measure `stages`, add their columns to `by_stage`, and return notes on what was left out

@@ -32,10 +32,10 @@ class Rehearsed:
     """number of examples of the run"""
     attacks: tuple[str, ...]
     most: ExpectedRows
-    """upper bound if as many examples are correct as possible"""
+    """upper bounds on the rows, for the largest possible number of correct examples"""
     likely: ExpectedRows | None
-    """expected rows if the fraction of correct examples is that of the sample; None if the sample was empty or all
-    examples"""
+    """expected rows if the fraction of correct examples is that of the sample; None if the sample
+    is empty or complete"""
     right: int
     """number of correct examples in the sample"""
     tried: int

@@ -26,7 +26,7 @@ class Subject:
 
     model: Classifier
     digest: str
-    """SHA-256 in hex of everything that determines its outputs"""
+    """SHA-256 of everything that determines the outputs of the model, in hex"""
     card: Mapping[str, Any] = field(default_factory=dict)
     """`name`, `how` (how the model was opened), `digest`, `parameters`, `bounds` and other properties"""
     notes: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ class AssessRequest:
     plan: Plan
     gates: tuple[Claim, ...] = ()
     baseline: Evidence | None = None
-    """evidence for gates that compare with a baseline"""
+    """evidence of the run with which gates compare; None without such gates"""
     accepted: Mapping[str, str] = field(default_factory=dict)
     """accepted doubts by name, each with the reason that the user gave"""
     batch_size: int | None = None
@@ -73,12 +73,12 @@ class HardenRequest:
     """The settings of a hardening."""
 
     name: str
-    """name of the recipe, as requested"""
+    """name of the recipe that the user requested"""
     candidates: tuple[Candidate, ...]
     """the requested recipe, or the recipes to choose from, ordered from the fastest to the strongest"""
     threat: ThreatModel
     assessment: AssessRequest
-    """how the model is measured before and after"""
+    """settings of the assessments before and after the training"""
     budget_s: float | None = None
     """wall-clock seconds of the training with its evaluations; None for the epochs that the recipe states"""
     seed: int = 0
@@ -90,7 +90,7 @@ class HardenRequest:
     """data that must not be trained on: the whole set from which the test examples are taken; None for the test
     examples only"""
     open_options: str = ""
-    """command-line options that open the new model, in addition to its file and the data"""
+    """command-line options with which the new model is opened, in addition to its file and the data"""
 
 
 Keep = Callable[[Mapping[str, Any]], None]

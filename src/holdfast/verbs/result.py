@@ -67,13 +67,14 @@ class Result:
     gates: tuple[Judgement, ...] = ()
     accepted_doubts: Mapping[str, str] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
-    """information beside the evidence: `verb`, `folder`, `created`, `command`, `hashes`, `versions`, `hardware`"""
+    """information that is not part of the evidence: `verb`, `folder`, `created`, `command`, `hashes`, `versions`,
+    `hardware`"""
     folder: Path | None = None
     """the run folder; None for a run in memory"""
     adversarial: Columns = field(default_factory=dict)
     """the adversarial input of each broken example as columns `id` and `x`, if the run stores them"""
     baseline: Evidence | None = None
-    """evidence for the metrics `regression` and `clean_accuracy_drop`"""
+    """evidence of another run, with which `regression` and `clean_accuracy_drop` compare; None without a baseline"""
     rotation: Mapping[str, Any] | None = None
     """the table of attackers of a model with rotation; None for other models"""
     _asked: dict[str, Judgement] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -91,7 +92,7 @@ class Result:
 
     @property
     def doubts(self) -> tuple[Doubt, ...]:
-        """Reasons why the measured robust accuracy may be too high, with their states."""
+        """Doubts, i.e. reasons why the measured robust accuracy may be too high, with their states."""
         return self.evidence.doubts
 
     @property

@@ -1,4 +1,4 @@
-"""Tests whether a model can be trained, and prepares a copy for training."""
+"""Checks whether a model can be trained, and creates a copy of it for training."""
 
 from collections.abc import Sequence
 from copy import deepcopy

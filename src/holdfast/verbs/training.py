@@ -21,7 +21,7 @@ _KEY = "holdfast"
 
 @dataclass(frozen=True)
 class Point:
-    """One epoch in the training curve."""
+    """One epoch of the training curve."""
 
     epoch: int
     loss: float
@@ -33,7 +33,7 @@ class Point:
     batch: int
     """number of examples in an update"""
     clean: float
-    """accuracy on the held-out examples"""
+    """clean accuracy on the held-out examples"""
     robust: float
     """accuracy on the held-out examples under the attack by which the checkpoint is chosen"""
     cpu_s: float

@@ -1,4 +1,4 @@
-"""Stages that run an attack on some of the examples, and among them the attacks of the suite."""
+"""Stages that run an attack on some of the examples. The attacks of the suite are such stages."""
 
 import math
 from collections.abc import Mapping

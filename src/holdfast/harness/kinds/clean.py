@@ -1,4 +1,4 @@
-"""The first stage: the outputs of the model for the clean inputs."""
+"""The first stage of a measurement, which evaluates the model on the clean inputs."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING

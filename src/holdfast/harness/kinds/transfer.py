@@ -1,4 +1,6 @@
-"""The transfer matrix: examples computed on the target and on each surrogate, judged by all of them."""
+"""The transfer matrix: adversarial examples are computed on the target and on each surrogate, and judged by all of
+them.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from holdfast.harness.plan import Plan
 
 MATRIX = Member("Transfer", Transfer(reach=2.5, diversity=0.5, neighbours=0))
-"""The attack for the transfer matrix and for the transfer across data sets."""
+"""Attack that computes the examples of the transfer matrix and of the transfer across data sets."""
 MATRIX_ROWS = 500
 """Largest number of examples in the transfer matrix, and of each data set in the transfer across data sets.
 

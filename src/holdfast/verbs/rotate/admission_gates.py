@@ -56,7 +56,7 @@ _BEST_FIRST: tuple[Verdict, ...] = ("pass", "unclear", "fail")
 
 @dataclass(frozen=True)
 class GateResult:
-    """The result of one gate for one set."""
+    """Result of one gate for one parameter set."""
 
     name: str
     """name of the gate"""
@@ -66,7 +66,7 @@ class GateResult:
     """the limit, as text"""
     verdict: Verdict
     why: str
-    """the measured values, as text"""
+    """reason for the verdict: the measured values, as text"""
     family: Family = ""
 
     @property
@@ -146,13 +146,13 @@ class Measurements:
 
     @property
     def clean_loss(self) -> Loss:
-        """Clean accuracy that the set loses relative to the better of its references."""
+        """Loss of clean accuracy of the set relative to the better of its references."""
         before, bases = ([one["correct"] for one in them] for them in (self.before, self.bases))
         return self._loss(before, bases, self.transferred.evidence["correct"], "transfer")
 
     @property
     def robust_loss(self) -> Loss:
-        """Robust accuracy under white-box attacks that the set loses relative to the better of its references."""
+        """Loss of robust accuracy of the set under white-box attacks, relative to the better of its references."""
         before, bases = ([robust_mask(one) for one in them] for them in (self.before_white, self.bases_white))
         return self._loss(before, bases, robust_mask(self.white), "white-box")
 

@@ -52,7 +52,7 @@ from holdfast.verbs.rotate.transfer_examples import (
 from holdfast.verbs.rotate.verdicts import IN_A_ROW, Admission, Judged
 
 CANARY_INPUTS = "canaries"
-"""Name under which the pool stores the canary inputs."""
+"""Name of the file of the pool with the canary inputs."""
 _WHITE, _SIBLINGS = 2, 10
 """Divisors of the first number of examples: for white-box attacks, which are slowest, and for attacks from sets
 generated in the same draw, which decide no gate."""

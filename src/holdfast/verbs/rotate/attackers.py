@@ -52,7 +52,7 @@ class Means:
 
     transfer_attacker: TransferAttacker = field(default_factory=TransferAttacker)
     quick: TransferAttacker = field(default_factory=lambda: TransferAttacker(_QUICK))
-    """attacks for comparisons with alternatives, and for many generated sets"""
+    """attacks that are used for comparisons with alternatives, and for attackers with many generated sets"""
     draws: tuple[int, ...] = (4, 16, 64)
     """numbers of generated sets that an attacker with the generator attacks at once; they are tried in turn until the
     success rate no longer grows"""
@@ -65,9 +65,7 @@ class Means:
 
 @dataclass
 class AttackerTable:
-    """Function that measures the attackers of a pool one after another; rows that are stored already are not measured
-    again.
-    """
+    """Measures the attackers of a pool one after another. Rows that are stored already are not measured again."""
 
     pool: Pool
     request: RotateRequest

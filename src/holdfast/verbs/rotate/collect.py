@@ -62,7 +62,7 @@ class CollectRequest:
     common: RotateRequest
     """the settings that all sets share"""
     resume: bool = False
-    """whether an existing pool is continued"""
+    """whether an existing pool in the folder is continued"""
     budget_s: float | None = None
     """wall-clock seconds for all trainings together; None for the epochs of the recipe"""
     n_judged: int = FIRST

@@ -24,7 +24,7 @@ class Exposed:
     name: str
     why: str
     serving: bool
-    """whether the set still serves"""
+    """whether the set serves now; it is then replaced at the next swap"""
     unjudged: int
     """number of admitted sets that wait to serve and must be judged again"""
 

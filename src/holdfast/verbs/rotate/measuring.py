@@ -44,7 +44,7 @@ class TransferResult:
     """Results of all transfer attacks on a set."""
 
     evidence: Evidence
-    """evidence in which the worst case is over all attacks"""
+    """evidence whose worst case is over all attacks of all attackers"""
     broken: Mapping[tuple[Attacker, str], Mask]
     """for each attacker and attack, the mask (n) of the broken examples"""
 

@@ -1,4 +1,4 @@
-"""The common settings of the sets of a pool: model, examples, threat model, recipe and source."""
+"""Settings that all parameter sets of a pool share: model, examples, threat model, recipe and source."""
 
 import json
 from collections.abc import Mapping

@@ -47,14 +47,14 @@ class LoopSettings:
     claims: Sequence[str] = ()
     """gates in addition to the default ones"""
     accepted: Mapping[str, str] = field(default_factory=dict)
-    """accepted doubts with reasons"""
+    """accepted doubts by name, with reasons"""
     n_judged: int = FIRST
     """number of held-out examples on which each set is judged first"""
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """The settings of a collection, and of how its sets are then generated, judged and swapped."""
+    """Settings of a collection, and of the generation, admission and swaps of its sets."""
 
     collection: CollectRequest
     loop: LoopSettings

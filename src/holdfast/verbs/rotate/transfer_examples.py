@@ -169,7 +169,7 @@ class Attackers:
     several: Attacker | None
     """attacker with several stolen sets; None if fewer than two sets are stolen"""
     evenly: Attacker | None
-    """surrogate-only attacker with as many surrogates as `several` has sets"""
+    """surrogate-only attacker with as many surrogates as the attacker `several` has sets"""
     siblings: Attacker | None
 
 

@@ -26,7 +26,7 @@ Json = dict[str, Any]
 
 
 def with_words(rows: Sequence[Mapping[str, Any]], itself: Mapping[str, Any] | None = None) -> list[Json]:
-    """Return the rows of the table with the word of each attacker.
+    """Return the rows of the table of attackers, each with a word for the effect of the rotation on that attacker.
 
     `itself` is the success rate of an attacker's attacks when it has the serving set; if it is None, that of A5 is
     used.
