@@ -1,4 +1,6 @@
-"""Arguments that were moved from the functions of the verbs to `open_model` and `open_data`."""
+"""Arguments that the functions of the verbs had in version 0.1, and that are now arguments of `open_model` and
+`open_data`.
+"""
 
 from collections.abc import Callable
 from functools import wraps
@@ -25,9 +27,10 @@ PLACES = {
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function of the Python interface with gradients enabled and better messages.
+    """Return a function of the Python interface that runs with gradients enabled.
 
-    The message for an argument that was moved states which function has it now.
+    If the function is called with an argument that was moved, it raises `UsageError` with the function that has the
+    argument now.
     """
     parameters = signature(function).parameters
 

@@ -142,7 +142,7 @@ def staircase(
 
 
 def _at(points: Sequence[Mapping[str, Any]], axis: str, x: float) -> float:
-    """The share of a curve at a value of the horizontal axis."""
+    """The fraction of a curve at a value of the horizontal axis."""
     return next((number(point["value"]) for point in reversed(points) if number(point[axis]) <= x), 1.0)
 
 

@@ -205,7 +205,7 @@ def _broke(evidence: Evidence, place: int) -> Mask:
 
 
 def _smallest(evidence: Evidence, record: AttackRecord, confidence: float) -> Json:
-    """The share of examples and the median distance that a minimum-norm attack found; None for other attacks."""
+    """The fraction of examples and the median distance that a minimum-norm attack found; None for other attacks."""
     nothing = {"success_rate": None, "median_distance": None}
     if f"{record.stage}.distance" not in evidence:
         return nothing

@@ -274,7 +274,7 @@ def _meaning(summary: Mapping[str, Any], found: str) -> str:
 
 
 def _meaningless(summary: Mapping[str, Any]) -> str:
-    """Why a robust accuracy says nothing about the model, by its open doubts; empty if it is meaningful."""
+    """Reason why the robust accuracy is not meaningful, from the open doubts; empty if it is meaningful."""
     doubts = {doubt["name"]: doubt for doubt in summary["doubts"]}
     open_ = [name for name in MEANINGLESS if name in open_doubts(summary)]
     title = str(doubts[open_[0]]["title"]) if open_ else ""

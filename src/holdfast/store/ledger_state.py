@@ -40,7 +40,7 @@ _FIELDS: Mapping[str, Mapping[str, type]] = {
     "answers": {"epoch": int, "answers": dict, "others": int},
     "migrated": {"entries": int, "head": str},
 }
-"""The fields of an entry of each kind, in addition to its time. `why` is for people and never interpreted."""
+"""The fields of an entry of each kind, in addition to its time. `why` is for readers and never interpreted."""
 
 _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}")
 """The name of a set is part of a file name."""

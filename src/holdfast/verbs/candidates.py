@@ -150,9 +150,9 @@ def _paces(
 
 
 def _looked(look: Evaluation, budget_s: float, clock: Clock) -> tuple[float, int]:
-    """Return the seconds of an evaluation, timed on a few held-out examples, and how many examples it uses.
+    """Return the seconds of an evaluation, timed on a few held-out examples, and the number of examples that it uses.
 
-    It uses as many as its share of the budget allows.
+    That number is as large as the part of the budget for evaluations allows.
     """
     each = 0.0
     for few in (min(few, look.examples) for few in _FEW):

@@ -1,6 +1,4 @@
-"""Epochs of one training: after each epoch the model is evaluated on held-out examples and saved,
-and the best is kept.
-"""
+"""Epochs of one training. After each epoch the model is evaluated on held-out examples and saved."""
 
 import time
 from collections.abc import Iterator

@@ -264,7 +264,7 @@ def _hardly_more(theft: Worst, nothing: Worst, times: float, floor: float, each:
 
 
 def _excess(broken: Mask, nothing: Mask, times: float, confidence: float) -> Estimate:
-    """Share of `broken` minus `times` the share of `nothing`, with an interval, on the same inputs."""
+    """Fraction of `broken` minus `times` the fraction of `nothing`, with an interval, on the same inputs."""
     return mean(broken.double() - times * nothing.double(), confidence, support=Support(-times, 1.0))
 
 
@@ -318,7 +318,7 @@ def _churn(seen: Measurements) -> GateResult:
 def _odd_gradients(seen: Measurements, accepted: Mapping[str, str]) -> GateResult:
     """A gate against masked gradients: the set is easier to break, mostly by examples from sets of the same draw.
 
-    More examples cannot decide it; a person may accept it.
+    More examples cannot decide it; the user may accept it.
     """
     gate, bound = (
         "odd-gradients",

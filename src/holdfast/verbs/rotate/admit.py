@@ -285,7 +285,9 @@ class _Admitting:
 
     @cached_property
     def _looks(self) -> dict[Family, int]:
-        """Largest number of looks at each kind of measurement; each look doubles the examples."""
+        """Largest number of times that each kind of measurement is made; each time, the number of
+        examples is doubled.
+        """
         return {
             family: len(judged_ranges(len(self.request.held_out), first))
             for family, first in self._first.items()

@@ -94,7 +94,7 @@ def _possible(threat: ThreatModel) -> bool:
 
 
 class _Measuring:
-    """One call of `Table`, which measures all rows of the table of attackers."""
+    """One call of an `AttackerTable`, which measures all rows of the table of attackers."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""A score-based search against a service that swaps its sets; the candidate inputs are kept at every swap.
+"""A score-based search against a service that swaps its sets. It continues with the same candidate inputs after a swap.
 
 The windows are those of Square Attack (Andriushchenko et al., ECCV 2020, arXiv:1912.00049). Differs from the paper:
 after each swap the margin of the candidate is measured on the new set, which costs a query, and no search stops early,

@@ -151,7 +151,7 @@ class RotateRequest:
 
 
 def _named(key: str, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Properties by which a person recognises a model, in addition to its digest."""
+    """Properties by which the user can identify a model, in addition to its digest."""
     card = about.get("model") or {}
     return {"model": {name: card.get(name) for name in ("name", "mean", "std")}} if key == "digest" else {}
 

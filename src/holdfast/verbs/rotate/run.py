@@ -40,7 +40,7 @@ class LoopSettings:
     triggers: tuple[Trigger, ...]
     """conditions under which the serving set is replaced; in addition, a stolen set is always replaced"""
     keep: int = 8
-    """number of admitted sets that are kept in stock"""
+    """number of admitted sets that the loop keeps in stock"""
     immunise: Immunise | None = None
     by: By | None = None
     """how sets are produced; None for the generator until its sets are no longer admitted, and retraining after that"""
