@@ -1,1 +1,3 @@
-"""One configuration for YAML file, flags and Python arguments. `grammar` and `settings` do not import torch."""
+"""Settings that are the same in YAML files, in flags and in Python arguments. `grammar` and `settings` do not import
+torch.
+"""

@@ -1,4 +1,6 @@
-"""Opens the inputs of an assessment, makes its request, and estimates its cost, for the command line and for Python."""
+"""Opens the inputs of an assessment, creates its request, and estimates its cost, for the command
+line and for Python.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +32,10 @@ from holdfast.verbs.stored_runs import open_run
 
 
 def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
-    """Run the first `n` examples without storing anything. Returns the result and the total number of examples."""
+    """Run the assessment on the first `n` examples without storing anything.
+
+    Returns the result and the total number of examples.
+    """
     sources = resolve.sources_at(settings)
     subject, data, surrogates = resolve.open_all(
         sources,
@@ -44,7 +49,10 @@ def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
 
 
 def rehearse_served(settings: AssessSettings) -> Rehearsed:
-    """Compute what a run would send to a server. At most 64 rows, or one larger batch, are sent for this."""
+    """Return an estimate of the rows that a run would send to a server.
+
+    At most 64 rows, or one larger batch, are sent to the server for the estimate.
+    """
     sources = resolve.sources_at(settings)
     subject = resolve.open_subject(sources, transform=settings.options.transform)
     sent = look_at(subject.model)
@@ -72,8 +80,9 @@ def _baseline(settings: AssessSettings) -> Evidence | None:
 
 
 def attackers(sources: Sources, device: str, *, adaptive: bool) -> MeasureAttackers | None:
-    """Return the function that measures the attackers of a pool, or None if the model is not a pool or `adaptive` is
-    off.
+    """Return the function that measures the table of attackers of a pool.
+
+    Returns None if the model is not a pool or `adaptive` is false.
     """
     address = sources.model.address
     if address is None or not adaptive or not pool_of(address):
@@ -110,13 +119,13 @@ class AssessInputs:
     fit: DataLike | None
     across: Sequence[DataLike]
     members: tuple[Member, ...] | None
-    """the attacks, if they were given as objects"""
+    """attacks that were given as objects; None if there are none"""
     baseline: Evidence | None
     command: str = ""
 
     @property
     def open_all(self) -> Opening:
-        """Function that opens model, data and surrogates, which worker processes call too."""
+        """Function that opens the model, the data and the surrogates. Worker processes call it as well."""
         settings = self.settings
         return partial(
             open_all,
@@ -131,7 +140,7 @@ class AssessInputs:
 def opened_for_assess(
     inputs: AssessInputs, run: Path | None, *, resume: bool
 ) -> Iterator[tuple[Subject, Data, AssessRequest]]:
-    """Open the inputs of an assessment, and make its request.
+    """Context manager that opens the inputs of an assessment, and yields the model, the data and the request.
 
     Answers of servers are stored in the folder of the run.
     """

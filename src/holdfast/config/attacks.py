@@ -1,4 +1,4 @@
-"""Creates attacks by name: `{use: PGD, steps: 100}` becomes the dataclass, with every setting validated."""
+"""Creates attacks from names and settings: `{use: PGD, steps: 100}` becomes a dataclass with validated settings."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -47,11 +47,11 @@ def threat_model(spec: ThreatSpec) -> ThreatModel:
 
 
 ThreatLike = str | Constraint | ThreatModel
-"""A threat as text, a constraint such as `holdfast.Linf(8/255)`, or a threat model without surrogates."""
+"""A threat model as text, a constraint such as `holdfast.Linf(8/255)`, or a threat model without surrogates."""
 
 
 def threat_written(threat: ThreatLike, where: str = "threat") -> str:
-    """Return a threat as text, from text, a constraint such as `Linf(8/255)`, or a threat model.
+    """Return the text of a threat model that is given as text, as a constraint such as `Linf(8/255)`, or as an object.
 
     Raises `UsageError` for anything else, and for a threat model with surrogates, which are a separate argument.
     """
@@ -90,7 +90,7 @@ _WRITTEN = (Linf, L2, L1, L0, Corruptions, Patch, Spatial, Colour)
 
 
 def constraints(value: Any, where: str) -> tuple[Constraint, ...]:
-    """Return norms with their sizes, from a list of threats or from text such as `l2:1.5,l1:10`."""
+    """Return norm balls from a list of constraints or strings, or from one string such as `l2:1.5,l1:10`."""
     words = value.split(",") if isinstance(value, str) else value
     if not isinstance(words, (list, tuple)) or not all(isinstance(word, (str, Constraint)) for word in words):
         raise UsageError(f"{where} is {value!r}; expected norms and sizes, as in l2:1.5,l1:10")
@@ -105,14 +105,18 @@ def _ball(word: str, where: str) -> Constraint:
 
 
 def attack_names() -> dict[str, type[Any]]:
-    """Return the catalogue, and the attacks of other packages in the entry-point group `holdfast.attacks`."""
+    """Return the classes of all attacks by name.
+
+    These are the attacks of the catalogue and those of other packages in the entry-point group `holdfast.attacks`.
+    """
     own = {name: getattr(catalogue, name) for name in catalogue.__all__}
     return {**{entry.name: entry.load() for entry in entry_points(group=GROUP)}, **own}
 
 
 def attack_class(name: str) -> type[Any]:
-    """Return the class of the attack with that name. Raises `UsageError`, with the most similar name, if there
-    is none.
+    """Return the class of the attack with the name `name`.
+
+    Raises `UsageError` with the most similar name if there is none.
     """
     return attack_names()[attack_class_called(name)]
 
@@ -141,7 +145,7 @@ def build_attack(spec: Mapping[str, Any], where: str) -> Attack:
 
 
 def checked_attack(attack: Attack) -> Attack:
-    """Return the attack if each of its settings is valid. The `UsageError` contains the first invalid one.
+    """Return the attack if all its settings are valid. Raises `UsageError` with the first invalid setting otherwise.
 
     Objects that are not dataclasses, and settings of other types, are not validated.
     """
@@ -167,13 +171,14 @@ def refuse_settings(held: Any, name: str) -> None:
 
 
 def functions(hint: Any) -> dict[str, Callable[..., Any]]:
-    """Functions that a configuration may name for a setting that is a function: the losses, or the schedules."""
+    """Return the functions that are valid values of a setting of the type `hint`, by name: losses or schedules."""
     return {function.__name__: function for function in _FUNCTIONS.get(hint, ())}
 
 
 def setting(hint: Any, value: Any, where: str) -> Any:
-    """Return a value from a file or a flag, validated against the type of the setting. `where` is its name in
-    errors.
+    """Return a value from a file or a flag, validated against the type of the setting.
+
+    `where` is the name of the setting in error messages.
     """
     if hint is Attack and isinstance(value, Mapping):
         return build_attack(value, where)

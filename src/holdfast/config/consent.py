@@ -1,4 +1,4 @@
-"""The one setting that only a person may give: whether code in files runs."""
+"""The consent to run code from files, which can only be given on the command line or in Python."""
 
 from collections.abc import Collection
 

@@ -1,4 +1,6 @@
-"""Converts settings to declarations of the model and the data, and determines properties that are not declared."""
+"""Converts settings to declared properties of the model and the data, and determines properties
+that are not declared.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +21,7 @@ from holdfast.verbs.request import Subject
 
 
 def declared(sources: Sources) -> Declared:
-    """Return the declared properties of the model's input and output. Default bounds are not included."""
+    """Return the declared properties of the model's input and output. Bounds are included only if they were given."""
     source, inputs = sources.model.source, sources.inputs
     return Declared(
         Bounds(*inputs.bounds) if "bounds" in inputs.model_fields_set else None,
@@ -34,21 +36,21 @@ def declared(sources: Sources) -> Declared:
 
 
 def names(source: DataSource) -> Names:
-    """Return the declared names inside data files."""
+    """Return the names of the arrays and columns to read from data files, as given in the settings."""
     return {"label": source.label, "drop": tuple(source.drop), "x": source.x, "y": source.y}
 
 
 def normalisation(inputs: InputSpace) -> Normalisation | None:
-    """Return the declared normalisation that was applied to the data beforehand, or None."""
+    """Return the declared normalisation that was applied to the data before they were stored, or None."""
     return None if inputs.data_normalised is None else Normalisation(*inputs.data_normalised)
 
 
 def expected(
     sources: Sources, model: Classifier, data: DataReference | None = None, *, lenient: bool = False
 ) -> Expected:
-    """Return the required properties of data for the model, and how they are read.
+    """Return the properties that data for the model must have, and how the data are read.
 
-    With `lenient`, data that do not fit the model are accepted too.
+    With `lenient`, data that do not fit the model are accepted as well.
     """
     source = sources.model.source
     names = source.class_names or model.class_names
@@ -68,7 +70,7 @@ def expected(
 
 
 def unlabelled(sources: Sources, model: Classifier, data: DataReference) -> Expected:
-    """Return the required properties of data whose labels are not used."""
+    """Return the properties that data must have if their labels are not used."""
     return replace(
         expected(sources, model, data),
         classes=None,
@@ -79,10 +81,10 @@ def unlabelled(sources: Sources, model: Classifier, data: DataReference) -> Expe
 
 
 def with_found_properties(subject: Subject, surrogates: Sequence[Subject], data: Data) -> Subject:
-    """Determine properties from the data that are not declared. Returns the subject with notes about them.
+    """Determine properties that are not declared from the data, and return the subject with notes about them.
 
-    The properties are: whether single outputs are logits, whether the largest score of an estimator is its class,
-    whether the backward pass of the model works, and the layouts of surrogates. Raises `UnclearOutput` if single
+    The properties are: whether single outputs are logits, whether the largest score of an estimator is that of its
+    class, whether the backward pass of the model works, and the layouts of surrogates. Raises `UnclearOutput` if single
     outputs may be probabilities.
     """
     model = subject.model
@@ -96,7 +98,7 @@ def with_found_properties(subject: Subject, surrogates: Sequence[Subject], data:
 
 
 def units_of_eps(model: Classifier, normalised: Normalisation | None) -> tuple[str, ...]:
-    """Notes about the unit of eps if it is not that of pixels in [0, 1]."""
+    """Return a note on the unit of eps if it is not that of pixels in [0, 1]; otherwise an empty tuple."""
     low, high = ends(model.bounds)
     legal = f"legal values from {low:g} to {high:g}"
     if normalised is not None:
@@ -109,7 +111,7 @@ def units_of_eps(model: Classifier, normalised: Normalisation | None) -> tuple[s
 
 
 def ends(bounds: Bounds) -> tuple[float, float]:
-    """Lowest and highest legal value of any feature."""
+    """Return the lowest and the highest legal value of any feature."""
     return _end(bounds.low, min), _end(bounds.high, max)
 
 

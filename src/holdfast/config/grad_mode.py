@@ -1,4 +1,4 @@
-"""Enables gradients for a verb in any context, and makes networks usable in a backward pass."""
+"""Gradients for the verbs: they are enabled in any context, and networks are made usable in a backward pass."""
 
 import copy
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 @contextmanager
 def gradients() -> Iterator[None]:
-    """Context in which gradients are enabled, even under `no_grad` or `inference_mode`; also a decorator of verbs."""
+    """Context manager that enables gradients, even under `no_grad` or `inference_mode`; also used as a decorator."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 

@@ -1,8 +1,9 @@
-"""Parser of flag values. It does not import torch, so that mistakes are reported immediately.
+"""Parser for the values of flags. It does not import torch, so that mistakes are reported immediately.
 
-Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`; a threat is `linf:8/255`, `corruptions:3`,
-`patch:5x5,at=centre`, `spatial:rotate=30,shift=3`, `spatial:flow=1.5` or `colour:hue=18,saturation=0.3`, followed by
-any of `goal=targeted:K`, `access=none|labels|scores|gradients` and `queries=N`, separated by commas or spaces.
+Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`; a threat model is `linf:8/255`,
+`corruptions:3`, `patch:5x5,at=centre`, `spatial:rotate=30,shift=3`, `spatial:flow=1.5` or
+`colour:hue=18,saturation=0.3`, followed by any of `goal=targeted:K`, `access=none|labels|scores|gradients` and
+`queries=N`, separated by commas or spaces.
 """
 
 import math
@@ -24,7 +25,7 @@ LIMITS: Final[Mapping[str, Mapping[str, float]]] = {
     "spatial": {**_MOVED, "flow": math.inf},
     "colour": {"hue": 180.0, "saturation": 1.0, "brightness": 1.0, "contrast": 1.0},
 }
-"""Image transformations that a threat may allow, with their largest values."""
+"""Image transformations that a threat model may allow, with the largest value of each."""
 
 SEEN: Final[Mapping[str, float]] = {
     **_MOVED,
@@ -33,7 +34,7 @@ SEEN: Final[Mapping[str, float]] = {
     "blur": 10.0,
     "noise": 1.0,
 }
-"""Random transformations of the model's inputs, with their largest values."""
+"""Random transformations that may be applied to the inputs of a model, with the largest value of each."""
 
 _AS_IN = {"spatial": "spatial:rotate=30,shift=3", "colour": "colour:hue=18,saturation=0.3,brightness=0.2"}
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -41,13 +42,13 @@ _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True)
 class ThreatSpec:
-    """A parsed threat string. `eps` is infinite if the smallest distance is measured."""
+    """A threat model parsed from text. `eps` is infinite if the smallest change is searched for."""
 
     norm: Norm
     eps: float = math.inf
     pixels: bool = False
     limits: Mapping[str, float | str] = field(default_factory=lambda: MappingProxyType({}))
-    """arguments of the constraint, for a threat that is not a norm ball"""
+    """arguments of the constraint, if it is not a norm ball"""
     goal: int | None = None
     access: Sees = "gradients"
     queries: int | None = None
@@ -60,13 +61,13 @@ class ThreatSpec:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the most similar known word, or the known words if none is similar."""
+    """Return `; did you mean 'x'?` with the most similar known word, or the list of known words if none is similar."""
     words = sorted(known)
     return f"; {suggestion(word, words) or 'expected one of ' + ', '.join(words)}"
 
 
 def parse_number(text: str, what: str) -> float:
-    """Parse a decimal number or a fraction."""
+    """Return the number in a text, which is a decimal number or a fraction. `what` is its name in error messages."""
     matched = re.fullmatch(r"\s*([^/\s]+)\s*(?:/\s*([^/\s]+))?\s*", text)
     try:
         if matched is None:
@@ -82,12 +83,12 @@ def parse_number(text: str, what: str) -> float:
 
 
 def numbers(text: str, what: str) -> tuple[float, ...]:
-    """Parse numbers separated by commas."""
+    """Return the numbers in a text, in which they are separated by commas."""
     return tuple(parse_number(part, what) for part in text.split(","))
 
 
 def seconds(text: str, what: str) -> float:
-    """Parse a duration such as `60s`, `10min` or `24h`. Returns seconds."""
+    """Return a duration such as `60s`, `10min` or `24h` in seconds."""
     matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*", text)
     if matched is None or float(matched[1]) <= 0:
         raise UsageError(f"{what} is {text!r}; expected a duration such as 60s, 10min or 24h")
@@ -95,7 +96,7 @@ def seconds(text: str, what: str) -> float:
 
 
 def per_second(text: str) -> float:
-    """Parse a rate of requests such as `4/s`, `100/min` or `2000/h`. Returns requests a second."""
+    """Return a rate such as `4/s`, `100/min` or `2000/h` in requests per second."""
     matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*/\s*(s|min|h)\s*", text)
     if matched is None or float(matched[1]) <= 0:
         raise UsageError(
@@ -105,7 +106,10 @@ def per_second(text: str) -> float:
 
 
 def parse_every(text: str) -> tuple[Literal["answers", "seconds"], float]:
-    """Parse when to swap: `50q/principal` means after 50 answers to a principal, `24h` after that time."""
+    """Return the kind and the size of a trigger of swaps.
+
+    `50q/principal` swaps after 50 answers to one principal, and `24h` after that time.
+    """
     count = re.fullmatch(r"\s*(\d+)\s*q/principal\s*", text)
     if count is not None and int(count[1]) > 0:
         return "answers", int(count[1])
@@ -118,7 +122,7 @@ def parse_every(text: str) -> tuple[Literal["answers", "seconds"], float]:
 
 
 def parse_threat(text: str) -> ThreatSpec:
-    """Parse a threat such as `linf:8/255,access=scores,queries=5000`."""
+    """Return the threat model in a text such as `linf:8/255,access=scores,queries=5000`."""
     words = [word for word in re.split(r"[,\s]+", text.strip()) if word]
     if not words:
         raise UsageError("the threat is empty; expected a norm and a size, such as linf:8/255")
@@ -171,7 +175,7 @@ def _limited(spec: ThreatSpec, word: str) -> ThreatSpec:
 
 
 def parse_transform(text: str) -> Mapping[str, float]:
-    """Parse limits such as `rotate=15,scale=0.1,brightness=0.2`. Returns values by name."""
+    """Return the limits in a text such as `rotate=15,scale=0.1,brightness=0.2`, by name."""
     limits: dict[str, float] = {}
     for word in re.split(r"[,\s]+", text.strip()):
         key, equals, value = word.partition("=")
@@ -252,7 +256,10 @@ def _condition(spec: ThreatSpec, word: str) -> ThreatSpec:
 
 
 def parse_surrogate(text: str) -> dict[str, object]:
-    """Parse `weights.pt,arch=net.py:build,mean=0.5,std=0.25`. Unknown keys are arguments of the factory."""
+    """Return the settings of a surrogate from text such as `weights.pt,arch=net.py:build,mean=0.5,std=0.25`.
+
+    Unknown keys are arguments of the factory.
+    """
     address, *conditions = re.split(r",(?=[A-Za-z_]\w*=)", text.strip())
     if not address:
         raise UsageError(
@@ -270,7 +277,7 @@ def parse_surrogate(text: str) -> dict[str, object]:
 
 
 def parse_pairs(items: Iterable[str], flag: str) -> dict[str, str]:
-    """Parse `k=v` strings to a dictionary."""
+    """Return strings of the form `NAME=VALUE` as a dictionary."""
     values: dict[str, str] = {}
     for item in items:
         key, equals, value = item.partition("=")
@@ -281,5 +288,5 @@ def parse_pairs(items: Iterable[str], flag: str) -> dict[str, str]:
 
 
 def is_folder(output: str) -> bool:
-    """Whether an output is a folder, which a slash at its end indicates."""
+    """Return whether the path of an output ends with a slash, which marks a folder."""
     return output.endswith(("/", "\\"))

@@ -1,7 +1,7 @@
-"""The settings of all verbs, in groups: each setting is declared here once. They need pydantic, but not torch.
+"""The settings of all verbs in groups, in which each setting is declared once. They need pydantic, but not torch.
 
-A verb is made of the groups that it uses (`holdfast.config.settings`). The keys of a configuration file, the options of
-the command line and the JSON Schema are generated from these fields.
+A verb uses several groups (`holdfast.config.settings`). The keys of a configuration file, the options of the command
+line and the JSON Schema are generated from the fields of the groups.
 """
 
 import math
@@ -20,28 +20,29 @@ from holdfast.core.errors import UsageError
 
 @dataclass(frozen=True)
 class Flag:
-    """How a setting is written on the command line."""
+    """Properties of the command-line option of a setting."""
 
     metavar: str = ""
     name: str = ""
-    """the option, if it is not `--` and the key with hyphens"""
+    """name of the option, if it is not `--` followed by the key with hyphens"""
     short: str = ""
-    """one-letter form"""
+    """one-letter form of the option"""
     completion: str = ""
-    """what the shell completes: a name of `holdfast.cli.completing`, or PATH"""
+    """values that the shell completes: a name of `holdfast.cli.completing`, or PATH"""
     negated: bool = False
-    """whether there is also a `--no-` form"""
+    """whether the option also exists in the form `--no-…`"""
 
 
 class SettingGroup(BaseModel):
-    """Settings that are used together."""
+    """Base class of groups of settings that are used together."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
 
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
         """Raise `UsageError` for settings that contradict each other.
 
-        `prefix` names their source in the message, and `written` is the form in which a person wrote a key.
+        `prefix` begins the message with the source of the settings, and `written` maps keys to the form in which the
+        user wrote them.
         """
 
 
@@ -52,7 +53,7 @@ class FileFormat(SettingGroup):
 
 
 class ModelSource(SettingGroup):
-    """Where a model is, how it is opened, and what its outputs mean."""
+    """Address of a model, how it is opened, and the meaning of its outputs."""
 
     address: str | None = Field(
         default=None,
@@ -90,7 +91,7 @@ class ModelSource(SettingGroup):
 
 
 class InferenceSource(SettingGroup):
-    """How a model is opened that can be evaluated but not trained: an ONNX file, or a model behind a server."""
+    """How to open a model that can be evaluated but not trained: an ONNX file, or a model behind a server."""
 
     input_shape: Annotated[values.InputShape | None, Flag("N,…")] = Field(
         default=None,
@@ -151,7 +152,7 @@ class ServerLimits(SettingGroup):
 
 
 class InputSpace(SettingGroup):
-    """The legal inputs of a model, and the normalisation inside it."""
+    """Legal inputs of a model, and the normalisation that is applied inside it."""
 
     bounds: Annotated[values.Numbers, Flag("LOW,HIGH")] = Field(
         default=(0.0, 1.0),
@@ -172,7 +173,7 @@ class InputSpace(SettingGroup):
     )
 
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
-        """Raise `UsageError` for a wrong standard deviation, two normalisations, or wrong bounds."""
+        """Raise `UsageError` for an invalid standard deviation, for two normalisations, or for invalid bounds."""
         if self.std is not None and not all(number > 0 for number in self.std):
             raise UsageError(
                 f"{written.get('std', f'{prefix}std')} is {list(self.std)}; every number must be positive, as in "
@@ -190,7 +191,7 @@ class InputSpace(SettingGroup):
 
 
 class DataSource(SettingGroup):
-    """Where the examples are, and how they are read."""
+    """Address of the examples, and how they are read."""
 
     address: str | None = Field(
         default=None,
@@ -220,7 +221,7 @@ class DataSource(SettingGroup):
 
 
 class OtherData(SettingGroup):
-    """Other examples than those on which a model is judged."""
+    """Data other than the examples on which a model is evaluated."""
 
     fit: Annotated[str | None, Flag("DATA", completion="DATA")] = Field(
         default=None,
@@ -229,7 +230,7 @@ class OtherData(SettingGroup):
 
 
 class ExampleSelection(SettingGroup):
-    """Which of the examples are used."""
+    """Selection of examples from the data."""
 
     n: Annotated[values.Positive | None, Flag("N", "-n")] = Field(
         default=None, description="Use the first N examples."
@@ -239,13 +240,13 @@ class ExampleSelection(SettingGroup):
     )
 
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
-        """Raise `UsageError` if both are given."""
+        """Raise `UsageError` if both `n` and `sample` are given."""
         if self.n is not None and self.sample is not None:
             raise UsageError(f"{prefix}give n (the first N) or sample (a random N), not both")
 
 
 class ThreatSource(SettingGroup):
-    """What the attacker may change and use."""
+    """The threat model: what the attacker may change and use."""
 
     threat: Annotated[values.Threat, Flag("T", short="-t", completion="THREAT")] = Field(
         default="linf:8/255",
@@ -255,7 +256,7 @@ class ThreatSource(SettingGroup):
 
 
 class SuiteSettings(SettingGroup):
-    """Which attacks run, and what else is measured."""
+    """The attacks of an assessment, and additional measurements."""
 
     suite: Annotated[values.SuiteSpec | None, Flag("S", short="-s", completion="SUITE")] = Field(
         default=None,
@@ -305,7 +306,7 @@ class SuiteSettings(SettingGroup):
 
 
 class GateSettings(SettingGroup):
-    """What a result is compared with, and which doubts are accepted."""
+    """Gates of a run, and the doubts that the user accepts."""
 
     gates: Annotated[list[values.Gate], Flag("G", "--gate", "-g")] = Field(
         default_factory=list,
@@ -317,7 +318,7 @@ class GateSettings(SettingGroup):
 
 
 class Reports(SettingGroup):
-    """What is written after a run."""
+    """Reports that are written after a run, and the run with which it is compared."""
 
     baseline: Annotated[str | None, Flag("RUN", completion="PATH")] = Field(
         default=None, description="Run folder for gates that end in `vs baseline`."
@@ -329,7 +330,7 @@ class Reports(SettingGroup):
 
 
 class Execution(SettingGroup):
-    """How the work of a measurement is divided."""
+    """Limits and division of the work of a measurement."""
 
     time_budget: Annotated[values.TimeBudget | None, Flag("T")] = Field(
         default=None, description="Stop attacking after this time, as in 10min."
@@ -343,7 +344,7 @@ class Execution(SettingGroup):
 
 
 class Seed(SettingGroup):
-    """The seed of random numbers."""
+    """Seed of all random numbers."""
 
     seed: Annotated[values.Whole, Flag("N")] = Field(
         default=0, description="Seed of all random numbers (default: 0)."
@@ -351,7 +352,7 @@ class Seed(SettingGroup):
 
 
 class Device(SettingGroup):
-    """The device of the computation."""
+    """Device on which the model runs."""
 
     device: Annotated[str, Flag("NAME")] = Field(
         default="auto", description="Device: auto, cpu, cuda or cuda:1 (default: auto)."
@@ -359,7 +360,7 @@ class Device(SettingGroup):
 
 
 class AssessOptions(SettingGroup):
-    """Settings of `assess` alone."""
+    """Settings that only `assess` has."""
 
     across: Annotated[list[str], Flag("DATA", completion="DATA")] = Field(
         default_factory=list,
@@ -375,7 +376,7 @@ _BUDGET = "Time for the training, as in 10min (default: the epochs of the recipe
 
 
 class HardenOptions(SettingGroup):
-    """Settings of `harden` alone."""
+    """Settings that only `harden` has."""
 
     recipe: Annotated[values.RecipeSpec, Flag("R", completion="RECIPE")] = Field(
         default_factory=lambda: {"use": "auto"},
@@ -392,7 +393,7 @@ class HardenOptions(SettingGroup):
 
 
 class RotateOptions(SettingGroup):
-    """Settings of `rotate` alone: where parameter sets come from, how they are trained, and when they are swapped."""
+    """Settings that only `rotate` has: the source and the training of parameter sets, and the triggers of swaps."""
 
     recipe: Annotated[values.SetsRecipeSpec, Flag("R", completion="SETS_RECIPE")] = Field(
         default_factory=lambda: {"use": CARD},

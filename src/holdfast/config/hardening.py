@@ -1,4 +1,4 @@
-"""Converts settings of a hardening to its inputs: the model, training and test examples, and the request."""
+"""Converts the settings of a hardening to its inputs: the model, the training and test examples, and the request."""
 
 import shlex
 from collections.abc import Sequence
@@ -34,19 +34,18 @@ from holdfast.verbs.request import HardenRequest, Subject
 from holdfast.verbs.trainable import refuse_untrainable
 
 JUDGED = 1_000
-"""Number of test examples, sampled by the seed, for measurements before and after, unless the settings give another."""
+"""Number of test examples for the measurements before and after, sampled by the seed, if the settings give no other."""
 USUAL_BUDGET = "10min"
-"""Default budget of recipe `auto`."""
+"""Default budget of the recipe `auto`."""
 _ASIDE = 10  # of data given as an object, one in this many examples is used for measurements
 
 
 def open_for_hardening(
     sources: Sources, fit: DataLike | None, unlabelled: DataLike | None
 ) -> tuple[Subject, Batch, Data, Data]:
-    """Return the model, the training examples, the examples for measurements, and the data set from which those are
-    sampled.
+    """Return the model, the training examples, the test examples, and the data set from which the latter are sampled.
 
-    Of data that are given as an object, without `fit`, a tenth, sampled by the seed, is used for measurements.
+    If the data are given as an object, without `fit`, a tenth of them, sampled by the seed, are the test examples.
     """
     with drawing(Draws(sources.seed).at("model")):  # a factory initialises weights from the seed
         subject = resolve.open_subject(sources)
@@ -152,10 +151,10 @@ def harden_request(
     device: str | None = None,
     command: str = "",
 ) -> HardenRequest:
-    """Return the request of the settings.
+    """Return the request of a hardening with these settings.
 
-    `recipe` is a recipe given as an object, and `excluded` the data that must not be trained on. Attacks that are
-    learned use training examples.
+    `recipe` is a recipe given as an object, and `excluded` contains the data that must not be trained on. Learned
+    attacks are fitted on training examples.
     """
     assessment = assess_request(
         settings, baseline=baseline, device=device, target=subject.model.access, command=command
@@ -245,7 +244,7 @@ def _open_options(threat: str, sources: Sources, subject: Subject) -> str:
 
 
 def name_of(recipe: object) -> str:
-    """Name of a recipe object on the command line, or its class name if it is not in the catalogue."""
+    """Return the name of a recipe object on the command line, or its class name if it is not in the catalogue."""
     if isinstance(recipe, type):
         raise UsageError(f"recipe is the class {recipe.__name__}; give an instance: {recipe.__name__}()")
     if not isinstance(recipe, Recipe):

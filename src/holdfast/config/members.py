@@ -1,4 +1,4 @@
-"""The attacks of a run with their names for tables, from settings or from Python arguments."""
+"""The attacks of a run, with their names for tables, from settings or from Python arguments."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -15,10 +15,11 @@ from holdfast.harness import Member, members_of
 from holdfast.suites import variant
 
 AttackLike = Attack | type[Attack] | str | Mapping[str, Any]
-"""An attack, a class of attacks (with default settings), a name, or `{"use": "pgd", "steps": 100}`."""
+"""An attack, a class of attacks (for its default settings), a name, or a mapping such as `{"use": "pgd", "steps":
+100}`."""
 
 SuiteLike = AttackLike | Sequence[AttackLike]
-"""The name of a suite, an attack, or several attacks."""
+"""The name of a suite, an attack, or a list of attacks."""
 
 _EXPECTED = (
     "expected the name of a suite or of an attack, an attack such as holdfast.attacks.PGD(steps=100), or a list of "
@@ -27,7 +28,9 @@ _EXPECTED = (
 
 
 def listed_members(suite: SuiteSettings, constraint: Constraint) -> tuple[Member, ...] | None:
-    """Return the attacks that settings list with settings or by name, or None if they name a suite or nothing."""
+    """Return the attacks that the settings list by name or with settings, or None if they contain a
+    suite or nothing.
+    """
     if suite.attacks is not None:
         return members_of(build_attack(spec, f"attacks.{k}") for k, spec in enumerate(suite.attacks))
     if isinstance(suite.suite, tuple):
@@ -36,7 +39,9 @@ def listed_members(suite: SuiteSettings, constraint: Constraint) -> tuple[Member
 
 
 def members_given(given: object, constraint: Constraint, where: str = "suite") -> tuple[Member, ...]:
-    """Return the attacks of a Python argument: an attack, a class, a name, settings with `use`, or several of them."""
+    """Return the attacks of a Python argument: an attack, a class, a name, a mapping with `use`, or
+    several of these.
+    """
     if isinstance(given, Attack | type | Mapping):
         return (_given(given, constraint, where),)
     names = given if isinstance(given, str) else None

@@ -1,4 +1,6 @@
-"""Arguments that moved from the functions of the verbs to `open_model` and `open_data`."""
+"""Arguments that the functions of the verbs had in version 0.1, and that are now arguments of `open_model` and
+`open_data`.
+"""
 
 from collections.abc import Callable
 from functools import wraps
@@ -21,11 +23,15 @@ PLACES = {
     **dict.fromkeys(_keys(ModelSource, InferenceSource, ServerLimits), "open_model"),
     **dict.fromkeys(_keys(DataSource), "open_data"),
 }
-"""The function that has an argument, for arguments that the verbs had in version 0.1."""
+"""Name of the function that has the argument now, for each argument that the verbs had in version 0.1."""
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Enable gradients in a function of the Python interface, and name the new place of arguments that moved."""
+    """Return a function of the Python interface that runs with gradients enabled.
+
+    If the function is called with an argument that was moved, it raises `UsageError` with the function that has the
+    argument now.
+    """
     parameters = signature(function).parameters
 
     @wraps(function)

@@ -1,4 +1,4 @@
-"""The names of attacks, without torch, so that a misspelt name is reported immediately."""
+"""The names of attacks. The module does not import torch, so that a misspelt name is reported immediately."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -16,7 +16,7 @@ AUTO: Final = "auto"
 """Value of `--recipe` that selects a recipe automatically."""
 
 CARD: Final = "card"
-"""Value of `--recipe` for rotate: the recipe of the model's card, or `standard` without a card."""
+"""Value of `--recipe` for `rotate`: the recipe in the card of the model, or `standard` for a model without a card."""
 
 SOURCES: Final = {
     "basins": "Basins",
@@ -25,7 +25,8 @@ SOURCES: Final = {
     "subset": "Subset",
     "trajectory": "Trajectory",
 }
-"""Sources of parameter sets for `rotate collect`, and their classes in `holdfast.rotation`."""
+"""Names of the sources of parameter sets for `rotate collect`, with the names of their classes in
+`holdfast.rotation`."""
 
 PUBLISHED: Final = (
     "MI-FGSM",
@@ -35,7 +36,7 @@ PUBLISHED: Final = (
     "SI-NI-FGSM",
     "VMI-FGSM",
 )
-"""Settings of Transfer with names from their papers; docs/reference/attacks.md lists them."""
+"""Names from papers for certain settings of the attack Transfer; docs/reference/attacks.md lists the settings."""
 
 VARIANTS: Final = {
     "ALMA-2": "ALMA",
@@ -50,7 +51,7 @@ VARIANTS: Final = {
     **dict.fromkeys(PUBLISHED, "Transfer"),
     **dict.fromkeys(CORRUPTIONS, "Corruption"),
 }
-"""Names that suites and their tables use for attacks with certain settings, and those attacks."""
+"""Names of attacks with certain settings in suites and tables, with the names of these attacks."""
 
 _TRANSFER = ("Transfer", *PUBLISHED)
 _BLACK_BOX = ("Square",)
@@ -106,14 +107,14 @@ MEMBERS: Final[Mapping[str, Mapping[Norm, tuple[str, ...]]]] = {
 """Names of the attacks of each suite under each norm. A test compares them with `holdfast.suites`."""
 
 FLOW: Final = dict.fromkeys(("quick", "fast", "standard"), ("Flow",))
-"""The same for images that are warped by a flow, as under `spatial:flow=1.5`."""
+"""Names of the attacks of each suite for images that are warped by a flow, as under `spatial:flow=1.5`."""
 
 LABELS_ONLY: Final[Mapping[Norm, tuple[str, ...]]] = {"linf": ("RayS",), "l2": ("HopSkipJump", "SurFree")}
-"""The same for `black-box` with access to labels only."""
+"""Names of the attacks of the suite `black-box` with access to labels only, under each norm."""
 
 
 def members(suite: str, threat: ThreatSpec) -> tuple[str, ...]:
-    """Return the names of the attacks of a suite under a threat; empty if it has none."""
+    """Return the names of the attacks of a suite under a threat model; empty if the suite has none for it."""
     if "flow" in threat.limits:
         return FLOW.get(suite, ())
     by_norm = LABELS_ONLY if suite == "black-box" and threat.access == "labels" else MEMBERS[suite]
@@ -121,9 +122,9 @@ def members(suite: str, threat: ThreatSpec) -> tuple[str, ...]:
 
 
 def chosen(names: Sequence[str], only: Sequence[str], skip: Sequence[str]) -> set[str]:
-    """Return slugs of the attacks that `only` and `skip` select.
+    """Return the slugs of the attacks that remain after `only` and `skip` are applied.
 
-    Raises `UsageError` for unknown names or an empty result.
+    Raises `UsageError` for unknown names, or if no attack remains.
     """
     known = dict.fromkeys(slug(name) for name in names)
     for wanted in (*only, *skip):

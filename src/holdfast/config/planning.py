@@ -1,4 +1,4 @@
-"""Converts settings to the request of an assessment: the plan of attacks, the gates and the limits."""
+"""Converts settings to the request of an assessment: the plan of the attacks, the gates and the limits."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,15 +27,15 @@ from holdfast.suites import curve, suite
 from holdfast.verbs.request import AssessRequest
 
 Measuring = AssessSettings | HardenSettings
-"""Settings of the verbs that measure a model with a suite."""
+"""Settings of those verbs that measure a model with a suite."""
 
 _USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
 
 
 def examples_to_fit(plan: Plan) -> int:
-    """Maximum number of examples on which an attack of the plan is learned, or 0 if none is learned.
+    """Return the largest number of examples that a learned attack of the plan needs, or 0 if no attack is learned.
 
-    They are sampled at random, because files are often sorted by class.
+    These examples are sampled at random, because files are often sorted by class.
     """
     return max((m.attack.examples for m in plan.members if isinstance(m.attack, Learned)), default=0)
 
@@ -49,9 +49,10 @@ def assess_request(
     target: Access = "gradients",
     command: str = "",
 ) -> AssessRequest:
-    """Return the request of the settings. `members` replaces the suite, `device` that of the settings.
+    """Return the request of an assessment with these settings.
 
-    `target` is the highest access that the model allows.
+    If given, `members` replaces the suite, and `device` replaces the device of the settings. `target` is the highest
+    access that the model allows.
     """
     claims = tuple(parse_gate(gate) for gate in settings.judgement.gates)
     if baseline is None and any(claim.versus for claim in claims):
@@ -77,7 +78,10 @@ def assess_request(
 def plan(
     settings: Measuring, members: tuple[Member, ...] | None = None, target: Access = "gradients"
 ) -> Plan:
-    """Return the attacks in order under the threat model. The access determines the default suite."""
+    """Return the plan: the attacks in their order, under the threat model of the settings.
+
+    The default suite depends on the access that the threat model and the model allow.
+    """
     spec, wanted = parse_threat(settings.threat.threat), settings.suite
     threat = threat_model(spec)
     seen: Access = min(threat.access, target, key=ACCESS_ORDER.index)
@@ -174,7 +178,9 @@ def _selected(members: tuple[Member, ...], only: Sequence[str], skip: Sequence[s
 
 
 def device_of(name: str) -> str:
-    """Return the device. `auto` selects a GPU if there is one."""
+    """Return the name of the device. `auto` selects a GPU if there is one. Raises `UsageError` for
+    an unknown device.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

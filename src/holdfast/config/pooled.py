@@ -1,4 +1,4 @@
-"""Opens the model at an address. For `rotating:POOL` it is the serving set of the pool."""
+"""Opens the model at an address. At the address `rotating:POOL`, it is the serving set of the pool."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +42,7 @@ _MANIFEST = forms.record(
 
 
 def pool_of(address: str | None) -> Pool | None:
-    """Return the pool at an address, or None for any other model."""
+    """Return the pool at an address, or None if the address is that of another model."""
     if address is None or not address.startswith(ROTATING):
         return None
     path = address.removeprefix(ROTATING)
@@ -56,7 +56,7 @@ def open_model_at(
 ) -> OpenedModel:
     """Open the model at an address, which may be that of a pool. Raises `UsageError` or `TargetError` with advice.
 
-    `adaptive` states whether the attackers of a pool are measured too; without it a note is added.
+    `adaptive` states whether the table of attackers of a pool is measured; if not, a note about it is added.
     """
     pool = pool_of(address)
     if pool is not None:
@@ -73,7 +73,7 @@ def open_model_at(
 
 
 def refuse_code_in_pool(pool: Pool, *, trust_code: bool) -> None:
-    """Raise `UsageError` if a pool names code that is not trusted: its manifest is not a command line."""
+    """Raise `UsageError` if the manifest of a pool refers to code and `trust_code` is false."""
     settings = said_of(pool)
     for key in ("model", "arch"):
         value = settings.get(key)
@@ -138,7 +138,7 @@ def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
 
 
 def said_of(pool: Pool) -> Mapping[str, Any]:
-    """Return the settings with which a pool was created. Raises `UsageError` if it has none."""
+    """Return the settings with which a pool was created. Raises `UsageError` if the pool does not contain them."""
     refuse_form(pool.path / POOL_MANIFEST, pool.manifest, _MANIFEST)
     settings: Mapping[str, Any] = pool.manifest["about"].get("settings", {})
     if not settings.get("model"):

@@ -1,4 +1,4 @@
-"""Creates recipes by name: `{use: trades, beta: 6}` becomes the dataclass, with every setting validated."""
+"""Creates recipes from names and settings: `{use: trades, beta: 6}` becomes a dataclass with validated settings."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
@@ -22,7 +22,7 @@ Made = TypeVar("Made")
 
 
 def refuse_unheld(threat: ThreatModel) -> None:
-    """Raise `UsageError` for a threat that no recipe supports."""
+    """Raise `UsageError` for a threat model that no recipe supports."""
     constraint = threat.constraint
     if not isinstance(constraint, (Linf, L2, L1)):
         raise UsageError(
@@ -37,8 +37,10 @@ def refuse_unheld(threat: ThreatModel) -> None:
 
 
 def candidates(spec: Mapping[str, Any], model: nn.Module, shape: tuple[int, ...]) -> tuple[Candidate, ...]:
-    """Return the recipe with the name in `use:`, or for `auto` the recipes for inputs of that shape, the quickest
-    first.
+    """Return the candidate for the recipe with the name in `use:`.
+
+    For the name `auto`, returns all candidates for inputs of the shape `shape`, ordered from the fastest to the
+    strongest.
     """
     if spec["use"] == CARD:
         raise UsageError(
@@ -100,7 +102,9 @@ def build_recipe(spec: Mapping[str, Any]) -> Recipe:
 
 
 def built(cls: type[Made], said: Mapping[str, Any], where: str, key: str) -> Made:
-    """Return a dataclass of settings from validated values. `key` is the path of the settings in a file."""
+    """Return an instance of a dataclass of settings from validated values. `key` is the path of the
+    settings in a file.
+    """
     checked = _checked(cls, said, where, key)
     for field in written_fields(cls):
         if field.default is field.default_factory is MISSING and field.name not in checked:
@@ -111,12 +115,15 @@ def built(cls: type[Made], said: Mapping[str, Any], where: str, key: str) -> Mad
 
 
 def written_fields(cls: type[Any]) -> list[Field[Any]]:
-    """Fields that a file may set."""
+    """Return the fields of a dataclass that a configuration file may set."""
     return [f for f in fields(cls) if f.metadata.get("written", True)]
 
 
 def part_of(field: Field[Any], hint: Any) -> type[Any] | None:
-    """Return the dataclass of settings in a field, or None. For a field of any type it is the class of its default."""
+    """Return the dataclass of the settings that are nested in a field, or None if the field contains a plain value.
+
+    If the type of the field is not a dataclass, that of its default is used.
+    """
     kinds = (kind for kind in (hint, field.default_factory) if isinstance(kind, type) and is_dataclass(kind))
     return next(kinds, None)
 
@@ -149,7 +156,7 @@ def _checked(cls: type[Any], said: Mapping[str, Any], where: str, path: str) -> 
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """Every setting of a recipe as plain values, with those of its parts nested."""
+    """Return all settings of a recipe as plain values, with nested settings as dictionaries."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, (Linf, L2, L1)):

@@ -1,4 +1,4 @@
-"""Models and data with how they are opened: the results of `holdfast.open_model` and `holdfast.open_data`."""
+"""References to models and data with options for opening them: the results of `open_model` and `open_data`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,44 +29,44 @@ Numbers = Sequence[float]
 
 @dataclass(frozen=True)
 class ModelReference:
-    """A model, and how it is opened. A verb opens it, so that requests to a server are counted in its run."""
+    """A model, and options for opening it. A verb opens it, so that requests to a server are counted in its run."""
 
     given: "nn.Module | Callable[[Tensor], Tensor] | Predictor | str | None"
-    """an address, or a network, a function from inputs to logits, or an estimator"""
+    """an address, a network, a function from inputs to logits, or an estimator"""
     source: ModelSource = field(default_factory=ModelSource)
     inference: InferenceSource = field(default_factory=InferenceSource)
     limits: ServerLimits = field(default_factory=ServerLimits)
 
     @property
     def address(self) -> str | None:
-        """The address, or None for a model given as an object."""
+        """Address of the model; None for a model given as an object."""
         return self.given if isinstance(self.given, str) else None
 
 
 @dataclass(frozen=True)
 class DataReference:
-    """Examples, and how they are read. A verb reads them, because some properties follow from the model."""
+    """Examples, and options for reading them. A verb reads them, because some properties depend on the model."""
 
     given: Any
-    """an address, or `(x, y)` as tensors or arrays, a loader or dataset of pairs, a data frame, or a `Data`"""
+    """an address, `(x, y)` as tensors or arrays, a loader or dataset of pairs, a data frame, or a `Data`"""
     source: DataSource = field(default_factory=DataSource)
 
     @property
     def address(self) -> str | None:
-        """The address, or None for examples given as an object."""
+        """Address of the examples; None for examples given as an object."""
         return self.given if isinstance(self.given, str) else None
 
 
 ModelLike = nn.Module | Callable[[Tensor], Tensor] | Predictor | str | Path | ModelReference
 """A network, a function from inputs to logits, an estimator, an address, or the result of `holdfast.open_model`."""
 DataLike = Any
-"""`(x, y)` as tensors or arrays, a loader or dataset of pairs, a data frame, a `Data`, an address, or the result of
-`holdfast.open_data`."""
+"""Examples: `(x, y)` as tensors or arrays, a loader or dataset of pairs, a data frame, a `Data`, an address, or the
+result of `holdfast.open_data`."""
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The model and the examples of a verb, and how they are opened."""
+    """The model and the examples of a verb, with options for opening them."""
 
     model: ModelReference
     data: DataReference
@@ -75,11 +75,11 @@ class Sources:
     seed: int = 0
 
     def all_examples(self) -> "Sources":
-        """Return the same sources with all examples selected."""
+        """Return the same sources without a selection of examples."""
         return replace(self, selection=ExampleSelection())
 
     def beside(self, data: DataLike) -> DataReference:
-        """Return the reference to other examples, which are read like those of the verb if nothing else is stated."""
+        """Return the reference to further data, for which the options of the verb's data are the default."""
         return data_reference(data, self.data.source.model_copy(update={"split": None}))
 
 
@@ -108,15 +108,14 @@ def open_model(
     on_refused: Literal["reject", "stop"] = "reject",
     keep_answers: bool = False,
 ) -> ModelReference:
-    """Describe how a model is opened, as an argument of `assess`, `harden`, `attack` and the other functions.
+    """Return a reference to a model with options for opening it, for `assess`, `harden`, `attack` and other functions.
 
-    `model` is an address (`"net.py:make"`, `"model.onnx"`, a URL) or an object. `arch` and `model_args` make the
+    `model` is an address (`"net.py:make"`, `"model.onnx"`, a URL) or an object. `arch` and `model_args` define the
     network of a state dict; `trust_code` allows a file to run the code that it contains. `model_output`, `classes`,
-    `class_names` and `class_order` state what the outputs mean, and `input_shape` the sizes that an ONNX file leaves
-    open. The other arguments are for models behind a server. The arguments are checked now, and the model is opened by
-    the function that receives it, so that requests to a server are counted in its run.
-
-    Raises `UsageError` for a wrong argument.
+    `class_names` and `class_order` define the meaning of the outputs, and `input_shape` the sizes that an ONNX file
+    does not fix. The other arguments are for models behind a server. The arguments are checked immediately. The model
+    is opened by the function to which the reference is passed, so that requests to a server are counted in its run.
+    Raises `UsageError` for an invalid argument.
     """
     if isinstance(model, ModelReference):
         raise UsageError("model is a result of open_model already; give all arguments in one call")
@@ -161,13 +160,14 @@ def open_data(
     y: str | None = None,
     layout: Layout | None = None,
 ) -> DataReference:
-    """Describe how examples are read, as an argument of `assess`, `harden`, `attack` and the other functions.
+    """Return a reference to examples with options for reading them, for `assess`, `harden`, `attack` and other
+    functions.
 
-    `data` is an address or an object. `split` selects a part of the data, `label` and `drop` name columns of a table,
-    `x` and `y` arrays of an `.npz` file, and `layout` states the axes of stored arrays (`"chw"`, `"hwc"`, `"asis"`).
-    The examples are read by the function that receives them, because some properties follow from the model.
-
-    Raises `UsageError` for a wrong argument, and for one that selects from a file if the data are an object.
+    `data` is an address or an object. `split` selects a part of the data, `label` and `drop` are names of columns of a
+    table, `x` and `y` names of arrays in an `.npz` file, and `layout` gives the axes of stored arrays (`"chw"`,
+    `"hwc"`, `"asis"`). The examples are read by the function to which the reference is passed, because some properties
+    depend on the model. Raises `UsageError` for an invalid argument, and for one that selects from a file if the data
+    are an object.
     """
     if isinstance(data, DataReference):
         raise UsageError("data is a result of open_data already; give all arguments in one call")
@@ -194,7 +194,9 @@ def _refuse_names(data: DataReference) -> None:
 
 
 def model_reference(model: ModelLike) -> ModelReference:
-    """Return the reference to a model given in any form. Raises `UsageError` for other objects."""
+    """Return the reference to a model given as an object, an address or a reference. Raises `UsageError` for other
+    objects.
+    """
     if isinstance(model, ModelReference):
         return model
     if isinstance(model, str | Path):
@@ -208,7 +210,10 @@ def model_reference(model: ModelLike) -> ModelReference:
 
 
 def data_reference(data: DataLike, default: DataSource | None = None) -> DataReference:
-    """Return the reference to examples given in any form. `default` is how they are read if that is not stated."""
+    """Return the reference to examples given as an object, an address or a reference.
+
+    `default` contains the options for reading them if they are not given as a reference.
+    """
     if isinstance(data, DataReference):
         return data
     return DataReference(str(data) if isinstance(data, str | Path) else data, default or DataSource())

@@ -57,7 +57,7 @@ from holdfast.verbs.request import Subject
 
 
 def remote(reference: ModelReference) -> Remote:
-    """Return the options for requests to a model behind HTTP."""
+    """Return the options for requests to a model behind an HTTP server."""
     inference, limits = reference.inference, reference.limits
     return Remote(
         tuple(inference.allow_hosts),
@@ -76,7 +76,7 @@ def remote(reference: ModelReference) -> Remote:
 
 
 def refuse_unserved(limits: ServerLimits, model: Classifier) -> None:
-    """Raise `UsageError` for limits of a server if the model is not behind one."""
+    """Raise `UsageError` if limits for a server are given but the model is not behind a server."""
     if model.remote:
         return
     if limits.max_queries is not None:
@@ -92,7 +92,7 @@ def refuse_unserved(limits: ServerLimits, model: Classifier) -> None:
 
 
 def sources_at(settings: OpeningSettings) -> Sources:
-    """Return the model and the data at the addresses in the settings."""
+    """Return the references to the model and the data at the addresses in the settings."""
     model = ModelReference(
         settings.model.address,
         settings.model,
@@ -103,7 +103,7 @@ def sources_at(settings: OpeningSettings) -> Sources:
 
 
 def sources_given(model: ModelLike, data: DataLike, settings: OpeningSettings) -> Sources:
-    """Return the model and the data of a Python function, given as objects or addresses."""
+    """Return the references to the model and the data that a Python function received as objects or addresses."""
     return _sources(model_reference(model), data_reference(data), settings)
 
 
@@ -113,7 +113,7 @@ def _sources(model: ModelReference, data: DataReference, settings: OpeningSettin
 
 
 def open_subject(sources: Sources, *, transform: str | None = None, adaptive: bool = False) -> Subject:
-    """Open the model, behind random transformations if some are named."""
+    """Open the model. With `transform`, random transformations are applied to its inputs."""
     given, properties = sources.model.given, declared(sources)
     if given is None:
         raise UsageError("model is missing; give an address, as in mnist-cnn or file.py:factory")
@@ -176,7 +176,7 @@ def _subject(
 
 
 def open_surrogates(given: Sequence[object], sources: Sources, target: Classifier) -> tuple[Subject, ...]:
-    """Open surrogate models, given as settings, addresses in the form of `--surrogate`, or objects."""
+    """Open the surrogate models, which are given as settings, as text in the form of `--surrogate`, or as objects."""
     if isinstance(given, tuple) and not given:
         return ()
     if not isinstance(given, list):
@@ -241,7 +241,7 @@ def _surrogate_at(spec: SurrogateSettings, sources: Sources, *, trust_code: bool
 
 
 def open_examples(sources: Sources, model: Classifier, *, lenient: bool = False) -> Data:
-    """Open the examples of the verb. With `lenient`, examples that do not fit the model are accepted too."""
+    """Open the examples of the verb. With `lenient`, examples that do not fit the model are accepted as well."""
     data, selection = sources.data, sources.selection
     if data.given is None:
         raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
@@ -263,7 +263,7 @@ def open_examples(sources: Sources, model: Classifier, *, lenient: bool = False)
 
 
 def open_object(data: DataReference, expected: Expected) -> Data:
-    """Return all examples of other data that are given as an object."""
+    """Return all examples of further data that are given as an object."""
     if is_frame(data.given):
         return open_frame(data.given, label=data.source.label, drop=data.source.drop, expected=expected)
     return as_data(data.given, expected=expected)
@@ -280,9 +280,10 @@ def open_all(
 
 
 def open_fit(sources: Sources, fit: DataLike | None, model: Classifier, plan: Plan) -> Data | None:
-    """Open the examples for attacks that are learned: those in `fit`, else the train split of the data.
+    """Open the examples on which learned attacks are fitted: those in `fit` or, if it is None, the train split of the
+    data.
 
-    Returns None if no attack is learned and `fit` is not given.
+    Returns None if no attack is learned and `fit` is None.
     """
     count = examples_to_fit(plan)
     if fit is None and not (count and sources.data.address):
@@ -319,10 +320,9 @@ def open_fit(sources: Sources, fit: DataLike | None, model: Classifier, plan: Pl
 
 
 def open_others(given: object, sources: Sources, model: Classifier) -> tuple[Data, ...]:
-    """Open the data sets of the transfer between data sets. Their labels are not used, so their classes do not
-    matter.
+    """Open the data sets for the transfer between data sets. Their labels are not used, so they may have other classes.
 
-    At an address a random sample is opened, because no more examples are used.
+    From data at an address, a random sample is opened, because no more examples are used.
     """
     if isinstance(given, tuple) and not given:
         return ()
@@ -352,7 +352,7 @@ def open_others(given: object, sources: Sources, model: Classifier) -> tuple[Dat
 
 
 def device_of_model(sources: Sources, subject: Subject, device: str) -> str | None:
-    """Return the device of a network given as an object, or None if the settings determine the device."""
+    """Return the device of a network that is given as an object, or None if the settings determine the device."""
     weight = next(subject.model.parameters(), None)
     if sources.model.address is not None or device != "auto" or weight is None:
         return None
@@ -360,7 +360,7 @@ def device_of_model(sources: Sources, subject: Subject, device: str) -> str | No
 
 
 def folder_of(run: str | Path | None, *, resume: bool) -> Path | None:
-    """Return the folder of a run. Raises `UsageError` if a run is to be resumed and no folder is given."""
+    """Return the folder of a run, or None. Raises `UsageError` if a run is to be resumed but no folder is given."""
     if resume and run is None:
         raise UsageError("resume=True continues a run; give its folder, as in run='runs/h1'")
     return None if run is None else Path(run)

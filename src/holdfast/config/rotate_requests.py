@@ -1,4 +1,4 @@
-"""Makes the request of each step of a rotation from its settings: opens the pool, its model and its data."""
+"""Creates the request of each step of a rotation from its settings: opens the pool, its model and its data."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from holdfast.verbs.rotate.train import TrainRequest
 def collect_request(
     settings: RotateSettings, path: Path, *, resume: bool = False, expect_head: str = ""
 ) -> CollectRequest:
-    """Return the request of a collection in the folder `path`."""
+    """Return the request for a collection in the folder `path`."""
     common, budget_s = rotating.rotate_request(settings), rotating.budget_s(settings)
     return CollectRequest(path, common, resume, budget_s, settings.options.n_judged, expect_head)
 
 
 def train_request(path: Path, settings: RotateSettings, *, expect_head: str = "") -> TrainRequest:
-    """Return the request of the training of a generator for the pool in the folder `path`."""
+    """Return the request for training a generator for the pool in the folder `path`."""
     pool = Pool.held(path, expect_head=expect_head)
     common = rotating.reopened(pool, settings)
     return TrainRequest(pool, common, rotating.codec(settings), rotating.diffusion(settings))
@@ -40,7 +40,7 @@ def draw_request(
     expect_head: str = "",
     notify: Notify = ignore,
 ) -> DrawRequest:
-    """Return the request of a draw; `immunising` says whether the settings of the immunisation are used."""
+    """Return the request for a draw. `immunising` states whether the new sets are immunised."""
     _refuse_no_count(sets)
     named = by_named(by, notify)
     pool = Pool.held(path, expect_head=expect_head)
@@ -55,7 +55,7 @@ def _refuse_no_count(sets: object) -> None:
 
 
 def admit_request(path: Path, settings: RotateSettings, *, expect_head: str = "") -> AdmitRequest:
-    """Return the request of the admission of all candidates."""
+    """Return the request for the admission of all candidates of the pool in the folder `path`."""
     pool = Pool.held(path, expect_head=expect_head)
     common = rotating.reopened(pool, settings)
     return AdmitRequest(
@@ -74,7 +74,9 @@ def run_request(
     expect_head: str = "",
     notify: Notify = ignore,
 ) -> RunRequest:
-    """Return the request of all steps with a new pool, or with `resume` the pool in the folder `path`."""
+    """Return the request for all steps of a rotation, with a new pool or, with `resume`, the pool
+    in the folder `path`.
+    """
     loop = _loop_settings(settings, by_named(by, notify), immunising=immunising, once=once)
     collection = collect_request(settings, path, resume=resume, expect_head=expect_head)
     return RunRequest(collection, loop, rotating.codec(settings), rotating.diffusion(settings), once)
@@ -90,7 +92,7 @@ def resumed_run_request(
     expect_head: str = "",
     notify: Notify = ignore,
 ) -> RunRequest:
-    """Return the request of all steps with an existing pool, whose model and data are opened again."""
+    """Return the request for all steps of a rotation with an existing pool, whose model and data are opened again."""
     loop = _loop_settings(settings, by_named(by, notify), immunising=immunising, once=once)
     common = rotating.reopened(Pool.held(path, expect_head=expect_head), settings)
     collection = CollectRequest(

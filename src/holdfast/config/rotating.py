@@ -1,4 +1,6 @@
-"""Converts settings of a rotation to the inputs of its steps: the request of a pool, its model, data and triggers."""
+"""Converts the settings of a rotation to the inputs of its steps: the request of a pool, its model,
+data and triggers.
+"""
 
 from holdfast import rotation
 from holdfast.config import hardening, resolve
@@ -59,12 +61,10 @@ def rotate_request(settings: RotateSettings) -> RotateRequest:
 
 
 def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
-    """Return the request with which an existing pool was created, from its manifest.
+    """Return the settings that all sets of an existing pool share, from its manifest.
 
-    Only `device` and the trust in code come from the settings.
-
-    Code runs only if the settings trust it, because the manifest is not a command line. Settings that differ from the
-    manifest raise `UsageError`.
+    Only the device and `trust_code` are taken from `settings`. Code runs only if `trust_code` is true, because the
+    manifest is not a command line. Raises `UsageError` if other settings differ from the manifest.
     """
     refuse_code_in_pool(pool, trust_code=settings.model.trust_code)
     own = {"device": settings.device.device, "trust_code": settings.model.trust_code}
@@ -107,12 +107,12 @@ def _candidate(settings: RotateSettings) -> Candidate:
 
 
 def budget_s(settings: RotateSettings) -> float | None:
-    """Budget of a collection in seconds; None for the recipe's own epochs."""
+    """Return the budget of a collection in seconds, or None for the epochs of the recipe."""
     return None if settings.options.budget is None else seconds(settings.options.budget, "budget")
 
 
 def source(settings: RotateSettings) -> Source:
-    """Return the source of the parameter sets."""
+    """Return the source of the parameter sets that is named in the settings."""
     spec = settings.options.source
     name = str(spec["use"])
     settings_of_source = {key: value for key, value in spec.items() if key != "use"}
@@ -121,22 +121,22 @@ def source(settings: RotateSettings) -> Source:
 
 
 def codec(settings: RotateSettings) -> Codec:
-    """Return the codec, which represents sets by a few numbers."""
+    """Return the codec, which represents each parameter set by a few numbers."""
     return built(Codec, settings.options.codec, "codec", "codec")
 
 
 def diffusion(settings: RotateSettings) -> LatentDiffusion:
-    """Return the generator, which learns the distribution of those numbers."""
+    """Return the diffusion model, which learns the distribution of the numbers that represent parameter sets."""
     return built(LatentDiffusion, settings.options.generator, "generator", "generator")
 
 
 def immunise(settings: RotateSettings) -> Immunise:
-    """Return the training of a set against adversarial examples of other sets."""
+    """Return the settings of the training of a parameter set against adversarial examples of other sets."""
     return built(Immunise, settings.options.immunise, "immunise", "immunise")
 
 
 def triggers(settings: RotateSettings) -> tuple[Trigger, ...]:
-    """Return the triggers of swaps."""
+    """Return the triggers of swaps that are listed in the settings."""
     parsed: list[Trigger] = []
     for text in settings.options.every:
         kind, size = parse_every(text)

@@ -1,4 +1,4 @@
-"""The JSON Schema of the YAML file for editors: the settings, and every attack and recipe by its `use:` tag."""
+"""The JSON Schema of the YAML file, for editors: all settings, and every attack and recipe by its `use:` tag."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
@@ -21,10 +21,9 @@ from holdfast.rotation import Codec, Immunise, LatentDiffusion
 
 
 def settings_schema() -> dict[str, Any]:
-    """Return the published schema, which `holdfast validate --schema` prints. A test compares it with the
-    stored copy.
+    """Return the published schema, which `holdfast validate --schema` prints. A test compares it with the stored copy.
 
-    At the top are the keys of all verbs, and a section with the name of each verb, which has its keys.
+    The top level has the keys of all verbs, and for each verb a section with its name and its keys.
     """
     definitions: dict[str, Any] = {
         "attack": {"oneOf": [_tagged(n, c, {}) for n, c in attack_names().items()]},

@@ -1,6 +1,6 @@
-"""The settings of each verb, composed of the groups that it uses, and how they are read from files and flags.
+"""The settings of each verb, composed of groups of settings, and functions that read them from files and flags.
 
-The same names are keys of the YAML file, options of the command line and arguments in Python.
+A setting has the same name in the YAML file, on the command line and in Python.
 """
 
 import json
@@ -25,7 +25,7 @@ from holdfast.core.errors import TargetError, UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class VerbSettings:
-    """Settings of a verb: groups of settings, and notes about how they were written."""
+    """Base class of the settings of a verb: groups of settings, and notes on how they were written."""
 
     verb: ClassVar[str] = ""
     notes: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ class AssessSettings(VerbSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class HardenSettings(VerbSettings):
-    """All settings of `holdfast harden`: how to train, and how the model is assessed before and after."""
+    """All settings of `holdfast harden`: those of the training, and those of the assessments before and after it."""
 
     verb = "harden"
     file: groups.FileFormat = _group(groups.FileFormat)
@@ -95,7 +95,7 @@ class HardenSettings(VerbSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class RotateSettings(VerbSettings):
-    """All settings of `holdfast rotate`: where parameter sets come from, how they are trained, and when they swap."""
+    """All settings of `holdfast rotate`: the source and the training of parameter sets, and the triggers of swaps."""
 
     verb = "rotate"
     file: groups.FileFormat = _group(groups.FileFormat)
@@ -111,7 +111,7 @@ class RotateSettings(VerbSettings):
 
 
 class OpeningSettings(Protocol):
-    """Settings of a verb that opens a model and data."""
+    """Settings of any verb that opens a model and data."""
 
     @property
     def model(self) -> groups.ModelSource:
@@ -133,14 +133,14 @@ class OpeningSettings(Protocol):
 VERBS: Mapping[str, type[VerbSettings]] = {
     kind.verb: kind for kind in (AssessSettings, HardenSettings, RotateSettings)
 }
-"""Settings by verb. A configuration file may contain a section with the name of each."""
+"""Class of the settings of each verb, by name. A configuration file may contain a section for each of these verbs."""
 
 FORMER_KEYS: Mapping[str, str] = {
     "begins": "initialisation",
     "judged": "n_judged",
     "keep": "min_waiting",
 }
-"""Earlier names of keys, which are accepted with a note, and their present names."""
+"""Earlier names of keys, which are still accepted with a note, with the current names."""
 
 _REPLACING = (("n", "sample"), ("sample", "n"), ("suite", "attacks"), ("attacks", "suite"))
 """Pairs of settings that exclude each other: a flag (or a `--set`) for one replaces the other in the file."""
@@ -149,7 +149,7 @@ S = TypeVar("S", bound=VerbSettings)
 
 
 class MisplacedKeys(UsageError):
-    """Keys at the top of a file that the verb does not use, and another one does."""
+    """Raised for keys at the top of a file that the verb does not use, but another verb does."""
 
     def __init__(self, message: str, keys: tuple[str, ...]) -> None:
         super().__init__(message)
@@ -158,7 +158,7 @@ class MisplacedKeys(UsageError):
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a verb: where its value is stored, and its field."""
+    """A key of a verb: the group and the name of the setting, and its field."""
 
     group: str
     name: str
@@ -183,7 +183,7 @@ _KEYS = {
 
 
 def groups_of(kind: type[VerbSettings]) -> Mapping[str, type[SettingGroup]]:
-    """Return the groups of a verb by the name of their attribute."""
+    """Return the groups of the settings of a verb, by the name of the attribute."""
     return _GROUPS[kind]
 
 
@@ -200,9 +200,11 @@ def read_settings(
     flags: Mapping[str, str] = MappingProxyType({}),
     kind: type[S],
 ) -> S:
-    """Return validated settings from a YAML file, `--set a.b=c` and overrides, in increasing order of precedence.
+    """Return validated settings from a YAML file, from `--set a.b=c`, and from overrides, in increasing order of
+    precedence.
 
-    The file may serve several verbs, see `keys_for_verb`. `flags` are the names of the overrides for messages.
+    The file may contain settings of several verbs; see `keys_for_verb`. `flags` maps the keys of the overrides to their
+    names in messages.
     """
     loaded = {} if path is None else load(path)
     content = keys_for_verb(loaded, str(path), kind)
@@ -227,9 +229,9 @@ def read_settings(
 def keys_for_verb(loaded: Mapping[str, Any], where: str, kind: type[VerbSettings]) -> dict[str, Any]:
     """Return the keys of a file that apply to a verb: those at the top, and those of the section with its name.
 
-    A section takes precedence. Sections of other verbs are validated and left out. `doctor` accepts the keys of
-    `assess` and leaves out those that it does not use. Raises `UsageError`, with the new place of each key, for keys
-    at the top that the verb does not use.
+    The section takes precedence. Sections of other verbs are validated but not returned. For `doctor`, all keys of
+    `assess` are accepted, but only those that `doctor` uses are returned. Raises `UsageError`, with the section for
+    each key, for keys at the top that the verb does not use.
     """
     reading: type[VerbSettings] = AssessSettings if kind is DoctorSettings else kind
     shared = {key: value for key, value in loaded.items() if key not in VERBS}
@@ -281,9 +283,9 @@ def _former(kind: type[VerbSettings]) -> dict[str, str]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
+    """Return the content of a YAML file, which must be a mapping.
 
-    Raises `TargetError` if it cannot be read, `UsageError` if it is not a mapping.
+    Raises `TargetError` if the file cannot be read, and `UsageError` if it is not a mapping.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -303,7 +305,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def put_setting(content: dict[str, Any], path: str, value: Any) -> None:
-    """Set a value at a dotted path, such as `attacks.0.steps`."""
+    """Set a value in nested content at a dotted path, such as `attacks.0.steps`."""
     *parents, last = path.split(".")
     place: Any = content
     for parent in parents:
@@ -326,9 +328,10 @@ def check_settings(
     *,
     kind: type[S],
 ) -> S:
-    """Return validated settings. The `UsageError` contains the first wrong key with the most similar valid name.
+    """Return validated settings. Raises `UsageError` with the first invalid key and the most similar valid name.
 
-    The message begins with `where`, the source of the content, except for keys that a person gave as `written`.
+    The message begins with `where`, the source of the content, except for keys in `written`, which maps keys to the
+    form in which the user wrote them.
     """
     prefix = f"{where}: " if where else ""
     content, notes = _with_present_names(content, prefix, kind)
@@ -359,14 +362,16 @@ def check_settings(
 
 
 def given(**settings: Any) -> dict[str, Any]:
-    """Return the settings of a Python function that are not None, which stands for the default."""
+    """Return those arguments of a Python function that are not None. None stands for the default."""
     return {key: value for key, value in settings.items() if value is not None}
 
 
 def check_groups(
     where: str, content: Mapping[str, Any], kinds: Sequence[type[SettingGroup]]
 ) -> tuple[Any, ...]:
-    """Return validated groups from their keys together. Values that are None are left at their defaults."""
+    """Return validated groups of settings, from the keys of all groups. Settings whose value is None have their
+    defaults.
+    """
     checked = []
     for kind in kinds:
         names = [info.alias or name for name, info in kind.model_fields.items()]
@@ -405,7 +410,7 @@ def _with_present_names(
 
 
 def items(settings: VerbSettings) -> Iterator[tuple[str, Any, bool]]:
-    """Yield every key of the settings with its value, and whether it was given."""
+    """Yield every key of the settings, its value, and whether the user gave it."""
     for key, entry in keys_of(type(settings)).items():
         group: SettingGroup = getattr(settings, entry.group)
         yield key, getattr(group, entry.name), entry.name in group.model_fields_set
@@ -421,6 +426,6 @@ def plain_settings(settings: VerbSettings) -> dict[str, Any]:
 
 
 def canonical_settings(settings: VerbSettings) -> dict[str, Any]:
-    """Return the settings that affect the evidence as plain values."""
+    """Return those settings that affect the evidence, by key, as plain values."""
     outside = {"output", "gates", "accept_doubts", "baseline", "device", "schema_version"}
     return {key: value for key, value in plain_settings(settings).items() if key not in outside}

@@ -1,4 +1,4 @@
-"""All names of attacks and suites, and their canonical names; without torch.
+"""All names of attacks and suites, with the canonical name of each. The module does not import torch.
 
 Case, `-`, `_` and spaces are ignored: `hop-skip-jump` is HopSkipJump.
 """
@@ -17,12 +17,12 @@ from holdfast.core.spelling import suggestion
 
 @dataclass(frozen=True)
 class Spelling:
-    """Other names of an attack."""
+    """Further names of an attack."""
 
     paper: str
-    """name in the paper, if it differs and is not the name of another attack here; else empty"""
+    """name in the paper; empty if it is the same or if another attack has this name here"""
     short: tuple[str, ...] = ()
-    """usual short names"""
+    """usual short names of the attack"""
 
     def __str__(self) -> str:
         return ", ".join(each for each in (self.paper, *self.short) if each)
@@ -36,22 +36,22 @@ SPELLINGS: Final[Mapping[str, Spelling]] = {
     },
     "DI-FGSM": Spelling("DI2-FGSM"),
 }
-"""Other names of attacks that have some."""
+"""Further names of attacks, by the canonical name."""
 
 SUITE_SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "standard": ("autoattack", "aa"),
     "rand": ("autoattack-rand", "aa-rand"),
 }
-"""Usual names of suites in addition to Holdfast's."""
+"""Usual names of suites in other software, by the canonical name."""
 
 ADAPTIVE: Final = (
     "Pair", "Pair-light", "Pair-heavy", "EOT", "BPDA", "BPDA-T", "BPDA-ALMA", "BPDA-FAB", "Search",
 )  # fmt: skip
-"""Names of the attacks that `adaptive` adds depending on the doubts. A test compares them with `doubts`."""
+"""Names of the attacks that the setting `adaptive` adds depending on the doubts. A test compares them with `doubts`."""
 
 
 def folded(name: str) -> str:
-    """Return the name in the form in which names are compared: lower case, without `-`, `_` and spaces.
+    """Return a name in the form in which names are compared: lower case, without `-`, `_` and spaces.
 
     >>> folded("Hop-Skip_Jump")
     'hopskipjump'
@@ -65,14 +65,14 @@ def suite_called(name: str) -> str | None:
 
 
 def is_suite_only(name: str) -> bool:
-    """Whether a name belongs to a suite and not to an attack."""
+    """Return whether a name is the name of a suite and not that of an attack."""
     return suite_called(name) is not None and folded(name) not in _attacks()
 
 
 def attack_called(name: str) -> str:
-    """Return the canonical name of an attack or of a variant in suites.
+    """Return the canonical name of an attack, or of a variant of an attack in suites.
 
-    Raises `UsageError`, with the most similar name, if there is none.
+    Raises `UsageError` with the most similar name if there is none.
     """
     canonical = _attacks()
     found = canonical.get(folded(name))
@@ -88,7 +88,7 @@ def attack_called(name: str) -> str:
 
 
 def attack_class_called(name: str) -> str:
-    """Return the canonical name of an attack. Raises `UsageError` for a variant in suites, which has fixed settings."""
+    """Return the canonical name of an attack. Raises `UsageError` for a variant in suites, whose settings are fixed."""
     found = attack_called(name)
     if found in VARIANTS:
         of = VARIANTS[found]
@@ -100,7 +100,8 @@ def attack_class_called(name: str) -> str:
 
 
 def suite_or_attacks(names: Iterable[str]) -> str | tuple[str, ...]:
-    """Return the canonical name of a suite if a single name is given and is one, else the canonical names of attacks.
+    """Return the canonical name of a suite if `names` contains only one, and otherwise the canonical names of the
+    attacks.
 
     Raises `UsageError` for an unknown name, and for a suite together with other names.
     """
@@ -131,18 +132,18 @@ def attack_listed(name: str) -> str:
 
 
 def norms_of_suite(name: str) -> tuple[Norm, ...]:
-    """Norms for which a suite has an attack with that name."""
+    """Return the norms under which some suite contains the attack `name`."""
     norms = (norm for by_norm in MEMBERS.values() for norm, names in by_norm.items() if name in names)
     return tuple(dict.fromkeys(norms))
 
 
 def suites_of(name: str) -> tuple[str, ...]:
-    """Suites that have an attack with that name under some norm."""
+    """Return the names of the suites that contain the attack `name` under some norm."""
     return tuple(s for s, by_norm in MEMBERS.items() if any(name in names for names in by_norm.values()))
 
 
 def every_name() -> tuple[str, ...]:
-    """All values of `suite` for shell completion: suites, attacks, their variants in suites, and short names."""
+    """Return all values of `suite` for shell completion: suites, attacks, their variants in suites, and short names."""
     short = (
         s for of in (*SUITE_SPELLINGS.values(), *(each.short for each in SPELLINGS.values())) for s in of
     )

@@ -1,4 +1,4 @@
-"""Files to start from: `init` writes a commented configuration, and `validate` checks one.
+"""Configuration files to start from: `init` writes a commented configuration, and `validate` checks one.
 
 torch is imported only for the settings of attacks in a configuration.
 """
@@ -60,13 +60,13 @@ DEMO = {
     "curve": True,
     "gates": ["clean_accuracy >= 0.95", "robust_accuracy >= 0.50"],
 }
-"""Settings of `holdfast demo`: one gate passes and one fails."""
+"""Settings of `holdfast demo`, with which one gate passes and one fails."""
 
 DEMO_COMMAND = (
     "holdfast assess mnist-cnn mnist-mini -n 200 --threat linf:0.1 --suite standard --curve "
     "--gate 'clean_accuracy >= 0.95' --gate 'robust_accuracy >= 0.50' -o report.html"
 )
-"""Command that is equivalent to the demo."""
+"""Command that is equivalent to `holdfast demo`."""
 
 
 def init(
@@ -76,7 +76,7 @@ def init(
     data: str = "mnist-mini",
     force: bool = False,
 ) -> Path:
-    """Write a commented configuration. An existing file is kept unless `force`."""
+    """Write a commented configuration, and return its path. An existing file is overwritten only with `force`."""
     place = Path(path)
     if place.exists() and not force:
         raise UsageError(f"{place} exists already; give another name, or --force to overwrite it")
@@ -89,9 +89,9 @@ def init(
 
 
 def validate(path: str | Path = "holdfast.yaml") -> tuple[str, ...]:
-    """Check all keys of a configuration, and its threats, gates, suites, attacks, recipes and reports.
+    """Check all keys of a configuration file, and its threat models, gates, suites, attacks, recipes and reports.
 
-    Nothing is run. Returns the verbs for which the file is valid: those that use all keys at its top. Raises
+    Nothing is run. Returns the verbs for which the file is valid, which are those that use all keys at its top. Raises
     `UsageError` for the first fault, and if there is no such verb.
     """
     loaded = load(Path(path))

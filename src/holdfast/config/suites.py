@@ -17,14 +17,15 @@ SuiteName = Literal[
     "quick", "fast", "standard", "rand", "black-box", "minimum-norm", "corruptions", "transfer"
 ]
 SUITES: tuple[SuiteName, ...] = get_args(SuiteName)
-"""Values of `--suite`. `holdfast.suites` composes them, and a test compares both."""
+"""Names of all suites. `holdfast.suites` defines their attacks, and a test compares both."""
 DEFAULT_SUITE: SuiteName = "fast"
 
 
 def usual_suite(threat: ThreatSpec) -> SuiteName:
-    """Return the default suite, if neither a suite nor attacks are named, by the attacker's access to the model.
+    """Return the default suite, which is used if neither a suite nor attacks are given.
 
-    It is `transfer` for no access, `black-box` for scores or labels, and `fast` otherwise.
+    It depends on the access of the attacker: `transfer` for no access, `black-box` for scores or labels, and otherwise
+    `fast`.
     """
     if threat.norm == "corruptions" or threat.access == "gradients":
         return DEFAULT_SUITE
@@ -40,8 +41,9 @@ def refuse_unknown(
     only: Sequence[str],
     skip: Sequence[str],
 ) -> None:
-    """Raise `UsageError` for names in `only` and `skip` that the run would refuse, as far as names are known without
-    torch.
+    """Raise `UsageError` for names in `only` and `skip` that are not attacks of the suite.
+
+    Names that are known only after an import of torch are not checked.
     """
     listed = suite if isinstance(suite, tuple) else None
     spec = parse_threat(threat) if attacks is None and listed is None else None

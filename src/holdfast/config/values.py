@@ -1,4 +1,4 @@
-"""Types that parse values of settings in files and on the command line."""
+"""Types of settings that parse values from files and from the command line."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
@@ -143,7 +143,7 @@ def _names(value: object) -> object:
 
 
 def is_suite(value: object) -> bool:
-    """Whether a value is text or a list of texts, and thus may name a suite or attacks."""
+    """Return whether a value is a string or a list of strings, so that it may name a suite or attacks."""
     return isinstance(value, str) or (
         isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
     )

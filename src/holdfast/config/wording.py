@@ -1,4 +1,4 @@
-"""Messages for validation errors of pydantic in the form of this package, with the expected value."""
+"""Messages for validation errors of pydantic, in the style of this package and with the expected value."""
 
 from pydantic import ValidationError
 
@@ -28,12 +28,12 @@ _SHOWN = 200
 
 
 def place(error: ValidationError) -> str:
-    """Dotted path of the first wrong value."""
+    """Return the dotted path of the first invalid value."""
     return ".".join(str(part) for part in error.errors()[0]["loc"])
 
 
 def complaint(error: ValidationError) -> str:
-    """Description of the first wrong value with the expected one: `is 0; expected at least 1`."""
+    """Return a description of the first invalid value and of what was expected, such as `is 0; expected at least 1`."""
     first = error.errors()[0]
     shown = repr(first["input"])
     return f"is {shown if len(shown) <= _SHOWN else f'{shown[:_SHOWN]} …'}{_expected(error)}"

@@ -1,4 +1,4 @@
-"""Parses YAML text of configurations and `--set`."""
+"""Parser for the YAML text of configurations and of `--set`."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -8,7 +8,8 @@ import yaml
 from holdfast.core.errors import UsageError
 
 MAX_CHARACTERS = 1 << 18
-"""maximum number of characters of a text; PyYAML needs about 20 microseconds and 400 bytes of memory for each"""
+"""largest number of characters of a text; PyYAML needs about 20 microseconds and 400 bytes of
+memory for each character"""
 _MOST = 2**63
 """limit of whole numbers; one with very many digits cannot be printed"""
 

@@ -1,4 +1,4 @@
 """The run engine: named steps whose artefacts are stored once, executors of shards, signals and progress.
 
-The engine knows no attack and no recipe. A verb gives it functions that compute the artefacts.
+The engine does not depend on attacks or recipes. A verb passes functions to it that compute the artefacts.
 """

@@ -1,4 +1,4 @@
-"""Executors measure the shards of a stage: in this process, or in several (`processes.py`)."""
+"""Executors, which measure the shards of a stage in this process or in several processes (`processes.py`)."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,21 +16,22 @@ if TYPE_CHECKING:
 
 
 class OutOfTime(Exception):
-    """The deadline passed during a shard; the shard must be measured again from its start."""
+    """Raised if the deadline passes during a shard. The shard must then be measured again from its start."""
 
 
 Task = Any
-"""One shard to measure, with the columns that it needs: an object of the verb, which can be pickled."""
+"""The work of one shard, with the columns that it needs: an object defined by the verb, which can be pickled."""
 
 Measure = Callable[[Task, Room, float], Columns]
-"""Measures a task: a pure function of the task, of what the run was started with, and of the room.
+"""Function of a task, a room and a deadline that measures the task and returns its columns.
 
-It is called with the room and the `time.perf_counter()` of the deadline, after which it raises `OutOfTime`.
+The result depends only on the task, the room, and what the run was started with. After the deadline, a value of
+`time.perf_counter()`, the function raises `OutOfTime`.
 """
 
 
 class Executor(Protocol):
-    """Measures the shards of a stage, and stores each."""
+    """Measures the shards of a stage, and stores the columns of each shard."""
 
     def measure(
         self,
@@ -40,21 +41,21 @@ class Executor(Protocol):
         until: float,
         moved: Callable[[int], None],
     ) -> Iterator[tuple[int, Columns]]:
-        """Yield each shard after it is measured and stored; stop early at the deadline `until`.
+        """Yield each shard with its columns after it is measured and stored; stop early at the deadline `until`.
 
-        `moved` is called with the number of finished examples in shards that are not finished.
+        `moved` is called with the number of finished examples in shards that are not finished yet.
         """
 
     def pause(self) -> None:
-        """Release what the executor holds until the next stage."""
+        """Release the resources that are not needed before the next stage."""
 
 
 @dataclass(frozen=True)
 class Inline:
-    """Measures shards in the process of the run, one after another."""
+    """Executor that measures shards in the process of the run, one after another."""
 
     work: Measure | None = None
-    """None for a run without shards"""
+    """function that measures a shard; None for a run without shards"""
 
     def measure(
         self,
@@ -64,7 +65,7 @@ class Inline:
         until: float,
         moved: Callable[[int], None],
     ) -> Iterator[tuple[int, Columns]]:
-        """Measure the shards in turn, and yield each with its columns; stop at the deadline."""
+        """Measure the shards in turn, and yield each with its columns; stop at the deadline `until`."""
         assert self.work is not None
         for shard, task in tasks.items():
             if time.perf_counter() >= until:
@@ -88,7 +89,7 @@ class Inline:
             yield shard, columns
 
     def pause(self) -> None:
-        """Do nothing: the model belongs to the process of the run."""
+        """Do nothing, because the model belongs to the process of the run."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,11 @@ class Timed:
 
     @property
     def bounds(self) -> Bounds:
-        """The input bounds of the model."""
+        """Input bounds of the model."""
         return self.model.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits of the model. Raises `OutOfTime` after the deadline."""
+        """Return the logits of the model. Raises `OutOfTime` after the deadline."""
         if time.perf_counter() >= self.deadline:
             raise OutOfTime
         return self.model(x, ids)

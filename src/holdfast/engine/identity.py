@@ -1,4 +1,4 @@
-"""Identity of a run: the digest of the code that determines its results, and the versions and hardware."""
+"""Identity of a run: the digest of the code that determines its results, the versions and the hardware."""
 
 import hashlib
 import os
@@ -28,13 +28,15 @@ DECIDING = (
 )
 """Subpackages and modules whose code can change a measured number."""
 NOT_DECIDING = ("gates", "metrics", "reports", "store")
-"""Subpackages that a run imports and that only store or summarise what it measured: a change there does not prevent a
-resume."""
+"""Subpackages that a run imports, but that only store or summarise its measurements.
+
+A run can be resumed after a change of this code.
+"""
 
 
 @cache
 def code_digest() -> str:
-    """SHA-256 in hex over the code that determines the measurements, and over the versions of torch and numpy."""
+    """Return the SHA-256 over the code that determines the measurements and the versions of torch and numpy, in hex."""
     sha = hashlib.sha256(f"torch {torch.__version__} numpy {np.__version__}\n".encode())
     package = Path(holdfast.__file__).parent
     for name in DECIDING:
@@ -46,7 +48,7 @@ def code_digest() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the software that determines the measurements."""
+    """Return the versions of the software that determines the measurements, by name."""
     return {
         "holdfast": holdfast.__version__,
         "python": platform.python_version(),
@@ -56,7 +58,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device, processes: int = 1) -> str:
-    """Description of the machine and the number of processes, in one line, without the host name."""
+    """Return a description of the machine and the number of processes, in one line, without the host name."""
     threads = torch.get_num_threads()
     cores = f"{os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, {platform.machine()}"
     if device.type == "cpu":

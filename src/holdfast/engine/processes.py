@@ -1,7 +1,7 @@
-"""Worker processes that measure shards: started on demand, and replaced if they die.
+"""Worker processes that measure shards. They are started when needed, and replaced if they die.
 
-The process of the run sends tasks and stores the columns that come back; a worker (`worker.py`) writes nothing. The
-shard of a worker that died is measured again.
+The process of the run sends tasks and stores the returned columns; a worker (`worker.py`) writes no files. If a worker
+dies, its shard is measured again.
 """
 
 import json
@@ -29,7 +29,10 @@ from holdfast.engine.run import Run
 from holdfast.engine.store import Stopwatch
 
 Setup = Callable[[], AbstractContextManager[Measure]]
-"""Opens in a worker what a run was started with, and yields the function that measures tasks. It can be pickled."""
+"""Context manager that opens the model and the data in a worker, and yields the function that measures tasks.
+
+It can be pickled.
+"""
 
 _DEATHS = 3
 """A shard, or the start of a worker, is not tried again after this many workers died in it."""
@@ -49,9 +52,10 @@ sys.exit(main(inbox, outbox))
 """Code of a worker process. It keeps the pipes for itself, so that neither the libraries and the model nor their child
 processes read tasks or write messages, and sets `sys.path` before any import of a library."""
 BEGINNING = b"\0holdfast worker\0"
-"""The first bytes of a worker's messages. What Python printed before, as in a `sitecustomize`, is skipped."""
+"""First bytes of the messages of a worker. All output of Python before them, such as from a `sitecustomize`, is
+skipped."""
 LENGTH = struct.Struct("<Q")
-"""Number of bytes that precedes each message."""
+"""Format of the number of bytes that precedes each message."""
 _AWAITED_S = 1.0
 """Seconds for which the messages of a worker that has ended are still awaited. A child process of it may keep the pipe
 open for longer."""
@@ -114,10 +118,10 @@ class _Worker:
 
 @dataclass
 class Processes:
-    """At most `size` worker processes. `setup` opens the model and the data in each of them."""
+    """Executor with at most `size` worker processes. `setup` opens the model and the data in each of them."""
 
     setup: bytes
-    """the pickled `Setup`"""
+    """the pickled `Setup` that each worker calls"""
     size: int
     _workers: list[_Worker] = field(default_factory=list)
     _messages: "queue.Queue[tuple[_Worker, bytes]]" = field(default_factory=queue.Queue)
@@ -131,7 +135,10 @@ class Processes:
         until: float,
         moved: Callable[[int], None],
     ) -> Iterator[tuple[int, Columns]]:
-        """Yield each shard after a worker has measured it, and it is stored. At the deadline, no shard is started."""
+        """Yield each shard with its columns after a worker has measured it and it is stored.
+
+        After the deadline `until`, no further shard is started.
+        """
         waiting, finished = deque(tasks), dict[int, int]()
         # wall time is that of all workers, and is stored once
         stopwatch = Stopwatch(run.store, stage, next(iter(tasks)), cpu=False)
@@ -238,7 +245,9 @@ class Processes:
             )
 
     def pause(self) -> None:
-        """Kill all workers, which release their memory, and wait for their end. A later stage starts new ones."""
+        """Kill all workers, so that their memory is released, and wait for their end. A later stage
+        starts new workers.
+        """
         for worker in self._workers:
             worker.process.kill()
         for worker in self._workers:
@@ -248,7 +257,7 @@ class Processes:
 
 @contextmanager
 def worker_processes(setup: Setup, size: int) -> Iterator[Processes]:
-    """Yield an executor with worker processes, which are always killed at the end."""
+    """Context manager that yields an executor with worker processes, which are killed on exit."""
     try:
         content = pickle.dumps(setup)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -261,7 +270,7 @@ def worker_processes(setup: Setup, size: int) -> Iterator[Processes]:
 
 
 def unshared(error: Exception) -> UsageError:
-    """The error for a model or data that cannot be pickled for another process."""
+    """Return the error for a model or data that cannot be pickled for another process."""
     return UsageError(
         f"a worker process cannot receive the model, the data or an attack ({type(error).__name__}: {error}); define "
         "them in a file that can be imported, or give addresses such as file.py:factory, or leave --workers out"
@@ -269,9 +278,9 @@ def unshared(error: Exception) -> UsageError:
 
 
 def import_path() -> list[str]:
-    """The import path of a worker: that of this process without the current folder.
+    """Return the import path of a worker: that of this process without the current folder.
 
-    If this process has imported a module from the current folder, as a script does, the folder is added at the end.
+    If this process has imported a module from the current folder, as a script may do, the folder is added at the end.
     """
     here = Path.cwd()
     known = [getattr(module, "__dict__", {}) for name, module in list(sys.modules.items()) if "." not in name]
@@ -291,14 +300,14 @@ def write_message(file: IO[bytes], content: bytes) -> None:
 
 
 def skip_to(beginning: bytes, file: IO[bytes]) -> None:
-    """Read a pipe up to and including `beginning`, or to its end."""
+    """Read and discard the bytes of a pipe up to and including `beginning`, or to its end."""
     last = b""
     while last != beginning and (byte := file.read(1)):
         last = (last + byte)[-len(beginning) :]
 
 
 def read_message(file: IO[bytes]) -> bytes | None:
-    """The next message of a pipe; None at its end, or if it ends inside a message."""
+    """Return the next message of a pipe, or None at its end or if it ends inside a message."""
     head = _read(file, LENGTH.size)
     return None if head is None else _read(file, LENGTH.unpack(head)[0])
 

@@ -1,4 +1,4 @@
-"""Progress of a run, and messages for the user."""
+"""Progress of a run, and messages for the user during a run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,32 +6,33 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Step:
-    """Progress of a run."""
+    """State of the progress of a run."""
 
     stage: str
-    """what is running, such as `1-apgd-ce`"""
+    """name of the current stage, such as `1-apgd-ce`"""
     place: int
     """index of the stage, from 1"""
     of_stages: int
     done: int
-    """finished examples of the stage"""
+    """number of finished examples of the stage"""
     of: int
     standing: int
-    """examples that no finished shard has broken; during the clean pass, those known to be correct"""
+    """number of examples that no finished shard has broken; in the clean stage, number of examples that are known to be
+    correct"""
     seen: int
-    """number of examples that `standing` refers to"""
+    """number of examples of which `standing` survive"""
 
 
 Progress = Callable[[Step], None]
 
 
 def silent(step: Step) -> None:
-    """A progress function that does nothing."""
+    """Do nothing. The default for a progress function."""
 
 
 Notify = Callable[[str], None]
-"""Receives a message for the user on what the run does next."""
+"""Function that shows the user a message on what the run does next."""
 
 
 def ignore(message: str) -> None:
-    """A notification function that does nothing."""
+    """Do nothing. The default for a function that shows messages."""

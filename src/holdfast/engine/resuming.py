@@ -1,4 +1,4 @@
-"""Commands that repeat a run or resume a stopped one."""
+"""Command lines that repeat a run or resume a stopped run."""
 
 import shlex
 import shutil
@@ -13,9 +13,10 @@ from holdfast.store.folder import stored_manifest
 
 
 def way_out(command: str, run: Path, *, max_queries: int | None = None) -> str:
-    """A sentence on how to resume a stopped run; without a command line, with the arguments of the Python function.
+    """Return a sentence that states how to resume a stopped run.
 
-    `max_queries` replaces the limit on the rows that a server is sent.
+    It contains the command line `command` or, if that is empty, the arguments of the Python function. `max_queries` is
+    a new limit on the rows that are sent to a server.
     """
     more = f" and holdfast.open_model(…, max_queries={max_queries})" if max_queries else ""
     again = f"run={str(run)!r}, resume=True{more}"
@@ -34,9 +35,10 @@ class _WayOut(Protocol):
 
 @contextmanager
 def resumable(again: str, with_more: _WayOut) -> Iterator[None]:
-    """Add how to resume to an error of a lost server, of a refused input, or of a spent limit of rows.
+    """Context manager that adds to some errors how to resume the run.
 
-    For a spent limit, the command has twice the limit.
+    These are the errors for a lost server, for a refused input, and for a spent limit on the rows. For a spent limit,
+    the command sets twice the limit.
     """
     try:
         yield
@@ -48,7 +50,10 @@ def resumable(again: str, with_more: _WayOut) -> Iterator[None]:
 
 @contextmanager
 def lent() -> Iterator[Path]:
-    """Yield a temporary folder for a run. It is deleted at the end, and kept on an error if the run can be resumed."""
+    """Context manager that yields a temporary folder for a run, which is deleted on exit.
+
+    After an error, the folder is kept if the run can be resumed.
+    """
     place = Path(tempfile.mkdtemp(prefix="holdfast-"))
     run = place / "run"
     try:
@@ -63,7 +68,7 @@ def lent() -> Iterator[Path]:
 
 
 def repeatable(command: str) -> str:
-    """A command line without `--run DIR` and `--resume`, which do not change the results."""
+    """Return a command line without `--run DIR` and `--resume`, which do not change the results."""
     words = _words(without(command, "--run"))
     return shlex.join(word for word in words if word != "--resume")
 
@@ -77,7 +82,7 @@ def _words(command: str) -> list[str]:
 
 
 def without(command: str, option: str) -> str:
-    """A command line without an option and its value."""
+    """Return a command line without an option and its value."""
     words, kept = iter(_words(command)), []
     for word in words:
         if word == option:

@@ -1,6 +1,6 @@
-"""One attempt at a run: it computes the artefacts that the store does not have yet, and stores each of them.
+"""One attempt at a run: computes the artefacts that are not stored yet, and stores each of them.
 
-`Run.document`, `Run.stage` and `Run.step` are the steps of a run. Each is skipped if its artefact is stored. A stage
+`Run.document`, `Run.stage` and `Run.step` are the steps of a run. A step is skipped if its artefact is stored. A stage
 with shards is divided among the processes of the executor, and each shard is stored when it is finished.
 """
 
@@ -27,18 +27,19 @@ def _nothing(stage: str, shard: int | None) -> None:
 
 @dataclass(frozen=True)
 class Shards:
-    """The work of a stage with shards."""
+    """Functions that describe the work of a stage with shards."""
 
     filled: Callable[[int], Columns | None]
-    """columns of a shard in which nothing has to be measured; None for other shards"""
+    """function that returns the columns of a shard in which nothing has to be measured, or None for other shards"""
     task: Callable[[int], Task]
-    """the task of a shard"""
+    """function that returns the task of a shard"""
     join: Callable[[list[Columns]], Columns]
-    """concatenates the columns of shards"""
+    """function that concatenates the columns of shards"""
     report: Callable[[Mapping[int, Columns], int], None]
-    """called with the finished shards, and the number of finished examples of others"""
+    """function that is called with the columns of the finished shards, and the number of finished examples of other
+    shards"""
     timed: bool = True
-    """whether the deadline of the run applies"""
+    """whether the deadline of the run applies to the stage"""
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,20 @@ class Run:
     store: Store = field(default_factory=MemoryStore)
     executor: Executor = field(default_factory=Inline)
     shards: tuple[tuple[int, int], ...] = ()
-    """first row and last row + 1 of each shard"""
+    """for each shard, its first row and the row after its last one"""
     batch_size: int = 1
-    """examples in one forward pass; it is halved if memory runs out"""
+    """number of examples in one forward pass; it is halved if memory runs out"""
     deadline: float = math.inf
-    """`time.perf_counter()` after which no stage queries the model, except one whose shards are not `timed`"""
+    """value of `time.perf_counter()` after which no stage queries the model, except a stage whose shards are not
+    `timed`"""
     stopper: Stopper = field(default_factory=Stopper)
     progress: Progress = silent
     stored: Callable[[str, int | None], None] = _nothing
-    """called when a shard is stored, or with None when the rest of a stage is"""
+    """function that is called after a shard is stored, and with None for the shard after the rest
+    of a stage is stored"""
 
     def document(self, kind: str, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """The document of a kind, which is computed and stored unless it is stored already."""
+        """Return the document of a kind, which is computed and stored unless it is stored already."""
         content = self.store.document(kind)
         if content is None:
             content = compute()
@@ -69,12 +72,14 @@ class Run:
         return content
 
     def record(self, kind: str, content: Mapping[str, Any]) -> None:
-        """Store a document. A signal takes effect after the write."""
+        """Store a document. If a signal arrives, it takes effect after the write."""
         with self.stopper.finishing():
             self.store.record(kind, content)
 
     def stage(self, name: str, compute: Callable[[], Columns]) -> StoredStage:
-        """The columns of a stage without shards, which are computed and stored unless they are stored already."""
+        """Return the columns of a stage without shards, which are computed and stored unless they
+        are stored already.
+        """
 
         def measured() -> StoredStage:
             try:
@@ -85,7 +90,7 @@ class Run:
         return self.step(name, measured)
 
     def step(self, name: str, compute: Callable[[], StoredStage]) -> StoredStage:
-        """The artefact of a step, which is computed and stored unless it is stored already."""
+        """Return the artefact of a step, which is computed and stored unless it is stored already."""
         if (stored := self.store.stage(name)) is not None:
             return stored
         self.store.begin(name, 0)
@@ -98,9 +103,9 @@ class Run:
         return artefact
 
     def sharded_stage(self, name: str, shards: Callable[[], Shards]) -> StoredStage:
-        """The columns of a stage with shards. The executor measures the shards that are not stored yet.
+        """Return the columns of a stage with shards. The executor measures the shards that are not stored yet.
 
-        `shards` returns the work; it is called unless the stage is stored.
+        `shards` is a function that returns the work; it is called unless the whole stage is stored.
         """
         if (stored := self.store.stage(name)) is not None:
             return stored
@@ -126,9 +131,9 @@ class Run:
         return artefact
 
     def keep(self, stage: str, shard: int, columns: Columns, stopwatch: Stopwatch | None = None) -> None:
-        """Store a finished shard and its time. A signal takes effect after the write.
+        """Store a finished shard and its time. If a signal arrives, it takes effect after the write.
 
-        Without a stopwatch, its time was stored before.
+        Without a stopwatch, only the end of the shard is recorded, because its time was stored before.
         """
         with self.stopper.finishing():
             self.store.keep_shard(stage, shard, columns)
@@ -139,9 +144,11 @@ class Run:
         self.stored(stage, shard)
 
     def room(self, stage: str, shard: int) -> Room:
-        """The batch size after earlier stages, and the batch splits of this shard in earlier attempts.
+        """Return the room for a shard: the batch size after earlier stages, and the batch splits of this shard in
+        earlier attempts.
 
-        Splits of other shards of the stage are ignored: which of them are measured before depends on the executor.
+        Splits of other shards of the same stage are ignored, because it depends on the executor which of them are
+        measured first.
         """
         size, splits, place = self.batch_size, {}, self.stages.index(stage)
         for split in self.store.splits():
@@ -161,6 +168,6 @@ class Run:
             self.store.add_split(stage, shard, row, size)
 
     def report(self, stage: str, done: int, of: int, standing: int, examples: int) -> None:
-        """Report the progress of a stage."""
+        """Report the progress of a stage to the function `progress`."""
         place = self.stages.index(stage) + 1
         self.progress(Step(stage, place, len(self.stages), done, of, standing, examples))

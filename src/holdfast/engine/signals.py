@@ -1,7 +1,7 @@
-"""Handles Ctrl-C and SIGTERM: stops the run, lets a write finish, and says how to resume.
+"""Handling of Ctrl-C and SIGTERM: the run is stopped after a write in progress, with a message on how to resume it.
 
-Files of a run are either complete or absent, so the run may stop at any point. The first signal stops at once, or at
-the end of a write in progress. A second signal stops even during a write.
+Files of a run are either complete or absent, so the run may stop at any point. The first signal stops the run at once,
+or at the end of a write in progress. A second signal stops it even during a write.
 """
 
 import signal
@@ -16,7 +16,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised at the current point of the program on a signal. It is not an `Exception`, so no handler swallows it."""
+    """Raised on a signal at the current point of the program. It is not an `Exception`, so that no
+    handler catches it.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -32,7 +34,7 @@ class Stopper:
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
-        """Context manager for a write: the first signal takes effect at its end."""
+        """Context manager for a write: the first signal during the write takes effect at its end."""
         self._busy = True
         try:
             yield
@@ -42,7 +44,7 @@ class Stopper:
             raise Stopped(self._waiting)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Handle SIGINT or SIGTERM: raise `Stopped`, or remember the signal until the end of a write."""
+        """Handle SIGINT or SIGTERM: raise `Stopped`, or store the signal until the end of a write."""
         if self._busy and self._waiting is None:
             self._waiting = number
             return
@@ -51,7 +53,8 @@ class Stopper:
 
 @contextmanager
 def stoppable(way_out: str) -> Iterator[Stopper]:
-    """Install the handlers for the duration of a run; a signal raises `Interrupted` with the text `way_out`.
+    """Context manager that installs the signal handlers for a run; a signal raises `Interrupted` with the text
+    `way_out`.
 
     Only the main thread of a process may handle signals; in other threads the handlers are not changed.
     """

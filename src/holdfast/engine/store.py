@@ -1,7 +1,7 @@
-"""Stores of the artefacts of a run: in memory, or in a run folder.
+"""Stores of the artefacts of a run, in memory or in a run folder.
 
-An artefact is either the columns of a stage or a JSON document. It is written once. Shards of a stage that is not
-complete are stored one by one, so that a run that is stopped loses at most one shard for each process.
+An artefact is the columns of a stage or a JSON document. It is written once. Shards of an incomplete stage are stored
+one by one, so that a stopped run loses at most one shard for each process.
 """
 
 import time
@@ -16,16 +16,16 @@ from holdfast.store.folder import Split, StoredStage
 
 
 class Store(Protocol):
-    """The artefacts of a run. `RunFolder` is a store whose artefacts survive the end of the process."""
+    """Storage of the artefacts of a run. `RunFolder` is a store whose artefacts remain after the end of the process."""
 
     def stage(self, name: str) -> StoredStage | None:
-        """The columns of a complete stage; None if it is not complete."""
+        """Return the columns of a stage, or None if the stage is not complete."""
 
     def shards(self, stage: str) -> dict[int, Columns]:
-        """The finished shards of a stage that is not complete."""
+        """Return the columns of the finished shards of an incomplete stage, by the index of the shard."""
 
     def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
-        """Store a finished shard."""
+        """Store the columns of a finished shard."""
 
     def complete(
         self,
@@ -34,37 +34,37 @@ class Store(Protocol):
         reached: int | None = None,
         about: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Store the columns of a whole stage, and drop its shards.
+        """Store the columns of a whole stage, and delete its shards.
 
-        `reached` is the number of measured shards if time ran out, else None. `about` are plain values that describe
-        the columns.
+        `reached` is the number of measured shards if time ran out, and otherwise None. `about` contains plain values
+        that describe the columns.
         """
 
     def document(self, kind: str) -> Mapping[str, Any] | None:
-        """A stored document, such as the doubts; None if there is none."""
+        """Return a stored document, such as the doubts, or None if there is none."""
 
     def record(self, kind: str, content: Mapping[str, Any]) -> None:
         """Store a document. It replaces an earlier one of the same kind."""
 
     def splits(self) -> Sequence[Split]:
-        """The batch splits after memory ran out, in order."""
+        """Return the batch splits after memory ran out, in order."""
 
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
         """Record that memory ran out before row `at` of a shard; batches have `size` examples from there on."""
 
     def begin(self, stage: str, shard: int) -> None:
-        """Count an attempt at a shard."""
+        """Record that an attempt at a shard begins."""
 
     def spend(self, stage: str, shard: int, seconds: Seconds, *, done: bool) -> None:
-        """Add to the time of a shard."""
+        """Add `seconds` to the time of a shard."""
 
     def spent(self, stage: str) -> Seconds:
-        """The time of a stage over all attempts."""
+        """Return the time of a stage over all attempts."""
 
 
 @dataclass
 class MemoryStore:
-    """A store that ends with the process. Nothing is converted to JSON or copied."""
+    """A store in memory, whose artefacts are lost at the end of the process. Nothing is converted to JSON or copied."""
 
     _stages: dict[str, StoredStage] = field(default_factory=dict)
     _shards: defaultdict[str, dict[int, Columns]] = field(default_factory=lambda: defaultdict(dict))
@@ -73,15 +73,15 @@ class MemoryStore:
     _seconds: defaultdict[str, Seconds] = field(default_factory=lambda: defaultdict(Seconds))
 
     def stage(self, name: str) -> StoredStage | None:
-        """The columns of a complete stage; None if it is not complete."""
+        """Return the columns of a stage, or None if the stage is not complete."""
         return self._stages.get(name)
 
     def shards(self, stage: str) -> dict[int, Columns]:
-        """The finished shards of a stage that is not complete."""
+        """Return the columns of the finished shards of an incomplete stage, by the index of the shard."""
         return dict(self._shards[stage])
 
     def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
-        """Store a finished shard."""
+        """Store the columns of a finished shard."""
         self._shards[stage][shard] = columns
 
     def complete(
@@ -91,12 +91,12 @@ class MemoryStore:
         reached: int | None = None,
         about: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Store the columns of a whole stage, and drop its shards."""
+        """Store the columns of a whole stage, and delete its shards."""
         self._stages[stage] = StoredStage(columns, reached, about)
         self._shards.pop(stage, None)
 
     def document(self, kind: str) -> Mapping[str, Any] | None:
-        """A stored document; None if there is none."""
+        """Return a stored document, or None if there is none."""
         return self._documents.get(kind)
 
     def record(self, kind: str, content: Mapping[str, Any]) -> None:
@@ -104,23 +104,23 @@ class MemoryStore:
         self._documents[kind] = content
 
     def splits(self) -> Sequence[Split]:
-        """The batch splits after memory ran out, in order."""
+        """Return the batch splits after memory ran out, in order."""
         return self._splits
 
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
-        """Record a batch split."""
+        """Record that memory ran out before row `at` of a shard; batches have `size` examples from there on."""
         self._splits.append({"stage": stage, "shard": shard, "at": at, "size": size})
 
     def begin(self, stage: str, shard: int) -> None:
-        """Do nothing: attempts are counted in a folder only."""
+        """Do nothing, because attempts are recorded in a folder only."""
 
     def spend(self, stage: str, shard: int, seconds: Seconds, *, done: bool) -> None:
-        """Add to the time of a stage."""
+        """Add `seconds` to the time of a stage."""
         before = self._seconds[stage]
         self._seconds[stage] = Seconds(before.cpu + seconds.cpu, before.wall + seconds.wall)
 
     def spent(self, stage: str) -> Seconds:
-        """The time of a stage."""
+        """Return the time of a stage."""
         return self._seconds[stage]
 
 
@@ -130,13 +130,13 @@ _RECORDED_S = 1.0
 
 @dataclass
 class Stopwatch:
-    """Stores the time that a shard takes, in intervals."""
+    """Measures the time of a shard, and adds it to the store at intervals."""
 
     store: Store
     stage: str
     shard: int = 0
     cpu: bool = True
-    """whether the CPU time of this process is that of the shard"""
+    """whether the CPU time of this process is added to that of the shard"""
     _cpu: float = field(default_factory=time.process_time)
     _wall: float = field(default_factory=time.perf_counter)
 

@@ -1,7 +1,7 @@
-"""A worker process that measures shards (`processes.py`): it receives tasks over a pipe and sends columns back.
+"""A worker process that measures shards (`processes.py`): it reads tasks from a pipe and writes columns to another one.
 
-It ends when the pipe is closed, which happens at any end of the process of the run. Each message has one
-letter for its kind: R ready, T time and progress, S batch split, C columns, L out of time, E error.
+It ends when the pipe is closed, which happens whenever the process of the run ends. The first letter of a message is
+its kind: R ready, T time and progress, S batch split, C columns, L out of time, E error.
 """
 
 import json
@@ -27,7 +27,9 @@ _REPORTED_S = 1.0
 
 
 def main(inbox: int, outbox: int) -> int:
-    """Measure the tasks of the file descriptor `inbox` until its end, and send messages to `outbox`."""
+    """Measure the tasks from the file descriptor `inbox` until its end, write messages to `outbox`, and return the exit
+    code.
+    """
     # unbuffered: a buffer would be written again when it is closed, and is locked while a thread reads into it
     with os.fdopen(inbox, "rb", buffering=0) as tasks, os.fdopen(outbox, "wb", buffering=0) as pipe:
         pipe.write(BEGINNING)

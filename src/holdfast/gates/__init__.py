@@ -1,1 +1,1 @@
-"""Gates: conditions on a metric, judged on its interval. `grammar` parses them and does not import torch."""
+"""Gates: conditions on a metric, judged on its confidence interval. `grammar` parses them and does not import torch."""

@@ -1,4 +1,5 @@
-"""Parses gates: `METRIC[@EPS] (>=|<=) NUMBER [vs baseline | of static]`. Without torch, to refuse a bad gate early.
+"""Parses gates: `METRIC[@EPS] (>=|<=) NUMBER [vs baseline | of static]`. It does not import torch, so that an invalid
+gate is refused early.
 
 >>> claim = parse("robust_accuracy@8/255 >= 0.4")
 >>> claim.metric, claim.relation, claim.bound, round(claim.eps, 4)
@@ -19,18 +20,18 @@ Relation = Literal[">=", "<="]
 Versus = Literal["baseline", "static"]
 
 FORM = 'write METRIC >= NUMBER or METRIC <= NUMBER, as in "robust_accuracy >= 0.40"'
-"""Advice for a gate that cannot be parsed."""
+"""Advice in the error message for a gate that cannot be parsed."""
 
 VERSUS = (
     'to compare with a baseline, write METRIC <= NUMBER vs baseline, as in "regression <= 0.01 vs baseline"'
 )
-"""Advice for a gate that compares two runs."""
+"""Advice in the error message for a gate that compares two runs."""
 
 STATIC = (
     "to compare with a model that never changes, write METRIC <= NUMBER of static, "
     'as in "transfer_success <= 0.5 of static"'
 )
-"""Advice for a gate of `rotate admit`."""
+"""Advice in the error message for a gate of `rotate admit`."""
 
 _PARTS = re.compile(
     r"\s*(?P<metric>[A-Za-z][\w-]*)\s*(?:@\s*(?P<eps>[^\s<>=]+))?\s*(?P<relation>[<>=!]+)\s*(?P<bound>\S+)\s*(?P<rest>.*?)\s*"
@@ -45,15 +46,15 @@ class Claim:
     relation: Relation
     bound: float
     eps: float | None = None
-    """another eps than the run's, in units of the inputs"""
+    """eps of the metric, in units of the inputs, if it is not that of the run"""
     versus: Versus | None = None
-    """`static`: the bound is a share of the metric's value for a static model"""
+    """reference of the bound; with `static`, the bound is a fraction of the value of the metric for a static model"""
     text: str = ""
-    """text of the user"""
+    """the gate as the user wrote it"""
 
 
 def parse(text: str) -> Claim:
-    """Parse a gate. The `UsageError` for a wrong one shows the mistake and the correct form."""
+    """Return the parsed gate. Raises `UsageError` with the mistake and the correct form if it is invalid."""
     parts = _PARTS.fullmatch(text)
     if parts is None:
         words = text.split()
@@ -73,7 +74,7 @@ def parse(text: str) -> Claim:
 
 
 def recorded(text: str) -> Claim:
-    """Parse a gate that a run has recorded. Earlier names of metrics are replaced by their present names."""
+    """Return the parsed gate that a run has recorded. Earlier names of metrics are replaced by their current names."""
     parts = _PARTS.fullmatch(text)
     if parts is None or parts["metric"] not in RENAMED:
         return parse(text)

@@ -1,4 +1,4 @@
-"""Judges gates on the interval, and determines the exit code."""
+"""Judges gates on confidence intervals, and determines the exit code."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,11 +18,11 @@ Verdict = Literal["pass", "fail", "unclear"]
 
 @dataclass(frozen=True)
 class Doubts:
-    """The doubts of a run, and the reasons of those that a person accepted."""
+    """The doubts of a run, and the reasons for which the user accepted some of them."""
 
     found: tuple[Doubt, ...] = ()
     accepted: Mapping[str, str] = field(default_factory=dict)
-    """reason by name of the doubt"""
+    """reason of each accepted doubt, by the name of the doubt"""
 
     @property
     def open(self) -> tuple[str, ...]:
@@ -32,14 +32,17 @@ class Doubts:
 
 @dataclass(frozen=True)
 class AtLeast:
-    """Gate: the estimate is at least `bound`, judged on its interval instead of its value."""
+    """Gate that requires an estimate of at least `bound`. It is judged on the interval of the estimate, not on its
+    value.
+    """
 
     bound: float
 
     def __call__(self, estimate: Estimate, doubts: Doubts) -> Verdict:
-        """Return `fail` if the upper end is below the bound, `pass` if the lower end is not and no doubt is open.
+        """Return the verdict.
 
-        Otherwise return `unclear`.
+        It is `fail` if the upper end of the interval is below the bound, `pass` if the lower end is at least the bound
+        and no doubt is open, and `unclear` otherwise.
         """
         if estimate.high < self.bound:
             return "fail"  # a found adversarial example is a proof, which a doubt cannot change
@@ -48,14 +51,17 @@ class AtLeast:
 
 @dataclass(frozen=True)
 class AtMost:
-    """Gate: the estimate is at most `bound`, judged on its interval instead of its value."""
+    """Gate that requires an estimate of at most `bound`. It is judged on the interval of the estimate, not on its
+    value.
+    """
 
     bound: float
 
     def __call__(self, estimate: Estimate, doubts: Doubts) -> Verdict:
-        """Return `fail` if the lower end is above the bound, `pass` if the upper end is not and no doubt is open.
+        """Return the verdict.
 
-        Otherwise return `unclear`.
+        It is `fail` if the lower end of the interval is above the bound, `pass` if the upper end is at most the bound
+        and no doubt is open, and `unclear` otherwise.
         """
         if estimate.low > self.bound:
             return "fail"
@@ -71,7 +77,7 @@ class Judgement:
     verdict: Verdict
     open_doubts: tuple[str, ...] = ()
     scope: Scope | None = None
-    """which adversarial examples a comparison of robust accuracies counts; None for other gates"""
+    """which adversarial examples are counted in a comparison of robust accuracies; None for other gates"""
 
     @property
     def because(self) -> str:
@@ -89,7 +95,7 @@ class Judgement:
         return f"{self.verdict}: {self.because}"
 
     def __bool__(self) -> bool:
-        """Whether the gate passed. Unclear counts as not passed."""
+        """Return whether the gate passed. An unclear gate has not passed."""
         return self.verdict == "pass"
 
     def _inside(self) -> bool:
@@ -105,7 +111,7 @@ def judge(
     baseline: Evidence | None = None,
     confidence: float = 0.95,
 ) -> Judgement:
-    """Judge a gate on the evidence. Raises `UsageError` with advice if its metric is absent."""
+    """Return the verdict of a gate on the evidence. Raises `UsageError` with advice if its metric was not measured."""
     refuse_rotation(claim)
     try:
         measured = estimate(claim.metric, evidence, eps=claim.eps, baseline=baseline, confidence=confidence)
@@ -130,7 +136,7 @@ def _against(claim: Claim, doubts: Doubts) -> Doubts:
 
 
 def refuse_rotation(claim: Claim) -> None:
-    """Raise `UsageError` for a gate about parameter sets of a pool, which a run on one model cannot judge."""
+    """Raise `UsageError` for a gate on parameter sets of a pool, which a run on one model cannot judge."""
     if claim.versus == "static" or claim.metric in ROTATION:
         raise UsageError(
             f"gate {claim.text!r} is a condition on parameter sets of a pool, and one model is measured here; give it "
@@ -139,16 +145,16 @@ def refuse_rotation(claim: Claim) -> None:
 
 
 def overall(verdicts: Sequence[Verdict]) -> Verdict:
-    """Return `fail` if any verdict is `fail`, else `unclear` if any is, else `pass`."""
+    """Return `fail` if any verdict is `fail`, otherwise `unclear` if any is `unclear`, otherwise `pass`."""
     if "fail" in verdicts:
         return "fail"
     return "unclear" if "unclear" in verdicts else "pass"
 
 
 EXIT_CODES: Mapping[Verdict, int] = {"pass": 0, "fail": 1, "unclear": 4}
-"""Exit codes of the command line."""
+"""Exit code of the command line for each verdict."""
 
 
 def exit_code(verdicts: Iterable[Verdict]) -> int:
-    """Exit code of every output: 0 if all gates pass or there is none, 1 if any fails, else 4."""
+    """Return the exit code of all outputs: 0 if all gates pass or there is none, 1 if any fails, else 4."""
     return EXIT_CODES[overall(tuple(verdicts))]

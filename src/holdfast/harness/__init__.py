@@ -1,8 +1,8 @@
 """The core of the assess verb: runs attacks on the surviving examples and judges their results on the original model.
 
 A measurement is a sequence of stages. A stage takes examples and the columns of earlier stages, and returns columns.
-It is a pure function of these, the plan and the seed, so that a caller may store, resume or parallelise the work.
-`measure` is the caller that keeps everything in memory.
+Its result depends only on these, the plan and the seed, so that a caller may store, resume or parallelise the work.
+`measure` is a caller that keeps everything in memory.
 """
 
 from holdfast.harness.assembly import Context, assemble, evidence_from, join, speaking

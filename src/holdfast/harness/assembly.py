@@ -1,4 +1,4 @@
-"""Combines measurements: shards into columns, columns into the worst case, and everything into evidence."""
+"""Assembly of measurements: shards are joined to columns, columns to the worst case, and everything to evidence."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ _NOT_IN_EVIDENCE = ("right", "is_probability")
 
 @dataclass(frozen=True)
 class Context:
-    """The parts of evidence other than its columns."""
+    """The parts of the evidence that are not computed from columns."""
 
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -48,11 +48,13 @@ class Context:
     surrogates: tuple[Mapping[str, Any], ...] = ()
     others: tuple[Mapping[str, Any], ...] = ()
     remarks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """notes on a stage, by its name, in addition to those of the plan"""
+    """notes on each stage, by its name, in addition to the notes of the plan"""
 
 
 def join(shards: Sequence[Columns]) -> dict[str, Tensor]:
-    """Concatenate the shards of one stage; of the gallery, keep the first dozen."""
+    """Concatenate the columns of the shards of one stage. Of the inputs for the gallery, only the
+    first dozen are kept.
+    """
     names = sorted({name for columns in shards for name in columns})
     whole = {name: torch.cat([columns[name] for columns in shards if name in columns]) for name in names}
     return {
@@ -63,7 +65,11 @@ def join(shards: Sequence[Columns]) -> dict[str, Tensor]:
 def assemble(
     plan: Outline, by_stage: Mapping[str, Columns], counted: Sequence[Pass] = ()
 ) -> dict[str, Tensor]:
-    """The columns of the evidence (see `Evidence`): the clean ones, and the worst case over attacks and passes."""
+    """Return the columns of the evidence (see `Evidence`): those of the clean stage, and the worst case of each
+    example.
+
+    The worst case is over the attacks of the suite and the passes in `counted`.
+    """
     by_stage = joined_waves(plan.steps, by_stage)
     clean = by_stage["clean"]
     columns = {name: values for name, values in clean.items() if name not in _NOT_IN_EVIDENCE}
@@ -132,7 +138,10 @@ def evidence_from(
     *,
     randomised: bool,
 ) -> Evidence:
-    """The evidence of a finished measurement."""
+    """Return the evidence of a finished measurement.
+
+    `by_stage` and `seconds` contain the columns and the time of each stage.
+    """
     found = () if context.scope == "suite only" else passes(plan, by_stage, context.probes)
     columns = assemble(plan, by_stage, found)
     if not randomised:
@@ -274,10 +283,10 @@ def _gallery(plan: Outline, by_stage: Mapping[str, Columns], counted: Sequence[P
 
 
 def speaking(attacks: Sequence[Columns], kind: str, *, smallest: bool) -> Rows:
-    """For each example, the row of its worst case among the stored inputs of several attacks, ids ascending.
+    """Return the rows of the worst case of each example among the stored inputs of several attacks, ordered by id.
 
-    The worst case is the first attack that broke it, or the `smallest` change; if none broke it, the first stored
-    input.
+    The worst case is the first attack that broke the example or, with `smallest`, the smallest change. If no attack
+    broke the example, it is the first stored input. `kind` is the prefix of the columns with the stored inputs.
     """
     ids = torch.cat([columns[f"{kind}.id"] for columns in attacks])
     worth = [
@@ -294,7 +303,7 @@ def _of_kept(name: str, columns: Columns, kind: str) -> Tensor:
 
 
 def first_of_each(ids: Ids) -> Rows:
-    """The first row of each id, ids ascending."""
+    """Return the first row of each id, ordered by id."""
     order = ids.argsort(stable=True)
     first = torch.ones_like(order, dtype=torch.bool)
     first[1:] = ids[order][1:] != ids[order][:-1]

@@ -1,4 +1,4 @@
-"""How attacks treat the detector of a model that rejects."""
+"""Treatment of the detector by attacks on a model that rejects inputs."""
 
 import torch
 
@@ -8,14 +8,14 @@ from holdfast.harness.stage import Against
 from holdfast.ops.detection import balance, median_width, threshold
 
 SOFTNESS = 0.2
-"""Width of the transition of the gradient from network to detector, as a share of the median margin; see
-`Aim.softness`.
+"""Width of the transition of the gradient from network to detector, as a fraction of the median margin.
 
-With a sharp transition, steps alternate between the two goals."""
+See `Aim.softness`. With a sharp transition, the steps of an attack alternate between the two goals.
+"""
 
 
 def aim_of(against: Against, clean: Columns) -> Aim:
-    """How an attack treats the detector, computed from the detector's scores of the clean inputs."""
+    """Return how an attack treats the detector, computed from the scores of the detector for the clean inputs."""
     if not against.weight:
         return Aim(beyond=torch.inf)
     scores, width = clean["score"], median_width(clean["class_margin"])

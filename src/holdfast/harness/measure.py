@@ -1,4 +1,4 @@
-"""Runs all stages on all examples in memory."""
+"""Function that runs all stages on all examples in memory."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def measure(
     batch_size: int = 256,
     fit: Batch | None = None,
 ) -> Evidence:
-    """Evidence of a list of attacks on `model`: see `measure_plan`."""
+    """Return the evidence of a list of attacks on `model`; see `measure_plan`."""
     return measure_plan(
         model, batches, Plan(members_of(attacks), threat, seed), batch_size=batch_size, fit=fit
     )
@@ -47,9 +47,9 @@ def measure_plan(
 ) -> Evidence:
     """Return the evidence of a plan on `model` and some batches, whose ids must be distinct.
 
-    `fit` are other examples, for learned attacks. The model is measured in eval mode and restored afterwards. Raises
-    `UsageError` if an attack needs more access than the threat model allows, or inputs have less than single
-    precision, and `TargetError` if there are no examples or the model is unusable.
+    `fit` are further examples, on which learned attacks are fitted. The model is measured in evaluation mode and
+    restored afterwards. Raises `UsageError` if an attack needs more access than the threat model allows, or the inputs
+    have less than single precision, and `TargetError` if there are no examples or the model cannot be measured.
     """
     if not sum(map(len, batches)):
         raise TargetError("there are no examples to measure; expected at least one")

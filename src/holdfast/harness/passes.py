@@ -1,7 +1,7 @@
-"""Adversarial examples from outside the suite: fixed passes, the eps curve, the transfer matrix, and probes.
+"""Adversarial examples from outside the suite: those of fixed passes, the eps curve, the transfer matrix, and probes.
 
-Those inside the threat model count in the verdict. The results of the suite alone are in columns that begin with
-`suite_`.
+Those inside the threat model count in the verdict. Columns that begin with `suite_` contain the results of the suite
+alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,12 @@ from holdfast.harness.stage import Outline
 from holdfast.harness.verdict import DISTANCES, unattacked
 
 FOUND = "found"
-"""Name of the stage with the adversarial examples of the probes; its columns are those of an attack, one row for
-each example and probe."""
+"""Name of the stage with the adversarial examples of the probes.
+
+Its columns are those of an attack, with one row for each example and probe.
+"""
 PROBE = "probe"
-"""The column with the index of the probe that found a row."""
+"""Name of the column with the index of the probe that found the adversarial example."""
 
 
 @dataclass(frozen=True)
@@ -29,27 +31,32 @@ class Pass:
     """Adversarial examples of one pass outside the suite, as the columns of an attack on all examples."""
 
     stage: str
-    """name in tables, such as `curve-1-fmn` or `probe-noise`"""
+    """name of the pass in tables, such as `curve-1-fmn` or `probe-noise`"""
     name: str
-    """name in sentences"""
+    """name of the pass in sentences"""
     columns: Columns
     tried: int
-    """examples that it was run on"""
+    """number of examples that the pass was run on"""
     settings: Mapping[str, Any]
-    """settings of the pass, as in `PassRecord`"""
+    """settings of the attack of the pass, as in `PassRecord`"""
 
 
 Probes = Sequence[tuple[str, int]]
-"""Names of the probes that count, in the order of their indices in `FOUND`, with the number of examples tried."""
+"""Names of the probes whose adversarial examples count, each with the number of examples that it was run on.
+
+They are in the order of their indices in the column `PROBE` of the stage `FOUND`.
+"""
 
 
 def passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes = ()) -> tuple[Pass, ...]:
-    """The passes in their order, without successes outside the threat model or on ineligible examples."""
+    """Return the passes in their order, without adversarial examples outside the threat model or of ineligible
+    examples.
+    """
     return (*stage_passes(plan, by_stage), *probe_passes(plan, by_stage, probes))
 
 
 def stage_passes(plan: Outline, by_stage: Mapping[str, Columns]) -> tuple[Pass, ...]:
-    """The passes that are stages of the plan, each with its adversarial examples inside the threat model."""
+    """Return the passes that are stages of the plan, each with its adversarial examples inside the threat model."""
     clean = by_stage["clean"]
     found = []
     for step in plan.steps:
@@ -61,7 +68,7 @@ def stage_passes(plan: Outline, by_stage: Mapping[str, Columns]) -> tuple[Pass, 
 
 
 def probe_passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes) -> tuple[Pass, ...]:
-    """The passes that are probes, each with its adversarial examples inside the threat model."""
+    """Return the passes that are probes, each with its adversarial examples inside the threat model."""
     clean = by_stage["clean"]
     suite = [step for step in plan.steps if step.kind.in_suite and not step.adaptive and not step.wave_of]
     attacks = [{"name": step.attack, **step.settings} for step in suite]

@@ -29,38 +29,40 @@ class Plan:
     threat: ThreatModel
     seed: int = 0
     suite: str = ""
-    """name and version; empty for a list of attacks"""
+    """name and version of the suite; empty for a list of attacks"""
     smallest: bool = False
-    """search the smallest change for every example, instead of any change within eps"""
+    """search for the smallest change that breaks an example, instead of any change within eps"""
     attacked: bool = False
-    """run the fixed PGD-40 pass for entropy, margin, F1 and calibration"""
+    """run the fixed PGD-40 pass, from which entropy, margin, F1 and calibration are computed"""
     detection: bool = False
-    """run the passes that evaluate the detector of a model that rejects"""
+    """run the passes that evaluate the detector of a model that rejects inputs"""
     curve: tuple[Member, ...] = ()
-    """minimum-norm attacks on every example, for accuracy as a function of eps"""
+    """minimum-norm attacks that are run on every example, for accuracy as a function of eps"""
     matrix: bool = False
-    """measure how examples computed on the model and on each surrogate transfer to the others"""
+    """measure how examples computed on the model and on each surrogate transfer to each other model"""
     across: bool = False
-    """measure how perturbations transfer between the data and other data sets"""
+    """measure how perturbations transfer between the data of the run and further data sets"""
     full: bool = False
-    """run every attack on every example, even on those already broken"""
+    """run every attack on every correct example, even on those that are already broken"""
     keep_adversarial: bool = False
-    """store every adversarial input, not only a few for the report"""
+    """store every adversarial input, and not only a few for the report"""
     alone: bool = False
-    """run no pass in addition to the attacks, and store the results on all examples that they are run on"""
+    """run no pass in addition to the attacks, and store the resulting inputs of all attacked examples"""
     shown: bool = True
     """store a few adversarial inputs for the report"""
     doubts: DoubtsWanted = "free"
     adaptive: tuple[Member, ...] = ()
-    """attacks that raised doubts may require, run on the examples that survive all others"""
+    """attacks that are run if raised doubts require them, on the examples that survive all other attacks"""
 
     def stages(self) -> tuple[Stage, ...]:
-        """The stages of the plan in the order in which they run: kind by kind, and adaptive attacks at the end."""
+        """Return the stages of the plan in the order in which they run: kind by kind, and adaptive
+        attacks at the end.
+        """
         stages = [stage for kind in KINDS.values() for stage in kind.stages(self)]
         return (*(s for s in stages if not s.adaptive), *(s for s in stages if s.adaptive))
 
     def outline(self, classes: int) -> Outline:
-        """The plan in plain values, for a model with `classes` classes."""
+        """Return the plan as plain values, for a model with `classes` classes."""
         steps = tuple(self._step(stage, classes) for stage in self.stages())
         return Outline(steps, self.threat, self.seed, self.suite, self.smallest)
 
@@ -81,7 +83,7 @@ class Plan:
 
 
 def adaptive_members(constraint: Constraint) -> tuple[Member, ...]:
-    """All adaptive attacks under a constraint."""
+    """Return all adaptive attacks under a constraint."""
     return tuple(
         Member(arm.name, arm.attack, against=None if arm.weight is None else Against(arm.weight))
         for arm in arms(constraint)
@@ -89,7 +91,10 @@ def adaptive_members(constraint: Constraint) -> tuple[Member, ...]:
 
 
 def on_detector(plan: Plan, *, rejects: bool) -> Plan:
-    """The plan with the passes on a detector if the model has one, and without attacks on detectors otherwise."""
+    """Return the plan with the passes on a detector if the model has one, and otherwise without attacks on detectors.
+
+    `rejects` states whether the model has a detector.
+    """
     if not rejects:
         return replace(plan, adaptive=tuple(member for member in plan.adaptive if member.against is None))
     seen = plan.attacked and plan.threat.goal is None and plan.threat.gives("gradients")
@@ -97,12 +102,14 @@ def on_detector(plan: Plan, *, rejects: bool) -> Plan:
 
 
 def members_of(attacks: Iterable[Attack]) -> tuple[Member, ...]:
-    """Members of a list of attacks, named after their classes."""
+    """Return members of a suite for a list of attacks, named after the classes of the attacks."""
     return tuple(Member(type(attack).__name__, attack) for attack in attacks)
 
 
 def settings(attack: Attack) -> dict[str, Any]:
-    """The settings of an attack as plain values; functions are given by name, nested attacks by name and settings."""
+    """Return the settings of an attack as plain values. Functions are given by name, nested attacks by name and
+    settings.
+    """
     plain: dict[str, Any] = {}
     for f in fields(attack):  # type: ignore[arg-type]
         value = getattr(attack, f.name)
@@ -114,7 +121,7 @@ def settings(attack: Attack) -> dict[str, Any]:
 
 
 def few_classes(plain: Mapping[str, Any], classes: int, *, aimed: bool) -> tuple[str, ...]:
-    """Notes on how an attack with these settings changes for a small number of classes."""
+    """Return notes on how an attack with these settings changes because the number of classes is small."""
     targets = plain.get("targets") or 0
     needed, notes = 4 if targets or aimed else 3, []
     if plain.get("loss") == "dlr" and classes < needed:
@@ -132,7 +139,10 @@ def _weighed(against: Against | None) -> tuple[str, ...]:
 
 
 def refuse_unfitted(plan: Plan, *, fit: bool) -> None:
-    """Raise `UsageError` if a learned attack cannot be fitted, or if `fit` is given without a learned attack."""
+    """Raise `UsageError` if a learned attack cannot be fitted, or if examples are given but no attack is learned.
+
+    `fit` states whether examples for fitting are given.
+    """
     if fit and not any(isinstance(member.attack, Learned) for member in plan.members):
         raise UsageError(
             "examples to fit attacks to are given, and no attack of the suite is fitted; leave --fit out, or list one, "
@@ -158,9 +168,9 @@ def refuse_unfitted(plan: Plan, *, fit: bool) -> None:
 
 
 def refuse_what_is_hidden(plan: Plan, target: Access, why: str = "") -> Plan:
-    """The plan with the access limited to what the target gives.
+    """Return the plan with its access limited to the access that the target allows.
 
-    Raises `UsageError` if an attack needs more; `why` is a part of the message.
+    Raises `UsageError` if an attack needs more access; `why` is added to the message.
     """
     least: Access = min(plan.threat.access, target, key=ACCESS_ORDER.index)
     seen = replace(plan, threat=replace(plan.threat, access=least))

@@ -1,4 +1,4 @@
-"""One stage on one shard: the task, which contains what the stage needs from earlier ones."""
+"""The work of one stage on one shard: a task, which contains all columns of earlier stages that it needs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from holdfast.harness.stage import Stage
 class ShardTask:
     """A stage on the examples `start` to `stop`, with the columns of earlier stages that it needs.
 
-    It contains no attack: these are in the plan, which a worker process has.
+    It does not contain the attack, which is in the plan that each worker process has.
     """
 
     stage: str
@@ -28,13 +28,13 @@ class ShardTask:
     clean: Columns | None = None
     """columns of the clean stage for these examples; None for the clean stage itself"""
     chosen: Mask | None = None
-    """the examples that the stage is run on; None for the clean stage, which is run on all"""
+    """mask of the examples that the stage is run on; None for the clean stage, which is run on all"""
     broken: Mask | None = None
-    """the examples that the suite has broken, for a pass outside the suite; None for an attack of the suite"""
+    """mask of the examples that the suite has broken, for a pass outside the suite; None for an attack of the suite"""
     aim: Aim = Aim()
-    """how the stage treats a detector"""
+    """how the stage treats a detector of the model"""
     learned: Tensor | None = None
-    """what the attack has learned in an earlier stage"""
+    """perturbation that the attack has learned in an earlier stage; None if it is not learned"""
 
 
 def task_of(
@@ -45,10 +45,10 @@ def task_of(
     broken: Mask | None,
     by_stage: Mapping[str, Columns],
 ) -> ShardTask:
-    """The task of a stage (as `StageKind.ready` returns it) on one shard.
+    """Return the task of a stage on one shard. The stage is one that `StageKind.ready` returned.
 
-    `chosen` are the examples of the whole stage, and `broken` those that the suite has broken; see `ShardTask`. Its
-    columns are copies: a view of a tensor is pickled with the whole tensor.
+    `chosen` are the examples of the whole stage, and `broken` those that the suite has broken; see `ShardTask`. The
+    columns of the task are copies, because a view of a tensor is pickled with the whole tensor.
     """
     start, stop = rows
     if chosen is None:
@@ -67,12 +67,12 @@ def task_of(
 
 
 def stage_of(task: ShardTask, plan: Plan) -> Stage:
-    """The stage of a task, ready to run."""
+    """Return the stage of a task, ready to run."""
     stage = next(stage for stage in plan.stages() if stage.name == task.stage)
     stage = replace(stage, aim=task.aim)
     return stage if task.learned is None else with_learned(stage, task.learned)
 
 
 def shard_rows(columns: Columns, start: int, stop: int) -> dict[str, Tensor]:
-    """A copy of the rows `start` to `stop` of the columns that have one row for each example."""
+    """Return a copy of the rows `start` to `stop` of those columns that have one row for each example."""
     return {name: values[start:stop].clone() for name, values in columns.items() if not in_table(name)}

@@ -1,4 +1,4 @@
-"""A stage of a measurement, and what a kind of stage has to provide.
+"""A stage of a measurement, and the interface of a kind of stage.
 
 The kinds are in `holdfast.harness.kinds`. A new kind is a subclass of `StageKind` in a file of that package, and an
 entry in `KINDS`. No other module distinguishes kinds.
@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Against:
-    """How an attack treats the detector of a model that rejects, relative to the scores of the clean inputs."""
+    """How an attack treats the detector of a model that rejects inputs, relative to the scores of the clean inputs."""
 
     weight: float
-    """weight of the score, in multiples of the weight that balances it with the margins of the classes; 0 ignores it"""
+    """weight of the score, as a multiple of the weight that balances it with the margins of the classes; with 0, the
+    detector is ignored"""
     rejecting: float | None = None
-    """aim at the threshold that rejects this share of the clean inputs; None uses the threshold of the model"""
+    """fraction of the clean inputs that the attacked threshold rejects; None for the threshold of the model"""
 
 
 @dataclass(frozen=True)
@@ -43,52 +44,55 @@ class Member:
     name: str
     attack: Attack
     waves: int = 0
-    """number of halvings of the surviving examples that give the first wave; 0 runs the attack on all at once"""
+    """number of times that the surviving examples are halved for the first wave; with 0, the attack is run on all at
+    once"""
     against: Against | None = None
-    """how it treats a detector; None treats the model as an ordinary classifier"""
+    """how the attack treats a detector; None if it treats the model as an ordinary classifier"""
 
 
 @dataclass(frozen=True)
 class Work:
-    """The model and the examples that a stage is run on."""
+    """The model and the examples on which a stage is run."""
 
     plan: "Plan"
     target: Target
     sets: tuple[Batch, ...]
-    """the examples of a shard; for a stage without shards, its data sets"""
+    """one batch with the examples of a shard or, for a stage without shards, its data sets"""
     room: Room
     clean: Columns = field(default_factory=dict)
-    """columns of the clean stage, for the examples of the shard or for all examples; empty for the clean stage"""
+    """columns of the clean stage, for the examples of the shard or, without shards, for all; empty
+    for the clean stage"""
     chosen: Mask | None = None
-    """the examples of the shard that the stage is run on; None for all"""
+    """mask of the examples of the shard that the stage is run on; None for all"""
     broken: Mask | None = None
-    """the examples that the suite has broken, for a stage outside the suite; else None"""
+    """mask of the examples that the suite has broken, for a stage outside the suite; otherwise None"""
 
     @property
     def batch(self) -> Batch:
-        """The examples of the shard, or the first data set."""
+        """Examples of the shard, or the first data set."""
         return self.sets[0]
 
 
 class StageKind(Protocol):
-    """What stages of one kind have in common. A kind has no state."""
+    """Interface of a kind of stage. A kind has no state."""
 
     name: ClassVar[str]
-    """name in `run.json`"""
+    """name of the kind in `run.json`"""
     sharded: ClassVar[bool] = True
-    """whether the stage is divided into shards; else it is run once, on data sets of its own"""
+    """whether the stage is divided into shards; otherwise it is run once, on its own data sets"""
     in_suite: ClassVar[bool] = False
-    """whether the stage is an attack of the suite, so that later stages skip the examples that it breaks"""
+    """whether the stage runs an attack of the suite, so that later stages skip the examples that it breaks"""
     of_attack: ClassVar[bool] = False
-    """whether the stage prepares an attack, so that its cost and its deadline are those of the attack"""
+    """whether the stage prepares an attack, so that its cost and its deadline are those of that attack"""
     smallest: ClassVar[bool] = False
-    """whether its distances are smallest changes, which count in `Evidence["distance"]`"""
+    """whether its distances are sizes of smallest changes, which count in `Evidence["distance"]`"""
     title: ClassVar[str] = ""
-    """a pass outside the suite whose adversarial examples count, as text with `{}` for the attack; else empty"""
+    """name in sentences, with `{}` for the attack, if this is a pass outside the suite whose adversarial examples
+    count; otherwise empty"""
     lost: ClassVar[str] = ""
-    """what is left out if time runs out during the stage, as the subject and the verb of a sentence"""
+    """subject and verb of the sentence that states what is left out if time runs out during the stage"""
     listed: ClassVar[str] = ""
-    """name of the attacks of this kind where two runs are compared; empty if other settings show the difference"""
+    """name of the attacks of this kind in a comparison of two runs; empty if other settings show the difference"""
     sampled: ClassVar[bool] = False
     """whether the stage is run on a sample of the examples"""
 
@@ -103,56 +107,63 @@ class StageKind(Protocol):
 
     @abstractmethod
     def stages(self, plan: "Plan") -> Sequence["Stage"]:
-        """The stages of this kind in a plan, in their order."""
+        """Return the stages of this kind in a plan, in their order."""
 
     def ready(self, stage: "Stage", by_stage: Mapping[str, Columns]) -> "Stage":
-        """The stage with what its attack needs of the columns of earlier stages."""
+        """Return the stage with all values from the columns of earlier stages that its attack needs."""
         return stage
 
     @abstractmethod
     def due(self, stage: "Stage", plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask | None:
-        """Mask of the examples that the stage is run on; None if it is run on all, before anything is known of them."""
+        """Return the mask of the examples on which the stage is run, or None if it does not depend
+        on earlier stages.
+        """
 
     @abstractmethod
     def run(self, stage: "Stage", work: Work) -> Columns:
-        """Measure the stage, and return its columns.
+        """Run the stage, and return its columns.
 
-        Columns of tables (see `holdfast.core.evidence.in_table`) contain only some examples, given by their `id`.
+        Columns of tables (see `holdfast.core.evidence.in_table`) contain only some examples, which their `id`
+        identifies.
         """
 
     @abstractmethod
     def columns(self, clean: Columns) -> dict[str, Tensor]:
-        """The columns of examples that the stage is not run on."""
+        """Return the columns of examples on which the stage is not run."""
 
     def as_if_broken(self, stage: "Stage", work: Work) -> Columns:
-        """The columns that the stage would have if it broke every correct example."""
+        """Return the columns that the stage would have if it broke every correct example."""
         return self.columns(work.clean)
 
     def cost(self, columns: Columns, *, randomised: bool) -> Cost:
-        """The passes through the model that the stage took, without its time."""
+        """Return the number of passes through the model that the stage took, without its time."""
         queries = int(columns["queries"].sum())
         judged = self.judged(columns, randomised=randomised)
         return Cost(queries + judged, int(columns["backwards"].sum()), queries)
 
     def judged(self, columns: Columns, *, randomised: bool) -> int:
-        """The forward passes that judge the inputs of the stage."""
+        """Return the number of forward passes that judge the inputs of the stage."""
         judged = int(columns["ran"].sum()) if "ran" in columns else len(columns["id"])
         return judged * evaluations(randomised=randomised and "right" in columns)
 
     def evidence(
         self, outline: "Outline", by_stage: Mapping[str, Columns], worst: Columns
     ) -> Mapping[str, Tensor]:
-        """The columns that stages of this kind add to the evidence. `worst` are those of the worst case."""
+        """Return the columns that stages of this kind add to the evidence. `worst` are the columns
+        of the worst case.
+        """
         return {}
 
     def tables(self, by_stage: Mapping[str, Columns]) -> Mapping[str, Table]:
-        """The tables that stages of this kind add to the evidence, by name; see `Evidence.tables`."""
+        """Return the tables that stages of this kind add to the evidence, by name; see `Evidence.tables`."""
         return {}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a measurement. `name` is unique in the plan and names its random stream and its file."""
+    """One step of a measurement. Its name is unique in the plan, and is also the name of its random stream and its
+    file.
+    """
 
     name: str
     kind: StageKind
@@ -160,20 +171,21 @@ class Stage:
     earlier: tuple[str, ...] = ()
     """names of the earlier waves of the same attack"""
     adaptive: bool = False
-    """run after the doubts, if one requires it, with gradients that bypass masked stages"""
+    """whether the stage is run after the doubts, if one requires it, with gradients that bypass masked parts of the
+    model"""
     aim: Aim = Aim()
-    """how it treats a detector"""
+    """how the attack treats a detector"""
 
     @property
     def attack(self) -> Attack:
-        """The attack of the stage."""
+        """Attack of the stage."""
         assert self.member is not None
         return self.member.attack
 
 
 @dataclass(frozen=True)
 class StageOutline:
-    """A stage in plain values, for JSON."""
+    """A stage as plain values, for JSON."""
 
     name: str
     kind: StageKind
@@ -185,12 +197,12 @@ class StageOutline:
     wave_of: str = ""
     """name of the first wave of the same attack, if this is a later wave"""
     adaptive: bool = False
-    """run only if a raised doubt requires it"""
+    """whether the stage is run only if a raised doubt requires it"""
 
 
 @dataclass(frozen=True)
 class Outline:
-    """The parts of a plan that evidence needs."""
+    """The parts of a plan that are needed for evidence."""
 
     steps: tuple[StageOutline, ...]
     threat: ThreatModel
@@ -200,21 +212,23 @@ class Outline:
 
 
 def evaluations(*, randomised: bool) -> int:
-    """Forward passes that judge one input: 1, or with two sets of votes in addition."""
+    """Return the number of forward passes that judge one input: 1, or 1 and two sets of votes for a
+    randomised model.
+    """
     return 1 + 2 * VOTES if randomised else 1
 
 
 def suite_columns(
     stages: Sequence[Stage | StageOutline], by_stage: Mapping[str, Columns]
 ) -> dict[str, Columns]:
-    """The columns of the attacks of the suite that are measured, by the name of the stage, in the order of the plan."""
+    """Return the columns of the measured attacks of the suite, by the name of the stage, in the order of the plan."""
     return {
         stage.name: by_stage[stage.name] for stage in stages if stage.kind.in_suite and stage.name in by_stage
     }
 
 
 def broken_by_suite(stages: Sequence[Stage | StageOutline], by_stage: Mapping[str, Columns]) -> Mask:
-    """Mask of the examples that an attack of the suite has broken."""
+    """Return the mask of the examples that an attack of the suite has broken."""
     broken = torch.zeros_like(by_stage["clean"]["correct"])
     for columns in suite_columns(stages, by_stage).values():
         broken |= columns["success"]

@@ -1,4 +1,4 @@
-"""The model under test, frozen and in eval mode during a measurement."""
+"""The model under test, which is frozen and in evaluation mode during a measurement."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,14 +31,14 @@ REJECTS = (
     "the model rejects what its detector takes for a stranger: an example stands if its clean input is accepted and "
     "right and no attacked input is accepted and wrong; the attacks see network and detector as one"
 )
-"""Note on a model with a detector, which rejects inputs."""
+"""Note on a model with a detector that rejects inputs."""
 
 _SAME = 1e-4  # largest difference, relative to the largest logit, of the outputs of a deterministic model
 
 
 @dataclass(frozen=True)
 class Held:
-    """A model that rejects, as a classifier for attacks on a batch: a rejected input counts as correctly classified."""
+    """A model that rejects inputs, as a classifier for attacks: a rejected input counts as correctly classified."""
 
     model: Model
     batch: Batch
@@ -46,7 +46,7 @@ class Held:
 
     @property
     def bounds(self) -> Bounds:
-        """The input bounds of the model."""
+        """Input bounds of the model."""
         return self.model.bounds
 
     @cached_property
@@ -54,7 +54,7 @@ class Held:
         return Lookup(self.batch.ids)
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits of the classes for attacks; see `held`."""
+        """Return the logits of the classes that attacks use; see `held`."""
         y = self.batch.y if ids is None else self.batch.y[self._lookup.rows(ids)]
         logits = self.model(x, ids)
         if self.aim == Aim():
@@ -66,9 +66,10 @@ class Held:
 
 @dataclass(frozen=True)
 class Target:
-    """The model under test in several forms: `bare` judges, and attacks query `quick`, an equivalent frozen copy.
+    """The model under test: `bare` judges inputs, and attacks query `quick`, an equivalent frozen copy.
 
-    Adaptive attacks query `view`, with the same outputs, and gradients that bypass the stages found by `masking`.
+    Adaptive attacks query `view`, which has the same outputs, and gradients that bypass the parts of the model in
+    `masking`.
     """
 
     bare: Classifier
@@ -78,14 +79,16 @@ class Target:
     classes: int
     notes: tuple[str, ...] = ()
     details: tuple[str, ...] = ()
-    """how `quick` was optimised"""
+    """notes on how `quick` was optimised"""
     in_training: tuple[str, ...] = ()
-    """dropout and batch norm layers that were in train mode; the model was measured in eval mode"""
+    """names of the dropout and batch norm layers that were in training mode; the model was measured
+    in evaluation mode"""
     masking: Masking = Masking()
     aim: Aim = Aim()
-    """how the attacks treat the detector of a model that rejects"""
+    """how attacks treat the detector of a model that rejects inputs"""
     blind: bool = False
-    """whether no gradient of the detector's score reaches an input, because it rounds or is binary"""
+    """whether no gradient of the detector's score reaches an input, for example because the score
+    is rounded or binary"""
     blind_view: bool = False
     """whether no gradient of the detector's score reaches an input through `view`"""
 
@@ -95,35 +98,39 @@ class Target:
         return self.bare.rejects
 
     def logits(self, x: Inputs) -> Logits:
-        """Logits of the model without gradients."""
+        """Return the logits of the model, without gradients."""
         with torch.no_grad(), judging():
             logits: Logits = self.bare(x)
         return logits
 
     def asked(self, model: Model, batch: Batch) -> Model:
-        """A model of this target as attacks on a batch query it: a rejected input does not break an example."""
+        """Return a model of this target for attacks on a batch, for which a rejected input does not
+        break an example.
+        """
         model = Answering(model, batch) if self.bare.remote else model
         return Held(model, batch, self.aim) if self.rejects else model
 
     def held(self, logits: Logits, y: Labels) -> Tensor:
-        """The logits by which an attacked input is judged."""
+        """Return the logits by which an attacked input is judged. A rejected input counts as correctly classified."""
         logits = for_label(logits, y) if self.bare.remote else logits
         return held(logits, y) if self.rejects else logits
 
     def predicted(self, logits: Logits) -> Labels:
-        """The predicted class; -1 if the input is rejected or refused."""
+        """Return the predicted classes; -1 if the input is rejected or refused."""
         best = logits[:, : self.classes].argmax(1)
         if self.bare.remote:
             best = torch.where(refused(logits), -1, best)
         return torch.where(self.rejected(logits), -1, best) if self.rejects else best
 
     def rejected(self, logits: Logits) -> Mask:
-        """Mask of the inputs that a model with a detector rejects."""
+        """Return the mask of the inputs that a model with a detector rejects."""
         return logits[:, -1] > logits[:, :-1].amax(1)
 
     @contextmanager
     def repeatable(self, rng: Draws) -> Iterator[None]:
-        """Context manager in which `rng` determines the randomness of the model; restores the state of torch."""
+        """Context manager in which `rng` determines the randomness of the model. The state of torch is restored on
+        exit.
+        """
         if not self.randomised:
             yield
             return
@@ -134,9 +141,9 @@ class Target:
 
 @contextmanager
 def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Iterator[Target]:
-    """Yield the target of a measurement; the model is restored afterwards.
+    """Context manager that yields the target of a measurement, and restores the model on exit.
 
-    With `adaptive`, its stages are searched for causes of gradient masking.
+    With `adaptive`, the parts of the model are searched for causes of gradient masking.
     """
     # a frozen script module has no mode
     modes = [(module, getattr(module, "training", False)) for module in model.modules()]

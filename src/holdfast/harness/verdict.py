@@ -1,4 +1,4 @@
-"""Calls an attack, and judges the inputs that it returns by the original model."""
+"""Function that calls an attack, and functions that judge the returned inputs with the original model."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -24,22 +24,24 @@ if TYPE_CHECKING:
     from holdfast.harness.plan import Plan
 
 GALLERY = 12
-"""Number of broken examples that are stored for the report."""
+"""Largest number of broken examples that are stored for the report."""
 
 NORMS: Mapping[str, Constraint] = {"linf": Linf(), "l2": L2(), "l1": L1(), "l0": L0()}
-"""Norms in which distances are measured under any threat model; for `l0`, see `distance_norms`."""
+"""Norms in which distances are measured under all threat models; for `l0`, see `distance_norms`."""
 
 DISTANCES = ("distance", *(f"distance_{norm}" for norm in NORMS))
-"""Columns with the size of the change of each example."""
+"""Names of the columns with the size of the change of each example."""
 
 
 def distance_norms(threat: Constraint) -> Mapping[str, Constraint]:
-    """Norms for distances under a threat model: `l0` counts pixels if the constraint does, otherwise values."""
+    """Return the norms for distances under a threat model. `l0` counts pixels if the constraint
+    does, otherwise values.
+    """
     return {**NORMS, "l0": L0(per="pixel")} if counts_pixels(threat) else NORMS
 
 
 def unattacked(clean: Columns) -> dict[str, Tensor]:
-    """The columns of examples that were not attacked: distance 0 if the clean prediction is wrong, else inf."""
+    """Return the columns of examples that were not attacked: distance 0 if the clean prediction is wrong, else inf."""
     n = len(clean["id"])
     zeros = torch.zeros(n, dtype=torch.int64)
     distance = torch.where(clean["correct"], torch.inf, 0.0).float()
@@ -61,7 +63,7 @@ def unattacked(clean: Columns) -> dict[str, Tensor]:
 
 
 def judge_inputs(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs, rng: Draws) -> dict[str, Tensor]:
-    """Columns of an attack for inputs that were found outside the stages, judged by the original model."""
+    """Return the columns of an attack for inputs that were found outside the stages. The original model judges them."""
     batch = aimed(batch, plan.threat)
     with target.repeatable(rng.at(int(batch.ids[0]))):
         _, columns = verdict_of(plan, target, batch, x_adv)
@@ -72,7 +74,10 @@ def judge_inputs(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs, rng:
 
 
 def verdict_of(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs) -> tuple[Logits, dict[str, Tensor]]:
-    """Logits of the original model, and its verdict: `success` is a wrong prediction inside the threat model."""
+    """Return the logits of the original model and its judgement of attacked inputs, as columns.
+
+    `success` is true for a wrong prediction inside the threat model.
+    """
     logits, right, right_fresh = votes(target, batch, x_adv, lambda logits: target.held(logits, batch.y))
     found, constraint = ~(right > 0.5), plan.threat.constraint
     distance = constraint.distance(x_adv, batch.x)
@@ -94,14 +99,14 @@ def verdict_of(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs) -> tup
 
 
 def cost_columns(spent: Spent) -> dict[str, Tensor]:
-    """The cost columns of an attack."""
+    """Return the columns with the cost of an attack."""
     return {"queries": spent.queries, "first_success": spent.first_success, "backwards": spent.backwards}
 
 
 def stored_inputs(plan: "Plan", batch: Batch, x_adv: Inputs, success: Mask, missed: Ids) -> dict[str, Tensor]:
-    """Adversarial inputs of examples in `missed`: a few for the report, and all if the plan stores them.
+    """Return the adversarial inputs of examples in `missed`: a few for the report and, if the plan stores them, all.
 
-    If the plan runs only the attacks, all inputs are stored, even unsuccessful ones.
+    If the plan runs only the attacks, all inputs are included, even unsuccessful ones.
     """
     stored = (success & torch.isin(batch.ids, missed)).nonzero()[:, 0]
     shown = stored[: GALLERY if plan.shown else 0]
@@ -114,16 +119,17 @@ def stored_inputs(plan: "Plan", batch: Batch, x_adv: Inputs, success: Mask, miss
 
 
 def aimed(batch: Batch, threat: ThreatModel) -> Batch:
-    """The batch with the target class of the threat model, if it has one."""
+    """Return the batch with the target class of the threat model, if there is one."""
     return batch if threat.goal is None else batch.towards(torch.full_like(batch.y, threat.goal))
 
 
 def returned(
     attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
 ) -> tuple[Inputs, Spent]:
-    """The inputs that an attack returned, or that it had found when its budget was spent; and its cost.
+    """Return the inputs that an attack returned, and its cost.
 
-    Raises `HoldfastError` if they violate the threat model.
+    If the query budget of the attack ran out, the inputs are those that it had found before. Raises `HoldfastError` if
+    they violate the threat model.
     """
     meter = Metered(target.asked(target.quick, batch), batch, threat)
     try:
@@ -150,9 +156,10 @@ def returned(
 def votes(
     target: Target, batch: Batch, x: Inputs, seen: Callable[[Logits], Tensor]
 ) -> tuple[Logits, Tensor, Tensor]:
-    """Logits of the original model, the share of votes in which it is correct, and the share for new votes.
+    """Return the logits of the original model, and twice the fraction of votes in which it is correct.
 
-    `seen` computes the logits that are judged. A deterministic model is evaluated once. Ties and NaN count as wrong.
+    The second fraction is computed from new votes. `seen` computes the logits that are judged. A deterministic model is
+    evaluated once. Ties and NaN count as wrong.
     """
 
     def holds(logits: Logits) -> Mask:
@@ -170,7 +177,9 @@ def votes(
 
 
 def digests(batch: Batch) -> Tensor:
-    """SHA-256 of each input's bytes and label, (n, 32) uint8; `compare` pairs examples by it."""
+    """Return the SHA-256 of the bytes and the label of each input, (n, 32) uint8. Comparisons of runs pair examples by
+    it.
+    """
     rows = zip(batch.x.detach().cpu().contiguous().flatten(1).numpy(), batch.y.tolist(), strict=True)
     digests = b"".join(
         hashlib.sha256(row.tobytes() + label.to_bytes(8, "little", signed=True)).digest()

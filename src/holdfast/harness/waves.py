@@ -1,4 +1,4 @@
-"""Selects the examples that a stage is run on, and combines the waves of an attack."""
+"""Selection of the examples that a stage is run on, and combination of the waves of an attack."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,7 @@ _CONFIDENCE = 0.95
 
 
 def due_examples(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask | None:
-    """Mask of the examples that a stage is run on; None for the first stage, which is run on all."""
+    """Return the mask of the examples that a stage is run on, or None for the first stage, which is run on all."""
     due = stage.kind.due(stage, plan, by_stage)
     if due is not None and plan.threat.constraint.judges_misclassified:
         return torch.ones_like(due)  # a misclassified image may be classified correctly when corrupted
@@ -22,7 +22,9 @@ def due_examples(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> M
 
 
 def joined_waves(steps: Sequence[StageOutline], by_stage: Mapping[str, Columns]) -> dict[str, Columns]:
-    """The columns of each stage; the waves of one attack are joined under the name of the first."""
+    """Return the columns of each stage, in which the waves of one attack are joined under the name
+    of the first wave.
+    """
     joined = dict(by_stage)
     for step in steps:
         if not step.wave_of or step.name not in by_stage:
@@ -44,18 +46,21 @@ def _either(name: str, first: Columns, wave: Columns, ran: Mask) -> Tensor:
 
 
 def most_left(held: int, waves: int) -> float:
-    """Upper bound on the share of untried examples that would break, after a wave that broke none of `held`.
+    """Return an upper bound on the fraction of untried examples that would break, after a wave that broke none of
+    `held`.
 
-    The confidence is 95 %. Any of the `waves` could be the last one by chance, so the error is divided among them.
+    The confidence is 95 %. Any of the `waves` could be the last one by chance, so the error probability is divided
+    among them.
     """
     most: float = 1 - ((1 - _CONFIDENCE) / waves) ** (1 / held)
     return most
 
 
 def residual(waves: Sequence[Columns], standing: int) -> Residual | None:
-    """How many surviving examples an attack did not try, and the upper bound on the share it would break.
+    """Return the number of surviving examples that an attack did not try, with an upper bound on the fraction it would
+    break.
 
-    None if it tried all.
+    Returns None if the attack tried all of them.
     """
     ran = [int(columns["ran"].sum()) for columns in waves]
     left, last = standing - sum(ran), max((k for k, n in enumerate(ran) if n), default=0)
@@ -65,7 +70,7 @@ def residual(waves: Sequence[Columns], standing: int) -> Residual | None:
 
 
 def remark(attack: str, waves: Sequence[Columns], risk: Residual | None) -> tuple[str, ...]:
-    """A note on an attack that stopped before it had tried all surviving examples, with the risk."""
+    """Return a note on an attack that stopped before it had tried all surviving examples, with the bound."""
     if risk is None:
         return ()
     ran = [int(columns["ran"].sum()) for columns in waves]

@@ -1,1 +1,1 @@
-"""Reports of a run: a summary, and all other formats, which are made from it."""
+"""Reports of a run: a summary, and all other formats, which are created from the summary."""

@@ -1,4 +1,4 @@
-"""The transfer across data sets, for the summary and as tables."""
+"""The transfer across data sets, as an entry of the summary and as a table."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +15,9 @@ Json = dict[str, Any]
 
 
 def across(evidence: Evidence, confidence: float) -> Json | None:
-    """The data sets, and the results of the perturbations of each on all; None if nothing was measured."""
+    """Return the names of the data sets and the results of the transfer between them, or None if it
+    was not measured.
+    """
     try:
         rows = carried(evidence, confidence)
     except Absent:
@@ -36,7 +38,7 @@ def across(evidence: Evidence, confidence: float) -> Json | None:
 
 
 def title(found: Mapping[str, Any], noun: str) -> str:
-    """Title of the table of the transfer across data sets."""
+    """Return the title of the table of the transfer across data sets."""
     return (
         f"across data: share of {count_text(found['n'])} {noun} of each data set whose prediction changes; control: "
         "the same perturbations in random order"
@@ -44,12 +46,14 @@ def title(found: Mapping[str, Any], noun: str) -> str:
 
 
 def headings(found: Mapping[str, Any]) -> list[str]:
-    """Column headings of the table."""
+    """Return the column headings of the table of the transfer across data sets."""
     return ["computed on", *(f"applied to {name}" for name in found["data"])]
 
 
 def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Each row as text: the source data set, then shares with intervals and those of the controls."""
+    """Yield each row of the table as text: the source data set, then fractions with intervals, and those of the
+    controls.
+    """
     for row in found["rows"]:
         pairs = zip(row["shares"], row["controls"], strict=True)
         yield [

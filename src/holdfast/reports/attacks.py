@@ -1,4 +1,6 @@
-"""The table of attacks: surviving examples after each attack, or without an eps the sizes of the changes it found."""
+"""The table of attacks: surviving examples after each attack or, without an eps, the sizes of the changes that it
+found.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,26 +13,30 @@ SMALLEST = ("attack", "found", "share", "median", "time", "interval", "queries")
 
 
 def by_distance(summary: Mapping[str, Any]) -> bool:
-    """Whether the table shows distances: without an eps, a large enough change breaks any example."""
+    """Return whether the table shows distances. It does without an eps, because a large enough change breaks any
+    example.
+    """
     return number(summary["threat"]["eps"]) == float("inf") and all(
         attack.get("success_rate") and attack.get("median_distance") for attack in summary["attacks"]
     )
 
 
 def title(summary: Mapping[str, Any]) -> str:
-    """Title of the table: `1,000 images, linf:0.2, standard@1`."""
+    """Return the title of the table, such as `1,000 images, linf:0.2, standard@1`."""
     suite = f", {summary['suite']}" if summary["suite"] else ""
     suffix = ": the smallest changes found" if by_distance(summary) else ""
     return f"{amount(summary['n'], summary['noun'])}, {summary['threat']['constraint']}{suite}{suffix}"
 
 
 def left_out(attack: Mapping[str, Any]) -> bool:
-    """Whether time ran out before the attack was run on any surviving example."""
+    """Return whether time ran out before the attack was run on any surviving example."""
     return not attack["forwards"] and bool(attack["surviving_before"])
 
 
 def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
-    """The cells of an attack by heading: those of `SMALLEST` if `distance`, else those of `STANDING`."""
+    """Return the cells of an attack by heading. The headings are `SMALLEST` if `distance` is true, otherwise
+    `STANDING`.
+    """
     after = attack["robust_accuracy"]
     cells = {
         "attack": attack["name"],
@@ -57,7 +63,10 @@ def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
 
 
 def risks(summary: Mapping[str, Any]) -> str:
-    """A line on examples that attacks did not try, with the risk; empty if all surviving examples were tried."""
+    """Return a line on the examples that attacks did not try, with the largest fraction of them that may break.
+
+    The line is empty if all surviving examples were tried.
+    """
     left = [attack for attack in summary["attacks"] if attack["not_tried"]]
     untried = (
         f"{attack['name']} {count_text(attack['not_tried']['n'])} "
@@ -72,7 +81,7 @@ def risks(summary: Mapping[str, Any]) -> str:
 
 
 def fits_text(summary: Mapping[str, Any]) -> str:
-    """A line on the learned attacks with the number of fits of each; empty if there are none."""
+    """Return a line with the number of fits of each learned attack; empty if there are none."""
     learned = [
         f"{attack['name']} {count_text(attack['fits'])}" for attack in summary["attacks"] if attack["fits"]
     ]
@@ -81,9 +90,9 @@ def fits_text(summary: Mapping[str, Any]) -> str:
 
 
 def passes_line(summary: Mapping[str, Any], *, brief: bool = False) -> str:
-    """A line on the passes outside the suite and the examples that only they broke.
+    """Return a line on the passes outside the suite, with the number of examples that only they broke.
 
-    `brief` omits the names of passes that broke none.
+    With `brief`, passes that broke no example are not named.
     """
     passes_run = summary["passes"]
     if not passes_run:

@@ -1,4 +1,4 @@
-"""The card of a hardened model: its metrics beside those of the original model, and its training curve."""
+"""The card of a hardened model: its metrics next to those of the original model, and its training curve."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +20,9 @@ _STYLE = "text{font:12px system-ui,sans-serif;fill:#24292f} path,line{fill:none}
 
 
 def curve_svg(points: Sequence[Mapping[str, Any]]) -> str:
-    """An SVG of the curve; each point has `epoch`, `clean`, `robust` and `accuracy`. The best point is marked."""
+    """Return the training curve as SVG. Each point has `epoch`, `clean`, `robust` and `accuracy`. The best point is
+    marked.
+    """
     plane = Plane(_WIDTH, _HEIGHT, Axis(float(max(point["epoch"] for point in points)), logarithmic=False))
     parts = [f'<rect width="{_WIDTH:g}" height="{_HEIGHT:g}" fill="#fff"/>']
     for k in range(5):
@@ -67,14 +69,17 @@ _HELD_OUT = ("clean_accuracy", "robust_accuracy")
 
 
 def compared_metrics(card: Mapping[str, Any]) -> tuple[str, str]:
-    """The metrics by which the models are compared. Cards of earlier versions have no scope and one robust accuracy."""
+    """Return the names of the metrics by which the models are compared.
+
+    Cards of earlier versions have no scope and only one robust accuracy.
+    """
     return "clean_accuracy", "suite_robust_accuracy" if card.get(
         "scope"
     ) == "suite only" else "robust_accuracy"
 
 
 def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of the summary of an assessment that a card contains."""
+    """Return the parts of the summary of an assessment that a card contains."""
     raised = [doubt for doubt in summary["doubts"] if doubt["state"] == "raised"]
     looked = [doubt for doubt in summary["doubts"] if doubt["state"] in {"raised", "clear"}]
     return {
@@ -90,7 +95,7 @@ def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def card_document(card: Mapping[str, Any]) -> str:
-    """The card as Markdown."""
+    """Return the card as Markdown."""
     before, after, held = card["before"], card["after"], card["chosen"]
     lines = [f"# {escaped(card['name'])}", ""]
     lines += [

@@ -1,4 +1,4 @@
-"""Geometry of the charts: computes SVG paths and ticks from numbers, without colours or text of users."""
+"""Geometry of the charts: SVG paths and ticks, computed from numbers. Colours and strings of users are not included."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 14.0, 12.0, 44.0
 
 @dataclass(frozen=True)
 class Tick:
-    """A tick on an axis: its position and its label."""
+    """A tick on an axis, with its coordinate and its label."""
 
     at: float
     text: str
@@ -23,7 +23,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Staircase:
-    """A decreasing step function of accuracy, its confidence band, and axes, in units of the view box."""
+    """A decreasing step function of accuracy, with its confidence band and its axes, in units of the view box."""
 
     width: float
     height: float
@@ -36,14 +36,14 @@ class Staircase:
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
     mark: float | None
-    """horizontal coordinate of the eps of the threat model"""
+    """horizontal coordinate of the eps of the threat model; None if no line is drawn there"""
     mark_text: float
     """vertical coordinate of the label of the mark, away from the curve"""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps values of the x axis to the range 0 to 1."""
+    """Function that maps values of the x axis to the range 0 to 1."""
 
     top: float
     logarithmic: bool
@@ -55,7 +55,7 @@ class Axis:
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
-        """Round values and their text."""
+        """Round values on the axis, and their labels."""
         if self.logarithmic:
             factors = (1, 2, 5) if self.top < _FEW else (1,)
             powers = range(math.floor(math.log10(max(self.top, 1))) + 1)
@@ -66,7 +66,7 @@ class Axis:
 
 
 def round_step(top: float, most: int = 6) -> float:
-    """The smallest 1, 2 or 5 times a power of ten that divides 0..top into at most `most` parts."""
+    """Return the smallest 1, 2 or 5 times a power of ten that divides 0..`top` into at most `most` parts."""
     raw = top / most
     power = 10.0 ** math.floor(math.log10(raw))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
@@ -74,7 +74,7 @@ def round_step(top: float, most: int = 6) -> float:
 
 @dataclass(frozen=True)
 class Plane:
-    """Maps values and shares to coordinates in the view box."""
+    """Maps values of the x axis and fractions on the y axis to coordinates in the view box."""
 
     width: float
     height: float
@@ -87,15 +87,15 @@ class Plane:
 
     @property
     def bottom(self) -> float:
-        """Vertical coordinate of a share of zero."""
+        """Vertical coordinate of the fraction 0."""
         return self.height - _BOTTOM
 
     def across(self, value: float) -> float:
-        """Horizontal coordinate of a value."""
+        """Return the horizontal coordinate of a value."""
         return _LEFT + (self.right - _LEFT) * self.axis(value)
 
     def level(self, share: float) -> float:
-        """Vertical coordinate of a share."""
+        """Return the vertical coordinate of a fraction."""
         return self.bottom - (self.bottom - _TOP) * share
 
 
@@ -108,7 +108,10 @@ def staircase(
     logarithmic: bool = False,
     mark: float | None = None,
 ) -> Staircase | None:
-    """The curve of a summary at a given size; None if there is nothing to draw."""
+    """Return the chart of a curve of the summary at a given size, or None if there is nothing to draw.
+
+    `axis` is the key of the values on the x axis, and `mark` the value at which a vertical line is drawn.
+    """
     if not points:
         return None
     xs = [number(point[axis]) for point in points]
@@ -139,7 +142,7 @@ def staircase(
 
 
 def _at(points: Sequence[Mapping[str, Any]], axis: str, x: float) -> float:
-    """The share of a curve at a value of the horizontal axis."""
+    """The fraction of a curve at a value of the horizontal axis."""
     return next((number(point["value"]) for point in reversed(points) if number(point[axis]) <= x), 1.0)
 
 

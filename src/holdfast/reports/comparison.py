@@ -26,9 +26,9 @@ from holdfast.reports.words import SCOPES, as_asked, capitalized, every_one_trie
 Json = dict[str, Any]
 
 COMPARISON_VERSION = 2
-"""Increased if a reader of the previous version would misinterpret the new one."""
+"""Version of the format. It is increased if a reader of the previous version would misinterpret the new one."""
 MOST_FLIPPED = 1000
-"""Largest number of examples listed on each side; the counts include all."""
+"""Largest number of examples listed for each direction of change; the counts include all examples."""
 
 
 def comparison(
@@ -38,7 +38,7 @@ def comparison(
     *,
     confidence: float = 0.95,
 ) -> Json:
-    """The changes from the first run to the second, on their common examples, paired by content.
+    """Return the changes from the first run to the second on their common examples, which are paired by content.
 
     `summaries` are the summaries of the two runs. Raises `UsageError` if the runs have no examples in common.
     """
@@ -93,19 +93,19 @@ def _side_by_side(first: Mapping[str, Any], second: Mapping[str, Any]) -> Json:
 
 
 def told_side_by_side(content: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any] | None]]:
-    """The metrics of both runs that text reports show, as in the report of one run."""
+    """Return those metrics of both runs that text reports show, with the same selection as in the report of one run."""
     sides = ({name: both[k] for name, both in content["metrics"].items() if both[k]} for k in (0, 1))
     wanted = {name for side in sides for name in told_of(side)}
     return {name: both for name, both in content["metrics"].items() if name in wanted}
 
 
 def comparison_to_json(content: Mapping[str, Any]) -> str:
-    """The comparison as strict JSON with a newline at the end."""
+    """Return the comparison as strict JSON with a newline at the end."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def caution(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """A warning if the threat models differ; empty if they are equal."""
+    """Return a warning if the threat models of two summaries differ, or an empty text if they are equal."""
     before, after = as_asked(first), as_asked(second)
     if before == after:
         return ""
@@ -116,7 +116,7 @@ def caution(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
 
 
 def comparison_headline(content: Mapping[str, Any]) -> str:
-    """The change in one sentence. The exact test decides whether there is a difference."""
+    """Return the change in one sentence. An exact test decides whether the difference is significant."""
     metric, found = next(iter(content["paired"].items()))
     before, after = (percent(found[side]) for side in ("first", "second"))
     change, p = found["difference"], found["p"]
@@ -134,12 +134,12 @@ def comparison_headline(content: Mapping[str, Any]) -> str:
 
 
 def percentage_points(change: Mapping[str, Any]) -> str:
-    """A difference of shares with its interval: `−3.5 points (−5.8 to −1.2)`."""
+    """Return a difference of fractions with its interval as text, such as `−3.5 points (−5.8 to −1.2)`."""
     return f"{signed(change['value'])} points ({signed(change['low'])} to {signed(change['high'])})"
 
 
 def signed(share: float | str) -> str:
-    """A difference of shares in percentage points, with its sign unless it is zero."""
+    """Return a difference of fractions in percentage points as text, with its sign unless it is zero."""
     text = f"{100 * number(share):+.1f}".replace("-", "−")
     return "0.0" if text in {"+0.0", "−0.0"} else text
 
@@ -209,7 +209,7 @@ def _differences(
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """The comparison as Markdown."""
+    """Return the comparison as Markdown."""
     from holdfast.reports.markdown import escaped, markdown_table
 
     lines = [f"**{escaped(content['caution'])}**", ""] if content["caution"] else []
@@ -248,7 +248,7 @@ SIDES = {
     "lost": "Robust in the first run, broken in the second",
     "gained": "Broken in the first run, robust in the second",
 }
-"""The two kinds of changed examples."""
+"""Description of each of the two directions in which the result of an example can change."""
 
 
 def _some(flipped: Mapping[str, Any], most: int = 20) -> str:
@@ -261,7 +261,7 @@ def _some(flipped: Mapping[str, Any], most: int = 20) -> str:
 
 
 def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) -> str:
-    """The comparison as text for a terminal."""
+    """Return the comparison as text for a terminal."""
     from holdfast.reports.terminal import as_string, cell, grid, shown_or_dash
 
     paired = grid(
@@ -285,7 +285,7 @@ def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) 
 
 
 def comparison_page(content: Mapping[str, Any]) -> str:
-    """The comparison as a self-contained HTML page."""
+    """Return the comparison as a self-contained HTML page."""
     from holdfast.reports.html import render
 
     metrics = told_side_by_side(content)
@@ -295,7 +295,7 @@ def comparison_page(content: Mapping[str, Any]) -> str:
 
 
 def comparison_fragment(content: Mapping[str, Any]) -> str:
-    """The comparison as HTML for notebooks."""
+    """Return the comparison as HTML for notebooks."""
     from holdfast.reports.html import filled
     from holdfast.reports.terminal import FIRST, shown_or_dash
 

@@ -1,11 +1,11 @@
-"""The meaning of each doubt and advice, in plain words."""
+"""The meaning of each doubt, and advice, in plain words."""
 
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Concern:
-    """A doubt with its meaning and advice."""
+    """Explanation of a doubt: a title, its meaning, and advice."""
 
     title: str
     meaning: str
@@ -133,7 +133,10 @@ _SATURATED = (
 
 
 def concern(name: str, output: str | None = None) -> Concern:
-    """The explanation of a doubt for a model with the declared `output`; for a doubt of a plugin, only its name."""
+    """Return the explanation of a doubt for a model with the declared `output`.
+
+    For a doubt of a plugin, the explanation consists only of its name.
+    """
     explanation = CONCERNS.get(name, Concern(name.replace("-", " ").capitalize(), "", ""))
     if name == "zero-gradient" and output == "probability":
         return replace(explanation, advice=_SATURATED)

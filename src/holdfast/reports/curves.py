@@ -1,4 +1,4 @@
-"""Data of the charts as JSON of limited size, for any number of examples and classes."""
+"""Data of the charts as JSON, whose size is limited for any number of examples and classes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,27 +15,31 @@ from holdfast.reports.numbers import strict
 Json = dict[str, Any]
 
 MOST_CLASSES = 1000
-"""Largest number of classes in the summary; if there are more, those of lowest robust accuracy."""
+"""Largest number of classes in the summary. If there are more, those of lowest robust accuracy are included."""
 
 
 def judged(evidence: Evidence) -> Mask:
-    """Mask of the examples that count: all, or the eligible ones of a targeted threat model."""
+    """Return the mask of the examples that count: all or, for a targeted threat model, the eligible ones."""
     return evidence["eligible"].bool() if "eligible" in evidence else ones_like(evidence["correct"].bool())
 
 
 def robust_examples(evidence: Evidence) -> Mask:
-    """Mask of the robust examples: correct and unbroken, or for a targeted threat model only unbroken."""
+    """Return the mask of the robust examples: correct and unbroken or, for a targeted threat model, only unbroken."""
     unbroken = ~evidence["success"].bool()
     return unbroken if evidence.threat.goal is not None else unbroken & evidence["correct"].bool()
 
 
 def estimate_to_json(value: Estimate) -> Json:
-    """An estimate in the format of the summary."""
+    """Return an estimate in the format of the summary."""
     return {"value": strict(value.value), "low": strict(value.low), "high": strict(value.high), "n": value.n}
 
 
 def accuracy_curves(evidence: Evidence, confidence: float) -> dict[str, list[Json]]:
-    """Both curves as decreasing step functions of at most a hundred steps; empty if their attack did not run."""
+    """Return robust accuracy as a function of eps and of queries, as decreasing step functions of at most a hundred
+    steps.
+
+    A curve is empty if the attacks for it were not run.
+    """
     return {
         "eps": _points(curves.accuracy_against_eps, evidence, confidence, "eps"),
         "queries": _points(curves.accuracy_against_queries, evidence, confidence, "queries"),
@@ -55,7 +59,9 @@ def _points(
 
 
 def per_class_to_json(evidence: Evidence, names: tuple[str, ...], confidence: float) -> list[Json]:
-    """Clean and robust accuracy of every class in order; if there are more than a thousand, of the worst ones."""
+    """Return clean and robust accuracy of every class in order. If there are more than a thousand, the worst are
+    included.
+    """
     if evidence.threat.goal is not None or not len(evidence):
         return []
     rows = [row for row in shares.per_class(evidence, confidence) if row.robust_accuracy is not None]
@@ -74,5 +80,5 @@ def per_class_to_json(evidence: Evidence, names: tuple[str, ...], confidence: fl
 
 
 def class_name(label: int, names: tuple[str, ...]) -> str:
-    """The name of a class, or its number if it has no name."""
+    """Return the name of a class, or its number if it has no name."""
     return names[label] if 0 <= label < len(names) else str(label)

@@ -1,4 +1,4 @@
-"""The gallery as a table and as JSON."""
+"""The measurements of the gallery as a table and as JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,9 @@ COLUMNS = {
 
 
 def exhibit_table(found: Sequence[Mapping[str, Any]], *, colour: bool, width: int | None = None) -> str:
-    """A table of the robust accuracies of each item and the doubts that were raised."""
+    """Return a table with the robust accuracies of each item of the gallery and the doubts that
+    were raised, as text.
+    """
     first = found[0]
     title = f"robust accuracy of {first['n']} digits under linf:{first['eps']:g}"
     table = grid(title, (*COLUMNS, "doubts raised by the naive evaluation"))
@@ -28,5 +30,5 @@ def exhibit_table(found: Sequence[Mapping[str, Any]], *, colour: bool, width: in
 
 
 def exhibits_to_json(found: Sequence[Mapping[str, Any]]) -> str:
-    """`{"gallery": [...]}`, with an entry for each item."""
+    """Return the JSON text `{"gallery": [...]}` with an entry for each item."""
     return json.dumps({"gallery": list(found)}, indent=2) + "\n"

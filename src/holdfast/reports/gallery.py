@@ -1,4 +1,4 @@
-"""A few broken examples: images as small pictures, table rows as the features with the largest changes."""
+"""Examples that were broken: images as small pictures, rows of tables as the features with the largest changes."""
 
 import base64
 import io
@@ -17,17 +17,17 @@ from holdfast.reports.numbers import strict
 Json = dict[str, Any]
 
 MOST_EXAMPLES = 12
-"""Largest number of examples; with three pictures each, the page is smaller than 2 MB."""
+"""Largest number of examples. With three pictures for each example, the page is smaller than 2 MB."""
 LONGEST_SIDE = 96
-"""Pixels; 36 pictures of noise, the worst case for PNG, have 1.3 MB at this size."""
+"""Longest side of a picture in pixels. 36 pictures of noise, the worst case for PNG, have 1.3 MB at this size."""
 MOST_FEATURES = 5
-"""Largest number of changed features listed for a row of a table."""
+"""Largest number of changed features that are listed for a row of a table."""
 
 _DISTANCES = ("distance_linf", "distance_l2", "distance_l1", "distance_l0")
 
 
 def example_images(evidence: Evidence, classes: Sequence[str], attacks: Sequence[str]) -> list[Json]:
-    """The gallery of the evidence, with the results of each of its examples."""
+    """Return an entry for each stored example of the evidence, with its inputs and its results."""
     if "id" not in evidence.gallery:
         return []
     low, high = _box(evidence.model)
@@ -46,7 +46,7 @@ def example_images(evidence: Evidence, classes: Sequence[str], attacks: Sequence
 
 
 def is_image(shape: Sequence[int]) -> bool:
-    """Whether inputs of this shape are images: channels first, 1, 3 or 4 channels."""
+    """Return whether inputs of this shape are images: channels first, with 1, 3 or 4 channels."""
     return len(shape) == 3 and shape[0] in {1, 3, 4} and min(shape[1:]) > 1
 
 

@@ -15,17 +15,21 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 MOST_CLASS_ROWS = 20
-"""Largest number of classes in the chart; if there are more, the worst ones."""
+"""Largest number of classes in the chart. If there are more, the worst classes are shown."""
 MOST_EXAMPLES = 6
-"""Examples that a page shows before it is expanded; a notebook shows no more, since its file stores the pictures."""
+"""Number of examples that a page shows before it is expanded. A notebook shows no more, since its file stores the
+pictures."""
 MOST_CURVE_ROWS = 30
 """Largest number of rows in the table of a curve."""
 SIZES = (("wide", 720.0, 300.0), ("narrow", 340.0, 260.0))
-"""Each curve is drawn for wide and for narrow screens, so that text keeps its size; CSS shows one of them."""
+"""Names and sizes of the two versions of each curve, for wide and for narrow screens, of which CSS shows one.
+
+Therefore the text of a chart has the same size on all screens.
+"""
 
 
 def page(summary: Mapping[str, Any]) -> str:
-    """The report of one run, from its summary."""
+    """Return the HTML report of one run from its summary."""
     threat = summary["threat"]
     return render(
         "report.html.j2",
@@ -51,9 +55,9 @@ def page(summary: Mapping[str, Any]) -> str:
 
 
 def fragment(summary: Mapping[str, Any], asked: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The verdict, gates, attacks, main metrics, doubts and a few examples as HTML for notebooks.
+    """Return the verdict, gates, attacks, main metrics, doubts and a few examples as HTML for notebooks.
 
-    `asked` are gates that were judged after the run.
+    `asked` contains gates that were judged after the run.
     """
     sign, word = words.VERDICTS[summary["verdict"]]
     distance = attacks.by_distance(summary)
@@ -88,7 +92,10 @@ _STATES = ("raised", "answered", "not measured", "clear", "not applicable")
 
 
 def render(template: str, **content: Any) -> str:
-    """Fill a template with a style sheet. A content security policy with its hash forbids other styles and scripts."""
+    """Return a template filled with content and with a style sheet.
+
+    A content security policy with the hash of the style sheet forbids other styles and scripts.
+    """
     from markupsafe import Markup
 
     style = _read("report.css")
@@ -97,7 +104,7 @@ def render(template: str, **content: Any) -> str:
 
 
 def filled(template: str, **content: Any) -> str:
-    """Fill a template without a style sheet; strings of users are escaped."""
+    """Return a template filled with content, without a style sheet. Strings are escaped."""
     return _environment().get_template(template).render(**content)
 
 

@@ -1,9 +1,8 @@
 """JUnit XML with gates and doubts as test cases, for CI systems.
 
-The file contains a failure exactly if the exit code is not 0. CI systems show skipped cases as passed, so an
-`unclear` gate is a failure of type `unclear`. A raised doubt alone fails nothing, but the gate that it affects does,
-so it is a skipped case with the finding as its message. No case has more than one failure, since some readers ignore
-the others.
+The file contains a failure exactly if the exit code is not 0. CI systems show skipped cases as passed, so an `unclear`
+gate is a failure of type `unclear`. A raised doubt alone is not a failure, but the gate that it affects is, so it is a
+skipped case with the finding as its message. No case has more than one failure, since some readers ignore the others.
 """
 
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from holdfast.reports.words import interval, shown
 
 
 def junit_document(summary: Mapping[str, Any]) -> str:
-    """The document, valid under the schemas of Jenkins and of the legacy reports of JUnit 5."""
+    """Return the report as XML, which is valid under the schemas of Jenkins and of the legacy reports of JUnit 5."""
     cases = [_assessment(summary)]
     cases += [_gate(gate) for gate in summary["gates"]]
     cases += [_doubt(doubt, summary["accepted_doubts"]) for doubt in summary["doubts"]]

@@ -1,4 +1,4 @@
-"""Markdown for a pull request or the summary of a CI job: the verdict, then tables."""
+"""A report in Markdown for a pull request or the summary of a CI job: the verdict, followed by tables."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$@&#])")
 
 
 def markdown_document(summary: Mapping[str, Any]) -> str:
-    """The summary as GitHub-flavoured Markdown; strings of users are escaped."""
+    """Return the summary as GitHub-flavoured Markdown. Strings of users are escaped."""
     sign, word = VERDICTS[summary["verdict"]]
     about = f"{summary['model'].get('name', 'model')} on {summary['data'].get('name', 'data')}"
     lines = [f"## {sign} {word}: {escaped(about)}", "", escaped(summary["headline"]), ""]
@@ -58,12 +58,12 @@ def markdown_document(summary: Mapping[str, Any]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Escape a text, on one line."""
+    """Return a text on one line, in which the special characters of Markdown are escaped."""
     return _SPECIAL.sub(r"\\\1", printable(text))
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table; the first column is aligned left, the others right."""
+    """Return the lines of a table, whose first column is aligned left, and the others right."""
     rule = ["---", *["---:"] * (len(headings) - 1)]
     return [*("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows)), ""]
 
@@ -187,7 +187,7 @@ def _footing(summary: Mapping[str, Any]) -> str:
 
 
 def code(text: str) -> str:
-    """The text as code, between more backticks than it contains in a row."""
+    """Return a text as Markdown code, between more backticks than the text contains in a row."""
     line = printable(text)
     longest = max((len(run) for run in re.findall(r"`+", line)), default=0)
     fence = "`" * (longest + 1)

@@ -1,11 +1,14 @@
-"""Selects the notes to show with a verdict."""
+"""Selection of the notes that are shown with a verdict."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def spoken_notes(summary: Mapping[str, Any], *, verbose: bool = False) -> list[str]:
-    """The notes to show with the verdict, without those that repeat a raised doubt; with details if `verbose`."""
+    """Return the notes to show with the verdict, without those that repeat a raised doubt.
+
+    With `verbose`, the details are included.
+    """
     in_doubts = {doubt["message"] for doubt in summary["doubts"] if doubt["state"] == "raised"}
     notes = [*summary["notes"], *(summary["details"] if verbose else ())]
     return [note for note in notes if note not in in_doubts]

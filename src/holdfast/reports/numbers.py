@@ -1,4 +1,4 @@
-"""Formats numbers for JSON and for people."""
+"""Formatting of numbers for JSON and for readers."""
 
 import math
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 NOT_A_NUMBER_WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-"""Strict JSON has no infinity: these three strings represent the numbers."""
+"""Strings for the numbers that strict JSON cannot represent: infinities and NaN."""
 
 
 def strict(value: Any) -> Any:
-    """The value in the types of strict JSON: infinities and NaN become the strings "inf", "-inf" and "nan"."""
+    """Return a value as strict JSON: infinities and NaN become the strings "inf", "-inf" and "nan"."""
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, str):
@@ -32,12 +32,12 @@ def strict(value: Any) -> Any:
 
 
 def number(value: float | str) -> float:
-    """The number that `strict` wrote."""
+    """Return the number that `strict` converted to `value`."""
     return NOT_A_NUMBER_WORDS[value] if isinstance(value, str) else float(value)
 
 
 def percent(value: float | str, digits: int = 1) -> str:
-    """A share in percent, with more digits if rounding would give 0 or 100 %."""
+    """Return a fraction in percent as text, with more digits if rounding would give 0 or 100 %."""
     share = number(value)
     if not math.isfinite(share):
         return "not defined"
@@ -49,7 +49,9 @@ def percent(value: float | str, digits: int = 1) -> str:
 
 
 def plain(value: float | str, digits: int = 3) -> str:
-    """A number with a few significant digits, in scientific notation only if very small or large."""
+    """Return a number as text with a few significant digits, in scientific notation only if it is
+    very small or large.
+    """
     amount = number(value)
     if math.isnan(amount):
         return "not defined"
@@ -66,13 +68,13 @@ def plain(value: float | str, digits: int = 3) -> str:
 
 
 def count_text(value: float | str) -> str:
-    """An integer with thousands separators."""
+    """Return an integer as text with thousands separators."""
     amount = number(value)
     return f"{amount:,.0f}" if math.isfinite(amount) else plain(amount)
 
 
 def seconds_text(value: float | str) -> str:
-    """A duration in a suitable unit."""
+    """Return a duration in seconds as text in a suitable unit."""
     amount = number(value)
     if not math.isfinite(amount):
         return plain(amount)
@@ -85,7 +87,11 @@ def seconds_text(value: float | str) -> str:
 
 
 def size(eps: float | str) -> str:
-    """A radius, as a fraction of 255 if it is a multiple of 1/255 and has no short decimal form."""
+    """Return a radius as text.
+
+    It is a fraction of 255 if the radius is a multiple of 1/255 without a short decimal form, and otherwise a decimal
+    number.
+    """
     amount = number(eps)
     steps = amount * 255
     if math.isclose(amount, round(amount, 3), rel_tol=1e-9):

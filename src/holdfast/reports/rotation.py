@@ -1,4 +1,4 @@
-"""The table of attackers of a rotation, for the summary and as tables."""
+"""The table of attackers of a model with rotation, as an entry of the summary and as tables."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,7 +26,10 @@ NAMES = {
 
 
 def rotation(document: Mapping[str, Any] | None) -> Json | None:
-    """The table of attackers for the summary; None if it was not measured. The broken inputs stay in the run folder."""
+    """Return the table of attackers for the summary, or None if it was not measured.
+
+    The inputs that were broken are not included; they are in the run folder only.
+    """
     if document is None or not document["complete"] or not document["rows"]:
         return None
     table: Json = strict(
@@ -46,7 +49,7 @@ def rotation(document: Mapping[str, Any] | None) -> Json | None:
 
 
 def title(found: Mapping[str, Any], noun: str) -> str:
-    """Title of the table of attackers."""
+    """Return the title of the table of attackers."""
     return (
         f"attackers: share of the {count_text(found['n'])} {noun} classified correctly by set {found['serving_set']} "
         "that each attacker breaks"
@@ -54,12 +57,12 @@ def title(found: Mapping[str, Any], noun: str) -> str:
 
 
 def headings(found: Mapping[str, Any]) -> list[str]:
-    """Column headings of the table of attackers."""
+    """Return the column headings of the table of attackers."""
     return ["attacker", "broken", "rotation", "attack", "has"]
 
 
 def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Cells of each row of the table of attackers, as text."""
+    """Yield the cells of each row of the table of attackers, as text."""
     for row in found["rows"]:
         share = "–" if row["share"] is None else shown(row["share"])
         has = row["message"] if row["share"] is None else row["has"]
@@ -67,7 +70,7 @@ def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def alternatives_title(found: Mapping[str, Any], noun: str) -> str:
-    """Title of the table of alternatives."""
+    """Return the title of the table of alternatives."""
     return (
         f"alternatives: other uses of the same time, with the share of {noun} that examples from the stolen set "
         "and white-box attacks on the serving set break"
@@ -75,7 +78,7 @@ def alternatives_title(found: Mapping[str, Any], noun: str) -> str:
 
 
 def alternatives_headings(found: Mapping[str, Any]) -> list[str]:
-    """Column headings of the table of alternatives."""
+    """Return the column headings of the table of alternatives."""
     return [
         "alternative",
         "clean accuracy",
@@ -86,7 +89,7 @@ def alternatives_headings(found: Mapping[str, Any]) -> list[str]:
 
 
 def alternatives_cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Cells of each row of the table of alternatives, as text."""
+    """Yield the cells of each row of the table of alternatives, as text."""
     for row in found["alternatives"]:
         shares = ("–" if row[key] is None else shown(row[key]) for key in ("stolen_set", "white_box"))
         yield [row["alternative"], percent(row["clean_accuracy"]["value"]), *shares, row["message"]]

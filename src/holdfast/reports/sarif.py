@@ -22,8 +22,9 @@ _GATES = {
 
 
 def sarif_document(summary: Mapping[str, Any]) -> str:
-    """A SARIF run with a result for each gate that does not pass and each raised doubt; accepted ones are
-    suppressed.
+    """Return a SARIF run with a result for each gate that does not pass and for each raised doubt.
+
+    Results for accepted doubts are suppressed.
     """
     results = [_gate(gate, summary) for gate in summary["gates"] if gate["verdict"] != "pass"]
     results += [_doubt(doubt, summary) for doubt in summary["doubts"] if doubt["state"] == "raised"]
@@ -112,7 +113,7 @@ def _unlinked(text: str) -> str:
 
 
 def model_address(model: Mapping[str, Any]) -> str:
-    """The file of the model as a URI. A relative path stays relative, for code scanning of the repository."""
+    """Return the file of the model as a URI. A relative path stays relative, for code scanning of the repository."""
     files = model.get("files")
     name = next(iter(files), None) if isinstance(files, Mapping | list) else None
     path = Path(printable(str(name or model.get("name") or "model")).removeprefix("bundled:"))

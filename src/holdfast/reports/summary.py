@@ -1,4 +1,4 @@
-"""The content of `-o x.json`, from which all other reports are made.
+"""The summary of a run, which is the content of `-o x.json`, and from which all other reports are created.
 
 Its schema is published and versioned (`schema/assessment-2.json`). Strict JSON has no infinity: a number that is not
 finite is one of the strings "inf", "-inf" and "nan".
@@ -42,9 +42,12 @@ _OBEYED = re.compile(r"[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\u
 """Characters that are legal in JSON, but that a terminal interprets or a file cannot contain."""
 
 SUMMARY_VERSION = 2
-"""Increased if a reader of the previous version would misinterpret the new one; not for additional keys."""
+"""Version of the format. It is increased if a reader of the previous version would misinterpret the new one.
+
+Additional keys do not increase it.
+"""
 MOST_NAMES = 1000
-"""Largest number of names of classes or features."""
+"""Largest number of names of classes or features in the summary."""
 
 
 def summary(
@@ -58,9 +61,9 @@ def summary(
     notes: Sequence[str] = (),
     confidence: float = 0.95,
 ) -> Json:
-    """The content of a report, in the types of strict JSON.
+    """Return the content of a report as strict JSON.
 
-    `run` contains what the evidence lacks: `verb`, `folder`, `created` (ISO 8601), `command` (which repeats the
+    `run` contains what the evidence does not: `verb`, `folder`, `created` (ISO 8601), `command` (which repeats the
     run), `hashes`, `versions`, `hardware`; unknown keys are omitted. `accepted_doubts` maps names to reasons.
     `rotation` is the document of the table of attackers. `notes` are added to those of the evidence.
     """
@@ -130,13 +133,13 @@ def _about(run: Mapping[str, Any]) -> Json:
 
 
 def to_json(content: Mapping[str, Any]) -> str:
-    """The summary as strict JSON with a newline at the end."""
+    """Return the summary as strict JSON with a newline at the end."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # `-o -` prints it
 
 
 def summary_schema(name: str = "assessment-2") -> Json:
-    """A published JSON Schema: that of the summary, or of a comparison (`comparison-2`)."""
+    """Return a published JSON Schema: that of the summary, or that of a comparison (`comparison-2`)."""
     text = resources.files("holdfast.reports").joinpath("schema", f"{name}.json").read_text(encoding="utf-8")
     content: Json = json.loads(text)
     return content
@@ -153,7 +156,7 @@ def _noun(evidence: Evidence) -> str:
 
 
 def asked_gate(gate: Judgement, content: Mapping[str, Any]) -> Json:
-    """The entry of a gate that was judged after the run, in the format of the summary."""
+    """Return the entry of the summary for a gate that was judged after the run."""
     entry = _gate(gate)
     judged: Json = strict(entry | {"message": why(entry, open_doubts(content))})
     return judged
@@ -202,7 +205,7 @@ def _broke(evidence: Evidence, place: int) -> Mask:
 
 
 def _smallest(evidence: Evidence, record: AttackRecord, confidence: float) -> Json:
-    """The share of examples and the median distance that a minimum-norm attack found; None for other attacks."""
+    """The fraction of examples and the median distance that a minimum-norm attack found; None for other attacks."""
     nothing = {"success_rate": None, "median_distance": None}
     if f"{record.stage}.distance" not in evidence:
         return nothing
@@ -301,7 +304,7 @@ def _threat(threat: ThreatModel) -> Json:
 
 
 def eps_unit(threat: ThreatModel, model: Mapping[str, Any]) -> str:
-    """The unit of eps, from the card of the model; empty if eps is not a size of a change in values."""
+    """Return the unit of eps, from the card of the model; empty if eps is not a size of a change in values."""
     if not threat.constraint.in_input_units:
         return ""
     low, high = (float(end) for end in model.get("bounds") or (0.0, 1.0))

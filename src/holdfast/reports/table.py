@@ -1,4 +1,4 @@
-"""CSV with one row for each example, from the columns of the evidence."""
+"""CSV files with one row for each example, from the columns of the evidence."""
 
 import csv
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from holdfast.core.names import printable
 from holdfast.reports.curves import robust_examples
 
 CHUNK = 10_000
-"""Rows that are formatted at a time, which limits memory."""
+"""Number of rows that are formatted at a time, which limits memory."""
 
 _DISTANCES = ("distance_linf", "distance_l2", "distance_l1", "distance_l0", "distance")
 _SOURCES = {
@@ -30,13 +30,17 @@ _NAMED = {"class": "y", "clean_class": "clean_prediction", "adversarial_class": 
 
 
 def headings(columns: Columns, *, named: bool = False) -> list[str]:
-    """The columns of the file: those of the lists above that were measured, with names of classes if `named`."""
+    """Return the headings of the columns that were measured; with `named`, also those of the columns with names of
+    classes.
+    """
     measured = [heading for heading, source in _SOURCES.items() if source in columns]
     return [*measured, *(heading for heading, numbers in _NAMED.items() if named and numbers in measured)]
 
 
 def write_rows(summary: Mapping[str, Any], columns: Columns, file: TextIO) -> None:
-    """Write the headings and all rows; booleans are `true` and `false`, `broken_by` is empty for unbroken examples."""
+    """Write the headings and all rows. Booleans are `true` and `false`, and `broken_by` is empty
+    for unbroken examples.
+    """
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(headings(columns, named=bool(summary["data"].get("classes"))))
     for start in range(0, len(columns["id"]), CHUNK):
@@ -44,7 +48,8 @@ def write_rows(summary: Mapping[str, Any], columns: Columns, file: TextIO) -> No
 
 
 def frame(evidence: Evidence) -> Any:
-    """The columns with one value for each example as a `pandas.DataFrame`, indexed by the ids of the examples.
+    """Return those columns that have one value for each example as a `pandas.DataFrame`, indexed by the ids of the
+    examples.
 
     `broken_by` is the name of the attack or pass, `robust` is added, and `digest` is in hex. Raises `UsageError` if
     pandas is not installed.

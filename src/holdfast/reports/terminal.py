@@ -1,4 +1,4 @@
-"""The summary as text for a terminal, returned as strings."""
+"""The summary as text for a terminal. The functions return strings and print nothing."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -58,13 +58,13 @@ FIRST = frozenset(
         "clean_accuracy_drop",
     )
 )
-"""Metrics that a terminal shows by default."""
+"""Names of the metrics that a terminal shows by default."""
 STATE_SIGNS = {"raised": "▲", "clear": "✓", "answered": "◆", "not measured": "○", "not applicable": "–"}
-"""A sign for the state of each doubt."""
+"""Sign for each state of a doubt."""
 
 
 def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
-    """The verdict with its reason, a line for each gate, and the raised doubts."""
+    """Return the verdict with its reason, a line for each gate, and the raised doubts, as text."""
     from rich.text import Text
 
     lines = Text()
@@ -88,9 +88,9 @@ def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
 
 
 def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None, brief: bool = False) -> str:
-    """The attacks, the metrics and the doubts as tables. With `width` None, lines are not wrapped.
+    """Return the attacks, the metrics and the doubts as tables in text. If `width` is None, lines are not wrapped.
 
-    `brief` omits less important metrics; the other reports contain all.
+    With `brief`, less important metrics are omitted; the other reports contain all metrics.
     """
     parts = [
         attack_table(summary, narrow=width is not None and width < _WIDE),
@@ -118,7 +118,10 @@ def _doubts(doubts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def attack_table(summary: Mapping[str, Any], *, narrow: bool = False) -> "Table":
-    """The surviving examples after each attack, or the changes it found. `narrow` omits intervals and queries."""
+    """Return a table with the surviving examples after each attack, or with the changes that it found.
+
+    With `narrow`, intervals and queries are omitted.
+    """
     distance = by_distance(summary)
     headings = (SMALLEST if distance else STANDING)[: 5 if narrow else 7]
     table = grid(title(summary), headings)
@@ -135,7 +138,9 @@ def attack_table(summary: Mapping[str, Any], *, narrow: bool = False) -> "Table"
 
 
 def metric_table(summary: Mapping[str, Any], *, brief: bool = False) -> "Table":
-    """A table of the metrics with their intervals."""
+    """Return a table of the metrics with their confidence intervals. With `brief`, only those in
+    `FIRST` are included.
+    """
     table = grid(
         f"metrics, {100 * summary['confidence']:.0f} % intervals", ("metric", "value", "interval", "n")
     )
@@ -152,7 +157,9 @@ def metric_table(summary: Mapping[str, Any], *, brief: bool = False) -> "Table":
 
 
 def matrices(summary: Mapping[str, Any]) -> "list[Table]":
-    """The transfer matrix, the transfer across data sets and the tables of attackers, if measured."""
+    """Return the tables of the transfer between models, of the transfer across data sets and of
+    attackers, if measured.
+    """
     tables = []
     for name, words in (("transfer", transfer), ("data_transfer", across)):
         matrix = summary[name]
@@ -166,7 +173,7 @@ def matrices(summary: Mapping[str, Any]) -> "list[Table]":
 
 
 def attackers(summary: Mapping[str, Any]) -> "list[Table]":
-    """The table of attackers of a rotation and the table of alternatives; empty without a rotation."""
+    """Return the table of attackers and the table of alternatives; an empty list for a model without rotation."""
     found, noun = summary.get("rotation"), summary["noun"]
     if found is None:
         return []
@@ -183,7 +190,7 @@ def attackers(summary: Mapping[str, Any]) -> "list[Table]":
 
 
 def grid(title: str, headings: Sequence[str]) -> "Table":
-    """An empty table; the first column is aligned left, the others right."""
+    """Return a table without rows, whose first column is aligned left, and the others right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -196,19 +203,19 @@ def grid(title: str, headings: Sequence[str]) -> "Table":
 
 
 def shown_or_dash(metric: str, estimate: Mapping[str, Any] | None) -> str:
-    """The value of a metric, or a dash if it was not measured."""
+    """Return the value of a metric as text, or a dash if it was not measured."""
     return shown(metric, estimate["value"]) if estimate else "–"
 
 
 def cell(text: str) -> "Text":
-    """Text without markup and without control characters."""
+    """Return a text without markup and without control characters, for a cell of a table."""
     from rich.text import Text
 
     return Text(line(text))
 
 
 def as_string(renderable: Any, *, colour: bool, width: int | None) -> str:
-    """The output of the terminal as a string, in lines of `width` characters or unwrapped."""
+    """Return what a terminal would show as a string, in lines of `width` characters or, if it is None, unwrapped."""
     from rich.console import Console
 
     file = io.StringIO()

@@ -1,4 +1,4 @@
-"""The transfer matrix, for the summary and as tables."""
+"""The transfer matrix, as an entry of the summary and as a table."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
@@ -17,7 +17,7 @@ METRIC = "transfer_success"
 
 
 def transfer(evidence: Evidence, confidence: float) -> Json | None:
-    """The models, and the results of the examples from each source on all models; None if nothing was measured."""
+    """Return the names of the models and the results of the transfer between them, or None if it was not measured."""
     try:
         rows = matrix(evidence, confidence)
     except Absent:
@@ -38,7 +38,7 @@ def transfer(evidence: Evidence, confidence: float) -> Json | None:
 
 
 def title(found: Mapping[str, Any], noun: str) -> str:
-    """Title of the transfer matrix."""
+    """Return the title of the transfer matrix."""
     share = (
         f"on {count_text(found['n'])} {noun}: share of those that a model classifies correctly and that the examples "
         "break"
@@ -47,23 +47,23 @@ def title(found: Mapping[str, Any], noun: str) -> str:
 
 
 def headings(found: Mapping[str, Any]) -> list[str]:
-    """Column headings of the transfer matrix."""
+    """Return the column headings of the transfer matrix."""
     return ["computed on", *(f"on {name}" for name in found["models"])]
 
 
 def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Each row as text: the source of the examples, then shares with intervals."""
+    """Yield each row of the transfer matrix as text: the source of the examples, then fractions with intervals."""
     for row in found["rows"]:
         yield [row["computed_on"], *("–" if share is None else shown(share) for share in row["shares"])]
 
 
 def shown(share: Mapping[str, Any]) -> str:
-    """A share with its confidence interval as text."""
+    """Return a fraction with its confidence interval as text."""
     return f"{percent(share['value'])} ({interval(METRIC, share)})"
 
 
 def told_apart(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Names without folders, numbered if they would be equal."""
+    """Return names without folders, with a number added to those that would otherwise be equal."""
     last = [PurePath(name).name or name for name in names]
     return tuple(
         f"{name} {last[: place + 1].count(name)}" if last.count(name) > 1 else name

@@ -1,4 +1,4 @@
-"""Texts of the reports: the verdict, the gates, the threat model and the metrics."""
+"""Functions that put results into words: the verdict, the gates, the threat model and the metrics."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ VERDICTS = {
     "unclear": ("?", "Unclear"),
     "no gate": ("–", "No gate"),
 }
-"""A sign and a word for each verdict, so that colour is never the only distinction."""
+"""Sign and word for each verdict, so that verdicts differ not only in their colour."""
 
 _ACCESS = {
     "none": "has no access to the model",
@@ -49,7 +49,7 @@ _CHANGES = {
 
 
 def label(metric: str) -> str:
-    """The name of a metric as a heading."""
+    """Return the name of a metric as a heading."""
     words = metric.replace("_", " ").capitalize()
     return (
         re.sub(r"\b(linf|l[012]|f1)\b", lambda found: found[0].capitalize(), words)
@@ -59,22 +59,22 @@ def label(metric: str) -> str:
 
 
 def definition(metric: str) -> str:
-    """The meaning of the metric; empty for metrics of plugins."""
+    """Return the meaning of a metric; empty for metrics of plugins."""
     return METRICS.get(metric, "")
 
 
 def is_share(metric: str) -> bool:
-    """Whether the metric is a proportion, shown in percent."""
+    """Return whether a metric is a fraction, which is shown in percent."""
     return metric not in NOT_SHARES
 
 
 def shown(metric: str, value: float | str) -> str:
-    """A value of the metric as text."""
+    """Return a value of a metric as text."""
     return percent(value) if is_share(metric) else plain(value)
 
 
 def interval(metric: str, estimate: Mapping[str, Any]) -> str:
-    """The interval of an estimate, such as `38.4–44.6 %`."""
+    """Return the confidence interval of an estimate as text, such as `38.4–44.6 %`."""
     low, high = shown(metric, estimate["low"]), shown(metric, estimate["high"])
     if low == high:
         return low
@@ -82,17 +82,17 @@ def interval(metric: str, estimate: Mapping[str, Any]) -> str:
 
 
 def amount(n: int, noun: str) -> str:
-    """A number with its noun: `1,000 images`, `1 image`."""
+    """Return a number with its noun: `1,000 images`, `1 image`."""
     return f"{count_text(n)} {noun.removesuffix('s') if n == 1 else noun}"
 
 
 def capitalized(sentence: str) -> str:
-    """The sentence with a capital first letter."""
+    """Return a sentence with a capital first letter."""
     return sentence[:1].upper() + sentence[1:]
 
 
 def sentences(*parts: str) -> str:
-    """Join the nonempty parts as sentences, each with a capital first letter and a full stop.
+    """Return the nonempty parts joined as sentences, each with a capital first letter and a full stop.
 
     >>> sentences("3 of 4 fail", "", "look at them.")
     '3 of 4 fail. Look at them.'
@@ -103,7 +103,9 @@ def sentences(*parts: str) -> str:
 
 
 def grouped_doubts(doubts: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """The doubts that are not raised, in groups: those not measured for the same reason are one group."""
+    """Return the doubts that are not raised, in groups. Doubts that were not measured for the same reason are one
+    group.
+    """
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for doubt in doubts:
         alike = doubt["state"] in ("not measured", "not applicable") and doubt["message"]
@@ -114,7 +116,7 @@ def grouped_doubts(doubts: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str
 
 
 def main_metric(summary: Mapping[str, Any]) -> str | None:
-    """The metric of the headline. For a targeted threat model without an eps, it is the size of the changes."""
+    """Return the metric of the headline. For a targeted threat model without an eps, it is the size of the changes."""
     wanted = ["robust_accuracy", "targeted_success_rate", "robust_margin", "clean_accuracy"]
     if summary["threat"]["goal"] is not None and number(summary["threat"]["eps"]) == float("inf"):
         wanted.insert(0, f"perturbation_{summary['threat']['norm'].lower()}")
@@ -122,15 +124,17 @@ def main_metric(summary: Mapping[str, Any]) -> str | None:
 
 
 def told_metrics(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The metrics that text reports show: one for robust accuracy, and none that is the complement of another."""
+    """Return the metrics that text reports show: one robust accuracy, and no metric that is the
+    complement of another.
+    """
     return told_of(summary["metrics"])
 
 
 def told_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """`told_metrics` for metrics by name.
+    """Return the result of `told_metrics` for metrics by name.
 
-    An infinite median of the changes means that fewer than half of the examples were broken, which robust accuracy
-    shows, too.
+    An infinite median of the changes is left out: it means that fewer than half of the examples were broken, which
+    robust accuracy shows as well.
     """
     metrics = dict(found)
     robust = metrics.get("robust_accuracy")
@@ -148,7 +152,7 @@ def told_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, An
 
 
 def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
-    """The main result without gates, with its interval if `intervals`."""
+    """Return the main result in a sentence without gates. With `intervals`, it contains the confidence interval."""
     metric = main_metric(summary)
     if metric is None:
         return f"{amount(summary['n'], summary['noun']).capitalize()} were assessed"
@@ -179,7 +183,7 @@ def _suite_alone(summary: Mapping[str, Any]) -> str:
 
 
 def every_one_tried(threat: Mapping[str, Any]) -> str:
-    """What examples must survive: `every attack tried`, or `every corruption tried`."""
+    """Return what examples must survive: `every attack tried`, or `every corruption tried`."""
     return f"every {'corruption' if threat['norm'] == 'Corruptions' else 'attack'} tried"
 
 
@@ -190,7 +194,7 @@ def _elsewhere(summary: Mapping[str, Any]) -> str:
 
 
 def asked(gate: Mapping[str, Any]) -> str:
-    """The claim of a gate in words: `at least 50 % robust accuracy`."""
+    """Return the condition of a gate in words: `at least 50 % robust accuracy`."""
     sense = "at least" if gate["relation"] == ">=" else "at most"
     bound = shown(gate["metric"], gate["bound"]).replace(".0 %", " %")
     at = f" at eps {size(gate['eps'])}" if gate["eps"] is not None else ""
@@ -205,7 +209,7 @@ def _spoken(metric: str) -> str:
 
 
 def open_doubts(summary: Mapping[str, Any]) -> list[str]:
-    """Names of raised doubts that were not accepted."""
+    """Return the names of the doubts that were raised and not accepted."""
     return [
         doubt["name"]
         for doubt in summary["doubts"]
@@ -214,14 +218,14 @@ def open_doubts(summary: Mapping[str, Any]) -> list[str]:
 
 
 def doubted(gate: Mapping[str, Any]) -> bool:
-    """Whether only open doubts prevent the gate from passing."""
+    """Return whether only open doubts prevent the gate from passing."""
     low, high = number(gate["estimate"]["low"]), number(gate["estimate"]["high"])
     bound = number(gate["bound"])
     return gate["verdict"] == "unclear" and (low >= bound if gate["relation"] == ">=" else high <= bound)
 
 
 def why(gate: Mapping[str, Any], doubts: Sequence[str]) -> str:
-    """The reason for the verdict of a gate, in words."""
+    """Return the reason for the verdict of a gate, in words."""
     sure = interval(gate["metric"], gate["estimate"])
     return f"{_because(gate, sure, doubts)}{SCOPES[gate['scope']] if gate['scope'] else ''}"
 
@@ -230,7 +234,7 @@ SCOPES: Mapping[str, str] = {
     "every pass": "; compared by the adversarial examples of every pass, because both runs have the same passes",
     "suite only": "; compared by the suites' own robust accuracies, because the runs do not have the same passes",
 }
-"""Which adversarial examples count in a comparison of two runs."""
+"""Text on which adversarial examples count in a comparison of two runs, for each scope."""
 
 
 def _because(gate: Mapping[str, Any], sure: str, doubts: Sequence[str]) -> str:
@@ -242,7 +246,7 @@ def _because(gate: Mapping[str, Any], sure: str, doubts: Sequence[str]) -> str:
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """The result in one sentence: what was measured, the gates, and the verdict."""
+    """Return the result in one sentence: what was measured, the gates, and the verdict."""
     gates, found = summary["gates"], _meaning(summary, measured(summary))
     if not gates:
         return f"{found}; no gate was set."
@@ -260,7 +264,7 @@ def headline(summary: Mapping[str, Any]) -> str:
 
 
 def title(summary: Mapping[str, Any]) -> str:
-    """The result in a short sentence, for a page that shows interval, gates and doubts separately."""
+    """Return the result in a short sentence, for a page that shows interval, gates and doubts separately."""
     return _meaning(summary, measured(summary, intervals=False)) + "."
 
 
@@ -270,7 +274,7 @@ def _meaning(summary: Mapping[str, Any], found: str) -> str:
 
 
 def _meaningless(summary: Mapping[str, Any]) -> str:
-    """Why a robust accuracy says nothing about the model, by its open doubts; empty if it is meaningful."""
+    """Reason why the robust accuracy is not meaningful, from the open doubts; empty if it is meaningful."""
     doubts = {doubt["name"]: doubt for doubt in summary["doubts"]}
     open_ = [name for name in MEANINGLESS if name in open_doubts(summary)]
     title = str(doubts[open_[0]]["title"]) if open_ else ""
@@ -308,7 +312,7 @@ def _limited(kind: str, limits: Mapping[str, Any]) -> str:
 
 
 def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The assumptions on the adversary, one sentence each."""
+    """Return the assumptions on the attacker, as one sentence each."""
     eps = number(threat["eps"])
     ball = _BALLS.get(threat["norm"], "may change an input within " + threat["constraint"])
     if threat["limits"]:
@@ -337,7 +341,7 @@ def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str,
 
 
 def query_budget(threat: Mapping[str, Any]) -> str:
-    """The query budget of the threat model in words; empty if there is none.
+    """Return the query budget of a threat model in words; empty if there is none.
 
     >>> query_budget({"queries": 1_000})
     'at most 1,000 queries for each example in each attack'
@@ -351,5 +355,5 @@ def query_budget(threat: Mapping[str, Any]) -> str:
 
 
 def as_asked(threat: Mapping[str, Any]) -> str:
-    """The threat model of a summary in the syntax of the command line."""
+    """Return the threat model of a summary in the syntax of the command line."""
     return threat_text(threat["constraint"], threat["goal"], threat["access"], threat["queries"])

@@ -1,4 +1,4 @@
-"""Writes reports in the format of the file suffix. The module imports neither torch nor a renderer."""
+"""Functions that write reports in the format of the file suffix. The module imports neither torch nor a renderer."""
 
 import contextlib
 import os
@@ -59,17 +59,20 @@ WRITERS: Mapping[str, Callable[[Summary, "Columns", TextIO], None]] = {
     ".md": _markdown,
     ".csv": _csv,
 }
-"""The function that writes the report for each file suffix."""
+"""Function that writes the report, for each file suffix."""
 
 
 EXHIBIT_SUFFIXES = (".json",)
-"""File suffixes for the measured gallery."""
+"""File suffixes that are allowed for the measurements of the gallery."""
 COMPARISON_SUFFIXES = (".html", ".json", ".md")
-"""File suffixes for a comparison."""
+"""File suffixes that are allowed for a comparison."""
 
 
 def check_destination(path: Path, suffixes: Collection[str] = WRITERS.keys()) -> None:
-    """Test a path before a run: raises `UsageError` for an unknown suffix, `TargetError` if it cannot be written."""
+    """Check the path of a report before a run.
+
+    Raises `UsageError` for an unknown suffix, and `TargetError` if the file cannot be written.
+    """
     _known(path, suffixes)
     if path.is_dir():
         raise TargetError(f"{path} is a folder; a report is a file, as in {path / 'report.html'}")
@@ -87,7 +90,7 @@ def check_destination(path: Path, suffixes: Collection[str] = WRITERS.keys()) ->
 
 
 def write(summary: Summary, columns: "Columns", path: Path) -> None:
-    """Write the report in the format of the suffix, atomically; missing folders are created."""
+    """Write the report in the format of the suffix, atomically. Missing folders are created."""
     writer = WRITERS[_known(path, WRITERS)]
     with _explained(path), replacing(path) as file:
         writer(summary, columns, file)
@@ -128,7 +131,9 @@ def _explained(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """Open a text file that replaces `path` when it is complete; after an error, `path` is unchanged."""
+    """Context manager that opens a text file, which replaces `path` when it is complete. After an error, `path` is
+    unchanged.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".part", dir=path.parent)
     try:

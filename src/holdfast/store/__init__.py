@@ -1,4 +1,4 @@
-"""Files of runs and pools: columns, hash chains, leases and encrypted parameter sets. Contains no computations.
+"""Files of runs and pools: columns, hash chains, leases and encrypted parameter sets. This package computes nothing.
 
 `Ledger` and `Pool` are imported on first use, so that the other modules do not import torch.
 """

@@ -1,8 +1,10 @@
-"""The lines of a pool's ledger: a public hash chain, each entry authenticated with a key derived from the pool's.
+"""Lines of the ledger of a pool: a public hash chain whose entries are authenticated with a key derived from the
+pool's.
 
-A line has the entry, the digests of the chain, a counter and an HMAC-SHA-256 (RFC 2104) over entry, counter and the
-digest of the entry before. `ledger.head` has the number and the digest of the last entry, authenticated alike: entries
-missing at the end of the ledger are detected by it. What is not detected is an older copy of both files; see `Head`.
+A line contains the entry, the digests of the chain, a counter, and an HMAC-SHA-256 (RFC 2104) over the entry, the
+counter and the digest of the entry before. `ledger.head` contains the number and the digest of the last entry,
+authenticated in the same way, so that entries missing at the end of the ledger are detected. An older copy of both
+files is not detected; see `Head`.
 """
 
 import hashlib
@@ -29,14 +31,14 @@ _FIELDS = {"content", "counter", "digest", "mac", "previous"}
 class Head:
     """The last entry of a ledger.
 
-    A copy of it in another place identifies the ledger up to that entry: an older copy of the whole folder lacks the
-    entry.
+    A copy of it that is stored elsewhere identifies the ledger up to that entry: an older copy of the whole folder does
+    not contain the entry.
     """
 
     entries: int
     """number of the entry, from 1"""
     digest: str
-    """its digest in the chain, 64 hex digits"""
+    """digest of the entry in the chain, 64 hex digits"""
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,17 @@ class LedgerKey:
 
     @classmethod
     def of(cls, seal: Seal, pool: str) -> "LedgerKey":
-        """The key derived for this purpose from the key and the id of a pool."""
+        """Return the key for the ledger, derived from the key and the id of a pool."""
         return cls(seal.derived(_PURPOSE, pool))
 
     def of_entry(self, counter: int, link: Link) -> str:
-        """HMAC of an entry, its position and the digest of the previous entry, in hex."""
+        """Return the HMAC of an entry, its position and the digest of the previous entry, in hex."""
         return self._mac(
             {"kind": "entry", "counter": counter, "previous": link.previous, "content": link.content}
         )
 
     def of_head(self, head: Head) -> str:
-        """HMAC of a head of the ledger, in hex."""
+        """Return the HMAC of the head of a ledger, in hex."""
         return self._mac({"kind": "head", "entries": head.entries, "digest": head.digest})
 
     def _mac(self, message: Mapping[str, Any]) -> str:
@@ -65,7 +67,7 @@ class LedgerKey:
 
 
 def authenticated_line(link: Link, counter: int, key: LedgerKey) -> bytes:
-    """The line of the ledger for an entry."""
+    """Return the line of the ledger for an entry, with its counter and its HMAC."""
     record = {"content": link.content, "previous": link.previous, "digest": link.digest}
     return canonical({**record, "counter": counter, "mac": key.of_entry(counter, link)}) + b"\n"
 
@@ -79,10 +81,11 @@ def read_entries(
     previous: str = GENESIS,
     first: int = 1,
 ) -> list[Link]:
-    """Read the entries in complete lines of a ledger; the number `first` must follow `previous`.
+    """Return the entries in the complete lines of a ledger.
 
-    Without a `key`, only the public chain and the counters are verified. `check` raises a `ValueError`, `KeyError`
-    or `TypeError` for an invalid entry. Raises `TargetError` with the number of the first invalid entry.
+    The first entry must have the number `first`, and `previous` is the digest of the entry before it. Without a `key`,
+    only the public chain and the counters are verified. `check` raises a `ValueError`, `KeyError` or `TypeError` for an
+    invalid entry. Raises `TargetError` with the number of the first invalid entry.
     """
     records = [_record(line) for line in lines.splitlines()]
     for position, record in enumerate(records, first):
@@ -124,13 +127,16 @@ def _equal(found: object, expected: str) -> bool:
 
 
 def write_head(path: Path, head: Head, key: LedgerKey) -> None:
-    """Write the file of a head. Raises `OSError`."""
+    """Write the head of a ledger to a file. Raises `OSError`."""
     content = {"entries": head.entries, "digest": head.digest, "mac": key.of_head(head)}
     write_atomically(path, document(content), PRIVATE)
 
 
 def read_head(path: Path, key: LedgerKey | None) -> Head | None:
-    """The head in a file; None if there is no file. Raises `TargetError` if the key of the pool did not write it."""
+    """Return the head of a ledger from its file, or None if there is no file.
+
+    Raises `TargetError` if the head was not written with the key of the pool.
+    """
     with usable(path, refusal_in_pool):
         if not path.exists():
             return None
@@ -148,7 +154,9 @@ def read_head(path: Path, key: LedgerKey | None) -> Head | None:
 
 
 def refuse_shortened(path: Path, head: Head | None, digests: list[str]) -> None:
-    """Raise `TargetError` if a ledger lacks entries that its head counts; `digests` are those of its entries."""
+    """Raise `TargetError` if entries are missing in a ledger according to its head. `digests` are
+    those of its entries.
+    """
     if head is None:
         if digests:
             raise TargetError(

@@ -1,4 +1,4 @@
-"""Column files: safetensors with one metadata key that contains sorted JSON. Equal columns give equal bytes.
+"""Column files: safetensors files with one metadata key that contains sorted JSON. Equal columns give equal bytes.
 
 The JSON contains a digest of the columns, so a truncated or altered file is detected without other files.
 """
@@ -31,20 +31,20 @@ class ColumnFile:
 
     columns: dict[str, Tensor]
     about: Mapping[str, Any] = field(default_factory=dict)
-    """metadata that the writer added"""
+    """metadata that were passed to `encode`"""
     digest: str = ""
     """SHA-256 of the bytes of the file, in hex"""
 
 
 def encode(columns: Columns, about: Mapping[str, Any]) -> bytes:
-    """The bytes of a column file, a pure function of the columns and the metadata."""
+    """Return the bytes of a column file. They are determined by the columns and the metadata."""
     tensors = {name: values.clone() for name, values in sorted(_plain(columns).items())}
     metadata = {"schema_version": _VERSION, "about": dict(about), "columns": content_digest(tensors)}
     return save(tensors, metadata={_KEY: canonical(metadata).decode()})
 
 
 def decode(data: bytes, name: str) -> ColumnFile:
-    """The columns in the bytes of a file. Raises `TargetError` if they were altered; `name` is part of the message."""
+    """Return the content of a column file from its bytes. Raises `TargetError` with `name` if they were altered."""
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = json.loads(header["__metadata__"][_KEY])
@@ -72,12 +72,12 @@ def write(path: Path, columns: Columns, about: Mapping[str, Any]) -> str:
 
 
 def read(path: Path) -> ColumnFile:
-    """Read a column file and verify the digest in it."""
+    """Return the content of a column file, after verification of the digest in it."""
     return decode(content_of(path), str(path))
 
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 in hex over names, types, shapes and values."""
+    """Return the SHA-256 over names, types, shapes and values of tensors, in hex."""
     sha = hashlib.sha256()
     for name, values in sorted(_plain(tensors).items()):
         sha.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())

@@ -1,4 +1,4 @@
-"""Describes the differences between the run in a folder and the requested run."""
+"""Description of the differences between the run in a folder and the requested run."""
 
 import json
 import re
@@ -9,16 +9,16 @@ from holdfast.core.names import limits_text, threat_text
 from holdfast.harness import KINDS
 
 MOST = 4
-"""Largest number of differences that are named; the others are counted."""
+"""Largest number of differences that are listed; further ones are only counted."""
 _FIRST = ("threat", "suite", "seed")
 _DIGITS = 12  # digits of a digest that are shown
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The differences of two configurations of `run.json`: `threat: linf:0.1 → linf:0.2; seed: 0 → 1`.
+    """Return the differences of two configurations of `run.json` as text: `threat: linf:0.1 → linf:0.2; seed: 0 → 1`.
 
-    Empty if no difference can be named.
+    The text is empty if no difference can be listed.
     """
     names = dict.fromkeys([*_FIRST, *sorted({*known, *wanted} - {"stages"}), "stages"])
     lines = [line for name in names for line in _of(name, known.get(name), wanted.get(name))]

@@ -1,8 +1,8 @@
 """Encrypted files: AES-256-GCM, authenticated with the name of the file, so that files cannot be altered or exchanged.
 
 An encrypted file consists of a header (magic bytes, version, id of the key), a random nonce, and the ciphertext with
-its tag. The header and the name are authenticated with the content. NIST SP 800-38D allows 2**32 random nonces for
-one key.
+its tag. The header and the name are authenticated together with the content. NIST SP 800-38D allows 2**32 random nonces
+for one key.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ _HEX = re.compile(f"[0-9a-fA-F]{{{2 * KEY_BYTES}}}")
 
 @dataclass(frozen=True)
 class Seal:
-    """A key, with encryption and decryption of files."""
+    """A key that encrypts and decrypts files."""
 
     key: bytes = field(repr=False)
     source: str = ""
@@ -50,11 +50,13 @@ class Seal:
 
     @property
     def id(self) -> str:
-        """An identifier of the key that does not reveal it."""
+        """Identifier of the key, which does not reveal the key."""
         return hashlib.sha256(b"holdfast pool key id\0" + self.key).digest()[:_ID_BYTES].hex()
 
     def seal(self, data: bytes, name: str) -> bytes:
-        """The bytes of an encrypted file that can only be decrypted under `name`. Each call uses a new nonce."""
+        """Return the bytes of an encrypted file, which can only be decrypted under `name`. Each
+        call uses a new nonce.
+        """
         if len(data) > _MOST_BYTES:
             raise UsageError(
                 f"{name!r} has {len(data)} bytes; at most {_MOST_BYTES} can be encrypted in one file; split it"
@@ -64,7 +66,10 @@ class Seal:
         return header + nonce + _cipher(self.key).encrypt(nonce, data, header + name.encode())
 
     def open(self, data: bytes, name: str, path: Path | None = None) -> bytes:
-        """Decrypt a file encrypted under `name`. Raises `TargetError` with `path` if the bytes are invalid."""
+        """Return the decrypted content of a file that was encrypted under `name`.
+
+        Raises `TargetError` with `path` if the bytes are invalid.
+        """
         shown = repr(name if path is None else str(path))
         if len(data) < _HEADER_BYTES + _NONCE_BYTES + _TAG_BYTES or not data.startswith(_MAGIC):
             raise TargetError(f"{shown} is not an encrypted file, or is truncated; restore it from a copy")
@@ -92,16 +97,18 @@ class Seal:
             ) from None
 
     def pseudonym(self, text: str, name: str) -> str:
-        """A pseudonym that is constant for a text and `name`, and does not reveal the text: HMAC-SHA-256, in hex."""
+        """Return a pseudonym of a text: HMAC-SHA-256, in hex. It depends on the text and `name` only, and hides the
+        text.
+        """
         if not isinstance(text, str):
             raise UsageError(f"{text!r} is not the name of a {name.rpartition('/')[2]}; text was expected")
         message = f"{name}\0{text}".encode("utf-8", "surrogatepass")
         return hmac.new(self.key, message, hashlib.sha256).hexdigest()[:PSEUDONYM_DIGITS]
 
     def derived(self, purpose: str, salt: str) -> bytes:
-        """A key of 32 bytes for one purpose, which reveals neither this key nor those of other purposes.
+        """Return a key of 32 bytes for one purpose, which reveals neither this key nor keys for other purposes.
 
-        HKDF-SHA-256 (RFC 5869); `salt` separates pools that share a key.
+        It is derived by HKDF-SHA-256 (RFC 5869). `salt` gives different keys for pools with the same key.
         """
         from cryptography.hazmat.primitives.hashes import SHA256
         from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -109,7 +116,7 @@ class Seal:
         return HKDF(SHA256(), KEY_BYTES, salt.encode(), f"holdfast {purpose}".encode()).derive(self.key)
 
     def refuse_other(self, key_id: str, manifest: Path) -> None:
-        """Raise `TargetError` if a pool was encrypted with another key."""
+        """Raise `TargetError` if a pool was encrypted with another key, i.e. if `key_id` is not the id of this key."""
         if key_id != self.id:
             raise TargetError(
                 f"the pool of {str(manifest)!r} is encrypted with key {key_id}, but the given key is "
@@ -122,19 +129,19 @@ class Seal:
 
 
 def key_file(folder: Path) -> Path:
-    """Path of the key file of a pool: next to its folder, so that a copy of the folder does not contain the key."""
+    """Return the path of the key file of a pool. It is next to the folder, so that a copy of the folder has no key."""
     whole = folder.resolve()
     return whole.with_name(f"{whole.name}.key")
 
 
 def has_key(folder: Path) -> bool:
-    """Whether the key of a pool is in the environment or in its key file."""
+    """Return whether the key of a pool is in the environment or in its key file."""
     with usable(key_file(folder), refusal_in_pool):
         return KEY_VARIABLE in os.environ or key_file(folder).exists()
 
 
 def found_seal(folder: Path) -> Seal:
-    """The key of an existing pool. Raises `TargetError` if there is none, or others may read it."""
+    """Return the key of an existing pool. Raises `TargetError` if there is none, or if other users may read it."""
     given, path = _given(), key_file(folder)
     if given is not None:
         return given
@@ -167,13 +174,16 @@ def found_seal(folder: Path) -> Seal:
 
 
 def refuse_unready() -> None:
-    """Raise `UsageError` if the library is missing, or the environment contains an invalid key."""
+    """Raise `UsageError` if the encryption library is missing, or the environment contains an invalid key."""
     _cipher(bytes(KEY_BYTES))
     _given()
 
 
 def begun_seal(folder: Path) -> Seal:
-    """The key of a new pool, under its lock: an existing key, otherwise a new key file."""
+    """Return the key of a new pool: an existing key or, if there is none, a new one that is written to the key file.
+
+    The caller must have locked the pool.
+    """
     given, path = _given(), key_file(folder)
     if given is None:
         with usable(path, refusal_in_pool):

@@ -1,4 +1,6 @@
-"""Atomic writes: after a kill, a power failure or a full disk, a file has its old or its new content, never a part."""
+"""Atomic writes of files. After a kill, a power failure or a full disk, a file has either its old
+or its new content.
+"""
 
 import errno
 import os
@@ -10,24 +12,25 @@ from pathlib import Path
 from holdfast.core.errors import TargetError
 
 PART = ".part"
-"""Suffix of files during a write. The owner of the folder may delete such files."""
+"""Suffix of the names of files while they are written. Such files may be deleted by the owner of the folder."""
 
 MANIFEST = "run.json"
 POOL_MANIFEST = "pool.json"
-"""File that every pool folder contains, as `MANIFEST` is for run folders."""
+"""File that identifies the folder of a pool, as `MANIFEST` identifies that of a run."""
 PRIVATE = 0o600
 """Mode of a secret file, which only its owner may read."""
 _OPEN = 0o666
 """Mode of other files, before the umask."""
 
 SERVED = "served.journal"
-"""File in a run folder with the totals of what was sent to a server; like times, it is not part of the chain."""
+"""File in a run folder with the number of rows and requests sent to a server. Like times, it is not
+part of the chain."""
 CHECKPOINTS = "checkpoints"
 """Prefix of the names of folders with checkpoints."""
 
 
 def refuse_no_run(*folders: Path) -> None:
-    """Raise `TargetError` for a folder that contains no run."""
+    """Raise `TargetError` if a folder contains no run."""
     for folder in folders:
         if not (folder / MANIFEST).is_file():
             raise TargetError(
@@ -37,7 +40,7 @@ def refuse_no_run(*folders: Path) -> None:
 
 
 def refusal(path: Path, error: OSError) -> str:
-    """The error message for a path of a run that cannot be used, with advice."""
+    """Return the error message, with advice, for a path of a run that cannot be used."""
     shown = repr(str(path))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
@@ -55,7 +58,7 @@ def refusal(path: Path, error: OSError) -> str:
 
 
 def refusal_in_pool(path: Path, error: OSError) -> str:
-    """The error message for a file of a pool that cannot be used, with advice."""
+    """Return the error message, with advice, for a file of a pool that cannot be used."""
     shown = repr(str(path))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full: {shown} could not be written. Free some space and try again; the pool is unchanged"
@@ -68,7 +71,10 @@ def refusal_in_pool(path: Path, error: OSError) -> str:
 
 
 def content_of(path: Path) -> bytes:
-    """The bytes of a file in a run folder. Raises `TargetError` for a link or a device, since runs may be untrusted."""
+    """Return the bytes of a file in a run folder.
+
+    Raises `TargetError` for a link or a device, because run folders may be untrusted.
+    """
     with usable(path):
         if not stat.S_ISREG(path.lstat().st_mode):
             raise TargetError(
@@ -80,7 +86,7 @@ def content_of(path: Path) -> bytes:
 
 @contextmanager
 def usable(path: Path, message: Callable[[Path, OSError], str] = refusal) -> Iterator[None]:
-    """Convert an `OSError` to a `TargetError` with the path and advice."""
+    """Context manager that converts an `OSError` to a `TargetError` with the path and advice."""
     try:
         yield
     except OSError as error:
@@ -88,10 +94,10 @@ def usable(path: Path, message: Callable[[Path, OSError], str] = refusal) -> Ite
 
 
 def write_atomically(path: Path, content: bytes, mode: int = _OPEN) -> None:
-    """Write a file atomically and flush it to the disk. Raises `OSError`; the old content is then unchanged.
+    """Write a file atomically and flush it to the disk. Raises `OSError`; the file then has its old content.
 
-    A `mode` other than the default, such as `PRIVATE`, is set before the file contains data, and replaces that of
-    the old file.
+    A `mode` other than the default, such as `PRIVATE`, is set before the file contains data, and replaces that of the
+    old file.
     """
     part = path.with_name(f".{path.name}{PART}")
     try:
@@ -107,7 +113,7 @@ def write_atomically(path: Path, content: bytes, mode: int = _OPEN) -> None:
 def create_private(path: Path, content: bytes) -> None:
     """Write a new file that only its owner may read, and flush it to the disk.
 
-    Raises `FileExistsError` if the name exists, also as a link, which is not followed.
+    Raises `FileExistsError` if a file or link of this name exists; a link is not followed.
     """
     try:
         _write(path, content, os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), PRIVATE)
@@ -121,7 +127,8 @@ def create_private(path: Path, content: bytes) -> None:
 
 
 def append(path: Path, content: bytes, mode: int = _OPEN) -> None:
-    """Append to a file and flush it to the disk. After a kill, the end may be incomplete; readers must drop it.
+    """Append to a file and flush it to the disk. After a kill, the end may be incomplete and must be ignored by
+    readers.
 
     A `mode` other than the default, such as `PRIVATE`, is set before data are added.
     """
@@ -147,7 +154,7 @@ def private() -> Iterator[None]:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk, if the system supports it."""
+    """Flush the list of files of a folder to the disk, if the system supports it."""
     if os.name == "nt":  # folders cannot be opened on Windows; its file system keeps a journal of names
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -158,7 +165,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def clear_parts(folder: Path) -> None:
-    """Delete files that an interrupted writer left incomplete."""
+    """Delete the incomplete files in a folder that an interrupted process left."""
     for part in folder.glob(f".*{PART}"):
         part.unlink(missing_ok=True)
 

@@ -1,8 +1,8 @@
 """The folder of a run: manifest, measurements, and the hash chain over them.
 
-`run.json` describes what is measured. `<stage>/<shard>.safetensors` are shards of an incomplete stage, which become
-`<stage>.safetensors`. `chain.jsonl` lists the digests of the files in the order in which they were recorded. Every
-step may be interrupted by a kill; the next process repeats it.
+`run.json` describes what is measured. `<stage>/<shard>.safetensors` are shards of an incomplete stage, which are joined
+to `<stage>.safetensors` when the stage is complete. `chain.jsonl` lists the digests of the files in the order in which
+they were recorded. If the process is killed during a step, the next process repeats the step.
 """
 
 import json
@@ -40,7 +40,7 @@ SCHEMA_VERSION = 2
 ABOUT = "about.json"
 SPLITS = "splits.json"
 SAMENESS = ("config", "data", "model", "code")
-"""Digests that must be equal for the processes and attempts of a run."""
+"""Names of the digests that must be equal in all processes and attempts of a run."""
 
 _SPLIT = {"stage": forms.name, "shard": forms.count, "at": forms.count, "size": forms.count}
 _SPLITS = forms.list_of(forms.record(_SPLIT))
@@ -63,12 +63,12 @@ _MANIFEST = forms.record(
 """Fields that are used to resume and verify a run; `runs` reads more."""
 
 Split = Mapping[str, Any]
-"""An out-of-memory event: in `stage`, `shard`, before row `at`, after which batches have `size` examples."""
+"""An out-of-memory event in `stage` and `shard`, before row `at`. After it, batches have `size` examples."""
 
 
 @dataclass(frozen=True)
 class StoredStage:
-    """Columns of a complete stage."""
+    """Columns of a stage that is complete."""
 
     columns: Columns
     reached: int | None = None
@@ -78,20 +78,25 @@ class StoredStage:
 
 
 class RunFolder:
-    """A run folder that this process works on."""
+    """A run folder whose lease belongs to this process."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], chain: Chain, leases: Leases) -> None:
         self.path, self.manifest, self.chain, self.leases = path, manifest, chain, leases
 
     def stage(self, name: str) -> StoredStage | None:
-        """A complete stage; None if it is not complete. Deletes its shard files if a kill left some."""
+        """Return a complete stage, or None if it is not complete. Deletes shard files of a complete stage that a kill
+        left.
+        """
         found = read_stage(self.path, self.chain, name)
         if found is not None:
             self.drop_shards(name)
         return found
 
     def shards(self, stage: str) -> dict[int, Columns]:
-        """The finished shards of an incomplete stage. Invalid shards are deleted and measured again."""
+        """Return the columns of the finished shards of an incomplete stage, by the index of the shard.
+
+        Invalid shards are deleted, so that they are measured again.
+        """
         columns_of_shards: dict[int, Columns] = {}
         folder = self.path / stage
         with usable(folder):
@@ -107,7 +112,7 @@ class RunFolder:
         return columns_of_shards
 
     def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
-        """Write a finished shard."""
+        """Write the columns of a finished shard."""
         self.leases.refuse_lost()
         folder = self.path / stage
         with usable(folder):
@@ -135,7 +140,7 @@ class RunFolder:
         self.drop_shards(stage)
 
     def drop_shards(self, stage: str) -> None:
-        """Delete the shards of a complete stage."""
+        """Delete the shard files of a complete stage."""
         folder = self.path / stage
         with usable(folder):
             if folder.is_dir():
@@ -144,7 +149,7 @@ class RunFolder:
                 folder.rmdir()
 
     def document(self, kind: str) -> dict[str, Any] | None:
-        """A recorded document, such as the doubts; None if there is none."""
+        """Return a recorded document, such as the doubts, or None if there is none."""
         return recorded_document(self.path, self.chain, kind)
 
     def record(self, kind: str, content: Mapping[str, Any]) -> None:
@@ -169,28 +174,28 @@ class RunFolder:
             self.chain.add({"kind": kind, "file": path.name, "digest": digest(data)})
 
     def begin(self, stage: str, shard: int) -> None:
-        """Count an attempt at a shard."""
+        """Record that an attempt at a shard begins."""
         self.leases.begin(stage, shard)
 
     def spend(self, stage: str, shard: int, seconds: Seconds, *, done: bool) -> None:
-        """Add to the time of a shard."""
+        """Add `seconds` to the time of a shard."""
         self.leases.spend(stage, shard, seconds.cpu, seconds.wall, done=done)
 
     def spent(self, stage: str) -> Seconds:
-        """Time of a stage over all attempts."""
+        """Return the time of a stage over all attempts."""
         times = self.leases.spent(stage)
         return Seconds(times.cpu_s, times.wall_s)
 
     def about(self) -> dict[str, Any]:
-        """Start time and command of the run."""
+        """Return the start time and the command of the run."""
         return read_about(self.path)
 
     def splits(self) -> tuple[Split, ...]:
-        """The out-of-memory events of the run, in order."""
+        """Return the out-of-memory events of the run, in order."""
         return tuple(read_splits(self.path))
 
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
-        """Record an out-of-memory event before the run continues."""
+        """Record an out-of-memory event, before the run continues with smaller batches."""
         split = {"stage": stage, "shard": shard, "at": at, "size": size}
         self.leases.refuse_lost()
         with usable(self.path / SPLITS):
@@ -203,11 +208,12 @@ class RunFolder:
 def open_run_folder(
     path: Path, manifest: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool, secret: bool = False
 ) -> Iterator[RunFolder]:
-    """Start or resume a run with an exclusive lease; if `secret`, the folder is accessible to its owner only.
+    """Context manager that starts or resumes a run, and has the exclusive lease of its folder.
 
-    `manifest` contains the `digests` of config, data, model and code, and the description of the measurements;
-    `about` contains what may differ between equal runs, such as the time and the command. Raises `UsageError` if the
-    folder contains other files, is in use, or contains another run; `TargetError` if it cannot be written.
+    `manifest` contains the `digests` of config, data, model and code, and the description of the measurements. `about`
+    contains what may differ between equal runs, such as the time and the command. If `secret`, only the owner can
+    access the folder. Raises `UsageError` if the folder contains other files, is in use, or contains another run, and
+    `TargetError` if it cannot be written.
     """
     refuse_used(path, resume=resume)
     wanted: dict[str, Any] = json.loads(canonical({"schema_version": SCHEMA_VERSION, **manifest}))
@@ -228,14 +234,14 @@ def open_run_folder(
 
 
 def stored_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of the run in a folder; None if there is none."""
+    """Return the manifest of the run in a folder, or None if there is none."""
     return read_manifest(path) if (path / MANIFEST).is_file() else None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read `run.json`. Raises `TargetError` if it is missing, invalid, or of an unknown version.
+    """Return the content of `run.json`. Raises `TargetError` if it is missing, invalid, or of an unknown version.
 
-    The content of a run of schema 1 has the keys of this version, and its own `schema_version`.
+    The content of a run of schema 1 is converted to the keys of this version, except for its `schema_version`.
     """
     refuse_no_run(path)
     manifest = read_document(path / MANIFEST)
@@ -252,9 +258,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Start time and command of a run; empty if the file is missing.
+    """Return the start time and the command of a run; empty if the file is missing.
 
-    The file is not part of the chain, so other fields of it are ignored.
+    The file is not part of the chain, so other fields in it are ignored.
     """
     if not (path / ABOUT).is_file():
         return {}
@@ -264,7 +270,7 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def read_stage(path: Path, chain: Chain, name: str) -> StoredStage | None:
-    """A complete stage, read without a lease; None if it is not complete."""
+    """Return a complete stage, or None if it is not complete. It is read without a lease."""
     recorded = chain.last("stage", name)
     if recorded is None:
         return None
@@ -279,9 +285,9 @@ def read_stage(path: Path, chain: Chain, name: str) -> StoredStage | None:
 def recorded_document(
     path: Path, chain: Chain, kind: str, version: int = SCHEMA_VERSION
 ) -> dict[str, Any] | None:
-    """A document that the chain lists, verified against its digest; None if it is not listed.
+    """Return a document that the chain lists, after verification of its digest, or None if it is not listed.
 
-    `version` is the `schema_version` of the run. A document of schema 1 is returned with the keys of this version.
+    `version` is the `schema_version` of the run. A document of schema 1 is converted to the keys of this version.
     """
     known = chain.last(kind)
     if known is None:
@@ -295,9 +301,9 @@ def recorded_document(
 
 
 def refuse_used(path: Path, *, resume: bool) -> None:
-    """Raise `UsageError` if a folder contains files that are not a run, or a run that is not to be resumed.
+    """Raise `UsageError` if a folder contains files that do not belong to a run, or a run and `resume` is false.
 
-    A run of schema 1 cannot be resumed.
+    Also raises it for a run of schema 1, which cannot be resumed.
     """
     with usable(path):
         if not path.is_dir():
@@ -394,7 +400,7 @@ def _in_order(splits: Sequence[Split]) -> list[Split]:
 
 
 def read_splits(path: Path) -> list[Split]:
-    """The out-of-memory events of a run, in order. Raises `TargetError` for an invalid file."""
+    """Return the out-of-memory events of a run, in order. Raises `TargetError` for an invalid file."""
     file = path / SPLITS
     if not file.exists():
         return []

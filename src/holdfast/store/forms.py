@@ -1,4 +1,6 @@
-"""Schemas that a JSON document must match before its fields are used, since a run folder may be untrusted."""
+"""Schemas of JSON documents. A document is validated before its fields are used, since a run folder
+may be untrusted.
+"""
 
 import re
 from collections.abc import Callable, Mapping
@@ -9,7 +11,7 @@ from typing import Any
 from holdfast.core.errors import TargetError
 
 Form = Callable[[Any, str], None]
-"""Takes a value and its path in the document. Raises `_Unlike` if the value does not match."""
+"""Schema: a function of a value and its path in the document that raises `_Unlike` if the value does not match."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,150}")
 _SHOWN = Repr()
@@ -22,7 +24,10 @@ class _Unlike(Exception):
 
 
 def refuse_form(file: Path, content: Any, form: Form) -> None:
-    """Raise `TargetError` with the file, the first field that does not match, and what was expected."""
+    """Raise `TargetError` if `content` does not match a schema.
+
+    The message contains the file, the first field that does not match, and what was expected.
+    """
     try:
         form(content, "")
     except _Unlike as error:
@@ -32,12 +37,14 @@ def refuse_form(file: Path, content: Any, form: Form) -> None:
 
 
 def is_name(value: object) -> bool:
-    """Whether a value is a valid name of a file of a run: letters, digits and a few characters, without separators."""
+    """Return whether a value is a valid name of a file of a run: letters, digits and a few
+    characters, no separators.
+    """
     return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
 def anything(value: Any, where: str) -> None:
-    """Accept any value, for fields that are only shown."""
+    """Accept any value. Used for fields that are only displayed."""
 
 
 def text(value: Any, where: str) -> None:
@@ -46,7 +53,7 @@ def text(value: Any, where: str) -> None:
 
 
 def name(value: Any, where: str) -> None:
-    """Accept a name of a stage, which is also the name of its file."""
+    """Accept a name of a stage, which is also a part of the name of its file."""
     _expect(is_name(value), value, where, "a name of letters, digits and the characters _.+=-")
 
 
@@ -75,7 +82,7 @@ def real(value: Any, where: str) -> None:
 
 
 def one_of(*words: str | int) -> Form:
-    """A form that accepts one of these values."""
+    """Return a schema that accepts one of these values."""
 
     def check(value: Any, where: str) -> None:
         known = any(type(value) is type(word) and value == word for word in words)
@@ -85,7 +92,7 @@ def one_of(*words: str | int) -> Form:
 
 
 def maybe(form: Form) -> Form:
-    """A form that accepts null, or a value of `form`."""
+    """Return a schema that accepts null and the values that `form` accepts."""
 
     def check(value: Any, where: str) -> None:
         if value is not None:
@@ -95,7 +102,7 @@ def maybe(form: Form) -> Form:
 
 
 def list_of(form: Form) -> Form:
-    """A form that accepts a list of values of `form`."""
+    """Return a schema that accepts a list of values that `form` accepts."""
 
     def check(value: Any, where: str) -> None:
         _expect(isinstance(value, list), value, where, "a list")
@@ -106,7 +113,10 @@ def list_of(form: Form) -> Form:
 
 
 def distinct(form: Form, field: str | None = None) -> Form:
-    """A list of values of `form`, of which no two are equal. With `field`, its values in the objects are compared."""
+    """Return a schema that accepts a list of distinct values that `form` accepts.
+
+    With `field`, the entries of the list are objects, and their values of this field must be distinct.
+    """
 
     def check(value: Any, where: str) -> None:
         list_of(form)(value, where)
@@ -119,7 +129,7 @@ def distinct(form: Form, field: str | None = None) -> Form:
 
 
 def pair(form: Form) -> Form:
-    """A list of two such values."""
+    """Return a schema that accepts a list of two values that `form` accepts."""
 
     def check(value: Any, where: str) -> None:
         list_of(form)(value, where)
@@ -129,7 +139,7 @@ def pair(form: Form) -> Form:
 
 
 def mapped(form: Form) -> Form:
-    """A form that accepts an object with any names, and values of `form`."""
+    """Return a schema that accepts an object with any names, whose values `form` accepts."""
 
     def check(value: Any, where: str) -> None:
         _expect(isinstance(value, dict), value, where, "an object")
@@ -140,7 +150,7 @@ def mapped(form: Form) -> Form:
 
 
 def record(required: Mapping[str, Form], optional: Mapping[str, Form] | None = None) -> Form:
-    """A form that accepts an object with these fields. Other fields are allowed and ignored."""
+    """Return a schema that accepts an object with these fields. Further fields are allowed and ignored."""
 
     def check(value: Any, where: str) -> None:
         _expect(isinstance(value, dict), value, where, "an object")

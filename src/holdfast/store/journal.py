@@ -1,8 +1,8 @@
-"""A journal of the answers of a server, in the folder of a run, for resuming the run.
+"""A journal of the answers of a server in the folder of a run, from which the run can be resumed.
 
-The file begins with a line that contains the number of bytes of records. A record consists of its length, a digest
-over it and all records before, a line of JSON, and for answers the digests of the inputs and the values. A kill
-leaves at most one incomplete record after the counted bytes, which is dropped.
+The first line of the file contains the number of bytes of all records. A record consists of its length, a digest over
+it and all records before, a line of JSON and, for an answer, the digests of the inputs and the values. If the process
+is killed, at most one incomplete record follows the counted bytes; it is ignored.
 """
 
 import json
@@ -38,7 +38,7 @@ _SYNCED_S = 1.0
 _LARGEST = 1 << 30
 """largest size of a record in bytes; a larger length is invalid"""
 Place = tuple[str, int]
-"""A stage and the index of a shard."""
+"""Name of a stage, and index of a shard."""
 _FIELDS: Mapping[str, forms.Form] = {
     **dict.fromkeys(("sent", "requests", "refused", "failed_rows", "too_many"), forms.count),
     **dict.fromkeys(("rows", "rejected", "failed"), forms.mapped(forms.count)),
@@ -48,11 +48,11 @@ _TOTALS = forms.record({}, _FIELDS)
 
 
 class Journal(Sent):
-    """Stores the answers of a server during a run that may be stopped.
+    """Stores the answers of a server during a run, so that a stopped run can be resumed.
 
-    They are written to `path` after a call of `attach`, since the folder of a run may be created later. With
-    `resume`, stored answers are reused, each once; raises `TargetError` if they were altered. With `keep`, answers
-    are never dropped. All methods are thread-safe.
+    Answers are written to `path` after a call of `attach`, because the folder of a run may be created later. With
+    `resume`, stored answers are reused, each once; raises `TargetError` if they were altered. With `keep`, answers are
+    never deleted. All methods are thread-safe.
     """
 
     keeps = True
@@ -87,7 +87,7 @@ class Journal(Sent):
         self.earlier = self.totals.sent
 
     def attach(self) -> None:
-        """Write to the file from now on. Its folder must exist, and no other process may use it."""
+        """Write answers to the file from now on. Its folder must exist, and no other process may use the file."""
         if self._file is not None:
             return
         pending, self._pending = self._pending, []
@@ -103,7 +103,10 @@ class Journal(Sent):
             self._append(place, record)
 
     def answered(self, purpose: Purpose, values: Tensor, keys: Sequence[bytes]) -> None:
-        """Store the answer to some inputs."""
+        """Store the answer of the server to some inputs.
+
+        `values` contains one row for each input, and `keys` the digest of each input.
+        """
         content: dict[str, Any] = {"t": "answer", **purpose_record(purpose), "n": len(values)}
         if values.is_floating_point():
             single = values.float()
@@ -117,9 +120,10 @@ class Journal(Sent):
         )
 
     def recalled(self, purpose: Purpose, keys: Sequence[bytes]) -> list[Tensor | None]:
-        """For each input, the next answer of earlier attempts in the same stage and shard; None if it must be sent.
+        """Return for each input its next stored answer in the same stage and shard, or None if the input must be sent.
 
-        For an input that the server refused, it is a row of one value that marks the refusal.
+        The answers are those of earlier attempts. If the server refused an input, the answer is a row of one value that
+        marks the refusal.
         """
         known = self._known.get((purpose.stage, purpose.shard))
         if not known:
@@ -127,7 +131,7 @@ class Journal(Sent):
         return [self._values(known[key].popleft()) if known.get(key) else None for key in keys]
 
     def done(self, stage: str, shard: int | None = None) -> None:
-        """Drop the answers of a finished shard or stage."""
+        """Delete the answers of a finished shard, or of a finished stage if `shard` is None, unless `keep` was set."""
         if self._keep:
             return
         with self._lock:
@@ -138,7 +142,7 @@ class Journal(Sent):
                 self._compact(self.path, list(self._kept))
 
     def close(self) -> None:
-        """Close the file; a resumed run continues it."""
+        """Close the file. It can be continued by a resumed run."""
         with self._lock:
             for file in (self._file, self._earlier):
                 if file is not None:
@@ -146,9 +150,9 @@ class Journal(Sent):
             self._file = self._earlier = None
 
     def finish(self) -> None:
-        """Write the file of a finished run: the totals, and the answers of the inspection of the model.
+        """Write the file of a finished run, which contains the totals and the answers from the inspection of the model.
 
-        Other answers are deleted, unless `keep` was set.
+        All other answers are deleted, unless `keep` was set.
         """
         with self._lock:
             if self._file is None:

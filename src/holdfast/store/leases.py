@@ -1,8 +1,8 @@
-"""`state.sqlite`: the lease of a run, the attempts at each shard, and their times.
+"""The file `state.sqlite`: the lease of a run, the number of attempts at each shard, and their times.
 
-It contains what is excluded from the hash chain: times, hosts and attempts. It is not needed to resume a run: if it
-is deleted, it is recreated from the folder, and only the recorded times are lost. A lease belongs to a process; process
-ids are reused, so start times are compared, too.
+It contains what is not in the hash chain: times, hosts and attempts. It is not needed to resume a run: if it is
+deleted, it is recreated from the folder, and only the recorded times are lost. A lease belongs to a process. Because
+process ids are reused, start times of processes are compared as well.
 """
 
 import math
@@ -21,7 +21,11 @@ from holdfast.core.errors import TargetError, UsageError
 
 @dataclass(frozen=True)
 class Owner:
-    """A process on a host. `started` distinguishes it from a later process with the same id; empty if unknown."""
+    """A process on a host.
+
+    `started` is the start time of the process, which distinguishes it from a later process with the same id; empty if
+    unknown.
+    """
 
     host: str
     pid: int
@@ -29,11 +33,11 @@ class Owner:
 
     @classmethod
     def myself(cls) -> "Owner":
-        """The owner that represents the current process."""
+        """Return the owner that represents the current process."""
         return cls(socket.gethostname(), os.getpid(), start_time(os.getpid()) or "")
 
     def alive(self) -> bool:
-        """Whether the process is alive; only for processes on this host."""
+        """Return whether the process is alive. The result is valid only for processes on this host."""
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -45,7 +49,7 @@ class Owner:
 
 
 def start_time(pid: int) -> str | None:
-    """Start time of a process in clock ticks of this boot; None if it is dead, empty if it is unknown."""
+    """Return the start time of a process in clock ticks of this boot; None if it is dead, empty if it is unknown."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     if not boot.exists():
         return ""
@@ -59,8 +63,10 @@ def start_time(pid: int) -> str | None:
 
 NAME = "state.sqlite"
 FOREIGN_LEASE_S = 600
-"""Seconds after its last sign of life for which a lease is respected if its process cannot be observed, as on
-another host."""
+"""Seconds for which the lease of a process that cannot be observed, such as one on another host, is respected.
+
+They are counted from the last update of the lease by that process.
+"""
 
 _HERE: set[Path] = set()
 """Leases of this process. A lease that could not be released because of a full disk is not included."""
@@ -82,7 +88,7 @@ CREATE TABLE IF NOT EXISTS tasks (
 
 @dataclass(frozen=True)
 class ShardTimes:
-    """Seconds and attempts of one stage, including attempts that were killed."""
+    """Seconds and number of attempts of one stage, including attempts that were killed."""
 
     cpu_s: float = 0.0
     wall_s: float = 0.0
@@ -90,7 +96,7 @@ class ShardTimes:
 
 
 class Leases:
-    """The open database `state.sqlite` of a run folder."""
+    """Open database `state.sqlite` of a run folder."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
@@ -150,7 +156,7 @@ class Leases:
             self._database.execute("COMMIT")
 
     def take_lease(self) -> None:
-        """Take the lease of the folder. Raises `UsageError` if a living process has it."""
+        """Take the lease of the folder. Raises `UsageError` if it belongs to another living process."""
         me = Owner.myself()
         with self._transaction():
             row = self._database.execute("SELECT host, pid, started, seen FROM lease").fetchone()
@@ -178,7 +184,7 @@ class Leases:
         return time.time() - seen < FOREIGN_LEASE_S
 
     def refuse_lost(self) -> None:
-        """Raise `TargetError` if the lease is lost, so that two processes never write one run."""
+        """Raise `TargetError` if this process has lost the lease, so that two processes never write to one run."""
         with self._reported():
             row = self._database.execute("SELECT host, pid, started FROM lease").fetchone()
         if row is None or Owner(*row) != self._owner:
@@ -189,7 +195,7 @@ class Leases:
             )
 
     def begin(self, stage: str, shard: int) -> None:
-        """Count an attempt at a shard."""
+        """Record that an attempt at a shard begins."""
         with self._transaction():
             self.refuse_lost()
             self._database.execute(
@@ -199,7 +205,7 @@ class Leases:
             )
 
     def spend(self, stage: str, shard: int, cpu_s: float, wall_s: float, *, done: bool) -> None:
-        """Add to the time of a shard, and record a sign of life."""
+        """Add to the time of a shard, and update the time at which this process was last seen."""
         with self._transaction():
             self.refuse_lost()
             self._database.execute(
@@ -214,7 +220,7 @@ class Leases:
             )
 
     def reconcile(self, stage: str, shards: Iterable[int]) -> None:
-        """Update the database to the shards of a stage that are in the folder."""
+        """Record in the database which shards of a stage are in the folder."""
         with self._transaction():
             self._database.execute("UPDATE shards SET done = 0 WHERE stage = ?", (stage,))
             self._database.executemany(
@@ -223,7 +229,7 @@ class Leases:
             )
 
     def spent(self, stage: str) -> ShardTimes:
-        """Time and attempts of one stage."""
+        """Return the time and the number of attempts of one stage."""
         with self._reported():
             row = self._database.execute(
                 "SELECT coalesce(sum(cpu_s), 0), coalesce(sum(wall_s), 0), coalesce(sum(attempts), 0) "
@@ -269,7 +275,7 @@ def _is_ours(database: sqlite3.Connection) -> bool:
 
 
 def spent_in(folder: Path) -> dict[str, ShardTimes]:
-    """Time and attempts by stage, read without a lease; empty if unknown.
+    """Return time and number of attempts by stage, read without a lease; empty if they are unknown.
 
     The file may be untrusted: a database with other tables or implausible values is ignored.
     """

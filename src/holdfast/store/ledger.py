@@ -1,10 +1,11 @@
-"""The exposure ledger of a rotation: which parameter set served when, how many answers it gave, and what was exposed.
+"""The ledger of a pool: the times of service of each parameter set, its number of answers, and which sets were stolen.
 
-`ledger.jsonl` is a hash chain to which entries are only ever added, each authenticated with the pool's key. Several
-processes may use one ledger: each adds under a lock, after it has read and verified what the others added, so that the
-chain never forks. A last line without its end, which a kill leaves, is no entry. `ledger.head` says how many entries
-there are, so that entries missing at the end are detected. An older copy of both files is detected only by a `head`
-that is stored elsewhere. A change in place while a process lives is detected by the next that opens the ledger.
+`ledger.jsonl` is a hash chain to which entries are only ever added, each authenticated with the key of the pool.
+Several processes may use one ledger: a process adds an entry under a lock, after it has read and verified the entries
+of other processes, so that the chain never forks. A last line without its end, which a kill may leave, is not an entry.
+`ledger.head` contains the number of entries, so that entries missing at the end are detected. An older copy of both
+files is detected only with a `head` that is stored elsewhere. If an earlier entry is changed while a process uses the
+ledger, the next process that opens the ledger detects it.
 """
 
 import os
@@ -47,14 +48,14 @@ T = TypeVar("T")
 
 
 def utc_now() -> str:
-    """The current time in UTC, with a resolution of seconds."""
+    """Return the current time in UTC, with a resolution of seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 class Ledger:
-    """The ledger in a folder. Its properties include entries that other processes added.
+    """The ledger in a folder. Its properties include entries of other processes.
 
-    Raises `UsageError` for an entry that is not allowed in the current state, `TargetError` for a broken chain.
+    Raises `UsageError` for an entry that is not allowed in the current state, and `TargetError` for a broken chain.
     """
 
     def __init__(self, folder: Path, key: LedgerKey, now: Callable[[], str] = utc_now) -> None:
@@ -65,7 +66,9 @@ class Ledger:
 
     @classmethod
     def begun(cls, folder: Path, key: LedgerKey, manifest: str, now: Callable[[], str] = utc_now) -> "Ledger":
-        """A new ledger for the pool whose manifest has the digest `manifest`. The caller must have locked `LOCK`."""
+        """Return a new ledger for the pool whose manifest has the digest `manifest`. The caller must have locked
+        `LOCK`.
+        """
         ledger = cls(folder, key, now)
         with ledger._threads:
             ledger._inside = True
@@ -89,21 +92,21 @@ class Ledger:
 
     @property
     def head(self) -> str:
-        """The digest of the last entry, which depends on all earlier entries."""
+        """Digest of the last entry, which depends on all earlier entries."""
         return self._ask(lambda _: self._last)
 
     @property
     def entries(self) -> int:
-        """Number of entries of the ledger."""
+        """Number of entries in the ledger."""
         return self._ask(lambda _: len(self._digests))
 
     @property
     def unauthenticated(self) -> int:
-        """Number of entries of an older version without authentication."""
+        """Number of entries that were written by an older version without authentication."""
         return self._ask(lambda state: state.unauthenticated)
 
     def entry_of(self, head: str) -> int | None:
-        """Number of the entry with this digest, from 1; None if there is none."""
+        """Return the number of the entry with the digest `head`, from 1, or None if there is none."""
         digests = self._ask(lambda _: self._digests)
         return digests.index(head) + 1 if head in digests else None
 
@@ -114,17 +117,17 @@ class Ledger:
 
     @property
     def members(self) -> tuple[SetRecord, ...]:
-        """All sets in the order in which they were added."""
+        """All parameter sets, in the order in which they were added."""
         return self._ask(lambda state: tuple(state.members.values()))
 
     @property
     def states(self) -> dict[str, State]:
-        """The state of each set, by name."""
+        """State of each set, by name."""
         return {member.name: member.state for member in self.members}
 
     @property
     def serving(self) -> Serving | None:
-        """The serving set; None before the first, and after a set was retired without a successor."""
+        """The serving set; None if no set has served yet, or the last one was retired without a successor."""
         return self._ask(lambda state: state.serving)
 
     @property
@@ -134,25 +137,25 @@ class Ledger:
 
     @property
     def ahead(self) -> tuple[str, ...]:
-        """The admitted sets that wait to serve and are not stolen, in the order of their admission."""
+        """Names of the admitted sets that wait to serve and are not stolen, in the order of their admission."""
         return self._ask(lambda state: state.ahead)
 
     @property
     def unjudged(self) -> tuple[str, ...]:
-        """Sets of `ahead` that were not judged against all stolen sets."""
+        """Names of the sets in `ahead` that were not judged against all stolen sets."""
         return self._ask(lambda state: state.unjudged)
 
     @property
     def unlisted(self) -> tuple[str, ...]:
-        """Bases of sets that serve or may serve, that are neither listed as stolen nor deleted."""
+        """Names of the bases of sets that serve or may serve, without bases that are listed as stolen or deleted."""
         return self._ask(lambda state: state.unlisted)
 
     def exposed(self) -> tuple[Exposure, ...]:
-        """The stolen sets in the order in which they were listed, with the reasons."""
+        """Return the stolen sets in the order in which they were listed, with the reasons."""
         return self._ask(lambda state: state.exposed)
 
     def member(self, name: str) -> SetRecord:
-        """The set of a name. Raises `UsageError` with similar names if there is none."""
+        """Return the record of a set. Raises `UsageError` with similar names if there is none of this name."""
         return self._ask(lambda state: state.member(name))
 
     # --- entries
@@ -160,25 +163,25 @@ class Ledger:
     def candidate(
         self, name: str, digest: str, bases: Sequence[str] = (), why: str = "", *, role: Role = "service"
     ) -> None:
-        """Add a set with its role and its bases, which must be in the ledger."""
+        """Add a set as a candidate, with its role and its bases, which must be in the ledger."""
         self._add("candidate", set=name, digest=digest, bases=list(bases), role=role, why=why)
 
     def admit(self, name: str, why: str = "", *, canary: str = "", against: Sequence[str] = ()) -> None:
-        """Admit a candidate, or confirm a waiting set.
+        """Admit a candidate, or confirm an admitted set that was judged again.
 
-        `canary` is the fingerprint of its answers to known inputs, which is verified when it is loaded. `against`
-        are the stolen sets that it was judged against; it may serve only as long as there are no others.
+        `canary` is the fingerprint of the answers of the set to known inputs, which is verified when the set is loaded.
+        `against` are the stolen sets against which it was judged; it may serve only as long as there are no others.
         """
         self._add("admitted", set=name, why=why, canary=canary, against=list(against))
 
     def refuse(self, name: str, why: str) -> None:
-        """Refuse a candidate or a waiting set."""
+        """Refuse a candidate or an admitted set that waits to serve."""
         self._add("refused", set=name, why=why)
 
     def serve(self, name: str, why: str = "", *, unjudged: bool = False) -> Serving:
         """Let an admitted set serve, and retire the serving set, in a single entry.
 
-        With `unjudged`, this is allowed for a set that was not judged against all stolen sets; the entry records it.
+        With `unjudged`, the set may be one that was not judged against all stolen sets; the entry records this.
         """
         with self.alone():
             before = self._state.serving
@@ -189,28 +192,34 @@ class Ledger:
             return Serving(name, self._state.epoch, self._state.members[name].since)
 
     def retire(self, name: str, why: str = "") -> None:
-        """Retire an admitted set, or the serving set without a successor."""
+        """Retire an admitted set or the serving set. If it serves, no set serves afterwards."""
         self._add("retired", set=name, why=why)
 
     def expose(self, name: str, why: str, *, automatic: bool = False) -> None:
-        """List a set as stolen. The first listing counts, or the first report after an `automatic` listing."""
+        """List a set as stolen.
+
+        A second listing of the same set has no effect, except for the first report after an `automatic` listing, which
+        replaces that listing.
+        """
         self._add("exposed", set=name, why=why, automatic=automatic)
 
     def delete(self, name: str, why: str = "") -> None:
-        """Record that the parameters of an unused set were deleted. Stolen sets are kept, for tests against them."""
+        """Record that the parameters of an unused set were deleted. Stolen sets cannot be deleted: other sets are
+        tested on them.
+        """
         self._add("deleted", set=name, why=why)
 
     def answered(self, epoch: int, answers: Mapping[str, int], others: int = 0) -> None:
-        """Record answers to principals in an epoch, in addition to earlier ones. The epoch may be over.
+        """Add to the numbers of answers to principals in an epoch, which may have ended.
 
-        `others` are answers to callers without a name.
+        `others` is the number of answers to callers without a name.
         """
         if answers or others:
             self._add("answers", epoch=epoch, answers=dict(answers), others=others)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Context manager in which no other process or thread adds entries; earlier entries have been read."""
+        """Context manager in which no other process or thread adds entries. All earlier entries have been read."""
         with self._threads:
             if self._inside:
                 yield
@@ -311,7 +320,7 @@ class Ledger:
 
 
 def refuse_out_of_order(state: LedgerState, link: Link, number: int, path: Path) -> None:
-    """Raise `TargetError` for an entry that is not allowed in `state`."""
+    """Raise `TargetError` if an entry is not allowed in `state`."""
     try:
         state.refuse_illegal(link.content)
     except UsageError as error:

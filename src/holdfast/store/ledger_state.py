@@ -1,8 +1,8 @@
 """The state of every parameter set of a pool, computed from the entries of its ledger in order.
 
-A set is a candidate, then admitted or refused. An admitted set serves, and is then retired. While it waits, it may
-be judged again against newly stolen sets, and is confirmed or refused. That a set is listed as stolen is not a state
-but an additional mark: a stolen set that serves continues until the next swap.
+A set is first a candidate, and is then admitted or refused. An admitted set serves, and is then retired. While it waits
+to serve, it may be judged again against newly stolen sets, and is then confirmed or refused. That a set is listed as
+stolen is not a state but an additional mark: a stolen set that serves continues to serve until the next swap.
 """
 
 import re
@@ -26,8 +26,8 @@ _BEFORE: Mapping[str, tuple[State, ...]] = {
 """The allowed states of a set before an entry of each kind."""
 
 Role = Literal["service", "base"]
-"""The purpose of a set: `service` sets may serve after their admission, `base` sets are used to make others and
-never serve."""
+"""Purpose of a set: `service` sets may serve after their admission; new sets are made from `base` sets, which never
+serve."""
 _ROLES = ("service", "base")
 
 _FIELDS: Mapping[str, Mapping[str, type]] = {
@@ -40,7 +40,7 @@ _FIELDS: Mapping[str, Mapping[str, type]] = {
     "answers": {"epoch": int, "answers": dict, "others": int},
     "migrated": {"entries": int, "head": str},
 }
-"""The fields of an entry of each kind, in addition to its time. `why` is for people and never interpreted."""
+"""The fields of an entry of each kind, in addition to its time. `why` is for readers and never interpreted."""
 
 _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}")
 """The name of a set is part of a file name."""
@@ -53,11 +53,11 @@ class Exposure:
     name: str
     why: str
     at: str
-    """when it was listed, in UTC"""
+    """time at which it was listed, in UTC"""
     entry: int
     """number of the entry that lists it"""
     automatic: bool = False
-    """whether it was listed because a set made from it was admitted, and not because of a report"""
+    """whether it was listed because a set made from it was admitted, and not because of a reported theft"""
 
 
 @dataclass(frozen=True)
@@ -68,35 +68,35 @@ class SetRecord:
     digest: str
     """SHA-256 of its parameters, in hex"""
     bases: tuple[str, ...]
-    """the sets that it was made from"""
+    """names of the sets from which it was made"""
     state: State
     since: str
-    """when it entered its state, in UTC"""
+    """time at which it entered its state, in UTC"""
     why: str
     entry: int
     """number of the entry that set its state"""
     role: Role = "service"
     canary: str = ""
-    """fingerprint of its answers to known inputs at its admission"""
+    """fingerprint of its answers to known inputs, computed at its admission"""
     against: tuple[str, ...] = ()
-    """the stolen sets that it was judged against at its admission"""
+    """names of the stolen sets against which it was judged at its admission"""
     exposed: Exposure | None = None
     deleted: bool = False
 
     @property
     def status(self) -> str:
-        """Its state in a word; "exposed" if it is listed as stolen."""
+        """State of the set in a word; `exposed` if it is listed as stolen."""
         return self.state if self.exposed is None else "exposed"
 
     @property
     def needed(self) -> bool:
-        """Whether its parameters are required: it serves, may serve, or others are judged against it."""
+        """Whether the parameters are still required, because the set serves, may serve, or is listed as stolen."""
         return self.status in ("admitted", "serving", "exposed") and not self.deleted
 
 
 @dataclass(frozen=True)
 class Serving:
-    """The set that answers requests now."""
+    """The parameter set that answers requests now."""
 
     name: str
     epoch: int
@@ -112,7 +112,7 @@ class Term:
     epoch: int
     since: str
     until: str | None
-    """None for the current period"""
+    """time at which it ended, in UTC; None for the current period"""
     answers: Mapping[str, int]
     """number of answers to each principal"""
     others: int
@@ -120,7 +120,7 @@ class Term:
 
 
 def well_formed(entry: Mapping[str, Any]) -> None:
-    """Raise a `ValueError`, `KeyError` or `TypeError` for an invalid entry of a ledger."""
+    """Raise a `ValueError`, `KeyError` or `TypeError` if an entry of a ledger does not have the required fields."""
     for name, kind in {"at": str, **_FIELDS[entry["kind"]]}.items():
         if type(entry[name]) is not kind:
             raise TypeError(f"{name} is {entry[name]!r}; a {kind.__name__} was expected")
@@ -144,7 +144,7 @@ def well_formed(entry: Mapping[str, Any]) -> None:
 
 
 class LedgerState:
-    """The state of all sets after the entries so far."""
+    """State of all sets after the entries that have been applied."""
 
     def __init__(self) -> None:
         self.manifest: str | None = None
@@ -167,7 +167,7 @@ class LedgerState:
 
     @property
     def serving(self) -> Serving | None:
-        """The serving set; None before the first, and after a set was retired without a successor."""
+        """The serving set; None if no set has served yet, or the last one was retired without a successor."""
         if not self._terms or self._terms[-1].until is not None:
             return None
         last = self._terms[-1]
@@ -175,7 +175,7 @@ class LedgerState:
 
     @property
     def epoch(self) -> int:
-        """Number of periods of service."""
+        """Number of periods of service so far."""
         return len(self._terms)
 
     @property
@@ -185,16 +185,18 @@ class LedgerState:
 
     @property
     def ahead(self) -> tuple[str, ...]:
-        """The admitted sets that wait to serve, in the order of their admission; a stolen set never serves again."""
+        """Names of the admitted sets that wait to serve, in the order of their admission. Stolen
+        sets are not included.
+        """
         waiting = [m for m in self.members.values() if m.state == "admitted" and m.exposed is None]
         return tuple(member.name for member in sorted(waiting, key=lambda member: member.entry))
 
     @property
     def unjudged(self) -> tuple[str, ...]:
-        """Sets of `ahead` that were not judged against all stolen sets.
+        """Names of the sets in `ahead` that were not judged against all stolen sets.
 
-        A reported theft counts from its report on, so sets that were judged earlier must be judged again, even
-        against a set that had been listed automatically.
+        A set that was judged before a theft was reported must be judged again, even if the stolen set had been listed
+        automatically before.
         """
         return tuple(name for name in self.ahead if not self._judged(self.members[name]))
 
@@ -207,8 +209,9 @@ class LedgerState:
 
     @property
     def unlisted(self) -> tuple[str, ...]:
-        """Bases of sets that serve or may serve, neither listed as stolen nor deleted. No gate considers their
-        theft.
+        """Names of the bases of sets that serve or may serve, without bases that are listed as stolen or deleted.
+
+        No gate considers the theft of these bases.
         """
         live = [m for m in self.members.values() if m.state in ("candidate", "admitted", "serving")]
         bases = dict.fromkeys(base for member in live for base in member.bases)
@@ -216,7 +219,7 @@ class LedgerState:
         return tuple(member.name for member in known if member.exposed is None and not member.deleted)
 
     def refuse_illegal(self, entry: Mapping[str, Any]) -> None:
-        """Raise `UsageError` for a valid entry that is not allowed in the current state."""
+        """Raise `UsageError` if an entry with valid fields is not allowed in the current state."""
         kind = entry["kind"]
         if kind == "begun":
             if self._entries:
@@ -277,13 +280,13 @@ class LedgerState:
                 )
 
     def member(self, name: str) -> SetRecord:
-        """The set of a name. Raises `UsageError` with similar names if there is none."""
+        """Return the record of a set. Raises `UsageError` with similar names if there is none of this name."""
         if name not in self.members:
             raise UsageError(f"{name!r} is not a set of this ledger; {_offer(name, self.members)}")
         return self.members[name]
 
     def take(self, entry: Mapping[str, Any]) -> None:
-        """Apply an entry that `refuse_illegal` allows."""
+        """Update the state by an entry that `refuse_illegal` allows."""
         kind, at, self._entries = entry["kind"], entry["at"], self._entries + 1
         if kind == "begun":
             self.manifest = entry["manifest"]

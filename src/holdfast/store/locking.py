@@ -9,15 +9,16 @@ from holdfast.core.errors import InUse, TargetError
 from holdfast.store.files import PRIVATE
 
 WAIT_S = 60.0
-"""Seconds to wait for another process; operations under such a lock are much shorter."""
+"""Seconds for which a process waits for the lock of another one; operations under such a lock are much shorter."""
 
 
 @contextmanager
 def locked(path: Path, wait_s: float = WAIT_S, *, in_use: str = "") -> Iterator[None]:
-    """Context manager with an exclusive lock. If the wait fails and `in_use` is given, raises `InUse` with that text.
+    """Context manager with an exclusive lock on a file.
 
-    The file is an empty SQLite database: its locks work on every system, and between threads of one process, where
-    POSIX locks are lost when any thread closes the file.
+    If another process has the lock for longer than `wait_s` seconds and `in_use` is given, raises `InUse` with that
+    text. The file is an empty SQLite database, because its locks work on every system and between threads of one
+    process. POSIX locks would be lost when any thread closes the file.
     """
     try:
         new = not path.exists()

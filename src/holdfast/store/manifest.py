@@ -1,4 +1,4 @@
-"""The manifest and the format of a pool, and validation of its files."""
+"""The manifest and the format of a pool, and checks of its files."""
 
 import shlex
 from collections.abc import Callable, Mapping
@@ -23,15 +23,17 @@ from holdfast.store.records import read_document
 SETS = "sets"
 SEALED = ".sealed"
 NEW = ".new"
-"""Suffix of a file until the entry that makes it valid is written."""
+"""Suffix of the name of a file until the ledger entry that makes the file valid is written."""
 SCHEMA_VERSION = 2
 OLD_VERSION = 1
-"""The format without an authenticated ledger."""
+"""Version of the format without an authenticated ledger."""
 _FORM = forms.record({"id": forms.name, "key": forms.name, "about": forms.record({})})
 
 
 def open_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a pool of the current format. Raises `TargetError` if there is none or it has another format."""
+    """Return the manifest of a pool of the current format. Raises `TargetError` if there is none or it has another
+    format.
+    """
     manifest = any_manifest(path)
     version = manifest.get("schema_version")
     if version == OLD_VERSION:
@@ -50,7 +52,7 @@ def open_manifest(path: Path) -> dict[str, Any]:
 
 
 def any_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a pool of any format."""
+    """Return the manifest of a pool of any format. Raises `TargetError` if there is none."""
     if not stands(path):
         _refuse_part(path)
         raise TargetError(
@@ -61,7 +63,7 @@ def any_manifest(path: Path) -> dict[str, Any]:
 
 
 def stands(path: Path) -> bool:
-    """Whether a folder contains a pool whose creation is complete."""
+    """Return whether a folder contains a pool whose creation is complete."""
     with usable(path, refusal_in_pool):
         return (path / POOL_MANIFEST).is_file() and _has_entries(path / LEDGER)
 
@@ -74,7 +76,7 @@ def _has_entries(ledger: Path) -> bool:
 
 
 def refuse_begun(path: Path) -> None:
-    """Raise `UsageError` if the folder contains a pool."""
+    """Raise `UsageError` if the folder contains a pool, and `TargetError` if it contains an incomplete one."""
     if stands(path):
         raise UsageError(f"{str(path)!r} contains a pool already; use that pool, or name another folder")
     _refuse_part(path)
@@ -97,7 +99,10 @@ def _refuse_part(path: Path) -> None:
 
 
 def refuse_other_head(path: Path, expected: str, entry_of: Callable[[str], int | None]) -> None:
-    """Raise `TargetError` if no entry has the digest `expected`, `UsageError` if it is no digest. "" expects none."""
+    """Raise `TargetError` if no entry of the ledger has the digest `expected`, and `UsageError` if it is not a digest.
+
+    An empty `expected` is not checked. `entry_of` returns the number of the entry with a digest, or None.
+    """
     if not expected:
         return
     if not fullmatch("[0-9a-f]{64}", expected):
@@ -117,17 +122,19 @@ def refuse_other_head(path: Path, expected: str, entry_of: Callable[[str], int |
 
 
 def bound(pool: str, name: str) -> str:
-    """The name that is authenticated with an encrypted file; it prevents exchanges between pools and formats."""
+    """Return the name under which a file is encrypted. It prevents that files of other pools or
+    formats are accepted.
+    """
     return f"{pool}/{SCHEMA_VERSION}/{name}"
 
 
 def old_bound(pool: str, name: str) -> str:
-    """The name that the older format authenticated with a file."""
+    """Return the name under which the older format encrypted a file."""
     return f"{pool}/{name}"
 
 
 def unsealed(seal: Seal, manifest: Mapping[str, Any], data: bytes, name: str, path: Path) -> bytes:
-    """The decrypted content of a file of a pool. A migrated pool may contain files of the older format."""
+    """Return the decrypted content of a file of a pool. Files of a converted pool may have the older format."""
     try:
         return seal.open(data, bound(manifest["id"], name), path)
     except TargetError:
@@ -137,7 +144,7 @@ def unsealed(seal: Seal, manifest: Mapping[str, Any], data: bytes, name: str, pa
 
 
 def end_migration(path: Path) -> None:
-    """Rename the files of a migration that was killed after it wrote the manifest."""
+    """Rename the new files of a conversion that was killed after it wrote the manifest."""
     if any(each.exists() for each in _new_files(path)):
         with locked(path / LOCK), usable(path, refusal_in_pool):
             name_new_files(path)
@@ -159,7 +166,7 @@ def _new_files(path: Path) -> list[Path]:
 
 
 def refuse_unsaid(about: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for metadata that JSON cannot represent."""
+    """Raise `UsageError` if metadata cannot be represented as JSON."""
     try:
         canonical(about)
     except (TypeError, ValueError) as error:
@@ -170,7 +177,7 @@ def refuse_unsaid(about: Mapping[str, Any]) -> None:
 
 
 def refuse_no_set(weights: Mapping[str, Tensor]) -> None:
-    """Raise `UsageError` unless this is a nonempty state dict of tensors without NaN."""
+    """Raise `UsageError` unless `weights` is a state dict with at least one tensor and without NaN."""
     if not weights:
         raise UsageError("the set contains no parameters; give the state dict of a network")
     for name, value in weights.items():

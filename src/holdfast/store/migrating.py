@@ -1,8 +1,9 @@
-"""Conversion of a pool whose ledger was not authenticated, as earlier versions wrote it.
+"""Conversion of a pool of an earlier version, whose ledger was not authenticated.
 
 The older ledger is a public hash chain: with write access to the folder, entries could be removed and the chain
-recomputed. Conversion authenticates what is there; it cannot detect whether something had been removed before. A kill
-leaves a pool of the older format or of this one: the manifest is written last, and then the new files get their names.
+recomputed. The conversion authenticates the entries that exist; it cannot detect whether entries were removed before.
+If it is killed, the pool has either the older format or the current one: the manifest is written last, and then the new
+files are renamed.
 """
 
 import json
@@ -36,7 +37,7 @@ from holdfast.store.manifest import (
 from holdfast.store.records import document, read_links
 
 KEPT = "ledger-1.jsonl"
-"""The older ledger, which is kept unchanged."""
+"""Name of the file with the older ledger, which is not changed."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,20 @@ class Migrated:
     entries: int
     """number of entries of the older ledger, which were not authenticated"""
     old_head: str
-    """digest of the last of them, as printed by an earlier version"""
+    """digest of the last entry of the older ledger, as printed by an earlier version"""
     head: str
     """head of the new ledger"""
     exposed: tuple[str, ...]
-    """the sets that the older ledger lists as stolen"""
+    """names of the sets that the older ledger lists as stolen"""
     unjudged: tuple[str, ...]
-    """the waiting sets, which must be judged again before they serve"""
+    """names of the admitted sets that wait to serve and must be judged again before that"""
 
 
 def migrate(path: Path) -> Migrated:
-    """Convert a pool of the older format. Raises `UsageError` for the current format, `TargetError` for any other."""
+    """Convert a pool of the older format, and return the result.
+
+    Raises `UsageError` for a pool of the current format, and `TargetError` for any other folder.
+    """
     manifest = any_manifest(path)
     if manifest.get("schema_version") == SCHEMA_VERSION:
         raise UsageError(f"{str(path)!r} has schema version {SCHEMA_VERSION} already; nothing was changed")

@@ -1,12 +1,12 @@
 """A pool of parameter sets for a rotation: each set is encrypted on the disk, and a ledger records its state.
 
-`pool.json` describes the sets and the key, `sets/<name>.sealed` contain the parameters, `ledger.jsonl` and
-`ledger.head` the states. All of it is secret: folders have mode 0700, files 0600.
+`pool.json` describes the sets and the key, `sets/<name>.sealed` contain the parameters, and `ledger.jsonl` and
+`ledger.head` the states. All files are secret: folders have mode 0700, files 0600.
 
 Every step may be interrupted by a kill, and is valid once its entry is in the ledger. A set is written as
-`….sealed.new`, entered in the ledger, and renamed. The next process that opens the pool deletes a new file without
-an entry, and renames one with an entry. A kill never leaves a file with its final name and without an entry; such a
-file means that the ledger was truncated, and the pool is refused.
+`….sealed.new`, entered in the ledger, and renamed. The next process that opens the pool deletes a new file without an
+entry, and renames one with an entry. A kill never leaves a file with its final name and without an entry; such a file
+means that the ledger was truncated, and the pool is refused.
 """
 
 import json
@@ -55,11 +55,11 @@ from holdfast.store.manifest import (
 from holdfast.store.records import document
 
 NAME_DIGITS = 16
-"""Number of hex digits of a set's digest in its name."""
+"""Number of hex digits in the name of a set, which are the first digits of its digest."""
 
 
 class Pool:
-    """A pool that this process works on; several processes may work on one pool."""
+    """An open pool. Several processes may use one pool at the same time."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], seal: Seal, ledger: Ledger) -> None:
         self.path, self.manifest, self.seal, self.ledger = path, manifest, seal, ledger
@@ -67,9 +67,10 @@ class Pool:
 
     @classmethod
     def begun(cls, path: Path, about: Mapping[str, Any]) -> "Pool":
-        """Create a pool in a new folder, or in one with other files. `about` describes its sets.
+        """Create and return a pool in a folder. The folder may contain other files. `about` describes the sets of the
+        pool.
 
-        The key is that of the environment, otherwise a new one is written next to the folder; see
+        The key is that in the environment; if there is none, a new one is written next to the folder. See
         `pool.seal.source`.
         """
         refuse_unready()
@@ -93,9 +94,9 @@ class Pool:
 
     @classmethod
     def held(cls, path: Path, *, expect_head: str = "") -> "Pool":
-        """Open a pool. Raises `TargetError` if its key, its ledger or a required set is invalid.
+        """Return the pool in a folder. Raises `TargetError` if its key, its ledger or a required set is invalid.
 
-        `expect_head` is an earlier head of the ledger; the ledger must contain it.
+        `expect_head` is an earlier head of the ledger, which the ledger must contain; empty for none.
         """
         manifest = open_manifest(path)
         seal = found_seal(path)
@@ -113,12 +114,14 @@ class Pool:
 
     @property
     def shown(self) -> str:
-        """The path of the folder, quoted for a shell."""
+        """Path of the folder, quoted for a shell."""
         return shlex.quote(str(self.path))
 
     @contextmanager
     def alone_at(self, step: str) -> Iterator[None]:
-        """Context manager in which no other process performs the step `step`. Raises `InUse` at once if one does."""
+        """Context manager in which no other process performs the step `step`. Raises `InUse`
+        immediately if one does.
+        """
         where = f"another process runs {step} in {str(self.path)!r}"
         in_use = f"{where}; wait until it ends or stop it, then start again"
         with locked(self.path / f"{step}.lock", 0.0, in_use=in_use):
@@ -135,10 +138,11 @@ class Pool:
         why: str = "",
         role: Role = "service",
     ) -> str:
-        """Add a set as a candidate, or as a base that never serves. Returns its name, which is a part of its digest.
+        """Add a set as a candidate, or as a base that never serves, and return its name, the first digits of its
+        digest.
 
-        A set that is already in the pool is not added again, and keeps its metadata and state. Raises `UsageError`
-        if it was deleted.
+        If the pool contains the set already, it is not added again, and its metadata and state do not change. Raises
+        `UsageError` if the set was deleted.
         """
         refuse_no_set(weights)
         refuse_unsaid(about)
@@ -167,17 +171,19 @@ class Pool:
         return name
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """The parameters of a set."""
+        """Return the parameters of a set."""
         return self._opened(name).columns
 
     def about(self, name: str) -> Mapping[str, Any]:
-        """The metadata of a set."""
+        """Return the metadata of a set."""
         if name not in self._said or self.ledger.member(name).deleted:
             self._said[name] = self._opened(name).about
         return self._said[name]
 
     def delete(self, name: str, why: str = "") -> None:
-        """Delete the parameters of a set that neither serves, waits, nor is stolen. The ledger keeps its entries."""
+        """Delete the parameters of a set that does not serve, does not wait to serve and is not stolen. Its entries
+        remain.
+        """
         with self.ledger.alone():
             self.ledger.delete(name, why)
             with usable(self._path(name), refusal_in_pool):
@@ -192,24 +198,24 @@ class Pool:
 
     @property
     def ahead(self) -> tuple[str, ...]:
-        """The admitted sets that wait to serve and are not stolen, in the order in which they will serve."""
+        """Names of the admitted sets that wait to serve and are not stolen, in the order of their admission."""
         return self.ledger.ahead
 
     def admit(self, name: str, why: str = "", *, canary: str = "", against: Sequence[str] = ()) -> None:
-        """Admit a candidate, or confirm a waiting set.
+        """Admit a candidate, or confirm an admitted set that was judged again.
 
-        `canary` is the fingerprint of its answers to known inputs, which is verified when it is loaded. `against`
-        are the stolen sets that it was judged against; it may serve only as long as there are no others.
+        `canary` is the fingerprint of the answers of the set to known inputs, which is verified when the set is loaded.
+        `against` are the stolen sets against which it was judged; it may serve only as long as there are no others.
         """
         self.ledger.admit(name, why, canary=canary, against=against)
 
     def refuse(self, name: str, why: str) -> None:
-        """Refuse a candidate or a waiting set."""
+        """Refuse a candidate or an admitted set that waits to serve."""
         self.ledger.refuse(name, why)
 
     @property
     def unjudged(self) -> tuple[str, ...]:
-        """Sets of `ahead` that were not judged against all stolen sets."""
+        """Names of the sets in `ahead` that were not judged against all stolen sets."""
         return self.ledger.unjudged
 
     def serve(self, name: str, why: str = "", *, unjudged: bool = False) -> Serving:
@@ -230,12 +236,12 @@ class Pool:
         choose: Callable[[Sequence[str]], str] = itemgetter(0),
         unjudged: bool = False,
     ) -> Serving:
-        """Let a waiting set serve: the first admitted one, or that which `choose` returns.
+        """Let a set serve that waits: the first admitted one, or the one that `choose` returns.
 
-        `choose` receives the sets that were judged against all stolen sets; if there are none and `unjudged`, the
-        others. With `epoch`, the swap takes place only if that epoch is current, so that two processes with the same
-        trigger swap once. A kill leaves either the old or the new set serving. Raises `Inconclusive` without a
-        change if no such set waits.
+        `choose` receives the names of the waiting sets that were judged against all stolen sets; if there are none and
+        `unjudged` is true, those of the other waiting sets. With `epoch`, the swap takes place only if that epoch is
+        current, so that two processes with the same trigger swap only once. After a kill, either the old or the new set
+        serves. Raises `Inconclusive`, and changes nothing, if no such set waits.
         """
         with self.ledger.alone():
             now = self.serving
@@ -264,29 +270,35 @@ class Pool:
         )
 
     def retire(self, name: str, why: str = "") -> None:
-        """Retire an admitted set, or the serving set without a successor."""
+        """Retire an admitted set or the serving set. If it serves, no set serves afterwards."""
         self.ledger.retire(name, why)
 
     def expose(self, name: str, why: str, *, automatic: bool = False) -> None:
-        """List a set as stolen. It stops serving at the next swap, and new sets are tested against it.
+        """List a set as stolen. If it serves, it is replaced at the next swap, and new sets are tested against it.
 
-        `automatic` means that it was listed because a set made from it was admitted, not because of a report. A
-        later report counts as a new theft.
+        `automatic` means that the set is listed because a set made from it was admitted, and not because of a reported
+        theft. A later report counts as a new theft.
         """
         self.ledger.expose(name, why, automatic=automatic)
 
     def answered(self, epoch: int, answers: Mapping[str, int], others: int = 0) -> None:
-        """Record answers to principals, as pseudonyms, and to others in an epoch, in addition to earlier ones."""
+        """Add to the numbers of answers in an epoch. `answers` counts them by principal, and only pseudonyms are
+        stored.
+
+        `others` is the number of answers to callers without a name.
+        """
         self.ledger.answered(epoch, {self.pseudonym(who): n for who, n in answers.items()}, others)
 
     def pseudonym(self, principal: str) -> str:
-        """The pseudonym of a principal, as in `pool.ledger.terms[-1].answers.get(pool.pseudonym("alice"))`."""
+        """Return the pseudonym of a principal, as in `pool.ledger.terms[-1].answers.get(pool.pseudonym("alice"))`."""
         return self.seal.pseudonym(principal, f"{self.manifest['id']}/principal")
 
     # --- other encrypted tensors
 
     def keep(self, name: str, columns: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Store encrypted tensors of the pool, such as its generator, under a name; replaces earlier ones."""
+        """Encrypt tensors of the pool, such as its generator, and store them under a name. Earlier
+        ones are replaced.
+        """
         sealed, path = (
             self.seal.seal(column_files.encode(columns, about), bound(self.manifest["id"], name)),
             self._kept(name),
@@ -295,7 +307,7 @@ class Pool:
             write_atomically(path, sealed, PRIVATE)
 
     def kept(self, name: str) -> ColumnFile | None:
-        """The tensors stored under a name; None if there are none."""
+        """Return the tensors stored under a name, or None if there are none."""
         path = self._kept(name)
         return self._unsealed(path, name) if path.exists() else None
 

@@ -1,4 +1,4 @@
-"""A hash chain in a file with one record in each line. For a run it is `chain.jsonl`, with JSON documents beside it."""
+"""A hash chain in a file with one record per line, and JSON documents. The chain of a run is `chain.jsonl`."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from holdfast.store.forms import is_name
 
 CHAIN = "chain.jsonl"
 COLUMNS = ".safetensors"
-"""Suffix of column files and of weights."""
+"""Suffix of the names of column files and of files with weights."""
 
 
 class Chain:
-    """The records of a run, oldest first."""
+    """A hash chain of records, oldest first, and its file."""
 
     def __init__(self, path: Path, links: list[Link]) -> None:
         self._path, self._links = path, links
@@ -29,11 +29,11 @@ class Chain:
 
     @property
     def head(self) -> str:
-        """The digest of the last record, which identifies the whole run."""
+        """Digest of the last record, which identifies the whole run."""
         return self._links[-1].digest if self._links else GENESIS
 
     def last(self, kind: str, name: str = "") -> Mapping[str, Any] | None:
-        """Content of the newest record of a kind and name; None if there is none."""
+        """Return the content of the newest record of a kind and a name, or None if there is none."""
         for link in reversed(self._links):
             if link.content["kind"] == kind and link.content.get("name", "") == name:
                 return link.content
@@ -48,7 +48,7 @@ class Chain:
 
 
 def read_chain(folder: Path, *, mend: bool) -> Chain:
-    """Read the chain of a run folder. `mend` drops an incomplete last line, which a kill may leave.
+    """Return the chain of a run folder. With `mend`, an incomplete last line, which a kill may leave, is removed.
 
     Raises `TargetError` with the first invalid record.
     """
@@ -68,7 +68,7 @@ def read_chain(folder: Path, *, mend: bool) -> Chain:
 
 
 def line_of(link: Link) -> bytes:
-    """A record as a line of the file of its chain."""
+    """Return a record as a line of the file of its chain."""
     return canonical({"previous": link.previous, "content": link.content, "digest": link.digest}) + b"\n"
 
 
@@ -82,10 +82,10 @@ def read_links(
     noun: str = "record",
     way_out: str = "restore it from a copy",
 ) -> list[Link]:
-    """Read the records in complete lines of a file; the number `first` must follow `previous`.
+    """Return the records in the complete lines of a file.
 
-    `check` raises a `ValueError`, `KeyError` or `TypeError` for invalid content. Raises `TargetError` with the first
-    invalid record.
+    The first record must have the number `first`, and `previous` is the digest of the record before it. `check` raises
+    a `ValueError`, `KeyError` or `TypeError` for invalid content. Raises `TargetError` with the first invalid record.
     """
     links = []
     for number, line in enumerate(lines.splitlines(), first):
@@ -122,17 +122,17 @@ def _refuse_outside(content: Mapping[str, Any]) -> None:
 
 
 def document(content: object) -> bytes:
-    """A JSON document as bytes: sorted and indented, so that equal content gives equal bytes."""
+    """Return content as the bytes of a JSON document, sorted and indented, so that equal content gives equal bytes."""
     return (json.dumps(content, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """Read a JSON document that is an object."""
+    """Return the content of a JSON file, which must be an object."""
     return parsed(path, content_of(path))
 
 
 def parsed(path: Path, data: bytes) -> dict[str, Any]:
-    """Parse a JSON document that is an object. Raises `TargetError` for any other content."""
+    """Return the content of a JSON document, which must be an object. Raises `TargetError` for any other content."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:

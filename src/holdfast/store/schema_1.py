@@ -1,6 +1,6 @@
-"""Documents of runs that were written with schema 1, converted to the keys of schema 2.
+"""Conversion of documents of runs that were written with schema 1 to the keys of schema 2.
 
-Such runs are read, compared and used as a baseline, but not resumed. The files themselves are never changed.
+Such runs can be read, compared and used as a baseline, but not resumed. The files themselves are never changed.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,13 +15,16 @@ DETAILS = frozenset(
         "convolutions of few channels give their input gradient as a matrix product",
     )
 )
-"""Notes of schema 1 on the copy that attacks query, which schema 2 keeps apart as `details`."""
+"""Notes of schema 1 that describe the optimised copy of the model, which attacks query.
+
+In schema 2 they are in the separate field `details`.
+"""
 
 Json = dict[str, Any]
 
 
 def manifest_of_schema_1(content: Json) -> Json:
-    """The content of a `run.json` with the keys of schema 2; its `schema_version` stays 1."""
+    """Return the content of a `run.json` of schema 1 with the keys of schema 2; its `schema_version` stays 1."""
     content = _renamed(content, {"others": "other_data"})
     config, notes = content.get("config"), content.get("notes")
     if not isinstance(config, Mapping) or not isinstance(config.get("stages"), list):
@@ -38,7 +41,7 @@ def manifest_of_schema_1(content: Json) -> Json:
 
 
 def document_of_schema_1(kind: str, content: Json) -> Json:
-    """The content of a document of a run with the keys of schema 2."""
+    """Return the content of a document of schema 1 with the keys of schema 2. `kind` is the kind of document."""
     return _DOCUMENTS.get(kind, dict)(content)
 
 

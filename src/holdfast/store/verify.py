@@ -1,4 +1,6 @@
-"""Verifies that a run folder matches its hash chain, and that a pool matches its ledger, with or without its key."""
+"""Verification that a run folder matches its hash chain, and that a pool matches its ledger, with
+or without its key.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -34,7 +36,7 @@ from holdfast.store.records import CHAIN, Chain, document, read_chain, read_docu
 
 @dataclass(frozen=True)
 class VerifiedPool:
-    """The result of the verification of a valid pool."""
+    """The result of the verification of a pool that is valid."""
 
     head: str
     """digest of the last entry of the ledger"""
@@ -42,13 +44,15 @@ class VerifiedPool:
     sets: int
     """number of sets that were decrypted and match the ledger; 0 without the key"""
     authenticated: bool
-    """whether the key was available; without it, the chain may have been recomputed by anyone"""
+    """whether the key was available; without it, the chain may have been recomputed by anyone with
+    access to the folder"""
 
 
 def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
-    """Verify the ledger of a pool, and with its key every entry and set. Raises `TargetError` with the first fault.
+    """Verify the ledger of a pool and, if its key is available, every entry and every set.
 
-    `expect_head` is an earlier head of the ledger; the ledger must contain it.
+    Raises `TargetError` with the first fault. `expect_head` is an earlier head of the ledger, which the ledger must
+    contain.
     """
     manifest = open_manifest(path)
     seal = found_seal(path) if has_key(path) else None
@@ -128,23 +132,24 @@ _MOST_NOTES = 20
 
 @dataclass(frozen=True)
 class Verified:
-    """The result of the verification of a valid run folder."""
+    """The result of the verification of a run folder that is valid."""
 
     head: str
-    """digest of the last record; a copy in another place distinguishes this run from any other"""
+    """digest of the last record; a copy of it that is stored elsewhere distinguishes this run from any other"""
     records: int
     files: int
     complete: bool
-    """whether the verdict is recorded, so that nothing is left to measure"""
+    """whether the verdict is recorded, so that the run is finished"""
     notes: tuple[str, ...] = ()
-    """files of the folder that are neither in the chain nor known otherwise"""
+    """notes on files of the folder that are neither in the chain nor known otherwise"""
 
 
 def verify(path: Path) -> Verified:
-    """Hash all files and verify the chain. Raises `TargetError` with the first fault.
+    """Verify the hash chain of a run folder and the digests of all its files. Raises `TargetError` with the first
+    fault.
 
-    Files outside the chain (times, hosts, attempts, reports) are not verified. Other files that no record names are
-    refused if their names are those of evidence, and listed in the notes otherwise.
+    Files outside the chain (times, hosts, attempts, reports) are not verified. A file that is in no record is refused
+    if its name is that of evidence; otherwise the notes mention it.
     """
     outer = _verified(path)
     inner = [_verified_within(path, folder, outer) for folder in _runs_within(path)]

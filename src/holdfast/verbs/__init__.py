@@ -1,1 +1,3 @@
-"""The verbs as resumable runs: they divide the work, call the lower layers, store the measurements, and judge them."""
+"""Runs of the verbs, which can be resumed: they divide the work, call the lower layers, store the measurements, and
+judge the gates.
+"""

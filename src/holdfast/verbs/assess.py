@@ -1,4 +1,6 @@
-"""The assess verb, from the request to the result: refuse what cannot be measured, measure, doubt, and judge."""
+"""The assess verb, from the request to the result: checks the inputs, runs the attacks and the probes, and judges the
+gates.
+"""
 
 import math
 import time
@@ -57,7 +59,7 @@ from holdfast.verbs.result import Result, about_of
 from holdfast.verbs.served import attach, finish, refuse_early, served_by
 
 JUDGED_BY_ATTACKERS = 1_000
-"""Largest number of examples, from the first on, for the table of attackers."""
+"""Largest number of examples that the table of attackers is measured on; the first ones of the data are used."""
 
 
 def assess(
@@ -74,11 +76,11 @@ def assess(
 ) -> Result:
     """Measure how robust a model is, and judge its gates.
 
-    With `run`, all results are written to that folder; an interrupted run is continued with `resume`, and a finished
-    run is reported again. `again` is the command that resumes the run that contains this one. Workers open the model
-    and the data with `opening`; without it they receive copies of those given here. `notify` receives the largest
-    number of rows that a server is sent. Raises `UsageError`, `TargetError`, or `Interrupted` with the command to
-    resume.
+    With `run`, all results are written to that folder. With `resume`, an interrupted run in that folder is continued,
+    and the stored result of a finished run is returned. `again` is the command that resumes the run that contains this
+    one. Worker processes open the model and the data with `opening`; without it they receive copies of `subject` and
+    `data`. For a served model, `notify` is called with the largest number of rows that the run sends to the server.
+    Raises `UsageError`, `TargetError`, or `Interrupted` with the command to resume.
     """
     refuse_data(data)
     served = served_by(subject.model)

@@ -1,4 +1,4 @@
-"""The training of one attempt of a hardening: within its budget, in batches that fit into memory."""
+"""Training of one attempt of a hardening, within its budget and in batches that fit into memory."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -25,18 +25,18 @@ from holdfast.verbs.training import BEST, LAST, Point
 
 @dataclass(frozen=True)
 class AttemptTraining:
-    """Trains a copy of a model by the recipe of an attempt."""
+    """Trains a copy of a model with the recipe of an attempt."""
 
     subject: Subject
     trainer: Trainer
     plan: Mapping[str, Any]
-    """`attempts`, `budget_s` (None for the epochs of the recipe) and `planning_s`"""
+    """plan of the hardening: `attempts`, `budget_s` (None if the epochs of the recipe are used) and `planning_s`"""
     metadata: Mapping[str, str]
-    """metadata of a file with weights of the model"""
+    """metadata for the file with the weights of the model"""
     clock: Clock
 
     def trained(self, place: Path, candidate: Candidate, attempt: Mapping[str, Any], run: Run) -> Made:
-        """Return the model of the best checkpoint, after the training in the folder `place` is finished."""
+        """Train in the folder `place` until the training is finished, and return the model of the best checkpoint."""
         curve = self._curve(place, candidate, attempt, run)
         best, last = training.kept(place, BEST), training.kept(place, LAST)
         assert best is not None and last is not None

@@ -25,27 +25,28 @@ _PLANNING = 0.1  # share of the budget after which no stronger recipe is timed
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluation of a checkpoint on held-out examples."""
+    """Evaluation of a model on held-out examples."""
 
     examples: int
-    """number of held-out examples"""
+    """number of available held-out examples"""
     at: Callable[[int], object]
-    """evaluates the given model on that number of them"""
+    """function that evaluates the model on a given number of these examples"""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe that may be chosen for the training."""
+    """A recipe that may be chosen for the training of a hardening."""
 
     name: str
     recipe: Recipe
     settings: Mapping[str, Any]
     """settings of the recipe, as plain values"""
     least: int = 1
-    """with fewer epochs than this, a weaker recipe gives better results"""
+    """smallest number of epochs for which this recipe is chosen; with fewer epochs, a weaker recipe gives better
+    results"""
 
     def per_epoch(self, examples: int) -> int:
-        """Updates in an epoch, computed from the batch size."""
+        """Return the number of updates in an epoch over `examples` training examples."""
         return updates(examples, self.recipe.training.batch)
 
 
@@ -83,9 +84,10 @@ def attempts(
     """Return the attempts in the order in which they are tried, and the seconds that this planning took.
 
     `candidates` are ordered from the fastest to the strongest. The first attempt is the strongest candidate whose
-    required epochs fit into the rest of the budget. The later ones are stronger candidates that fit, used if doubts
-    are raised against the attempts before. If there was a choice, `fitting_epochs` is the number of epochs of each
-    timed candidate that fit, which may be fractional. Raises `UsageError` if not even one update fits.
+    required epochs fit into the budget that remains after the planning. The later attempts are the stronger candidates
+    that also fit; they are used if doubts are raised against the model of the attempt before. If there are several
+    candidates, the entry `fitting_epochs` of the first attempt gives the number of epochs that fit for each timed
+    candidate, which may be fractional. Raises `UsageError` if not even one update fits.
     """
     if budget_s is None:
         asked = [
@@ -148,9 +150,9 @@ def _paces(
 
 
 def _looked(look: Evaluation, budget_s: float, clock: Clock) -> tuple[float, int]:
-    """Return the seconds of an evaluation, timed on a few held-out examples, and how many examples it uses.
+    """Return the seconds of an evaluation, timed on a few held-out examples, and the number of examples that it uses.
 
-    It uses as many as its share of the budget allows.
+    That number is as large as the part of the budget for evaluations allows.
     """
     each = 0.0
     for few in (min(few, look.examples) for few in _FEW):
@@ -164,7 +166,9 @@ def _looked(look: Evaluation, budget_s: float, clock: Clock) -> tuple[float, int
 
 
 def announced(attempt: Mapping[str, Any], budget_s: float | None, n: int) -> str:
-    """The message before a training: its recipe and first plan, and that the assessment is not part of the budget."""
+    """Return the message before a training: its recipe, its epochs, and that the assessment is not
+    part of the budget.
+    """
     of = (
         ""
         if budget_s is None

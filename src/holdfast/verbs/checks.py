@@ -38,7 +38,9 @@ strides."""
 
 
 def batch_size_for(features: int, device: str) -> int:
-    """The batch size that uses the device well; it is split later if memory runs out."""
+    """Return a batch size for inputs of `features` values that uses the device well; it is halved later if memory runs
+    out.
+    """
     kind = torch.device(device).type
     values, most = (_VALUES, 256) if kind == "cpu" else (_ACCELERATED, 2048)
     return max(8, min(most, 1 << max(0, (values // max(features, 1)).bit_length() - 1)))
@@ -46,10 +48,11 @@ def batch_size_for(features: int, device: str) -> int:
 
 @contextmanager
 def enough_threads(model: nn.Module, x: Tensor) -> Iterator[None]:
-    """Use one thread for a network too small to benefit from more; the number is restored afterwards.
+    """Context manager that uses one thread for a network that is too small to benefit from more.
 
-    For a small network, the synchronisation of threads at every layer costs more than they gain, especially on a
-    busy machine. A number set by the user (`OMP_NUM_THREADS`) is kept.
+    For a small network, the synchronisation of threads at every layer costs more than the threads gain, especially on a
+    busy machine. The number of threads is restored on exit. If the user set `OMP_NUM_THREADS`, the number is not
+    changed.
     """
     before = torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ and multiply_adds(model, x) < _WORTH_SHARING:
@@ -61,13 +64,16 @@ def enough_threads(model: nn.Module, x: Tensor) -> Iterator[None]:
 
 
 def refuse_data(data: Data) -> None:
-    """Raise `TargetError` if there are no examples."""
+    """Raise `TargetError` if the data contain no examples."""
     if not len(data):
         raise TargetError(f"{data.name} is empty; at least one example is needed")
 
 
 def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) -> None:
-    """Raise `UsageError` if eps exceeds the size of the bounds, or the target class does not exist."""
+    """Raise `UsageError` if the threat model does not fit the model or the inputs.
+
+    For example, eps must not exceed the size of the bounds, and the target class must be a class of the model.
+    """
     if isinstance(threat.constraint, (Spatial, Colour)):
         refuse_unfit(x, threat.constraint.limits)
     if isinstance(threat.constraint, Patch):
@@ -88,7 +94,11 @@ def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) 
 
 
 def slight(constraint: Constraint, bounds: Bounds, features: int) -> tuple[str, ...]:
-    """A note if eps is smaller than a tenth of an 8-bit pixel step; it was probably meant for other bounds."""
+    """Return a note if eps is smaller than a tenth of an 8-bit pixel step, because it was probably meant for other
+    bounds.
+
+    Returns an empty tuple otherwise.
+    """
     eps, width = constraint.eps, bounds.width
     levels = {Linf: 1.0, L2: math.sqrt(features), L1: float(features)}.get(type(constraint), 0.0)
     if not 0 < eps < 0.1 * levels * width / 255:
@@ -106,10 +116,10 @@ def refuse_batch(
     whole: Data | Batch | None = None,
     remote: bool = False,
 ) -> None:
-    """Raise `TargetError` unless inputs are floats inside the bounds and labels are classes.
+    """Raise `TargetError` unless inputs are floats inside the bounds and labels are valid classes.
 
-    The message names the range of the labels of `whole`, which contains the batch. `remote` says whether the model
-    runs on a server.
+    The message contains the range of the labels of `whole`, of which the batch is a part. `remote` states whether the
+    model runs on a server.
     """
     x, y = batch.x, batch.y
     if not x.is_floating_point():
@@ -156,9 +166,10 @@ def _outside(x: Tensor, low: Tensor, high: Tensor, name: str) -> str:
 
 
 def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Batch) -> None:
-    """Raise `UsageError` for a gate whose metric the plan does not measure; the message says what would.
+    """Raise `UsageError` for a gate whose metric the plan does not measure; the message states what would measure it.
 
-    Gates against a baseline are not tested: the common examples are known only at the end.
+    Gates against a baseline are not checked, because the examples that both runs have in common are known only at the
+    end.
     """
     for claim in claims:
         refuse_rotation(claim)

@@ -22,11 +22,11 @@ from holdfast.store.folder import Split
 Json = dict[str, Any]
 
 VERDICT = "verdict"
-"""Name of the document with the judged gates."""
+"""Name of the document with the verdicts of the gates."""
 
 
 def outline_to_json(outline: Outline) -> Json:
-    """The outline of what is measured, as JSON."""
+    """Return the outline of a run, i.e. its stages, threat model, seed and suite, as strict JSON."""
     constraint = outline.threat.constraint
     return {
         "stages": [
@@ -57,7 +57,7 @@ def outline_to_json(outline: Outline) -> Json:
 
 
 def outline_from_json(content: Mapping[str, Any]) -> Outline:
-    """Inverse of `outline_to_json`."""
+    """Return the outline whose JSON is `content`; inverse of `outline_to_json`."""
     threat = content["threat"]
     return Outline(
         tuple(
@@ -102,7 +102,7 @@ def _constraint(threat: Mapping[str, Any]) -> Constraint:
 
 
 def doubt_to_json(doubt: Doubt) -> Json:
-    """A doubt as JSON."""
+    """Return a doubt as strict JSON."""
     return {
         "name": doubt.name,
         "state": doubt.state,
@@ -114,7 +114,7 @@ def doubt_to_json(doubt: Doubt) -> Json:
 
 
 def doubt_from_json(content: Mapping[str, Any]) -> Doubt:
-    """Inverse of `doubt_to_json`."""
+    """Return the doubt whose JSON is `content`; inverse of `doubt_to_json`."""
     return Doubt(
         content["name"],
         content["state"],
@@ -130,7 +130,7 @@ def _optional(value: float | str | None) -> float | None:
 
 
 def judgement_to_json(judgement: Judgement) -> Json:
-    """A gate with its verdict as JSON."""
+    """Return a judged gate, with its estimate and its verdict, as strict JSON."""
     seen = judgement.estimate
     return {
         "condition": judgement.claim.text,
@@ -147,7 +147,7 @@ def judgement_to_json(judgement: Judgement) -> Json:
 
 
 def judgement_from_json(content: Mapping[str, Any]) -> Judgement:
-    """Inverse of `judgement_to_json`."""
+    """Return the judged gate whose JSON is `content`; inverse of `judgement_to_json`."""
     seen = content["estimate"]
     estimate = Estimate(number(seen["value"]), number(seen["low"]), number(seen["high"]), seen["n"])
     doubts, scope = tuple(content["open_doubts"]), content.get("scope")
@@ -155,7 +155,7 @@ def judgement_from_json(content: Mapping[str, Any]) -> Judgement:
 
 
 def verdict_to_json(judgements: Sequence[Judgement], accepted: Mapping[str, str]) -> Json:
-    """The judged gates, the accepted doubts and the exit code as JSON."""
+    """Return the judged gates, the accepted doubts and the exit code as strict JSON."""
     return {
         "gates": [judgement_to_json(judgement) for judgement in judgements],
         "accepted_doubts": dict(accepted),
@@ -166,7 +166,9 @@ def verdict_to_json(judgements: Sequence[Judgement], accepted: Mapping[str, str]
 def doubts_to_json(
     findings: Findings, probes: Probes, cost: Cost, remarks: Sequence[str], splits: Sequence[Split]
 ) -> Json:
-    """The document of the doubts, with notes on the course of the run."""
+    """Return the content of `doubts.json`: doubts, examples that probes broke, cost of the probes, and notes on the
+    run.
+    """
     return {
         "doubts": [doubt_to_json(doubt) for doubt in findings.doubts],
         "broken": {name: ids.tolist() for name, ids in findings.fallen.items()},

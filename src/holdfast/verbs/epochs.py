@@ -1,4 +1,4 @@
-"""The epochs of one training: each is evaluated on held-out examples and saved, and the best one is kept."""
+"""Epochs of one training. After each epoch the model is evaluated on held-out examples and saved."""
 
 import time
 from collections.abc import Iterator
@@ -25,19 +25,19 @@ from holdfast.verbs.pace import Clock, smaller
 from holdfast.verbs.training import BEST, LAST, Point
 
 STAGES = ["before", "training", "after"]
-"""Steps of a hardening."""
+"""Names of the stages of a hardening."""
 NOTHING: Any = None
-"""Value that a process other than the first passes to a broadcast."""
+"""Value that every process except the first passes to a broadcast."""
 
 
 @dataclass(frozen=True)
 class TrainingStart:
-    """Message of the first process to the others before a training."""
+    """Message that the first process sends to the other processes before a training."""
 
     name: str
     """name of the candidate"""
     how: Training
-    """settings of the training, without the pacing of a budget, which only the first process has"""
+    """settings of the training, without the pacing for a budget, which only the first process needs"""
     paced: bool
     """whether the training has a budget"""
     after: Checkpoint | None
@@ -45,7 +45,7 @@ class TrainingStart:
 
 @dataclass(frozen=True)
 class Trainer:
-    """A model, its training examples, and the held-out examples that choose the checkpoint."""
+    """A model, its training examples, and the held-out examples on which its checkpoints are evaluated."""
 
     model: Classifier
     rest: Batch
@@ -57,7 +57,9 @@ class Trainer:
     clock: Clock = field(default=time.perf_counter)
 
     def begun(self, recipe: Recipe, after: Checkpoint | None) -> Iterator[Checkpoint]:
-        """The checkpoints of a recipe, computed lazily: no update is made before the first is requested."""
+        """Return an iterator over the checkpoints of a recipe; no update is made before the first checkpoint is
+        requested.
+        """
         return recipe(self.model, self.rest, self.threat, rng=Draws(self.seed), after=after)
 
     def course(
@@ -67,7 +69,9 @@ class Trainer:
         how: Training,
         run: Run,
     ) -> tuple[Point, ...]:
-        """Train from the last checkpoint on, and return the curve over all epochs."""
+        """Train from the last saved checkpoint on, and return the curve, which has one point for each epoch from the
+        first on.
+        """
         last = training.kept(place, LAST)
         curve = () if last is None else last.curve
         if last is not None and ended_by(last.checkpoint, curve, how):
@@ -101,7 +105,7 @@ class Trainer:
         return curve
 
     def follow(self, candidate: Candidate, message: TrainingStart) -> None:
-        """Take part in a training as a process other than the first."""
+        """Take part in a training in a process that is not the first."""
         try:
             how = replace(message.how, pacing=_planned_elsewhere if message.paced else None)
             for _ in self.begun(trained_as(candidate.recipe, how), message.after):
@@ -133,7 +137,7 @@ EndedBy = Literal["epochs", "budget", "patience"]
 
 
 def ended_by(last: Checkpoint, curve: tuple[Point, ...], how: Training) -> EndedBy | None:
-    """Why a training has ended with this checkpoint; None if it continues."""
+    """Return the reason why a training ends with the checkpoint `last`, or None if it continues."""
     if _stale(curve, how):
         return "patience"
     if last.plans:

@@ -1,4 +1,4 @@
-"""Builds the evidence of a run from its stored artefacts, both after the run and when it is opened again."""
+"""Builds the evidence of a run from its stored artefacts, right after the run and when a stored run is opened."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,19 +26,20 @@ from holdfast.verbs.documents import doubt_from_json, outline_from_json
 from holdfast.verbs.served import totals_to_json
 
 DOUBTS = "doubts"
-"""Name of the document, the random stream and the timing of the probes."""
+"""Name of the document with the doubts, and of the random stream and the timing of the probes."""
 ADAPTIVE = "adaptive"
 """Name of the document that lists which adaptive attacks ran, and why."""
 ROTATION = "rotation"
-"""Name of the document with the table of attackers of a rotation."""
+"""Name of the document with the table of attackers of a model with rotation."""
 TUNING = "fine-tuning"
-"""Name of the doubt that fine-tuning would achieve more than rotation."""
+"""Name of the doubt whether fine-tuning would achieve more than rotation."""
 
 
 def counted(kind: StageKind, stage: StoredStage, by_stage: Mapping[str, Columns]) -> Columns | None:
-    """The columns of a stage for all examples; None if time ran out and the missing examples cannot be filled in.
+    """Return the columns of a stage for all examples.
 
-    Examples that an unfinished attack did not reach count as not attacked.
+    If time ran out during an attack of the suite, the examples that it did not reach count as not attacked. If time ran
+    out during any other stage, returns None.
     """
     if stage.reached is None:
         return stage.columns
@@ -55,8 +56,9 @@ def evidence_of(
 ) -> Evidence:
     """Return the evidence of a run.
 
-    The arguments are the content of `run.json`, the columns of each stage, the documents of the doubts and of the
-    adaptive attacks, and the times. `sent` is what was sent to the server of a served model.
+    `manifest` is the content of `run.json`, `by_stage` the columns of each stage, `asked` the document of the doubts,
+    `adapted` that of the adaptive attacks, and `seconds` the times of the stages. `sent` counts what a run on a served
+    model sent to the server.
     """
     spent, served = seconds.get(DOUBTS, Seconds()), {} if sent is None else totals_to_json(sent)
     cost = asked["cost"]
@@ -89,14 +91,17 @@ def _scope(asked: Mapping[str, Any]) -> dict[str, Any]:
 def counted_passes(
     manifest: Mapping[str, Any], by_stage: Mapping[str, Columns], asked: Mapping[str, Any]
 ) -> tuple[Pass, ...]:
-    """The passes outside the suite whose adversarial examples count."""
+    """Return the passes outside the suite whose adversarial examples count towards robust accuracy."""
     if "probes" not in asked:
         return ()
     return passes(outline_from_json(manifest["config"]), by_stage, asked["probes"])
 
 
 def with_attackers(evidence: Evidence, found: Mapping[str, Any] | None) -> Evidence:
-    """The evidence with the doubt, the verdict and the notes of the table of attackers `found`, if it is complete."""
+    """Return the evidence, extended by the doubt, the verdict and the notes of the table of attackers `found`.
+
+    Returns `evidence` unchanged if there is no table or it is not complete.
+    """
     if found is None or not found["complete"]:
         return evidence
     notes = (found["conclusion"], *found.get("notes", ()))
@@ -145,17 +150,17 @@ def _round(adapted: Mapping[str, Any], arm: str) -> tuple[str, ...]:
 
 
 def enumerated(names: Sequence[str]) -> str:
-    """Join names with commas and "and", as in `a, b and c`."""
+    """Return the names joined with commas and "and", as in `a, b and c`."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def adversarial(
     by_stage: Mapping[str, Columns], stages: Sequence[str], counted: Sequence[Pass], *, smallest: bool
 ) -> dict[str, Tensor]:
-    """The stored adversarial inputs: for each example the first, or that of the `smallest` change.
+    """Return the stored adversarial input of each broken example as the columns `id` and `x`.
 
-    Returns columns `id` and `x`. `stages` are the names of the attacks in their order; the `counted` passes follow
-    them.
+    If several passes broke an example, the input is that of the first pass or, with `smallest`, that with the smallest
+    change. `stages` are the names of the attacks in their order; the passes in `counted` follow them.
     """
     columns = [by_stage[name] for name in stages if name in by_stage]
     kept = [c for c in (*columns, *(each.columns for each in counted)) if "adversarial.id" in c]

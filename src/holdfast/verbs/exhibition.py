@@ -1,4 +1,4 @@
-"""Measures the models of the gallery: by PGD, by adaptive attacks, and which doubts are raised."""
+"""Measures the models of the gallery with PGD and with adaptive attacks, and records which doubts are raised."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from holdfast.verbs.request import AssessRequest, Subject
 from holdfast.verbs.result import Result
 
 NAIVE = "naive@1"
-"""PGD-40 on the cross-entropy with ordinary autograd, as in evaluations that are misled by gradient masking."""
+"""Name of the naive evaluation: PGD-40 on the cross-entropy with ordinary autograd, which gradient masking misleads."""
 SOUND = "standard"
-"""The suite for the undefended twin."""
+"""Name of the suite with which the undefended model is evaluated."""
 
 
 @dataclass(frozen=True)
 class Exhibit:
-    """Measurements of an item of the gallery."""
+    """Measurements of one model of the gallery."""
 
     name: str
     source: str
@@ -37,14 +37,14 @@ class Exhibit:
     twin_robust_accuracy: float
     adaptive_robust_accuracy: float
     doubts: tuple[str, ...]
-    """doubts that the naive evaluation raised"""
+    """names of the doubts that the naive evaluation raised"""
     adaptive: tuple[str, ...]
-    """adaptive attacks that were run"""
+    """names of the adaptive attacks that were run"""
     bypassed: tuple[str, ...]
-    """the stages that the adaptive attacks bypassed, and how"""
+    """the stages that the adaptive attacks bypassed, and how they did it"""
     n: int
     cpu_s: float
-    """CPU time of both evaluations"""
+    """CPU time of the naive and the adaptive evaluation, in seconds"""
 
 
 def exhibits(
@@ -54,7 +54,7 @@ def exhibits(
     *,
     seed: int = 0,
 ) -> Iterator[Exhibit]:
-    """Build each item on the training digits and measure it on `data`."""
+    """Build each item of the gallery on the training digits, measure it on `data`, and yield its measurements."""
     twin, sound = undefended(training), dict[float, Result]()
     for item in items:
         model = item.build(training, twin)
@@ -81,7 +81,7 @@ def exhibits(
 
 
 def raised(result: Result) -> tuple[str, ...]:
-    """Names of the doubts that were raised, whether answered or not."""
+    """Return the names of the doubts that were raised, including those that were answered."""
     return tuple(doubt.name for doubt in result.doubts if doubt.state in ("raised", "answered"))
 
 
@@ -95,7 +95,10 @@ def assessed_net(
     doubts: DoubtsWanted = "none",
     adaptive: bool = False,
 ) -> Result:
-    """Assess a network under some attacks, and with `adaptive` under those that its doubts require."""
+    """Return the assessment of a network with the attacks `members`, in the ball of radius `eps` in the norm Linf.
+
+    With `adaptive`, the adaptive attacks that the raised doubts call for are run as well.
+    """
     plan = Plan(
         members,
         ThreatModel(Linf(eps)),

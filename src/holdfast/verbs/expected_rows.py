@@ -1,4 +1,4 @@
-"""The largest number of rows that a run sends to a server, computed before the run."""
+"""Upper bounds on the number of rows that a run sends to a server, computed before the run."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,23 +19,23 @@ class ExpectedRows:
     """Upper bounds on the rows that are sent to a server, by purpose."""
 
     clean: int
-    """clean inputs, including the inspection of the model before the run"""
+    """rows of clean inputs, including those for the inspection of the model before the run"""
     attacks: int
     doubts: int
-    """the probes of the doubts, and judging the examples that they find"""
+    """rows of the probes, including those for judging the examples that the probes find"""
     judging: int
-    """one row for each example that an attack was run on; 41 for a randomised model"""
+    """one row for each example that each attack is run on, or 41 rows for a randomised model"""
     unknown: tuple[str, ...] = ()
-    """attacks that are not included, because neither a setting nor a budget bounds their rows"""
+    """names of the attacks that are not included, because neither a setting nor a budget bounds their rows"""
 
     @property
     def total(self) -> int:
-        """The sum of the rows of all purposes."""
+        """Sum of the rows of all purposes."""
         return self.clean + self.attacks + self.doubts + self.judging
 
     @property
     def says(self) -> str:
-        """The total and its parts as text.
+        """Total number of rows and its parts as a sentence.
 
         >>> ExpectedRows(57, 6_000, 2_000, 226).says
         'at most 8,283 rows to the server, if it refuses none: 57 clean, 6,000 attacks, 2,000 doubts, 226 judging'
@@ -70,12 +70,12 @@ def expected_rows(
     openings: int = 1,
     opening: int = 0,
 ) -> ExpectedRows:
-    """Return upper bounds on the rows that a run of the plan on `n` examples sends, including padding of batches.
+    """Return upper bounds on the rows that a run of the plan on `n` examples sends, including the padding of batches.
 
-    `right` is the number of correctly classified examples, which attacks are run on; None means all. `gates` says
-    whether gates are first tested on a few examples. `others` is the number of examples of each further data set for
-    the transfer across data sets. `openings` is the number of processes that inspect the model, and `opening` the
-    rows that each needs to determine how the data are read.
+    `right` is the number of correctly classified examples, on which attacks are run; None means all. `gates` states
+    whether gates are first tested on a few examples. `others` contains the size of each further data set for the
+    transfer across data sets. `openings` is the number of processes that inspect the model, and `opening` the number of
+    rows that each process sends to determine how the data are read.
     """
     due = n if right is None or plan.threat.constraint.judges_misclassified else right
     judged = JUDGED_AT_RANDOM if randomised else 1
@@ -100,7 +100,10 @@ def expected_of(
     right: int | None = None,
     opening: int = 0,
 ) -> ExpectedRows:
-    """`expected_rows` for a run with the shards and batch size in `cut`, the `plan` of its manifest."""
+    """Return the result of `expected_rows` for a run whose shards and batch size are in `cut`.
+
+    `cut` is the entry `plan` of the manifest of the run.
+    """
     shards = tuple(stop - start for start, stop in cut["shards"])
     return expected_rows(
         plan,

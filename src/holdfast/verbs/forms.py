@@ -1,4 +1,4 @@
-"""Schemas of `run.json` and of the documents of a run, validated when they are read."""
+"""Schemas of `run.json` and of the documents of a run. Files are validated against them when they are read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,7 +74,7 @@ ASSESSED = record(
         "other_data": list_of(_OTHER),
     }
 )
-"""Schema of `run.json` of an assessment."""
+"""Schema of the file `run.json` of an assessment."""
 LISTED = record(
     {
         "verb": text,
@@ -84,7 +84,7 @@ LISTED = record(
         "plan": record({"stages": distinct(name)}),
     }
 )
-"""Schema of the parts of `run.json` that a list of runs shows, for any verb."""
+"""Schema of those parts of `run.json` that the list of runs shows; it fits the runs of all verbs."""
 _ESTIMATE = record({"value": real, "low": real, "high": real, "n": count})
 _GATE = record(
     {
@@ -97,9 +97,9 @@ _GATE = record(
 )
 _CODE = one_of(0, 1, 4)
 DECIDED = record({"gates": list_of(_GATE), "accepted_doubts": mapped(text), "exit_code": _CODE})
-"""Schema of `verdict.json` of an assessment."""
+"""Schema of the file `verdict.json` of an assessment."""
 JUDGED = record({"verdict_of": one_of("after"), "exit_code": _CODE})
-"""Schema of `verdict.json` of a hardening; the verdict is that of the inner run that measured the new model."""
+"""Schema of `verdict.json` of a hardening, whose verdict is that of the inner run that measured the new model."""
 HEAD = record({"chain": text})
 """Schema of a document with the chain digest of an inner run."""
 _DOUBT = record(
@@ -120,7 +120,7 @@ ASKED = record(
         "broken": mapped(list_of(whole)),
     }
 )
-"""Schema of `doubts.json`."""
+"""Schema of the file `doubts.json`."""
 
 
 @contextmanager

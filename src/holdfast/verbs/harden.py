@@ -67,12 +67,12 @@ def harden(
     notify: Notify = ignore,
     clock: Clock = time.perf_counter,
 ) -> Hardened:
-    """Train a copy of the model to be robust under a threat model, in a folder from which a stopped run is resumed.
+    """Train a copy of the model to be robust under a threat model. The training can be resumed from the folder `run`.
 
-    Without `run`, nothing is kept except the return value; if the run is stopped, its folder is kept and named in
-    the error. Under torchrun, the processes train together, the first one evaluates and writes, and all return the
-    same result. `clock` returns seconds, for the budget. Raises `UsageError`, `TargetError`, or `Interrupted` with
-    the command to resume.
+    Without `run`, a temporary folder is used and deleted at the end; if the training is stopped, that folder is kept
+    and the error states its path. Under torchrun, the processes train together, the first one evaluates and writes, and
+    all return the same result. `clock` returns seconds and measures the budget. Raises `UsageError`, `TargetError`, or
+    `Interrupted` with the command to resume.
     """
     if run is not None:
         refuse_used(run, resume=resume)

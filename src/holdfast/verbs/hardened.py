@@ -29,28 +29,29 @@ from holdfast.verbs.result import Result
 from holdfast.verbs.training import Point
 
 MODEL = "model.safetensors"
-"""File name of the new model."""
+"""Name of the file with the new model."""
 
 
 @dataclass(frozen=True)
 class Hardened:
-    """A new model, how it was trained, and measurements of the given model and the new one."""
+    """A new model, its training, and measurements of the original model and the new one."""
 
     model: Classifier
     before: Result
     after: Result
     curve: tuple[Point, ...]
-    """one point for each epoch of its training"""
+    """training curve of the new model, with one point for each epoch"""
     card: Mapping[str, Any]
-    """recipe, settings, plan, both measurements, cost and versions, in the types of strict JSON"""
+    """recipe, settings, plan, both measurements, cost and versions, as strict JSON"""
     weights: bytes
-    """the new model as a safetensors file"""
+    """content of the safetensors file with the new model"""
     folder: Path | None = None
 
     def write(self, folder: str | Path) -> Path:
-        """Write `model.safetensors`, `card.md`, `card.json` and `curve.svg` to a folder, created if missing.
+        """Write `model.safetensors`, `card.md`, `card.json` and `curve.svg` to a folder, and return its path.
 
-        The command on the card that opens the model contains the path of this folder as it was given.
+        The folder is created if it does not exist. On the card, the command that opens the model contains `folder` as
+        given.
         """
         place = Path(folder)
         card = {**self.card, "opened_by": _placed(self.card["opened_by"], place)}
@@ -87,20 +88,20 @@ class Made:
     curve: tuple[Point, ...]
     chosen: Point
     raised: int
-    """how often its guard increased the number of steps"""
+    """how often the guard of the recipe increased its number of attack steps"""
     ended_by: EndedBy
     plans: int = 0
     """number of plans made within the budget"""
 
     @property
     def epochs(self) -> float:
-        """Epochs that were trained; an integer if the last one is complete."""
+        """Number of epochs that were trained; an integer if the last epoch is complete."""
         epochs = self.curve[-1].epochs
         return int(epochs) if epochs == int(epochs) else epochs
 
 
 def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata of the weights file: how to open it, and the digest of its training."""
+    """Return the metadata of the weights file: how to open the model, and the digest of the training."""
     known = {key: subject.card[key] for key in ("architecture", "arguments") if key in subject.card}
     said = {
         key: subject.card[key]
@@ -118,7 +119,7 @@ def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str,
 
 
 def digest_of_weights(checkpoint: Checkpoint) -> str:
-    """SHA-256 over the tensors, in hex."""
+    """Return the SHA-256 over names, types, shapes and values of all tensors of a checkpoint, in hex."""
     sha = hashlib.sha256()
     for name, value in sorted(checkpoint.tensors.items()):
         sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -127,7 +128,7 @@ def digest_of_weights(checkpoint: Checkpoint) -> str:
 
 
 def timeless(card: Mapping[str, Any]) -> dict[str, Any]:
-    """A card without what may differ between two equal runs: times and the command."""
+    """Return a card without its times and its command, which may differ between two equal runs."""
     points = [_timeless_point(point) for point in card["curve"]]
     kept = {name: value for name, value in card.items() if name not in {"cost", "command"}}
     return {
@@ -148,7 +149,11 @@ def card_of(
     manifest: Mapping[str, Any],
     said: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the card of the best trained model. `said` are entries from the request."""
+    """Return the card of the best trained model.
+
+    `made` are all trained models and `best` is one of them. `sides` are the results before and after the training.
+    `said` contains the entries of the card that come from the request.
+    """
     tried = [each.candidate.name for each in made]
     found: dict[str, Any] = strict(
         {
@@ -227,7 +232,9 @@ def _placed(command: str, folder: Path) -> str:
 
 
 def opened_by(opens: str, data: str) -> str:
-    """The command that opens the new model; placeholders in capitals must be replaced by the user."""
+    """Return the command that assesses the new model. If the data have no single name, the user replaces the word
+    `DATA` in it.
+    """
     return f"holdfast assess {MODEL} {'DATA' if ' ' in data else data} {opens}".rstrip()
 
 

@@ -1,4 +1,6 @@
-"""Held-out examples, which choose the checkpoint of a training, and the separation of training and test examples."""
+"""Held-out examples, on which the best checkpoint is chosen, and removal of test examples from the
+training examples.
+"""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,7 +19,8 @@ from holdfast.ops.losses import margin
 from holdfast.ops.pieces import results_in_pieces
 
 LOOK = PGD(steps=20)
-"""The attack that chooses the checkpoint, with more steps and another loss than in training."""
+"""The attack for held-out accuracy, by which the checkpoint is chosen; it has more steps and another loss than in
+training."""
 _HELD_OUT, _LEAST_HELD_OUT = 1_000, 50
 _EVERY = 10  # at most one training example of this many is held out
 _HARMLESS = 0.001  # size of the threat model in multiples of eps
@@ -26,20 +29,20 @@ _NAMED = 3  # duplicates that a message names
 
 @dataclass(frozen=True)
 class TrainingExamples:
-    """The training examples, and the held-out examples that choose the checkpoint."""
+    """The training examples, and the held-out examples on which the best checkpoint is chosen."""
 
     rest: Batch
     held: Batch
     digest: str
-    """SHA-256 over the training and the held-out examples, in hex"""
+    """SHA-256 over all training and held-out examples, in hex"""
     notes: tuple[str, ...]
-    """which examples were left out, and why"""
+    """notes on which examples were left out of the training, and why"""
 
 
 def examples_of(data: Batch, excluded: Data, seed: int, classes: int) -> TrainingExamples:
-    """Split the training examples, without those of the evaluation.
+    """Split `data` into training examples and held-out ones, after removing all inputs that are in `excluded`.
 
-    Raises an error if a class has no training example left.
+    `excluded` contains the test examples. Raises an error if a class has no training example left.
     """
     refuse_missing_classes(data, classes)
     fresh, judged = without_judged(data, excluded)
@@ -54,8 +57,8 @@ def examples_of(data: Batch, excluded: Data, seed: int, classes: int) -> Trainin
 def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVERY) -> tuple[Batch, Batch]:
     """Split labelled examples into training examples and held-out ones. The split is determined by the seed.
 
-    One example of each class stays in the training examples. At most `most` are held out, and at most one of
-    `every`. Raises `UsageError` if fewer than 50 would be held out.
+    At least one example of each class stays in the training examples. At most `most` examples are held out, and at most
+    one in `every`. Raises `UsageError` if fewer than 50 would be held out.
     """
     known = data.y != UNLABELLED
     order = Draws(seed).at("held out").bits(data.ids).argsort()
@@ -75,7 +78,7 @@ def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVE
 
 
 def looked_at(model: Classifier, held: Batch, threat: ThreatModel) -> tuple[float, float]:
-    """Clean accuracy on the held-out examples, and accuracy under the attack `LOOK`."""
+    """Return the clean accuracy on the held-out examples, and the accuracy under the attack `LOOK`."""
     was = model.training
     model.eval()
 
@@ -96,9 +99,10 @@ def looked_at(model: Classifier, held: Batch, threat: ThreatModel) -> tuple[floa
 
 
 def harmless(threat: ThreatModel) -> ThreatModel:
-    """The threat model with a very small eps, under which correct predictions stay correct, as for a robust model.
+    """Return the threat model with a very small eps, under which no correct prediction changes. It is used for timing.
 
-    Used for timing. Eps is not zero, since a projection would then do less work.
+    Attacks then take as many passes as on a robust model. Eps is not zero, because a projection would then do less
+    work.
     """
     whole = threat.constraint
     return replace(threat, constraint=whole.resized(_HARMLESS * whole.eps))
@@ -153,16 +157,16 @@ def _names(data: Batch) -> list[bytes]:
 
 
 def digest_of(data: Batch) -> str:
-    """SHA-256 over inputs and labels, in hex."""
+    """Return the SHA-256 over inputs and labels of a batch, in hex."""
     sha = hashlib.sha256(data.x.cpu().contiguous().numpy().tobytes())
     sha.update(data.y.cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
 
 
 def refuse_missing_classes(data: Batch, classes: int, *, after: str = "") -> None:
-    """Raise `TargetError` if there are fewer than two classes, or a class of the model has no example.
+    """Raise `TargetError` if the data have fewer than two classes, or no example of some class of the model.
 
-    `after` is a note for the message on which examples were left out before.
+    `after` is a note for the message on examples that were left out before.
     """
     found = torch.unique(data.y[data.y != UNLABELLED]).tolist()
     before = f"{after}; " if after else ""

@@ -1,4 +1,4 @@
-"""The content of `run.json`: everything that identifies a run and its numbers."""
+"""Content of `run.json`: all values that identify a run and its results."""
 
 import math
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ def assess_manifest(
     served: Served | None = None,
     stored: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Content of `run.json` of an assessment. `shape` is that of one input.
+    """Return the content of `run.json` of an assessment. `shape` is the shape of one input.
 
     `stored` is the manifest of the run in the folder, if there is one: a resumed run uses the batch size of its first
     attempt.
@@ -70,7 +70,9 @@ def work_of(
     served: Served | None = None,
     stored: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """How the work of a run on `n` examples is divided: the shards, the batch size and the names of the stages."""
+    """Return how the work of a run on `n` examples is divided: the shards, the batch size and the
+    names of the stages.
+    """
     small = request.time_budget_s is not None or request.workers is not None
     size = request.batch_size or batch_size_for(math.prod(shape), request.device)
     if request.batch_size is None and served is not None:
@@ -97,9 +99,10 @@ def harden_manifest(
     plan: Mapping[str, Any],
     machine: str,
 ) -> dict[str, Any]:
-    """Content of `run.json` of a hardening.
+    """Return the content of `run.json` of a hardening.
 
-    `plan` contains its attempts; `digests` are those of the judged examples and of the training examples.
+    `plan` contains the attempts. `digests` are those of the test examples and of the training examples. `machine`
+    describes the hardware.
     """
     constraint = request.threat.constraint
     surrogates = request.assessment.surrogates
@@ -133,7 +136,7 @@ def harden_manifest(
 
 
 def about_run(command: str) -> dict[str, Any]:
-    """Entries that may differ between two equal runs: time and command."""
+    """Return the entries of a run that may differ between two equal runs: the time of creation and the command."""
     return {"created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "command": repeatable(command)}
 
 

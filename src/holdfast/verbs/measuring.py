@@ -1,4 +1,6 @@
-"""The stages of an assessment: which examples each is run on, in which shards, and what time did not allow."""
+"""Stages of an assessment: which examples each stage is run on, in which shards, and what was left out when time ran
+out.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,18 +40,18 @@ from holdfast.verbs.request import Opening
 
 @dataclass(frozen=True)
 class ShardMeasure:
-    """Measures tasks on the examples of the run: see `holdfast.engine.executor.Measure`."""
+    """Function that measures shards of the examples of a run: see `holdfast.engine.executor.Measure`."""
 
     plan: Plan
     target: Target
     data: Data
     device: torch.device
     served: Served | None = None
-    """connection to the server of a served model"""
+    """connection to the server of a served model; None for other models"""
     _last: dict[tuple[int, int], Batch] = field(default_factory=dict)
 
     def __call__(self, task: ShardTask, room: Room, until: float) -> Columns:
-        """Columns of a task. Raises `OutOfTime` if the model is queried after the deadline `until`."""
+        """Return the columns of a task. Raises `OutOfTime` if the model is queried after the time `until`."""
         batch, clean = self.read(task.start, task.stop), task.clean is None
         if clean:
             bare, classes = self.target.bare, self.target.classes
@@ -63,7 +65,7 @@ class ShardMeasure:
             return columns
 
     def read(self, start: int, stop: int) -> Batch:
-        """Examples `start` to `stop` on the device; the last range is cached."""
+        """Return the examples `start` to `stop` on the device; the last range that was read is cached."""
         if (start, stop) not in self._last:
             self._last.clear()
             self._last[start, stop] = self.data.read(start, stop).to(self.device)
@@ -71,7 +73,7 @@ class ShardMeasure:
 
 
 def timed(target: Target, until: float) -> Target:
-    """The target with models that raise `OutOfTime` after a deadline."""
+    """Return the target with models that raise `OutOfTime` if they are queried after the time `until`."""
     return replace(target, quick=Timed(target.quick, until), view=Timed(target.view, until))
 
 
@@ -80,16 +82,16 @@ class WorkerSetup:
     """Opens the model and the data in a worker process: see `holdfast.engine.processes.Setup`."""
 
     opening: Opening
-    """opens the model, the data and the surrogates"""
+    """function that opens the model, the data and the surrogates"""
     digests: Mapping[str, Any]
-    """digests of these in the run"""
+    """digests of the model, the data and the surrogates, with which what the worker opens is compared"""
     plan: Plan
-    """without surrogates, which the worker prepares itself"""
+    """the plan without surrogates, which the worker prepares itself"""
     device: str
 
     @contextmanager
     def __call__(self) -> Iterator[Measure]:
-        """Yield the function that measures shards. Raises `TargetError` if the worker opens another model or data."""
+        """Yield the function that measures shards. Raises `TargetError` if a digest differs from that of the run."""
         subject, data, surrogates = self.opening()
         device, adaptive = torch.device(self.device), bool(self.plan.adaptive)
         with readied(subject, data, device, adaptive=adaptive) as (target, sample), ExitStack() as stack:
@@ -117,12 +119,14 @@ class Measurement:
     data: Data
     device: torch.device
     sets: Mapping[str, tuple[Batch, ...]] = field(default_factory=dict)
-    """the data sets of stages without shards, by the name of their kind"""
+    """data sets for the stages that are not divided into shards, by the name of the kind of stage"""
     served: Served | None = None
-    """connection to the server of a served model, which may charge for each row"""
+    """connection to the server of a served model, which may charge for each row; None for other models"""
 
     def stages(self, stages: Sequence[Stage], by_stage: dict[str, Columns]) -> tuple[str, ...]:
-        """Add the columns of some stages to `by_stage`; returns notes on what time did not allow."""
+        """Measure `stages`, add their columns to `by_stage`, and return notes on what was left out
+        when time ran out.
+        """
         cut: list[tuple[Stage, int]] = []
         for stage in stages:
             if not stage.kind.sharded:
@@ -196,28 +200,36 @@ class Measurement:
         return int(left.sum()) - fallen
 
     def surviving(self, by_stage: Mapping[str, Columns]) -> Mask:
-        """Mask of the examples that no attack of the suite has broken."""
+        """Return the mask of the examples that no attack of the suite has broken."""
         clean = by_stage["clean"]
         return clean["correct"] & clean["eligible"] & ~broken_by_suite(self.plan.stages(), by_stage)
 
     def confirm(self) -> None:
-        """Verify that a server that refused the last inputs still answers clean inputs."""
+        """Check that a server that refused attacked inputs still answers clean inputs; does nothing
+        for other models.
+        """
         if self.served is not None:
             self.served.confirm()
 
 
 def attack_of(stage: Stage) -> str:
-    """The name in the suite of the attack of a stage."""
+    """Return the name that the attack of a stage has in the suite; for a stage without attack, the
+    name of the stage.
+    """
     return stage.name if stage.member is None else stage.member.name
 
 
 def shards_of(n: int, size: int) -> tuple[tuple[int, int], ...]:
-    """Divide `n` rows into consecutive ranges of at most `size` rows."""
+    """Return consecutive ranges (start, stop) of at most `size` rows that cover `n` rows."""
     return tuple((start, min(start + size, n)) for start in range(0, n, size))
 
 
 def out_of_time(cut: Sequence[tuple[Stage, int]], of: int, plan: Plan) -> tuple[str, ...]:
-    """Notes on the stages that time cut off, with the number of finished examples, and the effect on the metrics."""
+    """Return notes on the stages that were not finished in time, with their finished examples and the effect on the
+    metrics.
+
+    `cut` contains each of these stages with its number of finished examples, and `of` is the number of all examples.
+    """
     attacks = [(attack_of(stage), n) for stage, n in cut if stage.kind.in_suite]
     done = [f"{name} finished {n:,} of {of:,} examples" for name, n in attacks if n]
     idle = [name for name, n in attacks if not n]

@@ -1,4 +1,4 @@
-"""Measures how long a recipe takes on this machine, and plans how much training fits into a budget."""
+"""Measures how long a recipe takes on this machine, and plans how many updates fit into a budget."""
 
 import math
 import tempfile
@@ -38,22 +38,23 @@ _REVIEW = 0.01  # share of the budget between two plans
 _REVIEW_LEFT = 0.1  # the same of the rest of the budget, for a machine that becomes slower
 
 Clock = Callable[[], float]
-"""Returns seconds since an arbitrary moment."""
+"""Function that returns the time in seconds since an arbitrary moment."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Wall-clock seconds of a recipe on this machine."""
+    """Measured wall-clock time of a recipe on this machine, in seconds per update and per epoch."""
 
     update: float
     epoch: float
-    """updates of one epoch and the work after it: saving the checkpoint, and the evaluation if its time is known"""
+    """seconds of all updates of an epoch, of saving its checkpoint and, if its time is known, of the evaluation after
+    it"""
 
     held_out: int = 0
-    """number of held-out examples in an evaluation, if known"""
+    """number of held-out examples in an evaluation; 0 if the evaluation was not timed"""
 
     def between(self, per_epoch: int) -> float:
-        """Seconds of an epoch with `per_epoch` updates in addition to its updates."""
+        """Return the seconds of an epoch of `per_epoch` updates that are not spent on its updates."""
         return max(self.epoch - per_epoch * self.update, 0.0)
 
 
@@ -65,9 +66,9 @@ def pace(
     budget_s: float,
     clock: Clock = time.perf_counter,
 ) -> Pace:
-    """Measure the pace of a recipe on updates of a copy, which is then discarded; no evaluation is included.
+    """Measure the pace of a recipe by some updates of a copy of the model, which is then discarded.
 
-    If memory runs out, smaller batches are used.
+    The time of an evaluation is not included. If memory runs out, smaller batches are used.
     """
     size = min(recipe.training.batch, len(data))
     while True:
@@ -78,9 +79,10 @@ def pace(
 
 
 def smaller(batch: int, error: BaseException) -> int:
-    """Half of a batch for which memory ran out. Re-raises other errors; `TargetError` if it cannot be halved.
+    """Return half of a batch size for which memory ran out, as reported by `error`.
 
-    Several processes cannot change the batch size, so with more than one `TargetError` is raised.
+    Any other error is raised again. Raises `TargetError` if the batch cannot be halved, or if several processes train
+    together, because these cannot change the batch size.
     """
     half = half_batch(batch, error)
     if processes() > 1:
@@ -159,7 +161,7 @@ def _quickest(trial: _Trial, again: Callable[[], _Trial], spent_s: float, budget
 
 
 def as_it_says(model: Classifier, data: Batch) -> Batch:
-    """The data with the predictions of the model as labels. Unlabelled examples stay unlabelled."""
+    """Return the data with the predictions of the model as labels. Unlabelled examples stay unlabelled."""
     was = model.training
     model.eval()
     with torch.no_grad():
@@ -197,14 +199,15 @@ def _grown(checkpoint: Checkpoint, few: int, many: int) -> Checkpoint:
 
 
 def whole_epochs(budget_s: float, found: Pace) -> int:
-    """Whole epochs that fit into a budget; 0 if not even one fits."""
+    """Return the number of whole epochs that fit into a budget; 0 if not even one fits."""
     return max(int(_SPARE * budget_s / found.epoch), 0)
 
 
 def updates_fitting(seconds: float, update_s: float, look_s: float, position: int, per_epoch: int) -> int:
-    """Updates that fit into `seconds`, after `position` updates of an epoch, with an evaluation after each epoch.
+    """Return the number of updates that fit into `seconds`, with an evaluation of `look_s` seconds after each epoch.
 
-    The last epoch may be incomplete; it is followed by an evaluation, too.
+    The count starts after `position` updates of an epoch of `per_epoch` updates. The last epoch may be incomplete; an
+    evaluation follows it as well.
     """
     left = per_epoch - position
     first = left * update_s + look_s
@@ -222,7 +225,7 @@ def _whole(times: float) -> int:
 
 
 def epochs_fitting(budget_s: float, found: Pace, per_epoch: int) -> float:
-    """Epochs that fit into a budget, possibly a fractional number; 0 if not even one update fits."""
+    """Return the number of epochs that fit into a budget, possibly fractional; 0 if not even one update fits."""
     look_s = found.between(per_epoch)
     return updates_fitting(_planned_s(budget_s, look_s), found.update, look_s, 0, per_epoch) / per_epoch
 
@@ -233,7 +236,7 @@ def _planned_s(budget_s: float, look_s: float) -> float:
 
 
 class Pacer:
-    """Plans a training within a budget, repeatedly during the training: see `holdfast.ops.planning.Pacing`.
+    """Plans a training within a budget, and repeats the plan during the training: see `holdfast.ops.planning.Pacing`.
 
     A plan depends only on the plan before and on the elapsed time.
     """
@@ -241,7 +244,11 @@ class Pacer:
     def __init__(
         self, budget_s: float, epoch_s: float, look_s: float, spent_s: float, clock: Clock = time.perf_counter
     ) -> None:
-        """`epoch_s` and `look_s`, a part of it, were measured before the training; `spent_s` of the budget are used."""
+        """Create a pacer for a budget of `budget_s` seconds, of which `spent_s` are already used.
+
+        `epoch_s` and `look_s` are the seconds of an epoch and of the evaluation within it, measured before the
+        training.
+        """
         self._budget_s, self._updates_s, self._look_s, self._clock = (
             budget_s,
             epoch_s - look_s,
@@ -251,7 +258,7 @@ class Pacer:
         self._begun = clock() - spent_s
 
     def __call__(self, done: int, position: int, per_epoch: int, last: TrainingPlan | None) -> TrainingPlan:
-        """The plan after `done` updates, of which `position` belong to the current epoch."""
+        """Return the plan after `done` updates, of which `position` belong to the current epoch."""
         spent_s = self._clock() - self._begun
         update_s, look_s, interval = self._estimated(done, spent_s, per_epoch, last)
         planned_s = _planned_s(self._budget_s, look_s) - spent_s
@@ -279,7 +286,7 @@ class Pacer:
 
 
 def too_small(budget_s: float, found: Pace, per_epoch: int, spent_s: float) -> str:
-    """The error message for a budget in which no update fits, with a budget that would be enough."""
+    """Return the error message for a budget in which no update fits; it states a budget that would be enough."""
     look_s = found.between(per_epoch)
     least = math.ceil((found.update + (1 + _LOOK_SPARE) * look_s + spent_s) / _USED)
     asked = f"{least}s" if least < 120 else f"{math.ceil(least / 60)}min"

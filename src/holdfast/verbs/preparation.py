@@ -38,9 +38,10 @@ _SURROGATE_EXAMPLES = 32
 def readied(
     subject: Subject, data: Data, device: torch.device, *, adaptive: bool = False
 ) -> Iterator[tuple[Target, Batch]]:
-    """Yield the model prepared on its device, and the examples it was inspected with; restores the model.
+    """Context manager that prepares the model on its device, and restores it on exit.
 
-    With `adaptive`, parts that hide the gradient are detected, too.
+    Yields the prepared model and the examples with which it was inspected. With `adaptive`, parts of the model that
+    hide the gradient are detected as well.
     """
     sample = data.read(0, min(LOOKED_AT, len(data))).to(device)
     with (
@@ -52,13 +53,13 @@ def readied(
 
 
 def model_digest(subject: Subject, target: Target) -> str:
-    """SHA-256 that identifies the model in a run."""
+    """Return the SHA-256 that identifies the model in a run, in hex."""
     return digest(canonical([subject.digest, target.randomised]))
 
 
 @contextmanager
 def placed(model: Classifier, device: torch.device) -> Iterator[None]:
-    """Move the model to a device, and back at the end."""
+    """Context manager that moves the model to a device, and back on exit."""
     parameter = next(model.parameters(), None)
     before = parameter.device if parameter is not None else device
     model.to(device)
@@ -71,9 +72,10 @@ def placed(model: Classifier, device: torch.device) -> Iterator[None]:
 def with_surrogates(
     plan: Plan, stack: ExitStack, surrogates: Sequence[Subject], sample: Batch, target: Target
 ) -> Plan:
-    """The plan with surrogates of the attacker, prepared until `stack` is closed.
+    """Return the plan with the surrogate models of the attacker, which stay prepared until `stack` is closed.
 
-    Raises `UsageError` or `TargetError` for a threat model without surrogates or an unsuitable surrogate.
+    Raises `UsageError` or `TargetError` if the threat model does not allow surrogates or a surrogate does not fit the
+    model.
     """
     if not surrogates:
         return plan
@@ -145,7 +147,7 @@ def _refuse_flat(name: str, found: Target, sample: Batch) -> None:
 def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Target) -> Plan:
     """Return the plan with a stage that transfers perturbations between the data of the run and `others`.
 
-    `sample` are examples of the run. Raises `UsageError` if the threat model or the data do not allow it.
+    `sample` are examples of the run. Raises `UsageError` if the threat model, the model or the data do not allow it.
     """
     if not others:
         return plan
@@ -183,9 +185,10 @@ def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Targe
 def plan_for(
     subject: Subject, data: Data, request: AssessRequest, target: Target, sample: Batch, stack: ExitStack
 ) -> Plan:
-    """The plan as it is measured on this model and data; surrogates stay open until `stack` is closed.
+    """Return the plan of the request, completed for this model and data. Surrogates stay prepared until `stack` is
+    closed.
 
-    Raises an error for what cannot be measured. Gates are not tested.
+    Raises an error for what cannot be measured. Gates are not checked.
     """
     bare, threat = target.bare, request.plan.threat
     refuse_batch(sample, bare.bounds, target.classes, data.name, whole=data, remote=bare.remote)
@@ -204,9 +207,9 @@ def plan_for(
 
 
 def learning_examples(plan: Plan, target: Target, data: Data, fit: Data | None) -> Batch | None:
-    """The examples that learned attacks are fitted to: as many as the largest number that one of them needs.
+    """Return the examples on which learned attacks are fitted, as many as the learned attack that needs most.
 
-    None if no attack is learned. Raises `UsageError` if their shape is not that of `data`.
+    Returns None if no attack is learned or `fit` is None. Raises `UsageError` if their shape is not that of `data`.
     """
     wanted = [m.attack.examples for m in plan.members if isinstance(m.attack, Learned)]
     if not wanted or fit is None:
@@ -222,7 +225,7 @@ def learning_examples(plan: Plan, target: Target, data: Data, fit: Data | None) 
 
 
 def paired_sets(plan: Plan, data: Data, others: Sequence[Data]) -> tuple[Batch, ...]:
-    """Equally many inputs of each data set, a seeded sample, in the order in which they are paired."""
+    """Return a random sample of equal size from each data set, in the order in which the inputs are paired."""
     if not plan.across:
         return ()
     sets, seed = (data, *others), plan.seed

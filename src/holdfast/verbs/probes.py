@@ -1,4 +1,6 @@
-"""Runs the probes of the doubts between two stages, in pieces that fit into memory, with separate counts of queries."""
+"""Runs the probes of the doubts after the stages, in pieces that fit into memory, and counts their
+queries separately.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -55,11 +57,11 @@ class Counted:
 
     @property
     def bounds(self) -> Bounds:
-        """The input bounds of the model."""
+        """Input bounds of the model."""
         return self.model.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Logits of `x`; counts the passes."""
+        """Return the logits of `x`, and count the passes."""
         self.forwards += len(x)
         logits = self.model(x, ids)
         if logits.requires_grad:
@@ -72,13 +74,13 @@ class Counted:
 
 @dataclass(frozen=True)
 class ProbeResults:
-    """Results of the probes: findings, adversarial examples and cost."""
+    """Results of the probes: the doubts, the adversarial examples that were found, and the cost."""
 
     findings: Findings
     cost: Cost = field(default_factory=Cost)
-    """counts of passes, without times"""
+    """number of passes; times are not included"""
     probes: Probes = ()
-    """probes whose adversarial examples count"""
+    """probes whose adversarial examples count towards robust accuracy"""
     found: Columns = field(default_factory=dict)
     """the adversarial examples of these probes, as the columns of the stage `FOUND`; empty if there are none"""
 
@@ -89,9 +91,9 @@ _FITTING = 1_000  # shard number for the batch splits of the doubt `input`, larg
 def run_probes(
     measurement: Measurement, by_stage: Mapping[str, Columns], missed: Sequence[str], stopwatch: Stopwatch
 ) -> ProbeResults:
-    """Measure the doubts of the plan, after all shards of the stages before are finished.
+    """Run the probes of the plan and return their results. All shards of the stages before must be finished.
 
-    If time ran out, no probe is run, and `missed` are the notes on the unfinished stages.
+    If time ran out, no probe is run. `missed` are the notes on the unfinished stages.
     """
     plan, outline = measurement.plan, measurement.plan.outline(measurement.target.classes)
     broke = {each.name: each.columns["success"] for each in stage_passes(outline, by_stage)}

@@ -26,26 +26,30 @@ _SAME = 1e-4
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """Expected rows of a run, and the rows that were sent for the estimate."""
+    """Expected number of rows of a run on a served model, and the number of rows that were sent for the estimate."""
 
     n: int
     """number of examples of the run"""
     attacks: tuple[str, ...]
     most: ExpectedRows
-    """upper bound if as many examples are correct as possible"""
+    """upper bounds on the rows, for the largest possible number of correct examples"""
     likely: ExpectedRows | None
-    """the same if the share of correct examples is that of the sample; None if all examples were tested, or none"""
+    """expected rows if the fraction of correct examples is that of the sample; None if the sample
+    is empty or complete"""
     right: int
     """number of correct examples in the sample"""
     tried: int
     sent: int
-    """rows that the server was sent for the estimate"""
+    """number of rows that were sent to the server for the estimate"""
     batches: str = ""
-    """accepted batch sizes of the server; empty if any number of rows is accepted"""
+    """description of the batch sizes that the server accepts; empty if it accepts any number of rows"""
 
 
 def rehearsed(subject: Subject, data: Data, order: AssessRequest, counted: Look) -> Rehearsed:
-    """Estimate the rows of a run. `counted` limits the rows sent for the estimate. Raises the errors of the run."""
+    """Return an estimate of the rows that a run sends to the server.
+
+    `counted` limits and counts the rows that are sent for the estimate. Raises the same errors as the run itself.
+    """
     refuse_data(data)
     model, opening = subject.model, counted.rows
     first, second = rows_of_calls(model, counted.remaining, min(_TRIED, len(data)), LOOKED_AT)

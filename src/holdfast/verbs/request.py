@@ -1,4 +1,4 @@
-"""Requests: what a verb measures, trains and judges, and how."""
+"""Requests: the settings of what a verb measures, trains and judges."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,52 +14,56 @@ from holdfast.harness import Plan
 from holdfast.verbs.candidates import Candidate
 
 SHARD_SIZE = 1000
-"""Examples in a shard, the largest number that a kill loses. In smaller shards, late attacks run on few examples and
-are slow."""
+"""Number of examples in a shard, which is the largest number whose results are lost if the run is killed.
+
+In smaller shards, the later attacks of a suite run on few examples and are slow.
+"""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under test, and its description in the evidence."""
+    """The model under test, and its description for the evidence."""
 
     model: Classifier
     digest: str
-    """SHA-256 in hex of everything that determines its outputs"""
+    """SHA-256 of everything that determines the outputs of the model, in hex"""
     card: Mapping[str, Any] = field(default_factory=dict)
-    """`name`, `how` it was opened, `digest`, `parameters`, `bounds` and other properties"""
+    """`name`, `how` (how the model was opened), `digest`, `parameters`, `bounds` and other properties"""
     notes: tuple[str, ...] = ()
 
 
 Opening = Callable[[], tuple[Subject, Data, tuple[Subject, ...]]]
-"""Opens the model, the data and the surrogates, possibly in another process."""
+"""Function that opens the model, the data and the surrogates, possibly in another process."""
 
 
 @dataclass(frozen=True)
 class AssessRequest:
-    """What is measured and judged, and how."""
+    """The settings of an assessment."""
 
     plan: Plan
     gates: tuple[Claim, ...] = ()
     baseline: Evidence | None = None
-    """evidence for gates that compare with a baseline"""
+    """evidence of the run with which gates compare; None without such gates"""
     accepted: Mapping[str, str] = field(default_factory=dict)
-    """accepted doubts by name, each with the reason of the person who accepts it"""
+    """accepted doubts by name, each with the reason that the user gave"""
     batch_size: int | None = None
-    """examples in one forward pass; None chooses by the size of the input"""
+    """number of examples in a forward pass; with None it depends on the size of the inputs and the device"""
     shard_size: int = SHARD_SIZE
     fit: Data | None = None
-    """examples for learned attacks, disjoint from the judged ones"""
+    """examples on which learned attacks are fitted, disjoint from the test examples"""
     across: tuple[Data, ...] = ()
-    """other data sets, for the transfer of perturbations"""
+    """other data sets, for the transfer of perturbations between data sets"""
     time_budget_s: float | None = None
-    """wall-clock limit of the attacks over all attempts; shards are then as small as batches, so that little is lost"""
+    """wall-clock seconds for the attacks over all attempts; shards are then at most as large as batches, so that little
+    is lost"""
     workers: int | None = None
-    """number of worker processes that measure the shards, each with one thread; shards are then as small as batches"""
+    """number of worker processes that measure shards, each with one thread; shards are then at most
+    as large as batches"""
     device: str = "cpu"
     surrogates: tuple[Subject, ...] = ()
     """surrogate models of the attacker"""
     attackers: "MeasureAttackers | None" = None
-    """measures the table of attackers of a rotation after the suite; None without rotation"""
+    """function that measures the table of attackers of a model with rotation after the suite; None without rotation"""
     command: str = ""
     """command that repeats the run"""
 
@@ -69,32 +73,32 @@ class HardenRequest:
     """The settings of a hardening."""
 
     name: str
-    """name of the recipe, as requested"""
+    """name of the recipe that the user requested"""
     candidates: tuple[Candidate, ...]
-    """the recipe, or the recipes to choose from, the fastest first"""
+    """the requested recipe, or the recipes to choose from, ordered from the fastest to the strongest"""
     threat: ThreatModel
     assessment: AssessRequest
-    """how the model is measured before and after"""
+    """settings of the assessments before and after the training"""
     budget_s: float | None = None
-    """wall-clock time of the training, evaluations on held-out examples included; None uses the recipe's epochs"""
+    """wall-clock seconds of the training with its evaluations; None for the epochs that the recipe states"""
     seed: int = 0
     device: str = "cpu"
     command: str = ""
     examples: int = 0
-    """number of training examples for learned attacks of the evaluation, if it has some"""
+    """number of training examples for learned attacks of the evaluation, if the suite contains such attacks"""
     excluded: Data | None = None
-    """data that must not be trained on: the whole set of which the judged examples are a part; None for the judged
-    ones only"""
+    """data that must not be trained on: the whole set from which the test examples are taken; None for the test
+    examples only"""
     open_options: str = ""
-    """command-line options that open the new model, in addition to its file and the data"""
+    """command-line options with which the new model is opened, in addition to its file and the data"""
 
 
 Keep = Callable[[Mapping[str, Any]], None]
-"""Records the current, possibly unfinished, content of a document."""
+"""Function that stores the current content of a document, which may be unfinished."""
 
 
 class MeasureAttackers(Protocol):
-    """Measures the table of attackers of a pool with rotation."""
+    """Function that measures the table of attackers of a model with rotation."""
 
     def __call__(
         self,
@@ -105,4 +109,4 @@ class MeasureAttackers(Protocol):
         keep: Keep,
         progress: Progress,
     ) -> Mapping[str, Any]:
-        """Return the document. Rows in `known` are not measured again."""
+        """Return the table of attackers as a document. Rows in `known` are not measured again."""

@@ -26,14 +26,18 @@ from holdfast.reports.write import write
 
 
 class UnknownMetric(KeyError):
-    """Raised for an unknown metric. Unlike other `KeyError`s, the message is shown without quotes."""
+    """Raised for the name of an unknown metric. Unlike the message of other `KeyError`s, its message is shown without
+    quotes.
+    """
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class Metrics(dict[str, Estimate]):
-    """Metrics by name; an unknown name raises `UnknownMetric` with the most similar name and all known names."""
+    """Metrics by name. An unknown name raises `UnknownMetric`, whose message states the most similar name and all
+    names.
+    """
 
     def __missing__(self, name: str) -> Estimate:
         near = suggestion(str(name), self)
@@ -63,13 +67,14 @@ class Result:
     gates: tuple[Judgement, ...] = ()
     accepted_doubts: Mapping[str, str] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
-    """information beside the evidence: `verb`, `folder`, `created`, `command`, `hashes`, `versions`, `hardware`"""
+    """information that is not part of the evidence: `verb`, `folder`, `created`, `command`, `hashes`, `versions`,
+    `hardware`"""
     folder: Path | None = None
     """the run folder; None for a run in memory"""
     adversarial: Columns = field(default_factory=dict)
-    """every adversarial input, as `id` and `x`, if the run keeps them"""
+    """the adversarial input of each broken example as columns `id` and `x`, if the run stores them"""
     baseline: Evidence | None = None
-    """evidence for the metrics `regression` and `clean_accuracy_drop`"""
+    """evidence of another run, with which `regression` and `clean_accuracy_drop` compare; None without a baseline"""
     rotation: Mapping[str, Any] | None = None
     """the table of attackers of a model with rotation; None for other models"""
     _asked: dict[str, Judgement] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -82,45 +87,50 @@ class Result:
 
     @property
     def attacks(self) -> tuple[AttackRecord, ...]:
-        """The attacks in their order, with the number of surviving examples before and after each."""
+        """Attacks in their order, each with the number of surviving examples before and after it."""
         return self.evidence.attacks
 
     @property
     def doubts(self) -> tuple[Doubt, ...]:
-        """Reasons why the measured robust accuracy may be too high, with their states."""
+        """Doubts, i.e. reasons why the measured robust accuracy may be too high, with their states."""
         return self.evidence.doubts
 
     @property
     def cost(self) -> Cost:
-        """Passes through the model, and the time of the run."""
+        """Number of passes through the model, and the time of the run."""
         return self.evidence.cost
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the command line: 0 pass or no gate, 1 a gate failed, 4 unclear."""
+        """Exit code of the command line: 0 if all gates pass or there are none, 1 if a gate fails, 4 if the verdict is
+        unclear.
+        """
         return exit_code(judgement.verdict for judgement in self.gates)
 
     @property
     def worst_case(self) -> dict[str, Tensor]:
-        """Columns with the worst case of each example over the whole suite, including distances."""
+        """Columns with the worst case of each example over all attacks and passes that count,
+        including its distances.
+        """
         columns = self.evidence.columns
         return {name: values for name, values in columns.items() if name in _WORST_CASE}
 
     @property
     def table(self) -> str:
-        """The attacks, the metrics and the doubts as text."""
+        """Attacks, metrics and doubts as text."""
         return tables(self.summary(), colour=False)
 
     @property
     def curve(self) -> EpsCurve:
-        """Robust accuracy as a function of eps, if measured (`curve=True`, or a suite of minimum-norm attacks).
+        """Robust accuracy as a function of eps.
 
-        Raises `UsageError` if it was not measured.
+        It is measured with `curve=True` or by a suite of minimum-norm attacks. Raises `UsageError` if it was not
+        measured.
         """
         return eps_curve(self.evidence)
 
     def __getitem__(self, metric: str) -> Estimate:
-        """A metric by name, as in `result["robust_accuracy"]`; `float()` returns its value."""
+        """Return a metric by name, as in `result["robust_accuracy"]`; `float()` of it is its value."""
         return self.metrics[metric]
 
     def __contains__(self, metric: object) -> bool:
@@ -130,11 +140,12 @@ class Result:
         return iter(self.metrics)
 
     def keys(self) -> KeysView[str]:
-        """The names of the metrics of the run."""
+        """Return the names of the metrics of the run."""
         return self.metrics.keys()
 
     def gate(self, claim: str) -> Judgement:
-        """Judge another gate, such as `"robust_accuracy >= 0.5"`, on the same evidence and doubts.
+        """Judge another gate, such as `"robust_accuracy >= 0.5"`, on the same evidence and doubts, and return its
+        verdict.
 
         Notebooks show it beside the gates of the run. It changes neither the verdict nor the exit code.
         """
@@ -144,7 +155,7 @@ class Result:
         return judgement
 
     def summary(self) -> Json:
-        """The content of every report, in the types of strict JSON."""
+        """Return the content of all reports as strict JSON."""
         return self._summary
 
     @cached_property
@@ -160,25 +171,28 @@ class Result:
         )
 
     def to_html(self, path: str | Path) -> Path:
-        """Write the HTML report."""
+        """Write the HTML report to `path`, and return the path."""
         return self._write(path, ".html")
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The summary as JSON text, also written to `path` if given."""
+        """Return the summary as JSON text, and write it to `path` if given."""
         if path is not None:
             self._write(path, ".json")
         return to_json(self._summary)
 
     def to_pandas(self) -> Any:
-        """A `pandas.DataFrame` with one row for each example, indexed by id: labels, predictions, distances and more.
+        """Return a `pandas.DataFrame` with one row for each example, indexed by id.
 
-        `broken_by` is the attack or pass that broke the example; `robust` is true if none did and the model was
-        correct. Other columns are those of the evidence. Raises `UsageError` if pandas is not installed.
+        `broken_by` is the attack or pass that broke the example; `robust` is true if the example is correct when clean
+        and nothing broke it. The other columns, such as labels, predictions and distances, are those of the evidence.
+        Raises `UsageError` if pandas is not installed.
         """
         return frame(self.evidence)
 
     def write(self, path: str | Path) -> Path:
-        """Write a report in the format of the suffix: `.html .json .xml .sarif .md .csv`."""
+        """Write a report in the format of the suffix, one of `.html .json .xml .sarif .md .csv`,
+        and return its path.
+        """
         write(self._summary, self.evidence.columns, Path(path))
         return Path(path)
 
@@ -197,7 +211,7 @@ class Result:
         return verdict(self._summary, colour=False).rstrip("\n")
 
     def __repr__(self) -> str:
-        """The verdict and the main metrics in one line."""
+        """Return the verdict and the main metrics in one line."""
         where = "" if self.folder is None else f", folder {str(self.folder)!r}"
         return f"<Result: {VERDICTS[self._summary['verdict']][1]}; {measured(self._summary)}{where}>"
 
@@ -205,7 +219,7 @@ class Result:
 def about_of(
     manifest: Mapping[str, Any], about: Mapping[str, Any], folder: Path | None, head: str | None
 ) -> dict[str, Any]:
-    """The information of a report beside the evidence, as in `Result.about`."""
+    """Return the information of a report that is not part of the evidence, as in `Result.about`."""
     hashes = dict(manifest["digests"]) | ({} if head is None else {"chain": head})
     known = {name: manifest[name] for name in ("verb", "versions", "hardware")}
     return {**known, **about, "hashes": hashes, **({} if folder is None else {"folder": str(folder)})}

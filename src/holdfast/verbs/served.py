@@ -1,4 +1,4 @@
-"""Runs on a served model: counts the rows sent over all attempts, and answers repeated rows from a journal."""
+"""Runs on a served model: counts the sent rows over all attempts, and takes answers to repeated rows from a journal."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,18 +23,18 @@ _KINDS: tuple[Kind, ...] = ("clean", "attacks", "doubts", "judging")
 
 
 def served_by(model: Classifier) -> Served | None:
-    """The connection to the server of a served model; None for other models."""
+    """Return the connection to the server of a served model, or None for other models."""
     net = inner(model).net
     return net if isinstance(net, Served) else None
 
 
 @contextmanager
 def journaled(run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
-    """Context manager: served models opened in it count their rows and store the answers in the folder of a run.
+    """Context manager that counts the rows of all served models opened in it, and stores the answers in the folder
+    `run`.
 
-    With `resume`, the rows of earlier attempts in that folder are counted, and their answers are reused. With
-    `keep`, the answers stay in the folder after the run. Raises `TargetError` if the journal is truncated or
-    altered.
+    With `resume`, the rows of earlier attempts in that folder are counted, and their answers are reused. With `keep`,
+    the answers stay in the folder after the run. Raises `TargetError` if the journal is truncated or altered.
     """
     if run is None:
         yield
@@ -66,14 +66,17 @@ def journaled(run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
 
 
 def opening_rows(sent: Sent) -> int:
-    """Rows sent before a run to determine how the data are read; after a stop, their upper bound."""
+    """Return the number of rows sent before a run to determine how the data are read; for a resumed run, an upper
+    bound.
+    """
     return sent.totals.rows.total() if not sent.earlier else _OPENING
 
 
 def refuse_early(served: Served, subject: Subject, request: AssessRequest) -> None:
-    """Record the rows that opening the data has sent to a server, and refuse what can be refused before more is sent.
+    """Raise `UsageError` for a request that a served model does not allow, before further rows are sent.
 
-    A served model computes on its server: with several processes, none would know what the others send.
+    Also records the number of rows that were sent while the data were opened. Several worker processes are refused,
+    because the sent rows could not be counted across processes.
     """
     served.opening = opening_rows(served.sent)
     if not request.surrogates:
@@ -87,19 +90,21 @@ def refuse_early(served: Served, subject: Subject, request: AssessRequest) -> No
 
 
 def attach(served: Served | None) -> None:
-    """Store the answers in the folder of the run, which now exists and belongs to this process."""
+    """Start to store answers in the folder of the run, after the folder was created and leased by this process."""
     if served is not None and isinstance(served.sent, Journal):
         served.sent.attach()
 
 
 def finish(served: Served) -> None:
-    """Write the totals of what was sent to the folder of a finished run."""
+    """Write the totals of the sent rows and requests to the folder of a finished run."""
     if isinstance(served.sent, Journal):
         served.sent.finish()
 
 
 def totals_in(run: Path) -> Totals | None:
-    """The totals of a finished run; None if it did not measure a served model."""
+    """Return the totals of the sent rows and requests of a finished run, or None if it did not
+    measure a served model.
+    """
     if not (run / SERVED).is_file():
         return None
     journal = Journal(None, run / SERVED, resume=True)
@@ -108,7 +113,7 @@ def totals_in(run: Path) -> Totals | None:
 
 
 def totals_to_json(totals: Totals) -> dict[str, Any]:
-    """The totals as in the evidence; see `Evidence.served`."""
+    """Return the totals as JSON, as they are in the evidence; see `Evidence.served`."""
     return {
         "rows": totals.rows.total(),
         **{kind: totals.rows[kind] for kind in _KINDS},
@@ -127,7 +132,7 @@ def totals_to_json(totals: Totals) -> dict[str, Any]:
 
 
 def in_words(totals: Totals) -> tuple[str, ...]:
-    """The totals as sentences for the notes of a report."""
+    """Return the totals as sentences for the notes of a report."""
     by_kind = ", ".join(f"{kind} {totals.rows[kind]:,}" for kind in _KINDS)
     rows, requests = _many(totals.rows.total(), "row"), _many(totals.requests, "request")
     said = [f"the server received {rows} in {requests}: {by_kind}"]

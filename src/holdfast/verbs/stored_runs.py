@@ -1,4 +1,4 @@
-"""Stored runs: open one, list those in a folder, create the path of a new one, and compare two on the same examples."""
+"""Stored runs: opens a run, lists the runs in a folder, creates the path of a new run, and compares two runs."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -42,23 +42,25 @@ from holdfast.verbs.served import totals_in
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of a second run with a first. Raises `UsageError` if they have no examples in common."""
+    """Comparison of two runs on the examples that they have in common. Raises `UsageError` if they
+    have none in common.
+    """
 
     first: Result
     second: Result
 
     @property
     def regression(self) -> Estimate:
-        """Robust accuracy of the first run minus that of the second; positive is worse."""
+        """Robust accuracy of the first run minus that of the second; positive if the second run is worse."""
         return regression(self.second.evidence, self.first.evidence)
 
     @property
     def clean_accuracy_drop(self) -> Estimate:
-        """Clean accuracy of the first run minus that of the second; positive is worse."""
+        """Clean accuracy of the first run minus that of the second; positive if the second run is worse."""
         return clean_accuracy_drop(self.second.evidence, self.first.evidence)
 
     def summary(self) -> Json:
-        """The content of every report, in the types of strict JSON."""
+        """Return the content of all reports of the comparison as strict JSON."""
         return self._summary
 
     @cached_property
@@ -67,15 +69,15 @@ class Comparison:
         return reported.comparison(self.first.evidence, self.second.evidence, summaries)
 
     def text(self, *, colour: bool = False, width: int | None = None) -> str:
-        """The changes and the metrics of both runs as text for a terminal."""
+        """Return the changes and the metrics of both runs as text for a terminal."""
         return reported.text(self._summary, colour=colour, width=width)
 
     def to_json(self) -> str:
-        """The summary as JSON text."""
+        """Return the summary as JSON text."""
         return reported.comparison_to_json(self._summary)
 
     def write(self, path: str | Path) -> Path:
-        """Write a report in the format of the suffix: `.html .json .md`."""
+        """Write a report in the format of the suffix, one of `.html .json .md`, and return its path."""
         write_comparison(self._summary, Path(path))
         return Path(path)
 
@@ -88,12 +90,12 @@ class Comparison:
 
 
 RUNS = Path("holdfast-runs")
-"""Parent folder of runs without a given folder."""
+"""Parent folder of runs for which no folder is given."""
 
 
 @dataclass(frozen=True)
 class RunEntry:
-    """A run as a row in the list of runs."""
+    """A run as one row of the list of runs."""
 
     path: Path
     verb: str
@@ -112,7 +114,7 @@ class RunEntry:
 
 
 def new_folder(verb: str, digest: str, *, parent: Path = RUNS, now: datetime | None = None) -> Path:
-    """The unused path `<time>-<verb>-<digest>`, with a suffix number if needed."""
+    """Return an unused path `<time>-<verb>-<digest>` in `parent`, with a number at the end if needed."""
     stamp = (now or datetime.now(UTC)).strftime("%Y%m%d-%H%M%S")
     path, k = parent / f"{stamp}-{verb}-{digest[:6]}", 2
     while path.exists():
@@ -121,9 +123,9 @@ def new_folder(verb: str, digest: str, *, parent: Path = RUNS, now: datetime | N
 
 
 def open_run(path: Path) -> Result:
-    """The result of a finished run; for a hardening, that of the new model.
+    """Return the result of the finished run in the folder `path`; for a hardening, the result of the new model.
 
-    Raises `TargetError` if there is no run, or it is unfinished or altered.
+    Raises `TargetError` if there is no run in the folder, or if it is unfinished or altered.
     """
     manifest, chain = read_manifest(path), read_chain(path, mend=False)
     refuse_altered(path, chain)  # the model and the threat model in the manifest belong to the measurements
@@ -183,7 +185,7 @@ def _put_together(
 
 
 def runs_in(parent: Path = RUNS) -> list[RunEntry]:
-    """The runs in a folder, oldest first. Folders without a readable run are skipped."""
+    """Return the runs in a folder, oldest first. Subfolders without a readable run are skipped."""
     if not parent.is_dir():
         return []
     return sorted(_entries(parent), key=lambda entry: (entry.created, entry.path.name))

@@ -1,4 +1,4 @@
-"""Tests whether a model can be trained, and prepares a copy for training."""
+"""Checks whether a model can be trained, and creates a copy of it for training."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -24,8 +24,8 @@ _NAMED = 3  # frozen parameters that a message names
 def refuse_untrainable(model: Classifier) -> None:
     """Raise an error if a model cannot be trained.
 
-    `TargetError` if it is no network, has no gradients or cannot be saved in a checkpoint; `UsageError` if all
-    parameters are frozen.
+    Raises `TargetError` if it is not a network, has no gradients or cannot be saved in a checkpoint, and `UsageError`
+    if all parameters are frozen.
     """
     if model.access != "gradients":
         raise TargetError(
@@ -58,10 +58,10 @@ def refuse_untrainable(model: Classifier) -> None:
 
 
 def training_notes(model: Classifier, x: Inputs) -> tuple[str, ...]:
-    """Notes on a model that is trained on inputs like `x`.
+    """Return notes on what impairs the training of a model on inputs like `x`.
 
-    They say whether some parameters are frozen, the model changes its inputs in place, or no gradient reaches the
-    inputs.
+    A note states that some parameters are frozen, that the model changes its inputs in place, or that no gradient
+    reaches the inputs.
     """
     frozen = _frozen(model)
     named = ", ".join(frozen[:_NAMED]) + (", …" if len(frozen) > _NAMED else "")
@@ -89,7 +89,7 @@ def _frozen(model: Classifier) -> list[str]:
 
 
 def copy_of(model: Classifier) -> Classifier:
-    """A copy for training. Raises `TargetError` if the model cannot be copied, or the copy shares its weights."""
+    """Return a copy of a model. Raises `TargetError` if the model cannot be copied, or the copy shares its weights."""
     try:
         copied = deepcopy(model)
     except Exception as error:  # a layer may raise any exception
@@ -107,9 +107,10 @@ def copy_of(model: Classifier) -> Classifier:
 
 
 def learner_of(model: Classifier, x: Inputs) -> Classifier:
-    """A copy for training or attacks, on the device of `x`; it clones inputs if the model changes them in place.
+    """Return a copy of a model for training or attacks, on the device of `x`.
 
-    Both modes are tested, since for example dropout changes inputs in train mode only.
+    If the model changes its inputs in place, the copy clones them before each pass. Training and evaluation mode are
+    both tested, because for example dropout changes inputs in training mode only.
     """
     copied = copy_of(model).to(x.device)
     with drawing(Draws(0).at("in place"), x.device):
@@ -118,6 +119,6 @@ def learner_of(model: Classifier, x: Inputs) -> Classifier:
 
 
 def threats_of(threat: ThreatModel, recipes: Sequence[Recipe]) -> list[ThreatModel]:
-    """The threat model, and the same with each other norm that the recipes train for."""
+    """Return the threat model, followed by a copy of it for each other norm that the recipes train for."""
     others = [norm for recipe in recipes if isinstance(recipe, MultiNormTraining) for norm in recipe.others]
     return [threat, *(replace(threat, constraint=norm) for norm in others)]

@@ -21,7 +21,7 @@ _KEY = "holdfast"
 
 @dataclass(frozen=True)
 class Point:
-    """One epoch in the training curve."""
+    """One epoch of the training curve."""
 
     epoch: int
     loss: float
@@ -31,44 +31,44 @@ class Point:
     lr: float
     """learning rate at the end of the epoch"""
     batch: int
-    """examples in an update"""
+    """number of examples in an update"""
     clean: float
-    """accuracy on the held-out examples"""
+    """clean accuracy on the held-out examples"""
     robust: float
-    """held-out accuracy under the attack that chooses the checkpoint"""
+    """accuracy on the held-out examples under the attack by which the checkpoint is chosen"""
     cpu_s: float
     wall_s: float
     forwards: float = 0.0
-    """forward passes of an example through the trained network; 0 if the recipe does not count them"""
+    """number of forward passes of single examples through the trained network; 0 if the recipe does not count them"""
     dearer: float = 1.0
-    """passes of an update at the end of the epoch, in multiples of those of the first update"""
+    """passes of an update at the end of the epoch, as a multiple of the passes of the first update"""
     hardware: str = ""
     """description of the hardware, in one line"""
     part: float = 1.0
-    """share of the epoch that was trained"""
+    """fraction of the epoch that was trained"""
     share: float = 1.0
-    """share of the schedules of learning rate and eps that was done at the end of the epoch"""
+    """fraction of the schedules of learning rate and eps that was done at the end of the epoch"""
 
     @property
     def epochs(self) -> float:
-        """Epochs that are done at the end of this one."""
+        """Number of epochs trained by the end of this one; fractional if this epoch is incomplete."""
         return self.epoch - 1 + self.part
 
     def to_json(self) -> dict[str, Any]:
-        """The point as a dictionary for JSON."""
+        """Return the point as a dictionary for JSON."""
         return dict(vars(self))
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A checkpoint of an earlier attempt with the curve up to it."""
+    """A saved checkpoint, with the training curve up to it."""
 
     checkpoint: Checkpoint
     curve: tuple[Point, ...]
 
 
 def keep(folder: Path, name: str, checkpoint: Checkpoint, curve: tuple[Point, ...]) -> None:
-    """Write a checkpoint with the curve up to it, atomically."""
+    """Write a checkpoint and the training curve up to it to the file `name` in `folder`, atomically."""
     said = {
         "epoch": checkpoint.epoch,
         "of": checkpoint.of,
@@ -85,20 +85,23 @@ def keep(folder: Path, name: str, checkpoint: Checkpoint, curve: tuple[Point, ..
 
 
 def keep_batch(folder: Path, batch: int) -> None:
-    """Save the batch size that is used from now on."""
+    """Save the batch size that is used for the following updates."""
     with usable(folder):
         folder.mkdir(exist_ok=True)
         write_atomically(folder / _BATCH, document({"batch": batch}))
 
 
 def kept_batch(folder: Path) -> int | None:
-    """The last batch size that `keep_batch` saved; None if memory has never run out."""
+    """Return the batch size that `keep_batch` saved last, or None if memory has never run out."""
     path = folder / _BATCH
     return int(json.loads(path.read_text())["batch"]) if path.is_file() else None
 
 
 def kept(folder: Path, name: str) -> Kept | None:
-    """The checkpoint of a name; None if there is none. Raises `TargetError` for an invalid file."""
+    """Return the checkpoint in the file `name` of `folder`, or None if there is no such file.
+
+    Raises `TargetError` if the file is invalid.
+    """
     path = folder / name
     if not path.is_file():
         return None

@@ -1,6 +1,6 @@
-"""The kinds of stages: each says which examples it runs on, measures them, and what its columns and its cost are.
+"""The kinds of stages. A kind defines on which examples a stage runs, how it measures them, its columns and its cost.
 
-The names are stored in `run.json`. The stages of a plan follow the order of `KINDS`.
+The names of the kinds are stored in `run.json`. The stages of a plan follow the order of `KINDS`.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,8 @@
-"""Transfer of perturbations across data sets: computed for inputs of one, added to inputs of each.
+"""Transfer across data sets: perturbations computed for the inputs of one data set are added to inputs of all data
+sets.
 
-Labels are not used: an input is broken if the prediction differs from that for the clean input. So the classes of
-another data set need not be those of the model. Each perturbation has a control: the same perturbation with its
+Labels are not used: an input is broken if the prediction differs from that for the clean input. Therefore the classes
+of another data set need not be those of the model. Each perturbation has a control: the same perturbation with its
 pixels permuted, which has the same size in every norm and a random direction.
 """
 
@@ -30,7 +31,7 @@ _IMAGE = 4
 
 
 class AcrossSets(StageKind):
-    """Transfers perturbations between data sets, equally many inputs of each, paired by row."""
+    """Transfers perturbations between data sets, with the same number of inputs from each, paired by row."""
 
     name = "across"
     sharded = False
@@ -38,16 +39,17 @@ class AcrossSets(StageKind):
     sampled = True
 
     def stages(self, plan: "Plan") -> list[Stage]:
-        """The one stage of this kind."""
+        """Return the stage of this kind, if the plan has one."""
         return [Stage("across", self, MATRIX)] if plan.across else []
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
-        """None: the stage is run on all inputs of its data sets."""
+        """Return None, because the stage is run on all inputs of its data sets."""
 
     def run(self, stage: Stage, work: Work) -> Columns:
-        """`across.turned` and `across.control` (n, source, destination) say which inputs were broken.
+        """Return the columns of the transfer.
 
-        The other columns are costs.
+        The masks `across.turned` and `across.control`, (n, source, destination), state which inputs were broken by a
+        perturbation and by its control. The other columns are costs.
         """
         first = work.batch
         pairs = replace(first, ids=torch.arange(len(first), device=first.ids.device))
@@ -58,23 +60,28 @@ class AcrossSets(StageKind):
         )
 
     def columns(self, clean: Columns) -> dict[str, Tensor]:
-        """The columns of a transfer without inputs."""
+        """Return the columns of a transfer without inputs."""
         return unattacked(clean)
 
     def judged(self, columns: Columns, *, randomised: bool) -> int:
-        """Each data set is judged once clean, then with each perturbation and its control."""
+        """Return the number of forward passes that judge inputs.
+
+        The inputs of each data set are judged once clean, and once with each perturbation and with each control.
+        """
         if "across.turned" not in columns:
             return super().judged(columns, randomised=randomised)
         sets = columns["across.turned"].shape[1]
         return int(columns["ran"].sum()) * sets * (1 + 2 * sets)
 
     def tables(self, by_stage: Mapping[str, Columns]) -> Mapping[str, Table]:
-        """The table `across`."""
+        """Return the table `across`."""
         return sampled_table(by_stage, "across", "input of each data set", ("turned", "control"))
 
 
 def paired(batch: Batch, seed: int, place: int) -> Batch:
-    """The batch in a random order, determined by the seed and the index of the data set, for pairing."""
+    """Return the batch in a random order, which is determined by the seed and the index of the data
+    set, for pairing.
+    """
     rng = Draws(seed).at("across", place)
     return batch.take(rng.uniform(batch.ids, 1, dtype=torch.float64)[:, 0].argsort(stable=True))
 

@@ -1,4 +1,4 @@
-"""Stages that run an attack on some of the examples, and the attacks of the suite."""
+"""Stages that run an attack on some of the examples. The attacks of the suite are such stages."""
 
 import math
 from collections.abc import Mapping
@@ -36,29 +36,31 @@ if TYPE_CHECKING:
     from holdfast.harness.plan import Plan
 
 LEAST = 32
-"""Smallest number of examples in a wave: with fewer, a wave without success shows little."""
+"""Smallest number of examples in a wave; from fewer examples, little can be concluded if none of them is broken."""
 AT_TIMES = 0.05
-"""Adaptive attacks continue with a broken example that is correct in more than this share of the votes."""
+"""Adaptive attacks continue with a broken example if it is correct in more than this fraction of the votes."""
 _PLACES, _BROKEN_AT_RANDOM = "places", "broken_at_random"
 
 
 class AttackKind(StageKind, Protocol):
-    """Stages that run an attack on chosen examples; the others keep the columns of an example without attack."""
+    """A kind of stage that runs an attack on chosen examples. All other examples have the columns of examples not
+    attacked.
+    """
 
     aware: ClassVar[bool] = False
-    """whether the attack always uses what is known of the defence"""
+    """whether the attack always uses knowledge of the defence"""
 
     def ready(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Stage:
-        """The stage with the fitted attack, and with the aim at a detector; unchanged if it needs neither."""
+        """Return the stage with its fitted attack and its aim at a detector; unchanged if it needs neither."""
         if stage.member is not None and stage.member.against is not None:
             return replace(stage, aim=aim_of(stage.member.against, by_stage["clean"]))
         learned = learned_for(stage, by_stage)
         return stage if learned is None else with_learned(stage, learned)
 
     def run(self, stage: Stage, work: Work) -> Columns:
-        """The columns of the attack for the chosen examples, and of no attack for the others.
+        """Return the columns of the attack for the chosen examples, and those of examples not attacked for the others.
 
-        A pass outside the suite stores no inputs for examples that the suite has already broken.
+        A pass outside the suite does not store inputs of examples that the suite has already broken.
         """
         batch, plan, chosen = work.batch, work.plan, work.chosen
         target = work.target
@@ -85,9 +87,9 @@ class AttackKind(StageKind, Protocol):
         return columns
 
     def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
-        """The inputs that the attack returns for some of its examples, judged by the original model, with their cost.
+        """Run the attack on some examples, and return the judgement of its inputs by the original model, and its cost.
 
-        Inputs of the examples in `missed` are stored.
+        Of the examples in `missed`, adversarial inputs are stored.
         """
         plan, target, threat = work.plan, work.target, self.threat(work.plan)
         batch = aimed(batch, threat)
@@ -103,29 +105,36 @@ class AttackKind(StageKind, Protocol):
         return {name: values.cpu() for name, values in columns.items()}
 
     def threat(self, plan: "Plan") -> ThreatModel:
-        """The threat model under which the attack runs: that of the plan, without a limit for the smallest change."""
+        """Return the threat model under which the attack runs: that of the plan or, for minimum-norm attacks, without
+        an eps.
+        """
         return unlimited(plan.threat) if plan.smallest else plan.threat
 
     def columns(self, clean: Columns) -> dict[str, Tensor]:
-        """The columns of examples that were not attacked."""
+        """Return the columns of examples that were not attacked."""
         return unattacked(clean)
 
     def as_if_broken(self, stage: Stage, work: Work) -> Columns:
-        """The columns as if every correct example was broken by a change of size 0."""
+        """Return the columns that the stage would have if a change of size 0 broke every correct example."""
         alone = self.columns(work.clean)
         near = {name: torch.zeros_like(alone[name]) for name in (*DISTANCES, "score") if name in alone}
         return {**alone, **near, "success": work.clean["correct"].clone()}
 
 
 class SuiteAttack(AttackKind):
-    """The attacks of the suite and the adaptive attacks, each on the examples that survive those before."""
+    """The attacks of the suite and the adaptive attacks, each run on the examples that survive the
+    attacks before it.
+    """
 
     name = "attack"
     in_suite = True
     listed = "attacks"
 
     def stages(self, plan: "Plan") -> list[Stage]:
-        """The stages of the attacks, each after the one that fits it; then those of the adaptive attacks."""
+        """Return the stages of the attacks of the suite, followed by those of the adaptive attacks.
+
+        A learned attack is preceded by the stage that fits it.
+        """
         attacks = [
             stage
             for k, m in enumerate(plan.members, 1)
@@ -147,11 +156,12 @@ class SuiteAttack(AttackKind):
         return [*fit, *(Stage(each, self, member, names[:k]) for k, each in enumerate(names))]
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
-        """The examples that survive, and in a wave those of the lowest margins; all correct ones if the plan says so.
+        """Return the mask of the examples that the stage attacks: those that survive or, if the plan is `full`, all
+        correct ones.
 
-        An attack with waves starts with the examples of the lowest margins and continues while it succeeds: the first
-        wave has 1 / 2^waves of the surviving examples, the second as many, each later one twice as many. No wave has
-        fewer than `LEAST` examples, and a wave that breaks none is the last.
+        An attack with waves starts with the surviving examples of the lowest margins and continues while it succeeds:
+        the first wave has 1 / 2^waves of the surviving examples, the second as many, and each later wave twice as many
+        as the one before. No wave has fewer than `LEAST` examples, and a wave that breaks none is the last.
         """
         clean, stages = by_stage["clean"], plan.stages()
         eligible = clean["correct"] & clean["eligible"]
@@ -176,7 +186,7 @@ class SuiteAttack(AttackKind):
     def evidence(
         self, outline: Outline, by_stage: Mapping[str, Columns], worst: Columns
     ) -> Mapping[str, Tensor]:
-        """The distances of each minimum-norm attack, and the verdicts of each corruption."""
+        """Return the distances of each minimum-norm attack, and the verdicts of each corruption."""
         added: dict[str, Tensor] = {}
         steps = [step for step in outline.steps if step.kind is self and step.name in by_stage]
         if outline.smallest:
@@ -198,18 +208,20 @@ def _at_random(stage: Stage, work: Work, threat: ThreatModel, batch: Batch, rng:
 
 
 def unlimited(threat: ThreatModel) -> ThreatModel:
-    """The threat model with a ball of infinite radius, for minimum-norm attacks."""
+    """Return the threat model with a ball of infinite radius, for minimum-norm attacks."""
     return replace(threat, constraint=threat.constraint.resized(torch.inf))
 
 
 def learned_for(stage: Stage, by_stage: Mapping[str, Columns]) -> Tensor | None:
-    """What the attack of a stage has learned in an earlier stage; None if it learns nothing."""
+    """Return the perturbation that the attack of a stage has learned in an earlier stage, or None
+    if it is not learned.
+    """
     first = fit_stage_of((*stage.earlier, stage.name)[0])
     return by_stage[first]["learned.x"] if first in by_stage else None
 
 
 def with_learned(stage: Stage, learned: Tensor) -> Stage:
-    """The stage with the attack that uses what was learned."""
+    """Return the stage with its attack fitted to the learned perturbation."""
     assert stage.member is not None
     attack = stage.member.attack
     assert isinstance(attack, Learned)

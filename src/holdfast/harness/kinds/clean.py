@@ -1,4 +1,4 @@
-"""The first stage: the outputs of the model for the clean inputs."""
+"""The first stage of a measurement, which evaluates the model on the clean inputs."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
 
 
 class Clean(StageKind):
-    """Evaluates the model on the clean inputs."""
+    """Stage that evaluates the model on the clean inputs."""
 
     name = "clean"
 
     def stages(self, plan: "Plan") -> list[Stage]:
-        """The one stage of this kind."""
+        """Return the stage of this kind."""
         return [Stage("clean", self)]
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
-        """None: the stage is run on all examples."""
+        """Return None, because the stage is run on all examples."""
 
     def run(self, stage: Stage, work: Work) -> Columns:
-        """The outputs for the clean inputs, and the digests of the inputs."""
+        """Return the outputs of the model for the clean inputs, and the digests of the inputs."""
         rng = Draws(work.plan.seed).at("stage", stage.name)
         return in_pieces(lambda piece: _clean(work, piece, rng), work.batch, work.room)
 
     def columns(self, clean: Columns) -> dict[str, Tensor]:
-        """The columns themselves: no example is left out."""
+        """Return `clean` itself, because the stage is run on all examples."""
         return dict(clean)
 
     def as_if_broken(self, stage: Stage, work: Work) -> Columns:
-        """The measured columns."""
+        """Return the measured columns."""
         return self.run(stage, work)
 
     def cost(self, columns: Columns, *, randomised: bool) -> Cost:
-        """One query for each example, and the votes of a randomised model."""
+        """Return the cost: one query for each example, and further passes for the votes of a randomised model."""
         n = len(columns["id"])
         return Cost(n * evaluations(randomised=randomised), 0, n)
 

@@ -1,4 +1,4 @@
-"""Passes on the detector of a model that rejects."""
+"""Passes that attack the detector of a model that rejects inputs."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -24,22 +24,24 @@ if TYPE_CHECKING:
     from holdfast.harness.plan import Plan
 
 FALSE_POSITIVES = (0.5, 0.05, 0.01)
-"""False positive rates at which a detector is attacked, in order of increasing threshold: an input below the lowest
-threshold is below the others."""
+"""False positive rates at which a detector is attacked, in order of increasing threshold.
+
+An input whose score is below the lowest threshold is also below the others.
+"""
 AWARE = PGD(restarts=3)
-"""The attack on network and detector together."""
+"""The attack on the network and the detector together."""
 DETECTION = (
     Member("Oblivious", FIXED.attack, against=Against(0.0)),
     *(Member(f"Aware-{100 * rate:g}", AWARE, against=Against(EVEN, rate)) for rate in FALSE_POSITIVES),
     Member("Aware", AWARE, against=Against(EVEN)),
 )
-"""The passes on a model that rejects: first one that ignores the detector, then one for each threshold."""
+"""The passes on a model that rejects inputs: one that ignores the detector, then one for each threshold."""
 PASSES = tuple(slug(member.name) for member in DETECTION)
-"""The stages of these passes."""
+"""Names of the stages of these passes."""
 
 
 class DetectorPass(AttackKind):
-    """Attacks on network and detector, for the detection rate as a function of the false positive rate."""
+    """Attacks on network and detector, from which the detection rate at each false positive rate is computed."""
 
     name = "detection"
     title = "the pass {} on the detector"
@@ -48,15 +50,20 @@ class DetectorPass(AttackKind):
     aware = True
 
     def stages(self, plan: "Plan") -> list[Stage]:
-        """The pass that ignores the detector, then one for each threshold."""
+        """Return the stage of the pass that ignores the detector, then one stage for each threshold, if the plan has
+        them.
+        """
         return [Stage(slug(m.name), self, m) for m in DETECTION if plan.detection]
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
-        """The examples that no earlier pass has made misclassified and undetected."""
+        """Return the mask of the examples for which no earlier pass has found a misclassified and undetected input."""
         return undetected(stage.aim, by_stage)
 
     def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
-        """The scores of the detector for attacked inputs that the network misclassifies."""
+        """Run the attack on some examples, and return its columns and the scores of the detector.
+
+        The score is inf for an attacked input that the network classifies correctly.
+        """
         plan, target = work.plan, work.target
         with target.repeatable(rng.at(int(batch.ids[0]))):
             x_adv, spent = returned(stage.attack, plan.threat, target, batch, rng)
@@ -70,13 +77,15 @@ class DetectorPass(AttackKind):
         return {name: values.cpu() for name, values in columns.items()}
 
     def columns(self, clean: Columns) -> dict[str, Tensor]:
-        """The columns without attack; `score` is inf, since there is no misclassified input."""
+        """Return the columns of examples that were not attacked; `score` is inf, since there is no
+        misclassified input.
+        """
         return super().columns(clean) | {"score": torch.full_like(clean["margin"], torch.inf)}
 
     def evidence(
         self, outline: Outline, by_stage: Mapping[str, Columns], worst: Columns
     ) -> Mapping[str, Tensor]:
-        """The scores of attacked inputs, without and with knowledge of the detector."""
+        """Return the lowest scores of attacked inputs, for attacks without and with knowledge of the detector."""
         if not set(PASSES) <= set(by_stage):
             return {}
         # an example that an attack broke is misclassified with a score below the threshold
@@ -88,9 +97,9 @@ class DetectorPass(AttackKind):
 
 
 def undetected(aim: Aim, by_stage: Mapping[str, Columns]) -> Mask:
-    """Examples that no earlier pass has made both misclassified and below the threshold of `aim`.
+    """Return the mask of the examples without a misclassified input below the threshold of `aim` in any earlier pass.
 
-    For the pass that ignores the detector: all examples that the network classifies correctly.
+    For the pass that ignores the detector, these are all examples that the network classifies correctly.
     """
     if aim.beyond == torch.inf:
         return by_stage["clean"]["class_margin"] > 0
@@ -98,7 +107,10 @@ def undetected(aim: Aim, by_stage: Mapping[str, Columns]) -> Mask:
 
 
 def lowest(by_stage: Mapping[str, Columns]) -> PerExample:
-    """The lowest score of a misclassified input of each example, over the clean input and all passes; inf if none."""
+    """Return for each example the lowest score among its misclassified inputs; inf if there is none.
+
+    The clean input and the inputs of all passes are included.
+    """
     clean = by_stage["clean"]
     least = torch.where(clean["class_margin"] > 0, torch.inf, clean["score"])
     for name, columns in by_stage.items():

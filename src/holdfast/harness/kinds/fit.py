@@ -1,4 +1,6 @@
-"""Fits learned attacks: several times with different random streams; the best fit on separate examples is used."""
+"""Fitting of learned attacks: several fits with different random streams, of which the best on separate examples is
+used.
+"""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -26,23 +28,27 @@ _LEAST = 8  # with fewer examples than this, all are used both for fitting and f
 
 
 class Fit(StageKind):
-    """Fits an attack on examples that are not judged. It has no shards: after a kill, it is fitted again."""
+    """Stage that fits an attack on examples that are not judged. It has no shards: after a kill, the attack is fitted
+    again.
+    """
 
     name = "fit"
     sharded = False
     of_attack = True
 
     def stages(self, plan: "Plan") -> list[Stage]:
-        """None: each stands before the attack that it fits, and is in the list of the attacks."""
+        """Return an empty list, because `SuiteAttack.stages` adds each of these stages before the
+        attack that it fits.
+        """
         return []
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
-        """None: the examples are not those of the run."""
+        """Return None, because the examples of this stage are not those of the run."""
 
     def run(self, stage: Stage, work: Work) -> Columns:
-        """`learned.x` is the fitted perturbation; the other columns are costs.
+        """Return the fitted perturbation as `learned.x`, and the columns with the cost.
 
-        Raises `UsageError` if no example is left.
+        Raises `UsageError` if there is no example to fit on.
         """
         assert stage.member is not None
         attack, rng, target = stage.member.attack, Draws(work.plan.seed).at("stage", stage.name), work.target
@@ -67,12 +73,12 @@ class Fit(StageKind):
         return {name: values.cpu() for name, values in columns.items()}
 
     def columns(self, clean: Columns) -> dict[str, Tensor]:
-        """The columns of a fit without examples."""
+        """Return the columns of a fit without examples."""
         return unattacked(clean)
 
 
 def fit_stage_of(stage: str) -> str:
-    """The name of the stage that fits the attack of the stage `stage`."""
+    """Return the name of the stage that fits the attack of the stage `stage`."""
     return f"fit-{stage}"
 
 
@@ -90,9 +96,10 @@ def _examples(attack: Learned, work: Work, rng: Draws) -> Batch:
 def best_fit(
     attack: Learned, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws
 ) -> tuple[Tensor, int, Mask]:
-    """The best fit, the number of fits, and the mask of the examples that selected it.
+    """Return the best fit, the number of fits, and the mask of the examples on which the best one was chosen.
 
-    The best fit breaks most of the selecting examples; among equals, it has the lowest mean margin.
+    The best fit breaks most of these examples; if several break equally many, it is the one with the lowest mean
+    margin.
     """
     fits = attack.fits if isinstance(attack, Refitted) else 1
     if fits == 1:

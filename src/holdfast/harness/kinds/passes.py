@@ -1,4 +1,4 @@
-"""Passes on every example: the fixed attack, and the minimum-norm attacks of the curve over eps."""
+"""Passes on every example: the fixed attack, and the minimum-norm attacks for the curve over eps."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from holdfast.harness.plan import Plan
 
 FIXED = Member("PGD-40", PGD(steps=40, reach=2.5, loss=cross_entropy, schedule=flat, drop=False))
-"""The pass that does not depend on the order of the suite: it runs on every example."""
+"""Attack of the fixed pass. It runs on every example, so its result does not depend on the order of the suite."""
 
 
 class FixedPass(AttackKind):
-    """The fixed PGD-40 pass, for entropy, margin, F1 and calibration."""
+    """The fixed PGD-40 pass, from which entropy, margin, F1 and calibration are computed."""
 
     name = "attacked"
     title = "the fixed {} pass"
@@ -39,21 +39,21 @@ class FixedPass(AttackKind):
     lost = "entropy, margin, precision and calibration under attack are"
 
     def stages(self, plan: "Plan") -> list[Stage]:
-        """The one stage of this kind, if the attacker has gradients."""
+        """Return the stage of this kind, if the plan has one and the threat model allows gradients."""
         return [Stage("attacked", self, FIXED)] if plan.attacked and plan.threat.gives("gradients") else []
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
-        """All examples."""
+        """Return the mask of all examples."""
         return torch.ones_like(by_stage["clean"]["correct"])
 
     def run(self, stage: Stage, work: Work) -> Columns:
-        """The columns of the attack; every example has them, so there are none without attack."""
+        """Return the columns of the attack for all examples."""
         batch, rng = work.batch, Draws(work.plan.seed).at("stage", stage.name)
         missed = batch.ids if work.broken is None else batch.ids[~work.broken.to(batch.ids.device)]
         return in_pieces(partial(self.piece, stage, work, rng=rng, missed=missed), batch, work.room)
 
     def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
-        """The verdicts on the attacked inputs, and their probabilities."""
+        """Run the attack on some examples, and return the judgement of its inputs, their probabilities and the cost."""
         plan, target = work.plan, work.target
         batch = aimed(batch, plan.threat)
         with target.repeatable(rng.at(int(batch.ids[0]))):
@@ -70,14 +70,14 @@ class FixedPass(AttackKind):
         return {name: values.cpu() for name, values in columns.items()}
 
     def as_if_broken(self, stage: Stage, work: Work) -> Columns:
-        """The columns of the clean inputs instead of the attacked ones."""
+        """Return the columns with the clean inputs in place of attacked ones."""
         clean = {name: values for name, values in work.clean.items() if name != "correct"}
         return {**self.columns(work.clean), **clean}
 
     def evidence(
         self, outline: Outline, by_stage: Mapping[str, Columns], worst: Columns
     ) -> Mapping[str, Tensor]:
-        """Predictions and probabilities of the attacked inputs."""
+        """Return the predictions and probabilities of the attacked inputs."""
         if self.name not in by_stage:
             return {}
         names = ("prediction", "confidence", "entropy", "probability_margin")
@@ -85,7 +85,7 @@ class FixedPass(AttackKind):
 
 
 class CurvePass(AttackKind):
-    """Minimum-norm attacks on every correct example, for accuracy as a function of eps."""
+    """Minimum-norm attacks on every correct example, from which accuracy as a function of eps is computed."""
 
     name = "curve"
     title = "{} of the eps curve"
@@ -94,13 +94,15 @@ class CurvePass(AttackKind):
     smallest = True
 
     def stages(self, plan: "Plan") -> list[Stage]:
-        """One stage for each attack of the curve."""
+        """Return one stage for each attack of the curve."""
         return [Stage(f"curve-{k}-{slug(m.name)}", self, m) for k, m in enumerate(plan.curve, 1)]
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
-        """The correct examples."""
+        """Return the mask of the correct examples."""
         return by_stage["clean"]["correct"] & by_stage["clean"]["eligible"]
 
     def threat(self, plan: "Plan") -> ThreatModel:
-        """The threat model of the plan without a limit of the change, because the smallest is searched for."""
+        """Return the threat model of the plan without a limit on the change, because the smallest change is searched
+        for.
+        """
         return unlimited(plan.threat)

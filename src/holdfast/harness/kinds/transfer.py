@@ -1,4 +1,6 @@
-"""The transfer matrix: examples computed on the target and on each surrogate, judged by all of them."""
+"""The transfer matrix: adversarial examples are computed on the target and on each surrogate, and judged by all of
+them.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,15 +26,17 @@ if TYPE_CHECKING:
     from holdfast.harness.plan import Plan
 
 MATRIX = Member("Transfer", Transfer(reach=2.5, diversity=0.5, neighbours=0))
-"""The attack for the transfer matrix and for the transfer across data sets."""
+"""Attack that computes the examples of the transfer matrix and of the transfer across data sets."""
 MATRIX_ROWS = 500
-"""Largest number of examples in the transfer matrix, and of each data set in the transfer across data sets; a share
-is then known to 4.5 percentage points."""
+"""Largest number of examples in the transfer matrix, and of each data set in the transfer across data sets.
+
+With this number, a fraction is known to 4.5 percentage points.
+"""
 _COLUMNS = ("id", "right", "wrong")
 
 
 class TransferMatrix(AttackKind):
-    """Transfer between the target and the surrogates, on a sample of the examples."""
+    """Stage that measures the transfer between the target and the surrogates on a sample of the examples."""
 
     name = "transfer"
     title = "the transfer matrix"
@@ -40,11 +44,13 @@ class TransferMatrix(AttackKind):
     sampled = True
 
     def stages(self, plan: "Plan") -> list[Stage]:
-        """The one stage of this kind."""
+        """Return the stage of this kind, if the plan has one."""
         return [Stage("transfer", self, MATRIX)] if plan.matrix else []
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
-        """A sample of the examples; under a targeted goal, of those of other classes."""
+        """Return the mask of a random sample of the examples; if there is a target class, of
+        examples of other classes.
+        """
         clean, goal = by_stage["clean"], plan.threat.goal
         chosen = torch.zeros_like(clean["correct"])
         among = torch.ones_like(chosen) if goal is None else clean["y"] != goal
@@ -52,9 +58,9 @@ class TransferMatrix(AttackKind):
         return chosen
 
     def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
-        """Which models each example breaks, for each set of source models; see `Evidence.transfer`.
+        """Return which models each example breaks, for each set of source models; see `Evidence.transfer`.
 
-        The verdict on each example is that of the first source whose input the target misclassifies.
+        The judgement of an example is that of the input from the first source that breaks the target.
         """
         plan, target = work.plan, work.target
         batch, threat = aimed(batch, plan.threat), replace(plan.threat, queries=None)
@@ -88,7 +94,9 @@ class TransferMatrix(AttackKind):
         return {name: values.cpu() for name, values in columns.items()}
 
     def as_if_broken(self, stage: Stage, work: Work) -> Columns:
-        """The columns as if all models agreed with the target, and every example broke all of them."""
+        """Return the columns that the stage would have if all models agreed with the target and every example broke all
+        of them.
+        """
         clean, threat = work.clean, work.plan.threat
         models, right = 1 + len(threat.surrogates), clean["correct"][:, None]
         wrong = right[:, None].expand(-1, len(makers(work.target.quick, threat)), models)
@@ -96,27 +104,37 @@ class TransferMatrix(AttackKind):
         return {**super().as_if_broken(stage, work), **table, "transfer.wrong": wrong}
 
     def judged(self, columns: Columns, *, randomised: bool) -> int:
-        """Each example is judged once clean, and once for each set of source models."""
+        """Return the number of forward passes that judge inputs.
+
+        Each example is judged once clean, and once for each set of source models.
+        """
         if "transfer.wrong" not in columns:
             return super().judged(columns, randomised=randomised)
         sources = columns["transfer.wrong"].shape[1]
         return int(columns["ran"].sum()) * (1 + sources * evaluations(randomised=randomised))
 
     def tables(self, by_stage: Mapping[str, Columns]) -> Mapping[str, Table]:
-        """The table `transfer`."""
+        """Return the table `transfer`."""
         return sampled_table(by_stage, "transfer", "example", _COLUMNS)
 
 
 def sampled_table(
     by_stage: Mapping[str, Columns], stage: str, unit: str, names: tuple[str, ...]
 ) -> dict[str, Table]:
-    """The table of a stage that measures a sample, by its name; empty if it was not run or not finished."""
+    """Return the table of a stage that measures a sample, by the name of the stage.
+
+    Returns an empty dictionary if the stage was not run or not finished.
+    """
     columns = by_stage.get(stage, {})
     sampled = {name: columns[f"{stage}.{name}"] for name in names if f"{stage}.{name}" in columns}
     return {stage: Table(unit, sampled)} if sampled else {}
 
 
 def makers(target: Model, threat: ThreatModel) -> list[tuple[Model, ...]]:
-    """Models for the transfer matrix: the target if gradients are allowed, each surrogate, and all of these."""
+    """Return the sets of source models of the transfer matrix.
+
+    These are the target alone, if gradients are allowed, each surrogate alone and, if there are several, all
+    surrogates.
+    """
     own, each = [(target,)] if threat.gives("gradients") else [], [(model,) for model in threat.surrogates]
     return [*own, *each, *([threat.surrogates] if len(each) > 1 else [])]

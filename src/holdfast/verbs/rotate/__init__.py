@@ -1,4 +1,4 @@
-"""The rotate verb: collect a pool of parameter sets, generate new ones, admit them, and swap the serving set.
+"""The rotate verb: collects a pool of parameter sets, generates new ones, admits them, and swaps the serving set.
 
-Each step works on the folder of the pool only. A step that was killed continues in the next call.
+Each step reads and writes the folder of the pool only. If a step was killed, the next call continues it.
 """

@@ -1,4 +1,6 @@
-"""The gates of an admission: judged on confidence intervals, paired with reference sets on the same examples."""
+"""The gates of an admission, which compare a set with reference sets on the same examples and use
+confidence intervals.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,24 +35,28 @@ from holdfast.verbs.rotate.samples import tolerance_text as tolerated
 from holdfast.verbs.rotate.transfer_examples import Attacker, Attackers
 
 CHURN = 0.03
-"""Largest share of inputs that may change class."""
+"""Largest fraction of inputs that a set may classify differently from its reference."""
 NOTHING, SEVERAL, FLOOR, STATIC = 1.2, 1.5, 0.05, 0.5
-"""Limits for the success of thefts: multiples of the success of a surrogate-only attacker, for one stolen set
-(`NOTHING`) and for several (`SEVERAL`); a share that is always allowed (`FLOOR`); and the share of the success of
-white-box attacks on the reference (`STATIC`), or, if a surrogate-only attacker achieves as much, less than the limit
-above which rotation gives no protection."""
+"""Limits for the success rate of attackers with stolen sets.
+
+The success rate may be at most `NOTHING` times that of a surrogate-only attacker for one stolen set, and at most
+`SEVERAL` times for several stolen sets. A success rate up to `FLOOR` is always allowed. In addition, the success rate
+may be at most the fraction `STATIC` of the success rate of white-box attacks on the reference. Alternatively, it may be
+at most `NOTHING` times that of a surrogate-only attacker, if it is below the limit above which rotation gives no
+protection.
+"""
 _MORE = 1.5  # multiple of the difference between bases, which leaves room for the width of an interval
 _ODD = 3.0  # ratio of the success of examples from sets of the same draw to that of examples from stolen sets
 _BETTER = "the better of the serving set and the bases"
 Family = Literal["transfer", "white-box", "siblings", ""]
-"""The measurement that needs more examples if the gate is unclear."""
+"""Name of the measurement that is repeated with more examples if the gate is unclear."""
 NO_DOUBTS = Doubts()
 _BEST_FIRST: tuple[Verdict, ...] = ("pass", "unclear", "fail")
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """The result of one gate for one set."""
+    """Result of one gate for one parameter set."""
 
     name: str
     """name of the gate"""
@@ -60,7 +66,7 @@ class GateResult:
     """the limit, as text"""
     verdict: Verdict
     why: str
-    """the measured values, as text"""
+    """reason for the verdict: the measured values, as text"""
     family: Family = ""
 
     @property
@@ -71,31 +77,34 @@ class GateResult:
 
 @dataclass(frozen=True)
 class Measurements:
-    """All measurements of a set and of its references, on the same examples."""
+    """All measurements of a set and of its reference sets on the same examples."""
 
     attackers: Attackers
     transferred: TransferResult
     white: Evidence
     siblings: TransferResult | None
     before: tuple[Evidence, ...]
-    """evidence on clean inputs of the serving set; if there is none, of each base"""
+    """evidence on clean inputs: of the serving set or, if no set serves, of each base"""
     before_white: tuple[Evidence, ...]
     bases: tuple[Evidence, ...]
     """evidence on clean inputs of each base"""
     bases_white: tuple[Evidence, ...]
     serves: bool
-    """whether a set serves, so that the first reference is the serving set"""
+    """whether a set serves; if so, it is the first reference"""
     looks: Mapping[Family, int] = field(default_factory=dict)
-    """largest number of looks at each measurement, with more examples each time; 1 if not given"""
+    """for each measurement, the largest number of times that its gates are judged, with more examples each time; by
+    default 1"""
     needs: Mapping[Gate, Need] = field(default_factory=dict)
-    """examples that a gate needs; with fewer, its tolerance is widened"""
+    """number of examples that each gate needs; if there are fewer, its tolerance is widened"""
 
     def confidence(self, family: Family) -> float:
-        """Confidence of each interval so that those of all looks hold jointly (Bonferroni)."""
+        """Return the confidence of each interval such that the intervals of all repetitions hold
+        jointly (Bonferroni).
+        """
         return bonferroni(CONFIDENCE, self.looks.get(family, 1))
 
     def tolerance(self, gate: Gate) -> tuple[float, str]:
-        """Accuracy that may be lost, as a share, and its description."""
+        """Return the accuracy that may be lost, as a fraction, and its description."""
         need = self.needs.get(gate)
         if need is None or not need.widened:
             least = LEAST[gate]
@@ -107,7 +116,7 @@ class Measurements:
 
     @property
     def static(self) -> Estimate:
-        """Success rate of white-box attacks on the reference, as a mean over bases if no set serves."""
+        """Success rate of white-box attacks on the serving set or, if no set serves, its mean over the bases."""
         shares = [share_of(~robust_mask(one)[one["correct"]]) for one in self.before_white]
         low, value, high = (
             sum(getattr(one, end) for one in shares) / len(shares) for end in ("low", "value", "high")
@@ -121,7 +130,7 @@ class Measurements:
 
     @property
     def ensemble(self) -> Worst | None:
-        """Highest success rate of an attacker with several stolen sets; None if there is none."""
+        """Highest success rate of the attacker with several stolen sets; None if fewer than two sets are stolen."""
         several = self.attackers.several
         if several is None:
             return None
@@ -129,7 +138,7 @@ class Measurements:
 
     @property
     def sibling(self) -> Worst | None:
-        """Highest success rate of an attacker with sets generated in the same draw; None if there are none."""
+        """Highest success rate of an attacker with sets generated in the same draw; None if there are no such sets."""
         them = self.attackers.siblings
         if them is None or self.siblings is None:
             return None
@@ -137,13 +146,13 @@ class Measurements:
 
     @property
     def clean_loss(self) -> Loss:
-        """Clean accuracy that the set loses relative to the better of its references."""
+        """Loss of clean accuracy of the set relative to the better of its references."""
         before, bases = ([one["correct"] for one in them] for them in (self.before, self.bases))
         return self._loss(before, bases, self.transferred.evidence["correct"], "transfer")
 
     @property
     def robust_loss(self) -> Loss:
-        """Robust accuracy under white-box attacks that the set loses relative to the better of its references."""
+        """Loss of robust accuracy of the set under white-box attacks, relative to the better of its references."""
         before, bases = ([robust_mask(one) for one in them] for them in (self.before_white, self.bases_white))
         return self._loss(before, bases, robust_mask(self.white), "white-box")
 
@@ -153,13 +162,17 @@ class Measurements:
 
     @property
     def churn(self) -> Estimate:
-        """Share of inputs that the set classifies differently from the reference."""
+        """Fraction of inputs that the set classifies differently from the reference."""
         changed = [changed_predictions(one, self.transferred.evidence) for one in self.before]
         return difference(changed, confidence=self.confidence("transfer"))
 
 
 def gate_results(seen: Measurements, doubts: Doubts, claims: Sequence[Claim]) -> tuple[GateResult, ...]:
-    """The results of all gates. `doubts` are those of the white-box attacks that were not raised for the references."""
+    """Return the results of all gates for one set.
+
+    `doubts` are the doubts of the white-box attacks on this set that were not raised for its references. `claims` are
+    additional gates.
+    """
     return (
         _clean(seen),
         _robust(seen, doubts),
@@ -171,7 +184,7 @@ def gate_results(seen: Measurements, doubts: Doubts, claims: Sequence[Claim]) ->
 
 
 def reported(seen: Measurements) -> dict[str, Estimate]:
-    """Estimates that are reported and decide no gate."""
+    """Return the estimates that are reported but used by no gate, by name."""
     estimates = {
         "white_box_success": share_of(~robust_mask(seen.white)[seen.white["correct"]]),
         "static_white_box_success": seen.static,
@@ -251,7 +264,7 @@ def _hardly_more(theft: Worst, nothing: Worst, times: float, floor: float, each:
 
 
 def _excess(broken: Mask, nothing: Mask, times: float, confidence: float) -> Estimate:
-    """Share of `broken` minus `times` the share of `nothing`, with an interval, on the same inputs."""
+    """Fraction of `broken` minus `times` the fraction of `nothing`, with an interval, on the same inputs."""
     return mean(broken.double() - times * nothing.double(), confidence, support=Support(-times, 1.0))
 
 
@@ -305,7 +318,7 @@ def _churn(seen: Measurements) -> GateResult:
 def _odd_gradients(seen: Measurements, accepted: Mapping[str, str]) -> GateResult:
     """A gate against masked gradients: the set is easier to break, mostly by examples from sets of the same draw.
 
-    More examples cannot decide it; a person may accept it.
+    More examples cannot decide it; the user may accept it.
     """
     gate, bound = (
         "odd-gradients",
@@ -366,7 +379,7 @@ CLAIMABLE = (
     "transfer_success", "ensemble_transfer", "sibling_transfer", "clean_accuracy", "robust_accuracy", "churn",
     "clean_accuracy_drop",
 )  # fmt: skip
-"""Metrics that additional claims on a set may use."""
+"""Metrics that may be used in additional gates on a set."""
 
 
 def _vacuous(claim: Claim) -> GateResult:

@@ -1,7 +1,7 @@
-"""The step `admit`: each candidate is assessed against attackers with the stolen sets, then admitted or refused.
+"""The step `admit`: assesses each candidate against attackers with the stolen sets, then admits or refuses it.
 
-All results about a set are in the ledger. After a kill, the call is repeated and continues with the same candidate,
-whose finished assessments are reused.
+All verdicts are in the ledger. If the step is killed, the next call continues with the same candidate, and reuses its
+finished assessments.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,7 +52,7 @@ from holdfast.verbs.rotate.transfer_examples import (
 from holdfast.verbs.rotate.verdicts import IN_A_ROW, Admission, Judged
 
 CANARY_INPUTS = "canaries"
-"""Name under which the pool stores the canary inputs."""
+"""Name of the file of the pool with the canary inputs."""
 _WHITE, _SIBLINGS = 2, 10
 """Divisors of the first number of examples: for white-box attacks, which are slowest, and for attacks from sets
 generated in the same draw, which decide no gate."""
@@ -65,28 +65,29 @@ _FAMILIES: Mapping[Family, str] = {
 
 @dataclass(frozen=True)
 class AdmitRequest:
-    """Which pool's candidates are judged, and how."""
+    """The pool whose candidates are judged, and the settings for judging them."""
 
     pool: Pool
     common: RotateRequest
     """the settings that all sets of the pool share"""
     claims: Sequence[str] = ()
-    """gates in addition to the default ones"""
+    """gates in addition to the default ones, as text"""
     accepted: Mapping[str, str] = field(default_factory=dict)
     """accepted doubts by name, with reasons"""
     n_judged: int = FIRST
-    """first number of held-out examples"""
+    """number of held-out examples on which each set is judged first"""
     transfer_attacker: TransferAttacker = field(default_factory=TransferAttacker)
 
 
 def admit(
     request: AdmitRequest, *, again: str = "", notify: Notify = ignore, progress: Progress = silent
 ) -> Admission:
-    """Judge every candidate, starting with the one farthest from the stolen sets, and record the verdicts.
+    """Judge every candidate, starting with the one farthest from the stolen sets, and record the verdicts in the
+    ledger.
 
-    Admitted sets that wait since before a theft are judged again. The call ends after five refusals in a row. `again`
-    states how a stopped call is resumed. Raises `UsageError` if there is no candidate, a claim cannot be judged, or
-    another process admits sets.
+    Admitted sets that do not serve yet are judged again if a set was stolen after their admission. The call ends after
+    five refusals in a row. `again` states how a stopped call is resumed. Raises `UsageError` if there is no candidate,
+    a gate cannot be judged, or another process admits sets.
     """
     pool = request.pool
     again = again or f"finished steps are stored; resume with: holdfast rotate admit {pool.shown}"
@@ -284,7 +285,9 @@ class _Admitting:
 
     @cached_property
     def _looks(self) -> dict[Family, int]:
-        """Largest number of looks at each kind of measurement; each look doubles the examples."""
+        """Largest number of times that each kind of measurement is made; each time, the number of
+        examples is doubled.
+        """
         return {
             family: len(judged_ranges(len(self.request.held_out), first))
             for family, first in self._first.items()

@@ -1,9 +1,10 @@
-"""Alternatives to a rotation that take the same time, each measured with a stolen set and in the white-box case.
+"""Alternatives to a rotation, each measured against an attacker with a stolen set and against a white-box attack.
 
-Static: no swap. Noise on the weights. Checkpoints of one run, their mean (a soup, Wortsman et al., arXiv:2203.05482)
-and samples around it (SWAG, Maddox et al., arXiv:1902.02476). Independent seeds. Half an epoch of single-step
-adversarial fine-tuning (FGSM-RS, Wong et al., arXiv:2001.03994), and with as many passes PGD training (Madry et al.,
-arXiv:1706.06083) and diversity as in DVERGE (Yang et al., arXiv:2009.14720), each from the serving set.
+The alternatives take about the time of a rotation. Static: the set is not swapped. Noise on the weights. Checkpoints of
+one run, their mean (a soup, Wortsman et al., arXiv:2203.05482) and samples around it (SWAG, Maddox et al.,
+arXiv:1902.02476). Independent seeds. Half an epoch of single-step adversarial fine-tuning (FGSM-RS, Wong et al.,
+arXiv:2001.03994), and with as many passes PGD training (Madry et al., arXiv:1706.06083) and diversity as in DVERGE
+(Yang et al., arXiv:2009.14720), each starting from the serving set.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +34,7 @@ from holdfast.verbs.rotate.contents import collected_members, surrogates
 from holdfast.verbs.rotate.request import RotateRequest
 
 NOISE = 0.3
-"""Size of the noise on weights, as a share of the root mean square of each tensor."""
+"""Size of the noise on the weights, as a fraction of the root mean square of each tensor."""
 _SHARE, _LR, _INNER = 0.5, 1e-3, 5
 _ONE_STEP = SingleStep(noise=1.0, step=1.25, clip=True)
 Json = dict[str, Any]
@@ -41,7 +42,7 @@ Json = dict[str, Any]
 
 @dataclass
 class Alternatives:
-    """Measures the alternatives on the judged inputs, with the same few attacks for all."""
+    """Measures all alternatives on the same inputs with the same few attacks."""
 
     pool: Pool
     request: RotateRequest
@@ -52,8 +53,8 @@ class Alternatives:
     transfer_attacker: TransferAttacker
 
     def rows(self) -> Iterator[tuple[str, Callable[[], Json | None]]]:
-        """Yield each alternative by name, with a function that measures it or returns None if the pool is
-        unsuitable.
+        """Yield the name of each alternative, and a function that measures it or returns None if the pool does not
+        allow it.
         """
         yield "static", lambda: self._row(self.live, self.live, "the serving set is never swapped")
         yield (
@@ -179,17 +180,21 @@ class Alternatives:
 
 
 def share_json(share: Estimate) -> Json:
-    """A share with its interval as a document stores it."""
+    """Return a fraction with its confidence interval as JSON."""
     return {"value": share.value, "low": share.low, "high": share.high, "n": share.n}
 
 
 def hardened(request: RotateRequest) -> bool:
-    """Whether the sets of a pool were trained against attacks."""
+    """Return whether the sets of a pool were trained against attacks."""
     return not isinstance(request.candidate.recipe, Standard)
 
 
 def doubt(found: Mapping[str, Json | None], request: RotateRequest, one: Json | None) -> Json:
-    """The doubt that half an epoch of fine-tuning achieves more than rotation; raised if sets were not hardened."""
+    """Return the doubt that half an epoch of fine-tuning achieves more than rotation, as JSON.
+
+    `found` are the measured alternatives, and `one` is the success rate of an attacker with one stolen set. The doubt
+    is raised if the sets were not trained against attacks.
+    """
     tuned, static = found["adversarial fine-tuning"], found["static"]
     assert tuned is not None and static is not None
     if tuned["stolen_set"] is None or static["white_box"] is None:

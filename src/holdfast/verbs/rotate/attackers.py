@@ -1,9 +1,10 @@
-"""The table of attackers: the success rate of the attackers A0 to A6 on the serving set, on the judged inputs.
+"""The table of attackers: the success rates of the attackers A0 to A6 on the serving set, on the same test inputs.
 
-A0 has no parameters of the pool and trained own surrogates; A1 has a set that the ledger lists as stolen, A1u one
-that it does not list; A2 has several, A2c all bases of the pool; A3 has the generator, or sets generated in the same
-draw as the serving set; A4 queries the service across swaps; A5 has the serving set; A6 distils a surrogate from
-answers of several sets. Only A4 and A5 query the serving set to compute examples; A4 queries whichever set serves.
+A0 has no parameters of the pool and trains its own surrogates. A1 has a set that the ledger lists as stolen, A1u one
+that it does not list. A2 has several sets, A2c all bases of the pool. A3 has the generator, or sets generated in the
+same draw as the serving set. A4 queries the service across swaps. A5 has the serving set. A6 distils a surrogate from
+answers of several sets. Only A4 and A5 query the serving set to compute examples; A4 queries whichever set serves at
+the time.
 """
 
 import time
@@ -47,24 +48,24 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Means:
-    """Budgets of the attackers."""
+    """Attacks and numbers of queries, sets and epochs that the attackers use."""
 
     transfer_attacker: TransferAttacker = field(default_factory=TransferAttacker)
     quick: TransferAttacker = field(default_factory=lambda: TransferAttacker(_QUICK))
-    """attacks for comparisons with alternatives, and for many generated sets"""
+    """attacks that are used for comparisons with alternatives, and for attackers with many generated sets"""
     draws: tuple[int, ...] = (4, 16, 64)
-    """numbers of sets that an attacker with the generator attacks at once, increased until the success rate no
-    longer grows"""
+    """numbers of generated sets that an attacker with the generator attacks at once; they are tried in turn until the
+    success rate no longer grows"""
     query_search: AcrossSwaps = field(default_factory=AcrossSwaps)
     labels: Steps = 6_000
-    """answers that A6 trains its surrogate on"""
+    """number of answers of the service on which A6 trains its surrogate"""
     epochs: Steps = 5
-    """epochs of the training of that surrogate"""
+    """number of epochs for which A6 trains its surrogate"""
 
 
 @dataclass
 class AttackerTable:
-    """Measures the attackers of a pool one after another. Stored rows are not measured again."""
+    """Measures the attackers of a pool one after another. Rows that are stored already are not measured again."""
 
     pool: Pool
     request: RotateRequest
@@ -79,7 +80,7 @@ class AttackerTable:
         keep: Keep,
         progress: Progress,
     ) -> Mapping[str, Any]:
-        """Return the document of the table. `keep` is called with the unfinished document after each row."""
+        """Return the table of attackers as a document. `keep` is called with the unfinished document after each row."""
         if not _possible(evidence.threat):
             why = (
                 "the table of attackers needs an eps under Linf, L2 or L1 and no target, so none was measured"
@@ -93,7 +94,7 @@ def _possible(threat: ThreatModel) -> bool:
 
 
 class _Measuring:
-    """One call of `Table`, which measures all rows of the table of attackers."""
+    """One call of an `AttackerTable`, which measures all rows of the table of attackers."""
 
     def __init__(
         self,

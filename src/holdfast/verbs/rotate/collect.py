@@ -1,7 +1,8 @@
-"""The step `collect`: independent training runs, resumable at the last epoch, whose sets are encrypted; and surrogates.
+"""The step `collect`: trains independent models and surrogates, and stores their parameter sets encrypted.
 
-The surrogates represent a surrogate-only attacker: models of the same architecture, trained by the same recipe on
-the same examples from their own random weights. Gates on thefts are relative to the success of this attacker.
+A stopped collection continues after the last epoch. The surrogates represent a surrogate-only attacker: models of the
+same architecture, trained by the same recipe on the same examples from their own random weights. Gates on thefts are
+relative to the success of this attacker.
 """
 
 import math
@@ -35,7 +36,8 @@ from holdfast.verbs.rotate.request import FIRST, RotateRequest, accuracy, state_
 from holdfast.verbs.rotate.samples import planned_needs, statement
 
 BASE = "a base, which other sets are generated from; it never serves"
-"""The recorded reason for which a base does not serve. What makes it a base is its role."""
+"""Reason that the ledger records for the fact that a base never serves. Whether a set is a base is
+defined by its role."""
 _LEFT = {
     "pool.json",
     ".pool.json.part",
@@ -53,25 +55,26 @@ _GUESSING = 1.5  # times the accuracy of the most frequent class, below which a 
 
 @dataclass(frozen=True)
 class CollectRequest:
-    """Which sets are collected in which folder."""
+    """The folder of a pool, and the settings of the sets that are collected in it."""
 
     path: Path
     """folder of the pool"""
     common: RotateRequest
     """the settings that all sets share"""
     resume: bool = False
-    """whether an existing pool is continued"""
+    """whether an existing pool in the folder is continued"""
     budget_s: float | None = None
-    """seconds for all trainings together; None for the epochs of the recipe"""
+    """wall-clock seconds for all trainings together; None for the epochs of the recipe"""
     n_judged: int = FIRST
-    """first number of held-out examples for judging a set, for the message on the sizes that the gates need"""
+    """number of held-out examples on which each set is judged first; used for the message on how many examples gates
+    need"""
     expect_head: str = ""
-    """a head that the ledger must contain; see `Pool.held`"""
+    """digest of an entry that the ledger must contain; see `Pool.held`"""
 
 
 @dataclass(frozen=True)
 class Collected:
-    """Number and accuracy of the collected sets and surrogates."""
+    """Numbers and accuracies of the collected sets and surrogates."""
 
     runs: int
     sets: int
@@ -86,7 +89,7 @@ class Collected:
 def collect(
     request: CollectRequest, *, again: str = "", notify: Notify = ignore, progress: Progress = silent
 ) -> Collected:
-    """Create or resume a pool, train the missing runs, and store their sets encrypted.
+    """Create or resume a pool, do the missing trainings, and store their parameter sets encrypted.
 
     `again` states how a stopped call is resumed. Raises `UsageError`, `TargetError`, and `Interrupted` on a signal.
     """
@@ -119,9 +122,9 @@ def collect(
 
 
 def create_or_resume(request: CollectRequest, *, notify: Notify = ignore) -> Pool:
-    """Create the pool in the folder; with `resume`, open an existing one that was created with the same settings.
+    """Create the pool in the folder. With `resume`, open the existing pool, which must have the same settings.
 
-    Raises `UsageError` for a folder with other files or another pool.
+    Raises `UsageError` if the folder contains other files or another pool.
     """
     path = request.path
     if stands(path):

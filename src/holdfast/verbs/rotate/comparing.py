@@ -1,4 +1,6 @@
-"""Shares of examples and paired differences, with intervals: lost accuracy, success rates of attackers."""
+"""Fractions of examples and paired differences with confidence intervals: lost accuracy and success
+rates of attackers.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,19 +21,19 @@ from holdfast.verbs.rotate.transfer_examples import Attacker
 
 @dataclass(frozen=True)
 class Loss:
-    """Lost accuracy of a set relative to the better of the serving set and the mean of the bases.
+    """Accuracy that a set loses relative to the better of two references: the serving set, and the mean of the bases.
 
-    Compared with the serving set only, small losses would add up over swaps.
+    If only the serving set were the reference, small losses could add up over several swaps.
     """
 
     estimate: Estimate
-    """loss, with an interval for the larger of both losses"""
+    """lost accuracy; the interval is for the larger of both losses"""
     reference: str
     """name of the better reference"""
 
 
 def largest_loss(before: Mapping[str, Sequence[Mask]], after: Mask, confidence: float) -> Loss:
-    """The largest loss relative to the named references."""
+    """Return the largest loss of `after` relative to the references in `before`, which are given by name."""
     losses = {name: difference(masks, after, confidence) for name, masks in before.items()}
     reference = max(losses, key=lambda name: losses[name].value)
     joint = bonferroni(confidence, len(before))
@@ -42,14 +44,16 @@ def largest_loss(before: Mapping[str, Sequence[Mask]], after: Mask, confidence: 
 
 @dataclass(frozen=True)
 class Worst:
-    """The highest success rate of several attacks on a set."""
+    """The highest success rate among several attacks on a set."""
 
     estimate: Estimate
-    """share of the correctly classified inputs, with an interval for the largest of all success rates"""
+    """fraction of the correctly classified inputs that are broken; the interval is for the largest
+    of all success rates"""
     by: str
     """description of the attacker and its attack"""
     broken: tuple[Mask, ...]
-    """for each attack, which of those inputs it broke; the largest share first"""
+    """for each attack, the mask of the correctly classified inputs that it broke; the most
+    successful attack is first"""
 
     @property
     def description(self) -> str:
@@ -60,10 +64,10 @@ class Worst:
 def worst(
     transferred: TransferResult, attackers: Sequence[Attacker], confidence: float = CONFIDENCE
 ) -> Worst | None:
-    """The highest success rate over all attacks of the given attackers; None without attackers.
+    """Return the highest success rate over all attacks of the given attackers, or None if there are no attackers.
 
     The upper end of the interval is the highest of all upper ends, which is above the largest success rate with the
-    given confidence; the lower ends are corrected for their number (Bonferroni).
+    given confidence. The lower ends are corrected for the number of attacks (Bonferroni).
     """
     right = transferred.evidence["correct"]
     masks = {key: mask[right] for key, mask in transferred.broken.items() if key[0] in attackers}
@@ -82,23 +86,26 @@ def worst(
 
 
 def robust_mask(white: Evidence) -> Mask:
-    """Which examples are robust to the white-box attacks."""
+    """Return the mask of the examples that are robust to the white-box attacks."""
     return robust(white, "robust_accuracy")
 
 
 def changed_predictions(one: Evidence, other: Evidence) -> Mask:
-    """Mask of the inputs that two sets classify differently."""
+    """Return the mask of the inputs that two sets classify differently."""
     different: Mask = one["prediction"] != other["prediction"]
     return different
 
 
 def share_of(mask: Mask, confidence: float = CONFIDENCE) -> Estimate:
-    """Share of true entries with an interval; for an empty mask the interval is 0 to 1."""
+    """Return the fraction of true entries with a confidence interval; for an empty mask the interval is 0 to 1."""
     return proportion(mask, confidence) if len(mask) else Estimate(0.0, 0.0, 1.0, 0)
 
 
 def difference(before: Sequence[Mask], after: Mask | None = None, confidence: float = CONFIDENCE) -> Estimate:
-    """Mean share of the masks in `before` minus the share of `after`, if given, on the same examples."""
+    """Return the mean fraction of true entries of the masks in `before` minus that of `after`, on the same examples.
+
+    If `after` is None, nothing is subtracted.
+    """
     if len(before) == 1:
         only = before[0]
         return share_of(only, confidence) if after is None else paired_difference(only, after, confidence)
@@ -109,13 +116,13 @@ def difference(before: Sequence[Mask], after: Mask | None = None, confidence: fl
 
 
 def share_text(estimate: Estimate) -> str:
-    """A share with its interval and sample size as text."""
+    """Return a fraction with its interval and its sample size as text."""
     return (
         f"{percent(estimate.value)} ({percent(estimate.low)} to {percent(estimate.high)}, n = {estimate.n:,})"
     )
 
 
 def points_text(estimate: Estimate) -> str:
-    """A difference of shares in percentage points as text."""
+    """Return a difference of fractions, in percentage points with its interval and sample size, as text."""
     low, value, high = (f"{100 * end:.1f}" for end in (estimate.low, estimate.value, estimate.high))
     return f"{value} points ({low} to {high}, n = {estimate.n:,})"

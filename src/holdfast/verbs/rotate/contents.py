@@ -1,4 +1,4 @@
-"""What the files of a pool contain: collected sets, surrogates, the generator, candidates, and the secret seed."""
+"""Contents of the files of a pool: collected sets, surrogates, the generator, candidates, and the secret seed."""
 
 import secrets
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from holdfast.verbs.rotate.request import RotateRequest
 OWN = 4
 """Number of surrogates of a surrogate-only attacker."""
 PLAN = "plan"
-"""Name of the plan of a collection, with the number of epochs of each training."""
+"""Name of the file with the plan of a collection, which contains the number of epochs of each training."""
 GENERATOR = "generator"
-"""Name of the trained generator."""
+"""Name of the file with the trained generator."""
 _SEED = "secret"  # name of the file with the secret seed
 
 
@@ -33,27 +33,28 @@ class TrainedGenerator:
     rank: int
     """number of directions in which the sets differ"""
     variance_lost: float
-    """share of the variance that the codec does not reconstruct"""
+    """fraction of the variance that the codec does not reconstruct"""
     accuracy_lost: float
-    """accuracy lost by encoding and decoding, mean over sets"""
+    """accuracy that a set loses by encoding and decoding, as a mean over sets"""
     codec_s: float
     diffusion_s: float
 
 
 def training_name(k: int) -> str:
-    """Name of the stored sets of the training run `k`."""
+    """Return the name of the file with the sets of the training run `k`."""
     return f"run_{k}"
 
 
 def surrogate_name(k: int) -> str:
-    """Name of the stored surrogate `k`."""
+    """Return the name of the file with the surrogate `k`."""
     return f"own_{k}"
 
 
 def secret(pool: Pool) -> Draws:
-    """The secret random stream of the pool, created at the first call.
+    """Return the secret random stream of the pool, which is created at the first call.
 
-    Its seed comes from the operating system and is stored encrypted: a known seed would reproduce the collection.
+    Its seed comes from the operating system and is stored encrypted, because anyone with the seed could repeat the
+    collection.
     """
     stored = pool.kept(_SEED)
     if stored is None:
@@ -64,7 +65,7 @@ def secret(pool: Pool) -> Draws:
 
 
 def epochs_of(pool: Pool) -> int:
-    """The planned number of epochs of each run. Raises `UsageError` if there is no plan."""
+    """Return the planned number of epochs of each training run. Raises `UsageError` if there is no plan."""
     plan = pool.kept(PLAN)
     if plan is None:
         raise UsageError(
@@ -74,7 +75,7 @@ def epochs_of(pool: Pool) -> int:
 
 
 def collected_members(pool: Pool) -> Members:
-    """All collected sets. Raises `UsageError` if some are missing."""
+    """Return all collected sets. Raises `UsageError` if some are missing."""
     plan = pool.kept(PLAN)
     runs = 1 if plan is None else int(plan.about["runs"])
     whole: Members | None = None
@@ -87,7 +88,7 @@ def collected_members(pool: Pool) -> Members:
 
 
 def surrogates(pool: Pool, request: RotateRequest) -> list[Classifier]:
-    """The surrogate models of a surrogate-only attacker. Raises `UsageError` if some are missing."""
+    """Return the surrogate models of a surrogate-only attacker. Raises `UsageError` if some are missing."""
     files = _complete(pool, [surrogate_name(k) for k in range(OWN)])
     return [loaded(request.model, stored.columns, "own") for stored in files]
 
@@ -104,17 +105,19 @@ def _complete(pool: Pool, names: list[str]) -> list[ColumnFile]:
 
 
 def bases(pool: Pool) -> tuple[str, ...]:
-    """Names of the bases in their order."""
+    """Return the names of the bases in their order."""
     return tuple(member.name for member in pool.ledger.members if member.role == "base")
 
 
 def bases_left(pool: Pool) -> tuple[str, ...]:
-    """Names of the bases that were not deleted."""
+    """Return the names of the bases that were not deleted."""
     return tuple(m.name for m in pool.ledger.members if m.role == "base" and not m.deleted)
 
 
 def waiting_candidates(pool: Pool) -> tuple[str, ...]:
-    """Sets that were neither admitted nor refused yet, in the order in which they were added."""
+    """Return the names of the sets that were neither admitted nor refused yet, in the order in
+    which they were added.
+    """
     waiting = (
         one
         for one in pool.ledger.members
@@ -124,7 +127,7 @@ def waiting_candidates(pool: Pool) -> tuple[str, ...]:
 
 
 def generator_of(pool: Pool, request: RotateRequest) -> Generator | None:
-    """The generator of the pool; None if there is none."""
+    """Return the generator of the pool, or None if there is none."""
     stored = pool.kept(GENERATOR)
     if stored is None:
         return None
@@ -133,6 +136,6 @@ def generator_of(pool: Pool, request: RotateRequest) -> Generator | None:
 
 
 def trained_generator(pool: Pool) -> TrainedGenerator | None:
-    """Size and quality of the generator of the pool; None if there is none."""
+    """Return size and quality of the generator of the pool, or None if there is none."""
     stored = pool.kept(GENERATOR)
     return None if stored is None else TrainedGenerator(**stored.about)

@@ -1,7 +1,7 @@
-"""The step `draw`: new sets, by the generator or by training from fresh random weights, immunised against stolen sets.
+"""The step `draw`: adds new sets from the generator, or trained from fresh random weights, and immunises them.
 
-The seed of every draw comes from the operating system and is stored encrypted, so the seed of the run does not
-reproduce the sets.
+The seed of every draw comes from the operating system and is stored encrypted. Therefore the seed of the run is not
+sufficient to reproduce the sets.
 """
 
 import secrets
@@ -35,25 +35,28 @@ _LOOKED = 2_000  # training inputs on which a generated set is tested before it 
 _POINT = 0.01  # accuracy on them by which a set may be below the bases: half an epoch cannot improve more
 _MOST = 64  # generated sets that are tried for one set above that accuracy
 UPDATES = 100
-"""Number of updates of the immunisation below which a warning is shown: half of those of the record `rotation`, with
-27,500 examples in batches of 128."""
+"""Number of updates of an immunisation below which a warning is shown.
+
+It is half of the number in the benchmark record `rotation`, with 27,500 examples in batches of 128.
+"""
 
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """How many candidates are added to which pool, and how they are produced."""
+    """The pool to which candidates are added, their number, and how they are produced."""
 
     pool: Pool
     common: RotateRequest
     """the settings that all sets of the pool share"""
     sets: int | None = None
-    """number of candidates; None for eight, or for that of a resumed draw"""
+    """number of new candidates; None for eight or, if a draw is resumed, for the number of that draw"""
     by: By | None = None
-    """None for the generator if there is one, or as in a resumed draw"""
+    """how sets are produced; None for the generator if there is one or, if a draw is resumed, for
+    the way of that draw"""
     immunise: Immunise | None = None
-    """the training against stolen sets; None for none"""
+    """settings of the training against stolen sets; None for no such training"""
     resume: bool = False
-    """whether the last draw is continued, which must have had the same settings"""
+    """whether the last draw is continued, which must have the same settings"""
 
 
 @dataclass(frozen=True)
@@ -64,18 +67,18 @@ class Drawn:
     """names of the new candidates"""
     by: By
     against: tuple[str, ...]
-    """the sets that they were immunised against; empty without immunisation"""
+    """names of the sets that the candidates were immunised against; empty without immunisation"""
     looked_at: int
-    """number of sets generated, including those that were discarded"""
+    """number of generated sets, including those that were discarded"""
 
 
 def draw(request: DrawRequest, *, again: str = "", notify: Notify = ignore) -> Drawn:
     """Add new candidates to the pool.
 
-    With `immunise`, each is trained further against the stolen sets in the ledger; if there are none, against the
-    serving set, and if none serves, against the bases. If a resumed draw is complete, its result is returned. `again`
-    states how a stopped call is resumed. Raises `UsageError`, also if another process draws, and `Inconclusive` if no
-    generated set has sufficient accuracy.
+    With `immunise`, each candidate is trained further against the stolen sets in the ledger; if there are none, against
+    the serving set, and if no set serves, against the bases. If a resumed draw is complete, its result is returned.
+    `again` states how a stopped call is resumed. Raises `UsageError`, also if another process draws, and `Inconclusive`
+    if no generated set has sufficient accuracy.
     """
     again = again or "finished steps are stored; resume with the same arguments and resume=True"
     with stoppable(again) as stopper, request.pool.alone_at("draw"):
@@ -97,9 +100,9 @@ def draw(request: DrawRequest, *, again: str = "", notify: Notify = ignore) -> D
 
 
 def by_named(name: str | None, notify: Notify = ignore) -> By | None:
-    """The way of producing sets with a name, or with an earlier name, for which a note is shown. None stays None.
+    """Return the way of producing sets that is called `name`, or None if `name` is None.
 
-    Raises `UsageError` for any other name.
+    For a name of an earlier version, a note is shown. Raises `UsageError` for an unknown name.
     """
     if name is None or name in get_args(By):
         return cast("By | None", name)

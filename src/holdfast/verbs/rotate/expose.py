@@ -1,4 +1,4 @@
-"""The step `expose`: the ledger lists a set as stolen."""
+"""The step `expose`: lists a set as stolen in the ledger."""
 
 from dataclasses import dataclass
 
@@ -8,29 +8,29 @@ from holdfast.store.pool import Pool
 
 @dataclass(frozen=True)
 class ExposeRequest:
-    """Which set of which pool an attacker may have, and why."""
+    """The set that an attacker is assumed to have, its pool, and the reason."""
 
     pool: Pool
     name: str
     """name of the set"""
     why: str
-    """what happened"""
+    """description of what happened"""
 
 
 @dataclass(frozen=True)
 class Exposed:
-    """The consequences of listing a set as stolen."""
+    """State of the pool after a set was listed as stolen."""
 
     name: str
     why: str
     serving: bool
-    """whether the set still serves"""
+    """whether the set serves now; it is then replaced at the next swap"""
     unjudged: int
-    """number of waiting sets that must be judged again"""
+    """number of admitted sets that wait to serve and must be judged again"""
 
 
 def expose(request: ExposeRequest) -> Exposed:
-    """List a set as stolen: it stops serving at the next swap, and new sets are tested against it."""
+    """List a set as stolen. It is replaced at the next swap if it serves, and new sets are tested against it."""
     pool, name, why = request.pool, request.name, request.why
     if not why.strip():
         raise UsageError("the exposure has no reason; describe what happened with --why TEXT")

@@ -1,7 +1,7 @@
-"""Assesses sets of a pool by ordinary runs, on ranges of the held-out examples that are joined afterwards.
+"""Assesses sets of a pool by ordinary runs on ranges of the held-out examples, whose evidence is joined afterwards.
 
-Every range is a run folder under `admission/NAME/`. So a kill loses at most a shard, a reference set is measured
-only once, and the examples behind each gate can be inspected.
+The run on each range has its own folder under `admission/NAME/`. Therefore at most a shard is lost if the process is
+killed, a reference set is measured only once, and the examples behind each gate can be inspected.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,29 +35,29 @@ from holdfast.verbs.rotate.transfer_examples import Attacker, TransferExamples
 
 FOLDER = "admission"
 WHITE = (Member("PGD-20", PGD(steps=20)), Member("APGD", APGD()))
-"""The white-box attacks that measure the robust accuracy of a set."""
+"""The white-box attacks with which the robust accuracy of a set is measured."""
 _TAG = 8  # hex digits that distinguish runs with other attacks, code or settings
 
 
 @dataclass(frozen=True)
 class TransferResult:
-    """Results of the transfer examples of attackers on a set."""
+    """Results of all transfer attacks on a set."""
 
     evidence: Evidence
-    """evidence in which the worst case is over all attacks"""
+    """evidence whose worst case is over all attacks of all attackers"""
     broken: Mapping[tuple[Attacker, str], Mask]
-    """by attacker and attack, which examples (n) were broken"""
+    """for each attacker and attack, the mask (n) of the broken examples"""
 
 
 def set_subject(request: RotateRequest, name: str, sha: str, model: Classifier) -> Subject:
-    """A parameter set as the subject of an assessment."""
+    """Return a parameter set as the subject of an assessment. `sha` is the digest of the set."""
     card = {key: value for key, value in request.subject.card.items() if key != "files"}
     return Subject(model, sha, {**card, "name": name, "digest": sha})
 
 
 @dataclass
 class SetMeasurements:
-    """Assesses sets, and caches the evidence."""
+    """Assesses parameter sets of a pool, and caches the evidence."""
 
     pool: Pool
     transfer_examples: TransferExamples
@@ -67,17 +67,22 @@ class SetMeasurements:
     _known: dict[tuple[str, str, int], Evidence] = field(default_factory=dict)
 
     def white(self, of: Subject, n: int, *, first: int) -> Evidence:
-        """Evidence for the first `n` held-out examples under white-box attacks."""
+        """Return the evidence of the set `of` for the first `n` held-out examples under white-box attacks.
+
+        `first` is the size of the first range; see `judged_ranges`.
+        """
         return self._cached(of, "white-box", WHITE, n, first)
 
     def clean(self, of: Subject, n: int, *, first: int) -> Evidence:
-        """Evidence for the first `n` held-out examples without attacks."""
+        """Return the evidence of the set `of` for the first `n` held-out examples without attacks."""
         return self._cached(of, "clean", (), n, first)
 
     def transferred(
         self, of: Subject, attackers: Sequence[Attacker], n: int, *, first: int
     ) -> TransferResult:
-        """Evidence for the transfer examples of each attacker."""
+        """Return the results of the transfer examples of each attacker on the set `of`, for the first `n` held-out
+        examples.
+        """
         what = "-".join(sorted({attacker.kind.lower() for attacker in attackers}))
         evidence, broken = [], []
         for start, stop in judged_ranges(n, first):
@@ -144,7 +149,10 @@ class SetMeasurements:
 
 
 def judged_ranges(n: int, first: int) -> list[tuple[int, int]]:
-    """Ranges of `n` examples: the first has `first` examples, each later one as many as all before it."""
+    """Return ranges (start, stop) of `n` examples, of which the first has `first` examples.
+
+    Each later range has as many examples as all ranges before it.
+    """
     stops = [0, min(first, n)]
     while stops[-1] < n:
         stops.append(min(2 * stops[-1], n))
@@ -162,7 +170,9 @@ def _broken_in(path: Path, members: Sequence[Member]) -> list[Mask]:
 
 
 def joined_evidence(pieces: Sequence[Evidence]) -> Evidence:
-    """Concatenate evidence on consecutive examples, of the same model under the same attacks."""
+    """Return the evidence of several runs on consecutive examples as one. Model and attacks of all runs must be the
+    same.
+    """
     columns = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0].columns}
     doubts: dict[str, Doubt] = {}
     for doubt in (doubt for piece in pieces for doubt in piece.doubts):

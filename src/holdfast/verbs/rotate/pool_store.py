@@ -1,4 +1,4 @@
-"""The artefacts of a pool as a store of the run engine."""
+"""Store of the run engine that keeps the artefacts of a pool."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ from holdfast.store.pool import Pool
 class PoolStore(MemoryStore):
     """A store whose stages are encrypted files of a pool.
 
-    A pool has no shards, batch splits and times; these are in memory and end with the process. The states of the
-    parameter sets are in the ledger, which the steps use directly.
+    Shards, batch splits and times are in memory only, and are lost when the process ends. The states of the parameter
+    sets are in the ledger, which the steps of the rotation use directly.
     """
 
     pool: Pool = field(kw_only=True)
 
     def stage(self, name: str) -> StoredStage | None:
-        """The decrypted columns of a complete stage; None if it is not complete."""
+        """Return the decrypted columns of a stage, or None if the stage is not complete."""
         stored = self.pool.kept(name)
         return None if stored is None else StoredStage(stored.columns, about=stored.about)
 

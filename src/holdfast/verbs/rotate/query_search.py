@@ -1,7 +1,7 @@
-"""A score-based search against a service that swaps its sets; the candidate inputs are kept over every swap.
+"""A score-based search against a service that swaps its sets. It continues with the same candidate inputs after a swap.
 
-The windows are those of Square Attack (Andriushchenko et al., ECCV 2020, arXiv:1912.00049). Differs from it: after
-each swap the margin of the candidate is measured on the new set, which costs a query, and no search stops early,
+The windows are those of Square Attack (Andriushchenko et al., ECCV 2020, arXiv:1912.00049). Differs from the paper:
+after each swap the margin of the candidate is measured on the new set, which costs a query, and no search stops early,
 since an example that is adversarial for one set may not be adversarial for the next.
 """
 
@@ -25,14 +25,14 @@ _BLOCK = 64  # steps whose windows are sampled together
 
 @dataclass(frozen=True)
 class AcrossSwaps:
-    """Square Attack across swaps: try windows, and keep those that lower the margin on the serving set."""
+    """Square Attack across swaps: tries windows, and keeps those that lower the margin on the serving set."""
 
     queries: Steps = 600
-    """queries for each input, to all sets together"""
+    """number of queries for each input, to all sets together"""
     every: Steps = 50
-    """queries after which another set serves"""
+    """number of queries after which the serving set is swapped"""
     p_init: Fraction = 0.8
-    """share of the pixels in the first windows; an eighth of it if the search starts from an example"""
+    """fraction of the pixels in the first windows; divided by eight if the search starts from an adversarial example"""
 
     @torch.no_grad()
     def __call__(
@@ -44,7 +44,9 @@ class AcrossSwaps:
         start: Inputs | None = None,
         rng: Draws,
     ) -> Inputs:
-        """Return changed inputs. The sets serve in turn, arranged so that the first one serves at the last query."""
+        """Return the changed inputs. The sets serve in turn, in such an order that the first one serves at the last
+        query.
+        """
         norm = expect_norm(expect_eps(threat.constraint, self), self, Linf, L2, L1)
         assert isinstance(norm, (Linf, L2, L1))
         proposals = proposals_for(batch, norm, sets[0].bounds)

@@ -1,4 +1,4 @@
-"""The common settings of the sets of a pool: model, examples, threat model, recipe and source."""
+"""Settings that all parameter sets of a pool share: model, examples, threat model, recipe and source."""
 
 import json
 from collections.abc import Mapping
@@ -29,9 +29,9 @@ from holdfast.verbs.request import Subject
 from holdfast.verbs.trainable import learner_of, refuse_untrainable
 
 FIRST = 2_000
-"""First number of held-out examples for judging a set; it is doubled as long as a gate is unclear."""
+"""Number of held-out examples on which a set is judged first; it is doubled as long as a gate is unclear."""
 MOST, EVERY = 8_000, 5
-"""One training example in `EVERY` is held out, and at most `MOST`."""
+"""One in `EVERY` training examples is held out, and at most `MOST` in total."""
 _SAMPLE = 8
 _MAY_BE_SEEN = (
     "sets are trained further from the given model, which may have been trained on the held-out examples; then "
@@ -41,7 +41,7 @@ _MAY_BE_SEEN = (
 
 @dataclass(frozen=True)
 class Examples:
-    """Training examples, split once into those that sets are trained on and those that judge them."""
+    """Training examples, split once into examples for training the sets and held-out examples for judging them."""
 
     train: Batch
     held_out: Batch
@@ -67,7 +67,7 @@ class RotateRequest:
     begins: Beginning = "he"
     device: str = "cpu"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """settings that open all of these again, as plain values"""
+    """settings from which the model, the examples and the recipe can be opened again, as plain values"""
 
     @property
     def model(self) -> Classifier:
@@ -76,27 +76,27 @@ class RotateRequest:
 
     @cached_property
     def train(self) -> Batch:
-        """The examples that sets are trained on, on the device."""
+        """Examples on which sets are trained, on the device."""
         return self.examples.train.to(torch.device(self.device))
 
     @cached_property
     def held_out(self) -> Batch:
-        """The held-out examples that judge sets, in random order, on the device."""
+        """Held-out examples on which sets are judged, in random order, on the device."""
         return self.examples.held_out.to(torch.device(self.device))
 
     @cached_property
     def first_held_out(self) -> Batch:
-        """The first of the held-out examples, on which sets are judged first."""
+        """The first `FIRST` held-out examples, on which sets are judged first."""
         return self.held_out.take(torch.arange(min(FIRST, len(self.held_out))))
 
     def task(self, epochs: int) -> Task:
-        """The settings of the training of a set with the given number of epochs."""
+        """Return the settings of the training of a set for the given number of epochs."""
         recipe = trained_as(self.candidate.recipe, replace(self.training, epochs=epochs))
         return Task(self.model, self.train, self.threat, recipe, recipe, self.begins)
 
     @property
     def training(self) -> Training:
-        """The settings of the recipe, before a budget determines the number of epochs."""
+        """Training settings of the recipe, before a budget determines the number of epochs."""
         return self.candidate.recipe.training
 
     @property
@@ -107,15 +107,15 @@ class RotateRequest:
         return (*self.examples.notes, _MAY_BE_SEEN)
 
     def of_set(self, pool: Pool, name: str) -> Classifier:
-        """A set of the pool as a model."""
+        """Return a set of the pool as a model."""
         return loaded(self.model, pool.weights(name), name)
 
     def of_weights(self, weights: Mapping[str, Tensor]) -> Classifier:
-        """A model with the given parameters; its batch norm statistics are computed from training examples."""
+        """Return a model with the given parameters; its batch norm statistics are computed from training examples."""
         return put(self.model, weights, self.train)
 
     def about(self) -> dict[str, Any]:
-        """The settings as the manifest of the pool stores them, for the comparison in `refuse_other`."""
+        """Return the settings as they are stored in the manifest of the pool, for the comparison in `refuse_other`."""
         of, examples = type(self.source).__name__.lower(), self.examples
         settings = {
             "model": {key: value for key, value in self.subject.card.items() if key != "files"},
@@ -151,13 +151,13 @@ class RotateRequest:
 
 
 def _named(key: str, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Properties by which a person recognises a model, in addition to its digest."""
+    """Properties by which the user can identify a model, in addition to its digest."""
     card = about.get("model") or {}
     return {"model": {name: card.get(name) for name in ("name", "mean", "std")}} if key == "digest" else {}
 
 
 def split_examples(data: Batch, test: Data, name: str, classes: int, seed: int) -> Examples:
-    """Split the training examples, without test examples: one in five is held out, at most 8,000."""
+    """Return the training examples without test examples, of which one in five, and at most 8,000, is held out."""
     refuse_missing_classes(data, classes)
     fresh, judged = without_judged(data.take(data.y != UNLABELLED), test)
     rest, held = split_of(fresh, seed, most=MOST, every=EVERY)
@@ -170,20 +170,25 @@ def split_examples(data: Batch, test: Data, name: str, classes: int, seed: int) 
 
 
 def trainable_subject(subject: Subject, device: str, examples: Examples) -> Subject:
-    """The subject with a trainable copy of the model. Raises `UsageError` and `TargetError` if it cannot be trained."""
+    """Return the subject with a trainable copy of its model.
+
+    Raises `UsageError` or `TargetError` if the model cannot be trained.
+    """
     refuse_untrainable(subject.model)
     seen = examples.train.x[:_SAMPLE].to(torch.device(device))
     return replace(subject, model=learner_of(subject.model, seen).eval())
 
 
 def state_of(model: Classifier) -> dict[str, Tensor]:
-    """The tensors of a set of the pool: parameters and buffers of the network, on the CPU."""
+    """Return the parameters and buffers of the network, on the CPU; these are the tensors of a parameter set of the
+    pool.
+    """
     assert isinstance(model.net, nn.Module)
     return {name: value.detach().cpu() for name, value in model.net.state_dict().items()}
 
 
 def accuracy(model: Classifier, data: Batch) -> float:
-    """Share of correctly classified examples."""
+    """Return the fraction of correctly classified examples."""
 
     def right(some: Batch) -> int:
         with torch.no_grad():

@@ -1,8 +1,8 @@
-"""The step `run`: all steps of a rotation, and then swaps whenever one is due, with enough admitted sets in stock.
+"""The step `run`: all steps of a rotation, followed by a loop that swaps sets whenever a swap is due.
 
-Other processes record in the ledger which set serves and how many answers it gave; this one reads the ledger, swaps,
-and produces new sets. A timer never causes a set that was not admitted to serve: without an admitted set, the serving
-set stays.
+The loop keeps enough admitted sets in stock. Other processes record in the ledger which set serves and how many answers
+it gave; this process reads the ledger, swaps, and produces new sets. A set that was not admitted never serves: without
+an admitted set, the serving set is not swapped.
 """
 
 import time
@@ -35,41 +35,41 @@ _INTERVAL_S, _PAUSE_S = (
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Settings of a running rotation."""
+    """Settings of the loop that swaps the serving set and produces new sets."""
 
     triggers: tuple[Trigger, ...]
-    """when the serving set is replaced; a theft always replaces it"""
+    """conditions under which the serving set is replaced; in addition, a stolen set is always replaced"""
     keep: int = 8
-    """number of admitted sets in stock"""
+    """number of admitted sets that the loop keeps in stock"""
     immunise: Immunise | None = None
     by: By | None = None
-    """how sets are produced; None uses the generator until its sets are not admitted any more"""
+    """how sets are produced; None for the generator until its sets are no longer admitted, and retraining after that"""
     claims: Sequence[str] = ()
     """gates in addition to the default ones"""
     accepted: Mapping[str, str] = field(default_factory=dict)
-    """accepted doubts with reasons"""
+    """accepted doubts by name, with reasons"""
     n_judged: int = FIRST
-    """first number of held-out examples for judging a set"""
+    """number of held-out examples on which each set is judged first"""
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """A collection, and how its sets are then generated, judged and swapped."""
+    """Settings of a collection, and of the generation, admission and swaps of its sets."""
 
     collection: CollectRequest
     loop: LoopSettings
     codec: Codec = field(default_factory=Codec)
     diffusion: LatentDiffusion = field(default_factory=LatentDiffusion)
     once: bool = False
-    """whether the call ends as soon as a set serves and enough sets wait"""
+    """whether the call ends as soon as a set serves and enough admitted sets wait"""
 
 
 @dataclass(frozen=True)
 class Rotated:
-    """The state of the pool at the end of the call."""
+    """State of the pool at the end of a call of `run`."""
 
     serving: Serving | None
-    """the serving set"""
+    """the serving set; None if no set serves"""
     waiting: int
     """number of admitted sets that wait to serve"""
     pool: Pool = field(repr=False, compare=False)
@@ -78,7 +78,8 @@ class Rotated:
 def run(
     request: RunRequest, *, again: str = "", notify: Notify = ignore, progress: Progress = silent
 ) -> Rotated:
-    """Collect, train a generator if it is needed, let a set serve, and then swap whenever it is due, until stopped.
+    """Collect sets, train a generator if needed, let a set serve, and then swap sets whenever a swap is due, until
+    stopped.
 
     `again` states how a stopped call is resumed. Raises `Inconclusive` if too few sets are admitted.
     """
@@ -121,23 +122,23 @@ def _train_if_needed(request: RunRequest, collected: Collected, again: str, noti
 
 @dataclass
 class RotationLoop:
-    """A process that keeps a rotation running."""
+    """The loop of a running rotation: it swaps sets when a swap is due, and replaces the used ones."""
 
     pool: Pool
     common: RotateRequest
     """the settings that all sets of the pool share"""
     settings: LoopSettings
     again: str = ""
-    """how a stopped step is resumed"""
+    """text that states how a stopped step is resumed"""
     stopper: Stopper = field(default_factory=Stopper)
     notify: Notify = ignore
     progress: Progress = silent
     _by: By | None = None
 
     def begin(self) -> None:
-        """Make sure that a set serves and that enough sets wait.
+        """Produce and admit sets until a set serves and enough admitted sets wait.
 
-        Raises `Inconclusive` if too few sets are admitted; if one was admitted, it serves nevertheless.
+        Raises `Inconclusive` if too few sets are admitted; if at least one was admitted, it serves nevertheless.
         """
         try:
             self.fill()
@@ -150,13 +151,13 @@ class RotationLoop:
             self.fill()
 
     def watch(self, *, checks: int | None = None, sleep: Callable[[float], None] = time.sleep) -> None:
-        """Call `check` repeatedly, without an end or `checks` times."""
+        """Call `check` repeatedly, `checks` times or, if it is None, without an end."""
         while checks is None or checks > 0:
             sleep(_INTERVAL_S if self.check() else _PAUSE_S)
             checks = None if checks is None else checks - 1
 
     def check(self) -> bool:
-        """Swap if a trigger fires, and replace the used set. Returns whether everything was done.
+        """Swap if a trigger fires, and produce a set in place of the used one. Return whether everything was done.
 
         Raises `Inconclusive` if no set is admitted and none waits, so that no swap is possible.
         """
@@ -178,12 +179,12 @@ class RotationLoop:
         return True
 
     def fill(self) -> None:
-        """Draw and admit until enough sets wait that were judged against all stolen sets, else raise `Inconclusive`.
+        """Draw and admit sets until enough sets wait that were judged against all stolen sets.
 
-        If the sets of the generator are refused, sets are trained from fresh random weights; five refusals of those
-        in a row end the call. This may take long, so triggers are evaluated between the steps, each of which is a
-        draw of all missing sets or one admission. A set that a swap uses in the meantime is replaced in the next
-        call.
+        If the sets of the generator are refused, sets are trained from fresh random weights; after five refusals of
+        such sets in a row, `Inconclusive` is raised. Because this may take long, triggers are evaluated between the
+        steps, each of which is a draw of all missing sets or one admission. A set that a swap uses in the meantime is
+        replaced in the next call.
         """
         begin, before, refused, settings = time.perf_counter(), self._admitted, 0, self.settings
         self.swap_if_due()
@@ -277,8 +278,8 @@ class RotationLoop:
     def swap_if_due(self) -> None:
         """Swap if a set serves, a trigger fires, and another set waits.
 
-        A stolen serving set is replaced by any admitted set, even by one that was not judged against it, until a
-        judged one is available. For other reasons only judged sets are used.
+        A stolen serving set is replaced by any admitted set that waits, even by one that was not judged against it. For
+        other reasons, only sets are used that were judged against all stolen sets.
         """
         now = self.pool.serving
         if now is None:
@@ -292,7 +293,7 @@ class RotationLoop:
             self._swap(now.epoch, "; ".join(why), unjudged=stolen)
 
     def counters(self) -> Counters:
-        """The counters of the serving set from the ledger, which the triggers evaluate."""
+        """Return the counters of the serving set from the ledger, on which the triggers are evaluated."""
         term = self.pool.ledger.terms[-1]
         exposure = self.pool.ledger.member(term.name).exposed
         since = datetime.fromisoformat(term.since)

@@ -1,10 +1,10 @@
-"""How many held-out examples the gates on accuracy need, and how their tolerances are widened with fewer examples.
+"""Number of held-out examples that the gates on accuracy need, and wider tolerances if there are fewer.
 
-A gate passes if the upper end of a confidence interval is within its tolerance. A set that is as good as its
-reference still differs from it on a share d of the examples, half of them lost and half gained; on n examples, the
-difference of the accuracies has a standard error of sqrt(d / n). Such a set passes with probability `POWER` if the
-tolerance is at least (z_confidence + z_power) sqrt(d / n), as in a non-inferiority trial on paired shares (Liu et
-al., Statistics in Medicine 21, 2002). With fewer examples nearly every set stays unclear and is refused.
+A gate passes if the upper end of a confidence interval is within its tolerance. A set that is as good as its reference
+still differs from it on a fraction d of the examples, half of them lost and half gained; on n examples, the difference
+of the accuracies has a standard error of sqrt(d / n). Such a set passes with probability `POWER` if the tolerance is at
+least (z_confidence + z_power) sqrt(d / n), as in a non-inferiority trial on paired proportions (Liu et al., Statistics
+in Medicine 21, 2002). With fewer examples nearly every set stays unclear and is refused.
 """
 
 import math
@@ -20,14 +20,16 @@ from holdfast.verbs.rotate.request import EVERY, FIRST, MOST
 
 Gate = Literal["clean accuracy", "robust accuracy"]
 CONFIDENCE = 0.95
-"""Joint confidence of the intervals of a gate over all its looks."""
+"""Joint confidence of the intervals of a gate over all times that it is judged."""
 POWER = 0.8
-"""Probability that a set equal to its reference passes a gate."""
+"""Probability that a set that is as good as its reference passes a gate."""
 LEAST: Mapping[Gate, float] = {"clean accuracy": 0.01, "robust accuracy": 0.02}
-"""Accuracy that may be lost, clean and under attack, if enough examples are held out."""
+"""Largest loss of accuracy that each gate tolerates if enough examples are held out, as a fraction."""
 PLANNED: Mapping[Gate, float] = {"clean accuracy": 0.03, "robust accuracy": 0.1}
-"""Expected shares of examples on which two trainings of one recipe differ, used before any training; an admission
-measures them."""
+"""Expected fraction of examples on which only one of two models trained by the same recipe is correct.
+
+These values are used before any training; an admission measures the actual ones.
+"""
 _PART: Mapping[Gate, int] = {
     "clean accuracy": 1,
     "robust accuracy": 2,
@@ -36,11 +38,11 @@ _PART: Mapping[Gate, int] = {
 
 @dataclass(frozen=True)
 class Need:
-    """Sample size of one gate, and its tolerance with the available examples."""
+    """Number of examples that one gate needs, and its tolerance with the available examples."""
 
     gate: Gate
     changed: float
-    """share of examples on which only one of two equal sets is correct"""
+    """fraction of examples on which exactly one of two equally good sets is correct"""
     n_held_out: int
     """number of held-out examples"""
     looks: int
@@ -48,22 +50,22 @@ class Need:
 
     @property
     def least(self) -> float:
-        """The tolerance with enough held-out examples, as a share."""
+        """Tolerance of the gate if enough examples are held out, as a fraction."""
         return LEAST[self.gate]
 
     @property
     def needed(self) -> int:
-        """Number of examples on which an equal set passes with the smallest tolerance."""
+        """Number of examples with which an equally good set passes at the smallest tolerance."""
         return math.ceil(self.changed * (_reach(self.looks) / self.least) ** 2)
 
     @property
     def tolerance(self) -> float:
-        """Accuracy that may be lost, as a share: `least`, or more if there are too few examples."""
+        """Accuracy that may be lost, as a fraction: `least`, or more if there are too few examples."""
         return max(self.least, _reach(self.looks) * math.sqrt(self.changed / max(self.n_held_out, 1)))
 
     @property
     def widened(self) -> bool:
-        """Whether there are fewer examples than needed."""
+        """Whether the tolerance is widened, because there are fewer examples than needed."""
         return self.tolerance > self.least
 
     @property
@@ -74,12 +76,18 @@ class Need:
 
 
 def looks(held: int, judged: int, gate: Gate) -> int:
-    """Largest number of times that a gate is judged, with `held` examples in total and `judged` at first."""
+    """Return the largest number of times that a gate is judged, each time on more examples.
+
+    `held` is the number of held-out examples, and `judged` the number on which a set is judged first.
+    """
     return len(judged_ranges(held, max(judged // _PART[gate], 1)))
 
 
 def slack(changed: float, held: int, looks: int) -> float:
-    """How far the share of changed predictions of an equal set may exceed its mean by chance, on `held` examples."""
+    """Return how far the fraction of changed predictions of an equally good set may exceed its mean by chance.
+
+    `held` is the number of examples.
+    """
     return _reach(looks) * math.sqrt(changed * (1 - changed) / max(held, 1))
 
 
@@ -89,24 +97,27 @@ def _reach(looks: int) -> float:
 
 
 def planned_needs(held: int, judged: int = FIRST) -> tuple[Need, ...]:
-    """The sample sizes before any training."""
+    """Return the number of examples that each gate needs, as expected before any training."""
     return tuple(Need(gate, share, held, looks(held, judged, gate)) for gate, share in PLANNED.items())
 
 
 def measured_needs(clean: Sequence[Mask], white: Sequence[Mask], held: int, judged: int) -> tuple[Need, ...]:
-    """The sample sizes from measured masks (n) of the correct examples of similar sets, clean and under attack."""
+    """Return the number of examples that each gate needs, from masks of the correct examples of similar sets.
+
+    `clean` contains the mask (n) of each set on clean inputs, and `white` the mask (n) under white-box attacks.
+    """
     shares: Mapping[Gate, float] = {"clean accuracy": changed(clean), "robust accuracy": changed(white)}
     return tuple(Need(gate, share, held, looks(held, judged, gate)) for gate, share in shares.items())
 
 
 def changed(right: Sequence[Mask]) -> float:
-    """Mean share of examples on which exactly one of two sets is correct; 0 for fewer than two sets."""
+    """Return the mean fraction of examples on which exactly one of two sets is correct; 0 for fewer than two sets."""
     pairs = [float((one != other).double().mean()) for one, other in combinations(right, 2)]
     return sum(pairs) / len(pairs) if pairs else 0.0
 
 
 def statement(needs: Sequence[Need], *, planned: bool) -> str:
-    """The required and the available number of examples, and the consequences, as text."""
+    """Return a text with the required and the available number of examples, and the consequences for the tolerances."""
     need, held, about = max(one.needed for one in needs), needs[0].n_held_out, "about " if planned else ""
     details = "; ".join(
         f"{one.description}, since equal sets differ on {about}{100 * one.changed:.1f} % of them"
@@ -122,12 +133,12 @@ def statement(needs: Sequence[Need], *, planned: bool) -> str:
 
 
 def widened(needs: Iterable[Need]) -> list[str]:
-    """The widened tolerances as text; empty if enough examples are held out."""
+    """Return a note on the widened tolerances, or an empty list if enough examples are held out."""
     wide = [f"{one.gate} to {tolerance_text(one.tolerance)}" for one in needs if one.widened]
     return [f"tolerances were widened: {', '.join(wide)}"] if wide else []
 
 
 def tolerance_text(share: float) -> str:
-    """A tolerance in percentage points."""
+    """Return a tolerance in percentage points as text."""
     number = f"{100 * share:.2g}"
     return f"{number} point" if number == "1" else f"{number} points"

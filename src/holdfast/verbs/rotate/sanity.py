@@ -1,4 +1,4 @@
-"""Tests whether the parameters of a set are plausible for its architecture, before any measurement.
+"""Tests whether the parameters of a set are plausible for its architecture, before the set is assessed.
 
 The distance between parameters does not predict whether attacks transfer. It is only used to order candidates and to
 detect duplicates.
@@ -22,7 +22,9 @@ _SAME = 1e-6  # share of the mean absolute parameter, for rounding errors
 
 
 def nonfinite_tensors(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors with values that are not finite where those of the network itself are finite."""
+    """Return the names of tensors with values that are not finite at places where the network
+    itself has finite values.
+    """
     return [
         name for name, value in weights.items() if bool((~value.isfinite() & like[name].isfinite()).any())
     ]
@@ -31,7 +33,10 @@ def nonfinite_tensors(weights: Mapping[str, Tensor], like: Mapping[str, Tensor])
 def tensor_gate(
     weights: Mapping[str, Tensor], known: Sequence[Mapping[str, Tensor]], names: Sequence[str]
 ) -> GateResult:
-    """The gate on parameters: all finite, and each norm within three standard deviations of those of the known sets."""
+    """Return the result of the gate on parameters.
+
+    It passes if all values are finite and each norm is within three standard deviations of the norms of the known sets.
+    """
     bound = (
         f"all values finite, norms within {_SIGMAS:g} standard deviations of those of {len(known)} sets trained in "
         "the same way"
@@ -56,9 +61,10 @@ def _sigmas(name: str, weights: Mapping[str, Tensor], known: Sequence[Mapping[st
 def distance(
     weights: Mapping[str, Tensor], exposed: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]
 ) -> tuple[float, str]:
-    """Mean absolute difference to the nearest stolen set, and its name; 0 if values are not finite.
+    """Return the mean absolute difference of the parameters to those of the nearest stolen set, and the name of that
+    set.
 
-    If there is no stolen set, the difference is infinite.
+    The difference is 0 if values are not finite, and infinite if there is no stolen set.
     """
     if not exposed:
         return math.inf, ""
@@ -73,7 +79,7 @@ def distance(
 def duplicate_gate(
     weights: Mapping[str, Tensor], exposed: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]
 ) -> GateResult | None:
-    """The refusal of a set that equals a stolen one up to rounding; None for any other set."""
+    """Return a failed gate if a set equals a stolen one up to rounding, or None for any other set."""
     difference, name = distance(weights, exposed, names)
     size = sum(float(weights[each].abs().sum()) for each in names) / sum(
         weights[each].numel() for each in names

@@ -1,4 +1,6 @@
-"""The steps `status` and `head`: the sets of a pool, which of them served when, what was stolen, and the last entry."""
+"""The steps `status` and `head`: the sets of a pool, their times of service, the stolen sets, and the last ledger
+entry.
+"""
 
 from typing import Any
 
@@ -9,14 +11,14 @@ from holdfast.verbs.rotate.contents import trained_generator
 
 
 def head(pool: Pool) -> Head:
-    """The number and the digest of the last entry of the verified ledger."""
+    """Return the number and the digest of the last entry of the verified ledger."""
     ledger = pool.ledger
     latest = ledger.head
     return Head(ledger.entry_of(latest) or 0, latest)
 
 
 def status(pool: Pool) -> dict[str, Any]:
-    """The state of the pool from its verified ledger, as plain values."""
+    """Return the state of the pool from its verified ledger, as plain values."""
     ledger, about = pool.ledger, pool.manifest["about"]
     terms, now, generator = ledger.terms, pool.serving, trained_generator(pool)
     return {

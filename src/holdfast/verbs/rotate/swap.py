@@ -1,4 +1,4 @@
-"""The step `swap`: another admitted set serves, and the serving set is retired, in one entry of the ledger."""
+"""The step `swap`: lets another admitted set serve and retires the serving set, in one entry of the ledger."""
 
 from dataclasses import dataclass
 
@@ -6,20 +6,21 @@ from holdfast.rotation import next_set
 from holdfast.store.pool import Pool
 
 UNJUDGED = "it was not judged against all sets that are now listed as stolen"
-"""The note on a serving set that was not judged against all stolen sets."""
+"""Note on a serving set that was not judged against all stolen sets."""
 
 
 @dataclass(frozen=True)
 class SwapRequest:
-    """In which pool another set serves, and why."""
+    """The pool in which another set is to serve, and the conditions of the swap."""
 
     pool: Pool
     why: str = ""
-    """reason, recorded in the ledger"""
+    """reason of the swap, which is recorded in the ledger"""
     unjudged: bool = False
     """whether a set that was not judged against all stolen sets may serve if no other waits"""
     epoch: int | None = None
-    """the epoch that must be current, so that two processes with the same reason swap once; None for any"""
+    """period of service that must be current, so that two processes with the same reason swap only
+    once; None for any"""
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,18 @@ class Swapped:
     epoch: int
     """number of the period of service, from 1"""
     since: str
-    """when it began to serve, in UTC"""
+    """time at which the set began to serve, in UTC"""
     unjudged: bool
-    """whether it was not judged against all stolen sets"""
+    """whether the set was not judged against all stolen sets"""
     waiting: int
     """number of admitted sets that wait to serve"""
 
 
 def swap(request: SwapRequest) -> Swapped:
-    """Let an admitted set serve that is chosen at random.
+    """Let a randomly chosen admitted set serve.
 
-    Raises `Inconclusive` without a change if none waits that was judged against all stolen sets.
+    Raises `Inconclusive`, and changes nothing, if no set waits that was judged against all stolen sets, unless
+    `request` allows other sets.
     """
     pool = request.pool
     unjudged = pool.unjudged

@@ -1,4 +1,4 @@
-"""The step `train`: the codec, a test of its reconstruction, and the latent diffusion, which together generate sets."""
+"""The step `train`: trains the codec, tests its reconstruction, and trains the latent diffusion that generates sets."""
 
 import time
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ _DIVERGED = 0.1  # largest difference in accuracy between the bases and the best
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """Which generator is trained on the sets of which pool."""
+    """The pool on whose sets a generator is trained, and the settings of the generator."""
 
     pool: Pool
     common: RotateRequest
@@ -34,11 +34,12 @@ class TrainRequest:
 
 
 def train(request: TrainRequest, *, again: str = "", notify: Notify = ignore) -> TrainedGenerator:
-    """Fit codec and diffusion to the collected sets and store them encrypted; replaces an earlier generator.
+    """Train codec and diffusion on the collected sets and store them encrypted, in place of an earlier generator.
 
     `again` states how a stopped call is started again. Raises `UsageError` if fewer than two sets are collected or
-    another process trains, `LostLoss` if the training diverges, and `Inconclusive` if sets lose more than 0.3 points of
-    accuracy in the codec, or no generated set comes within ten points of the bases; then an earlier generator is kept.
+    another process trains, and `LostLoss` if the training diverges. Raises `Inconclusive` if sets lose more than 0.3
+    points of accuracy in the codec, or if no generated set comes within ten points of the bases. After an error, an
+    earlier generator is kept.
     """
     pool, common, codec, diffusion = request.pool, request.common, request.codec, request.diffusion
     again = again or "an earlier generator is kept; train again with the same arguments"

@@ -1,8 +1,8 @@
-"""The attackers that candidates are judged against, and the transfer examples of each on held-out inputs.
+"""The attackers against which candidates are judged, and the transfer examples of each attacker on held-out inputs.
 
-A0 has no set of the pool and trained the surrogates; A1 has one stolen set; A2 has as many of the most recently
-stolen sets as A0 has surrogates; A3 can run the procedure and has sets generated in the same draw as the candidate.
-The attacks and inputs differ from those that sets are immunised with. All examples are computed once.
+A0 has no set of the pool and trains surrogates. A1 has one stolen set. A2 has as many of the most recently stolen sets
+as A0 has surrogates. A3 can run the procedure and has sets generated in the same draw as the candidate. Attacks and
+inputs are not those with which sets are immunised. All examples are computed only once.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,16 +32,16 @@ from holdfast.verbs.rotate.request import RotateRequest
 
 Kind = Literal["A0", "A1", "A2", "A3"]
 SIBLINGS = 4
-"""Number of sets that an attacker with the procedure generates."""
+"""Number of sets of an attacker that has sets generated in the same draw."""
 
 
 @dataclass(frozen=True)
 class Attacker:
-    """An attacker and the models from which it computes transfer examples."""
+    """An attacker, with the models on which it computes transfer examples."""
 
     kind: Kind
     sources: tuple[str, ...]
-    """names of sets of the pool; for A0 the number of surrogates: `own 4`"""
+    """names of sets of the pool; for A0 a text with the number of surrogates, such as `own 4`"""
 
     @property
     def name(self) -> str:
@@ -52,13 +52,13 @@ class Attacker:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An attack that returns examples computed before, looked up by id. It does not query the model."""
+    """An attack that returns stored examples, which it looks up by their ids. It does not query the model."""
 
     attacker: str
     sources: str
-    """the models that they were computed on"""
+    """the models on which the examples were computed"""
     attack: Attack
-    """the attack that computed them"""
+    """the attack that computed the examples"""
     given: Callable[[Batch], Inputs]
 
     needs: ClassVar[Access] = "none"
@@ -69,9 +69,10 @@ class Prepared:
 
 @dataclass
 class TransferExamples:
-    """Computes transfer examples of attackers, and stores them encrypted in the pool so that each is computed once.
+    """Computes the transfer examples of attackers, and stores them encrypted in the pool, so that each is computed
+    once.
 
-    If there are more inputs, only the new ones are attacked.
+    If the number of inputs grows, only the new inputs are attacked.
     """
 
     pool: Pool
@@ -84,18 +85,20 @@ class TransferExamples:
 
     @property
     def own(self) -> list[Classifier]:
-        """The surrogates of a surrogate-only attacker."""
+        """Surrogate models of a surrogate-only attacker."""
         self._own = self._own or surrogates(self.pool, self.request)
         return self._own
 
     def surrogate_only(self, size: int | None = None) -> Attacker:
-        """The surrogate-only attacker with `size` surrogates, or all."""
+        """Return the surrogate-only attacker with `size` surrogates, or with all if `size` is None."""
         return Attacker("A0", (f"own {len(self.own) if size is None else min(size, len(self.own))}",))
 
     def members(self, attacker: Attacker, start: int, stop: int) -> list[Member]:
-        """A member of a suite for each attack, with its examples for the held-out inputs `start` to `stop`.
+        """Return the attacks of an attacker as members of a suite, with their examples for the held-out inputs `start`
+        to `stop`.
 
-        The examples of all attacks are computed on the first use; a run that is only reported again computes none.
+        The examples of all attacks are computed when they are first used; for a run whose results are stored, none is
+        computed.
         """
         sources = " ".join(attacker.sources)
         return [
@@ -158,7 +161,7 @@ class TransferExamples:
 
 @dataclass(frozen=True)
 class Attackers:
-    """All attackers that a candidate is judged against."""
+    """All attackers against which a candidate is judged."""
 
     nothing: Attacker
     one: tuple[Attacker, ...]
@@ -166,14 +169,16 @@ class Attackers:
     several: Attacker | None
     """attacker with several stolen sets; None if fewer than two sets are stolen"""
     evenly: Attacker | None
-    """surrogate-only attacker with as many surrogates as `several` has sets"""
+    """surrogate-only attacker with as many surrogates as the attacker `several` has sets"""
     siblings: Attacker | None
 
 
 def attackers_against(
     transfer_examples: TransferExamples, name: str, exposed: Sequence[str], siblings: Sequence[str]
 ) -> Attackers:
-    """The attackers for the set `name`. `exposed` are the stolen sets, the most recently stolen one last."""
+    """Return the attackers for the set `name`. `exposed` are the stolen sets, of which the most recently stolen is
+    last.
+    """
     own = len(transfer_examples.own)
     last = tuple(exposed[-own:])
     several = Attacker("A2", last) if len(last) > 1 else None
@@ -187,7 +192,10 @@ def attackers_against(
 
 
 def exposed_for(pool: Pool, name: str) -> tuple[str, ...]:
-    """Sets that an attacker may have when the set serves: its bases, then the stolen sets, the most recent one last."""
+    """Return the names of the sets that an attacker may have when the set `name` serves.
+
+    These are its bases and the stolen sets; the most recently stolen set is last.
+    """
     members = {member.name: member for member in pool.ledger.members}
     listed = [one.name for one in pool.ledger.exposed()]
     unlisted = [each for each in members[name].bases if each not in listed]
@@ -195,9 +203,11 @@ def exposed_for(pool: Pool, name: str) -> tuple[str, ...]:
 
 
 def siblings_of(pool: Pool, name: str, usable: Callable[[str], bool]) -> tuple[str, ...]:
-    """Other sets generated in the same draw, which an attacker with the procedure could have generated, in their order.
+    """Return the names of the other sets generated in the same draw, which an attacker could generate as well, in their
+    order.
 
-    Refused sets are included, so that the order of judging has no influence.
+    Refused sets are included, so that the result does not depend on the order in which sets are judged. Only sets for
+    which `usable` returns true are included.
     """
     drawing = pool.about(name).get("drawing")
     if drawing is None:

@@ -1,4 +1,4 @@
-"""Verdicts on candidates: on each one, and on all that one call judged."""
+"""Verdicts on candidates: the verdict on one candidate, and all verdicts of one call of `admit`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,8 @@ from holdfast.core.estimate import Estimate
 from holdfast.verbs.rotate.admission_gates import GateResult
 
 IN_A_ROW = 5
-"""Number of refusals in a row after which no more candidates are judged, since the procedure is unsuitable."""
+"""Number of refusals in a row after which no more candidates are judged, since the way they are
+produced is unsuitable."""
 _LOSES = {"clean accuracy", "robust accuracy", "churn"}
 _LOSE_LESS = (
     "draw more sets, or reduce the loss with --set immunise.weight=0.25 in draw or with more epochs in the "
@@ -31,11 +32,11 @@ class Judged:
     why: str
     """the reason of the refusal or admission"""
     by: str = ""
-    """the gate that refused it"""
+    """name of the gate that refused the candidate"""
     against: tuple[str, ...] = ()
-    """the stolen sets that it was judged against"""
+    """names of the stolen sets against which the candidate was judged"""
     reported: Mapping[str, Estimate] = field(default_factory=dict)
-    """measurements that decide no gate"""
+    """measurements that are reported but used by no gate"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Admission:
 
     judged: tuple[Judged, ...]
     left: tuple[str, ...]
-    """sets that were not judged, after too many refusals"""
+    """names of the sets that were not judged because too many sets were refused"""
 
     @property
     def admitted(self) -> tuple[str, ...]:
@@ -53,12 +54,12 @@ class Admission:
 
     @property
     def exit_code(self) -> int:
-        """0 if a set was admitted, else 4."""
+        """Exit code of the command line: 0 if a set was admitted, else 4."""
         return 0 if self.admitted else 4
 
     @property
     def kept_out(self) -> str:
-        """Why no set was admitted, and advice; empty if one was admitted or none was judged."""
+        """Reason why no set was admitted, with advice; empty if one was admitted or none was judged."""
         if self.admitted or not self.judged:
             return ""
         gates = [each.by for each in self.judged]
@@ -75,5 +76,5 @@ class Admission:
 
     @property
     def remedy(self) -> str:
-        """Advice for sets that were refused by these gates."""
+        """Advice for the case that no set was admitted; it depends on the gates that refused the sets."""
         return _LOSE_LESS if _LOSES.issuperset(each.by for each in self.judged) else _ELSEWHERE

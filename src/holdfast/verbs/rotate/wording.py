@@ -1,7 +1,8 @@
 """The effect of a rotation on each attacker: stopped, slowed, unclear, or not affected.
 
-An attacker is compared with the success of its own attacks when it has the serving set, since a suite counts
-examples that any of its attacks breaks, and an attacker only those of its best attack.
+The success of an attacker is compared with that of its own attacks when it has the serving set. It is not compared with
+that of a suite, because a suite counts the examples that any of its attacks breaks, and the table only those of the
+best attack of each attacker.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ Json = dict[str, Any]
 
 
 def with_effects(rows: Sequence[Mapping[str, Any]], white_box: Mapping[str, Any] | None = None) -> list[Json]:
-    """The rows with the effect of the rotation on each attacker.
+    """Return the rows of the table of attackers with the effect of the rotation on each attacker.
 
     `white_box` is the success of an attacker's attacks with the serving set; if it is None, that of A5 is used.
     """
