@@ -587,6 +587,18 @@ def test_data_to_carry_changes_to_is_in_hand_or_an_address(tmp_path):
         holdfast.assess(net, (X, Y), "linf:0.1", ATTACKS, across=(X, Y))
 
 
+def test_surrogates_are_a_sequence_of_models_whose_settings_all_apply():
+    seen = "linf:0.1,access=none"
+    one, other = (
+        holdfast.assess(network(), (X, Y), seen, surrogates=given, n=4, doubts=False)
+        for given in ([network()], (holdfast.open_model(network()),))
+    )
+    assert one.evidence.surrogates == other.evidence.surrogates
+    unused = holdfast.open_model(network(), classes=11)
+    with pytest.raises(UsageError, match="classes=11 is not possible for a surrogate"):
+        holdfast.assess(network(), (X, Y), seen, surrogates=[unused])
+
+
 def test_the_skip_gradients_of_a_surrogate_are_part_of_the_run(tmp_path):
     net, alike = network(), network()
     last = next(name for name, _ in reversed(list(alike.named_modules())))

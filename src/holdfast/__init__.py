@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from holdfast.core.through import through
     from holdfast.core.transformations import Colour, Spatial
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "L0",

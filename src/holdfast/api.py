@@ -424,7 +424,11 @@ def verify(run: str | Path) -> Verified:
 
 
 def _evidence(run: Result | Evidence | str | Path | None) -> Evidence | None:
-    return run if run is None or isinstance(run, Evidence) else _result(run).evidence
+    if run is None or isinstance(run, Evidence):
+        return run
+    if not isinstance(run, Result | str | Path):
+        raise UsageError(f"baseline is a {type(run).__name__}; give a result, or the folder of a run")
+    return _result(run).evidence
 
 
 def _result(run: Result | str | Path) -> Result:

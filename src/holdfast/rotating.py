@@ -20,7 +20,7 @@ from holdfast.config import rotate_requests
 from holdfast.config.attacks import ThreatLike, threat_written
 from holdfast.config.groups import DataSource, ModelSource
 from holdfast.config.moved import verb
-from holdfast.config.references import DataReference, ModelReference, Numbers
+from holdfast.config.references import DataReference, ModelReference, Numbers, refuse_other_settings
 from holdfast.config.resolve import folder_of
 from holdfast.config.settings import RotateSettings, canonical_settings, check_settings, given
 from holdfast.core.chain import canonical, digest
@@ -88,6 +88,14 @@ def collect(
     and `resume` continues the pool in it. `notify` is called with messages. Raises `UsageError` and `TargetError`.
     """
     path = folder_of(run, resume=resume)
+    if isinstance(fit, DataReference):
+        raise UsageError(
+            "fit is a result of open_data, and a pool stores its address only; give the address, whose columns and "
+            "arrays have the names of those of the data"
+        )
+    if isinstance(model, ModelReference):
+        own = (name for name in ModelSource.model_fields if name != "address")
+        refuse_other_settings(model, "a model that is trained", *own)
     settings = check_settings(
         given(
             threat=threat_written(threat, "rotate.collect(): threat"),

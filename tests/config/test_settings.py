@@ -8,9 +8,10 @@ from pkgutil import iter_modules
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import holdfast
-from holdfast import attacks, recipes
+from holdfast import attacks, recipes, rotating
 from holdfast.config import settings
 from holdfast.config.attacks import build_attack, threat_model, threat_written
 from holdfast.config.grammar import parse_number, parse_pairs, parse_surrogate, parse_threat, seconds
@@ -474,8 +475,54 @@ def test_earlier_names_of_keys_are_accepted_with_a_note(tmp_path):
     found = settings.read_settings(file, {}, kind=RotateSettings)
     assert (found.options.min_waiting, found.options.n_judged) == (3, 5)
     assert found.notes == ("judged is now called n_judged", "keep is now called min_waiting")
+    for flags, sets in (
+        ({"min_waiting": 5}, []),
+        ({}, ["min_waiting=5"]),
+        ({"keep": 5}, []),
+        ({}, ["keep=5"]),
+    ):
+        assert read(file, flags, sets, kind=RotateSettings).min_waiting == 5
+    file.write_text("rotate: {keep: 3, min_waiting: 4}\n")
     with pytest.raises(UsageError, match="keep is the earlier name of min_waiting, and both are given"):
-        read(file, {"min_waiting": 2}, kind=RotateSettings)
+        read(file, {}, kind=RotateSettings)
+
+
+def test_a_section_and_a_flag_replace_what_excludes_them_or_belongs_to_another_recipe(tmp_path):
+    file = tmp_path / "holdfast.yaml"
+    file.write_text(
+        "n: 5\nassess: {sample: 10}\nharden: {recipe: {use: trades, beta: 6, training: {epochs: 3}}}\n"
+    )
+    found = read(file, {})
+    assert (found.n, found.sample) == (None, 10)
+    found = read(file, {}, ["recipe.use=pgd"], kind=HardenSettings)
+    assert found.recipe == {"use": "pgd", "training": {"epochs": 3}}
+    file.write_text("harden: {recipe: trades}\n")
+    assert read(file, {}, ["recipe.beta=6"], kind=HardenSettings).recipe == {"use": "trades", "beta": 6}
+    with pytest.raises(UsageError, match="the name of the verb is left out, as in --set n=3"):
+        read(file, {}, ["assess.n=3"])
+
+
+def test_validate_refuses_a_section_that_could_not_be_used(tmp_path):
+    file = tmp_path / "holdfast.yaml"
+    for text, message in (
+        ("harden: {recipe: card}", "recipe card is not for harden"),
+        ("rotate: {recipe: auto}", "recipe auto is not for rotate"),
+        ("suite: quick\nrotate: {seed: 1}", "suite at the top, which rotate does not use"),
+    ):
+        file.write_text(f"{text}\n")
+        with pytest.raises(UsageError, match=message):
+            validate(file)
+
+
+@pytest.mark.parametrize("step", [name for name in rotating.__all__ if name not in ("migrate", "status")])
+def test_the_steps_of_rotate_have_the_defaults_of_the_settings(step):
+    usual = {key: value for key, value, _ in settings.items(RotateSettings())}
+    for name, parameter in signature(getattr(rotating, step)).parameters.items():
+        if name in usual and name not in ("model", "data", "immunise"):
+            default = parameter.default
+            assert (
+                default in (usual[name], None) or {"use": default} == usual[name] or [*default] == usual[name]
+            )
 
 
 HOMES = {
@@ -514,12 +561,16 @@ def test_an_argument_that_moved_is_refused_with_its_place():
         UsageError, match=r"arch is an argument of holdfast.open_model: .*open_model\(model, arch="
     ):
         holdfast.assess("net.pt", "mnist-mini", arch="mnist-cnn")
-    with pytest.raises(UsageError, match=r"give holdfast.open_data\(data, label=...\) as data"):
+    with pytest.raises(UsageError, match=r"give holdfast.open_data\(x, label=...\) as x"):
         holdfast.attack("mnist-cnn", "t.csv", label="kind")
     with pytest.raises(TypeError, match="unexpected keyword argument 'archs'"):
         holdfast.assess("net.pt", "mnist-mini", archs="mnist-cnn")
     with pytest.raises(UsageError, match=r"open_model\(\): classes is 1; expected at least 2"):
         holdfast.open_model("net.pt", classes=1)
+    with pytest.raises(
+        UsageError, match="arch='net.py:make' is not possible for a model given as a Python object"
+    ):
+        holdfast.open_model(torch.nn.Linear(2, 2), arch="net.py:make")
     with pytest.raises(UsageError, match="a result of open_data already"):
         holdfast.open_data(holdfast.open_data("mnist-mini"), split="train")
 

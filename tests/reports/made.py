@@ -176,6 +176,6 @@ RUN = {
     "folder": "holdfast-runs/20261120-091233-assess-1a2b3c",
     "command": "holdfast assess mnist-cnn-hardened mnist-mini --threat linf:0.2 --suite standard --seed 0",
     "hashes": {"config": "11" * 32, "model": "ab" * 32, "data": "cd" * 32, "chain": "ef" * 32},
-    "versions": {"holdfast": "0.1.0", "python": "3.11.2", "torch": "2.13.0"},
+    "versions": {"holdfast": "0.2.0", "python": "3.11.2", "torch": "2.13.0"},
     "hardware": "2 cores, no accelerator",
 }

@@ -33,15 +33,17 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
     argument now.
     """
     parameters = signature(function).parameters
+    names = [*parameters, ""]
 
     @wraps(function)
     def call(*args: P.args, **arguments: P.kwargs) -> R:
         for key in arguments:
-            if key not in parameters and key in PLACES:
-                place = PLACES[key]
-                first = "model" if place == "open_model" else "data"
+            place = PLACES.get(key, "")
+            argument = names[0] if place == "open_model" else names[1]
+            if place and key not in parameters and names[0] == "model":
                 raise UsageError(
-                    f"{key} is an argument of holdfast.{place}: give holdfast.{place}({first}, {key}=...) as {first}"
+                    f"{key} is an argument of holdfast.{place}: give holdfast.{place}({argument}, {key}=...) as "
+                    f"{argument}"
                 )
         with gradients():
             return function(*args, **arguments)

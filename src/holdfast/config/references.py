@@ -146,8 +146,11 @@ def open_model(
         },
         (ModelSource, InferenceSource, ServerLimits),
     )
-    reference = model_reference(model)
-    return ModelReference(reference.given, source, inference, limits)
+    reference = ModelReference(model_reference(model).given, source, inference, limits)
+    if reference.address is None:
+        outputs = ("model_output", "classes", "class_names", "class_order")
+        refuse_other_settings(reference, "a model given as a Python object", *outputs)
+    return reference
 
 
 def open_data(
@@ -191,6 +194,21 @@ def _refuse_names(data: DataReference) -> None:
             f"{', '.join(words)} is not possible for data given as a Python object: it is for an address, such as "
             f"table.csv; select the rows and columns before, and leave it out"
         )
+
+
+def refuse_other_settings(reference: ModelReference, what: str, *possible: str) -> None:
+    """Raise `UsageError` if settings other than the possible ones are given for a model.
+
+    Limits of servers are excluded, because they are checked when the model is opened.
+    """
+    words = [
+        f"{key}={value!r}"
+        for group in (reference.source, reference.inference)
+        for key, value in group
+        if key not in (*possible, "address") and value != getattr(type(group)(), key)
+    ]
+    if words:
+        raise UsageError(f"{', '.join(words)} is not possible for {what}; leave it out")
 
 
 def model_reference(model: ModelLike) -> ModelReference:

@@ -30,6 +30,7 @@ from holdfast.config.references import (
     Sources,
     data_reference,
     model_reference,
+    refuse_other_settings,
 )
 from holdfast.config.settings import (
     AssessSettings,
@@ -177,9 +178,7 @@ def _subject(
 
 def open_surrogates(given: Sequence[object], sources: Sources, target: Classifier) -> tuple[Subject, ...]:
     """Open the surrogate models, which are given as settings, as text in the form of `--surrogate`, or as objects."""
-    if isinstance(given, tuple) and not given:
-        return ()
-    if not isinstance(given, list):
+    if not isinstance(given, list | tuple):
         raise UsageError(
             f"surrogates is a {type(given).__name__}; give a list of models, as in surrogates=[net]"
         )
@@ -189,6 +188,8 @@ def open_surrogates(given: Sequence[object], sources: Sources, target: Classifie
 def _open_surrogate(given: object, sources: Sources, target: Classifier) -> Subject:
     if isinstance(given, str | Path):
         given = check_settings({"surrogates": [str(given)]}, "", kind=AssessSettings).suite.surrogates[0]
+    if isinstance(given, ModelReference):
+        refuse_other_settings(given, "a surrogate", "arch", "model_args", "trust_code")
     if isinstance(given, ModelReference) and given.address is not None:
         source = given.source
         given = SurrogateSettings(model=given.address, arch=source.arch, model_args=source.model_args)
@@ -265,7 +266,10 @@ def open_examples(sources: Sources, model: Classifier, *, lenient: bool = False)
 def open_object(data: DataReference, expected: Expected) -> Data:
     """Return all examples of further data that are given as an object."""
     if is_frame(data.given):
-        return open_frame(data.given, label=data.source.label, drop=data.source.drop, expected=expected)
+        source = data.source
+        return open_frame(
+            data.given, label=source.label, drop=source.drop, split=source.split, expected=expected
+        )
     return as_data(data.given, expected=expected)
 
 
@@ -293,7 +297,8 @@ def open_fit(sources: Sources, fit: DataLike | None, model: Classifier, plan: Pl
     if address is None:
         return selected(open_object(reference, known), n=None, sample=count or 1, seed=sources.seed)
     same = address == sources.data.address
-    if same and sources.data.source.split == "train":
+    own = None if fit is None else reference.source.split
+    if same and own in (None, "train") and sources.data.source.split == "train":
         raise UsageError(
             f"attacks are fitted on the train split of {address!r}, which is also evaluated; give other examples with "
             f"--fit DATA"
@@ -306,7 +311,6 @@ def open_fit(sources: Sources, fit: DataLike | None, model: Classifier, plan: Pl
         seed=sources.seed,
         expected=known,
     )
-    own = None if fit is None else reference.source.split
     try:
         return wanted(split=own or "train")
     except (UsageError, TargetError) as error:

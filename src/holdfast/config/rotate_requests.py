@@ -50,7 +50,7 @@ def draw_request(
 
 
 def _refuse_no_count(sets: object) -> None:
-    if sets is not None and not (isinstance(sets, int) and sets >= 1):
+    if sets is not None and (isinstance(sets, bool) or not isinstance(sets, int) or sets < 1):
         raise UsageError(f"sets is {sets!r}; expected a number of candidates of at least 1")
 
 

@@ -4,7 +4,7 @@ A setting has the same name in the YAML file, on the command line and in Python.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -207,9 +207,17 @@ def read_settings(
     names in messages.
     """
     loaded = {} if path is None else load(path)
-    content = keys_for_verb(loaded, str(path), kind)
-    overriding = {key: value for key, value in overrides.items() if value is not None}
-    assignments = parse_pairs(sets, "--set")
+    content, notes = keys_for_verb(loaded, str(path), kind)
+    overriding, more = _with_present_names(
+        {key: value for key, value in overrides.items() if value is not None}, "", kind
+    )
+    assignments = {}
+    for key, value in parse_pairs(sets, "--set").items():
+        first, dot, rest = key.partition(".")
+        if first in VERBS and dot:
+            raise UsageError(f"--set {key}: the name of the verb is left out, as in --set {rest}={value}")
+        assignments[_former(kind).get(first, first) + dot + rest] = value
+        more += _renaming_notes([first], kind)
     written = {key.partition(".")[0]: f"--set {key.partition('.')[0]}" for key in assignments}
     refuse_consent(written, "--set")
     written |= {key: flags.get(key, key) for key in overriding}
@@ -217,32 +225,41 @@ def read_settings(
         if key in written and rival in content and rival not in written:
             check_settings({rival: content.pop(rival)}, str(path), kind=kind)
     for key, value in assignments.items():
-        put_setting(content, key, parse_yaml(value, f"--set {key}"))
+        _put_assignment(content, key, parse_yaml(value, f"--set {key}"))
     content |= overriding
     settings = check_settings(content, "" if path is None else str(path), written, kind=kind)
+    settings = replace(settings, notes=tuple(dict.fromkeys((*notes, *more))))
     if isinstance(settings, AssessSettings | HardenSettings):
         suite = settings.suite
         refuse_unknown(suite.suite, suite.attacks, settings.threat.threat, suite.only, suite.skip)
     return settings
 
 
-def keys_for_verb(loaded: Mapping[str, Any], where: str, kind: type[VerbSettings]) -> dict[str, Any]:
-    """Return the keys of a file that apply to a verb: those at the top, and those of the section with its name.
+def keys_for_verb(
+    loaded: Mapping[str, Any], where: str, kind: type[VerbSettings]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the keys of a file that apply to a verb, and notes about earlier names of keys.
 
-    The section takes precedence. Sections of other verbs are validated but not returned. For `doctor`, all keys of
-    `assess` are accepted, but only those that `doctor` uses are returned. Raises `UsageError`, with the section for
-    each key, for keys at the top that the verb does not use.
+    The keys are those at the top, and those of the section with the name of the verb, which takes precedence. Sections
+    of other verbs are validated but not returned. For `doctor`, all keys of `assess` are accepted, but only those that
+    `doctor` uses are returned. Raises `UsageError`, with the section for each key, for keys at the top that the verb
+    does not use.
     """
     reading: type[VerbSettings] = AssessSettings if kind is DoctorSettings else kind
-    shared = {key: value for key, value in loaded.items() if key not in VERBS}
     sections = {verb: _section(loaded[verb], verb, where) for verb in VERBS if verb in loaded}
-    refuse_consent(shared, where)
-    _refuse_misplaced(shared, where, reading)
-    content = {**shared, **sections.get(reading.verb, {})}
+    top = {key: value for key, value in loaded.items() if key not in VERBS}
+    refuse_consent(top, where)
+    _refuse_misplaced(top, where, reading, kind.verb)
+    shared, notes = _with_present_names(top, f"{where}: ", reading)
+    section, more = _with_present_names(sections.get(reading.verb, {}), f"{where}: {reading.verb}: ", reading)
+    for key, rival in _REPLACING:
+        if key in section and rival not in section:
+            shared.pop(rival, None)
+    content = {**shared, **section}
     if reading is not kind:
         check_settings(content, where, kind=reading)
         content = {key: value for key, value in content.items() if key in keys_of(kind)}
-    return content
+    return content, (*notes, *more)
 
 
 def _section(content: object, verb: str, where: str) -> dict[str, Any]:
@@ -258,7 +275,7 @@ def _section(content: object, verb: str, where: str) -> dict[str, Any]:
     return content
 
 
-def _refuse_misplaced(shared: Mapping[str, Any], where: str, kind: type[VerbSettings]) -> None:
+def _refuse_misplaced(shared: Mapping[str, Any], where: str, kind: type[VerbSettings], command: str) -> None:
     """Raise `UsageError` with the new place of each key at the top that the verb does not use and another does."""
     known = {*keys_of(kind), *_former(kind)}
     elsewhere = {str(key): verbs for key in shared if key not in known and (verbs := _verbs_with(str(key)))}
@@ -267,7 +284,7 @@ def _refuse_misplaced(shared: Mapping[str, Any], where: str, kind: type[VerbSett
             f"{key} in {' or '.join(f'{verb}:' for verb in verbs)}" for key, verbs in elsewhere.items()
         )
         raise MisplacedKeys(
-            f"{where} contains {', '.join(elsewhere)} at the top, which {kind.verb} does not use. Keys that not all "
+            f"{where} contains {', '.join(elsewhere)} at the top, which {command} does not use. Keys that not all "
             f"verbs of a file use are written in the section of a verb: {places}",
             tuple(elsewhere),
         )
@@ -405,8 +422,25 @@ def _with_present_names(
                 f"{prefix}{key} is the earlier name of {name}, and both are given; leave {key} out"
             )
         renamed[name] = value
-    notes = tuple(f"{key} is now called {former[key]}" for key in content if key in former)
-    return renamed, notes
+    return renamed, _renaming_notes(content, kind)
+
+
+def _renaming_notes(keys: Iterable[str], kind: type[VerbSettings]) -> tuple[str, ...]:
+    former = _former(kind)
+    return tuple(f"{key} is now called {former[key]}" for key in keys if key in former)
+
+
+def _put_assignment(content: dict[str, Any], path: str, value: Any) -> None:
+    """Set the value of a `--set`. A recipe or source with another name keeps only the settings that all have."""
+    first, _, rest = path.partition(".")
+    if first in ("recipe", "source") and rest:
+        part = content.get(first)
+        if isinstance(part, str):
+            part = {"use": part}
+        if isinstance(part, Mapping):
+            other = rest == "use" and part.get("use", value) != value
+            content[first] = {key: part[key] for key in part if not other or key == "training"}
+    put_setting(content, path, value)
 
 
 def items(settings: VerbSettings) -> Iterator[tuple[str, Any, bool]]:

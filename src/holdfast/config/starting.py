@@ -104,6 +104,8 @@ def validate(path: str | Path = "holdfast.yaml") -> tuple[str, ...]:
         try:
             keys_for_verb(loaded, str(path), kind)
         except MisplacedKeys as error:
+            if verb in loaded:  # its section could not be used
+                raise
             faults.append(error)
         else:
             verbs.append(verb)
@@ -119,8 +121,12 @@ def _check_parts(settings: VerbSettings, path: str) -> None:
     if isinstance(settings, HardenSettings | RotateSettings):
         from holdfast.config.recipes import build_recipe
 
-        recipe = settings.options.recipe
-        if recipe["use"] not in (AUTO, CARD):
+        recipe, selected = settings.options.recipe, AUTO if isinstance(settings, HardenSettings) else CARD
+        if recipe["use"] in (AUTO, CARD) and recipe["use"] != selected:
+            raise UsageError(
+                f"{path}: recipe {recipe['use']} is not for {settings.verb}; name a recipe, or {selected}"
+            )
+        if recipe["use"] != selected:
             build_recipe(recipe)
     if isinstance(settings, AssessSettings | HardenSettings):
         for output in settings.reports.output:

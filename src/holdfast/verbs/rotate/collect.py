@@ -298,5 +298,5 @@ class _Collection:
                 f"{100 * self.least:.1f} % was expected, which is 1.5 times that of guessing: the training diverged. "
                 "Collect again with a smaller learning rate, as in --set "
                 f"recipe.training.lr={self.common.training.lr / 3:.2g}, a longer warm-up, another --seed, or --set "
-                "begins=own"
+                "initialisation=own"
             )

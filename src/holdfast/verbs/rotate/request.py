@@ -139,7 +139,7 @@ class RotateRequest:
     def refuse_other(self, pool: Pool) -> None:
         """Raise `UsageError` if the pool has another model, other data or other settings."""
         known, mine = pool.manifest["about"], self.about()
-        words = {"digest": "model (other weights or preprocessing)", "begins": "beginning"}
+        words = {"digest": "model (other weights or preprocessing)", "begins": "initialisation"}
         for key in ("digest", "data", "threat", "recipe", "source", "begins", "seed"):
             if known.get(key) != mine[key]:
                 sides = ({key: side.get(key), **_named(key, side)} for side in (known, mine))
