@@ -28,8 +28,9 @@ class Passes:
         return -(-rows // size) * size
 
     def once(self, n: int) -> int:
-        """Return the largest number of rows of one call for each of `n` examples, however they are distributed over the
-        shards.
+        """Return an upper bound of the number of rows sent to the model if `n` examples are sent once.
+
+        The bound holds for any distribution of the examples over the shards.
         """
         if len(self.shards) < 2 or n >= sum(self.shards):
             each = (n,) if len(self.shards) < 2 else self.shards

@@ -70,7 +70,10 @@ class Placed(Attack, Protocol):
         """Return the largest number of positions that are tried in an image of shape (channels, height, width)."""
 
     def at_random(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        """Return the inputs with the change at one random position of each image; the model is not queried."""
+        """Return the inputs with the patch or pixels of the attack at one random position of each image.
+
+        The model is not queried.
+        """
 
 
 @runtime_checkable

@@ -129,17 +129,19 @@ def taken(logits: Logits, aim: Aim) -> Logits:
 
 
 def held(logits: Logits, y: Labels) -> Tensor:
-    """Return the logits (n, classes) without that of rejection, which replaces the label's logit where it is larger.
+    """Return logits (n, classes) in which a rejected input counts as correctly classified.
 
-    A rejected input therefore counts as correctly classified.
+    The logit of rejection replaces that of the label where it is larger.
     """
     own = torch.maximum(logits.gather(1, y[:, None]), logits[:, -1:])
     return logits[:, :-1].scatter(1, y[:, None], own)
 
 
 def softly_held(logits: Logits, y: Labels, softness: float) -> Tensor:
-    """Return the same as `held`, but with a smooth maximum of width `softness`, whose gradient follows the boundary of
-    rejection.
+    """Return a differentiable approximation of `held`, for attacks.
+
+    A smooth maximum of width `softness` replaces the maximum, so that the gradient also depends on the logit of
+    rejection near its boundary.
     """
     own = torch.stack((logits.gather(1, y[:, None]), logits[:, -1:])) / softness
     return logits[:, :-1].scatter(1, y[:, None], softness * own.logsumexp(0))

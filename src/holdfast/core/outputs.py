@@ -30,7 +30,10 @@ def is_single(outputs: Tensor) -> bool:
 
 
 def kind_of_single(outputs: Tensor, declared: OutputKind | None) -> OutputKind | None:
-    """Return the kind of single outputs: as declared, else logits if one is outside [0, 1]; None if all are NaN.
+    """Return the kind of the outputs of a model with one output per input.
+
+    It is the declared kind if there is one, and otherwise logits if any value is outside [0, 1]. Returns None if all
+    values are NaN.
 
     Raises `UnclearOutput` if all are inside [0, 1] and nothing is declared, because a probability that is interpreted
     as a logit would classify every example as class 1.

@@ -28,7 +28,7 @@ def for_label(logits: Logits, y: Labels, lead: PerExample | float = _LEAD) -> Lo
 
 
 class Answering:
-    """A served model for an attack on a batch, which returns a large margin for rejected inputs.
+    """Wrapper of a served model for an attack on a batch. Rejected inputs get outputs with a large margin.
 
     The margin of a rejected input is the largest margin of any answer for its example so far, so that no attack moves
     there.

@@ -1,4 +1,4 @@
-"""Probes, which measure doubts, and the choice of the examples that they run on.
+"""Probes, which are measurements that test doubts, and the selection of the examples that they run on.
 
 A probe is a pure function of model, batch, threat model and random stream, and returns columns. Doubts share probes:
 PGD-20 on the cross-entropy is used by `scale`, `one-step` and `loss-spread`; margin PGD, two restarts of 20 steps, is

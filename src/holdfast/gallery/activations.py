@@ -22,7 +22,7 @@ def winners(h: Tensor) -> Tensor:
 
 
 def nearly(h: Tensor) -> Tensor:
-    """Return a continuous approximation of `winners`.
+    """Return a continuous approximation of the k-winners-take-all activation (`winners`).
 
     Each activation is multiplied by a sigmoid that is centred at the smallest unchanged value. The width of the sigmoid
     is a tenth of the standard deviation of the activations.
@@ -61,8 +61,9 @@ def jumping(digits: Batch, twin: nn.Module) -> nn.Module:
 
 
 def pruned(digits: Batch, twin: nn.Module) -> nn.Module:
-    """Return the twin with random pruning of the activations of its convolutions, which preserves their expected
-    values.
+    """Return a copy of the undefended network in which activations of the convolutions are pruned at random.
+
+    The remaining activations are scaled, so that their expected values do not change.
     """
     layers: list[nn.Module] = []
     for place, layer in enumerate(twin.children()):

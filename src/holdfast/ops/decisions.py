@@ -58,7 +58,10 @@ class Decisions:
             self.improve(some, points[self.closest.rows(some)], share=_RIVAL)
 
     def open(self, some: Batch) -> Mask:
-        """Return whether each example of `some` has queries left and no broken point within a finite eps."""
+        """Return a boolean mask of the examples `some` that the attack continues with.
+
+        Those have queries left and, if eps is finite, no adversarial example within eps.
+        """
         rows = self.closest.rows(some)
         return (self._left[rows] > 0) & (self.closest.distance[rows] > self._enough)
 

@@ -243,7 +243,7 @@ def stepped(optimizer: torch.optim.Optimizer, loss: Tensor, where: str, lr: floa
 
 
 def codec_layers(*widths: int) -> nn.Sequential:
-    """Return a network of linear layers of the given widths, with a SiLU between each two of them."""
+    """Return a network of linear layers of the given widths, with a SiLU between consecutive layers."""
     modules: list[nn.Module] = []
     for wide, next_wide in pairwise(widths):
         modules += [nn.Linear(wide, next_wide), nn.SiLU()]

@@ -34,7 +34,7 @@ class RequestPace:
         """earliest start of the next request, and end of the pause"""
 
     def wait(self, waited: float = 0.0) -> None:
-        """Block until a request may start. The caller has already waited until the time `waited`."""
+        """Block until the next request may be sent. The part of the wait until the time `waited` is over already."""
         while True:
             with self._lock:
                 begin = max(waited, self._paused)

@@ -51,7 +51,10 @@ class AttackKind(StageKind, Protocol):
     """whether the attack always uses knowledge of the defence"""
 
     def ready(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Stage:
-        """Return the stage with its fitted attack and its aim at a detector; unchanged if it needs neither."""
+        """Return the stage with its attack fitted and, if there is a detector, with the scores that evade it.
+
+        A stage that needs neither is returned unchanged.
+        """
         if stage.member is not None and stage.member.against is not None:
             return replace(stage, aim=aim_of(stage.member.against, by_stage["clean"]))
         learned = learned_for(stage, by_stage)
@@ -221,7 +224,7 @@ def learned_for(stage: Stage, by_stage: Mapping[str, Columns]) -> Tensor | None:
 
 
 def with_learned(stage: Stage, learned: Tensor) -> Stage:
-    """Return the stage with its attack fitted to the learned perturbation."""
+    """Return the stage with an attack that applies the learned perturbation."""
     assert stage.member is not None
     attack = stage.member.attack
     assert isinstance(attack, Learned)
