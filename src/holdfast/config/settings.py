@@ -460,6 +460,9 @@ def plain_settings(settings: VerbSettings) -> dict[str, Any]:
 
 
 def canonical_settings(settings: VerbSettings) -> dict[str, Any]:
-    """Return those settings that affect the evidence, by key, as plain values."""
+    """Return those settings that affect the evidence, by key, as plain values. Their digest names new run folders.
+
+    What identifies a run on resume is its manifest, see `holdfast.verbs.manifest`.
+    """
     outside = {"output", "gates", "accept_doubts", "baseline", "device", "schema_version"}
     return {key: value for key, value in plain_settings(settings).items() if key not in outside}

@@ -18,7 +18,7 @@ PIECE = 256
 
 @dataclass
 class Room:
-    """The number of examples in one pass, which is halved for the rest of the run if memory runs out."""
+    """The number of examples in one pass of a shard. It is halved for the rest of the shard if memory runs out."""
 
     size: int
     known: Mapping[int, int] = field(default_factory=dict)
