@@ -19,8 +19,8 @@ from holdfast.config.grammar import did_you_mean, parse_pairs
 from holdfast.config.groups import SettingGroup
 from holdfast.config.suites import refuse_unknown
 from holdfast.config.wording import complaint, place
-from holdfast.config.yaml_text import MAX_CHARACTERS, parse_yaml
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.config.yaml_text import load, parse_yaml, put_setting
+from holdfast.core.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,45 +297,6 @@ def _verbs_with(key: str) -> list[str]:
 
 def _former(kind: type[VerbSettings]) -> dict[str, str]:
     return {old: new for old, new in FORMER_KEYS.items() if new in keys_of(kind)}
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Return the content of a YAML file, which must be a mapping.
-
-    Raises `TargetError` if the file cannot be read, and `UsageError` if it is not a mapping.
-    """
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_CHARACTERS + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise TargetError(
-            f"cannot read the configuration {str(path)!r}: {error}; write one with holdfast init"
-        ) from error
-    content = parse_yaml(text, str(path))
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UsageError(
-            f"{path} contains a {type(content).__name__}; expected keys such as model: and data:"
-        )
-    return content
-
-
-def put_setting(content: dict[str, Any], path: str, value: Any) -> None:
-    """Set a value in nested content at a dotted path, such as `attacks.0.steps`."""
-    *parents, last = path.split(".")
-    place: Any = content
-    for parent in parents:
-        try:
-            place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
-        except (IndexError, ValueError, AttributeError):
-            raise UsageError(f"--set {path}: there is no entry {parent!r}") from None
-    if isinstance(place, list) and last in map(str, range(len(place))):
-        place[int(last)] = value
-    elif isinstance(place, dict):
-        place[last] = value
-    else:
-        raise UsageError(f"--set {path}: {last!r} is not an entry of a {type(place).__name__}")
 
 
 def check_settings(

@@ -17,9 +17,9 @@ from holdfast.config.settings import (
     VerbSettings,
     check_settings,
     keys_for_verb,
-    load,
     read_settings,
 )
+from holdfast.config.yaml_text import load
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.reports.write import check_destination as check_place
 

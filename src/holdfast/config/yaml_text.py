@@ -1,11 +1,12 @@
-"""Parser for the YAML text of configurations and of `--set`."""
+"""Reads the YAML text of configurations and of `--set`."""
 
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 
 MAX_CHARACTERS = 1 << 18
 """largest number of characters of a text; PyYAML needs about 20 microseconds and 400 bytes of
@@ -72,3 +73,42 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return the content of a YAML file, which must be a mapping.
+
+    Raises `TargetError` if the file cannot be read, and `UsageError` if it is not a mapping.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise TargetError(
+            f"cannot read the configuration {str(path)!r}: {error}; write one with holdfast init"
+        ) from error
+    content = parse_yaml(text, str(path))
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"{path} contains a {type(content).__name__}; expected keys such as model: and data:"
+        )
+    return content
+
+
+def put_setting(content: dict[str, Any], path: str, value: Any) -> None:
+    """Set a value in nested content at a dotted path, such as `attacks.0.steps`."""
+    *parents, last = path.split(".")
+    place: Any = content
+    for parent in parents:
+        try:
+            place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
+        except (IndexError, ValueError, AttributeError):
+            raise UsageError(f"--set {path}: there is no entry {parent!r}") from None
+    if isinstance(place, list) and last in map(str, range(len(place))):
+        place[int(last)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise UsageError(f"--set {path}: {last!r} is not an entry of a {type(place).__name__}")
