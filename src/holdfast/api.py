@@ -185,9 +185,7 @@ def carry_out(
 
     `command` is the command line that repeats the run; the run stores it.
     """
-    surrogates, fit, across = settings.suite.surrogates, settings.others.fit, settings.options.across
-    baseline = _evidence(settings.reports.baseline)
-    inputs = AssessInputs(settings, sources_at(settings), surrogates, fit, across, None, baseline, command)
+    inputs = AssessInputs.of(settings, command)
     with opened_for_assess(inputs, run, resume=resume) as (subject, examples, request):
         return assessing.assess(
             subject,

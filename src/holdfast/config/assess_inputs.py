@@ -9,11 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from holdfast.config import expecting, resolve, rotating
+from holdfast.config import rotating
+from holdfast.config.expecting import with_found_properties
 from holdfast.config.planning import assess_request
 from holdfast.config.pooled import pool_of
 from holdfast.config.references import DataLike, Sources
-from holdfast.config.resolve import device_of_model, open_all, open_fit, open_others
+from holdfast.config.resolve import (
+    device_of_model,
+    open_all,
+    open_examples,
+    open_fit,
+    open_others,
+    open_subject,
+    open_surrogates,
+    sources_at,
+)
 from holdfast.config.settings import AssessSettings, RotateSettings, check_settings
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import UsageError
@@ -29,54 +39,6 @@ from holdfast.verbs.result import Result
 from holdfast.verbs.rotate.attackers import AttackerTable
 from holdfast.verbs.served import journaled
 from holdfast.verbs.stored_runs import open_run
-
-
-def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
-    """Run the assessment on the first `n` examples without storing anything.
-
-    Returns the result and the total number of examples.
-    """
-    sources = resolve.sources_at(settings)
-    subject, data, surrogates = resolve.open_all(
-        sources,
-        settings.suite.surrogates,
-        transform=settings.options.transform,
-        adaptive=settings.suite.adaptive,
-    )
-    request = replace(_request(settings, sources, subject, surrogates), gates=(), workers=None)
-    few = selected(data, n=min(n, len(data)), sample=None, seed=sources.seed)
-    return assessing.assess(subject, few, request), len(data)
-
-
-def rehearse_served(settings: AssessSettings) -> Rehearsed:
-    """Return an estimate of the rows that a run would send to a server.
-
-    At most 64 rows, or one larger batch, are sent to the server for the estimate.
-    """
-    sources = resolve.sources_at(settings)
-    subject = resolve.open_subject(sources, transform=settings.options.transform)
-    sent = look_at(subject.model)
-    if sent is None:
-        raise UsageError(
-            f"{sources.model.address} is not a model behind a server; its cost is estimated on a few examples"
-        )
-    surrogates = resolve.open_surrogates(settings.suite.surrogates, sources, subject.model)
-    data = resolve.open_examples(sources, subject.model)
-    subject = expecting.with_found_properties(subject, surrogates, data)
-    return rehearsed(subject, data, _request(settings, sources, subject, surrogates), sent)
-
-
-def _request(
-    settings: AssessSettings, sources: Sources, subject: Subject, surrogates: tuple[Subject, ...]
-) -> AssessRequest:
-    request = assess_request(settings, baseline=_baseline(settings), target=subject.model.access)
-    fit = resolve.open_fit(sources, settings.others.fit, subject.model, request.plan)
-    across = resolve.open_others(settings.options.across, sources, subject.model)
-    return replace(request, fit=fit, surrogates=surrogates, across=across)
-
-
-def _baseline(settings: AssessSettings) -> Evidence | None:
-    return None if settings.reports.baseline is None else open_run(Path(settings.reports.baseline)).evidence
 
 
 def attackers(sources: Sources, device: str, *, adaptive: bool) -> MeasureAttackers | None:
@@ -123,6 +85,14 @@ class AssessInputs:
     baseline: Evidence | None
     command: str = ""
 
+    @classmethod
+    def of(cls, settings: AssessSettings, command: str = "") -> "AssessInputs":
+        """Return the inputs at the addresses in the settings; `command` is the command that repeats the run."""
+        run = settings.reports.baseline
+        baseline = None if run is None else open_run(Path(run)).evidence
+        surrogates, fit, across = settings.suite.surrogates, settings.others.fit, settings.options.across
+        return cls(settings, sources_at(settings), surrogates, fit, across, None, baseline, command)
+
     @property
     def open_all(self) -> Opening:
         """Function that opens the model, the data and the surrogates. Worker processes call it as well."""
@@ -133,6 +103,24 @@ class AssessInputs:
             self.surrogates,
             transform=settings.options.transform,
             adaptive=settings.suite.adaptive,
+        )
+
+    def request(self, subject: Subject, surrogates: tuple[Subject, ...]) -> AssessRequest:
+        """Return the request for the opened model and surrogates, without the table of attackers of a pool."""
+        sources = self.sources
+        request = assess_request(
+            self.settings,
+            members=self.members,
+            baseline=self.baseline,
+            device=device_of_model(sources, subject, self.settings.device.device),
+            target=subject.model.access,
+            command=self.command,
+        )
+        return replace(
+            request,
+            fit=open_fit(sources, self.fit, subject.model, request.plan),
+            surrogates=surrogates,
+            across=open_others(self.across, sources, subject.model),
         )
 
 
@@ -147,20 +135,36 @@ def opened_for_assess(
     settings, sources = inputs.settings, inputs.sources
     with journaled(run, resume=resume, keep=sources.model.limits.keep_answers):
         subject, data, surrogates = inputs.open_all()
-        device = settings.device.device
-        request = assess_request(
-            settings,
-            members=inputs.members,
-            baseline=inputs.baseline,
-            device=device_of_model(sources, subject, device),
-            target=subject.model.access,
-            command=inputs.command,
+        table = attackers(sources, settings.device.device, adaptive=settings.suite.adaptive)
+        yield subject, data, replace(inputs.request(subject, surrogates), attackers=table)
+
+
+def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
+    """Run the assessment on the first `n` examples without storing anything.
+
+    Returns the result and the total number of examples.
+    """
+    inputs = AssessInputs.of(settings)
+    subject, data, surrogates = inputs.open_all()
+    request = replace(inputs.request(subject, surrogates), gates=(), workers=None)
+    few = selected(data, n=min(n, len(data)), sample=None, seed=inputs.sources.seed)
+    return assessing.assess(subject, few, request), len(data)
+
+
+def rehearse_served(settings: AssessSettings) -> Rehearsed:
+    """Return an estimate of the rows that a run would send to a server.
+
+    At most 64 rows, or one larger batch, are sent to the server for the estimate.
+    """
+    inputs = AssessInputs.of(settings)
+    sources = inputs.sources
+    subject = open_subject(sources, transform=settings.options.transform)
+    sent = look_at(subject.model)
+    if sent is None:
+        raise UsageError(
+            f"{sources.model.address} is not a model behind a server; its cost is estimated on a few examples"
         )
-        request = replace(
-            request,
-            fit=open_fit(sources, inputs.fit, subject.model, request.plan),
-            surrogates=surrogates,
-            across=open_others(inputs.across, sources, subject.model),
-            attackers=attackers(sources, device, adaptive=settings.suite.adaptive),
-        )
-        yield subject, data, request
+    surrogates = open_surrogates(inputs.surrogates, sources, subject.model)
+    data = open_examples(sources, subject.model)
+    subject = with_found_properties(subject, surrogates, data)
+    return rehearsed(subject, data, inputs.request(subject, surrogates), sent)

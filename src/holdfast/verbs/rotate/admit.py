@@ -246,19 +246,19 @@ class _Admitting:
     def _seen(self, name: str, exposed: tuple[str, ...], n: Mapping[Family, int]) -> Measurements:
         transfer_examples, of = self.measuring.transfer_examples, self._subject(name)
         siblings = siblings_of(self.pool, name, self._finite)
-        them = attackers_against(transfer_examples, name, exposed, siblings)
-        everyone = (them.nothing, *them.one, them.several, them.evenly)
+        attackers = attackers_against(transfer_examples, name, exposed, siblings)
+        everyone = (attackers.nothing, *attackers.one, attackers.several, attackers.evenly)
         measured_attackers = list(dict.fromkeys(one for one in everyone if one is not None))
         transferred = self.measuring.transferred(
             of, measured_attackers, n["transfer"], first=self._first["transfer"]
         )
         drawn = None
-        if them.siblings is not None:
+        if attackers.siblings is not None:
             drawn = self.measuring.transferred(
-                of, [them.siblings], n["siblings"], first=self._first["siblings"]
+                of, [attackers.siblings], n["siblings"], first=self._first["siblings"]
             )
         return Measurements(
-            them,
+            attackers,
             transferred,
             self._white((of,), n["white-box"])[0],
             drawn,
