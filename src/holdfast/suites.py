@@ -18,27 +18,30 @@ Hendrycks & Dietterich.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from holdfast.attacks.alma import ALMA
-from holdfast.attacks.apgd import APGD
-from holdfast.attacks.corruption import COUNTED, Corruption
-from holdfast.attacks.deepfool import DeepFool
-from holdfast.attacks.fab import FAB
-from holdfast.attacks.flow import Flow
-from holdfast.attacks.fmn import FMN
-from holdfast.attacks.grid_search import GridSearch
-from holdfast.attacks.hop_skip_jump import HopSkipJump
-from holdfast.attacks.patch_attack import PatchAttack
-from holdfast.attacks.pdpgd import PDPGD
-from holdfast.attacks.pgd import PGD
+from holdfast.attacks import (
+    ALMA,
+    APGD,
+    FAB,
+    FMN,
+    PDPGD,
+    PGD,
+    Corruption,
+    DeepFool,
+    Flow,
+    GridSearch,
+    HopSkipJump,
+    PatchAttack,
+    RayS,
+    Relay,
+    SigmaZero,
+    SparseRS,
+    Square,
+    SurFree,
+    Transfer,
+    TransformPGD,
+)
+from holdfast.attacks.corruption import COUNTED
 from holdfast.attacks.protocol import Attack
-from holdfast.attacks.rays import RayS
-from holdfast.attacks.relay import Relay
-from holdfast.attacks.sigma_zero import SigmaZero
-from holdfast.attacks.sparse_rs import SparseRS
-from holdfast.attacks.square import Square
-from holdfast.attacks.surfree import SurFree
-from holdfast.attacks.transfer import Transfer
-from holdfast.attacks.transform_pgd import TransformPGD
 from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError

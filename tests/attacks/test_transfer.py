@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from holdfast.attacks import Transfer
+from holdfast.attacks.transfer import SHRUNK, halved_view, resized, shifted
 from holdfast.core.constraints import L2, Linf, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
@@ -13,7 +14,6 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.ascent import ascend
 from holdfast.ops.ensemble import Ensemble
 from holdfast.ops.losses import cross_entropy, margin_loss
-from holdfast.ops.views import SHRUNK, halved_view, resized, shifted
 from holdfast.suites import PUBLISHED
 from holdfast.testing.fakes import examples, labelled, network
 from holdfast.testing.linear import linear_problem

@@ -11,7 +11,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import HoldfastError, UsageError
 from holdfast.ops.augment import Moves, augmented, moves, windows
 from holdfast.ops.fit import Training, fit, rate, updates
-from holdfast.ops.weight_perturbation import perturbed
+from holdfast.ops.weights import perturbed
 
 HOW = Training(
     epochs=2,

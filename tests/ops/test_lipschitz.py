@@ -12,16 +12,18 @@ from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.cayley import CayleyConv2d, CayleyLinear, orthogonal
 from holdfast.ops.fit import Training
 from holdfast.ops.lipschitz import (
     AOLConv2d,
     AOLLinear,
+    CayleyConv2d,
+    CayleyLinear,
     MaxMin,
     SLLConv2d,
     Widened,
     certified_radius,
     input_constant,
+    orthogonal,
 )
 from holdfast.recipes import MarginTraining
 from holdfast.sources.architectures import ARCHITECTURES

@@ -13,9 +13,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.cayley import CayleyConv2d
 from holdfast.ops.fit import Training
-from holdfast.ops.lipschitz import AOLConv2d, SLLConv2d, almost_orthogonal
+from holdfast.ops.lipschitz import AOLConv2d, CayleyConv2d, SLLConv2d, almost_orthogonal
 from holdfast.ops.number_format import computing, laid_out, lay_out
 from holdfast.recipes import CURE, LLR, GradientRegularisation, LipschitzConstraint, PGDTraining
 

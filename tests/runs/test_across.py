@@ -16,8 +16,8 @@ from holdfast.core.threat import ThreatModel
 from holdfast.harness import Member, paired
 from holdfast.harness.kinds.across import _mixed
 from holdfast.harness.kinds.transfer import MATRIX
-from holdfast.metrics.across import across_rows
 from holdfast.ops import ascent, losses
+from holdfast.reports.across import across_rows
 from holdfast.sources.memory import as_data
 from holdfast.verbs import preparation
 from holdfast.verbs.assess import assess

@@ -12,6 +12,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Constraint, Linf
@@ -21,7 +22,8 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Count, Fraction, Inputs, Labels, Positive, Steps
 from holdfast.ops.ascent import descend
 from holdfast.ops.best import Best
-from holdfast.ops.nearest import nearest_classes
+from holdfast.ops.gradients import input_gradient
+from holdfast.ops.losses import likeliest
 from holdfast.ops.norms import expect_eps, expect_norm
 from holdfast.ops.squares import proposals_for, search, window_share
 
@@ -120,3 +122,25 @@ class Relay:
         shares = [window_share(p_init, step, None) for step in range(self.queries)]
         with torch.no_grad():
             search(model, left, proposals, best, shares, rng)
+
+
+_CANDIDATES = 9  # number of likeliest wrong classes that are compared; all of them if there are ten classes
+
+
+def nearest_classes(model: Model, batch: Batch, constraint: Constraint, k: int) -> Tensor:
+    """Return the (up to) k wrong classes nearest to `batch.x` by their linearised boundaries, nearest first, (n, k).
+
+    Cost: a forward, and a backward for each of nine classes at most.
+    """
+    x = batch.x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(x, batch.ids)
+        rivals = likeliest(logits.detach(), batch.y, _CANDIDATES)
+        gaps = logits.gather(1, batch.y[:, None]) - logits.gather(1, rivals)
+    distances = []
+    for gap in gaps.unbind(1):
+        grad = input_gradient(gap, x, again=True)
+        slope = (grad * constraint.steepest(grad, batch.x, model.bounds)).flatten(1).sum(1)
+        distances.append(gap.detach() / slope.clamp_min(1e-12))
+    order = torch.stack(distances, dim=1).nan_to_num(torch.inf).argsort(dim=1, stable=True)
+    return rivals.gather(1, order[:, :k])

@@ -33,7 +33,7 @@ from holdfast.harness import Member
 from holdfast.sources.counting import look_at
 from holdfast.sources.selection import selected
 from holdfast.verbs import assess as assessing
-from holdfast.verbs.rehearsal import Rehearsed, rehearsed
+from holdfast.verbs.expected_rows import Rehearsed, rehearsed
 from holdfast.verbs.request import AssessRequest, Keep, MeasureAttackers, Opening, Subject
 from holdfast.verbs.result import Result
 from holdfast.verbs.rotate.attackers import AttackerTable

@@ -9,7 +9,7 @@ from holdfast.harness.assembly import Context, assemble, evidence_from, join, sp
 from holdfast.harness.kinds import KINDS
 from holdfast.harness.kinds.across import paired
 from holdfast.harness.kinds.transfer import MATRIX_ROWS
-from holdfast.harness.measure import measure, measure_plan
+from holdfast.harness.measure import ShardTask, measure, measure_plan, shard_rows, stage_of, task_of
 from holdfast.harness.passes import FOUND, PROBE, Pass, Probes, passes, probe_passes, stage_passes
 from holdfast.harness.plan import (
     Plan,
@@ -19,7 +19,6 @@ from holdfast.harness.plan import (
     refuse_what_is_hidden,
     settings,
 )
-from holdfast.harness.shards import ShardTask, shard_rows, stage_of, task_of
 from holdfast.harness.stage import (
     Member,
     Outline,

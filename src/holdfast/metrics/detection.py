@@ -15,7 +15,8 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.types import Mask, PerExample
 from holdfast.metrics.columns import Absent, column
-from holdfast.ops import detection
+from holdfast.ops.detection import auroc as area_under_roc
+from holdfast.ops.detection import threshold
 from holdfast.ops.statistics import proportion
 
 Attacker = Literal["aware", "oblivious"]
@@ -37,7 +38,7 @@ def _fooled(evidence: Evidence, of: Attacker) -> tuple[PerExample, PerExample]:
 
 def auroc_estimate(evidence: Evidence, confidence: float = 0.95, *, of: Attacker = "aware") -> Estimate:
     """Return the probability that an attacked input has a higher detector score than a clean one (AUROC)."""
-    return detection.auroc(*_fooled(evidence, of), confidence)
+    return area_under_roc(*_fooled(evidence, of), confidence)
 
 
 def rate_estimate(
@@ -49,7 +50,7 @@ def rate_estimate(
     `false_positives` is a fraction of the clean inputs.
     """
     attacked = _fooled(evidence, of)[1]
-    return proportion(attacked > detection.threshold(evidence["score"], false_positives), confidence)
+    return proportion(attacked > threshold(evidence["score"], false_positives), confidence)
 
 
 def accepted_right(evidence: Evidence, confidence: float = 0.95, *, false_positives: float) -> Estimate:
@@ -59,7 +60,7 @@ def accepted_right(evidence: Evidence, confidence: float = 0.95, *, false_positi
     The threshold rejects the fraction `false_positives` of the clean inputs.
     """
     clean, attacked, _ = _scores(evidence, "aware")
-    limit = detection.threshold(clean, false_positives)
+    limit = threshold(clean, false_positives)
     return proportion((evidence["class_margin"] > 0) & (clean <= limit) & (attacked > limit), confidence)
 
 
@@ -69,4 +70,4 @@ def accepted_wrong(evidence: Evidence, confidence: float = 0.95, *, false_positi
     The threshold rejects the fraction `false_positives` of the clean inputs.
     """
     clean, attacked, _ = _scores(evidence, "aware")
-    return proportion(attacked <= detection.threshold(clean, false_positives), confidence)
+    return proportion(attacked <= threshold(clean, false_positives), confidence)

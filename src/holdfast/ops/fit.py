@@ -26,14 +26,13 @@ from holdfast.core.checkpoint import AVERAGE, MEMORY, STATE, WEIGHTS, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.augment import Augmentation, augmented, cut_and_mixed
-from holdfast.ops.averages import ema, swa
 from holdfast.ops.distributed import average, processes, rank, share, worth
 from holdfast.ops.frozen import Statistics
 from holdfast.ops.immunity import Immunity
 from holdfast.ops.number_format import Layout, Precision, computing, laid_out
 from holdfast.ops.planning import Pacing, Plans
 from holdfast.ops.refusals import refuse_changed, refuse_cut, refuse_lost, unsaved
-from holdfast.ops.weight_perturbation import perturbed
+from holdfast.ops.weights import ema, perturbed, swa
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 AOL: Prach & Lampert, "Almost-Orthogonal Layers for Efficient General-Purpose Lipschitz Networks", ECCV 2022,
 arXiv:2208.03160. SLL: Araujo et al., "A Unified Algebraic Perspective on Lipschitz Neural Networks", ICLR 2023,
 arXiv:2303.03169. MaxMin: Anil, Lucas & Grosse, "Sorting out Lipschitz function approximation", ICML 2019,
-arXiv:1811.05381. Differs from the papers: AOL rescales inputs or outputs, whichever are fewer, so that a layer with
-fewer outputs than inputs can be orthogonal too; both add a small constant to their divisors, which only shrinks the
-outputs. The first SLL runs, with another constant, had chance accuracy (Prach et al., "1-Lipschitz Layers Compared",
-CVPR 2024, arXiv:2311.16833).
+arXiv:1811.05381. Cayley: Trockman & Kolter, "Orthogonalizing Convolutional Layers with the Cayley Transform", ICLR
+2021, arXiv:2104.07167. Differs from the papers: AOL rescales inputs or outputs, whichever are fewer, so that a layer
+with fewer outputs than inputs can be orthogonal too; both add a small constant to their divisors, which only shrinks
+the outputs; the inverse of the Cayley transform is computed in double precision, because certificates must account for
+every rounding, and no scale is learned beside its matrix. The first SLL runs, with another constant, had chance
+accuracy (Prach et al., "1-Lipschitz Layers Compared", CVPR 2024, arXiv:2311.16833).
 
 Convolutions preserve the size of the image and pad with zeros. Bounds for the unbounded plane hold for the image too,
 since neither cropping nor padding with zeros increases a distance.
@@ -137,3 +139,63 @@ def certified_radius(logits: Logits, *, constant: float = 1.0) -> PerExample:
     rounded = radius.to(logits.dtype)
     beyond = rounded.double() > radius
     return torch.where(beyond, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Return a matrix with orthonormal columns (rows if m < n) for a matrix (…, m, n); a zero matrix gives the
+    identity.
+
+    The inverse always exists and its norm is at most one: the matrix is the sum of the identity, a skew-symmetric and a
+    positive semi-definite matrix.
+    """
+    m, n = matrix.shape[-2:]
+    if m < n:
+        return orthogonal(matrix.mH).mH
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float64))
+    square, rest = wide[..., :n, :], wide[..., n:, :]
+    unit = torch.eye(n, dtype=wide.dtype, device=wide.device)
+    skew = square - square.mH + rest.mH @ rest
+    inverse = torch.linalg.inv(unit + skew)
+    return torch.cat(((unit - skew) @ inverse, -2 * rest @ inverse), -2).to(matrix.dtype)
+
+
+class CayleyLinear(nn.Module):
+    """A linear layer whose matrix has orthonormal rows or columns; it is orthogonal if the widths are equal."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, features))
+        self.bias = nn.Parameter(torch.zeros(width))
+        nn.init.xavier_normal_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs (n, width) for inputs (n, features)."""
+        return F.linear(x, orthogonal(self.weight), self.bias)
+
+
+class CayleyConv2d(nn.Module):
+    """A convolution with circular padding whose matrix at each frequency has orthonormal rows or columns."""
+
+    def __init__(self, channels: int, width: int, kernel: int = 3) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, channels, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(width))
+        nn.init.xavier_normal_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the feature maps (n, width, h, w) for inputs (n, channels, h, w)."""
+        size = x.shape[2:]
+        half = self.weight.shape[2] // 2
+        if min(size) <= 2 * half:
+            x = F.pad(x, (half, half, half, half))  # smaller than the kernel
+        whole = x.shape[2:]
+        waves = torch.fft.rfft2(x.to(torch.promote_types(x.dtype, torch.float32)))
+        placed = F.pad(
+            self.weight.to(torch.float64), (0, whole[1] - 2 * half - 1, 0, whole[0] - 2 * half - 1)
+        )
+        kernels = torch.fft.rfft2(torch.roll(placed, (-half, -half), (2, 3))).conj()
+        turned = orthogonal(kernels.permute(2, 3, 0, 1)).to(waves.dtype)
+        moved = torch.einsum("hwoi,nihw->nohw", turned, waves)
+        back: Tensor = torch.fft.irfft2(moved, s=whole).to(x.dtype) + self.bias.view(1, -1, 1, 1)
+        first = half if whole != size else 0
+        return back[:, :, first : first + size[0], first : first + size[1]]

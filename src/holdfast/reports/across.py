@@ -1,12 +1,17 @@
-"""The transfer across data sets, as an entry of the summary and as a table."""
+"""Transfer across data sets: the success of perturbations that were computed on one data set, on the inputs of another.
+
+It is an entry of the summary and a table. The control is the success of the same perturbations with their values in
+random order.
+"""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
-from holdfast.metrics.across import across_rows as carried
-from holdfast.metrics.across import sets
 from holdfast.metrics.columns import Absent
+from holdfast.ops.statistics import proportion
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, percent
 from holdfast.reports.transfer import shown, told_apart
@@ -19,7 +24,7 @@ def across(evidence: Evidence, confidence: float) -> Json | None:
     was not measured.
     """
     try:
-        rows = carried(evidence, confidence)
+        rows = across_rows(evidence, confidence)
     except Absent:
         return None
     names = told_apart(sets(evidence))
@@ -60,3 +65,41 @@ def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
             row["computed_on"],
             *(f"{shown(share)}, control {percent(control['value'])}" for share, control in pairs),
         ]
+
+
+@dataclass(frozen=True)
+class AcrossRow:
+    """Row of a table: perturbations computed on one data set, and their effect on the inputs of each data set."""
+
+    made_on: str
+    turned: tuple[Estimate, ...]
+    """for each data set, the share of its inputs whose prediction changes from that of the clean input"""
+    control: tuple[Estimate, ...]
+    """the same shares for the perturbations with their coordinates in random order"""
+
+
+def sets(evidence: Evidence) -> tuple[str, ...]:
+    """Return the names of the data set of the run and of the other data sets."""
+    return tuple(str(card.get("name", "data")) for card in (evidence.data, *evidence.others))
+
+
+def across_rows(evidence: Evidence, confidence: float = 0.95) -> tuple[AcrossRow, ...]:
+    """Return a row for each data set on which perturbations were computed.
+
+    Raises `Absent` if no other data set was given or time ran out.
+    """
+    if "turned" not in evidence.across:
+        raise Absent(
+            "transfer across data sets was not measured; name a data set with inputs of the same shape with "
+            "--across DATA"
+        )
+    shares = {
+        name: [
+            [proportion(found, confidence) for found in row] for row in evidence.across[name].permute(1, 2, 0)
+        ]
+        for name in ("turned", "control")
+    }
+    return tuple(
+        AcrossRow(name, tuple(shares["turned"][k]), tuple(shares["control"][k]))
+        for k, name in enumerate(sets(evidence))
+    )

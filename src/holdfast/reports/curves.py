@@ -8,8 +8,9 @@ from torch import ones_like
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.types import Mask
-from holdfast.metrics import curves, shares
 from holdfast.metrics.columns import Absent
+from holdfast.metrics.curves import Curve, accuracy_against_eps, accuracy_against_queries
+from holdfast.metrics.shares import per_class
 from holdfast.reports.numbers import strict
 
 Json = dict[str, Any]
@@ -41,13 +42,13 @@ def accuracy_curves(evidence: Evidence, confidence: float) -> dict[str, list[Jso
     A curve is empty if the attacks for it were not run.
     """
     return {
-        "eps": _points(curves.accuracy_against_eps, evidence, confidence, "eps"),
-        "queries": _points(curves.accuracy_against_queries, evidence, confidence, "queries"),
+        "eps": _points(accuracy_against_eps, evidence, confidence, "eps"),
+        "queries": _points(accuracy_against_queries, evidence, confidence, "queries"),
     }
 
 
 def _points(
-    curve: Callable[[Evidence, float], curves.Curve], evidence: Evidence, confidence: float, axis: str
+    curve: Callable[[Evidence, float], Curve], evidence: Evidence, confidence: float, axis: str
 ) -> list[Json]:
     if not len(evidence):
         return []
@@ -64,7 +65,7 @@ def per_class_to_json(evidence: Evidence, names: tuple[str, ...], confidence: fl
     """
     if evidence.threat.goal is not None or not len(evidence):
         return []
-    rows = [row for row in shares.per_class(evidence, confidence) if row.robust_accuracy is not None]
+    rows = [row for row in per_class(evidence, confidence) if row.robust_accuracy is not None]
     worst = sorted(rows, key=lambda row: row.robust_accuracy.value if row.robust_accuracy else 0.0)
     return [
         {

@@ -8,7 +8,8 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import printable
-from holdfast.reports import attacks, charts, notes, numbers, rotation, words
+from holdfast.reports import attacks, notes, numbers, rotation, words
+from holdfast.reports.charts import Staircase, staircase
 from holdfast.reports.terminal import FIRST, STATE_SIGNS
 
 if TYPE_CHECKING:
@@ -183,9 +184,9 @@ def _worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _charts(
     points: list[dict[str, Any]], axis: str, *, logarithmic: bool = False, mark: float | None = None
-) -> list[tuple[str, charts.Staircase]]:
+) -> list[tuple[str, Staircase]]:
     drawn = [
-        (name, charts.staircase(points, axis, width=width, height=height, logarithmic=logarithmic, mark=mark))
+        (name, staircase(points, axis, width=width, height=height, logarithmic=logarithmic, mark=mark))
         for name, width, height in SIZES
     ]
     return [(name, chart) for name, chart in drawn if chart is not None]

@@ -10,8 +10,15 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from holdfast.ops.cayley import CayleyConv2d, CayleyLinear
-from holdfast.ops.lipschitz import AOLConv2d, AOLLinear, MaxMin, SLLConv2d, Widened
+from holdfast.ops.lipschitz import (
+    AOLConv2d,
+    AOLLinear,
+    CayleyConv2d,
+    CayleyLinear,
+    MaxMin,
+    SLLConv2d,
+    Widened,
+)
 
 
 def mlp(features: int = 784, classes: int = 10, width: int = 128, depth: int = 2) -> nn.Module:

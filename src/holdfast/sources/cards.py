@@ -38,11 +38,11 @@ def trained_by(address: str) -> dict[str, Any] | None:
         ) from error
 
 
-def _recipe(said: Mapping[str, Any]) -> dict[str, Any] | None:
+def _recipe(card: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the name and settings of the recipe, without the other entries of a bundled card."""
-    if "recipe" not in said:
+    if "recipe" not in card:
         return None
     return {
-        "use": said["recipe"],
-        **{key: said[key] for key in said if key not in ("recipe", "threat", "seed")},
+        "use": card["recipe"],
+        **{key: card[key] for key in card if key not in ("recipe", "threat", "seed")},
     }

@@ -19,7 +19,6 @@ from holdfast.core.types import Access, Layout
 from holdfast.sources.adapted import Adapted
 from holdfast.sources.adapting import adapted
 from holdfast.sources.archive import Weights
-from holdfast.sources.estimator_files import ESTIMATOR_SUFFIXES, open_estimator
 from holdfast.sources.estimators import Estimator
 from holdfast.sources.exported import open_program
 from holdfast.sources.factories import (
@@ -33,6 +32,7 @@ from holdfast.sources.factories import (
 from holdfast.sources.files import reading, sha256_of_file, similar_name
 from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.remote import SCHEMES, Remote
+from holdfast.sources.skops_files import ESTIMATOR_SUFFIXES, open_estimator
 from holdfast.sources.weights import fit_weights, read_state_dict, refuse_misfit
 
 _SPARE = 1_000

@@ -15,7 +15,7 @@ from holdfast.core.types import Inputs
 from holdfast.ops.fit import drawing
 from holdfast.ops.gradients import input_gradient
 from holdfast.ops.recipe import Recipe
-from holdfast.recipes.multi_norm import MultiNormTraining
+from holdfast.recipes import MultiNormTraining
 from holdfast.sources.keras_models import KerasNet
 
 _NAMED = 3  # frozen parameters that a message names

@@ -23,9 +23,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training
 from holdfast.ops.recipe import Recipe, trained_as
 from holdfast.ops.statistics import proportion
-from holdfast.recipes.pgd_training import PGDTraining
-from holdfast.recipes.single_step import SingleStep
-from holdfast.recipes.standard import Standard
+from holdfast.recipes import PGDTraining, SingleStep, Standard
 from holdfast.rotation import Distilled, Immunise, Members
 from holdfast.rotation.collecting import last_of, rows_of
 from holdfast.rotation.transfer_attacks import TransferAttacker, noisy

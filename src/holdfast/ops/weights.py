@@ -1,0 +1,74 @@
+"""Changes of the weights during training: adversarial perturbation for one gradient, and averages.
+
+AWP: Wu et al., "Adversarial Weight Perturbation Helps Robust Generalization", NeurIPS 2020, arXiv:2004.05884. Differs
+from the paper: the network itself takes the step and undoes it, in place of a copy.
+
+EMA: Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging", SIAM Journal on Control and
+Optimization 30(4), 1992, in the exponential form that is customary now. SWA: Izmailov et al., "Averaging Weights Leads
+to Wider Optima and Better Generalization", UAI 2018, arXiv:1803.05407. Differs from the paper: the running statistics
+of batch norm are averaged like the weights and not recomputed in a pass over the training data, because such a pass
+gives statistics of clean inputs and adversarial training has statistics of attacked inputs; and the learning rate is
+that of the training, where the paper has its own cycles.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.ops.distributed import average
+
+_TINY = 1e-12
+
+
+@contextmanager
+def perturbed(model: nn.Module, loss: Callable[[], Tensor], share: float) -> Iterator[None]:
+    """Context manager that perturbs each matrix or kernel of `model` in the direction that increases `loss`.
+
+    The size of the perturbation is the fraction `share` of the norm of each weight, and the weights are restored on
+    exit. Vectors, such as biases and the scales of norms, are unchanged. Changes of running statistics by `loss` are
+    undone. Cost: a forward and a backward; nothing if `share` is 0.
+    """
+    if not share:
+        yield
+        return
+    moved = [weight for weight in model.parameters() if weight.requires_grad and weight.dim() > 1]
+    statistics = [buffer.clone() for buffer in model.buffers()]
+    grads = torch.autograd.grad(loss(), moved, allow_unused=True)
+    average(grads)
+    before = [weight.detach().clone() for weight in moved]
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), statistics, strict=True):
+            buffer.copy_(value)
+        for weight, grad in zip(moved, grads, strict=True):
+            if grad is not None:
+                weight.add_(grad, alpha=float(share * weight.norm() / (grad.norm() + _TINY)))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(moved, before, strict=True):
+                weight.copy_(value)
+
+
+def ema(average: dict[str, Tensor], model: nn.Module, keep: float, step: int) -> None:
+    """Update the exponential moving average in place. Its decay is smaller at first, so that the initial weights are
+    forgotten.
+    """
+    _moved(average, model, 1 - min(keep, (step + 1) / (step + 10)))
+
+
+def swa(average: dict[str, Tensor], model: nn.Module, place: int) -> None:
+    """Update the average in place to the mean of `place` earlier weights and the current ones."""
+    _moved(average, model, 1 / (1 + place))
+
+
+@torch.no_grad()
+def _moved(average: dict[str, Tensor], model: nn.Module, share: float) -> None:
+    """Move the average by `share` towards the model; integer tensors, such as counts of batches, are copied."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and share < 1:
+            average[name].lerp_(value, share)
+        else:
+            average[name].copy_(value)
