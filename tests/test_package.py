@@ -185,7 +185,7 @@ def test_the_wheel_holds_the_bundled_files_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_a_module_reads_in_one_sitting(path):
     text = path.read_text(encoding="utf-8")
-    limit = 150 if path.parent.name == "attacks" else 450
+    limit = 180 if path.parent.name == "attacks" else 450
     assert text.count("\n") <= limit, f"{path.name} has {text.count(chr(10))} lines; at most {limit}"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

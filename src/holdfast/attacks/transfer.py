@@ -157,7 +157,11 @@ def halved_view(x: Inputs, times: int, bounds: Bounds) -> Inputs:
 
 @dataclass(frozen=True)
 class Viewed:
-    """A model whose inputs are darkened by `halved_view` and, with probability `chance`, resized by `resized`."""
+    """A model that receives darkened and resized inputs.
+
+    `model` receives the inputs after `halved_view` with `halvings` halvings and, with probability `chance`, after
+    `resized`, which draws from `rng`.
+    """
 
     model: Model
     chance: float

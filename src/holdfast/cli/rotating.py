@@ -20,8 +20,8 @@ from holdfast.core.names import line
 from holdfast.engine.resuming import way_out
 from holdfast.engine.signals import stoppable
 from holdfast.reports.terminal import cell
-from holdfast.store import migrating
 from holdfast.store.files import usable, write_atomically
+from holdfast.store.migrating import migrate as migrate_pool
 from holdfast.store.pool import NAME_DIGITS, Pool
 from holdfast.store.records import document
 from holdfast.verbs.rotate import admit as admission
@@ -185,7 +185,7 @@ def head(pool: str, voice: Voice, *, expect_head: str) -> int:
 
 def migrate(pool: str, voice: Voice) -> int:
     """Convert a pool from the older format to the present one. Return exit code 0."""
-    migrated = migrating.migrate(Path(pool))
+    migrated = migrate_pool(Path(pool))
     click.echo(f"{migrated.entries} entries converted and authenticated; head {migrated.head}")
     listed = ", ".join(migrated.exposed) or "no set"
     voice.say(

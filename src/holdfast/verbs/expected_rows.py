@@ -1,4 +1,4 @@
-"""The number of rows that a run sends to a server, before the run: upper bounds, and an estimate from a few examples."""
+"""Number of rows that a run sends to a server, before the run: upper bounds, and an estimate from a few examples."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
