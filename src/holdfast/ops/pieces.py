@@ -1,6 +1,7 @@
 """Processing of a batch in pieces that fit into memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -57,21 +58,57 @@ def half_batch(size: int, error: BaseException) -> int:
     return size // 2
 
 
-def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Room) -> dict[str, Tensor]:
-    """Apply `work` to pieces of the batch and concatenate the columns; halve the size of `room` if memory runs out."""
-    done: list[dict[str, Tensor]] = []
-    start = 0
-    while start < len(batch):
-        rows = torch.arange(start, min(start + room.enter(start), len(batch)), device=batch.ids.device)
+class Pieces:
+    """The pieces of a batch that fit into memory, and the columns that are computed from them.
+
+        pieces = Pieces(batch, room)
+        for piece in pieces:
+            with pieces.attempt():
+                pieces.add(compute(piece))
+        columns = pieces.columns()
+
+    If memory runs out inside `attempt`, the size of `room` is halved, and the next piece starts at the same example.
+    """
+
+    def __init__(self, batch: Batch, room: Room) -> None:
+        self._batch, self._room = batch, room
+        self._start, self._stop = 0, 0
+        self._done: list[dict[str, Tensor]] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the next piece until all examples are processed."""
+        n = len(self._batch)
+        while self._start < n:
+            self._stop = min(self._start + self._room.enter(self._start), n)
+            yield self._batch.take(torch.arange(self._start, self._stop, device=self._batch.ids.device))
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Context manager that halves the size of the room if memory runs out; other errors are raised."""
         try:
-            columns = work(batch.take(rows))
+            yield
         except (RuntimeError, MemoryError) as error:
-            room.halve(start, len(batch) - start, error)
-            continue
-        done.append(columns)
-        start += len(rows)
-        room.progress(len(rows))
-    return {name: torch.cat([columns[name] for columns in done]) for name in done[0]} if done else {}
+            self._room.halve(self._start, len(self._batch) - self._start, error)
+
+    def add(self, columns: dict[str, Tensor]) -> None:
+        """Add the columns of the current piece."""
+        self._done.append(columns)
+        self._room.progress(self._stop - self._start)
+        self._start = self._stop
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return the columns of all pieces, in the order of the examples; none for an empty batch."""
+        first = self._done[0] if self._done else {}
+        return {name: torch.cat([columns[name] for columns in self._done]) for name in first}
+
+
+def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Room) -> dict[str, Tensor]:
+    """Apply `work` to pieces of the batch and concatenate the columns; see `Pieces`."""
+    pieces = Pieces(batch, room)
+    for piece in pieces:
+        with pieces.attempt():
+            pieces.add(work(piece))
+    return pieces.columns()
 
 
 def results_in_pieces(data: Batch, work: Callable[[Batch], _T], size: int = PIECE) -> list[_T]:

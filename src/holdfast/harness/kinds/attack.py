@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
@@ -30,7 +29,7 @@ from holdfast.harness.verdict import (
     verdict_of,
     votes,
 )
-from holdfast.ops.pieces import in_pieces
+from holdfast.ops.pieces import Pieces
 
 if TYPE_CHECKING:
     from holdfast.harness.plan import Plan
@@ -78,9 +77,11 @@ class AttackKind(StageKind, Protocol):
         work.room.progress(int((~chosen).sum()))
         if not chosen.any():
             return columns
-        measure = partial(self.piece, stage, work, rng=rng, missed=missed)
-        measured = in_pieces(measure, batch.take(chosen), work.room)
-        for name, values in measured.items():
+        pieces = Pieces(batch.take(chosen), work.room)
+        for piece in pieces:
+            with pieces.attempt():
+                pieces.add(self.piece(stage, work, piece, rng, missed))
+        for name, values in pieces.columns().items():
             if in_table(name):
                 columns[name] = values
             else:

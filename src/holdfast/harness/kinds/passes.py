@@ -1,7 +1,6 @@
 """Passes on every example: the fixed attack, and the minimum-norm attacks for the curve over eps."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +20,7 @@ from holdfast.harness.stage import Member, Outline, Stage, Work
 from holdfast.harness.verdict import aimed, cost_columns, returned, stored_inputs, verdict_of
 from holdfast.ops.ascent import flat
 from holdfast.ops.losses import cross_entropy
-from holdfast.ops.pieces import in_pieces
+from holdfast.ops.pieces import Pieces
 
 if TYPE_CHECKING:
     from holdfast.harness.plan import Plan
@@ -50,7 +49,11 @@ class FixedPass(AttackKind):
         """Return the columns of the attack for all examples."""
         batch, rng = work.batch, Draws(work.plan.seed).at("stage", stage.name)
         missed = batch.ids if work.broken is None else batch.ids[~work.broken.to(batch.ids.device)]
-        return in_pieces(partial(self.piece, stage, work, rng=rng, missed=missed), batch, work.room)
+        pieces = Pieces(batch, work.room)
+        for piece in pieces:
+            with pieces.attempt():
+                pieces.add(self.piece(stage, work, piece, rng, missed))
+        return pieces.columns()
 
     def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
         """Run the attack on some examples, and return the judgement of its inputs, their probabilities and the cost."""
