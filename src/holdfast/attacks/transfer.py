@@ -84,7 +84,7 @@ class Transfer:
         """The mean gradient over the copies of halved brightness, each resized separately."""
         total = torch.zeros_like(batch.x)
         for times in range(1 + self.halvings):
-            shown = Viewed(source, self.diversity, times, rng.at("copy", times))
+            shown = _Viewed(source, self.diversity, times, rng.at("copy", times))
             total += gradient(shown, batch, self.loss)[0]
         return total / (1 + self.halvings)
 
@@ -156,7 +156,7 @@ def halved_view(x: Inputs, times: int, bounds: Bounds) -> Inputs:
 
 
 @dataclass(frozen=True)
-class Viewed:
+class _Viewed:
     """A model that receives darkened and resized inputs.
 
     `model` receives the inputs after `halved_view` with `halvings` halvings and, with probability `chance`, after

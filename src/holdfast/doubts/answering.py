@@ -10,13 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from holdfast.attacks.alma import ALMA
-from holdfast.attacks.apgd import APGD
-from holdfast.attacks.fab import FAB
-from holdfast.attacks.pgd import PGD
+from holdfast.attacks import ALMA, APGD, FAB, PGD, SparseRS, Square
 from holdfast.attacks.protocol import Attack
-from holdfast.attacks.sparse_rs import SparseRS
-from holdfast.attacks.square import Square
 from holdfast.core.constraints import L0, Constraint, Linf
 from holdfast.core.evidence import Columns, Doubt
 from holdfast.doubts.thresholds import ZERO_GRADIENTS

@@ -32,11 +32,9 @@ examples"""
 
 def normal_quantile(p: float) -> float:
     """Return the quantile of the standard normal distribution at `p`."""
-    return float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64)))
+    from scipy.special import ndtri
 
-
-def _normal_cdf(z: float) -> float:
-    return 0.5 * math.erfc(-z / math.sqrt(2))
+    return float(ndtri(p))
 
 
 def bonferroni(confidence: float, claims: int) -> float:
@@ -115,21 +113,14 @@ def median(values: PerExample, confidence: float = 0.95, *, least: float = 0.0) 
     too few examples (fewer than six at 95 %) an order statistic is missing, and the interval ends at `least` or
     infinity.
     """
+    from scipy.special import bdtr
+
     n, ordered = len(values), values.double().sort().values
-    tail = (1 - confidence) / 2
-    below, cumulative = 0, 0.0  # number of order statistics that may be cut off at each end
-    for k in range(n):
-        cumulative += math.exp(_log_choose(n, k) - n * math.log(2))
-        if cumulative > tail:
-            break
-        below = k + 1
+    # number of order statistics that may be cut off at each end
+    below = int((bdtr(range(n), n, 0.5) <= (1 - confidence) / 2).sum())
     low = float(ordered[below - 1]) if below else least
     high = float(ordered[n - below]) if below else math.inf
     return Estimate(float(ordered[(n - 1) // 2]), low, high, n)
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def resampled(statistic: Statistic, n: int, resamples: int = RESAMPLES) -> PerExample:
@@ -171,6 +162,8 @@ def bootstrap(
     are fewer than six examples, resampling cannot show the uncertainty. The interval is then widened by the share of
     the population that may be unobserved at this confidence, as if its values were at the ends of the support.
     """
+    from scipy.special import ndtr
+
     value = float(statistic(torch.arange(n)[None])[0])
     seen = resampled(statistic, n)
     if n < FEW or bool((seen == seen[0]).all()):
@@ -185,7 +178,7 @@ def bootstrap(
     for tail in ((1 - confidence) / 2, (1 + confidence) / 2):
         z = bias + normal_quantile(tail)
         shift = bias + z / max(1 - acceleration * z, 1e-6)
-        ends.append(_quantile(seen, _normal_cdf(shift)))
+        ends.append(_quantile(seen, float(ndtr(shift))))
     low, high = min(ends[0], value), max(ends[1], value)
     return Estimate(value, max(low, support.low), min(high, support.high), n)
 
@@ -233,9 +226,9 @@ def mcnemar(first: Mask, second: Mask) -> McNemar:
 
 def _upper_tail(k: int, n: int) -> float:
     """Probability of at least `k` heads in `n` throws of a fair coin."""
-    if k <= 0:
-        return 1.0
-    return min(1.0, math.fsum(math.exp(_log_choose(n, j) - n * math.log(2)) for j in range(k, n + 1)))
+    from scipy.special import betainc
+
+    return 1.0 if k <= 0 else float(betainc(k, n - k + 1, 0.5))
 
 
 def paired_difference(first: Mask, second: Mask, confidence: float = 0.95) -> Estimate:

@@ -1,0 +1,175 @@
+"""Lipschitz constants (gains) of the layers of a network, and layers that are constrained to a bound on it.
+
+Gouk et al., "Regularisation of Neural Networks by Enforcing Lipschitz Continuity", Machine Learning 110, 2021,
+arXiv:1804.04368: after each update the weights are projected to where the layer's gain is within a bound, in a given
+norm. The gain is that of the convolution itself at the size of its input, with strides and padding, and not that of its
+kernel as a matrix. Differs from the paper: under Linf, where the gain is that of one output, only outputs beyond the
+bound shrink; and the power iteration under L2 continues from its state after the last update.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.core.constraints import L1, L2, Constraint, Linf
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.types import Inputs
+
+Order = Literal["linf", "l2", "l1"]
+"""norm in which changes of inputs and outputs are measured"""
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+"""layers whose gain is bounded; all other layers are unchanged"""
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+_TINY = 1e-12
+
+
+def order_of(constraint: Constraint) -> Order:
+    """Return the norm of a constraint. Raises `UsageError` if it is none of Linf, L2 and L1."""
+    for kind, order in ((Linf, "linf"), (L2, "l2"), (L1, "l1")):
+        if isinstance(constraint, kind):
+            return order  # type: ignore[return-value]  # mypy widens the pairs to str
+    raise UsageError(
+        f"the gain of a layer can be computed under linf, l2 and l1; the threat model is {constraint}. Choose such a "
+        f"threat, or another recipe, as in --recipe pgd"
+    )
+
+
+def layers(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
+    """Return each layer that has a gain, by name, with the shape of its input in a forward pass of the first row of
+    `x`.
+
+    The network is in eval mode during the pass, so that its running statistics do not change.
+    """
+    training = net.training
+    found: dict[str, tuple[Layer, torch.Size]] = {}
+
+    def noting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            assert isinstance(layer, Layer)
+            found.setdefault(name, (layer, inputs[0].shape))
+
+        return note
+
+    named = [(name, layer) for name, layer in net.named_modules() if _has_gain(layer)]
+    hooks = [layer.register_forward_pre_hook(noting(name)) for name, layer in named]
+    try:
+        with torch.no_grad():
+            net.eval()(x[:1])
+    finally:
+        net.train(training)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _has_gain(layer: nn.Module) -> bool:
+    if isinstance(layer, _NORMS):
+        return layer.affine and layer.track_running_stats
+    return isinstance(layer, Layer)
+
+
+def trained_layers(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
+    """Return those of `layers` whose weights are trained.
+
+    Raises `UsageError` if such a weight is not a parameter of its layer: a weight that is computed at each pass, as
+    with a parametrisation, would lose the changes.
+    """
+    confined = layers(net, x)
+    for name, (layer, _) in confined.items():
+        own = dict(layer.named_parameters())
+        own.pop("bias", None)
+        if "weight" not in own and any(weight.requires_grad for weight in own.values()):
+            raise UsageError(
+                f"the weight of {name} is computed from {' and '.join(own)} at each pass, so its gain cannot be "
+                f"bounded; remove the parametrisation by torch.nn.utils.parametrize.remove_parametrizations, or "
+                f"choose --recipe gradient-regularisation"
+            )
+    return {name: one for name, one in confined.items() if one[0].weight.requires_grad}
+
+
+def gain(layer: Layer, shape: torch.Size, order: Order, towards: Tensor) -> Tensor:
+    """Return the largest change of the outputs for an input change of norm one: a number, or one for each output.
+
+    Under L2 it is estimated from below by one power iteration, which updates `towards` in place to approach the
+    direction with the largest gain.
+    """
+    with torch.no_grad():
+        if isinstance(layer, _NORMS):
+            assert layer.running_var is not None
+            each: Tensor = layer.weight.abs() * torch.rsqrt(layer.running_var + layer.eps)
+            return each
+        weight = layer.weight.abs()
+        if order == "linf":
+            moved = _applied(layer, weight, torch.ones(shape).to(weight))
+            return (
+                moved.flatten(0, -2).amax(0) if isinstance(layer, nn.Linear) else moved[0].flatten(1).amax(1)
+            )
+        if order == "l1":
+            return _returned(layer, weight, shape, torch.ones_like).amax()
+        back = _returned(layer, layer.weight, shape, lambda zero: _applied(layer, layer.weight, towards))
+        towards.copy_(back / back.norm().clamp_min(_TINY))
+        most: Tensor = _applied(layer, layer.weight, towards).norm() / towards.norm().clamp_min(_TINY)
+        return most
+
+
+def _applied(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """The layer's output with another weight and no bias."""
+    others = {"weight": weight}
+    if layer.bias is not None:
+        others["bias"] = torch.zeros_like(layer.bias)  # type: ignore[arg-type]
+    moved: Tensor = torch.func.functional_call(layer, others, (x,))
+    return moved
+
+
+def _returned(
+    layer: nn.Module, weight: Tensor, shape: torch.Size, made: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The transposed layer applied to `made(output)`."""
+    with torch.enable_grad():
+        x = torch.zeros(shape).to(weight).requires_grad_()
+        out = _applied(layer, weight, x)
+        (back,) = torch.autograd.grad(out, x, made(out.detach()))
+    found: Tensor = back.detach()
+    return found
+
+
+def _anywhere(shape: torch.Size, like: Tensor, rng: Draws) -> Tensor:
+    one = torch.zeros(1, dtype=torch.int64, device=like.device)
+    drawn = rng.normal(one, shape.numel(), dtype=like.dtype).view(shape)
+    unit: Tensor = drawn / drawn.norm()
+    return unit
+
+
+def gain_directions(net: nn.Module, x: Inputs, order: Order, rng: Draws) -> dict[str, Tensor]:
+    """Return the state of `Confined` between updates: under L2, the direction of the power iteration of each layer."""
+    if order != "l2":
+        return {}
+    found = layers(net, x).items()
+    return {f"towards.{name}": _anywhere(shape, layer.weight, rng.at(name)) for name, (layer, shape) in found}
+
+
+@dataclass(frozen=True)
+class Confined:
+    """Constraint of the gains of layers, which is called after each update and scales their weights to satisfy the
+    bound.
+    """
+
+    layers: Mapping[str, tuple[Layer, torch.Size]]
+    order: Order
+    most: float
+    state: Mapping[str, Tensor]
+    """state of the power iterations, which is changed in place; see `gain_directions`"""
+
+    def __call__(self) -> None:
+        """Scale the weights whose gain exceeds the bound, and leave all others unchanged."""
+        with torch.no_grad():
+            for name, (layer, shape) in self.layers.items():
+                towards = self.state.get(f"towards.{name}", layer.weight)
+                found = gain(layer, shape, self.order, towards)
+                share = (self.most / found.clamp_min(_TINY)).clamp_max(1)
+                layer.weight.mul_(share.view(-1, *[1] * (layer.weight.dim() - 1)) if share.dim() else share)
