@@ -29,7 +29,6 @@ from holdfast.core.types import Inputs
 from holdfast.engine.progress import Progress, silent
 from holdfast.sources.arrays import Arrays, as_given
 from holdfast.sources.memory import as_array
-from holdfast.sources.probing import NO_GRADIENT
 from holdfast.sources.selection import Selection
 from holdfast.verbs import assess as assessing
 from holdfast.verbs.result import Result
@@ -73,8 +72,8 @@ class Attacked:
     def __repr__(self) -> str:
         attacks = ", ".join(each.name for each in self.result.attacks)
         n, wrong, succeeded = len(self), int((~self.clean_correct).sum()), int(self.success.sum())
-        cut = f"; {NO_GRADIENT}" if NO_GRADIENT in self.notes else ""
-        return f"<Attacked: {attacks}; {succeeded:,} of {n:,} succeed, {wrong:,} of them misclassified when clean{cut}>"
+        more = "".join(f"; {note}" for note in self.notes)
+        return f"<Attacked: {attacks}; {succeeded:,} of {n:,} succeed, {wrong:,} of them misclassified when clean{more}>"
 
 
 @verb

@@ -266,6 +266,8 @@ def test_a_collection_that_is_whole_goes_on_to_say_so(pool, capsys):
         ([*COLLECT, "--run", "pool"], 2, "contains a pool already; resume it with --resume"),
         ([*COLLECT, "--seed", "1", "--run", "pool", "--resume"], 2, "was created with another"),
         (["rotate", "train", "pool", "--set", "codec.rank=0"], 2, "codec: rank"),
+        (["rotate", "train", "pool", "--set", "judged=9"], 2, "not use n_judged .rotate collect and"),
+        (["rotate", "admit", "pool", "--set", "immunise.weight=2"], 2, "rotate admit does not use immunise"),
         (["rotate", "train", "pool", "--set", "generator.regulariser=on"], 2, "generator: regulariser"),
         (["rotate", "train", "pool", "--set", "codec.dims=1", "--set", "codec.steps=1"], 4, "sets lose .* points"),
         (["rotate", "train", "pool", *QUICK, "--set", "generator.lr=1e30"], 3, "NaN or infinite"),
@@ -304,7 +306,8 @@ def test_a_truncated_file_is_named(pool, capsys):
         file = pool / f"{name}.sealed"
         whole = file.read_bytes()
         file.write_bytes(whole[:-100])
-        assert run(["rotate", "train" if name == "run_1" else "draw", "pool", *QUICK]) == 3
+        words = ["rotate", "train", "pool", *QUICK] if name == "run_1" else ["rotate", "draw", "pool"]
+        assert run(words) == 3
         assert f"{name}.sealed" in capsys.readouterr().err
         file.write_bytes(whole)
 

@@ -1,5 +1,6 @@
 """The command `holdfast rotate`: a pool of parameter sets that serve in turn."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -7,13 +8,35 @@ import click
 from holdfast.cli.assess import settings_from, settings_of_flags
 from holdfast.cli.options import Group, Voice, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, flag_names, options_of, with_named_parts
-from holdfast.config.settings import RotateSettings
+from holdfast.config.settings import FORMER_KEYS, RotateSettings
 from holdfast.core.errors import UsageError
 
 _JUDGING = options_of(RotateSettings, only=("gates", "accept_doubts"))
 _OF_POOL = options_of(RotateSettings, only=("device", "trust_code"))
 _LOOP = ("gates", "accept_doubts", "every", "min_waiting")
 _COLLECTING = options_of(RotateSettings, only=[key for key in flag_names(RotateSettings) if key not in _LOOP])
+_COMMANDS_WITH = {
+    **dict.fromkeys(("codec", "generator"), ("train", "run")),
+    **dict.fromkeys(("gates", "accept_doubts"), ("admit", "run")),
+    **dict.fromkeys(("every", "min_waiting"), ("run",)),
+    "immunise": ("draw", "run"),
+    "n_judged": ("collect", "admit", "run"),
+    "budget": ("collect", "run"),
+}
+"""Commands that use a setting. All commands use the others, which state how the sets of the pool are made."""
+
+
+def _refuse_unused(command: str, flags: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for a `--set` with a setting that the command does not use. A file may have all settings."""
+    for assignment in flags.get("sets", ()):
+        name = assignment.partition("=")[0].partition(".")[0]
+        key = FORMER_KEYS.get(name, name)
+        if command not in _COMMANDS_WITH.get(key, (command,)):
+            others = " and ".join(f"rotate {each}" for each in _COMMANDS_WITH[key])
+            do = "do" if len(_COMMANDS_WITH[key]) > 1 else "does"
+            raise UsageError(
+                f"--set {name}: rotate {command} does not use {key} ({others} {do}); leave it out"
+            )
 
 
 class _By(click.Choice):  # type: ignore[type-arg]  # generic in new versions of click only
@@ -72,6 +95,7 @@ def collect(voice: Voice, *, run: str | None, resume: bool, expect_head: str, **
     and sets are judged on it. The budget is for all trainings together. Without a budget each training has the number
     of epochs of its recipe.
     """
+    _refuse_unused("collect", flags)
     settings = settings_from(with_named_parts(flags), RotateSettings, voice)
     if resume and run is None:
         raise UsageError("--resume continues with a pool; give its folder with --run DIR")
@@ -91,6 +115,7 @@ def train(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
     Settings: --set codec.NAME=VALUE and --set generator.NAME=VALUE, as in --set generator.regulariser=hinge. If
     encoding and decoding costs more than 0.3 points of accuracy, no generator is trained (exit code 4).
     """
+    _refuse_unused("train", flags)
     from holdfast.cli.rotating import train as step
 
     return step(pool, settings_of_flags(flags, RotateSettings, voice), voice, expect_head=expect_head)
@@ -129,6 +154,7 @@ def draw(
     **flags: Any,
 ) -> int:
     """Add new candidates to POOL. A candidate must be admitted before it may serve."""
+    _refuse_unused("draw", flags)
     from holdfast.cli.rotating import draw as step
 
     return step(
@@ -159,6 +185,7 @@ def admit(voice: Voice, *, pool: str, expect_head: str, **flags: Any) -> int:
     distinguish equal sets from worse ones, the tolerances on accuracy are widened, and the output states it. Exit code
     0 if a candidate was admitted, 4 if none.
     """
+    _refuse_unused("admit", flags)
     from holdfast.cli.rotating import admit as step
 
     return step(pool, settings_of_flags(flags, RotateSettings, voice), voice, expect_head=expect_head)

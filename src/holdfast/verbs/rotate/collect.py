@@ -143,6 +143,8 @@ def create_or_resume(request: CollectRequest, *, notify: Notify = ignore) -> Poo
             "owner, so no other files may be in it; name a new folder with --run"
         )
     pool = Pool.begun(path, request.common.about())
+    if request.resume:
+        notify(f"note: there was no pool in {str(path)!r} to resume, so a new one was created")
     secret(pool)
     notify(f"the pool is encrypted; its key: {pool.seal.source}")
     return pool
