@@ -73,7 +73,8 @@ class Attacked:
         attacks = ", ".join(each.name for each in self.result.attacks)
         n, wrong, succeeded = len(self), int((~self.clean_correct).sum()), int(self.success.sum())
         more = "".join(f"; {note}" for note in self.notes)
-        return f"<Attacked: {attacks}; {succeeded:,} of {n:,} succeed, {wrong:,} of them misclassified when clean{more}>"
+        clean = f"{wrong:,} of them misclassified when clean"
+        return f"<Attacked: {attacks}; {succeeded:,} of {n:,} succeed, {clean}{more}>"
 
 
 @verb
