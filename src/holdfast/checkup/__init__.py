@@ -1,4 +1,5 @@
-"""Checks of `holdfast doctor`, which find common mistakes in the combination of a model and its data within seconds.
+"""Checks of the command `holdfast doctor`, which find common mistakes in the use of a model with its data within
+seconds.
 
 Each check is a function of an `Examined` that yields findings; a finding contains a description and advice. Checks that
 compare accuracies (another scale, another normalisation, shifted labels) report a finding only if the model is correct

@@ -1,4 +1,6 @@
-"""Checks of the behaviour of a model: its accuracy, its outputs, whether they are repeatable, and its gradients."""
+"""Checks of the behaviour of a model on a sample of its data: its accuracy, its outputs, whether they are repeatable,
+and its gradients.
+"""
 
 from collections.abc import Iterator
 
@@ -14,7 +16,7 @@ from holdfast.ops.statistics import against_majority
 
 
 def batch_sizes(model: Classifier) -> Iterator[Finding]:
-    """Yield a finding if the network accepts only certain batch sizes."""
+    """Yield a finding if the network accepts only batches of certain sizes."""
     if model.batches is not None and model.batches != EVERY:
         yield Finding(
             "batches", "warning", model.batches.says, "let it accept any number of rows, which is faster"
@@ -58,7 +60,7 @@ def outputs(examined: Examined) -> Iterator[Finding]:
 
 
 def label_findings(examined: Examined) -> Iterator[Finding]:
-    """Yield findings for labels that are shifted by one, and for labels that are all equal."""
+    """Yield findings for labels that seem to be shifted by one, and for labels that are all equal."""
     yield from shifted_labels(examined)
     y = examined.batch.y
     if len(y) > 1 and bool((y == y[0]).all()):
@@ -71,7 +73,9 @@ def label_findings(examined: Examined) -> Iterator[Finding]:
 
 
 def accuracy_of(examined: Examined) -> Iterator[Finding]:
-    """Yield a finding that compares the accuracy of the model with that of always predicting the majority class."""
+    """Yield a finding that compares the accuracy of the model with the accuracy of always predicting the most frequent
+    class.
+    """
     y = examined.batch.y
     compared = against_majority(examined.logits.argmax(1) == y, y)
     text = f"accuracy is {examined.accuracy:.1%} on {len(y)} examples"
@@ -87,7 +91,9 @@ def accuracy_of(examined: Examined) -> Iterator[Finding]:
 
 
 def steadiness_findings(examined: Examined) -> Iterator[Finding]:
-    """Yield findings on whether equal inputs have equal outputs, independently of the other inputs in the batch."""
+    """Yield findings on whether the model returns equal outputs for equal inputs, even if the other inputs in the batch
+    differ.
+    """
     if examined.in_training:
         names = ", ".join(examined.in_training[:3]) + (" …" if len(examined.in_training) > 3 else "")
         yield Finding(
@@ -111,7 +117,7 @@ def steadiness_findings(examined: Examined) -> Iterator[Finding]:
 
 
 def gradient_findings(examined: Examined) -> Iterator[Finding]:
-    """Yield a finding on whether gradients reach the input."""
+    """Yield a finding on whether the gradient of the model with respect to its input can be computed and is nonzero."""
     if examined.model.access != "gradients":
         why = f" ({examined.model.hides})" if examined.model.hides else ""
         text = f"the model gives {examined.model.access} only{why}: the default suite is black-box"

@@ -1,4 +1,4 @@
-"""Checks of the data: their values and labels, compared with the bounds and classes of a model that is not called."""
+"""Checks of the values and labels of data against the bounds and classes of a model, without a call of the model."""
 
 from collections.abc import Iterator
 
@@ -22,22 +22,24 @@ _ROUNDING = 1e-6
 
 
 def strange_classes(data: Data) -> Iterator[Finding]:
-    """Yield a finding if the numbers of named classes are uncertain, such as for folders without one of the model's
-    classes.
+    """Yield a finding if it is uncertain which class number belongs to a class name, for example if a class of the
+    model has no folder of images.
     """
     if isinstance(data, Pictures | Arrays) and data.objection:
         yield Finding("classes", "problem", data.objection)
 
 
 def range_of_labels(data: Data, batch: Batch) -> tuple[int, int]:
-    """Return the smallest and the largest label: of all examples if the data are arrays, else of the sample `batch`."""
+    """Return the smallest and the largest label of all examples if the data are arrays; otherwise those of the sample
+    `batch`.
+    """
     y = torch.from_numpy(data.y) if isinstance(data, Arrays) else batch.y
     return int(y.min()), int(y.max())
 
 
 def spread_examples(data: Data, n: int, model: Classifier | None = None) -> Batch:
-    """Return at most `n` examples spread evenly over the data set, so that all classes occur even if the data are
-    sorted.
+    """Return at most `n` examples that are spread evenly over a data set, so that all classes occur even if the data
+    are sorted by class.
 
     If `model` is given, some examples that `assess` would reject are added.
     """
@@ -73,7 +75,8 @@ def _outside(x: Tensor, model: Classifier) -> Tensor:
 
 
 def moved_inside(model: Classifier, x: Tensor, seen: Tensor) -> Tensor:
-    """Return `x` divided by 255 (or another divisor of pixels) if the examples `seen` are pixels outside the bounds.
+    """Return the inputs `x` divided by 255, or a similar divisor, if they are pixels outside the bounds of the model;
+    otherwise return them unchanged.
 
     Otherwise return `x` unchanged. Without this correction, the later checks would report only effects of the wrong
     scale.
@@ -85,7 +88,8 @@ def moved_inside(model: Classifier, x: Tensor, seen: Tensor) -> Tensor:
 
 
 def known_labels(y: Labels, classes: int, labels: tuple[int, int]) -> tuple[Labels, Rows]:
-    """Return usable labels (m), and the rows (m) of `y` that contain them.
+    """Return those labels that are valid class numbers of the model, and their row indices. Labels from 1 to `classes`
+    are reduced by 1.
 
     If the range `labels` of all labels is 1 to `classes`, all labels are reduced by 1. Otherwise labels outside the
     classes are left out; if no label is left, all are clamped to the classes.
@@ -99,7 +103,7 @@ def known_labels(y: Labels, classes: int, labels: tuple[int, int]) -> tuple[Labe
 
 
 def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Finding]:
-    """Yield a finding on whether the values of the inputs are inside the bounds of the model and cover enough
+    """Yield a finding on whether input values are inside the bounds of the model, and not in an unexpectedly small part
     of them.
     """
     low, high = (float(end) for end in (x.min(), x.max()))
@@ -120,7 +124,7 @@ def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Findin
 
 
 def labels_outside(lowest: int, highest: int, classes: int, *, remote: bool) -> Iterator[Finding]:
-    """Yield a finding if labels are outside the classes of the model."""
+    """Yield a finding if the lowest or the highest label is not a class number of the model."""
     if lowest < 0 or highest >= classes:
         text = f"labels range from {lowest} to {highest}, but the model has classes 0 to {classes - 1}"
         from_one = (lowest, highest) == (1, classes)

@@ -1,4 +1,6 @@
-"""Functions that run the checks of `doctor` on a model and its data, and a shorter selection of them for `assess`."""
+"""Runs the checks of `holdfast doctor` on a model and its data, and a shorter selection of the checks before an
+assessment.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -34,7 +36,8 @@ from holdfast.sources.probing import settle_output, settle_predictions
 
 
 def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
-    """Return all findings about a model and a data set. The train or eval mode of the model is restored.
+    """Run all checks of `holdfast doctor` on a model and a data set, and return their findings. The train or eval mode
+    of the model is restored.
 
     At most 64 rows are sent to a served model; this number includes the rows that were sent when the data were opened,
     if those were counted. Raises `TargetError` if the model can be run on the data neither in this layout nor with the
@@ -64,7 +67,8 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
 
 
 def misfit(model: Classifier, batch: Batch, batch_size: int) -> tuple[Finding | None, int]:
-    """Return a finding that the data do not fit the model, or None, and the number of forward passes that were made.
+    """Return a finding if the data do not fit the model, otherwise None, together with the number of forward passes
+    that were made.
 
     The function checks labels, layout, normalisation, scale and value range. The model must be in eval mode, and the
     inputs inside its bounds. The cost is one forward pass for each example if the model is correct on nearly all of

@@ -1,4 +1,4 @@
-"""The result of a check, and the model and data that are checked."""
+"""The result of a check of `holdfast doctor`, and the sample of model outputs on which checks are made."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ STEADY = 1e-4
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check: a problem, a warning, or the statement that nothing is wrong."""
+    """The result of one check of `holdfast doctor`: a problem, a warning, or the statement that nothing is wrong."""
 
     check: str
     level: Level
@@ -36,7 +36,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examined:
-    """A model, a sample of its data, and the outputs of the model on the sample in eval mode."""
+    """A model that `holdfast doctor` checks, a sample of its data, and the outputs of the model on the sample in eval
+    mode.
+    """
 
     model: Classifier
     batch: Batch
@@ -54,7 +56,7 @@ class Examined:
     """value of `moved` if it was already measured, else None"""
 
     def ask(self, model: Classifier, x: Tensor) -> Tensor:
-        """Return the outputs of `model` on `x`, and record the number of rows in `calls`.
+        """Return the outputs of `model` on the inputs `x`, and count them as queries of the check.
 
         `model` is the examined model, or the same network with other preprocessing.
         """
@@ -81,32 +83,35 @@ class Examined:
 
     @cached_property
     def moved(self) -> float:
-        """Largest change of the outputs in a second call on the same inputs, relative to the largest logit."""
+        """Largest change of an output of the model in a second call on the same inputs, relative to the
+        largest output.
+        """
         if self.moved_by is not None:
             return self.moved_by
         return self.change(self.ask(self.model, self.batch.x))
 
     def change(self, logits: Tensor) -> float:
-        """Return the largest difference between `logits` and the recorded outputs, relative to the largest recorded
-        output.
+        """Return the largest difference between `logits` and the outputs of the first call, relative to the largest of
+        these outputs.
         """
         scale = self.logits.nan_to_num().abs().max().clamp_min(1e-12)
         return float((logits - self.logits).nan_to_num().abs().max() / scale)
 
     @property
     def accuracy(self) -> float:
-        """Fraction of the sample that the model classifies correctly."""
+        """Fraction of the sample of examples that the model classifies correctly."""
         return share_right(self.logits, self.batch.y)
 
     @property
     def may_be_beaten(self) -> bool:
-        """Whether an alternative can still increase the accuracy by `BETTER`. If it is False, no alternative
-        is tried.
+        """Whether the accuracy is low enough that another interpretation of the data, such as another layout, could
+        clearly increase it.
         """
         return self.accuracy < 1 - BETTER
 
     def beaten_by(self, other: float) -> bool:
-        """Return whether the accuracy `other` exceeds both that of the model and that of chance by more than `BETTER`.
+        """Return whether the accuracy `other`, measured with another interpretation of the data, is clearly higher than
+        that of the model and that of chance.
 
         At least five more examples must be classified correctly. The result is False for a model whose outputs change
         between calls.

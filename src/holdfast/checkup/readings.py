@@ -1,4 +1,5 @@
-"""Checks of alternative interpretations of the data: another layout, range, normalisation or scale, and shifted labels.
+"""Checks whether another interpretation of the data increases accuracy: another layout, range, normalisation or scale,
+or shifted labels.
 
 An alternative is reported only if the model is correct far more often with it, so that a weak model does not cause
 findings.
@@ -19,7 +20,7 @@ _TWICE = "it is done twice, inside the network and before it: give the original 
 
 
 def shifted_labels(examined: Examined, shifts: tuple[int, ...] = (-1, 1)) -> Iterator[Finding]:
-    """Yield findings for labels that are shifted by one of `shifts`.
+    """Yield a finding if the model is far more accurate after one of `shifts` is added to all labels.
 
     A shift is reported if the accuracy with the shift is far higher than that without it, and than that of a constant
     prediction.
@@ -35,13 +36,17 @@ def shifted_labels(examined: Examined, shifts: tuple[int, ...] = (-1, 1)) -> Ite
 
 
 def labels_from_one(examined: Examined) -> Iterator[Finding]:
-    """Yield a finding if labels start at 1: no label is 0, and the model is far more accurate after 1 is subtracted."""
+    """Yield a finding if labels seem to start at 1: no label is 0, and the model is far more accurate after 1 is
+    subtracted from all labels.
+    """
     if bool((examined.batch.y > 0).all()):
         yield from shifted_labels(examined, (-1,))
 
 
 def layouts(examined: Examined) -> Iterator[Finding]:
-    """Yield findings for other orders of the input's axes with which the network is far more accurate."""
+    """Yield a finding for each other order of the axes of the inputs, such as channels last, with which the model is
+    far more accurate.
+    """
     x = examined.batch.x
     orders = {3: ((0, 2, 1),), 4: ((0, 3, 1, 2), (0, 2, 3, 1))}.get(x.dim(), ())
     for order in orders:
@@ -60,7 +65,7 @@ def layouts(examined: Examined) -> Iterator[Finding]:
 
 
 def units(examined: Examined) -> Iterator[Finding]:
-    """Yield findings for wrong units of the inputs: a small range, a wrong normalisation, or another scale."""
+    """Yield findings for inputs in wrong units: values in a small range, a wrong normalisation, or another scale."""
     findings = tuple(_filled(examined))
     if not findings and examined.may_be_beaten:
         findings = tuple(_normalisation(examined)) or tuple(_scale(examined))

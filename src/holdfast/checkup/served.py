@@ -1,4 +1,4 @@
-"""Checks of a served model. At most 64 rows are sent, because every row may cost money.
+"""Checks of a model behind a server. At most 64 inputs are sent, because each may cost money.
 
 About 20 examples are sent, and sent again in reverse order. The remaining rows are used to try alternative
 interpretations of the data.
@@ -39,7 +39,8 @@ _ASKED = 20
 
 
 def examine_served(model: Classifier, data: Data) -> tuple[Finding, ...]:
-    """Return all findings about a served model and a data set. The last finding states how many rows were sent.
+    """Run the checks of `holdfast doctor` on a model behind a server, and return their findings. The last one states
+    how many inputs were sent.
 
     Raises `TargetError` if the model can be run on the data neither in this layout nor with the channels last.
     """

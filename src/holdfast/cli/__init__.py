@@ -1,4 +1,4 @@
-"""The command line. All commands share one grammar, and large libraries are imported only when a command needs them."""
+"""The command line of Holdfast. Large libraries such as torch are imported only by the commands that need them."""
 
 from holdfast.cli.app import main
 

@@ -1,4 +1,6 @@
-"""The entry point: a group that imports each command when it is called, and the conversion of errors to messages."""
+"""The entry point of the command line. It imports the module of a command when the command is run, and converts errors
+to messages.
+"""
 
 import importlib
 import os
@@ -73,7 +75,9 @@ def verbs() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line `args` (by default that of the process) and exit the process with its exit code."""
+    """Run the command line `args`, by default that of the process, and end the process with the exit code of the
+    command.
+    """
     words = list(sys.argv[1:] if args is None else args)
     # read by the import of torch: threads that spin while they wait make a run five times slower if a core is busy
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -180,7 +184,7 @@ class _LastingStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write `text` and return its length. The text is discarded if the pipe is closed."""
+        """Write `text` to standard output and return its length. The text is discarded if the pipe is closed."""
         try:
             return self._stream.write(text)
         except BrokenPipeError:
@@ -188,7 +192,7 @@ class _LastingStream:
             return len(text)
 
     def flush(self) -> None:
-        """Flush the stream. Buffered text is discarded if the pipe is closed."""
+        """Flush standard output. Buffered text is discarded if the pipe is closed."""
         try:
             self._stream.flush()
         except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""The command `holdfast assess MODEL DATA`."""
+"""The command `holdfast assess MODEL DATA`, which measures how robust a model is."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,7 +37,8 @@ V = TypeVar("V", bound=OpeningSettings)
 
 
 def settings_from(flags: dict[str, Any], kind: type[V], voice: Voice) -> V:
-    """Return the settings of a command that opens a model, from its flags, `--set` and the configuration file.
+    """Return the validated settings of a command that opens a model, from its flags, `--set` and the configuration
+    file.
 
     A file that does not exist is reported before an argument that is missing.
     """
@@ -62,7 +63,7 @@ def settings_from(flags: dict[str, Any], kind: type[V], voice: Voice) -> V:
 
 
 def settings_of_flags(flags: dict[str, Any], kind: type[S], voice: Voice) -> S:
-    """Return the settings of a command from its flags, `--set` and the configuration file."""
+    """Return the validated settings of any command from its flags, `--set` and the configuration file."""
     from holdfast.config.grammar import parse_pairs
 
     names = flag_names(kind)

@@ -1,4 +1,4 @@
-"""Types of options and arguments for shell completion. They do not validate values, and do not import torch."""
+"""Types of options and arguments for completion by the shell. They do not validate values, and do not import torch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
@@ -14,7 +14,9 @@ from holdfast.core.catalogue import ATTACKS, RECIPES
 
 
 class Completed(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only
-    """Type of a string that the shell completes with names, or with file names if no name matches."""
+    """Type of a command-line argument that the shell completes with known names, or with file names if
+    no name matches.
+    """
 
     name = "text"
 
@@ -26,13 +28,15 @@ class Completed(click.ParamType):  # type: ignore[type-arg]  # generic in new ve
         self.names, self.listed = names, listed
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the value as a string, without validation."""
+        """Return the value of a command-line argument as a string, without validation."""
         return str(value)
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Return the names that begin with `incomplete`, ignoring case, or a request for file names if no name does."""
+        """Return the known names that begin with the text `incomplete`, ignoring case. If there is none, the shell
+        completes file names.
+        """
         before, comma, last = incomplete.rpartition(",") if self.listed else ("", "", incomplete)
         matching = [name for name in self.names() if name.lower().startswith(last.lower())]
         if matching:

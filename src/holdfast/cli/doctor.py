@@ -1,4 +1,4 @@
-"""The command `holdfast doctor MODEL DATA`."""
+"""The command `holdfast doctor MODEL DATA`, which finds common mistakes in the use of a model with its data."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Checks that run before torch is imported: missing files, unknown names, and unknown formats of reports.
+"""Checks of a command line before torch is imported: missing files, unknown names, and unknown formats of reports.
 
 They report a mistake within half a second. Other functions repeat these checks for callers from Python.
 """
@@ -18,7 +18,9 @@ _FILES = (
 
 
 def refuse_missing_file(address: str | None) -> None:
-    """Raise `TargetError` if `address` has the syntax of a path and no file or folder exists there."""
+    """Raise `TargetError` if the address of a model or data set has the form of a path, and no file or folder exists
+    there.
+    """
     if address is None:
         return
     path = address.removeprefix("rotating:")
@@ -29,7 +31,9 @@ def refuse_missing_file(address: str | None) -> None:
 
 
 def refuse_unknown_model(address: str) -> None:
-    """Raise `UsageError` if `address` is a word that is neither the name of a bundled model nor a file."""
+    """Raise `UsageError` if the address of a model is a plain word that is neither the name of a bundled model nor a
+    file.
+    """
     names = bundled("*.safetensors")
     if _is_word(address) and address not in names:
         raise UsageError(
@@ -39,7 +43,7 @@ def refuse_unknown_model(address: str) -> None:
 
 
 def refuse_unknown_data(address: str) -> None:
-    """Raise `UsageError` if `address` is a word that is neither a bundled or catalogued data set nor a file."""
+    """Raise `UsageError` if the address of a data set is a plain word that is neither a known data set nor a file."""
     from holdfast.sources.catalogue import CATALOGUE
 
     names = [*bundled("*.npz"), *CATALOGUE]
@@ -51,7 +55,9 @@ def refuse_unknown_data(address: str) -> None:
 
 
 def refuse_foreign_server(address: str, hosts: Iterable[str]) -> None:
-    """Raise `UsageError` if `address` is the URL of a server that is not one of the allowed `hosts`."""
+    """Raise `UsageError` if the address of a model is the URL of a server to which the user has not permitted requests
+    (`hosts`).
+    """
     from holdfast.sources.remote import SCHEMES, allowed_address
 
     if address.partition(":")[0] in SCHEMES:
@@ -59,7 +65,9 @@ def refuse_foreign_server(address: str, hosts: Iterable[str]) -> None:
 
 
 def refuse_server_to_train(address: str) -> None:
-    """Raise `UsageError` if `address` is the URL of a server, because its weights cannot be trained."""
+    """Raise `UsageError` if the model to train is given as the URL of a server, because its weights are
+    not accessible.
+    """
     from holdfast.sources.remote import SCHEMES
 
     if address.partition(":")[0] in SCHEMES:
@@ -70,7 +78,8 @@ def refuse_server_to_train(address: str) -> None:
 
 
 def refuse_reports(outputs: Iterable[str], suffixes: Collection[str] | None = None) -> None:
-    """Raise the errors of `holdfast.reports.write.check_destination` for each report file in `outputs`.
+    """Raise an error if a report cannot be written to one of the paths in `outputs`, for example because its format is
+    unknown.
 
     An output `-` is stdout and is not checked. `suffixes` are the permitted suffixes, by default all formats of
     reports.
@@ -88,7 +97,7 @@ def _offered(address: str, known: Iterable[str]) -> str:
 
 
 def bundled(pattern: str) -> list[str]:
-    """Return the names, without suffix, of the bundled files that match `pattern`."""
+    """Return the names of the models or data sets in the package whose files match `pattern`, without file suffixes."""
     return sorted(path.stem for path in (Path(holdfast.__file__).parent / "bundled").glob(pattern))
 
 

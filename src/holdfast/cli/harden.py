@@ -1,4 +1,4 @@
-"""The command `holdfast harden MODEL DATA --recipe R`."""
+"""The command `holdfast harden MODEL DATA --recipe R`, which trains a more robust model."""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""Options that every command has, and its output: results are written to stdout, everything else to stderr."""
+"""The options that every command has, and the output of commands: results are written to stdout, everything else to
+stderr.
+"""
 
 import os
 import sys
@@ -19,13 +21,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Group(click.Group):
-    """A group of commands that rejects an option given twice, unless the option may be repeated."""
+    """A group of commands that rejects a command line in which an option with one value is given twice."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the name and the command at the start of `args`, and the other arguments, after a check for repeated
-        options.
+        """Return the command at the start of `args` with its name and its arguments. Raises `UsageError` if an option
+        with one value is given twice.
         """
         name, command, rest = super().resolve_command(ctx, args)
         if command is not None and not ctx.resilient_parsing:
@@ -56,7 +58,7 @@ _VOICE = "holdfast.voice"
 
 @dataclass(frozen=True)
 class Voice:
-    """Verbosity and colours of a command, with methods that write its output."""
+    """Verbosity and colours of the output of a command, with methods that write messages."""
 
     quiet: bool = False
     verbose: bool = False
@@ -64,11 +66,13 @@ class Voice:
 
     @property
     def plain(self) -> bool:
-        """Whether colours are turned off by `--no-color` or a nonempty `NO_COLOR`."""
+        """Whether colours are turned off by `--no-color` or by a nonempty environment variable `NO_COLOR`."""
         return self.no_color or bool(os.environ.get("NO_COLOR"))
 
     def console(self, *, err: bool = False) -> "Console":
-        """Return a console on stdout or stderr. It is 110 characters wide if it is not a terminal."""
+        """Return a console of the library Rich on stdout or stderr. It is 110 characters wide if it is
+        not a terminal.
+        """
         from rich.console import Console
 
         stream = sys.stderr if err else sys.stdout
@@ -76,7 +80,7 @@ class Voice:
         return Console(stderr=err, no_color=self.plain, highlight=False, width=width, soft_wrap=False)
 
     def say(self, text: str) -> None:
-        """Write a line to stderr, unless `quiet` is True.
+        """Write a line of text to stderr, unless the option `--quiet` was given.
 
         Control characters and CI commands in the text are escaped.
         """
@@ -126,12 +130,14 @@ _OPTIONS = (
 
 
 def with_voice(command: F) -> F:
-    """Add the options -q, -v, --no-color and --debug to a command. It receives a `Voice` as its first argument."""
+    """Add the options `-q`, `-v`, `--no-color` and `--debug` to a command, which receives their values as a `Voice` in
+    its first argument.
+    """
     return offered(*_OPTIONS)(pass_meta_key(_VOICE)(command))  # type: ignore[return-value]
 
 
 def offered(*options: Callable[[Any], Any]) -> Callable[[F], F]:
-    """Return a decorator that adds `options` to a command, in the given order."""
+    """Return a decorator that adds several click options to a command, in the given order."""
 
     def offer(command: F) -> F:
         for option in reversed(options):

@@ -1,4 +1,4 @@
-"""The command `holdfast rotate`: a pool of parameter sets that serve in turn."""
+"""The command `holdfast rotate`, which manages a pool of parameter sets, one of which serves at a time."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -49,7 +49,7 @@ class _By(click.Choice):  # type: ignore[type-arg]  # generic in new versions of
         super().__init__(["generator", "retraining"])
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the name if it is known, else raise an error of click."""
+        """Return the name of a method for producing parameter sets if it is known; otherwise raise a usage error."""
         return value if value == "anew" else super().convert(value, param, ctx)
 
 
@@ -72,7 +72,7 @@ to break as before.
 
 @click.group(cls=Group, short_help="serve several parameter sets in turn", help=_HELP)
 def rotate() -> None:
-    """Group of the commands for pools."""
+    """Group of the commands that manage a pool of parameter sets."""
 
 
 @rotate.command(short_help="train the first parameter sets of a pool")

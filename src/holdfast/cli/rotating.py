@@ -1,4 +1,4 @@
-"""The steps of a rotation on the command line: progress is written to stderr, results to stdout."""
+"""The steps of `holdfast rotate` on the command line, which write progress to stderr and results to stdout."""
 
 import json
 import shlex
@@ -43,7 +43,7 @@ _AHEAD = 2
 def collect(
     settings: RotateSettings, voice: Voice, *, run: str | None, resume: bool, expect_head: str
 ) -> int:
-    """Train the first sets of a pool, and store them encrypted. Return exit code 0."""
+    """Create a pool, train its first parameter sets, and store them encrypted. Return exit code 0."""
     folder = _folder(settings, run)
     again = way_out(command_line(), folder)
     with stoppable(again), progress_bar(voice) as progress:
@@ -64,7 +64,7 @@ def _folder(settings: RotateSettings, run: str | None) -> Path:
 
 
 def train(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str) -> int:
-    """Train a generator on the sets of a pool, and store it. Return exit code 0."""
+    """Train a generator on the parameter sets of a pool, and store it in the pool. Return exit code 0."""
     again = f"an earlier generator is kept, start again with: {command_line()}"
     with stoppable(again):
         request = rotate_requests.train_request(Path(pool), settings, expect_head=expect_head)
@@ -88,7 +88,9 @@ def draw(
     resume: bool,
     expect_head: str,
 ) -> int:
-    """Add candidates to a pool. Return exit code 0."""
+    """Generate or retrain new parameter sets, and add them to a pool. They serve only after they are admitted. Return
+    exit code 0.
+    """
     again = f"finished steps are stored; resume with: {command_line()}{'' if resume else ' --resume'}"
     with stoppable(again):
         request = rotate_requests.draw_request(
@@ -104,7 +106,9 @@ def draw(
 
 
 def admit(pool: str, settings: RotateSettings, voice: Voice, *, expect_head: str) -> int:
-    """Judge the candidates of a pool. Return exit code 0 if one was admitted, 4 if none was."""
+    """Judge the new parameter sets of a pool by gates. Return exit code 0 if at least one set was admitted, otherwise
+    4.
+    """
     again = f"finished steps are stored; resume with: {command_line()}"
     with stoppable(again), progress_bar(voice) as progress:
         request = rotate_requests.admit_request(Path(pool), settings, expect_head=expect_head)
@@ -128,7 +132,8 @@ def turn(
     once: bool,
     expect_head: str,
 ) -> int:
-    """Run all steps, then swap whenever a swap is due until the process is stopped. Return exit code 0.
+    """Run all steps of a rotation, and then swap the serving set whenever a swap is due, until the process is stopped.
+    Return exit code 0.
 
     If `once` is True, the function returns after the steps.
     """
@@ -144,7 +149,7 @@ def turn(
 
 
 def swap(pool: str, voice: Voice, *, why: str, unjudged: bool, expect_head: str) -> int:
-    """Replace the serving set by another admitted set. Return exit code 0."""
+    """Replace the serving set of a pool by another admitted set. Return exit code 0."""
     opened = Pool.held(Path(pool), expect_head=expect_head)
     swapped = swapping.swap(swapping.SwapRequest(opened, why, unjudged))
     click.echo(f"{swapped.name} serves as epoch {swapped.epoch}")
@@ -159,7 +164,7 @@ def swap(pool: str, voice: Voice, *, why: str, unjudged: bool, expect_head: str)
 
 
 def expose(pool: str, name: str, voice: Voice, *, why: str, expect_head: str) -> int:
-    """Record in the ledger that an attacker may have a set. Return exit code 0."""
+    """Record in the ledger of a pool that an attacker may have a certain parameter set. Return exit code 0."""
     opened = Pool.held(Path(pool), expect_head=expect_head)
     exposed = exposure.expose(exposure.ExposeRequest(opened, name, why))
     click.echo(f"{name} is listed as exposed: {line(why)}")
@@ -173,7 +178,7 @@ def expose(pool: str, name: str, voice: Voice, *, why: str, expect_head: str) ->
 
 
 def head(pool: str, voice: Voice, *, expect_head: str) -> int:
-    """Verify the ledger and print the digest of its last entry. Return exit code 0."""
+    """Verify the ledger of a pool and print the digest of its last entry. Return exit code 0."""
     latest = pool_status.head(Pool.held(Path(pool), expect_head=expect_head))
     click.echo(latest.digest)
     voice.say(
@@ -184,7 +189,7 @@ def head(pool: str, voice: Voice, *, expect_head: str) -> int:
 
 
 def migrate(pool: str, voice: Voice) -> int:
-    """Convert a pool from the older format to the present one. Return exit code 0."""
+    """Convert a pool from the older file format to the present one. Return exit code 0."""
     migrated = migrate_pool(Path(pool))
     click.echo(f"{migrated.entries} entries converted and authenticated; head {migrated.head}")
     listed = ", ".join(migrated.exposed) or "no set"
@@ -202,7 +207,7 @@ def migrate(pool: str, voice: Voice) -> int:
 
 
 def status(pool: str, voice: Voice, *, outputs: Sequence[str], expect_head: str) -> int:
-    """Verify the ledger, and show the sets of a pool and their states. Return exit code 0."""
+    """Verify the ledger of a pool, and print its parameter sets and their states. Return exit code 0."""
     for output in outputs:
         if output != _STDOUT and Path(output).suffix != ".json":
             raise UsageError(f"-o {output} is not possible for a pool; write -o FILE.json, or - for stdout")

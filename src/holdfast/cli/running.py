@@ -1,4 +1,4 @@
-"""Output of runs on the command line: progress and verdict on stderr, the table on stdout, reports in files."""
+"""Output of runs on the command line: progress and the verdict on stderr, tables on stdout, and reports in files."""
 
 import os
 import shlex
@@ -40,12 +40,16 @@ def command_line() -> str:
 
 
 def folder_of_run(verb: str, settings: VerbSettings, run: str | None) -> Path:
-    """Return the folder `run`, or the path of a new folder named after the verb and the digest of its settings."""
+    """Return the run folder that the user has given, or the path of a new one, named after the command and a digest of
+    its settings.
+    """
     return Path(run) if run else new_folder(verb, digest(as_bytes(canonical_settings(settings))))
 
 
 def tell(result: Result, outputs: Sequence[str], voice: Voice, *, folder: Path | None = None) -> None:
-    """Write the reports, print the table on stdout (JSON if `-` is an output) and the verdict on stderr."""
+    """Write the reports of a finished run to files, print its tables on stdout (JSON if `-` is an output), and its
+    verdict on stderr.
+    """
     summary = result.summary()
     places: list[Path] = []
     try:
@@ -96,8 +100,7 @@ def _add(place: Path, text: str) -> None:
 
 @contextmanager
 def progress_bar(voice: Voice, *, piped: bool = False) -> Iterator[Progress]:
-    """Context manager that shows a progress bar with the remaining time and the robust accuracy, and yields its
-    callback.
+    """Context manager that shows a progress bar on stderr. It yields the function that updates the bar during a run.
 
     If stderr is not a terminal, no bar is shown. Then the callback writes a line for each stage if `piped` is True, and
     nothing otherwise.
@@ -159,7 +162,8 @@ def _words(step: Step) -> dict[str, Any]:
 
 
 def dry_run_of(settings: AssessSettings, voice: Voice) -> int:
-    """Print the expected cost of an assessment, extrapolated from a few examples, and return the exit code.
+    """Print the expected cost of an assessment, extrapolated from a few examples, and return the exit code of the
+    command.
 
     For a served model, the cost is the number of rows that the run would send.
     """
@@ -194,7 +198,9 @@ def _dry_run_served(settings: AssessSettings, voice: Voice) -> int:
 
 
 def run_gallery(place: Path | None, voice: Voice) -> int:
-    """Measure the masked models of the gallery, print a table, and write JSON to `place`. Return exit code 0."""
+    """Measure the bundled models with masked gradients, print a table, and write JSON to the file `place`. Return exit
+    code 0.
+    """
     as_json = str(place) == _STDOUT
     if place is not None and not as_json:
         check_destination(place, EXHIBIT_SUFFIXES)
@@ -222,7 +228,7 @@ def run_gallery(place: Path | None, voice: Voice) -> int:
 
 
 def run_demo(folder: Path, voice: Voice) -> int:
-    """Assess the bundled network on real digits, print the results and explain them. Return exit code 0."""
+    """Assess the bundled network on images of digits, print the results with an explanation, and return exit code 0."""
     voice.say(
         "attacking a classifier of handwritten digits on 200 real images with the attacks of AutoAttack standard"
     )

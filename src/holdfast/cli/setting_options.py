@@ -1,4 +1,4 @@
-"""Options of the command line that are generated from the settings of a verb."""
+"""Command-line options that are generated from the declared settings of a command."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
@@ -38,7 +38,7 @@ MODEL_AND_DATA = (
 
 
 def options_of(kind: type[VerbSettings], *, only: Collection[str] = ()) -> tuple[Option, ...]:
-    """Return the options for the settings of a verb.
+    """Return the click options of a command, one for each of its settings that can be given as a flag.
 
     If `only` is given, options are returned for these keys only. Settings without a flag have no option.
     """
@@ -56,14 +56,16 @@ def options_of(kind: type[VerbSettings], *, only: Collection[str] = ()) -> tuple
 
 
 def flag_of(field: FieldInfo) -> Flag | None:
-    """Return the description of a setting's option, or None if the setting can only be given in files or with
-    `--set`.
+    """Return the description of the command-line option of a setting, or None if the setting has no
+    option of its own.
     """
     return next((each for each in field.metadata if isinstance(each, Flag)), None)
 
 
 def flag_names(kind: type[VerbSettings]) -> Mapping[str, str]:
-    """Return the names of the options of a verb, such as `--batch-size`, by the keys of its settings."""
+    """Return the command-line options of a command, such as `--batch-size`, by the names of its settings in
+    configuration files.
+    """
     return {
         key: flag.name or _long(key)
         for key, entry in keys_of(kind).items()
@@ -92,13 +94,15 @@ def _option(key: str, field: FieldInfo, flag: Flag, *, hidden: bool = False) -> 
 
 
 def is_repeated(field: FieldInfo) -> bool:
-    """Return whether the option of a setting may be given several times, because its value is a list or a mapping."""
+    """Return whether a command-line option may be given several times, because the value of its setting is a list or a
+    mapping.
+    """
     kind = _plain_type(field.annotation)
     return get_origin(kind) is list or is_mapping(field)
 
 
 def is_mapping(field: FieldInfo) -> bool:
-    """Return whether each value of the option of a setting has the syntax NAME=VALUE."""
+    """Return whether the values of a command-line option have the form NAME=VALUE, because its setting is a mapping."""
     kind = _plain_type(field.annotation)
     return get_origin(kind) is dict and get_args(kind) == (str, str)
 
@@ -124,8 +128,8 @@ def _click_type(kind: Any, flag: Flag) -> Any:
 
 
 def with_named_parts(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags with `--recipe NAME` and `--source NAME` replaced by `--set recipe.use=NAME`, and likewise for
-    sources.
+    """Return command-line flags in which `--recipe NAME` and `--source NAME` are replaced by the equivalent `--set
+    recipe.use=NAME` and `--set source.use=NAME`.
 
     Further `--set` options can then change settings of the recipe or source.
     """

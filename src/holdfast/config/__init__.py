@@ -1,3 +1,3 @@
-"""Settings that are the same in YAML files, in flags and in Python arguments. `grammar` and `settings` do not import
-torch.
+"""Settings that have the same names in YAML files, on the command line and in Python. The modules `grammar` and
+`settings` do not import torch.
 """

@@ -1,5 +1,5 @@
-"""Opens the inputs of an assessment, creates its request, and estimates its cost, for the command
-line and for Python.
+"""Opens the model and the data of an assessment, creates its request, and estimates its cost. The command line and the
+Python interface both use these functions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +42,8 @@ from holdfast.verbs.stored_runs import open_run
 
 
 def attackers(sources: Sources, device: str, *, adaptive: bool) -> MeasureAttackers | None:
-    """Return the function that measures the table of attackers of a pool.
+    """Return a function that measures the success of attackers with different knowledge of the rotation pool that is
+    assessed.
 
     Returns None if the model is not a pool or `adaptive` is false.
     """
@@ -73,7 +74,9 @@ def _measured(
 
 @dataclass(frozen=True)
 class AssessInputs:
-    """The inputs of an assessment before they are opened."""
+    """The settings of an assessment, with its model, data and surrogates as addresses or Python objects that are not
+    opened yet.
+    """
 
     settings: AssessSettings
     sources: Sources
@@ -87,7 +90,9 @@ class AssessInputs:
 
     @classmethod
     def of(cls, settings: AssessSettings, command: str = "") -> "AssessInputs":
-        """Return the inputs at the addresses in the settings; `command` is the command that repeats the run."""
+        """Return the inputs of an assessment from its settings, in which model and data are given as addresses.
+        `command` is the command line that repeats the run.
+        """
         run = settings.reports.baseline
         baseline = None if run is None else open_run(Path(run)).evidence
         surrogates, fit, across = settings.suite.surrogates, settings.others.fit, settings.options.across
@@ -95,7 +100,9 @@ class AssessInputs:
 
     @property
     def open_all(self) -> Opening:
-        """Function that opens the model, the data and the surrogates. Worker processes call it as well."""
+        """Function without arguments that opens the model, the data and the surrogates. Worker processes call it as
+        well.
+        """
         settings = self.settings
         return partial(
             open_all,
@@ -106,7 +113,9 @@ class AssessInputs:
         )
 
     def request(self, subject: Subject, surrogates: tuple[Subject, ...]) -> AssessRequest:
-        """Return the request for the opened model and surrogates, without the table of attackers of a pool."""
+        """Return the request of an assessment of the opened model and surrogates. It does not contain the measurement
+        of attackers of a rotation pool.
+        """
         sources = self.sources
         request = assess_request(
             self.settings,
@@ -128,7 +137,8 @@ class AssessInputs:
 def opened_for_assess(
     inputs: AssessInputs, run: Path | None, *, resume: bool
 ) -> Iterator[tuple[Subject, Data, AssessRequest]]:
-    """Context manager that opens the inputs of an assessment, and yields the model, the data and the request.
+    """Context manager that opens the inputs of an assessment, and yields the model, the data and the request of the
+    run.
 
     Answers of servers are stored in the folder of the run.
     """
@@ -140,7 +150,7 @@ def opened_for_assess(
 
 
 def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
-    """Run the assessment on the first `n` examples without storing anything.
+    """Run an assessment on the first `n` examples without storing anything, as a basis for an estimate of its cost.
 
     Returns the result and the total number of examples.
     """
@@ -152,7 +162,7 @@ def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
 
 
 def rehearse_served(settings: AssessSettings) -> Rehearsed:
-    """Return an estimate of the rows that a run would send to a server.
+    """Return an estimate of the number of inputs that an assessment would send to a model behind a server.
 
     At most 64 rows, or one larger batch, are sent to the server for the estimate.
     """

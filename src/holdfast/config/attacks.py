@@ -1,4 +1,6 @@
-"""Creates attacks from names and settings: `{use: PGD, steps: 100}` becomes a dataclass with validated settings."""
+"""Creates attacks from names and settings. For example, `{use: PGD, steps: 100}` becomes a PGD attack with validated
+settings.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -32,7 +34,7 @@ _LIMITED: dict[str, Callable[..., Constraint]] = {"patch": Patch, "spatial": Spa
 
 
 def threat_model(spec: ThreatSpec) -> ThreatModel:
-    """Return the threat model of a parsed threat string."""
+    """Return the threat model for the parsed form of a text such as `linf:8/255`."""
     if spec.norm == "corruptions":
         return ThreatModel(Corruptions(int(spec.eps)), None, spec.access, spec.queries)
     if spec.norm in _LIMITED:
@@ -51,7 +53,8 @@ ThreatLike = str | Constraint | ThreatModel
 
 
 def threat_written(threat: ThreatLike, where: str = "threat") -> str:
-    """Return the text of a threat model that is given as text, as a constraint such as `Linf(8/255)`, or as an object.
+    """Return a threat model in its text form, such as `linf:8/255`. It may be given as text, as a constraint such as
+    `Linf(8/255)`, or as a `ThreatModel`.
 
     Raises `UsageError` for anything else, and for a threat model with surrogates, which are a separate argument.
     """
@@ -90,7 +93,9 @@ _WRITTEN = (Linf, L2, L1, L0, Corruptions, Patch, Spatial, Colour)
 
 
 def constraints(value: Any, where: str) -> tuple[Constraint, ...]:
-    """Return norm balls from a list of constraints or strings, or from one string such as `l2:1.5,l1:10`."""
+    """Return the norm balls that are given as a list of constraints or strings, or as one string such as
+    `l2:1.5,l1:10`.
+    """
     words = value.split(",") if isinstance(value, str) else value
     if not isinstance(words, (list, tuple)) or not all(isinstance(word, (str, Constraint)) for word in words):
         raise UsageError(f"{where} is {value!r}; expected norms and sizes, as in l2:1.5,l1:10")
@@ -105,7 +110,7 @@ def _ball(word: str, where: str) -> Constraint:
 
 
 def attack_names() -> dict[str, type[Any]]:
-    """Return the classes of all attacks by name.
+    """Return a dictionary of all available attacks, from the name of each attack to its class.
 
     These are the attacks of the catalogue and those of other packages in the entry-point group `holdfast.attacks`.
     """
@@ -122,7 +127,9 @@ def attack_class(name: str) -> type[Any]:
 
 
 def build_attack(spec: Mapping[str, Any], where: str) -> Attack:
-    """Return the attack with the name in `use:`, with settings validated against their types and ranges."""
+    """Return the attack that a mapping such as `{use: PGD, steps: 100}` describes. Each setting is validated against
+    its type and range.
+    """
     if "use" not in spec:
         raise UsageError(
             f"{where}: an attack needs a name, as in {{use: PGD, steps: 100}}; got {dict(spec)!r}"
@@ -145,7 +152,7 @@ def build_attack(spec: Mapping[str, Any], where: str) -> Attack:
 
 
 def checked_attack(attack: Attack) -> Attack:
-    """Return the attack if all its settings are valid. Raises `UsageError` with the first invalid setting otherwise.
+    """Return the attack unchanged if all its settings are valid. Raises `UsageError` for the first invalid setting.
 
     Objects that are not dataclasses, and settings of other types, are not validated.
     """
@@ -154,7 +161,9 @@ def checked_attack(attack: Attack) -> Attack:
 
 
 def refuse_settings(held: Any, name: str) -> None:
-    """Raise `UsageError` for the first invalid setting of a dataclass or of its parts."""
+    """Raise `UsageError` for the first invalid setting of an attack or another dataclass of settings, including nested
+    dataclasses.
+    """
     hints = get_type_hints(type(held), include_extras=True)
     for f in fields(held) if is_dataclass(held) else ():
         value, where, hint = getattr(held, f.name), f"{name}: {f.name}", hints[f.name]
@@ -171,12 +180,15 @@ def refuse_settings(held: Any, name: str) -> None:
 
 
 def functions(hint: Any) -> dict[str, Callable[..., Any]]:
-    """Return the functions that are valid values of a setting of the type `hint`, by name: losses or schedules."""
+    """Return, by name, the functions that a setting of the type `hint` accepts, such as the loss functions of an attack
+    or its step-size schedules.
+    """
     return {function.__name__: function for function in _FUNCTIONS.get(hint, ())}
 
 
 def setting(hint: Any, value: Any, where: str) -> Any:
-    """Return a value from a file or a flag, validated against the type of the setting.
+    """Return the value of a setting of an attack or recipe, converted from a file or a flag and validated against the
+    type of the setting.
 
     `where` is the name of the setting in error messages.
     """

@@ -1,4 +1,6 @@
-"""The consent to run code from files, which can only be given on the command line or in Python."""
+"""The setting `trust_code`, which is the user's consent to run code from files. It is accepted only on the command line
+and in Python.
+"""
 
 from collections.abc import Collection
 
@@ -8,7 +10,9 @@ CONSENT = "trust_code"
 
 
 def refuse_consent(keys: Collection[str], where: str) -> None:
-    """Raise `UsageError` if a configuration file or a `--set` contains the consent to run code, whatever its value."""
+    """Raise `UsageError` if a configuration file or a `--set` contains the setting `trust_code`, the consent to run
+    code, whatever its value.
+    """
     if CONSENT in keys:
         raise UsageError(
             f"{where} contains {CONSENT}, which is not a key of a configuration: only a person may allow code to run. "

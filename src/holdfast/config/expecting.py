@@ -1,5 +1,5 @@
-"""Converts settings to declared properties of the model and the data, and determines properties
-that are not declared.
+"""Converts settings to declared properties of the model and the data, such as bounds and classes, and determines
+properties that are not declared.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,9 @@ from holdfast.verbs.request import Subject
 
 
 def declared(sources: Sources) -> Declared:
-    """Return the declared properties of the model's input and output. Bounds are included only if they were given."""
+    """Return the properties of the model's input and output that the settings declare. Input bounds are included only
+    if the user gave them.
+    """
     source, inputs = sources.model.source, sources.inputs
     return Declared(
         Bounds(*inputs.bounds) if "bounds" in inputs.model_fields_set else None,
@@ -36,19 +38,24 @@ def declared(sources: Sources) -> Declared:
 
 
 def names(source: DataSource) -> Names:
-    """Return the names of the arrays and columns to read from data files, as given in the settings."""
+    """Return the names of arrays and columns to read from data files, such as that of the label column, as given in the
+    settings.
+    """
     return {"label": source.label, "drop": tuple(source.drop), "x": source.x, "y": source.y}
 
 
 def normalisation(inputs: InputSpace) -> Normalisation | None:
-    """Return the declared normalisation that was applied to the data before they were stored, or None."""
+    """Return the normalisation that was applied to the data before they were stored, as declared in the settings, or
+    None if none is declared.
+    """
     return None if inputs.data_normalised is None else Normalisation(*inputs.data_normalised)
 
 
 def expected(
     sources: Sources, model: Classifier, data: DataReference | None = None, *, lenient: bool = False
 ) -> Expected:
-    """Return the properties that data for the model must have, and how the data are read.
+    """Return the properties that data must have to fit the model, such as bounds and number of classes, and options for
+    reading the data.
 
     With `lenient`, data that do not fit the model are accepted as well.
     """
@@ -70,7 +77,9 @@ def expected(
 
 
 def unlabelled(sources: Sources, model: Classifier, data: DataReference) -> Expected:
-    """Return the properties that data must have if their labels are not used."""
+    """Return the properties that data must have to fit the model if only their inputs are used and their labels are
+    not.
+    """
     return replace(
         expected(sources, model, data),
         classes=None,
@@ -81,7 +90,8 @@ def unlabelled(sources: Sources, model: Classifier, data: DataReference) -> Expe
 
 
 def with_found_properties(subject: Subject, surrogates: Sequence[Subject], data: Data) -> Subject:
-    """Determine properties that are not declared from the data, and return the subject with notes about them.
+    """Determine those properties of the model that are not declared, by tests on the data. Return the model under test
+    with notes about them.
 
     The properties are: whether single outputs are logits, whether the largest score of an estimator is that of its
     class, whether the backward pass of the model works, and the layouts of surrogates. Raises `UnclearOutput` if single
@@ -98,7 +108,9 @@ def with_found_properties(subject: Subject, surrogates: Sequence[Subject], data:
 
 
 def units_of_eps(model: Classifier, normalised: Normalisation | None) -> tuple[str, ...]:
-    """Return a note on the unit of eps if it is not that of pixels in [0, 1]; otherwise an empty tuple."""
+    """Return a note on the unit of the perturbation radius eps if inputs are not pixels in [0, 1]; otherwise an empty
+    tuple.
+    """
     low, high = ends(model.bounds)
     legal = f"legal values from {low:g} to {high:g}"
     if normalised is not None:
@@ -111,7 +123,7 @@ def units_of_eps(model: Classifier, normalised: Normalisation | None) -> tuple[s
 
 
 def ends(bounds: Bounds) -> tuple[float, float]:
-    """Return the lowest and the highest legal value of any feature."""
+    """Return the lowest and the highest value that the input bounds of a model permit for any feature."""
     return _end(bounds.low, min), _end(bounds.high, max)
 
 

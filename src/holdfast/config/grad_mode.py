@@ -1,4 +1,4 @@
-"""Gradients for the verbs: they are enabled in any context, and networks are made usable in a backward pass."""
+"""Ensures that gradients can be computed during a run, even if the caller has disabled them in torch."""
 
 import copy
 from collections.abc import Iterator
@@ -17,7 +17,9 @@ def gradients() -> Iterator[None]:
 
 
 def differentiable(net: nn.Module) -> nn.Module:
-    """Return the network, or a copy if it was created under `inference_mode` and cannot be used in a backward pass."""
+    """Return the network, or a copy of it if it was created under `torch.inference_mode` and so cannot be used in a
+    backward pass.
+    """
     tensors = (*net.parameters(), *net.buffers())
     made_there = any(not is_lazy(tensor) and tensor.is_inference() for tensor in tensors)
     return copy.deepcopy(net) if made_there else net

@@ -1,4 +1,5 @@
-"""Parser for the values of flags. It does not import torch, so that mistakes are reported immediately.
+"""Parsers for the values of command-line flags, such as `linf:8/255`. The module does not import torch, so that
+mistakes are reported immediately.
 
 Numbers may be fractions (`8/255`); durations are `60s`, `10min`, `24h`; a threat model is `linf:8/255`,
 `corruptions:3`, `patch:5x5,at=centre`, `spatial:rotate=30,shift=3`, `spatial:flow=1.5` or
@@ -42,7 +43,9 @@ _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True)
 class ThreatSpec:
-    """A threat model parsed from text. `eps` is infinite if the smallest change is searched for."""
+    """A threat model parsed from text. Its `eps` is infinite if the attacks search for the smallest change that breaks
+    an example.
+    """
 
     norm: Norm
     eps: float = math.inf
@@ -61,7 +64,9 @@ class ThreatSpec:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` with the most similar known word, or the list of known words if none is similar."""
+    """Return the end of an error message for an unknown word: the most similar known word, or all known words if none
+    is similar.
+    """
     words = sorted(known)
     return f"; {suggestion(word, words) or 'expected one of ' + ', '.join(words)}"
 
@@ -83,12 +88,16 @@ def parse_number(text: str, what: str) -> float:
 
 
 def numbers(text: str, what: str) -> tuple[float, ...]:
-    """Return the numbers in a text, in which they are separated by commas."""
+    """Return the numbers in a text such as `0.5,8/255`, which are separated by commas. `what` is the name of the text
+    in error messages.
+    """
     return tuple(parse_number(part, what) for part in text.split(","))
 
 
 def seconds(text: str, what: str) -> float:
-    """Return a duration such as `60s`, `10min` or `24h` in seconds."""
+    """Return the number of seconds of a duration such as `60s`, `10min` or `24h`. `what` is its name in
+    error messages.
+    """
     matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*", text)
     if matched is None or float(matched[1]) <= 0:
         raise UsageError(f"{what} is {text!r}; expected a duration such as 60s, 10min or 24h")
@@ -96,7 +105,7 @@ def seconds(text: str, what: str) -> float:
 
 
 def per_second(text: str) -> float:
-    """Return a rate such as `4/s`, `100/min` or `2000/h` in requests per second."""
+    """Return the number of requests per second of a rate such as `4/s`, `100/min` or `2000/h`."""
     matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*/\s*(s|min|h)\s*", text)
     if matched is None or float(matched[1]) <= 0:
         raise UsageError(
@@ -106,7 +115,8 @@ def per_second(text: str) -> float:
 
 
 def parse_every(text: str) -> tuple[Literal["answers", "seconds"], float]:
-    """Return the kind and the size of a trigger of swaps.
+    """Return the kind and the threshold of a trigger that swaps the serving parameter set, parsed from a text such as
+    `24h`.
 
     `50q/principal` swaps after 50 answers to one principal, and `24h` after that time.
     """
@@ -175,7 +185,9 @@ def _limited(spec: ThreatSpec, word: str) -> ThreatSpec:
 
 
 def parse_transform(text: str) -> Mapping[str, float]:
-    """Return the limits in a text such as `rotate=15,scale=0.1,brightness=0.2`, by name."""
+    """Return the limits of random input transformations by name, from a text such as
+    `rotate=15,scale=0.1,brightness=0.2`.
+    """
     limits: dict[str, float] = {}
     for word in re.split(r"[,\s]+", text.strip()):
         key, equals, value = word.partition("=")
@@ -288,5 +300,5 @@ def parse_pairs(items: Iterable[str], flag: str) -> dict[str, str]:
 
 
 def is_folder(output: str) -> bool:
-    """Return whether the path of an output ends with a slash, which marks a folder."""
+    """Return whether the path of a report ends with a slash, which means that a folder is to be written."""
     return output.endswith(("/", "\\"))

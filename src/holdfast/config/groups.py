@@ -1,4 +1,5 @@
-"""The settings of all verbs in groups, in which each setting is declared once. They need pydantic, but not torch.
+"""The settings of all commands, each declared once in a group of related settings. The module imports pydantic, but not
+torch.
 
 A verb uses several groups (`holdfast.config.settings`). The keys of a configuration file, the options of the command
 line and the JSON Schema are generated from the fields of the groups.
@@ -20,7 +21,7 @@ from holdfast.core.errors import UsageError
 
 @dataclass(frozen=True)
 class Flag:
-    """Properties of the command-line option of a setting."""
+    """The command-line option of a setting: its name, its short form and the placeholder of its value in the help."""
 
     metavar: str = ""
     name: str = ""
@@ -34,12 +35,13 @@ class Flag:
 
 
 class SettingGroup(BaseModel):
-    """Base class of groups of settings that are used together."""
+    """Base class of groups of related settings, such as those of the data or of the threat model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
 
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
-        """Raise `UsageError` for settings that contradict each other.
+        """Raise `UsageError` if settings of this group contradict each other. Groups with such settings override this
+        method.
 
         `prefix` begins the message with the source of the settings, and `written` maps keys to the form in which the
         user wrote them.
@@ -47,13 +49,13 @@ class SettingGroup(BaseModel):
 
 
 class FileFormat(SettingGroup):
-    """The format of a configuration file."""
+    """Setting with the format version of a configuration file."""
 
     schema_version: Literal[1, 2] = Field(default=2, description="Version of the format of this file.")
 
 
 class ModelSource(SettingGroup):
-    """Address of a model, how it is opened, and the meaning of its outputs."""
+    """Settings for the model: its address, how it is opened, and the meaning of its outputs."""
 
     address: str | None = Field(
         default=None,
@@ -91,7 +93,7 @@ class ModelSource(SettingGroup):
 
 
 class InferenceSource(SettingGroup):
-    """How to open a model that can be evaluated but not trained: an ONNX file, or a model behind a server."""
+    """Settings for opening a model that can be evaluated but not trained: an ONNX file, or a model behind a server."""
 
     input_shape: Annotated[values.InputShape | None, Flag("N,…")] = Field(
         default=None,
@@ -135,7 +137,7 @@ class InferenceSource(SettingGroup):
 
 
 class ServerLimits(SettingGroup):
-    """Limits of a run on a model behind a server."""
+    """Settings that limit the requests of a run to a model behind a server."""
 
     max_queries: Annotated[values.Positive | None, Flag("N")] = Field(
         default=None,
@@ -152,7 +154,7 @@ class ServerLimits(SettingGroup):
 
 
 class InputSpace(SettingGroup):
-    """Legal inputs of a model, and the normalisation that is applied inside it."""
+    """Settings for the inputs of a model: their bounds, and the normalisation that is applied inside the model."""
 
     bounds: Annotated[values.Numbers, Flag("LOW,HIGH")] = Field(
         default=(0.0, 1.0),
@@ -173,7 +175,9 @@ class InputSpace(SettingGroup):
     )
 
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
-        """Raise `UsageError` for an invalid standard deviation, for two normalisations, or for invalid bounds."""
+        """Raise `UsageError` if a standard deviation or the bounds are invalid, or if the normalisation of the inputs
+        is declared twice.
+        """
         if self.std is not None and not all(number > 0 for number in self.std):
             raise UsageError(
                 f"{written.get('std', f'{prefix}std')} is {list(self.std)}; every number must be positive, as in "
@@ -191,7 +195,7 @@ class InputSpace(SettingGroup):
 
 
 class DataSource(SettingGroup):
-    """Address of the examples, and how they are read."""
+    """Settings for the examples: their address, and how they are read."""
 
     address: str | None = Field(
         default=None,
@@ -221,7 +225,7 @@ class DataSource(SettingGroup):
 
 
 class OtherData(SettingGroup):
-    """Data other than the examples on which a model is evaluated."""
+    """Settings for data other than the examples on which a model is evaluated, such as the data for training."""
 
     fit: Annotated[str | None, Flag("DATA", completion="DATA")] = Field(
         default=None,
@@ -230,7 +234,7 @@ class OtherData(SettingGroup):
 
 
 class ExampleSelection(SettingGroup):
-    """Selection of examples from the data."""
+    """Settings that select some of the examples from a data set."""
 
     n: Annotated[values.Positive | None, Flag("N", "-n")] = Field(
         default=None, description="Use the first N examples."
@@ -246,7 +250,7 @@ class ExampleSelection(SettingGroup):
 
 
 class ThreatSource(SettingGroup):
-    """The threat model: what the attacker may change and use."""
+    """Setting with the threat model, which states what the attacker may change and use."""
 
     threat: Annotated[values.Threat, Flag("T", short="-t", completion="THREAT")] = Field(
         default="linf:8/255",
@@ -256,7 +260,7 @@ class ThreatSource(SettingGroup):
 
 
 class SuiteSettings(SettingGroup):
-    """The attacks of an assessment, and additional measurements."""
+    """Settings for the attacks of an assessment and for measurements in addition to them."""
 
     suite: Annotated[values.SuiteSpec | None, Flag("S", short="-s", completion="SUITE")] = Field(
         default=None,
@@ -306,7 +310,7 @@ class SuiteSettings(SettingGroup):
 
 
 class GateSettings(SettingGroup):
-    """Gates of a run, and the doubts that the user accepts."""
+    """Settings for the gates of a run, and for the doubts that the user accepts."""
 
     gates: Annotated[list[values.Gate], Flag("G", "--gate", "-g")] = Field(
         default_factory=list,
@@ -318,7 +322,7 @@ class GateSettings(SettingGroup):
 
 
 class Reports(SettingGroup):
-    """Reports that are written after a run, and the run with which it is compared."""
+    """Settings for the reports of a run, and for the earlier run with which it is compared."""
 
     baseline: Annotated[str | None, Flag("RUN", completion="PATH")] = Field(
         default=None, description="Run folder for gates that end in `vs baseline`."
@@ -330,7 +334,9 @@ class Reports(SettingGroup):
 
 
 class Execution(SettingGroup):
-    """Limits and division of the work of a measurement."""
+    """Settings for the execution of a run, such as the batch size, the number of worker processes and
+    the time limit.
+    """
 
     time_budget: Annotated[values.TimeBudget | None, Flag("T")] = Field(
         default=None, description="Stop attacking after this time, as in 10min."
@@ -344,7 +350,7 @@ class Execution(SettingGroup):
 
 
 class Seed(SettingGroup):
-    """Seed of all random numbers."""
+    """Setting with the seed of all random numbers."""
 
     seed: Annotated[values.Whole, Flag("N")] = Field(
         default=0, description="Seed of all random numbers (default: 0)."
@@ -352,7 +358,7 @@ class Seed(SettingGroup):
 
 
 class Device(SettingGroup):
-    """Device on which the model runs."""
+    """Setting with the torch device on which the model runs."""
 
     device: Annotated[str, Flag("NAME")] = Field(
         default="auto", description="Device: auto, cpu, cuda or cuda:1 (default: auto)."
@@ -360,7 +366,7 @@ class Device(SettingGroup):
 
 
 class AssessOptions(SettingGroup):
-    """Settings that only `assess` has."""
+    """Settings of the command `holdfast assess` that no other command has."""
 
     across: Annotated[list[str], Flag("DATA", completion="DATA")] = Field(
         default_factory=list,
@@ -376,7 +382,7 @@ _BUDGET = "Time for the training, as in 10min (default: the epochs of the recipe
 
 
 class HardenOptions(SettingGroup):
-    """Settings that only `harden` has."""
+    """Settings of the command `holdfast harden` that no other command has."""
 
     recipe: Annotated[values.RecipeSpec, Flag("R", completion="RECIPE")] = Field(
         default_factory=lambda: {"use": "auto"},
@@ -393,7 +399,9 @@ class HardenOptions(SettingGroup):
 
 
 class RotateOptions(SettingGroup):
-    """Settings that only `rotate` has: the source and the training of parameter sets, and the triggers of swaps."""
+    """Settings of the command `holdfast rotate` that no other command has: how parameter sets are trained and
+    generated, and when they are swapped.
+    """
 
     recipe: Annotated[values.SetsRecipeSpec, Flag("R", completion="SETS_RECIPE")] = Field(
         default_factory=lambda: {"use": CARD},

@@ -1,4 +1,6 @@
-"""Converts the settings of a hardening to its inputs: the model, the training and test examples, and the request."""
+"""Converts the settings of `holdfast harden` to its inputs: the opened model, the training and test examples, and the
+request.
+"""
 
 import shlex
 from collections.abc import Sequence
@@ -43,7 +45,8 @@ _ASIDE = 10  # of data given as an object, one in this many examples is used for
 def open_for_hardening(
     sources: Sources, fit: DataLike | None, unlabelled: DataLike | None
 ) -> tuple[Subject, Batch, Data, Data]:
-    """Return the model, the training examples, the test examples, and the data set from which the latter are sampled.
+    """Return the model to harden, the training examples, the test examples, and the data set from which the test
+    examples are sampled.
 
     If the data are given as an object, without `fit`, a tenth of them, sampled by the seed, are the test examples.
     """
@@ -151,7 +154,7 @@ def harden_request(
     device: str | None = None,
     command: str = "",
 ) -> HardenRequest:
-    """Return the request of a hardening with these settings.
+    """Return the request of a run of `holdfast harden`, created from its settings and the opened model and data.
 
     `recipe` is a recipe given as an object, and `excluded` contains the data that must not be trained on. Learned
     attacks are fitted on training examples.
@@ -244,7 +247,9 @@ def _open_options(threat: str, sources: Sources, subject: Subject) -> str:
 
 
 def name_of(recipe: object) -> str:
-    """Return the name of a recipe object on the command line, or its class name if it is not in the catalogue."""
+    """Return the command-line name of a recipe object, or its class name if the recipe is not in the catalogue of
+    recipes.
+    """
     if isinstance(recipe, type):
         raise UsageError(f"recipe is the class {recipe.__name__}; give an instance: {recipe.__name__}()")
     if not isinstance(recipe, Recipe):

@@ -1,4 +1,4 @@
-"""The attacks of a run, with their names for tables, from settings or from Python arguments."""
+"""Creates the list of named attacks of a run from settings or from Python arguments."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -28,8 +28,8 @@ _EXPECTED = (
 
 
 def listed_members(suite: SuiteSettings, constraint: Constraint) -> tuple[Member, ...] | None:
-    """Return the attacks that the settings list by name or with settings, or None if they contain a
-    suite or nothing.
+    """Return the attacks that the settings list individually, or None if the settings name a whole suite or no attacks
+    at all.
     """
     if suite.attacks is not None:
         return members_of(build_attack(spec, f"attacks.{k}") for k, spec in enumerate(suite.attacks))
@@ -39,8 +39,8 @@ def listed_members(suite: SuiteSettings, constraint: Constraint) -> tuple[Member
 
 
 def members_given(given: object, constraint: Constraint, where: str = "suite") -> tuple[Member, ...]:
-    """Return the attacks of a Python argument: an attack, a class, a name, a mapping with `use`, or
-    several of these.
+    """Return the named attacks for a Python argument, which is an attack, an attack class, a name, a mapping with the
+    name in `use`, or several of these.
     """
     if isinstance(given, Attack | type | Mapping):
         return (_given(given, constraint, where),)

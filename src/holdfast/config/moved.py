@@ -1,5 +1,5 @@
-"""Arguments that the functions of the verbs had in version 0.1, and that are now arguments of `open_model` and
-`open_data`.
+"""Error messages for arguments of version 0.1, such as `arch` of `holdfast.assess`, which are now arguments of
+`open_model` and `open_data`.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,8 @@ PLACES = {
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function of the Python interface that runs with gradients enabled.
+    """Decorate a function of the Python interface, such as `assess`, so that it runs with gradients enabled and refuses
+    arguments that were moved.
 
     If the function is called with an argument that was moved, it raises `UsageError` with the function that has the
     argument now.

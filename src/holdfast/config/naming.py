@@ -1,4 +1,6 @@
-"""The names of attacks. The module does not import torch, so that a misspelt name is reported immediately."""
+"""The names of attacks, recipes and other choices in settings. The module does not import torch, so that a misspelt
+name is reported immediately.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -114,7 +116,9 @@ LABELS_ONLY: Final[Mapping[Norm, tuple[str, ...]]] = {"linf": ("RayS",), "l2": (
 
 
 def members(suite: str, threat: ThreatSpec) -> tuple[str, ...]:
-    """Return the names of the attacks of a suite under a threat model; empty if the suite has none for it."""
+    """Return the names of the attacks that a suite contains under a threat model, or an empty tuple if it contains
+    none.
+    """
     if "flow" in threat.limits:
         return FLOW.get(suite, ())
     by_norm = LABELS_ONLY if suite == "black-box" and threat.access == "labels" else MEMBERS[suite]
@@ -122,7 +126,7 @@ def members(suite: str, threat: ThreatSpec) -> tuple[str, ...]:
 
 
 def chosen(names: Sequence[str], only: Sequence[str], skip: Sequence[str]) -> set[str]:
-    """Return the slugs of the attacks that remain after `only` and `skip` are applied.
+    """Return the attacks of a suite, as normalised names, that remain after the options `only` and `skip` are applied.
 
     Raises `UsageError` for unknown names, or if no attack remains.
     """

@@ -1,4 +1,4 @@
-"""Converts settings to the request of an assessment: the plan of the attacks, the gates and the limits."""
+"""Converts the settings of an assessment to its request: the plan of the attacks, the gates and the limits."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +33,8 @@ _USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
 
 
 def examples_to_fit(plan: Plan) -> int:
-    """Return the largest number of examples that a learned attack of the plan needs, or 0 if no attack is learned.
+    """Return the number of examples that must be available to fit the learned attacks of a plan, or 0 if it has no
+    learned attack.
 
     These examples are sampled at random, because files are often sorted by class.
     """
@@ -49,7 +50,7 @@ def assess_request(
     target: Access = "gradients",
     command: str = "",
 ) -> AssessRequest:
-    """Return the request of an assessment with these settings.
+    """Return the request of an assessment, created from its settings.
 
     If given, `members` replaces the suite, and `device` replaces the device of the settings. `target` is the highest
     access that the model allows.
@@ -78,7 +79,8 @@ def assess_request(
 def plan(
     settings: Measuring, members: tuple[Member, ...] | None = None, target: Access = "gradients"
 ) -> Plan:
-    """Return the plan: the attacks in their order, under the threat model of the settings.
+    """Return the plan of an assessment: its attacks in the order in which they run, and the threat model of the
+    settings.
 
     The default suite depends on the access that the threat model and the model allow.
     """
@@ -178,7 +180,7 @@ def _selected(members: tuple[Member, ...], only: Sequence[str], skip: Sequence[s
 
 
 def device_of(name: str) -> str:
-    """Return the name of the device. `auto` selects a GPU if there is one. Raises `UsageError` for
+    """Return the name of the torch device for a setting; `auto` selects a GPU if there is one. Raises `UsageError` for
     an unknown device.
     """
     if name == "auto":

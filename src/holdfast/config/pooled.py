@@ -1,4 +1,4 @@
-"""Opens the model at an address. At the address `rotating:POOL`, it is the serving set of the pool."""
+"""Opens the model at an address. The address `rotating:POOL` opens the serving set of a rotation pool."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +42,7 @@ _MANIFEST = forms.record(
 
 
 def pool_of(address: str | None) -> Pool | None:
-    """Return the pool at an address, or None if the address is that of another model."""
+    """Return the rotation pool at an address of the form `rotating:FOLDER`, or None for any other address."""
     if address is None or not address.startswith(ROTATING):
         return None
     path = address.removeprefix(ROTATING)
@@ -54,7 +54,8 @@ def pool_of(address: str | None) -> Pool | None:
 def open_model_at(
     address: str, sources: Sources, declared: Declared, remote: Remote, *, adaptive: bool = False
 ) -> OpenedModel:
-    """Open the model at an address, which may be that of a pool. Raises `UsageError` or `TargetError` with advice.
+    """Open the model at an address, which may be that of a rotation pool. Raises `UsageError` or `TargetError` with
+    advice.
 
     `adaptive` states whether the table of attackers of a pool is measured; if not, a note about it is added.
     """
@@ -73,7 +74,9 @@ def open_model_at(
 
 
 def refuse_code_in_pool(pool: Pool, *, trust_code: bool) -> None:
-    """Raise `UsageError` if the manifest of a pool refers to code and `trust_code` is false."""
+    """Raise `UsageError` if the manifest of a rotation pool refers to Python code and the user has not consented to run
+    it (`trust_code`).
+    """
     settings = said_of(pool)
     for key in ("model", "arch"):
         value = settings.get(key)
@@ -138,7 +141,9 @@ def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
 
 
 def said_of(pool: Pool) -> Mapping[str, Any]:
-    """Return the settings with which a pool was created. Raises `UsageError` if the pool does not contain them."""
+    """Return the settings with which a rotation pool was created, from its manifest. Raises `UsageError` if the
+    manifest does not contain them.
+    """
     refuse_form(pool.path / POOL_MANIFEST, pool.manifest, _MANIFEST)
     settings: Mapping[str, Any] = pool.manifest["about"].get("settings", {})
     if not settings.get("model"):

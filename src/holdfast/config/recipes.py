@@ -1,4 +1,6 @@
-"""Creates recipes from names and settings: `{use: trades, beta: 6}` becomes a dataclass with validated settings."""
+"""Creates recipes from names and settings. For example, `{use: trades, beta: 6}` becomes a TRADES recipe with validated
+settings.
+"""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
@@ -22,7 +24,7 @@ Made = TypeVar("Made")
 
 
 def refuse_unheld(threat: ThreatModel) -> None:
-    """Raise `UsageError` for a threat model that no recipe supports."""
+    """Raise `UsageError` for a threat model that no recipe can train against."""
     constraint = threat.constraint
     if not isinstance(constraint, (Linf, L2, L1)):
         raise UsageError(
@@ -37,7 +39,8 @@ def refuse_unheld(threat: ThreatModel) -> None:
 
 
 def candidates(spec: Mapping[str, Any], model: nn.Module, shape: tuple[int, ...]) -> tuple[Candidate, ...]:
-    """Return the candidate for the recipe with the name in `use:`.
+    """Return the recipes, with their settings, from which a run of `holdfast harden` may choose. A recipe that is given
+    by name is the only one.
 
     For the name `auto`, returns all candidates for inputs of the shape `shape`, ordered from the fastest to the
     strongest.
@@ -91,7 +94,9 @@ def _candidate(spec: Mapping[str, Any], least: int = 1) -> Candidate:
 
 
 def build_recipe(spec: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with the name in `use:`, with settings validated against their types and ranges."""
+    """Return the recipe that a mapping such as `{use: trades, beta: 6}` describes. Each setting is validated against
+    its type and range.
+    """
     name = str(spec["use"])
     if name not in RECIPES:  # the name is from a card; other settings were validated before
         raise UsageError(f"there is no recipe {name!r}{did_you_mean(name, RECIPES)}; name one with --recipe")
@@ -102,8 +107,8 @@ def build_recipe(spec: Mapping[str, Any]) -> Recipe:
 
 
 def built(cls: type[Made], said: Mapping[str, Any], where: str, key: str) -> Made:
-    """Return an instance of a dataclass of settings from validated values. `key` is the path of the
-    settings in a file.
+    """Return an instance of a dataclass of settings, with each value validated. `key` is the path of these settings in
+    a configuration file.
     """
     checked = _checked(cls, said, where, key)
     for field in written_fields(cls):
@@ -115,12 +120,13 @@ def built(cls: type[Made], said: Mapping[str, Any], where: str, key: str) -> Mad
 
 
 def written_fields(cls: type[Any]) -> list[Field[Any]]:
-    """Return the fields of a dataclass that a configuration file may set."""
+    """Return those fields of a dataclass of settings that a configuration file may set."""
     return [f for f in fields(cls) if f.metadata.get("written", True)]
 
 
 def part_of(field: Field[Any], hint: Any) -> type[Any] | None:
-    """Return the dataclass of the settings that are nested in a field, or None if the field contains a plain value.
+    """Return the dataclass of the nested settings in a field, or None if the field contains a plain value such as a
+    number.
 
     If the type of the field is not a dataclass, that of its default is used.
     """
@@ -156,7 +162,9 @@ def _checked(cls: type[Any], said: Mapping[str, Any], where: str, path: str) -> 
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """Return all settings of a recipe as plain values, with nested settings as dictionaries."""
+    """Return all settings of a recipe as plain values, such as numbers and strings, with nested settings as
+    dictionaries.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, (Linf, L2, L1)):

@@ -1,4 +1,6 @@
-"""References to models and data with options for opening them: the results of `open_model` and `open_data`."""
+"""References to models and data that are not opened yet, with options for opening them: the results of `open_model` and
+`open_data`.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +31,9 @@ Numbers = Sequence[float]
 
 @dataclass(frozen=True)
 class ModelReference:
-    """A model, and options for opening it. A verb opens it, so that requests to a server are counted in its run."""
+    """A model that is not opened yet, and options for opening it. The run opens it, so that the run counts all requests
+    to a server.
+    """
 
     given: "nn.Module | Callable[[Tensor], Tensor] | Predictor | str | None"
     """an address, a network, a function from inputs to logits, or an estimator"""
@@ -39,13 +43,15 @@ class ModelReference:
 
     @property
     def address(self) -> str | None:
-        """Address of the model; None for a model given as an object."""
+        """Path, URL or bundled name of the model; None for a model that is given as a Python object."""
         return self.given if isinstance(self.given, str) else None
 
 
 @dataclass(frozen=True)
 class DataReference:
-    """Examples, and options for reading them. A verb reads them, because some properties depend on the model."""
+    """Examples that are not read yet, and options for reading them. The run reads them, because some options depend on
+    the model.
+    """
 
     given: Any
     """an address, `(x, y)` as tensors or arrays, a loader or dataset of pairs, a data frame, or a `Data`"""
@@ -53,7 +59,7 @@ class DataReference:
 
     @property
     def address(self) -> str | None:
-        """Address of the examples; None for examples given as an object."""
+        """Path or bundled name of the examples; None for examples that are given as a Python object."""
         return self.given if isinstance(self.given, str) else None
 
 
@@ -66,7 +72,7 @@ result of `holdfast.open_data`."""
 
 @dataclass(frozen=True)
 class Sources:
-    """The model and the examples of a verb, with options for opening them."""
+    """The model and the examples of a run before they are opened, with options for opening them."""
 
     model: ModelReference
     data: DataReference
@@ -75,11 +81,13 @@ class Sources:
     seed: int = 0
 
     def all_examples(self) -> "Sources":
-        """Return the same sources without a selection of examples."""
+        """Return a copy of these references that reads all examples of the data instead of a selection."""
         return replace(self, selection=ExampleSelection())
 
     def beside(self, data: DataLike) -> DataReference:
-        """Return the reference to further data, for which the options of the verb's data are the default."""
+        """Return the reference to additional data of a run, by default read with the same options as the main data,
+        except the split.
+        """
         return data_reference(data, self.data.source.model_copy(update={"split": None}))
 
 
@@ -108,7 +116,8 @@ def open_model(
     on_refused: Literal["reject", "stop"] = "reject",
     keep_answers: bool = False,
 ) -> ModelReference:
-    """Return a reference to a model with options for opening it, for `assess`, `harden`, `attack` and other functions.
+    """Return a reference to a model with options for opening it, as an argument for `assess`, `harden`, `attack` and
+    other functions.
 
     `model` is an address (`"net.py:make"`, `"model.onnx"`, a URL) or an object. `arch` and `model_args` define the
     network of a state dict; `trust_code` allows a file to run the code that it contains. `model_output`, `classes`,
@@ -163,8 +172,8 @@ def open_data(
     y: str | None = None,
     layout: Layout | None = None,
 ) -> DataReference:
-    """Return a reference to examples with options for reading them, for `assess`, `harden`, `attack` and other
-    functions.
+    """Return a reference to examples with options for reading them, as an argument for `assess`, `harden`, `attack` and
+    other functions.
 
     `data` is an address or an object. `split` selects a part of the data, `label` and `drop` are names of columns of a
     table, `x` and `y` names of arrays in an `.npz` file, and `layout` gives the axes of stored arrays (`"chw"`,
@@ -197,7 +206,8 @@ def _refuse_names(data: DataReference) -> None:
 
 
 def refuse_other_settings(reference: ModelReference, what: str, *possible: str) -> None:
-    """Raise `UsageError` if settings other than the possible ones are given for a model.
+    """Raise `UsageError` if a reference to a model has options other than those that are possible for its use, for
+    example as a surrogate.
 
     Limits of servers are excluded, because they are checked when the model is opened.
     """
@@ -212,8 +222,8 @@ def refuse_other_settings(reference: ModelReference, what: str, *possible: str) 
 
 
 def model_reference(model: ModelLike) -> ModelReference:
-    """Return the reference to a model given as an object, an address or a reference. Raises `UsageError` for other
-    objects.
+    """Return the reference to a model that is given as an object, an address or a reference. Raises `UsageError` for
+    any other object.
     """
     if isinstance(model, ModelReference):
         return model
@@ -228,7 +238,7 @@ def model_reference(model: ModelLike) -> ModelReference:
 
 
 def data_reference(data: DataLike, default: DataSource | None = None) -> DataReference:
-    """Return the reference to examples given as an object, an address or a reference.
+    """Return the reference to examples that are given as an object, an address or a reference.
 
     `default` contains the options for reading them if they are not given as a reference.
     """

@@ -1,4 +1,4 @@
-"""Opens the models and the examples of a verb, given as addresses or as Python objects."""
+"""Opens the models and the examples of a run, which are given as addresses or as Python objects."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -58,7 +58,7 @@ from holdfast.verbs.request import Subject
 
 
 def remote(reference: ModelReference) -> Remote:
-    """Return the options for requests to a model behind an HTTP server."""
+    """Return the options for HTTP requests to a model behind a server, such as the timeout and the rate of requests."""
     inference, limits = reference.inference, reference.limits
     return Remote(
         tuple(inference.allow_hosts),
@@ -114,7 +114,7 @@ def _sources(model: ModelReference, data: DataReference, settings: OpeningSettin
 
 
 def open_subject(sources: Sources, *, transform: str | None = None, adaptive: bool = False) -> Subject:
-    """Open the model. With `transform`, random transformations are applied to its inputs."""
+    """Open the model under test. If `transform` is given, random transformations are applied to its inputs."""
     given, properties = sources.model.given, declared(sources)
     if given is None:
         raise UsageError("model is missing; give an address, as in mnist-cnn or file.py:factory")
@@ -177,7 +177,9 @@ def _subject(
 
 
 def open_surrogates(given: Sequence[object], sources: Sources, target: Classifier) -> tuple[Subject, ...]:
-    """Open the surrogate models, which are given as settings, as text in the form of `--surrogate`, or as objects."""
+    """Open the surrogate models, which are given as settings, as text in the form of the option `--surrogate`, or as
+    objects.
+    """
     if not isinstance(given, list | tuple):
         raise UsageError(
             f"surrogates is a {type(given).__name__}; give a list of models, as in surrogates=[net]"
@@ -242,7 +244,9 @@ def _surrogate_at(spec: SurrogateSettings, sources: Sources, *, trust_code: bool
 
 
 def open_examples(sources: Sources, model: Classifier, *, lenient: bool = False) -> Data:
-    """Open the examples of the verb. With `lenient`, examples that do not fit the model are accepted as well."""
+    """Open the examples on which the model is evaluated. With `lenient`, examples that do not fit the model are
+    accepted as well.
+    """
     data, selection = sources.data, sources.selection
     if data.given is None:
         raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
@@ -264,7 +268,9 @@ def open_examples(sources: Sources, model: Classifier, *, lenient: bool = False)
 
 
 def open_object(data: DataReference, expected: Expected) -> Data:
-    """Return all examples of further data that are given as an object."""
+    """Return all examples of additional data that are given as a Python object, such as a pair of arrays or a data
+    frame.
+    """
     if is_frame(data.given):
         source = data.source
         return open_frame(
@@ -276,7 +282,7 @@ def open_object(data: DataReference, expected: Expected) -> Data:
 def open_all(
     sources: Sources, surrogates: Sequence[object], *, transform: str | None = None, adaptive: bool = False
 ) -> tuple[Subject, Data, tuple[Subject, ...]]:
-    """Open the model, the examples and the surrogates."""
+    """Open the model, the examples and the surrogates of an assessment."""
     subject = open_subject(sources, transform=transform, adaptive=adaptive)
     opened = open_surrogates(surrogates, sources, subject.model)
     data = open_examples(sources, subject.model)
@@ -284,8 +290,8 @@ def open_all(
 
 
 def open_fit(sources: Sources, fit: DataLike | None, model: Classifier, plan: Plan) -> Data | None:
-    """Open the examples on which learned attacks are fitted: those in `fit` or, if it is None, the train split of the
-    data.
+    """Open the examples on which learned attacks are fitted: those in `fit` or, if `fit` is None, the train split of
+    the data.
 
     Returns None if no attack is learned and `fit` is None.
     """
@@ -324,7 +330,8 @@ def open_fit(sources: Sources, fit: DataLike | None, model: Classifier, plan: Pl
 
 
 def open_others(given: object, sources: Sources, model: Classifier) -> tuple[Data, ...]:
-    """Open the data sets for the transfer between data sets. Their labels are not used, so they may have other classes.
+    """Open the data sets between which perturbations are transferred. Their labels are not used, so they may have other
+    classes than the model.
 
     From data at an address, a random sample is opened, because no more examples are used.
     """
@@ -356,7 +363,9 @@ def open_others(given: object, sources: Sources, model: Classifier) -> tuple[Dat
 
 
 def device_of_model(sources: Sources, subject: Subject, device: str) -> str | None:
-    """Return the device of a network that is given as an object, or None if the settings determine the device."""
+    """Return the device of the weights of a network that is given as an object, or None if the setting `device`
+    determines the device.
+    """
     weight = next(subject.model.parameters(), None)
     if sources.model.address is not None or device != "auto" or weight is None:
         return None
@@ -364,7 +373,9 @@ def device_of_model(sources: Sources, subject: Subject, device: str) -> str | No
 
 
 def folder_of(run: str | Path | None, *, resume: bool) -> Path | None:
-    """Return the folder of a run, or None. Raises `UsageError` if a run is to be resumed but no folder is given."""
+    """Return the path of a run folder, or None if none is given. Raises `UsageError` if a run is to be resumed and no
+    folder is given.
+    """
     if resume and run is None:
         raise UsageError("resume=True continues a run; give its folder, as in run='runs/h1'")
     return None if run is None else Path(run)

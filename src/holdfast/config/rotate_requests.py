@@ -1,4 +1,4 @@
-"""Creates the request of each step of a rotation from its settings: opens the pool, its model and its data."""
+"""Creates the request of each step of `holdfast rotate` from its settings: opens the pool, its model and its data."""
 
 from pathlib import Path
 
@@ -17,13 +17,17 @@ from holdfast.verbs.rotate.train import TrainRequest
 def collect_request(
     settings: RotateSettings, path: Path, *, resume: bool = False, expect_head: str = ""
 ) -> CollectRequest:
-    """Return the request for a collection in the folder `path`."""
+    """Return the request for the training of the first parameter sets of a rotation pool, which is created in the
+    folder `path`.
+    """
     common, budget_s = rotating.rotate_request(settings), rotating.budget_s(settings)
     return CollectRequest(path, common, resume, budget_s, settings.options.n_judged, expect_head)
 
 
 def train_request(path: Path, settings: RotateSettings, *, expect_head: str = "") -> TrainRequest:
-    """Return the request for training a generator for the pool in the folder `path`."""
+    """Return the request for the training of a generator of parameter sets for the rotation pool in the
+    folder `path`.
+    """
     pool = Pool.held(path, expect_head=expect_head)
     common = rotating.reopened(pool, settings)
     return TrainRequest(pool, common, rotating.codec(settings), rotating.diffusion(settings))
@@ -40,7 +44,9 @@ def draw_request(
     expect_head: str = "",
     notify: Notify = ignore,
 ) -> DrawRequest:
-    """Return the request for a draw. `immunising` states whether the new sets are immunised."""
+    """Return the request for generating or retraining new parameter sets for a rotation pool. `immunising` states
+    whether the new sets are immunised.
+    """
     _refuse_no_count(sets)
     named = by_named(by, notify)
     pool = Pool.held(path, expect_head=expect_head)
@@ -55,7 +61,9 @@ def _refuse_no_count(sets: object) -> None:
 
 
 def admit_request(path: Path, settings: RotateSettings, *, expect_head: str = "") -> AdmitRequest:
-    """Return the request for the admission of all candidates of the pool in the folder `path`."""
+    """Return the request for judging all new parameter sets of the rotation pool in the folder `path`, which decides
+    whether they may serve.
+    """
     pool = Pool.held(path, expect_head=expect_head)
     common = rotating.reopened(pool, settings)
     return AdmitRequest(

@@ -1,5 +1,5 @@
-"""Converts the settings of a rotation to the inputs of its steps: the request of a pool, its model,
-data and triggers.
+"""Converts the settings of `holdfast rotate` to objects: the request of a pool, its model, its data, and the triggers
+of swaps.
 """
 
 from holdfast import rotation
@@ -28,7 +28,7 @@ _OPENING = (
 
 
 def rotate_request(settings: RotateSettings) -> RotateRequest:
-    """Return the settings that all sets of a pool share, with the opened model and data.
+    """Return the properties that all parameter sets of a new rotation pool share, with the opened model and data.
 
     Raises `UsageError` and `TargetError`.
     """
@@ -61,7 +61,7 @@ def rotate_request(settings: RotateSettings) -> RotateRequest:
 
 
 def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
-    """Return the settings that all sets of an existing pool share, from its manifest.
+    """Return the properties that all parameter sets of an existing rotation pool share, as stored in its manifest.
 
     Only the device and `trust_code` are taken from `settings`. Code runs only if `trust_code` is true, because the
     manifest is not a command line. Raises `UsageError` if other settings differ from the manifest.
@@ -107,12 +107,14 @@ def _candidate(settings: RotateSettings) -> Candidate:
 
 
 def budget_s(settings: RotateSettings) -> float | None:
-    """Return the budget of a collection in seconds, or None for the epochs of the recipe."""
+    """Return the time in seconds for training the first sets of a rotation pool, or None if the recipe's number of
+    epochs applies.
+    """
     return None if settings.options.budget is None else seconds(settings.options.budget, "budget")
 
 
 def source(settings: RotateSettings) -> Source:
-    """Return the source of the parameter sets that is named in the settings."""
+    """Return the method by which the parameter sets of a rotation pool are trained, as named in the settings."""
     spec = settings.options.source
     name = str(spec["use"])
     settings_of_source = {key: value for key, value in spec.items() if key != "use"}
@@ -121,22 +123,26 @@ def source(settings: RotateSettings) -> Source:
 
 
 def codec(settings: RotateSettings) -> Codec:
-    """Return the codec, which represents each parameter set by a few numbers."""
+    """Return the codec in the settings of a rotation. A codec represents each parameter set by a few numbers."""
     return built(Codec, settings.options.codec, "codec", "codec")
 
 
 def diffusion(settings: RotateSettings) -> LatentDiffusion:
-    """Return the diffusion model, which learns the distribution of the numbers that represent parameter sets."""
+    """Return the diffusion model in the settings of a rotation. It learns the distribution of parameter sets in the
+    low-dimensional form of the codec.
+    """
     return built(LatentDiffusion, settings.options.generator, "generator", "generator")
 
 
 def immunise(settings: RotateSettings) -> Immunise:
-    """Return the settings of the training of a parameter set against adversarial examples of other sets."""
+    """Return the settings for immunising a parameter set, which is training against adversarial examples
+    of other sets.
+    """
     return built(Immunise, settings.options.immunise, "immunise", "immunise")
 
 
 def triggers(settings: RotateSettings) -> tuple[Trigger, ...]:
-    """Return the triggers of swaps that are listed in the settings."""
+    """Return the conditions under which the serving set of a rotation is swapped, as listed in the settings."""
     parsed: list[Trigger] = []
     for text in settings.options.every:
         kind, size = parse_every(text)

@@ -1,4 +1,6 @@
-"""The JSON Schema of the YAML file, for editors: all settings, and every attack and recipe by its `use:` tag."""
+"""The JSON Schema of configuration files, with which editors check them. It contains all settings,
+attacks and recipes.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
@@ -21,7 +23,8 @@ from holdfast.rotation import Codec, Immunise, LatentDiffusion
 
 
 def settings_schema() -> dict[str, Any]:
-    """Return the published schema, which `holdfast validate --schema` prints. A test compares it with the stored copy.
+    """Return the JSON Schema of configuration files, which the command `holdfast validate --schema` prints. A test
+    compares it with the stored copy.
 
     The top level has the keys of all verbs, and for each verb a section with its name and its keys.
     """

@@ -1,4 +1,4 @@
-"""The settings of each verb, composed of groups of settings, and functions that read them from files and flags.
+"""The settings of each command, composed of groups of settings, and functions that read them from files and flags.
 
 A setting has the same name in the YAML file, on the command line and in Python.
 """
@@ -25,7 +25,9 @@ from holdfast.core.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class VerbSettings:
-    """Base class of the settings of a verb: groups of settings, and notes on how they were written."""
+    """Base class of the settings of one command, such as `assess`: groups of settings, and notes on settings with
+    outdated names.
+    """
 
     verb: ClassVar[str] = ""
     notes: tuple[str, ...] = ()
@@ -37,7 +39,7 @@ def _group(kind: type[SettingGroup]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorSettings(VerbSettings):
-    """All settings of `holdfast doctor`."""
+    """All settings of the command `holdfast doctor`."""
 
     verb = "doctor"
     file: groups.FileFormat = _group(groups.FileFormat)
@@ -51,7 +53,7 @@ class DoctorSettings(VerbSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class AssessSettings(VerbSettings):
-    """All settings of `holdfast assess`."""
+    """All settings of the command `holdfast assess`."""
 
     verb = "assess"
     file: groups.FileFormat = _group(groups.FileFormat)
@@ -74,7 +76,9 @@ class AssessSettings(VerbSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class HardenSettings(VerbSettings):
-    """All settings of `holdfast harden`: those of the training, and those of the assessments before and after it."""
+    """All settings of the command `holdfast harden`: those of the training, and those of the assessments before and
+    after it.
+    """
 
     verb = "harden"
     file: groups.FileFormat = _group(groups.FileFormat)
@@ -95,7 +99,9 @@ class HardenSettings(VerbSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class RotateSettings(VerbSettings):
-    """All settings of `holdfast rotate`: the source and the training of parameter sets, and the triggers of swaps."""
+    """All settings of the command `holdfast rotate`: how parameter sets are trained and generated, and when they are
+    swapped.
+    """
 
     verb = "rotate"
     file: groups.FileFormat = _group(groups.FileFormat)
@@ -111,23 +117,23 @@ class RotateSettings(VerbSettings):
 
 
 class OpeningSettings(Protocol):
-    """Settings of any verb that opens a model and data."""
+    """Protocol for the settings of any command that opens a model and data."""
 
     @property
     def model(self) -> groups.ModelSource:
-        """The model, and how it is opened."""
+        """Settings for the model: its address, and how it is opened."""
 
     @property
     def data(self) -> groups.DataSource:
-        """The examples, and how they are read."""
+        """Settings for the examples: their address, and how they are read."""
 
     @property
     def inputs(self) -> groups.InputSpace:
-        """The legal inputs of the model, and its normalisation."""
+        """Settings for the inputs of the model: their bounds and their normalisation."""
 
     @property
     def random(self) -> groups.Seed:
-        """The seed of random numbers."""
+        """Setting with the seed of random numbers."""
 
 
 VERBS: Mapping[str, type[VerbSettings]] = {
@@ -149,7 +155,9 @@ S = TypeVar("S", bound=VerbSettings)
 
 
 class MisplacedKeys(UsageError):
-    """Raised for keys at the top of a file that the verb does not use, but another verb does."""
+    """Error for keys at the top level of a configuration file that the present command does not use but another command
+    does.
+    """
 
     def __init__(self, message: str, keys: tuple[str, ...]) -> None:
         super().__init__(message)
@@ -158,7 +166,9 @@ class MisplacedKeys(UsageError):
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a verb: the group and the name of the setting, and its field."""
+    """A setting of a command under its name in configuration files: its group, its attribute in the group, and its
+    pydantic field.
+    """
 
     group: str
     name: str
@@ -183,12 +193,14 @@ _KEYS = {
 
 
 def groups_of(kind: type[VerbSettings]) -> Mapping[str, type[SettingGroup]]:
-    """Return the groups of the settings of a verb, by the name of the attribute."""
+    """Return the groups of settings of a command, by the name of the attribute that contains each group."""
     return _GROUPS[kind]
 
 
 def keys_of(kind: type[VerbSettings]) -> Mapping[str, Key]:
-    """Return all keys of a verb, in the order of its options on the command line."""
+    """Return all settings of a command by their names in configuration files, in the order of the
+    command-line options.
+    """
     return _KEYS[kind]
 
 
@@ -200,8 +212,8 @@ def read_settings(
     flags: Mapping[str, str] = MappingProxyType({}),
     kind: type[S],
 ) -> S:
-    """Return validated settings from a YAML file, from `--set a.b=c`, and from overrides, in increasing order of
-    precedence.
+    """Return the validated settings of a command from a YAML file, from `--set a.b=c` and from other flags, in
+    increasing order of precedence.
 
     The file may contain settings of several verbs; see `keys_for_verb`. `flags` maps the keys of the overrides to their
     names in messages.
@@ -238,7 +250,8 @@ def read_settings(
 def keys_for_verb(
     loaded: Mapping[str, Any], where: str, kind: type[VerbSettings]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the keys of a file that apply to a verb, and notes about earlier names of keys.
+    """Return those settings in a configuration file that apply to one command, and a note for each setting with an
+    outdated name.
 
     The keys are those at the top, and those of the section with the name of the verb, which takes precedence. Sections
     of other verbs are validated but not returned. For `doctor`, all keys of `assess` are accepted, but only those that
@@ -306,7 +319,8 @@ def check_settings(
     *,
     kind: type[S],
 ) -> S:
-    """Return validated settings. Raises `UsageError` with the first invalid key and the most similar valid name.
+    """Return the validated settings of a command. Raises `UsageError` that names the first invalid key and the most
+    similar valid one.
 
     The message begins with `where`, the source of the content, except for keys in `written`, which maps keys to the
     form in which the user wrote them.
@@ -340,15 +354,17 @@ def check_settings(
 
 
 def given(**settings: Any) -> dict[str, Any]:
-    """Return those arguments of a Python function that are not None. None stands for the default."""
+    """Return those keyword arguments that are not None. In the Python interface, None stands for the default of a
+    setting.
+    """
     return {key: value for key, value in settings.items() if value is not None}
 
 
 def check_groups(
     where: str, content: Mapping[str, Any], kinds: Sequence[type[SettingGroup]]
 ) -> tuple[Any, ...]:
-    """Return validated groups of settings, from the keys of all groups. Settings whose value is None have their
-    defaults.
+    """Return validated groups of settings, created from one mapping with the settings of all of them. A setting that is
+    None has its default.
     """
     checked = []
     for kind in kinds:
@@ -405,14 +421,14 @@ def _put_assignment(content: dict[str, Any], path: str, value: Any) -> None:
 
 
 def items(settings: VerbSettings) -> Iterator[tuple[str, Any, bool]]:
-    """Yield every key of the settings, its value, and whether the user gave it."""
+    """Yield the name and the value of every setting of a command, and whether the user gave it."""
     for key, entry in keys_of(type(settings)).items():
         group: SettingGroup = getattr(settings, entry.group)
         yield key, getattr(group, entry.name), entry.name in group.model_fields_set
 
 
 def plain_settings(settings: VerbSettings) -> dict[str, Any]:
-    """Return the settings by key, as values that JSON can represent."""
+    """Return the settings of a command as a dictionary from names to values that JSON can represent."""
     dumped = {
         attribute: json.loads(getattr(settings, attribute).model_dump_json())
         for attribute in groups_of(type(settings))
@@ -421,7 +437,8 @@ def plain_settings(settings: VerbSettings) -> dict[str, Any]:
 
 
 def canonical_settings(settings: VerbSettings) -> dict[str, Any]:
-    """Return those settings that affect the evidence, by key, as plain values. Their digest names new run folders.
+    """Return those settings of a command that affect the evidence, as plain values by name. Their digest is part of the
+    name of a new run folder.
 
     What identifies a run on resume is its manifest, see `holdfast.verbs.manifest`.
     """

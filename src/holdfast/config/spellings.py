@@ -1,4 +1,5 @@
-"""All names of attacks and suites, with the canonical name of each. The module does not import torch.
+"""All names of attacks and suites, including short names, with the canonical name of each. The module does not import
+torch.
 
 Case, `-`, `_` and spaces are ignored: `hop-skip-jump` is HopSkipJump.
 """
@@ -17,7 +18,7 @@ from holdfast.core.spelling import suggestion
 
 @dataclass(frozen=True)
 class Spelling:
-    """Further names of an attack."""
+    """Names of an attack in addition to its canonical name, such as short names."""
 
     paper: str
     """name in the paper; empty if it is the same or if another attack has this name here"""
@@ -60,7 +61,7 @@ def folded(name: str) -> str:
 
 
 def suite_called(name: str) -> str | None:
-    """Return the canonical name of a suite, or None if there is no such suite."""
+    """Return the canonical name of the suite that has `name` as one of its names, or None if there is no such suite."""
     return _suites().get(folded(name))
 
 
@@ -70,7 +71,8 @@ def is_suite_only(name: str) -> bool:
 
 
 def attack_called(name: str) -> str:
-    """Return the canonical name of an attack, or of a variant of an attack in suites.
+    """Return the canonical name of the attack, or of the variant of an attack in a suite, that has `name` as one of its
+    names.
 
     Raises `UsageError` with the most similar name if there is none.
     """
@@ -88,7 +90,9 @@ def attack_called(name: str) -> str:
 
 
 def attack_class_called(name: str) -> str:
-    """Return the canonical name of an attack. Raises `UsageError` for a variant in suites, whose settings are fixed."""
+    """Return the canonical name of an attack whose settings can be changed. Raises `UsageError` for a variant of an
+    attack in a suite, whose settings are fixed.
+    """
     found = attack_called(name)
     if found in VARIANTS:
         of = VARIANTS[found]
@@ -100,8 +104,8 @@ def attack_class_called(name: str) -> str:
 
 
 def suite_or_attacks(names: Iterable[str]) -> str | tuple[str, ...]:
-    """Return the canonical name of a suite if `names` contains only one, and otherwise the canonical names of the
-    attacks.
+    """Return the canonical name of the suite if `names` consists of one suite; otherwise return the canonical names of
+    the attacks in `names`.
 
     Raises `UsageError` for an unknown name, and for a suite together with other names.
     """
@@ -122,7 +126,9 @@ def suite_or_attacks(names: Iterable[str]) -> str | tuple[str, ...]:
 
 
 def attack_listed(name: str) -> str:
-    """Return the canonical name of an attack in a list. Raises `UsageError` for a suite, which cannot be in a list."""
+    """Return the canonical name of one attack in a list of attacks. Raises `UsageError` if the name is
+    that of a suite.
+    """
     if is_suite_only(name):
         raise UsageError(
             f"{name} is a suite, which cannot be combined with other names; leave them out, or list attacks, as in "
@@ -132,18 +138,20 @@ def attack_listed(name: str) -> str:
 
 
 def norms_of_suite(name: str) -> tuple[Norm, ...]:
-    """Return the norms under which some suite contains the attack `name`."""
+    """Return the norms under which at least one suite contains the attack `name`."""
     norms = (norm for by_norm in MEMBERS.values() for norm, names in by_norm.items() if name in names)
     return tuple(dict.fromkeys(norms))
 
 
 def suites_of(name: str) -> tuple[str, ...]:
-    """Return the names of the suites that contain the attack `name` under some norm."""
+    """Return the names of the suites that contain the attack `name` under at least one norm."""
     return tuple(s for s, by_norm in MEMBERS.items() if any(name in names for names in by_norm.values()))
 
 
 def every_name() -> tuple[str, ...]:
-    """Return all values of `suite` for shell completion: suites, attacks, their variants in suites, and short names."""
+    """Return all names that the setting `suite` accepts, for shell completion: suites, attacks, variants of attacks,
+    and short names.
+    """
     short = (
         s for of in (*SUITE_SPELLINGS.values(), *(each.short for each in SPELLINGS.values())) for s in of
     )

@@ -1,4 +1,5 @@
-"""Configuration files to start from: `init` writes a commented configuration, and `validate` checks one.
+"""Creates a commented configuration file to start from (`holdfast init`), and checks an existing one (`holdfast
+validate`).
 
 torch is imported only for the settings of attacks in a configuration.
 """
@@ -76,7 +77,9 @@ def init(
     data: str = "mnist-mini",
     force: bool = False,
 ) -> Path:
-    """Write a commented configuration, and return its path. An existing file is overwritten only with `force`."""
+    """Write a commented configuration file, and return its path. An existing file is overwritten only if `force` is
+    true.
+    """
     place = Path(path)
     if place.exists() and not force:
         raise UsageError(f"{place} exists already; give another name, or --force to overwrite it")
@@ -140,5 +143,5 @@ def _check_parts(settings: VerbSettings, path: str) -> None:
 
 
 def demo_settings() -> AssessSettings:
-    """Return the settings of `holdfast demo`."""
+    """Return the settings of the assessment that `holdfast demo` runs."""
     return check_settings(DEMO, "the demo", kind=AssessSettings)

@@ -22,7 +22,7 @@ DEFAULT_SUITE: SuiteName = "fast"
 
 
 def usual_suite(threat: ThreatSpec) -> SuiteName:
-    """Return the default suite, which is used if neither a suite nor attacks are given.
+    """Return the suite that is used under a threat model if the user gives neither a suite nor attacks.
 
     It depends on the access of the attacker: `transfer` for no access, `black-box` for scores or labels, and otherwise
     `fast`.
@@ -41,7 +41,7 @@ def refuse_unknown(
     only: Sequence[str],
     skip: Sequence[str],
 ) -> None:
-    """Raise `UsageError` for names in `only` and `skip` that are not attacks of the suite.
+    """Raise `UsageError` if the options `only` and `skip` contain names that are not attacks of the suite.
 
     Names that are known only after an import of torch are not checked.
     """

@@ -1,4 +1,4 @@
-"""Types of settings that parse values from files and from the command line."""
+"""Types of settings, which parse and validate values from files and from the command line."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
@@ -143,7 +143,9 @@ def _names(value: object) -> object:
 
 
 def is_suite(value: object) -> bool:
-    """Return whether a value is a string or a list of strings, so that it may name a suite or attacks."""
+    """Return whether a value of the setting `suite` has a valid type, that is whether it is a string or a list of
+    strings.
+    """
     return isinstance(value, str) or (
         isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
     )

@@ -1,4 +1,4 @@
-"""Messages for validation errors of pydantic, in the style of this package and with the expected value."""
+"""Error messages for settings that pydantic rejects. Each message states the invalid value and the expected one."""
 
 from pydantic import ValidationError
 
@@ -28,12 +28,12 @@ _SHOWN = 200
 
 
 def place(error: ValidationError) -> str:
-    """Return the dotted path of the first invalid value."""
+    """Return the path of the first invalid setting in a validation error, such as `attacks.0.steps`."""
     return ".".join(str(part) for part in error.errors()[0]["loc"])
 
 
 def complaint(error: ValidationError) -> str:
-    """Return a description of the first invalid value and of what was expected, such as `is 0; expected at least 1`."""
+    """Return a description of the first invalid setting in a validation error, such as `is 0; expected at least 1`."""
     first = error.errors()[0]
     shown = repr(first["input"])
     return f"is {shown if len(shown) <= _SHOWN else f'{shown[:_SHOWN]} …'}{_expected(error)}"

@@ -1,4 +1,4 @@
-"""Reads the YAML text of configurations and of `--set`."""
+"""Reads YAML text in configuration files and in values of the option `--set`."""
 
 from collections.abc import Hashable
 from pathlib import Path
@@ -98,7 +98,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def put_setting(content: dict[str, Any], path: str, value: Any) -> None:
-    """Set a value in nested content at a dotted path, such as `attacks.0.steps`."""
+    """Set a value in a nested dictionary of settings at a dotted path, such as `attacks.0.steps`."""
     *parents, last = path.split(".")
     place: Any = content
     for parent in parents:

@@ -1,4 +1,5 @@
-"""The number of examples for each probe on a served model, chosen so that all probes cost at most as much as the suite.
+"""Chooses the number of examples for each probe on a model behind a server, so that all probes together send at most as
+many inputs as the suite.
 
 Each row sent to a server may cost money. The largest number of rows of a probe is known in advance, so the numbers
 follow from the columns of the suite, and a resumed run computes the same ones.
@@ -31,7 +32,7 @@ _SPOKEN_FOR = {"randomness": "steadiness", "state": "steadiness", "noise": "nois
 
 @dataclass(frozen=True)
 class Allotment:
-    """The number of examples for each probe of a run on a served model, and the reasons why probes are omitted."""
+    """The number of examples for each probe on a model behind a server, and the reasons why some probes are omitted."""
 
     examples: Mapping[str, int]
     """number of examples by name of the probe; omitted probes are missing"""
@@ -44,8 +45,7 @@ class Allotment:
 def probe_rows(
     probe: Probe, attacks: Sequence[Attack], threat: ThreatModel, n: int, passes: Passes, *, randomised: bool
 ) -> int | None:
-    """Return an upper bound of the rows of a probe without gradients on `n` examples, including the evaluation of its
-    results.
+    """Return an upper bound on the number of inputs that a probe sends to a server if it is run on `n` examples.
 
     Returns None if the number is unknown, as for an attack of another package without a budget.
     """
@@ -72,8 +72,8 @@ def _halves(n: int, passes: Passes) -> int:
 
 
 def allotted(wanted: Mapping[str, int], budget: int, cost: Callable[[str, int], int | None]) -> Allotment:
-    """Divide `budget` rows among probes. `wanted` are the numbers of examples by probe, and `cost` returns the rows of
-    a probe.
+    """Return on how many examples each probe is run, so that all probes together send at most `budget` inputs to a
+    server. `wanted` contains the numbers of examples without this limit.
 
     In order of increasing cost, each probe gets an equal part of the remaining rows, or as many as it needs if these
     are fewer.
@@ -115,7 +115,8 @@ def _reason(rows: int, n: int, budget: int) -> str:
 
 
 def as_allotted(doubts: Sequence[Doubt], allotment: Allotment) -> tuple[Doubt, ...]:
-    """Return the doubts after the division of rows among probes.
+    """Return the doubts of a run with notes on those whose probes were omitted, or run on fewer examples, to limit the
+    inputs sent to a server.
 
     A doubt is `not measured` if its probe was omitted, and has a note if its probe was run on fewer examples than
     without the limit.

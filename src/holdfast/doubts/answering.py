@@ -1,4 +1,5 @@
-"""Adaptive attacks, with rules for which attacks a raised doubt requires, and for when they answer it.
+"""Adaptive attacks, and rules that decide which of them a raised doubt requires and when their results answer the
+doubt.
 
 As Tramer et al., "On adaptive attacks to adversarial example defenses", NeurIPS 2020, arXiv:2002.08347, recommend, an
 attack is chosen by what makes the naive one fail. Each runs on the examples that survive all others, with gradients
@@ -39,7 +40,7 @@ WEIGHTS = {"Pair": EVEN, "Pair-light": EVEN / 10, "Pair-heavy": EVEN * 10}
 
 @dataclass(frozen=True)
 class Arm:
-    """An adaptive attack and the doubts that require it."""
+    """An adaptive attack, and the names of the doubts that require it."""
 
     name: str
     attack: Attack
@@ -52,12 +53,15 @@ class Arm:
 
     @property
     def single_draw(self) -> bool:
-        """Whether the attack uses gradients of single forward passes, which prove nothing about a randomised model."""
+        """Whether the adaptive attack uses the gradient of a single forward pass, which is not reliable for a
+        randomised model.
+        """
         return self.attack.needs == "gradients" and not self.averages
 
 
 def arms(constraint: Constraint) -> tuple[Arm, ...]:
-    """Return the adaptive attacks under a constraint: first those with gradients that bypass masking, then a search.
+    """Return the adaptive attacks that are possible under a constraint: attacks whose gradients bypass gradient
+    masking, followed by a search without gradients.
 
     Expectation over transformation (Athalye et al., "Synthesizing robust adversarial examples", ICML 2018,
     arXiv:1707.07397) needs steps that can be averaged, which L0 attacks lack. Under L2 and L1, minimum-norm attacks are
@@ -91,7 +95,7 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
 
 
 def called(known: Sequence[Arm], doubts: Sequence[Doubt]) -> dict[str, tuple[str, ...]]:
-    """Return the names of the attacks in `known` that raised doubts require, each with the names of these doubts.
+    """Return the names of those adaptive attacks that the raised doubts require, each with the names of these doubts.
 
     On a randomised model, EOT is the only attack that uses gradients, since a single misclassified forward pass proves
     nothing.
@@ -125,7 +129,8 @@ def with_answers(
     fell: bool,
     blind: bool = False,
 ) -> tuple[Doubt, ...]:
-    """Return the doubts after the adaptive attacks.
+    """Return the doubts of a run after its adaptive attacks. A raised doubt becomes answered if the attacks that it
+    requires were run.
 
     `ran` are the columns of each attack that was run, and `because` the doubts that required each attack. A doubt is
     answered if all attacks that it requires were run on all surviving examples. There are three exceptions: the

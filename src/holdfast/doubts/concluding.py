@@ -1,4 +1,4 @@
-"""Computation of the state of every doubt from the results of the probes."""
+"""Decides from the results of the probes whether each doubt is raised."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ NO_PASSES: Mapping[str, Mask] = {}
 
 @dataclass(frozen=True)
 class Circumstances:
-    """The information on which doubts depend, in addition to columns."""
+    """Information on a run that decides doubts in addition to the columns of its attacks, such as its threat model."""
 
     threat: ThreatModel
     suite: str = ""
@@ -51,9 +51,7 @@ class Circumstances:
 
 @dataclass(frozen=True)
 class Findings:
-    """The doubts in the order of `names.DOUBTS`, and the examples that the suite did not break but another
-    attack did.
-    """
+    """All doubts of a run with their states, and the examples that the suite did not break but another attack did."""
 
     doubts: tuple[Doubt, ...]
     fallen: Mapping[str, Ids] = field(default_factory=dict)
@@ -63,7 +61,8 @@ class Findings:
 def conclude(
     found: Found, columns: Columns, circumstances: Circumstances, passes: Mapping[str, Mask] = NO_PASSES
 ) -> Findings:
-    """Return the state of every doubt.
+    """Return all doubts with their states, such as raised or clear, computed from the results of the probes and the
+    columns of the suite.
 
     `columns` are those of the suite, with the clean `nan` and `is_probability`. `passes` are masks (n) of the examples
     that each pass or probe outside the suite broke, as evaluated by the harness. For a list of attacks (no suite), only
@@ -76,8 +75,8 @@ def conclude(
 
 
 def missed_by_suite(columns: Columns, threat: ThreatModel, passes: Mapping[str, Mask]) -> dict[str, Ids]:
-    """Return the ids of the examples that survive the suite and that a pass broke, by pass; passes that broke none are
-    omitted.
+    """Return the ids of the examples that survive the suite but that a probe or another attack outside the suite broke,
+    by the name of that attack.
     """
     left = surviving_examples(columns, threat)
     ids_by_pass = {name: columns["id"][broken & left] for name, broken in passes.items()}
@@ -95,7 +94,7 @@ class _Case:
         return self.found[probe].columns[column] if probe in self.found else None
 
     def absent(self, name: str, *probes: str) -> Doubt:
-        """The state of a doubt whose probes did not run, with the reason."""
+        """Return a doubt that could not be tested because its probes did not run, with the reason."""
         threat = self.circumstances.threat
         within = probing_threat(threat, self.columns)
         if within.constraint.eps == 0:

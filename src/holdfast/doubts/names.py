@@ -1,4 +1,4 @@
-"""Names of the doubts for `--accept-doubt NAME="why"`.
+"""Names of the doubts, which the option `--accept-doubt NAME="why"` accepts.
 
 The module does not import torch, so that a misspelled name is reported quickly.
 """

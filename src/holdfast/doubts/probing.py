@@ -1,4 +1,4 @@
-"""Probes, which are measurements that test doubts, and the selection of the examples that they run on.
+"""The probes, which are measurements that test doubts, and the selection of the examples on which each probe is run.
 
 A probe is a pure function of model, batch, threat model and random stream, and returns columns. Doubts share probes:
 PGD-20 on the cross-entropy is used by `scale`, `one-step` and `loss-spread`; margin PGD, two restarts of 20 steps, is
@@ -36,7 +36,8 @@ from holdfast.ops.sampling import sample_rows
 
 
 def steadiness(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
-    """Return the relative change of each example's logits when the model is called again, in four columns.
+    """Return how much the logits of each example change, relative to their size, if the model is called again, in
+    another order or with a smaller batch.
 
     `repeat` is the change in a second call, `order` with the batch in reverse order, `batch` with a divided batch, and
     `history` after the other calls, with the same seed of torch. Cost: 6 forward passes. The random state of torch is
@@ -78,7 +79,7 @@ AGAIN = "again"
 
 @dataclass(frozen=True)
 class Probe:
-    """A measurement or attack on a few examples, whose result decides doubts."""
+    """A measurement or attack on a small number of examples, whose result decides whether doubts are raised."""
 
     name: str
     needs: Access
@@ -96,25 +97,29 @@ class Probe:
 
 
 def probe_title(probe: str) -> str:
-    """Return the description of a probe for use in a sentence."""
+    """Return a description of a probe for use in a sentence, such as `the probe noise`."""
     return "a fresh pass of the suite" if probe == AGAIN else f"the probe {probe}"
 
 
 def counts(probe: Probe, threat: ThreatModel) -> bool:
-    """Return whether adversarial examples of the probe are inside the threat model, including its query budget."""
+    """Return whether adversarial examples that a probe finds are inside the threat model, including its limit on
+    queries.
+    """
     return probe.breaks and within_budget(probe.queries, threat) == probe.queries
 
 
 def fallen(margin: PerExample, x: Inputs) -> dict[str, Tensor]:
-    """Return the columns of an attack: `broken` (margin at most 0 or NaN), the lowest `margin`, and its input `x`."""
+    """Return the result of an attack as columns: the lowest margin of each example, whether it is broken (margin at
+    most 0 or NaN), and the input.
+    """
     return {"broken": ~(margin > 0), "margin": margin, "x": x}
 
 
 def climbed(
     model: Model, batch: Batch, threat: ThreatModel, rng: Draws, loss: Loss, *, eps: float | None = None
 ) -> dict[str, Tensor]:
-    """Return the columns of a short PGD attack from a random start inside the threat model; `eps` enlarges the ball of
-    its steps.
+    """Return the columns of a short PGD attack from a random start inside the threat model. If `eps` is given, it is
+    the radius of the ball for the steps.
     """
     wide = threat.constraint if eps is None else threat.constraint.resized(eps)
     start = threat.constraint.sample(batch, model.bounds, rng.at("start"))
@@ -137,7 +142,9 @@ def _lower(known: dict[str, Tensor], found: dict[str, Tensor], rows: Rows) -> No
 
 
 def small_cross_entropy(logits: Logits, batch: Batch) -> PerExample:
-    """Return the cross-entropy of the logits times `SMALL`, whose softmax does not saturate."""
+    """Return the cross-entropy of logits that are multiplied by 0.01, so that a saturated softmax does not cause zero
+    gradients.
+    """
     return cross_entropy(SMALL * logits, batch)
 
 
@@ -231,7 +238,9 @@ def _transferred(
 
 
 def again(attacks: tuple[Attack, ...]) -> Probe:
-    """Return the probe that runs the attacks of the suite again, on the surviving examples with the lowest margin."""
+    """Return the probe that runs the attacks of the suite a second time, on the surviving examples with the lowest
+    margin.
+    """
 
     def run(model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int = 1) -> dict[str, Tensor]:
         found = _nothing(batch)
@@ -265,7 +274,9 @@ PROBES: tuple[Probe, ...] = (
 
 
 def probes_for(threat: ThreatModel, attacks: tuple[Attack, ...] = ()) -> tuple[Probe, ...]:
-    """Return the probes that the threat model allows; with eps 0, only those that test the model itself."""
+    """Return the probes that are possible under a threat model. If eps is 0, these are only the ones that do not change
+    inputs.
+    """
     probes = (*PROBES, again(attacks)) if attacks else PROBES
     if threat.constraint.eps == 0:
         probes = tuple(probe for probe in probes if probe.name in {"steadiness", "gradients"})
@@ -279,7 +290,7 @@ def probes_for(threat: ThreatModel, attacks: tuple[Attack, ...] = ()) -> tuple[P
 
 
 def probing_threat(threat: ThreatModel, columns: Columns) -> ThreatModel:
-    """Return the threat model of the probes, which has a finite eps.
+    """Return the threat model of a run with a finite radius eps, which probes need.
 
     For a minimum-norm run, eps is the median of the distances that it found.
     """
@@ -291,19 +302,21 @@ def probing_threat(threat: ThreatModel, columns: Columns) -> ThreatModel:
 
 
 def limit(threat: ThreatModel, access: Access, needed: Access) -> str:
-    """Return the reason for missing access in words: the model, which gives at most `access`, or the threat model."""
+    """Return in words why a probe lacks the access that it needs, such as gradients: the model or the threat model does
+    not provide it.
+    """
     if not replace(threat, access=access).gives(needed):
         return f"the model gives {access} only"
     return f"the threat model allows {('no access' if threat.access == 'none' else f'access to {threat.access} only')}"
 
 
 def within_budget(n: int, threat: ThreatModel) -> int:
-    """Return `n`, or the query budget of the threat model if it is smaller."""
+    """Return `n` queries, or the largest number of queries that the threat model permits if that is smaller."""
     return n if threat.queries is None else min(n, threat.queries)
 
 
 def surviving_examples(columns: Columns, threat: ThreatModel) -> Mask:
-    """Return the mask of the examples that survive the suite.
+    """Return the mask of the examples that survive all attacks of the suite.
 
     For a minimum-norm run, these are the examples that were not broken within 1.05 times the eps of the probes. The
     factor allows for inaccurate distances: a probe that breaks an example just inside its known distance is no evidence
@@ -318,7 +331,7 @@ def surviving_examples(columns: Columns, threat: ThreatModel) -> Mask:
 def rows_for(
     probe: Probe, columns: Columns, threat: ThreatModel, rng: Draws, most: int | None = None
 ) -> Rows:
-    """Return the positions of the examples that a probe runs on, at most `most`, in source order.
+    """Return the row indices of the examples on which a probe is run, at most `most`, in the order of the data.
 
     A sample depends on ids only, so that shards have no influence.
     """
@@ -337,7 +350,7 @@ def rows_for(
 
 @dataclass(frozen=True)
 class Probed:
-    """The columns that a probe returned, and the positions of its examples."""
+    """The result of a probe: its columns, and the row indices of the examples on which it was run."""
 
     rows: Rows
     columns: Columns

@@ -1,4 +1,4 @@
-"""Test whether gradients are nonzero, and whether they predict the effect of a small step."""
+"""A probe that tests whether gradients are nonzero, and whether they predict the effect of a small step."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ _RESOLVED = 1e-4  # a predicted change below this share of the logits is within 
 
 
 def gradient_properties(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
-    """Return properties of the gradient of the margin, measured at the clean input and at a random point.
+    """Return for each example whether the gradient of the margin is zero, and how well it predicts the effect of a
+    small step.
 
     `dead`: the gradient is zero or not finite at both points. `ratio` (n, 2): measured change along the gradient,
     divided by the predicted one; NaN if the prediction is too small. `flat`: the gradient of the cross-entropy is dead

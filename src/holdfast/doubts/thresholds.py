@@ -1,5 +1,5 @@
-"""Thresholds of the doubts, with reasons. They were calibrated on undefended networks and on networks with masked
-gradients.
+"""Thresholds above which doubts are raised, with reasons. They were calibrated on undefended networks and on networks
+with masked gradients.
 
 `docs/decisions/0002-doubts.md` describes differences from the first design.
 """

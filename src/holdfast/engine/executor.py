@@ -1,4 +1,4 @@
-"""Executors, which measure the shards of a stage in this process or in several processes (`processes.py`)."""
+"""Executors, which measure the shards of a stage in the process of the run or in several worker processes."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class OutOfTime(Exception):
-    """Raised if the deadline passes during a shard. The shard must then be measured again from its start."""
+    """Error for a shard that was not finished before the deadline of the run. The shard must then be measured again
+    from its start.
+    """
 
 
 Task = Any
@@ -31,7 +33,7 @@ The result depends only on the task, the room, and what the run was started with
 
 
 class Executor(Protocol):
-    """Measures the shards of a stage, and stores the columns of each shard."""
+    """Protocol of an object that measures the shards of a stage and stores the columns of each shard."""
 
     def measure(
         self,
@@ -41,13 +43,14 @@ class Executor(Protocol):
         until: float,
         moved: Callable[[int], None],
     ) -> Iterator[tuple[int, Columns]]:
-        """Yield each shard with its columns after it is measured and stored; stop early at the deadline `until`.
+        """Measure and store the shards of a stage, and yield the index and the columns of each shard when it is
+        finished. No shard is started after the deadline `until`.
 
         `moved` is called with the number of finished examples in shards that are not finished yet.
         """
 
     def pause(self) -> None:
-        """Release the resources that are not needed before the next stage."""
+        """Release resources, such as worker processes, that are not needed before the next stage."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ class Inline:
         until: float,
         moved: Callable[[int], None],
     ) -> Iterator[tuple[int, Columns]]:
-        """Measure the shards in turn, and yield each with its columns; stop at the deadline `until`."""
+        """Measure and store the shards of a stage one after another, and yield the index and the columns of each shard.
+        Stop at the deadline `until`.
+        """
         assert self.work is not None
         for shard, task in tasks.items():
             if time.perf_counter() >= until:
@@ -89,19 +94,19 @@ class Inline:
             yield shard, columns
 
     def pause(self) -> None:
-        """Do nothing, because the model belongs to the process of the run."""
+        """Do nothing, because this executor has no worker processes that could be stopped."""
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A model whose calls raise `OutOfTime` after a deadline."""
+    """Wrapper of a model that raises `OutOfTime` for every call after the deadline of a run."""
 
     model: Model
     deadline: float
 
     @property
     def bounds(self) -> Bounds:
-        """Input bounds of the model."""
+        """Lowest and highest valid input values of the model."""
         return self.model.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:

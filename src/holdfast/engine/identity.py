@@ -1,4 +1,4 @@
-"""Identity of a run: the digest of the code that determines its results, the versions and the hardware."""
+"""Identity of a run: the digest of the code that determines its results, the versions of software, and the hardware."""
 
 import hashlib
 import os
@@ -36,7 +36,9 @@ A run can be resumed after a change of this code.
 
 @cache
 def code_digest() -> str:
-    """Return the SHA-256 over the code that determines the measurements and the versions of torch and numpy, in hex."""
+    """Return the SHA-256, in hex, of the code that determines measured numbers and of the versions of
+    torch and numpy.
+    """
     sha = hashlib.sha256(f"torch {torch.__version__} numpy {np.__version__}\n".encode())
     package = Path(holdfast.__file__).parent
     for name in DECIDING:
@@ -48,7 +50,7 @@ def code_digest() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the software that determines the measurements, by name."""
+    """Return the versions of Holdfast, Python, torch and numpy, by name, for the manifest of a run."""
     return {
         "holdfast": holdfast.__version__,
         "python": platform.python_version(),
@@ -58,7 +60,9 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device, processes: int = 1) -> str:
-    """Return a description of the machine and the number of processes, in one line, without the host name."""
+    """Return one line of text that describes the processor and the accelerator of this machine and the number of
+    processes of a run. It does not contain the host name.
+    """
     threads = torch.get_num_threads()
     cores = f"{os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, {platform.machine()}"
     if device.type == "cpu":

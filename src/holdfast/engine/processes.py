@@ -1,4 +1,5 @@
-"""Worker processes that measure shards. They are started when needed, and replaced if they die.
+"""Worker processes that measure the shards of a run. They are started when needed, and replaced if they end
+unexpectedly.
 
 The process of the run sends tasks and stores the returned columns; a worker (`worker.py`) writes no files. If a worker
 dies, its shard is measured again.
@@ -100,17 +101,17 @@ class _Worker:
                 write_message(pipe, content)
 
     def send(self, content: bytes) -> None:
-        """Send a message."""
+        """Send a message to the worker process."""
         self._outgoing.put(content)
 
     def has_ended(self) -> bool:
-        """Whether the process has ended, and its last messages were awaited for long enough."""
+        """Return whether the worker process has ended and enough time has passed to receive its last messages."""
         if self.process.poll() is not None and math.isinf(self.ended_at):
             self.ended_at = time.monotonic()
         return time.monotonic() - self.ended_at > _AWAITED_S
 
     def end(self) -> None:
-        """Kill the process, and wait for its end."""
+        """Kill the worker process, and wait for its end."""
         self.process.kill()
         self.process.wait()
         self._outgoing.put(None)
@@ -118,7 +119,9 @@ class _Worker:
 
 @dataclass
 class Processes:
-    """Executor with at most `size` worker processes. `setup` opens the model and the data in each of them."""
+    """Executor that measures shards in at most `size` worker processes. Each process opens the model and the data by
+    calling `setup`.
+    """
 
     setup: bytes
     """the pickled `Setup` that each worker calls"""
@@ -135,7 +138,8 @@ class Processes:
         until: float,
         moved: Callable[[int], None],
     ) -> Iterator[tuple[int, Columns]]:
-        """Yield each shard with its columns after a worker has measured it and it is stored.
+        """Measure the shards of a stage in worker processes, and yield the index and the columns of each shard when it
+        is stored.
 
         After the deadline `until`, no further shard is started.
         """
@@ -245,8 +249,8 @@ class Processes:
             )
 
     def pause(self) -> None:
-        """Kill all workers, so that their memory is released, and wait for their end. A later stage
-        starts new workers.
+        """Kill all worker processes and wait for their end, so that their memory is released. A later stage starts new
+        ones.
         """
         for worker in self._workers:
             worker.process.kill()
@@ -257,7 +261,7 @@ class Processes:
 
 @contextmanager
 def worker_processes(setup: Setup, size: int) -> Iterator[Processes]:
-    """Context manager that yields an executor with worker processes, which are killed on exit."""
+    """Context manager that yields an executor with worker processes, which are killed at the end of the context."""
     try:
         content = pickle.dumps(setup)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -270,7 +274,7 @@ def worker_processes(setup: Setup, size: int) -> Iterator[Processes]:
 
 
 def unshared(error: Exception) -> UsageError:
-    """Return the error for a model or data that cannot be pickled for another process."""
+    """Return the error for a model or data that cannot be pickled, and so cannot be sent to a worker process."""
     return UsageError(
         f"a worker process cannot receive the model, the data or an attack ({type(error).__name__}: {error}); define "
         "them in a file that can be imported, or give addresses such as file.py:factory, or leave --workers out"
@@ -278,7 +282,7 @@ def unshared(error: Exception) -> UsageError:
 
 
 def import_path() -> list[str]:
-    """Return the import path of a worker: that of this process without the current folder.
+    """Return the module search path of a worker process, which is that of this process without the current folder.
 
     If this process has imported a module from the current folder, as a script may do, the folder is added at the end.
     """
@@ -291,7 +295,7 @@ def import_path() -> list[str]:
 
 
 def write_message(file: IO[bytes], content: bytes) -> None:
-    """Write a message to a pipe."""
+    """Write a message and its length to the pipe between the process of a run and a worker process."""
     for part in (LENGTH.pack(len(content)), content):
         left = memoryview(part)
         while left:  # an unbuffered file may write a part
@@ -300,14 +304,14 @@ def write_message(file: IO[bytes], content: bytes) -> None:
 
 
 def skip_to(beginning: bytes, file: IO[bytes]) -> None:
-    """Read and discard the bytes of a pipe up to and including `beginning`, or to its end."""
+    """Read and discard the bytes of a pipe until the bytes `beginning` were read, or until the end of the pipe."""
     last = b""
     while last != beginning and (byte := file.read(1)):
         last = (last + byte)[-len(beginning) :]
 
 
 def read_message(file: IO[bytes]) -> bytes | None:
-    """Return the next message of a pipe, or None at its end or if it ends inside a message."""
+    """Return the next message from a pipe, or None if the pipe ends before the message is complete."""
     head = _read(file, LENGTH.size)
     return None if head is None else _read(file, LENGTH.unpack(head)[0])
 

@@ -1,4 +1,4 @@
-"""Progress of a run, and messages for the user during a run."""
+"""State of the progress of a run, and types of functions that show progress and messages to the user."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Step:
-    """State of the progress of a run."""
+    """State of the progress of a run: the current stage, the number of finished examples, and the number
+    that survive.
+    """
 
     stage: str
     """name of the current stage, such as `1-apgd-ce`"""
@@ -27,7 +29,7 @@ Progress = Callable[[Step], None]
 
 
 def silent(step: Step) -> None:
-    """Do nothing. The default for a progress function."""
+    """Ignore the progress of a run. This is the default of functions that accept a progress callback."""
 
 
 Notify = Callable[[str], None]
@@ -35,4 +37,4 @@ Notify = Callable[[str], None]
 
 
 def ignore(message: str) -> None:
-    """Do nothing. The default for a function that shows messages."""
+    """Ignore a message for the user. This is the default of functions that accept a callback for messages."""

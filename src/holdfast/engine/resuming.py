@@ -1,4 +1,4 @@
-"""Command lines that repeat a run or resume a stopped run."""
+"""Functions that return the command line with which a run can be repeated or a stopped run can be resumed."""
 
 import shlex
 import shutil
@@ -13,7 +13,7 @@ from holdfast.store.folder import stored_manifest
 
 
 def way_out(command: str, run: Path, *, max_queries: int | None = None) -> str:
-    """Return a sentence that states how to resume a stopped run.
+    """Return the end of an error message, which states how to resume a stopped run.
 
     It contains the command line `command` or, if that is empty, the arguments of the Python function. `max_queries` is
     a new limit on the rows that are sent to a server.
@@ -35,7 +35,7 @@ class _WayOut(Protocol):
 
 @contextmanager
 def resumable(again: str, with_more: _WayOut) -> Iterator[None]:
-    """Context manager that adds to some errors how to resume the run.
+    """Context manager that adds to errors from a model behind a server a sentence on how to resume the run.
 
     These are the errors for a lost server, for a refused input, and for a spent limit on the rows. For a spent limit,
     the command sets twice the limit.
@@ -50,7 +50,7 @@ def resumable(again: str, with_more: _WayOut) -> Iterator[None]:
 
 @contextmanager
 def lent() -> Iterator[Path]:
-    """Context manager that yields a temporary folder for a run, which is deleted on exit.
+    """Context manager that yields a temporary folder for a run, and deletes the folder at the end of the context.
 
     After an error, the folder is kept if the run can be resumed.
     """
@@ -68,7 +68,9 @@ def lent() -> Iterator[Path]:
 
 
 def repeatable(command: str) -> str:
-    """Return a command line without `--run DIR` and `--resume`, which do not change the results."""
+    """Return the command line of a run without the options `--run DIR` and `--resume`, which do not
+    change its results.
+    """
     words = _words(without(command, "--run"))
     return shlex.join(word for word in words if word != "--resume")
 
@@ -82,7 +84,7 @@ def _words(command: str) -> list[str]:
 
 
 def without(command: str, option: str) -> str:
-    """Return a command line without an option and its value."""
+    """Return a command line from which one option and its value were removed."""
     words, kept = iter(_words(command)), []
     for word in words:
         if word == option:

@@ -1,4 +1,4 @@
-"""One attempt at a run: computes the artefacts that are not stored yet, and stores each of them.
+"""Execution of the steps of a run: each artefact that is not stored yet is computed and stored.
 
 `Run.document`, `Run.stage` and `Run.step` are the steps of a run. A step is skipped if its artefact is stored. A stage
 with shards is divided among the processes of the executor, and each shard is stored when it is finished.
@@ -27,7 +27,9 @@ def _nothing(stage: str, shard: int | None) -> None:
 
 @dataclass(frozen=True)
 class Shards:
-    """Functions that describe the work of a stage with shards."""
+    """Functions that define how a stage is divided into shards, how a shard is measured, and how the results are
+    joined.
+    """
 
     filled: Callable[[int], Columns | None]
     """function that returns the columns of a shard in which nothing has to be measured, or None for other shards"""
@@ -44,7 +46,9 @@ class Shards:
 
 @dataclass(frozen=True)
 class Run:
-    """The store, the limits and the executor of one attempt at a run."""
+    """One attempt to complete a run, which starts or resumes it: the store of its artefacts, its limits and its
+    executor.
+    """
 
     stages: tuple[str, ...]
     """names of the steps that take time, in their order"""
@@ -64,7 +68,9 @@ class Run:
     of a stage is stored"""
 
     def document(self, kind: str, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return the document of a kind, which is computed and stored unless it is stored already."""
+        """Return the JSON document of the given kind from the store of the run. If it is not stored, it is computed and
+        stored first.
+        """
         content = self.store.document(kind)
         if content is None:
             content = compute()
@@ -72,13 +78,13 @@ class Run:
         return content
 
     def record(self, kind: str, content: Mapping[str, Any]) -> None:
-        """Store a document. If a signal arrives, it takes effect after the write."""
+        """Store a JSON document of the run. An interrupt signal that arrives during the write takes effect after it."""
         with self.stopper.finishing():
             self.store.record(kind, content)
 
     def stage(self, name: str, compute: Callable[[], Columns]) -> StoredStage:
-        """Return the columns of a stage without shards, which are computed and stored unless they
-        are stored already.
+        """Return the columns of a stage that is not divided into shards. If they are not stored, they are computed and
+        stored first.
         """
 
         def measured() -> StoredStage:
@@ -90,7 +96,7 @@ class Run:
         return self.step(name, measured)
 
     def step(self, name: str, compute: Callable[[], StoredStage]) -> StoredStage:
-        """Return the artefact of a step, which is computed and stored unless it is stored already."""
+        """Return the artefact of a step of the run. If it is not stored, it is computed and stored first."""
         if (stored := self.store.stage(name)) is not None:
             return stored
         self.store.begin(name, 0)
@@ -103,7 +109,8 @@ class Run:
         return artefact
 
     def sharded_stage(self, name: str, shards: Callable[[], Shards]) -> StoredStage:
-        """Return the columns of a stage with shards. The executor measures the shards that are not stored yet.
+        """Return the columns of a stage that is divided into shards. The executor of the run measures those shards that
+        are not stored yet.
 
         `shards` is a function that returns the work; it is called unless the whole stage is stored.
         """
@@ -131,7 +138,8 @@ class Run:
         return artefact
 
     def keep(self, stage: str, shard: int, columns: Columns, stopwatch: Stopwatch | None = None) -> None:
-        """Store a finished shard and its time. If a signal arrives, it takes effect after the write.
+        """Store the columns of a finished shard, and the time that it took. An interrupt signal that arrives during the
+        write takes effect after it.
 
         Without a stopwatch, only the end of the shard is recorded, because its time was stored before.
         """
@@ -144,8 +152,8 @@ class Run:
         self.stored(stage, shard)
 
     def room(self, stage: str, shard: int) -> Room:
-        """Return the room for a shard: the batch size after earlier stages, and the batch splits of this shard in
-        earlier attempts.
+        """Return the batch sizes for a shard, reduced wherever earlier stages or earlier attempts at this shard ran out
+        of memory.
 
         Splits of other shards of the same stage are ignored, because it depends on the executor which of them are
         measured first.
@@ -163,11 +171,13 @@ class Run:
         return Room(size, splits, halved)
 
     def split(self, stage: str, shard: int, row: int, size: int) -> None:
-        """Record that memory ran out, before the run continues with smaller batches."""
+        """Record that memory ran out at a row of a shard, and the smaller batch size with which the run continues."""
         with self.stopper.finishing():
             self.store.add_split(stage, shard, row, size)
 
     def report(self, stage: str, done: int, of: int, standing: int, examples: int) -> None:
-        """Report the progress of a stage to the function `progress`."""
+        """Call the progress function of the run with the number of finished examples of a stage and the number that
+        survive.
+        """
         place = self.stages.index(stage) + 1
         self.progress(Step(stage, place, len(self.stages), done, of, standing, examples))

@@ -1,4 +1,5 @@
-"""Handling of Ctrl-C and SIGTERM: the run is stopped after a write in progress, with a message on how to resume it.
+"""Handling of Ctrl-C and SIGTERM during a run: a write in progress is finished, and a message states how to resume the
+run.
 
 Files of a run are either complete or absent, so the run may stop at any point. The first signal stops the run at once,
 or at the end of a write in progress. A second signal stops it even during a write.
@@ -16,8 +17,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised on a signal at the current point of the program. It is not an `Exception`, so that no
-    handler catches it.
+    """Raised by the signal handler of a run on Ctrl-C or SIGTERM. It is not an `Exception`, so that `except Exception`
+    does not catch it.
     """
 
     def __init__(self, number: int) -> None:
@@ -26,7 +27,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stopper:
-    """Signal handler that delays the first signal during a write."""
+    """Handler of Ctrl-C and SIGTERM that stops a run, after the end of a write if one is in progress."""
 
     def __init__(self) -> None:
         self._busy = False
@@ -34,7 +35,9 @@ class Stopper:
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
-        """Context manager for a write: the first signal during the write takes effect at its end."""
+        """Context manager for writing a file of a run. If a first interrupt signal arrives during the write, it takes
+        effect at the end of the write.
+        """
         self._busy = True
         try:
             yield
@@ -53,8 +56,8 @@ class Stopper:
 
 @contextmanager
 def stoppable(way_out: str) -> Iterator[Stopper]:
-    """Context manager that installs the signal handlers for a run; a signal raises `Interrupted` with the text
-    `way_out`.
+    """Context manager in which Ctrl-C and SIGTERM stop a run. It then raises `Interrupted` with the text `way_out`,
+    which states how to resume.
 
     Only the main thread of a process may handle signals; in other threads the handlers are not changed.
     """

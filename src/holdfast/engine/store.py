@@ -1,4 +1,4 @@
-"""Stores of the artefacts of a run, in memory or in a run folder.
+"""Storage of the artefacts of a run, in memory or in a run folder.
 
 An artefact is the columns of a stage or a JSON document. It is written once. Shards of an incomplete stage are stored
 one by one, so that a stopped run loses at most one shard for each process.
@@ -16,10 +16,10 @@ from holdfast.store.folder import Split, StoredStage
 
 
 class Store(Protocol):
-    """Storage of the artefacts of a run. `RunFolder` is a store whose artefacts remain after the end of the process."""
+    """Protocol of a storage of the artefacts of a run. Those in a `RunFolder` remain after the end of the process."""
 
     def stage(self, name: str) -> StoredStage | None:
-        """Return the columns of a stage, or None if the stage is not complete."""
+        """Return the stored columns of a stage, or None if the stage is not complete."""
 
     def shards(self, stage: str) -> dict[int, Columns]:
         """Return the columns of the finished shards of an incomplete stage, by the index of the shard."""
@@ -34,37 +34,43 @@ class Store(Protocol):
         reached: int | None = None,
         about: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Store the columns of a whole stage, and delete its shards.
+        """Store the columns of a complete stage, and delete those of its separate shards.
 
         `reached` is the number of measured shards if time ran out, and otherwise None. `about` contains plain values
         that describe the columns.
         """
 
     def document(self, kind: str) -> Mapping[str, Any] | None:
-        """Return a stored document, such as the doubts, or None if there is none."""
+        """Return a stored JSON document of a run, such as that with the doubts, or None if it is not stored."""
 
     def record(self, kind: str, content: Mapping[str, Any]) -> None:
-        """Store a document. It replaces an earlier one of the same kind."""
+        """Store a JSON document of a run. It replaces an earlier document of the same kind."""
 
     def splits(self) -> Sequence[Split]:
-        """Return the batch splits after memory ran out, in order."""
+        """Return where in a run memory ran out, and the smaller batch size that was used from there on, in order of
+        time.
+        """
 
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
-        """Record that memory ran out before row `at` of a shard; batches have `size` examples from there on."""
+        """Record that memory ran out before row `at` of a shard, and that batches contain `size` examples from there
+        on.
+        """
 
     def begin(self, stage: str, shard: int) -> None:
-        """Record that an attempt at a shard begins."""
+        """Record that the measurement of a shard begins."""
 
     def spend(self, stage: str, shard: int, seconds: Seconds, *, done: bool) -> None:
-        """Add `seconds` to the time of a shard."""
+        """Add `seconds` to the recorded computing time of a shard."""
 
     def spent(self, stage: str) -> Seconds:
-        """Return the time of a stage over all attempts."""
+        """Return the computing time of a stage, including the time before a run was interrupted and resumed."""
 
 
 @dataclass
 class MemoryStore:
-    """A store in memory, whose artefacts are lost at the end of the process. Nothing is converted to JSON or copied."""
+    """Storage of the artefacts of a run in memory. They are neither copied nor converted to JSON, and are lost at the
+    end of the process.
+    """
 
     _stages: dict[str, StoredStage] = field(default_factory=dict)
     _shards: defaultdict[str, dict[int, Columns]] = field(default_factory=lambda: defaultdict(dict))
@@ -73,7 +79,7 @@ class MemoryStore:
     _seconds: defaultdict[str, Seconds] = field(default_factory=lambda: defaultdict(Seconds))
 
     def stage(self, name: str) -> StoredStage | None:
-        """Return the columns of a stage, or None if the stage is not complete."""
+        """Return the stored columns of a stage, or None if the stage is not complete."""
         return self._stages.get(name)
 
     def shards(self, stage: str) -> dict[int, Columns]:
@@ -91,36 +97,40 @@ class MemoryStore:
         reached: int | None = None,
         about: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Store the columns of a whole stage, and delete its shards."""
+        """Store the columns of a complete stage, and delete those of its separate shards."""
         self._stages[stage] = StoredStage(columns, reached, about)
         self._shards.pop(stage, None)
 
     def document(self, kind: str) -> Mapping[str, Any] | None:
-        """Return a stored document, or None if there is none."""
+        """Return a stored JSON document of a run, or None if it is not stored."""
         return self._documents.get(kind)
 
     def record(self, kind: str, content: Mapping[str, Any]) -> None:
-        """Store a document. It replaces an earlier one of the same kind."""
+        """Store a JSON document of a run. It replaces an earlier document of the same kind."""
         self._documents[kind] = content
 
     def splits(self) -> Sequence[Split]:
-        """Return the batch splits after memory ran out, in order."""
+        """Return where in a run memory ran out, and the smaller batch size that was used from there on, in order of
+        time.
+        """
         return self._splits
 
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
-        """Record that memory ran out before row `at` of a shard; batches have `size` examples from there on."""
+        """Record that memory ran out before row `at` of a shard, and that batches contain `size` examples from there
+        on.
+        """
         self._splits.append({"stage": stage, "shard": shard, "at": at, "size": size})
 
     def begin(self, stage: str, shard: int) -> None:
-        """Do nothing, because attempts are recorded in a folder only."""
+        """Do nothing, because the beginning of a shard is recorded only in a run folder."""
 
     def spend(self, stage: str, shard: int, seconds: Seconds, *, done: bool) -> None:
-        """Add `seconds` to the time of a stage."""
+        """Add `seconds` to the recorded computing time of a stage."""
         before = self._seconds[stage]
         self._seconds[stage] = Seconds(before.cpu + seconds.cpu, before.wall + seconds.wall)
 
     def spent(self, stage: str) -> Seconds:
-        """Return the time of a stage."""
+        """Return the recorded computing time of a stage."""
         return self._seconds[stage]
 
 
@@ -130,7 +140,7 @@ _RECORDED_S = 1.0
 
 @dataclass
 class Stopwatch:
-    """Measures the time of a shard, and adds it to the store at intervals."""
+    """Measures the computing time of a shard, and adds it to the store of a run at regular intervals."""
 
     store: Store
     stage: str
@@ -141,7 +151,9 @@ class Stopwatch:
     _wall: float = field(default_factory=time.perf_counter)
 
     def tick(self, *, done: bool = False, least: float = _RECORDED_S) -> None:
-        """Store the time since the last call, if it is at least `least` seconds or the shard is `done`."""
+        """Store the computing time since it was last stored, if at least `least` seconds have passed or the shard is
+        `done`.
+        """
         cpu, wall = time.process_time(), time.perf_counter()
         if done or wall - self._wall >= least:
             seconds = Seconds(cpu - self._cpu if self.cpu else 0.0, wall - self._wall)

@@ -1,4 +1,4 @@
-"""A worker process that measures shards (`processes.py`): it reads tasks from a pipe and writes columns to another one.
+"""A worker process that measures shards of a run. It reads tasks from a pipe and writes columns to another pipe.
 
 It ends when the pipe is closed, which happens whenever the process of the run ends. The first letter of a message is
 its kind: R ready, T time and progress, S batch split, C columns, L out of time, E error.
@@ -27,8 +27,8 @@ _REPORTED_S = 1.0
 
 
 def main(inbox: int, outbox: int) -> int:
-    """Measure the tasks from the file descriptor `inbox` until its end, write messages to `outbox`, and return the exit
-    code.
+    """Measure the tasks that arrive at the file descriptor `inbox` until its end, write the results to `outbox`, and
+    return the exit code of the process.
     """
     # unbuffered: a buffer would be written again when it is closed, and is locked while a thread reads into it
     with os.fdopen(inbox, "rb", buffering=0) as tasks, os.fdopen(outbox, "wb", buffering=0) as pipe:
@@ -67,7 +67,7 @@ class _Driver:
         self._messages.put(None)
 
     def next(self) -> Any:
-        """The next object; None at the end."""
+        """Return the next object that was sent to the worker process, or None at the end of the pipe."""
         message = self._messages.get()
         # sent by the process that started this one
         return None if message is None else pickle.loads(message)  # noqa: S301

@@ -1,4 +1,5 @@
-"""Masked models: small versions of defences that seem robust under a naive evaluation.
+"""Masked models, which are small versions of published defences that seem robust only because their gradients are
+masked.
 
 They serve to test whether the doubts about such an evaluation are raised; none of them is suitable as a defence. Each
 is built like the defence in its paper, within seconds on 5,000 digits, and is compared with an undefended twin, which

@@ -1,4 +1,4 @@
-"""Masked models whose activations are discontinuous or random."""
+"""Models with masked gradients whose activation functions are discontinuous or random."""
 
 from functools import partial
 
@@ -16,13 +16,15 @@ SAMPLES = 0.28
 
 
 def winners(h: Tensor) -> Tensor:
-    """Return a tensor with the largest 5 % of the activations `h` (n, …) of each example, and zero for all others."""
+    """Apply the k-winners-take-all activation: keep the largest 5 % of the activations of each example, and set the
+    others to zero.
+    """
     flat, least = _ranked(h)
     return (flat * (flat >= least)).view_as(h)
 
 
 def nearly(h: Tensor) -> Tensor:
-    """Return a continuous approximation of the k-winners-take-all activation (`winners`).
+    """Return a continuous approximation of the k-winners-take-all activation, whose gradients are useful for an attack.
 
     Each activation is multiplied by a sigmoid that is centred at the smallest unchanged value. The width of the sigmoid
     is a tenth of the standard deviation of the activations.
@@ -38,13 +40,14 @@ def _ranked(h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Pruned(nn.Module):
-    """Layer that sets random activations to zero and scales up the others, so that their expected values do not change.
+    """Layer that sets random activations to zero and scales up the others, so that the expected value of each
+    activation does not change.
 
     The probability that an activation remains increases with its absolute value.
     """
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return the pruned activations.
+        """Return the activations `h`, of which random ones are set to zero and the others are scaled up.
 
         The probabilities are those of `SAMPLES` times the number of activations, sampled with replacement.
         """
@@ -56,12 +59,14 @@ class Pruned(nn.Module):
 
 
 def jumping(digits: Batch, twin: nn.Module) -> nn.Module:
-    """Return a network trained on `digits` with k-winners-take-all instead of ReLUs after its convolutions."""
+    """Return a network trained on digits with the discontinuous activation k-winners-take-all instead of ReLU after its
+    convolutions.
+    """
     return trained_on_digits(lambda: digit_network(act=partial(through, winners, nearly)), digits, epochs=8)
 
 
 def pruned(digits: Batch, twin: nn.Module) -> nn.Module:
-    """Return a copy of the undefended network in which activations of the convolutions are pruned at random.
+    """Return a copy of the undefended network `twin` in which activations of the convolutions are randomly set to zero.
 
     The remaining activations are scaled, so that their expected values do not change.
     """

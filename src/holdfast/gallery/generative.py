@@ -1,4 +1,4 @@
-"""Masked models that project inputs onto the range of a generator."""
+"""Models with masked gradients that replace each input by the most similar output of a generator."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,9 @@ DESCENTS, STEP = 5, 0.2
 
 
 class Autoencoder(nn.Module):
-    """A generator of digits, and an encoder that estimates the latent vector of a digit."""
+    """Autoencoder of digits: an encoder that returns the latent vector of an image, and a generator that returns the
+    image of a latent vector.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,13 +28,16 @@ class Autoencoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the reconstruction of `x`: the generator's output for the latent vector that the encoder estimates."""
+        """Return the reconstruction of the images `x`, which the generator computes from the latent vectors of the
+        encoder.
+        """
         drawn: Tensor = self.generator(self.encoder(x))
         return drawn.view_as(x)
 
 
 class Projected(nn.Module):
-    """Layer that projects a digit onto the range of a generator, by gradient descent in the latent space.
+    """Layer that replaces an image of a digit by a similar output of a generator, found by gradient descent in the
+    latent space.
 
     The descent starts from the estimate of the encoder.
     """
@@ -42,7 +47,7 @@ class Projected(nn.Module):
         self.pair = pair
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the projected images, detached from the graph."""
+        """Return the outputs of the generator that replace the images `x`, without a gradient with respect to `x`."""
         seen = x.detach()
         z = self.pair.encoder(seen)
         for _ in range(DESCENTS):
@@ -56,7 +61,9 @@ class Projected(nn.Module):
 
 
 def projected(digits: Batch, twin: nn.Module) -> nn.Module:
-    """Return the twin with a projection of its inputs. The autoencoder is its differentiable approximation."""
+    """Return the undefended network `twin` behind a layer that projects inputs onto the outputs of a generator. Attacks
+    may use the autoencoder as its differentiable approximation.
+    """
 
     def far(net: nn.Module, batch: Batch) -> Tensor:
         return 100 * F.mse_loss(net(batch.x), batch.x)

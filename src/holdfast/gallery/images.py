@@ -1,5 +1,5 @@
-"""Masked models that transform images before the network, so that gradients are zero, noisy or depend on random
-numbers.
+"""Models with masked gradients that transform images before the network, so that gradients are zero,
+noisy or random.
 """
 
 import math
@@ -24,14 +24,16 @@ DESCENTS, WEIGHT, STEP = 6, 0.02, 0.2
 
 
 class Rounded(nn.Module):
-    """Layer that rounds pixels to `bits` bits. Images from files have 8 bits, so the default does not change them."""
+    """Layer that rounds pixels to `bits` bits. Images from files have 8 bits, so the default value does not change
+    them.
+    """
 
     def __init__(self, bits: int = 8) -> None:
         super().__init__()
         self.levels = 2**bits - 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the pixels, each rounded to the nearest level."""
+        """Return the images `x`, in which each pixel is rounded to the nearest of the possible levels."""
         rounded: Tensor = (x * self.levels).round() / self.levels
         return rounded
 
@@ -40,24 +42,25 @@ class Compressed(nn.Module):
     """Layer that compresses images as JPEG and decompresses them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the decompressed images."""
+        """Return the images `x` after JPEG compression and decompression."""
         rows = torch.arange(len(x), device=x.device)
         return jpeg_compression(x, (QUALITY,), rows, Draws(0))
 
 
 class Thermometer(nn.Module):
-    """Layer that replaces each pixel by `CODE` indicators of the levels that it exceeds.
+    """Layer that encodes each pixel as a thermometer code: a vector with a one for each level that the pixel exceeds,
+    and zeros otherwise.
 
     Its input has one channel, and its output `CODE` channels.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the indicators, which are zeros and ones."""
+        """Return the thermometer code of each pixel of the images `x`, which consists of zeros and ones."""
         return (x > _levels(x)).to(x.dtype)
 
 
 def thermometer_slope(x: Tensor) -> Tensor:
-    """Return the differentiable approximation of a thermometer code by Athalye et al.
+    """Return the differentiable approximation of the thermometer code of pixels by Athalye et al.
 
     It is the amount by which a pixel exceeds each level, clamped to 0 and 1.
     """
@@ -69,10 +72,12 @@ def _levels(x: Tensor) -> Tensor:
 
 
 class Shattered(nn.Module):
-    """Layer that adds an invisible but very steep ripple, so that the sign of the gradient is practically random."""
+    """Layer that adds an invisible but very steep ripple to images, so that the sign of the gradient is practically
+    random.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the images with the ripple."""
+        """Return the images `x` with the ripple added."""
         return x + RIPPLE * torch.sin(2 * math.pi / PERIOD * x)
 
 
@@ -83,8 +88,8 @@ class Resized(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the transformed images. Size and position are the same for all images of a batch, and new in each
-        call.
+        """Return the images `x`, shrunk and padded. Size and position are random in each call, but the same for all
+        images of a batch.
         """
         side = x.shape[-1]
         small = int(torch.randint(SMALLEST, side + 1, ()))
@@ -95,12 +100,12 @@ class Resized(nn.Module):
 
 
 class Denoised(nn.Module):
-    """Layer that denoises images by a few steps of gradient descent on the squared distance plus the total
+    """Layer that denoises images by a few steps of gradient descent on the squared distance to the input plus the total
     variation.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the smoothed images, detached from the graph."""
+        """Return the denoised images, without a gradient with respect to the input."""
         seen, z = x.detach(), x.detach()
         for _ in range(DESCENTS):
             z = z.detach().requires_grad_()
@@ -116,7 +121,7 @@ def _variation(x: Tensor) -> Tensor:
 
 
 def coded(digits: Batch, twin: nn.Module) -> nn.Module:
-    """Return a network that is trained on thermometer codes of the digits."""
+    """Return a network that is trained on digits whose pixels are encoded as thermometer codes."""
     return trained_on_digits(
         lambda: nn.Sequential(through(Thermometer(), thermometer_slope), digit_network(CODE)), digits
     )

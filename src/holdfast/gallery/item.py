@@ -1,4 +1,4 @@
-"""The description of a masked model in the gallery."""
+"""The description of a model with masked gradients in the gallery of such models."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ EPS = 0.15
 
 @dataclass(frozen=True)
 class Item:
-    """A masked model and how it is built.
+    """A model with masked gradients: its name, its paper, and the function that builds it.
 
     Its twin is the network of `training.undefended`. The masked model contains this network, or is a network that is
     trained in a similar way.

@@ -1,4 +1,6 @@
-"""Masked models whose softmax is saturated: the gradient of the cross-entropy is zero, that of the margin is not."""
+"""Models with masked gradients whose softmax is saturated: the gradient of the cross-entropy is zero, but that of the
+margin is not.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,12 +21,13 @@ class Times(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `factor * x`."""
+        """Return the input `x` multiplied by the constant `factor`."""
         return self.factor * x
 
 
 def distilled(digits: Batch, twin: nn.Module) -> nn.Module:
-    """Return a network distilled from a teacher. Both are trained at temperature 100.
+    """Return a network that was trained on the outputs of a teacher network (defensive distillation), both with a
+    softmax at temperature 100.
 
     The result is used without the temperature, so that its logits are large.
     """
@@ -42,7 +45,9 @@ def distilled(digits: Batch, twin: nn.Module) -> nn.Module:
 
 
 def saturated(digits: Batch, twin: nn.Module) -> nn.Module:
-    """Return the twin followed by a softmax so sharp that most probabilities are 0 or 1 in float32."""
+    """Return the undefended network `twin` followed by such a sharp softmax that most probabilities are exactly 0 or 1
+    in float32.
+    """
     return nn.Sequential(twin, Times(SHARPNESS), nn.Softmax(1))
 
 

@@ -14,7 +14,8 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 def digit_network(channels: int = 1, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
-    """Return an untrained network with two convolutions and two linear layers for images of 28 x 28 pixels.
+    """Return an untrained convolutional network for images of 28 x 28 pixels, with two convolutions and two linear
+    layers.
 
     `channels` is the number of input channels, and `act` builds the activation after each convolution.
     """
@@ -31,7 +32,7 @@ def digit_network(channels: int = 1, act: Callable[[], nn.Module] = nn.ReLU) -> 
 
 
 def training_loss(net: nn.Module, batch: Batch) -> Tensor:
-    """Return the cross-entropy of the predictions of `net` on `batch`."""
+    """Return the mean cross-entropy of the network `net` on a batch."""
     return F.cross_entropy(net(batch.x), batch.y)
 
 
@@ -44,7 +45,8 @@ def trained_on_digits(
     lr: float = 4e-3,
     seed: int = 0,
 ) -> nn.Module:
-    """Train the network that `build` returns with Adam, and return it frozen and in eval mode.
+    """Train a new network on digits with the optimiser Adam, and return it frozen and in eval mode. The function
+    `build` creates the network.
 
     The state of torch's random number generators is restored.
     """
@@ -64,5 +66,7 @@ def trained_on_digits(
 
 
 def undefended(digits: Batch) -> nn.Module:
-    """Return the network without a defence that is trained on `digits`. It is the twin of every item."""
+    """Return a network without a defence that is trained on digits, with which each model with masked gradients is
+    compared.
+    """
     return trained_on_digits(digit_network, digits)

@@ -1,1 +1,3 @@
-"""Gates: conditions on a metric, judged on its confidence interval. `grammar` parses them and does not import torch."""
+"""Gates, which are conditions on a metric that are judged on its confidence interval. The module `grammar` parses them
+and does not import torch.
+"""

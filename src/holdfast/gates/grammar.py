@@ -1,5 +1,5 @@
-"""Parses gates: `METRIC[@EPS] (>=|<=) NUMBER [vs baseline | of static]`. It does not import torch, so that an invalid
-gate is refused early.
+"""Parses gates such as `robust_accuracy >= 0.40`. The module does not import torch, so that an invalid gate is refused
+early.
 
 >>> claim = parse("robust_accuracy@8/255 >= 0.4")
 >>> claim.metric, claim.relation, claim.bound, round(claim.eps, 4)
@@ -40,7 +40,7 @@ _PARTS = re.compile(
 
 @dataclass(frozen=True)
 class Claim:
-    """A parsed gate."""
+    """A parsed gate: its metric, its comparison operator and its threshold."""
 
     metric: str
     relation: Relation
@@ -54,7 +54,9 @@ class Claim:
 
 
 def parse(text: str) -> Claim:
-    """Return the parsed gate. Raises `UsageError` with the mistake and the correct form if it is invalid."""
+    """Return the gate in a text such as `robust_accuracy >= 0.40`. Raises `UsageError` with the mistake and the correct
+    form if the text is invalid.
+    """
     parts = _PARTS.fullmatch(text)
     if parts is None:
         words = text.split()
@@ -74,7 +76,9 @@ def parse(text: str) -> Claim:
 
 
 def recorded(text: str) -> Claim:
-    """Return the parsed gate that a run has recorded. Earlier names of metrics are replaced by their current names."""
+    """Return the gate in the text that a finished run has stored. Earlier names of metrics are replaced by their
+    current names.
+    """
     parts = _PARTS.fullmatch(text)
     if parts is None or parts["metric"] not in RENAMED:
         return parse(text)

@@ -1,4 +1,4 @@
-"""Judges gates on confidence intervals, and determines the exit code."""
+"""Judges gates on the confidence intervals of their metrics, and determines the exit code of a command."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,9 +32,7 @@ class Doubts:
 
 @dataclass(frozen=True)
 class AtLeast:
-    """Gate that requires an estimate of at least `bound`. It is judged on the interval of the estimate, not on its
-    value.
-    """
+    """Gate on a metric that must be at least `bound`. The confidence interval of the metric decides, not its value."""
 
     bound: float
 
@@ -51,9 +49,7 @@ class AtLeast:
 
 @dataclass(frozen=True)
 class AtMost:
-    """Gate that requires an estimate of at most `bound`. It is judged on the interval of the estimate, not on its
-    value.
-    """
+    """Gate on a metric that must be at most `bound`. The confidence interval of the metric decides, not its value."""
 
     bound: float
 
@@ -70,7 +66,7 @@ class AtMost:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A gate with its estimate and its verdict."""
+    """A gate, the estimate of its metric with a confidence interval, and its verdict."""
 
     claim: Claim
     estimate: Estimate
@@ -81,7 +77,7 @@ class Judgement:
 
     @property
     def because(self) -> str:
-        """One sentence with the numbers and the reason for the verdict."""
+        """One sentence with the measured value, its confidence interval and the reason for the verdict of the gate."""
         seen, bound = self.estimate, f"{self.claim.bound:g}"
         numbers = f"{seen.value:.4g}, 95 % interval {seen.low:.4g} to {seen.high:.4g}, n = {seen.n}"
         if self.verdict == "unclear" and self._inside():
@@ -111,7 +107,9 @@ def judge(
     baseline: Evidence | None = None,
     confidence: float = 0.95,
 ) -> Judgement:
-    """Return the verdict of a gate on the evidence. Raises `UsageError` with advice if its metric was not measured."""
+    """Return the verdict of one gate on the evidence of a run. Raises `UsageError` with advice if its metric was not
+    measured.
+    """
     refuse_rotation(claim)
     try:
         measured = estimate(claim.metric, evidence, eps=claim.eps, baseline=baseline, confidence=confidence)
@@ -136,7 +134,9 @@ def _against(claim: Claim, doubts: Doubts) -> Doubts:
 
 
 def refuse_rotation(claim: Claim) -> None:
-    """Raise `UsageError` for a gate on parameter sets of a pool, which a run on one model cannot judge."""
+    """Raise `UsageError` for a gate that compares parameter sets of a pool, because it cannot be judged for a single
+    model.
+    """
     if claim.versus == "static" or claim.metric in ROTATION:
         raise UsageError(
             f"gate {claim.text!r} is a condition on parameter sets of a pool, and one model is measured here; give it "
@@ -145,7 +145,9 @@ def refuse_rotation(claim: Claim) -> None:
 
 
 def overall(verdicts: Sequence[Verdict]) -> Verdict:
-    """Return `fail` if any verdict is `fail`, otherwise `unclear` if any is `unclear`, otherwise `pass`."""
+    """Return the verdict of all gates together: `fail` if any gate fails, otherwise `unclear` if any is unclear,
+    otherwise `pass`.
+    """
     if "fail" in verdicts:
         return "fail"
     return "unclear" if "unclear" in verdicts else "pass"
@@ -156,5 +158,7 @@ EXIT_CODES: Mapping[Verdict, int] = {"pass": 0, "fail": 1, "unclear": 4}
 
 
 def exit_code(verdicts: Iterable[Verdict]) -> int:
-    """Return the exit code of all outputs: 0 if all gates pass or there is none, 1 if any fails, else 4."""
+    """Return the exit code of a command for the verdicts of its gates: 0 if all pass or there are none, 1 if any fails,
+    otherwise 4.
+    """
     return EXIT_CODES[overall(tuple(verdicts))]

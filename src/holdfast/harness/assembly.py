@@ -1,4 +1,6 @@
-"""Assembly of measurements: shards are joined to columns, columns to the worst case, and everything to evidence."""
+"""Joins the columns of shards to those of stages, computes the worst case of each example over all attacks, and creates
+the evidence.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +36,9 @@ _NOT_IN_EVIDENCE = ("right", "is_probability")
 
 @dataclass(frozen=True)
 class Context:
-    """The parts of the evidence that are not computed from columns."""
+    """The parts of the evidence that are not computed from the columns of stages, such as the description of the model
+    and the doubts.
+    """
 
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -52,7 +56,7 @@ class Context:
 
 
 def join(shards: Sequence[Columns]) -> dict[str, Tensor]:
-    """Concatenate the columns of the shards of one stage. Of the inputs for the gallery, only the
+    """Concatenate the columns of the shards of one stage. Of the adversarial inputs to be shown in the report, only the
     first dozen are kept.
     """
     names = sorted({name for columns in shards for name in columns})
@@ -65,8 +69,8 @@ def join(shards: Sequence[Columns]) -> dict[str, Tensor]:
 def assemble(
     plan: Outline, by_stage: Mapping[str, Columns], counted: Sequence[Pass] = ()
 ) -> dict[str, Tensor]:
-    """Return the columns of the evidence (see `Evidence`): those of the clean stage, and the worst case of each
-    example.
+    """Return the columns of the evidence: the results for clean inputs, and for each example its worst case over all
+    attacks.
 
     The worst case is over the attacks of the suite and the passes in `counted`.
     """
@@ -138,7 +142,7 @@ def evidence_from(
     *,
     randomised: bool,
 ) -> Evidence:
-    """Return the evidence of a finished measurement.
+    """Return the evidence of a finished measurement, computed from the columns and the time of each stage.
 
     `by_stage` and `seconds` contain the columns and the time of each stage.
     """
@@ -283,7 +287,8 @@ def _gallery(plan: Outline, by_stage: Mapping[str, Columns], counted: Sequence[P
 
 
 def speaking(attacks: Sequence[Columns], kind: str, *, smallest: bool) -> Rows:
-    """Return the rows of the worst case of each example among the stored inputs of several attacks, ordered by id.
+    """Return, for each example, the row index of its worst case among the stored inputs of several attacks. The indices
+    are ordered by the id of the example.
 
     The worst case is the first attack that broke the example or, with `smallest`, the smallest change. If no attack
     broke the example, it is the first stored input. `kind` is the prefix of the columns with the stored inputs.
@@ -303,7 +308,7 @@ def _of_kept(name: str, columns: Columns, kind: str) -> Tensor:
 
 
 def first_of_each(ids: Ids) -> Rows:
-    """Return the first row of each id, ordered by id."""
+    """Return the index of the first occurrence of each distinct id, ordered by id."""
     order = ids.argsort(stable=True)
     first = torch.ones_like(order, dtype=torch.bool)
     first[1:] = ids[order][1:] != ids[order][:-1]

@@ -1,4 +1,4 @@
-"""Treatment of the detector by attacks on a model that rejects inputs."""
+"""How attacks on a model that rejects inputs treat its detector: they ignore it, or evade it at a given threshold."""
 
 import torch
 
@@ -15,7 +15,9 @@ See `Aim.softness`. With a sharp transition, the steps of an attack alternate be
 
 
 def aim_of(against: Against, clean: Columns) -> Aim:
-    """Return how an attack treats the detector, computed from the scores of the detector for the clean inputs."""
+    """Return the weight and the threshold with which an attack evades the detector of a model, computed from the
+    detector's scores for clean inputs.
+    """
     if not against.weight:
         return Aim(beyond=torch.inf)
     scores, width = clean["score"], median_width(clean["class_margin"])

@@ -1,4 +1,4 @@
-"""Runs all stages on all examples in memory, and one stage on one shard as a task.
+"""Runs all stages of a measurement on all examples in memory, or one stage on one shard in a worker process.
 
 A task contains all columns of earlier stages that it needs, so that it can run in another process.
 """
@@ -39,7 +39,7 @@ def measure(
     batch_size: int = 256,
     fit: Batch | None = None,
 ) -> Evidence:
-    """Return the evidence of a list of attacks on `model`; see `measure_plan`."""
+    """Run a list of attacks on the model and the examples in `batches`, and return the evidence."""
     return measure_plan(
         model, batches, Plan(members_of(attacks), threat, seed), batch_size=batch_size, fit=fit
     )
@@ -53,7 +53,8 @@ def measure_plan(
     batch_size: int = 256,
     fit: Batch | None = None,
 ) -> Evidence:
-    """Return the evidence of a plan on `model` and some batches, whose ids must be distinct.
+    """Run all attacks and other measurements of a plan on the model and the examples in `batches`, and return the
+    evidence.
 
     `fit` are further examples, on which learned attacks are fitted. The model is measured in evaluation mode and
     restored afterwards. Raises `UsageError` if an attack needs more access than the threat model allows, or the inputs
@@ -112,7 +113,8 @@ def _shards(
 
 @dataclass(frozen=True)
 class ShardTask:
-    """A stage on the examples `start` to `stop`, with the columns of earlier stages that it needs.
+    """The work of a worker process on one shard: a stage, the range of its examples, and the columns of earlier stages
+    that it needs.
 
     It does not contain the attack, which is in the plan that each worker process has.
     """
@@ -142,7 +144,7 @@ def task_of(
     broken: Mask | None,
     by_stage: Mapping[str, Columns],
 ) -> ShardTask:
-    """Return the task of a stage on one shard. The stage is one that `StageKind.ready` returned.
+    """Return the work of a stage on one shard in a form that can be pickled for a worker process.
 
     `chosen` are the examples of the whole stage, and `broken` those that the suite has broken; see `ShardTask`. The
     columns of the task are copies, because a view of a tensor is pickled with the whole tensor.
@@ -164,12 +166,16 @@ def task_of(
 
 
 def stage_of(task: ShardTask, plan: Plan) -> Stage:
-    """Return the stage of a task, ready to run."""
+    """Return the stage that a worker process runs for a task, with all values from earlier stages that its attack
+    needs.
+    """
     stage = next(stage for stage in plan.stages() if stage.name == task.stage)
     stage = replace(stage, aim=task.aim)
     return stage if task.learned is None else with_learned(stage, task.learned)
 
 
 def shard_rows(columns: Columns, start: int, stop: int) -> dict[str, Tensor]:
-    """Return a copy of the rows `start` to `stop` of those columns that have one row for each example."""
+    """Return a copy of the rows `start` to `stop` of all columns. Tables that do not have one row for each example are
+    left out.
+    """
     return {name: values[start:stop].clone() for name, values in columns.items() if not in_table(name)}

@@ -1,4 +1,5 @@
-"""Adversarial examples from outside the suite: those of fixed passes, the eps curve, the transfer matrix, and probes.
+"""Adversarial examples that were found outside the suite, for example by probes. Those inside the threat model count in
+the verdict.
 
 Those inside the threat model count in the verdict. Columns that begin with `suite_` contain the results of the suite
 alone.
@@ -28,7 +29,9 @@ PROBE = "probe"
 
 @dataclass(frozen=True)
 class Pass:
-    """Adversarial examples of one pass outside the suite, as the columns of an attack on all examples."""
+    """The adversarial examples of one attack or probe outside the suite, as the columns of an attack on
+    all examples.
+    """
 
     stage: str
     """name of the pass in tables, such as `curve-1-fmn` or `probe-noise`"""
@@ -49,14 +52,16 @@ They are in the order of their indices in the column `PROBE` of the stage `FOUND
 
 
 def passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes = ()) -> tuple[Pass, ...]:
-    """Return the passes in their order, without adversarial examples outside the threat model or of ineligible
-    examples.
+    """Return the results of all attacks and probes outside the suite, restricted to adversarial examples inside the
+    threat model.
     """
     return (*stage_passes(plan, by_stage), *probe_passes(plan, by_stage, probes))
 
 
 def stage_passes(plan: Outline, by_stage: Mapping[str, Columns]) -> tuple[Pass, ...]:
-    """Return the passes that are stages of the plan, each with its adversarial examples inside the threat model."""
+    """Return the results of the attacks outside the suite that are stages of the plan, restricted to adversarial
+    examples inside the threat model.
+    """
     clean = by_stage["clean"]
     found = []
     for step in plan.steps:
@@ -68,7 +73,7 @@ def stage_passes(plan: Outline, by_stage: Mapping[str, Columns]) -> tuple[Pass, 
 
 
 def probe_passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes) -> tuple[Pass, ...]:
-    """Return the passes that are probes, each with its adversarial examples inside the threat model."""
+    """Return the results of the probes, restricted to adversarial examples inside the threat model."""
     clean = by_stage["clean"]
     suite = [step for step in plan.steps if step.kind.in_suite and not step.adaptive and not step.wave_of]
     attacks = [{"name": step.attack, **step.settings} for step in suite]

@@ -1,4 +1,4 @@
-"""The plan of a measurement: the attacks, the threat model and the seed, as a list of stages."""
+"""The plan of a measurement, which is a list of stages: the attacks, the threat model and the seed."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -23,7 +23,9 @@ DoubtsWanted = Literal["all", "free", "none"]
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that determines the measurements, except the model, the data and the division of the work."""
+    """Everything that determines the results of a measurement except the model and the data, such as the attacks, the
+    threat model and the seed.
+    """
 
     members: tuple[Member, ...]
     threat: ThreatModel
@@ -55,14 +57,14 @@ class Plan:
     """attacks that are run if raised doubts require them, on the examples that survive all other attacks"""
 
     def stages(self) -> tuple[Stage, ...]:
-        """Return the stages of the plan in the order in which they run: kind by kind, and adaptive
-        attacks at the end.
-        """
+        """Return the stages of the plan in the order in which they run, with those of adaptive attacks at the end."""
         stages = [stage for kind in KINDS.values() for stage in kind.stages(self)]
         return (*(s for s in stages if not s.adaptive), *(s for s in stages if s.adaptive))
 
     def outline(self, classes: int) -> Outline:
-        """Return the plan as plain values, for a model with `classes` classes."""
+        """Return a description of the plan in plain values, which is stored with a run, for a model with `classes`
+        classes.
+        """
         steps = tuple(self._step(stage, classes) for stage in self.stages())
         return Outline(steps, self.threat, self.seed, self.suite, self.smallest)
 
@@ -83,7 +85,7 @@ class Plan:
 
 
 def adaptive_members(constraint: Constraint) -> tuple[Member, ...]:
-    """Return all adaptive attacks under a constraint."""
+    """Return all adaptive attacks that are possible under a constraint, with their names."""
     return tuple(
         Member(arm.name, arm.attack, against=None if arm.weight is None else Against(arm.weight))
         for arm in arms(constraint)
@@ -91,7 +93,8 @@ def adaptive_members(constraint: Constraint) -> tuple[Member, ...]:
 
 
 def on_detector(plan: Plan, *, rejects: bool) -> Plan:
-    """Return the plan with the passes on a detector if the model has one, and otherwise without attacks on detectors.
+    """Return the plan with additional attacks on the detector of the model if it has one, and otherwise without attacks
+    on detectors.
 
     `rejects` states whether the model has a detector.
     """
@@ -102,13 +105,13 @@ def on_detector(plan: Plan, *, rejects: bool) -> Plan:
 
 
 def members_of(attacks: Iterable[Attack]) -> tuple[Member, ...]:
-    """Return members of a suite for a list of attacks, named after the classes of the attacks."""
+    """Return a list of attacks as the members of a suite, each named after its class."""
     return tuple(Member(type(attack).__name__, attack) for attack in attacks)
 
 
 def settings(attack: Attack) -> dict[str, Any]:
-    """Return the settings of an attack as plain values. Functions are given by name, nested attacks by name and
-    settings.
+    """Return the settings of an attack as values that JSON can represent. Functions are replaced by their names, and
+    nested attacks by name and settings.
     """
     plain: dict[str, Any] = {}
     for f in fields(attack):  # type: ignore[arg-type]
@@ -121,7 +124,7 @@ def settings(attack: Attack) -> dict[str, Any]:
 
 
 def few_classes(plain: Mapping[str, Any], classes: int, *, aimed: bool) -> tuple[str, ...]:
-    """Return notes on how an attack with these settings changes because the number of classes is small."""
+    """Return notes on those settings of an attack that have a different effect because the model has few classes."""
     targets = plain.get("targets") or 0
     needed, notes = 4 if targets or aimed else 3, []
     if plain.get("loss") == "dlr" and classes < needed:
@@ -139,7 +142,8 @@ def _weighed(against: Against | None) -> tuple[str, ...]:
 
 
 def refuse_unfitted(plan: Plan, *, fit: bool) -> None:
-    """Raise `UsageError` if a learned attack cannot be fitted, or if examples are given but no attack is learned.
+    """Raise `UsageError` if a learned attack of the plan cannot be fitted, or if examples for fitting are given but no
+    attack is a learned one.
 
     `fit` states whether examples for fitting are given.
     """
@@ -168,7 +172,8 @@ def refuse_unfitted(plan: Plan, *, fit: bool) -> None:
 
 
 def refuse_what_is_hidden(plan: Plan, target: Access, why: str = "") -> Plan:
-    """Return the plan with its access limited to the access that the target allows.
+    """Return the plan with the attacker's access limited to that of the model. Raises `UsageError` if an attack needs
+    more access.
 
     Raises `UsageError` if an attack needs more access; `why` is added to the message.
     """

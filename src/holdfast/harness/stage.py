@@ -1,4 +1,4 @@
-"""A stage of a measurement, and the interface of a kind of stage.
+"""A stage of a measurement, and the base class of the kinds of stages.
 
 The kinds are in `holdfast.harness.kinds`. A new kind is a subclass of `StageKind` in a file of that package, and an
 entry in `KINDS`. No other module distinguishes kinds.
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Against:
-    """How an attack treats the detector of a model that rejects inputs, relative to the scores of the clean inputs."""
+    """How an attack treats the detector of a model that rejects inputs: the weight of the detector's score, and the
+    attacked threshold.
+    """
 
     weight: float
     """weight of the score, as a multiple of the weight that balances it with the margins of the classes; with 0, the
@@ -39,7 +41,7 @@ class Against:
 
 @dataclass(frozen=True)
 class Member:
-    """An attack and its name in the suite, such as `APGD-CE`."""
+    """An attack of a suite with its name, such as `APGD-CE`."""
 
     name: str
     attack: Attack
@@ -52,7 +54,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Work:
-    """The model and the examples on which a stage is run."""
+    """The plan, the model and the examples on which a stage is run."""
 
     plan: "Plan"
     target: Target
@@ -69,12 +71,12 @@ class Work:
 
     @property
     def batch(self) -> Batch:
-        """Examples of the shard, or the first data set."""
+        """Examples of the shard or, for a stage without shards, of its first data set."""
         return self.sets[0]
 
 
 class StageKind(Protocol):
-    """Interface of a kind of stage. A kind has no state."""
+    """Base class of the kinds of stages of a measurement, such as the clean stage and the attacks of the suite."""
 
     name: ClassVar[str]
     """name of the kind in `run.json`"""
@@ -107,21 +109,23 @@ class StageKind(Protocol):
 
     @abstractmethod
     def stages(self, plan: "Plan") -> Sequence["Stage"]:
-        """Return the stages of this kind in a plan, in their order."""
+        """Return the stages of this kind that a plan contains, in the order in which they run."""
 
     def ready(self, stage: "Stage", by_stage: Mapping[str, Columns]) -> "Stage":
-        """Return the stage with all values from the columns of earlier stages that its attack needs."""
+        """Return the stage with all values from the columns of earlier stages that its attack needs, such as a fitted
+        perturbation.
+        """
         return stage
 
     @abstractmethod
     def due(self, stage: "Stage", plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask | None:
-        """Return the mask of the examples on which the stage is run, or None if it does not depend
-        on earlier stages.
+        """Return the mask of the examples on which a stage is run, or None if the stage does not depend on the results
+        of earlier stages.
         """
 
     @abstractmethod
     def run(self, stage: "Stage", work: Work) -> Columns:
-        """Run the stage, and return its columns.
+        """Run a stage on the examples of one shard, and return the columns of its results.
 
         Columns of tables (see `holdfast.core.evidence.in_table`) contain only some examples, which their `id`
         identifies.
@@ -129,41 +133,41 @@ class StageKind(Protocol):
 
     @abstractmethod
     def columns(self, clean: Columns) -> dict[str, Tensor]:
-        """Return the columns of examples on which the stage is not run."""
+        """Return the columns of a stage for examples on which it is not run."""
 
     def as_if_broken(self, stage: "Stage", work: Work) -> Columns:
-        """Return the columns that the stage would have if it broke every correct example."""
+        """Return the columns that a stage would have if it broke every correct example. They serve to check gates
+        before a run.
+        """
         return self.columns(work.clean)
 
     def cost(self, columns: Columns, *, randomised: bool) -> Cost:
-        """Return the number of passes through the model that the stage took, without its time."""
+        """Return the number of forward and backward passes of a stage through the model."""
         queries = int(columns["queries"].sum())
         judged = self.judged(columns, randomised=randomised)
         return Cost(queries + judged, int(columns["backwards"].sum()), queries)
 
     def judged(self, columns: Columns, *, randomised: bool) -> int:
-        """Return the number of forward passes that judge the inputs of the stage."""
+        """Return the number of forward passes with which the results of a stage were judged."""
         judged = int(columns["ran"].sum()) if "ran" in columns else len(columns["id"])
         return judged * evaluations(randomised=randomised and "right" in columns)
 
     def evidence(
         self, outline: "Outline", by_stage: Mapping[str, Columns], worst: Columns
     ) -> Mapping[str, Tensor]:
-        """Return the columns that stages of this kind add to the evidence. `worst` are the columns
-        of the worst case.
+        """Return the columns that the stages of this kind add to the evidence. `worst` contains the columns of the
+        worst case of each example.
         """
         return {}
 
     def tables(self, by_stage: Mapping[str, Columns]) -> Mapping[str, Table]:
-        """Return the tables that stages of this kind add to the evidence, by name; see `Evidence.tables`."""
+        """Return the tables that the stages of this kind add to the evidence, such as the transfer matrix, by name."""
         return {}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a measurement. Its name is unique in the plan, and is also the name of its random stream and its
-    file.
-    """
+    """One attack or other measurement of a plan. Its unique name is also that of its file and of its random numbers."""
 
     name: str
     kind: StageKind
@@ -178,14 +182,14 @@ class Stage:
 
     @property
     def attack(self) -> Attack:
-        """Attack of the stage."""
+        """Attack that the stage runs on its examples."""
         assert self.member is not None
         return self.member.attack
 
 
 @dataclass(frozen=True)
 class StageOutline:
-    """A stage as plain values, for JSON."""
+    """The description of a stage in plain values, which are stored as JSON with a run."""
 
     name: str
     kind: StageKind
@@ -202,7 +206,7 @@ class StageOutline:
 
 @dataclass(frozen=True)
 class Outline:
-    """The parts of a plan that are needed for evidence."""
+    """The description of a plan in plain values, from which the evidence of a run is created."""
 
     steps: tuple[StageOutline, ...]
     threat: ThreatModel
@@ -212,8 +216,8 @@ class Outline:
 
 
 def evaluations(*, randomised: bool) -> int:
-    """Return the number of forward passes that judge one input: 1, or 1 and two sets of votes for a
-    randomised model.
+    """Return the number of forward passes with which one input is judged: 1 for a deterministic model, more for the
+    votes of a randomised one.
     """
     return 1 + 2 * VOTES if randomised else 1
 
@@ -221,14 +225,16 @@ def evaluations(*, randomised: bool) -> int:
 def suite_columns(
     stages: Sequence[Stage | StageOutline], by_stage: Mapping[str, Columns]
 ) -> dict[str, Columns]:
-    """Return the columns of the measured attacks of the suite, by the name of the stage, in the order of the plan."""
+    """Return the columns of those attacks of the suite that have been run, by the name of the stage, in the order of
+    the plan.
+    """
     return {
         stage.name: by_stage[stage.name] for stage in stages if stage.kind.in_suite and stage.name in by_stage
     }
 
 
 def broken_by_suite(stages: Sequence[Stage | StageOutline], by_stage: Mapping[str, Columns]) -> Mask:
-    """Return the mask of the examples that an attack of the suite has broken."""
+    """Return the mask of the examples that at least one attack of the suite has broken."""
     broken = torch.zeros_like(by_stage["clean"]["correct"])
     for columns in suite_columns(stages, by_stage).values():
         broken |= columns["success"]

@@ -1,4 +1,4 @@
-"""The model under test, which is frozen and in evaluation mode during a measurement."""
+"""The model under test, which is frozen and in eval mode during a measurement."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +38,9 @@ _SAME = 1e-4  # largest difference, relative to the largest logit, of the output
 
 @dataclass(frozen=True)
 class Held:
-    """A model that rejects inputs, as a classifier for attacks: a rejected input counts as correctly classified."""
+    """Wrapper of a model with a detector, as an ordinary classifier for attacks. An input that the model rejects counts
+    as correctly classified.
+    """
 
     model: Model
     batch: Batch
@@ -46,7 +48,7 @@ class Held:
 
     @property
     def bounds(self) -> Bounds:
-        """Input bounds of the model."""
+        """Lowest and highest valid input values of the model."""
         return self.model.bounds
 
     @cached_property
@@ -66,7 +68,8 @@ class Held:
 
 @dataclass(frozen=True)
 class Target:
-    """The model under test: `bare` judges inputs, and attacks query `quick`, an equivalent frozen copy.
+    """The model under test in two versions: the original `bare`, which judges inputs, and an equivalent frozen copy
+    `quick`, which attacks query.
 
     Adaptive attacks query `view`, which has the same outputs, and gradients that bypass the parts of the model in
     `masking`.
@@ -98,38 +101,42 @@ class Target:
         return self.bare.rejects
 
     def logits(self, x: Inputs) -> Logits:
-        """Return the logits of the model, without gradients."""
+        """Return the logits of the original model for the inputs `x`, computed without gradients."""
         with torch.no_grad(), judging():
             logits: Logits = self.bare(x)
         return logits
 
     def asked(self, model: Model, batch: Batch) -> Model:
-        """Return a model of this target for attacks on a batch, for which a rejected input does not
-        break an example.
+        """Return the model that attacks on a batch query. If the model has a detector, a rejected input counts as
+        correctly classified.
         """
         model = Answering(model, batch) if self.bare.remote else model
         return Held(model, batch, self.aim) if self.rejects else model
 
     def held(self, logits: Logits, y: Labels) -> Tensor:
-        """Return the logits by which an attacked input is judged. A rejected input counts as correctly classified."""
+        """Return the logits by which an attacked input is judged. An input that the model rejects counts as correctly
+        classified.
+        """
         logits = for_label(logits, y) if self.bare.remote else logits
         return held(logits, y) if self.rejects else logits
 
     def predicted(self, logits: Logits) -> Labels:
-        """Return the predicted classes; -1 if the input is rejected or refused."""
+        """Return the predicted class of each input, or -1 if the detector or the server of the model
+        rejects the input.
+        """
         best = logits[:, : self.classes].argmax(1)
         if self.bare.remote:
             best = torch.where(refused(logits), -1, best)
         return torch.where(self.rejected(logits), -1, best) if self.rejects else best
 
     def rejected(self, logits: Logits) -> Mask:
-        """Return the mask of the inputs that a model with a detector rejects."""
+        """Return the mask of the inputs that the detector of the model rejects."""
         return logits[:, -1] > logits[:, :-1].amax(1)
 
     @contextmanager
     def repeatable(self, rng: Draws) -> Iterator[None]:
-        """Context manager in which `rng` determines the randomness of the model. The state of torch is restored on
-        exit.
+        """Context manager in which a randomised model uses the random numbers of `rng`. The random state of torch is
+        restored on exit.
         """
         if not self.randomised:
             yield
@@ -141,7 +148,8 @@ class Target:
 
 @contextmanager
 def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Iterator[Target]:
-    """Context manager that yields the target of a measurement, and restores the model on exit.
+    """Context manager that puts the model into eval mode, yields it as the target of a measurement, and restores it on
+    exit.
 
     With `adaptive`, the parts of the model are searched for causes of gradient masking.
     """

@@ -1,4 +1,4 @@
-"""Function that calls an attack, and functions that judge the returned inputs with the original model."""
+"""Runs an attack on a batch, and judges the inputs that it returns with the original model."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -34,14 +34,16 @@ DISTANCES = ("distance", *(f"distance_{norm}" for norm in NORMS))
 
 
 def distance_norms(threat: Constraint) -> Mapping[str, Constraint]:
-    """Return the norms for distances under a threat model. `l0` counts pixels if the constraint
-    does, otherwise values.
+    """Return the norms in which sizes of changes are measured. For L0, changed pixels are counted if the threat model
+    counts pixels, otherwise changed values.
     """
     return {**NORMS, "l0": L0(per="pixel")} if counts_pixels(threat) else NORMS
 
 
 def unattacked(clean: Columns) -> dict[str, Tensor]:
-    """Return the columns of examples that were not attacked: distance 0 if the clean prediction is wrong, else inf."""
+    """Return the columns of an attack for examples that were not attacked. The distance is 0 for a misclassified clean
+    input, otherwise infinite.
+    """
     n = len(clean["id"])
     zeros = torch.zeros(n, dtype=torch.int64)
     distance = torch.where(clean["correct"], torch.inf, 0.0).float()
@@ -63,7 +65,9 @@ def unattacked(clean: Columns) -> dict[str, Tensor]:
 
 
 def judge_inputs(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs, rng: Draws) -> dict[str, Tensor]:
-    """Return the columns of an attack for inputs that were found outside the stages. The original model judges them."""
+    """Judge inputs that were found outside the stages of a plan, for example by probes, and return the results as the
+    columns of an attack.
+    """
     batch = aimed(batch, plan.threat)
     with target.repeatable(rng.at(int(batch.ids[0]))):
         _, columns = verdict_of(plan, target, batch, x_adv)
@@ -74,7 +78,8 @@ def judge_inputs(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs, rng:
 
 
 def verdict_of(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs) -> tuple[Logits, dict[str, Tensor]]:
-    """Return the logits of the original model and its judgement of attacked inputs, as columns.
+    """Evaluate the original model on attacked inputs, and return its logits and the results as columns, such as
+    `success` and the distances.
 
     `success` is true for a wrong prediction inside the threat model.
     """
@@ -99,12 +104,15 @@ def verdict_of(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs) -> tup
 
 
 def cost_columns(spent: Spent) -> dict[str, Tensor]:
-    """Return the columns with the cost of an attack."""
+    """Return the cost of an attack as columns: for each example the numbers of queries and of backward passes, and the
+    first successful query.
+    """
     return {"queries": spent.queries, "first_success": spent.first_success, "backwards": spent.backwards}
 
 
 def stored_inputs(plan: "Plan", batch: Batch, x_adv: Inputs, success: Mask, missed: Ids) -> dict[str, Tensor]:
-    """Return the adversarial inputs of examples in `missed`: a few for the report and, if the plan stores them, all.
+    """Return the adversarial inputs of an attack that are stored: a few for the report or, if the plan requires it, all
+    of them.
 
     If the plan runs only the attacks, all inputs are included, even unsuccessful ones.
     """
@@ -119,14 +127,17 @@ def stored_inputs(plan: "Plan", batch: Batch, x_adv: Inputs, success: Mask, miss
 
 
 def aimed(batch: Batch, threat: ThreatModel) -> Batch:
-    """Return the batch with the target class of the threat model, if there is one."""
+    """Return the batch with the target class of a targeted threat model, or unchanged if the threat model is
+    untargeted.
+    """
     return batch if threat.goal is None else batch.towards(torch.full_like(batch.y, threat.goal))
 
 
 def returned(
     attack: Attack, threat: ThreatModel, target: Target, batch: Batch, rng: Draws
 ) -> tuple[Inputs, Spent]:
-    """Return the inputs that an attack returned, and its cost.
+    """Run an attack on a batch, and return the resulting inputs and the cost. Raises `HoldfastError` if an input
+    violates the threat model.
 
     If the query budget of the attack ran out, the inputs are those that it had found before. Raises `HoldfastError` if
     they violate the threat model.
@@ -156,7 +167,8 @@ def returned(
 def votes(
     target: Target, batch: Batch, x: Inputs, seen: Callable[[Logits], Tensor]
 ) -> tuple[Logits, Tensor, Tensor]:
-    """Return the logits of the original model, and twice the fraction of votes in which it is correct.
+    """Return the logits of the original model, and two independent estimates of the fraction of forward passes in which
+    each input is classified correctly.
 
     The second fraction is computed from new votes. `seen` computes the logits that are judged. A deterministic model is
     evaluated once. Ties and NaN count as wrong.
@@ -177,8 +189,8 @@ def votes(
 
 
 def digests(batch: Batch) -> Tensor:
-    """Return the SHA-256 of the bytes and the label of each input, (n, 32) uint8. Comparisons of runs pair examples by
-    it.
+    """Return the SHA-256 of each example's input and label, (n, 32) uint8, by which comparisons of runs
+    pair examples.
     """
     rows = zip(batch.x.detach().cpu().contiguous().flatten(1).numpy(), batch.y.tolist(), strict=True)
     digests = b"".join(

@@ -1,4 +1,6 @@
-"""Selection of the examples that a stage is run on, and combination of the waves of an attack."""
+"""Selects the examples that a stage is run on, and combines the parts of an attack that tries its examples in several
+waves.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +16,9 @@ _CONFIDENCE = 0.95
 
 
 def due_examples(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask | None:
-    """Return the mask of the examples that a stage is run on, or None for the first stage, which is run on all."""
+    """Return the mask of the examples that a stage is run on, or None for the clean stage, which is run on all
+    examples.
+    """
     due = stage.kind.due(stage, plan, by_stage)
     if due is not None and plan.threat.constraint.judges_misclassified:
         return torch.ones_like(due)  # a misclassified image may be classified correctly when corrupted
@@ -22,8 +26,8 @@ def due_examples(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> M
 
 
 def joined_waves(steps: Sequence[StageOutline], by_stage: Mapping[str, Columns]) -> dict[str, Columns]:
-    """Return the columns of each stage, in which the waves of one attack are joined under the name
-    of the first wave.
+    """Return the columns of all stages. An attack that tried its examples in several waves has one entry, under the
+    name of its first wave.
     """
     joined = dict(by_stage)
     for step in steps:
@@ -46,8 +50,8 @@ def _either(name: str, first: Columns, wave: Columns, ran: Mask) -> Tensor:
 
 
 def most_left(held: int, waves: int) -> float:
-    """Return an upper bound on the fraction of untried examples that would break, after a wave that broke none of
-    `held`.
+    """Return an upper bound, with 95 % confidence, on the fraction of untried examples that an attack would break if it
+    broke none of the last `held` examples.
 
     The confidence is 95 %. Any of the `waves` could be the last one by chance, so the error probability is divided
     among them.
@@ -57,8 +61,8 @@ def most_left(held: int, waves: int) -> float:
 
 
 def residual(waves: Sequence[Columns], standing: int) -> Residual | None:
-    """Return the number of surviving examples that an attack did not try, with an upper bound on the fraction it would
-    break.
+    """Return the number of surviving examples that an attack has not tried, and an upper bound on the fraction of them
+    that it would break.
 
     Returns None if the attack tried all of them.
     """
@@ -70,7 +74,9 @@ def residual(waves: Sequence[Columns], standing: int) -> Residual | None:
 
 
 def remark(attack: str, waves: Sequence[Columns], risk: Residual | None) -> tuple[str, ...]:
-    """Return a note on an attack that stopped before it had tried all surviving examples, with the bound."""
+    """Return a note on an attack that stopped before it had tried all surviving examples, with a bound on the fraction
+    that it would break.
+    """
     if risk is None:
         return ()
     ran = [int(columns["ran"].sum()) for columns in waves]

@@ -1,1 +1,3 @@
-"""Metrics, which are functions from evidence to an `Estimate`. `names` is their catalogue and does not import torch."""
+"""Metrics, which are functions that compute an estimate with a confidence interval from evidence. The module `names`
+lists them and does not import torch.
+"""

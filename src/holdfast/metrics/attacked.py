@@ -1,5 +1,5 @@
-"""Precision, recall, F1, entropy, margin and calibration, on clean inputs and on inputs attacked in the fixed PGD-40
-pass.
+"""Precision, recall, F1, entropy, margin and calibration of a model, on clean inputs and on inputs attacked by PGD with
+40 steps.
 
 Guo et al., "On calibration of modern neural networks", ICML 2017, arXiv:1706.04599, for the calibration error.
 """
@@ -51,8 +51,8 @@ def _confusions(y: Labels, prediction: Labels, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts for each resample and class, (resamples, classes): correct predictions, all predictions, and all
-    labels.
+    """Numbers of correct predictions, of all predictions and of all labels of each class, for each bootstrap resample,
+    of shape (resamples, classes).
     """
 
     hits: Tensor
@@ -95,17 +95,23 @@ def _macro(evidence: Evidence, score: Score, of: Input, confidence: float) -> Es
 
 
 def precision(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
-    """Return the macro precision: the mean of the precision of each class."""
+    """Return the macro precision of a model, which is the unweighted mean of the precision of each class, with a
+    confidence interval.
+    """
     return _macro(evidence, _precision, of, confidence)
 
 
 def recall(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
-    """Return the macro recall: the mean of the recall of each class."""
+    """Return the macro recall of a model, which is the unweighted mean of the recall of each class, with a confidence
+    interval.
+    """
     return _macro(evidence, _recall, of, confidence)
 
 
 def f1(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
-    """Return the macro F1: the mean of the F1 of each class, not the F1 of mean precision and mean recall."""
+    """Return the macro F1 of a model, which is the mean of the F1 of each class, not the F1 of mean precision and mean
+    recall.
+    """
     return _macro(evidence, _f1, of, confidence)
 
 
@@ -116,13 +122,15 @@ def _entropy_limit(evidence: Evidence) -> float:
 
 
 def defensive_entropy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Return the mean predictive entropy on attacked inputs, in nats."""
+    """Return the mean entropy of the predicted class probabilities on attacked inputs, in nats."""
     values = _numbers(_values(evidence, "entropy", "attacked"), "defensive_entropy")
     return mean(values, confidence, support=Support(0.0, max(_entropy_limit(evidence), float(values.max()))))
 
 
 def defensive_entropy_rise(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Return the mean increase of the predictive entropy from clean to attacked inputs, in nats."""
+    """Return the mean increase of the entropy of the predicted class probabilities from clean to attacked inputs, in
+    nats.
+    """
     rise = _values(evidence, "entropy", "attacked").double() - evidence["entropy"].double()
     values = _numbers(rise, "defensive_entropy_rise")
     limit = max(_entropy_limit(evidence), float(values.abs().max()))
@@ -130,14 +138,17 @@ def defensive_entropy_rise(evidence: Evidence, confidence: float = 0.95) -> Esti
 
 
 def defensive_margin(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Return the mean decrease of the margin between class probabilities from clean to attacked inputs."""
+    """Return the mean decrease, from clean to attacked inputs, of the probability of the true class minus the largest
+    other probability.
+    """
     after = _values(evidence, "probability_margin", "attacked").double()
     drop = _numbers(evidence["probability_margin"].double() - after, "defensive_margin")
     return mean(drop, confidence, support=Support(-2.0, 2.0))
 
 
 def calibration_error(evidence: Evidence, confidence: float = 0.95, *, of: Input = "clean") -> Estimate:
-    """Return the expected calibration error: the mean gap between confidence and accuracy over bins of confidence.
+    """Return the expected calibration error of a model: the mean absolute difference between confidence and accuracy
+    over bins of confidence.
 
     The estimate is biased upwards in small samples, and resampling adds to the bias. The interval is corrected for the
     latter. For a model that rejects inputs, only accepted inputs count.

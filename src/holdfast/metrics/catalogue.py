@@ -1,4 +1,4 @@
-"""All metrics by name: the functions for the names in `names.METRICS`."""
+"""The functions of all metrics by name, and the computation of a metric from evidence."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -58,7 +58,7 @@ PLAIN: Mapping[str, Metric] = {
 
 
 class AtEps(Protocol):
-    """Protocol of a metric that can be computed at another eps than that of the run."""
+    """Protocol of a metric that can be computed for another perturbation radius eps than that of the run."""
 
     def __call__(self, evidence: Evidence, confidence: float = ..., *, eps: float | None = ...) -> Estimate:
         """Return the metric at `eps`, or at the eps of the run if it is None."""
@@ -90,7 +90,7 @@ def estimate(
     baseline: Evidence | None = None,
     confidence: float = 0.95,
 ) -> Estimate:
-    """Return the metric `name` of a run.
+    """Return the value and the confidence interval of the metric `name`, computed from the evidence of a run.
 
     Raises `Absent`, a usage error with advice, if the attack that measures it was not run.
     """
@@ -112,7 +112,8 @@ def estimate(
 
 
 def missing(evidence: Evidence, baseline: Evidence | None) -> tuple[str, ...]:
-    """Return why the mean corruption error (mCE) has no value although both runs measured corruptions.
+    """Return the reason why the mean corruption error (mCE) cannot be computed although both runs measured corruptions;
+    otherwise an empty tuple.
 
     The result is empty if mCE has a value, or if a run did not measure corruptions.
     """
@@ -128,7 +129,9 @@ def missing(evidence: Evidence, baseline: Evidence | None) -> tuple[str, ...]:
 def estimates(
     evidence: Evidence, *, baseline: Evidence | None = None, confidence: float = 0.95
 ) -> dict[str, Estimate]:
-    """Return all metrics that can be computed from the evidence, in the order of `names.METRICS`."""
+    """Return all metrics that can be computed from the evidence of a run, by name, in the order of the
+    list of metrics.
+    """
     values = {}
     for name in METRICS:
         try:

@@ -1,4 +1,6 @@
-"""Access to columns of the evidence for metrics, and the error for a metric whose attack was not run."""
+"""Access to the columns of evidence for the computation of metrics, and the error for a metric whose attack was not
+run.
+"""
 
 import math
 
@@ -17,19 +19,23 @@ class Absent(UsageError):
 
 
 def column(evidence: Evidence, name: str, way_out: str) -> Tensor:
-    """Return the column `name` of the evidence. Raises `Absent` with the advice `way_out` if it does not exist."""
+    """Return a column of the evidence by its name. Raises `Absent` with the advice `way_out` if the evidence does not
+    contain it.
+    """
     if name not in evidence:
         raise Absent(f"this run measured no {name.replace('_', ' ')}; {way_out}")
     return evidence[name]
 
 
 def within(distance: PerExample, eps: float) -> Mask:
-    """Return whether perturbations of these sizes are allowed at `eps`, with the tolerance of the harness."""
+    """Return the mask of the perturbations whose size is at most `eps`. A small tolerance permits rounding errors."""
     return distance.double() <= eps * (1 + 1e-6) + 1e-7
 
 
 def untargeted(evidence: Evidence, metric: str) -> None:
-    """Raise `Absent` if the threat has a target class, for a metric that is defined only for untargeted attackers."""
+    """Raise `Absent` if the threat model has a target class, for a metric that is defined only for
+    untargeted attacks.
+    """
     if evidence.threat.goal is not None:
         raise Absent(
             f"{metric} does not exist under goal=targeted:{evidence.threat.goal}; use targeted_success_rate, or "
@@ -38,7 +44,8 @@ def untargeted(evidence: Evidence, metric: str) -> None:
 
 
 def broken_examples(evidence: Evidence, metric: str, eps: float | None) -> Mask:
-    """Return the mask of the examples that an allowed attack broke, at the run's eps or at another one.
+    """Return the mask of the correct examples that an attack broke with a change of at most `eps`, by default the eps
+    of the run.
 
     For another eps the distances of the minimum-norm attacks are used.
     """
@@ -54,12 +61,16 @@ def broken_examples(evidence: Evidence, metric: str, eps: float | None) -> Mask:
 
 
 def robust(evidence: Evidence, metric: str, eps: float | None = None) -> Mask:
-    """Return the mask of the examples that are correct both when clean and under every attack."""
+    """Return the mask of the examples that are classified correctly both without an attack and under every attack of
+    the run.
+    """
     return evidence["correct"] & ~broken_examples(evidence, metric, eps)
 
 
 def suite_robust(evidence: Evidence, metric: str) -> Mask:
-    """Return the mask of the examples that are correct both when clean and under every attack of the suite itself."""
+    """Return the mask of the examples that are classified correctly both without an attack and under every attack of
+    the suite. Other attacks of the run are ignored.
+    """
     untargeted(evidence, metric)
     if math.isinf(evidence.threat.constraint.eps):
         raise Absent(f"{metric} needs an eps; give one, as in --threat l2:0.5")

@@ -1,4 +1,4 @@
-"""Accuracy of the model under common corruptions.
+"""Metrics of the accuracy of a model under common image corruptions, such as noise and blur.
 
 Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019,
 arXiv:1903.12261, for the mean corruption error (mCE). Differs from the paper: it uses the one severity of the run,
@@ -23,7 +23,7 @@ _WAY_OUT: Final = "use a threat such as corruptions:3"
 
 
 def measured(evidence: Evidence) -> list[str]:
-    """Return the names of the common corruptions that a run measured."""
+    """Return the names of the common corruptions under which a run evaluated the model."""
     return [name for name in CORRUPTIONS if f"{name}.right" in evidence]
 
 
@@ -36,18 +36,18 @@ def _right(evidence: Evidence) -> Tensor:
 
 
 def corrupted_accuracy(evidence: Evidence, confidence: float = 0.95, *, name: str) -> Estimate:
-    """Return the share of all examples that are classified correctly under the corruption `name`."""
+    """Return the share of all examples that the model classifies correctly under the corruption `name`."""
     return proportion(column(evidence, f"{name}.right", _WAY_OUT), confidence)
 
 
 def corruption_error_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Return the mean error rate over the corruptions."""
+    """Return the error rate of the model under common corruptions, averaged over the corruptions that were measured."""
     return complement(mean(_right(evidence).double().mean(0), confidence))
 
 
 def worst_corruption(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Return the smallest accuracy over the corruptions, with an interval that is simultaneous over them
-    (Bonferroni).
+    """Return the accuracy under the corruption with the lowest accuracy. The interval is corrected for the number of
+    corruptions (Bonferroni).
     """
     right = _right(evidence)
     intervals = [proportion(row, bonferroni(confidence, len(right))) for row in right]
@@ -56,7 +56,8 @@ def worst_corruption(evidence: Evidence, confidence: float = 0.95) -> Estimate:
 
 
 def mce(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
-    """Return the mean, over the corruptions, of the error rate divided by that of the baseline, on the shared examples.
+    """Return the mean corruption error: the error rate under each corruption divided by that of the baseline, averaged
+    over the corruptions.
 
     Raises `Absent` if the baseline has no error under a corruption, or measured other corruptions.
     """
@@ -74,7 +75,9 @@ def mce(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Est
 
 
 def refuse_incomparable(evidence: Evidence, baseline: Evidence) -> None:
-    """Raise `Absent`, with the reason and advice, if mCE cannot be computed with this baseline."""
+    """Raise `Absent`, with the reason and advice, if the mean corruption error (mCE) cannot be computed relative to
+    this baseline.
+    """
     _right(evidence)
     if measured(evidence) != measured(baseline):
         raise Absent(

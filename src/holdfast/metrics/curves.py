@@ -1,4 +1,4 @@
-"""Curves over all examples: accuracy against eps, and accuracy against queries."""
+"""Curves of robust accuracy as a function of the perturbation radius eps and as a function of the number of queries."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,9 @@ POINTS = 100
 
 @dataclass(frozen=True)
 class Curve:
-    """A decreasing step function: from `x[i]` to `x[i + 1]` the accuracy is `y[i]`, with a pointwise interval."""
+    """A curve of robust accuracy as a decreasing step function: from `x[i]` to `x[i + 1]` the accuracy is `y[i]`, with
+    a pointwise confidence interval.
+    """
 
     x: tuple[float, ...]
     y: tuple[Estimate, ...]
@@ -24,7 +26,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class EpsCurve:
-    """Robust accuracy against eps on `n` examples, a decreasing step function with at most `POINTS` steps.
+    """Robust accuracy on `n` examples as a function of the perturbation radius eps: a decreasing step function with a
+    limited number of steps.
 
     From `eps[i]` to `eps[i + 1]` the accuracy is `accuracy[i]`, with the pointwise interval `low[i]` to `high[i]`. The
     first step is at eps 0 and is the clean accuracy. Eps is in the units of the threat.
@@ -41,14 +44,17 @@ class EpsCurve:
 
 
 def eps_curve(evidence: Evidence, confidence: float = 0.95) -> EpsCurve:
-    """Return the robust accuracy against eps. Raises `Absent` if no minimum-norm attack was run on every example."""
+    """Return robust accuracy as a function of the perturbation radius eps. Raises `Absent` if no minimum-norm attack
+    was run on every example.
+    """
     curve = accuracy_against_eps(evidence, confidence)
     value, low, high = ([getattr(y, of) for y in curve.y] for of in ("value", "low", "high"))
     return EpsCurve(curve.x, tuple(value), tuple(low), tuple(high), curve.y[0].n)
 
 
 def accuracy_against_eps(evidence: Evidence, confidence: float = 0.95) -> Curve:
-    """Return the robust accuracy at every eps, from the smallest perturbation that breaks each example.
+    """Return robust accuracy as a function of the perturbation radius eps, computed from the smallest perturbation that
+    breaks each example.
 
     The first point is the clean accuracy.
     """
@@ -58,7 +64,9 @@ def accuracy_against_eps(evidence: Evidence, confidence: float = 0.95) -> Curve:
 
 
 def accuracy_against_queries(evidence: Evidence, confidence: float = 0.95) -> Curve:
-    """Return the robust accuracy against the number of queries for each example, from the first query that broke it."""
+    """Return robust accuracy as a function of the number of queries for each example, computed from the first query
+    that broke it.
+    """
     fell = broken_examples(evidence, "the query curve", None)
     first = column(evidence, "first_success", "run at least one attack").double()
     falls = torch.where(fell, first, torch.inf)

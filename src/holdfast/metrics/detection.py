@@ -1,4 +1,5 @@
-"""Quality of a detector: how well it separates attacked from clean inputs, and how many errors it accepts.
+"""Metrics of the detector of a model: how well it separates attacked from clean inputs, and how many misclassified
+inputs it accepts.
 
 An attacked input counts as positive only if the network alone misclassifies it and classifies its clean input
 correctly; for other inputs there is nothing to detect. Thresholds are computed on the clean inputs of the sample, so
@@ -37,15 +38,17 @@ def _fooled(evidence: Evidence, of: Attacker) -> tuple[PerExample, PerExample]:
 
 
 def auroc_estimate(evidence: Evidence, confidence: float = 0.95, *, of: Attacker = "aware") -> Estimate:
-    """Return the probability that an attacked input has a higher detector score than a clean one (AUROC)."""
+    """Return the area under the ROC curve of a detector: the probability that its score is higher for an attacked input
+    than for a clean one.
+    """
     return area_under_roc(*_fooled(evidence, of), confidence)
 
 
 def rate_estimate(
     evidence: Evidence, confidence: float = 0.95, *, false_positives: float, of: Attacker = "aware"
 ) -> Estimate:
-    """Return the share of attacked inputs that are rejected at the threshold that rejects `false_positives` of the
-    clean ones.
+    """Return the detection rate: the share of attacked inputs that the detector rejects at the threshold with a given
+    false positive rate.
 
     `false_positives` is a fraction of the clean inputs.
     """
@@ -54,8 +57,8 @@ def rate_estimate(
 
 
 def accepted_right(evidence: Evidence, confidence: float = 0.95, *, false_positives: float) -> Estimate:
-    """Return the robust accuracy with rejection: the share of examples that are correct, accepted when clean, and never
-    accepted and misclassified when attacked.
+    """Return robust accuracy with rejection: the share of examples that are classified correctly and accepted when
+    clean, and for which no attacked input is accepted and misclassified.
 
     The threshold rejects the fraction `false_positives` of the clean inputs.
     """
@@ -65,7 +68,7 @@ def accepted_right(evidence: Evidence, confidence: float = 0.95, *, false_positi
 
 
 def accepted_wrong(evidence: Evidence, confidence: float = 0.95, *, false_positives: float) -> Estimate:
-    """Return the share of examples with a clean or attacked input that is accepted and misclassified.
+    """Return the share of examples for which a clean or attacked input is misclassified and accepted by the detector.
 
     The threshold rejects the fraction `false_positives` of the clean inputs.
     """

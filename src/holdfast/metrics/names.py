@@ -1,4 +1,6 @@
-"""Catalogue of metrics for gates. It does not import torch, so that a misspelt gate is refused immediately."""
+"""Names and definitions of all metrics. The module does not import torch, so that an unknown metric in a gate is
+refused immediately.
+"""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""Differences between two runs on the same examples, paired by the digest of each example's content."""
+"""Differences between two runs on the same examples, which are paired by a digest of input and label."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from holdfast.ops.statistics import Support, mean, paired_difference
 
 @dataclass(frozen=True)
 class Pairs:
-    """Positions of the same examples in two runs, in the order of the first run."""
+    """Row indices of the examples that two runs share, in the order of the first run."""
 
     first: Rows
     second: Rows
@@ -27,7 +27,8 @@ class Pairs:
 
 
 def paired_examples(first: Evidence, second: Evidence) -> Pairs:
-    """Pair the rows of two runs whose examples have equal digests; the k-th copies of an example are paired.
+    """Return the row indices of the examples that two runs share. Examples are equal if the digests of input and label
+    are.
 
     Raises `UsageError` if the runs share no example.
     """
@@ -49,7 +50,8 @@ def _keys(digests: Tensor) -> list[bytes]:
 
 
 def basis(first: Evidence, second: Evidence) -> Scope:
-    """Return which adversarial examples a comparison of two runs counts: those of every pass, or of the suites only.
+    """Return which adversarial examples count in a comparison of two runs: those of all attacks and probes, or only
+    those of the suites.
 
     Every pass counts if both runs had equal passes, that is equal attacks, settings and surrogates. Otherwise only the
     suites count, because the model of the run with more passes would seem weaker.
@@ -68,15 +70,17 @@ def _passes(evidence: Evidence) -> tuple[object, ...] | None:
 
 
 def robust_in_scope(evidence: Evidence, scope: Scope) -> Mask:
-    """Return the mask of robust examples in a comparison that counts the adversarial examples of `scope`."""
+    """Return the mask of the robust examples of a run, counting the adversarial examples of all attacks or, by `scope`,
+    only those of the suite.
+    """
     if scope == "suite only" and "suite_success" in evidence:
         return suite_robust(evidence, "regression")
     return robust(evidence, "regression")
 
 
 def regression(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
-    """Return the robust accuracy of the baseline minus that of this run, on the shared examples. Positive values are
-    worse.
+    """Return the loss of robust accuracy relative to the baseline run, on the examples that both runs share. Positive
+    values mean a less robust model.
 
     `basis` determines which adversarial examples count.
     """
@@ -92,8 +96,8 @@ def regression(evidence: Evidence, baseline: Evidence, confidence: float = 0.95)
 
 
 def clean_accuracy_drop(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Estimate:
-    """Return the clean accuracy of the baseline minus that of this run, on the shared examples. Positive values are
-    worse.
+    """Return the loss of clean accuracy relative to the baseline run, on the examples that both runs share. Positive
+    values mean a less accurate model.
     """
     shared = paired_examples(evidence, baseline)
     return paired_difference(

@@ -1,4 +1,4 @@
-"""Sizes of the perturbations that break the model. A larger smallest perturbation means a more robust model."""
+"""Metrics of the size of the perturbations that break a model. The larger they are, the more robust is the model."""
 
 import math
 from functools import partial
@@ -31,8 +31,8 @@ def _counted(evidence: Evidence) -> Mask:
 
 
 def perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: NormName) -> Estimate:
-    """Return the median size over all examples: 0 for misclassified clean inputs, infinite if no perturbation was
-    found.
+    """Return the median size of the smallest perturbation found for each example: 0 for a misclassified clean input,
+    infinite if none was found.
     """
     counted = _counted(evidence)
     if not counted.any():
@@ -41,8 +41,8 @@ def perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: NormName
 
 
 def mean_perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: NormName) -> Estimate:
-    """Return the mean size over the `n` examples that an attack broke; `perturbed_share` is their share of all
-    examples.
+    """Return the mean size of the smallest perturbation of each example that an attack broke. Examples that survive do
+    not count.
     """
     size = _sizes(evidence, norm)
     # a misclassified clean input needs no perturbation; under a targeted goal it may still reach the target
@@ -58,13 +58,15 @@ def mean_perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: Nor
 
 
 def robust_margin(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Return the median over examples of the smallest perturbation that minimum-norm attacks found, an upper bound."""
+    """Return the median size of the perturbations that minimum-norm attacks found, an upper bound on the median size of
+    the smallest ones.
+    """
     untargeted(evidence, "robust_margin")
     return median(column(evidence, "distance", MINIMUM_NORM), confidence)
 
 
 def adversarial_radius(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Return the largest eps at which robust accuracy is at least half of clean accuracy, from the eps curve.
+    """Return the largest perturbation radius eps at which robust accuracy is at least half of clean accuracy.
 
     It is the upper median of the distances of the correct examples, because at a smaller eps at least half of them are
     robust (a supremum: at this eps one of them is broken). It is 0 if no example is correct.

@@ -1,4 +1,4 @@
-"""Accuracies, error rates and success rates, which are proportions with exact intervals.
+"""Metrics that are proportions of examples, with exact confidence intervals: accuracies, error rates and success rates.
 
 If `eps` is given and differs from the eps of the run, they are computed from the distances of minimum-norm attacks.
 """
@@ -15,23 +15,23 @@ from holdfast.ops.statistics import bonferroni, complement, mean, proportion
 
 
 def clean_accuracy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Return the share of clean inputs that are classified correctly."""
+    """Return the clean accuracy: the share of clean inputs that the model classifies correctly."""
     return proportion(evidence["correct"], confidence)
 
 
 def clean_error_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Return one minus the clean accuracy."""
+    """Return the share of clean inputs that the model misclassifies, which is one minus the clean accuracy."""
     return complement(clean_accuracy(evidence, confidence))
 
 
 def rejection_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Return the share of clean inputs that a model with a detector rejects."""
+    """Return the share of clean inputs that the detector of a model rejects."""
     way_out = "the model accepts every input; give it a detector with holdfast.guarded"
     return proportion(column(evidence, "rejected", way_out), confidence)
 
 
 def right_probability(evidence: Evidence, eps: float | None = None) -> PerExample | None:
-    """Return the probability that each example is correct under the worst attack, for a randomised model.
+    """Return the probability that a randomised model classifies each example correctly under the strongest attack.
 
     Returns None if `eps` is not the eps of the run, or if the model is not randomised.
     """
@@ -40,8 +40,8 @@ def right_probability(evidence: Evidence, eps: float | None = None) -> PerExampl
 
 
 def robust_accuracy(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
-    """Return the share of all examples that are classified correctly, both clean and attacked: an upper bound of the
-    true value.
+    """Return the share of all examples that are classified correctly when clean and under every attack. It is an upper
+    bound on the true robust accuracy.
 
     Attacked means under every attack and every pass of the run inside the threat model (`Evidence.scope`). For a
     randomised model it is the mean probability of a correct answer under the worst attack, over new random numbers.
@@ -52,14 +52,15 @@ def robust_accuracy(evidence: Evidence, confidence: float = 0.95, *, eps: float 
 
 
 def suite_robust_accuracy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Return the robust accuracy under the suite's own attacks only, for comparison with published numbers."""
+    """Return the robust accuracy under the attacks of the suite only, for a comparison with published numbers."""
     mask = suite_robust(evidence, "suite_robust_accuracy")
     chance = suite_right_probability(evidence)
     return proportion(mask, confidence) if chance is None else mean(chance, confidence)
 
 
 def suite_right_probability(evidence: Evidence) -> PerExample | None:
-    """Return the probability that each example is correct under the suite's own attacks, for a randomised model.
+    """Return the probability that a randomised model classifies each example correctly under the strongest attack of
+    the suite.
 
     Returns None if the model is not randomised.
     """
@@ -68,12 +69,14 @@ def suite_right_probability(evidence: Evidence) -> PerExample | None:
 
 
 def robust_error_rate(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
-    """Return one minus the robust accuracy."""
+    """Return the share of examples that are misclassified when clean or under an attack, which is one minus the robust
+    accuracy.
+    """
     return complement(robust_accuracy(evidence, confidence, eps=eps))
 
 
 def robustness_score(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
-    """Return the harmonic mean of clean and robust accuracy.
+    """Return the harmonic mean of clean accuracy and robust accuracy, with a confidence interval.
 
     It increases with both, so the ends of two simultaneous intervals (Bonferroni) give the ends of its interval. A
     bootstrap would give an interval of width zero for a sample without errors.
@@ -97,7 +100,7 @@ def _harmonic(a: float, b: float) -> float:
 def attack_success_rate(
     evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None
 ) -> Estimate:
-    """Return the share of the examples with a correct clean input that an attack broke."""
+    """Return the share of the examples with a correctly classified clean input that an attack broke."""
     fell = broken_examples(evidence, "attack_success_rate", eps)[evidence["correct"]]
     if not len(fell):
         raise Absent(
@@ -107,14 +110,15 @@ def attack_success_rate(
 
 
 def perturbed_share(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
-    """Return the share of all examples that an attack broke; the mean perturbations are computed over these
-    examples.
+    """Return the share of all examples that an attack broke. The metrics of the mean perturbation are computed over
+    these examples.
     """
     return proportion(broken_examples(evidence, "perturbed_share", eps), confidence)
 
 
 def targeted_success_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Return the share of eligible examples that an attack changed to the target class.
+    """Return the success rate of targeted attacks, among the examples that are neither labelled nor predicted as the
+    target class when clean.
 
     Eligible examples are neither of that class nor predicted as that class when clean.
     """
@@ -130,7 +134,7 @@ def targeted_success_rate(evidence: Evidence, confidence: float = 0.95) -> Estim
 
 @dataclass(frozen=True)
 class ClassRow:
-    """Row of the table of classes: the clean and robust accuracy of one class."""
+    """The clean accuracy and the robust accuracy of one class."""
 
     label: int
     n: int
@@ -140,7 +144,7 @@ class ClassRow:
 
 
 def per_class(evidence: Evidence, confidence: float = 0.95) -> tuple[ClassRow, ...]:
-    """Return the clean and robust accuracy of each class that occurs.
+    """Return the clean accuracy and the robust accuracy of each class that occurs in the data.
 
     The intervals are not corrected for the number of classes.
     """
@@ -164,7 +168,7 @@ def per_class(evidence: Evidence, confidence: float = 0.95) -> tuple[ClassRow, .
 
 
 def worst_class(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
-    """Return the smallest robust accuracy over the classes that occur; `n` is the number of examples of that class.
+    """Return the robust accuracy of the class with the lowest one, among the classes that occur in the data.
 
     The intervals of all classes are simultaneous (Bonferroni), so the smallest of their ends bound the smallest
     accuracy.

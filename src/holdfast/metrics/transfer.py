@@ -1,4 +1,4 @@
-"""Transfer of adversarial examples between models: the transfer matrix and the value for the target.
+"""Metrics of the transfer of adversarial examples between models: the transfer matrix, and the success on the target.
 
 Examples are computed in a fixed number of steps that does not end at success, so a row does not favour its source model
 beyond the effect of its gradients.
@@ -17,7 +17,9 @@ ALL = "all surrogates"
 
 @dataclass(frozen=True)
 class TransferRow:
-    """Row of the transfer matrix: the success, on each model, of examples that were computed on one model."""
+    """Row of the transfer matrix: the success rate on each model of adversarial examples that were computed on one
+    model.
+    """
 
     maker: str
     of: int | None
@@ -28,12 +30,12 @@ class TransferRow:
 
 
 def model_names(evidence: Evidence) -> tuple[str, ...]:
-    """Return the names of the target and of the surrogates."""
+    """Return the names of the models in the transfer matrix: the target, followed by the surrogates."""
     return tuple(str(card.get("name", "model")) for card in (evidence.model, *evidence.surrogates))
 
 
 def matrix(evidence: Evidence, confidence: float = 0.95) -> tuple[TransferRow, ...]:
-    """Return a row for each model on which examples were computed.
+    """Return the transfer matrix, with one row for each model on which adversarial examples were computed.
 
     Raises `Absent` if no surrogate was given or time ran out.
     """
@@ -57,7 +59,8 @@ def matrix(evidence: Evidence, confidence: float = 0.95) -> tuple[TransferRow, .
 
 
 def transfer_success(evidence: Evidence, confidence: float = 0.95) -> Estimate:
-    """Return the share of the inputs classified correctly by the target that examples of the surrogates break.
+    """Return the share of the inputs classified correctly by the target that adversarial examples computed on the
+    surrogates break.
 
     The examples are those computed on all surrogates at once.
     """

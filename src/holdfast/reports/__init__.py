@@ -1,1 +1,3 @@
-"""Reports of a run: a summary, and all other formats, which are created from the summary."""
+"""Reports of a run: the summary, and the other formats, such as HTML and Markdown, which are created
+from the summary.
+"""

@@ -1,4 +1,5 @@
-"""Transfer across data sets: the success of perturbations that were computed on one data set, on the inputs of another.
+"""Report of the transfer across data sets: the success of perturbations that were computed on one data set, on the
+inputs of the others.
 
 It is an entry of the summary and a table. The control is the success of the same perturbations with their values in
 random order.
@@ -20,8 +21,8 @@ Json = dict[str, Any]
 
 
 def across(evidence: Evidence, confidence: float) -> Json | None:
-    """Return the names of the data sets and the results of the transfer between them, or None if it
-    was not measured.
+    """Return the results of the transfer between data sets for the summary of a run, or None if the transfer was not
+    measured.
     """
     try:
         rows = across_rows(evidence, confidence)
@@ -43,7 +44,7 @@ def across(evidence: Evidence, confidence: float) -> Json | None:
 
 
 def title(found: Mapping[str, Any], noun: str) -> str:
-    """Return the title of the table of the transfer across data sets."""
+    """Return the title of the table that shows the transfer of perturbations across data sets."""
     return (
         f"across data: share of {count_text(found['n'])} {noun} of each data set whose prediction changes; control: "
         "the same perturbations in random order"
@@ -51,13 +52,13 @@ def title(found: Mapping[str, Any], noun: str) -> str:
 
 
 def headings(found: Mapping[str, Any]) -> list[str]:
-    """Return the column headings of the table of the transfer across data sets."""
+    """Return the column headings of the table that shows the transfer of perturbations across data sets."""
     return ["computed on", *(f"applied to {name}" for name in found["data"])]
 
 
 def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield each row of the table as text: the source data set, then fractions with intervals, and those of the
-    controls.
+    """Yield the rows of the table of the transfer across data sets as text: the source data set, and success rates with
+    those of the controls.
     """
     for row in found["rows"]:
         pairs = zip(row["shares"], row["controls"], strict=True)
@@ -69,7 +70,9 @@ def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
 
 @dataclass(frozen=True)
 class AcrossRow:
-    """Row of a table: perturbations computed on one data set, and their effect on the inputs of each data set."""
+    """Success rates, on the inputs of each data set, of perturbations that were computed on one data set, and of their
+    random controls.
+    """
 
     made_on: str
     turned: tuple[Estimate, ...]
@@ -79,12 +82,15 @@ class AcrossRow:
 
 
 def sets(evidence: Evidence) -> tuple[str, ...]:
-    """Return the names of the data set of the run and of the other data sets."""
+    """Return the names of the data sets of a run: the evaluated one, followed by those that were added for the transfer
+    between data sets.
+    """
     return tuple(str(card.get("name", "data")) for card in (evidence.data, *evidence.others))
 
 
 def across_rows(evidence: Evidence, confidence: float = 0.95) -> tuple[AcrossRow, ...]:
-    """Return a row for each data set on which perturbations were computed.
+    """Return the success rates of the transfer between data sets, with one row for each data set on which perturbations
+    were computed.
 
     Raises `Absent` if no other data set was given or time ran out.
     """

@@ -1,5 +1,5 @@
-"""The table of attacks: surviving examples after each attack or, without an eps, the sizes of the changes that it
-found.
+"""The report's table of attacks: how many examples survive each attack or, for minimum-norm attacks, the sizes of the
+changes.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ SMALLEST = ("attack", "found", "share", "median", "time", "interval", "queries")
 
 
 def by_distance(summary: Mapping[str, Any]) -> bool:
-    """Return whether the table shows distances. It does without an eps, because a large enough change breaks any
-    example.
+    """Return whether the table of attacks shows sizes of changes instead of surviving examples. This is so if the
+    threat model has no radius eps.
     """
     return number(summary["threat"]["eps"]) == float("inf") and all(
         attack.get("success_rate") and attack.get("median_distance") for attack in summary["attacks"]
@@ -22,21 +22,19 @@ def by_distance(summary: Mapping[str, Any]) -> bool:
 
 
 def title(summary: Mapping[str, Any]) -> str:
-    """Return the title of the table, such as `1,000 images, linf:0.2, standard@1`."""
+    """Return the title of the table of attacks, such as `1,000 images, linf:0.2, standard@1`."""
     suite = f", {summary['suite']}" if summary["suite"] else ""
     suffix = ": the smallest changes found" if by_distance(summary) else ""
     return f"{amount(summary['n'], summary['noun'])}, {summary['threat']['constraint']}{suite}{suffix}"
 
 
 def left_out(attack: Mapping[str, Any]) -> bool:
-    """Return whether time ran out before the attack was run on any surviving example."""
+    """Return whether an attack was not run on any surviving example, because the time of the run was over."""
     return not attack["forwards"] and bool(attack["surviving_before"])
 
 
 def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
-    """Return the cells of an attack by heading. The headings are `SMALLEST` if `distance` is true, otherwise
-    `STANDING`.
-    """
+    """Return the cells of one attack in the table of attacks, by column heading."""
     after = attack["robust_accuracy"]
     cells = {
         "attack": attack["name"],
@@ -63,7 +61,8 @@ def row(attack: Mapping[str, Any], *, distance: bool) -> dict[str, str]:
 
 
 def risks(summary: Mapping[str, Any]) -> str:
-    """Return a line on the examples that attacks did not try, with the largest fraction of them that may break.
+    """Return a line for the report on examples that attacks have not tried, with an upper bound on the fraction of them
+    that would break.
 
     The line is empty if all surviving examples were tried.
     """
@@ -81,7 +80,9 @@ def risks(summary: Mapping[str, Any]) -> str:
 
 
 def fits_text(summary: Mapping[str, Any]) -> str:
-    """Return a line with the number of fits of each learned attack; empty if there are none."""
+    """Return a line for the report that states how often each learned attack was fitted, or an empty string if there is
+    no learned attack.
+    """
     learned = [
         f"{attack['name']} {count_text(attack['fits'])}" for attack in summary["attacks"] if attack["fits"]
     ]
@@ -90,7 +91,8 @@ def fits_text(summary: Mapping[str, Any]) -> str:
 
 
 def passes_line(summary: Mapping[str, Any], *, brief: bool = False) -> str:
-    """Return a line on the passes outside the suite, with the number of examples that only they broke.
+    """Return a line for the report on the attacks and probes outside the suite, with the number of examples that only
+    they broke.
 
     With `brief`, passes that broke no example are not named.
     """

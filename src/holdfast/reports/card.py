@@ -1,4 +1,4 @@
-"""The card of a hardened model: its metrics next to those of the original model, and its training curve."""
+"""The card of a hardened model, which shows its metrics next to those of the original model, and its training curve."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ _STYLE = "text{font:12px system-ui,sans-serif;fill:#24292f} path,line{fill:none}
 
 
 def curve_svg(points: Sequence[Mapping[str, Any]]) -> str:
-    """Return the training curve as SVG. Each point has `epoch`, `clean`, `robust` and `accuracy`. The best point is
+    """Return an SVG chart of clean and robust accuracy over the epochs of a training, in which the best epoch is
     marked.
     """
     plane = Plane(_WIDTH, _HEIGHT, Axis(float(max(point["epoch"] for point in points)), logarithmic=False))
@@ -69,7 +69,7 @@ _HELD_OUT = ("clean_accuracy", "robust_accuracy")
 
 
 def compared_metrics(card: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the names of the metrics by which the models are compared.
+    """Return the names of the two metrics by which the card compares the hardened model with the original one.
 
     Cards of earlier versions have no scope and only one robust accuracy.
     """
@@ -79,7 +79,7 @@ def compared_metrics(card: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts of the summary of an assessment that a card contains."""
+    """Return those parts of the summary of an assessment that the card of a hardened model contains."""
     raised = [doubt for doubt in summary["doubts"] if doubt["state"] == "raised"]
     looked = [doubt for doubt in summary["doubts"] if doubt["state"] in {"raised", "clear"}]
     return {
@@ -95,7 +95,7 @@ def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def card_document(card: Mapping[str, Any]) -> str:
-    """Return the card as Markdown."""
+    """Return the card of a hardened model as a Markdown document."""
     before, after, held = card["before"], card["after"], card["chosen"]
     lines = [f"# {escaped(card['name'])}", ""]
     lines += [

@@ -1,4 +1,6 @@
-"""Geometry of the charts: SVG paths and ticks, computed from numbers. Colours and strings of users are not included."""
+"""Coordinates of the charts in reports: SVG paths and ticks, which are computed from numbers. Colours and text from
+users are not included.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 14.0, 12.0, 44.0
 
 @dataclass(frozen=True)
 class Tick:
-    """A tick on an axis, with its coordinate and its label."""
+    """A tick on an axis of a chart, with its coordinate and its label."""
 
     at: float
     text: str
@@ -23,7 +25,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Staircase:
-    """A decreasing step function of accuracy, with its confidence band and its axes, in units of the view box."""
+    """The coordinates of a chart of accuracy as a decreasing step function, with its confidence band and its axes."""
 
     width: float
     height: float
@@ -43,7 +45,7 @@ class Staircase:
 
 @dataclass(frozen=True)
 class Axis:
-    """Function that maps values of the x axis to the range 0 to 1."""
+    """The x axis of a chart, as a function that maps values to the range from 0 to 1."""
 
     top: float
     logarithmic: bool
@@ -55,7 +57,7 @@ class Axis:
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
-        """Round values on the axis, and their labels."""
+        """Values on the axis of a chart at which ticks are drawn, with their labels."""
         if self.logarithmic:
             factors = (1, 2, 5) if self.top < _FEW else (1,)
             powers = range(math.floor(math.log10(max(self.top, 1))) + 1)
@@ -66,7 +68,9 @@ class Axis:
 
 
 def round_step(top: float, most: int = 6) -> float:
-    """Return the smallest 1, 2 or 5 times a power of ten that divides 0..`top` into at most `most` parts."""
+    """Return the distance between the ticks of a chart: the smallest 1, 2 or 5 times a power of ten with at most `most`
+    steps from 0 to `top`.
+    """
     raw = top / most
     power = 10.0 ** math.floor(math.log10(raw))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
@@ -74,7 +78,9 @@ def round_step(top: float, most: int = 6) -> float:
 
 @dataclass(frozen=True)
 class Plane:
-    """Maps values of the x axis and fractions on the y axis to coordinates in the view box."""
+    """The coordinate system of a chart, which maps values of the x axis and fractions on the y axis to
+    SVG coordinates.
+    """
 
     width: float
     height: float
@@ -82,20 +88,20 @@ class Plane:
 
     @property
     def right(self) -> float:
-        """Horizontal coordinate of the right end of the plot."""
+        """Horizontal SVG coordinate of the right end of the chart."""
         return self.width - _RIGHT
 
     @property
     def bottom(self) -> float:
-        """Vertical coordinate of the fraction 0."""
+        """Vertical SVG coordinate of the x axis of the chart, where the fraction is 0."""
         return self.height - _BOTTOM
 
     def across(self, value: float) -> float:
-        """Return the horizontal coordinate of a value."""
+        """Return the horizontal SVG coordinate of a value on the x axis of the chart."""
         return _LEFT + (self.right - _LEFT) * self.axis(value)
 
     def level(self, share: float) -> float:
-        """Return the vertical coordinate of a fraction."""
+        """Return the vertical SVG coordinate of a fraction on the y axis of the chart."""
         return self.bottom - (self.bottom - _TOP) * share
 
 
@@ -108,7 +114,8 @@ def staircase(
     logarithmic: bool = False,
     mark: float | None = None,
 ) -> Staircase | None:
-    """Return the chart of a curve of the summary at a given size, or None if there is nothing to draw.
+    """Return the coordinates of a chart of accuracy, for example as a function of eps, or None if there are no points
+    to draw.
 
     `axis` is the key of the values on the x axis, and `mark` the value at which a vertical line is drawn.
     """

@@ -1,4 +1,6 @@
-"""Comparison of two runs on the same examples: paired differences, an exact test, and examples with changed results."""
+"""Comparison of two runs on the same examples: paired differences, an exact test, and the examples whose results
+changed.
+"""
 
 import json
 from collections.abc import Mapping
@@ -38,7 +40,8 @@ def comparison(
     *,
     confidence: float = 0.95,
 ) -> Json:
-    """Return the changes from the first run to the second on their common examples, which are paired by content.
+    """Return the content of a comparison of two runs: the changes from the first to the second on the examples that
+    both share.
 
     `summaries` are the summaries of the two runs. Raises `UsageError` if the runs have no examples in common.
     """
@@ -93,19 +96,21 @@ def _side_by_side(first: Mapping[str, Any], second: Mapping[str, Any]) -> Json:
 
 
 def told_side_by_side(content: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any] | None]]:
-    """Return those metrics of both runs that text reports show, with the same selection as in the report of one run."""
+    """Return the metrics of both runs that text reports of a comparison show. Metrics that are redundant
+    are left out.
+    """
     sides = ({name: both[k] for name, both in content["metrics"].items() if both[k]} for k in (0, 1))
     wanted = {name for side in sides for name in told_of(side)}
     return {name: both for name, both in content["metrics"].items() if name in wanted}
 
 
 def comparison_to_json(content: Mapping[str, Any]) -> str:
-    """Return the comparison as strict JSON with a newline at the end."""
+    """Return the comparison of two runs as strict JSON, without NaN and infinities, with a newline at the end."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def caution(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """Return a warning if the threat models of two summaries differ, or an empty text if they are equal."""
+    """Return a warning if the threat models of two compared runs differ, or an empty string if they are equal."""
     before, after = as_asked(first), as_asked(second)
     if before == after:
         return ""
@@ -116,7 +121,9 @@ def caution(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
 
 
 def comparison_headline(content: Mapping[str, Any]) -> str:
-    """Return the change in one sentence. An exact test decides whether the difference is significant."""
+    """Return one sentence that states the change between two compared runs. An exact test decides whether the change is
+    significant.
+    """
     metric, found = next(iter(content["paired"].items()))
     before, after = (percent(found[side]) for side in ("first", "second"))
     change, p = found["difference"], found["p"]
@@ -134,12 +141,14 @@ def comparison_headline(content: Mapping[str, Any]) -> str:
 
 
 def percentage_points(change: Mapping[str, Any]) -> str:
-    """Return a difference of fractions with its interval as text, such as `−3.5 points (−5.8 to −1.2)`."""
+    """Return the difference of a metric between two runs, with its confidence interval, as text, such as `−3.5 points
+    (−5.8 to −1.2)`.
+    """
     return f"{signed(change['value'])} points ({signed(change['low'])} to {signed(change['high'])})"
 
 
 def signed(share: float | str) -> str:
-    """Return a difference of fractions in percentage points as text, with its sign unless it is zero."""
+    """Return a difference of fractions as text in percentage points, with a sign unless it is zero."""
     text = f"{100 * number(share):+.1f}".replace("-", "−")
     return "0.0" if text in {"+0.0", "−0.0"} else text
 
@@ -209,7 +218,7 @@ def _differences(
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """Return the comparison as Markdown."""
+    """Return the comparison of two runs as a Markdown document."""
     from holdfast.reports.markdown import escaped, markdown_table
 
     lines = [f"**{escaped(content['caution'])}**", ""] if content["caution"] else []
@@ -261,7 +270,7 @@ def _some(flipped: Mapping[str, Any], most: int = 20) -> str:
 
 
 def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) -> str:
-    """Return the comparison as text for a terminal."""
+    """Return the comparison of two runs as text for a terminal."""
     from holdfast.reports.terminal import as_string, cell, grid, shown_or_dash
 
     paired = grid(
@@ -285,7 +294,7 @@ def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) 
 
 
 def comparison_page(content: Mapping[str, Any]) -> str:
-    """Return the comparison as a self-contained HTML page."""
+    """Return the comparison of two runs as a self-contained HTML page."""
     from holdfast.reports.html import render
 
     metrics = told_side_by_side(content)
@@ -295,7 +304,7 @@ def comparison_page(content: Mapping[str, Any]) -> str:
 
 
 def comparison_fragment(content: Mapping[str, Any]) -> str:
-    """Return the comparison as HTML for notebooks."""
+    """Return the comparison of two runs as HTML for display in a notebook."""
     from holdfast.reports.html import filled
     from holdfast.reports.terminal import FIRST, shown_or_dash
 

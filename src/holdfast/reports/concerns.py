@@ -1,11 +1,11 @@
-"""The meaning of each doubt, and advice, in plain words."""
+"""Explanations of the doubts for readers of reports: the meaning of each doubt, and advice."""
 
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Concern:
-    """Explanation of a doubt: a title, its meaning, and advice."""
+    """Explanation of a doubt for readers of reports: a title, its meaning, and advice."""
 
     title: str
     meaning: str
@@ -133,7 +133,8 @@ _SATURATED = (
 
 
 def concern(name: str, output: str | None = None) -> Concern:
-    """Return the explanation of a doubt for a model with the declared `output`.
+    """Return the explanation of a doubt, which may depend on whether the model returns logits or probabilities
+    (`output`).
 
     For a doubt of a plugin, the explanation consists only of its name.
     """

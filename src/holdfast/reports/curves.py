@@ -1,4 +1,4 @@
-"""Data of the charts as JSON, whose size is limited for any number of examples and classes."""
+"""Data of the charts in the summary of a run, as JSON whose size is limited for any number of examples and classes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,9 @@ MOST_CLASSES = 1000
 
 
 def judged(evidence: Evidence) -> Mask:
-    """Return the mask of the examples that count: all or, for a targeted threat model, the eligible ones."""
+    """Return the mask of the examples that metrics count: all or, for a targeted threat model, those that are neither
+    labelled nor predicted as the target class when clean.
+    """
     return evidence["eligible"].bool() if "eligible" in evidence else ones_like(evidence["correct"].bool())
 
 
@@ -31,13 +33,13 @@ def robust_examples(evidence: Evidence) -> Mask:
 
 
 def estimate_to_json(value: Estimate) -> Json:
-    """Return an estimate in the format of the summary."""
+    """Return the value, the confidence interval and the sample size of an estimate as JSON for the summary of a run."""
     return {"value": strict(value.value), "low": strict(value.low), "high": strict(value.high), "n": value.n}
 
 
 def accuracy_curves(evidence: Evidence, confidence: float) -> dict[str, list[Json]]:
-    """Return robust accuracy as a function of eps and of queries, as decreasing step functions of at most a hundred
-    steps.
+    """Return robust accuracy as a function of eps and as a function of queries, as JSON for the summary, with at most a
+    hundred steps each.
 
     A curve is empty if the attacks for it were not run.
     """
@@ -60,8 +62,8 @@ def _points(
 
 
 def per_class_to_json(evidence: Evidence, names: tuple[str, ...], confidence: float) -> list[Json]:
-    """Return clean and robust accuracy of every class in order. If there are more than a thousand, the worst are
-    included.
+    """Return the clean and robust accuracy of each class as JSON for the summary. Of more than a thousand classes, the
+    worst are included.
     """
     if evidence.threat.goal is not None or not len(evidence):
         return []
@@ -81,5 +83,5 @@ def per_class_to_json(evidence: Evidence, names: tuple[str, ...], confidence: fl
 
 
 def class_name(label: int, names: tuple[str, ...]) -> str:
-    """Return the name of a class, or its number if it has no name."""
+    """Return the name of a class, or its number as text if the class has no name."""
     return names[label] if 0 <= label < len(names) else str(label)

@@ -1,4 +1,4 @@
-"""The measurements of the gallery as a table and as JSON."""
+"""Results for the bundled models with masked gradients (`holdfast demo --gallery`), as a table and as JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ COLUMNS = {
 
 
 def exhibit_table(found: Sequence[Mapping[str, Any]], *, colour: bool, width: int | None = None) -> str:
-    """Return a table with the robust accuracies of each item of the gallery and the doubts that
-    were raised, as text.
+    """Return a text table with the robust accuracies of the bundled models with masked gradients, and the doubts that
+    were raised for each.
     """
     first = found[0]
     title = f"robust accuracy of {first['n']} digits under linf:{first['eps']:g}"
@@ -30,5 +30,5 @@ def exhibit_table(found: Sequence[Mapping[str, Any]], *, colour: bool, width: in
 
 
 def exhibits_to_json(found: Sequence[Mapping[str, Any]]) -> str:
-    """Return the JSON text `{"gallery": [...]}` with an entry for each item."""
+    """Return the results for the bundled models with masked gradients as JSON text, with one entry for each model."""
     return json.dumps({"gallery": list(found)}, indent=2) + "\n"

@@ -1,4 +1,6 @@
-"""Examples that were broken: images as small pictures, rows of tables as the features with the largest changes."""
+"""Broken examples for reports: images as small pictures, and rows of tables as lists of the features with the largest
+changes.
+"""
 
 import base64
 import io
@@ -27,7 +29,9 @@ _DISTANCES = ("distance_linf", "distance_l2", "distance_l1", "distance_l0")
 
 
 def example_images(evidence: Evidence, classes: Sequence[str], attacks: Sequence[str]) -> list[Json]:
-    """Return an entry for each stored example of the evidence, with its inputs and its results."""
+    """Return the broken examples that the report shows, each with its clean input, its adversarial input and its
+    predictions, as JSON.
+    """
     if "id" not in evidence.gallery:
         return []
     low, high = _box(evidence.model)
@@ -46,7 +50,7 @@ def example_images(evidence: Evidence, classes: Sequence[str], attacks: Sequence
 
 
 def is_image(shape: Sequence[int]) -> bool:
-    """Return whether inputs of this shape are images: channels first, with 1, 3 or 4 channels."""
+    """Return whether inputs of a shape are images, which have their channels first and 1, 3 or 4 of them."""
     return len(shape) == 3 and shape[0] in {1, 3, 4} and min(shape[1:]) > 1
 
 

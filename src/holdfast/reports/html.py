@@ -1,4 +1,4 @@
-"""A self-contained HTML report, without scripts and requests, for screen, dark mode and print."""
+"""The HTML report of a run, which is self-contained and has no scripts, for screen, dark mode and print."""
 
 import base64
 import hashlib
@@ -30,7 +30,7 @@ Therefore the text of a chart has the same size on all screens.
 
 
 def page(summary: Mapping[str, Any]) -> str:
-    """Return the HTML report of one run from its summary."""
+    """Return the HTML report of one run, created from its summary."""
     threat = summary["threat"]
     return render(
         "report.html.j2",
@@ -56,7 +56,8 @@ def page(summary: Mapping[str, Any]) -> str:
 
 
 def fragment(summary: Mapping[str, Any], asked: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Return the verdict, gates, attacks, main metrics, doubts and a few examples as HTML for notebooks.
+    """Return the main results of a run as HTML for display in a notebook: the verdict, gates, attacks, metrics, doubts
+    and a few examples.
 
     `asked` contains gates that were judged after the run.
     """
@@ -93,7 +94,8 @@ _STATES = ("raised", "answered", "not measured", "clear", "not applicable")
 
 
 def render(template: str, **content: Any) -> str:
-    """Return a template filled with content and with a style sheet.
+    """Return an HTML page from a Jinja template that is filled with the given content and with the style sheet of
+    reports.
 
     A content security policy with the hash of the style sheet forbids other styles and scripts.
     """
@@ -105,7 +107,9 @@ def render(template: str, **content: Any) -> str:
 
 
 def filled(template: str, **content: Any) -> str:
-    """Return a template filled with content, without a style sheet. Strings are escaped."""
+    """Return HTML from a Jinja template that is filled with the given content, without a style sheet. Strings are
+    escaped.
+    """
     return _environment().get_template(template).render(**content)
 
 

@@ -1,4 +1,4 @@
-"""JUnit XML with gates and doubts as test cases, for CI systems.
+"""The report of a run as JUnit XML for CI systems, with gates and doubts as test cases.
 
 The file contains a failure exactly if the exit code is not 0. CI systems show skipped cases as passed, so an `unclear`
 gate is a failure of type `unclear`. A raised doubt alone is not a failure, but the gate that it affects is, so it is a
@@ -15,7 +15,9 @@ from holdfast.reports.words import interval, shown
 
 
 def junit_document(summary: Mapping[str, Any]) -> str:
-    """Return the report as XML, which is valid under the schemas of Jenkins and of the legacy reports of JUnit 5."""
+    """Return the report of a run as JUnit XML, which is valid under the schemas of Jenkins and of the legacy reports of
+    JUnit 5.
+    """
     cases = [_assessment(summary)]
     cases += [_gate(gate) for gate in summary["gates"]]
     cases += [_doubt(doubt, summary["accepted_doubts"]) for doubt in summary["doubts"]]

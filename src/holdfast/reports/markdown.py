@@ -1,4 +1,4 @@
-"""A report in Markdown for a pull request or the summary of a CI job: the verdict, followed by tables."""
+"""The report of a run in Markdown, for a pull request or the summary of a CI job: the verdict, followed by tables."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$@&#])")
 
 
 def markdown_document(summary: Mapping[str, Any]) -> str:
-    """Return the summary as GitHub-flavoured Markdown. Strings of users are escaped."""
+    """Return the report of a run as GitHub-flavoured Markdown, in which text from users is escaped."""
     sign, word = VERDICTS[summary["verdict"]]
     about = f"{summary['model'].get('name', 'model')} on {summary['data'].get('name', 'data')}"
     lines = [f"## {sign} {word}: {escaped(about)}", "", escaped(summary["headline"]), ""]
@@ -63,7 +63,7 @@ def escaped(text: str) -> str:
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a table, whose first column is aligned left, and the others right."""
+    """Return the lines of a Markdown table. The first column is aligned left, and the others are aligned right."""
     rule = ["---", *["---:"] * (len(headings) - 1)]
     return [*("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows)), ""]
 
@@ -187,7 +187,7 @@ def _footing(summary: Mapping[str, Any]) -> str:
 
 
 def code(text: str) -> str:
-    """Return a text as Markdown code, between more backticks than the text contains in a row."""
+    """Return a text as Markdown code, enclosed in enough backticks even if the text contains some."""
     line = printable(text)
     longest = max((len(run) for run in re.findall(r"`+", line)), default=0)
     fence = "`" * (longest + 1)

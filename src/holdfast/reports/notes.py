@@ -1,11 +1,11 @@
-"""Selection of the notes that are shown with a verdict."""
+"""Selection of the notes that a report shows with the verdict of a run."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def spoken_notes(summary: Mapping[str, Any], *, verbose: bool = False) -> list[str]:
-    """Return the notes to show with the verdict, without those that repeat a raised doubt.
+    """Return the notes that a report shows with the verdict of a run, without those that repeat a raised doubt.
 
     With `verbose`, the details are included.
     """

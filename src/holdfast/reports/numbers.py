@@ -1,4 +1,4 @@
-"""Formatting of numbers for JSON and for readers."""
+"""Formatting of numbers for reports, as JSON and as text."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ NOT_A_NUMBER_WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
 def strict(value: Any) -> Any:
-    """Return a value as strict JSON: infinities and NaN become the strings "inf", "-inf" and "nan"."""
+    """Convert a nested value to strict JSON: infinities and NaN become the strings "inf", "-inf" and "nan"."""
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, str):
@@ -32,7 +32,7 @@ def strict(value: Any) -> Any:
 
 
 def number(value: float | str) -> float:
-    """Return the number that `strict` converted to `value`."""
+    """Return a number from strict JSON, in which infinities and NaN are the strings "inf", "-inf" and "nan"."""
     return NOT_A_NUMBER_WORDS[value] if isinstance(value, str) else float(value)
 
 
@@ -49,8 +49,8 @@ def percent(value: float | str, digits: int = 1) -> str:
 
 
 def plain(value: float | str, digits: int = 3) -> str:
-    """Return a number as text with a few significant digits, in scientific notation only if it is
-    very small or large.
+    """Return a number as text with a few significant digits, and in scientific notation only if it is very small or
+    very large.
     """
     amount = number(value)
     if math.isnan(amount):
@@ -74,7 +74,7 @@ def count_text(value: float | str) -> str:
 
 
 def seconds_text(value: float | str) -> str:
-    """Return a duration in seconds as text in a suitable unit."""
+    """Return a duration, given in seconds, as text in a suitable unit such as minutes."""
     amount = number(value)
     if not math.isfinite(amount):
         return plain(amount)
@@ -87,7 +87,7 @@ def seconds_text(value: float | str) -> str:
 
 
 def size(eps: float | str) -> str:
-    """Return a radius as text.
+    """Return a perturbation radius as text, such as `0.3` or `8/255`.
 
     It is a fraction of 255 if the radius is a multiple of 1/255 without a short decimal form, and otherwise a decimal
     number.

@@ -1,4 +1,6 @@
-"""The table of attackers of a model with rotation, as an entry of the summary and as tables."""
+"""Report of the success of attackers with different knowledge of a rotation, as an entry of the summary
+and as tables.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,7 +28,8 @@ NAMES = {
 
 
 def rotation(document: Mapping[str, Any] | None) -> Json | None:
-    """Return the table of attackers for the summary, or None if it was not measured.
+    """Return the success of attackers with different knowledge of a rotation, as JSON for the summary, or None if it
+    was not measured.
 
     The inputs that were broken are not included; they are in the run folder only.
     """
@@ -49,7 +52,7 @@ def rotation(document: Mapping[str, Any] | None) -> Json | None:
 
 
 def title(found: Mapping[str, Any], noun: str) -> str:
-    """Return the title of the table of attackers."""
+    """Return the title of the table that shows the success of attackers with different knowledge of a rotation."""
     return (
         f"attackers: share of the {count_text(found['n'])} {noun} classified correctly by set {found['serving_set']} "
         "that each attacker breaks"
@@ -57,12 +60,16 @@ def title(found: Mapping[str, Any], noun: str) -> str:
 
 
 def headings(found: Mapping[str, Any]) -> list[str]:
-    """Return the column headings of the table of attackers."""
+    """Return the column headings of the table that shows the success of attackers with different knowledge of a
+    rotation.
+    """
     return ["attacker", "broken", "rotation", "attack", "has"]
 
 
 def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the cells of each row of the table of attackers, as text."""
+    """Yield the rows of the table that shows the success of attackers with different knowledge of a
+    rotation, as text.
+    """
     for row in found["rows"]:
         share = "–" if row["share"] is None else shown(row["share"])
         has = row["message"] if row["share"] is None else row["has"]
@@ -70,7 +77,7 @@ def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def alternatives_title(found: Mapping[str, Any], noun: str) -> str:
-    """Return the title of the table of alternatives."""
+    """Return the title of the table that compares a rotation with other uses of the same training time."""
     return (
         f"alternatives: other uses of the same time, with the share of {noun} that examples from the stolen set "
         "and white-box attacks on the serving set break"
@@ -78,7 +85,7 @@ def alternatives_title(found: Mapping[str, Any], noun: str) -> str:
 
 
 def alternatives_headings(found: Mapping[str, Any]) -> list[str]:
-    """Return the column headings of the table of alternatives."""
+    """Return the column headings of the table that compares a rotation with other uses of the same training time."""
     return [
         "alternative",
         "clean accuracy",
@@ -89,7 +96,7 @@ def alternatives_headings(found: Mapping[str, Any]) -> list[str]:
 
 
 def alternatives_cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the cells of each row of the table of alternatives, as text."""
+    """Yield the rows of the table that compares a rotation with other uses of the same training time, as text."""
     for row in found["alternatives"]:
         shares = ("–" if row[key] is None else shown(row[key]) for key in ("stolen_set", "white_box"))
         yield [row["alternative"], percent(row["clean_accuracy"]["value"]), *shares, row["message"]]

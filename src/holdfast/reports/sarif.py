@@ -1,4 +1,6 @@
-"""SARIF 2.1.0 for code scanning: failed and unclear gates and raised doubts, located at the file of the model."""
+"""The report of a run in the format SARIF 2.1.0 for code scanning, with failed and unclear gates and raised doubts as
+results.
+"""
 
 import hashlib
 import json
@@ -22,7 +24,8 @@ _GATES = {
 
 
 def sarif_document(summary: Mapping[str, Any]) -> str:
-    """Return a SARIF run with a result for each gate that does not pass and for each raised doubt.
+    """Return the report of a run in the format SARIF, with one result for each gate that does not pass and for each
+    raised doubt.
 
     Results for accepted doubts are suppressed.
     """
@@ -113,7 +116,9 @@ def _unlinked(text: str) -> str:
 
 
 def model_address(model: Mapping[str, Any]) -> str:
-    """Return the file of the model as a URI. A relative path stays relative, for code scanning of the repository."""
+    """Return the file of the model as a URI for SARIF. A relative path remains relative, so that it refers to the
+    scanned repository.
+    """
     files = model.get("files")
     name = next(iter(files), None) if isinstance(files, Mapping | list) else None
     path = Path(printable(str(name or model.get("name") or "model")).removeprefix("bundled:"))

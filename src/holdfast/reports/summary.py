@@ -1,4 +1,4 @@
-"""The summary of a run, which is the content of `-o x.json`, and from which all other reports are created.
+"""The summary of a run, which the option `-o FILE.json` writes, and from which all other reports are created.
 
 Its schema is published and versioned (`schema/assessment-2.json`). Strict JSON has no infinity: a number that is not
 finite is one of the strings "inf", "-inf" and "nan".
@@ -61,7 +61,7 @@ def summary(
     notes: Sequence[str] = (),
     confidence: float = 0.95,
 ) -> Json:
-    """Return the content of a report as strict JSON.
+    """Return the summary of a run, which contains everything that reports show, as strict JSON.
 
     `run` contains what the evidence does not: `verb`, `folder`, `created` (ISO 8601), `command` (which repeats the
     run), `hashes`, `versions`, `hardware`; unknown keys are omitted. `accepted_doubts` maps names to reasons.
@@ -133,13 +133,15 @@ def _about(run: Mapping[str, Any]) -> Json:
 
 
 def to_json(content: Mapping[str, Any]) -> str:
-    """Return the summary as strict JSON with a newline at the end."""
+    """Return the summary of a run as strict JSON text, without NaN and infinities, with a newline at the end."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # `-o -` prints it
 
 
 def summary_schema(name: str = "assessment-2") -> Json:
-    """Return a published JSON Schema: that of the summary, or that of a comparison (`comparison-2`)."""
+    """Return the published JSON Schema of the summary of a run or, for the name `comparison-2`, of a comparison of two
+    runs.
+    """
     text = resources.files("holdfast.reports").joinpath("schema", f"{name}.json").read_text(encoding="utf-8")
     content: Json = json.loads(text)
     return content
@@ -156,7 +158,7 @@ def _noun(evidence: Evidence) -> str:
 
 
 def asked_gate(gate: Judgement, content: Mapping[str, Any]) -> Json:
-    """Return the entry of the summary for a gate that was judged after the run."""
+    """Return the JSON entry of the summary for a gate that was judged after the end of the run."""
     entry = _gate(gate)
     judged: Json = strict(entry | {"message": why(entry, open_doubts(content))})
     return judged
@@ -304,7 +306,9 @@ def _threat(threat: ThreatModel) -> Json:
 
 
 def eps_unit(threat: ThreatModel, model: Mapping[str, Any]) -> str:
-    """Return the unit of eps, from the card of the model; empty if eps is not a size of a change in values."""
+    """Return the unit of the perturbation radius eps for the report, or an empty string if eps is not a size of changes
+    of input values.
+    """
     if not threat.constraint.in_input_units:
         return ""
     low, high = (float(end) for end in model.get("bounds") or (0.0, 1.0))

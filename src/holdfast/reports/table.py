@@ -1,4 +1,4 @@
-"""CSV files with one row for each example, from the columns of the evidence."""
+"""The report of a run as a CSV file with one row for each example."""
 
 import csv
 from collections.abc import Iterator, Mapping
@@ -30,16 +30,14 @@ _NAMED = {"class": "y", "clean_class": "clean_prediction", "adversarial_class": 
 
 
 def headings(columns: Columns, *, named: bool = False) -> list[str]:
-    """Return the headings of the columns that were measured; with `named`, also those of the columns with names of
-    classes.
-    """
+    """Return the headings of the CSV report of a run. With `named`, they include columns with names of classes."""
     measured = [heading for heading, source in _SOURCES.items() if source in columns]
     return [*measured, *(heading for heading, numbers in _NAMED.items() if named and numbers in measured)]
 
 
 def write_rows(summary: Mapping[str, Any], columns: Columns, file: TextIO) -> None:
-    """Write the headings and all rows. Booleans are `true` and `false`, and `broken_by` is empty
-    for unbroken examples.
+    """Write the CSV report of a run, with one row for each example. Booleans are `true` and `false`, and `broken_by` is
+    empty for unbroken examples.
     """
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(headings(columns, named=bool(summary["data"].get("classes"))))
@@ -48,8 +46,7 @@ def write_rows(summary: Mapping[str, Any], columns: Columns, file: TextIO) -> No
 
 
 def frame(evidence: Evidence) -> Any:
-    """Return those columns that have one value for each example as a `pandas.DataFrame`, indexed by the ids of the
-    examples.
+    """Return the results of each example as a `pandas.DataFrame`, with one row for each example, indexed by its id.
 
     `broken_by` is the name of the attack or pass, `robust` is added, and `digest` is in hex. Raises `UsageError` if
     pandas is not installed.

@@ -1,4 +1,4 @@
-"""The summary as text for a terminal. The functions return strings and print nothing."""
+"""The report of a run as text for a terminal. The functions return strings and print nothing."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -64,7 +64,9 @@ STATE_SIGNS = {"raised": "▲", "clear": "✓", "answered": "◆", "not measured
 
 
 def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
-    """Return the verdict with its reason, a line for each gate, and the raised doubts, as text."""
+    """Return the verdict of a run with its reason, a line for each gate, and the raised doubts, as text
+    for a terminal.
+    """
     from rich.text import Text
 
     lines = Text()
@@ -88,7 +90,8 @@ def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
 
 
 def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None, brief: bool = False) -> str:
-    """Return the attacks, the metrics and the doubts as tables in text. If `width` is None, lines are not wrapped.
+    """Return the tables of attacks, metrics and doubts of a run as text for a terminal. If `width` is None, lines are
+    not wrapped.
 
     With `brief`, less important metrics are omitted; the other reports contain all metrics.
     """
@@ -118,7 +121,8 @@ def _doubts(doubts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def attack_table(summary: Mapping[str, Any], *, narrow: bool = False) -> "Table":
-    """Return a table with the surviving examples after each attack, or with the changes that it found.
+    """Return the terminal table of attacks, with the examples that survive each attack, or with the sizes of the
+    changes that it found.
 
     With `narrow`, intervals and queries are omitted.
     """
@@ -138,8 +142,8 @@ def attack_table(summary: Mapping[str, Any], *, narrow: bool = False) -> "Table"
 
 
 def metric_table(summary: Mapping[str, Any], *, brief: bool = False) -> "Table":
-    """Return a table of the metrics with their confidence intervals. With `brief`, only those in
-    `FIRST` are included.
+    """Return the terminal table of the metrics of a run with their confidence intervals. With `brief`, only the most
+    important ones are included.
     """
     table = grid(
         f"metrics, {100 * summary['confidence']:.0f} % intervals", ("metric", "value", "interval", "n")
@@ -157,8 +161,8 @@ def metric_table(summary: Mapping[str, Any], *, brief: bool = False) -> "Table":
 
 
 def matrices(summary: Mapping[str, Any]) -> "list[Table]":
-    """Return the tables of the transfer between models, of the transfer across data sets and of
-    attackers, if measured.
+    """Return the terminal tables of the transfer between models, of the transfer across data sets and of attackers of a
+    rotation, if these were measured.
     """
     tables = []
     for name, words in (("transfer", transfer), ("data_transfer", across)):
@@ -173,7 +177,9 @@ def matrices(summary: Mapping[str, Any]) -> "list[Table]":
 
 
 def attackers(summary: Mapping[str, Any]) -> "list[Table]":
-    """Return the table of attackers and the table of alternatives; an empty list for a model without rotation."""
+    """Return the terminal tables of attackers of a rotation and of alternatives to it, or an empty list if there is no
+    rotation.
+    """
     found, noun = summary.get("rotation"), summary["noun"]
     if found is None:
         return []
@@ -190,7 +196,9 @@ def attackers(summary: Mapping[str, Any]) -> "list[Table]":
 
 
 def grid(title: str, headings: Sequence[str]) -> "Table":
-    """Return a table without rows, whose first column is aligned left, and the others right."""
+    """Return an empty terminal table with headings. The first column is aligned left, and the others are
+    aligned right.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -203,19 +211,21 @@ def grid(title: str, headings: Sequence[str]) -> "Table":
 
 
 def shown_or_dash(metric: str, estimate: Mapping[str, Any] | None) -> str:
-    """Return the value of a metric as text, or a dash if it was not measured."""
+    """Return the value of a metric as text for a table, or a dash if the metric was not measured."""
     return shown(metric, estimate["value"]) if estimate else "–"
 
 
 def cell(text: str) -> "Text":
-    """Return a text without markup and without control characters, for a cell of a table."""
+    """Return a text as a cell of a terminal table, without markup and control characters."""
     from rich.text import Text
 
     return Text(line(text))
 
 
 def as_string(renderable: Any, *, colour: bool, width: int | None) -> str:
-    """Return what a terminal would show as a string, in lines of `width` characters or, if it is None, unwrapped."""
+    """Return the text that a terminal would show for a table, in lines of `width` characters, or without wrapping if
+    `width` is None.
+    """
     from rich.console import Console
 
     file = io.StringIO()

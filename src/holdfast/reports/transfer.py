@@ -1,4 +1,6 @@
-"""The transfer matrix, as an entry of the summary and as a table."""
+"""The report's transfer matrix, which shows how adversarial examples transfer between models, as an entry of the
+summary and as a table.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
@@ -17,7 +19,9 @@ METRIC = "transfer_success"
 
 
 def transfer(evidence: Evidence, confidence: float) -> Json | None:
-    """Return the names of the models and the results of the transfer between them, or None if it was not measured."""
+    """Return the results of the transfer between models for the summary of a run, or None if the transfer was not
+    measured.
+    """
     try:
         rows = matrix(evidence, confidence)
     except Absent:
@@ -38,7 +42,7 @@ def transfer(evidence: Evidence, confidence: float) -> Json | None:
 
 
 def title(found: Mapping[str, Any], noun: str) -> str:
-    """Return the title of the transfer matrix."""
+    """Return the title of the transfer matrix, a table of the transfer of adversarial examples between models."""
     share = (
         f"on {count_text(found['n'])} {noun}: share of those that a model classifies correctly and that the examples "
         "break"
@@ -47,23 +51,27 @@ def title(found: Mapping[str, Any], noun: str) -> str:
 
 
 def headings(found: Mapping[str, Any]) -> list[str]:
-    """Return the column headings of the transfer matrix."""
+    """Return the column headings of the transfer matrix, a table of the transfer of adversarial examples between
+    models.
+    """
     return ["computed on", *(f"on {name}" for name in found["models"])]
 
 
 def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield each row of the transfer matrix as text: the source of the examples, then fractions with intervals."""
+    """Yield the rows of the transfer matrix as text: the model on which the examples were computed, and their success
+    rate on each model.
+    """
     for row in found["rows"]:
         yield [row["computed_on"], *("–" if share is None else shown(share) for share in row["shares"])]
 
 
 def shown(share: Mapping[str, Any]) -> str:
-    """Return a fraction with its confidence interval as text."""
+    """Return the success rate of a transfer between models with its confidence interval as text."""
     return f"{percent(share['value'])} ({interval(METRIC, share)})"
 
 
 def told_apart(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return names without folders, with a number added to those that would otherwise be equal."""
+    """Return the names of models or data sets without folders. Names that would then be equal are numbered."""
     last = [PurePath(name).name or name for name in names]
     return tuple(
         f"{name} {last[: place + 1].count(name)}" if last.count(name) > 1 else name

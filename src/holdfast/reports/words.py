@@ -1,4 +1,4 @@
-"""Functions that put results into words: the verdict, the gates, the threat model and the metrics."""
+"""Text for reports: sentences on the verdict, the gates and the threat model, and names of metrics."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ _CHANGES = {
 
 
 def label(metric: str) -> str:
-    """Return the name of a metric as a heading."""
+    """Return the name of a metric as a heading in reports, such as `Robust accuracy`."""
     words = metric.replace("_", " ").capitalize()
     return (
         re.sub(r"\b(linf|l[012]|f1)\b", lambda found: found[0].capitalize(), words)
@@ -59,22 +59,22 @@ def label(metric: str) -> str:
 
 
 def definition(metric: str) -> str:
-    """Return the meaning of a metric; empty for metrics of plugins."""
+    """Return a text for reports that defines a metric, or an empty string for a metric of another package."""
     return METRICS.get(metric, "")
 
 
 def is_share(metric: str) -> bool:
-    """Return whether a metric is a fraction, which is shown in percent."""
+    """Return whether a metric is a fraction, so that reports show it in percent."""
     return metric not in NOT_SHARES
 
 
 def shown(metric: str, value: float | str) -> str:
-    """Return a value of a metric as text."""
+    """Return a value of a metric as text for reports, in percent if the metric is a fraction."""
     return percent(value) if is_share(metric) else plain(value)
 
 
 def interval(metric: str, estimate: Mapping[str, Any]) -> str:
-    """Return the confidence interval of an estimate as text, such as `38.4–44.6 %`."""
+    """Return the confidence interval of a metric as text, such as `38.4–44.6 %`."""
     low, high = shown(metric, estimate["low"]), shown(metric, estimate["high"])
     if low == high:
         return low
@@ -82,17 +82,17 @@ def interval(metric: str, estimate: Mapping[str, Any]) -> str:
 
 
 def amount(n: int, noun: str) -> str:
-    """Return a number with its noun: `1,000 images`, `1 image`."""
+    """Return a number of things as text, such as `1,000 images` or `1 image`."""
     return f"{count_text(n)} {noun.removesuffix('s') if n == 1 else noun}"
 
 
 def capitalized(sentence: str) -> str:
-    """Return a sentence with a capital first letter."""
+    """Return the text with its first letter in upper case."""
     return sentence[:1].upper() + sentence[1:]
 
 
 def sentences(*parts: str) -> str:
-    """Return the nonempty parts joined as sentences, each with a capital first letter and a full stop.
+    """Join nonempty texts as sentences, each with an upper-case first letter and a full stop.
 
     >>> sentences("3 of 4 fail", "", "look at them.")
     '3 of 4 fail. Look at them.'
@@ -103,8 +103,8 @@ def sentences(*parts: str) -> str:
 
 
 def grouped_doubts(doubts: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Return the doubts that are not raised, in groups. Doubts that were not measured for the same reason are one
-    group.
+    """Return the doubts of a run that were not raised, in groups for the report. Doubts that were not measured for the
+    same reason are one group.
     """
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for doubt in doubts:
@@ -116,7 +116,9 @@ def grouped_doubts(doubts: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str
 
 
 def main_metric(summary: Mapping[str, Any]) -> str | None:
-    """Return the metric of the headline. For a targeted threat model without an eps, it is the size of the changes."""
+    """Return the name of the metric that the headline of a report states, such as `robust_accuracy`, or None if no such
+    metric was measured.
+    """
     wanted = ["robust_accuracy", "targeted_success_rate", "robust_margin", "clean_accuracy"]
     if summary["threat"]["goal"] is not None and number(summary["threat"]["eps"]) == float("inf"):
         wanted.insert(0, f"perturbation_{summary['threat']['norm'].lower()}")
@@ -124,14 +126,15 @@ def main_metric(summary: Mapping[str, Any]) -> str | None:
 
 
 def told_metrics(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the metrics that text reports show: one robust accuracy, and no metric that is the
-    complement of another.
+    """Return the metrics of a run that text reports show. Redundant ones, such as an error rate next to the accuracy,
+    are left out.
     """
     return told_of(summary["metrics"])
 
 
 def told_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Return the result of `told_metrics` for metrics by name.
+    """Return the given metrics without those that are redundant in text reports, such as an error rate next to the
+    accuracy.
 
     An infinite median of the changes is left out: it means that fewer than half of the examples were broken, which
     robust accuracy shows as well.
@@ -152,7 +155,9 @@ def told_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, An
 
 
 def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
-    """Return the main result in a sentence without gates. With `intervals`, it contains the confidence interval."""
+    """Return a sentence that states the main result of a run, such as robust accuracy, without gates. With `intervals`,
+    it contains the confidence interval.
+    """
     metric = main_metric(summary)
     if metric is None:
         return f"{amount(summary['n'], summary['noun']).capitalize()} were assessed"
@@ -183,7 +188,9 @@ def _suite_alone(summary: Mapping[str, Any]) -> str:
 
 
 def every_one_tried(threat: Mapping[str, Any]) -> str:
-    """Return what examples must survive: `every attack tried`, or `every corruption tried`."""
+    """Return the words for the attacks of a run in a sentence of a report: `every attack tried` or `every corruption
+    tried`.
+    """
     return f"every {'corruption' if threat['norm'] == 'Corruptions' else 'attack'} tried"
 
 
@@ -194,7 +201,7 @@ def _elsewhere(summary: Mapping[str, Any]) -> str:
 
 
 def asked(gate: Mapping[str, Any]) -> str:
-    """Return the condition of a gate in words: `at least 50 % robust accuracy`."""
+    """Return the condition of a gate in words, such as `at least 50 % robust accuracy`."""
     sense = "at least" if gate["relation"] == ">=" else "at most"
     bound = shown(gate["metric"], gate["bound"]).replace(".0 %", " %")
     at = f" at eps {size(gate['eps'])}" if gate["eps"] is not None else ""
@@ -209,7 +216,7 @@ def _spoken(metric: str) -> str:
 
 
 def open_doubts(summary: Mapping[str, Any]) -> list[str]:
-    """Return the names of the doubts that were raised and not accepted."""
+    """Return the names of the doubts of a run that were raised and that the user has not accepted."""
     return [
         doubt["name"]
         for doubt in summary["doubts"]
@@ -218,14 +225,16 @@ def open_doubts(summary: Mapping[str, Any]) -> list[str]:
 
 
 def doubted(gate: Mapping[str, Any]) -> bool:
-    """Return whether only open doubts prevent the gate from passing."""
+    """Return whether a gate is unclear only because of raised doubts that the user has not accepted."""
     low, high = number(gate["estimate"]["low"]), number(gate["estimate"]["high"])
     bound = number(gate["bound"])
     return gate["verdict"] == "unclear" and (low >= bound if gate["relation"] == ">=" else high <= bound)
 
 
 def why(gate: Mapping[str, Any], doubts: Sequence[str]) -> str:
-    """Return the reason for the verdict of a gate, in words."""
+    """Return the reason for the verdict of a gate in words, such as the position of the confidence interval relative to
+    the threshold.
+    """
     sure = interval(gate["metric"], gate["estimate"])
     return f"{_because(gate, sure, doubts)}{SCOPES[gate['scope']] if gate['scope'] else ''}"
 
@@ -246,7 +255,7 @@ def _because(gate: Mapping[str, Any], sure: str, doubts: Sequence[str]) -> str:
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """Return the result in one sentence: what was measured, the gates, and the verdict."""
+    """Return the result of a run in one sentence: the main metric, the gates and the verdict."""
     gates, found = summary["gates"], _meaning(summary, measured(summary))
     if not gates:
         return f"{found}; no gate was set."
@@ -264,7 +273,9 @@ def headline(summary: Mapping[str, Any]) -> str:
 
 
 def title(summary: Mapping[str, Any]) -> str:
-    """Return the result in a short sentence, for a page that shows interval, gates and doubts separately."""
+    """Return the main result of a run in a short sentence, as the title of a page that shows interval, gates and doubts
+    separately.
+    """
     return _meaning(summary, measured(summary, intervals=False)) + "."
 
 
@@ -312,7 +323,7 @@ def _limited(kind: str, limits: Mapping[str, Any]) -> str:
 
 
 def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the assumptions on the attacker, as one sentence each."""
+    """Return the assumptions of a threat model about the attacker in words, with one sentence for each assumption."""
     eps = number(threat["eps"])
     ball = _BALLS.get(threat["norm"], "may change an input within " + threat["constraint"])
     if threat["limits"]:
@@ -341,7 +352,7 @@ def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str,
 
 
 def query_budget(threat: Mapping[str, Any]) -> str:
-    """Return the query budget of a threat model in words; empty if there is none.
+    """Return the limit on queries of a threat model in words, or an empty string if there is no limit.
 
     >>> query_budget({"queries": 1_000})
     'at most 1,000 queries for each example in each attack'
@@ -355,5 +366,5 @@ def query_budget(threat: Mapping[str, Any]) -> str:
 
 
 def as_asked(threat: Mapping[str, Any]) -> str:
-    """Return the threat model of a summary in the syntax of the command line."""
+    """Return the threat model of a run in the syntax of the command line, such as `linf:8/255`."""
     return threat_text(threat["constraint"], threat["goal"], threat["access"], threat["queries"])

@@ -1,4 +1,4 @@
-"""Functions that write reports in the format of the file suffix. The module imports neither torch nor a renderer."""
+"""Writes reports to files, in the format that the suffix of the file name states. The module does not import torch."""
 
 import contextlib
 import os
@@ -69,7 +69,7 @@ COMPARISON_SUFFIXES = (".html", ".json", ".md")
 
 
 def check_destination(path: Path, suffixes: Collection[str] = WRITERS.keys()) -> None:
-    """Check the path of a report before a run.
+    """Check before a run that a report can be written to a path.
 
     Raises `UsageError` for an unknown suffix, and `TargetError` if the file cannot be written.
     """
@@ -90,14 +90,16 @@ def check_destination(path: Path, suffixes: Collection[str] = WRITERS.keys()) ->
 
 
 def write(summary: Summary, columns: "Columns", path: Path) -> None:
-    """Write the report in the format of the suffix, atomically. Missing folders are created."""
+    """Write the report of a run to a file, atomically, in the format that the suffix of the path states. Missing
+    folders are created.
+    """
     writer = WRITERS[_known(path, WRITERS)]
     with _explained(path), replacing(path) as file:
         writer(summary, columns, file)
 
 
 def write_comparison(content: Summary, path: Path) -> None:
-    """Write a comparison in the format of the suffix, atomically."""
+    """Write the comparison of two runs to a file, atomically, in the format that the suffix of the path states."""
     from holdfast.reports import comparison
 
     render = {
@@ -111,7 +113,7 @@ def write_comparison(content: Summary, path: Path) -> None:
 
 
 def write_exhibits(found: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the measurements of the gallery as JSON, atomically."""
+    """Write the results for the bundled models with masked gradients to a JSON file, atomically."""
     from holdfast.reports.exhibits import exhibits_to_json
 
     with _explained(path), replacing(path) as file:
@@ -131,8 +133,8 @@ def _explained(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """Context manager that opens a text file, which replaces `path` when it is complete. After an error, `path` is
-    unchanged.
+    """Context manager that opens a text file, which replaces the file at `path` when it is complete. After an error,
+    `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".part", dir=path.parent)

@@ -1,4 +1,6 @@
-"""Generate to Defend: collect parameter sets, learn their distribution, generate new sets, immunise and swap them."""
+"""Generate to Defend: train parameter sets, learn their distribution, generate new sets, immunise them and swap the
+serving set.
+"""
 
 from holdfast.rotation.alignment import all_aligned
 from holdfast.rotation.codec import Codec, Embedding

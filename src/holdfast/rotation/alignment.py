@@ -1,4 +1,5 @@
-"""Permutation alignment, which reorders the hidden units of one network to match another and preserves its outputs.
+"""Permutation alignment, which reorders the hidden units of a network so that its parameters are similar to those of
+another network. Its outputs do not change.
 
 Ainsworth, Hayase & Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries", ICLR 2023,
 arXiv:2209.04836: weight matching by coordinate descent over linear assignments. Differs from the paper: only
@@ -30,8 +31,8 @@ _UNITWISE = (
 
 @dataclass(frozen=True)
 class Hidden:
-    """A hidden layer of a network, with its number of units and the names of the parameters that depend on
-    their order.
+    """A hidden layer of a network: its number of units, and the names of the parameters that are reordered if the units
+    are.
     """
 
     units: int
@@ -43,7 +44,9 @@ class Hidden:
 
 
 def hidden(model: Classifier) -> tuple[Hidden, ...]:
-    """Return the hidden layers of a sequence of layers. Raises `TargetError` for any other network."""
+    """Return the hidden layers of a network that is a sequence of layers. Raises `TargetError` for any
+    other network.
+    """
     layers: list[tuple[int, list[str], str]] = []
     refuse_shared(model)
     for name, layer in _leaves(model.net, ""):
@@ -73,7 +76,7 @@ def _parameters(name: str, layer: nn.Module) -> list[str]:
 
 
 def permuted(weights: Weights, layers: Sequence[Hidden], orders: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return the parameters of an equivalent network in which the units of each hidden layer are in the given order."""
+    """Return the parameters of an equivalent network in which the units of each hidden layer are in a given order."""
     tensors = dict(weights)
     for layer, order in zip(layers, orders, strict=True):
         for name in layer.made:
@@ -84,8 +87,8 @@ def permuted(weights: Weights, layers: Sequence[Hidden], orders: Sequence[Tensor
 
 
 def aligned(weights: Weights, known: Weights, layers: Sequence[Hidden], *, rng: Draws) -> dict[str, Tensor]:
-    """Return the parameter set `weights` with its hidden units reordered so that they are most similar to those of
-    `known`.
+    """Return a parameter set whose hidden units are reordered so that it is most similar to the set `known`. The
+    outputs of the network do not change.
     """
     tensors = dict(weights)
     slots = torch.arange(len(layers))
@@ -114,8 +117,8 @@ def _alike(weights: Weights, known: Weights, layer: Hidden) -> Tensor:
 
 
 def refuse_shared(model: Classifier) -> None:
-    """Raise `TargetError` if a layer occurs twice in the model, because no single order of its units may suit both
-    places.
+    """Raise `TargetError` if a layer occurs twice in the model, because its units cannot be reordered independently in
+    both positions.
     """
     assert isinstance(model.net, nn.Module)
     seen: set[int] = set()
@@ -129,7 +132,8 @@ def refuse_shared(model: Classifier) -> None:
 
 
 def all_aligned(members: Members, model: Classifier, data: Batch, *, rng: Draws) -> Members:
-    """Align every parameter set to the first one, and return the aligned collection.
+    """Reorder the hidden units of every parameter set of a collection so that it is most similar to the first one, and
+    return the aligned collection.
 
     The outputs of each set before and after are compared on at most 64 inputs of `data`, which costs two forward passes
     of them for each set. Raises `TargetError` if they differ by more than rounding: the network then does not treat its

@@ -1,4 +1,5 @@
-"""A codec of parameter sets: exact principal components, followed by a denoising autoencoder.
+"""A codec, which represents each parameter set by a few numbers: exact principal components, followed by a denoising
+autoencoder.
 
 The autoencoder is that of Generate to Defend, after Wang et al., "Neural Network Diffusion", arXiv:2402.13144: noise
 is added to the inputs of the encoder and of the decoder, and the squared error is minimised. Differs from both: it
@@ -35,8 +36,8 @@ _AT_ONCE = 1 << 18  # columns that are converted to double precision at a time
 
 @dataclass(frozen=True)
 class Span:
-    """The affine space that contains a collection: a mean parameter set and orthonormal directions, which are combined
-    linearly.
+    """The affine space of a collection of parameter sets: their mean, and orthonormal directions whose linear
+    combinations are added to it.
     """
 
     mean: dict[str, Tensor]
@@ -47,16 +48,18 @@ class Span:
 
     @property
     def rank(self) -> int:
-        """Number of orthonormal directions."""
+        """Number of orthonormal directions of the space of parameter sets."""
         return len(next(iter(self.directions.values())))
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of one set."""
+        """Number of parameters of each parameter set in the space."""
         return sum(value.numel() for value in self.mean.values())
 
     def coordinates(self, members: Members) -> Tensor:
-        """Return the coefficients of the directions for each parameter set, (n, rank), float64."""
+        """Return the coordinates of parameter sets in the space, that is the coefficients of its directions, (n, rank),
+        float64.
+        """
         coefficients = torch.zeros(len(members), self.rank, dtype=torch.float64)
         for name, value in members.tensors.items():
             pieces = zip(_pieces(value - self.mean[name]), _pieces(self.directions[name]), strict=True)
@@ -65,15 +68,17 @@ class Span:
         return coefficients.to(value.device)
 
     def sets(self, coordinates: Tensor) -> dict[str, Tensor]:
-        """Return the parameter sets at `coordinates` (n, rank); each tensor has shape (n, *shape)."""
+        """Return the parameter sets with the given coordinates (n, rank) in the space. Each tensor has shape (n,
+        *shape).
+        """
         return {
             name: mean + torch.einsum("nr,r...->n...", coordinates.to(mean), self.directions[name])
             for name, mean in self.mean.items()
         }
 
     def at(self, coordinates: Tensor, columns: Tensor) -> Tensor:
-        """Return the parameters at positions `columns` (k) of the flattened sets at `coordinates` (n, rank), of shape
-        (n, k).
+        """Return some of the parameters of the sets with the given coordinates (n, rank). `columns` (k) contains their
+        positions in a flattened set; the result has shape (n, k).
         """
         rows = torch.cat([value.flatten(1) for value in self.directions.values()], 1)[:, columns]
         mean = torch.cat([value.flatten() for value in self.mean.values()])[columns]
@@ -81,7 +86,8 @@ class Span:
 
 
 def span(members: Members, rank: Steps | None = None) -> Span:
-    """Return the mean and the first `rank` principal directions of a collection; by default all directions.
+    """Return the mean and the first `rank` principal directions of a collection of parameter sets; by default, all
+    directions.
 
     With all directions the sets are recovered exactly, except for components below 1e-5 of the largest, which are
     treated as rounding errors. Raises `UsageError` for fewer than two sets, or if all sets are equal.
@@ -124,7 +130,8 @@ _TINY = 1e-6
 
 @dataclass(frozen=True)
 class Embedding:
-    """A fitted codec, which encodes parameter sets as latents and decodes them.
+    """A fitted codec, which encodes each parameter set as a short latent vector, and decodes latent vectors to
+    parameter sets.
 
     Each dimension of the latents has mean 0 and standard deviation 1 over the collection.
     """
@@ -143,31 +150,33 @@ class Embedding:
 
     @property
     def dims(self) -> int:
-        """Number of dimensions of a latent."""
+        """Number of dimensions of the latent vector that represents a parameter set."""
         return len(self.mean)
 
     @torch.no_grad()
     def encoded(self, members: Members) -> Tensor:
-        """Return the latents of the parameter sets, (n, dims)."""
+        """Return the latent vectors that represent the given parameter sets, (n, dims)."""
         raw: Tensor = self.encoder((self.span.coordinates(members) / self.scale).float())
         return (raw - self.mean) / self.deviation
 
     def coordinates(self, latents: Tensor) -> Tensor:
-        """Return the coordinates in the span (n, rank) of latents (n, dims); differentiable with respect to the
-        latents.
+        """Return the coordinates of decoded latent vectors in the affine space of the collection, (n, rank), with
+        gradients with respect to the latents.
         """
         raw: Tensor = self.decoder(latents * self.deviation + self.mean)
         return raw * self.scale
 
     @torch.no_grad()
     def decoded(self, latents: Tensor) -> dict[str, Tensor]:
-        """Return the parameter sets of latents (n, dims); each tensor has shape (n, *shape)."""
+        """Return the parameter sets that the latent vectors (n, dims) represent. Each tensor has shape (n, *shape)."""
         return self.span.sets(self.coordinates(latents))
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Settings of a codec, which learns to describe each parameter set of a collection by `dims` numbers."""
+    """Settings of a codec, which is fitted to a collection of parameter sets and represents each set by
+    `dims` numbers.
+    """
 
     rank: Steps = 64
     """largest number of principal directions that are used"""
@@ -232,7 +241,7 @@ class Codec:
 
 
 def stepped(optimizer: torch.optim.Optimizer, loss: Tensor, where: str, lr: float) -> None:
-    """Perform one update of the optimiser. Raises `LostLoss` if the loss is not finite."""
+    """Perform one update of the optimiser for a loss. Raises `LostLoss` if the loss is not finite."""
     if not bool(loss.isfinite()):
         raise LostLoss(
             f"the loss of {where} is NaN or infinite; train with a smaller learning rate than {lr:g}"
@@ -243,7 +252,9 @@ def stepped(optimizer: torch.optim.Optimizer, loss: Tensor, where: str, lr: floa
 
 
 def codec_layers(*widths: int) -> nn.Sequential:
-    """Return a network of linear layers of the given widths, with a SiLU between consecutive layers."""
+    """Return a network of linear layers with the given widths, and with a SiLU activation between
+    consecutive layers.
+    """
     modules: list[nn.Module] = []
     for wide, next_wide in pairwise(widths):
         modules += [nn.Linear(wide, next_wide), nn.SiLU()]
@@ -251,7 +262,9 @@ def codec_layers(*widths: int) -> nn.Sequential:
 
 
 def packed(embedding: Embedding) -> dict[str, Tensor]:
-    """Return all tensors of a fitted codec by name, for storage in a file. `unpacked` is the inverse."""
+    """Return all tensors of a fitted codec of parameter sets, by name, for storage in a file. `unpacked` is the
+    inverse.
+    """
     tensors = {f"mean.{name}": value for name, value in embedding.span.mean.items()}
     tensors |= {f"directions.{name}": value for name, value in embedding.span.directions.items()}
     tensors |= {f"encoder.{name}": value for name, value in embedding.encoder.state_dict().items()}
@@ -266,7 +279,9 @@ def packed(embedding: Embedding) -> dict[str, Tensor]:
 
 
 def unpacked(tensors: Mapping[str, Tensor]) -> Embedding:
-    """Return the fitted codec from the tensors that `packed` returned."""
+    """Return the fitted codec of parameter sets from the tensors that were stored in a file. `packed` is
+    the inverse.
+    """
 
     def network(first: str) -> nn.Module:
         state = without_prefix(tensors, first)

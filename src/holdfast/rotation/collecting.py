@@ -1,4 +1,4 @@
-"""Collection of parameter sets of one architecture, trained by any recipe, on which a generator is trained.
+"""Training of many parameter sets of one architecture, with any recipe, as the training data of a generator.
 
 Sets from one training run are similar, and an attack on one breaks the others; sets from independent runs differ more.
 `Basins` combines both: a few runs, each continued by a short sequence of checkpoints at a small constant learning rate.
@@ -30,7 +30,7 @@ Beginning = Literal["he", "own"]
 
 @dataclass(frozen=True)
 class Task:
-    """The inputs of a collection that the training runs of all parameter sets share: model, data, threat model and
+    """What all training runs of a collection of parameter sets share: the model, the data, the threat model and the
     recipes.
     """
 
@@ -51,18 +51,22 @@ class Task:
 
 
 class Source(Protocol):
-    """Protocol of a method that produces parameter sets by one or more training runs."""
+    """Protocol of a method that produces a collection of parameter sets by one or more training runs."""
 
     anew: ClassVar[bool]
     """whether each run is trained from fresh random weights; otherwise it starts from the given model"""
 
     @property
     def runs(self) -> int:
-        """Number of training runs. Each run is independent of the others."""
+        """Number of training runs that produce the collection of parameter sets. The runs are independent of each
+        other.
+        """
 
     @property
     def updates(self) -> int:
-        """Number of updates of one run after the training of its base."""
+        """Number of further updates of the optimiser after the end of a training run, which produce its later
+        checkpoints.
+        """
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
         """Yield the models of one run that starts at `base`, in order; their parameters are the parameter sets."""
@@ -87,12 +91,14 @@ class Trajectory:
 
     @property
     def runs(self) -> int:
-        """Number of training runs, which is always 1."""
+        """Number of training runs that produce the collection, which is always 1."""
         return 1
 
     @property
     def updates(self) -> int:
-        """Number of updates from the base to the last checkpoint."""
+        """Number of updates of the optimiser from the end of the training run to the last checkpoint of
+        the collection.
+        """
         return self.sets * self.every
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
@@ -110,12 +116,12 @@ class Seeds:
 
     @property
     def runs(self) -> int:
-        """Number of training runs, equal to the number of sets."""
+        """Number of training runs that produce the collection, equal to its number of parameter sets."""
         return self.seeds
 
     @property
     def updates(self) -> int:
-        """Always 0, because a run ends with the training of its base."""
+        """Number of updates after a training run, which is always 0, because no further checkpoints are collected."""
         return 0
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
@@ -139,12 +145,14 @@ class Basins:
 
     @property
     def runs(self) -> int:
-        """Number of training runs, equal to `seeds`."""
+        """Number of training runs that produce the collection, equal to the setting `seeds`."""
         return self.seeds
 
     @property
     def updates(self) -> int:
-        """Number of updates from the base of a run to its last checkpoint."""
+        """Number of updates of the optimiser from the end of a training run to its last checkpoint in
+        the collection.
+        """
         return self.sets * self.every
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
@@ -172,7 +180,7 @@ class Subset:
 
     @property
     def runs(self) -> int:
-        """Number of training runs, equal to the number of sets."""
+        """Number of training runs that produce the collection, equal to its number of parameter sets."""
         return self.sets
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
@@ -183,8 +191,8 @@ class Subset:
         yield from tail(model, task, 1, self.updates, self.lr, rng)
 
     def chosen(self, model: Classifier) -> list[str]:
-        """Return the names of the parameters that are trained. Raises `UsageError` if no name has one of the
-        prefixes.
+        """Return the names of the model's parameters that are trained, by the prefixes in the settings. Raises
+        `UsageError` if no name has one of the prefixes.
         """
         names = rotated(model)
         chosen = [name for name in names if name.startswith(self.names)]
@@ -215,7 +223,7 @@ class LowRank:
 
     @property
     def runs(self) -> int:
-        """Number of training runs, equal to the number of sets."""
+        """Number of training runs that produce the collection, equal to its number of parameter sets."""
         return self.sets
 
     def __call__(self, base: Classifier, task: Task, *, rng: Draws) -> Iterator[Classifier]:
@@ -233,7 +241,8 @@ def collect(
     rng: Draws,
     said: Callable[[int, int], None] = lambda run, of: None,
 ) -> Members:
-    """Collect all parameter sets of a source. Raises `UsageError` and `TargetError`.
+    """Run all trainings of a method such as `Basins`, and return the collection of parameter sets. Raises `UsageError`
+    and `TargetError`.
 
     `said` is called after each run with the number of completed runs and the number of all runs.
     """
@@ -248,12 +257,14 @@ def collect(
 
 
 def swapped(source: Source, model: Classifier) -> Sequence[str]:
-    """Return the names of the parameters that the sets of a source contain."""
+    """Return the names of the parameters that the sets of a collection contain. A rotation swaps only these."""
     return source.chosen(model) if isinstance(source, Subset) else rotated(model)
 
 
 def trained_anew(task: Task, rng: Draws) -> Classifier:
-    """Return a model of the task's architecture, trained from fresh random weights."""
+    """Return a model of the given architecture that is trained from fresh random weights with the recipe of the
+    collection.
+    """
     begun = begun_anew(task.model, rng.at("begin"), task.begins)
     return last_of(task.recipe, begun, task.data, task.threat, rng.at("training"))
 
@@ -289,7 +300,8 @@ def _enlarge(layers: Sequence[nn.Linear | _ConvNd]) -> None:
 
 
 def tail(base: Classifier, task: Task, sets: int, every: int, lr: float, rng: Draws) -> Iterator[Classifier]:
-    """Yield `sets` models that continue the training of `base`, with `every` updates from one to the next.
+    """Continue the training of the model `base`, and yield a copy of it after every `every` updates, `sets` copies in
+    total.
 
     The learning rate is constant, and batches are sampled with `rng`. Recipes that reserve held-out examples, such as
     those with a guard, make fewer updates.
@@ -329,7 +341,7 @@ def _without_examples(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def last_of(recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel, rng: Draws) -> Classifier:
-    """Train a copy of the model with a recipe, and return it at the last checkpoint, in eval mode."""
+    """Train a copy of the model with a recipe to the end, and return the trained copy in eval mode."""
     new = deepcopy(model)
     checkpoint: Checkpoint | None = None
     for checkpoint in recipe(model, data, threat, rng=rng):  # noqa: B007
@@ -340,7 +352,7 @@ def last_of(recipe: Recipe, model: Classifier, data: Batch, threat: ThreatModel,
 
 
 def rows_of(data: Batch, n: int, rng: Draws) -> Batch:
-    """Return at most `n` of the examples, sampled without replacement."""
+    """Return at most `n` of the examples, sampled at random without replacement."""
     return data.take(rng.bits(data.ids).argsort()[:n])
 
 

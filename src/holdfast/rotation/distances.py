@@ -1,5 +1,5 @@
-"""Distances between parameter sets, summed over their tensors. These distances do not predict whether an attack
-transfers.
+"""Distances between parameter sets, summed over their tensors. They do not predict whether an attack on one set
+transfers to another.
 """
 
 import torch
@@ -9,8 +9,8 @@ from holdfast.rotation.members import Members
 
 
 def l1(some: Members, others: Members) -> Tensor:
-    """Return the mean absolute difference of the parameters between each set of `some` and each of `others`, (n, m),
-    float64.
+    """Return the mean absolute difference of the parameters for each pair of a set of `some` and a set of `others`, (n,
+    m), float64.
     """
     total = torch.zeros(len(some), len(others), dtype=torch.float64)
     for name, value in some.tensors.items():
@@ -19,8 +19,8 @@ def l1(some: Members, others: Members) -> Tensor:
 
 
 def apart(members: Members) -> float:
-    """Return the distance between the runs of a collection: the mean L1 distance between the mean parameter sets of its
-    runs.
+    """Return how different the training runs of a collection are: the mean L1 distance between the mean parameter sets
+    of its runs.
 
     For a collection from a single run, return the mean L1 distance of each set to its nearest other set.
     """
@@ -33,8 +33,8 @@ def apart(members: Members) -> float:
 
 
 def nearest_sets(some: Members, others: Members) -> tuple[Tensor, Tensor]:
-    """Return for each set of `some` the L1 distance to the nearest set of `others` (n), and the index of that
-    set (n).
+    """Return the L1 distance of each parameter set of `some` to the nearest set of `others` (n), and the index of that
+    nearest set (n).
     """
     found = l1(some, others).min(1)
     return found.values, found.indices

@@ -1,4 +1,5 @@
-"""Distilled examples: inputs that look like one training input and have the features of another on a stolen set.
+"""Distilled examples: inputs that look like one training input, but for which a stolen set computes the features of
+another training input.
 
 Yang et al., "DVERGE: Diversifying Vulnerabilities for Enhanced Robust Generation of Ensembles", NeurIPS 2020,
 arXiv:2009.14720. An input is moved, inside a ball around it, to where a network computes the features of another
@@ -29,15 +30,15 @@ from holdfast.rotation.immunising import ball, shared_out
 
 
 class Features:
-    """Record of the features that a network computed in its latest forward pass; `watched` fills it."""
+    """Record of the features of a network, that is of the input of its last layer in the latest forward pass."""
 
     def __init__(self) -> None:
         self._rows = 0
         self._found: Tensor | None = None
 
     def or_logits(self, logits: Logits) -> Tensor:
-        """Return the recorded input of the last layer, with at least as many rows as the batch, or `logits` if none was
-        recorded.
+        """Return the recorded features of the latest forward pass, with at least as many rows as the batch, or `logits`
+        if none were recorded.
         """
         return logits if self._found is None else self._found
 
@@ -52,7 +53,8 @@ class Features:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[Features]:
-    """Context manager that records the input of the last linear or convolution layer that is called for a whole batch.
+    """Context manager that records the features of a network: the input of the last linear layer or convolution that is
+    called for a whole batch.
 
     Layers are recognised by their type; none is found in a network that was imported as one graph or program, or that
     stores its weights elsewhere. All hooks are removed on exit, also after an error.
@@ -70,7 +72,9 @@ def watched(model: nn.Module) -> Iterator[Features]:
 
 @dataclass(frozen=True)
 class Distilled:
-    """Settings of distilled examples, which are computed from training inputs, for `Immunise(crafting=Distilled())`."""
+    """Settings of distilled examples for immunising. They look like one training input, but a stolen set computes for
+    them the features of another training input.
+    """
 
     examples: Steps = 6_000
     """largest number of training inputs; each is assigned to one of the stolen sets"""

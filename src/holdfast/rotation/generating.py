@@ -1,4 +1,5 @@
-"""Latent diffusion over parameter sets: Generate to Defend as published, and variants of its regulariser.
+"""Latent diffusion models that generate parameter sets: Generate to Defend as published, and variants of its
+regulariser.
 
 The paper adds `lambda ||generated - original||_1` to a loss that is minimised, which pulls generated sets towards
 the originals (`printed`). With the opposite sign (`away`) it pushes them away without a bound. `hinge` pushes a set
@@ -39,8 +40,8 @@ _POOL, _COLUMNS, _ROWS = 16_384, 512, 24
 
 
 class Denoiser(nn.Module):
-    """Network that predicts the noise in latents (n, dims) at given diffusion steps: a residual multilayer
-    perceptron.
+    """Network of a latent diffusion model that predicts the noise in latents (n, dims) at given diffusion steps. It is
+    a residual multilayer perceptron.
     """
 
     falling: Tensor
@@ -53,7 +54,7 @@ class Denoiser(nn.Module):
         self.register_buffer("falling", torch.exp(-0.5 * torch.arange(_FREQUENCIES)), persistent=False)
 
     def forward(self, latents: Tensor, step: Tensor) -> Tensor:
-        """Return the predicted noise (n, dims) in `latents` (n, dims) at diffusion steps `step` (n)."""
+        """Return the predicted noise (n, dims) in `latents` (n, dims) at the diffusion steps `step` (n)."""
         angle = step.to(latents.dtype)[:, None] * self.falling
         hidden = F.silu(self.first(torch.cat((latents, angle.sin(), angle.cos()), 1)))
         for block in self.blocks:
@@ -64,7 +65,9 @@ class Denoiser(nn.Module):
 
 @dataclass(frozen=True)
 class Generator:
-    """A fitted generator of parameter sets. It must be secret, because the collection can be reconstructed from it."""
+    """A fitted generator of parameter sets. It must be secret, because the sets on which it was trained can be
+    reconstructed from it.
+    """
 
     embedding: Embedding
     denoiser: nn.Module
@@ -80,7 +83,7 @@ class Generator:
         return Members(self.embedding.decoded(latents), torch.full((n,), UNKNOWN))
 
     def mean(self) -> dict[str, Tensor]:
-        """Return the parameter set at the mean of the latents.
+        """Return the parameter set that the mean of the latents represents, for a comparison with generated sets.
 
         For a collection from one run it is as good a model as any generated set; for one from several runs it does not
         work.
@@ -91,7 +94,9 @@ class Generator:
 
 @dataclass(frozen=True)
 class LatentDiffusion:
-    """Settings of a latent diffusion, which learns the distribution of the latents of a collection."""
+    """Settings of a latent diffusion model, which learns the distribution of parameter sets from the latents of a
+    collection and generates new sets.
+    """
 
     diffusion: Diffusion = field(default_factory=Diffusion)
     width: Steps = 384
@@ -181,7 +186,9 @@ class _Far:
 
 
 def packed_generator(generator: Generator) -> dict[str, Tensor]:
-    """Return all tensors of a generator by name, for storage in a file. `unpacked_generator` is the inverse."""
+    """Return all tensors of a generator of parameter sets, by name, for storage in a file. `unpacked_generator` is the
+    inverse.
+    """
     tensors = {f"codec.{name}": value for name, value in codec.packed(generator.embedding).items()}
     tensors |= {f"denoiser.{name}": value for name, value in generator.denoiser.state_dict().items()}
     settings = torch.tensor([generator.diffusion.steps, generator.diffusion.clamp], dtype=torch.float64)
@@ -189,7 +196,9 @@ def packed_generator(generator: Generator) -> dict[str, Tensor]:
 
 
 def unpacked_generator(tensors: Mapping[str, Tensor]) -> Generator:
-    """Return the generator from the tensors that `packed_generator` returned."""
+    """Return the generator of parameter sets from the tensors that were stored in a file. `packed_generator` is the
+    inverse.
+    """
     embedding, state = codec.unpacked(without_prefix(tensors, "codec.")), without_prefix(tensors, "denoiser.")
     width, depth = len(state["first.bias"]), sum(name.endswith(".bias") for name in state) - 2
     denoiser = Denoiser(embedding.dims, width, depth)

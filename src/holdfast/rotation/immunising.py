@@ -1,4 +1,5 @@
-"""Immunising: training of a parameter set so that adversarial examples computed on stolen sets do not break it.
+"""Immunising, which trains a parameter set further so that adversarial examples computed on stolen sets do not break
+it.
 
 Transfer examples are computed on the stolen sets by momentum PGD (Dong et al., "Boosting Adversarial Attacks with
 Momentum", CVPR 2018, arXiv:1710.06081), from training inputs only, and their loss is added to that of half an epoch
@@ -33,7 +34,9 @@ _AT_ONCE = 1_000
 
 
 class Making(Protocol):
-    """Protocol of a method that computes examples on stolen sets: `Crafting` or `Distilled`."""
+    """Protocol of a method that computes, on stolen parameter sets, the examples for immunising: `Crafting` or
+    `Distilled`.
+    """
 
     def __call__(
         self, exposed: Sequence[Classifier], data: Batch, threat: ThreatModel, *, rng: Draws
@@ -44,7 +47,8 @@ class Making(Protocol):
 
 
 def ball(threat: ThreatModel, overshoot: float, making: Making) -> Constraint:
-    """Return the constraint of a threat model with its eps multiplied by `overshoot`.
+    """Return the constraint of a threat model with its radius eps multiplied by `overshoot`, inside which the examples
+    for immunising are computed.
 
     Raises `UsageError`, with the name of `making`, if the constraint has no eps.
     """
@@ -59,8 +63,8 @@ def shared_out(
     made: Callable[[Classifier, Batch], Batch],
     rng: Draws,
 ) -> Batch:
-    """Sample at most `n` examples, divide them among the models `exposed`, and apply `made` to a model and its
-    examples.
+    """Sample at most `n` examples, divide them among models with stolen sets, and return the results of a function of
+    each model and its examples in one batch.
 
     Each model is copied and in eval mode. Returns the results of `made` in one batch. Raises `UsageError` if `exposed`
     is empty.
@@ -80,7 +84,9 @@ def shared_out(
 
 @dataclass(frozen=True)
 class Crafting:
-    """Settings of transfer examples, which are computed from training inputs by momentum PGD."""
+    """Settings of the transfer examples for immunising, which momentum PGD computes from training inputs on stolen
+    sets.
+    """
 
     examples: Steps = 6_000
     """largest number of training inputs; each is assigned to one of the stolen sets"""
@@ -120,8 +126,8 @@ class Crafting:
 
 @dataclass(frozen=True)
 class Immunise:
-    """Settings of immunising: a set is trained for a part of an epoch on the loss of a recipe and on transfer
-    examples.
+    """Settings of immunising, in which a parameter set is trained for a part of an epoch on a recipe's loss and on
+    transfer examples from stolen sets.
     """
 
     share: Fraction = 0.5
@@ -135,7 +141,9 @@ class Immunise:
     crafting: Making = field(default_factory=Crafting)
 
     def updates(self, examples: int, batch: int) -> int:
-        """Return the number of updates for `examples` training examples with batches of `batch` examples."""
+        """Return the number of updates of the optimiser that immunising takes with `examples` training examples in
+        batches of size `batch`.
+        """
         return max(math.ceil(max(round(self.share * examples), 1) / batch), 1)
 
     def __call__(
@@ -181,7 +189,8 @@ def chain(
     remembered: int = 4,
     rng: Draws,
 ) -> list[Classifier]:
-    """Immunise a model `rotations` times in a row, each time against its last `remembered` predecessors.
+    """Immunise a model several times in a row, each time against its last `remembered` predecessors, and return all
+    resulting models.
 
     Returns the model and its successors, `rotations + 1` models. For models that were hardened by single-step training,
     each rotation increases robustness further, while a longer single-step training does not; PGD training with as many

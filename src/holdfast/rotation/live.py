@@ -1,4 +1,6 @@
-"""Preparation of a parameter set for serving: it is loaded into a copy of the model and tested on canary inputs."""
+"""Preparation of a parameter set for serving: it is loaded into a copy of the model and tested on fixed inputs, the
+canaries.
+"""
 
 import hashlib
 import re
@@ -29,7 +31,9 @@ _KNOWN = re.compile(r"([0-9a-f]{64})(?:/(\d+(?:,\d+)*))?")
 
 @dataclass(frozen=True, eq=False)
 class Live:
-    """The parameter set that is to serve, with its metadata."""
+    """The parameter set that should serve, with its name, the number of sets that have served so far, and the
+    fingerprint of its predictions.
+    """
 
     name: str
     epoch: int
@@ -41,7 +45,7 @@ class Live:
 
 
 def loaded(model: Classifier, weights: Weights, name: str) -> Classifier:
-    """Return a frozen copy of the model in eval mode with the given parameters and buffers.
+    """Return a frozen copy of the model in eval mode with the parameters and buffers of a set.
 
     Raises `TargetError` if the set `name` does not have exactly the tensors of the network, in shape and type, or if
     it contains a value that is not finite. Neither the model nor the weights are changed.
@@ -82,8 +86,8 @@ def _state(model: Classifier) -> dict[str, Tensor]:
 
 
 def canary(model: Model, x: Inputs) -> str:
-    """Return a fingerprint of a parameter set: SHA-256 in hex of the classes that it predicts for the canary inputs
-    `x`.
+    """Return a fingerprint of a parameter set: the SHA-256, in hex, of the classes that it predicts for the fixed
+    inputs `x`.
 
     Classes are used because logits differ between machines in their last digits, while damaged or wrong parameters
     change predictions. Canaries whose two largest logits are too close for rounding are excluded, and their indices
@@ -102,7 +106,9 @@ def canary(model: Model, x: Inputs) -> str:
 
 
 def refuse_strange(model: Model, x: Inputs, known: str, name: str) -> None:
-    """Raise `TargetError` if the predictions of a set for the canaries do not match the fingerprint `known`."""
+    """Raise `TargetError` if the classes that a parameter set predicts for fixed inputs do not match its stored
+    fingerprint `known`.
+    """
     fingerprint = _KNOWN.fullmatch(known)
     if fingerprint is None:
         raise TargetError(
@@ -142,8 +148,8 @@ def _digest(classes: Labels, left_out: Sequence[int]) -> str:
 
 
 def next_set(waiting: Sequence[str]) -> str:
-    """Choose one of the names `waiting` of admitted sets, with random numbers of the operating system, which cannot be
-    predicted.
+    """Return the name of the set that serves next, chosen at random from the waiting admitted sets so that an attacker
+    cannot predict it.
 
     Raises `Inconclusive` if `waiting` is empty.
     """
@@ -156,8 +162,8 @@ def next_set(waiting: Sequence[str]) -> str:
 
 @torch.no_grad()
 def churn(one: Model, other: Model, x: Inputs) -> Estimate:
-    """Return the fraction of inputs whose predicted classes differ between two models, with an interval of at least 95
-    % coverage.
+    """Return the fraction of inputs for which two models predict different classes, with an interval of at least 95 %
+    coverage.
     """
     return proportion(
         torch.cat([one(some).argmax(1) != other(some).argmax(1) for some in torch.split(x, _AT_ONCE)])

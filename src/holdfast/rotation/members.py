@@ -1,4 +1,4 @@
-"""Collections of parameter sets of one architecture."""
+"""Collections of parameter sets of one architecture, and functions that load parameter sets into a model."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -21,8 +21,8 @@ _AT_ONCE = 500
 
 @dataclass(frozen=True)
 class Members:
-    """A collection of `n` parameter sets: each tensor has shape (n, *shape), and `basins` states the training run of
-    each set.
+    """A collection of `n` parameter sets, stacked in tensors of shape (n, *shape), with the index of each set's
+    training run in `basins`.
     """
 
     tensors: dict[str, Tensor]
@@ -31,7 +31,8 @@ class Members:
 
     @classmethod
     def of(cls, sets: Sequence[Weights], basins: Sequence[int]) -> "Members":
-        """Stack parameter sets into a collection. `basins` are the indices of their training runs.
+        """Return a collection with the given parameter sets. `basins` contains the index of the training run of each
+        set.
 
         Raises `TargetError` if architectures differ or a value is not finite, and `UsageError` if there are no sets.
         """
@@ -47,19 +48,20 @@ class Members:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of one set."""
+        """Number of parameters of one set of the collection."""
         return sum(value[0].numel() for value in self.tensors.values())
 
     def one(self, place: int) -> dict[str, Tensor]:
-        """Return the parameter set at index `place`."""
+        """Return the parameter set at the index `place` of the collection."""
         return {name: value[place] for name, value in self.tensors.items()}
 
     def take(self, rows: Tensor) -> "Members":
-        """Return the collection of some of the sets, chosen by indices or a mask."""
+        """Return a collection with some of the parameter sets, selected by indices or by a mask."""
         return Members({name: value[rows] for name, value in self.tensors.items()}, self.basins[rows])
 
     def joined(self, other: "Members") -> "Members":
-        """Return the sets of both collections in one; the indices of training runs do not change.
+        """Return a collection with the parameter sets of this collection and of `other`. The indices of training runs
+        do not change.
 
         Raises `TargetError` if architectures differ. If one of the collections is empty, nothing is compared.
         """
@@ -79,8 +81,8 @@ class Members:
 
 
 def refuse_foreign(weights: Weights, known: Weights, what: str) -> None:
-    """Raise `TargetError` if names, shapes or types of `weights` differ from those of `known`, or a value is not
-    finite.
+    """Raise `TargetError` if a parameter set differs from the set `known` in names, shapes or types, or contains a
+    value that is not finite.
 
     `what` describes the parameter set in the message.
     """
@@ -105,21 +107,24 @@ def refuse_foreign(weights: Weights, known: Weights, what: str) -> None:
 
 
 def rotated(model: Classifier) -> list[str]:
-    """Return the names of the parameters that a rotation swaps: all of floating-point type. Buffers are recomputed from
-    data.
+    """Return the names of the parameters that a rotation swaps, which are all floating-point parameters of the model.
+    Buffers are recomputed from data.
     """
     return [name for name, value in model.net.named_parameters() if value.is_floating_point()]  # type: ignore[union-attr]
 
 
 def weights_of(model: Classifier, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Return copies of the parameters with the given names; by default of all that a rotation swaps."""
+    """Return copies of the model's parameters with the given names, by default of all parameters that a
+    rotation swaps.
+    """
     assert isinstance(model.net, nn.Module)
     known = dict(model.net.named_parameters())
     return {name: known[name].detach().clone() for name in (rotated(model) if names is None else names)}
 
 
 def put(model: Classifier, weights: Weights, data: Batch | None = None) -> Classifier:
-    """Return a copy of the model in eval mode with the parameters in `weights`; other parameters keep their values.
+    """Return a copy of the model in eval mode with the parameters of a set. Parameters that the set does not contain
+    keep their values.
 
     The statistics of batch norm are recomputed on the first inputs of `data`, since those of the model belong to other
     parameters. Raises `UsageError` if the model has batch norm and `data` is None.

@@ -18,8 +18,8 @@ from holdfast.rotation.triggers import AnswersPerPrincipal
 
 @dataclass(frozen=True)
 class Answers:
-    """Numbers of answers of a parameter set to each principal during one epoch of service, since the previous
-    collection.
+    """Numbers of requests of each client that a parameter set answered while it served, since the numbers were last
+    written to the ledger.
     """
 
     name: str
@@ -63,7 +63,7 @@ class _Book:
         self.under_way -= 1
 
     def forget(self, given: Mapping[str | None, int]) -> None:
-        """Subtract answers that were written to the ledger."""
+        """Subtract answers that were written to the ledger from the counts of a serving set."""
         for principal, n in given.items():
             self.given[principal] -= n
             if not self.given[principal]:
@@ -79,7 +79,8 @@ class _Serving:
 
 
 class RotatingModel:
-    """A `Model` with the architecture and preprocessing of `model` and the parameter set that `current` returns.
+    """A model that serves one parameter set at a time. The function `current` returns the set that should serve, to
+    which `refresh` swaps.
 
     `refresh` calls `current` and swaps. A new set must match its fingerprint on `canaries`. On any error an exception
     is raised, and the old set continues to serve. No output of the model reveals the epoch.
@@ -116,18 +117,20 @@ class RotatingModel:
 
     @property
     def bounds(self) -> Bounds:
-        """The bounds of the inputs, the same for every set."""
+        """Lowest and highest valid input values, which are equal for all parameter sets."""
         return self._pristine.bounds
 
     @property
     def live(self) -> tuple[str, int]:
-        """Name and epoch of the live set. They are for the operator of the service and must not be shown to clients."""
+        """Name of the serving set, and number of sets that have served so far. They are for the operator of the service
+        and must not be shown to clients.
+        """
         book = self._live.book
         return book.name, book.epoch
 
     @property
     def asked(self) -> int:
-        """Largest number of answers to one principal from the live set, or an upper bound of it."""
+        """Largest number of answers that a single client got from the serving set, or an upper bound on it."""
         return self._live.book.most
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
@@ -135,7 +138,8 @@ class RotatingModel:
         return self._answered(x, ids, None)
 
     def answer(self, x: Inputs, *, principal: str) -> Logits:
-        """Return the logits of `x` for a principal, all from one parameter set; each row counts as one answer.
+        """Return the logits of the inputs `x` for the client `principal`, all from one parameter set. Each row counts
+        as one answer.
 
         Raises `UsageError` if `principal` is not a string.
         """
@@ -174,7 +178,8 @@ class RotatingModel:
         return self._live
 
     def refresh(self) -> bool:
-        """Swap to the set that `current` returns, and return whether the epoch changed.
+        """Swap to the parameter set that the function `current` returns, and return whether another set serves from now
+        on.
 
         Raises `TargetError` if the set is unusable; the old set then continues to serve. Cost: a copy of the network
         and a forward pass of the canaries, while requests continue.
@@ -205,7 +210,7 @@ class RotatingModel:
         return _Serving(model, _Book(wanted.name, wanted.epoch))
 
     def withdraw(self, name: str) -> None:
-        """Stop the use of the stolen or retired set `name`; all principals are answered by the live set from now on.
+        """Stop the use of the stolen or replaced set `name`. All clients get answers from the serving set from now on.
 
         Raises `UsageError` if it is the live set.
         """
@@ -219,7 +224,8 @@ class RotatingModel:
         self._ended += [one.book for one in among if one not in self._held]
 
     def collected(self, write: Callable[[Answers], object] = lambda answers: None) -> tuple[Answers, ...]:
-        """Return the numbers of answers since the previous call, by epoch, and call `write` with each of them.
+        """Return the numbers of answers that clients got from each parameter set since the previous call, and call
+        `write` with each of them.
 
         No answer is counted twice or lost: if `write` raises an exception, such as for a full disk, the next call
         returns the same answers again. A replaced set is returned once more, with `final`, when its last request is

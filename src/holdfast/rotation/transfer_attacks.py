@@ -1,4 +1,5 @@
-"""Transfer attacks: examples are computed on models of the attacker, for a target that the attacker never queries.
+"""Transfer attacks of a surrogate-only attacker: adversarial examples are computed on models of the attacker, and the
+target is never queried.
 
 Which attack transfers best depends on the networks, so the attacker uses several, and the best counts: momentum
 (MI-FGSM, Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018, arXiv:1710.06081); 50 steps on the
@@ -35,7 +36,7 @@ _AT_ONCE = 250  # examples in one batch
 
 @torch.no_grad()
 def noisy(source: M, spread: float, rng: Draws) -> M:
-    """Return a copy of a network with Gaussian noise in its weights.
+    """Return a copy of a network with Gaussian noise added to its weights.
 
     The standard deviation is `spread` times the root mean square of each tensor.
     """
@@ -49,7 +50,9 @@ def noisy(source: M, spread: float, rng: Draws) -> M:
 
 @dataclass(frozen=True)
 class ToTheEnd:
-    """PGD on the surrogates that performs all its steps, even after an example is adversarial."""
+    """PGD on the surrogates that performs all its steps, even if an example is adversarial earlier, because such
+    examples transfer better.
+    """
 
     steps: Steps = 50
     """number of steps, each of which uses the gradients of all surrogates"""
@@ -115,7 +118,9 @@ ATTACKS: Mapping[str, Attack] = {
 
 @dataclass(frozen=True)
 class TransferAttacker:
-    """An attacker that computes adversarial examples for a target on one or more models of its own."""
+    """An attacker that computes adversarial examples for a target by several transfer attacks on one or more models of
+    its own.
+    """
 
     attacks: Mapping[str, Attack] = field(default_factory=lambda: ATTACKS)
     """attacks by name; each computes its examples on the surrogates of the threat model only"""
@@ -123,8 +128,8 @@ class TransferAttacker:
     def crafted(
         self, sources: Sequence[Classifier], batch: Batch, threat: ThreatModel, *, rng: Draws
     ) -> dict[str, Inputs]:
-        """Return the examples of each attack on `sources`, by name. With several sources, the attacks use the mean of
-        the models.
+        """Return the adversarial examples of each transfer attack on the models `sources`, by name. With several
+        models, each attack uses their mean.
 
         Each example is computed independently of the others. Cost for each example and source: about 160 gradients; the
         gradients of noisy copies are divided among the sources. Raises `UsageError` if there are no sources.

@@ -1,4 +1,5 @@
-"""Triggers of a swap: a number of answers to one principal, a period of time, an alarm, a stolen set.
+"""Triggers, which are conditions for a swap of the serving set: a number of answers to one client, a period of time, an
+alarm, or a stolen set.
 
 The number of answers matters more than time: among independent sets, a swap every 50 answers or fewer halves what an
 attacker gains by queries. A period only limits how long an undetected theft stays useful.
@@ -15,7 +16,9 @@ from holdfast.core.types import Count, NonNegative, Positive, Steps
 
 @dataclass(frozen=True)
 class Counters:
-    """State of the serving set on which triggers depend."""
+    """State of the serving set that decides whether a swap is due: its answers, its time of service, alarms, and
+    whether it is assumed to be stolen.
+    """
 
     answers: Count = 0
     """largest number of answers to one principal"""
@@ -33,7 +36,9 @@ Trigger = Callable[[Counters], str]
 
 @dataclass(frozen=True)
 class AnswersPerPrincipal:
-    """Trigger that fires after a principal got `most` answers from one set, written as `50q/principal`."""
+    """Trigger of a swap after one client got `most` answers from the serving set, written as `50q/principal` in
+    settings.
+    """
 
     most: Steps
 
@@ -45,7 +50,7 @@ class AnswersPerPrincipal:
 
 @dataclass(frozen=True)
 class Elapsed:
-    """Trigger that fires after a set has served for `period_s` seconds, written as `24h`."""
+    """Trigger of a swap after a set has served for `period_s` seconds, written as `24h` in settings."""
 
     period_s: Positive
 
@@ -56,8 +61,8 @@ class Elapsed:
 
 
 def alarmed(reading: Counters) -> str:
-    """Return the reason to swap if there was an alarm, such as that of a detector of query attacks; otherwise an empty
-    string.
+    """Return the reason to swap if there was an alarm while the set served, such as that of a detector of query
+    attacks; otherwise an empty string.
     """
     return "" if reading.alarm is None else f"alarm: {reading.alarm}"
 
@@ -68,12 +73,15 @@ def exposed(reading: Counters) -> str:
 
 
 def due_triggers(triggers: Sequence[Trigger], reading: Counters) -> tuple[str, ...]:
-    """Return the reasons of all triggers that fire, in the order of the triggers; empty if none fires."""
+    """Return the reasons of all triggers whose condition for a swap is met, in the order of the triggers, or an empty
+    tuple.
+    """
     return tuple(why for trigger in triggers if (why := trigger(reading)))
 
 
 class Watch:
-    """Evaluates triggers, and stores when the serving set began to serve and its alarms.
+    """Decides when a swap of the serving set is due: evaluates triggers, and records alarms and the beginning of
+    service.
 
     `clock` returns seconds that never decrease, such as `time.monotonic`. `served_s` is the number of seconds for which
     the set had already served; after a restart it is read from the ledger. All methods are thread-safe.
@@ -86,7 +94,7 @@ class Watch:
         self._began_s, self._raised = clock() - served_s, Counters()
 
     def alarm(self, why: str) -> None:
-        """Record an alarm with its reason `why`. The next swap clears it."""
+        """Record an alarm about the serving set, with its reason `why`. The next swap clears it."""
         with self._lock:
             self._raised = replace(self._raised, alarm=why)
 
@@ -96,12 +104,14 @@ class Watch:
             self._raised = replace(self._raised, exposure=why)
 
     def swapped(self) -> None:
-        """Record that another set serves from now on."""
+        """Record that another parameter set serves from now on, which clears alarms and restarts the
+        time of service.
+        """
         with self._lock:
             self._began_s, self._raised = self._clock(), Counters()
 
     def due(self, answers: int) -> tuple[str, ...]:
-        """Return all reasons to swap now; empty if there are none.
+        """Return all reasons for a swap of the serving set at this time, or an empty tuple if no swap is due.
 
         `answers` is the largest number of answers to one principal from the serving set, which `RotatingModel.asked`
         returns.
@@ -112,7 +122,7 @@ class Watch:
 
 
 def refuse_faster(triggers: Sequence[Trigger], made_in_s: float, *, answers_per_s: float = 0.0) -> None:
-    """Raise `UsageError` if swaps are due more often than sets can be produced.
+    """Raise `UsageError` if triggers require swaps more often than new parameter sets can be produced.
 
     `made_in_s` is the time in seconds to produce one admitted set, including the time for sets that were refused; a
     stock of waiting sets only delays the shortage. `answers_per_s` is the rate limit of one principal; without one (0),

@@ -1,4 +1,5 @@
-"""The kinds of stages. A kind defines on which examples a stage runs, how it measures them, its columns and its cost.
+"""The kinds of stages of a measurement. Each kind defines on which examples its stages run, how they measure them, and
+which columns they return.
 
 The names of the kinds are stored in `run.json`. The stages of a plan follow the order of `KINDS`.
 """

@@ -1,5 +1,5 @@
-"""Transfer across data sets: perturbations computed for the inputs of one data set are added to inputs of all data
-sets.
+"""Transfer across data sets: perturbations that were computed for inputs of one data set are added to the inputs of
+every data set.
 
 Labels are not used: an input is broken if the prediction differs from that for the clean input. Therefore the classes
 of another data set need not be those of the model. Each perturbation has a control: the same perturbation with its
@@ -31,7 +31,9 @@ _IMAGE = 4
 
 
 class AcrossSets(StageKind):
-    """Transfers perturbations between data sets, with the same number of inputs from each, paired by row."""
+    """Kind of stage that transfers perturbations between data sets. It uses the same number of inputs from each data
+    set, paired by row.
+    """
 
     name = "across"
     sharded = False
@@ -39,14 +41,14 @@ class AcrossSets(StageKind):
     sampled = True
 
     def stages(self, plan: "Plan") -> list[Stage]:
-        """Return the stage of this kind, if the plan has one."""
+        """Return the stage that transfers perturbations between data sets, if the plan contains it."""
         return [Stage("across", self, MATRIX)] if plan.across else []
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
-        """Return None, because the stage is run on all inputs of its data sets."""
+        """Return None, because the transfer between data sets is measured on all of their inputs."""
 
     def run(self, stage: Stage, work: Work) -> Columns:
-        """Return the columns of the transfer.
+        """Transfer perturbations between data sets, and return as columns which inputs each perturbation breaks.
 
         The masks `across.turned` and `across.control`, (n, source, destination), state which inputs were broken by a
         perturbation and by its control. The other columns are costs.
@@ -60,11 +62,11 @@ class AcrossSets(StageKind):
         )
 
     def columns(self, clean: Columns) -> dict[str, Tensor]:
-        """Return the columns of a transfer without inputs."""
+        """Return the columns of this stage for examples that are not in the data sets of the transfer."""
         return unattacked(clean)
 
     def judged(self, columns: Columns, *, randomised: bool) -> int:
-        """Return the number of forward passes that judge inputs.
+        """Return the number of forward passes with which the transfer between data sets was judged.
 
         The inputs of each data set are judged once clean, and once with each perturbation and with each control.
         """
@@ -74,14 +76,12 @@ class AcrossSets(StageKind):
         return int(columns["ran"].sum()) * sets * (1 + 2 * sets)
 
     def tables(self, by_stage: Mapping[str, Columns]) -> Mapping[str, Table]:
-        """Return the table `across`."""
+        """Return the table of the evidence that contains the results of the transfer between data sets."""
         return sampled_table(by_stage, "across", "input of each data set", ("turned", "control"))
 
 
 def paired(batch: Batch, seed: int, place: int) -> Batch:
-    """Return the batch in a random order, which is determined by the seed and the index of the data
-    set, for pairing.
-    """
+    """Return the examples of a data set in a random order, in which they are paired with those of other data sets."""
     rng = Draws(seed).at("across", place)
     return batch.take(rng.uniform(batch.ids, 1, dtype=torch.float64)[:, 0].argsort(stable=True))
 

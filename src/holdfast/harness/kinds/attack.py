@@ -1,4 +1,4 @@
-"""Stages that run an attack on some of the examples. The attacks of the suite are such stages."""
+"""Stages that run an attack on some of the examples, such as the stages of the attacks of the suite."""
 
 import math
 from collections.abc import Mapping
@@ -42,15 +42,14 @@ _PLACES, _BROKEN_AT_RANDOM = "places", "broken_at_random"
 
 
 class AttackKind(StageKind, Protocol):
-    """A kind of stage that runs an attack on chosen examples. All other examples have the columns of examples not
-    attacked.
-    """
+    """Base class of the kinds of stages that run an attack on chosen examples."""
 
     aware: ClassVar[bool] = False
     """whether the attack always uses knowledge of the defence"""
 
     def ready(self, stage: Stage, by_stage: Mapping[str, Columns]) -> Stage:
-        """Return the stage with its attack fitted and, if there is a detector, with the scores that evade it.
+        """Return the stage with values from earlier stages: the fitted perturbation of a learned attack, or the
+        detector's threshold that the attack evades.
 
         A stage that needs neither is returned unchanged.
         """
@@ -60,7 +59,8 @@ class AttackKind(StageKind, Protocol):
         return stage if learned is None else with_learned(stage, learned)
 
     def run(self, stage: Stage, work: Work) -> Columns:
-        """Return the columns of the attack for the chosen examples, and those of examples not attacked for the others.
+        """Run the attack of the stage on the chosen examples of a shard, and return the columns of all examples of the
+        shard.
 
         A pass outside the suite does not store inputs of examples that the suite has already broken.
         """
@@ -91,7 +91,8 @@ class AttackKind(StageKind, Protocol):
         return columns
 
     def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
-        """Run the attack on some examples, and return the judgement of its inputs by the original model, and its cost.
+        """Run the attack on one batch, and return as columns the judgement of its inputs by the original model, and its
+        cost.
 
         Of the examples in `missed`, adversarial inputs are stored.
         """
@@ -109,24 +110,26 @@ class AttackKind(StageKind, Protocol):
         return {name: values.cpu() for name, values in columns.items()}
 
     def threat(self, plan: "Plan") -> ThreatModel:
-        """Return the threat model under which the attack runs: that of the plan or, for minimum-norm attacks, without
-        an eps.
+        """Return the threat model under which an attack runs: that of the plan, or for minimum-norm attacks the same
+        without a limit eps.
         """
         return unlimited(plan.threat) if plan.smallest else plan.threat
 
     def columns(self, clean: Columns) -> dict[str, Tensor]:
-        """Return the columns of examples that were not attacked."""
+        """Return the columns of an attack for examples that were not attacked."""
         return unattacked(clean)
 
     def as_if_broken(self, stage: Stage, work: Work) -> Columns:
-        """Return the columns that the stage would have if a change of size 0 broke every correct example."""
+        """Return the columns that the stage would have if a change of size 0 broke every correct example. They serve to
+        check gates before a run.
+        """
         alone = self.columns(work.clean)
         near = {name: torch.zeros_like(alone[name]) for name in (*DISTANCES, "score") if name in alone}
         return {**alone, **near, "success": work.clean["correct"].clone()}
 
 
 class SuiteAttack(AttackKind):
-    """The attacks of the suite and the adaptive attacks, each run on the examples that survive the
+    """Kind of stage for the attacks of the suite and the adaptive attacks. Each is run on the examples that survive the
     attacks before it.
     """
 
@@ -135,7 +138,7 @@ class SuiteAttack(AttackKind):
     listed = "attacks"
 
     def stages(self, plan: "Plan") -> list[Stage]:
-        """Return the stages of the attacks of the suite, followed by those of the adaptive attacks.
+        """Return the stages of the attacks of the suite in their order, followed by those of the adaptive attacks.
 
         A learned attack is preceded by the stage that fits it.
         """
@@ -160,8 +163,8 @@ class SuiteAttack(AttackKind):
         return [*fit, *(Stage(each, self, member, names[:k]) for k, each in enumerate(names))]
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
-        """Return the mask of the examples that the stage attacks: those that survive or, if the plan is `full`, all
-        correct ones.
+        """Return the mask of the examples that an attack is run on: the surviving ones or, if the plan requires a full
+        measurement, all correct ones.
 
         An attack with waves starts with the surviving examples of the lowest margins and continues while it succeeds:
         the first wave has 1 / 2^waves of the surviving examples, the second as many, and each later wave twice as many
@@ -190,7 +193,9 @@ class SuiteAttack(AttackKind):
     def evidence(
         self, outline: Outline, by_stage: Mapping[str, Columns], worst: Columns
     ) -> Mapping[str, Tensor]:
-        """Return the distances of each minimum-norm attack, and the verdicts of each corruption."""
+        """Return columns that single attacks add to the evidence: the distances of each minimum-norm attack, and
+        whether each example is correct under each corruption.
+        """
         added: dict[str, Tensor] = {}
         steps = [step for step in outline.steps if step.kind is self and step.name in by_stage]
         if outline.smallest:
@@ -212,20 +217,22 @@ def _at_random(stage: Stage, work: Work, threat: ThreatModel, batch: Batch, rng:
 
 
 def unlimited(threat: ThreatModel) -> ThreatModel:
-    """Return the threat model with a ball of infinite radius, for minimum-norm attacks."""
+    """Return the threat model with a ball of infinite radius, because minimum-norm attacks search for the smallest
+    change.
+    """
     return replace(threat, constraint=threat.constraint.resized(torch.inf))
 
 
 def learned_for(stage: Stage, by_stage: Mapping[str, Columns]) -> Tensor | None:
-    """Return the perturbation that the attack of a stage has learned in an earlier stage, or None
-    if it is not learned.
+    """Return the perturbation that was fitted in an earlier stage for the attack of a stage, or None if its attack is
+    not a learned one.
     """
     first = fit_stage_of((*stage.earlier, stage.name)[0])
     return by_stage[first]["learned.x"] if first in by_stage else None
 
 
 def with_learned(stage: Stage, learned: Tensor) -> Stage:
-    """Return the stage with an attack that applies the learned perturbation."""
+    """Return a copy of the stage whose attack applies the perturbation that was fitted in an earlier stage."""
     assert stage.member is not None
     attack = stage.member.attack
     assert isinstance(attack, Learned)

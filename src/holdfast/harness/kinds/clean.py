@@ -20,32 +20,36 @@ if TYPE_CHECKING:
 
 
 class Clean(StageKind):
-    """Stage that evaluates the model on the clean inputs."""
+    """Kind of the first stage of a measurement, which evaluates the model on the clean inputs."""
 
     name = "clean"
 
     def stages(self, plan: "Plan") -> list[Stage]:
-        """Return the stage of this kind."""
+        """Return the stage that evaluates the model on the clean inputs, which every plan contains."""
         return [Stage("clean", self)]
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
-        """Return None, because the stage is run on all examples."""
+        """Return None, because the model is evaluated on the clean inputs of all examples."""
 
     def run(self, stage: Stage, work: Work) -> Columns:
-        """Return the outputs of the model for the clean inputs, and the digests of the inputs."""
+        """Evaluate the model on the clean inputs of a shard, and return its predictions and the digests of the inputs
+        as columns.
+        """
         rng = Draws(work.plan.seed).at("stage", stage.name)
         return in_pieces(lambda piece: _clean(work, piece, rng), work.batch, work.room)
 
     def columns(self, clean: Columns) -> dict[str, Tensor]:
-        """Return `clean` itself, because the stage is run on all examples."""
+        """Return the measured columns `clean`, because no example is left out of the clean stage."""
         return dict(clean)
 
     def as_if_broken(self, stage: Stage, work: Work) -> Columns:
-        """Return the measured columns."""
+        """Return the measured columns of the clean stage, because attacks do not change them."""
         return self.run(stage, work)
 
     def cost(self, columns: Columns, *, randomised: bool) -> Cost:
-        """Return the cost: one query for each example, and further passes for the votes of a randomised model."""
+        """Return the cost of the clean stage: one query for each example, and further forward passes for the votes of a
+        randomised model.
+        """
         n = len(columns["id"])
         return Cost(n * evaluations(randomised=randomised), 0, n)
 

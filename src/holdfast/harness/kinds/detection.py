@@ -1,4 +1,4 @@
-"""Passes that attack the detector of a model that rejects inputs."""
+"""Attacks outside the suite that evaluate the detector of a model that rejects inputs."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -41,7 +41,9 @@ PASSES = tuple(slug(member.name) for member in DETECTION)
 
 
 class DetectorPass(AttackKind):
-    """Attacks on network and detector, from which the detection rate at each false positive rate is computed."""
+    """Kind of stage that attacks a network together with its detector, to measure the detection rate at each false
+    positive rate.
+    """
 
     name = "detection"
     title = "the pass {} on the detector"
@@ -50,17 +52,20 @@ class DetectorPass(AttackKind):
     aware = True
 
     def stages(self, plan: "Plan") -> list[Stage]:
-        """Return the stage of the pass that ignores the detector, then one stage for each threshold, if the plan has
-        them.
+        """Return the stage of an attack that ignores the detector, and one stage for each threshold of the detector, if
+        the plan contains them.
         """
         return [Stage(slug(m.name), self, m) for m in DETECTION if plan.detection]
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
-        """Return the mask of the examples for which no earlier pass has found a misclassified and undetected input."""
+        """Return the mask of the examples for which no earlier attack on the detector has found a misclassified and
+        undetected input.
+        """
         return undetected(stage.aim, by_stage)
 
     def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
-        """Run the attack on some examples, and return its columns and the scores of the detector.
+        """Run the attack on one batch, and return as columns its results and the scores of the detector for the
+        attacked inputs.
 
         The score is inf for an attacked input that the network classifies correctly.
         """
@@ -77,15 +82,17 @@ class DetectorPass(AttackKind):
         return {name: values.cpu() for name, values in columns.items()}
 
     def columns(self, clean: Columns) -> dict[str, Tensor]:
-        """Return the columns of examples that were not attacked; `score` is inf, since there is no
-        misclassified input.
+        """Return the columns for examples that were not attacked. Their detector score `score` is infinite, since no
+        misclassified input was found.
         """
         return super().columns(clean) | {"score": torch.full_like(clean["margin"], torch.inf)}
 
     def evidence(
         self, outline: Outline, by_stage: Mapping[str, Columns], worst: Columns
     ) -> Mapping[str, Tensor]:
-        """Return the lowest scores of attacked inputs, for attacks without and with knowledge of the detector."""
+        """Return for each example the lowest detector score of an attacked input, for the attack that ignores the
+        detector and for those that evade it.
+        """
         if not set(PASSES) <= set(by_stage):
             return {}
         # an example that an attack broke is misclassified with a score below the threshold
@@ -97,7 +104,8 @@ class DetectorPass(AttackKind):
 
 
 def undetected(aim: Aim, by_stage: Mapping[str, Columns]) -> Mask:
-    """Return the mask of the examples without a misclassified input below the threshold of `aim` in any earlier pass.
+    """Return the mask of the examples for which no earlier attack found a misclassified input with a detector score
+    below the attacked threshold.
 
     For the pass that ignores the detector, these are all examples that the network classifies correctly.
     """
@@ -107,7 +115,8 @@ def undetected(aim: Aim, by_stage: Mapping[str, Columns]) -> Mask:
 
 
 def lowest(by_stage: Mapping[str, Columns]) -> PerExample:
-    """Return for each example the lowest score among its misclassified inputs; inf if there is none.
+    """Return for each example the lowest detector score among the misclassified inputs that were found, or infinity if
+    there is none.
 
     The clean input and the inputs of all passes are included.
     """

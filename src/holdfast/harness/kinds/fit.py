@@ -1,5 +1,5 @@
-"""Fitting of learned attacks: several fits with different random streams, of which the best on separate examples is
-used.
+"""Fitting of learned attacks: an attack is fitted several times with different random numbers, and the fit that breaks
+most of other examples is used.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ _LEAST = 8  # with fewer examples than this, all are used both for fitting and f
 
 
 class Fit(StageKind):
-    """Stage that fits an attack on examples that are not judged. It has no shards: after a kill, the attack is fitted
-    again.
+    """Kind of stage that fits a learned attack on examples outside the evaluation. It has no shards, so a resumed run
+    repeats an unfinished fit.
     """
 
     name = "fit"
@@ -37,16 +37,16 @@ class Fit(StageKind):
     of_attack = True
 
     def stages(self, plan: "Plan") -> list[Stage]:
-        """Return an empty list, because `SuiteAttack.stages` adds each of these stages before the
-        attack that it fits.
+        """Return an empty list, because `SuiteAttack.stages` inserts the stage that fits an attack before the stage of
+        the attack.
         """
         return []
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
-        """Return None, because the examples of this stage are not those of the run."""
+        """Return None, because attacks are fitted on examples that are not those of the evaluation."""
 
     def run(self, stage: Stage, work: Work) -> Columns:
-        """Return the fitted perturbation as `learned.x`, and the columns with the cost.
+        """Fit a learned attack, and return its perturbation and its cost as columns.
 
         Raises `UsageError` if there is no example to fit on.
         """
@@ -73,12 +73,12 @@ class Fit(StageKind):
         return {name: values.cpu() for name, values in columns.items()}
 
     def columns(self, clean: Columns) -> dict[str, Tensor]:
-        """Return the columns of a fit without examples."""
+        """Return the columns of this stage for the evaluated examples, on which the attack is not fitted."""
         return unattacked(clean)
 
 
 def fit_stage_of(stage: str) -> str:
-    """Return the name of the stage that fits the attack of the stage `stage`."""
+    """Return the name of the stage that fits the learned attack of the stage with the name `stage`."""
     return f"fit-{stage}"
 
 
@@ -96,7 +96,8 @@ def _examples(attack: Learned, work: Work, rng: Draws) -> Batch:
 def best_fit(
     attack: Learned, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws
 ) -> tuple[Tensor, int, Mask]:
-    """Return the best fit, the number of fits, and the mask of the examples on which the best one was chosen.
+    """Fit a learned attack several times, and return the best perturbation, the number of fits, and the mask of the
+    examples that selected the best one.
 
     The best fit breaks most of these examples; if several break equally many, it is the one with the lowest mean
     margin.

@@ -1,4 +1,6 @@
-"""Passes on every example: the fixed attack, and the minimum-norm attacks for the curve over eps."""
+"""Attacks outside the suite that are run on every example: a fixed PGD attack, and minimum-norm attacks for accuracy as
+a function of eps.
+"""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -30,7 +32,9 @@ FIXED = Member("PGD-40", PGD(steps=40, reach=2.5, loss=cross_entropy, schedule=f
 
 
 class FixedPass(AttackKind):
-    """The fixed PGD-40 pass, from which entropy, margin, F1 and calibration are computed."""
+    """Kind of stage that runs PGD with 40 steps on every example. Entropy, margin, F1 and calibration under attack are
+    computed from its results.
+    """
 
     name = "attacked"
     title = "the fixed {} pass"
@@ -38,15 +42,15 @@ class FixedPass(AttackKind):
     lost = "entropy, margin, precision and calibration under attack are"
 
     def stages(self, plan: "Plan") -> list[Stage]:
-        """Return the stage of this kind, if the plan has one and the threat model allows gradients."""
+        """Return the stage of the fixed PGD attack, if the plan contains it and the threat model permits gradients."""
         return [Stage("attacked", self, FIXED)] if plan.attacked and plan.threat.gives("gradients") else []
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
-        """Return the mask of all examples."""
+        """Return a mask that contains all examples, because the fixed PGD attack is run on every example."""
         return torch.ones_like(by_stage["clean"]["correct"])
 
     def run(self, stage: Stage, work: Work) -> Columns:
-        """Return the columns of the attack for all examples."""
+        """Run the fixed PGD attack on all examples of a shard, and return its columns."""
         batch, rng = work.batch, Draws(work.plan.seed).at("stage", stage.name)
         missed = batch.ids if work.broken is None else batch.ids[~work.broken.to(batch.ids.device)]
         pieces = Pieces(batch, work.room)
@@ -56,7 +60,9 @@ class FixedPass(AttackKind):
         return pieces.columns()
 
     def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
-        """Run the attack on some examples, and return the judgement of its inputs, their probabilities and the cost."""
+        """Run the fixed PGD attack on one batch, and return as columns the judgement of its inputs, their class
+        probabilities and the cost.
+        """
         plan, target = work.plan, work.target
         batch = aimed(batch, plan.threat)
         with target.repeatable(rng.at(int(batch.ids[0]))):
@@ -73,14 +79,18 @@ class FixedPass(AttackKind):
         return {name: values.cpu() for name, values in columns.items()}
 
     def as_if_broken(self, stage: Stage, work: Work) -> Columns:
-        """Return the columns with the clean inputs in place of attacked ones."""
+        """Return columns with the results for clean inputs instead of those for attacked ones. They serve to check
+        gates before a run.
+        """
         clean = {name: values for name, values in work.clean.items() if name != "correct"}
         return {**self.columns(work.clean), **clean}
 
     def evidence(
         self, outline: Outline, by_stage: Mapping[str, Columns], worst: Columns
     ) -> Mapping[str, Tensor]:
-        """Return the predictions and probabilities of the attacked inputs."""
+        """Return the columns that the fixed PGD attack adds to the evidence: predictions, confidences, entropies and
+        margins of the attacked inputs.
+        """
         if self.name not in by_stage:
             return {}
         names = ("prediction", "confidence", "entropy", "probability_margin")
@@ -88,7 +98,9 @@ class FixedPass(AttackKind):
 
 
 class CurvePass(AttackKind):
-    """Minimum-norm attacks on every correct example, from which accuracy as a function of eps is computed."""
+    """Kind of stage that runs minimum-norm attacks on every correct example, from which accuracy as a function of eps
+    is computed.
+    """
 
     name = "curve"
     title = "{} of the eps curve"
@@ -97,15 +109,15 @@ class CurvePass(AttackKind):
     smallest = True
 
     def stages(self, plan: "Plan") -> list[Stage]:
-        """Return one stage for each attack of the curve."""
+        """Return one stage for each minimum-norm attack from which accuracy as a function of eps is computed."""
         return [Stage(f"curve-{k}-{slug(m.name)}", self, m) for k, m in enumerate(plan.curve, 1)]
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
-        """Return the mask of the correct examples."""
+        """Return the mask of the correctly classified examples, on which the smallest change is searched for."""
         return by_stage["clean"]["correct"] & by_stage["clean"]["eligible"]
 
     def threat(self, plan: "Plan") -> ThreatModel:
-        """Return the threat model of the plan without a limit on the change, because the smallest change is searched
-        for.
+        """Return the threat model of the plan without a limit on the size of changes, because the smallest change is
+        searched for.
         """
         return unlimited(plan.threat)

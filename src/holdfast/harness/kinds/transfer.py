@@ -1,5 +1,5 @@
-"""The transfer matrix: adversarial examples are computed on the target and on each surrogate, and judged by all of
-them.
+"""The transfer matrix: adversarial examples are computed on the target and on each surrogate, and evaluated on all of
+these models.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,9 @@ _COLUMNS = ("id", "right", "wrong")
 
 
 class TransferMatrix(AttackKind):
-    """Stage that measures the transfer between the target and the surrogates on a sample of the examples."""
+    """Kind of stage that measures, on a sample of the examples, how attacks transfer between the target and the
+    surrogates.
+    """
 
     name = "transfer"
     title = "the transfer matrix"
@@ -44,12 +46,12 @@ class TransferMatrix(AttackKind):
     sampled = True
 
     def stages(self, plan: "Plan") -> list[Stage]:
-        """Return the stage of this kind, if the plan has one."""
+        """Return the stage that measures the transfer between models, if the plan contains it."""
         return [Stage("transfer", self, MATRIX)] if plan.matrix else []
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
-        """Return the mask of a random sample of the examples; if there is a target class, of
-        examples of other classes.
+        """Return the mask of a random sample of the examples. With a target class, the sample contains only examples of
+        other classes.
         """
         clean, goal = by_stage["clean"], plan.threat.goal
         chosen = torch.zeros_like(clean["correct"])
@@ -58,7 +60,8 @@ class TransferMatrix(AttackKind):
         return chosen
 
     def piece(self, stage: Stage, work: Work, batch: Batch, rng: Draws, missed: Ids) -> dict[str, Tensor]:
-        """Return which models each example breaks, for each set of source models; see `Evidence.transfer`.
+        """Compute adversarial examples for one batch on each source model, and return as columns which of the models
+        each of them breaks.
 
         The judgement of an example is that of the input from the first source that breaks the target.
         """
@@ -95,7 +98,7 @@ class TransferMatrix(AttackKind):
 
     def as_if_broken(self, stage: Stage, work: Work) -> Columns:
         """Return the columns that the stage would have if all models agreed with the target and every example broke all
-        of them.
+        of them. They serve to check gates before a run.
         """
         clean, threat = work.clean, work.plan.threat
         models, right = 1 + len(threat.surrogates), clean["correct"][:, None]
@@ -104,7 +107,7 @@ class TransferMatrix(AttackKind):
         return {**super().as_if_broken(stage, work), **table, "transfer.wrong": wrong}
 
     def judged(self, columns: Columns, *, randomised: bool) -> int:
-        """Return the number of forward passes that judge inputs.
+        """Return the number of forward passes with which the examples of the transfer matrix were judged.
 
         Each example is judged once clean, and once for each set of source models.
         """
@@ -114,14 +117,15 @@ class TransferMatrix(AttackKind):
         return int(columns["ran"].sum()) * (1 + sources * evaluations(randomised=randomised))
 
     def tables(self, by_stage: Mapping[str, Columns]) -> Mapping[str, Table]:
-        """Return the table `transfer`."""
+        """Return the table of the evidence that contains the results of the transfer between models."""
         return sampled_table(by_stage, "transfer", "example", _COLUMNS)
 
 
 def sampled_table(
     by_stage: Mapping[str, Columns], stage: str, unit: str, names: tuple[str, ...]
 ) -> dict[str, Table]:
-    """Return the table of a stage that measures a sample, by the name of the stage.
+    """Return a table of the evidence with the results of a stage that was run on a sample of the examples, by the name
+    of the stage.
 
     Returns an empty dictionary if the stage was not run or not finished.
     """
@@ -131,7 +135,7 @@ def sampled_table(
 
 
 def makers(target: Model, threat: ThreatModel) -> list[tuple[Model, ...]]:
-    """Return the sets of source models of the transfer matrix.
+    """Return the models, or sets of models, on which the adversarial examples of the transfer matrix are computed.
 
     These are the target alone, if gradients are allowed, each surrogate alone and, if there are several, all
     surrogates.
