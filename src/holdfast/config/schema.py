@@ -136,7 +136,7 @@ def _recipe(name: str) -> dict[str, Any]:
 def _tagged(name: str, cls: type[Any], preset: Mapping[str, Any]) -> dict[str, Any]:
     """Schema of a dataclass in a catalogue with its `use:` tag, and with the defaults of its name."""
     content = _settings(cls, preset)
-    about = (cls.__doc__ or "").strip().splitlines()[0]
+    about = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
     properties = {"use": {"const": name}, **content["properties"]}
     needed = ["use", *content["required"]]
     return {"title": name, "description": about, **content, "properties": properties, "required": needed}
