@@ -1,4 +1,4 @@
-"""Requests: the settings of what a verb measures, trains and judges."""
+"""Requests of the verbs: the settings that determine what a run measures, trains and judges."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ In smaller shards, the later attacks of a suite run on few examples and are slow
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under test, and its description for the evidence."""
+    """The model that a run assesses or trains, and its description for the evidence."""
 
     model: Classifier
     digest: str
@@ -98,7 +98,7 @@ Keep = Callable[[Mapping[str, Any]], None]
 
 
 class MeasureAttackers(Protocol):
-    """Function that measures the table of attackers of a model with rotation."""
+    """Protocol of functions that measure the success rates of the attackers of a model with rotation."""
 
     def __call__(
         self,
