@@ -33,7 +33,8 @@ def mlp(features: int = 784, classes: int = 10, width: int = 128, depth: int = 2
 def cnn(
     channels: int = 1, side: int = 28, classes: int = 10, width: int = 16, depth: int = 3, hidden: int = 100
 ) -> nn.Module:
-    """Network of convolutions with stride 2, each with twice the channels of the one before, and two linear layers.
+    """Convolutional network with stride 2 and two final linear layers. Each convolution has twice the channels of the
+    previous one.
 
     Strides replace pooling: a forward pass costs a quarter, and every layer has exact linear bounds.
     """

@@ -387,7 +387,7 @@ def _said(error: BaseException) -> str:
 
 
 def status_line(status: int) -> str:
-    """Return a status code with its name, such as `400 Bad Request`."""
+    """Return an HTTP status code with its name, such as `400 Bad Request`."""
     return f"{status} {_phrase(status)}"
 
 

@@ -29,7 +29,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Entry:
-    """The description of a data set in the catalogue."""
+    """The description of a data set in the catalogue: its title, files, licence and classes."""
 
     title: str
     file: str

@@ -125,7 +125,7 @@ class Estimator(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """Return the name of the estimator's class."""
+        """Return the name of the estimator's class, which torch shows in the description of the module."""
         return self.name
 
     def forward(self, x: Tensor) -> Tensor:

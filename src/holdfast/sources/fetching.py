@@ -1,4 +1,4 @@
-"""Copies data sets to this machine from their official mirrors or from a local folder.
+"""Downloads data sets from their official mirrors, or imports them from a local folder.
 
 Files in the original formats of the data sets are read without pickle, and written as `.npz`.
 """

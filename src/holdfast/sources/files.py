@@ -1,4 +1,4 @@
-"""Checks and digests of files that the user specifies."""
+"""Checks and computes digests of files that the user specifies."""
 
 import hashlib
 import os

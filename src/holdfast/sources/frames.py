@@ -1,4 +1,4 @@
-"""Reads pandas data frames in the same way as table files with the same columns."""
+"""Opens pandas data frames as data sets, in the same way as table files with the same columns."""
 
 import sys
 from collections.abc import Iterable, Mapping

@@ -138,8 +138,8 @@ def arrays_of_split(archive: Npz, split: str | None, name: str) -> tuple[str, st
 
 
 def named_arrays(archive: Npz, x: str | None, y: str | None, split: str | None, name: str) -> tuple[str, str]:
-    """Check that an `.npz` archive contains the arrays that the user chose for the inputs and the labels, and return
-    their names `x` and `y`.
+    """Check that an `.npz` archive contains the arrays that the user names for the inputs and the labels. Return these
+    two names.
 
     The arrays are a single set without splits, so a `split` raises `NoSplit`.
     """

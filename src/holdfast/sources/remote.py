@@ -22,7 +22,7 @@ _VARIABLE = re.compile(r"env:([A-Za-z_][A-Za-z0-9_]*)")
 
 @dataclass(frozen=True)
 class Remote:
-    """Options of the requests to a model behind HTTP."""
+    """Options of the HTTP requests to a model behind a server, such as allowed hosts, headers and timeouts."""
 
     hosts: tuple[str, ...] = ()
     """hosts to which requests may be sent, each `HOST` or `HOST:PORT`"""

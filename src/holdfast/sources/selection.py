@@ -23,7 +23,7 @@ class Selection:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes, or None if they are unknown."""
+        """Names of the classes of the data set, or None if they are unknown."""
         return self.whole.classes
 
     @property

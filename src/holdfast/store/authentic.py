@@ -61,7 +61,7 @@ class LedgerKey:
         )
 
     def of_head(self, head: Head) -> str:
-        """Return the HMAC of the head of a ledger, in hex."""
+        """Return the HMAC of the number and the digest of the last ledger entry, in hex."""
         return self._mac({"kind": "head", "entries": head.entries, "digest": head.digest})
 
     def _mac(self, message: Mapping[str, Any]) -> str:

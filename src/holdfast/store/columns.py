@@ -28,7 +28,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class ColumnFile:
-    """The content of a column file: columns and metadata."""
+    """The content of a column file: the columns of a stage, and metadata."""
 
     columns: dict[str, Tensor]
     about: Mapping[str, Any] = field(default_factory=dict)

@@ -128,7 +128,9 @@ class RunFolder:
         reached: int | None = None,
         about: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Write the columns of a whole stage, record them in the chain, and then delete its shards."""
+        """Write the columns of a finished stage, record their digest in the chain, and then delete the shard files of
+        the stage.
+        """
         self.leases.refuse_lost()
         path = self.path / f"{stage}{column_files.SUFFIX}"
         splits = [split for split in self.splits() if split["stage"] == stage]

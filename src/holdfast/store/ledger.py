@@ -115,7 +115,7 @@ class Ledger:
 
     @property
     def manifest(self) -> str | None:
-        """Digest of the manifest of the pool; None for a ledger without a pool."""
+        """Digest of the manifest of the pool, or None if the ledger belongs to no pool."""
         return self._ask(lambda state: state.manifest)
 
     @property

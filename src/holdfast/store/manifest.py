@@ -184,7 +184,9 @@ def refuse_unsaid(about: Mapping[str, Any]) -> None:
 
 
 def refuse_no_set(weights: Mapping[str, Tensor]) -> None:
-    """Raise `UsageError` unless `weights` is a state dict with at least one tensor and without NaN."""
+    """Raise `UsageError` unless the tensors of a parameter set are a state dict with at least one tensor and without
+    NaN.
+    """
     if not weights:
         raise UsageError("the set contains no parameters; give the state dict of a network")
     for name, value in weights.items():

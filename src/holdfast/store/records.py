@@ -26,7 +26,7 @@ class Chain:
 
     @property
     def links(self) -> tuple[Link, ...]:
-        """All records of the chain, oldest first."""
+        """All records of the hash chain, oldest first."""
         return tuple(self._links)
 
     @property
@@ -42,7 +42,7 @@ class Chain:
         return None
 
     def add(self, content: Mapping[str, Any]) -> None:
-        """Append a record to the chain and to its file."""
+        """Append a record to the hash chain and to the file that stores the chain."""
         link = Link(self.head, content)
         with usable(self._path):
             append(self._path, line_of(link))

@@ -35,7 +35,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe that may be chosen for the training of a hardening."""
+    """A recipe that a hardening may choose for its training, with its settings."""
 
     name: str
     recipe: Recipe

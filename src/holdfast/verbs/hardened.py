@@ -66,7 +66,7 @@ class Hardened:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes on the training for the reader of a report."""
+        """Notes on the training of the new model for the report."""
         return tuple(self.card["notes"])
 
     def __str__(self) -> str:

@@ -43,7 +43,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Pace:
-    """Measured wall-clock time of a recipe on this machine, in seconds per update and per epoch."""
+    """Measured training time of a recipe on this machine, in seconds per update and per epoch."""
 
     update: float
     epoch: float

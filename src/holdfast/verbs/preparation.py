@@ -211,8 +211,7 @@ def plan_for(
 
 
 def learning_examples(plan: Plan, target: Target, data: Data, fit: Data | None) -> Batch | None:
-    """Return the examples on which learned attacks are fitted. Their number is the largest that one of these attacks
-    requires.
+    """Return the examples on which learned attacks are fitted, as many as the attack that needs the most examples.
 
     Returns None if no attack is learned or `fit` is None. Raises `UsageError` if their shape is not that of `data`.
     """

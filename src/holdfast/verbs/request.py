@@ -38,7 +38,7 @@ Opening = Callable[[], tuple[Subject, Data, tuple[Subject, ...]]]
 
 @dataclass(frozen=True)
 class AssessRequest:
-    """The settings of an assessment."""
+    """The settings of an assessment, such as its attacks, gates and limits."""
 
     plan: Plan
     gates: tuple[Claim, ...] = ()
@@ -70,7 +70,7 @@ class AssessRequest:
 
 @dataclass(frozen=True)
 class HardenRequest:
-    """The settings of a hardening."""
+    """The settings of a hardening, such as its recipe, time budget and assessments."""
 
     name: str
     """name of the recipe that the user requested"""

@@ -124,7 +124,7 @@ class Result:
 
     @property
     def curve(self) -> EpsCurve:
-        """Robust accuracy as a function of eps.
+        """Robust accuracy as a function of eps, which is the largest change that the attacker may make.
 
         It is measured with `curve=True` or by a suite of minimum-norm attacks. Raises `UsageError` if it was not
         measured.

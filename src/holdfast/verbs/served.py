@@ -1,5 +1,5 @@
-"""Supports runs on a model behind a server: rows are counted over all attempts, and repeated rows are answered from a
-journal.
+"""Supports runs on a model behind a server: it counts the sent rows over all attempts, and reads responses to repeated
+rows from a journal.
 """
 
 from collections.abc import Iterator

@@ -107,7 +107,7 @@ def copy_of(model: Classifier) -> Classifier:
 
 
 def learner_of(model: Classifier, x: Inputs) -> Classifier:
-    """Return a copy of a model for training or attacks, on the device of `x`.
+    """Return a copy of a model that can be trained or attacked, on the device of the inputs `x`.
 
     If the model changes its inputs in place, the copy clones them before each pass. Training and evaluation mode are
     both tested, because for example dropout changes inputs in training mode only.

@@ -1,4 +1,4 @@
-"""The main program of the process that reads one file under limits of memory and time."""
+"""Main program of a limited process, which reads one file under limits of memory and time."""
 
 import errno
 import json

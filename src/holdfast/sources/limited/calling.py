@@ -1,4 +1,4 @@
-"""Starts the process that reads a file under limits of memory and time, and returns its result."""
+"""Starts the limited process that reads one file under limits of memory and time, and returns its result."""
 
 import json
 import os

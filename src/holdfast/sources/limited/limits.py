@@ -1,4 +1,4 @@
-"""Limits of memory and time for the process that reads one file."""
+"""Sets the limits of memory and time of the limited process that reads one file."""
 
 import os
 import re

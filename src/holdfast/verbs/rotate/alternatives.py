@@ -189,7 +189,7 @@ def hardened(request: RotateRequest) -> bool:
 
 
 def doubt(found: Mapping[str, Json | None], request: RotateRequest, one: Json | None) -> Json:
-    """Return the doubt that half an epoch of fine-tuning achieves more than rotation, as JSON.
+    """Return the doubt that half an epoch of adversarial fine-tuning protects a model better than rotation, as JSON.
 
     `found` are the measured alternatives, and `one` is the success rate of an attacker with one stolen set. The doubt
     is raised if the sets were not trained against attacks.

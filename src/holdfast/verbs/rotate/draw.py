@@ -44,7 +44,7 @@ It is half of the number in the benchmark record `rotation`, with 27,500 example
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """The pool to which candidates are added, their number, and how they are produced."""
+    """The pool to which candidates are added, the number of candidates, and how they are produced."""
 
     pool: Pool
     common: RotateRequest

@@ -81,8 +81,8 @@ class SetMeasurements:
     def transferred(
         self, of: Subject, attackers: Sequence[Attacker], n: int, *, first: int
     ) -> TransferResult:
-        """Return the results of testing a parameter set with the transfer examples of each attacker, for the first `n`
-        held-out examples.
+        """Test a parameter set with the transfer examples of each attacker for the first `n` held-out examples, and
+        return the results.
         """
         what = "-".join(sorted({attacker.kind.lower() for attacker in attackers}))
         evidence, broken = [], []
