@@ -1,9 +1,9 @@
 """Database `state.sqlite` of a run folder. It contains the lease of the run, and the number of attempts and the time of
 each shard.
 
-It contains what is not in the hash chain: times, hosts and attempts. It is not needed to resume a run: if it is
-deleted, it is recreated from the folder, and only the recorded times are lost. A lease belongs to a process. Because
-process ids are reused, start times of processes are compared as well.
+The hash chain does not contain these values. The database is not needed to resume a run: if it is deleted, it is
+recreated from the folder, and only the recorded times are lost. A lease belongs to a process. Because process ids are
+reused, start times of processes are compared as well.
 """
 
 import math

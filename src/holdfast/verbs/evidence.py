@@ -36,10 +36,10 @@ TUNING = "fine-tuning"
 
 
 def counted(kind: StageKind, stage: StoredStage, by_stage: Mapping[str, Columns]) -> Columns | None:
-    """Return the columns of a stage for all examples, even if time ran out before all of them were measured.
+    """Return the columns of a stage for all examples, or None if time ran out during a stage that is not an attack of
+    the suite.
 
-    If time ran out during an attack of the suite, the examples that it did not reach count as not attacked. If time ran
-    out during any other stage, returns None.
+    If time ran out during an attack of the suite, the examples that it did not reach count as not attacked.
     """
     if stage.reached is None:
         return stage.columns
@@ -103,7 +103,7 @@ def with_attackers(evidence: Evidence, found: Mapping[str, Any] | None) -> Evide
     """Add to the evidence what was measured about attackers of a model with rotation: the doubt, the verdict and the
     notes.
 
-    Returns `evidence` unchanged if there is no table or it is not complete.
+    Returns `evidence` unchanged if these measurements, `found`, are None or not complete.
     """
     if found is None or not found["complete"]:
         return evidence
