@@ -1,3 +1,3 @@
-"""Opens untrusted models and data: files are checked before they are read, and code runs only with the user's
-consent.
+"""Opens models and data that may be untrusted: files are checked before they are read, and their code runs only with
+the user's consent.
 """

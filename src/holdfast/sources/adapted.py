@@ -1,4 +1,4 @@
-"""The description of a model of another library that was wrapped as a torch module."""
+"""Description of a model of another library, such as scikit-learn, that was wrapped as a torch module."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from holdfast.core.types import Access, Layout
 
 @dataclass(frozen=True)
 class Adapted:
-    """A module that maps inputs to outputs, and the properties that the original object of the library declares.
+    """A torch module that calls a model of another library, and the properties that the original model declares.
 
     A property is None if it is not declared.
     """

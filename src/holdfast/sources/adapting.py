@@ -1,4 +1,4 @@
-"""Wraps models that are neither torch networks nor functions: estimators, boosters and Keras models.
+"""Wraps models that are neither torch networks nor functions as torch modules: estimators, boosters and Keras models.
 
 A library is searched for only among the imported modules, because importing one takes seconds. If an object of the
 library exists, the library is already imported.
@@ -23,7 +23,8 @@ def accepted(model: object) -> bool:
 
 
 def adapted(model: object) -> Adapted | None:
-    """Return the model wrapped as a module that maps inputs to outputs, or None for a torch network or a function.
+    """Return a model of another library, such as scikit-learn, wrapped as a torch module. Return None if the model is a
+    torch network or a function.
 
     Raises `TargetError` for an object that is not a classifier, is not fitted, or runs on another back end than torch,
     and `UsageError` for a class.
@@ -42,7 +43,8 @@ def adapted(model: object) -> Adapted | None:
 
 
 def known_in_hand(net: Any) -> tuple[str, list[str], tuple[str, ...]]:
-    """Return the name of a model given as an object, the strings that identify it in the evidence, and notes.
+    """Return the name of a model given as a Python object, the strings that identify it in the evidence, and notes for
+    the report.
 
     A note states what a resumed run cannot verify about the model.
     """

@@ -1,4 +1,4 @@
-"""Converts the responses of a server to scores or one-hot labels of the rows in the request.
+"""Converts the responses of a model server to scores or one-hot labels of the rows in the request.
 
 A response contains one entry for each row: numbers, a string, or an object with a score for each class name. The
 response to a single row may omit the axis of the rows.
@@ -30,7 +30,8 @@ _ORDER = "in the order of the model's classes"
 
 
 class ServerAnswers:
-    """Reader of the responses of one server, which must all have the same structure.
+    """Converter of the responses of one model server to tensors. It requires that all responses have the same
+    structure.
 
     `labels` is the number of classes of a server that returns labels; None for a server that returns scores. `expected`
     is the declared number of classes. `names` are the class names in the order of the classes; string labels, and
@@ -61,11 +62,12 @@ class ServerAnswers:
 
     @property
     def classes(self) -> int | None:
-        """Number of scores of a row, or of possible labels. For scores it is None before the first response."""
+        """Number of classes of the served model. If the server returns scores, it is None before the first response."""
         return self._classes or self._labels
 
     def read(self, answer: Any, x: Tensor) -> Tensor:
-        """Return the scores (n, classes) float64, or one-hot labels (n, classes) int64, of the rows `x` (n, *features).
+        """Return the scores (n, classes) float64, or one-hot labels (n, classes) int64, that the response `answer`
+        contains for the rows `x` (n, *features).
 
         Raises `TargetLost` for a response of another structure, and `TargetRefused` for values that cannot be used. The
         message contains the beginning of the response.
@@ -78,7 +80,9 @@ class ServerAnswers:
             raise type(error)(self._masked(f"{error}. The answer begins: {begins}")) from None
 
     def recall(self, row: Tensor) -> None:
-        """Register the scores (classes) or the one-hot label of a row that an earlier attempt of the run received."""
+        """Register a row of scores, or a one-hot label, that an earlier attempt of a resumed run received. It
+        determines the number of classes.
+        """
         if self._labels is None:
             self._classes = len(row)
             self._split = self._split or bool((row != row.round()).any())
@@ -217,7 +221,9 @@ class ServerAnswers:
 
 
 def refuse_too_many_classes(what: str, width: int, expected: int | None) -> None:
-    """Raise `TargetLost` if rows do not have `expected` scores. A single score per row means two classes."""
+    """Raise `TargetLost` if a server returns another number of scores per row than the `expected` number of classes. A
+    single score per row means two classes.
+    """
     if expected in (None, max(width, 2)):
         return
     scores = "1 score" if width == 1 else f"{width} scores"
@@ -229,7 +235,8 @@ def refuse_too_many_classes(what: str, width: int, expected: int | None) -> None
 
 
 def rows_by_name(found: Any, n: int) -> list[Mapping[str, Any]] | None:
-    """Return the scores of each of `n` rows by class name, or None if the response contains no class names.
+    """Return the scores in a server's response as one mapping from class names to scores for each of `n` rows. Return
+    None if the response contains no class names.
 
     The response is a list of objects, an object with a list for each name, or, for a single row, one object. A list of
     objects with the keys `label` and `score` is equivalent to one object.
@@ -256,7 +263,7 @@ def _lists_classes(entry: Any) -> bool:
 
 
 def first_characters(answer: Any, masked: Callable[[str], str]) -> str:
-    """Return the first characters of a response as JSON, with secrets removed."""
+    """Return the first characters of a server's response as JSON for an error message, with secrets removed."""
     text = ""
     for piece in json.JSONEncoder().iterencode(answer):
         text += piece[:_MASKED]

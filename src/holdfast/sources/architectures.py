@@ -1,4 +1,5 @@
-"""The small networks that a file with weights may refer to by name. They are built from integers, without code.
+"""Small network architectures that a weights file may refer to by name. They are built from integer settings, so a file
+needs no code.
 
 A safetensors file of Holdfast has one metadata key, `holdfast`, with sorted JSON: `architecture` (one of these names),
 `arguments` (its settings), `bounds`, `mean`, `std`, `classes` (their number) and `training` (the digest of the training
@@ -32,7 +33,8 @@ def mlp(features: int = 784, classes: int = 10, width: int = 128, depth: int = 2
 def cnn(
     channels: int = 1, side: int = 28, classes: int = 10, width: int = 16, depth: int = 3, hidden: int = 100
 ) -> nn.Module:
-    """Network of convolutions with stride 2, each with twice the channels of the one before, and two linear layers.
+    """Convolutional network with stride 2 and two final linear layers. Each convolution has twice the channels of the
+    previous one.
 
     Strides replace pooling: a forward pass costs a quarter, and every layer has exact linear bounds.
     """
@@ -49,12 +51,14 @@ def cnn(
 
 
 def mnist_cnn() -> nn.Module:
-    """Network of the bundled MNIST models: three convolutions, two linear layers, 127,062 parameters."""
+    """Network of the bundled MNIST models: three convolutions and two linear layers with 127,062 parameters."""
     return cnn()
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with batch norm whose output is added to the input (projected if the shape changes)."""
+    """Residual block: two 3 x 3 convolutions with batch norm, whose output is added to the input. The input is
+    projected if the shape changes.
+    """
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -74,7 +78,7 @@ class ResidualBlock(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the block."""
+        """Return the output of the residual block for the input `x`."""
         y: Tensor = self.relu(self.body(x) + self.shortcut(x))
         return y
 
@@ -82,7 +86,8 @@ class ResidualBlock(nn.Module):
 def resnet(
     channels: int = 3, classes: int = 10, width: int = 16, blocks: int = 1, stages: int = 3
 ) -> nn.Module:
-    """Residual network for images of about 32 x 32: `stages` stages of `blocks` blocks; each stage doubles the width.
+    """Residual network for images of about 32 x 32 pixels. It has `stages` stages of `blocks` residual blocks, and each
+    stage doubles the number of channels.
 
     He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, arXiv:1512.03385. Differs from the paper:
     shortcuts that change the shape are projections. A width of 64, two blocks and four stages give the network that is
@@ -107,7 +112,7 @@ def resnet(
 def lipschitz_aol(
     channels: int = 1, side: int = 28, classes: int = 10, width: int = 32, depth: int = 2, hidden: int = 256
 ) -> nn.Module:
-    """Network of almost-orthogonal layers with a certified radius. Two convolutions in each stage.
+    """Network of almost-orthogonal 1-Lipschitz layers, which has a certified radius. Each stage has two convolutions.
 
     Each stage halves the height and width of the image.
     """
@@ -117,14 +122,16 @@ def lipschitz_aol(
 def lipschitz_cayley(
     channels: int = 1, side: int = 28, classes: int = 10, width: int = 16, depth: int = 2, hidden: int = 128
 ) -> nn.Module:
-    """Network of orthogonal layers with a certified radius. Built like `lipschitz-aol`, but several times slower."""
+    """Network of orthogonal layers, which has a certified radius. It has the structure of `lipschitz-aol`, but is
+    several times slower.
+    """
     return _lipschitz(CayleyConv2d, CayleyLinear, channels, side, classes, width, depth, hidden)
 
 
 def lipschitz_sll(
     channels: int = 1, side: int = 28, classes: int = 10, width: int = 32, depth: int = 2, hidden: int = 256
 ) -> nn.Module:
-    """Network of 1-Lipschitz residual layers with a certified radius. Two layers in each stage.
+    """Network of 1-Lipschitz residual layers, which has a certified radius. Each stage has two layers.
 
     Each stage halves the height and width of the image.
     """

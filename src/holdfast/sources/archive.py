@@ -1,4 +1,4 @@
-"""Reads untrusted `.pt` state dicts without running their code and without decompressing them.
+"""Reads `.pt` files with state dicts that may be untrusted, without running their code and without decompressing them.
 
 A denylist of pickled names is not safe, and `weights_only` alone decompresses an archive of 195 KB to 200 MB before it
 fails. Therefore this process first checks the zip directory without reading a member. Then a separate process, under
@@ -37,7 +37,7 @@ _SAVED_BY = (
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by name, with notes on how they were found in the file."""
+    """Tensors of a weights file by name, with notes for the report on where the file contains them."""
 
     tensors: dict[str, Tensor]
     notes: tuple[str, ...] = ()
@@ -56,7 +56,9 @@ def read_once(path: Path, what: str, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def refuse_large(path: Path, max_bytes: int) -> None:
-    """Raise `TargetError` if a file is larger than `max_bytes` and larger than the size in `HOLDFAST_READ_MEMORY`."""
+    """Raise `TargetError` if a file is larger than `max_bytes`, unless the environment variable `HOLDFAST_READ_MEMORY`
+    permits its size.
+    """
     n_bytes, most = path.stat().st_size, max(max_bytes, requested_memory())
     if n_bytes > most:
         raise TargetError(
@@ -66,7 +68,7 @@ def refuse_large(path: Path, max_bytes: int) -> None:
 
 
 def is_script(content: bytes) -> bool:
-    """Return whether the bytes are a TorchScript archive."""
+    """Return whether the bytes of a file are a TorchScript archive."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return any(_is_code(member) for member in archive.infolist())
@@ -82,8 +84,8 @@ def check_archive(
     trust_code: bool = False,
     saved_by: str = _SAVED_BY,
 ) -> None:
-    """Check a zip archive by its directory, without decompressing anything. A file that is not a zip archive is
-    accepted.
+    """Check the list of members of a zip archive before it is loaded, without decompressing anything. A file that is
+    not a zip archive is accepted.
 
     `content` is the content of the file if it was already read; then the file is not opened again. `saved_by` is the
     advice on how to write such files without compression. Raises `CarriesCode` for TorchScript, and `TargetError` for
@@ -122,7 +124,7 @@ def check_archive(
 
 
 def read_weights(path: Path, *, max_bytes: int = MAX_BYTES) -> Weights:
-    """Return the tensors of a `.pt` state dict.
+    """Return the tensors of a state dict in a `.pt` file that may be untrusted.
 
     It is unpickled in a separate process, which costs about 1.5 s of CPU time.
     """

@@ -1,4 +1,6 @@
-"""Arrays as a data set: checked once when opened, stored in their original type, and converted to inputs in slices."""
+"""Data sets of arrays in memory. The arrays are checked once and keep their original type; each batch is converted to
+floats when it is read.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -36,7 +38,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Pixels:
-    """Conversion of normalised values to pixels, which is called with inputs."""
+    """Callable that converts normalised inputs back to pixel values."""
 
     normalised: Normalisation
     bounds: Bounds
@@ -46,7 +48,7 @@ class Pixels:
 
     @classmethod
     def of(cls, normalised: Normalisation, bounds: Bounds, resolution: float) -> "Pixels":
-        """Return the conversion for values with the given normalisation.
+        """Return the conversion from inputs with the given normalisation to pixel values.
 
         `bounds` are those of the pixels, and `resolution` is the relative rounding error of the type in which the
         values were stored.
@@ -62,7 +64,9 @@ class Pixels:
         return torch.where((pixels - inside).abs() <= self.slack, inside, pixels)
 
     def advice(self, highest: float) -> str:
-        """Return advice for values outside the bounds. `highest` is the largest pixel after the conversion."""
+        """Return advice for an error message about pixel values outside the bounds. `highest` is the largest pixel
+        value after the conversion.
+        """
         if _is_unit(self.bounds) and pixel_divisor(0.0, round(highest, 3), 4) == 255:
             return (
                 "MEAN/STD of --data-normalised seem to be on the scale of 0 to 255: divide them by 255, or add "
@@ -100,7 +104,9 @@ class Arrays:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 in hex of the type, shape, scale, normalisation, stored values, labels and ids."""
+        """SHA-256 in hex of the values, labels and ids of the data set, and of the type, shape, scale and normalisation
+        of the values.
+        """
         digest = hashlib.sha256(f"{self.x.dtype} {self.x.shape} {self.scale}".encode())
         if self.pixels is not None:
             digest.update(repr(self.pixels.normalised).encode())
@@ -112,7 +118,7 @@ class Arrays:
         return digest.hexdigest()
 
     def taken(self, rows: Sequence[int]) -> "Arrays":
-        """Return a data set with the examples in the given rows."""
+        """Return a data set that contains only the examples in the given rows."""
         chosen = np.asarray(rows, dtype=np.int64)
         return replace(self, x=self.x[chosen], y=self.y[chosen], ids=self.ids[chosen])
 
@@ -129,7 +135,8 @@ class Arrays:
 
 
 def as_given(data: Arrays, changed: Inputs, given: Array) -> Array:
-    """Return the inputs `changed` of all examples with the axes, the scale and the normalisation of the array `given`.
+    """Convert the attacked inputs `changed` back to the axes, the scale and the normalisation of the user's array
+    `given`, and return them as an array.
 
     The type is that of `given`. It is float32 if `given` has integers or half precision, because these types would
     round small changes away. Values that did not change are bitwise equal to those of `given`.
@@ -147,8 +154,8 @@ def as_given(data: Arrays, changed: Inputs, given: Array) -> Array:
 def selected_rows(
     n_rows: int, *, n: int | None, sample: int | None, seed: int, name: str
 ) -> NDArray[np.int64]:
-    """Return the selected row numbers in ascending order: the first `n`, a random sample that depends on `seed`, or
-    all.
+    """Return the row numbers of the selected examples in ascending order: the first `n`, a random sample that depends
+    on `seed`, or all.
 
     Raises `UsageError` if both `n` and `sample` are given or one is less than 1, and `TargetError` if there are no
     rows.
@@ -176,7 +183,7 @@ def labels(
     name: str,
     whole: Array | None = None,
 ) -> NDArray[np.int64]:
-    """Return the labels (n_rows,) as int64 from 0 to classes - 1.
+    """Check the labels of a data set, and return them as int64 class numbers (n_rows,) from 0 to classes - 1.
 
     Raises `TargetError` for other labels, unless `expected` permits any label. If `y` is a part of a source, `whole`
     contains the labels of the whole source, whose range is part of the error message.
@@ -228,7 +235,8 @@ def from_numpy(
     keeps: bool = False,
     resolution: float | None = None,
 ) -> Arrays:
-    """Check rows that were already selected, and return them as a data set.
+    """Return a data set of the inputs `x` and the labels `y` after checks of their shapes, types and values. The rows
+    must already be selected.
 
     `layout` is the layout of the source; a layout declared in `expected` takes precedence. `whole` contains the labels
     of the whole source. `keeps` is True for a tensor, whose axes and float64 type are preserved; `resolution` is then
@@ -263,7 +271,9 @@ def from_numpy(
 
 
 def suited(data: Arrays, expected: Expected) -> Arrays:
-    """Determine the layout of the network's inputs, and return the data set with notes about it."""
+    """Determine the order of axes that the network accepts for its inputs. Return the data set, with a note for the
+    report if the layout of the network was set.
+    """
     if expected.probe is None:
         return data
     return replace(data, notes=(*data.notes, *expected.probe.suit(data.read(0, 2).x)))
@@ -302,7 +312,8 @@ def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -
 
 
 def check_inputs(data: Arrays, bounds: Bounds, *, lenient: bool = False) -> None:
-    """Raise `TargetError` for floats that are not finite or are outside the bounds. Bytes divided by 255 need no check.
+    """Raise `TargetError` if inputs of the data set are not finite or are outside the bounds. Bytes divided by 255 are
+    always valid and are not checked.
 
     If `lenient` is True, values outside the bounds are accepted.
     """

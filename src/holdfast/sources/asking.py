@@ -1,4 +1,4 @@
-"""Sends requests to a server that the user specified, repeats them after temporary failures, and limits their rate."""
+"""HTTP client that sends requests to a model server, repeats them after temporary failures, and limits their rate."""
 
 import json
 import os
@@ -23,7 +23,9 @@ from holdfast.sources.sent import Sent
 
 
 class RequestPace:
-    """Limiter for the requests of all threads: at most `rate` requests start per second, and none during a pause."""
+    """Rate limiter that the HTTP requests of all threads share: at most `rate` requests start per second, and none
+    during a pause.
+    """
 
     def __init__(
         self, rate: float | None, now: Callable[[], float], sleep: Callable[[float], object]
@@ -34,7 +36,9 @@ class RequestPace:
         """earliest start of the next request, and end of the pause"""
 
     def wait(self, waited: float = 0.0) -> None:
-        """Block until the next request may be sent. The part of the wait until the time `waited` is over already."""
+        """Block until the rate limit permits the next HTTP request. `waited` is the time until which the caller has
+        already waited.
+        """
         while True:
             with self._lock:
                 begin = max(waited, self._paused)
@@ -51,7 +55,7 @@ class RequestPace:
             waited = begin
 
     def pause(self, seconds: float) -> float:
-        """Prevent new requests for a number of seconds. Return the time at which the pause ends."""
+        """Start no HTTP requests for a number of seconds. Return the time at which the pause ends."""
         with self._lock:
             until = self._now() + seconds
             self._paused = max(self._paused, until)
@@ -119,7 +123,7 @@ class _Within(RawIOBase):
 
 
 class Client:
-    """A client of one server. A request that fails temporarily is repeated after increasing pauses.
+    """HTTP client of one model server. A request that fails temporarily is repeated after increasing pauses.
 
     Raises `TargetLost` if the last repetition fails, and `InputRefused` if the server rejects the content of a request.
     Redirects are not followed and proxies are not used. Several threads may send requests at the same time, each over
@@ -145,7 +149,7 @@ class Client:
             connection.close()
 
     def ask(self, path: str, body: bytes | None = None, *, sent: Sent | None = None, rows: int = 0) -> Any:
-        """Send a request and return the response, parsed as JSON.
+        """Send an HTTP request to the server and return its response, parsed as JSON.
 
         If `body` is given, it is sent by POST; otherwise the request is a GET. `rows` is the number of rows in `body`.
         Every attempt is counted in `sent`.
@@ -163,7 +167,7 @@ class Client:
         raise AssertionError("the last attempt returns or raises")
 
     def stop(self) -> None:
-        """End the current requests of other threads, without waiting for the responses."""
+        """Abort the current HTTP requests of all threads without waiting for the responses."""
         with self._lock:
             self._stopped.set()
             for connection in self._busy:
@@ -172,7 +176,7 @@ class Client:
                         connection.sock.shutdown(SHUT_RDWR)
 
     def go_on(self) -> None:
-        """Permit requests again after `stop`."""
+        """Permit HTTP requests again after a call of `stop`."""
         self._stopped.clear()
 
     def _wait(self, failure: _InPassing, attempt: int, sent: Sent, rows: int) -> float:
@@ -328,11 +332,13 @@ class Client:
         return " ".join(self.masked(text).split())[:200]
 
     def masked_name(self, text: str) -> str:
-        """Return a name with secrets removed. Fewer than eight letters in common with a secret are not removed."""
+        """Return a name, such as a class name, with the secret values of the request headers removed. Matches of fewer
+        than eight characters are not removed.
+        """
         return self.masked(text, least=_LETTERS_OF_NAME)
 
     def masked(self, text: str, *, least: int = _LETTERS) -> str:
-        """Return a text in which the values of the request headers are replaced by "…".
+        """Return a text in which the secret values of the HTTP request headers are replaced by "…".
 
         A value is also replaced if it is escaped as in JSON, or if only its first `least` or more characters occur.
         """
@@ -381,7 +387,7 @@ def _said(error: BaseException) -> str:
 
 
 def status_line(status: int) -> str:
-    """Return a status code with its name, such as `400 Bad Request`."""
+    """Return an HTTP status code with its name, such as `400 Bad Request`."""
     return f"{status} {_phrase(status)}"
 
 

@@ -1,4 +1,4 @@
-"""Reads the training recipe from the card of a model.
+"""Reads how a model was trained from its model card: the recipe and its settings.
 
 A card is a file beside the weights that `harden` wrote, or the description of a bundled model.
 """
@@ -16,7 +16,8 @@ _INDENT = "    "  # indent of the settings in a bundled card
 
 
 def trained_by(address: str) -> dict[str, Any] | None:
-    """Return the recipe of the model at an address as a dictionary with its name as `use` and its settings.
+    """Return the recipe with which a model was trained, from its model card, as a dictionary of settings. The name of
+    the recipe has the key `use`.
 
     The result is None if the model has no card, or if its card contains no recipe.
     """

@@ -1,4 +1,4 @@
-"""The catalogue of data sets with names: descriptions, sources, and paths of their files."""
+"""The catalogue of data sets that can be opened by name: descriptions, sources, and paths of their files."""
 
 import os
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _DIGITS = tuple("0123456789")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """An official file of a data set, with the checksum that its authors or torchvision publish."""
+    """An official file of a data set, with its URL and the checksum that its authors or torchvision publish."""
 
     url: str
     md5: str
@@ -23,13 +23,13 @@ class RemoteFile:
 
     @property
     def file(self) -> str:
-        """File name at the end of the URL."""
+        """Name of the file, which is the last part of its URL."""
         return self.url.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The description of a data set in the catalogue."""
+    """The description of a data set in the catalogue: its title, files, licence and classes."""
 
     title: str
     file: str
@@ -164,7 +164,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Listed:
-    """A row of the table that `holdfast data` prints."""
+    """A data set of the catalogue as a row of the table that `holdfast data` prints."""
 
     name: str
     title: str
@@ -174,7 +174,9 @@ class Listed:
 
 
 def data_folder() -> Path:
-    """Return the folder of the data sets: `HOLDFAST_DATA` if it is set, else a folder in the user's cache."""
+    """Return the folder with the files of data sets: the environment variable `HOLDFAST_DATA`, or else a folder in the
+    user's cache.
+    """
     named = os.environ.get("HOLDFAST_DATA")
     if named:
         return Path(named)
@@ -183,7 +185,7 @@ def data_folder() -> Path:
 
 
 def entry_of(name: str) -> Entry:
-    """Return the entry of the data set called `name`.
+    """Return the catalogue entry of the data set called `name`.
 
     Raises `UsageError` if there is none; its message contains the most similar name.
     """
@@ -195,7 +197,7 @@ def entry_of(name: str) -> Entry:
 
 
 def listed_data_sets() -> tuple[Listed, ...]:
-    """Return all data sets of the catalogue, and whether their files are on this machine."""
+    """Return all data sets of the catalogue, with the information whether their files are on this machine."""
     folder = data_folder()
     return tuple(
         Listed(name, entry.title, folder / entry.file, (folder / entry.file).exists(), bool(entry.remotes))

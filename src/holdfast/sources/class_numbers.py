@@ -1,4 +1,6 @@
-"""Assigns numbers to named classes: by the declared names, else by the order of the names if it is unambiguous."""
+"""Assigns class numbers to class names: in the order that the user declares, or else in sorted order if it is
+unambiguous.
+"""
 
 import re
 from collections.abc import Sequence
@@ -24,7 +26,8 @@ MOST_TEXTS = 10_000_000
 def class_numbers(
     found: Sequence[str], expected: Expected, classes: int | None, where: str, kind: str
 ) -> tuple[str, ...]:
-    """Return the names of the classes in the order of their numbers. They include all names in `found`.
+    """Return the class names in the order of their class numbers. The result includes all names in `found`, which are
+    the names in the data.
 
     `classes` is the number of the model's classes if it is known. `where` and `kind` describe the source and the names
     in messages, as in "class folders". Declared names determine the order. Without them the names are numbered in
@@ -64,7 +67,7 @@ def class_numbers(
 def lenient_numbers(
     found: Sequence[str], expected: Expected, where: str, kind: str
 ) -> tuple[tuple[str, ...], str]:
-    """Return the result of `class_numbers` and an empty string.
+    """Return the class names in the order of their class numbers, as `class_numbers` does, and an empty string.
 
     If `class_numbers` raises an error and `expected` permits any label, return the names in lexical order and the
     error's message instead.
@@ -80,7 +83,7 @@ def lenient_numbers(
 
 @dataclass(frozen=True)
 class Numbered:
-    """Labels of examples, converted to class numbers."""
+    """Labels of the examples of a data set, converted to class numbers."""
 
     y: Array
     names: tuple[str, ...] | None = None
@@ -90,7 +93,7 @@ class Numbered:
 
 
 def numbered(y: Array, expected: Expected, name: str) -> Numbered:
-    """Return the class numbers of the labels `y` (n,) of a source.
+    """Convert the labels `y` (n,) of a data set, which may be integers or strings, to class numbers.
 
     Integers are looked up among the class labels of the model if it has some; otherwise they are the class numbers.
     Strings are numbered as in `class_numbers`. Labels of other types are returned unchanged and rejected by a later
@@ -109,8 +112,8 @@ def numbered(y: Array, expected: Expected, name: str) -> Numbered:
 
 
 def numbered_words(words: Sequence[str], places: Array, expected: Expected, name: str) -> Numbered:
-    """Return the class numbers of string labels, where `places` (n,) is the index of each label in the distinct
-    `words`.
+    """Convert string labels to class numbers. `words` contains the distinct labels, and `places` (n,) is the index in
+    `words` of the label of each example.
 
     Words that are not the label of any example are not classes. Raises the errors of `class_numbers`, and `TargetError`
     for more than 100,000 different labels.
@@ -143,7 +146,8 @@ def _among(y: Array, labels: tuple[int, ...], expected: Expected, name: str) -> 
 def matched(
     names: tuple[str, ...] | None, expected: Expected
 ) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
-    """Return the class names for integer labels of a source, and the new number of each class, or None for no change.
+    """Compare the class names of a data set with those of the model. Return the class names, and the new number of each
+    class if the order differs, else None.
 
     Integer labels are class numbers. They are renumbered only if the source and the model have the same class names in
     a different order. Raises `TargetError` if the user declared names that do not include all names of the source.
@@ -164,8 +168,8 @@ def matched(
 
 
 def renumbered(y: Array, numbers: tuple[int, ...], name: str) -> Array:
-    """Return the labels with the new `numbers` of their classes. Raises `TargetError` for a label without a
-    class name.
+    """Replace the class number of each label by the entry of `numbers` for this class. Raises `TargetError` for a label
+    without a class name.
     """
     if len(y) and (y.min() < 0 or y.max() >= len(numbers)):
         raise TargetError(
@@ -176,7 +180,7 @@ def renumbered(y: Array, numbers: tuple[int, ...], name: str) -> Array:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the first ten names, separated by commas, with an ellipsis if there are more."""
+    """Return the first ten names as one string, separated by commas, with an ellipsis if there are more."""
     return ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
 
 

@@ -1,4 +1,4 @@
-"""Converts columns of a table to numbers or to indices of distinct strings.
+"""Converts the columns of a table to numbers, or to indices of their distinct strings.
 
 The module does not import torch, so that the process that reads the table starts fast.
 """
@@ -19,7 +19,7 @@ _TRUTH: Mapping[str, float] = {"true": 1.0, "false": 0.0}
 
 @dataclass(frozen=True)
 class Words:
-    """A column of strings: its distinct strings, and for each row the index of its string."""
+    """A column of strings in compact form: the distinct strings, and for each row the index of its string."""
 
     words: tuple[str, ...]
     places: NDArray[np.int32]
@@ -28,7 +28,7 @@ class Words:
 
 @dataclass(frozen=True)
 class ColumnTable:
-    """A table whose columns of labels and splits contain strings, and whose features are numbers."""
+    """A table after conversion: features are numbers, and the columns with labels and splits contain strings."""
 
     name: str
     """name of the table in messages"""
@@ -47,7 +47,8 @@ class ColumnTable:
 
 
 def as_numbers(cells: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-    """Return the cells of a feature as float32, with NaN for cells that are not numbers, and the kinds of the cells.
+    """Convert the cells of a table column to float32, with NaN for cells that are not numbers. Also return for each
+    cell whether it is a number, missing or text.
 
     The kinds are None if all cells are numbers.
     """
@@ -66,7 +67,9 @@ def as_numbers(cells: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.ui
 def side_by_side(
     columns: Sequence[tuple[NDArray[np.float32], NDArray[np.uint8] | None]], rows: int
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Return the numbers and the kinds, each of shape (rows, columns), of columns that `as_numbers` returned."""
+    """Stack table columns that `as_numbers` converted. Return their values, and whether each cell is a number, missing
+    or text, both of shape (rows, columns).
+    """
     numbers = np.empty((rows, len(columns)), np.float32)
     kinds = np.full((rows, len(columns)), NUMBER, np.uint8)
     for place, (values, found) in enumerate(columns):
@@ -77,12 +80,14 @@ def side_by_side(
 
 
 def as_words(cells: Sequence[str], known: dict[str, int]) -> NDArray[np.int32]:
-    """Return the index of each cell in `known`, to which new strings are added."""
+    """Return the index in `known` of the string in each cell of a table column. Strings that are not yet in `known` are
+    added to it.
+    """
     return np.array([known.setdefault(cell, len(known)) for cell in cells], np.int32)
 
 
 def number_of(text: str) -> float | None:
-    """Return the number that `text` represents, or None if it is not a number."""
+    """Return the number that a string represents, or None if it does not represent one."""
     try:
         return float(text)
     except ValueError:
@@ -95,6 +100,6 @@ def _number(cell: str) -> float | None:
 
 
 def rounded(values: ArrayLike) -> NDArray[np.float32]:
-    """Return the values as float32, rounded from float64. Values outside the range of float32 become infinite."""
+    """Round float64 values to float32. Values outside the range of float32 become infinite."""
     with np.errstate(over="ignore"):
         return np.asarray(values, np.float64).astype(np.float32)

@@ -1,4 +1,6 @@
-"""Counts the rows that are sent to a served model, and prevents further rows when a limit is reached."""
+"""Counts the rows that an inspection, such as `holdfast doctor`, sends to a served model, and stops it when a limit is
+reached.
+"""
 
 from holdfast.core.model import Classifier
 from holdfast.ops.expectation import inner
@@ -13,7 +15,9 @@ A server that accepts only larger batches is sent one batch.
 
 
 class Look(Sent):
-    """Counter of the rows that an inspection sends to a served model. At most `most` rows are sent."""
+    """Counter of the rows that an inspection, such as `holdfast doctor`, sends to a served model. At most `most` rows
+    are sent.
+    """
 
     def __init__(self, most: int) -> None:
         super().__init__(most)
@@ -21,16 +25,18 @@ class Look(Sent):
 
     @property
     def rows(self) -> int:
-        """Number of rows that were sent so far."""
+        """Number of rows that the inspection has sent to the served model so far."""
         return self.totals.sent
 
     @property
     def remaining(self) -> int:
-        """Number of rows that may still be sent to the model."""
+        """Number of rows that the inspection may still send to the served model."""
         return self.most - self.rows
 
     def spent(self, rows: int) -> str:
-        """Return the message why `rows` further rows are not sent."""
+        """Return the error message that explains why an inspection does not send `rows` further rows to the served
+        model.
+        """
         why = "to find out how the data are read; declare it with --layout chw, hwc or asis"
         if self.totals.refused:
             why = "because the server refuses so many at once; give --http-max-rows N with the number that it takes"
@@ -41,7 +47,8 @@ class Look(Sent):
 
 
 def look_at(model: Classifier) -> Look | None:
-    """Return the counter of the rows that are sent to a served model, or None for other models.
+    """Return the counter of the rows that an inspection sends to a served model, or None for a model that is not behind
+    a server.
 
     The first call creates the counter, later calls return it.
     """
@@ -57,7 +64,8 @@ def look_at(model: Classifier) -> Look | None:
 
 
 def rows_of_calls(model: Classifier, left: int, wanted: int, again: int) -> tuple[int, int]:
-    """Return the numbers of examples in a first and a second call if `left` rows may be sent; 0 if no call is possible.
+    """Return how many examples the first and the second call of a model may have if at most `left` rows may be sent. A
+    number is 0 if the call is not possible.
 
     The first call has about `wanted` examples, or a whole batch if the server accepts only whole batches. The second
     call has at most `again` examples.

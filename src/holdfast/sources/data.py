@@ -1,4 +1,4 @@
-"""Opens a data set of any supported format at an address."""
+"""Opens a data set of any supported format: a file, a folder or a name in the catalogue."""
 
 import os
 from dataclasses import dataclass, replace
@@ -25,12 +25,12 @@ _FORMS = "a bundled or catalogue name, .npz, a folder of class folders, .csv or 
 
 
 def bundled_data() -> dict[str, Path]:
-    """Return the paths of the data sets in the package, by name."""
+    """Return the paths of the data sets that are bundled with Holdfast, by name."""
     return {path.stem: path for path in sorted(BUNDLED_FOLDER.glob("*.npz"))}
 
 
 class Names(TypedDict):
-    """Arguments of `open_data` by which the user names columns of a table or arrays of a file."""
+    """Arguments of `open_data` that select columns of a table, or arrays of an `.npz` file, by name."""
 
     label: str | None
     drop: tuple[str, ...]
@@ -51,7 +51,7 @@ def open_data(
     seed: int = 0,
     expected: Expected | None = None,
 ) -> Arrays | Pictures:
-    """Return the data set at an address. Raises `UsageError` or `TargetError` with advice.
+    """Return the data set at an address, which is a path or a name. Raises `UsageError` or `TargetError` with advice.
 
     `n` selects the first n examples of the split in source order, `sample` a random sample that depends on `seed`. If
     `split` is None, the test split is used if there is one. `label` is the label column of a table, and `drop` lists
@@ -67,7 +67,9 @@ def open_data(
 
 
 def noting_fewer(data: D, wanted: int | None) -> D:
-    """Return the data set with a note if it has fewer than the `wanted` examples."""
+    """Add a note for the report to a data set that has fewer examples than the `wanted` number, and return the data
+    set.
+    """
     if wanted is None or len(data) >= wanted or not isinstance(data, Arrays | Pictures):
         return data
     note = f"{wanted:,} examples were requested, and the data have {len(data):,}: all of them were used"

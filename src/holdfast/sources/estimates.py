@@ -1,4 +1,4 @@
-"""Estimates the range and the normalisation of inputs from the inputs alone.
+"""Estimates the range and the normalisation of a data set from its values alone, for advice in error messages.
 
 The results may differ from the values that were used in the training.
 """
@@ -19,7 +19,7 @@ _NEAR_255 = 128
 
 
 def pixel_divisor(lowest: float, highest: float, dims: int) -> float | None:
-    """Return the divisor that scales pixels to [0, 1], or None for values that are no pixels.
+    """Return the divisor that scales pixel values to [0, 1], or None if the values are probably not pixels.
 
     `lowest` and `highest` are the extreme values of an array with `dims` axes. If the largest value is between 128 and
     255, the divisor is 255; otherwise it is the largest value. Values of a table, which has two axes, are pixels only
@@ -31,15 +31,17 @@ def pixel_divisor(lowest: float, highest: float, dims: int) -> float | None:
 
 
 def as_in_training(lowest: float, highest: float, dims: int) -> str:
-    """Return advice to scale values, with an example if they may be pixels."""
+    """Return advice for an error message to scale the inputs as in training, with an example if the values may be
+    pixels.
+    """
     divisor = pixel_divisor(lowest, highest, dims)
     example = "" if divisor is None else f", as in x / {divisor:g} for values from 0 to {divisor:g}"
     return f"scale {'the features' if dims == 2 else 'them'} as in training{example}"
 
 
 def scaling(x: Tensor) -> str:
-    """Return advice for inputs outside the bounds. Numbers that are derived from the data alone are called
-    estimates.
+    """Return advice for an error message about inputs outside the bounds. It marks numbers that are derived from the
+    data alone as estimates.
     """
     low, high = float(x.min()), float(x.max())
     first = as_in_training(low, high, x.dim())

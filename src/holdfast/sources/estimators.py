@@ -29,7 +29,7 @@ from holdfast.sources.adapted import Adapted
 
 
 def contents(estimator: Any) -> str:
-    """Return the SHA-256 in hex of the fitted values of an estimator, which is equal in every process.
+    """Return the SHA-256 in hex of the fitted values of an estimator. It is the same in every process.
 
     The objects are traversed as for pickling, and nothing is loaded. The result is "" if the estimator contains an
     object that cannot be pickled, such as a function without a name.
@@ -68,7 +68,7 @@ _WAY_OUT = "give a function from inputs to logits instead, as file.py:factory or
 
 @runtime_checkable
 class Predictor(Protocol):
-    """Protocol of objects with a method `predict` for arrays (n, features), such as every estimator."""
+    """Protocol of objects with a method `predict` for arrays (n, features), such as the estimators of scikit-learn."""
 
     def predict(self, X: Any, /) -> Any:  # noqa: N803 - the name of scikit-learn
         """Return the predicted labels of the rows `X` (n, features)."""
@@ -76,7 +76,9 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class Asked:
-    """Methods and properties of an estimator with which it is called on rows (n, features)."""
+    """The methods with which an estimator is called on rows (n, features), and properties such as its number of
+    features.
+    """
 
     name: str
     """name of the estimator's class"""
@@ -98,7 +100,8 @@ class Asked:
 
 
 class Estimator(nn.Module):
-    """An estimator wrapped as a module. It returns scores of a batch in the type of the inputs, without gradients.
+    """An estimator with the methods of scikit-learn, wrapped as a torch module. It returns scores of a batch in the
+    type of the inputs, without gradients.
 
     Inputs (n, *features) with more than two axes are flattened in the order of their axes (channels, rows, columns) if
     the result has as many features as the estimator was fitted on. A forward pass costs one call of the estimator, or
@@ -122,18 +125,21 @@ class Estimator(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """Return the name of the estimator's class."""
+        """Return the name of the estimator's class, which torch shows in the description of the module."""
         return self.name
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return scores (n, classes), or (n,) of class 1, or one-hot labels if the estimator has only labels."""
+        """Return the scores (n, classes) of a batch, or (n,) of class 1. Return one-hot labels if the estimator has no
+        scores.
+        """
         rows = self._rows(x)
         kind = np.float64 if x.dtype == torch.float64 else np.float32
         found = self._one_hot(rows, kind) if self.gives == "labels" else self._scores(rows, kind)
         return torch.from_numpy(np.ascontiguousarray(found)).to(x.device, x.dtype)
 
     def settle(self, x: Tensor) -> tuple[str, ...]:
-        """Compare the largest scores of the rows `x` with their predicted labels, and decide whether scores are used.
+        """Compare for the rows `x` the class with the largest score with the class that the estimator predicts. The
+        result determines whether attacks use the scores.
 
         Return a note if they differ for some rows. The midpoints of adjacent rows are compared as well, because there
         the scores of two classes are close. Raises `TargetError` for an estimator that predicts several labels for each
@@ -257,12 +263,15 @@ class Estimator(nn.Module):
 
 
 def adapted_estimator(given: Predictor, *, parallel: bool = True) -> Adapted:
-    """Return a classifier with the methods of scikit-learn wrapped as a model. Raises the errors of `asked_of`."""
+    """Return a classifier with the methods of scikit-learn wrapped as a model. Raises `TargetError` if the object is
+    not a fitted classifier.
+    """
     return as_model(asked_of(given, parallel=parallel), contents(given))
 
 
 def asked_of(given: Predictor, *, parallel: bool = True) -> Asked:
-    """Return the methods and properties with which a classifier is called.
+    """Return the methods with which an estimator that is a classifier is called, and properties such as its classes and
+    features.
 
     Raises `TargetError` if the object is not a classifier or is not fitted.
     """
@@ -285,7 +294,9 @@ def asked_of(given: Predictor, *, parallel: bool = True) -> Asked:
 
 
 def as_model(asked: Asked, digest: str) -> Adapted:
-    """Return the module that calls the estimator, with its access, classes and feature names."""
+    """Return an estimator wrapped as a torch module, with the access that it permits, its classes and its feature
+    names.
+    """
     net = Estimator(asked, digest)
     names, labels = (None, None) if asked.classes is None else named(asked.classes.tolist())
     return Adapted(
@@ -301,12 +312,13 @@ def as_model(asked: Asked, digest: str) -> Adapted:
 
 
 def no_gradient(name: str) -> str:
-    """Return the reason why an estimator is attacked without gradients."""
+    """Return the message that the estimator `name` is attacked without gradients."""
     return f"{name} is an estimator without gradients"
 
 
 def named(classes: Sequence[Any]) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
-    """Return the names of classes, and their labels as integers. Both are None if the labels are 0, 1, 2, ….
+    """Return the class names of an estimator as strings, and its class labels as integers. Both are None if the labels
+    are 0, 1, 2, ….
 
     False and True are 0 and 1. Labels that are strings, or numbers with a fraction, have only names.
     """

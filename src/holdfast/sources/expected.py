@@ -1,4 +1,6 @@
-"""The declared properties of a data set: the valid range, the layout, the normalisation and the classes."""
+"""The properties that a user or a model declares for a data set: the valid range, the layout, the normalisation and the
+classes.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +16,7 @@ ClassOrder = Literal["lexical", "numeric"]
 
 @dataclass(frozen=True)
 class Expected:
-    """Declared properties of the data, and the model that will be called with them. A property is None if it is
+    """Declared properties of a data set, and the model that will be called with it. A property is None if it is
     unknown.
     """
 
@@ -44,10 +46,10 @@ class Expected:
 
     @property
     def any_label(self) -> bool:
-        """Whether labels outside the classes are accepted."""
+        """Whether labels outside the classes of the model are accepted."""
         return self.lenient or not self.checks_labels
 
     @property
     def remote(self) -> bool:
-        """Whether the model is behind a server."""
+        """Whether the model that will be called with the data is behind a server."""
         return self.probe is not None and self.probe.model.remote

@@ -1,4 +1,4 @@
-"""Opens `.pt2` programs of `torch.export` that are not trusted.
+"""Opens `.pt2` files, which contain programs of `torch.export`, that may be untrusted.
 
 The loader of torch evaluates symbolic expressions of the file, resolves its operators by attribute, writes its names
 into source code, and falls back to unsafe unpickling. Therefore the archive is read once and checked first, with the
@@ -81,7 +81,9 @@ _SYMBOL = re.compile(r"[su]\d+")
 
 @dataclass(frozen=True)
 class Program:
-    """An exported program wrapped as a module, with the only batch size that it accepts, or None if it accepts any."""
+    """A program of `torch.export` wrapped as a module, and the only batch size that it accepts, or None if it accepts
+    any.
+    """
 
     net: nn.Module
     batch_size: int | None
@@ -90,7 +92,7 @@ class Program:
 
 
 class FixedBatch(nn.Module):
-    """A module that runs a program with a fixed batch size on any number of rows, in slices.
+    """A module that runs an exported program with a fixed batch size on any number of rows, one slice after another.
 
     The last slice is filled up with copies of its last row.
     """
@@ -101,7 +103,7 @@ class FixedBatch(nn.Module):
         self.size = size
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs of all rows."""
+        """Return the outputs of the exported program for all rows of a batch."""
         if not len(x):
             empty: Tensor = self.net(x.new_zeros(self.size, *x.shape[1:]))[:0]
             return empty
@@ -109,8 +111,8 @@ class FixedBatch(nn.Module):
 
 
 def open_program(path: Path, *, trust_code: bool) -> Program:
-    """Return the program in a `.pt2` file. Raises `UsageError` for a file that contains code unless `trust_code` is
-    True.
+    """Return the exported program in a `.pt2` file. Raises `UsageError` for a file that contains code unless
+    `trust_code` is True.
 
     Without trust, the program is checked, loaded and run once in a separate process before it is loaded in this one.
     """
@@ -128,7 +130,8 @@ def open_program(path: Path, *, trust_code: bool) -> Program:
 
 
 def reasons_to_refuse(path: Path, content: bytes) -> list[str]:
-    """Return descriptions of the parts of a program that are neither tensors nor operators of networks.
+    """Return descriptions of all parts of an exported program that could run code, which are all parts other than
+    tensors and operators of networks.
 
     Raises `TargetError` if the program is damaged.
     """
@@ -141,7 +144,9 @@ def reasons_to_refuse(path: Path, content: bytes) -> list[str]:
 
 
 def refuse_code_in_program(path: Path, content: bytes) -> None:
-    """Raise `UsageError` for a program with parts that are neither tensors nor operators of networks."""
+    """Raise `UsageError` for an exported program with parts that could run code: parts other than tensors and operators
+    of networks.
+    """
     reasons = reasons_to_refuse(path, content)
     if reasons:
         raise UsageError(
@@ -152,7 +157,7 @@ def refuse_code_in_program(path: Path, content: bytes) -> None:
 
 
 def loaded_program(path: Path, content: bytes) -> tuple[nn.Module, Sizes]:
-    """Return the network in a file that was checked or is trusted, and the sizes of the axes of its input.
+    """Load a `.pt2` file that was checked or is trusted. Return its network and the shape of its input.
 
     A size is None if the program accepts any.
     """

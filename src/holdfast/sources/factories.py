@@ -1,4 +1,6 @@
-"""Calls code that the user specifies as `file.py:factory`, with `--model-args` as the arguments."""
+"""Calls the function of the user that builds a model, which is specified as `file.py:factory`, with the arguments in
+`--model-args`.
+"""
 
 import contextlib
 import hashlib
@@ -30,20 +32,22 @@ Model = nn.Module | Callable[..., Any] | Predictor
 
 @dataclass(frozen=True)
 class Built:
-    """The model that a factory returned, and digests of the files with its code and of the files in its arguments."""
+    """A model that a factory function returned, with digests of the files that contain its code and of the files in its
+    arguments.
+    """
 
     net: Model
     files: dict[str, str]
 
 
 def names_code(address: str) -> bool:
-    """Return whether an address has the syntax `file.py:factory`."""
+    """Return whether the address of a model has the syntax `file.py:factory`."""
     return ".py:" in address
 
 
 def build_from_file(address: str, arguments: Mapping[str, str]) -> Built:
-    """Import the file of an address `file.py:factory`, call its factory with the converted arguments, and return the
-    model.
+    """Import the Python file of an address `file.py:factory`, call its factory function, and return the model that the
+    function builds.
     """
     file_name, _, factory_name = address.rpartition(":")
     path = readable_file(Path(file_name), "code file")
@@ -57,7 +61,8 @@ def build_from_file(address: str, arguments: Mapping[str, str]) -> Built:
 def call_factory(
     factory: Callable[..., object], arguments: Mapping[str, str], address: str, files: Mapping[str, str]
 ) -> Built:
-    """Call a factory with arguments converted to the types of its annotations, and return the model.
+    """Call a factory function with arguments converted to the types of its annotations, and return the model that it
+    builds.
 
     Raises `TargetError` if the factory raises an error or does not return a model. `files` are digests of its code.
     """
@@ -88,8 +93,8 @@ def call_factory(
 def converted_arguments(
     factory: Callable[..., object], arguments: Mapping[str, str], address: str
 ) -> dict[str, object]:
-    """Return the arguments, converted to the types of the factory's annotations. Without annotation they remain
-    strings.
+    """Return the arguments of a factory function, converted from strings to the types of its annotations. Without
+    annotation they remain strings.
 
     Raises `UsageError` for an unknown or missing argument, and for a value that cannot be converted.
     """
@@ -214,7 +219,7 @@ def _is_own(value: object, module: types.ModuleType) -> bool:
 
 @contextlib.contextmanager
 def importable(folder: Path) -> Iterator[None]:
-    """Context manager in which a file in the folder can import other files of the folder.
+    """Context manager in which a Python file in the folder can import other files of the folder.
 
     The folder is last on the path, so that its files do not replace other modules.
     """

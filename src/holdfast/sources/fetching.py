@@ -1,4 +1,4 @@
-"""Copies data sets to this machine from their official mirrors or from a local folder.
+"""Downloads data sets from their official mirrors, or imports them from a local folder.
 
 Files in the original formats of the data sets are read without pickle, and written as `.npz`.
 """
@@ -53,13 +53,13 @@ def idx(path: Path) -> NDArray[np.uint8]:
 
 
 def mnist_arrays(folder: Path, entry: Entry) -> dict[str, Array]:
-    """Return the train and test arrays of the four IDX files in `folder`, by name (`x_train` and so on)."""
+    """Return the training and test arrays of MNIST from its four IDX files in `folder`, by name, such as `x_train`."""
     x_train, y_train, x_test, y_test = (idx(folder / remote.file) for remote in entry.remotes)
     return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
 
 
 def cifar_arrays(archive: Path) -> dict[str, Array]:
-    """Return the train and test arrays of the binary version of CIFAR-10, by name (`x_train` and so on).
+    """Return the training and test arrays of CIFAR-10 from its binary version, by name, such as `x_train`.
 
     A row of this version consists of a label byte and three planes of 32 x 32 bytes.
     """
@@ -92,7 +92,7 @@ def cifar_arrays(archive: Path) -> dict[str, Array]:
 
 
 def strip_arrays(paths: Mapping[str, tuple[Path, ...]], side: int = 32) -> dict[str, Array]:
-    """Return the arrays of each split from archives of image strips.
+    """Return the images and labels of each split of a data set from archives in which images are stored as long strips.
 
     Each archive has the members `webp`, `offsets` and `y`. `paths` contains the archives of each split, and `side` is
     the height and width of an image.
@@ -111,8 +111,8 @@ def strip_arrays(paths: Mapping[str, tuple[Path, ...]], side: int = 32) -> dict[
 
 
 def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Write the arrays to a compressed `.npz` file. It is replaced atomically, so that no reader gets an incomplete
-    file.
+    """Write the arrays to a compressed `.npz` file. The file is replaced atomically, so that no reader gets an
+    incomplete file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -148,7 +148,7 @@ def _silent(file: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Imported:
-    """A data set that was imported, and the names of the files that it was read from."""
+    """A data set that was imported from a folder, and the names of the files from which it was read."""
 
     name: str
     path: Path
@@ -156,7 +156,8 @@ class Imported:
 
 
 def fetch(name: str, *, progress: Progress = _silent) -> Path:
-    """Download a data set from its official mirror, check it, and write it as `.npz`. Return the path of the file.
+    """Download a data set from its official mirror, check it, and write it as an `.npz` file. Return the path of the
+    file.
 
     An existing file is not downloaded again. Raises `UsageError` for an unknown name, or if there is no mirror, and
     `TargetError` if the download fails.
@@ -187,7 +188,7 @@ def fetch(name: str, *, progress: Progress = _silent) -> Path:
 
 
 def download(remote: RemoteFile, target: Path, *, progress: Progress = _silent) -> None:
-    """Download a file to `target`, continuing an interrupted download.
+    """Download a file of a data set to the path `target`, and continue an interrupted download.
 
     Raises `TargetError` if the download fails or its checksum is wrong; then `target` is not written.
     """
@@ -207,7 +208,8 @@ def download(remote: RemoteFile, target: Path, *, progress: Progress = _silent) 
 
 
 def import_folder(folder: Path) -> tuple[Imported, ...]:
-    """Import every data set of the catalogue that a folder contains, and return the imported data sets.
+    """Import every data set of the catalogue whose files a folder contains. Return a description of each imported data
+    set.
 
     Existing files in the data folder are replaced. Raises `TargetError` if the folder contains no known data set.
     """

@@ -1,4 +1,4 @@
-"""Checks and digests of files that the user specifies."""
+"""Checks and computes digests of files that the user specifies."""
 
 import hashlib
 import os
@@ -14,7 +14,9 @@ _SHOWN = 200
 
 
 def existing(path: Path, what: str) -> Path:
-    """Return the path if it exists. Otherwise raise `TargetError`, whose message describes the path as `what`."""
+    """Return the path of a file or folder if it exists. Otherwise raise `TargetError`; `what` describes the path in the
+    message.
+    """
     if not path.exists():
         raise TargetError(f"{what} {str(path)!r} does not exist{_way_out(path)}")
     return path
@@ -38,7 +40,7 @@ def readable_file(path: Path, what: str) -> Path:
 
 @contextmanager
 def reading(address: object) -> Iterator[None]:
-    """Context manager that converts every error of a parser to a `TargetError` for the file at `address`, with the
+    """Context manager that converts every error of a parser to a `TargetError` that names the file at `address` and the
     reason.
     """
     try:
@@ -60,7 +62,9 @@ def sha256_of_file(path: Path) -> str:
 
 
 def similar_name(name: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean 'x'?)` with the most similar of the `known` names, or "" if none is similar."""
+    """Return a suggestion for an error message, ` (did you mean 'x'?)`, with the most similar of the `known` names, or
+    "" if none is similar.
+    """
     offered = suggestion(name, known)
     return f" ({offered})" if offered else ""
 

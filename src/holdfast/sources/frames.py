@@ -1,4 +1,4 @@
-"""Reads pandas data frames in the same way as table files with the same columns."""
+"""Opens pandas data frames as data sets, in the same way as table files with the same columns."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ _NAME = "the data frame"
 
 
 def is_frame(data: object) -> bool:
-    """Return whether the data are a pandas frame, or a pair of a frame and its labels.
+    """Return whether the object is a pandas data frame, or a pair of a frame and its labels.
 
     The function does not import pandas.
     """
@@ -36,7 +36,8 @@ def open_frame(
     seed: int = 0,
     expected: Expected | None = None,
 ) -> Arrays:
-    """Return the examples of a frame with a label column, or of `(frame, labels)`, with features as float32.
+    """Return the examples of a pandas data frame as a data set with float32 features. The labels are a column of the
+    frame, or the second element of a pair.
 
     Raises the same `UsageError` and `TargetError` as `open_table`. The order of the rows is preserved. Labels with the
     same index in another order are rejected, because they could be matched by index or by position.

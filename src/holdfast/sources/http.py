@@ -1,4 +1,4 @@
-"""Opens a classifier behind HTTP, which is called by the Open Inference Protocol v2 or by a JSON template of the user.
+"""Opens a classifier behind HTTP. Requests follow the Open Inference Protocol v2 or a JSON template of the user.
 
 KServe, "Open Inference Protocol (V2 Inference Protocol)", REST: `GET /v2/models/NAME[/versions/V]` returns a
 description of the inputs and outputs of the model, and `POST …/infer` sends inputs. The model returns scores or labels,
@@ -35,7 +35,7 @@ _UNNAMED = "input-0"
 
 @dataclass(frozen=True)
 class HttpModel:
-    """A model behind HTTP, with its properties and notes on it."""
+    """A model behind HTTP, with its properties and notes for the report."""
 
     net: Served
     access: Access
@@ -55,7 +55,7 @@ def open_http(
     *,
     declared: bool = False,
 ) -> HttpModel:
-    """Request the properties of the model at an address from its server, and return the model.
+    """Request the properties of a served model from the server at a URL, and return the model.
 
     `names` are the class names in the order of the classes. `declared` is True if the user declared that the model
     returns scores. Raises `UsageError` if the host is not allowed.

@@ -1,4 +1,5 @@
-"""Digest of a network or a function given as a Python object: its weights, plain attributes and compiled code.
+"""Computes the digest of a network or a function that is given as a Python object from its weights, plain attributes
+and compiled code.
 
 The digest covers the compiled code, because this is what runs, even if the source is missing or was edited. It differs
 between versions of Python. Objects that a function refers to through closures, defaults and globals are included if
@@ -28,7 +29,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def digest_in_hand(net: nn.Module | Callable[..., Any]) -> str:
-    """Return the SHA-256 in hex of a network or a function.
+    """Return the SHA-256 in hex of a network or a function that is given as a Python object.
 
     It is equal for the same object in other processes, with another number of threads and on other devices.
     """
@@ -47,7 +48,9 @@ class _Found:
         self.places = {id(value): place for place, value in enumerate(left)}
 
     def met(self, value: Any) -> bytes:
-        """Return the index of an object in the list, as bytes. A new object is appended first."""
+        """Return the index of an object in the list of objects to digest, as bytes. A new object is appended to the
+        list first.
+        """
         if id(value) not in self.places:
             self.places[id(value)] = len(self.left)
             self.left.append(value)

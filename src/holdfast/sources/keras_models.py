@@ -1,4 +1,4 @@
-"""Wraps models of Keras 3 with its torch back end as torch networks with a declared layout and output."""
+"""Wraps models of Keras 3 that use the torch back end as torch networks, and determines their layout and output."""
 
 import re
 import warnings
@@ -14,7 +14,7 @@ from holdfast.sources.adapted import Adapted
 
 
 class KerasNet(nn.Module):
-    """A Keras model wrapped as a module. Dropout and updates of batch norm are active only in train mode."""
+    """A Keras model wrapped as a torch module. Dropout and updates of batch norm are active only in train mode."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class KerasNet(nn.Module):
         self.name = type(model).__qualname__
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs of the model."""
+        """Return the outputs of the Keras model for a batch."""
         try:
             outputs: Tensor = self.model(x, training=self.training)
         except (ValueError, RuntimeError) as error:  # raised by an input or a layer of another shape
@@ -55,7 +55,7 @@ _LONGEST = 300
 
 
 def plainly(said: str) -> str:
-    r"""Return the first line of an error of Keras, without the layer's name, colours and values of tensors.
+    r"""Return the first line of a Keras error message, without layer names, terminal colours and tensor values.
 
     >>> plainly("Exception encountered when calling A\n\n\x1b[1mshapes (4, 2) and (3, 1)\x1b[0m\n\nArguments: x")
     'shapes (4, 2) and (3, 1)'
@@ -71,7 +71,8 @@ def plainly(said: str) -> str:
 
 
 def adapted_keras(model: Any) -> Adapted:
-    """Return a Keras model wrapped as a network, with its layout and whether its outputs are probabilities.
+    """Return a Keras model wrapped as a torch network, with the layout of its inputs and whether its outputs are
+    probabilities.
 
     Raises `TargetError` for another back end than torch, and for a model without weights.
     """

@@ -1,4 +1,5 @@
-"""Determines the layout of arrays: the declared one, else the only one that the network accepts.
+"""Determines the layout of input arrays, such as channels first: the declared layout, or else the only one that the
+network accepts.
 
 Inside Holdfast the channels of images come first. A `LayoutReading` defines how the axes of a stored array are
 converted to those of the inputs, and which layout the network receives.
@@ -29,7 +30,9 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class LayoutReading:
-    """One interpretation of the axes of an array (N, ...) as inputs."""
+    """A possible meaning of the axes of a data array (N, ...), such as channels last, and the conversion to the axes of
+    the model's inputs.
+    """
 
     stored: Layout
     """layout of the array"""
@@ -39,7 +42,7 @@ class LayoutReading:
     """whether an axis with one channel is inserted before the others, as for signals (N, L) and volumes (N, D, H, W)"""
 
     def inputs(self, x: Array) -> Array:
-        """Return a view of the array with its axes in the order of the inputs."""
+        """Return a view of a data array with its axes in the order of the model's inputs."""
         if self.inserted:
             return x[:, None]
         if self.stored == "asis" or x.ndim not in (3, 4, 5):
@@ -49,8 +52,8 @@ class LayoutReading:
         return x[:, None] if x.ndim == 3 else x
 
     def array(self, x: Array, rank: int) -> Array:
-        """Return a view of inputs with the axes of the original array, which has `rank` axes. It is the inverse of
-        `inputs`.
+        """Return a view of model inputs with the axes of the original data array, which has `rank` axes. It is the
+        inverse of `inputs`.
         """
         if self.inserted:
             return x[:, 0]
@@ -61,13 +64,13 @@ class LayoutReading:
         return x[:, 0] if rank == 3 else x
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape of one example in the layout of the network, for a stored array of shape `shape`."""
+        """Return the shape of one example in the layout of the network, for a data array of shape `shape`."""
         first = self.inputs(np.empty((1, *shape[1:]), dtype=bool)).shape[1:]
         return (*first[1:], first[0]) if self.network == "hwc" else first
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes for the report on changes of the layout."""
+        """Notes for the report on changes of the order of axes."""
         moved = (MOVED_NOTE,) if self.stored == "hwc" else ()
         inserted = (INSERTED_NOTE,) if self.inserted else ()
         return (*moved, *inserted, *((HWC_NOTE,) if self.network == "hwc" else ()))
@@ -81,7 +84,7 @@ def reading_of(
     y: Tensor,
     name: str,
 ) -> LayoutReading:
-    """Return the interpretation of the axes of an array of shape `shape` (N, ...).
+    """Determine what the axes of a data array of shape `shape` (N, ...) mean, such as channels first or channels last.
 
     `rows` is a function that returns some examples under an interpretation. `y` contains their labels, which are used
     only in the error message. A declared layout takes precedence, then the layout that the model's file declares, then

@@ -1,4 +1,4 @@
-"""Data sets from Python objects: tensors, arrays, torch loaders and torch datasets."""
+"""Makes data sets from Python objects: tensors, arrays, torch loaders and torch datasets."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -25,7 +25,8 @@ def as_data(
     expected: Expected | None = None,
     n: int | None = None,
 ) -> Data:
-    """Return a data set from `(x, y)`, or from a loader or dataset of pairs. A `Data` object is returned unchanged.
+    """Return a data set made from inputs `x` and labels `y`, or from a loader or dataset of pairs. A `Data` object is
+    returned unchanged.
 
     The layout of tensors is preserved, whatever their type, as are the types float32 and float64. numpy arrays are
     interpreted as in an `.npz` file. String labels are class names. A loader is read once, into memory, and only up to
@@ -102,7 +103,7 @@ def _gathered(pairs: object, n: int | None) -> tuple[object, object]:
 
 
 def as_array(values: object, what: str) -> Array:
-    """Return values as a numpy array, with half precision converted to float32.
+    """Convert a tensor or a sequence to a numpy array. Half precision is converted to float32.
 
     Raises `TargetError`, whose message describes the values as `what`, if they are not an array.
     """

@@ -1,4 +1,4 @@
-"""Opens a model of any supported format at an address, and records how it was opened."""
+"""Opens a model of any supported format, and records how it was opened."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +52,9 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A classifier that is ready for attacks, with properties of its source that are stored in the evidence."""
+    """A classifier that was opened and is ready for attacks, with properties of its source that are stored in the
+    evidence.
+    """
 
     model: Classifier
     name: str
@@ -68,19 +70,19 @@ class OpenedModel:
 
     @property
     def access(self) -> Access:
-        """Highest access that the model permits: gradients, scores or labels."""
+        """Highest access that the model gives an attack: gradients, scores or labels."""
         return self.model.access
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the contents of all files, in hex. It does not depend on their paths."""
+        """SHA-256 in hex of the contents of all files of the model. It does not depend on their paths."""
         return hashlib.sha256("\n".join(sorted(self.files.values())).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Declared:
-    """Declared properties of a model's inputs and outputs. If a property is None, the file or the default determines
-    it.
+    """Properties of a model's inputs and outputs that the user declares. If a property is None, the file or the default
+    determines it.
     """
 
     bounds: Bounds | None = None
@@ -99,7 +101,7 @@ class Declared:
     """class labels of the data, if they are not 0, 1, 2, …"""
 
     def wrap(self, net: Model, *, access: Access = "gradients", batches: Batches | None = None) -> Classifier:
-        """Return the network as a classifier with bounds and preprocessing.
+        """Return a network as a classifier with the declared bounds and preprocessing.
 
         If `net` is a `Classifier`, its values are used where nothing is declared. An estimator or a Keras model
         declares its own properties. Raises `TargetError` for an estimator that is not a fitted classifier.
@@ -130,7 +132,9 @@ class Declared:
         return model
 
     def of(self, found: Adapted) -> Classifier:
-        """Return a wrapped model of another library as a classifier."""
+        """Return a wrapped model of another library, such as scikit-learn, as a classifier with the declared
+        properties.
+        """
         known = Declared(
             classes=found.classes,
             output=found.output,
@@ -143,7 +147,7 @@ class Declared:
         return model
 
     def over(self, other: Classifier) -> "Declared":
-        """Return these declarations, with missing values taken from the classifier `other`."""
+        """Return the declared properties, with missing values taken from the classifier `other`."""
         mean = None if other.mean is None else other.mean.tolist()
         std = None if other.std is None else other.std.tolist()
         known = (other.classes, other.output, other.layout, other.class_names)
@@ -151,7 +155,7 @@ class Declared:
         return self.filled(Declared(other.bounds, mean, std, *known, class_labels=labels))
 
     def filled(self, known: "Declared") -> "Declared":
-        """Return these declarations, with missing values taken from `known`."""
+        """Return the declared properties, with missing values taken from `known`."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(known, **{name: value for name, value in own.items() if value is not None})
 
@@ -177,7 +181,8 @@ def open_model(
     trust_code: bool = False,
     remote: Remote | None = None,
 ) -> OpenedModel:
-    """Return the model at an address. Raises `UsageError` or `TargetError` with advice.
+    """Return the model at an address, which is a path, a name or a URL. Raises `UsageError` or `TargetError` with
+    advice.
 
     `arch` is the architecture for a file that contains only weights, and `model_args` are arguments of the function
     that builds the network. `trust_code` permits files that run code. `remote` contains the options for a server.
@@ -203,7 +208,7 @@ def open_model(
 
 
 def bundled_models() -> dict[str, Path]:
-    """Return the paths of the models in the package, by name."""
+    """Return the paths of the models that are bundled with Holdfast, by name."""
     return {path.stem: path for path in sorted(BUNDLED_FOLDER.glob("*.safetensors"))}
 
 

@@ -1,4 +1,6 @@
-"""Reads `.npz` archives member by member, without pickle and within the sizes that the headers declare."""
+"""Reads `.npz` archives one array after another, without pickle, and never decompresses more bytes than the headers
+declare.
+"""
 
 import zipfile
 import zlib
@@ -24,7 +26,7 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, LZMAError, EOFError, ValueError, OSEr
 
 
 class Npz:
-    """An `.npz` archive whose directory was read and checked."""
+    """An `.npz` archive whose list of arrays was read and checked."""
 
     def __init__(self, path: Path) -> None:
         self.path = readable_file(path, "data file")
@@ -58,12 +60,14 @@ class Npz:
         return tuple(self._sizes)
 
     def rows(self, name: str) -> int:
-        """Return the length of the first axis of an array, which is read from its header. It is 0 for a scalar."""
+        """Return the length of the first axis of an array in the archive, which is read from the array's header. It is
+        0 for a scalar.
+        """
         shape, *_ = self._read(name, 0)
         return shape[0] if shape else 0
 
     def array(self, name: str, *, stop: int | None = None) -> NDArray[Any]:
-        """Return an array or its first `stop` rows. Only these rows are decompressed."""
+        """Return an array of the archive or its first `stop` rows. Only these rows are decompressed."""
         shape, fortran, dtype, content = self._read(name, stop)
         if fortran:
             return np.frombuffer(content, dtype).reshape(shape[::-1]).T.copy()[:stop]
@@ -111,7 +115,8 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def arrays_of_split(archive: Npz, split: str | None, name: str) -> tuple[str, str]:
-    """Return the names of the inputs and labels of a split, `x_SPLIT` and `y_SPLIT`.
+    """Return the names of the arrays in an `.npz` archive that contain the inputs and the labels of a split: `x_SPLIT`
+    and `y_SPLIT`.
 
     If `split` is None, they are those of `test` if it exists, else `x` and `y`. `name` is the name of the archive in
     error messages.
@@ -133,7 +138,8 @@ def arrays_of_split(archive: Npz, split: str | None, name: str) -> tuple[str, st
 
 
 def named_arrays(archive: Npz, x: str | None, y: str | None, split: str | None, name: str) -> tuple[str, str]:
-    """Return the names of the inputs and labels, `x` and `y`, after a check that the archive contains them.
+    """Check that an `.npz` archive contains the arrays that the user names for the inputs and the labels. Return these
+    two names.
 
     The arrays are a single set without splits, so a `split` raises `NoSplit`.
     """

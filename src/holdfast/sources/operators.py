@@ -1,4 +1,5 @@
-"""List of the operators that an exported program may call: operators of networks that check their arguments.
+"""List of the torch operators that an untrusted exported program may call: operators of networks that check their
+arguments.
 
 Other operators of aten build tensors from unchecked indices, strides or pointers, and may therefore read or write
 outside of their memory. A common operator without checks is replaced by an equivalent one with checks.
@@ -63,7 +64,9 @@ _RECURRENT = frozenset({"gru", "lstm", "rnn_relu", "rnn_tanh"})
 
 
 def is_operator_of_networks(name: str) -> bool:
-    """Return whether a program may call the operator called `name`, such as `torch.ops.aten.relu.default`."""
+    """Return whether an untrusted exported program may call the torch operator called `name`, such as
+    `torch.ops.aten.relu.default`.
+    """
     if _NUMBERS.fullmatch(name):
         return True
     found = _TENSORS.fullmatch(name)
@@ -85,7 +88,9 @@ def is_operator_of_networks(name: str) -> bool:
 
 
 def replace_unchecked(graph: fx.Graph) -> None:
-    """Replace operators that do not check the sizes of their weights by ones that do. Modifies the graph in place."""
+    """Replace operators of an exported program that do not check the sizes of their weights by operators that do.
+    Modifies the graph in place.
+    """
     aten = torch.ops.aten
     for target, checked in (
         (aten._native_batch_norm_legit_no_training.default, _batch_norm),

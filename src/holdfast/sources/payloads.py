@@ -1,4 +1,4 @@
-"""Two JSON formats for requests with rows to a model behind HTTP, and for the responses."""
+"""The two JSON formats in which rows are sent to a model behind HTTP and its responses are read."""
 
 import json
 import re
@@ -24,7 +24,7 @@ _ADVICE = "say where the scores or classes are with --http-response"
 
 @dataclass(frozen=True)
 class Shaped:
-    """The request format of the Open Inference Protocol for one model."""
+    """The format of HTTP requests and responses of the Open Inference Protocol, for one model."""
 
     name: str
     datatype: str = "FP32"
@@ -37,12 +37,12 @@ class Shaped:
 
     @property
     def channels_last(self) -> bool:
-        """Whether images are sent with their channels last."""
+        """Whether images are sent to the server with their channels last."""
         shape = self.shape
         return shape is not None and len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3)
 
     def body(self, x: Tensor) -> bytes:
-        """Return the body of a request for the rows `x` (n, *features)."""
+        """Return the body of an HTTP request with the rows `x` (n, *features)."""
         rows = x.permute(0, 2, 3, 1) if self.channels_last and x.dim() == 4 else x
         rows = x if self._fits(x) and not self._fits(rows) else rows  # the channels are last already
         self._refuse_shape(rows)
@@ -67,7 +67,7 @@ class Shaped:
             )
 
     def found(self, answer: Any) -> Values:
-        """Return the values of the rows in a response, in the shape that the response declares."""
+        """Return the scores or labels in a server's response, in the shape that the response declares."""
         tensor = self._tensor(answer)
         values, shape, datatype = as_values(tensor.get("data")), tensor.get("shape"), _datatype(tensor)
         if datatype in FLOATS and values.dtype.kind in "iu":  # some servers write 1.0 as 1
@@ -102,7 +102,7 @@ def _datatype(tensor: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Template:
-    """The request format of the user: a JSON template, and a path to the scores in the response."""
+    """Format of HTTP requests that the user defines by a JSON template, with the path to the scores in the response."""
 
     before: str
     after: str
@@ -113,7 +113,9 @@ class Template:
 
     @classmethod
     def of(cls, request: str, path: str | None) -> "Template":
-        """Return the format for a template. Raises `UsageError` unless it is JSON with one placeholder for the rows."""
+        """Return the request format for a JSON template. Raises `UsageError` unless it is JSON with one placeholder for
+        rows.
+        """
         places = re.findall(r"\$x\w*", request)
         place = places[0] if places else ""
         before, _, after = request.partition(place) if place else (request, "", "")
@@ -131,19 +133,22 @@ class Template:
         return cls(before, after, place.endswith("_last"), place.startswith("$x_one"), path)
 
     def body(self, x: Tensor) -> bytes:
-        """Return the body of a request for the rows `x` (n, *features). If `one` is True, n must be 1."""
+        """Return the body of an HTTP request with the rows `x` (n, *features). n must be 1 if the template takes one
+        example.
+        """
         rows = x.movedim(1, -1) if self.channels_last and x.dim() > 2 else x
         if self.one:
             (rows,) = rows
         return self.before.encode() + _json(rows.tolist()) + self.after.encode()
 
     def found(self, answer: Any) -> Any:
-        """Return the value at the path in the response. Raises `TargetLost` if it does not exist."""
+        """Return the value at the user's path in a server's response. Raises `TargetLost` if there is no such value."""
         return walked(answer, self.path)
 
 
 def walked(answer: Any, path: str | None) -> Any:
-    """Return the value at a path such as `outputs.0.data` or `predictions.*.scores`, where `*` means every entry.
+    """Return the value in a server's response at a path such as `outputs.0.data` or `predictions.*.scores`, where `*`
+    means every entry.
 
     Raises `TargetLost` if the response does not have this path.
     """
@@ -178,8 +183,8 @@ def _kind(found: Any) -> str:
 
 
 def as_values(found: Any) -> Values:
-    """Return an array of the values. Integers and strings are unchanged, other numbers become floats, and null becomes
-    NaN.
+    """Convert the scores or labels of a server's response to an array. Integers and strings are unchanged, other
+    numbers become floats, and null becomes NaN.
 
     Raises `TargetLost` for anything else, such as booleans, objects, lists of different lengths, and a single null.
     """

@@ -1,5 +1,5 @@
-"""Class folders of images as a data set. Headers are read when it is opened, and images are decoded when they
-are read.
+"""Data sets of images in one folder per class. The headers of the files are read when the data set is opened, and each
+image is decoded when it is read.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ _GREY = ("1", "L", "LA", "I;16", "I", "F")
 
 @dataclass(frozen=True)
 class Pictures:
-    """A data set of images of one size in class folders."""
+    """A data set of images of one size in folders, one folder for each class."""
 
     name: str
     paths: tuple[Path, ...]
@@ -55,7 +55,7 @@ class Pictures:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 in hex of the colour mode, the contents of the files, the labels and the ids."""
+        """SHA-256 in hex of the colour mode, the contents of the image files, the labels and the ids."""
         digest = hashlib.sha256(self.mode.encode())
         for path in self.paths:
             digest.update(bytes.fromhex(sha256_of_file(path)))  # the files are not loaded as a whole
@@ -80,7 +80,8 @@ def open_folder(
     seed: int,
     expected: Expected | None = None,
 ) -> Pictures:
-    """Return the images of a folder, alternating between the classes, so that the first images include all classes.
+    """Return a data set of the images in a folder with one subfolder for each class. Images of different classes
+    alternate, so that the first ones include all classes.
 
     A folder without images is a class too. `expected` contains the declared properties of the classes, and the model.
     """

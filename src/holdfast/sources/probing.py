@@ -1,4 +1,6 @@
-"""Calls a model on a few examples to determine the layout, the number of classes and the kind of its outputs."""
+"""Calls a model on a few examples to determine its input layout, its number of classes, and whether its outputs are
+logits.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +35,8 @@ NO_GRADIENT = (
 
 
 class ProbedClassifier:
-    """Wrapper that computes outputs of a classifier in eval mode, without gradients, and restores its state afterwards.
+    """Wrapper that computes test outputs of a classifier in eval mode, without gradients, and restores its state
+    afterwards.
 
     The random numbers of a randomised network start from a fixed seed, so that equal inputs have equal outputs.
     """
@@ -48,8 +51,8 @@ class ProbedClassifier:
         """error of the network for the last inputs that it rejected"""
 
     def outputs(self, x: Tensor, layout: Layout | None = None, *, whole: bool = False) -> Logits | None:
-        """Return the logits of `x` (n, *features) for a given layout of the network's inputs, or None if it rejects
-        them.
+        """Return the logits of the inputs `x` (n, *features) if the network has the given layout, or None if the
+        network rejects the inputs.
 
         If `whole` is True, all rows are passed at once, else in batches of a size that the network accepts. Outputs
         that may be logits or probabilities are treated as logits.
@@ -82,7 +85,8 @@ class ProbedClassifier:
             return _forwarded(self.model, x, whole=whole)
 
     def suit(self, x: Tensor) -> tuple[str, ...]:
-        """Set the layout of a network that accepts images only with the channels last. Return a note if it was set.
+        """Detect a network that accepts images only with the channels last, and set its layout. Return a note for the
+        report if the layout was set.
 
         `x` contains examples as the data set returns them. Networks behind a server are not called, because queries may
         cost money. Raises `TargetError` if the network accepts the examples only with another order of the axes or with
@@ -112,7 +116,8 @@ class ProbedClassifier:
 
 
 def settle_output(model: Classifier, data: Data) -> None:
-    """Determine whether a model with one output per example returns a logit, which a value outside [0, 1] proves.
+    """Determine whether a model with one output per example returns a logit or a probability. An output outside [0, 1]
+    proves that it is a logit.
 
     Raises `UnclearOutput` if no example has such a value. Cost: forward passes of at most 2048 examples, until one is
     found; of two examples for a model with an output for each class. A model whose outputs are declared, or that is
@@ -139,7 +144,8 @@ def settle_output(model: Classifier, data: Data) -> None:
 
 
 def settle_predictions(model: Classifier, data: Data) -> tuple[str, ...]:
-    """Compare the largest scores of an estimator with its predicted classes. Return a note if they differ.
+    """Compare the class with the largest score of an estimator with the class that it predicts. Return a note for the
+    report if they differ.
 
     Cost: the scores and the labels of at most 1,024 rows. Models other than estimators are not called.
     """
@@ -155,7 +161,8 @@ def settle_predictions(model: Classifier, data: Data) -> tuple[str, ...]:
 
 
 def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
-    """Restrict the access of a model whose backward pass raises an error to scores. Return a note with the reason.
+    """Restrict attacks to the scores of a model whose backward pass raises an error. Return a note for the report with
+    the reason.
 
     Such models are common: an operator without a derivative, a value that is changed in place after it was saved, a
     cuDNN LSTM in eval mode. If the outputs have no graph, only a note is returned: attacks continue, and the doubt

@@ -22,7 +22,7 @@ _VARIABLE = re.compile(r"env:([A-Za-z_][A-Za-z0-9_]*)")
 
 @dataclass(frozen=True)
 class Remote:
-    """Options of the requests to a model behind HTTP."""
+    """Options of the HTTP requests to a model behind a server, such as allowed hosts, headers and timeouts."""
 
     hosts: tuple[str, ...] = ()
     """hosts to which requests may be sent, each `HOST` or `HOST:PORT`"""
@@ -57,7 +57,7 @@ class Remote:
 
 
 def header_variable(text: str) -> tuple[str, str]:
-    """Return the name of a header, and that of the environment variable with its value.
+    """Return the name of an HTTP header, and the name of the environment variable that contains its value.
 
     Raises `UsageError` for a literal value, because it would be stored in the evidence.
     """
@@ -77,7 +77,9 @@ def header_variable(text: str) -> tuple[str, str]:
 
 
 def allowed_address(address: str, hosts: Iterable[str]) -> SplitResult:
-    """Return the parts of a URL whose host is one of `hosts`. Raises `UsageError`, with advice, for other addresses."""
+    """Return the parts of the URL of a model if its host is one of `hosts`. Raises `UsageError`, with advice, for other
+    addresses.
+    """
     try:
         parts = urlsplit(address)
         port = parts.port or SCHEMES.get(parts.scheme)

@@ -1,4 +1,4 @@
-"""A subset of an opened data set: its first examples, or a random sample that depends on a seed."""
+"""Selects examples of an opened data set: the first ones, or a random sample that depends on a seed."""
 
 from dataclasses import dataclass
 
@@ -11,37 +11,39 @@ from holdfast.sources.arrays import selected_rows
 
 @dataclass(frozen=True)
 class Selection:
-    """A subset of the rows of a data set, in ascending order. The ids are those of the whole data set."""
+    """A data set of selected rows of another data set, in ascending order. The examples keep their ids."""
 
     whole: Data
     rows: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        """Name of the data set in reports."""
+        """Name of the original data set, which is shown in reports."""
         return self.whole.name
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes, or None if they are unknown."""
+        """Names of the classes of the data set, or None if they are unknown."""
         return self.whole.classes
 
     @property
     def features(self) -> tuple[str, ...] | None:
-        """Names of the columns that are features if the data set is a table, else None."""
+        """Names of the feature columns if the data set is a table, else None."""
         found: tuple[str, ...] | None = getattr(self.whole, "features", None)
         return found
 
     @property
     def digest(self) -> str:
-        """SHA-256 in hex of the digest of the whole data set and of the row numbers."""
+        """SHA-256 in hex of the digest of the original data set and of the selected row numbers."""
         return digest(canonical([self.whole.digest, self.rows]))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, start: int, stop: int) -> Batch:
-        """Return the examples from `start` to `stop` - 1 of the selection. Consecutive rows are read in one call."""
+        """Return the examples from `start` to `stop` - 1 of the selection as a batch. Consecutive rows are read at
+        once.
+        """
         rows = self.rows[start:stop]
         if rows and rows[-1] - rows[0] == len(rows) - 1:
             return self.whole.read(rows[0], rows[-1] + 1)
@@ -49,7 +51,7 @@ class Selection:
 
 
 def selected(data: Data, *, n: int | None, sample: int | None, seed: int) -> Data:
-    """Return a data set with the first `n` examples, a random sample that depends on `seed`, or all examples."""
+    """Return a data set with the first `n` examples of `data`, a random sample determined by `seed`, or all of them."""
     if n is None and sample is None:
         return data
     rows = selected_rows(len(data), n=n, sample=sample, seed=seed, name=data.name)

@@ -1,4 +1,4 @@
-"""Counts the rows that were sent to a server, by purpose."""
+"""Counts the rows that are sent to a model server, separately for each purpose, such as an attack."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ KEY_BYTES = 16
 
 @dataclass
 class Totals:
-    """Numbers of rows and requests over all attempts of a run."""
+    """Numbers of rows and requests that all attempts of a run sent to a model server."""
 
     sent: int = 0
     """number of rows of all requests, including repeated ones"""
@@ -41,12 +41,12 @@ class Totals:
 
     @property
     def unanswered(self) -> int:
-        """Number of rows of requests that had no response when the run was stopped."""
+        """Number of rows whose requests had no response from the server when the run was stopped."""
         return self.sent - self.rows.total() - self.failed_rows
 
 
 class Sent:
-    """Counter of the rows that are sent to a server, which enforces a limit.
+    """Counter of the rows that are sent to a model server. It enforces a limit on their number.
 
     All methods may be called by several threads at the same time.
     """
@@ -63,18 +63,20 @@ class Sent:
         self._lock = RLock()
 
     def left(self) -> int | None:
-        """Return how many rows may still be sent, or None if there is no limit."""
+        """Return how many rows may still be sent to the server, or None if there is no limit."""
         return None if self.limit is None else max(0, self.limit - self.totals.sent)
 
     def spent(self, rows: int) -> str:
-        """Return the message why `rows` further rows are not sent."""
+        """Return the error message that `rows` further rows would exceed the limit on the rows that are sent to the
+        server.
+        """
         return (
             f"--max-queries is {self.limit:,}; rows that were sent to the server: {self.totals.sent:,}, rows of the "
             f"next request: {rows:,}"
         )
 
     def sending(self, rows: int) -> None:
-        """Count rows before they are sent. Raises `QueriesSpent` if they exceed the limit."""
+        """Count rows before they are sent to the server. Raises `QueriesSpent` if they exceed the limit."""
         with self._lock:
             left = self.left()
             if left is not None and rows > left:
@@ -82,11 +84,13 @@ class Sent:
             self._note({"t": "sent", "n": rows})
 
     def failed(self, what: str, rows: int) -> None:
-        """Count a request that failed temporarily and is repeated. `what` is the kind of the failure."""
+        """Count a request to the server that failed temporarily and is repeated. `what` is the kind of the failure."""
         self._note({"t": "failed", "what": what, "n": rows})
 
     def answered(self, purpose: Purpose, values: Tensor, keys: Sequence[bytes]) -> None:
-        """Count a response: scores or one-hot labels (n, classes) of inputs with the digests `keys`."""
+        """Count a response of the server with scores or one-hot labels (n, classes). `keys` are the digests of the
+        inputs.
+        """
         self._note({"t": "answer", **purpose_record(purpose), "n": len(values)})
 
     def refused(self, purpose: Purpose, rows: int) -> None:
@@ -94,23 +98,23 @@ class Sent:
         self._note({"t": "refused", "kind": purpose.kind, "n": rows})
 
     def rejected(self, purpose: Purpose, status: str, key: bytes) -> None:
-        """Record that an attacked input was rejected with a status code. Its request was already counted by
-        `refused`.
+        """Record that the server rejected an attacked input with a status code. `refused` has already counted its
+        request.
         """
         self._note({"t": "rejected", **purpose_record(purpose), "status": status}, key)
 
     def found_limit(self, most: int, refused: int) -> None:
-        """Record two numbers of rows: the largest that the server accepts, and that of the smallest request that it
-        rejected.
+        """Record the largest number of rows that the server accepts in one request, and the number of rows of the
+        smallest request that it rejected.
         """
         self._note({"t": "limit", "most": most, "refused": refused})
 
     def recalled(self, purpose: Purpose, keys: Sequence[bytes]) -> list[Tensor | None]:
-        """Return the stored response for each input, or None for an input that must be sent."""
+        """Return for each input the stored response of the server, or None if the input must be sent."""
         return [None] * len(keys)
 
     def done(self, stage: str, shard: int | None = None) -> None:
-        """Discard the stored responses of a finished shard, or of a whole stage if `shard` is None."""
+        """Discard the stored responses of the server for a finished shard, or for a whole stage if `shard` is None."""
 
     def _note(self, content: Mapping[str, Any], *parts: bytes) -> None:
         with self._lock:
@@ -121,13 +125,13 @@ _NEW: ContextVar[Callable[[int | None], Sent]] = ContextVar("sent", default=Sent
 
 
 def new_sent(limit: int | None) -> Sent:
-    """Return a new counter for a served model that is being opened."""
+    """Return a new counter of the rows that are sent to a model server, with an optional limit on their number."""
     return _NEW.get()(limit)
 
 
 @contextmanager
 def counting_by(make: Callable[[int | None], Sent]) -> Iterator[None]:
-    """Context manager in which the rows of newly opened served models are counted by the counter `make(limit)`."""
+    """Context manager in which each newly opened served model gets its row counter from the function `make`."""
     token = _NEW.set(make)
     try:
         yield
@@ -136,17 +140,19 @@ def counting_by(make: Callable[[int | None], Sent]) -> Iterator[None]:
 
 
 def key_of(row: Tensor) -> bytes:
-    """Return the digest of an input (*features) on the CPU."""
+    """Return the digest of an input (*features) on the CPU. It identifies the stored response of a server to this
+    input.
+    """
     return blake2b(row.contiguous().numpy().tobytes(), digest_size=KEY_BYTES).digest()
 
 
 def purpose_record(purpose: Purpose) -> dict[str, Any]:
-    """Return the fields of a record that describe a purpose."""
+    """Return the purpose of a request, such as an attack on one shard, as fields of a journal record."""
     return {"stage": purpose.stage, "shard": purpose.shard, "kind": purpose.kind}
 
 
 def add_record(totals: Totals, content: Mapping[str, Any]) -> None:
-    """Add the numbers of a record to the totals."""
+    """Add the numbers of rows and requests in a journal record to the totals."""
     match content:
         case {"t": "sent", "n": n}:
             totals.sent += n

@@ -1,4 +1,4 @@
-"""Calls a served model on batches: rows are sent in requests, and responses are counted and stored."""
+"""Calls a served model on batches: rows are sent in HTTP requests, and the responses are counted and stored."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -64,7 +64,7 @@ class _Task:
 
 
 class Served:
-    """A function that returns the scores or one-hot labels of a batch, which it requests from a server.
+    """A callable that sends a batch to a model server and returns the scores or one-hot labels in the response.
 
     A request has at most `remote.max_rows` rows. A rejected request is halved until the server accepts it, which
     determines the largest number of rows of a request. Inputs of attacks that are rejected individually get logits with
@@ -85,7 +85,7 @@ class Served:
         self.begin(new_sent(remote.max_queries))
 
     def begin(self, sent: Sent) -> None:
-        """Use `sent` as the counter from now on."""
+        """Use `sent` as the counter of the rows that are sent to the server from now on."""
         self.sent = sent
         most = max(self.remote.max_rows, self._fixed)
         self._limit = min(most, sent.totals.most or most)
@@ -100,7 +100,7 @@ class Served:
 
     @property
     def at_once(self) -> int:
-        """Number of rows of all requests that may be sent at the same time."""
+        """Largest number of rows, over all parallel requests, that may be sent to the server at the same time."""
         return self._limit * self.remote.concurrency
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class Served:
         return self
 
     def confirm(self) -> None:
-        """Send a clean input if the last inputs of attacks were rejected, to check that it is still accepted.
+        """Check that the server still accepts a clean input if it rejected the last attacked inputs.
 
         Raises `TargetRefused` if it is not accepted: then the rejections do not depend on the attacked inputs.
         """

@@ -26,7 +26,7 @@ LIMITS = Limits(copies=8, spare_bytes=2**30)
 
 
 def open_skops(path: Path, *, trust_code: bool) -> tuple[Any, str, tuple[str, ...]]:
-    """Return the estimator in a file, the SHA-256 of the file, and notes.
+    """Return the estimator in a `.skops` file, the SHA-256 of the file, and notes for the report.
 
     If `trust_code` is False, the estimator is first loaded in a separate process and called with two rows, and types
     that skops does not trust raise `UsageError`. Raises `TargetError` for a damaged file.
@@ -40,7 +40,9 @@ def open_skops(path: Path, *, trust_code: bool) -> tuple[Any, str, tuple[str, ..
 
 
 def loaded_estimator(path: Path, content: bytes, *, trust_code: bool) -> tuple[Any, tuple[str, ...]]:
-    """Return the estimator in the content of a file, and notes. Raises the same errors as `open_skops`."""
+    """Return the estimator in the content of a `.skops` file, and notes for the report. Raises the same errors as
+    `open_skops`.
+    """
     try:
         import skops.io as sio
     except ImportError as error:
@@ -94,7 +96,7 @@ ESTIMATOR_SUFFIXES = (".skops", ".json", ".ubj", *_RUN_CODE)
 
 
 def open_estimator(path: Path, *, trust_code: bool) -> tuple[Adapted, str, tuple[str, ...]]:
-    """Return the estimator in a file wrapped as a model, the SHA-256 of the file, and notes.
+    """Return the estimator in a `.skops` file wrapped as a model, the SHA-256 of the file, and notes for the report.
 
     Raises `UsageError` if a required package is missing or the file needs `trust_code`, and `TargetError` for a damaged
     file and for an object that is not a classifier.

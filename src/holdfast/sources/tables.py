@@ -1,4 +1,4 @@
-"""Tables as a data set: numeric columns are the features, and one column is the label."""
+"""Data sets from tables: numeric columns are the features, and one column is the label."""
 
 import shlex
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def open_table(
     seed: int,
     expected: Expected | None = None,
 ) -> Arrays:
-    """Return the rows of a split of a table in a file, with features as float32.
+    """Return the rows of one split of a table file as a data set with float32 features.
 
     Labels that are integers from 0 on are the class numbers. Other labels are class names. `name` is the name of the
     table in messages, `label` the label column, and `drop` lists columns that are not features.
@@ -70,7 +70,7 @@ def table_examples(
     seed: int = 0,
     expected: Expected | None = None,
 ) -> Arrays:
-    """Return the rows of a split of a table that was already read, in the same way as `open_table`."""
+    """Return the rows of one split of a table in memory as a data set, with the same rules as `open_table`."""
     expected = expected or Expected()
     label = _label(label, table)
     _refuse_dropped(drop, label, table)
@@ -183,7 +183,7 @@ def _class_numbers(column: Words, name: str) -> NDArray[np.int64] | None:
     """Return labels that are integers from 0 on, which are the class numbers, or None for labels that are names."""
 
     def first(places: list[int]) -> int:
-        """Return the first row with one of these strings."""
+        """Return the number of the first row whose label is one of the given strings."""
         chosen = np.zeros(len(column.words), bool)
         chosen[places] = True
         return int(chosen[column.places].argmax())

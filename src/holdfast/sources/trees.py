@@ -1,4 +1,4 @@
-"""Wraps boosters of XGBoost as models: objects, and the `.json` and `.ubj` files of XGBoost.
+"""Wraps XGBoost models as torch modules. They are given as Python objects or as `.json` and `.ubj` files.
 
 A file is first loaded in a separate process with limits of memory and time, because the reader is native code and a
 damaged file could crash the process. The files are data and run no code.
@@ -33,7 +33,8 @@ _OBJECTIVES = frozenset(
 
 
 def adapted_booster(booster: Any) -> Adapted:
-    """Return a booster with a classification objective wrapped as a model. Its margins are the logits of the classes.
+    """Return an XGBoost classifier wrapped as a model. The untransformed outputs of XGBoost are the logits of the
+    classes.
 
     Raises `TargetError` for another objective.
     """
@@ -41,7 +42,7 @@ def adapted_booster(booster: Any) -> Adapted:
 
 
 def open_booster(path: Path) -> tuple[Adapted, str]:
-    """Return the booster in a `.json` or `.ubj` file wrapped as a model, and the SHA-256 of the file.
+    """Return the XGBoost model in a `.json` or `.ubj` file wrapped as a torch module, and the SHA-256 of the file.
 
     If `XGBClassifier` wrote the file after early stopping, trees after the best iteration are not used, as in
     `XGBClassifier`.

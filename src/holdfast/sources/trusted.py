@@ -1,4 +1,5 @@
-"""Opens model files that run code and that the user trusts: TorchScript, and pickles of whole modules.
+"""Opens model files that run code when they are loaded, with the user's consent: TorchScript, and pickles of whole
+modules.
 
 A file is read once, so that the bytes that are checked and hashed are those that are loaded.
 """
@@ -20,7 +21,7 @@ from holdfast.sources.limited.weights import NESTINGS, state_dict
 
 
 def open_trusted(path: Path) -> tuple[nn.Module | Weights, str, str]:
-    """Load a file, which runs its code, and return its content, its format and its SHA-256.
+    """Load a trusted model file, which runs its code, and return its content, its format and its SHA-256.
 
     The content is a module, or weights if the file has no module. Raises `TargetError` if it cannot be loaded.
     """

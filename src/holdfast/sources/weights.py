@@ -1,4 +1,4 @@
-"""Loads tensors into an architecture, or reports which of them do not match it."""
+"""Loads the tensors of a weights file into a network, or reports which of them do not match it."""
 
 import json
 import math
@@ -27,7 +27,9 @@ _MOST_WRAPPERS = 8
 
 
 def read_state_dict(path: Path) -> tuple[Weights, dict[str, Any]]:
-    """Return the tensors of a safetensors file or a `.pt` state dict, and Holdfast's metadata, which may be empty."""
+    """Return the tensors of a safetensors file or a `.pt` state dict, and the metadata of Holdfast in it, which may be
+    empty.
+    """
     readable_file(path, "weights file")
     if path.suffix != ".safetensors":
         return read_weights(path), {}
@@ -47,13 +49,14 @@ def read_state_dict(path: Path) -> tuple[Weights, dict[str, Any]]:
 
 
 def written(net: nn.Module, described: Mapping[str, Any]) -> bytes:
-    """Return the content of a safetensors file with the weights of the network and the metadata `described`."""
+    """Return the bytes of a safetensors file with the weights of the network and the metadata `described`."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in net.state_dict().items()}
     return safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(described, sort_keys=True)})
 
 
 def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str, *, spare: int = 0) -> None:
-    """Raise `TargetError` if a network has other tensors than the file, before memory is allocated for it.
+    """Raise `TargetError` if the names or shapes of a network's tensors differ from those in a weights file, before
+    memory is allocated for the network.
 
     The network is built by `make` on the meta device. Building ends when it has `spare` more parameters than the file
     has tensors, because a file or a configuration may request a network of any size. Errors of `make` are not caught.
@@ -82,7 +85,7 @@ def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str, 
 
 
 def fit_weights(net: nn.Module, weights: Weights, source: str) -> tuple[str, ...]:
-    """Load the tensors into the network in place. Return notes on changed names.
+    """Load the tensors of a weights file into the network in place. Return notes on changed names for the report.
 
     Raises `TargetError`, with the names of the tensors, if some do not match or are not finite.
     """
@@ -200,7 +203,8 @@ _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def refuse_description(path: Path, said: Mapping[str, Any]) -> None:
-    """Raise `TargetError` for the first known entry whose value has another type or range.
+    """Raise `TargetError` for the first known entry of a weights file's metadata whose value has a wrong type or is out
+    of range.
 
     Entries that are not known are ignored.
     """

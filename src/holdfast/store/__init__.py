@@ -1,4 +1,5 @@
-"""Files of runs and pools: columns, hash chains, leases and encrypted parameter sets. This package computes nothing.
+"""Reads and writes the files of runs and pools: columns, hash chains, leases and encrypted parameter sets. This package
+computes no metrics.
 
 `Ledger` and `Pool` are imported on first use, so that the other modules do not import torch.
 """

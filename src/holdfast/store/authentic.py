@@ -1,5 +1,5 @@
-"""Lines of the ledger of a pool: a public hash chain whose entries are authenticated with a key derived from the
-pool's.
+"""Reads and writes the lines of the ledger of a pool. The entries form a public hash chain, and each is authenticated
+with a key that is derived from the key of the pool.
 
 A line contains the entry, the digests of the chain, a counter, and an HMAC-SHA-256 (RFC 2104) over the entry, the
 counter and the digest of the entry before. `ledger.head` contains the number and the digest of the last entry,
@@ -29,7 +29,7 @@ _FIELDS = {"content", "counter", "digest", "mac", "previous"}
 
 @dataclass(frozen=True)
 class Head:
-    """The last entry of a ledger.
+    """The number and the digest of the last entry of the ledger of a pool.
 
     A copy of it that is stored elsewhere identifies the ledger up to that entry: an older copy of the whole folder does
     not contain the entry.
@@ -49,17 +49,19 @@ class LedgerKey:
 
     @classmethod
     def of(cls, seal: Seal, pool: str) -> "LedgerKey":
-        """Return the key for the ledger, derived from the key and the id of a pool."""
+        """Return the key that authenticates the ledger of a pool. It is derived from the encryption key and the id of
+        the pool.
+        """
         return cls(seal.derived(_PURPOSE, pool))
 
     def of_entry(self, counter: int, link: Link) -> str:
-        """Return the HMAC of an entry, its position and the digest of the previous entry, in hex."""
+        """Return the HMAC of a ledger entry, its position and the digest of the previous entry, in hex."""
         return self._mac(
             {"kind": "entry", "counter": counter, "previous": link.previous, "content": link.content}
         )
 
     def of_head(self, head: Head) -> str:
-        """Return the HMAC of the head of a ledger, in hex."""
+        """Return the HMAC of the number and the digest of the last ledger entry, in hex."""
         return self._mac({"kind": "head", "entries": head.entries, "digest": head.digest})
 
     def _mac(self, message: Mapping[str, Any]) -> str:
@@ -67,7 +69,7 @@ class LedgerKey:
 
 
 def authenticated_line(link: Link, counter: int, key: LedgerKey) -> bytes:
-    """Return the line of the ledger for an entry, with its counter and its HMAC."""
+    """Return a ledger entry as a line of the ledger file, with its counter and its HMAC."""
     record = {"content": link.content, "previous": link.previous, "digest": link.digest}
     return canonical({**record, "counter": counter, "mac": key.of_entry(counter, link)}) + b"\n"
 
@@ -81,7 +83,7 @@ def read_entries(
     previous: str = GENESIS,
     first: int = 1,
 ) -> list[Link]:
-    """Return the entries in the complete lines of a ledger.
+    """Return the entries in the complete lines of the ledger of a pool, after verification.
 
     The first entry must have the number `first`, and `previous` is the digest of the entry before it. Without a `key`,
     only the public chain and the counters are verified. `check` raises a `ValueError`, `KeyError` or `TypeError` for an
@@ -127,13 +129,14 @@ def _equal(found: object, expected: str) -> bool:
 
 
 def write_head(path: Path, head: Head, key: LedgerKey) -> None:
-    """Write the head of a ledger to a file. Raises `OSError`."""
+    """Write the number and the digest of the last ledger entry to a file, with an HMAC. Raises `OSError`."""
     content = {"entries": head.entries, "digest": head.digest, "mac": key.of_head(head)}
     write_atomically(path, document(content), PRIVATE)
 
 
 def read_head(path: Path, key: LedgerKey | None) -> Head | None:
-    """Return the head of a ledger from its file, or None if there is no file.
+    """Return the number and the digest of the last ledger entry from the file that stores them, or None if the file
+    does not exist.
 
     Raises `TargetError` if the head was not written with the key of the pool.
     """
@@ -154,8 +157,8 @@ def read_head(path: Path, key: LedgerKey | None) -> Head | None:
 
 
 def refuse_shortened(path: Path, head: Head | None, digests: list[str]) -> None:
-    """Raise `TargetError` if entries are missing in a ledger according to its head. `digests` are
-    those of its entries.
+    """Raise `TargetError` if entries at the end of a ledger are missing, according to its `head` file. `digests` are
+    the digests of the entries that exist.
     """
     if head is None:
         if digests:

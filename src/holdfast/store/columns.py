@@ -1,4 +1,5 @@
-"""Column files: safetensors files with one metadata key that contains sorted JSON. Equal columns give equal bytes.
+"""Reads and writes column files: safetensors files with the columns of a stage, and metadata as sorted JSON. Equal
+columns give equal bytes.
 
 The JSON contains a digest of the columns, so a truncated or altered file is detected without other files.
 """
@@ -27,7 +28,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class ColumnFile:
-    """The content of a column file: columns and metadata."""
+    """The content of a column file: the columns of a stage, and metadata."""
 
     columns: dict[str, Tensor]
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -37,14 +38,16 @@ class ColumnFile:
 
 
 def encode(columns: Columns, about: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a column file. They are determined by the columns and the metadata."""
+    """Return the bytes of a column file with the given columns and metadata. Equal content gives equal bytes."""
     tensors = {name: values.clone() for name, values in sorted(_plain(columns).items())}
     metadata = {"schema_version": _VERSION, "about": dict(about), "columns": content_digest(tensors)}
     return save(tensors, metadata={_KEY: canonical(metadata).decode()})
 
 
 def decode(data: bytes, name: str) -> ColumnFile:
-    """Return the content of a column file from its bytes. Raises `TargetError` with `name` if they were altered."""
+    """Return the content of a column file from its bytes. Raises `TargetError`, which contains `name`, if the bytes
+    were altered.
+    """
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = json.loads(header["__metadata__"][_KEY])
@@ -72,12 +75,12 @@ def write(path: Path, columns: Columns, about: Mapping[str, Any]) -> str:
 
 
 def read(path: Path) -> ColumnFile:
-    """Return the content of a column file, after verification of the digest in it."""
+    """Return the content of a column file, after verification of the digest that the file contains."""
     return decode(content_of(path), str(path))
 
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over names, types, shapes and values of tensors, in hex."""
+    """Return the SHA-256 of the names, types, shapes and values of tensors, in hex."""
     sha = hashlib.sha256()
     for name, values in sorted(_plain(tensors).items()):
         sha.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())

@@ -1,4 +1,4 @@
-"""Description of the differences between the run in a folder and the requested run."""
+"""Describes how the settings of the run in a folder differ from the settings of the requested run."""
 
 import json
 import re
@@ -16,7 +16,8 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Return the differences of two configurations of `run.json` as text: `threat: linf:0.1 → linf:0.2; seed: 0 → 1`.
+    """Return the differences between the settings of two runs as text, such as `threat: linf:0.1 → linf:0.2; seed: 0 →
+    1`.
 
     The text is empty if no difference can be listed.
     """

@@ -1,4 +1,5 @@
-"""Encrypted files: AES-256-GCM, authenticated with the name of the file, so that files cannot be altered or exchanged.
+"""Encrypts files with AES-256-GCM. The name of a file is authenticated as well, so that files can be neither altered
+nor exchanged.
 
 An encrypted file consists of a header (magic bytes, version, id of the key), a random nonce, and the ciphertext with
 its tag. The header and the name are authenticated together with the content. NIST SP 800-38D allows 2**32 random nonces
@@ -38,7 +39,7 @@ _HEX = re.compile(f"[0-9a-fA-F]{{{2 * KEY_BYTES}}}")
 
 @dataclass(frozen=True)
 class Seal:
-    """A key that encrypts and decrypts files."""
+    """The key of a pool, with the functions that encrypt and decrypt its files."""
 
     key: bytes = field(repr=False)
     source: str = ""
@@ -50,12 +51,12 @@ class Seal:
 
     @property
     def id(self) -> str:
-        """Identifier of the key, which does not reveal the key."""
+        """Identifier of the encryption key. The key cannot be computed from it."""
         return hashlib.sha256(b"holdfast pool key id\0" + self.key).digest()[:_ID_BYTES].hex()
 
     def seal(self, data: bytes, name: str) -> bytes:
-        """Return the bytes of an encrypted file, which can only be decrypted under `name`. Each
-        call uses a new nonce.
+        """Return `data` encrypted as the content of a file. It can only be decrypted under the same `name`. Each call
+        uses a new nonce.
         """
         if len(data) > _MOST_BYTES:
             raise UsageError(
@@ -97,8 +98,8 @@ class Seal:
             ) from None
 
     def pseudonym(self, text: str, name: str) -> str:
-        """Return a pseudonym of a text: HMAC-SHA-256, in hex. It depends on the text and `name` only, and hides the
-        text.
+        """Return the pseudonym of a text, an HMAC-SHA-256 in hex. It depends only on the key, the text and `name`, and
+        does not reveal the text.
         """
         if not isinstance(text, str):
             raise UsageError(f"{text!r} is not the name of a {name.rpartition('/')[2]}; text was expected")
@@ -106,7 +107,8 @@ class Seal:
         return hmac.new(self.key, message, hashlib.sha256).hexdigest()[:PSEUDONYM_DIGITS]
 
     def derived(self, purpose: str, salt: str) -> bytes:
-        """Return a key of 32 bytes for one purpose, which reveals neither this key nor keys for other purposes.
+        """Derive a key of 32 bytes for one purpose from the encryption key. It reveals neither the encryption key nor
+        keys for other purposes.
 
         It is derived by HKDF-SHA-256 (RFC 5869). `salt` gives different keys for pools with the same key.
         """
@@ -116,7 +118,9 @@ class Seal:
         return HKDF(SHA256(), KEY_BYTES, salt.encode(), f"holdfast {purpose}".encode()).derive(self.key)
 
     def refuse_other(self, key_id: str, manifest: Path) -> None:
-        """Raise `TargetError` if a pool was encrypted with another key, i.e. if `key_id` is not the id of this key."""
+        """Raise `TargetError` if a pool was encrypted with another key than this one, i.e. if `key_id` differs from the
+        id of this key.
+        """
         if key_id != self.id:
             raise TargetError(
                 f"the pool of {str(manifest)!r} is encrypted with key {key_id}, but the given key is "
@@ -129,19 +133,23 @@ class Seal:
 
 
 def key_file(folder: Path) -> Path:
-    """Return the path of the key file of a pool. It is next to the folder, so that a copy of the folder has no key."""
+    """Return the path of the key file of a pool. It is next to the folder of the pool, so that a copy of the folder
+    does not contain the key.
+    """
     whole = folder.resolve()
     return whole.with_name(f"{whole.name}.key")
 
 
 def has_key(folder: Path) -> bool:
-    """Return whether the key of a pool is in the environment or in its key file."""
+    """Return whether the key of a pool is available in the environment or in its key file."""
     with usable(key_file(folder), refusal_in_pool):
         return KEY_VARIABLE in os.environ or key_file(folder).exists()
 
 
 def found_seal(folder: Path) -> Seal:
-    """Return the key of an existing pool. Raises `TargetError` if there is none, or if other users may read it."""
+    """Return the key of an existing pool. Raises `TargetError` if there is no key, or if other users of the machine may
+    read it.
+    """
     given, path = _given(), key_file(folder)
     if given is not None:
         return given
@@ -180,7 +188,8 @@ def refuse_unready() -> None:
 
 
 def begun_seal(folder: Path) -> Seal:
-    """Return the key of a new pool: an existing key or, if there is none, a new one that is written to the key file.
+    """Return the key of a new pool. If the environment and the key file contain no key, a new one is written to the key
+    file.
 
     The caller must have locked the pool.
     """

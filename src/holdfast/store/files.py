@@ -1,6 +1,4 @@
-"""Atomic writes of files. After a kill, a power failure or a full disk, a file has either its old
-or its new content.
-"""
+"""Writes files atomically. After a kill, a power failure or a full disk, a file has its old or its new content."""
 
 import errno
 import os
@@ -30,7 +28,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def refuse_no_run(*folders: Path) -> None:
-    """Raise `TargetError` if a folder contains no run."""
+    """Raise `TargetError` if one of the folders contains no run."""
     for folder in folders:
         if not (folder / MANIFEST).is_file():
             raise TargetError(
@@ -40,7 +38,7 @@ def refuse_no_run(*folders: Path) -> None:
 
 
 def refusal(path: Path, error: OSError) -> str:
-    """Return the error message, with advice, for a path of a run that cannot be used."""
+    """Return the error message, with advice, for a path of a run that cannot be read or written."""
     shown = repr(str(path))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
@@ -58,7 +56,7 @@ def refusal(path: Path, error: OSError) -> str:
 
 
 def refusal_in_pool(path: Path, error: OSError) -> str:
-    """Return the error message, with advice, for a file of a pool that cannot be used."""
+    """Return the error message, with advice, for a file of a pool that cannot be read or written."""
     shown = repr(str(path))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full: {shown} could not be written. Free some space and try again; the pool is unchanged"
@@ -86,7 +84,7 @@ def content_of(path: Path) -> bytes:
 
 @contextmanager
 def usable(path: Path, message: Callable[[Path, OSError], str] = refusal) -> Iterator[None]:
-    """Context manager that converts an `OSError` to a `TargetError` with the path and advice."""
+    """Context manager that converts an `OSError` to a `TargetError`, whose message contains the path and advice."""
     try:
         yield
     except OSError as error:
@@ -127,8 +125,8 @@ def create_private(path: Path, content: bytes) -> None:
 
 
 def append(path: Path, content: bytes, mode: int = _OPEN) -> None:
-    """Append to a file and flush it to the disk. After a kill, the end may be incomplete and must be ignored by
-    readers.
+    """Append bytes to a file and flush it to the disk. After a kill, the appended part may be incomplete, and readers
+    must ignore it.
 
     A `mode` other than the default, such as `PRIVATE`, is set before data are added.
     """
@@ -145,7 +143,7 @@ def append(path: Path, content: bytes, mode: int = _OPEN) -> None:
 
 @contextmanager
 def private() -> Iterator[None]:
-    """Context manager in which new files and folders are accessible to their owner only; applies to all threads."""
+    """Context manager in which new files and folders are accessible only to their owner. It applies to all threads."""
     before = os.umask(0o077)
     try:
         yield
@@ -154,7 +152,7 @@ def private() -> Iterator[None]:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush the list of files of a folder to the disk, if the system supports it."""
+    """Flush the directory entries of a folder to the disk, if the operating system supports it."""
     if os.name == "nt":  # folders cannot be opened on Windows; its file system keeps a journal of names
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -165,7 +163,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def clear_parts(folder: Path) -> None:
-    """Delete the incomplete files in a folder that an interrupted process left."""
+    """Delete the incomplete temporary files in a folder that remain after a process was interrupted."""
     for part in folder.glob(f".*{PART}"):
         part.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""The folder of a run: manifest, measurements, and the hash chain over them.
+"""Reads and writes the folder of a run: its manifest, its measurements, and the hash chain over them.
 
 `run.json` describes what is measured. `<stage>/<shard>.safetensors` are shards of an incomplete stage, which are joined
 to `<stage>.safetensors` when the stage is complete. `chain.jsonl` lists the digests of the files in the order in which
@@ -68,7 +68,7 @@ Split = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class StoredStage:
-    """Columns of a stage that is complete."""
+    """The stored columns of a finished stage, and the number of measured shards if time ran out."""
 
     columns: Columns
     reached: int | None = None
@@ -78,14 +78,14 @@ class StoredStage:
 
 
 class RunFolder:
-    """A run folder whose lease belongs to this process."""
+    """The folder of a run for which this process has the lease, so that it may write to the folder."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], chain: Chain, leases: Leases) -> None:
         self.path, self.manifest, self.chain, self.leases = path, manifest, chain, leases
 
     def stage(self, name: str) -> StoredStage | None:
-        """Return a complete stage, or None if it is not complete. Deletes shard files of a complete stage that a kill
-        left.
+        """Return a complete stage of the run, or None if it is not complete. Shard files of a complete stage that
+        remain after a kill are deleted.
         """
         found = read_stage(self.path, self.chain, name)
         if found is not None:
@@ -112,7 +112,7 @@ class RunFolder:
         return columns_of_shards
 
     def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:
-        """Write the columns of a finished shard."""
+        """Write the columns of a finished shard to the run folder."""
         self.leases.refuse_lost()
         folder = self.path / stage
         with usable(folder):
@@ -128,7 +128,9 @@ class RunFolder:
         reached: int | None = None,
         about: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Write the columns of a whole stage, record them in the chain, and then delete its shards."""
+        """Write the columns of a finished stage, record their digest in the chain, and then delete the shard files of
+        the stage.
+        """
         self.leases.refuse_lost()
         path = self.path / f"{stage}{column_files.SUFFIX}"
         splits = [split for split in self.splits() if split["stage"] == stage]
@@ -149,15 +151,21 @@ class RunFolder:
                 folder.rmdir()
 
     def document(self, kind: str) -> dict[str, Any] | None:
-        """Return a recorded document, such as the doubts, or None if there is none."""
+        """Return a JSON document of the run, such as the doubts, after verification of its digest, or None if it is not
+        recorded.
+        """
         return recorded_document(self.path, self.chain, kind)
 
     def record(self, kind: str, content: Mapping[str, Any]) -> None:
-        """Write a document and record its digest. Writing the same document again changes nothing."""
+        """Write a JSON document to the run folder, and record its digest in the chain. Writing the same document again
+        changes nothing.
+        """
         self.keep(kind, f"{kind}.json", document(content))
 
     def keep(self, kind: str, name: str, data: bytes) -> None:
-        """Write a file and record its digest. Writing the same content again changes nothing."""
+        """Write a file to the run folder, and record its digest in the chain. Writing the same content again changes
+        nothing.
+        """
         self.leases.refuse_lost()
         path = self.path / name
         known = self.chain.last(kind)
@@ -174,28 +182,28 @@ class RunFolder:
             self.chain.add({"kind": kind, "file": path.name, "digest": digest(data)})
 
     def begin(self, stage: str, shard: int) -> None:
-        """Record that an attempt at a shard begins."""
+        """Record that an attempt to measure a shard begins."""
         self.leases.begin(stage, shard)
 
     def spend(self, stage: str, shard: int, seconds: Seconds, *, done: bool) -> None:
-        """Add `seconds` to the time of a shard."""
+        """Add CPU and wall-clock time to the recorded time of a shard."""
         self.leases.spend(stage, shard, seconds.cpu, seconds.wall, done=done)
 
     def spent(self, stage: str) -> Seconds:
-        """Return the time of a stage over all attempts."""
+        """Return the CPU and wall-clock time of a stage, summed over all attempts."""
         times = self.leases.spent(stage)
         return Seconds(times.cpu_s, times.wall_s)
 
     def about(self) -> dict[str, Any]:
-        """Return the start time and the command of the run."""
+        """Return the start time and the command line of the run."""
         return read_about(self.path)
 
     def splits(self) -> tuple[Split, ...]:
-        """Return the out-of-memory events of the run, in order."""
+        """Return the events of the run in which memory ran out and a batch was split, in a fixed order."""
         return tuple(read_splits(self.path))
 
     def add_split(self, stage: str, shard: int, at: int, size: int) -> None:
-        """Record an out-of-memory event, before the run continues with smaller batches."""
+        """Record that memory ran out in a shard, before the run continues with smaller batches."""
         split = {"stage": stage, "shard": shard, "at": at, "size": size}
         self.leases.refuse_lost()
         with usable(self.path / SPLITS):
@@ -208,7 +216,7 @@ class RunFolder:
 def open_run_folder(
     path: Path, manifest: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool, secret: bool = False
 ) -> Iterator[RunFolder]:
-    """Context manager that starts or resumes a run, and has the exclusive lease of its folder.
+    """Context manager that starts or resumes a run in a folder, and takes the exclusive lease of the folder.
 
     `manifest` contains the `digests` of config, data, model and code, and the description of the measurements. `about`
     contains what may differ between equal runs, such as the time and the command. If `secret`, only the owner can
@@ -258,7 +266,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Return the start time and the command of a run; empty if the file is missing.
+    """Return the start time and the command line of a run. The result is empty if the file with them is missing.
 
     The file is not part of the chain, so other fields in it are ignored.
     """
@@ -270,7 +278,7 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def read_stage(path: Path, chain: Chain, name: str) -> StoredStage | None:
-    """Return a complete stage, or None if it is not complete. It is read without a lease."""
+    """Return a complete stage of the run in a folder, or None if it is not complete. No lease is needed."""
     recorded = chain.last("stage", name)
     if recorded is None:
         return None
@@ -285,7 +293,8 @@ def read_stage(path: Path, chain: Chain, name: str) -> StoredStage | None:
 def recorded_document(
     path: Path, chain: Chain, kind: str, version: int = SCHEMA_VERSION
 ) -> dict[str, Any] | None:
-    """Return a document that the chain lists, after verification of its digest, or None if it is not listed.
+    """Return a JSON document of a run after verification of its digest, or None if the chain of the run does not list
+    it.
 
     `version` is the `schema_version` of the run. A document of schema 1 is converted to the keys of this version.
     """
@@ -301,7 +310,8 @@ def recorded_document(
 
 
 def refuse_used(path: Path, *, resume: bool) -> None:
-    """Raise `UsageError` if a folder contains files that do not belong to a run, or a run and `resume` is false.
+    """Raise `UsageError` if a run cannot use a folder: it contains other files, or it contains a run and `resume` is
+    false.
 
     Also raises it for a run of schema 1, which cannot be resumed.
     """
@@ -370,7 +380,7 @@ def _started(path: Path) -> Chain:
 
 
 def refuse_altered(path: Path, chain: Chain) -> None:
-    """Raise `TargetError` if the manifest does not match the first record of the chain."""
+    """Raise `TargetError` if the manifest of a run does not match its digest in the first record of the chain."""
     if chain.links and chain.links[0].content.get("digest") != _digest_of(path / MANIFEST):
         raise TargetError(f"{str(path / MANIFEST)!r} is not what the chain recorded; restore it from a copy")
 
@@ -400,7 +410,9 @@ def _in_order(splits: Sequence[Split]) -> list[Split]:
 
 
 def read_splits(path: Path) -> list[Split]:
-    """Return the out-of-memory events of a run, in order. Raises `TargetError` for an invalid file."""
+    """Return the events of a run in which memory ran out and a batch was split, in order. Raises `TargetError` for an
+    invalid file.
+    """
     file = path / SPLITS
     if not file.exists():
         return []

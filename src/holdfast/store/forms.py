@@ -1,5 +1,5 @@
-"""Schemas of JSON documents. A document is validated before its fields are used, since a run folder
-may be untrusted.
+"""Schemas of JSON documents. Each document is validated before its fields are used, because a run folder may be
+untrusted.
 """
 
 import re
@@ -24,7 +24,7 @@ class _Unlike(Exception):
 
 
 def refuse_form(file: Path, content: Any, form: Form) -> None:
-    """Raise `TargetError` if `content` does not match a schema.
+    """Raise `TargetError` if the content of a JSON document does not match its schema.
 
     The message contains the file, the first field that does not match, and what was expected.
     """
@@ -37,52 +37,52 @@ def refuse_form(file: Path, content: Any, form: Form) -> None:
 
 
 def is_name(value: object) -> bool:
-    """Return whether a value is a valid name of a file of a run: letters, digits and a few
-    characters, no separators.
+    """Return whether a value is a valid file name within a run: letters, digits and a few other characters, but no path
+    separators.
     """
     return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
 def anything(value: Any, where: str) -> None:
-    """Accept any value. Used for fields that are only displayed."""
+    """Schema that accepts any value, for fields that are only displayed."""
 
 
 def text(value: Any, where: str) -> None:
-    """Accept a string."""
+    """Schema that accepts a string."""
     _expect(isinstance(value, str), value, where, "text")
 
 
 def name(value: Any, where: str) -> None:
-    """Accept a name of a stage, which is also a part of the name of its file."""
+    """Schema that accepts the name of a stage, which is also a part of the name of its file."""
     _expect(is_name(value), value, where, "a name of letters, digits and the characters _.+=-")
 
 
 def flag(value: Any, where: str) -> None:
-    """Accept true or false."""
+    """Schema that accepts true or false."""
     _expect(isinstance(value, bool), value, where, "true or false")
 
 
 def whole(value: Any, where: str) -> None:
-    """Accept an integer of at most 63 bits."""
+    """Schema that accepts an integer of at most 63 bits."""
     holds = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     _expect(holds, value, where, "a whole number")
 
 
 def count(value: Any, where: str) -> None:
-    """Accept a nonnegative integer."""
+    """Schema that accepts a nonnegative integer."""
     whole(value, where)
     _expect(value >= 0, value, where, "a whole number from 0")
 
 
 def real(value: Any, where: str) -> None:
-    """Accept a number, or one of the strings of strict JSON for numbers that are not finite."""
+    """Schema that accepts a number, or one of the strings that represent infinities and NaN in strict JSON."""
     holds = isinstance(value, int | float) and not isinstance(value, bool)
     holds = (holds and abs(value) <= 1e308) or (isinstance(value, str) and value in ("inf", "-inf", "nan"))
     _expect(holds, value, where, "a number")
 
 
 def one_of(*words: str | int) -> Form:
-    """Return a schema that accepts one of these values."""
+    """Return a schema that accepts only the given values."""
 
     def check(value: Any, where: str) -> None:
         known = any(type(value) is type(word) and value == word for word in words)
@@ -92,7 +92,7 @@ def one_of(*words: str | int) -> Form:
 
 
 def maybe(form: Form) -> Form:
-    """Return a schema that accepts null and the values that `form` accepts."""
+    """Return a schema that accepts null and every value that the schema `form` accepts."""
 
     def check(value: Any, where: str) -> None:
         if value is not None:
@@ -102,7 +102,7 @@ def maybe(form: Form) -> Form:
 
 
 def list_of(form: Form) -> Form:
-    """Return a schema that accepts a list of values that `form` accepts."""
+    """Return a schema that accepts a list whose entries match the schema `form`."""
 
     def check(value: Any, where: str) -> None:
         _expect(isinstance(value, list), value, where, "a list")
@@ -113,7 +113,7 @@ def list_of(form: Form) -> Form:
 
 
 def distinct(form: Form, field: str | None = None) -> Form:
-    """Return a schema that accepts a list of distinct values that `form` accepts.
+    """Return a schema that accepts a list of distinct entries that match the schema `form`.
 
     With `field`, the entries of the list are objects, and their values of this field must be distinct.
     """
@@ -129,7 +129,7 @@ def distinct(form: Form, field: str | None = None) -> Form:
 
 
 def pair(form: Form) -> Form:
-    """Return a schema that accepts a list of two values that `form` accepts."""
+    """Return a schema that accepts a list of two entries that match the schema `form`."""
 
     def check(value: Any, where: str) -> None:
         list_of(form)(value, where)
@@ -139,7 +139,7 @@ def pair(form: Form) -> Form:
 
 
 def mapped(form: Form) -> Form:
-    """Return a schema that accepts an object with any names, whose values `form` accepts."""
+    """Return a schema that accepts a JSON object with any field names, whose values match the schema `form`."""
 
     def check(value: Any, where: str) -> None:
         _expect(isinstance(value, dict), value, where, "an object")
@@ -150,7 +150,9 @@ def mapped(form: Form) -> Form:
 
 
 def record(required: Mapping[str, Form], optional: Mapping[str, Form] | None = None) -> Form:
-    """Return a schema that accepts an object with these fields. Further fields are allowed and ignored."""
+    """Return a schema that accepts a JSON object with the given required and optional fields. Further fields are
+    allowed and ignored.
+    """
 
     def check(value: Any, where: str) -> None:
         _expect(isinstance(value, dict), value, where, "an object")

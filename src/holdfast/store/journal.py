@@ -1,4 +1,4 @@
-"""A journal of the answers of a server in the folder of a run, from which the run can be resumed.
+"""A journal of a server's answers in the folder of a run. When the run is resumed, these inputs are not sent again.
 
 The first line of the file contains the number of bytes of all records. A record consists of its length, a digest over
 it and all records before, a line of JSON and, for an answer, the digests of the inputs and the values. If the process
@@ -48,7 +48,8 @@ _TOTALS = forms.record({}, _FIELDS)
 
 
 class Journal(Sent):
-    """Stores the answers of a server during a run, so that a stopped run can be resumed.
+    """Stores the answers of a model server during a run, so that a stopped run can be resumed without sending the same
+    inputs again.
 
     Answers are written to `path` after a call of `attach`, because the folder of a run may be created later. With
     `resume`, stored answers are reused, each once; raises `TargetError` if they were altered. With `keep`, answers are
@@ -87,7 +88,9 @@ class Journal(Sent):
         self.earlier = self.totals.sent
 
     def attach(self) -> None:
-        """Write answers to the file from now on. Its folder must exist, and no other process may use the file."""
+        """Start to write the server's answers to the journal file. Its folder must exist, and no other process may use
+        the file.
+        """
         if self._file is not None:
             return
         pending, self._pending = self._pending, []
@@ -103,7 +106,7 @@ class Journal(Sent):
             self._append(place, record)
 
     def answered(self, purpose: Purpose, values: Tensor, keys: Sequence[bytes]) -> None:
-        """Store the answer of the server to some inputs.
+        """Store the server's answers to some inputs in the journal.
 
         `values` contains one row for each input, and `keys` the digest of each input.
         """
@@ -120,7 +123,8 @@ class Journal(Sent):
         )
 
     def recalled(self, purpose: Purpose, keys: Sequence[bytes]) -> list[Tensor | None]:
-        """Return for each input its next stored answer in the same stage and shard, or None if the input must be sent.
+        """Return for each input its next stored answer in the same stage and shard, or None if the input must be sent
+        to the server.
 
         The answers are those of earlier attempts. If the server refused an input, the answer is a row of one value that
         marks the refusal.
@@ -131,7 +135,9 @@ class Journal(Sent):
         return [self._values(known[key].popleft()) if known.get(key) else None for key in keys]
 
     def done(self, stage: str, shard: int | None = None) -> None:
-        """Delete the answers of a finished shard, or of a finished stage if `shard` is None, unless `keep` was set."""
+        """Delete the stored answers of a finished shard, or of a finished stage if `shard` is None. Nothing is deleted
+        if `keep` was set.
+        """
         if self._keep:
             return
         with self._lock:
@@ -142,7 +148,7 @@ class Journal(Sent):
                 self._compact(self.path, list(self._kept))
 
     def close(self) -> None:
-        """Close the file. It can be continued by a resumed run."""
+        """Close the journal file. A resumed run can continue it."""
         with self._lock:
             for file in (self._file, self._earlier):
                 if file is not None:
@@ -150,7 +156,8 @@ class Journal(Sent):
             self._file = self._earlier = None
 
     def finish(self) -> None:
-        """Write the file of a finished run, which contains the totals and the answers from the inspection of the model.
+        """Write the final journal file of a finished run. It contains the totals, and the server's answers from the
+        inspection of the model before the run.
 
         All other answers are deleted, unless `keep` was set.
         """

@@ -1,8 +1,9 @@
-"""The file `state.sqlite`: the lease of a run, the number of attempts at each shard, and their times.
+"""Database `state.sqlite` of a run folder. It contains the lease of the run, and the number of attempts and the time of
+each shard.
 
-It contains what is not in the hash chain: times, hosts and attempts. It is not needed to resume a run: if it is
-deleted, it is recreated from the folder, and only the recorded times are lost. A lease belongs to a process. Because
-process ids are reused, start times of processes are compared as well.
+The hash chain does not contain these values. The database is not needed to resume a run: if it is deleted, it is
+recreated from the folder, and only the recorded times are lost. A lease belongs to a process. Because process ids are
+reused, start times of processes are compared as well.
 """
 
 import math
@@ -21,7 +22,7 @@ from holdfast.core.errors import TargetError, UsageError
 
 @dataclass(frozen=True)
 class Owner:
-    """A process on a host.
+    """A process on a host, which can be the owner of the lease of a run folder.
 
     `started` is the start time of the process, which distinguishes it from a later process with the same id; empty if
     unknown.
@@ -33,11 +34,13 @@ class Owner:
 
     @classmethod
     def myself(cls) -> "Owner":
-        """Return the owner that represents the current process."""
+        """Return the current process as a possible owner of a lease."""
         return cls(socket.gethostname(), os.getpid(), start_time(os.getpid()) or "")
 
     def alive(self) -> bool:
-        """Return whether the process is alive. The result is valid only for processes on this host."""
+        """Return whether the process that owns the lease is running. The result is valid only for processes on this
+        host.
+        """
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -49,7 +52,9 @@ class Owner:
 
 
 def start_time(pid: int) -> str | None:
-    """Return the start time of a process in clock ticks of this boot; None if it is dead, empty if it is unknown."""
+    """Return the boot id of the machine and the start time of a process in clock ticks, as text. It is None if no such
+    process runs, and empty if unknown.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id")
     if not boot.exists():
         return ""
@@ -88,7 +93,9 @@ CREATE TABLE IF NOT EXISTS tasks (
 
 @dataclass(frozen=True)
 class ShardTimes:
-    """Seconds and number of attempts of one stage, including attempts that were killed."""
+    """CPU time and wall-clock time in seconds, and number of attempts, of one stage of a run. Attempts that were killed
+    are included.
+    """
 
     cpu_s: float = 0.0
     wall_s: float = 0.0
@@ -96,7 +103,7 @@ class ShardTimes:
 
 
 class Leases:
-    """Open database `state.sqlite` of a run folder."""
+    """Connection to the database `state.sqlite` of a run folder."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
@@ -156,7 +163,9 @@ class Leases:
             self._database.execute("COMMIT")
 
     def take_lease(self) -> None:
-        """Take the lease of the folder. Raises `UsageError` if it belongs to another living process."""
+        """Take the lease of the run folder for this process. Raises `UsageError` if it belongs to another running
+        process.
+        """
         me = Owner.myself()
         with self._transaction():
             row = self._database.execute("SELECT host, pid, started, seen FROM lease").fetchone()
@@ -195,7 +204,7 @@ class Leases:
             )
 
     def begin(self, stage: str, shard: int) -> None:
-        """Record that an attempt at a shard begins."""
+        """Record that an attempt to measure a shard begins."""
         with self._transaction():
             self.refuse_lost()
             self._database.execute(
@@ -205,7 +214,9 @@ class Leases:
             )
 
     def spend(self, stage: str, shard: int, cpu_s: float, wall_s: float, *, done: bool) -> None:
-        """Add to the time of a shard, and update the time at which this process was last seen."""
+        """Add CPU and wall-clock time to the recorded time of a shard, and update the time at which this process was
+        last active.
+        """
         with self._transaction():
             self.refuse_lost()
             self._database.execute(
@@ -220,7 +231,9 @@ class Leases:
             )
 
     def reconcile(self, stage: str, shards: Iterable[int]) -> None:
-        """Record in the database which shards of a stage are in the folder."""
+        """Update the database so that exactly the given shards of a stage, whose files are in the folder, are marked as
+        finished.
+        """
         with self._transaction():
             self._database.execute("UPDATE shards SET done = 0 WHERE stage = ?", (stage,))
             self._database.executemany(
@@ -229,7 +242,7 @@ class Leases:
             )
 
     def spent(self, stage: str) -> ShardTimes:
-        """Return the time and the number of attempts of one stage."""
+        """Return the time and the number of attempts of one stage of the run."""
         with self._reported():
             row = self._database.execute(
                 "SELECT coalesce(sum(cpu_s), 0), coalesce(sum(wall_s), 0), coalesce(sum(attempts), 0) "
@@ -239,7 +252,9 @@ class Leases:
         return ShardTimes(float(row[0]), float(row[1]), int(row[2]))
 
     def close(self, *, release: bool) -> None:
-        """Release the lease if `release`, and merge the write-ahead log into the database file."""
+        """Close the database after merging its write-ahead log into the file. The lease is released if `release` is
+        true.
+        """
         try:
             if release:
                 _HERE.discard(self._path.resolve())
@@ -275,7 +290,8 @@ def _is_ours(database: sqlite3.Connection) -> bool:
 
 
 def spent_in(folder: Path) -> dict[str, ShardTimes]:
-    """Return time and number of attempts by stage, read without a lease; empty if they are unknown.
+    """Return the time and the number of attempts of each stage of a run, by stage. No lease is needed. The result is
+    empty if they are unknown.
 
     The file may be untrusted: a database with other tables or implausible values is ignored.
     """

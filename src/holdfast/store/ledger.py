@@ -1,4 +1,5 @@
-"""The ledger of a pool: the times of service of each parameter set, its number of answers, and which sets were stolen.
+"""The ledger of a pool records when each parameter set served, how many requests it answered, and which sets were
+stolen.
 
 `ledger.jsonl` is a hash chain to which entries are only ever added, each authenticated with the key of the pool.
 Several processes may use one ledger: a process adds an entry under a lock, after it has read and verified the entries
@@ -53,7 +54,7 @@ def utc_now() -> str:
 
 
 class Ledger:
-    """The ledger in a folder. Its properties include entries of other processes.
+    """The ledger of the pool in a folder. Its properties include entries that other processes add.
 
     Raises `UsageError` for an entry that is not allowed in the current state, and `TargetError` for a broken chain.
     """
@@ -66,8 +67,8 @@ class Ledger:
 
     @classmethod
     def begun(cls, folder: Path, key: LedgerKey, manifest: str, now: Callable[[], str] = utc_now) -> "Ledger":
-        """Return a new ledger for the pool whose manifest has the digest `manifest`. The caller must have locked
-        `LOCK`.
+        """Create the ledger of a new pool, whose manifest has the digest `manifest`. The caller must have locked the
+        pool.
         """
         ledger = cls(folder, key, now)
         with ledger._threads:
@@ -92,7 +93,7 @@ class Ledger:
 
     @property
     def head(self) -> str:
-        """Digest of the last entry, which depends on all earlier entries."""
+        """Digest of the last ledger entry, which depends on all earlier entries."""
         return self._ask(lambda _: self._last)
 
     @property
@@ -102,37 +103,41 @@ class Ledger:
 
     @property
     def unauthenticated(self) -> int:
-        """Number of entries that were written by an older version without authentication."""
+        """Number of ledger entries that an older version of Holdfast wrote without authentication."""
         return self._ask(lambda state: state.unauthenticated)
 
     def entry_of(self, head: str) -> int | None:
-        """Return the number of the entry with the digest `head`, from 1, or None if there is none."""
+        """Return the number, counted from 1, of the ledger entry with the digest `head`, or None if there is no such
+        entry.
+        """
         digests = self._ask(lambda _: self._digests)
         return digests.index(head) + 1 if head in digests else None
 
     @property
     def manifest(self) -> str | None:
-        """Digest of the manifest of the pool; None for a ledger without a pool."""
+        """Digest of the manifest of the pool, or None if the ledger belongs to no pool."""
         return self._ask(lambda state: state.manifest)
 
     @property
     def members(self) -> tuple[SetRecord, ...]:
-        """All parameter sets, in the order in which they were added."""
+        """All parameter sets of the pool, in the order in which they were added."""
         return self._ask(lambda state: tuple(state.members.values()))
 
     @property
     def states(self) -> dict[str, State]:
-        """State of each set, by name."""
+        """State of each parameter set of the pool, such as candidate, admitted or serving, by the name of the set."""
         return {member.name: member.state for member in self.members}
 
     @property
     def serving(self) -> Serving | None:
-        """The serving set; None if no set has served yet, or the last one was retired without a successor."""
+        """The serving set of the pool. It is None if no set has served yet, or if the last one was retired without a
+        successor.
+        """
         return self._ask(lambda state: state.serving)
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """All periods of service; the current one is last."""
+        """All periods in which a parameter set served, oldest first. The current period is the last one."""
         return self._ask(lambda state: state.terms)
 
     @property
@@ -142,20 +147,24 @@ class Ledger:
 
     @property
     def unjudged(self) -> tuple[str, ...]:
-        """Names of the sets in `ahead` that were not judged against all stolen sets."""
+        """Names of the admitted sets that wait to serve, but were not assessed against all stolen sets."""
         return self._ask(lambda state: state.unjudged)
 
     @property
     def unlisted(self) -> tuple[str, ...]:
-        """Names of the bases of sets that serve or may serve, without bases that are listed as stolen or deleted."""
+        """Names of the bases of candidates, admitted sets and the serving set that are neither listed as stolen nor
+        deleted.
+        """
         return self._ask(lambda state: state.unlisted)
 
     def exposed(self) -> tuple[Exposure, ...]:
-        """Return the stolen sets in the order in which they were listed, with the reasons."""
+        """Return the stolen sets in the order in which they were listed as stolen, with the reasons."""
         return self._ask(lambda state: state.exposed)
 
     def member(self, name: str) -> SetRecord:
-        """Return the record of a set. Raises `UsageError` with similar names if there is none of this name."""
+        """Return the ledger's record of a parameter set. Raises `UsageError`, with similar names, if there is no set of
+        this name.
+        """
         return self._ask(lambda state: state.member(name))
 
     # --- entries
@@ -163,11 +172,13 @@ class Ledger:
     def candidate(
         self, name: str, digest: str, bases: Sequence[str] = (), why: str = "", *, role: Role = "service"
     ) -> None:
-        """Add a set as a candidate, with its role and its bases, which must be in the ledger."""
+        """Add a parameter set to the ledger as a candidate, with its role and its bases. The bases must be in the
+        ledger.
+        """
         self._add("candidate", set=name, digest=digest, bases=list(bases), role=role, why=why)
 
     def admit(self, name: str, why: str = "", *, canary: str = "", against: Sequence[str] = ()) -> None:
-        """Admit a candidate, or confirm an admitted set that was judged again.
+        """Record that a candidate is admitted, or that an admitted set was assessed again and remains admitted.
 
         `canary` is the fingerprint of the answers of the set to known inputs, which is verified when the set is loaded.
         `against` are the stolen sets against which it was judged; it may serve only as long as there are no others.
@@ -175,11 +186,12 @@ class Ledger:
         self._add("admitted", set=name, why=why, canary=canary, against=list(against))
 
     def refuse(self, name: str, why: str) -> None:
-        """Refuse a candidate or an admitted set that waits to serve."""
+        """Record that a candidate, or an admitted set that waits to serve, is refused."""
         self._add("refused", set=name, why=why)
 
     def serve(self, name: str, why: str = "", *, unjudged: bool = False) -> Serving:
-        """Let an admitted set serve, and retire the serving set, in a single entry.
+        """Record in a single entry that an admitted set becomes the serving set, and that the previous serving set is
+        retired.
 
         With `unjudged`, the set may be one that was not judged against all stolen sets; the entry records this.
         """
@@ -192,11 +204,13 @@ class Ledger:
             return Serving(name, self._state.epoch, self._state.members[name].since)
 
     def retire(self, name: str, why: str = "") -> None:
-        """Retire an admitted set or the serving set. If it serves, no set serves afterwards."""
+        """Record that an admitted set or the serving set is retired. If it was the serving set, no set serves
+        afterwards.
+        """
         self._add("retired", set=name, why=why)
 
     def expose(self, name: str, why: str, *, automatic: bool = False) -> None:
-        """List a set as stolen.
+        """List a parameter set as stolen in the ledger.
 
         A second listing of the same set has no effect, except for the first report after an `automatic` listing, which
         replaces that listing.
@@ -204,13 +218,14 @@ class Ledger:
         self._add("exposed", set=name, why=why, automatic=automatic)
 
     def delete(self, name: str, why: str = "") -> None:
-        """Record that the parameters of an unused set were deleted. Stolen sets cannot be deleted: other sets are
-        tested on them.
+        """Record that the parameters of an unused set were deleted. Stolen sets cannot be deleted, because other sets
+        are tested against them.
         """
         self._add("deleted", set=name, why=why)
 
     def answered(self, epoch: int, answers: Mapping[str, int], others: int = 0) -> None:
-        """Add to the numbers of answers to principals in an epoch, which may have ended.
+        """Record further numbers of requests that were answered in a period of service, by caller. The period may have
+        ended.
 
         `others` is the number of answers to callers without a name.
         """
@@ -219,7 +234,9 @@ class Ledger:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Context manager in which no other process or thread adds entries. All earlier entries have been read."""
+        """Context manager in which no other process or thread can add entries to the ledger. Entries of other processes
+        are read before.
+        """
         with self._threads:
             if self._inside:
                 yield
@@ -320,7 +337,7 @@ class Ledger:
 
 
 def refuse_out_of_order(state: LedgerState, link: Link, number: int, path: Path) -> None:
-    """Raise `TargetError` if an entry is not allowed in `state`."""
+    """Raise `TargetError` if a stored ledger entry is not allowed after the entries before it."""
     try:
         state.refuse_illegal(link.content)
     except UsageError as error:

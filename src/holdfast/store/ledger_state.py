@@ -1,4 +1,4 @@
-"""The state of every parameter set of a pool, computed from the entries of its ledger in order.
+"""Computes the state of every parameter set of a pool from the entries of its ledger, in their order.
 
 A set is first a candidate, and is then admitted or refused. An admitted set serves, and is then retired. While it waits
 to serve, it may be judged again against newly stolen sets, and is then confirmed or refused. That a set is listed as
@@ -48,7 +48,7 @@ _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,63}")
 
 @dataclass(frozen=True)
 class Exposure:
-    """The listing of a set as stolen."""
+    """The listing of a parameter set as stolen, with its reason and its time."""
 
     name: str
     why: str
@@ -62,7 +62,7 @@ class Exposure:
 
 @dataclass(frozen=True)
 class SetRecord:
-    """A parameter set and its state."""
+    """A parameter set of a pool, with its origin and its state in the ledger."""
 
     name: str
     digest: str
@@ -85,18 +85,20 @@ class SetRecord:
 
     @property
     def status(self) -> str:
-        """State of the set in a word; `exposed` if it is listed as stolen."""
+        """State of the parameter set as a word, such as `admitted`. It is `exposed` if the set is listed as stolen."""
         return self.state if self.exposed is None else "exposed"
 
     @property
     def needed(self) -> bool:
-        """Whether the parameters are still required, because the set serves, may serve, or is listed as stolen."""
+        """Whether the parameters must not be deleted, because the set is the serving set, may serve later, or is listed
+        as stolen.
+        """
         return self.status in ("admitted", "serving", "exposed") and not self.deleted
 
 
 @dataclass(frozen=True)
 class Serving:
-    """The parameter set that answers requests now."""
+    """The parameter set of a pool that answers requests now."""
 
     name: str
     epoch: int
@@ -106,7 +108,7 @@ class Serving:
 
 @dataclass(frozen=True)
 class Term:
-    """A period of service of a set."""
+    """A period in which a parameter set serves, with the number of requests that it answered."""
 
     name: str
     epoch: int
@@ -120,7 +122,7 @@ class Term:
 
 
 def well_formed(entry: Mapping[str, Any]) -> None:
-    """Raise a `ValueError`, `KeyError` or `TypeError` if an entry of a ledger does not have the required fields."""
+    """Raise a `ValueError`, `KeyError` or `TypeError` if a ledger entry does not have the required fields."""
     for name, kind in {"at": str, **_FIELDS[entry["kind"]]}.items():
         if type(entry[name]) is not kind:
             raise TypeError(f"{name} is {entry[name]!r}; a {kind.__name__} was expected")
@@ -144,7 +146,7 @@ def well_formed(entry: Mapping[str, Any]) -> None:
 
 
 class LedgerState:
-    """State of all sets after the entries that have been applied."""
+    """State of all parameter sets of a pool after the ledger entries that were applied so far."""
 
     def __init__(self) -> None:
         self.manifest: str | None = None
@@ -160,14 +162,16 @@ class LedgerState:
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """All periods of service; the current one is last."""
+        """All periods in which a parameter set served, oldest first. The current period is the last one."""
         return tuple(
             replace(term, answers=dict(given)) for term, given in zip(self._terms, self._answers, strict=True)
         )
 
     @property
     def serving(self) -> Serving | None:
-        """The serving set; None if no set has served yet, or the last one was retired without a successor."""
+        """The serving set of the pool. It is None if no set has served yet, or if the last one was retired without a
+        successor.
+        """
         if not self._terms or self._terms[-1].until is not None:
             return None
         last = self._terms[-1]
@@ -175,12 +179,12 @@ class LedgerState:
 
     @property
     def epoch(self) -> int:
-        """Number of periods of service so far."""
+        """Number of periods so far in which a parameter set served, including the current one."""
         return len(self._terms)
 
     @property
     def exposed(self) -> tuple[Exposure, ...]:
-        """The stolen sets, each once, in the order in which they were listed."""
+        """The stolen sets, each once, in the order in which they were listed as stolen."""
         return tuple(self._exposures)
 
     @property
@@ -193,7 +197,7 @@ class LedgerState:
 
     @property
     def unjudged(self) -> tuple[str, ...]:
-        """Names of the sets in `ahead` that were not judged against all stolen sets.
+        """Names of the admitted sets that wait to serve, but were not assessed against all stolen sets.
 
         A set that was judged before a theft was reported must be judged again, even if the stolen set had been listed
         automatically before.
@@ -209,7 +213,8 @@ class LedgerState:
 
     @property
     def unlisted(self) -> tuple[str, ...]:
-        """Names of the bases of sets that serve or may serve, without bases that are listed as stolen or deleted.
+        """Names of the bases of candidates, admitted sets and the serving set that are neither listed as stolen nor
+        deleted.
 
         No gate considers the theft of these bases.
         """
@@ -219,7 +224,7 @@ class LedgerState:
         return tuple(member.name for member in known if member.exposed is None and not member.deleted)
 
     def refuse_illegal(self, entry: Mapping[str, Any]) -> None:
-        """Raise `UsageError` if an entry with valid fields is not allowed in the current state."""
+        """Raise `UsageError` if a new ledger entry is not allowed in the current state of the pool."""
         kind = entry["kind"]
         if kind == "begun":
             if self._entries:
@@ -280,13 +285,15 @@ class LedgerState:
                 )
 
     def member(self, name: str) -> SetRecord:
-        """Return the record of a set. Raises `UsageError` with similar names if there is none of this name."""
+        """Return the record of a parameter set. Raises `UsageError`, with similar names, if there is no set of this
+        name.
+        """
         if name not in self.members:
             raise UsageError(f"{name!r} is not a set of this ledger; {_offer(name, self.members)}")
         return self.members[name]
 
     def take(self, entry: Mapping[str, Any]) -> None:
-        """Update the state by an entry that `refuse_illegal` allows."""
+        """Update the state of the pool by a ledger entry that `refuse_illegal` accepts."""
         kind, at, self._entries = entry["kind"], entry["at"], self._entries + 1
         if kind == "begun":
             self.manifest = entry["manifest"]

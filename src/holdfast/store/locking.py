@@ -1,4 +1,4 @@
-"""A lock between processes and threads, which is released when its process dies."""
+"""A file lock between processes and threads, which is released when its process ends in any way."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ WAIT_S = 60.0
 
 @contextmanager
 def locked(path: Path, wait_s: float = WAIT_S, *, in_use: str = "") -> Iterator[None]:
-    """Context manager with an exclusive lock on a file.
+    """Context manager that locks a file for all other processes and threads.
 
     If another process has the lock for longer than `wait_s` seconds and `in_use` is given, raises `InUse` with that
     text. The file is an empty SQLite database, because its locks work on every system and between threads of one

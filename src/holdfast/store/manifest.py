@@ -1,4 +1,4 @@
-"""The manifest and the format of a pool, and checks of its files."""
+"""Reads the manifest of a pool, and checks the format and the files of the pool."""
 
 import shlex
 from collections.abc import Callable, Mapping
@@ -31,8 +31,8 @@ _FORM = forms.record({"id": forms.name, "key": forms.name, "about": forms.record
 
 
 def open_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of a pool of the current format. Raises `TargetError` if there is none or it has another
-    format.
+    """Return the manifest of a pool of the current format. Raises `TargetError` if there is no pool or if it has
+    another format.
     """
     manifest = any_manifest(path)
     version = manifest.get("schema_version")
@@ -52,7 +52,7 @@ def open_manifest(path: Path) -> dict[str, Any]:
 
 
 def any_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of a pool of any format. Raises `TargetError` if there is none."""
+    """Return the manifest of a pool of any format. Raises `TargetError` if there is no pool."""
     if not stands(path):
         _refuse_part(path)
         raise TargetError(
@@ -76,7 +76,9 @@ def _has_entries(ledger: Path) -> bool:
 
 
 def refuse_begun(path: Path) -> None:
-    """Raise `UsageError` if the folder contains a pool, and `TargetError` if it contains an incomplete one."""
+    """Raise `UsageError` if the folder contains a pool, and `TargetError` if it contains a pool whose creation was
+    interrupted.
+    """
     if stands(path):
         raise UsageError(f"{str(path)!r} contains a pool already; use that pool, or name another folder")
     _refuse_part(path)
@@ -99,7 +101,8 @@ def _refuse_part(path: Path) -> None:
 
 
 def refuse_other_head(path: Path, expected: str, entry_of: Callable[[str], int | None]) -> None:
-    """Raise `TargetError` if no entry of the ledger has the digest `expected`, and `UsageError` if it is not a digest.
+    """Raise `TargetError` if no entry of the ledger has the digest `expected`, and `UsageError` if `expected` is not a
+    digest.
 
     An empty `expected` is not checked. `entry_of` returns the number of the entry with a digest, or None.
     """
@@ -122,19 +125,21 @@ def refuse_other_head(path: Path, expected: str, entry_of: Callable[[str], int |
 
 
 def bound(pool: str, name: str) -> str:
-    """Return the name under which a file is encrypted. It prevents that files of other pools or
-    formats are accepted.
+    """Return the name under which a file of a pool is encrypted. It contains the pool's id and format, so files of
+    other pools or formats cannot be decrypted.
     """
     return f"{pool}/{SCHEMA_VERSION}/{name}"
 
 
 def old_bound(pool: str, name: str) -> str:
-    """Return the name under which the older format encrypted a file."""
+    """Return the name under which an older version of Holdfast encrypted a file of a pool."""
     return f"{pool}/{name}"
 
 
 def unsealed(seal: Seal, manifest: Mapping[str, Any], data: bytes, name: str, path: Path) -> bytes:
-    """Return the decrypted content of a file of a pool. Files of a converted pool may have the older format."""
+    """Return the decrypted content of a file of a pool. If the pool was converted from an older format, its files may
+    still have that format.
+    """
     try:
         return seal.open(data, bound(manifest["id"], name), path)
     except TargetError:
@@ -144,14 +149,16 @@ def unsealed(seal: Seal, manifest: Mapping[str, Any], data: bytes, name: str, pa
 
 
 def end_migration(path: Path) -> None:
-    """Rename the new files of a conversion that was killed after it wrote the manifest."""
+    """Complete the conversion of a pool that was killed after it wrote the manifest, by renaming its new files."""
     if any(each.exists() for each in _new_files(path)):
         with locked(path / LOCK), usable(path, refusal_in_pool):
             name_new_files(path)
 
 
 def name_new_files(path: Path) -> None:
-    """Replace the older ledger by the converted one and its head. The caller must have locked the pool."""
+    """Replace the ledger of the older format by the converted ledger and its head file. The caller must have locked the
+    pool.
+    """
     for each in _new_files(path):
         if each.exists():
             each.replace(each.with_name(each.name.removesuffix(NEW)))
@@ -166,7 +173,7 @@ def _new_files(path: Path) -> list[Path]:
 
 
 def refuse_unsaid(about: Mapping[str, Any]) -> None:
-    """Raise `UsageError` if metadata cannot be represented as JSON."""
+    """Raise `UsageError` if the metadata of a pool or of a parameter set cannot be represented as JSON."""
     try:
         canonical(about)
     except (TypeError, ValueError) as error:
@@ -177,7 +184,9 @@ def refuse_unsaid(about: Mapping[str, Any]) -> None:
 
 
 def refuse_no_set(weights: Mapping[str, Tensor]) -> None:
-    """Raise `UsageError` unless `weights` is a state dict with at least one tensor and without NaN."""
+    """Raise `UsageError` unless the tensors of a parameter set are a state dict with at least one tensor and without
+    NaN.
+    """
     if not weights:
         raise UsageError("the set contains no parameters; give the state dict of a network")
     for name, value in weights.items():

@@ -1,4 +1,4 @@
-"""Conversion of a pool of an earlier version, whose ledger was not authenticated.
+"""Converts a pool of an earlier version of Holdfast, whose ledger was not authenticated, to the current format.
 
 The older ledger is a public hash chain: with write access to the folder, entries could be removed and the chain
 recomputed. The conversion authenticates the entries that exist; it cannot detect whether entries were removed before.
@@ -42,7 +42,7 @@ KEPT = "ledger-1.jsonl"
 
 @dataclass(frozen=True)
 class Migrated:
-    """The result of a conversion."""
+    """The result of the conversion of a pool of an older format."""
 
     entries: int
     """number of entries of the older ledger, which were not authenticated"""
@@ -57,7 +57,7 @@ class Migrated:
 
 
 def migrate(path: Path) -> Migrated:
-    """Convert a pool of the older format, and return the result.
+    """Convert a pool of the older format to the current format, and return a summary of the conversion.
 
     Raises `UsageError` for a pool of the current format, and `TargetError` for any other folder.
     """

@@ -1,4 +1,4 @@
-"""A pool of parameter sets for a rotation: each set is encrypted on the disk, and a ledger records its state.
+"""A pool of parameter sets for a rotation. Each set is encrypted on the disk, and a ledger records its state.
 
 `pool.json` describes the sets and the key, `sets/<name>.sealed` contain the parameters, and `ledger.jsonl` and
 `ledger.head` the states. All files are secret: folders have mode 0700, files 0600.
@@ -59,7 +59,7 @@ NAME_DIGITS = 16
 
 
 class Pool:
-    """An open pool. Several processes may use one pool at the same time."""
+    """An open pool of parameter sets. Several processes may use one pool at the same time."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], seal: Seal, ledger: Ledger) -> None:
         self.path, self.manifest, self.seal, self.ledger = path, manifest, seal, ledger
@@ -67,8 +67,8 @@ class Pool:
 
     @classmethod
     def begun(cls, path: Path, about: Mapping[str, Any]) -> "Pool":
-        """Create and return a pool in a folder. The folder may contain other files. `about` describes the sets of the
-        pool.
+        """Create a pool in a folder and return it. The folder may contain other files. `about` is metadata that
+        describes the parameter sets.
 
         The key is that in the environment; if there is none, a new one is written next to the folder. See
         `pool.seal.source`.
@@ -94,7 +94,8 @@ class Pool:
 
     @classmethod
     def held(cls, path: Path, *, expect_head: str = "") -> "Pool":
-        """Return the pool in a folder. Raises `TargetError` if its key, its ledger or a required set is invalid.
+        """Open the existing pool in a folder and return it. Raises `TargetError` if its key, its ledger or a required
+        set is invalid.
 
         `expect_head` is an earlier head of the ledger, which the ledger must contain; empty for none.
         """
@@ -114,13 +115,13 @@ class Pool:
 
     @property
     def shown(self) -> str:
-        """Path of the folder, quoted for a shell."""
+        """Path of the folder of the pool, quoted for a shell."""
         return shlex.quote(str(self.path))
 
     @contextmanager
     def alone_at(self, step: str) -> Iterator[None]:
-        """Context manager in which no other process performs the step `step`. Raises `InUse`
-        immediately if one does.
+        """Context manager in which no other process performs the same step of the rotation. Raises `InUse` immediately
+        if one does.
         """
         where = f"another process runs {step} in {str(self.path)!r}"
         in_use = f"{where}; wait until it ends or stop it, then start again"
@@ -138,8 +139,8 @@ class Pool:
         why: str = "",
         role: Role = "service",
     ) -> str:
-        """Add a set as a candidate, or as a base that never serves, and return its name, the first digits of its
-        digest.
+        """Add a parameter set to the pool, as a candidate or as a base that never serves. Return its name, which
+        consists of the first digits of its digest.
 
         If the pool contains the set already, it is not added again, and its metadata and state do not change. Raises
         `UsageError` if the set was deleted.
@@ -171,18 +172,18 @@ class Pool:
         return name
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """Return the parameters of a set."""
+        """Return the decrypted parameters and buffers of a set, by the names of the tensors."""
         return self._opened(name).columns
 
     def about(self, name: str) -> Mapping[str, Any]:
-        """Return the metadata of a set."""
+        """Return the metadata that was stored with a parameter set."""
         if name not in self._said or self.ledger.member(name).deleted:
             self._said[name] = self._opened(name).about
         return self._said[name]
 
     def delete(self, name: str, why: str = "") -> None:
-        """Delete the parameters of a set that does not serve, does not wait to serve and is not stolen. Its entries
-        remain.
+        """Delete the parameters of a set that does not serve, does not wait to serve and is not stolen. Its ledger
+        entries remain.
         """
         with self.ledger.alone():
             self.ledger.delete(name, why)
@@ -193,7 +194,7 @@ class Pool:
 
     @property
     def serving(self) -> Serving | None:
-        """The serving set; None if there is none."""
+        """The serving set of the pool, or None if no set serves."""
         return self.ledger.serving
 
     @property
@@ -202,7 +203,7 @@ class Pool:
         return self.ledger.ahead
 
     def admit(self, name: str, why: str = "", *, canary: str = "", against: Sequence[str] = ()) -> None:
-        """Admit a candidate, or confirm an admitted set that was judged again.
+        """Record that a candidate is admitted, or that an admitted set was assessed again and remains admitted.
 
         `canary` is the fingerprint of the answers of the set to known inputs, which is verified when the set is loaded.
         `against` are the stolen sets against which it was judged; it may serve only as long as there are no others.
@@ -210,16 +211,17 @@ class Pool:
         self.ledger.admit(name, why, canary=canary, against=against)
 
     def refuse(self, name: str, why: str) -> None:
-        """Refuse a candidate or an admitted set that waits to serve."""
+        """Record that a candidate, or an admitted set that waits to serve, is refused."""
         self.ledger.refuse(name, why)
 
     @property
     def unjudged(self) -> tuple[str, ...]:
-        """Names of the sets in `ahead` that were not judged against all stolen sets."""
+        """Names of the admitted sets that wait to serve, but were not assessed against all stolen sets."""
         return self.ledger.unjudged
 
     def serve(self, name: str, why: str = "", *, unjudged: bool = False) -> Serving:
-        """Let an admitted set with a valid file serve, and retire the serving set, in a single entry.
+        """Make an admitted set with a valid file the serving set, and retire the previous serving set, in a single
+        ledger entry.
 
         Raises `UsageError` for a set that was not judged against all stolen sets, unless `unjudged`.
         """
@@ -236,7 +238,8 @@ class Pool:
         choose: Callable[[Sequence[str]], str] = itemgetter(0),
         unjudged: bool = False,
     ) -> Serving:
-        """Let a set serve that waits: the first admitted one, or the one that `choose` returns.
+        """Make an admitted set that waits the serving set: the first one, or the one that the function `choose`
+        returns.
 
         `choose` receives the names of the waiting sets that were judged against all stolen sets; if there are none and
         `unjudged` is true, those of the other waiting sets. With `epoch`, the swap takes place only if that epoch is
@@ -270,11 +273,12 @@ class Pool:
         )
 
     def retire(self, name: str, why: str = "") -> None:
-        """Retire an admitted set or the serving set. If it serves, no set serves afterwards."""
+        """Retire an admitted set or the serving set of the pool. After the serving set is retired, no set serves."""
         self.ledger.retire(name, why)
 
     def expose(self, name: str, why: str, *, automatic: bool = False) -> None:
-        """List a set as stolen. If it serves, it is replaced at the next swap, and new sets are tested against it.
+        """List a parameter set as stolen. If it is the serving set, it is replaced at the next swap. New sets are
+        tested against it.
 
         `automatic` means that the set is listed because a set made from it was admitted, and not because of a reported
         theft. A later report counts as a new theft.
@@ -282,22 +286,24 @@ class Pool:
         self.ledger.expose(name, why, automatic=automatic)
 
     def answered(self, epoch: int, answers: Mapping[str, int], others: int = 0) -> None:
-        """Add to the numbers of answers in an epoch. `answers` counts them by principal, and only pseudonyms are
-        stored.
+        """Record further numbers of requests that were answered in a period of service, by caller. Only pseudonyms of
+        the callers are stored.
 
         `others` is the number of answers to callers without a name.
         """
         self.ledger.answered(epoch, {self.pseudonym(who): n for who, n in answers.items()}, others)
 
     def pseudonym(self, principal: str) -> str:
-        """Return the pseudonym of a principal, as in `pool.ledger.terms[-1].answers.get(pool.pseudonym("alice"))`."""
+        """Return the pseudonym under which the pool stores a caller, as in
+        `pool.ledger.terms[-1].answers.get(pool.pseudonym("alice"))`.
+        """
         return self.seal.pseudonym(principal, f"{self.manifest['id']}/principal")
 
     # --- other encrypted tensors
 
     def keep(self, name: str, columns: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Encrypt tensors of the pool, such as its generator, and store them under a name. Earlier
-        ones are replaced.
+        """Encrypt tensors, such as those of the pool's generator, and store them in the pool under a name. Earlier
+        tensors of this name are replaced.
         """
         sealed, path = (
             self.seal.seal(column_files.encode(columns, about), bound(self.manifest["id"], name)),
@@ -307,12 +313,12 @@ class Pool:
             write_atomically(path, sealed, PRIVATE)
 
     def kept(self, name: str) -> ColumnFile | None:
-        """Return the tensors stored under a name, or None if there are none."""
+        """Return the tensors that `keep` stored in the pool under a name, or None if there are none."""
         path = self._kept(name)
         return self._unsealed(path, name) if path.exists() else None
 
     def drop(self, name: str) -> None:
-        """Delete the tensors stored under a name, if there are any."""
+        """Delete the tensors that `keep` stored in the pool under a name, if there are any."""
         with self.ledger.alone(), usable(self._kept(name), refusal_in_pool):
             self._kept(name).unlink(missing_ok=True)
 

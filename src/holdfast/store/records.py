@@ -1,4 +1,6 @@
-"""A hash chain in a file with one record per line, and JSON documents. The chain of a run is `chain.jsonl`."""
+"""Reads and writes hash chains, with one record per line of a file, and JSON documents. The chain of a run is
+`chain.jsonl`.
+"""
 
 import json
 import os
@@ -17,30 +19,30 @@ COLUMNS = ".safetensors"
 
 
 class Chain:
-    """A hash chain of records, oldest first, and its file."""
+    """The hash chain of a run: its records, oldest first, and the file that stores them."""
 
     def __init__(self, path: Path, links: list[Link]) -> None:
         self._path, self._links = path, links
 
     @property
     def links(self) -> tuple[Link, ...]:
-        """All records of the chain, oldest first."""
+        """All records of the hash chain, oldest first."""
         return tuple(self._links)
 
     @property
     def head(self) -> str:
-        """Digest of the last record, which identifies the whole run."""
+        """Digest of the last record of the chain. It identifies the whole run."""
         return self._links[-1].digest if self._links else GENESIS
 
     def last(self, kind: str, name: str = "") -> Mapping[str, Any] | None:
-        """Return the content of the newest record of a kind and a name, or None if there is none."""
+        """Return the content of the newest record of the chain with a kind and a name, or None if there is none."""
         for link in reversed(self._links):
             if link.content["kind"] == kind and link.content.get("name", "") == name:
                 return link.content
         return None
 
     def add(self, content: Mapping[str, Any]) -> None:
-        """Append a record to the chain and to its file."""
+        """Append a record to the hash chain and to the file that stores the chain."""
         link = Link(self.head, content)
         with usable(self._path):
             append(self._path, line_of(link))
@@ -48,7 +50,8 @@ class Chain:
 
 
 def read_chain(folder: Path, *, mend: bool) -> Chain:
-    """Return the chain of a run folder. With `mend`, an incomplete last line, which a kill may leave, is removed.
+    """Return the hash chain of the run in a folder. If `mend` is true, an incomplete last line, which may remain after
+    a kill, is removed.
 
     Raises `TargetError` with the first invalid record.
     """
@@ -68,7 +71,7 @@ def read_chain(folder: Path, *, mend: bool) -> Chain:
 
 
 def line_of(link: Link) -> bytes:
-    """Return a record as a line of the file of its chain."""
+    """Return a record of a hash chain as a line of its file."""
     return canonical({"previous": link.previous, "content": link.content, "digest": link.digest}) + b"\n"
 
 
@@ -82,7 +85,7 @@ def read_links(
     noun: str = "record",
     way_out: str = "restore it from a copy",
 ) -> list[Link]:
-    """Return the records in the complete lines of a file.
+    """Return the records of a hash chain from the complete lines of its file, after verification.
 
     The first record must have the number `first`, and `previous` is the digest of the record before it. `check` raises
     a `ValueError`, `KeyError` or `TypeError` for invalid content. Raises `TargetError` with the first invalid record.
@@ -122,17 +125,17 @@ def _refuse_outside(content: Mapping[str, Any]) -> None:
 
 
 def document(content: object) -> bytes:
-    """Return content as the bytes of a JSON document, sorted and indented, so that equal content gives equal bytes."""
+    """Return JSON content as the bytes of a sorted and indented document. Equal content gives equal bytes."""
     return (json.dumps(content, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file, which must be an object."""
+    """Return the content of a JSON file. Raises `TargetError` if it is not a JSON object."""
     return parsed(path, content_of(path))
 
 
 def parsed(path: Path, data: bytes) -> dict[str, Any]:
-    """Return the content of a JSON document, which must be an object. Raises `TargetError` for any other content."""
+    """Return the JSON object that the bytes of a file contain. Raises `TargetError` for any other content."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Conversion of documents of runs that were written with schema 1 to the keys of schema 2.
+"""Converts documents of runs that an earlier version wrote with schema 1 to the keys of schema 2.
 
 Such runs can be read, compared and used as a baseline, but not resumed. The files themselves are never changed.
 """
@@ -24,7 +24,7 @@ Json = dict[str, Any]
 
 
 def manifest_of_schema_1(content: Json) -> Json:
-    """Return the content of a `run.json` of schema 1 with the keys of schema 2; its `schema_version` stays 1."""
+    """Return the content of a `run.json` of schema 1 with the keys of schema 2. Its `schema_version` remains 1."""
     content = _renamed(content, {"others": "other_data"})
     config, notes = content.get("config"), content.get("notes")
     if not isinstance(config, Mapping) or not isinstance(config.get("stages"), list):
@@ -41,7 +41,9 @@ def manifest_of_schema_1(content: Json) -> Json:
 
 
 def document_of_schema_1(kind: str, content: Json) -> Json:
-    """Return the content of a document of schema 1 with the keys of schema 2. `kind` is the kind of document."""
+    """Return the content of a run document of schema 1 with the keys of schema 2. `kind` is the kind of document, such
+    as `doubts`.
+    """
     return _DOCUMENTS.get(kind, dict)(content)
 
 

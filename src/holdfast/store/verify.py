@@ -1,5 +1,5 @@
-"""Verification that a run folder matches its hash chain, and that a pool matches its ledger, with
-or without its key.
+"""Verifies that a run folder matches its hash chain, and that a pool matches its ledger, with or without the key of the
+pool.
 """
 
 import re
@@ -36,7 +36,7 @@ from holdfast.store.records import CHAIN, Chain, document, read_chain, read_docu
 
 @dataclass(frozen=True)
 class VerifiedPool:
-    """The result of the verification of a pool that is valid."""
+    """The result of the verification of a pool in which no fault was found."""
 
     head: str
     """digest of the last entry of the ledger"""
@@ -49,7 +49,8 @@ class VerifiedPool:
 
 
 def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
-    """Verify the ledger of a pool and, if its key is available, every entry and every set.
+    """Verify the ledger of a pool. If the key of the pool is available, the authentication of every entry and every
+    parameter set is verified as well.
 
     Raises `TargetError` with the first fault. `expect_head` is an earlier head of the ledger, which the ledger must
     contain.
@@ -132,7 +133,7 @@ _MOST_NOTES = 20
 
 @dataclass(frozen=True)
 class Verified:
-    """The result of the verification of a run folder that is valid."""
+    """The result of the verification of a run folder in which no fault was found."""
 
     head: str
     """digest of the last record; a copy of it that is stored elsewhere distinguishes this run from any other"""
@@ -145,8 +146,8 @@ class Verified:
 
 
 def verify(path: Path) -> Verified:
-    """Verify the hash chain of a run folder and the digests of all its files. Raises `TargetError` with the first
-    fault.
+    """Verify the hash chain of a run folder and the digests of all its files. Raises `TargetError` with the first fault
+    that is found.
 
     Files outside the chain (times, hosts, attempts, reports) are not verified. A file that is in no record is refused
     if its name is that of evidence; otherwise the notes mention it.

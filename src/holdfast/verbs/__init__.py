@@ -1,3 +1,3 @@
-"""Runs of the verbs, which can be resumed: they divide the work, call the lower layers, store the measurements, and
-judge the gates.
+"""The verbs, such as assess and harden. Each runs in steps that can be resumed: it divides the examples into shards,
+stores the measurements and judges the gates.
 """

@@ -1,5 +1,5 @@
-"""The assess verb, from the request to the result: checks the inputs, runs the attacks and the probes, and judges the
-gates.
+"""The verb assess, from the request to the result: it checks the inputs, runs the attacks and the probes, and judges
+the gates.
 """
 
 import math
@@ -74,7 +74,7 @@ def assess(
     again: str = "",
     notify: Notify = ignore,
 ) -> Result:
-    """Measure how robust a model is, and judge its gates.
+    """Measure how robust a model is under attacks, and judge the gates of the request.
 
     With `run`, all results are written to that folder. With `resume`, an interrupted run in that folder is continued,
     and the stored result of a finished run is returned. `again` is the command that resumes the run that contains this
@@ -146,7 +146,9 @@ class _Job:
 
     @contextmanager
     def executor(self, opening: Opening) -> Iterator[Executor]:
-        """Yield the executor: this process, or the requested number of worker processes."""
+        """Context manager that yields the executor of the shards: this process, or the requested number of worker
+        processes.
+        """
         if self.request.workers is None:
             yield Inline(ShardMeasure(self.plan, self.target, self.data, self.device, self.served))
             return
@@ -159,7 +161,9 @@ class _Job:
             yield workers
 
     def run(self, store: Store, executor: Executor, stopper: Stopper, progress: Progress) -> Run:
-        """The run over a store. Time that earlier attempts spent is taken from the budget."""
+        """Create the run whose results are written to a store. The time that earlier attempts used is subtracted from
+        the time budget.
+        """
         work, budget_s = self.manifest["plan"], self.request.time_budget_s
         spent_s = sum(store.spent(name).wall for name in work["stages"])
         return Run(
@@ -175,12 +179,12 @@ class _Job:
         )
 
     def settle(self, stage: str, shard: int | None) -> None:
-        """Delete journaled answers of a server for a shard or stage whose results are stored."""
+        """Delete the stored answers of a model server for a shard or stage whose results are stored."""
         if self.served is not None:
             self.served.sent.done(stage, shard)
 
     def measurement(self, run: Run) -> Measurement:
-        """The state that the stages of the run share."""
+        """Return the state that all stages of the run share: the plan, the models and the data."""
         fit = learning_examples(self.plan, self.target, self.data, self.request.fit)
         across = paired_sets(self.plan, self.data, self.request.across)
         sets = {"fit": () if fit is None else (fit,), "across": across}
@@ -189,7 +193,8 @@ class _Job:
     def doubted(
         self, measurement: Measurement, by_stage: dict[str, Columns], missed: Sequence[str]
     ) -> Mapping[str, Any]:
-        """Measure and store the doubts, with notes on what time did not allow, unless they are stored already.
+        """Measure and store the doubts, with notes on the probes for which there was no time. If the doubts are already
+        stored, they are returned unchanged.
 
         Adversarial examples of the probes are added to `by_stage`.
         """
@@ -225,7 +230,7 @@ class _Job:
     def adapted(
         self, measurement: Measurement, by_stage: dict[str, Columns], asked: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Run the adaptive attacks that the doubts require, and record which those are and why."""
+        """Run the adaptive attacks that the doubts require, and record which doubts require each attack."""
         doubts = tuple(map(doubt_from_json, asked["doubts"]))
         members = {member.name for member in self.plan.adaptive}
         because = called([arm for arm in arms(self.plan.threat.constraint) if arm.name in members], doubts)
@@ -249,7 +254,9 @@ class _Job:
         asked: Mapping[str, Any],
         adapted: Mapping[str, Any] | None,
     ) -> Evidence:
-        """The evidence, from the columns of the stages, the doubts and the adaptive attacks."""
+        """Return the evidence of the run, which consists of the columns of the stages, the doubts and the results of
+        adaptive attacks.
+        """
         if self.served is not None:
             finish(self.served)
         sent = None if self.served is None else self.served.sent.totals
@@ -257,13 +264,15 @@ class _Job:
         return evidence_of(self.manifest, by_stage, asked, seconds, adapted, sent)
 
     def adversarial(self, by_stage: Mapping[str, Columns], asked: Mapping[str, Any]) -> Columns:
-        """The adversarial inputs that the run stores."""
+        """Return the adversarial examples that the run stores."""
         attacks = [stage.name for stage in self.plan.stages() if stage.kind.in_suite]
         counted = counted_passes(self.manifest, by_stage, asked)
         return adversarial(by_stage, attacks, counted, smallest=self.plan.smallest)
 
     def attackers(self, run: Run, evidence: Evidence) -> Mapping[str, Any] | None:
-        """Measure the table of attackers of a model with rotation; each row is recorded when it is done."""
+        """Measure the success rates of all attackers of a model with rotation. The result for each attacker is stored
+        as soon as it is measured.
+        """
         stored, keep = run.store.document(ROTATION), partial(run.record, ROTATION)
         if self.request.attackers is None or (stored is not None and stored["complete"]):
             return stored
@@ -275,7 +284,9 @@ class _Job:
     def judged(
         self, evidence: Evidence, stored: Mapping[str, Any] | None
     ) -> tuple[tuple[Judgement, ...], Mapping[str, str]]:
-        """Judge the gates; return them with the accepted doubts. If neither is given, the stored ones are used."""
+        """Judge the gates, and return them with the accepted doubts. If the request contains neither, those of the
+        stored run are used.
+        """
         request, claims, accepted = self.request, self.request.gates, self.request.accepted
         if stored is not None:
             before = tuple(map(judgement_from_json, stored["gates"]))
@@ -287,7 +298,9 @@ class _Job:
         return tuple(judge(claim, evidence, doubts, baseline=request.baseline) for claim in claims), accepted
 
     def expected(self, served: Served) -> str:
-        """The message on how many rows the run sends, and how many were sent before a stop."""
+        """Return a message with the number of rows that the run is expected to send to the model server, and the number
+        that earlier attempts sent.
+        """
         work = self.manifest["plan"]
         rows = expected_of(self.request, self.plan, self.target, len(self.data), work, opening=served.opening)
         earlier = served.sent.earlier

@@ -1,4 +1,4 @@
-"""Training of one attempt of a hardening, within its budget and in batches that fit into memory."""
+"""Trains one attempt of a hardening, i.e. one recipe, within its time budget and in batches that fit into memory."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -25,7 +25,7 @@ from holdfast.verbs.training import BEST, LAST, Point
 
 @dataclass(frozen=True)
 class AttemptTraining:
-    """Trains a copy of a model with the recipe of an attempt."""
+    """Trains a copy of the model with the recipe of one attempt of a hardening."""
 
     subject: Subject
     trainer: Trainer
@@ -36,7 +36,9 @@ class AttemptTraining:
     clock: Clock
 
     def trained(self, place: Path, candidate: Candidate, attempt: Mapping[str, Any], run: Run) -> Made:
-        """Train in the folder `place` until the training is finished, and return the model of the best checkpoint."""
+        """Train until the training is finished, with checkpoints in the folder `place`, and return the model of the
+        best checkpoint.
+        """
         curve = self._curve(place, candidate, attempt, run)
         best, last = training.kept(place, BEST), training.kept(place, LAST)
         assert best is not None and last is not None

@@ -1,4 +1,4 @@
-"""Candidate recipes for a training, and the choice among them within a budget."""
+"""Candidate recipes of a hardening, and the choice among them within a time budget."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ _PLANNING = 0.1  # share of the budget after which no stronger recipe is timed
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluation of a model on held-out examples."""
+    """Function that evaluates a model on held-out examples, with the number of available examples."""
 
     examples: int
     """number of available held-out examples"""
@@ -35,7 +35,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe that may be chosen for the training of a hardening."""
+    """A recipe that a hardening may choose for its training, with its settings."""
 
     name: str
     recipe: Recipe
@@ -46,7 +46,7 @@ class Candidate:
     results"""
 
     def per_epoch(self, examples: int) -> int:
-        """Return the number of updates in an epoch over `examples` training examples."""
+        """Return the number of updates of this recipe in an epoch of `examples` training examples."""
         return updates(examples, self.recipe.training.batch)
 
 
@@ -60,7 +60,9 @@ class _Planned:
     epochs: float
 
     def attempt(self, reason: str) -> dict[str, Any]:
-        """The entry of this candidate in the plan of the run."""
+        """Return this candidate recipe as an entry of the stored plan, with its epochs, its measured times and the
+        reason for the choice.
+        """
         return {
             "recipe": self.candidate.name,
             "epochs": self.epochs,
@@ -81,7 +83,8 @@ def attempts(
     look: Evaluation,
     clock: Clock = time.perf_counter,
 ) -> tuple[list[dict[str, Any]], float]:
-    """Return the attempts in the order in which they are tried, and the seconds that this planning took.
+    """Choose the recipes of a hardening that fit into the time budget. Return them in the order in which they are
+    trained, and the seconds that the planning took.
 
     `candidates` are ordered from the fastest to the strongest. The first attempt is the strongest candidate whose
     required epochs fit into the budget that remains after the planning. The later attempts are the stronger candidates
@@ -166,8 +169,8 @@ def _looked(look: Evaluation, budget_s: float, clock: Clock) -> tuple[float, int
 
 
 def announced(attempt: Mapping[str, Any], budget_s: float | None, n: int) -> str:
-    """Return the message before a training: its recipe, its epochs, and that the assessment is not
-    part of the budget.
+    """Return the message that is shown before a training: its recipe, its epochs, and that the assessment is not part
+    of the time budget.
     """
     of = (
         ""

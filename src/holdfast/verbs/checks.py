@@ -1,4 +1,4 @@
-"""Checks of model, data, threat model and gates before a measurement, and the choice of the batch size."""
+"""Checks the model, the data, the threat model and the gates before a measurement, and chooses the batch size."""
 
 import math
 import os
@@ -38,9 +38,7 @@ strides."""
 
 
 def batch_size_for(features: int, device: str) -> int:
-    """Return a batch size for inputs of `features` values that uses the device well; it is halved later if memory runs
-    out.
-    """
+    """Return a batch size for inputs of `features` values on a device. The run halves it if memory runs out."""
     kind = torch.device(device).type
     values, most = (_VALUES, 256) if kind == "cpu" else (_ACCELERATED, 2048)
     return max(8, min(most, 1 << max(0, (values // max(features, 1)).bit_length() - 1)))
@@ -48,7 +46,7 @@ def batch_size_for(features: int, device: str) -> int:
 
 @contextmanager
 def enough_threads(model: nn.Module, x: Tensor) -> Iterator[None]:
-    """Context manager that uses one thread for a network that is too small to benefit from more.
+    """Context manager in which torch uses one thread for a network that is too small to benefit from more.
 
     For a small network, the synchronisation of threads at every layer costs more than the threads gain, especially on a
     busy machine. The number of threads is restored on exit. If the user set `OMP_NUM_THREADS`, the number is not
@@ -70,7 +68,7 @@ def refuse_data(data: Data) -> None:
 
 
 def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) -> None:
-    """Raise `UsageError` if the threat model does not fit the model or the inputs.
+    """Raise `UsageError` if the threat model is not possible for the model or its inputs.
 
     For example, eps must not exceed the size of the bounds, and the target class must be a class of the model.
     """
@@ -94,8 +92,8 @@ def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) 
 
 
 def slight(constraint: Constraint, bounds: Bounds, features: int) -> tuple[str, ...]:
-    """Return a note if eps is smaller than a tenth of an 8-bit pixel step, because it was probably meant for other
-    bounds.
+    """Return a note for the report if eps is so small that it was probably meant for other bounds: less than a tenth of
+    an 8-bit pixel step.
 
     Returns an empty tuple otherwise.
     """
@@ -116,7 +114,7 @@ def refuse_batch(
     whole: Data | Batch | None = None,
     remote: bool = False,
 ) -> None:
-    """Raise `TargetError` unless inputs are floats inside the bounds and labels are valid classes.
+    """Raise `TargetError` unless all inputs are floats inside the bounds and all labels are valid classes.
 
     The message contains the range of the labels of `whole`, of which the batch is a part. `remote` states whether the
     model runs on a server.
@@ -166,7 +164,8 @@ def _outside(x: Tensor, low: Tensor, high: Tensor, name: str) -> str:
 
 
 def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Batch) -> None:
-    """Raise `UsageError` for a gate whose metric the plan does not measure; the message states what would measure it.
+    """Raise `UsageError` for a gate whose metric the planned stages do not measure. The message states which setting
+    would measure it.
 
     Gates against a baseline are not checked, because the examples that both runs have in common are known only at the
     end.

@@ -1,4 +1,4 @@
-"""Conversion of the parts of evidence that are not columns to strict JSON and back."""
+"""Converts the parts of the evidence that are not columns, such as doubts and judged gates, to strict JSON and back."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ VERDICT = "verdict"
 
 
 def outline_to_json(outline: Outline) -> Json:
-    """Return the outline of a run, i.e. its stages, threat model, seed and suite, as strict JSON."""
+    """Return the outline of a run as strict JSON: its stages, threat model, seed and suite."""
     constraint = outline.threat.constraint
     return {
         "stages": [
@@ -57,7 +57,9 @@ def outline_to_json(outline: Outline) -> Json:
 
 
 def outline_from_json(content: Mapping[str, Any]) -> Outline:
-    """Return the outline whose JSON is `content`; inverse of `outline_to_json`."""
+    """Return the outline of a run, such as its stages and threat model, from its JSON. It is the inverse of
+    `outline_to_json`.
+    """
     threat = content["threat"]
     return Outline(
         tuple(
@@ -102,7 +104,7 @@ def _constraint(threat: Mapping[str, Any]) -> Constraint:
 
 
 def doubt_to_json(doubt: Doubt) -> Json:
-    """Return a doubt as strict JSON."""
+    """Return a doubt, with its state and its measured value, as strict JSON."""
     return {
         "name": doubt.name,
         "state": doubt.state,
@@ -114,7 +116,7 @@ def doubt_to_json(doubt: Doubt) -> Json:
 
 
 def doubt_from_json(content: Mapping[str, Any]) -> Doubt:
-    """Return the doubt whose JSON is `content`; inverse of `doubt_to_json`."""
+    """Return the doubt that the JSON `content` describes. It is the inverse of `doubt_to_json`."""
     return Doubt(
         content["name"],
         content["state"],
@@ -147,7 +149,7 @@ def judgement_to_json(judgement: Judgement) -> Json:
 
 
 def judgement_from_json(content: Mapping[str, Any]) -> Judgement:
-    """Return the judged gate whose JSON is `content`; inverse of `judgement_to_json`."""
+    """Return the judged gate that the JSON `content` describes. It is the inverse of `judgement_to_json`."""
     seen = content["estimate"]
     estimate = Estimate(number(seen["value"]), number(seen["low"]), number(seen["high"]), seen["n"])
     doubts, scope = tuple(content["open_doubts"]), content.get("scope")
@@ -166,8 +168,8 @@ def verdict_to_json(judgements: Sequence[Judgement], accepted: Mapping[str, str]
 def doubts_to_json(
     findings: Findings, probes: Probes, cost: Cost, remarks: Sequence[str], splits: Sequence[Split]
 ) -> Json:
-    """Return the content of `doubts.json`: doubts, examples that probes broke, cost of the probes, and notes on the
-    run.
+    """Return the content of `doubts.json`: the doubts, the examples that the probes broke, the cost of the probes, and
+    notes on the run.
     """
     return {
         "doubts": [doubt_to_json(doubt) for doubt in findings.doubts],

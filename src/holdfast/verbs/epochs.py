@@ -1,4 +1,6 @@
-"""Epochs of one training. After each epoch the model is evaluated on held-out examples and saved."""
+"""Trains a model epoch by epoch. After each epoch the model is evaluated on held-out examples and saved as a
+checkpoint.
+"""
 
 import time
 from collections.abc import Iterator
@@ -32,7 +34,9 @@ NOTHING: Any = None
 
 @dataclass(frozen=True)
 class TrainingStart:
-    """Message that the first process sends to the other processes before a training."""
+    """Message with the settings of a training, which the first process sends to the other processes of a distributed
+    training.
+    """
 
     name: str
     """name of the candidate"""
@@ -45,7 +49,7 @@ class TrainingStart:
 
 @dataclass(frozen=True)
 class Trainer:
-    """A model, its training examples, and the held-out examples on which its checkpoints are evaluated."""
+    """Trains a model, with the training examples and the held-out examples on which its checkpoints are evaluated."""
 
     model: Classifier
     rest: Batch
@@ -57,8 +61,8 @@ class Trainer:
     clock: Clock = field(default=time.perf_counter)
 
     def begun(self, recipe: Recipe, after: Checkpoint | None) -> Iterator[Checkpoint]:
-        """Return an iterator over the checkpoints of a recipe; no update is made before the first checkpoint is
-        requested.
+        """Return an iterator over the checkpoints of a training with a recipe. The training makes no update before the
+        first checkpoint is requested.
         """
         return recipe(self.model, self.rest, self.threat, rng=Draws(self.seed), after=after)
 
@@ -69,8 +73,8 @@ class Trainer:
         how: Training,
         run: Run,
     ) -> tuple[Point, ...]:
-        """Train from the last saved checkpoint on, and return the curve, which has one point for each epoch from the
-        first on.
+        """Continue the training from the last saved checkpoint until it ends. Return the training curve, which has one
+        point for each epoch.
         """
         last = training.kept(place, LAST)
         curve = () if last is None else last.curve
@@ -105,7 +109,7 @@ class Trainer:
         return curve
 
     def follow(self, candidate: Candidate, message: TrainingStart) -> None:
-        """Take part in a training in a process that is not the first."""
+        """Take part in a distributed training as a process other than the first, which saves no checkpoints."""
         try:
             how = replace(message.how, pacing=_planned_elsewhere if message.paced else None)
             for _ in self.begun(trained_as(candidate.recipe, how), message.after):
@@ -137,7 +141,9 @@ EndedBy = Literal["epochs", "budget", "patience"]
 
 
 def ended_by(last: Checkpoint, curve: tuple[Point, ...], how: Training) -> EndedBy | None:
-    """Return the reason why a training ends with the checkpoint `last`, or None if it continues."""
+    """Return the reason why a training ends with the checkpoint `last`, such as an exhausted budget, or None if it
+    continues.
+    """
     if _stale(curve, how):
         return "patience"
     if last.plans:

@@ -1,4 +1,4 @@
-"""Builds the evidence of a run from its stored artefacts, right after the run and when a stored run is opened."""
+"""Computes the evidence of a run from its stored artefacts, at the end of the run and when a stored run is opened."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -36,10 +36,10 @@ TUNING = "fine-tuning"
 
 
 def counted(kind: StageKind, stage: StoredStage, by_stage: Mapping[str, Columns]) -> Columns | None:
-    """Return the columns of a stage for all examples.
+    """Return the columns of a stage for all examples, or None if time ran out during a stage that is not an attack of
+    the suite.
 
-    If time ran out during an attack of the suite, the examples that it did not reach count as not attacked. If time ran
-    out during any other stage, returns None.
+    If time ran out during an attack of the suite, the examples that it did not reach count as not attacked.
     """
     if stage.reached is None:
         return stage.columns
@@ -54,7 +54,7 @@ def evidence_of(
     adapted: Mapping[str, Any] | None = None,
     sent: Totals | None = None,
 ) -> Evidence:
-    """Return the evidence of a run.
+    """Return the evidence of a run, computed from its manifest, the columns of its stages and its doubts.
 
     `manifest` is the content of `run.json`, `by_stage` the columns of each stage, `asked` the document of the doubts,
     `adapted` that of the adaptive attacks, and `seconds` the times of the stages. `sent` counts what a run on a served
@@ -91,16 +91,19 @@ def _scope(asked: Mapping[str, Any]) -> dict[str, Any]:
 def counted_passes(
     manifest: Mapping[str, Any], by_stage: Mapping[str, Columns], asked: Mapping[str, Any]
 ) -> tuple[Pass, ...]:
-    """Return the passes outside the suite whose adversarial examples count towards robust accuracy."""
+    """Return the measurements outside the suite, such as probes, whose adversarial examples count towards robust
+    accuracy.
+    """
     if "probes" not in asked:
         return ()
     return passes(outline_from_json(manifest["config"]), by_stage, asked["probes"])
 
 
 def with_attackers(evidence: Evidence, found: Mapping[str, Any] | None) -> Evidence:
-    """Return the evidence, extended by the doubt, the verdict and the notes of the table of attackers `found`.
+    """Add to the evidence what was measured about attackers of a model with rotation: the doubt, the verdict and the
+    notes.
 
-    Returns `evidence` unchanged if there is no table or it is not complete.
+    Returns `evidence` unchanged if these measurements, `found`, are None or not complete.
     """
     if found is None or not found["complete"]:
         return evidence
@@ -150,14 +153,14 @@ def _round(adapted: Mapping[str, Any], arm: str) -> tuple[str, ...]:
 
 
 def enumerated(names: Sequence[str]) -> str:
-    """Return the names joined with commas and "and", as in `a, b and c`."""
+    """Return the names as one string, joined with commas and "and", such as `a, b and c`."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def adversarial(
     by_stage: Mapping[str, Columns], stages: Sequence[str], counted: Sequence[Pass], *, smallest: bool
 ) -> dict[str, Tensor]:
-    """Return the stored adversarial input of each broken example as the columns `id` and `x`.
+    """Return one stored adversarial input for each broken example, as the columns `id` and `x`.
 
     If several passes broke an example, the input is that of the first pass or, with `smallest`, that with the smallest
     change. `stages` are the names of the attacks in their order; the passes in `counted` follow them.

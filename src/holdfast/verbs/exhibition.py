@@ -1,4 +1,6 @@
-"""Measures the models of the gallery with PGD and with adaptive attacks, and records which doubts are raised."""
+"""Measures the models of the gallery, whose defences are known to be weak, with PGD and with adaptive attacks, and
+records which doubts are raised.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +29,9 @@ SOUND = "standard"
 
 @dataclass(frozen=True)
 class Exhibit:
-    """Measurements of one model of the gallery."""
+    """The measurements of one model of the gallery: its accuracies under several evaluations, and the doubts that were
+    raised.
+    """
 
     name: str
     source: str
@@ -54,7 +58,7 @@ def exhibits(
     *,
     seed: int = 0,
 ) -> Iterator[Exhibit]:
-    """Build each item of the gallery on the training digits, measure it on `data`, and yield its measurements."""
+    """Build each model of the gallery from the training digits, measure it on `data`, and yield the measurements."""
     twin, sound = undefended(training), dict[float, Result]()
     for item in items:
         model = item.build(training, twin)
@@ -81,7 +85,7 @@ def exhibits(
 
 
 def raised(result: Result) -> tuple[str, ...]:
-    """Return the names of the doubts that were raised, including those that were answered."""
+    """Return the names of the doubts that an assessment raised, including those that an adaptive attack answered."""
     return tuple(doubt.name for doubt in result.doubts if doubt.state in ("raised", "answered"))
 
 
@@ -95,7 +99,7 @@ def assessed_net(
     doubts: DoubtsWanted = "none",
     adaptive: bool = False,
 ) -> Result:
-    """Return the assessment of a network with the attacks `members`, in the ball of radius `eps` in the norm Linf.
+    """Return the assessment of a network with the attacks `members`, within an Linf ball of radius `eps`.
 
     With `adaptive`, the adaptive attacks that the raised doubts call for are run as well.
     """

@@ -1,4 +1,6 @@
-"""Number of rows that a run sends to a server, before the run: upper bounds, and an estimate from a few examples."""
+"""Computes before a run how many rows it will send to a model server: upper bounds, and an estimate from a few
+examples.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,7 +29,9 @@ from holdfast.verbs.served import served_by
 
 @dataclass(frozen=True)
 class ExpectedRows:
-    """Upper bounds on the rows that are sent to a server, by purpose."""
+    """Upper bounds on the numbers of rows that a run sends to a model server, separately for clean inputs, attacks,
+    doubts and the judging of attacked inputs.
+    """
 
     clean: int
     """rows of clean inputs, including those for the inspection of the model before the run"""
@@ -41,12 +45,12 @@ class ExpectedRows:
 
     @property
     def total(self) -> int:
-        """Sum of the rows of all purposes."""
+        """Upper bound on the number of rows that a run sends to a model server for all purposes together."""
         return self.clean + self.attacks + self.doubts + self.judging
 
     @property
     def says(self) -> str:
-        """Total number of rows and its parts as a sentence.
+        """Sentence that states the total number of rows that a run sends to a model server, and its parts.
 
         >>> ExpectedRows(57, 6_000, 2_000, 226).says
         'at most 8,283 rows to the server, if it refuses none: 57 clean, 6,000 attacks, 2,000 doubts, 226 judging'
@@ -81,7 +85,8 @@ def expected_rows(
     openings: int = 1,
     opening: int = 0,
 ) -> ExpectedRows:
-    """Return upper bounds on the rows that a run of the plan on `n` examples sends, including the padding of batches.
+    """Return upper bounds on the numbers of rows that a run on `n` examples sends to a model server. The padding of
+    batches is included.
 
     `right` is the number of correctly classified examples, on which attacks are run; None means all. `gates` states
     whether gates are first tested on a few examples. `others` contains the size of each further data set for the
@@ -111,7 +116,8 @@ def expected_of(
     right: int | None = None,
     opening: int = 0,
 ) -> ExpectedRows:
-    """Return the result of `expected_rows` for a run whose shards and batch size are in `cut`.
+    """Return upper bounds on the numbers of rows that a run with given shards and a given batch size sends to a model
+    server.
 
     `cut` is the entry `plan` of the manifest of the run.
     """
@@ -192,7 +198,7 @@ _SAME = 1e-4
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """Expected number of rows of a run on a served model, and the number of rows that were sent for the estimate."""
+    """Expected number of rows that a run sends to a model server, and the number sent to estimate it."""
 
     n: int
     """number of examples of the run"""
@@ -212,7 +218,7 @@ class Rehearsed:
 
 
 def rehearsed(subject: Subject, data: Data, order: AssessRequest, counted: Look) -> Rehearsed:
-    """Return an estimate of the rows that a run sends to the server.
+    """Estimate how many rows a run will send to a model server, by measuring a few examples.
 
     `counted` limits and counts the rows that are sent for the estimate. Raises the same errors as the run itself.
     """

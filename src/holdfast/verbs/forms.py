@@ -1,4 +1,6 @@
-"""Schemas of `run.json` and of the documents of a run. Files are validated against them when they are read."""
+"""Schemas of `run.json` and of the other JSON documents of a run. The files are validated against them when they are
+read.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,7 +127,7 @@ ASKED = record(
 
 @contextmanager
 def consistent(path: Path) -> Iterator[None]:
-    """Context manager that raises `TargetError` if the files of a run are inconsistent with each other.
+    """Context manager that raises `TargetError` if the files of a run contradict each other.
 
     Each file may be valid alone and still not match the others, such as a column that is missing or too short.
     """

@@ -1,4 +1,6 @@
-"""The harden verb: measure, train a new model within a budget, choose a checkpoint, and measure again."""
+"""The verb harden: it measures a model, trains a robust copy within a time budget, chooses the best checkpoint, and
+measures the new model.
+"""
 
 import time
 from contextlib import ExitStack
@@ -67,7 +69,7 @@ def harden(
     notify: Notify = ignore,
     clock: Clock = time.perf_counter,
 ) -> Hardened:
-    """Train a copy of the model to be robust under a threat model. The training can be resumed from the folder `run`.
+    """Train a copy of a model to be robust under a threat model. The training can be resumed from the folder `run`.
 
     Without `run`, a temporary folder is used and deleted at the end; if the training is stopped, that folder is kept
     and the error states its path. Under torchrun, the processes train together, the first one evaluates and writes, and
@@ -184,7 +186,7 @@ class _Job:
         return {"attempts": tried, "budget_s": request.budget_s, "planning_s": spent_s, "stages": STAGES}
 
     def lead(self, *, resume: bool) -> Hardened:
-        """Perform all steps that are not done yet, and return the result."""
+        """Perform all steps of the hardening that are not yet stored, as the first process, and return the result."""
         with (
             stoppable(self.again) as stopper,
             open_run_folder(
@@ -213,7 +215,7 @@ class _Job:
         return result
 
     def follow(self) -> Hardened:
-        """Take part as a process other than the first, until the new model is done."""
+        """Take part in a distributed hardening as a process other than the first, until the new model is finished."""
         while True:
             message: TrainingStart | Hardened = distributed.broadcast(NOTHING)
             if isinstance(message, Hardened):

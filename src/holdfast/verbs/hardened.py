@@ -1,4 +1,4 @@
-"""The result of a hardening: the new model, its card, and its measurements before and after."""
+"""The result of a hardening: the new model, its model card, and the measurements before and after."""
 
 import hashlib
 import shlex
@@ -34,7 +34,7 @@ MODEL = "model.safetensors"
 
 @dataclass(frozen=True)
 class Hardened:
-    """A new model, its training, and measurements of the original model and the new one."""
+    """The result of a hardening: the new model, its training, and the measurements of the original and new models."""
 
     model: Classifier
     before: Result
@@ -48,7 +48,8 @@ class Hardened:
     folder: Path | None = None
 
     def write(self, folder: str | Path) -> Path:
-        """Write `model.safetensors`, `card.md`, `card.json` and `curve.svg` to a folder, and return its path.
+        """Write the weights, the card and the training curve of the new model to a folder. Return the path of the
+        folder.
 
         The folder is created if it does not exist. On the card, the command that opens the model contains `folder` as
         given.
@@ -65,7 +66,7 @@ class Hardened:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes on the training for the reader of a report."""
+        """Notes on the training of the new model for the report."""
         return tuple(self.card["notes"])
 
     def __str__(self) -> str:
@@ -80,7 +81,7 @@ class Hardened:
 
 @dataclass(frozen=True)
 class Made:
-    """A model trained by one candidate."""
+    """A model that was trained with one candidate recipe of a hardening, and the course of its training."""
 
     candidate: Candidate
     attempt: Mapping[str, Any]
@@ -95,13 +96,15 @@ class Made:
 
     @property
     def epochs(self) -> float:
-        """Number of epochs that were trained; an integer if the last epoch is complete."""
+        """Number of epochs for which the model was trained. It is an integer if the last epoch is complete."""
         epochs = self.curve[-1].epochs
         return int(epochs) if epochs == int(epochs) else epochs
 
 
 def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata of the weights file: how to open the model, and the digest of the training."""
+    """Return the metadata that is written to the weights file of a hardened model: how the model is opened, and the
+    digest of its training.
+    """
     known = {key: subject.card[key] for key in ("architecture", "arguments") if key in subject.card}
     said = {
         key: subject.card[key]
@@ -119,7 +122,7 @@ def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str,
 
 
 def digest_of_weights(checkpoint: Checkpoint) -> str:
-    """Return the SHA-256 over names, types, shapes and values of all tensors of a checkpoint, in hex."""
+    """Return the SHA-256 of the names, types, shapes and values of all tensors of a checkpoint, in hex."""
     sha = hashlib.sha256()
     for name, value in sorted(checkpoint.tensors.items()):
         sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -128,7 +131,7 @@ def digest_of_weights(checkpoint: Checkpoint) -> str:
 
 
 def timeless(card: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a card without its times and its command, which may differ between two equal runs."""
+    """Return a model card without its times and its command line, which may differ between two equal runs."""
     points = [_timeless_point(point) for point in card["curve"]]
     kept = {name: value for name, value in card.items() if name not in {"cost", "command"}}
     return {
@@ -149,7 +152,7 @@ def card_of(
     manifest: Mapping[str, Any],
     said: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the card of the best trained model.
+    """Return the model card of the best model that a hardening trained.
 
     `made` are all trained models and `best` is one of them. `sides` are the results before and after the training.
     `said` contains the entries of the card that come from the request.
@@ -232,8 +235,8 @@ def _placed(command: str, folder: Path) -> str:
 
 
 def opened_by(opens: str, data: str) -> str:
-    """Return the command that assesses the new model. If the data have no single name, the user replaces the word
-    `DATA` in it.
+    """Return the command line that assesses the new model. It contains the placeholder `DATA` if the data cannot be
+    named in one word.
     """
     return f"holdfast assess {MODEL} {'DATA' if ' ' in data else data} {opens}".rstrip()
 

@@ -1,5 +1,5 @@
-"""Held-out examples, on which the best checkpoint is chosen, and removal of test examples from the
-training examples.
+"""Separates held-out examples, on which the best checkpoint is chosen, and removes test examples from the training
+examples.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _NAMED = 3  # duplicates that a message names
 
 @dataclass(frozen=True)
 class TrainingExamples:
-    """The training examples, and the held-out examples on which the best checkpoint is chosen."""
+    """The training examples of a hardening, and the held-out examples on which the best checkpoint is chosen."""
 
     rest: Batch
     held: Batch
@@ -40,7 +40,8 @@ class TrainingExamples:
 
 
 def examples_of(data: Batch, excluded: Data, seed: int, classes: int) -> TrainingExamples:
-    """Split `data` into training examples and held-out ones, after removing all inputs that are in `excluded`.
+    """Split `data` into training examples and held-out examples, after removing all inputs that also occur in
+    `excluded`.
 
     `excluded` contains the test examples. Raises an error if a class has no training example left.
     """
@@ -55,7 +56,8 @@ def examples_of(data: Batch, excluded: Data, seed: int, classes: int) -> Trainin
 
 
 def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVERY) -> tuple[Batch, Batch]:
-    """Split labelled examples into training examples and held-out ones. The split is determined by the seed.
+    """Split labelled examples into training examples and held-out examples at random. The split is determined by the
+    seed.
 
     At least one example of each class stays in the training examples. At most `most` examples are held out, and at most
     one in `every`. Raises `UsageError` if fewer than 50 would be held out.
@@ -78,7 +80,9 @@ def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVE
 
 
 def looked_at(model: Classifier, held: Batch, threat: ThreatModel) -> tuple[float, float]:
-    """Return the clean accuracy on the held-out examples, and the accuracy under the attack `LOOK`."""
+    """Return the clean accuracy of a model on the held-out examples, and its accuracy under the short attack that
+    compares checkpoints.
+    """
     was = model.training
     model.eval()
 
@@ -99,7 +103,8 @@ def looked_at(model: Classifier, held: Batch, threat: ThreatModel) -> tuple[floa
 
 
 def harmless(threat: ThreatModel) -> ThreatModel:
-    """Return the threat model with a very small eps, under which no correct prediction changes. It is used for timing.
+    """Return the threat model with an eps so small that attacks break no example. It is used to measure how long
+    attacks take.
 
     Attacks then take as many passes as on a robust model. Eps is not zero, because a projection would then do less
     work.
@@ -109,7 +114,8 @@ def harmless(threat: ThreatModel) -> ThreatModel:
 
 
 def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
-    """Return the training examples that are not test examples, and a note on the duplicates.
+    """Remove the test examples from the training examples. Return the remaining ones, and a note on the number of
+    duplicates.
 
     Inputs are duplicates if all values are equal. Raises `UsageError` if no example is left.
     """
@@ -129,7 +135,8 @@ def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
 
 
 def without_held(rest: Batch, held: Batch) -> tuple[Batch, str]:
-    """Return the training examples that do not equal a held-out example, and a note on the duplicates.
+    """Remove the training examples that are equal to a held-out example. Return the remaining ones, and a note on the
+    number of duplicates.
 
     Raises `UsageError` if no example is left.
     """
@@ -157,14 +164,14 @@ def _names(data: Batch) -> list[bytes]:
 
 
 def digest_of(data: Batch) -> str:
-    """Return the SHA-256 over inputs and labels of a batch, in hex."""
+    """Return the SHA-256 of the inputs and labels of a batch, in hex."""
     sha = hashlib.sha256(data.x.cpu().contiguous().numpy().tobytes())
     sha.update(data.y.cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()
 
 
 def refuse_missing_classes(data: Batch, classes: int, *, after: str = "") -> None:
-    """Raise `TargetError` if the data have fewer than two classes, or no example of some class of the model.
+    """Raise `TargetError` if the training data have fewer than two classes, or no example of a class of the model.
 
     `after` is a note for the message on examples that were left out before.
     """

@@ -1,4 +1,4 @@
-"""Content of `run.json`: all values that identify a run and its results."""
+"""Builds the content of `run.json`, which contains all values that identify a run and its results."""
 
 import math
 from collections.abc import Mapping
@@ -70,9 +70,7 @@ def work_of(
     served: Served | None = None,
     stored: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return how the work of a run on `n` examples is divided: the shards, the batch size and the
-    names of the stages.
-    """
+    """Return how a run on `n` examples is divided: the shards, the batch size and the names of the stages."""
     small = request.time_budget_s is not None or request.workers is not None
     size = request.batch_size or batch_size_for(math.prod(shape), request.device)
     if request.batch_size is None and served is not None:
@@ -136,7 +134,7 @@ def harden_manifest(
 
 
 def about_run(command: str) -> dict[str, Any]:
-    """Return the entries of a run that may differ between two equal runs: the time of creation and the command."""
+    """Return the time of creation and the command line of a run, which may differ between two equal runs."""
     return {"created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "command": repeatable(command)}
 
 

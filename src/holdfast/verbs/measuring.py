@@ -1,5 +1,5 @@
-"""Stages of an assessment: which examples each stage is run on, in which shards, and what was left out when time ran
-out.
+"""Runs the stages of an assessment: selects the examples of each stage, measures them in shards, and reports what was
+left out when time ran out.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ from holdfast.verbs.request import Opening
 
 @dataclass(frozen=True)
 class ShardMeasure:
-    """Function that measures shards of the examples of a run: see `holdfast.engine.executor.Measure`."""
+    """Callable that measures one shard of a stage and returns its columns."""
 
     plan: Plan
     target: Target
@@ -65,7 +65,7 @@ class ShardMeasure:
             return columns
 
     def read(self, start: int, stop: int) -> Batch:
-        """Return the examples `start` to `stop` on the device; the last range that was read is cached."""
+        """Return the examples from `start` to `stop` - 1 on the device. The last range that was read is cached."""
         if (start, stop) not in self._last:
             self._last.clear()
             self._last[start, stop] = self.data.read(start, stop).to(self.device)
@@ -73,13 +73,15 @@ class ShardMeasure:
 
 
 def timed(target: Target, until: float) -> Target:
-    """Return the target with models that raise `OutOfTime` if they are queried after the time `until`."""
+    """Add a time limit to the attacked models of an assessment: each raises `OutOfTime` if it is queried after the time
+    `until`.
+    """
     return replace(target, quick=Timed(target.quick, until), view=Timed(target.view, until))
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """Opens the model and the data in a worker process: see `holdfast.engine.processes.Setup`."""
+    """Callable that opens the model and the data in a worker process, and checks their digests."""
 
     opening: Opening
     """function that opens the model, the data and the surrogates"""
@@ -111,7 +113,7 @@ class WorkerSetup:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The state that all stages of an assessment share."""
+    """The state that all stages of an assessment share: the run, the plan, the models and the data."""
 
     run: Run
     plan: Plan
@@ -124,8 +126,8 @@ class Measurement:
     """connection to the server of a served model, which may charge for each row; None for other models"""
 
     def stages(self, stages: Sequence[Stage], by_stage: dict[str, Columns]) -> tuple[str, ...]:
-        """Measure `stages`, add their columns to `by_stage`, and return notes on what was left out
-        when time ran out.
+        """Measure the given stages and add their columns to `by_stage`. Return notes on what was left out when time ran
+        out.
         """
         cut: list[tuple[Stage, int]] = []
         for stage in stages:
@@ -205,16 +207,16 @@ class Measurement:
         return clean["correct"] & clean["eligible"] & ~broken_by_suite(self.plan.stages(), by_stage)
 
     def confirm(self) -> None:
-        """Check that a server that refused attacked inputs still answers clean inputs; does nothing
-        for other models.
+        """Check that a server that rejected attacked inputs still accepts clean inputs. For models that are not behind
+        a server, nothing is done.
         """
         if self.served is not None:
             self.served.confirm()
 
 
 def attack_of(stage: Stage) -> str:
-    """Return the name that the attack of a stage has in the suite; for a stage without attack, the
-    name of the stage.
+    """Return the name that the attack of a stage has in the suite. For a stage without an attack, return the name of
+    the stage.
     """
     return stage.name if stage.member is None else stage.member.name
 
@@ -225,8 +227,8 @@ def shards_of(n: int, size: int) -> tuple[tuple[int, int], ...]:
 
 
 def out_of_time(cut: Sequence[tuple[Stage, int]], of: int, plan: Plan) -> tuple[str, ...]:
-    """Return notes on the stages that were not finished in time, with their finished examples and the effect on the
-    metrics.
+    """Return notes for the report on the stages for which time ran out, with the number of their finished examples and
+    the effect on the metrics.
 
     `cut` contains each of these stages with its number of finished examples, and `of` is the number of all examples.
     """

@@ -1,4 +1,4 @@
-"""Measures how long a recipe takes on this machine, and plans how many updates fit into a budget."""
+"""Measures how long the updates of a recipe take on this machine, and plans how many of them fit into a time budget."""
 
 import math
 import tempfile
@@ -43,7 +43,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Pace:
-    """Measured wall-clock time of a recipe on this machine, in seconds per update and per epoch."""
+    """Measured training time of a recipe on this machine, in seconds per update and per epoch."""
 
     update: float
     epoch: float
@@ -54,7 +54,9 @@ class Pace:
     """number of held-out examples in an evaluation; 0 if the evaluation was not timed"""
 
     def between(self, per_epoch: int) -> float:
-        """Return the seconds of an epoch of `per_epoch` updates that are not spent on its updates."""
+        """Return the seconds of an epoch of `per_epoch` updates that are used for other work than updates, such as
+        saving the checkpoint.
+        """
         return max(self.epoch - per_epoch * self.update, 0.0)
 
 
@@ -66,7 +68,8 @@ def pace(
     budget_s: float,
     clock: Clock = time.perf_counter,
 ) -> Pace:
-    """Measure the pace of a recipe by some updates of a copy of the model, which is then discarded.
+    """Measure how long the updates of a recipe take, by training a copy of the model for some updates. The copy is then
+    discarded.
 
     The time of an evaluation is not included. If memory runs out, smaller batches are used.
     """
@@ -79,7 +82,7 @@ def pace(
 
 
 def smaller(batch: int, error: BaseException) -> int:
-    """Return half of a batch size for which memory ran out, as reported by `error`.
+    """Return half of a training batch size, after the error `error` reported that memory ran out.
 
     Any other error is raised again. Raises `TargetError` if the batch cannot be halved, or if several processes train
     together, because these cannot change the batch size.
@@ -102,7 +105,7 @@ class _Trial:
 
     @property
     def each(self) -> float:
-        """Seconds for each update, with a share of the fixed costs."""
+        """Seconds for each update of the trial training, including a share of the fixed costs."""
         return self.seconds / self.updates
 
 
@@ -161,7 +164,7 @@ def _quickest(trial: _Trial, again: Callable[[], _Trial], spent_s: float, budget
 
 
 def as_it_says(model: Classifier, data: Batch) -> Batch:
-    """Return the data with the predictions of the model as labels. Unlabelled examples stay unlabelled."""
+    """Replace the labels of the data by the predictions of the model. Unlabelled examples remain unlabelled."""
     was = model.training
     model.eval()
     with torch.no_grad():
@@ -199,12 +202,13 @@ def _grown(checkpoint: Checkpoint, few: int, many: int) -> Checkpoint:
 
 
 def whole_epochs(budget_s: float, found: Pace) -> int:
-    """Return the number of whole epochs that fit into a budget; 0 if not even one fits."""
+    """Return the number of whole epochs of a training that fit into a time budget. It is 0 if not even one fits."""
     return max(int(_SPARE * budget_s / found.epoch), 0)
 
 
 def updates_fitting(seconds: float, update_s: float, look_s: float, position: int, per_epoch: int) -> int:
-    """Return the number of updates that fit into `seconds`, with an evaluation of `look_s` seconds after each epoch.
+    """Return the number of training updates that fit into `seconds` of time. After each epoch, an evaluation takes
+    `look_s` seconds.
 
     The count starts after `position` updates of an epoch of `per_epoch` updates. The last epoch may be incomplete; an
     evaluation follows it as well.
@@ -225,7 +229,9 @@ def _whole(times: float) -> int:
 
 
 def epochs_fitting(budget_s: float, found: Pace, per_epoch: int) -> float:
-    """Return the number of epochs that fit into a budget, possibly fractional; 0 if not even one update fits."""
+    """Return the number of epochs of a training that fit into a time budget, which may be fractional. It is 0 if not
+    even one update fits.
+    """
     look_s = found.between(per_epoch)
     return updates_fitting(_planned_s(budget_s, look_s), found.update, look_s, 0, per_epoch) / per_epoch
 
@@ -236,7 +242,7 @@ def _planned_s(budget_s: float, look_s: float) -> float:
 
 
 class Pacer:
-    """Plans a training within a budget, and repeats the plan during the training: see `holdfast.ops.planning.Pacing`.
+    """Plans how many updates of a training fit into a time budget, and repeats the plan during the training.
 
     A plan depends only on the plan before and on the elapsed time.
     """
@@ -286,7 +292,9 @@ class Pacer:
 
 
 def too_small(budget_s: float, found: Pace, per_epoch: int, spent_s: float) -> str:
-    """Return the error message for a budget in which no update fits; it states a budget that would be enough."""
+    """Return the error message for a time budget in which no training update fits. It states a budget that would be
+    enough.
+    """
     look_s = found.between(per_epoch)
     least = math.ceil((found.update + (1 + _LOOK_SPARE) * look_s + spent_s) / _USED)
     asked = f"{least}s" if least < 120 else f"{math.ceil(least / 60)}min"

@@ -1,4 +1,6 @@
-"""Prepares models and data for a measurement: the model on its device, surrogates, and further data sets."""
+"""Prepares models and data for a measurement: moves the model to its device, and prepares surrogates and further data
+sets.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,7 +40,7 @@ _SURROGATE_EXAMPLES = 32
 def readied(
     subject: Subject, data: Data, device: torch.device, *, adaptive: bool = False
 ) -> Iterator[tuple[Target, Batch]]:
-    """Context manager that prepares the model on its device, and restores it on exit.
+    """Context manager that prepares the attacked model on its device, and restores the model on exit.
 
     Yields the prepared model and the examples with which it was inspected. With `adaptive`, parts of the model that
     hide the gradient are detected as well.
@@ -53,13 +55,13 @@ def readied(
 
 
 def model_digest(subject: Subject, target: Target) -> str:
-    """Return the SHA-256 that identifies the model in a run, in hex."""
+    """Return the SHA-256 that identifies the attacked model in the manifest of a run, in hex."""
     return digest(canonical([subject.digest, target.randomised]))
 
 
 @contextmanager
 def placed(model: Classifier, device: torch.device) -> Iterator[None]:
-    """Context manager that moves the model to a device, and back on exit."""
+    """Context manager that moves a model to a device, and back on exit."""
     parameter = next(model.parameters(), None)
     before = parameter.device if parameter is not None else device
     model.to(device)
@@ -72,7 +74,8 @@ def placed(model: Classifier, device: torch.device) -> Iterator[None]:
 def with_surrogates(
     plan: Plan, stack: ExitStack, surrogates: Sequence[Subject], sample: Batch, target: Target
 ) -> Plan:
-    """Return the plan with the surrogate models of the attacker, which stay prepared until `stack` is closed.
+    """Add the surrogate models of the attacker to the plan of an assessment. They remain prepared until `stack` is
+    closed.
 
     Raises `UsageError` or `TargetError` if the threat model does not allow surrogates or a surrogate does not fit the
     model.
@@ -145,7 +148,8 @@ def _refuse_flat(name: str, found: Target, sample: Batch) -> None:
 
 
 def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Target) -> Plan:
-    """Return the plan with a stage that transfers perturbations between the data of the run and `others`.
+    """Add a stage to the plan of an assessment that transfers perturbations between the data of the run and the data
+    sets `others`.
 
     `sample` are examples of the run. Raises `UsageError` if the threat model, the model or the data do not allow it.
     """
@@ -185,8 +189,8 @@ def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Targe
 def plan_for(
     subject: Subject, data: Data, request: AssessRequest, target: Target, sample: Batch, stack: ExitStack
 ) -> Plan:
-    """Return the plan of the request, completed for this model and data. Surrogates stay prepared until `stack` is
-    closed.
+    """Complete the plan of a requested assessment for its model and data, after checking that it can be measured.
+    Surrogates remain prepared until `stack` is closed.
 
     Raises an error for what cannot be measured. Gates are not checked.
     """
@@ -207,7 +211,7 @@ def plan_for(
 
 
 def learning_examples(plan: Plan, target: Target, data: Data, fit: Data | None) -> Batch | None:
-    """Return the examples on which learned attacks are fitted, as many as the learned attack that needs most.
+    """Return the examples on which learned attacks are fitted, as many as the attack that needs the most examples.
 
     Returns None if no attack is learned or `fit` is None. Raises `UsageError` if their shape is not that of `data`.
     """
@@ -225,7 +229,9 @@ def learning_examples(plan: Plan, target: Target, data: Data, fit: Data | None) 
 
 
 def paired_sets(plan: Plan, data: Data, others: Sequence[Data]) -> tuple[Batch, ...]:
-    """Return a random sample of equal size from each data set, in the order in which the inputs are paired."""
+    """Return random samples of equal size from all data sets between which perturbations are transferred, with their
+    inputs in the order of the pairs.
+    """
     if not plan.across:
         return ()
     sets, seed = (data, *others), plan.seed

@@ -1,6 +1,4 @@
-"""Runs the probes of the doubts after the stages, in pieces that fit into memory, and counts their
-queries separately.
-"""
+"""Runs the probes that test the doubts, in batches that fit into memory, and counts their queries separately."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,7 +47,7 @@ from holdfast.verbs.measuring import Measurement
 
 @dataclass
 class Counted:
-    """A model that counts forward and backward passes."""
+    """Wrapper of a model that counts its forward and backward passes."""
 
     model: Model
     forwards: int = 0
@@ -57,7 +55,7 @@ class Counted:
 
     @property
     def bounds(self) -> Bounds:
-        """Input bounds of the model."""
+        """Valid range of the inputs of the model."""
         return self.model.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
@@ -74,7 +72,7 @@ class Counted:
 
 @dataclass(frozen=True)
 class ProbeResults:
-    """Results of the probes: the doubts, the adversarial examples that were found, and the cost."""
+    """Results of the probes of an assessment: the doubts, the adversarial examples that were found, and the cost."""
 
     findings: Findings
     cost: Cost = field(default_factory=Cost)
@@ -91,7 +89,8 @@ _FITTING = 1_000  # shard number for the batch splits of the doubt `input`, larg
 def run_probes(
     measurement: Measurement, by_stage: Mapping[str, Columns], missed: Sequence[str], stopwatch: Stopwatch
 ) -> ProbeResults:
-    """Run the probes of the plan and return their results. All shards of the stages before must be finished.
+    """Run the probes that test the doubts of an assessment, and return their results. All earlier stages must be
+    finished.
 
     If time ran out, no probe is run. `missed` are the notes on the unfinished stages.
     """

@@ -1,4 +1,4 @@
-"""Requests: the settings of what a verb measures, trains and judges."""
+"""Requests of the verbs: the settings that determine what a run measures, trains and judges."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ In smaller shards, the later attacks of a suite run on few examples and are slow
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under test, and its description for the evidence."""
+    """The model that a run assesses or trains, and its description for the evidence."""
 
     model: Classifier
     digest: str
@@ -38,7 +38,7 @@ Opening = Callable[[], tuple[Subject, Data, tuple[Subject, ...]]]
 
 @dataclass(frozen=True)
 class AssessRequest:
-    """The settings of an assessment."""
+    """The settings of an assessment, such as its attacks, gates and limits."""
 
     plan: Plan
     gates: tuple[Claim, ...] = ()
@@ -70,7 +70,7 @@ class AssessRequest:
 
 @dataclass(frozen=True)
 class HardenRequest:
-    """The settings of a hardening."""
+    """The settings of a hardening, such as its recipe, time budget and assessments."""
 
     name: str
     """name of the recipe that the user requested"""
@@ -98,7 +98,7 @@ Keep = Callable[[Mapping[str, Any]], None]
 
 
 class MeasureAttackers(Protocol):
-    """Function that measures the table of attackers of a model with rotation."""
+    """Protocol of functions that measure the success rates of the attackers of a model with rotation."""
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""The result of a run: evidence, metrics, gates and reports."""
+"""The result of an assessment: evidence, metrics, gates and reports."""
 
 from collections.abc import Iterator, KeysView, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from holdfast.reports.write import write
 
 
 class UnknownMetric(KeyError):
-    """Raised for the name of an unknown metric. Unlike the message of other `KeyError`s, its message is shown without
+    """Error for the name of an unknown metric. Unlike the message of other `KeyError`s, its message is shown without
     quotes.
     """
 
@@ -35,8 +35,8 @@ class UnknownMetric(KeyError):
 
 
 class Metrics(dict[str, Estimate]):
-    """Metrics by name. An unknown name raises `UnknownMetric`, whose message states the most similar name and all
-    names.
+    """Dictionary of metrics by name. An unknown name raises `UnknownMetric`, whose message contains the most similar
+    name and all names.
     """
 
     def __missing__(self, name: str) -> Estimate:
@@ -87,17 +87,19 @@ class Result:
 
     @property
     def attacks(self) -> tuple[AttackRecord, ...]:
-        """Attacks in their order, each with the number of surviving examples before and after it."""
+        """Attacks of the run in their order, each with the number of surviving examples before and after it."""
         return self.evidence.attacks
 
     @property
     def doubts(self) -> tuple[Doubt, ...]:
-        """Doubts, i.e. reasons why the measured robust accuracy may be too high, with their states."""
+        """All doubts of the run with their states. A doubt is a reason why the measured robust accuracy may be too
+        high.
+        """
         return self.evidence.doubts
 
     @property
     def cost(self) -> Cost:
-        """Number of passes through the model, and the time of the run."""
+        """Numbers of forward and backward passes through the model, and the time of the run."""
         return self.evidence.cost
 
     @property
@@ -109,20 +111,20 @@ class Result:
 
     @property
     def worst_case(self) -> dict[str, Tensor]:
-        """Columns with the worst case of each example over all attacks and passes that count,
-        including its distances.
+        """Columns with the strongest result against each example over all attacks and probes that count, including the
+        distances of adversarial examples.
         """
         columns = self.evidence.columns
         return {name: values for name, values in columns.items() if name in _WORST_CASE}
 
     @property
     def table(self) -> str:
-        """Attacks, metrics and doubts as text."""
+        """Attacks, metrics and doubts of the run as text for a terminal."""
         return tables(self.summary(), colour=False)
 
     @property
     def curve(self) -> EpsCurve:
-        """Robust accuracy as a function of eps.
+        """Robust accuracy as a function of eps, which is the largest change that the attacker may make.
 
         It is measured with `curve=True` or by a suite of minimum-norm attacks. Raises `UsageError` if it was not
         measured.
@@ -144,8 +146,8 @@ class Result:
         return self.metrics.keys()
 
     def gate(self, claim: str) -> Judgement:
-        """Judge another gate, such as `"robust_accuracy >= 0.5"`, on the same evidence and doubts, and return its
-        verdict.
+        """Judge a further gate, such as `"robust_accuracy >= 0.5"`, on the evidence and the doubts of the run. Return
+        the judged gate.
 
         Notebooks show it beside the gates of the run. It changes neither the verdict nor the exit code.
         """
@@ -155,7 +157,7 @@ class Result:
         return judgement
 
     def summary(self) -> Json:
-        """Return the content of all reports as strict JSON."""
+        """Return the content of all reports of the run as strict JSON."""
         return self._summary
 
     @cached_property
@@ -171,17 +173,17 @@ class Result:
         )
 
     def to_html(self, path: str | Path) -> Path:
-        """Write the HTML report to `path`, and return the path."""
+        """Write the HTML report of the run to `path`, and return the path."""
         return self._write(path, ".html")
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Return the summary as JSON text, and write it to `path` if given."""
+        """Return the summary of the run as JSON text. If `path` is given, the text is also written to this file."""
         if path is not None:
             self._write(path, ".json")
         return to_json(self._summary)
 
     def to_pandas(self) -> Any:
-        """Return a `pandas.DataFrame` with one row for each example, indexed by id.
+        """Return the columns of the evidence as a `pandas.DataFrame` with one row for each example, indexed by id.
 
         `broken_by` is the attack or pass that broke the example; `robust` is true if the example is correct when clean
         and nothing broke it. The other columns, such as labels, predictions and distances, are those of the evidence.
@@ -190,8 +192,8 @@ class Result:
         return frame(self.evidence)
 
     def write(self, path: str | Path) -> Path:
-        """Write a report in the format of the suffix, one of `.html .json .xml .sarif .md .csv`,
-        and return its path.
+        """Write a report of the run in the format of the file suffix, one of `.html .json .xml .sarif .md .csv`. Return
+        the path.
         """
         write(self._summary, self.evidence.columns, Path(path))
         return Path(path)
@@ -219,7 +221,9 @@ class Result:
 def about_of(
     manifest: Mapping[str, Any], about: Mapping[str, Any], folder: Path | None, head: str | None
 ) -> dict[str, Any]:
-    """Return the information of a report that is not part of the evidence, as in `Result.about`."""
+    """Return the facts of a report that are not part of the evidence, such as digests, versions, hardware and the start
+    time.
+    """
     hashes = dict(manifest["digests"]) | ({} if head is None else {"chain": head})
     known = {name: manifest[name] for name in ("verb", "versions", "hardware")}
     return {**known, **about, "hashes": hashes, **({} if folder is None else {"folder": str(folder)})}

@@ -1,4 +1,6 @@
-"""Runs on a served model: counts the sent rows over all attempts, and takes answers to repeated rows from a journal."""
+"""Supports runs on a model behind a server: it counts the sent rows over all attempts, and reads responses to repeated
+rows from a journal.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,15 +25,15 @@ _KINDS: tuple[Kind, ...] = ("clean", "attacks", "doubts", "judging")
 
 
 def served_by(model: Classifier) -> Served | None:
-    """Return the connection to the server of a served model, or None for other models."""
+    """Return the connection to the server of a served model, or None for a model that is not behind a server."""
     net = inner(model).net
     return net if isinstance(net, Served) else None
 
 
 @contextmanager
 def journaled(run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
-    """Context manager that counts the rows of all served models opened in it, and stores the answers in the folder
-    `run`.
+    """Context manager that counts the rows of all served models that are opened in it, and stores the servers' answers
+    in the folder `run`.
 
     With `resume`, the rows of earlier attempts in that folder are counted, and their answers are reused. With `keep`,
     the answers stay in the folder after the run. Raises `TargetError` if the journal is truncated or altered.
@@ -66,14 +68,15 @@ def journaled(run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
 
 
 def opening_rows(sent: Sent) -> int:
-    """Return the number of rows sent before a run to determine how the data are read; for a resumed run, an upper
-    bound.
+    """Return the number of rows that were sent to a server before the run to determine the layout of the inputs. For a
+    resumed run it is an upper bound.
     """
     return sent.totals.rows.total() if not sent.earlier else _OPENING
 
 
 def refuse_early(served: Served, subject: Subject, request: AssessRequest) -> None:
-    """Raise `UsageError` for a request that a served model does not allow, before further rows are sent.
+    """Raise `UsageError` for a request that is not possible for a served model, before further rows are sent to the
+    server.
 
     Also records the number of rows that were sent while the data were opened. Several worker processes are refused,
     because the sent rows could not be counted across processes.
@@ -90,20 +93,20 @@ def refuse_early(served: Served, subject: Subject, request: AssessRequest) -> No
 
 
 def attach(served: Served | None) -> None:
-    """Start to store answers in the folder of the run, after the folder was created and leased by this process."""
+    """Start to store the server's answers in the folder of the run. This process must have the lease of the folder."""
     if served is not None and isinstance(served.sent, Journal):
         served.sent.attach()
 
 
 def finish(served: Served) -> None:
-    """Write the totals of the sent rows and requests to the folder of a finished run."""
+    """Write the numbers of rows and requests that were sent to a server to the folder of a finished run."""
     if isinstance(served.sent, Journal):
         served.sent.finish()
 
 
 def totals_in(run: Path) -> Totals | None:
-    """Return the totals of the sent rows and requests of a finished run, or None if it did not
-    measure a served model.
+    """Return the numbers of rows and requests that a finished run sent to a server, or None if its model was not behind
+    a server.
     """
     if not (run / SERVED).is_file():
         return None
@@ -113,7 +116,7 @@ def totals_in(run: Path) -> Totals | None:
 
 
 def totals_to_json(totals: Totals) -> dict[str, Any]:
-    """Return the totals as JSON, as they are in the evidence; see `Evidence.served`."""
+    """Return the numbers of rows and requests that a run sent to a server as JSON, in the format of the evidence."""
     return {
         "rows": totals.rows.total(),
         **{kind: totals.rows[kind] for kind in _KINDS},
@@ -132,7 +135,7 @@ def totals_to_json(totals: Totals) -> dict[str, Any]:
 
 
 def in_words(totals: Totals) -> tuple[str, ...]:
-    """Return the totals as sentences for the notes of a report."""
+    """Return the numbers of rows and requests that a run sent to a server as sentences for the notes of a report."""
     by_kind = ", ".join(f"{kind} {totals.rows[kind]:,}" for kind in _KINDS)
     rows, requests = _many(totals.rows.total(), "row"), _many(totals.requests, "request")
     said = [f"the server received {rows} in {requests}: {by_kind}"]

@@ -1,4 +1,4 @@
-"""Stored runs: opens a run, lists the runs in a folder, creates the path of a new run, and compares two runs."""
+"""Opens stored runs, lists the runs in a folder, creates the path of a new run, and compares two runs."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -69,15 +69,17 @@ class Comparison:
         return reported.comparison(self.first.evidence, self.second.evidence, summaries)
 
     def text(self, *, colour: bool = False, width: int | None = None) -> str:
-        """Return the changes and the metrics of both runs as text for a terminal."""
+        """Return the comparison as text for a terminal: the changes, and the metrics of both runs."""
         return reported.text(self._summary, colour=colour, width=width)
 
     def to_json(self) -> str:
-        """Return the summary as JSON text."""
+        """Return the summary of the comparison as JSON text."""
         return reported.comparison_to_json(self._summary)
 
     def write(self, path: str | Path) -> Path:
-        """Write a report in the format of the suffix, one of `.html .json .md`, and return its path."""
+        """Write a report of the comparison in the format of the file suffix, `.html`, `.json` or `.md`. Return the
+        path.
+        """
         write_comparison(self._summary, Path(path))
         return Path(path)
 
@@ -95,7 +97,7 @@ RUNS = Path("holdfast-runs")
 
 @dataclass(frozen=True)
 class RunEntry:
-    """A run as one row of the list of runs."""
+    """A stored run as one row of the list of runs."""
 
     path: Path
     verb: str
@@ -114,7 +116,7 @@ class RunEntry:
 
 
 def new_folder(verb: str, digest: str, *, parent: Path = RUNS, now: datetime | None = None) -> Path:
-    """Return an unused path `<time>-<verb>-<digest>` in `parent`, with a number at the end if needed."""
+    """Return an unused path `<time>-<verb>-<digest>` in `parent` for a new run, with a number at the end if needed."""
     stamp = (now or datetime.now(UTC)).strftime("%Y%m%d-%H%M%S")
     path, k = parent / f"{stamp}-{verb}-{digest[:6]}", 2
     while path.exists():
@@ -123,7 +125,8 @@ def new_folder(verb: str, digest: str, *, parent: Path = RUNS, now: datetime | N
 
 
 def open_run(path: Path) -> Result:
-    """Return the result of the finished run in the folder `path`; for a hardening, the result of the new model.
+    """Return the result of the finished run in the folder `path`. For a hardening, it is the assessment of the new
+    model.
 
     Raises `TargetError` if there is no run in the folder, or if it is unfinished or altered.
     """

@@ -22,7 +22,7 @@ _NAMED = 3  # frozen parameters that a message names
 
 
 def refuse_untrainable(model: Classifier) -> None:
-    """Raise an error if a model cannot be trained.
+    """Raise an error if a model cannot be trained, for example because it has no gradients.
 
     Raises `TargetError` if it is not a network, has no gradients or cannot be saved in a checkpoint, and `UsageError`
     if all parameters are frozen.
@@ -58,7 +58,7 @@ def refuse_untrainable(model: Classifier) -> None:
 
 
 def training_notes(model: Classifier, x: Inputs) -> tuple[str, ...]:
-    """Return notes on what impairs the training of a model on inputs like `x`.
+    """Return notes for the report on properties of a model that impair its training, such as frozen parameters.
 
     A note states that some parameters are frozen, that the model changes its inputs in place, or that no gradient
     reaches the inputs.
@@ -107,7 +107,7 @@ def copy_of(model: Classifier) -> Classifier:
 
 
 def learner_of(model: Classifier, x: Inputs) -> Classifier:
-    """Return a copy of a model for training or attacks, on the device of `x`.
+    """Return a copy of a model that can be trained or attacked, on the device of the inputs `x`.
 
     If the model changes its inputs in place, the copy clones them before each pass. Training and evaluation mode are
     both tested, because for example dropout changes inputs in training mode only.
@@ -119,6 +119,6 @@ def learner_of(model: Classifier, x: Inputs) -> Classifier:
 
 
 def threats_of(threat: ThreatModel, recipes: Sequence[Recipe]) -> list[ThreatModel]:
-    """Return the threat model, followed by a copy of it for each other norm that the recipes train for."""
+    """Return the given threat model, followed by a copy of it for each other norm that the recipes train for."""
     others = [norm for recipe in recipes if isinstance(recipe, MultiNormTraining) for norm in recipe.others]
     return [threat, *(replace(threat, constraint=norm) for norm in others)]

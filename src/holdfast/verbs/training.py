@@ -1,4 +1,4 @@
-"""Storage of a training: the last and the best checkpoint, each in a file that is written atomically."""
+"""Stores the checkpoints of a training: the last one and the best one, each in a file that is written atomically."""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ _KEY = "holdfast"
 
 @dataclass(frozen=True)
 class Point:
-    """One epoch of the training curve."""
+    """Measurements of one epoch, which are a point of the training curve."""
 
     epoch: int
     loss: float
@@ -51,17 +51,17 @@ class Point:
 
     @property
     def epochs(self) -> float:
-        """Number of epochs trained by the end of this one; fractional if this epoch is incomplete."""
+        """Number of epochs that were trained by the end of this epoch. It is fractional if this epoch is incomplete."""
         return self.epoch - 1 + self.part
 
     def to_json(self) -> dict[str, Any]:
-        """Return the point as a dictionary for JSON."""
+        """Return the measurements of the epoch as a dictionary for JSON."""
         return dict(vars(self))
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A saved checkpoint, with the training curve up to it."""
+    """A saved checkpoint of a training, with the training curve up to it."""
 
     checkpoint: Checkpoint
     curve: tuple[Point, ...]
@@ -85,20 +85,20 @@ def keep(folder: Path, name: str, checkpoint: Checkpoint, curve: tuple[Point, ..
 
 
 def keep_batch(folder: Path, batch: int) -> None:
-    """Save the batch size that is used for the following updates."""
+    """Save the batch size that a training uses for its next updates."""
     with usable(folder):
         folder.mkdir(exist_ok=True)
         write_atomically(folder / _BATCH, document({"batch": batch}))
 
 
 def kept_batch(folder: Path) -> int | None:
-    """Return the batch size that `keep_batch` saved last, or None if memory has never run out."""
+    """Return the batch size that `keep_batch` saved last, or None if memory has never run out in this training."""
     path = folder / _BATCH
     return int(json.loads(path.read_text())["batch"]) if path.is_file() else None
 
 
 def kept(folder: Path, name: str) -> Kept | None:
-    """Return the checkpoint in the file `name` of `folder`, or None if there is no such file.
+    """Return the checkpoint of a training in the file `name` of `folder`, or None if there is no such file.
 
     Raises `TargetError` if the file is invalid.
     """

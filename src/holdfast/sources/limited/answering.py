@@ -1,4 +1,4 @@
-"""The main program of the process that reads one file under limits of memory and time."""
+"""Main program of a limited process, which reads one file under limits of memory and time."""
 
 import errno
 import json
@@ -30,7 +30,9 @@ _NO_MEMORY = (
 
 
 def main(name: str) -> None:
-    """Read the file that the request in the folder `name` refers to, and write the result into the folder."""
+    """Read the file that the request in the folder `name` refers to, and write the result of the parser into the
+    folder.
+    """
     folder = Path(name)
     try:
         request = json.loads((folder / REQUEST).read_text())
@@ -57,7 +59,9 @@ def is_out_of_memory(cause: BaseException | None) -> bool:
 
 
 def answers_of(request: Mapping[str, Any], content: bytes | None, folder: Path) -> Mapping[str, Any]:
-    """Return the result of the parser, or a dictionary with the class and the message of its error."""
+    """Run the parser that a request names. Return its result, or a dictionary with the class and the message of its
+    error.
+    """
     read = import_module(f"{_PACKAGE}.{request['parser']}").read
     path = Path(request["path"])
     named = {key: value for key, value in request.items() if key not in ("parser", "path", "content")}

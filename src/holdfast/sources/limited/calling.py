@@ -1,4 +1,4 @@
-"""Starts the process that reads a file under limits of memory and time, and returns its result."""
+"""Starts the limited process that reads one file under limits of memory and time, and returns its result."""
 
 import json
 import os
@@ -69,8 +69,8 @@ def read_under_limits(
     n_bytes_beside: int = 0,
     **request: Any,
 ) -> Iterator[tuple[Mapping[str, Any], Path]]:
-    """Context manager that yields the result of a parser for a file, and a temporary folder with the files that it
-    wrote.
+    """Context manager that runs a parser in a limited process. It yields the result, and a temporary folder with the
+    files that the parser wrote.
 
     `parser` is the name of a module of this package. Its function `read(path, content, folder, **request)` is called in
     a separate process. If `content` is given, it is the content of the file, and the file is not opened again.

@@ -1,4 +1,6 @@
-"""Loads one estimator from a `.skops` file and calls it with two rows, because native code may crash on it."""
+"""Tests in a limited process that the estimator in a `.skops` file can be loaded and called, because native code may
+crash on it.
+"""
 
 from pathlib import Path
 
@@ -9,7 +11,8 @@ from holdfast.sources.skops_files import loaded_estimator
 
 
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
-    """Load the estimator and call it. Return an empty dictionary if the process does not crash.
+    """Test that loading the estimator in a file and calling it on two rows does not crash the process. Return an empty
+    dictionary.
 
     Raises the errors of `loaded_estimator` and `asked_of`.
     """
@@ -36,7 +39,7 @@ def _ask(estimator: Estimator) -> None:
 
 
 def prepare() -> None:
-    """Import the libraries before memory is limited."""
+    """Import the libraries that load an estimator, before the memory of the process is limited."""
     try:
         import skops.io  # noqa: F401
     except ImportError:

@@ -1,4 +1,4 @@
-"""Limits of memory and time for the process that reads one file."""
+"""Sets the limits of memory and time of the limited process that reads one file."""
 
 import os
 import re
@@ -20,7 +20,7 @@ _UNITS = {"MB": 10**6, "GB": 10**9}
 
 @dataclass(frozen=True)
 class Limits:
-    """Memory limits of a process, in addition to the memory that it uses before it reads the file."""
+    """Memory limit of a process that reads a file, in addition to the memory that it uses before the file is read."""
 
     copies: int
     """multiple of the file size in the memory limit"""
@@ -28,14 +28,12 @@ class Limits:
     """number of bytes that are added to that multiple"""
 
     def memory(self, n_bytes: int) -> int:
-        """Return the memory limit in bytes for a file of `n_bytes`. It is at least the value of the environment
-        variable.
-        """
+        """Return the memory limit in bytes for reading a file of `n_bytes`. It is `HOLDFAST_READ_MEMORY` or more."""
         return max(self.copies * n_bytes + self.spare_bytes, requested_memory())
 
 
 def requested_memory() -> int:
-    """Return the value of `HOLDFAST_READ_MEMORY` in bytes, or 0 if it is not set.
+    """Return the memory limit in the environment variable `HOLDFAST_READ_MEMORY` in bytes, or 0 if it is not set.
 
     Raises `UsageError` for an invalid size.
     """
@@ -47,8 +45,8 @@ def requested_memory() -> int:
 
 
 def cpu_seconds() -> int:
-    """Return the value of `HOLDFAST_READ_SECONDS`, or 60 if it is not set. Raises `UsageError` for an invalid
-    number.
+    """Return the limit of CPU time in `HOLDFAST_READ_SECONDS` in seconds, or 60 if it is not set. Raises `UsageError`
+    for an invalid number.
     """
     text = os.environ.get(SECONDS, "").strip()
     if text and not (re.fullmatch(r"\d{1,5}", text) and 1 <= int(text) <= _DAY):
@@ -57,7 +55,8 @@ def cpu_seconds() -> int:
 
 
 def apply(memory: int, seconds: int) -> None:
-    """Limit memory, CPU time, written files and core dumps of this process, in addition to what it has already used.
+    """Limit the memory and the CPU time of this process, in addition to what it has already used, and the sizes of
+    written files and core dumps.
 
     Windows has no such limits; there only the checks of each parser before its allocations apply.
     """

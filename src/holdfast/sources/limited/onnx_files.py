@@ -1,4 +1,6 @@
-"""Parses an `.onnx` file and runs it on one and on three inputs, with onnxruntime and without torch."""
+"""Tests in a limited process that an `.onnx` file can be parsed and run on one and on three inputs, with onnxruntime
+and without torch.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ TRIED = (3, 1)
 def read(
     path: Path, content: bytes | None, folder: Path, input_shape: Sequence[int] | None
 ) -> dict[str, object]:
-    """Parse the file and run it. Return an empty dictionary if this is possible.
+    """Test that an `.onnx` file can be parsed and run. Return an empty dictionary if this is possible.
 
     Raises the errors of `read_onnx`, `session` and `run_session`.
     """
@@ -34,7 +36,7 @@ def read(
 
 
 def prepare() -> None:
-    """Import the libraries before memory is limited."""
+    """Import the libraries that read ONNX files, before the memory of the process is limited."""
     try:
         import onnx
         import onnx.inliner

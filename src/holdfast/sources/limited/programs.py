@@ -1,4 +1,4 @@
-"""Checks, loads and runs one `.pt2` program of `torch.export`."""
+"""Tests in a limited process that a `.pt2` program of `torch.export` can be checked, loaded and run."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ _ROWS = 2
 
 
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
-    """Load the program and run it once. Return an empty dictionary if the process does not crash.
+    """Test that loading an exported program and running it once does not crash the process. Return an empty dictionary.
 
     Raises the errors of `refuse_code_in_program` and `loaded_program`.
     """
@@ -31,7 +31,9 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
 
 
 def prepare() -> None:
-    """Limit torch to one thread. The import of this module loads the libraries before memory is limited."""
+    """Limit torch to one thread. The import of this module loads the libraries before the memory of the process is
+    limited.
+    """
     import torch.export.pt2_archive._package
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Reads `.csv`, `.csv.gz` and `.parquet` files in blocks, so that a table is never in memory as a whole.
+"""Reads `.csv`, `.csv.gz` and `.parquet` files in blocks of rows, so that a table is never in memory as a whole.
 
 The cells of features are written as numbers, and distinct strings are stored once.
 """
@@ -46,37 +46,39 @@ _NUMBERS, _KINDS = "numbers", "kinds"
 
 
 class Cells(Protocol):
-    """Protocol of the cells of one column in a block."""
+    """Protocol of the cells of one table column in a block of rows."""
 
     def __len__(self) -> int:
         """Return the number of cells."""
 
     def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """Return the numbers and the kinds of the cells, in the format of `as_numbers`."""
+        """Return the values of the cells as float32, with NaN for cells that are not numbers, and whether each cell is
+        a number, missing or text.
+        """
 
     def words(self) -> tuple[Sequence[str], NDArray[np.int32] | None]:
-        """Return strings, and for each cell the index of its string.
+        """Return the strings in the cells of a table column, and for each cell the index of its string.
 
         The indices are None if the strings are those of the cells in order.
         """
 
 
 class TextCells(list[str]):
-    """Cells of one column in a block of a text table."""
+    """Cells of one column of a CSV file in a block of rows."""
 
     def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """Return the numbers and the kinds of the cells."""
+        """Return the values of the cells as float32, with NaN for cells that are not numbers, and whether each cell is
+        a number, missing or text.
+        """
         return as_numbers(self)
 
     def words(self) -> tuple[Sequence[str], None]:
-        """Return the strings of the cells, and None."""
+        """Return the string of each cell of a table column, and None instead of indices."""
         return self, None
 
 
 class ArrowCells:
-    """Cells of one column in a block of a parquet file. As strings they are what `str` returns for the value
-    in Python.
-    """
+    """Cells of one column of a parquet file in a block of rows. They are converted to strings by `str`."""
 
     def __init__(self, column: Any) -> None:
         self.column = column
@@ -85,7 +87,9 @@ class ArrowCells:
         return len(self.column)
 
     def numbers(self) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None]:
-        """Return the numbers and the kinds of the cells, without conversion to strings if all are numbers."""
+        """Return the values of the cells as float32, and whether each cell is a number, missing or text. Cells are not
+        converted to strings if all are numbers.
+        """
         import pyarrow as pa
 
         kind = self.column.type
@@ -94,7 +98,7 @@ class ArrowCells:
         return as_numbers(_texts(self.column))
 
     def words(self) -> tuple[Sequence[str], NDArray[np.int32] | None]:
-        """Return the distinct values as strings and the index of each cell in them.
+        """Return the distinct values of a table column as strings, and for each cell the index of its string.
 
         For types of which arrow cannot find the distinct values, return the strings of all cells, and None.
         """
@@ -116,8 +120,8 @@ Blocks = Iterator[Mapping[str, Cells]]
 def read(
     path: Path, content: bytes | None, folder: Path, label: str | None, drop: list[str]
 ) -> dict[str, Any]:
-    """Return the names of the columns and the distinct strings of the table, and write its cells to files in the
-    folder.
+    """Return the column names and the distinct label strings of a table file, and write its converted cells to files in
+    the folder.
 
     If the table has no column `label`, no rows are read.
     """
@@ -149,7 +153,7 @@ def read(
 
 
 def table(path: Path, found: Mapping[str, Any], folder: Path) -> ColumnTable:
-    """Return the table from the result of `read` and the files that it wrote."""
+    """Assemble a table from the result of `read` and the files that `read` wrote to the folder."""
     shape = found["rows"], len(found["features"])
     kinds = None if found["all_numbers"] else np.fromfile(folder / _KINDS, np.uint8).reshape(shape)
     return ColumnTable(
@@ -238,16 +242,18 @@ class _Counted(io.RawIOBase):
         self.small = max(_SMALL, _RATIO * path.stat().st_size)
 
     def readable(self) -> bool:
-        """Return True."""
+        """Return True, because the file is open for reading."""
         return True
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the table file."""
         self.stream.close()
         super().close()
 
     def readinto(self, buffer: Any) -> int:
-        """Read the next bytes into the buffer and return their number. Raises `TargetError` beyond the limits."""
+        """Read the next bytes of a table file into the buffer and return their number. Raises `TargetError` if the file
+        exceeds the limits.
+        """
         found = self.stream.read(len(buffer))
         buffer[: len(found)] = found
         self.n_read += len(found)

@@ -1,4 +1,4 @@
-"""Loads one XGBoost model and calls it once, because a damaged file may crash its native reader."""
+"""Tests in a limited process that an XGBoost model can be loaded and called; a damaged file may crash XGBoost."""
 
 import json
 import warnings
@@ -14,8 +14,8 @@ _MOST_FEATURES = 10_000_000
 
 
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
-    """Load the model and call it with two rows. Return an empty dictionary if this is possible, else raise
-    `TargetError`.
+    """Test that an XGBoost model can be loaded and called on two rows. Return an empty dictionary if this is possible,
+    else raise `TargetError`.
     """
     assert content is not None, "the file is read once"
     if path.suffix == ".json":
@@ -82,7 +82,8 @@ def _ask(content: bytes) -> None:
 
 
 def best_iteration(booster: Any) -> int | None:
-    """Return the last iteration that `XGBClassifier` uses, for a file that it wrote, or None for other files.
+    """Return the index of the last boosting iteration that `XGBClassifier` uses for predictions. Return None for a file
+    that `XGBClassifier` did not write.
 
     Raises `ValueError` for an iteration that the booster does not have, because XGBoost may read outside of its memory.
     """
@@ -97,7 +98,8 @@ def best_iteration(booster: Any) -> int | None:
 
 
 def refuse_stray_trees(boosted: dict[str, Any], classes: int, width: int) -> None:
-    """Raise `ValueError` for a tree without a valid class or with invalid nodes. A linear booster has no trees.
+    """Raise `ValueError` if a tree of an XGBoost model has no valid class or has invalid nodes. A linear booster has no
+    trees.
 
     `boosted` is the part of the model with the trees, `classes` the number of classes and `width` that of features.
     """
@@ -109,7 +111,7 @@ def refuse_stray_trees(boosted: dict[str, Any], classes: int, width: int) -> Non
 
 
 def refuse_stray_nodes(tree: dict[str, Any], width: int) -> None:
-    """Raise `ValueError` for a node with an invalid child, a repeated child or an invalid feature.
+    """Raise `ValueError` if a decision tree has a node with an invalid child, a repeated child or an invalid feature.
 
     XGBoost does not check this when it loads a file, and may later read outside of its memory for some rows.
     """
@@ -125,5 +127,5 @@ def refuse_stray_nodes(tree: dict[str, Any], width: int) -> None:
 
 
 def prepare() -> None:
-    """Import the library before memory is limited."""
+    """Import XGBoost before the memory of the process is limited."""
     import xgboost  # noqa: F401

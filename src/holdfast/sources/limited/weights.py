@@ -1,4 +1,4 @@
-"""Unpickles one state dict with `weights_only` and writes it as safetensors."""
+"""Loads a state dict with torch's option `weights_only` in a limited process, and writes it as a safetensors file."""
 
 import pickle
 import re
@@ -33,7 +33,7 @@ WRITTEN = "weights.safetensors"
 
 
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
-    """Write the tensors of a state dict to the file `WRITTEN` and return notes.
+    """Write the tensors of a state dict to a safetensors file in the folder, and return notes for the report.
 
     Raises `CarriesCode` for a file that would run code, and `TargetError` for other files.
     """
@@ -54,7 +54,8 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
 
 
 def state_dict(found: object) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of a checkpoint, and notes on the entry that contains them and on entries that were left out.
+    """Return the tensors of a loaded checkpoint, and notes on the entry that contains them and on entries that were
+    left out.
 
     Raises `TypeError` if there are none.
     """
@@ -81,7 +82,7 @@ def state_dict(found: object) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def dense(name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor without gradient, converted from sparse to dense.
+    """Return a tensor of a state dict without gradient, converted from sparse to dense.
 
     Raises `TypeError` for a nested tensor, whose offsets are not checked.
     """
@@ -99,7 +100,7 @@ def _nested(checkpoint: Mapping[object, object]) -> str | None:
 
 
 def explain(error: Exception) -> str:
-    """Return an explanation of an error for readers without knowledge of pickle."""
+    """Return an explanation of an error of `torch.load` for users without knowledge of pickle."""
     text = str(error)
     if wanted := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", text):
         return (

@@ -1,1 +1,3 @@
-"""Importer that converts ONNX models to torch, which provides gradients. Each import is compared with onnxruntime."""
+"""Importer that converts ONNX models to torch, so that attacks can use gradients. The outputs of each import are
+compared with onnxruntime.
+"""

@@ -1,4 +1,5 @@
-"""Builds a `torch.fx` graph operator by operator, and computes every value on examples at the same time.
+"""Builds a `torch.fx` graph from an ONNX model operator by operator, and computes each intermediate value on two
+example batches.
 
 Two example batches of different sizes pass through the network while it is built. Therefore shapes are known numbers,
 values that depend only on constants and shapes are computed once, and a size that differs between the two is the batch
@@ -20,12 +21,13 @@ MAX_COMPUTED = 2**30
 
 
 class Unsupported(Exception):
-    """Error for an operator or a setting that the importer does not support. The model then runs in onnxruntime."""
+    """Error for an ONNX operator or setting that the importer does not support. The model then runs in onnxruntime."""
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A value of the network: its node in the graph, and its values on both examples.
+    """An intermediate value of an ONNX network: its node in the `torch.fx` graph, and its values on two example
+    batches.
 
     The node is None if the value does not depend on the input.
     """
@@ -35,16 +37,16 @@ class Value:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the value on the first example batch."""
+        """Shape of the value on the first of the two example batches."""
         return tuple(self.at[0].shape)
 
     @property
     def rank(self) -> int:
-        """Number of dimensions."""
+        """Number of dimensions of the value."""
         return len(self.shape)
 
     def varies(self, dim: int) -> bool:
-        """Return whether the size of dimension `dim` depends on the batch size."""
+        """Return whether the size of the dimension `dim` of the value depends on the batch size."""
         return bool(self.at[0].shape[dim] != self.at[1].shape[dim])
 
     @property
@@ -56,13 +58,15 @@ class Value:
 
 @dataclass(frozen=True)
 class Ints:
-    """An argument that is a vector of integers on both examples. Some integers may be multiples of the batch size."""
+    """A vector of integers that is an argument of an ONNX operator, on two example batches. Integers that differ are
+    multiples of the batch size.
+    """
 
     at: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Builder:
-    """The graph under construction, with the modules and constants that it uses."""
+    """The `torch.fx` graph of an ONNX model under construction, with the modules and constants that it uses."""
 
     def __init__(self, examples: tuple[Tensor, Tensor]) -> None:
         self.root = nn.Module()
@@ -76,7 +80,7 @@ class Builder:
         self._batch: fx.Node | None = None
 
     def module(self, name: str, module: nn.Module, *inputs: Value) -> Value:
-        """Add a module to the graph and return its output.
+        """Add a torch module to the graph and return its output.
 
         Modules without parameters are added too, so that their settings are visible.
         """
@@ -90,7 +94,7 @@ class Builder:
         return Value(self.graph.call_module(target, tuple(map(self._argument, inputs))), at)
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Value:
-        """Add a function call to the graph and return its result.
+        """Add the call of a torch function to the graph and return its result.
 
         No call is added if no argument depends on the input or on the batch size; then the result is a constant.
         """
@@ -108,15 +112,15 @@ class Builder:
         return Value(node, at)
 
     def constant(self, tensor: Tensor) -> Value:
-        """Return a value for a tensor that does not depend on the input."""
+        """Return a tensor that does not depend on the input as a constant value of the graph."""
         return Value(None, (tensor, tensor))
 
     def item(self, values: Value, index: int) -> Value:
-        """Return the output with the given index of an operator with several outputs."""
+        """Return the output number `index` of an operator with several outputs."""
         return self.call(operator.getitem, values, index)
 
     def finish(self, output: Value) -> fx.GraphModule:
-        """Return the finished module, without the parts that `output` does not depend on."""
+        """Return the finished graph as a module. Nodes on which `output` does not depend are removed."""
         self.graph.output(self._argument(output))
         built = fx.GraphModule(self.root, self.graph, "Imported")
         built.graph.eliminate_dead_code()
@@ -178,7 +182,7 @@ class Builder:
 
 @dataclass(frozen=True)
 class GraphStep:
-    """An operator of the file that is to be converted: its inputs, its settings and its number of outputs."""
+    """An operator of an ONNX file that is to be converted: its inputs, its attributes and its number of outputs."""
 
     builder: Builder
     op: str
@@ -191,22 +195,22 @@ class GraphStep:
 
     @property
     def x(self) -> Value:
-        """The first input of the operator."""
+        """The first input of the ONNX operator."""
         return self.input(0)
 
     def given(self, index: int) -> bool:
-        """Return whether an optional input is present."""
+        """Return whether the optional input number `index` of the ONNX operator is present."""
         return index < len(self.inputs) and self.inputs[index] is not None
 
     def input(self, index: int) -> Value:
-        """Return a required input. Raises `Unsupported` if it is missing."""
+        """Return the required input number `index` of the ONNX operator. Raises `Unsupported` if it is missing."""
         value = self.inputs[index] if index < len(self.inputs) else None
         if value is None:
             raise Unsupported(f"{self.op} without its input {index}")
         return value
 
     def tensor(self, index: int) -> Tensor:
-        """Return an input that must be constant. Raises `Unsupported` if it is not."""
+        """Return an input of the ONNX operator that must be constant. Raises `Unsupported` if it is not."""
         value = self.input(index)
         if not value.is_static:
             raise Unsupported(f"{self.op} whose input {index} is computed from the data")
@@ -214,7 +218,7 @@ class GraphStep:
         return found
 
     def ints(self, index: int) -> Ints:
-        """Return an integer input that may depend on the batch size, but not on the data."""
+        """Return an integer input of the ONNX operator. It may depend on the batch size, but not on the data."""
         value = self.input(index)
         if value.node is not None:
             raise Unsupported(f"{self.op} whose input {index} is computed from the data")
@@ -222,15 +226,15 @@ class GraphStep:
         return Ints((first, second))
 
     def axes(self, index: int) -> tuple[int, ...] | None:
-        """Return the axes, or None if there are none. They are an attribute of older operators and an input of newer
-        ones.
+        """Return the axes to which the ONNX operator applies, or None if it has none. They are an attribute in older
+        operators and an input in newer ones.
         """
         if "axes" in self.attributes:
             return tuple(self.attributes["axes"])
         return tuple(self.tensor(index).flatten().tolist()) if self.given(index) else None
 
     def setting(self, name: str, default: Any) -> Any:
-        """Return the attribute called `name`, or `default` if the operator does not have it."""
+        """Return the attribute `name` of the ONNX operator, or `default` if the operator does not have it."""
         return self.attributes.get(name, default)
 
 

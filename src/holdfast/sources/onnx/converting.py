@@ -1,4 +1,4 @@
-"""Converts a checked file to a `torch.fx.GraphModule` of ordinary modules and functions."""
+"""Converts a checked ONNX file to a `torch.fx.GraphModule` of ordinary modules and functions."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +20,9 @@ _FREE_SIZES = (2, 3)
 
 
 def unknown_operators(file: OnnxFile) -> tuple[str, ...]:
-    """Return the operators of the file that are not supported, with their domain if it is not ONNX's own."""
+    """Return the operators of an ONNX file that the importer does not support. Operators that are not part of ONNX
+    itself include their domain.
+    """
     names = {
         node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
         for node in file.proto.graph.node
@@ -29,7 +31,8 @@ def unknown_operators(file: OnnxFile) -> tuple[str, ...]:
 
 
 def convert(file: OnnxFile, output: str, *, batch_size: int | None) -> fx.GraphModule:
-    """Return the part of the network that computes `output`. Raises `Unsupported` if it uses unsupported settings.
+    """Convert the part of an ONNX network that computes `output` to torch. Raises `Unsupported` if it uses unsupported
+    settings.
 
     If `batch_size` is None, the network accepts any batch size, even if the file specifies one. Otherwise it accepts
     only that size.
@@ -87,7 +90,9 @@ def _setting(attribute: Any) -> Any:
 
 
 def random_batch(file: OnnxFile, n: int) -> Tensor:
-    """Return `n` random inputs in [0, 1) with the shape and type of the file, equal in every call."""
+    """Return a batch of `n` random inputs in [0, 1) with the shape and type that an ONNX file declares. The inputs are
+    the same in every call.
+    """
     dtype = as_tensor(np.zeros(1, file.input.dtype)).dtype
     sizes = [n, *(size or 1 for size in file.input.shape[1:])]
     return torch.rand(sizes, generator=torch.Generator().manual_seed(n)).to(dtype)

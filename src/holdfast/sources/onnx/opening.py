@@ -1,4 +1,6 @@
-"""Opens an ONNX classifier: it is imported and checked if its operators are supported, otherwise run in onnxruntime."""
+"""Opens an ONNX classifier. It is converted to torch and checked if its operators are supported, and otherwise run in
+onnxruntime.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ _NUMBERS = frozenset(f"tensor({kind})" for kind in ("float16", "float", "double"
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """A network from an ONNX file, with its properties and notes on it."""
+    """A network from an ONNX file, with its properties and notes for the report."""
 
     net: nn.Module
     access: Access
@@ -52,20 +54,22 @@ class OnnxModel:
 
 
 class Converted(nn.Module):
-    """A network that computes in another float type than that of its inputs and outputs. Gradients are propagated."""
+    """Wrapper of a network that computes in another float type than that of its inputs and outputs. Gradients are
+    propagated.
+    """
 
     def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.net, self.dtype = net, dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs in the type of the inputs."""
+        """Return the outputs of the network, converted to the float type of the inputs."""
         y: Tensor = self.net(x.to(self.dtype))
         return y.to(x.dtype)
 
 
 class Runtime(nn.Module):
-    """A model that runs in onnxruntime and returns scores without gradients."""
+    """An ONNX model that runs in onnxruntime and returns scores without gradients."""
 
     def __init__(self, file: OnnxFile, output: str | None = None) -> None:
         super().__init__()
@@ -83,11 +87,11 @@ class Runtime(nn.Module):
         return self
 
     def all(self, x: Tensor) -> list[Tensor]:
-        """Return all outputs of a batch as tensors."""
+        """Return all outputs of the ONNX model on a batch as tensors."""
         return [torch.from_numpy(values).to(x.device) for values in self.values(x)]
 
     def values(self, x: Tensor) -> list[np.ndarray[Any, Any]]:
-        """Return all outputs of a batch as arrays, which may contain strings."""
+        """Return all outputs of the ONNX model on a batch as arrays, which may contain strings."""
         batch = x.detach().cpu().numpy().astype(self.input.dtype)
         size = self.input.shape[0] or len(batch)
         parts = [self._run(batch[start : start + size], size) for start in range(0, len(batch), max(size, 1))]
@@ -101,7 +105,7 @@ class Runtime(nn.Module):
 
 
 class RuntimeLabels(nn.Module):
-    """A module that returns the predicted classes of a file as one-hot rows."""
+    """A module that returns the classes that an ONNX model predicts in onnxruntime as one-hot rows."""
 
     def __init__(self, runtime: Runtime, classes: Sequence[str | int]) -> None:
         super().__init__()
@@ -109,17 +113,17 @@ class RuntimeLabels(nn.Module):
         self.places = {label: place for place, label in enumerate(classes)}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return one-hot rows (n, classes) in the order of the classes."""
+        """Return the predicted class of each example as a one-hot row; the shape is (n, classes)."""
         return nn.functional.one_hot(self.of(x), len(self.places)).to(x.dtype)
 
     def of(self, x: Tensor) -> Tensor:
-        """Return the class number (n,) of each example."""
+        """Return the predicted class number (n,) of each example."""
         answers = self.runtime.values(x)[0].reshape(-1).tolist()
         return torch.tensor([self.places[answer] for answer in answers], dtype=torch.int64, device=x.device)
 
 
 def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel:
-    """Return the classifier in an ONNX file: imported and compared with onnxruntime, or run in onnxruntime.
+    """Return the classifier in an ONNX file: converted to torch and compared with onnxruntime, or run in onnxruntime.
 
     A model that cannot be imported gives only scores or labels, without gradients. `input_shape` is the shape of one
     example, which is needed for a file with free sizes. Raises `TargetError` for a file that is not a classifier, or if

@@ -120,7 +120,7 @@ def gelu(step: GraphStep) -> Value:
 
 
 def where(step: GraphStep) -> Value:
-    """Convert the operator Where, which selects elements of one of two values by a condition."""
+    """Convert the operator Where, which selects each element from one of two tensors by a condition."""
     return step.builder.call(torch.where, step.x, step.input(1), step.input(2))
 
 
@@ -134,7 +134,7 @@ def arg_max(step: GraphStep) -> Value:
 
 
 def onnx_mean(step: GraphStep) -> Value:
-    """Convert the operator Mean: the elementwise mean of several values."""
+    """Convert the operator Mean: the elementwise mean of several tensors."""
     total = _variadic(torch.add)(step)
     assert isinstance(total, Value)
     return step.builder.call(torch.div, total, len(step.inputs))

@@ -25,11 +25,11 @@ _DEFAULT = ("", "ai.onnx")
 
 
 class Endless(ValueError):
-    """Error for functions that call each other in a cycle, or for a loop without a limit."""
+    """Error for an ONNX file whose functions call each other in a cycle, or that has a loop without a limit."""
 
 
 def n_nodes(proto: Any) -> int:
-    """Return the number of nodes of the graph after every function call is expanded.
+    """Return the number of nodes of an ONNX graph after every function call is expanded.
 
     Functions may call functions, so that a small file can describe more nodes than fit in memory. Raises `Endless` for
     a cycle.
@@ -59,7 +59,7 @@ def n_nodes(proto: Any) -> int:
 
 
 def refuse_endless(graph: Any, known: Mapping[str, NDArray[Any]]) -> None:
-    """Raise `Endless` for a loop whose number of iterations is not limited by a constant.
+    """Raise `Endless` if an ONNX graph has a loop whose number of iterations is not limited by a constant.
 
     `known` contains the tensors of the file by name; constants of the graph and of graphs inside its nodes are added.
     """
@@ -115,7 +115,7 @@ _EXTERNAL = 1
 
 @dataclass(frozen=True)
 class OnnxInput:
-    """Name, type and shape of the only input of a classifier."""
+    """Name, type and shape of the only input of an ONNX classifier."""
 
     name: str
     dtype: np.dtype[Any]
@@ -125,7 +125,7 @@ class OnnxInput:
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """The parsed and checked content of a file, including its tensors."""
+    """The parsed and checked content of an ONNX file, including its tensors."""
 
     proto: Any
     input: OnnxInput
@@ -140,18 +140,18 @@ class OnnxFile:
 
     @property
     def content(self) -> bytes:
-        """The serialised model, for onnxruntime."""
+        """The ONNX model as serialised bytes, for onnxruntime."""
         serialised: bytes = self.proto.SerializeToString()
         return serialised
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs of the model."""
+        """Names of the outputs of the ONNX model."""
         return tuple(value.name for value in self.proto.graph.output)
 
 
 def onnx_module() -> ModuleType:
-    """Return the `onnx` package. Raises `UsageError` with the install command if it is missing."""
+    """Import and return the `onnx` package. Raises `UsageError` with the install command if it is missing."""
     try:
         import onnx
     except ImportError as error:
@@ -161,7 +161,7 @@ def onnx_module() -> ModuleType:
 
 
 def onnx_content(path: Path) -> bytes:
-    """Return the content of a model file. Raises `TargetError` if it is too large."""
+    """Return the bytes of an ONNX file. Raises `TargetError` if it is too large."""
     readable_file(path, "model")
     if path.stat().st_size > MAX_BYTES:
         raise TargetError(
@@ -172,8 +172,8 @@ def onnx_content(path: Path) -> bytes:
 
 
 def bytes_beside(path: Path) -> int:
-    """Return the total size of the other files in the folder of a model, which may contain its data; at most
-    `MAX_BYTES`.
+    """Return the total size in bytes of the other files in the folder of an ONNX model, which may contain its tensors.
+    The result is at most `MAX_BYTES`.
     """
     total = 0
     for each in path.parent.iterdir():
@@ -187,7 +187,8 @@ def bytes_beside(path: Path) -> int:
 def read_onnx(
     path: Path, input_shape: Sequence[int] | None = None, *, content: bytes | None = None
 ) -> OnnxFile:
-    """Return the parsed and checked content of a file. Only this function reads external data.
+    """Return the parsed and checked content of an ONNX file. Only this function reads tensors that are stored in other
+    files.
 
     `input_shape` is the shape of one example, which is needed for a file with free sizes. `content` is the content of
     the file if it was already read; then the file is not opened again. Raises `TargetError` for a file that is invalid

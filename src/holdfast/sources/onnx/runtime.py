@@ -1,4 +1,4 @@
-"""Sessions of onnxruntime. The module does not import torch, so that the process that first runs a file starts fast."""
+"""Runs models in onnxruntime. The module does not import torch, so that a process that only runs a file starts fast."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from holdfast.core.errors import TargetError, UsageError
 
 
 def session(content: bytes, threads: int) -> Any:
-    """Return a session of onnxruntime on the CPU. Raises `TargetError` if onnxruntime rejects the model."""
+    """Return an onnxruntime session of a model on the CPU. Raises `TargetError` if onnxruntime rejects the model."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -27,7 +27,8 @@ def session(content: bytes, threads: int) -> Any:
 
 
 def run_session(running: Any, outputs: list[str], name: str, batch: NDArray[Any]) -> list[NDArray[Any]]:
-    """Return the outputs of a session on a batch (n, *features). Raises `TargetError` if onnxruntime rejects the batch.
+    """Return the outputs of an onnxruntime session on a batch (n, *features). Raises `TargetError` if onnxruntime
+    rejects the batch.
 
     `name` is the name of the input, and `outputs` lists the names of the outputs.
     """
@@ -41,7 +42,9 @@ def run_session(running: Any, outputs: list[str], name: str, batch: NDArray[Any]
 
 
 def some_inputs(shape: tuple[int | None, ...], dtype: np.dtype[Any], n: int) -> NDArray[Any]:
-    """Return `n` random examples in [0, 1), with size one for every free size. They are equal in every call."""
+    """Return `n` random inputs in [0, 1) with the given shape. Sizes that the model leaves open are 1. The inputs are
+    the same in every call.
+    """
     sizes = [n, *(size or 1 for size in shape[1:])]
     return np.random.default_rng(n).random(sizes, np.float32).astype(dtype)
 

@@ -1,4 +1,4 @@
-"""Converts ONNX operators that move or copy values, and operators that create constants and shapes."""
+"""Converts ONNX operators that move or copy tensor elements, and operators that create constants and shapes."""
 
 import operator
 from typing import Any
@@ -36,7 +36,9 @@ def reshape(step: GraphStep) -> Value:
 
 
 def flatten(step: GraphStep) -> Value:
-    """Convert the operator Flatten, which merges the dimensions before the axis to one, and the others to another."""
+    """Convert the operator Flatten, which merges the dimensions before an axis to one dimension, and the remaining
+    dimensions to a second one.
+    """
     axis = step.setting("axis", 1)
     axis = axis + step.x.rank if axis < 0 else axis
     first, second = (
@@ -75,7 +77,7 @@ def transpose(step: GraphStep) -> Value:
 
 
 def concat(step: GraphStep) -> Value:
-    """Convert the operator Concat, which concatenates values along an axis."""
+    """Convert the operator Concat, which concatenates tensors along an axis."""
     values = [step.input(i) for i in range(len(step.inputs))]
     if len(values) == 1:
         return values[0]
@@ -83,7 +85,7 @@ def concat(step: GraphStep) -> Value:
 
 
 def split(step: GraphStep) -> tuple[Value, ...]:
-    """Convert the operator Split, which splits a value along an axis."""
+    """Convert the operator Split, which splits a tensor along an axis."""
     axis = step.setting("axis", 0) % step.x.rank
     size = step.x.shape[axis]
     sizes = step.attributes.get("split")
@@ -97,7 +99,7 @@ def split(step: GraphStep) -> tuple[Value, ...]:
 
 
 def slice_(step: GraphStep) -> Value:
-    """Convert the operator Slice, which selects entries from starts to ends along some axes."""
+    """Convert the operator Slice, which selects a range of entries along some axes of a tensor."""
     if "starts" in step.attributes:  # before opset 10
         starts, ends = step.attributes["starts"], step.attributes["ends"]
         axes, steps = step.attributes.get("axes", range(len(starts))), [1] * len(starts)
@@ -122,7 +124,7 @@ def slice_(step: GraphStep) -> Value:
 
 
 def gather(step: GraphStep) -> Value:
-    """Convert the operator Gather, which selects entries of a value by their indices along an axis."""
+    """Convert the operator Gather, which selects entries of a tensor by their indices along an axis."""
     axis = step.setting("axis", 0) % step.x.rank
     places = step.input(1)
     if not places.is_static:
@@ -140,7 +142,7 @@ def gather(step: GraphStep) -> Value:
 
 
 def pad(step: GraphStep) -> Value:
-    """Convert the operator Pad, which extends a value at the beginnings and ends of its dimensions."""
+    """Convert the operator Pad, which extends a tensor at the beginnings and ends of its dimensions."""
     mode = step.setting("mode", b"constant").decode()
     pads = list(step.attributes["pads"] if "pads" in step.attributes else step.tensor(1).tolist())
     value = float(step.tensor(2)) if step.given(2) else step.setting("value", 0.0)
@@ -163,7 +165,7 @@ def pad(step: GraphStep) -> Value:
 
 
 def resize(step: GraphStep) -> Value:
-    """Convert the operators Resize and Upsample with the nearest value or linear interpolation."""
+    """Convert the operators Resize and Upsample, with nearest-neighbour or linear interpolation."""
     mode = step.setting("mode", b"nearest").decode()
     how = step.setting(
         "coordinate_transformation_mode", b"half_pixel" if step.opset > 10 else b"asymmetric"
@@ -191,7 +193,7 @@ def resize(step: GraphStep) -> Value:
 
 
 def expand(step: GraphStep) -> Value:
-    """Convert the operator Expand, which repeats a value along dimensions of size one."""
+    """Convert the operator Expand, which repeats a tensor along dimensions of size one."""
     first, second = (
         tuple(np.broadcast_shapes(tuple(example.shape), wanted))
         for example, wanted in zip(step.x.at, step.ints(1).at, strict=True)
@@ -201,20 +203,20 @@ def expand(step: GraphStep) -> Value:
 
 
 def tile(step: GraphStep) -> Value:
-    """Convert the operator Tile, which repeats a value along its dimensions."""
+    """Convert the operator Tile, which repeats a tensor along its dimensions."""
     times = step.ints(1)
     _bounded((*times.at[0], step.x.at[0].numel()))
     return step.builder.call(torch.tile, step.x, times)
 
 
 def cast(step: GraphStep) -> Value:
-    """Convert the operator Cast, which converts a value to another type."""
+    """Convert the operator Cast, which converts a tensor to another type."""
     dtype = _dtype(step.attributes["to"])
     return step.x if step.x.at[0].dtype == dtype else step.builder.call(torch.Tensor.to, step.x, dtype)
 
 
 def constant(step: GraphStep) -> Value:
-    """Convert the operator Constant, which returns a constant of the file."""
+    """Convert the operator Constant, which returns a constant that the ONNX file contains."""
     ((name, value),) = step.attributes.items()
     if name == "value":
         return step.builder.constant(as_tensor(value))
@@ -238,14 +240,14 @@ def constant_of_shape(step: GraphStep) -> Value:
 
 
 def shape(step: GraphStep) -> Value:
-    """Convert the operator Shape, which returns the sizes of a value."""
+    """Convert the operator Shape, which returns the sizes of the dimensions of a tensor."""
     rows = slice(step.setting("start", 0), step.attributes.get("end"))
     first, second = (torch.tensor(list(example.shape)[rows], dtype=torch.int64) for example in step.x.at)
     return Value(None, (first, second))
 
 
 def size(step: GraphStep) -> Value:
-    """Convert the operator Size, which returns the number of elements of a value."""
+    """Convert the operator Size, which returns the number of elements of a tensor."""
     first, second = (torch.tensor(example.numel()) for example in step.x.at)
     return Value(None, (first, second))
 
@@ -266,7 +268,7 @@ def identity(step: GraphStep) -> Value:
 
 
 def as_tensor(array: Any) -> Tensor:
-    """Return an array of the file as a tensor. Raises `Unsupported` for a type that torch does not have."""
+    """Convert an array of an ONNX file to a torch tensor. Raises `Unsupported` for a type that torch does not have."""
     try:
         return torch.from_numpy(array.copy())
     except TypeError as error:

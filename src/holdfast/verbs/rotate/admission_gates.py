@@ -1,5 +1,5 @@
-"""The gates of an admission, which compare a set with reference sets on the same examples and use
-confidence intervals.
+"""Gates of the admission of a parameter set to a pool. They compare the set with reference sets on the same examples,
+with confidence intervals.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +56,7 @@ _BEST_FIRST: tuple[Verdict, ...] = ("pass", "unclear", "fail")
 
 @dataclass(frozen=True)
 class GateResult:
-    """Result of one gate for one parameter set."""
+    """Result of one gate in the admission of a parameter set."""
 
     name: str
     """name of the gate"""
@@ -71,13 +71,15 @@ class GateResult:
 
     @property
     def description(self) -> str:
-        """The gate, its result and its limit as text."""
+        """The gate, its measured result and its limit as text."""
         return f"{self.name}: {self.why}; {self.bound}"
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """All measurements of a set and of its reference sets on the same examples."""
+    """All measurements of a parameter set and of its reference sets on the same examples, from which the gates of its
+    admission are judged.
+    """
 
     attackers: Attackers
     transferred: TransferResult
@@ -98,13 +100,13 @@ class Measurements:
     """number of examples that each gate needs; if there are fewer, its tolerance is widened"""
 
     def confidence(self, family: Family) -> float:
-        """Return the confidence of each interval such that the intervals of all repetitions hold
-        jointly (Bonferroni).
+        """Return the confidence level of each interval, corrected for the repeated judging of a gate on more and more
+        examples (Bonferroni).
         """
         return bonferroni(CONFIDENCE, self.looks.get(family, 1))
 
     def tolerance(self, gate: Gate) -> tuple[float, str]:
-        """Return the accuracy that may be lost, as a fraction, and its description."""
+        """Return how much accuracy a set may lose to pass a gate, as a fraction, and a description of the limit."""
         need = self.needs.get(gate)
         if need is None or not need.widened:
             least = LEAST[gate]
@@ -116,7 +118,7 @@ class Measurements:
 
     @property
     def static(self) -> Estimate:
-        """Success rate of white-box attacks on the serving set or, if no set serves, its mean over the bases."""
+        """Success rate of white-box attacks on the serving set. If no set serves, it is the mean over all bases."""
         shares = [share_of(~robust_mask(one)[one["correct"]]) for one in self.before_white]
         low, value, high = (
             sum(getattr(one, end) for one in shares) / len(shares) for end in ("low", "value", "high")
@@ -125,12 +127,14 @@ class Measurements:
 
     @property
     def transfer(self) -> Worst | None:
-        """Highest success rate of an attacker with one stolen set; None if no set is stolen."""
+        """Highest success rate of an attacker with one stolen set, or None if no set is stolen."""
         return worst(self.transferred, self.attackers.one, self.confidence("transfer"))
 
     @property
     def ensemble(self) -> Worst | None:
-        """Highest success rate of the attacker with several stolen sets; None if fewer than two sets are stolen."""
+        """Success rate of the best attack of an attacker with several stolen sets, or None if fewer than two sets are
+        stolen.
+        """
         several = self.attackers.several
         if several is None:
             return None
@@ -138,7 +142,9 @@ class Measurements:
 
     @property
     def sibling(self) -> Worst | None:
-        """Highest success rate of an attacker with sets generated in the same draw; None if there are no such sets."""
+        """Highest success rate of an attacker with other sets generated in the same draw, or None if there are no such
+        sets.
+        """
         them = self.attackers.siblings
         if them is None or self.siblings is None:
             return None
@@ -146,13 +152,13 @@ class Measurements:
 
     @property
     def clean_loss(self) -> Loss:
-        """Loss of clean accuracy of the set relative to the better of its references."""
+        """Clean accuracy that the set loses relative to the better of its reference sets."""
         before, bases = ([one["correct"] for one in them] for them in (self.before, self.bases))
         return self._loss(before, bases, self.transferred.evidence["correct"], "transfer")
 
     @property
     def robust_loss(self) -> Loss:
-        """Loss of robust accuracy of the set under white-box attacks, relative to the better of its references."""
+        """Robust accuracy under white-box attacks that the set loses relative to the better of its reference sets."""
         before, bases = ([robust_mask(one) for one in them] for them in (self.before_white, self.bases_white))
         return self._loss(before, bases, robust_mask(self.white), "white-box")
 
@@ -162,13 +168,13 @@ class Measurements:
 
     @property
     def churn(self) -> Estimate:
-        """Fraction of inputs that the set classifies differently from the reference."""
+        """Fraction of inputs that the set classifies differently from the reference set."""
         changed = [changed_predictions(one, self.transferred.evidence) for one in self.before]
         return difference(changed, confidence=self.confidence("transfer"))
 
 
 def gate_results(seen: Measurements, doubts: Doubts, claims: Sequence[Claim]) -> tuple[GateResult, ...]:
-    """Return the results of all gates for one set.
+    """Return the results of all gates in the admission of one parameter set.
 
     `doubts` are the doubts of the white-box attacks on this set that were not raised for its references. `claims` are
     additional gates.
@@ -184,7 +190,9 @@ def gate_results(seen: Measurements, doubts: Doubts, claims: Sequence[Claim]) ->
 
 
 def reported(seen: Measurements) -> dict[str, Estimate]:
-    """Return the estimates that are reported but used by no gate, by name."""
+    """Return the measurements of a set that are reported but not used by any gate, such as its calibration error, by
+    name.
+    """
     estimates = {
         "white_box_success": share_of(~robust_mask(seen.white)[seen.white["correct"]]),
         "static_white_box_success": seen.static,

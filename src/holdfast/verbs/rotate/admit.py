@@ -1,4 +1,5 @@
-"""The step `admit`: assesses each candidate against attackers with the stolen sets, then admits or refuses it.
+"""The step `admit` of a rotation: it tests each candidate against attackers with the stolen sets, then admits or
+refuses it.
 
 All verdicts are in the ledger. If the step is killed, the next call continues with the same candidate, and reuses its
 finished assessments.
@@ -65,7 +66,7 @@ _FAMILIES: Mapping[Family, str] = {
 
 @dataclass(frozen=True)
 class AdmitRequest:
-    """The pool whose candidates are judged, and the settings for judging them."""
+    """The pool whose candidates are judged, and the settings of the gates and measurements."""
 
     pool: Pool
     common: RotateRequest
@@ -82,8 +83,8 @@ class AdmitRequest:
 def admit(
     request: AdmitRequest, *, again: str = "", notify: Notify = ignore, progress: Progress = silent
 ) -> Admission:
-    """Judge every candidate, starting with the one farthest from the stolen sets, and record the verdicts in the
-    ledger.
+    """Judge every candidate of a pool, starting with the one farthest from the stolen sets, and record the verdicts in
+    the ledger.
 
     Admitted sets that do not serve yet are judged again if a set was stolen after their admission. The call ends after
     five refusals in a row. `again` states how a stopped call is resumed. Raises `UsageError` if there is no candidate,
@@ -142,18 +143,20 @@ class _Admitting:
 
     @property
     def request(self) -> RotateRequest:
-        """The common settings of the sets of the pool."""
+        """The settings that all parameter sets of the pool share."""
         return self.measuring.transfer_examples.request
 
     def next_verdict(self) -> Judged:
-        """The verdict on a set whose tensors do not match, else on the set that is farthest from the stolen ones."""
+        """Judge the next parameter set: one whose tensors do not match the model, or else the set that is farthest from
+        the stolen sets.
+        """
         waiting = self.waiting
         foreign = [verdict for verdict in map(self._foreign, waiting) if verdict is not None]
         return foreign[0] if foreign else self._judged(max(waiting, key=self._distance))
 
     @property
     def waiting(self) -> tuple[str, ...]:
-        """Candidates, and admitted sets that were judged before a later theft."""
+        """Names of the candidates, and of admitted sets that were judged before a later theft was reported."""
         return (*waiting_candidates(self.pool), *self.pool.unjudged)
 
     def _foreign(self, name: str) -> Judged | None:
@@ -202,7 +205,7 @@ class _Admitting:
         )
 
     def record(self, one: Judged) -> bool:
-        """Record the verdict in the ledger; returns whether it was recorded.
+        """Record the verdict on a parameter set in the ledger. Return whether it was recorded.
 
         It is not recorded if the set already serves, or if another set was stolen in the meantime and must be
         considered. The bases of an admitted set are listed as stolen before the set is admitted, so that a kill
@@ -347,7 +350,7 @@ class _Admitting:
     # --- weights
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """The parameters of a set, cached."""
+        """Return the tensors of a parameter set of the pool from a cache."""
         if name not in self._weights:
             self._weights[name] = self.pool.weights(name)
         return self._weights[name]

@@ -1,4 +1,5 @@
-"""Alternatives to a rotation, each measured against an attacker with a stolen set and against a white-box attack.
+"""Measures alternatives to a rotation, such as independent seeds, against an attacker with a stolen set and against a
+white-box attack.
 
 The alternatives take about the time of a rotation. Static: the set is not swapped. Noise on the weights. Checkpoints of
 one run, their mean (a soup, Wortsman et al., arXiv:2203.05482) and samples around it (SWAG, Maddox et al.,
@@ -40,7 +41,7 @@ Json = dict[str, Any]
 
 @dataclass
 class Alternatives:
-    """Measures all alternatives on the same inputs with the same few attacks."""
+    """Measures all alternatives to a rotation on the same inputs with the same few attacks."""
 
     pool: Pool
     request: RotateRequest
@@ -51,8 +52,8 @@ class Alternatives:
     transfer_attacker: TransferAttacker
 
     def rows(self) -> Iterator[tuple[str, Callable[[], Json | None]]]:
-        """Yield the name of each alternative, and a function that measures it or returns None if the pool does not
-        allow it.
+        """Yield the name of each alternative to a rotation, and a function that measures it. The function returns None
+        if the pool does not permit the alternative.
         """
         yield "static", lambda: self._row(self.live, self.live, "the serving set is never swapped")
         yield (
@@ -74,7 +75,7 @@ class Alternatives:
 
     @cached_property
     def tuned(self) -> Classifier:
-        """The serving set after half an epoch of adversarial fine-tuning."""
+        """The model of the serving set after half an epoch of adversarial fine-tuning."""
         return self._trained(_ONE_STEP, _SHARE)
 
     def _pgd(self) -> Json:
@@ -183,12 +184,12 @@ def share_json(share: Estimate) -> Json:
 
 
 def hardened(request: RotateRequest) -> bool:
-    """Return whether the sets of a pool were trained against attacks."""
+    """Return whether the parameter sets of a pool were trained against attacks."""
     return not isinstance(request.candidate.recipe, Standard)
 
 
 def doubt(found: Mapping[str, Json | None], request: RotateRequest, one: Json | None) -> Json:
-    """Return the doubt that half an epoch of fine-tuning achieves more than rotation, as JSON.
+    """Return the doubt that half an epoch of adversarial fine-tuning protects a model better than rotation, as JSON.
 
     `found` are the measured alternatives, and `one` is the success rate of an attacker with one stolen set. The doubt
     is raised if the sets were not trained against attacks.

@@ -1,4 +1,5 @@
-"""The table of attackers: the success rates of the attackers A0 to A6 on the serving set, on the same test inputs.
+"""Measures the success rates of the attackers A0 to A6, which differ in the parameter sets that they have, on the
+serving set and the same test inputs.
 
 A0 has no parameters of the pool and trains its own surrogates. A1 has a set that the ledger lists as stolen, A1u one
 that it does not list. A2 has several sets, A2c all bases of the pool. A3 has the generator, or sets generated in the
@@ -48,7 +49,9 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Means:
-    """Attacks and numbers of queries, sets and epochs that the attackers use."""
+    """Resources of the attackers of a rotation: their attacks, and the numbers of queries, sets and epochs that they
+    use.
+    """
 
     transfer_attacker: TransferAttacker = field(default_factory=TransferAttacker)
     quick: TransferAttacker = field(default_factory=lambda: TransferAttacker(_QUICK))
@@ -65,7 +68,7 @@ class Means:
 
 @dataclass
 class AttackerTable:
-    """Measures the attackers of a pool one after another. Rows that are stored already are not measured again."""
+    """Measures the attackers of a pool one after another. Stored results are not measured again."""
 
     pool: Pool
     request: RotateRequest
@@ -129,7 +132,9 @@ class _Measuring:
     # --- rows and verdict
 
     def table(self) -> Json:
-        """The document with all rows, the alternatives, the doubt and the verdict."""
+        """Measure all attackers and alternatives to the rotation, and return the results, the doubt and the verdict as
+        a JSON document.
+        """
         if not len(self.batch):
             return self.document | {
                 "conclusion": "the serving set classifies no input correctly, so there is nothing to attack",

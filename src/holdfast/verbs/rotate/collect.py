@@ -1,4 +1,5 @@
-"""The step `collect`: trains independent models and surrogates, and stores their parameter sets encrypted.
+"""The step `collect` of a rotation: it trains independent models and surrogates, and stores their parameter sets
+encrypted.
 
 A stopped collection continues after the last epoch. The surrogates represent a surrogate-only attacker: models of the
 same architecture, trained by the same recipe on the same examples from their own random weights. Gates on thefts are
@@ -55,7 +56,7 @@ _GUESSING = 1.5  # times the accuracy of the most frequent class, below which a 
 
 @dataclass(frozen=True)
 class CollectRequest:
-    """The folder of a pool, and the settings of the sets that are collected in it."""
+    """The folder of a pool, and the settings of the training runs whose parameter sets are collected in it."""
 
     path: Path
     """folder of the pool"""
@@ -74,7 +75,7 @@ class CollectRequest:
 
 @dataclass(frozen=True)
 class Collected:
-    """Numbers and accuracies of the collected sets and surrogates."""
+    """Numbers and accuracies of the parameter sets and surrogates that were collected in a pool."""
 
     runs: int
     sets: int
@@ -89,7 +90,7 @@ class Collected:
 def collect(
     request: CollectRequest, *, again: str = "", notify: Notify = ignore, progress: Progress = silent
 ) -> Collected:
-    """Create or resume a pool, do the missing trainings, and store their parameter sets encrypted.
+    """Create or resume a pool, perform the missing training runs, and store their parameter sets encrypted.
 
     `again` states how a stopped call is resumed. Raises `UsageError`, `TargetError`, and `Interrupted` on a signal.
     """
@@ -122,7 +123,7 @@ def collect(
 
 
 def create_or_resume(request: CollectRequest, *, notify: Notify = ignore) -> Pool:
-    """Create the pool in the folder. With `resume`, open the existing pool, which must have the same settings.
+    """Create a pool in the requested folder. To resume, open the existing pool, which must have the same settings.
 
     Raises `UsageError` if the folder contains other files or another pool.
     """
@@ -213,7 +214,9 @@ class _Collection:
         self.least = min(_GUESSING * int(held.y.bincount().max()) / len(held), 1.0)
 
     def base(self, k: int, notify: Notify) -> Mapping[str, Any]:
-        """Train the run `k` unless its sets are stored, list its base in the ledger, and return its description."""
+        """Perform the training run number `k` unless its sets are stored, add its base to the ledger, and return its
+        description.
+        """
         stored = self.run.step(training_name(k), partial(self._train_sets, k))
         self._list(stored)
         n_sets, right = stored.about["sets"], stored.about["accuracy"]
@@ -221,7 +224,7 @@ class _Collection:
         return stored.about
 
     def surrogate(self, k: int, notify: Notify) -> Mapping[str, Any]:
-        """Train the surrogate `k` unless it is stored, and return its description."""
+        """Train the surrogate number `k` unless it is stored, and return its description."""
         stored = self.run.step(surrogate_name(k), partial(self._train_surrogate, k))
         notify(f"surrogate {k + 1} of {OWN}: accuracy {100 * stored.about['accuracy']:.1f} %")
         return stored.about

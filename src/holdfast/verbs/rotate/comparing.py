@@ -1,5 +1,5 @@
-"""Fractions of examples and paired differences with confidence intervals: lost accuracy and success
-rates of attackers.
+"""Computes fractions of examples and paired differences with confidence intervals, for lost accuracy and success rates
+of attackers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,8 @@ from holdfast.verbs.rotate.transfer_examples import Attacker
 
 @dataclass(frozen=True)
 class Loss:
-    """Accuracy that a set loses relative to the better of two references: the serving set, and the mean of the bases.
+    """Accuracy that a parameter set loses relative to the better of two references: the serving set, and the mean of
+    the bases.
 
     If only the serving set were the reference, small losses could add up over several swaps.
     """
@@ -33,7 +34,9 @@ class Loss:
 
 
 def largest_loss(before: Mapping[str, Sequence[Mask]], after: Mask, confidence: float) -> Loss:
-    """Return the largest loss of `after` relative to the references in `before`, which are given by name."""
+    """Return the largest loss of accuracy relative to several reference sets. `after` is the mask of the correct
+    examples of a set, and `before` contains those of the references.
+    """
     losses = {name: difference(masks, after, confidence) for name, masks in before.items()}
     reference = max(losses, key=lambda name: losses[name].value)
     joint = bonferroni(confidence, len(before))
@@ -44,7 +47,7 @@ def largest_loss(before: Mapping[str, Sequence[Mask]], after: Mask, confidence: 
 
 @dataclass(frozen=True)
 class Worst:
-    """The highest success rate among several attacks on a set."""
+    """The highest success rate among several attacks on a parameter set, and the attack that achieves it."""
 
     estimate: Estimate
     """fraction of the correctly classified inputs that are broken; the interval is for the largest
@@ -57,14 +60,15 @@ class Worst:
 
     @property
     def description(self) -> str:
-        """The success rate and its attack as text."""
+        """The highest success rate and its attack as text."""
         return f"examples of {self.by} break {share_text(self.estimate)}"
 
 
 def worst(
     transferred: TransferResult, attackers: Sequence[Attacker], confidence: float = CONFIDENCE
 ) -> Worst | None:
-    """Return the highest success rate over all attacks of the given attackers, or None if there are no attackers.
+    """Return the highest success rate over all transfer attacks of the given attackers, or None if there are no
+    attackers.
 
     The upper end of the interval is the highest of all upper ends, which is above the largest success rate with the
     given confidence. The lower ends are corrected for the number of attacks (Bonferroni).
@@ -91,18 +95,21 @@ def robust_mask(white: Evidence) -> Mask:
 
 
 def changed_predictions(one: Evidence, other: Evidence) -> Mask:
-    """Return the mask of the inputs that two sets classify differently."""
+    """Return the mask of the inputs that two parameter sets classify differently."""
     different: Mask = one["prediction"] != other["prediction"]
     return different
 
 
 def share_of(mask: Mask, confidence: float = CONFIDENCE) -> Estimate:
-    """Return the fraction of true entries with a confidence interval; for an empty mask the interval is 0 to 1."""
+    """Return the fraction of true entries of a mask with a confidence interval. For an empty mask the interval is 0 to
+    1.
+    """
     return proportion(mask, confidence) if len(mask) else Estimate(0.0, 0.0, 1.0, 0)
 
 
 def difference(before: Sequence[Mask], after: Mask | None = None, confidence: float = CONFIDENCE) -> Estimate:
-    """Return the mean fraction of true entries of the masks in `before` minus that of `after`, on the same examples.
+    """Return the mean fraction of true entries of the masks in `before`, minus the fraction in `after`, with a
+    confidence interval. All masks have the same examples.
 
     If `after` is None, nothing is subtracted.
     """
@@ -116,13 +123,13 @@ def difference(before: Sequence[Mask], after: Mask | None = None, confidence: fl
 
 
 def share_text(estimate: Estimate) -> str:
-    """Return a fraction with its interval and its sample size as text."""
+    """Return a fraction with its confidence interval and its sample size as text."""
     return (
         f"{percent(estimate.value)} ({percent(estimate.low)} to {percent(estimate.high)}, n = {estimate.n:,})"
     )
 
 
 def points_text(estimate: Estimate) -> str:
-    """Return a difference of fractions, in percentage points with its interval and sample size, as text."""
+    """Return a difference of fractions as text, in percentage points with its confidence interval and sample size."""
     low, value, high = (f"{100 * end:.1f}" for end in (estimate.low, estimate.value, estimate.high))
     return f"{value} points ({low} to {high}, n = {estimate.n:,})"

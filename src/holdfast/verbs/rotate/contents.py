@@ -1,4 +1,4 @@
-"""Contents of the files of a pool: collected sets, surrogates, the generator, candidates, and the secret seed."""
+"""Reads the contents of a pool: parameter sets, surrogates, the generator, candidates, and the secret seed."""
 
 import secrets
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ _SEED = "secret"  # name of the file with the secret seed
 
 @dataclass(frozen=True)
 class TrainedGenerator:
-    """Size and quality of a trained generator."""
+    """Size and quality of the trained generator of a pool."""
 
     sets: int
     parameters: int
@@ -41,17 +41,17 @@ class TrainedGenerator:
 
 
 def training_name(k: int) -> str:
-    """Return the name of the file with the sets of the training run `k`."""
+    """Return the name of the file that contains the parameter sets of training run number `k`."""
     return f"run_{k}"
 
 
 def surrogate_name(k: int) -> str:
-    """Return the name of the file with the surrogate `k`."""
+    """Return the name of the file that contains surrogate number `k`."""
     return f"own_{k}"
 
 
 def secret(pool: Pool) -> Draws:
-    """Return the secret random stream of the pool, which is created at the first call.
+    """Return the secret random stream of a pool, which is created at the first call.
 
     Its seed comes from the operating system and is stored encrypted, because anyone with the seed could repeat the
     collection.
@@ -65,7 +65,7 @@ def secret(pool: Pool) -> Draws:
 
 
 def epochs_of(pool: Pool) -> int:
-    """Return the planned number of epochs of each training run. Raises `UsageError` if there is no plan."""
+    """Return the planned number of epochs of each training run of a pool. Raises `UsageError` if there is no plan."""
     plan = pool.kept(PLAN)
     if plan is None:
         raise UsageError(
@@ -75,7 +75,7 @@ def epochs_of(pool: Pool) -> int:
 
 
 def collected_members(pool: Pool) -> Members:
-    """Return all collected sets. Raises `UsageError` if some are missing."""
+    """Return the parameter sets of all training runs of a pool. Raises `UsageError` if some are missing."""
     plan = pool.kept(PLAN)
     runs = 1 if plan is None else int(plan.about["runs"])
     whole: Members | None = None
@@ -88,7 +88,9 @@ def collected_members(pool: Pool) -> Members:
 
 
 def surrogates(pool: Pool, request: RotateRequest) -> list[Classifier]:
-    """Return the surrogate models of a surrogate-only attacker. Raises `UsageError` if some are missing."""
+    """Return the surrogate models of the surrogate-only attacker from the pool. Raises `UsageError` if some are
+    missing.
+    """
     files = _complete(pool, [surrogate_name(k) for k in range(OWN)])
     return [loaded(request.model, stored.columns, "own") for stored in files]
 
@@ -105,18 +107,18 @@ def _complete(pool: Pool, names: list[str]) -> list[ColumnFile]:
 
 
 def bases(pool: Pool) -> tuple[str, ...]:
-    """Return the names of the bases in their order."""
+    """Return the names of the bases of a pool in their order."""
     return tuple(member.name for member in pool.ledger.members if member.role == "base")
 
 
 def bases_left(pool: Pool) -> tuple[str, ...]:
-    """Return the names of the bases that were not deleted."""
+    """Return the names of the bases of a pool that were not deleted."""
     return tuple(m.name for m in pool.ledger.members if m.role == "base" and not m.deleted)
 
 
 def waiting_candidates(pool: Pool) -> tuple[str, ...]:
-    """Return the names of the sets that were neither admitted nor refused yet, in the order in
-    which they were added.
+    """Return the names of the candidates of a pool that are neither admitted nor refused, in the order in which they
+    were added.
     """
     waiting = (
         one
@@ -136,6 +138,6 @@ def generator_of(pool: Pool, request: RotateRequest) -> Generator | None:
 
 
 def trained_generator(pool: Pool) -> TrainedGenerator | None:
-    """Return size and quality of the generator of the pool, or None if there is none."""
+    """Return the size and the quality of the generator of a pool, or None if there is no generator."""
     stored = pool.kept(GENERATOR)
     return None if stored is None else TrainedGenerator(**stored.about)

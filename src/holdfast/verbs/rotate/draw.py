@@ -1,4 +1,5 @@
-"""The step `draw`: adds new sets from the generator, or trained from fresh random weights, and immunises them.
+"""The step `draw` of a rotation: it adds candidates to a pool, either generated or trained from fresh random weights,
+and immunises them.
 
 The seed of every draw comes from the operating system and is stored encrypted. Therefore the seed of the run is not
 sufficient to reproduce the sets.
@@ -43,7 +44,7 @@ It is half of the number in the benchmark record `rotation`, with 27,500 example
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """The pool to which candidates are added, their number, and how they are produced."""
+    """The pool to which candidates are added, the number of candidates, and how they are produced."""
 
     pool: Pool
     common: RotateRequest
@@ -61,7 +62,7 @@ class DrawRequest:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The new candidates of one draw."""
+    """The candidates that one draw added to a pool."""
 
     names: tuple[str, ...]
     """names of the new candidates"""
@@ -73,7 +74,7 @@ class Drawn:
 
 
 def draw(request: DrawRequest, *, again: str = "", notify: Notify = ignore) -> Drawn:
-    """Add new candidates to the pool.
+    """Generate or train new parameter sets, and add them to the pool as candidates.
 
     With `immunise`, each candidate is trained further against the stolen sets in the ledger; if there are none, against
     the serving set, and if no set serves, against the bases. If a resumed draw is complete, its result is returned.
@@ -100,7 +101,8 @@ def draw(request: DrawRequest, *, again: str = "", notify: Notify = ignore) -> D
 
 
 def by_named(name: str | None, notify: Notify = ignore) -> By | None:
-    """Return the way of producing sets that is called `name`, or None if `name` is None.
+    """Return the method of producing parameter sets that is called `name`: generation or retraining. Return None if
+    `name` is None.
 
     For a name of an earlier version, a note is shown. Raises `UsageError` for an unknown name.
     """
@@ -206,7 +208,7 @@ class _Drawing:
         self.least = self._least() if self.generator is not None else 0.0
 
     def warn(self) -> None:
-        """Notify if there are too few updates for an immunisation."""
+        """Notify the user if an immunisation has too few training updates to be effective."""
         if self.immunise is None or not self.exposed:
             return
         updates = self.immunise.updates(len(self.task.data), self.task.recipe.training.batch)
@@ -218,7 +220,7 @@ class _Drawing:
             )
 
     def add(self) -> None:
-        """Produce one set, immunise it, add it to the pool as a candidate, and record its name in the draw."""
+        """Produce one parameter set, immunise it, and add it to the pool as a candidate of this draw."""
         place, task = len(self.about["names"]), self.task
         model, made_from = self._produced(self.draws.at("set", place))
         if self.immunise is not None and self.exposed:

@@ -1,4 +1,4 @@
-"""The step `expose`: lists a set as stolen in the ledger."""
+"""The step `expose` of a rotation: it lists a parameter set as stolen in the ledger."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from holdfast.store.pool import Pool
 
 @dataclass(frozen=True)
 class ExposeRequest:
-    """The set that an attacker is assumed to have, its pool, and the reason."""
+    """The parameter set that an attacker is known or assumed to have, its pool, and the reason."""
 
     pool: Pool
     name: str
@@ -19,7 +19,7 @@ class ExposeRequest:
 
 @dataclass(frozen=True)
 class Exposed:
-    """State of the pool after a set was listed as stolen."""
+    """State of the pool after a parameter set was listed as stolen."""
 
     name: str
     why: str
@@ -30,7 +30,9 @@ class Exposed:
 
 
 def expose(request: ExposeRequest) -> Exposed:
-    """List a set as stolen. It is replaced at the next swap if it serves, and new sets are tested against it."""
+    """List a parameter set as stolen. If it is the serving set, it is replaced at the next swap. New sets are tested
+    against it.
+    """
     pool, name, why = request.pool, request.name, request.why
     if not why.strip():
         raise UsageError("the exposure has no reason; describe what happened with --why TEXT")

@@ -1,4 +1,5 @@
-"""Assesses sets of a pool by ordinary runs on ranges of the held-out examples, whose evidence is joined afterwards.
+"""Assesses parameter sets of a pool on consecutive ranges of the held-out examples, one run for each range, and joins
+the evidence.
 
 The run on each range has its own folder under `admission/NAME/`. Therefore at most a shard is lost if the process is
 killed, a reference set is measured only once, and the examples behind each gate can be inspected.
@@ -41,7 +42,7 @@ _TAG = 8  # hex digits that distinguish runs with other attacks, code or setting
 
 @dataclass(frozen=True)
 class TransferResult:
-    """Results of all transfer attacks on a set."""
+    """Results of all transfer attacks on a parameter set."""
 
     evidence: Evidence
     """evidence whose worst case is over all attacks of all attackers"""
@@ -50,7 +51,7 @@ class TransferResult:
 
 
 def set_subject(request: RotateRequest, name: str, sha: str, model: Classifier) -> Subject:
-    """Return a parameter set as the subject of an assessment. `sha` is the digest of the set."""
+    """Return a parameter set as a model that can be assessed. `sha` is the digest of the set."""
     card = {key: value for key, value in request.subject.card.items() if key != "files"}
     return Subject(model, sha, {**card, "name": name, "digest": sha})
 
@@ -67,21 +68,21 @@ class SetMeasurements:
     _known: dict[tuple[str, str, int], Evidence] = field(default_factory=dict)
 
     def white(self, of: Subject, n: int, *, first: int) -> Evidence:
-        """Return the evidence of the set `of` for the first `n` held-out examples under white-box attacks.
+        """Return the evidence of a parameter set under white-box attacks, for the first `n` held-out examples.
 
         `first` is the size of the first range; see `judged_ranges`.
         """
         return self._cached(of, "white-box", WHITE, n, first)
 
     def clean(self, of: Subject, n: int, *, first: int) -> Evidence:
-        """Return the evidence of the set `of` for the first `n` held-out examples without attacks."""
+        """Return the evidence of a parameter set on clean inputs, for the first `n` held-out examples."""
         return self._cached(of, "clean", (), n, first)
 
     def transferred(
         self, of: Subject, attackers: Sequence[Attacker], n: int, *, first: int
     ) -> TransferResult:
-        """Return the results of the transfer examples of each attacker on the set `of`, for the first `n` held-out
-        examples.
+        """Test a parameter set with the transfer examples of each attacker for the first `n` held-out examples, and
+        return the results.
         """
         what = "-".join(sorted({attacker.kind.lower() for attacker in attackers}))
         evidence, broken = [], []
@@ -149,7 +150,8 @@ class SetMeasurements:
 
 
 def judged_ranges(n: int, first: int) -> list[tuple[int, int]]:
-    """Return ranges (start, stop) of `n` examples, of which the first has `first` examples.
+    """Return the ranges (start, stop) into which `n` examples are divided for the judging of a parameter set. The first
+    range has `first` examples.
 
     Each later range has as many examples as all ranges before it.
     """
@@ -170,7 +172,7 @@ def _broken_in(path: Path, members: Sequence[Member]) -> list[Mask]:
 
 
 def joined_evidence(pieces: Sequence[Evidence]) -> Evidence:
-    """Return the evidence of several runs on consecutive examples as one. Model and attacks of all runs must be the
+    """Join the evidence of several runs on consecutive examples. The model and the attacks of all runs must be the
     same.
     """
     columns = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0].columns}

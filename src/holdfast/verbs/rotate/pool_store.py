@@ -1,4 +1,4 @@
-"""Store of the run engine that keeps the artefacts of a pool."""
+"""Stores the artefacts of a run of the engine as encrypted files of a pool."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from holdfast.store.pool import Pool
 
 @dataclass
 class PoolStore(MemoryStore):
-    """A store whose stages are encrypted files of a pool.
+    """Store of a run whose stages are encrypted files of a pool.
 
     Shards, batch splits and times are in memory only, and are lost when the process ends. The states of the parameter
     sets are in the ledger, which the steps of the rotation use directly.
@@ -22,7 +22,7 @@ class PoolStore(MemoryStore):
     pool: Pool = field(kw_only=True)
 
     def stage(self, name: str) -> StoredStage | None:
-        """Return the decrypted columns of a stage, or None if the stage is not complete."""
+        """Return the decrypted columns of a stage from the pool, or None if the stage is not complete."""
         stored = self.pool.kept(name)
         return None if stored is None else StoredStage(stored.columns, about=stored.about)
 
@@ -33,5 +33,5 @@ class PoolStore(MemoryStore):
         reached: int | None = None,
         about: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Encrypt and store the columns of a whole stage."""
+        """Encrypt the columns of a finished stage and store them in the pool."""
         self.pool.keep(stage, columns, about)

@@ -1,4 +1,4 @@
-"""A score-based search against a service that swaps its sets. It continues with the same candidate inputs after a swap.
+"""A score-based attack on a service that swaps its parameter sets. After a swap, it continues from the same inputs.
 
 The windows are those of Square Attack (Andriushchenko et al., ECCV 2020, arXiv:1912.00049). Differs from the paper:
 after each swap the margin of the candidate is measured on the new set, which costs a query, and no search stops early,
@@ -25,7 +25,9 @@ _BLOCK = 64  # steps whose windows are sampled together
 
 @dataclass(frozen=True)
 class AcrossSwaps:
-    """Square Attack across swaps: tries windows, and keeps those that lower the margin on the serving set."""
+    """Square Attack on a service that swaps its parameter sets. It keeps the changes of a window that lower the margin
+    on the serving set.
+    """
 
     queries: Steps = 600
     """number of queries for each input, to all sets together"""

@@ -1,4 +1,4 @@
-"""Settings that all parameter sets of a pool share: model, examples, threat model, recipe and source."""
+"""Settings that all parameter sets of a pool share: the model, the examples, the threat model and the recipe."""
 
 import json
 from collections.abc import Mapping
@@ -41,7 +41,9 @@ _MAY_BE_SEEN = (
 
 @dataclass(frozen=True)
 class Examples:
-    """Training examples, split once into examples for training the sets and held-out examples for judging them."""
+    """Training examples of a pool, split once into examples for training the parameter sets and held-out examples for
+    judging them.
+    """
 
     train: Batch
     held_out: Batch
@@ -52,7 +54,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class RotateRequest:
-    """Settings of the training that all parameter sets of a pool share."""
+    """Settings that all parameter sets of a pool share: the model, the examples, the threat model and the recipe."""
 
     subject: Subject
     """the model, with the architecture and preprocessing of all sets"""
@@ -71,51 +73,53 @@ class RotateRequest:
 
     @property
     def model(self) -> Classifier:
-        """The given model, with the architecture and preprocessing of all sets."""
+        """The model that defines the architecture and the preprocessing of all parameter sets of the pool."""
         return self.subject.model
 
     @cached_property
     def train(self) -> Batch:
-        """Examples on which sets are trained, on the device."""
+        """Examples on which parameter sets are trained, on the device."""
         return self.examples.train.to(torch.device(self.device))
 
     @cached_property
     def held_out(self) -> Batch:
-        """Held-out examples on which sets are judged, in random order, on the device."""
+        """Held-out examples on which parameter sets are judged, in random order, on the device."""
         return self.examples.held_out.to(torch.device(self.device))
 
     @cached_property
     def first_held_out(self) -> Batch:
-        """The first `FIRST` held-out examples, on which sets are judged first."""
+        """The held-out examples on which each parameter set is judged first."""
         return self.held_out.take(torch.arange(min(FIRST, len(self.held_out))))
 
     def task(self, epochs: int) -> Task:
-        """Return the settings of the training of a set for the given number of epochs."""
+        """Return the settings of the training of a parameter set for the given number of epochs."""
         recipe = trained_as(self.candidate.recipe, replace(self.training, epochs=epochs))
         return Task(self.model, self.train, self.threat, recipe, recipe, self.begins)
 
     @property
     def training(self) -> Training:
-        """Training settings of the recipe, before a budget determines the number of epochs."""
+        """Training settings of the recipe, before a time budget determines the number of epochs."""
         return self.candidate.recipe.training
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes on the held-out examples."""
+        """Notes for the report on the held-out examples, such as removed duplicates."""
         if self.source.anew:
             return self.examples.notes
         return (*self.examples.notes, _MAY_BE_SEEN)
 
     def of_set(self, pool: Pool, name: str) -> Classifier:
-        """Return a set of the pool as a model."""
+        """Return a parameter set of the pool as a model."""
         return loaded(self.model, pool.weights(name), name)
 
     def of_weights(self, weights: Mapping[str, Tensor]) -> Classifier:
-        """Return a model with the given parameters; its batch norm statistics are computed from training examples."""
+        """Return a model with the given parameters. Its batch norm statistics are computed from training examples."""
         return put(self.model, weights, self.train)
 
     def about(self) -> dict[str, Any]:
-        """Return the settings as they are stored in the manifest of the pool, for the comparison in `refuse_other`."""
+        """Return the settings as they are stored in the manifest of the pool, for the comparison when the pool is
+        opened again.
+        """
         of, examples = type(self.source).__name__.lower(), self.examples
         settings = {
             "model": {key: value for key, value in self.subject.card.items() if key != "files"},
@@ -137,7 +141,7 @@ class RotateRequest:
         return plain
 
     def refuse_other(self, pool: Pool) -> None:
-        """Raise `UsageError` if the pool has another model, other data or other settings."""
+        """Raise `UsageError` if the pool was created with another model, other data or other settings."""
         known, mine = pool.manifest["about"], self.about()
         words = {"digest": "model (other weights or preprocessing)", "begins": "initialisation"}
         for key in ("digest", "data", "threat", "recipe", "source", "begins", "seed"):
@@ -157,7 +161,9 @@ def _named(key: str, about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_examples(data: Batch, test: Data, name: str, classes: int, seed: int) -> Examples:
-    """Return the training examples without test examples, of which one in five, and at most 8,000, is held out."""
+    """Remove test examples from the training examples, and split the remaining ones. One in five of them, and at most
+    8,000, are held out.
+    """
     refuse_missing_classes(data, classes)
     fresh, judged = without_judged(data.take(data.y != UNLABELLED), test)
     rest, held = split_of(fresh, seed, most=MOST, every=EVERY)
@@ -170,7 +176,7 @@ def split_examples(data: Batch, test: Data, name: str, classes: int, seed: int) 
 
 
 def trainable_subject(subject: Subject, device: str, examples: Examples) -> Subject:
-    """Return the subject with a trainable copy of its model.
+    """Return the model of a run as a copy that can be trained.
 
     Raises `UsageError` or `TargetError` if the model cannot be trained.
     """
@@ -180,15 +186,13 @@ def trainable_subject(subject: Subject, device: str, examples: Examples) -> Subj
 
 
 def state_of(model: Classifier) -> dict[str, Tensor]:
-    """Return the parameters and buffers of the network, on the CPU; these are the tensors of a parameter set of the
-    pool.
-    """
+    """Return the parameters and buffers of a network on the CPU, which form a parameter set of the pool."""
     assert isinstance(model.net, nn.Module)
     return {name: value.detach().cpu() for name, value in model.net.state_dict().items()}
 
 
 def accuracy(model: Classifier, data: Batch) -> float:
-    """Return the fraction of correctly classified examples."""
+    """Return the fraction of the examples that a model classifies correctly."""
 
     def right(some: Batch) -> int:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The step `run`: all steps of a rotation, followed by a loop that swaps sets whenever a swap is due.
+"""The step `run`: it performs all steps of a rotation, and then swaps parameter sets whenever a swap is due.
 
 The loop keeps enough admitted sets in stock. Other processes record in the ledger which set serves and how many answers
 it gave; this process reads the ledger, swaps, and produces new sets. A set that was not admitted never serves: without
@@ -35,7 +35,7 @@ _INTERVAL_S, _PAUSE_S = (
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Settings of the loop that swaps the serving set and produces new sets."""
+    """Settings of the loop of a rotation, which swaps the serving set and produces new parameter sets."""
 
     triggers: tuple[Trigger, ...]
     """conditions under which the serving set is replaced; in addition, a stolen set is always replaced"""
@@ -54,7 +54,7 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """Settings of a collection, and of the generation, admission and swaps of its sets."""
+    """Settings of a whole rotation: the collection of parameter sets, the generator, the admission and the swaps."""
 
     collection: CollectRequest
     loop: LoopSettings
@@ -66,7 +66,7 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class Rotated:
-    """State of the pool at the end of a call of `run`."""
+    """State of the pool at the end of the step `run` of a rotation."""
 
     serving: Serving | None
     """the serving set; None if no set serves"""
@@ -78,8 +78,8 @@ class Rotated:
 def run(
     request: RunRequest, *, again: str = "", notify: Notify = ignore, progress: Progress = silent
 ) -> Rotated:
-    """Collect sets, train a generator if needed, let a set serve, and then swap sets whenever a swap is due, until
-    stopped.
+    """Collect parameter sets, train a generator if needed, start serving, and then swap sets whenever a swap is due,
+    until the call is stopped.
 
     `again` states how a stopped call is resumed. Raises `Inconclusive` if too few sets are admitted.
     """
@@ -122,7 +122,7 @@ def _train_if_needed(request: RunRequest, collected: Collected, again: str, noti
 
 @dataclass
 class RotationLoop:
-    """The loop of a running rotation: it swaps sets when a swap is due, and replaces the used ones."""
+    """The loop of a rotation: it swaps the serving set when a swap is due, and replaces sets that were used."""
 
     pool: Pool
     common: RotateRequest
@@ -136,7 +136,7 @@ class RotationLoop:
     _by: By | None = None
 
     def begin(self) -> None:
-        """Produce and admit sets until a set serves and enough admitted sets wait.
+        """Produce and admit parameter sets until one of them serves and enough admitted sets wait.
 
         Raises `Inconclusive` if too few sets are admitted; if at least one was admitted, it serves nevertheless.
         """
@@ -151,13 +151,14 @@ class RotationLoop:
             self.fill()
 
     def watch(self, *, checks: int | None = None, sleep: Callable[[float], None] = time.sleep) -> None:
-        """Call `check` repeatedly, `checks` times or, if it is None, without an end."""
+        """Check repeatedly whether a swap is due, `checks` times or, if it is None, without an end."""
         while checks is None or checks > 0:
             sleep(_INTERVAL_S if self.check() else _PAUSE_S)
             checks = None if checks is None else checks - 1
 
     def check(self) -> bool:
-        """Swap if a trigger fires, and produce a set in place of the used one. Return whether everything was done.
+        """Swap the serving set if a trigger fires, and produce a new set for each one that was used. Return whether
+        everything was done.
 
         Raises `Inconclusive` if no set is admitted and none waits, so that no swap is possible.
         """
@@ -179,7 +180,7 @@ class RotationLoop:
         return True
 
     def fill(self) -> None:
-        """Draw and admit sets until enough sets wait that were judged against all stolen sets.
+        """Produce and admit parameter sets until enough sets wait that were tested against all stolen sets.
 
         If the sets of the generator are refused, sets are trained from fresh random weights; after five refusals of
         such sets in a row, `Inconclusive` is raised. Because this may take long, triggers are evaluated between the
@@ -276,7 +277,7 @@ class RotationLoop:
     # --- swaps
 
     def swap_if_due(self) -> None:
-        """Swap if a set serves, a trigger fires, and another set waits.
+        """Swap the serving set if a trigger fires, such as a theft or an age limit, and another admitted set waits.
 
         A stolen serving set is replaced by any admitted set that waits, even by one that was not judged against it. For
         other reasons, only sets are used that were judged against all stolen sets.
@@ -293,7 +294,9 @@ class RotationLoop:
             self._swap(now.epoch, "; ".join(why), unjudged=stolen)
 
     def counters(self) -> Counters:
-        """Return the counters of the serving set from the ledger, on which the triggers are evaluated."""
+        """Return the age and the number of answers of the serving set from the ledger. The triggers of swaps are
+        evaluated on these values.
+        """
         term = self.pool.ledger.terms[-1]
         exposure = self.pool.ledger.member(term.name).exposed
         since = datetime.fromisoformat(term.since)

@@ -1,4 +1,5 @@
-"""Number of held-out examples that the gates on accuracy need, and wider tolerances if there are fewer.
+"""Computes how many held-out examples the accuracy gates of an admission need, and widens their tolerances if there are
+fewer.
 
 A gate passes if the upper end of a confidence interval is within its tolerance. A set that is as good as its reference
 still differs from it on a fraction d of the examples, half of them lost and half gained; on n examples, the difference
@@ -38,7 +39,7 @@ _PART: Mapping[Gate, int] = {
 
 @dataclass(frozen=True)
 class Need:
-    """Number of examples that one gate needs, and its tolerance with the available examples."""
+    """Number of examples that one gate of an admission needs, and its tolerance with the available examples."""
 
     gate: Gate
     changed: float
@@ -50,33 +51,38 @@ class Need:
 
     @property
     def least(self) -> float:
-        """Tolerance of the gate if enough examples are held out, as a fraction."""
+        """Accuracy that a set may lose at this gate, as a fraction, if enough examples are held out."""
         return LEAST[self.gate]
 
     @property
     def needed(self) -> int:
-        """Number of examples with which an equally good set passes at the smallest tolerance."""
+        """Number of examples with which a set as good as its reference passes the gate at the smallest tolerance with
+        high probability.
+        """
         return math.ceil(self.changed * (_reach(self.looks) / self.least) ** 2)
 
     @property
     def tolerance(self) -> float:
-        """Accuracy that may be lost, as a fraction: `least`, or more if there are too few examples."""
+        """Accuracy that a set may lose at this gate, as a fraction. It is larger than the smallest tolerance if there
+        are too few examples.
+        """
         return max(self.least, _reach(self.looks) * math.sqrt(self.changed / max(self.n_held_out, 1)))
 
     @property
     def widened(self) -> bool:
-        """Whether the tolerance is widened, because there are fewer examples than needed."""
+        """Whether the tolerance of the gate is widened, because there are fewer examples than needed."""
         return self.tolerance > self.least
 
     @property
     def description(self) -> str:
-        """The gate, its tolerance and its sample size as text."""
+        """The gate, its tolerance and its number of needed examples as text."""
         text = f"{self.gate} within {tolerance_text(self.least)} needs {self.needed:,} examples"
         return f"{text}, so it allows {tolerance_text(self.tolerance)}" if self.widened else text
 
 
 def looks(held: int, judged: int, gate: Gate) -> int:
-    """Return the largest number of times that a gate is judged, each time on more examples.
+    """Return the largest number of times that a gate is judged for one parameter set, each time on more held-out
+    examples.
 
     `held` is the number of held-out examples, and `judged` the number on which a set is judged first.
     """
@@ -84,7 +90,8 @@ def looks(held: int, judged: int, gate: Gate) -> int:
 
 
 def slack(changed: float, held: int, looks: int) -> float:
-    """Return how far the fraction of changed predictions of an equally good set may exceed its mean by chance.
+    """Return by how much the fraction of changed predictions of a set may exceed its expected value by chance, if the
+    set is as good as its reference.
 
     `held` is the number of examples.
     """
@@ -97,12 +104,13 @@ def _reach(looks: int) -> float:
 
 
 def planned_needs(held: int, judged: int = FIRST) -> tuple[Need, ...]:
-    """Return the number of examples that each gate needs, as expected before any training."""
+    """Estimate before any training how many held-out examples each accuracy gate of an admission needs."""
     return tuple(Need(gate, share, held, looks(held, judged, gate)) for gate, share in PLANNED.items())
 
 
 def measured_needs(clean: Sequence[Mask], white: Sequence[Mask], held: int, judged: int) -> tuple[Need, ...]:
-    """Return the number of examples that each gate needs, from masks of the correct examples of similar sets.
+    """Compute how many held-out examples each accuracy gate of an admission needs, from the examples that similar sets
+    classify correctly.
 
     `clean` contains the mask (n) of each set on clean inputs, and `white` the mask (n) under white-box attacks.
     """
@@ -111,13 +119,17 @@ def measured_needs(clean: Sequence[Mask], white: Sequence[Mask], held: int, judg
 
 
 def changed(right: Sequence[Mask]) -> float:
-    """Return the mean fraction of examples on which exactly one of two sets is correct; 0 for fewer than two sets."""
+    """Return the fraction of examples on which exactly one of two parameter sets is correct, averaged over all pairs.
+    It is 0 for fewer than two sets.
+    """
     pairs = [float((one != other).double().mean()) for one, other in combinations(right, 2)]
     return sum(pairs) / len(pairs) if pairs else 0.0
 
 
 def statement(needs: Sequence[Need], *, planned: bool) -> str:
-    """Return a text with the required and the available number of examples, and the consequences for the tolerances."""
+    """Return a text with the number of held-out examples that the gates need, the available number, and the effect on
+    the tolerances.
+    """
     need, held, about = max(one.needed for one in needs), needs[0].n_held_out, "about " if planned else ""
     details = "; ".join(
         f"{one.description}, since equal sets differ on {about}{100 * one.changed:.1f} % of them"
@@ -133,12 +145,12 @@ def statement(needs: Sequence[Need], *, planned: bool) -> str:
 
 
 def widened(needs: Iterable[Need]) -> list[str]:
-    """Return a note on the widened tolerances, or an empty list if enough examples are held out."""
+    """Return a list with a note on widened tolerances of the gates. It is empty if enough examples are held out."""
     wide = [f"{one.gate} to {tolerance_text(one.tolerance)}" for one in needs if one.widened]
     return [f"tolerances were widened: {', '.join(wide)}"] if wide else []
 
 
 def tolerance_text(share: float) -> str:
-    """Return a tolerance in percentage points as text."""
+    """Return a tolerance, which is given as a fraction, as text in percentage points."""
     number = f"{100 * share:.2g}"
     return f"{number} point" if number == "1" else f"{number} points"

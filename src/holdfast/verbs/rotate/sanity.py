@@ -1,4 +1,4 @@
-"""Tests whether the parameters of a set are plausible for its architecture, before the set is assessed.
+"""Tests whether the tensors of a parameter set are plausible for its architecture, before the set is assessed.
 
 The distance between parameters does not predict whether attacks transfer. It is only used to order candidates and to
 detect duplicates.
@@ -22,8 +22,8 @@ _SAME = 1e-6  # share of the mean absolute parameter, for rounding errors
 
 
 def nonfinite_tensors(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of tensors with values that are not finite at places where the network
-    itself has finite values.
+    """Return the names of tensors of a parameter set with infinite or NaN values where the original network has finite
+    values.
     """
     return [
         name for name, value in weights.items() if bool((~value.isfinite() & like[name].isfinite()).any())
@@ -33,7 +33,8 @@ def nonfinite_tensors(weights: Mapping[str, Tensor], like: Mapping[str, Tensor])
 def tensor_gate(
     weights: Mapping[str, Tensor], known: Sequence[Mapping[str, Tensor]], names: Sequence[str]
 ) -> GateResult:
-    """Return the result of the gate on parameters.
+    """Return the result of the gate that compares the norms of a new set's tensors with those of sets that were trained
+    in the same way.
 
     It passes if all values are finite and each norm is within three standard deviations of the norms of the known sets.
     """
@@ -61,8 +62,8 @@ def _sigmas(name: str, weights: Mapping[str, Tensor], known: Sequence[Mapping[st
 def distance(
     weights: Mapping[str, Tensor], exposed: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]
 ) -> tuple[float, str]:
-    """Return the mean absolute difference of the parameters to those of the nearest stolen set, and the name of that
-    set.
+    """Return the mean absolute difference between the parameters of a set and those of the nearest stolen set, and the
+    name of the stolen set.
 
     The difference is 0 if values are not finite, and infinite if there is no stolen set.
     """
@@ -79,7 +80,7 @@ def distance(
 def duplicate_gate(
     weights: Mapping[str, Tensor], exposed: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]
 ) -> GateResult | None:
-    """Return a failed gate if a set equals a stolen one up to rounding, or None for any other set."""
+    """Return a failed gate if a parameter set is equal to a stolen set up to rounding, or None for any other set."""
     difference, name = distance(weights, exposed, names)
     size = sum(float(weights[each].abs().sum()) for each in names) / sum(
         weights[each].numel() for each in names

@@ -1,5 +1,5 @@
-"""The steps `status` and `head`: the sets of a pool, their times of service, the stolen sets, and the last ledger
-entry.
+"""The steps `status` and `head` of a rotation: they report the sets of a pool, when each set served, the stolen sets,
+and the last ledger entry.
 """
 
 from typing import Any
@@ -11,14 +11,14 @@ from holdfast.verbs.rotate.contents import trained_generator
 
 
 def head(pool: Pool) -> Head:
-    """Return the number and the digest of the last entry of the verified ledger."""
+    """Return the number and the digest of the last ledger entry of a pool."""
     ledger = pool.ledger
     latest = ledger.head
     return Head(ledger.entry_of(latest) or 0, latest)
 
 
 def status(pool: Pool) -> dict[str, Any]:
-    """Return the state of the pool from its verified ledger, as plain values."""
+    """Return the state of the parameter sets of a pool from its verified ledger, as plain values."""
     ledger, about = pool.ledger, pool.manifest["about"]
     terms, now, generator = ledger.terms, pool.serving, trained_generator(pool)
     return {

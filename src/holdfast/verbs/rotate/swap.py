@@ -1,4 +1,6 @@
-"""The step `swap`: lets another admitted set serve and retires the serving set, in one entry of the ledger."""
+"""The step `swap` of a rotation: it makes another admitted set the serving set, and retires the previous one in the
+same ledger entry.
+"""
 
 from dataclasses import dataclass
 
@@ -11,7 +13,7 @@ UNJUDGED = "it was not judged against all sets that are now listed as stolen"
 
 @dataclass(frozen=True)
 class SwapRequest:
-    """The pool in which another set is to serve, and the conditions of the swap."""
+    """The pool whose serving set is to be swapped, and the conditions of the swap."""
 
     pool: Pool
     why: str = ""
@@ -25,7 +27,7 @@ class SwapRequest:
 
 @dataclass(frozen=True)
 class Swapped:
-    """The set that serves after a swap."""
+    """The parameter set that serves after a swap."""
 
     name: str
     epoch: int
@@ -39,7 +41,7 @@ class Swapped:
 
 
 def swap(request: SwapRequest) -> Swapped:
-    """Let a randomly chosen admitted set serve.
+    """Make a randomly chosen admitted set of the pool the serving set.
 
     Raises `Inconclusive`, and changes nothing, if no set waits that was judged against all stolen sets, unless
     `request` allows other sets.

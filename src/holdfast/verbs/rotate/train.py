@@ -1,4 +1,6 @@
-"""The step `train`: trains the codec, tests its reconstruction, and trains the latent diffusion that generates sets."""
+"""The step `train` of a rotation: it trains the generator, which consists of a codec that compresses parameter sets and
+a latent diffusion model.
+"""
 
 import time
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ _DIVERGED = 0.1  # largest difference in accuracy between the bases and the best
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """The pool on whose sets a generator is trained, and the settings of the generator."""
+    """The pool on whose parameter sets a generator is trained, and the settings of the generator."""
 
     pool: Pool
     common: RotateRequest
@@ -34,7 +36,8 @@ class TrainRequest:
 
 
 def train(request: TrainRequest, *, again: str = "", notify: Notify = ignore) -> TrainedGenerator:
-    """Train codec and diffusion on the collected sets and store them encrypted, in place of an earlier generator.
+    """Train a generator on the collected parameter sets of a pool and store it encrypted. It replaces an earlier
+    generator.
 
     `again` states how a stopped call is started again. Raises `UsageError` if fewer than two sets are collected or
     another process trains, and `LostLoss` if the training diverges. Raises `Inconclusive` if sets lose more than 0.3

@@ -1,4 +1,5 @@
-"""The attackers against which candidates are judged, and the transfer examples of each attacker on held-out inputs.
+"""Computes the transfer examples of the attackers against which the candidates of a pool are judged, on held-out
+inputs.
 
 A0 has no set of the pool and trains surrogates. A1 has one stolen set. A2 has as many of the most recently stolen sets
 as A0 has surrogates. A3 can run the procedure and has sets generated in the same draw as the candidate. Attacks and
@@ -37,7 +38,7 @@ SIBLINGS = 4
 
 @dataclass(frozen=True)
 class Attacker:
-    """An attacker, with the models on which it computes transfer examples."""
+    """An attacker of a rotation, with the parameter sets or surrogates on which it computes transfer examples."""
 
     kind: Kind
     sources: tuple[str, ...]
@@ -45,14 +46,16 @@ class Attacker:
 
     @property
     def name(self) -> str:
-        """Name of the attacker in columns and reports."""
+        """Name of the attacker in columns and reports, with the sets that it has."""
         source = self.sources[0] if len(self.sources) == 1 else f"{len(self.sources)} sets"
         return f"{self.kind} {source}"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An attack that returns stored examples, which it looks up by their ids. It does not query the model."""
+    """An attack that returns transfer examples that were computed before. It finds them by the ids of the inputs and
+    does not query the model.
+    """
 
     attacker: str
     sources: str
@@ -69,7 +72,7 @@ class Prepared:
 
 @dataclass
 class TransferExamples:
-    """Computes the transfer examples of attackers, and stores them encrypted in the pool, so that each is computed
+    """Computes the transfer examples of attackers, and stores them encrypted in the pool, so that each is computed only
     once.
 
     If the number of inputs grows, only the new inputs are attacked.
@@ -85,17 +88,17 @@ class TransferExamples:
 
     @property
     def own(self) -> list[Classifier]:
-        """Surrogate models of a surrogate-only attacker."""
+        """Surrogate models of the surrogate-only attacker."""
         self._own = self._own or surrogates(self.pool, self.request)
         return self._own
 
     def surrogate_only(self, size: int | None = None) -> Attacker:
-        """Return the surrogate-only attacker with `size` surrogates, or with all if `size` is None."""
+        """Return the surrogate-only attacker with `size` surrogates, or with all surrogates if `size` is None."""
         return Attacker("A0", (f"own {len(self.own) if size is None else min(size, len(self.own))}",))
 
     def members(self, attacker: Attacker, start: int, stop: int) -> list[Member]:
-        """Return the attacks of an attacker as members of a suite, with their examples for the held-out inputs `start`
-        to `stop`.
+        """Return the attacks of an attacker as members of a suite, with transfer examples for the held-out inputs from
+        `start` to `stop` - 1.
 
         The examples of all attacks are computed when they are first used; for a run whose results are stored, none is
         computed.
@@ -161,7 +164,7 @@ class TransferExamples:
 
 @dataclass(frozen=True)
 class Attackers:
-    """All attackers against which a candidate is judged."""
+    """All attackers against which a candidate of a pool is judged."""
 
     nothing: Attacker
     one: tuple[Attacker, ...]
@@ -176,8 +179,8 @@ class Attackers:
 def attackers_against(
     transfer_examples: TransferExamples, name: str, exposed: Sequence[str], siblings: Sequence[str]
 ) -> Attackers:
-    """Return the attackers for the set `name`. `exposed` are the stolen sets, of which the most recently stolen is
-    last.
+    """Return the attackers against which the parameter set `name` is judged. `exposed` are the stolen sets, and the
+    most recently stolen one is last.
     """
     own = len(transfer_examples.own)
     last = tuple(exposed[-own:])
@@ -192,7 +195,7 @@ def attackers_against(
 
 
 def exposed_for(pool: Pool, name: str) -> tuple[str, ...]:
-    """Return the names of the sets that an attacker may have when the set `name` serves.
+    """Return the names of the sets that an attacker is assumed to have when the parameter set `name` serves.
 
     These are its bases and the stolen sets; the most recently stolen set is last.
     """
@@ -203,8 +206,8 @@ def exposed_for(pool: Pool, name: str) -> tuple[str, ...]:
 
 
 def siblings_of(pool: Pool, name: str, usable: Callable[[str], bool]) -> tuple[str, ...]:
-    """Return the names of the other sets generated in the same draw, which an attacker could generate as well, in their
-    order.
+    """Return the names of the other parameter sets generated in the same draw, in their order. An attacker with the
+    generator could generate such sets as well.
 
     Refused sets are included, so that the result does not depend on the order in which sets are judged. Only sets for
     which `usable` returns true are included.

@@ -1,4 +1,4 @@
-"""Verdicts on candidates: the verdict on one candidate, and all verdicts of one call of `admit`."""
+"""Verdicts of an admission: the verdict on each candidate, and all verdicts of one call of the step `admit`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ _ELSEWHERE = (
 
 @dataclass(frozen=True)
 class Judged:
-    """The verdict on one candidate."""
+    """The verdict on one candidate of a pool, admitted or refused, with the results of its gates."""
 
     name: str
     verdict: Literal["admitted", "refused"]
@@ -41,7 +41,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Admission:
-    """The verdicts of one call of `admit`."""
+    """All verdicts of one call of the step `admit` of a rotation."""
 
     judged: tuple[Judged, ...]
     left: tuple[str, ...]
@@ -49,7 +49,7 @@ class Admission:
 
     @property
     def admitted(self) -> tuple[str, ...]:
-        """Names of the admitted sets."""
+        """Names of the parameter sets that were admitted."""
         return tuple(one.name for one in self.judged if one.verdict == "admitted")
 
     @property
@@ -59,7 +59,7 @@ class Admission:
 
     @property
     def kept_out(self) -> str:
-        """Reason why no set was admitted, with advice; empty if one was admitted or none was judged."""
+        """Reason why no parameter set was admitted, with advice. It is empty if one was admitted or none was judged."""
         if self.admitted or not self.judged:
             return ""
         gates = [each.by for each in self.judged]
@@ -76,5 +76,5 @@ class Admission:
 
     @property
     def remedy(self) -> str:
-        """Advice for the case that no set was admitted; it depends on the gates that refused the sets."""
+        """Advice for the case that no parameter set was admitted. It depends on the gates that refused the sets."""
         return _LOSE_LESS if _LOSES.issuperset(each.by for each in self.judged) else _ELSEWHERE

@@ -1,4 +1,4 @@
-"""The effect of a rotation on each attacker: stopped, slowed, unclear, or not affected.
+"""Describes the effect of a rotation on each attacker: stopped, slowed, unclear, or not affected.
 
 The success of an attacker is compared with that of its own attacks when it has the serving set. It is not compared with
 that of a suite, because a suite counts the examples that any of its attacks breaks, and the table only those of the
@@ -23,7 +23,7 @@ Json = dict[str, Any]
 
 
 def with_effects(rows: Sequence[Mapping[str, Any]], white_box: Mapping[str, Any] | None = None) -> list[Json]:
-    """Return the rows of the table of attackers with the effect of the rotation on each attacker.
+    """Add the effect of the rotation, such as stopped or slowed, to the measured success rate of each attacker.
 
     `white_box` is the success of an attacker's attacks with the serving set; if it is None, that of A5 is used.
     """
@@ -46,7 +46,7 @@ def _effect(attacker: str, share: Mapping[str, Any] | None, white: float, none: 
 
 
 def protection_verdict(rows: Sequence[Mapping[str, Any]], white_box: Mapping[str, Any] | None = None) -> str:
-    """The verdict in one or two sentences."""
+    """Return one or two sentences that state how well the rotation protects against each attacker."""
     by = {row["attacker"]: row for row in rows}
     one, white = by["A1"]["share"], white_box or by["A5"]["share"]
     by_effect = {effect: [row["attacker"] for row in rows if row["effect"] == effect] for effect in EFFECTS}
