@@ -244,9 +244,9 @@ class Evidence:
         """Table of the transfer of adversarial examples between models. `right` (k, models) marks models that are
         correct on the clean input, and `wrong` (k, makers, models) models that an example computed on a maker breaks.
 
-        The models are the target and each surrogate. The makers are the models on which the examples are computed: the
-        target only if the attacker has its gradients, each surrogate, and all surrogates together if there are several.
-        Empty if transfer was not measured.
+        `id` (k) contains the ids of the examples. The models are the target and each surrogate. The makers are the
+        models on which the examples are computed: the target only if the attacker has its gradients, each surrogate,
+        and all surrogates together if there are several. Empty if transfer was not measured.
         """
         return self._table("transfer")
 

@@ -62,8 +62,6 @@ class Decisions:
     def open(self, some: Batch) -> Mask:
         """Return a mask of those examples of `some` that the attack continues with: they have queries left and are not
         yet broken within a finite eps.
-
-        Those have queries left and, if eps is finite, no adversarial example within eps.
         """
         rows = self.closest.rows(some)
         return (self._left[rows] > 0) & (self.closest.distance[rows] > self._enough)
