@@ -7,7 +7,8 @@ _SIMILAR = 0.5  # cutoff of difflib's ratio (default 0.6): in short names one ty
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return `did you mean 'x'?` with the most similar known name; an empty string if no name is similar.
+    """Return the text `did you mean 'x'?` with the known name that is most similar to a misspelt word, or an empty
+    string if no name is similar.
 
     Upper and lower case are treated as equal, and so are `-` and `_`.
 
