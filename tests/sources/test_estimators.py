@@ -405,6 +405,13 @@ def test_a_booster_of_another_objective_is_refused():
         wrapped(trained)
 
 
+def test_an_error_of_xgboost_is_one_line_without_its_stack_trace():
+    with pytest.raises(TargetError, match=r"raised XGBoostError .* contains `inf`") as raised:
+        wrapped(booster())(torch.full((2, X.shape[1]), torch.inf))
+    assert "\n" not in str(raised.value)
+    assert ".cc:" not in str(raised.value)
+
+
 @pytest.mark.usefixtures("in_this_process")
 def test_features_of_a_booster_are_limited(tmp_path: Path, monkeypatch):
     path = tmp_path / "m.ubj"

@@ -57,7 +57,8 @@ class Cells(Protocol):
     def words(self) -> tuple[Sequence[str], NDArray[np.int32] | None]:
         """Return strings, and for each cell the index of its string.
 
-        The indices are None if the strings are those of the cells in order.
+        The indices are None if the strings are those of the cells in order. Raises `NotImplementedError`, whose message
+        is the type of the cells, if they cannot be converted.
         """
 
 
@@ -96,13 +97,18 @@ class ArrowCells:
     def words(self) -> tuple[Sequence[str], NDArray[np.int32] | None]:
         """Return the distinct values as strings and the index of each cell in them.
 
-        For types of which arrow cannot find the distinct values, return the strings of all cells, and None.
+        For types of which arrow cannot find the distinct values, return the strings of all cells, and None. Raises
+        `NotImplementedError` for extension types, such as UUID and JSON.
         """
         import pyarrow as pa
 
-        if pa.types.is_dictionary(self.column.type) or pa.types.is_nested(self.column.type):
+        kind = self.column.type
+        if pa.types.is_dictionary(kind) or pa.types.is_nested(kind):
             return _texts(self.column), None
-        coded = self.column.dictionary_encode(null_encoding="encode")
+        try:
+            coded = self.column.dictionary_encode(null_encoding="encode")
+        except pa.ArrowNotImplementedError as error:
+            raise NotImplementedError(str(kind)) from error
         return _texts(coded.dictionary), coded.indices.to_numpy(zero_copy_only=False).astype(np.int32)
 
 
@@ -185,9 +191,16 @@ def _refuse_many(path: Path, rows: int, columns: int) -> None:
 def _as_words(cells: Cells, known: dict[str, int], name: str, path: Path) -> NDArray[np.int32]:
     """Return the index of each cell in the known strings.
 
-    Raises `TargetError` for a string that is too long for a label.
+    Raises `TargetError` for a string that is too long for a label, and for a type that cannot be a label.
     """
-    texts, places = cells.words()
+    try:
+        texts, places = cells.words()
+    except NotImplementedError as error:
+        raise TargetError(
+            f"the column {name!r} of {str(path)!r} has the type {error}, which is not supported for labels and names "
+            "of splits; text or whole numbers were expected: convert the column to text, as in "
+            f"frame[{name!r}] = frame[{name!r}].astype(str) of pandas, and write the file again"
+        ) from error
     if max(map(len, texts), default=0) > MAX_WORD:
         raise TargetError(
             f"the column {name!r} of {str(path)!r} has a text of more than {MAX_WORD:,} characters; labels, or names "

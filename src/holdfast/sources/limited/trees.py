@@ -1,6 +1,7 @@
 """Loads one XGBoost model and calls it once, because a damaged file may crash its native reader."""
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 from holdfast.core.errors import TargetError
 
 _MOST_FEATURES = 10_000_000
+_PLACE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
+"""Pattern of the time and the line of the source code at the start of a message of XGBoost."""
 
 
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
@@ -33,10 +36,18 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
 
 def damaged(path: Path, reason: str) -> TargetError:
     """Return the error for a file that XGBoost cannot read, with the first line of the reason."""
-    first = (reason.splitlines() or ["no message"])[0][:200]
     return TargetError(
-        f"{str(path)!r} is no readable model of XGBoost: {first}; save it again with save_model, or download it again"
+        f"{str(path)!r} is no readable model of XGBoost: {first_line(reason)}; save it again with save_model, or "
+        "download it again"
     )
+
+
+def first_line(message: str) -> str:
+    """Return the first line of a message of XGBoost, without the place in its source code.
+
+    The other lines are a stack trace of native code.
+    """
+    return _PLACE.sub("", (message.splitlines() or ["no message"])[0], count=1)[:200]
 
 
 def _refuse_foreign(path: Path, content: bytes) -> None:
