@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from threading import Thread
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from fuzzing.encodings import chunks, png
 from holdfast.config.yaml_text import parse_yaml
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.sources.archive import Weights, check_archive, refuse_large
@@ -204,6 +206,73 @@ def test_images_that_shrank_too_much_are_no_data(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("holdfast.sources.pictures._SMALL", 2**20)
     with pytest.raises(TargetError, match=r"2 images of .* MB, which take 2\.2 MB .* HOLDFAST_READ_MEMORY"):
         open_data(str(tmp_path))
+
+
+def images(folder: Path, content: bytes, name: str) -> str:
+    (folder / "a").mkdir()
+    (folder / "a" / name).write_bytes(content)
+    return str(folder)
+
+
+def of_many_scans() -> bytes:
+    """A JPEG image of 125 kB whose last scan, which is empty, is repeated: without a limit it takes 20 s."""
+    whole = io.BytesIO()
+    Image.new("L", (4000, 4000)).save(whole, "JPEG", progressive=True)
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00"
+    return whole.getvalue()[:-2] + scan * 6000 + b"\xff\xd9"
+
+
+def of_many_profiles() -> bytes:
+    """A PNG image of 3 MB whose metadata inflate to 3 GB, one MB at a time: without a limit it takes 6 s."""
+    whole = io.BytesIO()
+    Image.new("L", (4, 4)).save(whole, "PNG")
+    first, *rest = chunks(whole.getvalue())
+    return png([first, *[(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**20)))] * 3000, *rest])
+
+
+@pytest.mark.parametrize(("name", "make"), [("x.jpg", of_many_scans), ("x.png", of_many_profiles)])
+def test_an_image_that_takes_long_is_given_up_before_it_is_read(tmp_path: Path, monkeypatch, name, make):
+    monkeypatch.setenv("HOLDFAST_READ_SECONDS", "1")
+    address = images(tmp_path, make(), name)
+    with pytest.raises(
+        TargetError, match=rf"{name}' took more than 1 s of CPU time .* HOLDFAST_READ_SECONDS=600"
+    ):
+        open_data(address).read(0, 1)
+
+
+def test_metadata_that_are_joined_are_limited(tmp_path: Path):
+    whole = io.BytesIO()
+    Image.new("L", (4, 4)).save(whole, "JPEG")
+    segment = b"\xff\xe1\x00\x09Exif\0\0a"
+    address = images(tmp_path, whole.getvalue()[:2] + 3 * segment + whole.getvalue()[2:], "x.jpg")
+    with pytest.raises(TargetError, match="more than 2 segments of Exif metadata"):
+        open_data(address)
+
+
+def test_an_image_that_changes_after_it_was_checked_is_not_read(tmp_path: Path):
+    def image(size: int, value: int) -> bytes:
+        whole = io.BytesIO()
+        Image.new("L", (size, size), value).save(whole, "PNG")
+        return whole.getvalue()
+
+    address, place = images(tmp_path, image(4, 0), "x.png"), tmp_path / "a" / "x.png"
+    seen = open_data(address)
+    digest = seen.digest
+    place.with_suffix(".new").write_bytes(image(4, 1))
+    place.with_suffix(".new").replace(place)
+    with pytest.raises(TargetError, match=r"x\.png' changed after it was opened"):
+        seen.read(0, 1)
+    assert open_data(address).digest != digest
+    place.unlink()
+    place.symlink_to(tmp_path / "other.png")
+    with pytest.raises(TargetError, match=r"x\.png' cannot be read"):
+        seen.read(0, 1)
+    place.unlink()
+    place.write_bytes(image(4, 0))
+    unread = open_data(address)
+    place.write_bytes(image(5, 0))
+    with pytest.raises(TargetError, match=r"x\.png' changed after it was opened"):
+        unread.read(0, 1)
 
 
 def test_images_files_and_members_are_counted_first(tmp_path: Path, monkeypatch):
