@@ -106,6 +106,10 @@ def test_text_that_shrank_too_much_is_no_table(tmp_path: Path, monkeypatch):
 def test_labels_are_short_and_few(tmp_path: Path, monkeypatch):
     with pytest.raises(TargetError, match=r"column 'label' .* a text of more than 1,000 characters"):
         open_data(table(tmp_path / "t.csv", b"1," + b"a" * 1001 + b"\n", 2), label="label")
+    (tmp_path / "t.csv").write_text("a,label\n0,cat\n1,horse\n")
+    monkeypatch.setattr("holdfast.sources.limited.tables.MOST_CHARACTERS", 7)
+    with pytest.raises(TargetError, match=r"has 2 different texts or more, of more than 7 characters in all"):
+        open_data(str(tmp_path / "t.csv"), label="label")
     monkeypatch.setattr("holdfast.sources.class_numbers.MOST_NAMES", 1)
     (tmp_path / "t.csv").write_text("a,label\n0,cat\n1,dog\n")
     with pytest.raises(TargetError, match="2 different text labels; at most 1 classes were expected"):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.columns import (
+    MOST_CHARACTERS,
     SPLIT_COLUMN,
     ColumnTable,
     Words,
@@ -191,7 +192,8 @@ def _refuse_many(path: Path, rows: int, columns: int) -> None:
 def _as_words(cells: Cells, known: dict[str, int], name: str, path: Path) -> NDArray[np.int32]:
     """Return the index of each cell in the known strings.
 
-    Raises `TargetError` for a string that is too long for a label, and for a type that cannot be a label.
+    Raises `TargetError` for strings that are too long for labels, one or all together, and for a type that cannot be a
+    label.
     """
     try:
         texts, places = cells.words()
@@ -207,6 +209,12 @@ def _as_words(cells: Cells, known: dict[str, int], name: str, path: Path) -> NDA
             "of splits, were expected"
         )
     found = as_words(texts, known)
+    if sum(map(len, known)) > MOST_CHARACTERS:
+        raise TargetError(
+            f"the column {name!r} of {str(path)!r} has {len(known):,} different texts or more, of more than "
+            f"{MOST_CHARACTERS:,} characters in all; labels, or names of splits, were expected: shorten them, number "
+            "the classes 0, 1, 2, …, or name the column of the label with --label"
+        )
     return found if places is None else found[places]
 
 
