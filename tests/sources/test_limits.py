@@ -103,6 +103,17 @@ def test_text_that_shrank_too_much_is_no_table(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_names_of_columns_are_short_and_few_are_shown(tmp_path: Path):
+    (tmp_path / "t.csv").write_text("a" * 1001 + ",label\n0,1\n")
+    with pytest.raises(TargetError, match=r"a name of 1,001 characters; at most 1,000 were expected"):
+        open_data(str(tmp_path / "t.csv"), label="label")
+    np.savez(tmp_path / "d.npz", **{f"part_{k}": np.zeros(1) for k in range(300)})
+    with pytest.raises(TargetError, match=r"it has part_0, .* …\. Name the arrays") as raised:
+        open_data(str(tmp_path / "d.npz"))
+    assert len(str(raised.value)) < 2000
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_labels_are_short_and_few(tmp_path: Path, monkeypatch):
     with pytest.raises(TargetError, match=r"column 'label' .* a text of more than 1,000 characters"):
         open_data(table(tmp_path / "t.csv", b"1," + b"a" * 1001 + b"\n", 2), label="label")

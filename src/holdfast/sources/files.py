@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from holdfast.core.spelling import suggestion
 
 _SHOWN = 200
 """Largest number of characters of a reason in an error message."""
+_NAMES, _NAME = 50, 100
+"""Largest number of names, and of characters of a name, in an error message."""
 
 
 def existing(path: Path, what: str) -> Path:
@@ -63,6 +65,12 @@ def similar_name(name: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` with the most similar of the `known` names, or "" if none is similar."""
     offered = suggestion(name, known)
     return f" ({offered})" if offered else ""
+
+
+def names_of(names: Sequence[str]) -> str:
+    """Return the first fifty names that a file contains, separated by commas, or "nothing" if there are none."""
+    shown = ", ".join(name[:_NAME] for name in names[:_NAMES]) or "nothing"
+    return shown + (" …" if len(names) > _NAMES else "")
 
 
 def megabytes(n_bytes: int) -> str:

@@ -36,7 +36,9 @@ MAX_BYTES = 2**30
 MAX_CELLS = 200_000_000
 """Largest number of cells of a table; parquet can repeat a value any number of times in a few bytes."""
 MAX_WORD = 1000
-"""Largest number of characters of a label or of the name of a split."""
+"""Largest number of characters of a label, or of the name of a split or a column."""
+_SHOWN = 100
+"""Largest number of characters of a name in an error message."""
 _BYTES_A_CELL = 20
 """Upper bound of the memory of a cell in both processes, in bytes."""
 _BLOCK = 1 << 20
@@ -132,7 +134,14 @@ def read(
     header, blocks = (_parquet if path.suffix == ".parquet" else _csv)(path)
     if not header or len(set(header)) != len(header):
         doubled = [name for name, n in Counter(header).items() if n > 1]
-        raise TargetError(f"{str(path)!r} needs a header of distinct names; found {doubled[:3] or 'nothing'}")
+        shown = [name[:_SHOWN] for name in doubled[:3]] or "nothing"
+        raise TargetError(f"{str(path)!r} needs a header of distinct names; found {shown}")
+    longest = max(map(len, header))
+    if longest > MAX_WORD:
+        raise TargetError(
+            f"{str(path)!r} has a column with a name of {longest:,} characters; at most {MAX_WORD:,} were expected: "
+            "rename it"
+        )
     texts = [name for name in header if name in (label, SPLIT_COLUMN)] if label in header else []
     features = [name for name in header if name not in (*texts, *drop)] if label in header else []
     known: list[dict[str, int]] = [{} for _ in texts]
@@ -307,10 +316,18 @@ def _parquet(path: Path) -> tuple[list[str], Blocks]:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise TargetError(f"{str(path)!r} is no readable parquet file: {error}") from error
+        raise _unreadable_parquet(path, error) from error
     header = list(file.schema_arrow.names)
     _refuse_many(path, file.metadata.num_rows, len(header))
     return header, _batches(path, file, header)
+
+
+def _unreadable_parquet(path: Path, error: Exception) -> TargetError:
+    reason = " ".join(str(error).split())
+    return TargetError(
+        f"{str(path)!r} is no readable parquet file: {reason[:200]}; write it again, without encryption, or "
+        "download it again"
+    )
 
 
 def _batches(path: Path, file: Any, header: list[str]) -> Blocks:
@@ -320,4 +337,4 @@ def _batches(path: Path, file: Any, header: list[str]) -> Blocks:
         for batch in file.iter_batches(batch_size=max(1, _BLOCK // max(len(header), 1)), use_threads=False):
             yield dict(zip(header, map(ArrowCells, batch.columns), strict=True))
     except (pa.ArrowException, OSError) as error:
-        raise TargetError(f"{str(path)!r} is no readable parquet file: {error}") from error
+        raise _unreadable_parquet(path, error) from error
