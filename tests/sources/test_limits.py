@@ -102,6 +102,16 @@ def test_text_that_shrank_too_much_is_no_table(tmp_path: Path, monkeypatch):
     assert len(open_data(str(path), label="label")) == 200_000
 
 
+def test_an_archive_with_two_arrays_of_one_name_is_refused(tmp_path: Path):
+    np.savez(tmp_path / "d.npz", x=np.zeros((2, 3)), y=np.zeros(2, int))
+    with zipfile.ZipFile(tmp_path / "d.npz") as archive:
+        content = archive.read("x.npy")
+    with zipfile.ZipFile(tmp_path / "d.npz", "a") as archive:
+        archive.writestr("x", content)
+    with pytest.raises(TargetError, match="holds two arrays named 'x'; one was expected"):
+        open_data(str(tmp_path / "d.npz"))
+
+
 @pytest.mark.usefixtures("in_this_process")
 def test_names_of_columns_are_short_and_few_are_shown(tmp_path: Path):
     (tmp_path / "t.csv").write_text("a" * 1001 + ",label\n0,1\n")

@@ -48,11 +48,15 @@ def reading(address: object) -> Iterator[None]:
     except HoldfastError:
         raise
     except Exception as error:
-        said = " ".join(str(error).split())[:_SHOWN]
         raise TargetError(
-            f"{str(address)!r} cannot be read ({type(error).__name__}: {said}); it is damaged, or of another form than "
-            "its name says: write or download it again"
+            f"{str(address)!r} cannot be read ({type(error).__name__}: {reason_of(error)}); it is damaged, or of another "
+            "form than its name says: write or download it again"
         ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return the message of an error of a parser in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:_SHOWN]
 
 
 def sha256_of_file(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from lzma import LZMAError
 from math import prod
@@ -13,7 +14,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from holdfast.core.errors import NoSplit, TargetError, UsageError
-from holdfast.sources.files import megabytes, names_of, readable_file, similar_name
+from holdfast.sources.files import megabytes, names_of, readable_file, reason_of, similar_name
 from holdfast.sources.limited.limits import MEMORY, requested_memory
 
 MAX_BYTES = 16 * 2**30
@@ -30,14 +31,21 @@ class Npz:
         self.path = readable_file(path, "data file")
         try:
             with zipfile.ZipFile(path) as archive:
-                self._sizes = {
-                    member.filename.removesuffix(".npy"): member.file_size for member in archive.infolist()
-                }
+                members = [
+                    (member.filename.removesuffix(".npy"), member.file_size) for member in archive.infolist()
+                ]
         except _DAMAGE as error:
             raise TargetError(
-                f"{str(path)!r} is no .npz archive, or is damaged or truncated: {error}; "
+                f"{str(path)!r} is no .npz archive, or is damaged or truncated: {reason_of(error)}; "
                 "download it again, or write it with numpy.savez"
             ) from error
+        self._sizes = dict(members)
+        if len(self._sizes) < len(members):
+            doubled = next(name for name, n in Counter(name for name, _ in members).items() if n > 1)
+            raise TargetError(
+                f"{str(path)!r} holds two arrays named {doubled[:100]!r}; one was expected: write it again with "
+                "numpy.savez"
+            )
         total = sum(self._sizes.values())
         most = max(MAX_BYTES, requested_memory())
         if total > most:
@@ -96,7 +104,7 @@ class Npz:
             ) from None
         except _DAMAGE as error:
             raise TargetError(
-                f"{str(self.path)!r} is damaged or truncated: {error}; download or write it again"
+                f"{str(self.path)!r} is damaged or truncated: {reason_of(error)}; download or write it again"
             ) from error
         return shape, fortran, dtype, content
 

@@ -28,7 +28,7 @@ from holdfast.sources.columns import (
     rounded,
     side_by_side,
 )
-from holdfast.sources.files import megabytes
+from holdfast.sources.files import megabytes, reason_of
 from holdfast.sources.limited.limits import MEMORY, requested_memory
 
 MAX_BYTES = 2**30
@@ -302,7 +302,7 @@ def _decoded(path: Path) -> io.TextIOWrapper:
 
 
 def _unreadable(path: Path, error: Exception) -> TargetError:
-    return TargetError(f"{str(path)!r} is no readable UTF-8 table: {error}; write it again")
+    return TargetError(f"{str(path)!r} is no readable UTF-8 table: {reason_of(error)}; write it again")
 
 
 def _parquet(path: Path) -> tuple[list[str], Blocks]:
@@ -323,9 +323,8 @@ def _parquet(path: Path) -> tuple[list[str], Blocks]:
 
 
 def _unreadable_parquet(path: Path, error: Exception) -> TargetError:
-    reason = " ".join(str(error).split())
     return TargetError(
-        f"{str(path)!r} is no readable parquet file: {reason[:200]}; write it again, without encryption, or "
+        f"{str(path)!r} is no readable parquet file: {reason_of(error)}; write it again, without encryption, or "
         "download it again"
     )
 
