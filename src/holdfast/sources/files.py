@@ -48,9 +48,10 @@ def reading(address: object) -> Iterator[None]:
     except HoldfastError:
         raise
     except Exception as error:
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise TargetError(
-            f"{str(address)!r} cannot be read ({type(error).__name__}: {reason_of(error)}); it is damaged, or of another "
-            "form than its name says: write or download it again"
+            f"{str(address)!r} cannot be read ({reason}); it is damaged, or of another form than "
+            "its name says: write or download it again"
         ) from error
 
 
