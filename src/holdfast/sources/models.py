@@ -33,7 +33,7 @@ from holdfast.sources.files import reading, sha256_of_file, similar_name
 from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.remote import SCHEMES, Remote
 from holdfast.sources.skops_files import ESTIMATOR_SUFFIXES, open_estimator
-from holdfast.sources.weights import fit_weights, read_state_dict, refuse_misfit
+from holdfast.sources.weights import fit_weights, read_state_dict, refuse_misfit, state_dict_content
 
 _SPARE = 1_000
 """Number by which the parameters of a requested network may exceed the tensors of the file.
@@ -253,20 +253,21 @@ def sha256_of_state(net: nn.Module) -> str:
 
 
 def _open_state_dict(opening: _Opening, path: Path) -> OpenedModel:
+    content = state_dict_content(path)
     try:
-        weights, metadata = read_state_dict(path)
+        weights, metadata = read_state_dict(path, content)
     except CarriesCode:
         if not opening.trust_code:
             raise
-        return _open_trusted(opening, path)
-    return _filled(opening, weights, metadata, path.suffix.removeprefix("."), sha256_of_file(path))
+        return _open_trusted(opening, path, content)
+    return _filled(opening, weights, metadata, path.suffix.removeprefix("."), weights.digest)
 
 
-def _open_trusted(opening: _Opening, path: Path) -> OpenedModel:
+def _open_trusted(opening: _Opening, path: Path, content: bytes) -> OpenedModel:
     """Open a file that runs code: it contains a whole network, or weights with other objects."""
     from holdfast.sources.trusted import open_trusted  # late: few files run code
 
-    found, how, digest = open_trusted(path)
+    found, how, digest = open_trusted(path, content)
     if isinstance(found, Weights):
         return _filled(opening, found, {}, how, digest)
     if opening.arch is not None:
