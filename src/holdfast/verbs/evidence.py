@@ -131,7 +131,7 @@ def _adapted(
             context.doubts,
             ran,
             because,
-            went_round=bool(adapted["bypassed"]),
+            bypassed=bool(adapted["bypassed"]),
             fell=bool(left),
             blind=adapted["no_detector_gradient"],
         ),
