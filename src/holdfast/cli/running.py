@@ -20,7 +20,7 @@ from holdfast.core.errors import TargetError
 from holdfast.engine.progress import Progress, Step, silent
 from holdfast.reports.exhibits import exhibit_table, exhibits_to_json
 from holdfast.reports.markdown import markdown_document
-from holdfast.reports.notes import spoken_notes
+from holdfast.reports.notes import shown_notes
 from holdfast.reports.numbers import percent
 from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.words import amount
@@ -73,7 +73,7 @@ def _say(result: Result, summary: Mapping[str, Any], voice: Voice, *, as_json: b
         colour = sys.stdout.isatty() and not voice.plain
         click.echo(tables(summary, colour=colour, width=width, brief=not voice.verbose))
     click.echo(verdict(summary, colour=sys.stderr.isatty() and not voice.plain), err=True, nl=False)
-    for note in spoken_notes(summary, verbose=voice.verbose):
+    for note in shown_notes(summary, verbose=voice.verbose):
         voice.say(f"note: {note}")
 
 
