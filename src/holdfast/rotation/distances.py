@@ -36,5 +36,5 @@ def nearest_sets(some: Members, others: Members) -> tuple[Tensor, Tensor]:
     """Return the L1 distance of each parameter set of `some` to the nearest set of `others` (n), and the index of that
     nearest set (n).
     """
-    found = l1(some, others).min(1)
-    return found.values, found.indices
+    nearest = l1(some, others).min(1)
+    return nearest.values, nearest.indices
