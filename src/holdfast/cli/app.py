@@ -110,7 +110,7 @@ def run(words: Sequence[str]) -> int:
         click.echo(error.format_message(), err=True)
         return 2
     except click.ClickException as error:
-        return _report(_plain(error), 2, debug=debug)
+        return _report(_message_of(error), 2, debug=debug)
     except (KeyboardInterrupt, click.Abort) as stopped:
         return _stopped(stopped, words)
     except Interrupted as error:
@@ -146,7 +146,7 @@ def _again(words: Sequence[str]) -> str:
     return f"{stored}; repeat the command{'' if '--resume' in words else ' with --resume'}"
 
 
-def _plain(error: click.ClickException) -> str:
+def _message_of(error: click.ClickException) -> str:
     """Return the message of an error of click, with the command that shows the help."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     where = f"; see {context.command_path} --help" if context is not None else ""
@@ -200,9 +200,9 @@ class _LastingStream:
             self._stream.flush()  # discards the rest now instead of at the end of Python
 
     def _let_go(self) -> None:
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, self._stream.fileno())
-        os.close(nothing)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
 
 
 def _outlive_readers() -> None:
