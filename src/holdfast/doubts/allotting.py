@@ -95,6 +95,7 @@ def allotted(wanted: Mapping[str, int], budget: int, cost: Callable[[str, int], 
             running[name] = rows
     while True:
         examples, remaining = dict[str, int](), budget
+        # cheapest first: the rows that a cheap probe does not need go to the others
         for place, name in enumerate(sorted(running, key=lambda name: running[name])):
             share = remaining // (len(running) - place)
             examples[name] = _most(name, wanted[name], share, cost)

@@ -117,6 +117,7 @@ class Denoised(nn.Module):
 
 def _variation(x: Tensor) -> Tensor:
     down, right = x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
+    # the constants keep the gradient of the square root finite where neighbouring pixels are equal
     return (down.square() + 1e-3).sqrt().sum() + (right.square() + 1e-3).sqrt().sum()
 
 

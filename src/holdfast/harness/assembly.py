@@ -83,6 +83,7 @@ def assemble(
         [counted_pass.columns for counted_pass in counted],
     )
     columns |= _worst_case(clean, attacks, pass_columns, smallest=plan.smallest)
+    # adaptive attacks are not part of the suite, whose results are compared with published numbers
     suite = _worst_case(clean, [by_stage[s.name] for s in steps if not s.adaptive], smallest=plan.smallest)
     columns |= {f"suite_{name}": suite[name] for name in ("success", "right_probability")}
     curve = [by_stage[s.name] for s in plan.steps if s.kind.smallest and s.name in by_stage]

@@ -91,6 +91,7 @@ def _inside(plan: Outline, clean: Columns, columns: Columns) -> dict[str, Tensor
     """The columns of a pass, restricted to successes inside the threat model, including distances and stored inputs."""
     success = columns["success"] & clean["correct"] & clean["eligible"]
     if plan.threat.queries is not None:
+        # a pass outside the suite may use more queries than the threat model permits
         success = success & (columns["queries"] <= plan.threat.queries)
     inside = dict(columns) | {"success": success}
     for name in (*DISTANCES, "right"):  # other inputs may be outside the threat model

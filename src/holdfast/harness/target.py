@@ -164,6 +164,7 @@ def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Ite
             target = _inspected(model, sample, left_in_training)
             yield _with_view(target, sample) if adaptive and model.access == "gradients" else target
     finally:
+        # also after an error, since the model belongs to the caller
         for module, training in modes:
             module.training = training
         for weight, trained in weights:
@@ -178,6 +179,7 @@ def _inspected(model: Classifier, sample: Batch, left_in_training: tuple[str, ..
     randomised = any(
         bool((change(logits, _first_logits(model, sample)) > _SAME).any()) for _ in range(n_calls)
     )
+    # a faster copy is tested by its outputs, which a randomised model does not repeat
     quick, details = (model, ()) if randomised else quickened(model, sample.x)
     filling = () if model.batches is None or model.batches == EVERY else (model.batches.says,)
     if model.rewrites:

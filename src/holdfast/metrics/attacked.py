@@ -126,6 +126,7 @@ def _entropy_limit(evidence: Evidence) -> float:
 def defensive_entropy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
     """Return the mean entropy of the predicted class probabilities on attacked inputs, in nats."""
     values = _numbers(_values(evidence, "entropy", "attacked"), "defensive_entropy")
+    # the model may have more classes than occur, so that an entropy may exceed this limit
     return mean(values, confidence, support=Support(0.0, max(_entropy_limit(evidence), float(values.max()))))
 
 

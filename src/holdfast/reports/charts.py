@@ -74,6 +74,7 @@ def round_step(top: float, most: int = 6) -> float:
     """
     raw = top / most
     power = 10.0 ** math.floor(math.log10(raw))
+    # without the tolerance, rounding could select the next larger step
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
 
 

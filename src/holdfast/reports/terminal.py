@@ -103,6 +103,7 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
     texts = [as_string(part, colour=colour, width=width) for part in parts if part.row_count]
     budget = query_budget(summary["threat"])
     allowed = f"the threat model allows {budget}" if budget else ""
+    # these lines are about the table of attacks, which is the first one
     for line_text in (allowed, risks(summary), fits_text(summary), passes_line(summary, brief=True)):
         if line_text:
             texts[0] = f"{texts[0].rstrip()}\n\n{as_string(cell(line_text), colour=colour, width=width)}\n\n"
@@ -236,7 +237,7 @@ def as_string(renderable: Any, *, colour: bool, width: int | None) -> str:
         force_terminal=colour,
         no_color=not colour,
         color_system="standard" if colour else None,
-        width=width or 10_000,
+        width=width or 10_000,  # wider than any table
         legacy_windows=False,
         highlight=False,
     )

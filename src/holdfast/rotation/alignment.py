@@ -98,6 +98,7 @@ def aligned(
     slots = torch.arange(len(layers))
     for turn in range(_ROUNDS):
         changed = False
+        # in random order, as in the paper
         for place in rng.at(turn).bits(slots).argsort().tolist():
             layer = layers[place]
             order = torch.as_tensor(

@@ -126,7 +126,7 @@ def _pieces(rows: Tensor) -> Iterator[Tensor]:
         yield columns.double()
 
 
-_TINY = 1e-6
+_TINY = 1e-6  # no division by 0 if a dimension of the latents is constant
 
 
 @dataclass(frozen=True)

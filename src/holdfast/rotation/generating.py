@@ -169,6 +169,7 @@ class _Distance:
     def __init__(self, embedding: Embedding, members: Members, rng: Draws) -> None:
         place = torch.zeros(1, dtype=torch.int64, device=embedding.mean.device)
         n = min(_POOL, embedding.span.parameters)
+        # float64, since float32 cannot represent every index of a large network
         columns = (rng.uniform(place, n, dtype=torch.float64)[0] * embedding.span.parameters).long()
         span, collection = embedding.span, members.tensors.values()
         at = span.at(torch.eye(span.rank, device=place.device), columns).float()

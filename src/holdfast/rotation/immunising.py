@@ -75,7 +75,7 @@ def shared_out(
         )
     examples = rows_of(data, n, rng)
     results = [
-        made(deepcopy(model).eval(), part)
+        made(deepcopy(model).eval(), part)  # a copy, since the mode changes
         for place, model in enumerate(exposed[: len(examples)])
         for part in examples.take(torch.arange(place, len(examples), len(exposed))).split(_AT_ONCE)
     ]

@@ -84,6 +84,7 @@ class TransferMatrix(AttackKind):
                 logits, judged = verdict_of(plan, target, batch, x_adv)
                 wrong.append(~correct_by_model(x_adv, target.judged_logits(logits, batch.y)))
                 replaced = judged["success"]
+                # the first source gives the columns of all examples, later ones only those that still survive
                 replaced = replaced & ~columns["success"] if columns else torch.ones_like(replaced)
                 x_best = torch.where(replaced.view(-1, *[1] * (x_adv.dim() - 1)), x_adv, x_best)
                 columns = {
