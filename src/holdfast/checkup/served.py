@@ -137,6 +137,7 @@ def _moved(model: Classifier, x: Tensor, logits: Tensor, server: Look) -> tuple[
         description = f"the same inputs get the same outputs, in any order (on {len(x)} examples)"
         return reversed_change, Finding("steadiness", "good", description)
     fits = server.remaining // _size(model) * _size(model) >= len(x)
+    # NaN, with which both comparisons are false, if too few rows are left for the test
     repeated_change = _change(outputs_of(model, x), logits) if fits else torch.nan
     if repeated_change > STEADY:
         return repeated_change, Finding(

@@ -177,6 +177,7 @@ def refuse_settings(settings: Any, name: str) -> None:
         elif get_origin(hint) is Callable and not callable(value):
             raise UsageError(f"{where} is {value!r}; expected a function, such as one of holdfast.ops.losses")
         elif get_origin(hint) is Literal or hint is bool or _is_number(hint):
+            # scalars of NumPy and torch are accepted as numbers
             _validated(hint, value.item() if hasattr(value, "item") else value, where, strict=True)
 
 

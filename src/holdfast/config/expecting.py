@@ -127,5 +127,5 @@ def ends(bounds: Bounds) -> tuple[float, float]:
     return _end(bounds.low, min), _end(bounds.high, max)
 
 
-def _end(side: float | torch.Tensor, which: Any) -> float:
-    return float(which(side.flatten().tolist())) if isinstance(side, torch.Tensor) else float(side)
+def _end(side: float | torch.Tensor, extreme: Any) -> float:
+    return float(extreme(side.flatten().tolist())) if isinstance(side, torch.Tensor) else float(side)

@@ -253,6 +253,7 @@ def _condition(spec: ThreatSpec, text: str) -> ThreatSpec:
             raise UsageError(f"access is {value!r}{did_you_mean(value, get_args(Sees))}")
         return replace(spec, access=value)  # type: ignore[arg-type]
     if key == "queries":
+        # 18 digits fit into 64 bits
         if not re.fullmatch(r"[0-9]{1,18}", value) or int(value) < 1:
             raise UsageError(
                 f"queries is {value if value.isascii() and value.isdigit() else repr(value)}; expected a whole number "
@@ -274,6 +275,7 @@ def parse_surrogate(text: str) -> dict[str, object]:
 
     Unknown keys are arguments of the factory.
     """
+    # only at commas before a key, since values such as mean=0.5,0.4 contain commas
     address, *conditions = re.split(r",(?=[A-Za-z_]\w*=)", text.strip())
     if not address:
         raise UsageError(

@@ -123,11 +123,11 @@ def settings(attack: Attack) -> dict[str, Any]:
     return plain
 
 
-def few_classes(plain: Mapping[str, Any], classes: int, *, aimed: bool) -> tuple[str, ...]:
+def few_classes(attack_settings: Mapping[str, Any], classes: int, *, aimed: bool) -> tuple[str, ...]:
     """Return notes on those settings of an attack that have a different effect because the model has few classes."""
-    targets = plain.get("targets") or 0
+    targets = attack_settings.get("targets") or 0
     needed, notes = 4 if targets or aimed else 3, []
-    if plain.get("loss") == "dlr" and classes < needed:
+    if attack_settings.get("loss") == "dlr" and classes < needed:
         notes.append(f"DLR needs {needed} classes; with {classes} the margin is used instead")
     if targets >= classes:
         notes.append(f"{targets} targets were asked for; with {classes} classes there are {classes - 1}")

@@ -68,6 +68,7 @@ def residual(waves: Sequence[Columns], standing: int) -> Residual | None:
     """
     ran = [int(columns["ran"].sum()) for columns in waves]
     untried, last = standing - sum(ran), max((k for k, n in enumerate(ran) if n), default=0)
+    # the bound needs a last wave that broke no example
     if untried <= 0 or not ran[last] or waves[last]["success"].any():
         return None
     return Residual(untried, untried_bound(ran[last], len(waves)))

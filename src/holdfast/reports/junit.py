@@ -68,6 +68,7 @@ def _properties(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _case(group: str, name: str, text: str) -> ET.Element:
+    # `printable`, because XML cannot contain control characters
     case = ET.Element("testcase", {"classname": f"holdfast.{group}", "name": printable(name), "time": "0"})
     if text:
         ET.SubElement(case, "system-out").text = printable(text)

@@ -19,6 +19,7 @@ from holdfast.reports.words import (
     shown_metrics,
 )
 
+# `@` and `#` are included, because they would mention users and issues on GitHub
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$@&#])")
 
 

@@ -242,4 +242,5 @@ def as_string(renderable: Any, *, colour: bool, width: int | None) -> str:
         highlight=False,
     )
     console.print(renderable, soft_wrap=width is None, end="")
+    # rich fills lines with spaces
     return "\n".join(line.rstrip() for line in file.getvalue().split("\n"))

@@ -60,14 +60,14 @@ def shared_out(
     exposed: Sequence[Classifier],
     data: Batch,
     n: int,
-    made: Callable[[Classifier, Batch], Batch],
+    compute: Callable[[Classifier, Batch], Batch],
     rng: Draws,
 ) -> Batch:
     """Sample at most `n` examples, divide them among models with stolen sets, and return the results of a function of
     each model and its examples in one batch.
 
-    Each model is copied and in eval mode. Returns the results of `made` in one batch. Raises `UsageError` if `exposed`
-    is empty.
+    Each model is copied and in eval mode. Returns the results of `compute` in one batch. Raises `UsageError` if
+    `exposed` is empty.
     """
     if not exposed:
         raise UsageError(
@@ -75,7 +75,7 @@ def shared_out(
         )
     examples = rows_of(data, n, rng)
     results = [
-        made(deepcopy(model).eval(), part)  # a copy, since the mode changes
+        compute(deepcopy(model).eval(), part)  # a copy, since the mode changes
         for place, model in enumerate(exposed[: len(examples)])
         for part in examples.take(torch.arange(place, len(examples), len(exposed))).split(_AT_ONCE)
     ]

@@ -106,14 +106,14 @@ def canary(model: Model, x: Inputs) -> str:
     return _digest(logits.argmax(1), close) + suffix
 
 
-def refuse_strange(model: Model, x: Inputs, known: str, name: str) -> None:
+def refuse_strange(model: Model, x: Inputs, stored: str, name: str) -> None:
     """Raise `TargetError` if the classes that a parameter set predicts for fixed inputs do not match its stored
-    fingerprint `known`.
+    fingerprint `stored`.
     """
-    fingerprint = _KNOWN.fullmatch(known)
+    fingerprint = _KNOWN.fullmatch(stored)
     if fingerprint is None:
         raise TargetError(
-            f"set {name!r} has the canary {known!r}; expected 64 hex digits, as rotation.canary returns them"
+            f"set {name!r} has the canary {stored!r}; expected 64 hex digits, as rotation.canary returns them"
         )
     close = [int(place) for place in (fingerprint[2] or "").split(",") if place]
     if 2 * len(close) > len(x):
@@ -163,10 +163,10 @@ def next_set(waiting: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def churn(one: Model, other: Model, x: Inputs) -> Estimate:
+def churn(first: Model, second: Model, x: Inputs) -> Estimate:
     """Return the fraction of inputs for which two models predict different classes, with an interval of at least 95 %
     coverage.
     """
     return proportion(
-        torch.cat([one(some).argmax(1) != other(some).argmax(1) for some in torch.split(x, _AT_ONCE)])
+        torch.cat([first(part).argmax(1) != second(part).argmax(1) for part in torch.split(x, _AT_ONCE)])
     )

@@ -80,28 +80,29 @@ class Members:
         return Members(means, torch.tensor(runs))
 
 
-def refuse_foreign(weights: Weights, known: Weights, what: str) -> None:
-    """Raise `TargetError` if a parameter set differs from the set `known` in names, shapes or types, or contains a
+def refuse_foreign(weights: Weights, reference: Weights, description: str) -> None:
+    """Raise `TargetError` if a parameter set differs from the set `reference` in names, shapes or types, or contains a
     value that is not finite.
 
-    `what` describes the parameter set in the message.
+    `description` is that of the parameter set in the message.
     """
-    if weights.keys() != known.keys():
-        name_of_one = min(weights.keys() ^ known.keys())
-        has = "lacks" if name_of_one in known else "has"
+    if weights.keys() != reference.keys():
+        name_of_one = min(weights.keys() ^ reference.keys())
+        has = "lacks" if name_of_one in reference else "has"
         raise TargetError(
-            f"{what} {has} {name_of_one!r}, so it has another architecture; give sets of one architecture only"
+            f"{description} {has} {name_of_one!r}, so it has another architecture; give sets of one architecture only"
         )
     for name, value in weights.items():
-        expected = known[name]
+        expected = reference[name]
         if value.shape != expected.shape or value.dtype != expected.dtype:
             raise TargetError(
-                f"{what} has {name} of shape {tuple(value.shape)} and {value.dtype}, but {tuple(expected.shape)} "
-                f"and {expected.dtype} were expected; give sets of one architecture and type only"
+                f"{description} has {name} of shape {tuple(value.shape)} and {value.dtype}, but "
+                f"{tuple(expected.shape)} and {expected.dtype} were expected; give sets of one architecture and "
+                "type only"
             )
         if not bool((value.isfinite() | ~expected.isfinite()).all()):  # a mask may hold infinity
             raise TargetError(
-                f"{what} has NaN or infinite values in {name}: its training diverged; leave it out, or train it "
+                f"{description} has NaN or infinite values in {name}: its training diverged; leave it out, or train it "
                 "with a smaller learning rate"
             )
 
