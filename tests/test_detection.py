@@ -19,7 +19,7 @@ from holdfast.core.through import through
 from holdfast.harness.kinds.detection import PASSES
 from holdfast.harness.plan import adaptive_members
 from holdfast.harness.stage import Against, Member
-from holdfast.harness.target import Held
+from holdfast.harness.target import WithDetector
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.columns import Absent
 from holdfast.metrics.names import DETECTION
@@ -164,8 +164,8 @@ def test_another_scale_and_threshold_change_what_is_rejected_alone():
 def test_a_soft_gradient_changes_no_logit():
     model, batch, _, _ = problem()
     x = batch.x.clone().requires_grad_()
-    sharp = Held(Classifier(model), batch, Aim(2.0))(x)
-    soft = Held(Classifier(model), batch, Aim(2.0, softness=0.5))(x)
+    sharp = WithDetector(Classifier(model), batch, Aim(2.0))(x)
+    soft = WithDetector(Classifier(model), batch, Aim(2.0, softness=0.5))(x)
     assert torch.equal(sharp, soft)
     slopes = [torch.autograd.grad(each.sum(), x, retain_graph=True)[0] for each in (sharp, soft)]
     assert (slopes[0][:, 1] == 0).any()

@@ -13,7 +13,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.harness import Member, Plan, due_examples, measure_plan
 from holdfast.harness.kinds.attack import LEAST
-from holdfast.harness.waves import most_left
+from holdfast.harness.waves import untried_bound
 
 N = 40 * LEAST
 
@@ -99,7 +99,7 @@ def test_what_is_said_of_the_rest_is_wrong_one_time_in_twenty_at_most(sizes):
         wrong, reached = 0.0, 1.0
         for size in sizes:
             holds = (1 - p) ** size
-            wrong += reached * holds * (p > most_left(size, len(sizes) + 1))
+            wrong += reached * holds * (p > untried_bound(size, len(sizes) + 1))
             reached *= 1 - holds
         assert wrong <= 0.05
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from holdfast.core.model import Classifier
 from holdfast.ops.prepare import quickened
-from holdfast.reports.notes import spoken_notes
+from holdfast.reports.notes import shown_notes
 from holdfast.store.schema_1 import DETAILS
 
 
@@ -22,5 +22,5 @@ def test_no_sentence_is_said_twice():
     fast, late = "convolutions run channels last", "time ran out: PGD finished none"
     doubts = [{"state": "raised", "message": late}, {"state": "clear", "message": "other"}]
     summary = {"notes": ["a note", late, "other"], "details": [fast], "doubts": doubts}
-    assert spoken_notes(summary) == ["a note", "other"]
-    assert spoken_notes(summary, verbose=True) == ["a note", "other", fast]
+    assert shown_notes(summary) == ["a note", "other"]
+    assert shown_notes(summary, verbose=True) == ["a note", "other", fast]

@@ -14,7 +14,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.harness import Member, paired
-from holdfast.harness.kinds.across import _mixed
+from holdfast.harness.kinds.across import _permuted
 from holdfast.harness.kinds.transfer import MATRIX
 from holdfast.ops import ascent, losses
 from holdfast.reports.across import across_rows
@@ -72,12 +72,12 @@ def test_a_change_turns_what_the_model_says_another_thing_of_once_it_bears_it():
 def test_the_control_is_as_far_in_every_norm_and_keeps_pixels_whole():
     ids, change = torch.arange(3), torch.randn(3, 2, 4, 4, dtype=torch.float64)
     batch = Batch(torch.zeros_like(change), torch.zeros(3, dtype=torch.int64), ids)
-    mixed = _mixed(change, batch, Draws(0))
+    mixed = _permuted(change, batch, Draws(0))
     assert not torch.equal(mixed, change)
     pixels = [{tuple(pixel) for pixel in each.flatten(1).mT.tolist()} for each in (*change, *mixed)]
     assert pixels[:3] == pixels[3:]
     table = change.flatten(1)
-    assert torch.equal(_mixed(table, batch.at(table), Draws(0)).sort(1).values, table.sort(1).values)
+    assert torch.equal(_permuted(table, batch.at(table), Draws(0)).sort(1).values, table.sort(1).values)
 
 
 def test_pairs_do_not_go_by_the_order_of_the_files():
@@ -111,7 +111,7 @@ def test_batches_and_resumption_change_nothing_of_it(tmp_path, monkeypatch):
     def stops(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_carried", stops)
+    monkeypatch.setattr(module, "_transferred", stops)
     with pytest.raises(BaseException):  # noqa: B017, PT011
         assess(subject(), data(), asked, run=tmp_path / "cut")
     monkeypatch.undo()

@@ -9,7 +9,7 @@ from holdfast.attacks import APGD, Square
 from holdfast.core.constraints import L0, L2, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Doubt
-from holdfast.doubts.answering import arms, called, with_answers
+from holdfast.doubts.answering import arms, required_attacks, with_answers
 from holdfast.harness import Member
 from holdfast.verbs.assess import assess
 from holdfast.verbs.stored_runs import open_run
@@ -128,18 +128,18 @@ RAISED = tuple(Doubt(name, "raised") for name in ("zero-gradient", "randomness",
 @pytest.mark.parametrize("constraint", [Linf(0.1), L2(1.0), L0(3)])
 def test_every_arm_is_called_by_some_doubt(constraint):
     known = [arm for arm in arms(constraint) if arm.weight is None]
-    by_doubts = called(known, RAISED[:1]) | called(known, RAISED[1:2])
+    by_doubts = required_attacks(known, RAISED[:1]) | required_attacks(known, RAISED[1:2])
     assert set(by_doubts) == {arm.name for arm in known}
-    assert called(known, ()) == {}
-    assert called(known, RAISED[2:]) == {}
+    assert required_attacks(known, ()) == {}
+    assert required_attacks(known, RAISED[2:]) == {}
 
 
 def test_a_random_model_is_attacked_on_average_whatever_cleared_its_randomness():
     averaged = (Doubt("randomness", "clear", 0.2, 1e-4), Doubt("zero-gradient", "raised"))
     known = [arm for arm in arms(Linf(0.1)) if arm.weight is None]
-    assert called(known, averaged) == {"EOT": ("zero-gradient",), "Search": ("zero-gradient",)}
-    assert called(known, averaged[:1]) == {}
-    assert called(arms(Linf(0.1)), averaged) == called(known, averaged)
+    assert required_attacks(known, averaged) == {"EOT": ("zero-gradient",), "Search": ("zero-gradient",)}
+    assert required_attacks(known, averaged[:1]) == {}
+    assert required_attacks(arms(Linf(0.1)), averaged) == required_attacks(known, averaged)
 
 
 def ran(n=4, *, dead=False, broke=2):
@@ -152,16 +152,16 @@ def ran(n=4, *, dead=False, broke=2):
 def test_a_doubt_is_answered_by_all_that_it_called_for():
     because = {"BPDA": ("zero-gradient",), "Search": ("zero-gradient",)}
     doubts = (Doubt("zero-gradient", "raised", says="no gradient"),)
-    both = with_answers(
-        doubts, {"BPDA": ran(), "Search": ran(broke=3)}, because, went_round=True, fell=False
-    )[0]
+    both = with_answers(doubts, {"BPDA": ran(), "Search": ran(broke=3)}, because, bypassed=True, fell=False)[
+        0
+    ]
     assert both.state == "answered"
     assert both.says == (
         "no gradient; answered by BPDA and Search, which broke 3 of the 4 examples that they were run on"
     )
-    assert with_answers(doubts, {"BPDA": ran()}, because, went_round=True, fell=False) == doubts
+    assert with_answers(doubts, {"BPDA": ran()}, because, bypassed=True, fell=False) == doubts
     found_none = with_answers(
-        doubts, {"BPDA": ran(dead=True), "Search": ran()}, because, went_round=True, fell=False
+        doubts, {"BPDA": ran(dead=True), "Search": ran()}, because, bypassed=True, fell=False
     )[0]
     assert found_none.state == "raised"
     assert "did not circumvent it" in found_none.says
@@ -169,21 +169,19 @@ def test_a_doubt_is_answered_by_all_that_it_called_for():
 
 def test_a_shattered_gradient_is_answered_round_it_or_on_average_alone():
     doubts = (Doubt("shattered", "raised", says="ripples"),)
-    for arm, went_round, state in (
+    for arm, bypassed, state in (
         ("BPDA", True, "answered"),
         ("BPDA", False, "raised"),
         ("EOT", False, "answered"),
     ):
-        (told,) = with_answers(doubts, {arm: ran()}, {arm: ("shattered",)}, went_round=went_round, fell=False)
+        (told,) = with_answers(doubts, {arm: ran()}, {arm: ("shattered",)}, bypassed=bypassed, fell=False)
         assert told.state == state
 
 
 def test_a_suite_is_not_exhausted_while_a_probe_knows_better():
     doubts, because = (Doubt("not-exhausted", "raised"),), {"Search": ("not-exhausted",)}
-    assert with_answers(doubts, {"Search": ran()}, because, went_round=True, fell=True) == doubts
-    assert (
-        with_answers(doubts, {"Search": ran()}, because, went_round=True, fell=False)[0].state == "answered"
-    )
+    assert with_answers(doubts, {"Search": ran()}, because, bypassed=True, fell=True) == doubts
+    assert with_answers(doubts, {"Search": ran()}, because, bypassed=True, fell=False)[0].state == "answered"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from holdfast.cli.app import run as command_line
 from holdfast.cli.report import verify as verify_command
-from holdfast.config.pooled import said_of
+from holdfast.config.pooled import settings_of_pool
 from holdfast.core.chain import GENESIS, Link, digest
 from holdfast.core.errors import TargetError
 from holdfast.store import journal
@@ -252,7 +252,7 @@ def test_what_a_pool_says_of_its_model_has_one_form(tmp_path, monkeypatch, setti
     monkeypatch.setenv(KEY_VARIABLE, "5a" * 32)
     pool = Pool.begun(tmp_path / "pool", {"settings": settings})
     with pytest.raises(TargetError, match=says):
-        said_of(pool)
+        settings_of_pool(pool)
     (tmp_path / "pool" / "pool.json").write_text('{"schema_version": 2}')
     with pytest.raises(
         TargetError, match=r"pool\.json' has another format than that of a run: .* an object with 'id'"

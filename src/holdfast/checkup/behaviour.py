@@ -40,14 +40,15 @@ def outputs(examined: Examined) -> Iterator[Finding]:
             "look for a division or a logarithm of zero",
         )
         return
-    sum_to_one = bool(((logits.sum(1) - 1).abs() < 1e-4).all() & (logits >= 0).all())
-    if sum_to_one and examined.model.access != "labels":  # labels are one-hot
-        says = "the outputs are probabilities, not logits: attacks see vanishing gradients"
+    are_probabilities = bool(((logits.sum(1) - 1).abs() < 1e-4).all() & (logits >= 0).all())
+    if are_probabilities and examined.model.access != "labels":  # labels are one-hot
+        text = "the outputs are probabilities, not logits: attacks see vanishing gradients"
         way_out = "return the layer before the softmax, or declare --model-output probability"
         if examined.model.access == "scores":
-            says = "the outputs are probabilities, which hide small changes if the model is confident"
+            text = "the outputs are probabilities, which hide small changes if the model is confident"
             way_out = "declare --model-output probability"
-        yield Finding("probabilities", "warning", says, way_out)
+        yield Finding("probabilities", "warning", text, way_out)
+    # equal up to rounding; the clamp is for outputs that are all 0
     if len(logits) > 1 and float((logits - logits[0]).abs().max()) <= 1e-6 * float(
         logits.abs().max().clamp_min(1e-12)
     ):
@@ -147,8 +148,8 @@ def gradient_findings(examined: Examined) -> Iterator[Finding]:
     if zero > 0.01:
         text = f"{zero:.0%} of the examples have a zero gradient, so gradient attacks have no direction there"
         saturated = "return the logit, the output of the layer before the sigmoid or softmax"
-        other = "a rounding or saturated operation may hide it; the doubts of assess contain more details"
-        way_out = saturated if examined.model.output == "probability" else other
+        rounding = "a rounding or saturated operation may hide it; the doubts of assess contain more details"
+        way_out = saturated if examined.model.output == "probability" else rounding
         yield Finding("gradients", "warning", text, way_out)
     else:
         yield Finding("gradients", "good", "gradients reach the input")

@@ -74,15 +74,15 @@ def _outside(x: Tensor, model: Classifier) -> Tensor:
     return (x < low - slack) | (x > high + slack)
 
 
-def moved_inside(model: Classifier, x: Tensor, seen: Tensor) -> Tensor:
+def moved_inside(model: Classifier, x: Tensor, sample: Tensor) -> Tensor:
     """Return the inputs `x` divided by 255, or a similar divisor, if they are pixels outside the bounds of the model;
     otherwise return them unchanged.
 
     Otherwise return `x` unchanged. Without this correction, the later checks would report only effects of the wrong
     scale.
     """
-    divisor = pixel_divisor(float(seen.min()), float(seen.max()), seen.dim())
-    if bool(_outside(seen, model).any()) and model.bounds.width <= 1 and divisor is not None:
+    divisor = pixel_divisor(float(sample.min()), float(sample.max()), sample.dim())
+    if bool(_outside(sample, model).any()) and model.bounds.width <= 1 and divisor is not None:
         return x / divisor
     return x
 
@@ -107,7 +107,7 @@ def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Findin
     of them.
     """
     low, high = (float(end) for end in (x.min(), x.max()))
-    seen = f"inputs range from {low:.4g} to {high:.4g}"
+    text = f"inputs range from {low:.4g} to {high:.4g}"
     if bool(_outside(x, model).any()):
         if isinstance(data, Arrays) and data.pixels is not None:
             way_out = data.pixels.advice(high)
@@ -115,12 +115,12 @@ def range_of_values(model: Classifier, x: Tensor, data: Data) -> Iterator[Findin
             way_out = "divide them by 255 (or use --bounds 0,255, if the network expects such inputs)"
         else:
             way_out = scaling(x)
-        yield Finding("range", "problem", f"{seen}, outside the bounds", way_out)
+        yield Finding("range", "problem", f"{text}, outside the bounds", way_out)
     elif model.bounds.width >= 100 and high <= 1.0:
         reach = float(model.bounds.like(x)[1].max())
-        yield Finding("range", "problem", f"{seen}, but the upper bound is {reach:g}", "use --bounds 0,1")
+        yield Finding("range", "problem", f"{text}, but the upper bound is {reach:g}", "use --bounds 0,1")
     else:
-        yield Finding("range", "good", f"{seen}, inside the bounds")
+        yield Finding("range", "good", f"{text}, inside the bounds")
 
 
 def labels_outside(lowest: int, highest: int, classes: int, *, remote: bool) -> Iterator[Finding]:
@@ -128,5 +128,7 @@ def labels_outside(lowest: int, highest: int, classes: int, *, remote: bool) -> 
     if lowest < 0 or highest >= classes:
         text = f"labels range from {lowest} to {highest}, but the model has classes 0 to {classes - 1}"
         from_one = (lowest, highest) == (1, classes)
-        other = advice(lowest, highest, classes, remote=remote)
-        yield Finding("labels", "problem", text, "they seem to start at 1: subtract 1" if from_one else other)
+        general_advice = advice(lowest, highest, classes, remote=remote)
+        yield Finding(
+            "labels", "problem", text, "they seem to start at 1: subtract 1" if from_one else general_advice
+        )

@@ -57,7 +57,7 @@ def examine(model: Classifier, data: Data) -> tuple[Finding, ...]:
             unclear = tuple(_unclear_output(model, data))
             differs = tuple(_predictions(model, data))
             strange = tuple(strange_classes(data))
-            findings = () if unclear else tuple(_found(model, batch, left_in_training, data))
+            findings = () if unclear else tuple(_findings(model, batch, left_in_training, data))
             if strange:  # these findings already explain wrong labels
                 findings = tuple(finding for finding in findings if finding.check != "labels")
             return (*strange, *unclear, *differs, *findings)
@@ -77,8 +77,10 @@ def misfit(model: Classifier, batch: Batch, batch_size: int) -> tuple[Finding | 
     logits = torch.cat([outputs_of(model, part) for part in torch.split(batch.x, batch_size)])
     examined = Examined(model, batch, (), logits, batch_size)
     checks = (labels_from_one, layouts, units)
-    first = next((first for check in checks for first in check(examined) if first.level == "problem"), None)
-    return first, len(batch) + sum(examined.calls)
+    problem = next(
+        (problem for check in checks for problem in check(examined) if problem.level == "problem"), None
+    )
+    return problem, len(batch) + sum(examined.calls)
 
 
 def _unclear_output(model: Classifier, data: Data) -> Iterator[Finding]:
@@ -97,7 +99,7 @@ def _predictions(model: Classifier, data: Data) -> Iterator[Finding]:
         )
 
 
-def _found(
+def _findings(
     model: Classifier, batch: Batch, left_in_training: tuple[str, ...], data: Data
 ) -> Iterator[Finding]:
     wrong_layout = _layout(model, batch)

@@ -71,6 +71,7 @@ class Examined:
         """
         size = 1 if self.model.batches is None else self.model.batches.size
         rows = -(-len(x) // size) * size
+        # a fixed batch is filled up, and the server counts these rows as well
         if self.left is not None and rows > self.left():
             self.untried.append(rows)
             return 0.0
@@ -109,8 +110,8 @@ class Examined:
         """
         return self.accuracy < 1 - BETTER
 
-    def beaten_by(self, other: float) -> bool:
-        """Return whether the accuracy `other`, measured with another interpretation of the data, is clearly higher than
+    def beaten_by(self, accuracy: float) -> bool:
+        """Return whether the given accuracy, measured with another interpretation of the data, is clearly higher than
         that of the model and that of chance.
 
         At least five more examples must be classified correctly. The result is False for a model whose outputs change
@@ -118,8 +119,8 @@ class Examined:
         """
         if not self.may_be_beaten or self.moved > STEADY:
             return False
-        more = other - max(self.accuracy, 1 / self.logits.shape[1])
-        return more > BETTER and more * len(self.batch) > _MORE - 0.5
+        gain = accuracy - max(self.accuracy, 1 / self.logits.shape[1])
+        return gain > BETTER and gain * len(self.batch) > _MORE - 0.5
 
 
 def outputs_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

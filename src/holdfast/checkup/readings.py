@@ -28,11 +28,11 @@ def shifted_labels(examined: Examined, shifts: tuple[int, ...] = (-1, 1)) -> Ite
     y, classes = examined.batch.y, examined.logits.shape[1] - examined.model.rejects
     majority = int(torch.unique(y, return_counts=True)[1].max()) / len(y)
     for shift in shifts:
-        better = share_right(examined.logits, (y + shift) % classes)
-        if better > majority + BETTER and examined.beaten_by(better):
-            text = f"accuracy is {examined.accuracy:.0%}, but {better:.0%} with labels {shift:+d}"
+        shifted_accuracy = share_right(examined.logits, (y + shift) % classes)
+        if shifted_accuracy > majority + BETTER and examined.beaten_by(shifted_accuracy):
+            text = f"accuracy is {examined.accuracy:.0%}, but {shifted_accuracy:.0%} with labels {shift:+d}"
             way_out = "the labels are off by one; correct them in the data"
-            yield Finding("labels", "problem", text, way_out, better - examined.accuracy)
+            yield Finding("labels", "problem", text, way_out, shifted_accuracy - examined.accuracy)
 
 
 def labels_from_one(examined: Examined) -> Iterator[Finding]:
@@ -52,13 +52,12 @@ def layouts(examined: Examined) -> Iterator[Finding]:
     for order in orders:
         if not examined.may_be_beaten:
             return
-        better = examined.right_with(x.permute(order).contiguous())
-        if examined.beaten_by(better):
-            shapes = (
-                f"{tuple(x.shape[1:])}, but {better:.0%} with inputs of {tuple(x.permute(order).shape[1:])}"
-            )
+        other_accuracy = examined.right_with(x.permute(order).contiguous())
+        if examined.beaten_by(other_accuracy):
+            other_shape = tuple(x.permute(order).shape[1:])
+            shapes = f"{tuple(x.shape[1:])}, but {other_accuracy:.0%} with inputs of {other_shape}"
             text = f"accuracy is {examined.accuracy:.0%} with inputs of shape {shapes}"
-            gain = better - examined.accuracy
+            gain = other_accuracy - examined.accuracy
             yield Finding(
                 "layout", "problem", text, "change the order of the axes, or declare --layout", gain
             )
@@ -83,12 +82,10 @@ def _filled(examined: Examined) -> Iterator[Finding]:
     low, high = float(x.min()), float(x.max())
     text, gain = f"inputs range from {low:.4g} to {high:.4g}, which is {share:.1%} of the bounds", None
     if share > 0 and examined.may_be_beaten:
-        better = examined.right_with(x / share)
-        if examined.beaten_by(better):
-            text += (
-                f"; accuracy is {examined.accuracy:.0%}, but {better:.0%} with inputs times {1 / share:.4g}"
-            )
-            gain = better - examined.accuracy
+        other_accuracy = examined.right_with(x / share)
+        if examined.beaten_by(other_accuracy):
+            text += f"; accuracy is {examined.accuracy:.0%}, but {other_accuracy:.0%} with inputs times {1 / share:.4g}"
+            gain = other_accuracy - examined.accuracy
     level: Level = "problem" if examined.may_be_beaten else "warning"
     yield Finding(
         "scale", level, text, f"scale them as in training{_levels(examined)}, or correct --bounds", gain
@@ -100,10 +97,10 @@ def _levels(examined: Examined) -> str:
     "".
     """
     highest = 255 * float(examined.batch.x.max())
-    whole = round(highest)
-    if examined.model.bounds.width != 1 or whole < 2 or abs(highest - whole) > 0.01:
+    maximum = round(highest)
+    if examined.model.bounds.width != 1 or maximum < 2 or abs(highest - maximum) > 0.01:
         return ""
-    return f", as in x / {whole} for whole numbers from 0 to {whole}"
+    return f", as in x / {maximum} for whole numbers from 0 to {maximum}"
 
 
 def _share_filled(examined: Examined) -> float:
@@ -117,7 +114,7 @@ def _share_filled(examined: Examined) -> float:
 def _scale(examined: Examined) -> Iterator[Finding]:
     """Yield a finding if the inputs are too small or too large by the factor 255 or another one."""
     share, best = _share_filled(examined), examined.accuracy
-    ways = (
+    alternatives = (
         (1 / max(share, 1e-12), "scale the inputs so that they fill the bounds, as in x / x.max()"),
         (
             255.0,
@@ -126,11 +123,11 @@ def _scale(examined: Examined) -> Iterator[Finding]:
         (1 / 255.0, "the network divides by 255 itself, or was given values up to 255: use --bounds 0,255"),
     )
     findings = tuple[Finding, ...]()
-    for factor, way_out in ways if 0 < share < _DARK else ways[1:]:
-        better = examined.right_with(examined.batch.x * factor)
-        if better > best and examined.beaten_by(better):
-            text = f"accuracy is {examined.accuracy:.0%}, but {better:.0%} with inputs times {factor:.4g}"
-            best, gain = better, better - examined.accuracy
+    for factor, way_out in alternatives if 0 < share < _DARK else alternatives[1:]:
+        other_accuracy = examined.right_with(examined.batch.x * factor)
+        if other_accuracy > best and examined.beaten_by(other_accuracy):
+            text = f"accuracy is {examined.accuracy:.0%}, but {other_accuracy:.0%} with inputs times {factor:.4g}"
+            best, gain = other_accuracy, other_accuracy - examined.accuracy
             findings = (Finding("scale", "problem", text, way_out, gain),)
     yield from findings
 
@@ -161,9 +158,12 @@ def _normalisation(examined: Examined) -> Iterator[Finding]:
             (mean, std, f"with {name} normalisation", f"{_ESTIMATE}, as in {flags}"),
             (*undone, f"with {name} normalisation undone", _TWICE),
         ):
-            better = examined.right_with(batch.x, model.renormalised(shift, scale))
-            if better > best and examined.beaten_by(better):
-                says = f"accuracy is {examined.accuracy:.0%}, but {better:.0%} {text}"
-                gain = better - examined.accuracy
-                best, findings = better, (Finding("normalisation", "problem", says, way_out, gain),)
+            other_accuracy = examined.right_with(batch.x, model.renormalised(shift, scale))
+            if other_accuracy > best and examined.beaten_by(other_accuracy):
+                description = f"accuracy is {examined.accuracy:.0%}, but {other_accuracy:.0%} {text}"
+                gain = other_accuracy - examined.accuracy
+                best, findings = (
+                    other_accuracy,
+                    (Finding("normalisation", "problem", description, way_out, gain),),
+                )
     yield from findings

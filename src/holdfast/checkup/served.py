@@ -46,25 +46,25 @@ def examine_served(model: Classifier, data: Data) -> tuple[Finding, ...]:
     """
     server = look_at(model)
     assert server is not None
-    findings = tuple(_found(model, data, server))
+    findings = tuple(_findings(model, data, server))
     if any(finding.check == "classes" for finding in findings):  # this finding already explains wrong labels
         findings = tuple(finding for finding in findings if finding.check != "labels")
-    says = f"{server.rows} rows were sent to the server; doctor sends at most {server.most}"
-    return (*findings, Finding("rows sent", "good", says))
+    text = f"{server.rows} rows were sent to the server; doctor sends at most {server.most}"
+    return (*findings, Finding("rows sent", "good", text))
 
 
-def _found(model: Classifier, data: Data, server: Look) -> Iterator[Finding]:
+def _findings(model: Classifier, data: Data, server: Look) -> Iterator[Finding]:
     yield from strange_classes(data)
-    seen = spread_examples(data, SAMPLE, model)
-    yield from range_of_values(model, seen.x, data)
+    sample = spread_examples(data, SAMPLE, model)
+    yield from range_of_values(model, sample.x, data)
     yield from batch_sizes(model)
-    first, second = rows_of_calls(model, server.remaining, min(_ASKED, len(data)), _ASKED)
-    if not first:
-        says = "the model was not checked: all rows were needed to determine the layout of the data"
-        yield Finding("model", "warning", says, "declare it with --layout chw, hwc or asis")
+    n_first, n_again = rows_of_calls(model, server.remaining, min(_ASKED, len(data)), _ASKED)
+    if not n_first:
+        text = "the model was not checked: all rows were needed to determine the layout of the data"
+        yield Finding("model", "warning", text, "declare it with --layout chw, hwc or asis")
         return
-    batch = spread_examples(data, first)
-    batch = batch.at(moved_inside(model, batch.x, seen.x))
+    batch = spread_examples(data, n_first)
+    batch = batch.at(moved_inside(model, batch.x, sample.x))
     try:
         logits = outputs_of(model, batch.x)
     except UnclearOutput as error:
@@ -75,13 +75,13 @@ def _found(model: Classifier, data: Data, server: Look) -> Iterator[Finding]:
         if not _takes_channels_last(model, batch.x, server):
             raise
         shape = tuple(batch.x.shape[1:])
-        says = f"the model refuses inputs of shape {shape}, but accepts them with the channels last"
-        yield Finding("layout", "problem", says, "declare --layout hwc, or $x_last in --http-request")
+        text = f"the model refuses inputs of shape {shape}, but accepts them with the channels last"
+        yield Finding("layout", "problem", text, "declare --layout hwc, or $x_last in --http-request")
     else:
-        yield from _answered(model, batch, logits, range_of_labels(data, seen), second, server)
+        yield from _response_findings(model, batch, logits, range_of_labels(data, sample), n_again, server)
 
 
-def _answered(
+def _response_findings(
     model: Classifier, batch: Batch, logits: Tensor, ends: tuple[int, int], again: int, server: Look
 ) -> Iterator[Finding]:
     """Yield the findings about the first responses. The first `again` examples are sent once more."""
@@ -113,11 +113,11 @@ def _answered(
 
 def _takes_channels_last(model: Classifier, x: Tensor, server: Look) -> bool:
     """Return whether the server accepts images with the channels last; False if too few rows are left for a test."""
-    few = x[:2]
-    if few.dim() != 4 or max(len(few), _size(model)) > server.remaining:
+    images = x[:2]
+    if images.dim() != 4 or max(len(images), _size(model)) > server.remaining:
         return False
     try:
-        outputs_of(model, few.permute(0, 2, 3, 1).contiguous())
+        outputs_of(model, images.permute(0, 2, 3, 1).contiguous())
     except TargetError:
         return False
     return True
@@ -128,28 +128,31 @@ def _moved(model: Classifier, x: Tensor, logits: Tensor, server: Look) -> tuple[
     finding.
     """
     if not len(x):
-        says = f"not checked: another batch would exceed the {server.most} rows that doctor sends at most"
-        return 0.0, Finding("steadiness", "warning", says)
-    turned = _change(outputs_of(model, x.flip(0)).flip(0), logits)
-    if turned <= STEADY:
-        says = f"the same inputs get the same outputs, in any order (on {len(x)} examples)"
-        return turned, Finding("steadiness", "good", says)
+        description = (
+            f"not checked: another batch would exceed the {server.most} rows that doctor sends at most"
+        )
+        return 0.0, Finding("steadiness", "warning", description)
+    reversed_change = _change(outputs_of(model, x.flip(0)).flip(0), logits)
+    if reversed_change <= STEADY:
+        description = f"the same inputs get the same outputs, in any order (on {len(x)} examples)"
+        return reversed_change, Finding("steadiness", "good", description)
     fits = server.remaining // _size(model) * _size(model) >= len(x)
-    again = _change(outputs_of(model, x), logits) if fits else torch.nan
-    if again > STEADY:
-        return again, Finding(
+    # NaN, with which both comparisons are false, if too few rows are left for the test
+    repeated_change = _change(outputs_of(model, x), logits) if fits else torch.nan
+    if repeated_change > STEADY:
+        return repeated_change, Finding(
             "randomness",
             "warning",
-            f"two calls on the same inputs differ by {again:.2g} of the largest logit",
+            f"two calls on the same inputs differ by {repeated_change:.2g} of the largest logit",
             "if this is not a defence, dropout may be active; a run judges each input by a vote over 41 rows",
         )
     text = "outputs depend on the other inputs in the batch, or differ from call to call"
-    if again <= STEADY:
+    if repeated_change <= STEADY:
         text = "outputs depend on the other inputs in the batch"
-    return turned, Finding(
+    return reversed_change, Finding(
         "state",
         "problem",
-        f"{text} (by {turned:.2g} of the largest logit)",
+        f"{text} (by {reversed_change:.2g} of the largest logit)",
         "check whether batch norm uses batch statistics, or the model stores a state between calls",
     )
 
@@ -158,7 +161,7 @@ def _size(model: Classifier) -> int:
     return 1 if model.batches is None else model.batches.size
 
 
-def _change(logits: Tensor, first: Tensor) -> float:
-    """Return the largest difference between two outputs, relative to the largest value of `first`."""
-    scale = first.nan_to_num().abs().max().clamp_min(1e-12)
-    return float((logits - first).nan_to_num().abs().max() / scale)
+def _change(logits: Tensor, reference: Tensor) -> float:
+    """Return the largest difference between two outputs, relative to the largest value of `reference`."""
+    scale = reference.nan_to_num().abs().max().clamp_min(1e-12)
+    return float((logits - reference).nan_to_num().abs().max() / scale)

@@ -78,15 +78,15 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line `args`, by default that of the process, and end the process with the exit code of the
     command.
     """
-    words = list(sys.argv[1:] if args is None else args)
+    arguments = list(sys.argv[1:] if args is None else args)
     # read by the import of torch: threads that spin while they wait make a run five times slower if a core is busy
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, Stopper())
     _outlive_readers()
     try:
-        code = run(words)
+        code = run(arguments)
     except KeyboardInterrupt as stopped:  # between the end of the command and this line
-        code = _stopped(stopped, words)
+        code = _stopped(stopped, arguments)
     for number in (
         signal.SIGTERM,
         signal.SIGINT,
@@ -95,14 +95,14 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def run(words: Sequence[str]) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code.
 
-    An error is written to stderr as one message, after a traceback if `words` contains --debug.
+    An error is written to stderr as one message, after a traceback if `arguments` contains --debug.
     """
-    debug = "--debug" in words
+    debug = "--debug" in arguments
     try:
-        code = verbs.main(args=list(words), prog_name="holdfast", standalone_mode=False)
+        code = verbs.main(args=list(arguments), prog_name="holdfast", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as ended:
         return ended.exit_code
@@ -110,9 +110,9 @@ def run(words: Sequence[str]) -> int:
         click.echo(error.format_message(), err=True)
         return 2
     except click.ClickException as error:
-        return _report(_plain(error), 2, debug=debug)
+        return _report(_message_of(error), 2, debug=debug)
     except (KeyboardInterrupt, click.Abort) as stopped:
-        return _stopped(stopped, words)
+        return _stopped(stopped, arguments)
     except Interrupted as error:
         return _report(str(error), 128 + error.signal_number, debug=debug)
     except HoldfastError as error:
@@ -126,27 +126,29 @@ def run(words: Sequence[str]) -> int:
         return _report(f"internal error: {type(error).__name__}: {error}{hint}", INTERNAL, debug=debug)
 
 
-def _stopped(error: BaseException, words: Sequence[str]) -> int:
+def _stopped(error: BaseException, arguments: Sequence[str]) -> int:
     """Report a signal that arrived outside of a run, and return the exit code.
 
     `error` may be an `Abort` to which click converted the exception of the signal.
     """
     cause = error.__cause__ if isinstance(error, click.Abort) else error
     number = signal.Signals(cause.number if isinstance(cause, Stopped) else signal.SIGINT)
-    return _report(f"stopped by {number.name}; {_again(words)}", 128 + number, debug="--debug" in words)
+    return _report(
+        f"stopped by {number.name}; {_again(arguments)}", 128 + number, debug="--debug" in arguments
+    )
 
 
-def _again(words: Sequence[str]) -> str:
+def _again(arguments: Sequence[str]) -> str:
     """Return advice on how to continue a command that was stopped. `assess` and `harden` store their run."""
-    if words[:1] not in (["assess"], ["harden"]):
+    if arguments[:1] not in (["assess"], ["harden"]):
         return "start it again"
     stored = "the finished part of a run is stored (see holdfast runs)"
-    if not any(word == "--run" or word.startswith("--run=") for word in words):
+    if not any(word == "--run" or word.startswith("--run=") for word in arguments):
         return f"{stored}; start again, or add --run DIR --resume"
-    return f"{stored}; repeat the command{'' if '--resume' in words else ' with --resume'}"
+    return f"{stored}; repeat the command{'' if '--resume' in arguments else ' with --resume'}"
 
 
-def _plain(error: click.ClickException) -> str:
+def _message_of(error: click.ClickException) -> str:
     """Return the message of an error of click, with the command that shows the help."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     where = f"; see {context.command_path} --help" if context is not None else ""
@@ -200,9 +202,9 @@ class _LastingStream:
             self._stream.flush()  # discards the rest now instead of at the end of Python
 
     def _let_go(self) -> None:
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, self._stream.fileno())
-        os.close(nothing)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
 
 
 def _outlive_readers() -> None:

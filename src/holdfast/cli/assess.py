@@ -45,7 +45,7 @@ def settings_from(flags: dict[str, Any], kind: type[V], voice: Voice) -> V:
     from holdfast.config.grammar import parse_surrogate
 
     addresses: list[str | None] = [flags.get(key) for key in ("model", "data", "config", "baseline")]
-    addresses += [str(parse_surrogate(each)["model"]) for each in flags.get("surrogates", ())]
+    addresses += [str(parse_surrogate(surrogate)["model"]) for surrogate in flags.get("surrogates", ())]
     for address in (*addresses, *flags.get("across", ())):
         refuse_missing_file(address)
     config = flags.get("config")
@@ -113,7 +113,7 @@ def _refuse_targets(settings: OpeningSettings, config: str | None) -> None:
     ):
         if address is None:
             raise UsageError(f"{name} is missing ({meaning}); try {example}")
-    for address in (str(model), *(each.model for each in _surrogates(settings))):
+    for address in (str(model), *(surrogate.model for surrogate in _surrogates(settings))):
         refuse_unknown_model(address)
     if isinstance(settings, HardenSettings):
         refuse_server_to_train(str(model))
@@ -137,21 +137,22 @@ def _refuse_bare_resume(run: Path) -> None:
 
 def _refuse_code_of_config(settings: OpeningSettings, flags: dict[str, Any]) -> None:
     for name, value in (("model", settings.model.address), ("arch", settings.model.arch)):
+        # a file may come from elsewhere; an address that the user typed is consent to run its code
         if value and ".py:" in value and flags.get(name) != value:
             raise UsageError(
                 f"the configuration refers to code ({name}: {value}). Code from a configuration is not run. "
                 f"Repeat the address on the command line, or add --trust-code"
             )
     if not flags.get("surrogates"):
-        for place, each in enumerate(_surrogates(settings)):
-            for value in (each.model, each.arch):
+        for place, listed in enumerate(_surrogates(settings)):
+            for value in (listed.model, listed.arch):
                 if value and ".py:" in value:
-                    flags_of_all = " ".join(
+                    all_flags = " ".join(
                         f"--surrogate {quote(_spelled(surrogate))}" for surrogate in _surrogates(settings)
                     )
                     raise UsageError(
                         f"the configuration refers to code (surrogates.{place}: {value}). Code from a configuration "
-                        f"is not run. Repeat the address on the command line, with {flags_of_all}, or add --trust-code"
+                        f"is not run. Repeat the address on the command line, with {all_flags}, or add --trust-code"
                     )
 
 
@@ -162,8 +163,8 @@ def _spelled(surrogate: SurrogateSettings) -> str:
     """
     settings = surrogate.model_dump(exclude={"model", "model_args"}, exclude_none=True)
     numbers = {key: ",".join(map(str, v)) for key, v in settings.items() if isinstance(v, tuple)}
-    words = {**settings, **numbers, **surrogate.model_args}
-    return ",".join((surrogate.model, *(f"{key}={value}" for key, value in words.items())))
+    parts = {**settings, **numbers, **surrogate.model_args}
+    return ",".join((surrogate.model, *(f"{key}={value}" for key, value in parts.items())))
 
 
 def _refuse_hosts_of_config(inference: InferenceSource, flags: dict[str, Any]) -> None:

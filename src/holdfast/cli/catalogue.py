@@ -56,22 +56,22 @@ def _list_attacks(voice: Voice) -> None:
 
     console = voice.console()
     table = _table("name", "other names", "access", "description")
-    for known, cls in sorted(attack_names().items()):
-        other = str(SPELLINGS.get(known, ""))
-        table.add_row(known, other, cls.needs, _first_line(cls))
+    for name, cls in sorted(attack_names().items()):
+        other_names = str(SPELLINGS.get(name, ""))
+        table.add_row(name, other_names, cls.needs, _first_line(cls))
     console.print(table)
     console.print("\nattacks with other settings, by their names in suites")
     variants = _table("name", "other names", "attack", "suites")
-    for known, of in sorted(VARIANTS.items()):
-        if known not in CORRUPTIONS:
-            variants.add_row(known, str(SPELLINGS.get(known, "")), of, ", ".join(suites_of(known)))
+    for name, of in sorted(VARIANTS.items()):
+        if name not in CORRUPTIONS:
+            variants.add_row(name, str(SPELLINGS.get(name, "")), of, ", ".join(suites_of(name)))
     console.print(variants)
     console.print(f"\ncommon corruptions: {', '.join(CORRUPTIONS)}")
     console.print(f"\nadded by --adaptive, depending on the raised doubts: {', '.join(ADAPTIVE)}")
     console.print("\nsuites")
     suites = _table("name", "other names")
-    for known in MEMBERS:
-        suites.add_row(known, ", ".join(SUITE_SPELLINGS.get(known, ())))
+    for name in MEMBERS:
+        suites.add_row(name, ", ".join(SUITE_SPELLINGS.get(name, ())))
     console.print(suites)
 
 
@@ -98,10 +98,10 @@ def _show_attack(voice: Voice, chosen: str) -> None:
         click.echo(
             f"{chosen} is the name of {of} with other settings in the suites {', '.join(suites_of(chosen))}\n"
         )
-    others = str(SPELLINGS.get(chosen, ""))
-    also = f"other names: {others}\n" if others else ""
+    other_names = str(SPELLINGS.get(chosen, ""))
+    other_names_line = f"other names: {other_names}\n" if other_names else ""
     source = (inspect.getmodule(cls).__doc__ or "").strip()
-    click.echo(f"{of}: {_first_line(cls)}\nneeds {_needs(cls.needs)}\n{also}\n{source}\n")
+    click.echo(f"{of}: {_first_line(cls)}\nneeds {_needs(cls.needs)}\n{other_names_line}\n{source}\n")
     table = _table("setting", "default", "meaning")
     meanings = _meanings(cls)
     for f in fields(cls):
@@ -121,8 +121,8 @@ def _table(*headings: str) -> "Table":
     return Table(*headings, box=None, pad_edge=False, header_style="bold")
 
 
-def _first_line(thing: Any) -> str:
-    return (inspect.getdoc(thing) or "").split("\n", 1)[0].rstrip(".")
+def _first_line(documented: Any) -> str:
+    return (inspect.getdoc(documented) or "").split("\n", 1)[0].rstrip(".")
 
 
 def _meanings(cls: type[Any]) -> dict[str, str]:

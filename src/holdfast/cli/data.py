@@ -48,7 +48,7 @@ def list_(voice: Voice = Voice()) -> None:  # noqa: B008 (an immutable value)
 @click.option("--x", metavar="NAME", help="Name of the array of inputs in an .npz file.")
 @click.option("--y", metavar="NAME", help="Name of the array of labels in an .npz file.")
 @with_voice
-def show(voice: Voice, *, address: str, **named: Any) -> None:
+def show(voice: Voice, *, address: str, **options: Any) -> None:
     """Show a data set: shape, range, classes and digest; for a catalogue name also its licence and source."""
     from rich.table import Table
 
@@ -65,12 +65,14 @@ def show(voice: Voice, *, address: str, **named: Any) -> None:
         table.add_row("licence", entry.licence)
         table.add_row("cite", entry.cite)
     anything = Expected(Bounds(-math.inf, math.inf), lenient=True)
-    opened = open_data(address, **named, expected=anything)
-    first = opened.read(0, min(len(opened), 1000))
+    opened = open_data(address, **options, expected=anything)
+    sample = opened.read(0, min(len(opened), 1000))
     table.add_row("examples", f"{len(opened):,}")
-    table.add_row("shape", " x ".join(str(size) for size in first.x.shape[1:]))
-    table.add_row("range", f"{float(first.x.min()):.4g} to {float(first.x.max()):.4g} (first {len(first):,})")
-    names = opened.classes or tuple(str(label) for label in sorted(set(first.y.tolist())))
+    table.add_row("shape", " x ".join(str(size) for size in sample.x.shape[1:]))
+    table.add_row(
+        "range", f"{float(sample.x.min()):.4g} to {float(sample.x.max()):.4g} (first {len(sample):,})"
+    )
+    names = opened.classes or tuple(str(label) for label in sorted(set(sample.y.tolist())))
     classes = f"{len(names)}: {', '.join(names[:12])}{' …' if len(names) > 12 else ''}"
     table.add_row("classes", cell(classes))
     table.add_row("sha256", opened.digest)

@@ -91,9 +91,9 @@ def refuse_reports(outputs: Iterable[str], suffixes: Collection[str] | None = No
             check_destination(Path(output), WRITERS.keys() if suffixes is None else suffixes)
 
 
-def _offered(address: str, known: Iterable[str]) -> str:
-    offer = did_you_mean(address, known)
-    return f"{offer} Or" if offer.endswith("?") else f"{offer}; or"
+def _offered(address: str, names: Iterable[str]) -> str:
+    suggestion = did_you_mean(address, names)
+    return f"{suggestion} Or" if suggestion.endswith("?") else f"{suggestion}; or"
 
 
 def bundled(pattern: str) -> list[str]:

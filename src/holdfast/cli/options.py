@@ -41,15 +41,15 @@ def _refuse_repeated(order: Sequence[click.Parameter]) -> None:
     """Raise `UsageError` if an option that has one value is given twice."""
     if any(parameter.is_eager for parameter in order):  # --help is answered whatever other options are given
         return
-    seen: set[str] = set()
+    names_given: set[str] = set()
     for option in order:
         if not isinstance(option, click.Option) or option.multiple:
             continue
         switch = option.is_flag and not option.secondary_opts
-        if str(option.name) in seen and not switch:
+        if str(option.name) in names_given and not switch:
             written = max(option.opts, key=len)
             raise UsageError(f"{written} is given twice, and it has only one value; keep one")
-        seen.add(str(option.name))
+        names_given.add(str(option.name))
 
 
 _VOICE = "holdfast.voice"

@@ -32,7 +32,7 @@ def _refuse_unused(command: str, flags: Mapping[str, Any]) -> None:
         name = assignment.partition("=")[0].partition(".")[0]
         key = FORMER_KEYS.get(name, name)
         if command not in _COMMANDS_WITH.get(key, (command,)):
-            others = " and ".join(f"rotate {each}" for each in _COMMANDS_WITH[key])
+            others = " and ".join(f"rotate {user}" for user in _COMMANDS_WITH[key])
             do = "do" if len(_COMMANDS_WITH[key]) > 1 else "does"
             raise UsageError(
                 f"--set {name}: rotate {command} does not use {key} ({others} {do}); leave it out"

@@ -98,9 +98,9 @@ def draw(
             expect_head=expect_head, notify=voice.say,
         )  # fmt: skip
         drawn = drawing.draw(request, again=again, notify=voice.say)
-    against = f", immunised against {len(drawn.against)} sets" if drawn.against else ""
+    immunised = f", immunised against {len(drawn.against)} sets" if drawn.against else ""
     how = "sampled from the generator" if drawn.by == "generator" else "trained from fresh random weights"
-    click.echo(f"{len(drawn.names)} candidates {how}, selected from {drawn.looked_at}{against}")
+    click.echo(f"{len(drawn.names)} candidates {how}, selected from {drawn.looked_at}{immunised}")
     voice.say(f"a candidate must be admitted before it may serve: holdfast rotate admit {shlex.quote(pool)}")
     return 0
 

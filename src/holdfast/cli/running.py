@@ -20,7 +20,7 @@ from holdfast.core.errors import TargetError
 from holdfast.engine.progress import Progress, Step, silent
 from holdfast.reports.exhibits import exhibit_table, exhibits_to_json
 from holdfast.reports.markdown import markdown_document
-from holdfast.reports.notes import spoken_notes
+from holdfast.reports.notes import shown_notes
 from holdfast.reports.numbers import percent
 from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.words import amount
@@ -58,6 +58,7 @@ def tell(result: Result, outputs: Sequence[str], voice: Voice, *, folder: Path |
         if job_summary:
             _add(Path(job_summary), markdown_document(summary))
     finally:
+        # also if a report cannot be written, since the measurement took long
         _say(result, summary, voice, as_json=_STDOUT in outputs)
         if folder is not None:
             voice.say(f"run: {folder}")
@@ -73,7 +74,7 @@ def _say(result: Result, summary: Mapping[str, Any], voice: Voice, *, as_json: b
         colour = sys.stdout.isatty() and not voice.plain
         click.echo(tables(summary, colour=colour, width=width, brief=not voice.verbose))
     click.echo(verdict(summary, colour=sys.stderr.isatty() and not voice.plain), err=True, nl=False)
-    for note in spoken_notes(summary, verbose=voice.verbose):
+    for note in shown_notes(summary, verbose=voice.verbose):
         voice.say(f"note: {note}")
 
 
@@ -136,7 +137,7 @@ def progress_bar(voice: Voice, *, piped: bool = False) -> Iterator[Progress]:
                 bars.reset(task, total=step.of)
                 last = step.stage
             unfinished = step.done < step.of  # the next work may take long and is not a stage
-            bars.update(task, completed=step.done, total=step.of, visible=unfinished, **_words(step))
+            bars.update(task, completed=step.done, total=step.of, visible=unfinished, **_texts(step))
 
         yield progress
 
@@ -149,14 +150,14 @@ def _lines(voice: Voice) -> Progress:
         nonlocal last
         if step.stage != last:
             last = step.stage
-            words = _words(step)
-            left = f", {words['standing'].strip()} so far" if words["standing"] else ""
-            voice.say(f"stage {words['place']}: {words['description']}{left}")
+            texts = _texts(step)
+            robust = f", {texts['standing'].strip()} so far" if texts["standing"] else ""
+            voice.say(f"stage {texts['place']}: {texts['description']}{robust}")
 
     return progress
 
 
-def _words(step: Step) -> dict[str, Any]:
+def _texts(step: Step) -> dict[str, Any]:
     share = f"{step.standing / step.seen:6.1%} robust" if step.seen else ""
     return {"description": step.stage, "place": f"{step.place}/{step.of_stages}", "standing": share}
 
@@ -169,12 +170,12 @@ def dry_run_of(settings: AssessSettings, voice: Voice) -> int:
     """
     if (settings.model.address or "").partition(":")[0] in SCHEMES:
         return _dry_run_served(settings, voice)
-    trial, n = rehearse(settings, _TRIED)
-    times, cost = n / len(trial.evidence), trial.cost
+    sample, n = rehearse(settings, _TRIED)
+    factor, cost = n / len(sample.evidence), sample.cost
     click.echo(
-        f"{n:,} examples, {len(trial.attacks)} attacks: about {cost.forwards * times:,.0f} forward passes, "
-        f"{cost.backwards * times:,.0f} backward passes, {cost.cpu_s * times:,.0f} s of CPU "
-        f"(measured on the first {len(trial.evidence)})"
+        f"{n:,} examples, {len(sample.attacks)} attacks: about {cost.forwards * factor:,.0f} forward passes, "
+        f"{cost.backwards * factor:,.0f} backward passes, {cost.cpu_s * factor:,.0f} s of CPU "
+        f"(measured on the first {len(sample.evidence)})"
     )
     voice.say("nothing was stored")
     return 0
@@ -208,11 +209,11 @@ def run_gallery(place: Path | None, voice: Voice) -> int:
         "building models with masked gradients on real digits, and running PGD and adaptive attacks on each"
     )
 
-    def shown(exhibit: Exhibit) -> None:
+    def show(exhibit: Exhibit) -> None:
         naive, adaptive = percent(exhibit.naive_robust_accuracy), percent(exhibit.adaptive_robust_accuracy)
         voice.say(f"  {exhibit.name}: {naive} robust under PGD, {adaptive} under adaptive attacks")
 
-    rows = [asdict(exhibit) for exhibit in exhibition(shown=shown)]
+    rows = [asdict(exhibit) for exhibit in exhibition(shown=show)]
     colour = sys.stdout.isatty() and not voice.plain
     if as_json:
         click.echo(exhibits_to_json(rows), nl=False)

@@ -59,7 +59,7 @@ def flag_of(field: FieldInfo) -> Flag | None:
     """Return the description of the command-line option of a setting, or None if the setting has no
     option of its own.
     """
-    return next((each for each in field.metadata if isinstance(each, Flag)), None)
+    return next((metadata for metadata in field.metadata if isinstance(metadata, Flag)), None)
 
 
 def flag_names(kind: type[VerbSettings]) -> Mapping[str, str]:
@@ -112,7 +112,7 @@ def _plain_type(annotation: Any) -> Any:
     if hasattr(annotation, "__metadata__"):
         return _plain_type(get_args(annotation)[0])
     if get_origin(annotation) is Union or type(annotation).__name__ == "UnionType":
-        kinds = [each for each in get_args(annotation) if each is not type(None)]
+        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
         return _plain_type(kinds[0]) if len(kinds) == 1 else annotation
     return annotation
 
@@ -134,5 +134,5 @@ def with_named_parts(flags: dict[str, Any]) -> dict[str, Any]:
     Further `--set` options can then change settings of the recipe or source.
     """
     parts = {key: flags[key] for key in ("recipe", "source") if flags.get(key) is not None}
-    others = {key: value for key, value in flags.items() if key not in parts}
-    return {**others, "sets": (*(f"{key}.use={name}" for key, name in parts.items()), *flags["sets"])}
+    other_flags = {key: value for key, value in flags.items() if key not in parts}
+    return {**other_flags, "sets": (*(f"{key}.use={name}" for key, name in parts.items()), *flags["sets"])}

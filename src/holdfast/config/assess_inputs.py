@@ -157,8 +157,8 @@ def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
     inputs = AssessInputs.of(settings)
     subject, data, surrogates = inputs.open_all()
     request = replace(inputs.request(subject, surrogates), gates=(), workers=None)
-    few = selected(data, n=min(n, len(data)), sample=None, seed=inputs.sources.seed)
-    return assessing.assess(subject, few, request), len(data)
+    examples = selected(data, n=min(n, len(data)), sample=None, seed=inputs.sources.seed)
+    return assessing.assess(subject, examples, request), len(data)
 
 
 def rehearse_served(settings: AssessSettings) -> Rehearsed:

@@ -96,16 +96,16 @@ def constraints(value: Any, where: str) -> tuple[Constraint, ...]:
     """Return the norm balls that are given as a list of constraints or strings, or as one string such as
     `l2:1.5,l1:10`.
     """
-    words = value.split(",") if isinstance(value, str) else value
-    if not isinstance(words, (list, tuple)) or not all(isinstance(word, (str, Constraint)) for word in words):
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or not all(isinstance(item, (str, Constraint)) for item in items):
         raise UsageError(f"{where} is {value!r}; expected norms and sizes, as in l2:1.5,l1:10")
-    return tuple(word if isinstance(word, Constraint) else _ball(word, where) for word in words)
+    return tuple(item if isinstance(item, Constraint) else _ball(item, where) for item in items)
 
 
-def _ball(word: str, where: str) -> Constraint:
-    constraint = threat_model(parse_threat(word)).constraint
+def _ball(text: str, where: str) -> Constraint:
+    constraint = threat_model(parse_threat(text)).constraint
     if not isinstance(constraint, (Linf, L2, L1, L0)) or math.isinf(constraint.eps):
-        raise UsageError(f"{where} has {word.strip()!r}; expected a norm and a size, as in l2:1.5")
+        raise UsageError(f"{where} has {text.strip()!r}; expected a norm and a size, as in l2:1.5")
     return constraint
 
 
@@ -114,8 +114,9 @@ def attack_names() -> dict[str, type[Any]]:
 
     These are the attacks of the catalogue and those of other packages in the entry-point group `holdfast.attacks`.
     """
-    own = {name: getattr(catalogue, name) for name in catalogue.__all__}
-    return {**{entry.name: entry.load() for entry in entry_points(group=GROUP)}, **own}
+    bundled = {name: getattr(catalogue, name) for name in catalogue.__all__}
+    # the bundled attacks come last, so that no other package can replace one
+    return {**{entry.name: entry.load() for entry in entry_points(group=GROUP)}, **bundled}
 
 
 def attack_class(name: str) -> type[Any]:
@@ -160,13 +161,13 @@ def checked_attack(attack: Attack) -> Attack:
     return attack
 
 
-def refuse_settings(held: Any, name: str) -> None:
+def refuse_settings(settings: Any, name: str) -> None:
     """Raise `UsageError` for the first invalid setting of an attack or another dataclass of settings, including nested
     dataclasses.
     """
-    hints = get_type_hints(type(held), include_extras=True)
-    for f in fields(held) if is_dataclass(held) else ():
-        value, where, hint = getattr(held, f.name), f"{name}: {f.name}", hints[f.name]
+    hints = get_type_hints(type(settings), include_extras=True)
+    for f in fields(settings) if is_dataclass(settings) else ():
+        value, where, hint = getattr(settings, f.name), f"{name}: {f.name}", hints[f.name]
         if isinstance(value, Attack):
             checked_attack(value)
         elif isinstance(hint, type) and is_dataclass(hint):
@@ -176,6 +177,7 @@ def refuse_settings(held: Any, name: str) -> None:
         elif get_origin(hint) is Callable and not callable(value):
             raise UsageError(f"{where} is {value!r}; expected a function, such as one of holdfast.ops.losses")
         elif get_origin(hint) is Literal or hint is bool or _is_number(hint):
+            # scalars of NumPy and torch are accepted as numbers
             _validated(hint, value.item() if hasattr(value, "item") else value, where, strict=True)
 
 
@@ -197,10 +199,10 @@ def setting(hint: Any, value: Any, where: str) -> Any:
     if hint == tuple[Constraint, ...]:
         return constraints(value, where)
     if get_origin(hint) is Callable:
-        named = functions(hint)
-        if str(value) not in named:
-            raise UsageError(f"{where} is {value!r}{did_you_mean(str(value), named)}")
-        return named[str(value)]
+        by_name = functions(hint)
+        if str(value) not in by_name:
+            raise UsageError(f"{where} is {value!r}{did_you_mean(str(value), by_name)}")
+        return by_name[str(value)]
     if isinstance(value, str) and _is_number(hint):
         value = parse_number(value, where)
     return _validated(hint, value, where, strict=isinstance(value, bool) and _is_number(hint))

@@ -98,10 +98,10 @@ def with_found_properties(subject: Subject, surrogates: Sequence[Subject], data:
     outputs may be probabilities.
     """
     model = subject.model
-    for each in (model, *(surrogate.model for surrogate in surrogates)):
-        if each is not model:
-            ProbedClassifier(each).suit(data.read(0, min(2, len(data))).x)
-        settle_output(each, data)
+    for examined in (model, *(surrogate.model for surrogate in surrogates)):
+        if examined is not model:
+            ProbedClassifier(examined).suit(data.read(0, min(2, len(data))).x)
+        settle_output(examined, data)
     notes = (*settle_predictions(model, data), *settle_gradients(model, data))
     card = {**subject.card, "access": model.access} if notes else subject.card
     return replace(subject, card=card, notes=(*subject.notes, *notes))
@@ -127,5 +127,5 @@ def ends(bounds: Bounds) -> tuple[float, float]:
     return _end(bounds.low, min), _end(bounds.high, max)
 
 
-def _end(side: float | torch.Tensor, which: Any) -> float:
-    return float(which(side.flatten().tolist())) if isinstance(side, torch.Tensor) else float(side)
+def _end(side: float | torch.Tensor, extreme: Any) -> float:
+    return float(extreme(side.flatten().tolist())) if isinstance(side, torch.Tensor) else float(side)

@@ -21,5 +21,5 @@ def differentiable(net: nn.Module) -> nn.Module:
     backward pass.
     """
     tensors = (*net.parameters(), *net.buffers())
-    made_there = any(not is_lazy(tensor) and tensor.is_inference() for tensor in tensors)
-    return copy.deepcopy(net) if made_there else net
+    is_inference = any(not is_lazy(tensor) and tensor.is_inference() for tensor in tensors)
+    return copy.deepcopy(net) if is_inference else net

@@ -63,12 +63,12 @@ class ThreatSpec:
         return threat_text(self.norm + size, self.goal, self.access, self.queries)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of an error message for an unknown word: the most similar known word, or all known words if none
     is similar.
     """
-    words = sorted(known)
-    return f"; {suggestion(word, words) or 'expected one of ' + ', '.join(words)}"
+    names = sorted(known)
+    return f"; {suggestion(name, names) or 'expected one of ' + ', '.join(names)}"
 
 
 def parse_number(text: str, what: str) -> float:
@@ -82,7 +82,7 @@ def parse_number(text: str, what: str) -> float:
         raise UsageError(
             f"{what} is {text!r}; expected a number or a fraction, such as 0.3 or 8/255"
         ) from None
-    if math.isnan(value):
+    if math.isnan(value):  # `float` accepts the text "nan"
         raise UsageError(f"{what} is {text!r}; expected a number or a fraction, such as 0.3 or 8/255")
     return value
 
@@ -133,55 +133,57 @@ def parse_every(text: str) -> tuple[Literal["answers", "seconds"], float]:
 
 def parse_threat(text: str) -> ThreatSpec:
     """Return the threat model in a text such as `linf:8/255,access=scores,queries=5000`."""
-    words = [word for word in re.split(r"[,\s]+", text.strip()) if word]
-    if not words:
+    parts = [part for part in re.split(r"[,\s]+", text.strip()) if part]
+    if not parts:
         raise UsageError("the threat is empty; expected a norm and a size, such as linf:8/255")
-    spec = _constraint(words[0])
-    for word in words[1:]:
-        key = word.partition("=")[0]
-        own = key in LIMITS.get(spec.norm, ()) or (spec.norm == "patch" and key in ("at", "jitter", "within"))
-        spec = _limited(spec, word) if own else _condition(spec, word)
+    spec = _constraint(parts[0])
+    for part in parts[1:]:
+        key = part.partition("=")[0]
+        is_limit = key in LIMITS.get(spec.norm, ()) or (
+            spec.norm == "patch" and key in ("at", "jitter", "within")
+        )
+        spec = _limited(spec, part) if is_limit else _condition(spec, part)
     refuse_mixed(spec.limits)
     return spec
 
 
-def _constraint(word: str) -> ThreatSpec:
-    name, colon, size = word.partition(":")
+def _constraint(text: str) -> ThreatSpec:
+    name, colon, size = text.partition(":")
     kind = name.lower()
     if kind not in get_args(Norm):
-        raise UsageError(f"the threat {word!r} has no known norm{did_you_mean(kind, get_args(Norm))}")
+        raise UsageError(f"the threat {text!r} has no known norm{did_you_mean(kind, get_args(Norm))}")
     norm: Norm = kind  # type: ignore[assignment]
     if norm in LIMITS:
         return _limited(ThreatSpec(norm, 1.0), size)
     if norm == "patch":
-        return ThreatSpec(norm, 1.0, limits=_patch(size, word))
+        return ThreatSpec(norm, 1.0, limits=_patch(size, text))
     if not colon and norm != "corruptions":
         return ThreatSpec(norm)
     if norm == "corruptions":
-        return ThreatSpec(norm, _severity(size, word))
+        return ThreatSpec(norm, _severity(size, text))
     pixels = norm == "l0" and size.endswith("px")
-    eps = parse_number(size.removesuffix("px") if pixels else size, f"eps in {word!r}")
+    eps = parse_number(size.removesuffix("px") if pixels else size, f"eps in {text!r}")
     if eps < 0:
-        raise UsageError(f"eps is {eps:g} in {word!r}; it must be 0 (clean accuracy) or more")
+        raise UsageError(f"eps is {eps:g} in {text!r}; it must be 0 (clean accuracy) or more")
     if (pixels and math.isinf(eps)) or (norm == "l0" and eps % 1 and not math.isinf(eps)):
         raise UsageError(
-            f"eps is {eps:g} in {word!r}; l0 counts values, so it must be whole, as in l0:10 or l0:10px"
+            f"eps is {eps:g} in {text!r}; l0 counts values, so it must be whole, as in l0:10 or l0:10px"
         )
     return ThreatSpec(norm, eps, pixels)
 
 
-def _limited(spec: ThreatSpec, word: str) -> ThreatSpec:
+def _limited(spec: ThreatSpec, text: str) -> ThreatSpec:
     """Add one limit, such as `rotate=30`, to a threat."""
-    key, equals, value = word.partition("=")
+    key, equals, value = text.partition("=")
     if spec.norm == "patch":
         return replace(spec, limits={**spec.limits, key: _placed(key, value)})
     most = LIMITS[spec.norm]
     if not equals or key not in most:
-        given_limits = f"the limit {word!r}" if word else "no limits"
+        given_limits = f"the limit {text!r}" if text else "no limits"
         expected = f"expected any of {', '.join(most)}, as in {_AS_IN[spec.norm]}"
         raise UsageError(f"the threat {spec.norm} has {given_limits}; {expected}")
-    far = _far(key, value, most[key], _AS_IN[spec.norm])
-    return replace(spec, limits={**spec.limits, key: far})
+    limit = _limit(key, value, most[key], _AS_IN[spec.norm])
+    return replace(spec, limits={**spec.limits, key: limit})
 
 
 def parse_transform(text: str) -> Mapping[str, float]:
@@ -189,29 +191,29 @@ def parse_transform(text: str) -> Mapping[str, float]:
     `rotate=15,scale=0.1,brightness=0.2`.
     """
     limits: dict[str, float] = {}
-    for word in re.split(r"[,\s]+", text.strip()):
-        key, equals, value = word.partition("=")
+    for part in re.split(r"[,\s]+", text.strip()):
+        key, equals, value = part.partition("=")
         if not equals or key not in SEEN:
             expected = f"expected any of {', '.join(SEEN)}, as in rotate=15,scale=0.1,brightness=0.2"
-            raise UsageError(f"transform has {word!r}; {expected}")
-        limits[key] = _far(key, value, SEEN[key], "rotate=15,scale=0.1,brightness=0.2")
+            raise UsageError(f"transform has {part!r}; {expected}")
+        limits[key] = _limit(key, value, SEEN[key], "rotate=15,scale=0.1,brightness=0.2")
     return limits
 
 
-def _far(key: str, value: str, most: float, example: str) -> float:
+def _limit(key: str, value: str, most: float, example: str) -> float:
     """Return the value of one limit. Raises `UsageError` if it is out of range."""
-    far = parse_number(value, key)
-    if not 0 < far <= most or math.isinf(far):
-        limit = "" if math.isinf(most) else f" and at most {most:g}"
-        raise UsageError(f"{key} is {value}; it must be more than 0{limit}, as in {example}")
-    return far
+    limit = parse_number(value, key)
+    if not 0 < limit <= most or math.isinf(limit):
+        bound = "" if math.isinf(most) else f" and at most {most:g}"
+        raise UsageError(f"{key} is {value}; it must be more than 0{bound}, as in {example}")
+    return limit
 
 
-def _patch(size: str, word: str) -> Mapping[str, float | str]:
+def _patch(size: str, text: str) -> Mapping[str, float | str]:
     matched = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
     if matched is None:
         raise UsageError(
-            f"the threat {word!r} has no size in pixels; write height and width, as in patch:5x5 or "
+            f"the threat {text!r} has no size in pixels; write height and width, as in patch:5x5 or "
             f"patch:8x8,at=centre"
         )
     return {"height": int(matched[1]), "width": int(matched[2]), "at": "anywhere", "jitter": 0}
@@ -236,21 +238,22 @@ def _placed(key: str, value: str) -> float | str:
     return value
 
 
-def _severity(text: str, word: str) -> float:
+def _severity(text: str, threat: str) -> float:
     if text not in ("1", "2", "3", "4", "5"):
-        raise UsageError(f"the threat {word!r} has no severity of 1 to 5; write one, as in corruptions:3")
+        raise UsageError(f"the threat {threat!r} has no severity of 1 to 5; write one, as in corruptions:3")
     return float(text)
 
 
-def _condition(spec: ThreatSpec, word: str) -> ThreatSpec:
-    key, equals, value = word.partition("=")
+def _condition(spec: ThreatSpec, text: str) -> ThreatSpec:
+    key, equals, value = text.partition("=")
     if not equals or key not in ("goal", "access", "queries"):
-        raise UsageError(f"the threat has {word!r}{did_you_mean(key, ('goal', 'access', 'queries'))}")
+        raise UsageError(f"the threat has {text!r}{did_you_mean(key, ('goal', 'access', 'queries'))}")
     if key == "access":
         if value not in get_args(Sees):
             raise UsageError(f"access is {value!r}{did_you_mean(value, get_args(Sees))}")
         return replace(spec, access=value)  # type: ignore[arg-type]
     if key == "queries":
+        # 18 digits fit into 64 bits
         if not re.fullmatch(r"[0-9]{1,18}", value) or int(value) < 1:
             raise UsageError(
                 f"queries is {value if value.isascii() and value.isdigit() else repr(value)}; expected a whole number "
@@ -261,7 +264,7 @@ def _condition(spec: ThreatSpec, word: str) -> ThreatSpec:
     if value == "untargeted":
         return replace(spec, goal=None)
     if spec.norm == "corruptions":
-        raise UsageError(f"common corruptions have no target class; leave {word!r} out")
+        raise UsageError(f"common corruptions have no target class; leave {text!r} out")
     if aimed is None:
         raise UsageError(f"the goal is {value!r}; expected untargeted or targeted:K with a class number K")
     return replace(spec, goal=int(aimed[1]))
@@ -272,6 +275,7 @@ def parse_surrogate(text: str) -> dict[str, object]:
 
     Unknown keys are arguments of the factory.
     """
+    # only at commas before a key, since values such as mean=0.5,0.4 contain commas
     address, *conditions = re.split(r",(?=[A-Za-z_]\w*=)", text.strip())
     if not address:
         raise UsageError(

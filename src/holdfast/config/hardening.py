@@ -39,7 +39,7 @@ JUDGED = 1_000
 """Number of test examples for the measurements before and after, sampled by the seed, if the settings give no other."""
 USUAL_BUDGET = "10min"
 """Default budget of the recipe `auto`."""
-_ASIDE = 10  # of data given as an object, one in this many examples is used for measurements
+_JUDGED_SHARE = 10  # of data given as an object, one in this many examples is used for measurements
 
 
 def open_for_hardening(
@@ -57,29 +57,29 @@ def open_for_hardening(
         refuse_untrainable(model)  # before its data are opened
     if fit is None and sources.data.given is not None and sources.data.address is None:
         training, judged = _parted(resolve.open_examples(sources.all_examples(), model), sources, model)
-        whole = judged
+        all_examples = judged
     else:
         training = _open_training(sources, fit, model)
-        judged = resolve.open_examples(_few(sources), model)
-        whole = resolve.open_examples(sources.all_examples(), model)
+        judged = resolve.open_examples(_sampled(sources), model)
+        all_examples = resolve.open_examples(sources.all_examples(), model)
     subject = expecting.with_found_properties(subject, (), judged)
-    return subject, _with_unlabelled(training, unlabelled, sources, model), judged, whole
+    return subject, _with_unlabelled(training, unlabelled, sources, model), judged, all_examples
 
 
 def _parted(data: Data, sources: Sources, model: Classifier) -> tuple[Batch, Data]:
-    whole = data.read(0, len(data))
-    order = Draws(sources.seed).at("judged").bits(whole.ids).argsort()
-    n = sources.selection.n or sources.selection.sample or min(JUDGED, len(whole) // _ASIDE)
-    if n >= len(whole):
+    examples = data.read(0, len(data))
+    order = Draws(sources.seed).at("judged").bits(examples.ids).argsort()
+    n = sources.selection.n or sources.selection.sample or min(JUDGED, len(examples) // _JUDGED_SHARE)
+    if n >= len(examples):
         raise UsageError(
-            f"{n} of {len(whole)} examples are used for the assessment, which leaves none to train on; give a smaller "
-            f"number"
+            f"{n} of {len(examples)} examples are used for the assessment, which leaves none to train on; give a "
+            "smaller number"
         )
-    aside, rest = (whole.take(rows.sort().values) for rows in (order[:n], order[n:]))
-    return rest, as_data(aside.x, aside.y, expected=Expected(model.bounds, model.classes))
+    judged, training = (examples.take(rows.sort().values) for rows in (order[:n], order[n:]))
+    return training, as_data(judged.x, judged.y, expected=Expected(model.bounds, model.classes))
 
 
-def _few(sources: Sources) -> Sources:
+def _sampled(sources: Sources) -> Sources:
     selection = sources.selection
     return (
         sources
@@ -91,35 +91,35 @@ def _few(sources: Sources) -> Sources:
 def _open_training(sources: Sources, fit: DataLike | None, model: Classifier) -> Batch:
     """Return the train split of `fit`, or all of it if it has none, or the train split of the data."""
     reference = sources.data if fit is None else sources.beside(fit)
-    address, own = reference.address, sources.data.address
+    address, address_of_data = reference.address, sources.data.address
     if reference.given is None:
         raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
-    known = expecting.expected(sources, model, reference)
+    properties = expecting.expected(sources, model, reference)
     if address is None:
-        given = resolve.open_object(reference, known)
-        return given.read(0, len(given))
-    wanted = partial(open_data, address, **expecting.names(reference.source), expected=known)
+        examples = resolve.open_object(reference, properties)
+        return examples.read(0, len(examples))
+    open_split = partial(open_data, address, **expecting.names(reference.source), expected=properties)
     try:
-        data = wanted(split="train" if fit is None else reference.source.split or "train")
+        data = open_split(split="train" if fit is None else reference.source.split or "train")
     except NoSplit as error:
-        if fit is None or address == own:
-            same = (
+        if fit is None or address == address_of_data:
+            where = (
                 f"--fit {address} is the data set of the assessment"
                 if fit is not None
                 else "the data are used for the assessment"
             )
             raise UsageError(
-                f"{address!r} has no train split to train on, and {same}; give other examples with --fit DATA"
+                f"{address!r} has no train split to train on, and {where}; give other examples with --fit DATA"
             ) from error
-        data = wanted()
+        data = open_split()
     return data.read(0, len(data))
 
 
-def _with_unlabelled(batch: Batch, given: DataLike | None, sources: Sources, model: Classifier) -> Batch:
+def _with_unlabelled(batch: Batch, unlabelled: DataLike | None, sources: Sources, model: Classifier) -> Batch:
     """Append examples without labels to the labelled ones, from a train split or from inputs given as an object."""
-    if given is None:
+    if unlabelled is None:
         return batch
-    reference = sources.beside(given)
+    reference = sources.beside(unlabelled)
     expected, source = expecting.unlabelled(sources, model, reference), reference.source
     if reference.address is not None:
         data: Data = open_data(
@@ -164,7 +164,7 @@ def harden_request(
     )
     assessment = replace(assessment, surrogates=tuple(surrogates))
     threat = threat_model(parse_threat(settings.threat.threat))
-    threat = replace(threat, surrogates=tuple(each.model for each in surrogates))
+    threat = replace(threat, surrogates=tuple(surrogate.model for surrogate in surrogates))
     name = str(settings.options.recipe["use"]) if recipe is None else name_of(recipe)
     refuse_unheld(threat)
     chosen = (
@@ -203,8 +203,8 @@ def _budget_s(settings: HardenSettings, recipe: Recipe | None) -> float | None:
     if recipe is None:
         epochs = settings.options.recipe.get("training", {}).get("epochs")
     else:
-        given_epochs = recipe.training.epochs
-        epochs = None if given_epochs == _usual_epochs(recipe) else given_epochs
+        epochs_of_recipe = recipe.training.epochs
+        epochs = None if epochs_of_recipe == _usual_epochs(recipe) else epochs_of_recipe
     if epochs is not None:
         raise UsageError(
             f"recipe.training.epochs is {epochs}, and the budget {'of recipe auto ' if auto else ''}is {budget}, which "
@@ -222,14 +222,14 @@ def _usual_epochs(recipe: Any) -> int | None:
 
 def _open_options(threat: str, sources: Sources, subject: Subject) -> str:
     """Flags with which the new model is opened and assessed, as far as its file does not contain them."""
-    words = ["--threat", threat]
+    flags = ["--threat", threat]
     model, data = sources.model.source, sources.data.source
     if "architecture" not in subject.card:
-        named = (model.arch, sources.model.address)
-        code = next((address for address in named if address and ".py:" in address), None)
-        words += ["--arch", code or "FILE.py:FACTORY"]
+        addresses = (model.arch, sources.model.address)
+        code = next((address for address in addresses if address and ".py:" in address), None)
+        flags += ["--arch", code or "FILE.py:FACTORY"]
         for key, value in model.model_args.items():
-            words += ["--model-args", f"{key}={value}"]
+            flags += ["--model-args", f"{key}={value}"]
     normalised = expecting.normalisation(sources.inputs)
     for flag, text in (
         ("--split", data.split),
@@ -240,10 +240,10 @@ def _open_options(threat: str, sources: Sources, subject: Subject) -> str:
         ("--layout", data.layout),
         ("--class-order", model.class_order),
     ):
-        words += [flag, text] if text else []
+        flags += [flag, text] if text else []
     for column in data.drop:
-        words += ["--drop", column]
-    return shlex.join(words)
+        flags += ["--drop", column]
+    return shlex.join(flags)
 
 
 def name_of(recipe: object) -> str:

@@ -43,32 +43,32 @@ def members_given(given: object, constraint: Constraint, where: str = "suite") -
     name in `use`, or several of these.
     """
     if isinstance(given, Attack | type | Mapping):
-        return (_given(given, constraint, where),)
+        return (_member_given(given, constraint, where),)
     names = given if isinstance(given, str) else None
     if names is not None:
         given = [name.strip() for name in names.split(",") if name.strip()]
     several = tuple(given) if isinstance(given, Iterable) and not isinstance(given, bytes) else ()
     if not several:
         raise UsageError(f"{where} is {(given if names is None else names)!r}; {_EXPECTED}")
-    return tuple(_given(one, constraint, where) for one in several)
+    return tuple(_member_given(item, constraint, where) for item in several)
 
 
-def _given(each: object, constraint: Constraint, where: str) -> Member:
-    if isinstance(each, Mapping):
-        return members_of([build_attack(each, where)])[0]
-    if isinstance(each, str):
-        return _named(attack_listed(each), constraint)
-    if isinstance(each, type) and not is_dataclass(each):
-        raise UsageError(f"{where} is the class {each.__qualname__}, which is not an attack; {_EXPECTED}")
-    attack = _made(each, each.__name__) if isinstance(each, type) else each
+def _member_given(item: object, constraint: Constraint, where: str) -> Member:
+    if isinstance(item, Mapping):
+        return members_of([build_attack(item, where)])[0]
+    if isinstance(item, str):
+        return _named(attack_listed(item), constraint)
+    if isinstance(item, type) and not is_dataclass(item):
+        raise UsageError(f"{where} is the class {item.__qualname__}, which is not an attack; {_EXPECTED}")
+    attack = _default_attack(item, item.__name__) if isinstance(item, type) else item
     if not isinstance(attack, Attack):
-        raise UsageError(f"{where} contains {each!r}; {_EXPECTED}")
+        raise UsageError(f"{where} contains {item!r}; {_EXPECTED}")
     return members_of([checked_attack(attack)])[0]
 
 
 def _named(name: str, constraint: Constraint) -> Member:
     if name not in VARIANTS:
-        return Member(name, _made(attack_class(name), name))
+        return Member(name, _default_attack(attack_class(name), name))
     attack = variant(name, constraint)
     if attack is None:
         norm = constraint.name
@@ -79,7 +79,7 @@ def _named(name: str, constraint: Constraint) -> Member:
     return Member(name, attack)
 
 
-def _made(cls: type[Any], name: str) -> Any:
+def _default_attack(cls: type[Any], name: str) -> Any:
     """Return an attack with default settings. Raises `UsageError` if a setting has no default."""
     needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
     if needed:

@@ -130,17 +130,17 @@ def chosen(names: Sequence[str], only: Sequence[str], skip: Sequence[str]) -> se
 
     Raises `UsageError` for unknown names, or if no attack remains.
     """
-    known = dict.fromkeys(slug(name) for name in names)
-    for wanted in (*only, *skip):
-        if slug(wanted) not in known:
+    available = dict.fromkeys(slug(name) for name in names)
+    for option in (*only, *skip):
+        if slug(option) not in available:
             others = map(slug, (*ATTACKS, *VARIANTS))
             hint = (
-                f"; expected one of {', '.join(known)}"
-                if slug(wanted) in others
-                else did_you_mean(slug(wanted), known)
+                f"; expected one of {', '.join(available)}"
+                if slug(option) in others
+                else did_you_mean(slug(option), available)
             )
-            raise UsageError(f"this suite has no attack {wanted!r}{hint}")
-    left = ({slug(name) for name in only} or set(known)) - {slug(name) for name in skip}
-    if not left:
-        raise UsageError(f"no attack is left; this suite has {', '.join(known)}")
-    return left
+            raise UsageError(f"this suite has no attack {option!r}{hint}")
+    remaining = ({slug(name) for name in only} or set(available)) - {slug(name) for name in skip}
+    if not remaining:
+        raise UsageError(f"no attack is left; this suite has {', '.join(available)}")
+    return remaining

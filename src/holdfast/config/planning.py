@@ -84,27 +84,27 @@ def plan(
 
     The default suite depends on the access that the threat model and the model allow.
     """
-    spec, wanted = parse_threat(settings.threat.threat), settings.suite
+    spec, suite_settings = parse_threat(settings.threat.threat), settings.suite
     threat = threat_model(spec)
-    seen: Access = min(threat.access, target, key=ACCESS_ORDER.index)
-    members = members or listed_members(wanted, threat.constraint)
+    access: Access = min(threat.access, target, key=ACCESS_ORDER.index)
+    members = members or listed_members(suite_settings, threat.constraint)
     if members is not None:
         name, smallest = "", threat.constraint.eps == float("inf")
     else:
-        named = str(wanted.suite or "") or usual_suite(replace(spec, access=seen))
-        composed = suite(named, threat.constraint, seen)
+        suite_name = str(suite_settings.suite or "") or usual_suite(replace(spec, access=access))
+        composed = suite(suite_name, threat.constraint, access)
         members = tuple(
             Member(name, attack, composed.waves.get(name, 0)) for name, attack in composed.attacks
         )
         name, smallest = str(composed), composed.smallest
-    _refuse_endless(replace(threat, access=seen), settings, smallest=smallest)
+    _refuse_endless(replace(threat, access=access), settings, smallest=smallest)
     corrupting = isinstance(threat.constraint, Corruptions)
     in_ball = threat.constraint.is_ball
     _refuse_strangers(members, settings, corrupting=corrupting)
-    if wanted.curve and not in_ball:
+    if suite_settings.curve and not in_ball:
         raise UsageError(f"{settings.threat.threat} has no eps, which --curve needs; leave --curve out")
     probing: DoubtsWanted = "all" if name and in_ball else "free"
-    selected = _selected(members, wanted.only, wanted.skip)
+    selected = _selected(members, suite_settings.only, suite_settings.skip)
     left_out = [member.name for member in members if member not in selected]
     if name and left_out:
         name += f" without {', '.join(left_out)}"
@@ -115,10 +115,10 @@ def plan(
         name,
         smallest=smallest,
         attacked=bool(name) and not smallest and in_ball,
-        curve=_curve(threat.constraint) if wanted.curve and not smallest else (),
-        full=wanted.full or corrupting,
-        keep_adversarial=wanted.save_adversarial,
-        doubts=probing if wanted.doubts else "none",
+        curve=_curve(threat.constraint) if suite_settings.curve and not smallest else (),
+        full=suite_settings.full or corrupting,
+        keep_adversarial=suite_settings.save_adversarial,
+        doubts=probing if suite_settings.doubts else "none",
         adaptive=_adaptive(threat, settings, smallest=smallest, corrupting=corrupting),
     )
 
@@ -145,7 +145,7 @@ def _adaptive(
 
 
 def _curve(constraint: Constraint) -> tuple[Member, ...]:
-    return tuple(Member(*named) for named in curve(constraint))
+    return tuple(Member(*member) for member in curve(constraint))
 
 
 def _refuse_endless(threat: ThreatModel, settings: Measuring, *, smallest: bool) -> None:
@@ -175,8 +175,8 @@ def _refuse_strangers(members: Sequence[Member], settings: Measuring, *, corrupt
 
 
 def _selected(members: tuple[Member, ...], only: Sequence[str], skip: Sequence[str]) -> tuple[Member, ...]:
-    left = chosen([member.name for member in members], only, skip)
-    return tuple(member for member in members if slug(member.name) in left)
+    kept = chosen([member.name for member in members], only, skip)
+    return tuple(member for member in members if slug(member.name) in kept)
 
 
 def device_of(name: str) -> str:

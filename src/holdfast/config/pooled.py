@@ -20,7 +20,7 @@ from holdfast.store.pool import Pool
 _OF_SOURCE = ("arch", "model_args", "model_output", "classes")
 _OF_INPUTS = ("bounds", "mean", "std")
 """Settings that the manifest of a pool determines, so that the user may not give them."""
-_BARE = (
+_WITHOUT_TABLE = (
     "the robust accuracy is that under an attacker with the serving set (A5), which rotation does not change; add "
     "--adaptive for the table of attackers A0 to A6"
 )
@@ -77,7 +77,7 @@ def refuse_code_in_pool(pool: Pool, *, trust_code: bool) -> None:
     """Raise `UsageError` if the manifest of a rotation pool refers to Python code and the user has not consented to run
     it (`trust_code`).
     """
-    settings = said_of(pool)
+    settings = settings_of_pool(pool)
     for key in ("model", "arch"):
         value = settings.get(key)
         if value and ".py:" in str(value) and not trust_code:
@@ -93,29 +93,34 @@ def _serving(address: str, pool: Pool, sources: Sources, *, adaptive: bool) -> O
         for key in keys:
             if key in group.model_fields_set and getattr(group, key):
                 raise UsageError(f"the pool {address!r} determines {key}, and {key} was given; leave it out")
-    now = pool.serving
-    if now is None:
+    serving = pool.serving
+    if serving is None:
         waits = f"{len(pool.ahead)} admitted sets wait" if pool.ahead else "no admitted set waits"
-        way = "swap" if pool.ahead else "admit"
+        step = "swap" if pool.ahead else "admit"
         raise UsageError(
             f"no set serves in {str(pool.path)!r} ({waits}), and the serving set is the one that is assessed; let a "
-            f"set serve: holdfast rotate {way} {pool.shown}"
+            f"set serve: holdfast rotate {step} {pool.shown}"
             + ("" if pool.ahead else f", then holdfast rotate swap {pool.shown}")
         )
     refuse_code_in_pool(pool, trust_code=sources.model.source.trust_code)
-    bare = _architecture(pool, trust_code=sources.model.source.trust_code)
-    model = loaded(bare.model, pool.weights(now.name), now.name)
-    card = {**bare.architecture, "pool": pool.manifest["id"], "set": now.name, "epoch": now.epoch}
-    notes = () if adaptive else (_BARE,)
-    files = {f"set {now.name}": pool.ledger.member(now.name).digest}
-    return OpenedModel(model, address, "rotating", files, (*bare.notes, *notes), card)
+    architecture = _architecture(pool, trust_code=sources.model.source.trust_code)
+    model = loaded(architecture.model, pool.weights(serving.name), serving.name)
+    card = {
+        **architecture.architecture,
+        "pool": pool.manifest["id"],
+        "set": serving.name,
+        "epoch": serving.epoch,
+    }
+    notes = () if adaptive else (_WITHOUT_TABLE,)
+    files = {f"set {serving.name}": pool.ledger.member(serving.name).digest}
+    return OpenedModel(model, address, "rotating", files, (*architecture.notes, *notes), card)
 
 
 def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
     """Return the model with which the pool was created. Raises `TargetError` if it has changed."""
-    created, about = said_of(pool), pool.manifest["about"].get("model", {})
+    created, about = settings_of_pool(pool), pool.manifest["about"].get("model", {})
     ends, names, normalised = (created.get(key) for key in ("bounds", "class_names", "data_normalised"))
-    bare = open_model(
+    opened = open_model(
         str(created["model"]),
         arch=created.get("arch"),
         model_args=created.get("model_args"),
@@ -131,19 +136,20 @@ def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
         trust_code=trust_code,
     )
     for key in ("mean", "std", "classes"):
-        value = strict(getattr(bare.model, key))
+        value = strict(getattr(opened.model, key))
         if key in about and value != about[key]:
             raise TargetError(
                 f"the model of {str(pool.path)!r} had {key} {about[key]}, and {created['model']} has {value}; "
                 f"restore the earlier model"
             )
-    return bare
+    return opened
 
 
-def said_of(pool: Pool) -> Mapping[str, Any]:
+def settings_of_pool(pool: Pool) -> Mapping[str, Any]:
     """Return the settings with which a rotation pool was created, from its manifest. Raises `UsageError` if the
     manifest does not contain them.
     """
+    # the manifest may come from elsewhere, so its form is checked before its values are used
     refuse_form(pool.path / POOL_MANIFEST, pool.manifest, _MANIFEST)
     settings: Mapping[str, Any] = pool.manifest["about"].get("settings", {})
     if not settings.get("model"):

@@ -20,7 +20,7 @@ from holdfast.ops.distributed import started
 from holdfast.ops.recipe import Recipe
 from holdfast.verbs.candidates import Candidate
 
-Made = TypeVar("Made")
+Built = TypeVar("Built")
 
 
 def refuse_unheld(threat: ThreatModel) -> None:
@@ -52,11 +52,11 @@ def candidates(spec: Mapping[str, Any], model: nn.Module, shape: tuple[int, ...]
     if spec["use"] != AUTO:
         return (_candidate(spec),)
     given_settings = {key: value for key, value in spec.items() if key != "use"}
-    others = [key for key in given_settings if key != "training"]
-    if others:
+    other_keys = [key for key in given_settings if key != "training"]
+    if other_keys:
         raise UsageError(
-            f"recipe auto selects one of several recipes, so it has no setting {others[0]!r}; name the recipe that has "
-            f"it, or give a setting that all have, as in --set recipe.training.batch=64"
+            f"recipe auto selects one of several recipes, so it has no setting {other_keys[0]!r}; name the recipe "
+            f"that has it, or give a setting that all have, as in --set recipe.training.batch=64"
         )
     return tuple(
         _candidate(
@@ -67,21 +67,21 @@ def candidates(spec: Mapping[str, Any], model: nn.Module, shape: tuple[int, ...]
 
 
 def _ladder(
-    shape: tuple[int, ...], model: nn.Module, told: Mapping[str, Any]
+    shape: tuple[int, ...], model: nn.Module, training: Mapping[str, Any]
 ) -> tuple[tuple[str, int, dict[str, Any], dict[str, Any]], ...]:
     """Return name, least number of epochs, settings and training settings of each recipe of `auto`.
 
     With fewer epochs, a weaker recipe gives better results.
     """
     photographs = len(shape) == 3 and shape[0] == 3
-    steady = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    adam = told.get("optimizer") == "adamw"
-    how: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1} if steady and not adam else {}
+    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    adam = training.get("optimizer") == "adamw"
+    how: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1} if has_batch_norm and not adam else {}
     if len(shape) == 3 and not photographs:
-        mixed = told.get("cutmix", 0)
-        alone = not mixed and started() == 1  # atta stores a perturbation of each example
+        cutmix = training.get("cutmix", 0)
+        atta_possible = not cutmix and started() == 1  # atta stores a perturbation of each example
         # from two epochs on it is at least as robust as quicker recipes
-        middle = ("atta", 2) if alone else ("pgd", 10)
+        middle = ("atta", 2) if atta_possible else ("pgd", 10)
         return ("fgsm-rs", 1, {}, how), (*middle, {}, how), ("trades", 60, {}, how)
     if photographs:
         how["augment"] = "shift"  # a mirrored traffic sign may have another meaning
@@ -106,11 +106,11 @@ def build_recipe(spec: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def built(cls: type[Made], said: Mapping[str, Any], where: str, key: str) -> Made:
+def built(cls: type[Built], given: Mapping[str, Any], where: str, key: str) -> Built:
     """Return an instance of a dataclass of settings, with each value validated. `key` is the path of these settings in
     a configuration file.
     """
-    checked = _checked(cls, said, where, key)
+    checked = _checked(cls, given, where, key)
     for field in written_fields(cls):
         if field.default is field.default_factory is MISSING and field.name not in checked:
             raise UsageError(
@@ -134,7 +134,7 @@ def part_of(field: Field[Any], hint: Any) -> type[Any] | None:
     return next(kinds, None)
 
 
-def _checked(cls: type[Any], said: Mapping[str, Any], where: str, path: str) -> dict[str, Any]:
+def _checked(cls: type[Any], given: Mapping[str, Any], where: str, path: str) -> dict[str, Any]:
     """Return the given settings, each validated by the type of its field.
 
     Parts keep the recipe's values for other settings.
@@ -142,20 +142,20 @@ def _checked(cls: type[Any], said: Mapping[str, Any], where: str, path: str) -> 
     hints = get_type_hints(cls, include_extras=True)
     written = {f.name: f for f in written_fields(cls)}
     values: dict[str, Any] = {}
-    for key, value in said.items():
+    for key, value in given.items():
         if key not in written:
             raise UsageError(f"{where} has no setting {key!r}{did_you_mean(str(key), written)}")
         hint = hints[key]
-        held = part_of(written[key], hint)
-        if held is not None:
+        part_class = part_of(written[key], hint)
+        if part_class is not None:
             if not isinstance(value, Mapping):
                 raise UsageError(
                     f"{where}: {key} is {value!r}; set one of its parts, as in --set "
-                    f"{path}.{key}.{written_fields(held)[0].name}=VALUE"
+                    f"{path}.{key}.{written_fields(part_class)[0].name}=VALUE"
                 )
             part = written[key].default_factory
             assert part is not MISSING
-            values[key] = replace(part(), **_checked(held, value, f"{where}: {key}", f"{path}.{key}"))
+            values[key] = replace(part(), **_checked(part_class, value, f"{where}: {key}", f"{path}.{key}"))
         else:
             values[key] = setting(hint, value, f"{where}: {key}")
     return values
@@ -170,7 +170,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
         if isinstance(value, (Linf, L2, L1)):
             return f"{type(value).__name__.lower()}:{value.eps!r}"
         if isinstance(value, tuple):
-            return [plain(one) for one in value]
+            return [plain(item) for item in value]
         if is_dataclass(value) and not isinstance(value, type):
             return {f.name: plain(getattr(value, f.name)) for f in written_fields(type(value))}
         return getattr(value, "__name__", value) if callable(value) else value

@@ -197,10 +197,10 @@ def open_data(
 def _refuse_names(data: DataReference) -> None:
     """Raise `UsageError` for settings that select from a file or a catalogue, if the data are an object."""
     keys = ("x", "y") if is_frame(data.given) else ("split", "label", "drop", "x", "y")
-    words = [f"{key}={value!r}" for key in keys if (value := getattr(data.source, key))]
-    if words:
+    options = [f"{key}={value!r}" for key in keys if (value := getattr(data.source, key))]
+    if options:
         raise UsageError(
-            f"{', '.join(words)} is not possible for data given as a Python object: it is for an address, such as "
+            f"{', '.join(options)} is not possible for data given as a Python object: it is for an address, such as "
             f"table.csv; select the rows and columns before, and leave it out"
         )
 
@@ -211,14 +211,14 @@ def refuse_other_settings(reference: ModelReference, what: str, *possible: str) 
 
     Limits of servers are excluded, because they are checked when the model is opened.
     """
-    words = [
+    options = [
         f"{key}={value!r}"
         for group in (reference.source, reference.inference)
         for key, value in group
         if key not in (*possible, "address") and value != getattr(type(group)(), key)
     ]
-    if words:
-        raise UsageError(f"{', '.join(words)} is not possible for {what}; leave it out")
+    if options:
+        raise UsageError(f"{', '.join(options)} is not possible for {what}; leave it out")
 
 
 def model_reference(model: ModelLike) -> ModelReference:

@@ -115,16 +115,18 @@ def _sources(model: ModelReference, data: DataReference, settings: OpeningSettin
 
 def open_subject(sources: Sources, *, transform: str | None = None, adaptive: bool = False) -> Subject:
     """Open the model under test. If `transform` is given, random transformations are applied to its inputs."""
-    given, properties = sources.model.given, declared(sources)
-    if given is None:
+    model_given, properties = sources.model.given, declared(sources)
+    if model_given is None:
         raise UsageError("model is missing; give an address, as in mnist-cnn or file.py:factory")
-    if isinstance(given, str):
-        opened = pooled.open_model_at(given, sources, properties, remote(sources.model), adaptive=adaptive)
+    if isinstance(model_given, str):
+        opened = pooled.open_model_at(
+            model_given, sources, properties, remote(sources.model), adaptive=adaptive
+        )
         card = {"name": opened.name, "how": opened.how, "digest": opened.digest, "files": dict(opened.files)}
         card |= opened.architecture
         model, notes = opened.model, opened.notes
     else:
-        model, card, notes = _wrapped(given, properties)
+        model, card, notes = _wrapped(model_given, properties)
     refuse_unserved(sources.model.limits, model)
     model, transformed, more = _transformed(model, transform)
     return _subject(model, card | transformed, (*notes, *more), properties)
@@ -147,7 +149,7 @@ def _transformed(
     if transform is None:
         return model, {}, ()
     limits = parse_transform(transform)
-    listed = ", ".join(f"{name} {far:g}" for name, far in limits.items())
+    listed = ", ".join(f"{name} {limit:g}" for name, limit in limits.items())
     note = f"every input is transformed at random before the model, in both directions by up to {listed}"
     return seen_through(model, limits), {"seen_through": limits}, (note,)
 
@@ -167,13 +169,13 @@ def _subject(
         }
     )
     identity = digest(canonical([card["digest"], properties, card.get("seen_through")]))
-    shown = {**properties, "bounds": list(ends(model.bounds))}
+    shown_properties = {**properties, "bounds": list(ends(model.bounds))}
     parameters = sum(weight.numel() for weight in model.parameters())
     normalised = None if declared is None else declared.normalised
     if normalised is not None:
-        shown["data_normalised"] = str(normalised)
+        shown_properties["data_normalised"] = str(normalised)
     units = units_of_eps(model, normalised)
-    return Subject(model, identity, {**card, "parameters": parameters, **shown}, (*notes, *units))
+    return Subject(model, identity, {**card, "parameters": parameters, **shown_properties}, (*notes, *units))
 
 
 def open_surrogates(given: Sequence[object], sources: Sources, target: Classifier) -> tuple[Subject, ...]:
@@ -184,22 +186,24 @@ def open_surrogates(given: Sequence[object], sources: Sources, target: Classifie
         raise UsageError(
             f"surrogates is a {type(given).__name__}; give a list of models, as in surrogates=[net]"
         )
-    return tuple(_open_surrogate(each, sources, target) for each in given)
+    return tuple(_open_surrogate(surrogate, sources, target) for surrogate in given)
 
 
-def _open_surrogate(given: object, sources: Sources, target: Classifier) -> Subject:
-    if isinstance(given, str | Path):
-        given = check_settings({"surrogates": [str(given)]}, "", kind=AssessSettings).suite.surrogates[0]
-    if isinstance(given, ModelReference):
-        refuse_other_settings(given, "a surrogate", "arch", "model_args", "trust_code")
-    if isinstance(given, ModelReference) and given.address is not None:
-        source = given.source
-        given = SurrogateSettings(model=given.address, arch=source.arch, model_args=source.model_args)
-        subject = _surrogate_at(given, sources, trust_code=source.trust_code)
-    elif isinstance(given, SurrogateSettings):
-        subject = _surrogate_at(given, sources, trust_code=sources.model.source.trust_code)
+def _open_surrogate(surrogate: object, sources: Sources, target: Classifier) -> Subject:
+    if isinstance(surrogate, str | Path):
+        surrogate = check_settings(
+            {"surrogates": [str(surrogate)]}, "", kind=AssessSettings
+        ).suite.surrogates[0]
+    if isinstance(surrogate, ModelReference):
+        refuse_other_settings(surrogate, "a surrogate", "arch", "model_args", "trust_code")
+    if isinstance(surrogate, ModelReference) and surrogate.address is not None:
+        source = surrogate.source
+        surrogate = SurrogateSettings(model=surrogate.address, arch=source.arch, model_args=source.model_args)
+        subject = _surrogate_at(surrogate, sources, trust_code=source.trust_code)
+    elif isinstance(surrogate, SurrogateSettings):
+        subject = _surrogate_at(surrogate, sources, trust_code=sources.model.source.trust_code)
     else:
-        net = given.given if isinstance(given, ModelReference) else given
+        net = surrogate.given if isinstance(surrogate, ModelReference) else surrogate
         if not accepted(net):
             raise UsageError(
                 f"surrogates contains a {type(net).__name__}; give networks, functions or addresses"
@@ -207,11 +211,11 @@ def _open_surrogate(given: object, sources: Sources, target: Classifier) -> Subj
         # its preprocessing is its own, or undoes that of the data
         properties = Declared(normalised=normalisation(sources.inputs))
         subject = _subject(*_wrapped(net, properties), properties)
-    own, other = (ends(model.bounds) for model in (subject.model, target))
-    if own not in (other, ends(Bounds())):
+    bounds, target_ends = (ends(model.bounds) for model in (subject.model, target))
+    if bounds not in (target_ends, ends(Bounds())):
         raise UsageError(
-            f"the surrogate {subject.card['name']} takes inputs from {own[0]:g} to {own[1]:g}, the model from "
-            f"{other[0]:g} to {other[1]:g}; wrap it in a factory that rescales them"
+            f"the surrogate {subject.card['name']} takes inputs from {bounds[0]:g} to {bounds[1]:g}, the model from "
+            f"{target_ends[0]:g} to {target_ends[1]:g}; wrap it in a factory that rescales them"
         )
     return subject
 
@@ -250,21 +254,28 @@ def open_examples(sources: Sources, model: Classifier, *, lenient: bool = False)
     data, selection = sources.data, sources.selection
     if data.given is None:
         raise UsageError("data is missing; give an address, as in mnist-mini or images.npz")
-    known = expected(sources, model, lenient=lenient)
+    properties = expected(sources, model, lenient=lenient)
     chosen: dict[str, Any] = {"n": selection.n, "sample": selection.sample, "seed": sources.seed}
     if data.address is not None:
         return open_data(
-            data.address, split=data.source.split, **names(data.source), **chosen, expected=known
+            data.address, split=data.source.split, **names(data.source), **chosen, expected=properties
         )
     if is_frame(data.given):
         source = data.source
-        given: Data = open_frame(
-            data.given, label=source.label, drop=source.drop, split=source.split, **chosen, expected=known
+        examples: Data = open_frame(
+            data.given,
+            label=source.label,
+            drop=source.drop,
+            split=source.split,
+            **chosen,
+            expected=properties,
         )
     else:
-        whole = as_data(data.given, expected=known, n=selection.n if selection.sample is None else None)
-        given = selected(whole, **chosen)
-    return noting_fewer(given, selection.n or selection.sample)
+        all_examples = as_data(
+            data.given, expected=properties, n=selection.n if selection.sample is None else None
+        )
+        examples = selected(all_examples, **chosen)
+    return noting_fewer(examples, selection.n or selection.sample)
 
 
 def open_object(data: DataReference, expected: Expected) -> Data:
@@ -299,31 +310,31 @@ def open_fit(sources: Sources, fit: DataLike | None, model: Classifier, plan: Pl
     if fit is None and not (count and sources.data.address):
         return None
     reference = sources.data if fit is None else sources.beside(fit)
-    known, address = expected(sources, model, reference), reference.address
+    properties, address = expected(sources, model, reference), reference.address
     if address is None:
-        return selected(open_object(reference, known), n=None, sample=count or 1, seed=sources.seed)
-    same = address == sources.data.address
-    own = None if fit is None else reference.source.split
-    if same and own in (None, "train") and sources.data.source.split == "train":
+        return selected(open_object(reference, properties), n=None, sample=count or 1, seed=sources.seed)
+    is_same_data = address == sources.data.address
+    split = None if fit is None else reference.source.split
+    if is_same_data and split in (None, "train") and sources.data.source.split == "train":
         raise UsageError(
             f"attacks are fitted on the train split of {address!r}, which is also evaluated; give other examples with "
             f"--fit DATA"
         )
-    wanted = partial(
+    open_split = partial(
         open_data,
         address,
         **names(reference.source),
         sample=count or 1,
         seed=sources.seed,
-        expected=known,
+        expected=properties,
     )
     try:
-        return wanted(split=own or "train")
+        return open_split(split=split or "train")
     except (UsageError, TargetError) as error:
-        if own is not None:
+        if split is not None:
             raise
-        if not same:
-            return wanted()
+        if not is_same_data:
+            return open_split()
         raise UsageError(
             f"{address!r} has no train split to fit attacks on ({error}); give other examples with --fit DATA"
         ) from error
@@ -342,11 +353,11 @@ def open_others(given: object, sources: Sources, model: Classifier) -> tuple[Dat
             f"across is a {type(given).__name__}; give a list of data sets, as in across=['mnist-mini']"
         )
     opened: list[Data] = []
-    for each in given:
-        reference = sources.beside(each)
-        known = unlabelled(sources, model, reference)
+    for data in given:
+        reference = sources.beside(data)
+        properties = unlabelled(sources, model, reference)
         if reference.address is None:
-            opened.append(open_object(reference, known))
+            opened.append(open_object(reference, properties))
         else:
             source = reference.source
             opened.append(
@@ -356,7 +367,7 @@ def open_others(given: object, sources: Sources, model: Classifier) -> tuple[Dat
                     **names(source),
                     sample=MATRIX_ROWS,
                     seed=sources.seed,
-                    expected=known,
+                    expected=properties,
                 )
             )
     return tuple(opened)

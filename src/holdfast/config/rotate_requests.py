@@ -48,11 +48,11 @@ def draw_request(
     whether the new sets are immunised.
     """
     _refuse_no_count(sets)
-    named = by_named(by, notify)
+    method = by_named(by, notify)
     pool = Pool.held(path, expect_head=expect_head)
     common = rotating.reopened(pool, settings)
     immunise = rotating.immunise(settings) if immunising else None
-    return DrawRequest(pool, common, sets, named, immunise, resume)
+    return DrawRequest(pool, common, sets, method, immunise, resume)
 
 
 def _refuse_no_count(sets: object) -> None:

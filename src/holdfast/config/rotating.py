@@ -8,7 +8,7 @@ from holdfast.config.attacks import threat_model
 from holdfast.config.grammar import parse_every, parse_threat, seconds
 from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.planning import device_of
-from holdfast.config.pooled import refuse_code_in_pool, said_of
+from holdfast.config.pooled import refuse_code_in_pool, settings_of_pool
 from holdfast.config.recipes import build_recipe, built, refuse_unheld, settings_of
 from holdfast.config.settings import RotateSettings, check_settings, items, plain_settings
 from holdfast.core.errors import UsageError
@@ -44,8 +44,8 @@ def rotate_request(settings: RotateSettings) -> RotateRequest:
     device = device_of(settings.device.device)
     name = settings.others.fit or settings.data.address or ""
     examples = split_examples(training, test, name, model.classes or int(training.y.max()) + 1, sources.seed)
-    plain = plain_settings(settings)
-    opening = {key: plain[key] for key, _, given in items(settings) if given and key in _OPENING}
+    values = plain_settings(settings)
+    opening = {key: values[key] for key, _, given in items(settings) if given and key in _OPENING}
     return RotateRequest(
         subject=trainable_subject(subject, device, examples),
         threat=threat,
@@ -67,8 +67,10 @@ def reopened(pool: Pool, settings: RotateSettings) -> RotateRequest:
     manifest is not a command line. Raises `UsageError` if other settings differ from the manifest.
     """
     refuse_code_in_pool(pool, trust_code=settings.model.trust_code)
-    own = {"device": settings.device.device, "trust_code": settings.model.trust_code}
-    present = {key: value for key, value in {**said_of(pool), **own}.items() if value is not None}
+    own_settings = {"device": settings.device.device, "trust_code": settings.model.trust_code}
+    present = {
+        key: value for key, value in {**settings_of_pool(pool), **own_settings}.items() if value is not None
+    }
     opening = check_settings(present, str(pool.path), kind=RotateSettings)
     stored = {key: value for key, value, _ in items(opening)}
     for key, value, given in items(settings):

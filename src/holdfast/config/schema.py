@@ -74,10 +74,10 @@ def _keys(kind: type[VerbSettings], definitions: dict[str, Any]) -> dict[str, An
     if "suite" in properties:
         _take_attacks(properties)
     if "recipe" in properties:
-        first, names = (CARD, [CARD, *RECIPES]) if kind is RotateSettings else (AUTO, [AUTO, *RECIPES])
+        default, names = (CARD, [CARD, *RECIPES]) if kind is RotateSettings else (AUTO, [AUTO, *RECIPES])
         properties["recipe"] = {
             "description": properties["recipe"]["description"],
-            "default": first,
+            "default": default,
             "anyOf": [{"enum": names}, {"$ref": "#/$defs/recipe"}],
         }
     if "source" in properties:

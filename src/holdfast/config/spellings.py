@@ -26,7 +26,7 @@ class Spelling:
     """usual short names of the attack"""
 
     def __str__(self) -> str:
-        return ", ".join(each for each in (self.paper, *self.short) if each)
+        return ", ".join(name for name in (self.paper, *self.short) if name)
 
 
 SPELLINGS: Final[Mapping[str, Spelling]] = {
@@ -77,30 +77,32 @@ def attack_called(name: str) -> str:
     Raises `UsageError` with the most similar name if there is none.
     """
     canonical = _attacks()
-    found = canonical.get(folded(name))
-    if found is not None:
-        return found
+    known_name = canonical.get(folded(name))
+    if known_name is not None:
+        return known_name
     if folded(name) in map(folded, ADAPTIVE):
         raise UsageError(
             f"{name} is an attack that adaptive (on the command line --adaptive) adds depending on the raised doubts, "
             "and it cannot be named directly"
         )
-    near = suggestion(name, every_name())
-    raise UsageError(f"there is no attack {name!r}{f'; {near}' if near else did_you_mean(name, _plain())}")
+    similar = suggestion(name, every_name())
+    raise UsageError(
+        f"there is no attack {name!r}{f'; {similar}' if similar else did_you_mean(name, _canonical_names())}"
+    )
 
 
 def attack_class_called(name: str) -> str:
     """Return the canonical name of an attack whose settings can be changed. Raises `UsageError` for a variant of an
     attack in a suite, whose settings are fixed.
     """
-    found = attack_called(name)
-    if found in VARIANTS:
-        of = VARIANTS[found]
+    canonical = attack_called(name)
+    if canonical in VARIANTS:
+        of = VARIANTS[canonical]
         raise UsageError(
-            f"{found} is the name of {of} with certain settings in suites; name {of} to give settings (see holdfast "
-            f"attacks {of}), or name {found} without settings, as in suite: [{found}]"
+            f"{canonical} is the name of {of} with certain settings in suites; name {of} to give settings (see "
+            f"holdfast attacks {of}), or name {canonical} without settings, as in suite: [{canonical}]"
         )
-    return found
+    return canonical
 
 
 def suite_or_attacks(names: Iterable[str]) -> str | tuple[str, ...]:
@@ -109,20 +111,24 @@ def suite_or_attacks(names: Iterable[str]) -> str | tuple[str, ...]:
 
     Raises `UsageError` for an unknown name, and for a suite together with other names.
     """
-    named = [name.strip() for each in names for name in each.split(",") if name.strip()]
-    if not named:
+    listed = [name.strip() for part in names for name in part.split(",") if name.strip()]
+    if not listed:
         raise UsageError("suite is empty; expected a suite, as in fast, or attacks, as in pgd,square")
-    if len(named) == 1:
-        (alone,) = named
-        suite = suite_called(alone)
-        if suite is None and folded(alone) not in _attacks() and folded(alone) not in map(folded, ADAPTIVE):
-            near = suggestion(alone, (*MEMBERS, *_plain()))
-            known = (
+    if len(listed) == 1:
+        (only_name,) = listed
+        suite = suite_called(only_name)
+        if (
+            suite is None
+            and folded(only_name) not in _attacks()
+            and folded(only_name) not in map(folded, ADAPTIVE)
+        ):
+            similar = suggestion(only_name, (*MEMBERS, *_canonical_names()))
+            expected = (
                 f"expected one of the suites {', '.join(MEMBERS)}, or an attack that holdfast attacks lists"
             )
-            raise UsageError(f"suite is {alone!r}; {near or known}")
-        return suite or (attack_called(alone),)
-    return tuple(attack_listed(name) for name in named)
+            raise UsageError(f"suite is {only_name!r}; {similar or expected}")
+        return suite or (attack_called(only_name),)
+    return tuple(attack_listed(name) for name in listed)
 
 
 def attack_listed(name: str) -> str:
@@ -153,22 +159,24 @@ def every_name() -> tuple[str, ...]:
     and short names.
     """
     short = (
-        s for of in (*SUITE_SPELLINGS.values(), *(each.short for each in SPELLINGS.values())) for s in of
+        s
+        for forms in (*SUITE_SPELLINGS.values(), *(spelling.short for spelling in SPELLINGS.values()))
+        for s in forms
     )
-    return tuple(dict.fromkeys((*MEMBERS, *_plain(), *short)))
+    return tuple(dict.fromkeys((*MEMBERS, *_canonical_names(), *short)))
 
 
-def _plain() -> list[str]:
+def _canonical_names() -> list[str]:
     return [*ATTACKS, *(entry.name for entry in entry_points(group=GROUP)), *VARIANTS]
 
 
 def _attacks() -> dict[str, str]:
     """Canonical names by all folded names. Holdfast's names take precedence over those of other packages."""
-    own = {folded(name): name for name in (*ATTACKS, *VARIANTS)}
-    short = {folded(form): name for name, each in SPELLINGS.items() for form in each.short}
-    papers = {folded(each.paper): name for name, each in SPELLINGS.items() if each.paper}
+    bundled = {folded(name): name for name in (*ATTACKS, *VARIANTS)}
+    short = {folded(form): name for name, spelling in SPELLINGS.items() for form in spelling.short}
+    papers = {folded(spelling.paper): name for name, spelling in SPELLINGS.items() if spelling.paper}
     added = {folded(entry.name): entry.name for entry in entry_points(group=GROUP)}
-    return {**added, **papers, **short, **own}
+    return {**added, **papers, **short, **bundled}
 
 
 def _suites() -> dict[str, str]:

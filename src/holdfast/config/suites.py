@@ -64,6 +64,8 @@ def refuse_unknown(
 
 def _of_black_box(threat: ThreatSpec, names: Sequence[str]) -> bool:
     """Whether all names are attacks of `black-box`, the default suite for a model without gradients."""
-    seen: tuple[Sees, ...] = ("scores", "labels")
-    known = {slug(name) for each in seen for name in members("black-box", replace(threat, access=each))}
-    return {slug(name) for name in names} <= known
+    accesses: tuple[Sees, ...] = ("scores", "labels")
+    accepted = {
+        slug(name) for access in accesses for name in members("black-box", replace(threat, access=access))
+    }
+    return {slug(name) for name in names} <= accepted

@@ -147,7 +147,7 @@ def is_suite(value: object) -> bool:
     strings.
     """
     return isinstance(value, str) or (
-        isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value)
+        isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value)
     )
 
 
@@ -222,23 +222,23 @@ class SurrogateSettings(BaseModel):
     )
 
 
-def _one_of(kind: str, usual: str, known: Sequence[str]) -> Callable[[object], object]:
+def _named_spec(kind: str, usual: str, known: Sequence[str]) -> Callable[[object], object]:
     """Return a validator for a name, or a mapping with the name in `use:`."""
 
     def read(value: object) -> object:
-        said = {"use": value} if isinstance(value, str) else value
-        if isinstance(said, Mapping):
-            name = str(said.get("use", usual))
+        spec = {"use": value} if isinstance(value, str) else value
+        if isinstance(spec, Mapping):
+            name = str(spec.get("use", usual))
             if name.lower() not in known:
                 raise UsageError(f"there is no {kind} {name!r}{did_you_mean(name.lower(), known)}")
-            return {**said, "use": name.lower()}
-        return said
+            return {**spec, "use": name.lower()}
+        return spec
 
     return read
 
 
 _NAMED_RECIPES = [*RECIPES, AUTO, CARD]
-RecipeSpec = Annotated[dict[str, Any], BeforeValidator(_one_of("recipe", AUTO, _NAMED_RECIPES))]
-SetsRecipeSpec = Annotated[dict[str, Any], BeforeValidator(_one_of("recipe", CARD, _NAMED_RECIPES))]
-SourceSpec = Annotated[dict[str, Any], BeforeValidator(_one_of("source", "basins", [*SOURCES]))]
+RecipeSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("recipe", AUTO, _NAMED_RECIPES))]
+SetsRecipeSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("recipe", CARD, _NAMED_RECIPES))]
+SourceSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("source", "basins", [*SOURCES]))]
 Surrogate = Annotated[SurrogateSettings, BeforeValidator(_surrogate)]

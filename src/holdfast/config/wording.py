@@ -34,24 +34,26 @@ def place(error: ValidationError) -> str:
 
 def complaint(error: ValidationError) -> str:
     """Return a description of the first invalid setting in a validation error, such as `is 0; expected at least 1`."""
-    first = error.errors()[0]
-    shown = repr(first["input"])
-    return f"is {shown if len(shown) <= _SHOWN else f'{shown[:_SHOWN]} …'}{_expected(error)}"
+    details = error.errors()[0]
+    text = repr(details["input"])
+    return f"is {text if len(text) <= _SHOWN else f'{text[:_SHOWN]} …'}{_expected(error)}"
 
 
 def _expected(error: ValidationError) -> str:
-    first = error.errors()[0]
-    kind, limits = first["type"], first.get("ctx", {})
+    details = error.errors()[0]
+    kind, limits = details["type"], details.get("ctx", {})
     if kind in _LIMITS:
-        words, key = _LIMITS[kind]
-        return f"; expected {words} {limits[key]:g}"
+        phrase, key = _LIMITS[kind]
+        return f"; expected {phrase} {limits[key]:g}"
     if kind in _LENGTHS:
-        words, key = _LENGTHS[kind]
-        return f"; expected {words} {limits[key]} {'entry' if limits[key] == 1 else 'entries'}"
+        phrase, key = _LENGTHS[kind]
+        return f"; expected {phrase} {limits[key]} {'entry' if limits[key] == 1 else 'entries'}"
     if kind == "literal_error":
         allowed = str(limits["expected"]).replace(" or ", ", ").replace("'", "").split(", ")
-        return f"; expected {allowed[0]}" if len(allowed) == 1 else did_you_mean(str(first["input"]), allowed)
+        return (
+            f"; expected {allowed[0]}" if len(allowed) == 1 else did_you_mean(str(details["input"]), allowed)
+        )
     name = kind.partition("_")[0]
     if name in _KINDS:
         return f"; expected {_KINDS[name]}"
-    return f"; {first['msg'][0].lower()}{first['msg'][1:]}"
+    return f"; {details['msg'][0].lower()}{details['msg'][1:]}"

@@ -59,16 +59,16 @@ class _Loader(yaml.SafeLoader):
         return number
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
-        seen: set[Any] = set()
+        keys: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise UsageError(
                     f"{key!r} is not a valid key (line {key_node.start_mark.line + 1}); expected text, as in model:"
                 )
-            if key in seen:
+            if key in keys:
                 raise UsageError(f"{key!r} is given twice (line {key_node.start_mark.line + 1}); keep one")
-            seen.add(key)
+            keys.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -99,16 +99,16 @@ def load(path: Path) -> dict[str, Any]:
 
 def put_setting(content: dict[str, Any], path: str, value: Any) -> None:
     """Set a value in a nested dictionary of settings at a dotted path, such as `attacks.0.steps`."""
-    *parents, last = path.split(".")
+    *parents, last_key = path.split(".")
     place: Any = content
-    for parent in parents:
+    for key in parents:
         try:
-            place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
+            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
         except (IndexError, ValueError, AttributeError):
-            raise UsageError(f"--set {path}: there is no entry {parent!r}") from None
-    if isinstance(place, list) and last in map(str, range(len(place))):
-        place[int(last)] = value
+            raise UsageError(f"--set {path}: there is no entry {key!r}") from None
+    if isinstance(place, list) and last_key in map(str, range(len(place))):
+        place[int(last_key)] = value
     elif isinstance(place, dict):
-        place[last] = value
+        place[last_key] = value
     else:
-        raise UsageError(f"--set {path}: {last!r} is not an entry of a {type(place).__name__}")
+        raise UsageError(f"--set {path}: {last_key!r} is not an entry of a {type(place).__name__}")

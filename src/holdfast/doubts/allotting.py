@@ -21,12 +21,17 @@ LEAST = 8
 examples (95 % confidence)."""
 JUDGED_AT_RANDOM = 1 + 2 * VOTES
 """Number of rows with which one input of a randomised model is evaluated; for other models it is 1."""
-GIVES_WAY = ("search", AGAIN, "noise", "steadiness")
+OMITTED_FIRST = ("search", AGAIN, "noise", "steadiness")
 """Probes in the order in which they are omitted if not all of them can have `LEAST` examples. The search is first
 because it decides no doubt alone."""
 
 _SHARED = "for a served model all doubts together may use at most as many rows as the suite"
-_SPOKEN_FOR = {"randomness": "steadiness", "state": "steadiness", "noise": "noise", "not-exhausted": AGAIN}
+_DECIDING_PROBE = {
+    "randomness": "steadiness",
+    "state": "steadiness",
+    "noise": "noise",
+    "not-exhausted": AGAIN,
+}
 """The probe that decides each of these doubts, unless something else raises it."""
 
 
@@ -49,19 +54,19 @@ def probe_rows(
 
     Returns None if the number is unknown, as for an attack of another package without a budget.
     """
-    looks, asked = (VOTES if randomised and probe.voted is not None else 1), passes.once(n)
+    votes, pass_rows = (VOTES if randomised and probe.voted is not None else 1), passes.once(n)
     if probe.name == "steadiness":
-        return 4 * asked + sum(_halves(piece, passes) for piece in passes.pieces(n))
+        return 4 * pass_rows + sum(_halves(piece, passes) for piece in passes.pieces(n))
     judged = JUDGED_AT_RANDOM if randomised else 1
-    judging = judged * asked if counts(probe, threat) else 0
+    judging = judged * pass_rows if counts(probe, threat) else 0
     if probe.name == "noise":
-        return within_budget(NOISE_DRAWS, threat) * asked + judging
+        return within_budget(NOISE_DRAWS, threat) * pass_rows + judging
     if probe.name == "search":
-        return (within_budget(SEARCHES, threat) + looks) * asked + judging
+        return (within_budget(SEARCHES, threat) + votes) * pass_rows + judging
     if probe.name == AGAIN:
         fresh = [most_rows(attack, threat, n, passes) for attack in attacks]
         known = [rows for rows in fresh if rows is not None]
-        return sum(known) + len(fresh) * looks * asked + judging if len(known) == len(fresh) else None
+        return sum(known) + len(fresh) * votes * pass_rows + judging if len(known) == len(fresh) else None
     return None
 
 
@@ -89,21 +94,23 @@ def allotted(wanted: Mapping[str, int], budget: int, cost: Callable[[str, int], 
         else:
             running[name] = rows
     while True:
-        found, left = dict[str, int](), budget
+        examples, remaining = dict[str, int](), budget
+        # cheapest first: the rows that a cheap probe does not need go to the others
         for place, name in enumerate(sorted(running, key=lambda name: running[name])):
-            share = left // (len(running) - place)
-            found[name] = _most(name, wanted[name], share, cost)
-            left -= cost(name, found[name]) or 0
-        if all(found[name] >= min(LEAST, wanted[name]) for name in running):
-            return Allotment(found, wanted, reasons)
-        out = next((name for name in GIVES_WAY if name in running), next(iter(running)))
-        least = min(LEAST, wanted[out])
-        reasons[out] = _reason(cost(out, least) or 0, least, budget)
-        del running[out]
+            share = remaining // (len(running) - place)
+            examples[name] = _most(name, wanted[name], share, cost)
+            remaining -= cost(name, examples[name]) or 0
+        if all(examples[name] >= min(LEAST, wanted[name]) for name in running):
+            return Allotment(examples, wanted, reasons)
+        omitted = next((name for name in OMITTED_FIRST if name in running), next(iter(running)))
+        least = min(LEAST, wanted[omitted])
+        reasons[omitted] = _reason(cost(omitted, least) or 0, least, budget)
+        del running[omitted]
 
 
 def _most(name: str, n: int, share: int, cost: Callable[[str, int], int | None]) -> int:
     """The largest number of examples, up to `n`, for which a probe stays within its share of the rows."""
+    # not by division: rows that fill up a fixed batch count as well, so the cost is not proportional to k
     return next((k for k in range(n, 0, -1) if (cost(name, k) or 0) <= share), 0)
 
 
@@ -122,8 +129,8 @@ def as_allotted(doubts: Sequence[Doubt], allotment: Allotment) -> tuple[Doubt, .
     without the limit.
     """
 
-    def said(doubt: Doubt) -> Doubt:
-        probe = _SPOKEN_FOR.get(doubt.name, "")
+    def with_note(doubt: Doubt) -> Doubt:
+        probe = _DECIDING_PROBE.get(doubt.name, "")
         if probe in allotment.reasons and doubt.state in ("clear", "not measured"):
             return Doubt(doubt.name, "not measured", says=allotment.reasons[probe])
         n, wanted = allotment.examples.get(probe, 0), allotment.wanted.get(probe, 0)
@@ -131,4 +138,4 @@ def as_allotted(doubts: Sequence[Doubt], allotment: Allotment) -> tuple[Doubt, .
             return replace(doubt, says=f"{doubt.says}; {n} of {wanted} examples, because {_SHARED}")
         return doubt
 
-    return tuple(map(said, doubts))
+    return tuple(map(with_note, doubts))

@@ -94,24 +94,25 @@ def arms(constraint: Constraint) -> tuple[Arm, ...]:
     )
 
 
-def called(known: Sequence[Arm], doubts: Sequence[Doubt]) -> dict[str, tuple[str, ...]]:
+def required_attacks(available: Sequence[Arm], doubts: Sequence[Doubt]) -> dict[str, tuple[str, ...]]:
     """Return the names of those adaptive attacks that the raised doubts require, each with the names of these doubts.
 
     On a randomised model, EOT is the only attack that uses gradients, since a single misclassified forward pass proves
     nothing.
     """
     raised = [doubt.name for doubt in doubts if doubt.state == "raised"]
-    averaged = any(arm.averages for arm in known) and any(map(_random, doubts))
-    found: dict[str, tuple[str, ...]] = {}
-    for arm in known:
+    averaged = any(arm.averages for arm in available) and any(map(_random, doubts))
+    required: dict[str, tuple[str, ...]] = {}
+    for arm in available:
         if averaged and arm.single_draw:
             continue
-        speaks = (*RANDOM, *MISLEADING) if averaged and arm.averages else arm.doubts
-        because = tuple(name for name in raised if name in speaks)
+        answerable = (*RANDOM, *MISLEADING) if averaged and arm.averages else arm.doubts
+        because = tuple(name for name in raised if name in answerable)
+        # these attacks run on every model with a detector, whether or not a doubt requires them
         if arm.weight:
             because = (DETECTOR, *because)
-        found |= {arm.name: because} if because else {}
-    return found
+        required |= {arm.name: because} if because else {}
+    return required
 
 
 def _random(doubt: Doubt) -> bool:
@@ -125,7 +126,7 @@ def with_answers(
     ran: Mapping[str, Columns],
     because: Mapping[str, tuple[str, ...]],
     *,
-    went_round: bool,
+    bypassed: bool,
     fell: bool,
     blind: bool = False,
 ) -> tuple[Doubt, ...]:
@@ -135,32 +136,32 @@ def with_answers(
     `ran` are the columns of each attack that was run, and `because` the doubts that required each attack. A doubt is
     answered if all attacks that it requires were run on all surviving examples. There are three exceptions: the
     gradient of the attack itself is still zero, also with respect to a detector (`blind`); the gradient is shattered,
-    and no attack averaged it or bypassed a stage (`went_round`); and `not-exhausted`, while an example that a probe
+    and no attack averaged it or bypassed a stage (`bypassed`); and `not-exhausted`, while an example that a probe
     broke survives (`fell`).
     """
 
-    def told(doubt: Doubt) -> Doubt:
-        called_for = [arm for arm, names in because.items() if doubt.name in names]
-        if doubt.state != "raised" or not called_for or not set(called_for) <= set(ran):
+    def with_answer(doubt: Doubt) -> Doubt:
+        required = [arm for arm, names in because.items() if doubt.name in names]
+        if doubt.state != "raised" or not required or not set(required) <= set(ran):
             return doubt
-        dead = doubt.name in ("zero-gradient", "whole-box") and (blind or _dead(ran, called_for))
-        if dead or (doubt.name == "shattered" and not went_round and "EOT" not in called_for):
+        dead = doubt.name in ("zero-gradient", "whole-box") and (blind or _dead(ran, required))
+        if dead or (doubt.name == "shattered" and not bypassed and "EOT" not in required):
             return replace(doubt, says=f"{doubt.says}; the adaptive attacks did not circumvent it")
         if doubt.name == "not-exhausted" and fell:
             return doubt
-        return _answered(doubt, ran, called_for)
+        return _answered(doubt, ran, required)
 
-    return tuple(map(told, doubts))
+    return tuple(map(with_answer, doubts))
 
 
-def _answered(doubt: Doubt, ran: Mapping[str, Columns], called_for: Sequence[str]) -> Doubt:
-    tried = torch.stack([ran[arm]["ran"] for arm in called_for]).any(0)
-    broke = torch.stack([ran[arm]["success"] for arm in called_for]).any(0)
-    says = (
-        f"answered by {' and '.join(called_for)}, which broke {int(broke.sum()):,} of the {int(tried.sum()):,} "
+def _answered(doubt: Doubt, ran: Mapping[str, Columns], required: Sequence[str]) -> Doubt:
+    attacked = torch.stack([ran[arm]["ran"] for arm in required]).any(0)
+    broke = torch.stack([ran[arm]["success"] for arm in required]).any(0)
+    answer = (
+        f"answered by {' and '.join(required)}, which broke {int(broke.sum()):,} of the {int(attacked.sum()):,} "
         f"examples that they were run on"
     )
-    return replace(doubt, state="answered", says="; ".join(filter(None, (doubt.says, says))))
+    return replace(doubt, state="answered", says="; ".join(filter(None, (doubt.says, answer))))
 
 
 def _dead(ran: Mapping[str, Columns], arms: Sequence[str]) -> bool:
@@ -169,7 +170,7 @@ def _dead(ran: Mapping[str, Columns], arms: Sequence[str]) -> bool:
     True if none of them used gradients.
     """
     for arm in arms:
-        asked = ran[arm]["dead"] | (ran[arm]["backwards"] > 0)
-        if asked.any():
-            return float(ran[arm]["dead"][asked].double().mean()) > ZERO_GRADIENTS
+        with_gradients = ran[arm]["dead"] | (ran[arm]["backwards"] > 0)
+        if with_gradients.any():
+            return float(ran[arm]["dead"][with_gradients].double().mean()) > ZERO_GRADIENTS
     return True

@@ -15,7 +15,7 @@ from holdfast.doubts.probing import (
     AGAIN,
     PROBES,
     SEARCHES,
-    Found,
+    ProbeResults,
     limit,
     probe_title,
     probes_for,
@@ -59,7 +59,10 @@ class Findings:
 
 
 def conclude(
-    found: Found, columns: Columns, circumstances: Circumstances, passes: Mapping[str, Mask] = NO_PASSES
+    results: ProbeResults,
+    columns: Columns,
+    circumstances: Circumstances,
+    passes: Mapping[str, Mask] = NO_PASSES,
 ) -> Findings:
     """Return all doubts with their states, such as raised or clear, computed from the results of the probes and the
     columns of the suite.
@@ -69,7 +72,7 @@ def conclude(
     the doubts in `FREE` are returned, and `not-exhausted` if a pass broke examples that survived the attacks.
     """
     fallen = missed_by_suite(columns, circumstances.threat, passes)
-    case = _Case(found, columns, circumstances, fallen)
+    case = _Case(results, columns, circumstances, fallen)
     names = DOUBTS if circumstances.suite else (*FREE, *(("not-exhausted",) if fallen else ()))
     return Findings(tuple(_CONCLUSIONS[name](case) for name in DOUBTS if name in names), fallen)
 
@@ -78,39 +81,40 @@ def missed_by_suite(columns: Columns, threat: ThreatModel, passes: Mapping[str, 
     """Return the ids of the examples that survive the suite but that a probe or another attack outside the suite broke,
     by the name of that attack.
     """
-    left = surviving_examples(columns, threat)
-    ids_by_pass = {name: columns["id"][broken & left] for name, broken in passes.items()}
+    surviving = surviving_examples(columns, threat)
+    ids_by_pass = {name: columns["id"][broken & surviving] for name, broken in passes.items()}
     return {name: ids for name, ids in ids_by_pass.items() if len(ids)}
 
 
 @dataclass(frozen=True)
 class _Case:
-    found: Found
+    results: ProbeResults
     columns: Columns
     circumstances: Circumstances
     fallen: Mapping[str, Ids]
 
     def broken(self, probe: str, column: str = "broken") -> Mask | None:
-        return self.found[probe].columns[column] if probe in self.found else None
+        return self.results[probe].columns[column] if probe in self.results else None
 
     def absent(self, name: str, *probes: str) -> Doubt:
         """Return a doubt that could not be tested because its probes did not run, with the reason."""
         threat = self.circumstances.threat
-        within = probing_threat(threat, self.columns)
-        if within.constraint.eps == 0:
+        probed = probing_threat(threat, self.columns)
+        if probed.constraint.eps == 0:
             return Doubt(name, "not applicable", says="eps is 0, so no input may change")
         for probe in PROBES:
             if probe.name in probes and not threat.gives(probe.needs):
-                says = f"it needs access to {probe.needs}, and {limit(threat, self.circumstances.access, probe.needs)}"
-                return Doubt(name, "not applicable", says=says)
-        if not set(probes) <= {probe.name for probe in probes_for(within)} | {"again"}:
-            return Doubt(name, "not applicable", says=f"there is no such attack under {within.constraint}")
+                lacking = limit(threat, self.circumstances.access, probe.needs)
+                reason = f"it needs access to {probe.needs}, and {lacking}"
+                return Doubt(name, "not applicable", says=reason)
+        if not set(probes) <= {probe.name for probe in probes_for(probed)} | {"again"}:
+            return Doubt(name, "not applicable", says=f"there is no such attack under {probed.constraint}")
         return Doubt(name, "not measured", says="there was no example to measure it on")
 
 
-def _judged(name: str, statistic: float, threshold: float, n: int, says: str, *, more: bool = True) -> Doubt:
+def _judged(name: str, statistic: float, threshold: float, n: int, text: str, *, more: bool = True) -> Doubt:
     """Raised if the statistic is above the threshold and `more` is true, otherwise clear."""
-    return Doubt(name, "raised" if statistic > threshold and more else "clear", statistic, threshold, n, says)
+    return Doubt(name, "raised" if statistic > threshold and more else "clear", statistic, threshold, n, text)
 
 
 def _percent(share: float) -> str:
@@ -122,65 +126,65 @@ def _share(mask: Mask) -> str:
 
 
 def _zero_gradient(case: _Case) -> Doubt:
-    name, watched = "zero-gradient", case.circumstances.first_gradient_dead
-    if "gradients" in case.found:
-        dead, flat = case.found["gradients"].columns["dead"], case.found["gradients"].columns["flat"]
-        says = (
+    name, first_dead = "zero-gradient", case.circumstances.first_gradient_dead
+    if "gradients" in case.results:
+        dead, flat = case.results["gradients"].columns["dead"], case.results["gradients"].columns["flat"]
+        text = (
             "the gradient of the margin is zero or NaN, both at the clean input and at a random point, for "
             f"{int(dead.sum())} of {len(dead)} examples"
         )
         if flat.any():
-            says += f"; only that of the cross-entropy is for {int(flat.sum())} more, because of saturation"
-    elif watched is not None and len(watched):
-        dead = watched
-        says = (
+            text += f"; only that of the cross-entropy is for {int(flat.sum())} more, because of saturation"
+    elif first_dead is not None and len(first_dead):
+        dead = first_dead
+        text = (
             f"the first gradient of the attack is zero or NaN for {int(dead.sum())} of {len(dead)} examples"
         )
     else:
         return case.absent(name, "gradients")
     if case.circumstances.blind:
-        says += (
+        text += (
             "; no gradient of the detector's score reaches any input, so attacks cannot evade it by gradients"
         )
-        return Doubt(name, "raised", 1.0, at.ZERO_GRADIENTS, len(dead), says)
-    return _judged(name, float(dead.double().mean()), at.ZERO_GRADIENTS, len(dead), says)
+        return Doubt(name, "raised", 1.0, at.ZERO_GRADIENTS, len(dead), text)
+    return _judged(name, float(dead.double().mean()), at.ZERO_GRADIENTS, len(dead), text)
 
 
 def _probabilities(case: _Case) -> Doubt:
     rows, threat = case.columns["is_probability"], case.circumstances.threat
     if not threat.gives("scores"):
-        says = f"{limit(threat, case.circumstances.access, 'scores')}, so the attacker sees no scores"
-        return Doubt("probabilities", "not applicable", says=says)
-    says = f"{int(rows.sum())} of {len(rows)} rows of the output are probabilities: they sum to 1 and none is negative"
+        text = f"{limit(threat, case.circumstances.access, 'scores')}, so the attacker sees no scores"
+        return Doubt("probabilities", "not applicable", says=text)
+    text = f"{int(rows.sum())} of {len(rows)} rows of the output are probabilities: they sum to 1 and none is negative"
     state: DoubtState = "raised" if bool(rows.all()) else "clear"
-    return Doubt("probabilities", state, float(rows.double().mean()), 1.0, len(rows), says)
+    return Doubt("probabilities", state, float(rows.double().mean()), 1.0, len(rows), text)
 
 
 def _scale(case: _Case) -> Doubt:
-    plain, small = case.broken("cross-entropy"), case.broken("small-cross-entropy")
-    if plain is None or small is None:
+    unscaled, scaled_down = case.broken("cross-entropy"), case.broken("small-cross-entropy")
+    if unscaled is None or scaled_down is None:
         return case.absent("scale", "cross-entropy", "small-cross-entropy")
-    test, n = mcnemar(small, plain), len(plain)
-    says = (
-        f"PGD-20 on the cross-entropy breaks {_share(plain)}, and with logits scaled to 1 % {_share(small)} (exact "
-        f"McNemar p = {test.p:.2g})"
+    test, n = mcnemar(scaled_down, unscaled), len(unscaled)
+    text = (
+        f"PGD-20 on the cross-entropy breaks {_share(unscaled)}, and with logits scaled to 1 % "
+        f"{_share(scaled_down)} (exact McNemar p = {test.p:.2g})"
     )
     ahead = (test.only_first - test.only_second) / n
-    return _judged("scale", ahead, at.POINTS_BY_SCALE, n, says, more=test.p < at.P_BY_RIVAL)
+    return _judged("scale", ahead, at.POINTS_BY_SCALE, n, text, more=test.p < at.P_BY_RIVAL)
 
 
 def _rival(case: _Case, name: str, weak: tuple[str, str], strong: tuple[str, str]) -> Doubt:
     """A doubt raised if a weaker attack beats a stronger one on the same sample; each is a probe and its title."""
-    one, other = case.broken(weak[0]), case.broken(strong[0])
-    if one is None or other is None:
+    weak_broken, strong_broken = case.broken(weak[0]), case.broken(strong[0])
+    if weak_broken is None or strong_broken is None:
         return case.absent(name, weak[0], strong[0])
-    test, n = mcnemar(one, other), len(one)
+    test, n = mcnemar(weak_broken, strong_broken), len(weak_broken)
     ahead = (test.only_first - test.only_second) / n
-    says = (
-        f"{weak[1]} breaks {_share(one)} of the sample, {strong[1]} "
-        f"{_share(other)} (exact McNemar p = {test.p:.2g})"
+    text = (
+        f"{weak[1]} breaks {_share(weak_broken)} of the sample, {strong[1]} "
+        f"{_share(strong_broken)} (exact McNemar p = {test.p:.2g})"
     )
-    return _judged(name, ahead, at.POINTS_BY_RIVAL, n, says, more=test.p < at.P_BY_RIVAL)
+    return _judged(name, ahead, at.POINTS_BY_RIVAL, n, text, more=test.p < at.P_BY_RIVAL)
 
 
 def _one_step(case: _Case) -> Doubt:
@@ -195,36 +199,40 @@ def _black_box(case: _Case) -> Doubt:
 
 
 def _noise(case: _Case) -> Doubt:
-    gone = case.broken("noise")
-    if gone is None:
+    broken = case.broken("noise")
+    if broken is None:
         return case.absent("noise", "noise")
     if case.circumstances.randomised:
-        says = "the model is randomised, so that one of many outputs may be wrong for any input"
-        return Doubt("noise", "not applicable", says=says)
+        text = "the model is randomised, so that one of many outputs may be wrong for any input"
+        return Doubt("noise", "not applicable", says=text)
     draws = within_budget(at.NOISE_DRAWS, case.circumstances.threat)
-    says = f"{draws} random inputs break {int(gone.sum())} of {len(gone)} surviving examples"
-    return _judged("noise", float(gone.double().mean()), at.NOISE, len(gone), says)
+    text = f"{draws} random inputs break {int(broken.sum())} of {len(broken)} surviving examples"
+    return _judged("noise", float(broken.double().mean()), at.NOISE, len(broken), text)
 
 
 def _not_exhausted(case: _Case) -> Doubt:
     name, again = "not-exhausted", case.broken("again")
-    others = {each: ids for each, ids in case.fallen.items() if each != probe_title(AGAIN)}
-    if again is None and not others and not any(probe in case.found for probe in _BREAKING):
+    elsewhere_ids = {title: ids for title, ids in case.fallen.items() if title != probe_title(AGAIN)}
+    if again is None and not elsewhere_ids and not any(probe in case.results for probe in _BREAKING):
         return case.absent(name, "again")
-    elsewhere = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *others.values()])).numel()
-    fresh, tried = (0, 0) if again is None else (int(again.sum()), len(again))
-    says = []
+    n_elsewhere = torch.unique(
+        torch.cat([torch.empty(0, dtype=torch.int64), *elsewhere_ids.values()])
+    ).numel()
+    fresh, n_fresh = (0, 0) if again is None else (int(again.sum()), len(again))
+    texts = []
     if again is not None:
-        says.append(
-            f"a fresh pass of the suite breaks {fresh} of the {tried} surviving examples closest to the boundary"
+        texts.append(
+            f"a fresh pass of the suite breaks {fresh} of the {n_fresh} surviving examples closest to the boundary"
         )
-    if elsewhere:
-        says.append(
-            f"{elsewhere} {('example' if elsewhere == 1 else 'examples')} that survived the suite "
-            f"{('was' if elsewhere == 1 else 'were')} broken by {', '.join(sorted(others))}"
+    if n_elsewhere:
+        texts.append(
+            f"{n_elsewhere} {('example' if n_elsewhere == 1 else 'examples')} that survived the suite "
+            f"{('was' if n_elsewhere == 1 else 'were')} broken by {', '.join(sorted(elsewhere_ids))}"
         )
-        return _judged(name, float(elsewhere), 0.0, tried, "; ".join(says))
-    return _judged(name, float(fresh), float(at.FRESH_BROKEN - 1), tried, "; ".join(says))
+        # one example is a proof, since these attacks obey the threat model too
+        return _judged(name, float(n_elsewhere), 0.0, n_fresh, "; ".join(texts))
+    # `_judged` raises a doubt above its threshold, and `FRESH_BROKEN` examples are enough
+    return _judged(name, float(fresh), float(at.FRESH_BROKEN - 1), n_fresh, "; ".join(texts))
 
 
 _BREAKING = tuple(probe.name for probe in PROBES if probe.breaks)
@@ -242,13 +250,13 @@ def _transfer(case: _Case) -> Doubt:
 
 
 def _whole_box(case: _Case) -> Doubt:
-    gone = case.broken("whole-box")
-    if gone is None:
+    broken = case.broken("whole-box")
+    if broken is None:
         return case.absent("whole-box", "whole-box")
-    left, n = int((~gone).sum()), len(gone)
-    low, _ = clopper_pearson(left, n)
-    says = f"with every legal input allowed, {left} of {n} examples survive (at least {_percent(low)})"
-    return _judged("whole-box", low, at.WHOLE_BOX, n, says)
+    surviving, n = int((~broken).sum()), len(broken)
+    low, _ = clopper_pearson(surviving, n)
+    text = f"with every legal input allowed, {surviving} of {n} examples survive (at least {_percent(low)})"
+    return _judged("whole-box", low, at.WHOLE_BOX, n, text)
 
 
 def _largest(values: PerExample) -> float:
@@ -256,41 +264,41 @@ def _largest(values: PerExample) -> float:
 
 
 def _randomness(case: _Case) -> Doubt:
-    if "steadiness" not in case.found:
+    if "steadiness" not in case.results:
         return case.absent("randomness", "steadiness")
-    moved = case.found["steadiness"].columns["repeat"]
+    moved = case.results["steadiness"].columns["repeat"]
     largest = _largest(moved)
-    says = f"two calls with the same input differ by at most {largest:.1g} of the largest logit"
+    text = f"two calls with the same input differ by at most {largest:.1g} of the largest logit"
     averaged = suite_name(case.circumstances.suite) == "rand"
     if largest > at.CHANGE:
-        says += (
+        text += (
             "; the suite averages over draws" if averaged else "; use --suite rand, which averages over draws"
         )
-    return _judged("randomness", largest, at.CHANGE, len(moved), says, more=not averaged)
+    return _judged("randomness", largest, at.CHANGE, len(moved), text, more=not averaged)
 
 
 def _state(case: _Case) -> Doubt:
     training = case.circumstances.in_training
     listed = ", ".join(training[:3]) + (" …" if len(training) > 3 else "")
     modes = f"layers were in training mode ({listed}), but measured in evaluation mode" if training else ""
-    if "steadiness" not in case.found:
+    if "steadiness" not in case.results:
         state: DoubtState = "raised" if training else "clear"
-        says = modes or "no layer was in training mode; order, batch and history were not tested"
-        return Doubt("state", state, float(len(training)), 0.0, len(case.columns["id"]), says)
-    seen = case.found["steadiness"].columns
+        text = modes or "no layer was in training mode; order, batch and history were not tested"
+        return Doubt("state", state, float(len(training)), 0.0, len(case.columns["id"]), text)
+    repeated = case.results["steadiness"].columns
     # for a randomised model, only calls with the same seed can show a dependence on the history
-    random = _largest(seen["repeat"]) > at.CHANGE
+    random = _largest(repeated["repeat"]) > at.CHANGE
     changes = {
-        kind: _largest(seen[kind]) for kind in (("history",) if random else ("order", "batch", "history"))
+        kind: _largest(repeated[kind]) for kind in (("history",) if random else ("order", "batch", "history"))
     }
     worst = max(changes, key=lambda kind: changes[kind])
-    says = (
+    text = (
         f"of {', '.join(changes)} the {worst} changes the logits most, by {changes[worst]:.1g} of the largest"
     )
-    says = f"{modes}; {says}" if modes else says
+    text = f"{modes}; {text}" if modes else text
     raised = bool(training) or changes[worst] > at.CHANGE
     return Doubt(
-        "state", "raised" if raised else "clear", changes[worst], at.CHANGE, len(seen["repeat"]), says
+        "state", "raised" if raised else "clear", changes[worst], at.CHANGE, len(repeated["repeat"]), text
     )
 
 
@@ -305,58 +313,59 @@ def _loss_spread(case: _Case) -> Doubt:
     if len(losses) < len(untargeted):
         return case.absent("loss-spread", "cross-entropy", "margin", "probability-margin")
     worst = min(losses, key=lambda name: int(losses[name].sum()))
-    aimed = case.broken("runner-up")
-    rivals = losses if aimed is None else {**losses, "the runner-up": aimed}
+    runner_up = case.broken("runner-up")
+    rivals = losses if runner_up is None else {**losses, "the runner-up": runner_up}
     best = max(rivals, key=lambda name: int(rivals[name].sum()))
     test, n = mcnemar(rivals[best], losses[worst]), len(losses[worst])
-    says = (
+    text = (
         f"of PGD-20's losses {best} breaks {_share(rivals[best])} and {worst} {_share(losses[worst])} "
         f"(exact McNemar p = {test.p:.2g})"
     )
     if best == worst:
-        says = f"with each of its untargeted losses PGD-20 breaks {_share(losses[worst])}"
+        text = f"with each of its untargeted losses PGD-20 breaks {_share(losses[worst])}"
     spread = (test.only_first - test.only_second) / n
-    return _judged("loss-spread", spread, at.LOSS_SPREAD, n, says, more=test.p < at.P_BY_RIVAL)
+    return _judged("loss-spread", spread, at.LOSS_SPREAD, n, text, more=test.p < at.P_BY_RIVAL)
 
 
 def _shattered(case: _Case) -> Doubt:
-    if "gradients" not in case.found or case.circumstances.threat.constraint.eps == 0:
+    if "gradients" not in case.results or case.circumstances.threat.constraint.eps == 0:
         return case.absent("shattered", "gradients")
-    ratios = case.found["gradients"].columns["ratio"].double()
-    seen = ratios[~ratios.isnan()]
-    if not len(seen):
-        says = "no gradient is large enough for a measurement"
-        return Doubt("shattered", "not measured", says=says)
-    ratio, (low, high) = float(seen.median()), at.SLOPE_RATIO
-    says = f"along the gradient the margin changes by {ratio:.2g} times the predicted amount (median)"
+    ratios = case.results["gradients"].columns["ratio"].double()
+    resolved = ratios[~ratios.isnan()]
+    if not len(resolved):
+        text = "no gradient is large enough for a measurement"
+        return Doubt("shattered", "not measured", says=text)
+    ratio, (low, high) = float(resolved.median()), at.SLOPE_RATIO
+    text = f"along the gradient the margin changes by {ratio:.2g} times the predicted amount (median)"
     state: DoubtState = "clear" if low <= ratio <= high else "raised"
-    return Doubt("shattered", state, ratio, low if ratio < 1 else high, len(seen), says)
+    return Doubt("shattered", state, ratio, low if ratio < 1 else high, len(resolved), text)
 
 
 def _nan(case: _Case) -> Doubt:
     rows = case.columns["nan"]
     n = int(rows.sum())
-    says = f"the model returned NaN for {n} of {len(rows)} clean inputs"
-    for name, probed in case.found.items():
-        wild = probed.columns.get("margin", torch.empty(0)) == -torch.inf
-        if wild.any():
-            n += int(wild.sum())
-            says += f", and for {int(wild.sum())} inputs of the probe {name}"
-    return _judged("nan", float(n), 0.0, len(rows), says)
+    text = f"the model returned NaN for {n} of {len(rows)} clean inputs"
+    for name, probed in case.results.items():
+        # probes store a margin of NaN as -inf
+        is_nan = probed.columns.get("margin", torch.empty(0)) == -torch.inf
+        if is_nan.any():
+            n += int(is_nan.sum())
+            text += f", and for {int(is_nan.sum())} inputs of the probe {name}"
+    return _judged("nan", float(n), 0.0, len(rows), text)
 
 
 def _chance(case: _Case) -> Doubt:
     correct, y = case.columns["correct"], case.columns["y"]
     if len(torch.unique(y)) < 2:
-        says = "all examples have the same label, so that any accuracy may be that of a constant prediction"
-        return Doubt("chance", "not applicable", says=says)
+        text = "all examples have the same label, so that any accuracy may be that of a constant prediction"
+        return Doubt("chance", "not applicable", says=text)
     result = against_majority(correct, y)
-    says = (
+    text = (
         f"clean accuracy is {_share(correct)} (95 % interval {_percent(result.low)} to {_percent(result.high)}), and "
         f"always predicting the majority class is right for {_percent(result.majority)}"
     )
     state: DoubtState = "raised" if result.at_chance else "clear"
-    return Doubt("chance", state, result.high, result.majority, len(y), says)
+    return Doubt("chance", state, result.high, result.majority, len(y), text)
 
 
 def _constant(case: _Case) -> Doubt:
@@ -367,16 +376,16 @@ def _constant(case: _Case) -> Doubt:
         return Doubt("constant", "not applicable", says="the model returned NaN")
     # margins for one label at a time, since a margin depends on the label
     groups = [columns["margin"][columns["y"] == label].double() for label in torch.unique(columns["y"])]
-    size = max(float(columns["margin"].double().abs().max()), 1e-12)
+    size = max(float(columns["margin"].double().abs().max()), 1e-12)  # no division by 0 if all are 0
     spread = max(float((group.max() - group.min()) / size) for group in groups)
     for name in ("confidence", "entropy"):
         values = columns[name].double()
         spread = max(spread, float(values.max() - values.min()))
     spread = float(f"{spread:.3g}")  # the last digits depend on the batches
-    says = f"over {n:,} examples the outputs differ by {spread:.1g} of the largest margin"
+    text = f"over {n:,} examples the outputs differ by {spread:.1g} of the largest margin"
     if not spread > at.CONSTANT:
-        says = f"the outputs do not depend on the input: {says}"
-    return Doubt("constant", "clear" if spread > at.CONSTANT else "raised", spread, at.CONSTANT, n, says)
+        text = f"the outputs do not depend on the input: {text}"
+    return Doubt("constant", "clear" if spread > at.CONSTANT else "raised", spread, at.CONSTANT, n, text)
 
 
 def _input(case: _Case) -> Doubt:

@@ -47,17 +47,18 @@ def steadiness(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> d
     halves = batch.split(max(1, len(batch) // 2))
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        first = model(batch.x, batch.ids)
-        second = model(batch.x, batch.ids)
-        turned = model(batch.x[backwards], batch.ids[backwards])[backwards]
+        reference = model(batch.x, batch.ids)
+        repeated = model(batch.x, batch.ids)
+        reversed_order = model(batch.x[backwards], batch.ids[backwards])[backwards]
         parts = torch.cat([model(part.x, part.ids) for part in halves])
         torch.manual_seed(0)
-        later = model(batch.x, batch.ids)
+        # the same seed as for `reference`, so that only the calls in between can make a difference
+        reseeded = model(batch.x, batch.ids)
     return {
-        "repeat": change(first, second),
-        "order": change(first, turned),
-        "batch": change(first, parts),
-        "history": change(first, later),
+        "repeat": change(reference, repeated),
+        "order": change(reference, reversed_order),
+        "batch": change(reference, parts),
+        "history": change(reference, reseeded),
     }
 
 
@@ -115,30 +116,30 @@ def fallen(margin: PerExample, x: Inputs) -> dict[str, Tensor]:
     return {"broken": ~(margin > 0), "margin": margin, "x": x}
 
 
-def climbed(
+def short_pgd(
     model: Model, batch: Batch, threat: ThreatModel, rng: Draws, loss: Loss, *, eps: float | None = None
 ) -> dict[str, Tensor]:
     """Return the columns of a short PGD attack from a random start inside the threat model. If `eps` is given, it is
     the radius of the ball for the steps.
     """
-    wide = threat.constraint if eps is None else threat.constraint.resized(eps)
+    ball = threat.constraint if eps is None else threat.constraint.resized(eps)
     start = threat.constraint.sample(batch, model.bounds, rng.at("start"))
-    x, height = ascend(model, batch, start, loss, wide, steps=STEPS, step_size=REACH * wide.eps / STEPS)
+    x, height = ascend(model, batch, start, loss, ball, steps=STEPS, step_size=REACH * ball.eps / STEPS)
     return fallen(height, x)
 
 
 def _by(loss: Loss) -> Run:
     def run(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
-        return climbed(model, batch, threat, rng, loss)
+        return short_pgd(model, batch, threat, rng, loss)
 
     return run
 
 
-def _lower(known: dict[str, Tensor], found: dict[str, Tensor], rows: Rows) -> None:
-    """Update the columns of `rows` in `known` with those of `found` where the margin is lower."""
-    better = ~(found["margin"] >= known["margin"][rows])  # NaN counts as broken
-    for name, values in found.items():
-        known[name][rows[better]] = values[better]
+def _lower(lowest: dict[str, Tensor], attempt: dict[str, Tensor], rows: Rows) -> None:
+    """Update the columns of `rows` in `lowest` with those of `attempt` where the margin is lower."""
+    lower = ~(attempt["margin"] >= lowest["margin"][rows])  # NaN counts as broken
+    for name, values in attempt.items():
+        lowest[name][rows[lower]] = values[lower]
 
 
 def small_cross_entropy(logits: Logits, batch: Batch) -> PerExample:
@@ -157,12 +158,14 @@ def _one_step(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> di
 
 def _margin_twice(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
     """PGD on the margin with two restarts: `broken` by either, `once` by the first."""
-    found = climbed(model, batch, threat, rng, margin_loss)
-    once = found["broken"].clone()
-    left = (~once).nonzero()[:, 0]
-    if len(left):
-        _lower(found, climbed(model, batch.take(left), threat, rng.at("again"), margin_loss), left)
-    return {**found, "once": once}
+    columns = short_pgd(model, batch, threat, rng, margin_loss)
+    by_first = columns["broken"].clone()
+    surviving = (~by_first).nonzero()[:, 0]
+    if len(surviving):
+        _lower(
+            columns, short_pgd(model, batch.take(surviving), threat, rng.at("again"), margin_loss), surviving
+        )
+    return {**columns, "once": by_first}
 
 
 def _towards_runner_up(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
@@ -171,28 +174,30 @@ def _towards_runner_up(model: Model, batch: Batch, threat: ThreatModel, rng: Dra
         target = likeliest(model(batch.x, batch.ids), batch.y, 1)[:, 0]
     lookup = Lookup(batch.ids)
 
-    def loss(logits: Logits, some: Batch) -> PerExample:
-        aimed = target[lookup.rows(some.ids)]
-        return cross_entropy(logits, some.towards(aimed))
+    def loss(logits: Logits, part: Batch) -> PerExample:
+        aimed = target[lookup.rows(part.ids)]
+        return cross_entropy(logits, part.towards(aimed))
 
-    return climbed(model, batch, threat, rng, loss)
+    return short_pgd(model, batch, threat, rng, loss)
 
 
 def _whole_box(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
     """PGD on the margin from a start inside the threat model, with every input inside the bounds allowed."""
+    # the diagonal of the box does not depend on the batch, as the largest distance of an example would
     eps = extent(threat.constraint, batch.x, model.bounds)
-    return climbed(model, batch, threat, rng, margin_loss, eps=eps)
+    return short_pgd(model, batch, threat, rng, margin_loss, eps=eps)
 
 
 def _noise(model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> dict[str, Tensor]:
     """Random inputs, alternately inside the ball and on its surface, without gradients."""
-    found, every = _nothing(batch), torch.arange(len(batch), device=batch.ids.device)
+    columns, all_rows = _nothing(batch), torch.arange(len(batch), device=batch.ids.device)
     with torch.no_grad():
         for draw in range(within_budget(NOISE_DRAWS, threat)):
+            # every second point is on the surface, where more examples break than inside
             x = _drawn(model, batch, threat.constraint, rng.at("noise", draw), surface=draw % 2 == 1)
             height = margin(model(x, batch.ids), batch).nan_to_num(nan=-torch.inf)
-            _lower(found, fallen(height, x), every)
-    return found
+            _lower(columns, fallen(height, x), all_rows)
+    return columns
 
 
 def _nothing(batch: Batch) -> dict[str, Tensor]:
@@ -209,9 +214,9 @@ def _drawn(model: Model, batch: Batch, constraint: Constraint, rng: Draws, *, su
 
 
 def _judged(
-    attack: Attack, model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int
+    attack: Attack, model: Model, batch: Batch, threat: ThreatModel, rng: Draws, votes: int
 ) -> dict[str, Tensor]:
-    """The result of an attack, with its median margin over `looks` forward passes."""
+    """The result of an attack, with its median margin over `votes` forward passes."""
     meter = Metered(model, batch, threat)
     try:
         x_adv = attack(meter, batch, threat, rng=rng)
@@ -219,22 +224,23 @@ def _judged(
         x_adv = meter.found()
 
     with torch.no_grad():
-        seen = torch.stack([margin(model(x_adv, batch.ids), batch) for _ in range(looks)])
-    return fallen(seen.nan_to_num(nan=-torch.inf).sort(0).values[looks // 2], x_adv)
+        margins = torch.stack([margin(model(x_adv, batch.ids), batch) for _ in range(votes)])
+    # the median: the worst of several passes would break any example of a model that errs now and then
+    return fallen(margins.nan_to_num(nan=-torch.inf).sort(0).values[votes // 2], x_adv)
 
 
 def _black_box(
-    model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int = 1
+    model: Model, batch: Batch, threat: ThreatModel, rng: Draws, votes: int = 1
 ) -> dict[str, Tensor]:
     """Square Attack from its own random start, without gradients."""
-    return _judged(Square(queries=SEARCHES), model, batch, threat, rng.at("search"), looks)
+    return _judged(Square(queries=SEARCHES), model, batch, threat, rng.at("search"), votes)
 
 
 def _transferred(
-    model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int = 1
+    model: Model, batch: Batch, threat: ThreatModel, rng: Draws, votes: int = 1
 ) -> dict[str, Tensor]:
     """Examples computed on the surrogates, for a comparison with attacks that use the gradients of the model."""
-    return _judged(Transfer(), model, batch, threat, rng.at("transfer"), looks)
+    return _judged(Transfer(), model, batch, threat, rng.at("transfer"), votes)
 
 
 def again(attacks: tuple[Attack, ...]) -> Probe:
@@ -242,18 +248,20 @@ def again(attacks: tuple[Attack, ...]) -> Probe:
     margin.
     """
 
-    def run(model: Model, batch: Batch, threat: ThreatModel, rng: Draws, looks: int = 1) -> dict[str, Tensor]:
-        found = _nothing(batch)
+    def run(model: Model, batch: Batch, threat: ThreatModel, rng: Draws, votes: int = 1) -> dict[str, Tensor]:
+        columns = _nothing(batch)
         for place, attack in enumerate(attacks):
-            left = (~found["broken"]).nonzero()[:, 0]
-            if not len(left):
+            surviving = (~columns["broken"]).nonzero()[:, 0]
+            if not len(surviving):
                 break
             _lower(
-                found, _judged(attack, model, batch.take(left), threat, rng.at("again", place), looks), left
+                columns,
+                _judged(attack, model, batch.take(surviving), threat, rng.at("again", place), votes),
+                surviving,
             )
-        return found
+        return columns
 
-    return Probe(AGAIN, "none", run, on="closest", voted=partial(run, looks=VOTES))
+    return Probe(AGAIN, "none", run, on="closest", voted=partial(run, votes=VOTES))
 
 
 PROBES: tuple[Probe, ...] = (
@@ -267,8 +275,8 @@ PROBES: tuple[Probe, ...] = (
     Probe("runner-up", "gradients", _towards_runner_up, queries=STEPS + 2),
     Probe("whole-box", "gradients", _whole_box, breaks=False),
     Probe("noise", "labels", _noise, on="standing"),
-    Probe("search", "scores", _black_box, voted=partial(_black_box, looks=VOTES)),
-    Probe("transfer", "gradients", _transferred, voted=partial(_transferred, looks=VOTES)),
+    Probe("search", "scores", _black_box, voted=partial(_black_box, votes=VOTES)),
+    Probe("transfer", "gradients", _transferred, voted=partial(_transferred, votes=VOTES)),
 )
 """all probes except the new run of the suite, which `again` returns"""
 
@@ -283,6 +291,7 @@ def probes_for(threat: ThreatModel, attacks: tuple[Attack, ...] = ()) -> tuple[P
     if not threat.constraint.in_input_units:
         probes = tuple(probe for probe in probes if probe.name != "search")
     if threat.goal is not None:
+        # the threat model states the class to aim at
         probes = tuple(probe for probe in probes if probe.name != "runner-up")
     if not threat.surrogates:
         probes = tuple(probe for probe in probes if probe.name != "transfer")
@@ -343,6 +352,7 @@ def rows_for(
     if probe.on == "standing":
         return sample_rows(columns, surviving, rng, n)
     n = FRESH_ROWS if most is None else min(most, FRESH_ROWS)
+    # a margin in probability is at least -1, so that examples with NaN are among the first
     closeness = columns.get("attacked_probability_margin", columns["margin"]).double().nan_to_num(nan=-1.0)
     rows = surviving.nonzero()[:, 0]
     return rows[closeness[rows].argsort(stable=True)[:n]].sort().values
@@ -356,5 +366,5 @@ class Probed:
     columns: Columns
 
 
-Found = Mapping[str, Probed]
+ProbeResults = Mapping[str, Probed]
 """examples and returned columns of each probe, by name of the probe"""

@@ -38,17 +38,18 @@ def gradient_properties(model: Model, batch: Batch, threat: ThreatModel, rng: Dr
 
 def _is_dead(grad: Inputs) -> Mask:
     """Whether a gradient is zero everywhere, or not finite somewhere."""
-    wide = grad.flatten(1)
-    return (wide == 0).all(1) | ~wide.isfinite().all(1)
+    values = grad.flatten(1)
+    return (values == 0).all(1) | ~values.isfinite().all(1)
 
 
 def _ratio(model: Model, batch: Batch, threat: ThreatModel, grad: Inputs, logits: Logits) -> PerExample:
     """Measured to predicted change of the margin along the steepest small step inside the bounds."""
     size = REACH * threat.constraint.eps
     step = size * threat.constraint.steepest(grad, batch.x, model.bounds)
+    # the prediction is for the step that remains inside the bounds
     moved = model.bounds.clamp(batch.x + step)
     predicted = ((moved - batch.x) * grad).flatten(1).sum(1)
     with torch.no_grad():
         measured = margin_loss(model(moved, batch.ids), batch) - margin_loss(logits, batch)
-    seen = predicted > _RESOLVED * scale(logits)
-    return torch.where(seen, measured / predicted, torch.nan)
+    resolved = predicted > _RESOLVED * scale(logits)
+    return torch.where(resolved, measured / predicted, torch.nan)

@@ -45,6 +45,7 @@ def code_digest() -> str:
         place = package / name
         for path in sorted(place.rglob("*.py")) if place.is_dir() else (place,):
             content = path.read_bytes()
+            # with the length, so that no two trees of files give the same bytes
             sha.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
     return sha.hexdigest()
 
@@ -66,8 +67,8 @@ def hardware(device: torch.device, processes: int = 1) -> str:
     threads = torch.get_num_threads()
     cores = f"{os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, {platform.machine()}"
     if device.type == "cpu":
-        found = f"{cores}, no accelerator"
+        description = f"{cores}, no accelerator"
     else:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        found = f"{name}; {cores}"
-    return f"{found}; {processes} processes" if processes > 1 else found
+        description = f"{name}; {cores}"
+    return f"{description}; {processes} processes" if processes > 1 else description

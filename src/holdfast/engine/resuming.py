@@ -49,7 +49,7 @@ def resumable(again: str, with_more: _WayOut) -> Iterator[None]:
 
 
 @contextmanager
-def lent() -> Iterator[Path]:
+def temporary_run_folder() -> Iterator[Path]:
     """Context manager that yields a temporary folder for a run, and deletes the folder at the end of the context.
 
     After an error, the folder is kept if the run can be resumed.
@@ -59,6 +59,7 @@ def lent() -> Iterator[Path]:
     try:
         yield run
     except BaseException as error:
+        # without a manifest, there is nothing to resume
         if stored_manifest(run) is None:
             shutil.rmtree(place)
         elif str(run) not in str(error):
@@ -71,11 +72,11 @@ def repeatable(command: str) -> str:
     """Return the command line of a run without the options `--run DIR` and `--resume`, which do not
     change its results.
     """
-    words = _words(without(command, "--run"))
-    return shlex.join(word for word in words if word != "--resume")
+    arguments = _arguments(without(command, "--run"))
+    return shlex.join(argument for argument in arguments if argument != "--resume")
 
 
-def _words(command: str) -> list[str]:
+def _arguments(command: str) -> list[str]:
     """The words of a command line; if it cannot be split, as in an altered file, one word."""
     try:
         return shlex.split(command)
@@ -85,10 +86,10 @@ def _words(command: str) -> list[str]:
 
 def without(command: str, option: str) -> str:
     """Return a command line from which one option and its value were removed."""
-    words, kept = iter(_words(command)), []
-    for word in words:
-        if word == option:
-            next(words, None)
-        elif not word.startswith(f"{option}="):
-            kept.append(word)
-    return shlex.join(kept)
+    arguments, remaining = iter(_arguments(command)), []
+    for argument in arguments:
+        if argument == option:
+            next(arguments, None)
+        elif not argument.startswith(f"{option}="):
+            remaining.append(argument)
+    return shlex.join(remaining)

@@ -128,8 +128,9 @@ class Run:
                 done[shard] = columns
                 work.report(done, 0)
         reached = next((shard for shard in range(len(self.shards)) if shard not in done), None)
-        whole = [done[shard] for shard in sorted(done) if reached is None or shard < reached]
-        columns = work.join(whole) if whole else {"id": torch.empty(0, dtype=torch.int64)}
+        # shards after a gap are left out: the columns of a stage are those of its first examples
+        consecutive = [done[shard] for shard in sorted(done) if reached is None or shard < reached]
+        columns = work.join(consecutive) if consecutive else {"id": torch.empty(0, dtype=torch.int64)}
         artefact = StoredStage(columns, reached)
         with self.stopper.finishing():
             self.store.complete(name, artefact.columns, artefact.reached, artefact.about)

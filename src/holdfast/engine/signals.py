@@ -43,6 +43,7 @@ class Stopper:
             yield
         finally:
             self._busy = False
+        # outside of `finally`, so that an error of the write itself is not replaced
         if self._waiting is not None:
             raise Stopped(self._waiting)
 
@@ -73,4 +74,5 @@ def stoppable(way_out: str) -> Iterator[Stopper]:
         raise Interrupted(f"stopped by {name}; {way_out}", stopped.number) from None
     finally:
         for number, handler in before.items():
+            # None is a handler that was not installed from Python, which Python cannot restore
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -84,6 +84,7 @@ class MemoryStore:
 
     def shards(self, stage: str) -> dict[int, Columns]:
         """Return the columns of the finished shards of an incomplete stage, by the index of the shard."""
+        # a copy, because `Run.sharded_stage` adds shards to it
         return dict(self._shards[stage])
 
     def keep_shard(self, stage: str, shard: int, columns: Columns) -> None:

@@ -53,9 +53,9 @@ class Pruned(nn.Module):
         """
         flat = h.flatten(1)
         share = flat.abs() / flat.abs().sum(1, keepdim=True).clamp_min(1e-12)
-        kept = 1 - (1 - share).pow(SAMPLES * flat.shape[1])
-        drawn = torch.rand_like(flat) < kept
-        return (flat * drawn / kept.clamp_min(1e-12)).view_as(h)
+        keep_probability = 1 - (1 - share).pow(SAMPLES * flat.shape[1])
+        mask = torch.rand_like(flat) < keep_probability
+        return (flat * mask / keep_probability.clamp_min(1e-12)).view_as(h)
 
 
 def jumping(digits: Batch, twin: nn.Module) -> nn.Module:

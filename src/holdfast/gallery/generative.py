@@ -31,8 +31,8 @@ class Autoencoder(nn.Module):
         """Return the reconstruction of the images `x`, which the generator computes from the latent vectors of the
         encoder.
         """
-        drawn: Tensor = self.generator(self.encoder(x))
-        return drawn.view_as(x)
+        generated: Tensor = self.generator(self.encoder(x))
+        return generated.view_as(x)
 
 
 class Projected(nn.Module):
@@ -48,16 +48,16 @@ class Projected(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs of the generator that replace the images `x`, without a gradient with respect to `x`."""
-        seen = x.detach()
-        z = self.pair.encoder(seen)
+        images = x.detach()
+        z = self.pair.encoder(images)
         for _ in range(DESCENTS):
             z = z.detach().requires_grad_()
             with torch.enable_grad():
-                away = (self.pair.generator(z).view_as(seen) - seen).square().sum()
-                (grad,) = torch.autograd.grad(away, z)
+                distance = (self.pair.generator(z).view_as(images) - images).square().sum()
+                (grad,) = torch.autograd.grad(distance, z)
             z = z.detach() - STEP * F.normalize(grad, dim=1)
-        drawn: Tensor = self.pair.generator(z)
-        return drawn.view_as(seen).detach()
+        generated: Tensor = self.pair.generator(z)
+        return generated.view_as(images).detach()
 
 
 def projected(digits: Batch, twin: nn.Module) -> nn.Module:
@@ -65,10 +65,10 @@ def projected(digits: Batch, twin: nn.Module) -> nn.Module:
     may use the autoencoder as its differentiable approximation.
     """
 
-    def far(net: nn.Module, batch: Batch) -> Tensor:
+    def reconstruction_loss(net: nn.Module, batch: Batch) -> Tensor:
         return 100 * F.mse_loss(net(batch.x), batch.x)
 
-    pair = trained_on_digits(Autoencoder, digits, far, epochs=10)
+    pair = trained_on_digits(Autoencoder, digits, reconstruction_loss, epochs=10)
     assert isinstance(pair, Autoencoder)
     return nn.Sequential(through(Projected(pair), pair), twin)
 

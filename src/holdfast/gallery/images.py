@@ -106,17 +106,18 @@ class Denoised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the denoised images, without a gradient with respect to the input."""
-        seen, z = x.detach(), x.detach()
+        noisy, z = x.detach(), x.detach()
         for _ in range(DESCENTS):
             z = z.detach().requires_grad_()
             with torch.enable_grad():
-                (grad,) = torch.autograd.grad(0.5 * (z - seen).square().sum() + WEIGHT * _variation(z), z)
+                (grad,) = torch.autograd.grad(0.5 * (z - noisy).square().sum() + WEIGHT * _variation(z), z)
             z = z.detach() - STEP * grad
         return z.clamp(0, 1)
 
 
 def _variation(x: Tensor) -> Tensor:
     down, right = x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
+    # the constants keep the gradient of the square root finite where neighbouring pixels are equal
     return (down.square() + 1e-3).sqrt().sum() + (right.square() + 1e-3).sqrt().sum()
 
 

@@ -112,10 +112,10 @@ def _relation(sign: str, percentage: str | None, text: str) -> Relation:
     if sign == "<=":
         return "<="
     if sign in {">", "<"}:
-        also = "" if percentage is None else f"; it also {percentage}"
+        addition = "" if percentage is None else f"; it also {percentage}"
         raise UsageError(
             f"gate {text!r} compares with {sign!r}, which an interval cannot distinguish from {sign}=; write "
-            f"{sign}={also}"
+            f"{sign}={addition}"
         )
     raise UsageError(f"gate {text!r} compares with {sign!r}; {FORM}")
 
@@ -136,8 +136,8 @@ def _bound(metric: str, bound: float, text: str) -> float:
     if lowest == -math.inf or lowest <= bound <= 1:
         return bound
     kind = "share" if metric in SHARES else "difference of shares"
-    meant = f"did you mean {_share(bound)}?" if 2 <= bound <= 100 else f"{metric} is from {lowest} to 1"
-    raise UsageError(f"gate {text!r}: {bound:g} is not a {kind}; {meant}")
+    advice = f"did you mean {_share(bound)}?" if 2 <= bound <= 100 else f"{metric} is from {lowest} to 1"
+    raise UsageError(f"gate {text!r}: {bound:g} is not a {kind}; {advice}")
 
 
 def _share(percents: float) -> str:

@@ -78,14 +78,16 @@ class Judgement:
     @property
     def because(self) -> str:
         """One sentence with the measured value, its confidence interval and the reason for the verdict of the gate."""
-        seen, bound = self.estimate, f"{self.claim.bound:g}"
-        numbers = f"{seen.value:.4g}, 95 % interval {seen.low:.4g} to {seen.high:.4g}, n = {seen.n}"
+        estimate, bound = self.estimate, f"{self.claim.bound:g}"
+        numbers = (
+            f"{estimate.value:.4g}, 95 % interval {estimate.low:.4g} to {estimate.high:.4g}, n = {estimate.n}"
+        )
         if self.verdict == "unclear" and self._inside():
             return (
                 f"{numbers}: the interval meets {bound}, but doubts are open: {', '.join(self.open_doubts)}"
             )
-        word = {"pass": "all of it meets", "fail": "none of it meets", "unclear": "the interval contains"}
-        return f"{numbers}: {word[self.verdict]} {bound}"
+        relation = {"pass": "all of it meets", "fail": "none of it meets", "unclear": "the interval contains"}
+        return f"{numbers}: {relation[self.verdict]} {bound}"
 
     def __str__(self) -> str:
         return f"{self.verdict}: {self.because}"
@@ -117,11 +119,11 @@ def judge(
         raise UsageError(f"gate {claim.text!r} cannot be judged: {error}") from error
     gate = AtLeast(claim.bound) if claim.relation == ">=" else AtMost(claim.bound)
     scope = basis(evidence, baseline) if claim.metric == "regression" and baseline is not None else None
-    against = _against(claim, doubts)
-    return Judgement(claim, measured, gate(measured, against), against.open, scope)
+    relevant = _relevant_doubts(claim, doubts)
+    return Judgement(claim, measured, gate(measured, relevant), relevant.open, scope)
 
 
-def _against(claim: Claim, doubts: Doubts) -> Doubts:
+def _relevant_doubts(claim: Claim, doubts: Doubts) -> Doubts:
     """Return the doubts that could invalidate the gate.
 
     Doubts about the strength of attacks are left out if stronger attacks could only move the metric further inside its

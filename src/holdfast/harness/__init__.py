@@ -5,7 +5,7 @@ Its result depends only on these, the plan and the seed, so that a caller may st
 `measure` is a caller that keeps everything in memory.
 """
 
-from holdfast.harness.assembly import Context, assemble, evidence_from, join, speaking
+from holdfast.harness.assembly import Context, assemble, evidence_from, join, worst_rows
 from holdfast.harness.kinds import KINDS
 from holdfast.harness.kinds.across import paired
 from holdfast.harness.kinds.transfer import MATRIX_ROWS
@@ -69,10 +69,10 @@ __all__ = [
     "refuse_what_is_hidden",
     "settings",
     "shard_rows",
-    "speaking",
     "stage_of",
     "stage_passes",
     "suite_columns",
     "task_of",
     "unattacked",
+    "worst_rows",
 ]

@@ -60,9 +60,9 @@ def join(shards: Sequence[Columns]) -> dict[str, Tensor]:
     first dozen are kept.
     """
     names = sorted({name for columns in shards for name in columns})
-    whole = {name: torch.cat([columns[name] for columns in shards if name in columns]) for name in names}
+    joined = {name: torch.cat([columns[name] for columns in shards if name in columns]) for name in names}
     return {
-        name: values[:GALLERY] if name.startswith("gallery.") else values for name, values in whole.items()
+        name: values[:GALLERY] if name.startswith("gallery.") else values for name, values in joined.items()
     }
 
 
@@ -78,13 +78,17 @@ def assemble(
     clean = by_stage["clean"]
     columns = {name: values for name, values in clean.items() if name not in _NOT_IN_EVIDENCE}
     steps = [s for s in plan.steps if s.kind.in_suite and s.name in by_stage]
-    attacks, others = [by_stage[s.name] for s in steps], [each.columns for each in counted]
-    columns |= _worst_case(clean, attacks, others, smallest=plan.smallest)
+    attacks, pass_columns = (
+        [by_stage[s.name] for s in steps],
+        [counted_pass.columns for counted_pass in counted],
+    )
+    columns |= _worst_case(clean, attacks, pass_columns, smallest=plan.smallest)
+    # adaptive attacks are not part of the suite, whose results are compared with published numbers
     suite = _worst_case(clean, [by_stage[s.name] for s in steps if not s.adaptive], smallest=plan.smallest)
     columns |= {f"suite_{name}": suite[name] for name in ("success", "right_probability")}
     curve = [by_stage[s.name] for s in plan.steps if s.kind.smallest and s.name in by_stage]
     if curve or plan.smallest:
-        columns["distance"] = torch.stack([a["distance"] for a in (*attacks, *curve, *others)]).amin(0)
+        columns["distance"] = torch.stack([a["distance"] for a in (*attacks, *curve, *pass_columns)]).amin(0)
     for kind in dict.fromkeys(step.kind for step in plan.steps):
         columns |= kind.evidence(plan, by_stage, columns)
     return columns
@@ -106,8 +110,8 @@ def _worst_case(
     for k, columns in enumerate((*attacks, *passes)):
         new = columns["success"] & ~success
         # a result that was composed without a query of its own is known only after all queries
-        fell = torch.where(columns["first_success"] > 0, columns["first_success"], columns["queries"])
-        first = torch.where(new, queries + fell, first)
+        first_query = torch.where(columns["first_success"] > 0, columns["first_success"], columns["queries"])
+        first = torch.where(new, queries + first_query, first)
         if k < len(attacks):
             queries = queries + columns["queries"]
         if smallest:
@@ -121,8 +125,8 @@ def _worst_case(
             torch.where(lower, columns["right"], lowest),
         )
         success |= columns["success"]
-        for norm, known in distances.items():
-            distances[norm] = torch.minimum(known, columns[f"distance_{norm}"])
+        for norm, distance in distances.items():
+            distances[norm] = torch.minimum(distance, columns[f"distance_{norm}"])
     return {
         "success": success,
         "broken_by": broken_by,
@@ -146,18 +150,19 @@ def evidence_from(
 
     `by_stage` and `seconds` contain the columns and the time of each stage.
     """
-    found = () if context.scope == "suite only" else passes(plan, by_stage, context.probes)
-    columns = assemble(plan, by_stage, found)
+    counted = () if context.scope == "suite only" else passes(plan, by_stage, context.probes)
+    columns = assemble(plan, by_stage, counted)
     if not randomised:
+        # for a deterministic model, these are 0 or 1 and repeat `success`
         del columns["right_probability"], columns["suite_right_probability"]
     if plan.threat.goal is None:
         del columns["eligible"]
     if context.scope == "suite only" and counts_pixels(plan.threat.constraint):
         del columns["distance_l0"]  # such runs counted values instead of pixels
-    tables = _gallery(plan, by_stage, found)
+    tables = _gallery(plan, by_stage, counted)
     for kind in KINDS.values():
         tables |= kind.tables(by_stage)
-    records, total = _told(plan, by_stage, seconds, context.remarks, randomised=randomised)
+    records, total = _attack_records(plan, by_stage, seconds, context.remarks, randomised=randomised)
     return Evidence(
         columns,
         plan.threat,
@@ -171,7 +176,7 @@ def evidence_from(
         details=context.details,
         cost=total + context.doubts_cost,
         doubts_cost=context.doubts_cost,
-        passes=_counted(found, columns["broken_by"] - len(records)),
+        passes=_counted(counted, columns["broken_by"] - len(records)),
         scope=context.scope,
         broken_elsewhere=context.broken_elsewhere,
         tables=tables,
@@ -180,15 +185,21 @@ def evidence_from(
     )
 
 
-def _counted(found: Sequence[Pass], broken_by: Tensor) -> tuple[PassRecord, ...]:
+def _counted(counted: Sequence[Pass], broken_by: Tensor) -> tuple[PassRecord, ...]:
     """One record for each pass; `broken_by` is the index of the pass that broke an example, negative if none did."""
     return tuple(
-        PassRecord(each.stage, each.name, each.tried, int((broken_by == k).sum()), each.settings)
-        for k, each in enumerate(found)
+        PassRecord(
+            counted_pass.stage,
+            counted_pass.name,
+            counted_pass.tried,
+            int((broken_by == k).sum()),
+            counted_pass.settings,
+        )
+        for k, counted_pass in enumerate(counted)
     )
 
 
-def _told(
+def _attack_records(
     plan: Outline,
     by_stage: Mapping[str, Columns],
     seconds: Mapping[str, Seconds],
@@ -212,8 +223,8 @@ def _told(
         cost = sum((costs[name] for name in (*names, learned) if name in costs), Cost())
         total += cost
         if stage.kind.in_suite:
-            left = standing & ~torch.stack([columns["success"] for columns in waves]).any(0)
-            before, after = int(standing.sum()), int(left.sum())
+            surviving = standing & ~torch.stack([columns["success"] for columns in waves]).any(0)
+            before, after = int(standing.sum()), int(surviving.sum())
             risk = residual(waves, before) if len(waves) > 1 else None
             places = _places(waves[0], standing)
             notes = (
@@ -224,9 +235,9 @@ def _told(
                 *remarks.get(stage.name, ()),
             )
             fits = _fits(by_stage.get(learned))
-            told = (stage.name, stage.attack, stage.settings, before, after, cost, notes, risk)
-            records.append(AttackRecord(*told, adaptive=stage.adaptive, fits=fits, places=places))
-            standing = left
+            fields = (stage.name, stage.attack, stage.settings, before, after, cost, notes, risk)
+            records.append(AttackRecord(*fields, adaptive=stage.adaptive, fits=fits, places=places))
+            standing = surviving
     return tuple(records), total
 
 
@@ -244,19 +255,19 @@ def _learned(columns: Columns | None) -> tuple[str, ...]:
     n, fits = len(columns["id"]), _fits(columns)
     chose = int(columns["chose"].sum()) if fits > 1 else 0
     learned = n - chose or n
-    said = f"learned on {learned:,} examples that are not judged"
+    note = f"learned on {learned:,} examples that are not judged"
     if fits > 1:
-        apart = f"{chose:,} others" if chose < n else "the same"
-        said += f", the best of {fits} fits, chosen on {apart}"
-    return (f"{said}, with {int(columns['queries'].sum()):,} queries",)
+        selection = f"{chose:,} others" if chose < n else "the same"
+        note += f", the best of {fits} fits, chosen on {selection}"
+    return (f"{note}, with {int(columns['queries'].sum()):,} queries",)
 
 
 def _places(columns: Columns, standing: Tensor) -> Places | None:
     """The results of an attack at random places, if it chooses among several places."""
     if "places" not in columns or int(columns["places"].max()) <= 1:
         return None
-    left = standing & ~(columns["broken_at_random"] > 0)
-    return Places(int(columns["places"].max()), int(left.sum()))
+    surviving = standing & ~(columns["broken_at_random"] > 0)
+    return Places(int(columns["places"].max()), int(surviving.sum()))
 
 
 def _placed(places: Places | None) -> tuple[str, ...]:
@@ -269,24 +280,26 @@ def _placed(places: Places | None) -> tuple[str, ...]:
 
 def _cost(kind: StageKind, columns: Columns, seconds: Seconds | None, *, randomised: bool) -> Cost:
     """The cost of a stage, with its time."""
-    spent = seconds or Seconds()
-    return kind.cost(columns, randomised=randomised) + Cost(cpu_s=spent.cpu, wall_s=spent.wall)
+    duration = seconds or Seconds()
+    return kind.cost(columns, randomised=randomised) + Cost(cpu_s=duration.cpu, wall_s=duration.wall)
 
 
 def _gallery(plan: Outline, by_stage: Mapping[str, Columns], counted: Sequence[Pass]) -> dict[str, Table]:
     """The table of the first dozen broken examples in source order, each with the input of its worst case."""
     attacks = [by_stage[s.name] for s in plan.steps if s.kind.in_suite and s.name in by_stage]
-    found = [c for c in (*attacks, *(each.columns for each in counted)) if "gallery.id" in c]
-    if not found:
+    with_gallery = [
+        c for c in (*attacks, *(counted_pass.columns for counted_pass in counted)) if "gallery.id" in c
+    ]
+    if not with_gallery:
         return {}
-    chosen = speaking(found, "gallery", smallest=plan.smallest)[:GALLERY]
+    chosen = worst_rows(with_gallery, "gallery", smallest=plan.smallest)[:GALLERY]
     columns = {
-        name: torch.cat([c[f"gallery.{name}"] for c in found])[chosen] for name in ("id", "x", "x_adv")
+        name: torch.cat([c[f"gallery.{name}"] for c in with_gallery])[chosen] for name in ("id", "x", "x_adv")
     }
     return {"gallery": Table("broken example", columns)}
 
 
-def speaking(attacks: Sequence[Columns], kind: str, *, smallest: bool) -> Rows:
+def worst_rows(attacks: Sequence[Columns], kind: str, *, smallest: bool) -> Rows:
     """Return, for each example, the row index of its worst case among the stored inputs of several attacks. The indices
     are ordered by the id of the example.
 
@@ -294,15 +307,16 @@ def speaking(attacks: Sequence[Columns], kind: str, *, smallest: bool) -> Rows:
     broke the example, it is the first stored input. `kind` is the prefix of the columns with the stored inputs.
     """
     ids = torch.cat([columns[f"{kind}.id"] for columns in attacks])
-    worth = [
-        _of_kept("distance", columns, kind) if smallest else ~_of_kept("success", columns, kind)
+    order_keys = [
+        _of_stored("distance", columns, kind) if smallest else ~_of_stored("success", columns, kind)
         for columns in attacks
     ]
-    worst = torch.cat(worth).argsort(stable=True)
+    # stable, so that the earlier attack comes first among equals
+    worst = torch.cat(order_keys).argsort(stable=True)
     return worst[first_of_each(ids[worst])]
 
 
-def _of_kept(name: str, columns: Columns, kind: str) -> Tensor:
+def _of_stored(name: str, columns: Columns, kind: str) -> Tensor:
     """A column, restricted to the stored inputs of an attack."""
     return columns[name][Lookup(columns["id"]).rows(columns[f"{kind}.id"])]
 

@@ -99,13 +99,13 @@ def _shards(
     """Columns of one stage on each of the batches."""
     stage, shards, start = stage.kind.ready(stage, by_stage), [], 0
     due = due_examples(stage, plan, by_stage)
-    first = due is None
-    broken = None if first or stage.kind.in_suite else broken_by_suite(plan.stages(), by_stage)
+    is_clean = due is None
+    broken = None if is_clean or stage.kind.in_suite else broken_by_suite(plan.stages(), by_stage)
     for batch in batches:
         rows = slice(start, start + len(batch))
-        clean = {} if first else {name: values[rows] for name, values in by_stage["clean"].items()}
-        chosen, gone = (None if mask is None else mask[rows] for mask in (due, broken))
-        work = Work(plan, target, (batch,), Room(batch_size), clean, chosen, gone)
+        clean = {} if is_clean else {name: values[rows] for name, values in by_stage["clean"].items()}
+        chosen, already_broken = (None if mask is None else mask[rows] for mask in (due, broken))
+        work = Work(plan, target, (batch,), Room(batch_size), clean, chosen, already_broken)
         shards.append(stage.kind.run(stage, work))
         start += len(batch)
     return shards

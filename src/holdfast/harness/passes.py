@@ -63,13 +63,13 @@ def stage_passes(plan: Outline, by_stage: Mapping[str, Columns]) -> tuple[Pass, 
     examples inside the threat model.
     """
     clean = by_stage["clean"]
-    found = []
+    results = []
     for step in plan.steps:
         if step.kind.title and step.name in by_stage:
             columns = by_stage[step.name]
             name, tried = step.kind.title.format(step.attack), int(columns["ran"].sum())
-            found.append(Pass(step.name, name, _inside(plan, clean, columns), tried, step.settings))
-    return tuple(found)
+            results.append(Pass(step.name, name, _inside(plan, clean, columns), tried, step.settings))
+    return tuple(results)
 
 
 def probe_passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes) -> tuple[Pass, ...]:
@@ -77,42 +77,43 @@ def probe_passes(plan: Outline, by_stage: Mapping[str, Columns], probes: Probes)
     clean = by_stage["clean"]
     suite = [step for step in plan.steps if step.kind.in_suite and not step.adaptive and not step.wave_of]
     attacks = [{"name": step.attack, **step.settings} for step in suite]
-    found = []
+    results = []
     for place, (probe, tried) in enumerate(probes):
         columns = _of_probe(clean, by_stage[FOUND], place) if FOUND in by_stage else unattacked(clean)
         settings = {"attacks": attacks} if probe == AGAIN else {}
-        found.append(
+        results.append(
             Pass(f"probe-{probe}", probe_title(probe), _inside(plan, clean, columns), tried, settings)
         )
-    return tuple(found)
+    return tuple(results)
 
 
 def _inside(plan: Outline, clean: Columns, columns: Columns) -> dict[str, Tensor]:
     """The columns of a pass, restricted to successes inside the threat model, including distances and stored inputs."""
     success = columns["success"] & clean["correct"] & clean["eligible"]
     if plan.threat.queries is not None:
+        # a pass outside the suite may use more queries than the threat model permits
         success = success & (columns["queries"] <= plan.threat.queries)
     inside = dict(columns) | {"success": success}
     for name in (*DISTANCES, "right"):  # other inputs may be outside the threat model
         inside[name] = torch.where(success, columns[name], torch.inf)
-    for kept in ("gallery.", "adversarial."):
-        if f"{kept}id" in columns:
-            rows = torch.isin(columns[f"{kept}id"], columns["id"][success])
-            inside |= {name: values[rows] for name, values in columns.items() if name.startswith(kept)}
+    for prefix in ("gallery.", "adversarial."):
+        if f"{prefix}id" in columns:
+            rows = torch.isin(columns[f"{prefix}id"], columns["id"][success])
+            inside |= {name: values[rows] for name, values in columns.items() if name.startswith(prefix)}
     return inside
 
 
-def _of_probe(clean: Columns, found: Columns, place: int) -> dict[str, Tensor]:
+def _of_probe(clean: Columns, stage_columns: Columns, place: int) -> dict[str, Tensor]:
     """The rows of one probe, as columns of an attack on all examples."""
-    mine = found[PROBE] == place
-    ids = found["id"][mine]
+    of_place = stage_columns[PROBE] == place
+    ids = stage_columns["id"][of_place]
     rows, columns = Lookup(clean["id"]).rows(ids), unattacked(clean)
-    for name, values in found.items():
+    for name, values in stage_columns.items():
         if name in columns:
-            columns[name][rows] = values[mine]
-    for kept in ("gallery.", "adversarial."):
-        if f"{kept}id" in found:
-            of_probe = found[f"{kept}{PROBE}"] == place
-            names = [name for name in found if name.startswith(kept) and name != f"{kept}{PROBE}"]
-            columns |= {name: found[name][of_probe] for name in names}
+            columns[name][rows] = values[of_place]
+    for prefix in ("gallery.", "adversarial."):
+        if f"{prefix}id" in stage_columns:
+            of_probe = stage_columns[f"{prefix}{PROBE}"] == place
+            names = [name for name in stage_columns if name.startswith(prefix) and name != f"{prefix}{PROBE}"]
+            columns |= {name: stage_columns[name][of_probe] for name in names}
     return columns

@@ -71,14 +71,14 @@ class Plan:
     def _step(self, stage: Stage, classes: int) -> StageOutline:
         if stage.member is None:
             return StageOutline(stage.name, stage.kind)
-        plain = settings(stage.member.attack)
+        plain_settings = settings(stage.member.attack)
         aimed = self.threat.goal is not None
         return StageOutline(
             stage.name,
             stage.kind,
             stage.member.name,
-            plain,
-            (*few_classes(plain, classes, aimed=aimed), *_weighed(stage.member.against)),
+            plain_settings,
+            (*few_classes(plain_settings, classes, aimed=aimed), *_weighed(stage.member.against)),
             "".join(stage.earlier[:1]),
             stage.adaptive,
         )
@@ -100,8 +100,8 @@ def on_detector(plan: Plan, *, rejects: bool) -> Plan:
     """
     if not rejects:
         return replace(plan, adaptive=tuple(member for member in plan.adaptive if member.against is None))
-    seen = plan.attacked and plan.threat.goal is None and plan.threat.gives("gradients")
-    return replace(plan, detection=seen)
+    detection = plan.attacked and plan.threat.goal is None and plan.threat.gives("gradients")
+    return replace(plan, detection=detection)
 
 
 def members_of(attacks: Iterable[Attack]) -> tuple[Member, ...]:
@@ -123,11 +123,11 @@ def settings(attack: Attack) -> dict[str, Any]:
     return plain
 
 
-def few_classes(plain: Mapping[str, Any], classes: int, *, aimed: bool) -> tuple[str, ...]:
+def few_classes(attack_settings: Mapping[str, Any], classes: int, *, aimed: bool) -> tuple[str, ...]:
     """Return notes on those settings of an attack that have a different effect because the model has few classes."""
-    targets = plain.get("targets") or 0
+    targets = attack_settings.get("targets") or 0
     needed, notes = 4 if targets or aimed else 3, []
-    if plain.get("loss") == "dlr" and classes < needed:
+    if attack_settings.get("loss") == "dlr" and classes < needed:
         notes.append(f"DLR needs {needed} classes; with {classes} the margin is used instead")
     if targets >= classes:
         notes.append(f"{targets} targets were asked for; with {classes} classes there are {classes - 1}")
@@ -178,24 +178,26 @@ def refuse_what_is_hidden(plan: Plan, target: Access, why: str = "") -> Plan:
     Raises `UsageError` if an attack needs more access; `why` is added to the message.
     """
     least: Access = min(plan.threat.access, target, key=ACCESS_ORDER.index)
-    seen = replace(plan, threat=replace(plan.threat, access=least))
-    seen = replace(seen, adaptive=tuple(m for m in plan.adaptive if seen.threat.gives(m.attack.needs)))
-    for member in (*seen.members, *seen.curve):
-        if isinstance(member.attack, Transfer) and not seen.threat.surrogates:
-            way = "--surrogate MODEL, once for each"
+    limited = replace(plan, threat=replace(plan.threat, access=least))
+    limited = replace(
+        limited, adaptive=tuple(m for m in plan.adaptive if limited.threat.gives(m.attack.needs))
+    )
+    for member in (*limited.members, *limited.curve):
+        if isinstance(member.attack, Transfer) and not limited.threat.surrogates:
+            option = "--surrogate MODEL, once for each"
             raise UsageError(
                 f"{member.name} computes its examples on surrogates, and none is given; name a model with the same "
-                f"classes with {'surrogates=[net]' if plan.alone else way}"
+                f"classes with {'surrogates=[net]' if plan.alone else option}"
             )
-        if not seen.threat.gives(member.attack.needs):
-            seeable = "nothing to be seen" if least == "none" else f"{least} only"
-            limit = f"the threat model allows {seeable}"
+        if not limited.threat.gives(member.attack.needs):
+            visible = "nothing to be seen" if least == "none" else f"{least} only"
+            limit = f"the threat model allows {visible}"
             if not replace(plan.threat, access=target).gives(member.attack.needs):
                 limit = f"the model gives {least} only{f' ({why})' if why else ''}"
             raise UsageError(
-                f"{member.name} needs {member.attack.needs}, and {limit}; {_way_out(member, seen, target)}"
+                f"{member.name} needs {member.attack.needs}, and {limit}; {_advice(member, limited, target)}"
             )
-    return seen
+    return limited
 
 
 def _searched(threat: ThreatModel) -> bool:
@@ -203,8 +205,8 @@ def _searched(threat: ThreatModel) -> bool:
     constraint = threat.constraint
     if isinstance(constraint, (Linf, L2)):
         return threat.gives("labels")
-    bent = isinstance(constraint, Limited) and "flow" in constraint.limits
-    return threat.gives("scores") and not bent and not isinstance(constraint, Patch)
+    moves_pixels = isinstance(constraint, Limited) and "flow" in constraint.limits
+    return threat.gives("scores") and not moves_pixels and not isinstance(constraint, Patch)
 
 
 def _suite(plan: Plan, name: str) -> str:
@@ -212,26 +214,26 @@ def _suite(plan: Plan, name: str) -> str:
     return f"attack={name!r}" if plan.alone else f"--suite {name}"
 
 
-def _way_out(member: Member, plan: Plan, target: Access) -> str:
+def _advice(member: Member, plan: Plan, target: Access) -> str:
     """Advice if an attack needs more access than the threat model and the target allow."""
-    threat, ways = plan.threat, []
-    hidden = [each for each in plan.members if not threat.gives(each.attack.needs)]
+    threat, options = plan.threat, []
+    hidden = [m for m in plan.members if not threat.gives(m.attack.needs)]
     if member not in hidden:
-        ways.append("leave --curve out")
+        options.append("leave --curve out")
     elif len(hidden) < len(plan.members) and not plan.alone:
-        ways.append(f"leave it out with {' '.join(f'--skip {slug(each.name)}' for each in hidden)}")
+        options.append(f"leave it out with {' '.join(f'--skip {slug(m.name)}' for m in hidden)}")
     if _searched(threat) and suite_name(plan.suite) != "black-box":
         searches = ", ".join(name for name, _ in suite("black-box", threat.constraint, threat.access).attacks)
-        ways.append(f"choose {_suite(plan, 'black-box')} ({searches})")
+        options.append(f"choose {_suite(plan, 'black-box')} ({searches})")
     elif threat.access == "none" and not isinstance(threat.constraint, Transformations):
-        ways.append(
+        options.append(
             "give attack='transfer' and surrogates=[net]"
             if plan.alone
             else "choose --suite transfer, which computes its examples on a --surrogate MODEL"
         )
     if replace(threat, access=target).gives(member.attack.needs):
-        ways.append(f"allow the attacker more access, as in access={member.attack.needs}")
+        options.append(f"allow the attacker more access, as in access={member.attack.needs}")
     norm = threat.constraint.name
     if threat.access == "labels" and isinstance(threat.constraint, (L1, L0)):
-        ways.append(f"use linf or l2, because no attack under {norm} works with labels alone")
-    return ", or ".join(ways) or f"there is no attack under {norm} that needs less; use linf or l2"
+        options.append(f"use linf or l2, because no attack under {norm} works with labels alone")
+    return ", or ".join(options) or f"there is no attack under {norm} that needs less; use linf or l2"

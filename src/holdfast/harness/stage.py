@@ -98,6 +98,7 @@ class StageKind(Protocol):
     sampled: ClassVar[bool] = False
     """whether the stage is run on a sample of the examples"""
 
+    # kinds have no state, so that a copy in another process is the same kind
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)
 

@@ -37,7 +37,7 @@ _SAME = 1e-4  # largest difference, relative to the largest logit, of the output
 
 
 @dataclass(frozen=True)
-class Held:
+class WithDetector:
     """Wrapper of a model with a detector, as an ordinary classifier for attacks. An input that the model rejects counts
     as correctly classified.
     """
@@ -61,9 +61,9 @@ class Held:
         logits = self.model(x, ids)
         if self.aim == Aim():
             return held(logits, y)
-        seen = taken(logits, self.aim)
-        exact = held(seen, y)
-        return instead(exact, softly_held(seen, y, self.aim.softness)) if self.aim.softness else exact
+        aimed = taken(logits, self.aim)
+        exact = held(aimed, y)
+        return instead(exact, softly_held(aimed, y, self.aim.softness)) if self.aim.softness else exact
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,14 @@ class Target:
             logits: Logits = self.bare(x)
         return logits
 
-    def asked(self, model: Model, batch: Batch) -> Model:
+    def queried(self, model: Model, batch: Batch) -> Model:
         """Return the model that attacks on a batch query. If the model has a detector, a rejected input counts as
         correctly classified.
         """
         model = Answering(model, batch) if self.bare.remote else model
-        return Held(model, batch, self.aim) if self.rejects else model
+        return WithDetector(model, batch, self.aim) if self.rejects else model
 
-    def held(self, logits: Logits, y: Labels) -> Tensor:
+    def judged_logits(self, logits: Logits, y: Labels) -> Tensor:
         """Return the logits by which an attacked input is judged. An input that the model rejects counts as correctly
         classified.
         """
@@ -161,33 +161,38 @@ def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Ite
     try:
         model.eval().requires_grad_(False)
         with fitted(model, sample.x):
-            target = _looked_at(model, sample, left_in_training)
-            yield _gone_round(target, sample) if adaptive and model.access == "gradients" else target
+            target = _inspected(model, sample, left_in_training)
+            yield _with_view(target, sample) if adaptive and model.access == "gradients" else target
     finally:
+        # also after an error, since the model belongs to the caller
         for module, training in modes:
             module.training = training
         for weight, trained in weights:
             weight.requires_grad_(trained)
 
 
-def _looked_at(model: Classifier, sample: Batch, left_in_training: tuple[str, ...]) -> Target:
-    before = _generators(sample.x.device)
-    once = _first(model, sample)
-    looks = 1 if torch.equal(before, _generators(sample.x.device)) else VOTES
-    randomised = any(bool((change(once, _first(model, sample)) > _SAME).any()) for _ in range(looks))
+def _inspected(model: Classifier, sample: Batch, left_in_training: tuple[str, ...]) -> Target:
+    state = _generators(sample.x.device)
+    logits = _first_logits(model, sample)
+    # a model may use its random numbers rarely, for example in every tenth call
+    n_calls = 1 if torch.equal(state, _generators(sample.x.device)) else VOTES
+    randomised = any(
+        bool((change(logits, _first_logits(model, sample)) > _SAME).any()) for _ in range(n_calls)
+    )
+    # a faster copy is tested by its outputs, which a randomised model does not repeat
     quick, details = (model, ()) if randomised else quickened(model, sample.x)
     filling = () if model.batches is None or model.batches == EVERY else (model.batches.says,)
     if model.rewrites:
         filling = (*filling, IN_PLACE)
-    known = once[:, :-1] if model.rejects else once
+    class_logits = logits[:, :-1] if model.rejects else logits
     notes = (
         *filling,
-        *_remarks(known, randomised=randomised),
+        *_remarks(class_logits, randomised=randomised),
         *((REJECTS,) if model.rejects else ()),
     )
     blind = model.rejects and model.access == "gradients" and _blind(quick, sample)
-    found = Target(model, quick, quick, randomised, known.shape[1], notes, details, left_in_training)
-    return replace(found, blind=blind, blind_view=blind)
+    target = Target(model, quick, quick, randomised, class_logits.shape[1], notes, details, left_in_training)
+    return replace(target, blind=blind, blind_view=blind)
 
 
 def _blind(model: Model, sample: Batch) -> bool:
@@ -201,37 +206,37 @@ def _blind(model: Model, sample: Batch) -> bool:
         x = (sample.x + share * (low + noise * (high - low) - sample.x)).requires_grad_()
         try:
             with torch.enable_grad():
-                found = score(model(x))
+                scores = score(model(x))
         except TargetError:  # reported by the first attack that needs a gradient
             return True
-        if found.requires_grad:
-            (grad,) = torch.autograd.grad(found.sum(), x, materialize_grads=True)
+        if scores.requires_grad:
+            (grad,) = torch.autograd.grad(scores.sum(), x, materialize_grads=True)
             if grad.any():
                 return False
     return True
 
 
-def _gone_round(target: Target, sample: Batch) -> Target:
+def _with_view(target: Target, sample: Batch) -> Target:
     try:
-        found = masking(target.bare, sample.x)
+        masked = masking(target.bare, sample.x)
     except UsageError:
         raise
     except Exception:  # noqa: BLE001  a network may fail in any way
-        said = "the stages of the model cannot be inspected one by one, so adaptive attacks bypass none"
-        return replace(target, notes=(*target.notes, said))
-    if not found:
+        note = "the stages of the model cannot be inspected one by one, so adaptive attacks bypass none"
+        return replace(target, notes=(*target.notes, note))
+    if not masked:
         return target
-    view = View(target.bare, found.ways, found.steps)
-    return replace(target, view=view, masking=found, blind_view=target.blind and _blind(view, sample))
+    view = View(target.bare, masked.ways, masked.steps)
+    return replace(target, view=view, masking=masked, blind_view=target.blind and _blind(view, sample))
 
 
 def _generators(device: torch.device) -> Tensor:
     """States of torch's random generators. A forward pass that changes them is randomised, if only rarely."""
-    here = [torch.get_rng_state()]
-    return torch.cat([*here, torch.cuda.get_rng_state(device)] if device.type == "cuda" else here)
+    states = [torch.get_rng_state()]
+    return torch.cat([*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states)
 
 
-def _first(model: Classifier, sample: Batch) -> Logits:
+def _first_logits(model: Classifier, sample: Batch) -> Logits:
     try:
         with torch.no_grad():
             logits: Logits = model(sample.x)
@@ -245,13 +250,14 @@ def _first(model: Classifier, sample: Batch) -> Logits:
 def _remarks(logits: Logits, *, randomised: bool) -> tuple[str, ...]:
     """Notes on the model that a reader needs before the numbers: constant, NaN or randomised outputs."""
     remarks = []
-    lost = int(logits.isnan().any(1).sum())
-    if lost:
-        said = f"the model returns NaN for {lost} of the first {len(logits)} examples; these count as wrong predictions"
-        remarks.append(f"{said}; look for a division or a logarithm of zero with holdfast doctor")
+    n_nan = int(logits.isnan().any(1).sum())
+    if n_nan:
+        share = f"{n_nan} of the first {len(logits)} examples"
+        text = f"the model returns NaN for {share}; these count as wrong predictions"
+        remarks.append(f"{text}; look for a division or a logarithm of zero with holdfast doctor")
     elif len(logits) > 1 and bool((logits == logits[0]).all()):
-        said = f"the model gives each of {len(logits)} examples the same output, so that there is nothing to attack"
-        remarks.append(f"{said}; check its weights and its preprocessing with holdfast doctor")
+        text = f"the model gives each of {len(logits)} examples the same output, so that there is nothing to attack"
+        remarks.append(f"{text}; check its weights and its preprocessing with holdfast doctor")
     if randomised:
         remarks.append(
             f"the model draws at random: an example stands until most of {VOTES} draws are wrong, and robust accuracy "

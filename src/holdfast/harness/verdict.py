@@ -48,6 +48,7 @@ def unattacked(clean: Columns) -> dict[str, Tensor]:
     zeros = torch.zeros(n, dtype=torch.int64)
     distance = torch.where(clean["correct"], torch.inf, 0.0).float()
     return {
+        # copies, because the kinds of stages write results into these columns
         "id": clean["id"].clone(),
         "ran": torch.zeros(n, dtype=torch.bool),
         "success": torch.zeros(n, dtype=torch.bool),
@@ -71,8 +72,8 @@ def judge_inputs(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs, rng:
     batch = aimed(batch, plan.threat)
     with target.repeatable(rng.at(int(batch.ids[0]))):
         _, columns = verdict_of(plan, target, batch, x_adv)
-    nothing = torch.zeros_like(batch.ids)
-    columns |= {"queries": nothing, "first_success": nothing, "backwards": nothing}
+    zeros = torch.zeros_like(batch.ids)
+    columns |= {"queries": zeros, "first_success": zeros, "backwards": zeros}
     columns |= stored_inputs(plan, batch, x_adv, columns["success"], batch.ids)
     return {name: values.cpu() for name, values in columns.items()}
 
@@ -83,21 +84,24 @@ def verdict_of(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs) -> tup
 
     `success` is true for a wrong prediction inside the threat model.
     """
-    logits, right, right_fresh = votes(target, batch, x_adv, lambda logits: target.held(logits, batch.y))
-    found, constraint = ~(right > 0.5), plan.threat.constraint
+    logits, right, right_fresh = votes(
+        target, batch, x_adv, lambda logits: target.judged_logits(logits, batch.y)
+    )
+    # a tie counts against the model
+    wrong, constraint = ~(right > 0.5), plan.threat.constraint
     distance = constraint.distance(x_adv, batch.x)
-    far = torch.full_like(distance, torch.inf)
+    infinite = torch.full_like(distance, torch.inf)
     return logits, {
         "id": batch.ids,
-        "ran": torch.ones_like(found),
-        "success": found & allowed(constraint, x_adv, batch.x, target.bare.bounds),
+        "ran": torch.ones_like(wrong),
+        "success": wrong & allowed(constraint, x_adv, batch.x, target.bare.bounds),
         "prediction": target.predicted(logits),
         "right": right,
         "right_fresh": right_fresh,
-        "height": margin(target.held(logits, batch.y), batch),
-        "distance": torch.where(found, distance, far).float(),
+        "height": margin(target.judged_logits(logits, batch.y), batch),
+        "distance": torch.where(wrong, distance, infinite).float(),
         **{
-            f"distance_{name}": torch.where(found, norm.distance(x_adv, batch.x), far).float()
+            f"distance_{name}": torch.where(wrong, norm.distance(x_adv, batch.x), infinite).float()
             for name, norm in distance_norms(constraint).items()
         },
     }
@@ -142,7 +146,7 @@ def returned(
     If the query budget of the attack ran out, the inputs are those that it had found before. Raises `HoldfastError` if
     they violate the threat model.
     """
-    meter = Metered(target.asked(target.quick, batch), batch, threat)
+    meter = Metered(target.queried(target.quick, batch), batch, threat)
     try:
         x_adv = attack(meter, batch, threat, rng=rng)
     except BudgetSpent:
@@ -165,26 +169,27 @@ def returned(
 
 
 def votes(
-    target: Target, batch: Batch, x: Inputs, seen: Callable[[Logits], Tensor]
+    target: Target, batch: Batch, x: Inputs, judged_logits: Callable[[Logits], Tensor]
 ) -> tuple[Logits, Tensor, Tensor]:
     """Return the logits of the original model, and two independent estimates of the fraction of forward passes in which
     each input is classified correctly.
 
-    The second fraction is computed from new votes. `seen` computes the logits that are judged. A deterministic model is
-    evaluated once. Ties and NaN count as wrong.
+    The second fraction is computed from new votes. `judged_logits` computes the logits that are judged. A deterministic
+    model is evaluated once. Ties and NaN count as wrong.
     """
 
-    def holds(logits: Logits) -> Mask:
-        return margin(seen(logits), batch) > 0
+    def is_correct(logits: Logits) -> Mask:
+        return margin(judged_logits(logits), batch) > 0
 
     logits = target.logits(x)
     if not target.randomised:
-        right = holds(logits).float()
+        right = is_correct(logits).float()
         return logits, right, right
 
     def share() -> Tensor:
-        return torch.stack([holds(target.logits(x)).double() for _ in range(VOTES)]).mean(0)
+        return torch.stack([is_correct(target.logits(x)).double() for _ in range(VOTES)]).mean(0)
 
+    # the worst case is chosen by the first estimate, so that only the second one is unbiased for it
     return logits, share(), share()
 
 

@@ -49,14 +49,14 @@ def _either(name: str, first: Columns, wave: Columns, ran: Mask) -> Tensor:
     return torch.cat((first[name], wave[name]))
 
 
-def most_left(held: int, waves: int) -> float:
+def untried_bound(n_unbroken: int, waves: int) -> float:
     """Return an upper bound, with 95 % confidence, on the fraction of untried examples that an attack would break if it
-    broke none of the last `held` examples.
+    broke none of the last `n_unbroken` examples.
 
     The confidence is 95 %. Any of the `waves` could be the last one by chance, so the error probability is divided
     among them.
     """
-    most: float = 1 - ((1 - _CONFIDENCE) / waves) ** (1 / held)
+    most: float = 1 - ((1 - _CONFIDENCE) / waves) ** (1 / n_unbroken)
     return most
 
 
@@ -67,10 +67,11 @@ def residual(waves: Sequence[Columns], standing: int) -> Residual | None:
     Returns None if the attack tried all of them.
     """
     ran = [int(columns["ran"].sum()) for columns in waves]
-    left, last = standing - sum(ran), max((k for k, n in enumerate(ran) if n), default=0)
-    if left <= 0 or not ran[last] or waves[last]["success"].any():
+    untried, last = standing - sum(ran), max((k for k, n in enumerate(ran) if n), default=0)
+    # the bound needs a last wave that broke no example
+    if untried <= 0 or not ran[last] or waves[last]["success"].any():
         return None
-    return Residual(left, most_left(ran[last], len(waves)))
+    return Residual(untried, untried_bound(ran[last], len(waves)))
 
 
 def remark(attack: str, waves: Sequence[Columns], risk: Residual | None) -> tuple[str, ...]:
@@ -81,9 +82,9 @@ def remark(attack: str, waves: Sequence[Columns], risk: Residual | None) -> tupl
         return ()
     ran = [int(columns["ran"].sum()) for columns in waves]
     tried, last = sum(ran), next(n for n in reversed(ran) if n)
-    said = (
+    note = (
         f"{attack} was run on {tried:,} of the {tried + risk.untried:,} robust examples, lowest margins "
         f"first. The last {last:,} all survived, so with 95 % confidence it would break at most "
         f"{100 * risk.at_most:.1f} % of the other {risk.untried:,}, if none of those is more likely to be broken"
     )
-    return (said,)
+    return (note,)

@@ -39,8 +39,8 @@ def _numbers(values: PerExample, name: str) -> PerExample:
 
 def _confusions(y: Labels, prediction: Labels, rows: Tensor) -> Tensor:
     """Counts (resamples, classes, classes) of each label and prediction, over the classes that occur."""
-    known, coded = torch.unique(torch.cat((y, prediction)), return_inverse=True)
-    classes = len(known)
+    occurring, coded = torch.unique(torch.cat((y, prediction)), return_inverse=True)
+    classes = len(occurring)
     cell = coded[: len(y)] * classes + coded[len(y) :]
     counts = torch.zeros(len(rows), classes * classes, dtype=torch.float64)
     cells = cell[rows]
@@ -65,6 +65,7 @@ Score = Callable[[Counts], Tensor]
 
 
 def _precision(counts: Counts) -> Tensor:
+    # a class that is never predicted has no hits, so that its score is 0
     return counts.hits / counts.predicted.clamp_min(1)
 
 
@@ -82,12 +83,13 @@ def _macro(evidence: Evidence, score: Score, of: Input, confidence: float) -> Es
     Rejected inputs (-1) count as predictions of no class.
     """
     y, prediction = evidence["y"], _values(evidence, "prediction", of)
-    first = int((prediction < 0).any())
+    # the classes are sorted, so that rejected inputs (-1) are the first
+    skipped = int((prediction < 0).any())
 
     def statistic(rows: Tensor) -> PerExample:
         table = _confusions(y, prediction, rows)
-        every = (table.diagonal(dim1=1, dim2=2), table.sum(1), table.sum(2))
-        counts = Counts(*(each[:, first:] for each in every))
+        totals = (table.diagonal(dim1=1, dim2=2), table.sum(1), table.sum(2))
+        counts = Counts(*(per_class[:, skipped:] for per_class in totals))
         occurs = counts.labelled + counts.predicted > 0
         return (score(counts) * occurs).sum(1) / occurs.sum(1)
 
@@ -124,6 +126,7 @@ def _entropy_limit(evidence: Evidence) -> float:
 def defensive_entropy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
     """Return the mean entropy of the predicted class probabilities on attacked inputs, in nats."""
     values = _numbers(_values(evidence, "entropy", "attacked"), "defensive_entropy")
+    # the model may have more classes than occur, so that an entropy may exceed this limit
     return mean(values, confidence, support=Support(0.0, max(_entropy_limit(evidence), float(values.max()))))
 
 
@@ -153,18 +156,22 @@ def calibration_error(evidence: Evidence, confidence: float = 0.95, *, of: Input
     The estimate is biased upwards in small samples, and resampling adds to the bias. The interval is corrected for the
     latter. For a model that rejects inputs, only accepted inputs count.
     """
-    sure, prediction = _values(evidence, "confidence", of).double(), _values(evidence, "prediction", of)
-    right = (prediction == evidence["y"]).double()
-    _numbers(sure, "calibration_error")
-    valid = ~sure.isnan() & (prediction >= 0)
+    confidences, prediction = (
+        _values(evidence, "confidence", of).double(),
+        _values(evidence, "prediction", of),
+    )
+    correct = (prediction == evidence["y"]).double()
+    _numbers(confidences, "calibration_error")
+    valid = ~confidences.isnan() & (prediction >= 0)
     if not valid.any():
         raise Absent("calibration_error is computed on accepted inputs, and the model accepts none")
-    sure, right = sure[valid], right[valid]
-    bin_of = (sure * BINS).ceil().long().clamp(1, BINS) - 1
-    gap = right - sure
+    confidences, correct = confidences[valid], correct[valid]
+    # bins are open below and closed above, as in Guo et al.; a confidence of 0 is in the first one
+    bin_of = (confidences * BINS).ceil().long().clamp(1, BINS) - 1
+    gap = correct - confidences
 
     def statistic(rows: Tensor) -> PerExample:
         sums = torch.zeros(len(rows), BINS, dtype=torch.float64).scatter_add_(1, bin_of[rows], gap[rows])
         return sums.abs().sum(1) / rows.shape[1]
 
-    return bootstrap(statistic, len(sure), confidence)
+    return bootstrap(statistic, len(confidences), confidence)

@@ -50,14 +50,14 @@ def broken_examples(evidence: Evidence, metric: str, eps: float | None) -> Mask:
     For another eps the distances of the minimum-norm attacks are used.
     """
     untargeted(evidence, metric)
-    own = evidence.threat.constraint.eps
-    if eps is None and math.isinf(own):
+    eps_of_run = evidence.threat.constraint.eps
+    if eps is None and math.isinf(eps_of_run):
         raise Absent(f"{metric} needs an eps in a minimum-norm run; write {metric}@EPS, as in {metric}@0.5")
-    if eps is None or (eps == own and "distance" not in evidence):
+    if eps is None or (eps == eps_of_run and "distance" not in evidence):
         return column(evidence, "success", "run at least one attack") & evidence["correct"]
-    way_out = f"this run attacked at eps={own:g} only; {MINIMUM_NORM}"
-    fallen = within(column(evidence, "distance", way_out), eps)
-    return evidence["correct"] & (fallen | evidence["success"] if eps == own else fallen)
+    way_out = f"this run attacked at eps={eps_of_run:g} only; {MINIMUM_NORM}"
+    broken = within(column(evidence, "distance", way_out), eps)
+    return evidence["correct"] & (broken | evidence["success"] if eps == eps_of_run else broken)
 
 
 def robust(evidence: Evidence, metric: str, eps: float | None = None) -> Mask:

@@ -64,10 +64,10 @@ def mce(evidence: Evidence, baseline: Evidence, confidence: float = 0.95) -> Est
     refuse_incomparable(evidence, baseline)
     shared = paired_examples(evidence, baseline)
     after, before = ~_right(evidence)[:, shared.first], ~_right(baseline)[:, shared.second]
-    both = torch.stack((after, before)).double()
+    wrong = torch.stack((after, before)).double()
 
     def statistic(rows: Tensor) -> PerExample:
-        errors = both[:, :, rows].mean(-1)
+        errors = wrong[:, :, rows].mean(-1)
         # if the baseline makes no error in a resample, half an error is counted
         return (errors[0] / errors[1].clamp_min(0.5 / rows.shape[1])).mean(0)
 
@@ -84,7 +84,7 @@ def refuse_incomparable(evidence: Evidence, baseline: Evidence) -> None:
             "mce needs a baseline with the same corruptions; assess both runs with the same corruptions"
         )
     wrong = ~_right(baseline)[:, paired_examples(evidence, baseline).second]
-    spotless = [name for name, each in zip(measured(baseline), wrong, strict=True) if not each.any()]
+    spotless = [name for name, errors in zip(measured(baseline), wrong, strict=True) if not errors.any()]
     if spotless:
         raise Absent(
             f"mce has no value: the baseline makes no error under {', '.join(spotless)}, and a mean corruption error "

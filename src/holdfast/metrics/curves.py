@@ -60,24 +60,24 @@ def accuracy_against_eps(evidence: Evidence, confidence: float = 0.95) -> Curve:
     """
     untargeted(evidence, "the eps curve")
     distance = column(evidence, "distance", MINIMUM_NORM).double()
-    return _falling(torch.where(evidence["correct"], distance, 0.0), confidence)
+    return _decreasing(torch.where(evidence["correct"], distance, 0.0), confidence)
 
 
 def accuracy_against_queries(evidence: Evidence, confidence: float = 0.95) -> Curve:
     """Return robust accuracy as a function of the number of queries for each example, computed from the first query
     that broke it.
     """
-    fell = broken_examples(evidence, "the query curve", None)
-    first = column(evidence, "first_success", "run at least one attack").double()
-    falls = torch.where(fell, first, torch.inf)
-    return _falling(torch.where(evidence["correct"], falls, 0.0), confidence)
+    broken = broken_examples(evidence, "the query curve", None)
+    first_query = column(evidence, "first_success", "run at least one attack").double()
+    broken_at = torch.where(broken, first_query, torch.inf)
+    return _decreasing(torch.where(evidence["correct"], broken_at, 0.0), confidence)
 
 
-def _falling(falls_at: PerExample, confidence: float) -> Curve:
-    n = len(falls_at)
-    steps = torch.unique(falls_at[falls_at.isfinite() & (falls_at > 0)])
+def _decreasing(broken_at: PerExample, confidence: float) -> Curve:
+    n = len(broken_at)
+    steps = torch.unique(broken_at[broken_at.isfinite() & (broken_at > 0)])
     if len(steps) > POINTS - 1:
         steps = steps[torch.linspace(0, len(steps) - 1, POINTS - 1).round().long()]
     x = (0.0, *steps.tolist())
-    held = [int((falls_at > at).sum()) for at in x]
-    return Curve(x, tuple(Estimate(k / n, *clopper_pearson(k, n, confidence), n) for k in held))
+    n_robust = [int((broken_at > at).sum()) for at in x]
+    return Curve(x, tuple(Estimate(k / n, *clopper_pearson(k, n, confidence), n) for k in n_robust))

@@ -31,10 +31,10 @@ def _scores(evidence: Evidence, of: Attacker) -> tuple[PerExample, PerExample, M
 
 
 def _fooled(evidence: Evidence, of: Attacker) -> tuple[PerExample, PerExample]:
-    clean, attacked, turned = _scores(evidence, of)
-    if not turned.any():
+    clean, attacked, broken = _scores(evidence, of)
+    if not broken.any():
         raise Absent("no attacked input was misclassified by the network, so there is nothing to detect")
-    return clean[turned], attacked[turned]
+    return clean[broken], attacked[broken]
 
 
 def auroc_estimate(evidence: Evidence, confidence: float = 0.95, *, of: Attacker = "aware") -> Estimate:

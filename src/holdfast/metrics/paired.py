@@ -35,6 +35,7 @@ def paired_examples(first: Evidence, second: Evidence) -> Pairs:
     places: defaultdict[bytes, list[int]] = defaultdict(list)
     for row, key in enumerate(_keys(second["digest"])):
         places[key].append(row)
+    # an example that occurs twice is paired with another row each time
     matches = [(row, places[key].pop(0)) for row, key in enumerate(_keys(first["digest"])) if places.get(key)]
     if not matches:
         raise UsageError(
@@ -56,16 +57,16 @@ def basis(first: Evidence, second: Evidence) -> Scope:
     Every pass counts if both runs had equal passes, that is equal attacks, settings and surrogates. Otherwise only the
     suites count, because the model of the run with more passes would seem weaker.
     """
-    mine, theirs = map(_passes, (first, second))
-    return "every pass" if mine == theirs and mine is not None else "suite only"
+    first_passes, second_passes = map(_passes, (first, second))
+    return "every pass" if first_passes == second_passes and first_passes is not None else "suite only"
 
 
 def _passes(evidence: Evidence) -> tuple[object, ...] | None:
     """Attacks and passes whose examples count, for comparison. None if only those of the suite count."""
     if evidence.scope == "suite only":
         return None
-    attacks = [(each.name, each.settings) for each in evidence.attacks]
-    passes = [(each.stage, each.settings) for each in evidence.passes]
+    attacks = [(record.name, record.settings) for record in evidence.attacks]
+    passes = [(record.stage, record.settings) for record in evidence.passes]
     return evidence.suite, attacks, passes, [surrogate["digest"] for surrogate in evidence.surrogates]
 
 
@@ -85,13 +86,13 @@ def regression(evidence: Evidence, baseline: Evidence, confidence: float = 0.95)
     `basis` determines which adversarial examples count.
     """
     shared, scope = paired_examples(evidence, baseline), basis(evidence, baseline)
-    chances = right_probability if scope == "every pass" else suite_right_probability
-    mine, theirs = chances(evidence), chances(baseline)
-    held, held_before = robust_in_scope(evidence, scope), robust_in_scope(baseline, scope)
-    if mine is None and theirs is None:
-        return paired_difference(held_before[shared.second], held[shared.first], confidence)
-    after = (held.double() if mine is None else mine)[shared.first]
-    before = (held_before.double() if theirs is None else theirs)[shared.second]
+    probability = right_probability if scope == "every pass" else suite_right_probability
+    chance, chance_before = probability(evidence), probability(baseline)
+    mask, mask_before = robust_in_scope(evidence, scope), robust_in_scope(baseline, scope)
+    if chance is None and chance_before is None:
+        return paired_difference(mask_before[shared.second], mask[shared.first], confidence)
+    after = (mask.double() if chance is None else chance)[shared.first]
+    before = (mask_before.double() if chance_before is None else chance_before)[shared.second]
     return mean(before - after, confidence, support=Support(-1.0, 1.0))
 
 

@@ -46,15 +46,15 @@ def mean_perturbation(evidence: Evidence, confidence: float = 0.95, *, norm: Nor
     """
     size = _sizes(evidence, norm)
     # a misclassified clean input needs no perturbation; under a targeted goal it may still reach the target
-    turned = evidence["success"] & _counted(evidence) & size.isfinite()
+    broken = evidence["success"] & _counted(evidence) & size.isfinite()
     if evidence.threat.goal is None:
-        turned &= evidence["correct"]
-    if not turned.any():
+        broken &= evidence["correct"]
+    if not broken.any():
         raise Absent("no attack broke any example, so there is no mean perturbation")
     constraint = evidence.threat.constraint
     most = constraint.eps if isinstance(constraint, _NORMS[norm]) else math.inf
     # the harness allows a tolerance, by which a rounded size may exceed eps
-    return mean(size[turned], confidence, support=Support(0.0, max(most, float(size[turned].max()))))
+    return mean(size[broken], confidence, support=Support(0.0, max(most, float(size[broken].max()))))
 
 
 def robust_margin(evidence: Evidence, confidence: float = 0.95) -> Estimate:

@@ -35,8 +35,10 @@ def right_probability(evidence: Evidence, eps: float | None = None) -> PerExampl
 
     Returns None if `eps` is not the eps of the run, or if the model is not randomised.
     """
-    own = eps is None or eps == evidence.threat.constraint.eps
-    return evidence["right_probability"].double() if own and "right_probability" in evidence else None
+    at_eps_of_run = eps is None or eps == evidence.threat.constraint.eps
+    return (
+        evidence["right_probability"].double() if at_eps_of_run and "right_probability" in evidence else None
+    )
 
 
 def robust_accuracy(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
@@ -81,14 +83,18 @@ def robustness_score(evidence: Evidence, confidence: float = 0.95, *, eps: float
     It increases with both, so the ends of two simultaneous intervals (Bonferroni) give the ends of its interval. A
     bootstrap would give an interval of width zero for a sample without errors.
     """
-    each_confidence = bonferroni(confidence, 2)
-    clean, held = (
-        clean_accuracy(evidence, each_confidence),
-        robust_accuracy(evidence, each_confidence, eps=eps),
+    single_confidence = bonferroni(confidence, 2)
+    clean, robust_estimate = (
+        clean_accuracy(evidence, single_confidence),
+        robust_accuracy(evidence, single_confidence, eps=eps),
     )
     low, value, high = (
         _harmonic(c, r)
-        for c, r in ((clean.low, held.low), (clean.value, held.value), (clean.high, held.high))
+        for c, r in (
+            (clean.low, robust_estimate.low),
+            (clean.value, robust_estimate.value),
+            (clean.high, robust_estimate.high),
+        )
     )
     return Estimate(value, low, high, len(evidence))
 
@@ -101,12 +107,12 @@ def attack_success_rate(
     evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None
 ) -> Estimate:
     """Return the share of the examples with a correctly classified clean input that an attack broke."""
-    fell = broken_examples(evidence, "attack_success_rate", eps)[evidence["correct"]]
-    if not len(fell):
+    broken = broken_examples(evidence, "attack_success_rate", eps)[evidence["correct"]]
+    if not len(broken):
         raise Absent(
             "attack_success_rate is a share of the examples that are correct when clean, and there are none"
         )
-    return proportion(fell, confidence)
+    return proportion(broken, confidence)
 
 
 def perturbed_share(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
@@ -161,7 +167,7 @@ def per_class(evidence: Evidence, confidence: float = 0.95) -> tuple[ClassRow, .
                 label,
                 int(members.sum()),
                 proportion(evidence["correct"][members], confidence),
-                _held(evidence, members, "robust_accuracy", confidence) if measured else None,
+                _accuracy_of(evidence, members, "robust_accuracy", confidence) if measured else None,
             )
         )
     return tuple(rows)
@@ -175,13 +181,15 @@ def worst_class(evidence: Evidence, confidence: float = 0.95, *, eps: float | No
     """
     y = evidence["y"]
     labels = torch.unique(y).tolist()
-    each_confidence = bonferroni(confidence, len(labels))
-    accuracies = [_held(evidence, y == label, "worst_class", each_confidence, eps) for label in labels]
+    single_confidence = bonferroni(confidence, len(labels))
+    accuracies = [
+        _accuracy_of(evidence, y == label, "worst_class", single_confidence, eps) for label in labels
+    ]
     worst = min(accuracies, key=lambda estimate: estimate.value)
     return Estimate(worst.value, min(e.low for e in accuracies), min(e.high for e in accuracies), worst.n)
 
 
-def _held(
+def _accuracy_of(
     evidence: Evidence, members: Mask, metric: str, confidence: float, eps: float | None = None
 ) -> Estimate:
     """Robust accuracy of some examples: a share, or the mean probability of a correct answer for a randomised model."""

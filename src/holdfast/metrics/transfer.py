@@ -42,9 +42,9 @@ def matrix(evidence: Evidence, confidence: float = 0.95) -> tuple[TransferRow, .
     if "wrong" not in evidence.transfer:
         raise Absent("transfer was not measured; name a model with the same classes with --surrogate MODEL")
     names, right, wrong = model_names(evidence), evidence.transfer["right"], evidence.transfer["wrong"]
-    own = [0] if evidence.threat.gives("gradients") else []
-    made_on: list[int | None] = [*own, *range(1, len(names))]
-    made_on += [None] * (wrong.shape[1] - len(made_on))
+    target_row = [0] if evidence.threat.gives("gradients") else []
+    sources: list[int | None] = [*target_row, *range(1, len(names))]
+    sources += [None] * (wrong.shape[1] - len(sources))
     return tuple(
         TransferRow(
             ALL if of is None else names[of],
@@ -54,7 +54,7 @@ def matrix(evidence: Evidence, confidence: float = 0.95) -> tuple[TransferRow, .
                 for j in range(len(names))
             ),
         )
-        for i, of in enumerate(made_on)
+        for i, of in enumerate(sources)
     )
 
 

@@ -15,7 +15,7 @@ from holdfast.metrics.columns import Absent
 from holdfast.ops.statistics import proportion
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, percent
-from holdfast.reports.transfer import shown, told_apart
+from holdfast.reports.transfer import distinct_names, shown
 
 Json = dict[str, Any]
 
@@ -28,7 +28,7 @@ def across(evidence: Evidence, confidence: float) -> Json | None:
         rows = across_rows(evidence, confidence)
     except Absent:
         return None
-    names = told_apart(sets(evidence))
+    names = distinct_names(sets(evidence))
     return {
         "data": list(names),
         "n": len(evidence.across["turned"]),
@@ -43,24 +43,24 @@ def across(evidence: Evidence, confidence: float) -> Json | None:
     }
 
 
-def title(found: Mapping[str, Any], noun: str) -> str:
+def title(results: Mapping[str, Any], noun: str) -> str:
     """Return the title of the table that shows the transfer of perturbations across data sets."""
     return (
-        f"across data: share of {count_text(found['n'])} {noun} of each data set whose prediction changes; control: "
+        f"across data: share of {count_text(results['n'])} {noun} of each data set whose prediction changes; control: "
         "the same perturbations in random order"
     )
 
 
-def headings(found: Mapping[str, Any]) -> list[str]:
+def headings(results: Mapping[str, Any]) -> list[str]:
     """Return the column headings of the table that shows the transfer of perturbations across data sets."""
-    return ["computed on", *(f"applied to {name}" for name in found["data"])]
+    return ["computed on", *(f"applied to {name}" for name in results["data"])]
 
 
-def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
+def cells(results: Mapping[str, Any]) -> Iterator[list[str]]:
     """Yield the rows of the table of the transfer across data sets as text: the source data set, and success rates with
     those of the controls.
     """
-    for row in found["rows"]:
+    for row in results["rows"]:
         pairs = zip(row["shares"], row["controls"], strict=True)
         yield [
             row["computed_on"],
@@ -101,7 +101,7 @@ def across_rows(evidence: Evidence, confidence: float = 0.95) -> tuple[AcrossRow
         )
     shares = {
         name: [
-            [proportion(found, confidence) for found in row] for row in evidence.across[name].permute(1, 2, 0)
+            [proportion(mask, confidence) for mask in row] for row in evidence.across[name].permute(1, 2, 0)
         ]
         for name in ("turned", "control")
     }

@@ -66,17 +66,17 @@ def risks(summary: Mapping[str, Any]) -> str:
 
     The line is empty if all surviving examples were tried.
     """
-    left = [attack for attack in summary["attacks"] if attack["not_tried"]]
+    partly_run = [attack for attack in summary["attacks"] if attack["not_tried"]]
     untried = (
         f"{attack['name']} {count_text(attack['not_tried']['n'])} "
         f"({percent(attack['not_tried']['max_success_rate'])})"
-        for attack in left
+        for attack in partly_run
     )
-    words = (
+    description = (
         "examples that were skipped, because all examples closer to the decision boundary survived, with the largest "
         "share of them that would break (95 % confidence, if none is easier to break)"
     )
-    return f"{words}: {', '.join(untried)}" if left else ""
+    return f"{description}: {', '.join(untried)}" if partly_run else ""
 
 
 def fits_text(summary: Mapping[str, Any]) -> str:
@@ -86,8 +86,8 @@ def fits_text(summary: Mapping[str, Any]) -> str:
     learned = [
         f"{attack['name']} {count_text(attack['fits'])}" for attack in summary["attacks"] if attack["fits"]
     ]
-    words = "number of fits of each learned attack, the best of which was evaluated"
-    return f"{words}: {', '.join(learned)}" if learned else ""
+    description = "number of fits of each learned attack, the best of which was evaluated"
+    return f"{description}: {', '.join(learned)}" if learned else ""
 
 
 def passes_line(summary: Mapping[str, Any], *, brief: bool = False) -> str:
@@ -99,10 +99,10 @@ def passes_line(summary: Mapping[str, Any], *, brief: bool = False) -> str:
     passes_run = summary["passes"]
     if not passes_run:
         return ""
-    broke = [f"{each['name']} {count_text(each['broken'])}" for each in passes_run if each["broken"]]
-    total = count_text(sum(each["broken"] for each in passes_run))
+    broke = [f"{record['name']} {count_text(record['broken'])}" for record in passes_run if record["broken"]]
+    total = count_text(sum(record["broken"] for record in passes_run))
     names = f": {', '.join(broke)}" if broke else ""
     run = f"{count_text(len(passes_run))} pass{'es' * (len(passes_run) > 1)}"
     text = f"outside the suite, {run} broke {total} more examples{names}"
-    idle = [each["name"] for each in passes_run if not each["broken"]]
+    idle = [record["name"] for record in passes_run if not record["broken"]]
     return text if brief or not idle else f"{text}; no more examples were broken by {', '.join(idle)}"

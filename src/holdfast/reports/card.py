@@ -6,7 +6,7 @@ from typing import Any
 from holdfast.core.names import printable
 from holdfast.reports.charts import Axis, Plane
 from holdfast.reports.markdown import code, escaped, markdown_table
-from holdfast.reports.notes import spoken_notes
+from holdfast.reports.notes import shown_notes
 from holdfast.reports.numbers import percent, plain
 from holdfast.reports.words import SCOPES, capitalized, interval, label, shown
 
@@ -81,22 +81,22 @@ def compared_metrics(card: Mapping[str, Any]) -> tuple[str, str]:
 def judged(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return those parts of the summary of an assessment that the card of a hardened model contains."""
     raised = [doubt for doubt in summary["doubts"] if doubt["state"] == "raised"]
-    looked = [doubt for doubt in summary["doubts"] if doubt["state"] in {"raised", "clear"}]
+    tested = [doubt for doubt in summary["doubts"] if doubt["state"] in {"raised", "clear"}]
     return {
         "headline": summary["headline"],
         "suite": summary["suite"],
         "n": summary["n"],
         "metrics": {name: summary["metrics"][name] for name in _KEPT},
         "doubts": [{"name": doubt["name"], "message": doubt["message"]} for doubt in raised],
-        "doubts_tested": len(looked),
-        "notes": spoken_notes(summary),
+        "doubts_tested": len(tested),
+        "notes": shown_notes(summary),
         "accepted_doubts": dict(summary["accepted_doubts"]),
     }
 
 
 def card_document(card: Mapping[str, Any]) -> str:
     """Return the card of a hardened model as a Markdown document."""
-    before, after, held = card["before"], card["after"], card["chosen"]
+    before, after, chosen = card["before"], card["after"], card["chosen"]
     lines = [f"# {escaped(card['name'])}", ""]
     lines += [
         f"Hardened against {escaped(card['threat'])} with the recipe {code(card['recipe'])}, {_why(card)}.",
@@ -111,15 +111,15 @@ def card_document(card: Mapping[str, Any]) -> str:
     )
     if "scope" in card:
         lines += [f"Robust accuracy is {SCOPES[card['scope']].removeprefix('; ')}.", ""]
-    looked = card["held_out"]
+    held_out = card["held_out"]
     lines += [
-        f"The checkpoint is from epoch {held['epoch']} of {plain(card['epochs'])}, the best on held-out examples:",
+        f"The checkpoint is from epoch {chosen['epoch']} of {plain(card['epochs'])}, the best on held-out examples:",
         "",
     ]
     lines += _sides(
-        f"on {looked['n']:,} held-out training examples, attacked by PGD with 20 steps (overestimates robustness)",
-        looked["before"],
-        looked["after"],
+        f"on {held_out['n']:,} held-out training examples, attacked by PGD with 20 steps (overestimates robustness)",
+        held_out["before"],
+        held_out["after"],
         _HELD_OUT,
     )
     lines += ["![accuracy over the epochs](curve.svg)", ""]
@@ -141,15 +141,16 @@ def _reservations(card: Mapping[str, Any]) -> list[str]:
     """The doubts about both models, and the notes."""
     before, after = card["before"], card["after"]
     lines = []
-    for side, words in (("before", before), ("after", after)):
+    for side, assessment in (("before", before), ("after", after)):
         lines += [
-            f"- doubt {side}, {code(doubt['name'])}: {escaped(doubt['message'])}" for doubt in words["doubts"]
+            f"- doubt {side}, {code(doubt['name'])}: {escaped(doubt['message'])}"
+            for doubt in assessment["doubts"]
         ]
     lines += [f"- accepted, {code(name)}: {escaped(why)}" for name, why in after["accepted_doubts"].items()]
     if not after["doubts"]:
         probed = after["doubts_tested"]
-        words = f"none of {probed} tested doubts was raised" if probed else "no doubt was tested"
-        lines += [f"- {words} for the hardened model"]
+        assessment = f"none of {probed} tested doubts was raised" if probed else "no doubt was tested"
+        lines += [f"- {assessment} for the hardened model"]
     lines += [f"- {escaped(note)}" for note in card["notes"]]
     return [*lines, *(f"- {escaped(note)}" for note in _of_judging(card))]
 
@@ -189,14 +190,14 @@ def _of_judging(card: Mapping[str, Any]) -> list[str]:
     before, after = (
         [note for note in card[side]["notes"] if note not in card["notes"]] for side in ("before", "after")
     )
-    both = [f"evaluation: {note}" for note in before if note in after]
-    apart = (
+    shared = [f"evaluation: {note}" for note in before if note in after]
+    single = (
         (side, note)
-        for side, notes, others in (("before", before, after), ("after", after, before))
+        for side, notes, other_notes in (("before", before, after), ("after", after, before))
         for note in notes
-        if note not in others
+        if note not in other_notes
     )
-    return [*both, *(f"evaluation {side}: {note}" for side, note in apart)]
+    return [*shared, *(f"evaluation {side}: {note}" for side, note in single)]
 
 
 def _why(card: Mapping[str, Any]) -> str:
@@ -211,11 +212,11 @@ def _measured(name: str, estimate: Mapping[str, Any]) -> str:
     return f"{shown(name, estimate['value'])} ({interval(name, estimate)})"
 
 
-def _settings(said: Mapping[str, Any], before: str = "") -> list[str]:
+def _settings(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
     lines = []
-    for name, value in said.items():
+    for name, value in settings.items():
         if isinstance(value, Mapping):
-            lines += _settings(value, f"{before}{name}.")
+            lines += _settings(value, f"{prefix}{name}.")
         else:
-            lines.append(f"{before}{name}: {value}")
+            lines.append(f"{prefix}{name}: {value}")
     return lines

@@ -61,9 +61,10 @@ class Axis:
         if self.logarithmic:
             factors = (1, 2, 5) if self.top < _FEW else (1,)
             powers = range(math.floor(math.log10(max(self.top, 1))) + 1)
-            found = [factor * 10.0**power for power in powers for factor in factors]
-            return [(value, count_text(value)) for value in (0.0, *found) if value <= self.top]
+            multiples = [factor * 10.0**power for power in powers for factor in factors]
+            return [(value, count_text(value)) for value in (0.0, *multiples) if value <= self.top]
         step = round_step(self.top)
+        # the tolerance keeps the last tick if the division rounds down
         return [(k * step, plain(k * step)) for k in range(math.floor(self.top / step + 1e-9) + 1)]
 
 
@@ -73,6 +74,7 @@ def round_step(top: float, most: int = 6) -> float:
     """
     raw = top / most
     power = 10.0 ** math.floor(math.log10(raw))
+    # without the tolerance, rounding could select the next larger step
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
 
 

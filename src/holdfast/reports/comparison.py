@@ -23,7 +23,14 @@ from holdfast.metrics.paired import (
 from holdfast.ops.statistics import mcnemar
 from holdfast.reports.curves import estimate_to_json
 from holdfast.reports.numbers import count_text, number, percent, plain, strict
-from holdfast.reports.words import SCOPES, as_asked, capitalized, every_one_tried, label, told_of
+from holdfast.reports.words import (
+    SCOPES,
+    all_attacks_text,
+    capitalized,
+    label,
+    threat_syntax,
+    without_redundant,
+)
 
 Json = dict[str, Any]
 
@@ -71,7 +78,7 @@ def comparison(
         "metrics": _side_by_side(*(summary["metrics"] for summary in summaries)),
         "notes": notes,
     }
-    content["survived"] = every_one_tried(summaries[1]["threat"])
+    content["survived"] = all_attacks_text(summaries[1]["threat"])
     content["headline"] = comparison_headline(content)
     written: Json = strict(content)
     return written
@@ -95,13 +102,13 @@ def _side_by_side(first: Mapping[str, Any], second: Mapping[str, Any]) -> Json:
     return {name: [first.get(name), second.get(name)] for name in dict.fromkeys([*first, *second])}
 
 
-def told_side_by_side(content: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any] | None]]:
+def shown_side_by_side(content: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any] | None]]:
     """Return the metrics of both runs that text reports of a comparison show. Metrics that are redundant
     are left out.
     """
-    sides = ({name: both[k] for name, both in content["metrics"].items() if both[k]} for k in (0, 1))
-    wanted = {name for side in sides for name in told_of(side)}
-    return {name: both for name, both in content["metrics"].items() if name in wanted}
+    sides = ({name: pair[k] for name, pair in content["metrics"].items() if pair[k]} for k in (0, 1))
+    names = {name for side in sides for name in without_redundant(side)}
+    return {name: pair for name, pair in content["metrics"].items() if name in names}
 
 
 def comparison_to_json(content: Mapping[str, Any]) -> str:
@@ -111,7 +118,7 @@ def comparison_to_json(content: Mapping[str, Any]) -> str:
 
 def caution(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """Return a warning if the threat models of two compared runs differ, or an empty string if they are equal."""
-    before, after = as_asked(first), as_asked(second)
+    before, after = threat_syntax(first), threat_syntax(second)
     if before == after:
         return ""
     return (
@@ -124,20 +131,23 @@ def comparison_headline(content: Mapping[str, Any]) -> str:
     """Return one sentence that states the change between two compared runs. An exact test decides whether the change is
     significant.
     """
-    metric, found = next(iter(content["paired"].items()))
-    before, after = (percent(found[side]) for side in ("first", "second"))
-    change, p = found["difference"], found["p"]
+    metric, paired = next(iter(content["paired"].items()))
+    before, after = (percent(paired[side]) for side in ("first", "second"))
+    change, p = paired["difference"], paired["p"]
     survived = "the suite" if content["scope"] == "suite only" else content["survived"]
-    what = f"survive {survived}" if metric == "robust_accuracy" else "are correct without any attack"
+    outcome = f"survive {survived}" if metric == "robust_accuracy" else "are correct without any attack"
     shared = f"{count_text(content['n'])} shared {content['noun']}"
-    sentence = f"Of {shared}, {after} {what} in the second run and {before} in the first"
-    sure = f"{100 * content['confidence']:.0f} % interval {signed(change['low'])} to {signed(change['high'])}"
-    around = number(change["low"]) <= 0 <= number(change["high"])
-    shown = number(p) < 1 - content["confidence"]
-    prefix = "" if shown else "no significant difference on these examples, "
-    at_odds = f"; the interval {('contains' if around else 'does not contain')} 0, but the exact test decides"
-    tested = f"exact McNemar p = {plain(p, 2)}{at_odds if shown == around else ''}"
-    return f"{sentence}: {prefix}{signed(change['value'])} points ({sure}, {tested})."
+    sentence = f"Of {shared}, {after} {outcome} in the second run and {before} in the first"
+    interval = (
+        f"{100 * content['confidence']:.0f} % interval {signed(change['low'])} to {signed(change['high'])}"
+    )
+    contains_zero = number(change["low"]) <= 0 <= number(change["high"])
+    significant = number(p) < 1 - content["confidence"]
+    prefix = "" if significant else "no significant difference on these examples, "
+    contains = "contains" if contains_zero else "does not contain"
+    disagreement = f"; the interval {contains} 0, but the exact test decides"
+    tested = f"exact McNemar p = {plain(p, 2)}{disagreement if significant == contains_zero else ''}"
+    return f"{sentence}: {prefix}{signed(change['value'])} points ({interval}, {tested})."
 
 
 def percentage_points(change: Mapping[str, Any]) -> str:
@@ -166,16 +176,18 @@ def _paired(judged: tuple[Mask, Mask], difference: Estimate, shared: Pairs) -> J
     }
 
 
-def _flipped(first: Evidence, second: Evidence, held: tuple[Mask, Mask], shared: Pairs) -> Json:
+def _flipped(first: Evidence, second: Evidence, robust: tuple[Mask, Mask], shared: Pairs) -> Json:
     """The examples that survive in one run only, by their ids in both."""
-    before, after = held[0][shared.first].bool(), held[1][shared.second].bool()
+    before, after = robust[0][shared.first].bool(), robust[1][shared.second].bool()
     ids = first["id"][shared.first], second["id"][shared.second]
     return {"lost": _side(before & ~after, ids), "gained": _side(after & ~before, ids)}
 
 
 def _side(mask: Mask, ids: tuple[Tensor, Tensor]) -> Json:
     rows = mask.nonzero()[:, 0]
-    listed = [list(pair) for pair in zip(*(some[rows[:MOST_FLIPPED]].tolist() for some in ids), strict=True)]
+    listed = [
+        list(pair) for pair in zip(*(side_ids[rows[:MOST_FLIPPED]].tolist() for side_ids in ids), strict=True)
+    ]
     return {"n": len(rows), "ids": listed}
 
 
@@ -232,10 +244,10 @@ def markdown(content: Mapping[str, Any]) -> str:
     ]
     lines += markdown_table(("", "first", "second"), runs)
     lines += markdown_table(("paired", "first", "second", "difference", "p"), _paired_rows(content))
-    for side, words in SIDES.items():
+    for side, description in SIDES.items():
         if side in content["flipped"]:
             flipped = content["flipped"][side]
-            lines.append(f"- {words}: {count_text(flipped['n'])}{_some(flipped)}")
+            lines.append(f"- {description}: {count_text(flipped['n'])}{_first_ids(flipped)}")
     return "\n".join([*lines, ""])
 
 
@@ -244,12 +256,12 @@ def _paired_rows(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             label(f"suite_{name}" if suite and name == "robust_accuracy" else name),
-            percent(found["first"]),
-            percent(found["second"]),
-            percentage_points(found["difference"]),
-            plain(found["p"], 2),
+            percent(row["first"]),
+            percent(row["second"]),
+            percentage_points(row["difference"]),
+            plain(row["p"], 2),
         )
-        for name, found in content["paired"].items()
+        for name, row in content["paired"].items()
     ]
 
 
@@ -260,7 +272,7 @@ SIDES = {
 """Description of each of the two directions in which the result of an example can change."""
 
 
-def _some(flipped: Mapping[str, Any], most: int = 20) -> str:
+def _first_ids(flipped: Mapping[str, Any], most: int = 20) -> str:
     """A few ids, and how many more there are."""
     if not flipped["n"]:
         return ""
@@ -280,15 +292,15 @@ def text(content: Mapping[str, Any], *, colour: bool, width: int | None = None) 
     for cells in _paired_rows(content):
         paired.add_row(*map(cell, cells))
     metrics = grid("metrics", ("metric", "first", "second"))
-    for name, both in told_side_by_side(content).items():
-        metrics.add_row(cell(label(name)), *(shown_or_dash(name, found) for found in both))
+    for name, estimates in shown_side_by_side(content).items():
+        metrics.add_row(cell(label(name)), *(shown_or_dash(name, estimate) for estimate in estimates))
     lines = [
-        f"{words}: {count_text(flipped['n'])}{_some(flipped)}"
-        for side, words in SIDES.items()
+        f"{description}: {count_text(flipped['n'])}{_first_ids(flipped)}"
+        for side, description in SIDES.items()
         if (flipped := content["flipped"].get(side))
     ]
     lines += [f"note: {note}" for note in content["notes"]]
-    tables = "\n".join(as_string(each, colour=colour, width=width) for each in (paired, metrics))
+    tables = "\n".join(as_string(table, colour=colour, width=width) for table in (paired, metrics))
     head = "".join(f"{cell(content[key])}\n\n" for key in ("caution", "headline") if content[key])
     return head + tables + "".join(f"\n{cell(line)}" for line in lines) + "\n"
 
@@ -297,9 +309,14 @@ def comparison_page(content: Mapping[str, Any]) -> str:
     """Return the comparison of two runs as a self-contained HTML page."""
     from holdfast.reports.html import render
 
-    metrics = told_side_by_side(content)
+    metrics = shown_side_by_side(content)
     return render(
-        "comparison.html.j2", s=content, metrics=metrics, sides=SIDES, points=percentage_points, some=_some
+        "comparison.html.j2",
+        s=content,
+        metrics=metrics,
+        sides=SIDES,
+        points=percentage_points,
+        some=_first_ids,
     )
 
 
@@ -309,8 +326,8 @@ def comparison_fragment(content: Mapping[str, Any]) -> str:
     from holdfast.reports.terminal import FIRST, shown_or_dash
 
     metrics = [
-        (label(name), *(shown_or_dash(name, found) for found in both))
-        for name, both in told_side_by_side(content).items()
+        (label(name), *(shown_or_dash(name, estimate) for estimate in estimates))
+        for name, estimates in shown_side_by_side(content).items()
         if name in FIRST
     ]
     return filled("notebook-comparison.html.j2", s=content, paired=_paired_rows(content), metrics=metrics)

@@ -55,10 +55,10 @@ def _points(
     if not len(evidence):
         return []
     try:
-        found = curve(evidence, confidence)
+        points = curve(evidence, confidence)
     except Absent:
         return []
-    return [{axis: strict(x)} | estimate_to_json(y) for x, y in zip(found.x, found.y, strict=True)]
+    return [{axis: strict(x)} | estimate_to_json(y) for x, y in zip(points.x, points.y, strict=True)]
 
 
 def per_class_to_json(evidence: Evidence, names: tuple[str, ...], confidence: float) -> list[Json]:

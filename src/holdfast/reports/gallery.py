@@ -34,10 +34,10 @@ def example_images(evidence: Evidence, classes: Sequence[str], attacks: Sequence
     """
     if "id" not in evidence.gallery:
         return []
-    low, high = _box(evidence.model)
+    low, high = _range_of_inputs(evidence.model)
     entries = []
-    for place, wanted in enumerate(evidence.gallery["id"][:MOST_EXAMPLES]):
-        rows = (evidence["id"] == wanted).nonzero()[:, 0].tolist()
+    for place, example_id in enumerate(evidence.gallery["id"][:MOST_EXAMPLES]):
+        rows = (evidence["id"] == example_id).nonzero()[:, 0].tolist()
         if not rows:
             continue
         x, x_adv = evidence.gallery["x"][place].float(), evidence.gallery["x_adv"][place].float()
@@ -78,7 +78,7 @@ def _facts(evidence: Evidence, row: int, classes: Sequence[str], attacks: Sequen
     }
 
 
-def _box(model: Mapping[str, Any]) -> tuple[float, float]:
+def _range_of_inputs(model: Mapping[str, Any]) -> tuple[float, float]:
     """The range of the inputs, if the model gives it as two numbers, else 0 to 1."""
     bounds = model.get("bounds")
     if (
@@ -94,6 +94,7 @@ def _pictures(x: Tensor, x_adv: Tensor, low: float, high: float) -> Json:
     """Clean input, changed input and difference as PNG; the difference is amplified, and grey where it is zero."""
     delta = x_adv - x
     largest = float(delta.abs().max())
+    # no division by 0 if the bounds of the model are equal
     width = high - low or 1.0
     amplified = width / (2 * largest) if largest > 0 and math.isfinite(largest) else 1.0
     difference = _shrunk_signed(delta) * amplified / width + 0.5
@@ -114,16 +115,19 @@ def _target(x: Tensor) -> tuple[int, int] | None:
 
 
 def _shrunk(x: Tensor) -> Tensor:
-    to = _target(x)
-    return x if to is None else adaptive_avg_pool2d(x[None], to)[0]
+    target_size = _target(x)
+    return x if target_size is None else adaptive_avg_pool2d(x[None], target_size)[0]
 
 
 def _shrunk_signed(delta: Tensor) -> Tensor:
     """Downsample by the largest change in each cell, with its sign, since averages would remove fine patterns."""
-    to = _target(delta)
-    if to is None:
+    target_size = _target(delta)
+    if target_size is None:
         return delta
-    most, least = adaptive_max_pool2d(delta[None], to)[0], -adaptive_max_pool2d(-delta[None], to)[0]
+    most, least = (
+        adaptive_max_pool2d(delta[None], target_size)[0],
+        -adaptive_max_pool2d(-delta[None], target_size)[0],
+    )
     return torch.where(most.abs() >= least.abs(), most, least)
 
 
@@ -143,10 +147,10 @@ def _changes(x: Tensor, x_adv: Tensor, data: Mapping[str, Any]) -> Json:
     clean, perturbed = x.flatten(), x_adv.flatten()
     moved = (perturbed - clean).abs()
     names = data.get("features")
-    named = isinstance(names, Sequence) and not isinstance(names, str) and len(names) == len(clean)
+    has_names = isinstance(names, Sequence) and not isinstance(names, str) and len(names) == len(clean)
     changes = [
         {
-            "feature": str(names[at]) if named and names is not None else f"feature {at}",
+            "feature": str(names[at]) if has_names and names is not None else f"feature {at}",
             "clean": strict(float(clean[at])),
             "perturbed": strict(float(perturbed[at])),
         }

@@ -39,7 +39,7 @@ def page(summary: Mapping[str, Any]) -> str:
         verdict_word=words.VERDICTS[summary["verdict"]][1],
         title=words.capitalized(words.title(summary)),
         main=words.main_metric(summary),
-        metrics=words.told_metrics(summary),
+        metrics=words.shown_metrics(summary),
         shown_examples=MOST_EXAMPLES,
         open_doubts=words.open_doubts(summary),
         hardest=_hardest(summary["attacks"]),
@@ -55,13 +55,13 @@ def page(summary: Mapping[str, Any]) -> str:
     )
 
 
-def fragment(summary: Mapping[str, Any], asked: Sequence[Mapping[str, Any]] = ()) -> str:
+def fragment(summary: Mapping[str, Any], later_gates: Sequence[Mapping[str, Any]] = ()) -> str:
     """Return the main results of a run as HTML for display in a notebook: the verdict, gates, attacks, metrics, doubts
     and a few examples.
 
-    `asked` contains gates that were judged after the run.
+    `later_gates` contains gates that were judged after the run.
     """
-    sign, word = words.VERDICTS[summary["verdict"]]
+    sign, verdict_text = words.VERDICTS[summary["verdict"]]
     distance = attacks.by_distance(summary)
     headings = attacks.SMALLEST if distance else attacks.STANDING
     rows = [attacks.row(attack, distance=distance) for attack in summary["attacks"]]
@@ -72,21 +72,21 @@ def fragment(summary: Mapping[str, Any], asked: Sequence[Mapping[str, Any]] = ()
             words.interval(name, e),
             numbers.count_text(e["n"]),
         )
-        for name, e in words.told_metrics(summary).items()
+        for name, e in words.shown_metrics(summary).items()
         if name in FIRST
     ]
     return filled(
         "notebook.html.j2",
-        gates=[*summary["gates"], *asked],
+        gates=[*summary["gates"], *later_gates],
         examples=summary["examples"][:MOST_EXAMPLES],
         s=summary,
         sign=sign,
-        word=word,
+        word=verdict_text,
         title=attacks.title(summary),
         headings=headings,
         rows=[[cells[heading] for heading in headings] for cells in rows],
         metrics=metrics,
-        notes=notes.spoken_notes(summary),
+        notes=notes.shown_notes(summary),
     )
 
 
@@ -101,8 +101,10 @@ def render(template: str, **content: Any) -> str:
     """
     from markupsafe import Markup
 
-    style = _read("report.css")
+    # the hash in the policy is that of this exact text, so no filter may change it
+    style = _template_text("report.css")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    # the style sheet is a file of this package, so it needs no escaping
     return _environment().get_template(template).render(style=Markup(style), style_digest=digest, **content)  # noqa: S704
 
 
@@ -113,7 +115,7 @@ def filled(template: str, **content: Any) -> str:
     return _environment().get_template(template).render(**content)
 
 
-def _read(name: str) -> str:
+def _template_text(name: str) -> str:
     return resources.files("holdfast.reports").joinpath("templates", name).read_text(encoding="utf-8")
 
 
@@ -124,10 +126,11 @@ def _environment() -> "Environment":
     pages = ("report", "comparison", "notebook", "notebook-comparison", "parts")
     names = [f"{page}.html.j2" for page in pages]
     environment = Environment(
-        loader=DictLoader({name: _read(name) for name in names}),
+        # from package resources, which need not be files
+        loader=DictLoader({name: _template_text(name) for name in names}),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_shown,
+        finalize=_printable_value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -140,7 +143,7 @@ def _environment() -> "Environment":
         "picture": _picture,
         "label": words.label,
         "definition": words.definition,
-        "asked": words.asked,
+        "condition": words.condition_text,
         "every_nth": _every_nth,
         "capitalized": words.capitalized,
         "sentences": words.sentences,
@@ -157,7 +160,7 @@ def _environment() -> "Environment":
     return environment
 
 
-def _shown(value: Any) -> Any:
+def _printable_value(value: Any) -> Any:
     """Remove control characters and bidirectional marks from plain strings; other values are unchanged."""
     return printable(value) if type(value) is str else value
 

@@ -67,10 +67,11 @@ def _properties(summary: Mapping[str, Any]) -> dict[str, str]:
     return {name: value for name, value in properties.items() if value}
 
 
-def _case(group: str, name: str, says: str) -> ET.Element:
+def _case(group: str, name: str, text: str) -> ET.Element:
+    # `printable`, because XML cannot contain control characters
     case = ET.Element("testcase", {"classname": f"holdfast.{group}", "name": printable(name), "time": "0"})
-    if says:
-        ET.SubElement(case, "system-out").text = printable(says)
+    if text:
+        ET.SubElement(case, "system-out").text = printable(text)
     return case
 
 
@@ -81,8 +82,8 @@ def _assessment(summary: Mapping[str, Any]) -> ET.Element:
 
 def _gate(gate: Mapping[str, Any]) -> ET.Element:
     estimate = gate["estimate"]
-    sure = interval(gate["metric"], estimate)
-    text = f"{shown(gate['metric'], estimate['value'])}, interval {sure}: {gate['message']}"
+    interval_text = interval(gate["metric"], estimate)
+    text = f"{shown(gate['metric'], estimate['value'])}, interval {interval_text}: {gate['message']}"
     if gate["verdict"] == "pass":
         return _case("gates", gate["condition"], text)
     case = _case("gates", gate["condition"], "")
@@ -94,11 +95,11 @@ def _gate(gate: Mapping[str, Any]) -> ET.Element:
 
 
 def _doubt(doubt: Mapping[str, Any], accepted: Mapping[str, str]) -> ET.Element:
-    name, state, says = doubt["name"], doubt["state"], doubt["message"] or doubt["title"]
+    name, state, text = doubt["name"], doubt["state"], doubt["message"] or doubt["title"]
     if state in ("clear", "answered"):
-        return _case("doubts", name, says)
+        return _case("doubts", name, text)
     if state == "raised" and name in accepted:
-        return _case("doubts", name, f"accepted because {accepted[name]}. Measured: {says}")
+        return _case("doubts", name, f"accepted because {accepted[name]}. Measured: {text}")
     case = _case("doubts", name, "")
-    ET.SubElement(case, "skipped", {"message": printable(f"{state}: {says}")})
+    ET.SubElement(case, "skipped", {"message": printable(f"{state}: {text}")})
     return case

@@ -16,17 +16,18 @@ from holdfast.reports.words import (
     query_budget,
     sentences,
     shown,
-    told_metrics,
+    shown_metrics,
 )
 
+# `@` and `#` are included, because they would mention users and issues on GitHub
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$@&#])")
 
 
 def markdown_document(summary: Mapping[str, Any]) -> str:
     """Return the report of a run as GitHub-flavoured Markdown, in which text from users is escaped."""
-    sign, word = VERDICTS[summary["verdict"]]
+    sign, verdict = VERDICTS[summary["verdict"]]
     about = f"{summary['model'].get('name', 'model')} on {summary['data'].get('name', 'data')}"
-    lines = [f"## {sign} {word}: {escaped(about)}", "", escaped(summary["headline"]), ""]
+    lines = [f"## {sign} {verdict}: {escaped(about)}", "", escaped(summary["headline"]), ""]
     if summary["accepted_doubts"]:
         lines += [
             f"- accepted doubt **{escaped(name)}**: {escaped(why)}"
@@ -49,10 +50,10 @@ def markdown_document(summary: Mapping[str, Any]) -> str:
         lines += ["</details>", ""]
     lines += ["<details><summary>Metrics</summary>", ""]
     lines += markdown_table(
-        ("metric", "value", "interval", "n"), (_metric(*item) for item in told_metrics(summary).items())
+        ("metric", "value", "interval", "n"), (_metric(*item) for item in shown_metrics(summary).items())
     )
     lines += ["</details>", ""]
-    lines += [f"- {escaped(capitalized(said))}." for said in summary["served"].get("messages", ())]
+    lines += [f"- {escaped(capitalized(message))}." for message in summary["served"].get("messages", ())]
     lines += ["", _footing(summary), ""] if summary["served"] else [_footing(summary), ""]
     return "\n".join(lines)
 
@@ -80,13 +81,13 @@ def _class(row: Mapping[str, Any]) -> list[str]:
 
 
 def _gate(gate: Mapping[str, Any]) -> list[str]:
-    sign, word = VERDICTS[gate["verdict"]]
+    sign, verdict = VERDICTS[gate["verdict"]]
     metric, estimate = gate["metric"], gate["estimate"]
     return [
         f"{escaped(gate['condition'])}",
         shown(metric, estimate["value"]),
         interval(metric, estimate),
-        f"{sign} {word}",
+        f"{sign} {verdict}",
     ]
 
 
@@ -101,9 +102,9 @@ def _attacks(summary: Mapping[str, Any]) -> list[str]:
         *markdown_table(headings, [[escaped(cells[heading]) for heading in headings] for cells in rows]),
         *(
             line
-            for said in (risks(summary), fits_text(summary), passes_line(summary))
-            if said
-            for line in (f"{escaped(capitalized(said))}.", "")
+            for text in (risks(summary), fits_text(summary), passes_line(summary))
+            if text
+            for line in (f"{escaped(capitalized(text))}.", "")
         ),
     ]
 
@@ -111,18 +112,18 @@ def _attacks(summary: Mapping[str, Any]) -> list[str]:
 def _matrices(summary: Mapping[str, Any]) -> list[str]:
     """The transfer matrix and the transfer across data sets."""
     lines = []
-    for name, words in (("transfer", transfer), ("data_transfer", across)):
+    for name, report in (("transfer", transfer), ("data_transfer", across)):
         matrix = summary[name]
         if matrix is None:
             continue
         headings, *rows = (
-            [escaped(each) for each in row] for row in (words.headings(matrix), *words.cells(matrix))
+            [escaped(text) for text in row] for row in (report.headings(matrix), *report.cells(matrix))
         )
-        heading, _, says = words.title(matrix, summary["noun"]).partition(": ")
+        heading, _, description = report.title(matrix, summary["noun"]).partition(": ")
         lines += [
             f"### {heading.capitalize()}",
             "",
-            f"{escaped(says.capitalize())}.",
+            f"{escaped(description.capitalize())}.",
             "",
             *markdown_table(headings, rows),
         ]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def spoken_notes(summary: Mapping[str, Any], *, verbose: bool = False) -> list[str]:
+def shown_notes(summary: Mapping[str, Any], *, verbose: bool = False) -> list[str]:
     """Return the notes that a report shows with the verdict of a run, without those that repeat a raised doubt.
 
     With `verbose`, the details are included.

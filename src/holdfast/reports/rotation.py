@@ -51,32 +51,32 @@ def rotation(document: Mapping[str, Any] | None) -> Json | None:
     return table
 
 
-def title(found: Mapping[str, Any], noun: str) -> str:
+def title(table: Mapping[str, Any], noun: str) -> str:
     """Return the title of the table that shows the success of attackers with different knowledge of a rotation."""
     return (
-        f"attackers: share of the {count_text(found['n'])} {noun} classified correctly by set {found['serving_set']} "
+        f"attackers: share of the {count_text(table['n'])} {noun} classified correctly by set {table['serving_set']} "
         "that each attacker breaks"
     )
 
 
-def headings(found: Mapping[str, Any]) -> list[str]:
+def headings(table: Mapping[str, Any]) -> list[str]:
     """Return the column headings of the table that shows the success of attackers with different knowledge of a
     rotation.
     """
     return ["attacker", "broken", "rotation", "attack", "has"]
 
 
-def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
+def cells(table: Mapping[str, Any]) -> Iterator[list[str]]:
     """Yield the rows of the table that shows the success of attackers with different knowledge of a
     rotation, as text.
     """
-    for row in found["rows"]:
+    for row in table["rows"]:
         share = "–" if row["share"] is None else shown(row["share"])
         has = row["message"] if row["share"] is None else row["has"]
         yield [NAMES.get(row["attacker"], row["attacker"]), share, row["effect"], row["attack"] or "–", has]
 
 
-def alternatives_title(found: Mapping[str, Any], noun: str) -> str:
+def alternatives_title(table: Mapping[str, Any], noun: str) -> str:
     """Return the title of the table that compares a rotation with other uses of the same training time."""
     return (
         f"alternatives: other uses of the same time, with the share of {noun} that examples from the stolen set "
@@ -84,7 +84,7 @@ def alternatives_title(found: Mapping[str, Any], noun: str) -> str:
     )
 
 
-def alternatives_headings(found: Mapping[str, Any]) -> list[str]:
+def alternatives_headings(table: Mapping[str, Any]) -> list[str]:
     """Return the column headings of the table that compares a rotation with other uses of the same training time."""
     return [
         "alternative",
@@ -95,8 +95,8 @@ def alternatives_headings(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def alternatives_cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
+def alternatives_cells(table: Mapping[str, Any]) -> Iterator[list[str]]:
     """Yield the rows of the table that compares a rotation with other uses of the same training time, as text."""
-    for row in found["alternatives"]:
+    for row in table["alternatives"]:
         shares = ("–" if row[key] is None else shown(row[key]) for key in ("stolen_set", "white_box"))
         yield [row["alternative"], percent(row["clean_accuracy"]["value"]), *shares, row["message"]]

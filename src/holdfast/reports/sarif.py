@@ -69,13 +69,14 @@ def _rule(rule: str, summary: Mapping[str, Any]) -> Json:
     name = rule.removeprefix("doubt-")
     doubt = next(doubt for doubt in summary["doubts"] if printable(doubt["name"]) == name)
     title, meaning, advice = (printable(doubt[key]) for key in ("title", "meaning", "advice"))
-    described: Json = {"id": rule, "shortDescription": {"text": title}}
+    entry: Json = {"id": rule, "shortDescription": {"text": title}}
     if name in CONCERNS:
-        described |= {"fullDescription": {"text": meaning}, "help": {"text": advice}}
-    return described
+        entry |= {"fullDescription": {"text": meaning}, "help": {"text": advice}}
+    return entry
 
 
 def _result(rule: str, level: str, message: str, subject: str, summary: Mapping[str, Any]) -> Json:
+    # no measured value, so that a later run gives the same fingerprint to the same finding
     key = "\n".join((rule, subject, _about(summary)))
     return {
         "ruleId": printable(rule),
@@ -94,8 +95,11 @@ def _result(rule: str, level: str, message: str, subject: str, summary: Mapping[
 
 
 def _gate(gate: Mapping[str, Any], summary: Mapping[str, Any]) -> Json:
-    value, sure = shown(gate["metric"], gate["estimate"]["value"]), interval(gate["metric"], gate["estimate"])
-    message = f"{gate['condition']}: {gate['verdict']}. Measured {value}, interval {sure}: {gate['message']}."
+    value, interval_text = (
+        shown(gate["metric"], gate["estimate"]["value"]),
+        interval(gate["metric"], gate["estimate"]),
+    )
+    message = f"{gate['condition']}: {gate['verdict']}. Measured {value}, interval {interval_text}: {gate['message']}."
     return _result(f"gate-{gate['verdict']}", _LEVELS[gate["verdict"]], message, gate["condition"], summary)
 
 

@@ -38,7 +38,7 @@ from holdfast.reports.words import headline, open_doubts, threat_in_words, why
 
 Json = dict[str, Any]
 
-_OBEYED = re.compile(r"[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_UNSAFE = re.compile(r"[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 """Characters that are legal in JSON, but that a terminal interprets or a file cannot contain."""
 
 SUMMARY_VERSION = 2
@@ -95,7 +95,7 @@ def summary(
 def _measured(evidence: Evidence, confidence: float) -> Json:
     """The parts of the summary that come from the evidence."""
     classes = tuple(str(name) for name in evidence.data.get("classes") or ())
-    found_by = [*(each.name for each in evidence.attacks), *(each.name for each in evidence.passes)]
+    names = [*(record.name for record in evidence.attacks), *(record.name for record in evidence.passes)]
     return {
         "suite": evidence.suite,
         "attacks": _attacks(evidence, confidence),
@@ -113,8 +113,8 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
         "transfer": transfer(evidence, confidence),
         "other_data": [_bounded(card) for card in evidence.others],
         "data_transfer": across(evidence, confidence),
-        "examples": example_images(evidence, classes, found_by),
-        "passes": [_pass(each) for each in evidence.passes],
+        "examples": example_images(evidence, classes, names),
+        "passes": [_pass(record) for record in evidence.passes],
         "scope": evidence.scope,
         "broken_outside_suite": evidence.broken_elsewhere,
         "notes": list(evidence.notes),
@@ -135,7 +135,7 @@ def _about(run: Mapping[str, Any]) -> Json:
 def to_json(content: Mapping[str, Any]) -> str:
     """Return the summary of a run as strict JSON text, without NaN and infinities, with a newline at the end."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    return _OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # `-o -` prints it
+    return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)  # `-o -` prints it
 
 
 def summary_schema(name: str = "assessment-2") -> Json:
@@ -157,7 +157,7 @@ def _noun(evidence: Evidence) -> str:
     return "images" if shape is not None and is_image(tuple(shape)) else "examples"
 
 
-def asked_gate(gate: Judgement, content: Mapping[str, Any]) -> Json:
+def later_gate(gate: Judgement, content: Mapping[str, Any]) -> Json:
     """Return the JSON entry of the summary for a gate that was judged after the end of the run."""
     entry = _gate(gate)
     judged: Json = strict(entry | {"message": why(entry, open_doubts(content))})
@@ -184,36 +184,36 @@ def _attacks(evidence: Evidence, confidence: float) -> list[Json]:
     chosen = judged(evidence)
     bounded = math.isfinite(evidence.threat.constraint.eps)  # else a large enough change breaks any example
     broken_by = evidence["broken_by"].long() if bounded and "broken_by" in evidence else None
-    lost = ~robust_examples(evidence)
+    not_robust = ~robust_examples(evidence)
     # not robust and broken by no attack: misclassified when clean
-    fallen = lost if broken_by is None else lost & (broken_by < 0)
+    not_surviving = not_robust if broken_by is None else not_robust & (broken_by < 0)
     entries = []
     for place, record in enumerate(evidence.attacks):
         after = None
         if broken_by is not None:
-            fallen = fallen | lost & _broke(evidence, place)
-            after = estimate_to_json(proportion(~fallen[chosen], confidence)) if chosen.any() else None
+            not_surviving = not_surviving | not_robust & _broke(evidence, place)
+            after = estimate_to_json(proportion(~not_surviving[chosen], confidence)) if chosen.any() else None
         entries.append(_attack(record, after) | _smallest(evidence, record, confidence))
     return entries
 
 
 def _broke(evidence: Evidence, place: int) -> Mask:
     """Mask of the examples that an attack broke; in a minimum-norm run, all that it broke within eps."""
-    mine: Mask = evidence["broken_by"] == place
+    broken: Mask = evidence["broken_by"] == place
     distance = f"{evidence.attacks[place].stage}.distance"
     if distance in evidence:
-        mine |= within(evidence[distance], evidence.threat.constraint.eps)
-    return mine
+        broken |= within(evidence[distance], evidence.threat.constraint.eps)
+    return broken
 
 
 def _smallest(evidence: Evidence, record: AttackRecord, confidence: float) -> Json:
     """The fraction of examples and the median distance that a minimum-norm attack found; None for other attacks."""
-    nothing = {"success_rate": None, "median_distance": None}
+    missing = {"success_rate": None, "median_distance": None}
     if f"{record.stage}.distance" not in evidence:
-        return nothing
+        return missing
     distance, attacked = evidence[f"{record.stage}.distance"], judged(evidence) & evidence["correct"].bool()
     if not attacked.any():
-        return nothing
+        return missing
     # a misclassified example has distance 0, unless the attack must reach a target class
     counted = judged(evidence) if evidence.threat.goal is None else attacked
     return {
@@ -312,10 +312,10 @@ def eps_unit(threat: ThreatModel, model: Mapping[str, Any]) -> str:
     if not threat.constraint.in_input_units:
         return ""
     low, high = (float(end) for end in model.get("bounds") or (0.0, 1.0))
-    legal = f"legal values from {low:g} to {high:g}"
+    range_text = f"legal values from {low:g} to {high:g}"
     if model.get("data_normalised"):
-        return f"pixels, with {legal}, before the normalisation of the data"
-    return f"units of the inputs, with {legal}"
+        return f"pixels, with {range_text}, before the normalisation of the data"
+    return f"units of the inputs, with {range_text}"
 
 
 def _bounded(about: Mapping[str, Any]) -> Json:

@@ -29,10 +29,13 @@ _NAMED = {"class": "y", "clean_class": "clean_prediction", "adversarial_class": 
 """Columns with the names of classes, if known, and the columns with their numbers."""
 
 
-def headings(columns: Columns, *, named: bool = False) -> list[str]:
-    """Return the headings of the CSV report of a run. With `named`, they include columns with names of classes."""
+def headings(columns: Columns, *, with_names: bool = False) -> list[str]:
+    """Return the headings of the CSV report of a run. With `with_names`, they include columns with names of classes."""
     measured = [heading for heading, source in _SOURCES.items() if source in columns]
-    return [*measured, *(heading for heading, numbers in _NAMED.items() if named and numbers in measured)]
+    return [
+        *measured,
+        *(heading for heading, numbers in _NAMED.items() if with_names and numbers in measured),
+    ]
 
 
 def write_rows(summary: Mapping[str, Any], columns: Columns, file: TextIO) -> None:
@@ -40,7 +43,7 @@ def write_rows(summary: Mapping[str, Any], columns: Columns, file: TextIO) -> No
     empty for unbroken examples.
     """
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(headings(columns, named=bool(summary["data"].get("classes"))))
+    writer.writerow(headings(columns, with_names=bool(summary["data"].get("classes"))))
     for start in range(0, len(columns["id"]), CHUNK):
         writer.writerows(_rows(summary, columns, slice(start, start + CHUNK)))
 
@@ -57,7 +60,7 @@ def frame(evidence: Evidence) -> Any:
         raise UsageError(
             f"to_pandas() needs pandas, which is not installed ({error}): pip install pandas"
         ) from error
-    names = [*(each.name for each in evidence.attacks), *(each.name for each in evidence.passes)]
+    names = [*(record.name for record in evidence.attacks), *(record.name for record in evidence.passes)]
     columns: dict[str, Any] = {
         name: values.numpy() for name, values in evidence.columns.items() if values.dim() == 1
     }
@@ -73,10 +76,10 @@ def frame(evidence: Evidence) -> Any:
 
 
 def _rows(summary: Mapping[str, Any], columns: Columns, rows: slice) -> Iterator[tuple[Any, ...]]:
-    stages = [each["stage"] for each in (*summary["attacks"], *summary["passes"])]
+    stages = [record["stage"] for record in (*summary["attacks"], *summary["passes"])]
     names = [printable(str(name)) for name in summary["data"].get("classes") or ()]
     columns_of_rows: list[list[Any]] = []
-    for heading in headings(columns, named=bool(names)):
+    for heading in headings(columns, with_names=bool(names)):
         if heading == "robust":
             robust_rows = ~columns["success"][rows].bool()
             if summary["threat"]["goal"] is None:

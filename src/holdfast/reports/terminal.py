@@ -19,13 +19,13 @@ from holdfast.reports.attacks import (
 from holdfast.reports.numbers import count_text, percent
 from holdfast.reports.words import (
     VERDICTS,
-    asked,
+    condition_text,
     interval,
     label,
     query_budget,
     sentences,
     shown,
-    told_metrics,
+    shown_metrics,
 )
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _STYLES = {"pass": "bold green", "fail": "bold red", "unclear": "bold yellow", "no gate": "bold"}
-_WIDE = 78
+_FULL_WIDTH = 78
 """Width that the full table of attacks needs, in characters."""
 FIRST = frozenset(
     (
@@ -70,14 +70,14 @@ def verdict(summary: Mapping[str, Any], *, colour: bool) -> str:
     from rich.text import Text
 
     lines = Text()
-    sign, word = VERDICTS[summary["verdict"]]
-    lines.append(f"{sign} {word}", style=_STYLES[summary["verdict"]])
+    sign, verdict_text = VERDICTS[summary["verdict"]]
+    lines.append(f"{sign} {verdict_text}", style=_STYLES[summary["verdict"]])
     lines.append(f"  {line(summary['headline'])}\n")
     for gate in summary["gates"]:
         lines.append(f"  {VERDICTS[gate['verdict']][0]} ", style=_STYLES[gate["verdict"]])
         value = shown(gate["metric"], gate["estimate"]["value"])
         lines.append(
-            f"{gate['verdict']}: requires {line(asked(gate))}, measured {value}; {line(gate['message'])}\n"
+            f"{gate['verdict']}: requires {line(condition_text(gate))}, measured {value}; {line(gate['message'])}\n"
         )
     for doubt in summary["doubts"]:
         if doubt["state"] == "raised":
@@ -96,16 +96,17 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
     With `brief`, less important metrics are omitted; the other reports contain all metrics.
     """
     parts = [
-        attack_table(summary, narrow=width is not None and width < _WIDE),
+        attack_table(summary, narrow=width is not None and width < _FULL_WIDTH),
         metric_table(summary, brief=brief),
         *matrices(summary),
     ]
     texts = [as_string(part, colour=colour, width=width) for part in parts if part.row_count]
     budget = query_budget(summary["threat"])
     allowed = f"the threat model allows {budget}" if budget else ""
-    for said in (allowed, risks(summary), fits_text(summary), passes_line(summary, brief=True)):
-        if said:
-            texts[0] = f"{texts[0].rstrip()}\n\n{as_string(cell(said), colour=colour, width=width)}\n\n"
+    # these lines are about the table of attacks, which is the first one
+    for line_text in (allowed, risks(summary), fits_text(summary), passes_line(summary, brief=True)):
+        if line_text:
+            texts[0] = f"{texts[0].rstrip()}\n\n{as_string(cell(line_text), colour=colour, width=width)}\n\n"
     text = "\n".join(texts)
     return text + _doubts(summary["doubts"])
 
@@ -148,7 +149,7 @@ def metric_table(summary: Mapping[str, Any], *, brief: bool = False) -> "Table":
     table = grid(
         f"metrics, {100 * summary['confidence']:.0f} % intervals", ("metric", "value", "interval", "n")
     )
-    for name, estimate in told_metrics(summary).items():
+    for name, estimate in shown_metrics(summary).items():
         if brief and name not in FIRST:
             continue
         table.add_row(
@@ -165,12 +166,12 @@ def matrices(summary: Mapping[str, Any]) -> "list[Table]":
     rotation, if these were measured.
     """
     tables = []
-    for name, words in (("transfer", transfer), ("data_transfer", across)):
+    for name, report in (("transfer", transfer), ("data_transfer", across)):
         matrix = summary[name]
         if matrix is None:
             continue
-        table = grid(words.title(matrix, summary["noun"]), words.headings(matrix))
-        for texts in words.cells(matrix):
+        table = grid(report.title(matrix, summary["noun"]), report.headings(matrix))
+        for texts in report.cells(matrix):
             table.add_row(*map(cell, texts))
         tables.append(table)
     return [*tables, *attackers(summary)]
@@ -180,19 +181,21 @@ def attackers(summary: Mapping[str, Any]) -> "list[Table]":
     """Return the terminal tables of attackers of a rotation and of alternatives to it, or an empty list if there is no
     rotation.
     """
-    found, noun = summary.get("rotation"), summary["noun"]
-    if found is None:
+    results, noun = summary.get("rotation"), summary["noun"]
+    if results is None:
         return []
-    first = grid(rotation.title(found, noun), rotation.headings(found))
-    for texts in rotation.cells(found):
-        first.add_row(*map(cell, texts))
-    second = grid(rotation.alternatives_title(found, noun), rotation.alternatives_headings(found))
-    for texts in rotation.alternatives_cells(found):
-        second.add_row(*map(cell, texts))
-    for table in (first, second):
+    attacker_table = grid(rotation.title(results, noun), rotation.headings(results))
+    for texts in rotation.cells(results):
+        attacker_table.add_row(*map(cell, texts))
+    alternative_table = grid(
+        rotation.alternatives_title(results, noun), rotation.alternatives_headings(results)
+    )
+    for texts in rotation.alternatives_cells(results):
+        alternative_table.add_row(*map(cell, texts))
+    for table in (attacker_table, alternative_table):
         table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
-    first.columns[-2].justify = "left"
-    return [first, second]
+    attacker_table.columns[-2].justify = "left"
+    return [attacker_table, alternative_table]
 
 
 def grid(title: str, headings: Sequence[str]) -> "Table":
@@ -234,9 +237,10 @@ def as_string(renderable: Any, *, colour: bool, width: int | None) -> str:
         force_terminal=colour,
         no_color=not colour,
         color_system="standard" if colour else None,
-        width=width or 10_000,
+        width=width or 10_000,  # wider than any table
         legacy_windows=False,
         highlight=False,
     )
     console.print(renderable, soft_wrap=width is None, end="")
+    # rich fills lines with spaces
     return "\n".join(line.rstrip() for line in file.getvalue().split("\n"))

@@ -26,7 +26,7 @@ def transfer(evidence: Evidence, confidence: float) -> Json | None:
         rows = matrix(evidence, confidence)
     except Absent:
         return None
-    names = told_apart(model_names(evidence))
+    names = distinct_names(model_names(evidence))
     return {
         "models": list(names),
         "n": len(evidence.transfer["id"]),
@@ -41,27 +41,27 @@ def transfer(evidence: Evidence, confidence: float) -> Json | None:
     }
 
 
-def title(found: Mapping[str, Any], noun: str) -> str:
+def title(results: Mapping[str, Any], noun: str) -> str:
     """Return the title of the transfer matrix, a table of the transfer of adversarial examples between models."""
     share = (
-        f"on {count_text(found['n'])} {noun}: share of those that a model classifies correctly and that the examples "
+        f"on {count_text(results['n'])} {noun}: share of those that a model classifies correctly and that the examples "
         "break"
     )
     return f"transfer: in a pass outside the suite, {share}"
 
 
-def headings(found: Mapping[str, Any]) -> list[str]:
+def headings(results: Mapping[str, Any]) -> list[str]:
     """Return the column headings of the transfer matrix, a table of the transfer of adversarial examples between
     models.
     """
-    return ["computed on", *(f"on {name}" for name in found["models"])]
+    return ["computed on", *(f"on {name}" for name in results["models"])]
 
 
-def cells(found: Mapping[str, Any]) -> Iterator[list[str]]:
+def cells(results: Mapping[str, Any]) -> Iterator[list[str]]:
     """Yield the rows of the transfer matrix as text: the model on which the examples were computed, and their success
     rate on each model.
     """
-    for row in found["rows"]:
+    for row in results["rows"]:
         yield [row["computed_on"], *("–" if share is None else shown(share) for share in row["shares"])]
 
 
@@ -70,10 +70,10 @@ def shown(share: Mapping[str, Any]) -> str:
     return f"{percent(share['value'])} ({interval(METRIC, share)})"
 
 
-def told_apart(names: tuple[str, ...]) -> tuple[str, ...]:
+def distinct_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names of models or data sets without folders. Names that would then be equal are numbered."""
-    last = [PurePath(name).name or name for name in names]
+    short_names = [PurePath(name).name or name for name in names]
     return tuple(
-        f"{name} {last[: place + 1].count(name)}" if last.count(name) > 1 else name
-        for place, name in enumerate(last)
+        f"{name} {short_names[: place + 1].count(name)}" if short_names.count(name) > 1 else name
+        for place, name in enumerate(short_names)
     )

@@ -50,9 +50,9 @@ _CHANGES = {
 
 def label(metric: str) -> str:
     """Return the name of a metric as a heading in reports, such as `Robust accuracy`."""
-    words = metric.replace("_", " ").capitalize()
+    text = metric.replace("_", " ").capitalize()
     return (
-        re.sub(r"\b(linf|l[012]|f1)\b", lambda found: found[0].capitalize(), words)
+        re.sub(r"\b(linf|l[012]|f1)\b", lambda match: match[0].capitalize(), text)
         .replace("auroc", "AUROC")
         .replace("Mce", "mCE")
     )
@@ -108,8 +108,8 @@ def grouped_doubts(doubts: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str
     """
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for doubt in doubts:
-        alike = doubt["state"] in ("not measured", "not applicable") and doubt["message"]
-        key = (doubt["state"], doubt["message"]) if alike else (doubt["name"],)
+        same_reason = doubt["state"] in ("not measured", "not applicable") and doubt["message"]
+        key = (doubt["state"], doubt["message"]) if same_reason else (doubt["name"],)
         if doubt["state"] != "raised":
             groups.setdefault(key, []).append(doubt)
     return list(groups.values())
@@ -119,27 +119,27 @@ def main_metric(summary: Mapping[str, Any]) -> str | None:
     """Return the name of the metric that the headline of a report states, such as `robust_accuracy`, or None if no such
     metric was measured.
     """
-    wanted = ["robust_accuracy", "targeted_success_rate", "robust_margin", "clean_accuracy"]
+    candidates = ["robust_accuracy", "targeted_success_rate", "robust_margin", "clean_accuracy"]
     if summary["threat"]["goal"] is not None and number(summary["threat"]["eps"]) == float("inf"):
-        wanted.insert(0, f"perturbation_{summary['threat']['norm'].lower()}")
-    return next((name for name in wanted if name in summary["metrics"]), None)
+        candidates.insert(0, f"perturbation_{summary['threat']['norm'].lower()}")
+    return next((name for name in candidates if name in summary["metrics"]), None)
 
 
-def told_metrics(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def shown_metrics(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the metrics of a run that text reports show. Redundant ones, such as an error rate next to the accuracy,
     are left out.
     """
-    return told_of(summary["metrics"])
+    return without_redundant(summary["metrics"])
 
 
-def told_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def without_redundant(estimates: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Return the given metrics without those that are redundant in text reports, such as an error rate next to the
     accuracy.
 
     An infinite median of the changes is left out: it means that fewer than half of the examples were broken, which
     robust accuracy shows as well.
     """
-    metrics = dict(found)
+    metrics = dict(estimates)
     robust = metrics.get("robust_accuracy")
     if "clean_accuracy" in metrics:
         metrics.pop("clean_error_rate", None)
@@ -162,32 +162,34 @@ def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
     if metric is None:
         return f"{amount(summary['n'], summary['noun']).capitalize()} were assessed"
     estimate = summary["metrics"][metric]
-    rate, sure = shown(metric, estimate["value"]), interval(metric, estimate)
+    rate, interval_text = shown(metric, estimate["value"]), interval(metric, estimate)
     of = f"of {amount(estimate['n'], summary['noun'])}"
-    tail = f" ({100 * summary['confidence']:.0f} % interval {sure})" if intervals else ""
+    interval_part = f" ({100 * summary['confidence']:.0f} % interval {interval_text})" if intervals else ""
     if metric == "robust_accuracy":
         verb = "survives" if estimate["n"] == 1 else "survive"
         if summary["scope"] == "suite only":
-            return f"{rate} {of} {verb} the suite{tail}, suite only{_elsewhere(summary)}"
-        return f"{rate} {of} {verb} {every_one_tried(summary['threat'])}{tail}{_suite_alone(summary)}"
+            return f"{rate} {of} {verb} the suite{interval_part}, suite only{_elsewhere(summary)}"
+        return (
+            f"{rate} {of} {verb} {all_attacks_text(summary['threat'])}{interval_part}{_suite_alone(summary)}"
+        )
     if metric == "targeted_success_rate":
-        return f"{rate} {of} could be changed to class {summary['threat']['goal']}{tail}"
+        return f"{rate} {of} could be changed to class {summary['threat']['goal']}{interval_part}"
     if metric != "clean_accuracy":
         goal = summary["threat"]["goal"]
-        fall = "break" if goal is None else f"reach class {goal}"
-        return f"Half {of} {fall} within an {summary['threat']['norm']} change of {rate}{tail}"
-    return f"{rate} {of} are correct without any attack{tail}"
+        outcome = "break" if goal is None else f"reach class {goal}"
+        return f"Half {of} {outcome} within an {summary['threat']['norm']} change of {rate}{interval_part}"
+    return f"{rate} {of} are correct without any attack{interval_part}"
 
 
 def _suite_alone(summary: Mapping[str, Any]) -> str:
     """The robust accuracy under the suite alone, `standard@1: 92.0 %`, if other passes broke more."""
-    alone = summary["metrics"].get("suite_robust_accuracy")
-    if alone is None or alone["value"] == summary["metrics"]["robust_accuracy"]["value"]:
+    suite_estimate = summary["metrics"].get("suite_robust_accuracy")
+    if suite_estimate is None or suite_estimate["value"] == summary["metrics"]["robust_accuracy"]["value"]:
         return ""
-    return f"; {summary['suite'] or 'the list of attacks'}: {percent(alone['value'])}"
+    return f"; {summary['suite'] or 'the list of attacks'}: {percent(suite_estimate['value'])}"
 
 
-def every_one_tried(threat: Mapping[str, Any]) -> str:
+def all_attacks_text(threat: Mapping[str, Any]) -> str:
     """Return the words for the attacks of a run in a sentence of a report: `every attack tried` or `every corruption
     tried`.
     """
@@ -200,16 +202,16 @@ def _elsewhere(summary: Mapping[str, Any]) -> str:
     return f"; passes outside the suite broke {count_text(n)} of them" if n else ""
 
 
-def asked(gate: Mapping[str, Any]) -> str:
+def condition_text(gate: Mapping[str, Any]) -> str:
     """Return the condition of a gate in words, such as `at least 50 % robust accuracy`."""
-    sense = "at least" if gate["relation"] == ">=" else "at most"
+    comparison = "at least" if gate["relation"] == ">=" else "at most"
     bound = shown(gate["metric"], gate["bound"]).replace(".0 %", " %")
     at = f" at eps {size(gate['eps'])}" if gate["eps"] is not None else ""
-    than = f" against the {gate['versus']}" if gate["versus"] else ""
-    return f"{sense} {bound} {_spoken(gate['metric'])}{at}{than}"
+    reference = f" against the {gate['versus']}" if gate["versus"] else ""
+    return f"{comparison} {bound} {_in_sentence(gate['metric'])}{at}{reference}"
 
 
-def _spoken(metric: str) -> str:
+def _in_sentence(metric: str) -> str:
     """The name of a metric inside a sentence."""
     name = label(metric)
     return name[:1].lower() + name[1:]
@@ -235,8 +237,8 @@ def why(gate: Mapping[str, Any], doubts: Sequence[str]) -> str:
     """Return the reason for the verdict of a gate in words, such as the position of the confidence interval relative to
     the threshold.
     """
-    sure = interval(gate["metric"], gate["estimate"])
-    return f"{_because(gate, sure, doubts)}{SCOPES[gate['scope']] if gate['scope'] else ''}"
+    interval_text = interval(gate["metric"], gate["estimate"])
+    return f"{_because(gate, interval_text, doubts)}{SCOPES[gate['scope']] if gate['scope'] else ''}"
 
 
 SCOPES: Mapping[str, str] = {
@@ -246,23 +248,23 @@ SCOPES: Mapping[str, str] = {
 """Text on which adversarial examples count in a comparison of two runs, for each scope."""
 
 
-def _because(gate: Mapping[str, Any], sure: str, doubts: Sequence[str]) -> str:
+def _because(gate: Mapping[str, Any], interval_text: str, doubts: Sequence[str]) -> str:
     if doubted(gate):
-        return f"the interval ({sure}) meets the threshold, but doubts are open: {', '.join(doubts)}"
+        return f"the interval ({interval_text}) meets the threshold, but doubts are open: {', '.join(doubts)}"
     if gate["verdict"] == "unclear":
-        return f"the interval ({sure}) contains the threshold; more examples are needed to decide"
-    return f"the whole interval ({sure}) {'meets' if gate['verdict'] == 'pass' else 'misses'} the threshold"
+        return f"the interval ({interval_text}) contains the threshold; more examples are needed to decide"
+    return f"the whole interval ({interval_text}) {'meets' if gate['verdict'] == 'pass' else 'misses'} the threshold"
 
 
 def headline(summary: Mapping[str, Any]) -> str:
     """Return the result of a run in one sentence: the main metric, the gates and the verdict."""
-    gates, found = summary["gates"], _meaning(summary, measured(summary))
+    gates, result = summary["gates"], _meaning(summary, measured(summary))
     if not gates:
-        return f"{found}; no gate was set."
+        return f"{result}; no gate was set."
     if len(gates) == 1:
-        sentence = f"{found}; the gate requires {_brief(gates[0], summary)}: {gates[0]['verdict']}"
+        sentence = f"{result}; the gate requires {_brief(gates[0], summary)}: {gates[0]['verdict']}"
     else:
-        sentence = f"{found}; {_tally(gates)}"
+        sentence = f"{result}; {_tally(gates)}"
     doubts = open_doubts(summary)
     if summary["verdict"] == "unclear" and doubts and any(doubted(gate) for gate in gates):
         sentence += f", because of open doubts ({', '.join(doubts)})"
@@ -279,9 +281,9 @@ def title(summary: Mapping[str, Any]) -> str:
     return _meaning(summary, measured(summary, intervals=False)) + "."
 
 
-def _meaning(summary: Mapping[str, Any], found: str) -> str:
+def _meaning(summary: Mapping[str, Any], result: str) -> str:
     meaningless = _meaningless(summary)
-    return f"not meaningful: {meaningless}; {found}" if meaningless else found
+    return f"not meaningful: {meaningless}; {result}" if meaningless else result
 
 
 def _meaningless(summary: Mapping[str, Any]) -> str:
@@ -300,14 +302,14 @@ def _tally(gates: Sequence[Mapping[str, Any]]) -> str:
     if len(present) == 1:
         return f"{'both' if len(gates) == 2 else f'all {len(gates)}'} gates {verbs[present[0]][1]}"
     parts = [f"{counted[verdict]} {verbs[verdict][counted[verdict] > 1]}" for verdict in present]
-    first, _, rest = parts[0].partition(" ")
-    return f"{first} of {len(gates)} gates {rest}, {', '.join(parts[1:])}: {present[0]}"
+    count, _, rest = parts[0].partition(" ")
+    return f"{count} of {len(gates)} gates {rest}, {', '.join(parts[1:])}: {present[0]}"
 
 
 def _brief(gate: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """The claim without the name of the metric if the sentence already contains it."""
-    text, metric = asked(gate), main_metric(summary)
-    return text.removesuffix(f" {_spoken(metric)}") if metric else text
+    text, metric = condition_text(gate), main_metric(summary)
+    return text.removesuffix(f" {_in_sentence(metric)}") if metric else text
 
 
 def _limited(kind: str, limits: Mapping[str, Any]) -> str:
@@ -318,8 +320,8 @@ def _limited(kind: str, limits: Mapping[str, Any]) -> str:
         if "within" in limits:
             around += ", inside the rectangle from pixel {} to {}".format(*limits["within"].split("-"))
         return f"may replace {limits['height']}x{limits['width']} pixels of an image with any values, {at}{around}"
-    done = [_CHANGES[name].format(size(far)) for name, far in limits.items()]
-    return f"may {', and '.join(done)}"
+    changes = [_CHANGES[name].format(size(limit)) for name, limit in limits.items()]
+    return f"may {', and '.join(changes)}"
 
 
 def threat_in_words(threat: Mapping[str, Any], surrogates: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -357,14 +359,12 @@ def query_budget(threat: Mapping[str, Any]) -> str:
     >>> query_budget({"queries": 1_000})
     'at most 1,000 queries for each example in each attack'
     """
-    spend = threat["queries"]
-    if spend is None:
+    queries = threat["queries"]
+    if queries is None:
         return ""
-    return (
-        f"at most {count_text(spend)} {'query' if spend == 1 else 'queries'} for each example in each attack"
-    )
+    return f"at most {count_text(queries)} {'query' if queries == 1 else 'queries'} for each example in each attack"
 
 
-def as_asked(threat: Mapping[str, Any]) -> str:
+def threat_syntax(threat: Mapping[str, Any]) -> str:
     """Return the threat model of a run in the syntax of the command line, such as `linf:8/255`."""
     return threat_text(threat["constraint"], threat["goal"], threat["access"], threat["queries"])

@@ -73,7 +73,7 @@ def check_destination(path: Path, suffixes: Collection[str] = WRITERS.keys()) ->
 
     Raises `UsageError` for an unknown suffix, and `TargetError` if the file cannot be written.
     """
-    _known(path, suffixes)
+    _suffix(path, suffixes)
     if path.is_dir():
         raise TargetError(f"{path} is a folder; a report is a file, as in {path / 'report.html'}")
     folder = path.absolute().parent
@@ -93,7 +93,7 @@ def write(summary: Summary, columns: "Columns", path: Path) -> None:
     """Write the report of a run to a file, atomically, in the format that the suffix of the path states. Missing
     folders are created.
     """
-    writer = WRITERS[_known(path, WRITERS)]
+    writer = WRITERS[_suffix(path, WRITERS)]
     with _explained(path), replacing(path) as file:
         writer(summary, columns, file)
 
@@ -107,17 +107,17 @@ def write_comparison(content: Summary, path: Path) -> None:
         ".json": comparison.comparison_to_json,
         ".md": comparison.markdown,
     }
-    suffix = _known(path, COMPARISON_SUFFIXES)
+    suffix = _suffix(path, COMPARISON_SUFFIXES)
     with _explained(path), replacing(path) as file:
         file.write(render[suffix](content))
 
 
-def write_exhibits(found: Sequence[Mapping[str, Any]], path: Path) -> None:
+def write_exhibits(measured: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write the results for the bundled models with masked gradients to a JSON file, atomically."""
     from holdfast.reports.exhibits import exhibits_to_json
 
     with _explained(path), replacing(path) as file:
-        file.write(exhibits_to_json(found))
+        file.write(exhibits_to_json(measured))
 
 
 @contextlib.contextmanager
@@ -137,11 +137,13 @@ def replacing(path: Path) -> Iterator[TextIO]:
     `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # in the same folder, since only a move inside one file system is atomic; a long name would exceed its limit
     handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
             yield file
             file.flush()
+            # before the move, so that a crash leaves the old file or the complete new one
             os.fsync(file.fileno())
         with contextlib.suppress(OSError):  # some file systems have no modes
             Path(name).chmod(0o666 & ~_umask())
@@ -158,7 +160,7 @@ def _umask() -> int:
     return mask
 
 
-def _known(path: Path, suffixes: Collection[str]) -> str:
+def _suffix(path: Path, suffixes: Collection[str]) -> str:
     """The suffix of the path. Raises `UsageError` if it is not one of `suffixes`."""
     suffix = path.suffix.lower()
     if suffix not in suffixes:

@@ -59,7 +59,9 @@ def hidden(model: Classifier) -> tuple[Hidden, ...]:
                 f"{name or 'the network'} is {type(layer).__name__}, but alignment supports only sequences of "
                 "linear layers, convolutions, batch norm and elementwise layers; collect without alignment"
             )
-    return tuple(Hidden(units, tuple(made), following[2]) for (units, made, _), following in pairwise(layers))
+    return tuple(
+        Hidden(units, tuple(names), following[2]) for (units, names, _), following in pairwise(layers)
+    )
 
 
 def _leaves(layer: object, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -81,22 +83,27 @@ def permuted(weights: Weights, layers: Sequence[Hidden], orders: Sequence[Tensor
     for layer, order in zip(layers, orders, strict=True):
         for name in layer.made:
             tensors[name] = tensors[name][order]
-        read = tensors[layer.read]
-        tensors[layer.read] = read.reshape(len(read), layer.units, -1)[:, order].view(read.shape)
+        weight = tensors[layer.read]
+        tensors[layer.read] = weight.reshape(len(weight), layer.units, -1)[:, order].view(weight.shape)
     return tensors
 
 
-def aligned(weights: Weights, known: Weights, layers: Sequence[Hidden], *, rng: Draws) -> dict[str, Tensor]:
-    """Return a parameter set whose hidden units are reordered so that it is most similar to the set `known`. The
+def aligned(
+    weights: Weights, reference: Weights, layers: Sequence[Hidden], *, rng: Draws
+) -> dict[str, Tensor]:
+    """Return a parameter set whose hidden units are reordered so that it is most similar to the set `reference`. The
     outputs of the network do not change.
     """
     tensors = dict(weights)
     slots = torch.arange(len(layers))
     for turn in range(_ROUNDS):
         changed = False
+        # in random order, as in the paper
         for place in rng.at(turn).bits(slots).argsort().tolist():
             layer = layers[place]
-            order = torch.as_tensor(linear_sum_assignment(_alike(tensors, known, layer), maximize=True)[1])
+            order = torch.as_tensor(
+                linear_sum_assignment(_similarity(tensors, reference, layer), maximize=True)[1]
+            )
             if not torch.equal(order, torch.arange(layer.units)):
                 changed = True
                 tensors = permuted(tensors, [layer], [order.to(tensors[layer.read].device)])
@@ -105,15 +112,17 @@ def aligned(weights: Weights, known: Weights, layers: Sequence[Hidden], *, rng: 
     return tensors
 
 
-def _alike(weights: Weights, known: Weights, layer: Hidden) -> Tensor:
-    """Inner products of each unit of `known` with each unit of `weights`, (units, units)."""
+def _similarity(weights: Weights, reference: Weights, layer: Hidden) -> Tensor:
+    """Inner products of each unit of `reference` with each unit of `weights`, (units, units)."""
 
-    def rows(one: Weights) -> Tensor:
-        made = [one[name].reshape(layer.units, -1) for name in layer.made]
-        read = one[layer.read].flatten(1).view(len(one[layer.read]), layer.units, -1).movedim(1, 0)
-        return torch.cat([*made, read.reshape(layer.units, -1)], 1).double().cpu()
+    def rows(tensors: Weights) -> Tensor:
+        outgoing = [tensors[name].reshape(layer.units, -1) for name in layer.made]
+        incoming = (
+            tensors[layer.read].flatten(1).view(len(tensors[layer.read]), layer.units, -1).movedim(1, 0)
+        )
+        return torch.cat([*outgoing, incoming.reshape(layer.units, -1)], 1).double().cpu()
 
-    return rows(known) @ rows(weights).T
+    return rows(reference) @ rows(weights).T
 
 
 def refuse_shared(model: Classifier) -> None:
@@ -121,14 +130,14 @@ def refuse_shared(model: Classifier) -> None:
     both positions.
     """
     assert isinstance(model.net, nn.Module)
-    seen: set[int] = set()
+    visited: set[int] = set()
     for name, layer in model.net.named_modules(remove_duplicate=False):
-        if [*layer.parameters(recurse=False)] and id(layer) in seen:
+        if [*layer.parameters(recurse=False)] and id(layer) in visited:
             raise TargetError(
                 f"{name} is a layer that occurs twice, but alignment supports only sequences of separate layers; "
                 "collect without alignment"
             )
-        seen.add(id(layer))
+        visited.add(id(layer))
 
 
 def all_aligned(members: Members, model: Classifier, data: Batch, *, rng: Draws) -> Members:
@@ -140,12 +149,12 @@ def all_aligned(members: Members, model: Classifier, data: Batch, *, rng: Draws)
     units independently, as its list of layers suggests.
     """
     layers, sets = hidden(model), [members.one(0)]
-    some = data.take(torch.arange(min(_LOOKED_AT, len(data))))
+    sample = data.take(torch.arange(min(_LOOKED_AT, len(data))))
     for place in range(1, len(members)):
         before = members.one(place)
         sets.append(aligned(before, sets[0], layers, rng=rng))
         with torch.no_grad():
-            old, new = (put(model, one, data)(some.x) for one in (before, sets[-1]))
+            old, new = (put(model, weights, data)(sample.x) for weights in (before, sets[-1]))
         if not torch.allclose(old, new, rtol=1e-4, atol=1e-5 * float(old.abs().max())):
             raise TargetError(
                 f"aligning set {place + 1} changes its outputs by up to {float((old - new).abs().max()):.2g}, but "

@@ -63,8 +63,8 @@ class Span:
         coefficients = torch.zeros(len(members), self.rank, dtype=torch.float64)
         for name, value in members.tensors.items():
             pieces = zip(_pieces(value - self.mean[name]), _pieces(self.directions[name]), strict=True)
-            for some, rows in pieces:
-                coefficients += (some @ rows.T).cpu()
+            for columns, rows in pieces:
+                coefficients += (columns @ rows.T).cpu()
         return coefficients.to(value.device)
 
     def sets(self, coordinates: Tensor) -> dict[str, Tensor]:
@@ -101,31 +101,32 @@ def span(members: Members, rank: Steps | None = None) -> Span:
     gram, size = torch.zeros(len(members), len(members), dtype=torch.float64), 0.0
     for name, value in members.tensors.items():
         size += float(value.double().square().sum())
-        for some in _pieces(value - mean[name]):
-            gram += (some @ some.T).cpu()
+        for columns in _pieces(value - mean[name]):
+            gram += (columns @ columns.T).cpu()
     values, vectors = torch.linalg.eigh(gram)
+    # largest first; rounding can make eigenvalues that should be 0 slightly negative
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     if values[0] <= _ROUNDING * size:
         raise UsageError(
             "all parameter sets of the collection are equal; collect sets of different training runs"
         )
-    within = int((values > _NOTHING * values[0]).sum())
-    n_directions = within if rank is None else min(rank, within)
+    significant = int((values > _NOTHING * values[0]).sum())
+    n_directions = significant if rank is None else min(rank, significant)
     mixes = vectors[:, :n_directions] / values[:n_directions].sqrt()
     directions = {}
     for name, value in members.tensors.items():
-        pieces = [mixes.T.to(some.device) @ some for some in _pieces(value - mean[name])]
+        pieces = [mixes.T.to(columns.device) @ columns for columns in _pieces(value - mean[name])]
         directions[name] = torch.cat(pieces, 1).to(value).view(n_directions, *value.shape[1:])
     return Span(mean, directions, float(values[:n_directions].sum() / values.sum()))
 
 
 def _pieces(rows: Tensor) -> Iterator[Tensor]:
     """Yield consecutive blocks of columns in double precision."""
-    for some in torch.split(rows.flatten(1), _AT_ONCE, 1):
-        yield some.double()
+    for columns in torch.split(rows.flatten(1), _AT_ONCE, 1):
+        yield columns.double()
 
 
-_TINY = 1e-6
+_TINY = 1e-6  # no division by 0 if a dimension of the latents is constant
 
 
 @dataclass(frozen=True)
@@ -227,17 +228,17 @@ class Codec:
     def _fit(self, encoder: nn.Module, decoder: nn.Module, points: Tensor, rng: Draws) -> None:
         learned = [*encoder.parameters(), *decoder.parameters()]
         optimizer = torch.optim.AdamW(learned, self.lr, weight_decay=1e-4)
-        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         slots = torch.arange(self.batch, device=points.device)
         for step in range(self.steps):
             place = rng.at(step)
-            some = points[place.integers(slots, len(points))]
-            shaken = some + self.parameter_noise * place.at("parameters").normal(slots, points.shape[1])
-            raw = encoder(shaken)
-            spread = self.latent_noise * raw.detach().std()
-            loss = F.mse_loss(decoder(raw + spread * place.at("latents").normal(slots, self.dims)), some)
+            clean = points[place.integers(slots, len(points))]
+            noisy = clean + self.parameter_noise * place.at("parameters").normal(slots, points.shape[1])
+            raw = encoder(noisy)
+            deviation = self.latent_noise * raw.detach().std()
+            loss = F.mse_loss(decoder(raw + deviation * place.at("latents").normal(slots, self.dims)), clean)
             stepped(optimizer, loss, f"the codec, in update {step + 1}", self.lr)
-            falling.step()
+            schedule.step()
 
 
 def stepped(optimizer: torch.optim.Optimizer, loss: Tensor, where: str, lr: float) -> None:
@@ -256,8 +257,8 @@ def codec_layers(*widths: int) -> nn.Sequential:
     consecutive layers.
     """
     modules: list[nn.Module] = []
-    for wide, next_wide in pairwise(widths):
-        modules += [nn.Linear(wide, next_wide), nn.SiLU()]
+    for width, next_width in pairwise(widths):
+        modules += [nn.Linear(width, next_width), nn.SiLU()]
     return nn.Sequential(*modules[:-1])
 
 
@@ -283,12 +284,12 @@ def unpacked(tensors: Mapping[str, Tensor]) -> Embedding:
     the inverse.
     """
 
-    def network(first: str) -> nn.Module:
-        state = without_prefix(tensors, first)
+    def network(prefix: str) -> nn.Module:
+        state = without_prefix(tensors, prefix)
         begin, end = state["0.weight"], state["2.weight"]
-        found = codec_layers(begin.shape[1], begin.shape[0], end.shape[0])
-        found.load_state_dict(state)
-        return found.eval().requires_grad_(False)
+        layers = codec_layers(begin.shape[1], begin.shape[0], end.shape[0])
+        layers.load_state_dict(state)
+        return layers.eval().requires_grad_(False)
 
     scale, lost, kept = tensors["told"].tolist()
     inside = Span(without_prefix(tensors, "mean."), without_prefix(tensors, "directions."), kept)

@@ -325,8 +325,8 @@ def tail(base: Classifier, task: Task, sets: int, every: int, lr: float, rng: Dr
     for place in range(sets):
         for turn in range(passes):
             updates = every // passes + (turn < every % passes)
-            some = rows_of(task.data, updates * batch, rng.at("batches", place + turn * sets))
-            after = next(iter(recipe(base, some, task.threat, rng=rng.at("training"), after=after)))
+            examples = rows_of(task.data, updates * batch, rng.at("batches", place + turn * sets))
+            after = next(iter(recipe(base, examples, task.threat, rng=rng.at("training"), after=after)))
             after = _without_examples(after)
         assert after is not None
         new = deepcopy(base)
@@ -360,7 +360,7 @@ def rows_of(data: Batch, n: int, rng: Draws) -> Batch:
 def _kicked(layer: nn.Linear, rank: int, size: float, rng: Draws) -> None:
     """Add a random matrix of the given rank; its norm is `size` times that of the layer's weight."""
     out, features = layer.weight.shape
-    tall = rng.at("tall").normal(torch.arange(out), rank).to(layer.weight)
-    wide = rng.at("wide").normal(torch.arange(rank), features).to(layer.weight)
-    added = tall @ wide
+    left = rng.at("tall").normal(torch.arange(out), rank).to(layer.weight)
+    right = rng.at("wide").normal(torch.arange(rank), features).to(layer.weight)
+    added = left @ right
     layer.weight += size * layer.weight.norm() / added.norm() * added

@@ -8,14 +8,14 @@ from torch import Tensor
 from holdfast.rotation.members import Members
 
 
-def l1(some: Members, others: Members) -> Tensor:
-    """Return the mean absolute difference of the parameters for each pair of a set of `some` and a set of `others`, (n,
-    m), float64.
+def l1(sets: Members, other_sets: Members) -> Tensor:
+    """Return the mean absolute difference of the parameters for each pair of a set of `sets` and a set of `other_sets`,
+    (n, m), float64.
     """
-    total = torch.zeros(len(some), len(others), dtype=torch.float64)
-    for name, value in some.tensors.items():
-        total += torch.cdist(value.flatten(1), others.tensors[name].flatten(1), p=1).double().cpu()
-    return total / some.parameters
+    total = torch.zeros(len(sets), len(other_sets), dtype=torch.float64)
+    for name, value in sets.tensors.items():
+        total += torch.cdist(value.flatten(1), other_sets.tensors[name].flatten(1), p=1).double().cpu()
+    return total / sets.parameters
 
 
 def apart(members: Members) -> float:
@@ -32,9 +32,9 @@ def apart(members: Members) -> float:
     return float(within.min(1).values.mean())
 
 
-def nearest_sets(some: Members, others: Members) -> tuple[Tensor, Tensor]:
-    """Return the L1 distance of each parameter set of `some` to the nearest set of `others` (n), and the index of that
-    nearest set (n).
+def nearest_sets(sets: Members, other_sets: Members) -> tuple[Tensor, Tensor]:
+    """Return the L1 distance of each parameter set of `sets` to the nearest set of `other_sets` (n), and the index of
+    that nearest set (n).
     """
-    found = l1(some, others).min(1)
-    return found.values, found.indices
+    nearest = l1(sets, other_sets).min(1)
+    return nearest.values, nearest.indices

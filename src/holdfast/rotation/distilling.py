@@ -34,21 +34,21 @@ class Features:
 
     def __init__(self) -> None:
         self._rows = 0
-        self._found: Tensor | None = None
+        self._features: Tensor | None = None
 
     def or_logits(self, logits: Logits) -> Tensor:
         """Return the recorded features of the latest forward pass, with at least as many rows as the batch, or `logits`
         if none were recorded.
         """
-        return logits if self._found is None else self._found
+        return logits if self._features is None else self._features
 
     def _begin(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._rows, self._found = len(inputs[0]), None
+        self._rows, self._features = len(inputs[0]), None
 
     def _note(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         # a layer that runs for single examples or for a part of the batch is left out
         if inputs and inputs[0].dim() > 1 and len(inputs[0]) >= self._rows:
-            self._found = inputs[0]
+            self._features = inputs[0]
 
 
 @contextmanager
@@ -95,31 +95,31 @@ class Distilled:
         example: `steps` forward and backward passes, and one forward pass of the other input. Raises `UsageError` if no
         stolen set is given, or if the threat model has no eps.
         """
-        made = partial(self._made, data=data, constraint=ball(threat, self.overshoot, self), rng=rng)
-        return shared_out(exposed, data, self.examples, made, rng.at("inputs"))
+        compute = partial(self._computed, data=data, constraint=ball(threat, self.overshoot, self), rng=rng)
+        return shared_out(exposed, data, self.examples, compute, rng.at("inputs"))
 
-    def _made(
-        self, model: Classifier, few: Batch, *, data: Batch, constraint: Constraint, rng: Draws
+    def _computed(
+        self, model: Classifier, batch: Batch, *, data: Batch, constraint: Constraint, rng: Draws
     ) -> Batch:
-        others = data.take(rng.at("others").integers(few.ids, len(data)))
+        goals = data.take(rng.at("others").integers(batch.ids, len(data)))
         with watched(model) as features:
             with torch.no_grad():
-                wanted = features.or_logits(model(others.x))
+                goal_features = features.or_logits(model(goals.x))
 
             def nearness(logits: Logits, _: Batch) -> PerExample:
-                return -_squared(features.or_logits(logits) - wanted)
+                return -_squared(features.or_logits(logits) - goal_features)
 
             x_adv, _ = ascend(
                 model,
-                few,
-                constraint.sample(few, model.bounds, rng.at("start")),
+                batch,
+                constraint.sample(batch, model.bounds, rng.at("start")),
                 nearness,
                 constraint,
                 steps=self.steps,
                 step_size=self.reach * constraint.eps / self.steps,
                 keep="last",
             )
-        return few.at(x_adv)
+        return batch.at(x_adv)
 
 
 def _squared(change: Tensor) -> PerExample:

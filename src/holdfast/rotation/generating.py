@@ -125,9 +125,9 @@ class LatentDiffusion:
         latents = embedding.encoded(members)
         with drawing(rng.at("begin")):
             denoiser = Denoiser(embedding.dims, self.width, self.depth).to(latents.device)
-        far = None if self.regulariser == "off" else _Far(embedding, members, rng.at("pool"))
+        distance = None if self.regulariser == "off" else _Distance(embedding, members, rng.at("pool"))
         optimizer = torch.optim.AdamW(denoiser.parameters(), self.lr)
-        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         slots = torch.arange(self.batch, device=latents.device)
         for update in range(self.steps):
             place = rng.at(update)
@@ -137,13 +137,13 @@ class LatentDiffusion:
             noised = self.diffusion.noised(clean, noise, step)
             predicted = denoiser(noised, step)
             loss = F.mse_loss(predicted, noise)
-            if far is not None:
-                few = slice(_ROWS)
-                restored = self.diffusion.cleaned(noised[few], predicted[few], step[few])
-                pushed = self._pushed(far, restored, rows[few], place)
-                loss = loss + self.weight * (self.diffusion.weight(step[few], latents) * pushed).mean()
+            if distance is not None:
+                subset = slice(_ROWS)
+                restored = self.diffusion.cleaned(noised[subset], predicted[subset], step[subset])
+                pushed = self._pushed(distance, restored, rows[subset], place)
+                loss = loss + self.weight * (self.diffusion.weight(step[subset], latents) * pushed).mean()
             stepped(optimizer, loss, f"the diffusion, in update {update + 1}", self.lr)
-            falling.step()
+            schedule.step()
         if not all(bool(weight.isfinite().all()) for weight in denoiser.parameters()):
             raise LostLoss(
                 "the weights of the diffusion are NaN or infinite; train with a smaller learning rate than "
@@ -151,16 +151,16 @@ class LatentDiffusion:
             )
         return Generator(embedding, denoiser.eval().requires_grad_(False), self.diffusion)
 
-    def _pushed(self, far: "_Far", restored: Tensor, rows: Tensor, rng: Draws) -> Tensor:
+    def _pushed(self, distance: "_Distance", restored: Tensor, rows: Tensor, rng: Draws) -> Tensor:
         """Value of the regulariser for each restored latent (n), before its weight."""
-        distances = far(restored, rng)
+        distances = distance(restored, rng)
         if self.regulariser == "hinge":
             return F.relu(self.margin - distances.min(1).values)
-        own = distances.gather(1, rows[:, None])[:, 0]
-        return own if self.regulariser == "printed" else -own
+        to_original = distances.gather(1, rows[:, None])[:, 0]
+        return to_original if self.regulariser == "printed" else -to_original
 
 
-class _Far:
+class _Distance:
     """L1 distances of decoded latents to the sets of the collection, in multiples of the distance between its runs.
 
     Estimated from a random subset of the parameters.
@@ -169,20 +169,21 @@ class _Far:
     def __init__(self, embedding: Embedding, members: Members, rng: Draws) -> None:
         place = torch.zeros(1, dtype=torch.int64, device=embedding.mean.device)
         n = min(_POOL, embedding.span.parameters)
+        # float64, since float32 cannot represent every index of a large network
         columns = (rng.uniform(place, n, dtype=torch.float64)[0] * embedding.span.parameters).long()
-        span, known = embedding.span, members.tensors.values()
+        span, collection = embedding.span, members.tensors.values()
         at = span.at(torch.eye(span.rank, device=place.device), columns).float()
         self._mean = span.at(torch.zeros(1, span.rank, device=place.device), columns).float()
         self._directions = at - self._mean
-        self._known = torch.cat([value.flatten(1) for value in known], 1)[:, columns].float()
+        self._collection = torch.cat([value.flatten(1) for value in collection], 1)[:, columns].float()
         self._embedding, self._unit = embedding, apart(members)
 
     def __call__(self, latents: Tensor, rng: Draws) -> Tensor:
         """Distances (n, sets of the collection). Differentiable with respect to the latents."""
         place = torch.zeros(1, dtype=torch.int64, device=latents.device)
-        few = rng.at("columns").integers(place, self._known.shape[1], _COLUMNS)[0]
-        sets = self._mean[:, few] + self._embedding.coordinates(latents) @ self._directions[:, few]
-        return torch.cdist(sets, self._known[:, few], p=1) / len(few) / self._unit
+        columns = rng.at("columns").integers(place, self._collection.shape[1], _COLUMNS)[0]
+        sets = self._mean[:, columns] + self._embedding.coordinates(latents) @ self._directions[:, columns]
+        return torch.cdist(sets, self._collection[:, columns], p=1) / len(columns) / self._unit
 
 
 def packed_generator(generator: Generator) -> dict[str, Tensor]:

@@ -52,34 +52,34 @@ def ball(threat: ThreatModel, overshoot: float, making: Making) -> Constraint:
 
     Raises `UsageError`, with the name of `making`, if the constraint has no eps.
     """
-    whole = expect_eps(threat.constraint, making)
-    return whole.resized(overshoot * whole.eps)
+    constraint = expect_eps(threat.constraint, making)
+    return constraint.resized(overshoot * constraint.eps)
 
 
 def shared_out(
     exposed: Sequence[Classifier],
     data: Batch,
     n: int,
-    made: Callable[[Classifier, Batch], Batch],
+    compute: Callable[[Classifier, Batch], Batch],
     rng: Draws,
 ) -> Batch:
     """Sample at most `n` examples, divide them among models with stolen sets, and return the results of a function of
     each model and its examples in one batch.
 
-    Each model is copied and in eval mode. Returns the results of `made` in one batch. Raises `UsageError` if `exposed`
-    is empty.
+    Each model is copied and in eval mode. Returns the results of `compute` in one batch. Raises `UsageError` if
+    `exposed` is empty.
     """
     if not exposed:
         raise UsageError(
             "no parameter set was given to immunise against; give the stolen sets, or the serving set"
         )
-    some = rows_of(data, n, rng)
-    found = [
-        made(deepcopy(model).eval(), few)
-        for place, model in enumerate(exposed[: len(some)])
-        for few in some.take(torch.arange(place, len(some), len(exposed))).split(_AT_ONCE)
+    examples = rows_of(data, n, rng)
+    results = [
+        compute(deepcopy(model).eval(), part)  # a copy, since the mode changes
+        for place, model in enumerate(exposed[: len(examples)])
+        for part in examples.take(torch.arange(place, len(examples), len(exposed))).split(_AT_ONCE)
     ]
-    return Batch(*(torch.cat([getattr(batch, name) for batch in found]) for name in ("x", "y", "ids")))
+    return Batch(*(torch.cat([getattr(batch, name) for batch in results]) for name in ("x", "y", "ids")))
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,14 @@ class Crafting:
 
         Cost: `steps` forward and backward passes for each example.
         """
-        made = partial(self._made, constraint=ball(threat, self.overshoot, self), rng=rng.at("start"))
-        return shared_out(exposed, data, self.examples, made, rng.at("inputs"))
+        compute = partial(self._computed, constraint=ball(threat, self.overshoot, self), rng=rng.at("start"))
+        return shared_out(exposed, data, self.examples, compute, rng.at("inputs"))
 
-    def _made(self, model: Classifier, few: Batch, *, constraint: Constraint, rng: Draws) -> Batch:
+    def _computed(self, model: Classifier, batch: Batch, *, constraint: Constraint, rng: Draws) -> Batch:
         x_adv, _ = ascend(
             model,
-            few,
-            constraint.sample(few, model.bounds, rng),
+            batch,
+            constraint.sample(batch, model.bounds, rng),
             cross_entropy,
             constraint,
             steps=self.steps,
@@ -121,7 +121,7 @@ class Crafting:
             momentum=self.momentum,
             keep="last",
         )
-        return few.at(x_adv)
+        return batch.at(x_adv)
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,9 @@ class Immunise:
             weight_decay=0.0,
             immunity=Immunity(examples, self.weight, self.batch),
         )
-        some = rows_of(data, max(round(self.share * len(data)), 1), rng.at("data"))
+        training = rows_of(data, max(round(self.share * len(data)), 1), rng.at("data"))
         learner = deepcopy(model).requires_grad_()
-        return last_of(trained_as(recipe, how), learner, some, threat, rng.at("training"))
+        return last_of(trained_as(recipe, how), learner, training, threat, rng.at("training"))
 
 
 def chain(

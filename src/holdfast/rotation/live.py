@@ -53,18 +53,19 @@ def loaded(model: Classifier, weights: Weights, name: str) -> Classifier:
     refuse_foreign(weights, _state(model), f"set {name!r}")
     copied = deepcopy(model).eval().requires_grad_(False)
     assert isinstance(copied.net, nn.Module)
-    taken = {value.data_ptr() for value in _state(model).values() if value.numel()}
-    if any(value.data_ptr() in taken for value in _state(copied).values()):
+    # by address, since a copy that shares storage is still another tensor object
+    addresses = {value.data_ptr() for value in _state(model).values() if value.numel()}
+    if any(value.data_ptr() in addresses for value in _state(copied).values()):
         raise TargetError(
             "a copy of the model shares its weights, so a swap would change the serving model; let its "
             "__deepcopy__ copy them"
         )
     copied.net.load_state_dict(weights)
-    for wanted, value in _state(copied).items():
-        if not torch.equal(value, weights[wanted].to(value.device)):
+    for tensor_name, value in _state(copied).items():
+        if not torch.equal(value, weights[tensor_name].to(value.device)):
             raise TargetError(
-                f"set {name!r} contains values of {wanted} that the network did not keep: the network shares that "
-                "tensor with another name, for which the set contains other values; write the set from the state "
+                f"set {name!r} contains values of {tensor_name} that the network did not keep: the network shares "
+                "that tensor with another name, for which the set contains other values; write the set from the state "
                 "dict of one network"
             )
     return copied
@@ -94,25 +95,25 @@ def canary(model: Model, x: Inputs) -> str:
     follow a slash: `5f…c0/17,203`. Raises `TargetError` if more than half of them are excluded.
     """
     logits = _logits(model, x)
-    best = logits.topk(2, 1).values
-    close = (best[:, 0] - best[:, 1] <= _CLEAR * logits.abs().amax(1)).nonzero()[:, 0].tolist()
+    largest = logits.topk(2, 1).values
+    close = (largest[:, 0] - largest[:, 1] <= _CLEAR * logits.abs().amax(1)).nonzero()[:, 0].tolist()
     if 2 * len(close) > len(x):
         raise TargetError(
             f"the set classifies {len(x) - len(close)} of {len(x)} canary inputs clearly; at least half of them "
             "were expected; give inputs similar to those of its training"
         )
-    left_out = f"/{','.join(map(str, close))}" if close else ""
-    return _digest(logits.argmax(1), close) + left_out
+    suffix = f"/{','.join(map(str, close))}" if close else ""
+    return _digest(logits.argmax(1), close) + suffix
 
 
-def refuse_strange(model: Model, x: Inputs, known: str, name: str) -> None:
+def refuse_strange(model: Model, x: Inputs, stored: str, name: str) -> None:
     """Raise `TargetError` if the classes that a parameter set predicts for fixed inputs do not match its stored
-    fingerprint `known`.
+    fingerprint `stored`.
     """
-    fingerprint = _KNOWN.fullmatch(known)
+    fingerprint = _KNOWN.fullmatch(stored)
     if fingerprint is None:
         raise TargetError(
-            f"set {name!r} has the canary {known!r}; expected 64 hex digits, as rotation.canary returns them"
+            f"set {name!r} has the canary {stored!r}; expected 64 hex digits, as rotation.canary returns them"
         )
     close = [int(place) for place in (fingerprint[2] or "").split(",") if place]
     if 2 * len(close) > len(x):
@@ -131,7 +132,7 @@ def refuse_strange(model: Model, x: Inputs, known: str, name: str) -> None:
 
 @torch.no_grad()
 def _logits(model: Model, x: Inputs) -> Logits:
-    logits = torch.cat([model(some) for some in torch.split(x, _AT_ONCE)])
+    logits = torch.cat([model(part) for part in torch.split(x, _AT_ONCE)])
     broken = ~logits.isfinite().all(1)
     if broken.any():
         raise TargetError(
@@ -141,9 +142,9 @@ def _logits(model: Model, x: Inputs) -> Logits:
     return logits
 
 
-def _digest(classes: Labels, left_out: Sequence[int]) -> str:
-    apart = set(left_out)
-    text = ",".join(str(k) for place, k in enumerate(classes.tolist()) if place not in apart)
+def _digest(classes: Labels, excluded: Sequence[int]) -> str:
+    excluded_set = set(excluded)
+    text = ",".join(str(k) for place, k in enumerate(classes.tolist()) if place not in excluded_set)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -157,14 +158,15 @@ def next_set(waiting: Sequence[str]) -> str:
         raise Inconclusive(
             "no admitted set is waiting, so the serving set is not changed; draw and admit more sets"
         )
+    # not from the run's draws, which an attacker with the seed could repeat
     return secrets.choice(waiting)
 
 
 @torch.no_grad()
-def churn(one: Model, other: Model, x: Inputs) -> Estimate:
+def churn(first: Model, second: Model, x: Inputs) -> Estimate:
     """Return the fraction of inputs for which two models predict different classes, with an interval of at least 95 %
     coverage.
     """
     return proportion(
-        torch.cat([one(some).argmax(1) != other(some).argmax(1) for some in torch.split(x, _AT_ONCE)])
+        torch.cat([first(part).argmax(1) != second(part).argmax(1) for part in torch.split(x, _AT_ONCE)])
     )

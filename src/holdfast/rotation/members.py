@@ -38,9 +38,9 @@ class Members:
         """
         if not sets:
             raise UsageError("there are no parameter sets; collect some first")
-        for place, one in enumerate(sets):
-            refuse_foreign(one, sets[0], f"parameter set {place + 1}")
-        tensors = {name: torch.stack([one[name] for one in sets]) for name in sets[0]}
+        for place, weights in enumerate(sets):
+            refuse_foreign(weights, sets[0], f"parameter set {place + 1}")
+        tensors = {name: torch.stack([weights[name] for weights in sets]) for name in sets[0]}
         return cls(tensors, torch.as_tensor(basins))
 
     def __len__(self) -> int:
@@ -80,28 +80,29 @@ class Members:
         return Members(means, torch.tensor(runs))
 
 
-def refuse_foreign(weights: Weights, known: Weights, what: str) -> None:
-    """Raise `TargetError` if a parameter set differs from the set `known` in names, shapes or types, or contains a
+def refuse_foreign(weights: Weights, reference: Weights, description: str) -> None:
+    """Raise `TargetError` if a parameter set differs from the set `reference` in names, shapes or types, or contains a
     value that is not finite.
 
-    `what` describes the parameter set in the message.
+    `description` is that of the parameter set in the message.
     """
-    if weights.keys() != known.keys():
-        other = min(weights.keys() ^ known.keys())
-        has = "lacks" if other in known else "has"
+    if weights.keys() != reference.keys():
+        name_of_one = min(weights.keys() ^ reference.keys())
+        has = "lacks" if name_of_one in reference else "has"
         raise TargetError(
-            f"{what} {has} {other!r}, so it has another architecture; give sets of one architecture only"
+            f"{description} {has} {name_of_one!r}, so it has another architecture; give sets of one architecture only"
         )
     for name, value in weights.items():
-        expected = known[name]
+        expected = reference[name]
         if value.shape != expected.shape or value.dtype != expected.dtype:
             raise TargetError(
-                f"{what} has {name} of shape {tuple(value.shape)} and {value.dtype}, but {tuple(expected.shape)} "
-                f"and {expected.dtype} were expected; give sets of one architecture and type only"
+                f"{description} has {name} of shape {tuple(value.shape)} and {value.dtype}, but "
+                f"{tuple(expected.shape)} and {expected.dtype} were expected; give sets of one architecture and "
+                "type only"
             )
         if not bool((value.isfinite() | ~expected.isfinite()).all()):  # a mask may hold infinity
             raise TargetError(
-                f"{what} has NaN or infinite values in {name}: its training diverged; leave it out, or train it "
+                f"{description} has NaN or infinite values in {name}: its training diverged; leave it out, or train it "
                 "with a smaller learning rate"
             )
 
@@ -118,8 +119,8 @@ def weights_of(model: Classifier, names: Iterable[str] | None = None) -> dict[st
     rotation swaps.
     """
     assert isinstance(model.net, nn.Module)
-    known = dict(model.net.named_parameters())
-    return {name: known[name].detach().clone() for name in (rotated(model) if names is None else names)}
+    parameters = dict(model.net.named_parameters())
+    return {name: parameters[name].detach().clone() for name in (rotated(model) if names is None else names)}
 
 
 def put(model: Classifier, weights: Weights, data: Batch | None = None) -> Classifier:
@@ -158,15 +159,15 @@ def put(model: Classifier, weights: Weights, data: Batch | None = None) -> Class
 @torch.no_grad()
 def _settle(model: Classifier, norms: Sequence[_NormBase], data: Batch) -> None:
     """Set the running statistics to their means over batches of the first inputs."""
-    kept = [layer.momentum for layer in norms]
+    momenta = [layer.momentum for layer in norms]
     for layer in norms:
         layer.reset_running_stats()
         layer.momentum = None  # the average of all batches, in any order
         layer.train()
     n = min(_STATISTICS, len(data))
     n -= n % _AT_ONCE if n > _AT_ONCE else 0  # batches of equal size, so that each has the same weight
-    for some in data.take(torch.arange(n)).split(_AT_ONCE):
-        model(some.x)
-    for layer, momentum in zip(norms, kept, strict=True):
+    for batch in data.take(torch.arange(n)).split(_AT_ONCE):
+        model(batch.x)
+    for layer, momentum in zip(norms, momenta, strict=True):
         layer.momentum = momentum
         layer.eval()

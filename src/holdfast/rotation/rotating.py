@@ -106,11 +106,12 @@ class RotatingModel:
             raise UsageError(
                 "no canary inputs were given; expected those that the sets were admitted with, such as 256 inputs"
             )
+        # a copy, so that changes of the given model cannot reach a serving set
         self._pristine = deepcopy(model).eval().requires_grad_(False)
         self._current, self._canaries = current, canaries.detach().clone()
         self._sticky, self._kept, self._most_names = sticky, kept, principals
         self._lock, self._swapping, self._collecting = (threading.Lock() for _ in range(3))
-        self._held: tuple[_Serving, ...] = ()  # replaced sets that principals still use
+        self._previous: tuple[_Serving, ...] = ()  # replaced sets that principals still use
         self._ended: list[_Book] = []
         self._names = 0
         self._live = self._ready(current())
@@ -162,6 +163,7 @@ class RotatingModel:
             book.begin(principal, n)
         try:
             logits: Logits = serving.model(x, ids)
+            # an exception of the model leaves 0, and `end` then takes the counted answers back
             given = n
         finally:
             with self._lock:
@@ -171,10 +173,10 @@ class RotatingModel:
     def _of(self, principal: str | None) -> _Serving:
         """The set that answers a principal: its most recent set up to the limit of answers, else the live set."""
         if self._sticky is not None and principal is not None:
-            for serving in (self._live, *self._held):
-                had = serving.book.had.get(principal)
-                if had is not None:
-                    return serving if had < self._sticky.most else self._live
+            for serving in (self._live, *self._previous):
+                n_answers = serving.book.had.get(principal)
+                if n_answers is not None:
+                    return serving if n_answers < self._sticky.most else self._live
         return self._live
 
     def refresh(self) -> bool:
@@ -185,29 +187,30 @@ class RotatingModel:
         and a forward pass of the canaries, while requests continue.
         """
         with self._swapping:
-            wanted, (name, epoch) = self._current(), self.live
-            if wanted.epoch == epoch and wanted.name == name:
+            next_live, (name, epoch) = self._current(), self.live
+            if next_live.epoch == epoch and next_live.name == name:
                 return False
-            if wanted.epoch <= epoch:
+            if next_live.epoch <= epoch:
                 raise TargetError(
-                    f"set {wanted.name!r} has epoch {wanted.epoch}, but {epoch + 1} or later was expected; check "
+                    f"set {next_live.name!r} has epoch {next_live.epoch}, but {epoch + 1} or later was expected; check "
                     f"the ledger with holdfast verify. Set {name!r} still serves"
                 )
             try:
-                fresh = self._ready(wanted)
+                # outside the lock of requests: loading takes long, and requests must not wait
+                fresh = self._ready(next_live)
             except TargetError as error:
                 raise TargetError(f"{error}. Set {name!r} still serves") from error
             with self._lock:
-                older = (self._live, *self._held)
+                older = (self._live, *self._previous)
                 self._live = fresh
-                self._hold(older if self._sticky is not None else (), among=older)
+                self._keep(older if self._sticky is not None else (), among=older)
             return True
 
-    def _ready(self, wanted: Live) -> _Serving:
+    def _ready(self, live: Live) -> _Serving:
         """Load a set and test it on the canaries. This also makes the first forward pass, which is the slowest."""
-        model = loaded(self._pristine, wanted.weights, wanted.name)
-        refuse_strange(model, self._canaries, wanted.canary, wanted.name)
-        return _Serving(model, _Book(wanted.name, wanted.epoch))
+        model = loaded(self._pristine, live.weights, live.name)
+        refuse_strange(model, self._canaries, live.canary, live.name)
+        return _Serving(model, _Book(live.name, live.epoch))
 
     def withdraw(self, name: str) -> None:
         """Stop the use of the stolen or replaced set `name`. All clients get answers from the serving set from now on.
@@ -217,11 +220,14 @@ class RotatingModel:
         with self._lock:
             if name == self._live.book.name:
                 raise UsageError(f"set {name!r} is the live set; swap to another set before you withdraw it")
-            self._hold(tuple(one for one in self._held if one.book.name != name), among=self._held)
+            self._keep(
+                tuple(serving for serving in self._previous if serving.book.name != name),
+                among=self._previous,
+            )
 
-    def _hold(self, wanted: tuple[_Serving, ...], *, among: tuple[_Serving, ...]) -> None:
-        self._held = wanted[: self._kept]
-        self._ended += [one.book for one in among if one not in self._held]
+    def _keep(self, serving_sets: tuple[_Serving, ...], *, among: tuple[_Serving, ...]) -> None:
+        self._previous = serving_sets[: self._kept]
+        self._ended += [serving.book for serving in among if serving not in self._previous]
 
     def collected(self, write: Callable[[Answers], object] = lambda answers: None) -> tuple[Answers, ...]:
         """Return the numbers of answers that clients got from each parameter set since the previous call, and call
@@ -234,16 +240,17 @@ class RotatingModel:
         collected = []
         with self._collecting:
             with self._lock:
-                over = [book for book in self._ended if not book.under_way]
-                books = [*self._ended, *(one.book for one in (self._live, *self._held))]
-                counts = [(book, dict(book.given)) for book in books if book.given or book in over]
-            for book, given in sorted(counts, key=lambda each: each[0].epoch):
-                answers = _answers(book, given, final=book in over)
+                finished = [book for book in self._ended if not book.under_way]
+                books = [*self._ended, *(serving.book for serving in (self._live, *self._previous))]
+                counts = [(book, dict(book.given)) for book in books if book.given or book in finished]
+            for book, given in sorted(counts, key=lambda entry: entry[0].epoch):
+                answers = _answers(book, given, final=book in finished)
+                # before the counts are reduced, so that an error of `write` loses no answer
                 write(answers)
                 collected.append(answers)
                 with self._lock:
                     book.forget(given)
-                    if book in over:
+                    if book in finished:
                         self._ended.remove(book)
                         self._names -= len(book.had)
         return tuple(collected)

@@ -99,8 +99,8 @@ class Sampled:
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         sources, n = threat.surrogates, max(self.copies, len(threat.surrogates))
-        moved = tuple(self._moved(sources[k % len(sources)], rng.at("copy", k)) for k in range(n))
-        return self.attack(model, batch, replace(threat, surrogates=moved), rng=rng)
+        copies = tuple(self._moved(sources[k % len(sources)], rng.at("copy", k)) for k in range(n))
+        return self.attack(model, batch, replace(threat, surrogates=copies), rng=rng)
 
     def _moved(self, source: Model, rng: Draws) -> Model:
         """A noisy copy; a model without weights, such as a remote one, is returned unchanged."""
@@ -140,8 +140,8 @@ class TransferAttacker:
         return {
             name: torch.cat(
                 [
-                    attack(sources[0], some, threat_of_attacker, rng=rng.at(name)).detach()
-                    for some in batch.split(_AT_ONCE)
+                    attack(sources[0], part, threat_of_attacker, rng=rng.at(name)).detach()
+                    for part in batch.split(_AT_ONCE)
                 ]
             )
             for name, attack in self.attacks.items()

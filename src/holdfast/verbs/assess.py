@@ -16,7 +16,7 @@ import torch
 from holdfast.core.batch import Data
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.purpose import purpose
-from holdfast.doubts.answering import arms, called
+from holdfast.doubts.answering import arms, required_attacks
 from holdfast.engine.executor import Executor, Inline
 from holdfast.engine.processes import worker_processes
 from holdfast.engine.progress import Notify, Progress, ignore, silent
@@ -233,7 +233,9 @@ class _Job:
         """Run the adaptive attacks that the doubts require, and record which doubts require each attack."""
         doubts = tuple(map(doubt_from_json, asked["doubts"]))
         members = {member.name for member in self.plan.adaptive}
-        because = called([arm for arm in arms(self.plan.threat.constraint) if arm.name in members], doubts)
+        because = required_attacks(
+            [arm for arm in arms(self.plan.threat.constraint) if arm.name in members], doubts
+        )
         stages = [s for s in self.plan.stages() if s.adaptive and s.member and s.member.name in because]
         missed = measurement.stages(stages, by_stage)
         return measurement.run.document(

@@ -17,8 +17,8 @@ from holdfast.harness import (
     broken_by_suite,
     evidence_from,
     passes,
-    speaking,
     unattacked,
+    worst_rows,
 )
 from holdfast.sources.sent import Totals
 from holdfast.store.folder import StoredStage
@@ -134,7 +134,7 @@ def _adapted(
             context.doubts,
             ran,
             because,
-            went_round=bool(adapted["bypassed"]),
+            bypassed=bool(adapted["bypassed"]),
             fell=bool(left),
             blind=adapted["no_detector_gradient"],
         ),
@@ -170,7 +170,7 @@ def adversarial(
     if not kept:
         return {}
     ids = torch.cat([columns["adversarial.id"] for columns in kept])
-    rows = speaking(kept, "adversarial", smallest=smallest)
+    rows = worst_rows(kept, "adversarial", smallest=smallest)
     return {"id": ids[rows], "x": torch.cat([columns["adversarial.x"] for columns in kept])[rows]}
 
 

@@ -20,7 +20,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.engine.identity import hardware
 from holdfast.engine.progress import Notify, Progress, ignore, silent
-from holdfast.engine.resuming import lent, repeatable, way_out
+from holdfast.engine.resuming import repeatable, temporary_run_folder, way_out
 from holdfast.engine.run import Run
 from holdfast.engine.signals import stoppable
 from holdfast.ops import distributed
@@ -90,7 +90,7 @@ def harden(
             refuse_threat(threat, bounds, sample.x, target.classes)
     with ExitStack() as stack:
         stack.enter_context(distributed.joined(torch.device(request.device)))
-        place = stack.enter_context(lent()) if run is None else run
+        place = stack.enter_context(temporary_run_folder()) if run is None else run
         job = _Job(subject, examples, test, request, place, progress, notify, clock)
         found = job.lead(resume=resume) if distributed.first() else job.follow()
     if run is not None:

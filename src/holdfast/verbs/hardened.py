@@ -19,7 +19,7 @@ from holdfast.ops.statistics import proportion
 from holdfast.reports.card import card_document as as_markdown
 from holdfast.reports.card import compared_metrics, curve_svg, judged
 from holdfast.reports.numbers import percent, plain, strict
-from holdfast.reports.words import as_asked
+from holdfast.reports.words import threat_syntax
 from holdfast.store.files import usable, write_atomically
 from holdfast.store.records import document
 from holdfast.verbs.candidates import Candidate
@@ -162,7 +162,7 @@ def card_of(
         {
             **said,
             "name": best.subject.card["name"],
-            "evaluated_under": as_asked(sides[1].summary()["threat"]),
+            "evaluated_under": threat_syntax(sides[1].summary()["threat"]),
             "recipe": best.candidate.name,
             "reason": best.attempt["reason"],
             "epochs": best.epochs,

@@ -261,7 +261,7 @@ def _probed(
         def run(piece: Batch, probe: Probe = probe, look: Run = look) -> dict[str, Tensor]:
             if within.goal is not None:
                 piece = piece.towards(torch.full_like(piece.y, within.goal))
-            asked = measurement.target.asked(model, piece)
+            asked = measurement.target.queried(model, piece)
             with measurement.target.repeatable(rng.at(probe.name, int(piece.ids[0]))):
                 return {name: values.cpu() for name, values in look(asked, piece, within, rng).items()}
 

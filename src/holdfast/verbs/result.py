@@ -18,7 +18,7 @@ from holdfast.harness.verdict import DISTANCES
 from holdfast.metrics.catalogue import estimates, missing
 from holdfast.metrics.curves import EpsCurve, eps_curve
 from holdfast.reports.html import fragment
-from holdfast.reports.summary import Json, asked_gate, summary, to_json
+from holdfast.reports.summary import Json, later_gate, summary, to_json
 from holdfast.reports.table import frame
 from holdfast.reports.terminal import tables, verdict
 from holdfast.reports.words import VERDICTS, measured
@@ -207,7 +207,7 @@ class Result:
 
     def _repr_html_(self) -> str:
         """HTML for notebooks: verdict, gates, attacks, metrics, doubts with advice, and a few examples."""
-        return fragment(self._summary, [asked_gate(gate, self._summary) for gate in self._asked.values()])
+        return fragment(self._summary, [later_gate(gate, self._summary) for gate in self._asked.values()])
 
     def __str__(self) -> str:
         return verdict(self._summary, colour=False).rstrip("\n")

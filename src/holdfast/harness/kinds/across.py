@@ -53,10 +53,10 @@ class AcrossSets(StageKind):
         The masks `across.turned` and `across.control`, (n, source, destination), state which inputs were broken by a
         perturbation and by its control. The other columns are costs.
         """
-        first = work.batch
-        pairs = replace(first, ids=torch.arange(len(first), device=first.ids.device))
+        first_set = work.batch
+        pairs = replace(first_set, ids=torch.arange(len(first_set), device=first_set.ids.device))
         return in_pieces(
-            lambda piece: _carried(stage, work, [each.take(piece.ids) for each in work.sets]),
+            lambda piece: _transferred(stage, work, [data_set.take(piece.ids) for data_set in work.sets]),
             pairs,
             work.room,
         )
@@ -86,7 +86,7 @@ def paired(batch: Batch, seed: int, place: int) -> Batch:
     return batch.take(rng.uniform(batch.ids, 1, dtype=torch.float64)[:, 0].argsort(stable=True))
 
 
-def _carried(stage: Stage, work: Work, sets: Sequence[Batch]) -> dict[str, Tensor]:
+def _transferred(stage: Stage, work: Work, sets: Sequence[Batch]) -> dict[str, Tensor]:
     plan, target = work.plan, work.target
     rng, threat = Draws(plan.seed).at("stage", stage.name), replace(plan.threat, queries=None)
     project, bounds = threat.constraint.project, target.bare.bounds
@@ -94,17 +94,22 @@ def _carried(stage: Stage, work: Work, sets: Sequence[Batch]) -> dict[str, Tenso
     control: list[Tensor] = []
     queries = backwards = torch.zeros_like(sets[0].ids)
     with target.repeatable(rng.at(int(sets[0].ids[0]))):
-        sets = [replace(each, y=target.logits(each.x)[:, : target.classes].argmax(1)) for each in sets]
-        for place, each in enumerate(sets):
-            own = Metered(target.asked(target.quick, each), each, threat)
-            makers = (own,) if threat.gives("gradients") else threat.surrogates
-            x_adv, _ = returned(stage.attack, replace(threat, surrogates=makers), target, each, rng.at(place))
-            change = x_adv - each.x
-            mixed = _mixed(change, each, rng.at("control", place))
-            for delta, kept in ((change, turned), (mixed, control)):
-                moved = [(on, project(on.x + delta, on.x, bounds)) for on in sets]
-                kept.append(torch.stack([_turned(target, on, x) for on, x in moved], 1))
-            queries, backwards = queries + own.spent.queries, backwards + own.spent.backwards
+        sets = [replace(source, y=target.logits(source.x)[:, : target.classes].argmax(1)) for source in sets]
+        for place, source in enumerate(sets):
+            metered = Metered(target.queried(target.quick, source), source, threat)
+            makers = (metered,) if threat.gives("gradients") else threat.surrogates
+            x_adv, _ = returned(
+                stage.attack, replace(threat, surrogates=makers), target, source, rng.at(place)
+            )
+            change = x_adv - source.x
+            permuted = _permuted(change, source, rng.at("control", place))
+            for delta, masks in ((change, turned), (permuted, control)):
+                moved = [
+                    (destination, project(destination.x + delta, destination.x, bounds))
+                    for destination in sets
+                ]
+                masks.append(torch.stack([_turned(target, destination, x) for destination, x in moved], 1))
+            queries, backwards = queries + metered.spent.queries, backwards + metered.spent.backwards
     columns = {
         "id": sets[0].ids,
         "ran": torch.ones_like(sets[0].ids, dtype=torch.bool),
@@ -116,7 +121,7 @@ def _carried(stage: Stage, work: Work, sets: Sequence[Batch]) -> dict[str, Tenso
     return {name: values.cpu() for name, values in columns.items()}
 
 
-def _mixed(change: Inputs, batch: Batch, rng: Draws) -> Inputs:
+def _permuted(change: Inputs, batch: Batch, rng: Draws) -> Inputs:
     """Each perturbation with its places in random order; the channels of a pixel stay together."""
     spread = change.flatten(2) if change.dim() == _IMAGE else change.flatten(1)[:, None]
     order = rng.uniform(batch.ids, spread.shape[2]).argsort(1)
@@ -124,4 +129,4 @@ def _mixed(change: Inputs, batch: Batch, rng: Draws) -> Inputs:
 
 
 def _turned(target: Target, batch: Batch, x: Inputs) -> Mask:
-    return ~(margin(target.held(target.logits(x), batch.y), batch) > 0)
+    return ~(margin(target.judged_logits(target.logits(x), batch.y), batch) > 0)

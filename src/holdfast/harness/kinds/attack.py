@@ -66,14 +66,15 @@ class AttackKind(StageKind, Protocol):
         """
         batch, plan, chosen = work.batch, work.plan, work.chosen
         target = work.target
-        knows = stage.adaptive or self.aware
-        target = replace(target, quick=target.view if knows else target.quick, aim=stage.aim)
+        aware = stage.adaptive or self.aware
+        target = replace(target, quick=target.view if aware else target.quick, aim=stage.aim)
         missed = batch.ids if work.broken is None else batch.ids[~work.broken.to(batch.ids.device)]
         rng, work = Draws(plan.seed).at("stage", stage.name), replace(work, target=target)
         columns = self.columns(work.clean)
         if isinstance(stage.attack, Placed):
             columns |= {name: torch.zeros_like(columns["queries"]) for name in (_PLACES, _BROKEN_AT_RANDOM)}
         chosen = torch.ones_like(work.clean["correct"]) if chosen is None else chosen
+        # the examples that are not attacked count as finished in the progress of the shard
         work.room.progress(int((~chosen).sum()))
         if not chosen.any():
             return columns
@@ -87,6 +88,7 @@ class AttackKind(StageKind, Protocol):
             else:
                 columns[name][chosen] = values
         if plan.threat.constraint.judges_misclassified:
+            # the other examples were evaluated as well, but a misclassified one cannot be broken
             columns["success"] &= work.clean["correct"] & work.clean["eligible"]
         return columns
 
@@ -123,9 +125,13 @@ class AttackKind(StageKind, Protocol):
         """Return the columns that the stage would have if a change of size 0 broke every correct example. They serve to
         check gates before a run.
         """
-        alone = self.columns(work.clean)
-        near = {name: torch.zeros_like(alone[name]) for name in (*DISTANCES, "score") if name in alone}
-        return {**alone, **near, "success": work.clean["correct"].clone()}
+        unattacked_columns = self.columns(work.clean)
+        zeros = {
+            name: torch.zeros_like(unattacked_columns[name])
+            for name in (*DISTANCES, "score")
+            if name in unattacked_columns
+        }
+        return {**unattacked_columns, **zeros, "success": work.clean["correct"].clone()}
 
 
 class SuiteAttack(AttackKind):
@@ -160,7 +166,7 @@ class SuiteAttack(AttackKind):
         later = 0 if plan.full or plan.smallest else member.waves
         names = (name, *(f"{name}-wave-{wave + 2}" for wave in range(later)))
         fit = [Stage(fit_stage_of(name), Fit(), member)] if isinstance(member.attack, Learned) else []
-        return [*fit, *(Stage(each, self, member, names[:k]) for k, each in enumerate(names))]
+        return [*fit, *(Stage(stage_name, self, member, names[:k]) for k, stage_name in enumerate(names))]
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
         """Return the mask of the examples that an attack is run on: the surviving ones or, if the plan requires a full
@@ -184,11 +190,11 @@ class SuiteAttack(AttackKind):
         if earlier and not earlier[-1]["success"].any():
             return torch.zeros_like(standing)
         tried = torch.stack([torch.zeros_like(standing), *(columns["ran"] for columns in earlier)]).any(0)
-        began = int((standing & ~tried).sum() + tried.sum())
-        share = math.ceil(began / 2 ** (stage.member.waves - max(len(earlier) - 1, 0)))
+        n_first = int((standing & ~tried).sum() + tried.sum())
+        share = math.ceil(n_first / 2 ** (stage.member.waves - max(len(earlier) - 1, 0)))
         last = len(earlier) == stage.member.waves
         heights = _heights(clean, measured, goal=plan.threat.goal)
-        return _lowest(standing & ~tried, heights, began if last else max(share, LEAST))
+        return _lowest(standing & ~tried, heights, n_first if last else max(share, LEAST))
 
     def evidence(
         self, outline: Outline, by_stage: Mapping[str, Columns], worst: Columns
@@ -211,7 +217,7 @@ def _at_random(stage: Stage, work: Work, threat: ThreatModel, batch: Batch, rng:
     if not isinstance(attack, Placed):
         return {}
     x_adv = attack.at_random(target.bare, batch, threat, rng=rng)
-    _, right, _ = votes(target, batch, x_adv, lambda logits: target.held(logits, batch.y))
+    _, right, _ = votes(target, batch, x_adv, lambda logits: target.judged_logits(logits, batch.y))
     tried = attack.tried(threat, batch.x.shape[1:])
     return {_PLACES: torch.full_like(batch.ids, tried), _BROKEN_AT_RANDOM: (right <= 0.5).long()}
 

@@ -58,8 +58,8 @@ def _clean(work: Work, batch: Batch, rng: Draws) -> dict[str, Tensor]:
     target, goal = work.target, work.plan.threat.goal
     with target.repeatable(rng.at(int(batch.ids[0]))):
         logits, right, _ = votes(target, batch, batch.x, lambda logits: logits)
-    known = logits[:, : target.classes]
-    probabilities = known.softmax(1)
+    class_logits = logits[:, : target.classes]
+    probabilities = class_logits.softmax(1)
     height = margin(logits, batch.towards(None))
     prediction = target.predicted(logits)
     eligible = torch.ones_like(prediction, dtype=torch.bool)
@@ -78,9 +78,10 @@ def _clean(work: Work, batch: Batch, rng: Draws) -> dict[str, Tensor]:
         "right": right,
         "eligible": eligible,
         "nan": logits.isnan().any(1),
-        "is_probability": ((known.sum(1) - 1).abs() < 1e-4) & (known >= 0).all(1),
+        # the tolerance allows for the rounding of a sum in float32
+        "is_probability": ((class_logits.sum(1) - 1).abs() < 1e-4) & (class_logits >= 0).all(1),
     }
     if target.rejects:
         columns["rejected"] = target.rejected(logits)
-        columns["score"], columns["class_margin"] = score(logits), margin(known, batch.towards(None))
+        columns["score"], columns["class_margin"] = score(logits), margin(class_logits, batch.towards(None))
     return {name: values.cpu() for name, values in columns.items()}

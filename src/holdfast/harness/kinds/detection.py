@@ -96,10 +96,10 @@ class DetectorPass(AttackKind):
         if not set(PASSES) <= set(by_stage):
             return {}
         # an example that an attack broke is misclassified with a score below the threshold
-        known = torch.where(worst["success"], 0.0, torch.inf)
+        broken_score = torch.where(worst["success"], 0.0, torch.inf)
         return {
             "oblivious_score": by_stage[PASSES[0]]["score"],
-            "aware_score": torch.minimum(lowest(by_stage), known),
+            "aware_score": torch.minimum(lowest(by_stage), broken_score),
         }
 
 

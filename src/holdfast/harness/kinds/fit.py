@@ -58,7 +58,7 @@ class Fit(StageKind):
             raise UsageError(
                 f"there is no example to fit {stage.member.name} to that is not judged; name others with --fit DATA"
             )
-        meter = Metered(target.asked(target.quick, batch), batch, work.plan.threat)
+        meter = Metered(target.queried(target.quick, batch), batch, work.plan.threat)
         with target.repeatable(rng):
             learned, fits, chose = best_fit(attack, meter, batch, work.plan.threat, rng=rng)
         columns = {
@@ -86,8 +86,8 @@ def _examples(attack: Learned, work: Work, rng: Draws) -> Batch:
     """The examples to fit an attack to: a random choice of those that are not judged."""
     batch, threat = work.batch, work.plan.threat
     judged = {row.numpy().tobytes() for row in work.clean["digest"]}
-    apart = [row.numpy().tobytes() not in judged for row in digests(batch)]
-    batch = aimed(batch.take(torch.tensor(apart, device=batch.ids.device)), threat)
+    unjudged = [row.numpy().tobytes() not in judged for row in digests(batch)]
+    batch = aimed(batch.take(torch.tensor(unjudged, device=batch.ids.device)), threat)
     if batch.target is not None:
         batch = batch.take(batch.y != batch.target)
     return batch.take(rng.at("examples").bits(batch.ids).argsort()[: attack.examples])
@@ -107,15 +107,18 @@ def best_fit(
         return attack.fit(model, batch, threat, rng=rng), 1, torch.zeros_like(batch.ids, dtype=torch.bool)
     drawn = rng.at("choose").bits(batch.ids).argsort()
     n = len(batch) // _CHOOSE
-    apart = len(batch) >= _LEAST
-    chooses = batch.take(drawn[:n].sort().values) if apart else batch
-    learns = batch.take(drawn[n:].sort().values) if apart else batch
+    separate = len(batch) >= _LEAST
+    selection_batch = batch.take(drawn[:n].sort().values) if separate else batch
+    fit_batch = batch.take(drawn[n:].sort().values) if separate else batch
     assert isinstance(attack, Refitted)
-    found = [attack.refit(k, model, learns, threat, rng=rng) for k in range(fits)]
-    scores = [_score(attack.fitted(one), model, chooses, threat, rng) for one in found]
+    perturbations = [attack.refit(k, model, fit_batch, threat, rng=rng) for k in range(fits)]
+    scores = [
+        _score(attack.fitted(perturbation), model, selection_batch, threat, rng)
+        for perturbation in perturbations
+    ]
     chose = torch.zeros_like(batch.ids, dtype=torch.bool)
-    chose[drawn[:n] if apart else drawn] = True
-    return found[scores.index(max(scores))], fits, chose
+    chose[drawn[:n] if separate else drawn] = True
+    return perturbations[scores.index(max(scores))], fits, chose
 
 
 def _score(attack: Attack, model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> tuple[int, float]:

@@ -67,25 +67,29 @@ class TransferMatrix(AttackKind):
         """
         plan, target = work.plan, work.target
         batch, threat = aimed(batch, plan.threat), replace(plan.threat, queries=None)
-        metered = Metered(target.asked(target.quick, batch), batch, threat)
+        metered = Metered(target.queried(target.quick, batch), batch, threat)
 
-        def holds(x: Inputs, own: Logits) -> Tensor:
+        def correct_by_model(x: Inputs, target_logits: Logits) -> Tensor:
             with torch.no_grad():
-                others = [model(x, batch.ids) for model in threat.surrogates]
-            return torch.stack([margin(logits, batch) > 0 for logits in (own, *others)], 1)
+                surrogate_logits = [model(x, batch.ids) for model in threat.surrogates]
+            return torch.stack(
+                [margin(logits, batch) > 0 for logits in (target_logits, *surrogate_logits)], 1
+            )
 
         wrong, columns, x_best = [], dict[str, Tensor](), batch.x
         with target.repeatable(rng.at(int(batch.ids[0]))):
-            right = holds(batch.x, target.logits(batch.x))
+            right = correct_by_model(batch.x, target.logits(batch.x))
             for models in makers(metered, threat):
                 x_adv, _ = returned(stage.attack, replace(threat, surrogates=models), target, batch, rng)
-                logits, found = verdict_of(plan, target, batch, x_adv)
-                wrong.append(~holds(x_adv, target.held(logits, batch.y)))
-                first = found["success"]
-                first = first & ~columns["success"] if columns else torch.ones_like(first)
-                x_best = torch.where(first.view(-1, *[1] * (x_adv.dim() - 1)), x_adv, x_best)
+                logits, judged = verdict_of(plan, target, batch, x_adv)
+                wrong.append(~correct_by_model(x_adv, target.judged_logits(logits, batch.y)))
+                replaced = judged["success"]
+                # the first source gives the columns of all examples, later ones only those that still survive
+                replaced = replaced & ~columns["success"] if columns else torch.ones_like(replaced)
+                x_best = torch.where(replaced.view(-1, *[1] * (x_adv.dim() - 1)), x_adv, x_best)
                 columns = {
-                    name: torch.where(first, found[name], columns.get(name, found[name])) for name in found
+                    name: torch.where(replaced, judged[name], columns.get(name, judged[name]))
+                    for name in judged
                 }
         columns |= {
             **cost_columns(metered.spent),
@@ -140,5 +144,8 @@ def makers(target: Model, threat: ThreatModel) -> list[tuple[Model, ...]]:
     These are the target alone, if gradients are allowed, each surrogate alone and, if there are several, all
     surrogates.
     """
-    own, each = [(target,)] if threat.gives("gradients") else [], [(model,) for model in threat.surrogates]
-    return [*own, *each, *([threat.surrogates] if len(each) > 1 else [])]
+    target_alone, single_surrogates = (
+        [(target,)] if threat.gives("gradients") else [],
+        [(model,) for model in threat.surrogates],
+    )
+    return [*target_alone, *single_surrogates, *([threat.surrogates] if len(single_surrogates) > 1 else [])]
