@@ -144,6 +144,6 @@ def test_a_learned_patch_is_judged_at_the_worst_place_of_each_image(at):
         return
     assert record.standing_after == 0
     assert record.places.tried == 42 and 30 <= record.places.standing_at_random < 40
-    assert f"at one random place of each, {record.places.standing_at_random} stand" in record.notes[-1]
+    assert f"at one random place of each, {record.places.standing_at_random} survive" in record.notes[-1]
     few = measure(model, [batch], [replace(attack, places=10)], threat, seed=1)
     assert few.attacks[0].places.tried == 10

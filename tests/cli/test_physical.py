@@ -104,7 +104,7 @@ def test_a_model_seen_through_random_changes_is_one_that_draws(capsys):
     content = assessed("mnist-cnn", "mnist-mini", "-n", "10", *seen)
     assert content["model"]["seen_through"] == {"rotate": 20.0, "brightness": 0.2}
     assert any("in both directions by up to rotate 20, brightness 0.2" in note for note in content["notes"])
-    assert any("draws at random" in note for note in content["notes"])
+    assert any("outputs of the model are random" in note for note in content["notes"])
 
 
 @pytest.mark.parametrize(

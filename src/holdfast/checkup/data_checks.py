@@ -78,7 +78,7 @@ def moved_inside(model: Classifier, x: Tensor, sample: Tensor) -> Tensor:
     """Return the inputs `x` divided by 255, or a similar divisor, if they are pixels outside the bounds of the model;
     otherwise return them unchanged.
 
-    Otherwise return `x` unchanged. Without this correction, the later checks would report only effects of the wrong
+    Without this correction, the later checks would report only effects of the wrong
     scale.
     """
     divisor = pixel_divisor(float(sample.min()), float(sample.max()), sample.dim())

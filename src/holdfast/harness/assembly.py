@@ -146,10 +146,7 @@ def evidence_from(
     *,
     randomised: bool,
 ) -> Evidence:
-    """Return the evidence of a finished measurement, computed from the columns and the time of each stage.
-
-    `by_stage` and `seconds` contain the columns and the time of each stage.
-    """
+    """Return the evidence of a finished measurement, computed from the columns and the time of each stage, by name."""
     counted = () if context.scope == "suite only" else passes(plan, by_stage, context.probes)
     columns = assemble(plan, by_stage, counted)
     if not randomised:
@@ -275,7 +272,7 @@ def _placed(places: Places | None) -> tuple[str, ...]:
     if places is None:
         return ()
     worst = f"judged at the worst of {places.tried:,} places of each image"
-    return (f"{worst}; at one random place of each, {places.standing_at_random:,} stand",)
+    return (f"{worst}; at one random place of each, {places.standing_at_random:,} survive",)
 
 
 def _cost(kind: StageKind, columns: Columns, seconds: Seconds | None, *, randomised: bool) -> Cost:

@@ -175,7 +175,7 @@ def refuse_what_is_hidden(plan: Plan, target: Access, why: str = "") -> Plan:
     """Return the plan with the attacker's access limited to that of the model. Raises `UsageError` if an attack needs
     more access.
 
-    Raises `UsageError` if an attack needs more access; `why` is added to the message.
+    `why` is added to the message of the error.
     """
     least: Access = min(plan.threat.access, target, key=ACCESS_ORDER.index)
     limited = replace(plan, threat=replace(plan.threat, access=least))

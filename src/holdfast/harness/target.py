@@ -28,8 +28,9 @@ LOOKED_AT = 8
 """Number of examples on which the model is inspected before a measurement."""
 
 REJECTS = (
-    "the model rejects what its detector takes for a stranger: an example stands if its clean input is accepted and "
-    "right and no attacked input is accepted and wrong; the attacks see network and detector as one"
+    "the model rejects inputs with a high detector score: an example survives if its clean input is accepted and "
+    "classified correctly, and no attacked input is accepted and misclassified; the attacks use network and detector "
+    "together"
 )
 """Note on a model with a detector that rejects inputs."""
 
@@ -260,7 +261,8 @@ def _remarks(logits: Logits, *, randomised: bool) -> tuple[str, ...]:
         remarks.append(f"{text}; check its weights and its preprocessing with holdfast doctor")
     if randomised:
         remarks.append(
-            f"the model draws at random: an example stands until most of {VOTES} draws are wrong, and robust accuracy "
-            f"is the mean chance of being right over {VOTES} fresh ones; --suite rand attacks the average"
+            f"the outputs of the model are random: an example is broken if most of {VOTES} evaluations are wrong, and "
+            f"robust accuracy is the mean share of correct ones over {VOTES} new evaluations; --suite rand attacks the "
+            "average of the outputs"
         )
     return tuple(remarks)

@@ -143,8 +143,7 @@ def returned(
     """Run an attack on a batch, and return the resulting inputs and the cost. Raises `HoldfastError` if an input
     violates the threat model.
 
-    If the query budget of the attack ran out, the inputs are those that it had found before. Raises `HoldfastError` if
-    they violate the threat model.
+    If the query budget of the attack ran out, the inputs are the best ones that it had found before.
     """
     meter = Metered(target.queried(target.quick, batch), batch, threat)
     try:

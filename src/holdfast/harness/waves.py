@@ -53,7 +53,7 @@ def untried_bound(n_unbroken: int, waves: int) -> float:
     """Return an upper bound, with 95 % confidence, on the fraction of untried examples that an attack would break if it
     broke none of the last `n_unbroken` examples.
 
-    The confidence is 95 %. Any of the `waves` could be the last one by chance, so the error probability is divided
+    Any of the `waves` could be the last one by chance, so the error probability is divided
     among them.
     """
     most: float = 1 - ((1 - _CONFIDENCE) / waves) ** (1 / n_unbroken)

@@ -88,8 +88,6 @@ def look(
 ) -> list[PerExample]:
     """Query the model at several points of each example and return their margins. Points that break the model inside
     the constraint are recorded in `best`.
-
-    Points that break the model inside the constraint are offered to `best`.
     """
     n = len(points)
     whole = Batch(torch.cat(points), left.y.repeat(n), left.ids.repeat(n), _repeated(left.target, n))
