@@ -55,7 +55,7 @@ class SCORE:
         """Return the attacked inputs of a batch, found by gradient ascent on the squared distance between attacked and
         clean prediction.
         """
-        return learner.apart(batch, turn.rng, squared_error, steps=self.steps, reach=self.reach)
+        return learner.most_divergent(batch, turn.rng, squared_error, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch, which is the weighted sum of two squared distances, and the number of
