@@ -31,7 +31,7 @@ _IMPROVED, _TIGHTER, _CHECKED = 0.95, 1.2, 10  # the paper's tau, gamma and M
 
 @dataclass(frozen=True)
 class ALMA:
-    """Minimises the distance under the constraint of misclassification by an augmented Lagrangian method."""
+    """Finds the smallest adversarial change by an augmented Lagrangian method with a penalty for each example."""
 
     steps: Steps = 100
     """number of gradient steps"""

@@ -29,7 +29,7 @@ from holdfast.ops.norms import expect_norm, farthest, free, gap
 
 @dataclass(frozen=True)
 class DDN:
-    """Decouples direction and norm: gradient steps at a radius that shrinks while the example is broken, else grows."""
+    """Finds the smallest L2 change by gradient steps whose radius shrinks after a success and grows otherwise."""
 
     steps: Steps = 100
     """number of gradient steps"""

@@ -26,7 +26,7 @@ from holdfast.ops.planes import across, planes, rivals_of
 
 @dataclass(frozen=True)
 class DeepFool:
-    """Linearises the model at each point, and steps across the nearest class boundary of the linear model."""
+    """Moves each point repeatedly across the nearest class boundary of the model linearised at this point."""
 
     steps: Steps = 50
     """largest number of steps; an example stops at its first success"""

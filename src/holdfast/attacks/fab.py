@@ -45,7 +45,7 @@ _NEAR_ETA, _NEAR_BETA = 1.3, 0.8  # upper limits of eta and beta in these runs
 
 @dataclass(frozen=True)
 class FAB:
-    """Projects onto the linearised decision boundary in each step, with a bias towards the clean input."""
+    """Finds the smallest change by projections onto the linearised decision boundary, biased to the clean input."""
 
     steps: Steps = 100
     """number of steps of one run; each costs one forward pass, and one forward pass with a gradient"""

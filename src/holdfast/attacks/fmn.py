@@ -29,7 +29,7 @@ from holdfast.ops.norms import expect_norm, farthest, free, gap
 
 @dataclass(frozen=True)
 class FMN:
-    """Follows the gradient inside a ball that shrinks while the example is broken and grows otherwise."""
+    """Finds the smallest change by gradient steps in a ball that shrinks after a success and grows otherwise."""
 
     steps: Steps = 100
     """number of gradient steps"""

@@ -26,7 +26,7 @@ from holdfast.ops.norms import expect_norm, farthest
 
 @dataclass(frozen=True)
 class GeoDA:
-    """Estimates the normal of a nearly flat boundary from labels, and searches along it for the boundary."""
+    """Estimates the normal of a nearly flat decision boundary from labels, and searches the boundary along it."""
 
     queries: Steps = 5000
     """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""

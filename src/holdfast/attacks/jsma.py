@@ -29,7 +29,7 @@ from holdfast.ops.norms import expect_norm, free
 
 @dataclass(frozen=True)
 class JSMA:
-    """Changes the two most salient values in each step, by a saliency map of the Jacobian, until the model breaks."""
+    """Changes the two values with the largest saliency in each step, until the example is misclassified."""
 
     steps: Steps = 100
     """largest number of steps; an example stops at its first success"""

@@ -41,7 +41,7 @@ _LARGEST = -math.log(1e-6)  # the paper's bound on the logarithm of the penalty
 
 @dataclass(frozen=True)
 class PDPGD:
-    """Minimises the distance by primal-dual proximal gradient descent, with a penalty that adapts to each example."""
+    """Finds the smallest change by primal-dual proximal gradient descent, with an adaptive penalty per example."""
 
     steps: Steps = 100
     """number of gradient steps"""

@@ -31,7 +31,7 @@ _SLOW = 0.15  # share of an image's lowest frequencies that new random signs are
 
 @dataclass(frozen=True)
 class RayS:
-    """Searches for the signs of the direction with the nearest boundary, block by block, from labels alone."""
+    """Searches for the direction of signs along which the decision boundary is nearest, from labels alone."""
 
     queries: Steps = 5000
     """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""

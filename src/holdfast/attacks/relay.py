@@ -32,7 +32,7 @@ _FROM_BEST = 0.6  # factor of the path length of a run that starts from the resu
 
 @dataclass(frozen=True)
 class Relay:
-    """Alternates gradient steps and random search with windows, each from the best point so far."""
+    """Alternates gradient steps and the random search of Square Attack, each from the best point so far."""
 
     steps: Steps = 20
     """number of gradient steps of one run"""

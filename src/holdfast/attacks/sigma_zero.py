@@ -30,7 +30,7 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class SigmaZero:
-    """Minimises a smooth approximation of the L0 norm, and sets changes below an adaptive threshold to zero."""
+    """Changes as few values as possible, by gradient descent on a smooth approximation of the L0 norm."""
 
     steps: Steps = 200
     """number of gradient steps"""

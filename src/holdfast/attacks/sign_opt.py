@@ -28,7 +28,7 @@ _LENGTHS = 8  # number of step sizes that are tried, each twice or half the one 
 
 @dataclass(frozen=True)
 class SignOPT:
-    """Minimises the distance to the boundary over directions, by signs of directional derivatives from labels alone."""
+    """Finds the direction with the nearest boundary, by signs of directional derivatives from labels alone."""
 
     queries: Steps = 5000
     """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""

@@ -31,7 +31,7 @@ _PARTS = (1, 2, 4, 5, 6, 8, 10, 12, 15, 20)  # corresponding fraction of alpha_i
 
 @dataclass(frozen=True)
 class SparseRS:
-    """Searches at random for the few values or pixels to change, from scores alone."""
+    """Searches at random for the few values or pixels whose change lowers the margin most, from scores alone."""
 
     queries: Steps = 5000
     """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""

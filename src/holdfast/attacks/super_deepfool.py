@@ -36,7 +36,7 @@ _LIKELIEST = 2  # number of classes that are compared near the boundary
 
 @dataclass(frozen=True)
 class SuperDeepFool:
-    """Alternates DeepFool steps with projections onto the normal of the decision boundary."""
+    """Finds the smallest change by DeepFool steps that alternate with projections onto the boundary's normal."""
 
     steps: Steps = 50
     """largest number of steps of both kinds; an example stops when three broken points in a row are no closer than

@@ -29,7 +29,7 @@ _EVERYWHERE = Bounds(-torch.inf, torch.inf)
 
 @dataclass(frozen=True)
 class UniversalDeepFool:
-    """Adds up DeepFool steps of single examples to one perturbation for all inputs."""
+    """Computes one perturbation for all inputs as a sum of DeepFool steps of single examples."""
 
     examples: Steps = 1000
     """largest number of examples of the fit split; half of them are used to choose among the fits"""

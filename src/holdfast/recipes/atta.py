@@ -32,7 +32,7 @@ from holdfast.ops.losses import cross_entropy
 
 @dataclass(frozen=True)
 class ATTA:
-    """Adversarial training on examples that are stored from epoch to epoch and improved by a few steps each time."""
+    """Trains on adversarial examples that are stored from epoch to epoch and improved by a few steps each time."""
 
     steps: Steps = 2
     """number of gradient steps on each stored example in each epoch"""

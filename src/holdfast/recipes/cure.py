@@ -26,7 +26,7 @@ from holdfast.ops.learner import Learner, clean_inputs, hits, trained
 
 @dataclass(frozen=True)
 class CURE:
-    """Adds a penalty on the curvature of the loss: `weight` times the squared change of its gradient in a step."""
+    """Adds a penalty on the curvature of the loss: the squared change of its input gradient over a small step."""
 
     weight: NonNegative = 4.0
     """weight of the penalty"""

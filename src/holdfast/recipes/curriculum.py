@@ -28,7 +28,7 @@ from holdfast.ops.losses import cross_entropy
 
 @dataclass(frozen=True)
 class CurriculumTraining:
-    """Adversarial training on PGD attacks that stop for each example at its first error or a few steps later."""
+    """Trains on attacks that stop for each example at its first misclassification or a few steps later."""
 
     beyond: Count = 3
     """number of steps that an example takes after its first error, at the end of the training; it grows from 0"""

@@ -25,7 +25,7 @@ from holdfast.ops.learner import Learner, adversarial_cross_entropy, trained
 
 @dataclass(frozen=True)
 class EnsembleTraining:
-    """Adversarial training on attacks on the network itself and on surrogates, one of them at random per batch."""
+    """Trains on attacks on the network itself and on fixed surrogate models, one of them at random per batch."""
 
     steps: Steps = 7
     """number of gradient steps of the inner attack"""

@@ -34,7 +34,7 @@ _N_TESTED, _MIN_ACCURACY = (
 
 @dataclass(frozen=True)
 class HAT:
-    """TRADES plus the cross-entropy at points beyond the attack, with the original model's predictions as labels."""
+    """Adds to TRADES a loss at points outside the ball, whose labels are the predictions of the original model."""
 
     beta: NonNegative = 2.5
     """weight of the divergence"""

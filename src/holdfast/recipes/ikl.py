@@ -32,7 +32,7 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class IKL:
-    """TRADES with its divergence decomposed into a squared error of logit gaps and a cross-entropy."""
+    """Replaces the divergence of TRADES by a squared error of logit gaps and a cross-entropy with soft labels."""
 
     alpha: NonNegative = 4.0
     """weight of the cross-entropy whose soft label is the clean prediction"""

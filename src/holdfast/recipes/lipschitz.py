@@ -30,7 +30,7 @@ from holdfast.ops.learner import Learner, adversarial_cross_entropy, clean_input
 
 @dataclass(frozen=True)
 class LipschitzConstraint:
-    """Bounds the gain of every layer by `gain`, and penalises the input gradient of the loss by `weight`."""
+    """Limits the Lipschitz constant of each layer to `gain`, and adds a penalty on the loss's input gradient."""
 
     gain: Positive = 10.0
     """largest Lipschitz constant (gain) of each layer; under L2 as estimated by power iteration"""

@@ -29,7 +29,7 @@ from holdfast.ops.losses import cross_entropy
 
 @dataclass(frozen=True)
 class LLR:
-    """Adds a penalty on the largest distance of the loss from its tangent in the ball, and on the tangent's change."""
+    """Trains for a loss that is nearly linear in the ball, by a penalty on its largest distance from its tangent."""
 
     bend: NonNegative = 4.0
     """weight of the largest distance between the loss and its tangent"""

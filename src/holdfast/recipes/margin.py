@@ -29,7 +29,7 @@ from holdfast.ops.lipschitz import input_constant
 
 @dataclass(frozen=True)
 class MarginTraining:
-    """Subtracts an offset from the true class's logit before the cross-entropy, which trains for a margin."""
+    """Trains for a large margin: an offset is subtracted from the true class's logit before the cross-entropy."""
 
     offset: NonNegative = 2.0
     """offset, in multiples of the margin that certifies the ball, which is eps times the square root of two, divided by

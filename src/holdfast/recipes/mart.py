@@ -29,7 +29,7 @@ _ABOVE_ONE = 1.0001  # as in the authors' code, so that the argument of the loga
 
 @dataclass(frozen=True)
 class MART:
-    """Adversarial training with a boosted cross-entropy, and larger weights for examples misclassified when clean."""
+    """Adversarial training that gives larger weights to examples that are misclassified when clean."""
 
     beta: NonNegative = 6.0
     """weight of the divergence"""

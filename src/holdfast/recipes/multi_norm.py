@@ -33,7 +33,7 @@ from holdfast.ops.losses import cross_entropy
 
 @dataclass(frozen=True)
 class MultiNormTraining:
-    """Adversarial training under the threat's constraint and under further ones."""
+    """Adversarial training under several norms: that of the threat model and further ones."""
 
     others: tuple[Constraint, ...] = ()
     """further constraints, each written as in a threat: l2:1.5,l1:10"""

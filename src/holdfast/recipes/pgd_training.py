@@ -22,7 +22,7 @@ from holdfast.ops.learner import Learner, adversarial_cross_entropy, trained
 
 @dataclass(frozen=True)
 class PGDTraining:
-    """Adversarial training on the results of a short PGD attack on each batch."""
+    """Adversarial training on the results of a short projected gradient attack on each batch."""
 
     steps: Steps = 7
     """number of gradient steps of the inner attack"""

@@ -24,7 +24,7 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class SCORE:
-    """TRADES with squared distances: clean prediction to label, and attacked prediction to clean prediction."""
+    """Replaces the cross-entropy and the divergence of TRADES by squared distances between predictions."""
 
     beta: NonNegative = 4.0
     """weight of the robust term"""

@@ -31,7 +31,7 @@ from holdfast.ops.overfitting import N_HELD_OUT, RAISED, OverfittingGuard
 
 @dataclass(frozen=True)
 class SingleStep:
-    """Adversarial training with a single gradient step on each batch: two passes for each update."""
+    """Adversarial training with a single gradient step on each batch, which needs two passes for each update."""
 
     noise: NonNegative = 2.0
     """radius of the ball from which the start is sampled, in multiples of eps"""

@@ -24,7 +24,7 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class TRADES:
-    """Adds `beta` times the largest divergence of the outputs in the ball to the clean cross-entropy."""
+    """Adds `beta` times the divergence between clean and attacked predictions to the clean cross-entropy."""
 
     beta: NonNegative = 6.0
     """weight of the robust term; with 0 the attack is still computed, and changes the statistics of batch norm"""

@@ -32,7 +32,7 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class VAT:
-    """Virtual adversarial training: penalises the divergence in the worst direction, also for unlabelled examples."""
+    """Penalises the change of the prediction in the worst direction around each example, labelled or not."""
 
     weight: NonNegative = 1.0
     """weight of the divergence"""
