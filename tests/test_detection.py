@@ -12,7 +12,7 @@ import torch
 from holdfast.attacks import PGD
 from holdfast.core.constraints import L0, Linf
 from holdfast.core.errors import UsageError
-from holdfast.core.guard import Aim, guarded, held, score, softly_held, taken
+from holdfast.core.guard import Aim, guarded, rejected_as_correct, score, softly_rejected_as_correct, with_aim
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.through import through
@@ -155,9 +155,9 @@ def test_a_threshold_is_exceeded_by_no_larger_a_share():
 def test_another_scale_and_threshold_change_what_is_rejected_alone():
     logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 4.5], [1.0, math.nan, 4.0]])
     assert score(logits).tolist() == [-1.0, 1.5, -math.inf]
-    moved = taken(logits[:2], Aim(weight=2.0, beyond=1.0))
+    moved = with_aim(logits[:2], Aim(weight=2.0, beyond=1.0))
     assert moved.tolist() == [[1.0, 3.0, -1.0], [1.0, 3.0, 4.0]]
-    unaware = held(taken(logits[:2], Aim(beyond=math.inf)), torch.tensor([0, 0]))
+    unaware = rejected_as_correct(with_aim(logits[:2], Aim(beyond=math.inf)), torch.tensor([0, 0]))
     assert torch.equal(unaware, logits[:2, :2])
 
 
@@ -170,8 +170,8 @@ def test_a_soft_gradient_changes_no_logit():
     slopes = [torch.autograd.grad(each.sum(), x, retain_graph=True)[0] for each in (sharp, soft)]
     assert (slopes[0][:, 1] == 0).any()
     assert (slopes[1][:, 1] != 0).all()  # it leads along the detector's score before that rejects
-    tiny = softly_held(model(batch.x), batch.y, 1e-6)
-    torch.testing.assert_close(tiny, held(model(batch.x), batch.y), atol=1e-5, rtol=0)
+    tiny = softly_rejected_as_correct(model(batch.x), batch.y, 1e-6)
+    torch.testing.assert_close(tiny, rejected_as_correct(model(batch.x), batch.y), atol=1e-5, rtol=0)
 
 
 def test_what_a_pass_on_the_detector_breaks_is_a_doubt():

@@ -13,7 +13,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.guard import guarded, held
+from holdfast.core.guard import guarded, rejected_as_correct
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.harness import Member, measure, members_of
@@ -133,7 +133,7 @@ def test_a_rejected_input_counts_for_its_label():
     y = torch.tensor([0, 0, 0, 1])
     logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 4.0], [1.0, 3.0, math.nan], [1.0, 3.0, 4.0]])
     wanted = torch.tensor([[2.0, 3.0], [4.0, 3.0], [math.nan, 3.0], [1.0, 4.0]])
-    assert torch.equal(held(logits, y).nan_to_num(9.0), wanted.nan_to_num(9.0))
+    assert torch.equal(rejected_as_correct(logits, y).nan_to_num(9.0), wanted.nan_to_num(9.0))
 
 
 def test_the_scale_of_the_score_changes_no_verdict():

@@ -247,7 +247,7 @@ def one_query_too_many(monkeypatch):
 
 
 def forgets_when_cut_short(monkeypatch):
-    monkeypatch.setattr(Metered, "found", lambda self: self._batch.x.clone())
+    monkeypatch.setattr(Metered, "adversarial", lambda self: self._batch.x.clone())
 
 
 def believes_the_attack(monkeypatch):

@@ -145,13 +145,13 @@ def test_at_eps_0_its_loss_is_its_own_on_the_inputs_as_they_are(recipe, monkeypa
         model = fakes.network().requires_grad_()
     if isinstance(recipe, MultiNormTraining):
         short = replace(short, others=(L2(0.0), L1(0.0)))
-    seen, measured = [], learner._measured
+    seen, measured = [], learner._loss_of
 
     def measuring(loss, learner, batch, x_adv):
         seen.append((batch.x, x_adv))
         return measured(loss, learner, batch, x_adv)
 
-    monkeypatch.setattr(learner, "_measured", measuring)
+    monkeypatch.setattr(learner, "_loss_of", measuring)
     list(short(model, data, threat, rng=Draws(0)))
     assert len(seen) >= 2
     for x, x_adv in seen:
@@ -204,12 +204,12 @@ def test_a_network_that_overfits_to_one_step_is_found():
     learner = Learner(net, net, ThreatModel(Linf(0.1)), {RAISED: torch.zeros((), dtype=torch.int64)})
     guard = OverfittingGuard(learner, held)
     assert guard._right(1) > guard._right(10) + 0.25
-    assert not guard.holds()
+    assert not guard.passes()
     assert int(learner.state[RAISED]) == 1
     for _ in range(5):
-        guard.holds()
+        guard.passes()
     assert int(learner.state[RAISED]) == 3
-    assert guard.holds()
+    assert guard.passes()
 
 
 @pytest.mark.parametrize("overshoot", [1.0, 1.25])

@@ -159,13 +159,13 @@ def assess(
     if suite is not None and settings.suite.suite is None:
         members = members_given(suite, threat_model(parse_threat(settings.threat.threat)).constraint)
     inputs = AssessInputs(settings, sources, surrogates, fit, across, members, _evidence(baseline))
-    place = folder_of(run, resume=resume)
-    with opened_for_assess(inputs, place, resume=resume) as (subject, examples, request):
+    folder = folder_of(run, resume=resume)
+    with opened_for_assess(inputs, folder, resume=resume) as (subject, examples, request):
         return assessing.assess(
             subject,
             examples,
             request,
-            run=place,
+            run=folder,
             resume=resume,
             progress=progress,
             opening=inputs.open_all,
@@ -277,8 +277,8 @@ def harden(
         kind=HardenSettings,
     )
     sources = sources_given(model, data, settings)
-    place = folder_of(run, resume=resume)
-    subject, training, test, whole = hardening.open_for_hardening(sources, fit, unlabelled)
+    folder = folder_of(run, resume=resume)
+    subject, training, test, fit_data = hardening.open_for_hardening(sources, fit, unlabelled)
     request = hardening.harden_request(
         settings,
         sources,
@@ -287,10 +287,10 @@ def harden(
         surrogates=open_surrogates(surrogates, sources, subject.model),
         baseline=_evidence(baseline),
         training=training,
-        excluded=whole,
+        excluded=fit_data,
         device=device_of_model(sources, subject, device),
     )
-    return hardens.harden(subject, training, test, request, run=place, resume=resume, progress=progress)
+    return hardens.harden(subject, training, test, request, run=folder, resume=resume, progress=progress)
 
 
 def carry_out_hardening(
@@ -308,7 +308,7 @@ def carry_out_hardening(
     `command` is the command line that repeats the run; the run stores it.
     """
     sources, fit, unlabelled = sources_at(settings), settings.others.fit, settings.options.unlabelled
-    subject, training, test, whole = hardening.open_for_hardening(sources, fit, unlabelled)
+    subject, training, test, fit_data = hardening.open_for_hardening(sources, fit, unlabelled)
     request = hardening.harden_request(
         settings,
         sources,
@@ -316,7 +316,7 @@ def carry_out_hardening(
         surrogates=open_surrogates(settings.suite.surrogates, sources, subject.model),
         baseline=_evidence(settings.reports.baseline),
         training=training,
-        excluded=whole,
+        excluded=fit_data,
         command=command,
     )
     return hardens.harden(
@@ -330,12 +330,13 @@ def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -
 
     The model is a bundled network, and the data are real images of digits.
     """
-    places = [Path(folder) / name for name in ("report.html", "report.json")]
-    for place in places:
-        check_place(place)
+    paths = [Path(folder) / name for name in ("report.html", "report.json")]
+    for path in paths:
+        # before the run, so that it does not end without its reports
+        check_place(path)
     result = carry_out(demo_settings(), run=None, progress=progress, command=DEMO_COMMAND)
-    for place in places:
-        result.write(place)
+    for path in paths:
+        result.write(path)
     return result
 
 

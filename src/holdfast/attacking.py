@@ -72,7 +72,7 @@ class Attacked:
         return len(self.x_adv)
 
     def __repr__(self) -> str:
-        attacks = ", ".join(each.name for each in self.result.attacks)
+        attacks = ", ".join(record.name for record in self.result.attacks)
         n, wrong, succeeded = len(self), int((~self.clean_correct).sum()), int(self.success.sum())
         more = "".join(f"; {note}" for note in self.notes)
         clean = f"{wrong:,} of them misclassified when clean"
@@ -155,8 +155,8 @@ def attack(
         target=subject.model.access,
     )
     plan = replace(request.plan, alone=True, attacked=False)
-    learned = open_fit(sources, fit, subject.model, plan)
-    request = replace(request, plan=plan, surrogates=opened, fit=learned)
+    fit_data = open_fit(sources, fit, subject.model, plan)
+    request = replace(request, plan=plan, surrogates=opened, fit=fit_data)
     result = assessing.assess(subject, examples, request, opening=opening, progress=progress)
     return _attacked(result, examples, inputs)
 
@@ -172,7 +172,7 @@ def _class_called(name: str, names: Sequence[str]) -> int:
     """
     if name in names:
         return list(names).index(name)
-    listed = ", ".join(f"{k} ({each})" for k, each in enumerate(names[:_LISTED]))
+    listed = ", ".join(f"{k} ({class_name})" for k, class_name in enumerate(names[:_LISTED]))
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     listed = f"expected one of {listed}{more}" if names else "this model has no names for its classes"
     raise UsageError(
@@ -235,31 +235,36 @@ def _attacked(result: Result, data: Data, inputs: object) -> Attacked:
     """Return the results of the run as an `Attacked`, with arrays of the type of the given inputs."""
     evidence, x = result.evidence, data.read(0, len(data)).x
     correct, success, goal = evidence["correct"], evidence["success"], evidence.threat.goal
-    tried = correct if goal is None else correct & evidence["eligible"]
-    success = torch.where(tried, success, ~correct if goal is None else evidence["prediction"] == goal)
+    attempted = correct if goal is None else correct & evidence["eligible"]
+    success = torch.where(attempted, success, ~correct if goal is None else evidence["prediction"] == goal)
     x_adv, stored = x.clone(), result.adversarial
     if stored:
         rows = Lookup(evidence["id"]).rows(stored["id"])
-        attacked = tried[rows]
+        attacked = attempted[rows]
         x_adv[rows[attacked]] = stored["x"][attacked].to(x)
     distance = evidence.threat.constraint.distance(x_adv.double(), x.double()).float()
     returned = _as_given(data, x_adv, inputs)
 
-    def alike(column: Tensor) -> Array:
+    def as_inputs(column: Tensor) -> Array:
         return column.to(returned.device) if isinstance(returned, Tensor) else column.numpy()
 
     return Attacked(
-        returned, alike(success), alike(distance), alike(evidence["queries"]), alike(correct), result
+        returned,
+        as_inputs(success),
+        as_inputs(distance),
+        as_inputs(evidence["queries"]),
+        as_inputs(correct),
+        result,
     )
 
 
 def _as_given(data: Data, x_adv: Inputs, given: object) -> Array:
     """Return inputs with the type and layout of the caller's object, or those of the model if `given` is no array."""
-    whole, rows = (data.whole, data.rows) if isinstance(data, Selection) else (data, None)
-    if not isinstance(whole, Arrays) or not isinstance(given, Tensor | np.ndarray | list):
+    arrays, rows = (data.whole, data.rows) if isinstance(data, Selection) else (data, None)
+    if not isinstance(arrays, Arrays) or not isinstance(given, Tensor | np.ndarray | list):
         return x_adv
     stored = as_array(given, "inputs")
     if rows is not None:
-        whole, stored = whole.taken(rows), stored[list(rows)]
-    back = as_given(whole, x_adv, stored)
-    return torch.from_numpy(back).to(given.device) if isinstance(given, Tensor) else back
+        arrays, stored = arrays.taken(rows), stored[list(rows)]
+    returned = as_given(arrays, x_adv, stored)
+    return torch.from_numpy(returned).to(given.device) if isinstance(given, Tensor) else returned

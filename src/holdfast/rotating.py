@@ -96,8 +96,8 @@ def collect(
             "arrays have the names of those of the data"
         )
     if isinstance(model, ModelReference):
-        own = (name for name in ModelSource.model_fields if name != "address")
-        refuse_other_settings(model, "a model that is trained", *own)
+        field_names = (name for name in ModelSource.model_fields if name != "address")
+        refuse_other_settings(model, "a model that is trained", *field_names)
     settings = check_settings(
         given(
             threat=threat_written(threat, "rotate.collect(): threat"),
@@ -336,12 +336,12 @@ def _address(name: str, given: object) -> str:
     address = given.given if isinstance(given, ModelReference | DataReference) else given
     if isinstance(address, str | Path):
         return str(address)
-    way = (
+    example = (
         "a function in a file that returns it, as in net.py:make, or a file such as weights.safetensors"
         if name == "model"
         else "a file with it, as written by numpy.savez('images.npz', x_train=x, y_train=y, x_test=x2, y_test=y2)"
     )
     raise UsageError(
         f"{name} is a {type(address).__name__}, and a pool stores the address with which it is opened again; give "
-        f"{way}"
+        f"{example}"
     )

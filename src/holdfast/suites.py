@@ -107,9 +107,9 @@ def variant(name: str, constraint: Constraint) -> Attack | None:
 
     If several suites use the name for attacks with different settings, the first suite in `FIRST` decides.
     """
-    for each in FIRST:
+    for suite_name in FIRST:
         try:
-            attacks = dict(suite(each, constraint).attacks)
+            attacks = dict(suite(suite_name, constraint).attacks)
         except UsageError:  # this suite has no attack under the constraint
             continue
         if name in attacks:
@@ -186,16 +186,21 @@ def _fast(constraint: Constraint) -> Named:
     if isinstance(constraint, Linf):
         begin = ("Sprint", replace(SPRINT, restarts=1))
         relay = Relay(restarts=1, targets=3, searches=2, rounds=2, queries=150)
+        # two Relays, the second on the margins that the first has lowered, break more than one of twice the length
         longer = replace(relay, searches=3, rounds=3)
         return (begin, ("FMN", FMN(steps=60)), ("Relay", relay), ("Relay-2", longer), *last)
+    # under L2 and L1, targeted runs break nothing that later attacks do not break (docs/decisions/0007)
     begin = ("Sprint", replace(SPRINT, restarts=1, targets=0))
+    # 60 % beyond the plane breaks more than 5 %, and patience ends runs that would stay outside the ball
     planes = ("FAB-T", FAB(steps=60, targets=5, eta=1.6, patience=10, refine=20))
+    # a first step of twice the length breaks other examples than the default one
     wider = ("ALMA-2", ALMA(steps=60, reach=4, refine=20))
     windows = ("Relay", Relay(restarts=0, targets=0, searches=2, rounds=0, queries=100))
     if isinstance(constraint, L1):
         check = (("Square", Square(queries=1000)), ("APGD-T", APGD(loss=dlr, steps=100, targets=3)))
         return (begin, ("PDPGD", PDPGD(steps=100, refine=20)), planes, wider, windows, *check)
     first, proximal = ("ALMA", ALMA(steps=60, refine=20)), ("PDPGD", PDPGD(steps=50, refine=20))
+    # steps of 30 % beyond the plane break examples that those of 60 % miss
     finer = ("FAB-T-2", FAB(steps=45, targets=4, eta=1.3, patience=15, refine=20))
     return (begin, first, planes, wider, proximal, finer, windows, *last)
 

@@ -83,7 +83,7 @@ def test_the_first_success_is_the_query_that_broke_it_with_an_allowed_input():
     meter(far)  # breaks all four; the first two lie outside the ball
     meter(near)
     assert meter.spent.first_success.tolist() == [0, 0, 2, 2]
-    assert torch.equal(meter.found(), torch.cat((X[:2], far[2:])))
+    assert torch.equal(meter.adversarial(), torch.cat((X[:2], far[2:])))
     assert batch.x is X
 
 
@@ -191,7 +191,7 @@ def test_a_tie_and_no_number_are_successes_as_they_are_to_the_judge(logits, targ
     meter = Metered(model, batch, ThreatModel(Linf(0.1), goal=target, queries=2))
     meter(tried)
     assert meter.spent.first_success.tolist() == [1, 1]
-    assert torch.equal(meter.found(), tried)
+    assert torch.equal(meter.adversarial(), tried)
 
 
 def test_without_an_eps_the_closest_success_is_kept():
@@ -199,5 +199,5 @@ def test_without_an_eps_the_closest_success_is_kept():
     for change in (0.8, 0.3, 0.6):
         meter(X + change * torch.tensor([-1.0, 1.0]))
     wide = torch.tensor([0.6, 0.3, 0.3, 0.3])[:, None]
-    assert torch.allclose(meter.found(), X + wide * torch.tensor([-1.0, 1.0]))
+    assert torch.allclose(meter.adversarial(), X + wide * torch.tensor([-1.0, 1.0]))
     assert meter.spent.first_success.tolist() == [1, 2, 2, 2]  # 0.8 leaves the box on three of them

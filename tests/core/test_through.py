@@ -7,7 +7,7 @@ from torch import nn
 import holdfast
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
-from holdfast.core.through import Through, View, Way, instead
+from holdfast.core.through import Replacement, Through, View, instead
 
 X = torch.tensor([[0.2, 0.7], [0.4, 0.9]])
 
@@ -19,7 +19,7 @@ def slope(model, x):
 
 
 def view_of(net, **settings):
-    ways = [Way(name, m, m.backward) for name, m in net.named_modules() if isinstance(m, Through)]
+    ways = [Replacement(name, m, m.backward) for name, m in net.named_modules() if isinstance(m, Through)]
     return View(Classifier(net), ways, **settings)
 
 

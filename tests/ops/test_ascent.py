@@ -102,9 +102,9 @@ def test_the_gradient_is_zero_where_the_graph_is_cut():
 def test_best_takes_only_what_is_lower_and_nan_is_lowest():
     batch = Batch(torch.zeros(3, 1), torch.zeros(3).long(), torch.tensor([5, 3, 9]))
     best = Best(batch)
-    assert best.standing.tolist() == [0, 1, 2]
+    assert best.surviving.tolist() == [0, 1, 2]
     lower = best.offer(batch, torch.full((3, 1), 0.1), torch.tensor([2.0, -1.0, 1.0]))
-    assert lower.all() and best.standing.tolist() == [0, 2]
+    assert lower.all() and best.surviving.tolist() == [0, 2]
     some = batch.take(torch.tensor([2, 0]))
     lower = best.offer(some, torch.full((2, 1), 0.2), torch.tensor([math.nan, 3.0]))
     assert lower.tolist() == [True, False]

@@ -38,9 +38,9 @@ X = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 )
 def test_a_stage_that_lets_no_honest_gradient_pass_is_found(stage, name):
     found = masking(nn.Sequential(Function(stage), head()), X)
-    assert [way.name for way in found.ways] == [name]
+    assert [way.name for way in found.replacements] == [name]
     assert not found.steps
-    assert found.says == ("0 (Function) by the identity",)
+    assert found.descriptions == ("0 (Function) by the identity",)
 
 
 def test_roundings_are_found_in_the_middle_of_a_forward():
@@ -54,8 +54,8 @@ def test_roundings_are_found_in_the_middle_of_a_forward():
 
     found = masking(Rounding(), X)
     assert found.steps
-    assert not found.ways
-    assert found.says == ("every rounding by the identity",)
+    assert not found.replacements
+    assert found.descriptions == ("every rounding by the identity",)
 
 
 def test_a_saturated_softmax_is_found():
@@ -63,14 +63,16 @@ def test_a_saturated_softmax_is_found():
         def forward(self, x):
             return 1e4 * x
 
-    assert [way.name for way in masking(nn.Sequential(head(), Times(), nn.Softmax(1)), X).ways] == ["2"]
+    assert [way.name for way in masking(nn.Sequential(head(), Times(), nn.Softmax(1)), X).replacements] == [
+        "2"
+    ]
 
 
 def test_what_is_declared_is_taken_and_not_looked_into():
     declared = holdfast.through(Function(torch.Tensor.detach), torch.tanh)
     found = masking(nn.Sequential(declared, head()), X)
-    assert [(way.name, way.stand_in) for way in found.ways] == [("0", torch.tanh)]
-    assert found.says == ("0 (Function) by the stand-in that it declares",)
+    assert [(way.name, way.stand_in) for way in found.replacements] == [("0", torch.tanh)]
+    assert found.descriptions == ("0 (Function) by the stand-in that it declares",)
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def test_another_pass_of_the_network_that_learns_is_the_same_function_and_leaves
     norm, drop = torch.nn.BatchNorm1d(5), torch.nn.Dropout(0.5)
     net = Classifier(torch.nn.Sequential(first, norm, drop, torch.nn.Linear(5, 2)).double()).train()
     held, x = Learner(net, net, THREAT), data().x
-    again = held.again()
+    again = held.repeated_forward()
     one = net(x)
     after = {name: value.clone() for name, value in net.state_dict().items()}
     torch.testing.assert_close(again(x), one, rtol=0, atol=0)

@@ -147,7 +147,10 @@ def overfitting(monkeypatch):
     """Once eps has grown, a single step is overfitted to, until another one is added."""
 
     def right(guard, steps):
-        raised, grown = int(guard.learner.state[RAISED]), guard.learner.now.threat.constraint.eps > 0.05
+        raised, grown = (
+            int(guard.learner.state[RAISED]),
+            guard.learner.with_current_eps.threat.constraint.eps > 0.05,
+        )
         return 0.1 if steps > 1 and not raised and grown else 0.9
 
     monkeypatch.setattr(OverfittingGuard, "_right", right)

@@ -725,13 +725,13 @@ def test_a_pace_is_that_of_a_training_whose_guard_has_no_objection(monkeypatch):
     model, data = trainable().model, training(n=1200)
 
     def right(guard, steps):
-        return 0.1 if steps > 1 and guard.learner.now.threat.constraint.eps > 0.01 else 0.9
+        return 0.1 if steps > 1 and guard.learner.with_current_eps.threat.constraint.eps > 0.01 else 0.9
 
     monkeypatch.setattr(OverfittingGuard, "_right", right)
     (whole,) = recipe(model, data, threat, rng=Draws(0))
     assert whole.measured["dearer"] > 1
-    held, holds = [], OverfittingGuard.holds
-    monkeypatch.setattr(OverfittingGuard, "holds", lambda guard: held.append(holds(guard)) or held[-1])
+    held, holds = [], OverfittingGuard.passes
+    monkeypatch.setattr(OverfittingGuard, "passes", lambda guard: held.append(holds(guard)) or held[-1])
     found = pace(recipe, model, data, threat, budget_s=1000.0)
     assert held and all(held)
     assert found.epoch > 150 * found.update

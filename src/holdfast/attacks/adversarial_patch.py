@@ -19,7 +19,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Inputs, Positive, Steps
 from holdfast.ops.ascent import cosine
 from holdfast.ops.gradients import input_gradient
-from holdfast.ops.learned import Pasted, some, truncated, unfitted
+from holdfast.ops.learned import Pasted, draw_minibatch, truncated, unfitted
 from holdfast.ops.patches import expect_patch, pasted
 
 
@@ -45,20 +45,23 @@ class AdversarialPatch:
 
     def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
         """Optimise one patch on the examples of a batch and return it, of shape (1, channels, height, width)."""
-        patch = expect_patch(threat.constraint, self)
+        constraint = expect_patch(threat.constraint, self)
         low, high = (
             side.expand(batch.x[:1].shape).mean((2, 3), keepdim=True) for side in model.bounds.like(batch.x)
         )
-        filling = ((low + high) / 2).repeat(1, 1, patch.height, patch.width)
+        patch_values = ((low + high) / 2).repeat(1, 1, constraint.height, constraint.width)
         for step in range(self.steps):
-            few, filling = some(batch, self.batch, rng, step), filling.detach().requires_grad_()
-            corners = patch.drawn(few.ids, few.x.shape[1:], rng.at("place", step))
+            minibatch, patch_values = (
+                draw_minibatch(batch, self.batch, rng, step),
+                patch_values.detach().requires_grad_(),
+            )
+            corners = constraint.drawn(minibatch.ids, minibatch.x.shape[1:], rng.at("place", step))
             with torch.enable_grad():
-                logits = model(pasted(few.x, filling, corners), few.ids)
-                grad = input_gradient(truncated(logits, few).sum()[None], filling)
+                logits = model(pasted(minibatch.x, patch_values, corners), minibatch.ids)
+                grad = input_gradient(truncated(logits, minibatch).sum()[None], patch_values)
             size = self.step_size * cosine(step, self.steps)
-            filling = torch.clamp(filling + size * (high - low) * grad.sign(), low, high)
-        return filling.detach()
+            patch_values = torch.clamp(patch_values + size * (high - low) * grad.sign(), low, high)
+        return patch_values.detach()
 
     def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
         """Return the patch of fit number `k`; each fit has its own random numbers, so that the best of several patches

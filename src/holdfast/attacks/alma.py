@@ -31,7 +31,7 @@ _IMPROVED, _TIGHTER, _CHECKED = 0.95, 1.2, 10  # the paper's tau, gamma and M
 
 @dataclass(frozen=True)
 class ALMA:
-    """Minimises the distance under the constraint of misclassification by an augmented Lagrangian method."""
+    """Finds the smallest adversarial change by an augmented Lagrangian method with a penalty for each example."""
 
     steps: Steps = 100
     """number of gradient steps"""
@@ -54,21 +54,25 @@ class ALMA:
         grad, logits = gradient(model, batch, margin_loss)
         first = gap(norm, grad, logits, batch, model.bounds).minimum(farthest(norm, x, model.bounds))
         first = first.clamp_min(_TINY)
-        worth = _height(logits, batch).abs() / first
+        distance_weight = _violation(logits, batch).abs() / first
         penalty, descent = _Penalty(first, self.memory), _Descent(x, self.memory)
-        since = torch.full_like(first, self.steps)
+        first_success = torch.full_like(first, self.steps)
         for step in range(self.steps):
             grad, logits = gradient(model, batch.at(x), dlr)
             broken = firmly_broken(logits, batch)
             closest.offer(batch, x, norm.distance(x, batch.x), broken)
-            since = torch.where(broken & (since == self.steps), step, since)
-            slope = penalty.slope(step, _height(logits, batch), closest.found)
-            down = spread(worth, x) * _outward(norm, x - batch.x) - spread(slope, x) * grad
-            way = descent.direction(down)
+            first_success = torch.where(broken & (first_success == self.steps), step, first_success)
+            slope = penalty.slope(step, _violation(logits, batch), closest.found)
+            objective_grad = (
+                spread(distance_weight, x) * _outward(norm, x - batch.x) - spread(slope, x) * grad
+            )
+            direction = descent.direction(objective_grad)
             if step == 0:
-                size = self.reach * first / norm.distance(way, torch.zeros_like(x)).clamp_min(_TINY)
-            fall = self.fall ** ((step - since).clamp_min(0) / (self.steps - since).clamp_min(1))
-            x = model.bounds.clamp(x - spread(size * fall, x) * way)
+                size = self.reach * first / norm.distance(direction, torch.zeros_like(x)).clamp_min(_TINY)
+            fall = self.fall ** (
+                (step - first_success).clamp_min(0) / (self.steps - first_success).clamp_min(1)
+            )
+            x = model.bounds.clamp(x - spread(size * fall, x) * direction)
         return to_boundary(model, batch, closest.x, norm, self.refine)
 
 
@@ -79,22 +83,23 @@ class _Penalty:
         self._memory = memory
         self._mu, self._rho, self._last = torch.ones_like(like), torch.ones_like(like), like
 
-    def slope(self, step: int, height: PerExample, found: Mask) -> PerExample:
+    def slope(self, step: int, violation: PerExample, succeeded: Mask) -> PerExample:
         """Update the multipliers of the augmented Lagrangian after a step, and return the derivative of the penalty
         with respect to the value of the constraint, for each example.
         """
         if step:
-            self._mu = torch.lerp(self._derivative(height), self._mu, self._memory).clamp(1e-6, 1e12)
+            # as in the paper
+            self._mu = torch.lerp(self._derivative(violation), self._mu, self._memory).clamp(1e-6, 1e12)
         if step % _CHECKED == 0:
-            stuck = ~found & ~(height < _IMPROVED * self._last)
+            stuck = ~succeeded & ~(violation < _IMPROVED * self._last)
             self._rho = torch.where(stuck, _TIGHTER * self._rho, self._rho) if step else self._rho
-            self._last = height
-        return self._derivative(height)
+            self._last = violation
+        return self._derivative(violation)
 
-    def _derivative(self, height: PerExample) -> PerExample:
-        above = self._mu * (1 + 2 * self._rho * height) + (self._rho * height) ** 2 / 2
-        below = self._mu / (1 - self._rho * height.clamp_max(0)) ** 2
-        return torch.where(height >= 0, above, below)
+    def _derivative(self, violation: PerExample) -> PerExample:
+        violated = self._mu * (1 + 2 * self._rho * violation) + (self._rho * violation) ** 2 / 2
+        satisfied = self._mu / (1 - self._rho * violation.clamp_max(0)) ** 2
+        return torch.where(violation >= 0, violated, satisfied)
 
 
 class _Descent:
@@ -103,21 +108,23 @@ class _Descent:
     def __init__(self, like: Inputs, memory: float) -> None:
         self._memory = memory
         self._momentum, self._square = torch.zeros_like(like), torch.zeros_like(like)
-        self._fresh = True
+        self._first_step = True
 
-    def direction(self, down: Inputs) -> Inputs:
+    def direction(self, objective_grad: Inputs) -> Inputs:
         """Update the momentum and the mean square of RMSProp with the gradient of the objective, and return the
         momentum, against which ALMA moves the inputs.
         """
-        if self._fresh:
-            self._square = spread(down.flatten(1).square().mean(1), down).expand_as(down)
-            self._fresh = False
-        self._square = torch.lerp(down**2, self._square, self._memory)
-        self._momentum = self._memory * self._momentum + down / (self._square.sqrt() + _TINIEST)
+        if self._first_step:
+            self._square = spread(objective_grad.flatten(1).square().mean(1), objective_grad).expand_as(
+                objective_grad
+            )
+            self._first_step = False
+        self._square = torch.lerp(objective_grad**2, self._square, self._memory)
+        self._momentum = self._memory * self._momentum + objective_grad / (self._square.sqrt() + _TINIEST)
         return self._momentum
 
 
-def _height(logits: Logits, batch: Batch) -> PerExample:
+def _violation(logits: Logits, batch: Batch) -> PerExample:
     """Value of the constraint: positive while it is violated."""
     return (_TOLERANCE - dlr(logits, batch)).nan_to_num(-1.0, 1.0, -1.0)
 

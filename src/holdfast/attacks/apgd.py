@@ -55,12 +55,14 @@ class APGD:
         best = Best(batch)
         for rank, aim in enumerate(aims(model, batch, self.targets)):
             for restart in range(self.restarts):
-                rows = best.standing
+                rows = best.surviving
                 if not len(rows):
                     return best.x
-                left, aimed = batch.take(rows), None if aim is None else aim[rows]
-                found = self._run(model, left, aimed, constraint, rng.at("target", rank, "restart", restart))
-                best.offer(left, *found)
+                remaining, targets = batch.take(rows), None if aim is None else aim[rows]
+                result = self._run(
+                    model, remaining, targets, constraint, rng.at("target", rank, "restart", restart)
+                )
+                best.offer(remaining, *result)
         return best.x
 
     def _run(
@@ -71,10 +73,10 @@ class APGD:
         climb = Climb(self.loss, self.steps, self.rho, self.draws, self.sure, fresh=not stages)
         x, steps = surface(batch, [*balls, constraint][0], model.bounds, rng), self.steps
         for ball, (_, share) in zip(balls, stages, strict=True):
-            spent = int(share * self.steps)
-            x = replace(climb, steps=spent).highest(
+            stage_steps = int(share * self.steps)
+            x = replace(climb, steps=stage_steps).highest(
                 model, batch, aim, ball.project(x, batch.x, model.bounds), ball
             )
-            steps -= spent
+            steps -= stage_steps
         x = constraint.project(x, batch.x, model.bounds)
         return replace(climb, steps=steps)(model, batch, aim, x, constraint)

@@ -24,7 +24,7 @@ from holdfast.ops.estimates import gaussian, look
 from holdfast.ops.norms import expect_eps, expect_norm, length
 from holdfast.ops.squares import as_image
 
-_JUDGED = 10  # steps between evaluations of the point itself
+_EVALUATE_EVERY = 10  # steps between evaluations of the point itself
 
 
 @dataclass(frozen=True)
@@ -55,32 +55,38 @@ class Bandits:
                 self._climb(model, batch, norm, best, min(self.queries, threat.queries or self.queries), rng)
         return best.x
 
-    def _climb(self, model: Model, left: Batch, norm: Norm, best: Best, queries: int, rng: Draws) -> None:
-        x, guess = left.x, _Guess(left, norm, self)
-        step, away = 0, self.fd_eta * model.bounds.width
+    def _climb(
+        self, model: Model, remaining: Batch, norm: Norm, best: Best, queries: int, rng: Draws
+    ) -> None:
+        x, estimate = remaining.x, _Estimate(remaining, norm, self)
+        step, distance = 0, self.fd_eta * model.bounds.width
         while queries:
-            judged = step % _JUDGED == 0 or queries < 3
-            if judged:
-                look(model, left, [x], norm, best)
-            queries -= judged
+            # with fewer than three queries, a pair would leave none to evaluate its result
+            evaluated = step % _EVALUATE_EVERY == 0 or queries < 3
+            if evaluated:
+                look(model, remaining, [x], norm, best)
+            queries -= evaluated
             if queries < 2:
                 return
-            one, other = (model.bounds.clamp(x + away * q) for q in guess.sides(rng.at("step", step)))
-            higher, lower = look(model, left, [one, other], norm, best)
+            plus, minus = (
+                model.bounds.clamp(x + distance * direction)
+                for direction in estimate.sides(rng.at("step", step))
+            )
+            margin_plus, margin_minus = look(model, remaining, [plus, minus], norm, best)
             queries -= 2
-            guess.learn(lower - higher)
-            standing = (best.margin[best.rows(left)] > 0).nonzero()[:, 0]
-            if not len(standing):
+            estimate.update(margin_minus - margin_plus)
+            surviving = (best.margin[best.rows(remaining)] > 0).nonzero()[:, 0]
+            if not len(surviving):
                 return
-            if len(standing) < len(left):
-                left, x = left.take(standing), x[standing]
-                guess.take(standing)
-            climb = norm.steepest(guess.gradient, x, model.bounds)
-            x = norm.project(x + self.step_size * norm.eps * climb, left.x, model.bounds)
+            if len(surviving) < len(remaining):
+                remaining, x = remaining.take(surviving), x[surviving]
+                estimate.take(surviving)
+            climb = norm.steepest(estimate.gradient, x, model.bounds)
+            x = norm.project(x + self.step_size * norm.eps * climb, remaining.x, model.bounds)
             step += 1
 
 
-class _Guess:
+class _Estimate:
     """The gradient estimate of each example, one number for each tile; under Linf as log odds, which bounds it by 1."""
 
     def __init__(self, batch: Batch, norm: Norm, attack: Bandits) -> None:
@@ -91,7 +97,7 @@ class _Guess:
         self._tiles = batch.x.new_zeros(
             len(batch), channels, -(-height // self._side), -(-width // self._side)
         )
-        self._mean, self._seen = batch.x.new_zeros(len(batch)), 0
+        self._mean, self._n_updates = batch.x.new_zeros(len(batch)), 0
 
     @property
     def gradient(self) -> Inputs:
@@ -106,14 +112,14 @@ class _Guess:
         random = self._attack.exploration * self._noise
         return self._unit(self._prior + random), self._unit(self._prior - random)
 
-    def learn(self, fall: torch.Tensor) -> None:
+    def update(self, difference: torch.Tensor) -> None:
         """Update the gradient estimate of each example from the margins at its two queried points, whose difference is
-        `fall`.
+        `difference`.
         """
-        fall = fall.nan_to_num(0.0, 0.0, 0.0)
-        self._seen += 1
-        self._mean = self._mean + (fall.abs() - self._mean) / min(self._seen, 10)
-        size = fall / self._mean.clamp_min(torch.finfo(fall.dtype).tiny)
+        difference = difference.nan_to_num(0.0, 0.0, 0.0)
+        self._n_updates += 1
+        self._mean = self._mean + (difference.abs() - self._mean) / min(self._n_updates, 10)
+        size = difference / self._mean.clamp_min(torch.finfo(difference.dtype).tiny)
         self._tiles = self._tiles + self._attack.rate * spread(size, self._tiles) * self._noise
 
     def take(self, rows: Rows) -> None:
@@ -127,10 +133,10 @@ class _Guess:
         return self._tiles.tanh() if self._odds else self._tiles
 
     def _unit(self, tiles: torch.Tensor) -> Inputs:
-        wide = self._spread(tiles)
-        return wide / spread(length(wide).clamp_min(torch.finfo(wide.dtype).tiny), wide)
+        full = self._spread(tiles)
+        return full / spread(length(full).clamp_min(torch.finfo(full.dtype).tiny), full)
 
     def _spread(self, tiles: torch.Tensor) -> Inputs:
         _, height, width = self._image
-        wide = tiles.repeat_interleave(self._side, 2).repeat_interleave(self._side, 3)
-        return wide[:, :, :height, :width].reshape(-1, *self._shape)
+        full = tiles.repeat_interleave(self._side, 2).repeat_interleave(self._side, 3)
+        return full[:, :, :height, :width].reshape(-1, *self._shape)

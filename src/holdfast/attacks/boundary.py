@@ -49,26 +49,27 @@ class Boundary:
         inwards = torch.full_like(around, self.inwards)
         walk = torch.full_like(batch.x, torch.nan)
         with torch.no_grad():
-            for step, some in decisions.steps(rng):
-                rows = decisions.closest.rows(some)
-                x = walk[rows] if step else decisions.known(some)[0]
-                sphere = _around(some, x, model, around[rows], rng.at(step), self.frequencies)
-                stays = decisions.ask(some, sphere)
-                near = sphere + spread(inwards[rows], x) * (some.x - sphere)
-                comes = decisions.ask(some, near, stays)
-                x = torch.where(spread(stays, x), sphere, x)
-                walk[rows] = torch.where(spread(comes, x), near, x)
-                around[rows] *= self._factor(stays, 1)
-                inwards[rows] *= torch.where(stays, self._factor(comes, 3), 1)
-        return decisions.found()
+            for step, active in decisions.steps(rng):
+                rows = decisions.closest.rows(active)
+                x = walk[rows] if step else decisions.closest_points(active)[0]
+                sphere = _around(active, x, model, around[rows], rng.at(step), self.frequencies)
+                sphere_broken = decisions.ask(active, sphere)
+                inner = sphere + spread(inwards[rows], x) * (active.x - sphere)
+                inner_broken = decisions.ask(active, inner, sphere_broken)
+                x = torch.where(spread(sphere_broken, x), sphere, x)
+                walk[rows] = torch.where(spread(inner_broken, x), inner, x)
+                around[rows] *= self._factor(sphere_broken, 1)
+                inwards[rows] *= torch.where(sphere_broken, self._factor(inner_broken, 3), 1)
+        return decisions.result()
 
-    def _factor(self, yes: Mask, odds: int) -> PerExample:
+    def _factor(self, success: Mask, failures_per_success: int) -> PerExample:
         """Factor of a step size that keeps it constant if one step in `1 + odds` succeeds."""
-        return self.adaptation ** torch.where(yes, 1.0, -1 / odds)
+        return self.adaptation ** torch.where(success, 1.0, -1 / failures_per_success)
 
 
-def _around(some: Batch, x: Inputs, model: Model, size: PerExample, rng: Draws, share: float) -> Inputs:
+def _around(active: Batch, x: Inputs, model: Model, size: PerExample, rng: Draws, share: float) -> Inputs:
     """`x` moved in a random direction by a share of its distance, and back onto the sphere."""
-    ray, beside = ray_and_orthogonal(some, x, model.bounds, rng, share=share)
-    radius = L2().distance(x, some.x) / (1 + size**2).sqrt()
-    return model.bounds.clamp(some.x + spread(radius, x) * (ray + spread(size, x) * beside))
+    ray, beside = ray_and_orthogonal(active, x, model.bounds, rng, share=share)
+    # shortened, so that the sum of both orthogonal parts ends on the sphere
+    radius = L2().distance(x, active.x) / (1 + size**2).sqrt()
+    return model.bounds.clamp(active.x + spread(radius, x) * (ray + spread(size, x) * beside))

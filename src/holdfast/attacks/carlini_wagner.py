@@ -29,7 +29,7 @@ from holdfast.ops.losses import margin_loss
 from holdfast.ops.norms import expect_norm, farthest, free, gap, length
 
 _TINIEST = 1e-30
-_DEARER = 4.0  # growth of the constant while none was large enough
+_GROWTH = 4.0  # growth of the constant while none was large enough
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class CarliniWagner:
             reach = self.reach * self.growth ** (k / max(self.searches - 1, 1))
             solved = self._descend(model, batch, norm, price, weight, 2 * reach / self.steps * first, closest)
             low, high = torch.where(solved, low, price), torch.where(solved, price, high)
-            price = torch.where(high < torch.inf, (low + high) / 2, _DEARER * price)
+            price = torch.where(high < torch.inf, (low + high) / 2, _GROWTH * price)
         return to_boundary(model, batch, closest.x, norm)
 
     def _descend(
@@ -80,8 +80,8 @@ class CarliniWagner:
         closest: Closest,
     ) -> Mask:
         """One run of Adam from the clean input; offers broken points; returns where the constant was large enough."""
-        x, solved, reach = batch.x, torch.zeros_like(price, dtype=torch.bool), spread(price, batch.x)
-        push = spread(price if isinstance(norm, L2) else weight, x)
+        x, solved, tau = batch.x, torch.zeros_like(price, dtype=torch.bool), spread(price, batch.x)
+        margin_weight = spread(price if isinstance(norm, L2) else weight, x)
         adam = Adam(x)
         for step in range(1, self.steps + 1):
             grad, logits = gradient(model, batch.at(x), margin_loss)
@@ -89,13 +89,13 @@ class CarliniWagner:
             closest.offer(batch, x, distance, broken)
             delta = x - batch.x
             if isinstance(norm, L2):
-                solved, charge = solved | broken, 2 * delta
+                solved, distance_grad = solved | broken, 2 * delta
             else:
-                solved, charge = (
+                solved, distance_grad = (
                     solved | broken & (distance <= 1.1 * price),
-                    delta.sign() * (delta.abs() > reach),
+                    delta.sign() * (delta.abs() > tau),
                 )
-            down = charge - push * grad * spread(~broken, x)
+            objective_grad = distance_grad - margin_weight * grad * spread(~broken, x)
             cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
-            x = model.bounds.clamp(x - spread(lr * (0.01 + 0.99 * cosine), x) * adam(down))
+            x = model.bounds.clamp(x - spread(lr * (0.01 + 0.99 * cosine), x) * adam(objective_grad))
         return solved

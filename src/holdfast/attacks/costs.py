@@ -36,12 +36,12 @@ class Passes:
         The bound holds for any distribution of the examples over the shards.
         """
         if len(self.shards) < 2 or n >= sum(self.shards):
-            each = (n,) if len(self.shards) < 2 else self.shards
-            return sum(self.filled(piece) for shard in each for piece in self.pieces(shard))
+            shards = (n,) if len(self.shards) < 2 else self.shards
+            return sum(self.filled(piece) for shard in shards for piece in self.pieces(shard))
         size = self.filled(1)
         pieces = min(n, n // self.size + len(self.shards))
-        most = (n + pieces * (size - 1)) // size * size
-        return min(most, self.once(sum(self.shards)))
+        bound = (n + pieces * (size - 1)) // size * size
+        return min(bound, self.once(sum(self.shards)))
 
     def pieces(self, n: int) -> Iterator[int]:
         """Yield the sizes of the batches into which `n` examples are split, before padding."""
@@ -55,14 +55,14 @@ def most_queries(attack: Attack, threat: ThreatModel) -> int | None:
     The settings of a gradient attack are numbers of steps, so that only the query budget of the threat model limits its
     queries.
     """
-    own: int | None = None
+    setting: int | None = None
     if attack.needs == "none":
         return 0
     if isinstance(attack, QueryAttack):
-        own = attack.queries
+        setting = attack.queries
     elif isinstance(attack, Enumeration) and isinstance(threat.constraint, Transformations):
-        own = len(attack.grid_points(threat.constraint))
-    return min((n for n in (own, threat.queries) if n is not None), default=None)
+        setting = len(attack.grid_points(threat.constraint))
+    return min((n for n in (setting, threat.queries) if n is not None), default=None)
 
 
 def most_rows(attack: Attack, threat: ThreatModel, n: int, passes: Passes) -> int | None:

@@ -29,7 +29,7 @@ from holdfast.ops.norms import expect_norm, farthest, free, gap
 
 @dataclass(frozen=True)
 class DDN:
-    """Decouples direction and norm: gradient steps at a radius that shrinks while the example is broken, else grows."""
+    """Finds the smallest L2 change by gradient steps whose radius shrinks after a success and grows otherwise."""
 
     steps: Steps = 100
     """number of gradient steps"""
@@ -57,7 +57,7 @@ class DDN:
                 )  # faster growth until the first success
                 radius = (radius * torch.where(broken, 1 - self.gamma, 1 + growth)).minimum(limit)
             cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
-            moved = x + spread((0.01 + 0.99 * cosine) * first, x) * norm.steepest(grad, x, model.bounds)
-            direction = norm.steepest(moved - batch.x, x, model.bounds)
+            stepped = x + spread((0.01 + 0.99 * cosine) * first, x) * norm.steepest(grad, x, model.bounds)
+            direction = norm.steepest(stepped - batch.x, x, model.bounds)
             x = model.bounds.clamp(batch.x + spread(radius, x) * direction)
         return to_boundary(model, batch, closest.x, norm)

@@ -26,7 +26,7 @@ from holdfast.ops.planes import across, planes, rivals_of
 
 @dataclass(frozen=True)
 class DeepFool:
-    """Linearises the model at each point, and steps across the nearest class boundary of the linear model."""
+    """Moves each point repeatedly across the nearest class boundary of the model linearised at this point."""
 
     steps: Steps = 50
     """largest number of steps; an example stops at its first success"""
@@ -39,22 +39,22 @@ class DeepFool:
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm = expect_norm(threat.constraint, self, Linf, L2, L1)
-        closest, left, x = Closest(batch), batch, batch.x
+        closest, remaining, x = Closest(batch), batch, batch.x
         with torch.no_grad():
             logits = model(x, batch.ids)
         rivals = rivals_of(logits, batch, self.candidates)
         for step in range(self.steps + 1):
-            broken = firmly_broken(logits, left)
-            closest.offer(left, x, norm.distance(x, left.x), broken)
-            left, x, rivals = left.take(~broken), x[~broken], rivals[~broken]
-            if step == self.steps or not len(left):
+            broken = firmly_broken(logits, remaining)
+            closest.offer(remaining, x, norm.distance(x, remaining.x), broken)
+            remaining, x, rivals = remaining.take(~broken), x[~broken], rivals[~broken]
+            if step == self.steps or not len(remaining):
                 break
-            margins, grads = planes(model, left, x, rivals)
+            margins, grads = planes(model, remaining, x, rivals)
             if not grads:
                 break
             if step >= self.steps // 2:
                 grads = [free(grad, x, model.bounds) for grad in grads]
-            x = across(norm, model.bounds, left, x, grads, margins, self.overshoot)
+            x = across(norm, model.bounds, remaining, x, grads, margins, self.overshoot)
             with torch.no_grad():  # evaluated before the next gradients, which broken examples do not need
-                logits = model(x, left.ids)
+                logits = model(x, remaining.ids)
         return to_boundary(model, batch, closest.x, norm)

@@ -25,7 +25,7 @@ from holdfast.ops.losses import margin_loss
 from holdfast.ops.norms import expect_norm
 
 _TINIEST = 1e-30
-_DEARER = 10.0  # growth of the weight while none was large enough
+_GROWTH = 10.0  # growth of the weight while none was large enough
 
 
 @dataclass(frozen=True)
@@ -51,31 +51,31 @@ class EAD:
         steepest = grad.abs().flatten(1).amax(1).clamp_min(_TINIEST)
         weight = 2 * self.beta * model.bounds.width / (self.step_size * steepest)
         low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
-        left = batch
+        remaining = batch
         for _ in range(self.searches):
-            stays = closest.far(left, norm.eps)
-            left, weight, low, high = left.take(stays), weight[stays], low[stays], high[stays]
-            if not len(left):
+            active = closest.unsolved(remaining, norm.eps)
+            remaining, weight, low, high = remaining.take(active), weight[active], low[active], high[active]
+            if not len(remaining):
                 break
-            enough = self._descend(model, left, weight, norm, closest)
-            low, high = torch.where(enough, low, weight), torch.where(enough, weight, high)
-            weight = torch.where(high < torch.inf, (low + high) / 2, _DEARER * weight)
+            sufficient = self._descend(model, remaining, weight, norm, closest)
+            low, high = torch.where(sufficient, low, weight), torch.where(sufficient, weight, high)
+            weight = torch.where(high < torch.inf, (low + high) / 2, _GROWTH * weight)
         return to_boundary(model, batch, closest.x, norm)
 
     def _descend(self, model: Model, batch: Batch, weight: PerExample, norm: Norm, closest: Closest) -> Mask:
         """One run from the clean input; offers broken points; returns where the weight was large enough."""
-        x = ahead = batch.x
+        x = extrapolated = batch.x
         ever_broken = torch.zeros_like(weight, dtype=torch.bool)
         for step in range(self.steps):
-            grad, logits = gradient(model, batch.at(ahead), margin_loss)
+            grad, logits = gradient(model, batch.at(extrapolated), margin_loss)
             broken = firmly_broken(logits, batch)
-            closest.offer(batch, ahead, norm.distance(ahead, batch.x), broken)
+            closest.offer(batch, extrapolated, norm.distance(extrapolated, batch.x), broken)
             ever_broken = ever_broken | broken
             size = self.step_size * (1 - step / self.steps) ** 0.5
-            push = spread(weight, x) * grad * spread(~broken, x)
-            delta = ahead - batch.x
-            delta = delta + size * (push - 2 * delta)
+            margin_grad = spread(weight, x) * grad * spread(~broken, x)
+            delta = extrapolated - batch.x
+            delta = delta + size * (margin_grad - 2 * delta)
             shrunk = delta.sign() * (delta.abs() - self.beta * model.bounds.width).clamp_min(0)
-            last, x = x, model.bounds.clamp(batch.x + shrunk)
-            ahead = model.bounds.clamp(x + step / (step + 3) * (x - last))
+            previous, x = x, model.bounds.clamp(batch.x + shrunk)
+            extrapolated = model.bounds.clamp(x + step / (step + 3) * (x - previous))
         return ever_broken

@@ -45,7 +45,7 @@ _NEAR_ETA, _NEAR_BETA = 1.3, 0.8  # upper limits of eta and beta in these runs
 
 @dataclass(frozen=True)
 class FAB:
-    """Projects onto the linearised decision boundary in each step, with a bias towards the clean input."""
+    """Finds the smallest change by projections onto the linearised decision boundary, biased to the clean input."""
 
     steps: Steps = 100
     """number of steps of one run; each costs one forward pass, and one forward pass with a gradient"""
@@ -73,78 +73,85 @@ class FAB:
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm, closest = expect_norm(threat.constraint, self, Linf, L2, L1), Closest(batch)
         assert isinstance(norm, (Linf, L2, L1))
-        enough = norm.eps if norm.eps < math.inf else 0.0
+        sufficient = norm.eps if norm.eps < math.inf else 0.0
         for rank, aim in enumerate(aims(model, batch, self.targets)):
             for restart in range(self.restarts):
-                rows = (closest.distance > enough).nonzero()[:, 0]
+                rows = (closest.distance > sufficient).nonzero()[:, 0]
                 if not len(rows):
                     break
-                left, aimed, x = batch.take(rows), None if aim is None else aim[rows], batch.x[rows]
+                remaining, targets, x = batch.take(rows), None if aim is None else aim[rows], batch.x[rows]
                 if restart:
                     room = farthest(norm, x, model.bounds).clamp_max(norm.eps)
-                    reach = closest.distance[rows].minimum(room)
-                    noise = unit_noise(left, norm, rng.at("target", rank, "restart", restart))
-                    x = model.bounds.clamp(x + 0.5 * spread(reach, x) * noise)
-                self._run(model, left, aimed, x, norm, closest)
+                    radius = closest.distance[rows].minimum(room)
+                    noise = unit_noise(remaining, norm, rng.at("target", rank, "restart", restart))
+                    x = model.bounds.clamp(x + 0.5 * spread(radius, x) * noise)
+                self._run(model, remaining, targets, x, norm, closest)
         if self.refine:
             self._from_near(model, batch, norm, closest)
-        far = (closest.found & (closest.distance > enough)).nonzero()[:, 0]
-        if len(far):
-            closest.x[far] = to_boundary(model, batch.take(far), closest.x[far], norm, self.refine)
+        outside = (closest.found & (closest.distance > sufficient)).nonzero()[:, 0]
+        if len(outside):
+            closest.x[outside] = to_boundary(
+                model, batch.take(outside), closest.x[outside], norm, self.refine
+            )
         return closest.x
 
     def _from_near(self, model: Model, batch: Batch, norm: Flat, closest: Closest) -> None:
         """One more run from points near the ball, towards the likeliest wrong class."""
-        far = closest.distance
-        rows = ((far > norm.eps) & (far < _NEAR * norm.eps)).nonzero()[:, 0]
+        distance = closest.distance
+        rows = ((distance > norm.eps) & (distance < _NEAR * norm.eps)).nonzero()[:, 0]
         if not len(rows):
             return
-        left, x = batch.take(rows), closest.x[rows]
+        near_ball, x = batch.take(rows), closest.x[rows]
         eta, beta = min(self.eta, _NEAR_ETA), min(self.beta, _NEAR_BETA)
         shorter = replace(self, steps=2 * self.refine, eta=eta, beta=beta)
-        (aim,) = aims(model, left.at(x), 1)
-        shorter._run(model, left, aim, x, norm, closest)
+        (aim,) = aims(model, near_ball.at(x), 1)
+        shorter._run(model, near_ball, aim, x, norm, closest)
 
     def _run(
-        self, model: Model, left: Batch, aim: Labels | None, x: Inputs, norm: Flat, closest: Closest
+        self, model: Model, remaining: Batch, aim: Labels | None, x: Inputs, norm: Flat, closest: Closest
     ) -> None:
-        enough = norm.eps if norm.eps < math.inf else 0.0
-        run, before = Closest(left), torch.full_like(closest.distance[: len(left)], math.inf)
+        sufficient = norm.eps if norm.eps < math.inf else 0.0
+        run, earlier_distance = (
+            Closest(remaining),
+            torch.full_like(closest.distance[: len(remaining)], math.inf),
+        )
         for step in range(self.steps):
-            height, normal, logits = plane(model, left.at(x), aim, norm)
-            _keep(run, left, x, logits, norm)
-            x = self._step(x, left.x, height, normal, norm, model)
+            gap, normal, logits = plane(model, remaining.at(x), aim, norm)
+            _offer_broken(run, remaining, x, logits, norm)
+            x = self._step(x, remaining.x, gap, normal, norm, model)
             with torch.no_grad():
-                beyond = _keep(run, left, x, model(x, left.ids), norm)
-            x = torch.lerp(left.x, x, spread(torch.where(beyond, self.beta, 1.0).to(x.dtype), x))
-            stays = run.distance > enough
-            if self.patience and enough and (step + 1) % self.patience == 0:
-                stays &= run.found & (run.distance**2 <= enough * before)
-                before = run.distance.clone()
-            if not stays.all():
-                closest.offer(left, run.x, run.distance, run.found)
-                left, x, aim = left.take(stays), x[stays], None if aim is None else aim[stays]
-                if not len(left):
+                # before the point moves back, because FAB would miss many broken points (docs/decisions/0007)
+                broken = _offer_broken(run, remaining, x, model(x, remaining.ids), norm)
+            x = torch.lerp(remaining.x, x, spread(torch.where(broken, self.beta, 1.0).to(x.dtype), x))
+            active = run.distance > sufficient
+            if self.patience and sufficient and (step + 1) % self.patience == 0:
+                # distance * (distance / earlier distance): the next distance at the same rate
+                active &= run.found & (run.distance**2 <= sufficient * earlier_distance)
+                earlier_distance = run.distance.clone()
+            if not active.all():
+                closest.offer(remaining, run.x, run.distance, run.found)
+                remaining, x, aim = remaining.take(active), x[active], None if aim is None else aim[active]
+                if not len(remaining):
                     return
-                run, before = run.take(left), before[stays]
-        closest.offer(left, run.x, run.distance, run.found)
+                run, earlier_distance = run.take(remaining), earlier_distance[active]
+        closest.offer(remaining, run.x, run.distance, run.found)
 
     def _step(
-        self, x: Inputs, clean: Inputs, height: PerExample, normal: Inputs, norm: Flat, model: Model
+        self, x: Inputs, clean: Inputs, gap: PerExample, normal: Inputs, norm: Flat, model: Model
     ) -> Inputs:
-        from_clean = height + torch.linalg.vecdot(normal.flatten(1), (clean - x).flatten(1))
+        gap_clean = gap + torch.linalg.vecdot(normal.flatten(1), (clean - x).flatten(1))
         points = torch.stack((x, clean))
-        way, length = to_plane(points, normal, torch.stack((height, from_clean)), norm, model.bounds)
-        near, far = length.clamp_min(1e-8)
-        alpha = spread((near / (near + far)).clamp_max(self.alpha_max), x)
-        step, back = points.add_(way, alpha=self.eta)
-        return model.bounds.clamp(torch.lerp(step, back, alpha))
+        steps, length = to_plane(points, normal, torch.stack((gap, gap_clean)), norm, model.bounds)
+        length_x, length_clean = length.clamp_min(1e-8)
+        alpha = spread((length_x / (length_x + length_clean)).clamp_max(self.alpha_max), x)
+        step, step_clean = points.add_(steps, alpha=self.eta)
+        return model.bounds.clamp(torch.lerp(step, step_clean, alpha))
 
 
-def _keep(closest: Closest, batch: Batch, x: Inputs, logits: Logits, norm: Flat) -> Mask:
+def _offer_broken(closest: Closest, batch: Batch, x: Inputs, logits: Logits, norm: Flat) -> Mask:
     """Keep the closest points that are broken by more than rounding; return which are broken by any amount."""
-    height = margin(logits, batch)
-    broken = ~(height > 0)
+    margins = margin(logits, batch)
+    broken = ~(margins > 0)
     if broken.any():
-        closest.offer(batch, x, norm.distance(x, batch.x), ~(height > -leeway(logits)))
+        closest.offer(batch, x, norm.distance(x, batch.x), ~(margins > -leeway(logits)))
     return broken

@@ -45,45 +45,47 @@ class Flow:
     needs: ClassVar[Access] = "gradients"
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        far, best = expect_flow(threat.constraint, self), Best(batch)
+        limit, best = expect_flow(threat.constraint, self), Best(batch)
         for restart in range(self.restarts):
-            left = batch.take(best.standing)
-            if not len(left):
+            remaining = batch.take(best.surviving)
+            if not len(remaining):
                 break
-            u = rng.at("restart", restart).uniform(left.ids, 2, *left.x.shape[2:], dtype=left.x.dtype)
-            start = _shortened(2 * u - 1) if restart else _downhill(model, left, u)
-            self._bend(model, left, start, far, best)
+            u = rng.at("restart", restart).uniform(
+                remaining.ids, 2, *remaining.x.shape[2:], dtype=remaining.x.dtype
+            )
+            start = _shortened(2 * u - 1) if restart else _downhill(model, remaining, u)
+            self._descend(model, remaining, start, limit, best)
         return best.x
 
-    def _bend(self, model: Model, left: Batch, place: Tensor, far: float, best: Best) -> None:
+    def _descend(self, model: Model, remaining: Batch, field: Tensor, limit: float, best: Best) -> None:
         """One path in shares of the limit; all points are offered to `best`, and broken examples are dropped."""
-        direction = torch.zeros_like(place)
+        direction = torch.zeros_like(field)
         for step in range(self.steps + 1):
-            place = place.detach().requires_grad_(step < self.steps)
+            field = field.detach().requires_grad_(step < self.steps)
             with torch.set_grad_enabled(step < self.steps):
-                x = flowed(left.x, far * place, model.bounds)
-                height = margin(model(x, left.ids), left)
-                objective = height + self.smoothness * _variation(far * place)
-            best.offer(left, x.detach(), height.detach())
-            standing = height.detach() > 0
-            if step == self.steps or not standing.any():
+                x = flowed(remaining.x, limit * field, model.bounds)
+                margins = margin(model(x, remaining.ids), remaining)
+                objective = margins + self.smoothness * _variation(limit * field)
+            best.offer(remaining, x.detach(), margins.detach())
+            surviving = margins.detach() > 0
+            if step == self.steps or not surviving.any():
                 return
-            direction = _MOMENTUM * direction + levelled(input_gradient(objective, place))
+            direction = _MOMENTUM * direction + levelled(input_gradient(objective, field))
             unit = direction / _length(direction).clamp_min(_TINY)
             size = self.step_size * cosine(step, self.steps)
-            place = _shortened(place.detach() - size * unit)[standing]
-            left, direction = left.take(standing), direction[standing]
+            field = _shortened(field.detach() - size * unit)[surviving]
+            remaining, direction = remaining.take(surviving), direction[surviving]
 
 
 def _downhill(model: Model, batch: Batch, like: Tensor) -> Tensor:
     """Displacements of length one that lower the margin, from the image's one-sided slopes at each pixel."""
-    ahead, behind = (
-        input_gradient(margin(model(flowed(batch.x, place, model.bounds), batch.ids), batch), place)
-        for place in (torch.full_like(like, side).requires_grad_() for side in (_NEAR, -_NEAR))
+    grad_forward, grad_backward = (
+        input_gradient(margin(model(flowed(batch.x, field, model.bounds), batch.ids), batch), field)
+        for field in (torch.full_like(like, side).requires_grad_() for side in (_NEAR, -_NEAR))
     )
-    forth, back = (-ahead).clamp_min(0), behind.clamp_min(0)
-    way = levelled(torch.where(forth > back, forth, -back))
-    return way / _length(way).clamp_min(_TINY)
+    gain_forward, gain_backward = (-grad_forward).clamp_min(0), grad_backward.clamp_min(0)
+    direction = levelled(torch.where(gain_forward > gain_backward, gain_forward, -gain_backward))
+    return direction / _length(direction).clamp_min(_TINY)
 
 
 def _length(field: Tensor) -> Tensor:
@@ -91,9 +93,9 @@ def _length(field: Tensor) -> Tensor:
     return field.square().sum(1, keepdim=True).sqrt()
 
 
-def _shortened(place: Tensor) -> Tensor:
+def _shortened(field: Tensor) -> Tensor:
     """The displacement of each pixel, clipped to length one."""
-    return place / _length(place).clamp_min(1)
+    return field / _length(field).clamp_min(1)
 
 
 def _variation(flow: Tensor) -> PerExample:

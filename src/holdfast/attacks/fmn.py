@@ -29,7 +29,7 @@ from holdfast.ops.norms import expect_norm, farthest, free, gap
 
 @dataclass(frozen=True)
 class FMN:
-    """Follows the gradient inside a ball that shrinks while the example is broken and grows otherwise."""
+    """Finds the smallest change by gradient steps in a ball that shrinks after a success and grows otherwise."""
 
     steps: Steps = 100
     """number of gradient steps"""
@@ -54,7 +54,7 @@ class FMN:
             cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
             gamma = 0.001 + (self.gamma - 0.001) * cosine
             if sparse:
-                radius = _whole(radius, gamma, broken, closest.distance)
+                radius = _next_l0_radius(radius, gamma, broken, closest.distance)
             else:
                 boundary = distance + gap(norm, grad, logits, batch.at(x), model.bounds)
                 grown = torch.where(closest.found, radius * (1 + gamma), boundary)
@@ -67,7 +67,7 @@ class FMN:
         return to_boundary(model, batch, closest.x, norm)
 
 
-def _whole(radius: PerExample, gamma: float, broken: Mask, closest: PerExample) -> PerExample:
+def _next_l0_radius(radius: PerExample, gamma: float, broken: Mask, closest: PerExample) -> PerExample:
     """The next radius in values: at least one more or fewer than before."""
     fewer = torch.minimum(radius - 1, (radius * (1 - gamma)).floor()).minimum(closest)
     more = torch.maximum(radius + 1, (radius * (1 + gamma)).floor())

@@ -26,7 +26,7 @@ from holdfast.ops.norms import expect_norm, farthest
 
 @dataclass(frozen=True)
 class GeoDA:
-    """Estimates the normal of a nearly flat boundary from labels, and searches along it for the boundary."""
+    """Estimates the normal of a nearly flat decision boundary from labels, and searches the boundary along it."""
 
     queries: Steps = 5000
     """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""
@@ -46,15 +46,21 @@ class GeoDA:
         norm = expect_norm(threat.constraint, self, L2, Linf)
         queries = min(self.queries, threat.queries or self.queries)
         decisions = Decisions(model, batch, norm, queries)
-        normals, far = torch.zeros_like(batch.x), farthest(norm, batch.x, model.bounds)
+        normals, limit = torch.zeros_like(batch.x), farthest(norm, batch.x, model.bounds)
         with torch.no_grad():
-            for step, some in decisions.steps(rng):
-                rows, (x, _) = decisions.closest.rows(some), decisions.known(some)
-                radius, draws = self.radius * L2().distance(x, some.x), self.draws * self.growth**step
-                fresh = normal(
-                    decisions, some, x, radius, int(min(draws, queries)), rng.at(step), share=self.frequencies
+            for step, active in decisions.steps(rng):
+                rows, (x, _) = decisions.closest.rows(active), decisions.closest_points(active)
+                radius, draws = self.radius * L2().distance(x, active.x), self.draws * self.growth**step
+                estimate = normal(
+                    decisions,
+                    active,
+                    x,
+                    radius,
+                    int(min(draws, queries)),
+                    rng.at(step),
+                    share=self.frequencies,
                 )
-                normals[rows] += fresh
-                away = norm.steepest(normals[rows], x, model.bounds)
-                decisions.improve(some, some.x + spread(far[rows], x) * away)
-        return decisions.found()
+                normals[rows] += estimate
+                direction = norm.steepest(normals[rows], x, model.bounds)
+                decisions.improve(active, active.x + spread(limit[rows], x) * direction)
+        return decisions.result()

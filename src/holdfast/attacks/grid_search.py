@@ -39,12 +39,12 @@ class GridSearch:
         points = self.grid_points(constraint)
         with torch.no_grad():
             for point in points[: threat.queries]:
-                left = batch.take(best.standing)
-                if not len(left):
+                remaining = batch.take(best.surviving)
+                if not len(remaining):
                     break
-                place = left.x.new_tensor(point).expand(len(left), -1)
-                x = reached(left.x, place, constraint, model.bounds)
-                best.offer(left, x, margin(model(x, left.ids), left))
+                amounts = remaining.x.new_tensor(point).expand(len(remaining), -1)
+                x = reached(remaining.x, amounts, constraint, model.bounds)
+                best.offer(remaining, x, margin(model(x, remaining.ids), remaining))
         return best.x
 
     def grid_points(self, constraint: Transformations) -> list[tuple[float, ...]]:

@@ -51,24 +51,24 @@ class HopSkipJump:
         decisions = Decisions(model, batch, norm, min(self.queries, threat.queries or self.queries))
         normals = torch.zeros_like(batch.x)
         with torch.no_grad():
-            for step, some in decisions.steps(rng):
-                rows, (x, distance) = decisions.closest.rows(some), decisions.known(some)
+            for step, active in decisions.steps(rng):
+                rows, (x, distance) = decisions.closest.rows(active), decisions.closest_points(active)
                 root = (step + 1) ** 0.5
-                radius, draws = self.radius * L2().distance(x, some.x), int(self.draws * root)
-                fresh = normal(decisions, some, x, radius, draws, rng.at(step), share=self.frequencies)
-                normals[rows] = L2().steepest(self.memory * normals[rows] + fresh, x, model.bounds)
-                _jump(decisions, some, x, norm.steepest(normals[rows], x, model.bounds), distance / root)
-        return decisions.found()
+                radius, draws = self.radius * L2().distance(x, active.x), int(self.draws * root)
+                estimate = normal(decisions, active, x, radius, draws, rng.at(step), share=self.frequencies)
+                normals[rows] = L2().steepest(self.memory * normals[rows] + estimate, x, model.bounds)
+                _jump(decisions, active, x, norm.steepest(normals[rows], x, model.bounds), distance / root)
+        return decisions.result()
 
 
-def _jump(decisions: Decisions, some: Batch, x: Inputs, normal: Inputs, size: PerExample) -> None:
+def _jump(decisions: Decisions, active: Batch, x: Inputs, normal: Inputs, size: PerExample) -> None:
     """Step `size` along the normal, halved until it gives a closer broken point; then search for the boundary."""
-    far, radius, left = x.clone(), torch.zeros_like(size), torch.arange(len(some), device=x.device)
+    points, radius, rows = x.clone(), torch.zeros_like(size), torch.arange(len(active), device=x.device)
     for _ in range(_JUMPS):
-        tried = torch.addcmul(x[left], spread(size[left], x), normal[left])
-        broken, within = decisions.nearer(some.take(left), tried)
-        far[left[broken]], radius[left[broken]] = tried[broken], within[broken]
-        left, size = left[~broken], size / 2
-        if not len(left):
+        candidates = torch.addcmul(x[rows], spread(size[rows], x), normal[rows])
+        broken, distances = decisions.nearer(active.take(rows), candidates)
+        points[rows[broken]], radius[rows[broken]] = candidates[broken], distances[broken]
+        rows, size = rows[~broken], size / 2
+        if not len(rows):
             break
-    decisions.search(some, far, radius)
+    decisions.search(active, points, radius)

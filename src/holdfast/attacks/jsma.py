@@ -29,7 +29,7 @@ from holdfast.ops.norms import expect_norm, free
 
 @dataclass(frozen=True)
 class JSMA:
-    """Changes the two most salient values in each step, by a saliency map of the Jacobian, until the model breaks."""
+    """Changes the two values with the largest saliency in each step, until the example is misclassified."""
 
     steps: Steps = 100
     """largest number of steps; an example stops at its first success"""
@@ -43,16 +43,16 @@ class JSMA:
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm = expect_norm(threat.constraint, self, L0)
         assert isinstance(norm, L0)
-        closest, left, x = Closest(batch), batch, batch.x
+        closest, remaining, x = Closest(batch), batch, batch.x
         low, high = model.bounds.like(x)
         for step in range(self.steps + 1):
-            grad, logits = gradient(model, left.at(x), cross_entropy)
-            broken = firmly_broken(logits, left)
-            closest.offer(left, x, norm.distance(x, left.x), broken)
-            left, x, grad = left.take(~broken), x[~broken], free(grad, x, model.bounds)[~broken]
-            if step == self.steps or not len(left):
+            grad, logits = gradient(model, remaining.at(x), cross_entropy)
+            broken = firmly_broken(logits, remaining)
+            closest.offer(remaining, x, norm.distance(x, remaining.x), broken)
+            remaining, x, grad = remaining.take(~broken), x[~broken], free(grad, x, model.bounds)[~broken]
+            if step == self.steps or not len(remaining):
                 break
-            moved = model.bounds.clamp(x + self.theta * (high - low) * grad.sign())
-            salient = norm.largest(grad * (moved - x), torch.full_like(x.flatten(1)[:, 0], self.values))
-            x = torch.where(salient, moved, x)
+            changed = model.bounds.clamp(x + self.theta * (high - low) * grad.sign())
+            salient = norm.largest(grad * (changed - x), torch.full_like(x.flatten(1)[:, 0], self.values))
+            x = torch.where(salient, changed, x)
         return to_boundary(model, batch, closest.x, norm)

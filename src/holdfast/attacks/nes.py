@@ -59,11 +59,11 @@ class NES:
 class _Momentum:
     """The decaying sum of the estimates."""
 
-    def __init__(self, kept: float) -> None:
-        self._kept, self._sum = kept, torch.zeros(())
+    def __init__(self, decay: float) -> None:
+        self._decay, self._sum = decay, torch.zeros(())
 
     def __call__(self, gradient: Inputs) -> Inputs:
-        self._sum = self._kept * self._sum.to(gradient) + gradient
+        self._sum = self._decay * self._sum.to(gradient) + gradient
         return self._sum
 
     def take(self, rows: Rows) -> None:

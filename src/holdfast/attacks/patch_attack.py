@@ -50,33 +50,38 @@ class PatchAttack:
         best.offer(batch, batch.x, margin(logits, batch))
         weights = patch.sums(grad.abs().sum(1), batch.x.shape[1:])
         unused = weights.clone()
-        for place in range(self.places):
-            rows = best.standing
+        for start in range(self.places):
+            rows = best.surviving
             if not len(rows):
                 break
-            done = rows[weights[rows].flatten(1).amax(1) < 0]
-            weights[done] = unused[done]
-            left, corners = batch.take(rows), _heaviest(patch, weights, rows, batch.x.shape[1:])
-            self._fill(model, left, patch.mask(left.x, corners), best, rng.at("place", place))
+            exhausted = rows[weights[rows].flatten(1).amax(1) < 0]
+            weights[exhausted] = unused[exhausted]
+            remaining, corners = batch.take(rows), _heaviest(patch, weights, rows, batch.x.shape[1:])
+            self._fill(model, remaining, patch.mask(remaining.x, corners), best, rng.at("place", start))
         return best.x
 
-    def _fill(self, model: Model, left: Batch, inside: Tensor, best: Best, rng: Draws) -> None:
+    def _fill(self, model: Model, remaining: Batch, mask: Tensor, best: Best, rng: Draws) -> None:
         """Gradient ascent from noise inside the rectangle; an example is dropped once it is broken."""
-        low, high = model.bounds.like(left.x)
-        noise = rng.uniform(left.ids, *left.x.shape[1:], dtype=left.x.dtype)
-        x = torch.where(inside, low + noise * (high - low), left.x)
+        low, high = model.bounds.like(remaining.x)
+        noise = rng.uniform(remaining.ids, *remaining.x.shape[1:], dtype=remaining.x.dtype)
+        x = torch.where(mask, low + noise * (high - low), remaining.x)
         for step in range(self.steps):
-            grad, logits = gradient(model, left.at(x), self.loss)
-            height = margin(logits, left)
-            best.offer(left, x, height)
-            stands = height > 0
-            left, x, grad, inside = left.take(stands), x[stands], grad[stands], inside[stands]
-            if not len(left):
+            grad, logits = gradient(model, remaining.at(x), self.loss)
+            margins = margin(logits, remaining)
+            best.offer(remaining, x, margins)
+            surviving = margins > 0
+            remaining, x, grad, mask = (
+                remaining.take(surviving),
+                x[surviving],
+                grad[surviving],
+                mask[surviving],
+            )
+            if not len(remaining):
                 return
             size = self.reach / self.steps * cosine(step, self.steps)
-            x = torch.where(inside, model.bounds.clamp(x + size * (high - low) * grad.sign()), left.x)
+            x = torch.where(mask, model.bounds.clamp(x + size * (high - low) * grad.sign()), remaining.x)
         with torch.no_grad():
-            best.offer(left, x, margin(model(x, left.ids), left))
+            best.offer(remaining, x, margin(model(x, remaining.ids), remaining))
 
 
 def _heaviest(patch: Patch, weights: Tensor, rows: Rows, shape: torch.Size) -> Corners:
@@ -87,6 +92,6 @@ def _heaviest(patch: Patch, weights: Tensor, rows: Rows, shape: torch.Size) -> C
     y, x = torch.arange(len(down), device=rows.device), torch.arange(len(right), device=rows.device)
     near_y = 2 * (y - row[:, None]).abs() < patch.height
     near_x = 2 * (x - column[:, None]).abs() < patch.width
-    near = near_y[:, :, None] & near_x[:, None, :]
-    weights[rows] = weights[rows].masked_fill(near, -1.0)
+    excluded = near_y[:, :, None] & near_x[:, None, :]
+    weights[rows] = weights[rows].masked_fill(excluded, -1.0)
     return row + down.start, column + right.start

@@ -41,7 +41,7 @@ _LARGEST = -math.log(1e-6)  # the paper's bound on the logarithm of the penalty
 
 @dataclass(frozen=True)
 class PDPGD:
-    """Minimises the distance by primal-dual proximal gradient descent, with a penalty that adapts to each example."""
+    """Finds the smallest change by primal-dual proximal gradient descent, with an adaptive penalty per example."""
 
     steps: Steps = 100
     """number of gradient steps"""
@@ -64,26 +64,26 @@ class PDPGD:
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm = expect_norm(threat.constraint, self, Linf, L2, L1, L0)
-        closest, left, x, adam = Closest(batch), batch, batch.x, Adam(batch.x)
+        closest, remaining, x, adam = Closest(batch), batch, batch.x, Adam(batch.x)
         unit, slope = _scales(model, batch, norm)
         weight = -math.log(self.price) - slope.log()
         share = weight.sigmoid()
         for step in range(self.steps):
-            grad, logits = gradient(model, left.at(x), _soft_margin)
-            broken = firmly_broken(logits, left)
-            closest.offer(left, x, norm.distance(x, left.x), broken)
-            stays = closest.far(left, norm.eps)
-            if not stays.all():
-                left, x, grad, broken = left.take(stays), x[stays], grad[stays], broken[stays]
-                unit, weight, share = unit[stays], weight[stays], share[stays]
-                adam.take(stays)
-                if not len(left):
+            grad, logits = gradient(model, remaining.at(x), _soft_margin)
+            broken = firmly_broken(logits, remaining)
+            closest.offer(remaining, x, norm.distance(x, remaining.x), broken)
+            active = closest.unsolved(remaining, norm.eps)
+            if not active.all():
+                remaining, x, grad, broken = remaining.take(active), x[active], grad[active], broken[active]
+                unit, weight, share = unit[active], weight[active], share[active]
+                adam.take(active)
+                if not len(remaining):
                     break
-            mean, scale = adam.seen(-grad)
+            mean, scale = adam.mean_and_scale(-grad)
             size = self.step_size * self.fall ** (step / self.steps) * unit
             x = model.bounds.clamp(x - spread(size, x) * mean / scale)
             price = spread((1 - share) / share * size, x) / scale
-            x = model.bounds.clamp(left.x + shrunk(norm, x - left.x, price))
+            x = model.bounds.clamp(remaining.x + shrunk(norm, x - remaining.x, price))
             dual = self.dual_reach / self.steps * (1 - 0.9 * step / self.steps)
             weight = (weight + dual * torch.where(broken, -1.0, 1.0)).clamp(-_LARGEST, _LARGEST)
             share = torch.lerp(weight.sigmoid(), share, self.memory)
@@ -143,8 +143,8 @@ def _linf(delta: Tensor, price: Tensor) -> Tensor:
     """Clip all coordinates at the height at which the sum of the clipped amounts over their prices is one."""
     size, order = delta.abs().sort(dim=1, descending=True)
     weight = 1 / price.gather(1, order)
-    height = (((weight * size).cumsum(1) - 1) / weight.cumsum(1)).amax(1).clamp_min(0)
-    return torch.minimum(torch.maximum(delta, -height[:, None]), height[:, None])
+    level = (((weight * size).cumsum(1) - 1) / weight.cumsum(1)).amax(1).clamp_min(0)
+    return torch.minimum(torch.maximum(delta, -level[:, None]), level[:, None])
 
 
 def _two_thirds(delta: Tensor, price: Tensor) -> Tensor:
@@ -153,8 +153,8 @@ def _two_thirds(delta: Tensor, price: Tensor) -> Tensor:
     square = size.square() / 16
     larger = (square + (square.square() - 8 / 729 * price**3).clamp_min(0).sqrt()).clamp_min(_TINY) ** (1 / 3)
     root = (2 * (larger + 2 / 9 * price / larger)).sqrt()
-    far = ((root + (2 * size / root - root.square()).clamp_min(0).sqrt()) / 2) ** 3
-    return torch.where(nonzero, far * delta.sign(), 0.0)
+    magnitude = ((root + (2 * size / root - root.square()).clamp_min(0).sqrt()) / 2) ** 3
+    return torch.where(nonzero, magnitude * delta.sign(), 0.0)
 
 
 _OPERATORS: dict[type[Norm], Callable[[Tensor, Tensor], Tensor]] = {

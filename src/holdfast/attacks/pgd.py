@@ -42,13 +42,13 @@ class PGD:
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         constraint, best = expect_eps(threat.constraint, self), Best(batch)
         for restart in range(self.restarts):
-            left = batch.take(best.standing)
-            if not len(left):
+            remaining = batch.take(best.surviving)
+            if not len(remaining):
                 break
-            found = ascend(
+            result = ascend(
                 model,
-                left,
-                constraint.sample(left, model.bounds, rng.at("restart", restart)),
+                remaining,
+                constraint.sample(remaining, model.bounds, rng.at("restart", restart)),
                 self.loss,
                 constraint,
                 steps=self.steps,
@@ -56,5 +56,5 @@ class PGD:
                 schedule=self.schedule,
                 drop=self.drop,
             )
-            best.offer(left, *found)
+            best.offer(remaining, *result)
         return best.x

@@ -31,7 +31,7 @@ _SLOW = 0.15  # share of an image's lowest frequencies that new random signs are
 
 @dataclass(frozen=True)
 class RayS:
-    """Searches for the signs of the direction with the nearest boundary, block by block, from labels alone."""
+    """Searches for the direction of signs along which the decision boundary is nearest, from labels alone."""
 
     queries: Steps = 5000
     """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""
@@ -43,20 +43,20 @@ class RayS:
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm, closest = expect_norm(threat.constraint, self, Linf), Closest(batch)
-        left, rays, x = batch, _Rays(batch, model.bounds, self.precision, rng), batch.x
+        remaining, rays, x = batch, _Rays(batch, model.bounds, self.precision, rng), batch.x
         with torch.no_grad():
             for query in range(min(self.queries, threat.queries or self.queries)):
-                if not len(left):
+                if not len(remaining):
                     break
-                broken = firmly_broken(model(x, left.ids), left)
-                closest.offer(left, x, norm.distance(x, left.x), broken)
+                broken = firmly_broken(model(x, remaining.ids), remaining)
+                closest.offer(remaining, x, norm.distance(x, remaining.x), broken)
                 if query:
-                    rays.learn(broken)
-                stays = closest.far(left, norm.eps)
-                if not stays.all():
-                    left = left.take(stays)
-                    rays.take(stays)
-                x = rays.points(left.x)
+                    rays.update(broken)
+                active = closest.unsolved(remaining, norm.eps)
+                if not active.all():
+                    remaining = remaining.take(active)
+                    rays.take(active)
+                x = rays.points(remaining.x)
         return norm.project(closest.x, batch.x, model.bounds)
 
 
@@ -65,7 +65,7 @@ class _Rays:
 
     def __init__(self, batch: Batch, bounds: Bounds, precision: float, rng: Draws) -> None:
         self._bounds, self._precision = bounds, precision
-        self._rng, self._ids, self._shape, self._anew = rng, batch.ids, batch.x.shape[1:], 0
+        self._rng, self._ids, self._shape, self._n_draws = rng, batch.ids, batch.x.shape[1:], 0
         self._best = torch.ones_like(batch.x).flatten(1)
         self._radius = torch.full_like(batch.x.flatten(1)[:, 0], torch.inf)
         self._trial = self._best.clone()
@@ -88,22 +88,22 @@ class _Rays:
             torch.addcmul(clean, spread(self._probe, clean), self._trial.view_as(clean))
         )
 
-    def learn(self, broken: Mask) -> None:
+    def update(self, broken: Mask) -> None:
         """Update the search with the results of the last queries: each example continues on its ray, or goes to the
         next ray.
         """
         searching = self._high < torch.inf
         self._low = torch.where(searching & ~broken, self._probe, self._low)
         self._high = torch.where(broken, self._probe, self._high)
-        found = (self._high < torch.inf) & (self._high - self._low <= self._precision * self._high)
-        self._best[found] = self._trial[found]
-        self._radius = torch.where(found, self._high, self._radius)
-        gallop = torch.maximum(self._high - self._stride, self._high / 2)
-        self._probe = torch.where(self._low > 0, (self._low + self._high) / 2, gallop)
+        finished = (self._high < torch.inf) & (self._high - self._low <= self._precision * self._high)
+        self._best[finished] = self._trial[finished]
+        self._radius = torch.where(finished, self._high, self._radius)
+        doubled = torch.maximum(self._high - self._stride, self._high / 2)
+        self._probe = torch.where(self._low > 0, (self._low + self._high) / 2, doubled)
         self._stride = 2 * self._stride
-        self._turn((found | ~(searching | broken)).nonzero()[:, 0])
+        self._next_ray((finished | ~(searching | broken)).nonzero()[:, 0])
 
-    def _turn(self, rows: Rows) -> None:
+    def _next_ray(self, rows: Rows) -> None:
         """Test the best ray with the next block flipped, at the radius at which the best one breaks the model."""
         features = self._best.shape[1]
         blocks, block = self._blocks[rows], self._block[rows] + 1
@@ -115,19 +115,19 @@ class _Rays:
         self._draw(rows[finest & unknown])
         self._blocks[rows], self._block[rows] = blocks, block
         size = -(-features // blocks)
-        begin, place = (block * size)[:, None], torch.arange(features, device=rows.device)
-        flipped, best = (place >= begin) & (place < begin + size[:, None]), self._best[rows]
+        begin, feature = (block * size)[:, None], torch.arange(features, device=rows.device)
+        flipped, best = (feature >= begin) & (feature < begin + size[:, None]), self._best[rows]
         self._trial[rows] = torch.where(flipped, -best, best)
-        known, width = self._radius[rows], self._bounds.width
-        self._probe[rows] = torch.where(known < torch.inf, known, width)
-        self._stride[rows] = torch.where(known < torch.inf, self._precision * known, width / 2)
+        radius, width = self._radius[rows], self._bounds.width
+        self._probe[rows] = torch.where(radius < torch.inf, radius, width)
+        self._stride[rows] = torch.where(radius < torch.inf, self._precision * radius, width / 2)
         self._low[rows], self._high[rows] = 0.0, torch.inf
 
     def _draw(self, rows: Rows) -> None:
         """New random signs for unbroken examples, which all have the same ray; for images from low frequencies."""
         if len(rows):
-            self._anew += 1
+            self._n_draws += 1
             slow = waves(
-                self._rng.at("anew", self._anew), self._ids[rows], 1, self._shape, _SLOW, self._best.dtype
+                self._rng.at("anew", self._n_draws), self._ids[rows], 1, self._shape, _SLOW, self._best.dtype
             )
             self._best[rows] = torch.where(slow >= 0, 1.0, -1.0).to(slow).flatten(1)

@@ -32,7 +32,7 @@ _FROM_BEST = 0.6  # factor of the path length of a run that starts from the resu
 
 @dataclass(frozen=True)
 class Relay:
-    """Alternates gradient steps and random search with windows, each from the best point so far."""
+    """Alternates gradient steps and the random search of Square Attack, each from the best point so far."""
 
     steps: Steps = 20
     """number of gradient steps of one run"""
@@ -58,36 +58,36 @@ class Relay:
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         constraint, best = expect_eps(threat.constraint, self), Best(batch)
         for restart in range(self.restarts):
-            left = batch.take(best.standing)
-            start = constraint.sample(left, model.bounds, rng.at("restart", restart))
-            self._run(model, left, start, constraint, best)
+            remaining = batch.take(best.surviving)
+            start = constraint.sample(remaining, model.bounds, rng.at("restart", restart))
+            self._run(model, remaining, start, constraint, best)
         self._aim(model, batch, constraint, best, rng)
         for number in range(self.searches):
-            left = batch.take(best.standing)
-            found = Best(left)
-            self._search(model, left, constraint, found, rng.at("search", number), self.p_init)
-            best.offer(left, found.x, found.margin)
-            self._refine(model, left, constraint, best, found)
+            remaining = batch.take(best.surviving)
+            searched = Best(remaining)
+            self._search(model, remaining, constraint, searched, rng.at("search", number), self.p_init)
+            best.offer(remaining, searched.x, searched.margin)
+            self._refine(model, remaining, constraint, best, searched)
         for number in range(self.rounds):
             self._search(model, batch, constraint, best, rng.at("round", number), self.p_best)
             self._refine(model, batch, constraint, best, best)
         return best.x
 
     def _aim(self, model: Model, batch: Batch, constraint: Constraint, best: Best, rng: Draws) -> None:
-        rows = best.standing
+        rows = best.surviving
         if not self.targets or batch.target is not None or not len(rows):
             return
         aims = nearest_classes(model, batch.take(rows), constraint, self.targets)
         for rank, aim in enumerate(aims.unbind(1)):
-            still = best.margin[rows] > 0
-            left = batch.take(rows[still])
-            start = constraint.sample(left, model.bounds, rng.at("target", rank))
-            self._run(model, left, start, constraint, best, aim=aim[still])
+            surviving = best.margin[rows] > 0
+            remaining = batch.take(rows[surviving])
+            start = constraint.sample(remaining, model.bounds, rng.at("target", rank))
+            self._run(model, remaining, start, constraint, best, aim=aim[surviving])
 
     def _run(
         self,
         model: Model,
-        left: Batch,
+        remaining: Batch,
         start: Inputs,
         constraint: Constraint,
         best: Best,
@@ -96,32 +96,33 @@ class Relay:
         reach: float | None = None,
     ) -> None:
         """Gradient steps from `start`, towards the class `aim` if it is given."""
-        if len(left):
+        if len(remaining):
             run = partial(descend, steps=self.steps, reach=reach or self.reach, aim=aim)
-            best.offer(left, *run(model, left, start, constraint))
+            best.offer(remaining, *run(model, remaining, start, constraint))
 
-    def _refine(self, model: Model, batch: Batch, constraint: Constraint, best: Best, found: Best) -> None:
-        """Gradient steps from the points in `found`."""
-        rows, reach = found.standing, _FROM_BEST * self.reach
-        self._run(model, batch.take(rows), found.x[rows], constraint, best, reach=reach)
+    def _refine(self, model: Model, batch: Batch, constraint: Constraint, best: Best, searched: Best) -> None:
+        """Gradient steps from the points in `searched`."""
+        rows, reach = searched.surviving, _FROM_BEST * self.reach
+        self._run(model, batch.take(rows), searched.x[rows], constraint, best, reach=reach)
 
     def _search(
         self, model: Model, batch: Batch, constraint: Constraint, best: Best, rng: Draws, p_init: float
     ) -> None:
         """Random search from the best points, or from a new start if there are none yet."""
-        norm, rows = expect_norm(constraint, self, Linf, L2, L1), best.standing
+        norm, rows = expect_norm(constraint, self, Linf, L2, L1), best.surviving
         assert isinstance(norm, (Linf, L2, L1))
         if not len(rows):
             return
-        left = batch.take(rows)
-        proposals = proposals_for(left, norm, model.bounds)
+        remaining = batch.take(rows)
+        proposals = proposals_for(remaining, norm, model.bounds)
+        # nothing was evaluated yet, so there is no best point to start from
         if best.margin.isinf().all():
             proposals.start(rng.at("start"))
         else:
             proposals.x = best.x[rows]
         shares = [window_share(p_init, step, None) for step in range(self.queries)]
         with torch.no_grad():
-            search(model, left, proposals, best, shares, rng)
+            search(model, remaining, proposals, best, shares, rng)
 
 
 _CANDIDATES = 9  # number of likeliest wrong classes that are compared; all of them if there are ten classes
@@ -140,7 +141,7 @@ def nearest_classes(model: Model, batch: Batch, constraint: Constraint, k: int) 
         gaps = logits.gather(1, batch.y[:, None]) - logits.gather(1, rivals)
     distances = []
     for gap in gaps.unbind(1):
-        grad = input_gradient(gap, x, again=True)
+        grad = input_gradient(gap, x, retain=True)
         slope = (grad * constraint.steepest(grad, batch.x, model.bounds)).flatten(1).sum(1)
         distances.append(gap.detach() / slope.clamp_min(1e-12))
     order = torch.stack(distances, dim=1).nan_to_num(torch.inf).argsort(dim=1, stable=True)

@@ -30,7 +30,7 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class SigmaZero:
-    """Minimises a smooth approximation of the L0 norm, and sets changes below an adaptive threshold to zero."""
+    """Changes as few values as possible, by gradient descent on a smooth approximation of the L0 norm."""
 
     steps: Steps = 200
     """number of gradient steps"""
@@ -51,26 +51,28 @@ class SigmaZero:
         assert isinstance(norm, L0)
         low, high = model.bounds.like(batch.x)
         edge = (high - low).clamp_min(_TINY)
-        closest, left, x, size = Closest(batch), batch, batch.x, self.step_size
+        closest, remaining, x, size = Closest(batch), batch, batch.x, self.step_size
         adam, threshold = Adam(x), torch.full_like(closest.distance, self.threshold)
         for step in range(self.steps):
-            grad, logits = gradient(model, left.at(x), margin_loss)
-            broken = firmly_broken(logits, left)
-            closest.offer(left, x, norm.distance(x, left.x), broken)
-            stays = closest.far(left, norm.eps)
-            if not stays.all():
-                left, x, grad, broken = left.take(stays), x[stays], grad[stays], broken[stays]
-                threshold = threshold[stays]
-                adam.take(stays)
-                if not len(left):
+            grad, logits = gradient(model, remaining.at(x), margin_loss)
+            broken = firmly_broken(logits, remaining)
+            closest.offer(remaining, x, norm.distance(x, remaining.x), broken)
+            active = closest.unsolved(remaining, norm.eps)
+            if not active.all():
+                remaining, x, grad, broken = remaining.take(active), x[active], grad[active], broken[active]
+                threshold = threshold[active]
+                adam.take(active)
+                if not len(remaining):
                     break
-            down = self._slope(norm, (x - left.x) / edge) - edge * grad * spread(~broken, x)
-            mean, scale = adam.seen(down / spread(down.flatten(1).abs().amax(1).clamp_min(_TINY), x))
+            objective_grad = self._slope(norm, (x - remaining.x) / edge) - edge * grad * spread(~broken, x)
+            mean, scale = adam.mean_and_scale(
+                objective_grad / spread(objective_grad.flatten(1).abs().amax(1).clamp_min(_TINY), x)
+            )
             x = model.bounds.clamp(x - size * edge * mean / scale)
             size = self.step_size * (0.1 + 0.9 * (1 + math.cos(math.pi * step / self.steps)) / 2)
             threshold = (threshold + self.pace * size * torch.where(broken, 1.0, -1.0)).clamp(0, 1)
-            small = norm.summed(((x - left.x) / edge) ** 2).sqrt() < spread(threshold, x)
-            x = torch.where(small, left.x, x)
+            small = norm.summed(((x - remaining.x) / edge) ** 2).sqrt() < spread(threshold, x)
+            x = torch.where(small, remaining.x, x)
         return to_boundary(model, batch, closest.x, norm)
 
     def _slope(self, norm: L0, delta: Inputs) -> Inputs:

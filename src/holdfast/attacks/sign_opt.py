@@ -28,7 +28,7 @@ _LENGTHS = 8  # number of step sizes that are tried, each twice or half the one 
 
 @dataclass(frozen=True)
 class SignOPT:
-    """Minimises the distance to the boundary over directions, by signs of directional derivatives from labels alone."""
+    """Finds the direction with the nearest boundary, by signs of directional derivatives from labels alone."""
 
     queries: Steps = 5000
     """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""
@@ -50,24 +50,30 @@ class SignOPT:
         decisions = Decisions(model, batch, norm, min(self.queries, threat.queries or self.queries))
         alpha = torch.full_like(decisions.closest.distance, self.step_size)
         with torch.no_grad():
-            for step, some in decisions.steps(rng):
-                rows, (x, distance) = decisions.closest.rows(some), decisions.known(some)
+            for step, active in decisions.steps(rng):
+                rows, (x, distance) = decisions.closest.rows(active), decisions.closest_points(active)
                 radius = self.epsilon * distance
-                against = normal(decisions, some, x, radius, self.draws, rng.at(step), share=self.frequencies)
-                alpha[rows] = _turn(decisions, some, x, spread(distance, x) * against, alpha[rows])
-        return decisions.found()
+                direction = normal(
+                    decisions, active, x, radius, self.draws, rng.at(step), share=self.frequencies
+                )
+                alpha[rows] = _search_step(decisions, active, x, spread(distance, x) * direction, alpha[rows])
+        return decisions.result()
 
 
-def _turn(decisions: Decisions, some: Batch, x: Inputs, against: Inputs, alpha: PerExample) -> PerExample:
+def _search_step(
+    decisions: Decisions, active: Batch, x: Inputs, direction: Inputs, alpha: PerExample
+) -> PerExample:
     """Step to `x + alpha * against`, doubled while it helps or halved until it does; return the best `alpha`."""
-    helps = decisions.improve(some, x + spread(alpha, x) * against)
-    best, factor = alpha.clone(), torch.where(helps, 2.0, 0.5).to(alpha.dtype)
-    left = torch.arange(len(some), device=x.device)
+    closer = decisions.improve(active, x + spread(alpha, x) * direction)
+    best, factor = alpha.clone(), torch.where(closer, 2.0, 0.5).to(alpha.dtype)
+    rows = torch.arange(len(active), device=x.device)
     for _ in range(_LENGTHS):
         alpha = alpha * factor
-        again = decisions.improve(some.take(left), x[left] + spread(alpha[left], x) * against[left])
-        best[left[again]] = alpha[left[again]]
-        left = left[again == helps[left]]
-        if not len(left):
+        still_closer = decisions.improve(
+            active.take(rows), x[rows] + spread(alpha[rows], x) * direction[rows]
+        )
+        best[rows[still_closer]] = alpha[rows[still_closer]]
+        rows = rows[still_closer == closer[rows]]
+        if not len(rows):
             break
     return best

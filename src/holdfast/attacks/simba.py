@@ -49,23 +49,23 @@ class SimBA:
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm, best = expect_norm(expect_eps(threat.constraint, self), self, Linf, L2), Best(batch)
         queries = min(self.queries, threat.queries or self.queries)
-        left, walk = batch, _Walk(batch, norm, self, model.bounds, queries, rng)
-        height, x = torch.full_like(best.margin, torch.inf), batch.x
+        remaining, walk = batch, _Walk(batch, norm, self, model.bounds, queries, rng)
+        lowest, x = torch.full_like(best.margin, torch.inf), batch.x
         with torch.no_grad():
             for query in range(queries if len(batch) else 0):
-                margins = margin(model(x, left.ids), left)
-                lower = ~(margins >= height)
-                walk.learn(x, lower, first=not query)
-                height = torch.where(lower, margins, height)
-                if not float(height.min()) > 0:  # also true if one of them is NaN
-                    best.offer(left, walk.x, height)
-                    standing = height > 0
-                    left, height = left.take(standing), height[standing]
-                    if not len(left):
+                margins = margin(model(x, remaining.ids), remaining)
+                lower = ~(margins >= lowest)
+                walk.update(x, lower, first=not query)
+                lowest = torch.where(lower, margins, lowest)
+                if not float(lowest.min()) > 0:  # also true if one of them is NaN
+                    best.offer(remaining, walk.x, lowest)
+                    surviving = lowest > 0
+                    remaining, lowest = remaining.take(surviving), lowest[surviving]
+                    if not len(remaining):
                         return best.x
-                    walk.take(standing)
+                    walk.take(surviving)
                 x = walk.propose()
-        best.offer(left, walk.x, height)
+        best.offer(remaining, walk.x, lowest)
         return best.x
 
 
@@ -83,13 +83,13 @@ class _Walk:
         if isinstance(norm, Linf):
             rows, columns = (side / side.abs().amax(1, keepdim=True) for side in (rows, columns))
         self._rows, self._columns = rows, columns
-        turn = rng.at("order").uniform(batch.ids, channels * height * width)
+        priority = rng.at("order").uniform(batch.ids, channels * height * width)
         if waves:
             down, across = (
-                torch.arange(side, device=turn.device) * _RINGS // side for side in (height, width)
+                torch.arange(side, device=priority.device) * _RINGS // side for side in (height, width)
             )
-            turn = turn + torch.maximum(down[:, None], across).flatten().repeat(channels)
-        self._order = turn.argsort(1)[:, :queries].clone()
+            priority = priority + torch.maximum(down[:, None], across).flatten().repeat(channels)
+        self._order = priority.argsort(1)[:, :queries].clone()
         self._at, self._sign = torch.zeros_like(batch.ids), torch.ones_like(batch.x.flatten(1)[:, 0])
         self._length = norm.eps * (2 if isinstance(norm, Linf) and not waves else attack.step_size)
 
@@ -97,16 +97,16 @@ class _Walk:
         """Return the next point to query for each example: its best point so far, moved along the current direction of
         the basis.
         """
-        x = self._moved()
+        x = self._candidate()
         for _ in range(_SKIPS):
-            still = (x == self.x).flatten(1).all(1)
-            if not still.any():
+            unchanged = (x == self.x).flatten(1).all(1)
+            if not unchanged.any():
                 break
-            self._turn(still)
-            x = self._moved()
+            self._advance(unchanged)
+            x = self._candidate()
         return x
 
-    def learn(self, x: Inputs, lower: Mask, *, first: bool) -> None:
+    def update(self, x: Inputs, lower: Mask, *, first: bool) -> None:
         """Accept the queried points that lower the margin, and continue with the opposite sign of the direction or with
         the next direction.
         """
@@ -114,7 +114,7 @@ class _Walk:
             return
         self.x = torch.where(spread(lower, x), x, self.x)
         self._sign = torch.where(lower, -1, self._sign)  # the other sign need not be tried
-        self._turn(torch.ones_like(lower))
+        self._advance(torch.ones_like(lower))
 
     def take(self, rows: Mask) -> None:
         """Restrict the state of the search to the examples of the mask `rows`, because the others are no longer
@@ -123,12 +123,12 @@ class _Walk:
         self.x, self._clean = self.x[rows], self._clean[rows]
         self._order, self._at, self._sign = self._order[rows], self._at[rows], self._sign[rows]
 
-    def _turn(self, rows: Mask) -> None:
+    def _advance(self, rows: Mask) -> None:
         """Go from plus to minus, from minus to the next direction, and from the last direction to the first."""
         self._at = torch.where(rows & (self._sign < 0), (self._at + 1) % self._order.shape[1], self._at)
         self._sign = torch.where(rows, -self._sign, self._sign)
 
-    def _moved(self) -> Inputs:
+    def _candidate(self) -> Inputs:
         _, height, width = self._image
         at = self._order.gather(1, self._at[:, None])[:, 0]
         channel, row, column = at // (height * width), at // width % height, at % width

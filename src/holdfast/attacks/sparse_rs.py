@@ -31,7 +31,7 @@ _PARTS = (1, 2, 4, 5, 6, 8, 10, 12, 15, 20)  # corresponding fraction of alpha_i
 
 @dataclass(frozen=True)
 class SparseRS:
-    """Searches at random for the few values or pixels to change, from scores alone."""
+    """Searches at random for the few values or pixels whose change lowers the margin most, from scores alone."""
 
     queries: Steps = 5000
     """largest number of queries for each example; a smaller query budget of the threat model takes precedence"""
@@ -49,37 +49,37 @@ class SparseRS:
                 self._search(model, batch, norm, best, min(self.queries, threat.queries or self.queries), rng)
         return best.x
 
-    def _search(self, model: Model, left: Batch, norm: L0, best: Best, queries: int, rng: Draws) -> None:
-        places = _Places(left, norm, model.bounds, rng.at("start"))
-        height = margin(model(places.x.clone(), left.ids), left)
+    def _search(self, model: Model, remaining: Batch, norm: L0, best: Best, queries: int, rng: Draws) -> None:
+        positions = _Positions(remaining, norm, model.bounds, rng.at("start"))
+        lowest = margin(model(positions.x.clone(), remaining.ids), remaining)  # `keep` changes `x` in place
         for step in range(1, queries + 1):
-            if not float(height.min()) > 0:  # also true if one of them is NaN
-                best.offer(left, places.x, height)
-                standing = height > 0
-                left, height = left.take(standing), height[standing]
-                if not len(left):
+            if not float(lowest.min()) > 0:  # also true if one of them is NaN
+                best.offer(remaining, positions.x, lowest)
+                surviving = lowest > 0
+                remaining, lowest = remaining.take(surviving), lowest[surviving]
+                if not len(remaining):
                     return
-                places.take(standing)
+                positions.take(surviving)
             if step == queries:
                 break
             block, at = divmod(step - 1, _BLOCK)
             share = self.alpha_init / _PARTS[bisect_left(_FALLS, step * 10_000 // queries)]
             if at == 0:
-                places.plan(rng.at("block", block), share)
-            margins = margin(model(places.propose(at, share), left.ids), left)
-            lower = ~(margins >= height)
-            places.keep(lower)
-            height = torch.where(lower, margins, height)
-        best.offer(left, places.x, height)
+                positions.plan(rng.at("block", block), share)
+            margins = margin(model(positions.propose(at, share), remaining.ids), remaining)
+            lower = ~(margins >= lowest)
+            positions.keep(lower)
+            lowest = torch.where(lower, margins, lowest)
+        best.offer(remaining, positions.x, lowest)
 
 
-class _Places:
+class _Positions:
     """An order of the positions, of which the first `k` are changed, and the best point of each example."""
 
     def __init__(self, batch: Batch, norm: L0, bounds: Bounds, rng: Draws) -> None:
         self._channels = norm.grouped(batch.x).shape[2]
-        self._clean = self._laid(batch.x)
-        low, high = (self._laid(side.expand_as(batch.x)) for side in bounds.like(batch.x))
+        self._clean = self._by_position(batch.x)
+        low, high = (self._by_position(side.expand_as(batch.x)) for side in bounds.like(batch.x))
         self._sides = torch.cat((low, high), dim=2)
         units = self._clean.shape[2]
         self._k = int(min(norm.eps, units))
@@ -105,22 +105,26 @@ class _Places:
         """Return the next point to query for each example: some changed positions get their clean values back, and as
         many others get an extreme colour.
         """
-        n, rest = self._exchanged(share), self._order.shape[1] - self._k
+        n, n_unchanged = self._exchanged(share), self._order.shape[1] - self._k
         draws = self._draws[:, step]
         self._out = distinct_positions(draws[:, : n + 1], self._k)
-        self._in = self._k + distinct_positions(draws[:, n + 1 : 2 * n + 2], rest) if rest else self._out
+        self._in = (
+            self._k + distinct_positions(draws[:, n + 1 : 2 * n + 2], n_unchanged)
+            if n_unchanged
+            else self._out
+        )
         old, new = (
             self._order.gather(1, at)[:, None].expand(-1, self._channels, -1) for at in (self._out, self._in)
         )
         up = draws[:, 2 * n + 2 :][:, : n * self._channels].reshape(-1, self._channels, n) < 0.5
-        back = self._best.scatter(2, old, self._clean.gather(2, old))
-        self._tried = back.scatter_(2, new, self._colours(new, up))
-        return self._tried.view(-1, *self._shape)
+        restored = self._best.scatter(2, old, self._clean.gather(2, old))
+        self._candidate = restored.scatter_(2, new, self._colours(new, up))
+        return self._candidate.view(-1, *self._shape)
 
     def keep(self, better: Mask) -> None:
         """Make the last queried point the best point of each example for which `better` is true."""
         rows = better.nonzero()[:, 0]
-        self._best[rows] = self._tried[rows]
+        self._best[rows] = self._candidate[rows]
         out, into, order = self._out[rows], self._in[rows], self._order[rows]
         swapped = order.scatter(1, out, order.gather(1, into)).scatter_(1, into, order.gather(1, out))
         self._order[rows] = swapped
@@ -136,12 +140,12 @@ class _Places:
     def _exchanged(self, share: float) -> int:
         return min(max(int(share * self._k), 1), self._order.shape[1] - self._k or 1)
 
-    def _laid(self, x: Inputs) -> Tensor:
+    def _by_position(self, x: Inputs) -> Tensor:
         """Inputs as (n, values of a position, positions)."""
         return x.reshape(len(x), self._channels, -1)
 
     def _colours(self, at: Tensor, up: Tensor) -> Tensor:
         """Corners of the box; the opposite corner if the chosen one equals the clean value in every channel."""
         units, clean = self._clean.shape[2], self._clean.gather(2, at)
-        same = (self._sides.gather(2, at + up * units) == clean).all(1, keepdim=True)
-        return self._sides.gather(2, at + (up ^ same) * units)
+        is_clean = (self._sides.gather(2, at + up * units) == clean).all(1, keepdim=True)
+        return self._sides.gather(2, at + (up ^ is_clean) * units)

@@ -30,13 +30,13 @@ from holdfast.ops.norms import expect_norm, free
 from holdfast.ops.planes import across, planes, rivals_of
 
 _HALF = 0.5
-_VAIN = 3  # consecutive broken points that come no closer, after which an example is dropped
+_MAX_FAILURES = 3  # consecutive broken points that come no closer, after which an example is dropped
 _LIKELIEST = 2  # number of classes that are compared near the boundary
 
 
 @dataclass(frozen=True)
 class SuperDeepFool:
-    """Alternates DeepFool steps with projections onto the normal of the decision boundary."""
+    """Finds the smallest change by DeepFool steps that alternate with projections onto the boundary's normal."""
 
     steps: Steps = 50
     """largest number of steps of both kinds; an example stops when three broken points in a row are no closer than
@@ -50,35 +50,35 @@ class SuperDeepFool:
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm = expect_norm(threat.constraint, self, L2)
-        closest, left, x = Closest(batch), batch, batch.x
+        closest, remaining, x = Closest(batch), batch, batch.x
         with torch.no_grad():
             logits = model(x, batch.ids)
-        vain = torch.zeros_like(batch.y)
+        failures = torch.zeros_like(batch.y)
         for step in range(self.steps + 1):
-            broken = firmly_broken(logits, left)
-            closer = closest.offer(left, x, norm.distance(x, left.x), broken)
-            vain = torch.where(closer, 0, vain + broken)
-            stays = closest.far(left, norm.eps) & (vain < _VAIN)
-            left, x, logits, broken, vain = (
-                left.take(stays),
-                x[stays],
-                logits[stays],
-                broken[stays],
-                vain[stays],
+            broken = firmly_broken(logits, remaining)
+            closer = closest.offer(remaining, x, norm.distance(x, remaining.x), broken)
+            failures = torch.where(closer, 0, failures + broken)
+            active = closest.unsolved(remaining, norm.eps) & (failures < _MAX_FAILURES)
+            remaining, x, logits, broken, failures = (
+                remaining.take(active),
+                x[active],
+                logits[active],
+                broken[active],
+                failures[active],
             )
-            if step == self.steps or not len(left):
+            if step == self.steps or not len(remaining):
                 break
-            near, start = closest.found[closest.rows(left)], x
+            broken_before, start = closest.found[closest.rows(remaining)], x
             x = start.clone()
             if broken.any():
-                x[broken] = _straightened(model, left.take(broken), start[broken], norm)
-            for rows, classes in ((~near, self.candidates), (near & ~broken, _LIKELIEST)):
+                x[broken] = _straightened(model, remaining.take(broken), start[broken], norm)
+            for rows, classes in ((~broken_before, self.candidates), (broken_before & ~broken, _LIKELIEST)):
                 if rows.any():
-                    some = left.take(rows)
-                    rivals = rivals_of(logits[rows], some, classes)
-                    x[rows] = self._across(model, some, start[rows], rivals, norm)
+                    subset = remaining.take(rows)
+                    rivals = rivals_of(logits[rows], subset, classes)
+                    x[rows] = self._across(model, subset, start[rows], rivals, norm)
             with torch.no_grad():
-                logits = model(x, left.ids)
+                logits = model(x, remaining.ids)
         return to_boundary(model, batch, closest.x, norm)
 
     def _across(self, model: Model, batch: Batch, x: Inputs, rivals: Tensor, norm: Norm) -> Inputs:
@@ -92,6 +92,6 @@ def _straightened(model: Model, batch: Batch, x: Inputs, norm: Norm) -> Inputs:
     """Broken points moved half of the way onto the boundary's normal through the clean input."""
     grad, _ = gradient(model, batch.at(x), margin_loss)
     normal = norm.steepest(grad, batch.x, model.bounds)
-    height = ((x - batch.x) * normal).flatten(1).sum(1)
-    upright = batch.x + spread(height, normal) * normal
+    projection = ((x - batch.x) * normal).flatten(1).sum(1)
+    upright = batch.x + spread(projection, normal) * normal
     return model.bounds.clamp(torch.lerp(x, upright, _HALF))

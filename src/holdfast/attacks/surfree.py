@@ -46,25 +46,31 @@ class SurFree:
         decisions = Decisions(model, batch, norm, min(self.queries, threat.queries or self.queries))
         angle = torch.full_like(decisions.closest.distance, self.angle).deg2rad()
         with torch.no_grad():
-            for step, some in decisions.steps(rng):
-                rows, (x, distance) = decisions.closest.rows(some), decisions.known(some)
-                ray, beside = ray_and_orthogonal(some, x, model.bounds, rng.at(step), share=self.frequencies)
-                circle = _Circle(some.x, spread(distance, x) * ray, spread(distance, x) * beside)
-                helped = self._turn(decisions, some, circle, angle[rows])
-                angle[rows] = torch.where(helped, angle[rows] / self.rho, angle[rows] * self.rho)
-        return decisions.found()
+            for step, active in decisions.steps(rng):
+                rows, (x, distance) = decisions.closest.rows(active), decisions.closest_points(active)
+                ray, beside = ray_and_orthogonal(
+                    active, x, model.bounds, rng.at(step), share=self.frequencies
+                )
+                circle = _Circle(active.x, spread(distance, x) * ray, spread(distance, x) * beside)
+                closer = self._search_angle(decisions, active, circle, angle[rows])
+                angle[rows] = torch.where(closer, angle[rows] / self.rho, angle[rows] * self.rho)
+        return decisions.result()
 
-    def _turn(self, decisions: Decisions, some: Batch, circle: "_Circle", angle: PerExample) -> Mask:
+    def _search_angle(
+        self, decisions: Decisions, active: Batch, circle: "_Circle", angle: PerExample
+    ) -> Mask:
         """Try an angle in both directions, then larger ones in the better direction; return where it helped."""
-        ahead = decisions.ask(some, decisions.bounds.clamp(circle.at(angle)))
-        helped = ahead | decisions.ask(some, decisions.bounds.clamp(circle.at(-angle)), ~ahead)
-        best = torch.where(ahead, angle, -angle)
+        broken_ahead = decisions.ask(active, decisions.bounds.clamp(circle.at(angle)))
+        closer = broken_ahead | decisions.ask(
+            active, decisions.bounds.clamp(circle.at(-angle)), ~broken_ahead
+        )
+        best = torch.where(broken_ahead, angle, -angle)
         beyond = 2 * best
         for _ in range(self.halvings):
             middle = (best + beyond) / 2
-            broken = decisions.ask(some, decisions.bounds.clamp(circle.at(middle)), helped)
+            broken = decisions.ask(active, decisions.bounds.clamp(circle.at(middle)), closer)
             best, beyond = torch.where(broken, middle, best), torch.where(broken, beyond, middle)
-        return helped
+        return closer
 
 
 @dataclass(frozen=True)

@@ -67,25 +67,25 @@ class Transfer:
         size = self.reach * constraint.eps / self.steps
         x, direction, correction = batch.x, torch.zeros_like(batch.x), torch.zeros_like(batch.x)
         for step in range(self.steps):
-            at, place = x, rng.at("step", step)
+            point, step_rng = x, rng.at("step", step)
             if self.ahead:
                 lead = constraint.steepest(direction, x, model.bounds)
-                at = model.bounds.clamp(torch.add(x, lead, alpha=size * self.momentum))
-            grad = self._gradient(source, batch.at(at), place)
+                point = model.bounds.clamp(torch.add(x, lead, alpha=size * self.momentum))
+            grad = self._gradient(source, batch.at(point), step_rng)
             tuned = shifted(grad + correction, self.shifts)
             if self.neighbours and step + 1 < self.steps:  # for the next step
-                correction = self._nearby(source, batch.at(x), threat, place) - grad
+                correction = self._nearby(source, batch.at(x), threat, step_rng) - grad
             direction = self.momentum * direction + levelled(tuned)
             climb = constraint.steepest(direction, x, model.bounds)
             x = constraint.project(torch.add(x, climb, alpha=size), batch.x, model.bounds)
-        return x
+        return x  # the last point: the logits of a changed view do not evaluate it
 
     def _gradient(self, source: Model, batch: Batch, rng: Draws) -> Inputs:
         """The mean gradient over the copies of halved brightness, each resized separately."""
         total = torch.zeros_like(batch.x)
         for times in range(1 + self.halvings):
-            shown = _Viewed(source, self.diversity, times, rng.at("copy", times))
-            total += gradient(shown, batch, self.loss)[0]
+            viewed = _Viewed(source, self.diversity, times, rng.at("copy", times))
+            total += gradient(viewed, batch, self.loss)[0]
         return total / (1 + self.halvings)
 
     def _nearby(self, source: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> Inputs:
@@ -94,8 +94,8 @@ class Transfer:
         ball = threat.constraint.resized(self.around * threat.constraint.eps)
         total = torch.zeros_like(batch.x)
         for k in range(self.neighbours):
-            place = rng.at("neighbour", k)
-            total += self._gradient(source, batch.at(batch.x + ball.sample(origin, room, place)), place)
+            draws = rng.at("neighbour", k)
+            total += self._gradient(source, batch.at(batch.x + ball.sample(origin, room, draws)), draws)
         return total / self.neighbours
 
 
@@ -117,9 +117,9 @@ def resized(x: Inputs, ids: Ids, bounds: Bounds, chance: float, rng: Draws) -> I
     chosen, size, across, down = rng.uniform(ids, 4, dtype=x.dtype).unbind(1)
     size = torch.where(chosen < chance, 1 - (1 - SHRUNK) * size, 1.0)
     zero = torch.zeros_like(size)
-    at = ((2 * place - 1) * (1 - size) / size for place in (across, down))
+    offsets = ((2 * position - 1) * (1 - size) / size for position in (across, down))
     scaled = 1 / size
-    rows = [torch.stack(row, 1) for row in zip((scaled, zero), (zero, scaled), at, strict=True)]
+    rows = [torch.stack(row, 1) for row in zip((scaled, zero), (zero, scaled), offsets, strict=True)]
     grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
     low, _ = bounds.like(x)
     smaller: Inputs = F.grid_sample(x - low, grid, align_corners=False)

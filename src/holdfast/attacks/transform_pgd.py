@@ -40,29 +40,33 @@ class TransformPGD:
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         constraint, best = expect_transformations(threat.constraint, self), Best(batch)
         for restart in range(self.restarts):
-            left = batch.take(best.standing)
-            if not len(left):
+            remaining = batch.take(best.surviving)
+            if not len(remaining):
                 break
             start = (
-                2 * rng.at("restart", restart).uniform(left.ids, len(constraint.axes), dtype=left.x.dtype) - 1
+                2
+                * rng.at("restart", restart).uniform(
+                    remaining.ids, len(constraint.axes), dtype=remaining.x.dtype
+                )
+                - 1
             )
             start = start if restart else torch.zeros_like(start)
-            self._climb(model, left, start, constraint, best)
+            self._descend(model, remaining, start, constraint, best)
         return best.x
 
-    def _climb(
-        self, model: Model, left: Batch, place: torch.Tensor, constraint: Transformations, best: Best
+    def _descend(
+        self, model: Model, remaining: Batch, amounts: torch.Tensor, constraint: Transformations, best: Best
     ) -> None:
         """One path; all points are offered to `best`, and broken examples are dropped."""
         for step in range(self.steps + 1):
-            place = place.detach().requires_grad_(step < self.steps)
+            amounts = amounts.detach().requires_grad_(step < self.steps)
             with torch.set_grad_enabled(step < self.steps):
-                x = reached(left.x, place, constraint, model.bounds)
-                height = margin(model(x, left.ids), left)
-            best.offer(left, x.detach(), height.detach())
-            standing = height.detach() > 0
-            if step == self.steps or not standing.any():
+                x = reached(remaining.x, amounts, constraint, model.bounds)
+                margins = margin(model(x, remaining.ids), remaining)
+            best.offer(remaining, x.detach(), margins.detach())
+            surviving = margins.detach() > 0
+            if step == self.steps or not surviving.any():
                 return
-            uphill = -input_gradient(height, place).sign()
-            place = (place + self.step_size * cosine(step, self.steps) * uphill).clamp(-1, 1)[standing]
-            left = left.take(standing)
+            uphill = -input_gradient(margins, amounts).sign()
+            amounts = (amounts + self.step_size * cosine(step, self.steps) * uphill).clamp(-1, 1)[surviving]
+            remaining = remaining.take(surviving)

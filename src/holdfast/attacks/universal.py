@@ -21,7 +21,7 @@ from holdfast.core.model import Bounds, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Positive, Steps
 from holdfast.ops.ascent import cosine, gradient
-from holdfast.ops.learned import Added, some, truncated, unfitted
+from holdfast.ops.learned import Added, draw_minibatch, truncated, unfitted
 from holdfast.ops.norms import expect_norm
 
 _TINY = 1e-30
@@ -60,10 +60,10 @@ class Universal:
         momentum = torch.zeros_like(delta)
         towards = None if batch.target is not None else _likely(model, batch, k)
         for step in range(self.steps):
-            few = some(batch, self.batch, draws, step)
+            minibatch = draw_minibatch(batch, self.batch, draws, step)
             if towards is not None and step < _BEGIN * self.steps:
-                few = few.towards(torch.full_like(few.y, towards))
-            grad, _ = gradient(model, few.at(model.bounds.clamp(few.x + delta)), truncated)
+                minibatch = minibatch.towards(torch.full_like(minibatch.y, towards))
+            grad, _ = gradient(model, minibatch.at(model.bounds.clamp(minibatch.x + delta)), truncated)
             slope = grad.sum(0, keepdim=True)
             momentum = self.momentum * momentum + slope / slope.abs().mean().clamp_min(_TINY)
             uphill = norm.steepest(momentum, delta, everywhere)
@@ -83,5 +83,5 @@ def _likely(model: Model, batch: Batch, k: int) -> int:
     """The class of rank `k` (modulo the number of classes) by mean probability for examples of other classes."""
     with torch.no_grad():
         logits = model(batch.x, batch.ids)
-    others = logits.softmax(1).double().scatter(1, batch.y[:, None], 0.0).mean(0)
-    return int(others.argsort(descending=True, stable=True)[k % len(others)])
+    probabilities = logits.softmax(1).double().scatter(1, batch.y[:, None], 0.0).mean(0)
+    return int(probabilities.argsort(descending=True, stable=True)[k % len(probabilities)])

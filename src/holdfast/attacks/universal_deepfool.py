@@ -19,7 +19,7 @@ from holdfast.core.model import Bounds, Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Positive, Steps
 from holdfast.ops.closest import firmly_broken
-from holdfast.ops.learned import Added, some, unfitted
+from holdfast.ops.learned import Added, draw_minibatch, unfitted
 from holdfast.ops.norms import expect_norm
 from holdfast.ops.planes import across, planes, rivals_of
 
@@ -29,7 +29,7 @@ _EVERYWHERE = Bounds(-torch.inf, torch.inf)
 
 @dataclass(frozen=True)
 class UniversalDeepFool:
-    """Adds up DeepFool steps of single examples to one perturbation for all inputs."""
+    """Computes one perturbation for all inputs as a sum of DeepFool steps of single examples."""
 
     examples: Steps = 1000
     """largest number of examples of the fit split; half of them are used to choose among the fits"""
@@ -51,30 +51,32 @@ class UniversalDeepFool:
     def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
         """Compute one perturbation on the examples of a batch and return it, of shape (1, *features)."""
         norm = expect_norm(threat.constraint, self, Linf, L2)
-        delta, none = torch.zeros_like(batch.x[:1]), torch.zeros_like(batch.x[:1])
-        turns = max(1, len(batch) // self.batch)
-        for each in range(self.passes):
-            fooled, seen = 0, 0
-            for turn in range(turns):
-                few = some(batch, self.batch, rng, each * turns + turn)
-                step, left = self._step(model, few.at(model.bounds.clamp(few.x + delta)))
-                delta = norm.project(delta + step, none, _EVERYWHERE)
-                fooled, seen = fooled + len(few) - left, seen + len(few)
-            if fooled >= self.rate * seen:
+        delta, zero = torch.zeros_like(batch.x[:1]), torch.zeros_like(batch.x[:1])
+        n_batches = max(1, len(batch) // self.batch)
+        for epoch in range(self.passes):
+            n_broken, n_used = 0, 0
+            for k in range(n_batches):
+                minibatch = draw_minibatch(batch, self.batch, rng, epoch * n_batches + k)
+                step, n_surviving = self._step(model, minibatch.at(model.bounds.clamp(minibatch.x + delta)))
+                delta = norm.project(delta + step, zero, _EVERYWHERE)
+                n_broken, n_used = n_broken + len(minibatch) - n_surviving, n_used + len(minibatch)
+            if n_broken >= self.rate * n_used:
                 break
         return delta
 
-    def _step(self, model: Model, few: Batch) -> tuple[Tensor, int]:
+    def _step(self, model: Model, minibatch: Batch) -> tuple[Tensor, int]:
         """The mean step of the examples that survive, as a batch of one, and the number of these examples."""
         with torch.no_grad():
-            logits = model(few.x, few.ids)
-        stands = ~firmly_broken(logits, few)
-        left, none = few.take(stands), torch.zeros_like(few.x[:1])
-        if not len(left):
-            return none, 0
-        margins, grads = planes(model, left, left.x, rivals_of(logits[stands], left, self.candidates))
-        moved = across(_PLAIN, _EVERYWHERE, left, left.x, grads, margins, self.overshoot)
-        return (moved - left.x).mean(0, keepdim=True), len(left)
+            logits = model(minibatch.x, minibatch.ids)
+        surviving = ~firmly_broken(logits, minibatch)
+        remaining, zero = minibatch.take(surviving), torch.zeros_like(minibatch.x[:1])
+        if not len(remaining):
+            return zero, 0
+        margins, grads = planes(
+            model, remaining, remaining.x, rivals_of(logits[surviving], remaining, self.candidates)
+        )
+        stepped = across(_PLAIN, _EVERYWHERE, remaining, remaining.x, grads, margins, self.overshoot)
+        return (stepped - remaining.x).mean(0, keepdim=True), len(remaining)
 
     def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
         """Return the perturbation of fit number `k`; each fit has its own random numbers."""

@@ -27,7 +27,7 @@ from holdfast.ops.norms import expect_norm
 from holdfast.ops.sampling import distinct_positions
 
 _H = 1e-4  # the paper's step to either side, in widths of the box
-_PRICE, _DEARER = 10.0, 10.0
+_PRICE, _GROWTH = 10.0, 10.0
 _CLOSING = 10  # forwards of the final bisection, if the smallest change is searched
 
 
@@ -49,24 +49,26 @@ class ZOO:
 
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         norm, closest = expect_norm(threat.constraint, self, L2), Closest(batch)
-        queries, left = min(self.queries, threat.queries or self.queries), batch
-        closing = norm.eps == torch.inf and queries > _CLOSING
-        queries -= _CLOSING * closing
+        queries, remaining = min(self.queries, threat.queries or self.queries), batch
+        bisects = norm.eps == torch.inf and queries > _CLOSING
+        queries -= _CLOSING * bisects
         searches = min(self.searches, queries)
         price, low = (torch.full_like(closest.distance, value) for value in (_PRICE, 0.0))
         high = torch.full_like(price, torch.inf)
         with torch.no_grad():
             for k in range(searches if len(batch) else 0):
                 solved = self._descend(
-                    model, left, norm, price, closest, queries // searches, rng.at("search", k)
+                    model, remaining, norm, price, closest, queries // searches, rng.at("search", k)
                 )
                 low, high = torch.where(solved, low, price), torch.where(solved, price, high)
-                price = torch.where(high < torch.inf, (low + high) / 2, _DEARER * price)
-                stays = (closest.distance[closest.rows(left)] > _enough(norm)).nonzero()[:, 0]
-                left, price, low, high = left.take(stays), price[stays], low[stays], high[stays]
-                if not len(left):
+                price = torch.where(high < torch.inf, (low + high) / 2, _GROWTH * price)
+                active = (closest.distance[closest.rows(remaining)] > _sufficient_distance(norm)).nonzero()[
+                    :, 0
+                ]
+                remaining, price, low, high = remaining.take(active), price[active], low[active], high[active]
+                if not len(remaining):
                     break
-        if closing:
+        if bisects:
             return to_boundary(model, batch, closest.x, norm)
         return norm.project(closest.x, batch.x, model.bounds)
 
@@ -74,30 +76,32 @@ class ZOO:
         self, model: Model, batch: Batch, norm: Norm, price: PerExample, closest: Closest, queries: int, rng: Draws
     ) -> Mask:  # fmt: skip
         """One run from the clean input with a weight; returns for which examples it was large enough."""
-        left, adam, step = batch, _Adam(batch), 0
+        remaining, adam, step = batch, _Adam(batch), 0
         solved, rows = (
             torch.zeros_like(price, dtype=torch.bool),
             torch.arange(len(batch), device=price.device),
         )
-        while queries and len(left):
-            logits = model(adam.x, left.ids)
-            broken, distance = firmly_broken(logits, left), norm.distance(adam.x, left.x)
-            closest.offer(left, adam.x, distance, broken)
+        while queries and len(remaining):
+            logits = model(adam.x, remaining.ids)
+            broken, distance = firmly_broken(logits, remaining), norm.distance(adam.x, remaining.x)
+            closest.offer(remaining, adam.x, distance, broken)
             solved[rows] |= broken
-            n = min(self.coordinates, left.x[0].numel(), (queries - 1) // 2)
+            n = min(self.coordinates, remaining.x[0].numel(), (queries - 1) // 2)
             queries -= 1 + 2 * n
             if not n:
                 break
-            at = distinct_positions(rng.at("step", step).uniform(left.ids, n + 1), left.x[0].numel())
-            slopes = coordinate_slopes(model, left, adam.x, at, norm, closest, _H * model.bounds.width)
-            delta = (adam.x - left.x).flatten(1).gather(1, at)
-            down = 2 * delta + (price[rows] * ~broken)[:, None] * slopes
-            adam.step(at, down, self.lr * model.bounds.width)
+            at = distinct_positions(
+                rng.at("step", step).uniform(remaining.ids, n + 1), remaining.x[0].numel()
+            )
+            slopes = coordinate_slopes(model, remaining, adam.x, at, norm, closest, _H * model.bounds.width)
+            delta = (adam.x - remaining.x).flatten(1).gather(1, at)
+            objective_grad = 2 * delta + (price[rows] * ~broken)[:, None] * slopes
+            adam.step(at, objective_grad, self.lr * model.bounds.width)
             adam.x = model.bounds.clamp(adam.x)
-            stays = (closest.distance[closest.rows(left)] > _enough(norm)).nonzero()[:, 0]
-            if len(stays) < len(left):
-                left, rows = left.take(stays), rows[stays]
-                adam.take(stays)
+            active = (closest.distance[closest.rows(remaining)] > _sufficient_distance(norm)).nonzero()[:, 0]
+            if len(active) < len(remaining):
+                remaining, rows = remaining.take(active), rows[active]
+                adam.take(active)
             step += 1
         return solved
 
@@ -109,13 +113,13 @@ class _Adam:
         self.x, flat = batch.x, batch.x.flatten(1)
         self._mean, self._square, self._count = (torch.zeros_like(flat) for _ in range(3))
 
-    def step(self, at: Tensor, down: Tensor, lr: float) -> None:
+    def step(self, at: Tensor, derivatives: Tensor, lr: float) -> None:
         """Move the coordinates `at` (n, k) of each input by one step of Adam against their estimated derivatives."""
-        mean = 0.9 * self._mean.gather(1, at) + 0.1 * down
-        square = 0.999 * self._square.gather(1, at) + 0.001 * down**2
+        mean = 0.9 * self._mean.gather(1, at) + 0.1 * derivatives
+        square = 0.999 * self._square.gather(1, at) + 0.001 * derivatives**2
         count = self._count.gather(1, at) + 1
-        for kept, new in ((self._mean, mean), (self._square, square), (self._count, count)):
-            kept.scatter_(1, at, new)
+        for state, new in ((self._mean, mean), (self._square, square), (self._count, count)):
+            state.scatter_(1, at, new)
         size = (square / (1 - 0.999**count)).sqrt().clamp_min(torch.finfo(square.dtype).tiny)
         self.x = self.x.flatten(1).scatter_add(1, at, -lr * mean / (1 - 0.9**count) / size).view_as(self.x)
 
@@ -128,5 +132,5 @@ class _Adam:
         )
 
 
-def _enough(norm: Norm) -> float:
+def _sufficient_distance(norm: Norm) -> float:
     return norm.eps if norm.eps < torch.inf else 0.0

@@ -19,7 +19,10 @@ def batch_sizes(model: Classifier) -> Iterator[Finding]:
     """Yield a finding if the network accepts only batches of certain sizes."""
     if model.batches is not None and model.batches != EVERY:
         yield Finding(
-            "batches", "warning", model.batches.says, "let it accept any number of rows, which is faster"
+            "batches",
+            "warning",
+            model.batches.description,
+            "let it accept any number of rows, which is faster",
         )
 
 

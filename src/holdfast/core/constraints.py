@@ -96,11 +96,11 @@ def allowed(constraint: Constraint, x_adv: Inputs, x: Inputs, bounds: Bounds) ->
     The distance may be at most eps (1 + 1e-6) + 1e-7 plus rounding, which is the largest error of storing the changed
     values: for inputs in [0, 1] at most 1.2e-7 for each value, for inputs up to 255 3e-5, and 0 under L0.
     """
-    wide_adv, wide = x_adv.double(), x.double()
-    low, high = bounds.like(wide)
-    inside = ((wide_adv >= low - 1e-7) & (wide_adv <= high + 1e-7)).flatten(1).all(1)
+    x_adv64, x64 = x_adv.double(), x.double()
+    low, high = bounds.like(x64)
+    inside = ((x_adv64 >= low - 1e-7) & (x_adv64 <= high + 1e-7)).flatten(1).all(1)
     tolerance = constraint.eps * 1e-6 + 1e-7 + _rounding(constraint, x_adv, x)
-    return inside & (constraint.distance(wide_adv, wide) <= constraint.eps + tolerance)
+    return inside & (constraint.distance(x_adv64, x64) <= constraint.eps + tolerance)
 
 
 def _rounding(constraint: Constraint, x_adv: Inputs, x: Inputs) -> PerExample | float:
@@ -151,8 +151,8 @@ class Linf:
         """Return `x_adv` with each value clamped to within its example's `radius` of the clean value, and to valid
         values.
         """
-        reach = spread(radius, x)
-        return bounds.clamp(torch.minimum(torch.maximum(x_adv, x - reach), x + reach))
+        limit = spread(radius, x)
+        return bounds.clamp(torch.minimum(torch.maximum(x_adv, x - limit), x + limit))
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """Return the sign of the gradient, which is the direction of steepest increase under Linf."""
@@ -198,17 +198,17 @@ class L2:
         outside = (self.distance(clamped, x) > radius).nonzero()[:, 0]
         if not len(outside):
             return clamped
-        every, most = len(outside) == len(x), clamped
-        if not every:
-            x_adv, x, radius, most = x_adv[outside], x[outside], radius[outside], clamped[outside]
+        all_outside, clamped_outside = len(outside) == len(x), clamped
+        if not all_outside:
+            x_adv, x, radius, clamped_outside = x_adv[outside], x[outside], radius[outside], clamped[outside]
         delta = x_adv - x
-        wide = torch.promote_types(delta.dtype, torch.float32)  # squares leave half precision
-        flat, reach = delta.flatten(1).to(wide), (most - x).flatten(1).to(wide)
-        t = _l2_share(flat, reach, radius.to(wide)).to(delta.dtype)
-        moved = bounds.clamp(torch.addcmul(x, spread(t, x), delta)).sub_(x)
-        shrink = (radius / moved.flatten(1).norm(dim=1).clamp_min(_TINY)).clamp_max(1)  # rounding only
-        inside = bounds.clamp(torch.addcmul(x, spread(shrink, x), moved))
-        return inside if every else clamped.index_copy(0, outside, inside)
+        dtype = torch.promote_types(delta.dtype, torch.float32)  # squares leave half precision
+        flat, flat_clamped = delta.flatten(1).to(dtype), (clamped_outside - x).flatten(1).to(dtype)
+        t = _l2_share(flat, flat_clamped, radius.to(dtype)).to(delta.dtype)
+        step = bounds.clamp(torch.addcmul(x, spread(t, x), delta)).sub_(x)
+        shrink = (radius / step.flatten(1).norm(dim=1).clamp_min(_TINY)).clamp_max(1)  # rounding only
+        points = bounds.clamp(torch.addcmul(x, spread(shrink, x), step))
+        return points if all_outside else clamped.index_copy(0, outside, points)
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
         """Return the gradient of each example divided by its Euclidean length, or zero if the gradient is zero."""
@@ -234,31 +234,37 @@ class L2:
         return L2(eps)
 
 
-def _l2_share(delta: Tensor, most: Tensor, eps: PerExample) -> PerExample:
-    """The largest t <= 1 at which `t * delta`, each coordinate clipped at that of `most`, has length `eps`.
+def _l2_share(delta: Tensor, clipped: Tensor, eps: PerExample) -> PerExample:
+    """The largest t <= 1 at which `t * delta`, each coordinate clipped at that of `clipped`, has length `eps`.
 
-    `most` must be longer than `eps`. The squared length is piecewise linear and concave in t², with a breakpoint where
-    a coordinate is clipped. The line through two points below the root therefore reaches `eps` squared below the root
-    again, and so does the tangent, which needs no difference.
+    `clipped` must be longer than `eps`. The squared length is piecewise linear and concave in t², with a breakpoint
+    where a coordinate is clipped. The line through two points below the root therefore reaches `eps` squared below the
+    root again, and so does the tangent, which needs no difference.
     """
-    size, room, goal = delta.square(), most.square(), eps.square()
-    before, short = torch.zeros_like(eps), torch.zeros_like(eps)
+    size, room, goal = delta.square(), clipped.square(), eps.square()
+    squared_before, length_before = torch.zeros_like(eps), torch.zeros_like(eps)
     squared = goal / size.sum(1).clamp_min(_TINY**2)
-    near = _ROUNDING * torch.finfo(eps.dtype).eps * goal
+    tolerance = _ROUNDING * torch.finfo(eps.dtype).eps * goal
     for _ in range(2 * size.shape[1] + 2):
         reached = squared[:, None] * size
-        long = reached.clamp_max(room).sum(1)
-        rising = goal - long > near
+        length = reached.clamp_max(room).sum(1)
+        rising = goal - length > tolerance
         if not rising.any():
             break
-        slope, close = (long - short) / (squared - before), long - short < _CLOSE * goal
+        slope, close = (
+            (length - length_before) / (squared - squared_before),
+            length - length_before < _CLOSE * goal,
+        )
         if (rising & close).any():  # the difference of rounded sums is not reliable
             slope = torch.where(close, (size * (reached < room)).sum(1), slope)
-        risen = (squared + (goal - long) / slope.clamp_min(_TINY**2)).clamp_max(1)
-        rising &= risen > squared
+        next_squared = (squared + (goal - length) / slope.clamp_min(_TINY**2)).clamp_max(1)
+        rising &= next_squared > squared
         # a row that has converged is not changed while others continue
-        before, short = torch.where(rising, squared, before), torch.where(rising, long, short)
-        squared = torch.where(rising, risen, squared)
+        squared_before, length_before = (
+            torch.where(rising, squared, squared_before),
+            torch.where(rising, length, length_before),
+        )
+        squared = torch.where(rising, next_squared, squared)
     return squared.sqrt()
 
 
@@ -295,16 +301,16 @@ class L1:
         delta, eps, clean = (x_adv - x)[outside], radius[outside], x[outside]
         size = delta.abs().flatten(1)
         room = torch.minimum(_room(delta, clean, bounds).flatten(1), size)
-        moved = (size - _l1_shrinkage(size, room, eps)[:, None]).clamp_min(0).minimum(room).view_as(delta)
-        inside = bounds.clamp(clean + moved * delta.sign())
+        sizes = (size - _l1_shrinkage(size, room, eps)[:, None]).clamp_min(0).minimum(room).view_as(delta)
+        points = bounds.clamp(clean + sizes * delta.sign())
         for _ in range(_ROUNDINGS):
-            total = self.distance(inside.double(), clean.double())
+            total = self.distance(points.double(), clean.double())
             if (total <= eps).all():
                 break
-            moved = moved * spread((eps / total.clamp_min(_TINY)).clamp_max(1).to(moved.dtype), moved)
-            inside = bounds.clamp(clean + moved * delta.sign())
+            sizes = sizes * spread((eps / total.clamp_min(_TINY)).clamp_max(1).to(sizes.dtype), sizes)
+            points = bounds.clamp(clean + sizes * delta.sign())
         result = clamped.clone()
-        result[outside] = inside
+        result[outside] = points
         return result
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
@@ -346,9 +352,9 @@ def _l1_shrinkage(size: Tensor, room: Tensor, eps: PerExample) -> Tensor:
     slope = slope_change.cumsum(1)  # number of coordinates that shrink just after each breakpoint
     steps = slope[:, :-1] * (points[:, 1:] - points[:, :-1])
     total = room.sum(1)
-    after = total[:, None] - torch.cat((torch.zeros_like(total)[:, None], steps.cumsum(1)), dim=1)
-    piece = (after >= eps[:, None]).sum(1, keepdim=True).sub(1).clamp_min(0)
-    excess = after.gather(1, piece)[:, 0] - eps
+    sums = total[:, None] - torch.cat((torch.zeros_like(total)[:, None], steps.cumsum(1)), dim=1)
+    piece = (sums >= eps[:, None]).sum(1, keepdim=True).sub(1).clamp_min(0)
+    excess = sums.gather(1, piece)[:, 0] - eps
     amount = points.gather(1, piece)[:, 0] + excess / slope.gather(1, piece)[:, 0].clamp_min(1)
     return amount.to(dtype)
 
@@ -373,11 +379,11 @@ class L0:
             return values.flatten(2).transpose(1, 2)
         return values.flatten(1)[:, :, None]
 
-    def _ungrouped(self, keep: Tensor, like: Tensor) -> Tensor:
+    def _ungrouped(self, mask: Tensor, like: Tensor) -> Tensor:
         """Convert a mask (n, units) to a mask of the inputs."""
         if self.per == "pixel" and like.dim() == 4:
-            return keep[:, None, :].expand(-1, like.shape[1], -1).reshape(like.shape)
-        return keep.view(like.shape)
+            return mask[:, None, :].expand(-1, like.shape[1], -1).reshape(like.shape)
+        return mask.view(like.shape)
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """Return the number of values or pixels that differ in each example."""
@@ -393,19 +399,19 @@ class L0:
         outside = self.distance(clamped, x) > radius
         if not outside.any():
             return clamped
-        kept = self.largest((x_adv - x) ** 2 - (x_adv - clamped) ** 2, radius)
-        return torch.where(kept | ~_expand(outside, x), clamped, x)
+        chosen = self.largest((x_adv - x) ** 2 - (x_adv - clamped) ** 2, radius)
+        return torch.where(chosen | ~_expand(outside, x), clamped, x)
 
     def largest(self, gain: Tensor, radius: PerExample) -> Tensor:
         """Return a mask of the `radius` values or pixels of each example with the largest `gain`, summed over
         channels.
         """
         units = self.grouped(gain).sum(2)
-        most = radius.clamp(0, units.shape[1]).long()
-        order = units.topk(int(most.max()), dim=1).indices
-        kept = torch.zeros_like(units, dtype=torch.bool)
-        kept.scatter_(1, order, torch.arange(order.shape[1], device=gain.device) < most[:, None])
-        return self._ungrouped(kept, gain)
+        n_chosen = radius.clamp(0, units.shape[1]).long()
+        order = units.topk(int(n_chosen.max()), dim=1).indices
+        chosen = torch.zeros_like(units, dtype=torch.bool)
+        chosen.scatter_(1, order, torch.arange(order.shape[1], device=gain.device) < n_chosen[:, None])
+        return self._ungrouped(chosen, gain)
 
     def summed(self, values: Tensor) -> Tensor:
         """Return for each value the sum over the channels of its pixel, or the value itself if L0 counts single
@@ -430,9 +436,9 @@ class L0:
         low, high = bounds.like(batch.x)
         units = self.grouped(batch.x).shape[1]
         order = rng.at("place").uniform(batch.ids, units)
-        kept = torch.zeros_like(order, dtype=torch.bool)
-        kept.scatter_(1, order.topk(min(int(min(self.eps, units)), units), dim=1).indices, True)
-        return torch.where(self._ungrouped(kept, batch.x), low + u * (high - low), batch.x)
+        chosen = torch.zeros_like(order, dtype=torch.bool)
+        chosen.scatter_(1, order.topk(min(int(min(self.eps, units)), units), dim=1).indices, True)
+        return torch.where(self._ungrouped(chosen, batch.x), low + u * (high - low), batch.x)
 
     def resized(self, eps: float) -> "L0":
         """Return the L0 constraint with radius `eps` that counts the same unit, values or pixels."""

@@ -41,6 +41,7 @@ def _mix_(z: Tensor) -> Tensor:
 
 
 def _place_key(key: int, place: int | str) -> int:
+    # with the type, so that 1 and "1" are different places
     named = f"{key:016x}/{type(place).__name__}:{place}".encode()
     return int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "little")
 

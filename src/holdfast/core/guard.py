@@ -47,9 +47,9 @@ class Guarded(nn.Module):
         logits = of_classes(logits, self.output)
         score = self.detector(x)
         if not isinstance(score, Tensor) or score.shape not in ((len(x),), (len(x), 1)):
-            got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            returned = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
             raise TargetError(
-                f"the detector returned {got} for {len(x)} inputs; it must return one score for each input, "
+                f"the detector returned {returned} for {len(x)} inputs; it must return one score for each input, "
                 f"({len(x)},)"
             )
         score = score if score.is_floating_point() else score.to(self.threshold.dtype)
@@ -125,30 +125,30 @@ def score(logits: Logits) -> PerExample:
     return beyond.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
-def taken(logits: Logits, aim: Aim) -> Logits:
+def with_aim(logits: Logits, aim: Aim) -> Logits:
     """Return the logits of a guarded model with the detector's weight and threshold replaced by those of `aim`. The
     logits of the classes are unchanged.
     """
-    most = logits[:, :-1].amax(1, keepdim=True)
-    return torch.cat((logits[:, :-1], most + aim.weight * (logits[:, -1:] - most - aim.beyond)), dim=1)
+    largest = logits[:, :-1].amax(1, keepdim=True)
+    return torch.cat((logits[:, :-1], largest + aim.weight * (logits[:, -1:] - largest - aim.beyond)), dim=1)
 
 
-def held(logits: Logits, y: Labels) -> Tensor:
+def rejected_as_correct(logits: Logits, y: Labels) -> Tensor:
     """Return the class logits (n, classes) of a guarded model, changed so that a rejected input counts as correctly
     classified.
 
     The logit of rejection replaces that of the label where it is larger.
     """
-    own = torch.maximum(logits.gather(1, y[:, None]), logits[:, -1:])
-    return logits[:, :-1].scatter(1, y[:, None], own)
+    correct_logit = torch.maximum(logits.gather(1, y[:, None]), logits[:, -1:])
+    return logits[:, :-1].scatter(1, y[:, None], correct_logit)
 
 
-def softly_held(logits: Logits, y: Labels, softness: float) -> Tensor:
+def softly_rejected_as_correct(logits: Logits, y: Labels, softness: float) -> Tensor:
     """Return class logits of a guarded model in which a rejected input counts as nearly correct, as a smooth function
     that attacks can differentiate.
 
     A smooth maximum of width `softness` replaces the maximum, so that the gradient also depends on the logit of
     rejection near its boundary.
     """
-    own = torch.stack((logits.gather(1, y[:, None]), logits[:, -1:])) / softness
-    return logits[:, :-1].scatter(1, y[:, None], softness * own.logsumexp(0))
+    correct_logit = torch.stack((logits.gather(1, y[:, None]), logits[:, -1:])) / softness
+    return logits[:, :-1].scatter(1, y[:, None], softness * correct_logit.logsumexp(0))

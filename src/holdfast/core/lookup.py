@@ -17,10 +17,10 @@ class Lookup:
     def rows(self, ids: Ids) -> Rows:
         """Return the position of each id in the batch. Raises `KeyError` with the first unknown id."""
         if self._last is None or self._last[0] is not ids:
-            self._last = ids, self._found(ids)
+            self._last = ids, self._positions(ids)
         return self._last[1]
 
-    def _found(self, ids: Ids) -> Rows:
+    def _positions(self, ids: Ids) -> Rows:
         if not len(self._sorted):
             at, known = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
         else:

@@ -22,14 +22,14 @@ def margin(logits: Logits, batch: Batch) -> PerExample:
 
     Untargeted: the label's logit minus the largest other one. With targets: the largest other logit minus the target's.
     """
-    wanted = batch.y if batch.target is None else batch.target
-    return lead_of(logits, wanted) if batch.target is None else -lead_of(logits, wanted)
+    classes = batch.y if batch.target is None else batch.target
+    return lead_of(logits, classes) if batch.target is None else -lead_of(logits, classes)
 
 
-def lead_of(logits: Logits, wanted: Labels) -> PerExample:
-    """Return for each row of logits the logit of the class `wanted` minus the largest other logit (n)."""
-    own = logits.gather(1, wanted[:, None])[:, 0]
-    return own - logits.scatter(1, wanted[:, None], -torch.inf).amax(1)
+def lead_of(logits: Logits, classes: Labels) -> PerExample:
+    """Return for each row of logits the logit of its class in `classes` minus the largest other logit (n)."""
+    logit = logits.gather(1, classes[:, None])[:, 0]
+    return logit - logits.scatter(1, classes[:, None], -torch.inf).amax(1)
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,13 @@ class Metered:
         self._backwards = torch.zeros_like(self._queries)
         self._dead = torch.zeros_like(self._queries, dtype=torch.bool)
         self._gradient_seen = False
-        self._found: dict[int, tuple[float, Tensor]] = {}
+        self._successes: dict[int, tuple[float, Tensor]] = {}
         self._smallest = threat.constraint.eps == torch.inf
         self._last_ids: Ids | None = None
-        self._last_places: tuple[Tensor, Tensor, Labels]
+        self._last_rows: tuple[Tensor, Tensor, Labels]
         self._last_clean: Inputs | None = None
-        self._near = threat.constraint.eps * (1 + 1e-3) + 1e-6 * max(1.0, self._extent())
+        # above the tolerance of `allowed` with a wide margin, so that no allowed input is missed
+        self._nearly_eps = threat.constraint.eps * (1 + 1e-3) + 1e-6 * max(1.0, self._extent())
 
     def _extent(self) -> float:
         return extent(self._threat.constraint, self._batch.x, self.bounds) if len(self._batch) else 0.0
@@ -84,32 +85,33 @@ class Metered:
         """Numbers of queries and gradients that the attack has used so far for each example."""
         return Spent(self._queries.clone(), self._first.clone(), self._backwards.clone(), self._dead.clone())
 
-    def found(self) -> Inputs:
+    def adversarial(self) -> Inputs:
         """Return the adversarial examples that an attack under a query budget has found so far: the first of each
         example or, without an eps, the closest. Other examples have their clean input.
         """
         x = self._batch.x.clone()
-        for row, (_, x_adv) in self._found.items():
+        for row, (_, x_adv) in self._successes.items():
             x[row] = x_adv
         return x
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
         """Return the logits of `x`, counted as queries of `ids` (if None, all examples of the batch in order)."""
-        rows, ones, wanted = self._places(x, ids)
-        before, asked = self._queries, self._queries.index_add(0, rows, ones)
-        if self._threat.queries is not None and (asked > self._threat.queries).any():
+        rows, ones, classes = self._rows_of(x, ids)
+        # not in place: if the budget is exceeded, the counts must not change
+        earlier, queries = self._queries, self._queries.index_add(0, rows, ones)
+        if self._threat.queries is not None and (queries > self._threat.queries).any():
             raise BudgetSpent(f"all {self._threat.queries} queries are used")
-        self._queries = asked
+        self._queries = queries
         if self._threat.access == "gradients":
             logits = self._model(x, ids)
             if x.requires_grad and not self._gradient_seen:
-                self._watch_gradient(x, logits, rows)
+                self._record_first_gradient(x, logits, rows)
             if logits.requires_grad:
-                logits.register_hook(lambda _: self._book_backwards(rows, ones))  # type: ignore[no-untyped-call]
+                logits.register_hook(lambda _: self._count_backwards(rows, ones))  # type: ignore[no-untyped-call]
         else:
             with torch.no_grad():
                 logits = self._model(x, ids)
-        self._watch(x.detach(), logits.detach(), rows, wanted, before)
+        self._record(x.detach(), logits.detach(), rows, classes, earlier)
         if self._threat.access == "labels":
             labels = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).to(logits.dtype)
             return labels.masked_fill(
@@ -117,23 +119,23 @@ class Metered:
             )  # NaN has no label and counts as broken
         return logits
 
-    def _watch_gradient(self, x: Inputs, logits: Logits, rows: Tensor) -> None:
+    def _record_first_gradient(self, x: Inputs, logits: Logits, rows: Tensor) -> None:
         """Record which examples have a zero or non-finite first gradient; all of them if the model cuts the graph."""
         self._gradient_seen = True
 
         def note(grad: Tensor) -> None:
-            wide = grad.flatten(1)
-            self._dead[rows] = (wide == 0).all(1) | ~wide.isfinite().all(1)
+            flat = grad.flatten(1)
+            self._dead[rows] = (flat == 0).all(1) | ~flat.isfinite().all(1)
 
         if logits.requires_grad:
             x.register_hook(note)  # type: ignore[no-untyped-call]
         else:
             self._dead[rows] = True
 
-    def _book_backwards(self, rows: Tensor, ones: Tensor) -> None:
+    def _count_backwards(self, rows: Tensor, ones: Tensor) -> None:
         self._backwards.index_add_(0, rows, ones)
 
-    def _places(self, x: Inputs, ids: Ids | None) -> tuple[Tensor, Tensor, Labels]:
+    def _rows_of(self, x: Inputs, ids: Ids | None) -> tuple[Tensor, Tensor, Labels]:
         """Rows of `ids` in the batch, a one for each, and the class that determines success.
 
         The result is cached, because an attack usually queries the same rows many times.
@@ -152,24 +154,24 @@ class Metered:
                     "batch.ids)"
                 ) from None
             judge = self._batch.y if self._batch.target is None else self._batch.target
-            self._last_ids, self._last_places = ids, (rows, torch.ones_like(rows), judge[rows])
+            self._last_ids, self._last_rows = ids, (rows, torch.ones_like(rows), judge[rows])
             self._last_clean = None
-        return self._last_places
+        return self._last_rows
 
-    def _watch(self, x: Inputs, logits: Logits, rows: Tensor, wanted: Labels, before: Tensor) -> None:
-        """Record the first query that breaks each example with an allowed input; `before` are the previous counts."""
-        keeps, unbroken = self._threat.queries is not None, self._first[rows] == 0
-        if not keeps and not unbroken.any():
+    def _record(self, x: Inputs, logits: Logits, rows: Tensor, classes: Labels, earlier: Tensor) -> None:
+        """Record the first query that breaks each example with an allowed input; `earlier` are the previous counts."""
+        limited, unbroken = self._threat.queries is not None, self._first[rows] == 0
+        if not limited and not unbroken.any():
             return
-        lead = lead_of(logits, wanted)
-        height = lead if self._batch.target is None else -lead
-        broken = ~(height > 0)
+        lead = lead_of(logits, classes)
+        margins = lead if self._batch.target is None else -lead
+        broken = ~(margins > 0)
         if not broken.any():
             return
-        news = broken & unbroken
-        if keeps and self._smallest:  # a closer success replaces it, unless its margin is within rounding
-            news |= height < -100 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
-        at = news.nonzero()[:, 0]
+        improved = broken & unbroken
+        if limited and self._smallest:  # a closer success replaces it, unless its margin is within rounding
+            improved |= margins < -100 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
+        at = improved.nonzero()[:, 0]
         if not len(at):
             return
         if self._last_clean is None:
@@ -178,23 +180,23 @@ class Metered:
         # `allowed` is checked only near the ball: minimum-norm attacks break examples outside of it many times
         pair = (x, clean) if len(at) == len(x) else (x[at], clean[at])
         distance = constraint.distance(*pair)
-        at, distance = at[distance <= self._near], distance[distance <= self._near]
+        at, distance = at[distance <= self._nearly_eps], distance[distance <= self._nearly_eps]
         if not len(at):
             return
         legal = allowed(constraint, x[at], clean[at], self.bounds)
         at, distance = at[legal], distance[legal]
         new = at[unbroken[at]]
-        asked = (before[rows] + _occurrence(rows))[new]
-        self._first.scatter_reduce_(0, rows[new], asked, "amin", include_self=False)
-        if keeps:
-            self._keep(x, rows, at, distance)
+        n_queries = (earlier[rows] + _occurrence(rows))[new]
+        self._first.scatter_reduce_(0, rows[new], n_queries, "amin", include_self=False)
+        if limited:
+            self._store(x, rows, at, distance)
 
-    def _keep(self, x: Inputs, rows: Tensor, at: Tensor, distance: Tensor) -> None:
+    def _store(self, x: Inputs, rows: Tensor, at: Tensor, distance: Tensor) -> None:
         """Keep the successful rows `at` of `x`: the first of each example, or the closest without an eps."""
-        for k, row, far in zip(at.tolist(), rows[at].tolist(), distance.tolist(), strict=True):
-            known = self._found.get(row)
-            if known is None or (self._smallest and far < known[0]):
-                self._found[row] = far, x[k].clone()
+        for k, row, length in zip(at.tolist(), rows[at].tolist(), distance.tolist(), strict=True):
+            stored = self._successes.get(row)
+            if stored is None or (self._smallest and length < stored[0]):
+                self._successes[row] = length, x[k].clone()
 
 
 def _occurrence(rows: Tensor) -> Tensor:

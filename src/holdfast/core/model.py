@@ -81,7 +81,7 @@ class Batches:
     multiples: bool = False
 
     @property
-    def says(self) -> str:
+    def description(self) -> str:
         """Sentence for the evidence that describes the batch sizes that the network accepts."""
         if not self.multiples:
             return f"the model accepts batches of {self.size} only; other batches are split and padded"
@@ -99,8 +99,8 @@ class Batches:
         """
         short = -len(x) % self.size
         filled = torch.cat((x, x[-1:].expand(short, *x.shape[1:]))) if short else x
-        parts = (filled,) if self.multiples else torch.split(filled, self.size)
-        outputs = [net(part) for part in parts]
+        pieces = (filled,) if self.multiples else torch.split(filled, self.size)
+        outputs = [net(piece) for piece in pieces]
         for output in outputs:
             if not isinstance(output, Tensor) or not output.dim():
                 foreign: Tensor = output
@@ -181,7 +181,7 @@ class Classifier(nn.Module):
         self.rewrites = False
         self.rejects = isinstance(net, Guarded)
         self.hides = ""
-        self._took: int | None = None
+        self._accepted: int | None = None
         self.mean: Tensor | None
         self.std: Tensor | None
         self.register_buffer("mean", None if mean is None else torch.tensor(mean), persistent=False)
@@ -198,7 +198,7 @@ class Classifier(nn.Module):
 
     def renormalised(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> "Classifier":
         """Return a classifier with the same network and declarations, but with other values of `mean` and `std`."""
-        other = Classifier(
+        classifier = Classifier(
             self.net,
             bounds=self.bounds,
             mean=mean,
@@ -209,23 +209,23 @@ class Classifier(nn.Module):
             output=self.output,
             layout=self.layout,
         )
-        other.remote, other.rewrites = self.remote, self.rewrites
-        return other
+        classifier.remote, classifier.rewrites = self.remote, self.rewrites
+        return classifier
 
     def _advice(self, x: Inputs) -> str:
         n, weight = len(x), next(self.parameters(), x)
         if weight.is_floating_point() and weight.dtype != x.dtype:
-            own, given = (str(kind).removeprefix("torch.") for kind in (weight.dtype, x.dtype))
+            weight_type, input_type = (str(kind).removeprefix("torch.") for kind in (weight.dtype, x.dtype))
             return (
-                f"Its weights are {own} and the inputs {given}: give net.to({x.dtype}), or a network whose forward "
-                f"begins with x = x.to({weight.dtype})"
+                f"Its weights are {weight_type} and the inputs {input_type}: give net.to({x.dtype}), or a network "
+                f"whose forward begins with x = x.to({weight.dtype})"
             )
-        if self._took is None:
+        if self._accepted is None:
             return "Check the shape, the data type and --mean/--std"
-        took = "1 example" if self._took == 1 else f"{self._took} examples"
-        if n > self._took:
-            return f"It accepted {took} before: if it accepts no larger batch, give --batch-size {self._took}"
-        return f"It accepted {took} before; --debug shows where it failed now"
+        accepted = "1 example" if self._accepted == 1 else f"{self._accepted} examples"
+        if n > self._accepted:
+            return f"It accepted {accepted} before: if it accepts no larger batch, give --batch-size {self._accepted}"
+        return f"It accepted {accepted} before; --debug shows where it failed now"
 
     def preprocess(self, x: Inputs) -> Tensor:
         """Return the normalised inputs `(x - mean) / std`, in the order of dimensions that the network expects."""
@@ -248,7 +248,7 @@ class Classifier(nn.Module):
             advice = _NO_GRADIENT if _CALLS_NUMPY in str(error) else self._advice(x)
             text = f"{type(error).__name__} on inputs of shape {tuple(x.shape)}: {str(error).rstrip('.')}"
             raise TargetError(f"the model raised {text}. {advice}") from error
-        self._took = len(x)
+        self._accepted = len(x)
         if not isinstance(logits, Tensor):
             kind = type(logits)
             name = f"{'' if kind.__module__ == 'builtins' else f'{kind.__module__}.'}{kind.__qualname__}"
@@ -275,14 +275,14 @@ class Classifier(nn.Module):
     def _of_classes(self, outputs: Tensor) -> Logits:
         if self.rejects:
             return outputs
-        known = outputs
+        scores = outputs
         if self.remote and outputs.dim() == 2:  # a served model marks inputs that it refuses
             answered = ~refused(outputs)
-            known = outputs[answered]
-        if is_single(known) and len(known):
-            self.output = kind_of_single(known, self.output)
-        logits = of_classes(known, self.output)
-        if len(known) == len(outputs):
+            scores = outputs[answered]
+        if is_single(scores) and len(scores):
+            self.output = kind_of_single(scores, self.output)
+        logits = of_classes(scores, self.output)
+        if len(scores) == len(outputs):
             return logits
         marked = logits.new_full((len(outputs), logits.shape[1]), REFUSED)
         marked[answered] = logits
@@ -306,14 +306,14 @@ def fitted(model: Classifier, x: Inputs) -> Iterator[None]:
     """Context manager that finds by tests on inputs like `x` which batch sizes a model accepts and whether it changes
     inputs in place, and resets these settings on exit.
     """
-    before = model.batches, model.rewrites
+    settings = model.batches, model.rewrites
     try:
         model.batches = model.batches or _batches(model, x)
         n = 1 if model.batches is None else model.batches.size
         model.rewrites = model.rewrites or rewrites(model, x[torch.arange(n, device=x.device) % len(x)])
         yield
     finally:
-        model.batches, model.rewrites = before
+        model.batches, model.rewrites = settings
 
 
 def rewrites(model: Classifier, x: Inputs) -> bool:
@@ -334,13 +334,13 @@ def rewrites(model: Classifier, x: Inputs) -> bool:
 def _batches(model: Classifier, x: Inputs) -> Batches | None:
     """The smallest batch size that the model accepts; None if it accepts all, or none of those that are tested."""
     for size in _TRIED:
-        if _takes(model, x, size):
-            multiples = _takes(model, x, 2 * size) and _takes(model, x, 3 * size)
+        if _accepts(model, x, size):
+            multiples = _accepts(model, x, 2 * size) and _accepts(model, x, 3 * size)
             return None if size == 1 and multiples else Batches(size, multiples)
     return None
 
 
-def _takes(model: Classifier, x: Inputs, n: int) -> bool:
+def _accepts(model: Classifier, x: Inputs, n: int) -> bool:
     try:
         with torch.no_grad():
             model(x[torch.arange(n, device=x.device) % len(x)])
@@ -362,4 +362,4 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     message = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in message for words in _NO_MEMORY)
+    return isinstance(error, RuntimeError) and any(phrase in message for phrase in _NO_MEMORY)

@@ -28,21 +28,23 @@ def threat_text(change: str, goal: int | None, access: str, queries: int | None)
     """Return a threat model as a command line argument. `change` is its constraint, such as `linf:0.1`, and default
     values are omitted.
     """
-    aim = "" if goal is None else f",goal=targeted:{goal}"
-    seen = "" if access == "gradients" else f",access={access}"
-    spent = "" if queries is None else f",queries={queries}"
-    return f"{change}{aim}{seen}{spent}"
+    goal_text = "" if goal is None else f",goal=targeted:{goal}"
+    access_text = "" if access == "gradients" else f",access={access}"
+    queries_text = "" if queries is None else f",queries={queries}"
+    return f"{change}{goal_text}{access_text}{queries_text}"
 
 
 def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
     """Return a constraint with its limits as text for a threat string, such as `spatial:rotate=30,shift=3` or
     `patch:8x8,at=centre,jitter=3`.
     """
-    words = [f"{name}={far if isinstance(far, str) else f'{far:.6g}'}" for name, far in limits.items()]
+    parts = [
+        f"{name}={limit if isinstance(limit, str) else f'{limit:.6g}'}" for name, limit in limits.items()
+    ]
     if kind == "patch":
-        words[:2] = [f"{limits['height']}x{limits['width']}"]
-        words = [word for word in words if word not in ("at=anywhere", "jitter=0")]
-    return f"{kind}:{','.join(words)}"
+        parts[:2] = [f"{limits['height']}x{limits['width']}"]
+        parts = [part for part in parts if part not in ("at=anywhere", "jitter=0")]
+    return f"{kind}:{','.join(parts)}"
 
 
 def refuse_mixed(limits: Mapping[str, float | str]) -> None:

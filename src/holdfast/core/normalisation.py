@@ -20,17 +20,17 @@ class Normalisation:
 
     def done(self, x: Tensor) -> Tensor:
         """Return the normalised inputs `(x - mean) / std`, computed in float64 and returned in the data type of `x`."""
-        wide = x.double()
+        x64 = x.double()
         mean, std = (torch.tensor(side, dtype=torch.float64) for side in (self.mean, self.std))
-        return ((wide - per_channel(mean, wide)) / per_channel(std, wide)).to(x.dtype)
+        return ((x64 - per_channel(mean, x64)) / per_channel(std, x64)).to(x.dtype)
 
     def undone(self, x: Tensor) -> Tensor:
         """Return the original inputs `x * std + mean` of normalised inputs, computed in float64 and returned in the
         data type of `x`.
         """
-        wide = x.double()
+        x64 = x.double()
         mean, std = (torch.tensor(side, dtype=torch.float64) for side in (self.mean, self.std))
-        return (wide * per_channel(std, wide) + per_channel(mean, wide)).to(x.dtype)
+        return (x64 * per_channel(std, x64) + per_channel(mean, x64)).to(x.dtype)
 
     def __str__(self) -> str:
         """Return the value as an argument of `--data-normalised`."""

@@ -48,8 +48,8 @@ def kind_of_single(outputs: Tensor, declared: OutputKind | None) -> OutputKind |
     numbers = outputs[~outputs.isnan()]
     if not len(numbers):
         return None
-    whole = "; class numbers from a server are declared by --http-labels with --classes N"
-    hint = whole if bool((numbers == numbers.round()).all()) else ""
+    labels_hint = "; class numbers from a server are declared by --http-labels with --classes N"
+    hint = labels_hint if bool((numbers == numbers.round()).all()) else ""
     raise UnclearOutput(
         f"the model returns one number for each example, from {float(numbers.min()):.4g} to "
         f"{float(numbers.max()):.4g}: that may be the logit of class 1 or its probability. Declare it: "

@@ -69,14 +69,17 @@ class Patch:
             raise UsageError(
                 f"{self} needs images (n, channels, height, width); the inputs have shape {tuple(shape)}"
             )
-        top, left, bottom, right = 0, 0, shape[1] - 1, shape[2] - 1
+        first_row, first_column, last_row, last_column = 0, 0, shape[1] - 1, shape[2] - 1
         if self.within:
-            top, left, bottom, right = map(int, re.split("[:-]", self.within))
-        rows, columns = range(top, bottom - self.height + 2), range(left, right - self.width + 2)
+            first_row, first_column, last_row, last_column = map(int, re.split("[:-]", self.within))
+        rows, columns = (
+            range(first_row, last_row - self.height + 2),
+            range(first_column, last_column - self.width + 2),
+        )
         row, column = rows.start + (len(rows) - 1) // 2, columns.start + (len(columns) - 1) // 2
         if ":" in self.at:
             row, column = map(int, self.at.split(":"))
-        outside = bottom >= shape[1] or right >= shape[2]
+        outside = last_row >= shape[1] or last_column >= shape[2]
         if outside or row not in rows or column not in columns:
             raise UsageError(
                 f"{self} does not fit into images of {shape[1]}x{shape[2]}; give a smaller one, or another place"

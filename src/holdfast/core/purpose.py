@@ -50,8 +50,8 @@ def judging() -> Iterator[None]:
     """Context manager for the final evaluation of attacked inputs, whose queries are then counted as "judging" and no
     longer as "attacks".
     """
-    now = current()
-    token = _PURPOSE.set(replace(now, kind="judging") if now.kind == "attacks" else now)
+    outer = current()
+    token = _PURPOSE.set(replace(outer, kind="judging") if outer.kind == "attacks" else outer)
     try:
         yield
     finally:

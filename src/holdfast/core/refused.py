@@ -14,7 +14,7 @@ from holdfast.core.model import Bounds, Model
 from holdfast.core.outputs import refused
 from holdfast.core.types import Ids, Inputs, Labels, Logits, PerExample
 
-_LEAD = 1.0
+_LEAD = 1.0  # smallest margin of a rejected input, also before any input of its example was answered
 
 
 def for_label(logits: Logits, y: Labels, lead: PerExample | float = _LEAD) -> Logits:
@@ -24,9 +24,9 @@ def for_label(logits: Logits, y: Labels, lead: PerExample | float = _LEAD) -> Lo
     rows = refused(logits)
     if not rows.any():
         return logits
-    held = torch.zeros_like(logits)
-    held.scatter_(1, y[:, None], torch.as_tensor(lead, dtype=logits.dtype).expand(len(y))[:, None])
-    return torch.where(rows[:, None], held, logits)
+    label_logits = torch.zeros_like(logits)
+    label_logits.scatter_(1, y[:, None], torch.as_tensor(lead, dtype=logits.dtype).expand(len(y))[:, None])
+    return torch.where(rows[:, None], label_logits, logits)
 
 
 class Answering:

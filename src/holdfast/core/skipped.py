@@ -67,8 +67,8 @@ def skipped(net: nn.Module | Callable[[Tensor], Tensor], branches: str, *, decay
     if not 0 <= decay <= 1:
         raise UsageError(f"decay is {decay}; expected the share of the gradient that is kept, from 0 to 1")
     names = [name for name, _ in net.named_modules() if name]
-    branches_found = tuple(name for name in names if fnmatchcase(name, branches))
-    if not branches_found:
+    ends = tuple(name for name in names if fnmatchcase(name, branches))
+    if not ends:
         kinds = list(dict.fromkeys(re.sub(r"\d+(?=\.|$)", "*", name) for name in names))
         more = f" and {len(kinds) - _SHOWN} more" if len(kinds) > _SHOWN else ""
         has = f"it has {', '.join(kinds[:_SHOWN])}{more}" if kinds else "it has none"
@@ -76,7 +76,7 @@ def skipped(net: nn.Module | Callable[[Tensor], Tensor], branches: str, *, decay
             f"no module of the network is called {branches!r}; {has}. Name the last module of each residual "
             "branch, as in layer*.*.bn2, or do not use skip gradients"
         )
-    return Skipped(net, branches_found, decay)
+    return Skipped(net, ends, decay)
 
 
 def _hook(name: str, decay: float, called: set[str]) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:

@@ -30,13 +30,15 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 def _swapped(word: str, name: str) -> bool:
     """Whether the words differ by one swap of neighbouring letters, a typing error that difflib rates too low."""
-    apart = [k for k, (one, other) in enumerate(zip(word, name, strict=False)) if one != other]
+    differing = [
+        k for k, (letter, known_letter) in enumerate(zip(word, name, strict=False)) if letter != known_letter
+    ]
     return (
         len(word) == len(name)
-        and len(apart) == 2
-        and apart[1] == apart[0] + 1
-        and word[apart[0]] == name[apart[1]]
-        and word[apart[1]] == name[apart[0]]
+        and len(differing) == 2
+        and differing[1] == differing[0] + 1
+        and word[differing[0]] == name[differing[1]]
+        and word[differing[1]] == name[differing[0]]
     )
 
 

@@ -57,7 +57,7 @@ def through(stage: nn.Module | Callable[[Tensor], Tensor], backward: StandIn | N
 
 
 @dataclass(frozen=True)
-class Way:
+class Replacement:
     """A module of a network and the function whose gradient replaces its own. If the function is None, the gradient
     passes unchanged.
     """
@@ -74,7 +74,7 @@ class View:
     """
 
     model: Model
-    ways: Sequence[Way] = ()
+    replacements: Sequence[Replacement] = ()
     steps: bool = False
     """whether roundings anywhere in the network have the gradient of the identity"""
 
@@ -85,41 +85,41 @@ class View:
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
         """Return the logits of the model, whose gradient is that of the replacements."""
-        with detoured(self.ways, steps=self.steps):
+        with detoured(self.replacements, steps=self.steps):
             return self.model(x, ids)
 
 
 @contextmanager
-def detoured(ways: Sequence[Way], *, steps: bool = False) -> Iterator["Straight"]:
-    """Context manager inside which the modules in `ways` have the gradients of their replacement functions.
+def detoured(replacements: Sequence[Replacement], *, steps: bool = False) -> Iterator["StraightThrough"]:
+    """Context manager inside which the modules in `replacements` have the gradients of their replacement functions.
 
     With `steps`, roundings also have the gradient of the identity. Yields an object that counts these roundings.
     """
-    hooks = [way.module.register_forward_hook(_hook(way)) for way in ways]
-    straight = Straight()
+    hooks = [replacement.module.register_forward_hook(_hook(replacement)) for replacement in replacements]
+    rounding = StraightThrough()
     try:
         if steps:
-            with straight:
-                yield straight
+            with rounding:
+                yield rounding
         else:
-            yield straight
+            yield rounding
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _hook(way: Way) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
+def _hook(replacement: Replacement) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
     def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         x: Tensor = inputs[0]
-        stand_in = x if way.stand_in is None else way.stand_in(x)
+        stand_in = x if replacement.stand_in is None else replacement.stand_in(x)
         if stand_in.shape != output.shape:
             raise UsageError(
-                f"the replacement of {way.name} returns shape {tuple(stand_in.shape)}, but the stage returns "
+                f"the replacement of {replacement.name} returns shape {tuple(stand_in.shape)}, but the stage returns "
                 f"{tuple(output.shape)}; give a function that returns the same shape: through(stage, backward=...)"
             )
-        if way.stand_in is not None and not output.is_floating_point():
+        if replacement.stand_in is not None and not output.is_floating_point():
             raise UsageError(
-                f"the stage {way.name} returns {output.dtype}, which has no gradient to replace; return "
+                f"the stage {replacement.name} returns {output.dtype}, which has no gradient to replace; return "
                 "floating-point values, as in .float()"
             )
         return instead(output, stand_in)
@@ -148,7 +148,7 @@ _STEPS = {torch.round, torch.floor, torch.ceil, torch.trunc, torch.fix} | {
 }  # fmt: skip
 
 
-class Straight(TorchFunctionMode):
+class StraightThrough(TorchFunctionMode):
     """Context manager inside which rounding operations have the gradient of the identity (straight-through
     estimator).
     """

@@ -60,7 +60,7 @@ class Spatial(Whole):
         uses, such as `shift_x`.
         """
         along = {"shift": ("shift_x", "shift_y")}
-        return {axis: far for name, far in self.limits.items() for axis in along.get(name, (name,))}
+        return {axis: limit for name, limit in self.limits.items() for axis in along.get(name, (name,))}
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
         """Return for each example 1 if the image changed, else 0."""
@@ -139,7 +139,7 @@ Transformations = Spatial | Colour
 
 def _limits(constraint: Transformations) -> dict[str, float]:
     named = {f.name: float(getattr(constraint, f.name)) for f in fields(constraint)}
-    return {name: far for name, far in named.items() if far > 0}
+    return {name: limit for name, limit in named.items() if limit > 0}
 
 
 def _changed(x_adv: Inputs, x: Inputs) -> PerExample:

@@ -221,7 +221,7 @@ def _judged(
     try:
         x_adv = attack(meter, batch, threat, rng=rng)
     except BudgetSpent:
-        x_adv = meter.found()
+        x_adv = meter.adversarial()
 
     with torch.no_grad():
         margins = torch.stack([margin(model(x_adv, batch.ids), batch) for _ in range(votes)])

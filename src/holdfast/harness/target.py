@@ -11,7 +11,14 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.guard import Aim, held, refuse_inner, score, softly_held, taken
+from holdfast.core.guard import (
+    Aim,
+    refuse_inner,
+    rejected_as_correct,
+    score,
+    softly_rejected_as_correct,
+    with_aim,
+)
 from holdfast.core.lookup import Lookup
 from holdfast.core.model import EVERY, IN_PLACE, VOTES, Bounds, Classifier, Model, fitted, out_of_memory
 from holdfast.core.outputs import refused
@@ -57,14 +64,16 @@ class WithDetector:
         return Lookup(self.batch.ids)
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Return the logits of the classes that attacks use; see `held`."""
+        """Return the logits of the classes that attacks use; see `rejected_as_correct`."""
         y = self.batch.y if ids is None else self.batch.y[self._lookup.rows(ids)]
         logits = self.model(x, ids)
         if self.aim == Aim():
-            return held(logits, y)
-        aimed = taken(logits, self.aim)
-        exact = held(aimed, y)
-        return instead(exact, softly_held(aimed, y, self.aim.softness)) if self.aim.softness else exact
+            return rejected_as_correct(logits, y)
+        aimed = with_aim(logits, self.aim)
+        exact = rejected_as_correct(aimed, y)
+        if not self.aim.softness:
+            return exact
+        return instead(exact, softly_rejected_as_correct(aimed, y, self.aim.softness))
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ class Target:
         classified.
         """
         logits = for_label(logits, y) if self.bare.remote else logits
-        return held(logits, y) if self.rejects else logits
+        return rejected_as_correct(logits, y) if self.rejects else logits
 
     def predicted(self, logits: Logits) -> Labels:
         """Return the predicted class of each input, or -1 if the detector or the server of the model
@@ -182,7 +191,7 @@ def _inspected(model: Classifier, sample: Batch, left_in_training: tuple[str, ..
     )
     # a faster copy is tested by its outputs, which a randomised model does not repeat
     quick, details = (model, ()) if randomised else quickened(model, sample.x)
-    filling = () if model.batches is None or model.batches == EVERY else (model.batches.says,)
+    filling = () if model.batches is None or model.batches == EVERY else (model.batches.description,)
     if model.rewrites:
         filling = (*filling, IN_PLACE)
     class_logits = logits[:, :-1] if model.rejects else logits
@@ -227,7 +236,7 @@ def _with_view(target: Target, sample: Batch) -> Target:
         return replace(target, notes=(*target.notes, note))
     if not masked:
         return target
-    view = View(target.bare, masked.ways, masked.steps)
+    view = View(target.bare, masked.replacements, masked.steps)
     return replace(target, view=view, masking=masked, blind_view=target.blind and _blind(view, sample))
 
 

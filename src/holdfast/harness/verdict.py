@@ -149,7 +149,7 @@ def returned(
     try:
         x_adv = attack(meter, batch, threat, rng=rng)
     except BudgetSpent:
-        x_adv = meter.found()
+        x_adv = meter.adversarial()
     if x_adv.shape != batch.x.shape or x_adv.dtype != batch.x.dtype:
         raise HoldfastError(
             f"{type(attack).__name__} returned {x_adv.dtype} of shape {tuple(x_adv.shape)} for inputs "

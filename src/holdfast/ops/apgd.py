@@ -53,10 +53,10 @@ class _Point:
 class _Pace(Protocol):
     """Computes the steps of the paths; there is one implementation for Linf and L2 and one for L1."""
 
-    def step(self, now: _Point, clean: Inputs, bounds: Bounds) -> Inputs:
+    def step(self, current: _Point, clean: Inputs, bounds: Bounds) -> Inputs:
         """Return the next point of each example on its path of gradient ascent."""
 
-    def check(self, now: _Point, top: _Point, clean: Inputs) -> _Point:
+    def check(self, current: _Point, best: _Point, clean: Inputs) -> _Point:
         """Adapt the step size of each example to the progress of its loss, and return the points from which the paths
         continue.
         """
@@ -72,26 +72,28 @@ class _Halving:
 
     def __init__(self, start: _Point, constraint: Constraint, steps: int, rho: float) -> None:
         self._constraint, self._rho = constraint, rho
-        self._gap, self._shrinks, self._least = (
+        self._gap, self._shrinks, self._min_gap = (
             max(int(share * steps), 1) for share in (_FIRST_CHECK, _CHECK_SHRINKS, _LAST_CHECK)
         )
         self._since = 0
         self._size = torch.full_like(start.loss, 2 * constraint.eps)
-        self._before: Inputs | None = None
+        self._previous: Inputs | None = None
         self._corners: tuple[Inputs, ...] | None = None
-        self._last, self._top_at_check = start.loss, start.loss
+        self._last, self._best_at_check = start.loss, start.loss
         self._rises = torch.zeros_like(start.loss)
         self._reduced = torch.ones_like(start.loss, dtype=torch.bool)
 
-    def step(self, now: _Point, clean: Inputs, bounds: Bounds) -> Inputs:
-        direction = self._constraint.steepest(now.grad, now.x, bounds)
-        x = self._project(torch.addcmul(now.x, spread(self._size, now.x), direction), clean, bounds)
-        if self._before is not None:
+    def step(self, current: _Point, clean: Inputs, bounds: Bounds) -> Inputs:
+        direction = self._constraint.steepest(current.grad, current.x, bounds)
+        x = self._project(torch.addcmul(current.x, spread(self._size, current.x), direction), clean, bounds)
+        if self._previous is not None:
             mixed = (
-                (_MOMENTUM * x).add_(now.x, alpha=2 * (1 - _MOMENTUM)).sub_(self._before, alpha=1 - _MOMENTUM)
+                (_MOMENTUM * x)
+                .add_(current.x, alpha=2 * (1 - _MOMENTUM))
+                .sub_(self._previous, alpha=1 - _MOMENTUM)
             )
             x = self._project(mixed, clean, bounds)
-        self._before = now.x
+        self._previous = current.x
         return x
 
     def _project(self, x: Inputs, clean: Inputs, bounds: Bounds) -> Inputs:
@@ -99,7 +101,9 @@ class _Halving:
         if isinstance(self._constraint, L2):
             # as in the paper: first onto the ball, then into the box; the result stays in the ball
             delta = x - clean
+            # clamped, because the length of an unchanged input is zero
             length = torch.linalg.vector_norm(delta.flatten(1), dim=1).clamp_min(1e-12)
+            # slightly inside the ball, as room for rounding
             shrink = (self._constraint.eps * (1 - 1e-6) / length).clamp_max(1)
             return bounds.clamp(torch.addcmul(clean, delta, spread(shrink, x)))
         if not isinstance(self._constraint, Linf):
@@ -111,23 +115,24 @@ class _Halving:
             )
         return torch.clamp(x, *self._corners)
 
-    def check(self, now: _Point, top: _Point, clean: Inputs) -> _Point:
-        self._rises = self._rises + (now.loss > self._last)
-        self._last, self._since = now.loss, self._since + 1
+    def check(self, current: _Point, best: _Point, clean: Inputs) -> _Point:
+        self._rises = self._rises + (current.loss > self._last)
+        self._last, self._since = current.loss, self._since + 1
         if self._since < self._gap:
-            return now
-        unimproved = ~self._reduced & (self._top_at_check >= top.loss)
+            return current
+        # the paper's second condition, which holds only if the last check did not reduce the step size
+        unimproved = ~self._reduced & (self._best_at_check >= best.loss)
         stuck = (self._rises <= self._rho * self._gap) | unimproved
         self._size = torch.where(stuck, self._size / 2, self._size)
-        self._reduced, self._top_at_check = stuck, top.loss
+        self._reduced, self._best_at_check = stuck, best.loss
         self._rises, self._since = torch.zeros_like(self._rises), 0
-        self._gap = max(self._gap - self._shrinks, self._least)
-        return top.where(stuck, now)
+        self._gap = max(self._gap - self._shrinks, self._min_gap)
+        return best.where(stuck, current)
 
     def take(self, rows: Mask) -> None:
         self._size, self._rises, self._reduced = self._size[rows], self._rises[rows], self._reduced[rows]
-        self._last, self._top_at_check = self._last[rows], self._top_at_check[rows]
-        self._before = None if self._before is None else self._before[rows]
+        self._last, self._best_at_check = self._last[rows], self._best_at_check[rows]
+        self._previous = None if self._previous is None else self._previous[rows]
         self._corners = None if self._corners is None else tuple(side[rows] for side in self._corners)
 
 
@@ -145,24 +150,24 @@ class _Sparse:
     def _share_of(self, changed: PerExample) -> PerExample:
         return changed / self._features / _L1_SPREAD
 
-    def step(self, now: _Point, clean: Inputs, bounds: Bounds) -> Inputs:
-        size = now.grad.flatten(1).abs()
-        place = ((1 - self._share) * self._features).clamp(0, self._features - 1).long()
-        least = size.sort(dim=1)[0].gather(1, place[:, None])
-        signs = now.grad.flatten(1).sign() * (size >= least)
+    def step(self, current: _Point, clean: Inputs, bounds: Bounds) -> Inputs:
+        magnitude = current.grad.flatten(1).abs()
+        rank = ((1 - self._share) * self._features).clamp(0, self._features - 1).long()
+        threshold = magnitude.sort(dim=1)[0].gather(1, rank[:, None])
+        signs = current.grad.flatten(1).sign() * (magnitude >= threshold)
         length = self._size / (signs.abs().sum(1) + 1e-10)
-        moved = now.x + (signs * length[:, None]).view_as(now.x)
-        return self._constraint.project(moved, clean, bounds)
+        stepped = current.x + (signs * length[:, None]).view_as(current.x)
+        return self._constraint.project(stepped, clean, bounds)
 
-    def check(self, now: _Point, top: _Point, clean: Inputs) -> _Point:
+    def check(self, current: _Point, best: _Point, clean: Inputs) -> _Point:
         self._since += 1
         if self._since < self._gap:
-            return now
-        eps, changed = self._constraint.eps, _changed(top.x, clean)
+            return current
+        eps, changed = self._constraint.eps, _changed(best.x, clean)
         sparser = changed < 0.95 * self._changed
         self._share, self._changed, self._since = self._share_of(changed), changed, 0
         self._size = torch.where(sparser, eps, self._size / _L1_SLOWER).clamp(eps / _L1_SLOWEST, eps)
-        return top.where(sparser, now)
+        return best.where(sparser, current)
 
     def take(self, rows: Mask) -> None:
         self._size, self._share, self._changed = self._size[rows], self._share[rows], self._changed[rows]
@@ -199,25 +204,30 @@ class Climb:
         The result is the point of lowest margin if it is broken, else the point of highest loss. `aim` is the class
         that the loss targets; any misclassification counts as success. Broken examples are dropped.
         """
-        best, left = Best(batch), batch
-        now = top = self._look(model, left, aim, start)
-        pace = self._pace(now, batch, constraint)
+        best, remaining = Best(batch), batch
+        current = best_point = self._evaluated(model, remaining, aim, start)
+        pace = self._pace(current, batch, constraint)
         for step in range(self.steps + 1):
-            standing = now.margin > 0
-            if not standing.all():
-                best.offer(left, now.x, now.margin)
-                if not standing.any():
+            surviving = current.margin > 0
+            if not surviving.all():
+                best.offer(remaining, current.x, current.margin)
+                if not surviving.any():
                     return best.x, best.margin
-                left, now, top = left.take(standing), now.take(standing), top.take(standing)
-                aim = None if aim is None else aim[standing]
-                pace.take(standing)
+                remaining, current, best_point = (
+                    remaining.take(surviving),
+                    current.take(surviving),
+                    best_point.take(surviving),
+                )
+                aim = None if aim is None else aim[surviving]
+                pace.take(surviving)
             if step:
-                top = now.where(now.loss > top.loss, top)
-                now = pace.check(now, top, left.x)
+                best_point = current.where(current.loss > best_point.loss, best_point)
+                current = pace.check(current, best_point, remaining.x)
             if step < self.steps:
-                x = pace.step(now, left.x, model.bounds)
-                now = self._look(model, left, aim, x, climbs=step + 1 < self.steps)
-        best.offer(left, top.x, top.margin)
+                x = pace.step(current, remaining.x, model.bounds)
+                # no step follows the last point, so its gradient is not needed
+                current = self._evaluated(model, remaining, aim, x, climbs=step + 1 < self.steps)
+        best.offer(remaining, best_point.x, best_point.margin)
         return best.x, best.margin
 
     def highest(
@@ -226,37 +236,40 @@ class Climb:
         """Run APGD and return the point of highest loss of each example, from which another run can start. Examples
         that are broken on the way are not dropped.
         """
-        now = top = self._look(model, batch, aim, start)
-        pace = self._pace(now, batch, constraint)
+        current = best_point = self._evaluated(model, batch, aim, start)
+        pace = self._pace(current, batch, constraint)
         for step in range(self.steps):
-            x = pace.step(now, batch.x, model.bounds)
-            now = self._look(model, batch, aim, x, climbs=step + 1 < self.steps)
-            top = now.where(now.loss > top.loss, top)
-            now = pace.check(now, top, batch.x)
-        return top.x
+            x = pace.step(current, batch.x, model.bounds)
+            current = self._evaluated(model, batch, aim, x, climbs=step + 1 < self.steps)
+            best_point = current.where(current.loss > best_point.loss, best_point)
+            current = pace.check(current, best_point, batch.x)
+        return best_point.x
 
     def _pace(self, start: _Point, batch: Batch, constraint: Constraint) -> _Pace:
         if isinstance(constraint, L1):
             return _Sparse(start, batch.x, constraint, self.steps, fresh=self.fresh)
         return _Halving(start, constraint, self.steps, self.rho)
 
-    def _look(
+    def _evaluated(
         self, model: Model, batch: Batch, aim: Labels | None, x: Inputs, *, climbs: bool = True
     ) -> _Point:
         """Loss, margin and gradient at `x`; with `climbs=False` no backward pass is made and the gradient is zero."""
-        looks = [self._draw(model, batch, aim, x, climbs=climbs) for _ in range(self.draws)]
+        draws = [self._evaluated_once(model, batch, aim, x, climbs=climbs) for _ in range(self.draws)]
         if self.draws == 1:
-            return looks[0]
-        grad = torch.stack([look.grad for look in looks]).mean(0)
-        height = torch.stack([look.loss for look in looks]).mean(0)
+            return draws[0]
+        grad = torch.stack([draw.grad for draw in draws]).mean(0)
+        loss = torch.stack([draw.loss for draw in draws]).mean(0)
+        # in ascending order, the margin at this rank is not positive if more than this fraction of them are not
         rank = min(int(self.sure * self.draws), self.draws - 1)
-        margins = torch.stack([look.margin for look in looks]).sort(dim=0)[0]
-        return _Point(x, grad, height, margins[rank])
+        margins = torch.stack([draw.margin for draw in draws]).sort(dim=0)[0]
+        return _Point(x, grad, loss, margins[rank])
 
-    def _draw(self, model: Model, batch: Batch, aim: Labels | None, x: Inputs, *, climbs: bool) -> _Point:
-        seen = x.detach().requires_grad_(climbs)
+    def _evaluated_once(
+        self, model: Model, batch: Batch, aim: Labels | None, x: Inputs, *, climbs: bool
+    ) -> _Point:
+        leaf = x.detach().requires_grad_(climbs)
         with torch.set_grad_enabled(climbs):
-            logits = model(seen, batch.ids)
-            height = self.loss(logits, batch if aim is None else batch.towards(aim))
-        grad = input_gradient(height, seen)
-        return _Point(x, grad, height.detach(), margin(logits.detach(), batch))
+            logits = model(leaf, batch.ids)
+            loss = self.loss(logits, batch if aim is None else batch.towards(aim))
+        grad = input_gradient(loss, leaf)
+        return _Point(x, grad, loss.detach(), margin(logits.detach(), batch))

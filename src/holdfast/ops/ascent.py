@@ -69,30 +69,30 @@ def ascend(
     used for training and for transfer. `aim` is the class that the loss targets; any misclassification counts as
     success. Cost: `steps` forwards and backwards, and one forward with `keep="best"`.
     """
-    best, left, x = Best(batch), batch, start.detach()
+    best, remaining, x = Best(batch), batch, start.detach()
     direction = torch.zeros_like(x) if momentum else None
     for step in range(steps):
-        grad, logits = gradient(model, left.at(x) if aim is None else left.at(x).towards(aim), loss)
-        height = margin(logits, left)
+        grad, logits = gradient(model, remaining.at(x) if aim is None else remaining.at(x).towards(aim), loss)
+        margins = margin(logits, remaining)
         if keep == "best":
-            best.offer(left, x, height)
-            standing = height > 0
-            if drop and not standing.all():
-                if not standing.any():
+            best.offer(remaining, x, margins)
+            surviving = margins > 0
+            if drop and not surviving.all():
+                if not surviving.any():
                     return best.x, best.margin
-                left, x, grad = left.take(standing), x[standing], grad[standing]
-                direction = None if direction is None else direction[standing]
-                aim = None if aim is None else aim[standing]
+                remaining, x, grad = remaining.take(surviving), x[surviving], grad[surviving]
+                direction = None if direction is None else direction[surviving]
+                aim = None if aim is None else aim[surviving]
         if direction is not None:
             direction = momentum * direction + levelled(grad)
             grad = direction
         climb = constraint.steepest(grad, x, model.bounds)
-        moved = torch.add(x, climb, alpha=step_size * schedule(step, steps))
-        x = constraint.project(moved, left.x, model.bounds)
+        stepped = torch.add(x, climb, alpha=step_size * schedule(step, steps))
+        x = constraint.project(stepped, remaining.x, model.bounds)
     if keep == "last":
-        return x, height
+        return x, margins
     with torch.no_grad():
-        best.offer(left, x, margin(model(x, left.ids), left))
+        best.offer(remaining, x, margin(model(x, remaining.ids), remaining))
     return best.x, best.margin
 
 

@@ -46,8 +46,8 @@ class Moves:
         `unseen`.
         """
         down, right = 2 * self.reach - self.down, 2 * self.reach - self.right
-        seen = windows(torch.ones_like(x), self.reach, down, right).bool()
-        return torch.where(seen, windows(self._mirror(x), self.reach, down, right), unseen)
+        inside = windows(torch.ones_like(x), self.reach, down, right).bool()
+        return torch.where(inside, windows(self._mirror(x), self.reach, down, right), unseen)
 
     def _mirror(self, x: Inputs) -> Inputs:
         return x if self.mirrored is None else torch.where(self.mirrored[:, None, None, None], x.flip(3), x)
@@ -80,8 +80,8 @@ def augmented(batch: Batch, how: Augmentation, rng: Draws) -> Batch:
     """Return the batch with each image randomly shifted and flipped as the augmentation `how` states. The labels do not
     change.
     """
-    drawn = moves(batch, how, rng)
-    return batch if drawn is None else batch.at(drawn.of(batch.x))
+    sampled = moves(batch, how, rng)
+    return batch if sampled is None else batch.at(sampled.of(batch.x))
 
 
 def windows(x: Inputs, reach: int, down: Tensor, right: Tensor) -> Inputs:
@@ -92,8 +92,8 @@ def windows(x: Inputs, reach: int, down: Tensor, right: Tensor) -> Inputs:
     padded = F.pad(x, (reach,) * 4)
     rows = down[:, None] + torch.arange(height, device=x.device)
     columns = right[:, None] + torch.arange(width, device=x.device)
-    each = torch.arange(len(x), device=x.device)[:, None, None]
-    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    images = torch.arange(len(x), device=x.device)[:, None, None]
+    return padded[images, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def cut_and_mixed(batch: Batch, chance: float, rng: Draws) -> tuple[Batch, Batch, float]:
@@ -106,18 +106,23 @@ def cut_and_mixed(batch: Batch, chance: float, rng: Draws) -> tuple[Batch, Batch
     if not chance:
         return batch, batch, 1.0
     refuse_augmentation(batch.x, "none", chance)
-    whole = torch.zeros(1, dtype=torch.int64, device=batch.x.device)
-    wanted, area, down, right = rng.at("cutmix").uniform(whole, 4, dtype=torch.float64)[0].tolist()
-    if wanted >= chance:
+    # one id for the whole batch, so that the box does not depend on the examples in it
+    batch_id = torch.zeros(1, dtype=torch.int64, device=batch.x.device)
+    u, area, down, right = rng.at("cutmix").uniform(batch_id, 4, dtype=torch.float64)[0].tolist()
+    if u >= chance:
         return batch, batch, 1.0
     rows, columns = (_cut(size, at, area) for size, at in zip(batch.x.shape[2:], (down, right), strict=True))
     partner = batch.take(rng.at("partner").bits(batch.ids).argsort())
     x = batch.x.clone()
     x[:, :, rows, columns] = partner.x[:, :, rows, columns]
     height, width = x.shape[2:]
-    other = (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
-    own, strange = batch.at(x), batch.at(x).labelled(partner.y)
-    return (own, strange, 1 - other) if other <= 0.5 else (strange, own, other)
+    partner_share = (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
+    by_label, by_partner_label = batch.at(x), batch.at(x).labelled(partner.y)
+    return (
+        (by_label, by_partner_label, 1 - partner_share)
+        if partner_share <= 0.5
+        else (by_partner_label, by_label, partner_share)
+    )
 
 
 def _cut(size: int, centre: float, area: float) -> slice:

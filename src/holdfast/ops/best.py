@@ -24,26 +24,28 @@ class Best:
         """margin of the best point; positive while the example survives"""
 
     @property
-    def standing(self) -> Rows:
+    def surviving(self) -> Rows:
         """Positions of the examples that the attack has not broken so far."""
         return (self.margin > 0).nonzero()[:, 0]
 
-    def rows(self, some: Batch) -> Rows:
-        """Return the positions in the whole batch of the examples of `some`, which is a part of it."""
-        return self._lookup.rows(some.ids)
+    def rows(self, subset: Batch) -> Rows:
+        """Return the positions in the whole batch of the examples of `subset`, which is a part of it."""
+        return self._lookup.rows(subset.ids)
 
-    def offer(self, some: Batch, x: Inputs, margin: PerExample) -> Mask:
-        """Store those points `x` of the examples `some` whose margin is lower than that of the best point so far (NaN
+    def offer(self, subset: Batch, x: Inputs, margin: PerExample) -> Mask:
+        """Store those points `x` of the examples `subset` whose margin is lower than that of the best point so far (NaN
         is lowest), and return a mask of the stored points.
         """
-        if some.ids is self._ids:
+        # a full batch, as at the start of most attacks, needs no lookup of rows
+        if subset.ids is self._ids:
             lower = ~(margin >= self.margin)
             self.x = pick(lower, x, self.x)
+            # NaN counts as broken; as minus infinity it can be compared
             self.margin = torch.where(lower, margin, self.margin).nan_to_num_(
                 -torch.inf, torch.inf, -torch.inf
             )
             return lower
-        rows = self._lookup.rows(some.ids)
+        rows = self._lookup.rows(subset.ids)
         lower = ~(margin >= self.margin[rows])
         self.x[rows[lower]] = x[lower]
         self.margin[rows[lower]] = margin[lower].nan_to_num(-torch.inf, torch.inf, -torch.inf)

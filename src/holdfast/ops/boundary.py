@@ -41,59 +41,59 @@ def to_boundary(model: Model, batch: Batch, x_adv: Inputs, norm: Norm, refine: i
     """
     if refine and norm.eps < math.inf:
         return _refined(model, batch, x_adv, norm, refine)
-    moved = (norm.distance(x_adv, batch.x) > 0).nonzero()[:, 0]
+    changed = (norm.distance(x_adv, batch.x) > 0).nonzero()[:, 0]
     result = x_adv.clone()
-    if len(moved):
-        some, far = batch.take(moved), x_adv[moved]
+    if len(changed):
+        subset, points = batch.take(changed), x_adv[changed]
         if isinstance(norm, L0):
-            result[moved] = _fewest(model, some, far, norm)
+            result[changed] = _fewest_changes(model, subset, points, norm)
         else:  # shrink the ball around the clean input
-            shrunk = partial(norm.within, far, some.x, model.bounds)
-            result[moved] = _bisected(model, some, far, norm, shrunk, _FORWARDS)
+            shrunk = partial(norm.within, points, subset.x, model.bounds)
+            result[changed] = _bisected(model, subset, points, norm, shrunk, _FORWARDS)
     return norm.project(result, batch.x, model.bounds)
 
 
 def _refined(model: Model, batch: Batch, x_adv: Inputs, norm: Norm, steps: int) -> Inputs:
     """Project `x_adv` onto the ball, and lower the margin of the points that were outside it by gradient steps."""
-    beyond = (norm.distance(x_adv, batch.x) > norm.eps).nonzero()[:, 0]
+    outside = (norm.distance(x_adv, batch.x) > norm.eps).nonzero()[:, 0]
     result = norm.project(x_adv, batch.x, model.bounds)
-    if len(beyond):
-        some = batch.take(beyond)
-        result[beyond], _ = descend(model, some, result[beyond], norm, steps=steps, reach=_REACH)
+    if len(outside):
+        subset = batch.take(outside)
+        result[outside], _ = descend(model, subset, result[outside], norm, steps=steps, reach=_REACH)
     return result
 
 
-def _fewest(model: Model, batch: Batch, far: Inputs, norm: L0) -> Inputs:
+def _fewest_changes(model: Model, batch: Batch, points: Inputs, norm: L0) -> Inputs:
     """Undo changes in the order of their gradients, least useful first; move the remaining ones to the box's sides."""
-    result = far.clone()
-    grad, logits = gradient(model, batch.at(far), margin_loss)
+    result = points.clone()
+    grad, logits = gradient(model, batch.at(points), margin_loss)
     firm = firmly_broken(logits, batch)
-    left, distance, grad = batch.take(firm), far[firm], grad[firm]
-    if not len(left):
+    remaining, x, grad = batch.take(firm), points[firm], grad[firm]
+    if not len(remaining):
         return result
-    low, high = model.bounds.like(distance)
-    pushed = torch.where(
-        distance == left.x, distance, torch.where(grad > 0, high, torch.where(grad < 0, low, distance))
-    )
+    low, high = model.bounds.like(x)
+    pushed = torch.where(x == remaining.x, x, torch.where(grad > 0, high, torch.where(grad < 0, low, x)))
     with torch.no_grad():
-        better = firmly_broken(model(pushed, left.ids), left)
-    distance = pick(better, pushed, distance)
-    gain = torch.where(distance == left.x, -torch.inf, grad * (distance - left.x))
+        better = firmly_broken(model(pushed, remaining.ids), remaining)
+    x = pick(better, pushed, x)
+    gain = torch.where(x == remaining.x, -torch.inf, grad * (x - remaining.x))
     result[firm] = _bisected(
         model,
-        left,
-        distance,
+        remaining,
+        x,
         norm,
-        lambda radius: torch.where(norm.largest(gain, radius), distance, left.x),
-        _FORWARDS - 2,
+        lambda radius: torch.where(norm.largest(gain, radius), x, remaining.x),
+        _FORWARDS - 2,  # the gradient and the pushed points took two
     )
     return result
 
 
-def _bisected(model: Model, batch: Batch, far: Inputs, norm: Norm, shrink: Shrink, forwards: int) -> Inputs:
-    """The closest of `forwards` points of a bisection that breaks the model; `far` if none does."""
-    closest, high = Closest(batch), norm.distance(far, batch.x)
-    closest.offer(batch, far, high, high >= 0)
+def _bisected(
+    model: Model, batch: Batch, points: Inputs, norm: Norm, shrink: Shrink, forwards: int
+) -> Inputs:
+    """The closest of `forwards` points of a bisection that breaks the model; `points` if none does."""
+    closest, high = Closest(batch), norm.distance(points, batch.x)
+    closest.offer(batch, points, high, high >= 0)
     low, probe = torch.zeros_like(high), _FIRST * high
     with torch.no_grad():
         for _ in range(forwards if len(batch) else 0):

@@ -39,32 +39,32 @@ class Closest:
         """Mask of the examples for which a broken point was found."""
         return self.distance < torch.inf
 
-    def rows(self, some: Batch) -> Rows:
-        """Return the positions in the whole batch of the examples of `some`, which is a part of it."""
-        return self._lookup.rows(some.ids)
+    def rows(self, subset: Batch) -> Rows:
+        """Return the positions in the whole batch of the examples of `subset`, which is a part of it."""
+        return self._lookup.rows(subset.ids)
 
-    def take(self, some: Batch) -> "Closest":
-        """Return a new record that contains only the closest broken points of the examples of `some`."""
-        rows, own = self.rows(some), Closest(some)
-        own.x, own.distance = self.x[rows], self.distance[rows]
-        return own
+    def take(self, subset: Batch) -> "Closest":
+        """Return a new record that contains only the closest broken points of the examples of `subset`."""
+        rows, record = self.rows(subset), Closest(subset)
+        record.x, record.distance = self.x[rows], self.distance[rows]
+        return record
 
-    def far(self, some: Batch, eps: float) -> Mask:
-        """Return a mask of the examples of `some` that an attack must still try, because it has found no broken point
+    def unsolved(self, subset: Batch, eps: float) -> Mask:
+        """Return a mask of the examples of `subset` that an attack must still try, because it has found no broken point
         within eps.
 
         With infinite eps, return whether its clean input is not misclassified, that is whether a closer point may
         exist.
         """
-        return self.distance[self.rows(some)] > (eps if eps < torch.inf else 0.0)
+        return self.distance[self.rows(subset)] > (eps if eps < torch.inf else 0.0)
 
-    def offer(self, some: Batch, x: Inputs, distance: PerExample, broken: Mask) -> Mask:
+    def offer(self, subset: Batch, x: Inputs, distance: PerExample, broken: Mask) -> Mask:
         """Store the broken points among `x` that are closer to their clean inputs than the stored ones, and return a
         mask of the examples with a new closest point.
         """
-        rows = slice(None) if some.ids is self._ids else self.rows(some)
+        rows = slice(None) if subset.ids is self._ids else self.rows(subset)
         closer = broken & (distance < self.distance[rows])
-        theirs = closer.nonzero()[:, 0]  # usually few: faster than torch.where over all inputs
-        at = theirs if isinstance(rows, slice) else rows[theirs]
-        self.x[at], self.distance[at] = x[theirs], distance[theirs]
+        new = closer.nonzero()[:, 0]  # usually few: faster than torch.where over all inputs
+        targets = new if isinstance(rows, slice) else rows[new]
+        self.x[targets], self.distance[targets] = x[new], distance[new]
         return closer

@@ -36,12 +36,12 @@ class Decisions:
 
     def __init__(self, model: Model, batch: Batch, norm: Norm, queries: int) -> None:
         self._model, self._norm = model, norm
-        self._enough = norm.eps if norm.eps < math.inf else 0.0
-        self._left = torch.full_like(batch.ids, queries)
+        self._sufficient = norm.eps if norm.eps < math.inf else 0.0
+        self._n_left = torch.full_like(batch.ids, queries)
         self.batch, self.bounds = batch, model.bounds
         self.closest = Closest(batch)
 
-    def found(self) -> Inputs:
+    def result(self) -> Inputs:
         """Return the result of the attack: the closest broken point of each example inside the ball, or its clean input
         if there is none.
         """
@@ -54,21 +54,21 @@ class Decisions:
         """
         self.ask(self.batch, self.batch.x)
         for k, points in enumerate(_starts(self.batch, self.bounds.like(self.batch.x), rng)):
-            some = self.batch.take(self.open(self.batch) & ((k < _STARTS) | ~self.closest.found))
-            if not len(some):
+            subset = self.batch.take(self.open(self.batch) & ((k < _STARTS) | ~self.closest.found))
+            if not len(subset):
                 return
-            self.improve(some, points[self.closest.rows(some)], share=_RIVAL)
+            self.improve(subset, points[self.closest.rows(subset)], share=_RIVAL)
 
-    def open(self, some: Batch) -> Mask:
-        """Return a mask of those examples of `some` that the attack continues with: they have queries left and are not
-        yet broken within a finite eps.
+    def open(self, subset: Batch) -> Mask:
+        """Return a mask of those examples of `subset` that the attack continues with: they have queries left and are
+        not yet broken within a finite eps.
         """
-        rows = self.closest.rows(some)
-        return (self._left[rows] > 0) & (self.closest.distance[rows] > self._enough)
+        rows = self.closest.rows(subset)
+        return (self._n_left[rows] > 0) & (self.closest.distance[rows] > self._sufficient)
 
-    def left(self, some: Batch) -> Tensor:
-        """Return the number of remaining queries of each example of `some`, int64 (n)."""
-        return self._left[self.closest.rows(some)]
+    def n_left(self, subset: Batch) -> Tensor:
+        """Return the number of remaining queries of each example of `subset`, int64 (n)."""
+        return self._n_left[self.closest.rows(subset)]
 
     def steps(self, rng: Draws) -> Iterator[tuple[int, Batch]]:
         """Search for starting points, then yield for each step its number and the examples that have a broken point and
@@ -76,102 +76,108 @@ class Decisions:
         """
         self._start(rng.at("start"))
         for step in count():
-            some = self.batch.take(self.closest.found & self.open(self.batch))
-            if not len(some):
+            subset = self.batch.take(self.closest.found & self.open(self.batch))
+            if not len(subset):
                 return
-            yield step, some
+            yield step, subset
 
-    def known(self, some: Batch) -> tuple[Inputs, PerExample]:
-        """Return the closest broken points so far of the examples of `some`, and their distances from the clean
+    def closest_points(self, subset: Batch) -> tuple[Inputs, PerExample]:
+        """Return the closest broken points so far of the examples of `subset`, and their distances from the clean
         inputs.
         """
-        rows = self.closest.rows(some)
+        rows = self.closest.rows(subset)
         return self.closest.x.index_select(0, rows), self.closest.distance[rows]
 
-    def ask(self, some: Batch, x: Inputs, who: Mask | None = None) -> Mask:
+    def ask(self, subset: Batch, x: Inputs, mask: Mask | None = None) -> Mask:
         """Query the model once at each point of `x`, and return a mask of the points that break it.
 
-        Only open examples are queried, and only those of the mask `who` if it is given; the result for all others is
+        Only open examples are queried, and only those of the mask `mask` if it is given; the result for all others is
         False.
         """
-        asked = self.open(some) if who is None else who & self.open(some)
-        broken, _ = self.ask_many(some, x[:, None], asked.long())
+        queried = self.open(subset) if mask is None else mask & self.open(subset)
+        broken, _ = self.ask_many(subset, x[:, None], queried.long())
         return broken[:, 0]
 
-    def ask_many(self, some: Batch, x: Tensor, wanted: Tensor) -> tuple[Mask, Mask]:
-        """Query the model at several points of each example, the first `wanted` (n) of `x` (n, k, *features). Returns
+    def ask_many(self, subset: Batch, x: Tensor, n_points: Tensor) -> tuple[Mask, Mask]:
+        """Query the model at several points of each example, the first `n_points` (n) of `x` (n, k, *features). Returns
         masks (n, k) of the points that break it and of the queried points.
 
-        For an example with fewer queries left than `wanted`, fewer points are queried.
+        For an example with fewer queries left than `n_points`, fewer points are queried.
         """
         n, k = x.shape[:2]
-        wanted = wanted.minimum(self.left(some)) * self.open(some)
-        asked = torch.arange(k, device=x.device) < wanted[:, None]
-        self._left[self.closest.rows(some)] -= asked.sum(1)
-        points, broken = x.flatten(0, 1), torch.zeros_like(asked).flatten()
-        at = asked.flatten().nonzero()[:, 0]
-        if len(at):
-            few = _of(some, at // k, points if len(at) == len(points) else points.index_select(0, at))
-            broken[at] = firmly_broken(self._answers(few), few)
+        n_points = n_points.minimum(self.n_left(subset)) * self.open(subset)
+        queried = torch.arange(k, device=x.device) < n_points[:, None]
+        self._n_left[self.closest.rows(subset)] -= queried.sum(1)
+        points, broken = x.flatten(0, 1), torch.zeros_like(queried).flatten()
+        positions = queried.flatten().nonzero()[:, 0]
+        if len(positions):
+            queries = _queries(
+                subset,
+                positions // k,
+                # no copy if all are queried
+                points if len(positions) == len(points) else points.index_select(0, positions),
+            )
+            broken[positions] = firmly_broken(self._logits(queries), queries)
         away, hits = x.new_full((n * k,), torch.inf), broken.nonzero()[:, 0]
-        away[hits] = self._norm.distance(points.index_select(0, hits), some.x.index_select(0, hits // k))
+        away[hits] = self._norm.distance(points.index_select(0, hits), subset.x.index_select(0, hits // k))
         distance, nearest = away.view(n, k).min(1)
         chosen = points.index_select(0, nearest + k * torch.arange(n, device=x.device))
-        self.closest.offer(some, chosen, distance, distance < torch.inf)
-        return broken.view(n, k), asked
+        self.closest.offer(subset, chosen, distance, distance < torch.inf)
+        return broken.view(n, k), queried
 
-    def _answers(self, few: Batch) -> Logits:
+    def _logits(self, queries: Batch) -> Logits:
         """Logits of a batch; on a CPU in parts of few rows, because large batches do not fit the caches."""
-        rows = _ROWS if few.x.device.type == "cpu" else len(few)
-        return torch.cat([self._model(part.x, part.ids) for part in few.split(rows)])
+        rows = _ROWS if queries.x.device.type == "cpu" else len(queries)
+        return torch.cat([self._model(part.x, part.ids) for part in queries.split(rows)])
 
-    def improve(self, some: Batch, far: Inputs, *, share: float = _NEARER) -> Mask:
-        """Search for a closer broken point in the direction of each point `far`: query it at a fraction `share` of the
-        closest distance so far and, if it breaks the model, search for the boundary.
+    def improve(self, subset: Batch, points: Inputs, *, share: float = _NEARER) -> Mask:
+        """Search for a closer broken point in the direction of each of the `points`: query it at a fraction `share` of
+        the closest distance so far and, if it breaks the model, search for the boundary.
 
         Points of examples without a known distance are queried unchanged. The search starts from the points that break
         the model; for others, the cost is one query. Returns whether each point breaks the model.
         """
-        broken, radius = self.nearer(some, far, share=share)
-        self.search(some, far, radius * broken)
+        broken, radius = self.nearer(subset, points, share=share)
+        self.search(subset, points, radius * broken)
         return broken
 
-    def nearer(self, some: Batch, far: Inputs, *, share: float = _NEARER) -> tuple[Mask, PerExample]:
-        """Move each point `far` to the fraction `share` of the closest distance so far, query it, and return a mask of
-        the points that break the model and their distances.
+    def nearer(self, subset: Batch, points: Inputs, *, share: float = _NEARER) -> tuple[Mask, PerExample]:
+        """Move each of the `points` to the fraction `share` of the closest distance so far, query it, and return a mask
+        of the points that break the model and their distances.
         """
-        known = self.closest.distance[self.closest.rows(some)]
-        radius = (share * known).minimum(self._norm.distance(far, some.x))
-        return self.ask(some, self._drawn_in(some, far, radius)), radius
+        distance = self.closest.distance[self.closest.rows(subset)]
+        radius = (share * distance).minimum(self._norm.distance(points, subset.x))
+        return self.ask(subset, self._within(subset, points, radius)), radius
 
-    def _drawn_in(self, some: Batch, far: Inputs, radius: PerExample) -> Inputs:
-        """The points `far`, moved towards the clean inputs until they are within `radius`."""
-        return self._norm.within(far, some.x, self.bounds, radius)
+    def _within(self, subset: Batch, points: Inputs, radius: PerExample) -> Inputs:
+        """The `points`, moved towards the clean inputs until they are within `radius`."""
+        return self._norm.within(points, subset.x, self.bounds, radius)
 
-    def search(self, some: Batch, far: Inputs, radius: PerExample) -> None:
-        """Search for the decision boundary on the lines from the clean inputs towards the points `far`. The points at
-        the distance `radius` are known to break the model.
+    def search(self, subset: Batch, points: Inputs, radius: PerExample) -> None:
+        """Search for the decision boundary on the lines from the clean inputs towards the `points`. The points at the
+        distance `radius` are known to break the model.
 
         The step inwards is doubled until a point does not break the model, and a bisection follows. Examples with a
         radius of 0 are omitted.
         """
         high, low, stride = radius, torch.zeros_like(radius), _STRIDE * radius
         while True:
-            left = ((high - low > _PRECISION * high) & self.open(some)).nonzero()[:, 0]
-            if not len(left):
+            rows = ((high - low > _PRECISION * high) & self.open(subset)).nonzero()[:, 0]
+            if not len(rows):
                 return
-            if len(left) < len(some):
-                some, far = some.take(left), far.index_select(0, left)
-                high, low, stride = high[left], low[left], stride[left]
+            if len(rows) < len(subset):
+                subset, points = subset.take(rows), points.index_select(0, rows)
+                high, low, stride = high[rows], low[rows], stride[rows]
+            # at least half the radius, because the doubled stride soon exceeds it
             probe = torch.where(low > 0, (low + high) / 2, torch.maximum(high - stride, high / 2))
-            broken = self.ask(some, self._drawn_in(some, far, probe))
+            broken = self.ask(subset, self._within(subset, points, probe))
             high, low = torch.where(broken, probe, high), torch.where(broken, low, probe)
             stride = 2 * stride
 
 
-def _of(some: Batch, rows: Rows, x: Inputs) -> Batch:
-    """A batch of the inputs `x`, each with the label, id and target of its row in `some`."""
-    return Batch(x, some.y[rows], some.ids[rows], None if some.target is None else some.target[rows])
+def _queries(subset: Batch, rows: Rows, x: Inputs) -> Batch:
+    """A batch of the inputs `x`, each with the label, id and target of its row in `subset`."""
+    return Batch(x, subset.y[rows], subset.ids[rows], None if subset.target is None else subset.target[rows])
 
 
 def _starts(batch: Batch, box: tuple[Tensor, Tensor], rng: Draws) -> Iterator[Inputs]:

@@ -25,11 +25,11 @@ def auroc(clean: PerExample, attacked: PerExample, confidence: float = 0.95) -> 
     The bootstrap interval resamples examples, so that the clean and the attacked input of an example stay together.
     """
     n = len(clean)
-    known, coded = torch.unique(torch.cat((clean, attacked)), return_inverse=True)
+    scores, codes = torch.unique(torch.cat((clean, attacked)), return_inverse=True)
 
     def statistic(rows: torch.Tensor) -> PerExample:
-        below, at = (_counts(coded[half][rows], len(known)) for half in (slice(n), slice(n, None)))
-        return (at * (below.cumsum(1) - below / 2)).sum(1) / n**2
+        below, equal = (_counts(codes[half][rows], len(scores)) for half in (slice(n), slice(n, None)))
+        return (equal * (below.cumsum(1) - below / 2)).sum(1) / n**2
 
     return bootstrap(statistic, n, confidence)
 

@@ -35,6 +35,7 @@ class Diffusion:
     def betas(self) -> Tensor:
         """Return the fraction of the variance that each step of the diffusion replaces by noise, as float64 (steps)."""
         times = _PAPER / self.steps
+        # below 1 for any number of steps: a beta of 1 would remove all data
         return torch.linspace(_FIRST * times, min(_LAST * times, 0.999), self.steps, dtype=torch.float64)
 
     def kept(self) -> Tensor:
@@ -71,19 +72,20 @@ class Diffusion:
         """Sample new points (n, dims) with DDPM, one for each id, starting from noise. The cost is `steps` forward
         passes of the denoising network.
         """
+        # Python floats, so that the coefficients have double precision for points of any type
         betas, kept = self.betas().tolist(), self.kept().tolist()
         x = rng.at("first").normal(ids, dims)
-        drawn = rng.at("steps").normal(ids, self.steps, dims)
+        noise = rng.at("steps").normal(ids, self.steps, dims)
         for t in reversed(range(self.steps)):
             clean = self._restored(denoiser, x, t, kept[t])
-            before, now, beta = kept[t - 1] if t else 1.0, kept[t], betas[t]
+            kept_before, kept_now, beta = kept[t - 1] if t else 1.0, kept[t], betas[t]
             x = torch.add(
-                x * (math.sqrt(1 - beta) * (1 - before) / (1 - now)),
+                x * (math.sqrt(1 - beta) * (1 - kept_before) / (1 - kept_now)),
                 clean,
-                alpha=math.sqrt(before) * beta / (1 - now),
+                alpha=math.sqrt(kept_before) * beta / (1 - kept_now),
             )
             if t:
-                x = torch.add(x, drawn[:, t], alpha=math.sqrt((1 - before) / (1 - now) * beta))
+                x = torch.add(x, noise[:, t], alpha=math.sqrt((1 - kept_before) / (1 - kept_now) * beta))
         return x
 
     @torch.no_grad()
@@ -94,15 +96,16 @@ class Diffusion:
         kept = self.kept().tolist()
         visited = list(range(self.steps - 1, -1, -max(self.steps // steps, 1)))
         x = rng.at("first").normal(ids, dims)
-        for t, then in zip(visited, [*visited[1:], -1], strict=True):
+        for t, next_t in zip(visited, [*visited[1:], -1], strict=True):
             clean = self._restored(denoiser, x, t, kept[t])
             noise = (x - math.sqrt(kept[t]) * clean) / math.sqrt(1 - kept[t])
-            before = kept[then] if then >= 0 else 1.0
-            x = torch.add(math.sqrt(before) * clean, noise, alpha=math.sqrt(1 - before))
+            kept_after = kept[next_t] if next_t >= 0 else 1.0
+            x = torch.add(math.sqrt(kept_after) * clean, noise, alpha=math.sqrt(1 - kept_after))
         return x
 
     def _restored(self, denoiser: Denoiser, x: Tensor, t: int, kept: float) -> Tensor:
         """The clean points that the denoiser predicts at step `t`, clamped."""
         noise = denoiser(x, torch.full((len(x),), t, device=x.device))
-        seen = torch.add(x, noise, alpha=-math.sqrt(1 - kept)).mul_(1 / math.sqrt(kept))
-        return seen.clamp_(-self.clamp, self.clamp)
+        clean = torch.add(x, noise, alpha=-math.sqrt(1 - kept)).mul_(1 / math.sqrt(kept))
+        # at high noise the division by a small root enlarges every error of the denoiser
+        return clean.clamp_(-self.clamp, self.clamp)

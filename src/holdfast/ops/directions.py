@@ -48,21 +48,23 @@ def _mixed(noise: Tensor, rng: Draws, ids: Ids, share: float, weight: float) -> 
     """Signs (n, k, *shape), overwritten in place, plus low-frequency waves, both of length `weight`."""
     _, k, channels, height, width = noise.shape
     rows, columns = (_waves(size, share, ids.device, noise.dtype) for size in (height, width))
-    drawn = signs(rng, ids, k, channels, len(rows), len(columns), dtype=noise.dtype)
-    own, theirs = (weight / math.sqrt(values[0, 0].numel()) for values in (noise, drawn))
-    flat, half = noise.flatten(0, 2), (drawn @ columns).flatten(0, 2)
-    return flat.baddbmm_(rows.T.expand(len(flat), -1, -1), half, beta=own, alpha=theirs).view_as(noise)
+    amplitudes = signs(rng, ids, k, channels, len(rows), len(columns), dtype=noise.dtype)
+    noise_scale, wave_scale = (weight / math.sqrt(values[0, 0].numel()) for values in (noise, amplitudes))
+    flat, half_product = noise.flatten(0, 2), (amplitudes @ columns).flatten(0, 2)
+    return flat.baddbmm_(
+        rows.T.expand(len(flat), -1, -1), half_product, beta=noise_scale, alpha=wave_scale
+    ).view_as(noise)
 
 
 def ray_and_orthogonal(
-    some: Batch, x: Inputs, bounds: Bounds, rng: Draws, *, share: float
+    batch: Batch, x: Inputs, bounds: Bounds, rng: Draws, *, share: float
 ) -> tuple[Inputs, Inputs]:
     """Return for each example the direction from its clean input to `x`, and a random direction orthogonal to it, both
     of length one.
     """
-    ray = L2().steepest(x - some.x, x, bounds)
-    drawn = directions(rng, some.ids, 1, x.shape[1:], share, x.dtype)[:, 0]
-    beside = drawn - spread((drawn * ray).flatten(1).sum(1), x) * ray
+    ray = L2().steepest(x - batch.x, x, bounds)
+    random = directions(rng, batch.ids, 1, x.shape[1:], share, x.dtype)[:, 0]
+    beside = random - spread((random * ray).flatten(1).sum(1), x) * ray
     return ray, L2().steepest(beside, x, bounds)
 
 
@@ -72,16 +74,17 @@ def signs(rng: Draws, ids: Ids, *shape: int, dtype: torch.dtype) -> Tensor:
     It is many times faster than `Draws.signs`.
     """
     size = math.prod(shape)
-    octets = rng.bits(ids, -(-size // 64)).view(torch.uint8)
-    places = torch.arange(8, device=ids.device)
-    table = ((torch.arange(256, device=ids.device)[:, None] >> places & 1) * 2 - 1).to(dtype)
-    return F.embedding(octets.int(), table).flatten(1)[:, :size].reshape(len(ids), *shape)
+    random_bytes = rng.bits(ids, -(-size // 64)).view(torch.uint8)
+    positions = torch.arange(8, device=ids.device)
+    # one lookup for each byte gives eight signs
+    table = ((torch.arange(256, device=ids.device)[:, None] >> positions & 1) * 2 - 1).to(dtype)
+    return F.embedding(random_bytes.int(), table).flatten(1)[:, :size].reshape(len(ids), *shape)
 
 
 def _waves(size: int, share: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Lowest-frequency cosines of the orthonormal DCT-II, one in each row."""
-    wave = torch.arange(max(1, round(share * size)), device=device, dtype=dtype)[:, None]
-    place = torch.arange(size, device=device, dtype=dtype) + 0.5
-    waves = torch.cos(math.pi / size * wave * place) * math.sqrt(2 / size)
+    frequency = torch.arange(max(1, round(share * size)), device=device, dtype=dtype)[:, None]
+    position = torch.arange(size, device=device, dtype=dtype) + 0.5
+    waves = torch.cos(math.pi / size * frequency * position) * math.sqrt(2 / size)
     waves[0] /= math.sqrt(2)
     return waves

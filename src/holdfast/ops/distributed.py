@@ -94,13 +94,13 @@ def broadcast(value: T) -> T:
     if processes() == 1:
         return value
     objects = [value]
-    with _heard():
+    with _connected():
         dist.broadcast_object_list(objects)
     return objects[0]
 
 
 @contextmanager
-def _heard() -> Iterator[None]:
+def _connected() -> Iterator[None]:
     """Context that turns the loss of another process into a `TargetError`."""
     try:
         yield
@@ -127,13 +127,13 @@ def share(rows: Tensor) -> Tensor:
     return rows[rank() :: processes()]
 
 
-def worth(mine: int, all_of_them: int) -> float:
-    """Return the factor for a mean over the `mine` rows of this process, with which the mean over all processes equals
+def mean_factor(n_own: int, n_total: int) -> float:
+    """Return the factor for a mean over the `n_own` rows of this process, with which the mean over all processes equals
     the mean over all rows.
 
-    `mine` is the number of rows of this process.
+    `n_own` is the number of rows of this process.
     """
-    return mine * processes() / all_of_them
+    return n_own * processes() / n_total
 
 
 @torch.no_grad()
@@ -146,12 +146,13 @@ def average(values: Iterable[Tensor | None]) -> None:
     fractions = [value for value in values if value is not None and value.is_floating_point()]
     if not fractions:
         return
-    whole = torch.cat(
+    # one message for all tensors; float32, because a sum in half precision loses digits
+    concatenated = torch.cat(
         [value.flatten().to(torch.promote_types(value.dtype, torch.float32)) for value in fractions]
     )
-    with _heard():
-        dist.all_reduce(whole)
-    whole /= processes()
-    means = torch.split(whole, [value.numel() for value in fractions])
+    with _connected():
+        dist.all_reduce(concatenated)
+    concatenated /= processes()
+    means = torch.split(concatenated, [value.numel() for value in fractions])
     for value, mean in zip(fractions, means, strict=True):
         value.copy_(mean.view_as(value))

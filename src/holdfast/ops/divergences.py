@@ -33,6 +33,6 @@ def weighted_gaps(logits: Logits, clean: Logits, weight: Tensor) -> PerExample:
     With w the weights and d the difference of the logits, the double sum is 2 (w d² Σw - (w d)²), so no pairs are
     formed.
     """
-    apart = logits - clean
-    total, mean, square = weight.sum(1), (weight * apart).sum(1), (weight * apart.square()).sum(1)
+    difference = logits - clean
+    total, mean, square = weight.sum(1), (weight * difference).sum(1), (weight * difference.square()).sum(1)
     return 0.5 * (square * total - mean.square())

@@ -49,9 +49,10 @@ def gaussian(rng: Draws, ids: Ids, like: Inputs) -> Inputs:
     transform.
     """
     n = like[0].numel()
-    words = rng.bits(ids, -(-n // 2))
-    u, v = (((words >> shift) & 0xFFFFFF).to(like.dtype) * 2.0**-24 for shift in (0, 32))
-    length, angle = (-2 * torch.log1p(-u)).sqrt_(), 2 * math.pi * v
+    random_bits = rng.bits(ids, -(-n // 2))
+    # 24 bits, the precision of float32
+    u, v = (((random_bits >> shift) & 0xFFFFFF).to(like.dtype) * 2.0**-24 for shift in (0, 32))
+    length, angle = (-2 * torch.log1p(-u)).sqrt_(), 2 * math.pi * v  # u may be 0, but never 1
     return torch.cat((length * angle.cos(), length * angle.sin()), dim=1)[:, :n].view_as(like)
 
 
@@ -61,7 +62,7 @@ def rademacher(rng: Draws, ids: Ids, like: Inputs) -> Inputs:
 
 
 def estimated_slope(
-    model: Model, left: Batch, x: Inputs, constraint: Constraint, best: Best, noise: Noise,
+    model: Model, batch: Batch, x: Inputs, constraint: Constraint, best: Best, noise: Noise,
     *, pairs: int, size: float, rng: Draws,
 ) -> Inputs:  # fmt: skip
     """Estimate the direction in which the margin falls fastest at `x` from the scores at pairs of opposite points
@@ -70,34 +71,35 @@ def estimated_slope(
     It uses `pairs` pairs of points at the distance `size` on either side, which are clamped to the box; differences are
     taken along the line between both points. Cost: two forwards for each pair.
     """
-    total, at_once = torch.zeros_like(x), max(1, _ROWS // (2 * len(left)))
-    for first in range(0, pairs, at_once):
-        lines = []
-        for pair in range(first, min(first + at_once, pairs)):
-            step = size * noise(rng.at("pair", pair), left.ids, x)
-            lines += [model.bounds.clamp(x + step), model.bounds.clamp(x - step)]
-        heights = look(model, left, lines, constraint, best)
-        for k in range(0, len(lines), 2):
-            fall = (heights[k + 1] - heights[k]).nan_to_num(0.0, 0.0, 0.0)
-            total += spread(fall, x) * (lines[k] - lines[k + 1])
+    total, n_pairs = torch.zeros_like(x), max(1, _ROWS // (2 * len(batch)))
+    for first in range(0, pairs, n_pairs):
+        points = []
+        for pair in range(first, min(first + n_pairs, pairs)):
+            step = size * noise(rng.at("pair", pair), batch.ids, x)
+            points += [model.bounds.clamp(x + step), model.bounds.clamp(x - step)]
+        margins = look(model, batch, points, constraint, best)
+        for k in range(0, len(points), 2):
+            # a margin of NaN or infinity shows no direction
+            decrease = (margins[k + 1] - margins[k]).nan_to_num(0.0, 0.0, 0.0)
+            total += spread(decrease, x) * (points[k] - points[k + 1])
     return total
 
 
 def look(
-    model: Model, left: Batch, points: list[Inputs], constraint: Constraint, best: Best
+    model: Model, batch: Batch, points: list[Inputs], constraint: Constraint, best: Best
 ) -> list[PerExample]:
     """Query the model at several points of each example and return their margins. Points that break the model inside
     the constraint are recorded in `best`.
     """
     n = len(points)
-    whole = Batch(torch.cat(points), left.y.repeat(n), left.ids.repeat(n), _repeated(left.target, n))
-    heights = margin(model(whole.x, whole.ids), whole).view(n, -1).unbind()
-    for x, height in zip(points, heights, strict=True):
-        rows = (~(height > 0)).nonzero()[:, 0]
+    repeated = Batch(torch.cat(points), batch.y.repeat(n), batch.ids.repeat(n), _repeated(batch.target, n))
+    all_margins = margin(model(repeated.x, repeated.ids), repeated).view(n, -1).unbind()
+    for x, margins in zip(points, all_margins, strict=True):
+        rows = (~(margins > 0)).nonzero()[:, 0]
         if len(rows):
-            rows = rows[allowed(constraint, x[rows], left.x[rows], model.bounds)]
-            best.offer(left.take(rows), x[rows], height[rows])
-    return list(heights)
+            rows = rows[allowed(constraint, x[rows], batch.x[rows], model.bounds)]
+            best.offer(batch.take(rows), x[rows], margins[rows])
+    return list(all_margins)
 
 
 def climb(
@@ -110,58 +112,69 @@ def climb(
     Step sizes follow a cosine over a path of `reach` times eps. Cost: at most `queries` forwards, one to evaluate each
     point and two for each pair; the last step uses the remaining queries.
     """
-    best, left, x = Best(batch), batch, batch.x
+    best, remaining, x = Best(batch), batch, batch.x
     steps = list(_pairs(queries, pairs))
-    for step, most in enumerate([*steps, 0]):
-        best.offer(left, x, margin(model(x, left.ids), left))
-        if most:
+    for step, n_pairs in enumerate([*steps, 0]):  # the last round only evaluates the end point
+        best.offer(remaining, x, margin(model(x, remaining.ids), remaining))
+        if n_pairs:
             grad = estimated_slope(
-                model, left, x, constraint, best, noise, pairs=most, size=size, rng=rng.at("step", step)
+                model,
+                remaining,
+                x,
+                constraint,
+                best,
+                noise,
+                pairs=n_pairs,
+                size=size,
+                rng=rng.at("step", step),
             )
-        standing = (best.margin[best.rows(left)] > 0).nonzero()[:, 0]
-        if not len(standing) or not most:
+        surviving = (best.margin[best.rows(remaining)] > 0).nonzero()[:, 0]
+        if not len(surviving) or not n_pairs:
             break
-        if len(standing) < len(left):
-            left, x, grad = left.take(standing), x[standing], grad[standing]
-            steering.take(standing)
+        if len(surviving) < len(remaining):
+            remaining, x, grad = remaining.take(surviving), x[surviving], grad[surviving]
+            steering.take(surviving)
         length = reach * constraint.eps / len(steps) * cosine(step, len(steps))
         direction = constraint.steepest(steering(grad), x, model.bounds)
-        x = constraint.project(x + length * direction, left.x, model.bounds)
+        x = constraint.project(x + length * direction, remaining.x, model.bounds)
     return best.x
 
 
 def _pairs(queries: int, pairs: int) -> Iterator[int]:
     """Yield the number of pairs of each step; each step's end costs one query, and so does the start."""
-    left = queries - 1
-    while left >= 3:
-        n = min(pairs, (left - 1) // 2)
+    queries_left = queries - 1
+    while queries_left >= 3:
+        n = min(pairs, (queries_left - 1) // 2)
         yield n
-        left -= 2 * n + 1
+        queries_left -= 2 * n + 1
 
 
 def coordinate_slopes(
-    model: Model, left: Batch, x: Inputs, at: Tensor, norm: Norm, closest: Closest, h: float
+    model: Model, batch: Batch, x: Inputs, at: Tensor, norm: Norm, closest: Closest, h: float
 ) -> Tensor:  # fmt: skip
     """Estimate the derivatives (n, k) of the margin at `x` with respect to the coordinates `at`, by finite differences
     with the step `h`.
 
     Points that break the model are offered to `closest`. Cost: two forwards for each coordinate.
     """
-    slopes, n = [], torch.arange(len(left), device=x.device)
-    for part in at.split(max(1, _ROWS // (2 * len(left))), dim=1):  # type: ignore[no-untyped-call]
-        k = part.shape[1]
-        step = x.new_zeros(*part.shape, x[0].numel()).scatter_(2, part[..., None], h)
+    slopes, n = [], torch.arange(len(batch), device=x.device)
+    for coordinates in at.split(max(1, _ROWS // (2 * len(batch))), dim=1):  # type: ignore[no-untyped-call]
+        k = coordinates.shape[1]
+        step = x.new_zeros(*coordinates.shape, x[0].numel()).scatter_(2, coordinates[..., None], h)
         rows = n.repeat_interleave(2 * k)
-        moved = torch.cat((step, -step), 1).view(-1, *x.shape[1:])
-        whole, queried = left.take(rows), model.bounds.clamp(x[rows] + moved)
-        logits = model(queried, whole.ids)
+        shifts = torch.cat((step, -step), 1).view(-1, *x.shape[1:])
+        repeated, queried = batch.take(rows), model.bounds.clamp(x[rows] + shifts)
+        logits = model(queried, repeated.ids)
         points = queried.view(len(n), 2 * k, *x.shape[1:])
-        far = torch.where(firmly_broken(logits, whole), norm.distance(queried, whole.x), torch.inf)
-        near, which = far.view(-1, 2 * k).min(1)
-        closest.offer(left, points[n, which], near, near < torch.inf)
-        one, other = points.flatten(2).gather(2, part.repeat(1, 2)[..., None])[..., 0].chunk(2, 1)
-        high, low = margin(logits, whole).view(-1, 2 * k).chunk(2, 1)
-        slopes.append(((high - low) / (one - other).clamp_min(h / 2)).nan_to_num(0.0, 0.0, 0.0))
+        distances = torch.where(
+            firmly_broken(logits, repeated), norm.distance(queried, repeated.x), torch.inf
+        )
+        nearest, index = distances.view(-1, 2 * k).min(1)
+        closest.offer(batch, points[n, index], nearest, nearest < torch.inf)
+        x_plus, x_minus = points.flatten(2).gather(2, coordinates.repeat(1, 2)[..., None])[..., 0].chunk(2, 1)
+        high, low = margin(logits, repeated).view(-1, 2 * k).chunk(2, 1)
+        # at a side of the box one point does not move; in a box without width neither does
+        slopes.append(((high - low) / (x_plus - x_minus).clamp_min(h / 2)).nan_to_num(0.0, 0.0, 0.0))
     return torch.cat(slopes, 1)
 
 

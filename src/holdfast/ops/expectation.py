@@ -35,14 +35,14 @@ class Transformed(nn.Module):
     def forward(self, x: Inputs) -> Tensor:
         """Return the logits of the inputs, each of which is transformed at random first."""
         bounds, amounts = self.model.bounds, {}
-        for name, far in self.limits.items():
+        for name, limit in self.limits.items():
             for axis in _AXES.get(name, (name,)) if name != "noise" else ():
-                amounts[axis] = far * (2 * torch.rand(len(x), device=x.device, dtype=x.dtype) - 1)
-        seen = transformed(x, amounts, bounds)
+                amounts[axis] = limit * (2 * torch.rand(len(x), device=x.device, dtype=x.dtype) - 1)
+        view = transformed(x, amounts, bounds)
         if "noise" in self.limits:
             low, high = bounds.like(x)
-            seen = bounds.clamp(seen + self.limits["noise"] * (high - low) * torch.randn_like(x))
-        logits: Tensor = self.model(seen)
+            view = bounds.clamp(view + self.limits["noise"] * (high - low) * torch.randn_like(x))
+        logits: Tensor = self.model(view)
         return logits
 
 
@@ -50,13 +50,13 @@ def seen_through(model: Classifier, limits: Mapping[str, float]) -> Classifier:
     """Return a classifier that transforms its inputs at random before it calls `model`, with the same bounds, classes
     and access.
     """
-    behind = Classifier(
+    wrapped = Classifier(
         Transformed(model, limits), bounds=model.bounds, classes=model.classes, access=model.access
     )
-    behind.hides, behind.batches, behind.rejects = model.hides, model.batches, model.rejects
-    behind.remote, behind.class_names = model.remote, model.class_names
-    behind.class_labels, behind.feature_names = model.class_labels, model.feature_names
-    return behind
+    wrapped.hides, wrapped.batches, wrapped.rejects = model.hides, model.batches, model.rejects
+    wrapped.remote, wrapped.class_names = model.remote, model.class_names
+    wrapped.class_labels, wrapped.feature_names = model.class_labels, model.feature_names
+    return wrapped
 
 
 def inner(model: Classifier) -> Classifier:

@@ -27,7 +27,7 @@ from holdfast.core.checkpoint import AVERAGE, MEMORY, STATE, WEIGHTS, Checkpoint
 from holdfast.core.draws import Draws
 from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.augment import Augmentation, augmented, cut_and_mixed
-from holdfast.ops.distributed import average, processes, rank, share, worth
+from holdfast.ops.distributed import average, mean_factor, processes, rank, share
 from holdfast.ops.frozen import Statistics
 from holdfast.ops.immunity import Immunity
 from holdfast.ops.number_format import Layout, Precision, computing, laid_out
@@ -146,7 +146,7 @@ def rate(schedule: Rate, done: float) -> float:
     return 1.0
 
 
-def _grown(how: Training, done: float) -> float:
+def _eps_factor(how: Training, done: float) -> float:
     return how.overshoot * (1.0 if done >= how.warmup else done / how.warmup)
 
 
@@ -170,7 +170,7 @@ class Guard(Protocol):
     def dearer(self) -> float:
         """Current cost of an update of the training, in multiples of the cost of the first update."""
 
-    def holds(self) -> bool:
+    def passes(self) -> bool:
         """Return whether the check of the network passes. If it does not, this call has changed the training so that a
         later check can pass.
         """
@@ -214,6 +214,7 @@ def fit(
             return
         measured = loop.epoch(epoch, guard)
         refuse_changed(model, before)
+        # copied, because on a CPU `cpu` returns the tensor itself, which later updates change
         tensors = {name: _copy(value.cpu()) for name, value in loop.tensors().items()}
         of = max(-(-plans.end // plans.per_epoch), epoch + 1)
         part = plans.updates / plans.per_epoch - epoch
@@ -239,10 +240,10 @@ class _Loop:
         self._model, self._data, self._inner, self._loss = model, data, inner, loss
         self._how, self._rng, self._state = how, rng, state
         self._replays, self._settle = replays, settle
-        self._learned = [weight for weight in model.parameters() if weight.requires_grad]
-        self._optimizer = _optimizer(self._learned, how)
-        now = {} if how.averaging == "none" else model.state_dict()
-        self._average = {name: value.detach().clone() for name, value in now.items()}
+        self._parameters = [weight for weight in model.parameters() if weight.requires_grad]
+        self._optimizer = _optimizer(self._parameters, how)
+        initial = {} if how.averaging == "none" else model.state_dict()
+        self._average = {name: value.detach().clone() for name, value in initial.items()}
         self._plans = plans
 
     def epoch(self, epoch: int, guard: Guard | None) -> dict[str, float]:
@@ -250,46 +251,49 @@ class _Loop:
         plans, per_epoch = self._plans, self._plans.per_epoch
         rows = self._rng.at("order", epoch).bits(self._data.ids).argsort()
         rows = rows[: per_epoch // self._replays * self._how.batch]
-        batches = [few for few in torch.split(rows, self._how.batch) for _ in range(self._replays)]
+        batches = [
+            batch_rows for batch_rows in torch.split(rows, self._how.batch) for _ in range(self._replays)
+        ]
         every = per_epoch if guard is None else guard.every
         losses, right, step = [], torch.zeros((), device=rows.device), 0
         while step < per_epoch and (step == 0 or not plans.ended()):
-            before = {} if guard is None else self._snapshot()
-            done = self._some(epoch, batches[: step + every], step)
-            if guard is not None and not self._held(guard, epoch, step):
-                self.restore(before)
+            snapshot = {} if guard is None else self._snapshot()
+            results = self._run_updates(epoch, batches[: step + every], step)
+            if guard is not None and not self._guard_passes(guard, epoch, step):
+                self.restore(snapshot)
                 plans.rewind(epoch * per_epoch + step, step)
                 continue
-            losses += [value for value, _ in done]
-            right += sum(hits for _, hits in done)
-            step += len(done)
-        seen = torch.stack(losses).double()
-        average((seen, right))
-        refuse_lost(seen, epoch, self._how.lr)
+            losses += [value for value, _ in results]
+            right += sum(hits for _, hits in results)
+            step += len(results)
+        epoch_losses = torch.stack(losses).double()
+        average((epoch_losses, right))
+        # after the average, so that a loss that is not finite stops all processes
+        refuse_lost(epoch_losses, epoch, self._how.lr)
         if self._how.averaging == "swa":
             ends = self._state[_ENDS]
             swa(self._average, self._model, int(ends))
             ends.add_(self._in_tail(epoch))
         plans.review(step)
-        known = int((self._data.y[torch.cat(batches[:step])] != UNLABELLED).sum())
+        n_labelled = int((self._data.y[torch.cat(batches[:step])] != UNLABELLED).sum())
         lr = self._optimizer.param_groups[0]["lr"]
-        accuracy = processes() * right.item() / max(known, 1)
+        accuracy = processes() * right.item() / max(n_labelled, 1)
         dearer = 1.0 if guard is None else guard.dearer
-        return {"loss": seen.mean().item(), "accuracy": accuracy, "lr": lr, "dearer": dearer}
+        return {"loss": epoch_losses.mean().item(), "accuracy": accuracy, "lr": lr, "dearer": dearer}
 
-    def _some(self, epoch: int, batches: Sequence[Tensor], begin: int) -> list[tuple[Tensor, Tensor]]:
+    def _run_updates(self, epoch: int, batches: Sequence[Tensor], begin: int) -> list[tuple[Tensor, Tensor]]:
         """Run the updates of an epoch from `begin` to the last batch or the end of the plan, and at least one."""
         plans = self._plans
-        done: list[tuple[Tensor, Tensor]] = []
+        results: list[tuple[Tensor, Tensor]] = []
         for step in range(begin, len(batches)):
-            if done and plans.due():
-                done[-1][0].item()  # waits for the device, so that the time includes all updates
+            if results and plans.due():
+                results[-1][0].item()  # waits for the device, so that the time includes all updates
                 plans.review(step)
-            if done and plans.ended():
+            if results and plans.ended():
                 break
-            done.append(self._update(epoch, step, batches[step]))
+            results.append(self._update(epoch, step, batches[step]))
             plans.updates = epoch * plans.per_epoch + step + 1
-        return done
+        return results
 
     def _in_tail(self, epoch: int) -> bool:
         """Whether the weights at the end of an epoch are part of the SWA mean."""
@@ -298,37 +302,46 @@ class _Loop:
             return self._plans.share > 1 - how.tail
         return epoch >= how.epochs - max(round(how.tail * how.epochs), 1)
 
-    def _held(self, guard: Guard, epoch: int, begin: int) -> bool:
+    def _guard_passes(self, guard: Guard, epoch: int, begin: int) -> bool:
         """Whether the guard's check passes, with torch's random numbers fixed by epoch and step."""
         with drawing(self._rng.at("guard", epoch, begin), self._data.x.device):
-            return guard.holds()
+            return guard.passes()
 
     def _update(self, epoch: int, step: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Run one update; return its loss and the number of correctly classified examples."""
-        how, place, before = self._how, self._rng.at(epoch, step), epoch * self._plans.per_epoch + step
-        plan = self._plans.at(before)
+        how, update_rng, n_done = self._how, self._rng.at(epoch, step), epoch * self._plans.per_epoch + step
+        plan = self._plans.at(n_done)
         for group in self._optimizer.param_groups:
-            group["lr"] = how.lr * rate(how.schedule, plan.rated(before))
-        seen = self._rng.at(epoch, step - step % self._replays)  # a replayed batch has the same augmentation
-        batch = augmented(self._data.take(rows), how.augment, seen)
-        batch, other, own = cut_and_mixed(batch, how.cutmix, seen)
-        part, masks = 1.0, place
+            group["lr"] = how.lr * rate(how.schedule, plan.rated(n_done))
+        batch_rng = self._rng.at(
+            epoch, step - step % self._replays
+        )  # a replayed batch has the same augmentation
+        batch = augmented(self._data.take(rows), how.augment, batch_rng)
+        batch, mixed_in, own_share = cut_and_mixed(batch, how.cutmix, batch_rng)
+        factor, masks = 1.0, update_rng
         if processes() > 1:
-            masks = place.at("share", rank())  # each process has other examples and other dropout masks
-            mine = share(torch.arange(len(rows), device=rows.device))
-            batch, other, part = batch.take(mine), other.take(mine), worth(len(mine), len(rows))
+            masks = update_rng.at("share", rank())  # each process has other examples and other dropout masks
+            own_rows = share(torch.arange(len(rows), device=rows.device))
+            batch, mixed_in, factor = (
+                batch.take(own_rows),
+                mixed_in.take(own_rows),
+                mean_factor(len(own_rows), len(rows)),
+            )
         batch = batch.at(laid_out(batch.x, how.layout))
 
         def measured() -> tuple[Tensor, Tensor]:
             with computing(how.precision, rows.device):
                 value, hits = self._loss(batch, x_adv)
-                value = value if own == 1 else torch.lerp(self._loss(other, x_adv)[0], value, own)
+                # two batches with hard labels instead of mixed ones, so that no loss needs soft labels
+                value = (
+                    value if own_share == 1 else torch.lerp(self._loss(mixed_in, x_adv)[0], value, own_share)
+                )
                 if how.immunity is not None:
-                    value = value + how.immunity(self._model, place)
-            return part * value, hits
+                    value = value + how.immunity(self._model, update_rng)
+            return factor * value, hits
 
         with torch.enable_grad(), drawing(masks, rows.device):
-            turn = Turn(place, epoch, plan.done(before), _grown(how, plan.done(before)))
+            turn = Turn(update_rng, epoch, plan.done(n_done), _eps_factor(how, plan.done(n_done)))
             with computing(how.precision, rows.device):
                 x_adv = self._inner(batch, turn)
             self._optimizer.zero_grad(set_to_none=True)
@@ -336,13 +349,16 @@ class _Loop:
                 value, hits = measured()
                 refuse_cut(value)
                 value.backward()  # type: ignore[no-untyped-call]
-        average(weight.grad for weight in self._learned)
+        # with awp, the gradient at the perturbed weights is applied to the restored ones
+        average(weight.grad for weight in self._parameters)
         self._optimizer.step()
+        # batch norm has used other examples in each process
         average(chain(self._model.buffers(), self._state.values()))
+        # before the average, which then consists of weights within the constraint
         if self._settle is not None:
             self._settle()
         if how.averaging == "ema":
-            ema(self._average, self._model, how.average, before)
+            ema(self._average, self._model, how.average, n_done)
         return value.detach(), hits
 
     def tensors(self) -> dict[str, Tensor]:
@@ -352,10 +368,10 @@ class _Loop:
         tensors = {WEIGHTS + name: value for name, value in self._model.state_dict().items()}
         tensors |= {AVERAGE + name: value for name, value in self._average.items()}
         tensors |= {STATE + name: value for name, value in self._state.items()}
-        for place, memory in self._optimizer.state_dict()["state"].items():
+        for index, memory in self._optimizer.state_dict()["state"].items():
             for name, value in memory.items():
                 if isinstance(value, Tensor):
-                    tensors[f"{MEMORY}{place}.{name}"] = value
+                    tensors[f"{MEMORY}{index}.{name}"] = value
         return tensors
 
     def _snapshot(self) -> dict[str, Tensor]:
@@ -377,9 +393,9 @@ class _Loop:
                 state[name].copy_(value)
         memory: dict[int, dict[str, Tensor]] = {}
         for name, value in without_prefix(tensors, MEMORY).items():
-            place, _, key = name.partition(".")
+            index, _, key = name.partition(".")
             value = value.cpu() if key == "step" else value  # read without waiting for the device
-            memory.setdefault(int(place), {})[key] = _copy(value)
+            memory.setdefault(int(index), {})[key] = _copy(value)
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": memory})
 
 
@@ -406,9 +422,9 @@ def drawing(rng: Draws, device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
-def _optimizer(learned: list[nn.Parameter], how: Training) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[nn.Parameter], how: Training) -> torch.optim.Optimizer:
     if how.optimizer == "sgd":
         return torch.optim.SGD(
-            learned, how.lr, how.momentum, weight_decay=how.decay, nesterov=how.momentum > 0
+            parameters, how.lr, how.momentum, weight_decay=how.decay, nesterov=how.momentum > 0
         )
-    return torch.optim.AdamW(learned, how.lr, weight_decay=how.decay)
+    return torch.optim.AdamW(parameters, how.lr, weight_decay=how.decay)

@@ -34,13 +34,14 @@ def twin(model: Classifier, statistics: Statistics = "running") -> Classifier:
                 layer.running_mean = layer.running_var = (
                     None  # torch then uses the statistics of the batch, also in eval mode
                 )
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    shared = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, value in (*copied.named_parameters(), *copied.named_buffers()):
-        _share(value, own[name])
+        _share(value, shared[name])
+    # the matrix product is faster than the kernels of torch on a CPU only
     if next(copied.parameters()).device.type == "cpu":
         quicken_stems(copied)
     return copied
 
 
-def _share(copied: Tensor, own: Tensor) -> None:
-    copied.data = own.data
+def _share(copied: Tensor, original: Tensor) -> None:
+    copied.data = original.data

@@ -48,12 +48,12 @@ def layers(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
     The network is in eval mode during the pass, so that its running statistics do not change.
     """
     training = net.training
-    found: dict[str, tuple[Layer, torch.Size]] = {}
+    shapes: dict[str, tuple[Layer, torch.Size]] = {}
 
     def noting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             assert isinstance(layer, Layer)
-            found.setdefault(name, (layer, inputs[0].shape))
+            shapes.setdefault(name, (layer, inputs[0].shape))
 
         return note
 
@@ -66,7 +66,7 @@ def layers(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
         net.train(training)
         for hook in hooks:
             hook.remove()
-    return found
+    return shapes
 
 
 def _has_gain(layer: nn.Module) -> bool:
@@ -84,15 +84,15 @@ def trained_layers(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Si
     """
     confined = layers(net, x)
     for name, (layer, _) in confined.items():
-        own = dict(layer.named_parameters())
-        own.pop("bias", None)
-        if "weight" not in own and any(weight.requires_grad for weight in own.values()):
+        parameters = dict(layer.named_parameters())
+        parameters.pop("bias", None)
+        if "weight" not in parameters and any(weight.requires_grad for weight in parameters.values()):
             raise UsageError(
-                f"the weight of {name} is computed from {' and '.join(own)} at each pass, so its gain cannot be "
+                f"the weight of {name} is computed from {' and '.join(parameters)} at each pass, so its gain cannot be "
                 f"bounded; remove the parametrisation by torch.nn.utils.parametrize.remove_parametrizations, or "
                 f"choose --recipe gradient-regularisation"
             )
-    return {name: one for name, one in confined.items() if one[0].weight.requires_grad}
+    return {name: entry for name, entry in confined.items() if entry[0].weight.requires_grad}
 
 
 def gain(layer: Layer, shape: torch.Size, order: Order, towards: Tensor) -> Tensor:
@@ -105,47 +105,52 @@ def gain(layer: Layer, shape: torch.Size, order: Order, towards: Tensor) -> Tens
     with torch.no_grad():
         if isinstance(layer, _NORMS):
             assert layer.running_var is not None
-            each: Tensor = layer.weight.abs() * torch.rsqrt(layer.running_var + layer.eps)
-            return each
+            gains: Tensor = layer.weight.abs() * torch.rsqrt(layer.running_var + layer.eps)
+            return gains
         weight = layer.weight.abs()
         if order == "linf":
-            moved = _applied(layer, weight, torch.ones(shape).to(weight))
+            outputs = _applied(layer, weight, torch.ones(shape).to(weight))
             return (
-                moved.flatten(0, -2).amax(0) if isinstance(layer, nn.Linear) else moved[0].flatten(1).amax(1)
+                outputs.flatten(0, -2).amax(0)
+                if isinstance(layer, nn.Linear)
+                else outputs[0].flatten(1).amax(1)
             )
         if order == "l1":
-            return _returned(layer, weight, shape, torch.ones_like).amax()
-        back = _returned(layer, layer.weight, shape, lambda zero: _applied(layer, layer.weight, towards))
-        towards.copy_(back / back.norm().clamp_min(_TINY))
-        most: Tensor = _applied(layer, layer.weight, towards).norm() / towards.norm().clamp_min(_TINY)
-        return most
+            return _transposed(layer, weight, shape, torch.ones_like).amax()
+        transposed = _transposed(
+            layer, layer.weight, shape, lambda zero: _applied(layer, layer.weight, towards)
+        )
+        towards.copy_(transposed / transposed.norm().clamp_min(_TINY))
+        largest: Tensor = _applied(layer, layer.weight, towards).norm() / towards.norm().clamp_min(_TINY)
+        return largest
 
 
 def _applied(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
     """The layer's output with another weight and no bias."""
-    others = {"weight": weight}
+    tensors = {"weight": weight}
     if layer.bias is not None:
-        others["bias"] = torch.zeros_like(layer.bias)  # type: ignore[arg-type]
-    moved: Tensor = torch.func.functional_call(layer, others, (x,))
-    return moved
+        tensors["bias"] = torch.zeros_like(layer.bias)  # type: ignore[arg-type]
+    output: Tensor = torch.func.functional_call(layer, tensors, (x,))
+    return output
 
 
-def _returned(
-    layer: nn.Module, weight: Tensor, shape: torch.Size, made: Callable[[Tensor], Tensor]
+def _transposed(
+    layer: nn.Module, weight: Tensor, shape: torch.Size, seed: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """The transposed layer applied to `made(output)`."""
+    # the gradient of a linear function is its transpose, for every stride and padding
     with torch.enable_grad():
         x = torch.zeros(shape).to(weight).requires_grad_()
-        out = _applied(layer, weight, x)
-        (back,) = torch.autograd.grad(out, x, made(out.detach()))
-    found: Tensor = back.detach()
-    return found
+        output = _applied(layer, weight, x)
+        (transposed,) = torch.autograd.grad(output, x, seed(output.detach()))
+    gradient: Tensor = transposed.detach()
+    return gradient
 
 
-def _anywhere(shape: torch.Size, like: Tensor, rng: Draws) -> Tensor:
-    one = torch.zeros(1, dtype=torch.int64, device=like.device)
-    drawn = rng.normal(one, shape.numel(), dtype=like.dtype).view(shape)
-    unit: Tensor = drawn / drawn.norm()
+def _random_direction(shape: torch.Size, like: Tensor, rng: Draws) -> Tensor:
+    ids = torch.zeros(1, dtype=torch.int64, device=like.device)
+    direction = rng.normal(ids, shape.numel(), dtype=like.dtype).view(shape)
+    unit: Tensor = direction / direction.norm()
     return unit
 
 
@@ -155,8 +160,11 @@ def gain_directions(net: nn.Module, x: Inputs, order: Order, rng: Draws) -> dict
     """
     if order != "l2":
         return {}
-    found = layers(net, x).items()
-    return {f"towards.{name}": _anywhere(shape, layer.weight, rng.at(name)) for name, (layer, shape) in found}
+    named_layers = layers(net, x).items()
+    return {
+        f"towards.{name}": _random_direction(shape, layer.weight, rng.at(name))
+        for name, (layer, shape) in named_layers
+    }
 
 
 @dataclass(frozen=True)
@@ -176,6 +184,8 @@ class Confined:
         with torch.no_grad():
             for name, (layer, shape) in self.layers.items():
                 towards = self.state.get(f"towards.{name}", layer.weight)
-                found = gain(layer, shape, self.order, towards)
-                share = (self.most / found.clamp_min(_TINY)).clamp_max(1)
-                layer.weight.mul_(share.view(-1, *[1] * (layer.weight.dim() - 1)) if share.dim() else share)
+                estimate = gain(layer, shape, self.order, towards)
+                factor = (self.most / estimate.clamp_min(_TINY)).clamp_max(1)
+                layer.weight.mul_(
+                    factor.view(-1, *[1] * (layer.weight.dim() - 1)) if factor.dim() else factor
+                )

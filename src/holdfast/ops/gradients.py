@@ -14,16 +14,16 @@ from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.refusals import CUTS
 
 
-def input_gradient(value: PerExample, x: Inputs, *, again: bool = False, raw: bool = False) -> Inputs:
+def input_gradient(value: PerExample, x: Inputs, *, retain: bool = False, raw: bool = False) -> Inputs:
     """Return the gradient of the sum of `value` with respect to the inputs `x`. It is zero if there is no dependence,
     and NaN and infinity are replaced by zero.
 
-    With `again`, the graph is retained for another gradient; with `raw`, NaN and infinity are not replaced. Cost: one
+    With `retain`, the graph is retained for another gradient; with `raw`, NaN and infinity are not replaced. Cost: one
     backward.
     """
     if not value.requires_grad:
         return torch.zeros_like(x)
-    (grad,) = torch.autograd.grad(value.sum(), x, retain_graph=again, materialize_grads=True)
+    (grad,) = torch.autograd.grad(value.sum(), x, retain_graph=retain, materialize_grads=True)
     # not in place: the gradient of a sum is one number, expanded
     return grad if raw else grad.nan_to_num(0.0, 0.0, 0.0)
 

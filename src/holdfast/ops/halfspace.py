@@ -36,17 +36,18 @@ def to_plane(
     """
     low, high = bounds.like(points)
     side = torch.where(height >= 0, -1.0, 1.0).to(normal.dtype)
-    way = normal.sign() * side.view(*height.shape, *[1] * (normal.dim() - 1))
+    direction = normal.sign() * side.view(*height.shape, *[1] * (normal.dim() - 1))
     # arithmetic instead of torch.where, which is ten times slower with an irregular mask
-    room = torch.addcmul((high - low) / 2, way, (high + low) / 2 - points).clamp_min_(0).flatten(2)
+    room = torch.addcmul((high - low) / 2, direction, (high + low) / 2 - points).clamp_min_(0).flatten(2)
     weight = normal.abs().flatten(1)
+    # weights of at most 1, so that their products and sums stay within float32
     scale = weight.amax(1).clamp_min(_TINY)
     weight, rise = weight / scale[:, None], height.abs() / scale
     if isinstance(norm, L1):
         size = _one_by_one(weight, room, rise)
     else:
         size = _together(weight, room, rise, weight if isinstance(norm, L2) else None)
-    step = size.view_as(points).mul_(way)
+    step = size.view_as(points).mul_(direction)
     return step, _length(step.flatten(2), norm)
 
 
@@ -76,8 +77,8 @@ def _together(weight: Tensor, room: Tensor, rise: Tensor, speed: Tensor | None) 
     reached = torch.linalg.vecdot(room, weight) > rise
     t = torch.where(reached, rise / drive.sum(1).clamp_min(_TINY), _HUGE)
     for _ in range(room.shape[-1] + 1):
-        reach = t[..., None] if speed is None else t[..., None] * speed
-        size = torch.minimum(room, reach)
+        moved = t[..., None] if speed is None else t[..., None] * speed
+        size = torch.minimum(room, moved)
         short = (rise - torch.linalg.vecdot(size, weight)) * reached
         if not (short > _CLOSE * rise).any():
             break
@@ -106,10 +107,10 @@ def plane(model: Model, batch: Batch, aim: Labels | None, norm: Flat) -> tuple[P
     x = batch.x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x, batch.ids)
-        own = logits.gather(1, batch.y[:, None])
+        label_logit = logits.gather(1, batch.y[:, None])
         if aim is None and batch.target is None:
-            return *_closest_plane(x, own - logits, batch.y, norm), logits.detach()
-        gap = margin(logits, batch) if aim is None else (own - logits.gather(1, aim[:, None]))[:, 0]
+            return *_closest_plane(x, label_logit - logits, batch.y, norm), logits.detach()
+        gap = margin(logits, batch) if aim is None else (label_logit - logits.gather(1, aim[:, None]))[:, 0]
         return gap.detach().nan_to_num(), input_gradient(gap, x), logits.detach()
 
 
@@ -117,7 +118,7 @@ def _closest_plane(x: Inputs, gaps: Logits, y: Labels, norm: Flat) -> tuple[PerE
     height, normal = torch.zeros_like(gaps[:, 0]), torch.zeros_like(x)
     nearest = torch.full_like(height, torch.inf)
     for number, gap in enumerate(gaps.unbind(1)):
-        grad = input_gradient(gap, x, again=True)
+        grad = input_gradient(gap, x, retain=True)
         value = gap.detach().nan_to_num()
         distance = (value.abs() / _dual_size(grad, norm).clamp_min(1e-12)).masked_fill(y == number, torch.inf)
         closer = distance < nearest

@@ -31,5 +31,5 @@ class Immunity:
     def __call__(self, model: nn.Module, rng: Draws) -> Tensor:
         """Return the weighted mean loss of `batch` random examples. Cost: one forward of them."""
         slots = torch.arange(self.batch, device=self.examples.x.device)
-        few = self.examples.take(rng.at("immunity").integers(slots, len(self.examples)))
-        return self.weight * F.cross_entropy(model(few.x), few.y)
+        chosen = self.examples.take(rng.at("immunity").integers(slots, len(self.examples)))
+        return self.weight * F.cross_entropy(model(chosen.x), chosen.y)

@@ -28,7 +28,7 @@ def truncated(logits: Logits, batch: Batch) -> PerExample:
     return cross_entropy(logits, batch).clamp_max(_ENOUGH)
 
 
-def some(batch: Batch, n: int, rng: Draws, step: int) -> Batch:
+def draw_minibatch(batch: Batch, n: int, rng: Draws, step: int) -> Batch:
     """Return `n` random examples of a batch for one step of a fit. Each example is used once before any is used
     again.
     """
@@ -81,13 +81,13 @@ class Pasted:
     def __call__(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
         best = Best(batch)
         for corner in self._corners(threat, batch.x.shape[1:], rng.at("places")):
-            left = batch.take(best.standing)
-            if not len(left):
+            remaining = batch.take(best.surviving)
+            if not len(remaining):
                 break
-            corners = (corner[0].expand(len(left)), corner[1].expand(len(left)))
-            x = self._pasted(model, left, corners)
+            corners = (corner[0].expand(len(remaining)), corner[1].expand(len(remaining)))
+            x = self._pasted(model, remaining, corners)
             with torch.no_grad():
-                best.offer(left, x, margin(model(x, left.ids), left))
+                best.offer(remaining, x, margin(model(x, remaining.ids), remaining))
         return best.x
 
     def tried(self, threat: ThreatModel, shape: torch.Size) -> int:
@@ -105,9 +105,9 @@ class Pasted:
     def _corners(self, threat: ThreatModel, shape: torch.Size, rng: Draws) -> Tensor:
         """The upper left corners that are tried, in order: int64 (places, 2)."""
         rows, columns = expect_patch(threat.constraint, self).places(shape)
-        across = torch.arange(len(rows) * len(columns), device=self.learned.device)
-        drawn = across[rng.bits(across).argsort()[: self.places]]
-        return torch.stack((drawn // len(columns) + rows.start, drawn % len(columns) + columns.start), 1)
+        positions = torch.arange(len(rows) * len(columns), device=self.learned.device)
+        chosen = positions[rng.bits(positions).argsort()[: self.places]]
+        return torch.stack((chosen // len(columns) + rows.start, chosen % len(columns) + columns.start), 1)
 
     def _pasted(self, model: Model, batch: Batch, corners: Corners) -> Inputs:
         return model.bounds.clamp(pasted(batch.x, self.learned.to(batch.x), corners))

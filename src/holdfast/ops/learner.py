@@ -40,14 +40,16 @@ class Learner:
     """tensors that the loss stores from one update to the next"""
 
     @property
-    def now(self) -> "Learner":
+    def with_current_eps(self) -> "Learner":
         """The same object with the eps of the threat model multiplied by its current factor, which grows during the
         warm-up of a training.
         """
-        whole, grown = self.threat.constraint, float(self.state.get(GROWN, 1.0))
-        if grown == 1:
+        constraint, factor = self.threat.constraint, float(self.state.get(GROWN, 1.0))
+        if factor == 1:
             return self
-        return replace(self, threat=replace(self.threat, constraint=whole.resized(grown * whole.eps)))
+        return replace(
+            self, threat=replace(self.threat, constraint=constraint.resized(factor * constraint.eps))
+        )
 
     def worst(
         self,
@@ -69,7 +71,7 @@ class Learner:
         size = reach * constraint.eps / steps
         return ascend(model, batch, start, loss, constraint, steps=steps, step_size=size, keep="last")[0]
 
-    def apart(
+    def most_divergent(
         self,
         batch: Batch,
         rng: Draws,
@@ -85,7 +87,7 @@ class Learner:
             clean = self.frozen(batch.x)
         return self.worst(batch, rng, steps=steps, reach=reach, loss=lambda z, _: distance(z, clean))
 
-    def again(self) -> Callable[[Inputs], Logits]:
+    def repeated_forward(self) -> Callable[[Inputs], Logits]:
         """Return a function that repeats the next forward pass of the network on other inputs, with the same random
         numbers and the same buffers.
 
@@ -94,17 +96,17 @@ class Learner:
         """
         device = next(self.net.parameters()).device
         buffers = {name: value.clone() for name, value in self.net.named_buffers()}
-        drawn = torch.get_rng_state()
-        drawn_there = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        rng_state = torch.get_rng_state()
+        cuda_rng_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
-        def passed(x: Inputs) -> Logits:
-            torch.set_rng_state(drawn)
-            if drawn_there is not None:
-                torch.cuda.set_rng_state(drawn_there, device)
+        def repeated(x: Inputs) -> Logits:
+            torch.set_rng_state(rng_state)
+            if cuda_rng_state is not None:
+                torch.cuda.set_rng_state(cuda_rng_state, device)
             logits: Logits = torch.func.functional_call(self.net, buffers, (x,))
             return logits
 
-        return passed
+        return repeated
 
 
 InnerOf = Callable[[Learner, Batch, Turn], Inputs]
@@ -145,16 +147,17 @@ def trained(
     """
     _refuse_foreign(data, how, linear=linear, unlabelled=unlabelled, slope=slope, alone=alone)
     net = deepcopy(model).train()
+    # before `twin`, because the copy shares the memory of the weights
     lay_out(net, how.layout)
-    known = {GROWN: torch.zeros((), device=data.x.device), **(state or {})}
-    learner = Learner(net, twin(net, how.attack_statistics), threat, known)
-    for one in (learner.net, learner.frozen) if how.compiled else ():
-        have_compiled(one)
+    state_tensors = {GROWN: torch.zeros((), device=data.x.device), **(state or {})}
+    learner = Learner(net, twin(net, how.attack_statistics), threat, state_tensors)
+    for copied in (learner.net, learner.frozen) if how.compiled else ():
+        have_compiled(copied)
     checkpoints = fit(
         net,
         data,
-        partial(_made, inner, learner),
-        partial(_measured, loss, learner),
+        partial(_attacked, inner, learner),
+        partial(_loss_of, loss, learner),
         how,
         rng=rng,
         after=after,
@@ -163,10 +166,10 @@ def trained(
         replays=replays,
         settle=None if settle is None else settle(learner),
     )
-    return _counted(checkpoints, learner, len(data))
+    return _with_forwards(checkpoints, learner, len(data))
 
 
-def _counted(found: Iterator[Checkpoint], learner: Learner, n: int) -> Iterator[Checkpoint]:
+def _with_forwards(checkpoints: Iterator[Checkpoint], learner: Learner, n: int) -> Iterator[Checkpoint]:
     """The same checkpoints with the measurement `forwards`: forward passes of an example in the epoch, on average."""
     rows = 0
 
@@ -174,21 +177,21 @@ def _counted(found: Iterator[Checkpoint], learner: Learner, n: int) -> Iterator[
         nonlocal rows
         rows += len(inputs[0])
 
-    for one in (learner.net, learner.frozen):
-        one.register_forward_pre_hook(count)
-    for checkpoint in found:
+    for copied in (learner.net, learner.frozen):
+        copied.register_forward_pre_hook(count)
+    for checkpoint in checkpoints:
         forwards = processes() * rows / n
         rows = 0
         yield replace(checkpoint, measured={**checkpoint.measured, "forwards": forwards})
 
 
-def _made(inner: InnerOf, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+def _attacked(inner: InnerOf, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
     learner.state[GROWN].fill_(turn.grown)
-    return inner(learner.now, batch, turn)
+    return inner(learner.with_current_eps, batch, turn)
 
 
-def _measured(loss: LossOf, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-    return loss(learner.now, batch, x_adv)
+def _loss_of(loss: LossOf, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+    return loss(learner.with_current_eps, batch, x_adv)
 
 
 def _refuse_foreign(
@@ -220,12 +223,12 @@ def _refuse_foreign(
         )
 
 
-def as_it_is(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+def clean_inputs(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
     """Return the clean inputs of a batch, as the training inputs of recipes without an attack."""
     return batch.x
 
 
-def taught(
+def adversarial_cross_entropy(
     learner: Learner, batch: Batch, x_adv: Inputs, *, clean: float = 0.0, smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Return the training loss of a batch and the number of correct attacked inputs. The loss is the cross-entropy at

@@ -103,8 +103,8 @@ class SLLConv2d(nn.Module):
         with exactly(kernel):
             heights = overlaps(kernel) @ q / q + _GUARD
         hidden = F.relu(F.conv2d(x, kernel, self.bias, padding=half))
-        back = F.conv_transpose2d(hidden / heights.view(1, -1, 1, 1), kernel, padding=half)
-        return x - 2 * back
+        output = F.conv_transpose2d(hidden / heights.view(1, -1, 1, 1), kernel, padding=half)
+        return x - 2 * output
 
 
 class MaxMin(nn.Module):
@@ -117,8 +117,8 @@ class MaxMin(nn.Module):
         partner is unchanged.
         """
         half = x.shape[1] // 2
-        one, other, rest = x[:, :half], x[:, half : 2 * half], x[:, 2 * half :]
-        return torch.cat((torch.maximum(one, other), torch.minimum(one, other), rest), 1)
+        first, second, unpaired = x[:, :half], x[:, half : 2 * half], x[:, 2 * half :]
+        return torch.cat((torch.maximum(first, second), torch.minimum(first, second), unpaired), 1)
 
 
 class Widened(nn.Module):
@@ -148,11 +148,11 @@ def certified_radius(logits: Logits, *, constant: float = 1.0) -> PerExample:
     its classifier. The difference of two logits then has the Lipschitz constant `sqrt(2) * constant`.
     """
     first, second = logits.double().topk(2, dim=1).values.unbind(1)
-    apart = first - second - 2 * leeway(logits).double()  # rounding of the logits themselves
-    radius = (apart * (1 - _SLACK) / (math.sqrt(2) * constant)).clamp_min(0)
+    lead = first - second - 2 * leeway(logits).double()  # rounding of the logits themselves
+    radius = (lead * (1 - _SLACK) / (math.sqrt(2) * constant)).clamp_min(0)
     rounded = radius.to(logits.dtype)
-    beyond = rounded.double() > radius
-    return torch.where(beyond, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
+    too_large = rounded.double() > radius
+    return torch.where(too_large, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
@@ -165,12 +165,12 @@ def orthogonal(matrix: Tensor) -> Tensor:
     m, n = matrix.shape[-2:]
     if m < n:
         return orthogonal(matrix.mH).mH
-    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float64))
-    square, rest = wide[..., :n, :], wide[..., n:, :]
-    unit = torch.eye(n, dtype=wide.dtype, device=wide.device)
-    skew = square - square.mH + rest.mH @ rest
+    precise = matrix.to(torch.promote_types(matrix.dtype, torch.float64))
+    square, below = precise[..., :n, :], precise[..., n:, :]
+    unit = torch.eye(n, dtype=precise.dtype, device=precise.device)
+    skew = square - square.mH + below.mH @ below
     inverse = torch.linalg.inv(unit + skew)
-    return torch.cat(((unit - skew) @ inverse, -2 * rest @ inverse), -2).to(matrix.dtype)
+    return torch.cat(((unit - skew) @ inverse, -2 * below @ inverse), -2).to(matrix.dtype)
 
 
 class CayleyLinear(nn.Module):
@@ -206,14 +206,15 @@ class CayleyConv2d(nn.Module):
         half = self.weight.shape[2] // 2
         if min(size) <= 2 * half:
             x = F.pad(x, (half, half, half, half))  # smaller than the kernel
-        whole = x.shape[2:]
+        padded_size = x.shape[2:]
         waves = torch.fft.rfft2(x.to(torch.promote_types(x.dtype, torch.float32)))
         placed = F.pad(
-            self.weight.to(torch.float64), (0, whole[1] - 2 * half - 1, 0, whole[0] - 2 * half - 1)
+            self.weight.to(torch.float64),
+            (0, padded_size[1] - 2 * half - 1, 0, padded_size[0] - 2 * half - 1),
         )
         kernels = torch.fft.rfft2(torch.roll(placed, (-half, -half), (2, 3))).conj()
-        turned = orthogonal(kernels.permute(2, 3, 0, 1)).to(waves.dtype)
-        moved = torch.einsum("hwoi,nihw->nohw", turned, waves)
-        back: Tensor = torch.fft.irfft2(moved, s=whole).to(x.dtype) + self.bias.view(1, -1, 1, 1)
-        first = half if whole != size else 0
-        return back[:, :, first : first + size[0], first : first + size[1]]
+        unitary = orthogonal(kernels.permute(2, 3, 0, 1)).to(waves.dtype)
+        products = torch.einsum("hwoi,nihw->nohw", unitary, waves)
+        maps: Tensor = torch.fft.irfft2(products, s=padded_size).to(x.dtype) + self.bias.view(1, -1, 1, 1)
+        first = half if padded_size != size else 0
+        return maps[:, :, first : first + size[0], first : first + size[1]]

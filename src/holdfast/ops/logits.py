@@ -25,15 +25,15 @@ def scale(logits: Logits) -> PerExample:
     return logits.where(contending(logits), 0.0).abs().amax(1)
 
 
-def change(one: Logits, other: Logits) -> PerExample:
+def change(first: Logits, second: Logits) -> PerExample:
     """Return for each row the largest difference between two sets of logits, divided by the largest logit of all rows.
 
     Row means are subtracted first. A logit that is finite in only one of both counts as a change of 1. Classes that are
     masked out do not count.
     """
-    lost = (one.isfinite() != other.isfinite()).any(1)
-    kept = contending(one) | contending(other)
-    one, other = (logits.nan_to_num(0.0, 0.0, 0.0).where(kept, 0.0) for logits in (one, other))
-    one, other = one - one.mean(1, keepdim=True), other - other.mean(1, keepdim=True)
-    largest = one.abs().max().clamp_min(1e-12)
-    return torch.where(lost, 1.0, ((one - other).abs() / largest).amax(1))
+    lost = (first.isfinite() != second.isfinite()).any(1)
+    relevant = contending(first) | contending(second)
+    first, second = (logits.nan_to_num(0.0, 0.0, 0.0).where(relevant, 0.0) for logits in (first, second))
+    first, second = first - first.mean(1, keepdim=True), second - second.mean(1, keepdim=True)
+    largest = first.abs().max().clamp_min(1e-12)
+    return torch.where(lost, 1.0, ((first - second).abs() / largest).amax(1))

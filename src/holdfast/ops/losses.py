@@ -29,7 +29,7 @@ __all__ = [
 Loss = Callable[[Logits, Batch], PerExample]
 """function `loss(logits, batch)` that returns one number for each example, which attacks maximise"""
 
-_TINY = 1e-12
+_TINY = 1e-12  # as in the authors' code of DLR
 
 
 def cross_entropy(logits: Logits, batch: Batch) -> PerExample:
@@ -68,21 +68,22 @@ def dlr(logits: Logits, batch: Batch) -> PerExample:
     if classes < (3 if batch.target is None else 4):
         return margin_loss(logits, batch)
     ordered, order = logits.sort(dim=1)
-    own = logits.gather(1, batch.y[:, None])[:, 0]
+    label_logit = logits.gather(1, batch.y[:, None])[:, 0]
     if batch.target is None:
         first = order[:, -1] == batch.y
-        other = torch.where(first, ordered[:, -2], ordered[:, -1])
-        return -(own - other) / (ordered[:, -1] - ordered[:, -3] + _TINY)
-    aimed = logits.gather(1, batch.target[:, None])[:, 0]
-    return -(own - aimed) / (ordered[:, -1] - 0.5 * (ordered[:, -3] + ordered[:, -4]) + _TINY)
+        best_other = torch.where(first, ordered[:, -2], ordered[:, -1])
+        return -(label_logit - best_other) / (ordered[:, -1] - ordered[:, -3] + _TINY)
+    target_logit = logits.gather(1, batch.target[:, None])[:, 0]
+    return -(label_logit - target_logit) / (ordered[:, -1] - 0.5 * (ordered[:, -3] + ordered[:, -4]) + _TINY)
 
 
 def likeliest(logits: Logits, y: Labels, k: int) -> Tensor:
     """Return the `k` wrong classes with the largest logits for each example, largest first, int64 (n, min(k, classes -
     1)).
     """
-    others = logits.scatter(1, y[:, None], -torch.inf)
-    return others.argsort(dim=1, descending=True, stable=True)[:, : min(k, logits.shape[1] - 1)]
+    other_logits = logits.scatter(1, y[:, None], -torch.inf)
+    # stable, so that ties are in the order of the classes on every device
+    return other_logits.argsort(dim=1, descending=True, stable=True)[:, : min(k, logits.shape[1] - 1)]
 
 
 def aims(model: Model, batch: Batch, k: int) -> list[Labels | None]:

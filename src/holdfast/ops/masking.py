@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from holdfast.core.through import Straight, Through, Way, detoured
+from holdfast.core.through import Replacement, StraightThrough, Through, detoured
 
 _MOVES = 0.01
 """Step along the gradient, as a share of the root mean square of the inputs."""
@@ -19,23 +19,23 @@ _HONEST = (0.5, 2.0)
 class Masking:
     """The parts of a network that mask gradients, with the replacements that an adaptive attack uses to avoid them."""
 
-    ways: tuple[Way, ...] = ()
+    replacements: tuple[Replacement, ...] = ()
     steps: bool = False
     """whether the network contains roundings, inside modules or between them, whose gradient is replaced"""
 
     def __bool__(self) -> bool:
-        return bool(self.ways) or self.steps
+        return bool(self.replacements) or self.steps
 
     @property
-    def says(self) -> tuple[str, ...]:
+    def descriptions(self) -> tuple[str, ...]:
         """Descriptions of the parts of a network whose gradient an adaptive attack replaces, for the report."""
         declared = "the stand-in that it declares"
-        replacements = [
-            f"{way.name or 'the network'} ({_kind(way.module)}) by "
-            f"{'the identity' if way.stand_in is None else declared}"
-            for way in self.ways
+        descriptions = [
+            f"{replacement.name or 'the network'} ({_kind(replacement.module)}) by "
+            f"{'the identity' if replacement.stand_in is None else declared}"
+            for replacement in self.replacements
         ]
-        return (*replacements, *(["every rounding by the identity"] if self.steps else []))
+        return (*descriptions, *(["every rounding by the identity"] if self.steps else []))
 
 
 def masking(net: nn.Module, x: Tensor) -> Masking:
@@ -47,32 +47,39 @@ def masking(net: nn.Module, x: Tensor) -> Masking:
     three forwards and a backward.
     """
     modules = dict(net.named_modules())
-    declared = [Way(name, m, m.backward) for name, m in modules.items() if isinstance(m, Through)]
-    inside = {m for way in declared for m in way.module.modules()}
-    with detoured(declared, steps=True) as straight:
+    declared = [Replacement(name, m, m.backward) for name, m in modules.items() if isinstance(m, Through)]
+    inside = {m for replacement in declared for m in replacement.module.modules()}
+    with detoured(declared, steps=True) as counter:
         _slope(net, x)
-    steps, ways = straight.passed > 0, list[Way]()
-    for name, (given, gave) in sorted(_met(net, x).items(), key=lambda met: -met[0].count(".")):
+    steps, replacements = counter.passed > 0, list[Replacement]()
+    # inner modules first, so that an outer one is not replaced for a fault of an inner one
+    for name, (module_input, module_output) in sorted(
+        _shape_candidates(net, x).items(), key=lambda named: -named[0].count(".")
+    ):
         module = modules[name]
-        if module in inside or given.shape != gave.shape:
+        if module in inside or module_input.shape != module_output.shape:
             continue
-        passed = any(way.module in set(module.modules()) for way in (*declared, *ways))
-        with detoured((*declared, *ways), steps=steps) as straight:
-            if _masks(module, given, straight, slopes=not passed):
-                ways.append(Way(name, module))
-    order = {name: place for place, name in enumerate(modules)}
-    return Masking(tuple(sorted((*declared, *ways), key=lambda way: order[way.name])), steps)
+        passed = any(
+            replacement.module in set(module.modules()) for replacement in (*declared, *replacements)
+        )
+        with detoured((*declared, *replacements), steps=steps) as counter:
+            if _masks(module, module_input, counter, slopes=not passed):
+                replacements.append(Replacement(name, module))
+    order = {name: position for position, name in enumerate(modules)}
+    return Masking(
+        tuple(sorted((*declared, *replacements), key=lambda replacement: order[replacement.name])), steps
+    )
 
 
-def _met(net: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def _shape_candidates(net: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """First input and output of each module that takes and returns one floating-point tensor."""
-    met: dict[str, tuple[Tensor, Tensor]] = {}
+    recorded: dict[str, tuple[Tensor, Tensor]] = {}
     names = {module: name for name, module in net.named_modules()}
 
     def note(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         floats = [v for v in (*inputs, output) if isinstance(v, Tensor) and v.is_floating_point()]
         if len(inputs) == 1 and len(floats) == 2:
-            met.setdefault(names[module], (floats[0].detach().clone(), floats[1].detach()))
+            recorded.setdefault(names[module], (floats[0].detach().clone(), floats[1].detach()))
 
     handles = [module.register_forward_hook(note) for module in names]
     try:
@@ -81,27 +88,27 @@ def _met(net: nn.Module, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-    return met
+    return recorded
 
 
-def _masks(module: nn.Module, x: Tensor, straight: Straight, *, slopes: bool) -> bool:
+def _masks(module: nn.Module, x: Tensor, counter: StraightThrough, *, slopes: bool) -> bool:
     """Whether a module's gradient is zero for most examples, or (with `slopes`) does not predict a small step."""
     slope, weights = _slope(module, x)
-    dead = _dead(slope)
-    if 2 * int(dead.sum()) > len(x):
+    useless = _dead(slope)
+    if 2 * int(useless.sum()) > len(x):
         return True
-    if straight.passed or not slopes:  # the gradient of a replacement does not predict small steps
+    if counter.passed or not slopes:  # the gradient of a replacement does not predict small steps
         return False
     step = _MOVES * x.square().mean().sqrt().clamp_min(_LEAST) * slope.sign()
     predicted = (step * slope).flatten(1).sum(1)
     change = (weights * (_seeded(module, x + step) - _seeded(module, x))).flatten(1).sum(1)
-    ratio = (change / predicted)[~dead]
+    ratio = (change / predicted)[~useless]
     return not _HONEST[0] <= float(ratio.median()) <= _HONEST[1]
 
 
 def _dead(slope: Tensor) -> Tensor:
-    wide = slope.flatten(1)
-    return (wide == 0).all(1) | ~wide.isfinite().all(1)
+    flat = slope.flatten(1)
+    return (flat == 0).all(1) | ~flat.isfinite().all(1)
 
 
 def _slope(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,9 +48,9 @@ def length(gradient: Inputs) -> PerExample:
     """Return the Euclidean length of the gradient of each example, without overflow or underflow of the squares in
     float32.
     """
-    wide = gradient.flatten(1)
-    largest = wide.abs().amax(1)
-    scaled = wide / largest.clamp_min(torch.finfo(wide.dtype).tiny)[:, None]
+    flat = gradient.flatten(1)
+    largest = flat.abs().amax(1)
+    scaled = flat / largest.clamp_min(torch.finfo(flat.dtype).tiny)[:, None]
     size: PerExample = largest * torch.linalg.vector_norm(scaled, dim=1)
     return size
 
@@ -60,6 +60,7 @@ def gap(norm: Norm, grad: Inputs, logits: Logits, batch: Batch, bounds: Bounds) 
     margin and its gradient.
     """
     slope = (grad * norm.steepest(grad, batch.x, bounds)).flatten(1).sum(1).abs()
+    # beyond the boundary, because a margin within rounding does not count as broken
     return (margin(logits, batch).abs() + 2 * leeway(logits)) / slope.clamp_min(1e-30)
 
 

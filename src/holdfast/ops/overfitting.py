@@ -19,7 +19,7 @@ RAISED = "raised"
 """name of the state tensor that counts how often the guard has increased the number of steps"""
 MOST_RAISED = 3
 """largest number of increases; the guard does not check after the last one"""
-HELD = 128
+N_HELD_OUT = 128
 """number of training examples that are used for the check and not for training"""
 _STEPS = 10
 _APART = 0.25  # largest accuracy difference between one step and ten: 5 to 10 points are normal, 50 show overfitting
@@ -32,7 +32,7 @@ class OverfittingGuard:
     """
 
     learner: Learner
-    held: Batch
+    held_out: Batch
     every: int = 100
     """number of updates between checks"""
 
@@ -43,7 +43,7 @@ class OverfittingGuard:
         """
         return 1 + int(self.learner.state[RAISED]) / 2
 
-    def holds(self) -> bool:
+    def passes(self) -> bool:
         """Return whether an attack with ten steps breaks little more than one with a single step. If not, the training
         attack gets one more step.
         """
@@ -56,6 +56,9 @@ class OverfittingGuard:
     def _right(self, steps: int) -> float:
         """Accuracy after `steps` attack steps, of total length 2.5 eps if there are several."""
         reach = 1.0 if steps == 1 else 2.5
-        x: Inputs = self.learner.now.worst(self.held, Draws(0).at("guard"), steps=steps, reach=reach)
+        # in the ball as it has grown: at full eps both attacks differ on any network that is not robust yet
+        x: Inputs = self.learner.with_current_eps.worst(
+            self.held_out, Draws(0).at("guard"), steps=steps, reach=reach
+        )
         with torch.no_grad():
-            return float((self.learner.frozen(x).argmax(1) == self.held.y).double().mean())
+            return float((self.learner.frozen(x).argmax(1) == self.held_out.y).double().mean())

@@ -26,6 +26,6 @@ def pasted(x: Inputs, filling: Tensor, corners: Corners) -> Inputs:
     height, width = filling.shape[2:]
     rows = corners[0][:, None, None] + torch.arange(height, device=x.device)[:, None]
     columns = corners[1][:, None, None] + torch.arange(width, device=x.device)
-    each = torch.arange(len(x), device=x.device)[:, None, None]
-    laid = filling.permute(0, 2, 3, 1).expand(len(x), -1, -1, -1)
-    return x.permute(0, 2, 3, 1).index_put((each, rows, columns), laid).permute(0, 3, 1, 2)
+    images = torch.arange(len(x), device=x.device)[:, None, None]
+    values = filling.permute(0, 2, 3, 1).expand(len(x), -1, -1, -1)
+    return x.permute(0, 2, 3, 1).index_put((images, rows, columns), values).permute(0, 3, 1, 2)

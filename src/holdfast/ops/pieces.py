@@ -38,14 +38,14 @@ class Room:
         self.size = min(self.size, self.known.get(row, self.size))
         return self.size
 
-    def halve(self, row: int, left: int, error: BaseException) -> None:
+    def halve(self, row: int, n_left: int, error: BaseException) -> None:
         """Halve the number of examples that are processed at once, because memory ran out. An `error` with another
         cause is raised again.
 
-        `left` examples, from `row` on, are not processed yet. Raises `TargetError` if memory is too small for one
+        `n_left` examples, from `row` on, are not processed yet. Raises `TargetError` if memory is too small for one
         example.
         """
-        self.size = half_batch(min(self.size, left), error)
+        self.size = half_batch(min(self.size, n_left), error)
         self.halved(row, self.size)
 
 
@@ -92,6 +92,7 @@ class Pieces:
         """
         try:
             yield
+        # torch reports missing memory as a `RuntimeError`; `halve` raises all other errors again
         except (RuntimeError, MemoryError) as error:
             self._room.halve(self._start, len(self._batch) - self._start, error)
 
@@ -139,18 +140,18 @@ def results_in_pieces(data: Batch, work: Callable[[Batch], _T], size: int = PIEC
     return results
 
 
-def in_room(work: Callable[[int], _T], room: Room, row: int, left: int) -> _T:
+def in_room(work: Callable[[int], _T], room: Room, row: int, n_left: int) -> _T:
     """Return the result of `work` for as many examples at once as fit into memory. If memory runs out, the number is
     halved and `work` is called again.
 
-    `left` examples, from `row` on, are not processed yet. Raises `TargetError` if memory is too small for one
+    `n_left` examples, from `row` on, are not processed yet. Raises `TargetError` if memory is too small for one
     example.
     """
     while True:
         try:
             return work(room.enter(row))
         except (RuntimeError, MemoryError) as error:
-            room.halve(row, left, error)
+            room.halve(row, n_left, error)
 
 
 def no_memory(n: int, error: BaseException) -> TargetError:

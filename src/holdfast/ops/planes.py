@@ -64,8 +64,8 @@ def planes(model: Model, batch: Batch, x: Inputs, rivals: Tensor) -> tuple[Tenso
         logits = model(x, batch.ids)
         gaps = logits.gather(1, rivals) - _leading(logits, batch)[:, None]
     margins = gaps.detach().abs() + leeway(logits.detach())[:, None]
-    each = gaps.unbind(1) if logits.requires_grad else ()
-    return margins, [input_gradient(gap, x, again=True) for gap in each]
+    single_gaps = gaps.unbind(1) if logits.requires_grad else ()
+    return margins, [input_gradient(gap, x, retain=True) for gap in single_gaps]
 
 
 def _leading(logits: Logits, batch: Batch) -> PerExample:

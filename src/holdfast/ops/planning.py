@@ -23,8 +23,8 @@ class Plans:
 
     def __init__(self, epochs: int, per_epoch: int, pacing: Pacing | None) -> None:
         self.per_epoch, self._pacing = per_epoch, pacing
-        whole = epochs * per_epoch
-        self._made = [TrainingPlan(0, 0.0, whole, whole)] if pacing is None else []
+        n_updates = epochs * per_epoch
+        self._plans = [TrainingPlan(0, 0.0, n_updates, n_updates)] if pacing is None else []
         self.updates = 0
         """number of completed updates"""
 
@@ -36,7 +36,7 @@ class Plans:
     @property
     def end(self) -> int:
         """Total number of updates of the training according to the last plan."""
-        return self._made[-1].end
+        return self._plans[-1].end
 
     def resume(self, after: Checkpoint) -> None:
         """Continue the plans of a training from a checkpoint, also if the number of updates in an epoch has changed
@@ -45,32 +45,33 @@ class Plans:
         self.updates = after.epoch * self.per_epoch
         if not self.paced or not after.plans:
             return
-        self._made, last = list(after.plans), after.plans[-1]
+        self._plans, last = list(after.plans), after.plans[-1]
         if after.updates >= last.end:
             self.updates = after.updates
         elif after.updates != self.updates:  # batches became smaller when memory ran out
             times = self.updates / after.updates
             share, update_s = last.done(after.updates), last.update_s / times
             end = max(round(last.end * times), self.updates + 1)
-            self._made.append(
+            self._plans.append(
                 replace(last, at=self.updates, share=share, end=end, review=end, update_s=update_s)
             )
 
     def ended(self) -> bool:
         """Return whether all planned updates of the training are completed."""
-        return bool(self._made) and self.updates >= self.end
+        return bool(self._plans) and self.updates >= self.end
 
     def due(self) -> bool:
         """Return whether a new plan of the training must be made now, as the last plan requested."""
-        return self.paced and self.updates >= self._made[-1].review
+        return self.paced and self.updates >= self._plans[-1].review
 
     def review(self, position: int) -> None:
         """Make a new plan of the training after `position` updates of an epoch, if there is a time budget. Several
         processes use the clock of the first one.
         """
         if self._pacing is not None and not self.ended():
-            last = self._made[-1] if self._made else None
-            self._made.append(broadcast(self._pacing(self.updates, position, self.per_epoch, last)))
+            last = self._plans[-1] if self._plans else None
+            # two clocks never agree, and all processes must end after the same update
+            self._plans.append(broadcast(self._pacing(self.updates, position, self.per_epoch, last)))
 
     def rewind(self, updates: int, position: int) -> None:
         """Set the number of completed updates of the training back to `updates`, `position` of them in the current
@@ -81,17 +82,17 @@ class Plans:
         if self.paced:
             share = self.at(updates).done(updates)
             self.review(position + self.updates - updates)
-            left = max(self.end - self.updates, 0)
-            end = updates + left
-            again = replace(
-                self._made[-1], at=updates, share=share, end=end, review=updates + 1, rewound=True
+            n_left = max(self.end - self.updates, 0)
+            end = updates + n_left
+            plan = replace(
+                self._plans[-1], at=updates, share=share, end=end, review=updates + 1, rewound=True
             )
-            self._made.append(again)
+            self._plans.append(plan)
         self.updates = updates
 
     def at(self, updates: int) -> TrainingPlan:
         """Return the plan of the training that applies after `updates` updates."""
-        return next(plan for plan in reversed(self._made) if plan.at <= updates)
+        return next(plan for plan in reversed(self._plans) if plan.at <= updates)
 
     @property
     def share(self) -> float:
@@ -101,4 +102,4 @@ class Plans:
     @property
     def kept(self) -> tuple[TrainingPlan, ...]:
         """Plans that a checkpoint of the training contains: all of them if there is a time budget, else none."""
-        return tuple(self._made) if self.paced else ()
+        return tuple(self._plans) if self.paced else ()

@@ -26,10 +26,10 @@ _SLOPES = 2  # number of examples whose gradients are compared
 _AGREES_IN_SLOPE = 1e-2  # relative to the gradients' norms: rounding may switch a ReLU at zero
 
 
-def agrees(one: Tensor, other: Tensor) -> bool:
+def agrees(first: Tensor, second: Tensor) -> bool:
     """Return whether two sets of logits differ by at most 1e-4 of the largest logit and have NaN in the same places."""
-    size = scale(one).max().clamp_min(1e-12)
-    return bool(torch.allclose(one / size, other / size, rtol=0.0, atol=_AGREES, equal_nan=True))
+    size = scale(first).max().clamp_min(1e-12)
+    return bool(torch.allclose(first / size, second / size, rtol=0.0, atol=_AGREES, equal_nan=True))
 
 
 def in_training(model: nn.Module) -> tuple[str, ...]:
@@ -55,23 +55,24 @@ def quickened(model: Classifier, x: Tensor) -> tuple[Classifier, tuple[str, ...]
         return model, ("the model cannot be copied, so it is attacked as it is",)
     with torch.no_grad():
         reference = model(x)
+    # compared as well, because the step for stems changes only the gradient
     slope = _slope(quick, x[:_SLOPES])
-    did: list[str] = []
-    for says, step in _STEPS:
-        taken = _taken(step, quick, x, reference, slope)
-        if taken is not None:
-            quick = taken
-            did.append(says)
-    return quick, tuple(did)
+    changes: list[str] = []
+    for description, step in _STEPS:
+        changed = _changed(step, quick, x, reference, slope)
+        if changed is not None:
+            quick = changed
+            changes.append(description)
+    return quick, tuple(changes)
 
 
-def _taken(
+def _changed(
     step: Step, model: Classifier, x: Tensor, reference: Tensor, slope: Tensor | None
 ) -> Classifier | None:
     """The model after one change; None if there is nothing to change, outputs differ, or an error occurs."""
     try:
-        changed = step(model, x)
-        return changed if changed is not None and _computes(changed, x, reference, slope) else None
+        candidate = step(model, x)
+        return candidate if candidate is not None and _computes(candidate, x, reference, slope) else None
     except Exception:  # noqa: BLE001  changing a network can raise any error
         return None
 
@@ -93,14 +94,14 @@ def _computes(model: Classifier, x: Tensor, reference: Tensor, slope: Tensor | N
             return False
     if slope is None:
         return True
-    found = _slope(model, x[:_SLOPES])
-    return found is not None and _same_slope(slope, found)
+    own_slope = _slope(model, x[:_SLOPES])
+    return own_slope is not None and _same_slope(slope, own_slope)
 
 
-def _same_slope(one: Tensor, other: Tensor) -> bool:
+def _same_slope(first: Tensor, second: Tensor) -> bool:
     """Whether two gradients agree: the norm of their difference is at most 1e-2 of the larger norm."""
-    one, other = one.nan_to_num(0.0, 0.0, 0.0).double(), other.nan_to_num(0.0, 0.0, 0.0).double()
-    return bool((one - other).norm() <= _AGREES_IN_SLOPE * torch.maximum(one.norm(), other.norm()))
+    first, second = first.nan_to_num(0.0, 0.0, 0.0).double(), second.nan_to_num(0.0, 0.0, 0.0).double()
+    return bool((first - second).norm() <= _AGREES_IN_SLOPE * torch.maximum(first.norm(), second.norm()))
 
 
 def _last(model: Classifier, x: Tensor) -> Classifier | None:
@@ -190,13 +191,13 @@ def multiply_adds(model: nn.Module, x: Tensor) -> int:
 
     They are counted in a forward pass of `x` (n, *features).
     """
-    seen = 0
+    total = 0
 
     def count(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal seen
+        nonlocal total
         weight = module.weight
         assert isinstance(weight, Tensor)
-        seen += output.numel() // len(x) * weight[0].numel()
+        total += output.numel() // len(x) * weight[0].numel()
 
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
@@ -208,7 +209,7 @@ def multiply_adds(model: nn.Module, x: Tensor) -> int:
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return total
 
 
 _STEPS: tuple[tuple[str, Step], ...] = (

@@ -23,9 +23,9 @@ def refuse_changed(model: nn.Module, before: Mapping[str, Tensor]) -> None:
     """Raise `TargetError` if a training has changed one of the buffers `before` that the state dict does not contain,
     because checkpoints would lose it.
     """
-    now = dict(model.named_buffers())
+    current = dict(model.named_buffers())
     for name, value in before.items():
-        if not torch.equal(now[name], value):
+        if not torch.equal(current[name], value):
             raise TargetError(
                 f"the buffer {name} changes while the network is trained, and its state dict does not contain it, so "
                 f"that the new model would lack it; register it with persistent=True"

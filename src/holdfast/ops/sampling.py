@@ -15,8 +15,8 @@ def distinct_positions(draws: Tensor, m: int) -> Tensor:
     slightly rarer than in a uniform choice.
     """
     k = draws.shape[1] - 1
-    apart = (draws[:, :-1] * (m - k + 1)).long().sort(1).values + torch.arange(k, device=draws.device)
-    return (apart + (draws[:, -1:] * m).long()) % m
+    positions = (draws[:, :-1] * (m - k + 1)).long().sort(1).values + torch.arange(k, device=draws.device)
+    return (positions + (draws[:, -1:] * m).long()) % m
 
 
 def sample_rows(columns: Columns, among: Mask, rng: Draws, n: int) -> Rows:

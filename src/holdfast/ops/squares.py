@@ -63,16 +63,16 @@ def pattern(rows: int, columns: int, norm: L2 | L1, like: Tensor) -> Tensor:
     sign, of length one in the norm.
     """
     upper = _heap(rows // 2, columns, norm)
-    both = torch.cat((upper, -_heap(rows - rows // 2, columns, norm))).to(like.device, like.dtype)
-    return both / norm.distance(both[None], torch.zeros_like(both)[None])
+    peaks = torch.cat((upper, -_heap(rows - rows // 2, columns, norm))).to(like.device, like.dtype)
+    return peaks / norm.distance(peaks[None], torch.zeros_like(peaks)[None])
 
 
 def _heap(rows: int, columns: int, norm: L2 | L1) -> Tensor:
     """A peak: the sum over k from the distance to the centre of 1 / (k + 1)^2 (L1: ^4), scaled to length one."""
     if not rows:
         return torch.zeros(0, columns)
-    most = max(rows, columns) // 2 + 1
-    terms = torch.arange(1, most + 1, dtype=torch.float64) ** (-4 if isinstance(norm, L1) else -2)
+    n_terms = max(rows, columns) // 2 + 1
+    terms = torch.arange(1, n_terms + 1, dtype=torch.float64) ** (-4 if isinstance(norm, L1) else -2)
     heights = terms.flip(0).cumsum(0).flip(0)
     down, across = torch.arange(rows) - rows // 2, torch.arange(columns) - columns // 2
     heap = heights[torch.maximum(down.abs()[:, None], across.abs()[None])]
@@ -120,7 +120,7 @@ class _Windows:
         self._sizes = sizes
         self._offsets = {size: _offsets(size, width).to(draws.device) for size in set(sizes)}
 
-    def places(self, step: int) -> Tensor:
+    def positions(self, step: int) -> Tensor:
         """Return the pixel positions (n, 1, pixels) of the windows of Square Attack in a step, one window for each
         example.
         """
@@ -175,9 +175,9 @@ class Corners:
 
     def propose(self, step: int) -> Inputs:
         """Return the best points so far with the window of this step changed by plus or minus eps."""
-        places = self._windows.places(step)
-        self._new = self._corners.gather(2, places + self._side[step])
-        self._at = places.expand_as(self._new)
+        positions = self._windows.positions(step)
+        self._new = self._corners.gather(2, positions + self._side[step])
+        self._at = positions.expand_as(self._new)
         return self._pixels.scatter(2, self._at, self._new).view_as(self.x)
 
     @property
@@ -247,18 +247,18 @@ class Heaps:
         """Return the best points so far with the changes in two windows removed and a pattern with their norm in the
         first window.
         """
-        self._tried = self._moved(step, self.x)
-        return self._tried
+        self._candidate = self._changed(step, self.x)
+        return self._candidate
 
     def keep(self, better: Mask) -> None:
         """Make the last tried point the best point of each example for which `better` is true."""
-        self.x = pick(better, self._tried, self.x)
+        self.x = pick(better, self._candidate, self.x)
 
-    def _moved(self, step: int, x: Inputs) -> Inputs:
+    def _changed(self, step: int, x: Inputs) -> Inputs:
         n, fill = len(x), self._pattern(self._sizes[step])
         delta = (x - self._clean).reshape(n, self._channels, -1)
         first, second = (
-            windows.places(step).expand(n, self._channels, -1) for windows in (self._first, self._second)
+            windows.positions(step).expand(n, self._channels, -1) for windows in (self._first, self._second)
         )
         old = delta.gather(2, first)
         heap = (
@@ -284,8 +284,8 @@ class Heaps:
         """Norm of a channel's peak: that of its windows, and its part of the remaining norm of the image up to eps."""
         if isinstance(self._norm, L1):
             return (self._norm.eps - used.sum(1, keepdim=True)).clamp_min(0) + self._channels * (used - kept)
-        left = (self._norm.eps**2 - (used**2).sum(1, keepdim=True)).clamp_min(0) / self._channels
-        return (left + (used**2 - kept**2).clamp_min(0)).sqrt()
+        unused = (self._norm.eps**2 - (used**2).sum(1, keepdim=True)).clamp_min(0) / self._channels
+        return (unused + (used**2 - kept**2).clamp_min(0)).sqrt()
 
     def _pattern(self, size: tuple[int, int]) -> Tensor:
         """Both orientations (2, pixels) of the pattern of a window."""
@@ -324,7 +324,7 @@ def _tiled(heap: Tensor, down: Tensor, across: Tensor) -> Tensor:
 
 
 def search(
-    model: Model, left: Batch, proposals: Proposals, best: Best, shares: Sequence[float], rng: Draws
+    model: Model, remaining: Batch, proposals: Proposals, best: Best, shares: Sequence[float], rng: Draws
 ) -> None:
     """Run the random search of Square Attack: each query tries one changed window, and changes that lower the margin
     are accepted.
@@ -333,27 +333,29 @@ def search(
     first query evaluates the start. The final point of each example is offered to `best`; broken examples are dropped.
     Cost: a forward for each element of `shares`.
     """
-    height = margin(model(proposals.x.clone(), left.ids), left)  # a copy, because `keep` changes `x` in place
+    lowest = margin(
+        model(proposals.x.clone(), remaining.ids), remaining
+    )  # a copy, because `keep` changes `x` in place
     for step in range(len(shares)):
         at = step % _BLOCK
         if at == 0:
             block = shares[step : step + _BLOCK]
-            draws = rng.at("block", step // _BLOCK).uniform(left.ids, _BLOCK, proposals.per_step)
+            draws = rng.at("block", step // _BLOCK).uniform(remaining.ids, _BLOCK, proposals.per_step)
             proposals.plan(draws[:, : len(block)], block)
-        if not float(height.min()) > 0:  # also true if one of them is NaN
-            best.offer(left, proposals.x, height)
-            standing = height > 0
-            left, height = left.take(standing), height[standing]
-            if not len(left):
+        if not float(lowest.min()) > 0:  # also true if one of them is NaN
+            best.offer(remaining, proposals.x, lowest)
+            surviving = lowest > 0
+            remaining, lowest = remaining.take(surviving), lowest[surviving]
+            if not len(remaining):
                 return
-            proposals.take(standing)
+            proposals.take(surviving)
         if step == len(shares) - 1:
             break
-        margins = margin(model(proposals.propose(at), left.ids), left)
-        lower = ~(margins >= height)
+        margins = margin(model(proposals.propose(at), remaining.ids), remaining)
+        lower = ~(margins >= lowest)
         proposals.keep(lower)
-        height = torch.where(lower, margins, height)
-    best.offer(left, proposals.x, height)
+        lowest = torch.where(lower, margins, lowest)
+    best.offer(remaining, proposals.x, lowest)
 
 
 def proposals_for(batch: Batch, norm: Linf | L2 | L1, bounds: Bounds) -> Proposals:

@@ -74,11 +74,11 @@ def against_majority(correct: Mask, y: Labels, confidence: float = 0.95) -> Agai
     exceed that share and the accuracy is at most 1.5 times that of guessing. With a single label it is never at chance.
     """
     n, counts = len(y), torch.unique(y, return_counts=True)[1]
-    right = int(correct.sum())
-    low, high = clopper_pearson(right, n, confidence)
+    n_correct = int(correct.sum())
+    low, high = clopper_pearson(n_correct, n, confidence)
     majority = int(counts.max()) / n
-    near = n >= FEWEST and right / n <= NEAR_CHANCE / len(counts)
-    at_chance = len(counts) > 1 and (high <= majority or (near and low <= majority))
+    near_chance = n >= FEWEST and n_correct / n <= NEAR_CHANCE / len(counts)
+    at_chance = len(counts) > 1 and (high <= majority or (near_chance and low <= majority))
     return AgainstMajority(low, high, majority, at_chance)
 
 
@@ -173,20 +173,21 @@ def bootstrap(
     from scipy.special import ndtr
 
     value = float(statistic(torch.arange(n)[None])[0])
-    seen = resampled(statistic, n)
-    if n < FEW or bool((seen == seen[0]).all()):
+    resampled_values = resampled(statistic, n)
+    if n < FEW or bool((resampled_values == resampled_values[0]).all()):
         unseen = 1 - ((1 - confidence) / 2) ** (1 / n)
         return Estimate(value, _towards(value, support.low, unseen), _towards(value, support.high, unseen), n)
-    resamples = len(seen)
+    resamples = len(resampled_values)
     # ties count half; the share is kept away from 0 and 1, where the correction would be infinite
-    share = float(((seen < value).double() + 0.5 * (seen == value).double()).mean())
+    share = float(((resampled_values < value).double() + 0.5 * (resampled_values == value).double()).mean())
     bias = normal_quantile(min(max(share, 1 / (resamples + 1)), resamples / (resamples + 1)))
     acceleration = 0.0 if influence is None else _acceleration(influence)
     ends = []
     for tail in ((1 - confidence) / 2, (1 + confidence) / 2):
         z = bias + normal_quantile(tail)
+        # the correction has a pole where the divisor is zero
         shift = bias + z / max(1 - acceleration * z, 1e-6)
-        ends.append(_quantile(seen, float(ndtr(shift))))
+        ends.append(_quantile(resampled_values, float(ndtr(shift))))
     low, high = min(ends[0], value), max(ends[1], value)
     return Estimate(value, max(low, support.low), min(high, support.high), n)
 
@@ -209,8 +210,10 @@ def _quantile(values: PerExample, p: float) -> float:
 
 def mean(values: PerExample, confidence: float = 0.95, *, support: Support = UNIT) -> Estimate:
     """Return the mean of values with its BCa bootstrap confidence interval."""
-    wide = values.double()
-    return bootstrap(lambda rows: wide[rows].mean(1), len(wide), confidence, support=support, influence=wide)
+    precise = values.double()
+    return bootstrap(
+        lambda rows: precise[rows].mean(1), len(precise), confidence, support=support, influence=precise
+    )
 
 
 @dataclass(frozen=True)

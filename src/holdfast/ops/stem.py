@@ -45,8 +45,8 @@ def _input_gradient(
 ) -> Tensor:
     """The input gradient: each output's gradient times the kernel, summed by `F.fold`, a few examples at a time."""
     spread = weight.flatten(1).t().to(grad.dtype)
-    many = max(1, _COLUMNS // (len(spread) * grad.shape[2] * grad.shape[3]))
-    pieces = torch.split(grad.flatten(2), many)
+    n_at_once = max(1, _COLUMNS // (len(spread) * grad.shape[2] * grad.shape[3]))
+    pieces = torch.split(grad.flatten(2), n_at_once)
     return torch.cat(
         [F.fold(spread @ piece, size, weight.shape[2:], dilation, padding, stride) for piece in pieces]
     )
@@ -60,10 +60,10 @@ class StemConv2d(nn.Conv2d):
         learns = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if learns or input.dim() != 4 or not (input.requires_grad and torch.is_grad_enabled()):
             return super().forward(input)
-        found: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
+        maps: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
             input, self.weight, self.bias, self.stride, self.padding, self.dilation
         )
-        return found
+        return maps
 
 
 def quicken_stems(net: nn.Module) -> bool:
@@ -74,7 +74,7 @@ def quicken_stems(net: nn.Module) -> bool:
     """
     stems = [m for m in net.modules() if type(m) is nn.Conv2d and _fits(m)]
     for stem in stems:
-        stem.__class__ = StemConv2d
+        stem.__class__ = StemConv2d  # in place, so that weights, hooks and names remain
     return bool(stems)
 
 

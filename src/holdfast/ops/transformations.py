@@ -46,6 +46,7 @@ def transformed(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
     if any(name in amounts for name in (*_COLOURED, "brightness", "contrast")):
         out = _recoloured(out, amounts, bounds)
     still = torch.stack([amount == 0 for amount in amounts.values()]).all(0)
+    # the value of `x` with the gradient of `out`
     return torch.where(spread(still, x), x + (out - out.detach()), bounds.clamp(out))
 
 
@@ -86,14 +87,15 @@ def flowed(x: Inputs, flow: Tensor, bounds: Bounds) -> Inputs:
     grid = torch.stack(((2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1), dim=-1)
     out = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
     still = (flow == 0).all(1, keepdim=True)
+    # the value of `x` with the gradient of `out`
     return torch.where(still, x + (out - out.detach()), bounds.clamp(out))
 
 
-def reached(x: Inputs, place: Tensor, constraint: Transformations, bounds: Bounds) -> Inputs:
-    """Return images transformed by `place` (n, axes), which gives the amount of each transformation as a fraction of
+def reached(x: Inputs, position: Tensor, constraint: Transformations, bounds: Bounds) -> Inputs:
+    """Return images transformed by `position` (n, axes), which gives the amount of each transformation as a fraction of
     its limit, from -1 to 1.
     """
-    amounts = {axis: far * place[:, k] for k, (axis, far) in enumerate(constraint.axes.items())}
+    amounts = {axis: limit * position[:, k] for k, (axis, limit) in enumerate(constraint.axes.items())}
     return transformed(x, amounts, bounds)
 
 
@@ -116,22 +118,23 @@ def refuse_unfit(x: Inputs, names: Mapping[str, float]) -> None:
 def _warped(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
     """Apply rotation, scale, shift and perspective as one homography by backward mapping."""
     height, width = x.shape[2:]
-    none = x.new_zeros(len(x))
-    turn = torch.deg2rad(amounts.get("rotate", none))
-    zoom = 1 + amounts.get("scale", none)
+    zero = x.new_zeros(len(x))
+    angle = torch.deg2rad(amounts.get("rotate", zero))
+    zoom = 1 + amounts.get("scale", zero)
     rows = torch.arange(height, device=x.device, dtype=x.dtype) - (height - 1) / 2
     columns = torch.arange(width, device=x.device, dtype=x.dtype) - (width - 1) / 2
-    down = rows[None, :, None] - amounts.get("shift_y", none)[:, None, None]
-    right = columns[None, None, :] - amounts.get("shift_x", none)[:, None, None]
-    cos, sin = ((side / zoom)[:, None, None] for side in (turn.cos(), turn.sin()))
+    down = rows[None, :, None] - amounts.get("shift_y", zero)[:, None, None]
+    right = columns[None, None, :] - amounts.get("shift_x", zero)[:, None, None]
+    cos, sin = ((side / zoom)[:, None, None] for side in (angle.cos(), angle.sin()))
     from_right, from_down = cos * right + sin * down, cos * down - sin * right
     nearer = (
         1
-        + amounts.get("perspective_x", none)[:, None, None] * from_right * 2 / width
-        + amounts.get("perspective_y", none)[:, None, None] * from_down * 2 / height
+        + amounts.get("perspective_x", zero)[:, None, None] * from_right * 2 / width
+        + amounts.get("perspective_y", zero)[:, None, None] * from_down * 2 / height
     )
     grid = torch.stack((from_right * 2 / width / nearer, from_down * 2 / height / nearer), dim=-1)
     low, _ = bounds.like(x)
+    # shifted, because pixels from outside are 0 in `grid_sample` and must be the lower bound
     return F.grid_sample(x - low, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + low
 
 
@@ -139,6 +142,7 @@ def _blurred(x: Inputs, sigma: PerExample) -> Inputs:
     """A Gaussian blur along rows, then along columns, with its own width for each example."""
     reach = min(4, x.shape[2] - 1, x.shape[3] - 1)
     offsets = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
+    # a width of zero would divide by zero; one of 1e-3 changes no pixel
     kernel = torch.exp(-(offsets**2) / (2 * sigma.abs().clamp_min(1e-3)[:, None] ** 2))
     kernel = kernel / kernel.sum(1, keepdim=True)
     n, channels, height, width = x.shape
@@ -161,12 +165,12 @@ def _recoloured(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
 
 def _chroma(x: Inputs, amounts: Amounts) -> Inputs:
     """Rotate and scale the two colour channels of YIQ, which keeps the brightness."""
-    none = x.new_zeros(len(x))
-    turn = torch.deg2rad(amounts.get("hue", none))
-    stretch = 1 + amounts.get("saturation", none)
-    cos, sin = stretch * turn.cos(), stretch * turn.sin()
+    no_change = x.new_zeros(len(x))
+    angle = torch.deg2rad(amounts.get("hue", no_change))
+    stretch = 1 + amounts.get("saturation", no_change)
+    cos, sin = stretch * angle.cos(), stretch * angle.sin()
     zero, one = torch.zeros_like(cos), torch.ones_like(cos)
-    inside = torch.stack((one, zero, zero, zero, cos, -sin, zero, sin, cos), dim=1).view(-1, 3, 3)
+    rotation = torch.stack((one, zero, zero, zero, cos, -sin, zero, sin, cos), dim=1).view(-1, 3, 3)
     to_yiq = torch.tensor(_TO_YIQ, device=x.device, dtype=x.dtype)
-    mixed = torch.linalg.inv(to_yiq) @ inside @ to_yiq
+    mixed = torch.linalg.inv(to_yiq) @ rotation @ to_yiq
     return torch.einsum("nij,njhw->nihw", mixed, x)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from holdfast.ops.distributed import average
 
-_TINY = 1e-12
+_TINY = 1e-12  # a gradient of zero then changes nothing
 
 
 @contextmanager
@@ -34,22 +34,23 @@ def perturbed(model: nn.Module, loss: Callable[[], Tensor], share: float) -> Ite
     if not share:
         yield
         return
-    moved = [weight for weight in model.parameters() if weight.requires_grad and weight.dim() > 1]
+    perturbed_weights = [weight for weight in model.parameters() if weight.requires_grad and weight.dim() > 1]
     statistics = [buffer.clone() for buffer in model.buffers()]
-    grads = torch.autograd.grad(loss(), moved, allow_unused=True)
+    grads = torch.autograd.grad(loss(), perturbed_weights, allow_unused=True)
     average(grads)
-    before = [weight.detach().clone() for weight in moved]
+    before = [weight.detach().clone() for weight in perturbed_weights]
+    # the loss has updated the running statistics, which belong to the unperturbed network
     with torch.no_grad():
         for buffer, value in zip(model.buffers(), statistics, strict=True):
             buffer.copy_(value)
-        for weight, grad in zip(moved, grads, strict=True):
+        for weight, grad in zip(perturbed_weights, grads, strict=True):
             if grad is not None:
                 weight.add_(grad, alpha=float(share * weight.norm() / (grad.norm() + _TINY)))
     try:
         yield
     finally:
         with torch.no_grad():
-            for weight, value in zip(moved, before, strict=True):
+            for weight, value in zip(perturbed_weights, before, strict=True):
                 weight.copy_(value)
 
 
@@ -57,18 +58,18 @@ def ema(average: dict[str, Tensor], model: nn.Module, keep: float, step: int) ->
     """Update the exponential moving average of the weights of a model in place. The decay is smaller at first, so that
     the initial weights are forgotten.
     """
-    _moved(average, model, 1 - min(keep, (step + 1) / (step + 10)))
+    _average_towards(average, model, 1 - min(keep, (step + 1) / (step + 10)))
 
 
-def swa(average: dict[str, Tensor], model: nn.Module, place: int) -> None:
-    """Update the mean of the weights of a model in place (stochastic weight averaging); it already contains `place`
-    earlier weights.
+def swa(average: dict[str, Tensor], model: nn.Module, n_averaged: int) -> None:
+    """Update the mean of the weights of a model in place (stochastic weight averaging); it already contains
+    `n_averaged` earlier weights.
     """
-    _moved(average, model, 1 / (1 + place))
+    _average_towards(average, model, 1 / (1 + n_averaged))
 
 
 @torch.no_grad()
-def _moved(average: dict[str, Tensor], model: nn.Module, share: float) -> None:
+def _average_towards(average: dict[str, Tensor], model: nn.Module, share: float) -> None:
     """Move the average by `share` towards the model; integer tensors, such as counts of batches, are copied."""
     for name, value in model.state_dict().items():
         if value.is_floating_point() and share < 1:

@@ -26,13 +26,13 @@ from holdfast.core.types import Count, Fraction, Inputs, NonNegative, Positive, 
 from holdfast.ops.ascent import ascend
 from holdfast.ops.augment import moves
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, taught, trained
+from holdfast.ops.learner import Learner, adversarial_cross_entropy, trained
 from holdfast.ops.losses import cross_entropy
 
 
 @dataclass(frozen=True)
 class ATTA:
-    """Adversarial training on examples that are stored from epoch to epoch and improved by a few steps each time."""
+    """Trains on adversarial examples that are stored from epoch to epoch and improved by a few steps each time."""
 
     steps: Steps = 2
     """number of gradient steps on each stored example in each epoch"""
@@ -60,16 +60,25 @@ class ATTA:
                 f"atta stores the perturbation of each image, and cutmix={self.training.cutmix:g} would replace a part "
                 f"of the image by another one; leave it out, or choose --recipe pgd"
             )
-        kept = {
+        state = {
             "kept": torch.zeros_like(data.x, dtype=torch.float16)
         }  # each change in multiples of the full eps, with a relative error of at most a thousandth
-        where, unit = Lookup(data.ids), threat.constraint.eps or 1.0
+        lookup, unit = Lookup(data.ids), threat.constraint.eps or 1.0
 
         def inner(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-            return self.inner(learner, batch, turn, where.rows(batch.ids), unit)
+            return self.inner(learner, batch, turn, lookup.rows(batch.ids), unit)
 
         return trained(
-            inner, self.loss, model, data, threat, self.training, rng=rng, after=after, state=kept, alone=True
+            inner,
+            self.loss,
+            model,
+            data,
+            threat,
+            self.training,
+            rng=rng,
+            after=after,
+            state=state,
+            alone=True,
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn, rows: Rows, unit: float) -> Inputs:
@@ -78,15 +87,15 @@ class ATTA:
 
         `rows` are the positions of the examples in the store, and stored changes are in multiples of `unit`.
         """
-        constraint, bounds, kept = learner.threat.constraint, learner.frozen.bounds, learner.state["kept"]
+        constraint, bounds, stored = learner.threat.constraint, learner.frozen.bounds, learner.state["kept"]
         assert isinstance(constraint, (Linf, L2, L1))
-        moved, change = moves(batch, self.training.augment, turn.rng), kept[rows].to(batch.x) * unit
-        anew = turn.epoch % self.refresh == 0 if self.refresh else turn.epoch == 0
-        if anew:
+        augmentation, change = moves(batch, self.training.augment, turn.rng), stored[rows].to(batch.x) * unit
+        reset = turn.epoch % self.refresh == 0 if self.refresh else turn.epoch == 0
+        if reset:
             start = constraint.sample(batch, bounds, turn.rng.at("start"))
         else:
-            there = change if moved is None else moved.of(change)
-            start = constraint.project(batch.x + there, batch.x, bounds)
+            start_change = change if augmentation is None else augmentation.of(change)
+            start = constraint.project(batch.x + start_change, batch.x, bounds)
         x_adv, _ = ascend(
             learner.frozen,
             batch,
@@ -97,12 +106,16 @@ class ATTA:
             step_size=self.step * constraint.eps,
             keep="last",
         )
-        made = x_adv - batch.x
-        kept[rows] = ((made if moved is None else moved.back(made, change)) / unit).to(kept)
+        new_change = x_adv - batch.x
+        stored[rows] = (
+            (new_change if augmentation is None else augmentation.back(new_change, change)) / unit
+        ).to(stored)
         return x_adv
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy at attacked
         inputs plus the weighted cross-entropy at clean inputs.
         """
-        return taught(learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing)
+        return adversarial_cross_entropy(
+            learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing
+        )

@@ -21,12 +21,12 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Labels, Logits, NonNegative, Positive
 from holdfast.ops.fit import Training
 from holdfast.ops.gradients import gradient_of, sloped
-from holdfast.ops.learner import Learner, as_it_is, hits, trained
+from holdfast.ops.learner import Learner, clean_inputs, hits, trained
 
 
 @dataclass(frozen=True)
 class CURE:
-    """Adds a penalty on the curvature of the loss: `weight` times the squared change of its gradient in a step."""
+    """Adds a penalty on the curvature of the loss: the squared change of its input gradient over a small step."""
 
     weight: NonNegative = 4.0
     """weight of the penalty"""
@@ -44,23 +44,25 @@ class CURE:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         return trained(
-            as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after, slope=True
+            clean_inputs, self.loss, model, data, threat, self.training, rng=rng, after=after, slope=True
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy plus the
         weighted penalty on its curvature.
         """
-        constraint, again = learner.threat.constraint, learner.again()
+        constraint, repeated = learner.threat.constraint, learner.repeated_forward()
         value, grad, right = _slope(learner.net, x_adv, batch.y)
         climb = constraint.steepest(grad.detach(), batch.x, learner.net.bounds)
         # The step may leave the box, as in the paper: the network is defined there too.
-        _, further, _ = _slope(again, torch.add(batch.x, climb, alpha=self.reach * constraint.eps), batch.y)
-        bend = (further - grad).square().flatten(1).sum(1)
+        _, grad_after, _ = _slope(
+            repeated, torch.add(batch.x, climb, alpha=self.reach * constraint.eps), batch.y
+        )
+        bend = (grad_after - grad).square().flatten(1).sum(1)
         return value + self.weight * bend.mean(), right
 
 
 def _slope(net: Callable[[Inputs], Logits], x: Inputs, y: Labels) -> tuple[Tensor, Tensor, Tensor]:
     """The mean cross-entropy, the gradient of each example's cross-entropy, and the number of correct examples."""
-    x, logits, each = sloped(net, x, y)
-    return each.mean(), gradient_of(each, x), hits(logits, y)
+    x, logits, losses = sloped(net, x, y)
+    return losses.mean(), gradient_of(losses, x), hits(logits, y)

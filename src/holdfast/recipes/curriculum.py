@@ -22,13 +22,13 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Count, Fraction, Inputs, Logits, Positive, Rows, Steps
 from holdfast.ops.ascent import gradient
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, taught, trained
+from holdfast.ops.learner import Learner, adversarial_cross_entropy, trained
 from holdfast.ops.losses import cross_entropy
 
 
 @dataclass(frozen=True)
 class CurriculumTraining:
-    """Adversarial training on PGD attacks that stop for each example at its first error or a few steps later."""
+    """Trains on attacks that stop for each example at its first misclassification or a few steps later."""
 
     beyond: Count = 3
     """number of steps that an example takes after its first error, at the end of the training; it grows from 0"""
@@ -59,28 +59,28 @@ class CurriculumTraining:
         """
         constraint, model = learner.threat.constraint, learner.frozen
         x_adv = constraint.sample(batch, model.bounds, turn.rng.at("start"))
-        going = torch.arange(len(batch), device=batch.x.device)
-        more = torch.full_like(going, int((self.beyond + 1) * turn.done))
+        active = torch.arange(len(batch), device=batch.x.device)
+        steps_left = torch.full_like(active, int((self.beyond + 1) * turn.done))
         for _ in range(self.steps):
-            grad, logits = self._slope(learner, batch.at(x_adv), going)
-            wrong = logits.argmax(1) != batch.y[going]
-            goes = ~wrong | (more > 0)
-            if not goes.any():
+            grad, logits = self._slope(learner, batch.at(x_adv), active)
+            wrong = logits.argmax(1) != batch.y[active]
+            continues = ~wrong | (steps_left > 0)
+            if not continues.any():
                 break
-            going, more = going[goes], (more - wrong.long())[goes]
-            few, x = batch.take(going), x_adv[going]
-            climb = constraint.steepest(grad[goes], x, model.bounds)
-            moved = torch.add(x, climb, alpha=self.reach * constraint.eps / self.steps)
-            x_adv = x_adv.index_copy(0, going, constraint.project(moved, few.x, model.bounds))
+            active, steps_left = active[continues], (steps_left - wrong.long())[continues]
+            remaining, x = batch.take(active), x_adv[active]
+            climb = constraint.steepest(grad[continues], x, model.bounds)
+            stepped = torch.add(x, climb, alpha=self.reach * constraint.eps / self.steps)
+            x_adv = x_adv.index_copy(0, active, constraint.project(stepped, remaining.x, model.bounds))
         return x_adv
 
-    def _slope(self, learner: Learner, batch: Batch, going: Rows) -> tuple[Inputs, Logits]:
-        """Gradients and logits of the rows `going`; the whole batch is used if batch norm uses its statistics."""
+    def _slope(self, learner: Learner, batch: Batch, active: Rows) -> tuple[Inputs, Logits]:
+        """Gradients and logits of the rows `active`; the whole batch is used if batch norm uses its statistics."""
         if self.training.attack_statistics == "batch":
             grad, logits = gradient(learner.frozen, batch, cross_entropy)
-            return grad[going], logits[going]
-        return gradient(learner.frozen, batch.take(going), cross_entropy)
+            return grad[active], logits[active]
+        return gradient(learner.frozen, batch.take(active), cross_entropy)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean cross-entropy at the attacked inputs of a batch, and the number of correct examples."""
-        return taught(learner, batch, x_adv, smoothing=self.label_smoothing)
+        return adversarial_cross_entropy(learner, batch, x_adv, smoothing=self.label_smoothing)

@@ -20,12 +20,12 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, taught, trained
+from holdfast.ops.learner import Learner, adversarial_cross_entropy, trained
 
 
 @dataclass(frozen=True)
 class EnsembleTraining:
-    """Adversarial training on attacks on the network itself and on surrogates, one of them at random per batch."""
+    """Trains on attacks on the network itself and on fixed surrogate models, one of them at random per batch."""
 
     steps: Steps = 7
     """number of gradient steps of the inner attack"""
@@ -60,8 +60,8 @@ class EnsembleTraining:
         or of a surrogate model, chosen at random for each batch.
         """
         surrogates = learner.threat.surrogates
-        one = torch.zeros(1, dtype=torch.int64, device=batch.x.device)
-        chosen = int(turn.rng.at("whose").integers(one, len(surrogates) + 1)[0])
+        batch_id = torch.zeros(1, dtype=torch.int64, device=batch.x.device)
+        chosen = int(turn.rng.at("whose").integers(batch_id, len(surrogates) + 1)[0])
         attacked = surrogates[chosen - 1] if chosen else None
         return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach, on=attacked)
 
@@ -69,4 +69,6 @@ class EnsembleTraining:
         """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy at attacked
         inputs plus the weighted cross-entropy at clean inputs.
         """
-        return taught(learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing)
+        return adversarial_cross_entropy(
+            learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing
+        )

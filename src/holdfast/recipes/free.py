@@ -22,7 +22,7 @@ from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, Positive, Steps
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, taught, trained
+from holdfast.ops.learner import Learner, adversarial_cross_entropy, trained
 
 _DELTA = "delta"
 _EVERYWHERE = Bounds(-math.inf, math.inf)  # the perturbation is not clipped: it is used on other images
@@ -69,19 +69,21 @@ class FreeTraining:
         """Return the inputs of a batch with the current perturbation, which a hook updates during the backward pass of
         the training loss.
         """
-        whole = batch.x + learner.state[_DELTA]
-        x_adv = learner.net.bounds.clamp(whole).requires_grad_()
-        cut = whole - x_adv.detach()
-        x_adv.register_hook(partial(self._moved, learner, x_adv.detach(), cut))  # type: ignore[no-untyped-call]
+        perturbed = batch.x + learner.state[_DELTA]
+        x_adv = learner.net.bounds.clamp(perturbed).requires_grad_()
+        cut = perturbed - x_adv.detach()
+        # a hook, because another gradient would cost a second backward pass
+        x_adv.register_hook(partial(self._update_delta, learner, x_adv.detach(), cut))  # type: ignore[no-untyped-call]
         return x_adv
 
-    def _moved(self, learner: Learner, x_adv: Inputs, cut: Inputs, grad: Inputs) -> None:
+    def _update_delta(self, learner: Learner, x_adv: Inputs, cut: Inputs, grad: Inputs) -> None:
         """Update the perturbation along the gradient inside its ball; features with a `cut` move only into the box."""
         constraint, delta = learner.threat.constraint, learner.state[_DELTA]
         climb = constraint.steepest(grad.masked_fill(grad * cut > 0, 0), x_adv, learner.net.bounds)
-        moved = torch.add(delta, climb, alpha=self.step * constraint.eps)
-        delta.copy_(constraint.project(moved, torch.zeros_like(delta), _EVERYWHERE))
+        stepped = torch.add(delta, climb, alpha=self.step * constraint.eps)
+        # in place, because this tensor is part of the checkpoints
+        delta.copy_(constraint.project(stepped, torch.zeros_like(delta), _EVERYWHERE))
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean cross-entropy at the attacked inputs of a batch, and the number of correct examples."""
-        return taught(learner, batch, x_adv, smoothing=self.label_smoothing)
+        return adversarial_cross_entropy(learner, batch, x_adv, smoothing=self.label_smoothing)

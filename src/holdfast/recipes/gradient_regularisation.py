@@ -26,7 +26,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Logits, NonNegative, PerExample, Positive
 from holdfast.ops.fit import Training
 from holdfast.ops.gradients import gradient_of, rise, sloped
-from holdfast.ops.learner import Learner, as_it_is, hits, trained
+from holdfast.ops.learner import Learner, clean_inputs, hits, trained
 
 
 @dataclass(frozen=True)
@@ -51,26 +51,31 @@ class GradientRegularisation:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         return trained(
-            as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after, slope=True
+            clean_inputs, self.loss, model, data, threat, self.training, rng=rng, after=after, slope=True
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy plus the
         weighted penalty on its input gradient.
         """
-        again = learner.again()
-        x, logits, each = sloped(learner.net, x_adv, batch.y)
+        repeated = learner.repeated_forward()
+        x, logits, losses = sloped(learner.net, x_adv, batch.y)
         if self.method == "double-backprop":
-            added = rise(each, x, learner.threat.constraint, learner.net.bounds)
+            penalty = rise(losses, x, learner.threat.constraint, learner.net.bounds)
         else:
-            added = self._further(learner, batch, x, each, again) / self.reach
-        return (each + self.weight * added).mean(), hits(logits, batch.y)
+            penalty = self._increase(learner, batch, x, losses, repeated) / self.reach
+        return (losses + self.weight * penalty).mean(), hits(logits, batch.y)
 
-    def _further(
-        self, learner: Learner, batch: Batch, x: Inputs, each: PerExample, again: Callable[[Inputs], Logits]
+    def _increase(
+        self,
+        learner: Learner,
+        batch: Batch,
+        x: Inputs,
+        losses: PerExample,
+        repeated: Callable[[Inputs], Logits],
     ) -> PerExample:
         """Increase of the loss in a short step."""
         constraint = learner.threat.constraint
-        climb = constraint.steepest(gradient_of(each, x, graph=False), batch.x, learner.net.bounds)
-        moved = again(torch.add(batch.x, climb, alpha=self.reach * constraint.eps))
-        return F.cross_entropy(moved, batch.y, reduction="none") - each
+        climb = constraint.steepest(gradient_of(losses, x, graph=False), batch.x, learner.net.bounds)
+        logits = repeated(torch.add(batch.x, climb, alpha=self.reach * constraint.eps))
+        return F.cross_entropy(logits, batch.y, reduction="none") - losses

@@ -26,12 +26,15 @@ from holdfast.ops.divergences import kullback_leibler
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, hits, trained
 
-_SEEN, _KNOWS = 1_000, 0.5  # number of examples on which the helper is tested, and the accuracy that it needs
+_N_TESTED, _MIN_ACCURACY = (
+    1_000,
+    0.5,
+)  # number of examples on which the helper is tested, and the accuracy that it needs
 
 
 @dataclass(frozen=True)
 class HAT:
-    """TRADES plus the cross-entropy at points beyond the attack, with the original model's predictions as labels."""
+    """Adds to TRADES a loss at points outside the ball, whose labels are the predictions of the original model."""
 
     beta: NonNegative = 2.5
     """weight of the divergence"""
@@ -69,7 +72,7 @@ class HAT:
         """Return the attacked inputs of a batch, found by gradient ascent on the divergence between attacked and clean
         prediction.
         """
-        return learner.apart(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
+        return learner.most_divergent(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
 
     def loss(
         self, learner: Learner, batch: Batch, x_adv: Inputs, helper: Classifier
@@ -83,19 +86,19 @@ class HAT:
         with torch.no_grad():
             labels = helper(x_adv).argmax(1)
         further = torch.lerp(batch.x, x_adv, self.beyond)
-        clean, logits, outside = learner.net(batch.x), learner.net(x_adv), learner.net(further)
-        robust = kullback_leibler(logits, clean).mean()
-        helped = F.cross_entropy(outside, labels)
-        value = F.cross_entropy(clean, batch.y) + self.beta * robust + self.gamma * helped
+        clean, logits, further_logits = learner.net(batch.x), learner.net(x_adv), learner.net(further)
+        divergence = kullback_leibler(logits, clean).mean()
+        helper_loss = F.cross_entropy(further_logits, labels)
+        value = F.cross_entropy(clean, batch.y) + self.beta * divergence + self.gamma * helper_loss
         return value, hits(logits, batch.y)
 
 
 def _refuse_untaught(helper: Classifier, data: Batch) -> None:
-    few = data.take(torch.arange(min(_SEEN, len(data)), device=data.x.device))
+    sample = data.take(torch.arange(min(_N_TESTED, len(data)), device=data.x.device))
     with torch.no_grad():
-        right = (helper(few.x).argmax(1) == few.y).double().mean().item()
-    if right < _KNOWS:
+        right = (helper(sample.x).argmax(1) == sample.y).double().mean().item()
+    if right < _MIN_ACCURACY:
         raise UsageError(
-            f"hat learns from the given model, which classifies {right:.0%} of {len(few):,} training examples "
+            f"hat learns from the given model, which classifies {right:.0%} of {len(sample):,} training examples "
             f"correctly; train it first, with --recipe standard, or choose --recipe trades"
         )

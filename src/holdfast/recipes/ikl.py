@@ -32,7 +32,7 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class IKL:
-    """TRADES with its divergence decomposed into a squared error of logit gaps and a cross-entropy."""
+    """Replaces the divergence of TRADES by a squared error of logit gaps and a cross-entropy with soft labels."""
 
     alpha: NonNegative = 4.0
     """weight of the cross-entropy whose soft label is the clean prediction"""
@@ -77,7 +77,7 @@ class IKL:
         """Return the attacked inputs of a batch, found by gradient ascent on the divergence between attacked and clean
         prediction.
         """
-        return learner.apart(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
+        return learner.most_divergent(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch, which is the weighted sum of the three terms of the recipe, and the number
@@ -86,18 +86,18 @@ class IKL:
         clean, logits = learner.net(batch.x), learner.net(x_adv)
         target = clean.detach()
         means = learner.state["means"]
-        learner.state["seen"].copy_(self._seen(means, target, batch.y))
+        learner.state["seen"].copy_(self._updated(means, target, batch.y))
         gaps = weighted_gaps(logits, clean, means[batch.y]).mean()
         soft = F.cross_entropy(logits, target.softmax(1))
         return F.cross_entropy(clean, batch.y) + self.beta * gaps + self.alpha * soft, hits(logits, batch.y)
 
-    def _seen(self, means: Tensor, clean: Logits, y: Labels) -> Tensor:
+    def _updated(self, means: Tensor, clean: Logits, y: Labels) -> Tensor:
         """The running mean prediction of each class, updated with the predictions of a batch."""
         member = F.one_hot(y, len(means)).to(means)
         sums, count = member.t() @ (clean / self.temperature).softmax(1).to(means), member.sum(0)[:, None]
         average((sums, count))  # over the processes
-        now = sums / torch.where(count > 0, count, 1)
-        return torch.where(count > 0, torch.lerp(now, means, self.keep), means)
+        batch_means = sums / torch.where(count > 0, count, 1)
+        return torch.where(count > 0, torch.lerp(batch_means, means, self.keep), means)
 
 
 def _settled(learner: Learner) -> Callable[[], None]:

@@ -44,7 +44,7 @@ class JacobianRegularisation:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        place = {_PLACE: torch.zeros((), dtype=torch.int64)}
+        state = {_PLACE: torch.zeros((), dtype=torch.int64)}
         return trained(
             self.inner,
             self.loss,
@@ -54,7 +54,7 @@ class JacobianRegularisation:
             self.training,
             rng=rng,
             after=after,
-            state=place,
+            state=state,
             slope=True,
         )
 
@@ -62,7 +62,7 @@ class JacobianRegularisation:
         """Return the clean inputs of a batch, and store the seed of the random directions with which the penalty is
         estimated.
         """
-        learner.state[_PLACE].fill_(turn.rng.key >> 1)
+        learner.state[_PLACE].fill_(turn.rng.key >> 1)  # the key has 64 bits, and an int64 is signed
         return batch.x
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:

@@ -25,12 +25,12 @@ from holdfast.core.types import Inputs, NonNegative, Positive
 from holdfast.ops.fit import Training
 from holdfast.ops.gains import Confined, gain_directions, order_of, trained_layers
 from holdfast.ops.gradients import rise, sloped
-from holdfast.ops.learner import Learner, as_it_is, hits, taught, trained
+from holdfast.ops.learner import Learner, adversarial_cross_entropy, clean_inputs, hits, trained
 
 
 @dataclass(frozen=True)
 class LipschitzConstraint:
-    """Bounds the gain of every layer by `gain`, and penalises the input gradient of the loss by `weight`."""
+    """Limits the Lipschitz constant of each layer to `gain`, and adds a penalty on the loss's input gradient."""
 
     gain: Positive = 10.0
     """largest Lipschitz constant (gain) of each layer; under L2 as estimated by power iteration"""
@@ -56,7 +56,7 @@ class LipschitzConstraint:
             return Confined(trained_layers(learner.net, data.x), order, self.gain, learner.state)
 
         return trained(
-            as_it_is,
+            clean_inputs,
             self.loss,
             model,
             data,
@@ -64,6 +64,7 @@ class LipschitzConstraint:
             self.training,
             rng=rng,
             after=after,
+            # a copy, because a recipe must not change the mode of the given model
             state=gain_directions(deepcopy(model).eval(), data.x, order, rng.at("gain")),
             settle=confined,
             slope=self.weight > 0,
@@ -74,7 +75,7 @@ class LipschitzConstraint:
         weighted first-order increase in a step of length eps.
         """
         if not self.weight:
-            return taught(learner, batch, x_adv)
-        x, logits, each = sloped(learner.net, x_adv, batch.y)
-        slope = rise(each, x, learner.threat.constraint, learner.net.bounds)
-        return each.mean() + self.weight * slope.mean(), hits(logits, batch.y)
+            return adversarial_cross_entropy(learner, batch, x_adv)
+        x, logits, losses = sloped(learner.net, x_adv, batch.y)
+        slope = rise(losses, x, learner.threat.constraint, learner.net.bounds)
+        return losses.mean() + self.weight * slope.mean(), hits(logits, batch.y)

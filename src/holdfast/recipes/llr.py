@@ -29,7 +29,7 @@ from holdfast.ops.losses import cross_entropy
 
 @dataclass(frozen=True)
 class LLR:
-    """Adds a penalty on the largest distance of the loss from its tangent in the ball, and on the tangent's change."""
+    """Trains for a loss that is nearly linear in the ball, by a penalty on its largest distance from its tangent."""
 
     bend: NonNegative = 4.0
     """weight of the largest distance between the loss and its tangent"""
@@ -64,19 +64,21 @@ class LLR:
         x = constraint.sample(batch, bounds, turn.rng.at("start"))
         for _ in range(self.steps):
             grad, logits = gradient(net, batch.at(x), cross_entropy)
-            apart = cross_entropy(logits, batch) - level - (tangent * (x - batch.x)).flatten(1).sum(1)
-            climb = constraint.steepest(spread(apart.sign(), x) * (grad - tangent), x, bounds)
-            moved = torch.add(x, climb, alpha=self.reach * constraint.eps / self.steps)
-            x = constraint.project(moved, batch.x, bounds)
+            deviation = cross_entropy(logits, batch) - level - (tangent * (x - batch.x)).flatten(1).sum(1)
+            climb = constraint.steepest(spread(deviation.sign(), x) * (grad - tangent), x, bounds)
+            stepped = torch.add(x, climb, alpha=self.reach * constraint.eps / self.steps)
+            x = constraint.project(stepped, batch.x, bounds)
         return x
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy plus
         penalties on its non-linearity and on its slope, measured at `x_adv`.
         """
-        again = learner.again()
-        x, logits, each = sloped(learner.net, batch.x, batch.y)
-        risen = (gradient_of(each, x) * (x_adv - batch.x)).flatten(1).sum(1)
-        there = F.cross_entropy(again(x_adv), batch.y, reduction="none")
-        apart = (there - each - risen).abs()
-        return (each + self.bend * apart + self.slope * risen.abs()).mean(), hits(logits, batch.y)
+        repeated = learner.repeated_forward()
+        x, logits, losses = sloped(learner.net, batch.x, batch.y)
+        tangent_change = (gradient_of(losses, x) * (x_adv - batch.x)).flatten(1).sum(1)
+        losses_at_point = F.cross_entropy(repeated(x_adv), batch.y, reduction="none")
+        deviation = (losses_at_point - losses - tangent_change).abs()
+        return (losses + self.bend * deviation + self.slope * tangent_change.abs()).mean(), hits(
+            logits, batch.y
+        )

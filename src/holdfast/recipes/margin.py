@@ -23,13 +23,13 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Positive
 from holdfast.ops.fit import Training
-from holdfast.ops.learner import Learner, as_it_is, hits, trained
+from holdfast.ops.learner import Learner, clean_inputs, hits, trained
 from holdfast.ops.lipschitz import input_constant
 
 
 @dataclass(frozen=True)
 class MarginTraining:
-    """Subtracts an offset from the true class's logit before the cross-entropy, which trains for a margin."""
+    """Trains for a large margin: an offset is subtracted from the true class's logit before the cross-entropy."""
 
     offset: NonNegative = 2.0
     """offset, in multiples of the margin that certifies the ball, which is eps times the square root of two, divided by
@@ -48,7 +48,7 @@ class MarginTraining:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        return trained(as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after)
+        return trained(clean_inputs, self.loss, model, data, threat, self.training, rng=rng, after=after)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy after an
@@ -58,6 +58,6 @@ class MarginTraining:
         eps = constraint.eps * input_constant(learner.net)  # radius after the preprocessing
         if isinstance(constraint, Linf):
             eps *= math.sqrt(batch.x[0].numel())  # radius of the Euclidean ball around the cube
-        own = F.one_hot(batch.y, logits.shape[1]).to(logits)
-        lowered = (logits - self.offset * math.sqrt(2) * eps * own) / self.temperature
+        label_mask = F.one_hot(batch.y, logits.shape[1]).to(logits)
+        lowered = (logits - self.offset * math.sqrt(2) * eps * label_mask) / self.temperature
         return self.temperature * F.cross_entropy(lowered, batch.y), hits(logits, batch.y)

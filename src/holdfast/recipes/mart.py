@@ -29,7 +29,7 @@ _ABOVE_ONE = 1.0001  # as in the authors' code, so that the argument of the loga
 
 @dataclass(frozen=True)
 class MART:
-    """Adversarial training with a boosted cross-entropy, and larger weights for examples misclassified when clean."""
+    """Adversarial training that gives larger weights to examples that are misclassified when clean."""
 
     beta: NonNegative = 6.0
     """weight of the divergence"""
@@ -59,9 +59,9 @@ class MART:
         plus the weighted divergence between attacked and clean prediction.
         """
         clean, logits = learner.net(batch.x), learner.net(x_adv)
-        own = batch.y[:, None]
-        rival = logits.softmax(1).scatter(1, own, 0.0).amax(1)
+        label = batch.y[:, None]
+        rival = logits.softmax(1).scatter(1, label, 0.0).amax(1)
         boosted = F.cross_entropy(logits, batch.y, reduction="none") - torch.log(_ABOVE_ONE - rival)
-        wrong = 1 - clean.softmax(1).gather(1, own)[:, 0]
-        value = boosted + self.beta * wrong * kullback_leibler(logits, clean)
+        error = 1 - clean.softmax(1).gather(1, label)[:, 0]
+        value = boosted + self.beta * error * kullback_leibler(logits, clean)
         return value.mean(), hits(logits, batch.y)

@@ -33,7 +33,7 @@ from holdfast.ops.losses import cross_entropy
 
 @dataclass(frozen=True)
 class MultiNormTraining:
-    """Adversarial training under the threat's constraint and under further ones."""
+    """Adversarial training under several norms: that of the threat model and further ones."""
 
     others: tuple[Constraint, ...] = ()
     """further constraints, each written as in a threat: l2:1.5,l1:10"""
@@ -91,14 +91,14 @@ class MultiNormTraining:
         worst, highest = x_adv, x_adv.new_full((len(x_adv),), -torch.inf)
         for _ in range(self.steps):
             grad, _ = gradient(model, batch.at(x_adv), cross_entropy)
-            tried = []
+            candidates = []
             for constraint in constraints:
                 climb = constraint.steepest(grad, x_adv, model.bounds)
-                moved = torch.add(x_adv, climb, alpha=self.reach * constraint.eps / self.steps)
-                tried.append(constraint.project(moved, batch.x, model.bounds))
-            x_adv, height = _worst(learner, batch, tried)
-            worst = torch.where(spread(height > highest, x_adv), x_adv, worst)
-            highest = torch.maximum(height, highest)
+                stepped = torch.add(x_adv, climb, alpha=self.reach * constraint.eps / self.steps)
+                candidates.append(constraint.project(stepped, batch.x, model.bounds))
+            x_adv, losses = _worst(learner, batch, candidates)
+            worst = torch.where(spread(losses > highest, x_adv), x_adv, worst)
+            highest = torch.maximum(losses, highest)
         return worst
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
@@ -111,16 +111,16 @@ class MultiNormTraining:
         return F.cross_entropy(logits, y), right
 
 
-def _worst(learner: Learner, batch: Batch, tried: list[Inputs]) -> tuple[Inputs, PerExample]:
-    """The point with the largest loss for each example, and that loss; one forward for each element of `tried`."""
+def _worst(learner: Learner, batch: Batch, candidates: list[Inputs]) -> tuple[Inputs, PerExample]:
+    """The point with the largest loss for each example, and that loss; one forward for each element of `candidates`."""
 
-    def height(x: Inputs) -> PerExample:
+    def losses_at(x: Inputs) -> PerExample:
         with torch.no_grad():
             return cross_entropy(learner.frozen(x), batch)
 
-    worst, highest = tried[0], height(tried[0])
-    for x in tried[1:]:
-        now = height(x)
-        worst = torch.where(spread(now > highest, x), x, worst)
-        highest = torch.maximum(now, highest)
+    worst, highest = candidates[0], losses_at(candidates[0])
+    for x in candidates[1:]:
+        losses = losses_at(x)
+        worst = torch.where(spread(losses > highest, x), x, worst)
+        highest = torch.maximum(losses, highest)
     return worst, highest

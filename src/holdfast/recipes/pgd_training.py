@@ -17,12 +17,12 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, taught, trained
+from holdfast.ops.learner import Learner, adversarial_cross_entropy, trained
 
 
 @dataclass(frozen=True)
 class PGDTraining:
-    """Adversarial training on the results of a short PGD attack on each batch."""
+    """Adversarial training on the results of a short projected gradient attack on each batch."""
 
     steps: Steps = 7
     """number of gradient steps of the inner attack"""
@@ -55,4 +55,6 @@ class PGDTraining:
         """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy at attacked
         inputs plus the weighted cross-entropy at clean inputs.
         """
-        return taught(learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing)
+        return adversarial_cross_entropy(
+            learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing
+        )

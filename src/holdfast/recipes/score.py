@@ -24,7 +24,7 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class SCORE:
-    """TRADES with squared distances: clean prediction to label, and attacked prediction to clean prediction."""
+    """Replaces the cross-entropy and the divergence of TRADES by squared distances between predictions."""
 
     beta: NonNegative = 4.0
     """weight of the robust term"""
@@ -55,7 +55,7 @@ class SCORE:
         """Return the attacked inputs of a batch, found by gradient ascent on the squared distance between attacked and
         clean prediction.
         """
-        return learner.apart(batch, turn.rng, squared_error, steps=self.steps, reach=self.reach)
+        return learner.most_divergent(batch, turn.rng, squared_error, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch, which is the weighted sum of two squared distances, and the number of

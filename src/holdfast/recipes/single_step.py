@@ -24,14 +24,14 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative, Positive
 from holdfast.ops.ascent import gradient
 from holdfast.ops.fit import Training, Turn
-from holdfast.ops.learner import Learner, taught, trained
+from holdfast.ops.learner import Learner, adversarial_cross_entropy, trained
 from holdfast.ops.losses import cross_entropy
-from holdfast.ops.overfitting import HELD, RAISED, OverfittingGuard
+from holdfast.ops.overfitting import N_HELD_OUT, RAISED, OverfittingGuard
 
 
 @dataclass(frozen=True)
 class SingleStep:
-    """Adversarial training with a single gradient step on each batch: two passes for each update."""
+    """Adversarial training with a single gradient step on each batch, which needs two passes for each update."""
 
     noise: NonNegative = 2.0
     """radius of the ball from which the start is sampled, in multiples of eps"""
@@ -57,20 +57,20 @@ class SingleStep:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         first = rng.at("guarded").bits(data.ids).argsort()
-        n = HELD if self.guard and len(data) > 2 * HELD else 0
-        watched, rest = data.take(first[:n]), data.take(first[n:].sort().values)
+        n = N_HELD_OUT if self.guard and len(data) > 2 * N_HELD_OUT else 0
+        held_out, trained_on = data.take(first[:n]), data.take(first[n:].sort().values)
         state = {RAISED: torch.zeros((), dtype=torch.int64, device=data.x.device)}
         return trained(
             self.inner,
             self.loss,
             model,
-            rest,
+            trained_on,
             threat,
             self.training,
             rng=rng,
             after=after,
             state=state,
-            guard=partial(OverfittingGuard, held=watched) if n else None,
+            guard=partial(OverfittingGuard, held_out=held_out) if n else None,
             linear=True,
         )
 
@@ -86,10 +86,10 @@ class SingleStep:
         for _ in range(steps):
             grad, _ = gradient(learner.frozen, batch.at(x), cross_entropy)
             climb = constraint.steepest(grad, x, bounds)
-            moved = torch.add(x, climb, alpha=self.step * constraint.eps / steps)
-            x = constraint.project(moved, batch.x, bounds) if self.clip else bounds.clamp(moved)
+            stepped = torch.add(x, climb, alpha=self.step * constraint.eps / steps)
+            x = constraint.project(stepped, batch.x, bounds) if self.clip else bounds.clamp(stepped)
         return x
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean cross-entropy at the attacked inputs of a batch, and the number of correct examples."""
-        return taught(learner, batch, x_adv, smoothing=self.label_smoothing)
+        return adversarial_cross_entropy(learner, batch, x_adv, smoothing=self.label_smoothing)

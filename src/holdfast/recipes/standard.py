@@ -12,7 +12,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs
 from holdfast.ops.fit import Training
-from holdfast.ops.learner import Learner, as_it_is, taught, trained
+from holdfast.ops.learner import Learner, adversarial_cross_entropy, clean_inputs, trained
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Standard:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         return trained(
-            as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
+            clean_inputs, self.loss, model, data, threat, self.training, rng=rng, after=after, linear=True
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean cross-entropy of a batch with smoothed labels, and the number of correct examples."""
-        return taught(learner, batch, x_adv, smoothing=self.label_smoothing)
+        return adversarial_cross_entropy(learner, batch, x_adv, smoothing=self.label_smoothing)

@@ -24,7 +24,7 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class TRADES:
-    """Adds `beta` times the largest divergence of the outputs in the ball to the clean cross-entropy."""
+    """Adds `beta` times the divergence between clean and attacked predictions to the clean cross-entropy."""
 
     beta: NonNegative = 6.0
     """weight of the robust term; with 0 the attack is still computed, and changes the statistics of batch norm"""
@@ -53,11 +53,11 @@ class TRADES:
         """Return the attacked inputs of a batch, found by gradient ascent on the divergence between attacked and clean
         prediction.
         """
-        return learner.apart(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
+        return learner.most_divergent(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the clean cross-entropy plus the weighted divergence, and the number of correct examples."""
         clean, logits = learner.net(batch.x), learner.net(x_adv)
-        robust = kullback_leibler(logits, clean).mean()
-        taught = F.cross_entropy(clean, batch.y, label_smoothing=self.label_smoothing)
-        return taught + self.beta * robust, hits(logits, batch.y)
+        divergence = kullback_leibler(logits, clean).mean()
+        clean_loss = F.cross_entropy(clean, batch.y, label_smoothing=self.label_smoothing)
+        return clean_loss + self.beta * divergence, hits(logits, batch.y)

@@ -32,7 +32,7 @@ from holdfast.ops.learner import Learner, hits, trained
 
 @dataclass(frozen=True)
 class VAT:
-    """Virtual adversarial training: penalises the divergence in the worst direction, also for unlabelled examples."""
+    """Penalises the change of the prediction in the worst direction around each example, labelled or not."""
 
     weight: NonNegative = 1.0
     """weight of the divergence"""
@@ -72,13 +72,13 @@ class VAT:
         constraint, model, x = learner.threat.constraint, learner.frozen, batch.x
         with torch.no_grad():
             clean = model(x)
-        near = constraint.resized(self.reach * constraint.eps).sample(
+        nearby = constraint.resized(self.reach * constraint.eps).sample(
             batch, model.bounds, turn.rng.at("start")
         )
         for _ in range(self.iterations):
-            grad, _ = gradient(model, batch.at(near), lambda logits, _: kullback_leibler(logits, clean))
+            grad, _ = gradient(model, batch.at(nearby), lambda logits, _: kullback_leibler(logits, clean))
             direction = constraint.steepest(grad, x, model.bounds)
-            near = model.bounds.clamp(torch.add(x, direction, alpha=self.reach * constraint.eps))
+            nearby = model.bounds.clamp(torch.add(x, direction, alpha=self.reach * constraint.eps))
         return constraint.project(torch.add(x, direction, alpha=constraint.eps), x, model.bounds)
 
     def loss(
@@ -90,8 +90,8 @@ class VAT:
         `labelled` is the fraction of the data with labels. A batch may contain no label, so the first mean is correct
         only on average over batches.
         """
-        again = learner.again()
-        clean, logits = learner.net(batch.x), again(x_adv)
-        taught = F.cross_entropy(clean, batch.y, ignore_index=UNLABELLED, reduction="sum")
-        smooth = kullback_leibler(logits, clean.detach()).mean()
-        return taught / (labelled * len(batch)) + self.weight * smooth, hits(logits, batch.y)
+        repeated = learner.repeated_forward()
+        clean, logits = learner.net(batch.x), repeated(x_adv)
+        clean_loss = F.cross_entropy(clean, batch.y, ignore_index=UNLABELLED, reduction="sum")
+        divergence = kullback_leibler(logits, clean.detach()).mean()
+        return clean_loss / (labelled * len(batch)) + self.weight * divergence, hits(logits, batch.y)

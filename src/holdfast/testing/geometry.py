@@ -57,8 +57,8 @@ def projects_once(constraint: Constraint, seed: int) -> None:
     """Check that projecting a projected point again moves it by no more than rounding."""
     batch, points = scene(seed)
     once = constraint.project(points, batch.x, BOUNDS)
-    moved = float((constraint.project(once, batch.x, BOUNDS) - once).abs().max())
-    assert moved <= 1e-9, f"{constraint}: a second projection moves a point by {moved}"
+    shift = float((constraint.project(once, batch.x, BOUNDS) - once).abs().max())
+    assert shift <= 1e-9, f"{constraint}: a second projection moves a point by {shift}"
 
 
 def leaves_feasible_points_alone(constraint: Constraint, seed: int) -> None:
@@ -74,8 +74,10 @@ def leaves_feasible_points_alone(constraint: Constraint, seed: int) -> None:
         f"{constraint}: a projection moves a feasible point"
     )
     mixed = torch.where((torch.arange(len(batch)) % 2 == 0).view(-1, 1, 1, 1), feasible, points)
-    kept = constraint.project(mixed, batch.x, BOUNDS)[::2]
-    assert torch.equal(kept, feasible[::2]), f"{constraint}: a feasible point moves beside infeasible ones"
+    projected = constraint.project(mixed, batch.x, BOUNDS)[::2]
+    assert torch.equal(projected, feasible[::2]), (
+        f"{constraint}: a feasible point moves beside infeasible ones"
+    )
 
 
 def projects_to_the_nearest(constraint: Constraint, seed: int) -> None:
@@ -112,9 +114,9 @@ def steps_along_the_steepest(constraint: Constraint, seed: int) -> None:
         rival = Draws(seed).at("rival", k).normal(batch.ids, *SHAPE, dtype=batch.x.dtype)
         rival = rival.masked_fill(torch.where(rival > 0, batch.x >= high, batch.x <= low), 0)
         size = constraint.distance(batch.x + rival, batch.x).clamp_min(1e-12).view(-1, 1, 1, 1)
-        other = (rival / size * gradient).flatten(1).sum(1)
-        assert (other <= gain + 1e-9).all(), (
-            f"{constraint}: a random step climbs {other.tolist()}, it {gain.tolist()}"
+        rival_gain = (rival / size * gradient).flatten(1).sum(1)
+        assert (rival_gain <= gain + 1e-9).all(), (
+            f"{constraint}: a random step climbs {rival_gain.tolist()}, it {gain.tolist()}"
         )
 
 
@@ -128,8 +130,8 @@ def samples_inside(constraint: Constraint, seed: int) -> None:
         assert points.dtype == dtype, f"{constraint}: {points.dtype} from {dtype}"
         assert allowed(constraint, points, batch.x, BOUNDS).all(), f"{constraint}: a sample is outside"
         rows = torch.tensor([4, 1])
-        part = constraint.sample(batch.take(rows), BOUNDS, Draws(seed))
-        assert torch.equal(part, points[rows]), f"{constraint}: samples depend on the batch"
+        subset_points = constraint.sample(batch.take(rows), BOUNDS, Draws(seed))
+        assert torch.equal(subset_points, points[rows]), f"{constraint}: samples depend on the batch"
 
 
 def radii_are_each_example_s_own(constraint: Constraint, seed: int) -> None:
@@ -167,21 +169,21 @@ def _nearest(norm: Linf | L2 | L1 | L0, points: Tensor, clean: Tensor) -> Tensor
         case L2():
             return _bisected(norm, clean, lambda share: clean + share * change)
         case L1():
-            most = change.abs().amax(1, keepdim=True)
+            largest = change.abs().amax(1, keepdim=True)
             return _bisected(
                 norm,
                 clean,
-                lambda share: clean + change.sign() * (change.abs() - (1 - share) * most).clamp_min(0),
+                lambda share: clean + change.sign() * (change.abs() - (1 - share) * largest).clamp_min(0),
             )
         case L0():
-            return _tried(norm, points, clean)
+            return _best_of_all_sets(norm, points, clean)
 
 
 def _bisected(norm: L2 | L1, clean: Tensor, at: Callable[[Tensor], Tensor]) -> Tensor:
     """Point at the largest share up to 1 whose distance is within eps. The distance must increase with the share."""
     low, high = clean.new_zeros(len(clean), 1), clean.new_ones(len(clean), 1)
-    whole = norm.distance(BOUNDS.clamp(at(high)), clean) <= norm.eps
-    low = torch.where(whole[:, None], high, low)
+    unclipped = norm.distance(BOUNDS.clamp(at(high)), clean) <= norm.eps
+    low = torch.where(unclipped[:, None], high, low)
     for _ in range(60):
         share = (low + high) / 2
         inside = (norm.distance(BOUNDS.clamp(at(share)), clean) <= norm.eps)[:, None]
@@ -189,16 +191,16 @@ def _bisected(norm: L2 | L1, clean: Tensor, at: Callable[[Tensor], Tensor]) -> T
     return BOUNDS.clamp(at(low))
 
 
-def _tried(norm: L0, points: Tensor, clean: Tensor) -> Tensor:
+def _best_of_all_sets(norm: L0, points: Tensor, clean: Tensor) -> Tensor:
     """Best point over all sets of units that may change."""
     units = torch.arange(clean.shape[1]).view(SHAPE[0], -1) if norm.per == "pixel" else None
     groups = list(units.T) if units is not None else list(torch.arange(clean.shape[1])[:, None])
-    wanted, best = BOUNDS.clamp(points), clean.clone()
+    clamped, best = BOUNDS.clamp(points), clean.clone()
     away: PerExample = (clean - points).norm(dim=1)
     for chosen in itertools.combinations(groups, int(min(norm.eps, len(groups)))):
         x = clean.clone()
         for group in chosen:
-            x[:, group] = wanted[:, group]
+            x[:, group] = clamped[:, group]
         nearer = (x - points).norm(dim=1) < away
         best[nearer], away[nearer] = x[nearer], (x - points).norm(dim=1)[nearer]
     return best

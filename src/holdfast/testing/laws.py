@@ -58,9 +58,9 @@ class Case:
         """Whether the radius of the norm is a number of values, as under L0, so that it must be an integer."""
         return isinstance(self.norm(1.0), L0)
 
-    def eps(self, wanted: float) -> float:
-        """Return a valid radius of the norm near `wanted`, which is rounded to an integer for L0."""
-        return max(1.0, round(wanted)) if self.counts else wanted
+    def eps(self, radius: float) -> float:
+        """Return a valid radius of the norm near `radius`, which is rounded to an integer for L0."""
+        return max(1.0, round(radius)) if self.counts else radius
 
     def enough(self, exact: PerExample, classes: int) -> PerExample:
         """Return for each example the radius at which the attack must break it, computed from its exact distance to the
@@ -83,7 +83,7 @@ def run(
     try:
         x_adv = case.attack(metered, batch, threat, rng=Draws(seed))
     except BudgetSpent:
-        x_adv = metered.found()
+        x_adv = metered.adversarial()
     return x_adv, metered.spent
 
 
@@ -162,17 +162,19 @@ def _finds_the_smallest(
 ) -> None:
     x_adv, _ = run(case, model, batch, ThreatModel(case.norm(torch.inf)), seed=seed)
     assert broken(model, batch, x_adv).all(), f"{case}: leaves examples of a linear model unbroken"
-    found = case.norm(1.0).distance(x_adv, batch.x)
-    ratio = found / exact
+    distance = case.norm(1.0).distance(x_adv, batch.x)
+    ratio = distance / exact
     assert (ratio > 0.999).all(), f"{case}: closer than the boundary, {ratio.min():.4f} of the distance"
-    assert (found <= enough).all(), f"{case}: {ratio[found > enough].max():.4f} times the exact distance"
+    assert (distance <= enough).all(), (
+        f"{case}: {ratio[distance > enough].max():.4f} times the exact distance"
+    )
 
 
 def repeats_itself(case: Case) -> None:
     """Check that two runs of an attack with the same seed return the same points."""
     model, batch, threat = problem(case)
-    first, again = run(case, model, batch, threat, seed=5)[0], run(case, model, batch, threat, seed=5)[0]
-    assert torch.equal(first, again), f"{case}: two runs of one seed differ"
+    first, second = run(case, model, batch, threat, seed=5)[0], run(case, model, batch, threat, seed=5)[0]
+    assert torch.equal(first, second), f"{case}: two runs of one seed differ"
 
 
 def ignores_the_company(case: Case) -> None:
@@ -183,19 +185,19 @@ def ignores_the_company(case: Case) -> None:
     changes a comparison.
     """
     model, batch, threat = problem(case, n=5)
-    whole, _ = run(case, model, batch, threat)
-    parts = [run(case, model, part, threat)[0] for part in batch.split(2)]  # the last is a batch of one
-    _same(case, "batches of 2, 2 and 1", model, batch, whole, torch.cat(parts))
+    together, _ = run(case, model, batch, threat)
+    separate = [run(case, model, piece, threat)[0] for piece in batch.split(2)]  # the last is a batch of one
+    _same(case, "batches of 2, 2 and 1", model, batch, together, torch.cat(separate))
     order = torch.arange(len(batch)).flip(0)
-    back = run(case, model, batch.take(order), threat)[0].flip(0)
-    _same(case, "another order", model, batch, whole, back)
+    reordered = run(case, model, batch.take(order), threat)[0].flip(0)
+    _same(case, "another order", model, batch, together, reordered)
 
 
-def _same(case: Case, what: str, model: Model, batch: Batch, expected: Tensor, found: Tensor) -> None:
-    verdicts = broken(model, batch, expected) == broken(model, batch, found)
-    assert verdicts.all(), f"{case}: {what} gives other verdicts on {batch.ids[~verdicts].tolist()}"
-    worst = (expected - found).flatten(1).abs().amax(1)
-    assert (worst < 1e-6).double().mean() >= 0.8, f"{case}: {what} moves points by {worst.tolist()}"
+def _same(case: Case, description: str, model: Model, batch: Batch, expected: Tensor, x_adv: Tensor) -> None:
+    verdicts = broken(model, batch, expected) == broken(model, batch, x_adv)
+    assert verdicts.all(), f"{case}: {description} gives other verdicts on {batch.ids[~verdicts].tolist()}"
+    worst = (expected - x_adv).flatten(1).abs().amax(1)
+    assert (worst < 1e-6).double().mean() >= 0.8, f"{case}: {description} moves points by {worst.tolist()}"
 
 
 def keeps_what_it_found(case: Case) -> None:
@@ -266,22 +268,24 @@ def leaves_its_arguments_alone(case: Case) -> None:
     """
     model, batch, threat = problem(case)
     x, y, ids = batch.x.clone(), batch.y.clone(), batch.ids.clone()
-    asked: list[tuple[Tensor, Tensor]] = []
+    calls: list[tuple[Tensor, Tensor]] = []
     with model.register_forward_pre_hook(
-        lambda _, given: asked.append((given[0], given[0].detach().clone()))
+        lambda _, inputs: calls.append((inputs[0], inputs[0].detach().clone()))
     ):
         run(case, model, batch, threat)
     untouched = torch.equal(x, batch.x) and torch.equal(y, batch.y) and torch.equal(ids, batch.ids)
     assert untouched, f"{case}: edited its arguments"
-    assert all(torch.equal(*pair) for pair in asked), f"{case}: edited what it had asked the model"
+    assert all(torch.equal(*pair) for pair in calls), f"{case}: edited what it had asked the model"
 
 
 def declares_what_it_must_see(case: Case) -> None:
     """Check that an attack returns the same points with the access that it declares as with access to gradients."""
     model, batch, threat = problem(case)
     declared, _ = run(case, model, batch, replace(threat, access=case.attack.needs))
-    more, _ = run(case, model, batch, replace(threat, access="gradients"))
-    assert torch.equal(declared, more), f"{case}: sees more than {case.attack.needs}, which it declares"
+    with_gradients, _ = run(case, model, batch, replace(threat, access="gradients"))
+    assert torch.equal(declared, with_gradients), (
+        f"{case}: sees more than {case.attack.needs}, which it declares"
+    )
 
 
 def keeps_to_the_budget(case: Case) -> None:
@@ -292,8 +296,8 @@ def keeps_to_the_budget(case: Case) -> None:
     for queries in (1, 2, 13):
         limited = replace(threat, queries=queries, access=case.attack.needs)
         x_adv, spent = run(case, model, batch, limited)
-        most = int(spent.queries.max())
-        assert most <= queries, f"{case}: {most} queries of {queries}"
+        largest = int(spent.queries.max())
+        assert largest <= queries, f"{case}: {largest} queries of {queries}"
         assert allowed(threat.constraint, x_adv, batch.x, model.bounds).all(), (
             f"{case}: outside when cut short"
         )
@@ -306,11 +310,11 @@ def survives_odd_batches(case: Case) -> None:
     last, or are already misclassified.
     """
     model, batch, threat = problem(case)
-    whole, _ = run(case, model, batch, threat)
+    together, _ = run(case, model, batch, threat)
     first = batch.take(torch.tensor([0]))
-    _same(case, "a batch of one", model, first, whole[:1], run(case, model, first, threat)[0])
-    none = batch.take(torch.zeros(0, dtype=torch.int64))
-    assert run(case, model, none, threat)[0].shape == none.x.shape, (
+    _same(case, "a batch of one", model, first, together[:1], run(case, model, first, threat)[0])
+    empty = batch.take(torch.zeros(0, dtype=torch.int64))
+    assert run(case, model, empty, threat)[0].shape == empty.x.shape, (
         f"{case}: an empty batch comes back changed"
     )
     strided = torch.empty(*batch.x.shape[:-1], 2 * batch.x.shape[-1], dtype=batch.x.dtype)[..., ::2]
@@ -319,11 +323,11 @@ def survives_odd_batches(case: Case) -> None:
         "a non-contiguous batch",
         model,
         batch,
-        whole,
+        together,
         run(case, model, batch.at(strided.copy_(batch.x)), threat)[0],
     )
     last = batch.x.to(memory_format=torch.channels_last)
-    _same(case, "a channels-last batch", model, batch, whole, run(case, model, batch.at(last), threat)[0])
+    _same(case, "a channels-last batch", model, batch, together, run(case, model, batch.at(last), threat)[0])
     wrong = Batch(batch.x, (batch.y + 1) % 4, batch.ids)
     x_adv, _ = run(case, model, wrong, threat)
     assert broken(model, wrong, x_adv).all(), f"{case}: an already wrong example comes back right"
@@ -344,8 +348,8 @@ def survives_odd_models(case: Case) -> None:
     }
     for name, net in odd.items():
         bare = Classifier(net).eval()
-        given = Batch(batch.x, 0 * batch.y, batch.ids) if isinstance(net, Constant) else batch
-        x_adv, _ = run(case, bare, given, threat)
+        examples_of_net = Batch(batch.x, 0 * batch.y, batch.ids) if isinstance(net, Constant) else batch
+        x_adv, _ = run(case, bare, examples_of_net, threat)
         assert x_adv.isfinite().all(), f"{case}: returns NaN from a {name} model"
         assert allowed(threat.constraint, x_adv, batch.x, bare.bounds).all(), f"{case}: outside, {name} model"
 
@@ -354,8 +358,8 @@ def reaches_targets(case: Case) -> None:
     """Check that a targeted attack with a large eps reaches its target class for most examples."""
     model, batch, threat = problem(case)
     aimed = batch.towards((batch.y + 1) % 4)
-    wide = ThreatModel(case.norm(case.eps(threat.constraint.eps * 8)), goal=1)
-    x_adv, _ = run(case, model, aimed, wide)
+    targeted = ThreatModel(case.norm(case.eps(threat.constraint.eps * 8)), goal=1)
+    x_adv, _ = run(case, model, aimed, targeted)
     share = float(broken(model, aimed, x_adv).double().mean())
     assert share >= 0.6, f"{case}: only {share:.0%} of the targets are reached"
 
@@ -368,10 +372,12 @@ def breaks_an_undefended_network(case: Case) -> None:
         return
     model, batch, _ = problem(case)
     x_adv, _ = run(case, model, batch, ThreatModel(case.norm(torch.inf)))
-    won = broken(model, batch, x_adv)
-    assert won.all(), f"{case}: leaves {int((~won).sum())} of {len(won)} examples of an undefended network"
-    single = torch.cat([broken(model, part, x_adv[k : k + 1]) for k, part in enumerate(batch.split(1))])
-    assert torch.equal(won, single), f"{case}: verdicts change with the batch size"
+    verdicts = broken(model, batch, x_adv)
+    assert verdicts.all(), (
+        f"{case}: leaves {int((~verdicts).sum())} of {len(verdicts)} examples of an undefended network"
+    )
+    single = torch.cat([broken(model, example, x_adv[k : k + 1]) for k, example in enumerate(batch.split(1))])
+    assert torch.equal(verdicts, single), f"{case}: verdicts change with the batch size"
 
 
 ATTACK_LAWS: tuple[Callable[[Case], None], ...] = (
@@ -416,6 +422,8 @@ def more_never_loses(weaker: Attack, stronger: Attack, norm: Kind) -> None:
     for seed in range(3):
         case = Case(weaker, norm)
         model, batch, threat = problem(case, seed)
-        less = broken(model, batch, run(case, model, batch, threat, seed=seed)[0])
-        more = broken(model, batch, run(Case(stronger, norm), model, batch, threat, seed=seed)[0])
-        assert not (less & ~more).any(), f"{stronger} loses {int((less & ~more).sum())} examples of {weaker}"
+        by_weaker = broken(model, batch, run(case, model, batch, threat, seed=seed)[0])
+        by_stronger = broken(model, batch, run(Case(stronger, norm), model, batch, threat, seed=seed)[0])
+        assert not (by_weaker & ~by_stronger).any(), (
+            f"{stronger} loses {int((by_weaker & ~by_stronger).sum())} examples of {weaker}"
+        )

@@ -52,28 +52,32 @@ class LinearOracle:
             normal = (self.weight[rival] - self.weight[y]).double()
             gap = logits.gather(1, y[:, None])[:, 0] - logits[:, rival]
             room = torch.where(normal > 0, (high - x).flatten(1), (x - low).flatten(1))
-            found = _smallest(normal.abs(), room, gap.clamp_min(0), norm)
-            rivals.append(found.masked_fill(y == rival, torch.inf))
+            distance = _smallest(normal.abs(), room, gap.clamp_min(0), norm)
+            rivals.append(distance.masked_fill(y == rival, torch.inf))
         return torch.stack(rivals).amin(0)
 
 
-def _smallest(pay: Tensor, room: Tensor, gap: Tensor, norm: Constraint) -> PerExample:
-    """Size of the smallest change that gains `gap`, if a value gains `pay` for each unit and can move by `room`."""
+def _smallest(gain_rate: Tensor, room: Tensor, gap: Tensor, norm: Constraint) -> PerExample:
+    """Size of the smallest change that gains `gap`, if a value gains `gain_rate` per unit and can move by `room`."""
     match norm:
         case Linf():
-            return _root(room, pay, gap)
+            return _root(room, gain_rate, gap)
         case L2():
-            t = _root(torch.where(pay > 0, room / pay, 0), pay**2, gap)  # values without gain do not move
-            moved = torch.minimum(t[:, None] * pay, room).norm(dim=1)
-            return torch.where(t < torch.inf, moved, torch.inf)
+            t = _root(
+                torch.where(gain_rate > 0, room / gain_rate, 0), gain_rate**2, gap
+            )  # values without gain do not move
+            lengths = torch.minimum(t[:, None] * gain_rate, room).norm(dim=1)
+            return torch.where(t < torch.inf, lengths, torch.inf)
         case L1():
-            order = pay.argsort(dim=1, descending=True)
-            pays, rooms = pay.gather(1, order), room.gather(1, order)
-            before = (pays * rooms).cumsum(1) - pays * rooms
-            spent = ((gap[:, None] - before) / pays.clamp_min(1e-300)).clamp_min(0).minimum(rooms).sum(1)
-            return torch.where((pay * room).sum(1) >= gap, spent, torch.inf)
+            order = gain_rate.argsort(dim=1, descending=True)
+            rates, rooms = gain_rate.gather(1, order), room.gather(1, order)
+            earlier_gain = (rates * rooms).cumsum(1) - rates * rooms
+            spent = (
+                ((gap[:, None] - earlier_gain) / rates.clamp_min(1e-300)).clamp_min(0).minimum(rooms).sum(1)
+            )
+            return torch.where((gain_rate * room).sum(1) >= gap, spent, torch.inf)
         case L0():
-            gains = (pay * room).sort(dim=1, descending=True).values.cumsum(1)
+            gains = (gain_rate * room).sort(dim=1, descending=True).values.cumsum(1)
             count = (gains < gap[:, None]).sum(1) + 1.0
             return torch.where(gap <= 0, 0.0, torch.where(gains[:, -1] >= gap, count, torch.inf))
         case _:
@@ -85,12 +89,12 @@ def _root(stops: Tensor, slopes: Tensor, gap: Tensor) -> PerExample:
     stops, order = stops.sort(dim=1)
     slopes = slopes.gather(1, order)
     gained = (slopes * stops).cumsum(1)
-    rest = slopes.sum(1, keepdim=True) - slopes.cumsum(1)  # total slope after each stop
-    piece = (gained + rest * stops < gap[:, None]).sum(1, keepdim=True)
-    inside = piece.clamp_max(stops.shape[1] - 1)
-    before = (gained - slopes * stops).gather(1, inside)[:, 0]
-    slope = (rest + slopes).gather(1, inside)[:, 0]
-    t = (gap - before).clamp_min(0) / slope.clamp_min(1e-300)
+    later_slope = slopes.sum(1, keepdim=True) - slopes.cumsum(1)  # total slope after each stop
+    piece = (gained + later_slope * stops < gap[:, None]).sum(1, keepdim=True)
+    segment = piece.clamp_max(stops.shape[1] - 1)
+    earlier_gain = (gained - slopes * stops).gather(1, segment)[:, 0]
+    slope = (later_slope + slopes).gather(1, segment)[:, 0]
+    t = (gap - earlier_gain).clamp_min(0) / slope.clamp_min(1e-300)
     return torch.where(piece[:, 0] < stops.shape[1], t, torch.inf)
 
 

@@ -51,7 +51,7 @@ def assert_robust(
     """
     from holdfast.api import assess
 
-    __tracebackhide__ = True
+    __tracebackhide__ = True  # pytest then shows the line of the test
     claim = f"robust_accuracy >= {at_least!r}"
     result = assess(
         model,
@@ -80,9 +80,9 @@ def _message(result: Result, judgement: Judgement, threat: str) -> list[str]:
         f"clean accuracy: {clean.value:.4g}",
     ]
     for record in evidence.attacks:
-        gone = record.standing_before - record.standing_after
+        n_broken = record.standing_before - record.standing_after
         lines.append(
-            f"{record.name}: broke {gone} of the {record.standing_before} that survived the attacks before"
+            f"{record.name}: broke {n_broken} of the {record.standing_before} that survived the attacks before"
         )
     broken = evidence["id"][evidence["success"]].tolist()
     if broken:

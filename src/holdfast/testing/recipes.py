@@ -24,8 +24,8 @@ def _problem(seed: int = 0) -> tuple[Classifier, Batch]:
     """Return a network, and examples labelled by another network that agrees with it on most of them."""
     teacher, student, stranger = network(seed), network(seed), network(seed + 1)
     with torch.no_grad():
-        for weight, other in zip(student.parameters(), stranger.parameters(), strict=True):
-            weight.lerp_(other, 0.3)
+        for weight, foreign in zip(student.parameters(), stranger.parameters(), strict=True):
+            weight.lerp_(foreign, 0.3)
     return student.requires_grad_(), labelled(teacher, examples(seed, n=26))
 
 
@@ -42,10 +42,10 @@ def _threat(eps: float) -> ThreatModel:
     return ThreatModel(Linf(eps), surrogates=(_SURROGATE,))
 
 
-def same(one: Checkpoint, other: Checkpoint) -> bool:
+def same(first: Checkpoint, second: Checkpoint) -> bool:
     """Return whether all tensors of two checkpoints are bitwise equal."""
-    names = one.tensors.keys() == other.tensors.keys()
-    return names and all(torch.equal(value, other.tensors[name]) for name, value in one.tensors.items())
+    names = first.tensors.keys() == second.tensors.keys()
+    return names and all(torch.equal(value, second.tensors[name]) for name, value in first.tensors.items())
 
 
 def leaves_the_model_alone(recipe: Recipe) -> None:
@@ -66,9 +66,9 @@ def leaves_the_model_alone(recipe: Recipe) -> None:
 def repeats_itself(recipe: Recipe) -> None:
     """Check that a recipe trains equal weights from equal seeds, and different weights from different seeds."""
     model, data = _problem()
-    one, again, other = (_run(recipe, model, data, 0.05, seed)[-1] for seed in (0, 0, 1))
-    assert same(one, again)
-    assert not same(one, other)
+    first, repeated, of_other_seed = (_run(recipe, model, data, 0.05, seed)[-1] for seed in (0, 0, 1))
+    assert same(first, repeated)
+    assert not same(first, of_other_seed)
 
 
 def goes_on_exactly(recipe: Recipe) -> None:
@@ -76,12 +76,15 @@ def goes_on_exactly(recipe: Recipe) -> None:
     interruption.
     """
     model, data = _problem()
-    whole = _run(recipe, model, data, 0.05)
-    assert [checkpoint.epoch for checkpoint in whole] == [1, 2, 3]
-    for stopped in whole[:-1]:
-        rest = _run(recipe, model, data, 0.05, after=stopped)
-        assert [checkpoint.epoch for checkpoint in rest] == list(range(stopped.epoch + 1, 4))
-        assert all(same(one, other) for one, other in zip(rest, whole[stopped.epoch :], strict=True))
+    uninterrupted = _run(recipe, model, data, 0.05)
+    assert [checkpoint.epoch for checkpoint in uninterrupted] == [1, 2, 3]
+    for stopped in uninterrupted[:-1]:
+        resumed = _run(recipe, model, data, 0.05, after=stopped)
+        assert [checkpoint.epoch for checkpoint in resumed] == list(range(stopped.epoch + 1, 4))
+        assert all(
+            same(checkpoint, expected)
+            for checkpoint, expected in zip(resumed, uninterrupted[stopped.epoch :], strict=True)
+        )
 
 
 def draws_from_its_own_seed(recipe: Recipe) -> None:
@@ -90,11 +93,11 @@ def draws_from_its_own_seed(recipe: Recipe) -> None:
     """
     model, data = _problem()
     torch.manual_seed(1)
-    one = _run(recipe, model, data, 0.05)[-1]
+    first = _run(recipe, model, data, 0.05)[-1]
     state = torch.random.get_rng_state()
     torch.manual_seed(2)
-    other = _run(recipe, model, data, 0.05)[-1]
-    assert same(one, other)
+    second = _run(recipe, model, data, 0.05)[-1]
+    assert same(first, second)
     torch.manual_seed(1)
     assert torch.equal(state, torch.random.get_rng_state())
 
@@ -105,12 +108,12 @@ def learns(recipe: Recipe) -> None:
     """
     model, data = _problem()
     longer = replace(SHORT, epochs=30)
-    found = list(trained_as(recipe, longer)(model, data, _threat(0.01), rng=Draws(0)))
-    assert found[-1].measured["loss"] < found[0].measured["loss"]
+    checkpoints = list(trained_as(recipe, longer)(model, data, _threat(0.01), rng=Draws(0)))
+    assert checkpoints[-1].measured["loss"] < checkpoints[0].measured["loss"]
     with torch.no_grad():
-        before = (model(data.x).argmax(1) == data.y).sum()
-        found[-1].put_into(model)
-        assert (model(data.x).argmax(1) == data.y).sum() > before
+        n_correct_before = (model(data.x).argmax(1) == data.y).sum()
+        checkpoints[-1].put_into(model)
+        assert (model(data.x).argmax(1) == data.y).sum() > n_correct_before
 
 
 RECIPE_LAWS = (

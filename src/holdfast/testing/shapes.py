@@ -29,16 +29,16 @@ def fits(value: Tensor, shape: Shape, sizes: dict[str, tuple[int, ...]]) -> bool
         return False
     if shape.kind == "int" and value.dtype not in {torch.int64, torch.int32}:
         return False
-    names, found = shape.dims.split(), tuple(value.shape)
+    names, lengths = shape.dims.split(), tuple(value.shape)
     starred = [name for name in names if name.startswith("*")]
-    if len(found) < len(names) - len(starred) or (not starred and len(found) != len(names)):
+    if len(lengths) < len(names) - len(starred) or (not starred and len(lengths) != len(names)):
         return False
-    taken = 0
+    position = 0
     for name in names:
-        width = len(found) - len(names) + 1 if name.startswith("*") else 1
-        part = found[taken : taken + width]
-        taken += len(part)
-        if sizes.setdefault(name, part) != part:
+        width = len(lengths) - len(names) + 1 if name.startswith("*") else 1
+        axes = lengths[position : position + width]
+        position += len(axes)
+        if sizes.setdefault(name, axes) != axes:
             return False
     return True
 
@@ -52,9 +52,9 @@ def checked(function: F) -> F:
         return function
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = list(inspect.signature(function).parameters.values())
-    places = [
-        (place if p.kind in positional else sys.maxsize, p.name)
-        for place, p in enumerate(parameters)
+    positions = [
+        (position if p.kind in positional else sys.maxsize, p.name)
+        for position, p in enumerate(parameters)
         if p.name in hints
     ]
     promised = "return" in hints
@@ -64,20 +64,20 @@ def checked(function: F) -> F:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         n = len(args)
-        given = [args[place] if place < n else kwargs.get(name) for place, name in places]
-        key = tuple([(value.dtype, value.shape) if isinstance(value, Tensor) else None for value in given])
-        known = passed.get(key)
-        if known is None:
+        values = [args[position] if position < n else kwargs.get(name) for position, name in positions]
+        key = tuple([(value.dtype, value.shape) if isinstance(value, Tensor) else None for value in values])
+        previous = passed.get(key)
+        if previous is None:
             sizes: dict[str, tuple[int, ...]] = {}
-            for (_, name), value in zip(places, given, strict=True):
+            for (_, name), value in zip(positions, values, strict=True):
                 _expect(function, name, value, hints, sizes)
-            known = passed[key] = sizes, set()
+            previous = passed[key] = sizes, set()
         result = function(*args, **kwargs)
         if promised and isinstance(result, Tensor):
-            seen = result.dtype, result.shape
-            if seen not in known[1]:
-                _expect(function, "return", result, hints, dict(known[0]))
-                known[1].add(seen)
+            result_shape = result.dtype, result.shape
+            if result_shape not in previous[1]:
+                _expect(function, "return", result, hints, dict(previous[0]))
+                previous[1].add(result_shape)
         return result
 
     return call  # type: ignore[return-value]
@@ -125,14 +125,14 @@ def _is_public(method: str) -> bool:
 
 
 def _shapes(hints: Mapping[str, Any]) -> dict[str, Shape]:
-    found = {}
+    shapes = {}
     for name, hint in hints.items():
         options = [hint, *get_args(hint)] if get_origin(hint) is not Annotated else [hint]
         for option in options:
             marks = get_args(option)[1:] if get_origin(option) is Annotated else ()
             for shape in (mark for mark in marks if isinstance(mark, Shape)):
-                found[name] = shape
-    return found
+                shapes[name] = shape
+    return shapes
 
 
 def _expect(

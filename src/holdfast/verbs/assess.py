@@ -242,7 +242,7 @@ class _Job:
             ADAPTIVE,
             lambda: {
                 "reasons": {arm: list(names) for arm, names in because.items()},
-                "bypassed": list(self.target.masking.says),
+                "bypassed": list(self.target.masking.descriptions),
                 "no_detector_gradient": self.target.blind_view,
                 "unfinished": list(missed),
                 "notes": [] if because else ["no doubt requires an adaptive attack, so none was run"],

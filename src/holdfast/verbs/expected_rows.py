@@ -247,7 +247,7 @@ def rehearsed(subject: Subject, data: Data, order: AssessRequest, counted: Look)
         likely = None if every or not first else expected(round(share * len(data)))
     names = tuple(member.name for member in plan.members)
     size = 1 if model.batches is None else model.batches.size
-    batches = model.batches.says if model.batches is not None and size > 1 else ""
+    batches = model.batches.description if model.batches is not None and size > 1 else ""
     return Rehearsed(len(data), names, most, likely, right, tried if first else 0, counted.rows, batches)
 
 

@@ -71,8 +71,8 @@ def corrupted(
     width = (high - low).clamp_min(torch.finfo(x.dtype).tiny)
     constants = (LARGE if min(x.shape[2:]) >= LARGE_FROM else SMALL)[name][severity - 1]
     operator = (STANDARD if name in STANDARD else EXTRA)[name]
-    found = operator(((x - low) / width).clamp(0, 1), constants, ids, rng.at("corruption", name))
-    return (low + width * found).clamp(low, high)
+    changed = operator(((x - low) / width).clamp(0, 1), constants, ids, rng.at("corruption", name))
+    return (low + width * changed).clamp(low, high)
 
 
 def refuse_no_images(x: Inputs) -> None:

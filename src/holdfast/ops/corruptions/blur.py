@@ -8,7 +8,7 @@ from torch import Tensor
 from holdfast.core.draws import Draws
 from holdfast.core.types import Ids, Inputs
 from holdfast.ops.corruptions.constants import Constants
-from holdfast.ops.corruptions.filters import clamped, disk, filtered, gaussian_kernel, moved, zoomed
+from holdfast.ops.corruptions.filters import clamped, disk, filtered, gaussian_kernel, motion_blurred, zoomed
 
 
 def gaussian_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
@@ -29,7 +29,7 @@ def motion_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
     """
     radius, sigma = c
     return clamped(
-        moved(x, radius, sigma, degrees=90 * rng.at("angle").uniform(ids, dtype=torch.float64) - 45)
+        motion_blurred(x, radius, sigma, degrees=90 * rng.at("angle").uniform(ids, dtype=torch.float64) - 45)
     )
 
 
@@ -38,10 +38,11 @@ def zoom_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
     2 `c[1]` and so on, below `c[0]`.
     """
     last, step = c
-    n_zooms, apart = math.ceil((last - 1) / step), (1 + step) - 1
+    # the spacing of `numpy.arange` in the published code, with its rounding
+    n_zooms, spacing = math.ceil((last - 1) / step), (1 + step) - 1
     total = x.clone()
     for k in range(n_zooms):
-        total += zoomed(x, 1 + k * apart)
+        total += zoomed(x, 1 + k * spacing)
     return clamped(total / (n_zooms + 1))
 
 
@@ -67,18 +68,18 @@ def _scattered(x: Inputs, reach: int, ids: Ids, rng: Draws) -> Tensor:
     If that pixel was processed before, its own source counts; such chains are resolved by pointer doubling.
     """
     height, width = x.shape[2:]
-    here = torch.arange(height * width, device=x.device)
-    row, column = here // width, here % width
+    pixel = torch.arange(height * width, device=x.device)
+    row, column = pixel // width, pixel % width
     moves = (row > reach) & (row <= height - reach) & (column > reach) & (column <= width - reach)
     shift = rng.integers(ids, 2 * reach, 2, height * width) - reach
-    there = (row + shift[:, 1]) * width + column + shift[:, 0]
-    there = torch.where(moves, there, here)
-    done = (there > here) & moves[there]
+    source = (row + shift[:, 1]) * width + column + shift[:, 0]
+    source = torch.where(moves, source, pixel)
+    resolved = (source > pixel) & moves[source]
     # the second half of the indices stands for the pixels before the round
-    ends = (here + len(here)).expand_as(there)
-    follow = torch.cat((torch.where(done, there, there + len(here)), ends), dim=1)
+    ends = (pixel + len(pixel)).expand_as(source)
+    follow = torch.cat((torch.where(resolved, source, source + len(pixel)), ends), dim=1)
     while True:
         further = follow.gather(1, follow)
         if torch.equal(further, follow):
-            return follow[:, : len(here)] - len(here)
+            return follow[:, : len(pixel)] - len(pixel)
         follow = further

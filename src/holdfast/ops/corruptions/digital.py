@@ -20,10 +20,10 @@ def pixelate(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
     return clamped(along(along(x, *down), *up))
 
 
-def _boxes(size: int, wanted: int, like: Tensor) -> Tensor:
-    """Matrix that resizes a line from `size` to `wanted` pixels: means of the pixels whose centres a box covers."""
-    scale = size / wanted
-    middle = (torch.arange(wanted, dtype=torch.float64) + 0.5) * scale
+def _boxes(size: int, new_size: int, like: Tensor) -> Tensor:
+    """Matrix that resizes a line from `size` to `new_size` pixels: means of the pixels whose centres a box covers."""
+    scale = size / new_size
+    middle = (torch.arange(new_size, dtype=torch.float64) + 0.5) * scale
     offset = (torch.arange(size) + 0.5 - middle[:, None]) / max(scale, 1.0)
     covered = ((offset > -0.5) & (offset <= 0.5)).double()
     return (covered / covered.sum(1, keepdim=True)).to(like)
@@ -36,18 +36,18 @@ def elastic_transform(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
     The constants are fractions of the shorter side: of the displacement, of its smoothness and of the affine map.
     """
     height, width = x.shape[2:]
-    shift, smooth, turn = (min(height, width) * share for share in c)
+    shift, smooth, corner_shift = (min(height, width) * share for share in c)
     rows, columns = (torch.arange(side, device=x.device, dtype=torch.float64) for side in (height, width))
     row, column = torch.meshgrid(rows, columns, indexing="ij")
-    back = _affine(x, turn, ids, rng.at("corners"))
-    places = torch.stack((column, row, torch.ones_like(row)), dim=-1)
-    from_column, from_row = torch.einsum("npk,hwk->pnhw", back, places)
+    inverse_map = _affine(x, corner_shift, ids, rng.at("corners"))
+    positions = torch.stack((column, row, torch.ones_like(row)), dim=-1)
+    from_column, from_row = torch.einsum("npk,hwk->pnhw", inverse_map, positions)
     warped = sampled(x, from_row, from_column, "mirror")
-    wide = torch.float64
+    dtype = torch.float64
     right, down = (
         shift
         * gaussian_kernel(
-            2 * rng.at(name).uniform(ids, 1, height, width, dtype=wide) - 1,
+            2 * rng.at(name).uniform(ids, 1, height, width, dtype=dtype) - 1,
             smooth,
             edge="symmetric",
             reach=3.0,
@@ -57,10 +57,10 @@ def elastic_transform(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
     return clamped(sampled(warped, row + down, column + right, "symmetric"))
 
 
-def _affine(x: Inputs, turn: float, ids: Ids, rng: Draws) -> Tensor:
+def _affine(x: Inputs, corner_shift: float, ids: Ids, rng: Draws) -> Tensor:
     """The maps (n, 2, 3) from positions (column, row, 1) of the result to those of the image.
 
-    Three corners of a square in the centre are moved by up to `turn` pixels along each axis.
+    Three corners of a square in the centre are moved by up to `corner_shift` pixels along each axis.
     """
     height, width = x.shape[2:]
     column, row, side = width // 2, height // 2, math.floor(min(height, width) / 3)
@@ -69,7 +69,7 @@ def _affine(x: Inputs, turn: float, ids: Ids, rng: Draws) -> Tensor:
         dtype=torch.float64,
         device=x.device,
     )
-    after = before + turn * (2 * rng.uniform(ids, 3, 2, dtype=torch.float64) - 1)
+    after = before + corner_shift * (2 * rng.uniform(ids, 3, 2, dtype=torch.float64) - 1)
     after = torch.cat((after, torch.ones_like(after[..., :1])), dim=-1)
-    back: Tensor = torch.linalg.solve(after, before.expand(len(x), 3, 2))
-    return back.mT
+    inverse_map: Tensor = torch.linalg.solve(after, before.expand(len(x), 3, 2))
+    return inverse_map.mT

@@ -39,13 +39,13 @@ def gaussian_kernel(x: Inputs, sigma: float, *, edge: Edge = "edge", reach: floa
     radius = int(reach * sigma + 0.5)
     if radius == 0:
         return x
-    places = torch.arange(-radius, radius + 1, device=x.device)
-    taps = torch.exp(-0.5 * (places.to(x) / sigma) ** 2)
+    offsets = torch.arange(-radius, radius + 1, device=x.device)
+    taps = torch.exp(-0.5 * (offsets.to(x) / sigma) ** 2)
     taps = taps / taps.sum()
 
     def blurs(size: int) -> Tensor:
         """Return the matrix that blurs a line of `size` pixels."""
-        ends = wrapped_positions(torch.arange(size, device=x.device)[:, None] + places, size, edge)
+        ends = wrapped_positions(torch.arange(size, device=x.device)[:, None] + offsets, size, edge)
         return x.new_zeros(size, size).scatter_add_(1, ends, taps.expand(size, -1))
 
     return along(x, blurs(x.shape[2]), blurs(x.shape[3]))
@@ -57,8 +57,8 @@ def filtered(x: Inputs, kernel: Tensor, edge: Edge = "mirror") -> Inputs:
     above, left = kernel.shape[0] // 2, kernel.shape[1] // 2
     rows = wrapped_positions(torch.arange(-above, height + above, device=x.device), height, edge)
     columns = wrapped_positions(torch.arange(-left, width + left, device=x.device), width, edge)
-    wide = x[:, :, rows][:, :, :, columns].reshape(n * channels, 1, len(rows), len(columns))
-    return F.conv2d(wide, kernel.to(x)[None, None]).view(x.shape)
+    padded = x[:, :, rows][:, :, :, columns].reshape(n * channels, 1, len(rows), len(columns))
+    return F.conv2d(padded, kernel.to(x)[None, None]).view(x.shape)
 
 
 def disk(radius: float, alias: float) -> Tensor:
@@ -81,13 +81,13 @@ def zoomed(x: Inputs, factor: float) -> Inputs:
     cut = [math.ceil(side / factor) for side in size]
     top, left = ((side - short) // 2 for side, short in zip(size, cut, strict=True))
     middle = x[:, :, top : top + cut[0], left : left + cut[1]]
-    drawn = [round(short * factor) for short in cut]
-    middle = F.interpolate(middle, size=drawn, mode="bilinear", align_corners=True)
-    top, left = ((side - short) // 2 for side, short in zip(drawn, size, strict=True))
+    enlarged_size = [round(short * factor) for short in cut]
+    middle = F.interpolate(middle, size=enlarged_size, mode="bilinear", align_corners=True)
+    top, left = ((side - short) // 2 for side, short in zip(enlarged_size, size, strict=True))
     return middle[:, :, top : top + size[0], left : left + size[1]]
 
 
-def moved(x: Inputs, radius: float, sigma: float, *, degrees: PerExample) -> Inputs:
+def motion_blurred(x: Inputs, radius: float, sigma: float, *, degrees: PerExample) -> Inputs:
     """Apply motion blur along an angle in degrees for each image. The kernel is half a Gaussian with standard deviation
     `sigma`, over 2 `radius` + 1 pixels.
     """
@@ -97,7 +97,9 @@ def moved(x: Inputs, radius: float, sigma: float, *, degrees: PerExample) -> Inp
     image = torch.arange(len(x), device=x.device)[:, None, None]
     total = torch.zeros_like(x)
     for step, share in enumerate((taps / taps.sum()).tolist()):
-        down, right = (torch.ceil(step * part - 0.5).long()[:, None] for part in (angle.sin(), angle.cos()))
+        down, right = (
+            torch.ceil(step * component - 0.5).long()[:, None] for component in (angle.sin(), angle.cos())
+        )
         row, column = (
             wrapped_positions(rows + down, len(rows), "edge"),
             wrapped_positions(columns + right, len(columns), "edge"),

@@ -52,10 +52,10 @@ def jpeg_compression(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
     # ties are rounded down in even columns and up in odd ones, and vice versa when colours are enlarged
     half = _coded((mean + 0.25 + 0.25 * odd[: mean.shape[3]]).floor(), _COLOUR, c[0])
     # each value is at the centre of its four pixels: weights 9/16 of the nearest, 3/16, 3/16 and 1/16 of the next
-    whole = F.interpolate(half, scale_factor=2, mode="bilinear", align_corners=False)
-    whole = (whole + (8 - odd) / 16).floor()
-    back = torch.cat((_coded(light, _LIGHT, c[0]), whole[:, :, :height, :width] - 128), dim=1)
-    return _mixed(back, _FROM_YCC).round().clamp(0, 255) / 255
+    full = F.interpolate(half, scale_factor=2, mode="bilinear", align_corners=False)
+    full = (full + (8 - odd) / 16).floor()
+    decoded = torch.cat((_coded(light, _LIGHT, c[0]), full[:, :, :height, :width] - 128), dim=1)
+    return _mixed(decoded, _FROM_YCC).round().clamp(0, 255) / 255
 
 
 def _mixed(x: Inputs, matrix: tuple[tuple[float, ...], ...]) -> Inputs:
@@ -74,14 +74,14 @@ def _filled(x: Inputs, block: int) -> Inputs:
 def _coded(levels: Inputs, table: tuple[tuple[int, ...], ...], quality: float) -> Inputs:
     """Levels 0 to 255 after cosine transform, quantisation and inverse transform of each block."""
     height, width = levels.shape[2:]
-    wide = _filled(levels, 8)
-    n, channels, tall, broad = wide.shape
-    blocks = (wide - 128).view(n, channels, tall // 8, 8, broad // 8, 8).transpose(3, 4)
+    padded = _filled(levels, 8)
+    n, channels, tall, broad = padded.shape
+    blocks = (padded - 128).view(n, channels, tall // 8, 8, broad // 8, 8).transpose(3, 4)
     waves, steps = cosines(8, levels), _steps(table, quality, levels)
-    share = waves @ blocks @ waves.T / steps
-    kept = (share.abs() + 0.5 + _ROUNDING).floor() * share.sign() * steps
-    back = (waves.T @ kept @ waves).transpose(3, 4).reshape(n, channels, tall, broad)
-    return (back + 128).round().clamp(0, 255)[:, :, :height, :width]
+    coefficients = waves @ blocks @ waves.T / steps
+    quantised = (coefficients.abs() + 0.5 + _ROUNDING).floor() * coefficients.sign() * steps
+    decoded = (waves.T @ quantised @ waves).transpose(3, 4).reshape(n, channels, tall, broad)
+    return (decoded + 128).round().clamp(0, 255)[:, :, :height, :width]
 
 
 def _steps(table: tuple[tuple[int, ...], ...], quality: float, like: Tensor) -> Tensor:

@@ -33,11 +33,12 @@ def shot_noise(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
     skewness, then moved to the exact count.
     """
     mean = c[0] * x.double()
+    # the normal quantile is infinite at 0 and 1
     u = rng.uniform(ids, *x.shape[1:], dtype=torch.float64).clamp(1e-16, 1 - 1e-16)
     z = torch.special.ndtri(u)
     count = (mean + mean.sqrt() * z + (z**2 - 1) / 6).floor().clamp_min(0)
-    while (short := torch.special.gammaincc(count + 1, mean) < u).any():
-        count += short
-    while (far := (count > 0) & (torch.special.gammaincc(count.clamp_min(1), mean) >= u)).any():
-        count -= far.double()
+    while (too_low := torch.special.gammaincc(count + 1, mean) < u).any():
+        count += too_low
+    while (too_high := (count > 0) & (torch.special.gammaincc(count.clamp_min(1), mean) >= u)).any():
+        count -= too_high.double()
     return clamped((count / c[0]).to(x))

@@ -11,7 +11,7 @@ from holdfast.ops.corruptions.filters import (
     clamped,
     filtered,
     gaussian_kernel,
-    moved,
+    motion_blurred,
     wrapped_positions,
     zoomed,
 )
@@ -48,7 +48,7 @@ def _relief(drops: Inputs) -> Inputs:
     """Highlights of the drops: their depth after histogram equalisation, lit from one corner."""
     mean = drops.new_full((3, 3), 1.0)
     depth = (filtered(_distance(_rims(drops)), mean) / 9 + 1e-4).floor()
-    lit = filtered(_even(depth), drops.new_tensor(_RELIEF)).clamp(0, 255)
+    lit = filtered(_equalised(depth), drops.new_tensor(_RELIEF)).clamp(0, 255)
     return (filtered(lit, mean) / 9).round()
 
 
@@ -59,10 +59,10 @@ def _shifted(x: Tensor, down: int, right: int, beyond: float) -> Tensor:
     inside = ((row == wrapped_positions(row, len(rows), "edge"))[:, None]) & (
         column == wrapped_positions(column, len(columns), "edge")
     )
-    there = x[:, :, wrapped_positions(row, len(rows), "edge")][
+    values = x[:, :, wrapped_positions(row, len(rows), "edge")][
         :, :, :, wrapped_positions(column, len(columns), "edge")
     ]
-    return torch.where(inside, there, beyond)
+    return torch.where(inside, values, beyond)
 
 
 def _rims(drops: Inputs) -> Tensor:
@@ -71,25 +71,26 @@ def _rims(drops: Inputs) -> Tensor:
     right, down = filtered(drops, sobel, "edge"), filtered(drops, sobel.T, "edge")
     steep = right.abs() + down.abs()
 
-    def beats(below: int, beside: int, *, ties: bool) -> Tensor:
-        other = _shifted(steep, below, beside, 0.0)
-        return steep >= other if ties else steep > other
+    def exceeds(below: int, beside: int, *, ties: bool) -> Tensor:
+        neighbour = _shifted(steep, below, beside, 0.0)
+        return steep >= neighbour if ties else steep > neighbour
 
+    # the tangent of 22.5 degrees, as OpenCV's Canny rounds it
     flat = down.abs() < right.abs() * (13573 / 32768)
     upright = down.abs() > right.abs() * (2 + 13573 / 32768)
     rising = torch.where(
         right * down < 0,
-        beats(-1, 1, ties=False) & beats(1, -1, ties=False),
-        beats(-1, -1, ties=False) & beats(1, 1, ties=False),
+        exceeds(-1, 1, ties=False) & exceeds(1, -1, ties=False),
+        exceeds(-1, -1, ties=False) & exceeds(1, 1, ties=False),
     )
-    ridge = torch.where(upright, beats(-1, 0, ties=False) & beats(1, 0, ties=True), rising)
-    ridge = torch.where(flat, beats(0, -1, ties=False) & beats(0, 1, ties=True), ridge)
-    may, rim = ridge & (steep > _LOW), ridge & (steep > _HIGH)
+    ridge = torch.where(upright, exceeds(-1, 0, ties=False) & exceeds(1, 0, ties=True), rising)
+    ridge = torch.where(flat, exceeds(0, -1, ties=False) & exceeds(0, 1, ties=True), ridge)
+    weak, strong = ridge & (steep > _LOW), ridge & (steep > _HIGH)
     while True:
-        grown = may & (torch.max_pool2d(rim.to(drops), 3, stride=1, padding=1) > 0)
-        if torch.equal(grown, rim):
-            return rim
-        rim = grown
+        grown = weak & (torch.max_pool2d(strong.to(drops), 3, stride=1, padding=1) > 0)
+        if torch.equal(grown, strong):
+            return strong
+        strong = grown
 
 
 def _distance(rims: Tensor) -> Inputs:
@@ -108,7 +109,7 @@ def _distance(rims: Tensor) -> Inputs:
         away = nearer
 
 
-def _even(levels: Inputs) -> Inputs:
+def _equalised(levels: Inputs) -> Inputs:
     """Histogram equalisation of levels 0 to 255; an image of a single level is unchanged."""
     flat = levels.flatten(1).long()
     counts = torch.zeros(len(flat), 256, dtype=torch.float64, device=flat.device)
@@ -127,15 +128,15 @@ def snow(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
     """Add snow to the images: they are whitened, and flakes are added, made from normal noise that is enlarged, cut off
     below a threshold and blurred along a direction.
     """
-    mean, spread, factor, threshold, radius, sigma, kept = c
+    mean, spread, factor, threshold, radius, sigma, image_weight = c
     flakes = mean + spread * rng.at("flakes").normal(ids, 1, *x.shape[2:], dtype=x.dtype)
     flakes = zoomed(flakes, factor)
     flakes = clamped(torch.where(flakes < threshold, 0, flakes))
-    flakes = moved(
+    flakes = motion_blurred(
         flakes, radius, sigma, degrees=90 * rng.at("angle").uniform(ids, dtype=torch.float64) - 135
     )
     white = torch.maximum(x, 1.5 * grey(x) + 0.5)
-    return clamped(kept * x + (1 - kept) * white + flakes + flakes.flip(2, 3))
+    return clamped(image_weight * x + (1 - image_weight) * white + flakes + flakes.flip(2, 3))
 
 
 def fog(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
@@ -154,19 +155,19 @@ def frost(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
     The published code crops photographs of frost; these crystals are the ridges of two plasma fractals and needles in
     three directions, with approximately the colour and contrast of those photographs.
     """
-    kept, iced = c
+    image_weight, ice_weight = c
     coarse, fine = (
         1 - (2 * plasma(x, decay, ids, rng.at("ridges", i)) - 1).abs() for i, decay in enumerate((2.0, 1.5))
     )
     seeds = (rng.at("seeds").uniform(ids, 1, *x.shape[2:], dtype=x.dtype) > 0.97).to(x)
     first = 180 * rng.at("angle").uniform(ids, dtype=torch.float64)
     needles = sum(
-        moved(seeds, min(x.shape[2:]) / 8, min(x.shape[2:]) / 12, degrees=first + turn)
-        for turn in (0, 60, 120)
+        motion_blurred(seeds, min(x.shape[2:]) / 8, min(x.shape[2:]) / 12, degrees=first + rotation)
+        for rotation in (0, 60, 120)
     )
     ice = coarse**2 + fine**2 + 4 * needles
     ice = (ice - ice.mean((2, 3), keepdim=True)) / ice.std((2, 3), correction=0, keepdim=True).clamp_min(1e-6)
-    return clamped(kept * x + iced * clamped(paint(*_ICE, x) + _ICE_SPREAD * ice))
+    return clamped(image_weight * x + ice_weight * clamped(paint(*_ICE, x) + _ICE_SPREAD * ice))
 
 
 def plasma(x: Inputs, decay: float, ids: Ids, rng: Draws) -> Tensor:
@@ -178,18 +179,18 @@ def plasma(x: Inputs, decay: float, ids: Ids, rng: Draws) -> Tensor:
     while step >= 2:
         half, k = step // 2, side // step
 
-        def around(total: Tensor, place: str, k: int = k, size: float = size, step: int = step) -> Tensor:
+        def displaced(total: Tensor, place: str, k: int = k, size: float = size, step: int = step) -> Tensor:
             u = rng.at(place, step).uniform(ids, k, k, dtype=x.dtype)
             return total / 4 + size**2 * (2 * u - 1)
 
         corners = field[:, ::step, ::step].clone()
         squares = corners + corners.roll(-1, 1)
-        middles = around(squares + squares.roll(-1, 2), "middle")
+        middles = displaced(squares + squares.roll(-1, 2), "middle")
         across = middles + middles.roll(1, 1) + corners + corners.roll(-1, 2)
         down = middles + middles.roll(1, 2) + corners + corners.roll(-1, 1)
         field[:, half::step, half::step] = middles
-        field[:, ::step, half::step] = around(across, "across")
-        field[:, half::step, ::step] = around(down, "down")
+        field[:, ::step, half::step] = displaced(across, "across")
+        field[:, half::step, ::step] = displaced(down, "down")
         step, size = half, size / decay
     field = field - field.amin((1, 2), keepdim=True)
     field = field / field.amax((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
