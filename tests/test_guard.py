@@ -178,7 +178,7 @@ def test_doubts_and_gates_see_the_pair():
     assert torch.equal(whole["prediction"] == -1, whole["rejected"])
     assert not (whole["success"] & (whole["adversarial_prediction"] < 0)).any()
     assert {doubt.state for doubt in whole.doubts} & {"clear", "raised"}
-    assert any("the model rejects what its detector" in note for note in whole.notes)
+    assert any("the model rejects inputs with a high detector score" in note for note in whole.notes)
 
 
 def test_an_adaptive_attack_goes_round_what_masks_the_pair():
