@@ -534,7 +534,7 @@ def test_an_eps_for_another_box_is_pointed_out(threat, width, slight):
         [FGSM()] if "l0" not in threat else [PGD(steps=2)],
         bounds=(0, width),
     )
-    said = [note for note in result.evidence.notes if "eps counts in the units of the inputs" in note]
+    said = [note for note in result.evidence.notes if "check that eps is in the units of the inputs" in note]
     assert bool(said) == slight
 
 

@@ -27,7 +27,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.lookup import Lookup
 from holdfast.core.types import Inputs
 from holdfast.engine.progress import Progress, silent
-from holdfast.sources.arrays import Arrays, as_given
+from holdfast.sources.arrays import Arrays, in_original_form
 from holdfast.sources.memory import as_array
 from holdfast.sources.selection import Selection
 from holdfast.verbs import assess as assessing
@@ -259,5 +259,5 @@ def _as_given(data: Data, x_adv: Inputs, given: object) -> Array:
     stored = as_array(given, "inputs")
     if rows is not None:
         whole, stored = whole.taken(rows), stored[list(rows)]
-    back = as_given(whole, x_adv, stored)
+    back = in_original_form(whole, x_adv, stored)
     return torch.from_numpy(back).to(given.device) if isinstance(given, Tensor) else back

@@ -164,7 +164,7 @@ CASES = [
     (with_data("table.csv", "--label", "kint"), 2, "kind"),
     (with_data("table.csv", "--label", "kind"), 3, "Leave it out with --drop b"),
     (with_data("table.csv", "--label", "kind", "--drop", "c"), 2, "no column 'c' to drop"),
-    (with_data("good.npz", "--split", "val"), 2, "holds x, y and no split 'val'; leave --split val out"),
+    (with_data("good.npz", "--split", "val"), 2, "contains x, y, but no split 'val'; omit --split val"),
     # models that answer nonsense
     (with_model("m.py:tuple_"), 3, "tuple"),
     (with_model("m.py:images"), 3, "logits"),
@@ -196,11 +196,11 @@ CASES = [
     ([*ASSESS[:-1], "linf:0.1,access=scores"], 2, "black-box"),
     ([*ASSESS[:-1], "linf:0.1,access=none"], 2, "--surrogate"),
     ([*ASSESS, "--surrogate", "mnist-cn"], 2, "mnist-cnn"),
-    ([*ASSESS[:-4], "-t", "corruptions:3", "--surrogate", "mnist-cnn"], 2, "leave --surrogate out"),
+    ([*ASSESS[:-4], "-t", "corruptions:3", "--surrogate", "mnist-cnn"], 2, "omit --surrogate"),
     (
         [*ASSESS[:-1], "spatial:rotate=20", "--surrogate", "mnist-cnn"],
         2,
-        "under spatial:rotate=20, because whole images are transformed; leave --surrogate out",
+        "under spatial:rotate=20, because whole images are transformed; omit --surrogate",
     ),
     ([*ASSESS[:-1], "spatial:rotate=20,access=none"], 2, "be seen; allow the attacker more access"),
     ([*ASSESS[:-3], "transfer", "-t", "spatial:rotate=20"], 2, "give the attacker access to the model"),

@@ -83,7 +83,7 @@ def table_examples(
     features = _as_fitted([name for name in table.features if name not in drop], table, expected)
     x = _numbers(table, features, chosen)
     if y is not None:
-        data = from_numpy(name, x, y[chosen], chosen, expected, whole=y)
+        data = from_numpy(name, x, y[chosen], chosen, expected, source_labels=y)
         return replace(data, features=tuple(features))
     # names are numbered after the model was called with the inputs, which determines its number of classes
     data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected)

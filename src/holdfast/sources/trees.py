@@ -17,7 +17,7 @@ import numpy as np
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.adapted import Adapted
 from holdfast.sources.archive import read_once
-from holdfast.sources.estimators import Array, Asked, as_model
+from holdfast.sources.estimators import Array, EstimatorInterface, as_model
 from holdfast.sources.limited.calling import read_under_limits
 from holdfast.sources.limited.limits import Limits
 from holdfast.sources.limited.trees import best_iteration, damaged
@@ -73,15 +73,16 @@ def _adapted(booster: Any, digest: str, best: int | None) -> Adapted:
     objective, parameters = learner["objective"]["name"], learner["learner_model_param"]
     if objective not in _OBJECTIVES:
         raise TargetError(
-            f"the booster has the objective {objective}, and one of {', '.join(sorted(_OBJECTIVES))} was expected; "
+            f"the booster has the objective {objective}; one of {', '.join(sorted(_OBJECTIVES))} was expected: "
             "give a function from inputs to logits instead, as file.py:factory or in Python"
         )
     if int(parameters.get("num_target", 1)) > 1:
         raise TargetError(
-            f"the booster predicts {parameters['num_target']} labels an example, and one was expected; train it on one"
+            f"the booster predicts {parameters['num_target']} labels per example, but one was expected; train it on "
+            "one label"
         )
     classes = max(int(parameters["num_class"]), 2)
-    asked = Asked(
+    interface = EstimatorInterface(
         "Booster",
         partial(_margins, booster, (0, 0 if best is None else best + 1)),
         features=booster.num_features(),
@@ -90,7 +91,7 @@ def _adapted(booster: Any, digest: str, best: int | None) -> Adapted:
     )
     names = booster.feature_names
     return replace(
-        as_model(asked, digest), classes=classes, feature_names=None if names is None else tuple(names)
+        as_model(interface, digest), classes=classes, feature_names=None if names is None else tuple(names)
     )
 
 
@@ -104,5 +105,5 @@ def _margins(booster: Any, iterations: tuple[int, int], rows: Array) -> Array:
         feature_types=booster.feature_types,
         enable_categorical=True,
     )
-    found: Array = booster.predict(matrix, output_margin=True, iteration_range=iterations)
-    return found
+    margins: Array = booster.predict(matrix, output_margin=True, iteration_range=iterations)
+    return margins
