@@ -1,4 +1,4 @@
-"""Python functions equivalent to the commands, with the same names, arguments and results.
+"""Python functions that do the same as the commands, with the same names, arguments and results.
 
 Each function accepts a network, a function or an address as its model, and tensors, arrays, a loader or an address as
 its data, and converts them once. The functions that it calls accept one type for each parameter.
@@ -181,7 +181,7 @@ def carry_out(
     notify: Notify = ignore,
     command: str = "",
 ) -> Result:
-    """Run `assess` with the settings of the command line or of a configuration file.
+    """Run an assessment with the settings of the command line or of a configuration file, and return its result.
 
     `command` is the command line that repeats the run; the run stores it.
     """
@@ -302,7 +302,8 @@ def carry_out_hardening(
     notify: Notify = ignore,
     command: str = "",
 ) -> Hardened:
-    """Run `harden` with the settings of the command line or of a configuration file.
+    """Train a more robust model with the settings of the command line or of a configuration file, and return it with
+    both assessments.
 
     `command` is the command line that repeats the run; the run stores it.
     """
@@ -324,7 +325,8 @@ def carry_out_hardening(
 
 
 def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -> Result:
-    """Run `assess` on bundled data, offline, and write `report.html` and `report.json` in `folder`.
+    """Assess a bundled model on bundled data, without a network connection, and write `report.html` and `report.json`
+    to `folder`.
 
     The model is a bundled network, and the data are real images of digits.
     """
@@ -340,7 +342,8 @@ def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -
 def exhibition(
     *, n: int = 500, only: Sequence[str] = (), shown: Callable[[Exhibit], None] = lambda exhibit: None
 ) -> tuple[Exhibit, ...]:
-    """Build each masked model of the gallery and measure it on the first `n` bundled digits.
+    """Build each model of the gallery, whose gradients are masked on purpose, and measure it on the first `n` bundled
+    images of digits.
 
     `shown` is called with each result as soon as it is known. `only` lists the names of the models to build; if it is
     empty, all are built. Raises `UsageError` for an unknown name.
@@ -372,7 +375,7 @@ def doctor(
     std: Numbers | None = None,
     data_normalised: tuple[Numbers, Numbers] | str | None = None,
 ) -> tuple[Finding, ...]:
-    """Return findings about common mistakes in the combination of a model and its data, within seconds.
+    """Check within seconds whether a model and its data fit together, and return findings about common mistakes.
 
     `model` and `data` are objects, addresses, or results of `open_model` and `open_data`.
     """
@@ -393,7 +396,9 @@ def doctor(
 
 
 def look_over(settings: DoctorSettings) -> tuple[Finding, ...]:
-    """Run `doctor` with the settings of the command line or of a configuration file."""
+    """Check a model and its data for common mistakes, with the settings of the command line or of a configuration file,
+    and return the findings.
+    """
     return _findings(sources_at(settings))
 
 
@@ -404,7 +409,7 @@ def _findings(sources: Sources) -> tuple[Finding, ...]:
 
 
 def compare(first: Result | str | Path, second: Result | str | Path) -> Comparison:
-    """Return the differences between the first and the second run, on the examples that both runs contain."""
+    """Compare two runs on the examples that both contain, and return the differences between them."""
     return Comparison(_result(first), _result(second))
 
 
@@ -414,7 +419,8 @@ def report(run: str | Path) -> Result:
 
 
 def verify(run: str | Path) -> Verified:
-    """Verify that the files in the folder of a run match its chain, and return their number and the state of the run.
+    """Check that the files in the folder of a run match its hash chain, and return the number of files and the state of
+    the run.
 
     Raises `TargetError` for the first difference.
     """

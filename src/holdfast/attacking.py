@@ -1,4 +1,6 @@
-"""`holdfast.attack`: computes adversarial examples with any attack, and evaluates them in the same way as `assess`."""
+"""The function `holdfast.attack`, which computes adversarial examples with any attack and evaluates them in the same
+way as an assessment.
+"""
 
 import re
 from collections.abc import Sequence
@@ -41,7 +43,7 @@ _LISTED = 20
 
 @dataclass(frozen=True)
 class Attacked:
-    """Results of an attack on n examples, in the order in which the examples were given."""
+    """Results of `holdfast.attack` for n examples, in the order in which the examples were given."""
 
     x_adv: Array
     """(n, …): one input for each example, with the shape, layout, scale and float type of `x`
@@ -63,7 +65,7 @@ class Attacked:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes that affect the interpretation of the numbers, such as that no gradient reaches the input."""
+        """Warnings about the interpretation of the results of an attack, such as that no gradient reaches the input."""
         return self.result.evidence.notes
 
     def __len__(self) -> int:

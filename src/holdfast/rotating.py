@@ -1,4 +1,5 @@
-"""The steps of a rotation. Names, defaults and meanings of the arguments are those of the options of `holdfast rotate`.
+"""Python functions for the steps of a rotation of parameter sets, with the names and defaults of the options of
+`holdfast rotate`.
 
 This module is `holdfast.rotate`. A pool is a folder; each step accepts its path, or the `pool` of an earlier result.
 Every step stores what it has finished, so that a stopped step continues when it is called again.
@@ -79,7 +80,8 @@ def collect(
     notify: Notify = ignore,
     progress: Progress = silent,
 ) -> Collected:
-    """Train parameter sets of the model's architecture on the train split of `data`, and surrogates for transfer.
+    """Create or resume a pool: train parameter sets for the architecture of the model on the train split of `data`, and
+    surrogate models for transfer attacks.
 
     `model`, `data` and `fit` are addresses, because a pool stores how its model and data are opened again. Results of
     `holdfast.open_model` and `holdfast.open_data` are addresses with further settings. `source` is the method that
@@ -137,7 +139,7 @@ def train(
     expect_head: str = "",
     notify: Notify = ignore,
 ) -> TrainedGenerator:
-    """Train a codec and a latent diffusion model on the collected sets.
+    """Train the generator of a pool, a codec and a latent diffusion model, on the parameter sets that were collected.
 
     Settings are mappings, as in `generator={"regulariser": "hinge"}`. The new generator replaces an earlier one. Raises
     `Inconclusive` if encoding and decoding costs more than 0.3 points of accuracy. `trust_code` permits the execution
@@ -165,7 +167,8 @@ def draw(
     expect_head: str = "",
     notify: Notify = ignore,
 ) -> Drawn:
-    """Add `sets` new candidates to the pool, by default eight. A candidate must be admitted before it may serve.
+    """Add `sets` new parameter sets to the pool as candidates, by default eight. A candidate must be admitted before it
+    can serve.
 
     `by` is "generator", the default if the pool has one, or "retraining", which trains from fresh random weights. If
     `immunise` is True, or a mapping of its settings such as `{"share": 0.25}`, each candidate is trained further
@@ -197,7 +200,7 @@ def admit(
     notify: Notify = ignore,
     progress: Progress = silent,
 ) -> Admission:
-    """Judge every candidate of the pool, and every waiting set that was not judged against all stolen sets.
+    """Judge every candidate of the pool, and every admitted set that was not yet judged against all stolen sets.
 
     `gates` are conditions in addition to the usual ones. `accept_doubts` maps raised doubts that are accepted to
     reasons. `n_judged` is the number of held-out examples in the first measurement. The result contains the verdict on
@@ -219,7 +222,8 @@ def admit(
 
 
 def swap(pool: PoolLike, *, why: str = "", unjudged: bool = False, expect_head: str = "") -> Swapped:
-    """Serve another admitted set, chosen at random, and retire the serving set. `why` is recorded in the ledger.
+    """Make another admitted parameter set, chosen at random, the serving set of the pool, and retire the previous one.
+    The reason `why` is recorded in the ledger.
 
     If `unjudged` is True and no other set waits, a set that was not judged against every stolen set is used. Raises
     `Inconclusive` if no set can serve.
@@ -228,21 +232,22 @@ def swap(pool: PoolLike, *, why: str = "", unjudged: bool = False, expect_head: 
 
 
 def expose(pool: PoolLike, name: str, *, why: str, expect_head: str = "") -> Exposed:
-    """Record that an attacker may have the set `name`. `why` states what happened. The set never serves after the next
-    swap.
+    """Record that an attacker may have the parameter set `name`, with the reason `why`. The set never serves again
+    after the next swap.
     """
     return exposure.expose(exposure.ExposeRequest(_opened(pool, expect_head), name, why))
 
 
 def status(pool: PoolLike, *, expect_head: str = "") -> dict[str, Any]:
-    """Verify every entry of the ledger, and return the state of the pool and its sets as a dictionary of
-    plain values.
+    """Verify every entry of the ledger of a pool, and return the state of the pool and its parameter sets as a
+    dictionary.
     """
     return pool_status.status(_opened(pool, expect_head))
 
 
 def head(pool: PoolLike, *, expect_head: str = "") -> Head:
-    """Return the number and the digest of the last entry of the ledger, to be stored outside the folder.
+    """Return the number and the digest of the last entry of the ledger of a pool. Stored outside the pool, they show
+    later whether entries were removed.
 
     If a later step is called with this digest as `expect_head`, it raises `TargetError` when the ledger does not
     contain that entry, as in an older copy of the folder.
@@ -251,7 +256,7 @@ def head(pool: PoolLike, *, expect_head: str = "") -> Head:
 
 
 def migrate(pool: str | Path) -> Migrated:
-    """Convert a pool from the older format, whose ledger was not authenticated, to the present format."""
+    """Convert a pool from the older format, which has no authenticated ledger, to the present format."""
     return migrating.migrate(_path(pool))
 
 
@@ -275,7 +280,8 @@ def run(
     notify: Notify = ignore,
     progress: Progress = silent,
 ) -> Rotated:
-    """Finish the collection of the pool, train a generator if it is needed, and swap whenever a swap is due.
+    """Perform all steps of a rotation: finish the collection of the pool, train a generator if one is needed, and swap
+    the serving set whenever a swap is due.
 
     `every` lists the conditions of a swap, as in `["50q/principal", "24h"]`; a stolen serving set is always replaced.
     `min_waiting` is the number of admitted sets that should wait for the next swaps. The function runs until Ctrl-C. It

@@ -1,4 +1,5 @@
-"""Named, versioned lists of attacks. Suites with equal names and versions have equal attacks with equal settings.
+"""Suites of attacks, with names and versions. Suites with equal names and versions contain the same attacks with the
+same settings.
 
 `fast` is Holdfast's default suite. Its order starts with the attacks that break the most examples for their cost. The
 later attacks process the examples in waves, those nearest to being broken first, and stop after a wave in which they
@@ -54,7 +55,7 @@ Named = tuple[tuple[str, Attack], ...]
 
 @dataclass(frozen=True)
 class Suite:
-    """A list of attacks with a name and a version. The attacks are run in this order."""
+    """A list of attacks with a name and a version. The attacks are run in the order of the list."""
 
     name: str
     version: int
@@ -69,7 +70,8 @@ class Suite:
 
 
 def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Suite:
-    """Return the suite called `name` for a constraint. Raises `UsageError` if the constraint has no such suite.
+    """Return the suite of attacks called `name` for a constraint, such as a ball of a norm. Raises `UsageError` if
+    there is no such suite for this constraint.
 
     If `access` is "labels", `black-box` consists of attacks that need only labels.
     """
@@ -101,7 +103,7 @@ def suite(name: str, constraint: Constraint, access: Access = "gradients") -> Su
 
 
 def variant(name: str, constraint: Constraint) -> Attack | None:
-    """Return the attack called `name` in the suites for a constraint, or None if there is none.
+    """Return the attack that suites for a constraint list under `name`, with its settings, or None if no suite does.
 
     If several suites use the name for attacks with different settings, the first suite in `FIRST` decides.
     """
@@ -156,7 +158,9 @@ LIMITED: Mapping[str, Mapping[str, Named]] = {
 
 
 def curve(constraint: Constraint) -> Named:
-    """Return the minimum-norm attacks from whose results robust accuracy is computed as a function of eps."""
+    """Return the minimum-norm attacks that are used to compute robust accuracy as a function of eps under a
+    constraint.
+    """
     if isinstance(constraint, Linf):
         return (("FMN", FMN(steps=100)),)
     return (("ALMA", ALMA(steps=100)),) if isinstance(constraint, L2) else (("PDPGD", PDPGD(steps=100)),)
@@ -229,7 +233,7 @@ def _black_box(constraint: Constraint) -> Named:
 
 
 def labels_only(constraint: Constraint) -> Named:
-    """Return the attacks of `black-box` under a constraint for an attacker that has access only to labels.
+    """Return the attacks of the suite `black-box` for an attacker that gets only the labels that the model predicts.
 
     Raises `UsageError` if there are none.
     """

@@ -411,6 +411,16 @@ def test_parquet_is_read_as_csv_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         open_data(str(tmp_path / "bad.parquet"), label="kind")
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_labels_of_an_extension_type_are_refused_with_the_type(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    labels = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([bytes(16), bytes(16)], pa.binary(16)))
+    parquet.write_table(pa.table({"a": [0.0, 1.0], "y": labels}), tmp_path / "t.parquet")
+    with pytest.raises(TargetError, match=r"column 'y' .* has the type extension<arrow.uuid>, which is not"):
+        open_data(str(tmp_path / "t.parquet"), label="y")
+
+
 def test_columns_that_are_no_features_are_left_out(tmp_path: Path) -> None:
     rows = [["id", "a", "full name", "y"], ["7", "0.5", "Ann", "0"], ["8", "0.25", "Bob", "1"]]
     address = table(tmp_path / "t.csv", rows)

@@ -382,11 +382,13 @@ OBJECTIVES = {
 }
 
 
-def booster(objective="multi:softprob", rounds=2):
+def booster(objective="multi:softprob", rounds=2, **kind):
     xgboost = pytest.importorskip("xgboost")
     y, said = OBJECTIVES[objective]
     matrix = xgboost.DMatrix(X, y, nthread=1)
-    return xgboost.train({"objective": objective, "max_depth": 3, "nthread": 1, **said}, matrix, rounds)
+    return xgboost.train(
+        {"objective": objective, "max_depth": 3, "nthread": 1, **said, **kind}, matrix, rounds
+    )
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -405,6 +407,13 @@ def test_a_booster_of_another_objective_is_refused():
     trained = xgboost.train({"nthread": 1}, xgboost.DMatrix(X, Y, nthread=1), 1)
     with pytest.raises(TargetError, match=r"objective reg:squarederror; one of binary:hinge"):
         wrapped(trained)
+
+
+def test_an_error_of_xgboost_is_one_line_without_its_stack_trace():
+    with pytest.raises(TargetError, match=r"raised XGBoostError .* contains `inf`") as raised:
+        wrapped(booster())(torch.full((2, X.shape[1]), torch.inf))
+    assert "\n" not in str(raised.value)
+    assert ".cc:" not in str(raised.value)
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -445,6 +454,39 @@ def test_files_of_xgboost_open_with_the_best_iteration(tmp_path: Path):
         np.testing.assert_allclose(
             model(torch.from_numpy(SHOWN)).softmax(1), early.predict_proba(SHOWN), rtol=1e-4, atol=1e-6
         )
+
+
+TREE = "gradient_booster", "model", "trees", 0
+LINEAR = {"booster": "gblinear", "verbosity": 0}  # it is deprecated
+VECTORS = {"multi_strategy": "multi_output_tree", "tree_method": "hist"}
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize(
+    ("kind", "where", "value", "reason"),
+    [
+        (LINEAR, ("gradient_booster", "model", "weights"), [1.0], r"has 1 weights, and \d+ were expected"),
+        (LINEAR, ("learner_model_param", "num_class"), "20", r"weights, and \d+ were expected"),
+        ({}, ("learner_model_param", "num_class"), "999999", r"999999 outputs in \d+ bytes"),
+        (VECTORS, (*TREE, "tree_param", "size_leaf_vector"), "2", "leaves without numbers"),
+    ],
+)
+def test_numbers_that_xgboost_would_read_outside_of_its_memory_are_refused(
+    tmp_path: Path, kind, where, value, reason
+):
+    trained, place = booster(**kind), tmp_path / "m.json"
+    found = json.loads(trained.save_raw("json"))
+    place.write_text(json.dumps(found))
+    open_model(str(place))
+    inner = found["learner"]
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    if where[-1] == "num_class":
+        found["learner"]["learner_model_param"]["base_score"] = "5E-1"
+    place.write_text(json.dumps(found))
+    with pytest.raises(TargetError, match=reason):
+        open_model(str(place))
 
 
 @pytest.mark.slow  # as above

@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from threading import Thread
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from fuzzing.encodings import chunks, png
 from holdfast.config.yaml_text import parse_yaml
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.sources.archive import Weights, check_archive, refuse_large
@@ -100,10 +102,35 @@ def test_text_that_shrank_too_much_is_no_table(tmp_path: Path, monkeypatch):
     assert len(open_data(str(path), label="label")) == 200_000
 
 
+def test_an_archive_with_two_arrays_of_one_name_is_refused(tmp_path: Path):
+    np.savez(tmp_path / "d.npz", x=np.zeros((2, 3)), y=np.zeros(2, int))
+    with zipfile.ZipFile(tmp_path / "d.npz") as archive:
+        content = archive.read("x.npy")
+    with zipfile.ZipFile(tmp_path / "d.npz", "a") as archive:
+        archive.writestr("x", content)
+    with pytest.raises(TargetError, match="contains two arrays named 'x'; one was expected"):
+        open_data(str(tmp_path / "d.npz"))
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_names_of_columns_are_short_and_few_are_shown(tmp_path: Path):
+    (tmp_path / "t.csv").write_text("a" * 1001 + ",label\n0,1\n")
+    with pytest.raises(TargetError, match=r"a name of 1,001 characters; at most 1,000 were expected"):
+        open_data(str(tmp_path / "t.csv"), label="label")
+    np.savez(tmp_path / "d.npz", **{f"part_{k}": np.zeros(1) for k in range(300)})
+    with pytest.raises(TargetError, match=r"it has part_0, .* …\. Name the arrays") as raised:
+        open_data(str(tmp_path / "d.npz"))
+    assert len(str(raised.value)) < 2000
+
+
 @pytest.mark.usefixtures("in_this_process")
 def test_labels_are_short_and_few(tmp_path: Path, monkeypatch):
     with pytest.raises(TargetError, match=r"column 'label' .* a text of more than 1,000 characters"):
         open_data(table(tmp_path / "t.csv", b"1," + b"a" * 1001 + b"\n", 2), label="label")
+    (tmp_path / "t.csv").write_text("a,label\n0,cat\n1,horse\n")
+    monkeypatch.setattr("holdfast.sources.limited.tables.MOST_CHARACTERS", 7)
+    with pytest.raises(TargetError, match=r"has 2 different texts or more, of more than 7 characters in all"):
+        open_data(str(tmp_path / "t.csv"), label="label")
     monkeypatch.setattr("holdfast.sources.class_numbers.MOST_NAMES", 1)
     (tmp_path / "t.csv").write_text("a,label\n0,cat\n1,dog\n")
     with pytest.raises(TargetError, match="2 different text labels; at most 1 classes were expected"):
@@ -204,6 +231,73 @@ def test_images_that_shrank_too_much_are_no_data(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("holdfast.sources.pictures._SMALL", 2**20)
     with pytest.raises(TargetError, match=r"2 images of .* MB, which take 2\.2 MB .* HOLDFAST_READ_MEMORY"):
         open_data(str(tmp_path))
+
+
+def images(folder: Path, content: bytes, name: str) -> str:
+    (folder / "a").mkdir()
+    (folder / "a" / name).write_bytes(content)
+    return str(folder)
+
+
+def of_many_scans() -> bytes:
+    """A JPEG image of 125 kB whose last scan, which is empty, is repeated: without a limit it takes 20 s."""
+    whole = io.BytesIO()
+    Image.new("L", (4000, 4000)).save(whole, "JPEG", progressive=True)
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00"
+    return whole.getvalue()[:-2] + scan * 6000 + b"\xff\xd9"
+
+
+def of_many_profiles() -> bytes:
+    """A PNG image of 3 MB whose metadata inflate to 3 GB, one MB at a time: without a limit it takes 6 s."""
+    whole = io.BytesIO()
+    Image.new("L", (4, 4)).save(whole, "PNG")
+    first, *rest = chunks(whole.getvalue())
+    return png([first, *[(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**20)))] * 3000, *rest])
+
+
+@pytest.mark.parametrize(("name", "make"), [("x.jpg", of_many_scans), ("x.png", of_many_profiles)])
+def test_an_image_that_takes_long_is_given_up_before_it_is_read(tmp_path: Path, monkeypatch, name, make):
+    monkeypatch.setenv("HOLDFAST_READ_SECONDS", "1")
+    address = images(tmp_path, make(), name)
+    with pytest.raises(
+        TargetError, match=rf"{name}' took more than 1 s of CPU time .* HOLDFAST_READ_SECONDS=600"
+    ):
+        open_data(address).read(0, 1)
+
+
+def test_metadata_that_are_joined_are_limited(tmp_path: Path):
+    whole = io.BytesIO()
+    Image.new("L", (4, 4)).save(whole, "JPEG")
+    segment = b"\xff\xe1\x00\x09Exif\0\0a"
+    address = images(tmp_path, whole.getvalue()[:2] + 3 * segment + whole.getvalue()[2:], "x.jpg")
+    with pytest.raises(TargetError, match="more than 2 segments of Exif metadata"):
+        open_data(address)
+
+
+def test_an_image_that_changes_after_it_was_checked_is_not_read(tmp_path: Path):
+    def image(size: int, value: int) -> bytes:
+        whole = io.BytesIO()
+        Image.new("L", (size, size), value).save(whole, "PNG")
+        return whole.getvalue()
+
+    address, place = images(tmp_path, image(4, 0), "x.png"), tmp_path / "a" / "x.png"
+    seen = open_data(address)
+    digest = seen.digest
+    place.with_suffix(".new").write_bytes(image(4, 1))
+    place.with_suffix(".new").replace(place)
+    with pytest.raises(TargetError, match=r"x\.png' changed after it was opened"):
+        seen.read(0, 1)
+    assert open_data(address).digest != digest
+    place.unlink()
+    place.symlink_to(tmp_path / "other.png")
+    with pytest.raises(TargetError, match=r"x\.png' cannot be read"):
+        seen.read(0, 1)
+    place.unlink()
+    place.write_bytes(image(4, 0))
+    unread = open_data(address)
+    place.write_bytes(image(5, 0))
+    with pytest.raises(TargetError, match=r"x\.png' changed after it was opened"):
+        unread.read(0, 1)
 
 
 def test_images_files_and_members_are_counted_first(tmp_path: Path, monkeypatch):

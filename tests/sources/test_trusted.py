@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -72,7 +73,7 @@ def test_what_holds_no_module_is_refused_with_trust_too(tmp_path: Path):
         open_model(str(tmp_path / "m.pt"), trust_code=True)
 
 
-@pytest.mark.parametrize("name", ["m.ts", "m.pt", "m.pt2", "own.py"])
+@pytest.mark.parametrize("name", ["m.ts", "m.pt", "m.pt2", "own.py", "weights.pt", "weights.safetensors"])
 def test_the_bytes_that_are_checked_are_those_that_run(tmp_path: Path, name: str, monkeypatch):
     """A file that changes after it was read first: what was read first is opened, and has the digest."""
     net, place = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), tmp_path / name
@@ -84,6 +85,10 @@ def test_the_bytes_that_are_checked_are_those_that_run(tmp_path: Path, name: str
             torch.export.save(torch.export.export(net, (torch.rand(2, 64),)), place)
         elif name == "m.pt":
             torch.save(net, place)
+        elif name == "weights.pt":
+            torch.save(net.state_dict(), place)
+        elif name == "weights.safetensors":
+            safetensors.torch.save_file(net.state_dict(), place)
         else:
             place.write_text("import torch\ndef make(): return torch.nn.Linear(64, 10)\n")
     content, read = place.read_bytes(), Path.read_bytes
@@ -95,5 +100,9 @@ def test_the_bytes_that_are_checked_are_those_that_run(tmp_path: Path, name: str
         return found
 
     monkeypatch.setattr(Path, "read_bytes", once)
-    opened = open_model(f"{place}:make" if name == "own.py" else str(place), trust_code=True)
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    arch = f"{tmp_path / 'net.py'}:make" if name.startswith("weights") else None
+    opened = open_model(f"{place}:make" if name == "own.py" else str(place), arch=arch, trust_code=True)
     assert hashlib.sha256(content).hexdigest() in opened.files.values()

@@ -1,4 +1,6 @@
-"""Attacks. Each class is imported when it is first used; `holdfast.core.catalogue` lists all of them."""
+"""The attacks of Holdfast. The module of an attack is imported when the attack is first used; `holdfast.core.catalogue`
+lists all attacks.
+"""
 
 from typing import Any
 

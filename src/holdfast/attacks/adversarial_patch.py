@@ -44,7 +44,7 @@ class AdversarialPatch:
     needs: ClassVar[Access] = "gradients"
 
     def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """Return the fitted values of the patch, of shape (1, channels, height, width)."""
+        """Optimise one patch on the examples of a batch and return it, of shape (1, channels, height, width)."""
         patch = expect_patch(threat.constraint, self)
         low, high = (
             side.expand(batch.x[:1].shape).mean((2, 3), keepdim=True) for side in model.bounds.like(batch.x)
@@ -61,7 +61,9 @@ class AdversarialPatch:
         return filling.detach()
 
     def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """Return the result of fit `k`, which has its own random numbers, as in `fit`."""
+        """Return the patch of fit number `k`; each fit has its own random numbers, so that the best of several patches
+        can be used.
+        """
         return self.fit(model, batch, threat, rng=rng.at("fit", k))
 
     def fitted(self, learned: Tensor) -> Pasted:

@@ -1,4 +1,5 @@
-"""ALMA: augmented Lagrangian method for adversarial attacks.
+"""ALMA (augmented Lagrangian method for adversarial attacks): finds the smallest change that the model gets wrong, by
+an augmented Lagrangian method.
 
 Rony et al., "Augmented Lagrangian Adversarial Attacks", ICCV 2021, arXiv:2011.11857; penalty P2, and RMSProp with
 momentum. Differs from the paper: distances and the first step are in units of the first-order distance to the boundary;
@@ -79,7 +80,9 @@ class _Penalty:
         self._mu, self._rho, self._last = torch.ones_like(like), torch.ones_like(like), like
 
     def slope(self, step: int, height: PerExample, found: Mask) -> PerExample:
-        """Update the multiplier and return the derivative of the penalty with respect to the constraint's value."""
+        """Update the multipliers of the augmented Lagrangian after a step, and return the derivative of the penalty
+        with respect to the value of the constraint, for each example.
+        """
         if step:
             self._mu = torch.lerp(self._derivative(height), self._mu, self._memory).clamp(1e-6, 1e12)
         if step % _CHECKED == 0:
@@ -103,7 +106,9 @@ class _Descent:
         self._fresh = True
 
     def direction(self, down: Inputs) -> Inputs:
-        """Update with a gradient and return the ascent direction; the first mean square is the mean over all values."""
+        """Update the momentum and the mean square of RMSProp with the gradient of the objective, and return the
+        momentum, against which ALMA moves the inputs.
+        """
         if self._fresh:
             self._square = spread(down.flatten(1).square().mean(1), down).expand_as(down)
             self._fresh = False

@@ -1,4 +1,4 @@
-"""APGD: projected gradient descent that chooses its own step sizes; with targets, APGD-T.
+"""APGD (auto-PGD): projected gradient descent that chooses its own step sizes. Its targeted version is APGD-T.
 
 Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks",
 ICML 2020, arXiv:2003.01690; for L1: Croce & Hein, "Mind the box: l1-APGD for sparse adversarial attacks", ICML 2021,

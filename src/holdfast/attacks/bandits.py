@@ -1,4 +1,5 @@
-"""Bandits: a running estimate of the gradient, improved with two queries a step, from scores alone.
+"""Bandits: a score-based attack that maintains a running estimate of the gradient and improves it with two queries in
+each step.
 
 Ilyas, Engstrom & Madry, "Prior convictions: black-box adversarial attacks with bandits and priors", ICLR 2019,
 arXiv:1807.07978. The estimate is carried over from step to step (time prior) and is constant within a tile (data
@@ -94,17 +95,21 @@ class _Guess:
 
     @property
     def gradient(self) -> Inputs:
-        """The estimate, in the shape of the inputs."""
+        """Current estimate of the gradient of each example, in the shape of the inputs."""
         return self._spread(self._prior)
 
     def sides(self, rng: Draws) -> tuple[Inputs, Inputs]:
-        """Two directions of length one: the estimate plus and minus a random part."""
+        """Return the two search directions of a step for each example, of length one: the gradient estimate plus and
+        minus a random vector.
+        """
         self._noise = gaussian(rng, self._ids, self._tiles) / self._tiles[0].numel() ** 0.5
         random = self._attack.exploration * self._noise
         return self._unit(self._prior + random), self._unit(self._prior - random)
 
     def learn(self, fall: torch.Tensor) -> None:
-        """Move the estimate towards the side on which the margin is lower by `fall`."""
+        """Update the gradient estimate of each example from the margins at its two queried points, whose difference is
+        `fall`.
+        """
         fall = fall.nan_to_num(0.0, 0.0, 0.0)
         self._seen += 1
         self._mean = self._mean + (fall.abs() - self._mean) / min(self._seen, 10)
@@ -112,7 +117,9 @@ class _Guess:
         self._tiles = self._tiles + self._attack.rate * spread(size, self._tiles) * self._noise
 
     def take(self, rows: Rows) -> None:
-        """Keep the state of some of the examples only."""
+        """Restrict the gradient estimates to the examples at the positions `rows`, because the others are no longer
+        attacked.
+        """
         self._ids, self._tiles, self._mean = self._ids[rows], self._tiles[rows], self._mean[rows]
 
     @property

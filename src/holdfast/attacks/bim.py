@@ -1,4 +1,4 @@
-"""BIM: the basic iterative method, iterated FGSM with small steps.
+"""BIM (basic iterative method): several FGSM steps of a small constant size.
 
 Kurakin et al., "Adversarial Examples in the Physical World", ICLR 2017 workshop, arXiv:1607.02533. Differs from the
 paper: the step size is a fraction of eps instead of one grey level, and the best iterate of each example is returned.

@@ -1,4 +1,5 @@
-"""C&W: gradient descent on the size of the change plus a constant times the margin, with a search for the constant.
+"""C&W (Carlini and Wagner): minimises the size of the change plus a constant times the margin by gradient descent, and
+searches for the best constant.
 
 Carlini & Wagner, "Towards Evaluating the Robustness of Neural Networks", S&P 2017, arXiv:1608.04644. Differs from the
 paper: points are projected onto the box (their first option) instead of tanh, whose slope vanishes at black and white

@@ -1,4 +1,4 @@
-"""Upper bounds of the number of rows that an attack sends to a model, computed before a run."""
+"""Upper bounds for the number of inputs that an attack sends to a model, computed before a run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from holdfast.core.transformations import Transformations
 
 @dataclass(frozen=True)
 class Passes:
-    """Parameters of batching, which determine how many rows are sent to a model: batches have at most `size` examples,
-    and each is padded to a batch size that the model accepts.
+    """Settings of batching, from which the number of inputs that are sent to a model is computed. A batch has at most
+    `size` examples and is padded to a batch size that the model accepts.
     """
 
     size: int
@@ -23,12 +23,15 @@ class Passes:
     """numbers of examples of the shards that are measured separately; empty if all examples are measured together"""
 
     def filled(self, rows: int) -> int:
-        """Return the number of rows of one call with `rows` rows, after padding."""
+        """Return the number of inputs in a batch of `rows` inputs after padding to a batch size that the model
+        accepts.
+        """
         size = 1 if self.batches is None else self.batches.size
         return -(-rows // size) * size
 
     def once(self, n: int) -> int:
-        """Return an upper bound of the number of rows sent to the model if `n` examples are sent once.
+        """Return an upper bound for the number of inputs, padding included, that are sent to the model when each of `n`
+        examples is sent once.
 
         The bound holds for any distribution of the examples over the shards.
         """
@@ -41,13 +44,13 @@ class Passes:
         return min(most, self.once(sum(self.shards)))
 
     def pieces(self, n: int) -> Iterator[int]:
-        """Yield the sizes of the batches into which `n` examples are split."""
+        """Yield the sizes of the batches into which `n` examples are split, before padding."""
         yield from (min(self.size, n - start) for start in range(0, n, self.size))
 
 
 def most_queries(attack: Attack, threat: ThreatModel) -> int | None:
-    """Return the largest number of queries of the attack for one example, or None if no setting and no budget limits
-    it.
+    """Return the largest number of queries that an attack makes for one example, or None if neither a setting of the
+    attack nor a query budget limits it.
 
     The settings of a gradient attack are numbers of steps, so that only the query budget of the threat model limits its
     queries.
@@ -63,7 +66,8 @@ def most_queries(attack: Attack, threat: ThreatModel) -> int | None:
 
 
 def most_rows(attack: Attack, threat: ThreatModel, n: int, passes: Passes) -> int | None:
-    """Return the largest number of rows that the attack on `n` examples sends to a model, or None if it is unknown.
+    """Return the largest number of inputs, padding included, that an attack on `n` examples sends to a model, or None
+    if it is unknown.
 
     For attacks that query only some of the examples in each call, it is assumed that every row is padded separately.
     """

@@ -1,4 +1,5 @@
-"""DDN: decoupled direction and norm.
+"""DDN (decoupled direction and norm): finds the smallest L2 change with gradient steps on spheres around the clean
+input, whose radius shrinks after a success and grows after a failure.
 
 Rony et al., "Decoupling Direction and Norm for Efficient Gradient-Based L2 Adversarial Attacks and Defenses",
 CVPR 2019, arXiv:1811.09600. Differs from the paper: the first radius and the step size are in units of the first-order

@@ -1,4 +1,4 @@
-"""EAD: elastic-net attack, C&W with an additional L1 penalty.
+"""EAD (elastic-net attack): the attack of Carlini and Wagner with an additional penalty on the L1 distance.
 
 Chen et al., "EAD: Elastic-Net Attacks to Deep Neural Networks via Adversarial Examples", AAAI 2018, arXiv:1709.04114.
 Differs from the paper: the weight of the margin starts where the first step just changes a value instead of from one

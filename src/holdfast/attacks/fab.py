@@ -1,4 +1,5 @@
-"""FAB: fast adaptive boundary attack, a minimum-norm attack; with targets, FAB-T.
+"""FAB (fast adaptive boundary attack): finds the smallest change by projections onto the linearised decision boundary.
+Its targeted version is FAB-T.
 
 Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML 2020,
 arXiv:1907.02044; targeting the likeliest classes in turn: arXiv:2003.01690. Differs from the paper: the points at which

@@ -1,4 +1,4 @@
-"""FGSM: one gradient step to the boundary of the ball.
+"""FGSM (fast gradient sign method): one gradient step from the clean input to the surface of the ball.
 
 Goodfellow et al., "Explaining and Harnessing Adversarial Examples", ICLR 2015, arXiv:1412.6572. Differs from the paper:
 the step follows the constraint's own steepest direction, which is the sign of the gradient for Linf only.

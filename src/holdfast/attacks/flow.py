@@ -1,4 +1,4 @@
-"""Flow: small displacements of the pixels of an image.
+"""Flow: an attack on images that displaces each pixel by a small distance.
 
 Xiao et al., "Spatially Transformed Adversarial Examples", ICLR 2018, arXiv:1801.02612 (stAdv). Differs from the paper:
 displacements are limited by the threat model, not only by the weight of the flow's total variation; the first

@@ -1,4 +1,5 @@
-"""FMN: fast minimum-norm attack.
+"""FMN (fast minimum-norm attack): follows the gradient inside a ball whose radius adapts until it is the smallest that
+contains an adversarial example.
 
 Pintor et al., "Fast Minimum-norm Adversarial Attacks through Adaptive Norm Constraints", NeurIPS 2021,
 arXiv:2102.12827. Differs from the paper: steps follow the norm's own steepest direction (L0: the gradient), their

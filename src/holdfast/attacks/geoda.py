@@ -1,4 +1,5 @@
-"""GeoDA: assume a flat boundary, estimate its normal from labels, and search along it from the clean input.
+"""GeoDA: a label-based attack that assumes a nearly flat decision boundary, estimates its normal, and searches along
+the normal from the clean input.
 
 Rahmati, Moosavi-Dezfooli, Frossard & Dai, "GeoDA: a geometric framework for black-box adversarial attacks", CVPR 2020,
 arXiv:2003.06468. Differs from the paper: the mean label is subtracted; the number of samples grows by the same factor

@@ -1,4 +1,4 @@
-"""Grid search: a regular grid over rotations and shifts, or over colour changes.
+"""Grid search: an attack that tries every point of a regular grid of rotations and shifts, or of colour changes.
 
 Engstrom et al., "Exploring the Landscape of Spatial Robustness", ICML 2019, arXiv:1712.02779, where it breaks far more
 examples than gradients do. Differs from the paper: the largest changes are tried first, an example is dropped once it
@@ -48,7 +48,9 @@ class GridSearch:
         return best.x
 
     def grid_points(self, constraint: Transformations) -> list[tuple[float, ...]]:
-        """Return the points of the grid, each as fractions of the limits of all axes, the largest changes first."""
+        """Return the points of the grid that the attack tries, the largest changes first. A point has one number for
+        each parameter, such as rotation or horizontal shift, as a fraction of its limit.
+        """
         hues = max(self.values, math.ceil(self.turns * min(constraint.axes.get("hue", 0.0) / 180, 1)))
         counts = {"rotate": self.turns, "hue": hues}
         lengths = (counts.get(axis, self.values) for axis in constraint.axes)

@@ -1,4 +1,5 @@
-"""HopSkipJump: estimate the boundary's normal from labels, step along it, and search back to the boundary.
+"""HopSkipJump: a label-based attack that estimates the normal of the decision boundary, steps along it, and returns to
+the boundary by a binary search.
 
 Chen, Jordan & Wainwright, "HopSkipJumpAttack: A Query-Efficient Decision-Based Attack", IEEE S&P 2020,
 arXiv:1904.02144. Differs from the paper: a normal is estimated from points at a tenth of the distance, which is many

@@ -1,4 +1,5 @@
-"""JSMA: move the few values with the largest saliency to a side of the box.
+"""JSMA (Jacobian-based saliency map attack): changes the few input values with the largest saliency to their lowest or
+highest valid value.
 
 Papernot et al., "The Limitations of Deep Learning in Adversarial Settings", EuroS&P 2016, arXiv:1511.07528; of historic
 interest: `SigmaZero` finds a fraction of the changes. On probabilities, whose sum is one, the other classes'

@@ -1,4 +1,4 @@
-"""Momentum PGD (MI-FGSM): iterated steps along a running mean of the normalised gradients.
+"""Momentum PGD (MI-FGSM): gradient steps along an accumulated sum of normalised gradients.
 
 Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018, arXiv:1710.06081. Differs from the paper: the best
 iterate of each example is returned instead of the last, and other norms step along their own steepest direction.

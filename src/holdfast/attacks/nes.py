@@ -1,4 +1,5 @@
-"""NES: gradient descent on the margin with estimates from antithetic Gaussian samples.
+"""NES (natural evolution strategies): a score-based attack that lowers the margin with gradients estimated from pairs
+of opposite Gaussian samples.
 
 Ilyas, Engstrom, Athalye & Lin, "Black-box adversarial attacks with limited queries and information", ICML 2018,
 arXiv:1804.08598. Differs from the paper: it uses the margin instead of the cross-entropy, step sizes follow a cosine

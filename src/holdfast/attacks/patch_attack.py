@@ -1,4 +1,5 @@
-"""PatchAttack: gradient ascent inside a rectangle, at the positions of each image with the largest gradients.
+"""PatchAttack: gradient ascent on the values of a rectangle, at the positions of each image where the gradients are
+largest.
 
 Karmon et al., "LaVAN: Localized and Visible Adversarial Noise", ICML 2018, arXiv:1801.02608. Differs from the paper:
 each image has its own patch, at positions chosen by the size of the gradient inside them instead of by trial; the

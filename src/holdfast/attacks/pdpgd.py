@@ -1,4 +1,5 @@
-"""PDPGD: primal-dual proximal gradient descent.
+"""PDPGD (primal-dual proximal gradient descent): minimises the distance to the clean input together with a penalty that
+adapts to each example.
 
 Matyasko & Chau, "PDPGD: Primal-Dual Proximal Gradient Descent Adversarial Attack", 2021, arXiv:2106.01538.
 Differs from the paper: steps and the first penalty are in units of the first-order distance to the boundary, step sizes
@@ -111,7 +112,8 @@ _NEWTON = 6  # Newton steps; the equation is nearly linear, and four steps reach
 
 
 def shrunk(norm: Norm, delta: Inputs, price: Inputs) -> Inputs:
-    """Return the r that minimises `sum((r - delta)^2 / (2 price)) + |r|`, where |r| is the size in `norm`.
+    """Return the proximal operator of a norm at `delta`: the r that minimises `sum((r - delta)^2 / (2 price)) + |r|`,
+    where |r| is the size of r in `norm`.
 
     Prices are positive, one for each coordinate. Under L0 the size is `sum(|r|^(2/3))`, because the number of nonzero
     coordinates has no useful slope.

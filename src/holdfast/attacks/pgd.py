@@ -1,4 +1,4 @@
-"""PGD: projected gradient descent.
+"""PGD (projected gradient descent): gradient steps inside the ball from random starts.
 
 Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, arXiv:1706.06083.
 Differs from the paper: it lowers the margin instead of raising the cross-entropy, step sizes follow a cosine from eps

@@ -1,4 +1,6 @@
-"""Protocols of attacks, which have settings, state the access that they need, and are called to perturb inputs."""
+"""Protocols of attacks. An attack is an object with settings and a declared access, which is called to perturb a batch
+of inputs.
+"""
 
 from collections.abc import Sequence
 from typing import ClassVar, Protocol, runtime_checkable
@@ -16,7 +18,8 @@ from holdfast.core.types import Access, Inputs
 
 @runtime_checkable
 class Attack(Protocol):
-    """Protocol of an attack: a frozen dataclass whose fields are its settings and whose call is the algorithm.
+    """Protocol of an attack: a frozen dataclass whose fields are the settings of the attack and whose `__call__` is its
+    algorithm.
 
     An attack does not evaluate its own success; the harness does.
     """
@@ -29,8 +32,8 @@ class Attack(Protocol):
 
 @runtime_checkable
 class Learned(Attack, Protocol):
-    """Protocol of an attack that is fitted once, on examples that are not evaluated, and is then the same for every
-    example.
+    """Protocol of an attack that is fitted once, on examples that are not used for the evaluation, and then makes the
+    fitted change to every example.
 
     Calling it raises `UsageError`; `fitted` returns an attack that uses the result of the fit.
     """
@@ -40,37 +43,43 @@ class Learned(Attack, Protocol):
         """Largest number of examples that the attack is fitted on."""
 
     def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """Return the result of a fit, such as a perturbation or the values of a patch, as a batch of one."""
+        """Fit the attack on a batch and return the result, such as a perturbation or the values of a patch, with a
+        first dimension of size 1.
+        """
 
     def fitted(self, learned: Tensor) -> Attack:
-        """Return the attack that applies `learned`, the result of a fit, to every example."""
+        """Return an attack that applies `learned`, the result of a fit, to every example."""
 
 
 @runtime_checkable
 class Refitted(Learned, Protocol):
-    """Protocol of a fitted attack that depends on random numbers, so that several fits are made and the best one is
-    used.
+    """Protocol of a fitted attack whose result depends on random numbers, so that it is fitted several times and the
+    best result is used.
     """
 
     @property
     def fits(self) -> int:
-        """Number of fits; the best one is chosen on examples that no fit has used."""
+        """Number of times that the attack is fitted. The best result is chosen on examples that no fit has used."""
 
     def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """Return the result of fit number `k`, as a batch of one."""
+        """Fit the attack with the random numbers of fit number `k`, and return the result with a first dimension of
+        size 1.
+        """
 
 
 @runtime_checkable
 class Placed(Attack, Protocol):
-    """Protocol of an attack that makes the same change to each image, at the position where the model's margin is
-    lowest.
+    """Protocol of an attack that makes the same change, such as a patch, to each image at the position where the margin
+    is lowest.
     """
 
     def tried(self, threat: ThreatModel, shape: torch.Size) -> int:
-        """Return the largest number of positions that are tried in an image of shape (channels, height, width)."""
+        """Return the largest number of positions at which the attack tries its change in an image of shape (channels,
+        height, width).
+        """
 
     def at_random(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        """Return the inputs with the patch or pixels of the attack at one random position of each image.
+        """Return the inputs with the change of the attack, such as a patch, at one random position of each image.
 
         The model is not queried.
         """
@@ -78,19 +87,23 @@ class Placed(Attack, Protocol):
 
 @runtime_checkable
 class QueryAttack(Attack, Protocol):
-    """Protocol of an attack whose setting `queries` limits the number of its queries for each example."""
+    """Protocol of an attack that has a setting `queries`, the largest number of queries for each example."""
 
     batched: ClassVar[bool]
     """whether each call of the model queries all remaining examples; otherwise a call may query only some of them"""
 
     @property
     def queries(self) -> int:
-        """Largest number of queries for each example."""
+        """Largest number of queries that the attack makes for each example."""
 
 
 @runtime_checkable
 class Enumeration(Attack, Protocol):
-    """Protocol of an attack that tries every point of a grid, with all remaining examples in each call of the model."""
+    """Protocol of an attack that tries every point of a grid of transformations; each call of the model tries one point
+    on all examples that are not yet broken.
+    """
 
     def grid_points(self, constraint: Transformations) -> Sequence[tuple[float, ...]]:
-        """Return the points of the grid, each as fractions of the limits of all axes of the constraint."""
+        """Return the points of the grid that the attack tries. A point has one number for each parameter, such as
+        rotation or horizontal shift, as a fraction of its limit.
+        """

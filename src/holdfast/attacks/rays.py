@@ -1,4 +1,5 @@
-"""RayS: search for the direction with entries -1 and 1 along which the boundary is nearest, from labels alone.
+"""RayS: a label-based attack that searches for the direction of signs (-1 or 1 for each value) along which the decision
+boundary is nearest.
 
 Chen & Gu, "RayS: a ray searching method for hard-label adversarial attack", KDD 2020, arXiv:2006.12792. Differs from
 the paper: until a point is broken, rays are tried at the corners of the box, and after blocks of a sixteenth new random
@@ -74,19 +75,23 @@ class _Rays:
         self._blocks, self._block = torch.ones_like(batch.ids), torch.full_like(batch.ids, -1)
 
     def take(self, rows: Mask) -> None:
-        """Keep the state of some of the examples only."""
+        """Restrict the state of the search to the examples of the mask `rows`, because the others are no longer
+        attacked.
+        """
         for name, value in vars(self).items():
             if isinstance(value, Tensor):  # one entry for each example
                 setattr(self, name, value[rows])
 
     def points(self, clean: Inputs) -> Inputs:
-        """The next point to query for each example."""
+        """Return the next point to query for each example, on the ray from its clean input that is being searched."""
         return self._bounds.clamp(
             torch.addcmul(clean, spread(self._probe, clean), self._trial.view_as(clean))
         )
 
     def learn(self, broken: Mask) -> None:
-        """Update with the results: continue the search along the ray, or go to the next one."""
+        """Update the search with the results of the last queries: each example continues on its ray, or goes to the
+        next ray.
+        """
         searching = self._high < torch.inf
         self._low = torch.where(searching & ~broken, self._probe, self._low)
         self._high = torch.where(broken, self._probe, self._high)

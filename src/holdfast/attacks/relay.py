@@ -1,4 +1,4 @@
-"""Relay: gradient steps and random search in turn, each from the best point that the other method found.
+"""Relay: alternates between gradient steps and a random search, each from the best point that both have found so far.
 
 Our own. It makes short runs of gradient descent on the margin from random starts; the same towards the classes with the
 nearest linearised boundaries (Melamed et al., "MALT powers up adversarial attacks", NeurIPS 2024, arXiv:2407.02240);
@@ -128,7 +128,8 @@ _CANDIDATES = 9  # number of likeliest wrong classes that are compared; all of t
 
 
 def nearest_classes(model: Model, batch: Batch, constraint: Constraint, k: int) -> Tensor:
-    """Return the (up to) k wrong classes nearest to `batch.x` by their linearised boundaries, nearest first, (n, k).
+    """Return the `k` wrong classes whose linearised decision boundaries are nearest to each input, nearest first, of
+    shape (n, k), or all wrong classes if there are fewer.
 
     Cost: a forward, and a backward for each of nine classes at most.
     """

@@ -1,4 +1,4 @@
-"""Sigma-zero: smallest number of changed values, by gradient descent on a smooth approximation of the L0 norm.
+"""Sigma-zero: finds the smallest number of changed values by gradient descent on a smooth approximation of the L0 norm.
 
 Cinà et al., "σ-zero: Gradient-based Optimization of ℓ0-norm Adversarial Examples", ICLR 2025, arXiv:2402.01879.
 Differs from the paper: lengths are fractions of the box's edges, under `10px` the channels of a pixel count as one, an

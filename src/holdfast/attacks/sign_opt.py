@@ -1,4 +1,5 @@
-"""Sign-OPT: turn the ray from the clean input towards a nearer boundary, by the signs of directional derivatives.
+"""Sign-OPT: a label-based attack that turns a direction from the clean input towards a nearer decision boundary, using
+the signs of directional derivatives.
 
 Cheng et al., "Sign-OPT: A Query-Efficient Hard-label Adversarial Attack", ICLR 2020, arXiv:1909.10773. Differs from the
 paper: for images half of the directions' energy is in low frequencies; directions turn the ray a hundred times as far

@@ -1,4 +1,5 @@
-"""SimBA: steps along the directions of an orthonormal basis, one after the other, from scores alone.
+"""SimBA (simple black-box attack): a score-based attack that tries a step along each direction of an orthonormal basis
+in turn.
 
 Guo, Gardner, You, Wilson & Weinberger, "Simple black-box adversarial attacks", ICML 2019, arXiv:1905.07121. Differs
 from the paper: it lowers the margin and not the label's probability; each step is projected onto ball and box, and a
@@ -93,7 +94,9 @@ class _Walk:
         self._length = norm.eps * (2 if isinstance(norm, Linf) and not waves else attack.step_size)
 
     def propose(self) -> Inputs:
-        """The next point to query for each example, different from its best point if possible."""
+        """Return the next point to query for each example: its best point so far, moved along the current direction of
+        the basis.
+        """
         x = self._moved()
         for _ in range(_SKIPS):
             still = (x == self.x).flatten(1).all(1)
@@ -104,7 +107,9 @@ class _Walk:
         return x
 
     def learn(self, x: Inputs, lower: Mask, *, first: bool) -> None:
-        """Accept the queried points that lower the margin, and go to the next sign or direction."""
+        """Accept the queried points that lower the margin, and continue with the opposite sign of the direction or with
+        the next direction.
+        """
         if first:
             return
         self.x = torch.where(spread(lower, x), x, self.x)
@@ -112,7 +117,9 @@ class _Walk:
         self._turn(torch.ones_like(lower))
 
     def take(self, rows: Mask) -> None:
-        """Keep the state of some of the examples only."""
+        """Restrict the state of the search to the examples of the mask `rows`, because the others are no longer
+        attacked.
+        """
         self.x, self._clean = self.x[rows], self._clean[rows]
         self._order, self._at, self._sign = self._order[rows], self._at[rows], self._sign[rows]
 

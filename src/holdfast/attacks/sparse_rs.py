@@ -1,4 +1,4 @@
-"""Sparse-RS: random search for the few values or pixels to change, from scores alone.
+"""Sparse-RS: a score-based attack under L0, which chooses the few values or pixels to change by random search.
 
 Croce, Andriushchenko, Singh, Flammarion & Hein, "Sparse-RS: a versatile framework for query-efficient sparse black-box
 adversarial attacks", AAAI 2022, arXiv:2006.12834. Differs from the paper: each example exchanges its own positions; a
@@ -91,16 +91,20 @@ class _Places:
 
     @property
     def x(self) -> Inputs:
-        """The best point of each example."""
+        """Best point of each example so far, which is the one with the lowest margin."""
         return self._best.view(-1, *self._shape)
 
     def plan(self, rng: Draws, share: float) -> None:
-        """Draw the random numbers of a block of steps that exchange at most this share."""
+        """Sample the random numbers for a block of search steps, each of which exchanges at most the fraction `share`
+        of the changed positions.
+        """
         n = self._exchanged(share)
         self._draws = rng.uniform(self._ids, _BLOCK, 2 * (n + 1) + n * self._channels)
 
     def propose(self, step: int, share: float) -> Inputs:
-        """Undo some of the changed positions, and set as many others to a corner's colour."""
+        """Return the next point to query for each example: some changed positions get their clean values back, and as
+        many others get an extreme colour.
+        """
         n, rest = self._exchanged(share), self._order.shape[1] - self._k
         draws = self._draws[:, step]
         self._out = distinct_positions(draws[:, : n + 1], self._k)
@@ -114,7 +118,7 @@ class _Places:
         return self._tried.view(-1, *self._shape)
 
     def keep(self, better: Mask) -> None:
-        """Accept the tried points where they are better."""
+        """Make the last queried point the best point of each example for which `better` is true."""
         rows = better.nonzero()[:, 0]
         self._best[rows] = self._tried[rows]
         out, into, order = self._out[rows], self._in[rows], self._order[rows]
@@ -122,7 +126,9 @@ class _Places:
         self._order[rows] = swapped
 
     def take(self, rows: Mask) -> None:
-        """Keep the state of some of the examples only."""
+        """Restrict the state of the search to the examples of the mask `rows`, because the others are no longer
+        attacked.
+        """
         for name, value in vars(self).items():
             if isinstance(value, Tensor):  # one entry for each example
                 setattr(self, name, value[rows])

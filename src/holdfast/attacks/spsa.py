@@ -1,4 +1,5 @@
-"""SPSA: Adam on gradient estimates from simultaneous perturbations by random signs.
+"""SPSA (simultaneous perturbation stochastic approximation): a score-based attack that uses Adam on gradients estimated
+with random signs.
 
 Uesato, O'Donoghue, van den Oord & Kohli, "Adversarial risk and the dangers of evaluating against weak attacks",
 ICML 2018, arXiv:1802.05666; the estimate is that of Spall 1992.

@@ -1,4 +1,5 @@
-"""Square Attack: random search with square windows, from scores alone.
+"""Square Attack: a score-based attack that changes random square windows of an image and keeps the changes that lower
+the margin.
 
 Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via random search", ECCV 2020,
 arXiv:1912.00049; for L1: Croce & Hein, arXiv:2103.01208.

@@ -1,4 +1,5 @@
-"""SuperDeepFool: DeepFool steps to the boundary and projections onto the boundary's normal through the clean input.
+"""SuperDeepFool: alternates DeepFool steps to the decision boundary with projections onto the boundary's normal through
+the clean input.
 
 Abdolpourrostam, Abroshan & Moosavi-Dezfooli, "Revisiting DeepFool: generalization and improvement", TMLR 2024,
 arXiv:2303.12481; this is its SDF(∞, 1). Differs from the paper: the normal is that of the margin; a projection goes

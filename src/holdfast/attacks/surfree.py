@@ -1,4 +1,5 @@
-"""SurFree: turn the ray from the clean input in random planes, along circles that come nearer with every angle.
+"""SurFree: a label-based attack that searches random planes through the clean input for a direction with a nearer
+decision boundary.
 
 Maho, Furon & Le Merrer, "SurFree: a fast surrogate-free black-box attack", CVPR 2021, arXiv:2011.12807. Differs from
 the paper: a direction is orthogonal to the ray only, not to a hundred earlier directions; one bisection searches for
@@ -75,6 +76,8 @@ class _Circle:
     beside: Inputs
 
     def at(self, angle: PerExample) -> Inputs:
-        """Intersection of the circle with a ray at this angle: its distance is the ray's length times the cosine."""
+        """Return the point of the circle in the direction at this angle from the ray, for each example. Its distance
+        from the clean input is the length of the ray times the cosine of the angle.
+        """
         cosine, sine = spread(angle.cos(), self.ray), spread(angle.sin(), self.ray)
         return self.clean + cosine * (cosine * self.ray + sine * self.beside)

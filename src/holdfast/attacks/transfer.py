@@ -1,4 +1,4 @@
-"""Transfer: adversarial examples of surrogate models only, which may also break the target.
+"""Transfer: computes adversarial examples on surrogate models only, and uses them against the target model.
 
 One loop for a family of methods, each a setting of it: momentum (MI-FGSM, Dong et al., "Boosting Adversarial Attacks
 with Momentum", CVPR 2018, arXiv:1710.06081); gradients at the point ahead of the momentum, and copies of halved
@@ -107,7 +107,7 @@ _SIGMAS = 3.0
 
 
 def resized(x: Inputs, ids: Ids, bounds: Bounds, chance: float, rng: Draws) -> Inputs:
-    """Shrink each image with probability `chance` and place it at random on an empty background; differentiable.
+    """Shrink each image with probability `chance` and place it at random on an empty background, for better transfer.
 
     Xie et al., "Improving Transferability of Adversarial Examples with Input Diversity", CVPR 2019, arXiv:1803.06978.
     Differs from the paper: every image has its own random numbers, and sizes and places are not whole pixels.
@@ -127,8 +127,8 @@ def resized(x: Inputs, ids: Ids, bounds: Bounds, chance: float, rng: Draws) -> I
 
 
 def shifted(gradient: Inputs, reach: int) -> Inputs:
-    """Return the gradient, blurred by a Gaussian: the weighted mean of the gradients of images shifted by up to
-    `reach`.
+    """Return the gradient blurred by a Gaussian, which approximates the mean gradient over shifts by up to `reach`
+    pixels.
 
     Dong et al., "Evading Defenses to Transferable Adversarial Examples by Translation-Invariant Attacks", CVPR 2019,
     arXiv:1904.02884: a Gaussian kernel, applied along both axes in turn.
@@ -143,7 +143,7 @@ def shifted(gradient: Inputs, reach: int) -> Inputs:
 
 
 def halved_view(x: Inputs, times: int, bounds: Bounds) -> Inputs:
-    """Return the input with its distance from the lower bound of the box halved `times` times.
+    """Return darker inputs: each value's distance from its lowest valid value is divided by 2 to the power `times`.
 
     Lin et al., "Nesterov Accelerated Gradient and Scale Invariance for Adversarial Attacks", ICLR 2020,
     arXiv:1908.06281.
@@ -170,7 +170,7 @@ class _Viewed:
 
     @property
     def bounds(self) -> Bounds:
-        """Bounds of the inputs of the model."""
+        """Lowest and highest valid values of the inputs of the model."""
         return self.model.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:

@@ -1,4 +1,4 @@
-"""TransformPGD: gradient descent on the parameters of rotations, shifts, scales and colour changes.
+"""TransformPGD: gradient descent on the parameters of rotations, shifts, scales and colour changes of each image.
 
 Engstrom et al., "Exploring the Landscape of Spatial Robustness", ICML 2019, arXiv:1712.02779 (their first-order
 method), and Hsiung et al., "Towards Compositional Adversarial Robustness", CVPR 2023, arXiv:2202.04235, for colours.

@@ -1,4 +1,4 @@
-"""Universal: one perturbation for all inputs, fitted on examples that are not used for the evaluation.
+"""Universal: one perturbation that is added to all inputs, fitted on examples that are not used for the evaluation.
 
 Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, arXiv:1610.08401; this is the stochastic
 gradient method of Shafahi et al., "Universal Adversarial Training", AAAI 2020, arXiv:1811.11304. Differs from the
@@ -48,12 +48,12 @@ class Universal:
     needs: ClassVar[Access] = "gradients"
 
     def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """Return the fitted perturbation, of shape (1, *features)."""
+        """Optimise one perturbation on the examples of a batch and return it, of shape (1, *features)."""
         return self.refit(0, model, batch, threat, rng=rng)
 
     def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """Return the perturbation of fit `k`, which has its own random numbers and, if untargeted, its own first target
-        class.
+        """Return the perturbation of fit number `k`. Each fit has its own random numbers and, in an untargeted attack,
+        begins towards another class.
         """
         norm, draws = expect_norm(threat.constraint, self, Linf, L2), rng.at("fit", k)
         delta, everywhere = torch.zeros_like(batch.x[:1]), Bounds(-torch.inf, torch.inf)

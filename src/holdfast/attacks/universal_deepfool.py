@@ -1,4 +1,4 @@
-"""UniversalDeepFool: one perturbation for all inputs, the sum of DeepFool steps of single examples.
+"""UniversalDeepFool: one perturbation for all inputs, computed as a sum of DeepFool steps of single examples.
 
 Moosavi-Dezfooli et al., "Universal adversarial perturbations", CVPR 2017, arXiv:1610.08401. Differs from the paper:
 several examples take one step of DeepFool at once and the mean of their steps is added, where the paper moves one
@@ -49,7 +49,7 @@ class UniversalDeepFool:
     needs: ClassVar[Access] = "gradients"
 
     def fit(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """Return the fitted perturbation, of shape (1, *features)."""
+        """Compute one perturbation on the examples of a batch and return it, of shape (1, *features)."""
         norm = expect_norm(threat.constraint, self, Linf, L2)
         delta, none = torch.zeros_like(batch.x[:1]), torch.zeros_like(batch.x[:1])
         turns = max(1, len(batch) // self.batch)
@@ -77,7 +77,7 @@ class UniversalDeepFool:
         return (moved - left.x).mean(0, keepdim=True), len(left)
 
     def refit(self, k: int, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Tensor:
-        """Return the perturbation of fit `k`, which has its own random numbers."""
+        """Return the perturbation of fit number `k`; each fit has its own random numbers."""
         return self.fit(model, batch, threat, rng=rng.at("fit", k))
 
     def fitted(self, learned: Tensor) -> Added:

@@ -1,4 +1,5 @@
-"""ZOO: the attack of Carlini & Wagner by coordinate descent, from scores alone; the first of its kind, and slow.
+"""ZOO (zeroth-order optimisation): the attack of Carlini and Wagner with gradients estimated from scores, one
+coordinate at a time. It is slow, and is included for comparison.
 
 Chen, Zhang, Sharma, Yi & Hsieh, "ZOO: zeroth order optimization based black-box attacks to deep neural networks without
 training substitute models", AISec 2017, arXiv:1708.03999. Differs from the paper: coordinates are sampled uniformly,
@@ -109,7 +110,7 @@ class _Adam:
         self._mean, self._square, self._count = (torch.zeros_like(flat) for _ in range(3))
 
     def step(self, at: Tensor, down: Tensor, lr: float) -> None:
-        """Move the coordinates `at` (n, k) against their slopes."""
+        """Move the coordinates `at` (n, k) of each input by one step of Adam against their estimated derivatives."""
         mean = 0.9 * self._mean.gather(1, at) + 0.1 * down
         square = 0.999 * self._square.gather(1, at) + 0.001 * down**2
         count = self._count.gather(1, at) + 1
@@ -119,7 +120,9 @@ class _Adam:
         self.x = self.x.flatten(1).scatter_add(1, at, -lr * mean / (1 - 0.9**count) / size).view_as(self.x)
 
     def take(self, rows: Rows) -> None:
-        """Keep the state of some of the examples only."""
+        """Restrict the state of the optimiser to the examples at the positions `rows`, because the others are no longer
+        attacked.
+        """
         self.x, self._mean, self._square, self._count = (
             value[rows] for value in (self.x, self._mean, self._square, self._count)
         )

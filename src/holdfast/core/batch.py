@@ -1,4 +1,4 @@
-"""Examples with labels and ids, and the protocol of a data set."""
+"""Batches of examples with labels and ids, and the protocol of a data set from which they are read."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +15,8 @@ UNLABELLED = -1
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples with inputs `x` (n, *features), labels `y` (n), and `ids` (n), the row of each example in its source.
+    """A batch of examples: inputs `x` (n, *features), labels `y` (n), and `ids` (n), which are the row numbers of the
+    examples in their data set.
 
     `target` (n) is the class that a targeted attack must reach; None means that any wrong class counts. In training
     data a label may be `UNLABELLED`.
@@ -30,7 +31,7 @@ class Batch:
         return len(self.x)
 
     def take(self, rows: Tensor) -> "Batch":
-        """Return the batch of some examples, chosen by positions or a mask, with their ids and targets."""
+        """Return a batch with some of the examples, chosen by their positions or by a boolean mask."""
         rows = (rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows).to(self.x.device)
         target = None if self.target is None else self.target[rows]
         x = self.x.index_select(0, rows)  # three times as fast as `x[rows]` on a CPU
@@ -67,7 +68,7 @@ class Data(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the data set in reports."""
+        """Name of the data set, as shown in reports."""
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -75,12 +76,12 @@ class Data(Protocol):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the selected examples and their labels, in hex."""
+        """SHA-256 of the selected examples of the data set and their labels, in hexadecimal."""
 
     def __len__(self) -> int:
         """Return the number of selected examples."""
 
     def read(self, start: int, stop: int) -> Batch:
-        """Return examples `start` to `stop` of the selection: float inputs, int64 labels, and the source rows
-        as ids.
+        """Return the examples from position `start` up to, but not including, `stop` as a batch, with float inputs,
+        int64 labels, and their row numbers in the source as ids.
         """

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 @dataclass(frozen=True)
 class AttackEntry:
-    """Entry of the catalogue for an attack of `holdfast.attacks`."""
+    """Entry of the catalogue for one attack of `holdfast.attacks`."""
 
     name: str
     """name of the class, which suites, configuration files and the command line accept"""
@@ -28,7 +28,7 @@ class AttackEntry:
 
 @dataclass(frozen=True)
 class RecipeEntry:
-    """Entry of the catalogue for a recipe of `holdfast.recipes`, with its name as a value of `--recipe`."""
+    """Entry of the catalogue for one recipe of `holdfast.recipes`, which the option `--recipe` selects by its name."""
 
     name: str
     cls: str
@@ -115,7 +115,8 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
 
 
 def load_class(package: str, modules: Mapping[str, str], name: str) -> type[Any]:
-    """Import and return the class `name` of a package; `modules` maps class names to modules.
+    """Import the class `name` of a package when it is first used, and return it. `modules` maps class names to module
+    names.
 
     Raises `AttributeError` if the name is unknown.
     """

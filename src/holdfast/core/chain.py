@@ -34,13 +34,13 @@ class Link:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the previous digest and the content, in hexadecimal."""
+        """SHA-256 of the digest of the previous record and the content of this record, in hexadecimal."""
         return digest(canonical({"previous": self.previous, "content": self.content}))
 
 
 def broken_at(links: Iterable[Link], previous: str = GENESIS) -> int | None:
-    """Return the position of the first record whose `previous` is not the digest of the record before it; None if all
-    match.
+    """Return the position of the first record of a hash chain that does not contain the digest of the record before it,
+    or None if the chain is intact.
 
     The argument `previous` is the digest that the first record must contain, that of the record before these links.
     """

@@ -1,4 +1,4 @@
-"""State of a training after an epoch, which a recipe yields, a run saves, and a resumed run loads."""
+"""Checkpoints: the state of a training after an epoch, from which the training can be resumed exactly."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,13 +13,16 @@ the recipe"""
 
 
 def without_prefix(tensors: Mapping[str, Tensor], first: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with the prefix `first`, by name without this prefix."""
+    """Return the tensors of a dictionary whose names begin with the prefix `first`, by their names without this
+    prefix.
+    """
     return {name.removeprefix(first): t for name, t in tensors.items() if name.startswith(first)}
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Planned number of updates of a training. A plan applies from update `at` on, until the next plan.
+    """Plan of a training: the total number of its updates, from which the schedules are computed. It applies from the
+    update `at` on, until the next plan.
 
     The completed fraction of the schedules of learning rate and eps grows linearly from `share` after `at` updates to 1
     after `end` updates.
@@ -43,12 +46,12 @@ class TrainingPlan:
     """whether this plan is an earlier one that was moved back to the update from which a guard repeats the training"""
 
     def done(self, updates: int) -> float:
-        """Return the completed fraction of the schedules after this number of updates."""
+        """Return the completed fraction of the schedules of learning rate and eps after `updates` updates."""
         return self._along(updates, self.end)
 
     def rated(self, updates: int) -> float:
-        """Return the completed fraction of the learning rate schedule, which is one update ahead and does not
-        reach 1.
+        """Return the fraction of the learning rate schedule for the next update. It is one update ahead of the
+        completed fraction and does not reach 1.
         """
         return self._along(updates + 1, self.end + 1)
 
@@ -60,7 +63,8 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All tensors and counts that are needed to continue a training exactly; the new model is part of it.
+    """State of a training after an epoch: all tensors and counts that are needed to continue it exactly, including the
+    parameters of the new model.
 
     Random numbers are counter-based and determine the batches, so that no state of generators or loaders is needed.
     """
@@ -83,15 +87,17 @@ class Checkpoint:
 
     @property
     def share(self) -> float:
-        """Completed fraction of the schedules of learning rate and eps."""
+        """Completed fraction of the training, on which the schedules of learning rate and eps depend."""
         return self.plans[-1].done(self.updates) if self.plans else self.epoch / self.of
 
     @property
     def averaged(self) -> bool:
-        """Whether the new model is an average of weights during the training."""
+        """Whether the new model has an average of the weights over the training, instead of the last weights."""
         return any(name.startswith(AVERAGE) for name in self.tensors)
 
     def put_into(self, model: Classifier) -> None:
-        """Load the new weights into a model of the same architecture: the averaged ones if there are any."""
+        """Load the weights of the new model from the checkpoint into a model of the same architecture. The averaged
+        weights are used if there are any.
+        """
         first = AVERAGE if self.averaged else WEIGHTS
         model.load_state_dict(without_prefix(self.tensors, first))

@@ -1,4 +1,4 @@
-"""Constraints: balls around the clean input, intersected with the box of legal inputs.
+"""Constraints: sets of inputs that an attacker may use in place of a clean input, such as balls of a norm.
 
 Each constraint is a dataclass with the four functions that attacks need, so that an attack is written once for all
 norms: `distance`, `project` (the exact nearest point of ball *and* box), `steepest` (the best step of length one) and
@@ -32,9 +32,7 @@ _L1_DENSITY = (
 
 @runtime_checkable
 class Constraint(Protocol):
-    """Protocol of a set of allowed inputs around each clean input. `eps` is its size, which is infinite if distances
-    are only measured.
-    """
+    """Protocol of a set of allowed inputs around each clean input. `eps` is its size, which may be infinite."""
 
     name: ClassVar[str]
     """name on the command line, such as `linf`"""
@@ -48,19 +46,25 @@ class Constraint(Protocol):
 
     @property
     def eps(self) -> float:
-        """Radius of the set, in units of the inputs; under L0 the number of values or pixels."""
+        """Radius of the allowed set, in units of the inputs. Under L0 it is a number of values or pixels."""
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """Return the distance of each `x_adv` (n, *features) from `x`, in the constraint's own unit."""
+        """Return the distance of each `x_adv` (n, *features) from its clean input `x`, in the unit of the
+        constraint.
+        """
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Return the nearest point to each `x_adv` inside ball and box; a point inside both is unchanged."""
+        """Return for each `x_adv` the nearest valid input in the ball around `x`, which is `x_adv` itself if it is
+        inside.
+        """
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Return the direction of length one at each `x` along which a function with this gradient increases most."""
+        """Return for each input the direction of length one along which a function with this gradient increases
+        most.
+        """
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """Return a random point inside ball and box around each example."""
+        """Return for each example a random valid input inside the ball around its clean input."""
 
     def resized(self, eps: float) -> "Constraint":
         """Return the same constraint with the radius `eps`."""
@@ -68,25 +72,26 @@ class Constraint(Protocol):
 
 @runtime_checkable
 class Norm(Constraint, Protocol):
-    """Protocol of a constraint whose radius may differ between examples, as minimum-norm attacks require."""
+    """Protocol of a ball of a norm whose radius may differ between examples, as minimum-norm attacks require."""
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
-        """Return the same as `project`, but with `radius` (n), a radius for each example, in place of eps."""
+        """Return for each `x_adv` the nearest valid input in the ball around `x` whose radius for the example is
+        `radius`.
+        """
 
 
 @runtime_checkable
 class Limited(Constraint, Protocol):
-    """Protocol of a constraint that is not a ball: it is defined by its arguments, and an `eps` of 1 allows
-    all of it.
-    """
+    """Protocol of a constraint that is not a ball, such as a rotation up to a limit; an `eps` of 1 allows all of it."""
 
     @property
     def limits(self) -> Mapping[str, float | str]:
-        """Constructor arguments of the constraint, without those that allow no change."""
+        """Limits of the constraint by their names in the threat string, without those that allow no change."""
 
 
 def allowed(constraint: Constraint, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Mask:
-    """Return whether each point is inside ball and box, measured in float64.
+    """Return for each point whether it is a valid input inside the constraint around `x`, with a tolerance for
+    rounding.
 
     The distance may be at most eps (1 + 1e-6) + 1e-7 plus rounding, which is the largest error of storing the changed
     values: for inputs in [0, 1] at most 1.2e-7 for each value, for inputs up to 255 3e-5, and 0 under L0.
@@ -106,9 +111,7 @@ def _rounding(constraint: Constraint, x_adv: Inputs, x: Inputs) -> PerExample | 
 
 
 def extent(constraint: Constraint, x: Inputs, bounds: Bounds) -> float:
-    """Return the distance between opposite corners of the box of inputs like `x`; an eps of this size allows every
-    input.
-    """
+    """Return the largest distance between two valid inputs in the shape of `x`: an eps that allows every input."""
     low, high = bounds.like(x.double())
     corner = x[:1].shape
     return float(constraint.distance(high.expand(corner), low.expand(corner)).max())
@@ -127,7 +130,7 @@ def _room(delta: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
 
 @dataclass(frozen=True)
 class Linf:
-    """Constraint that no coordinate changes by more than `eps`."""
+    """Constraint that no input value changes by more than `eps`."""
 
     name: ClassVar[str] = "linf"
     is_ball: ClassVar[bool] = True
@@ -141,20 +144,24 @@ class Linf:
         return (x_adv - x).flatten(1).abs_().amax(1)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Return `x_adv`, clamped to the cube around `x` and to the box."""
+        """Return `x_adv` with each value clamped to within eps of the clean value, and to valid values."""
         return bounds.clamp(torch.clamp(x_adv, x - self.eps, x + self.eps))
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
-        """Return `x_adv`, clamped to a cube with its own radius for each example, and to the box."""
+        """Return `x_adv` with each value clamped to within its example's `radius` of the clean value, and to valid
+        values.
+        """
         reach = spread(radius, x)
         return bounds.clamp(torch.minimum(torch.maximum(x_adv, x - reach), x + reach))
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Return the sign of the gradient."""
+        """Return the sign of the gradient, which is the direction of steepest increase under Linf."""
         return gradient.sign()
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """Return a uniform random point of the cube around each example, clamped to the box."""
+        """Return for each example a uniform random point of the Linf ball around its clean input, clamped to valid
+        values.
+        """
         u = rng.uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
         return self.project(batch.x + self.eps * (2 * u - 1), batch.x, bounds)
 
@@ -165,7 +172,7 @@ class Linf:
 
 @dataclass(frozen=True)
 class L2:
-    """Constraint that the Euclidean length of the change is at most `eps`."""
+    """Constraint that the Euclidean length of the change of an input is at most `eps`."""
 
     name: ClassVar[str] = "l2"
     is_ball: ClassVar[bool] = True
@@ -180,12 +187,12 @@ class L2:
         return length
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Return the nearest point to each `x_adv` inside ball and box; see `within`."""
+        """Return for each `x_adv` the nearest valid input inside the Euclidean ball of radius eps around `x`."""
         return self.within(x_adv, x, bounds, _eps(self, x))
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
-        """Return `clamp(x + t (x_adv - x))` with the largest t <= 1 for which the distance from `x` is at most the
-        radius.
+        """Return `clamp(x + t (x_adv - x))` with the largest t <= 1 for which its distance from `x` is at most
+        `radius`.
         """
         clamped = bounds.clamp(x_adv)
         outside = (self.distance(clamped, x) > radius).nonzero()[:, 0]
@@ -204,14 +211,14 @@ class L2:
         return inside if every else clamped.index_copy(0, outside, inside)
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Return the gradient divided by its Euclidean length; zero if the gradient is zero."""
+        """Return the gradient of each example divided by its Euclidean length, or zero if the gradient is zero."""
         # divided by its largest entry first, because squares of very small or large gradients leave float32
         largest = gradient.flatten(1).abs().amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
         scaled = gradient / spread(largest, gradient)
         return scaled / spread(scaled.flatten(1).norm(dim=1).clamp_min(_TINY), gradient)
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """Return a uniform random point of the ball around each example, projected onto ball and box."""
+        """Return a uniform random point of the Euclidean ball around each clean input, projected onto valid inputs."""
         shape = batch.x.shape[1:]
         direction = rng.at("direction").normal(batch.ids, *shape, dtype=batch.x.dtype)
         radius = rng.at("radius").uniform(batch.ids, 1, dtype=batch.x.dtype)[:, 0] ** (
@@ -257,7 +264,7 @@ def _l2_share(delta: Tensor, most: Tensor, eps: PerExample) -> PerExample:
 
 @dataclass(frozen=True)
 class L1:
-    """Constraint that the sum of the absolute changes is at most `eps`."""
+    """Constraint that the sum of the absolute changes of an input is at most `eps`."""
 
     name: ClassVar[str] = "l1"
     is_ball: ClassVar[bool] = True
@@ -271,11 +278,11 @@ class L1:
         return (x_adv - x).flatten(1).abs().sum(1)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Return the nearest point to each `x_adv` inside ball and box; see `within`."""
+        """Return for each `x_adv` the nearest valid input inside the L1 ball of radius eps around `x`."""
         return self.within(x_adv, x, bounds, _eps(self, x))
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
-        """Shrink all changes by the same amount, clipped to zero and the box, until their sum is the radius.
+        """Return for each `x_adv` the nearest valid input in the L1 ball of its `radius`: all changes shrink equally.
 
         The sum is piecewise linear in this amount, with breakpoints where a coordinate leaves the box's side (size -
         room) or reaches zero (size); the piece that contains the radius is found by sorting them. Distances are
@@ -301,9 +308,7 @@ class L1:
         return result
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Return a step of equal size on the 1 % of the features with the largest gradient that can still move inside
-        the box.
-        """
+        """Return a step of equal size in the 1 % of the input values with the largest gradients that can still move."""
         flat = gradient.flatten(1)
         gain = flat.abs() * (_room(gradient, x, bounds).flatten(1) > 0)
         k = max(1, round(_L1_DENSITY * flat.shape[1]))
@@ -314,7 +319,7 @@ class L1:
         )
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """Return a uniform random point of the ball around each example, projected onto ball and box.
+        """Return a uniform random point of the L1 ball around each clean input, projected onto valid inputs in it.
 
         It is sampled by exponential spacings with random signs.
         """
@@ -350,8 +355,8 @@ def _l1_shrinkage(size: Tensor, room: Tensor, eps: PerExample) -> Tensor:
 
 @dataclass(frozen=True)
 class L0:
-    """Constraint that at most `eps` values change, or pixels with `per="pixel"`, where all channels of a position count
-    once.
+    """Constraint that at most `eps` values of an input change, or with `per="pixel"` at most `eps` pixels of an
+    image.
     """
 
     name: ClassVar[str] = "l0"
@@ -363,9 +368,7 @@ class L0:
     per: Literal["value", "pixel"] = "value"
 
     def grouped(self, values: Tensor) -> Tensor:
-        """Return the values of inputs (n, *features), grouped as (n, units, values of a unit); a unit is a value or a
-        pixel.
-        """
+        """Return input values grouped by the unit that L0 counts, a value or a pixel: (n, units, values of a unit)."""
         if self.per == "pixel" and values.dim() == 4:
             return values.flatten(2).transpose(1, 2)
         return values.flatten(1)[:, :, None]
@@ -381,11 +384,11 @@ class L0:
         return (self.grouped(x_adv) != self.grouped(x)).any(2).sum(1).to(x.dtype)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Return the nearest point to each `x_adv` inside ball and box; see `within`."""
+        """Return for each `x_adv` the nearest valid input that differs from `x` in at most eps values or pixels."""
         return self.within(x_adv, x, bounds, _eps(self, x))
 
     def within(self, x_adv: Inputs, x: Inputs, bounds: Bounds, radius: PerExample) -> Inputs:
-        """Keep the `radius` changes of each example whose removal would move the point most, and undo the others."""
+        """Return for each `x_adv` the nearest valid input with at most `radius` changed values or pixels."""
         clamped = bounds.clamp(x_adv)
         outside = self.distance(clamped, x) > radius
         if not outside.any():
@@ -394,8 +397,8 @@ class L0:
         return torch.where(kept | ~_expand(outside, x), clamped, x)
 
     def largest(self, gain: Tensor, radius: PerExample) -> Tensor:
-        """Return a mask, in the shape of the inputs, of the `radius` values or pixels of each example with the largest
-        total gain.
+        """Return a mask of the `radius` values or pixels of each example with the largest `gain`, summed over
+        channels.
         """
         units = self.grouped(gain).sum(2)
         most = radius.clamp(0, units.shape[1]).long()
@@ -405,13 +408,15 @@ class L0:
         return self._ungrouped(kept, gain)
 
     def summed(self, values: Tensor) -> Tensor:
-        """Return for each value the sum over its unit: the value itself, or the sum over all channels of its pixel."""
+        """Return for each value the sum over the channels of its pixel, or the value itself if L0 counts single
+        values.
+        """
         if self.per == "pixel" and values.dim() == 4:
             return values.sum(1, keepdim=True).expand_as(values)
         return values
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Return the gradient, scaled so that a step of length eps moves a value by twice the box's width on average.
+        """Return the gradient, scaled so that a step of length eps moves a value on average by twice its valid range.
 
         Croce & Hein scale to the width once. With twice the width, PGD with 40 steps leaves fewer examples robust (on
         MNIST with 10 values 56 instead of 72 of 100, on CIFAR-10 with 10 values 12 instead of 15 of 40).
@@ -420,7 +425,7 @@ class L0:
         return gradient * spread(2 * bounds.width / (mean * max(self.eps, 1)), gradient)
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """Replace as many random values or pixels as are allowed by uniform random values in the box."""
+        """Return the inputs with as many values or pixels as L0 allows replaced by uniform random valid values."""
         u = rng.at("value").uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
         low, high = bounds.like(batch.x)
         units = self.grouped(batch.x).shape[1]
@@ -430,7 +435,7 @@ class L0:
         return torch.where(self._ungrouped(kept, batch.x), low + u * (high - low), batch.x)
 
     def resized(self, eps: float) -> "L0":
-        """Return the L0 constraint with radius `eps` that counts the same unit."""
+        """Return the L0 constraint with radius `eps` that counts the same unit, values or pixels."""
         return L0(eps, self.per)
 
 

@@ -1,4 +1,4 @@
-"""Common corruptions as a constraint, which is written `corruptions:3` in a threat model."""
+"""Common corruptions of images as a constraint, such as `corruptions:3` in a threat model."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +10,7 @@ from holdfast.core.whole_image import Whole
 
 @dataclass(frozen=True)
 class Corruptions(Whole):
-    """One of the common corruptions at a severity from 1 to 5; `eps` is the severity.
+    """Constraint of one common corruption of an image, such as fog, at a severity from 1 to 5. The severity is `eps`.
 
     There is no ball: any image inside the box is allowed, since only corruptions run under this constraint and every
     other attack raises `UsageError`. The corruptions are in `holdfast.ops.corruptions`.
@@ -27,15 +27,15 @@ class Corruptions(Whole):
         return float(self.severity)
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """Return the severity for each example that changed, else 0."""
+        """Return for each example the severity of the corruption if the image changed, else 0."""
         return self.eps * (x_adv != x).flatten(1).any(1).to(x)
 
     def resized(self, eps: float) -> "Corruptions":
-        """Return the constraint whose severity is the integer from 1 to 5 that is nearest to `eps`."""
+        """Return the constraint of corruptions whose severity is the integer from 1 to 5 that is nearest to `eps`."""
         return Corruptions(round(min(max(eps, 1), 5)))
 
     def refusal(self) -> UsageError:
-        """Return the error that other attacks raise under this constraint; its message names the suite of
+        """Return the error for an attack that cannot be used under this constraint. Its message names the suite of
         corruptions.
         """
         return UsageError(

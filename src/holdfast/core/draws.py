@@ -1,4 +1,5 @@
-"""Counter-based random numbers.
+"""Random numbers that are a pure function of the seed, of names, and of the id of the example, so that they do not
+depend on the order of computation.
 
 A random number is a pure function of the run's seed, names of places in the program, the example's id and the position.
 There is no state, so that the numbers of an example do not depend on batch size, order or sharding.
@@ -46,7 +47,8 @@ def _place_key(key: int, place: int | str) -> int:
 
 @dataclass(frozen=True)
 class Draws:
-    """A source of random numbers for a named place; `at` returns that of a sub-place. Equal places give equal numbers.
+    """Source of reproducible random numbers, identified by a seed and a path of names. The same path gives the same
+    numbers, and `at` extends the path.
 
     >>> rng = Draws(7)
     >>> ids = torch.tensor([3, 5, 8])
@@ -59,8 +61,8 @@ class Draws:
     """the run's seed, or the key that `at` derived from it"""
 
     def at(self, *places: int | str) -> "Draws":
-        """Return the source of random numbers for a named sub-place, such as `rng.at("restart", 3)` or `rng.at(restart,
-        step)`.
+        """Return the source of random numbers whose path is extended by these names or numbers, as in
+        `rng.at("restart", 3)`.
         """
         key = self.key
         for place in places:
@@ -68,22 +70,22 @@ class Draws:
         return Draws(key)
 
     def bits(self, ids: Ids, *shape: int) -> Tensor:
-        """Return 64 random bits for each of `shape` positions of each example, as int64 (n, *shape)."""
+        """Return 64 random bits for each element of a tensor of shape (n, *shape), one row for each id, as int64."""
         n_each = math.prod(shape)
         rows = _mix_(_mix_(ids * _STEP) + _signed(self.key))
         positions = torch.arange(1, n_each + 1, device=ids.device) * _STEP
         return _mix_(rows[:, None] + positions).view(len(ids), *shape)
 
     def uniform(self, ids: Ids, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return uniform random numbers in [0, 1), (n, *shape), with as many random bits as the significand of the data
-        type has.
+        """Return uniform random numbers in [0, 1) of shape (n, *shape), one row for each id, with the full precision of
+        the data type.
         """
         digits = 1 - round(math.log2(torch.finfo(dtype).eps))
         mantissa = (self.bits(ids, *shape) >> (64 - digits)) & ((1 << digits) - 1)
         return mantissa.to(dtype).mul_(2.0**-digits)
 
     def normal(self, ids: Ids, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return standard normal random numbers (n, *shape), by the Box-Muller transform of two uniform ones."""
+        """Return standard normal random numbers of shape (n, *shape), one row for each id."""
         u, v = (
             self.at("radius").uniform(ids, *shape, dtype=dtype),
             self.at("angle").uniform(ids, *shape, dtype=dtype),
@@ -91,9 +93,11 @@ class Draws:
         return (-2.0 * torch.log1p(-u)).sqrt_() * torch.cos(2.0 * math.pi * v)
 
     def integers(self, ids: Ids, high: int, *shape: int) -> Tensor:
-        """Return uniform random integers in [0, high), int64 (n, *shape); `high` is at most 2**24."""
+        """Return uniform random integers in [0, high) of shape (n, *shape), one row for each id, as int64; `high` is at
+        most 2**24.
+        """
         return (self.uniform(ids, *shape, dtype=torch.float64) * high).long()
 
     def signs(self, ids: Ids, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return random signs, -1 or +1 with equal probability, (n, *shape)."""
+        """Return random signs of shape (n, *shape), one row for each id: -1 or +1 with equal probability."""
         return ((self.bits(ids, *shape) >> 63) * 2 + 1).to(dtype)

@@ -13,39 +13,43 @@ class HoldfastError(Exception):
 
 
 class UsageError(HoldfastError):
-    """An option, name, threat string or configuration is invalid (exit code 2)."""
+    """Error for an invalid option, name, threat string or configuration (exit code 2)."""
 
     exit_code: ClassVar[int] = 2
 
 
 class NoSplit(UsageError):
-    """The data set does not have the requested split."""
+    """Error for a data set that does not have the requested split."""
 
 
 class InUse(UsageError):
-    """Another process uses the file or folder, which is available after that process has ended."""
+    """Error for a file or folder that another process uses. It becomes available when that process ends."""
 
 
 class TargetError(HoldfastError):
-    """A model, a data set or a disk cannot be used (exit code 3)."""
+    """Error for a model, a data set or a disk that cannot be used (exit code 3)."""
 
     exit_code: ClassVar[int] = 3
 
 
 class CarriesCode(TargetError):
-    """A model file contains code that would run when the file is loaded, and the file is not trusted."""
+    """Error for a model file that is not trusted and contains code that would run when the file is loaded."""
 
 
 class TargetLost(TargetError):
-    """A served model no longer answers any input; the unfinished run can be resumed later."""
+    """Error for a served model that no longer answers any request. The unfinished run can be resumed later."""
 
 
 class TargetRefused(TargetError):
-    """A served model rejected an input or gave an unusable answer; after it is repaired, the run can be resumed."""
+    """Error for a served model that rejected an input or gave an unusable answer. The run can be resumed after the
+    server is repaired.
+    """
 
 
 class InputRefused(TargetRefused):
-    """A server rejected the content of a request with a `status` such as 400 or 422; it may accept fewer rows."""
+    """Error for an HTTP request whose content a server rejected, with a `status` such as 400 or 422. The server may
+    accept a request with fewer inputs.
+    """
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -53,7 +57,7 @@ class InputRefused(TargetRefused):
 
 
 class QueriesSpent(TargetLost):
-    """The next request to a server would exceed the limit of rows; the run can be resumed."""
+    """Error for a request that would exceed the limit of inputs sent to a server. The run can be resumed."""
 
     def __init__(self, message: str, limit: int = 0) -> None:
         super().__init__(message)
@@ -61,25 +65,31 @@ class QueriesSpent(TargetLost):
 
 
 class UnclearOutput(TargetError):
-    """A model returns one number for each example, and it was not declared whether that is a logit or a probability."""
+    """Error for a model that returns one number for each example without a declaration whether this number is a logit
+    or a probability.
+    """
 
 
 class LostLoss(TargetError):
-    """The loss of a training is not finite."""
+    """Error for a training whose loss is not finite."""
 
 
 class Inconclusive(HoldfastError):
-    """The measurements do not support the requested change, and the current state is not changed (exit code 4)."""
+    """Error for a requested change that the measurements do not support. The current state remains (exit code 4)."""
 
     exit_code: ClassVar[int] = 4
 
 
 class BudgetSpent(HoldfastError):
-    """The next query would exceed the budget; the metered model raises this error, and the harness catches it."""
+    """Error for a query that would exceed the query budget of an attack. It ends the attack, and the adversarial
+    examples found so far are used.
+    """
 
 
 class Interrupted(HoldfastError):
-    """The run received a signal to stop; `exit_code` is 130 (SIGINT) or 143 (SIGTERM), and the run can be resumed."""
+    """Error for a run that received a signal to stop. `exit_code` is 130 (SIGINT) or 143 (SIGTERM), and the run can be
+    resumed.
+    """
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

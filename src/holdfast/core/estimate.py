@@ -1,4 +1,6 @@
-"""A number with its confidence interval. The module does not import torch, so that the command line starts fast."""
+"""The type of a number with its confidence interval. The module does not import torch, so that the command line starts
+fast.
+"""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,6 @@
-"""Evidence: measurements of each example with everything that is needed to repeat them. It contains no verdict."""
+"""The type of the evidence of a run: measurements of each example with everything that is needed to repeat them.
+Evidence contains no verdict.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,8 +18,8 @@ PARTIAL = frozenset(("gallery", "adversarial", "transfer", "across"))
 
 
 def in_table(column: str) -> bool:
-    """Return whether a column of a stage belongs to one of the tables in `PARTIAL`, and not to the examples of the
-    stage.
+    """Return whether a column of a stage belongs to a separate table, such as the gallery of broken examples, and not
+    to the table of all examples.
     """
     return column.partition(".")[0] in PARTIAL
 
@@ -44,7 +46,7 @@ class Doubt:
 
 @dataclass(frozen=True)
 class Seconds:
-    """CPU and wall-clock time of a step in seconds, summed over all attempts."""
+    """CPU time and wall-clock time of a step in seconds, summed over all attempts at the step."""
 
     cpu: float = 0.0
     wall: float = 0.0
@@ -52,8 +54,8 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a stage. Forwards, backwards and queries are sums over examples; times are those of the process, in
-    seconds.
+    """Cost of a stage: numbers of forward passes, backward passes and queries, summed over examples, and the CPU time
+    and wall-clock time in seconds.
     """
 
     forwards: int = 0
@@ -74,7 +76,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class Residual:
-    """Examples that an attack in waves skipped, because all examples of the last wave survived."""
+    """Number of examples on which an attack was not run, because it broke no example of the last group that it was run
+    on, with a bound for their share that it would break.
+    """
 
     untried: int
     """number of examples that survived the previous attacks and on which this attack was not run"""
@@ -85,8 +89,8 @@ class Residual:
 
 @dataclass(frozen=True)
 class Places:
-    """Numbers about an attack that makes the same change at several positions of an image, of which the worst
-    counts.
+    """Record of an attack, such as a patch, that tries the same change at several positions of an image and uses the
+    position with the lowest margin.
     """
 
     tried: int
@@ -97,7 +101,9 @@ class Places:
 
 @dataclass(frozen=True)
 class AttackRecord:
-    """One attack of a suite: its settings, the number of surviving examples before and after it, and its cost."""
+    """Record of one attack of a suite: its settings, the number of surviving examples before and after it, and its
+    cost.
+    """
 
     stage: str
     """position in the suite and prefix of columns, such as `1-apgd-ce`"""
@@ -121,7 +127,9 @@ class AttackRecord:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """Record of a pass outside the suite whose adversarial examples count, such as a probe or a curve."""
+    """Record of a measurement outside the suite, such as a probe, whose adversarial examples count for robust
+    accuracy.
+    """
 
     stage: str
     """name of the pass in tables, such as `curve-1-fmn` or `probe-noise`"""
@@ -137,7 +145,8 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length, whose rows are units of measurement other than the examples of the run.
+    """Table of the evidence whose rows are not the examples of the run, but other units such as broken examples for
+    display. All columns have equal length.
 
     Raises `ValueError` if the columns have different lengths.
     """
@@ -161,7 +170,8 @@ Scope = Literal["every pass", "suite only"]
 
 @dataclass(frozen=True)
 class Evidence:
-    """Measurements of each example, with the attacks, the threat model, the model and the data.
+    """Evidence of a run: measurements of each example, together with the attacks, the threat model, the model and the
+    data.
 
     `columns` are the table of the examples, `tables` are all others, and the other fields are the header. A
     measurement of something else, such as a certificate, an episode or a generated sample, is a further table, which
@@ -224,25 +234,26 @@ class Evidence:
 
     @property
     def gallery(self) -> Columns:
-        """Table of some broken examples for display: `id` (k), `x` and `x_adv` (k, *features). Empty if there
-        are none.
+        """Table of some broken examples for display: `id` (k), clean inputs `x` and attacked inputs `x_adv` (k,
+        *features). It is empty if there are none.
         """
         return self._table("gallery")
 
     @property
     def transfer(self) -> Columns:
-        """Table of transfer between models: `id` (k), correct clean predictions `right` (k, models), and errors `wrong`
-        (k, makers, models).
+        """Table of the transfer of adversarial examples between models. `right` (k, models) marks models that are
+        correct on the clean input, and `wrong` (k, makers, models) models that an example computed on a maker breaks.
 
-        The models are the target and each surrogate. The makers are the models on which the examples are computed: the
-        target only if the attacker has its gradients, each surrogate, and all surrogates together if there are several.
-        Empty if transfer was not measured.
+        `id` (k) contains the ids of the examples. The models are the target and each surrogate. The makers are the
+        models on which the examples are computed: the target only if the attacker has its gradients, each surrogate,
+        and all surrogates together if there are several. Empty if transfer was not measured.
         """
         return self._table("transfer")
 
     @property
     def across(self) -> Columns:
-        """Table of changes transferred between data sets: `turned` and its `control`, both (k, source, destination).
+        """Table of changes that were computed on one data set and applied to another: which inputs they break,
+        `turned`, and a control measurement, `control`, both (k, source, destination).
 
         The data sets are that of the run and then the others, with the same number of inputs each. Empty if transfer
         was not measured.

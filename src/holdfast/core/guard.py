@@ -1,4 +1,4 @@
-"""Guarded models: a network with a detector that rejects suspicious inputs.
+"""Guarded models: networks with a detector that rejects suspicious inputs.
 
 The pair is one network with an additional class "rejected", so that any attack is an attack on both. The definition of
 robustness is that of Tramèr, "Detecting adversarial examples is (nearly) as hard as classifying them", ICML 2022,
@@ -20,7 +20,9 @@ Net = nn.Module | Callable[[Tensor], Tensor]
 
 
 class Guarded(nn.Module):
-    """A network with a detector, which returns an additional last logit for "rejected"; see `guarded`."""
+    """Network with a detector of suspicious inputs. It returns one more logit than the network, the last one, for the
+    additional class "rejected".
+    """
 
     def __init__(
         self, net: Net, detector: Net, threshold: float, scale: float, output: OutputKind | None = None
@@ -34,8 +36,8 @@ class Guarded(nn.Module):
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
 
     def forward(self, x: Inputs) -> Tensor:
-        """Return the logits of the classes (n, classes), and as the last logit their largest plus `(score - threshold)
-        / scale`.
+        """Return the logits of the classes and, as the last column, the logit of "rejected": the largest logit plus
+        `(score - threshold) / scale` of the detector.
         """
         logits = self.net(x)
         if not isinstance(logits, Tensor) or logits.dim() not in (1, 2) or len(logits) != len(x):
@@ -91,7 +93,8 @@ def _number(value: float) -> float:
 
 
 def refuse_inner(model: nn.Module, *, outermost: bool) -> None:
-    """Raise `TargetError` if a guarded network is part of another network, which would treat its last logit as a class.
+    """Raise `TargetError` if a network with a detector is part of another network, which would treat the logit of
+    "rejected" as a class.
 
     With `outermost`, `model` may itself be a guarded network.
     """
@@ -104,7 +107,7 @@ def refuse_inner(model: nn.Module, *, outermost: bool) -> None:
 
 @dataclass(frozen=True)
 class Aim:
-    """Parameters by which an attack takes the detector of a guarded model into account."""
+    """Settings by which the loss of an attack takes the detector of a guarded model into account."""
 
     weight: float = 1.0
     """factor of the difference between score and threshold"""
@@ -115,21 +118,24 @@ class Aim:
 
 
 def score(logits: Logits) -> PerExample:
-    """Return the detector's score minus its threshold, in units of its scale; inputs with NaN are not rejected."""
+    """Return for each input the detector's score minus its threshold, divided by its scale, computed from the logits of
+    a guarded model. NaN becomes minus infinity, which means not rejected.
+    """
     beyond: PerExample = logits[:, -1] - logits[:, :-1].amax(1)
     return beyond.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def taken(logits: Logits, aim: Aim) -> Logits:
-    """Return the logits of a guarded model with the scale and threshold of `aim`; the logits of the classes are
-    unchanged.
+    """Return the logits of a guarded model with the detector's weight and threshold replaced by those of `aim`. The
+    logits of the classes are unchanged.
     """
     most = logits[:, :-1].amax(1, keepdim=True)
     return torch.cat((logits[:, :-1], most + aim.weight * (logits[:, -1:] - most - aim.beyond)), dim=1)
 
 
 def held(logits: Logits, y: Labels) -> Tensor:
-    """Return logits (n, classes) in which a rejected input counts as correctly classified.
+    """Return the class logits (n, classes) of a guarded model, changed so that a rejected input counts as correctly
+    classified.
 
     The logit of rejection replaces that of the label where it is larger.
     """
@@ -138,7 +144,8 @@ def held(logits: Logits, y: Labels) -> Tensor:
 
 
 def softly_held(logits: Logits, y: Labels, softness: float) -> Tensor:
-    """Return a differentiable approximation of `held`, for attacks.
+    """Return class logits of a guarded model in which a rejected input counts as nearly correct, as a smooth function
+    that attacks can differentiate.
 
     A smooth maximum of width `softness` replaces the maximum, so that the gradient also depends on the logit of
     rejection near its boundary.

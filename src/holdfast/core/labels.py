@@ -1,9 +1,9 @@
-"""Error messages for labels outside the classes of a model."""
+"""Error messages for labels that are not among the classes of a model."""
 
 
 def off_range(lowest: int, highest: int, classes: int, name: str, *, remote: bool = False) -> str:
-    """Return the message for a data set whose labels range from `lowest` to `highest`; `remote` means a
-    served model.
+    """Return the error message for the data set `name`, whose labels range from `lowest` to `highest` and do not fit a
+    model with `classes` classes. `remote` means a served model.
     """
     return (
         f"the labels of {name} range from {lowest} to {highest}, but the model has {classes} classes "
@@ -12,7 +12,9 @@ def off_range(lowest: int, highest: int, classes: int, name: str, *, remote: boo
 
 
 def advice(lowest: int, highest: int, classes: int, *, remote: bool = False) -> str:
-    """Return the advice for labels from `lowest` to `highest` with a model of `classes` classes."""
+    """Return the part of an error message that suggests a remedy if labels from `lowest` to `highest` do not fit a
+    model with `classes` classes.
+    """
     if lowest == 1 and highest == classes:
         return "they appear to count from 1: subtract 1"
     trained = "check the label column, and that the model was trained on these classes"

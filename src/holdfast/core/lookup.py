@@ -1,4 +1,4 @@
-"""Search for the positions of examples in a batch by their ids."""
+"""Lookup of the positions of examples in a batch by their ids."""
 
 import torch
 
@@ -6,8 +6,8 @@ from holdfast.core.types import Ids, Rows
 
 
 class Lookup:
-    """Index of a batch that finds rows by id, in any order; repeated calls with the same tensor of ids use a cached
-    result.
+    """Index of a batch that maps the ids of examples to their positions. Repeated calls with the same tensor of ids use
+    a cached result.
     """
 
     def __init__(self, ids: Ids) -> None:
@@ -15,7 +15,7 @@ class Lookup:
         self._last: tuple[Ids, Rows] | None = None
 
     def rows(self, ids: Ids) -> Rows:
-        """Return the position of each id. Raises `KeyError` with the first unknown id."""
+        """Return the position of each id in the batch. Raises `KeyError` with the first unknown id."""
         if self._last is None or self._last[0] is not ids:
             self._last = ids, self._found(ids)
         return self._last[1]

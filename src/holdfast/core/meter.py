@@ -1,5 +1,5 @@
-"""The metered model, which hides what the threat model hides, counts the queries of each example, and enforces the
-budget.
+"""Metering of an attacked model: the queries of each example are counted, the query budget is enforced, and outputs
+outside the access of the attacker are hidden.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from holdfast.core.types import Ids, Inputs, Labels, Logits, PerExample
 
 
 def margin(logits: Logits, batch: Batch) -> PerExample:
-    """Return the margin of each example: positive while it is not broken; zero (a tie) and NaN count as broken.
+    """Return the margin of each example, which is positive while the example is not broken. Zero (a tie) and NaN count
+    as broken.
 
     Untargeted: the label's logit minus the largest other one. With targets: the largest other logit minus the target's.
     """
@@ -26,14 +27,14 @@ def margin(logits: Logits, batch: Batch) -> PerExample:
 
 
 def lead_of(logits: Logits, wanted: Labels) -> PerExample:
-    """Return for each row the logit of its class `wanted`, minus the largest other logit (n)."""
+    """Return for each row of logits the logit of the class `wanted` minus the largest other logit (n)."""
     own = logits.gather(1, wanted[:, None])[:, 0]
     return own - logits.scatter(1, wanted[:, None], -torch.inf).amax(1)
 
 
 @dataclass(frozen=True)
 class Spent:
-    """Numbers of queries and gradients of one attack for each example, each (n) int64."""
+    """Number of queries, number of computed gradients and first successful query of an attack for each example (n)."""
 
     queries: Tensor
     """number of evaluations of the model"""
@@ -46,7 +47,8 @@ class Spent:
 
 
 class Metered:
-    """A `Model` for one attack on one batch, with limits of access and queries.
+    """Wrapper of a model for one attack on one batch. It counts queries and enforces the access and the query budget of
+    the threat model.
 
     A call counts one query for the id of each row. It raises `BudgetSpent` before the model is evaluated if any id has
     no query left. Under a query limit the first success of each example is stored (without an eps, the closest one), so
@@ -74,17 +76,17 @@ class Metered:
 
     @property
     def bounds(self) -> Bounds:
-        """Bounds of the inputs of the model."""
+        """Lowest and highest valid values of the inputs of the model."""
         return self._model.bounds
 
     @property
     def spent(self) -> Spent:
-        """Counts of queries and gradients so far."""
+        """Numbers of queries and gradients that the attack has used so far for each example."""
         return Spent(self._queries.clone(), self._first.clone(), self._backwards.clone(), self._dead.clone())
 
     def found(self) -> Inputs:
-        """Return the first success of each example under a query limit (without an eps, the closest one); else its
-        clean input.
+        """Return the adversarial examples that an attack under a query budget has found so far: the first of each
+        example or, without an eps, the closest. Other examples have their clean input.
         """
         x = self._batch.x.clone()
         for row, (_, x_adv) in self._found.items():

@@ -1,4 +1,4 @@
-"""Models: callables from inputs inside `bounds` to logits, with declared and differentiable preprocessing."""
+"""Models: functions from inputs within declared bounds to logits, with a declared, differentiable preprocessing."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,28 +29,32 @@ many new ones"""
 
 @dataclass(frozen=True)
 class Bounds:
-    """The box of valid inputs; each side is a number, or a tensor with one entry for each feature."""
+    """Range of valid inputs: the lowest and the highest value, as one number each or as a tensor with one number for
+    each input value.
+    """
 
     low: float | Tensor = 0.0
     high: float | Tensor = 1.0
 
     def clamp(self, x: Inputs, *, out: Tensor | None = None) -> Inputs:
-        """Return the nearest point of the box to each `x`; it is written to `out` if given, which may be `x`."""
+        """Return `x` with each value clamped to its valid range. The result is written to `out` if it is given, which
+        may be `x` itself.
+        """
         if isinstance(self.low, Tensor) or isinstance(self.high, Tensor):
             low, high = self.like(x)
             return torch.clamp(x, low, high, out=out)
         return torch.clamp(x, self.low, self.high, out=out)
 
     def like(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both sides of the box as tensors with the device and data type of `x`, in shapes that broadcast with
-        it.
+        """Return the lowest and the highest valid values as tensors with the device and data type of `x`, in shapes
+        that broadcast with it.
         """
         low, high = torch.as_tensor(self.low), torch.as_tensor(self.high)
         return low.to(x.device, x.dtype), high.to(x.device, x.dtype)
 
     @property
     def width(self) -> float:
-        """Length of the longest edge of the box."""
+        """Largest difference between the highest and the lowest valid value, over all input values."""
         return float((torch.as_tensor(self.high) - torch.as_tensor(self.low)).max())
 
 
@@ -63,7 +67,7 @@ class Model(Protocol):
 
     @property
     def bounds(self) -> Bounds:
-        """Box of valid inputs."""
+        """Lowest and highest valid values of the inputs."""
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
         """Return the logits (n, classes) of the inputs `x` (n, *features)."""
@@ -71,14 +75,14 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Batches:
-    """The batch sizes that a network accepts: `size` rows, or with `multiples` any multiple of it."""
+    """The batch sizes that a network accepts: exactly `size` inputs, or with `multiples` any multiple of it."""
 
     size: int
     multiples: bool = False
 
     @property
     def says(self) -> str:
-        """Description of the accepted batch sizes, as a sentence for the evidence."""
+        """Sentence for the evidence that describes the batch sizes that the network accepts."""
         if not self.multiples:
             return f"the model accepts batches of {self.size} only; other batches are split and padded"
         how = (
@@ -87,7 +91,8 @@ class Batches:
         return f"the model does not accept all batch sizes; each batch is {how}"
 
     def through(self, net: Callable[[Tensor], Any], x: Tensor) -> Tensor:
-        """Return the outputs of `net` for all rows of `x`, in batches of accepted sizes.
+        """Return the outputs of `net` for all rows of `x`, which are split and padded to batch sizes that the network
+        accepts.
 
         Copies of the last row fill an incomplete batch, and their outputs are dropped. If an output has no rows, such
         as a tuple, the first such output is returned unchanged, so that the caller can raise an error.
@@ -132,7 +137,7 @@ _NO_GRADIENT = (
 
 
 class Classifier(nn.Module):
-    """A network with its bounds and its preprocessing: `net((x - mean) / std)`.
+    """A network with its range of valid inputs and its preprocessing, which computes `net((x - mean) / std)`.
 
     `mean` and `std` have one number for each channel (or each feature of a table). `access` is the largest access that
     the model can give: a file that runs without gradients has "scores", and `hides` is the reason. `batches` are the
@@ -192,7 +197,7 @@ class Classifier(nn.Module):
             )
 
     def renormalised(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> "Classifier":
-        """Return a classifier of the same network with the same declarations but other values of `mean` and `std`."""
+        """Return a classifier with the same network and declarations, but with other values of `mean` and `std`."""
         other = Classifier(
             self.net,
             bounds=self.bounds,
@@ -223,7 +228,7 @@ class Classifier(nn.Module):
         return f"It accepted {took} before; --debug shows where it failed now"
 
     def preprocess(self, x: Inputs) -> Tensor:
-        """Return `(x - mean) / std` for each channel, in the layout of the network."""
+        """Return the normalised inputs `(x - mean) / std`, in the order of dimensions that the network expects."""
         if self.mean is not None:
             x = x - per_channel(self.mean, x)
         if self.std is not None:
@@ -231,7 +236,7 @@ class Classifier(nn.Module):
         return x.movedim(1, -1) if self.layout == "hwc" and x.dim() > 3 else x
 
     def forward(self, x: Inputs, ids: Ids | None = None) -> Logits:
-        """Return the logits (n, classes) of `x`, in the data type of `x`."""
+        """Return the logits (n, classes) of the inputs `x`, in the data type of `x`."""
         try:
             inputs = self.preprocess(x.clone() if self.rewrites else x)
             logits = self.net(inputs) if self.batches is None else self.batches.through(self.net, inputs)
@@ -285,8 +290,8 @@ class Classifier(nn.Module):
 
 
 def refuse_lazy(net: nn.Module) -> None:
-    """Raise `TargetError` if the network has lazy layers that were not called yet, since they have no sizes and
-    weights.
+    """Raise `TargetError` if a network has lazy layers that were never called, because such layers have no
+    weights yet.
     """
     for name, value in (*net.named_parameters(), *net.named_buffers()):
         if isinstance(value, (UninitializedParameter, UninitializedBuffer)):
@@ -298,8 +303,8 @@ def refuse_lazy(net: nn.Module) -> None:
 
 @contextmanager
 def fitted(model: Classifier, x: Inputs) -> Iterator[None]:
-    """Context manager that sets `batches` and `rewrites` of the model by tests on rows like `x`, and restores them on
-    exit.
+    """Context manager that finds by tests on inputs like `x` which batch sizes a model accepts and whether it changes
+    inputs in place, and resets these settings on exit.
     """
     before = model.batches, model.rewrites
     try:
@@ -312,7 +317,7 @@ def fitted(model: Classifier, x: Inputs) -> Iterator[None]:
 
 
 def rewrites(model: Classifier, x: Inputs) -> bool:
-    """Return whether the model changes inputs like `x` in place; `x` itself is not changed."""
+    """Return whether a model changes its inputs in place, by a test on a copy of `x`."""
     rows = x.clone()
     version = rows._version
     try:
@@ -353,7 +358,7 @@ def _takes(model: Classifier, x: Inputs, n: int) -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out, on any device."""
+    """Return whether an error was raised because memory ran out, on the CPU or on any accelerator."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     message = str(error).lower()

@@ -1,5 +1,5 @@
-"""Text forms of attack names, threats and untrusted strings. The module does not import torch, so that messages appear
-fast.
+"""Text forms of attack names, threat models and untrusted strings. The module does not import torch, so that messages
+appear fast.
 """
 
 import re
@@ -25,8 +25,8 @@ def suite_name(suite: str) -> str:
 
 
 def threat_text(change: str, goal: int | None, access: str, queries: int | None) -> str:
-    """Return the threat as a command line argument. `change` is its constraint, such as `linf:0.1`; default values are
-    omitted.
+    """Return a threat model as a command line argument. `change` is its constraint, such as `linf:0.1`, and default
+    values are omitted.
     """
     aim = "" if goal is None else f",goal=targeted:{goal}"
     seen = "" if access == "gradients" else f",access={access}"
@@ -35,7 +35,9 @@ def threat_text(change: str, goal: int | None, access: str, queries: int | None)
 
 
 def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
-    """Return a constraint as text, such as `spatial:rotate=30,shift=3` or `patch:8x8,at=centre,jitter=3`."""
+    """Return a constraint with its limits as text for a threat string, such as `spatial:rotate=30,shift=3` or
+    `patch:8x8,at=centre,jitter=3`.
+    """
     words = [f"{name}={far if isinstance(far, str) else f'{far:.6g}'}" for name, far in limits.items()]
     if kind == "patch":
         words[:2] = [f"{limits['height']}x{limits['width']}"]
@@ -44,7 +46,9 @@ def limits_text(kind: str, limits: Mapping[str, float | str]) -> str:
 
 
 def refuse_mixed(limits: Mapping[str, float | str]) -> None:
-    """Raise `UsageError` if `flow` is combined with other spatial limits."""
+    """Raise `UsageError` if a spatial threat combines `flow` (displacements of single pixels) with other
+    transformations, because no attack supports that.
+    """
     if "flow" in limits and len(limits) > 1:
         raise UsageError(
             f"{limits_text('spatial', limits)} combines a flow with other transformations, which no attack "
@@ -53,15 +57,16 @@ def refuse_mixed(limits: Mapping[str, float | str]) -> None:
 
 
 def printable(text: str) -> str:
-    """Return the text without control characters, which affect terminals and are invalid in XML; line breaks become
-    spaces.
+    """Return a text without control characters, which could affect a terminal and are invalid in XML. Line breaks
+    become spaces.
     """
     spaced = re.sub(r"\s+", " ", text)
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in spaced)
 
 
 def line(text: str) -> str:
-    """Return the text on one line, without control characters and without commands of CI systems.
+    """Return a text on one line, without control characters and without text that a CI system would execute as a
+    command.
 
     GitHub interprets `::error::...` at the start of a line as a command, and `##[...]` anywhere, as Azure does.
     """

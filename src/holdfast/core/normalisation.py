@@ -1,4 +1,4 @@
-"""Normalisation by channel and its inverse: `(x - mean) / std`."""
+"""Normalisation of inputs by channel, `(x - mean) / std`, and its inverse."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,21 +11,23 @@ from holdfast.core.errors import TargetError
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Parameters of the normalisation `(x - mean) / std`, with one number for each channel (or feature of a table), or
-    one for all.
+    """Mean and standard deviation of the normalisation `(x - mean) / std`, with one number for each channel (or feature
+    of a table), or one for all.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def done(self, x: Tensor) -> Tensor:
-        """Return `(x - mean) / std`, computed in float64 and returned in the data type of `x`."""
+        """Return the normalised inputs `(x - mean) / std`, computed in float64 and returned in the data type of `x`."""
         wide = x.double()
         mean, std = (torch.tensor(side, dtype=torch.float64) for side in (self.mean, self.std))
         return ((wide - per_channel(mean, wide)) / per_channel(std, wide)).to(x.dtype)
 
     def undone(self, x: Tensor) -> Tensor:
-        """Return `x * std + mean`, computed in float64 and returned in the data type of `x`."""
+        """Return the original inputs `x * std + mean` of normalised inputs, computed in float64 and returned in the
+        data type of `x`.
+        """
         wide = x.double()
         mean, std = (torch.tensor(side, dtype=torch.float64) for side in (self.mean, self.std))
         return (wide * per_channel(std, wide) + per_channel(mean, wide)).to(x.dtype)
@@ -36,8 +38,8 @@ class Normalisation:
 
 
 def per_channel(values: Sequence[float] | Tensor, x: Tensor) -> Tensor:
-    """Return values, one for all channels or one for each, shaped to broadcast with `x` (n, channels, ...) or (n, ...,
-    channels).
+    """Return one value for all channels, or one for each, as a tensor that broadcasts with inputs `x` whose channels
+    come first or last.
 
     The channels are the first axis of an example if its length matches, else the last. Raises `TargetError` if neither
     matches.

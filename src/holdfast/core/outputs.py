@@ -1,4 +1,6 @@
-"""Interpretation of network outputs: logits or probabilities, of all classes or one number for each example."""
+"""Interpretation of the outputs of a network: logits or probabilities, for all classes or as one number for each
+example.
+"""
 
 from typing import Literal
 
@@ -20,17 +22,18 @@ REFUSED = torch.inf
 
 
 def refused(outputs: Tensor) -> Mask:
-    """Return which rows of outputs (n, classes) belong to inputs that the server rejected."""
+    """Return a mask of the inputs that a served model rejected, computed from its outputs (n, classes)."""
     return outputs.isposinf().all(1)
 
 
 def is_single(outputs: Tensor) -> bool:
-    """Return whether outputs (n,) or (n, 1) have one number for each example."""
+    """Return whether the outputs of a network consist of one number for each example, with shape (n,) or (n, 1)."""
     return outputs.dim() == 1 or outputs.shape[1] == 1
 
 
 def kind_of_single(outputs: Tensor, declared: OutputKind | None) -> OutputKind | None:
-    """Return the kind of the outputs of a model with one output per input.
+    """Return whether a model with one output for each input returns logits or probabilities: what is declared, or else
+    what the values show.
 
     It is the declared kind if there is one, and otherwise logits if any value is outside [0, 1]. Returns None if all
     values are NaN.
@@ -56,7 +59,8 @@ def kind_of_single(outputs: Tensor, declared: OutputKind | None) -> OutputKind |
 
 
 def of_classes(outputs: Tensor, kind: OutputKind | None = None) -> Logits:
-    """Return the logits (n, classes) for the outputs (n, classes), (n, 1) or (n,) of a network.
+    """Convert the outputs of a network, logits or probabilities of shape (n, classes), (n, 1) or (n,), to logits (n,
+    classes).
 
     One logit z for an example becomes two, (0, z); one probability p becomes (log(1 - p), log(p)). The logits of
     several probabilities are their logarithms, where smaller probabilities are replaced by the smallest normal number.

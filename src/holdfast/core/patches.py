@@ -1,4 +1,4 @@
-"""A rectangle of an image as a constraint, which is written `patch:5x5` in a threat model.
+"""Patches as a constraint, such as `patch:5x5` in a threat model: only one rectangle of each image changes.
 
 Brown et al., "Adversarial Patch", 2017, arXiv:1712.09665; Karmon et al., "LaVAN: Localized and Visible Adversarial
 Noise", ICML 2018, arXiv:1801.02608.
@@ -27,7 +27,7 @@ Corners = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Patch:
-    """Constraint that only one rectangle of an image changes, whose values may be anything inside the box.
+    """Constraint that only one rectangle of an image changes, and that its pixels may have any valid value.
 
     `at` is the row and column of its upper left corner, `centre`, or `anywhere`, where the attacker chooses the
     position. With `jitter` the position varies by up to that many pixels. The patch stays inside the rectangle
@@ -50,18 +50,18 @@ class Patch:
 
     @property
     def eps(self) -> float:
-        """Always 1, because the constraint has no size in a norm."""
+        """Always 1, because a patch has a height and a width instead of a radius."""
         return 1.0
 
     @property
     def limits(self) -> Mapping[str, int | str]:
-        """Constructor arguments of the patch."""
+        """Settings of the patch by name, such as its height and width."""
         confined = {"within": self.within} if self.within else {}
         return {"height": self.height, "width": self.width, "at": self.at, "jitter": self.jitter, **confined}
 
     def places(self, shape: torch.Size) -> tuple[range, range]:
-        """Return the rows and columns that its upper left corner may have, in images of `shape` (channels, height,
-        width).
+        """Return the rows and the columns at which the upper left corner of the patch may be, in images of `shape`
+        (channels, height, width).
 
         Raises `UsageError` if the patch does not fit.
         """
@@ -86,13 +86,17 @@ class Patch:
         return _near(row, self.jitter, rows), _near(column, self.jitter, columns)
 
     def drawn(self, ids: Ids, shape: torch.Size, rng: Draws) -> Corners:
-        """Return a random position of the patch for each example."""
+        """Return a random allowed position of the patch for each example, as the row and column of its upper left
+        corner.
+        """
         rows, columns = self.places(shape)
         down = rng.at("row").integers(ids, len(rows)) + rows.start
         return down, rng.at("column").integers(ids, len(columns)) + columns.start
 
     def mask(self, x: Inputs, corners: Corners) -> Tensor:
-        """Return whether each pixel lies inside the rectangle at `corners`, bool (n, 1, height, width)."""
+        """Return a mask (n, 1, height, width) of the pixels that a patch with its upper left corner at `corners`
+        covers.
+        """
         down = torch.arange(x.shape[2], device=x.device) - corners[0][:, None]
         right = torch.arange(x.shape[3], device=x.device) - corners[1][:, None]
         inside = ((down >= 0) & (down < self.height))[:, :, None] & ((right >= 0) & (right < self.width))[
@@ -101,15 +105,15 @@ class Patch:
         return inside[:, None]
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """Return for each example 0 if nothing changed, 1 if one rectangle contains all changes, else infinity."""
+        """Return for each example 0 if nothing changed, 1 if one patch covers all changes, else infinity."""
         changed = (x_adv != x).any(1).to(x)
         missed = changed.flatten(1).sum(1) - self.sums(changed, x.shape[1:]).flatten(1).amax(1)
         anything = changed.flatten(1).any(1).to(x)
         return torch.where(missed > 0.5, torch.inf, anything)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Keep the change of each image inside the rectangle that contains most of it, undo the rest, and clamp to the
-        box.
+        """Return the images with all changes undone outside one patch, placed where it contains most of the change, and
+        with its values clamped to their valid range.
         """
         clamped = bounds.clamp(x_adv)
         size = self.sums(((clamped - x) ** 2).sum(1), x.shape[1:])
@@ -119,23 +123,25 @@ class Patch:
         return torch.where(self.mask(x, corners), clamped, x)
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Return the sign of the gradient times the width of the box."""
+        """Return the sign of the gradient, multiplied by the width of the range of valid values."""
         low, high = bounds.like(x)
         return gradient.sign() * (high - low)
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """Return the images with uniform noise in a rectangle at a random position of each."""
+        """Return the images with uniform noise inside one patch at a random position of each image."""
         low, high = bounds.like(batch.x)
         u = rng.at("value").uniform(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
         inside = self.mask(batch.x, self.drawn(batch.ids, batch.x.shape[1:], rng))
         return torch.where(inside, low + u * (high - low), batch.x)
 
     def resized(self, eps: float) -> "Patch":
-        """Return the patch itself, since it has no size to change."""
+        """Return the patch itself for any `eps`, because a patch has no radius."""
         return self
 
     def sums(self, values: Tensor, shape: torch.Size) -> Tensor:
-        """Return the sums of `values` (n, height, width) over the rectangle at each position, (n, rows, columns)."""
+        """Return the sums of `values` (n, height, width) over the pixels of the patch at each of its positions, as (n,
+        rows, columns).
+        """
         rows, columns = self.places(shape)
         inside = values[
             :, None, rows.start : rows.stop + self.height - 1, columns.start : columns.stop + self.width - 1
@@ -148,8 +154,8 @@ class Patch:
 
 
 def counts_pixels(constraint: Constraint) -> bool:
-    """Return whether the distance of a threat counts changed pixels (all channels of a position as one) instead of
-    values.
+    """Return whether the distance under a constraint is a number of pixels, where all channels of a pixel count once,
+    instead of a number of values.
     """
     return isinstance(constraint, Patch) or (isinstance(constraint, L0) and constraint.per == "pixel")
 

@@ -1,4 +1,6 @@
-"""The purpose of a query. The rows that are sent to a served model are counted by purpose."""
+"""Purposes of the queries to a served model, such as attacks or doubts. The inputs that are sent are counted by
+purpose.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +16,9 @@ Kind = Literal["clean", "attacks", "doubts", "judging"]
 
 @dataclass(frozen=True)
 class Purpose:
-    """The stage and shard of a run that make a query, and the kind of its purpose."""
+    """Purpose of a query: the stage and shard of a run that make it, and whether it serves the clean pass, an attack, a
+    doubt or the final evaluation.
+    """
 
     stage: str = LOOK
     """name of a stage, or `LOOK`"""
@@ -27,13 +31,13 @@ _PURPOSE: ContextVar[Purpose] = ContextVar("purpose", default=_FIRST)
 
 
 def current() -> Purpose:
-    """Return the current purpose of queries; that of the first examination if none was set."""
+    """Return the current purpose of queries. If none was set, it is the first examination of the model."""
     return _PURPOSE.get()
 
 
 @contextmanager
 def purpose(stage: str, shard: int, kind: Kind) -> Iterator[None]:
-    """Context manager that sets the purpose of all queries inside it."""
+    """Context manager that sets the purpose of all queries inside it: a stage, a shard and a kind."""
     token = _PURPOSE.set(Purpose(stage, shard, kind))
     try:
         yield
@@ -43,7 +47,9 @@ def purpose(stage: str, shard: int, kind: Kind) -> Iterator[None]:
 
 @contextmanager
 def judging() -> Iterator[None]:
-    """Context manager inside which queries with the purpose "attacks" have the purpose "judging" instead."""
+    """Context manager for the final evaluation of attacked inputs, whose queries are then counted as "judging" and no
+    longer as "attacks".
+    """
     now = current()
     token = _PURPOSE.set(replace(now, kind="judging") if now.kind == "attacks" else now)
     try:

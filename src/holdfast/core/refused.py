@@ -1,4 +1,4 @@
-"""Inputs that a served model rejects.
+"""Handling of inputs that a served model rejects.
 
 Their logits are infinite, which marks them. A rejected attacked input is not adversarial, as with a detector: it counts
 as the label of its example.
@@ -18,7 +18,9 @@ _LEAD = 1.0
 
 
 def for_label(logits: Logits, y: Labels, lead: PerExample | float = _LEAD) -> Logits:
-    """Return logits (n, classes) in which the margin of each rejected row is `lead` for its label `y`."""
+    """Return logits (n, classes) in which each input that the server rejected counts as classified with its label `y`,
+    with the margin `lead`.
+    """
     rows = refused(logits)
     if not rows.any():
         return logits
@@ -28,7 +30,8 @@ def for_label(logits: Logits, y: Labels, lead: PerExample | float = _LEAD) -> Lo
 
 
 class Answering:
-    """Wrapper of a served model for an attack on a batch. Rejected inputs get outputs with a large margin.
+    """Wrapper of a served model for an attack on a batch. Inputs that the server rejects get logits with a large
+    margin, so that the attack avoids them.
 
     The margin of a rejected input is the largest margin of any answer for its example so far, so that no attack moves
     there.
@@ -41,7 +44,7 @@ class Answering:
 
     @property
     def bounds(self) -> Bounds:
-        """Bounds of the inputs of the model."""
+        """Lowest and highest valid values of the inputs of the model."""
         return self._model.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:

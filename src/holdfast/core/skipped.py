@@ -1,4 +1,5 @@
-"""Gradients that prefer skip connections: the gradient through the residual branches of a network is scaled down.
+"""Networks whose gradient through residual branches is scaled down in favour of the skip connections, for attacks that
+transfer better.
 
 SGM: Wu, Wang, Xia, Bailey & Ma, "Skip connections matter: on the transferability of adversarial examples generated with
 ResNets", ICLR 2020, arXiv:2002.05990. Differs from the paper: the ends of the branches are given by name. The paper's
@@ -22,14 +23,16 @@ _SHOWN = 12
 
 
 class Skipped(nn.Module):
-    """A network whose gradient is multiplied by `decay` at the end of each residual branch; see `skipped`."""
+    """Network whose gradient is multiplied by `decay` at the end of each residual branch. Its outputs are unchanged."""
 
     def __init__(self, net: nn.Module, branches: tuple[str, ...], decay: float) -> None:
         super().__init__()
         self.net, self.branches, self.decay = net, branches, decay
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the network's outputs, bitwise unchanged; the hooks exist during this call only."""
+        """Return the outputs of the network, bitwise unchanged, with gradients that are scaled down in the residual
+        branches.
+        """
         called: set[str] = set()
         hooks = [
             self.net.get_submodule(name).register_forward_hook(_hook(name, self.decay, called))
@@ -49,7 +52,8 @@ class Skipped(nn.Module):
 
 
 def skipped(net: nn.Module | Callable[[Tensor], Tensor], branches: str, *, decay: float = DECAY) -> Skipped:
-    """Return the network with gradients that prefer its skip connections (SGM), for use as a surrogate.
+    """Return a network with the same outputs whose gradients prefer its skip connections (SGM, the skip gradient
+    method), for use as a surrogate model.
 
     `branches` is a pattern of module names with `*` for any text, which matches the last module of each residual
     branch, before the addition: `layer*.*.bn2`. The gradient of each branch is multiplied by `decay`; 1 has no effect.

@@ -2,12 +2,16 @@
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
 
 _SIMILAR = 0.5  # cutoff of difflib's ratio (default 0.6): in short names one typing error weighs more
+_MOST = 10_000
+"""Largest number of known names that are compared; a file may have millions of names, each of which takes 10 µs."""
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return `did you mean 'x'?` with the most similar known name; an empty string if no name is similar.
+    """Return the text `did you mean 'x'?` with the known name that is most similar to a misspelt word, or an empty
+    string if no name is similar.
 
     Upper and lower case are treated as equal, and so are `-` and `_`.
 
@@ -18,7 +22,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     >>> suggestion("corruptions", ("linf", "l2"))
     ''
     """
-    names, typed = {_folded(name): name for name in known}, _folded(word)
+    names, typed = {_folded(name): name for name in islice(known, _MOST)}, _folded(word)
     close = difflib.get_close_matches(typed, names, n=1, cutoff=_SIMILAR)
     swapped = [name for name in names if _swapped(typed, name)]
     return f"did you mean {names[[*swapped, *close][0]]!r}?" if swapped or close else ""

@@ -10,7 +10,7 @@ from holdfast.core.types import ACCESS_ORDER, Access
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """All assumptions about the attacker, independent of the attack algorithm.
+    """Threat model: all assumptions about the attacker, independent of any attack algorithm.
 
     `goal` is None for any wrong class, or the target class. `queries` is the largest number of queries that one attack
     may make for one example; None is no limit. `surrogates` are models of the attacker, which have no limits.
@@ -30,5 +30,7 @@ class ThreatModel:
             raise UsageError(f"queries is {self.queries}; it must be at least 1, or left out for no limit")
 
     def gives(self, needed: Access) -> bool:
-        """Return whether the access is sufficient for an attack that needs the access `needed`."""
+        """Return whether the threat model gives the attacker enough access for an attack that needs the access
+        `needed`.
+        """
         return ACCESS_ORDER.index(needed) <= ACCESS_ORDER.index(self.access)

@@ -1,4 +1,5 @@
-"""Replacements of gradients: the forward pass is that of a stage, the backward pass that of a differentiable function.
+"""Replacement of gradients: a part of a network keeps its outputs, but adaptive attacks use the gradient of a
+differentiable function in its place.
 
 BPDA: Athalye, Carlini & Wagner, "Obfuscated gradients give a false sense of security: circumventing defenses to
 adversarial examples", ICML 2018, arXiv:1802.00420. Differs from the paper: the attacked network is not rewritten. The
@@ -24,7 +25,9 @@ StandIn = Callable[[Tensor], Tensor]
 
 
 class Through(nn.Module):
-    """A stage with a function that adaptive attacks differentiate in its place; see `through`."""
+    """A part of a network together with a differentiable function, whose gradient adaptive attacks use in place of that
+    of the part.
+    """
 
     def __init__(
         self, stage: nn.Module | Callable[[Tensor], Tensor], backward: StandIn | None = None
@@ -33,14 +36,14 @@ class Through(nn.Module):
         self.stage, self.backward = stage, backward
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the stage itself, with its own gradient."""
+        """Return the output of the wrapped part of the network, with its own gradient."""
         passed: Tensor = self.stage(x)
         return passed
 
 
 def through(stage: nn.Module | Callable[[Tensor], Tensor], backward: StandIn | None = None) -> Through:
-    """Return the stage, for use inside a network, with a function that adaptive attacks differentiate: see
-    `--adaptive`.
+    """Wrap a part of a network and declare a differentiable function `backward` for it, whose gradient adaptive attacks
+    (`--adaptive`) use in its place.
 
     `backward` takes the stage's inputs and returns a tensor in the shape of its outputs. Without it the gradient passes
     unchanged, which requires that the stage does not change the shape. Only adaptive attacks use the function.
@@ -55,7 +58,9 @@ def through(stage: nn.Module | Callable[[Tensor], Tensor], backward: StandIn | N
 
 @dataclass(frozen=True)
 class Way:
-    """A module of a network, and the function that is differentiated in its place; None means the identity."""
+    """A module of a network and the function whose gradient replaces its own. If the function is None, the gradient
+    passes unchanged.
+    """
 
     name: str
     module: nn.Module
@@ -64,8 +69,8 @@ class Way:
 
 @dataclass(frozen=True)
 class View:
-    """A model for an adaptive attack, with the same outputs as `model` but with gradients of the replacement
-    functions.
+    """Wrapper of a model for an adaptive attack. It has the same outputs, but some modules have the gradients of
+    replacement functions.
     """
 
     model: Model
@@ -75,7 +80,7 @@ class View:
 
     @property
     def bounds(self) -> Bounds:
-        """Bounds of the inputs of the model."""
+        """Lowest and highest valid values of the inputs of the model."""
         return self.model.bounds
 
     def __call__(self, x: Inputs, ids: Ids | None = None) -> Logits:
@@ -86,7 +91,7 @@ class View:
 
 @contextmanager
 def detoured(ways: Sequence[Way], *, steps: bool = False) -> Iterator["Straight"]:
-    """Context manager inside which the modules of `ways` have the gradients of their replacements.
+    """Context manager inside which the modules in `ways` have the gradients of their replacement functions.
 
     With `steps`, roundings also have the gradient of the identity. Yields an object that counts these roundings.
     """
@@ -123,7 +128,7 @@ def _hook(way: Way) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
 
 
 def instead(value: Tensor, stand_in: Tensor) -> Tensor:
-    """Return exactly `value`, with the gradient of `stand_in`."""
+    """Return exactly `value`, but with the gradient of `stand_in`, a tensor of the same shape."""
     out: Tensor = _Instead.apply(value.detach(), stand_in)  # type: ignore[no-untyped-call]
     return out
 
@@ -144,7 +149,9 @@ _STEPS = {torch.round, torch.floor, torch.ceil, torch.trunc, torch.fix} | {
 
 
 class Straight(TorchFunctionMode):
-    """Context manager inside which roundings have the gradient of the identity."""
+    """Context manager inside which rounding operations have the gradient of the identity (straight-through
+    estimator).
+    """
 
     def __init__(self) -> None:
         super().__init__()

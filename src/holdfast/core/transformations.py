@@ -1,4 +1,4 @@
-"""Transformations of images as constraints, which are written `spatial:rotate=30` and `colour:hue=18` in threat models.
+"""Transformations of images as constraints, such as `spatial:rotate=30` and `colour:hue=18` in threat models.
 
 Engstrom et al., "Exploring the Landscape of Spatial Robustness", ICML 2019, arXiv:1712.02779, for the first, and Xiao
 et al., "Spatially Transformed Adversarial Examples", ICLR 2018, arXiv:1801.02612, for its flow; Hsiung et al., "Towards
@@ -17,7 +17,8 @@ from holdfast.core.whole_image import Whole
 
 @dataclass(frozen=True)
 class Spatial(Whole):
-    """Constraint of rotations, shifts and scales of images, or of displacements of their pixels, each up to its limit.
+    """Constraint that allows rotations, shifts and scales of an image, or displacements of its pixels, each up to a
+    limit.
 
     There is no ball: any image inside the box is allowed, since only attacks that transform images run under this
     constraint, and these respect the limits. Every other attack raises `UsageError`.
@@ -45,32 +46,34 @@ class Spatial(Whole):
 
     @property
     def eps(self) -> float:
-        """Always 1, because the constraint has no size in a norm."""
+        """Always 1, because the constraint has limits for each transformation instead of a radius."""
         return 1.0
 
     @property
     def limits(self) -> Mapping[str, float]:
-        """Limits by their names in the threat string, without those that are 0."""
+        """Limits of the transformations by their names in the threat string, without those that are 0."""
         return _limits(self)
 
     @property
     def axes(self) -> Mapping[str, float]:
-        """Limits by axis, that is by the names of `holdfast.ops.transformations`; each is the largest amount in both
-        directions.
+        """Largest amount of each transformation in both directions, by the names that `holdfast.ops.transformations`
+        uses, such as `shift_x`.
         """
         along = {"shift": ("shift_x", "shift_y")}
         return {axis: far for name, far in self.limits.items() for axis in along.get(name, (name,))}
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """Return for each example 1 if anything changed, else 0."""
+        """Return for each example 1 if the image changed, else 0."""
         return _changed(x_adv, x)
 
     def refusal(self) -> UsageError:
-        """Return the error that other attacks raise; its message names the attacks that transform images."""
+        """Return the error for an attack that cannot be used under this constraint. Its message names the attacks that
+        transform images.
+        """
         return _refusal(self)
 
     def resized(self, eps: float) -> "Spatial":
-        """Return the constraint with every limit multiplied by `eps`."""
+        """Return the constraint with the limit of every transformation multiplied by `eps`."""
         return Spatial(
             self.rotate * eps, self.shift * eps, min(self.scale * eps, MOST_SCALED), self.flow * eps
         )
@@ -81,8 +84,8 @@ class Spatial(Whole):
 
 @dataclass(frozen=True)
 class Colour(Whole):
-    """Constraint of changes of hue, saturation, brightness and contrast, each up to its limit; as in `Spatial`, there
-    is no ball.
+    """Constraint that allows changes of the hue, saturation, brightness and contrast of an image, each up to a
+    limit.
     """
 
     name: ClassVar[str] = "colour"
@@ -98,29 +101,31 @@ class Colour(Whole):
 
     @property
     def eps(self) -> float:
-        """Always 1, because the constraint has no size in a norm."""
+        """Always 1, because the constraint has limits for each colour change instead of a radius."""
         return 1.0
 
     @property
     def limits(self) -> Mapping[str, float]:
-        """Limits by name, without those that are 0."""
+        """Limits of the colour changes by name, without those that are 0."""
         return _limits(self)
 
     @property
     def axes(self) -> Mapping[str, float]:
-        """The same as `limits`: each colour change has one axis."""
+        """Largest amount of each colour change in both directions, by name; the same as `limits`."""
         return self.limits
 
     def distance(self, x_adv: Inputs, x: Inputs) -> PerExample:
-        """Return for each example 1 if anything changed, else 0."""
+        """Return for each example 1 if the image changed, else 0."""
         return _changed(x_adv, x)
 
     def refusal(self) -> UsageError:
-        """Return the error that other attacks raise; its message names the attacks that transform images."""
+        """Return the error for an attack that cannot be used under this constraint. Its message names the attacks that
+        transform images.
+        """
         return _refusal(self)
 
     def resized(self, eps: float) -> "Colour":
-        """Return the constraint with every limit multiplied by `eps`."""
+        """Return the constraint with the limit of every colour change multiplied by `eps`."""
         shares = (min(share * eps, 1.0) for share in (self.saturation, self.brightness, self.contrast))
         return Colour(self.hue * eps, *shares)
 

@@ -1,4 +1,4 @@
-"""Types of annotations: tensors with their shapes, and numbers with their ranges.
+"""Types for annotations: tensors with their shapes, and numbers with their valid ranges.
 
 A shape is written in the annotation (`Inputs` is `n *features`) and checked at run time in tests, where
 `holdfast.testing.shapes` wraps the public functions; otherwise it has no effect.
@@ -15,7 +15,9 @@ Kind = Literal["float", "int", "bool"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of a tensor: a name has one size within a call, `*name` stands for any number of dimensions."""
+    """Shape of a tensor in a type annotation. Equal dimension names have equal sizes within a call, and `*name` stands
+    for any number of dimensions.
+    """
 
     dims: str
     kind: Kind

@@ -1,4 +1,4 @@
-"""Base class of constraints that change an image as a whole and have no ball."""
+"""Base class of constraints that transform an image as a whole, such as rotations, and so are not balls of a norm."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -11,7 +11,7 @@ from holdfast.core.types import Inputs
 
 
 class Whole(ABC):
-    """A constraint under which attacks that change single values raise `UsageError`."""
+    """Base class of constraints, such as rotations, under which attacks on single input values raise `UsageError`."""
 
     is_ball: ClassVar[bool] = False
     in_input_units: ClassVar[bool] = False
@@ -19,16 +19,16 @@ class Whole(ABC):
 
     @abstractmethod
     def refusal(self) -> UsageError:
-        """Return the error that attacks on single values raise under this constraint."""
+        """Return the error for an attack on single input values, which cannot be used under such a constraint."""
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Raise the error of `refusal`, because there is no nearest allowed image."""
+        """Raise an error, because an attack that projects cannot be used: no nearest allowed image can be computed."""
         raise self.refusal()
 
     def steepest(self, gradient: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-        """Raise the error of `refusal`, because there is no steepest direction of single values."""
+        """Raise an error, because an attack that steps along gradients cannot be used under this constraint."""
         raise self.refusal()
 
     def sample(self, batch: Batch, bounds: Bounds, rng: Draws) -> Inputs:
-        """Raise the error of `refusal`, because there is no ball to sample from."""
+        """Raise an error, because the constraint has no ball from which a random input could be sampled."""
         raise self.refusal()

@@ -1,1 +1,1 @@
-"""Functions on tensors: losses, gradient ascent, statistics and geometry, independent of attack and recipe classes."""
+"""Functions on tensors that attacks and recipes share: losses, gradient ascent, statistics and geometry."""

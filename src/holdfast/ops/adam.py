@@ -1,4 +1,4 @@
-"""Adam for inputs: running means of the gradient and of its square."""
+"""The optimiser Adam for inputs instead of weights, as attacks need it."""
 
 import torch
 
@@ -18,7 +18,9 @@ class Adam:
         self._steps = 0
 
     def take(self, rows: torch.Tensor) -> None:
-        """Restrict the state to the given rows of the batch."""
+        """Restrict the state of the optimiser to the given rows of the batch, because the other examples are no longer
+        attacked.
+        """
         self._mean, self._square = self._mean[rows], self._square[rows]
 
     def __call__(self, gradient: Inputs) -> Inputs:
@@ -27,8 +29,8 @@ class Adam:
         return mean / scale
 
     def seen(self, grad: Inputs) -> tuple[Inputs, Inputs]:
-        """Update the running means with `grad`; return the bias-corrected mean and the root of the bias-corrected mean
-        square.
+        """Update the running means of Adam with the gradient `grad`, and return the bias-corrected mean and the square
+        root of the bias-corrected mean square.
         """
         self._steps += 1
         mean, square = self._fades

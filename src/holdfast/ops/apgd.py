@@ -1,4 +1,5 @@
-"""APGD: gradient ascent that adapts its step size to the progress of the loss and restarts from the best point.
+"""APGD (auto-PGD): gradient ascent that adapts its step size to the progress of the loss and restarts from the best
+point so far.
 
 Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks",
 ICML 2020, arXiv:2003.01690; for L1: Croce & Hein, "Mind the box: l1-APGD for sparse adversarial attacks", ICML 2021,
@@ -40,7 +41,7 @@ class _Point:
         return _Point(self.x[rows], self.grad[rows], self.loss[rows], self.margin[rows])
 
     def where(self, chosen: Mask, other: "_Point") -> "_Point":
-        """These points where `chosen` is true, `other` elsewhere."""
+        """Return these points for the examples for which `chosen` is true, and the points of `other` for the rest."""
         return _Point(
             pick(chosen, self.x, other.x),
             torch.where(spread(chosen, self.grad), self.grad, other.grad),  # unbounded: not for `pick`
@@ -53,13 +54,17 @@ class _Pace(Protocol):
     """Computes the steps of the paths; there is one implementation for Linf and L2 and one for L1."""
 
     def step(self, now: _Point, clean: Inputs, bounds: Bounds) -> Inputs:
-        """Return the next point of each path."""
+        """Return the next point of each example on its path of gradient ascent."""
 
     def check(self, now: _Point, top: _Point, clean: Inputs) -> _Point:
-        """Adapt the step sizes to the progress of the loss; return the point from which each path continues."""
+        """Adapt the step size of each example to the progress of its loss, and return the points from which the paths
+        continue.
+        """
 
     def take(self, rows: Mask) -> None:
-        """Keep the state of some of the paths only."""
+        """Restrict the state of the step sizes to the examples of the mask `rows`, because the others are no longer
+        attacked.
+        """
 
 
 class _Halving:
@@ -170,7 +175,9 @@ def _changed(x: Inputs, clean: Inputs) -> PerExample:
 
 @dataclass(frozen=True)
 class Climb:
-    """Settings of one run of APGD. Cost: `steps + 1` forwards and `steps` backwards, each times `draws`."""
+    """Settings of one run of APGD. A run costs `steps + 1` forward passes and `steps` backward passes, each repeated
+    `draws` times.
+    """
 
     loss: Loss
     """loss that is maximised"""
@@ -216,8 +223,8 @@ class Climb:
     def highest(
         self, model: Model, batch: Batch, aim: Labels | None, start: Inputs, constraint: Constraint
     ) -> Inputs:
-        """Return the point of highest loss of each path, as the start of another run; broken examples are not
-        dropped.
+        """Run APGD and return the point of highest loss of each example, from which another run can start. Examples
+        that are broken on the way are not dropped.
         """
         now = top = self._look(model, batch, aim, start)
         pace = self._pace(now, batch, constraint)

@@ -1,4 +1,4 @@
-"""Gradient ascent on a loss inside a constraint: used by FGSM, BIM, PGD, momentum PGD and adversarial training."""
+"""Gradient ascent on a loss inside a constraint, used by FGSM, BIM, PGD, momentum PGD and adversarial training."""
 
 import math
 from collections.abc import Callable
@@ -19,17 +19,20 @@ Schedule = Callable[[int, int], float]
 
 
 def flat(step: int, steps: int) -> float:
-    """Return 1, the factor of a constant step size."""
+    """Return the factor of the step size in a constant schedule, which is 1 in every step."""
     return 1.0
 
 
 def cosine(step: int, steps: int) -> float:
-    """Return the factor of a step size that follows a cosine from 2 to 0; the path is as long as with `flat`."""
+    """Return the factor of the step size in a cosine schedule, which falls from 2 to 0. The total length of all steps
+    is about that of a constant schedule.
+    """
     return 1.0 + math.cos(math.pi * step / steps)
 
 
 def gradient(model: Model, batch: Batch, loss: Loss, *, raw: bool = False) -> tuple[Inputs, Logits]:
-    """Return the gradient of the summed loss with respect to `batch.x`, and the logits; one forward and one backward.
+    """Return the gradient of the summed loss with respect to the inputs of the batch, and the logits, from one forward
+    and one backward pass.
 
     The gradient is zero where the model cuts the graph, for example with a comparison or a rounding to integers. NaN
     and infinity are replaced by zero, except with `raw`.
@@ -57,7 +60,8 @@ def ascend(
     keep: Literal["best", "last"] = "best",
     aim: Labels | None = None,
 ) -> tuple[Inputs, PerExample]:
-    """Maximise `loss` from `start`; return the point of lowest margin on each path and that margin.
+    """Maximise a loss by gradient ascent inside a constraint from the points `start`, and return for each example the
+    point of lowest margin on its path and this margin.
 
     The margin of each point comes from the forward pass of its gradient, that of the last point from an additional
     forward pass. With `drop`, broken examples are dropped from the path. `keep="last"` returns the end of the path,
@@ -102,7 +106,9 @@ def descend(
     reach: float,
     aim: Labels | None = None,
 ) -> tuple[Inputs, PerExample]:
-    """Minimise the margin from `start` on a path of length `reach` times eps with cosine step sizes; see `ascend`."""
+    """Minimise the margin by gradient steps from the points `start`, and return the points of lowest margin and these
+    margins. The path is `reach` times eps long, with step sizes along a cosine.
+    """
     size = reach * constraint.eps / steps
     return ascend(
         model, batch, start, margin_loss, constraint, steps=steps, step_size=size, schedule=cosine, aim=aim

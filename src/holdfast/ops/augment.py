@@ -1,4 +1,4 @@
-"""Augmentations of training images, which preserve or mix classes, for a whole batch at once and on its device.
+"""Augmentations of training images, which are computed for a whole batch at once on its device.
 
 Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", ICCV 2019,
 arXiv:1905.04899; with adversarial training Rebuffi et al., "Data Augmentation Can Improve Robustness", NeurIPS 2021,
@@ -24,7 +24,7 @@ _REACH = {"shift": 2, "crop-flip": 4}  # pixels; customary for digits and for ph
 
 @dataclass(frozen=True)
 class Moves:
-    """Random shifts and flips for each image of a batch (n, channels, h, w)."""
+    """Random shifts and flips, sampled for each image of a batch (n, channels, h, w)."""
 
     reach: int
     """largest shift in pixels"""
@@ -36,11 +36,15 @@ class Moves:
     """(n,) whether the image is flipped horizontally after the shift; None if no image is"""
 
     def of(self, x: Inputs) -> Inputs:
-        """Return the images `x` shifted and flipped, padded with zeros."""
+        """Return the images `x` with the shifts and flips applied. Pixels that a shift moves in from outside are
+        zero.
+        """
         return self._mirror(windows(x, self.reach, self.down, self.right))
 
     def back(self, x: Inputs, unseen: Inputs) -> Inputs:
-        """Undo the shift and flip of `x`; pixels that the shift moved out of the image are taken from `unseen`."""
+        """Undo the shifts and flips of the images `x`. Pixels that a shift had moved out of an image are taken from
+        `unseen`.
+        """
         down, right = 2 * self.reach - self.down, 2 * self.reach - self.right
         seen = windows(torch.ones_like(x), self.reach, down, right).bool()
         return torch.where(seen, windows(self._mirror(x), self.reach, down, right), unseen)
@@ -50,7 +54,7 @@ class Moves:
 
 
 def refuse_augmentation(x: Inputs, how: Augmentation, cutmix: float) -> None:
-    """Raise `UsageError` if an augmentation or CutMix is set and inputs are not images (n, channels, h, w)."""
+    """Raise `UsageError` if an augmentation or CutMix is set, but the inputs `x` are not images (n, channels, h, w)."""
     shape = tuple(x.shape[1:])
     if how != "none" and len(shape) != 3:
         raise UsageError(f"augmentation {how!r} is for images, and inputs have shape {shape}; use none")
@@ -61,8 +65,8 @@ def refuse_augmentation(x: Inputs, how: Augmentation, cutmix: float) -> None:
 
 
 def moves(batch: Batch, how: Augmentation, rng: Draws) -> Moves | None:
-    """Sample shifts and flips of each image; return None if `how` is "none". Otherwise inputs must be (n, channels, h,
-    w).
+    """Sample random shifts and flips for each image of a batch (n, channels, h, w), or return None if the augmentation
+    `how` is "none".
     """
     if how == "none":
         return None
@@ -73,14 +77,16 @@ def moves(batch: Batch, how: Augmentation, rng: Draws) -> Moves | None:
 
 
 def augmented(batch: Batch, how: Augmentation, rng: Draws) -> Batch:
-    """Return the batch with randomly augmented images; their classes do not change."""
+    """Return the batch with each image randomly shifted and flipped as the augmentation `how` states. The labels do not
+    change.
+    """
     drawn = moves(batch, how, rng)
     return batch if drawn is None else batch.at(drawn.of(batch.x))
 
 
 def windows(x: Inputs, reach: int, down: Tensor, right: Tensor) -> Inputs:
-    """Return images (n, channels, h, w), padded with `reach` zeros on each side and cropped from row `down`, column
-    `right`.
+    """Return shifted images: each image is padded with `reach` zeros on every side, and a window of its original size
+    is cut out at row `down` and column `right`.
     """
     height, width = x.shape[2:]
     padded = F.pad(x, (reach,) * 4)
@@ -91,7 +97,7 @@ def windows(x: Inputs, reach: int, down: Tensor, right: Tensor) -> Inputs:
 
 
 def cut_and_mixed(batch: Batch, chance: float, rng: Draws) -> tuple[Batch, Batch, float]:
-    """Apply CutMix: replace a box in each image by that of another image.
+    """Apply the augmentation CutMix, which replaces a rectangle of each image by that of another image of the batch.
 
     Returns a batch with the labels that have the larger share of each image, a batch with the labels of the rest, and
     the fraction of an image that has the first labels. The box is the same for the whole batch. With a probability of 1

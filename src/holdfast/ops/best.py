@@ -1,4 +1,4 @@
-"""Store of the lowest margin of each example of a batch over all evaluated points, and of the point with that
+"""Record of the lowest margin that an attack has found for each example of a batch, and of the point with this
 margin.
 """
 
@@ -11,8 +11,8 @@ from holdfast.core.types import Inputs, Mask, PerExample, Rows
 
 
 class Best:
-    """The best point of each example over all restarts, that is the one with the lowest margin, and which examples
-    survive.
+    """Best point that an attack has found for each example over all restarts, which is the point with the lowest
+    margin.
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -25,16 +25,16 @@ class Best:
 
     @property
     def standing(self) -> Rows:
-        """Positions of the examples that are not broken."""
+        """Positions of the examples that the attack has not broken so far."""
         return (self.margin > 0).nonzero()[:, 0]
 
     def rows(self, some: Batch) -> Rows:
-        """Return the positions of the examples of `some` in the whole batch."""
+        """Return the positions in the whole batch of the examples of `some`, which is a part of it."""
         return self._lookup.rows(some.ids)
 
     def offer(self, some: Batch, x: Inputs, margin: PerExample) -> Mask:
-        """Store the points of `some` whose margins are lower than the best ones (NaN is lowest); return which points
-        are stored.
+        """Store those points `x` of the examples `some` whose margin is lower than that of the best point so far (NaN
+        is lowest), and return a mask of the stored points.
         """
         if some.ids is self._ids:
             lower = ~(margin >= self.margin)

@@ -1,4 +1,5 @@
-"""Last step of minimum-norm attacks: a search from a broken point towards the clean one, up to the boundary.
+"""Last step of minimum-norm attacks: a search for the decision boundary on the line from a broken point to the clean
+input.
 
 If eps is finite and the broken point lies outside the ball, the search can instead continue from its projection onto
 the ball (our own).
@@ -28,7 +29,8 @@ Shrink = Callable[[PerExample], Inputs]
 
 
 def to_boundary(model: Model, batch: Batch, x_adv: Inputs, norm: Norm, refine: int = 0) -> Inputs:
-    """Move the points `x_adv` towards `batch.x` as long as they break the model, then project them onto `norm`.
+    """Move the attacked inputs `x_adv` towards the clean inputs as far as they still break the model, and project the
+    results onto the ball of `norm`.
 
     A point moves only to one that breaks the model by more than rounding. Under L0, changes are undone instead, the
     least useful first. Cost: at most ten forwards (under L0, the first with a backward) of the examples that differ

@@ -1,4 +1,4 @@
-"""Store of the closest broken point of each example of a batch, for minimum-norm attacks."""
+"""Record of the closest broken point that a minimum-norm attack has found for each example of a batch."""
 
 import torch
 
@@ -10,19 +10,21 @@ from holdfast.ops.losses import margin
 
 
 def leeway(logits: Logits) -> PerExample:
-    """Return the amount below 0 at which a margin stays negative with other batch sizes, about 1e-5 of the largest
-    logit in float32.
+    """Return a tolerance for margins: below minus this value, a margin is negative for every batch size despite
+    rounding. It is about 1e-5 of the largest logit in float32.
     """
     return 100 * torch.finfo(logits.dtype).eps * scale(logits)
 
 
 def firmly_broken(logits: Logits, batch: Batch) -> Mask:
-    """Return whether the model misclassifies each example by more than rounding; NaN counts as broken."""
+    """Return a mask of the examples that the model misclassifies by more than rounding. NaN counts as broken."""
     return ~(margin(logits, batch) > -leeway(logits))
 
 
 class Closest:
-    """The closest broken point of each example; the clean input at infinite distance if none was found."""
+    """Closest broken point that an attack has found for each example, with its distance. Without a broken point it is
+    the clean input at an infinite distance.
+    """
 
     def __init__(self, batch: Batch) -> None:
         self._ids = batch.ids
@@ -34,21 +36,22 @@ class Closest:
 
     @property
     def found(self) -> Mask:
-        """Mask of the examples that are broken."""
+        """Mask of the examples for which a broken point was found."""
         return self.distance < torch.inf
 
     def rows(self, some: Batch) -> Rows:
-        """Return the positions of the examples of `some` in the whole batch."""
+        """Return the positions in the whole batch of the examples of `some`, which is a part of it."""
         return self._lookup.rows(some.ids)
 
     def take(self, some: Batch) -> "Closest":
-        """Return a new `Closest` with the points of the examples of `some`."""
+        """Return a new record that contains only the closest broken points of the examples of `some`."""
         rows, own = self.rows(some), Closest(some)
         own.x, own.distance = self.x[rows], self.distance[rows]
         return own
 
     def far(self, some: Batch, eps: float) -> Mask:
-        """Return whether each example of `some` has no broken point within eps.
+        """Return a mask of the examples of `some` that an attack must still try, because it has found no broken point
+        within eps.
 
         With infinite eps, return whether its clean input is not misclassified, that is whether a closer point may
         exist.
@@ -56,7 +59,9 @@ class Closest:
         return self.distance[self.rows(some)] > (eps if eps < torch.inf else 0.0)
 
     def offer(self, some: Batch, x: Inputs, distance: PerExample, broken: Mask) -> Mask:
-        """Store the broken points that are closer than the known ones; return for which examples this was the case."""
+        """Store the broken points among `x` that are closer to their clean inputs than the stored ones, and return a
+        mask of the examples with a new closest point.
+        """
         rows = slice(None) if some.ids is self._ids else self.rows(some)
         closer = broken & (distance < self.distance[rows])
         theirs = closer.nonzero()[:, 0]  # usually few: faster than torch.where over all inputs

@@ -1,4 +1,4 @@
-"""Basis of the discrete cosine transform."""
+"""Basis of the discrete cosine transform (DCT)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Shared parts of attacks that use labels only: query counts of each example, starts, and the search for the
+"""Shared parts of label-based attacks: query limits for each example, starting points, and the search for the decision
 boundary.
 """
 
@@ -29,7 +29,7 @@ _STRIDE = 0.02  # first inward step of the search as a share of the radius; doub
 
 
 class Decisions:
-    """A model with a limit of queries for each example, and the closest broken point of each example.
+    """State of a label-based attack on a batch: the remaining queries and the closest broken point of each example.
 
     An example is open while it has queries left and no broken point within a finite eps.
     """
@@ -42,7 +42,9 @@ class Decisions:
         self.closest = Closest(batch)
 
     def found(self) -> Inputs:
-        """Return the closest broken point of each example inside the ball; the clean input if there is none."""
+        """Return the result of the attack: the closest broken point of each example inside the ball, or its clean input
+        if there is none.
+        """
         return self._norm.project(self.closest.x, self.batch.x, self.bounds)
 
     def _start(self, rng: Draws) -> None:
@@ -58,20 +60,19 @@ class Decisions:
             self.improve(some, points[self.closest.rows(some)], share=_RIVAL)
 
     def open(self, some: Batch) -> Mask:
-        """Return a boolean mask of the examples `some` that the attack continues with.
-
-        Those have queries left and, if eps is finite, no adversarial example within eps.
+        """Return a mask of those examples of `some` that the attack continues with: they have queries left and are not
+        yet broken within a finite eps.
         """
         rows = self.closest.rows(some)
         return (self._left[rows] > 0) & (self.closest.distance[rows] > self._enough)
 
     def left(self, some: Batch) -> Tensor:
-        """Return the number of queries that each example has left, int64 (n)."""
+        """Return the number of remaining queries of each example of `some`, int64 (n)."""
         return self._left[self.closest.rows(some)]
 
     def steps(self, rng: Draws) -> Iterator[tuple[int, Batch]]:
-        """Search for starts; then yield the number of each step and the examples that are broken and open, until there
-        are none.
+        """Search for starting points, then yield for each step its number and the examples that have a broken point and
+        are still attacked. The attack ends when there are none.
         """
         self._start(rng.at("start"))
         for step in count():
@@ -81,12 +82,14 @@ class Decisions:
             yield step, some
 
     def known(self, some: Batch) -> tuple[Inputs, PerExample]:
-        """Return the closest broken points of the examples of `some`, and their distances."""
+        """Return the closest broken points so far of the examples of `some`, and their distances from the clean
+        inputs.
+        """
         rows = self.closest.rows(some)
         return self.closest.x.index_select(0, rows), self.closest.distance[rows]
 
     def ask(self, some: Batch, x: Inputs, who: Mask | None = None) -> Mask:
-        """Query each point of `x` once and return whether it breaks the model.
+        """Query the model once at each point of `x`, and return a mask of the points that break it.
 
         Only open examples are queried, and only those of the mask `who` if it is given; the result for all others is
         False.
@@ -96,8 +99,8 @@ class Decisions:
         return broken[:, 0]
 
     def ask_many(self, some: Batch, x: Tensor, wanted: Tensor) -> tuple[Mask, Mask]:
-        """Query the first `wanted` (n) points of `x` (n, k, *features); return masks (n, k) of broken and queried
-        points.
+        """Query the model at several points of each example, the first `wanted` (n) of `x` (n, k, *features). Returns
+        masks (n, k) of the points that break it and of the queried points.
 
         For an example with fewer queries left than `wanted`, fewer points are queried.
         """
@@ -123,7 +126,8 @@ class Decisions:
         return torch.cat([self._model(part.x, part.ids) for part in few.split(rows)])
 
     def improve(self, some: Batch, far: Inputs, *, share: float = _NEARER) -> Mask:
-        """Move the points `far` to the fraction `share` of the known distance, query them, and search for the boundary.
+        """Search for a closer broken point in the direction of each point `far`: query it at a fraction `share` of the
+        closest distance so far and, if it breaks the model, search for the boundary.
 
         Points of examples without a known distance are queried unchanged. The search starts from the points that break
         the model; for others, the cost is one query. Returns whether each point breaks the model.
@@ -133,8 +137,8 @@ class Decisions:
         return broken
 
     def nearer(self, some: Batch, far: Inputs, *, share: float = _NEARER) -> tuple[Mask, PerExample]:
-        """Return whether each point `far`, moved to the fraction `share` of the known distance, breaks the model; and
-        its distance.
+        """Move each point `far` to the fraction `share` of the closest distance so far, query it, and return a mask of
+        the points that break the model and their distances.
         """
         known = self.closest.distance[self.closest.rows(some)]
         radius = (share * known).minimum(self._norm.distance(far, some.x))
@@ -145,7 +149,8 @@ class Decisions:
         return self._norm.within(far, some.x, self.bounds, radius)
 
     def search(self, some: Batch, far: Inputs, radius: PerExample) -> None:
-        """Search for the boundary between the clean inputs and the points at `radius`, which break the model.
+        """Search for the decision boundary on the lines from the clean inputs towards the points `far`. The points at
+        the distance `radius` are known to break the model.
 
         The step inwards is doubled until a point does not break the model, and a bisection follows. Examples with a
         radius of 0 are omitted.

@@ -1,4 +1,6 @@
-"""Quality of detector scores: thresholds at a false positive rate, and the area under the ROC curve."""
+"""Quality of a detector of adversarial examples: thresholds for a false positive rate, and the area under the ROC
+curve.
+"""
 
 import math
 
@@ -10,15 +12,15 @@ from holdfast.ops.statistics import bootstrap
 
 
 def threshold(clean: PerExample, false_positives: float) -> float:
-    """Return the lowest clean score that at most the fraction `false_positives` of them exceeds; needs at least one
-    score.
+    """Return the threshold of a detector: the lowest score of a clean input that at most the fraction `false_positives`
+    of the clean scores exceed. At least one score is needed.
     """
     return float(clean.sort().values[len(clean) - 1 - math.floor(false_positives * len(clean))])
 
 
 def auroc(clean: PerExample, attacked: PerExample, confidence: float = 0.95) -> Estimate:
-    """Return the area under the ROC curve: the probability that an attacked input scores above a clean one; ties count
-    half.
+    """Return the area under the ROC curve of a detector with its confidence interval: the probability that an attacked
+    input has a higher score than a clean one, where ties count half.
 
     The bootstrap interval resamples examples, so that the clean and the attacked input of an example stay together.
     """
@@ -39,14 +41,16 @@ def _counts(codes: torch.Tensor, of: int) -> torch.Tensor:
 
 
 def median_width(margins: PerExample) -> float:
-    """Return the median absolute margin; 0 if it is not finite."""
+    """Return the median of the absolute margins of a classifier, which is used as the scale of its logits; 0 if it is
+    not finite.
+    """
     width = float(margins.double().abs().median())
     return width if math.isfinite(width) else 0.0
 
 
 def balance(scores: PerExample, width: float) -> float:
-    """Return the factor that scales the interquartile range of the scores to `width`; 1 if one of them is zero or
-    infinite.
+    """Return the factor by which the scores of a detector are multiplied so that their interquartile range is `width`;
+    1 if one of the two is zero or infinite.
     """
     ordered = scores.double().sort().values
     spread = float(ordered[3 * len(ordered) // 4] - ordered[len(ordered) // 4])

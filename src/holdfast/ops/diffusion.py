@@ -1,4 +1,5 @@
-"""Denoising diffusion: noise is added in small steps, a network learns to predict it, and samples start from noise.
+"""Denoising diffusion models: noise is added to data in small steps, a network learns to predict it, and new points are
+sampled from noise.
 
 Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, arXiv:2006.11239 (DDPM): the loss on the
 noise, the posterior, the linear schedule. Song, Meng & Ermon, "Denoising Diffusion Implicit Models", ICLR 2021,
@@ -24,7 +25,7 @@ _FIRST, _LAST, _PAPER = 1e-4, 0.02, 1000  # betas of the paper, over its thousan
 
 @dataclass(frozen=True)
 class Diffusion:
-    """Noise schedule of a diffusion process, with sampling by DDPM and DDIM."""
+    """Noise schedule of a denoising diffusion model, with sampling by the methods DDPM and DDIM."""
 
     steps: Steps = 200
     """number of steps that add noise"""
@@ -32,27 +33,33 @@ class Diffusion:
     """limit of the absolute coordinates of a predicted clean point; points should have a standard deviation of one"""
 
     def betas(self) -> Tensor:
-        """Return the fraction of the variance that each step replaces by noise, (steps), float64."""
+        """Return the fraction of the variance that each step of the diffusion replaces by noise, as float64 (steps)."""
         times = _PAPER / self.steps
         return torch.linspace(_FIRST * times, min(_LAST * times, 0.999), self.steps, dtype=torch.float64)
 
     def kept(self) -> Tensor:
-        """Return the fraction of the variance that is still signal after each step, (steps), float64."""
+        """Return the fraction of the variance of the data that remains after each step of the diffusion, as float64
+        (steps).
+        """
         return torch.cumprod(1 - self.betas(), 0)
 
     def noised(self, clean: Tensor, noise: Tensor, step: Tensor) -> Tensor:
-        """Return the points (n, d) with the noise of diffusion steps (n), which are counted from 0."""
+        """Return the clean points (n, d) mixed with `noise` as after the diffusion steps `step` (n), which are counted
+        from 0.
+        """
         kept = self._kept_at(step, clean)
         return kept.sqrt() * clean + (1 - kept).sqrt() * noise
 
     def cleaned(self, noised: Tensor, noise: Tensor, step: Tensor) -> Tensor:
-        """Return the clean points (n, d) from which `noised` results with this noise, clamped."""
+        """Return the clean points (n, d) that follow from the noised points if `noise` is the noise in them. Their
+        coordinates are clamped.
+        """
         kept = self._kept_at(step, noised)
         return ((noised - (1 - kept).sqrt() * noise) / kept.sqrt()).clamp(-self.clamp, self.clamp)
 
     def weight(self, step: Tensor, like: Tensor) -> Tensor:
-        """Return the fraction of the variance that is still signal at diffusion steps (n), in the data type
-        of `like`.
+        """Return the fraction of the variance of the data that remains after the diffusion steps `step` (n), in the
+        data type of `like`.
         """
         return self._kept_at(step, like)[:, 0]
 
@@ -61,7 +68,9 @@ class Diffusion:
 
     @torch.no_grad()
     def ddpm(self, denoiser: Denoiser, ids: Tensor, dims: int, rng: Draws) -> Tensor:
-        """Sample points (n, dims) from noise by DDPM, one for each id. Cost: `steps` forwards."""
+        """Sample new points (n, dims) with DDPM, one for each id, starting from noise. The cost is `steps` forward
+        passes of the denoising network.
+        """
         betas, kept = self.betas().tolist(), self.kept().tolist()
         x = rng.at("first").normal(ids, dims)
         drawn = rng.at("steps").normal(ids, self.steps, dims)
@@ -79,7 +88,9 @@ class Diffusion:
 
     @torch.no_grad()
     def ddim(self, denoiser: Denoiser, ids: Tensor, dims: int, rng: Draws, steps: int = 50) -> Tensor:
-        """Sample points (n, dims) by DDIM in about `steps` steps; only the first point is random."""
+        """Sample new points (n, dims) with DDIM in about `steps` steps, one for each id. Only the noise at the start is
+        random.
+        """
         kept = self.kept().tolist()
         visited = list(range(self.steps - 1, -1, -max(self.steps // steps, 1)))
         x = rng.at("first").normal(ids, dims)

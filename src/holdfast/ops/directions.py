@@ -1,4 +1,4 @@
-"""Random directions with random signs; for images, half of the energy is in low frequencies.
+"""Random search directions for attacks. For images, half of the energy of a direction is in low frequencies.
 
 Changes of low frequency cross the boundaries of most networks at a smaller length (Guo et al., "Low Frequency
 Adversarial Perturbation", UAI 2019, arXiv:1809.08758), but not of all networks; the other half is therefore white
@@ -20,7 +20,7 @@ from holdfast.core.types import Ids, Inputs
 
 
 def directions(rng: Draws, ids: Ids, k: int, shape: torch.Size, share: float, dtype: torch.dtype) -> Tensor:
-    """Return `k` random directions for each example (n, k, *shape), of length one up to rounding and overlap.
+    """Return `k` random search directions of length about one for each example, as (n, k, *shape).
 
     For images, half of the energy is in the lowest fraction `share` of the frequencies along height and width, and half
     is white noise.
@@ -32,7 +32,8 @@ def directions(rng: Draws, ids: Ids, k: int, shape: torch.Size, share: float, dt
 
 
 def waves(rng: Draws, ids: Ids, k: int, shape: torch.Size, share: float, dtype: torch.dtype) -> Tensor:
-    """Return `k` directions of length one for each example (n, k, *shape), from the lowest frequencies of an image.
+    """Return `k` random search directions of length one for each example, as (n, k, *shape), which contain only low
+    frequencies of an image.
 
     `share` is the fraction of the frequencies that are used. The directions are sums of orthonormal DCT-II cosines with
     random signs. For inputs that are not images they consist of signs only.
@@ -56,8 +57,8 @@ def _mixed(noise: Tensor, rng: Draws, ids: Ids, share: float, weight: float) -> 
 def ray_and_orthogonal(
     some: Batch, x: Inputs, bounds: Bounds, rng: Draws, *, share: float
 ) -> tuple[Inputs, Inputs]:
-    """Return the direction from each clean input to `x`, and a random direction orthogonal to it, both of
-    length one.
+    """Return for each example the direction from its clean input to `x`, and a random direction orthogonal to it, both
+    of length one.
     """
     ray = L2().steepest(x - some.x, x, bounds)
     drawn = directions(rng, some.ids, 1, x.shape[1:], share, x.dtype)[:, 0]
@@ -66,7 +67,7 @@ def ray_and_orthogonal(
 
 
 def signs(rng: Draws, ids: Ids, *shape: int, dtype: torch.dtype) -> Tensor:
-    """Return random signs, -1 or +1 with equal probability (n, *shape), from one random bit each.
+    """Return random signs of shape (n, *shape), -1 or +1 with equal probability, each made from one random bit.
 
     It is many times faster than `Draws.signs`.
     """

@@ -25,8 +25,8 @@ _PATIENT = timedelta(days=7)  # timeout: the other processes wait while the firs
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Context manager with a process group of the torchrun processes; no effect with one process or an
-    existing group.
+    """Context manager that joins the processes that torchrun has started into a process group. It has no effect for a
+    single process or if a group exists.
     """
     if started() == 1 or not dist.is_available() or dist.is_initialized():
         yield
@@ -49,17 +49,21 @@ def joined(device: torch.device) -> Iterator[None]:
 
 
 def started() -> int:
-    """Return the number of processes according to the process group, or else to torchrun; 1 without both."""
+    """Return the number of processes that were started for a data-parallel training, according to the process group or
+    else to torchrun; 1 without both.
+    """
     return dist.get_world_size() if _grouped() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def processes() -> int:
-    """Return the number of processes that train together."""
+    """Return the number of processes of a data-parallel training that are joined in a process group; 1 without a
+    group.
+    """
     return dist.get_world_size() if _grouped() else 1
 
 
 def rank() -> int:
-    """Return the rank of this process."""
+    """Return the rank of this process in a data-parallel training, counted from 0."""
     return dist.get_rank() if _grouped() else int(os.environ.get("RANK", "0"))
 
 
@@ -68,12 +72,16 @@ def _grouped() -> bool:
 
 
 def first() -> bool:
-    """Return whether this is the process that evaluates and writes."""
+    """Return whether this is the first process of a data-parallel training, which evaluates and writes files for
+    all.
+    """
     return rank() == 0
 
 
 def own(device: torch.device) -> torch.device:
-    """Return the GPU of this process if torchrun started several processes; any other device is returned unchanged."""
+    """Return the GPU of this process if torchrun has started several processes and `device` is a GPU. Otherwise
+    `device` is returned unchanged.
+    """
     return torch.device("cuda", _local()) if device.type == "cuda" and started() > 1 else device
 
 
@@ -82,7 +90,7 @@ def _local() -> int:
 
 
 def broadcast(value: T) -> T:
-    """Return the value of the first process, in all processes."""
+    """Return, in every process of a data-parallel training, the value that the first process has passed."""
     if processes() == 1:
         return value
     objects = [value]
@@ -104,7 +112,7 @@ def _heard() -> Iterator[None]:
 
 
 def refuse_few(batch: int) -> None:
-    """Raise `UsageError` if a batch of this size leaves a process without an example."""
+    """Raise `UsageError` if a batch of this size has fewer examples than the training has processes."""
     n = processes()
     if batch < n:
         raise UsageError(
@@ -114,13 +122,14 @@ def refuse_few(batch: int) -> None:
 
 
 def share(rows: Tensor) -> Tensor:
-    """Return the positions, among `rows` of a batch, that this process trains on."""
+    """Return the part of the positions `rows` of a batch that this process of a data-parallel training uses."""
     refuse_few(len(rows))
     return rows[rank() :: processes()]
 
 
 def worth(mine: int, all_of_them: int) -> float:
-    """Return the factor of this process's mean, so that the mean over the processes is the mean over all rows.
+    """Return the factor for a mean over the `mine` rows of this process, with which the mean over all processes equals
+    the mean over all rows.
 
     `mine` is the number of rows of this process.
     """
@@ -129,7 +138,9 @@ def worth(mine: int, all_of_them: int) -> float:
 
 @torch.no_grad()
 def average(values: Iterable[Tensor | None]) -> None:
-    """Replace each tensor by its mean over the processes, in place; integer tensors are unchanged."""
+    """Replace each tensor in place by its mean over the processes of a data-parallel training. Integer tensors are
+    unchanged.
+    """
     if processes() == 1:
         return
     fractions = [value for value in values if value is not None and value.is_floating_point()]

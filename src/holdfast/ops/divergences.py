@@ -1,4 +1,6 @@
-"""Distances between the attacked and the clean prediction of each example, which are terms of training losses."""
+"""Differences between the prediction for an attacked input and for its clean input, which are terms of training
+losses.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,18 +9,22 @@ from holdfast.core.types import Logits, PerExample
 
 
 def kullback_leibler(logits: Logits, clean: Logits) -> PerExample:
-    """Return the Kullback-Leibler divergence KL(clean || attacked) of each example, in nats."""
+    """Return the Kullback-Leibler divergence between clean and attacked prediction, KL(clean || attacked), of each
+    example in nats.
+    """
     return F.kl_div(logits.log_softmax(1), clean.log_softmax(1), reduction="none", log_target=True).sum(1)
 
 
 def squared_error(logits: Logits, clean: Logits) -> PerExample:
-    """Return the squared Euclidean distance of both predictions (Pang et al., SCORE, ICML 2022, arXiv:2202.10103)."""
+    """Return the squared Euclidean distance between the attacked and the clean class probabilities of each example
+    (Pang et al., SCORE, ICML 2022, arXiv:2202.10103).
+    """
     return (logits.softmax(1) - clean.softmax(1)).square().sum(1)
 
 
 def weighted_gaps(logits: Logits, clean: Logits, weight: Tensor) -> PerExample:
-    """Return a quarter of the weighted sum, over all pairs of classes, of the squared change of the gap between their
-    logits.
+    """Return a quarter of the weighted sum of squared changes of logit gaps between clean and attacked input, over all
+    pairs of classes. A gap is the difference of two logits.
 
     This is the part of the Kullback-Leibler divergence that aligns the logits (Cui et al., "Decoupled Kullback-Leibler
     Divergence Loss", NeurIPS 2024, arXiv:2305.13948). `weight` (n, classes) is the weight of a class; the weight of a

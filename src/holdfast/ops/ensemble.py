@@ -1,4 +1,4 @@
-"""An ensemble of models that averages their logits.
+"""An ensemble: a model that averages the logits of several models.
 
 Liu et al., "Delving into Transferable Adversarial Examples and Black-box Attacks", ICLR 2017, arXiv:1611.02770, average
 probabilities; Dong et al., "Boosting Adversarial Attacks with Momentum", CVPR 2018, arXiv:1710.06081, logits, as here.
@@ -14,7 +14,7 @@ from holdfast.core.types import Ids, Inputs, Logits
 
 @dataclass(frozen=True)
 class Ensemble:
-    """A model that returns the mean of the logits of `models`, on inputs inside `bounds`."""
+    """Model that returns the mean of the logits of several models, for inputs with common bounds."""
 
     models: tuple[Model, ...]
     bounds: Bounds

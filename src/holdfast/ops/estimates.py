@@ -1,4 +1,4 @@
-"""Gradient estimates from scores, and gradient descent with these estimates.
+"""Estimates of gradients from scores of the model, and gradient descent with these estimates, for score-based attacks.
 
 Estimates use margins at antithetic pairs of points. A queried point also counts as a result if it breaks the model
 inside the constraint.
@@ -31,19 +31,23 @@ Noise = Callable[[Draws, Ids, Inputs], Inputs]
 
 
 class Steering(Protocol):
-    """Protocol of an optimiser that turns the gradient estimates of successive steps into the direction of the next
-    step.
+    """Protocol of an optimiser for gradient estimates: it is called with the estimate of each step and returns the
+    direction of the step.
     """
 
     def __call__(self, gradient: Inputs) -> Inputs:
         """Update with an estimate and return the direction of the next step."""
 
     def take(self, rows: Rows) -> None:
-        """Restrict the state to the given rows of the batch."""
+        """Restrict the state of the optimiser to the given rows of the batch, because the other examples are no longer
+        attacked.
+        """
 
 
 def gaussian(rng: Draws, ids: Ids, like: Inputs) -> Inputs:
-    """Return standard normal values in the shape of `like`, two from each 64 random bits (Box and Muller)."""
+    """Return standard normal random numbers in the shape of `like`, made in pairs from 64 random bits by the Box-Muller
+    transform.
+    """
     n = like[0].numel()
     words = rng.bits(ids, -(-n // 2))
     u, v = (((words >> shift) & 0xFFFFFF).to(like.dtype) * 2.0**-24 for shift in (0, 32))
@@ -52,7 +56,7 @@ def gaussian(rng: Draws, ids: Ids, like: Inputs) -> Inputs:
 
 
 def rademacher(rng: Draws, ids: Ids, like: Inputs) -> Inputs:
-    """Return random signs in the shape of `like`, 64 from each 64 random bits."""
+    """Return random signs in the shape of `like`, each made from one random bit."""
     return signs(rng, ids, *like.shape[1:], dtype=like.dtype)
 
 
@@ -60,7 +64,8 @@ def estimated_slope(
     model: Model, left: Batch, x: Inputs, constraint: Constraint, best: Best, noise: Noise,
     *, pairs: int, size: float, rng: Draws,
 ) -> Inputs:  # fmt: skip
-    """Return an estimate of minus the margin's gradient at `x`, up to a factor.
+    """Estimate the direction in which the margin falls fastest at `x` from the scores at pairs of opposite points
+    around it. The result is minus the gradient, up to a factor.
 
     It uses `pairs` pairs of points at the distance `size` on either side, which are clamped to the box; differences are
     taken along the line between both points. Cost: two forwards for each pair.
@@ -81,7 +86,8 @@ def estimated_slope(
 def look(
     model: Model, left: Batch, points: list[Inputs], constraint: Constraint, best: Best
 ) -> list[PerExample]:
-    """Return the margins of several points of each example.
+    """Query the model at several points of each example and return their margins. Points that break the model inside
+    the constraint are recorded in `best`.
 
     Points that break the model inside the constraint are offered to `best`.
     """
@@ -100,7 +106,8 @@ def climb(
     model: Model, batch: Batch, constraint: Constraint, noise: Noise, steering: Steering,
     *, queries: int, pairs: int, size: float, reach: float, rng: Draws,
 ) -> Inputs:  # fmt: skip
-    """Descend the margin from the clean inputs with estimated gradients, and return the best point of each example.
+    """Lower the margin by gradient descent with estimated gradients, starting from the clean inputs, and return the
+    best point of each example.
 
     Step sizes follow a cosine over a path of `reach` times eps. Cost: at most `queries` forwards, one to evaluate each
     point and two for each pair; the last step uses the remaining queries.
@@ -137,8 +144,8 @@ def _pairs(queries: int, pairs: int) -> Iterator[int]:
 def coordinate_slopes(
     model: Model, left: Batch, x: Inputs, at: Tensor, norm: Norm, closest: Closest, h: float
 ) -> Tensor:  # fmt: skip
-    """Return the margin's slopes (n, k) at `x` along the coordinates `at`, from points at `h` on either side, inside
-    the box.
+    """Estimate the derivatives (n, k) of the margin at `x` with respect to the coordinates `at`, by finite differences
+    with the step `h`.
 
     Points that break the model are offered to `closest`. Cost: two forwards for each coordinate.
     """

@@ -1,4 +1,5 @@
-"""A model behind random transformations, like those between a print and a camera: expectation over transformation.
+"""Classifiers whose inputs are transformed at random, as between a print and a camera, so that attacks on them maximise
+the expected success (expectation over transformation).
 
 Athalye et al., "Synthesizing Robust Adversarial Examples", ICML 2018, arXiv:1707.07397. Each call samples a new
 transformation for each row, so that any attack maximises the expectation. The harness evaluates the model by votes like
@@ -18,8 +19,8 @@ _AXES = {"shift": ("shift_x", "shift_y"), "perspective": ("perspective_x", "pers
 
 
 class Transformed(nn.Module):
-    """A classifier whose inputs are transformed at random, by amounts between minus and plus the limit of each
-    transformation.
+    """Network that applies a random transformation to each input before it calls a classifier. The amount of a
+    transformation is at most its limit, in both directions.
 
     The limits are those of `holdfast.ops.transformations`, and `noise`, the standard deviation of the noise that a
     printer or sensor adds to every value, as a fraction of the box's width. Random numbers are those of torch's
@@ -32,7 +33,7 @@ class Transformed(nn.Module):
         self.limits = dict(limits)
 
     def forward(self, x: Inputs) -> Tensor:
-        """Return the logits of the inputs, each under its own random transformation."""
+        """Return the logits of the inputs, each of which is transformed at random first."""
         bounds, amounts = self.model.bounds, {}
         for name, far in self.limits.items():
             for axis in _AXES.get(name, (name,)) if name != "noise" else ():
@@ -46,7 +47,9 @@ class Transformed(nn.Module):
 
 
 def seen_through(model: Classifier, limits: Mapping[str, float]) -> Classifier:
-    """Return the classifier behind random transformations, with the same bounds, classes and access."""
+    """Return a classifier that transforms its inputs at random before it calls `model`, with the same bounds, classes
+    and access.
+    """
     behind = Classifier(
         Transformed(model, limits), bounds=model.bounds, classes=model.classes, access=model.access
     )
@@ -57,5 +60,7 @@ def seen_through(model: Classifier, limits: Mapping[str, float]) -> Classifier:
 
 
 def inner(model: Classifier) -> Classifier:
-    """Return the classifier without its random transformations; a classifier that has none is returned unchanged."""
+    """Return the classifier without the random transformations of its inputs. A classifier that has none is returned
+    unchanged.
+    """
     return model.net.model if isinstance(model.net, Transformed) else model

@@ -1,4 +1,5 @@
-"""The training loop of every recipe: batches, updates of the weights, their average, and a checkpoint after each epoch.
+"""The training loop of every recipe: batches, updates of the weights, averages of the weights, and a checkpoint after
+each epoch.
 
 Within a time budget the number of updates is planned again as the training proceeds (`Training.pacing`). An update is a
 function of the plans so far, which are part of the checkpoint, and the last epoch may be incomplete.
@@ -37,7 +38,7 @@ from holdfast.ops.weights import ema, perturbed, swa
 
 @dataclass(frozen=True)
 class Turn:
-    """Arguments of one update: its random numbers and the progress of the training."""
+    """Random numbers and progress of a training for one update, which a recipe uses to attack the batch."""
 
     rng: Draws
     """random numbers of the update, which also determine the augmentation of its images"""
@@ -63,7 +64,9 @@ Rate = Literal["cycle", "cosine", "steps", "flat"]
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of the training loop that do not depend on the loss."""
+    """Settings of the training loop, such as epochs, batch size and optimiser. They do not depend on the loss of the
+    recipe.
+    """
 
     epochs: Steps = 30
     """number of passes over the training data; a time budget replaces it"""
@@ -124,7 +127,7 @@ class Training:
 
     @property
     def decay(self) -> float:
-        """Weight decay; the default of the optimiser if it was not set."""
+        """Weight decay of the training. If it was not set, it is the default for the optimiser."""
         return _DECAYS[self.optimizer] if self.weight_decay is None else self.weight_decay
 
 
@@ -133,7 +136,7 @@ _ENDS = "ends"  # state of swa: the number of epochs in the average
 
 
 def rate(schedule: Rate, done: float) -> float:
-    """Return the factor of the learning rate after the fraction `done` of the training."""
+    """Return the factor of the largest learning rate in a schedule, after the fraction `done` of the training."""
     if schedule == "cycle":
         return done / 0.3 if done < 0.3 else (1 - done) / 0.7
     if schedule == "cosine":
@@ -148,25 +151,29 @@ def _grown(how: Training, done: float) -> float:
 
 
 def updates(n: int, batch: int) -> int:
-    """Return the number of updates in one epoch; an incomplete last batch is omitted, unless it is the only one."""
+    """Return the number of updates in one epoch for `n` examples. An incomplete last batch is omitted, unless it is the
+    only one.
+    """
     return max(n // batch, 1)
 
 
 class Guard(Protocol):
-    """Protocol of a check of the network every few updates, after which the updates since the last check may be
-    repeated.
+    """Protocol of a check that is made every few updates of a training. If it fails, the updates since the last check
+    are repeated.
     """
 
     @property
     def every(self) -> int:
-        """Number of updates between checks."""
+        """Number of updates between two checks."""
 
     @property
     def dearer(self) -> float:
-        """Current cost of an update, in multiples of the cost of the first one."""
+        """Current cost of an update of the training, in multiples of the cost of the first update."""
 
     def holds(self) -> bool:
-        """Return whether the check passes; if not, the training was changed so that a later check can pass."""
+        """Return whether the check of the network passes. If it does not, this call has changed the training so that a
+        later check can pass.
+        """
 
 
 def fit(
@@ -183,8 +190,7 @@ def fit(
     replays: int = 1,
     settle: Callable[[], None] | None = None,
 ) -> Iterator[Checkpoint]:
-    """Train the weights of `model` in place, and yield a checkpoint after each epoch, also after an incomplete last
-    one.
+    """Train the weights of `model` in place, and yield a checkpoint after each epoch. The last epoch may be incomplete.
 
     `settle` is called after each update, before the average is updated, and may change the weights too. With `after`
     the training resumes from that checkpoint. `state` contains tensors that the loss or `settle` change in place. They
@@ -240,7 +246,7 @@ class _Loop:
         self._plans = plans
 
     def epoch(self, epoch: int, guard: Guard | None) -> dict[str, float]:
-        """Run the updates of one epoch, or of its planned part, and return its measurements."""
+        """Perform the updates of one epoch, or of the planned part of it, and return the measurements of the epoch."""
         plans, per_epoch = self._plans, self._plans.per_epoch
         rows = self._rng.at("order", epoch).bits(self._data.ids).argsort()
         rows = rows[: per_epoch // self._replays * self._how.batch]
@@ -340,7 +346,9 @@ class _Loop:
         return value.detach(), hits
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors that a resumed training needs; not copied, so later updates change them."""
+        """Return all tensors that are needed to resume the training, by name. They are not copied, so later updates
+        change them.
+        """
         tensors = {WEIGHTS + name: value for name, value in self._model.state_dict().items()}
         tensors |= {AVERAGE + name: value for name, value in self._average.items()}
         tensors |= {STATE + name: value for name, value in self._state.items()}
@@ -356,7 +364,9 @@ class _Loop:
     def restore(
         self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor] = MappingProxyType({})
     ) -> None:
-        """Restore model, average and optimiser from `tensors`; of the loss's state, only the entries in `state`."""
+        """Restore the model, the average of its weights and the optimiser from the tensors of a checkpoint. Of the
+        state of the loss, only the entries in `state` are restored.
+        """
         self._model.load_state_dict(without_prefix(tensors, WEIGHTS))
         for name, value in without_prefix(tensors, AVERAGE).items():
             self._average[name].copy_(value)
@@ -379,7 +389,8 @@ def _copy(value: Tensor) -> Tensor:
 
 @contextmanager
 def drawing(rng: Draws, device: torch.device | None = None) -> Iterator[None]:
-    """Context manager that seeds torch's generators (which dropout uses) from `rng`, and restores them on exit.
+    """Context manager inside which PyTorch's global random generators, which dropout uses, are seeded from `rng`. Their
+    former state is restored on exit.
 
     With `device`, only the CPU generator and that of this GPU are seeded; without it, those of all GPUs.
     """

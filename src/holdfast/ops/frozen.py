@@ -1,4 +1,5 @@
-"""Frozen copy of the network for attacks during training, which shares its current weights and is not trained itself.
+"""Frozen copies of a network that is being trained, for the attacks on it. A copy shares the current weights and is not
+trained itself.
 
 Which statistics batch norm should use in such attacks is open: Xie et al., "Adversarial Examples Improve Image
 Recognition", CVPR 2020, arXiv:1911.09665, find those of clean and attacked inputs different enough to use both. Here an
@@ -19,7 +20,8 @@ Statistics = Literal["running", "batch"]
 
 
 def twin(model: Classifier, statistics: Statistics = "running") -> Classifier:
-    """Return a frozen copy in eval mode that shares the memory of weights and running statistics with `model`.
+    """Return a frozen copy of a network in eval mode, which shares the memory of the weights and running statistics
+    with `model`.
 
     Updates in place, such as those of optimisers and batch norm, affect both. Attacks on the copy build no graph of the
     weights, do not change batch norm, and compute the gradient of images fast. With `statistics="batch"`, batch norm

@@ -1,4 +1,4 @@
-"""Lipschitz constants (gains) of the layers of a network, and layers that are constrained to a bound on it.
+"""Lipschitz constants (gains) of the layers of a network, and a constraint that keeps them below a bound in training.
 
 Gouk et al., "Regularisation of Neural Networks by Enforcing Lipschitz Continuity", Machine Learning 110, 2021,
 arXiv:1804.04368: after each update the weights are projected to where the layer's gain is within a bound, in a given
@@ -29,7 +29,9 @@ _TINY = 1e-12
 
 
 def order_of(constraint: Constraint) -> Order:
-    """Return the norm of a constraint. Raises `UsageError` if it is none of Linf, L2 and L1."""
+    """Return the norm in which the gains of layers are measured under a constraint. Raises `UsageError` if the
+    constraint is not Linf, L2 or L1.
+    """
     for kind, order in ((Linf, "linf"), (L2, "l2"), (L1, "l1")):
         if isinstance(constraint, kind):
             return order  # type: ignore[return-value]  # mypy widens the pairs to str
@@ -40,8 +42,8 @@ def order_of(constraint: Constraint) -> Order:
 
 
 def layers(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
-    """Return each layer that has a gain, by name, with the shape of its input in a forward pass of the first row of
-    `x`.
+    """Return the layers of a network that have a gain (Lipschitz constant), by name, each with the shape of its input
+    in a forward pass.
 
     The network is in eval mode during the pass, so that its running statistics do not change.
     """
@@ -74,7 +76,8 @@ def _has_gain(layer: nn.Module) -> bool:
 
 
 def trained_layers(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Size]]:
-    """Return those of `layers` whose weights are trained.
+    """Return the layers of a network that have a gain (Lipschitz constant) and whose weights are trained, by name, each
+    with the shape of its input.
 
     Raises `UsageError` if such a weight is not a parameter of its layer: a weight that is computed at each pass, as
     with a parametrisation, would lose the changes.
@@ -93,7 +96,8 @@ def trained_layers(net: nn.Module, x: Inputs) -> dict[str, tuple[Layer, torch.Si
 
 
 def gain(layer: Layer, shape: torch.Size, order: Order, towards: Tensor) -> Tensor:
-    """Return the largest change of the outputs for an input change of norm one: a number, or one for each output.
+    """Return the gain (Lipschitz constant) of a layer: the largest change of its outputs for a change of its inputs
+    with norm one, as one number or one for each output.
 
     Under L2 it is estimated from below by one power iteration, which updates `towards` in place to approach the
     direction with the largest gain.
@@ -146,7 +150,9 @@ def _anywhere(shape: torch.Size, like: Tensor, rng: Draws) -> Tensor:
 
 
 def gain_directions(net: nn.Module, x: Inputs, order: Order, rng: Draws) -> dict[str, Tensor]:
-    """Return the state of `Confined` between updates: under L2, the direction of the power iteration of each layer."""
+    """Return the starting directions of the power iterations that estimate the gains of layers under L2, by layer.
+    Under other norms there are none.
+    """
     if order != "l2":
         return {}
     found = layers(net, x).items()
@@ -155,8 +161,8 @@ def gain_directions(net: nn.Module, x: Inputs, order: Order, rng: Draws) -> dict
 
 @dataclass(frozen=True)
 class Confined:
-    """Constraint of the gains of layers, which is called after each update and scales their weights to satisfy the
-    bound.
+    """Function that is called after each update of a training and scales down the weights of layers whose gain exceeds
+    a bound.
     """
 
     layers: Mapping[str, tuple[Layer, torch.Size]]

@@ -15,8 +15,8 @@ from holdfast.ops.refusals import CUTS
 
 
 def input_gradient(value: PerExample, x: Inputs, *, again: bool = False, raw: bool = False) -> Inputs:
-    """Return the gradient of the summed `value`; zero if it does not depend on `x`. NaN and infinity are replaced by
-    zero.
+    """Return the gradient of the sum of `value` with respect to the inputs `x`. It is zero if there is no dependence,
+    and NaN and infinity are replaced by zero.
 
     With `again`, the graph is retained for another gradient; with `raw`, NaN and infinity are not replaced. Cost: one
     backward.
@@ -29,13 +29,15 @@ def input_gradient(value: PerExample, x: Inputs, *, again: bool = False, raw: bo
 
 
 def levelled(grad: Inputs) -> Inputs:
-    """Return each example's gradient divided by its mean absolute value; Dong et al. 2018 divide by the L1 norm."""
+    """Return the gradient of each example divided by its mean absolute value, for attacks with momentum. Dong et al.
+    2018 divide by the L1 norm instead.
+    """
     return grad / spread(grad.flatten(1).abs().mean(1).clamp_min(1e-12), grad)
 
 
 def sloped(net: Callable[[Inputs], Logits], x: Inputs, y: Labels) -> tuple[Inputs, Logits, PerExample]:
-    """Return a leaf tensor equal to `x`, its logits, and the cross-entropy of each example, differentiable in
-    the leaf.
+    """Compute a forward pass whose loss can be differentiated with respect to the inputs. Returns a leaf tensor equal
+    to `x`, the logits, and the cross-entropy of each example.
     """
     leaf = x.detach().requires_grad_()
     logits = net(leaf)
@@ -43,7 +45,8 @@ def sloped(net: Callable[[Inputs], Logits], x: Inputs, y: Labels) -> tuple[Input
 
 
 def gradient_of(value: Tensor, x: Inputs, *, graph: bool = True) -> Inputs:
-    """Return the gradient of the summed `value` for use in a loss; with `graph` the result can be differentiated again.
+    """Return the gradient of the sum of `value` with respect to `x` for use in a loss. With `graph`, the result can be
+    differentiated again.
 
     The graph is retained for another gradient. Raises `TargetError` if `value` does not depend on `x`. Cost: one
     backward.
@@ -62,7 +65,8 @@ def gradient_of(value: Tensor, x: Inputs, *, graph: bool = True) -> Inputs:
 
 
 def rise(value: PerExample, x: Inputs, constraint: Constraint, bounds: Bounds) -> PerExample:
-    """Return the first-order increase of `value` in a step of length eps: eps times the dual norm of its gradient.
+    """Return the first-order increase of `value` for each example in a step of length eps, which is eps times the dual
+    norm of the gradient.
 
     Under L1, where the steepest step changes a hundredth of the features, the mean of that hundredth of the largest
     slopes replaces the dual norm. The result is differentiable, so that it can be a penalty. Cost: one backward, and

@@ -1,4 +1,5 @@
-"""Linear approximation of a decision boundary, and the exact projection onto it inside the box.
+"""Linear approximation of a decision boundary by a plane, and the exact projection of points onto it within the valid
+inputs.
 
 The projections of Croce & Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML
 2020, arXiv:1907.02044. Every coordinate moves along the plane's normal until it reaches a side of the box: all at the
@@ -27,8 +28,8 @@ Flat = Linf | L2 | L1
 def to_plane(
     points: Tensor, normal: Inputs, height: Tensor, norm: Flat, bounds: Bounds
 ) -> tuple[Tensor, Tensor]:
-    """Return the step from each of `points` (k, n, *features) onto the plane with `normal` (n, *features), and its
-    length (k, n).
+    """Return the shortest step from each point (k, n, *features) onto a plane with the given normal (n, *features) that
+    stays within valid inputs, and the length of the step (k, n).
 
     `height` (k, n) is the value at each point of the affine function that is zero on the plane. If the plane does not
     intersect the box, the step leads to the corner of the box that is nearest to the plane. The box must be finite.
@@ -96,7 +97,8 @@ def _one_by_one(weight: Tensor, room: Tensor, rise: Tensor) -> Tensor:
 
 
 def plane(model: Model, batch: Batch, aim: Labels | None, norm: Flat) -> tuple[PerExample, Inputs, Logits]:
-    """Return the value and the gradient of the gap between the logits of the label and of class `aim`, and all logits.
+    """Return the linear approximation of a decision boundary at each input: value and gradient of the gap between the
+    logits of the label and of the class `aim`. Also returns all logits.
 
     Without `aim`, the gap is the margin if the batch has targets, otherwise the one whose plane is closest (one
     backward for each class).

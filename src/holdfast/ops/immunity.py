@@ -1,4 +1,5 @@
-"""A loss term against stolen parameter sets: the cross-entropy on adversarial examples of other networks.
+"""Loss term that immunises a model against stolen parameter sets: the cross-entropy on adversarial examples that were
+computed on them.
 
 Tramèr et al., "Ensemble Adversarial Training: Attacks and Defenses", ICLR 2018, arXiv:1705.07204, replace a part of
 each batch by adversarial examples of other networks. Differs from the paper: the examples are computed once, on
@@ -18,7 +19,7 @@ from holdfast.core.types import Positive, Steps
 
 @dataclass(frozen=True, eq=False)
 class Immunity:
-    """Adversarial examples computed on stolen parameter sets, and the weight of their loss in a training."""
+    """Adversarial examples that were computed on stolen parameter sets, with the weight of their loss in a training."""
 
     examples: Batch = field(repr=False)
     """adversarial examples computed on stolen parameter sets, with their original labels"""

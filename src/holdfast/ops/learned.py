@@ -1,4 +1,4 @@
-"""Shared parts of attacks that learn one change for all examples."""
+"""Shared parts of attacks that fit one change, such as a patch, and apply it to all examples."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,14 +22,16 @@ _ENOUGH = 9.0  # cross-entropy at which an example is clipped, so that none domi
 
 
 def truncated(logits: Logits, batch: Batch) -> PerExample:
-    """Return the cross-entropy, clipped at 9 so that broken examples do not dominate; with targets, minus that of the
-    target.
+    """Return the cross-entropy of each example, clipped at 9 so that broken examples do not dominate. With targets, it
+    is minus the cross-entropy of the target.
     """
     return cross_entropy(logits, batch).clamp_max(_ENOUGH)
 
 
 def some(batch: Batch, n: int, rng: Draws, step: int) -> Batch:
-    """Return `n` random examples for a step; each example is used once before any is used again."""
+    """Return `n` random examples of a batch for one step of a fit. Each example is used once before any is used
+    again.
+    """
     n = min(n, len(batch))
     steps = len(batch) // n
     order = rng.at("order", step // steps).bits(batch.ids).argsort()
@@ -37,7 +39,7 @@ def some(batch: Batch, n: int, rng: Draws, step: int) -> Batch:
 
 
 def unfitted(attack: object) -> UsageError:
-    """Return the error of an attack that was called before it was fitted."""
+    """Return the error for an attack that was called before it was fitted."""
     name = type(attack).__name__
     return UsageError(
         f"{name} must be fitted before it attacks: {name}().fit(model, other_examples, threat, rng=…) and then "
@@ -47,7 +49,9 @@ def unfitted(attack: object) -> UsageError:
 
 @dataclass(frozen=True)
 class Added:
-    """Attack that adds one fitted change to every input and projects the result onto ball and box."""
+    """Attack that adds one fitted perturbation to every input and projects the result onto the valid inputs of the
+    ball.
+    """
 
     learned: Tensor
     """fitted change, of shape (1, *features)"""
@@ -87,14 +91,14 @@ class Pasted:
         return best.x
 
     def tried(self, threat: ThreatModel, shape: torch.Size) -> int:
-        """Return the largest number of positions that are tried for an image of this shape (channels, height,
-        width).
+        """Return the largest number of positions at which the patch is tried in an image of this shape (channels,
+        height, width).
         """
         rows, columns = expect_patch(threat.constraint, self).places(shape)
         return min(len(rows) * len(columns), self.places)
 
     def at_random(self, model: Model, batch: Batch, threat: ThreatModel, *, rng: Draws) -> Inputs:
-        """Return the images with the patch at one random position of each; the model is not queried."""
+        """Return the images with the patch at one random position of each image, without queries of the model."""
         patch = expect_patch(threat.constraint, self)
         return self._pasted(model, batch, patch.drawn(batch.ids, batch.x.shape[1:], rng.at("place")))
 

@@ -1,4 +1,4 @@
-"""Arguments of a recipe's loss: the network in training, its frozen copy, and the threat model."""
+"""Objects that a recipe's loss needs in training: the network, its frozen copy for attacks, and the threat model."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -30,7 +30,7 @@ GROWN = "grown"
 
 @dataclass(frozen=True)
 class Learner:
-    """The network in training, in train mode, and its frozen copy for attacks."""
+    """The network that a recipe trains, in train mode, with a frozen copy for attacks and the threat model."""
 
     net: Classifier
     frozen: Classifier
@@ -41,7 +41,9 @@ class Learner:
 
     @property
     def now(self) -> "Learner":
-        """The same learner with the eps of the threat model multiplied by its current growth factor."""
+        """The same object with the eps of the threat model multiplied by its current factor, which grows during the
+        warm-up of a training.
+        """
         whole, grown = self.threat.constraint, float(self.state.get(GROWN, 1.0))
         if grown == 1:
             return self
@@ -57,8 +59,8 @@ class Learner:
         loss: Loss = cross_entropy,
         on: Model | None = None,
     ) -> Inputs:
-        """Maximise `loss` from a random start, and return the end of a path of `steps` steps and length `reach` times
-        eps.
+        """Attack a batch in training: maximise `loss` by `steps` gradient steps from a random start, and return the
+        last points. The path is `reach` times eps long.
 
         `on` is the model that is attacked, if it is not the frozen copy. Cost: `steps` forwards and backwards of it.
         """
@@ -76,14 +78,16 @@ class Learner:
         steps: int,
         reach: float,
     ) -> Inputs:
-        """Maximise a `distance` from the clean prediction in the same way as `worst`; cost: one additional forward."""
+        """Attack a batch in training: maximise a `distance` between attacked and clean prediction by gradient steps
+        from a random start, and return the last points.
+        """
         with torch.no_grad():
             clean = self.frozen(batch.x)
         return self.worst(batch, rng, steps=steps, reach=reach, loss=lambda z, _: distance(z, clean))
 
     def again(self) -> Callable[[Inputs], Logits]:
-        """Return a function that repeats the next forward pass of `net` on other inputs with the same randomness and
-        buffers.
+        """Return a function that repeats the next forward pass of the network on other inputs, with the same random
+        numbers and the same buffers.
 
         It uses the same random numbers, as for dropout, and starts with the same buffers; its updates of buffers, as by
         batch norm, are discarded. Call this before the pass, once for each pair of passes. Cost: a copy of the buffers.
@@ -129,7 +133,8 @@ def trained(
     slope: bool = False,
     alone: bool = False,
 ) -> Iterator[Checkpoint]:
-    """Train a copy of the model with a loss on the inputs that `inner` returns, and yield checkpoints.
+    """Train a copy of a model with the attack `inner` and the loss `loss` of a recipe, and yield a checkpoint after
+    each epoch.
 
     `inner` and `loss` get the threat model with its current eps. `guard` and `settle` return, for a learner, the
     arguments of `fit` of the same names. The flags declare properties of the recipe. `linear`: its loss is linear in
@@ -216,15 +221,15 @@ def _refuse_foreign(
 
 
 def as_it_is(learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-    """Return the clean inputs, for recipes without an attack."""
+    """Return the clean inputs of a batch, as the training inputs of recipes without an attack."""
     return batch.x
 
 
 def taught(
     learner: Learner, batch: Batch, x_adv: Inputs, *, clean: float = 0.0, smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy at `x_adv` plus `clean` times that at the clean inputs, and the number of correct
-    `x_adv`.
+    """Return the training loss of a batch and the number of correct attacked inputs. The loss is the cross-entropy at
+    `x_adv` plus `clean` times the cross-entropy at the clean inputs.
 
     `smoothing` is the fraction of each label that is spread evenly over all classes. Cost: a forward, and another if
     `clean` is not 0.
@@ -238,5 +243,5 @@ def taught(
 
 
 def hits(logits: Logits, y: Labels) -> Tensor:
-    """Return the number of correctly classified examples; an example without a label never counts."""
+    """Return the number of correctly classified examples of a batch. An example without a label never counts."""
     return (logits.argmax(1) == y).sum()

@@ -1,4 +1,5 @@
-"""1-Lipschitz layers in Euclidean distance, and the radius that a network of them certifies.
+"""Layers whose Lipschitz constant is one in Euclidean distance, and the radius within which a network of such layers is
+certified.
 
 AOL: Prach & Lampert, "Almost-Orthogonal Layers for Efficient General-Purpose Lipschitz Networks", ECCV 2022,
 arXiv:2208.03160. SLL: Araujo et al., "A Unified Algebraic Perspective on Lipschitz Neural Networks", ICLR 2023,
@@ -31,8 +32,8 @@ _SLACK = 1e-4  # relative reduction of a radius: a hundred layers with gains of 
 
 
 def overlaps(kernel: Tensor) -> Tensor:
-    """Return the sum of absolute correlations over all shifts, for each pair of output channels of a kernel (out, in,
-    k, k).
+    """Return for each pair of output channels of a convolution kernel (out, in, k, k) the sum of the absolute
+    correlations between their filters, over all shifts.
 
     `k` must be odd. The diagonal matrix of the row sums is an upper bound of the convolution times its transpose, for
     every image size. The same holds for the matrix with its columns multiplied by positive numbers and its rows divided
@@ -44,14 +45,18 @@ def overlaps(kernel: Tensor) -> Tensor:
 
 
 def almost_orthogonal(kernel: Tensor) -> Tensor:
-    """Return the kernel, rescaled by input or output channel so that the norm of its convolution is at most one."""
+    """Return a convolution kernel, rescaled by input or output channel so that the Lipschitz constant of its
+    convolution is at most one.
+    """
     if kernel.shape[0] <= kernel.shape[1]:
         return kernel * torch.rsqrt(overlaps(kernel).sum(1) + _GUARD).view(-1, 1, 1, 1)
     return kernel * torch.rsqrt(overlaps(kernel.transpose(0, 1)).sum(1) + _GUARD).view(1, -1, 1, 1)
 
 
 class AOLConv2d(nn.Module):
-    """A convolution with an odd kernel, rescaled to be 1-Lipschitz."""
+    """Convolution with an odd kernel size that is rescaled to a Lipschitz constant of at most one (AOL,
+    almost-orthogonal layer).
+    """
 
     def __init__(self, channels: int, width: int, kernel: int = 3) -> None:
         super().__init__()
@@ -65,7 +70,7 @@ class AOLConv2d(nn.Module):
 
 
 class AOLLinear(nn.Module):
-    """A linear layer, rescaled to be 1-Lipschitz."""
+    """Linear layer that is rescaled to a Lipschitz constant of at most one (AOL, almost-orthogonal layer)."""
 
     def __init__(self, features: int, width: int) -> None:
         super().__init__()
@@ -80,7 +85,9 @@ class AOLLinear(nn.Module):
 
 
 class SLLConv2d(nn.Module):
-    """A 1-Lipschitz residual layer: the input minus the output of a hidden layer, whose two matrices share weights."""
+    """Residual convolution with a Lipschitz constant of at most one (SLL, SDP-based Lipschitz layer): the input minus
+    the output of a hidden layer whose two matrices share weights.
+    """
 
     def __init__(self, channels: int, width: int, kernel: int = 3) -> None:
         super().__init__()
@@ -90,7 +97,7 @@ class SLLConv2d(nn.Module):
         nn.init.xavier_normal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the feature maps, of the same shape as the input."""
+        """Return the feature maps for inputs (n, channels, h, w), in the same shape."""
         kernel, half = self.weight, self.weight.shape[2] // 2
         q = self.scale.clamp(-_REACH, _REACH).exp()
         with exactly(kernel):
@@ -101,34 +108,41 @@ class SLLConv2d(nn.Module):
 
 
 class MaxMin(nn.Module):
-    """An activation that returns the maximum and the minimum of each pair of channels, and preserves gradient norms."""
+    """Activation that replaces each pair of channels by their maximum and minimum, which preserves the norm of
+    gradients.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs, of the same shape as the input; a channel without a partner is unchanged."""
+        """Return the maximum and the minimum of each pair of channels, in the shape of the input. A channel without a
+        partner is unchanged.
+        """
         half = x.shape[1] // 2
         one, other, rest = x[:, :half], x[:, half : 2 * half], x[:, 2 * half :]
         return torch.cat((torch.maximum(one, other), torch.minimum(one, other), rest), 1)
 
 
 class Widened(nn.Module):
-    """A layer that pads the channels with zeros up to a width."""
+    """Layer that adds channels of zeros up to a given number of channels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs (n, width, …) for inputs (n, at most width, …)."""
+        """Return the input with channels of zeros added, in shape (n, width, …)."""
         return F.pad(x, (0, 0, 0, 0, 0, self.width - x.shape[1]))
 
 
 def input_constant(model: Classifier) -> float:
-    """Return the Lipschitz constant of a classifier's normalisation: one over its smallest std."""
+    """Return the Lipschitz constant of the input normalisation of a classifier, which is one divided by its smallest
+    standard deviation.
+    """
     return 1.0 if model.std is None else 1.0 / float(model.std.min())
 
 
 def certified_radius(logits: Logits, *, constant: float = 1.0) -> PerExample:
-    """Return the Euclidean radius within which the prediction cannot change, rounded down; 0 for a tie.
+    """Return for each input the certified Euclidean radius within which the prediction cannot change, rounded down. It
+    is 0 for a tie between classes.
 
     `constant` is a Lipschitz constant of the logits: one for a network of these layers, times the `input_constant` of
     its classifier. The difference of two logits then has the Lipschitz constant `sqrt(2) * constant`.
@@ -142,8 +156,8 @@ def certified_radius(logits: Logits, *, constant: float = 1.0) -> PerExample:
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Return a matrix with orthonormal columns (rows if m < n) for a matrix (…, m, n); a zero matrix gives the
-    identity.
+    """Convert matrices (…, m, n) to matrices of the same shape with orthonormal columns, or rows if m < n. A zero
+    matrix gives the identity.
 
     The inverse always exists and its norm is at most one: the matrix is the sum of the identity, a skew-symmetric and a
     positive semi-definite matrix.
@@ -160,7 +174,9 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 class CayleyLinear(nn.Module):
-    """A linear layer whose matrix has orthonormal rows or columns; it is orthogonal if the widths are equal."""
+    """Linear layer with a Lipschitz constant of one: its matrix has orthonormal rows or columns, and is orthogonal if
+    the numbers of inputs and outputs are equal.
+    """
 
     def __init__(self, features: int, width: int) -> None:
         super().__init__()
@@ -174,7 +190,9 @@ class CayleyLinear(nn.Module):
 
 
 class CayleyConv2d(nn.Module):
-    """A convolution with circular padding whose matrix at each frequency has orthonormal rows or columns."""
+    """Convolution with circular padding and a Lipschitz constant of one: its matrix at each frequency has orthonormal
+    rows or columns.
+    """
 
     def __init__(self, channels: int, width: int, kernel: int = 3) -> None:
         super().__init__()

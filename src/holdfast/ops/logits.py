@@ -1,4 +1,4 @@
-"""The scale of logits, and the difference between two sets of them."""
+"""Scale of the logits of a model, and the relative difference between two sets of logits."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ _OUT_OF_REACH = 1e4  # below the largest: exp(-1e4) is 0 in every type
 
 
 def contending(logits: Logits) -> Tensor:
-    """Return which logits (n, classes) can affect the prediction: those that are finite and less than 1e4 below the
-    largest.
+    """Return a mask of the logits (n, classes) that can affect the prediction. These are finite and less than 1e4 below
+    the largest logit of their row.
 
     A class that is masked out, with minus infinity or a large negative number, does not affect the scale of the others.
     """
@@ -19,12 +19,14 @@ def contending(logits: Logits) -> Tensor:
 
 
 def scale(logits: Logits) -> PerExample:
-    """Return the largest absolute logit of each row among those that can affect the prediction; 0 if there is none."""
+    """Return for each row of logits the largest absolute value among the logits that can affect the prediction, or 0 if
+    there is none.
+    """
     return logits.where(contending(logits), 0.0).abs().amax(1)
 
 
 def change(one: Logits, other: Logits) -> PerExample:
-    """Return for each row the largest difference between two sets of logits, relative to the largest logit of all rows.
+    """Return for each row the largest difference between two sets of logits, divided by the largest logit of all rows.
 
     Row means are subtracted first. A logit that is finite in only one of both counts as a change of 1. Classes that are
     masked out do not count.

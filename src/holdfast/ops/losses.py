@@ -1,4 +1,5 @@
-"""Losses that attacks maximise: one number for each example, larger for inputs that are closer to the goal.
+"""Losses that attacks maximise, with one number for each example. A loss is larger for inputs that are closer to being
+misclassified or to the target class.
 
 The batch determines the goal: away from `batch.y`, or towards `batch.target` if there is one.
 """
@@ -32,19 +33,24 @@ _TINY = 1e-12
 
 
 def cross_entropy(logits: Logits, batch: Batch) -> PerExample:
-    """Return the cross-entropy of the label; with targets, minus that of the target."""
+    """Return the cross-entropy of the label for each example. With targets, return minus the cross-entropy of the
+    target class.
+    """
     if batch.target is None:
         return F.cross_entropy(logits, batch.y, reduction="none")
     return -F.cross_entropy(logits, batch.target, reduction="none")
 
 
 def margin_loss(logits: Logits, batch: Batch) -> PerExample:
-    """Return minus the margin (Carlini & Wagner, "Towards evaluating the robustness of neural networks", 2017, f6)."""
+    """Return minus the margin of each example, as a loss for attacks (Carlini & Wagner, "Towards evaluating the
+    robustness of neural networks", 2017, f6).
+    """
     return -margin(logits, batch)
 
 
 def probability_margin(logits: Logits, batch: Batch) -> PerExample:
-    """Return minus the margin between probabilities (Ma et al., arXiv:2411.15210), which is bounded.
+    """Return minus the margin between class probabilities instead of logits, as a bounded loss for attacks (Ma et al.,
+    arXiv:2411.15210).
 
     Large logits therefore do not dominate.
     """
@@ -52,8 +58,8 @@ def probability_margin(logits: Logits, batch: Batch) -> PerExample:
 
 
 def dlr(logits: Logits, batch: Batch) -> PerExample:
-    """Return the difference of logits ratio (Croce & Hein, "Reliable evaluation … AutoAttack", ICML 2020,
-    arXiv:2003.01690).
+    """Return the difference of logits ratio (DLR) of each example, a loss for attacks that does not depend on the scale
+    of the logits (Croce & Hein, ICML 2020, arXiv:2003.01690).
 
     It does not depend on the scale of the logits. It needs three classes, or four with targets; with fewer classes it
     is minus the margin, which then ranks points equally.
@@ -72,14 +78,16 @@ def dlr(logits: Logits, batch: Batch) -> PerExample:
 
 
 def likeliest(logits: Logits, y: Labels, k: int) -> Tensor:
-    """Return the (up to) k wrong classes with the largest logits, largest first, int64 (n, min(k, classes - 1))."""
+    """Return the `k` wrong classes with the largest logits for each example, largest first, int64 (n, min(k, classes -
+    1)).
+    """
     others = logits.scatter(1, y[:, None], -torch.inf)
     return others.argsort(dim=1, descending=True, stable=True)[:, : min(k, logits.shape[1] - 1)]
 
 
 def aims(model: Model, batch: Batch, k: int) -> list[Labels | None]:
-    """Return the classes that the runs of a targeted attack target: the `likeliest` wrong classes in turn. Cost: one
-    forward.
+    """Return the target classes for the runs of a targeted attack, one run after another: the wrong classes with the
+    largest logits, in order. The cost is one forward pass.
 
     The list is [None], for the goal of the batch itself, if k is 0, if the batch has targets, or if it is empty.
     """

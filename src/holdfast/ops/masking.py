@@ -1,4 +1,4 @@
-"""Search for the stages of a network that mask its gradient, by a test of each module on its own inputs."""
+"""Search for the parts of a network that mask its gradient, by a test of each module on the inputs that it gets."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ _HONEST = (0.5, 2.0)
 
 @dataclass(frozen=True)
 class Masking:
-    """The stages of a network that mask gradients, and the replacements with which an attack avoids them."""
+    """The parts of a network that mask gradients, with the replacements that an adaptive attack uses to avoid them."""
 
     ways: tuple[Way, ...] = ()
     steps: bool = False
@@ -28,7 +28,7 @@ class Masking:
 
     @property
     def says(self) -> tuple[str, ...]:
-        """Descriptions of the replacements, for the report."""
+        """Descriptions of the parts of a network whose gradient an adaptive attack replaces, for the report."""
         declared = "the stand-in that it declares"
         replacements = [
             f"{way.name or 'the network'} ({_kind(way.module)}) by "
@@ -39,8 +39,8 @@ class Masking:
 
 
 def masking(net: nn.Module, x: Tensor) -> Masking:
-    """Return the stages of `net` that declare a replacement, and those with a wrong or zero gradient that preserve the
-    shape.
+    """Find the parts of a network whose gradient an adaptive attack replaces. These declare a replacement, or they have
+    a zero or wrong gradient and do not change the shape of their input.
 
     Roundings are replaced first, because a stage without its roundings is closer to the original than the identity is.
     The tests use inputs like `x`. Cost: three forwards of the network, and for each module that preserves the shape

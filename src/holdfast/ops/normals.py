@@ -1,4 +1,4 @@
-"""Estimate of the normal of a decision boundary from labels: random directions, weighted by the label at each point.
+"""Estimate of the normal of a decision boundary from labels at random points around a point of the boundary.
 
 The estimate is that of HopSkipJump (Chen et al., arXiv:1904.02144), with the mean label subtracted.
 """
@@ -20,7 +20,8 @@ _RESERVE = 10  # queries that an estimate leaves for the step after it
 def normal(
     decisions: Decisions, some: Batch, x: Inputs, radius: PerExample, draws: int, rng: Draws, *, share: float
 ) -> Inputs:
-    """Return the estimated direction of length one towards broken points around `x`; zero if there are no queries left.
+    """Estimate the normal of the decision boundary at `x`, a direction of length one towards broken points, from the
+    labels of random points. It is zero if no queries are left.
 
     It is computed from up to `draws` points at the distance `radius`, in small batches.
     """

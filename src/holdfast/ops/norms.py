@@ -1,4 +1,4 @@
-"""Functions of norms for minimum-norm attacks."""
+"""Functions of norms for attacks, such as the distance to a linearised decision boundary."""
 
 import torch
 
@@ -15,7 +15,7 @@ _USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
 
 
 def expect_norm(constraint: Constraint, attack: object, *kinds: type[Norm]) -> Norm:
-    """Return the constraint, if it is one of the norms that the attack supports. Raises `UsageError` otherwise."""
+    """Return the constraint if it is one of the norms that an attack supports. Raises `UsageError` otherwise."""
     for kind in kinds:
         if isinstance(constraint, kind):
             return constraint
@@ -27,7 +27,7 @@ def expect_norm(constraint: Constraint, attack: object, *kinds: type[Norm]) -> N
 
 
 def expect_eps(constraint: Constraint, attack: object) -> Constraint:
-    """Return the constraint, if it has an eps, for attacks that need one. Raises `UsageError` otherwise."""
+    """Return the constraint if it has a finite eps, for attacks that need one. Raises `UsageError` otherwise."""
     if constraint.eps < torch.inf:
         return constraint
     norm = constraint.name
@@ -39,13 +39,15 @@ def expect_eps(constraint: Constraint, attack: object) -> Constraint:
 
 
 def farthest(norm: Norm, x: Inputs, bounds: Bounds) -> PerExample:
-    """Return the distance from each input to the farthest corner of the box."""
+    """Return the distance from each input to the farthest valid input."""
     low, high = bounds.like(x)
     return norm.distance(torch.where(high - x > x - low, high, low), x)
 
 
 def length(gradient: Inputs) -> PerExample:
-    """Return the Euclidean length of each gradient, without overflow or underflow of the squares in float32."""
+    """Return the Euclidean length of the gradient of each example, without overflow or underflow of the squares in
+    float32.
+    """
     wide = gradient.flatten(1)
     largest = wide.abs().amax(1)
     scaled = wide / largest.clamp_min(torch.finfo(wide.dtype).tiny)[:, None]
@@ -54,16 +56,16 @@ def length(gradient: Inputs) -> PerExample:
 
 
 def gap(norm: Norm, grad: Inputs, logits: Logits, batch: Batch, bounds: Bounds) -> PerExample:
-    """Return the first-order distance to a point just beyond the boundary, from the margin's gradient (of
-    either sign).
+    """Return the first-order estimate of the distance from each input to the decision boundary, computed from the
+    margin and its gradient.
     """
     slope = (grad * norm.steepest(grad, batch.x, bounds)).flatten(1).sum(1).abs()
     return (margin(logits, batch).abs() + 2 * leeway(logits)) / slope.clamp_min(1e-30)
 
 
 def free(grad: Inputs, x: Inputs, bounds: Bounds) -> Inputs:
-    """Return the gradient with zeros at coordinates where `x` is at a side of the box (up to rounding) and would leave
-    it.
+    """Return the gradient with zeros for the input values that are at the limit of their valid range and that a step
+    along the gradient would move out of it.
     """
     low, high = bounds.like(x)
     ahead = torch.addcmul(x, grad.sign(), 1e-6 * (high - low))

@@ -1,4 +1,4 @@
-"""Number format and memory layout in training: bfloat16, channels last, and compilation.
+"""Number format and memory layout of a training: bfloat16, channels last, and compilation with torch.
 
 bfloat16 has the range of float32, so that no loss scaling is needed and no scale is part of a checkpoint. Weights,
 losses and updates are in their own precision. The new model is also evaluated in its own precision.
@@ -21,7 +21,7 @@ Layout = Literal["auto", "channels-first", "channels-last"]
 
 @contextmanager
 def computing(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Context manager inside which products use this number format.
+    """Context manager inside which matrix products and convolutions of a training use the number format `precision`.
 
     Enter it for each pass separately: casts of weights are cached inside the context and miss changes in place.
     """
@@ -35,15 +35,15 @@ def computing(precision: Precision, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def exactly(x: Tensor) -> Iterator[None]:
-    """Context manager inside which products have the precision of their inputs, for bounds that account for every
-    rounding.
+    """Context manager inside which matrix products have the full precision of their inputs, for certified bounds that
+    account for every rounding.
     """
     with torch.autocast(x.device.type, enabled=False):
         yield
 
 
 def have_compiled(model: Classifier) -> None:
-    """Compile the forward of a model's network with torch, in place; its tensors have the same names as before.
+    """Compile the forward pass of the network of a model with torch, in place. The names of its tensors do not change.
 
     The forward is wrapped in a function, because torch does not compile the forward of its own modules, such as
     `Sequential`.
@@ -64,13 +64,13 @@ def _last(layout: Layout, device: torch.device) -> bool:
 
 
 def laid_out(x: Tensor, layout: Layout) -> Tensor:
-    """Return images in the given memory layout; other tensors are unchanged."""
+    """Return images in the memory layout `layout`, such as channels last. Tensors that are not images are unchanged."""
     if x.dim() == 4 and _last(layout, x.device):
         return x.contiguous(memory_format=torch.channels_last)
     return x
 
 
 def lay_out(net: nn.Module, layout: Layout) -> None:
-    """Change the memory layout of a network's kernels in place."""
+    """Change the memory layout of the convolution kernels of a network in place, such as to channels last."""
     for weight in net.parameters():
         weight.data = laid_out(weight.data, layout)

@@ -1,4 +1,5 @@
-"""Guard against catastrophic overfitting, in which the network becomes robust to single-step attacks only.
+"""Guard against catastrophic overfitting, in which a network in training becomes robust only to attacks with a single
+step.
 
 Wong et al., "Fast is Better than Free: Revisiting Adversarial Training", ICLR 2020, arXiv:2001.03994, detect it and
 stop the training; here the training returns to its state before and continues with more steps (our own).
@@ -26,7 +27,9 @@ _APART = 0.25  # largest accuracy difference between one step and ten: 5 to 10 p
 
 @dataclass(frozen=True)
 class OverfittingGuard:
-    """Guard that compares a single-step attack with one of ten steps, on examples that are not used for training."""
+    """Check for catastrophic overfitting during a training: compares the accuracies under an attack with one step and
+    with ten steps, on held-out examples.
+    """
 
     learner: Learner
     held: Batch
@@ -35,12 +38,14 @@ class OverfittingGuard:
 
     @property
     def dearer(self) -> float:
-        """Current cost of an update, in multiples of the cost of the two passes that a single step takes."""
+        """Current cost of an update of the training, in multiples of the cost of an update with a single attack
+        step.
+        """
         return 1 + int(self.learner.state[RAISED]) / 2
 
     def holds(self) -> bool:
-        """Return whether ten steps break little more than one; if not, increase the number of steps of the attack in
-        training.
+        """Return whether an attack with ten steps breaks little more than one with a single step. If not, the training
+        attack gets one more step.
         """
         raised = self.learner.state[RAISED]
         if int(raised) >= MOST_RAISED or broadcast(self._right(1) - self._right(_STEPS) <= _APART):

@@ -1,4 +1,4 @@
-"""Functions for attacks under a patch constraint."""
+"""Functions for attacks that change one rectangle of each image."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from holdfast.core.types import Inputs
 
 
 def expect_patch(constraint: Constraint, attack: object) -> Patch:
-    """Return the constraint, if it is a patch. Raises `UsageError` otherwise."""
+    """Return the constraint if it is a patch, for attacks on patches. Raises `UsageError` otherwise."""
     if isinstance(constraint, Patch):
         return constraint
     raise UsageError(
@@ -20,8 +20,8 @@ def expect_patch(constraint: Constraint, attack: object) -> Patch:
 
 
 def pasted(x: Inputs, filling: Tensor, corners: Corners) -> Inputs:
-    """Return images with `filling` (1, channels, height, width) pasted at the corner of each; differentiable in
-    `filling`.
+    """Return the images with the patch values `filling` (1, channels, height, width) pasted at a position of each
+    image. The result is differentiable in `filling`.
     """
     height, width = filling.shape[2:]
     rows = corners[0][:, None, None] + torch.arange(height, device=x.device)[:, None]

@@ -1,4 +1,4 @@
-"""Processing of a batch in pieces that fit into memory."""
+"""Processing of a batch in pieces that fit into memory. If memory runs out, the size of the pieces is halved."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +19,9 @@ PIECE = 256
 
 @dataclass
 class Room:
-    """The number of examples in one pass of a shard. It is halved for the rest of the shard if memory runs out."""
+    """Number of examples that are processed at once in a shard. If memory runs out, it is halved for the rest of the
+    shard.
+    """
 
     size: int
     known: Mapping[int, int] = field(default_factory=dict)
@@ -30,14 +32,15 @@ class Room:
     """function that is called with the number of examples that were just finished"""
 
     def enter(self, row: int) -> int:
-        """Return the number of examples in a pass from this row on: at most that with which an earlier attempt
-        continued here.
+        """Return the number of examples to process at once from the position `row` of a shard on. It is at most the
+        number with which an earlier attempt continued there.
         """
         self.size = min(self.size, self.known.get(row, self.size))
         return self.size
 
     def halve(self, row: int, left: int, error: BaseException) -> None:
-        """Halve the size after `error`; an error with another cause than missing memory is raised again.
+        """Halve the number of examples that are processed at once, because memory ran out. An `error` with another
+        cause is raised again.
 
         `left` examples, from `row` on, are not processed yet. Raises `TargetError` if memory is too small for one
         example.
@@ -47,7 +50,7 @@ class Room:
 
 
 def half_batch(size: int, error: BaseException) -> int:
-    """Return half of a number of examples for which memory ran out.
+    """Return half of the batch size `size`, with which memory ran out.
 
     Raises `TargetError` if it is one example, and `error` again if it has another cause than missing memory.
     """
@@ -59,7 +62,7 @@ def half_batch(size: int, error: BaseException) -> int:
 
 
 class Pieces:
-    """The pieces of a batch that fit into memory, and the columns that are computed from them.
+    """The pieces of a batch that fit into memory, as an iterator, and the columns that are computed from them.
 
         pieces = Pieces(batch, room)
         for piece in pieces:
@@ -84,26 +87,32 @@ class Pieces:
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Context manager that halves the size of the room if memory runs out; other errors are raised."""
+        """Context manager for processing one piece of a batch. If memory runs out inside it, the size of the next
+        pieces is halved; other errors are raised.
+        """
         try:
             yield
         except (RuntimeError, MemoryError) as error:
             self._room.halve(self._start, len(self._batch) - self._start, error)
 
     def add(self, columns: dict[str, Tensor]) -> None:
-        """Add the columns of the current piece."""
+        """Add the columns that were computed from the current piece of the batch."""
         self._done.append(columns)
         self._room.progress(self._stop - self._start)
         self._start = self._stop
 
     def columns(self) -> dict[str, Tensor]:
-        """Return the columns of all pieces, in the order of the examples; none for an empty batch."""
+        """Return the columns of all pieces concatenated, in the order of the examples. There are none for an empty
+        batch.
+        """
         first = self._done[0] if self._done else {}
         return {name: torch.cat([columns[name] for columns in self._done]) for name in first}
 
 
 def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Room) -> dict[str, Tensor]:
-    """Apply `work` to pieces of the batch and concatenate the columns; see `Pieces`."""
+    """Call `work` for pieces of a batch that fit into memory, and return the columns of all pieces, concatenated in the
+    order of the examples.
+    """
     pieces = Pieces(batch, room)
     for piece in pieces:
         with pieces.attempt():
@@ -112,7 +121,8 @@ def in_pieces(work: Callable[[Batch], dict[str, Tensor]], batch: Batch, room: Ro
 
 
 def results_in_pieces(data: Batch, work: Callable[[Batch], _T], size: int = PIECE) -> list[_T]:
-    """Return the results of `work` for pieces of at most `size` examples, in order; see `in_pieces`.
+    """Call `work` for pieces of at most `size` examples, and return the list of its results in order. If memory runs
+    out, the size is halved.
 
     The result for an example must not depend on the other examples.
     """
@@ -130,7 +140,8 @@ def results_in_pieces(data: Batch, work: Callable[[Batch], _T], size: int = PIEC
 
 
 def in_room(work: Callable[[int], _T], room: Room, row: int, left: int) -> _T:
-    """Return `work(room.size)`; halve the size and try again if memory runs out.
+    """Return the result of `work` for as many examples at once as fit into memory. If memory runs out, the number is
+    halved and `work` is called again.
 
     `left` examples, from `row` on, are not processed yet. Raises `TargetError` if memory is too small for one
     example.
@@ -143,7 +154,7 @@ def in_room(work: Callable[[int], _T], room: Room, row: int, left: int) -> _T:
 
 
 def no_memory(n: int, error: BaseException) -> TargetError:
-    """Return the error for memory that is too small for `n` examples, the smallest batch."""
+    """Return the error for memory that is too small for `n` examples, where `n` is the smallest possible batch size."""
     many = "one example" if n == 1 else f"{n} examples"
     way_out = "give it a machine or a --device with more, or a smaller model"
     return TargetError(f"memory ran out with {many} at a time ({error}); {way_out}")

@@ -1,4 +1,4 @@
-"""Linear approximations of the class boundaries around a point, and the step across the nearest one.
+"""Linear approximations of the decision boundaries between classes around a point, and the step across the nearest one.
 
 Moosavi-Dezfooli et al., "DeepFool: A Simple and Accurate Method to Fool Deep Neural Networks", CVPR 2016,
 arXiv:1511.04599.
@@ -20,8 +20,8 @@ from holdfast.ops.losses import likeliest
 
 
 def rivals_of(logits: Logits, batch: Batch, k: int) -> Tensor:
-    """Return the target class if there is one, else the (up to) k wrong classes with the largest logits,
-    int64 (n, k).
+    """Return for each example the classes that an attack tries to reach, int64 (n, k): the target class if there is
+    one, else the `k` wrong classes with the largest logits.
     """
     if batch.target is not None:
         return batch.target[:, None]
@@ -37,8 +37,8 @@ def across(
     margins: Tensor,
     overshoot: float,
 ) -> Inputs:
-    """Return `x` moved just beyond the nearest linear boundary with these gradients and gaps; unchanged if there is
-    none.
+    """Return each point `x` moved just beyond the nearest of several linearised decision boundaries, which are given by
+    gradients and logit gaps. It is unchanged if there are none.
     """
     if not grads:
         return x
@@ -54,7 +54,8 @@ def across(
 
 
 def planes(model: Model, batch: Batch, x: Inputs, rivals: Tensor) -> tuple[Tensor, list[Inputs]]:
-    """Return the absolute gaps between each rival's logit and the leading one at `x` (n, rivals), and their gradients.
+    """Return linear approximations of the decision boundaries at `x`: the absolute gap between the logit of each class
+    in `rivals` and the leading logit (n, rivals), and the gradients of these gaps.
 
     The list of gradients is empty if the logits have none.
     """

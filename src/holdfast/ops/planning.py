@@ -1,4 +1,4 @@
-"""Plans of a training, which state the number of its updates and the progress of its schedules.
+"""Plans of a training, which determine its number of updates and the progress of its schedules.
 
 Without a time budget there is one plan, by the number of epochs. With one, a plan is made before and after each epoch,
 and during it as often as the last plan requests. An update depends on the plans alone, so that a stopped training
@@ -17,7 +17,9 @@ epoch, the updates of an epoch, and the previous plan"""
 
 
 class Plans:
-    """All plans of a training so far, in order."""
+    """All plans of a training so far, in order. Within a time budget, the number of updates is planned again as the
+    training proceeds.
+    """
 
     def __init__(self, epochs: int, per_epoch: int, pacing: Pacing | None) -> None:
         self.per_epoch, self._pacing = per_epoch, pacing
@@ -28,16 +30,18 @@ class Plans:
 
     @property
     def paced(self) -> bool:
-        """Whether there is a time budget."""
+        """Whether the training has a time budget, so that its number of updates is planned by the clock."""
         return self._pacing is not None
 
     @property
     def end(self) -> int:
-        """Total number of updates of the last plan."""
+        """Total number of updates of the training according to the last plan."""
         return self._made[-1].end
 
     def resume(self, after: Checkpoint) -> None:
-        """Continue from a checkpoint; the number of updates in an epoch may differ from that of the checkpoint."""
+        """Continue the plans of a training from a checkpoint, also if the number of updates in an epoch has changed
+        since then.
+        """
         self.updates = after.epoch * self.per_epoch
         if not self.paced or not after.plans:
             return
@@ -53,22 +57,24 @@ class Plans:
             )
 
     def ended(self) -> bool:
-        """Return whether all planned updates are completed."""
+        """Return whether all planned updates of the training are completed."""
         return bool(self._made) and self.updates >= self.end
 
     def due(self) -> bool:
-        """Return whether the last plan requests a new plan at this update."""
+        """Return whether a new plan of the training must be made now, as the last plan requested."""
         return self.paced and self.updates >= self._made[-1].review
 
     def review(self, position: int) -> None:
-        """Make a new plan after `position` updates of an epoch; several processes use the clock of the first one."""
+        """Make a new plan of the training after `position` updates of an epoch, if there is a time budget. Several
+        processes use the clock of the first one.
+        """
         if self._pacing is not None and not self.ended():
             last = self._made[-1] if self._made else None
             self._made.append(broadcast(self._pacing(self.updates, position, self.per_epoch, last)))
 
     def rewind(self, updates: int, position: int) -> None:
-        """Go back to `updates` completed updates, `position` of them in the current epoch; the used time does not
-        change.
+        """Set the number of completed updates of the training back to `updates`, `position` of them in the current
+        epoch, because later updates were undone. The used time does not change.
 
         The number of remaining updates is the same as without going back.
         """
@@ -84,15 +90,15 @@ class Plans:
         self.updates = updates
 
     def at(self, updates: int) -> TrainingPlan:
-        """Return the plan that applies after this number of updates."""
+        """Return the plan of the training that applies after `updates` updates."""
         return next(plan for plan in reversed(self._made) if plan.at <= updates)
 
     @property
     def share(self) -> float:
-        """Completed fraction of the schedules."""
+        """Completed fraction of the training, on which the schedules of learning rate and eps depend."""
         return self.at(self.updates).done(self.updates)
 
     @property
     def kept(self) -> tuple[TrainingPlan, ...]:
-        """Plans for a checkpoint: all of them if there is a time budget, else none."""
+        """Plans that a checkpoint of the training contains: all of them if there is a time budget, else none."""
         return tuple(self._made) if self.paced else ()

@@ -1,4 +1,5 @@
-"""Faster frozen copies of a network with the same outputs, by batch norm folding and the memory layout channels last.
+"""Faster frozen copies of a network with the same outputs up to rounding, by batch norm folding and the memory layout
+channels last.
 
 Each change is compared with the original network on real inputs, and omitted if outputs differ or it is not faster. The
 gradient of convolutions on the image itself is computed in a faster way: see `ops.stem`.
@@ -26,20 +27,20 @@ _AGREES_IN_SLOPE = 1e-2  # relative to the gradients' norms: rounding may switch
 
 
 def agrees(one: Tensor, other: Tensor) -> bool:
-    """Return whether two sets of logits differ by at most 1e-4 of the largest, with NaN in the same places."""
+    """Return whether two sets of logits differ by at most 1e-4 of the largest logit and have NaN in the same places."""
     size = scale(one).max().clamp_min(1e-12)
     return bool(torch.allclose(one / size, other / size, rtol=0.0, atol=_AGREES, equal_nan=True))
 
 
 def in_training(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the dropout and batch norm layers that are in train mode."""
+    """Return the names of the dropout and batch norm layers of a model that are in train mode."""
     minding = (_BatchNorm, _DropoutNd)
     return tuple(name for name, m in model.named_modules() if isinstance(m, minding) and m.training)
 
 
 def quickened(model: Classifier, x: Tensor) -> tuple[Classifier, tuple[str, ...]]:
-    """Return a faster frozen copy of `model` for attacks on inputs like `x` (n, *features), and descriptions of the
-    changes.
+    """Return a faster frozen copy of `model` for attacks on inputs like `x` (n, *features), and descriptions of what
+    was changed for speed.
 
     In the copy, batch norm is folded into the layer before it, convolutions use channels last where that is faster, and
     the input gradient of convolutions with few channels is faster. A change is omitted if it alters the logits by more
@@ -184,7 +185,8 @@ def _channels_last_pays(model: Classifier, x: Tensor) -> bool:
 
 
 def multiply_adds(model: nn.Module, x: Tensor) -> int:
-    """Return the number of multiplications in the convolutions and linear layers of one example's forward pass.
+    """Return the number of multiplications in the convolutions and linear layers of a model for the forward pass of one
+    example.
 
     They are counted in a forward pass of `x` (n, *features).
     """

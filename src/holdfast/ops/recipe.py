@@ -1,4 +1,6 @@
-"""Protocol of recipes, which have settings, and train a copy of a model and yield checkpoints when they are called."""
+"""Protocol of recipes. A recipe is an object with settings, which trains a copy of a model and yields checkpoints when
+it is called.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +16,9 @@ from holdfast.ops.fit import Training
 
 @runtime_checkable
 class Recipe(Protocol):
-    """Protocol of a recipe: a frozen dataclass whose fields are its settings. A call does not change the model."""
+    """Protocol of a recipe: a frozen dataclass whose fields are its settings. When it is called, it trains a copy of
+    the model and does not change the model itself.
+    """
 
     @property
     def training(self) -> Training:
@@ -35,7 +39,7 @@ class Recipe(Protocol):
 
 
 def trained_as(recipe: Recipe, how: Training) -> Recipe:
-    """Return the recipe with the settings `how` of the training loop."""
+    """Return the same recipe with other settings of the training loop."""
     settings: Any = recipe  # every recipe is a dataclass
     changed: Recipe = replace(settings, training=how)
     return changed

@@ -1,4 +1,6 @@
-"""Errors of a training: a loss without a gradient or a finite value, and buffers that a checkpoint does not contain."""
+"""Errors of a training, such as a loss without a gradient or a finite value, or buffers that a checkpoint does not
+contain.
+"""
 
 from collections.abc import Mapping
 
@@ -12,14 +14,14 @@ CUTS = "torch.no_grad(), torch.inference_mode(), detach(), argmax() or numpy ins
 
 
 def unsaved(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the buffers that are not in the state dict."""
+    """Return copies of the buffers of a model that its state dict does not contain, and that checkpoints would lose."""
     saved = model.state_dict().keys()
     return {name: value.detach().clone() for name, value in model.named_buffers() if name not in saved}
 
 
 def refuse_changed(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Raise `TargetError` if one of the buffers `before` has changed, since checkpoints and the new model would lose
-    it.
+    """Raise `TargetError` if a training has changed one of the buffers `before` that the state dict does not contain,
+    because checkpoints would lose it.
     """
     now = dict(model.named_buffers())
     for name, value in before.items():
@@ -31,7 +33,7 @@ def refuse_changed(model: nn.Module, before: Mapping[str, Tensor]) -> None:
 
 
 def refuse_cut(loss: Tensor) -> None:
-    """Raise `TargetError` if the loss has no gradient with respect to any weight."""
+    """Raise `TargetError` if the loss of a training has no gradient with respect to any weight."""
     if not loss.requires_grad:
         raise TargetError(
             f"no gradient of the loss reaches a weight of this network; remove what stops it: {CUTS}"
@@ -39,7 +41,7 @@ def refuse_cut(loss: Tensor) -> None:
 
 
 def refuse_lost(losses: Tensor, epoch: int, lr: float) -> None:
-    """Raise `LostLoss` if a loss of an epoch is not finite."""
+    """Raise `LostLoss` if one of the losses in an epoch of a training is not finite."""
     lost = (~losses.isfinite()).nonzero()
     if len(lost):
         raise LostLoss(

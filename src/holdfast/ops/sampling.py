@@ -1,4 +1,4 @@
-"""Random choices of distinct positions, and of examples independently of shards."""
+"""Random choices of distinct positions, and random choices of examples that do not depend on shards."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from holdfast.core.types import Mask, Rows
 
 
 def distinct_positions(draws: Tensor, m: int) -> Tensor:
-    """Return `k` distinct positions below `m` for each row of uniform random numbers (n, k + 1).
+    """Convert each row of `k + 1` uniform random numbers to `k` distinct random positions from 0 to `m` - 1.
 
     The last number of a row is a cyclic shift. All positions are equally likely; sets with neighbouring positions are
     slightly rarer than in a uniform choice.
@@ -20,7 +20,7 @@ def distinct_positions(draws: Tensor, m: int) -> Tensor:
 
 
 def sample_rows(columns: Columns, among: Mask, rng: Draws, n: int) -> Rows:
-    """Return at most `n` random rows of those in the mask `among`, in ascending order."""
+    """Return the positions of at most `n` random examples among those of the mask `among`, in ascending order."""
     rows = among.nonzero()[:, 0]
     order = rng.at("sample").uniform(columns["id"][rows], 1, dtype=torch.float64)[:, 0].argsort(stable=True)
     return rows[order[:n]].sort().values

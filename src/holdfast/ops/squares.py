@@ -1,4 +1,5 @@
-"""Proposals of Square Attack: random windows, and for L2 and L1 the pattern that fills them.
+"""Random search of Square Attack: which square windows of an image it changes in each step, and how it fills them under
+Linf, L2 and L1.
 
 Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via random search", ECCV 2020,
 arXiv:1912.00049; for L1: Croce & Hein, arXiv:2103.01208. Inputs are images (n, channels, height, width); others are
@@ -28,15 +29,15 @@ _BLOCK = 64  # steps whose windows are drawn at once, which is faster for small 
 
 
 def window_share(p_init: float, step: int, steps: int | None) -> float:
-    """Return the fraction of the pixels that a window covers; the schedule has 10,000 steps, or is scaled to
-    `steps`.
+    """Return the fraction of an image that the random window of Square Attack covers at a step of its schedule, which
+    has 10,000 steps or is scaled to `steps`.
     """
     at = step if steps is None else step * _SCHEDULED // steps
     return p_init * 0.5 ** bisect_left(_HALVINGS, at)
 
 
 def as_image(shape: torch.Size) -> tuple[int, int, int]:
-    """Return channels, height and width of the image as which features of this shape are arranged."""
+    """Return channels, height and width of the images to which Square Attack reshapes inputs of this shape."""
     if len(shape) < 3:
         height, width = (1, *shape)[-2:] if shape else (1, 1)
         return 1, height, width
@@ -44,7 +45,8 @@ def as_image(shape: torch.Size) -> tuple[int, int, int]:
 
 
 def window(p: float, height: int, width: int, *, odd: bool) -> tuple[int, int]:
-    """Return height and width of a window that covers the fraction `p` of the pixels: a square if it fits.
+    """Return height and width of a window of Square Attack that covers the fraction `p` of an image. It is a square if
+    a square fits.
 
     With `odd`, which patterns need, the side of the square is odd and at least 3.
     """
@@ -57,7 +59,9 @@ def window(p: float, height: int, width: int, *, odd: bool) -> tuple[int, int]:
 
 
 def pattern(rows: int, columns: int, norm: L2 | L1, like: Tensor) -> Tensor:
-    """Return two peaks of opposite sign, one above the other, (rows, columns), of length one in the norm."""
+    """Return the pattern (rows, columns) with which Square Attack fills a window under L2 and L1: two peaks of opposite
+    sign, of length one in the norm.
+    """
     upper = _heap(rows // 2, columns, norm)
     both = torch.cat((upper, -_heap(rows - rows // 2, columns, norm))).to(like.device, like.dtype)
     return both / norm.distance(both[None], torch.zeros_like(both)[None])
@@ -76,7 +80,7 @@ def _heap(rows: int, columns: int, norm: L2 | L1) -> Tensor:
 
 
 class Proposals(Protocol):
-    """Protocol of a source of points to try, which also stores the best points so far.
+    """Protocol of a random search that proposes changed points for each example and stores the best points so far.
 
     The first points are complete starts; afterwards one window is changed in each step.
     """
@@ -87,21 +91,23 @@ class Proposals(Protocol):
     """best points so far"""
 
     def start(self, rng: Draws) -> Inputs:
-        """Return the points to try first, (n, *features)."""
+        """Return the starting points of a random search, (n, *features)."""
 
     def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
-        """Prepare a block of steps from `draws` (n, steps, per_step) and the fraction that the window covers in each
-        step.
+        """Prepare a block of steps of a random search from the random numbers `draws` (n, steps, per_step) and the
+        fractions of the image that the window covers in each step.
         """
 
     def propose(self, step: int) -> Inputs:
-        """Return the points to try at a step of the block, (n, *features)."""
+        """Return the points that the random search tries in a step of the current block, (n, *features)."""
 
     def keep(self, better: Mask) -> None:
-        """Accept the tried points where `better` is true, and leave the best points unchanged elsewhere."""
+        """Make the last tried point the best point of each example for which `better` is true."""
 
     def take(self, rows: Mask) -> None:
-        """Restrict the state to some of the examples."""
+        """Restrict the state of the random search to the examples of the mask `rows`, because the others are no longer
+        attacked.
+        """
 
 
 class _Windows:
@@ -115,11 +121,15 @@ class _Windows:
         self._offsets = {size: _offsets(size, width).to(draws.device) for size in set(sizes)}
 
     def places(self, step: int) -> Tensor:
-        """Pixel positions of a step's windows (n, 1, pixels)."""
+        """Return the pixel positions (n, 1, pixels) of the windows of Square Attack in a step, one window for each
+        example.
+        """
         return (self._first[step][:, None] + self._offsets[self._sizes[step]])[:, None]
 
     def take(self, rows: Mask) -> None:
-        """Keep the windows of some of the examples only."""
+        """Restrict the windows of Square Attack to the examples of the mask `rows`, because the others are no longer
+        attacked.
+        """
         self._first = self._first[:, rows]
 
 
@@ -129,7 +139,8 @@ def _offsets(size: tuple[int, int], width: int) -> Tensor:
 
 
 class Corners:
-    """Proposals under Linf: every window moves to a corner of the cube, the same one for all pixels of a channel.
+    """Random search of Square Attack under Linf. In each step, all pixels of a window change by plus or minus eps, with
+    one random sign for each channel.
 
     Windows are read and written by pixel positions, because most have few pixels.
     """
@@ -145,21 +156,25 @@ class Corners:
         self.x = low
 
     def start(self, rng: Draws) -> Inputs:
-        """Return vertical stripes, with a random sign for each column of each channel, as the first points."""
+        """Return the starting points of Square Attack under Linf: vertical stripes of plus or minus eps, with a random
+        sign for each column of each channel.
+        """
         up = rng.uniform(self._ids, self._channels, 1, self._width) < 0.5
         low, high = self._corners.view(*self._corners.shape[:2], 2, self._height, self._width).unbind(2)
         self.x = torch.where(up, high, low).view_as(self.x)
         return self.x.clone()  # a copy, because `keep` changes `x` in place
 
     def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
-        """Prepare the positions of the windows of a block, and the corners to which they move."""
+        """Prepare a block of steps of Square Attack under Linf: the positions of the windows and the signs of their
+        changes.
+        """
         sizes = [window(p, self._height, self._width, odd=False) for p in shares]
         self._windows = _Windows(draws[..., :2], sizes, self._height, self._width)
         up = (draws[..., 2:] < 0.5).transpose(0, 1)[..., None]
         self._side = up * (self._height * self._width)  # the high corners are stored after the low ones
 
     def propose(self, step: int) -> Inputs:
-        """Return the best points, with the window of the step moved to its corner."""
+        """Return the best points so far with the window of this step changed by plus or minus eps."""
         places = self._windows.places(step)
         self._new = self._corners.gather(2, places + self._side[step])
         self._at = places.expand_as(self._new)
@@ -170,20 +185,22 @@ class Corners:
         return self.x.view(len(self.x), self._channels, -1)
 
     def keep(self, better: Mask) -> None:
-        """Write the windows that lower the margin into the best points."""
+        """Copy the last tried window into the best point of each example for which `better` is true."""
         old = self._pixels.gather(2, self._at)
         self._pixels.scatter_(2, self._at, torch.where(spread(better, old), self._new, old))
 
     def take(self, rows: Mask) -> None:
-        """Restrict the state to some of the examples."""
+        """Restrict the state of Square Attack to the examples of the mask `rows`, because the others are no longer
+        attacked.
+        """
         self._ids, self._corners, self.x = self._ids[rows], self._corners[rows], self.x[rows]
         self._windows.take(rows)
         self._side = self._side[:, rows]
 
 
 class Heaps:
-    """Proposals under L2 and L1: the norm of the changes in two windows is moved into a pattern in the first
-    of them.
+    """Random search of Square Attack under L2 and L1. In each step, the changes in two windows are removed, and a
+    pattern with their norm is added in one of them.
     """
 
     def __init__(self, batch: Batch, norm: L2 | L1, bounds: Bounds) -> None:
@@ -195,8 +212,8 @@ class Heaps:
         self.x = batch.x
 
     def start(self, rng: Draws) -> Inputs:
-        """Return a grid of at least five by five peaks, each with a random sign and orientation, as the first
-        points.
+        """Return the starting points of Square Attack under L2 and L1: a grid of at least five by five patterns, each
+        with a random sign and orientation.
         """
         down, across = _tiles(self._height), _tiles(self._width)
         columns = int(across.max()) + 1
@@ -216,7 +233,9 @@ class Heaps:
         return self.x
 
     def plan(self, draws: Tensor, shares: Sequence[float]) -> None:
-        """Prepare the positions of both windows of each step, and the signs and orientations of the peaks."""
+        """Prepare a block of steps of Square Attack under L2 and L1: the positions of two windows in each step, and the
+        sign and orientation of the pattern.
+        """
         self._sizes = [window(p, self._height, self._width, odd=True) for p in shares]
         self._first, self._second = (
             _Windows(draws[..., k : k + 2], self._sizes, self._height, self._width) for k in (0, 2)
@@ -225,14 +244,14 @@ class Heaps:
         self._signs = (1 - 2 * (draws[..., 5:] < 0.5).to(self._clean.dtype)).transpose(0, 1).contiguous()
 
     def propose(self, step: int) -> Inputs:
-        """Return the best points with a peak in the first window, which has the norm of the changes in both, and an
-        empty second window.
+        """Return the best points so far with the changes in two windows removed and a pattern with their norm in the
+        first window.
         """
         self._tried = self._moved(step, self.x)
         return self._tried
 
     def keep(self, better: Mask) -> None:
-        """Accept the tried points where they are better."""
+        """Make the last tried point the best point of each example for which `better` is true."""
         self.x = pick(better, self._tried, self.x)
 
     def _moved(self, step: int, x: Inputs) -> Inputs:
@@ -277,7 +296,9 @@ class Heaps:
         return self._patterns[size]
 
     def take(self, rows: Mask) -> None:
-        """Restrict the state to some of the examples."""
+        """Restrict the state of Square Attack to the examples of the mask `rows`, because the others are no longer
+        attacked.
+        """
         self._ids, self._clean, self.x = self._ids[rows], self._clean[rows], self.x[rows]
         self._first.take(rows)
         self._second.take(rows)
@@ -305,8 +326,8 @@ def _tiled(heap: Tensor, down: Tensor, across: Tensor) -> Tensor:
 def search(
     model: Model, left: Batch, proposals: Proposals, best: Best, shares: Sequence[float], rng: Draws
 ) -> None:
-    """Search at random: try one window in each query from the points of `proposals`, and accept those that lower the
-    margin.
+    """Run the random search of Square Attack: each query tries one changed window, and changes that lower the margin
+    are accepted.
 
     `shares` are the fractions of the pixels that the windows cover, one for each query; the last is not used, since the
     first query evaluates the start. The final point of each example is offered to `best`; broken examples are dropped.
@@ -336,5 +357,5 @@ def search(
 
 
 def proposals_for(batch: Batch, norm: Linf | L2 | L1, bounds: Bounds) -> Proposals:
-    """Return the proposals for a norm."""
+    """Return the random search of Square Attack for a norm: one kind for Linf, another for L2 and L1."""
     return Corners(batch, norm, bounds) if isinstance(norm, Linf) else Heaps(batch, norm, bounds)

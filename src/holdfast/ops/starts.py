@@ -1,4 +1,4 @@
-"""Random starts on the surface of a ball, as in AutoAttack."""
+"""Random starting points of attacks on the surface of a ball, as in AutoAttack."""
 
 import torch
 
@@ -11,7 +11,9 @@ from holdfast.core.types import Inputs
 
 
 def unit_noise(batch: Batch, constraint: Constraint, rng: Draws) -> Inputs:
-    """Return noise of length one in the constraint's norm: uniform for Linf, Gaussian otherwise."""
+    """Return random noise of length one in the norm of the constraint for each example: uniform for Linf, Gaussian
+    otherwise.
+    """
     shape, dtype = batch.x.shape[1:], batch.x.dtype
     if isinstance(constraint, Linf):
         noise = 2 * rng.uniform(batch.ids, *shape, dtype=dtype) - 1
@@ -21,7 +23,9 @@ def unit_noise(batch: Batch, constraint: Constraint, rng: Draws) -> Inputs:
 
 
 def surface(batch: Batch, constraint: Constraint, bounds: Bounds, rng: Draws) -> Inputs:
-    """Return a random point on the ball's surface, clipped to the box; for L1, Gaussian noise projected onto both."""
+    """Return a random starting point on the surface of the ball around each clean input, clipped to valid inputs. For
+    L1 it is Gaussian noise projected onto the valid inputs of the ball.
+    """
     if isinstance(constraint, L1):
         noise = rng.normal(batch.ids, *batch.x.shape[1:], dtype=batch.x.dtype)
     elif isinstance(constraint, (Linf, L2)):

@@ -1,4 +1,5 @@
-"""Confidence intervals and tests: exact if there is a closed form, bootstrap otherwise; all deterministic.
+"""Confidence intervals and statistical tests. They are exact if there is a closed form and use the bootstrap otherwise,
+and all are deterministic.
 
 Clopper & Pearson, "The use of confidence or fiducial limits", Biometrika 26, 1934. Efron, "Better bootstrap confidence
 intervals", JASA 82, 1987 (BCa). McNemar, Psychometrika 12, 1947, in its exact binomial form. Bonett & Price, "Adjusted
@@ -38,7 +39,9 @@ def normal_quantile(p: float) -> float:
 
 
 def bonferroni(confidence: float, claims: int) -> float:
-    """Return the confidence of each of `claims` intervals with which all of them hold together with `confidence`."""
+    """Return the confidence that each of `claims` intervals needs so that all of them together contain the true values
+    with the probability `confidence` (Bonferroni correction).
+    """
     return 1 - (1 - confidence) / max(claims, 1)
 
 
@@ -64,7 +67,7 @@ class"""
 
 
 def against_majority(correct: Mask, y: Labels, confidence: float = 0.95) -> AgainstMajority:
-    """Compare a model with one that always predicts the majority class.
+    """Compare the accuracy of a model with that of always predicting the most frequent label.
 
     `correct` and `y` have one entry for each example (n). The model is at chance if the upper end of its interval does
     not exceed the share of the majority class. With at least 20 examples it is also at chance if the lower end does not
@@ -80,7 +83,8 @@ def against_majority(correct: Mask, y: Labels, confidence: float = 0.95) -> Agai
 
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the exact interval of a proportion with `k` of `n` observed; its coverage is at least `confidence`.
+    """Return the exact (Clopper-Pearson) confidence interval of a proportion for which `k` of `n` were observed. Its
+    coverage is at least `confidence`.
 
     >>> [round(end, 4) for end in clopper_pearson(0, 10)]
     [0.0, 0.3085]
@@ -96,18 +100,21 @@ def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, fl
 
 
 def proportion(mask: Mask, confidence: float = 0.95) -> Estimate:
-    """Return the share of true entries, with its Clopper-Pearson interval; needs at least one entry."""
+    """Return the share of true entries of a mask with its exact (Clopper-Pearson) confidence interval. At least one
+    entry is needed.
+    """
     k, n = int(mask.sum()), len(mask)
     return Estimate(k / n, *clopper_pearson(k, n, confidence), n)
 
 
 def complement(estimate: Estimate) -> Estimate:
-    """Return one minus a proportion, with its interval."""
+    """Return one minus a proportion, with the corresponding confidence interval."""
     return Estimate(1 - estimate.value, 1 - estimate.high, 1 - estimate.low, estimate.n)
 
 
 def median(values: PerExample, confidence: float = 0.95, *, least: float = 0.0) -> Estimate:
-    """Return the median with the exact interval between two order statistics; values may be infinite.
+    """Return the median of values, which may be infinite, with its exact confidence interval between two order
+    statistics.
 
     For an even number of values it is the lower middle one, so that finite and infinite values are not averaged. With
     too few examples (fewer than six at 95 %) an order statistic is missing, and the interval ends at `least` or
@@ -124,8 +131,8 @@ def median(values: PerExample, confidence: float = 0.95, *, least: float = 0.0) 
 
 
 def resampled(statistic: Statistic, n: int, resamples: int = RESAMPLES) -> PerExample:
-    """Return the statistic on `resamples` samples of `n` examples with replacement, float64; the samples are always the
-    same.
+    """Return the values of a statistic on bootstrap samples, `resamples` samples of `n` examples with replacement, as
+    float64. The samples are always the same.
     """
     return torch.cat([statistic(rows).double() for rows in _rows(n, resamples)])
 
@@ -138,7 +145,7 @@ def _rows(n: int, resamples: int) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Support:
-    """The range of a statistic, to which intervals are clipped."""
+    """Range of possible values of a statistic, to which its confidence interval is clipped."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -156,7 +163,8 @@ def bootstrap(
     support: Support = UNIT,
     influence: PerExample | None = None,
 ) -> Estimate:
-    """Return the statistic with its bias-corrected bootstrap interval; accelerated (BCa) if `influence` is given.
+    """Return a statistic with its bias-corrected bootstrap confidence interval. The interval is also accelerated (BCa)
+    if `influence` is given.
 
     `influence` is the contribution of each example to the statistic, up to a constant. If all resamples agree, or there
     are fewer than six examples, resampling cannot show the uncertainty. The interval is then widened by the share of
@@ -200,14 +208,14 @@ def _quantile(values: PerExample, p: float) -> float:
 
 
 def mean(values: PerExample, confidence: float = 0.95, *, support: Support = UNIT) -> Estimate:
-    """Return the mean with its BCa interval."""
+    """Return the mean of values with its BCa bootstrap confidence interval."""
     wide = values.double()
     return bootstrap(lambda rows: wide[rows].mean(1), len(wide), confidence, support=support, influence=wide)
 
 
 @dataclass(frozen=True)
 class McNemar:
-    """Result of a McNemar test, which compares two judgements of the same examples."""
+    """Result of a McNemar test, which tests whether two paired series of true or false outcomes differ."""
 
     only_first: int
     """number of examples that are true in the first judgement only"""
@@ -218,7 +226,9 @@ class McNemar:
 
 
 def mcnemar(first: Mask, second: Mask) -> McNemar:
-    """Perform the exact McNemar test of two paired judgements: a sign test on the examples where they differ."""
+    """Perform the exact McNemar test of two paired series of true or false outcomes, which is a sign test on the
+    examples where they differ.
+    """
     ahead, behind = int((first & ~second).sum()), int((second & ~first).sum())
     differ = ahead + behind
     return McNemar(ahead, behind, min(1.0, 2 * _upper_tail(max(ahead, behind), differ)))
@@ -232,8 +242,8 @@ def _upper_tail(k: int, n: int) -> float:
 
 
 def paired_difference(first: Mask, second: Mask, confidence: float = 0.95) -> Estimate:
-    """Return the share true in `first` minus that in `second` on the same examples, with Bonett and Price's
-    interval.
+    """Return the share of true entries of `first` minus that of `second`, measured on the same examples, with the
+    confidence interval of Bonett and Price.
     """
     test, n = mcnemar(first, second), len(first)
     ahead, behind = (test.only_first + 1) / (n + 2), (test.only_second + 1) / (n + 2)

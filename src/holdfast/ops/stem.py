@@ -1,4 +1,5 @@
-"""Fast input gradient of convolutions with few input channels, such as a network's first one.
+"""Convolutions with few input channels, such as the first one of a network, with a fast gradient with respect to the
+input.
 
 Training does not need this gradient of the first layer, and attacks always do. With one to four input channels, torch's
 CPU kernel takes 1.2 to five times as long as a matrix product and a fold.
@@ -52,7 +53,7 @@ def _input_gradient(
 
 
 class StemConv2d(nn.Conv2d):
-    """A frozen convolution of images with few channels whose input gradient is fast."""
+    """Frozen convolution for images with few channels whose gradient with respect to the input is computed fast."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the feature maps (n, out_channels, …) for images (n, in_channels, height, width)."""
@@ -66,7 +67,8 @@ class StemConv2d(nn.Conv2d):
 
 
 def quicken_stems(net: nn.Module) -> bool:
-    """Turn the convolutions of `net` with at most four input channels into `StemConv2d`; return whether there were any.
+    """Convert the convolutions of `net` with at most four input channels to the faster `StemConv2d`, and return whether
+    there were any.
 
     Only frozen layers are changed. If a weight requires a gradient in a forward, the layer uses the plain convolution.
     """

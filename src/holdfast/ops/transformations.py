@@ -1,4 +1,5 @@
-"""Geometric and colour transformations of images: batched, differentiable, with an amount for each example.
+"""Geometric and colour transformations of a batch of images, which are differentiable and have an amount for each
+image.
 
 Rotations, shifts and scales are one affine map with bilinear interpolation; pixels from outside get the lower bound of
 the box, as in Engstrom et al., arXiv:1712.02779. Hue and saturation are linear in the chroma plane of YIQ.
@@ -26,7 +27,8 @@ _TO_YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -
 
 
 def transformed(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
-    """Transform images `x` (n, channels, height, width) by an amount along each axis.
+    """Transform the images `x` (n, channels, height, width), such as by rotation, shift or hue. Each image has its own
+    amount of each transformation.
 
     With all amounts zero the result is bitwise equal to `x` and still has a gradient. `rotate` and `hue` are in
     degrees, `shift_x` and `shift_y` in pixels (right and down). `scale`, `saturation` and `contrast` are added to a
@@ -48,7 +50,9 @@ def transformed(x: Inputs, amounts: Amounts, bounds: Bounds) -> Inputs:
 
 
 def expect_transformations(constraint: Constraint, attack: object) -> Transformations:
-    """Return the constraint, if it transforms images. Raises `UsageError` otherwise."""
+    """Return the constraint if it allows rotations, shifts or colour changes of images. Raises `UsageError`
+    otherwise.
+    """
     if isinstance(constraint, (Spatial, Colour)) and "flow" not in constraint.limits:
         return constraint
     raise UsageError(
@@ -58,7 +62,9 @@ def expect_transformations(constraint: Constraint, attack: object) -> Transforma
 
 
 def expect_flow(constraint: Constraint, attack: object) -> float:
-    """Return the largest displacement of a pixel, if the constraint displaces pixels. Raises `UsageError` otherwise."""
+    """Return the largest displacement of a pixel if the constraint allows displacements of pixels. Raises `UsageError`
+    otherwise.
+    """
     if isinstance(constraint, Spatial) and constraint.flow:
         return constraint.flow
     raise UsageError(
@@ -68,8 +74,8 @@ def expect_flow(constraint: Constraint, attack: object) -> float:
 
 
 def flowed(x: Inputs, flow: Tensor, bounds: Bounds) -> Inputs:
-    """Return images in which each pixel is read at a displacement `flow` (n, 2, height, width) in pixels, right and
-    down.
+    """Return images whose pixels are displaced: each pixel is read from `x` at an offset `flow` (n, 2, height, width),
+    in pixels to the right and down.
 
     Outside of the image the value of the border continues. Pixels without a displacement are bitwise unchanged, and
     have a gradient.
@@ -84,15 +90,15 @@ def flowed(x: Inputs, flow: Tensor, bounds: Bounds) -> Inputs:
 
 
 def reached(x: Inputs, place: Tensor, constraint: Transformations, bounds: Bounds) -> Inputs:
-    """Return images transformed by `place` (n, axes), the amount along each axis as a fraction of its limit, from -1 to
-    1.
+    """Return images transformed by `place` (n, axes), which gives the amount of each transformation as a fraction of
+    its limit, from -1 to 1.
     """
     amounts = {axis: far * place[:, k] for k, (axis, far) in enumerate(constraint.axes.items())}
     return transformed(x, amounts, bounds)
 
 
 def refuse_unfit(x: Inputs, names: Mapping[str, float]) -> None:
-    """Raise `UsageError` if inputs like `x` do not have the shape that these transformations need."""
+    """Raise `UsageError` if the inputs `x` do not have the shape that the named transformations need."""
     if x.dim() != 4:
         raise UsageError(
             f"a change of {', '.join(names)} needs images (channels, height, width); the inputs "

@@ -1,4 +1,4 @@
-"""Changes of the weights during training: adversarial perturbation for one gradient, and averages.
+"""Changes of the weights during training: adversarial perturbation of the weights, and averages over the training.
 
 AWP: Wu et al., "Adversarial Weight Perturbation Helps Robust Generalization", NeurIPS 2020, arXiv:2004.05884. Differs
 from the paper: the network itself takes the step and undoes it, in place of a copy.
@@ -24,7 +24,8 @@ _TINY = 1e-12
 
 @contextmanager
 def perturbed(model: nn.Module, loss: Callable[[], Tensor], share: float) -> Iterator[None]:
-    """Context manager that perturbs each matrix or kernel of `model` in the direction that increases `loss`.
+    """Context manager inside which the matrices and kernels of `model` are perturbed in the direction that increases
+    `loss` (adversarial weight perturbation).
 
     The size of the perturbation is the fraction `share` of the norm of each weight, and the weights are restored on
     exit. Vectors, such as biases and the scales of norms, are unchanged. Changes of running statistics by `loss` are
@@ -53,14 +54,16 @@ def perturbed(model: nn.Module, loss: Callable[[], Tensor], share: float) -> Ite
 
 
 def ema(average: dict[str, Tensor], model: nn.Module, keep: float, step: int) -> None:
-    """Update the exponential moving average in place. Its decay is smaller at first, so that the initial weights are
-    forgotten.
+    """Update the exponential moving average of the weights of a model in place. The decay is smaller at first, so that
+    the initial weights are forgotten.
     """
     _moved(average, model, 1 - min(keep, (step + 1) / (step + 10)))
 
 
 def swa(average: dict[str, Tensor], model: nn.Module, place: int) -> None:
-    """Update the average in place to the mean of `place` earlier weights and the current ones."""
+    """Update the mean of the weights of a model in place (stochastic weight averaging); it already contains `place`
+    earlier weights.
+    """
     _moved(average, model, 1 / (1 + place))
 
 

@@ -1,4 +1,4 @@
-"""ATTA: adversarial training whose attacks start from their results of the previous epoch.
+"""ATTA: adversarial training in which the attack on an example starts from its result of the previous epoch.
 
 Zheng et al., "Efficient Adversarial Training With Transferable Adversarial Examples", CVPR 2020, arXiv:1912.11969:
 adversarial examples of the network an epoch ago nearly break it now, so that two steps in each epoch have the effect of
@@ -73,8 +73,8 @@ class ATTA:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn, rows: Rows, unit: float) -> Inputs:
-        """Return attacked inputs, found by gradient ascent from the stored changes of the previous epoch, and store the
-        new changes.
+        """Return the attacked inputs of a batch, found by gradient ascent that starts from the stored changes of the
+        previous epoch, and store the new changes.
 
         `rows` are the positions of the examples in the store, and stored changes are in multiples of `unit`.
         """
@@ -102,7 +102,7 @@ class ATTA:
         return x_adv
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy at attacked inputs plus the weighted one at clean inputs, and the number of correct
-        examples.
+        """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy at attacked
+        inputs plus the weighted cross-entropy at clean inputs.
         """
         return taught(learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing)

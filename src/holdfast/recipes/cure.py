@@ -1,4 +1,5 @@
-"""CURE: curvature regularisation, which penalises the change of the loss's gradient in a small step.
+"""CURE (curvature regularisation): training with a penalty on the change of the loss's input gradient over a small
+step.
 
 Moosavi-Dezfooli et al., "Robustness via Curvature Regularization, and Vice Versa", CVPR 2019, arXiv:1811.09716. Differs
 from the paper: the finite difference is a step of `reach` times eps up the loss in the norm of the threat (under Linf
@@ -47,8 +48,8 @@ class CURE:
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy plus the weighted squared change of its gradient, and the number of correct
-        examples.
+        """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy plus the
+        weighted penalty on its curvature.
         """
         constraint, again = learner.threat.constraint, learner.again()
         value, grad, right = _slope(learner.net, x_adv, batch.y)

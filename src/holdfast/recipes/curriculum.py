@@ -1,4 +1,5 @@
-"""Friendly adversarial training: attacks stop soon after their success, and later as the training proceeds.
+"""Friendly adversarial training: the attack on each example stops soon after its success, and stops later as the
+training proceeds.
 
 Zhang et al., "Attacks Which Do Not Kill Training Make Adversarial Learning Stronger", ICML 2020, arXiv:2002.11242
 (friendly adversarial training, FAT): among the adversarial examples, train on those with the smallest loss. Training
@@ -53,8 +54,8 @@ class CurriculumTraining:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Return the result of gradient ascent on the cross-entropy, which stops for each example some steps after its
-        first error.
+        """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy that stops for each
+        example some steps after its first misclassification.
         """
         constraint, model = learner.threat.constraint, learner.frozen
         x_adv = constraint.sample(batch, model.bounds, turn.rng.at("start"))
@@ -81,5 +82,5 @@ class CurriculumTraining:
         return gradient(learner.frozen, batch.take(going), cross_entropy)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy at attacked inputs, and the number of correct examples."""
+        """Return the mean cross-entropy at the attacked inputs of a batch, and the number of correct examples."""
         return taught(learner, batch, x_adv, smoothing=self.label_smoothing)

@@ -56,8 +56,8 @@ class EnsembleTraining:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Return the result of gradient ascent on the cross-entropy of the network or of a surrogate, chosen
-        at random.
+        """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy of the trained network
+        or of a surrogate model, chosen at random for each batch.
         """
         surrogates = learner.threat.surrogates
         one = torch.zeros(1, dtype=torch.int64, device=batch.x.device)
@@ -66,7 +66,7 @@ class EnsembleTraining:
         return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach, on=attacked)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy at attacked inputs plus the weighted one at clean inputs, and the number of correct
-        examples.
+        """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy at attacked
+        inputs plus the weighted cross-entropy at clean inputs.
         """
         return taught(learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing)

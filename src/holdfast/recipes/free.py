@@ -66,8 +66,8 @@ class FreeTraining:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Return the inputs with the current perturbation. A hook on them updates the perturbation in the backward
-        pass.
+        """Return the inputs of a batch with the current perturbation, which a hook updates during the backward pass of
+        the training loss.
         """
         whole = batch.x + learner.state[_DELTA]
         x_adv = learner.net.bounds.clamp(whole).requires_grad_()
@@ -83,5 +83,5 @@ class FreeTraining:
         delta.copy_(constraint.project(moved, torch.zeros_like(delta), _EVERYWHERE))
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy at attacked inputs, and the number of correct examples."""
+        """Return the mean cross-entropy at the attacked inputs of a batch, and the number of correct examples."""
         return taught(learner, batch, x_adv, smoothing=self.label_smoothing)

@@ -1,4 +1,5 @@
-"""Gradient regularisation: a penalty on the input gradient of the loss, in the norm dual to the threat's.
+"""Gradient regularisation: training with a penalty on the size of the loss's input gradient, which bounds how fast a
+small change of the input raises the loss.
 
 Drucker & Le Cun, "Improving generalization performance using double backpropagation", IEEE Transactions on Neural
 Networks 3(6), 1992; for robustness Ross & Doshi-Velez, "Improving the Adversarial Robustness and Interpretability of
@@ -54,7 +55,9 @@ class GradientRegularisation:
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the mean cross-entropy plus the weighted penalty, and the number of correct examples."""
+        """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy plus the
+        weighted penalty on its input gradient.
+        """
         again = learner.again()
         x, logits, each = sloped(learner.net, x_adv, batch.y)
         if self.method == "double-backprop":

@@ -1,4 +1,5 @@
-"""HAT: TRADES with an additional loss outside the ball, on the predictions of the original model, for smaller margins.
+"""HAT (helper-based adversarial training): TRADES with an additional loss at points outside the ball, whose labels are
+the predictions of the original model.
 
 Rade & Moosavi-Dezfooli, "Reducing Excessive Margin to Achieve a Better Accuracy vs. Robustness Trade-off", ICLR 2022
 (helper-based adversarial training). Differs from the paper: the model that is to be hardened is the helper, the inner
@@ -65,13 +66,16 @@ class HAT:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Return the result of gradient ascent on the divergence from the clean prediction."""
+        """Return the attacked inputs of a batch, found by gradient ascent on the divergence between attacked and clean
+        prediction.
+        """
         return learner.apart(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
 
     def loss(
         self, learner: Learner, batch: Batch, x_adv: Inputs, helper: Classifier
     ) -> tuple[Tensor, Tensor]:
-        """Return the sum of the three loss terms, and the number of correct examples.
+        """Return the mean loss of a batch, which is the sum of the three terms of the recipe, and the number of correct
+        examples.
 
         The terms are the clean cross-entropy, the divergence at `x_adv`, and the cross-entropy at points beyond `x_adv`
         with the predictions of `helper` as labels.

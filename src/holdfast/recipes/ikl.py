@@ -1,4 +1,5 @@
-"""IKL: TRADES with its divergence decomposed into two parts, the first of which also trains the clean prediction.
+"""IKL (improved Kullback-Leibler loss): TRADES with its divergence decomposed into two terms, the first of which also
+trains the clean prediction.
 
 Cui et al., "Decoupled Kullback-Leibler Divergence Loss", NeurIPS 2024, arXiv:2305.13948: the divergence has the
 gradients of a weighted squared error of the gaps between logits and of a cross-entropy with soft labels. Differs from
@@ -73,11 +74,15 @@ class IKL:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Return the result of gradient ascent on the divergence from the clean prediction."""
+        """Return the attacked inputs of a batch, found by gradient ascent on the divergence between attacked and clean
+        prediction.
+        """
         return learner.apart(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum of the three loss terms, and the number of correct examples."""
+        """Return the mean loss of a batch, which is the weighted sum of the three terms of the recipe, and the number
+        of correct examples.
+        """
         clean, logits = learner.net(batch.x), learner.net(x_adv)
         target = clean.detach()
         means = learner.state["means"]

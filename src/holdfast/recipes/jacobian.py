@@ -1,4 +1,4 @@
-"""Jacobian regularisation: a penalty on the derivatives of the logits with respect to the input.
+"""Jacobian regularisation: training with a penalty on the derivatives of the logits with respect to the input.
 
 Hoffman, Roberts & Yaida, "Robust Learning with Jacobian Regularization", arXiv:1908.02729, 2019. Differs from the
 paper: the weights are averaged, and the learning rate follows one cycle. It uses neither eps nor the norm of the
@@ -59,20 +59,24 @@ class JacobianRegularisation:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Return the clean inputs, and store the seed from which `loss` samples its random directions."""
+        """Return the clean inputs of a batch, and store the seed of the random directions with which the penalty is
+        estimated.
+        """
         learner.state[_PLACE].fill_(turn.rng.key >> 1)
         return batch.x
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy plus the weighted penalty, and the number of correct examples."""
+        """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy plus the
+        weighted penalty on the Jacobian of the logits.
+        """
         x = x_adv.detach().requires_grad_()
         logits = learner.net(x)
         squared = self.penalty(logits, x, batch, Draws(int(learner.state[_PLACE]))).mean()
         return F.cross_entropy(logits, batch.y) + self.weight / 2 * squared, hits(logits, batch.y)
 
     def penalty(self, logits: Logits, x: Inputs, batch: Batch, rng: Draws) -> PerExample:
-        """Return an unbiased estimate of the squared Frobenius norm of each example's Jacobian, from random
-        directions.
+        """Return an unbiased estimate of the squared Frobenius norm of the Jacobian of the logits for each example,
+        computed along random directions.
         """
         classes = logits.shape[1]
         towards = rng.normal(batch.ids, self.projections, classes, dtype=logits.dtype)

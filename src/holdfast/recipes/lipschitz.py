@@ -1,4 +1,5 @@
-"""Lipschitz constraint: layers whose Lipschitz constant is bounded, with a penalty on the input gradient of the loss.
+"""Lipschitz constraint: training in which the Lipschitz constant of each layer is bounded, with a penalty on the input
+gradient of the loss.
 
 Gouk et al., "Regularisation of Neural Networks by Enforcing Lipschitz Continuity", Machine Learning 110, 2021,
 arXiv:1804.04368, for the constraint, which under L2 is a spectral normalisation (Miyato et al., "Spectral Normalization
@@ -69,8 +70,8 @@ class LipschitzConstraint:
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy plus the weighted increase of the loss in a step of eps, and the number of correct
-        examples.
+        """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy plus its
+        weighted first-order increase in a step of length eps.
         """
         if not self.weight:
             return taught(learner, batch, x_adv)

@@ -1,4 +1,5 @@
-"""LLR: local linearity regularisation, a loss that is nearly linear and has a small slope in the whole ball.
+"""LLR (local linearity regularisation): training for a loss that is nearly linear and has a small slope in the whole
+ball.
 
 Qin et al., "Adversarial Robustness through Local Linearization", NeurIPS 2019, arXiv:1907.02610. Differs from the
 paper: the search uses the threat's steepest steps instead of Adam's, eps grows at first, the weights are averaged,
@@ -54,7 +55,9 @@ class LLR:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Return the result of gradient ascent on the absolute distance of the loss from its tangent."""
+        """Return the inputs at which the penalty is measured: points of the ball, found by gradient ascent on the
+        distance between the loss and its linear approximation.
+        """
         constraint, net, bounds = learner.threat.constraint, learner.frozen, learner.frozen.bounds
         tangent, logits = gradient(net, batch, cross_entropy)
         level = cross_entropy(logits, batch)
@@ -68,7 +71,9 @@ class LLR:
         return x
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the loss with both penalties, measured at `x_adv`, and the number of correct examples."""
+        """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy plus
+        penalties on its non-linearity and on its slope, measured at `x_adv`.
+        """
         again = learner.again()
         x, logits, each = sloped(learner.net, batch.x, batch.y)
         risen = (gradient_of(each, x) * (x_adv - batch.x)).flatten(1).sum(1)

@@ -1,4 +1,5 @@
-"""Margin training: gaps between logits that certify a ball, for networks whose Lipschitz constant is one.
+"""Margin training: trains networks with a Lipschitz constant of one for large gaps between logits, which certify
+robustness in a ball.
 
 Prach & Lampert, "Almost-Orthogonal Layers for Efficient General-Purpose Lipschitz Networks", ECCV 2022,
 arXiv:2208.03160. Differs from the paper: the offset is in multiples of the margin that certifies the ball of the
@@ -50,8 +51,8 @@ class MarginTraining:
         return trained(as_it_is, self.loss, model, data, threat, self.training, rng=rng, after=after)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy after the offset was subtracted from the true class's logit, and the number of
-        correct examples.
+        """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy after an
+        offset was subtracted from the logit of the true class.
         """
         logits, constraint = learner.net(x_adv), learner.threat.constraint
         eps = constraint.eps * input_constant(learner.net)  # radius after the preprocessing

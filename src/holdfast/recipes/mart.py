@@ -1,4 +1,5 @@
-"""MART: misclassified examples get a larger weight in the loss, most of all those that are misclassified when clean.
+"""MART (misclassification-aware adversarial training): examples that are misclassified when clean get a larger weight
+in the loss.
 
 Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR 2020. Differs from the
 paper: the inner attack starts from a random point of the ball instead of from small Gaussian noise, eps grows at first,
@@ -50,11 +51,13 @@ class MART:
         return trained(self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after)
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Return the result of gradient ascent on the cross-entropy."""
+        """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy."""
         return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the boosted cross-entropy plus the weighted divergence, and the number of correct examples."""
+        """Return the mean loss of a batch and the number of correct examples. The loss is the boosted cross-entropy
+        plus the weighted divergence between attacked and clean prediction.
+        """
         clean, logits = learner.net(batch.x), learner.net(x_adv)
         own = batch.y[:, None]
         rival = logits.softmax(1).scatter(1, own, 0.0).amax(1)

@@ -1,4 +1,5 @@
-"""Adversarial training under several norms: the worst attack of each example, all attacks, or one under all norms.
+"""Adversarial training under several norms, on the worst attack of each example, on the attacks of all norms, or on one
+attack that combines all norms.
 
 Tramèr & Boneh, "Adversarial Training and Robustness for Multiple Perturbations", NeurIPS 2019, arXiv:1904.13000 (`max`
 and `average`). Maini et al., "Adversarial Robustness Against the Union of Multiple Perturbation Models", ICML 2020,
@@ -72,7 +73,9 @@ class MultiNormTraining:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Return the attacked inputs; with `average`, those of all constraints are concatenated."""
+        """Return the attacked inputs of a batch: for each example those of the worst constraint, or with the method
+        `average` those of all constraints, concatenated.
+        """
         constraints = [learner.threat.constraint, *(c.resized(turn.grown * c.eps) for c in self.others)]
         if self.method == "msd":
             return self._steepest_of_all(learner, batch, constraints)
@@ -99,8 +102,8 @@ class MultiNormTraining:
         return worst
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the mean cross-entropy over all points, and the number of examples that are correct at all of their
-        points.
+        """Return the mean cross-entropy over all attacked inputs of a batch, and the number of examples that are
+        correct at all their attacked inputs.
         """
         logits, n = learner.net(x_adv), len(x_adv) // len(batch)
         y = batch.y.repeat(n)

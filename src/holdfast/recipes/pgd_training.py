@@ -1,4 +1,4 @@
-"""Adversarial training: the cross-entropy at the result of a projected gradient attack on each example.
+"""PGD adversarial training: the loss is the cross-entropy at the result of a projected gradient attack on each example.
 
 Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, arXiv:1706.06083: robust
 optimisation, the minimum over weights of the mean over examples of the maximum over the ball. Differs from the paper:
@@ -48,11 +48,11 @@ class PGDTraining:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Return the result of gradient ascent on the cross-entropy."""
+        """Return the attacked inputs of a batch, found by gradient ascent on the cross-entropy."""
         return learner.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy at attacked inputs plus the weighted one at clean inputs, and the number of correct
-        examples.
+        """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy at attacked
+        inputs plus the weighted cross-entropy at clean inputs.
         """
         return taught(learner, batch, x_adv, clean=self.clean, smoothing=self.label_smoothing)

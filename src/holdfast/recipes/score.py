@@ -52,11 +52,15 @@ class SCORE:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Return the result of gradient ascent on the squared distance from the clean prediction."""
+        """Return the attacked inputs of a batch, found by gradient ascent on the squared distance between attacked and
+        clean prediction.
+        """
         return learner.apart(batch, turn.rng, squared_error, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum of both squared distances, and the number of correct examples."""
+        """Return the mean loss of a batch, which is the weighted sum of two squared distances, and the number of
+        correct examples.
+        """
         clean, logits = learner.net(batch.x), learner.net(x_adv)
         label = F.one_hot(batch.y, clean.shape[1]).to(clean)
         label = torch.lerp(label, torch.full_like(label, 1 / clean.shape[1]), self.label_smoothing)

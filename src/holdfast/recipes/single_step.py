@@ -75,8 +75,8 @@ class SingleStep:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Return the result of one gradient step, or of as many steps as the guard has set, with the same
-        total length.
+        """Return the attacked inputs of a batch after one gradient step. After signs of catastrophic overfitting,
+        several shorter steps with the same total length are used.
         """
         constraint, bounds = learner.threat.constraint, learner.frozen.bounds
         assert isinstance(constraint, (Linf, L2, L1))
@@ -91,5 +91,5 @@ class SingleStep:
         return x
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy at attacked inputs, and the number of correct examples."""
+        """Return the mean cross-entropy at the attacked inputs of a batch, and the number of correct examples."""
         return taught(learner, batch, x_adv, smoothing=self.label_smoothing)

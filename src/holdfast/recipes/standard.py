@@ -1,4 +1,4 @@
-"""Ordinary training: the cross-entropy of the labels, as a baseline for the other recipes."""
+"""Ordinary training on clean examples with the cross-entropy, as a baseline for the other recipes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,5 +37,5 @@ class Standard:
         )
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy with smoothed labels, and the number of correct examples."""
+        """Return the mean cross-entropy of a batch with smoothed labels, and the number of correct examples."""
         return taught(learner, batch, x_adv, smoothing=self.label_smoothing)

@@ -1,4 +1,4 @@
-"""TRADES: a weighted sum of the clean loss and the change of the output near each input.
+"""TRADES: the loss is the clean cross-entropy plus a weighted penalty on the change of the output near each input.
 
 Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", ICML 2019, arXiv:1901.08573. Differs
 from the paper: the inner attack starts from a random point of the ball instead of from small Gaussian noise, eps grows
@@ -50,7 +50,9 @@ class TRADES:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Return the result of gradient ascent on the divergence from the clean prediction."""
+        """Return the attacked inputs of a batch, found by gradient ascent on the divergence between attacked and clean
+        prediction.
+        """
         return learner.apart(batch, turn.rng, kullback_leibler, steps=self.steps, reach=self.reach)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:

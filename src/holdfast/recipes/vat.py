@@ -1,4 +1,5 @@
-"""Virtual adversarial training: predictions that are constant around every example, with or without a label.
+"""Virtual adversarial training: trains for predictions that are constant around every example, whether or not it has a
+label.
 
 Miyato et al., "Virtual Adversarial Training: A Regularization Method for Supervised and Semi-Supervised Learning", IEEE
 TPAMI 41(8), 2018, arXiv:1704.03976. The direction in which the prediction changes most is the first eigenvector of the
@@ -65,7 +66,9 @@ class VAT:
         )
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
-        """Return the inputs after a step of length eps in the virtual adversarial direction."""
+        """Return the inputs of a batch after a step of length eps in the direction that changes the prediction most
+        (the virtual adversarial direction).
+        """
         constraint, model, x = learner.threat.constraint, learner.frozen, batch.x
         with torch.no_grad():
             clean = model(x)
@@ -81,8 +84,8 @@ class VAT:
     def loss(
         self, learner: Learner, batch: Batch, x_adv: Inputs, *, labelled: float
     ) -> tuple[Tensor, Tensor]:
-        """Return the mean cross-entropy of the labelled examples plus the weighted mean divergence, and the number of
-        correct ones.
+        """Return the mean loss of a batch and the number of correct examples. The loss is the cross-entropy of the
+        labelled examples plus the weighted divergence of all examples.
 
         `labelled` is the fraction of the data with labels. A batch may contain no label, so the first mean is correct
         only on average over batches.

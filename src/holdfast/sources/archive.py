@@ -5,6 +5,7 @@ fails. Therefore this process first checks the zip directory without reading a m
 limits of memory and CPU time, unpickles the tensors with `weights_only` and writes them as safetensors.
 """
 
+import hashlib
 import io
 import stat
 import zipfile
@@ -26,7 +27,7 @@ smaller.
 """
 MAX_MEMBERS = 100_000
 """Largest number of members of an archive; torch stores one member for each tensor."""
-LIMITS = Limits(copies=4, spare_bytes=512 * 2**20)
+LIMITS = Limits(copies=5, spare_bytes=512 * 2**20)
 """Limits of the process that unpickles a state dict."""
 _ZIP_MAGIC = b"PK\x03\x04"
 _SAVED_BY = (
@@ -42,6 +43,8 @@ class Weights:
     tensors: dict[str, Tensor]
     notes: tuple[str, ...] = ()
     """notes for the report: nested dictionaries that were entered, and entries that were left out"""
+    digest: str = ""
+    """SHA-256 of the file, in hex"""
 
 
 def read_once(path: Path, what: str, *, max_bytes: int = MAX_BYTES) -> bytes:
@@ -123,17 +126,21 @@ def check_archive(
         )
 
 
-def read_weights(path: Path, *, max_bytes: int = MAX_BYTES) -> Weights:
-    """Return the tensors of a state dict in a `.pt` file that may be untrusted.
+def read_weights(path: Path, content: bytes | None = None, *, max_bytes: int = MAX_BYTES) -> Weights:
+    """Return the tensors of a state dict in a `.pt` file that may be untrusted. `content` is the content of the file if
+    it was already read.
 
     It is unpickled in a separate process, which costs about 1.5 s of CPU time.
     """
-    readable_file(path, "weights file")
-    refuse_large(path, max_bytes)
-    check_archive(path, max_bytes=max_bytes)
-    with read_under_limits("weights", path, LIMITS) as (found, folder):
+    if content is None:
+        content = read_once(
+            path, "weights file", max_bytes=max_bytes
+        )  # the checked bytes are the loaded ones
+    check_archive(path, content, max_bytes=max_bytes)
+    with read_under_limits("weights", path, LIMITS, content=content) as (found, folder):
         # A copy of the bytes: tensors mapped from the file would keep it alive after its removal.
-        return Weights(safetensors.torch.load((folder / WRITTEN).read_bytes()), tuple(found["notes"]))
+        tensors = safetensors.torch.load((folder / WRITTEN).read_bytes())
+    return Weights(tensors, tuple(found["notes"]), hashlib.sha256(content).hexdigest())
 
 
 def _is_code(member: zipfile.ZipInfo) -> bool:

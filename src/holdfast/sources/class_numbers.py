@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.sources.columns import MOST_CHARACTERS
 from holdfast.sources.expected import Expected
 from holdfast.sources.files import similar_name
 
 Array = NDArray[Any]
-_SHOWN = 10
+_SHOWN, _SHOWN_CHARACTERS = 10, 60
 MOST_NAMES = 100_000
-MOST_CHARACTERS = 10_000_000
-"""Largest total number of characters of the names of classes; comparing them takes a hundred times their memory."""
 MOST_TEXTS = 10_000_000
 """Largest number of string labels of an array; sorting more takes minutes and ten times their memory."""
 
@@ -186,8 +185,13 @@ def renumbered(y: Array, numbers: tuple[int, ...], name: str) -> Array:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the first ten names as one string, separated by commas, with an ellipsis if there are more."""
-    return ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
+    """Return the first ten names as one string, separated by commas. An ellipsis stands for further names and for the
+    rest of a long name.
+    """
+    shown = (
+        name if len(name) <= _SHOWN_CHARACTERS else f"{name[:_SHOWN_CHARACTERS]}…" for name in names[:_SHOWN]
+    )
+    return ", ".join(shown) + (" …" if len(names) > _SHOWN else "")
 
 
 def _declared(

@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 SPLIT_COLUMN = "split"
 """Name of the column that assigns rows to the train and test split."""
+MOST_CHARACTERS = 10_000_000
+"""Largest total number of characters of the names of classes; comparing them takes a hundred times their memory."""
 NUMBER, MISSING, TEXT = 0, 1, 2
 """Kinds of a cell in a feature column."""
 _TRUTH: Mapping[str, float] = {"true": 1.0, "false": 0.0}

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from holdfast.core.spelling import suggestion
 
 _SHOWN = 200
 """Largest number of characters of a reason in an error message."""
+_NAMES, _NAME = 50, 100
+"""Largest number of names, and of characters of a name, in an error message."""
 
 
 def existing(path: Path, what: str) -> Path:
@@ -50,11 +52,16 @@ def reading(address: object) -> Iterator[None]:
     except HoldfastError:
         raise
     except Exception as error:
-        message = " ".join(str(error).split())[:_SHOWN]
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise TargetError(
-            f"{str(address)!r} cannot be read ({type(error).__name__}: {message}); it is damaged, or its format "
-            "is not that of its suffix: write or download it again"
+            f"{str(address)!r} cannot be read ({reason}); it is damaged, or its format is not that of its suffix: "
+            "write or download it again"
         ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return the message of an error of a parser in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:_SHOWN]
 
 
 def sha256_of_file(path: Path) -> str:
@@ -69,6 +76,12 @@ def similar_name(name: str, known: Iterable[str]) -> str:
     """
     offered = suggestion(name, known)
     return f" ({offered})" if offered else ""
+
+
+def names_of(names: Sequence[str]) -> str:
+    """Return the first fifty names that a file contains, separated by commas, or "nothing" if there are none."""
+    shown = ", ".join(name[:_NAME] for name in names[:_NAMES]) or "nothing"
+    return shown + (" …" if len(names) > _NAMES else "")
 
 
 def megabytes(n_bytes: int) -> str:

@@ -33,7 +33,7 @@ from holdfast.sources.files import reading, sha256_of_file, similar_name
 from holdfast.sources.object_digest import digest_of_object
 from holdfast.sources.remote import SCHEMES, Remote
 from holdfast.sources.skops_files import ESTIMATOR_SUFFIXES, open_estimator
-from holdfast.sources.weights import fit_weights, read_state_dict, refuse_misfit
+from holdfast.sources.weights import fit_weights, read_state_dict, refuse_misfit, state_dict_content
 
 _SPARE = 1_000
 """Number by which the parameters of a requested network may exceed the tensors of the file.
@@ -253,25 +253,28 @@ def sha256_of_state(net: nn.Module) -> str:
 
 
 def _open_state_dict(opening: _Opening, path: Path) -> OpenedModel:
+    content = state_dict_content(path)
     try:
-        weights, metadata = read_state_dict(path)
+        weights, metadata = read_state_dict(path, content)
     except CarriesCode:
         if not opening.trust_code:
             raise
-        return _open_trusted(opening, path)
-    return _filled(opening, weights, metadata, path.suffix.removeprefix("."), sha256_of_file(path))
+        return _open_trusted(opening, path, content)
+    return _filled(opening, weights, metadata, path.suffix.removeprefix("."), weights.digest)
 
 
-def _open_trusted(opening: _Opening, path: Path) -> OpenedModel:
+def _open_trusted(opening: _Opening, path: Path, content: bytes) -> OpenedModel:
     """Open a file that runs code: it contains a whole network, or weights with other objects."""
     from holdfast.sources.trusted import open_trusted  # late: few files run code
 
-    content, how, digest = open_trusted(path)
-    if isinstance(content, Weights):
-        return _filled(opening, content, {}, how, digest)
+    content_or_module, how, digest = open_trusted(path, content)
+    if isinstance(content_or_module, Weights):
+        return _filled(opening, content_or_module, {}, how, digest)
     if opening.arch is not None:
         raise UsageError(f"{opening.address!r} contains a whole model; omit --arch {opening.arch}")
-    return OpenedModel(opening.declared.wrap(content), opening.address, how, {opening.address: digest})
+    return OpenedModel(
+        opening.declared.wrap(content_or_module), opening.address, how, {opening.address: digest}
+    )
 
 
 def _filled(

@@ -4,6 +4,7 @@ declare.
 
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from lzma import LZMAError
 from math import prod
@@ -15,7 +16,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from holdfast.core.errors import NoSplit, TargetError, UsageError
-from holdfast.sources.files import megabytes, readable_file, similar_name
+from holdfast.sources.files import megabytes, names_of, readable_file, reason_of, similar_name
 from holdfast.sources.limited.limits import MEMORY, requested_memory
 
 MAX_BYTES = 16 * 2**30
@@ -32,14 +33,21 @@ class Npz:
         self.path = readable_file(path, "data file")
         try:
             with zipfile.ZipFile(path) as archive:
-                self._sizes = {
-                    member.filename.removesuffix(".npy"): member.file_size for member in archive.infolist()
-                }
+                members = [
+                    (member.filename.removesuffix(".npy"), member.file_size) for member in archive.infolist()
+                ]
         except _DAMAGE as error:
             raise TargetError(
-                f"{str(path)!r} is not an .npz archive, or is damaged or truncated: {error}; "
+                f"{str(path)!r} is not an .npz archive, or is damaged or truncated: {reason_of(error)}; "
                 "download it again, or write it with numpy.savez"
             ) from error
+        self._sizes = dict(members)
+        if len(self._sizes) < len(members):
+            repeated = next(name for name, n in Counter(name for name, _ in members).items() if n > 1)
+            raise TargetError(
+                f"{str(path)!r} contains two arrays named {repeated[:100]!r}; one was expected: write it again with "
+                "numpy.savez"
+            )
         total = sum(self._sizes.values())
         limit = max(MAX_BYTES, requested_memory())
         if total > limit:
@@ -100,11 +108,11 @@ class Npz:
                     raise ValueError(f"{name} ends early")
         except KeyError:
             raise TargetError(
-                f"{str(self.path)!r} has no array {name!r}; it has {', '.join(self.names)}"
+                f"{str(self.path)!r} has no array {name!r}; it has {names_of(self.names)}"
             ) from None
         except _DAMAGE as error:
             raise TargetError(
-                f"{str(self.path)!r} is damaged or truncated: {error}; download or write it again"
+                f"{str(self.path)!r} is damaged or truncated: {reason_of(error)}; download or write it again"
             ) from error
         return shape, fortran, dtype, content
 
@@ -137,7 +145,7 @@ def arrays_of_split(archive: Npz, split: str | None, name: str) -> tuple[str, st
     else:
         raise _no_split(archive, split, pairs, name)
     if y not in archive.names:
-        raise TargetError(f"{name!r} has {x}, but no {y}; it has {', '.join(archive.names)}")
+        raise TargetError(f"{name!r} has {x}, but no {y}; it has {names_of(archive.names)}")
     return x, y
 
 
@@ -147,7 +155,7 @@ def named_arrays(archive: Npz, x: str | None, y: str | None, split: str | None, 
 
     The arrays are a single set without splits, so a `split` raises `NoSplit`.
     """
-    holds = ", ".join(archive.names) or "nothing"
+    holds = names_of(archive.names)
     if not x or not y:
         option, missing = (f"--x {x}", "--y") if x else (f"--y {y}", "--x")
         raise UsageError(
@@ -169,8 +177,8 @@ def _no_split(
 ) -> TargetError | NoSplit:
     if split is not None and pairs:
         suggestion = similar_name(split, pairs)
-        return NoSplit(f"{name!r} has no split {split!r}{suggestion}; it has {', '.join(pairs)}")
-    holds = ", ".join(archive.names) or "nothing"
+        return NoSplit(f"{name!r} has no split {split!r}{suggestion}; it has {names_of(tuple(pairs))}")
+    holds = names_of(archive.names)
     if split is not None and "x" in archive.names:
         way_out = f"omit --split {split}, or save x_{split} and y_{split} in it"
         return NoSplit(f"{name!r} contains {holds}, but no split {split!r}; {way_out}")

@@ -3,8 +3,11 @@ image is decoded when it is read.
 """
 
 import hashlib
+import io
+import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
@@ -13,21 +16,33 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from holdfast.core.batch import Batch
-from holdfast.core.errors import NoSplit, TargetError, UsageError
+from holdfast.core.errors import HoldfastError, NoSplit, TargetError, UsageError
+from holdfast.sources.archive import refuse_large
 from holdfast.sources.arrays import selected_rows
 from holdfast.sources.class_numbers import lenient_numbers
 from holdfast.sources.expected import Expected
 from holdfast.sources.files import megabytes, sha256_of_file, similar_name
-from holdfast.sources.limited.limits import MEMORY, requested_memory
+from holdfast.sources.limited.calling import too_slow
+from holdfast.sources.limited.limits import MEMORY, cpu_seconds, requested_memory
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF")
 """Formats that are decoded; files of other formats with one of the suffixes are rejected."""
 MAX_PIXELS = 64_000_000
 """Largest number of pixels of one image according to its header, checked before decoding."""
+MAX_BYTES = 2**30
+"""Largest number of bytes of the file of one image; 64 million pixels of plain numbers take 0.8 GB."""
+_MOST_EXIF = 2
+"""Largest number of Exif segments of a JPEG file. Pillow joins them, in quadratic time, and its older versions take
+quadratic memory for the result.
+"""
+_BLOCK = 8192
+"""Number of bytes that a decoder is given at a time; before each block the CPU time is compared with its limit. A block
+may contain hundreds of scans of a progressive JPEG image, each of which passes over the whole image.
+"""
 _SMALL, _RATIO = 2**30, 200
 """Images that need more than 1 GiB and more than 200 times the size of their files are rejected as a decompression
 bomb.
@@ -46,6 +61,8 @@ class Pictures:
     classes: tuple[str, ...]
     mode: str
     """colour mode of all images, `L` or `RGB`"""
+    size: tuple[int, int]
+    """width and height of all images"""
     notes: tuple[str, ...] = ()
     objection: str = ""
     """reason why the class numbers are uncertain, if the data were accepted in spite of it; else empty"""
@@ -54,21 +71,44 @@ class Pictures:
         return len(self.paths)
 
     @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """SHA-256 in hex of each file."""
+        return tuple(map(sha256_of_file, self.paths))  # the files are not loaded as a whole
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 in hex of the colour mode, the contents of the image files, the labels and the ids."""
         digest = hashlib.sha256(self.mode.encode())
-        for path in self.paths:
-            digest.update(bytes.fromhex(sha256_of_file(path)))  # the files are not loaded as a whole
+        for each in self.digests:
+            digest.update(bytes.fromhex(each))
         digest.update(self.y.tobytes())
         digest.update(self.ids.tobytes())
         return digest.hexdigest()
 
     def read(self, start: int, stop: int) -> Batch:
-        """Return the images from `start` to `stop` - 1 as floats in [0, 1], with the channels first."""
+        """Return the images from `start` to `stop` - 1 as floats in [0, 1], with the channels first.
+
+        Raises `TargetError` for an image that cannot be decoded, and for a file that changed after it was opened.
+        """
         rows = slice(start, stop)
-        images = np.stack([_decoded(path, self.mode) for path in self.paths[rows]])
+        images = np.stack([self._decoded(row) for row in range(len(self))[rows]])
         x = torch.from_numpy(images).float() / 255
         return Batch(x, torch.from_numpy(self.y[rows].copy()), torch.from_numpy(self.ids[rows].copy()))
+
+    def _decoded(self, row: int) -> NDArray[np.uint8]:
+        """Return an image (channels, height, width). Its file is read once: the bytes of the digest are decoded."""
+        path = self.paths[row]
+        try:
+            refuse_large(path, MAX_BYTES)
+            content = path.read_bytes()
+        except OSError as error:
+            raise TargetError(f"image {str(path)!r} cannot be read: {error}; restore it") from error
+        if hashlib.sha256(content).hexdigest() != self.digests[row]:
+            raise _changed(path)
+        with _opened(path, io.BytesIO(content)) as image:
+            if image.size != self.size:
+                raise _changed(path)
+            return _pixels(path, image, self.mode)
 
 
 def open_folder(
@@ -98,13 +138,15 @@ def open_folder(
     rows = selected_rows(len(turns), n=n, sample=sample, seed=seed, name=repr(str(root)))
     chosen = [turns[row] for row in rows]
     paths = tuple(path for path, _ in chosen)
-    mode, said = _measured(paths)
+    mode, size, said = _measured(paths)
     notes = (*said, *_nested(root, found))
     empty = [name for name, column in zip(found, columns, strict=True) if not column]
     if empty:
         counted = "1 class folder holds" if len(empty) == 1 else f"{len(empty)} class folders hold"
         notes += (f"{counted} no image ({', '.join(empty[:3])}{' …' if len(empty) > 3 else ''})",)
-    unnumbered = Pictures(str(folder), paths, np.zeros(len(paths), np.int64), rows, tuple(found), mode, notes)
+    unnumbered = Pictures(
+        str(folder), paths, np.zeros(len(paths), np.int64), rows, tuple(found), mode, size, notes
+    )
     if expected.probe is not None:
         notes += expected.probe.suit(unnumbered.read(0, min(2, len(paths))).x)
     names, objection = lenient_numbers(found, expected, repr(str(root)), "class folders")
@@ -161,8 +203,10 @@ def _images(folder: Path) -> Iterator[Path]:
     )
 
 
-def _measured(paths: tuple[Path, ...]) -> tuple[str, tuple[str, ...]]:
-    """Return the colour mode for all images, and notes. Raises `TargetError` for images of several sizes."""
+def _measured(paths: tuple[Path, ...]) -> tuple[str, tuple[int, int], tuple[str, ...]]:
+    """Return the colour mode and the size of all images, and notes. Raises `TargetError` for images of several
+    sizes.
+    """
     first = _header(paths[0])
     modes = {first[1]}
     for path in paths[1:]:
@@ -180,7 +224,7 @@ def _measured(paths: tuple[Path, ...]) -> tuple[str, tuple[str, ...]]:
         notes += ("grey and colour images were mixed; all were read as colour",)
     if any("A" in mode for mode in modes):
         notes += ("transparency was dropped",)
-    return ("L" if grey == modes else "RGB"), notes
+    return ("L" if grey == modes else "RGB"), first[0], notes
 
 
 def _refuse_bomb(paths: tuple[Path, ...], n_bytes: int) -> None:
@@ -198,42 +242,86 @@ def _refuse_bomb(paths: tuple[Path, ...], n_bytes: int) -> None:
 
 
 def _header(path: Path) -> tuple[tuple[int, int], str]:
-    with _opened(path) as image:
+    refuse_large(path, MAX_BYTES)
+    with io.FileIO(path) as file, _opened(path, file) as image:
         return image.size, image.mode
 
 
-def _decoded(path: Path, mode: str) -> NDArray[np.uint8]:
-    with _opened(path) as image:
-        try:
-            # Pillow clips 16-bit grey at 255 in the conversion, so the values are scaled first.
-            pixels = (
-                np.asarray(image, np.float64) / 257
-                if image.mode.startswith("I")
-                else np.asarray(image.convert(mode))
-            )
-        except Exception as error:  # decoders raise errors of many classes
-            raise TargetError(
-                f"image {str(path)!r} is damaged or truncated: {type(error).__name__}: {error}; replace or remove it"
-            ) from error
+def _changed(path: Path) -> TargetError:
+    return TargetError(
+        f"image {str(path)!r} changed after it was opened; the file that was checked was expected: start again"
+    )
+
+
+def _pixels(path: Path, image: Image.Image, mode: str) -> NDArray[np.uint8]:
+    try:
+        # Pillow clips 16-bit grey at 255 in the conversion, so the values are scaled first.
+        pixels = (
+            np.asarray(image, np.float64) / 257
+            if image.mode.startswith("I")
+            else np.asarray(image.convert(mode))
+        )
+    except HoldfastError:
+        raise
+    except Exception as error:  # decoders raise errors of many classes
+        raise TargetError(
+            f"image {str(path)!r} is damaged or truncated: {type(error).__name__}: {error}; replace or remove it"
+        ) from error
     pixels = np.rint(pixels).astype(np.uint8) if pixels.dtype != np.uint8 else pixels
     if mode == "RGB" and pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=2)
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0))
 
 
-def _opened(path: Path) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise TargetError(f"image {str(path)!r} is too large to decode: {error}") from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise TargetError(f"image {str(path)!r} cannot be read as {', '.join(FORMATS)}: {error}") from error
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise TargetError(
-            f"image {str(path)!r} has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded: "
-            "resize it"
-        )
-    return image
+@contextmanager
+def _opened(path: Path, file: io.FileIO | io.BytesIO) -> Iterator[Image.Image]:
+    """Context manager that yields the image in a file whose header was read. Its pixels are decoded on demand."""
+    with _Timed(path, file) as timed, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns about each wrong entry of the metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(timed, formats=FORMATS)
+        except HoldfastError:
+            raise
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise TargetError(f"image {str(path)!r} is too large to decode: {error}") from error
+        except Exception as error:  # as decoders do
+            reason = str(error) or type(error).__name__
+            raise TargetError(
+                f"image {str(path)!r} cannot be read as {', '.join(FORMATS)}: {reason}"
+            ) from error
+        if image.width * image.height > MAX_PIXELS:
+            raise TargetError(
+                f"image {str(path)!r} has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded: "
+                "resize it"
+            )
+        image.decodermaxblock = _BLOCK
+        yield image
+
+
+class _Timed(io.BufferedReader):
+    """The stream of an image file. It raises `TargetError` if a read begins after the limit of CPU time for one file.
+
+    Decoders read little at a time, so that a separate process, which costs more than an ordinary image, is not needed.
+    """
+
+    def __init__(self, path: Path, file: io.FileIO | io.BytesIO) -> None:
+        super().__init__(file)
+        self._path, self._n_exif, self._seconds = path, 0, cpu_seconds()
+        self._cpu = time.thread_time()
+        self._due = time.monotonic() + self._seconds
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next bytes. Raises `TargetError` after the limit of time, and for a third Exif segment."""
+        # the clock is faster to read than the CPU time, which is at most the same
+        if time.monotonic() > self._due and time.thread_time() - self._cpu > self._seconds:
+            raise too_slow(self._path, f"{self._seconds} s of CPU time")
+        found = super().read(size)
+        if found.startswith(b"Exif\0\0"):
+            self._n_exif += 1
+            if self._n_exif > _MOST_EXIF:
+                raise TargetError(
+                    f"image {str(self._path)!r} has more than {_MOST_EXIF} segments of Exif metadata; 1 was expected: "
+                    "remove its metadata, or save it again"
+                )
+        return found

@@ -1,7 +1,6 @@
 """Data sets from tables: numeric columns are the features, and one column is the label."""
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from holdfast.sources.arrays import Arrays, from_numpy, selected_rows
 from holdfast.sources.class_numbers import numbered, numbered_words
 from holdfast.sources.columns import MISSING, SPLIT_COLUMN, TEXT, ColumnTable, Words, number_of
 from holdfast.sources.expected import Expected
-from holdfast.sources.files import readable_file, similar_name
+from holdfast.sources.files import names_of, readable_file, similar_name
 from holdfast.sources.limited.calling import read_under_limits
 from holdfast.sources.limited.limits import Limits
 from holdfast.sources.limited.tables import table
@@ -21,8 +20,6 @@ from holdfast.sources.limited.tables import table
 SUFFIXES = (".csv", ".csv.gz", ".parquet")
 LIMITS = Limits(copies=4, spare_bytes=2**32)
 """Limits of the process that reads the file."""
-_SHOWN = 50
-"""Largest number of names of columns or splits in an error message."""
 
 
 def open_table(
@@ -142,12 +139,7 @@ def _label(label: str | None, table: ColumnTable) -> str:
         if label
         else f"{table.name} is a table"
     )
-    raise UsageError(f"{wrong}; name its label with --label, one of {_some(table.columns)}")
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the first names, with an ellipsis if there are more, because a table may have a million columns."""
-    return ", ".join(names[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
+    raise UsageError(f"{wrong}; name its label with --label, one of {names_of(table.columns)}")
 
 
 def _refuse_dropped(drop: tuple[str, ...], label: str, table: ColumnTable) -> None:
@@ -174,7 +166,7 @@ def _rows_of_split(table: ColumnTable, split: str | None) -> NDArray[np.int64]:
     if wanted not in column.words:
         found = sorted(column.words)
         raise NoSplit(
-            f"{table.name} has no split {wanted!r}{similar_name(wanted, found)}; it has {_some(found)}"
+            f"{table.name} has no split {wanted!r}{similar_name(wanted, found)}; it has {names_of(found)}"
         )
     return np.flatnonzero(column.places == column.words.index(wanted)).astype(np.int64)
 

@@ -20,7 +20,7 @@ from holdfast.sources.archive import read_once
 from holdfast.sources.estimators import Array, EstimatorInterface, as_model
 from holdfast.sources.limited.calling import read_under_limits
 from holdfast.sources.limited.limits import Limits
-from holdfast.sources.limited.trees import best_iteration, damaged
+from holdfast.sources.limited.trees import best_iteration, damaged, first_line
 
 MAX_BYTES = 2**30
 """Largest number of bytes of a file; a booster of 10,000 deep trees has some hundred megabytes."""
@@ -96,14 +96,17 @@ def _adapted(booster: Any, digest: str, best: int | None) -> Adapted:
 
 
 def _margins(booster: Any, iterations: tuple[int, int], rows: Array) -> Array:
-    """Return the logits (n, classes) of the rows, or those (n,) of class 1."""
+    """Return the logits (n, classes) of the rows, or those (n,) of class 1. Raises `XGBoostError` with one line."""
     import xgboost
 
-    matrix = xgboost.DMatrix(
-        rows,
-        feature_names=booster.feature_names,
-        feature_types=booster.feature_types,
-        enable_categorical=True,
-    )
-    margins: Array = booster.predict(matrix, output_margin=True, iteration_range=iterations)
+    try:
+        matrix = xgboost.DMatrix(
+            rows,
+            feature_names=booster.feature_names,
+            feature_types=booster.feature_types,
+            enable_categorical=True,
+        )
+        margins: Array = booster.predict(matrix, output_margin=True, iteration_range=iterations)
+    except xgboost.core.XGBoostError as error:
+        raise type(error)(first_line(str(error))) from error
     return margins

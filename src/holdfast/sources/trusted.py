@@ -15,17 +15,16 @@ import torch
 from torch import nn
 
 from holdfast.core.errors import TargetError
-from holdfast.sources.archive import Weights, check_archive, is_script, read_once
+from holdfast.sources.archive import Weights, check_archive, is_script
 from holdfast.sources.factories import importable
 from holdfast.sources.limited.weights import NESTINGS, state_dict
 
 
-def open_trusted(path: Path) -> tuple[nn.Module | Weights, str, str]:
-    """Load a trusted model file, which runs its code, and return its content, its format and its SHA-256.
+def open_trusted(path: Path, content: bytes) -> tuple[nn.Module | Weights, str, str]:
+    """Load the `content` of a trusted model file, which runs its code. Return the model, its format and its SHA-256.
 
-    The content is a module, or weights if the file has no module. Raises `TargetError` if it cannot be loaded.
+    The result is a module, or weights if the file has no module. Raises `TargetError` if it cannot be loaded.
     """
-    content = read_once(path, "model")
     check_archive(path, content, trust_code=True)
     script = is_script(content)
     content_or_module = _loaded(path, io.BytesIO(content), script=script)

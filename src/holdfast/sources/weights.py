@@ -1,5 +1,6 @@
 """Loads the tensors of a weights file into a network, or reports which of them do not match it."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from holdfast.core.errors import TargetError
-from holdfast.sources.archive import Weights, read_weights
+from holdfast.sources.archive import Weights, read_once, read_weights
 from holdfast.sources.files import readable_file
 
 METADATA_KEY = "holdfast"
@@ -26,18 +27,28 @@ _SHOWN = 4
 _MOST_WRAPPERS = 8
 
 
-def read_state_dict(path: Path) -> tuple[Weights, dict[str, Any]]:
-    """Return the tensors of a safetensors file or a `.pt` state dict, and the metadata of Holdfast in it, which may be
-    empty.
+def state_dict_content(path: Path) -> bytes:
+    """Return the content of a file with weights.
+
+    It is read once, so that its digest is that of the loaded bytes. It is not mapped: the process would end if the file
+    was truncated in the meantime. Raises the errors of `read_once`, but safetensors have no limit of size.
     """
-    readable_file(path, "weights file")
     if path.suffix != ".safetensors":
-        return read_weights(path), {}
+        return read_once(path, "weights file")
+    return readable_file(path, "weights file").read_bytes()
+
+
+def read_state_dict(path: Path, content: bytes) -> tuple[Weights, dict[str, Any]]:
+    """Return the tensors in the `content` of a safetensors file or a `.pt` state dict, and Holdfast's metadata, which
+    may be empty.
+    """
+    if path.suffix != ".safetensors":
+        return read_weights(path, content), {}
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY, "{}")
+        tensors = safetensors.torch.load(content)  # checks the header
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        text = header.get("__metadata__", {}).get(METADATA_KEY, "{}")
         metadata = json.loads(text)
-        tensors = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, ValueError, OSError, RecursionError) as error:
         raise TargetError(
             f"{str(path)!r} is not a valid safetensors file: {error}; write or download it again"
@@ -48,7 +59,7 @@ def read_state_dict(path: Path) -> tuple[Weights, dict[str, Any]]:
             "again"
         )
     refuse_metadata(path, metadata)
-    return Weights(tensors), metadata
+    return Weights(tensors, digest=hashlib.sha256(content).hexdigest()), metadata
 
 
 def written(net: nn.Module, metadata: Mapping[str, Any]) -> bytes:

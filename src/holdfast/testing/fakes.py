@@ -1,4 +1,6 @@
-"""Small models and batches for tests, in float64 where rounding could otherwise change a verdict."""
+"""Small models and batches for tests. They use float64, because rounding in float32 could change whether an example
+counts as broken.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ SHAPE = (3, 4, 4)
 
 
 class Sine(nn.Module):
-    """A layer that computes sin(8 z) of each value z, which gives a loss with many local minima."""
+    """Layer that computes sin(8 z) of each value z. A network with this layer has a loss with many local minima."""
 
     def forward(self, z: Tensor) -> Tensor:
         """Return sin(8 z) of each value of `z`."""
@@ -51,7 +53,7 @@ def labelled(model: Classifier, batch: Batch) -> Batch:
 
 
 class Constant(nn.Module):
-    """A model with equal logits for every input, such as one from a damaged file."""
+    """Test model that returns the same logits for every input."""
 
     def __init__(self, logits: tuple[float, ...]) -> None:
         super().__init__()
@@ -59,12 +61,12 @@ class Constant(nn.Module):
         self.logits: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits for each input, with a gradient of zero."""
+        """Return the constant logits for each input, with a gradient of zero with respect to the input."""
         return self.logits.to(x.dtype).expand(len(x), -1) + 0 * x.flatten(1).sum(1, keepdim=True)
 
 
 class Gradientless(nn.Module):
-    """A network whose outputs have no gradient, such as one with a `no_grad` decorator."""
+    """Test model whose outputs have no gradient, like those of a network with a `no_grad` decorator."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -77,7 +79,9 @@ class Gradientless(nn.Module):
 
 
 class NaNBeyond(nn.Module):
-    """A network whose logits are NaN for inputs farther than `reach` from the inputs `clean`."""
+    """Test model that returns NaN for inputs farther than `reach` from the inputs `clean`, and otherwise the logits of
+    a network.
+    """
 
     def __init__(self, net: nn.Module, clean: Tensor, reach: float) -> None:
         super().__init__()
@@ -86,7 +90,7 @@ class NaNBeyond(nn.Module):
         self.clean: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits of the network near the clean inputs, and NaN elsewhere."""
+        """Return the logits of the network for inputs near the clean inputs, and NaN for all others."""
         distance = torch.cdist(x.detach().flatten(1), self.clean.flatten(1)).amin(1)
         logits: Tensor = self.net(x)
         return torch.where(distance[:, None] > self.reach, torch.nan, logits)

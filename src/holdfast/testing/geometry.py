@@ -1,4 +1,5 @@
-"""Laws of every constraint. Each law raises `AssertionError` with numbers if a constraint violates it.
+"""Tests of properties that every constraint must have. Each function raises `AssertionError` with numbers if a
+constraint does not have the property.
 
 A law generates its examples from a seed, so that a property test needs only these lines:
 
@@ -29,8 +30,8 @@ _RIVALS = 20  # number of random unit steps that the steepest step is compared w
 
 
 def scene(seed: int, *, n: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Batch, Inputs]:
-    """Return examples, some values of which are at the bounds, and a point near each example, mostly outside the
-    bounds.
+    """Return random examples, some values of which are at the bounds, and for each example a nearby point that is
+    mostly outside the bounds. Tests of constraints use both.
     """
     batch = examples(seed, n=n, shape=SHAPE, dtype=dtype)
     rng = Draws(seed).at("scene")
@@ -40,7 +41,9 @@ def scene(seed: int, *, n: int = 6, dtype: torch.dtype = torch.float64) -> tuple
 
 
 def projects_inside(constraint: Constraint, seed: int) -> None:
-    """Check that a projection is inside the ball and the bounds, in float64 and in float32."""
+    """Check that the projection of a constraint returns points inside the ball and the bounds, in float64 and in
+    float32.
+    """
     for dtype in (torch.float64, torch.float32):
         batch, points = scene(seed, dtype=dtype)
         projected = constraint.project(points, batch.x, BOUNDS)
@@ -51,7 +54,7 @@ def projects_inside(constraint: Constraint, seed: int) -> None:
 
 
 def projects_once(constraint: Constraint, seed: int) -> None:
-    """Check that a second projection does not move points by more than rounding."""
+    """Check that projecting a projected point again moves it by no more than rounding."""
     batch, points = scene(seed)
     once = constraint.project(points, batch.x, BOUNDS)
     moved = float((constraint.project(once, batch.x, BOUNDS) - once).abs().max())
@@ -59,8 +62,8 @@ def projects_once(constraint: Constraint, seed: int) -> None:
 
 
 def leaves_feasible_points_alone(constraint: Constraint, seed: int) -> None:
-    """Check that a point well inside the ball and the bounds is returned bitwise equal, whatever the other examples
-    are.
+    """Check that the projection does not change a point well inside the ball and the bounds, not even by rounding,
+    whatever the other examples of the batch are.
     """
     batch, points = scene(seed)
     smaller = constraint.resized(
@@ -76,7 +79,9 @@ def leaves_feasible_points_alone(constraint: Constraint, seed: int) -> None:
 
 
 def projects_to_the_nearest(constraint: Constraint, seed: int) -> None:
-    """Check that a projection is the nearest feasible point, by a slow exact search for the four norms."""
+    """Check that the projection of a constraint returns the nearest allowed point, by comparison with a slow exact
+    search, for the norms Linf, L2, L1 and L0.
+    """
     if not isinstance(constraint, (Linf, L2, L1, L0)):
         return
     batch, points = scene(seed)
@@ -88,7 +93,8 @@ def projects_to_the_nearest(constraint: Constraint, seed: int) -> None:
 
 
 def steps_along_the_steepest(constraint: Constraint, seed: int) -> None:
-    """Check that the steepest step has length at most one, and that no unit step inside the bounds has a larger gain.
+    """Check that the steepest direction of a constraint has length at most one, and that no other unit step inside the
+    bounds increases a linear function more.
 
     For L0 only the sign of the gain is checked.
     """
@@ -113,8 +119,8 @@ def steps_along_the_steepest(constraint: Constraint, seed: int) -> None:
 
 
 def samples_inside(constraint: Constraint, seed: int) -> None:
-    """Check that random points are inside the ball and the bounds, and that those of an example do not depend on the
-    batch.
+    """Check that the random points of a constraint are inside the ball and the bounds, and that the point of an example
+    does not depend on the rest of the batch.
     """
     for dtype in (torch.float64, torch.float32):
         batch, _ = scene(seed, dtype=dtype)
@@ -127,7 +133,7 @@ def samples_inside(constraint: Constraint, seed: int) -> None:
 
 
 def radii_are_each_example_s_own(constraint: Constraint, seed: int) -> None:
-    """Check that `within` with several radii is equal to `project` with the radius of each example."""
+    """Check that a projection with a different radius for each example equals separate projections of the examples."""
     if not isinstance(constraint, Norm):
         return
     batch, points = scene(seed)

@@ -1,4 +1,5 @@
-"""Laws of every attack. Each law raises `AssertionError` with numbers if an attack violates it.
+"""Tests of properties that every attack must have. Each function raises `AssertionError` with numbers if an attack does
+not have the property.
 
 A law takes a `Case`: an attack, a norm, and the factors that state how close to the exact distance the attack must come
 on a linear model. Other packages can run the laws on their attacks:
@@ -34,7 +35,7 @@ Kind = Callable[[float], Norm]
 
 @dataclass(frozen=True)
 class Case:
-    """An attack under one norm, on which the laws are checked."""
+    """An attack and a norm, for which the properties of attacks are tested."""
 
     attack: Attack
     norm: Kind
@@ -54,16 +55,16 @@ class Case:
 
     @property
     def counts(self) -> bool:
-        """Whether the radius is a number of values, and so must be an integer."""
+        """Whether the radius of the norm is a number of values, as under L0, so that it must be an integer."""
         return isinstance(self.norm(1.0), L0)
 
     def eps(self, wanted: float) -> float:
-        """Return a valid radius near `wanted`, which is an integer for L0."""
+        """Return a valid radius of the norm near `wanted`, which is rounded to an integer for L0."""
         return max(1.0, round(wanted)) if self.counts else wanted
 
     def enough(self, exact: PerExample, classes: int) -> PerExample:
-        """Return the radius at which examples must be broken, from their exact distances (n); for L0 it is
-        rounded up.
+        """Return for each example the radius at which the attack must break it, computed from its exact distance to the
+        decision boundary. It is rounded up for L0.
         """
         needed = exact / (self.slack if classes == 2 else self.many)
         return needed.ceil() if self.counts else needed
@@ -72,7 +73,8 @@ class Case:
 def run(
     case: Case, model: Model, batch: Batch, threat: ThreatModel, *, seed: int = 0
 ) -> tuple[Inputs, Spent]:
-    """Run the attack on a metered model, as the harness does, and return its points and its queries.
+    """Run an attack on a model that counts its queries, as in an assessment, and return the attacked inputs and the
+    number of queries.
 
     The model is also the surrogate.
     """
@@ -86,7 +88,7 @@ def run(
 
 
 def broken(model: Model, batch: Batch, x_adv: Inputs) -> Mask:
-    """Return whether the model misclassifies each point `x_adv`."""
+    """Return for each attacked input whether the model misclassifies it, as a boolean mask."""
     with torch.no_grad():
         return ~(margin(model(x_adv), batch) > 0)
 
@@ -101,8 +103,8 @@ def problem(
     dtype: torch.dtype = torch.float64,
     rippled: bool = False,
 ) -> tuple[Classifier, Batch, ThreatModel]:
-    """Return a small network, examples that it classifies correctly, and a threat whose eps breaks about half
-    of them.
+    """Return a test problem for an attack: a small network, examples that it classifies correctly, and a threat model
+    whose eps breaks about half of them.
     """
     model = network(seed, classes=classes, shape=shape, rippled=rippled).to(dtype)
     batch = labelled(model, examples(seed, n=n, shape=shape, dtype=dtype))
@@ -111,7 +113,9 @@ def problem(
 
 
 def stays_inside(case: Case) -> None:
-    """Check that every returned point is finite, inside the ball and inside the bounds, also in float32."""
+    """Check that every point that an attack returns is finite, inside the ball and inside the bounds, also in
+    float32.
+    """
     for seed, dtype in ((0, torch.float64), (1, torch.float32), (2, torch.float32)):
         model, batch, threat = problem(case, seed, dtype=dtype)
         x_adv, _ = run(case, model, batch, threat, seed=seed)
@@ -128,8 +132,8 @@ def stays_inside(case: Case) -> None:
 
 
 def agrees_with_the_oracle(case: Case) -> None:
-    """Check on linear models that an attack succeeds only beyond the exact distance, and for every example well within
-    it.
+    """Check on linear models that an attack breaks no example whose exact distance to the boundary exceeds eps, and
+    breaks every example whose distance is well below eps.
 
     With more than two classes the distance is that of the nearest class, which may not be the most likely one; see
     `Case.many`.
@@ -165,14 +169,15 @@ def _finds_the_smallest(
 
 
 def repeats_itself(case: Case) -> None:
-    """Check that two runs with the same seed return the same points."""
+    """Check that two runs of an attack with the same seed return the same points."""
     model, batch, threat = problem(case)
     first, again = run(case, model, batch, threat, seed=5)[0], run(case, model, batch, threat, seed=5)[0]
     assert torch.equal(first, again), f"{case}: two runs of one seed differ"
 
 
 def ignores_the_company(case: Case) -> None:
-    """Check that the result of an example does not depend on the batch size, the order or the other examples.
+    """Check that the result of an attack on an example does not depend on the batch size, the order of the batch or its
+    other examples.
 
     Verdicts must be equal. Points must be equal except for a few examples in which a different order of summation
     changes a comparison.
@@ -194,7 +199,9 @@ def _same(case: Case, what: str, model: Model, batch: Batch, expected: Tensor, f
 
 
 def keeps_what_it_found(case: Case) -> None:
-    """Check that the returned point of an example breaks it if any query inside the constraint did."""
+    """Check that an attack returns an adversarial example for each example for which one of its queries inside the
+    constraint was successful.
+    """
     for seed, rippled in ((0, False), (1, False), (0, True), (1, True)):
         model, batch, threat = problem(case, seed, rippled=rippled)
         x_adv, spent = run(case, model, batch, threat, seed=seed)
@@ -203,14 +210,16 @@ def keeps_what_it_found(case: Case) -> None:
 
 
 def eps_zero_changes_nothing(case: Case) -> None:
-    """Check that the clean inputs are returned for a ball of radius zero."""
+    """Check that an attack returns the clean inputs if the radius of the ball is zero."""
     model, batch, _ = problem(case)
     x_adv, _ = run(case, model, batch, ThreatModel(case.norm(0.0)))
     assert torch.equal(x_adv, batch.x), f"{case}: moved by {float((x_adv - batch.x).abs().max())} at eps 0"
 
 
 def works_for_any_number_of_classes(case: Case) -> None:
-    """Check that points are feasible and some example is broken with 2, 3, 8 and 1,000 classes; other laws use 4."""
+    """Check that an attack breaks some example of networks with 2, 3, 8 and 1,000 classes. The tests of the other
+    properties use 4 classes.
+    """
     for classes in (2, 3, 8, 1000):
         model, batch, threat = problem(case, classes=classes, n=6)
         x_adv, _ = run(case, model, batch, ThreatModel(case.norm(case.eps(threat.constraint.eps * 3))))
@@ -218,8 +227,8 @@ def works_for_any_number_of_classes(case: Case) -> None:
 
 
 def takes_inputs_of_any_shape(case: Case) -> None:
-    """Check that points are feasible and some example is broken for rows of a table, sequences and images of one
-    channel.
+    """Check that an attack stays inside the constraint and breaks some example if the inputs are rows of a table,
+    sequences or images with one channel.
     """
     for shape in ((24,), (2, 12), (1, 5, 7)):
         model, batch, threat = problem(case, n=6, shape=shape)
@@ -232,8 +241,8 @@ def takes_inputs_of_any_shape(case: Case) -> None:
 
 
 def leaves_the_model_alone(case: Case) -> None:
-    """Check that weights, their gradients, `requires_grad` and the mode of the model do not change, whether frozen or
-    not.
+    """Check that an attack does not change weights, their gradients, `requires_grad` or the mode of the model, and that
+    its results do not depend on `requires_grad`.
     """
     model, batch, threat = problem(case)
     frozen, _ = run(case, model, batch, threat)
@@ -250,7 +259,8 @@ def leaves_the_model_alone(case: Case) -> None:
 
 
 def leaves_its_arguments_alone(case: Case) -> None:
-    """Check that inputs, labels and ids are not changed in place, nor the inputs of earlier calls of the model.
+    """Check that an attack does not change its inputs, labels and ids in place, nor the inputs of its earlier calls of
+    the model.
 
     A model may store the inputs of its calls.
     """
@@ -267,7 +277,7 @@ def leaves_its_arguments_alone(case: Case) -> None:
 
 
 def declares_what_it_must_see(case: Case) -> None:
-    """Check that an attack with the access that it declares returns the same points as with more access."""
+    """Check that an attack returns the same points with the access that it declares as with access to gradients."""
     model, batch, threat = problem(case)
     declared, _ = run(case, model, batch, replace(threat, access=case.attack.needs))
     more, _ = run(case, model, batch, replace(threat, access="gradients"))
@@ -275,7 +285,9 @@ def declares_what_it_must_see(case: Case) -> None:
 
 
 def keeps_to_the_budget(case: Case) -> None:
-    """Check that no example gets more than `queries` queries, and that successes within the budget are returned."""
+    """Check that an attack makes at most `queries` queries for each example, and returns the adversarial examples that
+    it finds within this budget.
+    """
     model, batch, threat = problem(case)
     for queries in (1, 2, 13):
         limited = replace(threat, queries=queries, access=case.attack.needs)
@@ -290,8 +302,8 @@ def keeps_to_the_budget(case: Case) -> None:
 
 
 def survives_odd_batches(case: Case) -> None:
-    """Check that batches of one, empty, misclassified, non-contiguous or channels-last examples give the same
-    results.
+    """Check that an attack works for batches that are empty, have one example, are not contiguous, have the channels
+    last, or are already misclassified.
     """
     model, batch, threat = problem(case)
     whole, _ = run(case, model, batch, threat)
@@ -318,7 +330,9 @@ def survives_odd_batches(case: Case) -> None:
 
 
 def survives_odd_models(case: Case) -> None:
-    """Check that points are finite and feasible for models that are constant, without gradients, NaN or partly NaN."""
+    """Check that an attack returns finite points inside the constraint for models with constant outputs, without
+    gradients, or with NaN for some or all inputs.
+    """
     model, batch, threat = problem(case)
     logits = (3.0, 1.0, 1.0, 0.0)
     odd = {
@@ -337,7 +351,7 @@ def survives_odd_models(case: Case) -> None:
 
 
 def reaches_targets(case: Case) -> None:
-    """Check that most targets are reached with a large eps."""
+    """Check that a targeted attack with a large eps reaches its target class for most examples."""
     model, batch, threat = problem(case)
     aimed = batch.towards((batch.y + 1) % 4)
     wide = ThreatModel(case.norm(case.eps(threat.constraint.eps * 8)), goal=1)
@@ -347,7 +361,9 @@ def reaches_targets(case: Case) -> None:
 
 
 def breaks_an_undefended_network(case: Case) -> None:
-    """Check that a minimum-norm attack breaks every example, with verdicts that do not depend on the batch size."""
+    """Check that a minimum-norm attack breaks every example of an undefended network, and that these results do not
+    depend on the batch size.
+    """
     if not case.smallest:
         return
     model, batch, _ = problem(case)
@@ -394,8 +410,8 @@ LIMITED_LAWS = tuple(
 
 
 def more_never_loses(weaker: Attack, stronger: Attack, norm: Kind) -> None:
-    """Check that the attack `stronger` breaks every example that `weaker` breaks, because restarts and budgets only
-    add.
+    """Check that the attack `stronger`, such as one with more restarts, breaks every example that the attack `weaker`
+    breaks.
     """
     for seed in range(3):
         case = Case(weaker, norm)

@@ -1,4 +1,4 @@
-"""Linear classifier with the exact distance of each input to its decision boundary, inside the bounds, as an oracle.
+"""Linear classifier for tests, with the exact distance of each input to its decision boundary.
 
 For one other class the smallest change solves a knapsack problem. For Linf and L2 all values move up to the bounds by
 an amount that is solved for; for L1 and L0 the values with the largest gain move first. The distance is the minimum
@@ -19,7 +19,9 @@ from holdfast.core.types import Ids, Inputs, Labels, Logits, PerExample
 
 @dataclass(frozen=True)
 class LinearOracle:
-    """A linear model (`Model`) with the exact distance of any input to its decision boundary."""
+    """Linear classifier for tests of attacks, with a method that computes the exact distance of an input to the
+    decision boundary.
+    """
 
     weight: Tensor
     """weights, (classes, features)"""
@@ -32,7 +34,7 @@ class LinearOracle:
         return x.flatten(1) @ self.weight.T + self.bias
 
     def classifier(self) -> Classifier:
-        """Return the same model as a network, which the harness can measure."""
+        """Return the same linear model as a `Classifier`, the type of model that assessments and attacks are run on."""
         layer = nn.Linear(self.weight.shape[1], self.weight.shape[0]).to(self.weight)
         with torch.no_grad():
             layer.weight.copy_(self.weight)
@@ -40,8 +42,8 @@ class LinearOracle:
         return Classifier(nn.Sequential(nn.Flatten(), layer), bounds=self.bounds).eval()
 
     def distance(self, x: Inputs, y: Labels, norm: Constraint) -> PerExample:
-        """Return the exact distance to the nearest point inside the bounds that is not classified as `y`; inf if there
-        is none.
+        """Return the exact distance of each input to the nearest point inside the bounds that is not classified as `y`,
+        or infinity if there is none.
         """
         x, logits = x.double(), self(x).double()
         low, high = self.bounds.like(x)
@@ -95,7 +97,9 @@ def _root(stops: Tensor, slopes: Tensor, gap: Tensor) -> PerExample:
 def linear_problem(
     seed: int, *, n: int = 40, features: int = 12, classes: int = 3, dtype: torch.dtype = torch.float64
 ) -> tuple[LinearOracle, Batch]:
-    """Return a random linear model, and inputs in [0, 1] that it classifies correctly, some values at the bounds."""
+    """Return a random linear model, and inputs in [0, 1] that it classifies correctly. Some input values are at the
+    bounds.
+    """
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(classes, features, generator=draw, dtype=torch.float64)
     x = (torch.rand(n, features, generator=draw, dtype=torch.float64) * 1.4 - 0.2).clamp(0, 1)

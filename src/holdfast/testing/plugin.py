@@ -1,4 +1,4 @@
-"""Plugin for pytest that provides `assert_robust` as a fixture of that name.
+"""Plugin for pytest with the fixture `assert_robust`, which fails a test if a model is not robust enough.
 
     def test_holds(assert_robust):
         assert_robust(model, (x, y), threat="linf:8/255", at_least=0.4)
@@ -42,7 +42,8 @@ def assert_robust(
     std: Sequence[float] | None = None,
     accept_doubts: Mapping[str, str] | None = None,
 ) -> Result:
-    """Raise `AssertionError` unless the whole confidence interval of robust accuracy is at least `at_least`.
+    """Assess a model in a test, and raise `AssertionError` unless the whole confidence interval of its robust accuracy
+    is at or above `at_least`.
 
     It is also raised if a doubt is neither answered nor accepted. The arguments are those of `holdfast.assess`, whose
     result is returned. An unclear verdict fails too; the message states whether more examples or the acceptance of a

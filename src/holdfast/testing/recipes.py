@@ -1,4 +1,6 @@
-"""Laws of every recipe, for `pytest.mark.parametrize`, which also apply to recipes of other packages."""
+"""Tests of properties that every recipe must have, for `pytest.mark.parametrize`. They also apply to recipes of other
+packages.
+"""
 
 from dataclasses import replace
 
@@ -41,14 +43,14 @@ def _threat(eps: float) -> ThreatModel:
 
 
 def same(one: Checkpoint, other: Checkpoint) -> bool:
-    """Return whether two checkpoints are bitwise equal."""
+    """Return whether all tensors of two checkpoints are bitwise equal."""
     names = one.tensors.keys() == other.tensors.keys()
     return names and all(torch.equal(value, other.tensors[name]) for name, value in one.tensors.items())
 
 
 def leaves_the_model_alone(recipe: Recipe) -> None:
-    """Check that weights, mode and `requires_grad` of the given model do not change, and that the new model differs
-    from it.
+    """Check that a recipe does not change weights, mode and `requires_grad` of the given model, and that the new model
+    differs from it.
     """
     model, data = _problem()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -62,7 +64,7 @@ def leaves_the_model_alone(recipe: Recipe) -> None:
 
 
 def repeats_itself(recipe: Recipe) -> None:
-    """Check that equal seeds give equal weights, and different seeds different ones."""
+    """Check that a recipe trains equal weights from equal seeds, and different weights from different seeds."""
     model, data = _problem()
     one, again, other = (_run(recipe, model, data, 0.05, seed)[-1] for seed in (0, 0, 1))
     assert same(one, again)
@@ -70,7 +72,9 @@ def repeats_itself(recipe: Recipe) -> None:
 
 
 def goes_on_exactly(recipe: Recipe) -> None:
-    """Check that training resumed from any checkpoint is bitwise equal to training without interruption."""
+    """Check that a training that is resumed from any of its checkpoints ends bitwise equal to a training without
+    interruption.
+    """
     model, data = _problem()
     whole = _run(recipe, model, data, 0.05)
     assert [checkpoint.epoch for checkpoint in whole] == [1, 2, 3]
@@ -81,7 +85,9 @@ def goes_on_exactly(recipe: Recipe) -> None:
 
 
 def draws_from_its_own_seed(recipe: Recipe) -> None:
-    """Check that torch's own generator does not affect the result and is not changed."""
+    """Check that the result of a recipe does not depend on the global random generator of PyTorch, and that the recipe
+    does not change its state.
+    """
     model, data = _problem()
     torch.manual_seed(1)
     one = _run(recipe, model, data, 0.05)[-1]
@@ -94,8 +100,8 @@ def draws_from_its_own_seed(recipe: Recipe) -> None:
 
 
 def learns(recipe: Recipe) -> None:
-    """Check that the loss decreases from the first to the last epoch, and that the new model is correct on more
-    examples.
+    """Check that training with a recipe lowers the loss from the first to the last epoch, and that the new model
+    classifies more examples correctly.
     """
     model, data = _problem()
     longer = replace(SHORT, epochs=30)

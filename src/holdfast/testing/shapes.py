@@ -1,4 +1,4 @@
-"""Checks of annotated tensor shapes at run time, for tests.
+"""Run-time checks for tests that tensors have the shapes in the annotations of functions.
 
 `checked(f)` wraps a function. `watching("holdfast.ops")` wraps all public functions of packages for the duration of a
 test. A name in a shape has one size within a call: `n` is the same for `x` and for `y`.
@@ -20,8 +20,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def fits(value: Tensor, shape: Shape, sizes: dict[str, tuple[int, ...]]) -> bool:
-    """Return whether a tensor has this shape and kind, given the `sizes` of names so far. New names are added to
-    `sizes`.
+    """Return whether a tensor matches an annotated shape and kind. `sizes` contains the sizes of the dimension names so
+    far, to which new names are added.
     """
     if shape.kind == "float" and not value.is_floating_point():
         return False
@@ -44,8 +44,8 @@ def fits(value: Tensor, shape: Shape, sizes: dict[str, tuple[int, ...]]) -> bool
 
 
 def checked(function: F) -> F:
-    """Return the function with a check that raises `TypeError` for arguments or results of another shape than
-    annotated.
+    """Return a function that also checks its tensors: it raises `TypeError` if an argument or the result does not have
+    the annotated shape.
     """
     hints = _shapes(get_type_hints(function, include_extras=True))
     if not hints:
@@ -89,7 +89,9 @@ _Seen = tuple[torch.dtype, torch.Size] | None
 
 @contextmanager
 def watching(*packages: str) -> Iterator[None]:
-    """Context manager that checks all public functions and methods of these packages, also where they were imported."""
+    """Context manager inside which all public functions and methods of `packages` check the shapes of their tensors,
+    also where they were imported.
+    """
     loaded = {name: module for name, module in sys.modules.items() if name.startswith("holdfast.")}
     undo: list[tuple[Any, str, Any]] = []
     wrapped: dict[Any, Any] = {}

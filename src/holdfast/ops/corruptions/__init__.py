@@ -58,7 +58,8 @@ EXTRA: Final[Mapping[str, Operator]] = {
 def corrupted(
     name: str, x: Inputs, severity: int, ids: Ids, rng: Draws, bounds: Bounds | None = None
 ) -> Inputs:
-    """Return the images of `x` (n, 1 or 3, height, width) with one corruption, inside the box.
+    """Return the images `x` (n, 1 or 3, height, width) changed by the corruption called `name` at a severity from 1 to
+    5. All values are valid inputs.
 
     The constants are those of CIFAR-10-C if the shorter side is at most 64 pixels, else those of ImageNet-C. Raises
     `UsageError` if inputs are not images.
@@ -75,7 +76,7 @@ def corrupted(
 
 
 def refuse_no_images(x: Inputs) -> None:
-    """Raise `UsageError` for inputs that are not images, such as rows of a table."""
+    """Raise `UsageError` if inputs are not images, such as rows of a table, because corruptions need images."""
     if x.dim() != 4 or x.shape[1] not in (1, 3):
         shape = "x".join(map(str, x.shape[1:]))
         raise UsageError(

@@ -12,19 +12,21 @@ from holdfast.ops.corruptions.filters import clamped, disk, filtered, gaussian_k
 
 
 def gaussian_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Apply a Gaussian blur with standard deviation `c[0]` in pixels."""
+    """Blur the images with a Gaussian whose standard deviation is `c[0]` pixels, as the corruption Gaussian blur."""
     return clamped(gaussian_kernel(x, c[0]))
 
 
 def defocus_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Replace each value by the mean over a disk of radius `c[0]`, with an edge smoothed by a Gaussian of deviation
-    `c[1]`.
+    """Blur the images like a lens out of focus: each value becomes the mean over a disk with radius `c[0]` in pixels,
+    whose edge is smoothed by a Gaussian with standard deviation `c[1]`.
     """
     return clamped(filtered(x, disk(*c)))
 
 
 def motion_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Blur by half a Gaussian of radius `c[0]` and sigma `c[1]`, along a line within 45 degrees of the horizontal."""
+    """Blur the images along a random line within 45 degrees of the horizontal, as from a moving camera. The kernel is
+    half a Gaussian with radius `c[0]` and standard deviation `c[1]`, in pixels.
+    """
     radius, sigma = c
     return clamped(
         moved(x, radius, sigma, degrees=90 * rng.at("angle").uniform(ids, dtype=torch.float64) - 45)
@@ -32,8 +34,8 @@ def motion_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def zoom_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Return the mean of the image and its zooms by the factors 1, 1 + step, 1 + 2 step, … below `c[0]`, with step
-    `c[1]`.
+    """Blur the images as by zooming: return the mean of each image and its enlargements by the factors 1 + `c[1]`, 1 +
+    2 `c[1]` and so on, below `c[0]`.
     """
     last, step = c
     n_zooms, apart = math.ceil((last - 1) / step), (1 + step) - 1
@@ -44,7 +46,8 @@ def zoom_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def glass_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Blur the image, exchange pixels that are close to each other in several rounds, and blur it again.
+    """Blur the images as through frosted glass: after a Gaussian blur, each pixel gets the value of a random nearby
+    pixel in several rounds, and the result is blurred again.
 
     `c` contains the standard deviation, the largest distance in pixels and the number of rounds. Pixels are processed
     one after the other from the last one; each copies the value of another pixel, which does not change. The published

@@ -1,4 +1,5 @@
-"""Constants of each corruption at the five severities: CIFAR-10-C for small images, ImageNet-C for large ones.
+"""Constants of each corruption at its five severities: those of CIFAR-10-C for small images and of ImageNet-C for large
+ones.
 
 Lengths are in pixels, except for `elastic_transform`, where they are shares of the shorter side (of 32 pixels for the
 small set; the 244 of the large set is that of the published code, which should be 224).

@@ -12,7 +12,9 @@ from holdfast.ops.corruptions.filters import along, clamped, gaussian_kernel, sa
 
 
 def pixelate(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Shrink each side to the fraction `c[0]` of its length and enlarge it again, with box filters."""
+    """Pixelate the images: shrink each side to the fraction `c[0]` of its length and enlarge it again, with box
+    filters.
+    """
     down = [_boxes(side, max(1, int(side * c[0])), x) for side in x.shape[2:]]
     up = [_boxes(len(matrix), side, x) for matrix, side in zip(down, x.shape[2:], strict=True)]
     return clamped(along(along(x, *down), *up))
@@ -28,7 +30,8 @@ def _boxes(size: int, wanted: int, like: Tensor) -> Tensor:
 
 
 def elastic_transform(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Apply a random affine map near the identity, then a smooth random displacement of every pixel.
+    """Distort the images by a random affine map near the identity, and then by a smooth random displacement of every
+    pixel.
 
     The constants are fractions of the shorter side: of the displacement, of its smoothness and of the affine map.
     """

@@ -1,4 +1,6 @@
-"""Filters, zooms and warps of images (n, channels, height, width), with the border modes of the published code."""
+"""Filters, zooms and warps of images (n, channels, height, width), as in the published code of the common
+corruptions.
+"""
 
 import math
 from typing import Literal
@@ -14,7 +16,9 @@ Edge = Literal["edge", "mirror", "symmetric"]
 
 
 def wrapped_positions(index: Tensor, size: int, edge: Edge) -> Tensor:
-    """Map positions on an infinite line to positions from 0 to `size` - 1."""
+    """Map pixel positions that may lie outside an image to positions inside it, from 0 to `size` - 1, according to the
+    padding mode `edge`.
+    """
     if edge == "edge":
         return index.clamp(0, size - 1)
     last = 2 * size - 1 if edge == "symmetric" else 2 * size - 2
@@ -23,13 +27,15 @@ def wrapped_positions(index: Tensor, size: int, edge: Edge) -> Tensor:
 
 
 def along(x: Inputs, rows: Tensor, columns: Tensor) -> Tensor:
-    """Apply one matrix to the rows of each image and another one to its columns."""
+    """Apply the matrix `rows` along the height of each image and the matrix `columns` along its width, as separable
+    filters require.
+    """
     mapped: Tensor = rows @ x @ columns.T
     return mapped
 
 
 def gaussian_kernel(x: Inputs, sigma: float, *, edge: Edge = "edge", reach: float = 4.0) -> Inputs:
-    """Apply a Gaussian blur whose kernel ends at `reach` times `sigma`."""
+    """Blur the images with a Gaussian of standard deviation `sigma`, whose kernel ends at `reach` times `sigma`."""
     radius = int(reach * sigma + 0.5)
     if radius == 0:
         return x
@@ -38,7 +44,7 @@ def gaussian_kernel(x: Inputs, sigma: float, *, edge: Edge = "edge", reach: floa
     taps = taps / taps.sum()
 
     def blurs(size: int) -> Tensor:
-        """Return the blur of a line of `size` pixels as a matrix."""
+        """Return the matrix that blurs a line of `size` pixels."""
         ends = wrapped_positions(torch.arange(size, device=x.device)[:, None] + places, size, edge)
         return x.new_zeros(size, size).scatter_add_(1, ends, taps.expand(size, -1))
 
@@ -46,7 +52,7 @@ def gaussian_kernel(x: Inputs, sigma: float, *, edge: Edge = "edge", reach: floa
 
 
 def filtered(x: Inputs, kernel: Tensor, edge: Edge = "mirror") -> Inputs:
-    """Return the correlation of every channel with one kernel, whose sides are odd."""
+    """Return the images filtered with a kernel: the correlation of every channel with `kernel`, whose sides are odd."""
     n, channels, height, width = x.shape
     above, left = kernel.shape[0] // 2, kernel.shape[1] // 2
     rows = wrapped_positions(torch.arange(-above, height + above, device=x.device), height, edge)
@@ -56,8 +62,8 @@ def filtered(x: Inputs, kernel: Tensor, edge: Edge = "mirror") -> Inputs:
 
 
 def disk(radius: float, alias: float) -> Tensor:
-    """Return a disk as a kernel with sum one, whose edge is smoothed by a Gaussian of sigma `alias` over 3 or
-    5 pixels.
+    """Return a filter kernel in the form of a disk, with sum one. Its edge is smoothed by a Gaussian with standard
+    deviation `alias` over 3 or 5 pixels.
     """
     half, soft = (8, 1) if radius <= 8 else (math.floor(radius), 2)
     line = torch.arange(-half, half + 1, dtype=torch.float64)
@@ -68,7 +74,9 @@ def disk(radius: float, alias: float) -> Tensor:
 
 
 def zoomed(x: Inputs, factor: float) -> Inputs:
-    """Return the centre of each image, enlarged to the size of the whole: bilinear, with aligned corners."""
+    """Return the centre of each image, enlarged by `factor` to the size of the whole image with bilinear
+    interpolation.
+    """
     size = x.shape[2:]
     cut = [math.ceil(side / factor) for side in size]
     top, left = ((side - short) // 2 for side, short in zip(size, cut, strict=True))
@@ -80,8 +88,8 @@ def zoomed(x: Inputs, factor: float) -> Inputs:
 
 
 def moved(x: Inputs, radius: float, sigma: float, *, degrees: PerExample) -> Inputs:
-    """Apply motion blur: half a Gaussian of `sigma` over 2 `radius` + 1 pixels, with one angle in degrees for each
-    image.
+    """Apply motion blur along an angle in degrees for each image. The kernel is half a Gaussian with standard deviation
+    `sigma`, over 2 `radius` + 1 pixels.
     """
     width, angle = 2 * math.ceil(radius) + 1, torch.deg2rad(degrees.double())
     taps = torch.exp(-0.5 * (torch.arange(width).double() / sigma) ** 2)
@@ -99,7 +107,9 @@ def moved(x: Inputs, radius: float, sigma: float, *, degrees: PerExample) -> Inp
 
 
 def sampled(x: Inputs, row: Tensor, column: Tensor, edge: Edge) -> Inputs:
-    """Return each image read at fractional positions (n, height, width), with bilinear interpolation."""
+    """Return images whose pixels are read from `x` at the fractional positions `row` and `column` (n, height, width),
+    with bilinear interpolation.
+    """
     height, width = x.shape[2:]
     image = torch.arange(len(x), device=x.device)[:, None, None]
     top, left = row.floor(), column.floor()
@@ -117,5 +127,5 @@ def sampled(x: Inputs, row: Tensor, column: Tensor, edge: Edge) -> Inputs:
 
 
 def clamped(x: Inputs) -> Inputs:
-    """Return the images clipped to [0, 1]."""
+    """Return the images with all values clipped to [0, 1]."""
     return x.clamp(0, 1)

@@ -1,4 +1,5 @@
-"""JPEG compression: the loss of the baseline codec of ITU-T T.81 at a quality, with colours at half the resolution.
+"""JPEG compression of images: the loss of the baseline codec of ITU-T T.81 at a given quality, with colours at half the
+resolution.
 
 Tables and their scaling are those of the Independent JPEG Group's library (Annex K of the standard). Differs from the
 library: the cosine transforms are exact, while the library uses fixed point, so that a coefficient near a tie may be
@@ -39,7 +40,7 @@ _FROM_YCC = ((1.0, 0.0, 1.402), (1.0, -0.344136286, -0.714136286), (1.0, 1.772, 
 
 
 def jpeg_compression(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Encode as JPEG at quality `c[0]` and decode; the image is rounded to 256 levels before."""
+    """Encode the images as JPEG at the quality `c[0]` and decode them. They are rounded to 256 levels before."""
     levels = (255 * x).round()
     if x.shape[1] == 1:
         return _coded(levels, _LIGHT, c[0]) / 255

@@ -9,24 +9,25 @@ from holdfast.ops.corruptions.filters import clamped
 
 
 def gaussian_noise(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Add normal noise of standard deviation `c[0]` to every value."""
+    """Add normal noise with standard deviation `c[0]` to every value of the images."""
     return clamped(x + c[0] * rng.normal(ids, *x.shape[1:], dtype=x.dtype))
 
 
 def speckle_noise(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Add normal noise to every value, with a standard deviation of `c[0]` times the value."""
+    """Add normal noise to every value of the images, with a standard deviation of `c[0]` times the value."""
     return clamped(x + c[0] * x * rng.normal(ids, *x.shape[1:], dtype=x.dtype))
 
 
 def impulse_noise(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Set each value to 0 or 1, with equal probability, with probability `c[0]`."""
+    """Replace each value of the images with probability `c[0]` by 0 or 1, which are equally likely."""
     hit = rng.at("hit").uniform(ids, *x.shape[1:], dtype=x.dtype) <= c[0]
     salt = (rng.at("salt").signs(ids, *x.shape[1:], dtype=x.dtype) + 1) / 2
     return torch.where(hit, salt, x)
 
 
 def shot_noise(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Add Poisson noise: numbers of photons, whose mean is `c[0]` times the value, divided by `c[0]`.
+    """Replace each value of the images by a Poisson random number with mean `c[0]` times the value, divided by `c[0]`,
+    as when photons are counted.
 
     The count is the quantile of a uniform random number: that of the normal distribution with a correction for
     skewness, then moved to the exact count.

@@ -28,7 +28,9 @@ _KNIGHT = 2.1969
 
 
 def spatter(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Add drops where smooth normal noise exceeds a threshold: of pale turquoise with bright edges, or of mud."""
+    """Add drops of water or mud to the images. The drops are where smooth normal noise exceeds a threshold; water has
+    bright edges.
+    """
     mean, spread, smooth, threshold, strength, mud = c
     liquid = mean + spread * rng.normal(ids, 1, *x.shape[2:], dtype=x.dtype)
     liquid = gaussian_kernel(liquid, smooth)
@@ -122,7 +124,9 @@ _ICE_SPREAD = 0.11
 
 
 def snow(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Add flakes, which are zoomed normal noise above a threshold with motion blur, to a whitened image."""
+    """Add snow to the images: they are whitened, and flakes are added, made from normal noise that is enlarged, cut off
+    below a threshold and blurred along a direction.
+    """
     mean, spread, factor, threshold, radius, sigma, kept = c
     flakes = mean + spread * rng.at("flakes").normal(ids, 1, *x.shape[2:], dtype=x.dtype)
     flakes = zoomed(flakes, factor)
@@ -135,7 +139,9 @@ def snow(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def fog(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Add a plasma fractal times an amount, and scale the result back to the brightest value of the image."""
+    """Add fog to the images: a fractal cloud pattern is added, and the result is scaled back to the brightest value of
+    each image.
+    """
     amount, decay = c
     brightest = x.amax((1, 2, 3), keepdim=True)
     thick = x + amount * plasma(x, decay, ids, rng)
@@ -143,7 +149,7 @@ def fog(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def frost(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Return a weighted sum of the image and ice crystals.
+    """Add frost to the images: return a weighted sum of each image and a picture of ice crystals.
 
     The published code crops photographs of frost; these crystals are the ridges of two plasma fractals and needles in
     three directions, with approximately the colour and contrast of those photographs.
@@ -164,8 +170,8 @@ def frost(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
 
 
 def plasma(x: Inputs, decay: float, ids: Ids, rng: Draws) -> Tensor:
-    """Return clouds (n, 1, height, width) from 0 to 1 by the diamond-square algorithm, on a torus of the next power of
-    two.
+    """Return random cloud patterns (n, 1, height, width) with values from 0 to 1, made by the diamond-square
+    algorithm.
     """
     side = max(2, 1 << (max(x.shape[2:]) - 1).bit_length())
     field, step, size = x.new_zeros(len(x), side, side), side, 100.0

@@ -109,9 +109,9 @@ def _run(folder: Path, content: bytes | None, path: Path, memory: int, seconds: 
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise _too_slow(path, f"{WALL_FACTOR * seconds} s") from error
+        raise too_slow(path, f"{WALL_FACTOR * seconds} s") from error
     if done.returncode == _OUT_OF_TIME:
-        raise _too_slow(path, f"{seconds} s of CPU time")
+        raise too_slow(path, f"{seconds} s of CPU time")
     last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1][:200]
     if done.returncode == NO_SPACE:
         raise TargetError(
@@ -145,7 +145,8 @@ def _error(kind: str, message: str, path: Path, memory: int) -> HoldfastError:
     return _ERRORS[kind](message)
 
 
-def _too_slow(path: Path, limit: str) -> TargetError:
+def too_slow(path: Path, limit: str) -> TargetError:
+    """Return the error for a file that took longer to read than the limit, such as "60 s of CPU time"."""
     return TargetError(
         f"{str(path)!r} took more than {limit} to read and was given up. If you trust it, raise the limit of CPU time "
         f"with {SECONDS}=600"

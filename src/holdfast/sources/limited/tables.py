@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.columns import (
+    MOST_CHARACTERS,
     SPLIT_COLUMN,
     ColumnTable,
     Words,
@@ -27,7 +28,7 @@ from holdfast.sources.columns import (
     rounded,
     side_by_side,
 )
-from holdfast.sources.files import megabytes
+from holdfast.sources.files import megabytes, reason_of
 from holdfast.sources.limited.limits import MEMORY, requested_memory
 
 MAX_BYTES = 2**30
@@ -35,7 +36,9 @@ MAX_BYTES = 2**30
 MAX_CELLS = 200_000_000
 """Largest number of cells of a table; parquet can repeat a value any number of times in a few bytes."""
 MAX_WORD = 1000
-"""Largest number of characters of a label or of the name of a split."""
+"""Largest number of characters of a label, or of the name of a split or a column."""
+_SHOWN = 100
+"""Largest number of characters of a name in an error message."""
 _BYTES_A_CELL = 20
 """Upper bound of the memory of a cell in both processes, in bytes."""
 _BLOCK = 1 << 20
@@ -59,7 +62,8 @@ class Cells(Protocol):
     def words(self) -> tuple[Sequence[str], NDArray[np.int32] | None]:
         """Return the strings in the cells of a table column, and for each cell the index of its string.
 
-        The indices are None if the strings are those of the cells in order.
+        The indices are None if the strings are those of the cells in order. Raises `NotImplementedError`, whose message
+        is the type of the cells, if they cannot be converted.
         """
 
 
@@ -100,13 +104,18 @@ class ArrowCells:
     def words(self) -> tuple[Sequence[str], NDArray[np.int32] | None]:
         """Return the distinct values of a table column as strings, and for each cell the index of its string.
 
-        For types of which arrow cannot find the distinct values, return the strings of all cells, and None.
+        For types of which arrow cannot find the distinct values, return the strings of all cells, and None. Raises
+        `NotImplementedError` for extension types, such as UUID and JSON.
         """
         import pyarrow as pa
 
-        if pa.types.is_dictionary(self.column.type) or pa.types.is_nested(self.column.type):
+        kind = self.column.type
+        if pa.types.is_dictionary(kind) or pa.types.is_nested(kind):
             return _texts(self.column), None
-        coded = self.column.dictionary_encode(null_encoding="encode")
+        try:
+            coded = self.column.dictionary_encode(null_encoding="encode")
+        except pa.ArrowNotImplementedError as error:
+            raise NotImplementedError(str(kind)) from error
         return _texts(coded.dictionary), coded.indices.to_numpy(zero_copy_only=False).astype(np.int32)
 
 
@@ -129,7 +138,14 @@ def read(
     header, blocks = (_parquet if path.suffix == ".parquet" else _csv)(path)
     if not header or len(set(header)) != len(header):
         doubled = [name for name, n in Counter(header).items() if n > 1]
-        raise TargetError(f"{str(path)!r} needs a header of distinct names; found {doubled[:3] or 'nothing'}")
+        shown = [name[:_SHOWN] for name in doubled[:3]] or "nothing"
+        raise TargetError(f"{str(path)!r} needs a header of distinct names; found {shown}")
+    longest = max(map(len, header))
+    if longest > MAX_WORD:
+        raise TargetError(
+            f"{str(path)!r} has a column with a name of {longest:,} characters; at most {MAX_WORD:,} were expected: "
+            "rename it"
+        )
     texts = [name for name in header if name in (label, SPLIT_COLUMN)] if label in header else []
     features = [name for name in header if name not in (*texts, *drop)] if label in header else []
     known: list[dict[str, int]] = [{} for _ in texts]
@@ -189,15 +205,29 @@ def _refuse_many(path: Path, rows: int, columns: int) -> None:
 def _as_words(cells: Cells, known: dict[str, int], name: str, path: Path) -> NDArray[np.int32]:
     """Return the index of each cell in the known strings.
 
-    Raises `TargetError` for a string that is too long for a label.
+    Raises `TargetError` for strings that are too long for labels, one or all together, and for a type that cannot be a
+    label.
     """
-    texts, places = cells.words()
+    try:
+        texts, places = cells.words()
+    except NotImplementedError as error:
+        raise TargetError(
+            f"the column {name!r} of {str(path)!r} has the type {error}, which is not supported for labels and names "
+            "of splits; text or whole numbers were expected: convert the column to text, as in "
+            f"frame[{name!r}] = frame[{name!r}].astype(str) of pandas, and write the file again"
+        ) from error
     if max(map(len, texts), default=0) > MAX_WORD:
         raise TargetError(
             f"the column {name!r} of {str(path)!r} has a text of more than {MAX_WORD:,} characters; labels, or names "
             "of splits, were expected"
         )
     found = as_words(texts, known)
+    if sum(map(len, known)) > MOST_CHARACTERS:
+        raise TargetError(
+            f"the column {name!r} of {str(path)!r} has {len(known):,} different texts or more, of more than "
+            f"{MOST_CHARACTERS:,} characters in all; labels, or names of splits, were expected: shorten them, number "
+            "the classes 0, 1, 2, …, or name the column of the label with --label"
+        )
     return found if places is None else found[places]
 
 
@@ -278,7 +308,7 @@ def _decoded(path: Path) -> io.TextIOWrapper:
 
 
 def _unreadable(path: Path, error: Exception) -> TargetError:
-    return TargetError(f"{str(path)!r} is no readable UTF-8 table: {error}; write it again")
+    return TargetError(f"{str(path)!r} is no readable UTF-8 table: {reason_of(error)}; write it again")
 
 
 def _parquet(path: Path) -> tuple[list[str], Blocks]:
@@ -292,10 +322,17 @@ def _parquet(path: Path) -> tuple[list[str], Blocks]:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise TargetError(f"{str(path)!r} is no readable parquet file: {error}") from error
+        raise _unreadable_parquet(path, error) from error
     header = list(file.schema_arrow.names)
     _refuse_many(path, file.metadata.num_rows, len(header))
     return header, _batches(path, file, header)
+
+
+def _unreadable_parquet(path: Path, error: Exception) -> TargetError:
+    return TargetError(
+        f"{str(path)!r} is no readable parquet file: {reason_of(error)}; write it again, without encryption, or "
+        "download it again"
+    )
 
 
 def _batches(path: Path, file: Any, header: list[str]) -> Blocks:
@@ -305,4 +342,4 @@ def _batches(path: Path, file: Any, header: list[str]) -> Blocks:
         for batch in file.iter_batches(batch_size=max(1, _BLOCK // max(len(header), 1)), use_threads=False):
             yield dict(zip(header, map(ArrowCells, batch.columns), strict=True))
     except (pa.ArrowException, OSError) as error:
-        raise TargetError(f"{str(path)!r} is no readable parquet file: {error}") from error
+        raise _unreadable_parquet(path, error) from error

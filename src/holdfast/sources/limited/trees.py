@@ -1,6 +1,7 @@
 """Tests in a limited process that an XGBoost model can be loaded and called; a damaged file may crash XGBoost."""
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 from holdfast.core.errors import TargetError
 
 _MOST_FEATURES = 10_000_000
+_PLACE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
+"""Pattern of the time and the line of the source code at the start of a message of XGBoost."""
 
 
 def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
@@ -33,10 +36,18 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
 
 def damaged(path: Path, reason: str) -> TargetError:
     """Return the error for a file that XGBoost cannot read, with the first line of the reason."""
-    first = (reason.splitlines() or ["no message"])[0][:200]
     return TargetError(
-        f"{str(path)!r} is no readable model of XGBoost: {first}; save it again with save_model, or download it again"
+        f"{str(path)!r} is no readable model of XGBoost: {first_line(reason)}; save it again with save_model, or "
+        "download it again"
     )
+
+
+def first_line(message: str) -> str:
+    """Return the first line of a message of XGBoost, without the place in its source code.
+
+    The other lines are a stack trace of native code.
+    """
+    return _PLACE.sub("", (message.splitlines() or ["no message"])[0], count=1)[:200]
 
 
 def _refuse_foreign(path: Path, content: bytes) -> None:
@@ -68,7 +79,11 @@ def _ask(content: bytes) -> None:
     if width > _MOST_FEATURES:
         raise ValueError(f"it declares {width} features")
     learner = json.loads(booster.save_raw("json"))["learner"]
-    refuse_stray_trees(learner["gradient_booster"], int(learner["learner_model_param"]["num_class"]), width)
+    parameters = learner["learner_model_param"]
+    outputs = max(1, int(parameters["num_class"]), int(parameters.get("num_target", 1)))
+    if outputs > len(content):
+        raise ValueError(f"it declares {outputs} outputs in {len(content)} bytes")
+    refuse_stray_numbers(learner["gradient_booster"], outputs, width)
     best = best_iteration(booster)
     rows = np.stack((np.zeros(width, np.float32), np.ones(width, np.float32)))
     matrix = xgboost.DMatrix(
@@ -97,33 +112,54 @@ def best_iteration(booster: Any) -> int | None:
     return int(best)
 
 
-def refuse_stray_trees(boosted: dict[str, Any], classes: int, width: int) -> None:
-    """Raise `ValueError` if a tree of an XGBoost model has no valid class or has invalid nodes. A linear booster has no
-    trees.
+def refuse_stray_numbers(boosted: dict[str, Any], outputs: int, width: int) -> None:
+    """Raise `ValueError` for an XGBoost model with a linear booster whose number of weights is not the expected one, or
+    with a tree that has no valid class or has invalid nodes.
 
-    `boosted` is the part of the model with the trees, `classes` the number of classes and `width` that of features.
+    XGBoost does not check this when it loads a file, and may later read outside of its memory for some rows. `boosted`
+    is the part of the model with the trees or weights, `outputs` the number of outputs and `width` that of features.
     """
     model = boosted.get("gbtree", boosted)["model"]  # dart has its trees one level deeper
-    if any(not 0 <= number < max(classes, 1) for number in model.get("tree_info", [])):
+    n_weights = (width + 1) * outputs
+    if "trees" not in model and len(model["weights"]) != n_weights:
+        raise ValueError(f"it has {len(model['weights'])} weights, and {n_weights} were expected")
+    if any(not 0 <= number < outputs for number in model.get("tree_info", [])):
         raise ValueError("a tree is of a class that there is not")
     for tree in model.get("trees", []):
         refuse_stray_nodes(tree, width)
+        refuse_stray_leaves(tree, outputs)
 
 
 def refuse_stray_nodes(tree: dict[str, Any], width: int) -> None:
-    """Raise `ValueError` if a decision tree has a node with an invalid child, a repeated child or an invalid feature.
-
-    XGBoost does not check this when it loads a file, and may later read outside of its memory for some rows.
+    """Raise `ValueError` if a decision tree has a node with an invalid child, a repeated child or an invalid
+    feature.
     """
     left, right = np.array(tree["left_children"], int), np.array(tree["right_children"], int)
     features = np.array(tree["split_indices"], int)
     n, splits = len(left), left != -1
     children = np.concatenate((left[splits], right[splits]))
-    same_size = len(right) == n and len(features) == n and n > 0
+    of_nodes = (
+        tree[name] for name in ("right_children", "split_indices", "split_conditions", "default_left")
+    )
+    same_size = all(len(each) == n for each in of_nodes) and n > 0
     if not same_size or np.any((children < 1) | (children >= n)) or len(np.unique(children)) < len(children):
         raise ValueError("a tree has nodes that lead nowhere")
     if np.any((features[splits] < 0) | (features[splits] >= width)):
         raise ValueError("a tree looks at a feature that there is not")
+
+
+def refuse_stray_leaves(tree: dict[str, Any], outputs: int) -> None:
+    """Raise `ValueError` for a tree whose leaves have vectors, one number for each output, if one does not exist."""
+    size = int(tree["tree_param"]["size_leaf_vector"])
+    if size < 2:  # 0 in older files
+        return
+    left, right = np.array(tree["left_children"], int), np.array(tree["right_children"], int)
+    places = right[left == -1]
+    n_vectors = len(places) if "leaf_weights" in tree else len(left)  # older files have one for each node
+    vectors = tree.get("leaf_weights", tree["base_weights"])
+    beyond = "leaf_weights" in tree and np.any((places < 0) | (places >= n_vectors))
+    if size != outputs or len(vectors) != n_vectors * size or beyond:
+        raise ValueError("a tree has leaves without numbers for each output")
 
 
 def prepare() -> None:

@@ -1,5 +1,6 @@
 """Loads a state dict with torch's option `weights_only` in a limited process, and writes it as a safetensors file."""
 
+import io
 import pickle
 import re
 from collections.abc import Mapping
@@ -37,12 +38,14 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
 
     Raises `CarriesCode` for a file that would run code, and `TargetError` for other files.
     """
-    assert content is None, "torch maps the file"
+    assert content is not None, "the file is read once"
     torch.set_num_threads(1)
     try:
         # With this, torch compares the indices of sparse tensors with their sizes, which it does not do by default.
         with torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
-            tensors, notes = state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            tensors, notes = state_dict(
+                torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            )
             # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
             plain = {name: dense(name, tensor).contiguous().clone() for name, tensor in tensors.items()}
         safetensors.torch.save_file(plain, folder / WRITTEN)
