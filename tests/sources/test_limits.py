@@ -118,7 +118,7 @@ def test_names_of_columns_are_short_and_few_are_shown(tmp_path: Path):
     with pytest.raises(TargetError, match=r"a name of 1,001 characters; at most 1,000 were expected"):
         open_data(str(tmp_path / "t.csv"), label="label")
     np.savez(tmp_path / "d.npz", **{f"part_{k}": np.zeros(1) for k in range(300)})
-    with pytest.raises(TargetError, match=r"it has part_0, .* …\. Name the arrays") as raised:
+    with pytest.raises(TargetError, match=r"it has part_0, .* …\. Give the names of the arrays") as raised:
         open_data(str(tmp_path / "d.npz"))
     assert len(str(raised.value)) < 2000
 

@@ -61,14 +61,14 @@ def open_booster(path: Path) -> tuple[Adapted, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns about files of another version
             booster.load_model(bytearray(content))
-        best = best_iteration(booster)
-        adapted = _adapted(booster, hashlib.sha256(content).hexdigest(), best)
+        last_iteration = best_iteration(booster)
+        adapted = _adapted(booster, hashlib.sha256(content).hexdigest(), last_iteration)
     except xgboost.core.XGBoostError as error:
         raise damaged(path, str(error)) from error
     return adapted, hashlib.sha256(content).hexdigest()
 
 
-def _adapted(booster: Any, digest: str, best: int | None) -> Adapted:
+def _adapted(booster: Any, digest: str, last_iteration: int | None) -> Adapted:
     learner = json.loads(booster.save_config())["learner"]
     objective, parameters = learner["objective"]["name"], learner["learner_model_param"]
     if objective not in _OBJECTIVES:
@@ -84,7 +84,7 @@ def _adapted(booster: Any, digest: str, best: int | None) -> Adapted:
     classes = max(int(parameters["num_class"]), 2)
     interface = EstimatorInterface(
         "Booster",
-        partial(_margins, booster, (0, 0 if best is None else best + 1)),
+        partial(_margins, booster, (0, 0 if last_iteration is None else last_iteration + 1)),
         features=booster.num_features(),
         dtype=np.float32,
         kind="logit",

@@ -17,13 +17,13 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
     Raises the errors of `loaded_estimator` and `interface_of`.
     """
     assert content is not None, "the file is read once"
-    found, _ = loaded_estimator(path, content, trust_code=False)
-    if isinstance(found, Predictor):
-        _ask(Estimator(interface_of(found, parallel=False), ""))
+    estimator, _ = loaded_estimator(path, content, trust_code=False)
+    if isinstance(estimator, Predictor):
+        _call_with_two_rows(Estimator(interface_of(estimator, parallel=False), ""))
     return {}
 
 
-def _ask(estimator: Estimator) -> None:
+def _call_with_two_rows(estimator: Estimator) -> None:
     """Call the estimator with two rows, by the same methods as a run does."""
     width = estimator.interface.features
     if width is None:
