@@ -180,7 +180,7 @@ CASES = [
     ([*ASSESS, "--config", "bad.yaml"], 2, "threat"),
     (["assess", "--config", "deep.yaml"], 2, "steps"),
     (["assess", "--config", "code.yaml"], 2, "--trust-code"),
-    (["assess", "mnist-cnn", ""], 2, "the address of the data is ''"),
+    (["assess", "mnist-cnn", ""], 2, "the address of the data is empty"),
     ([*ASSESS, "--set", "thret=linf:0.1"], 2, "threat"),
     ([*ASSESS, "--set", "seed=["], 2, "yaml"),
     ([*ASSESS, "--accept-doubt", "noize=I know"], 2, "noise"),
@@ -215,7 +215,7 @@ CASES = [
     ([*ASSESS, "--surrogate", "http://localhost:1/v2/models/m"], 2, "weights"),
     (["harden", "http://localhost:1/v2/models/m", "mnist-mini"], 2, "whose weights cannot be trained"),
     ([*ASSESS, "--surrogate", "m.py:seven"], 3, "7 classes"),
-    ([*ASSESS, "--surrogate", "m.py:colours"], 3, "inputs (1, 28, 28)"),
+    ([*ASSESS, "--surrogate", "m.py:colours"], 3, "inputs of the model, of shape (1, 28, 28)"),
     ([*ASSESS, "--surrogate", "m.py:fine,mean=0.5,mean=0.1"], 2, "twice"),
     (
         ["assess", "--config", "surrogate.yaml"],

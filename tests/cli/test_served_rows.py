@@ -186,7 +186,7 @@ class Answering:
     def resume(self):
         pass
 
-    def ask(self, path, body, *, sent, rows):
+    def request(self, path, body, *, sent, rows):
         sent.sending(rows)
         return {"r": self.net(torch.tensor(json.loads(body)["x"])).tolist()}
 

@@ -208,7 +208,7 @@ def test_another_run_in_the_place_of_the_nested_one_is_found(tmp_path):
     harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
     shutil.rmtree(tmp_path / "r/after")
     shutil.copytree(tmp_path / "r/before", tmp_path / "r/after")
-    with pytest.raises(TargetError, match=r"not the run that 'after\.json' names"):
+    with pytest.raises(TargetError, match=r"not the run whose chain is recorded in 'after\.json'"):
         verify(tmp_path / "r")
 
 

@@ -105,7 +105,7 @@ def test_a_class_that_is_left_out_with_what_judges_it_is_said():
 def test_data_without_a_label_is_refused_in_words():
     data = training()
     nothing = data.labelled(torch.full_like(data.y, UNLABELLED))
-    with pytest.raises(TargetError, match="no training example has a label; two classes are needed"):
+    with pytest.raises(TargetError, match="no training example has a label; at least two classes are needed"):
         refuse_missing_classes(nothing, 4)
 
 

@@ -199,7 +199,7 @@ def test_who_draws_at_random_is_refused():
 
 def test_who_gives_no_gradients_is_refused():
     served = Subject(Classifier(network(1), access="scores"), "b" * 64, {"name": "served"})
-    with pytest.raises(UsageError, match="served gives scores only"):
+    with pytest.raises(UsageError, match="served gives only scores"):
         assess(subject(), data(), with_surrogates(served))
 
 

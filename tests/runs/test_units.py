@@ -122,7 +122,7 @@ def test_values_that_cannot_have_been_normalised_so_are_refused(pixels):
 def test_bytes_are_no_normalised_values(pixels, tmp_path: Path):
     x, y = pixels
     np.savez(tmp_path / "bytes.npz", x=(x * 255).byte().numpy(), y=y.numpy())
-    with pytest.raises(TargetError, match="no normalised values; leave --data-normalised out"):
+    with pytest.raises(TargetError, match="normalised values are floats; omit --data-normalised"):
         holdfast.assess(net(), tmp_path / "bytes.npz", "linf:0.02", "quick", data_normalised=(MEAN, STD))
 
 

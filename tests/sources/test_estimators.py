@@ -240,7 +240,7 @@ def test_a_class_is_no_model():
 
 def test_an_estimator_is_not_hardened():
     with pytest.raises(
-        TargetError, match="cannot be trained; LogisticRegression is an estimator without gradients"
+        TargetError, match="cannot be trained: LogisticRegression is an estimator without gradients"
     ):
         holdfast.harden(logistic().fit(X, Y), (SHOWN, CLASS[JUDGED]), "linf:0.1")
 

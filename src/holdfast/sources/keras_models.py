@@ -26,7 +26,7 @@ class KerasNet(nn.Module):
         try:
             outputs: Tensor = self.model(x, training=self.training)
         except (ValueError, RuntimeError) as error:  # raised by an input or a layer of another shape
-            error.args = (first_line(str(error)),)
+            error.args = (error_line(str(error)),)
             raise
         return outputs
 
@@ -54,12 +54,12 @@ _LONGEST = 300
 """Largest number of characters of an error of Keras that a message contains."""
 
 
-def first_line(text: str) -> str:
+def error_line(text: str) -> str:
     r"""Return the first line of a Keras error message, without layer names, terminal colours and tensor values.
 
-    >>> first_line("Exception encountered when calling A\n\n\x1b[1mshapes (4, 2) and (3, 1)\x1b[0m\n\nArguments: x")
+    >>> error_line("Exception encountered when calling A\n\n\x1b[1mshapes (4, 2) and (3, 1)\x1b[0m\n\nArguments: x")
     'shapes (4, 2) and (3, 1)'
-    >>> first_line("Invalid shape for input tensor([[0.1],\n [0.2]]). Expected (None, 2), got (2, 1)")
+    >>> error_line("Invalid shape for input tensor([[0.1],\n [0.2]]). Expected (None, 2), got (2, 1)")
     'Invalid shape for input. Expected (None, 2), got (2, 1)'
     """
     cleaned = _TENSOR.sub("", _COLOURS.sub("", text))

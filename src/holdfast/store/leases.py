@@ -200,10 +200,10 @@ class Leases:
         with self._reported():
             row = self._database.execute("SELECT host, pid, started FROM lease").fetchone()
         if row is None or Owner(*row) != self._owner:
-            user_text = "no process any more" if row is None else f"process {row[1]} on {row[0]}"
+            owner_text = "" if row is None else f", which process {row[1]} on {row[0]} has now"
             raise TargetError(
-                f"{str(self._path.parent)!r} is now in use by {user_text}, and this process has lost its lease and "
-                "stops; resume with --resume when no other process uses it, or name another folder with --run DIR"
+                f"this process has lost the lease of {str(self._path.parent)!r}{owner_text}, so it writes no more; "
+                "resume with --resume when no other process uses the folder, or name another folder with --run DIR"
             )
 
     def begin(self, stage: str, shard: int) -> None:
