@@ -263,7 +263,7 @@ def test_what_cannot_be_meant_is_refused():
     inner = torch.nn.Sequential(guarded(network(), Off(), 0.9))
     with pytest.raises(TargetError, match="a guarded network is part of another"):
         assess(subject(inner), data(), order())
-    with pytest.raises(UsageError, match="the surrogate fake rejects inputs"):
+    with pytest.raises(UsageError, match="the surrogate fake has a detector that rejects inputs"):
         assess(subject(), data(), replace(order(), surrogates=(subject(pair()),)))
     clouded = order(*members_of([PGD()]), threat=ThreatModel(Corruptions(3)))
     with pytest.raises(UsageError, match="this model has one"):
