@@ -134,7 +134,7 @@ def test_a_model_whose_backward_pass_raises_is_attacked_by_its_scores():
     assert any("its backward pass raises RuntimeError" in note for note in found.evidence.notes)
     with pytest.raises(UsageError, match="PGD needs gradients.*its backward pass raises.*--suite black-box"):
         holdfast.assess(Raising(), (X, y), "linf:0.1", ATTACKS)
-    with pytest.raises(TargetError, match="cannot be trained; its backward pass raises"):
+    with pytest.raises(TargetError, match="cannot be trained: its backward pass raises"):
         holdfast.harden(Raising(), (X, y), "linf:0.1", fit=(X, y))
 
 
@@ -534,7 +534,7 @@ def test_an_eps_for_another_box_is_pointed_out(threat, width, slight):
         [FGSM()] if "l0" not in threat else [PGD(steps=2)],
         bounds=(0, width),
     )
-    said = [note for note in result.evidence.notes if "eps counts in the units of the inputs" in note]
+    said = [note for note in result.evidence.notes if "check that eps is in the units of the inputs" in note]
     assert bool(said) == slight
 
 

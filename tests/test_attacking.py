@@ -219,7 +219,7 @@ def test_a_goal_is_a_class_by_its_number_or_its_name(net):
             r"goal is 'digit', which is not the name of a class; expected one of 0 \(digit 0\)",
         ),
         ({"goal": "digit 3"}, "this model has no names for its classes; give the number of a class"),
-        ({"goal": 70}, "the goal is class 70, and this model has 10 classes; choose one from 0 to 9"),
+        ({"goal": 70}, "the target class is 70, but the model has 10 classes; give a class from 0 to 9"),
         ({"goal": -1}, "goal is -1; expected the number of a class"),
         ({"queries": 0}, "queries is 0; expected a whole number of at least 1"),
     ):

@@ -20,8 +20,8 @@ from holdfast.harness import Member, measure, members_of
 from holdfast.metrics.catalogue import estimate
 from holdfast.metrics.columns import Absent
 from holdfast.ops.expectation import seen_through
-from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.memory import as_data
+from holdfast.sources.object_digest import digest_of_object
 from holdfast.verbs.assess import assess
 from runs.fakes import data, network, order, settled, subject
 
@@ -220,7 +220,7 @@ def test_a_resumed_run_is_the_same_and_another_threshold_is_refused(tmp_path):
 
 def in_hand(net):
     """As `holdfast.assess` takes a network in hand: known by what it holds."""
-    return subject(net, digest_in_hand(net))
+    return subject(net, digest_of_object(net))
 
 
 def test_the_expectation_over_transformations_rejects_too():
@@ -263,7 +263,7 @@ def test_what_cannot_be_meant_is_refused():
     inner = torch.nn.Sequential(guarded(network(), Off(), 0.9))
     with pytest.raises(TargetError, match="a guarded network is part of another"):
         assess(subject(inner), data(), order())
-    with pytest.raises(UsageError, match="the surrogate fake rejects inputs"):
+    with pytest.raises(UsageError, match="the surrogate fake has a detector that rejects inputs"):
         assess(subject(), data(), replace(order(), surrogates=(subject(pair()),)))
     clouded = order(*members_of([PGD()]), threat=ThreatModel(Corruptions(3)))
     with pytest.raises(UsageError, match="this model has one"):

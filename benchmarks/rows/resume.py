@@ -15,7 +15,7 @@ import torch
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.store.files import CHECKPOINTS
 from holdfast.verbs.hardened import MODEL
-from holdfast.verbs.training import LAST, Point, kept
+from holdfast.verbs.training import LAST, Point, saved
 
 WHAT = "hardenings that are killed ten times while they train, on a CPU: weights that differ from an uninterrupted run"
 KILLS, EPOCHS, SEED = 10, 24, 0
@@ -88,5 +88,5 @@ def _written(run: Path) -> int:
 
 
 def _curve(run: Path) -> tuple[Point, ...]:
-    found = kept(run / CHECKPOINTS, LAST)
+    found = saved(run / CHECKPOINTS, LAST)
     return () if found is None else found.curve

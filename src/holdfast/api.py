@@ -48,7 +48,7 @@ from holdfast.gallery import ITEMS
 from holdfast.ops.recipe import Recipe
 from holdfast.reports.write import check_destination as check_place
 from holdfast.sources import data as data_sources
-from holdfast.sources.counting import look_at
+from holdfast.sources.counting import inspection_counter
 from holdfast.store.verify import Verified
 from holdfast.store.verify import verify as verify_folder
 from holdfast.verbs import assess as assessing
@@ -405,7 +405,7 @@ def look_over(settings: DoctorSettings) -> tuple[Finding, ...]:
 
 def _findings(sources: Sources) -> tuple[Finding, ...]:
     subject = open_subject(sources)
-    look_at(subject.model)
+    inspection_counter(subject.model)
     return examine(subject.model, open_examples(sources, subject.model, lenient=True))
 
 

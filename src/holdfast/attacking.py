@@ -29,7 +29,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.lookup import Lookup
 from holdfast.core.types import Inputs
 from holdfast.engine.progress import Progress, silent
-from holdfast.sources.arrays import Arrays, as_given
+from holdfast.sources.arrays import Arrays, in_original_form
 from holdfast.sources.memory import as_array
 from holdfast.sources.selection import Selection
 from holdfast.verbs import assess as assessing
@@ -266,5 +266,5 @@ def _as_given(data: Data, x_adv: Inputs, given: object) -> Array:
     stored = as_array(given, "inputs")
     if rows is not None:
         arrays, stored = arrays.taken(rows), stored[list(rows)]
-    returned = as_given(arrays, x_adv, stored)
+    returned = in_original_form(arrays, x_adv, stored)
     return torch.from_numpy(returned).to(given.device) if isinstance(given, Tensor) else returned

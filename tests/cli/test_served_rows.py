@@ -12,7 +12,7 @@ from holdfast.cli.app import run
 from holdfast.core.errors import TargetLost
 from holdfast.core.model import EVERY, Batches, Classifier
 from holdfast.sources.answers import ServerAnswers
-from holdfast.sources.counting import Look, rows_of_calls
+from holdfast.sources.counting import InspectionCounter, rows_of_calls
 from holdfast.sources.expected import Expected
 from holdfast.sources.memory import as_data
 from holdfast.sources.payloads import Template
@@ -183,10 +183,10 @@ class Answering:
     def __init__(self, net):
         self.net = net
 
-    def go_on(self):
+    def resume(self):
         pass
 
-    def ask(self, path, body, *, sent, rows):
+    def request(self, path, body, *, sent, rows):
         sent.sending(rows)
         return {"r": self.net(torch.tensor(json.loads(body)["x"])).tolist()}
 
@@ -249,7 +249,7 @@ def test_inputs_that_are_bytes_are_examined_divided():
 
 
 def test_no_more_rows_are_sent_than_the_limit():
-    look = Look(5)
+    look = InspectionCounter(5)
     look.sending(3)
     with pytest.raises(TargetLost, match="--layout"):
         look.sending(3)

@@ -189,7 +189,7 @@ def test_refused_attacked_inputs_are_rejected_and_counted():
         assert metrics["robust_accuracy"]["value"] == metrics["clean_accuracy"]["value"]
         assert served["rejected"]["422 Unprocessable Entity"] > 100
         assert (served["rows"], served["refused"]) == (len(server.rows) + server.refused, server.refused)
-        assert any("a refused input counts as rejected" in note for note in found["notes"])
+        assert any("these count as rejected" in note for note in found["notes"])
         assert served["max_rows"] is None
 
 
@@ -217,7 +217,7 @@ def test_a_clean_input_that_is_refused_is_an_error_before_any_attack(capsys):
 def test_a_server_that_begins_to_refuse_everything_is_no_robust_model(capsys):
     with Server(refuses=lambda rows: np.full(len(rows), len(server.rows) > 300)) as server:
         assert run(words(server, "--run", "r")) == 3
-        assert "refuses a clean input that it answered before" in capsys.readouterr().err
+        assert "rejects a clean input that it accepted before" in capsys.readouterr().err
 
 
 def test_refusals_that_are_the_fault_of_the_server_count_for_nothing_after_a_stop():
@@ -262,7 +262,7 @@ def test_results_do_not_depend_on_requests_under_way():
 def test_content_that_is_compressed_is_not_unpacked(capsys):
     with Server(["packed"]) as server:
         assert run(words(server)) == 3
-        assert "answers with content that is compressed ('gzip')" in capsys.readouterr().err
+        assert "is compressed ('gzip')" in capsys.readouterr().err
 
 
 def test_limits_are_refused_where_there_is_no_server(capsys):

@@ -153,7 +153,7 @@ def test_auto_mirrors_nothing_and_takes_a_recipe_that_can_mix_images_where_they_
 def test_a_card_of_another_form_is_refused(tmp_path, card):
     (tmp_path / "w.pt").write_bytes(b"")
     (tmp_path / "card.json").write_text(card)
-    with pytest.raises(TargetError, match="is no card of a hardening"):
+    with pytest.raises(TargetError, match="is not the card of a hardened model"):
         trained_by(str(tmp_path / "w.pt"))
 
 

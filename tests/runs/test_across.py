@@ -138,7 +138,7 @@ def test_where_the_model_shows_no_gradient_changes_are_made_on_surrogates():
     transfer = replace(asked.plan, members=(MATRIX,))
     found = assess(subject(), data(), replace(asked, plan=transfer, surrogates=(other,)))
     assert sum(sum(row) for row in shares(found)) > 0
-    with pytest.raises(UsageError, match="computed from gradients, and the model gives none"):
+    with pytest.raises(UsageError, match="computed from gradients, but the model has none"):
         assess(subject(), data(), replace(carrying(elsewhere()), plan=replace(asked.plan, members=(FAST,))))
 
 
@@ -162,9 +162,9 @@ def test_time_that_runs_out_leaves_it_out():
             ThreatModel(L2(math.inf)),
             (SMALLEST,),
             {"smallest": True, "attacked": False},
-            "within a norm and an eps",
+            "needs a threat model with a norm and a finite eps",
         ),
-        (ThreatModel(Linf(0.06), goal=3), (FAST,), {"attacked": False}, "leave goal=targeted:3 out"),
+        (ThreatModel(Linf(0.06), goal=3), (FAST,), {"attacked": False}, "omit goal=targeted:3"),
     ],
     ids=["without an eps", "goal"],
 )
@@ -174,5 +174,7 @@ def test_a_threat_under_which_it_means_nothing_is_refused(threat, members, chang
 
 
 def test_inputs_of_another_shape_are_refused():
-    with pytest.raises(UsageError, match=r"elsewhere 5 have shape \(13,\), and those of the run \(12,\)"):
+    with pytest.raises(
+        UsageError, match=r"elsewhere 5 have shape \(13,\); those of the run have shape \(12,\)"
+    ):
         assess(subject(), data(), carrying(elsewhere(features=13)))

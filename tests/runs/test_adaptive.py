@@ -54,7 +54,7 @@ def test_a_masked_model_falls_to_what_its_doubts_call_for():
     assert states(adaptive)["zero-gradient"] == "answered"
     because, round_ = adaptive.attacks[1].notes
     assert because.startswith("run because of zero-gradient")
-    assert round_ == "its gradient goes round every rounding by the identity"
+    assert round_ == "its gradient bypasses every rounding by the identity"
     assert len(adaptive.attacks[2].notes) == 1
     said = next(doubt.says for doubt in adaptive.doubts if doubt.name == "zero-gradient")
     assert "answered by BPDA and Search, which broke" in said

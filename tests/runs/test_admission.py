@@ -211,7 +211,7 @@ def waits(tmp_path, monkeypatch):
 
 def let_in(admitting, name):
     exposed = admitting._exposed(name)
-    same = duplicate_gate(admitting.weights(name), admitting._several(exposed), admitting._names)
+    same = duplicate_gate(admitting.weights(name), admitting._weights_by_name(exposed), admitting._names)
     return Judged(
         name, "refused" if same else "admitted", (), same.description if same else "holds", "", exposed
     )

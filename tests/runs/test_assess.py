@@ -206,7 +206,10 @@ def test_time_that_runs_out_inside_an_attack_stops_it_there(tmp_path, monkeypatc
     [
         (uniform(4, FEATURES).double() * 200 + 50, "divide them by 255"),
         (uniform(4, FEATURES).double() * 4 - 2, "--data-normalised MEAN/STD.*--bounds LOW,HIGH"),
-        (uniform(4, FEATURES).double() * 1000 + 300, "say what the model takes with --bounds LOW,HIGH"),
+        (
+            uniform(4, FEATURES).double() * 1000 + 300,
+            "give the range that the model was trained on with --bounds LOW,HIGH",
+        ),
         (torch.full((4, FEATURES), math.nan).double(), "NaN or infinity, first in row 0"),
     ],
 )
@@ -257,7 +260,7 @@ def test_the_extent_knows_bounds_of_each_feature_and_pixels():
 
 
 def test_a_goal_that_is_no_class_is_refused():
-    with pytest.raises(UsageError, match="the goal is class 7, and this model has 4 classes"):
+    with pytest.raises(UsageError, match="the target class is 7, but the model has 4 classes"):
         assess(subject(), data(), order(threat=ThreatModel(Linf(0.06), goal=7)))
 
 

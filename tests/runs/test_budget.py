@@ -12,7 +12,7 @@ from holdfast.recipes import PGDTraining, SingleStep
 from holdfast.testing.recipes import same
 from holdfast.verbs import attempt_training
 from holdfast.verbs.harden import harden
-from holdfast.verbs.training import LAST, kept
+from holdfast.verbs.training import LAST, saved
 from runs import fakes
 from runs.test_hardening import training, wish
 
@@ -157,7 +157,7 @@ def overfitting(monkeypatch):
 
 
 def last_of(run):
-    found = kept(run / "checkpoints", LAST)
+    found = saved(run / "checkpoints", LAST)
     assert found is not None
     return found.checkpoint
 

@@ -208,7 +208,7 @@ def test_another_run_in_the_place_of_the_nested_one_is_found(tmp_path):
     harden(trainable(), training(), fakes.data(), wish(), run=tmp_path / "r")
     shutil.rmtree(tmp_path / "r/after")
     shutil.copytree(tmp_path / "r/before", tmp_path / "r/after")
-    with pytest.raises(TargetError, match=r"not the run that 'after\.json' names"):
+    with pytest.raises(TargetError, match=r"not the run whose chain is recorded in 'after\.json'"):
         verify(tmp_path / "r")
 
 
@@ -574,7 +574,7 @@ def test_the_strongest_that_has_its_epochs_is_tried_first_and_stronger_ones_afte
     )  # a twentieth of the budget, and not all examples
     timed.clear()
     with pytest.raises(
-        UsageError, match=r"one update takes about 0\.1 s .*, and finding that out took 0 s; .* 1s"
+        UsageError, match=r"one update takes about 0\.1 s .*, and measuring these times took 0 s; .* 1s"
     ):
         tried(0.05)
     assert timed == ["Standard"]  # what is stronger takes longer

@@ -16,13 +16,13 @@ from holdfast.sources.memory import as_data
 from holdfast.verbs.harden import harden
 from holdfast.verbs.held_out import (
     harmless,
-    looked_at,
+    held_out_accuracies,
     refuse_missing_classes,
     split_of,
     without_held,
     without_judged,
 )
-from holdfast.verbs.pace import as_it_says
+from holdfast.verbs.pace import with_predicted_labels
 from runs import fakes
 from runs.test_hardening import THREAT, trainable, training, wish
 
@@ -40,7 +40,7 @@ def test_training_examples_that_are_judged_are_left_out_and_named(tmp_path):
     few = as_data(judged.x[:3], judged.y[:3])
     assert harden(trainable(), both, few, wish(excluded=test)).notes == (said,)
     assert harden(trainable(), both, few, wish()).notes == ()
-    with pytest.raises(UsageError, match="judge on other examples"):
+    with pytest.raises(UsageError, match="give other test examples"):
         without_judged(judged, test)
 
 
@@ -54,7 +54,7 @@ def test_training_examples_that_equal_those_that_choose_are_left_out():
     assert said.startswith("7 training examples equal one of the 60 that choose the checkpoint")
     assert set(fresh.ids.tolist()) == set(range(600)) - set(held.ids.tolist())
     assert harden(trainable(), more, fakes.data(), wish()).notes == (said,)
-    with pytest.raises(UsageError, match="none is left to train on"):
+    with pytest.raises(UsageError, match="no training example is left"):
         without_held(held, held)
 
 
@@ -67,16 +67,16 @@ def test_a_class_without_examples_is_named():
     data, subject = training(), trainable()
     with pytest.raises(TargetError, match="no training example is of class 2, of the 4"):
         harden(subject, data.take(data.y != 2), fakes.data(), wish())
-    with pytest.raises(TargetError, match="training labels are 0; two classes"):
+    with pytest.raises(TargetError, match="training labels are 0; at least two classes"):
         harden(trainable(), data.take(data.y == 0), fakes.data(), wish())
 
 
 def test_a_look_at_a_network_that_knows_nothing_yet_is_timed_as_one_at_a_network_that_holds():
     model, data = trainable().model, training()
     data = data.labelled((model(data.x).argmax(1) + 1) % fakes.CLASSES)
-    assert looked_at(model, data, harmless(THREAT)) == (0.0, 0.0)
-    assert looked_at(model, as_it_says(model, data), harmless(THREAT)) == (1.0, 1.0)
-    unknown = as_it_says(model, data.labelled(torch.where(data.ids < 9, UNLABELLED, data.y)))
+    assert held_out_accuracies(model, data, harmless(THREAT)) == (0.0, 0.0)
+    assert held_out_accuracies(model, with_predicted_labels(model, data), harmless(THREAT)) == (1.0, 1.0)
+    unknown = with_predicted_labels(model, data.labelled(torch.where(data.ids < 9, UNLABELLED, data.y)))
     assert (unknown.y[:9] == UNLABELLED).all() and (unknown.y[9:] >= 0).all()
 
 
@@ -95,7 +95,7 @@ def test_a_class_that_is_left_out_with_what_judges_it_is_said():
     data = training()
     rare = data.labelled(torch.where(data.ids == 17, 3, data.y.clamp(max=2)))
     judged = as_data(data.x[10:20], fakes.data().read(0, 10).y)
-    said = "10 of 600 training examples are test examples, too"
+    said = "10 of 600 training examples are also test examples"
     with pytest.raises(
         TargetError, match=re.escape(said) + ".*; no training example is of class 3, of the 4"
     ):
@@ -105,7 +105,7 @@ def test_a_class_that_is_left_out_with_what_judges_it_is_said():
 def test_data_without_a_label_is_refused_in_words():
     data = training()
     nothing = data.labelled(torch.full_like(data.y, UNLABELLED))
-    with pytest.raises(TargetError, match="no training example has a label; two classes are needed"):
+    with pytest.raises(TargetError, match="no training example has a label; at least two classes are needed"):
         refuse_missing_classes(nothing, 4)
 
 
@@ -162,10 +162,10 @@ class Noisy(torch.nn.Sequential):
 def test_a_look_at_a_network_that_draws_is_the_same_again():
     model, data = fakes.subject(Noisy(*fakes.network(1))).model, training()
     torch.manual_seed(0)
-    first = looked_at(model, data, THREAT)
-    assert looked_at(model, data, THREAT) == first
+    first = held_out_accuracies(model, data, THREAT)
+    assert held_out_accuracies(model, data, THREAT) == first
     state = torch.random.get_rng_state()
-    looked_at(model, data, THREAT)
+    held_out_accuracies(model, data, THREAT)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

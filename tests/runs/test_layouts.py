@@ -140,7 +140,7 @@ def test_a_tensor_keeps_its_layout_whatever_its_type(kind: torch.dtype) -> None:
 def test_a_tensor_that_lacks_an_axis_of_channels_is_refused_with_it(
     net: nn.Module, shape: tuple[int, ...]
 ) -> None:
-    with pytest.raises(TargetError, match=r"takes one of \(1, .*give x\[:, None\]"):
+    with pytest.raises(TargetError, match=r"accepts one of shape \(1, .*as in x\[:, None\]"):
         assessed(net, torch.rand(20, *shape), torch.zeros(20, dtype=torch.int64))
 
 

@@ -118,7 +118,7 @@ def test_a_test_example_is_never_trained_on():
     data, twin = examples(n=640), examples(n=640).take(torch.arange(3))
     parts = split_examples(data, as_data(twin.x, twin.y), "blobs", 4, 0)
     assert not {0, 1, 2} & {*parts.train.ids.tolist(), *parts.held_out.ids.tolist()}
-    assert "training examples are test examples" in parts.notes[0]
+    assert "training examples are also test examples" in parts.notes[0]
 
 
 def test_no_pool_is_begun_among_other_files(tmp_path):
@@ -313,7 +313,7 @@ def test_a_drawing_that_was_cut_short_goes_on(pool, monkeypatch):
     ):
         steps.draw(pool, terms(), 3, by="retraining", immunise=IMMUNISE, resume=True)
     with pytest.raises(
-        UsageError, match=r"\(immunise.share: 0.5 → 0.25\); give the same settings, or leave --resume"
+        UsageError, match=r"\(immunise.share: 0.5 → 0.25\); give the same settings, or omit --resume"
     ):
         steps.draw(pool, terms(), immunise=replace(IMMUNISE, share=0.25), resume=True)
     with pytest.raises(UsageError, match=r"\(sets: 3 → 4\)"):
@@ -328,7 +328,7 @@ def test_a_drawing_that_is_whole_is_told_again_and_no_other_begins(pool):
     heard = []
     assert steps.draw(pool, terms(), resume=True, notify=heard.append) == found
     assert pool.ledger.entries == entries
-    assert "so there is nothing to resume; leave --resume out to draw more sets" in heard[0]
+    assert "so there is nothing to resume; omit --resume to draw more sets" in heard[0]
     with pytest.raises(UsageError, match=r"\(sets: 2 → 3\)"):
         steps.draw(pool, terms(), 3, resume=True)
 

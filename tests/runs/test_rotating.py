@@ -183,7 +183,7 @@ def serving_at(path):
 
 def test_a_pool_is_no_surrogate(serving, collected):
     of = settings(serving, collected[0], surrogates=[{"model": f"rotating:{serving.path}"}])
-    with pytest.raises(UsageError, match="can be assessed and stands for no other model"):
+    with pytest.raises(UsageError, match="can only be the model of an assessment"):
         open_all(sources_at(of), of.suite.surrogates)
 
 

@@ -169,7 +169,10 @@ def long():
 
 @pytest.mark.parametrize(
     "net, error, said",
-    [(wide(), TargetError, "5 classes, the model 4"), (long(), TargetError, r"inputs \(12,\)")],
+    [
+        (wide(), TargetError, "5 classes, but the model has 4"),
+        (long(), TargetError, r"inputs of the model, of shape \(12,\)"),
+    ],
 )
 def test_who_has_other_classes_or_other_inputs_is_refused(net, error, said):
     with pytest.raises(error, match=said):
@@ -196,7 +199,7 @@ def test_who_draws_at_random_is_refused():
 
 def test_who_gives_no_gradients_is_refused():
     served = Subject(Classifier(network(1), access="scores"), "b" * 64, {"name": "served"})
-    with pytest.raises(UsageError, match="served gives scores only"):
+    with pytest.raises(UsageError, match="served gives only scores"):
         assess(subject(), data(), with_surrogates(served))
 
 

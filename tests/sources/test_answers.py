@@ -60,18 +60,18 @@ BY_NAME = {
 def test_scores_by_class_name_are_read_in_the_order_of_the_names(answer):
     assert read(answer, names=NAMES) == SCORES
     assert read(answer, names=NAMES[::-1]) == [row[::-1] for row in SCORES]
-    with pytest.raises(TargetLost, match=r"by the names .*--class-names A,B,C in the order"):
+    with pytest.raises(TargetLost, match=r"with the keys .*--class-names A,B,C in the order"):
         read(answer)
 
 
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda row: row.pop("emu"), r"no score of 'emu', and the classes are cat, dog, emu.*--class-names"),
-        (lambda row: row.update(fox=1.0), r"a score of 'fox', and the classes are"),
-        (lambda row: row.update(cat="high"), r"holds a list of 2 where numbers or text"),
-        (lambda row: row.update(cat=True), r"holds a list of 2 where"),
-        (lambda row: row.update(cat=[1.0]), r"holds a list of 2 where"),
+        (lambda row: row.pop("emu"), r"no score of 'emu', but the classes are cat, dog, emu.*--class-names"),
+        (lambda row: row.update(fox=1.0), r"a score of 'fox', but the classes are"),
+        (lambda row: row.update(cat="high"), r"contains a list of 2, but numbers or text"),
+        (lambda row: row.update(cat=True), r"contains a list of 2, but"),
+        (lambda row: row.update(cat=[1.0]), r"contains a list of 2, but"),
     ],
 )
 def test_names_that_do_not_fit_the_classes_are_refused(change, said):
@@ -105,7 +105,7 @@ def test_the_class_of_one_row_may_have_no_batch_axis(answer):
 def test_one_number_is_the_single_score_of_one_row():
     assert read(0.3, 1) == read([0.3], 1) == read([[0.3]], 1) == [[0.3]]
     assert read(2, 1, declared=True) == [[2.0]]
-    with pytest.raises(TargetLost, match="one whole number a row, such as 2"):
+    with pytest.raises(TargetLost, match="one integer per row, such as 2"):
         read(2, 1)
 
 
@@ -119,9 +119,9 @@ def test_classes_are_read_whatever_their_shape(answer):
 def test_whole_numbers_are_names_where_all_names_are_whole_numbers():
     assert read([7, 3], labels=3, names=("3", "5", "7")) == [[0, 0, 1], [1, 0, 0]]
     assert read(["7", "3"], labels=3, names=("3", "5", "7")) == [[0, 0, 1], [1, 0, 0]]
-    with pytest.raises(TargetLost, match="'4', and the names of the classes are 3, 5, 7"):
+    with pytest.raises(TargetLost, match="'4'; the names of the classes are 3, 5, 7"):
         read([4, 3], labels=3, names=("3", "5", "7"))
-    with pytest.raises(TargetRefused, match="class 7; whole numbers from 0 to 2 .*--class-names N,N,N"):
+    with pytest.raises(TargetRefused, match="class 7; integers from 0 to 2 .*--class-names N,N,N"):
         read([7, 1], labels=3)
 
 
@@ -135,7 +135,7 @@ OIP = Shaped("x")
 def test_the_protocol_says_whether_numbers_are_whole():
     assert read(tensor([1, 0], [2, 1], []), form=OIP, expected=2, declared=True) == [[1.0], [0.0]]
     assert read(tensor([1, 0], [2, 1], "FP32"), form=OIP, expected=2) == [[1.0], [0.0]]
-    with pytest.raises(TargetLost, match="one whole number a row"):
+    with pytest.raises(TargetLost, match="one integer per row"):
         read(tensor([1.0, 0.0], [2, 1], "INT64"), form=OIP)
     assert read(tensor([1.0, 0.0], [2, 1], "INT64"), form=OIP, labels=2) == [[0, 1], [1, 0]]
     assert read(tensor(["dog", "cat"], [2, 1], "BYTES"), form=OIP, labels=3, names=NAMES)[0] == [0, 1, 0]
@@ -152,35 +152,35 @@ def test_of_several_outputs_the_first_of_the_wanted_kind_is_read():
 def test_more_classes_than_scores_are_refused_with_the_option_for_classes():
     for width, answer in ((1, [0.1, 0.2]), (3, SCORES)):
         with pytest.raises(
-            TargetLost, match=f"{width} scores? a row, and 10 classes .*--http-labels and --classes 10"
+            TargetLost, match=f"{width} scores? per row, but 10 classes .*--http-labels and --classes 10"
         ):
             read(answer, expected=10)
     assert read(SCORES, expected=3) == SCORES
     assert read([0.1, 0.2], expected=2) == [[0.1], [0.2]]
 
 
-LIST_OF_OTHERS = r"where numbers or text were expected; .*--http-response"
+LIST_OF_OTHERS = r", but numbers or text were expected; .*--http-response"
 BAD = {
-    "null": (None, f"holds null {LIST_OF_OTHERS}"),
-    "nulls": ([None, None], f"a list of 2 {LIST_OF_OTHERS}"),
-    "an empty list": ([], r"the answer to 2 rows has shape \(0,\); .*--http-max-rows 1"),
-    "an empty object": ({}, f"an empty object {LIST_OF_OTHERS}"),
+    "null": (None, f"contains null{LIST_OF_OTHERS}"),
+    "nulls": ([None, None], f"a list of 2{LIST_OF_OTHERS}"),
+    "an empty list": ([], r"the response to 2 rows has shape \(0,\); .*--http-max-rows 1"),
+    "an empty object": ({}, f"an empty object{LIST_OF_OTHERS}"),
     "empty lists": ([[], []], r"shape \(2, 0\); one row of scores"),
-    "booleans": ([True, False], f"true or false {LIST_OF_OTHERS}"),
-    "a boolean among numbers": ([[True, None], [0.5, 1]], f"true or false {LIST_OF_OTHERS}"),
-    "true among numbers": ([[True, 0.5], [0.5, 2.5]], f"true or false {LIST_OF_OTHERS}"),
-    "text among numbers": (["cat", 3], f"a list of 2 {LIST_OF_OTHERS}"),
-    "text among nulls": (["0.5", None], f"a list of 2 {LIST_OF_OTHERS}"),
-    "other lengths": ([[1.0, 2.0], [3.0]], f"a list of 2 {LIST_OF_OTHERS}"),
-    "too few rows": ([[1.0, 2.0]], r"the answer to 2 rows has shape \(1, 2\)"),
-    "too few objects": (named(SCORES)[:1], r"the answer to 2 rows has shape \(1, 3\)"),
-    "too many rows": ([[1.0, 2.0]] * 3, r"the answer to 2 rows has shape \(3, 2\)"),
-    "one value": (0.5, "the answer to 2 rows has one value"),
+    "booleans": ([True, False], f"true or false{LIST_OF_OTHERS}"),
+    "a boolean among numbers": ([[True, None], [0.5, 1]], f"true or false{LIST_OF_OTHERS}"),
+    "true among numbers": ([[True, 0.5], [0.5, 2.5]], f"true or false{LIST_OF_OTHERS}"),
+    "text among numbers": (["cat", 3], f"a list of 2{LIST_OF_OTHERS}"),
+    "text among nulls": (["0.5", None], f"a list of 2{LIST_OF_OTHERS}"),
+    "other lengths": ([[1.0, 2.0], [3.0]], f"a list of 2{LIST_OF_OTHERS}"),
+    "too few rows": ([[1.0, 2.0]], r"the response to 2 rows has shape \(1, 2\)"),
+    "too few objects": (named(SCORES)[:1], r"the response to 2 rows has shape \(1, 3\)"),
+    "too many rows": ([[1.0, 2.0]] * 3, r"the response to 2 rows has shape \(3, 2\)"),
+    "one value": (0.5, "the response to 2 rows has one value"),
     "an axis too many": ([[[1.0, 2.0]]] * 2, r"shape \(2, 1, 2\); one row of scores"),
-    "one object for two rows": (named(SCORES)[0], f"an object {LIST_OF_OTHERS}"),
-    "deep": (json.loads("[" * 400 + "]" * 400), f"a list of 1 {LIST_OF_OTHERS}"),
+    "one object for two rows": (named(SCORES)[0], f"an object{LIST_OF_OTHERS}"),
+    "deep": (json.loads("[" * 400 + "]" * 400), f"a list of 1{LIST_OF_OTHERS}"),
     "infinity": ([[1.0, float("inf")]] * 2, "an infinite score"),
-    "text": (["cat", "dog"], "'cat', and scores were expected; .*--http-labels and --class-names"),
+    "text": (["cat", "dog"], "'cat'; scores were expected; .*--http-labels and --class-names"),
 }
 
 
@@ -188,16 +188,16 @@ BAD = {
 def test_an_answer_that_is_not_understood_is_shown_with_the_way_out(answer, said):
     with pytest.raises(TargetError, match=said) as refused:
         read(answer, names=NAMES)
-    _, _, shown = str(refused.value).partition(". The answer begins: ")
+    _, _, shown = str(refused.value).partition(". The response begins: ")
     assert shown.removesuffix(" …") == json.dumps(answer)[:100]
 
 
 BAD_CLASSES = {
     "scores": (SCORES, r"shape \(2, 3\); one class .*--http-labels"),
-    "objects": (named(SCORES), "a list of 2 where numbers or text"),
-    "another name": (["cat", "fox"], "'fox', and the names of the classes are cat, dog, emu"),
-    "no whole number": ([0.5, 1], "the class 0.5; whole numbers from 0 to 2"),
-    "nan": ([float("nan"), 1], "the class nan; whole numbers"),
+    "objects": (named(SCORES), "a list of 2, but numbers or text"),
+    "another name": (["cat", "fox"], "'fox'; the names of the classes are cat, dog, emu"),
+    "no whole number": ([0.5, 1], "the class 0.5; integers from 0 to 2"),
+    "nan": ([float("nan"), 1], "the class nan; integers"),
     "booleans": ([True, False], "true or false"),
 }
 
@@ -211,12 +211,12 @@ def test_what_is_no_class_is_refused(answer, said):
 @pytest.mark.parametrize(
     "first, then, said",
     [
-        (SCORES, named(SCORES), "holds objects by class name, where earlier ones held numbers"),
-        (named(SCORES), SCORES, "holds numbers, where earlier ones held objects"),
-        (SCORES, [row[:2] for row in SCORES], "has 2 scores a row, where earlier ones had 3"),
-        (SCORES, [1, 2], "one whole number a row"),
+        (SCORES, named(SCORES), "contains objects by class name, but earlier ones contained numbers"),
+        (named(SCORES), SCORES, "contains numbers, but earlier ones contained objects"),
+        (SCORES, [row[:2] for row in SCORES], "has 2 scores per row, but earlier ones had 3"),
+        (SCORES, [1, 2], "one integer per row"),
         (SCORES, ["cat", "dog"], "the text 'cat'"),
-        ([0.5, 0.1], SCORES, "has 3 scores a row, where earlier ones had 1"),
+        ([0.5, 0.1], SCORES, "has 3 scores per row, but earlier ones had 1"),
     ],
 )
 def test_a_form_that_changes_is_refused(first, then, said):
@@ -229,7 +229,7 @@ def test_a_form_that_changes_is_refused(first, then, said):
 def test_classes_that_change_from_text_to_numbers_are_refused():
     answers = reader(labels=CLASSES, names=NAMES)
     answers.read(["cat", "dog"], rows(2))
-    with pytest.raises(TargetLost, match="holds numbers, where earlier ones held text"):
+    with pytest.raises(TargetLost, match="contains numbers, but earlier ones contained text"):
         answers.read([0, 1], rows(2))
 
 
@@ -305,10 +305,10 @@ def test_declared_classes_that_the_server_does_not_have_are_refused_before_anyth
     with Server() as server:
         for options in ({"classes": 10}, {"names": tuple("abcdefghij")}):
             with pytest.raises(
-                TargetLost, match="describes has 3 scores a row, and 10 classes .*--http-labels"
+                TargetLost, match="describes has 3 scores per row, but 10 classes .*--http-labels"
             ):
                 opened(server, "/v2/models/small", **options)
-        with pytest.raises(UsageError, match="--classes is 3, and --class-names names 2"):
+        with pytest.raises(UsageError, match="--classes is 3, but --class-names has 2 names"):
             opened(server, classes=3, names=("a", "b"), request="$x")
         assert server.rows == []
 
@@ -317,7 +317,7 @@ def test_declared_classes_that_the_server_does_not_have_are_refused_before_anyth
 def test_a_description_that_is_not_understood_is_shown(metadata):
     with Server() as server:
         server.metadata = metadata
-        with pytest.raises(TargetLost, match="--http-request. The answer begins: ") as refused:
+        with pytest.raises(TargetLost, match="--http-request. The response begins: ") as refused:
             opened(server, "/v2/models/small")
     assert str(refused.value).endswith(json.dumps(metadata))
 
@@ -451,8 +451,8 @@ def test_assess_and_the_doctor_read_an_answer_alike(capsys):
         for verb in ("assess", "doctor"):
             assert run([verb, *model]) == 3
             said.append(capsys.readouterr().err)
-        assert said[0].partition("The answer begins")[0] == said[1].partition("The answer begins")[0]
-        assert "one whole number a row" in said[0] and "--http-labels and --classes N" in said[0]
+        assert said[0].partition("The response begins")[0] == said[1].partition("The response begins")[0]
+        assert "one integer per row" in said[0] and "--http-labels and --classes N" in said[0]
         assert '{"outputs": [{"name": "y", "datatype": "INT64"' in said[0]
         assert len(server.rows) == 1 + 20
         declared = [*model, "--http-labels", "--classes", "3"]
@@ -475,17 +475,20 @@ def test_labels_beyond_the_scores_name_the_option_for_classes(verb, capsys):
 
 
 CHANGED = {
-    "labels": (lambda z: {"r": z.argmax(1).tolist()}, "one whole number a row"),
+    "labels": (lambda z: {"r": z.argmax(1).tolist()}, "one integer per row"),
     "names": (lambda z: {"r": [NAMES[k] for k in z.argmax(1)]}, "scores were expected"),
-    "columns": (lambda z: {"r": z[:, :2].tolist()}, "2 scores a row, where earlier ones had 3"),
-    "objects": (lambda z: {"r": named(z.tolist())}, "objects by class name, where earlier ones held numbers"),
+    "columns": (lambda z: {"r": z[:, :2].tolist()}, "2 scores per row, but earlier ones had 3"),
+    "objects": (
+        lambda z: {"r": named(z.tolist())},
+        "objects by class name, but earlier ones contained numbers",
+    ),
     "more rows": (lambda z: {"r": [*z.tolist(), [0.0, 0.0, 0.0]]}, "one entry for each row"),
     "fewer rows": (lambda z: {"r": z[1:].tolist()}, "one entry for each row"),
-    "null": (lambda z: None, "the answer has no 'r', but null"),
-    "nothing": (lambda z: {}, "the answer has no 'r', but an empty object"),
-    "nulls": (lambda z: {"r": None}, "holds null where"),
+    "null": (lambda z: None, "the response has no 'r', but null"),
+    "nothing": (lambda z: {}, "the response has no 'r', but an empty object"),
+    "nulls": (lambda z: {"r": None}, "contains null, but"),
     "booleans": (lambda z: {"r": (z > 0).tolist()}, "true or false"),
-    "huge": (lambda z: {"r": json.loads("[" * 500 + "0" + "]" * 500)}, "a list of 1 where"),
+    "huge": (lambda z: {"r": json.loads("[" * 500 + "0" + "]" * 500)}, "a list of 1, but"),
 }
 
 
@@ -517,5 +520,5 @@ def test_an_answer_that_changes_within_a_run_ends_it_with_one_line(changed, said
         ]
         assert run([*words, "--suite", "black-box", "-n", "6"]) == 3
     error = capsys.readouterr().err
-    assert said in error and "The answer begins: " in error and "Traceback" not in error
+    assert said in error and "The response begins: " in error and "Traceback" not in error
     assert len(server.sizes) == 6

@@ -105,9 +105,11 @@ def test_labels_are_looked_up_among_the_classes_of_the_estimator():
     for said in (names[y], list(names[y]), names[y].astype(object)):
         result = assessed(estimator, said)
         assert result.metrics["clean_accuracy"].value == estimator.score(SHOWN, names[y])
-    with pytest.raises(TargetError, match=r"labels of .* hold 0, and the classes of the model are 1, 2, 3"):
+    with pytest.raises(
+        TargetError, match=r"labels of .* contain 0, but the classes of the model are 1, 2, 3"
+    ):
         assessed(logistic().fit(X, Y + 1), y)
-    with pytest.raises(TargetError, match="text labels ten, and the model names eight, five"):
+    with pytest.raises(TargetError, match="text labels ten, and the model has the names of eight, five"):
         assessed(estimator, np.array(["ten"] * len(y)))
 
 
@@ -137,7 +139,7 @@ def test_images_are_flattened_where_that_gives_the_features(shape):
 
 def test_other_shapes_are_refused_with_both_numbers():
     with pytest.raises(
-        TargetError, match=r"fitted on 64 features, and an example of shape \(60,\) has 60 values"
+        TargetError, match=r"fitted on 64 features, but an example of shape \(60,\) has 60 values"
     ):
         assessed(logistic().fit(X, Y), CLASS[JUDGED], SHOWN[:, :60])
 
@@ -209,18 +211,18 @@ def test_columns_that_are_picked_by_name_are_given_by_name():
 
 REFUSED = {
     "unfitted": (logistic, "LogisticRegression is not fitted; call fit"),
-    "regressor": (lambda: LinearRegression().fit(X, Y), "LinearRegression is no classifier"),
-    "clusters": (lambda: KMeans(2, n_init=1).fit(X), "KMeans is no classifier"),
-    "outliers": (lambda: IsolationForest(n_estimators=2).fit(X), "IsolationForest is no classifier"),
+    "regressor": (lambda: LinearRegression().fit(X, Y), "LinearRegression is not a classifier"),
+    "clusters": (lambda: KMeans(2, n_init=1).fit(X), "KMeans is not a classifier"),
+    "outliers": (lambda: IsolationForest(n_estimators=2).fit(X), "IsolationForest is not a classifier"),
     "several outputs": (
         lambda: DecisionTreeClassifier().fit(X, np.stack((Y, Y), 1)),
-        "several labels an example",
+        "several labels per example",
     ),
     "several labels": (
         lambda: OneVsRestClassifier(DecisionTreeClassifier()).fit(X, np.eye(10, dtype=int)[Y]),
-        "several labels an example",
+        "several labels per example",
     ),
-    "one class": (lambda: DecisionTreeClassifier().fit(X, 0 * Y), r"knows 1 class \(\[0\]\)"),
+    "one class": (lambda: DecisionTreeClassifier().fit(X, 0 * Y), r"has 1 class \(\[0\]\)"),
 }
 
 
@@ -238,7 +240,7 @@ def test_a_class_is_no_model():
 
 def test_an_estimator_is_not_hardened():
     with pytest.raises(
-        TargetError, match="cannot be trained; LogisticRegression is an estimator without gradients"
+        TargetError, match="cannot be trained: LogisticRegression is an estimator without gradients"
     ):
         holdfast.harden(logistic().fit(X, Y), (SHOWN, CLASS[JUDGED]), "linf:0.1")
 
@@ -286,13 +288,13 @@ def test_types_that_skops_does_not_trust_need_trust(tmp_path: Path):
     sio.dump(make_pipeline(FunctionTransformer(doubled), logistic()).fit(X, Y), place)
     with pytest.raises(
         UsageError,
-        match=r"holds the type .*doubled, which skops does not trust .* --trust-code \(in Python open_model",
+        match=r"contains the type .*doubled, which skops does not trust, .* --trust-code \(in Python open_model",
     ):
         open_model(str(place))
     assert open_model(str(place), trust_code=True).access == "scores"
     xgboost = pytest.importorskip("xgboost")
     sio.dump(xgboost.XGBClassifier(n_estimators=2).fit(X, Y), place)
-    with pytest.raises(UsageError, match=r"models of XGBoost are saved by their save_model"):
+    with pytest.raises(UsageError, match=r"save models of XGBoost with their method save_model"):
         open_model(str(place))
 
 
@@ -306,10 +308,10 @@ def test_damaged_and_foreign_skops_files_are_refused(tmp_path: Path):
     flipped[200] ^= 255
     for content, said in (
         (whole[: len(whole) // 2], "damaged or truncated"),
-        (bytes(flipped), "no estimator that skops can open|damaged or truncated"),
-        (b"nothing", "no estimator that skops can open"),
+        (bytes(flipped), "not an estimator that skops can open|damaged or truncated"),
+        (b"nothing", "not an estimator that skops can open"),
         (packed.getvalue(), r"compressed .*without compression"),
-        (sio.dumps([1, 2]), "holds a list; an estimator"),
+        (sio.dumps([1, 2]), "contains a list; an estimator"),
     ):
         (tmp_path / "m.skops").write_bytes(content)
         with pytest.raises(TargetError, match=said):
@@ -403,7 +405,7 @@ def test_a_booster_predicts_what_xgboost_predicts(objective):
 def test_a_booster_of_another_objective_is_refused():
     xgboost = pytest.importorskip("xgboost")
     trained = xgboost.train({"nthread": 1}, xgboost.DMatrix(X, Y, nthread=1), 1)
-    with pytest.raises(TargetError, match=r"objective reg:squarederror, and one of binary:hinge"):
+    with pytest.raises(TargetError, match=r"objective reg:squarederror; one of binary:hinge"):
         wrapped(trained)
 
 

@@ -69,7 +69,9 @@ def test_any_batch_size_gives_the_networks_outputs_and_gradients(programs: Path,
     ours, theirs = (torch.autograd.grad(net(x).square().sum(), x)[0] for net in (opened.model, original))
     torch.testing.assert_close(ours, theirs)
     assert opened.notes == (
-        ("the program takes batches of 4 only; others are cut and filled up",) if name == "sized" else ()
+        ("the program accepts only batches of 4 examples; other batches are split and padded",)
+        if name == "sized"
+        else ()
     )
     assert not any(module.training for module in copy.deepcopy(opened.model.eval()).modules())
     assert opened.access == "gradients"
@@ -79,7 +81,7 @@ def test_a_large_batch_is_not_enlarged_to_try_other_sizes(programs: Path, monkey
     monkeypatch.setattr("holdfast.sources.exported._MOST_TRIED", 4 * 16)
     assert open_model(str(programs / "fixed.pt2")).notes == ()
     monkeypatch.setattr("holdfast.sources.exported._MOST_TRIED", 4 * 16 - 1)
-    assert "takes batches of 4 only" in open_model(str(programs / "fixed.pt2")).notes[0]
+    assert "accepts only batches of 4 examples" in open_model(str(programs / "fixed.pt2")).notes[0]
 
 
 def test_programs_that_carry_code_need_trust(programs: Path, tmp_path: Path) -> None:

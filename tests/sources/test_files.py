@@ -15,9 +15,9 @@ def test_what_is_not_there_is_refused_with_the_nearest_name_or_the_place(wanted,
         TargetError, match=r"^model '.*wieghts.pt' does not exist \(did you mean 'weights.pt'"
     ):
         wanted(tmp_path / "wieghts.pt", "model")
-    with pytest.raises(TargetError, match=rf"does not exist; it was looked for in '{tmp_path}'"):
+    with pytest.raises(TargetError, match=rf"does not exist in the folder '{tmp_path}'"):
         wanted(tmp_path / "other.csv", "data")
-    with pytest.raises(TargetError, match="does not exist; neither does its folder '.*gone'"):
+    with pytest.raises(TargetError, match="does not exist, and neither does its folder '.*gone'"):
         wanted(tmp_path / "gone" / "weights.pt", "model")
 
 

@@ -64,7 +64,7 @@ def test_bad_frames_are_refused() -> None:
         open_frame(table)
     with pytest.raises(TargetError, match=r"has 6 rows and the labels have shape \(2,\)"):
         open_frame((table[["a"]], table.label[:2]))
-    with pytest.raises(UsageError, match="the labels were given as well"):
+    with pytest.raises(UsageError, match="labels were given separately as well"):
         open_frame((table[["a"]], table.label), label="label")
     with pytest.raises(
         TargetError, match="the value of a in row 2 of the data frame is missing; fill or drop such rows"

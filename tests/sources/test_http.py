@@ -8,7 +8,7 @@ import torch
 
 import servers
 from holdfast.core.errors import TargetError, TargetLost, TargetRefused, UsageError
-from holdfast.sources.asking import LONGEST_WAIT_S, Client
+from holdfast.sources.http_client import LONGEST_WAIT_S, Client
 from holdfast.sources.models import Declared, open_model
 from holdfast.sources.remote import Remote, allowed_address, header_variable
 from holdfast.verbs.served import in_words
@@ -70,7 +70,7 @@ def test_a_template_brings_scores_and_labels(server):
     found, _ = opened(server, "/classify", classes=CLASSES, **LABELS)
     assert np.array_equal(asked(found), np.eye(CLASSES)[network(X).argmax(1)])
     assert found.access == "labels"
-    assert "labels alone" in found.model.hides
+    assert "returns only labels" in found.model.hides
 
 
 def test_labels_that_are_text_are_looked_up_in_the_class_names(server):
@@ -109,7 +109,7 @@ def test_whole_numbers_from_the_protocol_are_labels():
 def test_scores_that_are_classes_are_named(server):
     with pytest.raises(TargetLost, match="--http-labels"):
         asked(opened(server, "/classify", **{**LABELS, "labels": False})[0])
-    with pytest.raises(TargetError, match="holds the class 2; whole numbers from 0 to 1"):
+    with pytest.raises(TargetError, match="contains the class 2; integers from 0 to 1"):
         asked(opened(server, "/classify", classes=2, **LABELS)[0])
 
 
@@ -117,9 +117,7 @@ def test_scores_that_are_classes_are_named(server):
 def test_one_whole_number_a_row_is_no_logit(monkeypatch, number):
     monkeypatch.setattr(servers, "network", lambda x: 3 * np.arange(len(x), dtype=number)[:, None])
     with Server() as server:
-        with pytest.raises(
-            TargetLost, match=r"whole number a row, such as 0\. .*--http-labels and --classes N"
-        ):
+        with pytest.raises(TargetLost, match=r"integer per row, such as 0\. .*--http-labels and --classes N"):
             asked(opened(server, "/predict", **TEMPLATE)[0])
         declared, _ = opened(server, "/predict", **TEMPLATE, output="logit")
         assert asked(declared).argmax(1).tolist() == [0] + [1] * (len(X) - 1)
@@ -138,8 +136,10 @@ def test_a_limit_of_rows_is_found_and_kept():
         np.testing.assert_allclose(asked(found), network(X), rtol=1e-6)
         assert server.sizes == [3] * 16
         counted, remark = remarks(found)
-        assert counted == "of the rows above, 42 were in requests that the server refused"
-        assert "refused a request of 6 rows and answered one of 3" in remark and "--http-max-rows 3" in remark
+        assert counted == "of the rows above, 42 were in requests that the server rejected"
+        assert (
+            "rejected a request of 6 rows and accepted one of 3" in remark and "--http-max-rows 3" in remark
+        )
     with Server(most=0) as server, pytest.raises(TargetRefused, match="400 Bad Request: .*too many rows"):
         asked(opened(server)[0])
 
@@ -154,7 +154,7 @@ def test_channels_go_last_where_the_server_wants_them():
         assert "transposed" in found.notes[1]
         asked(opened(server, "/predict", **{**TEMPLATE, "request": '{"instances": $x_last}'})[0], images)
         assert server.bodies[1]["instances"] == last
-        with pytest.raises(TargetError, match=r"takes inputs of shape \(2, 3, 1\) and was given \(6,\)"):
+        with pytest.raises(TargetError, match=r"has shape \(6,\); the model expects \(2, 3, 1\)"):
             asked(found)
 
 
@@ -171,7 +171,7 @@ def test_a_fixed_batch_is_filled_up():
         (
             [10**9, FEATURES],
             [-1, CLASSES],
-            r"inputs of shape \(1000000000, .*; at most 16,777,216 values are sent",
+            r"has shape \(1000000000, .*; at most 16,777,216 values are sent",
         ),
         ([-1, FEATURES], [-1, 10**30], r"returns 1000000000.* scores; at most 1,000,000 were expected"),
     ],
@@ -186,8 +186,8 @@ IN_PASSING = {
     "down": ([503, 503], [0.5, 1.0], "503 Service Unavailable 2"),
     "internal": ([500], [0.5], "500 Internal Server Error 1"),
     "cut": (["cut"], [0.5], "the connection failed"),
-    "garbage": (["garbage"], [0.5], "the answer is no JSON 1"),
-    "nested": (["nested"], [0.5], "the answer is no JSON"),
+    "garbage": (["garbage"], [0.5], "the response is not JSON 1"),
+    "nested": (["nested"], [0.5], "the response is not JSON"),
     "slow": (["slow"], [0.5], "no answer within 0.05 s 1"),
 }
 
@@ -207,7 +207,7 @@ def test_what_fails_in_passing_is_asked_again_and_noted(script, waits, said):
 def test_a_first_request_that_is_not_understood_is_sent_twice_only():
     with Server([500] * 10) as server:
         found, waits = opened(server, "/predict", **TEMPLATE)
-        with pytest.raises(TargetLost, match=r"\(asked twice\); .*so compare --http-request and the shape"):
+        with pytest.raises(TargetLost, match=r"\(sent twice\); .*so compare --http-request and the shape"):
             asked(found)
         assert waits == [0.5]
     with Server([None, *[500] * 3]) as server:
@@ -233,13 +233,13 @@ def test_an_answer_that_was_cut_is_no_idle_connection():
 def test_waits_grow_to_a_bound_and_the_last_failure_is_told():
     with Server([503] * 20) as server:
         found, waits = opened(server, retries=8)
-        with pytest.raises(TargetLost, match=r"503 Service Unavailable: .* \(asked 9 times\)"):
+        with pytest.raises(TargetLost, match=r"503 Service Unavailable: .* \(sent 9 times\)"):
             asked(found)
         assert waits == [0.5, 1, 2, 4, 8, 16, 30, 30]
 
 
 LOST = {
-    "patience": ((429, {"Retry-After": "3600"}), r"asks to be left alone for 3,600 s"),
+    "patience": ((429, {"Retry-After": "3600"}), r"requests a pause of 3,600 s"),
     "key": (401, "--header 'Authorization: env:VARIABLE'"),
     "elsewhere": (
         (307, {"Location": "http://elsewhere/x"}),
@@ -259,7 +259,7 @@ def test_what_will_not_pass_is_not_asked_again(trouble, said):
 
 
 def test_what_is_no_json_is_shown_in_the_end():
-    with Server(["garbage"] * 2) as server, pytest.raises(TargetLost, match="no JSON: '<html>the proxy"):
+    with Server(["garbage"] * 2) as server, pytest.raises(TargetLost, match="not JSON: '<html>the proxy"):
         asked(opened(server, retries=1)[0])
 
 
@@ -271,16 +271,16 @@ def test_a_date_says_how_long_to_wait():
         assert waits == [0.5, 1.0]
     with Server([(503, {"Retry-After": "Wed, 21 Oct 2215 07:28:00 GMT"})]) as server:
         found, waits = opened(server)
-        with pytest.raises(TargetLost, match="left alone"):
+        with pytest.raises(TargetLost, match="requests a pause"):
             asked(found)
     assert LONGEST_WAIT_S == 60
 
 
 BAD = {
-    "fewer": "the answer to 24 rows has shape (23, 3)",
+    "fewer": "the response to 24 rows has shape (23, 3)",
     "too_large": "an infinite score, or one too large for float32",
-    "booleans": "where numbers or text were expected",
-    "more_classes": "has 4 scores a row, where earlier ones had 3",
+    "booleans": "but numbers or text were expected",
+    "more_classes": "has 4 scores per row, but earlier ones had 3",
 }
 
 
@@ -309,7 +309,7 @@ def test_a_refusal_before_the_end_of_a_large_request_is_heard():
         remote = Remote(hosts=("127.0.0.1",), retries=0)
         client = Client(allowed_address(server.url(), remote.hosts), remote)
         with pytest.raises(TargetError, match="413 .*too long"):
-            client.ask("/predict", b"1" * 10**7)
+            client.request("/predict", b"1" * 10**7)
 
 
 def test_a_server_that_is_not_there_is_said_at_once(server):
@@ -354,7 +354,7 @@ def test_an_ipv6_address_is_no_port(address, monkeypatch):
     monkeypatch.setattr("socket.create_connection", lambda where, *_: asked.append(where) or 1 / 0)
     parts = allowed_address(address, (address[7:-2],))
     with pytest.raises(ZeroDivisionError):
-        Client(parts, Remote(retries=0)).ask("/x")
+        Client(parts, Remote(retries=0)).request("/x")
     assert asked == [(parts.hostname, 80)]
 
 
@@ -364,14 +364,14 @@ def test_an_ipv6_address_is_no_port(address, monkeypatch):
         ("http://host/x", (), "add --allow-host host"),
         ("http://host:81/x", ("host:80",), "only host:80 is allowed"),
         ("http://host.evil/x", ("host", "evil"), "only host, evil are allowed"),
-        ("http://host:x/", ("host",), "no URL"),
-        ("http://a..b/x", ("a..b",), "no URL"),
-        (f"http://{'a' * 64}/x", ("a" * 64,), "no URL"),
-        ("ftp://host/x", ("host",), "no address of a server"),
-        ("http:///x", ("host",), "no address of a server"),
-        ("http://host/a b", ("host",), "no address of a server"),
-        ("http://host/ä", ("host",), "no address of a server"),
-        ("http://host/a", ("http://host",), "is no host"),
+        ("http://host:x/", ("host",), "not a valid URL"),
+        ("http://a..b/x", ("a..b",), "not a valid URL"),
+        (f"http://{'a' * 64}/x", ("a" * 64,), "not a valid URL"),
+        ("ftp://host/x", ("host",), "not the address of a server"),
+        ("http:///x", ("host",), "not the address of a server"),
+        ("http://host/a b", ("host",), "not the address of a server"),
+        ("http://host/ä", ("host",), "not the address of a server"),
+        ("http://host/a", ("http://host",), "HOST or HOST:PORT was expected"),
     ],
 )
 def test_hosts_that_are_refused(address, hosts, said):
@@ -413,7 +413,7 @@ def test_a_header_is_sent_from_the_environment_and_never_repeated(monkeypatch):
         asked(found)
         assert {sent["Authorization"] for sent in server.headers} == {"Bearer hunter2hunter2"}
         monkeypatch.setenv("HOLDFAST_TEST_TOKEN", "one\r\nX: two")
-        with pytest.raises(UsageError, match="plain ASCII"):
+        with pytest.raises(UsageError, match="printable ASCII"):
             opened(server, headers=(header,))
 
 
@@ -453,14 +453,14 @@ def test_templates_that_are_refused(server, request_, said):
 def test_a_path_that_leads_nowhere_says_what_is_there(server):
     with pytest.raises(TargetLost, match="has no 'scores', but the keys predictions"):
         asked(opened(server, "/predict", request='{"instances": $x}', response="scores")[0])
-    with pytest.raises(TargetLost, match="where numbers or text were expected"):
+    with pytest.raises(TargetLost, match="but numbers or text were expected"):
         asked(opened(server, "/predict", request='{"instances": $x}', response="predictions")[0])
 
 
 def test_other_addresses_and_models_are_refused(server):
     with pytest.raises(UsageError, match="--http-request"):
         opened(server, "/predict")
-    with pytest.raises(TargetLost, match="answers 404 Not Found: .*unknown model"):
+    with pytest.raises(TargetLost, match="responds 404 Not Found: .*unknown model"):
         opened(server, "/v2/models/other")
     with pytest.raises(UsageError, match="did you mean 'scores'"):
         opened(server, response="score")
@@ -471,10 +471,10 @@ def test_other_addresses_and_models_are_refused(server):
         with Server(metadata=tensors) as other, pytest.raises(TargetError, match=said):
             opened(other)
     server.metadata["inputs"] *= 2
-    with pytest.raises(TargetError, match="takes the inputs x, x"):
+    with pytest.raises(TargetError, match="has the inputs x, x"):
         opened(server)
     server.metadata["inputs"] = [{"name": "x"}]
-    with pytest.raises(TargetLost, match="no form that is known"):
+    with pytest.raises(TargetLost, match="an unknown format"):
         opened(server)
 
 

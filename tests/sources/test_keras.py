@@ -14,7 +14,7 @@ import holdfast
 from holdfast.attacks import PGD
 from holdfast.core.errors import TargetError
 from holdfast.sources.adapting import adapted
-from holdfast.sources.inhand import digest_in_hand
+from holdfast.sources.object_digest import digest_of_object
 
 X = np.random.default_rng(0).random((40, 8, 8, 1), dtype=np.float32)
 
@@ -81,11 +81,11 @@ def check():
     with torch.no_grad():
         next(weight for weight in copied.parameters() if weight.is_floating_point()).add_(1)
     assert torch.equal(found.net(x), before)
-    assert digest_in_hand(copied) != digest_in_hand(found.net) == digest_in_hand(adapted(net).net)
+    assert digest_of_object(copied) != digest_of_object(found.net) == digest_of_object(adapted(net).net)
 
     with pytest.raises(TargetError, match="Sequential of Keras"):
         holdfast.harden(net, (X, y), "linf:0.1")
-    with pytest.raises(TargetError, match="no weights before it meets an input"):
+    with pytest.raises(TargetError, match="no weights before its first input"):
         adapted(keras.Sequential([layers.Dense(3)]))
     keras.backend.backend = lambda: "jax"
     with pytest.raises(TargetError, match="KERAS_BACKEND=torch before keras is imported"):

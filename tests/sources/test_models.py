@@ -10,8 +10,8 @@ from torch import nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Batches, Bounds, Classifier
-from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.models import Declared, bundled_models, open_model
+from holdfast.sources.object_digest import digest_of_object
 
 CODE = """
 from pathlib import Path
@@ -91,16 +91,16 @@ def test_the_digest_follows_code_weights_and_named_files(code: Path) -> None:
         ("zzz", {}, UsageError, "it defines net, needy"),
         ("constant", {}, UsageError, "a int; a network or a function"),
         ("net", {"widht": "3"}, UsageError, r"no argument 'widht' \(did you mean 'width'"),
-        ("net", {"width": "3.5"}, UsageError, "takes width as an int; '3.5' is none"),
-        ("net", {"scale": "big"}, UsageError, "takes scale as a float"),
-        ("net", {"deep": "maybe"}, UsageError, "takes deep as bool; 'maybe'"),
+        ("net", {"width": "3.5"}, UsageError, "argument width of .* is '3.5'; an int was expected"),
+        ("net", {"scale": "big"}, UsageError, "argument scale of .*; a float was expected"),
+        ("net", {"deep": "maybe"}, UsageError, "argument deep of .* is 'maybe'; true or false was expected"),
         ("odd", {"sizes": "1"}, UsageError, "str, int, float, bool or Path"),
         ("needy", {"mode": "a"}, UsageError, "--model-args path=…"),
         (
             "adds",
             {"width": "3"},
             TargetError,
-            r"raised TypeError in line .*: .* \(width came as text; annotate int",
+            r"raised TypeError in line .*: .* \(width was passed as text; annotate it as int",
         ),
         (
             "raises",
@@ -110,7 +110,7 @@ def test_the_digest_follows_code_weights_and_named_files(code: Path) -> None:
         ),
         ("exits", {}, TargetError, r"raised SystemExit in line \d+ of own.py: bye"),
         ("number", {}, TargetError, "returned a int; a torch.nn.Module or a function"),
-        ("a_factory", {}, TargetError, "returned a function that takes no inputs; a torch.nn.Module"),
+        ("a_factory", {}, TargetError, "returned a function that accepts no inputs; a torch.nn.Module"),
         ("silent", {}, TargetError, r"raised AssertionError in line \d+ of own.py$"),
         ("waits", {}, TargetError, "returned a coroutine; a torch.nn.Module"),
         (
@@ -143,7 +143,7 @@ def test_a_network_or_a_function_will_do(tmp_path: Path) -> None:
     assert opened.digest == open_model(f"{path}:doubled", model_args={"k": "3"}).digest
     assert opened.digest != open_model(f"{path}:doubled").digest
     torch.save({"w": x}, tmp_path / "w.pt")
-    with pytest.raises(TargetError, match="returned a function, which takes no weights"):
+    with pytest.raises(TargetError, match="returned a function, which has no weights to load"):
         open_model(str(tmp_path / "w.pt"), arch=f"{path}:doubled")
 
 
@@ -159,7 +159,7 @@ def test_a_function_is_the_same_wherever_its_file_lies(tmp_path: Path) -> None:
         (tmp_path / folder / "own.py").write_text(code)
         names = ("own", "closure")
         digests.add(
-            tuple(digest_in_hand(open_model(f"{tmp_path}/{folder}/own.py:{n}").model.net) for n in names)
+            tuple(digest_of_object(open_model(f"{tmp_path}/{folder}/own.py:{n}").model.net) for n in names)
         )
     assert len(digests) == 1
 
@@ -205,7 +205,7 @@ def test_a_state_dict_needs_an_architecture_that_fits(code: Path, tmp_path: Path
     opened = open_model(address, arch=f"{code}:net")
     torch.testing.assert_close(opened.model(x), net(x))
     assert not opened.model.net.training
-    with pytest.raises(TargetError, match=r"1\.weight is \(3, 4\), wanted \(5, 4\)"):
+    with pytest.raises(TargetError, match=r"1\.weight is \(3, 4\), expected \(5, 4\)"):
         open_model(address, arch=f"{code}:net", model_args={"width": "5"})
     with pytest.raises(
         TargetError, match=r"missing 3\.weight, 3\.bias\. Check --arch and --model-args.*rename the keys"
@@ -225,8 +225,8 @@ def test_wrapped_names_are_unwrapped_and_noted(code: Path, tmp_path: Path) -> No
     x = torch.rand(2, 1, 2, 2)
     torch.testing.assert_close(opened.model(x), net(x))
     assert opened.notes == (
-        "the prefix 'module.' was taken off every name",
-        "the prefix '_orig_mod.' was taken off every name",
+        "the prefix 'module.' was removed from every name",
+        "the prefix '_orig_mod.' was removed from every name",
     )
 
 
@@ -239,12 +239,12 @@ def test_weights_that_are_not_numbers_are_refused(code: Path, tmp_path: Path) ->
 
 def test_damaged_safetensors_are_named(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(TargetError, match="no readable safetensors file"):
+    with pytest.raises(TargetError, match="not a valid safetensors file"):
         open_model(str(tmp_path / "w.safetensors"))
     safetensors.torch.save_file(
         {"a": torch.ones(1)}, tmp_path / "m.safetensors", {"holdfast": json.dumps([1])}
     )
-    with pytest.raises(TargetError, match="metadata that is no object"):
+    with pytest.raises(TargetError, match="a JSON object was expected"):
         open_model(str(tmp_path / "m.safetensors"))
 
 
@@ -266,7 +266,9 @@ def test_damaged_safetensors_are_named(tmp_path: Path) -> None:
 def test_what_a_file_says_of_its_network_has_one_form(tmp_path: Path, key: str, value: object) -> None:
     path = tmp_path / "w.safetensors"
     safetensors.torch.save_file({"a": torch.ones(1)}, path, {"holdfast": json.dumps({key: value})})
-    with pytest.raises(TargetError, match=rf"says that {key} is .*; .* was expected\. Write the file again"):
+    with pytest.raises(
+        TargetError, match=rf"metadata of .*, {key} is .*; .* was expected\. Write the file again"
+    ):
         open_model(str(path))
 
 
@@ -276,7 +278,7 @@ def test_what_a_file_says_of_its_network_has_one_form(tmp_path: Path, key: str, 
         ("https://host/v2/models/m", "add --allow-host host"),
         ("hf:owner/name", r"holdfast\[hub\]"),
         ("timm:resnet18", r"holdfast\[hub\]"),
-        ("rotating:pool", "which can be assessed"),
+        ("rotating:pool", "which can only be the model of an assessment"),
         ("mnist-cn", "no bundled model 'mnist-cn'"),
     ],
 )

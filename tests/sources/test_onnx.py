@@ -562,7 +562,7 @@ def test_one_of_several_outputs_is_taken_and_said(tmp_path: Path) -> None:
         write(tmp_path / "m.onnx", nodes, {"w": floats(5, 3)}, shape=(N, 5), outputs=["label", "y"])
     )
     assert opened.model(torch.rand(2, 5)).shape == (2, 3)
-    assert opened.notes == ("the output y was taken as the scores (outputs: label, y)",)
+    assert opened.notes == ("the output y is used as the scores (outputs: label, y)",)
 
 
 @pytest.mark.parametrize(
@@ -581,7 +581,7 @@ def test_one_of_several_outputs_is_taken_and_said(tmp_path: Path) -> None:
         (
             [node("Gemm", "x w", "y"), node("ArgMin", "y", "label", axis=1, keepdims=0)],
             "label y",
-            "answers by label, which is not the largest value of y, as a clustering does",
+            "returns label, which is not the index of the largest value of y, as a clustering does",
         ),
     ],
     ids=["two widths", "a column a class", "a clustering"],
@@ -601,7 +601,7 @@ def test_outputs_that_are_no_scores_of_one_classifier_are_refused(
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize(
     ("limit", "most", "message"),
-    [("MAX_NODES", 2, "it has 2 nodes"), ("MAX_VALUES", 20, r"inputs of shape \(4, 5\); at most 19 values")],
+    [("MAX_NODES", 2, "has 2 nodes"), ("MAX_VALUES", 20, r"inputs of shape \(4, 5\); at most 19 values")],
 )
 def test_nodes_and_input_values_are_limited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, most: int, message: str
@@ -630,7 +630,7 @@ def test_a_regressor_is_refused(tmp_path: Path) -> None:
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), str(tmp_path / "m.onnx"))
     with pytest.raises(
-        TargetError, match="returns y of a LinearRegressor, a number and no scores of classes"
+        TargetError, match="returns y of a LinearRegressor, which is a number and not the scores of classes"
     ):
         open_model(str(tmp_path / "m.onnx"))
 
@@ -639,7 +639,7 @@ def test_inputs_of_another_shape_are_refused_in_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     opened = open_model(linear_model(tmp_path / "m.onnx"))
-    with pytest.raises(TargetError, match=r"takes an example of shape \(5,\), and one of \(4,\) was given"):
+    with pytest.raises(TargetError, match=r"has shape \(4,\), but the ONNX file requires \(5,\)"):
         opened.model(torch.rand(2, 4))
     assert capfd.readouterr().err == ""
 
@@ -762,9 +762,9 @@ def test_external_data_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="does not exist"):
         open_model(external(tmp_path / "m.onnx", "gone.bin"))
     (tmp_path / "w.bin").write_bytes(bytes(60))
-    with pytest.raises(TargetError, match="does not hold them"):
+    with pytest.raises(TargetError, match="are not there"):
         open_model(external(tmp_path / "m.onnx", "w.bin", length="4000000000"))
-    with pytest.raises(TargetError, match="numbers that are none"):
+    with pytest.raises(TargetError, match="numbers were expected"):
         open_model(external(tmp_path / "m.onnx", "w.bin", offset="four"))
 
 
@@ -776,7 +776,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         "text": b"hello",
     }.items():
         (tmp_path / f"{name}.onnx").write_bytes(content)
-        with pytest.raises(TargetError, match=r"no (valid )?ONNX model"):
+        with pytest.raises(TargetError, match=r"(no valid|not an) ONNX model"):
             open_model(str(tmp_path / f"{name}.onnx"))
     (tmp_path / "empty.onnx").write_bytes(b"")
     with pytest.raises(TargetError, match="empty"):
@@ -789,12 +789,12 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         (
             [node("Flatten", "x", "y")],
             {"shape": (N, 3, "h", "w")},
-            r"takes the input x \(float, N x 3 x N x N\), where more than the batch is free; .*: --input-shape 3,N,N",
+            r"has the input x \(float, N x 3 x N x N\), in which more sizes .*: --input-shape 3,N,N",
         ),
         (
             [node("Flatten", "x", "y")],
             {"dtype": TensorProto.UINT8},
-            r"takes the input x \(uint8, N x 3 x 6 x 7\). Attacks change real numbers",
+            r"has the input x \(uint8, N x 3 x 6 x 7\). Attacks change real numbers",
         ),
         ([node("Identity", "x", "y")], {}, r"returns y \(float, N x 3 x 6 x 7\), as detectors"),
         ([node("Flatten", "x", "y", axis=2)], {}, r"returns y \(9, 42\) for 3 inputs; float logits"),

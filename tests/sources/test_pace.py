@@ -2,7 +2,7 @@
 
 import threading
 
-from holdfast.sources.asking import RequestPace
+from holdfast.sources.http_client import RequestPace
 
 
 class Clock:

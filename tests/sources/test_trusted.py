@@ -25,7 +25,7 @@ def test_a_torchscript_file_opens_with_trust_alone(tmp_path: Path):
         open_model(str(tmp_path / "m.ts"))
     opened = open_model(str(tmp_path / "m.ts"), trust_code=True)
     torch.testing.assert_close(opened.model(X), net(X))
-    with pytest.raises(UsageError, match="holds a whole model; leave --arch mlp out"):
+    with pytest.raises(UsageError, match="contains a whole model; omit --arch mlp"):
         open_model(str(tmp_path / "m.ts"), trust_code=True, arch="mlp")
 
 

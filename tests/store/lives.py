@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from holdfast.store.manifest import stands
+from holdfast.store.manifest import is_complete
 from holdfast.store.pool import Pool
 
 OWN = ("pool.json", "ledger.jsonl", "ledger.head", "ledger.lock", "sets")
@@ -148,7 +148,7 @@ def begun_at_calls(folder):
         assert (
             os.WTERMSIG(ended(life(dying(lambda p=path: begun(p, 0), die_at, calls_file)))) == signal.SIGKILL
         )
-        if not stands(path):
+        if not is_complete(path):
             begun(path, 0)
         pool = Pool.held(path)
         assert pool.add(weights(0), {}) in pool.ledger.states, die_at

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import encryption
-from holdfast.store.encryption import KEY_VARIABLE, Seal, begun_seal, found_seal, key_file
+from holdfast.store.encryption import KEY_VARIABLE, Seal, existing_seal, key_file, new_seal
 from holdfast.store.files import create_private
 
 SEAL, OTHER = Seal(bytes(range(32))), Seal(bytes(32))
@@ -83,29 +83,29 @@ def test_a_key_file_is_made_once_beside_the_folder_for_its_owner_alone(tmp_path,
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     folder = tmp_path / "pool"
     folder.mkdir()
-    seal = begun_seal(folder)
+    seal = new_seal(folder)
     assert key_file(folder) == tmp_path / "pool.key" and seal.source == str(tmp_path / "pool.key")
     assert key_file(folder).stat().st_mode & 0o777 == 0o600
-    assert begun_seal(folder) == found_seal(folder) == seal
+    assert new_seal(folder) == existing_seal(folder) == seal
     (tmp_path / "link").symlink_to(folder)
-    assert found_seal(tmp_path / "link").key == seal.key
+    assert existing_seal(tmp_path / "link").key == seal.key
     other = tmp_path / "other"
     other.mkdir()
-    assert begun_seal(other).key != seal.key
+    assert new_seal(other).key != seal.key
 
 
 def test_the_environment_comes_before_the_key_file(tmp_path, monkeypatch):
     folder = tmp_path / "pool"
     folder.mkdir()
     monkeypatch.setenv(KEY_VARIABLE, HEX)
-    assert begun_seal(folder) == found_seal(folder) == Seal(bytes.fromhex(HEX), KEY_VARIABLE)
+    assert new_seal(folder) == existing_seal(folder) == Seal(bytes.fromhex(HEX), KEY_VARIABLE)
     assert not key_file(folder).exists()
 
 
 @pytest.mark.parametrize("text", ["", "abc", HEX[:-1] + "g", HEX[:-2] + " 1", HEX + "00"])
 def test_an_environment_without_a_key_in_it_is_refused_and_not_shown(tmp_path, monkeypatch, text):
     monkeypatch.setenv(KEY_VARIABLE, text)
-    for ask in (begun_seal, found_seal):
+    for ask in (new_seal, existing_seal):
         with pytest.raises(
             UsageError, match=f"{KEY_VARIABLE} contains {len(text)} .*64 hex digits"
         ) as caught:
@@ -119,9 +119,9 @@ def test_a_key_file_that_lies_open_is_refused(tmp_path, monkeypatch, mode):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     folder = tmp_path / "pool"
     folder.mkdir()
-    begun_seal(folder)
+    new_seal(folder)
     key_file(folder).chmod(mode)
-    for ask in (begun_seal, found_seal):
+    for ask in (new_seal, existing_seal):
         with pytest.raises(TargetError, match=f"pool.key' has mode {mode:04o}.*chmod 600"):
             ask(folder)
 
@@ -133,14 +133,14 @@ def test_a_key_is_written_through_no_link_and_into_no_file_that_lies_in_wait(tmp
     folder.mkdir()
     precious.write_text("precious\n")
     (tmp_path / ".pool.key.part").symlink_to(precious)
-    begun_seal(folder)
+    new_seal(folder)
     assert precious.read_text() == "precious\n" and not key_file(folder).is_symlink()
     key_file(folder).unlink()
     key_file(folder).symlink_to(tmp_path / "nowhere")
     with pytest.raises(
         TargetError, match="pool.key' is a link to .*nowhere', which does not exist.*remove the link"
     ):
-        begun_seal(folder)
+        new_seal(folder)
     with pytest.raises(FileExistsError):
         create_private(key_file(folder), b"key")
     assert not (tmp_path / "nowhere").exists()
@@ -151,10 +151,10 @@ def test_a_key_of_another_user_is_refused(tmp_path, monkeypatch):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     folder = tmp_path / "pool"
     folder.mkdir()
-    begun_seal(folder)
+    new_seal(folder)
     own = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: own + 1)
-    for ask in (begun_seal, found_seal):
+    for ask in (new_seal, existing_seal):
         with pytest.raises(
             TargetError, match=f"pool.key' belongs to user {own}, .* as user {own + 1}; run as"
         ):
@@ -166,11 +166,11 @@ def test_a_key_that_is_gone_or_damaged_is_said(tmp_path, monkeypatch):
     folder = tmp_path / "pool"
     folder.mkdir()
     with pytest.raises(TargetError, match=f"{KEY_VARIABLE} is not set, and .*pool.key' does not exist"):
-        found_seal(folder)
-    begun_seal(folder)
+        existing_seal(folder)
+    new_seal(folder)
     key_file(folder).write_text("short\n")
     with pytest.raises(TargetError, match="pool.key' contains 5 characters .*64 hex digits were expected"):
-        found_seal(folder)
+        existing_seal(folder)
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch):

@@ -236,7 +236,7 @@ def test_a_process_that_lost_its_lease_writes_nothing_more(tmp_path, other):
         ):
             with pytest.raises(
                 TargetError,
-                match=f"now in use by {'nobody' if other is None else 'process 7 on elsewhere'}.*--resume",
+                match=f"lost the lease of .*{'' if other is None else ', which process 7 on elsewhere'}.*--resume",
             ):
                 write()
         assert sorted(path.name for path in run.rglob("*")) == before

@@ -14,7 +14,7 @@ import torch
 from holdfast.core.errors import Inconclusive, InUse, TargetError, UsageError
 from holdfast.store import Pool
 from holdfast.store.encryption import KEY_VARIABLE, Seal, key_file
-from holdfast.store.manifest import stands
+from holdfast.store.manifest import is_complete
 from store.lives import begun, weights
 
 HERE = Path(__file__).resolve().parent
@@ -267,13 +267,13 @@ def test_a_folder_without_a_pool_and_one_with_a_pool_are_told(pool, tmp_path):
     for none in (tmp_path / "none", tmp_path / "empty"):
         with pytest.raises(TargetError, match="is not a pool, or its creation was interrupted"):
             Pool.held(none)
-        assert not stands(none)
+        assert not is_complete(none)
     assert not list((tmp_path / "empty").iterdir())
     with pytest.raises(UsageError, match="contains a pool already"):
         Pool.begun(pool.path, {})
     (tmp_path / "empty" / "run.json").write_text("{}")
     Pool.begun(tmp_path / "empty", {})
-    assert stands(tmp_path / "empty")
+    assert is_complete(tmp_path / "empty")
 
 
 def test_no_folder_is_begun_for_a_key_that_is_none(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ from holdfast.checkup.readings import units
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError, TargetLost, UnclearOutput
 from holdfast.core.model import Classifier
-from holdfast.sources.counting import Look, look_at, rows_of_calls
+from holdfast.sources.counting import InspectionCounter, inspection_counter, rows_of_calls
 
 _ASKED = 20
 """Number of examples that are sent if the server accepts any number of rows."""
@@ -44,7 +44,7 @@ def examine_served(model: Classifier, data: Data) -> tuple[Finding, ...]:
 
     Raises `TargetError` if the model can be run on the data neither in this layout nor with the channels last.
     """
-    server = look_at(model)
+    server = inspection_counter(model)
     assert server is not None
     findings = tuple(_findings(model, data, server))
     if any(finding.check == "classes" for finding in findings):  # this finding already explains wrong labels
@@ -53,7 +53,7 @@ def examine_served(model: Classifier, data: Data) -> tuple[Finding, ...]:
     return (*findings, Finding("rows sent", "good", text))
 
 
-def _findings(model: Classifier, data: Data, server: Look) -> Iterator[Finding]:
+def _findings(model: Classifier, data: Data, server: InspectionCounter) -> Iterator[Finding]:
     yield from strange_classes(data)
     sample = spread_examples(data, SAMPLE, model)
     yield from range_of_values(model, sample.x, data)
@@ -82,7 +82,12 @@ def _findings(model: Classifier, data: Data, server: Look) -> Iterator[Finding]:
 
 
 def _response_findings(
-    model: Classifier, batch: Batch, logits: Tensor, ends: tuple[int, int], again: int, server: Look
+    model: Classifier,
+    batch: Batch,
+    logits: Tensor,
+    ends: tuple[int, int],
+    again: int,
+    server: InspectionCounter,
 ) -> Iterator[Finding]:
     """Yield the findings about the first responses. The first `again` examples are sent once more."""
     classes = logits.shape[1] - model.rejects
@@ -111,7 +116,7 @@ def _response_findings(
     yield from gradient_findings(examined)
 
 
-def _takes_channels_last(model: Classifier, x: Tensor, server: Look) -> bool:
+def _takes_channels_last(model: Classifier, x: Tensor, server: InspectionCounter) -> bool:
     """Return whether the server accepts images with the channels last; False if too few rows are left for a test."""
     images = x[:2]
     if images.dim() != 4 or max(len(images), _size(model)) > server.remaining:
@@ -123,7 +128,7 @@ def _takes_channels_last(model: Classifier, x: Tensor, server: Look) -> bool:
     return True
 
 
-def _moved(model: Classifier, x: Tensor, logits: Tensor, server: Look) -> tuple[float, Finding]:
+def _moved(model: Classifier, x: Tensor, logits: Tensor, server: InspectionCounter) -> tuple[float, Finding]:
     """Return the largest change of outputs when `x` is sent in reverse order, relative to the largest output, and a
     finding.
     """

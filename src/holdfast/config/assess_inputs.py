@@ -30,7 +30,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.engine.progress import Progress
 from holdfast.harness import Member
-from holdfast.sources.counting import look_at
+from holdfast.sources.counting import inspection_counter
 from holdfast.sources.selection import selected
 from holdfast.verbs import assess as assessing
 from holdfast.verbs.expected_rows import Rehearsed, rehearsed
@@ -169,7 +169,7 @@ def rehearse_served(settings: AssessSettings) -> Rehearsed:
     inputs = AssessInputs.of(settings)
     sources = inputs.sources
     subject = open_subject(sources, transform=settings.options.transform)
-    sent = look_at(subject.model)
+    sent = inspection_counter(subject.model)
     if sent is None:
         raise UsageError(
             f"{sources.model.address} is not a model behind a server; its cost is estimated on a few examples"

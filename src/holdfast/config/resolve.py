@@ -46,7 +46,7 @@ from holdfast.core.skipped import DECAY, skipped
 from holdfast.harness import MATRIX_ROWS, Plan
 from holdfast.ops.expectation import seen_through
 from holdfast.reports.numbers import strict
-from holdfast.sources.adapting import accepted, known_in_hand
+from holdfast.sources.adapting import accepted, object_identity
 from holdfast.sources.data import noting_fewer, open_data
 from holdfast.sources.expected import Expected
 from holdfast.sources.frames import is_frame, open_frame
@@ -138,7 +138,7 @@ def _wrapped(net: object, properties: Declared) -> tuple[Classifier, dict[str, A
     It is identified by its weights, its code and the objects that it refers to.
     """
     model = properties.wrap(differentiable(net) if isinstance(net, nn.Module) else net)  # type: ignore[arg-type]
-    name, identity, notes = known_in_hand(model.net)
+    name, identity, notes = object_identity(model.net)
     return model, {"name": name, "how": "python", "digest": digest(canonical(identity))}, notes
 
 

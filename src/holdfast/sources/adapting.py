@@ -12,8 +12,8 @@ from torch import nn
 from holdfast.core.errors import UsageError
 from holdfast.sources.adapted import Adapted
 from holdfast.sources.estimators import Estimator, Predictor, adapted_estimator
-from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.keras_models import KerasNet, adapted_keras
+from holdfast.sources.object_digest import digest_of_object
 from holdfast.sources.trees import adapted_booster
 
 
@@ -33,6 +33,7 @@ def adapted(model: object) -> Adapted | None:
         raise UsageError(
             f"model is the class {model.__qualname__}; give an object of it, as in {model.__qualname__}()"
         )
+    # Keras models are callable, so they are recognised before functions.
     if _is(model, "keras", "Model"):
         return adapted_keras(model)
     if _is(model, "xgboost", "Booster"):
@@ -42,7 +43,7 @@ def adapted(model: object) -> Adapted | None:
     return adapted_estimator(model)
 
 
-def known_in_hand(net: Any) -> tuple[str, list[str], tuple[str, ...]]:
+def object_identity(net: Any) -> tuple[str, list[str], tuple[str, ...]]:
     """Return the name of a model given as a Python object, the strings that identify it in the evidence, and notes for
     the report.
 
@@ -54,15 +55,17 @@ def known_in_hand(net: Any) -> tuple[str, list[str], tuple[str, ...]]:
         if isinstance(net, Estimator | KerasNet)
         else getattr(kind, "__qualname__", type(net).__name__)
     )
-    unseen = "a resumed run cannot see whether"
+    unknown = "a resumed run cannot detect whether"
     notes: tuple[str, ...] = ()
     if not isinstance(net, nn.Module):
-        notes = (f"{name} is a bare callable: {unseen} all that it refers to is as it was",)
+        notes = (
+            f"{name} is a function, not a torch module: {unknown} the objects that it refers to have changed",
+        )
     elif isinstance(net, Estimator) and not net.digest:
-        notes = (f"the {name} cannot be pickled: {unseen} it is as it was",)
-    return name, [str(getattr(kind, "__module__", "")), name, digest_in_hand(net)], notes
+        notes = (f"the {name} cannot be pickled: {unknown} it has changed",)
+    return name, [str(getattr(kind, "__module__", "")), name, digest_of_object(net)], notes
 
 
 def _is(model: object, library: str, kind: str) -> bool:
-    found = getattr(sys.modules.get(library), kind, None)
-    return isinstance(found, type) and isinstance(model, found)
+    library_class = getattr(sys.modules.get(library), kind, None)
+    return isinstance(library_class, type) and isinstance(model, library_class)

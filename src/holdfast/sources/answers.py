@@ -23,7 +23,7 @@ _BEGINNING = 100
 """Number of characters of an invalid response that an error message contains."""
 _MASKED = 2000
 """Number of characters of a response that are searched for secrets before it is shortened."""
-_PAIR = frozenset({"label", "score"})
+_CLASS_KEYS = frozenset({"label", "score"})
 """Keys of one class if a response lists the classes of a row, as pipelines of Hugging Face do."""
 _NO_SCORES = (list, dict, str, bool)
 _ORDER = "in the order of the model's classes"
@@ -51,13 +51,13 @@ class ServerAnswers:
     ) -> None:
         self._form, self._labels, self._expected = form, labels, expected
         self._names = None if names is None else tuple(names)
-        self._named_by_numbers = self._names is not None and all(map(_is_whole, self._names))
+        self._integer_names = self._names is not None and all(map(_is_integer, self._names))
         """whether all class names are integers, so that integers in a response are class names"""
         self._declared, self._masked = declared, masked
         self._classes: int | None = None
         self._kind: str | None = None
         """kind of the entries of earlier responses"""
-        self._split = False
+        self._has_fractions = False
         """whether an earlier response contained a score that is not an integer"""
 
     @property
@@ -73,11 +73,11 @@ class ServerAnswers:
         message contains the beginning of the response.
         """
         try:
-            found = self._form.found(answer)
-            return self._scores(found, x) if self._labels is None else self._one_hot(found, x)
+            content = self._form.found(answer)
+            return self._scores(content, x) if self._labels is None else self._one_hot(content, x)
         except (TargetLost, TargetRefused) as error:
-            begins = first_characters(answer, self._masked)
-            raise type(error)(self._masked(f"{error}. The answer begins: {begins}")) from None
+            beginning = first_characters(answer, self._masked)
+            raise type(error)(self._masked(f"{error}. The response begins: {beginning}")) from None
 
     def recall(self, row: Tensor) -> None:
         """Register a row of scores, or a one-hot label, that an earlier attempt of a resumed run received. It
@@ -85,28 +85,31 @@ class ServerAnswers:
         """
         if self._labels is None:
             self._classes = len(row)
-            self._split = self._split or bool((row != row.round()).any())
+            self._has_fractions = self._has_fractions or bool((row != row.round()).any())
 
-    def _scores(self, found: Any, x: Tensor) -> Tensor:
-        rows = rows_by_name(found, len(x))
-        values = as_values(found) if rows is None else self._in_order(rows)
+    def _scores(self, content: Any, x: Tensor) -> Tensor:
+        rows = rows_by_name(content, len(x))
+        values = as_values(content) if rows is None else self._in_order(rows)
         if values.dtype.kind == "U":
-            raise _unread(values.flat[0], "scores were expected; if it is a class, give --http-labels and")
+            raise _unreadable_text(
+                values.flat[0], "scores were expected; if it is a class, give --http-labels and"
+            )
         self._refuse_other_kind("numbers" if rows is None else "objects by class name")
         values = self._entries(values, len(x))
-        wide = values.reshape(len(values), -1)
-        self._refuse_class_numbers(wide)
-        if values.ndim > 2 or not wide.shape[1]:
+        scores_of_rows = values.reshape(len(values), -1)
+        self._refuse_class_numbers(scores_of_rows)
+        if values.ndim > 2 or not scores_of_rows.shape[1]:
             raise TargetLost(
-                f"the answer has shape {values.shape}; one row of scores for each of {len(x)} was expected, so say "
-                "where they are with --http-response"
+                f"the response has shape {values.shape}; one row of scores for each of {len(x)} rows was expected; "
+                "give the path of the scores in the response with --http-response"
             )
-        self._refuse_width(wide.shape[1])
-        self._classes = wide.shape[1]
-        scores = torch.from_numpy(wide.astype(np.float64))
+        self._refuse_width(scores_of_rows.shape[1])
+        self._classes = scores_of_rows.shape[1]
+        scores = torch.from_numpy(scores_of_rows.astype(np.float64))
+        # Checked in the type of the inputs, because a large float64 score would become infinite there.
         if scores.to(x.dtype).isinf().any():
             raise TargetRefused(
-                f"the answer holds an infinite score, or one too large for {str(x.dtype).removeprefix('torch.')}; "
+                f"the response contains an infinite score, or one too large for {str(x.dtype).removeprefix('torch.')}; "
                 "a number for each class was expected, so check the server"
             )
         return scores
@@ -114,20 +117,22 @@ class ServerAnswers:
     def _in_order(self, rows: Sequence[Mapping[str, Any]]) -> Values:
         """Return the scores (n, classes) of rows that contain a score for each class name."""
         if self._names is None:
-            found = [name[:_SHOWN] for name in rows[0]]
+            keys = [name[:_SHOWN] for name in rows[0]]
             raise TargetLost(
-                f"the answer holds numbers by the names {listed(found)}; if these are the classes, give all of them "
-                f"with --class-names A,B,C {_ORDER}, else say where the scores are with --http-response"
+                f"the response contains numbers with the keys {listed(keys)}; if these are the classes, give all of "
+                f"them with --class-names A,B,C {_ORDER}, otherwise give the path of the scores with --http-response"
             )
         for row in rows:
-            strange = [name for name in row if name not in self._names]
+            unknown = [name for name in row if name not in self._names]
             missing = [name for name in self._names if name not in row]
-            if strange or missing:
-                what = f"no score of {missing[0]!r}" if missing else f"a score of {strange[0][:_SHOWN]!r}"
+            if unknown or missing:
+                difference = (
+                    f"no score of {missing[0]!r}" if missing else f"a score of {unknown[0][:_SHOWN]!r}"
+                )
                 raise TargetLost(
-                    f"the answer has {what}, and the classes are {listed(self._names)}; give the names that the server "
-                    f"uses, all of them, with --class-names A,B,C {_ORDER}, or say where the scores are with "
-                    "--http-response"
+                    f"the response has {difference}, but the classes are {listed(self._names)}; give the names that "
+                    f"the server uses, all of them, with --class-names A,B,C {_ORDER}, or give the path of the scores "
+                    "with --http-response"
                 )
         return as_values([[row[name] for name in self._names] for row in rows])
 
@@ -138,12 +143,12 @@ class ServerAnswers:
         if values.ndim == 0 or len(values) != n:
             shape = f"shape {values.shape}" if values.shape else "one value"
             way_out = (
-                "say where it is with --http-response"
+                "give its path in the response with --http-response"
                 if n == 1
-                else "if the server takes one example at a time, give --http-max-rows 1, or $x_one in --http-request"
+                else "if the server accepts one row per request, give --http-max-rows 1, or $x_one in --http-request"
             )
             raise TargetLost(
-                f"the answer to {n} {'row' if n == 1 else 'rows'} has {shape}; one entry for each row was expected: "
+                f"the response to {n} {'row' if n == 1 else 'rows'} has {shape}; one entry for each row was expected: "
                 f"{way_out}"
             )
         return values
@@ -151,76 +156,78 @@ class ServerAnswers:
     def _refuse_other_kind(self, kind: str) -> None:
         if self._kind not in (None, kind):
             raise TargetLost(
-                f"the answer holds {kind}, where earlier ones held {self._kind}; answers of one form were expected, so "
-                "check the server"
+                f"the response contains {kind}, but earlier ones contained {self._kind}; responses of the same format "
+                "were expected: check the server"
             )
         self._kind = kind
 
     def _refuse_width(self, width: int) -> None:
         if self._classes not in (None, width):
             raise TargetLost(
-                f"the answer has {width} scores a row, where earlier ones had {self._classes}; answers of one form "
-                "were expected, so check the server"
+                f"the response has {width} scores per row, but earlier ones had {self._classes}; the same number was "
+                "expected: check the server"
             )
-        refuse_too_many_classes("the answer", width, self._expected)
+        refuse_too_many_classes("the response", width, self._expected)
 
     def _refuse_class_numbers(self, values: Values) -> None:
         """Raise `TargetLost` if each row is one integer, which is a class number unless it is declared as a score."""
         if values.shape[1] != 1 or self._declared:
             return
-        written_as_whole = values.dtype.kind in "iu"
+        have_integer_type = values.dtype.kind in "iu"
         # Some servers write class numbers as 3.0. A whole number outside [0, 1] would be read as a logit.
-        whole = np.isfinite(values).all() and (values == values.round()).all()
-        if written_as_whole or (whole and not self._split and ((values < 0) | (values > 1)).any()):
+        are_integers = np.isfinite(values).all() and (values == values.round()).all()
+        if have_integer_type or (
+            are_integers and not self._has_fractions and ((values < 0) | (values > 1)).any()
+        ):
             raise TargetLost(
-                f"the answer holds one whole number a row, such as {values.flat[0]:g}. If those are classes, give "
-                "--http-labels and --classes N; if they are scores, declare them with --model-output logit, or name "
-                "others with --http-response"
+                f"the response contains one integer per row, such as {values.flat[0]:g}. If these are classes, give "
+                "--http-labels and --classes N; if they are scores, declare them with --model-output logit, or give "
+                "the path of other scores with --http-response"
             )
-        self._split = self._split or not whole
+        self._has_fractions = self._has_fractions or not are_integers
 
-    def _one_hot(self, found: Any, x: Tensor) -> Tensor:
+    def _one_hot(self, content: Any, x: Tensor) -> Tensor:
         assert self._labels is not None
-        values = as_values(found)
+        values = as_values(content)
         self._refuse_other_kind("text" if values.dtype.kind == "U" else "numbers")
         values = self._entries(values, len(x))
         flat = values.reshape(len(values), -1)
         if flat.shape[1] != 1:
             raise TargetLost(
-                f"the answer has shape {values.shape}; one class for each of {len(x)} rows was expected: leave "
-                "--http-labels out if those are scores, or say where the classes are with --http-response"
+                f"the response has shape {values.shape}; one class for each of {len(x)} rows was expected: omit "
+                "--http-labels if these are scores, or give the path of the classes with --http-response"
             )
         classes = flat[:, 0]
         if classes.dtype.kind != "U":
             self._refuse_no_classes(classes)
-        if classes.dtype.kind == "U" or self._named_by_numbers:
+        if classes.dtype.kind == "U" or self._integer_names:
             classes = self._numbered([str(c if classes.dtype.kind == "U" else int(c)) for c in classes])
         return torch.nn.functional.one_hot(torch.from_numpy(classes.astype(np.int64)), self._labels)
 
     def _refuse_no_classes(self, numbers: Values) -> None:
         assert self._labels is not None
-        strange = ~np.isfinite(numbers) | (numbers != numbers.round())
-        if not self._named_by_numbers:
-            strange |= (numbers < 0) | (numbers >= self._labels)
-        if strange.any():
+        invalid = ~np.isfinite(numbers) | (numbers != numbers.round())
+        if not self._integer_names:
+            invalid |= (numbers < 0) | (numbers >= self._labels)
+        if invalid.any():
             raise TargetRefused(
-                f"the answer holds the class {numbers[strange][0]:g}; whole numbers from 0 to {self._labels - 1} were "
+                f"the response contains the class {numbers[invalid][0]:g}; integers from 0 to {self._labels - 1} were "
                 f"expected, so check --classes; others are declared by --class-names N,N,N {_ORDER}"
             )
 
     def _numbered(self, labels: Sequence[str]) -> Values:
         """Return the class number of each string label."""
         if self._names is None:
-            raise _unread(labels[0], "the order of the classes is not declared; give")
+            raise _unreadable_text(labels[0], "the order of the classes is not declared; give")
         numbers = {name: number for number, name in enumerate(self._names)}
         for label in labels:
             if label not in numbers:
-                known = f"{listed(self._names)}{similar_name(label[:_SHOWN], self._names)}"
-                raise _unread(label, f"the names of the classes are {known}; give all of them with")
+                shown = f"{listed(self._names)}{similar_name(label[:_SHOWN], self._names)}"
+                raise _unreadable_text(label, f"the names of the classes are {shown}; give all of them with")
         return np.array([numbers[label] for label in labels])
 
 
-def refuse_too_many_classes(what: str, width: int, expected: int | None) -> None:
+def refuse_too_many_classes(source: str, width: int, expected: int | None) -> None:
     """Raise `TargetLost` if a server returns another number of scores per row than the `expected` number of classes. A
     single score per row means two classes.
     """
@@ -228,25 +235,25 @@ def refuse_too_many_classes(what: str, width: int, expected: int | None) -> None
         return
     scores = "1 score" if width == 1 else f"{width} scores"
     raise TargetLost(
-        f"{what} has {scores} a row, and {expected} classes are declared; if it holds classes, give --http-labels "
-        f"and --classes {expected}, else correct --classes or --class-names, or say where the scores are with "
+        f"{source} has {scores} per row, but {expected} classes are declared; if these are classes, give --http-labels "
+        f"and --classes {expected}; otherwise correct --classes or --class-names, or give the path of the scores with "
         "--http-response"
     )
 
 
-def rows_by_name(found: Any, n: int) -> list[Mapping[str, Any]] | None:
+def rows_by_name(content: Any, n: int) -> list[Mapping[str, Any]] | None:
     """Return the scores in a server's response as one mapping from class names to scores for each of `n` rows. Return
     None if the response contains no class names.
 
     The response is a list of objects, an object with a list for each name, or, for a single row, one object. A list of
     objects with the keys `label` and `score` is equivalent to one object.
     """
-    if isinstance(found, Mapping):
-        columns = list(found.values())
+    if isinstance(content, Mapping):
+        columns = list(content.values())
         if columns and all(isinstance(column, list) and len(column) == n for column in columns):
-            return [dict(zip(found, row, strict=True)) for row in zip(*columns, strict=True)]
-        return [found] if n == 1 and _holds_scores(found) else None
-    entries = found if isinstance(found, list) else []
+            return [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
+        return [content] if n == 1 and _holds_scores(content) else None
+    entries = content if isinstance(content, list) else []
     if n == 1 and len(entries) > 1 and _lists_classes(entries):
         entries = [entries]
     rows = [{str(e["label"]): e["score"] for e in row} if _lists_classes(row) else row for row in entries]
@@ -259,24 +266,26 @@ def _holds_scores(row: Any) -> bool:
 
 
 def _lists_classes(entry: Any) -> bool:
-    return isinstance(entry, list) and all(isinstance(e, Mapping) and e.keys() >= _PAIR for e in entry)
+    return isinstance(entry, list) and all(isinstance(e, Mapping) and e.keys() >= _CLASS_KEYS for e in entry)
 
 
 def first_characters(answer: Any, masked: Callable[[str], str]) -> str:
     """Return the first characters of a server's response as JSON for an error message, with secrets removed."""
     text = ""
+    # Encoded in pieces, so that a response of many megabytes is not converted as a whole.
     for piece in json.JSONEncoder().iterencode(answer):
         text += piece[:_MASKED]
         if len(text) >= _MASKED:
             break
+    # Secrets are removed before the text is shortened; otherwise the beginning of a secret could remain at its end.
     text = masked(text)
     return f"{text[:_BEGINNING]} …" if len(text) > _BEGINNING else text
 
 
-def _is_whole(name: str) -> bool:
+def _is_integer(name: str) -> bool:
     return name.removeprefix("-").isdecimal()
 
 
-def _unread(text: str, why: str) -> TargetLost:
-    said = f"the answer holds the text {text[:_SHOWN]!r}, and {why}"
-    return TargetLost(f"{said} --class-names A,B,C {_ORDER}")
+def _unreadable_text(text: str, reason: str) -> TargetLost:
+    message = f"the response contains the text {text[:_SHOWN]!r}; {reason}"
+    return TargetLost(f"{message} --class-names A,B,C {_ORDER}")

@@ -40,8 +40,12 @@ def cnn(
     """
     layers: list[nn.Module] = []
     for i in range(depth):
-        wide = width << i
-        layers += [nn.Conv2d(wide // 2 if i else channels, wide, 5 if i == 0 else 3, 2, 2 if i == 0 else 1)]
+        channels_out = width << i
+        layers += [
+            nn.Conv2d(
+                channels_out // 2 if i else channels, channels_out, 5 if i == 0 else 3, 2, 2 if i == 0 else 1
+            )
+        ]
         layers += [nn.ReLU()]
         side = (side + 1) // 2
     features = (width << (depth - 1)) * side * side
@@ -100,13 +104,13 @@ def resnet(
         nn.BatchNorm2d(width),
         nn.ReLU(),
     ]
-    before = width
+    channels_in = width
     for stage in range(stages):
-        wide = width << stage
+        channels_out = width << stage
         for block in range(blocks):
-            layers.append(ResidualBlock(before, wide, 2 if stage and not block else 1))
-            before = wide
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+            layers.append(ResidualBlock(channels_in, channels_out, 2 if stage and not block else 1))
+            channels_in = channels_out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels_in, classes))
 
 
 def lipschitz_aol(
@@ -136,11 +140,11 @@ def lipschitz_sll(
     Each stage halves the height and width of the image.
     """
     layers: list[nn.Module] = [Widened(max(width // 4, channels))]
-    now = max(width // 4, channels)
+    n_channels = max(width // 4, channels)
     for _ in range(depth):
-        now, side = 4 * now, _halved(side)
-        layers += [nn.PixelUnshuffle(2), SLLConv2d(now, now), SLLConv2d(now, now)]
-    return nn.Sequential(*layers, nn.Flatten(), *_head(AOLLinear, now * side * side, hidden, classes))
+        n_channels, side = 4 * n_channels, _halved(side)
+        layers += [nn.PixelUnshuffle(2), SLLConv2d(n_channels, n_channels), SLLConv2d(n_channels, n_channels)]
+    return nn.Sequential(*layers, nn.Flatten(), *_head(AOLLinear, n_channels * side * side, hidden, classes))
 
 
 def _lipschitz(
@@ -155,9 +159,15 @@ def _lipschitz(
 ) -> nn.Module:
     layers: list[nn.Module] = []
     for stage in range(depth):
-        wide, side = width << stage, _halved(side)
-        layers += [nn.PixelUnshuffle(2), conv(4 * channels, wide), MaxMin(), conv(wide, wide), MaxMin()]
-        channels = wide
+        channels_out, side = width << stage, _halved(side)
+        layers += [
+            nn.PixelUnshuffle(2),
+            conv(4 * channels, channels_out),
+            MaxMin(),
+            conv(channels_out, channels_out),
+            MaxMin(),
+        ]
+        channels = channels_out
     return nn.Sequential(*layers, nn.Flatten(), *_head(linear, channels * side * side, hidden, classes))
 
 

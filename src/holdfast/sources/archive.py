@@ -62,10 +62,10 @@ def refuse_large(path: Path, max_bytes: int) -> None:
     """Raise `TargetError` if a file is larger than `max_bytes`, unless the environment variable `HOLDFAST_READ_MEMORY`
     permits its size.
     """
-    n_bytes, most = path.stat().st_size, max(max_bytes, requested_memory())
-    if n_bytes > most:
+    n_bytes, limit = path.stat().st_size, max(max_bytes, requested_memory())
+    if n_bytes > limit:
         raise TargetError(
-            f"{str(path)!r} has {megabytes(n_bytes)}; at most {megabytes(most)} is read. If you trust it, raise the "
+            f"{str(path)!r} has {megabytes(n_bytes)}; at most {megabytes(limit)} is read. If you trust it, raise the "
             f"limit with {MEMORY}=16GB"
         )
 
@@ -112,12 +112,12 @@ def check_archive(
         raise CarriesCode(
             f"{str(path)!r} is a TorchScript archive, which carries code that runs with the model. {TRUST}"
         )
-    seen: set[str] = set()
+    names: set[str] = set()
     for member in members:
         _check_member(path, member, saved_by, trust_code=trust_code)
-        if member.filename in seen:
+        if member.filename in names:
             raise TargetError(f"{str(path)!r} holds {member.filename!r} twice; it was tampered with")
-        seen.add(member.filename)
+        names.add(member.filename)
     total, max_bytes = sum(member.file_size for member in members), max(max_bytes, requested_memory())
     if total > max_bytes:
         raise TargetError(
@@ -137,10 +137,10 @@ def read_weights(path: Path, content: bytes | None = None, *, max_bytes: int = M
             path, "weights file", max_bytes=max_bytes
         )  # the checked bytes are the loaded ones
     check_archive(path, content, max_bytes=max_bytes)
-    with read_under_limits("weights", path, LIMITS, content=content) as (found, folder):
+    with read_under_limits("weights", path, LIMITS, content=content) as (result, folder):
         # A copy of the bytes: tensors mapped from the file would keep it alive after its removal.
         tensors = safetensors.torch.load((folder / WRITTEN).read_bytes())
-    return Weights(tensors, tuple(found["notes"]), hashlib.sha256(content).hexdigest())
+    return Weights(tensors, tuple(result["notes"]), hashlib.sha256(content).hexdigest())
 
 
 def _is_code(member: zipfile.ZipInfo) -> bool:
@@ -148,6 +148,7 @@ def _is_code(member: zipfile.ZipInfo) -> bool:
 
 
 def _check_member(path: Path, member: zipfile.ZipInfo, saved_by: str, *, trust_code: bool) -> None:
+    # A backslash separates folders on Windows, so it is treated as a separator everywhere.
     name = PurePosixPath(member.filename.replace("\\", "/"))
     if name.is_absolute() or ".." in name.parts or ":" in member.filename:
         raise TargetError(

@@ -134,21 +134,23 @@ class Arrays:
         return Batch(x, torch.from_numpy(self.y[rows].copy()), torch.from_numpy(self.ids[rows].copy()))
 
 
-def as_given(data: Arrays, changed: Inputs, given: Array) -> Array:
+def in_original_form(data: Arrays, changed: Inputs, original: Array) -> Array:
     """Convert the attacked inputs `changed` back to the axes, the scale and the normalisation of the user's array
-    `given`, and return them as an array.
+    `original`, and return them as an array.
 
-    The type is that of `given`. It is float32 if `given` has integers or half precision, because these types would
-    round small changes away. Values that did not change are bitwise equal to those of `given`.
+    The type is that of `original`. It is float32 if `original` has integers or half precision, because these types
+    would round small changes away. Values that did not change are bitwise equal to those of `original`.
     """
     x = data.read(0, len(data)).x
-    same, changed = changed == x, changed.to(x.dtype)
-    back = changed if data.pixels is None else data.pixels.normalised.done(changed)
+    unchanged, changed = changed == x, changed.to(x.dtype)
+    values = changed if data.pixels is None else data.pixels.normalised.done(changed)
     if data.scale != 1.0:
-        back = back * data.scale
-    kept, moved = (data.reading.array(each.numpy(), given.ndim) for each in (same, back))
-    wide = given.dtype if given.dtype in (np.float32, np.float64) else np.dtype(np.float32)
-    return np.where(kept, given.astype(wide), moved.astype(wide))
+        values = values * data.scale
+    original_values, changed_values = (
+        data.reading.array(array.numpy(), original.ndim) for array in (unchanged, values)
+    )
+    dtype = original.dtype if original.dtype in (np.float32, np.float64) else np.dtype(np.float32)
+    return np.where(original_values, original.astype(dtype), changed_values.astype(dtype))
 
 
 def selected_rows(
@@ -162,11 +164,12 @@ def selected_rows(
     """
     if n is not None and sample is not None:
         raise UsageError(
-            f"-n {n} and --sample {sample} exclude each other: give the first N, or N drawn by seed"
+            f"-n {n} and --sample {sample} exclude each other: give -n for the first N examples, or --sample for N "
+            "random ones"
         )
-    for flag, wanted in (("-n", n), ("--sample", sample)):
-        if wanted is not None and wanted < 1:
-            raise UsageError(f"{flag} is {wanted}; at least one example is needed")
+    for flag, number in (("-n", n), ("--sample", sample)):
+        if number is not None and number < 1:
+            raise UsageError(f"{flag} is {number}; at least one example is needed")
     if n_rows == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
     if sample is not None and sample < n_rows:
@@ -181,42 +184,42 @@ def labels(
     *,
     classes: int | None,
     name: str,
-    whole: Array | None = None,
+    source_labels: Array | None = None,
 ) -> NDArray[np.int64]:
     """Check the labels of a data set, and return them as int64 class numbers (n_rows,) from 0 to classes - 1.
 
-    Raises `TargetError` for other labels, unless `expected` permits any label. If `y` is a part of a source, `whole`
-    contains the labels of the whole source, whose range is part of the error message.
+    Raises `TargetError` for other labels, unless `expected` permits any label. If `y` is a part of a source,
+    `source_labels` contains the labels of the whole source, whose range is part of the error message.
     """
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim == 2 and len(y) == n_rows:
-        raise TargetError(f"the labels of {name} have shape {y.shape}, as one-hot rows; give y.argmax(1)")
-    if y.ndim != 1:
         raise TargetError(
-            f"the labels of {name} have shape {y.shape}; one whole number an example was expected"
+            f"the labels of {name} have shape {y.shape}, as one-hot rows have; give y.argmax(1)"
         )
+    if y.ndim != 1:
+        raise TargetError(f"the labels of {name} have shape {y.shape}; one integer per example was expected")
     if len(y) != n_rows:
         raise TargetError(
-            f"{name} has {n_rows} examples and {len(y)} labels; one label an example was expected"
+            f"{name} has {n_rows} examples and {len(y)} labels; one label per example was expected"
         )
     if y.dtype.kind not in "iub":
-        names = "the number of each name among the model's classes, as [names.index(name) for name in y]"
-        way_out = "as y.astype('int64')" if y.dtype.kind == "f" else names
-        raise TargetError(
-            f"the labels of {name} are {y.dtype}; whole numbers (int64) were expected, {way_out}"
+        by_name = (
+            "give the index of each name among the model's classes, as in [names.index(name) for name in y]"
         )
+        way_out = "give y.astype('int64')" if y.dtype.kind == "f" else by_name
+        raise TargetError(f"the labels of {name} are {y.dtype}; integers (int64) were expected: {way_out}")
     y = y.astype(np.int64)
     if expected.any_label:
         return y
-    every = y if whole is None else whole
+    all_labels = y if source_labels is None else source_labels
     if len(y) and y.min() < 0:
-        signs = set(np.unique(every).tolist()) == {-1, 1}
-        way_out = "give (y + 1) // 2" if signs else "drop rows without one, or number them anew"
-        raise TargetError(f"the labels of {name} hold {y.min()}; classes count from 0: {way_out}")
+        signs = set(np.unique(all_labels).tolist()) == {-1, 1}
+        way_out = "give (y + 1) // 2" if signs else "remove rows without a class, or renumber the classes"
+        raise TargetError(f"the labels of {name} contain {y.min()}; class numbers start at 0: {way_out}")
     if classes is not None and len(y) and y.max() >= classes:
         raise TargetError(
-            off_range(int(every.min()), int(every.max()), classes, name, remote=expected.remote)
+            off_range(int(all_labels.min()), int(all_labels.max()), classes, name, remote=expected.remote)
         )
     return y
 
@@ -231,46 +234,46 @@ def from_numpy(
     layout: Layout | None = None,
     class_names: tuple[str, ...] | None = None,
     notes: tuple[str, ...] = (),
-    whole: Array | None = None,
-    keeps: bool = False,
+    source_labels: Array | None = None,
+    preserve: bool = False,
     resolution: float | None = None,
 ) -> Arrays:
     """Return a data set of the inputs `x` and the labels `y` after checks of their shapes, types and values. The rows
     must already be selected.
 
-    `layout` is the layout of the source; a layout declared in `expected` takes precedence. `whole` contains the labels
-    of the whole source. `keeps` is True for a tensor, whose axes and float64 type are preserved; `resolution` is then
-    the relative rounding error of its type.
+    `layout` is the layout of the source; a layout declared in `expected` takes precedence. `source_labels` contains the
+    labels of the whole source. `preserve` is True for a tensor, whose axes and float64 type are preserved; `resolution`
+    is then the relative rounding error of its type.
     """
     expected = expected or Expected()
     names, probe = class_names or expected.class_names, expected.probe
     if len(x) == 0:
         raise TargetError(f"{name} is empty; at least one example is needed")
-    if x.ndim < 2 and not keeps:
+    if x.ndim < 2 and not preserve:
         raise TargetError(
             f"the inputs of {name} have shape {x.shape}; at least two axes were expected, (N, features) or more: give "
             "x.reshape(len(x), -1)"
         )
-    known = expected.classes or (None if names is None else len(names))
-    y = labels(y, len(x), expected, classes=known, name=name, whole=whole)
-    stored, scale, said = _stored(x, expected.bounds, name, keeps=keeps)
+    n_classes = expected.classes or (None if names is None else len(names))
+    y = labels(y, len(x), expected, classes=n_classes, name=name, source_labels=source_labels)
+    stored, scale, scale_notes = _stored(x, expected.bounds, name, preserve=preserve)
     pixels = _pixels(x, expected, name, resolution)
-    bare = Arrays(name, stored, y, ids, names, scale, pixels=pixels)
+    unmoved = Arrays(name, stored, y, ids, names, scale, pixels=pixels)
     declared = expected.layout or layout
-    reading = LayoutReading("asis") if keeps and declared is None else _reading(bare, declared, probe)
-    moved = np.ascontiguousarray(reading.inputs(stored))
-    data = replace(bare, x=moved, reading=reading, notes=(*notes, *reading.notes, *said))
+    reading = LayoutReading("asis") if preserve and declared is None else _reading(unmoved, declared, probe)
+    inputs = np.ascontiguousarray(reading.inputs(stored))
+    data = replace(unmoved, x=inputs, reading=reading, notes=(*notes, *reading.notes, *scale_notes))
     if probe is not None:
         probe.own.layout = "asis" if declared == "asis" else reading.network or probe.own.layout
-        data = suited(data, expected)
+        data = with_network_layout(data, expected)
         if declared is not None:
             probe.own.layout = probe.own.layout or "chw"
-        labels(y, len(x), expected, classes=probe.classes, name=name, whole=whole)
+        labels(y, len(x), expected, classes=probe.classes, name=name, source_labels=source_labels)
     check_inputs(data, expected.bounds, lenient=expected.lenient)
     return data
 
 
-def suited(data: Arrays, expected: Expected) -> Arrays:
+def with_network_layout(data: Arrays, expected: Expected) -> Arrays:
     """Determine the order of axes that the network accepts for its inputs. Return the data set, with a note for the
     report if the layout of the network was set.
     """
@@ -279,19 +282,22 @@ def suited(data: Arrays, expected: Expected) -> Arrays:
     return replace(data, notes=(*data.notes, *expected.probe.suit(data.read(0, 2).x)))
 
 
-def _reading(bare: Arrays, declared: Layout | None, probe: ProbedClassifier | None) -> LayoutReading:
+def _reading(data: Arrays, declared: Layout | None, probe: ProbedClassifier | None) -> LayoutReading:
     """Return how the axes of the stored array correspond to those of the inputs."""
     n = 2 if probe is not None and probe.model.remote else _COMPARED
-    places = np.unique(np.linspace(0, len(bare) - 1, min(n, len(bare))).astype(np.int64))
-    if len(places) == 1:
-        places = places.repeat(2)
+    positions = np.unique(np.linspace(0, len(data) - 1, min(n, len(data))).astype(np.int64))
+    if len(positions) == 1:
+        # Two rows, because a network may treat a single one as an example without a batch axis.
+        positions = positions.repeat(2)
 
     def rows(reading: LayoutReading) -> Tensor:
-        few = replace(bare, x=reading.inputs(bare.x[places]), y=bare.y[places], ids=bare.ids[places])
-        return few.read(0, len(places)).x
+        chosen = replace(
+            data, x=reading.inputs(data.x[positions]), y=data.y[positions], ids=data.ids[positions]
+        )
+        return chosen.read(0, len(positions)).x
 
-    y = torch.from_numpy(bare.y[places])
-    return reading_of(bare.x.shape, declared, probe, rows, y, bare.name)
+    y = torch.from_numpy(data.y[positions])
+    return reading_of(data.x.shape, declared, probe, rows, y, data.name)
 
 
 def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -> Pixels | None:
@@ -299,14 +305,14 @@ def _pixels(x: Array, expected: Expected, name: str, resolution: float | None) -
         return None
     if x.dtype.kind != "f":
         raise TargetError(
-            f"the inputs of {name} are {x.dtype}, which are no normalised values; leave --data-normalised out, and "
-            "give --mean and --std if the model takes normalised input"
+            f"the inputs of {name} are {x.dtype}, but normalised values are floats; omit --data-normalised, and "
+            "give --mean and --std if the model needs normalised inputs"
         )
     if min(expected.normalised.mean) > 0 and x.min() >= 0 and x.max() <= 1:
         raise TargetError(
-            f"the inputs of {name} range from {x.min():.6g} to {x.max():.6g}, and normalised values lie on both sides "
-            "of 0: these seem to be pixels. Leave --data-normalised out, and give --mean and --std if the model takes "
-            "normalised input"
+            f"the inputs of {name} range from {x.min():.6g} to {x.max():.6g}, but normalised values lie on both sides "
+            "of 0: these seem to be pixels. Omit --data-normalised, and give --mean and --std if the model needs "
+            "normalised inputs"
         )
     return Pixels.of(expected.normalised, expected.bounds, resolution or float(np.finfo(x.dtype).eps))
 
@@ -323,10 +329,13 @@ def check_inputs(data: Arrays, bounds: Bounds, *, lenient: bool = False) -> None
     rows = _rows(data)
     for start in range(0, len(data), rows):
         batch = data.read(start, start + rows)
-        bad = ~torch.isfinite(batch.x).flatten(1).all(1) if batch.x.dim() > 1 else ~torch.isfinite(batch.x)
-        if bad.any():
+        not_finite = (
+            ~torch.isfinite(batch.x).flatten(1).all(1) if batch.x.dim() > 1 else ~torch.isfinite(batch.x)
+        )
+        if not_finite.any():
             raise TargetError(
-                f"{data.name} holds NaN or infinity, first in row {int(batch.ids[bad][0])}; fill or drop such rows"
+                f"{data.name} contains NaN or infinity, first in row {int(batch.ids[not_finite][0])}; replace or "
+                "remove such rows"
             )
         lowest, highest = min(lowest, float(batch.x.min())), max(highest, float(batch.x.max()))
         outside |= _outside(batch.x, bounds, data.name)
@@ -346,25 +355,28 @@ def _outside(x: Tensor, bounds: Bounds, name: str) -> bool:
         return bool(((x < low - slack) | (x > high + slack)).any())
     except RuntimeError as error:
         raise UsageError(
-            f"the bounds have shape {tuple(low.shape)}, the inputs of {name} {tuple(x.shape[1:])}"
+            f"the bounds have shape {tuple(low.shape)}, but an input of {name} has shape {tuple(x.shape[1:])}; give "
+            "two numbers, or bounds of the shape of an input"
         ) from error
 
 
 def _range_message(data: Arrays, lowest: float, highest: float, bounds: Bounds) -> str:
-    wanted = f"{_side(bounds.low)} to {_side(bounds.high)} was expected. "
-    found = f"range from {lowest:.6g} to {highest:.6g}; {wanted}"
+    expected = f"{_side(bounds.low)} to {_side(bounds.high)} was expected. "
+    message = f"range from {lowest:.6g} to {highest:.6g}; {expected}"
     if data.pixels is not None:
-        undone = f"the inputs of {data.name}, their normalisation {data.pixels.normalised} undone, {found}"
-        return f"{undone}{data.pixels.advice(highest)}"
-    found = f"the inputs of {data.name} {found}"
-    seen = f"with --bounds LOW,HIGH (seen here: {lowest:.6g},{highest:.6g}); eps is then in the units of the data"
+        subject = f"the inputs of {data.name}, their normalisation {data.pixels.normalised} undone, {message}"
+        return f"{subject}{data.pixels.advice(highest)}"
+    message = f"the inputs of {data.name} {message}"
     if not _is_unit(bounds):
-        return f"{found}Scale them, or correct --bounds, as in --bounds {lowest:.6g},{highest:.6g}"
+        return f"{message}Scale them, or correct --bounds, as in --bounds {lowest:.6g},{highest:.6g}"
     bytes_ = pixel_divisor(lowest, highest, data.x.ndim) == 255
     scaled = as_in_training(lowest, highest, data.x.ndim)
-    first = "Divide them by 255 (or save them as uint8)" if bytes_ else f"{scaled[0].upper()}{scaled[1:]}"
-    normal = "give --data-normalised MEAN/STD with the values of your training, and eps stays in pixels"
-    return f"{found}{first}. If they were normalised before, {normal}. Else say what the model takes {seen}"
+    scaling = "Divide them by 255 (or save them as uint8)" if bytes_ else f"{scaled[0].upper()}{scaled[1:]}"
+    return (
+        f"{message}{scaling}. If they were normalised before, give --data-normalised MEAN/STD with the values of your "
+        f"training, and eps stays in pixels. Otherwise give the range that the model was trained on with --bounds "
+        f"LOW,HIGH (these inputs: {lowest:.6g},{highest:.6g}); eps is then in the units of the data"
+    )
 
 
 def _side(side: float | Tensor) -> str:
@@ -377,22 +389,25 @@ def _is_unit(bounds: Bounds) -> bool:
     return isinstance(bounds.low, (int, float)) and (bounds.low, bounds.high) == (0, 1)
 
 
-def _stored(x: Array, bounds: Bounds, name: str, *, keeps: bool) -> tuple[Array, float, tuple[str, ...]]:
+def _stored(x: Array, bounds: Bounds, name: str, *, preserve: bool) -> tuple[Array, float, tuple[str, ...]]:
     """Return the values to store, the number by which they are divided when they are read, and notes for the report."""
     if x.dtype == np.bool_:
         return x.astype(np.uint8), 1.0, ()
     if x.dtype == np.uint8:
+        # A table of binary features; dividing it by 255 would make all values nearly equal.
         if x.ndim == 2 and x.max() <= 1:
             return x, 1.0, ("the features are 0 or 1 and were not divided by 255",)
         if isinstance(bounds.high, (int, float)) and (bounds.low, bounds.high) == (0, 255):
             return x, 1.0, ("the bounds are 0 to 255, so the bytes were not divided by 255",)
         return x, 255.0, ()
     if x.dtype.kind == "f":
-        return x if keeps and x.dtype == np.float64 else x.astype(np.float32, copy=False), 1.0, ()
+        return x if preserve and x.dtype == np.float64 else x.astype(np.float32, copy=False), 1.0, ()
     lowest, highest = (float(end) for end in (x.min(), x.max())) if x.dtype.kind in "iu" else (0.0, 0.0)
     divisor = pixel_divisor(lowest, highest, 4)
     way_out = (
-        "" if divisor is None else f", as in x.astype('float32') / {divisor:g} (their largest is {highest:g})"
+        ""
+        if divisor is None
+        else f": give x.astype('float32') / {divisor:g} (their largest value is {highest:g})"
     )
     raise TargetError(
         f"the inputs of {name} are {x.dtype}; uint8 (0 to 255) or floats inside the bounds were expected{way_out}"

@@ -31,11 +31,12 @@ def trained_by(address: str) -> dict[str, Any] | None:
         card = json.loads(beside.read_text(encoding="utf-8"))
         name, settings = card["recipe"], card["settings"]
         if not isinstance(name, str) or not isinstance(settings.get("training", {}), dict):
-            raise TypeError("recipe and settings.training are no text and no object")
+            raise TypeError("recipe is not a text, or settings.training is not an object")
         return _recipe({**settings, "recipe": name})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TargetError(
-            f"{str(beside)!r} is no card of a hardening: {error!r}; restore it, or name a recipe with --recipe"
+            f"{str(beside)!r} is not the card of a hardened model: {error!r}; restore it, or give a recipe with "
+            "--recipe"
         ) from error
 
 

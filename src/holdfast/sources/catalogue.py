@@ -177,9 +177,9 @@ def data_folder() -> Path:
     """Return the folder with the files of data sets: the environment variable `HOLDFAST_DATA`, or else a folder in the
     user's cache.
     """
-    named = os.environ.get("HOLDFAST_DATA")
-    if named:
-        return Path(named)
+    configured = os.environ.get("HOLDFAST_DATA")
+    if configured:
+        return Path(configured)
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "holdfast" / "data"
 

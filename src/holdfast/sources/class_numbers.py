@@ -23,10 +23,10 @@ MOST_TEXTS = 10_000_000
 
 
 def class_numbers(
-    found: Sequence[str], expected: Expected, classes: int | None, where: str, kind: str
+    names_in_data: Sequence[str], expected: Expected, classes: int | None, where: str, kind: str
 ) -> tuple[str, ...]:
-    """Return the class names in the order of their class numbers. The result includes all names in `found`, which are
-    the names in the data.
+    """Return the class names in the order of their class numbers. The result includes all names in `names_in_data`,
+    which are the names in the data.
 
     `classes` is the number of the model's classes if it is known. `where` and `kind` describe the source and the names
     in messages, as in "class folders". Declared names determine the order. Without them the names are numbered in
@@ -34,37 +34,39 @@ def class_numbers(
     and `UsageError` if the number of declared names differs from that of the model's classes.
     """
     if expected.class_names is not None:
-        return _declared(found, expected, classes, where, kind)
-    n_characters = sum(map(len, found))
+        return _declared(names_in_data, expected, classes, where, kind)
+    n_characters = sum(map(len, names_in_data))
     if n_characters > MOST_CHARACTERS:
         raise TargetError(
-            f"{where} has {len(found):,} {kind} of {n_characters:,} characters in all; names of classes of at most "
-            f"{MOST_CHARACTERS:,} were expected: shorten them, or number the classes 0, 1, 2, …"
+            f"{where} has {len(names_in_data):,} {kind} of {n_characters:,} characters in all; names of classes of at "
+            f"most {MOST_CHARACTERS:,} were expected: shorten them, or number the classes 0, 1, 2, …"
         )
-    lexical, numeric = sorted(found), _numeric_order(found)
+    lexical, numeric = sorted(names_in_data), _numeric_order(names_in_data)
     order = numeric if expected.class_order == "numeric" else lexical
-    seen = f"{where} has {len(found)} {kind} ({listed(numeric)})"
-    seen += "" if classes is None else f", and the model has {classes} classes"
-    names = "in the order of the model's outputs: --class-names A,B,C (or @FILE, one name a line)"
-    if classes is not None and len(found) < classes:
-        raise TargetError(f"{seen}; it is not clear which are missing. Give all {classes} names {names}")
-    why = "" if expected.class_order is not None else _unclear(lexical, numeric)
-    if why:
-        provided = " if no class is missing" if classes is None else ""
+    description = f"{where} has {len(names_in_data)} {kind} ({listed(numeric)})"
+    description += "" if classes is None else f", and the model has {classes} classes"
+    declaration = "in the order of the model's outputs: --class-names A,B,C (or @FILE, one name a line)"
+    if classes is not None and len(names_in_data) < classes:
         raise TargetError(
-            f"{seen}; {why}. Give the order of the training, --class-order lexical or --class-order numeric{provided}, "
-            f"or give all names {names}"
+            f"{description}; it is not clear which are missing. Give all {classes} names {declaration}"
         )
-    if classes is not None and len(found) > classes:
+    reason = "" if expected.class_order is not None else _unclear(lexical, numeric)
+    if reason:
+        condition = " if no class is missing" if classes is None else ""
         raise TargetError(
-            f"{where} has {len(found)} {kind} ({listed(order)}), but the model has {classes} classes; remove those "
-            f"that it does not know, or correct --classes{_served(expected)}"
+            f"{description}; {reason}. Give the order of the training, --class-order lexical or --class-order "
+            f"numeric{condition}, or give all names {declaration}"
+        )
+    if classes is not None and len(names_in_data) > classes:
+        raise TargetError(
+            f"{where} has {len(names_in_data)} {kind} ({listed(order)}), but the model has {classes} classes; remove "
+            f"the others, or correct --classes{_served(expected)}"
         )
     return tuple(order)
 
 
 def lenient_numbers(
-    found: Sequence[str], expected: Expected, where: str, kind: str
+    names_in_data: Sequence[str], expected: Expected, where: str, kind: str
 ) -> tuple[tuple[str, ...], str]:
     """Return the class names in the order of their class numbers, as `class_numbers` does, and an empty string.
 
@@ -73,11 +75,11 @@ def lenient_numbers(
     """
     classes = expected.classes or (None if expected.probe is None else expected.probe.classes)
     try:
-        return class_numbers(found, expected, classes, where, kind), ""
+        return class_numbers(names_in_data, expected, classes, where, kind), ""
     except (TargetError, UsageError) as error:
         if not expected.any_label:
             raise
-        return tuple(sorted(found)), str(error)
+        return tuple(sorted(names_in_data)), str(error)
 
 
 @dataclass(frozen=True)
@@ -101,45 +103,48 @@ def numbered(y: Array, expected: Expected, name: str) -> Numbered:
     if y.ndim == 1 and y.dtype.kind == "U" and len(y):
         if len(y) > MOST_TEXTS:
             raise TargetError(
-                f"{name} has {len(y):,} labels that are text; at most {MOST_TEXTS:,} are read: save class numbers"
+                f"{name} has {len(y):,} labels that are text; at most {MOST_TEXTS:,} are read: save class numbers "
+                "instead"
             )
-        found, places = np.unique(y, return_inverse=True)
-        return numbered_words(found.tolist(), places, expected, name)
+        distinct, indices = np.unique(y, return_inverse=True)
+        return numbered_words(distinct.tolist(), indices, expected, name)
     if expected.class_labels is None or y.ndim != 1 or y.dtype.kind not in "iu":
         return Numbered(y)
     return Numbered(_among(y, expected.class_labels, expected, name))
 
 
-def numbered_words(words: Sequence[str], places: Array, expected: Expected, name: str) -> Numbered:
-    """Convert string labels to class numbers. `words` contains the distinct labels, and `places` (n,) is the index in
+def numbered_words(words: Sequence[str], indices: Array, expected: Expected, name: str) -> Numbered:
+    """Convert string labels to class numbers. `words` contains the distinct labels, and `indices` (n,) is the index in
     `words` of the label of each example.
 
     Words that are not the label of any example are not classes. Raises the errors of `class_numbers`, and `TargetError`
     for more than 100,000 different labels.
     """
-    used = np.unique(places)
-    if len(used) > MOST_NAMES:
+    used_places = np.unique(indices)
+    if len(used_places) > MOST_NAMES:
         raise TargetError(
-            f"{name} has {len(used):,} different text labels; at most {MOST_NAMES:,} classes were expected: name the "
-            "column of the label with --label"
+            f"{name} has {len(used_places):,} different text labels; at most {MOST_NAMES:,} classes were expected: "
+            "name the column of the label with --label"
         )
-    names, objection = lenient_numbers(sorted(words[place] for place in used), expected, name, "text labels")
-    numbers = {each: number for number, each in enumerate(names)}
-    return Numbered(np.array([numbers.get(word, -1) for word in words])[places], names, objection)
+    names, objection = lenient_numbers(
+        sorted(words[place] for place in used_places), expected, name, "text labels"
+    )
+    numbers = {class_name: number for number, class_name in enumerate(names)}
+    return Numbered(np.array([numbers.get(word, -1) for word in words])[indices], names, objection)
 
 
 def _among(y: Array, labels: tuple[int, ...], expected: Expected, name: str) -> Array:
     """Return the index of each label in `labels`, the class labels of the model."""
     numbers = {label: number for number, label in enumerate(labels)}
-    found, places = np.unique(y, return_inverse=True)
-    strange = [label for label in found.tolist() if label not in numbers]
-    if strange and not expected.any_label:
+    distinct, places = np.unique(y, return_inverse=True)
+    unknown = [label for label in distinct.tolist() if label not in numbers]
+    if unknown and not expected.any_label:
         raise TargetError(
-            f"the labels of {name} hold {strange[0]}, and the classes of the model are "
+            f"the labels of {name} contain {unknown[0]}, but the classes of the model are "
             f"{listed(list(map(str, labels)))}; give the labels that the model was fitted on"
         )
-    beyond = len(labels)  # number of a label outside the classes
-    return np.array([numbers.get(label, beyond) for label in found.tolist()], dtype=np.int64)[places]
+    outside = len(labels)  # number of a label outside the classes
+    return np.array([numbers.get(label, outside) for label in distinct.tolist()], dtype=np.int64)[places]
 
 
 def matched(
@@ -154,14 +159,15 @@ def matched(
     declared = expected.class_names
     if declared is None or names is None or names == declared:
         return names or declared, None
+    # Reversed, so that of two equal names the first one counts.
     numbers = {name: number for number, name in reversed([*enumerate(declared)])}
-    strange = [name for name in names if name not in numbers]
-    if not strange:
+    unknown = [name for name in names if name not in numbers]
+    if not unknown:
         return declared, tuple(numbers[name] for name in names)
     if expected.names_declared:
         raise TargetError(
-            f"the data name the classes {listed(names)}, and --class-names {listed(declared)}"
-            f"{similar_name(strange[0], declared)}; leave --class-names out, or use the same names"
+            f"the classes of the data are {listed(names)}, but --class-names is {listed(declared)}"
+            f"{similar_name(unknown[0], declared)}; omit --class-names, or use the same names"
         )
     return names, None
 
@@ -172,8 +178,8 @@ def renumbered(y: Array, numbers: tuple[int, ...], name: str) -> Array:
     """
     if len(y) and (y.min() < 0 or y.max() >= len(numbers)):
         raise TargetError(
-            f"the labels of {name} range from {y.min()} to {y.max()}, but it names {len(numbers)} classes; "
-            "correct the labels or the classes"
+            f"the labels of {name} range from {y.min()} to {y.max()}, but it has the names of {len(numbers)} classes; "
+            "correct the labels or the names"
         )
     return np.array(numbers, dtype=np.int64)[y]
 
@@ -189,40 +195,40 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _declared(
-    found: Sequence[str], expected: Expected, classes: int | None, where: str, kind: str
+    names_in_data: Sequence[str], expected: Expected, classes: int | None, where: str, kind: str
 ) -> tuple[str, ...]:
     names = expected.class_names or ()
-    source = "--class-names has" if expected.names_declared else "the model names"
+    source = "--class-names has" if expected.names_declared else "the model has the names of"
     if classes is not None and len(names) != classes:
         raise UsageError(
             f"{source} {len(names)} classes ({listed(names)}), but the model has {classes}; give one name for each of "
             "its outputs, in their order"
         )
-    known = set(names)
-    strange = [name for name in found if name not in known]
-    if strange:
+    declared = set(names)
+    unknown = [name for name in names_in_data if name not in declared]
+    if unknown:
         raise TargetError(
-            f"{where} has the {kind} {listed(strange)}, and {source} {listed(names)}{similar_name(strange[0], names)}; "
+            f"{where} has the {kind} {listed(unknown)}, and {source} {listed(names)}{similar_name(unknown[0], names)}; "
             "correct the names, with --class-names A,B,C in the order of the model's outputs"
         )
     return names
 
 
 def _served(expected: Expected) -> str:
-    given = "--http-labels and --class-names A,B,C"
-    return f"; if the server answers with classes, give {given}" if expected.remote else ""
+    options = "--http-labels and --class-names A,B,C"
+    return f"; if the server returns classes, give {options}" if expected.remote else ""
 
 
 def _unclear(lexical: list[str], numeric: list[str]) -> str:
     """Return the reason why the order of the names does not determine class numbers, or "" if it does."""
-    whole = [name for name in numeric if re.fullmatch("-?[0-9]+", name)]
-    if whole and len(whole) < len(numeric):
-        other = next(name for name in numeric if name not in whole)
-        return f"some names are whole numbers and others, such as {other!r}, are not"
+    integers = [name for name in numeric if re.fullmatch("-?[0-9]+", name)]
+    if integers and len(integers) < len(numeric):
+        no_integer = next(name for name in numeric if name not in integers)
+        return f"some names are whole numbers and others, such as {no_integer!r}, are not"
     reasons = []
     if lexical != numeric:
         reasons.append(f"the lexical order of the names ({listed(lexical)}) differs from the numeric order")
-    numbers = [int(name) for name in whole]
+    numbers = [int(name) for name in integers]
     if numbers and numbers[0] != 0 and numbers != [-1, 1]:
         reasons.append(f"class numbers start at 0, and these names at {numbers[0]}")
     if numbers and numbers[0] == 0 and numbers != list(range(len(numbers))):

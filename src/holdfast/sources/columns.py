@@ -55,14 +55,15 @@ def as_numbers(cells: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.ui
     The kinds are None if all cells are numbers.
     """
     try:
+        # One pass over all cells is the common and fast case; cells are examined one by one only if it fails.
         return rounded(list(map(float, cells))), None
     except ValueError:
-        found = [_number(cell) for cell in cells]
+        numbers_or_none = [_number(cell) for cell in cells]
     kinds = [
         NUMBER if number is not None else TEXT if cell.strip() else MISSING
-        for cell, number in zip(cells, found, strict=True)
+        for cell, number in zip(cells, numbers_or_none, strict=True)
     ]
-    values = rounded([np.nan if number is None else number for number in found])
+    values = rounded([np.nan if number is None else number for number in numbers_or_none])
     return values, np.array(kinds, np.uint8) if any(kinds) else None
 
 
@@ -74,10 +75,10 @@ def side_by_side(
     """
     numbers = np.empty((rows, len(columns)), np.float32)
     kinds = np.full((rows, len(columns)), NUMBER, np.uint8)
-    for place, (values, found) in enumerate(columns):
+    for place, (values, cell_kinds) in enumerate(columns):
         numbers[:, place] = values
-        if found is not None:
-            kinds[:, place] = found
+        if cell_kinds is not None:
+            kinds[:, place] = cell_kinds
     return numbers, kinds
 
 

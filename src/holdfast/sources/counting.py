@@ -14,7 +14,7 @@ A server that accepts only larger batches is sent one batch.
 """
 
 
-class Look(Sent):
+class InspectionCounter(Sent):
     """Counter of the rows that an inspection, such as `holdfast doctor`, sends to a served model. At most `most` rows
     are sent.
     """
@@ -37,16 +37,16 @@ class Look(Sent):
         """Return the error message that explains why an inspection does not send `rows` further rows to the served
         model.
         """
-        why = "to find out how the data are read; declare it with --layout chw, hwc or asis"
+        reason = "to determine the layout of the data; declare it with --layout chw, hwc or asis"
         if self.totals.refused:
-            why = "because the server refuses so many at once; give --http-max-rows N with the number that it takes"
+            reason = "because the server rejects so many per request; give the accepted number as --http-max-rows N"
         return (
             f"doctor and --dry-run send at most {self.most} rows to a server; rows sent: {self.rows}, rows that are "
-            f"needed as well: {rows}, {why}"
+            f"needed as well: {rows}, {reason}"
         )
 
 
-def look_at(model: Classifier) -> Look | None:
+def inspection_counter(model: Classifier) -> InspectionCounter | None:
     """Return the counter of the rows that an inspection sends to a served model, or None for a model that is not behind
     a server.
 
@@ -55,23 +55,23 @@ def look_at(model: Classifier) -> Look | None:
     net = inner(model).net
     if not isinstance(net, Served):
         return None
-    if not isinstance(net.sent, Look):
+    if not isinstance(net.sent, InspectionCounter):
         size = inner(model).batches
         most = max(MOST, 1 if size is None else size.size)
-        net.begin(Look(min(most, net.remote.max_queries or most)))
-    assert isinstance(net.sent, Look)
+        net.begin(InspectionCounter(min(most, net.remote.max_queries or most)))
+    assert isinstance(net.sent, InspectionCounter)
     return net.sent
 
 
-def rows_of_calls(model: Classifier, left: int, wanted: int, again: int) -> tuple[int, int]:
-    """Return how many examples the first and the second call of a model may have if at most `left` rows may be sent. A
+def rows_of_calls(model: Classifier, limit: int, wanted: int, again: int) -> tuple[int, int]:
+    """Return how many examples the first and the second call of a model may have if at most `limit` rows may be sent. A
     number is 0 if the call is not possible.
 
     The first call has about `wanted` examples, or a whole batch if the server accepts only whole batches. The second
     call has at most `again` examples.
     """
     size = 1 if model.batches is None else model.batches.size
-    whole = left // size * size
-    first = min(whole, wanted if size == 1 else max(size, MOST // 2 // size * size))
-    second = min((whole - first) // size * size, first, again)
+    available = limit // size * size
+    first = min(available, wanted if size == 1 else max(size, MOST // 2 // size * size))
+    second = min((available - first) // size * size, first, again)
     return first, second

@@ -59,25 +59,25 @@ def open_data(
     the data. If `expected` has a model as its probe, the layout of its inputs and the number of its classes are
     determined from the data.
     """
-    wanted = _Wanted(split, label, drop, x, y, n, sample, seed, expected or Expected())
+    options = _Options(split, label, drop, x, y, n, sample, seed, expected or Expected())
     place = _located(address)
     with reading(address):
-        data = _opened(place, address, wanted)
+        data = _opened(place, address, options)
     return noting_fewer(data, n or sample)
 
 
-def noting_fewer(data: D, wanted: int | None) -> D:
-    """Add a note for the report to a data set that has fewer examples than the `wanted` number, and return the data
+def noting_fewer(data: D, requested: int | None) -> D:
+    """Add a note for the report to a data set that has fewer examples than the `requested` number, and return the data
     set.
     """
-    if wanted is None or len(data) >= wanted or not isinstance(data, Arrays | Pictures):
+    if requested is None or len(data) >= requested or not isinstance(data, Arrays | Pictures):
         return data
-    note = f"{wanted:,} examples were requested, and the data have {len(data):,}: all of them were used"
+    note = f"{requested:,} examples were requested, and the data have {len(data):,}: all of them were used"
     return replace(data, notes=(*data.notes, note))
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _Options:
     """Options of the user for opening a data set, other than its address."""
 
     split: str | None
@@ -92,7 +92,7 @@ class _Wanted:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Location:
     """The file or folder of an address, with the properties that the catalogue declares for it."""
 
     path: Path
@@ -103,37 +103,37 @@ class _Place:
     """layout of the arrays that the catalogue declares"""
 
 
-def _opened(place: _Place, address: str, wanted: _Wanted) -> Arrays | Pictures:
+def _opened(place: _Location, address: str, options: _Options) -> Arrays | Pictures:
     path = place.path
-    if wanted.drop and path.exists() and not path.name.endswith(tables.SUFFIXES):
-        raise UsageError(f"{address!r} is no table and has no columns; leave --drop {wanted.drop[0]} out")
-    if (wanted.x or wanted.y) and path.exists() and path.suffix != ".npz":
-        given = f"--x {wanted.x}" if wanted.x else f"--y {wanted.y}"
-        raise UsageError(f"{address!r} is no .npz file and has no arrays to name; leave {given} out")
+    if options.drop and path.exists() and not path.name.endswith(tables.SUFFIXES):
+        raise UsageError(f"{address!r} is not a table and has no columns; omit --drop {options.drop[0]}")
+    if (options.x or options.y) and path.exists() and path.suffix != ".npz":
+        option = f"--x {options.x}" if options.x else f"--y {options.y}"
+        raise UsageError(f"{address!r} is not an .npz file and has no named arrays; omit {option}")
     if path.is_dir():
         return open_folder(
             path,
-            split=wanted.split,
-            n=wanted.n,
-            sample=wanted.sample,
-            seed=wanted.seed,
-            expected=wanted.expected,
+            split=options.split,
+            n=options.n,
+            sample=options.sample,
+            seed=options.seed,
+            expected=options.expected,
         )
     if path.name.endswith(tables.SUFFIXES):
         return tables.open_table(
             path,
             name=address,
-            label=wanted.label or place.label,
-            drop=(*place.drop, *wanted.drop),
-            split=wanted.split,
-            n=wanted.n,
-            sample=wanted.sample,
-            seed=wanted.seed,
-            expected=wanted.expected,
+            label=options.label or place.label,
+            drop=(*place.drop, *options.drop),
+            split=options.split,
+            n=options.n,
+            sample=options.sample,
+            seed=options.seed,
+            expected=options.expected,
         )
     if path.suffix != ".npz" and path.exists():
-        raise UsageError(f"{address!r} is no form of data that is known; give {_FORMS}")
-    return _open_archive(Npz(path), place, address, wanted)
+        raise UsageError(f"{address!r} has an unknown data format; give {_FORMS}")
+    return _open_archive(Npz(path), place, address, options)
 
 
 def _class_names(archive: Npz, address: str) -> tuple[str, ...]:
@@ -141,49 +141,49 @@ def _class_names(archive: Npz, address: str) -> tuple[str, ...]:
     n = archive.rows("classes")
     if n > MOST_NAMES:
         raise TargetError(
-            f"classes in {address!r} has {n:,} entries; at most {MOST_NAMES:,} names of classes were expected"
+            f"classes in {address!r} has {n:,} entries; at most {MOST_NAMES:,} class names were expected"
         )
     return tuple(str(name) for name in archive.array("classes"))
 
 
-def _open_archive(archive: Npz, place: _Place, address: str, wanted: _Wanted) -> Arrays:
-    if wanted.x or wanted.y:
-        x_name, y_name = named_arrays(archive, wanted.x, wanted.y, wanted.split, address)
+def _open_archive(archive: Npz, place: _Location, address: str, options: _Options) -> Arrays:
+    if options.x or options.y:
+        x_name, y_name = named_arrays(archive, options.x, options.y, options.split, address)
     else:
-        x_name, y_name = arrays_of_split(archive, wanted.split, address)
+        x_name, y_name = arrays_of_split(archive, options.split, address)
     n_rows, n_labels = archive.rows(x_name), archive.rows(y_name)
     if n_rows != n_labels:
-        counted = f"{x_name} of {address!r} has {n_rows} rows and {y_name} {n_labels}"
-        raise TargetError(f"{counted}; one label an example was expected")
+        message = f"{x_name} of {address!r} has {n_rows} rows and {y_name} {n_labels}"
+        raise TargetError(f"{message}; one label per example was expected")
     name = f"{x_name} of {address!r}"
-    rows = selected_rows(n_rows, n=wanted.n, sample=wanted.sample, seed=wanted.seed, name=name)
+    rows = selected_rows(n_rows, n=options.n, sample=options.sample, seed=options.seed, name=name)
     stop = int(rows[-1]) + 1
-    x, whole = archive.array(x_name, stop=stop), archive.array(y_name)
+    x, all_labels = archive.array(x_name, stop=stop), archive.array(y_name)
     if len(rows) < stop:
         x = x[rows]
     names = place.classes
     if names is None and "classes" in archive.names:
         names = _class_names(archive, address)
     objection = ""
-    if whole.dtype.kind == "U" and whole.ndim == 1:
-        own = wanted.expected.class_names or names
-        given = numbered(whole, replace(wanted.expected, class_names=own), name)
-        whole, names, objection = given.y, given.names, given.objection
+    if all_labels.dtype.kind == "U" and all_labels.ndim == 1:
+        class_names = options.expected.class_names or names
+        numbering = numbered(all_labels, replace(options.expected, class_names=class_names), name)
+        all_labels, names, objection = numbering.y, numbering.names, numbering.objection
     else:
-        if names is None and whole.dtype.kind in "iu":
-            whole = numbered(whole, wanted.expected, name).y
-        names, numbers = matched(names, wanted.expected)
-        if numbers is not None and whole.dtype.kind in "iu" and whole.ndim == 1:
-            whole = renumbered(whole, numbers, address)
+        if names is None and all_labels.dtype.kind in "iu":
+            all_labels = numbered(all_labels, options.expected, name).y
+        names, numbers = matched(names, options.expected)
+        if numbers is not None and all_labels.dtype.kind in "iu" and all_labels.ndim == 1:
+            all_labels = renumbered(all_labels, numbers, address)
     data = from_numpy(
         address,
         x,
-        whole[rows],
+        all_labels[rows],
         rows,
-        wanted.expected,
+        options.expected,
         layout=_layout(place.layout, x),
         class_names=names,
-        whole=whole,
+        source_labels=all_labels,
     )
     return replace(data, objection=objection) if objection else data
 
@@ -195,19 +195,21 @@ def _layout(declared: Layout | None, x: Array) -> Layout | None:
     return "hwc" if x.ndim == 4 and x.shape[1] not in CHANNELS and x.shape[3] in CHANNELS else declared
 
 
-def _located(address: str) -> _Place:
+def _located(address: str) -> _Location:
     if not address.strip():
-        raise UsageError(f"the address of the data is {address!r}, which names nothing; give {_FORMS}")
+        raise UsageError(f"the address of the data is empty ({address!r}); give {_FORMS}")
     bundled = bundled_data()
     if address in bundled:
-        return _Place(bundled[address], layout="chw")
+        return _Location(bundled[address], layout="chw")
     if address in CATALOGUE:
         return _in_catalogue(address)
     if "://" in address:
-        raise UsageError(f"{address!r} is a URL; download it first, data is read from files: {_FORMS}")
+        raise UsageError(
+            f"{address!r} is a URL, but data are read from files: download it first, and give {_FORMS}"
+        )
     path = Path(address)
     if path.exists():
-        return _Place(path)
+        return _Location(path)
     if os.sep in address or path.suffix:
         raise TargetError(f"data {address!r} does not exist; give {_FORMS}")
     raise UsageError(
@@ -215,16 +217,16 @@ def _located(address: str) -> _Place:
     )
 
 
-def _in_catalogue(name: str) -> _Place:
+def _in_catalogue(name: str) -> _Location:
     entry = CATALOGUE[name]
     path = data_folder() / entry.file
     if not path.exists():
         fetch = (
             f"get it with holdfast data fetch {name}"
             if entry.remotes
-            else "it has no official mirror that is read"
+            else "it has no official mirror that can be downloaded"
         )
         raise TargetError(
             f"{name} is not in {str(data_folder())!r}: {fetch}, or fill the folder with holdfast data import FOLDER"
         )
-    return _Place(path, entry.classes, entry.label, entry.drop, layout="chw")
+    return _Location(path, entry.classes, entry.label, entry.drop, layout="chw")

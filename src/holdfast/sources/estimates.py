@@ -44,15 +44,15 @@ def scaling(x: Tensor) -> str:
     data alone as estimates.
     """
     low, high = float(x.min()), float(x.max())
-    first = as_in_training(low, high, x.dim())
-    known = [
+    advice = as_in_training(low, high, x.dim())
+    estimates = [
         f"{name} values, {Normalisation(mean, std)}, would undo it"
         for name, (mean, std) in NORMALISATIONS.items()
         if len(mean) in (1, x.shape[1]) and _are_pixels(Normalisation(mean, std).undone(x))
     ]
-    guess = f" (an estimate: {'; '.join(known)})" if known else ""
+    guess = f" (an estimate: {'; '.join(estimates)})" if estimates else ""
     return (
-        f"{first}; if they were normalised before, give --data-normalised MEAN/STD with the values of your training"
+        f"{advice}; if they were normalised before, give --data-normalised MEAN/STD with the values of your training"
         f"{guess}, and eps stays in pixels; else --bounds LOW,HIGH, as {low:.6g},{high:.6g} (an "
         f"estimate from {len(x)} examples; use the limits of your training), and eps is in the units of the data"
     )

@@ -35,14 +35,14 @@ def contents(estimator: Any) -> str:
     object that cannot be pickled, such as a function without a name.
     """
     try:
-        walked = _walked(estimator)
+        values = _hash_of_values(estimator)
     except (pickle.PicklingError, AttributeError, TypeError, ValueError, RecursionError):
         return ""
     kind = type(estimator)
-    return hashlib.sha256(f"{kind.__module__}.{kind.__qualname__} {walked}".encode()).hexdigest()
+    return hashlib.sha256(f"{kind.__module__}.{kind.__qualname__} {values}".encode()).hexdigest()
 
 
-def _walked(estimator: Any) -> str:
+def _hash_of_values(estimator: Any) -> str:
     try:
         import joblib  # a dependency of scikit-learn; it sorts sets and stores equal strings once
     except ImportError:
@@ -53,7 +53,7 @@ def _walked(estimator: Any) -> str:
 
 
 Array = NDArray[Any]
-_APART = 4e-6
+_SEPARATION = 4e-6
 """Relative amount by which the predicted class is raised above equal scores of other classes.
 
 It is the smallest difference that is visible in the logarithm of a probability in single precision.
@@ -75,7 +75,7 @@ class Predictor(Protocol):
 
 
 @dataclass(frozen=True)
-class Asked:
+class EstimatorInterface:
     """The methods with which an estimator is called on rows (n, features), and properties such as its number of
     features.
     """
@@ -108,13 +108,13 @@ class Estimator(nn.Module):
     two if `decides` is True.
     """
 
-    def __init__(self, asked: Asked, digest: str) -> None:
+    def __init__(self, interface: EstimatorInterface, digest: str) -> None:
         super().__init__()
-        self.asked = asked
-        self.name = asked.name
+        self.interface = interface
+        self.name = interface.name
         self.digest = digest
         """digest of the estimator's fitted values"""
-        self.gives = "scores" if asked.scores is not None else "labels"
+        self.gives = "scores" if interface.scores is not None else "labels"
         self.by_name = False
         """whether the estimator needs a table with feature names instead of an array"""
         self.decides = False
@@ -134,8 +134,8 @@ class Estimator(nn.Module):
         """
         rows = self._rows(x)
         kind = np.float64 if x.dtype == torch.float64 else np.float32
-        found = self._one_hot(rows, kind) if self.gives == "labels" else self._scores(rows, kind)
-        return torch.from_numpy(np.ascontiguousarray(found)).to(x.device, x.dtype)
+        outputs = self._one_hot(rows, kind) if self.gives == "labels" else self._scores(rows, kind)
+        return torch.from_numpy(np.ascontiguousarray(outputs)).to(x.device, x.dtype)
 
     def settle(self, x: Tensor) -> tuple[str, ...]:
         """Compare for the rows `x` the class with the largest score with the class that the estimator predicts. The
@@ -145,7 +145,7 @@ class Estimator(nn.Module):
         the scores of two classes are close. Raises `TargetError` for an estimator that predicts several labels for each
         example, and for one that raises an error.
         """
-        if self.asked.labels is None or self.asked.scores is None or self.decides:
+        if self.interface.labels is None or self.interface.scores is None or self.decides:
             return ()
         rows = self._rows(torch.cat((x, (x + x.roll(1, 0)) / 2)))
         try:
@@ -153,40 +153,41 @@ class Estimator(nn.Module):
         except (HoldfastError, MemoryError):
             raise
         except Exception as error:  # an estimator, above all one of a damaged file, may raise anything
-            first = (str(error).splitlines() or [""])[0].rstrip(".")
+            first_line = (str(error).splitlines() or [""])[0].rstrip(".")
             raise TargetError(
-                f"the {self.name} raised {type(error).__name__}: {first}. Check that it is fitted on these features, "
-                f"save it again, or {_WAY_OUT}"
+                f"the {self.name} raised {type(error).__name__}: {first_line}. Check that it is fitted on these "
+                f"features, save it again, or {_WAY_OUT}"
             ) from error
         if self.gives == "labels":
-            assert self.asked.classes is not None
-            said = f"the scores of {self.name} have {scores.shape[-1]} columns for {len(self.asked.classes)} classes"
-            return (f"{said}, so they are not used: the model is attacked by its labels",)
-        best = _largest(scores)
-        other = numbers != best
-        if not other.any():
+            assert self.interface.classes is not None
+            n_classes = len(self.interface.classes)
+            note = f"the scores of {self.name} have {scores.shape[-1]} columns for {n_classes} classes"
+            return (f"{note}, so they are not used: the model is attacked by its labels",)
+        largest = _largest(scores)
+        differs = numbers != largest
+        if not differs.any():
             return ()
-        said = (
-            f"the largest score is of another class than predict() in {other.sum():,} of {len(rows):,} rows"
+        note = (
+            f"the largest score is of another class than predict() in {differs.sum():,} of {len(rows):,} rows"
         )
-        if other[: len(x)].mean() > _OTHER_SCORES:
+        if differs[: len(x)].mean() > _OTHER_SCORES:
             self.gives = "labels"
-            return (f"{said}, so the scores are not used: the model is attacked by its labels",)
+            return (f"{note}, so the scores are not used: the model is attacked by its labels",)
         self.decides = True
-        return (f"{said}: the class is that of predict(), and the other scores are lowered below its score",)
+        return (f"{note}: the class is that of predict(), and the other scores are lowered below its score",)
 
     def _rows(self, x: Tensor) -> Array:
         """Return the inputs in the type that the estimator is called with, usually float64, in which scikit-learn
         computes.
         """
-        width, wanted = math.prod(x.shape[1:]), self.asked.features
-        if x.dim() < 2 or (wanted is not None and width != wanted):
+        width, expected = math.prod(x.shape[1:]), self.interface.features
+        if x.dim() < 2 or (expected is not None and width != expected):
             raise TargetError(
-                f"the {self.name} was fitted on {wanted} features, and an example of shape {tuple(x.shape[1:])} has "
+                f"the {self.name} was fitted on {expected} features, but an example of shape {tuple(x.shape[1:])} has "
                 f"{width} values; give the features that it was fitted on, in their order"
             )
-        flat = x if wanted is None else x.reshape(len(x), width)
-        rows: Array = flat.detach().cpu().numpy().astype(self.asked.dtype, copy=False)
+        flat = x if expected is None else x.reshape(len(x), width)
+        rows: Array = flat.detach().cpu().numpy().astype(self.interface.dtype, copy=False)
         return rows
 
     def _called(self, method: Callable[[Any], Any], rows: Array) -> Any:
@@ -195,31 +196,31 @@ class Estimator(nn.Module):
         An estimator that was fitted on a table also accepts an array, which is faster, unless it selects its columns by
         name. Warnings are suppressed, because they would be repeated for every batch.
         """
-        with warnings.catch_warnings(), _in_parallel(allowed=self.asked.parallel):
+        with warnings.catch_warnings(), _in_parallel(allowed=self.interface.parallel):
             warnings.simplefilter("ignore")
             if not self.by_name:
                 try:
                     return method(rows)
                 except Exception:  # an estimator may refuse an array with any error
-                    if self.asked.columns is None or importlib.util.find_spec("pandas") is None:
+                    if self.interface.columns is None or importlib.util.find_spec("pandas") is None:
                         raise
             import pandas as pd
 
-            found = method(pd.DataFrame(rows, columns=list(self.asked.columns or ()), copy=False))
+            result = method(pd.DataFrame(rows, columns=list(self.interface.columns or ()), copy=False))
             self.by_name = True
-            return found
+            return result
 
     def _raw(self, rows: Array) -> Array:
         """Return the scores of the estimator. If they do not match its classes, only labels are used from then on."""
-        assert self.asked.scores is not None
-        found = self._called(self.asked.scores, rows)
-        classes = self.asked.classes
-        if isinstance(found, list):
-            raise _several(self.name)
-        scores = np.asarray(found)
-        wide = 0 if scores.ndim not in (1, 2) else 2 if _is_single(scores) else scores.shape[1]
-        if len(scores) != len(rows) or not wide or (classes is not None and wide != len(classes)):
-            if self.asked.labels is None:
+        assert self.interface.scores is not None
+        result = self._called(self.interface.scores, rows)
+        classes = self.interface.classes
+        if isinstance(result, list):
+            raise _several_labels(self.name)
+        scores = np.asarray(result)
+        n_scores = 0 if scores.ndim not in (1, 2) else 2 if _is_single(scores) else scores.shape[1]
+        if len(scores) != len(rows) or not n_scores or (classes is not None and n_scores != len(classes)):
+            if self.interface.labels is None:
                 raise TargetError(
                     f"the {self.name} returned scores of shape {scores.shape} for {len(rows)} rows; one for each "
                     f"class and row was expected. Otherwise {_WAY_OUT}"
@@ -233,58 +234,62 @@ class Estimator(nn.Module):
             return self._one_hot(rows, kind)
         winners = self._numbers(rows) if self.decides else _largest(scores)
         if _is_single(scores):
-            return _on_side(scores.reshape(len(scores)).astype(kind), winners)
-        return _ahead(scores.astype(kind, copy=True), winners)
+            return _with_sign_of(scores.reshape(len(scores)).astype(kind), winners)
+        return _with_winner_first(scores.astype(kind, copy=True), winners)
 
     def _one_hot(self, rows: Array, kind: type[np.floating[Any]]) -> Array:
-        assert self.asked.classes is not None
-        return np.eye(len(self.asked.classes), dtype=kind)[self._numbers(rows)]
+        assert self.interface.classes is not None
+        return np.eye(len(self.interface.classes), dtype=kind)[self._numbers(rows)]
 
     def _numbers(self, rows: Array) -> NDArray[np.int64]:
         """Return the index of each predicted label among the classes."""
-        assert self.asked.labels is not None
-        labels = np.asarray(self._called(self.asked.labels, rows))
+        assert self.interface.labels is not None
+        labels = np.asarray(self._called(self.interface.labels, rows))
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
         if labels.shape != (len(rows),):
-            raise _several(self.name)
-        if self.asked.classes is None:
+            raise _several_labels(self.name)
+        if self.interface.classes is None:
             return labels.astype(np.int64)
-        order = np.argsort(self.asked.classes)
-        places = np.searchsorted(self.asked.classes, labels, sorter=order)
+        # The classes need not be sorted, as searchsorted requires.
+        order = np.argsort(self.interface.classes)
+        places = np.searchsorted(self.interface.classes, labels, sorter=order)
         numbers = order[np.minimum(places, len(order) - 1)]
-        strange = self.asked.classes[numbers] != labels
-        if strange.any():
+        unknown = self.interface.classes[numbers] != labels
+        if unknown.any():
             raise TargetError(
-                f"the {self.name} predicts {labels[strange][0]!r}, which is not among its classes_ "
-                f"{self.asked.classes.tolist()!r}; fit it again, or {_WAY_OUT}"
+                f"the {self.name} predicts {labels[unknown][0]!r}, which is not among its classes_ "
+                f"{self.interface.classes.tolist()!r}; fit it again, or {_WAY_OUT}"
             )
         return cast("NDArray[np.int64]", numbers.astype(np.int64))
 
 
-def adapted_estimator(given: Predictor, *, parallel: bool = True) -> Adapted:
+def adapted_estimator(estimator: Predictor, *, parallel: bool = True) -> Adapted:
     """Return a classifier with the methods of scikit-learn wrapped as a model. Raises `TargetError` if the object is
     not a fitted classifier.
     """
-    return as_model(asked_of(given, parallel=parallel), contents(given))
+    return as_model(interface_of(estimator, parallel=parallel), contents(estimator))
 
 
-def asked_of(given: Predictor, *, parallel: bool = True) -> Asked:
+def interface_of(estimator: Predictor, *, parallel: bool = True) -> EstimatorInterface:
     """Return the methods with which an estimator that is a classifier is called, and properties such as its classes and
     features.
 
     Raises `TargetError` if the object is not a classifier or is not fitted.
     """
-    name = type(given).__qualname__
-    probabilities: Any = getattr(given, "predict_proba", None)
-    scores = probabilities or getattr(given, "decision_function", None)
-    classes = _classes(given, name, gives_probabilities=probabilities is not None)
+    name = type(estimator).__qualname__
+    probabilities: Any = getattr(estimator, "predict_proba", None)
+    scores = probabilities or getattr(estimator, "decision_function", None)
+    classes = _classes(estimator, name, gives_probabilities=probabilities is not None)
     kind: OutputKind | None = None if scores is None else "logit" if probabilities is None else "probability"
-    features, columns = getattr(given, "n_features_in_", None), getattr(given, "feature_names_in_", None)
-    return Asked(
+    features, columns = (
+        getattr(estimator, "n_features_in_", None),
+        getattr(estimator, "feature_names_in_", None),
+    )
+    return EstimatorInterface(
         name,
         scores,
-        given.predict,
+        estimator.predict,
         classes,
         None if features is None else int(features),
         None if columns is None else tuple(map(str, columns)),
@@ -293,21 +298,21 @@ def asked_of(given: Predictor, *, parallel: bool = True) -> Asked:
     )
 
 
-def as_model(asked: Asked, digest: str) -> Adapted:
+def as_model(interface: EstimatorInterface, digest: str) -> Adapted:
     """Return an estimator wrapped as a torch module, with the access that it permits, its classes and its feature
     names.
     """
-    net = Estimator(asked, digest)
-    names, labels = (None, None) if asked.classes is None else named(asked.classes.tolist())
+    net = Estimator(interface, digest)
+    names, labels = (None, None) if interface.classes is None else named(interface.classes.tolist())
     return Adapted(
         net,
         "labels" if net.gives == "labels" else "scores",
-        no_gradient(asked.name),
-        None if asked.classes is None else len(asked.classes),
+        no_gradient(interface.name),
+        None if interface.classes is None else len(interface.classes),
         names,
         labels,
-        asked.columns,
-        asked.kind,
+        interface.columns,
+        interface.kind,
     )
 
 
@@ -322,11 +327,11 @@ def named(classes: Sequence[Any]) -> tuple[tuple[str, ...] | None, tuple[int, ..
 
     False and True are 0 and 1. Labels that are strings, or numbers with a fraction, have only names.
     """
-    whole = all(
+    are_integers = all(
         isinstance(label, bool | int) or (isinstance(label, float) and label.is_integer())
         for label in classes
     )
-    if not whole:
+    if not are_integers:
         return tuple(map(str, classes)), None
     numbers = tuple(map(int, classes))
     return (None, None) if numbers == tuple(range(len(numbers))) else (tuple(map(str, numbers)), numbers)
@@ -349,50 +354,50 @@ def _in_parallel(*, allowed: bool) -> Iterator[None]:
         yield
 
 
-def _classes(given: Any, name: str, *, gives_probabilities: bool) -> Array | None:
+def _classes(estimator: Any, name: str, *, gives_probabilities: bool) -> Array | None:
     """Return the labels in the order of the scores, or None if only the number of probabilities determines them.
 
     Raises `TargetError` for an object that is not a classifier with one label for each example.
     """
     try:
-        classes = given.classes_
+        classes = estimator.classes_
     except AttributeError:  # in a pipeline or a search this is a property that depends on the inner estimator
-        _refuse_unfitted(given, name)
+        _refuse_unfitted(estimator, name)
         if gives_probabilities:
             return None
         raise TargetError(
-            f"the {name} is no classifier: it has no classes_. A fitted classifier was expected, with predict_proba, "
-            f"decision_function or predict; {_WAY_OUT}"
+            f"the {name} is not a classifier: it has no classes_. A fitted classifier was expected, with "
+            f"predict_proba, decision_function or predict; {_WAY_OUT}"
         ) from None
-    found = None if isinstance(classes, list) else np.asarray(classes)
-    if found is None or found.ndim != 1:
-        raise _several(name)
-    if len(found) < 2:
+    labels = None if isinstance(classes, list) else np.asarray(classes)
+    if labels is None or labels.ndim != 1:
+        raise _several_labels(name)
+    if len(labels) < 2:
         raise TargetError(
-            f"the {name} knows {len(found)} class ({found.tolist()}), and at least two were expected; fit it on "
+            f"the {name} has {len(labels)} class ({labels.tolist()}), but at least two were expected; fit it on "
             "examples of all classes"
         )
-    return found
+    return labels
 
 
-def _refuse_unfitted(given: Any, name: str) -> None:
+def _refuse_unfitted(estimator: Any, name: str) -> None:
     if "sklearn" not in sys.modules:
         return
     from sklearn.base import BaseEstimator
     from sklearn.exceptions import NotFittedError
     from sklearn.utils.validation import check_is_fitted
 
-    if not isinstance(given, BaseEstimator):
+    if not isinstance(estimator, BaseEstimator):
         return
     try:
-        check_is_fitted(given)
+        check_is_fitted(estimator)
     except NotFittedError:
-        raise TargetError(f"the {name} is not fitted; call fit(X, y) before it is given") from None
+        raise TargetError(f"the {name} is not fitted; call fit(X, y) first") from None
 
 
-def _several(name: str) -> TargetError:
+def _several_labels(name: str) -> TargetError:
     return TargetError(
-        f"the {name} predicts several labels an example, and one was expected; give one of its estimators, or "
+        f"the {name} predicts several labels per example, but one was expected; give one of its estimators, or "
         f"{_WAY_OUT}"
     )
 
@@ -411,22 +416,23 @@ def _largest(scores: Array) -> NDArray[np.int64]:
     return cast("NDArray[np.int64]", scores.argmax(1))
 
 
-def _ahead(scores: Array, winners: NDArray[np.int64]) -> Array:
+def _with_winner_first(scores: Array, winners: NDArray[np.int64]) -> Array:
     """Lower all scores that equal or exceed that of the predicted class in `winners`, so that it is the only largest
     one.
 
     Modifies `scores` in place.
     """
     rows = np.arange(len(scores))
-    best = scores[rows, winners]
-    below = best - np.maximum(np.abs(best) * _APART, np.finfo(scores.dtype).tiny)
-    over = scores >= best[:, None]
-    over[rows, winners] = False
-    np.copyto(scores, below[:, None], where=over)
+    winning = scores[rows, winners]
+    # One step below in the type of the scores; `tiny` covers a best score of zero, where a relative step is zero.
+    below = winning - np.maximum(np.abs(winning) * _SEPARATION, np.finfo(scores.dtype).tiny)
+    too_large = scores >= winning[:, None]
+    too_large[rows, winners] = False
+    np.copyto(scores, below[:, None], where=too_large)
     return scores
 
 
-def _on_side(scores: Array, winners: NDArray[np.int64]) -> Array:
+def _with_sign_of(scores: Array, winners: NDArray[np.int64]) -> Array:
     """Return the scores of class 1, changed where their sign is not that of the predicted class in `winners`."""
     tiny = np.finfo(scores.dtype).tiny
     scores = np.where((winners == 1) & (scores <= 0), tiny, scores)

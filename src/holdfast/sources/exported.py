@@ -169,9 +169,9 @@ def loaded_program(path: Path, content: bytes) -> tuple[nn.Module, Sizes]:
     except (
         Exception
     ) as error:  # the loader may raise anything, from KeyError to AssertionError, for an untrusted file
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise TargetError(
-            f"{str(path)!r} could not be opened by torch {torch.__version__}: {first[:200]}"
+            f"{str(path)!r} could not be opened by torch {torch.__version__}: {first_line[:200]}"
         ) from error
     return net, _input_shape(program)
 
@@ -200,9 +200,9 @@ def _plain(exported: fx.GraphModule) -> fx.GraphModule:
     for node in graph.find_nodes(op="call_module", target="_guards_fn"):
         graph.erase_node(node)
     replace_unchecked(graph)
-    plain = fx.GraphModule(exported, graph, "Exported")
-    plain.delete_all_unused_submodules()
-    return plain.eval()
+    module = fx.GraphModule(exported, graph, "Exported")
+    module.delete_all_unused_submodules()
+    return module.eval()
 
 
 def _input_shape(program: torch.export.ExportedProgram) -> Sizes:
@@ -304,32 +304,32 @@ def _unsafe_graph(value: Any, key: str) -> Iterator[str]:
     if isinstance(value, dict):
         if key == "custom_obj_values" and value:
             yield "custom objects"
-        for name, inner in value.items():
+        for name, entry in value.items():
             if not _NAME.fullmatch(name):
                 yield f"the name {name[:60]!r}"
             is_metadata = name == "metadata" and not key.endswith("_values")
-            if not is_metadata or not all(isinstance(text, str) for text in inner.values()):
-                yield from _unsafe_graph(inner, name)
+            if not is_metadata or not all(isinstance(text, str) for text in entry.values()):
+                yield from _unsafe_graph(entry, name)
     elif isinstance(value, list):
-        for inner in value:
-            yield from _unsafe_graph(inner, key)
+        for entry in value:
+            yield from _unsafe_graph(entry, key)
     elif isinstance(value, str):
         yield from _unsafe_text(key, value)
 
 
 def _unsafe_text(key: str, text: str) -> Iterator[str]:
     if key in ("target", "as_operator"):
-        what, fine = "operator", is_operator_of_networks(text)
+        kind, is_harmless = "operator", is_operator_of_networks(text)
     elif key in ("expr_str", "guards_code"):
-        what, fine = "expression", _harmless(text)
+        kind, is_harmless = "expression", _harmless(text)
     elif key in ("in_spec", "out_spec"):
-        what, fine = "container", _plain_container(json.loads(text)[1])
+        kind, is_harmless = "container", _plain_container(json.loads(text)[1])
     elif key in ("as_string", "torch_version"):
-        what, fine = "text", bool(_TEXT.fullmatch(text))
+        kind, is_harmless = "text", bool(_TEXT.fullmatch(text))
     else:
-        what, fine = "name", bool(_NAME.fullmatch(text))
-    if not fine:
-        yield f"the {what} {text[:60]!r}"
+        kind, is_harmless = "name", bool(_NAME.fullmatch(text))
+    if not is_harmless:
+        yield f"the {kind} {text[:60]!r}"
 
 
 def _plain_container(spec: dict[str, Any]) -> bool:
@@ -341,15 +341,21 @@ def _plain_container(spec: dict[str, Any]) -> bool:
         return True
     context = json.loads(spec["context"])
     keys = [] if context is None else context
-    named = isinstance(keys, list) and all(isinstance(k, str) and _NAME.fullmatch(k) for k in keys)
-    return named and spec["type"] in _CONTAINERS and all(map(_plain_container, spec["children_spec"]))
+    has_names_as_keys = isinstance(keys, list) and all(
+        isinstance(k, str) and _NAME.fullmatch(k) for k in keys
+    )
+    return (
+        has_names_as_keys
+        and spec["type"] in _CONTAINERS
+        and all(map(_plain_container, spec["children_spec"]))
+    )
 
 
 def _harmless(expression: str) -> bool:
     tokens = _TOKENS.findall(expression)
     words = [token for token in tokens if token[0].isalpha() or token[0] == "_"]
-    known = all(word in _WORDS or _SYMBOL.fullmatch(word) or _quoted(word, expression) for word in words)
-    return "".join(tokens) == expression and known
+    all_known = all(word in _WORDS or _SYMBOL.fullmatch(word) or _quoted(word, expression) for word in words)
+    return "".join(tokens) == expression and all_known
 
 
 def _quoted(word: str, expression: str) -> bool:

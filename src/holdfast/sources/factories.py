@@ -22,7 +22,7 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.adapting import accepted
 from holdfast.sources.estimators import Predictor
 from holdfast.sources.files import readable_file, sha256_of_file, similar_name
-from holdfast.sources.inhand import LOADED
+from holdfast.sources.object_digest import LOADED
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -52,6 +52,7 @@ def build_from_file(address: str, arguments: Mapping[str, str]) -> Built:
     file_name, _, factory_name = address.rpartition(":")
     path = readable_file(Path(file_name), "code file")
     with importable(path.parent):
+        # Read once: the digest in the evidence is that of the code that runs, even if the file is changed meanwhile.
         content = path.read_bytes()
         module = _import(path, content)
         factory = _factory(module, factory_name, path)
@@ -75,19 +76,21 @@ def call_factory(
     ) as error:  # the user's code may raise anything; its message is shown
         strings = [name for name, value in converted.items() if isinstance(value, str)]
         hint = (
-            f" ({', '.join(strings)} came as text; annotate int or float to have numbers)" if strings else ""
+            f" ({', '.join(strings)} was passed as text; annotate it as int or float to get a number)"
+            if strings
+            else ""
         )
-        said = hint if isinstance(error, TypeError) else ""
-        raise TargetError(f"{address} raised {_told(error, files)}{said}") from error
-    if isinstance(net, type) or not accepted(net) or _takes_nothing(net):
+        hint_text = hint if isinstance(error, TypeError) else ""
+        raise TargetError(f"{address} raised {_error_text(error, files)}{hint_text}") from error
+    if isinstance(net, type) or not accepted(net) or _takes_no_input(net):
         if inspect.iscoroutine(net):
             net.close()
         raise TargetError(
             f"{address} returned {_described(net)}; a torch.nn.Module or a function from inputs to logits, or an "
             "estimator, was expected. Return the network itself, with its weights loaded and in eval mode"
         )
-    named = {text: sha256_of_file(Path(text)) for text in arguments.values() if _is_file(text)}
-    return Built(typing.cast(Model, net), {**files, **named})
+    argument_files = {text: sha256_of_file(Path(text)) for text in arguments.values() if _is_file(text)}
+    return Built(typing.cast(Model, net), {**files, **argument_files})
 
 
 def converted_arguments(
@@ -106,16 +109,16 @@ def converted_arguments(
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in arguments:
         if name not in by_name and not takes_any:
-            known = ", ".join(by_name) or "no arguments"
+            shown = ", ".join(by_name) or "no arguments"
             raise UsageError(
-                f"{address} has no argument {name!r}{similar_name(name, by_name)}; it takes {known}"
+                f"{address} has no argument {name!r}{similar_name(name, by_name)}; its arguments are: {shown}"
             )
     missing = [n for n, p in by_name.items() if p.default is p.empty and n not in arguments]
     if missing:
-        wanted = " ".join(f"--model-args {name}=…" for name in missing)
+        flags = " ".join(f"--model-args {name}=…" for name in missing)
         name = address.rpartition(":")[2]
         raise UsageError(
-            f"{address} needs {', '.join(missing)}; give {wanted}. If {name} is the model itself, name a function "
+            f"{address} needs {', '.join(missing)}; give {flags}. If {name} is the model itself, give a function "
             f"that returns it: def make(): return {name}"
         )
     return {
@@ -135,19 +138,19 @@ def _convert(text: str, annotation: object, name: str, address: str) -> object:
     if annotation is bool:
         if text.lower() in _TRUE + _FALSE:
             return text.lower() in _TRUE
-        raise UsageError(f"{address} takes {name} as bool; {text!r} is neither true nor false")
+        raise UsageError(f"the argument {name} of {address} is {text!r}; true or false was expected")
     if annotation in (int, float):
         try:
             return int(text) if annotation is int else float(text)
         except ValueError:
             kind = "an int" if annotation is int else "a float"
-            raise UsageError(f"{address} takes {name} as {kind}; {text!r} is none") from None
+            raise UsageError(f"the argument {name} of {address} is {text!r}; {kind} was expected") from None
     if annotation is Path:
         return Path(text)
     if annotation in (str, object, typing.Any, inspect.Parameter.empty):
         return text
     raise UsageError(
-        f"{address} declares {name} as {annotation}; an argument given as a flag is str, int, float, bool or Path"
+        f"{address} declares {name} as {annotation}; arguments of --model-args must be str, int, float, bool or Path"
     )
 
 
@@ -164,25 +167,25 @@ def _import(path: Path, content: bytes) -> types.ModuleType:
         exec(code, vars(module))  # noqa: S102 - the user named the file; the loader would read it once more
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise TargetError(f"importing {str(path)!r} raised {_told(error, [str(path)])}") from error
+        raise TargetError(f"importing {str(path)!r} raised {_error_text(error, [str(path)])}") from error
     return module
 
 
-def _told(error: BaseException, files: Iterable[str]) -> str:
+def _error_text(error: BaseException, files: Iterable[str]) -> str:
     """Return a description of an exception: its type, the line in the user's file or its folder, and its message."""
-    own = {Path(name).resolve().parent for name in files}
-    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).resolve().parent in own:
+    folders = {Path(name).resolve().parent for name in files}
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).resolve().parent in folders:
         return f"{type(error).__name__} in line {error.lineno} of {Path(error.filename).name}: {error.msg}"
     lines = [
         f" in line {frame.lineno} of {Path(frame.filename).name}"
         for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename).resolve().parent in own
+        if Path(frame.filename).resolve().parent in folders
     ]
-    words = f": {error}" if str(error) else ""
-    return f"{type(error).__name__}{lines[-1] if lines else ''}{words}"
+    message = f": {error}" if str(error) else ""
+    return f"{type(error).__name__}{lines[-1] if lines else ''}{message}"
 
 
-def _takes_nothing(function: object) -> bool:
+def _takes_no_input(function: object) -> bool:
     """Return whether the object is a function that cannot be called with inputs, such as another factory."""
     if isinstance(function, nn.Module) or not callable(function):
         return False
@@ -196,21 +199,23 @@ def _takes_nothing(function: object) -> bool:
 
 
 def _factory(module: types.ModuleType, name: str, path: Path) -> Callable[..., object]:
-    found = vars(module).get(name)
-    if found is None:
-        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        own = [n for n in known if _is_own(vars(module)[n], module)]
-        offered = similar_name(name, known) or (f"; it defines {', '.join(own[:8])}" if own else "")
-        raise UsageError(f"{str(path)!r} has no factory {name!r}{offered}")
-    if not isinstance(found, type) and (
-        isinstance(found, nn.Module) or (not callable(found) and isinstance(found, Predictor))
-    ):
-        return lambda: found  # the name is the network or the estimator itself
-    if not callable(found):
-        raise UsageError(
-            f"{name} in {str(path)!r} is {_described(found)}; a network or a function that returns one was expected"
+    value = vars(module).get(name)
+    if value is None:
+        callables = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        defined = [n for n in callables if _is_own(vars(module)[n], module)]
+        suggestion = similar_name(name, callables) or (
+            f"; it defines {', '.join(defined[:8])}" if defined else ""
         )
-    return typing.cast(Callable[..., object], found)
+        raise UsageError(f"{str(path)!r} has no factory {name!r}{suggestion}")
+    if not isinstance(value, type) and (
+        isinstance(value, nn.Module) or (not callable(value) and isinstance(value, Predictor))
+    ):
+        return lambda: value  # the name is the network or the estimator itself
+    if not callable(value):
+        raise UsageError(
+            f"{name} in {str(path)!r} is {_described(value)}; a network or a function that returns one was expected"
+        )
+    return typing.cast(Callable[..., object], value)
 
 
 def _is_own(value: object, module: types.ModuleType) -> bool:
@@ -242,5 +247,5 @@ def _described(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if callable(value) and not isinstance(value, nn.Module):
-        return "a function that takes no inputs"
+        return "a function that accepts no inputs"
     return "None" if value is None else f"a {type(value).__name__}"

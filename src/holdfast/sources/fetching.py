@@ -47,7 +47,8 @@ def idx(path: Path) -> NDArray[np.uint8]:
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * n_dims)
     if zeros != 0 or kind != 0x08 or len(values) != np.prod(shape, dtype=np.int64):
         raise TargetError(
-            f"{str(path)!r} is no IDX file of bytes with shape {shape}; it holds {len(values)} values"
+            f"{str(path)!r} is not an IDX file of bytes with shape {shape}, but has {len(values)} values; download it "
+            "again"
         )
     return values.reshape(shape)
 
@@ -64,27 +65,28 @@ def cifar_arrays(archive: Path) -> dict[str, Array]:
     A row of this version consists of a label byte and three planes of 32 x 32 bytes.
     """
     names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
-    found: dict[str, Array] = {}
+    contents: dict[str, Array] = {}
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:
                 name = member.name.rpartition("/")[2]
                 if name in names and member.isfile() and member.size <= MAX_BYTES:
                     content = tar.extractfile(member)
-                    found[name] = np.frombuffer(b"" if content is None else content.read(), np.uint8)
+                    contents[name] = np.frombuffer(b"" if content is None else content.read(), np.uint8)
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise TargetError(f"{str(archive)!r} is damaged or truncated: {error}; fetch it again") from error
-    missing = [name for name in names if name not in found or len(found[name]) % _CIFAR_ROW]
+    missing = [name for name in names if name not in contents or len(contents[name]) % _CIFAR_ROW]
     if missing:
         raise TargetError(
-            f"{str(archive)!r} lacks {', '.join(missing)}; it is not the binary version of CIFAR-10"
+            f"{str(archive)!r} does not contain {', '.join(missing)}, so it is not the binary version of CIFAR-10; "
+            "download it again"
         )
-    rows = [found[name].reshape(-1, _CIFAR_ROW) for name in names]
+    rows = [contents[name].reshape(-1, _CIFAR_ROW) for name in names]
     train, test = np.concatenate(rows[:5]), rows[5]
     return {
-        f"{what}_{split}": values
+        f"{name_of_array}_{split}": values
         for split, table in (("train", train), ("test", test))
-        for what, values in (
+        for name_of_array, values in (
             ("x", table[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)),
             ("y", table[:, 0]),
         )
@@ -118,8 +120,8 @@ def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-            np.savez_compressed(file, **plain)  # type: ignore[arg-type] # its stub takes every name for a flag
+            contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+            np.savez_compressed(file, **contiguous)  # type: ignore[arg-type] # its stub takes every name for a flag
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -131,7 +133,9 @@ def _strip(content: bytes, path: Path) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(content), formats=("WEBP",)) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError) as error:
-        raise TargetError(f"{str(path)!r} holds a damaged image strip: {error}") from error
+        raise TargetError(
+            f"{str(path)!r} contains a damaged image strip: {error}; get the file again"
+        ) from error
 
 
 TIMEOUT_S = 60
@@ -168,7 +172,8 @@ def fetch(name: str, *, progress: Progress = _silent) -> Path:
         return target
     if not entry.remotes:
         raise UsageError(
-            f"{name} has no official mirror that is read; get it by hand and use holdfast data import FOLDER"
+            f"{name} has no official mirror that can be downloaded; get the file yourself, and use holdfast data "
+            "import FOLDER"
         )
     folder = data_folder() / "downloads" / name
     try:
@@ -196,13 +201,14 @@ def download(remote: RemoteFile, target: Path, *, progress: Progress = _silent) 
         return
     partial = target.with_name(f"{target.name}.part")
     _receive(remote, partial, progress)
+    # The file gets its name only after this check, so an incomplete or altered download is never used.
     if _md5(partial) != remote.md5:
-        found = _md5(partial)
+        md5 = _md5(partial)
         size = partial.stat().st_size
         partial.unlink()
         raise TargetError(
-            f"{remote.url} gave {megabytes(size)} with md5 {found}; {remote.md5} was expected. The file was dropped; "
-            "try again later, or bring it by hand with holdfast data import FOLDER"
+            f"{remote.url} gave {megabytes(size)} with md5 {md5}; {remote.md5} was expected. The file was deleted; "
+            "try again later, or get it yourself and use holdfast data import FOLDER"
         )
     partial.replace(target)
 
@@ -215,21 +221,25 @@ def import_folder(folder: Path) -> tuple[Imported, ...]:
     """
     if not folder.is_dir():
         raise TargetError(
-            f"{str(folder)!r} is no folder; one that holds {', '.join(_importable())} was expected"
+            f"{str(folder)!r} is not a folder; a folder with {', '.join(_importable())} was expected"
         )
     if folder.resolve() == data_folder().resolve():
-        raise UsageError(f"{str(folder)!r} is the data folder itself; name the folder to import from")
-    found = {name: files for name, entry in CATALOGUE.items() if (files := _files(folder, entry))}
-    if not found:
-        looked_for = ", ".join(_importable())
-        raise TargetError(f"{str(folder)!r} holds no data set that is known; {looked_for} were looked for")
+        raise UsageError(f"{str(folder)!r} is the data folder itself; give the folder from which to import")
+    files_by_name = {name: files for name, entry in CATALOGUE.items() if (files := _files(folder, entry))}
+    if not files_by_name:
+        expected = ", ".join(_importable())
+        raise TargetError(
+            f"{str(folder)!r} contains no known data set; one of the files {expected} was expected"
+        )
     try:
         data_folder().mkdir(parents=True, exist_ok=True)
-        for name, files in found.items():
-            _bring(folder, CATALOGUE[name], files)
+        for name, files in files_by_name.items():
+            _import_files(folder, CATALOGUE[name], files)
     except OSError as error:
         raise _unwritable(error) from error
-    return tuple(Imported(name, data_folder() / CATALOGUE[name].file, files) for name, files in found.items())
+    return tuple(
+        Imported(name, data_folder() / CATALOGUE[name].file, files) for name, files in files_by_name.items()
+    )
 
 
 def _importable() -> list[str]:
@@ -250,7 +260,7 @@ def _files(folder: Path, entry: Entry) -> tuple[str, ...]:
     return ()
 
 
-def _bring(folder: Path, entry: Entry, files: tuple[str, ...]) -> None:
+def _import_files(folder: Path, entry: Entry, files: tuple[str, ...]) -> None:
     target = data_folder() / entry.file
     if files == (entry.file,):
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -284,7 +294,7 @@ def _receive(remote: RemoteFile, partial: Path, progress: Progress) -> None:
                     done += len(chunk)
                     progress(remote.file, done, total)
             if done < total:
-                raise ConnectionError(f"it broke off after {megabytes(done)} of {megabytes(total)}")
+                raise ConnectionError(f"the transfer ended after {megabytes(done)} of {megabytes(total)}")
     except urllib.error.HTTPError as error:
         if error.code == 416:  # the file is complete; the checksum decides
             return
@@ -292,8 +302,8 @@ def _receive(remote: RemoteFile, partial: Path, progress: Progress) -> None:
     except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise TargetError(
-            f"{remote.url} cannot be reached ({reason}); what has come is kept, and the next attempt goes on from "
-            "there. Without a network use holdfast data import FOLDER"
+            f"{remote.url} cannot be reached ({reason}); the received part is kept, and the next attempt continues "
+            "from it. Without a network use holdfast data import FOLDER"
         ) from error
 
 
@@ -304,5 +314,5 @@ def _md5(path: Path) -> str:
 
 def _unwritable(error: OSError) -> TargetError:
     return TargetError(
-        f"the data folder {str(data_folder())!r} cannot be written: {error}; set HOLDFAST_DATA to another"
+        f"the data folder {str(data_folder())!r} cannot be written: {error}; set HOLDFAST_DATA to another folder"
     )

@@ -32,9 +32,11 @@ def readable_file(path: Path, what: str) -> Path:
     if existing(path, what).is_dir():
         raise TargetError(f"{what} {str(path)!r} is a folder; a file was expected")
     if not path.is_file():
-        raise TargetError(f"{what} {str(path)!r} is no regular file (a device, a pipe or a socket)")
+        raise TargetError(
+            f"{what} {str(path)!r} is not a regular file, but a device, a pipe or a socket; copy its content to a file"
+        )
     if not os.access(path, os.R_OK):
-        raise TargetError(f"{what} {str(path)!r} may not be read; check its permissions")
+        raise TargetError(f"{what} {str(path)!r} cannot be read by this user; check its permissions")
     if path.stat().st_size == 0:
         raise TargetError(f"{what} {str(path)!r} is empty (0 bytes); write or download it again")
     return path
@@ -52,8 +54,8 @@ def reading(address: object) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {reason_of(error)}"
         raise TargetError(
-            f"{str(address)!r} cannot be read ({reason}); it is damaged, or of another form than "
-            "its name says: write or download it again"
+            f"{str(address)!r} cannot be read ({reason}); it is damaged, or its format is not that of its suffix: "
+            "write or download it again"
         ) from error
 
 
@@ -89,9 +91,9 @@ def megabytes(n_bytes: int) -> str:
 
 def _way_out(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"; neither does its folder {str(path.parent)!r}"
-    looked_in = f"; it was looked for in {str(path.parent.absolute())!r}"
+        return f", and neither does its folder {str(path.parent)!r}; check the path"
+    folder_text = f" in the folder {str(path.parent.absolute())!r}; check the path"
     try:
-        return similar_name(path.name, (entry.name for entry in path.parent.iterdir())) or looked_in
+        return similar_name(path.name, (entry.name for entry in path.parent.iterdir())) or folder_text
     except OSError:  # a folder that can be entered but not listed: there is no name to suggest
-        return looked_in
+        return folder_text

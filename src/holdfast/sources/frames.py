@@ -20,9 +20,10 @@ def is_frame(data: object) -> bool:
 
     The function does not import pandas.
     """
+    # If pandas was not imported, the object cannot be a data frame; importing it here would be slow.
     pandas = sys.modules.get("pandas")
-    first = data[0] if isinstance(data, tuple) and len(data) == 2 else data
-    return pandas is not None and isinstance(first, pandas.DataFrame)
+    inputs = data[0] if isinstance(data, tuple) and len(data) == 2 else data
+    return pandas is not None and isinstance(inputs, pandas.DataFrame)
 
 
 def open_frame(
@@ -44,16 +45,16 @@ def open_frame(
     """
     frame, labels = data if isinstance(data, tuple) else (data, None)
     names = [str(name) for name in frame.columns]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
         raise TargetError(
-            f"{_NAME} has several columns named {doubled[0]!r}; give each column a name of its own"
+            f"{_NAME} has several columns named {repeated[0]!r}; give each column a different name"
         )
     columns = {name: _text(frame.iloc[:, place]) for place, name in enumerate(names)}
     if labels is not None:
         if label is not None:
             raise UsageError(
-                f"label={label!r} names a column, and the labels were given as well; leave one out"
+                f"label={label!r} is a column, but labels were given separately as well; omit one of them"
             )
         label, columns = _with_labels(columns, labels, frame.index)
     return table_examples(
@@ -76,9 +77,9 @@ def _table(columns: Mapping[str, list[str]], label: str | None) -> ColumnTable:
     numbers, kinds = side_by_side([as_numbers(columns[name]) for name in features], rows)
     words = {}
     for name in texts:
-        known: dict[str, int] = {}
-        places = as_words(columns[name], known)
-        words[name] = Words(tuple(known), places)
+        indices: dict[str, int] = {}
+        places = as_words(columns[name], indices)
+        words[name] = Words(tuple(indices), places)
     return ColumnTable(_NAME, tuple(columns), tuple(features), numbers, kinds if kinds.any() else None, words)
 
 
@@ -91,7 +92,7 @@ def _with_labels(columns: dict[str, list[str]], labels: Any, index: Any) -> tupl
     if values.ndim != 1 or len(values) != len(index):
         raise TargetError(
             f"{_NAME} has {len(index)} rows and the labels have shape {tuple(values.shape)}; one "
-            "label a row was expected"
+            "label per row was expected"
         )
     name = "label"
     while name in columns:
@@ -100,10 +101,15 @@ def _with_labels(columns: dict[str, list[str]], labels: Any, index: Any) -> tupl
 
 
 def _refuse_other_order(index: Any, labels: Any) -> None:
-    own = getattr(labels, "index", None)
-    if own is None or callable(own) or len(own) != len(index) or own.equals(index):
+    label_index = getattr(labels, "index", None)
+    if (
+        label_index is None
+        or callable(label_index)
+        or len(label_index) != len(index)
+        or label_index.equals(index)
+    ):
         return
-    if own.sort_values().equals(index.sort_values()):
+    if label_index.sort_values().equals(index.sort_values()):
         raise TargetError(
             f"{_NAME} and its labels have the same index in another order; give labels.loc[frame.index] to pair them "
             "by index, or labels.to_numpy() to pair them by position"
@@ -113,4 +119,7 @@ def _refuse_other_order(index: Any, labels: Any) -> None:
 def _text(column: Any) -> list[str]:
     """Return the values of a column as strings. A missing value becomes the empty string, as in a file."""
     missing = np.asarray(column.isna()) if hasattr(column, "isna") else np.zeros(len(column), bool)
-    return ["" if gone else str(value) for gone, value in zip(missing, np.asarray(column), strict=True)]
+    return [
+        "" if is_missing else str(value)
+        for is_missing, value in zip(missing, np.asarray(column), strict=True)
+    ]

@@ -17,8 +17,8 @@ from holdfast.core.errors import TargetError, TargetLost, UsageError
 from holdfast.core.model import Batches
 from holdfast.core.types import Access
 from holdfast.sources.answers import ServerAnswers, first_characters, refuse_too_many_classes
-from holdfast.sources.asking import Client
 from holdfast.sources.files import similar_name
+from holdfast.sources.http_client import Client
 from holdfast.sources.payloads import FLOATS, TEXT, WHOLE, Shaped, Template
 from holdfast.sources.remote import Remote, allowed_address
 from holdfast.sources.served import Served
@@ -62,32 +62,32 @@ def open_http(
     """
     parts = _parts(address, remote)
     client = Client(parts, remote)
-    way = _way(client, parts, remote, address, declared=declared)
+    endpoint = _endpoint(client, parts, remote, address, declared=declared)
     expected = _expected(classes, names)
-    labels = _number_of_labels(expected) if way.labels else None
-    if way.classes is not None:
-        refuse_too_many_classes("the output that the server describes", way.classes, expected)
-    size = way.form.shape[0] if isinstance(way.form, Shaped) and way.form.shape else -1
-    what: Access = "labels" if way.labels else "scores"
+    labels = _number_of_labels(expected) if endpoint.labels else None
+    if endpoint.classes is not None:
+        refuse_too_many_classes("the output that the server describes", endpoint.classes, expected)
+    size = endpoint.form.shape[0] if isinstance(endpoint.form, Shaped) and endpoint.form.shape else -1
+    answers_with: Access = "labels" if endpoint.labels else "scores"
     answers = ServerAnswers(
-        way.form,
+        endpoint.form,
         labels=labels,
         names=names,
         declared=declared,
         masked=client.masked,
-        expected=expected or way.classes,
+        expected=expected or endpoint.classes,
     )
-    remote = replace(remote, max_rows=1) if way.form.one else remote
+    remote = replace(remote, max_rows=1) if endpoint.form.one else remote
     return HttpModel(
-        Served(client, way.path, way.form, answers, remote),
-        what,
-        f"the model answers over HTTP with {what} alone",
-        way.classes or expected,
+        Served(client, endpoint.path, endpoint.form, answers, remote),
+        answers_with,
+        f"the model is behind HTTP and returns only {answers_with}",
+        endpoint.classes or expected,
         Batches(size) if size > 0 else None,
-        _digest(address, way, remote, names),
+        _digest(address, endpoint, remote, names),
         (
-            f"the model answers over HTTP at {address}: its weights cannot be digested, and it may change",
-            *way.said,
+            f"the model is behind HTTP at {address}: no digest of its weights can be computed, and it may change",
+            *endpoint.notes,
         ),
     )
 
@@ -95,12 +95,14 @@ def open_http(
 def _parts(address: str, remote: Remote) -> SplitResult:
     parts = allowed_address(address, remote.hosts)
     if parts.fragment:
-        raise UsageError(f"{address!r} has a fragment, which no server is sent; leave #{parts.fragment} out")
+        raise UsageError(
+            f"{address!r} has a fragment, which is never sent to a server; omit #{parts.fragment}"
+        )
     return parts
 
 
 @dataclass(frozen=True)
-class _Way:
+class _Endpoint:
     """The request format of a model behind HTTP, and the properties that its server declares."""
 
     path: str
@@ -108,53 +110,56 @@ class _Way:
     known: Mapping[str, Any]
     labels: bool
     classes: int | None = None
-    said: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def _digest(address: str, way: _Way, remote: Remote, names: Sequence[str] | None) -> str:
-    identity: list[Any] = [address, way.known, remote.request, remote.response, way.labels]
+def _digest(address: str, endpoint: _Endpoint, remote: Remote, names: Sequence[str] | None) -> str:
+    identity: list[Any] = [address, endpoint.known, remote.request, remote.response, endpoint.labels]
     # a template may find scores by class name
-    named = way.labels or isinstance(way.form, Template)
-    return digest(canonical([*identity, list(names)] if named and names is not None else identity))
+    uses_names = endpoint.labels or isinstance(endpoint.form, Template)
+    return digest(canonical([*identity, list(names)] if uses_names and names is not None else identity))
 
 
-def _way(client: Client, parts: SplitResult, remote: Remote, address: str, *, declared: bool) -> _Way:
+def _endpoint(
+    client: Client, parts: SplitResult, remote: Remote, address: str, *, declared: bool
+) -> _Endpoint:
     query = f"?{parts.query}" if parts.query else ""
     if remote.request is not None:
         form = Template.of(remote.request, remote.response)
-        return _Way((parts.path or "/") + query, form, {}, remote.labels)
-    own = _own_path(parts.path, address)
-    answer = client.ask(own + query)
+        return _Endpoint((parts.path or "/") + query, form, {}, remote.labels)
+    model_path = _own_path(parts.path, address)
+    answer = client.request(model_path + query)
     try:
-        known = _metadata(answer, client.masked_name)
+        metadata = _metadata(answer, client.masked_name)
     except TargetLost as error:
-        begins = first_characters(answer, client.masked)
+        beginning = first_characters(answer, client.masked)
         raise TargetLost(
-            f"{error}; ask another kind of service with --http-request. The answer begins: {begins}"
+            f"{error}; for another kind of service give --http-request. The response begins: {beginning}"
         ) from None
-    shaped, labels, classes, said = _shaped(known, remote, declared=declared)
-    return _Way(f"{own}/infer{query}", shaped, known, labels, classes, said)
+    shaped, labels, classes, notes = _shaped(metadata, remote, declared=declared)
+    return _Endpoint(f"{model_path}/infer{query}", shaped, metadata, labels, classes, notes)
 
 
 def _own_path(path: str, address: str) -> str:
     """Return the path of a model of the Open Inference Protocol, without `/infer`. Raises `UsageError` for
     other paths.
     """
-    named = _MODEL.fullmatch(path)
-    if named is None:
+    match = _MODEL.fullmatch(path)
+    if match is None:
         raise UsageError(
-            f"{address!r} names no model of the Open Inference Protocol, as .../v2/models/NAME does; for another "
-            """service say how it is asked, as in --http-request '{"instances": $x}' --http-response predictions"""
+            f"{address!r} is not the address of a model of the Open Inference Protocol, such as .../v2/models/NAME; "
+            "for another service give the format of its requests, as in "
+            """--http-request '{"instances": $x}' --http-response predictions"""
         )
-    return named["model"]
+    return match["model"]
 
 
 def _expected(classes: int | None, names: Sequence[str] | None) -> int | None:
     """Return the declared number of classes, or None if neither it nor names are declared."""
     if classes is not None and names is not None and len(names) != classes:
         raise UsageError(
-            f"--classes is {classes}, and --class-names names {len(names)}; give one name for each class, or leave "
-            "--classes out"
+            f"--classes is {classes}, but --class-names has {len(names)} names; give one name for each class, or omit "
+            "--classes"
         )
     return classes if names is None else len(names)
 
@@ -162,8 +167,8 @@ def _expected(classes: int | None, names: Sequence[str] | None) -> int | None:
 def _number_of_labels(expected: int | None) -> int:
     if expected is None:
         raise UsageError(
-            "a model that answers with labels does not say how many there are; give --classes N, or --class-names "
-            "A,B,C in the order of the model's classes where the labels are text"
+            "the number of classes of a model that returns labels is unknown; give --classes N, or --class-names "
+            "A,B,C in the order of the model's classes if the labels are text"
         )
     return expected
 
@@ -172,59 +177,66 @@ def _metadata(answer: Any, masked: Callable[[str], str]) -> dict[str, Any]:
     """Return the names and the tensors of a model from the server's metadata, with secrets removed."""
     if not isinstance(answer, Mapping):
         raise TargetLost(
-            "the server describes the model by no JSON object, as the Open Inference Protocol does"
+            "the server's description of the model is not a JSON object, as the Open Inference Protocol requires"
         )
-    known = {key: masked(str(answer.get(key))) for key in ("name", "versions", "platform")}
-    return {**known, **{key: _tensors(answer, key, masked) for key in ("inputs", "outputs")}}
+    metadata = {key: masked(str(answer.get(key))) for key in ("name", "versions", "platform")}
+    return {**metadata, **{key: _tensors(answer, key, masked) for key in ("inputs", "outputs")}}
 
 
 def _tensors(answer: Mapping[str, Any], key: str, masked: Callable[[str], str]) -> list[dict[str, Any]]:
-    found = answer.get(key) or []
+    entries = answer.get(key) or []
     try:
         return [
             {
-                "name": masked(str(t["name"])),
-                "datatype": masked(str(t["datatype"])),
-                "shape": [int(size) for size in t["shape"]],
+                "name": masked(str(entry["name"])),
+                "datatype": masked(str(entry["datatype"])),
+                "shape": [int(size) for size in entry["shape"]],
             }
-            for t in found
+            for entry in entries
         ]
     except (TypeError, KeyError, ValueError, OverflowError) as error:
-        raise TargetLost(f"the server describes the {key} of the model in no form that is known") from error
+        raise TargetLost(
+            f"the server describes the {key} of the model in an unknown format; name, datatype and shape were "
+            "expected: check the server"
+        ) from error
 
 
 def _shaped(
-    known: Mapping[str, Any], remote: Remote, *, declared: bool
+    metadata: Mapping[str, Any], remote: Remote, *, declared: bool
 ) -> tuple[Shaped, bool, int | None, tuple[str, ...]]:
     """Return the request format, whether the model returns labels, its number of classes or None, and notes."""
-    inputs, output = known["inputs"], _output(known["outputs"], remote)
-    front = "put a function in front of it with file.py:factory"
+    inputs, output = metadata["inputs"], _output(metadata["outputs"], remote)
+    way_out = "give a function that calls it, as file.py:factory"
     if len(inputs) > 1:
-        names = ", ".join(each["name"] for each in inputs)
-        raise TargetError(f"the model takes the inputs {names}; one was expected: {front}")
+        names = ", ".join(tensor["name"] for tensor in inputs)
+        raise TargetError(f"the model has the inputs {names}; one input was expected: {way_out}")
     labels = remote.labels or (output is not None and _of_labels(output, declared=declared))
-    classes, said = None, []
+    classes, notes = None, []
     if output is not None and not labels and len(output["shape"]) == 2 and output["shape"][1] > 0:
         classes = _number_of_classes(output["shape"][1])
-    if output is not None and len(known["outputs"]) > 1:
-        every = ", ".join(each["name"] for each in known["outputs"])
-        said.append(f"of the outputs {every}, {output['name']} was taken")
+    if output is not None and len(metadata["outputs"]) > 1:
+        names_of_outputs = ", ".join(tensor["name"] for tensor in metadata["outputs"])
+        notes.append(f"of the outputs {names_of_outputs}, {output['name']} is used")
     if not inputs:
-        said.append(f"the server names no input of the model; it is sent {_UNNAMED} as FP32")
-    mine: dict[str, Any] = inputs[0] if inputs else {"name": _UNNAMED, "datatype": "FP32", "shape": None}
-    if mine["datatype"] not in ("FP32", "FP64"):
-        raise TargetError(f"the model takes {mine['datatype']}; FP32 or FP64 was expected: {front}")
-    shape = tuple(mine["shape"]) if mine["shape"] else None
+        notes.append(f"the server does not describe the input of the model; {_UNNAMED} is sent as FP32")
+    model_input: dict[str, Any] = (
+        inputs[0] if inputs else {"name": _UNNAMED, "datatype": "FP32", "shape": None}
+    )
+    if model_input["datatype"] not in ("FP32", "FP64"):
+        raise TargetError(
+            f"the input of the model is {model_input['datatype']}; FP32 or FP64 was expected: {way_out}"
+        )
+    shape = tuple(model_input["shape"]) if model_input["shape"] else None
     if shape is not None and prod(max(size, 1) for size in shape) > _MOST_VALUES:
         raise TargetError(
-            f"the server says that the model takes inputs of shape {str(shape)[:_SHOWN]}; at most {_MOST_VALUES:,} "
-            "values are sent at once: let it take smaller batches"
+            f"according to the server, an input of the model has shape {str(shape)[:_SHOWN]}; at most {_MOST_VALUES:,} "
+            "values are sent per request: configure smaller batches in the server"
         )
     name = remote.response if output is None else output["name"]
-    form = Shaped(mine["name"], mine["datatype"], shape, name, labels)
+    form = Shaped(model_input["name"], model_input["datatype"], shape, name, labels)
     if form.channels_last:
-        said.append("the model takes its channels last; inputs are transposed for it")
-    return form, labels, classes, tuple(said)
+        notes.append("the model has its channels last; inputs are transposed for it")
+    return form, labels, classes, tuple(notes)
 
 
 def _number_of_classes(scores: int) -> int:
@@ -234,7 +246,7 @@ def _number_of_classes(scores: int) -> int:
     """
     if scores > _MOST_CLASSES:
         raise TargetError(
-            f"the server says that the model returns {str(scores)[:_SHOWN]} scores; at most {_MOST_CLASSES:,} were "
+            f"according to the server, the model returns {str(scores)[:_SHOWN]} scores; at most {_MOST_CLASSES:,} were "
             "expected, so check the server"
         )
     return max(scores, 2)
@@ -250,7 +262,7 @@ def _output(outputs: list[dict[str, Any]], remote: Remote) -> dict[str, Any] | N
     """Return the requested output, else the first output with scores, with class numbers, or with class names."""
     if not outputs:
         return None
-    names = [each["name"] for each in outputs]
+    names = [output["name"] for output in outputs]
     if remote.response is not None:
         if remote.response not in names:
             raise UsageError(
@@ -259,10 +271,10 @@ def _output(outputs: list[dict[str, Any]], remote: Remote) -> dict[str, Any] | N
             )
         return outputs[names.index(remote.response)]
     kinds = (WHOLE, TEXT) if remote.labels else (FLOATS, WHOLE, TEXT)
-    fitting = [each for kind in (*kinds, FLOATS) for each in outputs if each["datatype"] in kind]
-    if not fitting:
-        kinds_found = ", ".join(f"{each['name']} ({each['datatype']})" for each in outputs)
+    matching = [output for kind in (*kinds, FLOATS) for output in outputs if output["datatype"] in kind]
+    if not matching:
+        kinds_found = ", ".join(f"{output['name']} ({output['datatype']})" for output in outputs)
         raise TargetError(
             f"the model returns {kinds_found}; scores (FP32), class numbers (INT64) or names (BYTES) were expected"
         )
-    return fitting[0]
+    return matching[0]

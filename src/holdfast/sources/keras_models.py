@@ -26,7 +26,7 @@ class KerasNet(nn.Module):
         try:
             outputs: Tensor = self.model(x, training=self.training)
         except (ValueError, RuntimeError) as error:  # raised by an input or a layer of another shape
-            error.args = (plainly(str(error)),)
+            error.args = (error_line(str(error)),)
             raise
         return outputs
 
@@ -41,8 +41,8 @@ class KerasNet(nn.Module):
             warnings.simplefilter("ignore")  # Keras converts numbers in a way that numpy deprecates
             model = keras.models.clone_model(self.model)
         with torch.no_grad():
-            for mine, theirs in zip(model.variables, self.model.variables, strict=True):
-                mine.value.data.copy_(theirs.value.data)
+            for copy, original in zip(model.variables, self.model.variables, strict=True):
+                copy.value.data.copy_(original.value.data)
         copied = KerasNet(model)
         copied.train(self.training)
         return copied
@@ -54,16 +54,16 @@ _LONGEST = 300
 """Largest number of characters of an error of Keras that a message contains."""
 
 
-def plainly(said: str) -> str:
+def error_line(text: str) -> str:
     r"""Return the first line of a Keras error message, without layer names, terminal colours and tensor values.
 
-    >>> plainly("Exception encountered when calling A\n\n\x1b[1mshapes (4, 2) and (3, 1)\x1b[0m\n\nArguments: x")
+    >>> error_line("Exception encountered when calling A\n\n\x1b[1mshapes (4, 2) and (3, 1)\x1b[0m\n\nArguments: x")
     'shapes (4, 2) and (3, 1)'
-    >>> plainly("Invalid shape for input tensor([[0.1],\n [0.2]]). Expected (None, 2), got (2, 1)")
+    >>> error_line("Invalid shape for input tensor([[0.1],\n [0.2]]). Expected (None, 2), got (2, 1)")
     'Invalid shape for input. Expected (None, 2), got (2, 1)'
     """
-    bare = _TENSOR.sub("", _COLOURS.sub("", said))
-    lines = [line.strip() for line in bare.splitlines() if line.strip()]
+    cleaned = _TENSOR.sub("", _COLOURS.sub("", text))
+    lines = [line.strip() for line in cleaned.splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].startswith("Exception encountered when calling"):
         del lines[0]
     first = lines[0] if lines else ""
@@ -81,13 +81,13 @@ def adapted_keras(model: Any) -> Adapted:
     backend = keras.backend.backend()
     if backend != "torch":
         raise TargetError(
-            f"the Keras model runs on the back end {backend}, and torch was expected; set the environment variable "
+            f"the Keras model uses the back end {backend}, but torch was expected; set the environment variable "
             "KERAS_BACKEND=torch before keras is imported, and load or build the model again"
         )
     if not model.built:
         raise TargetError(
-            f"the {type(model).__qualname__} of Keras has no weights before it meets an input; begin it with "
-            "keras.Input(shape), or run a batch through it before it is given"
+            f"the {type(model).__qualname__} of Keras has no weights before its first input; begin it with "
+            "keras.Input(shape), or call it on a batch first"
         )
     return Adapted(KerasNet(model), output=_output(model, keras), layout=_layout(model, keras))
 
@@ -116,5 +116,5 @@ def _output(model: Any, keras: Any) -> OutputKind | None:
         return _output(last, keras)
     if isinstance(last, keras.layers.Softmax):
         return "probability"
-    made = (keras.activations.softmax, keras.activations.sigmoid)
-    return "probability" if getattr(last, "activation", None) in made else None
+    probabilities = (keras.activations.softmax, keras.activations.sigmoid)
+    return "probability" if getattr(last, "activation", None) in probabilities else None

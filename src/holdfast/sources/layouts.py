@@ -23,7 +23,7 @@ CHANNELS = (1, 3, 4)
 _SAME = 1e-5
 """Largest difference, relative to the largest output, between outputs that are treated as equal."""
 MOVED_NOTE = "the channels came last and were put first"
-INSERTED_NOTE = "the network takes an axis of channels, so one of size 1 was inserted"
+INSERTED_NOTE = "the network needs an axis of channels, so one of size 1 was inserted"
 
 Array = NDArray[Any]
 
@@ -65,6 +65,7 @@ class LayoutReading:
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of one example in the layout of the network, for a data array of shape `shape`."""
+        # An array that is only used for its shape; np.empty does not touch its memory.
         first = self.inputs(np.empty((1, *shape[1:]), dtype=bool)).shape[1:]
         return (*first[1:], first[0]) if self.network == "hwc" else first
 
@@ -98,20 +99,19 @@ def reading_of(
     first, *others = _candidates(tuple(shape), None if probe is None else probe.own.layout)
     if probe is None or (probe.model.remote and len(first) == 1):
         return first[0] if len(first) == 1 else LayoutReading("asis")
-    taken = _taken_whole((first, *others), probe, rows) or _taken(first, probe, rows)
+    accepted = _accepted_as_batch((first, *others), probe, rows) or _accepted(first, probe, rows)
     refused = probe.refused
     for readings in others:
-        taken = taken or _taken(readings, probe, rows)
-    if not taken:
+        accepted = accepted or _accepted(readings, probe, rows)
+    if not accepted:
         if len(first) == 1:
             return first[0]  # the run calls the model again, and reports the error
         tried = ", ".join(str(reading.shape(shape)) for readings in (first, *others) for reading in readings)
         raise TargetError(
-            f"the inputs of {name} have shape {tuple(shape)}, and the model takes an example in none of the shapes "
-            f"{tried}: "
-            f"{refused}. Reshape the data, or declare how they are stored with --layout chw, hwc or asis"
+            f"the inputs of {name} have shape {tuple(shape)}, but the model accepts an example in none of the shapes "
+            f"{tried}: {refused}. Reshape the data, or declare how they are stored with --layout chw, hwc or asis"
         )
-    distinct = _distinct(taken)
+    distinct = _distinct(accepted)
     if len(distinct) > 1:
         raise TargetError(_ambiguous(shape, distinct, y, name))
     return _as_image(distinct[0][0], shape, probe)
@@ -127,13 +127,12 @@ def _channels_last(
     grey, signal = LayoutReading("chw"), LayoutReading("hwc")
     if probe is None or probe.model.remote:
         return grey
-    distinct = _distinct(_taken([grey, signal], probe, rows))
+    distinct = _distinct(_accepted([grey, signal], probe, rows))
     if len(distinct) > 1:
         raise TargetError(
             f"the inputs of {name} have shape {tuple(shape)}; under --layout hwc they are grey images, or signals "
-            "whose channels come last, and the model takes both with different outputs. Give --layout chw for grey "
-            "images; "
-            "store signals as (N, channels, length) and give --layout asis"
+            "whose channels come last, and the model accepts both with different outputs. Give --layout chw for grey "
+            "images; store signals as (N, channels, length) and give --layout asis"
         )
     return distinct[0][0] if distinct else grey
 
@@ -141,9 +140,8 @@ def _channels_last(
 def _refuse_no_image(shape: Sequence[int], declared: Layout, name: str) -> None:
     if declared != "asis" and len(shape) not in (3, 4, 5):
         raise UsageError(
-            f"--layout {declared} is for images and volumes, and the inputs of {name} have shape {tuple(shape)}; "
-            "leave it "
-            "out, or give --layout asis"
+            f"--layout {declared} is for images and volumes, but the inputs of {name} have shape {tuple(shape)}; omit "
+            "it, or give --layout asis"
         )
 
 
@@ -158,18 +156,24 @@ def _candidates(shape: tuple[int, ...], network: Layout | None) -> list[list[Lay
     if len(shape) == 3:
         grey = LayoutReading("chw")
         return [[grey]] if network else [[grey, LayoutReading("asis")], [LayoutReading("chw", "hwc")]]
-    plain, last = LayoutReading("chw"), LayoutReading("hwc")
+    channels_first, channels_last = LayoutReading("chw"), LayoutReading("hwc")
     may_be_first, may_be_last = shape[1] in CHANNELS, shape[-1] in CHANNELS
     if network and may_be_first != may_be_last:
-        return [[last if may_be_last else plain]]
+        return [[channels_last if may_be_last else channels_first]]
     if may_be_first and len({*shape[2:]}) == 1 and len({*shape[1:-1]}) > 1:
         may_be_last = False  # (1, 4, 4) is a square grey image, not an image of 1 x 4 with four channels
-    usual = [plain] if not may_be_last else [plain, last] if may_be_first else [last, plain]
-    turned = [] if network else [LayoutReading("chw", "hwc")]
-    return [usual, [*turned, *([] if may_be_last else [last])], *inserted]
+    usual = (
+        [channels_first]
+        if not may_be_last
+        else [channels_first, channels_last]
+        if may_be_first
+        else [channels_last, channels_first]
+    )
+    network_last = [] if network else [LayoutReading("chw", "hwc")]
+    return [usual, [*network_last, *([] if may_be_last else [channels_last])], *inserted]
 
 
-def _taken_whole(
+def _accepted_as_batch(
     groups: Sequence[Sequence[LayoutReading]],
     probe: ProbedClassifier,
     rows: Callable[[LayoutReading], Tensor],
@@ -180,39 +184,40 @@ def _taken_whole(
     batch axis.
     """
     for readings in groups:
-        taken = _taken(readings, probe, rows, whole=True)
-        if taken:
-            return taken
+        accepted = _accepted(readings, probe, rows, whole=True)
+        if accepted:
+            return accepted
     return []
 
 
-def _taken(
+def _accepted(
     readings: Sequence[LayoutReading],
     probe: ProbedClassifier,
     rows: Callable[[LayoutReading], Tensor],
     *,
     whole: bool = False,
 ) -> list[tuple[LayoutReading, Logits]]:
-    found = []
+    accepted = []
     for reading in readings:
         outputs = probe.outputs(rows(reading), reading.network, whole=whole)
         if outputs is not None:
-            found.append((reading, outputs))
-    return found
+            accepted.append((reading, outputs))
+    return accepted
 
 
-def _distinct(taken: list[tuple[LayoutReading, Logits]]) -> list[tuple[LayoutReading, Logits]]:
+def _distinct(accepted: list[tuple[LayoutReading, Logits]]) -> list[tuple[LayoutReading, Logits]]:
     """Return the first interpretation of each set of interpretations with equal outputs."""
-    kept: list[tuple[LayoutReading, Logits]] = []
-    for reading, outputs in taken:
-        if not any(_equal(outputs, other) for _, other in kept):
-            kept.append((reading, outputs))
-    return kept
+    distinct: list[tuple[LayoutReading, Logits]] = []
+    for reading, outputs in accepted:
+        if not any(_equal(outputs, known) for _, known in distinct):
+            distinct.append((reading, outputs))
+    return distinct
 
 
 def _equal(first: Logits, second: Logits) -> bool:
     if first.shape != second.shape:
         return False
+    # The clamp prevents a tolerance of zero for outputs that are all zero.
     scale = float(first.nan_to_num().abs().max().clamp_min(1e-12))
     return torch.allclose(first, second, rtol=0, atol=_SAME * scale, equal_nan=True)
 
@@ -228,15 +233,14 @@ def _as_image(reading: LayoutReading, shape: Sequence[int], probe: ProbedClassif
 def _ambiguous(
     shape: Sequence[int], distinct: Sequence[tuple[LayoutReading, Logits]], y: Tensor, name: str
 ) -> str:
-    ways = [
+    options = [
         f"--layout {_flag(reading, shape)} (an example of shape {reading.shape(shape)} for the network; "
         f"{float((outputs.argmax(1) == y).double().mean()):.0%} of {len(y)} examples right)"
         for reading, outputs in distinct
     ]
     return (
-        f"the inputs of {name} have shape {tuple(shape)}, and the model takes them in {len(ways)} layouts with "
-        "different "
-        f"outputs. Declare the one that it was trained with: {', or '.join(ways)}"
+        f"the inputs of {name} have shape {tuple(shape)}, and the model accepts them in {len(options)} layouts with "
+        f"different outputs. Declare the one that it was trained with: {', or '.join(options)}"
     )
 
 

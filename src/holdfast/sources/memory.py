@@ -35,44 +35,43 @@ def as_data(
     expected = expected or Expected()
     if y is None:
         if isinstance(x, Data):
-            return _introduced(x, expected)
+            return _user_defined(x, expected)
         if isinstance(x, tuple) and len(x) == 2:
             x, y = x
         else:
-            x, y = _gathered(x, n)
-    inputs, given = as_array(x, "inputs"), numbered(as_array(y, "labels"), expected, name)
+            x, y = _collected(x, n)
+    inputs, numbering = as_array(x, "inputs"), numbered(as_array(y, "labels"), expected, name)
     ids = np.arange(len(inputs), dtype=np.int64)
     resolution = torch.finfo(x.dtype).eps if isinstance(x, Tensor) and x.is_floating_point() else None
     data = from_numpy(
         name,
         inputs,
-        given.y,
+        numbering.y,
         ids,
         expected,
-        class_names=given.names,
-        keeps=isinstance(x, Tensor),
+        class_names=numbering.names,
+        preserve=isinstance(x, Tensor),
         resolution=resolution,
     )
-    return replace(data, objection=given.objection) if given.objection else data
+    return replace(data, objection=numbering.objection) if numbering.objection else data
 
 
-def _introduced(data: Data, expected: Expected) -> Data:
+def _user_defined(data: Data, expected: Expected) -> Data:
     """Return a data set of a class that the caller defined, unchanged.
 
     Raises `UsageError` if a normalisation or a layout is declared, because the class itself reads the examples.
     """
     if expected.normalised is not None or expected.layout is not None:
         raise UsageError(
-            f"{data.name} reads itself, as a {type(data).__name__}, so neither data_normalised nor layout applies; "
-            "give "
-            "the arrays, (x, y)"
+            f"{data.name} is a {type(data).__name__}, whose own method reads the examples, so data_normalised and "
+            "layout cannot be applied; give the arrays (x, y)"
         )
     if expected.probe is not None and len(data):
         expected.probe.suit(data.read(0, min(2, len(data))).x)
     return data
 
 
-def _gathered(pairs: object, n: int | None) -> tuple[object, object]:
+def _collected(pairs: object, n: int | None) -> tuple[object, object]:
     """Return the inputs and labels of a loader or a dataset: all, or the batches that contain the first `n`
     examples.
     """
@@ -88,7 +87,7 @@ def _gathered(pairs: object, n: int | None) -> tuple[object, object]:
     for batch in pairs:
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
             raise TargetError(
-                f"the data yields a {type(batch).__name__}; pairs (x, y) of a batch were expected"
+                f"the data yield a {type(batch).__name__}; pairs (x, y) of a batch were expected"
             )
         xs.append(torch.as_tensor(batch[0]))
         ys.append(torch.as_tensor(batch[1]))
@@ -96,7 +95,7 @@ def _gathered(pairs: object, n: int | None) -> tuple[object, object]:
         if n is not None and read >= n:
             break
     if not xs:
-        raise TargetError("the data yields nothing; at least one batch is needed")
+        raise TargetError("the data yield no batch; at least one was expected")
     if ys[0].dim() == 0:
         return torch.stack(xs), torch.stack(ys)
     return torch.cat(xs), torch.cat(ys)
@@ -109,6 +108,7 @@ def as_array(values: object, what: str) -> Array:
     """
     if isinstance(values, Tensor):
         values = values.detach().cpu()
+        # numpy has no bfloat16, and float16 would round the results of attacks.
         return np.asarray(values.float() if values.dtype in (torch.bfloat16, torch.float16) else values)
     try:
         array = np.asarray(values)
@@ -123,5 +123,7 @@ def as_array(values: object, what: str) -> Array:
 
 def _is_text(array: Array) -> bool:
     return (
-        array.ndim == 1 and array.dtype.kind in "OT" and all(isinstance(each, str) for each in array.tolist())
+        array.ndim == 1
+        and array.dtype.kind in "OT"
+        and all(isinstance(value, str) for value in array.tolist())
     )

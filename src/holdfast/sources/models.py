@@ -30,7 +30,7 @@ from holdfast.sources.factories import (
     names_code,
 )
 from holdfast.sources.files import reading, sha256_of_file, similar_name
-from holdfast.sources.inhand import digest_in_hand
+from holdfast.sources.object_digest import digest_of_object
 from holdfast.sources.remote import SCHEMES, Remote
 from holdfast.sources.skops_files import ESTIMATOR_SUFFIXES, open_estimator
 from holdfast.sources.weights import fit_weights, read_state_dict, refuse_misfit, state_dict_content
@@ -108,9 +108,9 @@ class Declared:
         """
         if isinstance(net, Classifier):
             return self.over(net).wrap(net.net, access=net.access, batches=net.batches)
-        found = adapted(net)
-        if found is not None:
-            return self.of(found)
+        adapted_model = adapted(net)
+        if adapted_model is not None:
+            return self.of(adapted_model)
         assert callable(net)
         if isinstance(net, nn.Module):
             refuse_lazy(net)
@@ -131,33 +131,33 @@ class Declared:
         model.class_names, model.class_labels = self.class_names, self.class_labels
         return model
 
-    def of(self, found: Adapted) -> Classifier:
+    def of(self, adapted_model: Adapted) -> Classifier:
         """Return a wrapped model of another library, such as scikit-learn, as a classifier with the declared
         properties.
         """
-        known = Declared(
-            classes=found.classes,
-            output=found.output,
-            layout=found.layout,
-            class_names=found.class_names,
-            class_labels=found.class_labels,
+        properties = Declared(
+            classes=adapted_model.classes,
+            output=adapted_model.output,
+            layout=adapted_model.layout,
+            class_names=adapted_model.class_names,
+            class_labels=adapted_model.class_labels,
         )
-        model = self.filled(known).wrap(found.net, access=found.access)
-        model.hides, model.feature_names = found.hides, found.feature_names
+        model = self.filled(properties).wrap(adapted_model.net, access=adapted_model.access)
+        model.hides, model.feature_names = adapted_model.hides, adapted_model.feature_names
         return model
 
     def over(self, other: Classifier) -> "Declared":
         """Return the declared properties, with missing values taken from the classifier `other`."""
         mean = None if other.mean is None else other.mean.tolist()
         std = None if other.std is None else other.std.tolist()
-        known = (other.classes, other.output, other.layout, other.class_names)
+        properties = (other.classes, other.output, other.layout, other.class_names)
         labels = other.class_labels
-        return self.filled(Declared(other.bounds, mean, std, *known, class_labels=labels))
+        return self.filled(Declared(other.bounds, mean, std, *properties, class_labels=labels))
 
-    def filled(self, known: "Declared") -> "Declared":
-        """Return the declared properties, with missing values taken from `known`."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(known, **{name: value for name, value in own.items() if value is not None})
+    def filled(self, defaults: "Declared") -> "Declared":
+        """Return the declared properties, with missing values taken from `defaults`."""
+        declared = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(defaults, **{name: value for name, value in declared.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -187,12 +187,12 @@ def open_model(
     `arch` is the architecture for a file that contains only weights, and `model_args` are arguments of the function
     that builds the network. `trust_code` permits files that run code. `remote` contains the options for a server.
     """
-    said = declared or Declared()
-    if said.input_shape is not None and Path(address).suffix != ".onnx":
+    properties = declared or Declared()
+    if properties.input_shape is not None and Path(address).suffix != ".onnx":
         raise UsageError(
-            f"--input-shape is for an .onnx file with free sizes, and the model is {address!r}; leave it out"
+            f"--input-shape is for an .onnx file with free sizes, but the model is {address!r}; omit it"
         )
-    opening = _Opening(address, arch, dict(model_args or {}), said, trust_code, remote or Remote())
+    opening = _Opening(address, arch, dict(model_args or {}), properties, trust_code, remote or Remote())
     if address.partition(":")[0] in SCHEMES:
         return _open_http(opening)
     _refuse_remote(address)
@@ -203,7 +203,7 @@ def open_model(
         with reading(address):
             return _OPENERS[path.suffix](opening, path)
     if path.exists():
-        raise UsageError(f"{address!r} is no form of model that is known; give {_FORMS}")
+        raise UsageError(f"{address!r} has an unknown model format; give {_FORMS}")
     return _open_bundled(opening)
 
 
@@ -221,7 +221,7 @@ def _refuse_remote(address: str) -> None:
         )
     if address.startswith(ROTATING):
         raise UsageError(
-            f"{address!r} names a rotating pool, which can be assessed and stands for no other model; give a file of "
+            f"{address!r} is a rotating pool, which can only be the model of an assessment; give a file of "
             "weights, or a bundled name"
         )
 
@@ -229,17 +229,17 @@ def _refuse_remote(address: str) -> None:
 def _open_code(opening: _Opening) -> OpenedModel:
     if opening.arch is not None:
         raise UsageError(
-            f"--arch {opening.arch} and the factory {opening.address} both name code; give one of them"
+            f"--arch {opening.arch} and the factory {opening.address} both specify code; give only one of them"
         )
     built = build_from_file(opening.address, opening.arguments)
     model = opening.declared.wrap(built.net)
     # The code may read weights that no argument names; therefore the tensors are digested too.
     net = built.net if isinstance(built.net, nn.Module) else model.net
     if isinstance(net, nn.Module) and not isinstance(net, Estimator):
-        whole = sha256_of_state(net)
+        state_digest = sha256_of_state(net)
     else:
-        whole = digest_in_hand(net)
-    files = {**built.files, f"{opening.address} state": whole}
+        state_digest = digest_of_object(net)
+    files = {**built.files, f"{opening.address} state": state_digest}
     return OpenedModel(model, opening.address, "code", files)
 
 
@@ -267,30 +267,32 @@ def _open_trusted(opening: _Opening, path: Path, content: bytes) -> OpenedModel:
     """Open a file that runs code: it contains a whole network, or weights with other objects."""
     from holdfast.sources.trusted import open_trusted  # late: few files run code
 
-    found, how, digest = open_trusted(path, content)
-    if isinstance(found, Weights):
-        return _filled(opening, found, {}, how, digest)
+    content_or_module, how, digest = open_trusted(path, content)
+    if isinstance(content_or_module, Weights):
+        return _filled(opening, content_or_module, {}, how, digest)
     if opening.arch is not None:
-        raise UsageError(f"{opening.address!r} holds a whole model; leave --arch {opening.arch} out")
-    return OpenedModel(opening.declared.wrap(found), opening.address, how, {opening.address: digest})
+        raise UsageError(f"{opening.address!r} contains a whole model; omit --arch {opening.arch}")
+    return OpenedModel(
+        opening.declared.wrap(content_or_module), opening.address, how, {opening.address: digest}
+    )
 
 
 def _filled(
     opening: _Opening, weights: Weights, metadata: Mapping[str, Any], how: str, digest: str
 ) -> OpenedModel:
     """Build the architecture, load the weights into it, and return it as a model."""
-    built, known = _architecture(opening, metadata, weights)
+    built, properties = _architecture(opening, metadata, weights)
     net = built.net.net if isinstance(built.net, Classifier) else built.net
     if not isinstance(net, nn.Module):
         raise TargetError(
-            f"--arch {opening.arch} returned {'a function' if callable(net) else 'an estimator'}, which takes no "
-            "weights; return a torch.nn.Module"
+            f"--arch {opening.arch} returned {'a function' if callable(net) else 'an estimator'}, which has no "
+            "weights to load; return a torch.nn.Module"
         )
     refuse_lazy(net)
     notes = fit_weights(net, weights, repr(opening.address))
     files = {**built.files, opening.address: digest}
     net.eval()
-    model = opening.declared.filled(known).wrap(built.net)
+    model = opening.declared.filled(properties).wrap(built.net)
     catalogued = _catalogued(opening, metadata)
     return OpenedModel(model, opening.address, how, files, notes, architecture=catalogued)
 
@@ -299,8 +301,8 @@ def _catalogued(opening: _Opening, metadata: Mapping[str, Any]) -> Mapping[str, 
     """Return the architecture for the metadata of a file with weights; empty for networks from the user's code."""
     if opening.arch is not None and names_code(opening.arch):
         return {}
-    said = {name: int(value) for name, value in opening.arguments.items()}
-    arguments = said or ({} if opening.arch is not None else metadata.get("arguments", {}))
+    integers = {name: int(value) for name, value in opening.arguments.items()}
+    arguments = integers or ({} if opening.arch is not None else metadata.get("arguments", {}))
     return {"architecture": opening.arch or metadata["architecture"], "arguments": arguments}
 
 
@@ -317,14 +319,15 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
     name = opening.arch or metadata.get("architecture")
     if name is None:
         raise UsageError(
-            f"{opening.address!r} holds weights and no architecture; give --arch file.py:factory, "
+            f"{opening.address!r} contains weights but no architecture; give --arch file.py:factory, "
             f"or --arch with one of {', '.join(sorted(ARCHITECTURES))}"
         )
     if name not in ARCHITECTURES:
-        hint = similar_name(str(name), ARCHITECTURES) or f"; known are {', '.join(sorted(ARCHITECTURES))}"
-        raise UsageError(
-            f"there is no architecture {name!r}{hint}. Your own is given as --arch file.py:factory"
+        hint = (
+            similar_name(str(name), ARCHITECTURES)
+            or f"; the architectures are {', '.join(sorted(ARCHITECTURES))}"
         )
+        raise UsageError(f"there is no architecture {name!r}{hint}. Give your own as --arch file.py:factory")
     if opening.arguments or opening.arch is not None:
         factory, address = ARCHITECTURES[name], f"--arch {name}"
         make = partial(factory, **converted_arguments(factory, opening.arguments, address))
@@ -336,9 +339,10 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
         refuse_misfit(make, weights, repr(opening.address))
         net = make()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise TargetError(
-            f"{opening.address!r} names {name} with arguments that it refuses: {first}"
+            f"{opening.address!r} specifies the architecture {name} with invalid arguments: {first_line}; write the "
+            "file again, or give the network with --arch"
         ) from error
     return Built(net, {}), _known(metadata)
 
@@ -373,7 +377,9 @@ def _open_exported(opening: _Opening, path: Path) -> OpenedModel:
     program = open_program(path, trust_code=opening.trust_code)
     size = program.batch_size
     notes = (
-        () if size is None else (f"the program takes batches of {size} only; others are cut and filled up",)
+        ()
+        if size is None
+        else (f"the program accepts only batches of {size} examples; other batches are split and padded",)
     )
     files = {opening.address: program.digest}
     return OpenedModel(opening.declared.wrap(program.net), opening.address, "pt2", files, notes)
@@ -383,30 +389,34 @@ def _open_onnx(opening: _Opening, path: Path) -> OpenedModel:
     from holdfast.sources.onnx.opening import open_onnx  # late: onnx is an extra
 
     graph = open_onnx(path, opening.declared.input_shape)
-    known = Declared(classes=graph.classes, class_names=graph.class_names, class_labels=graph.class_labels)
-    model = opening.declared.filled(known).wrap(graph.net, access=graph.access)
+    properties = Declared(
+        classes=graph.classes, class_names=graph.class_names, class_labels=graph.class_labels
+    )
+    model = opening.declared.filled(properties).wrap(graph.net, access=graph.access)
     model.hides = graph.hides
     return OpenedModel(model, opening.address, "onnx", graph.files, graph.notes)
 
 
 def _open_estimator(opening: _Opening, path: Path) -> OpenedModel:
-    found, digest, notes = open_estimator(path, trust_code=opening.trust_code)
+    adapted_model, digest, notes = open_estimator(path, trust_code=opening.trust_code)
     how = path.suffix.removeprefix(".")
-    return OpenedModel(opening.declared.of(found), opening.address, how, {opening.address: digest}, notes)
+    return OpenedModel(
+        opening.declared.of(adapted_model), opening.address, how, {opening.address: digest}, notes
+    )
 
 
 def _open_http(opening: _Opening) -> OpenedModel:
     from holdfast.sources.http import open_http  # late: few models are behind a server
 
-    known = opening.declared
+    declared = opening.declared
     served = open_http(
         opening.address,
         opening.remote,
-        known.classes,
-        known.class_names,
-        declared=known.output is not None,
+        declared.classes,
+        declared.class_names,
+        declared=declared.output is not None,
     )
-    model = known.filled(Declared(classes=served.classes)).wrap(
+    model = declared.filled(Declared(classes=served.classes)).wrap(
         served.net, access=served.access, batches=served.batches or EVERY
     )
     model.hides, model.remote = served.hides, True

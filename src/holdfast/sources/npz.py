@@ -38,28 +38,28 @@ class Npz:
                 ]
         except _DAMAGE as error:
             raise TargetError(
-                f"{str(path)!r} is no .npz archive, or is damaged or truncated: {reason_of(error)}; "
+                f"{str(path)!r} is not an .npz archive, or is damaged or truncated: {reason_of(error)}; "
                 "download it again, or write it with numpy.savez"
             ) from error
         self._sizes = dict(members)
         if len(self._sizes) < len(members):
-            doubled = next(name for name, n in Counter(name for name, _ in members).items() if n > 1)
+            repeated = next(name for name, n in Counter(name for name, _ in members).items() if n > 1)
             raise TargetError(
-                f"{str(path)!r} holds two arrays named {doubled[:100]!r}; one was expected: write it again with "
+                f"{str(path)!r} contains two arrays named {repeated[:100]!r}; one was expected: write it again with "
                 "numpy.savez"
             )
         total = sum(self._sizes.values())
-        most = max(MAX_BYTES, requested_memory())
-        if total > most:
+        limit = max(MAX_BYTES, requested_memory())
+        if total > limit:
             raise TargetError(
-                f"{str(path)!r} would inflate to {megabytes(total)}; at most {megabytes(most)} is read. If you trust "
-                f"it, raise the limit with {MEMORY}=32GB"
+                f"{str(path)!r} would have {megabytes(total)} after decompression; at most {megabytes(limit)} is read. "
+                f"If you trust it, raise the limit with {MEMORY}=32GB"
             )
         if total > max(_SMALL, _RATIO * path.stat().st_size, requested_memory()):
             raise TargetError(
-                f"{str(path)!r} has {megabytes(path.stat().st_size)} and would inflate to {megabytes(total)}: a bomb "
-                "rather than data. If it is data, save it with numpy.savez instead of savez_compressed, or raise the "
-                f"limit with {MEMORY}=16GB"
+                f"{str(path)!r} has {megabytes(path.stat().st_size)}, and would have {megabytes(total)} after "
+                "decompression, as a decompression bomb has. If it contains data, save it with numpy.savez instead of "
+                f"savez_compressed, or raise the limit with {MEMORY}=16GB"
             )
 
     @property
@@ -88,17 +88,21 @@ class Npz:
                 shape, fortran, dtype = _header(file)
                 if dtype.hasobject:
                     raise TargetError(
-                        f"{name} in {str(self.path)!r} holds pickled objects, which are never opened; save numbers"
+                        f"{name} in {str(self.path)!r} contains pickled objects, which are never opened; save numbers"
                     )
+                # prod of Python integers, which cannot overflow as those of numpy can for a shape from an untrusted
+                # header.
                 size, start = dtype.itemsize * prod(shape), file.tell()
                 if min(shape, default=0) < 0 or (shape and shape[0] and not size):
-                    raise ValueError(f"{name} has the shape {shape} of {dtype}, whose rows hold nothing")
+                    raise ValueError(f"{name} has the shape {shape} of {dtype}, whose rows are empty")
+                # The header and the archive must declare the same size; otherwise one of them was altered.
                 if start + size != self._sizes[name]:
                     raise ValueError(
-                        f"{name} declares {megabytes(size)} and holds {megabytes(self._sizes[name] - start)}"
+                        f"{name} declares {megabytes(size)}, but has {megabytes(self._sizes[name] - start)}"
                     )
                 if stop is not None and shape and not fortran:
                     size = dtype.itemsize * prod((min(stop, shape[0]), *shape[1:]))
+                # At most the declared number of bytes is decompressed, whatever the archive contains.
                 content = file.read(size)
                 if len(content) != size:
                     raise ValueError(f"{name} ends early")
@@ -141,7 +145,7 @@ def arrays_of_split(archive: Npz, split: str | None, name: str) -> tuple[str, st
     else:
         raise _no_split(archive, split, pairs, name)
     if y not in archive.names:
-        raise TargetError(f"{name!r} has {x} and no {y}; it has {names_of(archive.names)}")
+        raise TargetError(f"{name!r} has {x}, but no {y}; it has {names_of(archive.names)}")
     return x, y
 
 
@@ -153,15 +157,18 @@ def named_arrays(archive: Npz, x: str | None, y: str | None, split: str | None, 
     """
     holds = names_of(archive.names)
     if not x or not y:
-        given, other = (f"--x {x}", "--y") if x else (f"--y {y}", "--x")
+        option, missing = (f"--x {x}", "--y") if x else (f"--y {y}", "--x")
         raise UsageError(
-            f"{given} names one array of {name!r}; name the other with {other} NAME, one of {holds}"
+            f"{option} gives one of two arrays of {name!r}; give the other with {missing} NAME, one of {holds}"
         )
     for flag, array in (("--x", x), ("--y", y)):
         if array not in archive.names:
-            raise UsageError(f"{flag} is {array}, and {name!r} has no such array; it has {holds}")
+            raise UsageError(f"{flag} is {array}, but {name!r} has no such array; it has {holds}")
     if split is not None:
-        raise NoSplit(f"--x {x} --y {y} name one set of examples in {name!r}, which has no split {split!r}")
+        raise NoSplit(
+            f"--x {x} --y {y} select one set of examples in {name!r}, which has no split {split!r}; omit --split "
+            f"{split}"
+        )
     return x, y
 
 
@@ -169,12 +176,13 @@ def _no_split(
     archive: Npz, split: str | None, pairs: Mapping[str, object], name: str
 ) -> TargetError | NoSplit:
     if split is not None and pairs:
-        known = similar_name(split, pairs)
-        return NoSplit(f"{name!r} has no split {split!r}{known}; it has {names_of(tuple(pairs))}")
+        suggestion = similar_name(split, pairs)
+        return NoSplit(f"{name!r} has no split {split!r}{suggestion}; it has {names_of(tuple(pairs))}")
     holds = names_of(archive.names)
     if split is not None and "x" in archive.names:
-        way_out = f"leave --split {split} out, or save x_{split}, y_{split} in it"
-        return NoSplit(f"{name!r} holds {holds} and no split {split!r}; {way_out}")
+        way_out = f"omit --split {split}, or save x_{split} and y_{split} in it"
+        return NoSplit(f"{name!r} contains {holds}, but no split {split!r}; {way_out}")
     return TargetError(
-        f"{name!r} has neither x_test, y_test nor x, y; it has {holds}. Name the arrays with --x NAME --y NAME"
+        f"{name!r} has neither x_test, y_test nor x, y; it has {holds}. Give the names of the arrays with --x NAME --y "
+        "NAME"
     )

@@ -69,12 +69,12 @@ def is_operator_of_networks(name: str) -> bool:
     """
     if _NUMBERS.fullmatch(name):
         return True
-    found = _TENSORS.fullmatch(name)
-    if found is None:
+    match = _TENSORS.fullmatch(name)
+    if match is None:
         return False
-    operator, overload = found.groups()
-    plain = operator.removesuffix("_") if operator.endswith("_") else ""
-    if operator not in _OPERATORS | _IN_PLACE and plain not in _IN_PLACE:
+    operator, overload = match.groups()
+    without_underscore = operator.removesuffix("_") if operator.endswith("_") else ""
+    if operator not in _OPERATORS | _IN_PLACE and without_underscore not in _IN_PLACE:
         return False
     packet = getattr(torch.ops.aten, operator, None)
     if (
@@ -117,7 +117,7 @@ def _lstm(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
     enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)  # torch's context manager warns about other flags that it sets
     try:
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.lstm.input(*arguments)
+        outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.lstm.input(*arguments)
     finally:
         torch._C._set_mkldnn_enabled(enabled)
-    return found
+    return outputs

@@ -19,7 +19,7 @@ _PLACES = ("$x", "$x_last", "$x_one", "$x_one_last")
 """Placeholders of a template: for all rows, or for one example without a batch axis; `last` puts the channels last."""
 _NAME, _NAMES = 40, 8
 """Number of characters of a name, and number of names, in an error message."""
-_ADVICE = "say where the scores or classes are with --http-response"
+_ADVICE = "give the path of the scores or classes in the response with --http-response"
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Shaped:
         rows = x.permute(0, 2, 3, 1) if self.channels_last and x.dim() == 4 else x
         rows = x if self._fits(x) and not self._fits(rows) else rows  # the channels are last already
         self._refuse_shape(rows)
-        given = {"name": self.name, "shape": list(rows.shape), "datatype": self.datatype}
-        content: dict[str, Any] = {"inputs": [{**given, "data": rows.flatten().tolist()}]}
+        description = {"name": self.name, "shape": list(rows.shape), "datatype": self.datatype}
+        content: dict[str, Any] = {"inputs": [{**description, "data": rows.flatten().tolist()}]}
         if self.output is not None:
             content["outputs"] = [{"name": self.output}]
         return _json(content)
@@ -55,15 +55,17 @@ class Shaped:
     def _fits(self, rows: Tensor) -> bool:
         if self.shape is None:
             return True
-        one, wanted = rows.shape[1:], self.shape[1:]
-        return len(one) == len(wanted) and all(w in (-1, size) for size, w in zip(one, wanted, strict=True))
+        example, expected = rows.shape[1:], self.shape[1:]
+        return len(example) == len(expected) and all(
+            wanted in (-1, size) for size, wanted in zip(example, expected, strict=True)
+        )
 
     def _refuse_shape(self, rows: Tensor) -> None:
         if self.shape is not None and not self._fits(rows):
-            one, wanted = tuple(rows.shape[1:]), self.shape[1:]
+            example, expected = tuple(rows.shape[1:]), self.shape[1:]
             raise TargetError(
-                f"the model takes inputs of shape {wanted} and was given {one}; reshape the data, or put a function "
-                "in front of it with file.py:factory"
+                f"an input has shape {example}; the model expects {expected}: reshape the data, or give a "
+                "function that calls the model, as file.py:factory"
             )
 
     def found(self, answer: Any) -> Values:
@@ -78,21 +80,23 @@ class Shaped:
             return values if shape is None else values.reshape(tuple(map(int, shape)))
         except (TypeError, ValueError, OverflowError) as error:
             raise TargetLost(
-                f"the answer holds {values.size} values in the shape {shape!r}, which do not fit; a shape of the "
+                f"the response contains {values.size} values and declares the shape {shape!r}; a shape with as many "
                 "values was expected, so check the server"
             ) from error
 
     def _tensor(self, answer: Any) -> Mapping[str, Any]:
         """Return the requested output, else the first output with scores, or with labels if `labels` is True."""
         outputs = answer.get("outputs") if isinstance(answer, Mapping) else None
-        named = [o for o in outputs if isinstance(o, Mapping)] if isinstance(outputs, list) else []
-        mine = [o for o in named if self.output in (None, o.get("name"))]
-        if not mine:
-            has = ", ".join(str(o.get("name"))[:_NAME] for o in named[:_NAMES]) or "no output at all"
-            wanted = "no output" if self.output is None else f"no output {self.output!r}"
-            raise TargetLost(f"the answer has {wanted}; it has {has}: name one with --http-response")
+        objects = [o for o in outputs if isinstance(o, Mapping)] if isinstance(outputs, list) else []
+        candidates = [o for o in objects if self.output in (None, o.get("name"))]
+        if not candidates:
+            names = ", ".join(str(o.get("name"))[:_NAME] for o in objects[:_NAMES]) or "no output at all"
+            requested = "no output" if self.output is None else f"no output {self.output!r}"
+            raise TargetLost(
+                f"the response has {requested}; it has {names}: give the name of one with --http-response"
+            )
         wanted_types = WHOLE | TEXT if self.labels else FLOATS
-        return next((o for o in mine if _datatype(o) in wanted_types), mine[0])
+        return next((o for o in candidates if _datatype(o) in wanted_types), candidates[0])
 
 
 def _datatype(tensor: Mapping[str, Any]) -> str:
@@ -124,9 +128,9 @@ class Template:
                 raise ValueError(f"one of {', '.join(_PLACES)} was expected, once")
             json.loads(f'{before}"rows"{after}')  # the quotes make it invalid if $x is inside of quotes
         except (ValueError, RecursionError) as error:
-            why = "its place is outside of quotes" if f'"{place}' in request and place else error
+            reason = "it must be outside of quotes" if f'"{place}' in request and place else error
             raise UsageError(
-                f"--http-request is {request!r} ({why}); give JSON with $x for the rows, as in "
+                f"--http-request is {request!r} ({reason}); give JSON with $x for the rows, as in "
                 """'{"instances": $x}', or $x_one for one example without a batch axis; $x_last and $x_one_last put """
                 "the channels last"
             ) from error
@@ -143,10 +147,10 @@ class Template:
 
     def found(self, answer: Any) -> Any:
         """Return the value at the user's path in a server's response. Raises `TargetLost` if there is no such value."""
-        return walked(answer, self.path)
+        return value_at(answer, self.path)
 
 
-def walked(answer: Any, path: str | None) -> Any:
+def value_at(answer: Any, path: str | None) -> Any:
     """Return the value in a server's response at a path such as `outputs.0.data` or `predictions.*.scores`, where `*`
     means every entry.
 
@@ -155,55 +159,57 @@ def walked(answer: Any, path: str | None) -> Any:
     return _step(answer, path.split(".") if path else [])
 
 
-def _step(found: Any, path: list[str]) -> Any:
+def _step(content: Any, path: list[str]) -> Any:
     if not path:
-        return found
+        return content
     key, rest = path[0], path[1:]
-    if isinstance(found, list) and key == "*":
-        return [_step(entry, rest) for entry in found]
-    if isinstance(found, list) and key.isdecimal() and int(key) < len(found):
-        return _step(found[int(key)], rest)
-    if isinstance(found, Mapping) and key in found:
-        return _step(found[key], rest)
-    has = (
-        f"the keys {', '.join(str(each)[:_NAME] for each in list(found)[:_NAMES])}"
-        if isinstance(found, Mapping) and found
-        else _kind(found)
+    if isinstance(content, list) and key == "*":
+        return [_step(entry, rest) for entry in content]
+    if isinstance(content, list) and key.isdecimal() and int(key) < len(content):
+        return _step(content[int(key)], rest)
+    if isinstance(content, Mapping) and key in content:
+        return _step(content[key], rest)
+    description = (
+        f"the keys {', '.join(str(key_in_content)[:_NAME] for key_in_content in list(content)[:_NAMES])}"
+        if isinstance(content, Mapping) and content
+        else _kind(content)
     )
-    raise TargetLost(f"the answer has no {key!r}, but {has}; {_ADVICE}")
+    raise TargetLost(f"the response has no {key!r}, but {description}; {_ADVICE}")
 
 
-def _kind(found: Any) -> str:
-    if isinstance(found, list):
-        return f"a list of {len(found)}"
-    if found == {}:
+def _kind(content: Any) -> str:
+    if isinstance(content, list):
+        return f"a list of {len(content)}"
+    if content == {}:
         return "an empty object"
     kinds = {dict: "an object", str: "text", bool: "true or false", type(None): "null"}
-    return kinds.get(type(found), "a number")
+    return kinds.get(type(content), "a number")
 
 
-def as_values(found: Any) -> Values:
+def as_values(content: Any) -> Values:
     """Convert the scores or labels of a server's response to an array. Integers and strings are unchanged, other
     numbers become floats, and null becomes NaN.
 
     Raises `TargetLost` for anything else, such as booleans, objects, lists of different lengths, and a single null.
     """
-    if isinstance(found, np.ndarray):
-        return found
-    what = _kind(found)
+    if isinstance(content, np.ndarray):
+        return content
+    kind = _kind(content)
     try:
-        values = np.asarray(found)
+        values = np.asarray(content)
         # numpy converts text and numbers to text, and true and numbers to 1
         mixed = values.dtype.kind in "OU" or ((values == 0) | (values == 1)).any()
-        kinds = {type(each) for each in np.asarray(found, object).flat} if mixed else set()
+        kinds = {type(entry) for entry in np.asarray(content, object).flat} if mixed else set()
         if kinds == {str}:
             return values
-        what = "true or false" if values.dtype.kind == "b" or bool in kinds else what
-        if what == "true or false" or str in kinds or (kinds == {type(None)} and values.ndim < 2):
+        kind = "true or false" if values.dtype.kind == "b" or bool in kinds else kind
+        if kind == "true or false" or str in kinds or (kinds == {type(None)} and values.ndim < 2):
             raise TypeError
         return values if values.dtype.kind in "iu" else values.astype(np.float64)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TargetLost(f"the answer holds {what} where numbers or text were expected; {_ADVICE}") from error
+        raise TargetLost(
+            f"the response contains {kind}, but numbers or text were expected; {_ADVICE}"
+        ) from error
 
 
 def _json(content: object) -> bytes:

@@ -79,8 +79,8 @@ class Pictures:
     def digest(self) -> str:
         """SHA-256 in hex of the colour mode, the contents of the image files, the labels and the ids."""
         digest = hashlib.sha256(self.mode.encode())
-        for each in self.digests:
-            digest.update(bytes.fromhex(each))
+        for file_digest in self.digests:
+            digest.update(bytes.fromhex(file_digest))
         digest.update(self.y.tobytes())
         digest.update(self.ids.tobytes())
         return digest.hexdigest()
@@ -127,29 +127,30 @@ def open_folder(
     """
     expected = expected or Expected()
     root = _split_folder(folder, split)
-    found = sorted(
+    class_folders = sorted(
         entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
     )
-    if not found:
+    if not class_folders:
         raise TargetError(f"{str(root)!r} holds no class folders; images were expected in {root.name}/CLASS/")
     _refuse_declared(expected, str(root))
-    columns = [[(path, name) for path in _images(root / name)] for name in found]
-    turns = [entry for row in zip_longest(*columns) for entry in row if entry is not None]
-    rows = selected_rows(len(turns), n=n, sample=sample, seed=seed, name=repr(str(root)))
-    chosen = [turns[row] for row in rows]
+    columns = [[(path, name) for path in _images(root / name)] for name in class_folders]
+    entries = [entry for row in zip_longest(*columns) for entry in row if entry is not None]
+    rows = selected_rows(len(entries), n=n, sample=sample, seed=seed, name=repr(str(root)))
+    chosen = [entries[row] for row in rows]
     paths = tuple(path for path, _ in chosen)
-    mode, size, said = _measured(paths)
-    notes = (*said, *_nested(root, found))
-    empty = [name for name, column in zip(found, columns, strict=True) if not column]
+    mode, size, mode_notes = _measured(paths)
+    notes = (*mode_notes, *_nested(root, class_folders))
+    empty = [name for name, column in zip(class_folders, columns, strict=True) if not column]
     if empty:
         counted = "1 class folder holds" if len(empty) == 1 else f"{len(empty)} class folders hold"
         notes += (f"{counted} no image ({', '.join(empty[:3])}{' …' if len(empty) > 3 else ''})",)
     unnumbered = Pictures(
-        str(folder), paths, np.zeros(len(paths), np.int64), rows, tuple(found), mode, size, notes
+        str(folder), paths, np.zeros(len(paths), np.int64), rows, tuple(class_folders), mode, size, notes
     )
     if expected.probe is not None:
         notes += expected.probe.suit(unnumbered.read(0, min(2, len(paths))).x)
-    names, objection = lenient_numbers(found, expected, repr(str(root)), "class folders")
+    names, objection = lenient_numbers(class_folders, expected, repr(str(root)), "class folders")
+    # Reversed, so that of two equal names the first one counts.
     numbers = {name: number for number, name in reversed([*enumerate(names)])}
     y = np.array([numbers[name] for _, name in chosen], dtype=np.int64)
     return replace(unnumbered, y=y, classes=names, notes=notes, objection=objection)
@@ -173,10 +174,10 @@ def _refuse_declared(expected: Expected, name: str) -> None:
 
 def _nested(root: Path, names: Sequence[str]) -> tuple[str, ...]:
     """Return a note on folders inside class folders, which are not read."""
-    inner = [f"{name}/{entry.name}" for name in names for entry in (root / name).iterdir() if entry.is_dir()]
-    if not inner:
+    nested = [f"{name}/{entry.name}" for name in names for entry in (root / name).iterdir() if entry.is_dir()]
+    if not nested:
         return ()
-    shown = ", ".join(sorted(inner)[:3]) + (" …" if len(inner) > 3 else "")
+    shown = ", ".join(sorted(nested)[:3]) + (" …" if len(nested) > 3 else "")
     return (f"folders inside class folders are not read: {shown}",)
 
 
@@ -187,14 +188,14 @@ def _split_folder(folder: Path, split: str | None) -> Path:
         for entry in folder.iterdir()
         if entry.is_dir() and entry.name in ("train", "val", "valid", "test")
     ]
-    wanted = split or ("test" if "test" in splits else None)
-    if wanted is None:
+    name = split or ("test" if "test" in splits else None)
+    if name is None:
         return folder
-    if not (folder / wanted).is_dir():
+    if not (folder / name).is_dir():
         raise NoSplit(
-            f"{str(folder)!r} has no folder {wanted!r}{similar_name(wanted, splits)}; leave --split out to read it all"
+            f"{str(folder)!r} has no folder {name!r}{similar_name(name, splits)}; leave --split out to read it all"
         )
-    return folder / wanted
+    return folder / name
 
 
 def _images(folder: Path) -> Iterator[Path]:
@@ -316,12 +317,12 @@ class _Timed(io.BufferedReader):
         # the clock is faster to read than the CPU time, which is at most the same
         if time.monotonic() > self._due and time.thread_time() - self._cpu > self._seconds:
             raise too_slow(self._path, f"{self._seconds} s of CPU time")
-        found = super().read(size)
-        if found.startswith(b"Exif\0\0"):
+        content = super().read(size)
+        if content.startswith(b"Exif\0\0"):
             self._n_exif += 1
             if self._n_exif > _MOST_EXIF:
                 raise TargetError(
                     f"image {str(self._path)!r} has more than {_MOST_EXIF} segments of Exif metadata; 1 was expected: "
                     "remove its metadata, or save it again"
                 )
-        return found
+        return content

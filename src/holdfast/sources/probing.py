@@ -18,18 +18,19 @@ from holdfast.sources.estimators import Estimator
 
 _ROWS = 2
 """Number of examples with which a shape is tested; a single row might be treated as an image without a batch axis."""
-_LOOKED_AT = 2048
+_SEARCHED = 2048
 """Number of examples that are searched for an output outside [0, 1]."""
 _CHUNK, _VALUES = 256, 1 << 26
 """Largest number of examples, and largest number of their values, that are processed at a time."""
 _COMPARED = 512
 """Number of examples whose scores are compared with the labels that an estimator predicts."""
-HWC_NOTE = "the network takes the channels last; its inputs are transposed inside the model"
+HWC_NOTE = "the network has its channels last; its inputs are transposed inside the model"
 """Note for a `Classifier` whose layout was found to be hwc."""
 
 NO_GRADIENT = (
-    "no gradient reaches the input, so attacks that follow one stay near where they start, and a robust accuracy by "
-    f"them says little; take out what cuts it ({CUTS}), or use the suite black-box, which needs scores only"
+    "no gradient reaches the input, so gradient-based attacks stay near their starting points, and the robust accuracy "
+    f"is not meaningful; remove the operations that interrupt it ({CUTS}), or use the suite black-box, which needs "
+    "only scores"
 )
 """Note for a model whose outputs have no computation graph."""
 
@@ -58,10 +59,10 @@ class ProbedClassifier:
         that may be logits or probabilities are treated as logits.
         """
         own = self.own
-        before = own.layout, own.output
-        own.layout = layout or before[0]
+        saved = own.layout, own.output
+        own.layout = layout or saved[0]
         try:
-            found = self._asked(x, whole=whole)
+            logits = self._logits(x, whole=whole)
         except TargetLost:
             raise
         except TargetError as error:
@@ -73,11 +74,11 @@ class ProbedClassifier:
             self.refused = TargetError(str(error))
             return None
         finally:
-            own.layout, own.output = before
-        self.classes = found.shape[1] - self.model.rejects
-        return found
+            own.layout, own.output = saved
+        self.classes = logits.shape[1] - self.model.rejects
+        return logits
 
-    def _asked(self, x: Tensor, *, whole: bool) -> Logits:
+    def _logits(self, x: Tensor, *, whole: bool) -> Logits:
         try:
             return _forwarded(self.model, x, whole=whole)
         except UnclearOutput:
@@ -103,13 +104,13 @@ class ProbedClassifier:
             return (HWC_NOTE,)
         if x.dim() > 3 and self.outputs(rows.movedim(-1, 1)) is not None:
             raise TargetError(
-                f"the model refuses an example of shape {tuple(x.shape[1:])} and takes one with its last axis first: "
+                f"the model rejects an example of shape {tuple(x.shape[1:])} and accepts one with its last axis first: "
                 'declare --layout hwc (in Python open_data(…, layout="hwc"))'
             )
         if x.dim() in (2, 3, 4) and self.outputs(rows[:, None]) is not None:
             raise TargetError(
-                f"the model refuses an example of shape {tuple(x.shape[1:])} and takes one of {(1, *x.shape[1:])}: "
-                "insert the axis of one channel in the data, give x[:, None], or in the network"
+                f"the model rejects an example of shape {tuple(x.shape[1:])} and accepts one of shape "
+                f"{(1, *x.shape[1:])}: insert an axis for one channel in the data, as in x[:, None], or in the network"
             )
         self.refused = refused
         return ()
@@ -127,7 +128,7 @@ def settle_output(model: Classifier, data: Data) -> None:
         return
     unclear: UnclearOutput | None = None
     chunk = max(1, min(_CHUNK, _VALUES // max(1, data.read(0, 1).x.numel()))) if len(data) else _CHUNK
-    for start in (0, *range(_ROWS, min(len(data), _LOOKED_AT), chunk)):
+    for start in (0, *range(_ROWS, min(len(data), _SEARCHED), chunk)):
         stop = _ROWS if start == 0 else start + chunk
         try:
             _forwarded(model, data.read(start, min(stop, len(data))).x)
@@ -149,14 +150,16 @@ def settle_predictions(model: Classifier, data: Data) -> tuple[str, ...]:
 
     Cost: the scores and the labels of at most 1,024 rows. Models other than estimators are not called.
     """
-    own = inner(model)
-    if not isinstance(own.net, Estimator) or not len(data):
+    classifier = inner(model)
+    if not isinstance(classifier.net, Estimator) or not len(data):
         return ()
-    notes = own.net.settle(own.preprocess(data.read(0, min(_COMPARED, len(data))).x))
-    if own.net.gives == "labels":
-        own.access = model.access = "labels"
+    notes = classifier.net.settle(classifier.preprocess(data.read(0, min(_COMPARED, len(data))).x))
+    if classifier.net.gives == "labels":
+        classifier.access = model.access = "labels"
         if notes:
-            own.hides = model.hides = f"the scores of {own.net.name} are not those of its classes"
+            classifier.hides = model.hides = (
+                f"the scores of {classifier.net.name} are not those of its classes"
+            )
     return notes
 
 
@@ -173,7 +176,7 @@ def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
     weight = next(model.parameters(), None)
     rows = data.read(0, min(_ROWS, len(data))).x
     x = (rows if weight is None else rows.to(weight.device)).clone().requires_grad_()
-    with _looked_at(model), torch.enable_grad():
+    with _evaluating(model), torch.enable_grad():
         try:
             logits = model(x)
         except TargetLost:
@@ -188,9 +191,9 @@ def settle_gradients(model: Classifier, data: Data) -> tuple[str, ...]:
             if out_of_memory(error):
                 return ()
             model.access = "scores"
-            first = (str(error).splitlines() or [""])[0].rstrip(".")
-            model.hides = f"its backward pass raises {type(error).__name__}: {first}"
-            return (f"the model is attacked by its scores, because {model.hides}",)
+            first_line = (str(error).splitlines() or [""])[0].rstrip(".")
+            model.hides = f"its backward pass raises {type(error).__name__}: {first_line}"
+            return (f"attacks use only the scores of the model, because {model.hides}",)
     return ()
 
 
@@ -202,8 +205,9 @@ def _forwarded(model: Classifier, x: Tensor, *, whole: bool = False) -> Logits:
     """
     weight = next(model.parameters(), None)
     rows = x if weight is None else x.to(weight.device)
-    with _looked_at(model):
+    with _evaluating(model):
         try:
+            # Cloned, because a network may change its inputs in place, and the rows are used again below.
             logits: Logits = model(rows.clone())
             return logits.cpu()
         except (TargetLost, UnclearOutput):
@@ -217,7 +221,7 @@ def _forwarded(model: Classifier, x: Tensor, *, whole: bool = False) -> Logits:
 
 
 @contextmanager
-def _looked_at(model: Classifier) -> Iterator[None]:
+def _evaluating(model: Classifier) -> Iterator[None]:
     """Context manager that sets the model to eval mode without gradients, and restores its mode and torch's
     generators.
     """
@@ -225,6 +229,7 @@ def _looked_at(model: Classifier) -> Iterator[None]:
     modes = [(module, getattr(module, "training", False)) for module in model.modules()]
     try:
         model.eval()
+        # The random state of the user is restored, so that a probe does not change the numbers of later draws.
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             yield

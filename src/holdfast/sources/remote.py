@@ -62,18 +62,18 @@ def header_variable(text: str) -> tuple[str, str]:
     Raises `UsageError` for a literal value, because it would be stored in the evidence.
     """
     form = "give 'NAME: env:VARIABLE', as in --header 'Authorization: env:MODEL_TOKEN'"
-    found = _HEADER.fullmatch(text)
-    if found is None:
+    header = _HEADER.fullmatch(text)
+    if header is None:
         raise UsageError(f"a header has no name; {form}")
-    variable = _VARIABLE.fullmatch(found[2])
+    variable = _VARIABLE.fullmatch(header[2])
     if variable is None:
         raise UsageError(
-            f"header {found[1]} has its value written out, which would end up in the evidence; put it into an "
-            f"environment variable and {form}"
+            f"the value of the header {header[1]} is given literally, so it would be stored in the evidence; set an "
+            f"environment variable to it, and {form}"
         )
-    if found[1].lower() in _FRAMING:
-        raise UsageError(f"header {found[1]} is set by the connection itself; leave it out")
-    return found[1], variable[1]
+    if header[1].lower() in _FRAMING:
+        raise UsageError(f"the header {header[1]} is set automatically by the connection; omit it")
+    return header[1], variable[1]
 
 
 def allowed_address(address: str, hosts: Iterable[str]) -> SplitResult:
@@ -85,20 +85,22 @@ def allowed_address(address: str, hosts: Iterable[str]) -> SplitResult:
         port = parts.port or SCHEMES.get(parts.scheme)
         (parts.hostname or "").encode("idna")  # the encoding that the connection uses
     except ValueError as error:
-        raise UsageError(f"{address!r} is no URL ({error}); give one such as {_EXAMPLE}") from error
+        raise UsageError(f"{address!r} is not a valid URL ({error}); give one such as {_EXAMPLE}") from error
+    # The message does not contain the address, because that would show the password.
     if "@" in parts.netloc:
         raise UsageError(
-            "the address holds a user name or a password, which would end up in the evidence; leave it out, and give "
+            "the address contains a user name or a password, which would be stored in the evidence; omit it, and give "
             "--header 'Authorization: env:VARIABLE'"
         )
+    # Spaces, control characters and characters outside ASCII are not allowed in a URL.
     if parts.scheme not in SCHEMES or not parts.hostname or re.search(r"[^\x21-\x7e]", address):
-        raise UsageError(f"{address!r} is no address of a server; give one such as {_EXAMPLE}")
+        raise UsageError(f"{address!r} is not the address of a server; give one such as {_EXAMPLE}")
     if not any(_same_host(host, parts.hostname, port) for host in hosts):
-        named = ", ".join(hosts)
-        but = f"; only {named} {'is' if ',' not in named else 'are'} allowed" if named else ""
+        allowed = ", ".join(hosts)
+        other_hosts = f"; only {allowed} {'is' if ',' not in allowed else 'are'} allowed" if allowed else ""
         raise UsageError(
-            f"{address!r} is a server, which nothing is sent to unless its host is allowed{but}; if you may attack it, "
-            f"add --allow-host {parts.netloc}"
+            f"{address!r} is a server, and requests are sent only to allowed hosts{other_hosts}; if you may "
+            f"attack it, add --allow-host {parts.netloc}"
         )
     return parts
 
@@ -106,9 +108,9 @@ def allowed_address(address: str, hosts: Iterable[str]) -> SplitResult:
 def _same_host(host: str, hostname: str, port: int | None) -> bool:
     try:
         allowed = urlsplit(f"//{host}")
-        wanted = allowed.port
+        allowed_port = allowed.port
     except ValueError:
-        allowed, wanted = None, None
+        allowed, allowed_port = None, None
     if allowed is None or not allowed.hostname or allowed.netloc != host:
-        raise UsageError(f"--allow-host {host} is no host; give HOST or HOST:PORT, as in localhost:8000")
-    return allowed.hostname == hostname.lower() and wanted in (None, port)
+        raise UsageError(f"--allow-host is {host}; HOST or HOST:PORT was expected, as in localhost:8000")
+    return allowed.hostname == hostname.lower() and allowed_port in (None, port)

@@ -29,8 +29,8 @@ class Selection:
     @property
     def features(self) -> tuple[str, ...] | None:
         """Names of the feature columns if the data set is a table, else None."""
-        found: tuple[str, ...] | None = getattr(self.whole, "features", None)
-        return found
+        features: tuple[str, ...] | None = getattr(self.whole, "features", None)
+        return features
 
     @property
     def digest(self) -> str:

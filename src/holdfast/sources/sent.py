@@ -78,8 +78,8 @@ class Sent:
     def sending(self, rows: int) -> None:
         """Count rows before they are sent to the server. Raises `QueriesSpent` if they exceed the limit."""
         with self._lock:
-            left = self.left()
-            if left is not None and rows > left:
+            remaining = self.left()
+            if remaining is not None and rows > remaining:
                 raise QueriesSpent(self.spent(rows), self.limit or 0)
             self._note({"t": "sent", "n": rows})
 

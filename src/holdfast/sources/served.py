@@ -13,7 +13,7 @@ from holdfast.core.errors import InputRefused, TargetRefused
 from holdfast.core.outputs import REFUSED, refused
 from holdfast.core.purpose import Purpose, current
 from holdfast.sources.answers import ServerAnswers
-from holdfast.sources.asking import Client, status_line
+from holdfast.sources.http_client import Client, status_line
 from holdfast.sources.payloads import Shaped, Template
 from holdfast.sources.remote import Remote
 from holdfast.sources.sent import Sent, key_of, new_sent
@@ -22,7 +22,7 @@ _OF_THE_VALUES = frozenset({400, 422})
 """Status codes that mean that the values of an input were rejected, not its size or type."""
 _WEIGHT = 1 / 32
 """Weight of the last input in the moving average of the fraction of rejected inputs."""
-_DOUBTED = 8
+_CHECK_AFTER = 8
 """Number of consecutive rejected inputs after which a clean input is sent, to check that it is still accepted."""
 
 
@@ -87,8 +87,8 @@ class Served:
     def begin(self, sent: Sent) -> None:
         """Use `sent` as the counter of the rows that are sent to the server from now on."""
         self.sent = sent
-        most = max(self.remote.max_rows, self._fixed)
-        self._limit = min(most, sent.totals.most or most)
+        max_rows = max(self.remote.max_rows, self._fixed)
+        self._limit = min(max_rows, sent.totals.most or max_rows)
         self._most = self._limit
         """number of rows of the next request; below the limit while the limit is being determined"""
         self._answered = self._streak = 0
@@ -105,23 +105,25 @@ class Served:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the logits (n, classes) of `x` on its device. Rows of rejected inputs have the value `REFUSED`."""
-        self._client.go_on()
+        self._client.resume()
         rows, purpose = x.detach().cpu(), current()
         keys = [key_of(row) for row in rows] if self.sent.keeps else []
-        found: list[Tensor | None] = [None] * len(rows)
+        answers: list[Tensor | None] = [None] * len(rows)
         if keys:
-            found = self.sent.recalled(purpose, keys)
-            self._recall(rows, purpose, found)
-        if self._fixed and any(known is None for known in found):  # a fixed batch is sent as a whole
-            found = [None] * len(rows)
-        task = _Task(rows, purpose, keys, found)
-        missing = [row for row, known in enumerate(found) if known is None]
+            answers = self.sent.recalled(purpose, keys)
+            self._recall(rows, purpose, answers)
+        if self._fixed and any(answer is None for answer in answers):  # a fixed batch is sent as a whole
+            answers = [None] * len(rows)
+        task = _Task(rows, purpose, keys, answers)
+        missing = [row for row, answer in enumerate(answers) if answer is None]
         if missing:
             task.waiting.append(_Chunk(missing))
         self._settle(task)
         classes = self._answers.classes or 2
-        whole = [each.double().expand(classes) for each in task.found if each is not None]
-        values = torch.stack(whole) if whole else torch.empty(0, classes)
+        rows_of_logits = [
+            row_logits.double().expand(classes) for row_logits in task.found if row_logits is not None
+        ]
+        values = torch.stack(rows_of_logits) if rows_of_logits else torch.empty(0, classes)
         return values.to(x.device, x.dtype)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Served":
@@ -137,12 +139,12 @@ class Served:
             return
         x = self._padded(self._control[None])
         try:
-            answer = self._ask(x)
+            answer = self._request(x)
         except InputRefused as error:
             self.sent.refused(current(), len(x))
             raise TargetRefused(
-                f"the server refuses a clean input that it answered before, so its refusals say nothing about the "
-                f"attacked ones: {error}"
+                f"the server rejects a clean input that it accepted before, so its rejections do not depend on the "
+                f"attacked inputs: {error}"
             ) from error
         self._keep(current(), x, answer)
         self._confirmed()
@@ -153,12 +155,12 @@ class Served:
             self.sent.rejected(purpose, status, key)
         self._unconfirmed, self._streak = [], 0
 
-    def _recall(self, rows: Tensor, purpose: Purpose, found: Sequence[Tensor | None]) -> None:
+    def _recall(self, rows: Tensor, purpose: Purpose, answers: Sequence[Tensor | None]) -> None:
         """Process stored responses as if the server had just returned them."""
-        for row, known in zip(rows, found, strict=True):
-            if known is None or refused(known[None]).any():
+        for row, answer in zip(rows, answers, strict=True):
+            if answer is None or refused(answer[None]).any():
                 continue
-            self._answers.recall(known)
+            self._answers.recall(answer)
             if purpose.kind == "clean" and self._control is None:
                 self._control = row.clone()
 
@@ -203,7 +205,7 @@ class Served:
             self._learn(chunk, rejected=True)
             self._streak += 1
             self._rejecting += _WEIGHT * (1 - self._rejecting)
-            if self._streak % _DOUBTED == 0:
+            if self._streak % _CHECK_AFTER == 0:
                 self.confirm()
             return
         if n == 1 or (self._fixed and not rejects):
@@ -269,16 +271,16 @@ class Served:
     def _submitted(self, x: Tensor) -> "Future[Any]":
         """Return a future for the response. Without other threads it is complete on return."""
         if self._pool is not None:
-            return self._pool.submit(self._ask, x)
+            return self._pool.submit(self._request, x)
         future: Future[Any] = Future()
         try:
-            future.set_result(self._ask(x))
+            future.set_result(self._request(x))
         except Exception as error:  # noqa: BLE001 - raised by the caller that takes the answer
             future.set_exception(error)
         return future
 
-    def _ask(self, x: Tensor) -> Any:
-        return self._client.ask(self._path, self._form.body(x), sent=self.sent, rows=len(x))
+    def _request(self, x: Tensor) -> Any:
+        return self._client.request(self._path, self._form.body(x), sent=self.sent, rows=len(x))
 
     def _padded(self, x: Tensor) -> Tensor:
         """Return the rows of a request. An incomplete fixed batch is filled with copies of a clean input."""

@@ -35,8 +35,8 @@ def open_skops(path: Path, *, trust_code: bool) -> tuple[Any, str, tuple[str, ..
     if not trust_code:
         with read_under_limits("estimators", path, LIMITS, content=content):
             pass  # loaded here after the separate process succeeded
-    found, notes = loaded_estimator(path, content, trust_code=trust_code)
-    return found, hashlib.sha256(content).hexdigest(), notes
+    estimator, notes = loaded_estimator(path, content, trust_code=trust_code)
+    return estimator, hashlib.sha256(content).hexdigest(), notes
 
 
 def loaded_estimator(path: Path, content: bytes, *, trust_code: bool) -> tuple[Any, tuple[str, ...]]:
@@ -49,8 +49,9 @@ def loaded_estimator(path: Path, content: bytes, *, trust_code: bool) -> tuple[A
         raise UsageError(
             f'{str(path)!r} is a .skops file; opening it needs pip install "holdfast[sklearn]"'
         ) from error
+    # Checked before skops reads it, because a small archive can need any amount of memory.
     check_archive(path, content, saved_by=_SAVED_BY)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always")
         try:
             untrusted = sio.get_untrusted_types(data=content)
@@ -59,19 +60,23 @@ def loaded_estimator(path: Path, content: bytes, *, trust_code: bool) -> tuple[A
         except Exception as error:  # skops raises any error, such as KeyError, for an untrusted file
             raise _damaged(path, error) from error
         if untrusted and not trust_code:
-            boosted = any(each.startswith("xgboost.") for each in untrusted)
+            boosted = any(warning.startswith("xgboost.") for warning in untrusted)
             raise UsageError(
-                f"{str(path)!r} holds {_listed(untrusted)}, which skops does not trust by itself, since loading them "
+                f"{str(path)!r} contains {_listed(untrusted)}, which skops does not trust, because loading them "
                 "may run code. If you trust the file, give --trust-code (in Python open_model(…, trust_code=True))"
-                + ("; models of XGBoost are saved by their save_model, as .json or .ubj" if boosted else "")
+                + (
+                    "; save models of XGBoost with their method save_model, as .json or .ubj"
+                    if boosted
+                    else ""
+                )
             )
         try:
-            found = sio.loads(content, trusted=untrusted)
+            estimator = sio.loads(content, trusted=untrusted)
         except MemoryError:
             raise
         except Exception as error:  # as above
             raise _damaged(path, error) from error
-    return found, tuple(dict.fromkeys(str(each.message).split("\n")[0] for each in said))
+    return estimator, tuple(dict.fromkeys(str(warning.message).split("\n")[0] for warning in recorded))
 
 
 def _listed(types: list[str]) -> str:
@@ -80,9 +85,10 @@ def _listed(types: list[str]) -> str:
 
 
 def _damaged(path: Path, error: Exception) -> TargetError:
-    first = (str(error).splitlines() or [""])[0][:200]
+    # Shortened, because the text may come from an untrusted file.
+    first_line = (str(error).splitlines() or [""])[0][:200]
     return TargetError(
-        f"{str(path)!r} is no estimator that skops can open: {type(error).__name__}: {first}; {_SAVED_BY}"
+        f"{str(path)!r} is not an estimator that skops can open: {type(error).__name__}: {first_line}; {_SAVED_BY}"
     )
 
 
@@ -109,9 +115,10 @@ def open_estimator(path: Path, *, trust_code: bool) -> tuple[Adapted, str, tuple
         raise UsageError(
             f"{str(path)!r} may run code when it is loaded and is not opened: {_RUN_CODE[path.suffix]}"
         )
-    found, digest, notes = open_skops(path, trust_code=trust_code)
-    if not isinstance(found, Predictor):
+    estimator, digest, notes = open_skops(path, trust_code=trust_code)
+    if not isinstance(estimator, Predictor):
         raise TargetError(
-            f"{str(path)!r} holds a {type(found).__qualname__}; an estimator with the method predict was expected"
+            f"{str(path)!r} contains a {type(estimator).__qualname__}; an estimator with the method predict was "
+            "expected"
         )
-    return adapted_estimator(found, parallel=trust_code), digest, notes
+    return adapted_estimator(estimator, parallel=trust_code), digest, notes

@@ -40,10 +40,10 @@ def open_table(
     table in messages, `label` the label column, and `drop` lists columns that are not features.
     """
     readable_file(path, "data file")
-    with read_under_limits("tables", path, LIMITS, label=label, drop=drop) as (found, folder):
-        given = table(path, found, folder)
+    with read_under_limits("tables", path, LIMITS, label=label, drop=drop) as (description, folder):
+        column_table = table(path, description, folder)
     return table_examples(
-        given,
+        column_table,
         name=name,
         label=label,
         drop=drop,
@@ -71,8 +71,8 @@ def table_examples(
     expected = expected or Expected()
     label = _label(label, table)
     _refuse_dropped(drop, label, table)
-    kept = _rows_of_split(table, split)
-    chosen = kept[selected_rows(len(kept), n=n, sample=sample, seed=seed, name=name)]
+    rows_of_split = _rows_of_split(table, split)
+    chosen = rows_of_split[selected_rows(len(rows_of_split), n=n, sample=sample, seed=seed, name=name)]
     column = table.words[label]
     y = _class_numbers(column, name)
     if y is not None:
@@ -80,18 +80,18 @@ def table_examples(
     features = _as_fitted([name for name in table.features if name not in drop], table, expected)
     x = _numbers(table, features, chosen)
     if y is not None:
-        data = from_numpy(name, x, y[chosen], chosen, expected, whole=y)
+        data = from_numpy(name, x, y[chosen], chosen, expected, source_labels=y)
         return replace(data, features=tuple(features))
     # names are numbered after the model was called with the inputs, which determines its number of classes
     data = from_numpy(name, x, np.zeros(len(chosen), np.int64), chosen, expected)
-    given = numbered_words(column.words, column.places, expected, table.name)
+    numbering = numbered_words(column.words, column.places, expected, table.name)
     return replace(
         data,
-        y=given.y[chosen],
+        y=numbering.y[chosen],
         features=tuple(features),
-        classes=given.names,
-        notes=(*data.notes, _numbering(given.names or ())),
-        objection=given.objection,
+        classes=numbering.names,
+        notes=(*data.notes, _numbering(numbering.names or ())),
+        objection=numbering.objection,
     )
 
 
@@ -106,12 +106,12 @@ def _as_fitted(features: list[str], table: ColumnTable, expected: Expected) -> l
 
     Raises `TargetError` if the columns differ.
     """
-    wanted = expected.feature_names
-    if wanted is None or expected.lenient:
+    fitted_names = expected.feature_names
+    if fitted_names is None or expected.lenient:
         return features
-    there, asked = set(features), set(wanted)
-    missing = [name for name in wanted if name not in there]
-    extra = [name for name in features if name not in asked]
+    present, expected_names = set(features), set(fitted_names)
+    missing = [name for name in fitted_names if name not in present]
+    extra = [name for name in features if name not in expected_names]
     if missing or extra:
         lacks = (
             f"lacks {', '.join(map(repr, missing[:6]))}{' …' if len(missing) > 6 else ''}" if missing else ""
@@ -124,10 +124,10 @@ def _as_fitted(features: list[str], table: ColumnTable, expected: Expected) -> l
         flags = " ".join(f"--drop {shlex.quote(name)}" for name in extra[:6])
         way_out = f"leave those out: {flags}" if not missing else "rename or add the columns as in training"
         raise TargetError(
-            f"the model was fitted on {len(wanted)} named columns, and {table.name} "
+            f"the model was fitted on {len(fitted_names)} named columns, and {table.name} "
             f"{' and '.join(filter(None, (lacks, has)))}; {way_out}"
         )
-    return list(wanted)
+    return list(fitted_names)
 
 
 def _label(label: str | None, table: ColumnTable) -> str:
@@ -162,13 +162,13 @@ def _rows_of_split(table: ColumnTable, split: str | None) -> NDArray[np.int64]:
         if split is not None:
             raise NoSplit(f"{table.name} has no column {SPLIT_COLUMN!r}; leave --split {split} out")
         return np.arange(len(table), dtype=np.int64)
-    wanted = split or "test"
-    if wanted not in column.words:
-        found = sorted(column.words)
+    name = split or "test"
+    if name not in column.words:
+        splits = sorted(column.words)
         raise NoSplit(
-            f"{table.name} has no split {wanted!r}{similar_name(wanted, found)}; it has {names_of(found)}"
+            f"{table.name} has no split {name!r}{similar_name(name, splits)}; it has {names_of(splits)}"
         )
-    return np.flatnonzero(column.places == column.words.index(wanted)).astype(np.int64)
+    return np.flatnonzero(column.places == column.words.index(name)).astype(np.int64)
 
 
 def _class_numbers(column: Words, name: str) -> NDArray[np.int64] | None:
@@ -183,12 +183,12 @@ def _class_numbers(column: Words, name: str) -> NDArray[np.int64] | None:
     empty = [place for place, word in enumerate(column.words) if not word.strip()]
     if empty:
         raise TargetError(f"the label of row {first(empty)} of {name} is missing; drop such rows")
-    whole = [_whole(word) for word in column.words]
-    numbers = [number for number in whole if number is not None]
-    if len(numbers) == len(whole) and all(number >= 0 for number in numbers):
+    integers = [_whole(word) for word in column.words]
+    numbers = [number for number in integers if number is not None]
+    if len(numbers) == len(integers) and all(number >= 0 for number in numbers):
         return np.array(numbers, dtype=np.int64)[column.places]
-    if None in whole and all(number_of(word) is not None for word in column.words):
-        row = first([place for place, number in enumerate(whole) if number is None])
+    if None in integers and all(number_of(word) is not None for word in column.words):
+        row = first([place for place, number in enumerate(integers) if number is None])
         raise TargetError(
             f"the label of row {row} of {name} is {column.words[column.places[row]]}; whole numbers from 0 on, or "
             "names, were expected"
@@ -198,6 +198,7 @@ def _class_numbers(column: Words, name: str) -> NDArray[np.int64] | None:
 
 def _whole(text: str) -> int | None:
     number = number_of(text)
+    # Larger numbers do not fit into int64.
     return int(number) if number is not None and number.is_integer() and abs(number) < 2**63 else None
 
 
@@ -231,10 +232,10 @@ def _refuse_missing(
 def _not_numbers(table: ColumnTable, text: list[str]) -> TargetError:
     """Return the error for columns that contain strings."""
     counted = "1 column" if len(text) == 1 else f"{len(text)} columns"
-    few, more = text[:6], " …" if len(text) > 6 else ""
-    flags = " ".join(f"--drop {shlex.quote(name)}" for name in few)
+    shown, more = text[:6], " …" if len(text) > 6 else ""
+    flags = " ".join(f"--drop {shlex.quote(name)}" for name in shown)
     return TargetError(
-        f"{counted} of {table.name} {'is' if len(text) == 1 else 'are'} not numbers: {', '.join(few)}{more}. Leave "
+        f"{counted} of {table.name} {'is' if len(text) == 1 else 'are'} not numbers: {', '.join(shown)}{more}. Leave "
         f"{'it' if len(text) == 1 else 'them'} out with {flags}{more}, or write numbers in place of the text, as the "
         "model was trained"
     )

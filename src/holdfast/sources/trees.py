@@ -17,7 +17,7 @@ import numpy as np
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.sources.adapted import Adapted
 from holdfast.sources.archive import read_once
-from holdfast.sources.estimators import Array, Asked, as_model
+from holdfast.sources.estimators import Array, EstimatorInterface, as_model
 from holdfast.sources.limited.calling import read_under_limits
 from holdfast.sources.limited.limits import Limits
 from holdfast.sources.limited.trees import best_iteration, damaged, first_line
@@ -61,36 +61,37 @@ def open_booster(path: Path) -> tuple[Adapted, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns about files of another version
             booster.load_model(bytearray(content))
-        best = best_iteration(booster)
-        adapted = _adapted(booster, hashlib.sha256(content).hexdigest(), best)
+        last_iteration = best_iteration(booster)
+        adapted = _adapted(booster, hashlib.sha256(content).hexdigest(), last_iteration)
     except xgboost.core.XGBoostError as error:
         raise damaged(path, str(error)) from error
     return adapted, hashlib.sha256(content).hexdigest()
 
 
-def _adapted(booster: Any, digest: str, best: int | None) -> Adapted:
+def _adapted(booster: Any, digest: str, last_iteration: int | None) -> Adapted:
     learner = json.loads(booster.save_config())["learner"]
     objective, parameters = learner["objective"]["name"], learner["learner_model_param"]
     if objective not in _OBJECTIVES:
         raise TargetError(
-            f"the booster has the objective {objective}, and one of {', '.join(sorted(_OBJECTIVES))} was expected; "
+            f"the booster has the objective {objective}; one of {', '.join(sorted(_OBJECTIVES))} was expected: "
             "give a function from inputs to logits instead, as file.py:factory or in Python"
         )
     if int(parameters.get("num_target", 1)) > 1:
         raise TargetError(
-            f"the booster predicts {parameters['num_target']} labels an example, and one was expected; train it on one"
+            f"the booster predicts {parameters['num_target']} labels per example, but one was expected; train it on "
+            "one label"
         )
     classes = max(int(parameters["num_class"]), 2)
-    asked = Asked(
+    interface = EstimatorInterface(
         "Booster",
-        partial(_margins, booster, (0, 0 if best is None else best + 1)),
+        partial(_margins, booster, (0, 0 if last_iteration is None else last_iteration + 1)),
         features=booster.num_features(),
         dtype=np.float32,
         kind="logit",
     )
     names = booster.feature_names
     return replace(
-        as_model(asked, digest), classes=classes, feature_names=None if names is None else tuple(names)
+        as_model(interface, digest), classes=classes, feature_names=None if names is None else tuple(names)
     )
 
 
@@ -105,7 +106,7 @@ def _margins(booster: Any, iterations: tuple[int, int], rows: Array) -> Array:
             feature_types=booster.feature_types,
             enable_categorical=True,
         )
-        found: Array = booster.predict(matrix, output_margin=True, iteration_range=iterations)
+        margins: Array = booster.predict(matrix, output_margin=True, iteration_range=iterations)
     except xgboost.core.XGBoostError as error:
         raise type(error)(first_line(str(error))) from error
-    return found
+    return margins

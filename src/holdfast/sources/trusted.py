@@ -27,17 +27,24 @@ def open_trusted(path: Path, content: bytes) -> tuple[nn.Module | Weights, str, 
     """
     check_archive(path, content, trust_code=True)
     script = is_script(content)
-    found = _loaded(path, io.BytesIO(content), script=script)
-    if isinstance(found, Mapping):
-        found = next((found[name] for name in NESTINGS if isinstance(found.get(name), nn.Module)), found)
-    if not isinstance(found, nn.Module):
+    content_or_module = _loaded(path, io.BytesIO(content), script=script)
+    if isinstance(content_or_module, Mapping):
+        content_or_module = next(
+            (
+                content_or_module[name]
+                for name in NESTINGS
+                if isinstance(content_or_module.get(name), nn.Module)
+            ),
+            content_or_module,
+        )
+    if not isinstance(content_or_module, nn.Module):
         try:
-            found = Weights(
-                *(kind(each) for kind, each in zip((dict, tuple), state_dict(found), strict=True))
+            content_or_module = Weights(
+                *(kind(part) for kind, part in zip((dict, tuple), state_dict(content_or_module), strict=True))
             )
         except TypeError as error:
             raise TargetError(f"{str(path)!r} {error}, or a torch.nn.Module") from error
-    return found, "torchscript" if script else "pickle", hashlib.sha256(content).hexdigest()
+    return content_or_module, "torchscript" if script else "pickle", hashlib.sha256(content).hexdigest()
 
 
 def _loaded(path: Path, content: io.BytesIO, *, script: bool) -> Any:
@@ -54,7 +61,7 @@ def _loaded(path: Path, content: io.BytesIO, *, script: bool) -> Any:
             "the model, or give a factory that loads the model, as file.py:factory"
         ) from error
     except Exception as error:  # the code in the file may raise anything
-        first = (str(error).splitlines() or [""])[0][:200]
+        first_line = (str(error).splitlines() or [""])[0][:200]
         raise TargetError(
-            f"{str(path)!r} could not be loaded by torch {torch.__version__}: {type(error).__name__}: {first}"
+            f"{str(path)!r} could not be loaded by torch {torch.__version__}: {type(error).__name__}: {first_line}"
         ) from error

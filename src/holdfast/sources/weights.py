@@ -51,18 +51,21 @@ def read_state_dict(path: Path, content: bytes) -> tuple[Weights, dict[str, Any]
         metadata = json.loads(text)
     except (safetensors.SafetensorError, ValueError, OSError, RecursionError) as error:
         raise TargetError(
-            f"{str(path)!r} is no readable safetensors file: {error}; write or download it again"
+            f"{str(path)!r} is not a valid safetensors file: {error}; write or download it again"
         ) from error
     if not isinstance(metadata, dict):
-        raise TargetError(f"{str(path)!r} carries {METADATA_KEY} metadata that is no object: {text[:80]!r}")
-    refuse_description(path, metadata)
+        raise TargetError(
+            f"{str(path)!r} has the {METADATA_KEY} metadata {text[:80]!r}; a JSON object was expected: write the file "
+            "again"
+        )
+    refuse_metadata(path, metadata)
     return Weights(tensors, digest=hashlib.sha256(content).hexdigest()), metadata
 
 
-def written(net: nn.Module, described: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a safetensors file with the weights of the network and the metadata `described`."""
+def written(net: nn.Module, metadata: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a safetensors file with the weights of the network and the given metadata."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in net.state_dict().items()}
-    return safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(described, sort_keys=True)})
+    return safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(metadata, sort_keys=True)})
 
 
 def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str, *, spare: int = 0) -> None:
@@ -72,7 +75,7 @@ def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str, 
     The network is built by `make` on the meta device. Building ends when it has `spare` more parameters than the file
     has tensors, because a file or a configuration may request a network of any size. Errors of `make` are not caught.
     """
-    most, n = len(weights.tensors) + spare, 0
+    limit, n = len(weights.tensors) + spare, 0
     thread = get_ident()
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -80,14 +83,16 @@ def refuse_misfit(make: Callable[[], nn.Module], weights: Weights, source: str, 
         if get_ident() != thread:  # the hook is called for networks of all threads
             return
         n += 1
-        if n > most:
+        if n > limit:
             raise TargetError(
-                f"the weights of {source} do not fit: it has {len(weights.tensors)} tensors and asks for a network "
-                "with more. Check --arch and --model-args, or train and save it again"
+                f"the weights of {source} do not fit: it has {len(weights.tensors)} tensors, but its architecture has "
+                "more. Check --arch and --model-args, or train and save it again"
             )
 
     hook = register_module_parameter_registration_hook(count)
     try:
+        # Tensors on the meta device have shapes but no memory, so a file cannot request a network that fills the
+        # memory.
         with torch.device("meta"):
             net = make()
     finally:
@@ -109,7 +114,7 @@ def fit_weights(net: nn.Module, weights: Weights, source: str) -> tuple[str, ...
     ]
     if broken:
         raise TargetError(
-            f"the weights of {source} hold NaN or infinity in {_listed(broken)}; train or save them again"
+            f"the weights of {source} contain NaN or infinity in {_listed(broken)}; train or save them again"
         )
     return (*weights.notes, *notes)
 
@@ -119,12 +124,12 @@ def _fitting(net: nn.Module, weights: Weights, source: str) -> tuple[dict[str, T
 
     Raises `TargetError` with the names of the tensors that do not match.
     """
-    wanted = net.state_dict()
-    tensors, notes = _unwrapped(weights.tensors, wanted)
+    expected = net.state_dict()
+    tensors, notes = _unwrapped(weights.tensors, expected)
     # Checkpoints from before torch 0.4 lack the counter, which eval mode does not use.
-    counters = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
+    counters = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}
     tensors = {**{name: value for name, value in counters.items() if name not in tensors}, **tensors}
-    problems = _problems(tensors, wanted)
+    problems = _problems(tensors, expected)
     if problems:
         raise TargetError(
             f"the weights of {source} do not fit {type(net).__name__}: {'; '.join(problems)}. Check --arch and "
@@ -134,27 +139,29 @@ def _fitting(net: nn.Module, weights: Weights, source: str) -> tuple[dict[str, T
 
 
 def _unwrapped(
-    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors without known prefixes of their names, and notes. If some names match, none is changed."""
-    now: dict[str, Tensor] = dict(tensors)
+    unwrapped: dict[str, Tensor] = dict(tensors)
     notes: list[str] = []
-    while not wanted.keys() & now.keys() and len(notes) < _MOST_WRAPPERS:
-        around = [prefix for prefix in WRAPPERS if now and all(name.startswith(prefix) for name in now)]
-        if not around:
+    while not expected.keys() & unwrapped.keys() and len(notes) < _MOST_WRAPPERS:
+        prefixes = [
+            prefix for prefix in WRAPPERS if unwrapped and all(name.startswith(prefix) for name in unwrapped)
+        ]
+        if not prefixes:
             return dict(tensors), []
-        now = {name.removeprefix(around[0]): value for name, value in now.items()}
-        notes.append(f"the prefix {around[0]!r} was taken off every name")
-    return now, notes
+        unwrapped = {name.removeprefix(prefixes[0]): value for name, value in unwrapped.items()}
+        notes.append(f"the prefix {prefixes[0]!r} was removed from every name")
+    return unwrapped, notes
 
 
-def _problems(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    missing = [name for name in wanted if name not in tensors]
-    unexpected = [name for name in tensors if name not in wanted]
+def _problems(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
     shapes = [
-        f"{name} is {tuple(tensors[name].shape)}, wanted {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in tensors and tensors[name].shape != wanted[name].shape
+        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in expected
+        if name in tensors and tensors[name].shape != expected[name].shape
     ]
     return [
         f"{kind} {_listed(names)}"
@@ -191,18 +198,18 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_CLASSES
 
 
-def _are_whole(value: Any) -> bool:
-    return isinstance(value, dict) and all(type(each) is int for each in value.values())
+def _are_integers(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(entry) is int for entry in value.values())
 
 
 def _are_names(value: Any) -> bool:
-    texts = isinstance(value, list) and all(isinstance(each, str) for each in value)
+    texts = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
     return texts and 1 <= len(value) <= MOST_CLASSES
 
 
 _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "architecture": (lambda value: isinstance(value, str), "the name of an architecture"),
-    "arguments": (_are_whole, "names with whole numbers"),
+    "arguments": (_are_integers, "names with whole numbers"),
     "bounds": (_are_bounds, "two numbers, the smaller first,"),
     "mean": (_are_numbers, "a list of numbers"),
     "std": (lambda value: _are_numbers(value) and min(value) > 0, "a list of positive numbers"),
@@ -213,16 +220,16 @@ _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def refuse_description(path: Path, said: Mapping[str, Any]) -> None:
+def refuse_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
     """Raise `TargetError` for the first known entry of a weights file's metadata whose value has a wrong type or is out
     of range.
 
     Entries that are not known are ignored.
     """
     for key, (fits, expected) in _FORMS.items():
-        value = said.get(key)
+        value = metadata.get(key)
         if value is not None and not fits(value):
             raise TargetError(
-                f"{str(path)!r} says that {key} is {_REPR.repr(value)}; {expected} was expected. Write the file "
-                "again, or give the network as --arch file.py:factory and leave the metadata out"
+                f"in the metadata of {str(path)!r}, {key} is {_REPR.repr(value)}; {expected} was expected. Write the "
+                "file again, or give the network as --arch file.py:factory and omit the metadata"
             )

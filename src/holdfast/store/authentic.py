@@ -95,9 +95,11 @@ def read_entries(
             raise TargetError(
                 f"entry {position} of {str(path)!r} has no authentication, which this format requires; {WAY_OUT}"
             )
+    # The public chain is checked first, so that a damaged entry is reported as damaged and not as a wrong HMAC.
     links = read_links(path, lines, check, previous=previous, first=first, noun="entry", way_out=WAY_OUT)
     for position, (link, record) in enumerate(zip(links, records, strict=True), first):
         assert record is not None
+        # `type(...) is int`, because True equals 1.
         if record.keys() != _FIELDS or record["counter"] != position or type(record["counter"]) is not int:
             raise TargetError(
                 f"entry {position} of {str(path)!r} has the counter {record['counter']!r}; {position} was expected: "
@@ -120,9 +122,11 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _equal(found: object, expected: str) -> bool:
+def _equal(actual: object, expected: str) -> bool:
     """Compare in constant time, so that the time of a comparison reveals nothing about the expected HMAC."""
-    return isinstance(found, str) and hmac.compare_digest(found.encode("utf-8", "replace"), expected.encode())
+    return isinstance(actual, str) and hmac.compare_digest(
+        actual.encode("utf-8", "replace"), expected.encode()
+    )
 
 
 # --- the head
@@ -144,6 +148,7 @@ def read_head(path: Path, key: LedgerKey | None) -> Head | None:
         if not path.exists():
             return None
     content = read_document(path)
+    # The content is not trusted yet: without the key the HMAC below is not verified.
     entries, digest = content.get("entries"), content.get("digest")
     if type(entries) is not int or entries < 1 or not isinstance(digest, str):
         raise TargetError(f"{str(path)!r} does not contain the head of a ledger; {WAY_OUT}")

@@ -15,31 +15,31 @@ _DIGITS = 12  # digits of a digest that are shown
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
-def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def differences(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
     """Return the differences between the settings of two runs as text, such as `threat: linf:0.1 → linf:0.2; seed: 0 →
     1`.
 
     The text is empty if no difference can be listed.
     """
-    names = dict.fromkeys([*_FIRST, *sorted({*known, *wanted} - {"stages"}), "stages"])
-    lines = [line for name in names for line in _of(name, known.get(name), wanted.get(name))]
+    names = dict.fromkeys([*_FIRST, *sorted({*stored, *requested} - {"stages"}), "stages"])
+    lines = [line for name in names for line in _of(name, stored.get(name), requested.get(name))]
     more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
     return "; ".join([*lines[:MOST], *more])
 
 
-def _of(name: str, known: Any, wanted: Any) -> Iterator[str]:
+def _of(name: str, stored: Any, requested: Any) -> Iterator[str]:
     try:
         if name == "threat":
-            known, wanted = _threat(known), _threat(wanted)
+            stored, requested = _threat(stored), _threat(requested)
         elif name == "settings":  # settings by recipe; a different recipe is shown under `recipe`
-            both = known.keys() & wanted.keys()
-            known, wanted = ({recipe: side[recipe] for recipe in both} for side in (known, wanted))
+            common = stored.keys() & requested.keys()
+            stored, requested = ({recipe: side[recipe] for recipe in common} for side in (stored, requested))
         elif name == "stages":
-            yield from _stages(known, wanted)
+            yield from _stages(stored, requested)
             return
     except (AttributeError, KeyError, TypeError, ValueError):  # another version has another format
         pass
-    yield from _changes(known, wanted, name)
+    yield from _changes(stored, requested, name)
 
 
 def _threat(threat: Mapping[str, Any]) -> str:
@@ -51,27 +51,27 @@ def _threat(threat: Mapping[str, Any]) -> str:
     return threat_text(change, threat.get("goal"), threat.get("access", "gradients"), threat.get("queries"))
 
 
-def _stages(known: Sequence[Mapping[str, Any]], wanted: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _stages(stored: Sequence[Mapping[str, Any]], requested: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Differences of the attacks by name; for equal attacks, differences of their settings."""
     for kind in KINDS.values():
         if not kind.listed:
             continue
-        sides = [[stage for stage in stages if stage["kind"] == kind.name] for stages in (known, wanted)]
-        before, after = ([stage["attack"] for stage in side] for side in sides)
-        if before != after:
-            yield f"{kind.listed}: {', '.join(before) or 'none'} → {', '.join(after) or 'none'}"
+        sides = [[stage for stage in stages if stage["kind"] == kind.name] for stages in (stored, requested)]
+        stored_attacks, requested_attacks = ([stage["attack"] for stage in side] for side in sides)
+        if stored_attacks != requested_attacks:
+            yield f"{kind.listed}: {', '.join(stored_attacks) or 'none'} → {', '.join(requested_attacks) or 'none'}"
             continue
-        for one, other in zip(*sides, strict=True):
-            yield from _changes(one["settings"], other["settings"], one["attack"])
+        for stored_stage, requested_stage in zip(*sides, strict=True):
+            yield from _changes(stored_stage["settings"], requested_stage["settings"], stored_stage["attack"])
 
 
-def _changes(known: object, wanted: object, where: str) -> Iterator[str]:
+def _changes(stored: object, requested: object, path: str) -> Iterator[str]:
     """`PGD.steps: 3 → 5` for every value that differs."""
-    if isinstance(known, dict) and isinstance(wanted, dict):
-        for name in sorted({*known, *wanted}):
-            yield from _changes(known.get(name), wanted.get(name), f"{where}.{name}")
-    elif known != wanted:
-        yield f"{where}: {_shown(known)} → {_shown(wanted)}"
+    if isinstance(stored, dict) and isinstance(requested, dict):
+        for name in sorted({*stored, *requested}):
+            yield from _changes(stored.get(name), requested.get(name), f"{path}.{name}")
+    elif stored != requested:
+        yield f"{path}: {_shown(stored)} → {_shown(requested)}"
 
 
 def _shown(value: object) -> str:

@@ -62,6 +62,7 @@ class Seal:
             raise UsageError(
                 f"{name!r} has {len(data)} bytes; at most {_MOST_BYTES} can be encrypted in one file; split it"
             )
+        # The id of the key is in the header, so that a wrong key is reported as such and not as an altered file.
         header = _MAGIC + bytes([_VERSION]) + bytes.fromhex(self.id)
         nonce = os.urandom(_NONCE_BYTES)
         return header + nonce + _cipher(self.key).encrypt(nonce, data, header + name.encode())
@@ -71,19 +72,21 @@ class Seal:
 
         Raises `TargetError` with `path` if the bytes are invalid.
         """
-        shown = repr(name if path is None else str(path))
+        file_text = repr(name if path is None else str(path))
         if len(data) < _HEADER_BYTES + _NONCE_BYTES + _TAG_BYTES or not data.startswith(_MAGIC):
-            raise TargetError(f"{shown} is not an encrypted file, or is truncated; restore it from a copy")
+            raise TargetError(
+                f"{file_text} is not an encrypted file, or is truncated; restore it from a copy"
+            )
         header, nonce = data[:_HEADER_BYTES], data[_HEADER_BYTES:][:_NONCE_BYTES]
-        version, other = header[len(_MAGIC)], header[-_ID_BYTES:].hex()
+        version, key_id = header[len(_MAGIC)], header[-_ID_BYTES:].hex()
         if version != _VERSION:
             raise TargetError(
-                f"{shown} is an encrypted file of version {version}; this version reads {_VERSION}. Install the "
+                f"{file_text} is an encrypted file of version {version}; this version reads {_VERSION}. Install the "
                 "holdfast that wrote it"
             )
-        if other != self.id:
+        if key_id != self.id:
             raise TargetError(
-                f"{shown} was encrypted with key {other}, but the given key is {self.id}{self._whence}; set "
+                f"{file_text} was encrypted with key {key_id}, but the given key is {self.id}{self._source_text}; set "
                 f"{KEY_VARIABLE} to the key of the file, or restore the file from a copy"
             )
         cipher, sealed = _cipher(self.key), memoryview(data)[_HEADER_BYTES + _NONCE_BYTES :]
@@ -93,7 +96,7 @@ class Seal:
             return cipher.decrypt(nonce, sealed, header + name.encode())
         except InvalidTag:
             raise TargetError(
-                f"{shown} was changed or truncated after it was encrypted, or is a copy of another file; restore "
+                f"{file_text} was changed or truncated after it was encrypted, or is a copy of another file; restore "
                 "it from a copy"
             ) from None
 
@@ -103,6 +106,7 @@ class Seal:
         """
         if not isinstance(text, str):
             raise UsageError(f"{text!r} is not the name of a {name.rpartition('/')[2]}; text was expected")
+        # The zero byte separates both parts, so that different pairs never give the same message.
         message = f"{name}\0{text}".encode("utf-8", "surrogatepass")
         return hmac.new(self.key, message, hashlib.sha256).hexdigest()[:PSEUDONYM_DIGITS]
 
@@ -124,11 +128,11 @@ class Seal:
         if key_id != self.id:
             raise TargetError(
                 f"the pool of {str(manifest)!r} is encrypted with key {key_id}, but the given key is "
-                f"{self.id}{self._whence}; set {KEY_VARIABLE} to the key of the pool, or restore its key file"
+                f"{self.id}{self._source_text}; set {KEY_VARIABLE} to the key of the pool, or restore its key file"
             )
 
     @property
-    def _whence(self) -> str:
+    def _source_text(self) -> str:
         return f" (from {self.source})" if self.source else ""
 
 
@@ -136,8 +140,8 @@ def key_file(folder: Path) -> Path:
     """Return the path of the key file of a pool. It is next to the folder of the pool, so that a copy of the folder
     does not contain the key.
     """
-    whole = folder.resolve()
-    return whole.with_name(f"{whole.name}.key")
+    absolute = folder.resolve()
+    return absolute.with_name(f"{absolute.name}.key")
 
 
 def has_key(folder: Path) -> bool:
@@ -146,13 +150,13 @@ def has_key(folder: Path) -> bool:
         return KEY_VARIABLE in os.environ or key_file(folder).exists()
 
 
-def found_seal(folder: Path) -> Seal:
+def existing_seal(folder: Path) -> Seal:
     """Return the key of an existing pool. Raises `TargetError` if there is no key, or if other users of the machine may
     read it.
     """
-    given, path = _given(), key_file(folder)
-    if given is not None:
-        return given
+    from_environment, path = _seal_from_environment(), key_file(folder)
+    if from_environment is not None:
+        return from_environment
     with usable(path, refusal_in_pool):
         if not path.exists():
             raise TargetError(
@@ -160,12 +164,12 @@ def found_seal(folder: Path) -> Seal:
                 "exist; set the variable or restore the file. Without its key a pool cannot be read"
             )
         with path.open("rb") as file:  # the file that is tested is the one that is read
-            about = os.fstat(file.fileno())
+            status = os.fstat(file.fileno())
             text = file.read(_MOST_KEY_BYTES).decode("ascii", "replace").strip()
-    mode = about.st_mode & 0o777
-    if os.name != "nt" and about.st_uid != os.geteuid():
+    mode = status.st_mode & 0o777
+    if os.name != "nt" and status.st_uid != os.geteuid():
         raise TargetError(
-            f"{str(path)!r} belongs to user {about.st_uid}, who can read the key, but this process runs as user "
+            f"{str(path)!r} belongs to user {status.st_uid}, who can read the key, but this process runs as user "
             f"{os.geteuid()}; run as its owner, or remove it if nothing was encrypted with it yet"
         )
     if os.name != "nt" and mode & 0o077:
@@ -183,18 +187,19 @@ def found_seal(folder: Path) -> Seal:
 
 def refuse_unready() -> None:
     """Raise `UsageError` if the encryption library is missing, or the environment contains an invalid key."""
+    # A key of zeros, which only tests whether the library can be imported.
     _cipher(bytes(KEY_BYTES))
-    _given()
+    _seal_from_environment()
 
 
-def begun_seal(folder: Path) -> Seal:
+def new_seal(folder: Path) -> Seal:
     """Return the key of a new pool. If the environment and the key file contain no key, a new one is written to the key
     file.
 
     The caller must have locked the pool.
     """
-    given, path = _given(), key_file(folder)
-    if given is None:
+    from_environment, path = _seal_from_environment(), key_file(folder)
+    if from_environment is None:
         with usable(path, refusal_in_pool):
             if path.is_symlink() and not path.exists():
                 raise TargetError(
@@ -203,10 +208,10 @@ def begun_seal(folder: Path) -> Seal:
                 )
             if not path.exists():
                 create_private(path, secrets.token_hex(KEY_BYTES).encode() + b"\n")
-    return found_seal(folder) if given is None else given
+    return existing_seal(folder) if from_environment is None else from_environment
 
 
-def _given() -> Seal | None:
+def _seal_from_environment() -> Seal | None:
     """The key from the environment, or None; its value is never shown."""
     text = os.environ.get(KEY_VARIABLE)
     if text is None:

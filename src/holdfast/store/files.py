@@ -100,6 +100,8 @@ def write_atomically(path: Path, content: bytes, mode: int = _OPEN) -> None:
     part = path.with_name(f".{path.name}{PART}")
     try:
         _write(part, content, os.O_TRUNC, mode)
+        # The rename is atomic, and the content was flushed before; otherwise a power failure could leave an empty
+        # file.
         part.replace(path)
     except BaseException:
         with suppress(OSError):
@@ -130,25 +132,25 @@ def append(path: Path, content: bytes, mode: int = _OPEN) -> None:
 
     A `mode` other than the default, such as `PRIVATE`, is set before data are added.
     """
-    before = path.stat().st_size if path.exists() else 0
+    old_size = path.stat().st_size if path.exists() else 0
     try:
         _write(path, content, os.O_APPEND, mode)
     except BaseException:
         with suppress(OSError):
-            os.truncate(path, before)
+            os.truncate(path, old_size)
         raise
-    if not before:
+    if not old_size:
         flush_folder(path.parent)
 
 
 @contextmanager
 def private() -> Iterator[None]:
     """Context manager in which new files and folders are accessible only to their owner. It applies to all threads."""
-    before = os.umask(0o077)
+    old_mask = os.umask(0o077)
     try:
         yield
     finally:
-        os.umask(before)
+        os.umask(old_mask)
 
 
 def flush_folder(folder: Path) -> None:
@@ -175,6 +177,7 @@ def _write(path: Path, content: bytes, flag: int, mode: int) -> None:
             os.chmod(handle if os.chmod in os.supports_fd else path, mode)  # noqa: PTH101 - not what has the name by now
         view = memoryview(content)
         while view:
+            # os.write may write only a part, for example more than 2 GiB or on a full disk.
             view = view[os.write(handle, view) :]
         os.fsync(handle)
     finally:

@@ -44,8 +44,8 @@ SAMENESS = ("config", "data", "model", "code")
 
 _SPLIT = {"stage": forms.name, "shard": forms.count, "at": forms.count, "size": forms.count}
 _SPLITS = forms.list_of(forms.record(_SPLIT))
-_SAID = ("created", "command")
-_ABOUT = forms.record({}, dict.fromkeys(_SAID, forms.text))
+_ABOUT_KEYS = ("created", "command")
+_ABOUT = forms.record({}, dict.fromkeys(_ABOUT_KEYS, forms.text))
 _MANIFEST = forms.record(
     {"digests": forms.record(dict.fromkeys(SAMENESS, forms.text))},
     {
@@ -87,10 +87,10 @@ class RunFolder:
         """Return a complete stage of the run, or None if it is not complete. Shard files of a complete stage that
         remain after a kill are deleted.
         """
-        found = read_stage(self.path, self.chain, name)
-        if found is not None:
+        stage = read_stage(self.path, self.chain, name)
+        if stage is not None:
             self.drop_shards(name)
-        return found
+        return stage
 
     def shards(self, stage: str) -> dict[int, Columns]:
         """Return the columns of the finished shards of an incomplete stage, by the index of the shard.
@@ -108,6 +108,7 @@ class RunFolder:
                     columns_of_shards[shard] = column_files.read(path).columns
                 except TargetError:
                     path.unlink()
+        # The files decide which shards are finished; the database may be older or newer after a kill.
         self.leases.reconcile(stage, columns_of_shards)
         return columns_of_shards
 
@@ -135,10 +136,10 @@ class RunFolder:
         path = self.path / f"{stage}{column_files.SUFFIX}"
         splits = [split for split in self.splits() if split["stage"] == stage]
         rows = len(columns["id"])
-        found = column_files.write(path, columns, {"stage": stage, "rows": rows, **about})
-        record = {"kind": "stage", "name": stage, "file": path.name, "digest": found, "rows": rows}
-        cut = {} if reached is None else {"reached": reached}
-        self.chain.add(record | ({"splits": splits} if splits else {}) | cut)
+        file_digest = column_files.write(path, columns, {"stage": stage, "rows": rows, **about})
+        record = {"kind": "stage", "name": stage, "file": path.name, "digest": file_digest, "rows": rows}
+        time_limit_entry = {} if reached is None else {"reached": reached}
+        self.chain.add(record | ({"splits": splits} if splits else {}) | time_limit_entry)
         self.drop_shards(stage)
 
     def drop_shards(self, stage: str) -> None:
@@ -168,17 +169,17 @@ class RunFolder:
         """
         self.leases.refuse_lost()
         path = self.path / name
-        known = self.chain.last(kind)
+        recorded = self.chain.last(kind)
         if (
-            known is not None
-            and known["digest"] == digest(data)
+            recorded is not None
+            and recorded["digest"] == digest(data)
             and path.exists()
             and path.read_bytes() == data
         ):
             return
         with usable(path):
             write_atomically(path, data)
-        if known is None or known["digest"] != digest(data):
+        if recorded is None or recorded["digest"] != digest(data):
             self.chain.add({"kind": kind, "file": path.name, "digest": digest(data)})
 
     def begin(self, stage: str, shard: int) -> None:
@@ -207,9 +208,9 @@ class RunFolder:
         split = {"stage": stage, "shard": shard, "at": at, "size": size}
         self.leases.refuse_lost()
         with usable(self.path / SPLITS):
-            known = self.splits()
-            if split not in known:
-                write_atomically(self.path / SPLITS, document(_in_order([*known, split])))
+            splits = self.splits()
+            if split not in splits:
+                write_atomically(self.path / SPLITS, document(_in_order([*splits, split])))
 
 
 @contextmanager
@@ -224,21 +225,23 @@ def open_run_folder(
     `TargetError` if it cannot be written.
     """
     refuse_used(path, resume=resume)
-    wanted: dict[str, Any] = json.loads(canonical({"schema_version": SCHEMA_VERSION, **manifest}))
+    # Through JSON, so that it has the types of the stored manifest with which it is compared, such as lists for
+    # tuples.
+    requested: dict[str, Any] = json.loads(canonical({"schema_version": SCHEMA_VERSION, **manifest}))
     with usable(path):
         path.mkdir(parents=True, exist_ok=True)
         if secret:
             path.chmod(0o700)
     leases = Leases(path)
-    held = False
+    has_lease = False
     try:
         leases.take_lease()
-        held = True
+        has_lease = True
         with usable(path):
             clear_parts(path)
-        yield RunFolder(path, _settled(path, wanted, about), _started(path), leases)
+        yield RunFolder(path, _stored_or_new_manifest(path, requested, about), _started_chain(path), leases)
     finally:
-        leases.close(release=held)
+        leases.close(release=has_lease)
 
 
 def stored_manifest(path: Path) -> dict[str, Any] | None:
@@ -274,7 +277,7 @@ def read_about(path: Path) -> dict[str, Any]:
         return {}
     about = read_document(path / ABOUT)
     refuse_form(path / ABOUT, about, _ABOUT)
-    return {key: about[key] for key in _SAID if key in about}
+    return {key: about[key] for key in _ABOUT_KEYS if key in about}
 
 
 def read_stage(path: Path, chain: Chain, name: str) -> StoredStage | None:
@@ -298,12 +301,12 @@ def recorded_document(
 
     `version` is the `schema_version` of the run. A document of schema 1 is converted to the keys of this version.
     """
-    known = chain.last(kind)
-    if known is None:
+    recorded = chain.last(kind)
+    if recorded is None:
         return None
-    file = path / str(known["file"])
+    file = path / str(recorded["file"])
     data = content_of(file)
-    if digest(data) != known["digest"]:
+    if digest(data) != recorded["digest"]:
         raise TargetError(f"{str(file)!r} is not what the chain recorded; restore it from a copy")
     content = parsed(file, data)
     return schema_1.document_of_schema_1(kind, content) if version == schema_1.VERSION else content
@@ -319,14 +322,19 @@ def refuse_used(path: Path, *, resume: bool) -> None:
         if not path.is_dir():
             return
         names = sorted(entry.name for entry in path.iterdir())
-    begun = (ABOUT, JOURNAL)
-    ours = [n for n in names if n in begun or n.startswith(STATE) or (n.startswith(".") and n.endswith(PART))]
-    if len(ours) == len(names):
+    names_before_manifest = (ABOUT, JOURNAL)
+    run_files = [
+        n
+        for n in names
+        if n in names_before_manifest or n.startswith(STATE) or (n.startswith(".") and n.endswith(PART))
+    ]
+    if len(run_files) == len(names):
         return
     if MANIFEST not in names:
-        other = next(name for name in names if name not in ours)
+        foreign_file = next(name for name in names if name not in run_files)
         raise UsageError(
-            f"{str(path)!r} is not a run folder (it contains {other!r}); name an empty or a new folder with --run DIR"
+            f"{str(path)!r} is not a run folder (it contains {foreign_file!r}); name an empty or a new folder with "
+            "--run DIR"
         )
     if not resume:
         raise UsageError(
@@ -340,37 +348,40 @@ def refuse_used(path: Path, *, resume: bool) -> None:
         )
 
 
-def _settled(path: Path, manifest: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+def _stored_or_new_manifest(path: Path, manifest: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest in the folder, which is written if it is missing.
 
     Raises `UsageError` if the folder contains another run.
     """
     if (path / MANIFEST).exists():
-        known = read_manifest(path)
-        _refuse_another(path, known, manifest)
-        return known
+        stored = read_manifest(path)
+        _refuse_other_run(path, stored, manifest)
+        return stored
     with usable(path):
+        # The manifest is written last, because its presence marks the folder as a run.
         write_atomically(path / ABOUT, document(about))
         write_atomically(path / MANIFEST, document(manifest))
     return manifest
 
 
-def _refuse_another(path: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    differing = [what for what in SAMENESS if known["digests"].get(what) != wanted["digests"][what]]
+def _refuse_other_run(path: Path, stored: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
+    differing = [key for key in SAMENESS if stored["digests"].get(key) != requested["digests"][key]]
     if not differing:
         return
-    details = differences(known.get("config", {}), wanted.get("config", {})) if "config" in differing else ""
-    shown = f" ({details})" if details else ""
-    same = "use the settings of that run"
+    details = (
+        differences(stored.get("config", {}), requested.get("config", {})) if "config" in differing else ""
+    )
+    shown_details = f" ({details})" if details else ""
+    remedy = "use the settings of that run"
     if differing == ["code"]:
-        same = "resume it with the version of Holdfast that wrote it"
+        remedy = "resume it with the version of Holdfast that wrote it"
     raise UsageError(
-        f"{str(path)!r} is a run with another {' and another '.join(differing)}{shown}, so it cannot be resumed; "
-        f"name another folder with --run DIR, or {same}"
+        f"{str(path)!r} is a run with another {' and another '.join(differing)}{shown_details}, so it cannot be "
+        f"resumed; name another folder with --run DIR, or {remedy}"
     )
 
 
-def _started(path: Path) -> Chain:
+def _started_chain(path: Path) -> Chain:
     """The chain, with a first record for the manifest."""
     chain = read_chain(path, mend=True)
     if not chain.links:
@@ -394,8 +405,8 @@ def _shard_path(folder: Path, shard: int) -> Path:
 
 
 def _shard_of(path: Path) -> int:
-    ours = path.stem.isascii() and path.stem.isdecimal() and len(path.stem) < 20
-    if not ours or path.name != _shard_path(path.parent, int(path.stem)).name:
+    has_shard_number = path.stem.isascii() and path.stem.isdecimal() and len(path.stem) < 20
+    if not has_shard_number or path.name != _shard_path(path.parent, int(path.stem)).name:
         raise TargetError(
             f"{str(path)!r} is not a shard of this run (shards have names such as 00012{column_files.SUFFIX}); "
             "remove it"

@@ -11,14 +11,14 @@ from typing import Any
 from holdfast.core.errors import TargetError
 
 Form = Callable[[Any, str], None]
-"""Schema: a function of a value and its path in the document that raises `_Unlike` if the value does not match."""
+"""Schema: a function of a value and its path in the document that raises `_Mismatch` if the value does not match."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,150}")
 _SHOWN = Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 60
 
 
-class _Unlike(Exception):
+class _Mismatch(Exception):
     def __init__(self, value: Any, where: str, expected: str) -> None:
         super().__init__(f"{where or 'the document'} is {_SHOWN.repr(value)}; {expected} was expected")
 
@@ -30,7 +30,7 @@ def refuse_form(file: Path, content: Any, form: Form) -> None:
     """
     try:
         form(content, "")
-    except _Unlike as error:
+    except _Mismatch as error:
         raise TargetError(
             f"{str(file)!r} has another format than that of a run: {error}; restore it from a copy"
         ) from None
@@ -49,44 +49,46 @@ def anything(value: Any, where: str) -> None:
 
 def text(value: Any, where: str) -> None:
     """Schema that accepts a string."""
-    _expect(isinstance(value, str), value, where, "text")
+    _require(isinstance(value, str), value, where, "text")
 
 
 def name(value: Any, where: str) -> None:
     """Schema that accepts the name of a stage, which is also a part of the name of its file."""
-    _expect(is_name(value), value, where, "a name of letters, digits and the characters _.+=-")
+    _require(is_name(value), value, where, "a name of letters, digits and the characters _.+=-")
 
 
 def flag(value: Any, where: str) -> None:
     """Schema that accepts true or false."""
-    _expect(isinstance(value, bool), value, where, "true or false")
+    _require(isinstance(value, bool), value, where, "true or false")
 
 
 def whole(value: Any, where: str) -> None:
     """Schema that accepts an integer of at most 63 bits."""
-    holds = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    _expect(holds, value, where, "a whole number")
+    is_valid = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    _require(is_valid, value, where, "a whole number")
 
 
 def count(value: Any, where: str) -> None:
     """Schema that accepts a nonnegative integer."""
     whole(value, where)
-    _expect(value >= 0, value, where, "a whole number from 0")
+    _require(value >= 0, value, where, "a whole number from 0")
 
 
 def real(value: Any, where: str) -> None:
     """Schema that accepts a number, or one of the strings that represent infinities and NaN in strict JSON."""
-    holds = isinstance(value, int | float) and not isinstance(value, bool)
-    holds = (holds and abs(value) <= 1e308) or (isinstance(value, str) and value in ("inf", "-inf", "nan"))
-    _expect(holds, value, where, "a number")
+    is_valid = isinstance(value, int | float) and not isinstance(value, bool)
+    is_valid = (is_valid and abs(value) <= 1e308) or (
+        isinstance(value, str) and value in ("inf", "-inf", "nan")
+    )
+    _require(is_valid, value, where, "a number")
 
 
-def one_of(*words: str | int) -> Form:
+def one_of(*allowed: str | int) -> Form:
     """Return a schema that accepts only the given values."""
 
     def check(value: Any, where: str) -> None:
-        known = any(type(value) is type(word) and value == word for word in words)
-        _expect(known, value, where, " or ".join(map(repr, words)))
+        is_allowed = any(type(value) is type(word) and value == word for word in allowed)
+        _require(is_allowed, value, where, " or ".join(map(repr, allowed)))
 
     return check
 
@@ -105,9 +107,9 @@ def list_of(form: Form) -> Form:
     """Return a schema that accepts a list whose entries match the schema `form`."""
 
     def check(value: Any, where: str) -> None:
-        _expect(isinstance(value, list), value, where, "a list")
-        for place, each in enumerate(value):
-            form(each, f"{where}[{place}]")
+        _require(isinstance(value, list), value, where, "a list")
+        for index, entry in enumerate(value):
+            form(entry, f"{where}[{index}]")
 
     return check
 
@@ -120,10 +122,10 @@ def distinct(form: Form, field: str | None = None) -> Form:
 
     def check(value: Any, where: str) -> None:
         list_of(form)(value, where)
-        seen = set()
-        for each in value if field is None else [item[field] for item in value]:
-            _expect(each not in seen, each, f"an entry of {where}", "a name that occurs once")
-            seen.add(each)
+        earlier = set()
+        for entry in value if field is None else [item[field] for item in value]:
+            _require(entry not in earlier, entry, f"an entry of {where}", "a name that occurs once")
+            earlier.add(entry)
 
     return check
 
@@ -133,7 +135,7 @@ def pair(form: Form) -> Form:
 
     def check(value: Any, where: str) -> None:
         list_of(form)(value, where)
-        _expect(len(value) == 2, value, where, "a list of two")
+        _require(len(value) == 2, value, where, "a list of two")
 
     return check
 
@@ -142,9 +144,9 @@ def mapped(form: Form) -> Form:
     """Return a schema that accepts a JSON object with any field names, whose values match the schema `form`."""
 
     def check(value: Any, where: str) -> None:
-        _expect(isinstance(value, dict), value, where, "an object")
-        for each in value.values():
-            form(each, f"a value of {where or 'the document'}")
+        _require(isinstance(value, dict), value, where, "an object")
+        for entry in value.values():
+            form(entry, f"a value of {where or 'the document'}")
 
     return check
 
@@ -155,21 +157,21 @@ def record(required: Mapping[str, Form], optional: Mapping[str, Form] | None = N
     """
 
     def check(value: Any, where: str) -> None:
-        _expect(isinstance(value, dict), value, where, "an object")
+        _require(isinstance(value, dict), value, where, "an object")
         for field, form in (optional or {}).items():
             if field in value:
-                form(value[field], _within(where, field))
+                form(value[field], _path_of_field(where, field))
         for field, form in required.items():
-            _expect(field in value, sorted(value), where, f"an object with {field!r}")
-            form(value[field], _within(where, field))
+            _require(field in value, sorted(value), where, f"an object with {field!r}")
+            form(value[field], _path_of_field(where, field))
 
     return check
 
 
-def _within(where: str, field: str) -> str:
+def _path_of_field(where: str, field: str) -> str:
     return f"{where}.{field}" if where else field
 
 
-def _expect(holds: object, value: Any, where: str, expected: str) -> None:
-    if not holds:
-        raise _Unlike(value, where, expected)
+def _require(is_valid: object, value: Any, where: str, expected: str) -> None:
+    if not is_valid:
+        raise _Mismatch(value, where, expected)

@@ -65,13 +65,15 @@ class Journal(Sent):
         self._pending: list[tuple[Place | None, bytes]] = []
         """records from before `attach`, with their places"""
         self._chain, self._end, self._synced = b"", 0, 0.0
-        self._kept: defaultdict[Place, list[tuple[int, int]]] = defaultdict(list)
+        self._positions: defaultdict[Place, list[tuple[int, int]]] = defaultdict(list)
         """offset and length of the records of answers"""
         self._earlier: BinaryIO | None = None
         """the file of earlier attempts"""
-        self._known: dict[Place, dict[bytes, deque[tuple[int, int, str]]]] = {}
+        self._answers_by_place: dict[Place, dict[bytes, deque[tuple[int, int, str]]]] = {}
         """for each input, its stored answers: offset, number of values, number of classes, and type"""
-        existing = next((each for each in (path, path.with_name(SERVED)) if each.is_file()), None)
+        existing = next(
+            (candidate for candidate in (path, path.with_name(SERVED)) if candidate.is_file()), None
+        )
         if resume and existing is not None:
             if existing.is_symlink():
                 raise _altered(existing, "is a link", "a run folder contains no links")
@@ -112,9 +114,9 @@ class Journal(Sent):
         """
         content: dict[str, Any] = {"t": "answer", **purpose_record(purpose), "n": len(values)}
         if values.is_floating_point():
-            single = values.float()
-            same = torch.equal(single.double().nan_to_num(), values.double().nan_to_num())
-            array = (single if same else values.double()).numpy()
+            single_precision = values.float()
+            is_exact = torch.equal(single_precision.double().nan_to_num(), values.double().nan_to_num())
+            array = (single_precision if is_exact else values.double()).numpy()
         else:
             content["classes"] = values.shape[1]
             array = values.argmax(1, keepdim=True).numpy().astype(np.int32)
@@ -129,10 +131,10 @@ class Journal(Sent):
         The answers are those of earlier attempts. If the server refused an input, the answer is a row of one value that
         marks the refusal.
         """
-        known = self._known.get((purpose.stage, purpose.shard))
-        if not known:
+        answers = self._answers_by_place.get((purpose.stage, purpose.shard))
+        if not answers:
             return [None] * len(keys)
-        return [self._values(known[key].popleft()) if known.get(key) else None for key in keys]
+        return [self._values(answers[key].popleft()) if answers.get(key) else None for key in keys]
 
     def done(self, stage: str, shard: int | None = None) -> None:
         """Delete the stored answers of a finished shard, or of a finished stage if `shard` is None. Nothing is deleted
@@ -141,11 +143,15 @@ class Journal(Sent):
         if self._keep:
             return
         with self._lock:
-            for place in [each for each in self._kept if each[0] == stage and shard in (None, each[1])]:
-                self._kept.pop(place)
-                self._known.pop(place, None)
+            for place in [
+                stored_place
+                for stored_place in self._positions
+                if stored_place[0] == stage and shard in (None, stored_place[1])
+            ]:
+                self._positions.pop(place)
+                self._answers_by_place.pop(place, None)
             if self._file is not None:
-                self._compact(self.path, list(self._kept))
+                self._compact(self.path, list(self._positions))
 
     def close(self) -> None:
         """Close the journal file. A resumed run can continue it."""
@@ -164,15 +170,15 @@ class Journal(Sent):
         with self._lock:
             if self._file is None:
                 return
-            left = self.path.with_name(SERVED)
-            self._compact(left, [place for place in self._kept if place[0] == LOOK])
+            final_path = self.path.with_name(SERVED)
+            self._compact(final_path, [place for place in self._positions if place[0] == LOOK])
             self.close()
             if not self._keep:
                 with usable(self.path):
                     self.path.unlink(missing_ok=True)
 
-    def _values(self, at: tuple[int, int, str]) -> Tensor:
-        offset, width, kind = at
+    def _values(self, position: tuple[int, int, str]) -> Tensor:
+        offset, width, kind = position
         if not width:
             return torch.tensor([REFUSED])
         assert self._earlier is not None
@@ -199,10 +205,12 @@ class Journal(Sent):
         chain = _next(self._chain, record)
         with usable(self.path):
             self._file.seek(self._end)
+            # The record is written before the counter in the header; after a kill in between it is not counted, and
+            # ignored.
             _write(self._file, _framed(record, chain))
             self._chain = chain
             if place is not None:
-                self._kept[place].append((self._end + _PREFIX, len(record)))
+                self._positions[place].append((self._end + _PREFIX, len(record)))
             self._end += _PREFIX + len(record)
             self._file.seek(0)
             _write(self._file, _head(self._end - _HEAD))
@@ -213,39 +221,39 @@ class Journal(Sent):
     def _compact(self, path: Path, places: Sequence[Place]) -> None:
         """Write a file with the answers of some places followed by the totals, and continue in it."""
         assert self._file is not None
-        part, chain, end = path.with_name(f".{path.name}{PART}"), b"", _HEAD
-        kept = defaultdict[Place, list[tuple[int, int]]](list)
+        new_file, chain, end = path.with_name(f".{path.name}{PART}"), b"", _HEAD
+        positions = defaultdict[Place, list[tuple[int, int]]](list)
         totals = json.dumps({"t": "totals", **vars(self.totals)}).encode() + b"\n"
         with usable(self.path):
-            with part.open("wb") as file:
+            with new_file.open("wb") as file:
                 file.write(_head(0))
                 for place, record in chain_of(self._records(places), [(None, totals)]):
                     chain = _next(chain, record)
                     file.write(_framed(record, chain))
                     if place is not None:
-                        kept[place].append((end + _PREFIX, len(record)))
+                        positions[place].append((end + _PREFIX, len(record)))
                     end += _PREFIX + len(record)
                 file.seek(0)
                 file.write(_head(end - _HEAD))
                 file.flush()
                 os.fsync(file.fileno())
             self._file.close()
-            part.replace(path)
+            new_file.replace(path)
             self._file = path.open("r+b", buffering=0)
-        self._kept, self._chain, self._end = kept, chain, end
+        self._positions, self._chain, self._end = positions, chain, end
 
     def _records(self, places: Sequence[Place]) -> Iterator[tuple[Place | None, bytes]]:
         """The records of the answers of some places, each with its place."""
         assert self._file is not None
         for place in places:
-            for offset, length in self._kept[place]:
+            for offset, length in self._positions[place]:
                 self._file.seek(offset)
                 yield place, self._file.read(length)
 
     def _load(self, path: Path) -> None:
         """Read the records of earlier attempts."""
         self._earlier = file = path.open("rb")
-        counted = _counted(file.read(_HEAD), path)
+        counted = _n_counted_bytes(file.read(_HEAD), path)
         self._end = _HEAD
         while record := self._read(file, counted, path):
             start, self._end = self._end + _PREFIX, self._end + _PREFIX + len(record)
@@ -256,20 +264,20 @@ class Journal(Sent):
                 refuse_form(path, content, _TOTALS)
             add_record(self.totals, content)
             if place is not None:
-                self._kept[place].append((start, len(record)))
+                self._positions[place].append((start, len(record)))
                 for key, at in _answers(content, record, start, line):
-                    self._known.setdefault(place, {}).setdefault(key, deque()).append(at)
+                    self._answers_by_place.setdefault(place, {}).setdefault(key, deque()).append(at)
 
     def _read(self, file: BinaryIO, counted: int, path: Path) -> bytes | None:
         """The next record; None at the end, or if an incomplete record follows the counted ones."""
-        inside = self._end - _HEAD < counted
+        is_counted = self._end - _HEAD < counted
         prefix = file.read(_PREFIX)
         length = int.from_bytes(prefix[:4], "little")
         record = file.read(length) if len(prefix) == _PREFIX and length < _LARGEST else b""
         if len(record) == length and record and _next(self._chain, record) == prefix[4:]:
             self._chain = prefix[4:]
             return record
-        if not inside:
+        if not is_counted:
             return None
         if len(prefix) < _PREFIX or len(record) < length < _LARGEST:
             raise _altered(
@@ -293,7 +301,7 @@ def _head(size: int) -> bytes:
     return _MAGIC + b"%020d\n" % size
 
 
-def _counted(head: bytes, path: Path) -> int:
+def _n_counted_bytes(head: bytes, path: Path) -> int:
     if len(head) == _HEAD and head.startswith(_MAGIC) and head[len(_MAGIC) : -1].isdigit():
         return int(head[len(_MAGIC) :])
     raise _altered(path, "was changed", "it has no valid header")
@@ -320,16 +328,19 @@ def _answers(
         yield record[line : line + KEY_BYTES], (0, 0, "")
         return
     n, width = content["n"], content["width"]
-    first, size = start + line + n * KEY_BYTES, width * np.dtype(content["type"]).itemsize
+    first_offset, size = start + line + n * KEY_BYTES, width * np.dtype(content["type"]).itemsize
     if not 0 <= n * size <= len(record) - line - n * KEY_BYTES:
         raise ValueError(f"it contains fewer than {n} answers")
     kind = f"{content.get('classes', '')}:{content['type']}"
     for k in range(n):
-        yield record[line + k * KEY_BYTES : line + (k + 1) * KEY_BYTES], (first + k * size, width, kind)
+        yield (
+            record[line + k * KEY_BYTES : line + (k + 1) * KEY_BYTES],
+            (first_offset + k * size, width, kind),
+        )
 
 
-def _altered(path: Path, what: str, why: str) -> TargetError:
+def _altered(path: Path, fault: str, reason: str) -> TargetError:
     return TargetError(
-        f"{str(path)!r} {what}: {why}; restore it from a copy, or remove it; then its rows are sent again, and "
+        f"{str(path)!r} {fault}: {reason}; restore it from a copy, or remove it; then its rows are sent again, and "
         "those sent before are not counted"
     )

@@ -47,8 +47,8 @@ class Owner:
             return False
         except PermissionError:
             return True
-        now = start_time(self.pid)
-        return now is not None and (not self.started or now == self.started)
+        start = start_time(self.pid)
+        return start is not None and (not self.started or start == self.started)
 
 
 def start_time(pid: int) -> str | None:
@@ -73,7 +73,7 @@ FOREIGN_LEASE_S = 600
 They are counted from the last update of the lease by that process.
 """
 
-_HERE: set[Path] = set()
+_OWN_LEASES: set[Path] = set()
 """Leases of this process. A lease that could not be released because of a full disk is not included."""
 
 _SCHEMA = """
@@ -125,6 +125,7 @@ class Leases:
         return [self._path.with_name(NAME + suffix) for suffix in ("", "-wal", "-shm")]
 
     def _open(self) -> None:
+        # isolation_level=None, because transactions are begun explicitly below.
         database = sqlite3.connect(self._path, timeout=5.0, isolation_level=None, check_same_thread=False)
         try:
             if not _is_ours(database):
@@ -153,6 +154,8 @@ class Leases:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._reported():
+            # IMMEDIATE takes the write lock at once, so that two processes never read the lease at the same time and
+            # both take it.
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -166,41 +169,41 @@ class Leases:
         """Take the lease of the run folder for this process. Raises `UsageError` if it belongs to another running
         process.
         """
-        me = Owner.myself()
+        own = Owner.myself()
         with self._transaction():
             row = self._database.execute("SELECT host, pid, started, seen FROM lease").fetchone()
-            if row is not None and self._is_held(Owner(*row[:3]), float(row[3]), me):
+            if row is not None and self._is_held(Owner(*row[:3]), float(row[3]), own):
                 raise UsageError(
                     f"{str(self._path.parent)!r} is in use by process {row[1]} on {row[0]}; wait for it or stop it, "
                     f"or name another folder with --run DIR"
                 )
             self._database.execute(
                 "INSERT OR REPLACE INTO lease VALUES (1, ?, ?, ?, ?)",
-                (me.host, me.pid, me.started, time.time()),
+                (own.host, own.pid, own.started, time.time()),
             )
-        self._owner = me
-        _HERE.add(self._path.resolve())
+        self._owner = own
+        _OWN_LEASES.add(self._path.resolve())
 
     @property
-    def _me(self) -> tuple[str, int, str] | tuple[None, None, None]:
+    def _owner_columns(self) -> tuple[str, int, str] | tuple[None, None, None]:
         return (None,) * 3 if self._owner is None else astuple(self._owner)
 
-    def _is_held(self, owner: Owner, seen: float, me: Owner) -> bool:
-        if owner == me:
-            return self._path.resolve() in _HERE
-        if owner.host == me.host and os.name != "nt":  # on Windows, os.kill would end the process
+    def _is_held(self, owner: Owner, last_seen: float, own: Owner) -> bool:
+        if owner == own:
+            return self._path.resolve() in _OWN_LEASES
+        if owner.host == own.host and os.name != "nt":  # on Windows, os.kill would end the process
             return owner.alive()
-        return time.time() - seen < FOREIGN_LEASE_S
+        return time.time() - last_seen < FOREIGN_LEASE_S
 
     def refuse_lost(self) -> None:
         """Raise `TargetError` if this process has lost the lease, so that two processes never write to one run."""
         with self._reported():
             row = self._database.execute("SELECT host, pid, started FROM lease").fetchone()
         if row is None or Owner(*row) != self._owner:
-            whose = "nobody" if row is None else f"process {row[1]} on {row[0]}"
+            owner_text = "" if row is None else f", which process {row[1]} on {row[0]} has now"
             raise TargetError(
-                f"{str(self._path.parent)!r} is now in use by {whose}, so this process writes no more; resume with "
-                "--resume when no other process uses it, or name another folder with --run DIR"
+                f"this process has lost the lease of {str(self._path.parent)!r}{owner_text}, so it writes no more; "
+                "resume with --resume when no other process uses the folder, or name another folder with --run DIR"
             )
 
     def begin(self, stage: str, shard: int) -> None:
@@ -227,7 +230,7 @@ class Leases:
             )
             self._database.execute(
                 "UPDATE lease SET seen = ? WHERE host = ? AND pid = ? AND started = ?",
-                (time.time(), *self._me),
+                (time.time(), *self._owner_columns),
             )
 
     def reconcile(self, stage: str, shards: Iterable[int]) -> None:
@@ -257,9 +260,9 @@ class Leases:
         """
         try:
             if release:
-                _HERE.discard(self._path.resolve())
+                _OWN_LEASES.discard(self._path.resolve())
                 self._database.execute(
-                    "DELETE FROM lease WHERE host = ? AND pid = ? AND started = ?", self._me
+                    "DELETE FROM lease WHERE host = ? AND pid = ? AND started = ?", self._owner_columns
                 )
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except sqlite3.Error:  # a full disk; a lease of a dead process expires, and the log is read later
@@ -273,8 +276,9 @@ def _is_ours(database: sqlite3.Connection) -> bool:
 
     Only its schema is read, before any table.
     """
+    # The database may come from an untrusted folder; its schema must not call functions with side effects.
     database.execute("PRAGMA trusted_schema=OFF")
-    found = database.execute(
+    entries = database.execute(
         "SELECT type, name, sql, rootpage FROM sqlite_master WHERE type != 'index' OR sql NOT NULL LIMIT 99"
     ).fetchall()
     tables = {
@@ -285,7 +289,7 @@ def _is_ours(database: sqlite3.Connection) -> bool:
     }
     return all(
         kind == "table" and root and tables.get(name) == " ".join(str(sql).split())
-        for kind, name, sql, root in found
+        for kind, name, sql, root in entries
     )
 
 
@@ -308,10 +312,10 @@ def spent_in(folder: Path) -> dict[str, ShardTimes]:
             rows = database.execute(
                 "SELECT stage, sum(cpu_s), sum(wall_s), sum(attempts) FROM shards GROUP BY stage"
             )
-            found = {str(stage): ShardTimes(float(cpu), float(wall), int(n)) for stage, cpu, wall, n in rows}
+            times = {str(stage): ShardTimes(float(cpu), float(wall), int(n)) for stage, cpu, wall, n in rows}
     except (sqlite3.Error, ValueError, TypeError, OverflowError):
         return {}  # times are optional; the evidence does not depend on them
-    return found if all(_is_plausible(spent) for spent in found.values()) else {}
+    return times if all(_is_plausible(spent) for spent in times.values()) else {}
 
 
 def _is_plausible(spent: ShardTimes) -> bool:

@@ -61,7 +61,7 @@ class Ledger:
 
     def __init__(self, folder: Path, key: LedgerKey, now: Callable[[], str] = utc_now) -> None:
         self.path, self._head_path, self._key, self._now = folder / NAME, folder / HEAD, key, now
-        self._threads, self._inside = RLock(), False
+        self._thread_lock, self._has_lock = RLock(), False
         self._state, self._size = LedgerState(), 0
         self._digests: list[str] = []
 
@@ -71,22 +71,22 @@ class Ledger:
         pool.
         """
         ledger = cls(folder, key, now)
-        with ledger._threads:
-            ledger._inside = True
+        with ledger._thread_lock:
+            ledger._has_lock = True
             try:
-                ledger._clear()
+                ledger._read_existing()
                 ledger._add("begun", manifest=manifest)
             finally:
-                ledger._inside = False
+                ledger._has_lock = False
         return ledger
 
-    def _clear(self) -> None:
+    def _read_existing(self) -> None:
         """Read an existing ledger. An incomplete first entry is removed, and its head is written again."""
         with usable(self.path, refusal_in_pool):
-            whole = self.path.exists() and b"\n" in self.path.read_bytes()
-            if self.path.exists() and not whole:
+            has_entry = self.path.exists() and b"\n" in self.path.read_bytes()
+            if self.path.exists() and not has_entry:
                 os.truncate(self.path, 0)
-        if whole:
+        if has_entry:
             self._read()
 
     # --- views
@@ -94,34 +94,34 @@ class Ledger:
     @property
     def head(self) -> str:
         """Digest of the last ledger entry, which depends on all earlier entries."""
-        return self._ask(lambda _: self._last)
+        return self._view(lambda _: self._last)
 
     @property
     def entries(self) -> int:
         """Number of entries in the ledger."""
-        return self._ask(lambda _: len(self._digests))
+        return self._view(lambda _: len(self._digests))
 
     @property
     def unauthenticated(self) -> int:
         """Number of ledger entries that an older version of Holdfast wrote without authentication."""
-        return self._ask(lambda state: state.unauthenticated)
+        return self._view(lambda state: state.unauthenticated)
 
     def entry_of(self, head: str) -> int | None:
         """Return the number, counted from 1, of the ledger entry with the digest `head`, or None if there is no such
         entry.
         """
-        digests = self._ask(lambda _: self._digests)
+        digests = self._view(lambda _: self._digests)
         return digests.index(head) + 1 if head in digests else None
 
     @property
     def manifest(self) -> str | None:
         """Digest of the manifest of the pool, or None if the ledger belongs to no pool."""
-        return self._ask(lambda state: state.manifest)
+        return self._view(lambda state: state.manifest)
 
     @property
     def members(self) -> tuple[SetRecord, ...]:
         """All parameter sets of the pool, in the order in which they were added."""
-        return self._ask(lambda state: tuple(state.members.values()))
+        return self._view(lambda state: tuple(state.members.values()))
 
     @property
     def states(self) -> dict[str, State]:
@@ -133,39 +133,39 @@ class Ledger:
         """The serving set of the pool. It is None if no set has served yet, or if the last one was retired without a
         successor.
         """
-        return self._ask(lambda state: state.serving)
+        return self._view(lambda state: state.serving)
 
     @property
     def terms(self) -> tuple[Term, ...]:
         """All periods in which a parameter set served, oldest first. The current period is the last one."""
-        return self._ask(lambda state: state.terms)
+        return self._view(lambda state: state.terms)
 
     @property
     def ahead(self) -> tuple[str, ...]:
         """Names of the admitted sets that wait to serve and are not stolen, in the order of their admission."""
-        return self._ask(lambda state: state.ahead)
+        return self._view(lambda state: state.ahead)
 
     @property
     def unjudged(self) -> tuple[str, ...]:
         """Names of the admitted sets that wait to serve, but were not assessed against all stolen sets."""
-        return self._ask(lambda state: state.unjudged)
+        return self._view(lambda state: state.unjudged)
 
     @property
     def unlisted(self) -> tuple[str, ...]:
         """Names of the bases of candidates, admitted sets and the serving set that are neither listed as stolen nor
         deleted.
         """
-        return self._ask(lambda state: state.unlisted)
+        return self._view(lambda state: state.unlisted)
 
     def exposed(self) -> tuple[Exposure, ...]:
         """Return the stolen sets in the order in which they were listed as stolen, with the reasons."""
-        return self._ask(lambda state: state.exposed)
+        return self._view(lambda state: state.exposed)
 
     def member(self, name: str) -> SetRecord:
         """Return the ledger's record of a parameter set. Raises `UsageError`, with similar names, if there is no set of
         this name.
         """
-        return self._ask(lambda state: state.member(name))
+        return self._view(lambda state: state.member(name))
 
     # --- entries
 
@@ -196,11 +196,11 @@ class Ledger:
         With `unjudged`, the set may be one that was not judged against all stolen sets; the entry records this.
         """
         with self.alone():
-            before = self._state.serving
-            retires = [] if before is None else [before.name]
-            without = unjudged and name in self._state.unjudged
+            previous = self._state.serving
+            retires = [] if previous is None else [previous.name]
+            is_unjudged = unjudged and name in self._state.unjudged
             epoch = self._state.epoch + 1
-            self._add("serving", set=name, epoch=epoch, retires=retires, unjudged=without, why=why)
+            self._add("serving", set=name, epoch=epoch, retires=retires, unjudged=is_unjudged, why=why)
             return Serving(name, self._state.epoch, self._state.members[name].since)
 
     def retire(self, name: str, why: str = "") -> None:
@@ -237,17 +237,17 @@ class Ledger:
         """Context manager in which no other process or thread can add entries to the ledger. Entries of other processes
         are read before.
         """
-        with self._threads:
-            if self._inside:
+        with self._thread_lock:
+            if self._has_lock:
                 yield
                 return
             with locked(self.path.with_name(LOCK)):
                 self._read()
-                self._inside = True
+                self._has_lock = True
                 try:
                     yield
                 finally:
-                    self._inside = False
+                    self._has_lock = False
 
     @property
     def _last(self) -> str:
@@ -261,6 +261,7 @@ class Ledger:
             raise UsageError(f"the entry is invalid for the ledger: {error}") from error
         with self.alone():
             self._state.refuse_illegal(entry)
+            # Made under the lock and after the entries of other processes were read, so that the chain never forks.
             link, number = Link(self._last, entry), len(self._digests) + 1
             line, head = authenticated_line(link, number, self._key), Head(number, link.digest)
             with usable(self.path, refusal_in_pool):
@@ -289,10 +290,10 @@ class Ledger:
         self._size += size
         self._digests.append(link.digest)
 
-    def _ask(self, view: Callable[[LedgerState], T]) -> T:
+    def _view(self, view: Callable[[LedgerState], T]) -> T:
         """Read new entries, waiting for a writer if necessary, and return a view of the state."""
-        with self._threads:
-            if not self._inside and self._length() != self._size:
+        with self._thread_lock:
+            if not self._has_lock and self._length() != self._size:
                 with self.alone():
                     pass
             return view(self._state)
@@ -318,15 +319,20 @@ class Ledger:
             with self.path.open("rb") as file:
                 file.seek(self._size)
                 data = file.read()
-            whole = data[: data.rfind(b"\n") + 1]
-            if len(whole) < len(data):
-                os.truncate(self.path, self._size + len(whole))
+            complete_lines = data[: data.rfind(b"\n") + 1]
+            if len(complete_lines) < len(data):
+                os.truncate(self.path, self._size + len(complete_lines))
         head = read_head(self._head_path, self._key)
         links = read_entries(
-            self.path, whole, well_formed, self._key, previous=self._last, first=len(self._digests) + 1
+            self.path,
+            complete_lines,
+            well_formed,
+            self._key,
+            previous=self._last,
+            first=len(self._digests) + 1,
         )
         refuse_shortened(self.path, head, [*self._digests, *(link.digest for link in links)])
-        for link, line in zip(links, whole.splitlines(keepends=True), strict=True):
+        for link, line in zip(links, complete_lines.splitlines(keepends=True), strict=True):
             refuse_out_of_order(self._state, link, len(self._digests) + 1, self.path)
             self._take(link, len(line))
         if head is not None and head.entries < len(

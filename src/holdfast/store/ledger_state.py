@@ -128,8 +128,11 @@ def well_formed(entry: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} is {entry[name]!r}; a {kind.__name__} was expected")
     if entry.get("role", "service") not in _ROLES:
         raise ValueError(f"role is {entry['role']!r}; {' or '.join(_ROLES)} was expected")
-    named = [entry["set"]] if "set" in entry else []
-    for name in [*named, *(each for key in ("bases", "retires", "against") for each in entry.get(key, ()))]:
+    names = [entry["set"]] if "set" in entry else []
+    for name in [
+        *names,
+        *(other_name for key in ("bases", "retires", "against") for other_name in entry.get(key, ())),
+    ]:
         if not _NAME.fullmatch(name):
             raise ValueError(
                 f"{name!r} is not a valid name of a set: letters, digits, '.', '_' and '-' were expected"
@@ -164,7 +167,8 @@ class LedgerState:
     def terms(self) -> tuple[Term, ...]:
         """All periods in which a parameter set served, oldest first. The current period is the last one."""
         return tuple(
-            replace(term, answers=dict(given)) for term, given in zip(self._terms, self._answers, strict=True)
+            replace(term, answers=dict(answers))
+            for term, answers in zip(self._terms, self._answers, strict=True)
         )
 
     @property
@@ -206,9 +210,9 @@ class LedgerState:
 
     def _judged(self, member: SetRecord) -> bool:
         return all(
-            one.name in member.against and (one.automatic or one.entry < member.entry)
-            for one in self._exposures
-            if one.name != member.name and not self.members[one.name].deleted
+            exposure.name in member.against and (exposure.automatic or exposure.entry < member.entry)
+            for exposure in self._exposures
+            if exposure.name != member.name and not self.members[exposure.name].deleted
         )
 
     @property
@@ -218,10 +222,12 @@ class LedgerState:
 
         No gate considers the theft of these bases.
         """
-        live = [m for m in self.members.values() if m.state in ("candidate", "admitted", "serving")]
-        bases = dict.fromkeys(base for member in live for base in member.bases)
-        known = (self.members[base] for base in bases)
-        return tuple(member.name for member in known if member.exposed is None and not member.deleted)
+        candidates_and_serving = [
+            m for m in self.members.values() if m.state in ("candidate", "admitted", "serving")
+        ]
+        bases = dict.fromkeys(base for member in candidates_and_serving for base in member.bases)
+        members = (self.members[base] for base in bases)
+        return tuple(member.name for member in members if member.exposed is None and not member.deleted)
 
     def refuse_illegal(self, entry: Mapping[str, Any]) -> None:
         """Raise `UsageError` if a new ledger entry is not allowed in the current state of the pool."""
@@ -260,8 +266,8 @@ class LedgerState:
             raise UsageError(
                 f"{member.name!r} is a base, which other sets are generated from; it cannot become admitted"
             )
-        for each in entry.get("against", ()):
-            self.member(each)
+        for stolen in entry.get("against", ()):
+            self.member(stolen)
         if kind in ("serving", "deleted") and member.exposed is not None:
             raise UsageError(
                 f"{member.name!r} is listed as stolen since {member.exposed.at} ({member.exposed.why}); "
@@ -272,11 +278,11 @@ class LedgerState:
                 )
             )
         if kind == "serving":
-            now = [] if self.serving is None else [self.serving.name]
-            if entry["epoch"] != self.epoch + 1 or entry["retires"] != now:
+            serving_before = [] if self.serving is None else [self.serving.name]
+            if entry["epoch"] != self.epoch + 1 or entry["retires"] != serving_before:
                 raise UsageError(
-                    f"epoch {entry['epoch']} retires {entry['retires']}; epoch {self.epoch + 1} retiring {now} was "
-                    f"expected"
+                    f"epoch {entry['epoch']} retires {entry['retires']}; epoch {self.epoch + 1} retiring "
+                    f"{serving_before} was expected"
                 )
             if not entry["unjudged"] and not self._judged(member):
                 raise UsageError(
@@ -289,7 +295,7 @@ class LedgerState:
         name.
         """
         if name not in self.members:
-            raise UsageError(f"{name!r} is not a set of this ledger; {_offer(name, self.members)}")
+            raise UsageError(f"{name!r} is not a set of this ledger; {_suggestion(name, self.members)}")
         return self.members[name]
 
     def take(self, entry: Mapping[str, Any]) -> None:
@@ -298,10 +304,10 @@ class LedgerState:
         if kind == "begun":
             self.manifest = entry["manifest"]
         elif kind == "answers":
-            given, term = self._answers[entry["epoch"] - 1], self._terms[entry["epoch"] - 1]
+            answers, term = self._answers[entry["epoch"] - 1], self._terms[entry["epoch"] - 1]
             self._terms[term.epoch - 1] = replace(term, others=term.others + entry["others"])
             for principal, count in entry["answers"].items():
-                given[principal] = given.get(principal, 0) + count
+                answers[principal] = answers.get(principal, 0) + count
         elif kind == "candidate":
             self.members[entry["set"]] = SetRecord(
                 entry["set"],
@@ -326,13 +332,13 @@ class LedgerState:
         name, at, why = entry["set"], entry["at"], entry["why"]
         if self.serving is not None and (state == "serving" or name == self.serving.name):
             self._terms[-1] = replace(self._terms[-1], until=at)
-        reached: dict[str, State] = {name: state}
-        reached |= dict.fromkeys(entry.get("retires", ()), "retired")
-        for each, new in reached.items():
-            member = self.members[each]
-            self.members[each] = replace(
+        new_states: dict[str, State] = {name: state}
+        new_states |= dict.fromkeys(entry.get("retires", ()), "retired")
+        for changed, new_state in new_states.items():
+            member = self.members[changed]
+            self.members[changed] = replace(
                 member,
-                state=new,
+                state=new_state,
                 since=at,
                 why=why,
                 entry=self._entries,
@@ -349,18 +355,18 @@ class LedgerState:
         earlier = member.exposed
         if earlier is None or (earlier.automatic and not exposure.automatic):
             self.members[exposure.name] = replace(member, exposed=exposure)
-            self._exposures = [one for one in self._exposures if one is not earlier] + [exposure]
+            self._exposures = [other for other in self._exposures if other is not earlier] + [exposure]
 
 
-def _offer(name: str, known: Collection[str]) -> str:
+def _suggestion(name: str, known: Collection[str]) -> str:
     """Known names that are similar to an unknown one, as text."""
     if not known:
         return "it contains no sets yet"
-    near = [each for each in known if name and each.startswith(name[:4])] or get_close_matches(
-        name, known, 3, 0.5
-    )
+    similar = [
+        candidate for candidate in known if name and candidate.startswith(name[:4])
+    ] or get_close_matches(name, known, 3, 0.5)
     return (
-        f"similar names: {', '.join(near[:3])}"
-        if near
+        f"similar names: {', '.join(similar[:3])}"
+        if similar
         else f"the last ones are {', '.join(list(known)[-3:])}"
     )

@@ -53,8 +53,8 @@ def open_manifest(path: Path) -> dict[str, Any]:
 
 def any_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of a pool of any format. Raises `TargetError` if there is no pool."""
-    if not stands(path):
-        _refuse_part(path)
+    if not is_complete(path):
+        _refuse_incomplete(path)
         raise TargetError(
             f"{str(path)!r} is not a pool, or its creation was interrupted; create it with holdfast rotate collect "
             f"MODEL DATA --run {shlex.quote(str(path))}, or in Python with Pool.begun"
@@ -62,7 +62,7 @@ def any_manifest(path: Path) -> dict[str, Any]:
     return read_document(path / POOL_MANIFEST)
 
 
-def stands(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
     """Return whether a folder contains a pool whose creation is complete."""
     with usable(path, refusal_in_pool):
         return (path / POOL_MANIFEST).is_file() and _has_entries(path / LEDGER)
@@ -79,23 +79,24 @@ def refuse_begun(path: Path) -> None:
     """Raise `UsageError` if the folder contains a pool, and `TargetError` if it contains a pool whose creation was
     interrupted.
     """
-    if stands(path):
+    if is_complete(path):
         raise UsageError(f"{str(path)!r} contains a pool already; use that pool, or name another folder")
-    _refuse_part(path)
+    _refuse_incomplete(path)
 
 
-def _refuse_part(path: Path) -> None:
+def _refuse_incomplete(path: Path) -> None:
     """Raise `TargetError` if the folder contains an incomplete pool that is not just being created."""
     with usable(path, refusal_in_pool):
-        entered, sealed = _has_entries(path / LEDGER), any((path / SETS).glob(f"*{SEALED}"))
+        has_entries, has_sets = _has_entries(path / LEDGER), any((path / SETS).glob(f"*{SEALED}"))
+    # Without the key, because here only the presence of entries matters.
     head = read_head(path / HEAD, None)
-    for lost, known in (
-        (POOL_MANIFEST, entered),
-        (LEDGER, sealed or (head is not None and head.entries > 1)),
+    for missing, expected in (
+        (POOL_MANIFEST, has_entries),
+        (LEDGER, has_sets or (head is not None and head.entries > 1)),
     ):
-        if known:
+        if expected:
             raise TargetError(
-                f"{str(path)!r} contains a pool whose {lost} is missing; restore it from a copy, or name another "
+                f"{str(path)!r} contains a pool whose {missing} is missing; restore it from a copy, or name another "
                 "folder"
             )
 
@@ -150,7 +151,7 @@ def unsealed(seal: Seal, manifest: Mapping[str, Any], data: bytes, name: str, pa
 
 def end_migration(path: Path) -> None:
     """Complete the conversion of a pool that was killed after it wrote the manifest, by renaming its new files."""
-    if any(each.exists() for each in _new_files(path)):
+    if any(file.exists() for file in _new_files(path)):
         with locked(path / LOCK), usable(path, refusal_in_pool):
             name_new_files(path)
 
@@ -159,9 +160,9 @@ def name_new_files(path: Path) -> None:
     """Replace the ledger of the older format by the converted ledger and its head file. The caller must have locked the
     pool.
     """
-    for each in _new_files(path):
-        if each.exists():
-            each.replace(each.with_name(each.name.removesuffix(NEW)))
+    for file in _new_files(path):
+        if file.exists():
+            file.replace(file.with_name(file.name.removesuffix(NEW)))
     flush_folder(path)
 
 
@@ -172,7 +173,7 @@ def _new_files(path: Path) -> list[Path]:
 # --- validation of new sets
 
 
-def refuse_unsaid(about: Mapping[str, Any]) -> None:
+def refuse_unserialisable(about: Mapping[str, Any]) -> None:
     """Raise `UsageError` if the metadata of a pool or of a parameter set cannot be represented as JSON."""
     try:
         canonical(about)

@@ -16,7 +16,7 @@ from holdfast.core.chain import GENESIS, Link, digest
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.store import columns as column_files
 from holdfast.store.authentic import HEAD, WAY_OUT, Head, LedgerKey, authenticated_line, write_head
-from holdfast.store.encryption import Seal, found_seal
+from holdfast.store.encryption import Seal, existing_seal
 from holdfast.store.files import POOL_MANIFEST, PRIVATE, refusal_in_pool, usable, write_atomically
 from holdfast.store.ledger import LOCK, refuse_out_of_order, utc_now
 from holdfast.store.ledger import NAME as LEDGER
@@ -36,7 +36,7 @@ from holdfast.store.manifest import (
 )
 from holdfast.store.records import document, read_links
 
-KEPT = "ledger-1.jsonl"
+OLD_LEDGER = "ledger-1.jsonl"
 """Name of the file with the older ledger, which is not changed."""
 
 
@@ -66,7 +66,7 @@ def migrate(path: Path) -> Migrated:
         raise UsageError(f"{str(path)!r} has schema version {SCHEMA_VERSION} already; nothing was changed")
     if manifest.get("schema_version") != OLD_VERSION:
         open_manifest(path)
-    seal = found_seal(path)
+    seal = existing_seal(path)
     seal.refuse_other(manifest["key"], path / POOL_MANIFEST)
     with locked(path / LOCK):
         _refuse_downgraded(path, manifest, seal)
@@ -79,23 +79,23 @@ def migrate(path: Path) -> Migrated:
         entries[0]["manifest"] = digest(document(new))
         entries.append({"kind": "migrated", "at": utc_now(), "entries": len(links), "head": last})
         head = _write(path, entries, new, LedgerKey.of(seal, manifest["id"]))
-    exposed = tuple(one.name for one in state.exposed)
+    exposed = tuple(exposure.name for exposure in state.exposed)
     return Migrated(len(links), last, head, exposed, state.unjudged)
 
 
 def _refuse_downgraded(path: Path, manifest: Mapping[str, Any], seal: Seal) -> None:
     """Raise `TargetError` if files of the current format exist, so that the ledger must have been exchanged."""
-    signs = [path / HEAD] if (path / HEAD).exists() else []
+    new_files = [path / HEAD] if (path / HEAD).exists() else []
     with usable(path, refusal_in_pool):
-        signs += (
-            [path / LEDGER] if any("mac" in one for one in _objects((path / LEDGER).read_bytes())) else []
+        new_files += (
+            [path / LEDGER] if any("mac" in entry for entry in _objects((path / LEDGER).read_bytes())) else []
         )
         for file in (*sorted(path.glob(f"*{SEALED}")), *sorted((path / SETS).glob(f"*{SEALED}"))):
-            if _opens(seal, file, bound(manifest["id"], _inside(path, file))):
-                signs.append(file)
-    if signs:
+            if _can_open(seal, file, bound(manifest["id"], _name_in_pool(path, file))):
+                new_files.append(file)
+    if new_files:
         raise TargetError(
-            f"{str(path / POOL_MANIFEST)!r} has schema version {OLD_VERSION}, but {str(signs[0])!r} has version "
+            f"{str(path / POOL_MANIFEST)!r} has schema version {OLD_VERSION}, but {str(new_files[0])!r} has version "
             f"{SCHEMA_VERSION}: the manifest or the ledger was replaced by one without authentication. Restore "
             "both from a copy; nothing was converted"
         )
@@ -113,12 +113,12 @@ def _objects(lines: bytes) -> list[dict[str, Any]]:
     return records
 
 
-def _inside(path: Path, file: Path) -> str:
+def _name_in_pool(path: Path, file: Path) -> str:
     """The name of an encrypted file within its pool."""
     return file.relative_to(path).as_posix().removesuffix(SEALED)
 
 
-def _opens(seal: Seal, file: Path, name: str) -> bool:
+def _can_open(seal: Seal, file: Path, name: str) -> bool:
     try:
         seal.open(file.read_bytes(), name, file)
     except TargetError:
@@ -131,8 +131,8 @@ def _old_links(path: Path, manifest: Mapping[str, Any]) -> list[Link]:
     file = path / LEDGER
     with usable(file, refusal_in_pool):
         data = file.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    links = read_links(file, whole, _any_form, noun="entry", way_out=WAY_OUT)
+    complete_lines = data[: data.rfind(b"\n") + 1]
+    links = read_links(file, complete_lines, _check_old_entry, noun="entry", way_out=WAY_OUT)
     if links[0].content.get("manifest") != digest(document(manifest)):
         raise TargetError(
             f"{str(path / POOL_MANIFEST)!r} is not what the ledger recorded; restore it from a copy"
@@ -140,22 +140,22 @@ def _old_links(path: Path, manifest: Mapping[str, Any]) -> list[Link]:
     return links
 
 
-def _any_form(content: Mapping[str, Any]) -> None:
-    well_formed(_upgraded(content))
+def _check_old_entry(content: Mapping[str, Any]) -> None:
+    well_formed(_with_missing_fields(content))
 
 
-def _upgraded(content: Mapping[str, Any]) -> dict[str, Any]:
+def _with_missing_fields(content: Mapping[str, Any]) -> dict[str, Any]:
     """An older entry with missing fields set to the values that require the most judging.
 
     Reasons are not interpreted: every theft counts as reported, and no set as judged against any other.
     """
-    lacking: dict[str, dict[str, Any]] = {
+    defaults: dict[str, dict[str, Any]] = {
         "candidate": {"role": "service"},
         "admitted": {"against": []},
         "exposed": {"automatic": False},
         "serving": {"unjudged": True},
     }
-    return {**content, **lacking.get(content["kind"], {})}
+    return {**content, **defaults.get(content["kind"], {})}
 
 
 def _converted(
@@ -164,7 +164,7 @@ def _converted(
     """The state after the entries, and the entries with all fields of the current format."""
     state, entries = LedgerState(), []
     for number, link in enumerate(links, 1):
-        entry = _upgraded(link.content)
+        entry = _with_missing_fields(link.content)
         if entry["kind"] == "candidate" and _is_base(path, manifest, seal, entry["set"]):
             entry["role"] = "base"
         if entry["kind"] == "serving":
@@ -179,10 +179,12 @@ def _is_base(path: Path, manifest: Mapping[str, Any], seal: Seal, name: str) -> 
     """Whether the metadata of a set mark it as a base; false if its file is missing."""
     file = path / SETS / f"{name}{SEALED}"
     with usable(file, refusal_in_pool):
-        for each in (file, file.with_name(file.name + NEW)):
-            if each.exists():
-                plain = seal.open(each.read_bytes(), old_bound(manifest["id"], f"{SETS}/{name}"), each)
-                return column_files.decode(plain, str(each)).about.get("base") is True
+        for candidate in (file, file.with_name(file.name + NEW)):
+            if candidate.exists():
+                content = seal.open(
+                    candidate.read_bytes(), old_bound(manifest["id"], f"{SETS}/{name}"), candidate
+                )
+                return column_files.decode(content, str(candidate)).about.get("base") is True
     return False
 
 
@@ -206,9 +208,11 @@ def _write(path: Path, entries: list[dict[str, Any]], manifest: Mapping[str, Any
         link = Link(previous, entry)
         lines, previous = lines + authenticated_line(link, number, key), link.digest
     with usable(path, refusal_in_pool):
-        write_atomically(path / KEPT, (path / LEDGER).read_bytes(), PRIVATE)
+        write_atomically(path / OLD_LEDGER, (path / LEDGER).read_bytes(), PRIVATE)
         write_atomically(path / f"{LEDGER}{NEW}", lines, PRIVATE)
         write_head(path / f"{HEAD}{NEW}", Head(len(entries), previous), key)
+        # From here on the new ledger is valid; if the process is killed before the renaming, the next one completes
+        # it.
         write_atomically(path / POOL_MANIFEST, document(manifest), PRIVATE)
         name_new_files(path)
     return previous

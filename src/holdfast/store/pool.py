@@ -25,7 +25,7 @@ from holdfast.core.errors import Inconclusive, TargetError, UsageError
 from holdfast.store import columns as column_files
 from holdfast.store.authentic import HEAD, LedgerKey
 from holdfast.store.columns import ColumnFile, content_digest
-from holdfast.store.encryption import Seal, begun_seal, found_seal, refuse_unready
+from holdfast.store.encryption import Seal, existing_seal, new_seal, refuse_unready
 from holdfast.store.files import (
     PART,
     POOL_MANIFEST,
@@ -49,7 +49,7 @@ from holdfast.store.manifest import (
     refuse_begun,
     refuse_no_set,
     refuse_other_head,
-    refuse_unsaid,
+    refuse_unserialisable,
     unsealed,
 )
 from holdfast.store.records import document
@@ -63,7 +63,7 @@ class Pool:
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], seal: Seal, ledger: Ledger) -> None:
         self.path, self.manifest, self.seal, self.ledger = path, manifest, seal, ledger
-        self._said: dict[str, Mapping[str, Any]] = {}  # metadata of opened sets, which never change
+        self._metadata: dict[str, Mapping[str, Any]] = {}  # metadata of opened sets, which never change
 
     @classmethod
     def begun(cls, path: Path, about: Mapping[str, Any]) -> "Pool":
@@ -74,7 +74,7 @@ class Pool:
         `pool.seal.source`.
         """
         refuse_unready()
-        refuse_unsaid(about)
+        refuse_unserialisable(about)
         if path.is_dir():
             refuse_begun(path)
         with usable(path, refusal_in_pool):
@@ -84,9 +84,9 @@ class Pool:
         file = path / POOL_MANIFEST
         with locked(path / LOCK):
             refuse_begun(path)
-            seal = begun_seal(path)
-            known = {"schema_version": SCHEMA_VERSION, "id": secrets.token_hex(8), "key": seal.id}
-            manifest: dict[str, Any] = json.loads(canonical({**known, "about": about}))
+            seal = new_seal(path)
+            identity = {"schema_version": SCHEMA_VERSION, "id": secrets.token_hex(8), "key": seal.id}
+            manifest: dict[str, Any] = json.loads(canonical({**identity, "about": about}))
             with usable(file, refusal_in_pool):
                 write_atomically(file, document(manifest), PRIVATE)
             ledger = Ledger.begun(path, LedgerKey.of(seal, manifest["id"]), digest(document(manifest)))
@@ -100,7 +100,7 @@ class Pool:
         `expect_head` is an earlier head of the ledger, which the ledger must contain; empty for none.
         """
         manifest = open_manifest(path)
-        seal = found_seal(path)
+        seal = existing_seal(path)
         seal.refuse_other(manifest["key"], path / POOL_MANIFEST)
         ledger = Ledger(path, LedgerKey.of(seal, manifest["id"]))
         end_migration(path)
@@ -110,7 +110,7 @@ class Pool:
             )
         refuse_other_head(path, expect_head, ledger.entry_of)
         pool = cls(path, manifest, seal, ledger)
-        pool._sweep()
+        pool._recover()
         return pool
 
     @property
@@ -146,29 +146,30 @@ class Pool:
         `UsageError` if the set was deleted.
         """
         refuse_no_set(weights)
-        refuse_unsaid(about)
-        full = content_digest(weights)
-        name = full[:NAME_DIGITS]
-        plain, path = column_files.encode(weights, about), self._path(name)
-        new, sealed = (
+        refuse_unserialisable(about)
+        set_digest = content_digest(weights)
+        name = set_digest[:NAME_DIGITS]
+        content, path = column_files.encode(weights, about), self._path(name)
+        new_file, sealed = (
             path.with_name(path.name + NEW),
-            self.seal.seal(plain, bound(self.manifest["id"], f"{SETS}/{name}")),
+            self.seal.seal(content, bound(self.manifest["id"], f"{SETS}/{name}")),
         )
-        with self.ledger.alone(), usable(new, refusal_in_pool):
-            known = self._known(name)
-            if known is not None and (known.deleted or known.digest != full):
+        # Under the lock, so that two processes that add the same set write one entry.
+        with self.ledger.alone(), usable(new_file, refusal_in_pool):
+            existing = self._member(name)
+            if existing is not None and (existing.deleted or existing.digest != set_digest):
                 raise UsageError(f"{name!r} was deleted, or is the name of another set; draw another set")
-            if known is not None and self._settled(path):
+            if existing is not None and self._has_file(path):
                 return name
             try:
-                write_atomically(new, sealed, PRIVATE)
-                if known is None:
-                    self.ledger.candidate(name, full, bases, why, role=role)
+                write_atomically(new_file, sealed, PRIVATE)
+                if existing is None:
+                    self.ledger.candidate(name, set_digest, bases, why, role=role)
             except (OSError, TargetError, UsageError):
                 with suppress(OSError):  # free space on a full disk
-                    new.unlink(missing_ok=True)
+                    new_file.unlink(missing_ok=True)
                 raise
-            self._name(path)
+            self._rename_new(path)
         return name
 
     def weights(self, name: str) -> dict[str, Tensor]:
@@ -177,15 +178,16 @@ class Pool:
 
     def about(self, name: str) -> Mapping[str, Any]:
         """Return the metadata that was stored with a parameter set."""
-        if name not in self._said or self.ledger.member(name).deleted:
-            self._said[name] = self._opened(name).about
-        return self._said[name]
+        if name not in self._metadata or self.ledger.member(name).deleted:
+            self._metadata[name] = self._opened(name).about
+        return self._metadata[name]
 
     def delete(self, name: str, why: str = "") -> None:
         """Delete the parameters of a set that does not serve, does not wait to serve and is not stolen. Its ledger
         entries remain.
         """
         with self.ledger.alone():
+            # The entry comes before the file is deleted, so that a missing file without an entry always means damage.
             self.ledger.delete(name, why)
             with usable(self._path(name), refusal_in_pool):
                 self._path(name).unlink(missing_ok=True)
@@ -227,6 +229,7 @@ class Pool:
         """
         with self.ledger.alone():
             self.ledger.member(name)
+            # Decrypted and checked before the entry is written: a set with a damaged file must not serve.
             self._opened(name)
             return self.ledger.serve(name, why, unjudged=unjudged)
 
@@ -247,29 +250,29 @@ class Pool:
         serves. Raises `Inconclusive`, and changes nothing, if no such set waits.
         """
         with self.ledger.alone():
-            now = self.serving
-            if epoch is not None and now is None:
+            serving = self.serving
+            if epoch is not None and serving is None:
                 raise Inconclusive(
                     f"epoch {epoch} has ended, and no set serves in {str(self.path)!r}; swap without an epoch"
                 )
-            if epoch is not None and now is not None and now.epoch != epoch:
-                return now
-            old = self.unjudged
-            waiting = [name for name in self.ahead if name not in old] or (list(old) if unjudged else [])
+            if epoch is not None and serving is not None and serving.epoch != epoch:
+                return serving
+            unjudged_names = self.unjudged
+            waiting = [name for name in self.ahead if name not in unjudged_names] or (
+                list(unjudged_names) if unjudged else []
+            )
             if not waiting:
-                still = "no set serves yet" if now is None else f"{now.name!r} still serves"
-                raise Inconclusive(self._none_waits(still, len(old)))
+                serving_text = "no set serves yet" if serving is None else f"{serving.name!r} still serves"
+                raise Inconclusive(self._none_waits(serving_text, len(unjudged_names)))
             return self.serve(choose(waiting), why, unjudged=unjudged)
 
-    def _none_waits(self, still: str, unjudged: int) -> str:
+    def _none_waits(self, serving_text: str, unjudged: int) -> str:
         if not unjudged:
-            return (
-                f"{str(self.path)!r} contains no waiting admitted set, so {still}; draw and admit more sets"
-            )
+            return f"{str(self.path)!r} contains no waiting admitted set, so {serving_text}; draw and admit more sets"
         return (
-            f"no waiting set in {str(self.path)!r} was judged against all stolen sets ({unjudged} were admitted "
-            f"before the last theft was listed), so {still}; judge them with holdfast rotate admit {self.shown}, "
-            f"or use one without that with holdfast rotate swap {self.shown} --unjudged"
+            f"no waiting set in {str(self.path)!r} was judged against all stolen sets ({unjudged} were admitted before "
+            f"the last theft was listed), so {serving_text}; judge them with holdfast rotate admit {self.shown}, or "
+            f"use one without that with holdfast rotate swap {self.shown} --unjudged"
         )
 
     def retire(self, name: str, why: str = "") -> None:
@@ -291,7 +294,7 @@ class Pool:
 
         `others` is the number of answers to callers without a name.
         """
-        self.ledger.answered(epoch, {self.pseudonym(who): n for who, n in answers.items()}, others)
+        self.ledger.answered(epoch, {self.pseudonym(caller): n for caller, n in answers.items()}, others)
 
     def pseudonym(self, principal: str) -> str:
         """Return the pseudonym under which the pool stores a caller, as in
@@ -332,28 +335,28 @@ class Pool:
             raise UsageError(f"{name!r} is not a valid file name; letters, digits and '_' were expected")
         return self.path / f"{name}{SEALED}"
 
-    def _known(self, name: str) -> SetRecord | None:
+    def _member(self, name: str) -> SetRecord | None:
         return next((member for member in self.ledger.members if member.name == name), None)
 
-    def _name(self, path: Path) -> None:
+    def _rename_new(self, path: Path) -> None:
         """Rename the new file of a set that is in the ledger."""
         path.with_name(path.name + NEW).replace(path)
         flush_folder(path.parent)
 
-    def _settled(self, path: Path) -> bool:
+    def _has_file(self, path: Path) -> bool:
         """Whether the file of a set that is in the ledger exists; renames it if a killed process did not."""
         with usable(path, refusal_in_pool):
             if not path.exists():
                 with self.ledger.alone():
                     if path.with_name(path.name + NEW).exists():
-                        self._name(path)
+                        self._rename_new(path)
             return path.exists()
 
     def _opened(self, name: str) -> ColumnFile:
         member, path = self.ledger.member(name), self._path(name)
         if member.deleted:
             raise UsageError(f"the parameters of {name!r} were deleted and cannot be recovered")
-        self._settled(path)
+        self._has_file(path)
         content = self._unsealed(path, f"{SETS}/{name}")
         if content_digest(content.columns) != member.digest:
             raise TargetError(
@@ -366,7 +369,7 @@ class Pool:
             data = path.read_bytes()
         return column_files.decode(unsealed(self.seal, self.manifest, data, name, path), str(path))
 
-    def _sweep(self) -> None:
+    def _recover(self) -> None:
         """Complete or undo steps of an interrupted process.
 
         Raises `TargetError` for a set without an entry, and for a missing set that serves, waits, or is stolen.
@@ -380,7 +383,7 @@ class Pool:
                     part.unlink(missing_ok=True)
             for new in sets.glob(f"*{SEALED}{NEW}"):
                 if new.name.removesuffix(SEALED + NEW) in members:
-                    self._name(new.with_name(new.name.removesuffix(NEW)))
+                    self._rename_new(new.with_name(new.name.removesuffix(NEW)))
                 else:
                     new.unlink()
             for path in sorted(sets.glob(f"*{SEALED}")):
@@ -393,9 +396,9 @@ class Pool:
                 if members[path.stem].deleted:
                     path.unlink()
             for member in members.values():
-                self._refuse_gone(member)
+                self._refuse_missing(member)
 
-    def _refuse_gone(self, member: SetRecord) -> None:
+    def _refuse_missing(self, member: SetRecord) -> None:
         if member.needed and not self._path(member.name).exists():
             raise TargetError(
                 f"{str(self._path(member.name))!r} is missing, but the ledger lists the set as {member.status}; "

@@ -58,16 +58,16 @@ def read_chain(folder: Path, *, mend: bool) -> Chain:
     path = folder / CHAIN
     data = content_of(path) if os.path.lexists(path) else b""
     with usable(path):
-        whole = data[: data.rfind(b"\n") + 1]
-        if mend and len(whole) < len(data):
+        complete_lines = data[: data.rfind(b"\n") + 1]
+        if mend and len(complete_lines) < len(data):
             with path.open("r+b") as file:
-                file.truncate(len(whole))
-            data = whole
-    if len(whole) < len(data):
+                file.truncate(len(complete_lines))
+            data = complete_lines
+    if len(complete_lines) < len(data):
         raise TargetError(
             f"the last record of {str(path)!r} is truncated; resume with --resume, which removes it"
         )
-    return Chain(path, read_links(path, whole, _refuse_outside))
+    return Chain(path, read_links(path, complete_lines, _refuse_outside))
 
 
 def line_of(link: Link) -> bytes:
@@ -96,12 +96,13 @@ def read_links(
             record = json.loads(line)
             link = Link(record["previous"], record["content"])
             check(link.content)
-            holds = link.digest == record["digest"] and isinstance(link.content["kind"], str)
+            is_valid = link.digest == record["digest"] and isinstance(link.content["kind"], str)
         except (ValueError, KeyError, TypeError, RecursionError):
-            holds = False
-        if not holds:
+            is_valid = False
+        if not is_valid:
             raise TargetError(f"{noun} {number} of {str(path)!r} was changed after it was written; {way_out}")
         links.append(link)
+    # Each record matches its own digest by now; this checks that none was removed, added or moved.
     position = broken_at(links, previous)
     if position is not None:
         raise TargetError(
@@ -114,10 +115,10 @@ def _refuse_outside(content: Mapping[str, Any]) -> None:
     """Raise `ValueError` for a record of a file outside the run folder or with a wrong name; runs may be untrusted."""
     kind, stage = content["kind"], content.get("name", "")
     of_stage = kind == "stage"
-    known = is_name(kind) and (is_name(stage) if of_stage else stage == "")
+    has_valid_names = is_name(kind) and (is_name(stage) if of_stage else stage == "")
     files = [MANIFEST] if kind == "run" else [f"{stage if of_stage else kind}{COLUMNS}"]
     files += [] if of_stage or kind == "run" else [f"{kind}.json"]
-    if not known or content["file"] not in files or not isinstance(content["digest"], str):
+    if not has_valid_names or content["file"] not in files or not isinstance(content["digest"], str):
         raise ValueError(content["file"])
     reached, splits = content.get("reached"), content.get("splits", [])
     if not isinstance(reached, int | None) or not isinstance(splits, list):

@@ -84,9 +84,9 @@ def _rotation(content: Json) -> Json:
         "says": "message",
     }
     content |= _each(content, "rows", row) | _each(content, "alternatives", alternative)
-    for each in content.get("rows", ()):
-        if isinstance(each, dict) and each.get("effect") == "untouched":
-            each["effect"] = "not affected"
+    for entry in content.get("rows", ()):
+        if isinstance(entry, dict) and entry.get("effect") == "untouched":
+            entry["effect"] = "not affected"
     return content | {"doubt": _renamed(content.get("doubt"), {"says": "message"})}
 
 

@@ -13,7 +13,7 @@ from holdfast.core.errors import TargetError
 from holdfast.store import columns as column_files
 from holdfast.store.authentic import HEAD, LedgerKey, read_entries, read_head, refuse_shortened
 from holdfast.store.columns import content_digest
-from holdfast.store.encryption import Seal, found_seal, has_key
+from holdfast.store.encryption import Seal, existing_seal, has_key
 from holdfast.store.files import (
     CHECKPOINTS,
     MANIFEST,
@@ -56,7 +56,7 @@ def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
     contain.
     """
     manifest = open_manifest(path)
-    seal = found_seal(path) if has_key(path) else None
+    seal = existing_seal(path) if has_key(path) else None
     if seal is not None:
         seal.refuse_other(manifest["key"], path / POOL_MANIFEST)
     key = None if seal is None else LedgerKey.of(seal, manifest["id"])
@@ -75,7 +75,11 @@ def verify_pool(path: Path, *, expect_head: str = "") -> VerifiedPool:
         raise TargetError(
             f"{str(path / POOL_MANIFEST)!r} is not what the ledger recorded; restore it from a copy"
         )
-    refuse_other_head(path, expect_head, lambda one: digests.index(one) + 1 if one in digests else None)
+    refuse_other_head(
+        path,
+        expect_head,
+        lambda entry_digest: digests.index(entry_digest) + 1 if entry_digest in digests else None,
+    )
     opened = _refuse_files(path, state, seal, manifest)
     return VerifiedPool(digests[-1], len(digests), opened, key is not None)
 
@@ -88,7 +92,7 @@ def _newest(file: Path) -> Path:
 
 def _refuse_files(path: Path, state: LedgerState, seal: Seal | None, manifest: dict[str, object]) -> int:
     """Raise `TargetError` for a set without an entry, a missing required set, or one that differs from its entry."""
-    opened = 0
+    n_opened = 0
     for file in sorted((path / SETS).glob(f"*{SEALED}")):
         if file.stem not in state.members:
             raise TargetError(
@@ -109,13 +113,13 @@ def _refuse_files(path: Path, state: LedgerState, seal: Seal | None, manifest: d
             continue
         with usable(file, refusal_in_pool):
             data = file.read_bytes()
-        plain = unsealed(seal, manifest, data, f"{SETS}/{member.name}", file)
-        if content_digest(column_files.decode(plain, str(file)).columns) != member.digest:
+        content = unsealed(seal, manifest, data, f"{SETS}/{member.name}", file)
+        if content_digest(column_files.decode(content, str(file)).columns) != member.digest:
             raise TargetError(
                 f"{str(file)!r} is not the set that the ledger recorded; restore it from a copy"
             )
-        opened += 1
-    return opened
+        n_opened += 1
+    return n_opened
 
 
 _BESIDE = frozenset(
@@ -154,9 +158,9 @@ def verify(path: Path) -> Verified:
     """
     outer = _verified(path)
     inner = [_verified_within(path, folder, outer) for folder in _runs_within(path)]
-    notes = [*outer.notes, *(note for each in inner for note in each.notes)]
-    left = len(notes) - _MOST_NOTES
-    more = [f"{left} more files are in no record of the chain"] if left > 0 else []
+    notes = [*outer.notes, *(note for verified in inner for note in verified.notes)]
+    n_unlisted = len(notes) - _MOST_NOTES
+    more = [f"{n_unlisted} more files are in no record of the chain"] if n_unlisted > 0 else []
     return Verified(outer.head, outer.records, outer.files, outer.complete, tuple(notes[:_MOST_NOTES] + more))
 
 
@@ -169,12 +173,13 @@ def _verified(path: Path) -> Verified:
             f"the chain of {str(path)!r} does not begin with {MANIFEST}; restore it from a copy"
         )
     newest = {str(link.content["file"]): link.content for link in chain.links}
+    # A second record could replace the manifest after the measurements.
     if newest[MANIFEST] != chain.links[0].content:
         raise TargetError(f"the chain of {str(path)!r} contains {MANIFEST} twice; restore it from a copy")
     for name, recorded in newest.items():
         _check_file(path / name, recorded)
     _check_splits(path, chain)
-    _check_gone(path, newest)
+    _check_inner_runs(path, newest)
     complete = chain.last("verdict") is not None
     notes = tuple(f"{str(file)!r} is in no record of the chain" for file in _strays(path, newest))
     return Verified(chain.head, len(chain.links), len(newest), complete, notes)
@@ -206,7 +211,7 @@ def _check_splits(path: Path, chain: Chain) -> None:
             )
 
 
-def _check_gone(path: Path, recorded: Mapping[str, Any]) -> None:
+def _check_inner_runs(path: Path, recorded: Mapping[str, Any]) -> None:
     """Verify that the folder of an inner run exists if a document names its chain."""
     for name in recorded:
         within = path / Path(name).stem
@@ -248,7 +253,7 @@ def _strays_of_folder(folder: Path) -> Iterator[Path]:
 
 
 def _runs_within(path: Path) -> list[Path]:
-    return sorted(each for each in path.iterdir() if each.is_dir() and (each / MANIFEST).is_file())
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and (entry / MANIFEST).is_file())
 
 
 def _verified_within(path: Path, folder: Path, outer: Verified) -> Verified:
@@ -257,14 +262,16 @@ def _verified_within(path: Path, folder: Path, outer: Verified) -> Verified:
         raise TargetError(
             f"{str(folder)!r} is a link to another folder; put the folder of the run itself there"
         )
-    found, name = _verified(folder), f"{folder.name}.json"
+    verified, name = _verified(folder), f"{folder.name}.json"
     recorded = read_chain(path, mend=False).last(folder.name)
-    if recorded is not None and read_document(path / name).get("chain") != found.head:
-        raise TargetError(f"{str(folder)!r} is not the run that {name!r} names; restore it from a copy")
+    if recorded is not None and read_document(path / name).get("chain") != verified.head:
+        raise TargetError(
+            f"{str(folder)!r} is not the run whose chain is recorded in {name!r}; restore it from a copy"
+        )
     if recorded is None and outer.complete:
         raise TargetError(
-            f"{str(folder)!r} is a run that no record of {str(path)!r} names; move it to another place"
+            f"{str(folder)!r} is a run that is in no record of the chain of {str(path)!r}; move it to another place"
         )
-    for inner in _runs_within(folder):
-        raise TargetError(f"{str(inner)!r} is a run inside a run inside a run; move it to another place")
-    return found
+    for nested in _runs_within(folder):
+        raise TargetError(f"{str(nested)!r} is a run inside a run inside a run; move it to another place")
+    return verified

@@ -40,48 +40,48 @@ class AttemptTraining:
         best checkpoint.
         """
         curve = self._curve(place, candidate, attempt, run)
-        best, last = training.kept(place, BEST), training.kept(place, LAST)
+        best, last = training.saved(place, BEST), training.saved(place, LAST)
         assert best is not None and last is not None
         new = self._new_model(best.checkpoint, candidate)
         state = last.checkpoint.tensors.get(STATE + RAISED)
-        raised = 0 if state is None else int(state)
+        guard_steps = 0 if state is None else int(state)
         # if the budget left no update, no checkpoint records the end
-        why = ended_by(last.checkpoint, curve, candidate.recipe.training) or "budget"
+        end_reason = ended_by(last.checkpoint, curve, candidate.recipe.training) or "budget"
         plans = len(last.checkpoint.plans)
-        return Made(candidate, attempt, new, curve, best.curve[-1], raised, why, plans)
+        return Made(candidate, attempt, new, curve, best.curve[-1], guard_steps, end_reason, plans)
 
     def _curve(
         self, place: Path, candidate: Candidate, attempt: Mapping[str, Any], run: Run
     ) -> tuple[Point, ...]:
         """Train, and return the curve over all epochs. The last and the best checkpoint are in their files."""
-        how = candidate.recipe.training
+        settings = candidate.recipe.training
         if self.plan["budget_s"] is not None:
             # a recipe with its own loop uses the epochs of the first plan
             epochs = max(int(attempt["epochs"]), 1)
-            how = replace(how, epochs=epochs, pacing=self._pacer(place, attempt))
-        batch = training.kept_batch(place) or how.batch
+            settings = replace(settings, epochs=epochs, pacing=self._pacer(place, attempt))
+        batch = training.saved_batch(place) or settings.batch
         while True:
             try:
-                sized = replace(how, batch=batch, lr=how.lr * batch / how.batch)
+                sized = replace(settings, batch=batch, lr=settings.lr * batch / settings.batch)
                 return self.trainer.course(place, candidate, sized, run)
             except (RuntimeError, MemoryError) as error:
                 batch = smaller(batch, error)
                 with run.stopper.finishing():
-                    training.keep_batch(place, batch)
+                    training.save_batch(place, batch)
             except LostLoss as error:
-                raise LostLoss(f"{error}; {self._rescued(place, candidate)}") from error
+                raise LostLoss(f"{error}; {self._save_best(place, candidate)}") from error
 
     def _pacer(self, place: Path, attempt: Mapping[str, Any]) -> Pacer:
         """The pacer for the rest of the budget, after the planning and the epochs that are done."""
-        last = training.kept(place, LAST)
+        last = training.saved(place, LAST)
         curve = () if last is None else last.curve
         spent_s = self.plan["planning_s"] + sum(point.wall_s for point in curve)
         times = (attempt["epoch_s"], attempt["evaluation_s"])
         return Pacer(self.plan["budget_s"], *times, spent_s, self.clock)
 
-    def _rescued(self, place: Path, candidate: Candidate) -> str:
+    def _save_best(self, place: Path, candidate: Candidate) -> str:
         """Save the best model so far, if there is one, and return a sentence with its path."""
-        best, last = training.kept(place, BEST), training.kept(place, LAST)
+        best, last = training.saved(place, BEST), training.saved(place, LAST)
         if best is None or last is None:
             return "no epoch had been finished"
         net = self._new_model(best.checkpoint, candidate).model.net

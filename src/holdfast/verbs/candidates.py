@@ -15,11 +15,11 @@ from holdfast.ops.recipe import Recipe
 from holdfast.reports.numbers import plain
 from holdfast.verbs.pace import Clock, Pace, epochs_fitting, pace, too_small
 
-_FEW = (
+_TIMED_EXAMPLES = (
     8,
     64,
 )  # held-out examples on which an evaluation is timed; the second number only if that fits into its share of the budget
-_LOOK = 0.05  # largest share of the budget for an evaluation
+_EVALUATION_SHARE = 0.05  # largest share of the budget for an evaluation
 _PLANNING = 0.1  # share of the budget after which no stronger recipe is timed
 
 
@@ -80,7 +80,7 @@ def attempts(
     model: Classifier,
     data: Batch,
     threat: ThreatModel,
-    look: Evaluation,
+    evaluation: Evaluation,
     clock: Clock = time.perf_counter,
 ) -> tuple[list[dict[str, Any]], float]:
     """Choose the recipes of a hardening that fit into the time budget. Return them in the order in which they are
@@ -93,35 +93,44 @@ def attempts(
     candidate, which may be fractional. Raises `UsageError` if not even one update fits.
     """
     if budget_s is None:
-        asked = [
-            {"recipe": one.name, "epochs": one.recipe.training.epochs, "reason": "requested"}
-            for one in candidates
+        requested = [
+            {"recipe": candidate.name, "epochs": candidate.recipe.training.epochs, "reason": "requested"}
+            for candidate in candidates
         ]
-        return asked, 0.0
-    begun = clock()
-    paces = list(_paces(candidates, budget_s, model, data, threat, look, clock))
-    spent_s = broadcast(clock() - begun)
-    sizes = [one.per_epoch(len(data)) for one in candidates]
-    fit = [epochs_fitting(budget_s - spent_s, *each) for each in zip(paces, sizes, strict=False)]
+        return requested, 0.0
+    started = clock()
+    paces = list(_paces(candidates, budget_s, model, data, threat, evaluation, clock))
+    # Broadcast, because all processes of a distributed training must choose the same recipes.
+    spent_s = broadcast(clock() - started)
+    sizes = [candidate.per_epoch(len(data)) for candidate in candidates]
+    fit = [
+        epochs_fitting(budget_s - spent_s, *sizes_and_pace)
+        for sizes_and_pace in zip(paces, sizes, strict=False)
+    ]
     if not fit[0]:
         raise UsageError(too_small(budget_s, paces[0], sizes[0], spent_s))
     planned = [
-        _Planned(*each)
-        for each in zip(candidates[: len(paces)], paces, sizes[: len(paces)], fit, strict=True)
+        _Planned(*sizes_and_pace)
+        for sizes_and_pace in zip(candidates[: len(paces)], paces, sizes[: len(paces)], fit, strict=True)
     ]
     if len(candidates) == 1:
         return [planned[0].attempt("requested")], spent_s
-    known = [(each.candidate, each.epochs) for each in planned]
-    first = max((k for k, (one, epochs) in enumerate(known) if epochs >= one.least), default=0)
+    fits = [(sizes_and_pace.candidate, sizes_and_pace.epochs) for sizes_and_pace in planned]
+    chosen = max((k for k, (candidate, epochs) in enumerate(fits) if epochs >= candidate.least), default=0)
     stronger = [
-        f"{one.name} would have {plain(epochs)} and wants {one.least}" for one, epochs in known[first + 1 :]
+        f"{candidate.name} would have {plain(epochs)} and wants {candidate.least}"
+        for candidate, epochs in fits[chosen + 1 :]
     ]
-    told_of = "; ".join([f"{plain(fit[first])} fit", *stronger])
-    why = f"the strongest recipe whose epochs fit into the budget: {told_of}"
-    tried = [planned[first].attempt(why)]
-    tried[0]["fitting_epochs"] = {one.name: epochs for one, epochs in known}
-    tried += [each.attempt("doubts object to the one before") for each in planned[first + 1 :] if each.epochs]
-    return tried, spent_s
+    reasons = "; ".join([f"{plain(fit[chosen])} fit", *stronger])
+    reason = f"the strongest recipe whose epochs fit into the budget: {reasons}"
+    attempts_made = [planned[chosen].attempt(reason)]
+    attempts_made[0]["fitting_epochs"] = {candidate.name: epochs for candidate, epochs in fits}
+    attempts_made += [
+        sizes_and_pace.attempt("doubts object to the one before")
+        for sizes_and_pace in planned[chosen + 1 :]
+        if sizes_and_pace.epochs
+    ]
+    return attempts_made, spent_s
 
 
 def _paces(
@@ -130,55 +139,65 @@ def _paces(
     model: Classifier,
     data: Batch,
     threat: ThreatModel,
-    look: Evaluation,
+    evaluation: Evaluation,
     clock: Clock,
 ) -> Iterator[Pace]:
     """Yield the timing of each candidate, up to the first one of which no update fits; later candidates are slower.
 
     Also stops once a share of the budget is spent on timing.
     """
-    known: tuple[float, int] | None = None
+    evaluation_time: tuple[float, int] | None = None
     begun = clock()
-    for one in candidates:
-        found, per_epoch = pace(one.recipe, model, data, threat, budget_s, clock), one.per_epoch(len(data))
-        if epochs_fitting(budget_s, found, per_epoch):
-            known = _looked(look, budget_s, clock) if known is None else known
-            found = replace(found, epoch=found.epoch + known[0], held_out=known[1])
-        yield found
+    for candidate in candidates:
+        candidate_pace, per_epoch = (
+            pace(candidate.recipe, model, data, threat, budget_s, clock),
+            candidate.per_epoch(len(data)),
+        )
+        if epochs_fitting(budget_s, candidate_pace, per_epoch):
+            evaluation_time = (
+                _timed_evaluation(evaluation, budget_s, clock) if evaluation_time is None else evaluation_time
+            )
+            candidate_pace = replace(
+                candidate_pace, epoch=candidate_pace.epoch + evaluation_time[0], held_out=evaluation_time[1]
+            )
+        yield candidate_pace
         if (
-            not epochs_fitting(budget_s, found, per_epoch)
+            not epochs_fitting(budget_s, candidate_pace, per_epoch)
             or broadcast(clock() - begun) > _PLANNING * budget_s
         ):
             return
 
 
-def _looked(look: Evaluation, budget_s: float, clock: Clock) -> tuple[float, int]:
+def _timed_evaluation(evaluation: Evaluation, budget_s: float, clock: Clock) -> tuple[float, int]:
     """Return the seconds of an evaluation, timed on a few held-out examples, and the number of examples that it uses.
 
     That number is as large as the part of the budget for evaluations allows.
     """
-    each = 0.0
-    for few in (min(few, look.examples) for few in _FEW):
-        if few * each > _LOOK * budget_s:
+    seconds_per_example = 0.0
+    for n_examples in (min(n_examples, evaluation.examples) for n_examples in _TIMED_EXAMPLES):
+        if n_examples * seconds_per_example > _EVALUATION_SHARE * budget_s:
             break
         begun = clock()
-        look.at(few)
-        each = broadcast(clock() - begun) / few
-    n = min(look.examples, max(int(_LOOK * budget_s / max(each, 1e-9)), _FEW[0]))
-    return n * each, n
+        evaluation.at(n_examples)
+        seconds_per_example = broadcast(clock() - begun) / n_examples
+    n = min(
+        evaluation.examples,
+        max(int(_EVALUATION_SHARE * budget_s / max(seconds_per_example, 1e-9)), _TIMED_EXAMPLES[0]),
+    )
+    return n * seconds_per_example, n
 
 
 def announced(attempt: Mapping[str, Any], budget_s: float | None, n: int) -> str:
     """Return the message that is shown before a training: its recipe, its epochs, and that the assessment is not part
     of the time budget.
     """
-    of = (
+    duration = (
         ""
         if budget_s is None
         else f" of about {attempt['epoch_s']:.1f} s in the first plan, within a budget of {budget_s:g} s"
     )
     epochs = "1 epoch" if attempt["epochs"] == 1 else f"{plain(attempt['epochs'])} epochs"
     return (
-        f"training by {attempt['recipe']} ({attempt['reason']}): {epochs}{of}; judging the new model on {n:,} test "
-        f"examples is not part of the budget"
+        f"training by {attempt['recipe']} ({attempt['reason']}): {epochs}{duration}; judging the new model on {n:,} "
+        "test examples is not part of the budget"
     )

@@ -40,8 +40,8 @@ strides."""
 def batch_size_for(features: int, device: str) -> int:
     """Return a batch size for inputs of `features` values on a device. The run halves it if memory runs out."""
     kind = torch.device(device).type
-    values, most = (_VALUES, 256) if kind == "cpu" else (_ACCELERATED, 2048)
-    return max(8, min(most, 1 << max(0, (values // max(features, 1)).bit_length() - 1)))
+    values, largest = (_VALUES, 256) if kind == "cpu" else (_ACCELERATED, 2048)
+    return max(8, min(largest, 1 << max(0, (values // max(features, 1)).bit_length() - 1)))
 
 
 @contextmanager
@@ -52,13 +52,13 @@ def enough_threads(model: nn.Module, x: Tensor) -> Iterator[None]:
     busy machine. The number of threads is restored on exit. If the user set `OMP_NUM_THREADS`, the number is not
     changed.
     """
-    before = torch.get_num_threads()
+    n_threads = torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ and multiply_adds(model, x) < _WORTH_SHARING:
         torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(n_threads)
 
 
 def refuse_data(data: Data) -> None:
@@ -77,6 +77,7 @@ def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) 
     if isinstance(threat.constraint, Patch):
         threat.constraint.places(x.shape[1:])
     eps, farthest = threat.constraint.eps, extent(threat.constraint, x, bounds)
+    # The tolerance accepts an eps that is computed from the bounds and rounded.
     if math.isfinite(eps) and eps > farthest * (1 + 1e-6):
         norm = threat.constraint.name
         raise UsageError(
@@ -87,11 +88,12 @@ def refuse_threat(threat: ThreatModel, bounds: Bounds, x: Tensor, classes: int) 
         refuse_no_images(x)
     if threat.goal is not None and not 0 <= threat.goal < classes:
         raise UsageError(
-            f"the goal is class {threat.goal}, and this model has {classes} classes; choose one from 0 to {classes - 1}"
+            f"the target class is {threat.goal}, but the model has {classes} classes; give a class from 0 to "
+            f"{classes - 1}"
         )
 
 
-def slight(constraint: Constraint, bounds: Bounds, features: int) -> tuple[str, ...]:
+def small_eps_note(constraint: Constraint, bounds: Bounds, features: int) -> tuple[str, ...]:
     """Return a note for the report if eps is so small that it was probably meant for other bounds: less than a tenth of
     an 8-bit pixel step.
 
@@ -101,8 +103,8 @@ def slight(constraint: Constraint, bounds: Bounds, features: int) -> tuple[str, 
     levels = {Linf: 1.0, L2: math.sqrt(features), L1: float(features)}.get(type(constraint), 0.0)
     if not 0 < eps < 0.1 * levels * width / 255:
         return ()
-    said = f"eps {eps:.3g} is less than a tenth of one step between 256 levels of the bounds, which are {width:g} wide"
-    return (f"{said}: eps counts in the units of the inputs",)
+    note = f"eps {eps:.3g} is less than a tenth of one step between 256 levels of the bounds, whose width is {width:g}"
+    return (f"{note}: check that eps is in the units of the inputs",)
 
 
 def refuse_batch(
@@ -127,12 +129,13 @@ def refuse_batch(
     if not x.isfinite().all():
         row = int((~x.flatten(1).isfinite().all(1)).nonzero()[0, 0])
         raise TargetError(
-            f"{name} holds NaN or infinity, first in row {int(batch.ids[row])}; fill or drop such rows"
+            f"{name} contains NaN or infinity, first in row {int(batch.ids[row])}; replace or remove such rows"
         )
     low, high = bounds.like(x)
+    # Normalised data and conversions to float32 leave the bounds by rounding.
     slack = 1e-6 * (high - low)
     if ((x < low - slack) | (x > high + slack)).any():
-        raise TargetError(_outside(x, low, high, name))
+        raise TargetError(_range_message(x, low, high, name))
     if len(y) and (int(y.min()) < 0 or int(y.max()) >= classes):
         ends = _range_of_labels(batch if whole is None else whole)
         raise TargetError(off_range(*ends, classes, name, remote=remote))
@@ -141,26 +144,26 @@ def refuse_batch(
 def _range_of_labels(data: Data | Batch) -> tuple[int, int]:
     """The smallest and the largest label of all labelled examples."""
     if isinstance(data, Batch):
-        known = data.y[data.y != UNLABELLED]
-        return int(known.min()), int(known.max())
+        labelled = data.y[data.y != UNLABELLED]
+        return int(labelled.min()), int(labelled.max())
     pieces = [data.read(start, start + _PIECE).y for start in range(0, len(data), _PIECE)]
     return min(int(y.min()) for y in pieces), max(int(y.max()) for y in pieces)
 
 
-def _outside(x: Tensor, low: Tensor, high: Tensor, name: str) -> str:
+def _range_message(x: Tensor, low: Tensor, high: Tensor, name: str) -> str:
     lowest, highest = float(x.min()), float(x.max())
     box = f"{float(low.min()):g} to {float(high.max()):g}"
-    seen = f"the inputs of {name} range from {lowest:.4g} to {highest:.4g}, outside the bounds {box}; "
+    message = f"the inputs of {name} range from {lowest:.4g} to {highest:.4g}, outside the bounds {box}; "
     if pixel_divisor(lowest, highest, 4) == 255 and float(high.max()) == 1:
-        return seen + "divide them by 255, or give --bounds 0,255 if the model takes bytes"
+        return message + "divide them by 255, or give --bounds 0,255 if the model was trained on bytes"
     if (float(low.min()), float(high.max())) == (0, 1):
         return (
-            seen
+            message
             + "if they were normalised before, give --data-normalised MEAN/STD with the values of your training, and "
-            "eps stays in pixels; else say what the model takes with --bounds LOW,HIGH, and eps is in the units of the "
-            "data"
+            "eps stays in pixels; otherwise give the range that the model was trained on with --bounds LOW,HIGH, and "
+            "eps is in the units of the data"
         )
-    return seen + f"scale them, or give --bounds {lowest:.4g},{highest:.4g}"
+    return message + f"scale them, or give --bounds {lowest:.4g},{highest:.4g}"
 
 
 def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Batch) -> None:
@@ -172,11 +175,11 @@ def refuse_gates(claims: Sequence[Claim], plan: Plan, target: Target, sample: Ba
     """
     for claim in claims:
         refuse_rotation(claim)
-    alone = [claim for claim in claims if claim.versus is None]
-    if not alone:
+    without_baseline = [claim for claim in claims if claim.versus is None]
+    if not without_baseline:
         return
     evidence = _as_if_broken(plan, target, sample)
-    for claim in alone:
+    for claim in without_baseline:
         judge(claim, evidence, Doubts())
 
 

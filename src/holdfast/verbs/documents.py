@@ -97,8 +97,8 @@ def _constraint(threat: Mapping[str, Any]) -> Constraint:
     norms: dict[str, type[Linf | L2 | L1]] = {"Linf": Linf, "L2": L2, "L1": L1}
     if threat["norm"] not in norms:
         raise TargetError(
-            f"the run has the threat {threat['norm']}, which this version does not know; install the version that "
-            "wrote it"
+            f"the run has the threat model {threat['norm']}, which this version does not support; install the version "
+            "that wrote it"
         )
     return norms[threat["norm"]](eps)
 
@@ -133,14 +133,14 @@ def _optional(value: float | str | None) -> float | None:
 
 def judgement_to_json(judgement: Judgement) -> Json:
     """Return a judged gate, with its estimate and its verdict, as strict JSON."""
-    seen = judgement.estimate
+    estimate = judgement.estimate
     return {
         "condition": judgement.claim.text,
         "estimate": {
-            "value": strict(seen.value),
-            "low": strict(seen.low),
-            "high": strict(seen.high),
-            "n": seen.n,
+            "value": strict(estimate.value),
+            "low": strict(estimate.low),
+            "high": strict(estimate.high),
+            "n": estimate.n,
         },
         "verdict": judgement.verdict,
         "open_doubts": list(judgement.open_doubts),
@@ -150,8 +150,13 @@ def judgement_to_json(judgement: Judgement) -> Json:
 
 def judgement_from_json(content: Mapping[str, Any]) -> Judgement:
     """Return the judged gate that the JSON `content` describes. It is the inverse of `judgement_to_json`."""
-    seen = content["estimate"]
-    estimate = Estimate(number(seen["value"]), number(seen["low"]), number(seen["high"]), seen["n"])
+    content_of_estimate = content["estimate"]
+    estimate = Estimate(
+        number(content_of_estimate["value"]),
+        number(content_of_estimate["low"]),
+        number(content_of_estimate["high"]),
+        content_of_estimate["n"],
+    )
     doubts, scope = tuple(content["open_doubts"]), content.get("scope")
     return Judgement(recorded(content["condition"]), estimate, content["verdict"], doubts, scope)
 

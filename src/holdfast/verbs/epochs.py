@@ -22,7 +22,7 @@ from holdfast.ops.fit import Training
 from holdfast.ops.recipe import Recipe, trained_as
 from holdfast.verbs import training
 from holdfast.verbs.candidates import Candidate
-from holdfast.verbs.held_out import looked_at
+from holdfast.verbs.held_out import held_out_accuracies
 from holdfast.verbs.pace import Clock, smaller
 from holdfast.verbs.training import BEST, LAST, Point
 
@@ -70,49 +70,52 @@ class Trainer:
         self,
         place: Path,
         candidate: Candidate,
-        how: Training,
+        settings: Training,
         run: Run,
     ) -> tuple[Point, ...]:
         """Continue the training from the last saved checkpoint until it ends. Return the training curve, which has one
         point for each epoch.
         """
-        last = training.kept(place, LAST)
+        last = training.saved(place, LAST)
         curve = () if last is None else last.curve
-        if last is not None and ended_by(last.checkpoint, curve, how):
+        if last is not None and ended_by(last.checkpoint, curve, settings):
             return curve
+        # Below every score, so that the first epoch is always stored as the best one.
         highest = max((_score(point) for point in curve), default=(-1.0, -1.0))
-        shown = deepcopy(self.model)
+        evaluated_model = deepcopy(self.model)
         after = None if last is None else last.checkpoint
         distributed.broadcast(
-            TrainingStart(candidate.name, replace(how, pacing=None), how.pacing is not None, after)
+            TrainingStart(candidate.name, replace(settings, pacing=None), settings.pacing is not None, after)
         )
         cpu, wall = time.process_time(), self.clock()
-        for checkpoint in self.begun(trained_as(candidate.recipe, how), after):
-            checkpoint.put_into(shown)
-            clean, robust = looked_at(shown, self.held, self.threat)
+        for checkpoint in self.begun(trained_as(candidate.recipe, settings), after):
+            checkpoint.put_into(evaluated_model)
+            clean, robust = held_out_accuracies(evaluated_model, self.held, self.threat)
             now = time.process_time(), self.clock()
             point = Point(
-                checkpoint.epoch, **dict(checkpoint.measured), batch=how.batch, clean=clean, robust=robust,
+                checkpoint.epoch, **dict(checkpoint.measured), batch=settings.batch, clean=clean, robust=robust,
                 cpu_s=now[0] - cpu, wall_s=now[1] - wall, hardware=self.machine, part=checkpoint.part,
                 share=checkpoint.share,
             )  # fmt: skip
             cpu, wall = now
             curve = (*curve, point)
             with run.stopper.finishing():
+                # The best checkpoint is written before the last one: after a kill in between, the epoch is repeated
+                # with the same result.
                 if _score(point) > highest:
                     highest = _score(point)
-                    training.keep(place, BEST, checkpoint, curve)
-                training.keep(place, LAST, checkpoint, curve)
+                    training.save(place, BEST, checkpoint, curve)
+                training.save(place, LAST, checkpoint, curve)
             run.progress(_step(candidate, point, checkpoint.of, len(self.held)))
-            if not distributed.broadcast(not _stale(curve, how)):
+            if not distributed.broadcast(not _stale(curve, settings)):
                 break
         return curve
 
     def follow(self, candidate: Candidate, message: TrainingStart) -> None:
         """Take part in a distributed training as a process other than the first, which saves no checkpoints."""
         try:
-            how = replace(message.how, pacing=_planned_elsewhere if message.paced else None)
-            for _ in self.begun(trained_as(candidate.recipe, how), message.after):
+            settings = replace(message.how, pacing=_planned_elsewhere if message.paced else None)
+            for _ in self.begun(trained_as(candidate.recipe, settings), message.after):
                 if not distributed.broadcast(NOTHING):
                     break
         except LostLoss:
@@ -121,9 +124,9 @@ class Trainer:
             smaller(message.how.batch, error)
 
 
-def _step(candidate: Candidate, point: Point, epochs: int, held: int) -> Step:
-    standing = round(point.robust * held)
-    return Step(f"training {candidate.name}", 2, len(STAGES), point.epoch, epochs, standing, held)
+def _step(candidate: Candidate, point: Point, epochs: int, n_held_out: int) -> Step:
+    n_robust = round(point.robust * n_held_out)
+    return Step(f"training {candidate.name}", 2, len(STAGES), point.epoch, epochs, n_robust, n_held_out)
 
 
 def _score(point: Point) -> tuple[float, float]:
@@ -132,29 +135,34 @@ def _score(point: Point) -> tuple[float, float]:
 
 def _planned_elsewhere(done: int, position: int, per_epoch: int, last: TrainingPlan | None) -> TrainingPlan:
     """Pacing of a process that receives its plans from the first process."""
-    found: TrainingPlan = NOTHING
-    return found
+    no_plan: TrainingPlan = NOTHING
+    return no_plan
 
 
 EndedBy = Literal["epochs", "budget", "patience"]
 """Reason for the end of a training: all epochs done, budget spent, or patience exceeded."""
 
 
-def ended_by(last: Checkpoint, curve: tuple[Point, ...], how: Training) -> EndedBy | None:
+def ended_by(last: Checkpoint, curve: tuple[Point, ...], settings: Training) -> EndedBy | None:
     """Return the reason why a training ends with the checkpoint `last`, such as an exhausted budget, or None if it
     continues.
     """
-    if _stale(curve, how):
+    if _stale(curve, settings):
         return "patience"
     if last.plans:
         return "budget" if last.updates >= last.plans[-1].end else None
-    return "epochs" if last.epoch >= how.epochs else None
+    return "epochs" if last.epoch >= settings.epochs else None
 
 
-def _stale(curve: tuple[Point, ...], how: Training) -> bool:
+def _stale(curve: tuple[Point, ...], settings: Training) -> bool:
     """Whether the held-out robust accuracy has not improved for as many epochs as the patience.
 
     Epochs in which eps still increased do not count.
     """
-    heights, patience = [point.robust for point in curve if point.share > how.warmup], how.patience
-    return bool(patience and heights) and len(heights) - 1 - heights.index(max(heights)) >= patience
+    accuracies, patience = (
+        [point.robust for point in curve if point.share > settings.warmup],
+        settings.patience,
+    )
+    return (
+        bool(patience and accuracies) and len(accuracies) - 1 - accuracies.index(max(accuracies)) >= patience
+    )

@@ -49,67 +49,67 @@ def counted(kind: StageKind, stage: StoredStage, by_stage: Mapping[str, Columns]
 def evidence_of(
     manifest: Mapping[str, Any],
     by_stage: Mapping[str, Columns],
-    asked: Mapping[str, Any],
+    doubts_json: Mapping[str, Any],
     seconds: Mapping[str, Seconds],
     adapted: Mapping[str, Any] | None = None,
     sent: Totals | None = None,
 ) -> Evidence:
     """Return the evidence of a run, computed from its manifest, the columns of its stages and its doubts.
 
-    `manifest` is the content of `run.json`, `by_stage` the columns of each stage, `asked` the document of the doubts,
-    `adapted` that of the adaptive attacks, and `seconds` the times of the stages. `sent` counts what a run on a served
-    model sent to the server.
+    `manifest` is the content of `run.json`, `by_stage` the columns of each stage, `doubts_json` the document of the
+    doubts, `adapted` that of the adaptive attacks, and `seconds` the times of the stages. `sent` counts what a run on a
+    served model sent to the server.
     """
     spent, served = seconds.get(DOUBTS, Seconds()), {} if sent is None else totals_to_json(sent)
-    cost = asked["cost"]
+    cost = doubts_json["cost"]
     context = Context(
         model=manifest["model"],
         data=manifest["data"],
-        notes=(*manifest["notes"], *asked["notes"], *served.get("messages", ())),
+        notes=(*manifest["notes"], *doubts_json["notes"], *served.get("messages", ())),
         details=tuple(manifest["details"]),
-        doubts=tuple(doubt_from_json(doubt) for doubt in asked["doubts"]),
+        doubts=tuple(doubt_from_json(doubt) for doubt in doubts_json["doubts"]),
         doubts_cost=Cost(cost["forwards"], cost["backwards"], cost["queries"], spent.cpu, spent.wall),
         surrogates=tuple(manifest["surrogates"]),
         others=tuple(manifest["other_data"]),
-        **_scope(asked),
+        **_scope(doubts_json),
     )
     outline = outline_from_json(manifest["config"])
     if adapted is not None:
-        context = _adapted(context, outline, by_stage, asked, adapted)
+        context = _adapted(context, outline, by_stage, doubts_json, adapted)
     evidence = evidence_from(outline, by_stage, seconds, context, randomised=manifest["model"]["randomised"])
     return replace(evidence, served=served)
 
 
-def _scope(asked: Mapping[str, Any]) -> dict[str, Any]:
+def _scope(doubts_json: Mapping[str, Any]) -> dict[str, Any]:
     """Which adversarial examples count. Runs of earlier versions list no probes, so only those of the suite count."""
-    if "probes" in asked:
-        return {"probes": asked["probes"]}
-    missed = {id_ for ids in asked["broken"].values() for id_ in ids}
-    return {"scope": "suite only", "broken_elsewhere": len(missed)}
+    if "probes" in doubts_json:
+        return {"probes": doubts_json["probes"]}
+    broken_ids = {id_ for ids in doubts_json["broken"].values() for id_ in ids}
+    return {"scope": "suite only", "broken_elsewhere": len(broken_ids)}
 
 
 def counted_passes(
-    manifest: Mapping[str, Any], by_stage: Mapping[str, Columns], asked: Mapping[str, Any]
+    manifest: Mapping[str, Any], by_stage: Mapping[str, Columns], doubts_json: Mapping[str, Any]
 ) -> tuple[Pass, ...]:
     """Return the measurements outside the suite, such as probes, whose adversarial examples count towards robust
     accuracy.
     """
-    if "probes" not in asked:
+    if "probes" not in doubts_json:
         return ()
-    return passes(outline_from_json(manifest["config"]), by_stage, asked["probes"])
+    return passes(outline_from_json(manifest["config"]), by_stage, doubts_json["probes"])
 
 
-def with_attackers(evidence: Evidence, found: Mapping[str, Any] | None) -> Evidence:
+def with_attackers(evidence: Evidence, table: Mapping[str, Any] | None) -> Evidence:
     """Add to the evidence what was measured about attackers of a model with rotation: the doubt, the verdict and the
     notes.
 
-    Returns `evidence` unchanged if these measurements, `found`, are None or not complete.
+    Returns `evidence` unchanged if these measurements, `table`, are None or not complete.
     """
-    if found is None or not found["complete"]:
+    if table is None or not table["complete"]:
         return evidence
-    notes = (found["conclusion"], *found.get("notes", ()))
-    asked = found["doubt"]
-    doubts = () if asked is None else (doubt_from_json({"name": TUNING, **asked}),)
+    notes = (table["conclusion"], *table.get("notes", ()))
+    fine_tuning_doubt = table["doubt"]
+    doubts = () if fine_tuning_doubt is None else (doubt_from_json({"name": TUNING, **fine_tuning_doubt}),)
     return replace(evidence, doubts=(*evidence.doubts, *doubts), notes=(*evidence.notes, *notes))
 
 
@@ -117,39 +117,39 @@ def _adapted(
     context: Context,
     outline: Outline,
     by_stage: Mapping[str, Columns],
-    asked: Mapping[str, Any],
+    doubts_json: Mapping[str, Any],
     adapted: Mapping[str, Any],
 ) -> Context:
     """The context after the adaptive attacks: which doubts they answered, and their notes."""
-    because = {arm: tuple(names) for arm, names in adapted["reasons"].items()}
+    reasons = {arm: tuple(names) for arm, names in adapted["reasons"].items()}
     places = {step.attack: step.name for step in outline.steps if step.adaptive and step.name in by_stage}
-    ran = {} if adapted["unfinished"] else {arm: by_stage[name] for arm, name in places.items()}
+    results = {} if adapted["unfinished"] else {arm: by_stage[name] for arm, name in places.items()}
     clean = by_stage["clean"]
-    standing = clean["correct"] & clean["eligible"] & ~broken_by_suite(outline.steps, by_stage)
-    fallen = {id_ for ids in asked["broken"].values() for id_ in ids}
-    left = fallen & set(clean["id"][standing].tolist())
+    robust = clean["correct"] & clean["eligible"] & ~broken_by_suite(outline.steps, by_stage)
+    broken_by_probes = {id_ for ids in doubts_json["broken"].values() for id_ in ids}
+    broken_elsewhere = broken_by_probes & set(clean["id"][robust].tolist())
     return replace(
         context,
         doubts=with_answers(
             context.doubts,
-            ran,
-            because,
+            results,
+            reasons,
             bypassed=bool(adapted["bypassed"]),
-            fell=bool(left),
+            fell=bool(broken_elsewhere),
             blind=adapted["no_detector_gradient"],
         ),
         notes=(*context.notes, *adapted["unfinished"], *adapted["notes"]),
-        broken_elsewhere=len(left) if context.scope == "suite only" else 0,
+        broken_elsewhere=len(broken_elsewhere) if context.scope == "suite only" else 0,
         remarks={
-            name: (f"run because of {enumerated(because[arm])}", *_round(adapted, arm))
+            name: (f"run because of {enumerated(reasons[arm])}", *_bypass_note(adapted, arm))
             for arm, name in places.items()
         },
     )
 
 
-def _round(adapted: Mapping[str, Any], arm: str) -> tuple[str, ...]:
-    ways = adapted["bypassed"] if arm != "Search" else []
-    return (f"its gradient goes round {enumerated(ways)}",) if ways else ()
+def _bypass_note(adapted: Mapping[str, Any], arm: str) -> tuple[str, ...]:
+    bypassed = adapted["bypassed"] if arm != "Search" else []
+    return (f"its gradient bypasses {enumerated(bypassed)}",) if bypassed else ()
 
 
 def enumerated(names: Sequence[str]) -> str:
@@ -166,16 +166,19 @@ def adversarial(
     change. `stages` are the names of the attacks in their order; the passes in `counted` follow them.
     """
     columns = [by_stage[name] for name in stages if name in by_stage]
-    kept = [c for c in (*columns, *(each.columns for each in counted)) if "adversarial.id" in c]
-    if not kept:
+    with_examples = [c for c in (*columns, *(passed.columns for passed in counted)) if "adversarial.id" in c]
+    if not with_examples:
         return {}
-    ids = torch.cat([columns["adversarial.id"] for columns in kept])
-    rows = worst_rows(kept, "adversarial", smallest=smallest)
-    return {"id": ids[rows], "x": torch.cat([columns["adversarial.x"] for columns in kept])[rows]}
+    ids = torch.cat([columns["adversarial.id"] for columns in with_examples])
+    rows = worst_rows(with_examples, "adversarial", smallest=smallest)
+    return {"id": ids[rows], "x": torch.cat([columns["adversarial.x"] for columns in with_examples])[rows]}
 
 
 def _filled(columns: Columns, clean: Columns) -> dict[str, Tensor]:
     """The columns of the first examples, extended by those of examples that were not attacked."""
-    alone, n = unattacked(clean), len(columns["id"])
-    filled = {name: torch.cat([columns[name], values[n:]]) if n else values for name, values in alone.items()}
+    unattacked_columns, n = unattacked(clean), len(columns["id"])
+    filled = {
+        name: torch.cat([columns[name], values[n:]]) if n else values
+        for name, values in unattacked_columns.items()
+    }
     return filled | {name: values for name, values in columns.items() if in_table(name)}

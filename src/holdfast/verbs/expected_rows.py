@@ -17,7 +17,7 @@ from holdfast.doubts.probing import AGAIN, probes_for
 from holdfast.doubts.thresholds import FRESH_ROWS, SAMPLE
 from holdfast.harness import LOOKED_AT, MATRIX_ROWS, Member, Plan, Target
 from holdfast.ops.logits import change
-from holdfast.sources.counting import Look, rows_of_calls
+from holdfast.sources.counting import InspectionCounter, rows_of_calls
 from holdfast.sources.selection import concatenated
 from holdfast.verbs.checks import refuse_data
 from holdfast.verbs.evidence import enumerated
@@ -64,12 +64,12 @@ class ExpectedRows:
                 ("judging", self.judging),
             )
         )
-        said = f"at most {self.total:,} rows to the server, if it refuses none: {parts}"
+        sentence = f"at most {self.total:,} rows to the server, if it refuses none: {parts}"
         if not self.unknown:
-            return said
+            return sentence
         return (
-            f"{said}; not counted are the rows of {enumerated(self.unknown)}, which no setting bounds: give a budget, "
-            "such as queries=1000 in --threat"
+            f"{sentence}; not counted are the rows of {enumerated(self.unknown)}, which no setting bounds: give a "
+            "budget, such as queries=1000 in --threat"
         )
 
 
@@ -95,15 +95,19 @@ def expected_rows(
     """
     due = n if right is None or plan.threat.constraint.judges_misclassified else right
     judged = JUDGED_AT_RANDOM if randomised else 1
-    few = passes.filled(min(LOOKED_AT, n))
-    look = passes.filled(1) + (1 + VOTES if randomised else 2) * few
-    clean = openings * (look + opening) + (judged * few if gates else 0) + judged * passes.once(n)
-    asked, unknown = _attacked((*plan.members, *plan.curve, *plan.adaptive), plan, due, passes)
+    sample_rows = passes.filled(min(LOOKED_AT, n))
+    inspection_rows = passes.filled(1) + (1 + VOTES if randomised else 2) * sample_rows
+    clean = (
+        openings * (inspection_rows + opening)
+        + (judged * sample_rows if gates else 0)
+        + judged * passes.once(n)
+    )
+    attack_rows, unknown = _attacked((*plan.members, *plan.curve, *plan.adaptive), plan, due, passes)
     members = (*plan.members, *plan.curve, *plan.adaptive)
     judging = sum(judged * _of(member, passes).once(due) for member in members)
     judging += _on_surrogates(plan, n, passes, judged) + _across(plan, n, passes, others)
     doubts = _doubts(plan, due, passes, randomised=randomised)
-    return ExpectedRows(clean, asked, doubts, judging, unknown)
+    return ExpectedRows(clean, attack_rows, doubts, judging, unknown)
 
 
 def expected_of(
@@ -111,7 +115,7 @@ def expected_of(
     plan: Plan,
     target: Target,
     n: int,
-    cut: Mapping[str, Any],
+    work: Mapping[str, Any],
     *,
     right: int | None = None,
     opening: int = 0,
@@ -119,17 +123,18 @@ def expected_of(
     """Return upper bounds on the numbers of rows that a run with given shards and a given batch size sends to a model
     server.
 
-    `cut` is the entry `plan` of the manifest of the run.
+    `work` is the entry `plan` of the manifest of the run.
     """
-    shards = tuple(stop - start for start, stop in cut["shards"])
+    shards = tuple(stop - start for start, stop in work["shards"])
     return expected_rows(
         plan,
         n,
         right=right,
-        passes=Passes(cut["batch_size"], target.bare.batches, shards),
+        passes=Passes(work["batch_size"], target.bare.batches, shards),
         randomised=target.randomised,
         gates=any(claim.versus is None for claim in order.gates),
         others=tuple(map(len, order.across)),
+        # Each worker process inspects the model itself.
         openings=1 + (order.workers or 0),
         opening=opening,
     )
@@ -144,9 +149,9 @@ def _attacked(members: Iterable[Member], plan: Plan, due: int, passes: Passes) -
     """The most rows that the attacks query, and the names of attacks without a known bound."""
     rows, unknown = 0, []
     for member in members:
-        most = most_rows(member.attack, plan.threat, due, _of(member, passes))
-        rows += most or 0
-        if most is None:
+        bound = most_rows(member.attack, plan.threat, due, _of(member, passes))
+        rows += bound or 0
+        if bound is None:
             unknown.append(member.name)
     return rows, tuple(unknown)
 
@@ -155,14 +160,14 @@ def _doubts(plan: Plan, due: int, passes: Passes, *, randomised: bool) -> int:
     """Rows of all probes on their largest number of examples, limited by the rows of the suite."""
     if plan.doubts != "all":
         return 0
-    together, attacks = replace(passes, shards=()), [member.attack for member in plan.members]
+    unsharded, attacks = replace(passes, shards=()), [member.attack for member in plan.members]
     probes = sum(
         probe_rows(
             probe,
             attacks,
             plan.threat,
             min(due, FRESH_ROWS if probe.name == AGAIN else SAMPLE),
-            together,
+            unsharded,
             randomised=randomised,
         )
         or 0
@@ -190,7 +195,7 @@ def _across(plan: Plan, n: int, passes: Passes, others: Sequence[int]) -> int:
     return (sets + 2 * sets**2) * replace(passes, shards=()).once(min(n, MATRIX_ROWS, *others))
 
 
-_TRIED = 32
+_SAMPLED = 32
 """clean examples from which the clean accuracy is estimated"""
 _SAME = 1e-4
 """largest difference of the logits of equal inputs, as a share of the largest logit, for a deterministic model"""
@@ -217,48 +222,50 @@ class Rehearsed:
     """description of the batch sizes that the server accepts; empty if it accepts any number of rows"""
 
 
-def rehearsed(subject: Subject, data: Data, order: AssessRequest, counted: Look) -> Rehearsed:
+def rehearsed(subject: Subject, data: Data, order: AssessRequest, counted: InspectionCounter) -> Rehearsed:
     """Estimate how many rows a run will send to a model server, by measuring a few examples.
 
     `counted` limits and counts the rows that are sent for the estimate. Raises the same errors as the run itself.
     """
     refuse_data(data)
     model, opening = subject.model, counted.rows
-    first, second = rows_of_calls(model, counted.remaining, min(_TRIED, len(data)), LOOKED_AT)
-    tried = min(max(first, 1), len(data))
-    rows = [k * len(data) // tried for k in range(tried)]
+    first, second = rows_of_calls(model, counted.remaining, min(_SAMPLED, len(data)), LOOKED_AT)
+    n_sampled = min(max(first, 1), len(data))
+    rows = [k * len(data) // n_sampled for k in range(n_sampled)]
     sample = concatenated([data.read(row, row + 1) for row in rows])
     right, randomised = 0, False
     classes = model.classes or len(data.classes or ()) or int(sample.y.max()) + 1
     if first:
-        classes, right, randomised = _looked_at(model, sample, second)
+        classes, right, randomised = _inspected(model, sample, second)
     target = Target(model, model, model, randomised, classes)
     with ExitStack() as stack:
         plan = plan_for(subject, data, order, target, sample, stack)
         shape = tuple(sample.x.shape[1:])
-        cut = work_of(len(data), order, plan, shape, served=served_by(model))
+        work = work_of(len(data), order, plan, shape, served=served_by(model))
 
         def expected(right: int | None) -> ExpectedRows:
-            return expected_of(order, plan, target, len(data), cut, right=right, opening=opening)
+            return expected_of(order, plan, target, len(data), work, right=right, opening=opening)
 
-        every = first >= len(data)
-        most = expected(right if every else None)
-        share = right / tried if first else 1.0
-        likely = None if every or not first else expected(round(share * len(data)))
+        is_complete = first >= len(data)
+        upper_bound = expected(right if is_complete else None)
+        share = right / n_sampled if first else 1.0
+        likely = None if is_complete or not first else expected(round(share * len(data)))
     names = tuple(member.name for member in plan.members)
     size = 1 if model.batches is None else model.batches.size
     batches = model.batches.description if model.batches is not None and size > 1 else ""
-    return Rehearsed(len(data), names, most, likely, right, tried if first else 0, counted.rows, batches)
+    return Rehearsed(
+        len(data), names, upper_bound, likely, right, n_sampled if first else 0, counted.rows, batches
+    )
 
 
-def _looked_at(model: Classifier, sample: Batch, again: int) -> tuple[int, int, bool]:
+def _inspected(model: Classifier, sample: Batch, again: int) -> tuple[int, int, bool]:
     """The number of classes, the number of correct examples in a sample, and whether the model is randomised.
 
     Randomness is tested on the first `again` examples, unless `again` is 0.
     """
     with torch.no_grad():
         logits = model(sample.x)
-        more = model(sample.x[:again]) if again else logits[:0]
-    randomised = bool((change(logits[:again], more) > _SAME).any()) if again else False
-    known = logits[:, :-1] if model.rejects else logits
-    return known.shape[1], int((known.argmax(1) == sample.y).sum()), randomised
+        repeated = model(sample.x[:again]) if again else logits[:0]
+    randomised = bool((change(logits[:again], repeated) > _SAME).any()) if again else False
+    class_logits = logits[:, :-1] if model.rejects else logits
+    return class_logits.shape[1], int((class_logits.argmax(1) == sample.y).sum()), randomised

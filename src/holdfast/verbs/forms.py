@@ -114,7 +114,7 @@ _DOUBT = record(
         "message": text,
     }
 )
-ASKED = record(
+DOUBTED = record(
     {
         "cost": record(dict.fromkeys(("forwards", "backwards", "queries"), real)),
         "doubts": list_of(_DOUBT),

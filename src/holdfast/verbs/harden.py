@@ -44,17 +44,17 @@ from holdfast.verbs.hardened import (
     timeless,
     weights_metadata,
 )
-from holdfast.verbs.held_out import TrainingExamples, examples_of, harmless, looked_at
+from holdfast.verbs.held_out import TrainingExamples, examples_of, harmless, held_out_accuracies
 from holdfast.verbs.manifest import about_run, harden_manifest
-from holdfast.verbs.pace import Clock, as_it_says
+from holdfast.verbs.pace import Clock, with_predicted_labels
 from holdfast.verbs.preparation import readied
 from holdfast.verbs.request import AssessRequest, HardenRequest, Subject
 from holdfast.verbs.result import Result
 from holdfast.verbs.trainable import learner_of, refuse_untrainable, threats_of, training_notes
 
 _CHECKED = 4_096  # training examples that are validated at once
-_SEEN = 8  # examples that show whether a network changes its input in place
-_NO_OBJECTION = "not-exhausted"  # raised if the suite is too weak, which no training changes
+_IN_PLACE_EXAMPLES = 8  # examples that show whether a network changes its input in place
+_IGNORED_DOUBT = "not-exhausted"  # raised if the suite is too weak, which no training changes
 
 
 def harden(
@@ -78,12 +78,13 @@ def harden(
     """
     if run is not None:
         refuse_used(run, resume=resume)
+    # Before the data are prepared and any process is joined, because nothing is stored yet.
     refuse_untrainable(subject.model)
     refuse_data(test)
     with readied(subject, test, distributed.own(torch.device(request.device))) as (target, sample):
         bounds = target.bare.bounds
-        for some in data.split(_CHECKED):
-            labelled = some.take(some.y != UNLABELLED)
+        for part in data.split(_CHECKED):
+            labelled = part.take(part.y != UNLABELLED)
             refuse_batch(labelled, bounds, target.classes, "the training data", whole=data)
         examples = examples_of(data, request.excluded or test, request.seed, target.classes)
         for threat in threats_of(request.threat, [one.recipe for one in request.candidates]):
@@ -92,11 +93,11 @@ def harden(
         stack.enter_context(distributed.joined(torch.device(request.device)))
         place = stack.enter_context(temporary_run_folder()) if run is None else run
         job = _Job(subject, examples, test, request, place, progress, notify, clock)
-        found = job.lead(resume=resume) if distributed.first() else job.follow()
+        result = job.lead(resume=resume) if distributed.first() else job.follow()
     if run is not None:
-        return found
-    before, after = (replace(side, folder=None) for side in (found.before, found.after))
-    return replace(found, before=before, after=after, folder=None)
+        return result
+    before, after = (replace(side, folder=None) for side in (result.before, result.after))
+    return replace(result, before=before, after=after, folder=None)
 
 
 class _Job:
@@ -115,61 +116,64 @@ class _Job:
     ) -> None:
         device = distributed.own(torch.device(request.device))
         self.rest, self.held = examples.rest.to(device), examples.held.to(device)
-        seen = self.held.x[:_SEEN]
-        around = tuple(
-            learner_of(model, seen).eval().requires_grad_(False) if isinstance(model, Classifier) else model
+        inputs = self.held.x[:_IN_PLACE_EXAMPLES]
+        prepared = tuple(
+            learner_of(model, inputs).eval().requires_grad_(False) if isinstance(model, Classifier) else model
             for model in request.threat.surrogates
         )
-        request = replace(request, threat=replace(request.threat, surrogates=around))
+        request = replace(request, threat=replace(request.threat, surrogates=prepared))
         self.subject, self.test, self.request, self.run = subject, test, request, run
         self.again = way_out(request.command, run)
         self.progress, self.notify, self.clock = progress, notify, clock
-        self.model = learner_of(subject.model, seen)
+        self.model = learner_of(subject.model, inputs)
         digests = [test.digest, examples.digest]
-        self._as_the_first(digests)
+        self._match_first_process(digests)
         machine = hardware(device, distributed.processes())
         self.trainer = Trainer(self.model, self.rest, self.held, request.threat, request.seed, machine, clock)
-        for one in request.candidates:  # refuses unsuitable data; nothing is trained yet
-            self.trainer.begun(one.recipe, None)
-        self.notes = [*examples.notes, *training_notes(self.model, seen)]
-        known = distributed.broadcast(stored_manifest(run))
-        self.plan = distributed.broadcast(known["plan"] if known else self._planned())
-        self.looked = self._few_held(self.plan["attempts"][0].get("held_out", len(self.held)))
-        self.trainer = replace(self.trainer, held=self.looked)
+        for candidate in request.candidates:  # refuses unsuitable data; nothing is trained yet
+            self.trainer.begun(candidate.recipe, None)
+        self.notes = [*examples.notes, *training_notes(self.model, inputs)]
+        stored = distributed.broadcast(stored_manifest(run))
+        self.plan = distributed.broadcast(stored["plan"] if stored else self._planned())
+        self.evaluated = self._held_out_sample(self.plan["attempts"][0].get("held_out", len(self.held)))
+        self.trainer = replace(self.trainer, held=self.evaluated)
         self.manifest = harden_manifest(subject, digests, test, request, self.plan, machine)
-        self.assessment = replace(request.assessment, device=str(device), fit=self._to_learn_on())
+        self.assessment = replace(
+            request.assessment, device=str(device), fit=self._examples_for_learned_attacks()
+        )
 
-    def _few_held(self, n: int) -> Batch:
+    def _held_out_sample(self, n: int) -> Batch:
         """A random sample of the held-out examples, determined by the seed."""
-        drawn = Draws(self.request.seed).at("looked at").bits(self.held.ids).argsort()[:n]
-        return self.held.take(drawn.sort().values)
+        order = Draws(self.request.seed).at("looked at").bits(self.held.ids).argsort()[:n]
+        return self.held.take(order.sort().values)
 
-    def _as_the_first(self, digests: list[str]) -> None:
+    def _match_first_process(self, digests: list[str]) -> None:
         """Verify that the data equal those of the first process, and use its initial weights."""
         if distributed.broadcast(digests) != digests:
             raise UsageError(
                 "this process has other data than the first one; give all processes the same data in the same order, "
                 "as from one file"
             )
+        # On the CPU, because the processes may have different devices.
         weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(distributed.broadcast(weights))
 
-    def _to_learn_on(self) -> Data | None:
+    def _examples_for_learned_attacks(self) -> Data | None:
         """Training examples for learned attacks of the evaluation, disjoint from judged and held-out examples."""
         n, model = self.request.examples, self.subject.model
         if not n:
             return None
-        known = self.rest.take(self.rest.y != UNLABELLED)
-        some = known.take(Draws(self.request.seed).at("learned on").bits(known.ids).argsort()[:n])
-        some = some.to(torch.device("cpu"))
-        return as_data(some.x, some.y, expected=Expected(model.bounds, model.classes))
+        labelled = self.rest.take(self.rest.y != UNLABELLED)
+        examples = labelled.take(Draws(self.request.seed).at("learned on").bits(labelled.ids).argsort()[:n])
+        examples = examples.to(torch.device("cpu"))
+        return as_data(examples.x, examples.y, expected=Expected(model.bounds, model.classes))
 
     def _planned(self) -> dict[str, Any]:
         request = self.request
         if request.budget_s is not None:
-            names = ", ".join(one.name for one in request.candidates)
+            names = ", ".join(candidate.name for candidate in request.candidates)
             self.notify(f"timing updates of {names} on this machine, for a budget of {request.budget_s:g} s")
-        tried, spent_s = attempts(
+        planned_attempts, spent_s = attempts(
             request.candidates,
             request.budget_s,
             self.model,
@@ -177,13 +181,20 @@ class _Job:
             request.threat,
             Evaluation(
                 len(self.held),
-                lambda n: looked_at(
-                    self.model, as_it_says(self.model, self._few_held(n)), harmless(request.threat)
+                lambda n: held_out_accuracies(
+                    self.model,
+                    with_predicted_labels(self.model, self._held_out_sample(n)),
+                    harmless(request.threat),
                 ),
             ),
             self.clock,
         )
-        return {"attempts": tried, "budget_s": request.budget_s, "planning_s": spent_s, "stages": STAGES}
+        return {
+            "attempts": planned_attempts,
+            "budget_s": request.budget_s,
+            "planning_s": spent_s,
+            "stages": STAGES,
+        }
 
     def lead(self, *, resume: bool) -> Hardened:
         """Perform all steps of the hardening that are not yet stored, as the first process, and return the result."""
@@ -195,14 +206,14 @@ class _Job:
         ):
             run = Run(tuple(STAGES), folder, stopper=stopper, progress=self.progress)
             before = self._assessed(self.subject, self.test, "before", replace(self.assessment, gates=()))
-            looked = looked_at(self.model, self.looked, self.request.threat)
+            accuracies_before = held_out_accuracies(self.model, self.evaluated, self.request.threat)
             run.record("before", _head(before))
             trained, best = self._trained_attempts(run)
             after = self._assessed(best.subject, self.test, "after", self.assessment)
             net = best.subject.model.net
             assert isinstance(net, nn.Module)  # other models were refused before
             weights = written(net, weights_metadata(self.subject, self.manifest))
-            card = card_of(trained, best, (before, after), folder.manifest, self._entries(looked))
+            card = card_of(trained, best, (before, after), folder.manifest, self._entries(accuracies_before))
             result = Hardened(best.subject.model, before, after, best.curve, card, weights, self.run)
             with stopper.finishing():
                 folder.keep("model", MODEL, weights)
@@ -222,7 +233,7 @@ class _Job:
                 return replace(message, model=self._opened(message.weights))
             self.trainer.follow(self._candidate(message.name), message)
 
-    def _entries(self, looked: tuple[float, float]) -> dict[str, Any]:
+    def _entries(self, accuracies_before: tuple[float, float]) -> dict[str, Any]:
         """Entries of the card from the request, and the metrics of the given model on held-out examples."""
         request, constraint = self.request, self.request.threat.constraint
         return {
@@ -232,7 +243,7 @@ class _Job:
             "notes": self.notes,
             "command": repeatable(request.command),
             "opened_by": opened_by(request.open_options, str(self.manifest["data"]["name"])),
-            "held_out": {"n": len(self.looked), "before": looked},
+            "held_out": {"n": len(self.evaluated), "before": accuracies_before},
         }
 
     def _trained_attempts(self, run: Run) -> tuple[list[Made], Made]:
@@ -240,31 +251,33 @@ class _Job:
 
         Robust accuracy is compared on held-out examples; a model with raised doubts ranks below all models without.
         """
-        made: list[Made] = []
-        heights: list[tuple[bool, float]] = []
-        held, tried = self.held.to(torch.device("cpu")), self.plan["attempts"]
+        trained_models: list[Made] = []
+        ranks: list[tuple[bool, float]] = []
+        held_out, planned = self.held.to(torch.device("cpu")), self.plan["attempts"]
         metadata = weights_metadata(self.subject, self.manifest)
         trainings = AttemptTraining(self.subject, self.trainer, self.plan, metadata, self.clock)
-        own = self.subject.model
-        examples = as_data(held.x, held.y, expected=Expected(own.bounds, own.classes))
-        for k, attempt in enumerate(tried):
+        given_model = self.subject.model
+        examples = as_data(held_out.x, held_out.y, expected=Expected(given_model.bounds, given_model.classes))
+        for k, attempt in enumerate(planned):
             self.notify(announced(attempt, self.plan["budget_s"], len(self.test)))
             candidate = self._candidate(attempt["recipe"])
-            made.append(trainings.trained(self.run / _numbered(CHECKPOINTS, k), candidate, attempt, run))
-            if len(tried) == 1:
-                return made, made[0]
+            trained_models.append(
+                trainings.trained(self.run / _numbered(CHECKPOINTS, k), candidate, attempt, run)
+            )
+            if len(planned) == 1:
+                return trained_models, trained_models[0]
             assessment = replace(self.assessment, gates=(), baseline=None)
-            found = self._assessed(made[-1].subject, examples, _numbered("checked", k), assessment)
-            run.record(_numbered("checked", k), _head(found))
-            raised = {doubt.name for doubt in found.doubts if doubt.state == "raised"}
-            fair = not raised - {_NO_OBJECTION, *found.accepted_doubts}
-            heights.append((fair, found.metrics["robust_accuracy"].value))
-            if fair:
+            result = self._assessed(trained_models[-1].subject, examples, _numbered("checked", k), assessment)
+            run.record(_numbered("checked", k), _head(result))
+            raised = {doubt.name for doubt in result.doubts if doubt.state == "raised"}
+            without_doubts = not raised - {_IGNORED_DOUBT, *result.accepted_doubts}
+            ranks.append((without_doubts, result.metrics["robust_accuracy"].value))
+            if without_doubts:
                 break
-        return made, made[heights.index(max(heights))]
+        return trained_models, trained_models[ranks.index(max(ranks))]
 
     def _candidate(self, name: str) -> Candidate:
-        return next(one for one in self.request.candidates if one.name == name)
+        return next(candidate for candidate in self.request.candidates if candidate.name == name)
 
     def _opened(self, weights: bytes) -> Classifier:
         """The new model with weights from a file."""

@@ -71,12 +71,12 @@ class Hardened:
 
     def __str__(self) -> str:
         before, after = (self.card[side]["metrics"] for side in ("before", "after"))
-        said = [
+        changes = [
             f"{name} {percent(before[name]['value'])} → {percent(after[name]['value'])}"
             for name in compared_metrics(self.card)
         ]
         epoch = f"epoch {self.card['chosen']['epoch']} of {plain(self.card['epochs'])}"
-        return f"{self.card['recipe']}: {', '.join(said)} ({epoch})"
+        return f"{self.card['recipe']}: {', '.join(changes)} ({epoch})"
 
 
 @dataclass(frozen=True)
@@ -105,20 +105,24 @@ def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str,
     """Return the metadata that is written to the weights file of a hardened model: how the model is opened, and the
     digest of its training.
     """
-    known = {key: subject.card[key] for key in ("architecture", "arguments") if key in subject.card}
-    said = {
+    architecture = {key: subject.card[key] for key in ("architecture", "arguments") if key in subject.card}
+    properties = {
         key: subject.card[key]
         for key in ("bounds", "mean", "std", "classes")
         if subject.card.get(key) is not None
     }
     model = subject.model
-    found = {
+    output_properties = {
         "output": model.output,
         "layout": model.layout,
         "class_names": model.class_names or manifest["data"].get("classes"),
     }
-    said |= {key: value for key, value in found.items() if value is not None}
-    return {**known, **said, "training": digest(canonical([manifest["digests"], manifest["plan"]]))}
+    properties |= {key: value for key, value in output_properties.items() if value is not None}
+    return {
+        **architecture,
+        **properties,
+        "training": digest(canonical([manifest["digests"], manifest["plan"]])),
+    }
 
 
 def digest_of_weights(checkpoint: Checkpoint) -> str:
@@ -133,9 +137,9 @@ def digest_of_weights(checkpoint: Checkpoint) -> str:
 def timeless(card: Mapping[str, Any]) -> dict[str, Any]:
     """Return a model card without its times and its command line, which may differ between two equal runs."""
     points = [_timeless_point(point) for point in card["curve"]]
-    kept = {name: value for name, value in card.items() if name not in {"cost", "command"}}
+    entries = {name: value for name, value in card.items() if name not in {"cost", "command"}}
     return {
-        **kept,
+        **entries,
         "curve": points,
         "chosen": _timeless_point(card["chosen"]),
     }
@@ -146,21 +150,21 @@ def _timeless_point(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def card_of(
-    made: Sequence[Made],
+    trained: Sequence[Made],
     best: Made,
     sides: tuple[Result, Result],
     manifest: Mapping[str, Any],
-    said: Mapping[str, Any],
+    entries: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the model card of the best model that a hardening trained.
 
-    `made` are all trained models and `best` is one of them. `sides` are the results before and after the training.
-    `said` contains the entries of the card that come from the request.
+    `trained` are all trained models and `best` is one of them. `sides` are the results before and after the training.
+    `entries` contains the entries of the card that come from the request.
     """
-    tried = [each.candidate.name for each in made]
-    found: dict[str, Any] = strict(
+    recipes = [attempt.candidate.name for attempt in trained]
+    card: dict[str, Any] = strict(
         {
-            **said,
+            **entries,
             "name": best.subject.card["name"],
             "evaluated_under": threat_syntax(sides[1].summary()["threat"]),
             "recipe": best.candidate.name,
@@ -169,63 +173,66 @@ def card_of(
             "ended_by": best.ended_by,
             "settings": _as_trained(best),
             "plan": manifest["plan"],
-            "recipes_tried": tried,
+            "recipes_tried": recipes,
             "scope": basis(sides[0].evidence, sides[1].evidence),
             "before": judged(sides[0].summary()),
             "after": judged(sides[1].summary()),
             "chosen": best.chosen.to_json(),
-            "held_out": _looked(best.chosen, **said["held_out"]),
+            "held_out": _held_out_metrics(best.chosen, **entries["held_out"]),
             "curve": [point.to_json() for point in best.curve],
             "notes": [
-                *said["notes"],
-                *(note for each in made for note in _noted(each)),
-                *_followed(tried, best),
+                *entries["notes"],
+                *(note for attempt in trained for note in _training_notes(attempt)),
+                *_attempts_note(recipes, best),
             ],
-            "cost": _cost(made, best, manifest["plan"]),
+            "cost": _cost(trained, best, manifest["plan"]),
             "model": dict(best.subject.card),
             "data": manifest["data"],
             "versions": manifest["versions"],
             "hardware": ", then ".join(dict.fromkeys(point.hardware for point in best.curve)),
         }
     )
-    return found
+    return card
 
 
-def _cost(made: Sequence[Made], best: Made, plan: Mapping[str, Any]) -> dict[str, float]:
+def _cost(trained: Sequence[Made], best: Made, plan: Mapping[str, Any]) -> dict[str, float]:
     """Cost of all trainings and of the planning; `budget_used` is the share of the budget that the best one used."""
-    points = [point for each in made for point in each.curve]
-    spent = {name: sum(getattr(point, name) for point in points) for name in ("forwards", "cpu_s", "wall_s")}
-    spent["planning_s"] = plan["planning_s"]
+    points = [point for attempt in trained for point in attempt.curve]
+    totals = {name: sum(getattr(point, name) for point in points) for name in ("forwards", "cpu_s", "wall_s")}
+    totals["planning_s"] = plan["planning_s"]
     if plan["budget_s"] is None:
-        return spent
+        return totals
     used_s = plan["planning_s"] + sum(point.wall_s for point in best.curve)
     return {
-        **spent,
+        **totals,
         "budget_s": plan["budget_s"],
         "budget_used": used_s / plan["budget_s"],
         "plans": best.plans,
     }
 
 
-def _as_trained(made: Made) -> dict[str, Any]:
+def _as_trained(trained: Made) -> dict[str, Any]:
     """The settings of the recipe, updated by the plan, the defaults, and out-of-memory splits."""
-    how, last = made.candidate.recipe.training, made.curve[-1]
-    decided = {"epochs": made.epochs, "weight_decay": how.decay}
-    if last.batch != how.batch:  # batches were split after an out-of-memory error
-        decided |= {"batch": last.batch, "lr": how.lr * last.batch / how.batch}
-    settings = made.candidate.settings
+    settings_of_training, last = trained.candidate.recipe.training, trained.curve[-1]
+    decided = {"epochs": trained.epochs, "weight_decay": settings_of_training.decay}
+    if last.batch != settings_of_training.batch:  # batches were split after an out-of-memory error
+        decided |= {
+            "batch": last.batch,
+            "lr": settings_of_training.lr * last.batch / settings_of_training.batch,
+        }
+    settings = trained.candidate.settings
     return {**settings, "training": {**settings.get("training", {}), **decided}}
 
 
-def _looked(chosen: Point, n: int, before: tuple[float, float]) -> dict[str, Any]:
+def _held_out_metrics(chosen: Point, n: int, before: tuple[float, float]) -> dict[str, Any]:
     """Metrics of both models, with intervals, on the examples that chose the checkpoint."""
 
-    def told(*shares: float) -> dict[str, Any]:
+    def metrics_of(*shares: float) -> dict[str, Any]:
         masks = (torch.arange(n) < round(share * n) for share in shares)
         names = ("clean_accuracy", "robust_accuracy")
         return {name: vars(proportion(mask)) for name, mask in zip(names, masks, strict=True)}
 
-    return {"n": n, "before": told(*before), "after": told(chosen.clean, chosen.robust)}
+    return {"n": n, "before": metrics_of(*before), "after": metrics_of(chosen.clean, chosen.robust)}
 
 
 def _placed(command: str, folder: Path) -> str:
@@ -241,34 +248,37 @@ def opened_by(opens: str, data: str) -> str:
     return f"holdfast assess {MODEL} {'DATA' if ' ' in data else data} {opens}".rstrip()
 
 
-def _followed(tried: Sequence[str], best: Made) -> list[str]:
+def _attempts_note(recipes: Sequence[str], best: Made) -> list[str]:
     """A note on why there was more than one training."""
-    if len(tried) == 1:
+    if len(recipes) == 1:
         return []
     return [
         (
-            f"doubts were raised, so several recipes were tried: {', '.join(tried)}; the result is that of "
+            f"doubts were raised, so several recipes were tried: {', '.join(recipes)}; the result is that of "
             f"{best.candidate.name}"
         )
     ]
 
 
-def _noted(made: Made) -> list[str]:
+def _training_notes(trained: Made) -> list[str]:
     """Notes on a training: where memory ran out, and how often its guard added a step."""
-    notes = _shrunk(made.curve, made.candidate)
-    if made.raised:
-        times = "once" if made.raised == 1 else f"{made.raised} times"
-        most = ", which is as often as it may" if made.raised == MOST_RAISED else ""
-        said = f"a single step was overfitted to, so the guard asked for another one {times}{most}"
-        notes.append(f"{made.candidate.name}: {said}")
+    notes = _batch_size_notes(trained.curve, trained.candidate)
+    if trained.raised:
+        times = "once" if trained.raised == 1 else f"{trained.raised} times"
+        limit_text = ", which is as often as it may" if trained.raised == MOST_RAISED else ""
+        guard_text = (
+            f"a single step was overfitted to, so the guard asked for another one {times}{limit_text}"
+        )
+        notes.append(f"{trained.candidate.name}: {guard_text}")
     return notes
 
 
-def _shrunk(curve: tuple[Point, ...], candidate: Candidate) -> list[str]:
+def _batch_size_notes(curve: tuple[Point, ...], candidate: Candidate) -> list[str]:
     """Notes on where memory ran out, and the new batch size."""
     sizes = [candidate.recipe.training.batch, *(point.batch for point in curve)]
     return [
-        f"memory ran out in epoch {epoch}: batches of {now} in place of {before} from there on, the rate scaled alike"
-        for epoch, (before, now) in enumerate(pairwise(sizes), 1)
-        if now != before
+        f"memory ran out in epoch {epoch}: batches of {size} in place of {size_before} from there on, the rate scaled "
+        "alike"
+        for epoch, (size_before, size) in enumerate(pairwise(sizes), 1)
+        if size != size_before
     ]

@@ -18,7 +18,7 @@ from holdfast.ops.fit import drawing
 from holdfast.ops.losses import margin
 from holdfast.ops.pieces import results_in_pieces
 
-LOOK = PGD(steps=20)
+EVALUATION_ATTACK = PGD(steps=20)
 """The attack for held-out accuracy, by which the checkpoint is chosen; it has more steps and another loss than in
 training."""
 _HELD_OUT, _LEAST_HELD_OUT = 1_000, 50
@@ -62,44 +62,44 @@ def split_of(data: Batch, seed: int, *, most: int = _HELD_OUT, every: int = _EVE
     At least one example of each class stays in the training examples. At most `most` examples are held out, and at most
     one in `every`. Raises `UsageError` if fewer than 50 would be held out.
     """
-    known = data.y != UNLABELLED
+    labelled = data.y != UNLABELLED
     order = Draws(seed).at("held out").bits(data.ids).argsort()
-    order = order[known[order]]
-    last = {label: place for place, label in enumerate(data.y[order].tolist())}
-    spare = torch.ones_like(order, dtype=torch.bool)
-    spare[list(last.values())] = False
-    n = min(most, len(order) // every, int(spare.sum()))
+    order = order[labelled[order]]
+    last_of_class = {label: place for place, label in enumerate(data.y[order].tolist())}
+    can_be_held_out = torch.ones_like(order, dtype=torch.bool)
+    can_be_held_out[list(last_of_class.values())] = False
+    n = min(most, len(order) // every, int(can_be_held_out.sum()))
     if n < _LEAST_HELD_OUT:
         raise UsageError(
-            f"{len(order)} training examples leave {n} to choose by; at least "
-            f"{_LEAST_HELD_OUT * every} are needed; name more examples with --fit DATA"
+            f"{len(order)} training examples leave {n} held-out examples; at least "
+            f"{_LEAST_HELD_OUT * every} training examples are needed; give more with --fit DATA"
         )
-    held = torch.zeros_like(known)
-    held[order[spare][:n]] = True
-    return data.take(~held), data.take(held)
+    held_out = torch.zeros_like(labelled)
+    held_out[order[can_be_held_out][:n]] = True
+    return data.take(~held_out), data.take(held_out)
 
 
-def looked_at(model: Classifier, held: Batch, threat: ThreatModel) -> tuple[float, float]:
+def held_out_accuracies(model: Classifier, held_out: Batch, threat: ThreatModel) -> tuple[float, float]:
     """Return the clean accuracy of a model on the held-out examples, and its accuracy under the short attack that
     compares checkpoints.
     """
-    was = model.training
+    mode = model.training
     model.eval()
 
-    def seen(some: Batch) -> tuple[int, int]:
+    def counts(part: Batch) -> tuple[int, int]:
         with torch.no_grad():
-            correct = margin(model(some.x), some) > 0
-        left, stands = some.take(correct), 0
-        if len(left):
-            x_adv = LOOK(model, left, threat, rng=Draws(0).at("look"))
+            correct = margin(model(part.x), part) > 0
+        correct_examples, n_robust = part.take(correct), 0
+        if len(correct_examples):
+            x_adv = EVALUATION_ATTACK(model, correct_examples, threat, rng=Draws(0).at("look"))
             with torch.no_grad():
-                stands = int((margin(model(x_adv), left) > 0).sum())
-        return int(correct.sum()), stands
+                n_robust = int((margin(model(x_adv), correct_examples) > 0).sum())
+        return int(correct.sum()), n_robust
 
-    with drawing(Draws(0).at("look"), held.x.device):
-        right, stands = map(sum, zip(*results_in_pieces(held, seen), strict=True))
-    model.train(was)
-    return right / len(held), stands / len(held)
+    with drawing(Draws(0).at("look"), held_out.x.device):
+        right, n_robust = map(sum, zip(*results_in_pieces(held_out, counts), strict=True))
+    model.train(mode)
+    return right / len(held_out), n_robust / len(held_out)
 
 
 def harmless(threat: ThreatModel) -> ThreatModel:
@@ -109,8 +109,8 @@ def harmless(threat: ThreatModel) -> ThreatModel:
     Attacks then take as many passes as on a robust model. Eps is not zero, because a projection would then do less
     work.
     """
-    whole = threat.constraint
-    return replace(threat, constraint=whole.resized(_HARMLESS * whole.eps))
+    constraint = threat.constraint
+    return replace(threat, constraint=constraint.resized(_HARMLESS * constraint.eps))
 
 
 def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
@@ -121,17 +121,20 @@ def without_judged(data: Batch, test: Data) -> tuple[Batch, str]:
     """
     judged: dict[bytes, int] = {}
     for begin in range(0, len(test), 1_000):
-        some = test.read(begin, min(begin + 1_000, len(test)))
-        judged |= dict(zip(_names(some), some.ids.tolist(), strict=True))
-    fresh, twice = _apart(data, judged)
-    if not twice:
+        part = test.read(begin, min(begin + 1_000, len(test)))
+        judged |= dict(zip(_input_hashes(part), part.ids.tolist(), strict=True))
+    fresh, duplicates = _without_duplicates(data, judged)
+    if not duplicates:
         return data, ""
-    named = ", ".join(f"{row} is test example {other}" for row, other in twice[:_NAMED])
-    more = f" and {len(twice) - _NAMED:,} more" if len(twice) > _NAMED else ""
-    said = f"{len(twice):,} of {len(data):,} training examples are test examples, too: training example {named}{more}"
+    pairs = ", ".join(f"{row} is test example {test_id}" for row, test_id in duplicates[:_NAMED])
+    more = f" and {len(duplicates) - _NAMED:,} more" if len(duplicates) > _NAMED else ""
+    note = (
+        f"{len(duplicates):,} of {len(data):,} training examples are also test examples: training example "
+        f"{pairs}{more}"
+    )
     if not len(fresh):
-        raise UsageError(f"{said}; judge on other examples, or name others to train on with --fit DATA")
-    return fresh, f"{said}; they are left out of the training"
+        raise UsageError(f"{note}; give other test examples, or other training examples with --fit DATA")
+    return fresh, f"{note}; they are not used for the training"
 
 
 def without_held(rest: Batch, held: Batch) -> tuple[Batch, str]:
@@ -140,26 +143,29 @@ def without_held(rest: Batch, held: Batch) -> tuple[Batch, str]:
 
     Raises `UsageError` if no example is left.
     """
-    fresh, twice = _apart(rest, dict(zip(_names(held), held.ids.tolist(), strict=True)))
-    if not twice:
+    fresh, duplicates = _without_duplicates(
+        rest, dict(zip(_input_hashes(held), held.ids.tolist(), strict=True))
+    )
+    if not duplicates:
         return rest, ""
-    said = f"{len(twice):,} training examples equal one of the {len(held):,} that choose the checkpoint"
+    note = f"{len(duplicates):,} training examples equal one of the {len(held):,} that choose the checkpoint"
     if not len(fresh):
-        raise UsageError(f"all {said}, so that none is left to train on; name others with --fit DATA")
-    return fresh, f"{said}; they are left out of the training"
+        raise UsageError(f"all {note}, so no training example is left; give others with --fit DATA")
+    return fresh, f"{note}; they are not used for the training"
 
 
-def _apart(data: Batch, others: Mapping[bytes, int]) -> tuple[Batch, list[tuple[int, int]]]:
+def _without_duplicates(data: Batch, others: Mapping[bytes, int]) -> tuple[Batch, list[tuple[int, int]]]:
     """The examples whose inputs are not in `others`, and the ids of the others with the ids of their duplicates."""
-    names = _names(data)
+    names = _input_hashes(data)
     fresh = torch.tensor([name not in others for name in names], device=data.x.device)
     rows = zip(data.ids.tolist(), names, strict=True)
     return data.take(fresh), [(row, others[name]) for row, name in rows if name in others]
 
 
-def _names(data: Batch) -> list[bytes]:
+def _input_hashes(data: Batch) -> list[bytes]:
     """A hash of the bytes of each input; -0 is treated as 0."""
     rows = data.x.detach().cpu().contiguous().flatten(1).numpy()
+    # Adding zero turns -0 into 0.
     return [hashlib.blake2b((row + 0.0).tobytes(), digest_size=16).digest() for row in rows]
 
 
@@ -175,16 +181,17 @@ def refuse_missing_classes(data: Batch, classes: int, *, after: str = "") -> Non
 
     `after` is a note for the message on examples that were left out before.
     """
-    found = torch.unique(data.y[data.y != UNLABELLED]).tolist()
-    before = f"{after}; " if after else ""
-    if len(found) < 2:
-        held = f"all training labels are {found[0]}" if found else "no training example has a label"
+    present = torch.unique(data.y[data.y != UNLABELLED]).tolist()
+    prefix = f"{after}; " if after else ""
+    if len(present) < 2:
+        finding = f"all training labels are {present[0]}" if present else "no training example has a label"
         raise TargetError(
-            f"{before}{held}; two classes are needed: check the label column, or name others with --fit DATA"
+            f"{prefix}{finding}; at least two classes are needed: check the label column, or give other data with "
+            "--fit DATA"
         )
-    lacking = sorted(set(range(classes)) - set(found))
-    if lacking:
+    missing = sorted(set(range(classes)) - set(present))
+    if missing:
         raise TargetError(
-            f"{before}no training example is of class {', '.join(map(str, lacking))}, of the {classes} that the model "
-            f"tells apart; add some, or give a model of {classes - len(lacking)} classes"
+            f"{prefix}no training example is of class {', '.join(map(str, missing))}, of the {classes} that the model "
+            f"has; add examples, or give a model of {classes - len(missing)} classes"
         )

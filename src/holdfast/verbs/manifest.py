@@ -14,7 +14,7 @@ from holdfast.engine.resuming import repeatable
 from holdfast.harness import Plan, Target
 from holdfast.reports.numbers import strict
 from holdfast.sources.served import Served
-from holdfast.verbs.checks import batch_size_for, slight
+from holdfast.verbs.checks import batch_size_for, small_eps_note
 from holdfast.verbs.documents import outline_to_json
 from holdfast.verbs.evidence import DOUBTS
 from holdfast.verbs.measuring import shards_of
@@ -50,7 +50,9 @@ def assess_manifest(
         "config": config,
         "model": strict({**subject.card, "randomised": target.randomised}),
         "surrogates": [_identity(surrogate) for surrogate in request.surrogates],
-        "other_data": [{"name": each.name, "digest": each.digest, "n": len(each)} for each in request.across],
+        "other_data": [
+            {"name": dataset.name, "digest": dataset.digest, "n": len(dataset)} for dataset in request.across
+        ],
         "data": _data_card(data, shape),
         "notes": _notes(subject, data, request, plan, target, shape),
         "details": list(target.details),
@@ -71,7 +73,7 @@ def work_of(
     stored: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return how a run on `n` examples is divided: the shards, the batch size and the names of the stages."""
-    small = request.time_budget_s is not None or request.workers is not None
+    divided = request.time_budget_s is not None or request.workers is not None
     size = request.batch_size or batch_size_for(math.prod(shape), request.device)
     if request.batch_size is None and served is not None:
         size = max(size, served.at_once)
@@ -79,7 +81,7 @@ def work_of(
         size = stored["plan"]["batch_size"]
     stages = plan.stages()
     return {
-        "shards": shards_of(n, min(request.shard_size, size) if small else request.shard_size),
+        "shards": shards_of(n, min(request.shard_size, size) if divided else request.shard_size),
         "batch_size": size,
         "stages": [
             *(stage.name for stage in stages if not stage.adaptive),
@@ -107,10 +109,10 @@ def harden_manifest(
     config = strict(
         {
             "recipe": request.name,
-            "settings": {one.name: one.settings for one in request.candidates},
+            "settings": {item.name: item.settings for item in request.candidates},
             "threat": {"norm": type(constraint).__name__, "eps": constraint.eps},
             "suite": request.assessment.plan.suite,
-            "surrogates": {f"{k} {one.card['name']}": one.digest for k, one in enumerate(surrogates, 1)},
+            "surrogates": {f"{k} {item.card['name']}": item.digest for k, item in enumerate(surrogates, 1)},
             "budget_s": request.budget_s,
             "seed": request.seed,
         }
@@ -150,8 +152,8 @@ def _config(request: AssessRequest, plan: Plan, target: Target) -> dict[str, Any
         "shard_size": request.shard_size,
         "time_budget_s": request.time_budget_s,
         "fit": None if request.fit is None else request.fit.digest,
-        "surrogates": {f"{place} {one['name']}": one["digest"] for place, one in enumerate(surrogates, 1)},
-        "across": {f"{place} {one.name}": one.digest for place, one in enumerate(request.across, 1)},
+        "surrogates": {f"{place} {item['name']}": item["digest"] for place, item in enumerate(surrogates, 1)},
+        "across": {f"{place} {item.name}": item.digest for place, item in enumerate(request.across, 1)},
     }
 
 
@@ -176,7 +178,7 @@ def _notes(
     subject: Subject, data: Data, request: AssessRequest, plan: Plan, target: Target, shape: tuple[int, ...]
 ) -> list[str]:
     """Notes on model, data and threat model that a reader needs before the numbers."""
-    small = slight(plan.threat.constraint, target.bare.bounds, math.prod(shape))
+    small = small_eps_note(plan.threat.constraint, target.bare.bounds, math.prod(shape))
     surrogates = [
         f"the surrogate {surrogate.card.get('name', '')}: {note}"
         for surrogate in request.surrogates

@@ -20,19 +20,19 @@ from holdfast.ops.fit import updates
 from holdfast.ops.pieces import half_batch, results_in_pieces
 from holdfast.ops.recipe import Recipe, trained_as
 from holdfast.verbs.held_out import harmless
-from holdfast.verbs.training import BEST, LAST, keep
+from holdfast.verbs.training import BEST, LAST, save
 
 _SHORT = 3  # updates in the shorter trial
-_WATCHED = 512  # smallest number of examples in it: guards need more than 256
+_LEAST_EXAMPLES = 512  # smallest number of examples in it: guards need more than 256
 _LEAST, _MOST = 2, 400  # smallest and largest number of further updates in the longer trial
 _TRIED = 0.01  # largest share of the budget for each of the two trials
-_STILL = 1e-9  # a learning rate so small that the loss cannot diverge
+_NEGLIGIBLE_LR = 1e-9  # a learning rate so small that the loss cannot diverge
 _TRIALS = 3  # trials of a single slow update, since a busy machine may be slow for a moment
 _AGAIN = 0.05  # largest share of the budget for all these trials; later plans correct a slow measurement
-_ALL_BUT_LOST = 0.4  # share of the budget above which a first update is timed once more
+_RETIMED = 0.4  # share of the budget above which a first update is timed once more
 _SPARE = 0.95  # share of the budget that is planned in whole epochs, since the speed of a machine varies
 _USED = 0.97  # share of the budget that is planned if plans are repeated during the training
-_LOOK_SPARE = 0.2  # share of the time of an evaluation that is left as a reserve for a slower one
+_EVALUATION_SPARE = 0.2  # share of the time of an evaluation that is left as a reserve for a slower one
 _FIRST = 50  # smallest number of updates in the first plan, which is replaced after one update
 _REVIEW = 0.01  # share of the budget between two plans
 _REVIEW_LEFT = 0.1  # the same of the rest of the budget, for a machine that becomes slower
@@ -123,87 +123,90 @@ def _paced(
     The labels are the model's own predictions and eps is very small. So attacks take as many passes as on a robust
     model, and no guard adds a step. If an update is slow, a single one is timed and includes the fixed costs.
     """
-    how = recipe.training
-    few = replace(how, epochs=1, lr=_STILL, batch=size)
-    rows, least = torch.arange(len(data), device=data.x.device), max(_SHORT * size, _WATCHED)
-    all_of_it = updates(len(data), size)
+    settings = recipe.training
+    short_settings = replace(settings, epochs=1, lr=_NEGLIGIBLE_LR, batch=size)
+    rows, least_examples = torch.arange(len(data), device=data.x.device), max(_SHORT * size, _LEAST_EXAMPLES)
+    n_updates = updates(len(data), size)
 
-    def taken(n: int) -> _Trial:
-        some = as_it_says(model, data.take(rows[:n]))
+    def trial(n: int) -> _Trial:
+        part = with_predicted_labels(model, data.take(rows[:n]))
         begun = clock()
-        *_, last = trained_as(recipe, few)(model, some, harmless(threat), rng=Draws(0))
+        *_, last = trained_as(recipe, short_settings)(model, part, harmless(threat), rng=Draws(0))
         seconds = broadcast(clock() - begun)  # all processes take the same decisions
-        return _Trial(seconds, updates(len(some), size), len(some), last)
+        return _Trial(seconds, updates(len(part), size), len(part), last)
 
-    single = taken(size)  # selects kernels and fills caches, so it is slower than the next ones
-    spent_s = single.seconds
-    if how.compiled or spent_s <= _AGAIN * budget_s or spent_s > _ALL_BUT_LOST * budget_s:
-        single = taken(size)
-        spent_s += single.seconds
-    if not how.compiled and updates(least, size) * single.seconds > _TRIED * budget_s:
-        single = _quickest(single, lambda: taken(size), spent_s, budget_s)
-        kept_s = _kept_s(single.last, single.examples, len(data), clock)
-        return Pace(single.seconds, single.seconds * all_of_it + kept_s)
-    short = taken(least)
-    update, once = short.each, 0.0
-    more = min(int(_TRIED * budget_s / max(update, 1e-9)), _MOST)
-    if more >= _LEAST:
-        update = _apart(short, taken(least + more * size))
-        once = 0.0 if how.compiled else max(short.seconds - short.updates * update, 0.0)
-    return Pace(update, update * all_of_it + once + _kept_s(short.last, short.examples, len(data), clock))
+    update_trial = trial(size)  # selects kernels and fills caches, so it is slower than the next ones
+    spent_s = update_trial.seconds
+    if settings.compiled or spent_s <= _AGAIN * budget_s or spent_s > _RETIMED * budget_s:
+        update_trial = trial(size)
+        spent_s += update_trial.seconds
+    if not settings.compiled and updates(least_examples, size) * update_trial.seconds > _TRIED * budget_s:
+        update_trial = _quickest(update_trial, lambda: trial(size), spent_s, budget_s)
+        kept_s = _saving_s(update_trial.last, update_trial.examples, len(data), clock)
+        return Pace(update_trial.seconds, update_trial.seconds * n_updates + kept_s)
+    short = trial(least_examples)
+    update, fixed_s = short.each, 0.0
+    n_more = min(int(_TRIED * budget_s / max(update, 1e-9)), _MOST)
+    if n_more >= _LEAST:
+        # The difference of two trials does not contain the fixed costs of a training, such as the first compilation.
+        update = _marginal_s(short, trial(least_examples + n_more * size))
+        fixed_s = 0.0 if settings.compiled else max(short.seconds - short.updates * update, 0.0)
+    return Pace(
+        update, update * n_updates + fixed_s + _saving_s(short.last, short.examples, len(data), clock)
+    )
 
 
-def _quickest(trial: _Trial, again: Callable[[], _Trial], spent_s: float, budget_s: float) -> _Trial:
+def _quickest(trial: _Trial, repeat: Callable[[], _Trial], spent_s: float, budget_s: float) -> _Trial:
     """The fastest of several trials: the first one, and repetitions as far as the budget allows."""
     for _ in range(_TRIALS - 1):
         if spent_s + trial.seconds > _AGAIN * budget_s:
             break
-        trial = min(trial, again(), key=lambda one: one.seconds)
+        trial = min(trial, repeat(), key=lambda candidate: candidate.seconds)
         spent_s += trial.seconds
     return trial
 
 
-def as_it_says(model: Classifier, data: Batch) -> Batch:
+def with_predicted_labels(model: Classifier, data: Batch) -> Batch:
     """Replace the labels of the data by the predictions of the model. Unlabelled examples remain unlabelled."""
-    was = model.training
+    mode = model.training
     model.eval()
     with torch.no_grad():
-        says = torch.cat(results_in_pieces(data, lambda some: model(some.x).argmax(1)))
-    model.train(was)
-    return data.labelled(torch.where(data.y == UNLABELLED, data.y, says))
+        predictions = torch.cat(results_in_pieces(data, lambda part: model(part.x).argmax(1)))
+    model.train(mode)
+    return data.labelled(torch.where(data.y == UNLABELLED, data.y, predictions))
 
 
-def _apart(short: _Trial, long: _Trial) -> float:
+def _marginal_s(short: _Trial, long: _Trial) -> float:
     """Seconds for each update, from the difference of two trials."""
     if long.updates == short.updates:
         return long.each
     return max(long.seconds - short.seconds, 0.0) / (long.updates - short.updates)
 
 
-def _kept_s(checkpoint: Checkpoint, few: int, many: int, clock: Clock) -> float:
+def _saving_s(checkpoint: Checkpoint, n_trial: int, n_all: int, clock: Clock) -> float:
     """Seconds to write a checkpoint as the last and as the best one, at the size it would have with all examples."""
     with tempfile.TemporaryDirectory() as place:
-        whole = _grown(checkpoint, few, many)
+        enlarged = _grown(checkpoint, n_trial, n_all)
         begun = clock()
         for name in (LAST, BEST):
-            keep(Path(place), name, whole, ())
+            save(Path(place), name, enlarged, ())
         return broadcast(clock() - begun)
 
 
-def _grown(checkpoint: Checkpoint, few: int, many: int) -> Checkpoint:
-    """The checkpoint with `many` examples instead of `few`: the recipe's state for each example grows accordingly."""
+def _grown(checkpoint: Checkpoint, n_trial: int, n_all: int) -> Checkpoint:
+    """The checkpoint with `n_all` examples instead of `n_trial`: the recipe's state for each example grows."""
     tensors = {
-        name: value.new_zeros(many, *value.shape[1:])
-        if name.startswith(STATE) and value.shape[:1] == (few,)
+        name: value.new_zeros(n_all, *value.shape[1:])
+        if name.startswith(STATE) and value.shape[:1] == (n_trial,)
         else value
         for name, value in checkpoint.tensors.items()
     }
     return replace(checkpoint, tensors=tensors)
 
 
-def whole_epochs(budget_s: float, found: Pace) -> int:
+def whole_epochs(budget_s: float, measured: Pace) -> int:
     """Return the number of whole epochs of a training that fit into a time budget. It is 0 if not even one fits."""
-    return max(int(_SPARE * budget_s / found.epoch), 0)
+    return max(int(_SPARE * budget_s / measured.epoch), 0)
 
 
 def updates_fitting(seconds: float, update_s: float, look_s: float, position: int, per_epoch: int) -> int:
@@ -213,14 +216,14 @@ def updates_fitting(seconds: float, update_s: float, look_s: float, position: in
     The count starts after `position` updates of an epoch of `per_epoch` updates. The last epoch may be incomplete; an
     evaluation follows it as well.
     """
-    left = per_epoch - position
-    first = left * update_s + look_s
-    if seconds < first:
+    left_in_epoch = per_epoch - position
+    first_s = left_in_epoch * update_s + look_s
+    if seconds < first_s:
         return _whole((seconds - look_s) / max(update_s, 1e-9))
     whole_epoch = max(per_epoch * update_s + look_s, 1e-9)
-    whole = _whole((seconds - first) / whole_epoch)
-    rest = seconds - first - whole * whole_epoch - look_s
-    return left + whole * per_epoch + _whole(rest / max(update_s, 1e-9))
+    n_whole = _whole((seconds - first_s) / whole_epoch)
+    rest_s = seconds - first_s - n_whole * whole_epoch - look_s
+    return left_in_epoch + n_whole * per_epoch + _whole(rest_s / max(update_s, 1e-9))
 
 
 def _whole(times: float) -> int:
@@ -228,17 +231,17 @@ def _whole(times: float) -> int:
     return max(int(times + 1e-6), 0)
 
 
-def epochs_fitting(budget_s: float, found: Pace, per_epoch: int) -> float:
+def epochs_fitting(budget_s: float, measured: Pace, per_epoch: int) -> float:
     """Return the number of epochs of a training that fit into a time budget, which may be fractional. It is 0 if not
     even one update fits.
     """
-    look_s = found.between(per_epoch)
-    return updates_fitting(_planned_s(budget_s, look_s), found.update, look_s, 0, per_epoch) / per_epoch
+    look_s = measured.between(per_epoch)
+    return updates_fitting(_planned_s(budget_s, look_s), measured.update, look_s, 0, per_epoch) / per_epoch
 
 
 def _planned_s(budget_s: float, look_s: float) -> float:
     """The seconds of a budget that are planned."""
-    return _USED * budget_s - _LOOK_SPARE * look_s
+    return _USED * budget_s - _EVALUATION_SPARE * look_s
 
 
 class Pacer:
@@ -271,9 +274,11 @@ class Pacer:
         n = updates_fitting(planned_s, update_s, look_s, position, per_epoch)
         end = done + (n if done else max(n, _FIRST))
         between_s = min(_REVIEW * self._budget_s, _REVIEW_LEFT * max(planned_s - look_s, 0.0))
-        most = max(int(between_s / max(update_s, 1e-9)), 1)
+        largest_interval = max(int(between_s / max(update_s, 1e-9)), 1)
         share = 0.0 if last is None else last.done(done)
-        return TrainingPlan(done, share, end, done + min(interval, most), spent_s, update_s, look_s)
+        return TrainingPlan(
+            done, share, end, done + min(interval, largest_interval), spent_s, update_s, look_s
+        )
 
     def _estimated(
         self, done: int, spent_s: float, per_epoch: int, last: TrainingPlan | None
@@ -285,23 +290,27 @@ class Pacer:
         if not n:  # two plans at the same update differ by an evaluation only
             look_s = seconds if done <= per_epoch else (last.look_s + seconds) / 2
             return last.update_s, look_s, max(last.review - last.at, 1)
-        each = seconds / n
+        seconds_per_update = seconds / n
         # the measurement before the training, or the first updates, may have been slow for a moment
-        update_s = min(last.update_s, each) if last.at == 0 else (last.update_s + each) / 2
+        update_s = (
+            min(last.update_s, seconds_per_update)
+            if last.at == 0
+            else (last.update_s + seconds_per_update) / 2
+        )
         return update_s, last.look_s, 2 * n
 
 
-def too_small(budget_s: float, found: Pace, per_epoch: int, spent_s: float) -> str:
+def too_small(budget_s: float, measured: Pace, per_epoch: int, spent_s: float) -> str:
     """Return the error message for a time budget in which no training update fits. It states a budget that would be
     enough.
     """
-    look_s = found.between(per_epoch)
-    least = math.ceil((found.update + (1 + _LOOK_SPARE) * look_s + spent_s) / _USED)
-    asked = f"{least}s" if least < 120 else f"{math.ceil(least / 60)}min"
+    look_s = measured.between(per_epoch)
+    least_s = math.ceil((measured.update + (1 + _EVALUATION_SPARE) * look_s + spent_s) / _USED)
+    suggestion = f"{least_s}s" if least_s < 120 else f"{math.ceil(least_s / 60)}min"
     return (
-        f"a budget of {budget_s:g} s is too small: one update takes about {_seconds(found.update)} on this machine, "
-        f"what follows it, a look at held-out examples and a checkpoint, {_seconds(look_s)}, and finding that out took "
-        f"{_seconds(spent_s)}; give --budget {asked} or more, or fewer steps"
+        f"a budget of {budget_s:g} s is too small: one update takes about {_seconds(measured.update)} on this machine, "
+        f"the evaluation and the checkpoint after it {_seconds(look_s)}, and measuring these times took "
+        f"{_seconds(spent_s)}; give --budget {suggestion} or more, or fewer steps"
     )
 
 

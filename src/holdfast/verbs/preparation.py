@@ -63,12 +63,12 @@ def model_digest(subject: Subject, target: Target) -> str:
 def placed(model: Classifier, device: torch.device) -> Iterator[None]:
     """Context manager that moves a model to a device, and back on exit."""
     parameter = next(model.parameters(), None)
-    before = parameter.device if parameter is not None else device
+    old_device = parameter.device if parameter is not None else device
     model.to(device)
     try:
         yield
     finally:
-        model.to(before)
+        model.to(old_device)
 
 
 def with_surrogates(
@@ -83,13 +83,13 @@ def with_surrogates(
     if not surrogates:
         return plan
     if isinstance(plan.threat.constraint, Corruptions):
-        raise UsageError("surrogates are not used under common corruptions; leave --surrogate out")
+        raise UsageError("surrogates are not used under common corruptions; omit --surrogate")
     if isinstance(plan.threat.constraint, Transformations):
         raise UsageError(
             f"surrogates are not used under {plan.threat.constraint}, because whole images are transformed; "
-            "leave --surrogate out"
+            "omit --surrogate"
         )
-    ready = tuple(_ready(one, stack, sample, target).quick for one in surrogates)
+    ready = tuple(_ready(surrogate, stack, sample, target).quick for surrogate in surrogates)
     return replace(
         plan, threat=replace(plan.threat, surrogates=ready), matrix=not plan.smallest and not plan.alone
     )
@@ -99,51 +99,51 @@ def _ready(surrogate: Subject, stack: ExitStack, sample: Batch, target: Target) 
     name = surrogate.card.get("name", "")
     if surrogate.model.access != "gradients":
         raise UsageError(
-            f"the surrogate {name} gives {surrogate.model.access} only, and examples are made from gradients; "
-            "name a model that torch can differentiate"
+            f"the surrogate {name} gives only {surrogate.model.access}, but examples are computed from gradients; "
+            "give a model that torch can differentiate"
         )
     stack.enter_context(placed(surrogate.model, sample.x.device))
     try:
-        found = stack.enter_context(prepared(surrogate.model, sample))
+        prepared_surrogate = stack.enter_context(prepared(surrogate.model, sample))
     except TargetError as error:
         shape = tuple(sample.x.shape[1:])
         raise TargetError(
-            f"the surrogate {name} does not take the model's inputs {shape}: {error}"
+            f"the surrogate {name} does not accept the inputs of the model, of shape {shape}: {error}"
         ) from error
-    if found.classes != target.classes:
+    if prepared_surrogate.classes != target.classes:
         raise TargetError(
-            f"the surrogate {name} has {found.classes} classes, the model {target.classes}; "
-            "name one that was trained on the same classes"
+            f"the surrogate {name} has {prepared_surrogate.classes} classes, but the model has {target.classes}; "
+            "give one that was trained on the same classes"
         )
-    if found.rejects:
+    if prepared_surrogate.rejects:
         raise UsageError(
-            f"the surrogate {name} rejects inputs, and examples are computed on a network without a detector; "
-            "name the network without its detector"
+            f"the surrogate {name} has a detector that rejects inputs, but examples are computed on a network without "
+            "a detector; give the network without its detector"
         )
-    if found.randomised:
+    if prepared_surrogate.randomised:
         raise UsageError(
             f"the surrogate {name} is randomised, so its examples could not be reproduced; "
             "wrap it in a factory that fixes its random numbers"
         )
-    lost = int(found.logits(sample.x).isnan().any(1).sum())
-    if lost:
+    n_nan = int(prepared_surrogate.logits(sample.x).isnan().any(1).sum())
+    if n_nan:
         raise TargetError(
-            f"the surrogate {name} returns NaN for {lost} of the first {len(sample)} examples, from which no example "
-            "can be computed; "
-            f"look for a division or a logarithm of zero with holdfast doctor"
+            f"the surrogate {name} returns NaN for {n_nan} of the first {len(sample)} examples, from which no example "
+            "can be computed; look for a division or a logarithm of zero with holdfast doctor"
         )
-    _refuse_flat(name, found, sample)
-    return found
+    _refuse_flat(name, prepared_surrogate, sample)
+    return prepared_surrogate
 
 
-def _refuse_flat(name: str, found: Target, sample: Batch) -> None:
+def _refuse_flat(name: str, prepared_surrogate: Target, sample: Batch) -> None:
     """Raise `UsageError` for a surrogate without a gradient, since examples are computed from gradients."""
-    few = next(iter(sample.split(_SURROGATE_EXAMPLES)))
-    slope, _ = gradient(found.bare, few, margin_loss)
-    if not slope.any():
+    examples = next(iter(sample.split(_SURROGATE_EXAMPLES)))
+    input_gradient, _ = gradient(prepared_surrogate.bare, examples, margin_loss)
+    if not input_gradient.any():
         raise UsageError(
-            f"the surrogate {name} passes no gradient back to any of the first {len(few)} examples, and examples are "
-            "computed from gradients; remove what stops them (detach, no_grad, rounding), or name another model"
+            f"the surrogate {name} passes no gradient back to any of the first {len(examples)} examples, and examples "
+            "are computed from gradients; remove the operation that stops them (detach, no_grad, rounding), or give "
+            "another model"
         )
 
 
@@ -158,30 +158,27 @@ def with_others(plan: Plan, others: Sequence[Data], sample: Batch, target: Targe
     threat = plan.threat
     if not threat.constraint.is_ball or threat.constraint.eps == float("inf"):
         raise UsageError(
-            "perturbations are transferred between data sets within a norm and an eps; choose a threat such as "
-            "linf:8/255, "
-            "or leave --across out"
+            "the transfer between data sets needs a threat model with a norm and a finite eps, such as "
+            "linf:8/255; give one, or omit --across"
         )
     if threat.goal is not None:
         raise UsageError(
             "perturbations for the transfer between data sets lead away from the prediction, and not to a target "
-            "class; "
-            f"leave goal=targeted:{threat.goal} out, or leave --across out"
+            f"class; omit goal=targeted:{threat.goal}, or omit --across"
         )
     if not (threat.gives("gradients") and target.bare.access == "gradients") and not threat.surrogates:
         raise UsageError(
-            "perturbations for the transfer between data sets are computed from gradients, and the model gives none; "
-            "name "
-            "one that does with --surrogate MODEL, or leave --across out"
+            "perturbations for the transfer between data sets are computed from gradients, but the model has none; "
+            "give a model that has some with --surrogate MODEL, or omit --across"
         )
     shape = tuple(sample.x.shape[1:])
-    for each in others:
-        refuse_data(each)
-        other = tuple(each.read(0, 1).x.shape[1:])
-        if other != shape:
+    for dataset in others:
+        refuse_data(dataset)
+        shape_of_dataset = tuple(dataset.read(0, 1).x.shape[1:])
+        if shape_of_dataset != shape:
             raise UsageError(
-                f"inputs of {each.name} have shape {other}, and those of the run {shape}; name data of the same shape "
-                "with --across DATA"
+                f"inputs of {dataset.name} have shape {shape_of_dataset}; those of the run have shape {shape}: give "
+                "data of the same shape with --across DATA"
             )
     return replace(plan, across=True)
 
@@ -198,7 +195,7 @@ def plan_for(
     refuse_batch(sample, bare.bounds, target.classes, data.name, whole=data, remote=bare.remote)
     if target.rejects and isinstance(threat.constraint, Corruptions):
         raise UsageError(
-            "common corruptions are drawn at random and not chosen against a detector, and this model has one; "
+            "common corruptions are drawn at random and not chosen against a detector, but this model has one; "
             "measure the network without its detector, or give a norm, as in --threat linf:8/255"
         )
     refuse_threat(threat, bare.bounds, sample.x, target.classes)
@@ -215,14 +212,14 @@ def learning_examples(plan: Plan, target: Target, data: Data, fit: Data | None) 
 
     Returns None if no attack is learned or `fit` is None. Raises `UsageError` if their shape is not that of `data`.
     """
-    wanted = [m.attack.examples for m in plan.members if isinstance(m.attack, Learned)]
-    if not wanted or fit is None:
+    sizes = [m.attack.examples for m in plan.members if isinstance(m.attack, Learned)]
+    if not sizes or fit is None:
         return None
-    batch, shape = fit.read(0, min(max(wanted), len(fit))), data.read(0, 1).x.shape[1:]
+    batch, shape = fit.read(0, min(max(sizes), len(fit))), data.read(0, 1).x.shape[1:]
     if batch.x.shape[1:] != shape:
         raise UsageError(
-            f"inputs of {fit.name}, to learn attacks on, have shape {tuple(batch.x.shape[1:])}, and "
-            f"those of {data.name} {tuple(shape)}; name examples of the same kind with --fit DATA"
+            f"inputs of {fit.name}, on which attacks are learned, have shape {tuple(batch.x.shape[1:])}, but "
+            f"those of {data.name} have shape {tuple(shape)}; give examples of the same kind with --fit DATA"
         )
     refuse_batch(batch, target.bare.bounds, target.classes, fit.name, whole=fit)
     return _typed(batch, data)
@@ -236,8 +233,8 @@ def paired_sets(plan: Plan, data: Data, others: Sequence[Data]) -> tuple[Batch, 
         return ()
     sets, seed = (data, *others), plan.seed
     n = min(MATRIX_ROWS, *map(len, sets))
-    drawn = (selected(each, n=None, sample=n, seed=seed).read(0, n) for each in sets)
-    return tuple(paired(_typed(batch, data), seed, place) for place, batch in enumerate(drawn))
+    samples = (selected(dataset, n=None, sample=n, seed=seed).read(0, n) for dataset in sets)
+    return tuple(paired(_typed(batch, data), seed, place) for place, batch in enumerate(samples))
 
 
 def _typed(batch: Batch, data: Data) -> Batch:

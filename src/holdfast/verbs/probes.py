@@ -46,7 +46,7 @@ from holdfast.verbs.measuring import Measurement
 
 
 @dataclass
-class Counted:
+class PassCounter:
     """Wrapper of a model that counts its forward and backward passes."""
 
     model: Model
@@ -63,10 +63,10 @@ class Counted:
         self.forwards += len(x)
         logits = self.model(x, ids)
         if logits.requires_grad:
-            logits.register_hook(lambda _: self._book(len(x)))  # type: ignore[no-untyped-call]
+            logits.register_hook(lambda _: self._count_backward(len(x)))  # type: ignore[no-untyped-call]
         return logits
 
-    def _book(self, n: int) -> None:
+    def _count_backward(self, n: int) -> None:
         self.backwards += n
 
 
@@ -95,44 +95,46 @@ def run_probes(
     If time ran out, no probe is run. `missed` are the notes on the unfinished stages.
     """
     plan, outline = measurement.plan, measurement.plan.outline(measurement.target.classes)
-    broke = {each.name: each.columns["success"] for each in stage_passes(outline, by_stage)}
+    broken_by = {passed.name: passed.columns["success"] for passed in stage_passes(outline, by_stage)}
     is_probability = by_stage["clean"]["is_probability"]
     columns = {**assemble(outline, by_stage), "is_probability": is_probability}
     if plan.doubts == "none":
-        return ProbeResults(Findings((), missed_by_suite(columns, plan.threat, broke)))
-    wanted = plan.suite if plan.doubts == "all" else ""
+        return ProbeResults(Findings((), missed_by_suite(columns, plan.threat, broken_by)))
+    suite = plan.suite if plan.doubts == "all" else ""
     target = measurement.target
     circumstances = Circumstances(
         plan.threat,
-        wanted,
+        suite,
         target.in_training,
         _first_gradients(suite_columns(plan.stages(), by_stage)),
         target.blind,
         target.randomised,
         access=target.bare.access,
     )
-    counted = Counted(measurement.target.quick)
-    fitting, asked = _input(measurement, columns)
-    counted.forwards += asked
+    counting_model = PassCounter(measurement.target.quick)
+    fitting, n_forwards = _input(measurement, columns)
+    counting_model.forwards += n_forwards
     circumstances = replace(circumstances, input=fitting)
-    if not wanted or missed:
-        findings = conclude({}, columns, circumstances, broke)
-        findings = _unfinished(findings, missed) if wanted else findings
-        return ProbeResults(findings, Cost(counted.forwards, 0, counted.forwards))
+    if not suite or missed:
+        findings = conclude({}, columns, circumstances, broken_by)
+        findings = _unfinished(findings, missed) if suite else findings
+        return ProbeResults(findings, Cost(counting_model.forwards, 0, counting_model.forwards))
     allotment = _allotment(measurement, columns, by_stage)
-    probed = dict(_probed(measurement, counted, columns, stopwatch, allotment))
-    counting = tuple(
+    probed = dict(_probed(measurement, counting_model, columns, stopwatch, allotment))
+    counted_probes = tuple(
         (p.name, len(probed[p.name].rows))
         for p in _probes(measurement, columns)
         if p.name in probed and counts(p, plan.threat)
     )
-    found = _judged(measurement, columns, probed, counting)
-    judged = Cost(len(found.get("id", ())) * (JUDGED_AT_RANDOM if target.randomised else 1))
-    cost = Cost(counted.forwards, counted.backwards, counted.forwards) + judged
-    by_probe = probe_passes(outline, {**by_stage, **({FOUND: found} if found else {})}, counting)
-    broke |= {each.name: each.columns["success"] for each in by_probe}
-    findings = conclude(probed, columns, circumstances, broke)
-    return ProbeResults(_as_allotted(findings, allotment), cost, counting, found)
+    adversarial = _judged(measurement, columns, probed, counted_probes)
+    judged = Cost(len(adversarial.get("id", ())) * (JUDGED_AT_RANDOM if target.randomised else 1))
+    cost = Cost(counting_model.forwards, counting_model.backwards, counting_model.forwards) + judged
+    by_probe = probe_passes(
+        outline, {**by_stage, **({FOUND: adversarial} if adversarial else {})}, counted_probes
+    )
+    broken_by |= {passed.name: passed.columns["success"] for passed in by_probe}
+    findings = conclude(probed, columns, circumstances, broken_by)
+    return ProbeResults(_as_allotted(findings, allotment), cost, counted_probes, adversarial)
 
 
 def _as_allotted(findings: Findings, allotment: Allotment | None) -> Findings:
@@ -151,7 +153,7 @@ def _allotment(
     plan, rng = measurement.plan, Draws(measurement.plan.seed).at("stage", DOUBTS)
     within, attacks = probing_threat(plan.threat, columns), [member.attack for member in plan.members]
     probes = {probe.name: probe for probe in _probes(measurement, columns)}
-    wanted = {name: len(rows_for(probe, columns, plan.threat, rng)) for name, probe in probes.items()}
+    n_by_probe = {name: len(rows_for(probe, columns, plan.threat, rng)) for name, probe in probes.items()}
     passes = Passes(measurement.run.room(DOUBTS, 0).size, measurement.target.bare.batches)
 
     def cost(name: str, n: int) -> int | None:
@@ -159,32 +161,35 @@ def _allotment(
 
     judged = JUDGED_AT_RANDOM if measurement.target.randomised else 1
     suite = suite_columns(plan.stages(), by_stage).values()
-    budget = sum(int(found["queries"].sum()) + judged * int(found["ran"].sum()) for found in suite)
-    return allotted(wanted, budget, cost)
+    budget = sum(
+        int(stage_columns["queries"].sum()) + judged * int(stage_columns["ran"].sum())
+        for stage_columns in suite
+    )
+    return allotted(n_by_probe, budget, cost)
 
 
 def _input(measurement: Measurement, columns: Columns) -> tuple[Doubt, int]:
     """The doubt whether the data fit the model, measured on a sample, and the number of forward passes."""
     if measurement.served is not None:
-        says = "a served model is not queried for it; run holdfast doctor"
-        return Doubt("input", "not measured", says=says), 0
-    rng, every = Draws(measurement.plan.seed).at("stage", DOUBTS), torch.ones_like(columns["correct"])
-    rows = sample_rows(columns, every, rng.at("input"), SAMPLE)
+        message = "a served model is not queried for it; run holdfast doctor"
+        return Doubt("input", "not measured", says=message), 0
+    rng, all_examples = Draws(measurement.plan.seed).at("stage", DOUBTS), torch.ones_like(columns["correct"])
+    rows = sample_rows(columns, all_examples, rng.at("input"), SAMPLE)
     batch = concatenated([measurement.data.read(row, row + 1) for row in rows.tolist()]).to(
         measurement.device
     )
     with measurement.target.repeatable(rng.at("input")):
-        found, asked = _looked_for(measurement, batch)
-    if found is None:
-        tried = "value range, normalisation, layout or numbering of the labels"
-        says = f"no other {tried} fits the model better"
-        return Doubt("input", "clear", 0.0, BETTER, len(batch), says), asked
-    statistic, threshold = (None, FILLED) if found.gain is None else (found.gain, BETTER)
-    says = f"{found.says}: {found.way_out}"
-    return Doubt("input", "raised", statistic, threshold, len(batch), says), asked
+        finding, n_forwards = _misfit(measurement, batch)
+    if finding is None:
+        properties = "value range, normalisation, layout or numbering of the labels"
+        message = f"no other {properties} fits the model better"
+        return Doubt("input", "clear", 0.0, BETTER, len(batch), message), n_forwards
+    statistic, threshold = (None, FILLED) if finding.gain is None else (finding.gain, BETTER)
+    message = f"{finding.says}: {finding.way_out}"
+    return Doubt("input", "raised", statistic, threshold, len(batch), message), n_forwards
 
 
-def _looked_for(measurement: Measurement, batch: Batch) -> tuple[Finding | None, int]:
+def _misfit(measurement: Measurement, batch: Batch) -> tuple[Finding | None, int]:
     """Test whether the data do not fit the model, in smaller batches if memory runs out."""
     room = measurement.run.room(DOUBTS, _FITTING)
     return in_room(lambda size: misfit(measurement.target.bare, batch, size), room, 0, len(batch))
@@ -201,35 +206,41 @@ def _judged(
 ) -> dict[str, Tensor]:
     """Judge, on the target model, inputs by which probes broke examples that survive the suite."""
     plan, rng = measurement.plan, Draws(measurement.plan.seed).at("stage", FOUND)
-    left, rows_of = surviving_examples(columns, plan.threat), []
+    surviving, rows_of = surviving_examples(columns, plan.threat), []
     for place, (name, _) in enumerate(counting):
         rows = probed[name].rows
-        at = (probed[name].columns["broken"] & left[rows]).nonzero()[:, 0]
-        if not len(at):
+        positions = (probed[name].columns["broken"] & surviving[rows]).nonzero()[:, 0]
+        if not len(positions):
             continue
-        x_adv = probed[name].columns["x"][at]
-        batch = concatenated([measurement.data.read(row, row + 1) for row in rows[at].tolist()])
+        x_adv = probed[name].columns["x"][positions]
+        batch = concatenated([measurement.data.read(row, row + 1) for row in rows[positions].tolist()])
         inputs = Lookup(batch.ids)
 
         def work(
             piece: Batch, x_adv: Tensor = x_adv, inputs: Lookup = inputs, place: int = place, name: str = name
         ) -> dict[str, Tensor]:
             x = x_adv[inputs.rows(piece.ids.cpu())].to(piece.x.device)
-            found = judge_inputs(plan, measurement.target, piece, x, rng.at(name))
-            marks = [kept for kept in ("", "gallery.", "adversarial.") if f"{kept}id" in found]
-            return found | {f"{kept}{PROBE}": torch.full_like(found[f"{kept}id"], place) for kept in marks}
+            judged_columns = judge_inputs(plan, measurement.target, piece, x, rng.at(name))
+            marks = [prefix for prefix in ("", "gallery.", "adversarial.") if f"{prefix}id" in judged_columns]
+            return judged_columns | {
+                f"{prefix}{PROBE}": torch.full_like(judged_columns[f"{prefix}id"], place) for prefix in marks
+            }
 
         room = measurement.run.room(DOUBTS, len(probed) + place)
         rows_of.append(in_pieces(work, batch.to(measurement.device), room))
-    return {name: torch.cat([found[name] for found in rows_of]) for name in rows_of[0]} if rows_of else {}
+    return (
+        {name: torch.cat([judged_columns[name] for judged_columns in rows_of]) for name in rows_of[0]}
+        if rows_of
+        else {}
+    )
 
 
 def _first_gradients(suite: Mapping[str, Columns]) -> Mask | None:
     """Which gradients were zero in the first pass of the first gradient attack; None if no attack used gradients."""
     for columns in suite.values():
-        asked = columns["dead"] | (columns["backwards"] > 0)
-        if asked.any():
-            return columns["dead"][asked]
+        measured = columns["dead"] | (columns["backwards"] > 0)
+        if measured.any():
+            return columns["dead"][measured]
     return None
 
 
@@ -242,28 +253,30 @@ def _probed(
 ) -> Iterator[tuple[str, Probed]]:
     plan, rng = measurement.plan, Draws(measurement.plan.seed).at("stage", DOUBTS)
     within, probes = probing_threat(plan.threat, columns), _probes(measurement, columns)
-    left = int((columns["correct"] & ~columns["success"]).sum())
+    n_surviving = int((columns["correct"] & ~columns["success"]).sum())
     examples: dict[tuple[str, int], Batch] = {}
     for place, probe in enumerate(probes):
-        measurement.run.report(DOUBTS, place, len(probes), left, len(measurement.data))
-        most = None if allotment is None else allotment.examples.get(probe.name, 0)
-        rows = rows_for(probe, columns, plan.threat, rng, most)
+        measurement.run.report(DOUBTS, place, len(probes), n_surviving, len(measurement.data))
+        limit = None if allotment is None else allotment.examples.get(probe.name, 0)
+        rows = rows_for(probe, columns, plan.threat, rng, limit)
         if not len(rows):
             continue
-        same = probe.on, len(rows)
-        if same not in examples:  # read one by one, since a whole shard of large images is slower to decode
-            few = concatenated([measurement.data.read(row, row + 1) for row in rows.tolist()])
-            examples[same] = few.to(measurement.device)
-        batch = examples[same]
+        key = probe.on, len(rows)
+        if key not in examples:  # read one by one, since a whole shard of large images is slower to decode
+            examples_of_probe = concatenated([measurement.data.read(row, row + 1) for row in rows.tolist()])
+            examples[key] = examples_of_probe.to(measurement.device)
+        batch = examples[key]
 
-        look = probe.voted if probe.voted is not None and measurement.target.randomised else probe.run
+        run_probe = probe.voted if probe.voted is not None and measurement.target.randomised else probe.run
 
-        def run(piece: Batch, probe: Probe = probe, look: Run = look) -> dict[str, Tensor]:
+        def run(piece: Batch, probe: Probe = probe, run_probe: Run = run_probe) -> dict[str, Tensor]:
             if within.goal is not None:
                 piece = piece.towards(torch.full_like(piece.y, within.goal))
-            asked = measurement.target.queried(model, piece)
+            probed_model = measurement.target.queried(model, piece)
             with measurement.target.repeatable(rng.at(probe.name, int(piece.ids[0]))):
-                return {name: values.cpu() for name, values in look(asked, piece, within, rng).items()}
+                return {
+                    name: values.cpu() for name, values in run_probe(probed_model, piece, within, rng).items()
+                }
 
         yield probe.name, Probed(rows, in_pieces(run, batch, measurement.run.room(DOUBTS, place)))
         stopwatch.tick()
@@ -272,11 +285,11 @@ def _probed(
 def _unfinished(findings: Findings, missed: Sequence[str]) -> Findings:
     """The findings of a run in which time ran out before the probes."""
 
-    def said(doubt: Doubt) -> Doubt:
+    def updated(doubt: Doubt) -> Doubt:
         if doubt.name == "not-exhausted":
             return replace(doubt, state="raised", says=missed[0])
         if doubt.state == "not measured":
             return replace(doubt, says="time ran out before it was measured")
         return doubt
 
-    return replace(findings, doubts=tuple(said(doubt) for doubt in findings.doubts))
+    return replace(findings, doubts=tuple(updated(doubt) for doubt in findings.doubts))

@@ -40,9 +40,9 @@ class Metrics(dict[str, Estimate]):
     """
 
     def __missing__(self, name: str) -> Estimate:
-        near = suggestion(str(name), self)
-        known = f"this run has {', '.join(self) or 'none'}"
-        raise UnknownMetric(f"there is no metric {name!r}; {f'{near} ' if near else ''}{known}")
+        similar = suggestion(str(name), self)
+        available = f"this run has {', '.join(self) or 'none'}"
+        raise UnknownMetric(f"there is no metric {name!r}; {f'{similar} ' if similar else ''}{available}")
 
 
 _WORST_CASE = (
@@ -225,5 +225,5 @@ def about_of(
     time.
     """
     hashes = dict(manifest["digests"]) | ({} if head is None else {"chain": head})
-    known = {name: manifest[name] for name in ("verb", "versions", "hardware")}
-    return {**known, **about, "hashes": hashes, **({} if folder is None else {"folder": str(folder)})}
+    facts = {name: manifest[name] for name in ("verb", "versions", "hardware")}
+    return {**facts, **about, "hashes": hashes, **({} if folder is None else {"folder": str(folder)})}

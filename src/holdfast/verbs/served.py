@@ -41,26 +41,30 @@ def journaled(run: Path | None, *, resume: bool, keep: bool) -> Iterator[None]:
     if run is None:
         yield
         return
-    made: list[Journal] = []
+    journals: list[Journal] = []
     missing = [folder for folder in (run, *run.parents) if not folder.exists()]
 
     def journal(limit: int | None) -> Sent:
         refuse_used(run, resume=resume)
-        found = Journal(limit, run / NAME, resume=resume, keep=keep)
-        made.append(found)
+        journal_of_model = Journal(limit, run / NAME, resume=resume, keep=keep)
+        journals.append(journal_of_model)
         if stored_manifest(run) is None:  # the folder of a begun run belongs to the process with the lease
             with usable(run):
                 run.mkdir(parents=True, exist_ok=True)
-            found.attach()
-        return found
+            journal_of_model.attach()
+        return journal_of_model
 
     try:
         with counting_by(journal):
             yield
     finally:
-        for each in made:
-            each.close()
-        if made and not any(each.totals.sent for each in made) and [p.name for p in run.glob("*")] == [NAME]:
+        for journal_made in journals:
+            journal_made.close()
+        if (
+            journals
+            and not any(journal_made.totals.sent for journal_made in journals)
+            and [p.name for p in run.glob("*")] == [NAME]
+        ):
             with usable(run):  # nothing was sent, and no run was started
                 (run / NAME).unlink()
                 for folder in missing:
@@ -86,9 +90,8 @@ def refuse_early(served: Served, subject: Subject, request: AssessRequest) -> No
         refuse_what_is_hidden(request.plan, subject.model.access, subject.model.hides)
     if request.workers is not None:
         raise UsageError(
-            f"--workers is {request.workers}, and the model is behind a server, which computes its outputs; leave "
-            "--workers "
-            f"out, and give --http-concurrency {request.workers} to send that many requests at the same time"
+            f"--workers is {request.workers}, but the model is behind a server, which computes its outputs; omit "
+            f"--workers and give --http-concurrency {request.workers} to send that many requests at the same time"
         )
 
 
@@ -138,31 +141,33 @@ def in_words(totals: Totals) -> tuple[str, ...]:
     """Return the numbers of rows and requests that a run sent to a server as sentences for the notes of a report."""
     by_kind = ", ".join(f"{kind} {totals.rows[kind]:,}" for kind in _KINDS)
     rows, requests = _many(totals.rows.total(), "row"), _many(totals.requests, "request")
-    said = [f"the server received {rows} in {requests}: {by_kind}"]
+    sentences = [f"the server received {rows} in {requests}: {by_kind}"]
     if totals.failed:
-        kinds = ", ".join(f"{what} {n:,}" for what, n in sorted(totals.failed.items()))
+        kinds = ", ".join(f"{failure} {n:,}" for failure, n in sorted(totals.failed.items()))
         requests, rows = _many(totals.failed.total(), "request"), _many(totals.failed_rows, "row")
-        said.append(
+        sentences.append(
             f"{requests} with {rows} failed temporarily and had to be sent again ({kinds}); they are not among the "
             "rows above"
         )
     if totals.unanswered:
         rows = _many(totals.unanswered, "row")
-        said.append(f"{rows} had no answer when the run was stopped; they are not among the rows above")
+        sentences.append(
+            f"{rows} had no response when the run was stopped; they are not among the rows above"
+        )
     if totals.rejected:
         kinds = ", ".join(f"{status} {n:,}" for status, n in sorted(totals.rejected.items()))
         inputs = _many(totals.rejected.total(), "attacked input")
-        said.append(
-            f"the server refused {inputs} ({kinds}); a refused input counts as rejected, and not as adversarial"
+        sentences.append(
+            f"the server rejected {inputs} ({kinds}); these count as rejected, and not as adversarial"
         )
     if totals.refused:
-        said.append(f"of the rows above, {totals.refused:,} were in requests that the server refused")
+        sentences.append(f"of the rows above, {totals.refused:,} were in requests that the server rejected")
     if totals.most:
-        said.append(
-            f"the server refused a request of {totals.too_many} rows and answered one of {totals.most}, the most that "
-            f"each later request had; --http-max-rows {totals.most} begins with that"
+        sentences.append(
+            f"the server rejected a request of {totals.too_many} rows and accepted one of {totals.most}, so each later "
+            f"request had at most that many; give --http-max-rows {totals.most} to avoid rejected requests"
         )
-    return tuple(said)
+    return tuple(sentences)
 
 
 def _many(n: int, noun: str) -> str:

@@ -35,7 +35,7 @@ from holdfast.verbs.evidence import (
     evidence_of,
     with_attackers,
 )
-from holdfast.verbs.forms import ASKED, ASSESSED, DECIDED, HEAD, JUDGED, LISTED, consistent
+from holdfast.verbs.forms import ASSESSED, DECIDED, DOUBTED, HEAD, JUDGED, LISTED, consistent
 from holdfast.verbs.result import Result, about_of
 from holdfast.verbs.served import totals_in
 
@@ -88,7 +88,7 @@ class Comparison:
         return reported.comparison_fragment(self._summary)
 
     def __str__(self) -> str:
-        return " ".join(said for key in ("caution", "headline") if (said := self._summary[key]))
+        return " ".join(sentence for key in ("caution", "headline") if (sentence := self._summary[key]))
 
 
 RUNS = Path("holdfast-runs")
@@ -145,46 +145,53 @@ def _judged(
 ) -> tuple[Path, dict[str, Any], Chain, dict[str, Any]]:
     """The inner run of a hardening that measured the new model; it must match the digest in the outer chain."""
     refuse_form(path / f"{VERDICT}.json", decided, JUDGED)
-    place = str(decided["verdict_of"])
-    within, named = path / place, recorded_document(path, chain, place)
-    if named is None or within.is_symlink():
-        raise TargetError(f"{str(path)!r} has no inner run {place!r}; restore it from a copy")
-    refuse_form(path / f"{place}.json", named, HEAD)
-    manifest, inner = read_manifest(within), read_chain(within, mend=False)
-    if inner.head != named["chain"]:
-        raise TargetError(f"{str(within)!r} is not the run that {place}.json names; restore it from a copy")
-    refuse_altered(within, inner)
-    found = recorded_document(within, inner, VERDICT, manifest["schema_version"])
-    if found is None:
-        raise TargetError(f"the run in {str(within)!r} is not finished; resume it with --run {path} --resume")
-    return within, manifest, inner, found
+    inner_name = str(decided["verdict_of"])
+    inner_path, inner_document = path / inner_name, recorded_document(path, chain, inner_name)
+    if inner_document is None or inner_path.is_symlink():
+        raise TargetError(f"{str(path)!r} has no inner run {inner_name!r}; restore it from a copy")
+    refuse_form(path / f"{inner_name}.json", inner_document, HEAD)
+    manifest, inner = read_manifest(inner_path), read_chain(inner_path, mend=False)
+    # The inner run could otherwise be exchanged for another valid one.
+    if inner.head != inner_document["chain"]:
+        raise TargetError(
+            f"{str(inner_path)!r} is not the run whose chain is recorded in {inner_name}.json; restore it from a copy"
+        )
+    refuse_altered(inner_path, inner)
+    verdict = recorded_document(inner_path, inner, VERDICT, manifest["schema_version"])
+    if verdict is None:
+        raise TargetError(
+            f"the run in {str(inner_path)!r} is not finished; resume it with --run {path} --resume"
+        )
+    return inner_path, manifest, inner, verdict
 
 
 def _opened(path: Path, manifest: dict[str, Any], chain: Chain, decided: dict[str, Any]) -> Result:
     refuse_form(path / MANIFEST, manifest, ASSESSED)
     refuse_form(path / f"{VERDICT}.json", decided, DECIDED)
-    asked = _doubts(path, chain, manifest["schema_version"])
+    doubts_json = _doubts(path, chain, manifest["schema_version"])
     rotation = recorded_document(path, chain, ROTATION)
     with consistent(path):
-        return _put_together(path, manifest, chain, decided, asked, rotation)
+        return _result(path, manifest, chain, decided, doubts_json, rotation)
 
 
-def _put_together(
+def _result(
     path: Path,
     manifest: dict[str, Any],
     chain: Chain,
     decided: dict[str, Any],
-    asked: dict[str, Any],
+    doubts_json: dict[str, Any],
     rotation: dict[str, Any] | None,
 ) -> Result:
     about = about_of(manifest, read_about(path), path, chain.head)
     gates = tuple(judgement_from_json(gate) for gate in decided["gates"])
     by_stage = _stages(path, manifest, chain)
-    evidence = with_attackers(_evidence(path, manifest, by_stage, chain, asked), rotation)
+    evidence = with_attackers(_evidence(path, manifest, by_stage, chain, doubts_json), rotation)
     attacks = [step["name"] for step in manifest["config"]["stages"] if KINDS[step["kind"]].in_suite]
-    counted = counted_passes(manifest, by_stage, asked)
-    found = adversarial(by_stage, attacks, counted, smallest=manifest["config"]["minimum_norm"])
-    return Result(evidence, gates, decided["accepted_doubts"], about, path, found, rotation=rotation)
+    counted = counted_passes(manifest, by_stage, doubts_json)
+    adversarial_inputs = adversarial(by_stage, attacks, counted, smallest=manifest["config"]["minimum_norm"])
+    return Result(
+        evidence, gates, decided["accepted_doubts"], about, path, adversarial_inputs, rotation=rotation
+    )
 
 
 def runs_in(parent: Path = RUNS) -> list[RunEntry]:
@@ -246,16 +253,16 @@ def _stages(path: Path, manifest: dict[str, Any], chain: Chain) -> dict[str, Col
         columns = None if stage is None else counted(KINDS[step["kind"]], stage, by_stage)
         if columns is not None:
             by_stage[step["name"]] = columns
-    found = read_stage(path, chain, FOUND)
-    return by_stage if found is None else {**by_stage, FOUND: found.columns}
+    found_by_probes = read_stage(path, chain, FOUND)
+    return by_stage if found_by_probes is None else {**by_stage, FOUND: found_by_probes.columns}
 
 
 def _doubts(path: Path, chain: Chain, version: int) -> dict[str, Any]:
-    asked = recorded_document(path, chain, DOUBTS, version)
-    if asked is None:
+    doubts_json = recorded_document(path, chain, DOUBTS, version)
+    if doubts_json is None:
         raise TargetError(f"the run in {str(path)!r} has a verdict but no {DOUBTS}; restore it from a copy")
-    refuse_form(path / f"{DOUBTS}.json", asked, ASKED)
-    return asked
+    refuse_form(path / f"{DOUBTS}.json", doubts_json, DOUBTED)
+    return doubts_json
 
 
 def _evidence(
@@ -263,10 +270,10 @@ def _evidence(
     manifest: dict[str, Any],
     by_stage: dict[str, Columns],
     chain: Chain,
-    asked: Mapping[str, Any],
+    doubts_json: Mapping[str, Any],
 ) -> Evidence:
-    known = {link.content.get("name") or link.content["kind"] for link in chain.links}
-    spent = {name: each for name, each in spent_in(path).items() if name in known}
-    seconds = {name: Seconds(each.cpu_s, each.wall_s) for name, each in spent.items()}
+    recorded = {link.content.get("name") or link.content["kind"] for link in chain.links}
+    times = {name: time for name, time in spent_in(path).items() if name in recorded}
+    seconds = {name: Seconds(time.cpu_s, time.wall_s) for name, time in times.items()}
     adapted = recorded_document(path, chain, ADAPTIVE, manifest["schema_version"])
-    return evidence_of(manifest, by_stage, asked, seconds, adapted, totals_in(path))
+    return evidence_of(manifest, by_stage, doubts_json, seconds, adapted, totals_in(path))

@@ -29,7 +29,7 @@ def refuse_untrainable(model: Classifier) -> None:
     """
     if model.access != "gradients":
         raise TargetError(
-            f"the model gives {model.access} and no gradients, so it cannot be trained; {model.hides}"
+            f"the model gives only {model.access} and no gradients, so it cannot be trained: {model.hides}"
         )
     if not isinstance(model.net, nn.Module) or not any(True for _ in model.parameters()):
         raise TargetError("the model has no parameters to train; give a network, as in net.py:make")
@@ -40,8 +40,8 @@ def refuse_untrainable(model: Classifier) -> None:
         )
     if isinstance(model.net, KerasNet):
         raise TargetError(
-            f"the model is a {model.net.name} of Keras, whose layers keep their state outside of what a checkpoint "
-            "holds; train it with Keras, or give the same network built of torch.nn, as in net.py:make"
+            f"the model is a {model.net.name} of Keras, whose layers have state that is not part of a checkpoint; "
+            "train it with Keras, or give the same network built of torch.nn, as in net.py:make"
         )
     refuse_lazy(model)
     for name, value in model.state_dict().items():
@@ -53,7 +53,7 @@ def refuse_untrainable(model: Classifier) -> None:
     frozen = _frozen(model)
     if len(frozen) == sum(1 for _ in model.parameters()):
         raise UsageError(
-            f"all {len(frozen)} parameters are frozen; set requires_grad where the factory builds it"
+            f"all {len(frozen)} parameters are frozen; set requires_grad=True in the function that builds the model"
         )
 
 
@@ -64,15 +64,17 @@ def training_notes(model: Classifier, x: Inputs) -> tuple[str, ...]:
     reaches the inputs.
     """
     frozen = _frozen(model)
-    named = ", ".join(frozen[:_NAMED]) + (", …" if len(frozen) > _NAMED else "")
-    whole = sum(1 for _ in model.parameters())
-    said = f"{len(frozen)} of {whole} parameters are frozen and are not trained: {named}"
-    flat = (
-        f"no gradient reaches any of the first {len(x)} held-out examples, so an attack that follows it in training "
-        f"changes them at random; look for what cuts it (detach, no_grad, rounding) with holdfast doctor"
+    shown = ", ".join(frozen[:_NAMED]) + (", …" if len(frozen) > _NAMED else "")
+    n_parameters = sum(1 for _ in model.parameters())
+    frozen_note = f"{len(frozen)} of {n_parameters} parameters are frozen and are not trained: {shown}"
+    flat_note = (
+        f"no gradient reaches any of the first {len(x)} held-out examples, so a gradient-based attack in the training "
+        f"changes them at random; find the operation that stops it (detach, no_grad, rounding) with holdfast doctor"
     )
     return tuple(
-        text for text, told in ((said, frozen), (IN_PLACE, model.rewrites), (flat, _flat(model, x))) if told
+        text
+        for text, applies in ((frozen_note, frozen), (IN_PLACE, model.rewrites), (flat_note, _flat(model, x)))
+        if applies
     )
 
 
@@ -94,13 +96,15 @@ def copy_of(model: Classifier) -> Classifier:
         copied = deepcopy(model)
     except Exception as error:  # a layer may raise any exception
         raise TargetError(
-            f"the model cannot be copied, and the one that is given is never changed: {type(error).__name__}: {error}; "
-            f"define what copy.deepcopy needs, such as __deepcopy__"
+            "the model cannot be copied, but a copy is needed because the given model is never changed: "
+            f"{type(error).__name__}: {error}; define the methods that copy.deepcopy needs, such as __deepcopy__"
         ) from error
-    own = {weight.data_ptr() for weight in model.parameters() if weight.numel()}  # others have the address 0
-    if any(weight.data_ptr() in own for weight in copied.parameters()):
+    addresses = {
+        weight.data_ptr() for weight in model.parameters() if weight.numel()
+    }  # others have the address 0
+    if any(weight.data_ptr() in addresses for weight in copied.parameters()):
         raise TargetError(
-            "a copy of the model shares its weights, and the one that is given is never changed; let its "
+            "a copy of the model shares its weights, but the given model must not change; let its "
             "__deepcopy__ copy them"
         )
     return copied
@@ -114,7 +118,9 @@ def learner_of(model: Classifier, x: Inputs) -> Classifier:
     """
     copied = copy_of(model).to(x.device)
     with drawing(Draws(0).at("in place"), x.device):
-        copied.rewrites = any(rewrites(deepcopy(copied).train(mode), x) for mode in (False, True))
+        copied.rewrites = any(
+            rewrites(deepcopy(copied).train(is_training), x) for is_training in (False, True)
+        )
     return copied
 
 

@@ -60,16 +60,16 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedCheckpoint:
     """A saved checkpoint of a training, with the training curve up to it."""
 
     checkpoint: Checkpoint
     curve: tuple[Point, ...]
 
 
-def keep(folder: Path, name: str, checkpoint: Checkpoint, curve: tuple[Point, ...]) -> None:
+def save(folder: Path, name: str, checkpoint: Checkpoint, curve: tuple[Point, ...]) -> None:
     """Write a checkpoint and the training curve up to it to the file `name` in `folder`, atomically."""
-    said = {
+    metadata_of_checkpoint = {
         "epoch": checkpoint.epoch,
         "of": checkpoint.of,
         "measured": dict(checkpoint.measured),
@@ -78,26 +78,26 @@ def keep(folder: Path, name: str, checkpoint: Checkpoint, curve: tuple[Point, ..
         "plans": [vars(plan) for plan in checkpoint.plans],
         "curve": [point.to_json() for point in curve],
     }
-    metadata = {_KEY: json.dumps(said, sort_keys=True)}
+    metadata = {_KEY: json.dumps(metadata_of_checkpoint, sort_keys=True)}
     with usable(folder):
         folder.mkdir(exist_ok=True)
         write_atomically(folder / name, safetensors.torch.save(dict(checkpoint.tensors), metadata))
 
 
-def keep_batch(folder: Path, batch: int) -> None:
+def save_batch(folder: Path, batch: int) -> None:
     """Save the batch size that a training uses for its next updates."""
     with usable(folder):
         folder.mkdir(exist_ok=True)
         write_atomically(folder / _BATCH, document({"batch": batch}))
 
 
-def kept_batch(folder: Path) -> int | None:
-    """Return the batch size that `keep_batch` saved last, or None if memory has never run out in this training."""
+def saved_batch(folder: Path) -> int | None:
+    """Return the batch size that `save_batch` saved last, or None if memory has never run out in this training."""
     path = folder / _BATCH
     return int(json.loads(path.read_text())["batch"]) if path.is_file() else None
 
 
-def kept(folder: Path, name: str) -> Kept | None:
+def saved(folder: Path, name: str) -> SavedCheckpoint | None:
     """Return the checkpoint of a training in the file `name` of `folder`, or None if there is no such file.
 
     Raises `TargetError` if the file is invalid.
@@ -107,12 +107,15 @@ def kept(folder: Path, name: str) -> Kept | None:
         return None
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            said: Mapping[str, Any] = json.loads((file.metadata() or {})[_KEY])
+            description: Mapping[str, Any] = json.loads((file.metadata() or {})[_KEY])
         tensors = safetensors.torch.load_file(path)
-        curve = tuple(Point(**point) for point in said["curve"])
-        plans = tuple(TrainingPlan(**plan) for plan in said["plans"])
-        where = (said["part"], said["updates"], plans)
-        return Kept(Checkpoint(said["epoch"], said["of"], tensors, said["measured"], *where), curve)
+        curve = tuple(Point(**point) for point in description["curve"])
+        plans = tuple(TrainingPlan(**plan) for plan in description["plans"])
+        where = (description["part"], description["updates"], plans)
+        return SavedCheckpoint(
+            Checkpoint(description["epoch"], description["of"], tensors, description["measured"], *where),
+            curve,
+        )
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TargetError(
             f"{str(path)!r} is no checkpoint of a training: {error}; restore it from a copy"

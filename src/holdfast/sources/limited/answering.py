@@ -55,7 +55,7 @@ def main(name: str) -> None:
 def is_out_of_memory(cause: BaseException | None) -> bool:
     """Return whether an error was raised because memory could not be allocated."""
     too_large = isinstance(cause, OSError) and cause.errno == errno.EFBIG  # the limit of written files
-    return too_large or isinstance(cause, MemoryError) or any(each in str(cause) for each in _NO_MEMORY)
+    return too_large or isinstance(cause, MemoryError) or any(text in str(cause) for text in _NO_MEMORY)
 
 
 def answers_of(request: Mapping[str, Any], content: bytes | None, folder: Path) -> Mapping[str, Any]:
@@ -64,10 +64,10 @@ def answers_of(request: Mapping[str, Any], content: bytes | None, folder: Path) 
     """
     read = import_module(f"{_PACKAGE}.{request['parser']}").read
     path = Path(request["path"])
-    named = {key: value for key, value in request.items() if key not in ("parser", "path", "content")}
+    arguments = {key: value for key, value in request.items() if key not in ("parser", "path", "content")}
     try:
         with reading(path):
-            found: Mapping[str, Any] = read(path, content, folder, **named)
+            result: Mapping[str, Any] = read(path, content, folder, **arguments)
     except HoldfastError as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and cause.errno in _FULL:
@@ -75,4 +75,4 @@ def answers_of(request: Mapping[str, Any], content: bytes | None, folder: Path) 
         if is_out_of_memory(cause):
             return {"error": MemoryError.__name__, "message": ""}
         return {"error": type(error).__name__, "message": str(error)}
-    return found
+    return result

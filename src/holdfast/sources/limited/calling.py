@@ -81,14 +81,14 @@ def read_under_limits(
     """
     with tempfile.TemporaryDirectory(prefix="holdfast-") as name:
         folder = Path(name)
-        asked = {"parser": parser, "path": str(path), "content": content is not None, **request}
+        full_request = {"parser": parser, "path": str(path), "content": content is not None, **request}
         n_bytes = n_bytes_beside + (path.stat().st_size if content is None else len(content))
         if HERE.limited:
-            answer = answers_of(asked, content, folder)
+            answer = answers_of(full_request, content, folder)
         else:
             memory, seconds = limits.memory(n_bytes), cpu_seconds()
-            asked |= {"memory": memory, "seconds": seconds}
-            (folder / REQUEST).write_text(json.dumps(asked))
+            full_request |= {"memory": memory, "seconds": seconds}
+            (folder / REQUEST).write_text(json.dumps(full_request))
             answer = _run(folder, content, path, memory, seconds)
         if "error" in answer:
             raise _error(answer["error"], answer["message"], path, limits.memory(n_bytes))
@@ -132,8 +132,8 @@ def _run(folder: Path, content: bytes | None, path: Path, memory: int, seconds: 
 
 def _import_path() -> list[str]:
     """Return the import path of this process, without the current folder."""
-    here = Path.cwd()
-    return [each for each in sys.path if each and Path(each).resolve() != here]
+    current_folder = Path.cwd()
+    return [entry for entry in sys.path if entry and Path(entry).resolve() != current_folder]
 
 
 def _error(kind: str, message: str, path: Path, memory: int) -> HoldfastError:

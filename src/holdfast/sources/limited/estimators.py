@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from holdfast.sources.estimators import Estimator, Predictor, asked_of
+from holdfast.sources.estimators import Estimator, Predictor, interface_of
 from holdfast.sources.skops_files import loaded_estimator
 
 
@@ -14,18 +14,18 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
     """Test that loading the estimator in a file and calling it on two rows does not crash the process. Return an empty
     dictionary.
 
-    Raises the errors of `loaded_estimator` and `asked_of`.
+    Raises the errors of `loaded_estimator` and `interface_of`.
     """
     assert content is not None, "the file is read once"
-    found, _ = loaded_estimator(path, content, trust_code=False)
-    if isinstance(found, Predictor):
-        _ask(Estimator(asked_of(found, parallel=False), ""))
+    estimator, _ = loaded_estimator(path, content, trust_code=False)
+    if isinstance(estimator, Predictor):
+        _call_with_two_rows(Estimator(interface_of(estimator, parallel=False), ""))
     return {}
 
 
-def _ask(estimator: Estimator) -> None:
+def _call_with_two_rows(estimator: Estimator) -> None:
     """Call the estimator with two rows, by the same methods as a run does."""
-    width = estimator.asked.features
+    width = estimator.interface.features
     if width is None:
         return
     rows = torch.stack((torch.zeros(width), torch.ones(width)))

@@ -38,10 +38,10 @@ def requested_memory() -> int:
     Raises `UsageError` for an invalid size.
     """
     text = os.environ.get(MEMORY, "")
-    found = re.fullmatch(r"(\d{1,7})\s*(MB|GB)", text.strip().upper()) if text else None
-    if text and found is None:
+    match = re.fullmatch(r"(\d{1,7})\s*(MB|GB)", text.strip().upper()) if text else None
+    if text and match is None:
         raise UsageError(f"{MEMORY} is {text!r}; a size of at most 7 digits was expected, as 16GB or 800MB")
-    return 0 if found is None else int(found[1]) * _UNITS[found[2]]
+    return 0 if match is None else int(match[1]) * _UNITS[match[2]]
 
 
 def cpu_seconds() -> int:
@@ -75,12 +75,13 @@ def apply(memory: int, seconds: int) -> None:
     _set(resource.RLIMIT_CORE, 0)
 
 
-def _set(what: int, amount: int, grace: int = 0) -> None:
+def _set(resource_kind: int, amount: int, grace: int = 0) -> None:
     """Set a soft limit, and a hard limit that the process cannot raise. Existing lower limits are preserved."""
     import resource
 
-    hard = resource.getrlimit(what)[1]
-    soft, most = (
-        wanted if hard == resource.RLIM_INFINITY else min(wanted, hard) for wanted in (amount, amount + grace)
+    hard = resource.getrlimit(resource_kind)[1]
+    soft, hard_limit = (
+        amount_wanted if hard == resource.RLIM_INFINITY else min(amount_wanted, hard)
+        for amount_wanted in (amount, amount + grace)
     )
-    resource.setrlimit(what, (soft, most))
+    resource.setrlimit(resource_kind, (soft, hard_limit))

@@ -148,7 +148,7 @@ def read(
         )
     texts = [name for name in header if name in (label, SPLIT_COLUMN)] if label in header else []
     features = [name for name in header if name not in (*texts, *drop)] if label in header else []
-    known: list[dict[str, int]] = [{} for _ in texts]
+    indices_of_words: list[dict[str, int]] = [{} for _ in texts]
     rows, all_numbers = 0, True
     with ExitStack() as files:
         words = [files.enter_context((folder / f"words-{i}").open("wb")) for i in range(len(texts))]
@@ -156,53 +156,55 @@ def read(
         for block in blocks if label in header else ():
             rows += len(block[header[0]])
             _refuse_many(path, rows, len(header))
-            for name, places, file in zip(texts, known, words, strict=True):
+            for name, places, file in zip(texts, indices_of_words, words, strict=True):
                 file.write(_as_words(block[name], places, name, path).tobytes())
             all_numbers &= _write_numbers([block[name] for name in features], numbers, kinds)
     return {
         "columns": header,
         "features": features,
         "rows": rows,
-        "words": dict(zip(texts, map(list, known), strict=True)),
+        "words": dict(zip(texts, map(list, indices_of_words), strict=True)),
         "all_numbers": all_numbers,
     }
 
 
-def table(path: Path, found: Mapping[str, Any], folder: Path) -> ColumnTable:
+def table(path: Path, description: Mapping[str, Any], folder: Path) -> ColumnTable:
     """Assemble a table from the result of `read` and the files that `read` wrote to the folder."""
-    shape = found["rows"], len(found["features"])
-    kinds = None if found["all_numbers"] else np.fromfile(folder / _KINDS, np.uint8).reshape(shape)
+    shape = description["rows"], len(description["features"])
+    kinds = None if description["all_numbers"] else np.fromfile(folder / _KINDS, np.uint8).reshape(shape)
     return ColumnTable(
         repr(str(path)),
-        tuple(found["columns"]),
-        tuple(found["features"]),
+        tuple(description["columns"]),
+        tuple(description["features"]),
         np.fromfile(folder / _NUMBERS, np.float32).reshape(shape),
         kinds,
         {
             name: Words(tuple(words), np.fromfile(folder / f"words-{i}", np.int32))
-            for i, (name, words) in enumerate(found["words"].items())
+            for i, (name, words) in enumerate(description["words"].items())
         },
     )
 
 
 def _write_numbers(columns: Sequence[Cells], numbers: IO[bytes], kinds: IO[bytes]) -> bool:
     """Write the numbers and kinds of the features of a block, row by row. Return whether all cells are numbers."""
-    values, what = side_by_side([cells.numbers() for cells in columns], len(columns[0]) if columns else 0)
+    values, cell_kinds = side_by_side(
+        [cells.numbers() for cells in columns], len(columns[0]) if columns else 0
+    )
     numbers.write(values.tobytes())
-    kinds.write(what.tobytes())
-    return not what.any()
+    kinds.write(cell_kinds.tobytes())
+    return not cell_kinds.any()
 
 
 def _refuse_many(path: Path, rows: int, columns: int) -> None:
-    most = max(MAX_CELLS, requested_memory() // _BYTES_A_CELL)
-    if rows * columns > most:
+    limit = max(MAX_CELLS, requested_memory() // _BYTES_A_CELL)
+    if rows * columns > limit:
         raise TargetError(
-            f"{str(path)!r} has {rows:,} rows of {columns:,} columns or more; at most {most:,} cells are read. If you "
+            f"{str(path)!r} has {rows:,} rows of {columns:,} columns or more; at most {limit:,} cells are read. If you "
             f"trust it, raise the limit with {MEMORY}=16GB"
         )
 
 
-def _as_words(cells: Cells, known: dict[str, int], name: str, path: Path) -> NDArray[np.int32]:
+def _as_words(cells: Cells, indices_of_words: dict[str, int], name: str, path: Path) -> NDArray[np.int32]:
     """Return the index of each cell in the known strings.
 
     Raises `TargetError` for strings that are too long for labels, one or all together, and for a type that cannot be a
@@ -221,14 +223,14 @@ def _as_words(cells: Cells, known: dict[str, int], name: str, path: Path) -> NDA
             f"the column {name!r} of {str(path)!r} has a text of more than {MAX_WORD:,} characters; labels, or names "
             "of splits, were expected"
         )
-    found = as_words(texts, known)
-    if sum(map(len, known)) > MOST_CHARACTERS:
+    indices = as_words(texts, indices_of_words)
+    if sum(map(len, indices_of_words)) > MOST_CHARACTERS:
         raise TargetError(
-            f"the column {name!r} of {str(path)!r} has {len(known):,} different texts or more, of more than "
+            f"the column {name!r} of {str(path)!r} has {len(indices_of_words):,} different texts or more, of more than "
             f"{MOST_CHARACTERS:,} characters in all; labels, or names of splits, were expected: shorten them, number "
             "the classes 0, 1, 2, …, or name the column of the label with --label"
         )
-    return found if places is None else found[places]
+    return indices if places is None else indices[places]
 
 
 def _csv(path: Path) -> tuple[list[str], Blocks]:
@@ -241,28 +243,28 @@ def _csv(path: Path) -> tuple[list[str], Blocks]:
 
 
 def _blocks(path: Path, header: list[str], lines: Iterator[list[str]]) -> Blocks:
-    size, before = max(1, _BLOCK // len(header)), 0
+    size, n_earlier = max(1, _BLOCK // len(header)), 0
     # Garbage collection would scan all rows repeatedly, and they contain no reference cycles.
     gc.disable()
     try:
         while rows := list(islice(lines, size)):
-            whole = [row for row in rows if row] if [] in rows else rows
-            if {*map(len, whole)} - {len(header)}:
-                number = next(k for k, row in enumerate(whole) if len(row) != len(header))
+            filled_rows = [row for row in rows if row] if [] in rows else rows
+            if {*map(len, filled_rows)} - {len(header)}:
+                number = next(k for k, row in enumerate(filled_rows) if len(row) != len(header))
                 raise TargetError(
-                    f"row {before + number + 1} of {str(path)!r} has {len(whole[number])} cells; the header has "
-                    f"{len(header)}: correct the row"
+                    f"row {n_earlier + number + 1} of {str(path)!r} has {len(filled_rows[number])} cells; the header "
+                    f"has {len(header)}: correct the row"
                 )
-            before += len(whole)
-            if whole:
-                yield dict(zip(header, map(TextCells, zip(*whole, strict=True)), strict=True))
+            n_earlier += len(filled_rows)
+            if filled_rows:
+                yield dict(zip(header, map(TextCells, zip(*filled_rows, strict=True)), strict=True))
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise _unreadable(path, error) from error
     finally:
         gc.enable()
 
 
-class _Counted(io.RawIOBase):
+class _LimitedReader(io.RawIOBase):
     """A stream of the bytes of a table with limits: at most `most` bytes, and fewer if the compression ratio is
     implausible.
     """
@@ -284,9 +286,9 @@ class _Counted(io.RawIOBase):
         """Read the next bytes of a table file into the buffer and return their number. Raises `TargetError` if the file
         exceeds the limits.
         """
-        found = self.stream.read(len(buffer))
-        buffer[: len(found)] = found
-        self.n_read += len(found)
+        content = self.stream.read(len(buffer))
+        buffer[: len(content)] = content
+        self.n_read += len(content)
         if self.n_read > max(self.small, requested_memory()):
             raise TargetError(
                 f"{str(self.path)!r} has {megabytes(self.path.stat().st_size)} and inflates to more than "
@@ -298,12 +300,12 @@ class _Counted(io.RawIOBase):
                 f"{str(self.path)!r} holds more than {megabytes(self.most)}; use parquet or fewer rows. If you trust "
                 f"it, raise the limit with {MEMORY}=16GB"
             )
-        return len(found)
+        return len(content)
 
 
 def _decoded(path: Path) -> io.TextIOWrapper:
     stream: Any = gzip.GzipFile(path) if path.suffix == ".gz" else io.FileIO(path)
-    counted = _Counted(path, stream, max(MAX_BYTES, requested_memory()))
+    counted = _LimitedReader(path, stream, max(MAX_BYTES, requested_memory()))
     return io.TextIOWrapper(io.BufferedReader(counted, 1 << 20), encoding="utf-8-sig", newline="")
 
 

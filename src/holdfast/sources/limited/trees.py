@@ -26,7 +26,7 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns about files of another version
-            _ask(content)
+            _call_with_two_rows(content)
     except MemoryError:
         raise
     except Exception as error:  # any error that a damaged file causes is reported in one line
@@ -53,22 +53,22 @@ def first_line(message: str) -> str:
 def _refuse_foreign(path: Path, content: bytes) -> None:
     """Raise `TargetError` for a `.json` file that XGBoost did not write."""
     try:
-        found = json.loads(content)
+        content_of_file = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise TargetError(f"{str(path)!r} is no readable JSON: {error}; save the booster again") from error
-    if not isinstance(found, Mapping) or not isinstance(found.get("learner"), Mapping):
-        held = (
-            f"the keys {', '.join(map(str, list(found)[:5]))}"
-            if isinstance(found, Mapping)
-            else type(found).__name__
+    if not isinstance(content_of_file, Mapping) or not isinstance(content_of_file.get("learner"), Mapping):
+        description = (
+            f"the keys {', '.join(map(str, list(content_of_file)[:5]))}"
+            if isinstance(content_of_file, Mapping)
+            else type(content_of_file).__name__
         )
         raise TargetError(
-            f"{str(path)!r} holds {held} and is no model of XGBoost, which has the key learner; a .json model is what "
-            "Booster.save_model or XGBClassifier.save_model wrote"
+            f"{str(path)!r} holds {description} and is no model of XGBoost, which has the key learner; a .json model "
+            "is what Booster.save_model or XGBClassifier.save_model wrote"
         )
 
 
-def _ask(content: bytes) -> None:
+def _call_with_two_rows(content: bytes) -> None:
     """Load the model, check its trees and call it with two rows."""
     import xgboost
 

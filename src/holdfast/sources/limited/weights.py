@@ -47,8 +47,10 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
                 torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             )
             # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
-            plain = {name: dense(name, tensor).contiguous().clone() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(plain, folder / WRITTEN)
+            dense_tensors = {
+                name: dense(name, tensor).contiguous().clone() for name, tensor in tensors.items()
+            }
+        safetensors.torch.save_file(dense_tensors, folder / WRITTEN)
     except pickle.UnpicklingError as error:
         raise CarriesCode(f"{str(path)!r} {explain(error)} {TRUST}") from error
     except Exception as error:  # any error that an untrusted file causes is reported in one sentence
@@ -56,7 +58,7 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
     return {"notes": notes}
 
 
-def state_dict(found: object) -> tuple[dict[str, Tensor], list[str]]:
+def state_dict(checkpoint: object) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of a loaded checkpoint, and notes on the entry that contains them and on entries that were
     left out.
 
@@ -64,21 +66,23 @@ def state_dict(found: object) -> tuple[dict[str, Tensor], list[str]]:
     """
     notes: list[str] = []
     for _ in range(3):  # the deepest known nesting is a list of one checkpoint that contains a state dict
-        if isinstance(found, (list, tuple)) and len(found) == 1:
-            found = found[0]
+        if isinstance(checkpoint, (list, tuple)) and len(checkpoint) == 1:
+            checkpoint = checkpoint[0]
             notes.append("the state dict was the only entry of a list")
-        elif isinstance(found, Mapping) and (inner := _nested(found)):
-            found = found[inner]
-            notes.append(f"the state dict was taken from the entry {inner!r}")
+        elif isinstance(checkpoint, Mapping) and (nested_name := _nested(checkpoint)):
+            checkpoint = checkpoint[nested_name]
+            notes.append(f"the state dict was taken from the entry {nested_name!r}")
         else:
             break
-    if not isinstance(found, Mapping):
-        raise TypeError(f"holds a {type(found).__name__}; a state dict (names with tensors) was expected")
-    tensors = {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    if not isinstance(checkpoint, Mapping):
+        raise TypeError(
+            f"holds a {type(checkpoint).__name__}; a state dict (names with tensors) was expected"
+        )
+    tensors = {str(name): value for name, value in checkpoint.items() if isinstance(value, Tensor)}
     if not tensors:
-        names = ", ".join(map(repr, list(found)[:5])) or "nothing"
+        names = ", ".join(map(repr, list(checkpoint)[:5])) or "nothing"
         raise TypeError(f"holds no tensors; it has {names}. Save model.state_dict() into it")
-    left_out = [str(name) for name in found if str(name) not in tensors]
+    left_out = [str(name) for name in checkpoint if str(name) not in tensors]
     if left_out:
         notes.append(f"{len(left_out)} entries that are no tensors were left out ({', '.join(left_out[:3])})")
     return tensors, notes
@@ -96,8 +100,8 @@ def dense(name: str, tensor: Tensor) -> Tensor:
 
 def _nested(checkpoint: Mapping[object, object]) -> str | None:
     for name in NESTINGS:
-        inner = checkpoint.get(name)
-        if isinstance(inner, Mapping) or (isinstance(inner, (list, tuple)) and len(inner) == 1):
+        entry = checkpoint.get(name)
+        if isinstance(entry, Mapping) or (isinstance(entry, (list, tuple)) and len(entry) == 1):
             return name
     return None
 
@@ -105,9 +109,9 @@ def _nested(checkpoint: Mapping[object, object]) -> str | None:
 def explain(error: Exception) -> str:
     """Return an explanation of an error of `torch.load` for users without knowledge of pickle."""
     text = str(error)
-    if wanted := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", text):
+    if match := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", text):
         return (
-            f"wants code: it would call {wanted[1]}. Only tensors are read from such a file, which may be the pickle "
+            f"wants code: it would call {match[1]}. Only tensors are read from such a file, which may be the pickle "
             "of a whole model, and nothing in it was run."
         )
     if isinstance(error, pickle.UnpicklingError):
@@ -118,10 +122,10 @@ def explain(error: Exception) -> str:
 
 
 def _cause(text: str) -> str:
-    said = [
+    lines = [
         line.strip() for line in text.split("WeightsUnpickler error:", 1)[-1].splitlines() if line.strip()
     ]
-    cause = said[0].rstrip(".")[:200] if said else "it ends early"
+    cause = lines[0].rstrip(".")[:200] if lines else "it ends early"
     if operand := re.match(r"Unsupported operand (\d+)", cause):
         return f"it is a pickle that torch.save did not write (it holds operation {operand[1]})"
     return cause

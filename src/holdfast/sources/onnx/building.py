@@ -214,8 +214,8 @@ class GraphStep:
         value = self.input(index)
         if not value.is_static:
             raise Unsupported(f"{self.op} whose input {index} is computed from the data")
-        found: Tensor = value.at[0]
-        return found
+        tensor: Tensor = value.at[0]
+        return tensor
 
     def ints(self, index: int) -> Ints:
         """Return an integer input of the ONNX operator. It may depend on the batch size, but not on the data."""
@@ -250,8 +250,8 @@ def _at(arg: Any, i: int) -> Any:
 
 
 def _values(args: tuple[Any, ...]) -> list[Value]:
-    found = [arg for arg in args if isinstance(arg, Value)]
+    values = [arg for arg in args if isinstance(arg, Value)]
     for arg in args:
         if isinstance(arg, (tuple, list)):
-            found += _values(tuple(arg))
-    return found
+            values += _values(tuple(arg))
+    return values

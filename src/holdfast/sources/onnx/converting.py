@@ -63,25 +63,25 @@ def convert(file: OnnxFile, output: str, *, batch_size: int | None) -> fx.GraphM
 
 def _needed(graph: Any, output: str) -> Iterator[tuple[Any, list[str]]]:
     """Yield the nodes that an output depends on, in order, each with the names of values that no later node uses."""
-    wanted, nodes = {output}, []
+    needed, nodes = {output}, []
     for node in reversed(graph.node):
-        if wanted.isdisjoint(node.output):
+        if needed.isdisjoint(node.output):
             continue
-        last = [name for name in dict.fromkeys((*node.input, *node.output)) if name and name not in wanted]
-        wanted.update(filter(None, node.input))
+        last = [name for name in dict.fromkeys((*node.input, *node.output)) if name and name not in needed]
+        needed.update(filter(None, node.input))
         nodes.append((node, last))
     yield from reversed(nodes)
 
 
 def _results(step: GraphStep) -> tuple[Value, ...]:
     try:
-        found = OPERATORS[step.op](step)
+        results = OPERATORS[step.op](step)
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
         # torch refused the example; its message is the best reason
         raise Unsupported(
             f"{step.op}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
-    return found if isinstance(found, tuple) else (found,)
+    return results if isinstance(results, tuple) else (results,)
 
 
 def _setting(attribute: Any) -> Any:

@@ -244,9 +244,9 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def _filled(layer: Layer, **tensors: Tensor | None) -> Layer:
     """Return the layer with copies of the tensors as its parameters, converted to the type of the first tensor."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    layer.to(next(iter(given.values())).dtype)
-    state = {name: tensor.detach().clone() for name, tensor in given.items()}
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    layer.to(next(iter(present.values())).dtype)
+    state = {name: tensor.detach().clone() for name, tensor in present.items()}
     layer.load_state_dict(state, strict=False)
     return layer
 

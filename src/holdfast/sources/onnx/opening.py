@@ -98,10 +98,10 @@ class Runtime(nn.Module):
         return [np.concatenate(values) for values in zip(*parts, strict=True)]
 
     def _run(self, rows: np.ndarray[Any, Any], size: int) -> list[np.ndarray[Any, Any]]:
-        short = size - len(rows) if self.input.shape[0] else 0
-        filled = np.concatenate((rows, np.repeat(rows[-1:], short, axis=0))) if short else rows
-        found = run_session(self.session, self.outputs, self.input.name, filled)
-        return [values[: len(rows)] if short else values for values in found]
+        missing = size - len(rows) if self.input.shape[0] else 0
+        filled = np.concatenate((rows, np.repeat(rows[-1:], missing, axis=0))) if missing else rows
+        outputs = run_session(self.session, self.outputs, self.input.name, filled)
+        return [values[: len(rows)] if missing else values for values in outputs]
 
 
 class RuntimeLabels(nn.Module):
@@ -138,28 +138,26 @@ def open_onnx(path: Path, input_shape: Sequence[int] | None = None) -> OnnxModel
     file = read_onnx(path, input_shape, content=content)
     _refuse_regressor(file, path)
     output, classes, notes = _chosen_output(file, path)
-    contradicting = _labels_that_differ(file, output, path)
-    if contradicting is not None:
-        hides = (
-            f"the largest value of {output} is not at the class that {contradicting.runtime.outputs[0]} gives"
-        )
-        notes = (f"{hides}, so the classes alone are used, without scores and gradients",)
+    label_module = _differing_labels(file, output, path)
+    if label_module is not None:
+        hides = f"the largest value of {output} is not that of the class in {label_module.runtime.outputs[0]}"
+        notes = (f"{hides}, so only the classes are used, without scores and gradients",)
         return OnnxModel(
-            contradicting, "labels", hides, classes, file.files, notes, *_named(file.labels, classes)
+            label_module, "labels", hides, classes, file.files, notes, *_class_names(file.labels, classes)
         )
     unknown = unknown_operators(file)
     access: Access
     try:
         if unknown:
             raise Unsupported(f"the operators {', '.join(unknown)}")
-        net, said = _imported(file, output)
+        net, import_notes = _imported(file, output)
         _compare(net, file, output, path)
         access, hides = "gradients", ""
-        notes += said
+        notes += import_notes
     except Unsupported as reason:
         net, access, hides = Runtime(file, output), "scores", f"{reason} cannot be imported"
-        notes += (f"{hides}; served through onnxruntime, scores only and without gradients",)
-    return OnnxModel(net, access, hides, classes, file.files, notes, *_named(file.labels, classes))
+        notes += (f"{hides}; the model runs in onnxruntime, with scores only and without gradients",)
+    return OnnxModel(net, access, hides, classes, file.files, notes, *_class_names(file.labels, classes))
 
 
 def _refuse_regressor(file: OnnxFile, path: Path) -> None:
@@ -168,12 +166,12 @@ def _refuse_regressor(file: OnnxFile, path: Path) -> None:
     for node in graph.node:
         if node.op_type.endswith("Regressor") and {*node.output} & {value.name for value in graph.output}:
             raise TargetError(
-                f"{str(path)!r} returns {node.output[0]} of a {node.op_type}, a number and no scores of classes. "
-                "Classifiers are supported: a float output of shape (N, classes)"
+                f"{str(path)!r} returns {node.output[0]} of a {node.op_type}, which is a number and not the scores of "
+                "classes. Classifiers are supported: a float output of shape (N, classes)"
             )
 
 
-def _labels_that_differ(file: OnnxFile, output: str, path: Path) -> RuntimeLabels | None:
+def _differing_labels(file: OnnxFile, output: str, path: Path) -> RuntimeLabels | None:
     """Return the labels of the file as a module if they differ from the classes of the largest scores, or None.
 
     A support vector machine predicts by the votes of pairs of classes, so its labels are used. For other classifiers
@@ -185,16 +183,16 @@ def _labels_that_differ(file: OnnxFile, output: str, path: Path) -> RuntimeLabel
     if file.labels and not voting:
         return None
     runtime = Runtime(file, output)
-    wanted = "tensor(string)" if file.labels and isinstance(file.labels[0], str) else "tensor(int64)"
-    names = [name for name, kind in runtime.kinds.items() if kind == wanted and name != output]
+    label_type = "tensor(string)" if file.labels and isinstance(file.labels[0], str) else "tensor(int64)"
+    names = [name for name, kind in runtime.kinds.items() if kind == label_type and name != output]
     if not names:
         return None
     x = random_batch(file, file.input.shape[0] or _COMPARED)
     scores = runtime.all(x)[0]
     if scores.dim() != 2 or scores.shape[1] < 2 or (file.labels and len(file.labels) != scores.shape[1]):
         return None
-    first, second = scores.topk(2, dim=1).values.T
-    clear = first > second
+    largest, second_largest = scores.topk(2, dim=1).values.T
+    clear = largest > second_largest
     for name in names:
         labels = Runtime(file, name)
         if file.labels:
@@ -202,16 +200,17 @@ def _labels_that_differ(file: OnnxFile, output: str, path: Path) -> RuntimeLabel
             if not torch.equal(answered.of(x)[clear], scores.argmax(1)[clear]):
                 return answered
             continue
-        found = labels.all(x)[0].reshape(len(x), -1)
-        if found.shape[1] == 1 and not torch.equal(found[clear, 0], scores.argmax(1)[clear]):
+        predicted = labels.all(x)[0].reshape(len(x), -1)
+        if predicted.shape[1] == 1 and not torch.equal(predicted[clear, 0], scores.argmax(1)[clear]):
             raise TargetError(
-                f"{str(path)!r} answers by {name}, which is not the largest value of {output}, as a clustering does. "
-                "Classifiers are supported: a float output of shape (N, classes), the largest at the class"
+                f"{str(path)!r} returns {name}, which is not the index of the largest value of {output}, as a "
+                "clustering does. Classifiers are supported: a float output of shape (N, classes), whose largest value "
+                "is at the predicted class"
             )
     return None
 
 
-def _named(
+def _class_names(
     labels: Sequence[str | int], classes: int
 ) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
     """Return the names of the classes and their labels, of which at least one is None.
@@ -239,7 +238,7 @@ def _imported(file: OnnxFile, output: str) -> tuple[nn.Module, tuple[str, ...]]:
         size = file.input.shape[0]
         if size is None:
             raise
-        notes = (f"the model takes batches of {size} only; others are cut and filled up",)
+        notes = (f"the model accepts only batches of {size} examples; other batches are split and padded",)
         net = FixedBatch(convert(file, output, batch_size=size), size)
     net.register_forward_pre_hook(partial(_refuse_shape, file.input.shape[1:]))
     if file.input.dtype == np.float32:
@@ -251,8 +250,8 @@ def _refuse_shape(shape: tuple[int | None, ...], net: nn.Module, inputs: tuple[T
     """Raise `TargetError` for inputs of another shape. The error of torch would refer to generated code."""
     if tuple(inputs[0].shape[1:]) != shape:
         raise TargetError(
-            f"the ONNX file takes an example of shape {shape}, and one of {tuple(inputs[0].shape[1:])} was given. "
-            "Reshape the data, or correct --input-shape where the file leaves the sizes free"
+            f"an input has shape {tuple(inputs[0].shape[1:])}, but the ONNX file requires {shape}. "
+            "Reshape the data, or correct --input-shape if the sizes in the file are free"
         )
 
 
@@ -267,24 +266,22 @@ def _chosen_output(file: OnnxFile, path: Path) -> tuple[str, int, tuple[str, ...
     # Three rows reveal a file in which the size of one example is fixed.
     runtime, n = Runtime(file), file.input.shape[0] or 3
     answers = runtime.all(random_batch(file, n)) if runtime.outputs else []
-    found = dict(zip(runtime.outputs, answers, strict=True))
-    floats = {name: y for name, y in found.items() if y.is_floating_point() and y.dim() and len(y) == n}
+    outputs = dict(zip(runtime.outputs, answers, strict=True))
+    floats = {name: y for name, y in outputs.items() if y.is_floating_point() and y.dim() and len(y) == n}
     scores = {name: y for name, y in floats.items() if y.dim() == 2}
     scores = scores or {name: y for name, y in floats.items() if y.dim() == 1}
     _refuse_several(scores, path)
     if not scores:
         shapes = ", ".join(
-            f"{name} {tuple(found[name].shape) if name in found else kind}"
+            f"{name} {tuple(outputs[name].shape) if name in outputs else kind}"
             for name, kind in runtime.kinds.items()
         )
-        wanted = f"float logits of shape ({n}, classes) were expected"
-        raise TargetError(f"{str(path)!r} returns {shapes} for {n} inputs; {wanted}")
+        expected = f"float logits of shape ({n}, classes) were expected"
+        raise TargetError(f"{str(path)!r} returns {shapes} for {n} inputs; {expected}")
     name, logits = next(iter(scores.items()))
     several = len(runtime.kinds) > 1
     notes = (
-        (f"the output {name} was taken as the scores (outputs: {', '.join(runtime.kinds)})",)
-        if several
-        else ()
+        (f"the output {name} is used as the scores (outputs: {', '.join(runtime.kinds)})",) if several else ()
     )
     return name, 2 if is_single(logits) else logits.shape[1], notes
 
@@ -301,8 +298,8 @@ def _refuse_several(scores: Mapping[str, Tensor], path: Path) -> None:
             else ""
         )
         raise TargetError(
-            f"{str(path)!r} returns {listed}, and it is not clear which holds the scores. Export the model with one "
-            f"output of shape (N, classes){columns}"
+            f"{str(path)!r} returns {listed}, and it is not clear which output contains the scores. Export the model "
+            f"with one output of shape (N, classes){columns}"
         )
 
 
@@ -311,13 +308,13 @@ def _compare(net: nn.Module, file: OnnxFile, output: str, path: Path) -> None:
     for n in CHECKED_SIZES:
         x = random_batch(file, n)
         with torch.no_grad():
-            ours, theirs = net(x), runtime(x)
-        if ours.shape != theirs.shape:
+            imported, reference = net(x), runtime(x)
+        if imported.shape != reference.shape:
             raise TargetError(
-                f"{str(path)!r}: the import returns {tuple(ours.shape)}, onnxruntime {tuple(theirs.shape)}"
+                f"{str(path)!r}: the import returns {tuple(imported.shape)}, onnxruntime {tuple(reference.shape)}"
             )
-        difference = float((ours - theirs).abs().max())
-        allowed = TOLERANCES[file.input.dtype.name] * max(1.0, float(theirs.abs().max()))
+        difference = float((imported - reference).abs().max())
+        allowed = TOLERANCES[file.input.dtype.name] * max(1.0, float(reference.abs().max()))
         if not difference <= allowed:  # a NaN is a difference too
             raise TargetError(
                 f"{str(path)!r}: the import differs from onnxruntime by {difference:.3g} on a batch of {n}; at most "

@@ -24,58 +24,59 @@ _DEFAULT = ("", "ai.onnx")
 """Names of the domain of the standard operators."""
 
 
-class Endless(ValueError):
+class UnboundedGraph(ValueError):
     """Error for an ONNX file whose functions call each other in a cycle, or that has a loop without a limit."""
 
 
 def n_nodes(proto: Any) -> int:
     """Return the number of nodes of an ONNX graph after every function call is expanded.
 
-    Functions may call functions, so that a small file can describe more nodes than fit in memory. Raises `Endless` for
-    a cycle.
+    Functions may call functions, so that a small file can describe more nodes than fit in memory. Raises
+    `UnboundedGraph` for a cycle.
     """
-    functions = {(each.domain, each.name): each for each in proto.functions}
-    known: dict[tuple[str, str], int] = {}
+    functions = {(function.domain, function.name): function for function in proto.functions}
+    counts: dict[tuple[str, str], int] = {}
     open_: set[tuple[str, str]] = set()
 
     def called(name: tuple[str, str]) -> int:
         if name in open_:
-            raise Endless(f"the function {name[1]!r} calls itself")
-        if name not in known:
+            raise UnboundedGraph(f"the function {name[1]!r} calls itself")
+        if name not in counts:
             open_.add(name)
-            known[name] = counted(functions[name].node)
+            counts[name] = counted(functions[name].node)
             open_.remove(name)
-        return known[name]
+        return counts[name]
 
     def counted(nodes: Iterable[Any]) -> int:
         total = 0
         for node in nodes:
             name = (node.domain, node.op_type)
             total += called(name) if name in functions else 1
-            total += sum(counted(graph.node) for graph in _inside(node))
+            total += sum(counted(graph.node) for graph in _inner_graphs(node))
         return total
 
     return counted(proto.graph.node)
 
 
-def refuse_endless(graph: Any, known: Mapping[str, NDArray[Any]]) -> None:
-    """Raise `Endless` if an ONNX graph has a loop whose number of iterations is not limited by a constant.
+def refuse_unbounded(graph: Any, constants: Mapping[str, NDArray[Any]]) -> None:
+    """Raise `UnboundedGraph` if an ONNX graph has a loop whose number of iterations is not limited by a constant.
 
-    `known` contains the tensors of the file by name; constants of the graph and of graphs inside its nodes are added.
+    `constants` contains the tensors of the file by name; constants of the graph and of graphs inside its nodes are
+    added.
     """
-    known = {**known, **_constants(graph)}
+    constants = {**constants, **_constants(graph)}
     for node in graph.node:
         if node.op_type == "Loop" and node.domain in _DEFAULT:
-            rounds = known.get(node.input[0]) if node.input else None
+            rounds = constants.get(node.input[0]) if node.input else None
             if rounds is None:
-                raise Endless(f"the loop {node.name!r} has no constant number of rounds")
+                raise UnboundedGraph(f"the loop {node.name!r} has no constant number of iterations")
             if rounds.size != 1 or int(rounds.reshape(-1)[0]) > MOST_ROUNDS:
-                raise Endless(f"the loop {node.name!r} has more than {MOST_ROUNDS:,} rounds")
-        for inner in _inside(node):
-            refuse_endless(inner, known)
+                raise UnboundedGraph(f"the loop {node.name!r} has more than {MOST_ROUNDS:,} iterations")
+        for inner in _inner_graphs(node):
+            refuse_unbounded(inner, constants)
 
 
-def _inside(node: Any) -> Iterable[Any]:
+def _inner_graphs(node: Any) -> Iterable[Any]:
     """Yield the graphs inside a node, such as the body of a loop."""
     for attribute in node.attribute:
         yield from attribute.graphs
@@ -87,15 +88,15 @@ def _constants(graph: Any) -> dict[str, NDArray[Any]]:
     """Return the initial values of a graph, and the constant tensors and integers of its nodes, by name."""
     from onnx import numpy_helper
 
-    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant" and node.domain in _DEFAULT:
             for attribute in node.attribute:
                 if attribute.name == "value":
-                    found[node.output[0]] = numpy_helper.to_array(attribute.t)
+                    constants[node.output[0]] = numpy_helper.to_array(attribute.t)
                 elif attribute.name == "value_int":
-                    found[node.output[0]] = np.array(attribute.i)
-    return found
+                    constants[node.output[0]] = np.array(attribute.i)
+    return constants
 
 
 MAX_BYTES = 1_900_000_000
@@ -176,9 +177,9 @@ def bytes_beside(path: Path) -> int:
     The result is at most `MAX_BYTES`.
     """
     total = 0
-    for each in path.parent.iterdir():
-        if each.is_file() and each.name != path.name:
-            total += each.stat().st_size
+    for file in path.parent.iterdir():
+        if file.is_file() and file.name != path.name:
+            total += file.stat().st_size
         if total >= MAX_BYTES:
             return MAX_BYTES
     return total
@@ -200,24 +201,25 @@ def read_onnx(
         proto = onnx.load_model_from_string(content)
     except Exception as error:  # the error class of protobuf is not part of onnx's documented interface
         raise TargetError(
-            f"{str(path)!r} is no ONNX model, or is damaged or truncated: {error}; export it again"
+            f"{str(path)!r} is not an ONNX model, or is damaged or truncated: {error}; export it again"
         ) from error
+    # Counted before the functions are expanded below, because a small file can describe more nodes than fit in memory.
     _refuse_size(proto, path)
     files = {str(path): hashlib.sha256(content).hexdigest()}
     for tensor in _tensors(proto.graph):
         if tensor.data_location == _EXTERNAL:
-            beside = _take_external(tensor, path, len(content))
-            if str(beside) not in files:
-                files[str(beside)] = sha256_of_file(beside)
+            data_file = _load_external(tensor, path, len(content))
+            if str(data_file) not in files:
+                files[str(data_file)] = sha256_of_file(data_file)
     try:
         onnx.checker.check_model(proto)
         if proto.functions:
             proto = import_module("onnx.inliner").inline_local_functions(proto)
         tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
-        refuse_endless(proto.graph, tensors)
-    except Endless as error:
+        refuse_unbounded(proto.graph, tensors)
+    except UnboundedGraph as error:
         raise TargetError(
-            f"{str(path)!r} is not read, because {error}; export it without, or unrolled"
+            f"{str(path)!r} is not read, because {error}; export it without such loops and functions, or unrolled"
         ) from error
     except (onnx.checker.ValidationError, ValueError, TypeError, RuntimeError) as error:
         raise TargetError(f"{str(path)!r} is no valid ONNX model: {str(error).splitlines()[0]}") from error
@@ -231,11 +233,11 @@ def read_onnx(
 def _refuse_size(proto: Any, path: Path) -> None:
     try:
         size = n_nodes(proto)
-    except (Endless, RecursionError) as error:
+    except (UnboundedGraph, RecursionError) as error:
         raise TargetError(f"{str(path)!r} is no valid ONNX model: {error}") from error
     if not 1 <= size <= MAX_NODES:
         raise TargetError(
-            f"{str(path)!r} is no ONNX model that is read: it has {size:,} nodes, 1 to {MAX_NODES:,} are"
+            f"{str(path)!r} has {size:,} nodes; 1 to {MAX_NODES:,} were expected: give the network as file.py:factory"
         )
 
 
@@ -275,39 +277,42 @@ def _tensors(graph: Any) -> Iterator[Any]:
                 yield from _tensors(inner)
 
 
-def _take_external(tensor: Any, model: Path, n_bytes: int) -> Path:
+def _load_external(tensor: Any, model: Path, n_bytes: int) -> Path:
     """Load the external data of a tensor from a file inside the model's folder. Return the path of that file."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     name = PurePosixPath(location.replace("\\", "/"))
-    beside: Path = model.parent / location
+    data_file: Path = model.parent / location
     roots = (
         model.parent.resolve(),
         model.resolve().parent,
     )  # two folders, because caches link both files to one folder
     leads_out = name.is_absolute() or ".." in name.parts or not location
-    if leads_out or not any(beside.resolve().is_relative_to(root) for root in roots):
+    if leads_out or not any(data_file.resolve().is_relative_to(root) for root in roots):
         raise TargetError(
-            f"{str(model)!r} takes data from {location!r}, which lies outside its folder; it was refused"
+            f"{str(model)!r} refers to data in {location!r}, which is outside its folder and is not read; put the data "
+            "next to the model"
         )
-    readable_file(beside, "data of the model")
+    readable_file(data_file, "data of the model")
     try:
         offset = int(entries.get("offset", 0))
-        length = int(entries.get("length", beside.stat().st_size - offset))
+        length = int(entries.get("length", data_file.stat().st_size - offset))
     except ValueError as error:
         raise TargetError(
-            f"{str(model)!r} places {tensor.name} with numbers that are none: {entries}"
+            f"{str(model)!r} specifies the position of {tensor.name} by {entries}; numbers were expected: export it "
+            "again"
         ) from error
-    if offset < 0 or length < 0 or offset + length > beside.stat().st_size or n_bytes + length > MAX_BYTES:
+    if offset < 0 or length < 0 or offset + length > data_file.stat().st_size or n_bytes + length > MAX_BYTES:
         raise TargetError(
-            f"{str(model)!r} takes {length} bytes at {offset} from {location!r}, which does not hold them"
+            f"{str(model)!r} refers to {length} bytes at {offset} of {location!r}, which are not there; export it again"
         )
-    with beside.open("rb") as file:
+    with data_file.open("rb") as file:
         file.seek(offset)
         tensor.raw_data = file.read(length)
+    # Marks the data as part of the model, so that neither onnx nor onnxruntime opens the file again.
     tensor.data_location = 0
     del tensor.external_data[:]
-    return beside
+    return data_file
 
 
 def _input(
@@ -317,14 +322,14 @@ def _input(
     if len(inputs) != 1:
         names = ", ".join(_described(value) for value in inputs) or "none"
         raise TargetError(
-            f"{str(path)!r} takes {len(inputs)} inputs: {names}. One is supported: a batch of float inputs. A "
-            "recurrent state, a length or a sampling rate has to be a constant of the model; export it again so"
+            f"{str(path)!r} has {len(inputs)} inputs: {names}. One is supported: a batch of float inputs. A "
+            "recurrent state, a length or a sampling rate must be a constant of the model; export it again in this way"
         )
     kind = inputs[0].type.tensor_type
     dtype = _FLOATS.get(kind.elem_type)
     if dtype is None:
         raise TargetError(
-            f"{str(path)!r} takes the input {_described(inputs[0])}. Attacks change real numbers: float16, float32 or "
+            f"{str(path)!r} has the input {_described(inputs[0])}. Attacks change real numbers: float16, float32 or "
             "float64 was expected. Export the model without its own scaling of "
             "bytes and without layers that read text or token numbers"
         )
@@ -333,7 +338,7 @@ def _input(
     shape = _filled(sizes, input_shape, inputs[0], path)
     if prod(size or 1 for size in shape) > MAX_VALUES:
         raise TargetError(
-            f"{str(path)!r} takes inputs of shape {shape}; at most {MAX_VALUES:,} values are read: export it for "
+            f"{str(path)!r} has inputs of shape {shape}; at most {MAX_VALUES:,} values are read: export it for "
             "smaller inputs or batches"
         )
     return OnnxInput(inputs[0].name, dtype, shape)
@@ -359,13 +364,15 @@ def _filled(
             return sizes
         example = ",".join(str(size or "N") for size in sizes[1:]) or "N,…"
         raise UsageError(
-            f"{str(path)!r} takes the input {_described(value)}, where more than the batch is free; give the shape of "
-            f"one example, with a number for every N: --input-shape {example}"
+            f"{str(path)!r} has the input {_described(value)}, in which more sizes than the batch are free; give the "
+            f"shape of one example, with a number for every N: --input-shape {example}"
         )
     fits = len(input_shape) == len(sizes) - 1 or not sizes
-    if not fits or any(own not in (None, size) for own, size in zip(sizes[1:], input_shape, strict=False)):
+    if not fits or any(
+        declared not in (None, size) for declared, size in zip(sizes[1:], input_shape, strict=False)
+    ):
         raise UsageError(
-            f"--input-shape is {','.join(map(str, input_shape))}, and {str(path)!r} takes the input "
+            f"--input-shape is {','.join(map(str, input_shape))}, but {str(path)!r} has the input "
             f"{_described(value)}; give the shape of one example, without the batch"
         )
     return (sizes[0] if sizes else None, *input_shape)
@@ -386,4 +393,4 @@ def _opset(proto: Any, path: Path) -> int:
         if entry.domain in ("", "ai.onnx"):
             version: int = entry.version
             return version
-    raise TargetError(f"{str(path)!r} imports no operators of ONNX itself")
+    raise TargetError(f"{str(path)!r} declares no version of the standard operators of ONNX; export it again")

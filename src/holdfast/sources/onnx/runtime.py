@@ -15,13 +15,15 @@ def session(content: bytes, threads: int) -> Any:
     except ImportError as error:
         raise UsageError('opening an .onnx model needs pip install "holdfast[onnx]"') from error
     options = onnxruntime.SessionOptions()
+    # Only fatal errors: onnxruntime would print warnings to the terminal besides the exception that is reported here.
     options.log_severity_level = 4
+    # By default onnxruntime uses all cores, also in each of several worker processes.
     options.intra_op_num_threads = threads
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no common public class
         raise TargetError(
-            f"onnxruntime refuses the model: {_first_line(error)}. Export it in float32, and from scikit-learn with "
+            f"onnxruntime rejects the model: {_first_line(error)}. Export it in float32, and from scikit-learn with "
             "options={'zipmap': False}"
         ) from error
 
@@ -33,12 +35,12 @@ def run_session(running: Any, outputs: list[str], name: str, batch: NDArray[Any]
     `name` is the name of the input, and `outputs` lists the names of the outputs.
     """
     try:
-        found: list[NDArray[Any]] = running.run(outputs, {name: batch})
+        outputs_of_batch: list[NDArray[Any]] = running.run(outputs, {name: batch})
     except Exception as error:  # as above
         raise TargetError(
-            f"onnxruntime refuses inputs of shape {batch.shape}: {_first_line(error)}"
+            f"onnxruntime rejects inputs of shape {batch.shape}: {_first_line(error)}; check the shape of the data"
         ) from error
-    return found
+    return outputs_of_batch
 
 
 def some_inputs(shape: tuple[int | None, ...], dtype: np.dtype[Any], n: int) -> NDArray[Any]:

@@ -25,11 +25,11 @@ _MOST_PLACES = 2**24
 
 def reshape(step: GraphStep) -> Value:
     """Convert the operator Reshape. The batch size remains free, even if it is fixed in the file."""
-    x, wanted = step.x, step.ints(1)
-    if step.setting("allowzero", 0) and 0 in (*wanted.at[0], *wanted.at[1]):
+    x, requested = step.x, step.ints(1)
+    if step.setting("allowzero", 0) and 0 in (*requested.at[0], *requested.at[1]):
         raise Unsupported("Reshape to a size of 0")  # without a 0 the setting has no effect
     first, second = (
-        _resolved(tuple(x.at[i].shape), wanted.at[i], step.fixed_batch if x.rank and x.varies(0) else None)
+        _resolved(tuple(x.at[i].shape), requested.at[i], step.fixed_batch if x.rank and x.varies(0) else None)
         for i in (0, 1)
     )
     return _reshaped(step.builder, x, Ints((first, second)))
@@ -51,9 +51,9 @@ def squeeze(step: GraphStep) -> Value:
     """Convert the operator Squeeze, which removes dimensions of size one."""
     axes = step.axes(1)
     x = step.x
-    gone = {axis % x.rank for axis in axes} if axes else {i for i in range(x.rank) if x.shape[i] == 1}
-    first, second = (tuple(s for i, s in enumerate(example.shape) if i not in gone) for example in x.at)
-    if any(x.shape[i] != 1 or x.varies(i) for i in gone):
+    removed = {axis % x.rank for axis in axes} if axes else {i for i in range(x.rank) if x.shape[i] == 1}
+    first, second = (tuple(s for i, s in enumerate(example.shape) if i not in removed) for example in x.at)
+    if any(x.shape[i] != 1 or x.varies(i) for i in removed):
         raise Unsupported("Squeeze of a dimension that is not one")
     return _reshaped(step.builder, x, Ints((first, second)))
 
@@ -92,8 +92,8 @@ def split(step: GraphStep) -> tuple[Value, ...]:
     if sizes is None and step.given(1):
         sizes = step.tensor(1).tolist()
     if sizes is None:
-        each = -(-size // step.n_outputs)
-        sizes = [each] * (size // each) + ([size % each] if size % each else [])
+        part_size = -(-size // step.n_outputs)
+        sizes = [part_size] * (size // part_size) + ([size % part_size] if size % part_size else [])
     parts = step.builder.call(torch.split, step.x, tuple(sizes), axis)
     return tuple(step.builder.item(parts, i) for i in range(step.n_outputs))
 
@@ -113,10 +113,10 @@ def slice_(step: GraphStep) -> Value:
         if stride > 0:
             cuts[axis] = slice(start, end if end < 2**31 else None, stride)
         else:
-            kept = range(step.x.shape[axis])[start : end if end > -(2**31) else None : stride]
-            if len(kept) > _MOST_PLACES:
-                raise Unsupported(f"Slice of {len(kept)} places from the end")
-            places = torch.arange(kept.start, kept.stop, kept.step)
+            indices_kept = range(step.x.shape[axis])[start : end if end > -(2**31) else None : stride]
+            if len(indices_kept) > _MOST_PLACES:
+                raise Unsupported(f"Slice of {len(indices_kept)} places from the end")
+            places = torch.arange(indices_kept.start, indices_kept.stop, indices_kept.step)
             y = step.builder.call(torch.index_select, y, axis, step.builder.constant(places))
     if all(cut == slice(None) for cut in cuts):
         return y
@@ -148,26 +148,26 @@ def pad(step: GraphStep) -> Value:
     value = float(step.tensor(2)) if step.given(2) else step.setting("value", 0.0)
     rank = step.x.rank
     axes = [axis % rank for axis in step.tensor(3).tolist()] if step.given(3) else list(range(rank))
-    around = [(0, 0)] * rank
+    pads_of_dims = [(0, 0)] * rank
     for i, axis in enumerate(axes):
-        around[axis] = (pads[i], pads[i + len(axes)])
-    while around and around[0] == (0, 0):
-        around.pop(0)
-    if not around:
+        pads_of_dims[axis] = (pads[i], pads[i + len(axes)])
+    while pads_of_dims and pads_of_dims[0] == (0, 0):
+        pads_of_dims.pop(0)
+    if not pads_of_dims:
         return step.x
-    flat = tuple(size for pair in reversed(around) for size in pair)
+    flat = tuple(size for pair in reversed(pads_of_dims) for size in pair)
     if mode == "constant":
         return step.builder.call(F.pad, step.x, flat, value=value)
     names = {"reflect": "reflect", "edge": "replicate", "wrap": "circular"}
-    if mode not in names or len(around) > rank - 2 or rank < 3:
-        raise Unsupported(f"Pad of mode {mode} around {len(around)} of {rank} dimensions")
+    if mode not in names or len(pads_of_dims) > rank - 2 or rank < 3:
+        raise Unsupported(f"Pad of mode {mode} around {len(pads_of_dims)} of {rank} dimensions")
     return step.builder.call(F.pad, step.x, flat, mode=names[mode])
 
 
 def resize(step: GraphStep) -> Value:
     """Convert the operators Resize and Upsample, with nearest-neighbour or linear interpolation."""
     mode = step.setting("mode", b"nearest").decode()
-    how = step.setting(
+    coordinates = step.setting(
         "coordinate_transformation_mode", b"half_pixel" if step.opset > 10 else b"asymmetric"
     ).decode()
     rounding = step.setting("nearest_mode", b"round_prefer_floor" if step.opset > 10 else b"floor").decode()
@@ -175,28 +175,28 @@ def resize(step: GraphStep) -> Value:
     spatial = sizes[2:]
     if sizes[:2] != step.x.shape[:2] or step.x.rank not in (3, 4, 5) or step.setting("antialias", 0):
         raise Unsupported("Resize of batch or channels, or with antialias")
-    if mode == "nearest" and how == "asymmetric" and rounding == "floor":
+    if mode == "nearest" and coordinates == "asymmetric" and rounding == "floor":
         return step.builder.call(F.interpolate, step.x, spatial, mode="nearest")
-    whole = all(new % old == 0 for new, old in zip(spatial, step.x.shape[2:], strict=True))
+    integer_scale = all(new % old == 0 for new, old in zip(spatial, step.x.shape[2:], strict=True))
     if (
         mode == "nearest"
-        and how in ("half_pixel", "pytorch_half_pixel")
-        and whole
+        and coordinates in ("half_pixel", "pytorch_half_pixel")
+        and integer_scale
         and rounding.startswith("round")
     ):
         return step.builder.call(F.interpolate, step.x, spatial, mode="nearest-exact")
-    if mode == "linear" and how in ("half_pixel", "pytorch_half_pixel", "align_corners"):
+    if mode == "linear" and coordinates in ("half_pixel", "pytorch_half_pixel", "align_corners"):
         linear = {3: "linear", 4: "bilinear", 5: "trilinear"}[step.x.rank]
-        corners = how == "align_corners"
+        corners = coordinates == "align_corners"
         return step.builder.call(F.interpolate, step.x, spatial, mode=linear, align_corners=corners)
-    raise Unsupported(f"Resize of mode {mode}, {how}, {rounding}")
+    raise Unsupported(f"Resize of mode {mode}, {coordinates}, {rounding}")
 
 
 def expand(step: GraphStep) -> Value:
     """Convert the operator Expand, which repeats a tensor along dimensions of size one."""
     first, second = (
-        tuple(np.broadcast_shapes(tuple(example.shape), wanted))
-        for example, wanted in zip(step.x.at, step.ints(1).at, strict=True)
+        tuple(np.broadcast_shapes(tuple(example.shape), requested))
+        for example, requested in zip(step.x.at, step.ints(1).at, strict=True)
     )
     _bounded(first)
     return step.builder.call(torch.Tensor.expand, step.x, Ints((first, second)))
@@ -298,9 +298,9 @@ def _resolved(old: tuple[int, ...], new: tuple[int, ...], fixed_batch: int | Non
     sizes = [old[i] if size == 0 else size for i, size in enumerate(new)]
     if fixed_batch is not None and sizes and sizes[0] == fixed_batch:
         sizes[0] = old[0]
-    total, known = torch.Size(old).numel(), torch.Size([s for s in sizes if s != -1]).numel()
+    total, known_size = torch.Size(old).numel(), torch.Size([s for s in sizes if s != -1]).numel()
     if -1 in sizes:
-        sizes[sizes.index(-1)] = total // max(known, 1)
+        sizes[sizes.index(-1)] = total // max(known_size, 1)
     if torch.Size(sizes).numel() != total:
         raise Unsupported(f"Reshape of {old} to {new}")
     return tuple(sizes)

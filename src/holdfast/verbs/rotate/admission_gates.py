@@ -109,8 +109,8 @@ class Measurements:
         """Return how much accuracy a set may lose to pass a gate, as a fraction, and a description of the limit."""
         need = self.needs.get(gate)
         if need is None or not need.widened:
-            least = LEAST[gate]
-            return least, f"at most {tolerated(least)} less than {_BETTER} are allowed"
+            least_tolerance = LEAST[gate]
+            return least_tolerance, f"at most {tolerated(least_tolerance)} less than {_BETTER} are allowed"
         return need.tolerance, (
             f"at most {tolerated(need.tolerance)} less than {_BETTER} are allowed, widened from "
             f"{tolerated(need.least)}, which needs {need.needed:,} held-out examples, but there are {need.n_held_out:,}"
@@ -119,9 +119,10 @@ class Measurements:
     @property
     def static(self) -> Estimate:
         """Success rate of white-box attacks on the serving set. If no set serves, it is the mean over all bases."""
-        shares = [share_of(~robust_mask(one)[one["correct"]]) for one in self.before_white]
+        shares = [share_of(~robust_mask(evidence)[evidence["correct"]]) for evidence in self.before_white]
         low, value, high = (
-            sum(getattr(one, end) for one in shares) / len(shares) for end in ("low", "value", "high")
+            sum(getattr(evidence, end) for evidence in shares) / len(shares)
+            for end in ("low", "value", "high")
         )
         return Estimate(value, low, high, shares[0].n)
 
@@ -145,185 +146,204 @@ class Measurements:
         """Highest success rate of an attacker with other sets generated in the same draw, or None if there are no such
         sets.
         """
-        them = self.attackers.siblings
-        if them is None or self.siblings is None:
+        attacker = self.attackers.siblings
+        if attacker is None or self.siblings is None:
             return None
-        return worst(self.siblings, [them], self.confidence("siblings"))
+        return worst(self.siblings, [attacker], self.confidence("siblings"))
 
     @property
     def clean_loss(self) -> Loss:
         """Clean accuracy that the set loses relative to the better of its reference sets."""
-        before, bases = ([one["correct"] for one in them] for them in (self.before, self.bases))
-        return self._loss(before, bases, self.transferred.evidence["correct"], "transfer")
+        incumbents, bases = (
+            [evidence["correct"] for evidence in references] for references in (self.before, self.bases)
+        )
+        return self._loss(incumbents, bases, self.transferred.evidence["correct"], "transfer")
 
     @property
     def robust_loss(self) -> Loss:
         """Robust accuracy under white-box attacks that the set loses relative to the better of its reference sets."""
-        before, bases = ([robust_mask(one) for one in them] for them in (self.before_white, self.bases_white))
-        return self._loss(before, bases, robust_mask(self.white), "white-box")
+        incumbents, bases = (
+            [robust_mask(evidence) for evidence in references]
+            for references in (self.before_white, self.bases_white)
+        )
+        return self._loss(incumbents, bases, robust_mask(self.white), "white-box")
 
-    def _loss(self, before: Sequence[Mask], bases: Sequence[Mask], after: Mask, family: Family) -> Loss:
-        against = {"the serving set": before} if self.serves else {}
-        return largest_loss({**against, "the bases": bases}, after, self.confidence(family))
+    def _loss(self, incumbents: Sequence[Mask], bases: Sequence[Mask], mask: Mask, family: Family) -> Loss:
+        references = {"the serving set": incumbents} if self.serves else {}
+        return largest_loss({**references, "the bases": bases}, mask, self.confidence(family))
 
     @property
     def churn(self) -> Estimate:
         """Fraction of inputs that the set classifies differently from the reference set."""
-        changed = [changed_predictions(one, self.transferred.evidence) for one in self.before]
+        changed = [changed_predictions(evidence, self.transferred.evidence) for evidence in self.before]
         return difference(changed, confidence=self.confidence("transfer"))
 
 
-def gate_results(seen: Measurements, doubts: Doubts, claims: Sequence[Claim]) -> tuple[GateResult, ...]:
+def gate_results(
+    measurements: Measurements, doubts: Doubts, claims: Sequence[Claim]
+) -> tuple[GateResult, ...]:
     """Return the results of all gates in the admission of one parameter set.
 
     `doubts` are the doubts of the white-box attacks on this set that were not raised for its references. `claims` are
     additional gates.
     """
     return (
-        _clean(seen),
-        _robust(seen, doubts),
-        *_thefts(seen),
-        _churn(seen),
-        _odd_gradients(seen, doubts.accepted),
-        *(_claimed(claim, seen, doubts) for claim in claims),
+        _clean(measurements),
+        _robust(measurements, doubts),
+        *_thefts(measurements),
+        _churn(measurements),
+        _odd_gradients(measurements, doubts.accepted),
+        *(_additional_gate(claim, measurements, doubts) for claim in claims),
     )
 
 
-def reported(seen: Measurements) -> dict[str, Estimate]:
+def reported(measurements: Measurements) -> dict[str, Estimate]:
     """Return the measurements of a set that are reported but not used by any gate, such as its calibration error, by
     name.
     """
     estimates = {
-        "white_box_success": share_of(~robust_mask(seen.white)[seen.white["correct"]]),
-        "static_white_box_success": seen.static,
-        "worst_class": worst_class(seen.white),
-        "calibration_error": calibration_error(seen.transferred.evidence),
+        "white_box_success": share_of(~robust_mask(measurements.white)[measurements.white["correct"]]),
+        "static_white_box_success": measurements.static,
+        "worst_class": worst_class(measurements.white),
+        "calibration_error": calibration_error(measurements.transferred.evidence),
     }
-    nothing = worst(seen.transferred, [seen.attackers.nothing])
-    those = {"transfer_of_nothing": nothing, "sibling_transfer": seen.sibling}
-    return estimates | {name: one.estimate for name, one in those.items() if one is not None}
+    surrogates_only = worst(measurements.transferred, [measurements.attackers.nothing])
+    transfers = {"transfer_of_nothing": surrogates_only, "sibling_transfer": measurements.sibling}
+    return estimates | {name: result.estimate for name, result in transfers.items() if result is not None}
 
 
-def _clean(seen: Measurements) -> GateResult:
-    loss, reference = seen.clean_loss.estimate, seen.clean_loss.reference
-    most, bound = seen.tolerance("clean accuracy")
-    why = f"clean accuracy is {points_text(loss)} lower than that of {reference}"
-    return GateResult("clean accuracy", loss, bound, AtMost(most)(loss, NO_DOUBTS), why, "transfer")
+def _clean(measurements: Measurements) -> GateResult:
+    loss, reference = measurements.clean_loss.estimate, measurements.clean_loss.reference
+    limit, bound = measurements.tolerance("clean accuracy")
+    reason = f"clean accuracy is {points_text(loss)} lower than that of {reference}"
+    return GateResult("clean accuracy", loss, bound, AtMost(limit)(loss, NO_DOUBTS), reason, "transfer")
 
 
-def _robust(seen: Measurements, doubts: Doubts) -> GateResult:
-    loss, reference = seen.robust_loss.estimate, seen.robust_loss.reference
-    most, bound = seen.tolerance("robust accuracy")
-    verdict = AtMost(most)(loss, doubts)
-    why = f"robust accuracy under PGD-20 and APGD is {points_text(loss)} lower than that of {reference}"
-    if verdict == "unclear" and loss.high <= most:
-        why += f", and doubts are open: {', '.join(doubts.open)}"
-        return GateResult("robust accuracy", loss, bound, verdict, why)
-    return GateResult("robust accuracy", loss, bound, verdict, why, "white-box")
+def _robust(measurements: Measurements, doubts: Doubts) -> GateResult:
+    loss, reference = measurements.robust_loss.estimate, measurements.robust_loss.reference
+    limit, bound = measurements.tolerance("robust accuracy")
+    verdict = AtMost(limit)(loss, doubts)
+    reason = f"robust accuracy under PGD-20 and APGD is {points_text(loss)} lower than that of {reference}"
+    if verdict == "unclear" and loss.high <= limit:
+        reason += f", and doubts are open: {', '.join(doubts.open)}"
+        return GateResult("robust accuracy", loss, bound, verdict, reason)
+    return GateResult("robust accuracy", loss, bound, verdict, reason, "white-box")
 
 
-def _thefts(seen: Measurements) -> tuple[GateResult, ...]:
-    one, several = seen.transfer, seen.ensemble
-    if one is None:
-        why = "no set is listed as stolen"
+def _thefts(measurements: Measurements) -> tuple[GateResult, ...]:
+    single, several = measurements.transfer, measurements.ensemble
+    if single is None:
+        reason = "no set is listed as stolen"
         return tuple(
-            GateResult(gate, None, "not applicable", "pass", why) for gate in ("theft", "ensemble theft")
+            GateResult(gate, None, "not applicable", "pass", reason) for gate in ("theft", "ensemble theft")
         )
     gates = [
-        _beside_surrogates("theft", one, seen, seen.attackers.nothing, NOTHING),
-        _of_static(one, seen),
+        _against_surrogates("theft", single, measurements, measurements.attackers.nothing, NOTHING),
+        _of_static(single, measurements),
     ]
-    if several is None or seen.attackers.evenly is None:
-        why = "only one set is listed as stolen"
-        return (*gates, GateResult("ensemble theft", None, "not applicable", "pass", why))
-    return (*gates, _beside_surrogates("ensemble theft", several, seen, seen.attackers.evenly, SEVERAL))
+    if several is None or measurements.attackers.evenly is None:
+        reason = "only one set is listed as stolen"
+        return (*gates, GateResult("ensemble theft", None, "not applicable", "pass", reason))
+    return (
+        *gates,
+        _against_surrogates("ensemble theft", several, measurements, measurements.attackers.evenly, SEVERAL),
+    )
 
 
-def _beside_surrogates(
-    gate: str, theft: Worst, seen: Measurements, attacker: Attacker, times: float
+def _against_surrogates(
+    gate: str, theft: Worst, measurements: Measurements, attacker: Attacker, times: float
 ) -> GateResult:
     """A theft gate: the success rate is at most `FLOOR`, or at most `times` that of a surrogate-only attacker."""
-    nothing = worst(seen.transferred, [attacker])
-    assert nothing is not None
-    verdict = _hardly_more(theft, nothing, times, FLOOR, seen.confidence("transfer"))
+    surrogates_only = worst(measurements.transferred, [attacker])
+    assert surrogates_only is not None
+    verdict = _within_multiple(theft, surrogates_only, times, FLOOR, measurements.confidence("transfer"))
     bound = (
-        f"at most {percent(FLOOR)} is allowed, or {times:g} times the {percent(nothing.estimate.value)} of "
-        f"{nothing.by}"
+        f"at most {percent(FLOOR)} is allowed, or {times:g} times the {percent(surrogates_only.estimate.value)} of "
+        f"{surrogates_only.by}"
     )
     return GateResult(gate, theft.estimate, bound, verdict, theft.description, "transfer")
 
 
-def _hardly_more(theft: Worst, nothing: Worst, times: float, floor: float, each: float) -> Verdict:
+def _within_multiple(
+    theft: Worst, surrogates_only: Worst, times: float, floor: float, confidence: float
+) -> Verdict:
     """Whether every attack breaks at most `floor`, or at most `times` what a surrogate-only attacker breaks.
 
     Both limits are tested with the upper ends of confidence intervals.
     """
     verdicts: list[Verdict] = []
     for place, broken in enumerate(theft.broken):
-        alone, joint = share_of(broken, each), bonferroni(each, len(theft.broken))
-        if alone.high <= floor or _excess(broken, nothing.broken[0], times, each).high <= 0:
+        alone, joint = share_of(broken, confidence), bonferroni(confidence, len(theft.broken))
+        if alone.high <= floor or _excess(broken, surrogates_only.broken[0], times, confidence).high <= 0:
             verdicts.append("pass")
         elif place == 0 and share_of(broken, joint).low > floor:
-            less = _excess(broken, nothing.broken[0], times, joint).low <= 0
-            verdicts.append("unclear" if less else "fail")
+            is_within = _excess(broken, surrogates_only.broken[0], times, joint).low <= 0
+            verdicts.append("unclear" if is_within else "fail")
         else:
             verdicts.append("unclear")
     return overall(verdicts)
 
 
-def _excess(broken: Mask, nothing: Mask, times: float, confidence: float) -> Estimate:
-    """Fraction of `broken` minus `times` the fraction of `nothing`, with an interval, on the same inputs."""
-    return mean(broken.double() - times * nothing.double(), confidence, support=Support(-times, 1.0))
+def _excess(broken: Mask, surrogates_only: Mask, times: float, confidence: float) -> Estimate:
+    """Fraction of `broken` minus `times` the fraction of `surrogates_only`, with an interval, on the same inputs."""
+    return mean(broken.double() - times * surrogates_only.double(), confidence, support=Support(-times, 1.0))
 
 
-def _of_static(theft: Worst, seen: Measurements) -> GateResult:
+def _of_static(theft: Worst, measurements: Measurements) -> GateResult:
     """A theft gate: success is at most half of the white-box success, or close to that of a surrogate-only attacker.
 
     The second condition is for sets so robust that surrogates do nearly as well as the sets themselves; without it,
     none would pass.
     """
-    gate, static, nothing = "theft of static", seen.static, worst(seen.transferred, [seen.attackers.nothing])
+    gate, static, surrogates_only = (
+        "theft of static",
+        measurements.static,
+        worst(measurements.transferred, [measurements.attackers.nothing]),
+    )
     if not static.value:
         return GateResult(
             gate, None, "not applicable", "pass", "white-box attacks on the serving set break nothing"
         )
-    assert nothing is not None
-    half, most = STATIC * static.value, wording.NOTHING * static.value
+    assert surrogates_only is not None
+    half, limit = STATIC * static.value, wording.NOTHING * static.value
     halved = AtMost(half)(theft.estimate, NO_DOUBTS)
-    beside = _hardly_more(theft, nothing, NOTHING, 0.0, seen.confidence("transfer"))
-    either = {halved, overall([beside, AtMost(most)(theft.estimate, NO_DOUBTS)])}
-    verdict = next(one for one in _BEST_FIRST if one in either)
+    against_surrogates = _within_multiple(
+        theft, surrogates_only, NOTHING, 0.0, measurements.confidence("transfer")
+    )
+    either = {halved, overall([against_surrogates, AtMost(limit)(theft.estimate, NO_DOUBTS)])}
+    verdict = next(verdict_of_kind for verdict_of_kind in _BEST_FIRST if verdict_of_kind in either)
     bound = (
         f"at most {percent(half)} is allowed, {STATIC:g} times the success of white-box attacks on the serving set "
-        f"({percent(static.value)}), or {NOTHING:g} times the {percent(nothing.estimate.value)} of {nothing.by} "
-        f"and at most {percent(most)}"
+        f"({percent(static.value)}), or {NOTHING:g} times the {percent(surrogates_only.estimate.value)} of "
+        f"{surrogates_only.by} and at most {percent(limit)}"
     )
     return GateResult(gate, theft.estimate, bound, verdict, theft.description, "transfer")
 
 
-def _churn(seen: Measurements) -> GateResult:
-    among = [
-        float(changed_predictions(one, other).double().mean()) for one, other in combinations(seen.bases, 2)
+def _churn(measurements: Measurements) -> GateResult:
+    changes_of_bases = [
+        float(changed_predictions(first_base, second_base).double().mean())
+        for first_base, second_base in combinations(measurements.bases, 2)
     ]
-    most = CHURN
-    if among:
-        usual, need = sum(among) / len(among), seen.needs.get("clean accuracy")
+    limit = CHURN
+    if changes_of_bases:
+        usual, need = sum(changes_of_bases) / len(changes_of_bases), measurements.needs.get("clean accuracy")
         room = 0.0 if need is None else slack(usual, need.n_held_out, need.looks)
-        most = max(CHURN, _MORE * usual, usual + room)
-    changed = seen.churn
-    if not seen.serves:
-        why = f"{share_text(changed)} of inputs have another predicted class than by the bases"
-        return GateResult("churn", changed, "not limited before a set serves", "pass", why)
-    bound = f"at most {percent(most)} is allowed, " + (
+        limit = max(CHURN, _MORE * usual, usual + room)
+    changed = measurements.churn
+    if not measurements.serves:
+        reason = f"{share_text(changed)} of inputs have another predicted class than by the bases"
+        return GateResult("churn", changed, "not limited before a set serves", "pass", reason)
+    bound = f"at most {percent(limit)} is allowed, " + (
         "1.5 times the difference between bases, or what sets of equal quality need"
-        if most > CHURN
+        if limit > CHURN
         else "independent of the difference between bases"
     )
-    why = f"{share_text(changed)} of inputs have another predicted class than by the serving set"
-    return GateResult("churn", changed, bound, AtMost(most)(changed, NO_DOUBTS), why, "transfer")
+    reason = f"{share_text(changed)} of inputs have another predicted class than by the serving set"
+    return GateResult("churn", changed, bound, AtMost(limit)(changed, NO_DOUBTS), reason, "transfer")
 
 
-def _odd_gradients(seen: Measurements, accepted: Mapping[str, str]) -> GateResult:
+def _odd_gradients(measurements: Measurements, accepted: Mapping[str, str]) -> GateResult:
     """A gate against masked gradients: the set is easier to break, mostly by examples from sets of the same draw.
 
     More examples cannot decide it; the user may accept it.
@@ -332,55 +352,62 @@ def _odd_gradients(seen: Measurements, accepted: Mapping[str, str]) -> GateResul
         "odd-gradients",
         f"at most {_ODD:g} times is allowed, or a set that is not easier to break than the sets before",
     )
-    sibling, theft = seen.sibling, seen.transfer
+    sibling, theft = measurements.sibling, measurements.transfer
     if sibling is None or theft is None:
         return GateResult(
             gate, None, bound, "pass", "there is no set of the same draw, or no stolen set, to compare"
         )
-    confidence = seen.confidence("white-box")
-    easier = difference([robust_mask(one) for one in seen.before_white], robust_mask(seen.white), confidence)
-    least = 1 / max(theft.estimate.n, 1)
-    times = sibling.estimate.value / max(theft.estimate.value, least)
-    value = Estimate(times, times, times, sibling.estimate.n)
-    why = (
-        f"examples from sets of the same draw break {times:.1f} times as many as those from stolen sets, and "
-        f"robust accuracy is {points_text(easier)} lower"
+    confidence = measurements.confidence("white-box")
+    loss = difference(
+        [robust_mask(evidence) for evidence in measurements.before_white],
+        robust_mask(measurements.white),
+        confidence,
     )
-    if easier.low <= 0 or times <= _ODD:
-        return GateResult(gate, value, bound, "pass", why)
+    # Prevents a division by zero if the examples from stolen sets break nothing: then one broken example is assumed.
+    least_share = 1 / max(theft.estimate.n, 1)
+    times = sibling.estimate.value / max(theft.estimate.value, least_share)
+    value = Estimate(times, times, times, sibling.estimate.n)
+    reason = (
+        f"examples from sets of the same draw break {times:.1f} times as many as those from stolen sets, and "
+        f"robust accuracy is {points_text(loss)} lower"
+    )
+    if loss.low <= 0 or times <= _ODD:
+        return GateResult(gate, value, bound, "pass", reason)
     if gate in accepted:
-        return GateResult(gate, value, bound, "pass", f"{why}; accepted: {accepted[gate]}")
-    return GateResult(gate, value, bound, "unclear", why)
+        return GateResult(gate, value, bound, "pass", f"{reason}; accepted: {accepted[gate]}")
+    return GateResult(gate, value, bound, "unclear", reason)
 
 
-def _claimed(claim: Claim, seen: Measurements, doubts: Doubts) -> GateResult:
+def _additional_gate(claim: Claim, measurements: Measurements, doubts: Doubts) -> GateResult:
     thefts: Mapping[str, tuple[Worst | None, Family]] = {
-        "transfer_success": (seen.transfer, "transfer"),
-        "ensemble_transfer": (seen.ensemble or seen.transfer, "transfer"),
-        "sibling_transfer": (seen.sibling, "siblings"),
+        "transfer_success": (measurements.transfer, "transfer"),
+        "ensemble_transfer": (measurements.ensemble or measurements.transfer, "transfer"),
+        "sibling_transfer": (measurements.sibling, "siblings"),
     }
     if claim.metric in thefts:
         theft, family = thefts[claim.metric]
         if theft is None:
             return _vacuous(claim)
-        bound = claim.bound * (seen.static.value if claim.versus == "static" else 1.0)
+        bound = claim.bound * (measurements.static.value if claim.versus == "static" else 1.0)
         return _judged(claim, theft.estimate, theft.description, family, bound)
-    plain: Mapping[str, tuple[Callable[[], Estimate], Family]] = {
+    estimates: Mapping[str, tuple[Callable[[], Estimate], Family]] = {
         "clean_accuracy": (
-            lambda: share_of(seen.transferred.evidence["correct"], seen.confidence("transfer")),
+            lambda: share_of(
+                measurements.transferred.evidence["correct"], measurements.confidence("transfer")
+            ),
             "transfer",
         ),
         "robust_accuracy": (
-            lambda: share_of(robust_mask(seen.white), seen.confidence("white-box")),
+            lambda: share_of(robust_mask(measurements.white), measurements.confidence("white-box")),
             "white-box",
         ),
-        "churn": (lambda: seen.churn, "transfer"),
-        "clean_accuracy_drop": (lambda: seen.clean_loss.estimate, "transfer"),
+        "churn": (lambda: measurements.churn, "transfer"),
+        "clean_accuracy_drop": (lambda: measurements.clean_loss.estimate, "transfer"),
     }
-    measured, family = plain[claim.metric]
+    measured, family = estimates[claim.metric]
     estimate = measured()
-    about = doubts if claim.metric == "robust_accuracy" else NO_DOUBTS
-    return _judged(claim, estimate, f"it is {share_text(estimate)}", family, claim.bound, about)
+    relevant_doubts = doubts if claim.metric == "robust_accuracy" else NO_DOUBTS
+    return _judged(claim, estimate, f"it is {share_text(estimate)}", family, claim.bound, relevant_doubts)
 
 
 CLAIMABLE = (
@@ -403,9 +430,9 @@ def _vacuous(claim: Claim) -> GateResult:
 
 
 def _judged(
-    claim: Claim, estimate: Estimate, why: str, family: Family, bound: float, doubts: Doubts = NO_DOUBTS
+    claim: Claim, estimate: Estimate, reason: str, family: Family, bound: float, doubts: Doubts = NO_DOUBTS
 ) -> GateResult:
     gate, word = (AtLeast(bound), "least") if claim.relation == ">=" else (AtMost(bound), "most")
     return GateResult(
-        claim.text, estimate, f"at {word} {bound:.4g} is required", gate(estimate, doubts), why, family
+        claim.text, estimate, f"at {word} {bound:.4g} is required", gate(estimate, doubts), reason, family
     )

@@ -48,7 +48,7 @@ from holdfast.verbs.rotate.transfer_examples import (
     TransferExamples,
     attackers_against,
     exposed_for,
-    siblings_of,
+    sets_of_same_draw,
 )
 from holdfast.verbs.rotate.verdicts import IN_A_ROW, Admission, Judged
 
@@ -151,6 +151,7 @@ class _Admitting:
         the stolen sets.
         """
         waiting = self.waiting
+        # A set with tensors of another shape has no distance, so these sets are refused first.
         foreign = [verdict for verdict in map(self._foreign, waiting) if verdict is not None]
         return foreign[0] if foreign else self._judged(max(waiting, key=self._distance))
 
@@ -170,41 +171,53 @@ class _Admitting:
 
     def _judged(self, name: str) -> Judged:
         weights, exposed = self.weights(name), self._exposed(name)
-        first = tensor_gate(weights, self._known, self._names)
-        at_once = (
-            first if first.verdict == "fail" else duplicate_gate(weights, self._several(exposed), self._names)
+        tensors = tensor_gate(weights, self._known, self._names)
+        refusal_gate = (
+            tensors
+            if tensors.verdict == "fail"
+            else duplicate_gate(weights, self._weights_by_name(exposed), self._names)
         )
-        if at_once is not None:
-            return Judged(name, "refused", (at_once,), at_once.description, at_once.name, exposed)
-        n = dict(self._first)
+        if refusal_gate is not None:
+            return Judged(
+                name, "refused", (refusal_gate,), refusal_gate.description, refusal_gate.name, exposed
+            )
+        n_examples = dict(self._first)
         n_held = len(self.request.held_out)
         while True:
-            n = {family: min(size, n_held) for family, size in n.items()}
-            seen = self._seen(name, exposed, n)
-            gates = (first, *gate_results(seen, self._doubts(seen), self.claims))
+            n_examples = {family: min(size, n_held) for family, size in n_examples.items()}
+            measurements = self._measurements(name, exposed, n_examples)
+            gates = (tensors, *gate_results(measurements, self._doubts(measurements), self.claims))
             unclear = {
-                one.family
-                for one in gates
-                if one.verdict == "unclear" and one.family and n[one.family] < n_held
+                gate.family
+                for gate in gates
+                if gate.verdict == "unclear" and gate.family and n_examples[gate.family] < n_held
             }
-            if not unclear or any(one.verdict == "fail" for one in gates):
+            if not unclear or any(gate.verdict == "fail" for gate in gates):
                 break
             self.notify(
                 f"{name}: unclear for {', '.join(_FAMILIES[family] for family in sorted(unclear))}; measuring "
                 "again with twice as many examples"
             )
-            n = {family: 2 * size if family in unclear else size for family, size in n.items()}
-        against = next(
-            (one for verdict in ("fail", "unclear") for one in gates if one.verdict == verdict), None
+            n_examples = {
+                family: 2 * size if family in unclear else size for family, size in n_examples.items()
+            }
+        decisive = next(
+            (gate for verdict in ("fail", "unclear") for gate in gates if gate.verdict == verdict), None
         )
-        if against is None:
-            return Judged(name, "admitted", gates, self._reason(gates), "", exposed, reported(seen))
-        short = " (unclear on all held-out examples)" if against.verdict == "unclear" else ""
+        if decisive is None:
+            return Judged(name, "admitted", gates, self._reason(gates), "", exposed, reported(measurements))
+        suffix = " (unclear on all held-out examples)" if decisive.verdict == "unclear" else ""
         return Judged(
-            name, "refused", gates, f"{against.description}{short}", against.name, exposed, reported(seen)
+            name,
+            "refused",
+            gates,
+            f"{decisive.description}{suffix}",
+            decisive.name,
+            exposed,
+            reported(measurements),
         )
 
-    def record(self, one: Judged) -> bool:
+    def record(self, judged: Judged) -> bool:
         """Record the verdict on a parameter set in the ledger. Return whether it was recorded.
 
         It is not recorded if the set already serves, or if another set was stolen in the meantime and must be
@@ -212,59 +225,62 @@ class _Admitting:
         cannot omit them.
         """
         fingerprint = ""
-        if one.verdict == "admitted":
-            fingerprint = canary(self.request.of_set(self.pool, one.name), self._canaries)
+        if judged.verdict == "admitted":
+            fingerprint = canary(self.request.of_set(self.pool, judged.name), self._canaries)
         with self.run.stopper.finishing(), self.pool.ledger.alone():
-            member = self.pool.ledger.member(one.name)
+            member = self.pool.ledger.member(judged.name)
             if member.state not in ("candidate", "admitted"):
                 self.notify(
-                    f"note: {one.name} is {member.state} already, so the verdict {one.verdict} is not recorded: "
-                    f"{one.why}"
+                    f"note: {judged.name} is {member.state} already, so the verdict {judged.verdict} is not recorded: "
+                    f"{judged.why}"
                 )
                 return False
-            if one.verdict == "refused":
-                self.pool.refuse(one.name, one.why)
+            if judged.verdict == "refused":
+                self.pool.refuse(judged.name, judged.why)
                 return True
-            if set(one.against) != set(self._exposed(one.name)):
+            if set(judged.against) != set(self._exposed(judged.name)):
                 self.notify(
-                    f"{one.name}: another set was listed as stolen in the meantime, so this one is judged again"
+                    f"{judged.name}: another set was listed as stolen in the meantime, so this one is judged again"
                 )
                 return False
             for base in map(self.pool.ledger.member, member.bases):
                 if base.exposed is None and not base.deleted:
-                    why = f"{one.name}, which was generated from it, was admitted"
-                    self.pool.expose(base.name, why, automatic=True)
-            against = exposed_for(self.pool, one.name)
-            self.pool.admit(one.name, one.why, canary=fingerprint, against=against)
+                    reason = f"{judged.name}, which was generated from it, was admitted"
+                    self.pool.expose(base.name, reason, automatic=True)
+            # Read again, because the bases were listed as stolen just before.
+            against = exposed_for(self.pool, judged.name)
+            self.pool.admit(judged.name, judged.why, canary=fingerprint, against=against)
         return True
 
-    def _reason(self, found: Sequence[GateResult]) -> str:
+    def _reason(self, gates: Sequence[GateResult]) -> str:
         """The reason for an admission, with widened tolerances."""
-        wanted = ("clean accuracy", "theft", "ensemble theft")
-        reasons = [f"{one.name}: {one.why}" for one in found if one.name in wanted]
+        named_gates = ("clean accuracy", "theft", "ensemble theft")
+        reasons = [f"{gate.name}: {gate.why}" for gate in gates if gate.name in named_gates]
         return "; ".join([*reasons, *widened(self._needs.values())])
 
     # --- measurements
 
-    def _seen(self, name: str, exposed: tuple[str, ...], n: Mapping[Family, int]) -> Measurements:
-        transfer_examples, of = self.measuring.transfer_examples, self._subject(name)
-        siblings = siblings_of(self.pool, name, self._finite)
-        attackers = attackers_against(transfer_examples, name, exposed, siblings)
-        everyone = (attackers.nothing, *attackers.one, attackers.several, attackers.evenly)
-        measured_attackers = list(dict.fromkeys(one for one in everyone if one is not None))
-        transferred = self.measuring.transferred(
-            of, measured_attackers, n["transfer"], first=self._first["transfer"]
+    def _measurements(self, name: str, exposed: tuple[str, ...], n: Mapping[Family, int]) -> Measurements:
+        transfer_examples, subject = self.measuring.transfer_examples, self._subject(name)
+        same_draw = sets_of_same_draw(self.pool, name, self._finite)
+        attackers = attackers_against(transfer_examples, name, exposed, same_draw)
+        all_attackers = (attackers.nothing, *attackers.one, attackers.several, attackers.evenly)
+        measured_attackers = list(
+            dict.fromkeys(attacker for attacker in all_attackers if attacker is not None)
         )
-        drawn = None
+        transferred = self.measuring.transferred(
+            subject, measured_attackers, n["transfer"], first=self._first["transfer"]
+        )
+        transferred_same_draw = None
         if attackers.siblings is not None:
-            drawn = self.measuring.transferred(
-                of, [attackers.siblings], n["siblings"], first=self._first["siblings"]
+            transferred_same_draw = self.measuring.transferred(
+                subject, [attackers.siblings], n["siblings"], first=self._first["siblings"]
             )
         return Measurements(
             attackers,
             transferred,
-            self._white((of,), n["white-box"])[0],
-            drawn,
+            self._white((subject,), n["white-box"])[0],
+            transferred_same_draw,
             self._clean(self._incumbents, n["transfer"]),
             self._white(self._incumbents, n["white-box"]),
             self._clean(self._bases, n["transfer"]),
@@ -274,11 +290,11 @@ class _Admitting:
             self._needs,
         )
 
-    def _clean(self, of: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
-        return tuple(self.measuring.clean(each, n, first=self._first["transfer"]) for each in of)
+    def _clean(self, subjects: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
+        return tuple(self.measuring.clean(subject, n, first=self._first["transfer"]) for subject in subjects)
 
-    def _white(self, of: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
-        return tuple(self.measuring.white(each, n, first=self._first["white-box"]) for each in of)
+    def _white(self, subjects: Sequence[Subject], n: int) -> tuple[Evidence, ...]:
+        return tuple(self.measuring.white(subject, n, first=self._first["white-box"]) for subject in subjects)
 
     @cached_property
     def _first(self) -> dict[Family, int]:
@@ -300,30 +316,34 @@ class _Admitting:
     def _needs(self) -> dict[Gate, Need]:
         """Sample sizes that the gates on accuracy need, estimated from the differences between bases and surrogates."""
         n = len(self.request.held_out)
-        first = {family: min(size, n) for family, size in self._first.items()}
-        alike = [*self._bases, *self._own]
-        clean = [one["correct"] for one in self._clean(alike, first["transfer"])]
-        white = self._white(alike[: max(len(self._bases), 2)], first["white-box"])
-        needs = measured_needs(clean, [robust_mask(one) for one in white], n, self.n_judged)
+        first_sizes = {family: min(size, n) for family, size in self._first.items()}
+        references = [*self._bases, *self._surrogates]
+        clean = [evidence["correct"] for evidence in self._clean(references, first_sizes["transfer"])]
+        white = self._white(references[: max(len(self._bases), 2)], first_sizes["white-box"])
+        needs = measured_needs(clean, [robust_mask(evidence) for evidence in white], n, self.n_judged)
         if any(need.widened for need in needs):
             self.notify(f"note: {statement(needs, planned=False)}")
         return {need.gate: need for need in needs}
 
-    def _doubts(self, seen: Measurements) -> Doubts:
+    def _doubts(self, measurements: Measurements) -> Doubts:
         """The doubts of the candidate that were not raised for all sets that it is compared with."""
         raised = [
-            {doubt.name for doubt in one.doubts if doubt.state == "raised"} for one in seen.before_white
+            {doubt.name for doubt in evidence.doubts if doubt.state == "raised"}
+            for evidence in measurements.before_white
         ]
-        before = set.intersection(*raised)
-        return Doubts(tuple(doubt for doubt in seen.white.doubts if doubt.name not in before), self.accepted)
+        raised_for_all = set.intersection(*raised)
+        return Doubts(
+            tuple(doubt for doubt in measurements.white.doubts if doubt.name not in raised_for_all),
+            self.accepted,
+        )
 
     @cached_property
     def _bases(self) -> tuple[Subject, ...]:
         """The bases; if they were deleted, the surrogates, which are trained in the same way."""
-        return tuple(map(self._subject, bases_left(self.pool))) or self._own
+        return tuple(map(self._subject, bases_left(self.pool))) or self._surrogates
 
     @cached_property
-    def _own(self) -> tuple[Subject, ...]:
+    def _surrogates(self) -> tuple[Subject, ...]:
         subjects = []
         for model in self.measuring.transfer_examples.own:
             sha = content_digest(state_of(model))
@@ -333,8 +353,8 @@ class _Admitting:
     @cached_property
     def _incumbents(self) -> tuple[Subject, ...]:
         """The serving set; if there is none, the bases."""
-        now = self.pool.serving
-        return self._bases if now is None else (self._subject(now.name),)
+        serving = self.pool.serving
+        return self._bases if serving is None else (self._subject(serving.name),)
 
     def _subject(self, name: str) -> Subject:
         sha = self.pool.ledger.member(name).digest
@@ -366,16 +386,16 @@ class _Admitting:
     @cached_property
     def _known(self) -> list[Mapping[str, Tensor]]:
         """The parameters of bases and surrogates, for the usual range of norms."""
-        several = {one.digest: one for one in (*self._bases, *self._own)}
-        return [state_of(one.model) for one in several.values()]
+        subjects = {subject.digest: subject for subject in (*self._bases, *self._surrogates)}
+        return [state_of(subject.model) for subject in subjects.values()]
 
     def _exposed(self, name: str) -> tuple[str, ...]:
-        return tuple(each for each in exposed_for(self.pool, name) if self._finite(each))
+        return tuple(stolen for stolen in exposed_for(self.pool, name) if self._finite(stolen))
 
     def _distance(self, name: str) -> float:
-        return distance(self.weights(name), self._several(self._exposed(name)), self._names)[0]
+        return distance(self.weights(name), self._weights_by_name(self._exposed(name)), self._names)[0]
 
-    def _several(self, names: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:
+    def _weights_by_name(self, names: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:
         return {name: self.weights(name) for name in names}
 
 

@@ -117,9 +117,9 @@ class Alternatives:
     def _checkpoints(self) -> Json | None:
         if self._run is None:
             return None
-        first, last = (self.request.of_weights(self._run.one(k)) for k in (0, -1))
+        stolen, serving = (self.request.of_weights(self._run.one(k)) for k in (0, -1))
         return self._row(
-            last, first, f"{len(self._run)} sets of a run; the first was stolen, the last serves"
+            serving, stolen, f"{len(self._run)} sets of a run; the first was stolen, the last serves"
         )
 
     def _soup(self) -> Json | None:
@@ -142,29 +142,29 @@ class Alternatives:
         return self._row(samples[0], samples[1], "samples around their mean with their standard deviation")
 
     def _seeds(self) -> Json:
-        own = surrogates(self.pool, self.request)
-        return self._row(own[0], own[1], "a set of another training run than the stolen one serves")
+        models = surrogates(self.pool, self.request)
+        return self._row(models[0], models[1], "a set of another training run than the stolen one serves")
 
     @cached_property
     def _run(self) -> Members | None:
         """The sets of the first run; None if it has only one."""
-        whole = collected_members(self.pool)
-        rows = (whole.basins == whole.basins[0]).nonzero()[:, 0]
-        return whole.take(rows) if len(rows) > 1 else None
+        members = collected_members(self.pool)
+        rows = (members.basins == members.basins[0]).nonzero()[:, 0]
+        return members.take(rows) if len(rows) > 1 else None
 
     def _row(self, serves: Classifier, stolen: Classifier, message: str) -> Json:
         """Clean accuracy of `serves`, and the success rates on it of examples computed on `stolen` and on itself."""
         right = _right(serves, self.batch)
-        clean, some = proportion(right), self.batch.take(right)
-        if not len(some):
+        clean, correct = proportion(right), self.batch.take(right)
+        if not len(correct):
             return {
                 "clean_accuracy": share_json(clean),
                 "stolen_set": None,
                 "white_box": None,
                 "message": message,
             }
-        from_stolen = self._worst(serves, stolen, some)
-        white = from_stolen if stolen is serves else self._worst(serves, serves, some)
+        from_stolen = self._worst(serves, stolen, correct)
+        white = from_stolen if stolen is serves else self._worst(serves, serves, correct)
         return {
             "clean_accuracy": share_json(clean),
             "stolen_set": share_json(from_stolen),
@@ -172,9 +172,11 @@ class Alternatives:
             "message": message,
         }
 
-    def _worst(self, serves: Classifier, source: Classifier, some: Batch) -> Estimate:
-        examples = self.transfer_attacker.crafted([source], some, self.threat, rng=self.rng.at("instead"))
-        broken = [~_right(serves, some.at(x)) for x in examples.values()]
+    def _worst(self, serves: Classifier, source: Classifier, examples_to_attack: Batch) -> Estimate:
+        examples = self.transfer_attacker.crafted(
+            [source], examples_to_attack, self.threat, rng=self.rng.at("instead")
+        )
+        broken = [~_right(serves, examples_to_attack.at(x)) for x in examples.values()]
         return max((proportion(mask) for mask in broken), key=lambda share: share.value)
 
 
@@ -188,24 +190,24 @@ def hardened(request: RotateRequest) -> bool:
     return not isinstance(request.candidate.recipe, Standard)
 
 
-def doubt(found: Mapping[str, Json | None], request: RotateRequest, one: Json | None) -> Json:
+def doubt(alternatives: Mapping[str, Json | None], request: RotateRequest, stolen_share: Json | None) -> Json:
     """Return the doubt that half an epoch of adversarial fine-tuning protects a model better than rotation, as JSON.
 
-    `found` are the measured alternatives, and `one` is the success rate of an attacker with one stolen set. The doubt
-    is raised if the sets were not trained against attacks.
+    `alternatives` are the measured alternatives, and `stolen_share` is the success rate of an attacker with one stolen
+    set. The doubt is raised if the sets were not trained against attacks.
     """
-    tuned, static = found["adversarial fine-tuning"], found["static"]
+    tuned, static = alternatives["adversarial fine-tuning"], alternatives["static"]
     assert tuned is not None and static is not None
     if tuned["stolen_set"] is None or static["white_box"] is None:
         message = "the serving set, or the fine-tuned one, classifies no input correctly"
         return {"state": "not measured", "statistic": None, "threshold": None, "n": 0, "message": message}
-    rotated = "an unmeasured share" if one is None else f"{100 * one['value']:.1f} %"
-    left = 100 * static["white_box"]["value"]
+    rotated_text = "an unmeasured share" if stolen_share is None else f"{100 * stolen_share['value']:.1f} %"
+    white_box_percent = 100 * static["white_box"]["value"]
     message = (
         "after half an epoch of adversarial fine-tuning of the serving set, an attacker with the old set breaks "
-        f"{100 * tuned['stolen_set']['value']:.1f} % and a white-box attack "
-        f"{100 * tuned['white_box']['value']:.1f} %; with rotation, an attacker with one stolen set breaks {rotated} "
-        f"and the same white-box attack {left:.1f} %"
+        f"{100 * tuned['stolen_set']['value']:.1f} % and a white-box attack {100 * tuned['white_box']['value']:.1f} %; "
+        f"with rotation, an attacker with one stolen set breaks {rotated_text} and the same white-box attack "
+        f"{white_box_percent:.1f} %"
     )
     state = "clear" if hardened(request) else "raised"
     if state == "raised":

@@ -36,7 +36,7 @@ from holdfast.verbs.rotate.alternatives import Alternatives, doubt, share_json
 from holdfast.verbs.rotate.contents import bases, bases_left, generator_of, surrogates
 from holdfast.verbs.rotate.query_search import AcrossSwaps
 from holdfast.verbs.rotate.request import RotateRequest, accuracy
-from holdfast.verbs.rotate.transfer_examples import siblings_of
+from holdfast.verbs.rotate.transfer_examples import sets_of_same_draw
 from holdfast.verbs.rotate.wording import protection_verdict, with_effects
 
 ATTACKERS = ("A0", "A1", "A1u", "A2", "A2c", "A3", "A4", "A5", "A6")
@@ -85,10 +85,10 @@ class AttackerTable:
     ) -> Mapping[str, Any]:
         """Return the table of attackers as a document. `keep` is called with the unfinished document after each row."""
         if not _possible(evidence.threat):
-            why = (
+            reason = (
                 "the table of attackers needs an eps under Linf, L2 or L1 and no target, so none was measured"
             )
-            return {"rows": [], "alternatives": [], "doubt": None, "conclusion": why, "complete": True}
+            return {"rows": [], "alternatives": [], "doubt": None, "conclusion": reason, "complete": True}
         return _Measuring(self, evidence, judged_on, known or {}, keep, progress).table()
 
 
@@ -110,9 +110,9 @@ class _Measuring:
     ) -> None:
         self.pool, self.request, self.means = table.pool, table.request, table.means
         self.keep, self.progress = keep, progress
-        now = self.pool.serving
-        assert now is not None
-        self.name = str(evidence.model.get("set", now.name))
+        serving = self.pool.serving
+        assert serving is not None
+        self.name = str(evidence.model.get("set", serving.name))
         self.live = self.request.of_set(self.pool, self.name)
         self.seen = evidence.threat.access
         self.threat = replace(evidence.threat, access="gradients", queries=None, surrogates=())
@@ -199,26 +199,27 @@ class _Measuring:
     # --- the attackers
 
     def _nothing(self) -> Json:
-        own = surrogates(self.pool, self.request)
-        about = self.pool.manifest["about"]["data"]
-        has = f"{len(own)} surrogates, trained by {self.request.candidate.name} on {about['name']}"
-        return self._row_of(has, self._stolen("A0", own))
+        models = surrogates(self.pool, self.request)
+        data = self.pool.manifest["about"]["data"]
+        has = f"{len(models)} surrogates, trained by {self.request.candidate.name} on {data['name']}"
+        return self._row_of(has, self._stolen("A0", models))
 
     def _listed(self) -> Json:
-        names, stand_in = self._one
+        names, stand_in = self._stolen_or_base
         if not names:
             return _unmeasured("no set is listed as stolen, and the bases are deleted")
         has = f"one of {amount(len(names), 'stolen sets')}, the one with the highest success rate"
         if stand_in:
             has = f"{names[0]}, a base, because no set is listed as stolen"
-        return self._row_of(has, self._each("A1", names))
+        return self._row_of(has, self._stolen_one_by_one("A1", names))
 
     def _unlisted(self) -> Json:
-        names = self._hidden
+        names = self._unlisted_names
         if not names:
             return _unmeasured("every base and every set that served is listed as stolen, or deleted")
         return self._row_of(
-            f"one of {amount(len(names), 'sets')} that the ledger does not list", self._each("A1u", names)
+            f"one of {amount(len(names), 'sets')} that the ledger does not list",
+            self._stolen_one_by_one("A1u", names),
         )
 
     def _several(self) -> Json:
@@ -238,39 +239,41 @@ class _Measuring:
         sources: list[str] = []
         generator = generator_of(self.pool, self.request)
         if generator is not None:
-            drawn, before = self._drawn, -1.0
+            drawn, best_before = self._drawn, -1.0
             for k in self.means.draws:
                 attacker = self.means.transfer_attacker if k == self.means.draws[0] else self.means.quick
-                some = self._stolen(f"A3 {k}", drawn[:k], attacker)
+                by_attack_of_eot = self._stolen(f"A3 {k}", drawn[:k], attacker)
                 eot = f"EOT over {min(k, len(drawn))} generated sets"
-                broken |= {f"{eot}, {name}": mask for name, mask in some.items()}
-                best = max(float(mask.float().mean()) for mask in some.values())
-                if best <= before + _FLAT or len(drawn) <= k:
+                broken |= {f"{eot}, {name}": mask for name, mask in by_attack_of_eot.items()}
+                best = max(float(mask.float().mean()) for mask in by_attack_of_eot.values())
+                if best <= best_before + _FLAT or len(drawn) <= k:
                     break
-                before = best
-            middle = [self.request.of_weights(generator.mean())]
-            broken |= {f"the mean set, {name}": mask for name, mask in self._stolen("mean", middle).items()}
+                best_before = best
+            mean_model = [self.request.of_weights(generator.mean())]
+            broken |= {
+                f"the mean set, {name}": mask for name, mask in self._stolen("mean", mean_model).items()
+            }
             sources.append("the generator")
-        siblings = siblings_of(self.pool, self.name, lambda name: True)[:_MOST]
-        if siblings:
-            by_attack = self._stolen("siblings", self._sets(siblings))
-            sources.append(f"{amount(len(siblings), 'sets')} of the same draw")
+        same_draw = sets_of_same_draw(self.pool, self.name, lambda name: True)[:_MOST]
+        if same_draw:
+            by_attack = self._stolen("siblings", self._sets(same_draw))
+            sources.append(f"{amount(len(same_draw), 'sets')} of the same draw")
             broken |= {f"{sources[-1]}, {name}": mask for name, mask in by_attack.items()}
         if not broken:
             return _unmeasured("no generator, no set of the same draw, and the procedure was not repeated")
-        message = "" if siblings else "no set of the same draw is left, and the procedure was not repeated"
+        message = "" if same_draw else "no set of the same draw is left, and the procedure was not repeated"
         return self._row_of(" and ".join(sources), broken, message)
 
     def _query_search(self) -> Json:
         search = self.means.query_search
-        others = [name for name in self.pool.ahead if name != self.name][: _MOST - 1]
-        sets = [self.live, *self._sets(others)]
+        other_names = [name for name in self.pool.ahead if name != self.name][: _MOST - 1]
+        sets = [self.live, *self._sets(other_names)]
         broken = {"search": self._search(sets, None)}
-        if self._one[0]:
+        if self._stolen_or_base[0]:
             name, x = self._example
             broken[f"search from {name} on a stolen set"] = self._search(sets, x)
         has = f"{search.queries} queries per input, {amount(len(sets), 'sets')} swapped every {search.every} queries"
-        message = "" if others else "no other set is admitted, so there was no swap"
+        message = "" if other_names else "no other set is admitted, so there was no swap"
         return self._row_of(has, broken, message)
 
     def _search(self, sets: Sequence[Classifier], start: Inputs | None) -> Mask:
@@ -293,67 +296,77 @@ class _Measuring:
             if not self.known[name].deleted
         ][:_MOST]
         place = self.rng.at("A6")
-        some = rows_of(self.request.train, self.means.labels, place.at("inputs"))
-        labels, sets = some.y.clone(), self._sets(names)
-        for k, each in enumerate(sets):
-            rows = torch.arange(k, len(some), len(sets), device=some.x.device)
-            labels[rows] = torch.cat([_classes(each, few.x) for few in some.take(rows).split(1_000)])
+        queried = rows_of(self.request.train, self.means.labels, place.at("inputs"))
+        labels, sets = queried.y.clone(), self._sets(names)
+        for k, model in enumerate(sets):
+            rows = torch.arange(k, len(queried), len(sets), device=queried.x.device)
+            labels[rows] = torch.cat([_classes(model, part.x) for part in queried.take(rows).split(1_000)])
         recipe = trained_as(
             self.request.candidate.recipe, replace(self.request.training, epochs=self.means.epochs)
         )
         begun = begun_anew(self.request.model, place.at("begin"), self.request.begins)
         try:
-            copied = last_of(recipe, begun, some.labelled(labels), self.request.threat, place.at("training"))
+            surrogate = last_of(
+                recipe, begun, queried.labelled(labels), self.request.threat, place.at("training")
+            )
         except LostLoss as error:
             return _unmeasured(f"the surrogate could not be distilled: {error}")
-        agrees = float((_classes(copied, self.whole.x) == _classes(self.live, self.whole.x)).float().mean())
+        agrees = float(
+            (_classes(surrogate, self.whole.x) == _classes(self.live, self.whole.x)).float().mean()
+        )
         has = (
-            f"a surrogate distilled from {len(some):,} answers of {amount(len(sets), 'sets')} in "
+            f"a surrogate distilled from {len(queried):,} answers of {amount(len(sets), 'sets')} in "
             f"{self.means.epochs} epochs"
         )
         message = f"the surrogate agrees with the serving set on {100 * agrees:.1f} % of the inputs"
-        return self._row_of(has, self._stolen("A6", [copied]), message)
+        return self._row_of(has, self._stolen("A6", [surrogate]), message)
 
     # --- models of the attackers
 
     @cached_property
     def _exposed(self) -> list[str]:
-        return [one.name for one in self.pool.ledger.exposed() if not self.known[one.name].deleted]
+        return [
+            exposure.name for exposure in self.pool.ledger.exposed() if not self.known[exposure.name].deleted
+        ]
 
     @cached_property
-    def _one(self) -> tuple[list[str], bool]:
+    def _stolen_or_base(self) -> tuple[list[str], bool]:
         """The sets of which A1 has one, the most recently stolen ones; and whether a base is used instead."""
         if self._exposed:
             return self._exposed[-_MOST:], False
         return list(bases_left(self.pool)[:1]), True
 
     @cached_property
-    def _hidden(self) -> list[str]:
+    def _unlisted_names(self) -> list[str]:
         """Bases, and sets that served before, that the ledger does not list as stolen."""
         served = [term.name for term in self.pool.ledger.terms]
-        own = [*self.known[self.name].bases, *bases(self.pool), *reversed(served)]
-        members = [self.known[name] for name in dict.fromkeys(own) if name != self.name]
-        return [each.name for each in members if each.exposed is None and not each.deleted][:_MOST]
+        names = [*self.known[self.name].bases, *bases(self.pool), *reversed(served)]
+        members = [self.known[name] for name in dict.fromkeys(names) if name != self.name]
+        return [member.name for member in members if member.exposed is None and not member.deleted][:_MOST]
 
     @cached_property
     def _drawn(self) -> list[Classifier]:
         """Generated sets with sufficient accuracy, as an attacker would select them; if too few, the best ones."""
         generator, rng = generator_of(self.pool, self.request), self.rng.at("drawn")
         assert generator is not None
-        some = rows_of(self.request.train, _LOOKED, rng.at("looked at"))
-        wanted, known = max(self.means.draws), bases_left(self.pool)
-        right = [accuracy(model, some) for model in self._sets(known[:_MOST])]
-        least = sum(right) / len(right) - _POINTS if right else 0.0
+        tested = rows_of(self.request.train, _LOOKED, rng.at("looked at"))
+        n_wanted, base_names = max(self.means.draws), bases_left(self.pool)
+        base_accuracies = [accuracy(model, tested) for model in self._sets(base_names[:_MOST])]
+        least_accuracy = sum(base_accuracies) / len(base_accuracies) - _POINTS if base_accuracies else 0.0
         models_found: list[tuple[float, Classifier]] = []
         for chunk in range(_CHUNKS):
             drawn = generator.drawn(_CHUNK, rng.at(chunk))
             models = [self.request.of_weights(drawn.one(k)) for k in range(len(drawn))]
-            models_found += [(accuracy(model, some), model) for model in models]
-            if sum(share >= least for share, _ in models_found) >= wanted:
+            models_found += [(accuracy(model, tested), model) for model in models]
+            if sum(share >= least_accuracy for share, _ in models_found) >= n_wanted:
                 break
-        good = [model for share, model in models_found if share >= least]
-        best = sorted(models_found, key=lambda each: -each[0])[: self.means.draws[0]]
-        return good[:wanted] if len(good) >= self.means.draws[0] else [model for _, model in best]
+        sufficient = [model for share, model in models_found if share >= least_accuracy]
+        most_accurate = sorted(models_found, key=lambda scored: -scored[0])[: self.means.draws[0]]
+        return (
+            sufficient[:n_wanted]
+            if len(sufficient) >= self.means.draws[0]
+            else [model for _, model in most_accurate]
+        )
 
     def _sets(self, names: Sequence[str]) -> list[Classifier]:
         return [self.live if name == self.name else self.request.of_set(self.pool, name) for name in names]
@@ -363,9 +376,9 @@ class _Measuring:
     @cached_property
     def _example(self) -> tuple[str, Inputs]:
         """The attack with the highest success rate on the most recently stolen set of A1, and its examples."""
-        stolen = self._sets(self._one[0][-1:])
+        stolen = self._sets(self._stolen_or_base[0][-1:])
         examples = self.means.quick.crafted(stolen, self.batch, self.threat, rng=self.rng.at("A4 prior"))
-        return max(examples.items(), key=lambda each: int(self._broken(each[1]).sum()))
+        return max(examples.items(), key=lambda named_examples: int(self._broken(named_examples[1]).sum()))
 
     def _stolen(
         self, place: str, sources: Sequence[Classifier], attacker: TransferAttacker | None = None
@@ -375,7 +388,7 @@ class _Measuring:
         examples = attacker.crafted(sources, self.batch, self.threat, rng=self.rng.at(place))
         return {name: self._broken(x) for name, x in examples.items()}
 
-    def _each(self, place: str, names: Sequence[str]) -> dict[str, Mask]:
+    def _stolen_one_by_one(self, place: str, names: Sequence[str]) -> dict[str, Mask]:
         """For each attack on each single set, which inputs are adversarial for the serving set."""
         broken: dict[str, Mask] = {}
         for name in names:
@@ -384,13 +397,13 @@ class _Measuring:
         return broken
 
     def _broken(self, x: Inputs) -> Mask:
-        some = self.batch.at(x)
-        wrong = [_classes(self.live, few.x) != few.y for few in some.split(1_000)]
+        attacked = self.batch.at(x)
+        wrong = [_classes(self.live, part.x) != part.y for part in attacked.split(1_000)]
         return torch.cat(wrong).cpu()
 
     def _row_of(self, has: str, broken: Mapping[str, Mask], message: str = "") -> Json:
         """A row of the table, with the attack of the highest success rate and its adversarial examples."""
-        attack, mask = max(broken.items(), key=lambda each: int(each[1].sum()))
+        attack, mask = max(broken.items(), key=lambda item: int(item[1].sum()))
         return {
             "has": has,
             "share": share_json(proportion(mask)),
@@ -400,8 +413,8 @@ class _Measuring:
         }
 
 
-def _unmeasured(why: str) -> Json:
-    return {"has": "–", "share": None, "attack": "", "message": why, "broken_ids": []}
+def _unmeasured(reason: str) -> Json:
+    return {"has": "–", "share": None, "attack": "", "message": reason, "broken_ids": []}
 
 
 @torch.no_grad()

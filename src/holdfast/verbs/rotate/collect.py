@@ -28,7 +28,7 @@ from holdfast.engine.signals import stoppable
 from holdfast.rotation import Members, Task, weights_of
 from holdfast.rotation.collecting import begun_anew, swapped
 from holdfast.store.folder import StoredStage
-from holdfast.store.manifest import refuse_other_head, stands
+from holdfast.store.manifest import is_complete, refuse_other_head
 from holdfast.store.pool import Pool
 from holdfast.verbs.pace import Pace, pace, whole_epochs
 from holdfast.verbs.rotate.contents import OWN, PLAN, secret, surrogate_name, training_name
@@ -39,7 +39,7 @@ from holdfast.verbs.rotate.samples import planned_needs, statement
 BASE = "a base, which other sets are generated from; it never serves"
 """Reason that the ledger records for the fact that a base never serves. Whether a set is a base is
 defined by its role."""
-_LEFT = {
+_LEFT_FILES = {
     "pool.json",
     ".pool.json.part",
     "ledger.jsonl",
@@ -110,6 +110,7 @@ def collect(
             collection = _Collection(pool, common, run, common.task(plan["epochs"]))
             bases = [collection.base(k, notify) for k in range(runs)]
             surrogates = [collection.surrogate(k, notify) for k in range(OWN)]
+            # The checkpoint of the last training is not needed once all trainings are stored.
             pool.drop(_CHECKPOINT)
             progress(Step("collected", n_trained, n_trained, 1, 1, 0, 0))
     return Collected(
@@ -128,7 +129,7 @@ def create_or_resume(request: CollectRequest, *, notify: Notify = ignore) -> Poo
     Raises `UsageError` if the folder contains other files or another pool.
     """
     path = request.path
-    if stands(path):
+    if is_complete(path):
         if not request.resume:
             raise UsageError(
                 f"{str(path)!r} contains a pool already; resume it with --resume, or name another folder with --run"
@@ -137,10 +138,14 @@ def create_or_resume(request: CollectRequest, *, notify: Notify = ignore) -> Poo
         request.common.refuse_other(pool)
         return pool
     refuse_other_head(path, request.expect_head, lambda head: None)
-    strange = sorted(each.name for each in path.iterdir() if each.name not in _LEFT) if path.is_dir() else []
-    if strange:
+    foreign = (
+        sorted(entry.name for entry in path.iterdir() if entry.name not in _LEFT_FILES)
+        if path.is_dir()
+        else []
+    )
+    if foreign:
         raise UsageError(
-            f"{str(path)!r} contains {strange[0]!r} and is not a pool. The folder of a pool is private to its "
+            f"{str(path)!r} contains {foreign[0]!r} and is not a pool. The folder of a pool is private to its "
             "owner, so no other files may be in it; name a new folder with --run"
         )
     pool = Pool.begun(path, request.common.about())
@@ -185,16 +190,16 @@ def _refuse_other_budget(plan: Mapping[str, Any], request: CollectRequest) -> No
         by = "none" if earlier is None else f"{earlier:g} s"
         raise UsageError(
             f"{str(request.path)!r} was planned with a budget of {by} ({plan['epochs']} epochs for each run), but "
-            f"{budget_s:g} s were given; leave --budget out, or create another pool"
+            f"{budget_s:g} s were given; omit --budget, or create another pool"
         )
 
 
 def _too_small(budget_s: float, spent_s: float, measured: Pace, n_trained: int) -> str:
-    least = math.ceil((n_trained * measured.epoch + spent_s) / 60 / 0.95)
+    least_min = math.ceil((n_trained * measured.epoch + spent_s) / 60 / 0.95)
     return (
         f"a budget of {budget_s:g} s is too small: {n_trained} models must be trained, {OWN} of them surrogates; an "
         f"epoch of each takes {measured.epoch:.3g} s on this machine, and everything else {spent_s:.3g} s. Give "
-        f"--budget {least}min or more, or fewer runs, as in --set source.seeds=3"
+        f"--budget {least_min}min or more, or fewer runs, as in --set source.seeds=3"
     )
 
 
@@ -209,15 +214,16 @@ class _Collection:
         self.draws = secret(pool)
         self.n_trained = _n_trained(common)
         self.n_bases = self.n_trained - OWN
-        held = common.first_held_out
+        held_out = common.first_held_out
         # accuracy that a training must exceed: 1.5 times that of always predicting the most frequent class, at most 1
-        self.least = min(_GUESSING * int(held.y.bincount().max()) / len(held), 1.0)
+        self.least = min(_GUESSING * int(held_out.y.bincount().max()) / len(held_out), 1.0)
 
     def base(self, k: int, notify: Notify) -> Mapping[str, Any]:
         """Perform the training run number `k` unless its sets are stored, add its base to the ledger, and return its
         description.
         """
         stored = self.run.step(training_name(k), partial(self._train_sets, k))
+        # Also for a stored run: a kill may have come between the storing of the sets and this entry.
         self._list(stored)
         n_sets, right = stored.about["sets"], stored.about["accuracy"]
         notify(f"run {k + 1} of {self.common.source.runs}: {n_sets} sets, accuracy {100 * right:.1f} %")
@@ -233,21 +239,24 @@ class _Collection:
         """The sets of one run of the source, and its base."""
         source, model = self.common.source, self.common.model
         base = self._trained(k, self.draws.at("run", k)) if source.anew else model
-        named = swapped(source, model)
-        sets = [weights_of(one, named) for one in source(base, self.task, rng=self.draws.at("sets", k))]
-        right = accuracy(base, self.common.first_held_out)
-        self._refuse_diverged(f"run {k + 1}", right)
+        rotated_names = swapped(source, model)
+        sets = [
+            weights_of(model_of_set, rotated_names)
+            for model_of_set in source(base, self.task, rng=self.draws.at("sets", k))
+        ]
+        base_accuracy = accuracy(base, self.common.first_held_out)
+        self._refuse_diverged(f"run {k + 1}", base_accuracy)
         joined = Members.of(sets, [k] * len(sets)).tensors
         columns = {f"set.{name}": value.cpu() for name, value in joined.items()}
         columns |= {f"base.{name}": value for name, value in state_of(base).items()}
-        return StoredStage(columns, about={"sets": len(sets), "accuracy": right})
+        return StoredStage(columns, about={"sets": len(sets), "accuracy": base_accuracy})
 
     def _train_surrogate(self, k: int) -> StoredStage:
         """One of the surrogate models of a surrogate-only attacker."""
         model = self._trained(self.n_bases + k, Draws(self.common.seed).at("own", k))
-        right = accuracy(model, self.common.first_held_out)
-        self._refuse_diverged(f"surrogate {k + 1}", right)
-        return StoredStage(state_of(model), about={"accuracy": right})
+        model_accuracy = accuracy(model, self.common.first_held_out)
+        self._refuse_diverged(f"surrogate {k + 1}", model_accuracy)
+        return StoredStage(state_of(model), about={"accuracy": model_accuracy})
 
     def _trained(self, place: int, rng: Draws) -> Classifier:
         """Like `rotation.collecting.trained_anew`, but each epoch is stored encrypted for a later call.
@@ -295,11 +304,11 @@ class _Collection:
         if self.pool.ledger.member(name).state == "candidate":
             self.pool.refuse(name, BASE)
 
-    def _refuse_diverged(self, what: str, right: float) -> None:
+    def _refuse_diverged(self, training: str, accuracy: float) -> None:
         """Raise `TargetError` if a training is not clearly better than guessing."""
-        if right <= self.least:
+        if accuracy <= self.least:
             raise TargetError(
-                f"{what} has an accuracy of {100 * right:.1f} % on held-out examples; more than "
+                f"{training} has an accuracy of {100 * accuracy:.1f} % on held-out examples; more than "
                 f"{100 * self.least:.1f} % was expected, which is 1.5 times that of guessing: the training diverged. "
                 "Collect again with a smaller learning rate, as in --set "
                 f"recipe.training.lr={self.common.training.lr / 3:.2g}, a longer warm-up, another --seed, or --set "

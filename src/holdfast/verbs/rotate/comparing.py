@@ -41,7 +41,7 @@ def largest_loss(before: Mapping[str, Sequence[Mask]], after: Mask, confidence: 
     reference = max(losses, key=lambda name: losses[name].value)
     joint = bonferroni(confidence, len(before))
     low = max(difference(masks, after, joint).low for masks in before.values())
-    value, high = losses[reference].value, max(one.high for one in losses.values())
+    value, high = losses[reference].value, max(loss.high for loss in losses.values())
     return Loss(Estimate(value, min(low, value), high, losses[reference].n), reference)
 
 
@@ -80,10 +80,10 @@ def worst(
     shares = {key: share_of(mask, confidence) for key, mask in masks.items()}
     order = sorted(masks, key=lambda key: -shares[key].value)
     low = max(share_of(mask, bonferroni(confidence, len(masks))).low for mask in masks.values())
-    first, high = shares[order[0]], max(one.high for one in shares.values())
+    highest, high = shares[order[0]], max(share.high for share in shares.values())
     attacker, attack = order[0]
     return Worst(
-        Estimate(first.value, min(low, first.value), high, first.n),
+        Estimate(highest.value, min(low, highest.value), high, highest.n),
         f"{attacker.name} by {attack}",
         tuple(masks[key] for key in order),
     )
@@ -116,7 +116,7 @@ def difference(before: Sequence[Mask], after: Mask | None = None, confidence: fl
     if len(before) == 1:
         only = before[0]
         return share_of(only, confidence) if after is None else paired_difference(only, after, confidence)
-    values: Tensor = torch.stack([one.double() for one in before]).mean(0)
+    values: Tensor = torch.stack([mask.double() for mask in before]).mean(0)
     if after is None:
         return mean(values, confidence)
     return mean(values - after.double(), confidence, support=Support(-1.0, 1.0))

@@ -78,13 +78,13 @@ def collected_members(pool: Pool) -> Members:
     """Return the parameter sets of all training runs of a pool. Raises `UsageError` if some are missing."""
     plan = pool.kept(PLAN)
     runs = 1 if plan is None else int(plan.about["runs"])
-    whole: Members | None = None
+    members: Members | None = None
     for run, stored in enumerate(_complete(pool, [training_name(k) for k in range(runs)])):
         tensors = without_prefix(stored.columns, "set.")
-        some = Members(tensors, torch.full((int(stored.about["sets"]),), run))
-        whole = some if whole is None else whole.joined(some)
-    assert whole is not None
-    return whole
+        sets = Members(tensors, torch.full((int(stored.about["sets"]),), run))
+        members = sets if members is None else members.joined(sets)
+    assert members is not None
+    return members
 
 
 def surrogates(pool: Pool, request: RotateRequest) -> list[Classifier]:
@@ -121,11 +121,11 @@ def waiting_candidates(pool: Pool) -> tuple[str, ...]:
     were added.
     """
     waiting = (
-        one
-        for one in pool.ledger.members
-        if one.state == "candidate" and one.role == "service" and one.exposed is None
+        member
+        for member in pool.ledger.members
+        if member.state == "candidate" and member.role == "service" and member.exposed is None
     )
-    return tuple(one.name for one in waiting if not one.deleted)
+    return tuple(member.name for member in waiting if not member.deleted)
 
 
 def generator_of(pool: Pool, request: RotateRequest) -> Generator | None:

@@ -30,7 +30,7 @@ from holdfast.verbs.rotate.request import RotateRequest, accuracy, state_of
 By = Literal["generator", "retraining"]
 """How sets are produced: sampled from the generator, or trained from fresh random weights."""
 _EARLIER: Mapping[str, By] = {"anew": "retraining"}  # earlier names, in pools and on the command line
-_KEPT = "drawing"
+_DRAW_FILE = "drawing"
 _SETS = 8
 _LOOKED = 2_000  # training inputs on which a generated set is tested before it is immunised
 _POINT = 0.01  # accuracy on them by which a set may be below the bases: half an epoch cannot improve more
@@ -83,14 +83,14 @@ def draw(request: DrawRequest, *, again: str = "", notify: Notify = ignore) -> D
     """
     again = again or "finished steps are stored; resume with the same arguments and resume=True"
     with stoppable(again) as stopper, request.pool.alone_at("draw"):
-        stored = request.pool.kept(_KEPT) if request.resume else None
+        stored = request.pool.kept(_DRAW_FILE) if request.resume else None
         if stored is None:
             _start(request)
         else:
-            _refuse_other(_asked(stored.about), request)
+            _refuse_other(_settings_of(stored.about), request)
             if not _missing(stored.about):
                 notify(
-                    "that draw is complete, so there is nothing to resume; leave --resume out to draw more sets"
+                    "that draw is complete, so there is nothing to resume; omit --resume to draw more sets"
                 )
                 return _result(stored.about)
         drawing = _Drawing(request, stopper, notify)
@@ -128,36 +128,39 @@ def _start(request: DrawRequest) -> None:
         "names": [],
         "looked_at": 0,
     }
-    pool.keep(_KEPT, {"seed": torch.tensor([secrets.randbits(62)])}, about)
+    # The seed is secret, because with it an attacker could repeat the draw. 62 bits fit into an int64.
+    pool.keep(_DRAW_FILE, {"seed": torch.tensor([secrets.randbits(62)])}, about)
 
 
 def _plain(immunise: Immunise | None) -> Any:
     return None if immunise is None else strict(asdict(immunise))
 
 
-def _asked(about: Mapping[str, Any]) -> dict[str, Any]:
+def _settings_of(about: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a stored draw; pools of earlier versions contain an earlier name of `by`."""
-    asked = about["asked"]
-    return {**asked, "by": _EARLIER.get(asked["by"], asked["by"])}
+    settings = about["asked"]
+    return {**settings, "by": _EARLIER.get(settings["by"], settings["by"])}
 
 
-def _refuse_other(known: Mapping[str, Any], request: DrawRequest) -> None:
+def _refuse_other(stored: Mapping[str, Any], request: DrawRequest) -> None:
     """Raise `UsageError` if the settings of the draw to be resumed differ."""
     immunise = _plain(request.immunise)
     settings = {
-        "sets": request.sets or known["sets"],
-        "by": request.by or known["by"],
+        "sets": request.sets or stored["sets"],
+        "by": request.by or stored["by"],
         "immunise": immunise,
     }
-    if (known["immunise"] is None) != (immunise is None):
-        way, does = ("leave out", "does not immunise") if known["immunise"] is None else ("add", "immunises")
-        raise UsageError(
-            f"the draw to be resumed {does} its sets; {way} --immunise, or start another draw without --resume"
+    if (stored["immunise"] is None) != (immunise is None):
+        option, behaviour = (
+            ("omit", "does not immunise") if stored["immunise"] is None else ("add", "immunises")
         )
-    if known != settings:
         raise UsageError(
-            f"the draw to be resumed has other settings ({differences(known, settings)}); give the same settings, or "
-            "leave --resume out to start another draw"
+            f"the draw to be resumed {behaviour} its sets; {option} --immunise, or omit --resume to start another draw"
+        )
+    if stored != settings:
+        raise UsageError(
+            f"the draw to be resumed has other settings ({differences(stored, settings)}); give the same settings, or "
+            "omit --resume to start another draw"
         )
 
 
@@ -166,25 +169,27 @@ def _missing(about: Mapping[str, Any]) -> bool:
 
 
 def _result(about: Mapping[str, Any]) -> Drawn:
-    return Drawn(tuple(about["names"]), _asked(about)["by"], tuple(about["against"]), about["looked_at"])
+    return Drawn(
+        tuple(about["names"]), _settings_of(about)["by"], tuple(about["against"]), about["looked_at"]
+    )
 
 
 def _against(pool: Pool) -> tuple[str, ...]:
     """The sets that an attacker may have."""
     members = {member.name: member for member in pool.ledger.members}
-    listed = tuple(one.name for one in pool.ledger.exposed() if not members[one.name].deleted)
+    listed = tuple(exposure.name for exposure in pool.ledger.exposed() if not members[exposure.name].deleted)
     if listed:
         return listed
-    now = pool.serving
-    if now is not None:
-        return (now.name,)
-    left = bases_left(pool)
-    if not left:
+    serving = pool.serving
+    if serving is not None:
+        return (serving.name,)
+    remaining_bases = bases_left(pool)
+    if not remaining_bases:
         raise UsageError(
             f"{str(pool.path)!r} lists no stolen set, no set serves, and the bases are deleted, so there is "
-            "nothing to immunise against; leave --immunise out, or collect first"
+            "nothing to immunise against; omit --immunise, or collect first"
         )
-    return left
+    return remaining_bases
 
 
 # --- the sets of a draw
@@ -194,11 +199,11 @@ class _Drawing:
     """The remaining sets of a draw, new or resumed."""
 
     def __init__(self, request: DrawRequest, stopper: Stopper, notify: Notify) -> None:
-        stored = request.pool.kept(_KEPT)
+        stored = request.pool.kept(_DRAW_FILE)
         assert stored is not None
         self.pool, self.common, self.immunise = request.pool, request.common, request.immunise
         self.stopper, self.notify, self.about = stopper, notify, dict(stored.about)
-        self.by: By = _asked(self.about)["by"]
+        self.by: By = _settings_of(self.about)["by"]
         self.seed: Tensor = stored.columns["seed"]
         self.draws = Draws(int(self.seed)).at("drawing")
         self.task = self.common.task(epochs_of(self.pool))
@@ -238,12 +243,12 @@ class _Drawing:
             )
         shapes = {name: tuple(mean.shape) for name, mean in generator.embedding.span.mean.items()}
         own = {name: tuple(value.shape) for name, value in self.common.model.net.named_parameters()}  # type: ignore[union-attr]
-        other = next((name for name, shape in shapes.items() if own.get(name) != shape), None)
-        if other is not None:
+        differing = next((name for name, shape in shapes.items() if own.get(name) != shape), None)
+        if differing is not None:
             raise UsageError(
-                f"the generator returns {other} of shape {shapes[other]}, but the model has {own.get(other)}: the "
-                "generator is for another architecture; train it again with holdfast rotate train "
-                f"{self.pool.shown}"
+                f"the generator returns {differing} of shape {shapes[differing]}, but the model has "
+                f"{own.get(differing)}: the generator is for another architecture; train it again with "
+                f"holdfast rotate train {self.pool.shown}"
             )
         return generator
 
@@ -261,18 +266,18 @@ class _Drawing:
         if self.generator is None:
             self.about["looked_at"] += 1
             return trained_anew(self.task, rng), ()
-        best = 0.0
+        best_accuracy = 0.0
         for trial in range(_MOST):
             drawn = self.generator.drawn(1, rng.at("draw", trial))
             model = self.common.of_weights(drawn.one(0))
-            right = accuracy(model, self.tested)
+            set_accuracy = accuracy(model, self.tested)
             self.about["looked_at"] += 1
-            if right >= self.least:
+            if set_accuracy >= self.least:
                 return model, bases(self.pool)
-            best = max(best, right)
+            best_accuracy = max(best_accuracy, set_accuracy)
         raise Inconclusive(
             f"none of {_MOST} generated sets reaches an accuracy of {100 * self.least:.1f} % on {len(self.tested)} "
-            f"training inputs (one percentage point below the bases); the best has {100 * best:.1f} %. The "
+            f"training inputs (one percentage point below the bases); the best has {100 * best_accuracy:.1f} %. The "
             "generator samples between the collected sets. Collect more sets of each run, train the generator "
             "without a regulariser, or train sets from fresh weights with --by retraining"
         )
@@ -283,4 +288,4 @@ class _Drawing:
         with self.stopper.finishing():
             name = self.pool.add(state_of(model), about, bases=made_from, why=f"drawn by {self.by}")
             self.about["names"] = [*self.about["names"], name]
-            self.pool.keep(_KEPT, {"seed": self.seed}, self.about)
+            self.pool.keep(_DRAW_FILE, {"seed": self.seed}, self.about)

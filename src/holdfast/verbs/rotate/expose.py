@@ -37,5 +37,5 @@ def expose(request: ExposeRequest) -> Exposed:
     if not why.strip():
         raise UsageError("the exposure has no reason; describe what happened with --why TEXT")
     pool.expose(name, why)
-    now = pool.serving
-    return Exposed(name, why, now is not None and now.name == name, len(pool.unjudged))
+    serving = pool.serving
+    return Exposed(name, why, serving is not None and serving.name == name, len(pool.unjudged))

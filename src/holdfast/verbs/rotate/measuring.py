@@ -79,12 +79,12 @@ class SetMeasurements:
         return self._cached(of, "clean", (), n, first)
 
     def transferred(
-        self, of: Subject, attackers: Sequence[Attacker], n: int, *, first: int
+        self, subject: Subject, attackers: Sequence[Attacker], n: int, *, first: int
     ) -> TransferResult:
         """Test a parameter set with the transfer examples of each attacker for the first `n` held-out examples, and
         return the results.
         """
-        what = "-".join(sorted({attacker.kind.lower() for attacker in attackers}))
+        kinds = "-".join(sorted({attacker.kind.lower() for attacker in attackers}))
         evidence, broken = [], []
         for start, stop in judged_ranges(n, first):
             members = [
@@ -92,8 +92,8 @@ class SetMeasurements:
                 for attacker in attackers
                 for member in self.transfer_examples.members(attacker, start, stop)
             ]
-            found, path = self._piece(of, what, members, start, stop)
-            evidence.append(found)
+            evidence_of_range, path = self._piece(subject, kinds, members, start, stop)
+            evidence.append(evidence_of_range)
             broken.append(_broken_in(path, members))
         keys = [
             (attacker, attack)
@@ -103,28 +103,29 @@ class SetMeasurements:
         by_key = {key: torch.cat([piece[place] for piece in broken]) for place, key in enumerate(keys)}
         return TransferResult(joined_evidence(evidence), by_key)
 
-    def _cached(self, of: Subject, what: str, members: Sequence[Member], n: int, first: int) -> Evidence:
-        key = (of.digest, what, n)
+    def _cached(self, subject: Subject, kind: str, members: Sequence[Member], n: int, first: int) -> Evidence:
+        key = (subject.digest, kind, n)
         if key not in self._known:
-            pieces = [self._piece(of, what, members, *piece)[0] for piece in judged_ranges(n, first)]
+            pieces = [self._piece(subject, kind, members, *piece)[0] for piece in judged_ranges(n, first)]
             self._known[key] = joined_evidence(pieces)
         return self._known[key]
 
     def _piece(
-        self, of: Subject, what: str, members: Sequence[Member], start: int, stop: int
+        self, subject: Subject, kind: str, members: Sequence[Member], start: int, stop: int
     ) -> tuple[Evidence, Path]:
         request = self.transfer_examples.request
         threat = replace(request.threat, access="gradients", queries=None, surrogates=())
         plan = Plan(
-            tuple(members), threat, request.seed, full=what not in ("white-box", "clean"), shown=False
+            tuple(members), threat, request.seed, full=kind not in ("white-box", "clean"), shown=False
         )
         stages = plan.outline(request.model.classes or 0).steps
         tag = digest(canonical([self._base, strict(stages)]))[:_TAG]
-        run = self.pool.path / FOLDER / str(of.card["name"]) / f"{what}-{start}-{stop}-{tag}"
+        run = self.pool.path / FOLDER / str(subject.card["name"]) / f"{kind}-{start}-{stop}-{tag}"
         order = AssessRequest(plan, device=request.device)
+        # The adversarial inputs of a candidate are secret.
         with private():
             result = assess(
-                of,
+                subject,
                 self._rows(start, stop),
                 order,
                 run=run,
@@ -163,12 +164,12 @@ def judged_ranges(n: int, first: int) -> list[tuple[int, int]]:
 
 def _broken_in(path: Path, members: Sequence[Member]) -> list[Mask]:
     """For each attack, which examples it broke, read from its stage of the run."""
-    chain, found = read_chain(path, mend=False), []
+    chain, masks = read_chain(path, mend=False), []
     for place, member in enumerate(members, 1):
         stage = read_stage(path, chain, f"{place}-{slug(member.name)}")
         assert stage is not None
-        found.append(stage.columns["success"])
-    return found
+        masks.append(stage.columns["success"])
+    return masks
 
 
 def joined_evidence(pieces: Sequence[Evidence]) -> Evidence:

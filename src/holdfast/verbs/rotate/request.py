@@ -120,7 +120,7 @@ class RotateRequest:
         """Return the settings as they are stored in the manifest of the pool, for the comparison when the pool is
         opened again.
         """
-        of, examples = type(self.source).__name__.lower(), self.examples
+        source_name, examples = type(self.source).__name__.lower(), self.examples
         settings = {
             "model": {key: value for key, value in self.subject.card.items() if key != "files"},
             "digest": self.subject.digest,
@@ -132,25 +132,25 @@ class RotateRequest:
             },
             "threat": self.threat_text,
             "recipe": {"name": self.candidate.name, "settings": dict(self.candidate.settings)},
-            "source": {"name": of, **vars(self.source)},
+            "source": {"name": source_name, **vars(self.source)},
             "begins": self.begins,
             "seed": self.seed,
             "settings": dict(self.settings),
         }
-        plain: dict[str, Any] = json.loads(canonical(strict(settings)))
-        return plain
+        plain_settings: dict[str, Any] = json.loads(canonical(strict(settings)))
+        return plain_settings
 
     def refuse_other(self, pool: Pool) -> None:
         """Raise `UsageError` if the pool was created with another model, other data or other settings."""
-        known, mine = pool.manifest["about"], self.about()
-        words = {"digest": "model (other weights or preprocessing)", "begins": "initialisation"}
+        stored, requested = pool.manifest["about"], self.about()
+        descriptions = {"digest": "model (other weights or preprocessing)", "begins": "initialisation"}
         for key in ("digest", "data", "threat", "recipe", "source", "begins", "seed"):
-            if known.get(key) != mine[key]:
-                sides = ({key: side.get(key), **_named(key, side)} for side in (known, mine))
+            if stored.get(key) != requested[key]:
+                sides = ({key: side.get(key), **_named(key, side)} for side in (stored, requested))
                 difference = differences(*sides).removeprefix(key).lstrip(".: ")
                 raise UsageError(
-                    f"{str(pool.path)!r} was created with another {words.get(key, key)} ({difference}); use that "
-                    "again, or create another pool"
+                    f"{str(pool.path)!r} was created with another {descriptions.get(key, key)} ({difference}); use "
+                    "that again, or create another pool"
                 )
 
 
@@ -166,13 +166,13 @@ def split_examples(data: Batch, test: Data, name: str, classes: int, seed: int) 
     """
     refuse_missing_classes(data, classes)
     fresh, judged = without_judged(data.take(data.y != UNLABELLED), test)
-    rest, held = split_of(fresh, seed, most=MOST, every=EVERY)
-    rest, duplicates = without_held(rest, held)
-    order = Draws(seed).at("judging").bits(held.ids).argsort()
+    rest, held_out = split_of(fresh, seed, most=MOST, every=EVERY)
+    rest, duplicates = without_held(rest, held_out)
+    order = Draws(seed).at("judging").bits(held_out.ids).argsort()
     notes = tuple(note for note in (judged, duplicates) if note)
     if notes:
         refuse_missing_classes(rest, classes, after="; ".join(notes))
-    return Examples(rest, held.take(order), digest_of(fresh), name, notes)
+    return Examples(rest, held_out.take(order), digest_of(fresh), name, notes)
 
 
 def trainable_subject(subject: Subject, device: str, examples: Examples) -> Subject:
@@ -181,8 +181,8 @@ def trainable_subject(subject: Subject, device: str, examples: Examples) -> Subj
     Raises `UsageError` or `TargetError` if the model cannot be trained.
     """
     refuse_untrainable(subject.model)
-    seen = examples.train.x[:_SAMPLE].to(torch.device(device))
-    return replace(subject, model=learner_of(subject.model, seen).eval())
+    inputs = examples.train.x[:_SAMPLE].to(torch.device(device))
+    return replace(subject, model=learner_of(subject.model, inputs).eval())
 
 
 def state_of(model: Classifier) -> dict[str, Tensor]:

@@ -187,9 +187,9 @@ class RotationLoop:
         steps, each of which is a draw of all missing sets or one admission. A set that a swap uses in the meantime is
         replaced in the next call.
         """
-        begin, before, refused, settings = time.perf_counter(), self._admitted, 0, self.settings
+        begin, n_before, refused, settings = time.perf_counter(), self._admitted, 0, self.settings
         self.swap_if_due()
-        goal = before + max(settings.keep - len(self.pool.ahead), 0)
+        goal = n_before + max(settings.keep - len(self.pool.ahead), 0)
         while (missing := goal - self._admitted) > 0 or self.pool.unjudged:
             if not (waiting_candidates(self.pool) or self.pool.unjudged):
                 self._draw(missing)
@@ -200,19 +200,19 @@ class RotationLoop:
             )
             admission = admit(request, again=self.again, notify=self.notify, progress=self.progress)
             self.swap_if_due()
-            of_last_resort = [one for one in admission.judged if one.name in last]
-            refused = 0 if admission.admitted else refused + len(of_last_resort)
+            judged_last_resort = [judged for judged in admission.judged if judged.name in last]
+            refused = 0 if admission.admitted else refused + len(judged_last_resort)
             if refused >= IN_A_ROW:
-                raise Inconclusive(self._end(admission, refused))
+                raise Inconclusive(self._end_message(admission, refused))
             if (
                 admission.judged
-                and not (admission.admitted or of_last_resort)
+                and not (admission.admitted or judged_last_resort)
                 and self._by != "retraining"
                 and settings.by is None
-                and any(self.pool.ledger.member(one.name).bases for one in admission.judged)
+                and any(self.pool.ledger.member(judged.name).bases for judged in admission.judged)
             ):
                 self._retrain("the generated sets were not admitted")
-        n_admitted = self._admitted - before
+        n_admitted = self._admitted - n_before
         if n_admitted > 0:
             self._refuse_faster((time.perf_counter() - begin) / n_admitted)
 
@@ -225,11 +225,13 @@ class RotationLoop:
         """Whether no other way is left to produce sets: `by` is set, or the candidate was retrained."""
         return self.settings.by is not None or not self.pool.ledger.member(name).bases
 
-    def _end(self, admission: Admission, refused: int) -> str:
+    def _end_message(self, admission: Admission, refused: int) -> str:
         """The message on why no more sets are produced, and which set serves."""
-        now = self.pool.serving
+        serving = self.pool.serving
         serves = (
-            "no set serves" if now is None else f"{now.name} remains the serving set, in epoch {now.epoch}"
+            "no set serves"
+            if serving is None
+            else f"{serving.name} remains the serving set, in epoch {serving.epoch}"
         )
         kind = "of the generator" if self.settings.by == "generator" else "trained from fresh weights"
         return (
@@ -270,9 +272,9 @@ class RotationLoop:
             member.state == "refused" for member in generated[-IN_A_ROW:]
         )
 
-    def _retrain(self, why: str) -> None:
+    def _retrain(self, reason: str) -> None:
         self._by = "retraining"
-        self.notify(f"note: {why}; from now on sets are trained from fresh weights")
+        self.notify(f"note: {reason}; from now on sets are trained from fresh weights")
 
     # --- swaps
 
@@ -282,16 +284,16 @@ class RotationLoop:
         A stolen serving set is replaced by any admitted set that waits, even by one that was not judged against it. For
         other reasons, only sets are used that were judged against all stolen sets.
         """
-        now = self.pool.serving
-        if now is None:
+        serving = self.pool.serving
+        if serving is None:
             return
         counters = self.counters()
-        why, stolen = (
+        reasons, stolen = (
             due_triggers((*self.settings.triggers, exposed), counters),
             counters.exposure is not None,
         )
-        if why and len(self.pool.ahead) > (0 if stolen else len(self.pool.unjudged)):
-            self._swap(now.epoch, "; ".join(why), unjudged=stolen)
+        if reasons and len(self.pool.ahead) > (0 if stolen else len(self.pool.unjudged)):
+            self._swap(serving.epoch, "; ".join(reasons), unjudged=stolen)
 
     def counters(self) -> Counters:
         """Return the age and the number of answers of the serving set from the ledger. The triggers of swaps are
@@ -306,9 +308,9 @@ class RotationLoop:
             exposure=None if exposure is None else exposure.why,
         )
 
-    def _swap(self, epoch: int | None, why: str, *, unjudged: bool = False) -> None:
+    def _swap(self, epoch: int | None, reason: str, *, unjudged: bool = False) -> None:
         with self.stopper.finishing():
-            swapped = swap(SwapRequest(self.pool, why, unjudged, epoch))
-        self.notify(f"{swapped.name} serves as epoch {swapped.epoch}: {why}")
+            swapped = swap(SwapRequest(self.pool, reason, unjudged, epoch))
+        self.notify(f"{swapped.name} serves as epoch {swapped.epoch}: {reason}")
         if swapped.unjudged:
             self.notify(f"note: {UNJUDGED}")

@@ -80,22 +80,22 @@ class Need:
         return f"{text}, so it allows {tolerance_text(self.tolerance)}" if self.widened else text
 
 
-def looks(held: int, judged: int, gate: Gate) -> int:
+def looks(n_held_out: int, judged: int, gate: Gate) -> int:
     """Return the largest number of times that a gate is judged for one parameter set, each time on more held-out
     examples.
 
-    `held` is the number of held-out examples, and `judged` the number on which a set is judged first.
+    `n_held_out` is the number of held-out examples, and `judged` the number on which a set is judged first.
     """
-    return len(judged_ranges(held, max(judged // _PART[gate], 1)))
+    return len(judged_ranges(n_held_out, max(judged // _PART[gate], 1)))
 
 
-def slack(changed: float, held: int, looks: int) -> float:
+def slack(changed: float, n: int, looks: int) -> float:
     """Return by how much the fraction of changed predictions of a set may exceed its expected value by chance, if the
     set is as good as its reference.
 
-    `held` is the number of examples.
+    `n` is the number of examples.
     """
-    return _reach(looks) * math.sqrt(changed * (1 - changed) / max(held, 1))
+    return _reach(looks) * math.sqrt(changed * (1 - changed) / max(n, 1))
 
 
 def _reach(looks: int) -> float:
@@ -103,26 +103,35 @@ def _reach(looks: int) -> float:
     return normal_quantile((1 + bonferroni(CONFIDENCE, looks)) / 2) + normal_quantile(POWER)
 
 
-def planned_needs(held: int, judged: int = FIRST) -> tuple[Need, ...]:
+def planned_needs(n_held_out: int, judged: int = FIRST) -> tuple[Need, ...]:
     """Estimate before any training how many held-out examples each accuracy gate of an admission needs."""
-    return tuple(Need(gate, share, held, looks(held, judged, gate)) for gate, share in PLANNED.items())
+    return tuple(
+        Need(gate, share, n_held_out, looks(n_held_out, judged, gate)) for gate, share in PLANNED.items()
+    )
 
 
-def measured_needs(clean: Sequence[Mask], white: Sequence[Mask], held: int, judged: int) -> tuple[Need, ...]:
+def measured_needs(
+    clean: Sequence[Mask], white: Sequence[Mask], n_held_out: int, judged: int
+) -> tuple[Need, ...]:
     """Compute how many held-out examples each accuracy gate of an admission needs, from the examples that similar sets
     classify correctly.
 
     `clean` contains the mask (n) of each set on clean inputs, and `white` the mask (n) under white-box attacks.
     """
     shares: Mapping[Gate, float] = {"clean accuracy": changed(clean), "robust accuracy": changed(white)}
-    return tuple(Need(gate, share, held, looks(held, judged, gate)) for gate, share in shares.items())
+    return tuple(
+        Need(gate, share, n_held_out, looks(n_held_out, judged, gate)) for gate, share in shares.items()
+    )
 
 
 def changed(right: Sequence[Mask]) -> float:
     """Return the fraction of examples on which exactly one of two parameter sets is correct, averaged over all pairs.
     It is 0 for fewer than two sets.
     """
-    pairs = [float((one != other).double().mean()) for one, other in combinations(right, 2)]
+    pairs = [
+        float((first_mask != second_mask).double().mean())
+        for first_mask, second_mask in combinations(right, 2)
+    ]
     return sum(pairs) / len(pairs) if pairs else 0.0
 
 
@@ -130,13 +139,17 @@ def statement(needs: Sequence[Need], *, planned: bool) -> str:
     """Return a text with the number of held-out examples that the gates need, the available number, and the effect on
     the tolerances.
     """
-    need, held, about = max(one.needed for one in needs), needs[0].n_held_out, "about " if planned else ""
-    details = "; ".join(
-        f"{one.description}, since equal sets differ on {about}{100 * one.changed:.1f} % of them"
-        for one in needs
+    need, n_held_out, about = (
+        max(need_of_gate.needed for need_of_gate in needs),
+        needs[0].n_held_out,
+        "about " if planned else "",
     )
-    text = f"the gates need {about}{need:,} held-out examples, and there are {held:,} ({details})"
-    if held >= need:
+    details = "; ".join(
+        f"{need_of_gate.description}, since equal sets differ on {about}{100 * need_of_gate.changed:.1f} % of them"
+        for need_of_gate in needs
+    )
+    text = f"the gates need {about}{need:,} held-out examples, and there are {n_held_out:,} ({details})"
+    if n_held_out >= need:
         return text
     remedy = (
         f"with {EVERY * need:,} training examples, of which one in {EVERY} is held out, they would not be"
@@ -146,8 +159,8 @@ def statement(needs: Sequence[Need], *, planned: bool) -> str:
 
 def widened(needs: Iterable[Need]) -> list[str]:
     """Return a list with a note on widened tolerances of the gates. It is empty if enough examples are held out."""
-    wide = [f"{one.gate} to {tolerance_text(one.tolerance)}" for one in needs if one.widened]
-    return [f"tolerances were widened: {', '.join(wide)}"] if wide else []
+    texts = [f"{need.gate} to {tolerance_text(need.tolerance)}" for need in needs if need.widened]
+    return [f"tolerances were widened: {', '.join(texts)}"] if texts else []
 
 
 def tolerance_text(share: float) -> str:

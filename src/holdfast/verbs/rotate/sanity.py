@@ -46,17 +46,18 @@ def tensor_gate(
     if broken:
         return GateResult("tensors", None, bound, "fail", f"{broken[0]} contains values that are not finite")
     worst, where = max((_sigmas(name, weights, known), name) for name in names)
-    seen = Estimate(worst, worst, worst, len(known))
-    why = f"the norm of {where} differs by {worst:.1f} standard deviations"
-    return GateResult("tensors", seen, bound, "pass" if worst <= _SIGMAS else "fail", why)
+    estimate = Estimate(worst, worst, worst, len(known))
+    reason = f"the norm of {where} differs by {worst:.1f} standard deviations"
+    return GateResult("tensors", estimate, bound, "pass" if worst <= _SIGMAS else "fail", reason)
 
 
 def _sigmas(name: str, weights: Mapping[str, Tensor], known: Sequence[Mapping[str, Tensor]]) -> float:
-    norms = torch.stack([one[name].double().norm() for one in known])
+    norms = torch.stack([weights_of_set[name].double().norm() for weights_of_set in known])
     mean = float(norms.mean())
     spread = float(norms.std()) if len(norms) > 1 else 0.0
-    least = max(_LEAST_SPREAD * mean, _LEAST_SIZE * math.sqrt(weights[name].numel()))
-    return abs(float(weights[name].double().norm()) - mean) / max(spread, least)
+    # Sets of few runs have nearly equal norms; without a least spread, rounding would be several standard deviations.
+    least_spread = max(_LEAST_SPREAD * mean, _LEAST_SIZE * math.sqrt(weights[name].numel()))
+    return abs(float(weights[name].double().norm()) - mean) / max(spread, least_spread)
 
 
 def distance(
@@ -71,8 +72,8 @@ def distance(
         return math.inf, ""
     if not all(bool(weights[name].isfinite().all()) for name in names):
         return 0.0, ""
-    some, others = _side_by_side([weights], names), _side_by_side([*exposed.values()], names)
-    distances = l1(some, others)[0]
+    tested, stolen = _side_by_side([weights], names), _side_by_side([*exposed.values()], names)
+    distances = l1(tested, stolen)[0]
     place = int(distances.argmin())
     return float(distances[place]), list(exposed)[place]
 
@@ -82,15 +83,15 @@ def duplicate_gate(
 ) -> GateResult | None:
     """Return a failed gate if a parameter set is equal to a stolen set up to rounding, or None for any other set."""
     difference, name = distance(weights, exposed, names)
-    size = sum(float(weights[each].abs().sum()) for each in names) / sum(
-        weights[each].numel() for each in names
+    size = sum(float(weights[tensor_name].abs().sum()) for tensor_name in names) / sum(
+        weights[tensor_name].numel() for tensor_name in names
     )
     if not exposed or difference > _SAME * size:
         return None
-    seen = Estimate(difference, difference, difference, len(exposed))
+    estimate = Estimate(difference, difference, difference, len(exposed))
     return GateResult(
         "distance",
-        seen,
+        estimate,
         "different from every stolen set",
         "fail",
         f"it equals the stolen set {name}",
@@ -98,4 +99,4 @@ def duplicate_gate(
 
 
 def _side_by_side(sets: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Members:
-    return Members.of([{name: one[name] for name in names} for one in sets], range(len(sets)))
+    return Members.of([{name: weights[name] for name in names} for weights in sets], range(len(sets)))

@@ -20,12 +20,12 @@ def head(pool: Pool) -> Head:
 def status(pool: Pool) -> dict[str, Any]:
     """Return the state of the parameter sets of a pool from its verified ledger, as plain values."""
     ledger, about = pool.ledger, pool.manifest["about"]
-    terms, now, generator = ledger.terms, pool.serving, trained_generator(pool)
+    terms, serving, generator = ledger.terms, pool.serving, trained_generator(pool)
     return {
         "pool": str(pool.path),
         "of": {key: about.get(key) for key in ("model", "data", "threat", "recipe", "source")},
         "generator": None if generator is None else vars(generator),
-        "serving": None if now is None else vars(now),
+        "serving": None if serving is None else vars(serving),
         "ahead": list(pool.ahead),
         "entries": ledger.entries,
         "head": ledger.head,
@@ -67,7 +67,7 @@ def _service_row(term: Term) -> dict[str, Any]:
 
 def _notes(pool: Pool) -> list[str]:
     """Notes on problems that need an action."""
-    ledger, now = pool.ledger, pool.serving
+    ledger, serving = pool.ledger, pool.serving
     notes = []
     if ledger.unauthenticated:
         notes.append(
@@ -79,13 +79,13 @@ def _notes(pool: Pool) -> list[str]:
             f"{len(pool.unjudged)} of {len(pool.ahead)} waiting sets were not judged against all stolen sets; "
             f"judge them with holdfast rotate admit {pool.shown}. Until then holdfast rotate swap refuses them"
         )
-    if now is not None and ledger.member(now.name).exposed is not None:
-        notes.append(f"{now.name} serves and is listed as stolen; swap to another set")
+    if serving is not None and ledger.member(serving.name).exposed is not None:
+        notes.append(f"{serving.name} serves and is listed as stolen; swap to another set")
     if ledger.unlisted:
-        named = ", ".join(ledger.unlisted[:3])
+        listed = ", ".join(ledger.unlisted[:3])
         more = f" and {len(ledger.unlisted) - 3} more" if len(ledger.unlisted) > 3 else ""
         notes.append(
-            f"sets that serve or may serve were generated from {named}{more}, which are neither listed as stolen "
+            f"sets that serve or may serve were generated from {listed}{more}, which are neither listed as stolen "
             "nor deleted. Protect these: an attacker gains more from them than from other sets"
         )
     return notes

@@ -48,5 +48,5 @@ def swap(request: SwapRequest) -> Swapped:
     """
     pool = request.pool
     unjudged = pool.unjudged
-    now = pool.swap(epoch=request.epoch, why=request.why, choose=next_set, unjudged=request.unjudged)
-    return Swapped(now.name, now.epoch, now.since, now.name in unjudged, len(pool.ahead))
+    serving = pool.swap(epoch=request.epoch, why=request.why, choose=next_set, unjudged=request.unjudged)
+    return Swapped(serving.name, serving.epoch, serving.since, serving.name in unjudged, len(pool.ahead))

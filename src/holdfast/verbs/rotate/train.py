@@ -82,13 +82,13 @@ def _refuse_diverged(
     request: RotateRequest, generator: Generator, collected: Members, rng: Draws, diffusion: LatentDiffusion
 ) -> None:
     """Raise `Inconclusive` if no generated set has nearly the accuracy of the bases."""
-    held = request.first_held_out
+    held_out = request.first_held_out
     drawn, bases = generator.drawn(_TRIED, rng), collected.bases()
-    best = max(accuracy(request.of_weights(drawn.one(k)), held) for k in range(len(drawn)))
-    usual = mean(accuracy(request.of_weights(bases.one(k)), held) for k in range(len(bases)))
-    if best < usual - _DIVERGED:
+    best_accuracy = max(accuracy(request.of_weights(drawn.one(k)), held_out) for k in range(len(drawn)))
+    usual = mean(accuracy(request.of_weights(bases.one(k)), held_out) for k in range(len(bases)))
+    if best_accuracy < usual - _DIVERGED:
         raise Inconclusive(
-            f"the best of {_TRIED} generated sets has an accuracy of {100 * best:.1f} %, the bases "
+            f"the best of {_TRIED} generated sets has an accuracy of {100 * best_accuracy:.1f} %, the bases "
             f"{100 * usual:.1f} %: the diffusion diverged, and an earlier generator is kept. Regularise less "
             f"(regulariser is {diffusion.regulariser}, weight {diffusion.weight:g}), or train longer, as in --set "
             f"generator.steps={2 * diffusion.steps}"
@@ -100,9 +100,9 @@ def _lost_accuracy(request: RotateRequest, embedding: Embedding, collected: Memb
     places = torch.linspace(0, len(collected) - 1, min(_JUDGED, len(collected))).round().long()
     some = collected.take(places)
     decoded = Members(embedding.decoded(embedding.encoded(some)), some.basins)
-    held = request.first_held_out
+    held_out = request.first_held_out
 
     def mean_accuracy(sets: Members) -> float:
-        return mean(accuracy(request.of_weights(sets.one(k)), held) for k in range(len(sets)))
+        return mean(accuracy(request.of_weights(sets.one(k)), held_out) for k in range(len(sets)))
 
     return mean_accuracy(some) - mean_accuracy(decoded)

@@ -177,20 +177,20 @@ class Attackers:
 
 
 def attackers_against(
-    transfer_examples: TransferExamples, name: str, exposed: Sequence[str], siblings: Sequence[str]
+    transfer_examples: TransferExamples, name: str, exposed: Sequence[str], same_draw: Sequence[str]
 ) -> Attackers:
     """Return the attackers against which the parameter set `name` is judged. `exposed` are the stolen sets, and the
     most recently stolen one is last.
     """
-    own = len(transfer_examples.own)
-    last = tuple(exposed[-own:])
+    own_models = len(transfer_examples.own)
+    last = tuple(exposed[-own_models:])
     several = Attacker("A2", last) if len(last) > 1 else None
     return Attackers(
         transfer_examples.surrogate_only(),
-        tuple(Attacker("A1", (each,)) for each in exposed),
+        tuple(Attacker("A1", (name_of_set,)) for name_of_set in exposed),
         several,
         None if several is None else transfer_examples.surrogate_only(len(last)),
-        Attacker("A3", tuple(siblings[:SIBLINGS])) if siblings else None,
+        Attacker("A3", tuple(same_draw[:SIBLINGS])) if same_draw else None,
     )
 
 
@@ -200,12 +200,16 @@ def exposed_for(pool: Pool, name: str) -> tuple[str, ...]:
     These are its bases and the stolen sets; the most recently stolen set is last.
     """
     members = {member.name: member for member in pool.ledger.members}
-    listed = [one.name for one in pool.ledger.exposed()]
-    unlisted = [each for each in members[name].bases if each not in listed]
-    return tuple(each for each in (*unlisted, *listed) if each != name and not members[each].deleted)
+    listed = [exposure.name for exposure in pool.ledger.exposed()]
+    unlisted = [candidate_name for candidate_name in members[name].bases if candidate_name not in listed]
+    return tuple(
+        candidate_name
+        for candidate_name in (*unlisted, *listed)
+        if candidate_name != name and not members[candidate_name].deleted
+    )
 
 
-def siblings_of(pool: Pool, name: str, usable: Callable[[str], bool]) -> tuple[str, ...]:
+def sets_of_same_draw(pool: Pool, name: str, usable: Callable[[str], bool]) -> tuple[str, ...]:
     """Return the names of the other parameter sets generated in the same draw, in their order. An attacker with the
     generator could generate such sets as well.
 

@@ -50,7 +50,7 @@ class Admission:
     @property
     def admitted(self) -> tuple[str, ...]:
         """Names of the parameter sets that were admitted."""
-        return tuple(one.name for one in self.judged if one.verdict == "admitted")
+        return tuple(judged.name for judged in self.judged if judged.verdict == "admitted")
 
     @property
     def exit_code(self) -> int:
@@ -62,7 +62,7 @@ class Admission:
         """Reason why no parameter set was admitted, with advice. It is empty if one was admitted or none was judged."""
         if self.admitted or not self.judged:
             return ""
-        gates = [each.by for each in self.judged]
+        gates = [judged.by for judged in self.judged]
         counted = ", ".join(f"{gates.count(gate)} by {gate}" for gate in dict.fromkeys(gates))
         stopped = (
             f" {IN_A_ROW} in a row were refused, and {len(self.left)} are not judged yet."
@@ -77,4 +77,4 @@ class Admission:
     @property
     def remedy(self) -> str:
         """Advice for the case that no parameter set was admitted. It depends on the gates that refused the sets."""
-        return _LOSE_LESS if _LOSES.issuperset(each.by for each in self.judged) else _ELSEWHERE
+        return _LOSE_LESS if _LOSES.issuperset(judged.by for judged in self.judged) else _ELSEWHERE

@@ -48,7 +48,7 @@ def _effect(attacker: str, share: Mapping[str, Any] | None, white: float, none: 
 def protection_verdict(rows: Sequence[Mapping[str, Any]], white_box: Mapping[str, Any] | None = None) -> str:
     """Return one or two sentences that state how well the rotation protects against each attacker."""
     by = {row["attacker"]: row for row in rows}
-    one, white = by["A1"]["share"], white_box or by["A5"]["share"]
+    stolen_share, white = by["A1"]["share"], white_box or by["A5"]["share"]
     by_effect = {effect: [row["attacker"] for row in rows if row["effect"] == effect] for effect in EFFECTS}
     parts = [
         f"{_listed(attackers)} {'is' if len(attackers) == 1 else 'are'} {text}"
@@ -61,9 +61,13 @@ def protection_verdict(rows: Sequence[Mapping[str, Any]], white_box: Mapping[str
             "white-box attacks on the serving set break nothing, so the effect of a theft cannot be measured; "
             f"{text}"
         )
-    if one is not None and one["value"] >= NOTHING * white["value"] and by["A1"]["effect"] == "not affected":
+    if (
+        stolen_share is not None
+        and stolen_share["value"] >= NOTHING * white["value"]
+        and by["A1"]["effect"] == "not affected"
+    ):
         return (
-            f"no protection: an attack on one stolen set breaks {100 * one['value']:.1f} %, an attack on the "
+            f"no protection: an attack on one stolen set breaks {100 * stolen_share['value']:.1f} %, an attack on the "
             f"serving set {100 * white['value']:.1f} %; {text}"
         )
     return text

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype)
-_FOLLOWED = (FunctionType, MethodType, partial, nn.Module, type)
-_NOT_THEIRS = frozenset({"torch", "numpy", "keras", "sklearn", "xgboost", *sys.stdlib_module_names})
+_REFERENCED = (FunctionType, MethodType, partial, nn.Module, type)
+_LIBRARIES = frozenset({"torch", "numpy", "keras", "sklearn", "xgboost", *sys.stdlib_module_names})
 """Packages whose code is identified by name. A run stores their versions, and can be resumed only with the
 same ones.
 """
@@ -28,36 +28,36 @@ LOADED = "holdfast_user_"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def digest_in_hand(net: nn.Module | Callable[..., Any]) -> str:
+def digest_of_object(net: nn.Module | Callable[..., Any]) -> str:
     """Return the SHA-256 in hex of a network or a function that is given as a Python object.
 
     It is equal for the same object in other processes, with another number of threads and on other devices.
     """
-    sha, found = hashlib.sha256(), _Found([net])
-    for value in found.left:  # the list grows during the loop
-        for part in _entered(value, found):
+    sha, objects = hashlib.sha256(), _ObjectList([net])
+    for value in objects.objects:  # the list grows during the loop
+        for part in _contents(value, objects):
             sha.update(f"{len(part)} ".encode() + part)
     return sha.hexdigest()
 
 
-class _Found:
+class _ObjectList:
     """A list of the objects to digest, in the order of their discovery. Each object occurs once."""
 
-    def __init__(self, left: list[Any]) -> None:
-        self.left = left
-        self.places = {id(value): place for place, value in enumerate(left)}
+    def __init__(self, objects: list[Any]) -> None:
+        self.objects = objects
+        self.places = {id(value): place for place, value in enumerate(objects)}
 
-    def met(self, value: Any) -> bytes:
+    def reference(self, value: Any) -> bytes:
         """Return the index of an object in the list of objects to digest, as bytes. A new object is appended to the
         list first.
         """
         if id(value) not in self.places:
-            self.places[id(value)] = len(self.left)
-            self.left.append(value)
+            self.places[id(value)] = len(self.objects)
+            self.objects.append(value)
         return f"entry {self.places[id(value)]}".encode()
 
 
-def _parts(value: Any, found: _Found) -> Iterator[bytes]:
+def _parts(value: Any, objects: _ObjectList) -> Iterator[bytes]:
     """Yield the bytes of a value.
 
     For a function, a class or a network they are a reference, and its content is digested later.
@@ -65,34 +65,34 @@ def _parts(value: Any, found: _Found) -> Iterator[bytes]:
     if isinstance(value, _PLAIN):
         yield f"{type(value).__name__} {value!r}".encode()
     elif isinstance(value, tuple | frozenset):
-        inner = [b" ".join(_parts(entry, found)) for entry in value]
+        inner = [b" ".join(_parts(entry, objects)) for entry in value]
         yield from sorted(inner) if isinstance(value, frozenset) else inner
     elif isinstance(value, Tensor):
         yield from _tensor(value)
     elif isinstance(value, CodeType):
-        yield from _code(value, found)
+        yield from _code(value, objects)
     elif isinstance(value, BuiltinFunctionType):
         yield f"{value.__module__}.{value.__qualname__}".encode()
-    elif isinstance(value, _FOLLOWED):
-        yield found.met(value)
+    elif isinstance(value, _REFERENCED):
+        yield objects.reference(value)
 
 
-def _entered(value: Any, found: _Found) -> Iterator[bytes]:
+def _contents(value: Any, objects: _ObjectList) -> Iterator[bytes]:
     if isinstance(value, FunctionType):
-        yield from _function(value, found)
+        yield from _function(value, objects)
     elif isinstance(value, MethodType):
-        yield found.met(value.__func__)
-        yield found.met(value.__self__)
+        yield objects.reference(value.__func__)
+        yield objects.reference(value.__self__)
     elif isinstance(value, partial):
-        yield found.met(value.func)
-        yield from _parts((value.args, tuple(sorted(value.keywords.items()))), found)
+        yield objects.reference(value.func)
+        yield from _parts((value.args, tuple(sorted(value.keywords.items()))), objects)
     elif isinstance(value, nn.Module):
-        yield from _module(value, found)
+        yield from _module(value, objects)
     elif isinstance(value, type):
-        yield from _class(value, found)
+        yield from _class(value, objects)
     else:
-        yield found.met(type(value))
-        yield from _attributes(value, found)
+        yield objects.reference(type(value))
+        yield from _attributes(value, objects)
 
 
 def _tensor(tensor: Tensor) -> Iterator[bytes]:
@@ -100,35 +100,35 @@ def _tensor(tensor: Tensor) -> Iterator[bytes]:
     yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _code(code: CodeType, found: _Found) -> Iterator[bytes]:
+def _code(code: CodeType, objects: _ObjectList) -> Iterator[bytes]:
     yield code.co_code
     yield " ".join((*code.co_names, "|", *code.co_freevars)).encode()
-    yield from _parts(code.co_consts, found)
+    yield from _parts(code.co_consts, objects)
 
 
-def _function(function: FunctionType, found: _Found) -> Iterator[bytes]:
+def _function(function: FunctionType, objects: _ObjectList) -> Iterator[bytes]:
     yield function.__qualname__.encode()
-    if _not_theirs(function.__module__):
+    if _is_library(function.__module__):
         return
-    yield from _code(function.__code__, found)
-    yield from _parts(function.__defaults__ or (), found)
-    yield from _parts(tuple(sorted((function.__kwdefaults__ or {}).items())), found)
-    for name, value in _referred(function):
+    yield from _code(function.__code__, objects)
+    yield from _parts(function.__defaults__ or (), objects)
+    yield from _parts(tuple(sorted((function.__kwdefaults__ or {}).items())), objects)
+    for name, value in _references(function):
         yield name.encode()
-        yield from _parts(value, found)
+        yield from _parts(value, objects)
 
 
-def _referred(function: FunctionType) -> Iterator[tuple[str, Any]]:
+def _references(function: FunctionType) -> Iterator[tuple[str, Any]]:
     """Yield the names and values that a function refers to: closures, globals, and attributes of modules of
     the user.
     """
     names = sorted(name for name in _names(function.__code__) if not name.startswith("__"))
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        yield name, _content(cell)
+        yield name, _cell_content(cell)
     for name in names:
         value = function.__globals__.get(name)
         yield name, value
-        if isinstance(value, ModuleType) and not _not_theirs(value.__name__):
+        if isinstance(value, ModuleType) and not _is_library(value.__name__):
             yield from ((inner, vars(value).get(inner)) for inner in names)
 
 
@@ -138,52 +138,52 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, inner))
 
 
-def _content(cell: Any) -> Any:
+def _cell_content(cell: Any) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # not assigned yet
         return None
 
 
-def _module(net: nn.Module, found: _Found) -> Iterator[bytes]:
+def _module(net: nn.Module, objects: _ObjectList) -> Iterator[bytes]:
     yield str(net).encode()
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         yield name.encode()
         yield from _tensor(tensor)
     for name, module in net.named_modules():
         yield name.encode()
-        yield found.met(type(module))
+        yield objects.reference(type(module))
         if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
             yield str(module.code).encode()
         else:
-            yield from _attributes(module, found)
+            yield from _attributes(module, objects)
 
 
-def _attributes(holder: Any, found: _Found) -> Iterator[bytes]:
+def _attributes(holder: Any, objects: _ObjectList) -> Iterator[bytes]:
     """Yield the bytes of the public attributes and hooks, which affect the computation.
 
     The mode (train or eval) is left out, because the run sets it.
     """
     for name, value in sorted(getattr(holder, "__dict__", {}).items()):
         if name in _HOOKS:
-            yield from _parts(tuple(value.values()), found)
+            yield from _parts(tuple(value.values()), objects)
         elif not name.startswith("_") and name != "training":
             yield name.encode()
-            yield from _parts(value, found)
+            yield from _parts(value, objects)
 
 
-def _class(cls: type, found: _Found) -> Iterator[bytes]:
+def _class(cls: type, objects: _ObjectList) -> Iterator[bytes]:
     """Yield the bytes of the methods and settings of a class, and references to its base classes."""
     yield f"{'' if cls.__module__.startswith(LOADED) else cls.__module__}.{cls.__qualname__}".encode()
-    if _not_theirs(cls.__module__):
+    if _is_library(cls.__module__):
         return
-    yield b" ".join(found.met(base) for base in cls.__bases__)
+    yield b" ".join(objects.reference(base) for base in cls.__bases__)
     for name, value in sorted(vars(cls).items()):
         inner = getattr(value, "__func__", getattr(value, "fget", value))
         if isinstance(inner, FunctionType) or not name.startswith("_"):
             yield name.encode()
-            yield from _parts(inner, found)
+            yield from _parts(inner, objects)
 
 
-def _not_theirs(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in _NOT_THEIRS
+def _is_library(module: str | None) -> bool:
+    return (module or "").partition(".")[0] in _LIBRARIES

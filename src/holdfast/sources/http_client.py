@@ -45,9 +45,9 @@ class RequestPace:
                 if self._rate is not None:
                     begin = max(begin, self._now(), self._next)
                     self._next = begin + 1 / self._rate
-            left = begin - self._now()
-            if begin > waited and left > 0:
-                self._sleep(left)
+            remaining = begin - self._now()
+            if begin > waited and remaining > 0:
+                self._sleep(remaining)
             if (
                 self._paused <= begin
             ):  # otherwise a pause began meanwhile, and the requests after it are spread again
@@ -58,6 +58,7 @@ class RequestPace:
         """Start no HTTP requests for a number of seconds. Return the time at which the pause ends."""
         with self._lock:
             until = self._now() + seconds
+            # A shorter pause that another thread receives must not end a longer one.
             self._paused = max(self._paused, until)
         return until
 
@@ -75,18 +76,18 @@ It is enough for the scores of some hundred rows with ten thousand classes as de
 default.
 """
 _CHUNK = 1 << 16
-_LETTERS = 4  # shorter strings are not secret, and occur in many words
-_LETTERS_OF_NAME = (
+_SECRET_CHARACTERS = 4  # shorter strings are not secret, and occur in many words
+_SECRET_CHARACTERS_IN_NAME = (
     8  # for names: a tensor may be called `input`, and a header's value may begin with these letters
 )
-_NOBODY = (ConnectionRefusedError, gaierror, ssl.SSLError)
+_NO_SERVER = (ConnectionRefusedError, gaierror, ssl.SSLError)
 """Errors of the first request that mean that the server does not exist."""
-_PASSING = frozenset({408, 425, 429})
-_OF_THE_INPUT = frozenset({400, 413, 415, 422})
+_TEMPORARY = frozenset({408, 425, 429})
+_INPUT_REJECTED = frozenset({400, 413, 415, 422})
 
 
 @dataclass(eq=False)
-class _InPassing(Exception):
+class _TemporaryFailure(Exception):
     """Error for a failed request that may succeed in another attempt."""
 
     what: str
@@ -95,13 +96,13 @@ class _InPassing(Exception):
     """beginning of the response, for the message after the last attempt"""
     wait_s: float | None = None
     """pause in seconds that the server requests"""
-    at_once: bool = False
+    immediate: bool = False
     """whether the server closed an idle connection, which is normal"""
-    of_the_request: bool = False
+    maybe_request: bool = False
     """whether the failure may be due to a request that the server does not understand"""
 
 
-class _Within(RawIOBase):
+class _DeadlineReader(RawIOBase):
     """Reader of a socket that raises `TimeoutError` when `late` returns True, even if data still arrive in small
     pieces.
     """
@@ -141,14 +142,16 @@ class Client:
         self._headers = {
             name: _value(name, variable) for name, variable in map(header_variable, remote.headers)
         }
-        self._met = self._answered = False
+        self._reached = self._answered = False
         """whether the server was reached, and whether it responded to a request with rows"""
 
     def __del__(self) -> None:
         for connection in self._idle:
             connection.close()
 
-    def ask(self, path: str, body: bytes | None = None, *, sent: Sent | None = None, rows: int = 0) -> Any:
+    def request(
+        self, path: str, body: bytes | None = None, *, sent: Sent | None = None, rows: int = 0
+    ) -> Any:
         """Send an HTTP request to the server and return its response, parsed as JSON.
 
         If `body` is given, it is sent by POST; otherwise the request is a GET. `rows` is the number of rows in `body`.
@@ -159,11 +162,11 @@ class Client:
             self._pace.wait(waited)
             sent.sending(rows)
             try:
-                found = self._once(path, body)
-            except _InPassing as failure:
+                answer = self._attempt(path, body)
+            except _TemporaryFailure as failure:
                 waited = max(waited, self._wait(failure, attempt, sent, rows))
             else:
-                return found
+                return answer
         raise AssertionError("the last attempt returns or raises")
 
     def stop(self) -> None:
@@ -175,43 +178,48 @@ class Client:
                     with suppress(OSError):
                         connection.sock.shutdown(SHUT_RDWR)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Permit HTTP requests again after a call of `stop`."""
         self._stopped.clear()
 
-    def _wait(self, failure: _InPassing, attempt: int, sent: Sent, rows: int) -> float:
+    def _wait(self, failure: _TemporaryFailure, attempt: int, sent: Sent, rows: int) -> float:
         """Wait before the next attempt. Return the time until which the server requests a pause, or 0.
 
         Raises `TargetLost` after the last attempt.
         """
         wait = max(failure.wait_s or 0.0, min(_LAST_WAIT_S, _FIRST_WAIT_S * 2**attempt))
-        if attempt == (min(1, self._remote.retries) if failure.of_the_request else self._remote.retries):
+        if attempt == (min(1, self._remote.retries) if failure.maybe_request else self._remote.retries):
             times = {0: "once", 1: "twice"}.get(attempt, f"{attempt + 1} times")
-            way_out = "--http-timeout and --http-retries wait longer, --http-max-rows asks less at once"
-            if failure.of_the_request:
+            way_out = (
+                "raise --http-timeout or --http-retries, or send fewer rows per request with --http-max-rows"
+            )
+            if failure.maybe_request:
                 way_out = (
                     "no request was answered before, so compare --http-request and the shape of the data with what the "
-                    "model takes"
+                    "model accepts"
                 )
             raise TargetLost(
-                f"{self._where}: {failure.what}{failure.detail} (asked {times}); check the server; {way_out}"
+                f"{self._where}: {failure.what}{failure.detail} (sent {times}); check the server; {way_out}"
             )
         if wait > LONGEST_WAIT_S:
-            raise TargetLost(f"{self._where}: {failure.what}, and it asks to be left alone for {wait:,.0f} s")
+            raise TargetLost(
+                f"{self._where}: {failure.what}, and it requests a pause of {wait:,.0f} s; at most {LONGEST_WAIT_S:g} "
+                "s are waited: resume later"
+            )
         if self._stopped.is_set():
             raise TargetLost(f"{self._where}: the run was stopped")
         sent.failed(failure.what, rows)
         until = 0.0 if failure.wait_s is None else self._pace.pause(wait)
-        self._sleep(0.0 if failure.at_once and attempt == 0 else wait)
+        self._sleep(0.0 if failure.immediate and attempt == 0 else wait)
         return until
 
     @property
     def _where(self) -> str:
         return f"{self._parts.scheme}://{self._parts.netloc}"
 
-    def _once(self, path: str, body: bytes | None) -> Any:
-        kept, connection = self._taken()
-        began = whole = False
+    def _attempt(self, path: str, body: bytes | None) -> Any:
+        idle_connection, connection = self._acquired()
+        began = complete = False
         try:
             headers = {"Accept": "application/json", "Accept-Encoding": "identity", **self._headers}
             if body is not None:
@@ -221,40 +229,42 @@ class Client:
             ):  # a server that refuses a large body may answer and close the connection before the body is complete
                 connection.request("GET" if body is None else "POST", path, body, headers)
             with closing(connection.getresponse()) as answer:
-                self._met = began = True
+                self._reached = began = True
                 content = self._content(answer)
-            whole = not answer.will_close
+            complete = not answer.will_close
         except ssl.SSLCertVerificationError as error:
-            way_out = "SSL_CERT_FILE may name the authority that signed it"
+            way_out = "set SSL_CERT_FILE to the file of the authority that signed it"
             raise TargetLost(
-                f"{self._where} has no certificate that holds: {error.verify_message}; {way_out}"
+                f"{self._where} has no valid certificate: {error.verify_message}; {way_out}"
             ) from error
         except TimeoutError as error:
-            raise _InPassing(f"no answer within {self._remote.timeout_s:g} s") from error
+            raise _TemporaryFailure(f"no answer within {self._remote.timeout_s:g} s") from error
         except (HTTPException, OSError) as error:
-            if not self._met and isinstance(error, _NOBODY):
-                way_out = "check the address, and that the server runs"
-                raise TargetLost(f"{self._where} cannot be reached ({_said(error)}); {way_out}") from error
-            idle = kept is not None and not began
-            raise _InPassing(
-                "the connection failed", f" ({self._clean(_said(error))})", at_once=idle
+            if not self._reached and isinstance(error, _NO_SERVER):
+                way_out = "check the address, and whether the server is running"
+                raise TargetLost(
+                    f"{self._where} cannot be reached ({_error_text(error)}); {way_out}"
+                ) from error
+            was_idle = idle_connection is not None and not began
+            raise _TemporaryFailure(
+                "the connection failed", f" ({self._clean(_error_text(error))})", immediate=was_idle
             ) from error
         finally:
             with self._lock:
                 self._busy.discard(connection)
-                if whole:
+                if complete:
                     self._idle.append(connection)
-            if not whole:
+            if not complete:
                 connection.close()
         return self._read(answer, content, sent_rows=body is not None)
 
-    def _taken(self) -> tuple[HTTPConnection | None, HTTPConnection]:
+    def _acquired(self) -> tuple[HTTPConnection | None, HTTPConnection]:
         """Return an idle open connection or None, and the connection to use: that one or a new one."""
         with self._lock:
-            kept = self._idle.pop() if self._idle else None
-            connection = kept or self._connected()
+            idle = self._idle.pop() if self._idle else None
+            connection = idle or self._connected()
             self._busy.add(connection)
-            return kept, connection
+            return idle, connection
 
     def _connected(self) -> HTTPConnection:
         kind = HTTPSConnection if self._parts.scheme == "https" else HTTPConnection
@@ -268,8 +278,9 @@ class Client:
     def _answer(self, sock: socket, method: str | None) -> HTTPResponse:
         """Return a response object whose header and body must together arrive within the timeout."""
         answer, deadline = HTTPResponse(sock, method=method), self._remote.now() + self._remote.timeout_s
+        # The file object that HTTPResponse opened has no deadline, so it is replaced before anything is read from it.
         answer.fp.close()
-        raw = _Within(sock.makefile("rb", buffering=0), lambda: self._remote.now() > deadline)
+        raw = _DeadlineReader(sock.makefile("rb", buffering=0), lambda: self._remote.now() > deadline)
         answer.fp = BufferedReader(raw)
         return answer
 
@@ -281,49 +292,53 @@ class Client:
             size += len(piece)
             if size > _MOST_BYTES:
                 raise TargetLost(
-                    f"{self._where} answers with more than {_MOST_BYTES >> 20} MiB; scores were expected"
+                    f"the response of {self._where} has more than {_MOST_BYTES >> 20} MiB; scores were expected: send "
+                    "fewer rows per request with --http-max-rows, or check the server"
                 )
+        # read1 returns no error if the server closes the connection early.
         if answer.length:
             raise ConnectionError(f"cut off {answer.length} bytes before its end")
         return b"".join(pieces)
 
     def _read(self, answer: HTTPResponse, content: bytes, *, sent_rows: bool) -> Any:
         status = answer.status
-        said = status_line(status)
-        packed = answer.getheader("Content-Encoding", "identity").lower()
-        if packed not in ("identity", ""):
+        status_text = status_line(status)
+        encoding = answer.getheader("Content-Encoding", "identity").lower()
+        if encoding not in ("identity", ""):
             raise TargetLost(
-                f"{self._where} answers with content that is compressed ({self._clean(packed)!r}), which was not asked "
-                "for; switch compression off for this client"
+                f"the response of {self._where} is compressed ({self._clean(encoding)!r}), which was not requested; "
+                "switch off compression in the server"
             )
         if 200 <= status < 300:
             try:
-                found = json.loads(content)
+                answer_content = json.loads(content)
                 self._answered = self._answered or sent_rows
-                return found
+                return answer_content
             except (ValueError, RecursionError) as error:
-                raise _InPassing("the answer is no JSON", self._excerpt(content)) from error
-        if status in _PASSING or status >= 500:
+                raise _TemporaryFailure("the response is not JSON", self._excerpt(content)) from error
+        if status in _TEMPORARY or status >= 500:
             pause = _retry_after(answer.getheader("Retry-After"))
             unknown = status == HTTPStatus.INTERNAL_SERVER_ERROR and not self._answered
-            raise _InPassing(said, self._excerpt(content), pause, of_the_request=unknown)
+            raise _TemporaryFailure(status_text, self._excerpt(content), pause, maybe_request=unknown)
         if 300 <= status < 400:
-            there = f" to {self._clean(answer.getheader('Location', ''))!r}"
+            location = f" to {self._clean(answer.getheader('Location', ''))!r}"
             raise TargetLost(
-                f"{self._where} answers {said}{there}; redirects are not followed: give that address itself, and "
-                "--allow-host for its host"
+                f"{self._where} responds {status_text}{location}; redirects are not followed: give that address "
+                "itself, and --allow-host for its host"
             )
-        words = f"{self._where} answers {said}{self._excerpt(content)}"
-        if status in _OF_THE_INPUT:
+        message = f"{self._where} responds {status_text}{self._excerpt(content)}"
+        if status in _INPUT_REJECTED:
             raise InputRefused(
-                f"{words}; check that the data have the shape, type and values that the model takes", status
+                f"{message}; check that the data have the shape, type and values that the model accepts",
+                status,
             )
         key = _KEY if not self._answered else _KEY_LATER
         keys = {401: key, 403: key, 404: "check the model's name and version in the address"}
-        raise TargetLost(f"{words}; {keys.get(status, 'check the address')}")
+        raise TargetLost(f"{message}; {keys.get(status, 'check the address')}")
 
     def _excerpt(self, content: bytes) -> str:
         """Return the beginning of a response for an error message."""
+        # More than the 200 characters that are shown, so that a secret at the end of these is recognised as a whole.
         text = self._clean(content[:2000].decode("utf-8", "replace"))
         return f": {text!r}" if text else ""
 
@@ -335,54 +350,59 @@ class Client:
         """Return a name, such as a class name, with the secret values of the request headers removed. Matches of fewer
         than eight characters are not removed.
         """
-        return self.masked(text, least=_LETTERS_OF_NAME)
+        return self.masked(text, fewest=_SECRET_CHARACTERS_IN_NAME)
 
-    def masked(self, text: str, *, least: int = _LETTERS) -> str:
+    def masked(self, text: str, *, fewest: int = _SECRET_CHARACTERS) -> str:
         """Return a text in which the secret values of the HTTP request headers are replaced by "…".
 
-        A value is also replaced if it is escaped as in JSON, or if only its first `least` or more characters occur.
+        A value is also replaced if it is escaped as in JSON, or if only its first `fewest` or more characters occur.
         """
-        written = [form for value in self._headers.values() for form in _forms(value)]
-        begins = re.compile("|".join(re.escape(form[:least]) for form in written))
+        secrets = [form for value in self._headers.values() for form in _forms(value)]
+        beginning = re.compile("|".join(re.escape(form[:fewest]) for form in secrets))
         pieces, start = [], 0
-        while written and (found := begins.search(text, start)):
-            at = found.start()
-            pieces += [text[start:at], "…"]
-            start = at + max(_shared(text[at:], form) for form in written)
+        while secrets and (match := beginning.search(text, start)):
+            place = match.start()
+            pieces += [text[start:place], "…"]
+            start = place + max(_shared(text[place:], form) for form in secrets)
         return "".join((*pieces, text[start:]))
 
 
 _KEY_LATER = "the key may have expired, or its quota may be used up: renew it, and resume with --resume"
-_KEY = "it may want a key: --header 'Authorization: env:VARIABLE'"
+_KEY = "the server may require a key: --header 'Authorization: env:VARIABLE'"
 
 
 def _value(name: str, variable: str) -> str:
     value = os.environ.get(variable)
     if not value:
         raise UsageError(
-            f"header {name} comes from {variable}, which is not set; export {variable} before the command"
+            f"the header {name} is read from {variable}, which is not set; export {variable} before the command"
         )
     if not value.isprintable() or not value.isascii():
         raise UsageError(
-            f"{variable} holds characters that no header may; header {name} takes plain ASCII on one line"
+            f"{variable} contains characters that are not allowed in a header; for the header {name}, printable ASCII "
+            "on one line was expected"
         )
     return value
 
 
 def _forms(value: str) -> list[str]:
     """Return the strings that would reveal a header's value or a word of it: unchanged, and escaped as in JSON."""
-    secrets = [secret for secret in (value, *value.split()) if len(secret) >= _LETTERS]
+    secrets = [secret for secret in (value, *value.split()) if len(secret) >= _SECRET_CHARACTERS]
     quoted = [json.dumps(secret)[1:-1] for secret in secrets]
-    return [*secrets, *quoted, *(each.replace("/", r"\/") for each in quoted)]
+    return [*secrets, *quoted, *(text.replace("/", r"\/") for text in quoted)]
 
 
 def _shared(text: str, other: str) -> int:
     """Return the length of the longest common prefix of two strings."""
-    differ = (k for k, (one, two) in enumerate(zip(text, other, strict=False)) if one != two)
+    differ = (
+        k
+        for k, (character, other_character) in enumerate(zip(text, other, strict=False))
+        if character != other_character
+    )
     return next(differ, min(len(text), len(other)))
 
 
-def _said(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
@@ -407,7 +427,7 @@ def _retry_after(text: str | None) -> float | None:
     if re.fullmatch(r"\s*\d{1,9}\s*", text):
         return float(text)
     try:
-        at = parsedate_to_datetime(text)
+        time = parsedate_to_datetime(text)
     except ValueError:
         return None
-    return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    return max(0.0, (time.replace(tzinfo=time.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
