@@ -67,7 +67,7 @@ def test_a_plain_pickle_is_refused_with_the_reason_and_the_way_out(tmp_path: Pat
     marker = tmp_path / "ran"
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb(marker), protocol=protocol))
     reason = (
-        r"(wants code: it would call \w+\.system|torch\.save did not write \(it holds operation \d+\))\. "
+        r"(wants code: it would call \w+\.system|torch\.save did not write \(it contains operation \d+\))\. "
     )
     with pytest.raises(TargetError, match=reason + r".*save model\.state_dict\(\)"):
         read_weights(tmp_path / "plain.pt")
@@ -218,7 +218,7 @@ def test_a_sparse_tensor_whose_indices_lie_outside_of_it_is_refused_before_it_is
         with pytest.raises(TargetError, match=f"w.pt' is damaged.*{said}"):
             read_weights(tmp_path / "w.pt")
     torch.save({"w": nested}, tmp_path / "w.pt")
-    with pytest.raises(TargetError, match="holds the nested tensor 'w'"):
+    with pytest.raises(TargetError, match="contains the nested tensor 'w'"):
         read_weights(tmp_path / "w.pt")
     torch.save({"w": coo(3)}, tmp_path / "w.pt")
     assert read_weights(tmp_path / "w.pt").tensors["w"].tolist() == [0, 0, 0, 1]

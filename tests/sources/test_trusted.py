@@ -69,7 +69,7 @@ def test_a_class_beside_the_pickle_is_found_and_a_missing_one_is_named(tmp_path:
 
 def test_what_holds_no_module_is_refused_with_trust_too(tmp_path: Path):
     torch.save([nn.ReLU, 3], tmp_path / "m.pt")
-    with pytest.raises(TargetError, match=r"holds a list; a state dict .* or a torch\.nn\.Module"):
+    with pytest.raises(TargetError, match=r"contains a list; a state dict .* or a torch\.nn\.Module"):
         open_model(str(tmp_path / "m.pt"), trust_code=True)
 
 

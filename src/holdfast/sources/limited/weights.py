@@ -58,11 +58,15 @@ def read(path: Path, content: bytes | None, folder: Path) -> dict[str, object]:
     return {"notes": notes}
 
 
+class NoStateDictError(TypeError):
+    """Error for a file that torch can read, but whose content is not a state dict of dense tensors."""
+
+
 def state_dict(checkpoint: object) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of a loaded checkpoint, and notes on the entry that contains them and on entries that were
     left out.
 
-    Raises `TypeError` if there are none.
+    Raises `NoStateDictError` if there are none.
     """
     notes: list[str] = []
     for _ in range(3):  # the deepest known nesting is a list of one checkpoint that contains a state dict
@@ -75,13 +79,13 @@ def state_dict(checkpoint: object) -> tuple[dict[str, Tensor], list[str]]:
         else:
             break
     if not isinstance(checkpoint, Mapping):
-        raise TypeError(
-            f"holds a {type(checkpoint).__name__}; a state dict (names with tensors) was expected"
+        raise NoStateDictError(
+            f"contains a {type(checkpoint).__name__}; a state dict (names with tensors) was expected"
         )
     tensors = {str(name): value for name, value in checkpoint.items() if isinstance(value, Tensor)}
     if not tensors:
         names = ", ".join(map(repr, list(checkpoint)[:5])) or "nothing"
-        raise TypeError(f"holds no tensors; it has {names}. Save model.state_dict() into it")
+        raise NoStateDictError(f"contains no tensors; it has {names}. Save model.state_dict() into it")
     left_out = [str(name) for name in checkpoint if str(name) not in tensors]
     if left_out:
         notes.append(f"{len(left_out)} entries that are no tensors were left out ({', '.join(left_out[:3])})")
@@ -91,10 +95,12 @@ def state_dict(checkpoint: object) -> tuple[dict[str, Tensor], list[str]]:
 def dense(name: str, tensor: Tensor) -> Tensor:
     """Return a tensor of a state dict without gradient, converted from sparse to dense.
 
-    Raises `TypeError` for a nested tensor, whose offsets are not checked.
+    Raises `NoStateDictError` for a nested tensor, whose offsets are not checked.
     """
     if tensor.is_nested:
-        raise TypeError(f"holds the nested tensor {name!r}; save tensors of one shape each, or give ONNX")
+        raise NoStateDictError(
+            f"contains the nested tensor {name!r}; save tensors of one shape each, or give ONNX"
+        )
     return tensor.detach().to_dense()
 
 
@@ -116,7 +122,7 @@ def explain(error: Exception) -> str:
         )
     if isinstance(error, pickle.UnpicklingError):
         return f"is no state dict that can be read safely: {_cause(text)}. Nothing in it was run."
-    if isinstance(error, TypeError) and text.startswith("holds"):
+    if isinstance(error, NoStateDictError):
         return text
     return f"is damaged, truncated or no torch file: {text.splitlines()[0][:200] if text else type(error).__name__}"
 
@@ -127,5 +133,5 @@ def _cause(text: str) -> str:
     ]
     cause = lines[0].rstrip(".")[:200] if lines else "it ends early"
     if operand := re.match(r"Unsupported operand (\d+)", cause):
-        return f"it is a pickle that torch.save did not write (it holds operation {operand[1]})"
+        return f"it is a pickle that torch.save did not write (it contains operation {operand[1]})"
     return cause
