@@ -185,7 +185,7 @@ def test_a_tensor_far_larger_than_its_file_meets_the_memory_limit(tmp_path: Path
 
 @pytest.mark.parametrize("content", [{}, {"epoch": 3}, [1, 2], 7], ids=repr)
 def test_a_file_without_tensors_says_what_it_holds(content: object) -> None:
-    with pytest.raises(TypeError, match="holds"):
+    with pytest.raises(TypeError, match="contains"):
         state_dict(content)
 
 
