@@ -154,8 +154,8 @@ class Decisions:
         return self._norm.within(points, subset.x, self.bounds, radius)
 
     def search(self, subset: Batch, points: Inputs, radius: PerExample) -> None:
-        """Search for the decision boundary on the lines from the clean inputs towards the `points`. The points at the
-        distance `radius` are known to break the model.
+        """Find the decision boundary of a model on the line from each clean input towards its point in `points`. At the
+        distance `radius` from the clean input, the line is known to be beyond the boundary.
 
         The step inwards is doubled until a point does not break the model, and a bisection follows. Examples with a
         radius of 0 are omitted.

@@ -38,7 +38,9 @@ from holdfast.ops.weights import ema, perturbed, swa
 
 @dataclass(frozen=True)
 class Turn:
-    """Random numbers and progress of a training for one update, which a recipe uses to attack the batch."""
+    """State of a training that a recipe receives with each batch: random numbers for the attack on the batch, and the
+    fraction of the training that is complete.
+    """
 
     rng: Draws
     """random numbers of the update, which also determine the augmentation of its images"""

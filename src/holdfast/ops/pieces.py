@@ -97,7 +97,7 @@ class Pieces:
             self._room.halve(self._start, len(self._batch) - self._start, error)
 
     def add(self, columns: dict[str, Tensor]) -> None:
-        """Add the columns that were computed from the current piece of the batch."""
+        """Append the columns that were computed from the current piece to those of the earlier pieces."""
         self._done.append(columns)
         self._room.progress(self._stop - self._start)
         self._start = self._stop

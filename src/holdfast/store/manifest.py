@@ -150,7 +150,9 @@ def unsealed(seal: Seal, manifest: Mapping[str, Any], data: bytes, name: str, pa
 
 
 def end_migration(path: Path) -> None:
-    """Complete the conversion of a pool that was killed after it wrote the manifest, by renaming its new files."""
+    """Finish the conversion of a pool to the present format. The process that began it was killed after the manifest
+    was written.
+    """
     if any(file.exists() for file in _new_files(path)):
         with locked(path / LOCK), usable(path, refusal_in_pool):
             name_new_files(path)

@@ -29,7 +29,7 @@ class Clean(StageKind):
         return [Stage("clean", self)]
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
-        """Return None, because the model is evaluated on the clean inputs of all examples."""
+        """Return None, which means all examples, because the model is evaluated on every clean input."""
 
     def run(self, stage: Stage, work: Work) -> Columns:
         """Evaluate the model on the clean inputs of a shard, and return its predictions and the digests of the inputs
