@@ -26,8 +26,8 @@ from holdfast.metrics.names import DETECTION
 from holdfast.ops.detection import auroc, balance, median_width, threshold
 from holdfast.sources.memory import as_data
 from holdfast.verbs.assess import assess
-from runs.fakes import FAST, data, order, settled, subject
 from test_guard import LIMIT, offset, pair, problem, sides
+from verbs.fakes import FAST, data, order, settled, subject
 
 EPS = 0.2
 

@@ -23,7 +23,7 @@ from holdfast.ops.expectation import seen_through
 from holdfast.sources.inhand import digest_in_hand
 from holdfast.sources.memory import as_data
 from holdfast.verbs.assess import assess
-from runs.fakes import data, network, order, settled, subject
+from verbs.fakes import data, network, order, settled, subject
 
 N, FEATURES, LIMIT = 40, 2, 0.3
 

@@ -24,7 +24,7 @@ from holdfast.harness.kinds.attack import SuiteAttack
 from holdfast.ops import ascent, losses
 from holdfast.store.verify import verify
 from holdfast.verbs.assess import assess
-from runs.fakes import data, network, order, settled, subject
+from verbs.fakes import data, network, order, settled, subject
 
 
 def asked(**changes):

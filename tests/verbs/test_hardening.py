@@ -46,7 +46,7 @@ from holdfast.verbs.pace import Pace, _grown, pace
 from holdfast.verbs.request import HardenRequest
 from holdfast.verbs.stored_runs import open_run, runs_in
 from holdfast.verbs.trainable import copy_of
-from runs import fakes
+from verbs import fakes
 
 HOW = Training(epochs=3, batch=64, lr=0.01)
 RECIPE = PGDTraining(steps=2, training=HOW)

@@ -24,7 +24,7 @@ from holdfast.engine.resuming import repeatable
 from holdfast.harness import Member
 from holdfast.store.verify import verify
 from holdfast.verbs.assess import assess
-from runs.fakes import FAST, THOROUGH, data, network, order, settled, subject
+from verbs.fakes import FAST, THOROUGH, data, network, order, settled, subject
 
 HERE = Path(__file__).resolve().parent
 

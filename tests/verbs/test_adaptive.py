@@ -13,7 +13,7 @@ from holdfast.doubts.answering import arms, called, with_answers
 from holdfast.harness import Member
 from holdfast.verbs.assess import assess
 from holdfast.verbs.stored_runs import open_run
-from runs.fakes import FAST, data, network, order, settled, subject
+from verbs.fakes import FAST, data, network, order, settled, subject
 
 ARMS = (Member("BPDA", APGD(steps=5)), Member("Search", Square(queries=10)))
 

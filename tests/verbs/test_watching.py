@@ -11,8 +11,8 @@ from holdfast.verbs.rotate import run as watching
 from holdfast.verbs.rotate.contents import waiting_candidates
 from holdfast.verbs.rotate.run import LoopSettings, RotationLoop
 from holdfast.verbs.rotate.verdicts import Admission, Judged
-from runs import steps
-from runs.test_rotate import IMMUNISE, collected, pool, terms, unflushed  # noqa: F401 (fixtures)
+from verbs import steps
+from verbs.test_rotate import IMMUNISE, collected, pool, terms, unflushed  # noqa: F401 (fixtures)
 
 
 def turner(of, *triggers, keep=2, **more):

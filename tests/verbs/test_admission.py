@@ -27,8 +27,8 @@ from holdfast.verbs.rotate.transfer_examples import (
     exposed_for,
 )
 from holdfast.verbs.rotate.verdicts import Admission, Judged
-from runs.rotating import DRAWING, begun, immunised, nearby, state, terms, trained
-from runs.steps import admit
+from verbs.rotating import DRAWING, begun, immunised, nearby, state, terms, trained
+from verbs.steps import admit
 
 QUICK = TransferAttacker({"MI": ATTACKS["MI"]})
 

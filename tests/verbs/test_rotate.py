@@ -27,7 +27,7 @@ from holdfast.verbs.rotate import collect, contents, draw
 from holdfast.verbs.rotate.request import RotateRequest, split_examples, trainable_subject
 from holdfast.verbs.rotate.status import status
 from rotation.problem import THREAT, accuracy, examples, network
-from runs import steps
+from verbs import steps
 
 SOURCE = Basins(seeds=2, sets=4, every=2, lr=1e-3)
 CODEC, DIFFUSION = Codec(dims=8, hidden=64, steps=400), LatentDiffusion(width=64, depth=2, steps=400)

@@ -24,7 +24,7 @@ from holdfast.sources.memory import as_data
 from holdfast.verbs.assess import assess
 from holdfast.verbs.request import Subject
 from holdfast.verbs.stored_runs import Comparison, new_folder, open_run, runs_in
-from runs.fakes import CLASSES, FAST, FEATURES, SMALLEST, THOROUGH, N, data, network, order, settled, subject
+from verbs.fakes import CLASSES, FAST, FEATURES, SMALLEST, THOROUGH, N, data, network, order, settled, subject
 
 
 def uniform(*shape):
