@@ -1,6 +1,8 @@
 """Everything that can be wrong on a command line: one clear message, the right exit code, no traceback."""
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,10 +94,16 @@ number = 3
 """
 
 
-@pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder with some models and data in it."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with some models and data in it, which each test copies."""
+    folder = tmp_path_factory.mktemp("files")
+    with contextlib.chdir(folder):
+        write_files()
+    return folder
+
+
+def write_files():
     Path("m.py").write_text(FACTORIES)
     x, y = np.random.default_rng(0).random((8, 1, 28, 28), dtype=np.float32), np.arange(8) % 10
     np.savez("good.npz", x=x, y=y)
@@ -123,6 +131,13 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "model: mnist-cnn\ndata: mnist-mini\nsurrogates: ['m.py:fine,skip=bn*']\n"
     )
     Path("file").write_text("in the way")
+
+
+@pytest.fixture
+def elsewhere(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with these models and data."""
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
