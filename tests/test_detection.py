@@ -26,14 +26,14 @@ from holdfast.metrics.names import DETECTION
 from holdfast.ops.detection import auroc, balance, median_width, threshold
 from holdfast.sources.memory import as_data
 from holdfast.verbs.assess import assess
-from test_guard import LIMIT, offset, pair, problem, sides
+from test_guard import LIMIT, N, offset, pair, problem, sides
 from verbs.fakes import FAST, data, order, settled, subject
 
 EPS = 0.2
 
 
 def assessed(model, batch, **changes):
-    changes = {"threat": ThreatModel(Linf(EPS)), "gates": (), **changes}
+    changes = {"threat": ThreatModel(Linf(EPS)), "gates": (), "shard_size": N, **changes}
     plan = order(FAST, **changes)
     return assess(subject(model), as_data(batch.x, batch.y), plan)
 
@@ -226,7 +226,7 @@ def test_a_resumed_run_keeps_its_passes_on_the_detector(tmp_path):
         if step.stage == PASSES[2] and step.done:
             raise KeyboardInterrupt
 
-    asked = order(FAST, adaptive=(Member("Pair", PGD(steps=5), against=Against(0.3)),))
+    asked = order(FAST, shard_size=20, adaptive=(Member("Pair", PGD(steps=5), against=Against(0.3)),))
     whole = assess(subject(pair()), data(), asked, run=tmp_path / "whole")
     assert {"aware_score", "oblivious_score"} <= set(whole.evidence.columns)
     with pytest.raises(KeyboardInterrupt):
@@ -237,7 +237,7 @@ def test_a_resumed_run_keeps_its_passes_on_the_detector(tmp_path):
 
 def test_batches_make_no_difference():
     first, second = (
-        assess(subject(pair()), data(), order(FAST, batch_size=size, shard_size=size)) for size in (7, 40)
+        assess(subject(pair()), data(20), order(FAST, batch_size=size, shard_size=size)) for size in (7, 20)
     )
     for name in ("aware_score", "oblivious_score", "score"):
         torch.testing.assert_close(first.evidence[name], second.evidence[name])

@@ -172,7 +172,7 @@ class Off(torch.nn.Module):
 
 
 def test_doubts_and_gates_see_the_pair():
-    asked = order(doubts="all", gates=("rejection_rate <= 1", "robust_accuracy >= 0"))
+    asked = order(doubts="all", gates=("rejection_rate <= 1", "robust_accuracy >= 0"), shard_size=40)
     whole = assess(subject(pair()), data(), asked).evidence
     assert 0 < whole["rejected"].sum() < len(whole)
     assert torch.equal(whole["prediction"] == -1, whole["rejected"])
@@ -187,7 +187,7 @@ def test_an_adaptive_attack_goes_round_what_masks_the_pair():
     given, arms = as_data(batch.x, batch.y), (Member("BPDA", APGD(steps=60)),)
     threat, quick = ThreatModel(Linf(0.2)), Member("FGSM", FGSM())
     found = [
-        assess(subject(masked), given, order(quick, threat=threat, adaptive=each, doubts="all"))
+        assess(subject(masked), given, order(quick, threat=threat, adaptive=each, doubts="all", shard_size=N))
         for each in ((), arms)
     ]
     broken = (
@@ -207,7 +207,7 @@ def test_a_resumed_run_is_the_same_and_another_threshold_is_refused(tmp_path):
         if step.stage.startswith("2") and step.done:
             raise KeyboardInterrupt
 
-    asked = order(doubts="all")
+    asked = order(doubts="all", shard_size=20)
     given = in_hand(pair())
     assess(given, data(), asked, run=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
