@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,11 @@ from holdfast.engine.resuming import repeatable
 from holdfast.harness import Member
 from holdfast.store.verify import verify
 from holdfast.verbs.assess import assess
-from verbs.fakes import FAST, THOROUGH, data, network, order, settled, subject
+from verbs import fakes
+from verbs.fakes import FAST, THOROUGH, data, network, settled, subject
+
+order = partial(fakes.order, shard_size=15)
+"""An order of three shards, so that a run can be stopped between any two of them."""
 
 HERE = Path(__file__).resolve().parent
 

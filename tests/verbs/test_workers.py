@@ -141,7 +141,7 @@ def test_a_split_in_a_worker_is_recorded(tmp_path):
     assert any("memory ran out" in note for note in result.evidence.notes)
     (split,) = json.loads((run / "splits.json").read_text())
     assert split["stage"] == "1-pgd"
-    assert 0 < split["size"] < 15
+    assert 0 < split["size"] < 20
     assert verify(run).complete
 
 
