@@ -119,8 +119,8 @@ def test_sets_whose_numbers_are_not_like_others_are_refused_by_name(judged):
 def test_each_gate_stands_on_runs_whose_columns_say_what_became_of_each_example(judged):
     pool, names, _, _ = judged
     runs = {path.name.rsplit("-", 1)[0]: path for path in (pool.path / "admission" / names["good"]).iterdir()}
-    assert {"a0-a1-0-2000", "a3-0-200", "white-box-0-1000"} <= {*runs}
-    stages = {path.name for path in runs["a0-a1-0-2000"].iterdir()}
+    assert {"a0-a1-0-1000", "a3-0-200", "white-box-0-1000"} <= {*runs}
+    stages = {path.name for path in runs["a0-a1-0-1000"].iterdir()}
     assert any(name.startswith("2-a1-") for name in stages)
 
 
