@@ -84,6 +84,7 @@ class Sign(torch.nn.Module):
 SLOPE = {"plain": Sign(), "declared": through(Sign(), backward=lambda x: offset(x) - LIMIT + 0.5)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SLOPE)
 def test_a_detector_without_a_gradient_raises_a_doubt_that_only_a_way_round_it_answers(kind):
     _, batch, _, stands = problem()
@@ -221,6 +222,7 @@ def test_a_pair_without_a_say_is_no_detector():
     assert wrong == pytest.approx(estimate("robust_error_rate", found).value)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_passes_on_the_detector(tmp_path):
     def stop(step):
         if step.stage == PASSES[2] and step.done:
@@ -235,6 +237,7 @@ def test_a_resumed_run_keeps_its_passes_on_the_detector(tmp_path):
     assert settled(tmp_path / "cut") == settled(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_batches_make_no_difference():
     first, second = (
         assess(subject(pair()), data(20), order(FAST, batch_size=size, shard_size=size)) for size in (7, 20)

@@ -181,6 +181,7 @@ def test_doubts_and_gates_see_the_pair():
     assert any("the model rejects what its detector" in note for note in whole.notes)
 
 
+@pytest.mark.slow
 def test_an_adaptive_attack_goes_round_what_masks_the_pair():
     _, batch, _, stands = problem()
     masked = guarded(lambda x: sides(rounded(x)), lambda x: offset(rounded(x)), LIMIT)
@@ -202,6 +203,7 @@ def rounded(x):
     return (100 * x).round() / 100
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_and_another_threshold_is_refused(tmp_path):
     def stop(step):
         if step.stage.startswith("2") and step.done:

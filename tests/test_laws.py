@@ -37,15 +37,23 @@ def shapes_checked(law):
     return nullcontext() if law in SIZES else unchecked()
 
 
+def one_norm_quickly(listed):
+    """The cases as parameters of which all but the first of each attack are slow."""
+    first = {type(case.attack): case for case in reversed(listed)}.values()
+    return [
+        pytest.param(case, marks=() if case in first else pytest.mark.slow, id=repr(case)) for case in listed
+    ]
+
+
 @pytest.mark.parametrize("law", laws.ATTACK_LAWS, ids=lambda law: law.__name__)
-@pytest.mark.parametrize("case", cases.ATTACKS, ids=repr)
+@pytest.mark.parametrize("case", one_norm_quickly(cases.ATTACKS))
 def test_law(case, law):
     with shapes_checked(law):
         law(case if law in STRONG else cases.brief(case))
 
 
 @pytest.mark.parametrize("law", laws.LIMITED_LAWS, ids=lambda law: law.__name__)
-@pytest.mark.parametrize("case", cases.LIMITED, ids=repr)
+@pytest.mark.parametrize("case", one_norm_quickly(cases.LIMITED))
 def test_law_of_what_is_no_ball(case, law):
     with shapes_checked(law):
         law(case)

@@ -344,6 +344,7 @@ def test_slips_of_the_pen_are_answered_before_torch_is_imported(words):
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_before_the_run_is_told_too(name, code):
     words = [*with_model("m.py:stopped", "--model-args", f"by={name}")]
@@ -414,6 +415,7 @@ def test_a_signal_while_reports_are_written_says_how_to_have_them(name, code, mo
     assert run(["report", "r"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_after_the_last_word_leaves_the_exit_code_alone(name):
     words = with_model(

@@ -23,12 +23,14 @@ HARDEN = ["harden", "mnist-cnn", "mnist-mini", "--threat", "linf:0.1", *FEW, "-n
 SHORT = ["--no-doubts", "--set", "recipe.training.epochs=1", "--set", "recipe.training.lr=0.01"]
 
 
+@pytest.mark.slow
 def test_vat_learns_from_examples_without_labels_and_counts_the_others():
     assert run([*HARDEN, *SHORT, "--recipe", "vat", "--unlabelled", "few.npz", "--run", "r"]) == 0
     (point,) = json.loads(Path("r/card.json").read_text())["curve"]
     assert point["accuracy"] > 0.5  # of those with a label: the others would halve it
 
 
+@pytest.mark.slow
 def test_a_run_says_under_which_norms_it_trained():
     others = ["--recipe", "multi-norm", "--set", "recipe.others=l2:1.5,l1:10", "--set", "recipe.steps=1"]
     assert run([*HARDEN, *SHORT, *others, "--run", "r"]) == 0

@@ -70,6 +70,7 @@ def test_an_answered_doubt_lets_a_gate_pass():
     assert set(states(adaptive).values()) <= {"clear", "answered", "not measured"}
 
 
+@pytest.mark.slow
 def test_under_l2_an_answer_stands_on_a_search_for_the_smallest_change():
     """Where climbing inside the ball leaves four of five standing."""
     by_suite = {

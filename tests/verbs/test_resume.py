@@ -50,6 +50,7 @@ def killed(tmp_path, *arguments):
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
 
 
+@pytest.mark.slow
 @forks
 def test_three_kills_change_no_byte(tmp_path):
     assert killed(tmp_path, "random", 1, 3) == {"hits": 3}

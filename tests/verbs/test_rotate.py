@@ -44,6 +44,7 @@ def test_collects_every_run_and_the_surrogates(collected):
     assert not (path / "begun.sealed").exists(), "the checkpoint of the last training is of no use any more"
 
 
+@pytest.mark.slow
 def test_who_knows_the_seed_cannot_make_the_collection_again(collected, tmp_path, monkeypatch):
     assert contents.secret(Pool.held(collected[0])).key == 7, "what the operating system gave, in these tests"
     monkeypatch.setattr(contents, "secrets", SimpleNamespace(randbits=lambda bits: 8))

@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # each test starts torch three times or more
+
 SCRIPT = """
 import os, sys, time
 import torch, holdfast
@@ -90,12 +92,7 @@ def ran(tmp_path, name, *, together, **more):
     return started(*begin, script, place, name, **more), place
 
 
-SLOW = pytest.mark.slow  # each starts torch three times or more
-
-
-@pytest.mark.parametrize(
-    "name", ["mixed", *(pytest.param(name, marks=SLOW) for name in ("trades", "guarded", "means"))]
-)
+@pytest.mark.parametrize("name", ["mixed", "trades", "guarded", "means"])
 def test_two_processes_train_the_weights_of_one(tmp_path, name):
     _, alone = ran(tmp_path, name, together=False)
     done, both = ran(tmp_path, name, together=True)
@@ -116,10 +113,10 @@ def test_two_processes_train_the_weights_of_one(tmp_path, name):
     ("name", "said"),
     [
         ("lost", "the loss is not finite"),
-        pytest.param("kept", "2 processes share them", marks=SLOW),
-        pytest.param("one", "a batch of 1 is too small for 2 processes", marks=SLOW),
-        pytest.param("unknown", "2 processes share them", marks=SLOW),
-        pytest.param("other", "this process has other data than the first one", marks=SLOW),
+        ("kept", "2 processes share them"),
+        ("one", "a batch of 1 is too small for 2 processes"),
+        ("unknown", "2 processes share them"),
+        ("other", "this process has other data than the first one"),
     ],
 )
 def test_what_two_processes_cannot_do_is_said(tmp_path, name, said):
@@ -128,7 +125,6 @@ def test_what_two_processes_cannot_do_is_said(tmp_path, name, said):
     assert said in done.stderr
 
 
-@SLOW
 def test_two_processes_go_on_to_the_weights_of_an_uninterrupted_training(tmp_path):
     stopped, place = ran(tmp_path, "stopped", together=True, STOP="1")
     assert stopped.returncode != 0
@@ -143,13 +139,11 @@ def test_two_processes_go_on_to_the_weights_of_an_uninterrupted_training(tmp_pat
             torch.testing.assert_close(other[key], value, atol=1e-4, rtol=1e-3)
 
 
-@SLOW
 def test_two_processes_plan_alike(tmp_path):
     done, _ = ran(tmp_path, "budget", together=True)
     assert done.returncode == 0, done.stderr
 
 
-@SLOW
 def test_what_one_process_refuses_is_no_internal_error_of_the_other(tmp_path):
     words = ["harden", "mnist-cnn", "mnist-mini", "-t", "linf:5", "--recipe", "fgsm-rs", "--run", "run"]
     done = started(*TOGETHER, "-m", "--", "holdfast", *words, cwd=tmp_path)
@@ -158,7 +152,6 @@ def test_what_one_process_refuses_is_no_internal_error_of_the_other(tmp_path):
     assert "internal error" not in done.stderr
 
 
-@SLOW
 def test_the_command_line_trains_in_two_processes_and_one_of_them_speaks(tmp_path):
     asked = "harden mnist-cnn mnist-mini -t linf:0.1 --recipe fgsm-rs --suite quick -n 50 --run run -o made/"
     words = [*asked.split(), "-o", "report.json", "--set", "recipe.training.epochs=2"]

@@ -128,6 +128,7 @@ def begun(pool, monkeypatch, strict):
     return one, said
 
 
+@pytest.mark.slow
 def test_where_nothing_is_admitted_and_none_waits_what_serves_goes_on_and_it_ends(pool, begun):
     one, _ = begun
     pool.answered(1, {"alice": 5})
@@ -145,6 +146,7 @@ def test_where_nothing_is_admitted_and_none_waits_what_serves_goes_on_and_it_end
     assert [bool(member.bases) for member in refused] == [True] + [False] * 5, "the generator's, then others"
 
 
+@pytest.mark.slow
 def test_where_others_wait_it_goes_on_without_keeping_a_core_busy(pool, begun):
     one, said = begun
     one.settings, waited = replace(one.settings, keep=2), []
@@ -153,6 +155,7 @@ def test_where_others_wait_it_goes_on_without_keeping_a_core_busy(pool, begun):
     assert waited[-1] > 30 and "were refused in a row" in said[-1]
 
 
+@pytest.mark.slow
 def test_what_was_admitted_serves_although_too_few_were(pool, monkeypatch):
     left = iter([True] + [False] * 99)
 
@@ -207,6 +210,7 @@ def test_five_refusals_in_a_row_end_it(pool):
     assert sum(member.why == "it falls" for member in pool.ledger.members) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("strict")
 def test_sets_are_trained_anew_where_the_generator_draws_nothing_that_is_admitted(pool):
     said = []

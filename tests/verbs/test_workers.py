@@ -101,6 +101,7 @@ def test_any_number_of_workers_leaves_the_same_bytes(alone, tmp_path):
     assert all(record.cost.cpu_s > 0 and record.cost.wall_s > 0 for record in result.attacks)
 
 
+@pytest.mark.slow
 def test_every_worker_makes_the_surrogates_ready(tmp_path):
     seconds = (subject(network(1), "c" * 64),)
     for workers in (None, 1):
@@ -110,6 +111,7 @@ def test_every_worker_makes_the_surrogates_ready(tmp_path):
     assert settled(tmp_path / "None") == settled(tmp_path / "1")
 
 
+@pytest.mark.slow
 def test_without_a_folder_nothing_is_left(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
@@ -120,6 +122,7 @@ def test_without_a_folder_nothing_is_left(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_replaced(one, tmp_path):
     run = tmp_path / "run"
     assess(subject(Deadly(tmp_path / "killed")), data(), asked(doubts="all", workers=1), run=run)
@@ -127,6 +130,7 @@ def test_a_worker_that_is_killed_is_replaced(one, tmp_path):
     assert settled(run) == settled(one)
 
 
+@pytest.mark.slow
 def test_a_shard_that_kills_every_worker_ends_the_run_with_the_way_out(tmp_path):
     deadly = subject(Deadly(tmp_path / "killed", times=99))
     with pytest.raises(
@@ -140,6 +144,7 @@ def test_what_a_worker_raises_is_said_by_the_run(tmp_path):
         assess(subject(Broken(tmp_path / "raised", times=99)), data(), asked(workers=1), run=tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_split_in_a_worker_is_recorded(tmp_path):
     run = tmp_path / "run"
     result = assess(subject(Greedy(tmp_path / "spent")), data(), asked(workers=1), run=run)
@@ -150,6 +155,7 @@ def test_a_split_in_a_worker_is_recorded(tmp_path):
     assert verify(run).complete
 
 
+@pytest.mark.slow
 def test_a_worker_imports_nothing_from_the_current_folder_but_what_a_script_there_does(tmp_path, monkeypatch):
     hostile = "from pathlib import Path\nPath('RAN').touch()\nraise ImportError\n"
     for name in ("torch.py", "random.py", "pickle.py", "holdfast.py", "sitecustomize.py"):
@@ -178,6 +184,7 @@ def test_a_model_that_no_other_process_can_take_over_is_refused():
         holdfast.assess(Local(), (x, y), "linf:0.1", [attack], workers=2)
 
 
+@pytest.mark.slow
 def test_time_that_ran_out_is_told(tmp_path):
     result = assess(subject(), data(), asked(workers=1, time_budget_s=1e-9), run=tmp_path / "run")
     assert any("time ran out: PGD and PGD-again finished none" in note for note in result.evidence.notes)
@@ -241,6 +248,7 @@ class Talkative(torch.nn.Module):
         return self.net(x)
 
 
+@pytest.mark.slow
 def test_pipes_of_a_worker_are_its_own(one, tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("print('printed by Python before the worker starts')\n")
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
@@ -259,6 +267,7 @@ class Forking(InWorkers):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_noticed_while_a_copy_of_it_lives(one, tmp_path):
     begun = time.monotonic()
     assess(
