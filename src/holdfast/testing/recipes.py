@@ -98,7 +98,7 @@ def learns(recipe: Recipe) -> None:
     examples.
     """
     model, data = _problem()
-    longer = replace(SHORT, epochs=30)
+    longer = replace(SHORT, epochs=12)
     found = list(trained_as(recipe, longer)(model, data, _threat(0.01), rng=Draws(0)))
     assert found[-1].measured["loss"] < found[0].measured["loss"]
     with torch.no_grad():
