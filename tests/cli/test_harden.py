@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.rows.resume import killed
+from cli.few import FEW, write_few
 from holdfast.cli.app import run
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -18,8 +19,9 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder."""
+    """A current folder with a few training images."""
     monkeypatch.chdir(tmp_path)
+    write_few(2000)
     return tmp_path
 
 
@@ -36,6 +38,7 @@ PGD = [
     "--set",
     "recipe.steps=2",
     *SHORT,
+    *FEW,
 ]
 
 
