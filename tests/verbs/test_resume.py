@@ -50,7 +50,6 @@ def killed(tmp_path, *arguments):
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
 
 
-@pytest.mark.slow
 @forks
 def test_three_kills_change_no_byte(tmp_path):
     assert killed(tmp_path, "random", 1, 3) == {"hits": 3}
@@ -58,9 +57,8 @@ def test_three_kills_change_no_byte(tmp_path):
 
 @forks
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, 3])
-def test_twenty_kills_change_no_byte(tmp_path, seed):
-    assert killed(tmp_path, "random", seed, 20) == {"hits": 20}
+def test_twelve_kills_change_no_byte(tmp_path):
+    assert killed(tmp_path, "random", 2, 12) == {"hits": 12}
 
 
 @forks
