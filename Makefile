@@ -20,7 +20,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/py
 
 help:
 	@echo 'make demo                assess the bundled network, offline, and print the path of the report'
-	@echo 'make test                all checks and tests (15 to 45 minutes on two cores)'
+	@echo 'make test                all checks and tests (10 to 30 minutes on two cores)'
 	@echo 'make check               format, lint, types, layers, documentation, quick tests'
 	@echo 'make docs                build the documentation into site/'
 	@echo 'make fuzz [ARGS=…]       open damaged files with new seeds until it is stopped'

@@ -407,6 +407,7 @@ def test_a_changed_python_model_is_another_model():
         assert code_of(a) != code_of(b)
 
 
+@pytest.mark.slow
 def test_an_equal_python_model_is_the_same_in_another_process(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import torch\n"
@@ -538,6 +539,7 @@ def test_an_eps_for_another_box_is_pointed_out(threat, width, slight):
     assert bool(said) == slight
 
 
+@pytest.mark.slow
 def test_a_suite_and_a_threat_may_be_given_in_every_form():
     def found(suite, threat="linf:0.1"):
         evidence = holdfast.assess(network(), (X, Y), threat, suite, doubts=False).evidence

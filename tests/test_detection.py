@@ -26,14 +26,14 @@ from holdfast.metrics.names import DETECTION
 from holdfast.ops.detection import auroc, balance, median_width, threshold
 from holdfast.sources.memory import as_data
 from holdfast.verbs.assess import assess
-from runs.fakes import FAST, data, order, settled, subject
-from test_guard import LIMIT, offset, pair, problem, sides
+from test_guard import LIMIT, N, offset, pair, problem, sides
+from verbs.fakes import FAST, data, order, settled, subject
 
 EPS = 0.2
 
 
 def assessed(model, batch, **changes):
-    changes = {"threat": ThreatModel(Linf(EPS)), "gates": (), **changes}
+    changes = {"threat": ThreatModel(Linf(EPS)), "gates": (), "shard_size": N, **changes}
     plan = order(FAST, **changes)
     return assess(subject(model), as_data(batch.x, batch.y), plan)
 
@@ -84,6 +84,7 @@ class Sign(torch.nn.Module):
 SLOPE = {"plain": Sign(), "declared": through(Sign(), backward=lambda x: offset(x) - LIMIT + 0.5)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SLOPE)
 def test_a_detector_without_a_gradient_raises_a_doubt_that_only_a_way_round_it_answers(kind):
     _, batch, _, stands = problem()
@@ -221,12 +222,13 @@ def test_a_pair_without_a_say_is_no_detector():
     assert wrong == pytest.approx(estimate("robust_error_rate", found).value)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_passes_on_the_detector(tmp_path):
     def stop(step):
         if step.stage == PASSES[2] and step.done:
             raise KeyboardInterrupt
 
-    asked = order(FAST, adaptive=(Member("Pair", PGD(steps=5), against=Against(0.3)),))
+    asked = order(FAST, shard_size=20, adaptive=(Member("Pair", PGD(steps=5), against=Against(0.3)),))
     whole = assess(subject(pair()), data(), asked, run=tmp_path / "whole")
     assert {"aware_score", "oblivious_score"} <= set(whole.evidence.columns)
     with pytest.raises(KeyboardInterrupt):
@@ -235,9 +237,10 @@ def test_a_resumed_run_keeps_its_passes_on_the_detector(tmp_path):
     assert settled(tmp_path / "cut") == settled(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_batches_make_no_difference():
     first, second = (
-        assess(subject(pair()), data(), order(FAST, batch_size=size, shard_size=size)) for size in (7, 40)
+        assess(subject(pair()), data(20), order(FAST, batch_size=size, shard_size=size)) for size in (7, 20)
     )
     for name in ("aware_score", "oblivious_score", "score"):
         torch.testing.assert_close(first.evidence[name], second.evidence[name])

@@ -23,7 +23,7 @@ from holdfast.ops.expectation import seen_through
 from holdfast.sources.memory import as_data
 from holdfast.sources.object_digest import digest_of_object
 from holdfast.verbs.assess import assess
-from runs.fakes import data, network, order, settled, subject
+from verbs.fakes import data, network, order, settled, subject
 
 N, FEATURES, LIMIT = 40, 2, 0.3
 
@@ -172,7 +172,7 @@ class Off(torch.nn.Module):
 
 
 def test_doubts_and_gates_see_the_pair():
-    asked = order(doubts="all", gates=("rejection_rate <= 1", "robust_accuracy >= 0"))
+    asked = order(doubts="all", gates=("rejection_rate <= 1", "robust_accuracy >= 0"), shard_size=40)
     whole = assess(subject(pair()), data(), asked).evidence
     assert 0 < whole["rejected"].sum() < len(whole)
     assert torch.equal(whole["prediction"] == -1, whole["rejected"])
@@ -181,13 +181,14 @@ def test_doubts_and_gates_see_the_pair():
     assert any("the model rejects inputs with a high detector score" in note for note in whole.notes)
 
 
+@pytest.mark.slow
 def test_an_adaptive_attack_goes_round_what_masks_the_pair():
     _, batch, _, stands = problem()
     masked = guarded(lambda x: sides(rounded(x)), lambda x: offset(rounded(x)), LIMIT)
     given, arms = as_data(batch.x, batch.y), (Member("BPDA", APGD(steps=60)),)
     threat, quick = ThreatModel(Linf(0.2)), Member("FGSM", FGSM())
     found = [
-        assess(subject(masked), given, order(quick, threat=threat, adaptive=each, doubts="all"))
+        assess(subject(masked), given, order(quick, threat=threat, adaptive=each, doubts="all", shard_size=N))
         for each in ((), arms)
     ]
     broken = (
@@ -202,12 +203,13 @@ def rounded(x):
     return (100 * x).round() / 100
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_and_another_threshold_is_refused(tmp_path):
     def stop(step):
         if step.stage.startswith("2") and step.done:
             raise KeyboardInterrupt
 
-    asked = order(doubts="all")
+    asked = order(doubts="all", shard_size=20)
     given = in_hand(pair())
     assess(given, data(), asked, run=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):

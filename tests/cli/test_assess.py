@@ -360,6 +360,7 @@ def test_the_demo_runs_offline_in_a_minute_and_ends_with_0(elsewhere):
     assert [gate["verdict"] for gate in content["gates"]] == ["pass", "fail"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("claim", "code", "closed"), [(">= 0.99", 1, ["stdout"]), (">= 0", 0, ["stdout", "stderr"])]
 )

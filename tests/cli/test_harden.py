@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.rows.resume import killed
+from cli.few import FEW, write_few
 from holdfast.cli.app import run
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -18,8 +19,9 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder."""
+    """A current folder with a few training images."""
     monkeypatch.chdir(tmp_path)
+    write_few(2000)
     return tmp_path
 
 
@@ -36,6 +38,7 @@ PGD = [
     "--set",
     "recipe.steps=2",
     *SHORT,
+    *FEW,
 ]
 
 
@@ -49,6 +52,7 @@ def assert_its_command_opens(card):
         assert again["metrics"][name]["value"] == estimate["value"]
 
 
+@pytest.mark.slow
 def test_a_new_model_is_made_judged_and_opened_by_its_path_and_a_finished_run_is_reported_again(capsys):
     words = [*PGD, *JUDGED, "--run", "r", "-o", "hardened/"]
     assert run(words) == 0
@@ -84,6 +88,7 @@ def test_a_training_that_is_killed_again_and_again_comes_to_the_same_weights(tmp
     assert found["tensors that differ"] == found["files of the new model that differ"] == 0
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_model_is_judged_says_how_to_go_on_with_the_whole_run():
     words = [*PGD, "-n", "1000", "--suite", "standard", "--run", "r"]
     started = subprocess.Popen([sys.executable, "-m", "holdfast", *words], stderr=subprocess.PIPE, text=True)

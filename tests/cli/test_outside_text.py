@@ -37,7 +37,7 @@ def test_what_a_command_says_is_obeyed_by_nothing(capsys, tmp_path, monkeypatch)
 
 
 def test_odd_folders_do_not_end_the_list_of_runs_and_their_names_are_not_obeyed(capsys, tmp_path):
-    whole = Path(__file__).parent.parent / "runs" / "suite_only_run"
+    whole = Path(__file__).parent.parent / "verbs" / "suite_only_run"
     shutil.copytree(whole, tmp_path / HOSTILE.replace("/", ""))
     for odd in ("[]", "{", '{"schema_version": 1}', '{"schema_version": 2, "digests": 3}'):
         (tmp_path / f"odd-{len(odd)}").mkdir()

@@ -17,7 +17,7 @@ from holdfast.verbs.rotate import train as training
 from holdfast.verbs.rotate.collect import Collected
 from store.old_format import aged
 
-pytestmark = pytest.mark.usefixtures("elsewhere")
+pytestmark = [pytest.mark.usefixtures("elsewhere"), pytest.mark.slow]
 
 COLLECT = [
     "rotate", "collect", "mnist-cnn", "mnist-mini", "--threat", "linf:0.1", "--recipe", "standard",
@@ -171,7 +171,6 @@ def test_a_collection_that_cannot_be_is_refused_before_anything_is_trained(elsew
     assert says in capsys.readouterr().err and not Path("pool").exists()
 
 
-@pytest.mark.slow
 def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
     words = [
         "rotate",

@@ -47,6 +47,7 @@ def same(first, second):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("doubts", [False, True], ids=["attacks", "doubts"])
 def test_the_report_counts_the_rows_that_the_server_saw(doubts):
     with Server([None] * 9 + [503] * 2) as server:
@@ -71,6 +72,7 @@ def test_padding_is_counted():
         assert set(server.sizes) == {32}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_sends_nothing_twice():
     with Server() as server:
         assert run(words(server, "--run", "whole")) == 0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.few import FEW, write_few
 from holdfast.cli.app import run
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -12,21 +13,24 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder."""
+    """A current folder with a few training images."""
     monkeypatch.chdir(tmp_path)
+    write_few()
     return tmp_path
 
 
-HARDEN = ["harden", "mnist-cnn", "mnist-mini", "--threat", "linf:0.1", "-n", "40", "--suite", "quick"]
+HARDEN = ["harden", "mnist-cnn", "mnist-mini", "--threat", "linf:0.1", *FEW, "-n", "40", "--suite", "quick"]
 SHORT = ["--no-doubts", "--set", "recipe.training.epochs=1", "--set", "recipe.training.lr=0.01"]
 
 
+@pytest.mark.slow
 def test_vat_learns_from_examples_without_labels_and_counts_the_others():
-    assert run([*HARDEN, *SHORT, "--recipe", "vat", "--unlabelled", "mnist-mini", "--run", "r"]) == 0
+    assert run([*HARDEN, *SHORT, "--recipe", "vat", "--unlabelled", "few.npz", "--run", "r"]) == 0
     (point,) = json.loads(Path("r/card.json").read_text())["curve"]
     assert point["accuracy"] > 0.5  # of those with a label: the others would halve it
 
 
+@pytest.mark.slow
 def test_a_run_says_under_which_norms_it_trained():
     others = ["--recipe", "multi-norm", "--set", "recipe.others=l2:1.5,l1:10", "--set", "recipe.steps=1"]
     assert run([*HARDEN, *SHORT, *others, "--run", "r"]) == 0

@@ -24,7 +24,7 @@ from holdfast.store.records import line_of
 CANARY = "canary"
 """the file, in the current folder, that code of a file would make"""
 CHAIN = "chain.jsonl"
-RUN = Path(__file__).resolve().parents[1] / "runs" / "suite_only_run"
+RUN = Path(__file__).resolve().parents[1] / "verbs" / "suite_only_run"
 FEATURES, CLASSES, SIDE = 4, 3, 6
 _PLAIN = """\
 model: mnist-cnn

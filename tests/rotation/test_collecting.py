@@ -23,6 +23,7 @@ SOURCES = [
 ]
 
 
+@pytest.mark.slow
 def test_every_source_gives_sets_that_work_and_the_same_for_the_same_seed():
     held = examples(1)
     for source, each in SOURCES:

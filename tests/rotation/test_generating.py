@@ -114,6 +114,7 @@ def test_what_is_kept_draws_the_same(generator):
     assert back.embedding.lost == generator.embedding.lost
 
 
+@pytest.mark.slow
 def test_the_printed_sign_pulls_and_the_others_push(members, embedding):
     def far(**said):
         made = LatentDiffusion(Diffusion(50), width=64, steps=250, **said)(embedding, members, rng=Draws(2))

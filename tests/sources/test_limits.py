@@ -34,6 +34,7 @@ def table(path: Path, row: bytes, rows: int) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process are those of POSIX")
 def test_a_parser_ends_at_its_limits_and_the_message_names_the_option(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HOLDFAST_READ_SECONDS", "1")

@@ -25,7 +25,7 @@ from holdfast.store.verify import verify
 from holdfast.verbs.stored_runs import open_run, runs_in
 from store.test_folder import MANIFEST, SHARDS
 
-SUITE_ONLY_RUN = Path(__file__).parent.parent / "runs" / "suite_only_run"
+SUITE_ONLY_RUN = Path(__file__).parent.parent / "verbs" / "suite_only_run"
 
 
 @pytest.fixture

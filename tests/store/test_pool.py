@@ -540,6 +540,7 @@ def lives(tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_call_to_the_disk_leaves_a_pool_that_goes_on(lives):
     assert lives["calls"]["calls"] > 30 and lives["calls"]["epochs"] == [1, 2]
 

@@ -9,6 +9,7 @@ Wald confidence interval for a difference of binomial proportions based on paire
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -140,7 +141,13 @@ def resampled(statistic: Statistic, n: int, resamples: int = RESAMPLES) -> PerEx
 def _rows(n: int, resamples: int) -> Iterator[Tensor]:
     size = max(1, _CHUNK // n)
     for start in range(0, resamples, size):
-        yield _BOOTSTRAP.integers(torch.arange(start, min(start + size, resamples)), n, n)
+        yield _chunk(n, start, min(start + size, resamples))
+
+
+# A report computes tens of intervals from as many examples each, and drawing their samples took most of the time.
+@lru_cache(maxsize=4)
+def _chunk(n: int, start: int, stop: int) -> Tensor:
+    return _BOOTSTRAP.integers(torch.arange(start, stop), n, n)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -94,6 +93,8 @@ def aligned(
     """Return a parameter set whose hidden units are reordered so that it is most similar to the set `reference`. The
     outputs of the network do not change.
     """
+    from scipy.optimize import linear_sum_assignment  # takes 0.2 s, and every verb imports this module
+
     tensors = dict(weights)
     slots = torch.arange(len(layers))
     for turn in range(_ROUNDS):

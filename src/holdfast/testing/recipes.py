@@ -107,7 +107,7 @@ def learns(recipe: Recipe) -> None:
     classifies more examples correctly.
     """
     model, data = _problem()
-    longer = replace(SHORT, epochs=30)
+    longer = replace(SHORT, epochs=12)
     checkpoints = list(trained_as(recipe, longer)(model, data, _threat(0.01), rng=Draws(0)))
     assert checkpoints[-1].measured["loss"] < checkpoints[0].measured["loss"]
     with torch.no_grad():

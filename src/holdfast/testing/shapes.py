@@ -1,7 +1,8 @@
 """Run-time checks for tests that tensors have the shapes in the annotations of functions.
 
 `checked(f)` wraps a function. `watching("holdfast.ops")` wraps all public functions of packages for the duration of a
-test. A name in a shape has one size within a call: `n` is the same for `x` and for `y`.
+test, and `unchecked()` suspends the checks. A name in a shape has one size within a call: `n` is the same for `x` and
+for `y`.
 """
 
 import inspect
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ from torch import Tensor
 from holdfast.core.types import Shape
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Checks:
+    """State of all checks of this process."""
+
+    suspended: ClassVar[bool] = False
 
 
 def fits(value: Tensor, shape: Shape, sizes: dict[str, tuple[int, ...]]) -> bool:
@@ -63,6 +70,8 @@ def checked(function: F) -> F:
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if _Checks.suspended:
+            return function(*args, **kwargs)
         n = len(args)
         values = [args[position] if position < n else kwargs.get(name) for position, name in positions]
         key = tuple([(value.dtype, value.shape) if isinstance(value, Tensor) else None for value in values])
@@ -85,6 +94,16 @@ def checked(function: F) -> F:
 
 _Seen = tuple[torch.dtype, torch.Size] | None
 """Properties that a check of shapes depends on; None for values other than tensors."""
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Context manager that suspends all checks, where shapes that were checked before are used again in many calls."""
+    before, _Checks.suspended = _Checks.suspended, True
+    try:
+        yield
+    finally:
+        _Checks.suspended = before
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from holdfast.core.evidence import Cost, Table
 from holdfast.harness import KINDS, Stage, StageKind, measure_plan
 from holdfast.ops.pieces import in_pieces
 from holdfast.verbs.assess import assess
-from runs.fakes import N, data, order, settled, subject
+from verbs.fakes import N, data, order, settled, subject
 
 
 class Radius(StageKind):

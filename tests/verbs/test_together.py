@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # each test starts torch three times or more
+
 SCRIPT = """
 import os, sys, time
 import torch, holdfast
@@ -38,25 +40,26 @@ recipes = {
     "other": PGDTraining(steps=1, training=how()),
     "stopped": PGDTraining(steps=2, training=how()),
 }
-folder, name = sys.argv[1:]
+folder, *names = sys.argv[1:]
 rank = os.environ.get("RANK", "0")
 if os.environ.get("STOP") and rank == "0":  # as a first process that is killed after an epoch
     from holdfast.verbs import epochs
     epochs._step = lambda *_: os._exit(9)
-more = {"budget": "20s"} if name == "budget" else {}
-if name == "unknown":
-    more["unlabelled"] = examples(300, 3)[0]
-if name == "budget" and rank == "1":  # whose clock says another thing about every trial
+if "budget" in names and rank == "1":  # whose clock says another thing about every trial
     from holdfast.verbs import candidates, pace
     class Slow:
         perf_counter = staticmethod(lambda: 1e4 * time.perf_counter())
     pace.time = candidates.time = Slow
-made = holdfast.harden(
-    make(), examples(32, 1), "linf:0.05", recipes[name], fit=examples(700, int(rank) if name == "other" else 0),
-    suite="quick", run=f"{folder}/{name}", resume=True, **more,
-)
-torch.save(dict(made.model.state_dict()), f"{folder}/{name}-{rank}.pt")
-print(rank, made.after.metrics["robust_accuracy"].value)
+for name in names:
+    more = {"budget": "20s"} if name == "budget" else {}
+    if name == "unknown":
+        more["unlabelled"] = examples(300, 3)[0]
+    made = holdfast.harden(
+        make(), examples(32, 1), "linf:0.05", recipes[name], fit=examples(700, int(rank) if name == "other" else 0),
+        suite="quick", run=f"{folder}/{name}", resume=True, **more,
+    )
+    torch.save(dict(made.model.state_dict()), f"{folder}/{name}-{rank}.pt")
+    print(rank, name, made.after.metrics["robust_accuracy"].value)
 tasks = "/proc/self/task"  # a thread of the group that outlives it may abort the process as it ends
 for task in os.listdir(tasks) if os.path.isdir(tasks) else ():
     try:
@@ -76,50 +79,51 @@ def started(*words, cwd=None, **more):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=300,
+        timeout=600,
         cwd=cwd,
     )
 
 
-def ran(tmp_path, name, *, together, **more):
+def ran(tmp_path, *names, together, **more):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     begin = TOGETHER if together else (sys.executable,)
     place = tmp_path / ("two" if together else "one")
     place.mkdir(exist_ok=True)
-    return started(*begin, script, place, name, **more), place
+    return started(*begin, script, place, *names, **more), place
 
 
-SLOW = pytest.mark.slow  # each starts torch three times or more
+RECIPES = ("mixed", "trades", "guarded", "means")
 
 
-@pytest.mark.parametrize(
-    "name", ["mixed", *(pytest.param(name, marks=SLOW) for name in ("trades", "guarded", "means"))]
-)
-def test_two_processes_train_the_weights_of_one(tmp_path, name):
-    _, alone = ran(tmp_path, name, together=False)
-    done, both = ran(tmp_path, name, together=True)
+def test_two_processes_train_the_weights_of_one(tmp_path):
+    """All recipes one after another, as starting torch takes longer than each training."""
+    done, alone = ran(tmp_path, *RECIPES, together=False)
     assert done.returncode == 0, done.stderr
-    one, first, second = (torch.load(path) for path in (alone / f"{name}-0.pt", *sorted(both.glob("*.pt"))))
-    for key, value in one.items():
-        torch.testing.assert_close(first[key], value, atol=1e-4, rtol=1e-3)
-        assert torch.equal(first[key], second[key])
-    said = {line.split(" ", 1)[1] for line in done.stdout.splitlines()}
-    assert len(said) == 1  # the same measurement
-    assert "2 processes" in json.loads((both / name / "run.json").read_text())["hardware"]
-    if name == "trades":  # one recipe shows that a finished run is opened again
-        again, _ = ran(tmp_path, name, together=True)
-        assert again.returncode == 0, again.stderr
+    done, both = ran(tmp_path, *RECIPES, together=True)
+    assert done.returncode == 0, done.stderr
+    for name in RECIPES:
+        one, first, second = (
+            torch.load(path) for path in (alone / f"{name}-0.pt", *sorted(both.glob(f"{name}-*.pt")))
+        )
+        for key, value in one.items():
+            torch.testing.assert_close(first[key], value, atol=1e-4, rtol=1e-3)
+            assert torch.equal(first[key], second[key])
+        assert "2 processes" in json.loads((both / name / "run.json").read_text())["hardware"]
+    said = [line.split(" ", 1)[1] for line in done.stdout.splitlines()]
+    assert len(said) == 2 * len(RECIPES) and len(set(said)) == len(RECIPES)  # the same measurements
+    again, _ = ran(tmp_path, "trades", together=True)  # a finished run is opened again
+    assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("lost", "the loss is not finite"),
-        pytest.param("kept", "2 processes share them", marks=SLOW),
-        pytest.param("one", "a batch of 1 is too small for 2 processes", marks=SLOW),
-        pytest.param("unknown", "2 processes share them", marks=SLOW),
-        pytest.param("other", "this process has other data than the first one", marks=SLOW),
+        ("kept", "2 processes share them"),
+        ("one", "a batch of 1 is too small for 2 processes"),
+        ("unknown", "2 processes share them"),
+        ("other", "this process has other data than the first one"),
     ],
 )
 def test_what_two_processes_cannot_do_is_said(tmp_path, name, said):
@@ -128,7 +132,6 @@ def test_what_two_processes_cannot_do_is_said(tmp_path, name, said):
     assert said in done.stderr
 
 
-@SLOW
 def test_two_processes_go_on_to_the_weights_of_an_uninterrupted_training(tmp_path):
     stopped, place = ran(tmp_path, "stopped", together=True, STOP="1")
     assert stopped.returncode != 0
@@ -143,13 +146,11 @@ def test_two_processes_go_on_to_the_weights_of_an_uninterrupted_training(tmp_pat
             torch.testing.assert_close(other[key], value, atol=1e-4, rtol=1e-3)
 
 
-@SLOW
 def test_two_processes_plan_alike(tmp_path):
     done, _ = ran(tmp_path, "budget", together=True)
     assert done.returncode == 0, done.stderr
 
 
-@SLOW
 def test_what_one_process_refuses_is_no_internal_error_of_the_other(tmp_path):
     words = ["harden", "mnist-cnn", "mnist-mini", "-t", "linf:5", "--recipe", "fgsm-rs", "--run", "run"]
     done = started(*TOGETHER, "-m", "--", "holdfast", *words, cwd=tmp_path)
@@ -158,7 +159,6 @@ def test_what_one_process_refuses_is_no_internal_error_of_the_other(tmp_path):
     assert "internal error" not in done.stderr
 
 
-@SLOW
 def test_the_command_line_trains_in_two_processes_and_one_of_them_speaks(tmp_path):
     asked = "harden mnist-cnn mnist-mini -t linf:0.1 --recipe fgsm-rs --suite quick -n 50 --run run -o made/"
     words = [*asked.split(), "-o", "report.json", "--set", "recipe.training.epochs=2"]

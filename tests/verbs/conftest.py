@@ -5,6 +5,7 @@ import os
 import pytest
 
 from places import collections_from_one_place, draws_by_count  # noqa: F401 (fixtures)
+from verbs.collected_pool import collected, pool  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(autouse=True)

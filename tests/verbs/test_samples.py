@@ -17,7 +17,7 @@ from holdfast.verbs.rotate.samples import (
     planned_needs,
     statement,
 )
-from runs.test_admission import N, seen, verdicts
+from verbs.test_admission import N, seen, verdicts
 
 
 def passing(need, loss, n, turns=300):

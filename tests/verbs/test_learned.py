@@ -11,7 +11,7 @@ from holdfast.harness.kinds.attack import AttackKind
 from holdfast.harness.kinds.fit import Fit
 from holdfast.sources.memory import as_data
 from holdfast.verbs.assess import assess
-from runs.fakes import FAST, data, order, settled, subject
+from verbs.fakes import FAST, data, order, settled, subject
 
 LEARNED = Member("Universal", Universal(examples=30, steps=10, batch=10))
 

@@ -13,8 +13,8 @@ from holdfast.testing.recipes import same
 from holdfast.verbs import attempt_training
 from holdfast.verbs.harden import harden
 from holdfast.verbs.training import LAST, saved
-from runs import fakes
-from runs.test_hardening import training, wish
+from verbs import fakes
+from verbs.test_hardening import training, wish
 
 BUDGET_S = 64.0
 LONG_S = 128.0  # where an update takes so long that few fit into the other one

@@ -27,8 +27,8 @@ from holdfast.verbs.rotate.transfer_examples import (
     exposed_for,
 )
 from holdfast.verbs.rotate.verdicts import Admission, Judged
-from runs.rotating import DRAWING, begun, immunised, nearby, state, terms, trained
-from runs.steps import admit
+from verbs.rotating import DRAWING, begun, immunised, nearby, state, terms, trained
+from verbs.steps import admit
 
 QUICK = TransferAttacker({"MI": ATTACKS["MI"]})
 
@@ -64,6 +64,7 @@ def gates(found, name):
     return {one.name: one for one in next(each for each in found.judged if each.name == name).gates}
 
 
+@pytest.mark.slow
 def test_a_set_that_holds_against_what_leaked_is_admitted_with_its_canary(judged):
     pool, names, stolen, found = judged
     assert found.admitted == (names["good"],) and found.exit_code == 0 and found.kept_out == ""
@@ -89,6 +90,7 @@ def test_a_set_that_holds_against_what_leaked_is_admitted_with_its_canary(judged
     }
 
 
+@pytest.mark.slow
 def test_what_was_admitted_can_be_served_by_whoever_holds_the_pool_alone(judged):
     pool, names, _, _ = judged
     member, inputs = pool.ledger.member(names["good"]), pool.kept("canaries").columns["x"]
@@ -100,6 +102,7 @@ def test_what_was_admitted_can_be_served_by_whoever_holds_the_pool_alone(judged)
     assert served.answer(inputs[:2], principal="alice").shape[0] == 2 and len(inputs) > 2
 
 
+@pytest.mark.slow
 def test_a_copy_of_what_leaked_is_refused_by_what_its_thief_makes(judged):
     pool, names, stolen, found = judged
     refused = gates(found, names["copy"])
@@ -109,6 +112,7 @@ def test_a_copy_of_what_leaked_is_refused_by_what_its_thief_makes(judged):
     assert why.startswith(f"theft: examples of A1 {stolen} by MI break ") and "1.2 times the" in why
 
 
+@pytest.mark.slow
 def test_sets_whose_numbers_are_not_like_others_are_refused_by_name(judged):
     pool, names, _, found = judged
     assert "0.weight contains values that are not finite" in pool.ledger.member(names["broken"]).why
@@ -116,11 +120,12 @@ def test_sets_whose_numbers_are_not_like_others_are_refused_by_name(judged):
     assert "standard deviations; all values finite" in pool.ledger.member(names["blown up"]).why
 
 
+@pytest.mark.slow
 def test_each_gate_stands_on_runs_whose_columns_say_what_became_of_each_example(judged):
     pool, names, _, _ = judged
     runs = {path.name.rsplit("-", 1)[0]: path for path in (pool.path / "admission" / names["good"]).iterdir()}
-    assert {"a0-a1-0-2000", "a3-0-200", "white-box-0-1000"} <= {*runs}
-    stages = {path.name for path in runs["a0-a1-0-2000"].iterdir()}
+    assert {"a0-a1-0-1000", "a3-0-200", "white-box-0-1000"} <= {*runs}
+    stages = {path.name for path in runs["a0-a1-0-1000"].iterdir()}
     assert any(name.startswith("2-a1-") for name in stages)
 
 
@@ -156,6 +161,7 @@ def test_a_second_process_is_refused_before_it_measures(tmp_path):
     assert not (pool.path / "admission").exists()
 
 
+@pytest.mark.slow
 def test_a_kill_before_the_entry_loses_nothing_and_bases_are_listed(tmp_path, monkeypatch):
     pool = begun(tmp_path / "pool")
     base = pool.ledger.members[0].name
@@ -181,6 +187,7 @@ def test_a_kill_before_the_entry_loses_nothing_and_bases_are_listed(tmp_path, mo
     assert again.unjudged == (name,), "what is stolen after it was listed calls for a new judgement"
 
 
+@pytest.mark.slow
 def test_what_is_unclear_is_judged_on_twice_as_many_while_they_last(tmp_path):
     pool = begun(tmp_path / "pool", bases=(0,))
     name = pool.add(state(trained(6)), {})
@@ -345,6 +352,7 @@ def test_what_swaps_lose_does_not_add_up():
     assert verdicts(seen(changed=24, lost=24), claims=[claim])[claim] == "fail"
 
 
+@pytest.mark.slow
 def test_bases_are_measured_once_for_all_admissions(tmp_path):
     pool = begun(tmp_path / "pool", bases=(0,))
     base = pool.ledger.members[0].name

@@ -19,7 +19,7 @@ from holdfast.metrics.transfer import ALL, matrix
 from holdfast.verbs.assess import assess
 from holdfast.verbs.request import Subject
 from holdfast.verbs.stored_runs import open_run
-from runs.fakes import CLASSES, FAST, FEATURES, SMALLEST, N, data, network, order, settled, subject
+from verbs.fakes import CLASSES, FAST, FEATURES, SMALLEST, N, data, network, order, settled, subject
 
 BLIND = ThreatModel(Linf(0.06), access="none")
 GIVEN = Member("Transfer", Transfer(steps=3, neighbours=0))

@@ -44,7 +44,7 @@ def plan(*members, **changes):
     return Plan(members or (FAST, THOROUGH), settings.pop("threat", ThreatModel(Linf(0.06))), **settings)
 
 
-def order(*members, gates=("robust_accuracy >= 0.1",), batch_size=None, shard_size=15, **changes):
+def order(*members, gates=("robust_accuracy >= 0.1",), batch_size=None, shard_size=20, **changes):
     fields = {
         name: changes.pop(name)
         for name in ("time_budget_s", "accepted", "command", "workers")

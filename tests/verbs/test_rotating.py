@@ -32,7 +32,7 @@ from holdfast.verbs.rotate.query_search import AcrossSwaps
 from holdfast.verbs.rotate.wording import protection_verdict, with_effects
 from holdfast.verbs.stored_runs import open_run
 from rotation.problem import examples
-from runs import steps
+from verbs import steps
 
 NET = "from rotation.problem import network\n\n\ndef make():\n    return network()\n"
 FEW = TransferAttacker({"MI": ATTACKS["MI"]})

@@ -11,8 +11,8 @@ from holdfast.verbs.rotate import run as watching
 from holdfast.verbs.rotate.contents import waiting_candidates
 from holdfast.verbs.rotate.run import LoopSettings, RotationLoop
 from holdfast.verbs.rotate.verdicts import Admission, Judged
-from runs import steps
-from runs.test_rotate import IMMUNISE, collected, pool, terms, unflushed  # noqa: F401 (fixtures)
+from verbs import steps
+from verbs.collected_pool import IMMUNISE, terms
 
 
 def turner(of, *triggers, keep=2, **more):
@@ -49,7 +49,7 @@ def strict(monkeypatch):
 
 
 @pytest.mark.usefixtures("generous")
-def test_begins_with_one_that_serves_and_as_many_ahead_as_wanted(pool):  # noqa: F811
+def test_begins_with_one_that_serves_and_as_many_ahead_as_wanted(pool):
     one = turner(pool, immunise=IMMUNISE)
     one.begin()
     assert pool.serving.epoch == 1 and len(pool.ahead) == 2
@@ -59,7 +59,7 @@ def test_begins_with_one_that_serves_and_as_many_ahead_as_wanted(pool):  # noqa:
 
 
 @pytest.mark.usefixtures("generous")
-def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):  # noqa: F811
+def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):
     one = turner(pool, AnswersPerPrincipal(50))
     one.begin()
     assert one.check() and pool.serving.epoch == 1
@@ -75,7 +75,7 @@ def test_swaps_after_answers_time_or_an_exposure_and_makes_up_for_it(pool):  # n
 
 
 @pytest.mark.usefixtures("generous")
-def test_an_exposure_does_not_wait_until_the_pool_is_full_again(pool, monkeypatch):  # noqa: F811
+def test_an_exposure_does_not_wait_until_the_pool_is_full_again(pool, monkeypatch):
     turner(pool).begin()
     one, draw, admit, served = turner(pool, keep=4), watching.draw, watching.admit, []
 
@@ -98,7 +98,7 @@ def test_an_exposure_does_not_wait_until_the_pool_is_full_again(pool, monkeypatc
 
 
 @pytest.mark.usefixtures("generous")
-def test_time_counts_from_when_the_ledger_says(pool, monkeypatch):  # noqa: F811
+def test_time_counts_from_when_the_ledger_says(pool, monkeypatch):
     one = turner(pool, Elapsed(3600))
     one.begin()
     assert one.check() and pool.serving.epoch == 1
@@ -117,7 +117,7 @@ def test_time_counts_from_when_the_ledger_says(pool, monkeypatch):  # noqa: F811
 
 
 @pytest.fixture
-def begun(pool, monkeypatch, strict):  # noqa: F811
+def begun(pool, monkeypatch, strict):
     """A turner whose first set serves and whose second waits, before admissions refuse everything; what it says."""
     for name in ("first", "second"):
         (drawn,) = steps.draw(pool, terms(), 1).names
@@ -128,7 +128,8 @@ def begun(pool, monkeypatch, strict):  # noqa: F811
     return one, said
 
 
-def test_where_nothing_is_admitted_and_none_waits_what_serves_goes_on_and_it_ends(pool, begun):  # noqa: F811
+@pytest.mark.slow
+def test_where_nothing_is_admitted_and_none_waits_what_serves_goes_on_and_it_ends(pool, begun):
     one, _ = begun
     pool.answered(1, {"alice": 5})
     with pytest.raises(
@@ -145,7 +146,8 @@ def test_where_nothing_is_admitted_and_none_waits_what_serves_goes_on_and_it_end
     assert [bool(member.bases) for member in refused] == [True] + [False] * 5, "the generator's, then others"
 
 
-def test_where_others_wait_it_goes_on_without_keeping_a_core_busy(pool, begun):  # noqa: F811
+@pytest.mark.slow
+def test_where_others_wait_it_goes_on_without_keeping_a_core_busy(pool, begun):
     one, said = begun
     one.settings, waited = replace(one.settings, keep=2), []
     one.watch(checks=1, sleep=waited.append)
@@ -153,7 +155,8 @@ def test_where_others_wait_it_goes_on_without_keeping_a_core_busy(pool, begun): 
     assert waited[-1] > 30 and "were refused in a row" in said[-1]
 
 
-def test_what_was_admitted_serves_although_too_few_were(pool, monkeypatch):  # noqa: F811
+@pytest.mark.slow
+def test_what_was_admitted_serves_although_too_few_were(pool, monkeypatch):
     left = iter([True] + [False] * 99)
 
     def admit(request, **given):
@@ -173,7 +176,7 @@ def test_what_was_admitted_serves_although_too_few_were(pool, monkeypatch):  # n
 
 
 @pytest.mark.usefixtures("generous")
-def test_only_an_exposure_lets_a_set_serve_that_was_not_judged_against_it(pool):  # noqa: F811
+def test_only_an_exposure_lets_a_set_serve_that_was_not_judged_against_it(pool):
     one = turner(pool, AnswersPerPrincipal(5), keep=1)
     one.begin()
     base = next(member.name for member in pool.ledger.members if member.role == "base")
@@ -187,7 +190,7 @@ def test_only_an_exposure_lets_a_set_serve_that_was_not_judged_against_it(pool):
 
 
 @pytest.mark.usefixtures("generous")
-def test_it_waits_where_another_process_draws(pool):  # noqa: F811
+def test_it_waits_where_another_process_draws(pool):
     one, said = turner(pool, AnswersPerPrincipal(5), keep=1), []
     one.begin()
     one.notify = said.append
@@ -199,7 +202,7 @@ def test_it_waits_where_another_process_draws(pool):  # noqa: F811
 
 
 @pytest.mark.usefixtures("strict")
-def test_five_refusals_in_a_row_end_it(pool):  # noqa: F811
+def test_five_refusals_in_a_row_end_it(pool):
     one = turner(pool, Elapsed(3600), keep=2, by="generator")
     with pytest.raises(Inconclusive, match="6 sets of the generator were refused in a row.*no set serves"):
         one.begin()
@@ -207,8 +210,9 @@ def test_five_refusals_in_a_row_end_it(pool):  # noqa: F811
     assert sum(member.why == "it falls" for member in pool.ledger.members) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("strict")
-def test_sets_are_trained_anew_where_the_generator_draws_nothing_that_is_admitted(pool):  # noqa: F811
+def test_sets_are_trained_anew_where_the_generator_draws_nothing_that_is_admitted(pool):
     said = []
     one = RotationLoop(pool, terms(), LoopSettings((Elapsed(3600),), keep=3), notify=said.append)
     with pytest.raises(Inconclusive):
@@ -219,7 +223,7 @@ def test_sets_are_trained_anew_where_the_generator_draws_nothing_that_is_admitte
 
 
 @pytest.mark.usefixtures("strict")
-def test_another_process_remembers_that_the_generator_draws_nothing_that_is_admitted(pool):  # noqa: F811
+def test_another_process_remembers_that_the_generator_draws_nothing_that_is_admitted(pool):
     said = []
     with pytest.raises(Inconclusive):
         turner(pool, Elapsed(3600), keep=5, by="generator").begin()
@@ -235,7 +239,7 @@ def test_another_process_remembers_that_the_generator_draws_nothing_that_is_admi
 
 
 @pytest.mark.usefixtures("generous")
-def test_a_schedule_faster_than_generation_is_refused(pool):  # noqa: F811
+def test_a_schedule_faster_than_generation_is_refused(pool):
     with pytest.raises(
         UsageError, match="a swap is due every 1e-06 s, but it takes .* to produce an admitted set"
     ):
@@ -243,7 +247,7 @@ def test_a_schedule_faster_than_generation_is_refused(pool):  # noqa: F811
 
 
 @pytest.mark.usefixtures("generous")
-def test_a_schedule_that_became_faster_than_generation_is_told_and_a_filling_ends(pool):  # noqa: F811
+def test_a_schedule_that_became_faster_than_generation_is_told_and_a_filling_ends(pool):
     one, said = turner(pool), []
     one.begin()
     one = replace_every(one, Elapsed(1e-6))
@@ -257,7 +261,7 @@ def test_a_schedule_that_became_faster_than_generation_is_told_and_a_filling_end
 
 
 @pytest.mark.usefixtures("generous")
-def test_it_says_that_nothing_serves_any_more(pool):  # noqa: F811
+def test_it_says_that_nothing_serves_any_more(pool):
     one, said = turner(pool), []
     one.begin()
     pool.retire(pool.serving.name, "by hand")

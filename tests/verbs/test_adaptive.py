@@ -13,7 +13,7 @@ from holdfast.doubts.answering import arms, required_attacks, with_answers
 from holdfast.harness import Member
 from holdfast.verbs.assess import assess
 from holdfast.verbs.stored_runs import open_run
-from runs.fakes import FAST, data, network, order, settled, subject
+from verbs.fakes import FAST, data, network, order, settled, subject
 
 ARMS = (Member("BPDA", APGD(steps=5)), Member("Search", Square(queries=10)))
 
@@ -70,6 +70,7 @@ def test_an_answered_doubt_lets_a_gate_pass():
     assert set(states(adaptive).values()) <= {"clear", "answered", "not measured"}
 
 
+@pytest.mark.slow
 def test_under_l2_an_answer_stands_on_a_search_for_the_smallest_change():
     """Where climbing inside the ball leaves four of five standing."""
     by_suite = {

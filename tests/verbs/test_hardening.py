@@ -46,11 +46,13 @@ from holdfast.verbs.pace import Pace, _grown, pace
 from holdfast.verbs.request import HardenRequest
 from holdfast.verbs.stored_runs import open_run, runs_in
 from holdfast.verbs.trainable import copy_of
-from runs import fakes
+from verbs import fakes
 
 HOW = Training(epochs=3, batch=64, lr=0.01)
 RECIPE = PGDTraining(steps=2, training=HOW)
 THREAT = ThreatModel(Linf(0.06))
+JUDGE = fakes.order(fakes.FAST, gates=(), shard_size=fakes.N)
+"""One attack on one shard: how a model is assessed is tested elsewhere."""
 
 
 def training(n=600, seed=5):
@@ -66,7 +68,7 @@ def trainable(seed=1):
 
 def wish(recipe=RECIPE, *more, **changes):
     candidates = tuple(Candidate(type(one).__name__, one, {}) for one in (recipe, *more))
-    assessment = changes.pop("assessment", fakes.order(gates=()))
+    assessment = changes.pop("assessment", JUDGE)
     return HardenRequest("pgd", candidates, THREAT, assessment, **changes)
 
 

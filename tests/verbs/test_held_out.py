@@ -23,8 +23,8 @@ from holdfast.verbs.held_out import (
     without_judged,
 )
 from holdfast.verbs.pace import with_predicted_labels
-from runs import fakes
-from runs.test_hardening import THREAT, trainable, training, wish
+from verbs import fakes
+from verbs.test_hardening import THREAT, trainable, training, wish
 
 
 def test_training_examples_that_are_judged_are_left_out_and_named(tmp_path):

@@ -14,60 +14,16 @@ import torch
 
 from holdfast.core.draws import Draws
 from holdfast.core.errors import Inconclusive, TargetError, UsageError
-from holdfast.ops.fit import Training
-from holdfast.recipes import SingleStep, Standard
-from holdfast.rotation import Basins, Codec, Immunise, LatentDiffusion, Seeds, Subset
+from holdfast.rotation import Basins, Codec, Seeds, Subset
 from holdfast.rotation.collecting import last_of
-from holdfast.rotation.immunising import Crafting
 from holdfast.sources.memory import as_data
 from holdfast.store.pool import Pool
-from holdfast.verbs.candidates import Candidate
-from holdfast.verbs.request import Subject
 from holdfast.verbs.rotate import collect, contents, draw
-from holdfast.verbs.rotate.request import RotateRequest, split_examples, trainable_subject
+from holdfast.verbs.rotate.request import split_examples
 from holdfast.verbs.rotate.status import status
 from rotation.problem import THREAT, accuracy, examples, network
-from runs import steps
-
-SOURCE = Basins(seeds=2, sets=4, every=2, lr=1e-3)
-CODEC, DIFFUSION = Codec(dims=8, hidden=64, steps=400), LatentDiffusion(width=64, depth=2, steps=400)
-IMMUNISE = Immunise(crafting=Crafting(examples=64, steps=2))
-
-
-@pytest.fixture(autouse=True)
-def unflushed(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
-def terms(source=SOURCE, *, robust=False, epochs=8, lr=0.01, seed=0, given=None) -> RotateRequest:
-    """Of the small problem; a test set far from what is trained on."""
-    kind = SingleStep if robust else Standard
-    recipe = kind(training=Training(epochs=epochs, batch=32, lr=lr, averaging="none"))
-    data, other = examples(n=640), examples(1, 64)
-    parts = split_examples(data, as_data(other.x, other.y), "blobs", 4, seed)
-    subject = Subject(given or network(), "digest", {"name": "net"})
-    trainable = trainable_subject(subject, "cpu", parts)
-    candidate = Candidate("standard", recipe, {})
-    return RotateRequest(trainable, THREAT, "linf:0.1", candidate, source, parts, seed, "own")
-
-
-@pytest.fixture(scope="module")
-def collected(tmp_path_factory):
-    """A pool with everything collected and a generator, to be copied."""
-    path = tmp_path_factory.mktemp("collected") / "pool"
-    pool = steps.create(path, terms())
-    found = steps.collect(pool, terms())
-    learned = steps.train(pool, terms(), CODEC, DIFFUSION)
-    return path, found, learned
-
-
-@pytest.fixture
-def pool(collected, tmp_path):
-    path = tmp_path / "pool"
-    shutil.copytree(collected[0], path)
-    shutil.copy(collected[0].with_name("pool.key"), tmp_path / "pool.key")
-    return Pool.held(path)
-
+from verbs import steps
+from verbs.collected_pool import CODEC, DIFFUSION, IMMUNISE, terms
 
 # --- collect
 
@@ -88,6 +44,7 @@ def test_collects_every_run_and_the_surrogates(collected):
     assert not (path / "begun.sealed").exists(), "the checkpoint of the last training is of no use any more"
 
 
+@pytest.mark.slow
 def test_who_knows_the_seed_cannot_make_the_collection_again(collected, tmp_path, monkeypatch):
     assert contents.secret(Pool.held(collected[0])).key == 7, "what the operating system gave, in these tests"
     monkeypatch.setattr(contents, "secrets", SimpleNamespace(randbits=lambda bits: 8))
@@ -438,7 +395,7 @@ def took_s(step, path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be killed")
-def test_twenty_kills_in_collect_lose_nothing(tmp_path):
+def test_ten_kills_in_collect_lose_nothing(tmp_path):
     whole_s = (
         took_s(_collect, tmp_path / "undisturbed" / "pool")
         if (tmp_path / "undisturbed").mkdir() is None
@@ -446,10 +403,10 @@ def test_twenty_kills_in_collect_lose_nothing(tmp_path):
     )
     path = tmp_path / "pool"
     kills = 0
-    for _ in range(20):
-        kills += killed(_collect, path, whole_s * 0.06)
+    for _ in range(10):
+        kills += killed(_collect, path, whole_s * 0.12)
     _collect(path)
-    assert kills >= 5
+    assert kills >= 4
     one, other = Pool.held(path), Pool.held(tmp_path / "undisturbed" / "pool")
     assert contents.bases(one) == contents.bases(other), "the same sets, kills or none"
     for name in ("run_0", "run_1", "own_0", "own_3"):
@@ -461,18 +418,18 @@ def test_twenty_kills_in_collect_lose_nothing(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be killed")
 @pytest.mark.parametrize("step", [_learn, _draw], ids=["train", "draw"])
-def test_twenty_kills_leave_what_serves_and_go_on(pool, step, tmp_path):
+def test_ten_kills_leave_what_serves_and_go_on(pool, step, tmp_path):
     served = steps.draw(pool, terms(), 1).names[0]
     pool.admit(served)
     now = pool.swap()
     shutil.copytree(pool.path, tmp_path / "undisturbed" / "pool")
     shutil.copy(tmp_path / "pool.key", tmp_path / "undisturbed")
     kills, whole_s = 0, took_s(step, tmp_path / "undisturbed" / "pool")
-    for k in range(20):
-        kills += killed(step, pool.path, whole_s * k / 20)
+    for k in range(10):
+        kills += killed(step, pool.path, whole_s * k / 10)
         assert Pool.held(pool.path).serving == now
     step(pool.path)
-    assert kills >= 5
+    assert kills >= 4
     again = Pool.held(pool.path)
     assert again.serving == now and contents.generator_of(again, terms()) is not None
     if step is _draw:

@@ -25,8 +25,8 @@ from holdfast.recipes import SingleStep
 from holdfast.verbs.assess import assess
 from holdfast.verbs.harden import harden
 from holdfast.verbs.hardened import MODEL
-from runs.fakes import FAST, data, order, settled, subject
-from runs.test_hardening import HOW, trainable, training, wish
+from verbs.fakes import FAST, data, order, settled, subject
+from verbs.test_hardening import HOW, trainable, training, wish
 
 CHANGING = ("write", "fsync", "replace", "unlink", "mkdir", "rmdir", "truncate")
 

@@ -6,7 +6,7 @@ import torch
 from holdfast.core.draws import Draws
 from holdfast.verbs.assess import assess
 from holdfast.verbs.checks import batch_size_for
-from runs.fakes import N, data, order, subject
+from verbs.fakes import N, data, order, subject
 
 SHARDS = {1: N, 2: N // 2, 7: -(-N // 7)}
 

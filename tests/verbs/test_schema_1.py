@@ -15,7 +15,7 @@ from holdfast.store.schema_1 import DETAILS, VERSION, document_of_schema_1, mani
 from holdfast.store.verify import verify
 from holdfast.verbs.assess import assess
 from holdfast.verbs.stored_runs import open_run, runs_in
-from runs.fakes import data, order, subject
+from verbs.fakes import data, order, subject
 
 FOLDER = Path(__file__).parent / "schema_1"
 NAMES = ("assessment", "hardening")

@@ -23,7 +23,7 @@ from holdfast.verbs import preparation
 from holdfast.verbs.assess import assess
 from holdfast.verbs.request import Subject
 from holdfast.verbs.stored_runs import open_run
-from runs.fakes import FAST, FEATURES, SMALLEST, N, data, network, order, settled, subject
+from verbs.fakes import FAST, FEATURES, SMALLEST, N, data, network, order, settled, subject
 
 BLIND = ThreatModel(Linf(0.06), access="none")
 

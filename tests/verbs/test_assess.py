@@ -24,7 +24,7 @@ from holdfast.sources.memory import as_data
 from holdfast.verbs.assess import assess
 from holdfast.verbs.request import Subject
 from holdfast.verbs.stored_runs import Comparison, new_folder, open_run, runs_in
-from runs.fakes import CLASSES, FAST, FEATURES, SMALLEST, THOROUGH, N, data, network, order, settled, subject
+from verbs.fakes import CLASSES, FAST, FEATURES, SMALLEST, THOROUGH, N, data, network, order, settled, subject
 
 
 def uniform(*shape):
@@ -162,7 +162,7 @@ def test_time_that_runs_out_midway_keeps_what_was_found(monkeypatch):
             clock[0] = 1e6
 
     monkeypatch.setattr(time, "perf_counter", lambda: real() + clock[0])
-    result = assess(subject(), data(), order(time_budget_s=1000.0), progress=progress)
+    result = assess(subject(), data(), order(time_budget_s=1000.0, shard_size=15), progress=progress)
     tried = result.evidence["queries"] > 0
     assert tried[:15].any() and not tried[15:].any()
     (told,) = (note for note in result.evidence.notes if "PGD finished" in note)

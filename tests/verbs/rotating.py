@@ -24,7 +24,7 @@ SMALL = ThreatModel(Linf(0.05))
 """Under which attacks on the set itself break a third."""
 
 
-def terms(held: int = 2_000) -> RotateRequest:
+def terms(held: int = 1_000) -> RotateRequest:
     """RotateRequest of the problem; the first rows are trained on, and others judge."""
     made, judging = task(), examples(7, held)
     apart = Batch(judging.x, judging.y, judging.ids + 10_000)
