@@ -223,6 +223,7 @@ def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flag
         raise UsageError("--resume continues a run; give its folder with --run DIR (see holdfast runs)")
     from holdfast.api import carry_out
     from holdfast.cli.running import command_line, dry_run_of, folder_of_run, progress_bar, tell
+    from holdfast.engine.progress import ignore
     from holdfast.engine.resuming import way_out
     from holdfast.engine.signals import stoppable
 
@@ -236,7 +237,13 @@ def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flag
     with stoppable(way_out(command, folder)):  # also before the run begins and while its reports are written
         with progress_bar(voice) as progress:
             result = carry_out(
-                settings, run=folder, resume=resume, progress=progress, notify=voice.say, command=command
+                settings,
+                run=folder,
+                resume=resume,
+                progress=progress,
+                notify=voice.say,
+                detail=voice.say if voice.verbose else ignore,
+                command=command,
             )
         tell(result, settings.reports.output, voice, folder=folder)
     return result.exit_code

@@ -12,6 +12,7 @@ from typing import Any
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns, Evidence, Seconds
+from holdfast.engine.ray_tasks import NODES
 from holdfast.harness import FOUND, KINDS
 from holdfast.metrics.paired import clean_accuracy_drop, regression
 from holdfast.metrics.shares import robust_accuracy
@@ -35,7 +36,7 @@ from holdfast.verbs.evidence import (
     evidence_of,
     with_attackers,
 )
-from holdfast.verbs.forms import ASKED, ASSESSED, DECIDED, HEAD, JUDGED, LISTED, consistent
+from holdfast.verbs.forms import ASKED, ASSESSED, DECIDED, DIFFERING, HEAD, JUDGED, LISTED, consistent
 from holdfast.verbs.result import Result, about_of
 from holdfast.verbs.served import totals_in
 
@@ -266,4 +267,7 @@ def _evidence(
     spent = {name: each for name, each in spent_in(path).items() if name in known}
     seconds = {name: Seconds(each.cpu_s, each.wall_s) for name, each in spent.items()}
     adapted = recorded_document(path, chain, ADAPTIVE, manifest["schema_version"])
-    return evidence_of(manifest, by_stage, asked, seconds, adapted, totals_in(path))
+    nodes = recorded_document(path, chain, NODES)
+    if nodes is not None:
+        refuse_form(path / "nodes.json", nodes, DIFFERING)
+    return evidence_of(manifest, by_stage, asked, seconds, adapted, totals_in(path), nodes)
