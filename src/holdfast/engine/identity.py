@@ -72,15 +72,15 @@ def hardware(device: torch.device, processes: int = 1) -> str:
 def node_properties(device: str) -> dict[str, str]:
     """Return the properties of this process on which the last bits of a measurement may depend, by name.
 
-    The device is left out if its name is empty.
+    The device is left out if its name is empty, or if this process has no such device.
     """
     known = {
         "torch build": str(torch.__version__),
         "code": code_digest(),
         "threads": str(torch.get_num_threads()),
     }
-    if not device:
+    if not device or (device != "cpu" and not torch.cuda.is_available()):
         return known
-    if torch.device(device).type == "cuda" and torch.cuda.is_available():
+    if device != "cpu":
         return {**known, "device": torch.cuda.get_device_name(torch.device(device))}
     return {**known, "device": f"{device} with {torch.backends.cpu.get_cpu_capability()}"}

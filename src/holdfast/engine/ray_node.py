@@ -12,10 +12,11 @@ STRICT = ("python", "torch", "holdfast")
 """Properties of a node that must equal those of the process of the run."""
 
 
-def report(paths: Sequence[str], device: str) -> dict[str, Any]:
+def report(paths: Sequence[str], device: str, threads: int | None = None) -> dict[str, Any]:
     """Return the versions, the digest of the code, the threads and the device of this process.
 
-    Entries of `paths` that are not on the import path yet are added at its end. The value of an entry that cannot be
+    Entries of `paths` that are not on the import path yet are added at its end. If `threads` is given, torch uses that
+    many threads from now on. The value of an entry that cannot be
     determined is the reason.
     """
     import os
@@ -31,7 +32,8 @@ def report(paths: Sequence[str], device: str) -> dict[str, Any]:
     try:
         import torch
 
-        torch.set_num_threads(1)
+        if threads is not None:
+            torch.set_num_threads(threads)
         found["torch"] = str(torch.__version__).partition("+")[0]
     except Exception as error:  # noqa: BLE001 - a broken installation may raise anything
         return {**found, "torch": f"{type(error).__name__}: {error}"}
@@ -50,7 +52,7 @@ def report_as_bytes(paths: Sequence[str], device: str) -> bytes:
     """Return the report of this process, as JSON after the letter R."""
     import json
 
-    return b"R" + json.dumps(report(paths, device)).encode()
+    return b"R" + json.dumps(report(paths, device, 1)).encode()
 
 
 def measured(
@@ -68,7 +70,7 @@ def measured(
     """
     import json
 
-    found = report(paths, device)
+    found = report(paths, device, 1)
     if any(found.get(name) != value for name, value in expected.items()):
         return b"N" + json.dumps(found).encode()
     from holdfast.engine.ray_worker import measured as measured_here

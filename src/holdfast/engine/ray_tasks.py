@@ -72,6 +72,8 @@ class RayTasks:
         here = ray_node.report((), self.device)
         self._expected = {name: str(here[name]) for name in (*ray_node.STRICT, "torch build", "code")}
         self._expected["threads"] = "1"
+        if "device" in here:  # otherwise the first node that measures a shard determines it
+            self._expected["device"] = here["device"]
         self._wait_for_cpus()
         self._compare_nodes()
         self._reference = self.cluster.put(self.setup)
@@ -181,6 +183,8 @@ class RayTasks:
             return True
         if failure == "full":
             raise full()
+        if failure == "cancelled":
+            raise TargetError(f"{place} was cancelled in the cluster; continue the run with --resume")
         if failure == "unreadable":
             raise TargetError(
                 f"a worker ended {place} with an error that is not read, because it could run code here; look for it "
@@ -232,8 +236,6 @@ class RayTasks:
 
     def _compare_nodes(self) -> None:
         """Compare the versions of all nodes with those of this process, before the first task."""
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         tasks = [
             self.cluster.submit(
                 ray_node.report_as_bytes,
@@ -242,7 +244,7 @@ class RayTasks:
                     "" if self.options.gpus_per_worker else self.device,
                 ),  # a task without GPU sees none
                 num_cpus=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+                scheduling_strategy=on_node(node["NodeID"]),
             )
             for node in self.cluster.nodes()
         ]
@@ -279,6 +281,13 @@ class RayTasks:
                 )
                 said = True
             time.sleep(min(1.0, left_s))
+
+
+def on_node(node: str) -> Any:
+    """Return the scheduling strategy of a task that runs on one node only."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 @contextmanager

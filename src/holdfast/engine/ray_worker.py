@@ -4,6 +4,7 @@ A result is a letter, the length of a JSON header, the header, and the columns a
 `worker.py`: C columns, L out of time, E error.
 """
 
+import atexit
 import json
 import pickle
 import struct
@@ -23,7 +24,7 @@ LENGTH = struct.Struct("<I")
 """Format of the number of bytes of the header."""
 
 
-class _Opened:
+class Opened:
     """The model that this process has opened last, and the function that measures shards of its run."""
 
     def __init__(self) -> None:
@@ -33,14 +34,18 @@ class _Opened:
     def at(self, reference: Any) -> Measure:
         """Return the function that measures shards; a setup other than the last one is fetched and opened."""
         if self.measure is None or reference.hex() != self.key:
-            self.measure = None
-            self.stack.close()
-            self.stack = ExitStack()
+            self.close()
             # sent by the process of the run
             setup = pickle.loads(fetched(reference))  # noqa: S301
             self.measure = self.stack.enter_context(setup())
             self.key = reference.hex()
         return self.measure
+
+    def close(self) -> None:
+        """Close the model that is open."""
+        self.key, self.measure = "", None
+        self.stack.close()
+        self.stack = ExitStack()
 
 
 def fetched(reference: Any) -> bytes:
@@ -51,7 +56,9 @@ def fetched(reference: Any) -> bytes:
     return content
 
 
-_OPENED = _Opened()
+CURRENT = Opened()
+"""What this process has open."""
+atexit.register(CURRENT.close)
 
 
 def measured(reference: Any, task: bytes, buffers: Sequence[Any], report: dict[str, Any]) -> bytes:
@@ -64,7 +71,7 @@ def measured(reference: Any, task: bytes, buffers: Sequence[Any], report: dict[s
         return LENGTH.pack(len(written)) + written
 
     try:
-        measure = _OPENED.at(reference)
+        measure = CURRENT.at(reference)
         # sent by the process of the run
         work, size, known, left_s = pickle.loads(task, buffers=buffers)  # noqa: S301
         room = Room(size, known, lambda row, half: splits.append({"row": row, "size": half}))
