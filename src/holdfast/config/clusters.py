@@ -9,8 +9,10 @@ from holdfast.config.grammar import seconds
 from holdfast.config.settings import AssessSettings, HardenSettings
 from holdfast.config.values import POOL_STAYS
 from holdfast.core.errors import UsageError
-from holdfast.engine.ray_cluster import RayOptions, imported_ray, refuse_address
-from holdfast.sources.models import ROTATING
+from holdfast.engine.ray_cluster import RayOptions, refuse_missing_ray
+
+ROTATING = "rotating:"
+"""Beginning of the address of a pool of parameter sets."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +50,35 @@ def cluster_settings(on: str | Ray) -> dict[str, Any]:
     }
 
 
-def ray_options(settings: AssessSettings | HardenSettings, device: str) -> RayOptions | None:
-    """Return the options of the cluster on which shards run, or None for this machine.
+def refuse_unready(settings: AssessSettings | HardenSettings, address: str | None) -> None:
+    """Raise `UsageError` for a cluster without a number of workers, without Ray, or for a pool of parameter sets.
 
-    Raises `UsageError` without Ray or a number of workers, and for an address that is not allowed.
+    `address` is that of the model, or None for an object.
     """
-    cluster, workers = settings.cluster, settings.execution.workers
+    on = settings.cluster.on
+    if on == "local":
+        return
+    if address is not None and address.startswith(ROTATING):
+        raise UsageError(f"{address} runs on this machine only: {POOL_STAYS}; leave --on {on} out")
+    if settings.execution.workers is None:
+        raise UsageError(
+            f"--on {on} needs the number of shards that are measured at the same time, as in --workers 4"
+        )
+    refuse_missing_ray(client=on != "ray")
+
+
+def ray_options(settings: AssessSettings | HardenSettings, device: str) -> RayOptions | None:
+    """Return the options of the cluster on which shards run, or None for this machine."""
+    refuse_unready(settings, settings.model.address)
+    cluster = settings.cluster
     if cluster.on == "local":
         return None
-    if workers is None:
-        raise UsageError(
-            f"--on {cluster.on} needs the number of shards that are measured at the same time, as in --workers 4"
-        )
     given = cluster.gpus_per_worker
     if given == 0 and device.startswith("cuda"):
         raise UsageError(
             f"gpus_per_worker is 0 and the device is {device}; give --gpus-per-worker 1, or --device cpu"
         )
-    options = RayOptions(
+    return RayOptions(
         "" if cluster.on == "ray" else cluster.on,
         tuple(Path(path) for path in cluster.ship),
         (1.0 if device.startswith("cuda") else 0.0) if given is None else given,
@@ -73,14 +86,3 @@ def ray_options(settings: AssessSettings | HardenSettings, device: str) -> RayOp
         cluster.trust_network,
         seconds(cluster.timeout, "timeout"),
     )
-    refuse_address(options)
-    imported_ray()
-    return options
-
-
-def refuse_pool_on_cluster(settings: AssessSettings, address: str | None) -> None:
-    """Raise `UsageError` for a pool of parameter sets that would be measured on a cluster."""
-    if settings.cluster.on != "local" and address is not None and address.startswith(ROTATING):
-        raise UsageError(
-            f"{address} runs on this machine only; {POOL_STAYS}; leave --on {settings.cluster.on} out"
-        )

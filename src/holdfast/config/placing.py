@@ -8,6 +8,7 @@ from pydantic import Field
 from holdfast.config import values
 from holdfast.config.groups import Flag, SettingGroup
 from holdfast.core.errors import UsageError
+from holdfast.engine.ray_cluster import RayOptions, refuse_address
 
 
 class ClusterSettings(SettingGroup):
@@ -38,8 +39,10 @@ class ClusterSettings(SettingGroup):
     )
 
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
-        """Raise `UsageError` for a setting of a cluster without a cluster."""
+        """Raise `UsageError` for a setting of a cluster without a cluster, and for an address that is not allowed."""
         if self.on != "local":
+            address = "" if self.on == "ray" else self.on
+            refuse_address(RayOptions(address, trust_network=self.trust_network))
             return
         for key in ("ship", "gpus_per_worker", "mixed_nodes", "trust_network"):
             if getattr(self, key):

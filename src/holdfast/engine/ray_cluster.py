@@ -82,10 +82,16 @@ def _has_tls() -> bool:
     return os.environ.get(_TLS, "0").lower() in ("1", "true")
 
 
+def refuse_missing_ray(*, client: bool = False) -> None:
+    """Raise `UsageError`, with the command that installs it, if Ray or its client is not installed."""
+    for module, name in (("ray", "Ray"), *([("grpc", "Ray's client")] if client else [])):
+        if importlib.util.find_spec(module) is None:
+            raise UsageError(f"--on needs {name}, which is not installed: pip install 'holdfast[scale]'")
+
+
 def imported_ray() -> ModuleType:
-    """Return the module `ray`. Raises `UsageError` with the command that installs it if it is missing."""
-    if importlib.util.find_spec("ray") is None:
-        raise UsageError("--on ray needs Ray, which is not installed: pip install 'holdfast[scale]'")
+    """Return the module `ray`. Raises `UsageError` if it is missing."""
+    refuse_missing_ray()
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
@@ -231,6 +237,8 @@ def _started(ray: ModuleType, workers: int, options: RayOptions) -> Iterator[Clu
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # short, because paths of sockets have at most 107 bytes
     folder = tempfile.mkdtemp(prefix="hf-")
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = folder  # for the processes of the cluster
     try:
         with _own_signals(), _quiet(ray):
             context = ray.init(
@@ -244,6 +252,7 @@ def _started(ray: ModuleType, workers: int, options: RayOptions) -> Iterator[Clu
                 _node_ip_address="127.0.0.1",
                 _temp_dir=folder,
             )
+        _restore("TMPDIR", before)
         with _silent_errors(ray):
             yield Cluster(ray, local=True, dashboard=_dashboard(context))
     except (ConnectionError, RuntimeError, OSError) as error:
@@ -251,9 +260,17 @@ def _started(ray: ModuleType, workers: int, options: RayOptions) -> Iterator[Clu
             raise
         raise TargetError(f"Ray did not start on this machine: {error}") from error
     finally:
+        _restore("TMPDIR", before)
         with _own_signals():
             ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _restore(variable: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = value
 
 
 def _default_token() -> Path:
@@ -312,10 +329,7 @@ def _silent_errors(ray: ModuleType) -> Iterator[None]:
 @contextmanager
 def _joined(ray: ModuleType, options: RayOptions) -> Iterator[Cluster]:
     """Connect to an existing cluster with Ray's client; the tasks of this process end on exit."""
-    if importlib.util.find_spec("grpc") is None:
-        raise UsageError(
-            "ray:// addresses need Ray's client, which is not installed: pip install 'holdfast[scale]'"
-        )
+    refuse_missing_ray(client=True)
     parts = urlsplit(options.address)
     assert parts.hostname is not None and parts.port is not None
     address = (

@@ -124,8 +124,8 @@ class SentModel:
 class Shipment:
     """The pickled model, and the code that it needs. Calling it opens the model: see `engine.ray_worker`."""
 
-    content: bytes
-    """the pickled `SentModel`"""
+    content: list[bytes]
+    """the pickled `SentModel`; empty once it is opened, so that a worker keeps one copy of the model"""
     modules: Mapping[str, tuple[str, bytes]]
     """path and content of each code file of the user that the model was made by, by the name of the module"""
     files: Mapping[str, bytes]
@@ -145,7 +145,7 @@ class Shipment:
                 if name not in sys.modules:
                     imported_from(Path(path), content, name)
             # sent by the process of the run
-            model: SentModel = pickle.loads(self.content)  # noqa: S301
+            model: SentModel = pickle.loads(self.content.pop())  # noqa: S301
             yield stack.enter_context(model.opened())
 
 
@@ -168,7 +168,7 @@ def shipment(model: SentModel, files: Mapping[str, bytes], dumps: Callable[[Any]
             f"a node cannot receive the model or an attack ({type(error).__name__}: {error}); define it with "
             "file.py:factory, or measure it with --on local"
         ) from error
-    return pickle.dumps(Shipment(content, _user_modules(content), files))
+    return pickle.dumps(Shipment([content], _user_modules(content), files))
 
 
 def _user_modules(content: bytes) -> dict[str, tuple[str, bytes]]:
