@@ -609,7 +609,7 @@ def test_no_file_can_trust_a_network_or_send_files(key, value, tmp_path):
             settings.read_settings(path, {}, kind=AssessSettings)
     with pytest.raises(UsageError, match=rf"--set contains {key}.*{option}"):
         settings.read_settings(None, {}, [f"{key}=true"], kind=AssessSettings)
-    given = settings.read_settings(None, {"on": "ray://head:10001", key: value}, kind=AssessSettings)
+    given = settings.read_settings(None, {"on": "ray://127.0.0.1:10001", key: value}, kind=AssessSettings)
     assert getattr(given.cluster, key) == value
 
 

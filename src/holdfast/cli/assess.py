@@ -17,7 +17,7 @@ from holdfast.cli.early import (
 )
 from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, flag_names, is_mapping, options_of
-from holdfast.config.clusters import refuse_unready
+from holdfast.config.clusters import refuse_unusable_cluster
 from holdfast.config.groups import InferenceSource
 from holdfast.config.settings import (
     AssessSettings,
@@ -56,7 +56,7 @@ def settings_from(flags: dict[str, Any], kind: type[V], voice: Voice) -> V:
         _refuse_hosts_of_config(getattr(settings, "inference", InferenceSource()), flags)
     _refuse_targets(settings, config)
     if isinstance(settings, AssessSettings | HardenSettings):
-        refuse_unready(settings, settings.model.address)
+        refuse_unusable_cluster(settings, settings.model.address)
     if isinstance(settings, AssessSettings):
         refuse_reports(settings.reports.output)
     if isinstance(settings, HardenSettings):

@@ -50,7 +50,7 @@ def cluster_settings(on: str | Ray) -> dict[str, Any]:
     }
 
 
-def refuse_unready(settings: AssessSettings | HardenSettings, address: str | None) -> None:
+def refuse_unusable_cluster(settings: AssessSettings | HardenSettings, address: str | None) -> None:
     """Raise `UsageError` for a cluster without a number of workers, without Ray, or for a pool of parameter sets.
 
     `address` is that of the model, or None for an object.
@@ -69,7 +69,7 @@ def refuse_unready(settings: AssessSettings | HardenSettings, address: str | Non
 
 def ray_options(settings: AssessSettings | HardenSettings, device: str) -> RayOptions | None:
     """Return the options of the cluster on which shards run, or None for this machine."""
-    refuse_unready(settings, settings.model.address)
+    refuse_unusable_cluster(settings, settings.model.address)
     cluster = settings.cluster
     if cluster.on == "local":
         return None
