@@ -16,10 +16,13 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'hold
 
 import torch  # noqa: E402 - after the skip
 
+import holdfast  # noqa: E402
 from holdfast.core.errors import TargetError, UsageError  # noqa: E402
 from holdfast.engine import ray_cluster  # noqa: E402
 from holdfast.engine.ray_cluster import Cluster, RayOptions, imported_ray  # noqa: E402
 from holdfast.engine.ray_results import bytes_in_pickle, error_in_pickle, result_of  # noqa: E402
+from holdfast.ops.fit import Training  # noqa: E402
+from holdfast.recipes import PGDTraining  # noqa: E402
 from holdfast.sources.factories import build_from_file  # noqa: E402
 from holdfast.store.verify import verify  # noqa: E402
 from holdfast.verbs.assess import assess  # noqa: E402
@@ -211,6 +214,21 @@ def test_too_few_cpus_are_waited_for_and_then_refused(cluster):
     ):
         assess(subject(), data(), on_ray(workers=5, options=RayOptions(timeout_s=1.0)), notify=said.append)
     assert said == ["the Ray cluster has 2 of 5 CPUs that --workers 5 needs; waiting for more, at most 1 s"]
+
+
+@pytest.mark.slow
+def test_harden_measures_on_the_cluster_and_trains_here(cluster):
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(632, 1, 6, 6, generator=g)
+    y = (x[:, 0, :3].sum((1, 2)) > x[:, 0, 3:].sum((1, 2))).long()
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 2))
+    recipe = PGDTraining(steps=1, training=Training(epochs=1, batch=100))
+    how = {"suite": "quick", "doubts": False, "batch_size": 16, "fit": (x[32:], y[32:])}
+    hardened = holdfast.harden(net, (x[:32], y[:32]), "linf:0.05", recipe, on="ray", workers=2, **how)
+    alone = holdfast.harden(net, (x[:32], y[:32]), "linf:0.05", recipe, **how)
+    for one, other in ((hardened.before, alone.before), (hardened.after, alone.after)):
+        assert torch.equal(one.evidence["success"], other.evidence["success"])
 
 
 WORDS = ["assess", "mnist-cnn", "mnist-mini", "-n", "60", "-t", "linf:0.2", "-s", "pgd", "--no-doubts"]

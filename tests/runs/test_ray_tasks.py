@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.engine import ray_node, ray_tasks, ray_worker
 from holdfast.engine.ray_cluster import RayOptions
+from holdfast.store.folder import open_run_folder
 from holdfast.store.verify import verify
 from holdfast.verbs.assess import assess
 from holdfast.verbs.stored_runs import open_run
@@ -177,6 +178,18 @@ def test_a_node_that_joins_with_other_versions_is_refused_by_its_first_task(fake
 def test_time_that_ran_out_is_reported(fake):
     result = assess(subject(), data(), on_fake(time_budget_s=1e-9))
     assert any("time ran out: PGD and PGD-again finished none" in note for note in result.evidence.notes)
+
+
+def test_a_folder_that_another_run_uses_is_refused_before_the_cluster_is(fake, tmp_path):
+    fake.faults[:] = ["full"]
+    with pytest.raises(TargetError):
+        assess(subject(), data(), on_fake(), run=tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    fake.most = 0
+    used = pytest.raises(UsageError, match="is in use by process")
+    with open_run_folder(tmp_path / "run", manifest, {}, resume=True), used:
+        assess(subject(), data(), on_fake(), run=tmp_path / "run", resume=True)
+    assert fake.most == 0
 
 
 def test_too_few_cpus_are_waited_for(fake):
