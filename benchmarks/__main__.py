@@ -26,6 +26,7 @@ ROWS = {
     "odd-batches": "odd_batches",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
+    "cluster": "cluster",
     "reading-files": "reading_files",
     "pgd-cost": "pgd_cost",
     "pgd-dropping": "pgd_dropping",

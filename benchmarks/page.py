@@ -18,6 +18,8 @@ SUBJECTS = {
     "odd-batches": "Attacks on batches that are already broken, empty, of one image, non-contiguous or channels-last. "
     "*As any other* means the same result as for the same examples stored as usual.",
     "onnx-files": "ONNX files from other packages: opened with gradients, or refused with the reason.",
+    "cluster": "The same assessment with two worker processes and on a Ray cluster of one machine: time, memory, and a "
+    "node that is killed.",
     "served-models": "A model behind HTTP and the same model in the process: verdicts and queries that differ, and "
     "rows that the server counted.",
     "reading-files": "`holdfast assess` on files of each format: CPU time with the limits of reading and without.",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from holdfast.api import assess, compare, demo, doctor, harden, report, verify
     from holdfast.attacking import attack
+    from holdfast.config.clusters import Ray
     from holdfast.config.references import open_data, open_model
     from holdfast.config.starting import init, validate
     from holdfast.core.batch import Batch
@@ -38,6 +39,7 @@ __all__ = [
     "Evidence",
     "Linf",
     "Patch",
+    "Ray",
     "Spatial",
     "ThreatModel",
     "__version__",
@@ -71,6 +73,7 @@ _HOMES = {
     "L2": "holdfast.core.constraints",
     "Linf": "holdfast.core.constraints",
     "Patch": "holdfast.core.patches",
+    "Ray": "holdfast.config.clusters",
     "Spatial": "holdfast.core.transformations",
     "ThreatModel": "holdfast.core.threat",
     "assess": "holdfast.api",

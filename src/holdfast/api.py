@@ -12,6 +12,7 @@ from holdfast.checkup import Finding, examine
 from holdfast.config import hardening
 from holdfast.config.assess_inputs import AssessInputs, opened_for_assess, rehearse, rehearse_served
 from holdfast.config.attacks import ThreatLike, threat_model, threat_written
+from holdfast.config.clusters import Ray, cluster_settings
 from holdfast.config.grammar import did_you_mean, parse_threat
 from holdfast.config.members import SuiteLike, members_given
 from holdfast.config.moved import verb
@@ -109,6 +110,7 @@ def assess(
     time_budget: str | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
+    on: str | Ray = "local",
     device: str = "auto",
     run: str | Path | None = None,
     resume: bool = False,
@@ -122,8 +124,9 @@ def assess(
     `fast`, or `transfer` for a threat with access=none. `surrogates` are models of the attacker; a `Classifier`
     declares the preprocessing, and `holdfast.skipped` is for skip gradients. `across` lists other data sets with inputs
     of the same shape: perturbations computed on `data` are also evaluated on them, and perturbations computed on them
-    are evaluated on `data`. If `run` is given, all artefacts are stored in that folder, and `resume` continues the run
-    in it. A network given as an object stays on its device.
+    are evaluated on `data`. `on` states where `workers` measure: on this machine, or on a Ray cluster (`"ray"`,
+    `"ray://HOST:PORT"`, or a `holdfast.Ray` with settings). If `run` is given, all artefacts are stored in that folder,
+    and `resume` continues the run in it. A network given as an object stays on its device.
     """
     settings = check_settings(
         given(
@@ -150,6 +153,7 @@ def assess(
             batch_size=batch_size,
             workers=workers,
             device=device,
+            **cluster_settings(on),
         ),
         "assess()",
         kind=AssessSettings,
@@ -179,11 +183,12 @@ def carry_out(
     resume: bool = False,
     progress: Progress = silent,
     notify: Notify = ignore,
+    detail: Notify = ignore,
     command: str = "",
 ) -> Result:
     """Run an assessment with the settings of the command line or of a configuration file, and return its result.
 
-    `command` is the command line that repeats the run; the run stores it.
+    The run stores the command line `command`. `detail` is called with messages on single shards.
     """
     inputs = AssessInputs.of(settings, command)
     with opened_for_assess(inputs, run, resume=resume) as (subject, examples, request):
@@ -196,6 +201,7 @@ def carry_out(
             progress=progress,
             opening=inputs.open_all,
             notify=notify,
+            detail=detail,
         )
 
 
@@ -231,6 +237,7 @@ def harden(
     time_budget: str | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
+    on: str | Ray = "local",
     device: str = "auto",
     run: str | Path | None = None,
     resume: bool = False,
@@ -272,6 +279,7 @@ def harden(
             batch_size=batch_size,
             workers=workers,
             device=device,
+            **cluster_settings(on),
         ),
         "harden()",
         kind=HardenSettings,
@@ -300,6 +308,7 @@ def carry_out_hardening(
     resume: bool = False,
     progress: Progress = silent,
     notify: Notify = ignore,
+    detail: Notify = ignore,
     command: str = "",
 ) -> Hardened:
     """Train a more robust model with the settings of the command line or of a configuration file, and return it with
@@ -320,7 +329,15 @@ def carry_out_hardening(
         command=command,
     )
     return hardens.harden(
-        subject, training, test, request, run=run, resume=resume, progress=progress, notify=notify
+        subject,
+        training,
+        test,
+        request,
+        run=run,
+        resume=resume,
+        progress=progress,
+        notify=notify,
+        detail=detail,
     )
 
 

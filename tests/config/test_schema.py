@@ -51,10 +51,10 @@ def test_stored_copy_is_in_step():
 def test_it_is_a_schema_and_holds_every_key_attack_and_recipe():
     content = settings_schema()
     jsonschema.Draft202012Validator.check_schema(content)
-    assert set(content["properties"]) == {*ALL_KEYS, *VERBS} - {CONSENT}
+    assert set(content["properties"]) == {*ALL_KEYS, *VERBS} - {*CONSENT}
     for verb, kind in VERBS.items():
         (section, _) = content["properties"][verb]["anyOf"]
-        assert set(section["properties"]) == set(keys_of(kind)) - {CONSENT}
+        assert set(section["properties"]) == set(keys_of(kind)) - {*CONSENT}
     tags = [attack["properties"]["use"]["const"] for attack in content["$defs"]["attack"]["oneOf"]]
     assert sorted(tags) == sorted(attacks.__all__)
     recipes = [recipe["properties"]["use"]["const"] for recipe in content["$defs"]["recipe"]["oneOf"]]

@@ -1,5 +1,6 @@
 """The configuration file: what cannot be meant is said in one sentence, whatever is wrong with it."""
 
+import json
 from dataclasses import is_dataclass
 from importlib import import_module
 from inspect import signature
@@ -548,6 +549,17 @@ def test_every_option_has_one_place_in_python_with_the_same_default(verb):
             continue
         if key in ("model", "data"):
             continue
+        if key in (
+            "ship",
+            "gpus_per_worker",
+            "mixed_nodes",
+            "trust_network",
+            "timeout",
+        ):  # on=holdfast.Ray(…)
+            assert not homes
+            usual = entry.field.get_default(call_default_factory=True)
+            assert getattr(holdfast.Ray(), key) in (usual, ()), key
+            continue
         (table[key],) = homes
         default = places[table[key]][key].default
         usual = getattr(kind(), entry.group).model_dump()[entry.name]
@@ -585,3 +597,46 @@ def test_consent_to_code_is_no_key_of_a_file_and_of_set(value, tmp_path):
     with pytest.raises(UsageError, match=r"--set contains trust_code.*--trust-code"):
         settings.read_settings(None, {}, [f"trust_code={value}"], kind=AssessSettings)
     assert settings.read_settings(None, {"trust_code": True}, kind=AssessSettings).model.trust_code
+
+
+@pytest.mark.parametrize(("key", "value"), [("trust_network", True), ("ship", ["code"])])
+def test_no_file_can_trust_a_network_or_send_files(key, value, tmp_path):
+    path = tmp_path / "holdfast.yaml"
+    option = f"--{key.replace('_', '-')}"
+    for content in ({key: value}, {"assess": {key: value}}):
+        path.write_text(json.dumps({"model": "mnist-cnn", "data": "mnist-mini", "on": "ray", **content}))
+        with pytest.raises(UsageError, match=rf"holdfast\.yaml.* contains {key}.*{option}.*holdfast\.Ray\(…"):
+            settings.read_settings(path, {}, kind=AssessSettings)
+    with pytest.raises(UsageError, match=rf"--set contains {key}.*{option}"):
+        settings.read_settings(None, {}, [f"{key}=true"], kind=AssessSettings)
+    given = settings.read_settings(None, {"on": "ray://127.0.0.1:10001", key: value}, kind=AssessSettings)
+    assert getattr(given.cluster, key) == value
+
+
+def test_the_key_on_of_a_file_is_text_in_every_version_of_yaml(tmp_path):
+    path = tmp_path / "holdfast.yaml"
+    path.write_text("model: mnist-cnn\ndata: mnist-mini\nassess:\n  on: ray\n  workers: 2\n")
+    assert settings.read_settings(path, {}, kind=AssessSettings).cluster.on == "ray"
+    assert settings.read_settings(None, {}, ["on=ray"], kind=AssessSettings).cluster.on == "ray"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"on": "slurm"}, "on is 'slurm'; expected local, ray, or ray://HOST:PORT"),
+        ({"ship": ["a.py"]}, "ship concerns a Ray cluster, and the run is local; add --on ray"),
+        ({"mixed_nodes": True}, "mixed_nodes concerns a Ray cluster"),
+        ({"gpus_per_worker": 1}, "gpus_per_worker concerns a Ray cluster"),
+        ({"on": "ray", "gpus_per_worker": -1}, "gpus_per_worker is -1"),
+        ({"on": "ray", "timeout": "soon"}, "timeout is 'soon'; expected a duration"),
+    ],
+)
+def test_settings_of_a_cluster_are_checked(content, said):
+    with pytest.raises(UsageError, match=said):
+        settings.check_settings(content, "", kind=AssessSettings)
+
+
+def test_a_pool_does_not_leave_the_machine():
+    with pytest.raises(UsageError, match="on is 'ray', and a pool .* keys .* leave --on out"):
+        settings.check_settings({"on": "ray"}, "", kind=settings.RotateSettings)
+    assert settings.check_settings({"on": "local"}, "", kind=settings.RotateSettings).place.on == "local"

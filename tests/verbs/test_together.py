@@ -4,9 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+
+from holdfast.store.files import CHECKPOINTS
+from holdfast.verbs.training import LAST
 
 pytestmark = pytest.mark.slow  # each test starts torch three times or more
 
@@ -17,12 +22,15 @@ from holdfast.ops.fit import Training
 from holdfast.recipes import ATTA, IKL, PGDTraining, SingleStep, TRADES, VAT
 
 def examples(n, seed):
-    x = torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(seed))
+    exact = torch.float64 if sys.argv[2] == "exact" else torch.float32
+    x = torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(seed)).to(exact)
     return x, (x[:, 0, :3].sum((1, 2)) > x[:, 0, 3:].sum((1, 2))).long()
 
 def make():
+    exact = torch.float64 if sys.argv[2] == "exact" else torch.float32
     torch.manual_seed(int(os.environ.get("RANK", "0")))  # that of the first process counts
-    return torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(64, 2))
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(64, 2))
+    return net.to(exact)
 
 def how(**more):
     return Training(epochs=3, batch=25, **more)
@@ -39,6 +47,7 @@ recipes = {
     "unknown": VAT(training=how()),
     "other": PGDTraining(steps=1, training=how()),
     "stopped": PGDTraining(steps=2, training=how()),
+    "exact": PGDTraining(steps=2, training=Training(epochs=20, batch=700, averaging="none")),  # one update an epoch
 }
 folder, *names = sys.argv[1:]
 rank = os.environ.get("RANK", "0")
@@ -114,6 +123,21 @@ def test_two_processes_train_the_weights_of_one(tmp_path):
     assert len(said) == 2 * len(RECIPES) and len(set(said)) == len(RECIPES)  # the same measurements
     again, _ = ran(tmp_path, "trades", together=True)  # a finished run is opened again
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_twenty_updates_in_float64_differ_in_the_order_of_sums_only(tmp_path):
+    _, alone = ran(tmp_path, "exact", together=False)
+    done, both = ran(tmp_path, "exact", together=True)
+    assert done.returncode == 0, done.stderr
+    last = Path("exact", CHECKPOINTS, LAST)
+    one, two = (safetensors.torch.load_file(place / last) for place in (alone, both))
+    assert one["memory.0.step"] == two["memory.0.step"] == 20
+    weights = [key for key in one if key.startswith("weights.")]
+    assert len(weights) == 4
+    for key in weights:
+        assert one[key].dtype == torch.float64
+        torch.testing.assert_close(two[key], one[key], atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from holdfast.cli.early import (
 )
 from holdfast.cli.options import Voice, offered, with_voice
 from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, flag_names, is_mapping, options_of
+from holdfast.config.clusters import refuse_unusable_cluster
 from holdfast.config.groups import InferenceSource
 from holdfast.config.settings import (
     AssessSettings,
@@ -55,6 +56,8 @@ def settings_from(flags: dict[str, Any], kind: type[V], voice: Voice) -> V:
     if config:
         _refuse_hosts_of_config(getattr(settings, "inference", InferenceSource()), flags)
     _refuse_targets(settings, config)
+    if isinstance(settings, AssessSettings | HardenSettings):
+        refuse_unusable_cluster(settings, settings.model.address)
     if isinstance(settings, AssessSettings):
         refuse_reports(settings.reports.output)
     if isinstance(settings, HardenSettings):
@@ -225,6 +228,7 @@ def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flag
         raise UsageError("--resume continues a run; give its folder with --run DIR (see holdfast runs)")
     from holdfast.api import carry_out
     from holdfast.cli.running import command_line, dry_run_of, folder_of_run, progress_bar, tell
+    from holdfast.engine.progress import ignore
     from holdfast.engine.resuming import way_out
     from holdfast.engine.signals import stoppable
 
@@ -238,7 +242,13 @@ def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flag
     with stoppable(way_out(command, folder)):  # also before the run begins and while its reports are written
         with progress_bar(voice) as progress:
             result = carry_out(
-                settings, run=folder, resume=resume, progress=progress, notify=voice.say, command=command
+                settings,
+                run=folder,
+                resume=resume,
+                progress=progress,
+                notify=voice.say,
+                detail=voice.say if voice.verbose else ignore,
+                command=command,
             )
         tell(result, settings.reports.output, voice, folder=folder)
     return result.exit_code

@@ -44,6 +44,7 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     from holdfast.cli.running import command_line, folder_of_run, progress_bar, tell
     from holdfast.config.grammar import is_folder
     from holdfast.core.names import line
+    from holdfast.engine.progress import ignore
     from holdfast.engine.resuming import way_out
     from holdfast.engine.signals import stoppable
     from holdfast.ops import distributed
@@ -55,7 +56,13 @@ def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     with stoppable(way_out(command, folder)):
         with progress_bar(voice) as progress:
             hardened = carry_out_hardening(
-                settings, run=folder, resume=resume, progress=progress, notify=voice.say, command=command
+                settings,
+                run=folder,
+                resume=resume,
+                progress=progress,
+                notify=voice.say,
+                detail=voice.say if voice.verbose else ignore,
+                command=command,
             )
         outputs = settings.reports.output
         for output in filter(is_folder, outputs):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.config import rotating
+from holdfast.config.clusters import refuse_unusable_cluster
 from holdfast.config.expecting import with_found_properties
 from holdfast.config.planning import assess_request
 from holdfast.config.pooled import pool_of
@@ -143,6 +144,7 @@ def opened_for_assess(
     Answers of servers are stored in the folder of the run.
     """
     settings, sources = inputs.settings, inputs.sources
+    refuse_unusable_cluster(settings, sources.model.address)
     with journaled(run, resume=resume, keep=sources.model.limits.keep_answers):
         subject, data, surrogates = inputs.open_all()
         table = attackers(sources, settings.device.device, adaptive=settings.suite.adaptive)
@@ -156,7 +158,7 @@ def rehearse(settings: AssessSettings, n: int) -> tuple[Result, int]:
     """
     inputs = AssessInputs.of(settings)
     subject, data, surrogates = inputs.open_all()
-    request = replace(inputs.request(subject, surrogates), gates=(), workers=None)
+    request = replace(inputs.request(subject, surrogates), gates=(), workers=None, ray=None)
     examples = selected(data, n=min(n, len(data)), sample=None, seed=inputs.sources.seed)
     return assessing.assess(subject, examples, request), len(data)
 

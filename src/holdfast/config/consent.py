@@ -1,21 +1,33 @@
-"""The setting `trust_code`, which is the user's consent to run code from files. It is accepted only on the command line
-and in Python.
+"""The consent to run code from files, to send code, and to trust a network, which can only be given on the command line
+or in Python.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from holdfast.core.errors import UsageError
 
-CONSENT = "trust_code"
+CONSENT: Mapping[str, tuple[str, str]] = {
+    "trust_code": (
+        "allow code to run. Remove it; if you trust the files, add --trust-code to the command line",
+        "holdfast.open_model(…, trust_code=True)",
+    ),
+    "trust_network": (
+        "trust a network. Remove it; if you trust every machine of it, add --trust-network to the command line",
+        "on=holdfast.Ray(…, trust_network=True)",
+    ),
+    "ship": (
+        "send files to other machines. Remove it; add --ship PATH to the command line",
+        "on=holdfast.Ray(…, ship=[…])",
+    ),
+}
+"""Keys that no file may contain: what only a person may do, with the option, and the form in Python."""
 
 
 def refuse_consent(keys: Collection[str], where: str) -> None:
-    """Raise `UsageError` if a configuration file or a `--set` contains the setting `trust_code`, the consent to run
-    code, whatever its value.
-    """
-    if CONSENT in keys:
-        raise UsageError(
-            f"{where} contains {CONSENT}, which is not a key of a configuration: only a person may allow code to run. "
-            f"Remove it; if you trust the files, add --trust-code to the command line, or in Python give "
-            f"holdfast.open_model(…, {CONSENT}=True)"
-        )
+    """Raise `UsageError` if a configuration file or a `--set` contains a consent of the user, whatever its value."""
+    for key, (act, in_python) in CONSENT.items():
+        if key in keys:
+            raise UsageError(
+                f"{where} contains {key}, which is not a key of a configuration: only a person may {act}, or in Python "
+                f"give {in_python}"
+            )

@@ -8,6 +8,7 @@ import torch
 from holdfast.attacks.corruption import Corruption
 from holdfast.attacks.protocol import Learned
 from holdfast.config.attacks import threat_model
+from holdfast.config.clusters import ray_options
 from holdfast.config.grammar import parse_threat, seconds
 from holdfast.config.members import listed_members
 from holdfast.config.naming import chosen
@@ -61,6 +62,7 @@ def assess_request(
             f"gate {next(c.text for c in claims if c.versus)!r} compares with another run; give it with --baseline RUN"
         )
     execution = settings.execution
+    on_device = device_of(settings.device.device) if device is None else device
     return AssessRequest(
         plan(settings, members, target),
         claims,
@@ -71,7 +73,8 @@ def assess_request(
         if execution.time_budget is None
         else seconds(execution.time_budget, "time_budget"),
         workers=execution.workers,
-        device=device_of(settings.device.device) if device is None else device,
+        ray=ray_options(settings, on_device),
+        device=on_device,
         command=command,
     )
 

@@ -70,7 +70,8 @@ def _keys(kind: type[VerbSettings], definitions: dict[str, Any]) -> dict[str, An
         content = group.model_json_schema()
         definitions |= content.get("$defs", {})
         properties |= content["properties"]
-    del properties[CONSENT]
+    for key in CONSENT:
+        properties.pop(key, None)
     if "suite" in properties:
         _take_attacks(properties)
     if "recipe" in properties:

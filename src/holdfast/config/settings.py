@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from holdfast.config import groups, values
+from holdfast.config import groups, placing, values
 from holdfast.config.consent import refuse_consent
 from holdfast.config.grammar import did_you_mean, parse_pairs
 from holdfast.config.groups import SettingGroup
@@ -65,6 +65,7 @@ class AssessSettings(VerbSettings):
     selection: groups.ExampleSelection = _group(groups.ExampleSelection)
     random: groups.Seed = _group(groups.Seed)
     execution: groups.Execution = _group(groups.Execution)
+    cluster: placing.ClusterSettings = _group(placing.ClusterSettings)
     device: groups.Device = _group(groups.Device)
     model: groups.ModelSource = _group(groups.ModelSource)
     inputs: groups.InputSpace = _group(groups.InputSpace)
@@ -90,6 +91,7 @@ class HardenSettings(VerbSettings):
     selection: groups.ExampleSelection = _group(groups.ExampleSelection)
     random: groups.Seed = _group(groups.Seed)
     execution: groups.Execution = _group(groups.Execution)
+    cluster: placing.ClusterSettings = _group(placing.ClusterSettings)
     device: groups.Device = _group(groups.Device)
     model: groups.ModelSource = _group(groups.ModelSource)
     inputs: groups.InputSpace = _group(groups.InputSpace)
@@ -109,6 +111,7 @@ class RotateSettings(VerbSettings):
     options: groups.RotateOptions = _group(groups.RotateOptions)
     judgement: groups.GateSettings = _group(groups.GateSettings)
     random: groups.Seed = _group(groups.Seed)
+    place: placing.LocalOnly = _group(placing.LocalOnly)
     device: groups.Device = _group(groups.Device)
     model: groups.ModelSource = _group(groups.ModelSource)
     inputs: groups.InputSpace = _group(groups.InputSpace)
@@ -443,4 +446,5 @@ def canonical_settings(settings: VerbSettings) -> dict[str, Any]:
     What identifies a run on resume is its manifest, see `holdfast.verbs.manifest`.
     """
     outside = {"output", "gates", "accept_doubts", "baseline", "device", "schema_version"}
+    outside |= set(placing.ClusterSettings.model_fields)
     return {key: value for key, value in plain_settings(settings).items() if key not in outside}

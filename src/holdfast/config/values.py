@@ -29,6 +29,11 @@ from holdfast.doubts.names import DOUBTS, OF_ADMISSION, OF_ROTATION
 from holdfast.gates.grammar import parse as parse_gate
 from holdfast.sources.remote import header_variable
 
+POOL_STAYS = (
+    "a pool of parameter sets is not sent to a Ray cluster: its keys and its sets would lie unencrypted in the object "
+    "store, where every process of the cluster can read them"
+)
+"""Reason why a pool does not run on a cluster."""
 _DOUBTS = {**DOUBTS, **OF_ROTATION, **OF_ADMISSION}
 
 
@@ -135,6 +140,23 @@ def _whole(value: object) -> object:
     return index(value) if isinstance(value, SupportsIndex) and not isinstance(value, bool) else value
 
 
+def _place(value: object) -> object:
+    """Check the form of a place where shards run; the address is checked when it is connected to."""
+    if isinstance(value, str) and value not in ("local", "ray") and not value.startswith("ray://"):
+        raise UsageError(f"on is {value!r}; expected local, ray, or ray://HOST:PORT, as in ray://head:10001")
+    return value
+
+
+def _here(value: object) -> object:
+    """Refuse a cluster for the steps of a pool."""
+    if value == "local":
+        return value
+    raise UsageError(
+        f"on is {value!r}, and {POOL_STAYS}; leave --on out. holdfast harden and holdfast assess run on Ray for models "
+        "that are no pools"
+    )
+
+
 def _names(value: object) -> object:
     """Parse names. An entry may contain several, separated by commas, as in `pgd,apgd-t`."""
     if isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value):
@@ -198,6 +220,10 @@ Gate = Annotated[str, _read_by(parse_gate)]
 TimeBudget = Annotated[str, _read_by(lambda text: seconds(text, "time_budget"))]
 Budget = Annotated[str, _read_by(lambda text: seconds(text, "budget"))]
 Timeout = Annotated[str, _read_by(lambda text: seconds(text, "http_timeout"))]
+WaitingTime = Annotated[str, _read_by(lambda text: seconds(text, "timeout"))]
+Place = Annotated[str, BeforeValidator(_place)]
+Here = Annotated[str, BeforeValidator(_here)]
+Amount = Annotated[float, Ge(0), Le(1024)]
 Rate = Annotated[str, _read_by(per_second)]
 Every = Annotated[str, _read_by(parse_every)]
 Header = Annotated[str, _read_by(header_variable)]

@@ -72,3 +72,20 @@ def hardware(device: torch.device, processes: int = 1) -> str:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         description = f"{name}; {cores}"
     return f"{description}; {processes} processes" if processes > 1 else description
+
+
+def node_properties(device: str) -> dict[str, str]:
+    """Return the properties of this process on which the last bits of a measurement may depend, by name.
+
+    The device is left out if its name is empty, or if this process has no such device.
+    """
+    known = {
+        "torch build": str(torch.__version__),
+        "code": code_digest(),
+        "threads": str(torch.get_num_threads()),
+    }
+    if not device or (device != "cpu" and not torch.cuda.is_available()):
+        return known
+    if device != "cpu":
+        return {**known, "device": torch.cuda.get_device_name(torch.device(device))}
+    return {**known, "device": f"{device} with {torch.backends.cpu.get_cpu_capability()}"}

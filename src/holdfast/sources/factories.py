@@ -156,7 +156,16 @@ def _convert(text: str, annotation: object, name: str, address: str) -> object:
 
 def _import(path: Path, content: bytes) -> types.ModuleType:
     """Return the module of a file, compiled from the bytes `content` that were already read."""
-    name = f"{LOADED}{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    return imported_from(
+        path, content, f"{LOADED}{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    )
+
+
+def imported_from(path: Path, content: bytes, name: str) -> types.ModuleType:
+    """Return a module with a given name, compiled from the bytes `content` of the file `path`, which is not read.
+
+    Raises `TargetError` with the reason if the code raises an exception.
+    """
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or not isinstance(spec.loader, SourceFileLoader):
         raise TargetError(f"code file {str(path)!r} cannot be imported; a file ending in .py was expected")

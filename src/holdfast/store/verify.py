@@ -128,7 +128,7 @@ _BESIDE = frozenset(
 """Files of a run that are not in its chain: times, hosts, attempts, and files for resuming it."""
 _REPORTS = frozenset((".html", ".xml", ".sarif", ".md", ".csv"))
 _EVIDENCE = re.compile(
-    r".+\.safetensors|(run|doubts|verdict|adaptive|rotation|before|after|checked(-\d+)?|training|card)\.json",
+    r".+\.safetensors|(run|doubts|verdict|adaptive|nodes|rotation|before|after|checked(-\d+)?|training|card)\.json",
     re.IGNORECASE,
 )
 """Names of files that readers interpret as evidence."""

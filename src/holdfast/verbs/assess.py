@@ -18,8 +18,10 @@ from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.purpose import purpose
 from holdfast.doubts.answering import arms, required_attacks
 from holdfast.engine.executor import Executor, Inline
-from holdfast.engine.processes import worker_processes
+from holdfast.engine.processes import import_path, worker_processes
 from holdfast.engine.progress import Notify, Progress, ignore, silent
+from holdfast.engine.ray_cluster import RayOptions
+from holdfast.engine.ray_tasks import NODES, RayTasks, ray_tasks
 from holdfast.engine.resuming import resumable, way_out
 from holdfast.engine.run import Run
 from holdfast.engine.signals import Stopper, stoppable
@@ -56,6 +58,7 @@ from holdfast.verbs.measuring import Measurement, ShardMeasure, WorkerSetup
 from holdfast.verbs.preparation import learning_examples, paired_sets, plan_for, readied
 from holdfast.verbs.request import AssessRequest, Opening, Subject
 from holdfast.verbs.result import Result, about_of
+from holdfast.verbs.sending import SentModel, known_rows, sender, shipment, shipped_files
 from holdfast.verbs.served import attach, finish, refuse_early, served_by
 
 JUDGED_BY_ATTACKERS = 1_000
@@ -73,13 +76,15 @@ def assess(
     opening: Opening | None = None,
     again: str = "",
     notify: Notify = ignore,
+    detail: Notify = ignore,
 ) -> Result:
     """Measure how robust a model is under attacks, and judge the gates of the request.
 
     With `run`, all results are written to that folder. With `resume`, an interrupted run in that folder is continued,
     and the stored result of a finished run is returned. `again` is the command that resumes the run that contains this
     one. Worker processes open the model and the data with `opening`; without it they receive copies of `subject` and
-    `data`. For a served model, `notify` is called with the largest number of rows that the run sends to the server.
+    `data`. `notify` is called with messages before the run, such as the largest number of rows that are sent to a
+    server, and `detail` with messages on single shards of a cluster.
     Raises `UsageError`, `TargetError`, or `Interrupted` with the command to resume.
     """
     refuse_data(data)
@@ -108,7 +113,7 @@ def assess(
             store = stack.enter_context(open_run_folder(run, manifest, about, resume=resume, secret=secret))
             manifest, about = store.manifest, store.about()
             attach(served)
-        job = _Job(subject, data, request, plan, target, device, manifest, served)
+        job = _Job(subject, data, request, plan, target, device, manifest, served, notify, detail)
         opening = opening or partial(_as_given, subject, data, request.surrogates)
         with job.executor(opening) as executor:
             work = job.run(store, executor, stopper, progress)
@@ -143,12 +148,18 @@ class _Job:
     manifest: Mapping[str, Any]
     served: Served | None
     """connection to the server of a served model"""
+    notify: Notify = ignore
+    detail: Notify = ignore
 
     @contextmanager
     def executor(self, opening: Opening) -> Iterator[Executor]:
-        """Context manager that yields the executor of the shards: this process, or the requested number of worker
-        processes.
+        """Context manager that yields the executor of the shards: this process, the requested number of worker
+        processes, or a cluster.
         """
+        if self.request.ray is not None:
+            with self.cluster(self.request.ray) as tasks:
+                yield tasks
+            return
         if self.request.workers is None:
             yield Inline(ShardMeasure(self.plan, self.target, self.data, self.device, self.served))
             return
@@ -159,6 +170,29 @@ class _Job:
             WorkerSetup(opening, digests, plan, self.request.device), self.request.workers
         ) as workers:
             yield workers
+
+    @contextmanager
+    def cluster(self, options: RayOptions) -> Iterator[RayTasks]:
+        """Yield the executor on a Ray cluster. The opened model is sent to the workers."""
+        request, device = self.request, "cuda" if options.gpus_per_worker else self.request.device
+        assert request.workers is not None  # refused before
+        plan = replace(self.plan, threat=replace(self.plan.threat, surrogates=()))
+        digest = self.manifest["digests"]["model"]
+        model = SentModel(self.subject, request.surrogates, plan, known_rows(self.data), digest, device)
+        files = shipped_files(options.ship)
+        if files:
+            self.notify(f"sent to the nodes with --ship: {', '.join(files)}")
+        with ray_tasks(
+            partial(shipment, model, files),
+            sender(self.data),
+            request.workers,
+            device,
+            options,
+            paths=tuple(import_path()),
+            notify=self.notify,
+            detail=self.detail,
+        ) as tasks:
+            yield tasks
 
     def run(self, store: Store, executor: Executor, stopper: Stopper, progress: Progress) -> Run:
         """Create the run whose results are written to a store. The time that earlier attempts used is subtracted from
@@ -263,7 +297,8 @@ class _Job:
             finish(self.served)
         sent = None if self.served is None else self.served.sent.totals
         seconds = {name: run.store.spent(name) for name in run.stages}
-        return evidence_of(self.manifest, by_stage, asked, seconds, adapted, sent)
+        nodes = run.store.document(NODES)
+        return evidence_of(self.manifest, by_stage, asked, seconds, adapted, sent, nodes)
 
     def adversarial(self, by_stage: Mapping[str, Columns], asked: Mapping[str, Any]) -> Columns:
         """Return the adversarial examples that the run stores."""

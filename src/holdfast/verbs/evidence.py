@@ -53,19 +53,20 @@ def evidence_of(
     seconds: Mapping[str, Seconds],
     adapted: Mapping[str, Any] | None = None,
     sent: Totals | None = None,
+    nodes: Mapping[str, Any] | None = None,
 ) -> Evidence:
     """Return the evidence of a run, computed from its manifest, the columns of its stages and its doubts.
 
     `manifest` is the content of `run.json`, `by_stage` the columns of each stage, `doubts_json` the document of the
     doubts, `adapted` that of the adaptive attacks, and `seconds` the times of the stages. `sent` counts what a run on a
-    served model sent to the server.
+    served model sent to the server. `nodes` is the document of the nodes of a cluster that differ.
     """
     spent, served = seconds.get(DOUBTS, Seconds()), {} if sent is None else totals_to_json(sent)
     cost = doubts_json["cost"]
     context = Context(
         model=manifest["model"],
         data=manifest["data"],
-        notes=(*manifest["notes"], *doubts_json["notes"], *served.get("messages", ())),
+        notes=(*manifest["notes"], *doubts_json["notes"], *served.get("messages", ()), *_mixed(nodes)),
         details=tuple(manifest["details"]),
         doubts=tuple(doubt_from_json(doubt) for doubt in doubts_json["doubts"]),
         doubts_cost=Cost(cost["forwards"], cost["backwards"], cost["queries"], spent.cpu, spent.wall),
@@ -78,6 +79,16 @@ def evidence_of(
         context = _adapted(context, outline, by_stage, doubts_json, adapted)
     evidence = evidence_from(outline, by_stage, seconds, context, randomised=manifest["model"]["randomised"])
     return replace(evidence, served=served)
+
+
+def _mixed(nodes: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Return a note on the nodes that differ from the process of the run, if there were some."""
+    if nodes is None:
+        return ()
+    shown = "; ".join(", ".join(f"{key} {value}" for key, value in each.items()) for each in nodes["nodes"])
+    return (
+        f"some shards were measured on nodes that differ (--mixed-nodes), so that last bits may differ: {shown}",
+    )
 
 
 def _scope(doubts_json: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,6 +125,10 @@ DOUBTED = record(
 """Schema of the file `doubts.json`."""
 
 
+DIFFERING = record({"nodes": list_of(mapped(text))})
+"""Schema of the file `nodes.json`."""
+
+
 @contextmanager
 def consistent(path: Path) -> Iterator[None]:
     """Context manager that raises `TargetError` if the files of a run contradict each other.

@@ -3,7 +3,8 @@ measures the new model.
 """
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.engine.identity import hardware
 from holdfast.engine.progress import Notify, Progress, ignore, silent
+from holdfast.engine.ray_cluster import connected
 from holdfast.engine.resuming import repeatable, temporary_run_folder, way_out
 from holdfast.engine.run import Run
 from holdfast.engine.signals import stoppable
@@ -67,14 +69,15 @@ def harden(
     resume: bool = False,
     progress: Progress = silent,
     notify: Notify = ignore,
+    detail: Notify = ignore,
     clock: Clock = time.perf_counter,
 ) -> Hardened:
     """Train a copy of a model to be robust under a threat model. The training can be resumed from the folder `run`.
 
     Without `run`, a temporary folder is used and deleted at the end; if the training is stopped, that folder is kept
     and the error states its path. Under torchrun, the processes train together, the first one evaluates and writes, and
-    all return the same result. `clock` returns seconds and measures the budget. Raises `UsageError`, `TargetError`, or
-    `Interrupted` with the command to resume.
+    all return the same result. `detail` is called with messages on single shards of a cluster. `clock` returns seconds
+    and measures the budget. Raises `UsageError`, `TargetError`, or `Interrupted` with the command to resume.
     """
     if run is not None:
         refuse_used(run, resume=resume)
@@ -92,7 +95,7 @@ def harden(
     with ExitStack() as stack:
         stack.enter_context(distributed.joined(torch.device(request.device)))
         place = stack.enter_context(temporary_run_folder()) if run is None else run
-        job = _Job(subject, examples, test, request, place, progress, notify, clock)
+        job = _Job(subject, examples, test, request, place, progress, notify, detail, clock)
         result = job.lead(resume=resume) if distributed.first() else job.follow()
     if run is not None:
         return result
@@ -112,6 +115,7 @@ class _Job:
         run: Path,
         progress: Progress,
         notify: Notify,
+        detail: Notify,
         clock: Clock,
     ) -> None:
         device = distributed.own(torch.device(request.device))
@@ -124,7 +128,7 @@ class _Job:
         request = replace(request, threat=replace(request.threat, surrogates=prepared))
         self.subject, self.test, self.request, self.run = subject, test, request, run
         self.again = way_out(request.command, run)
-        self.progress, self.notify, self.clock = progress, notify, clock
+        self.progress, self.notify, self.detail, self.clock = progress, notify, detail, clock
         self.model = learner_of(subject.model, inputs)
         digests = [test.digest, examples.digest]
         self._match_first_process(digests)
@@ -203,6 +207,7 @@ class _Job:
             open_run_folder(
                 self.run, self.manifest, about_run(self.request.command), resume=resume
             ) as folder,
+            self._cluster(),
         ):
             run = Run(tuple(STAGES), folder, stopper=stopper, progress=self.progress)
             before = self._assessed(self.subject, self.test, "before", replace(self.assessment, gates=()))
@@ -224,6 +229,16 @@ class _Job:
         # the model may come from a factory and is not sent; its weights are part of the result
         distributed.broadcast(replace(result, model=NOTHING))
         return result
+
+    @contextmanager
+    def _cluster(self) -> Iterator[None]:
+        """Context manager with one connection to the cluster for all assessments, if the request has one."""
+        assessment = self.assessment
+        if assessment.ray is None or assessment.workers is None:
+            yield
+            return
+        with connected(assessment.ray, assessment.workers, detail=self.detail):
+            yield
 
     def follow(self) -> Hardened:
         """Take part in a distributed hardening as a process other than the first, until the new model is finished."""
@@ -295,6 +310,8 @@ class _Job:
             resume=True,
             progress=self.progress,
             again=self.again,
+            notify=self.notify,
+            detail=self.detail,
         )
 
 

@@ -9,6 +9,7 @@ from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.engine.progress import Progress
+from holdfast.engine.ray_cluster import RayOptions
 from holdfast.gates.grammar import Claim
 from holdfast.harness import Plan
 from holdfast.verbs.candidates import Candidate
@@ -59,6 +60,8 @@ class AssessRequest:
     workers: int | None = None
     """number of worker processes that measure shards, each with one thread; shards are then at most
     as large as batches"""
+    ray: RayOptions | None = None
+    """cluster on which `workers` tasks measure shards; None for processes of this machine"""
     device: str = "cpu"
     surrogates: tuple[Subject, ...] = ()
     """surrogate models of the attacker"""

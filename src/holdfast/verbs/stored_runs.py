@@ -12,6 +12,7 @@ from typing import Any
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Columns, Evidence, Seconds
+from holdfast.engine.ray_tasks import NODES
 from holdfast.harness import FOUND, KINDS
 from holdfast.metrics.paired import clean_accuracy_drop, regression
 from holdfast.metrics.shares import robust_accuracy
@@ -35,7 +36,7 @@ from holdfast.verbs.evidence import (
     evidence_of,
     with_attackers,
 )
-from holdfast.verbs.forms import ASSESSED, DECIDED, DOUBTED, HEAD, JUDGED, LISTED, consistent
+from holdfast.verbs.forms import ASSESSED, DECIDED, DIFFERING, DOUBTED, HEAD, JUDGED, LISTED, consistent
 from holdfast.verbs.result import Result, about_of
 from holdfast.verbs.served import totals_in
 
@@ -276,4 +277,7 @@ def _evidence(
     times = {name: time for name, time in spent_in(path).items() if name in recorded}
     seconds = {name: Seconds(time.cpu_s, time.wall_s) for name, time in times.items()}
     adapted = recorded_document(path, chain, ADAPTIVE, manifest["schema_version"])
-    return evidence_of(manifest, by_stage, doubts_json, seconds, adapted, totals_in(path))
+    nodes = recorded_document(path, chain, NODES)
+    if nodes is not None:
+        refuse_form(path / "nodes.json", nodes, DIFFERING)
+    return evidence_of(manifest, by_stage, doubts_json, seconds, adapted, totals_in(path), nodes)

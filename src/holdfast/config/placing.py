@@ -1,0 +1,61 @@
+"""Settings of the place where shards run, as groups of `holdfast.config.groups`."""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import Field
+
+from holdfast.config import values
+from holdfast.config.groups import Flag, SettingGroup
+from holdfast.core.errors import UsageError
+from holdfast.engine.ray_cluster import RayOptions, refuse_address
+
+
+class ClusterSettings(SettingGroup):
+    """Where the shards of a measurement run: on this machine, or on a Ray cluster."""
+
+    on: Annotated[values.Place, Flag("PLACE")] = Field(
+        default="local",
+        description="Where shards run: local (the default), ray (a Ray cluster that is started on this machine), or "
+        "ray://HOST:PORT. Ray needs --workers.",
+    )
+    ship: Annotated[list[str], Flag("PATH", completion="PATH")] = Field(
+        default_factory=list,
+        description="File or folder of code that is sent to the nodes, besides the file in file.py:factory.",
+    )
+    gpus_per_worker: Annotated[values.Amount | None, Flag("N")] = Field(
+        default=None,
+        description="GPUs of each worker, as in 1 or 0.5 (default: 1 if the run is on a GPU, else 0).",
+    )
+    mixed_nodes: Annotated[bool, Flag()] = Field(
+        default=False,
+        description="Allow nodes with other devices, threads or builds; the evidence then says so.",
+    )
+    trust_network: Annotated[bool, Flag()] = Field(
+        default=False, description="Connect to an address in a network whose connections are not encrypted."
+    )
+    timeout: Annotated[values.WaitingTime, Flag("T")] = Field(
+        default="10min", description="Maximum time to wait for CPUs of the cluster (default: 10min)."
+    )
+
+    def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` for a setting of a cluster without a cluster, and for an address that is not allowed."""
+        if self.on != "local":
+            address = "" if self.on == "ray" else self.on
+            refuse_address(RayOptions(address, trust_network=self.trust_network))
+            return
+        for key in ("ship", "gpus_per_worker", "mixed_nodes", "trust_network"):
+            if getattr(self, key):
+                raise UsageError(
+                    f"{written.get(key, prefix + key)} concerns a Ray cluster, and the run is local; add --on ray or "
+                    f"--on ray://HOST:PORT, or leave it out"
+                )
+
+
+class LocalOnly(SettingGroup):
+    """Where the steps of a pool run: on this machine."""
+
+    on: Annotated[values.Here, Flag("PLACE")] = Field(
+        default="local",
+        description="Where the steps run: local. Ray is refused, because keys of a pool must not leave this machine.",
+    )

@@ -1,0 +1,369 @@
+"""The connection to a Ray cluster: starts a local one, or connects to an existing one."""
+
+import importlib.util
+import ipaddress
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.engine.progress import Notify, ignore
+from holdfast.engine.ray_results import Failure, client_of, result_of
+
+CONNECT_S = 10
+"""Seconds in which an address must answer."""
+_TLS = "RAY_USE_TLS"
+_TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+_SETTINGS = {
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run`, Ray would send the current folder to all nodes
+    "RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "3",  # tried three times, with 3, 3 and 3 seconds
+    "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "3",
+}
+"""Environment variables that Ray reads when it is imported, unless they are set already."""
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Where Ray runs the shards, and what is sent to the nodes."""
+
+    address: str = ""
+    """`ray://HOST:PORT`; empty for a cluster that is started on this machine"""
+    ship: tuple[Path, ...] = ()
+    """files and folders of code that are sent to the nodes"""
+    gpus_per_worker: float | None = None
+    """None for one GPU if the run is on a GPU, else none"""
+    mixed_nodes: bool = False
+    trust_network: bool = False
+    timeout_s: float = 600.0
+    """seconds to wait for enough free CPUs"""
+
+
+def refuse_address(options: RayOptions) -> None:
+    """Raise `UsageError` for an invalid address, and for one in a network that is neither encrypted nor trusted."""
+    if not options.address:
+        return
+    parts = urlsplit(options.address)
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if parts.scheme != "ray" or not host or not port or parts.path not in ("", "/"):
+        raise UsageError(
+            f"on is {options.address!r}; expected local, ray, or ray://HOST:PORT, as in ray://head:10001"
+        )
+    if not _is_loopback(host) and not _has_tls() and not options.trust_network:
+        raise UsageError(
+            f"{options.address} is not on this machine, and connections of Ray are not encrypted: whoever reads or "
+            f"changes them runs code in the job. Set {_TLS}=1 with Ray's certificates, or, if you trust every machine "
+            "of that network, add --trust-network"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _has_tls() -> bool:
+    return os.environ.get(_TLS, "0").lower() in ("1", "true")
+
+
+def refuse_missing_ray(*, client: bool = False) -> None:
+    """Raise `UsageError`, with the command that installs it, if Ray or its client is not installed."""
+    for module, name in (("ray", "Ray"), *([("grpc", "Ray's client")] if client else [])):
+        if importlib.util.find_spec(module) is None:
+            raise UsageError(f"--on needs {name}, which is not installed: pip install 'holdfast[scale]'")
+
+
+def imported_ray() -> ModuleType:
+    """Return the module `ray`. Raises `UsageError` if it is missing."""
+    refuse_missing_ray()
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    from holdfast.engine import ray_node
+
+    ray.cloudpickle.register_pickle_by_value(ray_node)
+    module: ModuleType = ray
+    return module
+
+
+@dataclass
+class Cluster:
+    """A connection to a cluster, with the operations that the executor needs."""
+
+    ray: ModuleType
+    local: bool
+    """whether the cluster was started on this machine by this process"""
+    dashboard: str = ""
+    _functions: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    @property
+    def is_client(self) -> bool:
+        """Whether the connection is one of Ray's client (`ray://`)."""
+        return client_of(self.ray) is not None
+
+    def submit(self, function: Callable[..., bytes], arguments: Sequence[Any], **options: Any) -> Any:
+        """Start a task, and return the reference to its result."""
+        key = (function, *sorted((name, str(value)) for name, value in options.items()))
+        if key not in self._functions:
+            remote = self.ray.remote(function)
+            self._functions[key] = remote.options(max_retries=0, **options)
+        return self._functions[key].remote(*arguments)
+
+    def put(self, content: bytes) -> Any:
+        """Store bytes in the object store, and return their reference. Raises `TargetError` if it is full."""
+        try:
+            return self.ray.put(content)
+        except (self.ray.exceptions.ObjectStoreFullError, self.ray.exceptions.OutOfDiskError) as error:
+            raise full() from error
+
+    def finished(self, references: Sequence[Any], timeout_s: float) -> list[Any]:
+        """Return references whose tasks have ended; waits at most `timeout_s` seconds for the first one."""
+        ready, _ = self.ray.wait(list(references), num_returns=1, timeout=timeout_s)
+        more, _ = self.ray.wait(list(references), num_returns=len(references), timeout=0)
+        return [*ready, *(each for each in more if each not in ready)]
+
+    def result(self, reference: Any) -> bytes | Failure:
+        """Return the bytes that a finished task returned, or why there are none. Nothing is unpickled."""
+        return result_of(client_of(self.ray), reference)
+
+    def cancel(self, references: Sequence[Any]) -> None:
+        """Cancel tasks, and end the workers that run them. A task of a cluster that is lost has ended already."""
+        for reference in references:
+            with suppress(self.ray.exceptions.RayError, ConnectionError):
+                self.ray.cancel(reference, force=True)
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Return the nodes that are alive and have a CPU."""
+        return [node for node in self.ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+
+    def total(self, resource: str) -> float:
+        """Return the amount of a resource, such as CPU, on all nodes."""
+        return float(self.ray.cluster_resources().get(resource, 0.0))
+
+
+def full() -> TargetError:
+    """Return the error for an object store that is full."""
+    return TargetError(
+        "the object store of Ray is full, in memory and on disk; give it more memory (ray start "
+        "--object-store-memory), use fewer --workers, or a smaller --batch-size"
+    )
+
+
+_current: list[tuple[RayOptions, Cluster]] = []
+"""The connection of this process, while it is open."""
+
+
+@contextmanager
+def connected(options: RayOptions, workers: int, *, detail: Notify = ignore) -> Iterator[Cluster]:
+    """Context manager that yields a connection to the cluster of the options, which is closed on exit.
+
+    Inside of another such context, or if this process has called `ray.init`, the open connection is used and stays
+    open. Raises `UsageError` or `TargetError` if there is no connection.
+    """
+    refuse_address(options)
+    ray = imported_ray()
+    if _current:
+        yield _current[0][1]
+        return
+    with ExitStack() as stack:
+        if ray.is_initialized():
+            cluster = Cluster(ray, local=False)
+        else:
+            stack.enter_context(_unchanged_process())
+            start = _joined(ray, options) if options.address else _started(ray, workers, options)
+            cluster = stack.enter_context(start)
+        if cluster.dashboard:
+            detail(f"dashboard of Ray: http://{cluster.dashboard}")
+        _current.append((options, cluster))
+        try:
+            yield cluster
+        finally:
+            _current.clear()
+
+
+@contextmanager
+def _unchanged_process() -> Iterator[None]:
+    """Context manager that restores the environment on exit; Ray changes it, also after an error."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name not in before and name.startswith("RAY_")]:
+            del os.environ[name]
+        for name, value in before.items():
+            if name.startswith("RAY_"):
+                os.environ[name] = value
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Context manager that restores the handlers of signals, which Ray replaces when it connects."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _started(ray: ModuleType, workers: int, options: RayOptions) -> Iterator[Cluster]:
+    """Start a cluster on this machine that only this machine can reach; it ends on exit.
+
+    Without a token of the user, the cluster has one of its own, which is passed in the environment of its processes and
+    written to no file. Files of the session are in a temporary folder that is deleted.
+    """
+    if not any(os.environ.get(name) for name in _TOKEN_VARIABLES) and not _default_token().is_file():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # short, because paths of sockets have at most 107 bytes
+    folder = tempfile.mkdtemp(prefix="hf-")
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = folder  # for the processes of the cluster
+    try:
+        with _own_signals(), _quiet(ray):
+            context = ray.init(
+                address="local",
+                num_cpus=workers,
+                num_gpus=_local_gpus(workers, options),
+                include_dashboard=None,
+                log_to_driver=False,
+                logging_level="ERROR",
+                job_config=_job_config(),
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+            )
+        _restore("TMPDIR", before)
+        with _silent_errors(ray):
+            yield Cluster(ray, local=True, dashboard=_dashboard(context))
+    except (ConnectionError, RuntimeError, OSError) as error:
+        if ray.is_initialized():
+            raise
+        raise TargetError(f"Ray did not start on this machine: {error}") from error
+    finally:
+        _restore("TMPDIR", before)
+        with _own_signals():
+            ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _restore(variable: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = value
+
+
+def _default_token() -> Path:
+    return Path.home() / ".ray" / "auth_token"
+
+
+def _local_gpus(workers: int, options: RayOptions) -> int | None:
+    """Return the GPUs of a local cluster: those that the workers need, or all that Ray finds."""
+    return 0 if not options.gpus_per_worker else None
+
+
+def _dashboard(context: Any) -> str:
+    """Return the address of the dashboard; empty if the installation of Ray has none."""
+    return str(context.dashboard_url or "") if importlib.util.find_spec("aiohttp_cors") else ""
+
+
+def _job_config() -> Any:
+    """Return the configuration of the job, with which Ray does not put the current folder on the import path of
+    workers.
+    """
+    from ray.job_config import JobConfig
+
+    class OwnPath(JobConfig):  # type: ignore[misc]  # Ray is not typed
+        def _runtime_env_has_working_dir(self) -> bool:
+            return True
+
+    return OwnPath()
+
+
+@contextmanager
+def _quiet(ray: ModuleType) -> Iterator[None]:
+    """Context manager without the warnings of Ray on its own settings."""
+    import logging
+
+    logger = logging.getLogger("ray")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _silent_errors(ray: ModuleType) -> Iterator[None]:
+    """Context manager in which Ray does not print messages on lost workers to stdout, where a report may be written."""
+    worker = ray._private.worker
+    before = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda *args, **settings: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = before
+
+
+@contextmanager
+def _joined(ray: ModuleType, options: RayOptions) -> Iterator[Cluster]:
+    """Connect to an existing cluster with Ray's client; the tasks of this process end on exit."""
+    refuse_missing_ray(client=True)
+    parts = urlsplit(options.address)
+    assert parts.hostname is not None and parts.port is not None
+    address = (
+        f"[{parts.hostname}]:{parts.port}" if ":" in parts.hostname else f"{parts.hostname}:{parts.port}"
+    )
+    begun = time.monotonic()
+    try:
+        socket.create_connection((parts.hostname, parts.port), CONNECT_S).close()
+    except OSError as error:
+        raise _no_answer(options, begun, error) from error
+    try:
+        with _own_signals(), _quiet(ray):
+            import warnings
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                context = ray.init(f"ray://{address}", log_to_driver=False, logging_level="ERROR")
+        client_of(ray).log_client.disable_logs()
+        yield Cluster(ray, local=False, dashboard=str(context.dashboard_url or ""))
+    except ConnectionError as error:
+        raise _no_answer(options, begun, error) from error
+    except ray.exceptions.AuthenticationError as error:
+        raise TargetError(
+            f"{options.address} refused the connection: {error}. Ray reads its token from RAY_AUTH_TOKEN, "
+            "RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+        ) from error
+    finally:
+        with _own_signals():
+            ray.shutdown()
+
+
+def _no_answer(options: RayOptions, begun: float, error: Exception) -> TargetError:
+    return TargetError(
+        f"{options.address} does not answer as a Ray cluster (after {time.monotonic() - begun:.0f} s: "
+        f"{type(error).__name__}: {error}); look whether the head node runs ray start --head with "
+        "--ray-client-server-port, and whether the port is reachable from here"
+    )

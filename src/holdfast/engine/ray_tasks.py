@@ -1,0 +1,314 @@
+"""Executor that measures the shards of a stage as tasks of a Ray cluster.
+
+The process of the run sends each task and stores the returned columns; workers write no files. A worker keeps the model
+open from one shard to the next (`ray_worker.py`).
+"""
+
+import json
+import math
+import pickle
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+
+from holdfast.core.errors import HoldfastError, TargetError, TargetLost, TargetRefused, UsageError
+from holdfast.core.evidence import Columns, Seconds
+from holdfast.engine import ray_node
+from holdfast.engine.executor import Task
+from holdfast.engine.progress import Notify, ignore
+from holdfast.engine.ray_cluster import Cluster, RayOptions, connected, full
+from holdfast.engine.ray_worker import LENGTH
+from holdfast.engine.run import Run
+from holdfast.engine.store import Stopwatch
+
+NODES = "nodes"
+"""Kind of the document with the properties of nodes that differ from the process of the run."""
+_RECORDED = ("torch build", "threads", "device", "code")
+_DEATHS = 3
+"""A shard is not tried again after this many workers were lost with it."""
+_WAIT_S = 0.5
+_LOOKED_S = 10.0
+"""Interval in seconds at which the CPUs of the cluster are counted while no shard is finished."""
+_ERRORS: Mapping[str, type[HoldfastError]] = {
+    error.__name__: error for error in (HoldfastError, TargetError, TargetLost, TargetRefused, UsageError)
+}
+
+
+Dumps = Callable[[Any], bytes]
+"""Function that pickles an object."""
+
+
+@dataclass
+class RayTasks:
+    """Executor with at most `size` tasks at a time, each with one CPU. `send` adds the examples to a task."""
+
+    cluster: Cluster
+    setup: bytes
+    """the pickled setup, which each worker opens once"""
+    size: int
+    device: str
+    options: RayOptions
+    send: Callable[[Task], Any]
+    """function that returns what is sent for a task"""
+    paths: tuple[str, ...] = ()
+    """import path of this process, if the workers are on the same machine"""
+    notify: Notify = ignore
+    detail: Notify = ignore
+    nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """reports of the nodes, by name"""
+    _expected: dict[str, str] = field(default_factory=dict)
+    _reference: Any = None
+    _lost: Counter[tuple[str, int]] = field(default_factory=Counter)
+    _failed: int = 0
+
+    def prepare(self) -> None:
+        """Wait for enough CPUs, compare the nodes with this process, and store the setup in the cluster."""
+        here = ray_node.report((), self.device)
+        self._expected = {name: str(here[name]) for name in (*ray_node.STRICT, "torch build", "code")}
+        self._expected["threads"] = "1"
+        if "device" in here:  # otherwise the first node that measures a shard determines it
+            self._expected["device"] = here["device"]
+        self._wait_for_cpus()
+        self._compare_nodes()
+        self._reference = self.cluster.put(self.setup)
+
+    def measure(
+        self,
+        run: Run,
+        stage: str,
+        tasks: Mapping[int, Task],
+        until: float,
+        moved: Callable[[int], None],
+    ) -> Iterator[tuple[int, Columns]]:
+        """Yield each shard with its columns after a worker has measured it and it is stored.
+
+        After the deadline `until`, no further shard is started. If the run ends, the running tasks are cancelled.
+        """
+        waiting, running, done = deque(tasks), dict[Any, int](), 0
+        # wall time is that of all workers, and is stored once
+        stopwatch = Stopwatch(run.store, stage, next(iter(tasks)), cpu=False)
+        looked_at = time.monotonic()
+        try:
+            while True:
+                if time.perf_counter() >= until:
+                    waiting.clear()
+                while waiting and len(running) < self.size:
+                    shard = waiting.popleft()
+                    running[self._submit(run, stage, shard, tasks[shard], until)] = shard
+                if not running:
+                    break
+                for reference in self.cluster.finished([*running], _WAIT_S):
+                    looked_at = time.monotonic()
+                    shard = running.pop(reference)
+                    columns, again = self._received(self.cluster.result(reference), run, stage, shard)
+                    if again:
+                        self._failed += 1
+                        waiting.appendleft(shard)
+                    self._tell(stage, done + (columns is not None), len(running))
+                    if columns is not None:
+                        done += 1
+                        run.keep(stage, shard, columns)
+                        yield shard, columns
+                stopwatch.tick()
+                if time.monotonic() - looked_at > _LOOKED_S:
+                    self._wait_for_cpus(least=1)
+                    looked_at = time.monotonic()
+        finally:
+            self.cluster.cancel([*running])
+        stopwatch.tick(least=0.0)
+
+    def pause(self) -> None:
+        """Do nothing, because the workers belong to the cluster."""
+
+    def _tell(self, stage: str, done: int, running: int) -> None:
+        self.detail(f"{stage}: {done} shards done, {running} running, {self._failed} failed and repeated")
+
+    def _submit(self, run: Run, stage: str, shard: int, task: Task, until: float) -> Any:
+        run.store.begin(stage, shard)
+        room, buffers = run.room(stage, shard), list[pickle.PickleBuffer]()
+        left_s = until - time.perf_counter()
+        sent = self.send(task), room.size, dict(room.known), left_s
+        content = pickle.dumps(sent, protocol=5, buffer_callback=buffers.append)
+        arrays = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+        expected = {name: self._expected[name] for name in ray_node.STRICT}
+        arguments = (expected, self.paths, self.device, [self._reference], content, arrays)
+        return self.cluster.submit(ray_node.measured, arguments, **self._resources())
+
+    def _resources(self) -> dict[str, Any]:
+        return {"num_cpus": 1, "num_gpus": self.options.gpus_per_worker or 0, "scheduling_strategy": "SPREAD"}
+
+    def _received(self, answer: bytes | str, run: Run, stage: str, shard: int) -> tuple[Columns | None, bool]:
+        """Return the columns of a shard, or None and whether it is measured again.
+
+        Raises the error that a worker reports, and `TargetError` if the shard cannot be measured.
+        """
+        first, last = run.shards[shard]
+        place = f"shard {shard} of {stage} (examples {first} to {last - 1})"
+        if isinstance(answer, str):
+            return None, self._again(answer, run, stage, shard, place)
+        kind, content = answer[:1], answer[1:]
+        if kind == b"N":
+            self._refuse_node(json.loads(content))
+        head = LENGTH.size + LENGTH.unpack(content[: LENGTH.size])[0]
+        header = json.loads(content[LENGTH.size : head])
+        self._refuse_node(header["node"])
+        if kind == b"E":
+            error = _ERRORS.get(header["error"], HoldfastError)
+            raise error(f"{place}, on node {header['node']['node']}: {header['message']}")
+        for split in header["splits"]:
+            run.split(stage, shard, split["row"], split["size"])
+        run.store.spend(stage, shard, Seconds(header["cpu_s"], 0.0), done=False)
+        if kind == b"L":
+            return None, False
+        self._record(run, header["node"])
+        return safetensors.torch.load(content[head:]), False
+
+    def _again(self, failure: str, run: Run, stage: str, shard: int, place: str) -> bool:
+        """Return whether a shard whose task failed is measured again. Raises `TargetError` if not."""
+        if failure == "memory":
+            first, last = run.shards[shard]
+            size = min(run.room(stage, shard).enter(0), last - first)
+            if size == 1:
+                raise TargetError(
+                    f"memory of a node ran out on {place} with one example at a time; give the nodes more memory, or "
+                    "start fewer workers on each"
+                )
+            run.split(stage, shard, 0, size // 2)
+            return True
+        if failure == "full":
+            raise full()
+        if failure == "cancelled":
+            raise TargetError(f"{place} was cancelled in the cluster; continue the run with --resume")
+        if failure == "unreadable":
+            raise TargetError(
+                f"a worker ended {place} with an error that is not read, because it could run code here; look for it "
+                "in the logs of Ray on the node, and whether Holdfast is installed on all nodes"
+            )
+        self._lost[stage, shard] += 1
+        if self._lost[stage, shard] >= _DEATHS:
+            raise TargetError(
+                f"a worker was lost {_DEATHS} times on {place}; if memory ran out, start fewer workers on each node, "
+                "or use a smaller --batch-size"
+            )
+        return True
+
+    def _refuse_node(self, report: dict[str, Any]) -> None:
+        """Raise `TargetError` for a node that differs from this process, or from the nodes before it in its device.
+
+        With `mixed_nodes`, only other versions are refused.
+        """
+        name = str(report["node"])
+        if self.nodes.get(name) == report:
+            return
+        if "device" in report and "device" not in self._expected:
+            self._expected["device"] = report["device"]
+        differing = {
+            key: report.get(key) for key, value in self._expected.items() if report.get(key) != value
+        }
+        known = {key: value for key, value in differing.items() if key in ray_node.STRICT}
+        refused = known if self.options.mixed_nodes else differing
+        if refused:
+            shown = "; ".join(f"{key} {value}, not {self._expected[key]}" for key, value in refused.items())
+            remedy = (
+                "install the same versions on all nodes"
+                if known
+                else "remove it from the cluster, or add --mixed-nodes; the last bits of results may then depend on "
+                "the node, and the evidence says so"
+            )
+            raise TargetError(f"node {name} differs ({shown}): {remedy}")
+        self.nodes[name] = report
+
+    def _record(self, run: Run, report: Mapping[str, Any]) -> None:
+        """Record the properties of a node that measured a shard, if they differ from those of this process."""
+        properties = {name: str(report.get(name)) for name in _RECORDED}
+        if all(properties[name] == self._expected.get(name) for name in _RECORDED):
+            return
+        stored = run.store.document(NODES)
+        known = [] if stored is None else [*stored["nodes"]]
+        if properties not in known:
+            run.record(NODES, {"nodes": [*known, properties]})
+
+    def _compare_nodes(self) -> None:
+        """Compare the versions of all nodes with those of this process, before the first task."""
+        tasks = [
+            self.cluster.submit(
+                ray_node.report_as_bytes,
+                (
+                    self.paths,
+                    "" if self.options.gpus_per_worker else self.device,
+                ),  # a task without GPU sees none
+                num_cpus=0,
+                scheduling_strategy=on_node(node["NodeID"]),
+            )
+            for node in self.cluster.nodes()
+        ]
+        begun = time.monotonic()
+        while tasks:
+            for reference in self.cluster.finished(tasks, _WAIT_S):
+                tasks.remove(reference)
+                answer = self.cluster.result(reference)
+                if isinstance(answer, bytes):
+                    self._refuse_node(json.loads(answer[1:]))
+            if tasks and time.monotonic() - begun > self.options.timeout_s:
+                raise TargetError(
+                    f"{len(tasks)} nodes did not report their versions in {self.options.timeout_s:g} s; look at the "
+                    "logs of Ray, or give a longer --timeout"
+                )
+
+    def _wait_for_cpus(self, least: int | None = None) -> None:
+        """Wait until the cluster has as many CPUs and GPUs as the workers need, or at least as many as `least`."""
+        wanted = self.size if least is None else least
+        needs = {"CPU": float(wanted), "GPU": wanted * (self.options.gpus_per_worker or 0.0)}
+        begun, said = time.monotonic(), False
+        while missing := {name: n for name, n in needs.items() if self.cluster.total(name) < n - 1e-6}:
+            shown = ", ".join(f"{self.cluster.total(name):g} of {n:g} {name}s" for name, n in missing.items())
+            left_s = self.options.timeout_s - (time.monotonic() - begun)
+            if left_s <= 0:
+                raise TargetError(
+                    f"the Ray cluster has {shown} that --workers {self.size} needs, after "
+                    f"{self.options.timeout_s:g} s; use fewer --workers, add nodes, or give a longer --timeout"
+                )
+            if not said:
+                self.notify(
+                    f"the Ray cluster has {shown} that --workers {self.size} needs; waiting for more, at most "
+                    f"{math.ceil(left_s)} s"
+                )
+                said = True
+            time.sleep(min(1.0, left_s))
+
+
+def on_node(node: str) -> Any:
+    """Return the scheduling strategy of a task that runs on one node only."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
+@contextmanager
+def ray_tasks(
+    setup: Callable[[Dumps], bytes],
+    send: Callable[[Task], Any],
+    size: int,
+    device: str,
+    options: RayOptions,
+    *,
+    paths: tuple[str, ...] = (),
+    notify: Notify = ignore,
+    detail: Notify = ignore,
+) -> Iterator[RayTasks]:
+    """Context manager that yields an executor on a Ray cluster, after its nodes were compared with this process.
+
+    `setup` is a function of the pickling function of Ray that returns what each worker opens.
+    """
+    with connected(options, size, detail=detail) as cluster:
+        known = paths if cluster.local else ()
+        content = setup(cluster.ray.cloudpickle.dumps)
+        executor = RayTasks(cluster, content, size, device, options, send, known, notify, detail)
+        executor.prepare()
+        yield executor

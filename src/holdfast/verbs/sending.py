@@ -1,0 +1,223 @@
+"""What the process of a run sends to the workers of a Ray cluster: the opened model, code of the user, and examples.
+
+Workers read no file of the user. The model is sent once, and the examples of a shard with its task.
+"""
+
+import io
+import pickle
+import pickletools
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from holdfast.core.batch import Batch, Data
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.engine.executor import Measure
+from holdfast.harness import LOOKED_AT, Plan, ShardTask
+from holdfast.ops.pieces import Room
+from holdfast.sources.arrays import Arrays
+from holdfast.sources.factories import imported_from
+from holdfast.sources.files import megabytes
+from holdfast.sources.object_digest import LOADED
+from holdfast.sources.pictures import Pictures
+from holdfast.verbs.measuring import ShardMeasure
+from holdfast.verbs.preparation import model_digest, readied, with_surrogates
+from holdfast.verbs.request import Subject
+
+MAX_SHIPPED = 50_000_000
+"""Largest number of bytes of the code that is sent with `--ship`."""
+
+
+@dataclass(frozen=True)
+class ShardWithExamples:
+    """The work of a shard with its examples."""
+
+    task: ShardTask
+    examples: Arrays
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Part of a data set: its first examples, with which the model is inspected, and the examples of one shard."""
+
+    name: str
+    classes: tuple[str, ...] | None
+    n: int
+    """number of examples of the whole data set"""
+    sample: Arrays
+    digest: str = ""
+    shards: dict[int, Arrays] = field(default_factory=dict)
+    """the examples of the current shard, by their first row"""
+
+    def __len__(self) -> int:
+        return self.n
+
+    def read(self, start: int, stop: int) -> Batch:
+        """Return the examples `start` to `stop`, which must be those of the sample or of the current shard."""
+        if start in self.shards:
+            return self.shards[start].read(0, stop - start)
+        return self.sample.read(start, stop)
+
+
+def stored_examples(data: Data, start: int, stop: int) -> Arrays:
+    """Return the examples `start` to `stop` in the type in which they are stored, such as bytes."""
+    if isinstance(data, Arrays):
+        rows = slice(start, stop)
+        return replace(data, x=data.x[rows], y=data.y[rows], ids=data.ids[rows])
+    if isinstance(data, Pictures):
+        return data.stored(start, stop)
+    batch = data.read(start, stop)
+    return Arrays(data.name, batch.x.numpy(), batch.y.numpy(), batch.ids.numpy(), data.classes)
+
+
+def with_examples(data: Data, task: ShardTask) -> ShardWithExamples:
+    """Return a task with the examples of its shard."""
+    return ShardWithExamples(task, stored_examples(data, task.start, task.stop))
+
+
+@dataclass(frozen=True)
+class SentModel:
+    """The opened model and surrogates, and the plan."""
+
+    subject: Subject
+    surrogates: tuple[Subject, ...]
+    plan: Plan
+    """the plan without surrogates, which the worker prepares itself"""
+    rows: Rows
+    digest: str
+    device: str
+
+    @contextmanager
+    def opened(self) -> Iterator[Measure]:
+        """Yield the function that measures shards. Raises `TargetError` if the model has another digest here."""
+        device, adaptive = torch.device(self.device), bool(self.plan.adaptive)
+        with (
+            readied(self.subject, self.rows, device, adaptive=adaptive) as (target, sample),
+            ExitStack() as stack,
+        ):
+            plan = with_surrogates(self.plan, stack, self.surrogates, sample, target)
+            if model_digest(self.subject, target) != self.digest:
+                raise TargetError(
+                    "the model behaves differently on a node (one of them is randomised); measure it with --on local"
+                )
+
+            def measure(work: ShardWithExamples, room: Room, until: float) -> Any:
+                self.rows.shards.clear()
+                self.rows.shards[work.task.start] = work.examples
+                try:
+                    return ShardMeasure(plan, target, self.rows, device)(work.task, room, until)
+                finally:
+                    self.rows.shards.clear()
+
+            yield measure
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """The pickled model, and the code that it needs. Calling it opens the model: see `engine.ray_worker`."""
+
+    content: list[bytes]
+    """the pickled `SentModel`; empty once it is opened, so that a worker keeps one copy of the model"""
+    modules: Mapping[str, tuple[str, bytes]]
+    """path and content of each code file of the user that the model was made by, by the name of the module"""
+    files: Mapping[str, bytes]
+    """content of each file of `--ship`, by its path"""
+
+    @contextmanager
+    def __call__(self) -> Iterator[Measure]:
+        """Yield the function that measures shards. Shipped code is last on the import path."""
+        with ExitStack() as stack:
+            if self.files:
+                folder = tempfile.mkdtemp(prefix="holdfast-")
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                _write(Path(folder), self.files)
+                sys.path.append(folder)
+                stack.callback(sys.path.remove, folder)
+            for name, (path, content) in self.modules.items():
+                if name not in sys.modules:
+                    imported_from(Path(path), content, name)
+            # sent by the process of the run
+            model: SentModel = pickle.loads(self.content.pop())  # noqa: S301
+            yield stack.enter_context(model.opened())
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        place = folder / PurePosixPath(name)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+
+
+def shipment(model: SentModel, files: Mapping[str, bytes], dumps: Callable[[Any], bytes]) -> bytes:
+    """Return the pickled shipment of a model. `dumps` is the pickling function of Ray.
+
+    Raises `UsageError` for a model or an attack that cannot be pickled.
+    """
+    try:
+        content = dumps(model)
+    except Exception as error:  # objects of the user may raise anything while they are pickled
+        raise UsageError(
+            f"a node cannot receive the model or an attack ({type(error).__name__}: {error}); define it with "
+            "file.py:factory, or measure it with --on local"
+        ) from error
+    return pickle.dumps(Shipment([content], _user_modules(content), files))
+
+
+def _user_modules(content: bytes) -> dict[str, tuple[str, bytes]]:
+    """Return the code files of the user to which a pickle refers."""
+    found: dict[str, tuple[str, bytes]] = {}
+    for _, value, _ in pickletools.genops(io.BytesIO(content)):
+        name = value.split(" ")[0] if isinstance(value, str) else ""
+        module = sys.modules.get(name) if name.startswith(LOADED) else None
+        if module is not None and name not in found and module.__file__ is not None:
+            found[name] = (module.__file__, Path(module.__file__).read_bytes())
+    return found
+
+
+def shipped_files(paths: Sequence[Path]) -> dict[str, bytes]:
+    """Return the content of files and folders by their path from the parent of each. Hidden and compiled files are left
+    out.
+
+    Raises `UsageError` for a missing path, for two equal names, and for more than 50 MB.
+    """
+    found: dict[str, bytes] = {}
+    size = 0
+    for given in paths:
+        if not given.exists():
+            raise UsageError(
+                f"--ship {given} does not exist; give a file or a folder with code that the model needs"
+            )
+        base = given.resolve()
+        each = sorted(path for path in base.rglob("*") if path.is_file()) if base.is_dir() else [base]
+        for path in each:
+            name = path.relative_to(base.parent)
+            if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+                continue
+            size += path.stat().st_size
+            if size > MAX_SHIPPED:
+                raise UsageError(
+                    f"--ship {', '.join(map(str, paths))} has more than {megabytes(MAX_SHIPPED)}; ship code only, and "
+                    "install large packages on the nodes"
+                )
+            if name.as_posix() in found:
+                raise UsageError(f"--ship sends two files named {name.as_posix()}; rename one of them")
+            found[name.as_posix()] = path.read_bytes()
+    return found
+
+
+def sender(data: Data) -> Callable[[ShardTask], ShardWithExamples]:
+    """Return the function that adds the examples of `data` to a task."""
+    return partial(with_examples, data)
+
+
+def known_rows(data: Data) -> Rows:
+    """Return what a worker knows of a data set before it measures a shard."""
+    return Rows(data.name, data.classes, len(data), stored_examples(data, 0, min(LOOKED_AT, len(data))))
