@@ -17,6 +17,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'hold
 import torch  # noqa: E402 - after the skip
 
 import holdfast  # noqa: E402
+from benchmarks.rows.cluster import children  # noqa: E402
 from holdfast.core.errors import TargetError, UsageError  # noqa: E402
 from holdfast.engine import ray_cluster  # noqa: E402
 from holdfast.engine.ray_cluster import Cluster, RayOptions, imported_ray  # noqa: E402
@@ -163,7 +164,8 @@ def test_a_node_that_is_killed_leaves_the_same_bytes(cluster, one, tmp_path):
     def kill(line):
         if "1-pgd: 1 shards done" in line and not killed:
             killed.append(process.pid)
-            process.kill()
+            for each in (process.pid, *children(process.pid)):
+                os.kill(each, signal.SIGKILL)
 
     run = tmp_path / "run"
     assess(subject(), data(), on_ray(workers=3), run=run, detail=kill)

@@ -126,8 +126,8 @@ class Cluster:
             self._functions[key] = remote.options(max_retries=0, **options)
         return self._functions[key].remote(*arguments)
 
-    def put(self, content: bytes) -> Any:
-        """Store bytes in the object store, and return their reference. Raises `TargetError` if it is full."""
+    def put(self, content: Any) -> Any:
+        """Store bytes or arrays in the object store, and return their reference. Raises `TargetError` if it is full."""
         try:
             return self.ray.put(content)
         except (self.ray.exceptions.ObjectStoreFullError, self.ray.exceptions.OutOfDiskError) as error:

@@ -25,8 +25,14 @@ def report(paths: Sequence[str], device: str, threads: int | None = None) -> dic
     import sys
 
     sys.path.extend(path for path in paths if path not in sys.path)
+    ray = sys.modules.get("ray")
+    node = (
+        ray.get_runtime_context().get_node_id()
+        if threads and ray is not None and ray.is_initialized()
+        else ""
+    )
     found: dict[str, Any] = {
-        "node": f"{socket.gethostname()} ({os.environ.get('RAY_NODE_ID', '')[:8] or os.getpid()})",
+        "node": f"{socket.gethostname()} ({node[:12] or os.getpid()})",
         "python": platform.python_version(),
     }
     try:
@@ -62,11 +68,13 @@ def measured(
     setup: Sequence[Any],
     task: bytes,
     buffers: Sequence[Any],
+    stored: bool,  # noqa: FBT001 - Ray passes arguments by position
 ) -> bytes:
     """Measure a shard, and return its columns as `holdfast.engine.ray_worker.measured` does.
 
-    `setup` contains the reference of the pickled setup, `task` is the pickled task, and `buffers` are its arrays. If
-    the versions of this node are not the `expected` ones, the report is returned after the letter N.
+    `setup` contains the reference of the pickled setup, `task` is the pickled task, and `buffers` are its arrays or, if
+    `stored`, the reference of these. If the versions of this node are not the `expected` ones, the report is returned
+    after the letter N.
     """
     import json
 
@@ -75,4 +83,4 @@ def measured(
         return b"N" + json.dumps(found).encode()
     from holdfast.engine.ray_worker import measured as measured_here
 
-    return measured_here(setup[0], task, buffers, found)
+    return measured_here(setup[0], task, buffers, found, stored=stored)

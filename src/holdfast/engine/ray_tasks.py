@@ -4,6 +4,7 @@ The process of the run sends each task and stores the returned columns; workers 
 open from one shard to the next (`ray_worker.py`).
 """
 
+import ctypes
 import json
 import math
 import pickle
@@ -32,6 +33,10 @@ NODES = "nodes"
 _RECORDED = ("torch build", "threads", "device", "code")
 _DEATHS = 3
 """A shard is not tried again after this many workers were lost with it."""
+_INLINE = 100_000
+"""Largest number of bytes of examples that are part of the task itself."""
+_TRIMMED = 64_000_000
+"""Bytes of examples after which freed memory is returned to the operating system."""
 _WAIT_S = 0.5
 _LOOKED_S = 10.0
 """Interval in seconds at which the CPUs of the cluster are counted while no shard is finished."""
@@ -66,6 +71,8 @@ class RayTasks:
     _reference: Any = None
     _lost: Counter[tuple[str, int]] = field(default_factory=Counter)
     _failed: int = 0
+    _sent: int = 0
+    """bytes of examples that were sent since freed memory was returned"""
 
     def prepare(self) -> None:
         """Wait for enough CPUs, compare the nodes with this process, and store the setup in the cluster."""
@@ -137,7 +144,15 @@ class RayTasks:
         content = pickle.dumps(sent, protocol=5, buffer_callback=buffers.append)
         arrays = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
         expected = {name: self._expected[name] for name in ray_node.STRICT}
-        arguments = (expected, self.paths, self.device, [self._reference], content, arrays)
+        n_bytes = sum(array.nbytes for array in arrays)
+        large = n_bytes > _INLINE
+        self._sent += n_bytes
+        if self._sent > _TRIMMED:
+            self._sent = 0
+            return_freed_memory()
+        # an argument of Ray may live until the next collection of garbage, and an object only as long as its task
+        sent_arrays = [self.cluster.put(arrays)] if large else arrays
+        arguments = (expected, self.paths, self.device, [self._reference], content, sent_arrays, large)
         return self.cluster.submit(ray_node.measured, arguments, **self._resources())
 
     def _resources(self) -> dict[str, Any]:
@@ -281,6 +296,19 @@ class RayTasks:
                 )
                 said = True
             time.sleep(min(1.0, left_s))
+
+
+def return_freed_memory() -> None:
+    """Return memory that was freed to the operating system, where the C library is glibc.
+
+    The columns of finished shards lie between the freed examples of others, so that glibc keeps and does not reuse that
+    memory: this process grew by all examples that it had sent.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library, or Windows
+        return
+    trim(0)
 
 
 def on_node(node: str) -> Any:

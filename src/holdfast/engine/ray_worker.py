@@ -48,12 +48,11 @@ class Opened:
         self.stack = ExitStack()
 
 
-def fetched(reference: Any) -> bytes:
-    """Return the bytes of an object in the object store, which the process of the run has put there."""
+def fetched(reference: Any) -> Any:
+    """Return an object of the object store, which the process of the run has put there."""
     import ray
 
-    content: bytes = ray.get(reference)
-    return content
+    return ray.get(reference)
 
 
 CURRENT = Opened()
@@ -61,8 +60,13 @@ CURRENT = Opened()
 atexit.register(CURRENT.close)
 
 
-def measured(reference: Any, task: bytes, buffers: Sequence[Any], report: dict[str, Any]) -> bytes:
-    """Measure a shard, and return its columns with the report of the node, or the reason why there are none."""
+def measured(
+    reference: Any, task: bytes, buffers: Sequence[Any], report: dict[str, Any], *, stored: bool
+) -> bytes:
+    """Measure a shard, and return its columns with the report of the node, or the reason why there are none.
+
+    If `stored` is true, `buffers` contains the reference of the buffers in the object store.
+    """
     cpu, splits = time.process_time(), list[dict[str, int]]()
 
     def header(**more: Any) -> bytes:
@@ -72,6 +76,8 @@ def measured(reference: Any, task: bytes, buffers: Sequence[Any], report: dict[s
 
     try:
         measure = CURRENT.at(reference)
+        if stored:
+            buffers = fetched(buffers[0])
         # sent by the process of the run
         work, size, known, left_s = pickle.loads(task, buffers=buffers)  # noqa: S301
         room = Room(size, known, lambda row, half: splits.append({"row": row, "size": half}))
