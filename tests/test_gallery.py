@@ -58,7 +58,7 @@ def test_a_name_that_is_not_shown_is_answered_with_the_nearest():
 @pytest.mark.slow
 def test_every_item_is_given_away_and_falls():
     """All items at once, which share a twin."""
-    items = {item.name: item for item in exhibition(n=200)}
+    items = {item.name: item for item in exhibition(n=100)}
     assert set(items) == {item.name for item in ITEMS}
     for item in items.values():
         assert set(item.doubts) - {"not-exhausted"}, item.name

@@ -545,6 +545,7 @@ def test_a_kill_at_any_call_to_the_disk_leaves_a_pool_that_goes_on(lives):
     assert lives["calls"]["calls"] > 30 and lives["calls"]["epochs"] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_pool_whose_beginning_was_killed_is_begun_again(lives):
     assert lives["begun"]["calls"] > 10
 

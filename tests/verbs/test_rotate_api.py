@@ -60,6 +60,7 @@ def flags(name, values):
     ]
 
 
+@pytest.mark.slow
 def test_the_steps_in_python_and_on_the_command_line_give_the_same(place, capsys):
     heard = []
     collected = collect("pool", notify=heard.append)
@@ -107,6 +108,7 @@ def test_the_steps_in_python_and_on_the_command_line_give_the_same(place, capsys
         holdfast.rotate.migrate("pool")
 
 
+@pytest.mark.slow
 def test_run_finishes_the_collection_and_ends_when_enough_sets_wait(monkeypatch):
     seen = []
     collect("pool")
