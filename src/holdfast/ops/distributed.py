@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.core.errors import TargetError, UsageError
 
@@ -97,6 +97,19 @@ def broadcast(value: T) -> T:
     with _connected():
         dist.broadcast_object_list(objects)
     return objects[0]
+
+
+def match_first(digests: list[str], model: nn.Module) -> None:
+    """Give a model the weights that it has in the first process of a data-parallel training. Raises `UsageError` if the
+    digests of the data differ from those of the first process.
+    """
+    if broadcast(digests) != digests:
+        raise UsageError(
+            "this process has other data than the first one; give all processes the same data in the same order, as "
+            "from one file"
+        )
+    # on the CPU, because the processes may have different devices
+    model.load_state_dict(broadcast({name: value.cpu() for name, value in model.state_dict().items()}))
 
 
 @contextmanager

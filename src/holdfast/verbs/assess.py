@@ -4,9 +4,9 @@ the gates.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,9 @@ from holdfast.core.batch import Data
 from holdfast.core.evidence import Columns, Evidence
 from holdfast.core.purpose import purpose
 from holdfast.doubts.answering import arms, required_attacks
-from holdfast.engine.executor import Executor, Inline
-from holdfast.engine.processes import import_path, worker_processes
+from holdfast.engine.executor import Executor
 from holdfast.engine.progress import Notify, Progress, ignore, silent
-from holdfast.engine.ray_cluster import RayOptions
-from holdfast.engine.ray_tasks import NODES, RayTasks, ray_tasks
+from holdfast.engine.ray_tasks import NODES
 from holdfast.engine.resuming import resumable, way_out
 from holdfast.engine.run import Run
 from holdfast.engine.signals import Stopper, stoppable
@@ -52,13 +50,13 @@ from holdfast.verbs.evidence import (
     evidence_of,
     with_attackers,
 )
+from holdfast.verbs.executors import executor_for
 from holdfast.verbs.expected_rows import expected_of
 from holdfast.verbs.manifest import about_run, assess_manifest
-from holdfast.verbs.measuring import Measurement, ShardMeasure, WorkerSetup
+from holdfast.verbs.measuring import Measurement, ShardMeasure
 from holdfast.verbs.preparation import learning_examples, paired_sets, plan_for, readied
 from holdfast.verbs.request import AssessRequest, Opening, Subject
 from holdfast.verbs.result import Result, about_of
-from holdfast.verbs.sending import SentModel, known_rows, sender, shipment, shipped_files
 from holdfast.verbs.served import attach, finish, refuse_early, served_by
 
 JUDGED_BY_ATTACKERS = 1_000
@@ -113,9 +111,11 @@ def assess(
             store = stack.enter_context(open_run_folder(run, manifest, about, resume=resume, secret=secret))
             manifest, about = store.manifest, store.about()
             attach(served)
-        job = _Job(subject, data, request, plan, target, device, manifest, served, notify, detail)
-        opening = opening or partial(_as_given, subject, data, request.surrogates)
-        with job.executor(opening) as executor:
+        job = _Job(subject, data, request, plan, target, device, manifest, served)
+        measure = ShardMeasure(plan, target, data, device, served)
+        with executor_for(
+            request, subject, measure, manifest["digests"], opening, notify=notify, detail=detail
+        ) as executor:
             work = job.run(store, executor, stopper, progress)
             if served is not None and store.document(DOUBTS) is None:
                 notify(job.expected(served))
@@ -148,51 +148,6 @@ class _Job:
     manifest: Mapping[str, Any]
     served: Served | None
     """connection to the server of a served model"""
-    notify: Notify = ignore
-    detail: Notify = ignore
-
-    @contextmanager
-    def executor(self, opening: Opening) -> Iterator[Executor]:
-        """Context manager that yields the executor of the shards: this process, the requested number of worker
-        processes, or a cluster.
-        """
-        if self.request.ray is not None:
-            with self.cluster(self.request.ray) as tasks:
-                yield tasks
-            return
-        if self.request.workers is None:
-            yield Inline(ShardMeasure(self.plan, self.target, self.data, self.device, self.served))
-            return
-        digests = {what: self.manifest["digests"][what] for what in ("model", "data")}
-        digests["surrogates"] = [surrogate.digest for surrogate in self.request.surrogates]
-        plan = replace(self.plan, threat=replace(self.plan.threat, surrogates=()))
-        with worker_processes(
-            WorkerSetup(opening, digests, plan, self.request.device), self.request.workers
-        ) as workers:
-            yield workers
-
-    @contextmanager
-    def cluster(self, options: RayOptions) -> Iterator[RayTasks]:
-        """Yield the executor on a Ray cluster. The opened model is sent to the workers."""
-        request, device = self.request, "cuda" if options.gpus_per_worker else self.request.device
-        assert request.workers is not None  # refused before
-        plan = replace(self.plan, threat=replace(self.plan.threat, surrogates=()))
-        digest = self.manifest["digests"]["model"]
-        model = SentModel(self.subject, request.surrogates, plan, known_rows(self.data), digest, device)
-        files = shipped_files(options.ship)
-        if files:
-            self.notify(f"sent to the nodes with --ship: {', '.join(files)}")
-        with ray_tasks(
-            partial(shipment, model, files),
-            sender(self.data),
-            request.workers,
-            device,
-            options,
-            paths=tuple(import_path()),
-            notify=self.notify,
-            detail=self.detail,
-        ) as tasks:
-            yield tasks
 
     def run(self, store: Store, executor: Executor, stopper: Stopper, progress: Progress) -> Run:
         """Create the run whose results are written to a store. The time that earlier attempts used is subtracted from
@@ -342,9 +297,3 @@ class _Job:
         rows = expected_of(self.request, self.plan, self.target, len(self.data), work, opening=served.opening)
         earlier = served.sent.earlier
         return f"expected: {rows.says}" + (f"; {earlier:,} rows were sent before the stop" if earlier else "")
-
-
-def _as_given(
-    subject: Subject, data: Data, surrogates: tuple[Subject, ...]
-) -> tuple[Subject, Data, tuple[Subject, ...]]:
-    return subject, data, surrogates

@@ -3,8 +3,7 @@ measures the new model.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +16,9 @@ from torch import nn
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.chain import digest
 from holdfast.core.draws import Draws
-from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.engine.identity import hardware
 from holdfast.engine.progress import Notify, Progress, ignore, silent
-from holdfast.engine.ray_cluster import connected
 from holdfast.engine.resuming import repeatable, temporary_run_folder, way_out
 from holdfast.engine.run import Run
 from holdfast.engine.signals import stoppable
@@ -37,15 +34,8 @@ from holdfast.verbs.attempt_training import AttemptTraining
 from holdfast.verbs.candidates import Candidate, Evaluation, announced, attempts
 from holdfast.verbs.checks import refuse_batch, refuse_data, refuse_threat
 from holdfast.verbs.epochs import NOTHING, STAGES, Trainer, TrainingStart
-from holdfast.verbs.hardened import (
-    MODEL,
-    Hardened,
-    Made,
-    card_of,
-    opened_by,
-    timeless,
-    weights_metadata,
-)
+from holdfast.verbs.executors import cluster_for
+from holdfast.verbs.hardened import MODEL, Hardened, Made, card_of, opened_by, timeless, weights_metadata
 from holdfast.verbs.held_out import TrainingExamples, examples_of, harmless, held_out_accuracies
 from holdfast.verbs.manifest import about_run, harden_manifest
 from holdfast.verbs.pace import Clock, with_predicted_labels
@@ -131,7 +121,7 @@ class _Job:
         self.progress, self.notify, self.detail, self.clock = progress, notify, detail, clock
         self.model = learner_of(subject.model, inputs)
         digests = [test.digest, examples.digest]
-        self._match_first_process(digests)
+        distributed.match_first(digests, self.model)
         machine = hardware(device, distributed.processes())
         self.trainer = Trainer(self.model, self.rest, self.held, request.threat, request.seed, machine, clock)
         for candidate in request.candidates:  # refuses unsuitable data; nothing is trained yet
@@ -150,17 +140,6 @@ class _Job:
         """A random sample of the held-out examples, determined by the seed."""
         order = Draws(self.request.seed).at("looked at").bits(self.held.ids).argsort()[:n]
         return self.held.take(order.sort().values)
-
-    def _match_first_process(self, digests: list[str]) -> None:
-        """Verify that the data equal those of the first process, and use its initial weights."""
-        if distributed.broadcast(digests) != digests:
-            raise UsageError(
-                "this process has other data than the first one; give all processes the same data in the same order, "
-                "as from one file"
-            )
-        # On the CPU, because the processes may have different devices.
-        weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
-        self.model.load_state_dict(distributed.broadcast(weights))
 
     def _examples_for_learned_attacks(self) -> Data | None:
         """Training examples for learned attacks of the evaluation, disjoint from judged and held-out examples."""
@@ -207,7 +186,7 @@ class _Job:
             open_run_folder(
                 self.run, self.manifest, about_run(self.request.command), resume=resume
             ) as folder,
-            self._cluster(),
+            cluster_for(self.assessment, self.detail),
         ):
             run = Run(tuple(STAGES), folder, stopper=stopper, progress=self.progress)
             before = self._assessed(self.subject, self.test, "before", replace(self.assessment, gates=()))
@@ -229,16 +208,6 @@ class _Job:
         # the model may come from a factory and is not sent; its weights are part of the result
         distributed.broadcast(replace(result, model=NOTHING))
         return result
-
-    @contextmanager
-    def _cluster(self) -> Iterator[None]:
-        """Context manager with one connection to the cluster for all assessments, if the request has one."""
-        assessment = self.assessment
-        if assessment.ray is None or assessment.workers is None:
-            yield
-            return
-        with connected(assessment.ray, assessment.workers, detail=self.detail):
-            yield
 
     def follow(self) -> Hardened:
         """Take part in a distributed hardening as a process other than the first, until the new model is finished."""
