@@ -329,16 +329,9 @@ def carry_out_hardening(
         command=command,
     )
     return hardens.harden(
-        subject,
-        training,
-        test,
-        request,
-        run=run,
-        resume=resume,
-        progress=progress,
-        notify=notify,
-        detail=detail,
-    )
+        subject, training, test, request,
+        run=run, resume=resume, progress=progress, notify=notify, detail=detail,
+    )  # fmt: skip
 
 
 def demo(folder: str | Path = "holdfast-demo", *, progress: Progress = silent) -> Result:

@@ -115,10 +115,10 @@ def test_lost_shards_are_measured_again_with_the_same_bytes(fake, one, faults, t
 
 
 def test_a_worker_that_is_killed_for_memory_gets_half_the_batch(fake, tmp_path):
-    fake.faults[:] = [None, None, None, "memory", "memory"]  # after the clean pass: shard 0, then 1
+    fake.faults[:] = [None, None, "memory", "memory"]  # after the clean pass: shard 0, then 1
     assess(subject(), data(), on_fake(), run=tmp_path / "run")
     splits = json.loads((tmp_path / "run" / "splits.json").read_text())
-    assert [(split["stage"], split["at"], split["size"]) for split in splits] == [("1-pgd", 0, 7)] * 2
+    assert [(split["stage"], split["at"], split["size"]) for split in splits] == [("1-pgd", 0, 10)] * 2
     assert {split["shard"] for split in splits} == {0, 1}
     assert any("memory ran out" in note for note in open_run(tmp_path / "run").evidence.notes)
 

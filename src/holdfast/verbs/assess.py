@@ -113,9 +113,8 @@ def assess(
             attach(served)
         job = _Job(subject, data, request, plan, target, device, manifest, served)
         measure = ShardMeasure(plan, target, data, device, served)
-        with executor_for(
-            request, subject, measure, manifest["digests"], opening, notify=notify, detail=detail
-        ) as executor:
+        chosen = executor_for(request, subject, measure, manifest["digests"], opening, notify, detail)
+        with chosen as executor:
             work = job.run(store, executor, stopper, progress)
             if served is not None and store.document(DOUBTS) is None:
                 notify(job.expected(served))

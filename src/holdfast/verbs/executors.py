@@ -25,7 +25,6 @@ def executor_for(
     measure: ShardMeasure,
     digests: Mapping[str, Any],
     opening: Opening | None,
-    *,
     notify: Notify,
     detail: Notify,
 ) -> Iterator[Executor]:
