@@ -136,6 +136,9 @@ def test_memory_that_is_too_small_for_one_example_ends_the_run(fake):
         ("full", "the object store of Ray is full"),
         ("unreadable", "an error that is not read, because it could run code here"),
         ("cancelled", "cancelled"),
+        (b"C", "something else than a result of Holdfast"),
+        (b"C" + bytes(40), "something else than a result of Holdfast"),
+        (b"C\x02\0\0\0{}" + bytes(8), "something else than a result of Holdfast"),
     ],
 )
 def test_a_shard_that_cannot_be_measured_ends_the_run_and_cancels_the_others(fake, fault, said):

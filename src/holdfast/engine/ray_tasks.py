@@ -8,6 +8,7 @@ import ctypes
 import json
 import math
 import pickle
+import struct
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.torch
+from safetensors import SafetensorError
 
 from holdfast.core.errors import HoldfastError, TargetError, TargetLost, TargetRefused, UsageError
 from holdfast.core.evidence import Columns, Seconds
@@ -167,22 +169,26 @@ class RayTasks:
         place = f"shard {shard} of {stage} (examples {first} to {last - 1})"
         if isinstance(answer, str):
             return None, self._again(answer, run, stage, shard, place)
-        kind, content = answer[:1], answer[1:]
-        if kind == b"N":
-            self._refuse_node(json.loads(content))
-        head = LENGTH.size + LENGTH.unpack(content[: LENGTH.size])[0]
-        header = json.loads(content[LENGTH.size : head])
-        self._refuse_node(header["node"])
-        if kind == b"E":
-            error = _ERRORS.get(header["error"], HoldfastError)
-            raise error(f"{place}, on node {header['node']['node']}: {header['message']}")
-        for split in header["splits"]:
+        try:
+            kind, header, columns = _parsed(answer)
+            if kind == b"N":
+                self._refuse_node(header)
+            self._refuse_node(header["node"])
+            node, splits, cpu_s = header["node"]["node"], header["splits"], float(header["cpu_s"])
+            failure = (header["error"], header["message"]) if kind == b"E" else None
+        except (ValueError, KeyError, TypeError, struct.error, SafetensorError) as error:
+            raise TargetError(
+                f"a worker returned something else than a result of Holdfast for {place} ({type(error).__name__}: "
+                f"{error}); look for a node with another version of Holdfast"
+            ) from error
+        if failure is not None:
+            raise _ERRORS.get(failure[0], HoldfastError)(f"{place}, on node {node}: {failure[1]}")
+        for split in splits:
             run.split(stage, shard, split["row"], split["size"])
-        run.store.spend(stage, shard, Seconds(header["cpu_s"], 0.0), done=False)
-        if kind == b"L":
-            return None, False
-        self._record(run, header["node"])
-        return safetensors.torch.load(content[head:]), False
+        run.store.spend(stage, shard, Seconds(cpu_s, 0.0), done=False)
+        if columns is not None:
+            self._record(run, header["node"])
+        return columns, False
 
     def _again(self, failure: str, run: Run, stage: str, shard: int, place: str) -> bool:
         """Return whether a shard whose task failed is measured again. Raises `TargetError` if not."""
@@ -296,6 +302,16 @@ class RayTasks:
                 )
                 said = True
             time.sleep(min(1.0, left_s))
+
+
+def _parsed(answer: bytes) -> tuple[bytes, dict[str, Any], Columns | None]:
+    """Return the letter, the header and the columns of a result. Raises errors of several classes for other bytes."""
+    kind, content = answer[:1], answer[1:]
+    if kind == b"N":
+        return kind, dict(json.loads(content)), None
+    head = LENGTH.size + LENGTH.unpack(content[: LENGTH.size])[0]
+    header = dict(json.loads(content[LENGTH.size : head]))
+    return kind, header, safetensors.torch.load(content[head:]) if kind == b"C" else None
 
 
 def return_freed_memory() -> None:
