@@ -13,12 +13,21 @@ from holdfast.core.batch import Batch
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.draws import Draws
 from holdfast.core.evidence import Columns, in_table
+from holdfast.core.guard import Aim
 from holdfast.core.names import slug
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Ids, Mask, PerExample
-from holdfast.harness.detecting import aim_of
 from holdfast.harness.kinds.fit import Fit, fit_stage_of
-from holdfast.harness.stage import Member, Outline, Stage, StageKind, Work, broken_by_suite, suite_columns
+from holdfast.harness.stage import (
+    Against,
+    Member,
+    Outline,
+    Stage,
+    StageKind,
+    Work,
+    broken_by_suite,
+    suite_columns,
+)
 from holdfast.harness.verdict import (
     DISTANCES,
     aimed,
@@ -29,6 +38,7 @@ from holdfast.harness.verdict import (
     verdict_of,
     votes,
 )
+from holdfast.ops.detection import balance, median_width, threshold
 from holdfast.ops.pieces import Pieces
 
 if TYPE_CHECKING:
@@ -267,3 +277,21 @@ def _lowest(among: Mask, heights: PerExample, n: int) -> Mask:
     chosen = torch.zeros_like(among)
     chosen[rows[heights[rows].argsort(stable=True)[:n]]] = True
     return chosen
+
+
+SOFTNESS = 0.2
+"""Width of the transition of the gradient from network to detector, as a fraction of the median margin.
+
+See `Aim.softness`. With a sharp transition, the steps of an attack alternate between the two goals.
+"""
+
+
+def aim_of(against: Against, clean: Columns) -> Aim:
+    """Return the weight and the threshold with which an attack evades the detector of a model, computed from the
+    detector's scores for clean inputs.
+    """
+    if not against.weight:
+        return Aim(beyond=torch.inf)
+    scores, width = clean["score"], median_width(clean["class_margin"])
+    beyond = 0.0 if against.rejecting is None else threshold(scores, against.rejecting)
+    return Aim(against.weight * balance(scores, width), beyond, SOFTNESS * width)
