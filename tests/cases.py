@@ -189,5 +189,5 @@ LIMITED = [
     Case(TransformPGD(steps=5, restarts=3), colour),
     Case(GridSearch(turns=5, values=3), spatial),
     Case(Flow(steps=8, restarts=2), flow),
-    Case(GridSearch(values=2), colour),
+    Case(GridSearch(values=3), colour),
 ]

@@ -57,8 +57,9 @@ def test_three_kills_change_no_byte(tmp_path):
 
 @forks
 @pytest.mark.slow
-def test_twelve_kills_change_no_byte(tmp_path):
-    assert killed(tmp_path, "random", 2, 12) == {"hits": 12}
+@pytest.mark.parametrize("seed", [2, 3])
+def test_twenty_kills_change_no_byte(tmp_path, seed):
+    assert killed(tmp_path, "random", seed, 20) == {"hits": 20}
 
 
 @forks
