@@ -69,7 +69,7 @@ def test_every_item_is_given_away_and_falls():
     assert rounded.adaptive_robust_accuracy < 0.15
     assert "zero-gradient" in rounded.doubts
     assert rounded.adaptive[0] == "BPDA"
-    assert rounded.bypassed == ("its gradient goes round every rounding by the identity",)
+    assert rounded.bypassed == ("its gradient bypasses every rounding by the identity",)
 
 
 EXHIBIT = Exhibit(

@@ -41,7 +41,7 @@ def test_a_parser_ends_at_its_limits_and_the_message_names_the_option(tmp_path: 
     with pytest.raises(
         TargetError, match=r"more than (1 s of CPU time|5 s) to read .* HOLDFAST_READ_SECONDS=600"
     ):
-        open_data(table(tmp_path / "long.csv", b"0.25,1\n", 4_000_000), label="label")
+        open_data(table(tmp_path / "long.csv", b"0.25,1\n", 20_000_000), label="label")
     monkeypatch.delenv("HOLDFAST_READ_SECONDS")
     address = table(tmp_path / "t.csv", b"0.25,1\n", 300_000)
     monkeypatch.setattr("holdfast.sources.tables.LIMITS", Limits(copies=0, spare_bytes=2**24))

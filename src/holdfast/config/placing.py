@@ -44,8 +44,8 @@ class ClusterSettings(SettingGroup):
             address = "" if self.on == "ray" else self.on
             refuse_address(RayOptions(address, trust_network=self.trust_network))
             return
-        for key in ("ship", "gpus_per_worker", "mixed_nodes", "trust_network"):
-            if getattr(self, key):
+        for key in ("ship", "gpus_per_worker", "mixed_nodes", "trust_network", "timeout"):
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
                 raise UsageError(
                     f"{written.get(key, prefix + key)} concerns a Ray cluster, and the run is local; add --on ray or "
                     f"--on ray://HOST:PORT, or leave it out"

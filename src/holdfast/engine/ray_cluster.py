@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.engine.progress import Notify, ignore
 from holdfast.engine.ray_results import Failure, client_of, result_of
 
@@ -27,6 +27,7 @@ CONNECT_S = 10
 _TLS = "RAY_USE_TLS"
 _TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _SETTINGS = {
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # after a lost connection, Ray would start a cluster of its own
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run`, Ray would send the current folder to all nodes
     "RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "3",  # tried three times, with 3, 3 and 3 seconds
     "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "3",
@@ -59,9 +60,11 @@ def refuse_address(options: RayOptions) -> None:
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port = None, None
-    if parts.scheme != "ray" or not host or not port or parts.path not in ("", "/"):
+    further = (parts.query, parts.fragment, parts.username, parts.password)
+    if parts.scheme != "ray" or not host or not port or parts.path not in ("", "/") or any(further):
         raise UsageError(
-            f"on is {options.address!r}; expected local, ray, or ray://HOST:PORT, as in ray://head:10001"
+            f"on is {options.address.rpartition('@')[2]!r}; expected local, ray, or ray://HOST:PORT without a user, as "
+            "in ray://head:10001"
         )
     if not _is_loopback(host) and not _has_tls() and not options.trust_network:
         raise UsageError(
@@ -121,41 +124,66 @@ class Cluster:
     def submit(self, function: Callable[..., bytes], arguments: Sequence[Any], **options: Any) -> Any:
         """Start a task, and return the reference to its result."""
         key = (function, *sorted((name, str(value)) for name, value in options.items()))
-        if key not in self._functions:
-            remote = self.ray.remote(function)
-            self._functions[key] = remote.options(max_retries=0, **options)
-        return self._functions[key].remote(*arguments)
+        with self._reachable():
+            if key not in self._functions:
+                remote = self.ray.remote(function)
+                self._functions[key] = remote.options(max_retries=0, **options)
+            return self._functions[key].remote(*arguments)
 
     def put(self, content: Any) -> Any:
         """Store bytes or arrays in the object store, and return their reference. Raises `TargetError` if it is full."""
         try:
-            return self.ray.put(content)
+            with self._reachable():
+                return self.ray.put(content)
         except (self.ray.exceptions.ObjectStoreFullError, self.ray.exceptions.OutOfDiskError) as error:
             raise full() from error
 
     def finished(self, references: Sequence[Any], timeout_s: float) -> list[Any]:
         """Return references whose tasks have ended; waits at most `timeout_s` seconds for the first one."""
-        ready, _ = self.ray.wait(list(references), num_returns=1, timeout=timeout_s)
-        more, _ = self.ray.wait(list(references), num_returns=len(references), timeout=0)
+        with self._reachable():
+            ready, _ = self.ray.wait(list(references), num_returns=1, timeout=timeout_s)
+            more, _ = self.ray.wait(list(references), num_returns=len(references), timeout=0)
         return [*ready, *(each for each in more if each not in ready)]
 
     def result(self, reference: Any) -> bytes | Failure:
         """Return the bytes that a finished task returned, or why there are none. Nothing is unpickled."""
-        return result_of(client_of(self.ray), reference)
+        with self._reachable():
+            return result_of(client_of(self.ray), reference)
 
     def cancel(self, references: Sequence[Any]) -> None:
         """Cancel tasks, and end the workers that run them. A task of a cluster that is lost has ended already."""
-        for reference in references:
+        for reference in references if self.ray.is_initialized() else ():
             with suppress(self.ray.exceptions.RayError, ConnectionError):
                 self.ray.cancel(reference, force=True)
 
     def nodes(self) -> list[dict[str, Any]]:
         """Return the nodes that are alive and have a CPU."""
-        return [node for node in self.ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+        with self._reachable():
+            nodes = self.ray.nodes()
+        return [node for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
 
     def total(self, resource: str) -> float:
         """Return the amount of a resource, such as CPU, on all nodes."""
-        return float(self.ray.cluster_resources().get(resource, 0.0))
+        with self._reachable():
+            return float(self.ray.cluster_resources().get(resource, 0.0))
+
+    @contextmanager
+    def _reachable(self) -> Iterator[None]:
+        """Context manager that raises `TargetError` if the connection to the cluster is lost."""
+        try:
+            if not self.ray.is_initialized():
+                raise ConnectionError("it is closed")
+            yield
+        except HoldfastError:
+            raise
+        except Exception as error:  # a call to a cluster that is lost may fail in any way
+            is_lost = isinstance(error, (ConnectionError, self.ray.exceptions.RaySystemError))
+            if not is_lost and self.ray.is_initialized():
+                raise
+            raise TargetError(
+                f"the connection to the cluster was lost ({type(error).__name__}: {error}); look whether its head node "
+                "runs, and continue the run with --resume"
+            ) from error
 
 
 def full() -> TargetError:
@@ -228,29 +256,40 @@ def _own_signals() -> Iterator[None]:
 
 @contextmanager
 def _started(ray: ModuleType, workers: int, options: RayOptions) -> Iterator[Cluster]:
-    """Start a cluster on this machine that only this machine can reach; it ends on exit.
+    """Start a cluster on this machine that requires a token; it ends on exit.
 
-    Without a token of the user, the cluster has one of its own, which is passed in the environment of its processes and
-    written to no file. Files of the session are in a temporary folder that is deleted.
+    Ray opens ports on all network interfaces, so an environment that switches tokens off is refused. Without a token of
+    the user, the cluster has one of its own, which is passed in the environment of its processes and written to no
+    file. Files of the session are in a temporary folder that is deleted. Raises `UsageError` or `TargetError`.
     """
+    mode = os.environ.pop("RAY_AUTH_MODE", "token")  # `token` is Ray's default
+    if mode != "token":
+        raise UsageError(
+            f"RAY_AUTH_MODE is {mode!r}, with which every machine of the network could run code in the cluster that "
+            "--on ray starts; unset it, or set it to token"
+        )
     if not any(os.environ.get(name) for name in _TOKEN_VARIABLES) and not _default_token().is_file():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # short, because paths of sockets have at most 107 bytes
-    folder = tempfile.mkdtemp(prefix="hf-")
+    folder = Path(tempfile.mkdtemp(prefix="hf-"))
+    # Ray lets everybody write to its folder; the folder around it is accessible to this user only
+    session, temporary = folder / "r", folder / "t"
+    session.mkdir()
+    temporary.mkdir()
     before = os.environ.get("TMPDIR")
-    os.environ["TMPDIR"] = folder  # for the processes of the cluster
+    os.environ["TMPDIR"] = str(temporary)  # for the processes of the cluster
     try:
         with _own_signals(), _quiet(ray):
             context = ray.init(
                 address="local",
                 num_cpus=workers,
-                num_gpus=_local_gpus(workers, options),
+                num_gpus=None if options.gpus_per_worker else 0,  # None for all that Ray finds
                 include_dashboard=None,
                 log_to_driver=False,
                 logging_level="ERROR",
                 job_config=_job_config(),
                 _node_ip_address="127.0.0.1",
-                _temp_dir=folder,
+                _temp_dir=str(session),
             )
         _restore("TMPDIR", before)
         with _silent_errors(ray):
@@ -275,11 +314,6 @@ def _restore(variable: str, value: str | None) -> None:
 
 def _default_token() -> Path:
     return Path.home() / ".ray" / "auth_token"
-
-
-def _local_gpus(workers: int, options: RayOptions) -> int | None:
-    """Return the GPUs of a local cluster: those that the workers need, or all that Ray finds."""
-    return 0 if not options.gpus_per_worker else None
 
 
 def _dashboard(context: Any) -> str:
@@ -346,7 +380,13 @@ def _joined(ray: ModuleType, options: RayOptions) -> Iterator[Cluster]:
 
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                context = ray.init(f"ray://{address}", log_to_driver=False, logging_level="ERROR")
+                try:
+                    context = ray.init(f"ray://{address}", log_to_driver=False, logging_level="ERROR")
+                except RuntimeError as error:  # other versions of Ray or Python
+                    raise TargetError(
+                        f"{options.address} refused the connection: {error}. Install the same versions of Python and "
+                        "Ray here and on all nodes"
+                    ) from error
         client_of(ray).log_client.disable_logs()
         yield Cluster(ray, local=False, dashboard=str(context.dashboard_url or ""))
     except ConnectionError as error:
@@ -365,5 +405,6 @@ def _no_answer(options: RayOptions, begun: float, error: Exception) -> TargetErr
     return TargetError(
         f"{options.address} does not answer as a Ray cluster (after {time.monotonic() - begun:.0f} s: "
         f"{type(error).__name__}: {error}); look whether the head node runs ray start --head with "
-        "--ray-client-server-port, and whether the port is reachable from here"
+        "--ray-client-server-port, whether the port is reachable from here, and whether RAY_AUTH_TOKEN is the token of "
+        "the cluster"
     )

@@ -257,13 +257,11 @@ class RayTasks:
 
     def _compare_nodes(self) -> None:
         """Compare the versions of all nodes with those of this process, before the first task."""
+        device = "" if self.options.gpus_per_worker else self.device  # a task without GPU sees none
         tasks = [
             self.cluster.submit(
                 ray_node.report_as_bytes,
-                (
-                    self.paths,
-                    "" if self.options.gpus_per_worker else self.device,
-                ),  # a task without GPU sees none
+                (self.paths, device),
                 num_cpus=0,
                 scheduling_strategy=on_node(node["NodeID"]),
             )
@@ -274,7 +272,7 @@ class RayTasks:
             for reference in self.cluster.finished(tasks, _WAIT_S):
                 tasks.remove(reference)
                 answer = self.cluster.result(reference)
-                if isinstance(answer, bytes):
+                if isinstance(answer, bytes):  # a node that was lost in the meantime has no answer
                     self._refuse_node(json.loads(answer[1:]))
             if tasks and time.monotonic() - begun > self.options.timeout_s:
                 raise TargetError(

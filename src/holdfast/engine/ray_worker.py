@@ -87,9 +87,10 @@ def measured(
     except HoldfastError as error:
         return b"E" + header(error=type(error).__name__, message=str(error))
     except ModuleNotFoundError as error:
+        module = (error.name or "NAME").partition(".")[0]
         message = (
-            f"a worker cannot import {error.name}, which the model needs; send it with --ship PATH (in Python "
-            f"holdfast.Ray(ship=[…])), or install it on the nodes"
+            f"a worker cannot import {error.name}, which the model needs; send it with --ship {module}.py (in Python "
+            f"holdfast.Ray(ship=[…])), or install it on the nodes. A folder arrives as a package with its name"
         )
         return b"E" + header(error=UsageError.__name__, message=message)
     except Exception:  # noqa: BLE001 - the process of the run raises it

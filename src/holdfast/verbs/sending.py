@@ -186,7 +186,8 @@ def shipped_files(paths: Sequence[Path]) -> dict[str, bytes]:
     """Return the content of files and folders by their path from the parent of each. Hidden and compiled files are left
     out.
 
-    Raises `UsageError` for a missing path, for two equal names, and for more than 50 MB.
+    Raises `UsageError` for a missing path, a path without files, a link that leads out of its folder, two equal names,
+    and more than 50 MB.
     """
     found: dict[str, bytes] = {}
     size = 0
@@ -197,10 +198,17 @@ def shipped_files(paths: Sequence[Path]) -> dict[str, bytes]:
             )
         base = given.resolve()
         each = sorted(path for path in base.rglob("*") if path.is_file()) if base.is_dir() else [base]
+        each = [path for path in each if not _is_left_out(path.relative_to(base))]
+        if not each:
+            raise UsageError(
+                f"--ship {given} contains no file; give a file or a folder with code that the model needs"
+            )
         for path in each:
             name = path.relative_to(base.parent)
-            if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
-                continue
+            if not path.resolve().is_relative_to(base):
+                raise UsageError(
+                    f"--ship {given}: {name} is a link out of the folder; replace it by the file, or remove it"
+                )
             size += path.stat().st_size
             if size > MAX_SHIPPED:
                 raise UsageError(
@@ -211,6 +219,11 @@ def shipped_files(paths: Sequence[Path]) -> dict[str, bytes]:
                 raise UsageError(f"--ship sends two files named {name.as_posix()}; rename one of them")
             found[name.as_posix()] = path.read_bytes()
     return found
+
+
+def _is_left_out(name: Path) -> bool:
+    """Whether a file in a shipped folder is hidden or compiled."""
+    return any(part.startswith(".") or part == "__pycache__" for part in name.parts)
 
 
 def sender(data: Data) -> Callable[[ShardTask], ShardWithExamples]:
