@@ -1,13 +1,13 @@
 """Writing: whole or not at all, whatever fails."""
 
 import errno
-import itertools
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from disk import failing
 from holdfast.core.errors import TargetError
 from holdfast.store.files import (
     PRIVATE,
@@ -19,27 +19,12 @@ from holdfast.store.files import (
 )
 
 
-def failing(monkeypatch, at, code=errno.ENOSPC):
-    calls = itertools.count(1)
-
-    def counted(real):
-        def call(*args, **kwargs):
-            if next(calls) == at:
-                raise OSError(code, os.strerror(code))
-            return real(*args, **kwargs)
-
-        return call
-
-    for name in ("open", "write", "fsync", "replace"):
-        monkeypatch.setattr(os, name, counted(getattr(os, name)))
-
-
 @pytest.mark.parametrize("at", range(1, 7))
 def test_a_failed_write_leaves_the_old_file_or_the_new(tmp_path, monkeypatch, at):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with monkeypatch.context() as patch:
-        failing(patch, at)
+        failing(patch, at, ("open", "write", "fsync", "replace"))
         with pytest.raises(OSError, match="No space"):
             write_atomically(path, b"new")
     assert path.read_bytes() == (b"old" if at <= 4 else b"new")
@@ -58,7 +43,7 @@ def test_a_failed_append_leaves_the_file_as_it_was(tmp_path, monkeypatch, at):
     path = tmp_path / "file"
     append(path, b"one\n")
     with monkeypatch.context() as patch:
-        failing(patch, at)
+        failing(patch, at, ("open", "write", "fsync", "replace"))
         with pytest.raises(OSError, match="No space"):
             append(path, b"two\n")
     assert path.read_bytes() == b"one\n"

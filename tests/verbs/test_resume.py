@@ -1,7 +1,5 @@
 """Whatever ends a run, the next process ends it with the same bytes."""
 
-import errno
-import itertools
 import json
 import os
 import re
@@ -17,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from disk import failing
 from holdfast.attacks import PGD
 from holdfast.core.constraints import Linf
 from holdfast.core.errors import Interrupted, TargetError, UsageError
@@ -82,34 +81,17 @@ def whole(tmp_path_factory):
     return run
 
 
-def failing(monkeypatch, at, names=("write", "fsync"), code=errno.ENOSPC):
-    """Makes the `at`-th call to the disk fail; returns the counter."""
-    calls = itertools.count(1)
-
-    def counted(real):
-        def call(*args, **kwargs):
-            if next(calls) == at:
-                raise OSError(code, os.strerror(code))
-            return real(*args, **kwargs)
-
-        return call
-
-    for name in names:
-        monkeypatch.setattr(os, name, counted(getattr(os, name)))
-    return calls
-
-
 @pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_full_disk_at_any_write_loses_nothing(tmp_path, monkeypatch, whole, step):
     with monkeypatch.context() as patch:
-        calls = failing(patch, at=-1)
+        calls = failing(patch, -1, ("write", "fsync"))
         assess(subject(), data(), order(), run=tmp_path / "counted")
         n = next(calls) - 1
     assert n > 40
     for at in range(1, n + 1, step):
         run = tmp_path / f"full-{at}"
         with monkeypatch.context() as patch:
-            failing(patch, at)
+            failing(patch, at, ("write", "fsync"))
             with pytest.raises(TargetError, match="the disk is full.*could not be written.*--resume"):
                 assess(subject(), data(), order(), run=run)
         assess(subject(), data(), order(), run=run, resume=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from holdfast.core.errors import HoldfastError, TargetError, TargetLost, TargetRefused, UsageError
 from holdfast.core.evidence import Columns
 from holdfast.core.model import Bounds, Model
 from holdfast.core.types import Ids, Inputs, Logits
@@ -13,6 +14,14 @@ from holdfast.ops.pieces import Room
 
 if TYPE_CHECKING:
     from holdfast.engine.run import Run
+
+
+DEATHS = 3
+"""A shard, or the start of a worker, is not tried again after this many workers were lost in it."""
+ERRORS: Mapping[str, type[HoldfastError]] = {
+    error.__name__: error for error in (HoldfastError, TargetError, TargetLost, TargetRefused, UsageError)
+}
+"""Classes of the errors that a worker may report by name; any other name becomes a `HoldfastError`."""
 
 
 class OutOfTime(Exception):

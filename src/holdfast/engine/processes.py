@@ -23,9 +23,9 @@ from typing import IO, Any
 
 import safetensors.torch
 
-from holdfast.core.errors import HoldfastError, TargetError, TargetLost, TargetRefused, UsageError
+from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.core.evidence import Columns, Seconds
-from holdfast.engine.executor import Measure, Task
+from holdfast.engine.executor import DEATHS, ERRORS, Measure, Task
 from holdfast.engine.run import Run
 from holdfast.engine.store import Stopwatch
 
@@ -35,12 +35,7 @@ Setup = Callable[[], AbstractContextManager[Measure]]
 It can be pickled.
 """
 
-_DEATHS = 3
-"""A shard, or the start of a worker, is not tried again after this many workers died in it."""
 _WAIT_S = 0.5
-_ERRORS: Mapping[str, type[HoldfastError]] = {
-    error.__name__: error for error in (HoldfastError, TargetError, TargetLost, TargetRefused, UsageError)
-}
 _START = """\
 import os, sys
 inbox, outbox = os.dup(0), os.dup(1)
@@ -236,15 +231,15 @@ class Processes:
         self._workers.remove(worker)
         worker.end()
         if worker.error is not None:
-            raise _ERRORS.get(worker.error["error"], HoldfastError)(worker.error["message"])
+            raise ERRORS.get(worker.error["error"], HoldfastError)(worker.error["message"])
         if worker.ready and worker.shard is None:
             return
         at = ("", -1) if worker.shard is None else (stage, worker.shard)
         self._deaths[at] += 1
-        if self._deaths[at] >= _DEATHS:
+        if self._deaths[at] >= DEATHS:
             where = "before it had started" if worker.shard is None else f"on shard {worker.shard} of {stage}"
             raise TargetError(
-                f"a worker died {_DEATHS} times {where}, the last time with status {worker.process.returncode}; if "
+                f"a worker died {DEATHS} times {where}, the last time with status {worker.process.returncode}; if "
                 f"memory ran out, use fewer --workers or a smaller --batch-size"
             )
 

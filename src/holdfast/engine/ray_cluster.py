@@ -194,7 +194,7 @@ def full() -> TargetError:
     )
 
 
-_current: list[tuple[RayOptions, Cluster]] = []
+_current: list[Cluster] = []
 """The connection of this process, while it is open."""
 
 
@@ -208,7 +208,7 @@ def connected(options: RayOptions, workers: int, *, detail: Notify = ignore) -> 
     refuse_address(options)
     ray = imported_ray()
     if _current:
-        yield _current[0][1]
+        yield _current[0]
         return
     with ExitStack() as stack:
         if ray.is_initialized():
@@ -219,7 +219,7 @@ def connected(options: RayOptions, workers: int, *, detail: Notify = ignore) -> 
             cluster = stack.enter_context(start)
         if cluster.dashboard:
             detail(f"dashboard of Ray: http://{cluster.dashboard}")
-        _current.append((options, cluster))
+        _current.append(cluster)
         try:
             yield cluster
         finally:
@@ -279,7 +279,7 @@ def _started(ray: ModuleType, workers: int, options: RayOptions) -> Iterator[Clu
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = str(temporary)  # for the processes of the cluster
     try:
-        with _own_signals(), _quiet(ray):
+        with _own_signals(), _quiet():
             context = ray.init(
                 address="local",
                 num_cpus=workers,
@@ -335,7 +335,7 @@ def _job_config() -> Any:
 
 
 @contextmanager
-def _quiet(ray: ModuleType) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Context manager without the warnings of Ray on its own settings."""
     import logging
 
@@ -375,7 +375,7 @@ def _joined(ray: ModuleType, options: RayOptions) -> Iterator[Cluster]:
     except OSError as error:
         raise _no_answer(options, begun, error) from error
     try:
-        with _own_signals(), _quiet(ray):
+        with _own_signals(), _quiet():
             import warnings
 
             with warnings.catch_warnings():

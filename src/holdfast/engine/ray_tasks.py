@@ -20,10 +20,10 @@ import numpy as np
 import safetensors.torch
 from safetensors import SafetensorError
 
-from holdfast.core.errors import HoldfastError, TargetError, TargetLost, TargetRefused, UsageError
+from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.evidence import Columns, Seconds
 from holdfast.engine import ray_node
-from holdfast.engine.executor import Task
+from holdfast.engine.executor import DEATHS, ERRORS, Task
 from holdfast.engine.progress import Notify, ignore
 from holdfast.engine.ray_cluster import Cluster, RayOptions, connected, full
 from holdfast.engine.ray_worker import LENGTH
@@ -33,8 +33,6 @@ from holdfast.engine.store import Stopwatch
 NODES = "nodes"
 """Kind of the document with the properties of nodes that differ from the process of the run."""
 _RECORDED = ("torch build", "threads", "device", "code")
-_DEATHS = 3
-"""A shard is not tried again after this many workers were lost with it."""
 _INLINE = 100_000
 """Largest number of bytes of examples that are part of the task itself."""
 _TRIMMED = 64_000_000
@@ -42,9 +40,6 @@ _TRIMMED = 64_000_000
 _WAIT_S = 0.5
 _LOOKED_S = 10.0
 """Interval in seconds at which the CPUs of the cluster are counted while no shard is finished."""
-_ERRORS: Mapping[str, type[HoldfastError]] = {
-    error.__name__: error for error in (HoldfastError, TargetError, TargetLost, TargetRefused, UsageError)
-}
 
 
 Dumps = Callable[[Any], bytes]
@@ -182,7 +177,7 @@ class RayTasks:
                 f"{error}); look for a node with another version of Holdfast"
             ) from error
         if failure is not None:
-            raise _ERRORS.get(failure[0], HoldfastError)(f"{place}, on node {node}: {failure[1]}")
+            raise ERRORS.get(failure[0], HoldfastError)(f"{place}, on node {node}: {failure[1]}")
         for split in splits:
             run.split(stage, shard, split["row"], split["size"])
         run.store.spend(stage, shard, Seconds(cpu_s, 0.0), done=False)
@@ -212,9 +207,9 @@ class RayTasks:
                 "in the logs of Ray on the node, and whether Holdfast is installed on all nodes"
             )
         self._lost[stage, shard] += 1
-        if self._lost[stage, shard] >= _DEATHS:
+        if self._lost[stage, shard] >= DEATHS:
             raise TargetError(
-                f"a worker was lost {_DEATHS} times on {place}; if memory ran out, start fewer workers on each node, "
+                f"a worker was lost {DEATHS} times on {place}; if memory ran out, start fewer workers on each node, "
                 "or use a smaller --batch-size"
             )
         return True

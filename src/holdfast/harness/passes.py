@@ -1,8 +1,7 @@
 """Adversarial examples that were found outside the suite, for example by probes. Those inside the threat model count in
 the verdict.
 
-Columns that begin with `suite_` contain the results of the suite
-alone.
+Columns that begin with `suite_` contain the results of the suite alone.
 """
 
 from collections.abc import Mapping, Sequence
