@@ -1,0 +1,1 @@
+"""Certifiers, which prove that no input of a threat model changes the prediction of a model."""

@@ -1,0 +1,59 @@
+"""Protocol of a prover, which tries to prove for each example that no input of the threat model is misclassified."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, Mask
+
+
+@dataclass(frozen=True)
+class Proofs:
+    """What a prover proved about the examples of a batch, in the order of the batch."""
+
+    certified: Mask
+    """mask of the examples for which it is proved that every input of the threat model is classified correctly"""
+    bound: Tensor
+    """proved lower bound of the smallest margin over all inputs of the threat model, (n,) float64; minus infinity if
+    nothing was proved"""
+    work: Tensor
+    """number of boxes (subproblems) whose bounds were computed for each example, (n,) int64"""
+    stopped: Mask
+    """mask of the examples for which the time limit ended the search, so that another run may prove more"""
+    x_adv: Inputs
+    """for each example an input of the threat model that is misclassified if `broken`, otherwise the clean input"""
+    broken: Mask
+    """mask of the examples for which a misclassified input was found. The caller judges it on the original model"""
+
+    @staticmethod
+    def none(batch: Batch) -> "Proofs":
+        """Return the proofs of a batch about which nothing was proved."""
+        no = torch.zeros_like(batch.ids, dtype=torch.bool)
+        unproved = torch.full(no.shape, -torch.inf, dtype=torch.float64, device=no.device)
+        return Proofs(no, unproved, torch.zeros_like(batch.ids), no, batch.x, no)
+
+
+class ReadyProver(Protocol):
+    """Protocol of a prover that was prepared for a model and a threat model."""
+
+    def __call__(self, batch: Batch) -> Proofs:
+        """Return what can be proved about the examples of a batch, which the model classifies correctly."""
+
+
+class Prover(Protocol):
+    """Protocol of a method of certification with its settings: a frozen dataclass that can be pickled."""
+
+    name: ClassVar[str]
+    """name of the method on the command line, such as `crown`"""
+
+    def ready(self, model: Classifier, sample: Batch, threat: ThreatModel) -> ReadyProver:
+        """Prepare the method for a frozen model in evaluation mode, by tracing its operations on `sample`.
+
+        Raises `UsageError` with the operation and its place in the user's code if the model contains an operation
+        without sound bounds, and for a threat model that the method does not support.
+        """
