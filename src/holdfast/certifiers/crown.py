@@ -10,79 +10,20 @@ substitution, and every bound is reduced by a bound of its rounding error.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.graph import Graph, gamma, interval_of, largest
+from holdfast.certifiers import windows
+from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.linear import Interval, Linear
-from holdfast.certifiers.nonlinear import Activation, Lines, MaxPool, PoolLines, ReLU
+from holdfast.certifiers.nonlinear import MaxPool, PoolLines, ReLU
 from holdfast.certifiers.region import Region
+from holdfast.certifiers.relaxation import Relaxation
 
 _ELEMENTS = 2**22
 """largest number of coefficients of one value that are computed at once"""
-
-
-@dataclass(eq=False)
-class Relaxation:
-    """Bounds of the values of a network over a region, the linear bounds of its nonlinear operations, and what bounds
-    the rounding errors of a substitution.
-    """
-
-    graph: Graph
-    region: Region
-    bounds: dict[int, Interval] = field(default_factory=dict)
-    """bounds of the values, by index"""
-    lines: dict[int, Lines | PoolLines] = field(default_factory=dict)
-    """linear bounds of the nonlinear operations, by index"""
-    errors: dict[int, Tensor] = field(default_factory=dict)
-    """rounding error of the substitution of an operation per unit of its coefficients, (n, *shape), by index"""
-
-    def __post_init__(self) -> None:
-        self.bounds.setdefault(0, self.region.box)
-
-    def bound(self, index: int) -> Interval:
-        """Return bounds of a value, computed by interval arithmetic if they are not known."""
-        if index not in self.bounds:
-            node = self.graph.node(index)
-            self.bounds[index] = interval_of(node, [self.bound(i) for i in node.inputs])
-        return self.bounds[index]
-
-    def lines_of(self, index: int) -> Lines | PoolLines:
-        """Return the linear bounds of a nonlinear operation, computed from the bounds of its input."""
-        if index not in self.lines:
-            node = self.graph.node(index)
-            assert isinstance(node.operation, Activation | MaxPool)
-            self.lines[index] = node.operation.lines(self.bound(node.inputs[0]))
-        return self.lines[index]
-
-    def error_of(self, index: int) -> Tensor:
-        """Return the rounding error of the substitution of an operation, per unit of its coefficients."""
-        if index not in self.errors:
-            self.errors[index] = self._error(index).flatten(1)
-        return self.errors[index]
-
-    def _error(self, index: int) -> Tensor:
-        node = self.graph.node(index)
-        operation, dtype = node.operation, self.region.low.dtype
-        sizes = [largest(self.bound(i)) for i in node.inputs]
-        if isinstance(operation, Linear):
-            return operation.magnitude(*sizes) * gamma(operation.terms + 4, dtype)
-        lines, n_values = self.lines_of(index), node.shape.numel()
-        if isinstance(lines, PoolLines):
-            slopes = lines.upper + lines.lower
-            assert isinstance(operation, MaxPool)
-            moved = (slopes * operation.windows(sizes[0])).sum(-1)
-            return gamma(slopes.shape[-1] + 4, dtype) * moved + gamma(n_values, dtype) * lines.upper_offset.abs()
-        slopes = torch.maximum(lines.lower_slope.abs(), lines.upper_slope.abs())
-        offsets = torch.maximum(lines.lower_offset.abs(), lines.upper_offset.abs())
-        return gamma(4, dtype) * slopes * sizes[0] + gamma(n_values, dtype) * offsets
-
-    def tighten(self, index: int, low: Tensor, high: Tensor) -> None:
-        """Replace the bounds of a value by the intersection with other valid bounds."""
-        old_low, old_high = self.bound(index)
-        self.bounds[index] = (torch.maximum(old_low, low), torch.minimum(old_high, high))
 
 
 @dataclass(frozen=True)
@@ -150,7 +91,9 @@ def _relaxed(relaxation: Relaxation, index: int, a: Tensor) -> tuple[Tensor, Ten
     return back, offset + _weighted(negative, lines.upper_offset.flatten(1))
 
 
-def relaxed(graph: Graph, region: Region, *, given: Mapping[int, Interval] | None = None, substituted: bool = True) -> Relaxation:
+def relaxed(
+    graph: Graph, region: Region, *, given: Mapping[int, Interval] | None = None, substituted: bool = True
+) -> Relaxation:
     """Return the relaxation of a network over a region.
 
     Bounds of the inputs of nonlinear operations are computed in the order of execution. With `substituted`, those whose
@@ -192,24 +135,28 @@ def refine(relaxation: Relaxation, index: int) -> None:
     chosen = unknown.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     n, features = unknown.shape
     below, above = low.flatten(1).clone(), high.flatten(1).clone()
-    step = max(1, _ELEMENTS // (2 * n * _widest(relaxation.graph, index)))
+    in_windows = windows.local(relaxation.graph, index)
+    bounds = windows.lower_bounds if in_windows else _dense_bounds
+    step = max(1, _ELEMENTS // (2 * n * (1 if in_windows else 4) * 1024))
     for start in range(0, most, step):
         rows = chosen[:, start : start + step]
-        one = torch.zeros(n, rows.shape[1], features, dtype=low.dtype, device=low.device)
-        one.scatter_(2, rows[:, :, None], 1.0)
-        a = torch.cat((one, -one), 1).unflatten(2, relaxation.graph.shape_of(index))
-        lower = substitute(relaxation, index, a).lower
-        half = rows.shape[1]
-        below.scatter_(1, rows, torch.maximum(below.gather(1, rows), lower[:, :half]))
-        above.scatter_(1, rows, torch.minimum(above.gather(1, rows), -lower[:, half:]))
+        lower, negative = bounds(relaxation, index, rows)
+        below.scatter_(1, rows, torch.maximum(below.gather(1, rows), lower))
+        above.scatter_(1, rows, torch.minimum(above.gather(1, rows), -negative))
     relaxation.bounds[index] = (below.view_as(low), above.view_as(high))
+
+
+def _dense_bounds(relaxation: Relaxation, index: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower bounds (n, k) of the chosen values, given by indices (n, k), and of their negatives."""
+    shape = relaxation.graph.shape_of(index)
+    one = torch.zeros(*chosen.shape, shape.numel(), dtype=relaxation.region.low.dtype, device=chosen.device)
+    one.scatter_(2, chosen[:, :, None], 1.0)
+    lower = substitute(relaxation, index, torch.cat((one, -one), 1).unflatten(2, shape)).lower
+    half = chosen.shape[1]
+    return lower[:, :half], lower[:, half:]
 
 
 def _only_relu(graph: Graph, index: int) -> bool:
     return all(
         isinstance(graph.node(i).operation, ReLU) for i in graph.nonlinear if graph.node(i).inputs[0] == index
     )
-
-
-def _widest(graph: Graph, index: int) -> int:
-    return max(graph.shape_of(i).numel() for i in range(index + 1))
