@@ -10,7 +10,7 @@ substitution, and every bound is reduced by a bound of its rounding error.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,6 +27,18 @@ _ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
+class Choices:
+    """Free choices of a substitution, by the index of a ReLU. Any choice gives valid bounds."""
+
+    slopes: Mapping[int, Tensor] = field(default_factory=dict)
+    """slopes in [0, 1] of the lower bounds of ReLUs, (n, k, *shape); they are used where the sign of the input is not
+    known"""
+    multipliers: Mapping[int, Tensor] = field(default_factory=dict)
+    """numbers (n, k, *shape), for inputs of ReLUs that are assumed to be nonnegative (at least 0) or nonpositive (at
+    most 0): Lagrange multipliers of the assumptions, times their signs"""
+
+
+@dataclass(frozen=True)
 class Substituted:
     """Result of a backward substitution."""
 
@@ -34,29 +46,44 @@ class Substituted:
     """lower bounds (n, k) of the linear functions, reduced by the rounding error"""
     coefficients: Tensor
     """coefficients (n, k, *shape) of the lower bounds with respect to the input"""
+    passed: Mapping[int, Tensor]
+    """coefficients (n, k, *shape) with respect to the outputs of the nonlinear operations, by index, if required"""
 
 
-def substitute(relaxation: Relaxation, index: int, coefficients: Tensor) -> Substituted:
+def substitute(
+    relaxation: Relaxation,
+    index: int,
+    coefficients: Tensor,
+    choices: Choices = Choices(),
+    *,
+    rounded: bool = True,
+    passed: bool = False,
+) -> Substituted:
     """Return lower bounds of linear functions of a value, given by their coefficients (n, k, *shape of the value).
 
-    The first dimension may be 1 if the functions are the same for all examples.
+    The first dimension may be 1 if the functions are the same for all examples. Without `rounded`, the rounding error
+    is not subtracted, as while the choices are optimised. With `passed`, the result contains the coefficients at the
+    nonlinear operations.
     """
     graph = relaxation.graph
     n = len(relaxation.region.low)
     constant = coefficients.new_zeros(n, coefficients.shape[1])
-    error = torch.zeros_like(constant)
+    error, stored = torch.zeros_like(constant), {}
     pending = {index: coefficients}
     for i in range(index, 0, -1):
         if i not in pending:
             continue
         a, node = pending.pop(i), graph.node(i)
-        error = error + _weighted(a.abs(), relaxation.error_of(i))
+        if rounded:
+            error = error + _weighted(a.abs(), relaxation.error_of(i))
         if isinstance(node.operation, Linear):
             if (offset := node.operation.constant(a)) is not None:
                 constant = constant + offset
             back = node.operation.transposed(a, [graph.shape_of(j) for j in node.inputs])
         else:
-            moved, offset = _relaxed(relaxation, i, a)
+            if passed:
+                stored[i] = a
+            moved, offset = _relaxed(relaxation, i, a, choices)
             constant, back = constant + offset, (moved,)
         for j, moved in zip(node.inputs, back, strict=True):
             pending[j] = pending[j] + moved if j in pending else moved
@@ -64,7 +91,7 @@ def substitute(relaxation: Relaxation, index: int, coefficients: Tensor) -> Subs
     if len(a) < n:
         a = a.expand(n, *a.shape[1:])
     lower = relaxation.region.minimum(a) + constant - error * 1.01
-    return Substituted(lower, a)
+    return Substituted(lower, a, stored)
 
 
 def _weighted(a: Tensor, values: Tensor) -> Tensor:
@@ -75,7 +102,7 @@ def _weighted(a: Tensor, values: Tensor) -> Tensor:
     return (rows @ values[:, :, None])[:, :, 0]
 
 
-def _relaxed(relaxation: Relaxation, index: int, a: Tensor) -> tuple[Tensor, Tensor]:
+def _relaxed(relaxation: Relaxation, index: int, a: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
     """Coefficients and constants after the substitution of a nonlinear operation by its linear bounds."""
     lines, node = relaxation.lines_of(index), relaxation.graph.node(index)
     negative = a.clamp(max=0)
@@ -83,8 +110,13 @@ def _relaxed(relaxation: Relaxation, index: int, a: Tensor) -> tuple[Tensor, Ten
         assert isinstance(node.operation, MaxPool)
         back = node.operation.transposed(a, lines, relaxation.graph.shape_of(node.inputs[0]))
         return back, _weighted(negative, lines.upper_offset.flatten(1))
-    slopes, difference = lines.lower_slope[:, None], (lines.upper_slope - lines.lower_slope)[:, None]
-    back = torch.addcmul(a * slopes, negative, difference)
+    slopes, upper = lines.lower_slope[:, None], lines.upper_slope[:, None]
+    if index in choices.slopes:
+        low, high = relaxation.bound(node.inputs[0])
+        slopes = torch.where(((low < 0) & (high > 0))[:, None], choices.slopes[index], slopes)
+    back = torch.addcmul(a * slopes, negative, upper - slopes)
+    if index in choices.multipliers:
+        back = back - choices.multipliers[index]
     if isinstance(node.operation, ReLU):  # its lower bound has no offset
         return back, _weighted(negative, lines.upper_offset.flatten(1))
     offset = _weighted(a - negative, lines.lower_offset.flatten(1))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from holdfast.certifiers.graph import Graph, gamma, interval_of, largest
 from holdfast.certifiers.linear import Interval, Linear
-from holdfast.certifiers.nonlinear import Activation, Lines, MaxPool, PoolLines
+from holdfast.certifiers.nonlinear import Activation, Lines, MaxPool, PoolLines, ReLU
 from holdfast.certifiers.region import Region
 
 
@@ -66,11 +66,15 @@ class Relaxation:
             return (
                 gamma(slopes.shape[-1] + 4, dtype) * moved + gamma(n_values, dtype) * lines.upper_offset.abs()
             )
-        slopes = torch.maximum(lines.lower_slope.abs(), lines.upper_slope.abs())
         offsets = torch.maximum(lines.lower_offset.abs(), lines.upper_offset.abs())
+        if isinstance(operation, ReLU):  # any slope from 0 to 1 may be chosen
+            return gamma(4, dtype) * sizes[0] + gamma(n_values, dtype) * offsets
+        slopes = torch.maximum(lines.lower_slope.abs(), lines.upper_slope.abs())
         return gamma(4, dtype) * slopes * sizes[0] + gamma(n_values, dtype) * offsets
 
-    def tighten(self, index: int, low: Tensor, high: Tensor) -> None:
-        """Replace the bounds of a value by the intersection with other valid bounds."""
-        old_low, old_high = self.bound(index)
-        self.bounds[index] = (torch.maximum(old_low, low), torch.minimum(old_high, high))
+    def replace_bounds(self, index: int, low: Tensor, high: Tensor) -> None:
+        """Replace the bounds of a value by tighter ones. What was computed from the former bounds is forgotten."""
+        self.bounds = {i: known for i, known in self.bounds.items() if i <= index}
+        self.bounds[index] = (low, high)
+        self.lines = {i: known for i, known in self.lines.items() if i < index}
+        self.errors = {i: known for i, known in self.errors.items() if i < index}

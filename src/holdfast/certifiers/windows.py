@@ -156,7 +156,11 @@ def _linear(operation: Linear, windows: _Windows, noise: Tensor) -> tuple[_Windo
     if isinstance(operation, Scaled):
         if operation.offset is not None:
             added = (a * operation.offset.reshape(-1, 1, 1)).flatten(3).sum(3)
-        return windows.moved(a if operation.scale is None else a * operation.scale.reshape(-1, 1, 1)), added, rounding
+        return (
+            windows.moved(a if operation.scale is None else a * operation.scale.reshape(-1, 1, 1)),
+            added,
+            rounding,
+        )
     assert isinstance(operation, Convolution)
     if operation.bias is not None:
         added = a.flatten(4).sum(4) @ operation.bias
@@ -176,7 +180,10 @@ def _transposed(operation: Convolution, a: Tensor) -> Tensor:
     """The transposed convolution of windows, without padding."""
     h, w = a.shape[4:]
     outer, inner, *kernel = operation.weight.shape
-    size = [(length - 1) * step + width for length, step, width in zip((h, w), operation.stride, kernel, strict=True)]
+    size = [
+        (length - 1) * step + width
+        for length, step, width in zip((h, w), operation.stride, kernel, strict=True)
+    ]
     entries, nonzero = size[0] * size[1], kernel[0] * kernel[1]
     if entries > _DENSE * nonzero:
         back = F.conv_transpose2d(a.flatten(0, 2), operation.weight, stride=operation.stride)
