@@ -310,11 +310,13 @@ def _abs(to: Translator, x: Value) -> Value:
     return to.add(Piecewise(torch.abs, (0.0,), (-1.0, 1.0)), x)
 
 
-def _smooth(function: Callable[..., Tensor], curvature: float) -> Translation:
+def _smooth(function: Callable[..., Tensor], curvature: float, defaults: tuple[Any, ...] = ()) -> Translation:
+    """Translation of a smooth function. Its further arguments must be the given defaults, if there are any."""
+
     def translate(to: Translator, x: Value, *args: Value, **kwargs: Value) -> Value:
         settings = {name: plain(arg) for name, arg in kwargs.items()}
         given = tuple(plain(arg) for arg in args)
-        if given:
+        if given and given != defaults:
             raise to.refused(f"{function.__name__} with the settings {given}")
         return to.add(Smooth(partial(function, **settings) if settings else function, curvature), x)
 
@@ -408,7 +410,7 @@ TRANSLATIONS: dict[str, Translation] = {
     "aten.sigmoid": _smooth(torch.sigmoid, 0.0963),
     "aten.gelu": _smooth(F.gelu, 0.9),
     "aten.silu": _smooth(F.silu, 0.5),
-    "aten.softplus": _smooth(F.softplus, 0.25),
+    "aten.softplus": _smooth(F.softplus, 0.25, (1, 20)),
     "aten.max_pool2d_with_indices": _max_pool,
 }
 """Translation of each operation that has sound bounds, by name."""

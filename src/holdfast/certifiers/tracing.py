@@ -46,12 +46,16 @@ def _recorded(model: Callable[[Tensor], Tensor], x: Tensor) -> fx.GraphModule:
             return make_fx(logits, record_stack_traces=True)(x)
     except UsageError:
         raise
-    except Exception as error:
-        place = _place_of(traceback.extract_tb(error.__traceback__))
+    except Exception as error:  # a network may fail in any way
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        place = _place_of(traceback.extract_tb(cause.__traceback__))
         raise UsageError(
-            f"the operations of the model depend on the values of its inputs{place}, so that no bounds can be computed "
-            "for all inputs of the threat model; replace `if` and `item()` on tensors by operations such as "
-            f"torch.where, or use --method smoothing ({type(error).__name__}: {_first_line(error)})"
+            f"the operations of the model cannot be recorded{place} ({type(cause).__name__}: {_first_line(cause)}). "
+            "Bounds for all inputs of a threat model need operations on tensors that do not depend on the values: "
+            "replace `if` and `item()` on tensors by torch.where, and numpy by torch; or use --method smoothing, which "
+            "only needs the predictions"
         ) from error
 
 
@@ -89,7 +93,7 @@ def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or "no message").splitlines()[0][:200]
 
 
