@@ -133,8 +133,8 @@ def gain_of(node: Node, shapes: Sequence[torch.Size]) -> float:
                 return _STEEPEST[function]
     where = f", at {node.place}" if node.place else ""
     raise UsageError(
-        f"no bound of the Lipschitz constant of {type(operation).__name__} is known{where}; use another method, such as "
-        "--method crown"
+        f"no bound of the Lipschitz constant of {type(operation).__name__} is known{where}; use another method, such "
+        "as --method crown"
     )
 
 

@@ -1,4 +1,4 @@
-"""Layers with a Lipschitz constant that does not follow from those of their operations, as single operations of a graph.
+"""Layers as single operations of a graph, because their Lipschitz constant does not follow from their operations.
 
 A residual layer that subtracts what it adds (SLL), a pair of maximum and minimum (MaxMin) and a convolution that is
 computed by Fourier transforms (Cayley) have a Lipschitz constant of one, but the product over their operations is

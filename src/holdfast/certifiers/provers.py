@@ -46,6 +46,8 @@ class Bounder:
 
     def __call__(self, batch: Batch) -> Proofs:
         """Return what the bounds prove about the examples of a batch."""
+        if not len(batch):
+            return Proofs.none(batch)
         parts = []
         with torch.no_grad():
             for part in batch.split(self.at_once):
