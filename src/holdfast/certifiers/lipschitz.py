@@ -243,9 +243,10 @@ class LipschitzProver:
         with torch.no_grad():
             for part in batch.split(_AT_ONCE):
                 x = part.x.double()
-                low, high = (self.graph(x),) * 2 if opaque else self.graph.intervals((x, x))[-1]
+                logits = self.graph(x)
+                low, high = (logits, logits) if opaque else self.graph.intervals((x, x))[-1]
                 rows = margin_rows(part.y, low.shape[1], torch.float64)
                 negative = rows.clamp(max=0)
                 lower = ((rows - negative) @ low[:, :, None] + negative @ high[:, :, None])[:, :, 0]
-                parts.append(lower - 2 * leeway(self.model(part.x)).double()[:, None])
+                parts.append(lower - 2 * leeway(logits.to(part.x.dtype)).double()[:, None])
         return torch.cat(parts)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 from holdfast.certifiers.graph import Graph, gamma
 from holdfast.certifiers.linear import Interval
 from holdfast.certifiers.nonlinear import Activation
+from holdfast.certifiers.operators import TRANSLATIONS
 from holdfast.certifiers.spectral import UP, spectral_bound
-from holdfast.certifiers.tracing import TRANSLATIONS, traced
+from holdfast.certifiers.tracing import traced
+from holdfast.certifiers.translation import Translator, Value
 from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs
 from holdfast.ops.lipschitz import CayleyConv2d, MaxMin, SLLConv2d, overlaps
@@ -112,7 +113,7 @@ def _recording(model: Classifier) -> Iterator[Classifier]:
         _traced_layers.clear()
 
 
-def _translated(to: Any, x: Any, place: Any) -> Any:
+def _translated(to: Translator, x: Value, place: Value) -> Value:
     layer = _traced_layers[place.constant]
     gain = _gain(layer, to.shape_of(x))
     return to.add(Contraction(deepcopy(layer).double(), gain), x)
