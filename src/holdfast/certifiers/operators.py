@@ -396,6 +396,8 @@ TRANSLATIONS: dict[str, Translation] = {
     "aten.slice": _of_features,
     "aten.select": _of_features,
     "aten.flip": _of_features,
+    "aten.pixel_shuffle": _moved,
+    "aten.pixel_unshuffle": _moved,
     "aten.mean": _reduced,
     "aten.sum": _reduced,
     "aten.avg_pool2d": _average_pool,
