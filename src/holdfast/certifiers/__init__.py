@@ -1,1 +1,19 @@
-"""Certifiers, which prove that no input of a threat model changes the prediction of a model."""
+"""Certifiers, which prove that no input of a threat model changes the prediction of a model.
+
+A class is imported when it is first used; `holdfast.core.catalogue` lists all provers.
+"""
+
+from typing import Any
+
+from holdfast.core.catalogue import PROVERS, load_class
+
+_MODULES = {entry.cls: entry.module for entry in PROVERS.values()}
+__all__ = sorted(_MODULES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> type[Any]:
+    return load_class(__name__, _MODULES, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -21,6 +21,7 @@ from holdfast.config.clusters import refuse_unusable_cluster
 from holdfast.config.groups import InferenceSource
 from holdfast.config.settings import (
     AssessSettings,
+    CertifySettings,
     HardenSettings,
     OpeningSettings,
     S,
@@ -56,9 +57,9 @@ def settings_from(flags: dict[str, Any], kind: type[V], voice: Voice) -> V:
     if config:
         _refuse_hosts_of_config(getattr(settings, "inference", InferenceSource()), flags)
     _refuse_targets(settings, config)
-    if isinstance(settings, AssessSettings | HardenSettings):
+    if isinstance(settings, AssessSettings | CertifySettings | HardenSettings):
         refuse_unusable_cluster(settings, settings.model.address)
-    if isinstance(settings, AssessSettings):
+    if isinstance(settings, AssessSettings | CertifySettings):
         refuse_reports(settings.reports.output)
     if isinstance(settings, HardenSettings):
         refuse_reports(_report_files(settings.reports.output))
@@ -124,7 +125,10 @@ def _refuse_targets(settings: OpeningSettings, config: str | None) -> None:
     across = settings.options.across if isinstance(settings, AssessSettings) else ()
     for address in (str(data), *across):
         refuse_unknown_data(address)
-    if isinstance(settings, AssessSettings | HardenSettings) and settings.reports.baseline is not None:
+    if (
+        isinstance(settings, AssessSettings | CertifySettings | HardenSettings)
+        and settings.reports.baseline is not None
+    ):
         refuse_no_run(Path(settings.reports.baseline))
 
 

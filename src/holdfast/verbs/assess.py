@@ -33,6 +33,7 @@ from holdfast.harness import (
 from holdfast.sources.served import Served
 from holdfast.store.folder import RunFolder, open_run_folder, stored_manifest
 from holdfast.verbs import probes
+from holdfast.verbs.certify import refuse_unprovable, refuse_unsound
 from holdfast.verbs.checks import refuse_data, refuse_gates
 from holdfast.verbs.documents import (
     VERDICT,
@@ -97,6 +98,7 @@ def assess(
         ExitStack() as stack,
     ):
         plan = plan_for(subject, data, request, target, sample, stack)
+        refuse_unprovable(plan, target, sample)
         refuse_gates(request.gates, plan, target, sample)
         stored = None if run is None else stored_manifest(run)
         shape = tuple(sample.x.shape[1:])
@@ -124,6 +126,7 @@ def assess(
             asked = job.doubted(measurement, by_stage, missed)
             adapted = job.adapted(measurement, by_stage, asked) if plan.adaptive else None
         evidence = job.evidence(work, by_stage, asked, adapted)
+        refuse_unsound(evidence)
         rotation = job.attackers(work, evidence)
         evidence = with_attackers(evidence, rotation)
         gates, accepted = job.judged(evidence, store.document(VERDICT))

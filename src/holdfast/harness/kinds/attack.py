@@ -26,6 +26,7 @@ from holdfast.harness.stage import (
     StageKind,
     Work,
     broken_by_suite,
+    certified_in,
     suite_columns,
 )
 from holdfast.harness.verdict import (
@@ -40,6 +41,7 @@ from holdfast.harness.verdict import (
 )
 from holdfast.ops.detection import balance, median_width, threshold
 from holdfast.ops.pieces import Pieces
+from holdfast.ops.sampling import sample_rows
 
 if TYPE_CHECKING:
     from holdfast.harness.plan import Plan
@@ -48,6 +50,8 @@ LEAST = 32
 """Smallest number of examples in a wave; from fewer examples, little can be concluded if none of them is broken."""
 AT_TIMES = 0.05
 """Adaptive attacks continue with a broken example if it is correct in more than this fraction of the votes."""
+TESTED = 32
+"""Number of certified examples that attacks are run on, as a test of the certificates."""
 _PLACES, _BROKEN_AT_RANDOM = "places", "broken_at_random"
 
 
@@ -185,12 +189,14 @@ class SuiteAttack(AttackKind):
         An attack with waves starts with the surviving examples of the lowest margins and continues while it succeeds:
         the first wave has 1 / 2^waves of the surviving examples, the second as many, and each later wave twice as many
         as the one before. No wave has fewer than `LEAST` examples, and a wave that breaks none is the last.
+
+        Of the examples that earlier stages certified, only a random sample is attacked.
         """
         clean, stages = by_stage["clean"], plan.stages()
         eligible = clean["correct"] & clean["eligible"]
         if plan.smallest or plan.full:
             return eligible
-        standing = eligible & ~broken_by_suite(stages, by_stage)
+        standing = eligible & ~broken_by_suite(stages, by_stage) & ~_spared(plan, by_stage)
         measured = suite_columns(stages, by_stage)
         if stage.adaptive:
             return standing | eligible & (_chance(clean, measured) > AT_TIMES)
@@ -219,6 +225,13 @@ class SuiteAttack(AttackKind):
         if isinstance(outline.threat.constraint, Corruptions):
             added |= {f"{step.settings['name']}.right": by_stage[step.name]["right"] > 0.5 for step in steps}
         return added
+
+
+def _spared(plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
+    """The certified examples that are not attacked: all but a random sample of `TESTED`."""
+    spared = certified_in(plan.stages(), by_stage)
+    spared[sample_rows(by_stage["clean"], spared, Draws(plan.seed).at("certified"), TESTED)] = False
+    return spared
 
 
 def _at_random(stage: Stage, work: Work, threat: ThreatModel, batch: Batch, rng: Draws) -> dict[str, Tensor]:
