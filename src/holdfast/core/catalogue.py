@@ -130,14 +130,12 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
 PROVERS: Final[Mapping[str, ProverEntry]] = {
     entry.name: entry
     for entry in (
-        ProverEntry("ibp", "IBP", "ibp"),
-        ProverEntry("crown-ibp", "CrownIBP", "crown"),
-        ProverEntry("crown", "Crown", "crown"),
-        ProverEntry("alpha-crown", "AlphaCrown", "alpha_crown", quick=False),
-        ProverEntry("branch-and-bound", "BranchAndBound", "branch_and_bound", quick=False, timed=True),
+        ProverEntry("ibp", "IBP", "provers"),
+        ProverEntry("crown-ibp", "CrownIBP", "provers"),
+        ProverEntry("crown", "Crown", "provers"),
     )
 }
-CASCADE: Final = ("ibp", "crown", "alpha-crown", "branch-and-bound")
+CASCADE: Final = ("ibp", "crown")
 """methods that `auto` runs, in their order; the attacks are run after the quick ones"""
 
 

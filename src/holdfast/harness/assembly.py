@@ -237,11 +237,8 @@ def _attack_records(
     """The records of the attacks in their order, with waves combined, and the cost of all stages."""
     clean, records, total = by_stage["clean"], [], Cost()
     standing = clean["correct"] & clean["eligible"]
-    attacked = [
-        by_stage[step.name]["ran"] for step in plan.steps if step.kind.in_suite and step.name in by_stage
-    ]
-    # certified examples that no attack was run on are not at risk
-    spared = certified_in(plan.steps, by_stage) & ~torch.stack([torch.zeros_like(standing), *attacked]).any(0)
+    first = next((place for place, step in enumerate(plan.steps) if step.kind.in_suite), 0)
+    certified = certified_in(plan.steps[:first], by_stage)  # no attack can break them
     costs = {
         step.name: _cost(step.kind, by_stage[step.name], seconds.get(step.name), randomised=randomised)
         for step in plan.steps
@@ -257,13 +254,14 @@ def _attack_records(
         if stage.kind.in_suite:
             surviving = standing & ~torch.stack([columns["success"] for columns in waves]).any(0)
             before, after = int(standing.sum()), int(surviving.sum())
-            risk = residual(waves, int((standing & ~spared).sum())) if len(waves) > 1 else None
+            risky = [{**columns, "ran": columns["ran"] & ~certified} for columns in waves]
+            risk = residual(risky, int((standing & ~certified).sum())) if len(waves) > 1 else None
             places = _places(waves[0], standing)
             notes = (
                 *stage.notes,
                 *_learned(by_stage.get(learned)),
                 *_placed(places),
-                *remark(stage.attack, waves, risk),
+                *remark(stage.attack, risky, risk),
                 *remarks.get(stage.name, ()),
             )
             fits = _fits(by_stage.get(learned))

@@ -190,27 +190,36 @@ class SuiteAttack(AttackKind):
         the first wave has 1 / 2^waves of the surviving examples, the second as many, and each later wave twice as many
         as the one before. No wave has fewer than `LEAST` examples, and a wave that breaks none is the last.
 
-        Of the examples that earlier stages certified, only a random sample is attacked.
+        Of the examples that earlier stages certified, only a random sample is attacked, once by each attack.
         """
         clean, stages = by_stage["clean"], plan.stages()
         eligible = clean["correct"] & clean["eligible"]
         if plan.smallest or plan.full:
             return eligible
-        standing = eligible & ~broken_by_suite(stages, by_stage) & ~_spared(plan, by_stage)
+        certified = certified_in(stages, by_stage)
+        standing, tested = (
+            eligible & ~broken_by_suite(stages, by_stage),
+            _tested(plan, by_stage["clean"], certified),
+        )
+        standing, tested = standing & ~certified, standing & tested
         measured = suite_columns(stages, by_stage)
         if stage.adaptive:
-            return standing | eligible & (_chance(clean, measured) > AT_TIMES)
+            return standing | tested | eligible & ~certified & (_chance(clean, measured) > AT_TIMES)
         if stage.member is None or not stage.member.waves:
-            return standing
+            return standing | tested
         earlier = [by_stage[name] for name in stage.earlier]
         if earlier and not earlier[-1]["success"].any():
             return torch.zeros_like(standing)
-        tried = torch.stack([torch.zeros_like(standing), *(columns["ran"] for columns in earlier)]).any(0)
+        tried = (
+            torch.stack([torch.zeros_like(standing), *(columns["ran"] for columns in earlier)]).any(0)
+            & ~certified
+        )
         n_first = int((standing & ~tried).sum() + tried.sum())
         share = math.ceil(n_first / 2 ** (stage.member.waves - max(len(earlier) - 1, 0)))
         last = len(earlier) == stage.member.waves
         heights = _heights(clean, measured, goal=plan.threat.goal)
-        return _lowest(standing & ~tried, heights, n_first if last else max(share, LEAST))
+        wave = _lowest(standing & ~tried, heights, n_first if last else max(share, LEAST))
+        return wave if earlier else wave | tested
 
     def evidence(
         self, outline: Outline, by_stage: Mapping[str, Columns], worst: Columns
@@ -227,11 +236,12 @@ class SuiteAttack(AttackKind):
         return added
 
 
-def _spared(plan: "Plan", by_stage: Mapping[str, Columns]) -> Mask:
-    """The certified examples that are not attacked: all but a random sample of `TESTED`."""
-    spared = certified_in(plan.stages(), by_stage)
-    spared[sample_rows(by_stage["clean"], spared, Draws(plan.seed).at("certified"), TESTED)] = False
-    return spared
+def _tested(plan: "Plan", clean: Columns, certified: Mask) -> Mask:
+    """The random sample of the certified examples that are attacked as a test of their certificates."""
+    tested = torch.zeros_like(certified)
+    if certified.any():
+        tested[sample_rows(clean, certified, Draws(plan.seed).at("certified"), TESTED)] = True
+    return tested
 
 
 def _at_random(stage: Stage, work: Work, threat: ThreatModel, batch: Batch, rng: Draws) -> dict[str, Tensor]:
