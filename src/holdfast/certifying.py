@@ -10,10 +10,8 @@ from holdfast.config.moved import verb
 from holdfast.config.references import DataLike, ModelLike, Numbers
 from holdfast.config.resolve import folder_of, sources_at, sources_given
 from holdfast.config.settings import CertifySettings, check_settings, given
-from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.engine.progress import Notify, Progress, ignore, silent
-from holdfast.sources.remote import SCHEMES
 from holdfast.verbs import assess as assessing
 from holdfast.verbs.result import Result
 from holdfast.verbs.stored_runs import open_run
@@ -121,12 +119,6 @@ def _certified(
     detail: Notify = ignore,
 ) -> Result:
     """Open the model and the data, and take the steps of the run."""
-    address = inputs.sources.model.address or ""
-    if address.partition(":")[0] in SCHEMES:
-        raise UsageError(
-            f"{address!r} is a server, and bounds are computed from the operations of a network; give the network "
-            "itself, as in file.py:factory"
-        )
     with opened_for_assess(inputs, run, resume=resume) as (subject, examples, request):
         return assessing.assess(
             subject,

@@ -31,6 +31,7 @@ from holdfast.config.resolve import (
     sources_at,
 )
 from holdfast.config.settings import AssessSettings, CertifySettings, RotateSettings, check_settings
+from holdfast.config.suites import refuse_uncertifiable
 from holdfast.core.batch import Batch, Data
 from holdfast.core.catalogue import CASCADE, PROVERS
 from holdfast.core.errors import UsageError
@@ -113,6 +114,7 @@ class AssessInputs:
         cls, settings: CertifySettings, sources: Sources, baseline: Evidence | None = None, command: str = ""
     ) -> "AssessInputs":
         """Return the inputs of a certification, whose attacks are those of the default suite."""
+        refuse_uncertifiable(settings.threat.threat)
         cluster = settings.cluster
         options = settings.options
         shared = ("threat", "judgement", "reports", "selection", "random", "execution", "device")

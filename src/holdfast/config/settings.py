@@ -16,7 +16,7 @@ from holdfast.config import groups, placing, values
 from holdfast.config.consent import refuse_consent
 from holdfast.config.grammar import did_you_mean, parse_pairs
 from holdfast.config.groups import SettingGroup
-from holdfast.config.suites import refuse_uncertifiable, refuse_unknown
+from holdfast.config.suites import refuse_unknown
 from holdfast.config.wording import checked_group
 from holdfast.config.yaml_text import load, parse_yaml, put_setting
 from holdfast.core.errors import UsageError
@@ -264,10 +264,6 @@ def read_settings(
     content |= overriding
     settings = check_settings(content, "" if path is None else str(path), written, kind=kind)
     settings = replace(settings, notes=tuple(dict.fromkeys((*notes, *more))))
-    if isinstance(settings, CertifySettings) or (
-        isinstance(settings, AssessSettings) and settings.options.certify
-    ):
-        refuse_uncertifiable(settings.threat.threat)
     if isinstance(settings, AssessSettings | HardenSettings):
         suite = settings.suite
         refuse_unknown(suite.suite, suite.attacks, settings.threat.threat, suite.only, suite.skip)
