@@ -15,74 +15,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.graph import Graph, gamma, interval_of, largest
+from holdfast.certifiers import windows
+from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.linear import Interval, Linear
-from holdfast.certifiers.nonlinear import Activation, Lines, MaxPool, PoolLines, ReLU
+from holdfast.certifiers.nonlinear import MaxPool, PoolLines, ReLU
 from holdfast.certifiers.region import Region
+from holdfast.certifiers.relaxation import Relaxation
 
 _ELEMENTS = 2**22
 """largest number of coefficients of one value that are computed at once"""
 
 
-@dataclass(eq=False)
-class Relaxation:
-    """Bounds of the values of a network over a region, the linear bounds of its nonlinear operations, and what bounds
-    the rounding errors of a substitution.
-    """
+@dataclass(frozen=True)
+class Choices:
+    """Free choices of a substitution, by the index of a ReLU. Any choice gives valid bounds."""
 
-    graph: Graph
-    region: Region
-    bounds: dict[int, Interval] = field(default_factory=dict)
-    """bounds of the values, by index"""
-    lines: dict[int, Lines | PoolLines] = field(default_factory=dict)
-    """linear bounds of the nonlinear operations, by index"""
-    errors: dict[int, Tensor] = field(default_factory=dict)
-    """rounding error of the substitution of an operation per unit of its coefficients, (n, *shape), by index"""
-
-    def __post_init__(self) -> None:
-        self.bounds.setdefault(0, self.region.box)
-
-    def bound(self, index: int) -> Interval:
-        """Return bounds of a value, computed by interval arithmetic if they are not known."""
-        if index not in self.bounds:
-            node = self.graph.node(index)
-            self.bounds[index] = interval_of(node, [self.bound(i) for i in node.inputs])
-        return self.bounds[index]
-
-    def lines_of(self, index: int) -> Lines | PoolLines:
-        """Return the linear bounds of a nonlinear operation, computed from the bounds of its input."""
-        if index not in self.lines:
-            node = self.graph.node(index)
-            assert isinstance(node.operation, Activation | MaxPool)
-            self.lines[index] = node.operation.lines(self.bound(node.inputs[0]))
-        return self.lines[index]
-
-    def error_of(self, index: int) -> Tensor:
-        """Return the rounding error of the substitution of an operation, per unit of its coefficients."""
-        if index not in self.errors:
-            self.errors[index] = self._error(index).flatten(1)
-        return self.errors[index]
-
-    def _error(self, index: int) -> Tensor:
-        node = self.graph.node(index)
-        operation, dtype = node.operation, self.region.low.dtype
-        sizes = [largest(self.bound(i)) for i in node.inputs]
-        if isinstance(operation, Linear):
-            return operation.magnitude(*sizes) * gamma(operation.terms + 4, dtype)
-        lines, n_values = self.lines_of(index), node.shape.numel()
-        if isinstance(lines, PoolLines):
-            slopes = lines.upper + lines.lower
-            assert isinstance(operation, MaxPool)
-            moved = (slopes * operation.windows(sizes[0])).sum(-1)
-            return gamma(slopes.shape[-1] + 4, dtype) * moved + gamma(n_values, dtype) * lines.upper_offset.abs()
-        slopes = torch.maximum(lines.lower_slope.abs(), lines.upper_slope.abs())
-        offsets = torch.maximum(lines.lower_offset.abs(), lines.upper_offset.abs())
-        return gamma(4, dtype) * slopes * sizes[0] + gamma(n_values, dtype) * offsets
-
-    def tighten(self, index: int, low: Tensor, high: Tensor) -> None:
-        """Replace the bounds of a value by the intersection with other valid bounds."""
-        old_low, old_high = self.bound(index)
-        self.bounds[index] = (torch.maximum(old_low, low), torch.minimum(old_high, high))
+    slopes: Mapping[int, Tensor] = field(default_factory=dict)
+    """slopes in [0, 1] of the lower bounds of ReLUs, (n, k, *shape); they are used where the sign of the input is not
+    known"""
+    multipliers: Mapping[int, Tensor] = field(default_factory=dict)
+    """numbers (n, k, *shape), for inputs of ReLUs that are assumed to be nonnegative (at least 0) or nonpositive (at
+    most 0): Lagrange multipliers of the assumptions, times their signs"""
 
 
 @dataclass(frozen=True)
@@ -93,29 +46,44 @@ class Substituted:
     """lower bounds (n, k) of the linear functions, reduced by the rounding error"""
     coefficients: Tensor
     """coefficients (n, k, *shape) of the lower bounds with respect to the input"""
+    passed: Mapping[int, Tensor]
+    """coefficients (n, k, *shape) with respect to the outputs of the nonlinear operations, by index, if required"""
 
 
-def substitute(relaxation: Relaxation, index: int, coefficients: Tensor) -> Substituted:
+def substitute(
+    relaxation: Relaxation,
+    index: int,
+    coefficients: Tensor,
+    choices: Choices = Choices(),
+    *,
+    rounded: bool = True,
+    passed: bool = False,
+) -> Substituted:
     """Return lower bounds of linear functions of a value, given by their coefficients (n, k, *shape of the value).
 
-    The first dimension may be 1 if the functions are the same for all examples.
+    The first dimension may be 1 if the functions are the same for all examples. Without `rounded`, the rounding error
+    is not subtracted, as while the choices are optimised. With `passed`, the result contains the coefficients at the
+    nonlinear operations.
     """
     graph = relaxation.graph
     n = len(relaxation.region.low)
     constant = coefficients.new_zeros(n, coefficients.shape[1])
-    error = torch.zeros_like(constant)
+    error, stored = torch.zeros_like(constant), {}
     pending = {index: coefficients}
     for i in range(index, 0, -1):
         if i not in pending:
             continue
         a, node = pending.pop(i), graph.node(i)
-        error = error + _weighted(a.abs(), relaxation.error_of(i))
+        if rounded:
+            error = error + _weighted(a.abs(), relaxation.error_of(i))
         if isinstance(node.operation, Linear):
             if (offset := node.operation.constant(a)) is not None:
                 constant = constant + offset
             back = node.operation.transposed(a, [graph.shape_of(j) for j in node.inputs])
         else:
-            moved, offset = _relaxed(relaxation, i, a)
+            if passed:
+                stored[i] = a
+            moved, offset = _relaxed(relaxation, i, a, choices)
             constant, back = constant + offset, (moved,)
         for j, moved in zip(node.inputs, back, strict=True):
             pending[j] = pending[j] + moved if j in pending else moved
@@ -123,7 +91,7 @@ def substitute(relaxation: Relaxation, index: int, coefficients: Tensor) -> Subs
     if len(a) < n:
         a = a.expand(n, *a.shape[1:])
     lower = relaxation.region.minimum(a) + constant - error * 1.01
-    return Substituted(lower, a)
+    return Substituted(lower, a, stored)
 
 
 def _weighted(a: Tensor, values: Tensor) -> Tensor:
@@ -134,7 +102,7 @@ def _weighted(a: Tensor, values: Tensor) -> Tensor:
     return (rows @ values[:, :, None])[:, :, 0]
 
 
-def _relaxed(relaxation: Relaxation, index: int, a: Tensor) -> tuple[Tensor, Tensor]:
+def _relaxed(relaxation: Relaxation, index: int, a: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
     """Coefficients and constants after the substitution of a nonlinear operation by its linear bounds."""
     lines, node = relaxation.lines_of(index), relaxation.graph.node(index)
     negative = a.clamp(max=0)
@@ -142,15 +110,22 @@ def _relaxed(relaxation: Relaxation, index: int, a: Tensor) -> tuple[Tensor, Ten
         assert isinstance(node.operation, MaxPool)
         back = node.operation.transposed(a, lines, relaxation.graph.shape_of(node.inputs[0]))
         return back, _weighted(negative, lines.upper_offset.flatten(1))
-    slopes, difference = lines.lower_slope[:, None], (lines.upper_slope - lines.lower_slope)[:, None]
-    back = torch.addcmul(a * slopes, negative, difference)
+    slopes, upper = lines.lower_slope[:, None], lines.upper_slope[:, None]
+    if index in choices.slopes:
+        low, high = relaxation.bound(node.inputs[0])
+        slopes = torch.where(((low < 0) & (high > 0))[:, None], choices.slopes[index], slopes)
+    back = torch.addcmul(a * slopes, negative, upper - slopes)
+    if index in choices.multipliers:
+        back = back - choices.multipliers[index]
     if isinstance(node.operation, ReLU):  # its lower bound has no offset
         return back, _weighted(negative, lines.upper_offset.flatten(1))
     offset = _weighted(a - negative, lines.lower_offset.flatten(1))
     return back, offset + _weighted(negative, lines.upper_offset.flatten(1))
 
 
-def relaxed(graph: Graph, region: Region, *, given: Mapping[int, Interval] | None = None, substituted: bool = True) -> Relaxation:
+def relaxed(
+    graph: Graph, region: Region, *, given: Mapping[int, Interval] | None = None, substituted: bool = True
+) -> Relaxation:
     """Return the relaxation of a network over a region.
 
     Bounds of the inputs of nonlinear operations are computed in the order of execution. With `substituted`, those whose
@@ -192,24 +167,28 @@ def refine(relaxation: Relaxation, index: int) -> None:
     chosen = unknown.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     n, features = unknown.shape
     below, above = low.flatten(1).clone(), high.flatten(1).clone()
-    step = max(1, _ELEMENTS // (2 * n * _widest(relaxation.graph, index)))
+    in_windows = windows.local(relaxation.graph, index)
+    bounds = windows.lower_bounds if in_windows else _dense_bounds
+    step = max(1, _ELEMENTS // (2 * n * (1 if in_windows else 4) * 1024))
     for start in range(0, most, step):
         rows = chosen[:, start : start + step]
-        one = torch.zeros(n, rows.shape[1], features, dtype=low.dtype, device=low.device)
-        one.scatter_(2, rows[:, :, None], 1.0)
-        a = torch.cat((one, -one), 1).unflatten(2, relaxation.graph.shape_of(index))
-        lower = substitute(relaxation, index, a).lower
-        half = rows.shape[1]
-        below.scatter_(1, rows, torch.maximum(below.gather(1, rows), lower[:, :half]))
-        above.scatter_(1, rows, torch.minimum(above.gather(1, rows), -lower[:, half:]))
+        lower, negative = bounds(relaxation, index, rows)
+        below.scatter_(1, rows, torch.maximum(below.gather(1, rows), lower))
+        above.scatter_(1, rows, torch.minimum(above.gather(1, rows), -negative))
     relaxation.bounds[index] = (below.view_as(low), above.view_as(high))
+
+
+def _dense_bounds(relaxation: Relaxation, index: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower bounds (n, k) of the chosen values, given by indices (n, k), and of their negatives."""
+    shape = relaxation.graph.shape_of(index)
+    one = torch.zeros(*chosen.shape, shape.numel(), dtype=relaxation.region.low.dtype, device=chosen.device)
+    one.scatter_(2, chosen[:, :, None], 1.0)
+    lower = substitute(relaxation, index, torch.cat((one, -one), 1).unflatten(2, shape)).lower
+    half = chosen.shape[1]
+    return lower[:, :half], lower[:, half:]
 
 
 def _only_relu(graph: Graph, index: int) -> bool:
     return all(
         isinstance(graph.node(i).operation, ReLU) for i in graph.nonlinear if graph.node(i).inputs[0] == index
     )
-
-
-def _widest(graph: Graph, index: int) -> int:
-    return max(graph.shape_of(i).numel() for i in range(index + 1))

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,7 +72,7 @@ class Dense(Linear):
 
     def interval(self, *x: Interval) -> Interval:
         """Return the exact range of each output by interval arithmetic with centre and radius."""
-        (low, high), = x
+        ((low, high),) = x
         centre = F.linear((low + high) / 2, self.weight, self.bias)
         radius = F.linear((high - low) / 2, self.weight.abs())
         return centre - radius, centre + radius
@@ -126,7 +125,7 @@ class Convolution(Linear):
 
     def interval(self, *x: Interval) -> Interval:
         """Return the exact range of each output by interval arithmetic with centre and radius."""
-        (low, high), = x
+        ((low, high),) = x
         centre = self._convolved((low + high) / 2, self.weight, self.bias)
         radius = self._convolved((high - low) / 2, self.weight.abs(), None)
         return centre - radius, centre + radius
@@ -138,7 +137,13 @@ class Convolution(Linear):
         beyond = tuple(
             total - ((out - 1) * step - 2 * pad + spread * (kernel - 1) + 1)
             for total, out, step, pad, spread, kernel in zip(
-                size, a.shape[3:], self.stride, self.padding, self.dilation, self.weight.shape[2:], strict=True
+                size,
+                a.shape[3:],
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.weight.shape[2:],
+                strict=True,
             )
         )
         transpose = _TRANSPOSES[len(self.stride)]
@@ -175,9 +180,13 @@ class Scaled(Linear):
 
     def interval(self, *x: Interval) -> Interval:
         """Return the exact range of each output; a negative factor exchanges the bounds."""
-        (low, high), = x
+        ((low, high),) = x
         first, second = self(low), self(high)
-        return (first, second) if self.scale is None else (torch.minimum(first, second), torch.maximum(first, second))
+        return (
+            (first, second)
+            if self.scale is None
+            else (torch.minimum(first, second), torch.maximum(first, second))
+        )
 
     def transposed(self, a: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
         """Return a * scale."""

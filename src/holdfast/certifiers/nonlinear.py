@@ -265,7 +265,9 @@ class MaxPool:
         coefficients `a` (n, k, *out) of the maxima.
         """
         negative = a.clamp(max=0)
-        entries = (a - negative)[..., None] * lines.lower[:, None] + negative[..., None] * lines.upper[:, None]
+        entries = (a - negative)[..., None] * lines.lower[:, None] + negative[..., None] * lines.upper[
+            :, None
+        ]
         rows = entries.flatten(0, 1)
         _, pull = torch.func.vjp(self.windows, rows.new_zeros(len(rows), *shape))
         (back,) = pull(rows)

@@ -52,7 +52,9 @@ class Region:
             return least - error
         centre = self.centre.flatten(1)
         dual = rows.norm(dim=2) if self.norm == 2 else sizes.amax(2)
-        in_ball = (rows @ centre[:, :, None])[:, :, 0] - self.radius * dual * (1 + gamma(rows.shape[2] + 4, a.dtype))
+        in_ball = (rows @ centre[:, :, None])[:, :, 0] - self.radius * dual * (
+            1 + gamma(rows.shape[2] + 4, a.dtype)
+        )
         return torch.maximum(least, in_ball) - 2 * error
 
     def minimiser(self, a: Tensor) -> Tensor:
@@ -77,8 +79,12 @@ class Region:
     def to(self, dtype: torch.dtype) -> "Region":
         """Return the regions in another data type, rounded outwards."""
         low, high = self.low.to(dtype), self.high.to(dtype)
-        low = torch.where(low.to(self.low.dtype) > self.low, low.nextafter(torch.full_like(low, -torch.inf)), low)
-        high = torch.where(high.to(self.high.dtype) < self.high, high.nextafter(torch.full_like(high, torch.inf)), high)
+        low = torch.where(
+            low.to(self.low.dtype) > self.low, low.nextafter(torch.full_like(low, -torch.inf)), low
+        )
+        high = torch.where(
+            high.to(self.high.dtype) < self.high, high.nextafter(torch.full_like(high, torch.inf)), high
+        )
         return Region(low, high, self.centre.to(dtype), self.norm, self.radius)
 
 
@@ -101,4 +107,6 @@ def region_of(x: Inputs, constraint: Constraint, bounds: Bounds) -> Region:
     below = below.nextafter(torch.full_like(below, -torch.inf))
     above = above.nextafter(torch.full_like(above, torch.inf))
     norm = 2 if isinstance(constraint, L2) else 1 if isinstance(constraint, L1) else None
-    return Region(torch.maximum(below, low), torch.minimum(above, high), x, norm, 0.0 if norm is None else eps)
+    return Region(
+        torch.maximum(below, low), torch.minimum(above, high), x, norm, 0.0 if norm is None else eps
+    )

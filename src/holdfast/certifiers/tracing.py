@@ -66,7 +66,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _place_of(frames: traceback.StackSummary) -> str:
-    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES) and "<" not in frame.filename]
+    own = [
+        frame for frame in frames if not frame.filename.startswith(_LIBRARIES) and "<" not in frame.filename
+    ]
     return f" in {own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else ""
 
 
@@ -201,7 +203,9 @@ def _varies(value: _Value) -> bool:
     if value.node is not None:
         return True
     content = value.constant
-    return isinstance(content, list | tuple) and any(isinstance(each, _Value) and _varies(each) for each in content)
+    return isinstance(content, list | tuple) and any(
+        isinstance(each, _Value) and _varies(each) for each in content
+    )
 
 
 def _plain(value: _Value) -> Any:
@@ -265,7 +269,9 @@ def _constant(to: _Translator, value: _Value, beside: _Value) -> Tensor:
     try:
         tensor = _without_batch(value.constant, to.shape_of(beside))
     except ValueError as error:
-        raise to.refused("an operation with a constant that differs between the examples of a batch") from error
+        raise to.refused(
+            "an operation with a constant that differs between the examples of a batch"
+        ) from error
     return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
 
 
@@ -305,7 +311,13 @@ def _t(matrix: _Value) -> Tensor:
 
 
 def _addmm(
-    to: _Translator, bias: _Value, x: _Value, weight: _Value, *, beta: _Value = _Value(None, 1), alpha: _Value = _Value(None, 1)
+    to: _Translator,
+    bias: _Value,
+    x: _Value,
+    weight: _Value,
+    *,
+    beta: _Value = _Value(None, 1),
+    alpha: _Value = _Value(None, 1),
 ) -> _Value:
     if x.node is None or weight.node is not None or bias.node is not None:
         raise to.refused("a matrix product of two values that both depend on the input")
@@ -328,9 +340,7 @@ def _convolution(to: _Translator, x: _Value, weight: _Value, bias: _Value, *sett
     if transposed:
         raise to.refused("a transposed convolution")
     kernel, offset = _t(weight), None if bias.constant is None else _t(bias)
-    return to.add(
-        Convolution(kernel, offset, tuple(stride), tuple(padding), tuple(dilation), int(groups)), x
-    )
+    return to.add(Convolution(kernel, offset, tuple(stride), tuple(padding), tuple(dilation), int(groups)), x)
 
 
 def _batch_norm(
@@ -368,7 +378,9 @@ def _moved(to: _Translator, x: _Value, *args: _Value, **kwargs: _Value) -> _Valu
     return to.add(Nonnegative(_called_with(to, args, kwargs)), x)
 
 
-def _called_with(to: _Translator, args: tuple[_Value, ...], kwargs: Mapping[str, _Value]) -> Callable[[Tensor], Tensor]:
+def _called_with(
+    to: _Translator, args: tuple[_Value, ...], kwargs: Mapping[str, _Value]
+) -> Callable[[Tensor], Tensor]:
     assert to.current is not None
     return partial(
         _apply,
@@ -460,7 +472,9 @@ def _clamp(to: _Translator, x: _Value, low: _Value = _Value(None), high: _Value 
     return to.add(Piecewise(partial(torch.clamp, min=least, max=most), limits, (0.0, 1.0)), x)
 
 
-def _hardtanh(to: _Translator, x: _Value, low: _Value = _Value(None, -1.0), high: _Value = _Value(None, 1.0)) -> _Value:
+def _hardtanh(
+    to: _Translator, x: _Value, low: _Value = _Value(None, -1.0), high: _Value = _Value(None, 1.0)
+) -> _Value:
     return _clamp(to, x, low, high)
 
 
@@ -523,7 +537,9 @@ TRANSLATIONS: dict[str, Translation] = {
     "aten.convolution": _convolution,
     "aten.native_batch_norm": _batch_norm,
     "aten.cudnn_batch_norm": _batch_norm,
-    "aten._native_batch_norm_legit_no_training": lambda to, x, w, b, m, v, *s: _batch_norm(to, x, w, b, m, v, *s),
+    "aten._native_batch_norm_legit_no_training": lambda to, x, w, b, m, v, *s: _batch_norm(
+        to, x, w, b, m, v, *s
+    ),
     "aten.view": _viewed,
     "aten._unsafe_view": _viewed,
     "aten.reshape": _viewed,
