@@ -133,10 +133,13 @@ PROVERS: Final[Mapping[str, ProverEntry]] = {
         ProverEntry("ibp", "IBP", "provers"),
         ProverEntry("crown-ibp", "CrownIBP", "provers"),
         ProverEntry("crown", "Crown", "provers"),
+        ProverEntry("alpha-crown", "AlphaCrown", "searching", quick=False),
+        ProverEntry("branch-and-bound", "BranchAndBound", "searching", quick=False, timed=True),
     )
 }
-CASCADE: Final = ("ibp", "crown")
-"""methods that `auto` runs, in their order; the attacks are run after the quick ones"""
+CASCADE: Final = ("ibp", "crown", "branch-and-bound")
+"""methods that `auto` runs, in their order; the attacks are run after the quick ones. Branch and bound begins with
+optimised slopes, as alpha-CROWN does, and respects the time limit"""
 
 
 def load_class(package: str, modules: Mapping[str, str], name: str) -> type[Any]:

@@ -6,6 +6,7 @@ broken. Inputs with which a method refutes robustness are judged by the original
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
@@ -36,6 +37,8 @@ class ProofKind(StageKind, Protocol):
     """Base class of the kinds of stages that run a method of certification on undecided examples."""
 
     proves: ClassVar[bool] = True
+    at_once: ClassVar[int | None] = None
+    """largest number of examples between two checks of the time limit; None for the batch size of the run"""
     title: ClassVar[str] = "{}"
     listed: ClassVar[str] = "proofs"
 
@@ -62,7 +65,8 @@ class ProofKind(StageKind, Protocol):
         sample = batch.take(torch.arange(min(len(batch), LOOKED_AT), device=batch.ids.device))
         ready = prepared_prover(work.target, stage.prover, sample, work.plan.threat)
         missed = batch.ids if work.broken is None else batch.ids[~work.broken.to(batch.ids.device)]
-        pieces = Pieces(batch.take(chosen), work.room)
+        size = work.room.size if self.at_once is None else min(work.room.size, self.at_once)
+        pieces = Pieces(batch.take(chosen), replace(work.room, size=size))
         for piece in pieces:
             with pieces.attempt():
                 pieces.add(self.piece(ready, work, piece, missed))
@@ -161,6 +165,7 @@ class LateProof(ProofKind):
     """Kind of stage for the methods of certification that are run on what the attacks of the suite left undecided."""
 
     name = "late-proof"
+    at_once: ClassVar[int | None] = 1
 
     def stages(self, plan: "Plan") -> list[Stage]:
         """Return the stages of the slow methods, in their order."""
