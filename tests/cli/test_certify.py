@@ -20,26 +20,26 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-FEW = ["mnist-cnn", "mnist-mini", "-n", "6", "--threat", "linf:0.01"]
+FEW = ["mnist-cnn", "mnist-mini", "-n", "6", "--threat", "linf:0.001"]
 
 
 def test_a_certification_is_printed_stored_and_reported_again(capsys):
     outputs = [word for name in ("r.html", "r.json", "r.md", "r.csv") for word in ("-o", name)]
-    gate = ["--gate", "certified_accuracy >= 0.5", "--method", "crown"]
+    gate = ["--gate", "certified_accuracy >= 0.5", "--method", "ibp"]
     assert run(["certify", *FEW, *gate, "--run", "run", *outputs]) == 0
     printed = capsys.readouterr()
-    assert "certification: 6 images, linf:0.01" in printed.out
-    assert "are certified under linf:0.01" in printed.err
+    assert "certification: 6 images, linf:0.001" in printed.out
+    assert "are certified under linf:0.001" in printed.err
     content = json.loads(Path("r.json").read_text())
     results = content["certification"]
-    assert [row["name"] for row in results["rows"]] == ["crown", "attacks"]
+    assert [row["name"] for row in results["rows"]] == ["ibp", "attacks"]
     assert results["certified"] + results["broken"] + results["unknown"] == 6
     assert content["metrics"]["certified_accuracy"]["value"] == results["certified"] / 6
     assert content["verb"] == "certify"
     with Path("r.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert sum(row["certified"] == "true" for row in rows) == results["certified"]
-    assert {row["certified_by"] for row in rows if row["certified"] == "true"} == {"crown"}
+    assert {row["certified_by"] for row in rows if row["certified"] == "true"} == {"ibp"}
     assert 'id="certification"' in Path("r.html").read_text()
     assert "### Certification" in Path("r.md").read_text()
     assert run(["verify", "run"]) == 0
@@ -60,12 +60,12 @@ def test_an_assessment_shows_certified_beside_robust_accuracy(capsys):
 
 def test_the_python_function_has_the_same_result():
     result = holdfast.certify(
-        "mnist-cnn", "mnist-mini", "linf:0.01", "crown", n=6, gates=["clean_accuracy >= 0.1"]
+        "mnist-cnn", "mnist-mini", "linf:0.001", "ibp", n=6, gates=["clean_accuracy >= 0.1"]
     )
     assert result.gates[0]
     assert result.evidence["certified"].any()
     with pytest.raises(UsageError, match="there is no method 'crow'; did you mean 'crown'"):
-        holdfast.certify("mnist-cnn", "mnist-mini", "linf:0.01", "crow")
+        holdfast.certify("mnist-cnn", "mnist-mini", "linf:0.001", "crow")
 
 
 @pytest.mark.parametrize(
