@@ -1,17 +1,18 @@
 """Certifiers, which prove that no input of a threat model changes the prediction of a model.
 
-A class is imported when it is first used; `holdfast.core.catalogue` lists all provers.
+A class is imported when it is first used; `holdfast.core.catalogue` lists all provers. `register` adds the bounds of an
+operation.
 """
 
 from typing import Any
 
 from holdfast.core.catalogue import PROVERS, load_class
 
-_MODULES = {entry.cls: entry.module for entry in PROVERS.values()}
+_MODULES = {**{entry.cls: entry.module for entry in PROVERS.values()}, "register": "operators"}
 __all__ = sorted(_MODULES)  # noqa: PLE0605
 
 
-def __getattr__(name: str) -> type[Any]:
+def __getattr__(name: str) -> Any:
     return load_class(__name__, _MODULES, name)
 
 
