@@ -132,7 +132,7 @@ PROVERS: Final[Mapping[str, ProverEntry]] = {
     for entry in (
         ProverEntry("ibp", "IBP", "provers"),
         ProverEntry("crown-ibp", "CrownIBP", "provers"),
-        ProverEntry("crown", "Crown", "provers"),
+        ProverEntry("crown", "Crown", "provers", timed=True),
         ProverEntry("alpha-crown", "AlphaCrown", "searching", quick=False),
         ProverEntry("branch-and-bound", "BranchAndBound", "searching", quick=False, timed=True),
     )
