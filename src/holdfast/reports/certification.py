@@ -111,24 +111,34 @@ def headings(results: Mapping[str, Any]) -> list[str]:
 def cells(results: Mapping[str, Any]) -> Iterator[list[str]]:
     """Yield the rows of the table of a certification as text, from the clean pass to the sums over all methods."""
     n, misclassified = results["n"], results["misclassified"]
-    yield ["no attack", count_text(n), "", _or_empty(misclassified), count_text(n - misclassified), "", ""]
+    yield [
+        "no attack",
+        count_text(n),
+        "–",
+        count_text(misclassified),
+        count_text(n - misclassified),
+        "–",
+        "–",
+    ]
     for row in results["rows"]:
         yield [
             row["name"],
             "–" if row["tried"] is None else count_text(row["tried"]),
-            "" if row["name"] in (ATTACKS, OTHER) else count_text(row["certified"]),
-            _or_empty(row["broken"]),
+            "–" if row["name"] in (ATTACKS, OTHER) else count_text(row["certified"]),
+            count_text(row["broken"]),
             count_text(row["undecided"]),
-            "" if row["seconds"] is None else seconds_text(row["seconds"]),
-            "" if row["seconds_per_example"] is None else seconds_text(row["seconds_per_example"]),
+            _time(row["seconds"]),
+            _time(row["seconds_per_example"]),
         ]
     total = sum(row["seconds"] or 0.0 for row in results["rows"])
     counts = (count_text(results[name]) for name in ("certified", "broken", "unknown"))
-    yield ["all", count_text(n), *counts, seconds_text(total), seconds_text(total / n) if n else ""]
+    yield ["all", count_text(n), *counts, _time(total), _time(total / n if n else None)]
 
 
-def _or_empty(count: int) -> str:
-    return count_text(count) if count else ""
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    return "< 1 ms" if 0 < seconds < 1e-3 else seconds_text(seconds)
 
 
 def certification_lines(summary: Mapping[str, Any]) -> list[str]:
