@@ -24,7 +24,7 @@ def certify(
     threat: ThreatLike = "linf:8/255",
     method: str = "auto",
     *,
-    timeout: str = "60s",
+    timeout: str = "10s",
     gates: Sequence[str] = (),
     baseline: Result | str | Path | None = None,
     accept_doubts: dict[str, str] | None = None,

@@ -29,12 +29,14 @@ class AlphaCrown(GraphProver):
     """
 
     name: ClassVar[str] = "alpha-crown"
+    timeout_s: float = 60.0
+    """time limit for one example in seconds"""
     steps: int = 20
     """number of steps of the optimisation"""
 
     def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
         """Prepare the prover for a model with a known graph."""
-        return _Searching(graph, model, threat, self.steps, None, 0.0)
+        return _Searching(graph, model, threat, self.steps, None, self.timeout_s)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class _Searching:
         return Proofs.joined([Proofs.none(batch.take(rows[:0])), *parts])
 
     def _example(self, one: Batch) -> Proofs:
-        deadline = time.perf_counter() + self.timeout_s if self.search else float("inf")
+        deadline = time.perf_counter() + self.timeout_s
         with torch.no_grad(), exactly(one.x):
             proofs = self._in(self.graph, one, deadline)
             undecided = not (proofs.certified | proofs.broken | proofs.stopped).any()
@@ -97,7 +99,7 @@ class _Searching:
         open_rows = (first <= 0).nonzero()[:, 0]
         work, stopped = 1, relaxation.stopped
         if len(open_rows) and not self.search:
-            sharpen(relaxation, self.steps)
+            stopped = not sharpen(relaxation, self.steps, deadline) or stopped
         for row in open_rows[first[open_rows].argsort()].tolist():
             claim = Claim(rows[0, row : row + 1], rows.new_zeros(1))
             decision = self._decided(relaxation, claim, one, deadline)

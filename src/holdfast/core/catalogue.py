@@ -133,7 +133,7 @@ PROVERS: Final[Mapping[str, ProverEntry]] = {
         ProverEntry("ibp", "IBP", "provers"),
         ProverEntry("crown-ibp", "CrownIBP", "provers"),
         ProverEntry("crown", "Crown", "provers", timed=True),
-        ProverEntry("alpha-crown", "AlphaCrown", "searching", quick=False),
+        ProverEntry("alpha-crown", "AlphaCrown", "searching", quick=False, timed=True),
         ProverEntry("branch-and-bound", "BranchAndBound", "searching", quick=False, timed=True),
     )
 }

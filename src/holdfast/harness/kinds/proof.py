@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from holdfast.certifiers.protocol import Proofs, Prover, ReadyProver
+from holdfast.certifiers.provers import GraphProver, prepared_graph
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
 from holdfast.core.evidence import Columns, in_table
@@ -183,6 +184,9 @@ def prepared_prover(target: Target, prover: Prover, sample: Batch, threat: "Thre
     """Return a prover that is prepared for the model of a target and a threat model. It is prepared once for each
     target, since tracing a network may take longer than the bounds of a batch.
     """
+    if isinstance(prover, GraphProver):  # all of them use the same graph
+        graph = target.once("graph", lambda: prepared_graph(target.bare, sample))
+        return target.once(f"prover {prover.name} {prover!r}", lambda: prover.on(graph, target.bare, threat))
     return target.once(f"prover {prover.name} {prover!r}", lambda: prover.ready(target.bare, sample, threat))
 
 
