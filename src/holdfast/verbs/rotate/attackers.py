@@ -42,6 +42,7 @@ from holdfast.verbs.rotate.wording import protection_verdict, with_effects
 ATTACKERS = ("A0", "A1", "A1u", "A2", "A2c", "A3", "A4", "A5", "A6")
 _MOST = 8  # largest number of sets of an attacker with several sets, and of sets that are attacked one by one
 _LOOKED, _POINTS, _CHUNK, _CHUNKS = 500, 0.02, 16, 24
+_SAME_DRAW_PLACE = "siblings"  # place of random draws: another name would change the numbers of every pool
 _FLAT = 0.02  # more generated sets are added until the success rate increases by no more than this
 _QUICK = {name: ATTACKS[name] for name in ("MI", "PGD-50")}
 Json = dict[str, Any]
@@ -256,7 +257,7 @@ class _Measuring:
             sources.append("the generator")
         same_draw = sets_of_same_draw(self.pool, self.name, lambda name: True)[:_MOST]
         if same_draw:
-            by_attack = self._stolen("siblings", self._sets(same_draw))
+            by_attack = self._stolen(_SAME_DRAW_PLACE, self._sets(same_draw))
             sources.append(f"{amount(len(same_draw), 'sets')} of the same draw")
             broken |= {f"{sources[-1]}, {name}": mask for name, mask in by_attack.items()}
         if not broken:
