@@ -157,7 +157,7 @@ def test_a_second_process_is_refused_before_it_measures(tmp_path):
     pool = begun(tmp_path / "pool", bases=(0,))
     pool.add(state(trained(6)), {})
     with pool.alone_at("admit"), pytest.raises(UsageError, match="another process runs admit in .*; wait"):
-        admit(Pool.held(pool.path), terms(), transfer_attacker=QUICK)
+        admit(Pool.open(pool.path), terms(), transfer_attacker=QUICK)
     assert not (pool.path / "admission").exists()
 
 
@@ -176,7 +176,7 @@ def test_a_kill_before_the_entry_loses_nothing_and_bases_are_listed(tmp_path, mo
         with pytest.raises(KeyboardInterrupt):
             admit(pool, terms(), transfer_attacker=QUICK)
     assert pool.ledger.states[name] == "candidate"
-    again = Pool.held(pool.path)
+    again = Pool.open(pool.path)
     with monkeypatch.context() as patch:
         patch.setattr(TransferAttacker, "crafted", killed)  # what was measured is not made anew
         found = admit(again, terms(), transfer_attacker=QUICK)
@@ -234,7 +234,7 @@ def test_what_waits_is_judged_again_by_what_leaked_since(waits):
     assert found.admitted == (names["other"],) == pool.ahead and pool.unjudged == ()
     member = pool.ledger.member(names["copy"])
     assert member.state == "refused" and "it equals the stolen set" in member.why
-    assert Pool.held(pool.path).ledger.member(names["other"]).why == "holds"
+    assert Pool.open(pool.path).ledger.member(names["other"]).why == "holds"
 
 
 def test_what_leaks_while_a_set_is_judged_is_asked_for_before_it_is_admitted(waits, monkeypatch):

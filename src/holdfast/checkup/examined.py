@@ -11,6 +11,7 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError, TargetLost
 from holdfast.core.model import Classifier
+from holdfast.core.renamed import Earlier
 
 Level = Literal["problem", "warning", "good"]
 
@@ -27,11 +28,13 @@ class Finding:
 
     check: str
     level: Level
-    says: str
+    message: str
     """description of the finding, with numbers"""
     way_out: str = ""
     gain: float | None = None
     """increase of accuracy by an alternative interpretation of the data; None if no alternative was tried"""
+
+    says = Earlier("message")
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,9 @@ class Ledger:
         self._digests: list[str] = []
 
     @classmethod
-    def begun(cls, folder: Path, key: LedgerKey, manifest: str, now: Callable[[], str] = utc_now) -> "Ledger":
+    def create(
+        cls, folder: Path, key: LedgerKey, manifest: str, now: Callable[[], str] = utc_now
+    ) -> "Ledger":
         """Create the ledger of a new pool, whose manifest has the digest `manifest`. The caller must have locked the
         pool.
         """

@@ -295,4 +295,6 @@ class _Job:
         work = self.manifest["plan"]
         rows = expected_of(self.request, self.plan, self.target, len(self.data), work, opening=served.opening)
         earlier = served.sent.earlier
-        return f"expected: {rows.says}" + (f"; {earlier:,} rows were sent before the stop" if earlier else "")
+        return f"expected: {rows.description}" + (
+            f"; {earlier:,} rows were sent before the stop" if earlier else ""
+        )

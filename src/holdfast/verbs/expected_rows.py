@@ -49,10 +49,10 @@ class ExpectedRows:
         return self.clean + self.attacks + self.doubts + self.judging
 
     @property
-    def says(self) -> str:
+    def description(self) -> str:
         """Sentence that states the total number of rows that a run sends to a model server, and its parts.
 
-        >>> ExpectedRows(57, 6_000, 2_000, 226).says
+        >>> ExpectedRows(57, 6_000, 2_000, 226).description
         'at most 8,283 rows to the server, if it refuses none: 57 clean, 6,000 attacks, 2,000 doubts, 226 judging'
         """
         parts = ", ".join(

@@ -32,7 +32,7 @@ class TrainingExamples:
     """The training examples of a hardening, and the held-out examples on which the best checkpoint is chosen."""
 
     rest: Batch
-    held: Batch
+    held_out: Batch
     digest: str
     """SHA-256 over all training and held-out examples, in hex"""
     notes: tuple[str, ...]

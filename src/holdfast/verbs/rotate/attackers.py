@@ -28,7 +28,7 @@ from holdfast.engine.progress import Progress, Step
 from holdfast.ops.recipe import trained_as
 from holdfast.ops.statistics import proportion
 from holdfast.reports.words import amount
-from holdfast.rotation.collecting import begun_anew, last_of, rows_of
+from holdfast.rotation.collecting import last_of, rows_of, with_fresh_weights
 from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.store.pool import Pool
 from holdfast.verbs.request import Keep
@@ -305,10 +305,10 @@ class _Measuring:
         recipe = trained_as(
             self.request.candidate.recipe, replace(self.request.training, epochs=self.means.epochs)
         )
-        begun = begun_anew(self.request.model, place.at("begin"), self.request.begins)
+        initial = with_fresh_weights(self.request.model, place.at("begin"), self.request.begins)
         try:
             surrogate = last_of(
-                recipe, begun, queried.labelled(labels), self.request.threat, place.at("training")
+                recipe, initial, queried.labelled(labels), self.request.threat, place.at("training")
             )
         except LostLoss as error:
             return _unmeasured(f"the surrogate could not be distilled: {error}")
