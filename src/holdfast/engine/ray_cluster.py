@@ -44,7 +44,7 @@ class RayOptions:
     ship: tuple[Path, ...] = ()
     """files and folders of code that are sent to the nodes"""
     gpus_per_worker: float | None = None
-    """None for one GPU if the run is on a GPU, else none"""
+    """number of GPUs of each task, which may be a fraction; None for one if the run is on a GPU, else for none"""
     mixed_nodes: bool = False
     trust_network: bool = False
     timeout_s: float = 600.0
@@ -336,7 +336,7 @@ def _job_config() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Context manager without the warnings of Ray on its own settings."""
+    """Context manager that suppresses the warnings of Ray about its own settings."""
     import logging
 
     logger = logging.getLogger("ray")
@@ -350,7 +350,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _silent_errors(ray: ModuleType) -> Iterator[None]:
-    """Context manager in which Ray does not print messages on lost workers to stdout, where a report may be written."""
+    """Context manager that stops Ray from printing messages about lost workers to stdout, which may be a report."""
     worker = ray._private.worker
     before = worker.print_to_stdstream
     worker.print_to_stdstream = lambda *args, **settings: None

@@ -276,7 +276,9 @@ def does_not_change_its_arguments(case: Case) -> None:
         run(case, model, batch, threat)
     untouched = torch.equal(x, batch.x) and torch.equal(y, batch.y) and torch.equal(ids, batch.ids)
     assert untouched, f"{case}: edited its arguments"
-    assert all(torch.equal(*pair) for pair in calls), f"{case}: edited what it had asked the model"
+    assert all(torch.equal(*pair) for pair in calls), (
+        f"{case}: changed the inputs of an earlier call of the model"
+    )
 
 
 def needs_only_the_declared_access(case: Case) -> None:

@@ -55,7 +55,7 @@ class _Planned:
     """A candidate that was timed, and how many epochs of it fit into the budget."""
 
     candidate: Candidate
-    found: Pace
+    pace: Pace
     per_epoch: int
     epochs: float
 
@@ -67,10 +67,10 @@ class _Planned:
             "recipe": self.candidate.name,
             "epochs": self.epochs,
             "reason": reason,
-            "update_s": self.found.update,
-            "epoch_s": self.found.epoch,
-            "evaluation_s": self.found.between(self.per_epoch),
-            "held_out": self.found.held_out,
+            "update_s": self.pace.update,
+            "epoch_s": self.pace.epoch,
+            "evaluation_s": self.pace.between(self.per_epoch),
+            "held_out": self.pace.held_out,
         }
 
 
