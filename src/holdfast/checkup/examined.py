@@ -80,9 +80,9 @@ class Examined:
             return 0.0
         try:
             return share_right(self.ask(model or self.model, x), self.batch.y)
-        except TargetLost:
+        except TargetLost:  # the server is gone, which says nothing about the interpretation
             raise
-        except TargetError:
+        except TargetError:  # the model accepts no such input, so the interpretation is wrong
             return 0.0
 
     @cached_property

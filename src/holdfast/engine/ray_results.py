@@ -14,8 +14,8 @@ from typing import Any, Literal
 _FETCH_S = 600
 """Seconds in which a finished result must arrive from its node."""
 Failure = Literal["memory", "lost", "full", "cancelled", "unreadable"]
-"""Why a task has no result: its worker was killed for memory, its worker or node is lost, the object store is full, it
-was cancelled, or its result was not bytes."""
+"""Reason why a task has no result: its worker was killed for memory, its worker or node is lost, the object store is
+full, it was cancelled, or its result was not bytes."""
 
 
 def result_of(client: Any, reference: Any) -> bytes | Failure:

@@ -283,6 +283,7 @@ class Ledger:
         try:
             write_head(self._head_path, head, self._key)
         except BaseException:
+            # After an error the entry must not be in the ledger, because the caller reports that nothing was recorded.
             with suppress(OSError):
                 os.truncate(self.path, self._size)
             raise

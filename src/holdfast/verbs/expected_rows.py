@@ -141,7 +141,7 @@ def expected_of(
 
 
 def _of(member: Member, passes: Passes) -> Passes:
-    """How the examples of an attack are divided: each wave is measured shard by shard."""
+    """The division of an attack's examples into calls of the model: each wave divides them into shards again."""
     return replace(passes, shards=passes.shards * (1 + member.waves))
 
 

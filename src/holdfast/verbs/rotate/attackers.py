@@ -41,6 +41,8 @@ from holdfast.verbs.rotate.wording import protection_verdict, with_effects
 
 ATTACKERS = ("A0", "A1", "A1u", "A2", "A2c", "A3", "A4", "A5", "A6")
 _MOST = 8  # largest number of sets of an attacker with several sets, and of sets that are attacked one by one
+# For the generated sets of A3: inputs on which a set is tested, the accuracy that it may have less than the bases, sets
+# that are generated at a time, and the largest number of times:
 _LOOKED, _POINTS, _CHUNK, _CHUNKS = 500, 0.02, 16, 24
 _SAME_DRAW_PLACE = "siblings"  # place of random draws: another name would change the numbers of every pool
 _FLAT = 0.02  # more generated sets are added until the success rate increases by no more than this

@@ -31,7 +31,7 @@ By = Literal["generator", "retraining"]
 """How sets are produced: sampled from the generator, or trained from fresh random weights."""
 _EARLIER: Mapping[str, By] = {"anew": "retraining"}  # earlier names, in pools and on the command line
 _DRAW_FILE = "drawing"
-_SETS = 8
+_SETS = 8  # sets of a draw without --sets
 _LOOKED = 2_000  # training inputs on which a generated set is tested before it is immunised
 _POINT = 0.01  # accuracy on them by which a set may be below the bases: half an epoch cannot improve more
 _MOST = 64  # generated sets that are tried for one set above that accuracy
