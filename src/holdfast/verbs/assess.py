@@ -120,7 +120,7 @@ def assess(
                 notify(job.expected(served))
             measurement, by_stage = job.measurement(work), dict[str, Columns]()
             missed = measurement.stages([s for s in plan.stages() if not s.adaptive], by_stage)
-            executor.pause()
+            executor.pause()  # the probes run in this process, and need the memory of the workers
             doubts_document = job.doubted(measurement, by_stage, missed)
             adapted = job.adapted(measurement, by_stage, doubts_document) if plan.adaptive else None
         evidence = job.evidence(work, by_stage, doubts_document, adapted)
@@ -207,6 +207,7 @@ class _Job:
         document = doubts_to_json(
             results.findings, results.probes, results.cost, [*missed, *not_measured], store.splits()
         )
+        # The inputs are stored first: if the document exists, a resumed run assumes that they are complete.
         with run.stopper.finishing():
             if results.found and store.stage(FOUND) is None:  # a killed attempt may have stored it already
                 store.complete(FOUND, results.found)
