@@ -37,7 +37,7 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class RayOptions:
-    """Where Ray runs the shards, and what is sent to the nodes."""
+    """Options of a run on a Ray cluster: its address, what is sent to the nodes, and how many resources it uses."""
 
     address: str = ""
     """`ray://HOST:PORT`; empty for a cluster that is started on this machine"""

@@ -383,7 +383,7 @@ def _refuse_other_run(path: Path, stored: Mapping[str, Any], requested: Mapping[
 
 def _started_chain(path: Path) -> Chain:
     """The chain, with a first record for the manifest."""
-    chain = read_chain(path, mend=True)
+    chain = read_chain(path, repair=True)
     if not chain.links:
         chain.add({"kind": "run", "file": MANIFEST, "digest": _digest_of(path / MANIFEST)})
     refuse_altered(path, chain)
