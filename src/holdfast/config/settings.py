@@ -237,9 +237,8 @@ def read_settings(
     refuse_consent(written, "--set")
     written |= {key: flags.get(key, key) for key in overriding}
     for key, rival in _REPLACING:
-        # The replaced value is checked as well, so that a mistake in the file is reported.
         if key in written and rival in content and rival not in written:
-            check_settings({rival: content.pop(rival)}, str(path), kind=kind)
+            check_settings({rival: content.pop(rival)}, str(path), kind=kind)  # a mistake in it is reported
     for key, value in assignments.items():
         _put_assignment(content, key, parse_yaml(value, f"--set {key}"))
     content |= overriding
