@@ -50,8 +50,8 @@ class Chain:
 
 
 def read_chain(folder: Path, *, repair: bool) -> Chain:
-    """Return the hash chain of the run in a folder. If `repair` is true, an incomplete last line, which may remain after
-    a kill, is removed.
+    """Return the hash chain of the run in a folder. If `repair` is true, an incomplete last line, which may remain
+    after a kill, is removed.
 
     Raises `TargetError` with the first invalid record.
     """
