@@ -336,7 +336,7 @@ def _job_config() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Context manager that suppresses the warnings of Ray about its own settings."""
+    """Context manager without the warnings of Ray on its own settings."""
     import logging
 
     logger = logging.getLogger("ray")
@@ -350,7 +350,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _silent_errors(ray: ModuleType) -> Iterator[None]:
-    """Context manager that stops Ray from printing messages about lost workers to stdout, which may be a report."""
+    """Context manager in which Ray does not print messages on lost workers to stdout, where a report may be written."""
     worker = ray._private.worker
     before = worker.print_to_stdstream
     worker.print_to_stdstream = lambda *args, **settings: None
