@@ -178,7 +178,7 @@ def _user_modules(content: bytes) -> dict[str, tuple[str, bytes]]:
     found: dict[str, tuple[str, bytes]] = {}
     for _, value, _ in pickletools.genops(io.BytesIO(content)):
         name = value.split(" ")[0] if isinstance(value, str) else ""
-        module = sys.found.get(name) if name.startswith(LOADED) else None
+        module = sys.modules.get(name) if name.startswith(LOADED) else None
         if module is not None and name not in found and module.__file__ is not None:
             found[name] = (module.__file__, Path(module.__file__).read_bytes())
     return found
