@@ -27,7 +27,7 @@ class Ray:
     ship: Sequence[str | Path] = ()
     """files and folders of code that are sent to the nodes"""
     gpus_per_worker: float | None = None
-    """None for one GPU if the run is on a GPU, else none"""
+    """number of GPUs of each worker, which may be a fraction; None for one if the run is on a GPU, else for none"""
     mixed_nodes: bool = False
     """whether nodes may have other devices, threads or builds"""
     trust_network: bool = False

@@ -76,7 +76,7 @@ class CertifyOptions(SettingGroup):
         f"exact) or one of {', '.join(PROVERS)}.",
     )
     timeout: Annotated[values.WaitingTime, Flag("T")] = Field(
-        default="60s", description="Time limit of branch and bound for each example (default: 60s)."
+        default="10s", description="Time limit of branch and bound for each example (default: 10s)."
     )
     full: Annotated[bool, Flag()] = Field(
         default=False, description="Run the attacks on all certified examples, and not only on 32 of them."

@@ -33,7 +33,7 @@ from holdfast.verbs.request import AssessRequest
 Measuring = AssessSettings | HardenSettings
 """Settings of those verbs that measure a model with a suite."""
 
-_USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
+_USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}  # usual sizes, for an error message
 
 
 def examples_to_fit(plan: Plan) -> int:

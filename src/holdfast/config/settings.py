@@ -258,7 +258,7 @@ def read_settings(
     written |= {key: flags.get(key, key) for key in overriding}
     for key, rival in _REPLACING:
         if key in written and rival in content and rival not in written:
-            check_settings({rival: content.pop(rival)}, str(path), kind=kind)
+            check_settings({rival: content.pop(rival)}, str(path), kind=kind)  # a mistake in it is reported
     for key, value in assignments.items():
         _put_assignment(content, key, parse_yaml(value, f"--set {key}"))
     content |= overriding

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from holdfast.core.renamed import Earlier
 from holdfast.core.threat import ThreatModel
 
 Columns = Mapping[str, Tensor]
@@ -40,8 +41,10 @@ class Doubt:
     """value beyond which the doubt is raised"""
     n: int = 0
     """number of examples that were measured"""
-    says: str = ""
+    message: str = ""
     """one sentence for the report, with the measured numbers"""
+
+    says = Earlier("message")
 
 
 @dataclass(frozen=True)

@@ -37,14 +37,14 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class RayOptions:
-    """Where Ray runs the shards, and what is sent to the nodes."""
+    """Options of a run on a Ray cluster: its address, what is sent to the nodes, and how many resources it uses."""
 
     address: str = ""
     """`ray://HOST:PORT`; empty for a cluster that is started on this machine"""
     ship: tuple[Path, ...] = ()
     """files and folders of code that are sent to the nodes"""
     gpus_per_worker: float | None = None
-    """None for one GPU if the run is on a GPU, else none"""
+    """number of GPUs of each task, which may be a fraction; None for one if the run is on a GPU, else for none"""
     mixed_nodes: bool = False
     trust_network: bool = False
     timeout_s: float = 600.0

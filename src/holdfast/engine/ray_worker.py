@@ -56,7 +56,7 @@ def fetched(reference: Any) -> Any:
 
 
 CURRENT = Opened()
-"""What this process has open."""
+"""The model that this worker process has open."""
 atexit.register(CURRENT.close)
 
 

@@ -272,7 +272,7 @@ def _attack_records(
 
 
 def _fits(columns: Columns | None) -> int:
-    """How many fits of an attack were made; 1 for runs of versions without several fits, 0 if it is not learned."""
+    """Number of fits of a learned attack; 1 for runs of versions with a single fit, 0 if the attack is not learned."""
     if columns is None:
         return 0
     return int(columns["fits"][0]) if "fits" in columns else 1

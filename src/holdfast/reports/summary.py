@@ -284,7 +284,7 @@ def _doubt(doubt: Doubt, output: str | None) -> Json:
         "n": doubt.n,
         "title": explanation.title,
         "meaning": explanation.meaning,
-        "message": doubt.says,
+        "message": doubt.message,
         "advice": explanation.advice,
     }
 

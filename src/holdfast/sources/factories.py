@@ -162,7 +162,7 @@ def _import(path: Path, content: bytes) -> types.ModuleType:
 
 
 def imported_from(path: Path, content: bytes, name: str) -> types.ModuleType:
-    """Return a module with a given name, compiled from the bytes `content` of the file `path`, which is not read.
+    """Return a module with a given name, compiled from the bytes `content` of the file `path`, which is not read again.
 
     Raises `TargetError` with the reason if the code raises an exception.
     """

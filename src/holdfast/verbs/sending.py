@@ -38,7 +38,7 @@ MAX_SHIPPED = 50_000_000
 
 @dataclass(frozen=True)
 class ShardWithExamples:
-    """The work of a shard with its examples."""
+    """The work of a shard, together with the examples that the worker needs for it."""
 
     task: ShardTask
     examples: Arrays
@@ -46,7 +46,9 @@ class ShardWithExamples:
 
 @dataclass(frozen=True)
 class Rows:
-    """Part of a data set: its first examples, with which the model is inspected, and the examples of one shard."""
+    """The part of a data set that a worker has: the first examples, with which the model is inspected, and those of one
+    shard.
+    """
 
     name: str
     classes: tuple[str, ...] | None
@@ -85,7 +87,7 @@ def with_examples(data: Data, task: ShardTask) -> ShardWithExamples:
 
 @dataclass(frozen=True)
 class SentModel:
-    """The opened model and surrogates, and the plan."""
+    """Everything that a worker needs to measure shards of a run: the opened model and surrogates, and the plan."""
 
     subject: Subject
     surrogates: tuple[Subject, ...]
@@ -127,7 +129,7 @@ class Shipment:
     content: list[bytes]
     """the pickled `SentModel`; empty once it is opened, so that a worker keeps one copy of the model"""
     modules: Mapping[str, tuple[str, bytes]]
-    """path and content of each code file of the user that the model was made by, by the name of the module"""
+    """path and content of each code file of the user that the pickled model refers to, by the name of the module"""
     files: Mapping[str, bytes]
     """content of each file of `--ship`, by its path"""
 
@@ -183,13 +185,13 @@ def _user_modules(content: bytes) -> dict[str, tuple[str, bytes]]:
 
 
 def shipped_files(paths: Sequence[Path]) -> dict[str, bytes]:
-    """Return the content of files and folders by their path from the parent of each. Hidden and compiled files are left
-    out.
+    """Return the content of all files in `paths`, by their path relative to the parent of the given one. Hidden
+    and compiled files are left out.
 
     Raises `UsageError` for a missing path, a path without files, a link that leads out of its folder, two equal names,
     and more than 50 MB.
     """
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     size = 0
     for given in paths:
         if not given.exists():
@@ -215,10 +217,10 @@ def shipped_files(paths: Sequence[Path]) -> dict[str, bytes]:
                     f"--ship {', '.join(map(str, paths))} has more than {megabytes(MAX_SHIPPED)}; ship code only, and "
                     "install large packages on the nodes"
                 )
-            if name.as_posix() in found:
+            if name.as_posix() in contents:
                 raise UsageError(f"--ship sends two files named {name.as_posix()}; rename one of them")
-            found[name.as_posix()] = path.read_bytes()
-    return found
+            contents[name.as_posix()] = path.read_bytes()
+    return contents
 
 
 def _is_left_out(name: Path) -> bool:
@@ -232,5 +234,5 @@ def sender(data: Data) -> Callable[[ShardTask], ShardWithExamples]:
 
 
 def known_rows(data: Data) -> Rows:
-    """Return what a worker knows of a data set before it measures a shard."""
+    """Return the part of a data set that is sent to every worker: its properties and its first examples."""
     return Rows(data.name, data.classes, len(data), stored_examples(data, 0, min(LOOKED_AT, len(data))))
