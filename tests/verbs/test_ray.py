@@ -17,10 +17,11 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'hold
 import torch  # noqa: E402 - after the skip
 
 import holdfast  # noqa: E402
-from benchmarks.rows.cluster import children  # noqa: E402
+from benchmarks.rows.cluster import Fatal, repeated  # noqa: E402
 from holdfast.core.errors import TargetError, UsageError  # noqa: E402
 from holdfast.engine import ray_cluster  # noqa: E402
 from holdfast.engine.ray_cluster import Cluster, RayOptions, imported_ray  # noqa: E402
+from holdfast.engine.ray_local import ended_processes  # noqa: E402
 from holdfast.engine.ray_results import bytes_in_pickle, error_in_pickle, result_of  # noqa: E402
 from holdfast.ops.fit import Training  # noqa: E402
 from holdfast.recipes import PGDTraining  # noqa: E402
@@ -28,7 +29,7 @@ from holdfast.sources.factories import build_from_file  # noqa: E402
 from holdfast.store.verify import verify  # noqa: E402
 from holdfast.verbs.assess import assess  # noqa: E402
 from holdfast.verbs.stored_runs import open_run  # noqa: E402
-from verbs.fakes import data, settled, subject  # noqa: E402
+from verbs.fakes import data, network, settled, subject  # noqa: E402
 from verbs.test_workers import Broken, Deadly, Greedy, asked  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,10 +47,13 @@ def cluster(tmp_path_factory):
     imported_ray()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / name) for name in ("src", "tests", "")]))
         nodes = Nodes()
+        # how soon a dead node is noticed
+        health = {f"health_check_{name}": 1000 for name in ("initial_delay_ms", "period_ms", "timeout_ms")}
+        head = {"include_dashboard": False, "_system_config": health}
         try:
-            nodes.add_node(num_cpus=2, object_store_memory=80_000_000, include_dashboard=False)
+            nodes.add_node(num_cpus=2, object_store_memory=80_000_000, **head)
             ray.init(nodes.address, log_to_driver=False, logging_level="ERROR")
             nodes.wait_for_nodes()
             yield nodes
@@ -155,22 +159,24 @@ def test_a_pickle_of_the_client_is_read_only_if_it_is_bytes(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_node_that_is_killed_leaves_the_same_bytes(cluster, one, tmp_path):
+def test_a_node_that_is_killed_leaves_the_same_bytes(cluster, tmp_path, monkeypatch):
     third = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
     cluster.wait_for_nodes()
-    process = third.all_processes["raylet"][0].process
-    killed = []
+    net = Fatal(network(), third.all_processes["raylet"][0].process.pid, tmp_path)
+    run, sizes = tmp_path / "run", {"shard_size": 10}
 
-    def kill(line):
-        if "1-pgd: 1 shards done" in line and not killed:
-            killed.append(process.pid)
-            for each in (process.pid, *children(process.pid)):
-                os.kill(each, signal.SIGKILL)
+    def arm(line):
+        if line.startswith("clean: 4 shards done"):
+            (tmp_path / "armed").touch()
 
-    run = tmp_path / "run"
-    assess(subject(), data(), on_ray(workers=3), run=run, detail=kill)
-    assert killed
-    assert settled(run) == settled(one)
+    assess(subject(net), data(), on_ray(workers=3, **sizes), run=run, detail=arm)
+    assert (tmp_path / "killed").read_text() == "1"  # the shard that it was measuring
+    assess(subject(net), data(), replace(on_ray(**sizes), ray=None, workers=None), run=tmp_path / "alone")
+    assert settled(run) == settled(tmp_path / "alone")
+    assert repeated(run) == 1
+    monkeypatch.setattr(ray._private.worker, "_global_node", third)
+    assert ended_processes() == ["raylet"]
+    monkeypatch.undo()
     cluster.remove_node(third, allow_graceful=False)
 
 
