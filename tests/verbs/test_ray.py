@@ -198,16 +198,23 @@ class Scaled(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_code_of_the_user_is_sent_and_more_with_ship(cluster, tmp_path, monkeypatch):
+def test_code_of_the_user_is_sent_and_more_with_ship(cluster, tmp_path):
     (tmp_path / "net.py").write_text(NET)
     (tmp_path / "layers.py").write_text(LAYERS)
     opened = subject(build_from_file(f"{tmp_path / 'net.py'}:make", {}).net)
+    (tmp_path / "net.py").write_text("raise ImportError('not the bytes that were loaded')")
     with pytest.raises(UsageError, match="cannot import layers, .*send it with --ship"):
         assess(opened, data(), on_ray())
     said = []
     shipping = replace(LOCAL, ship=(tmp_path / "layers.py",))
     assess(opened, data(), on_ray(options=shipping), run=tmp_path / "run", notify=said.append)
     assert said == ["sent to the nodes with --ship: layers.py"]
+    session = Path(
+        cluster.head_node.get_session_dir_path()
+    )  # that of the node, which an administrator removes
+    shipped = [path.parent for path in session.glob("holdfast-*/layers.py")]
+    assert shipped
+    assert {folder.stat().st_mode & 0o777 for folder in shipped} == {0o700}
     assess(opened, data(), asked(doubts="all"), run=tmp_path / "here")
     here, there = open_run(tmp_path / "here").evidence, open_run(tmp_path / "run").evidence
     for name, values in here.columns.items():

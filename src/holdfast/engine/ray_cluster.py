@@ -2,8 +2,10 @@
 
 import importlib.util
 import ipaddress
+import logging
 import os
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -161,7 +163,7 @@ class Cluster:
     def cancel(self, references: Sequence[Any]) -> None:
         """Cancel tasks, and end the workers that run them. A task of a cluster that is lost has ended already."""
         for reference in references if self.ray.is_initialized() else ():
-            with suppress(self.ray.exceptions.RayError, ConnectionError):
+            with suppress(self.ray.exceptions.RayError, *self._connection_errors()):
                 self.ray.cancel(reference, force=True)
 
     def nodes(self) -> list[dict[str, Any]]:
@@ -174,6 +176,11 @@ class Cluster:
         """Return the amount of a resource, such as CPU, on all nodes."""
         with self._reachable():
             return float(self.ray.cluster_resources().get(resource, 0.0))
+
+    def _connection_errors(self) -> tuple[type[Exception], ...]:
+        """Return the classes of the errors with which Ray reports that the connection is lost."""
+        kinds = ConnectionError, self.ray.exceptions.RaySystemError
+        return (*kinds, sys.modules["grpc"].RpcError) if "grpc" in sys.modules else kinds
 
     @contextmanager
     def _reachable(self) -> Iterator[None]:
@@ -190,8 +197,7 @@ class Cluster:
         except HoldfastError:
             raise
         except Exception as error:  # a call to a cluster that is lost may fail in any way
-            is_lost = isinstance(error, (ConnectionError, self.ray.exceptions.RaySystemError))
-            if not is_lost and self.ray.is_initialized():
+            if self.ray.is_initialized() and not isinstance(error, self._connection_errors()):
                 raise
             raise TargetError(
                 f"the connection to the cluster was lost ({type(error).__name__}: {error}); look whether its head node "
@@ -264,6 +270,7 @@ def _joined(ray: ModuleType, options: RayOptions) -> Iterator[Cluster]:
     begun = time.monotonic()
     with ExitStack() as stack:
         try:
+            stack.enter_context(quiet())  # the process of the run reports a lost connection itself
             _refuse_silence(parts.hostname, parts.port, CONNECT_S - 3 * _TRY_S)
             stack.callback(shut_down, ray)
             context = _client_context(ray, address)
@@ -279,13 +286,15 @@ def _joined(ray: ModuleType, options: RayOptions) -> Iterator[Cluster]:
             ) from error
         except OSError as error:
             raise _no_answer(options, begun, error) from error
-        client_of(ray).log_client.disable_logs()
+        logs = client_of(ray).log_client
+        logs.set_logstream_level(logging.ERROR)  # otherwise its logger writes that it reconnects
+        logs.disable_logs()
         yield Cluster(ray, local=False, dashboard=str(context.dashboard_url or ""))
 
 
 def _client_context(ray: ModuleType, address: str) -> Any:
     """Connect Ray's client to `HOST:PORT`, and return what `ray.init` returns."""
-    with own_signals(), quiet(), warnings.catch_warnings():
+    with own_signals(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ray.init(f"ray://{address}", log_to_driver=False, logging_level="ERROR")
 

@@ -157,7 +157,7 @@ def _job_config() -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Context manager without the warnings of Ray on its own settings."""
+    """Context manager without the warnings of Ray on its own settings and on its connections."""
     logger = logging.getLogger("ray")
     level = logger.level
     logger.setLevel(logging.ERROR)
