@@ -18,7 +18,7 @@ sys.path.insert(0, sys.argv[2])
 from holdfast.engine import ray_watcher
 folder = Path(sys.argv[1])
 (folder / "file").touch()
-ray_watcher.watched(folder, folder / "t")
+ray_watcher.folder_watcher(folder, folder / "t")
 subprocess.Popen(["sleep", "60"], env={**os.environ, "TMPDIR": str(folder / "t")})
 print(flush=True)
 time.sleep(60)
@@ -43,6 +43,6 @@ def test_a_process_that_is_killed_leaves_neither_its_folder_nor_its_processes(tm
 def test_a_watcher_that_is_closed_removes_its_folder_without_a_word(tmp_path, capfd):
     folder = tmp_path / "folder"
     folder.mkdir()
-    ray_watcher.close(ray_watcher.watched(folder, folder / "t"))
+    ray_watcher.close(ray_watcher.folder_watcher(folder, folder / "t"))
     assert not folder.exists()
     assert capfd.readouterr().err == ""

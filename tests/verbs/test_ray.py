@@ -6,9 +6,11 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,7 +23,7 @@ from benchmarks.rows.cluster import Fatal, repeated  # noqa: E402
 from holdfast.core.errors import TargetError, UsageError  # noqa: E402
 from holdfast.engine import ray_cluster  # noqa: E402
 from holdfast.engine.ray_cluster import Cluster, RayOptions, imported_ray  # noqa: E402
-from holdfast.engine.ray_local import ended_processes  # noqa: E402
+from holdfast.engine.ray_local import ended_processes, local_cluster  # noqa: E402
 from holdfast.engine.ray_results import bytes_in_pickle, error_in_pickle, result_of  # noqa: E402
 from holdfast.ops.fit import Training  # noqa: E402
 from holdfast.recipes import PGDTraining  # noqa: E402
@@ -247,7 +249,7 @@ def test_harden_measures_on_the_cluster_and_trains_here(cluster):
 
 
 WORDS = ["assess", "mnist-cnn", "mnist-mini", "-n", "60", "-t", "linf:0.2", "-s", "pgd", "--no-doubts"]
-WORDS += ["--batch-size", "10", "--workers", "2"]
+WORDS += ["--batch-size", "10", "--workers", "1"]
 
 
 def started(words, folder, home, **settings):
@@ -328,6 +330,24 @@ def test_an_address_that_does_not_answer_ends_the_run(monkeypatch):
         assess(subject(), data(), on_ray(options=RayOptions("ray://127.0.0.1:9")))
     assert caught.value.exit_code == 3
     assert time.monotonic() - begun < 11
+
+
+@pytest.mark.parametrize(("name", "is_long"), [("x" * 60, True), ("x", False)])
+def test_temporary_files_in_a_path_too_long_for_sockets_are_reported_with_the_remedy(
+    name, is_long, monkeypatch
+):
+    def refuse(**settings):
+        raise OSError("AF_UNIX path length cannot exceed 107 bytes")
+
+    failing = SimpleNamespace(init=refuse, shutdown=lambda: None)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    with tempfile.TemporaryDirectory(prefix=name, dir="/tmp") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        with pytest.raises(TargetError, match="AF_UNIX") as caught, local_cluster(failing, 1, 0):
+            pass
+        assert ("set TMPDIR to a shorter one" in str(caught.value)) is is_long
+        assert not list(Path(folder).iterdir())
 
 
 def test_results_of_a_client_come_in_chunks():

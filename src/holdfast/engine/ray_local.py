@@ -49,7 +49,7 @@ def local_cluster(ray: ModuleType, workers: int, gpus: int | None) -> Iterator[A
             session, temporary = folder / "r", folder / "t"
             session.mkdir()
             temporary.mkdir()
-            stack.callback(ray_watcher.close, ray_watcher.watched(folder, temporary))
+            stack.callback(ray_watcher.close, ray_watcher.folder_watcher(folder, temporary))
             stack.callback(shut_down, ray)
             with own_signals(), quiet(), _temporary_folder(temporary):
                 context = ray.init(

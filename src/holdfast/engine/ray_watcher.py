@@ -23,7 +23,7 @@ _KILLED = (
 )
 
 
-def watched(folder: Path, temporary: Path | None = None) -> "subprocess.Popen[bytes]":
+def folder_watcher(folder: Path, temporary: Path | None = None) -> "subprocess.Popen[bytes]":
     """Start a watcher that removes `folder` after this process has ended, and return its process.
 
     With `temporary`, the watcher first kills all processes that were started with that folder as TMPDIR. If this

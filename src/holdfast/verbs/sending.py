@@ -138,7 +138,7 @@ class Shipment:
             if self.files:
                 # below the folder of Ray's session, which is removed with the cluster, and for its owner only
                 folder = tempfile.mkdtemp(prefix="holdfast-", dir=session_folder())
-                stack.callback(ray_watcher.close, ray_watcher.watched(Path(folder)))
+                stack.callback(ray_watcher.close, ray_watcher.folder_watcher(Path(folder)))
                 _write(Path(folder), self.files)
                 sys.path.append(folder)
                 stack.callback(_forget, folder)
