@@ -29,6 +29,10 @@ class Proofs:
     """for each example an input of the threat model that is misclassified if `broken`, otherwise the clean input"""
     broken: Mask
     """mask of the examples for which a misclassified input was found. The caller judges it on the original model"""
+    radius: Tensor | None = None
+    """proved radius in the norm of the threat model, (n,) float64; None for eps where certified and 0 elsewhere"""
+    abstained: Mask | None = None
+    """mask of the examples whose prediction a statistical method could not determine; None for no example"""
 
     @staticmethod
     def none(batch: Batch) -> "Proofs":

@@ -95,6 +95,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("fgsm", "SingleStep", "single_step", {"noise": 0.0, "step": 1.0, "clip": True}),
         RecipeEntry("fgsm-rs", "SingleStep", "single_step", {"noise": 1.0, "step": 1.25, "clip": True}),
         RecipeEntry("free", "FreeTraining", "free"),
+        RecipeEntry("gaussian-noise", "GaussianNoise", "gaussian_noise"),
         RecipeEntry("gradient-regularisation", "GradientRegularisation", "gradient_regularisation"),
         RecipeEntry("hat", "HAT", "hat"),
         RecipeEntry("ikl", "IKL", "ikl"),
