@@ -286,12 +286,15 @@ def harden(
     )
     sources = sources_given(model, data, settings)
     folder = folder_of(run, resume=resume)
-    subject, training, test, fit_data = hardening.open_for_hardening(sources, fit, unlabelled)
+    own = None if isinstance(recipe, str | Mapping) else recipe
+    subject, training, test, fit_data = hardening.open_for_hardening(
+        sources, fit, unlabelled, settings.options.recipe if own is None else own
+    )
     request = hardening.harden_request(
         settings,
         sources,
         subject,
-        recipe=None if isinstance(recipe, str | Mapping) else recipe,
+        recipe=own,
         surrogates=open_surrogates(surrogates, sources, subject.model),
         baseline=_evidence(baseline),
         training=training,
@@ -317,7 +320,9 @@ def carry_out_hardening(
     `command` is the command line that repeats the run; the run stores it.
     """
     sources, fit, unlabelled = sources_at(settings), settings.others.fit, settings.options.unlabelled
-    subject, training, test, fit_data = hardening.open_for_hardening(sources, fit, unlabelled)
+    subject, training, test, fit_data = hardening.open_for_hardening(
+        sources, fit, unlabelled, settings.options.recipe
+    )
     request = hardening.harden_request(
         settings,
         sources,
