@@ -1,4 +1,4 @@
-"""Denoised smoothing: the classifier is not changed, the denoiser removes noise, and the file of the new model opens."""
+"""Denoised smoothing: the classifier is unchanged, the denoiser removes noise, and the file of the new model opens."""
 
 from dataclasses import replace
 
@@ -32,7 +32,15 @@ def stripes(n=64):
     y = torch.arange(n) % 2
     x = torch.where(y[:, None, None, None] == 1, row[None, None, None], row[None, None, :, None])
     x = x + 0.1 * torch.rand(n, 1, 8, 8)  # no two are equal
-    net = nn.Sequential(nn.Conv2d(1, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 2))
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3, 1, 1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 2, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(128, 2),
+    )
     adam = torch.optim.Adam(net.parameters(), 0.01)
     for _ in range(30):
         adam.zero_grad()
@@ -60,7 +68,10 @@ def test_a_trained_denoiser_removes_noise_and_leaves_the_classifier(weights):
         last.put_into(model)
         right = int((model.eval()(noisy).argmax(1) == data.y).sum())
         scale = model.preprocess
-        error, noise = ((image - scale(data.x)).square().mean() for image in (model.net.denoise(scale(noisy)), scale(noisy)))
+        error, noise = (
+            (image - scale(data.x)).square().mean()
+            for image in (model.net.denoise(scale(noisy)), scale(noisy))
+        )
     assert all(torch.equal(value, before[name]) for name, value in model.net.classifier.state_dict().items())
     assert right > right_before + 3
     if weights.get("mse", 1):
@@ -104,7 +115,8 @@ def test_harden_puts_a_denoiser_in_front_and_returns_both(tmp_path):
     new = found.model.net
     assert isinstance(new, Denoised) and not isinstance(model.net, Denoised)
     assert all(
-        torch.equal(value, new.classifier.state_dict()[name]) for name, value in model.net.state_dict().items()
+        torch.equal(value, new.classifier.state_dict()[name])
+        for name, value in model.net.state_dict().items()
     )
     assert found.before["clean_accuracy"].value == 1
 

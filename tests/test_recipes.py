@@ -87,7 +87,9 @@ def test_law(recipe, law):
     law(recipe)
 
 
-@pytest.mark.parametrize("law", [law for law in RECIPE_LAWS if law is not learns], ids=lambda law: law.__name__)
+@pytest.mark.parametrize(
+    "law", [law for law in RECIPE_LAWS if law is not learns], ids=lambda law: law.__name__
+)
 @pytest.mark.parametrize("recipe", DENOISING, ids=repr)
 def test_law_of_denoising(recipe, law):
     law(recipe)

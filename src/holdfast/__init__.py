@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from holdfast.api import assess, compare, demo, doctor, harden, report, verify
     from holdfast.attacking import attack
+    from holdfast.certifiers.smoothed import Smoothed
     from holdfast.config.clusters import Ray
     from holdfast.config.references import open_data, open_model
     from holdfast.config.starting import init, validate
@@ -40,6 +41,7 @@ __all__ = [
     "Linf",
     "Patch",
     "Ray",
+    "Smoothed",
     "Spatial",
     "ThreatModel",
     "__version__",
@@ -74,6 +76,7 @@ _HOMES = {
     "Linf": "holdfast.core.constraints",
     "Patch": "holdfast.core.patches",
     "Ray": "holdfast.config.clusters",
+    "Smoothed": "holdfast.certifiers.smoothed",
     "Spatial": "holdfast.core.transformations",
     "ThreatModel": "holdfast.core.threat",
     "assess": "holdfast.api",

@@ -25,7 +25,9 @@ def linear(n=60, features=12, seed=0):
     """A linear model of two classes, examples, and their exact distances to its boundary."""
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(features, generator=draw, dtype=torch.float64)
-    oracle = LinearOracle(torch.stack((torch.zeros_like(weight), weight)), torch.zeros(2, dtype=torch.float64))
+    oracle = LinearOracle(
+        torch.stack((torch.zeros_like(weight), weight)), torch.zeros(2, dtype=torch.float64)
+    )
     distance = torch.linspace(0.01, 2.0, n, dtype=torch.float64)
     x = weight / weight.norm() * distance[:, None]
     return oracle.classifier(), Batch(x, torch.ones(n, dtype=torch.int64), torch.arange(n) * 7 + 3), distance
@@ -42,12 +44,16 @@ def test_the_noise_is_standard_normal_and_a_function_of_id_and_number():
     z = gaussian(Draws(0), ids, numbers, like)
     assert z.shape == (2000, 3, 5, 7)
     for k, moment in enumerate((0.0, 1.0, 0.0, 3.0), 1):
-        assert float((z**k).mean()) == pytest.approx(moment, abs=5 * math.sqrt(math.prod(range(1, 2 * k, 2)) / z.numel()))
+        assert float((z**k).mean()) == pytest.approx(
+            moment, abs=5 * math.sqrt(math.prod(range(1, 2 * k, 2)) / z.numel())
+        )
     flat = z.flatten(1)
     assert float((flat[:, :-1] * flat[:, 1:]).mean().abs()) < 5 / math.sqrt(flat.numel())
     assert float((flat[:-1] * flat[1:]).mean().abs()) < 5 / math.sqrt(flat.numel())
     half = flat.shape[1] // 2 + 1  # the two numbers of one pair
-    assert float((flat[:, : flat.shape[1] - half] * flat[:, half:]).mean().abs()) < 5 / math.sqrt(flat.numel() / 2)
+    assert float((flat[:, : flat.shape[1] - half] * flat[:, half:]).mean().abs()) < 5 / math.sqrt(
+        flat.numel() / 2
+    )
     rows = torch.tensor([1999, 3, 700])
     assert torch.equal(gaussian(Draws(0), ids[rows], numbers[rows], like), z[rows])
     assert not torch.equal(gaussian(Draws(1), ids[rows], numbers[rows], like), z[rows])

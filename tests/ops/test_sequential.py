@@ -60,7 +60,7 @@ def test_its_upper_limit_is_within_the_claim_exactly_if_it_ends_with_it(limit, d
 def test_its_probabilities_of_an_end_are_those_of_all_paths():
     test, q = sequential_test(0.05, 300, 0.02), 0.03
     ends, ended = test.ends(q), outcomes(test, q)
-    for look, n in enumerate(test.looks):
+    for look in range(len(test.looks)):
         proved = sum(p for (at, k), p in ended.items() if at == look and k <= test.proves[look])
         assert ends.proved[look] == pytest.approx(proved)
     assert ends.draws == pytest.approx(sum(p * test.looks[look] for (look, _), p in ended.items()))

@@ -115,7 +115,9 @@ class Smoothing:
         if not len(sample):
             return
         try:
-            votes = noisy_votes(model, sample.x, sample.ids, range(1), self.sigma, rng=self.rng, clip=self.clip)
+            votes = noisy_votes(
+                model, sample.x, sample.ids, range(1), self.sigma, rng=self.rng, clip=self.clip
+            )
             reason = "refuses" if bool((votes[:, -1] == 1).all()) else ""
         except TargetLost:
             raise
@@ -162,34 +164,41 @@ class ReadySmoothing:
         `abstained` marks examples for which neither the label nor another class is shown. `bound` is the lower limit of
         the probability of the label less that of all other classes within eps, and `work` the number of draws.
         """
-        votes, look = self._sequential(batch)
-        misses = votes.sum(1) - votes.gather(1, batch.y[:, None])[:, 0]
-        limits = self._limits(look, misses)
-        proves = torch.tensor(self.test.proves, device=look.device)[look]
-        certified, radius = misses <= proves, self._radius(limits)
-        radius = torch.where(certified, radius.clamp_min(self.eps), radius)
+        votes, look = self._run(self.test, batch, 0)
         work = votes.sum(1)
+        misses = work - votes.gather(1, batch.y[:, None])[:, 0]
+        certified = misses <= torch.tensor(self.test.proves, device=look.device)[look]
+        ends = zip(look.tolist(), misses.tolist(), strict=True)
+        limits = [self.test.upper_limit(at, count) for at, count in ends]
         broken, more = self._wrong(batch, votes, look, certified)
-        abstained = ~broken & (radius <= 0)
-        radius = torch.where(broken, 0.0, radius)
-        no = torch.zeros_like(certified)
+        radius = batch.x.new_tensor(
+            [radius_of(limit, self.settings.sigma) for limit in limits], dtype=torch.float64
+        )
+        radius = torch.where(certified, radius.clamp_min(self.eps), radius).masked_fill(broken, 0.0)
         return Proofs(
-            certified, self._bound(limits), work + more, no, batch.x, broken, radius=radius, abstained=abstained
+            certified,
+            self._bound(torch.tensor(limits, dtype=torch.float64, device=look.device)),
+            work + more,
+            torch.zeros_like(certified),
+            batch.x,
+            broken,
+            radius=radius,
+            abstained=~broken & (radius <= 0),
         )
 
-    def _sequential(self, batch: Batch) -> tuple[Tensor, Labels]:
-        """The votes on the draws of each example until its test ends, and the index of the look at which it ends."""
-        how, test = self.settings, self.test
-        look = torch.zeros_like(batch.ids)
-        open_rows = torch.arange(len(batch), device=batch.ids.device)
-        votes, before = torch.zeros(0), 0
+    def _run(self, test: SequentialTest, batch: Batch, begin: int) -> tuple[Tensor, Labels]:
+        """The votes on the draws of each example from `begin` on until the test of its label ends, and the index of the
+        look at which it ends.
+        """
+        how, look, before = self.settings, torch.zeros_like(batch.ids), 0
+        open_rows, votes = torch.arange(len(batch), device=batch.ids.device), torch.zeros(0)
         for at, n in enumerate(test.looks):
-            part = batch.take(open_rows)
+            part, numbers = batch.take(open_rows), range(begin + before, begin + n)
             with judging():
                 new = noisy_votes(
-                    self.model, part.x, part.ids, range(before, n), how.sigma, rng=how.rng, clip=how.clip
+                    self.model, part.x, part.ids, numbers, how.sigma, rng=how.rng, clip=how.clip
                 )
-            votes = new.new_zeros(len(batch), new.shape[1]) if not at else votes
+            votes = votes if at else torch.zeros_like(new)
             votes[open_rows] += new
             look[open_rows] = at
             misses = n - votes[open_rows].gather(1, part.y[:, None])[:, 0]
@@ -199,21 +208,13 @@ class ReadySmoothing:
                 break
         return votes, look
 
-    def _limits(self, look: Labels, misses: Tensor) -> Tensor:
-        ends = zip(look.tolist(), misses.tolist(), strict=True)
-        limits = [self.test.upper_limit(at, count) for at, count in ends]
-        return torch.tensor(limits, dtype=torch.float64, device=look.device)
-
-    def _radius(self, limits: Tensor) -> Tensor:
-        radii = [radius_of(limit, self.settings.sigma) for limit in limits.tolist()]
-        return torch.tensor(radii, dtype=torch.float64, device=limits.device)
-
     def _bound(self, limits: Tensor) -> Tensor:
         """Lower bound of the probability of the label less that of the others, within eps."""
         if self.eps == math.inf:
             return torch.full_like(limits, -1.0)
         shifted = torch.special.ndtri(1 - limits) - self.eps / self.settings.sigma
-        return 2 * torch.special.ndtr(shifted) - 1
+        bound: Tensor = 2 * torch.special.ndtr(shifted) - 1
+        return bound
 
     def _wrong(self, batch: Batch, votes: Tensor, look: Labels, certified: Mask) -> tuple[Mask, Tensor]:
         """Where the smoothed classifier is wrong at the clean input, and the number of draws that show it.
@@ -225,39 +226,18 @@ class ReadySmoothing:
         alpha = _FOR_WRONG * how.failure_probability
         rival = votes[:, :-1].argmax(1)
         tried = ~certified & (rival != batch.y)
-        for at in look[tried].unique().tolist():
+        for at in sorted(set(look[tried].tolist())):
             rows = (tried & (look == at)).nonzero()[:, 0]
             begin = self.test.looks[at]
             if how.draws - begin < fewest_draws(_HALF, alpha):
                 continue
             other = batch.take(rows).labelled(rival[rows])
             test = sequential_test(_HALF, how.draws - begin, alpha)
-            wrong[rows], work[rows] = _shown(self.model, how, test, other, begin)
+            shown, ended = self._run(test, other, begin)
+            work[rows] = shown.sum(1)
+            misses = work[rows] - shown.gather(1, other.y[:, None])[:, 0]
+            wrong[rows] = misses <= torch.tensor(test.proves, device=ended.device)[ended]
         return wrong, work
-
-
-def _shown(
-    model: Classifier, how: Smoothing, test: SequentialTest, batch: Batch, begin: int
-) -> tuple[Mask, Tensor]:
-    """Whether a test proves its claim about the label of each example, on the draws from `begin` on, and their
-    number.
-    """
-    misses, work = torch.zeros_like(batch.ids), torch.zeros_like(batch.ids)
-    proved = torch.zeros_like(batch.ids, dtype=torch.bool)
-    open_rows, before = torch.arange(len(batch), device=batch.ids.device), 0
-    for at, n in enumerate(test.looks):
-        part = batch.take(open_rows)
-        numbers = range(begin + before, begin + n)
-        with judging():
-            votes = noisy_votes(model, part.x, part.ids, numbers, how.sigma, rng=how.rng, clip=how.clip)
-        misses[open_rows] += n - before - votes.gather(1, part.y[:, None])[:, 0]
-        work[open_rows] = n
-        proved[open_rows] = misses[open_rows] <= test.proves[at]
-        open_rows = open_rows[~proved[open_rows] & (misses[open_rows] < test.gives_up[at])]
-        before = n
-        if not len(open_rows):
-            break
-    return proved, work
 
 
 def miss_limit(eps: float, sigma: float) -> float:
@@ -278,11 +258,11 @@ def radius_of(misses: float, sigma: float) -> float:
 
 def _other_norm(constraint: Constraint, sample: Batch) -> str:
     features = sample.x[:1].numel()
-    start = f"the threat is {constraint.name}, and smoothing with Gaussian noise certifies l2 only; "
-    methods = "or give another method, such as --method crown"
-    if isinstance(constraint, Linf):
-        eps = constraint.eps * math.sqrt(features)
-        return f"{start}give --threat l2:{eps:.6g}, whose ball contains that of {constraint.name}:{constraint.eps:g} with {features} features, {methods}"
-    if isinstance(constraint, L1):
-        return f"{start}give --threat l2:{constraint.eps:g}, whose ball contains that of {constraint.name}:{constraint.eps:g}, {methods}"
-    return f"{start}give a threat such as --threat l2:0.5"
+    shares = {Linf: math.sqrt(features), L1: 1.0}
+    start = f"the threat is {constraint.name}, and smoothing with Gaussian noise certifies l2 only; give "
+    if not isinstance(constraint, (Linf, L1)):
+        return f"{start}a threat such as --threat l2:0.5"
+    return (
+        f"{start}--threat l2:{shares[type(constraint)] * constraint.eps:.6g}, whose ball contains that of "
+        f"{constraint.name}:{constraint.eps:g} with {features} features, or another method, such as --method crown"
+    )

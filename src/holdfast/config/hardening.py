@@ -54,7 +54,8 @@ def open_for_hardening(
     """Return the model to harden, the training examples, the test examples, and the data set from which the test
     examples are sampled.
 
-    For the recipe `denoised` the model has an untrained denoiser, which does not change its outputs. If the data are given as an object, without `fit`, a tenth of them, sampled by the seed, are the test examples.
+    For the recipe `denoised` the model has an untrained denoiser, which does not change its outputs. If the data are
+    given as an object, without `fit`, a tenth of them, sampled by the seed, are the test examples.
     """
     with drawing(Draws(sources.seed).at("model")):  # a factory initialises weights from the seed
         subject = resolve.open_subject(sources)

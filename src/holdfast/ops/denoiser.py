@@ -5,8 +5,8 @@ Image Denoising", IEEE Transactions on Image Processing 26, 2017, arXiv:1608.039
 batch norm, and the last layer is zero at first, so that an untrained denoiser returns its input.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,15 @@ WIDTH, DEPTH = 32, 4
 class Denoised(nn.Module):
     """Network that classifies the output of a denoiser. The classifier is not trained and stays in evaluation mode."""
 
-    def __init__(self, classifier: nn.Module, channels: int, *, width: int = WIDTH, depth: int = DEPTH) -> None:
+    def __init__(
+        self, classifier: nn.Module, channels: int, *, width: int = WIDTH, depth: int = DEPTH
+    ) -> None:
         super().__init__()
         if depth < 2 or width < 1:
             raise UsageError(
                 f"a denoiser of width {width} and depth {depth} was requested; the width must be at least 1 and the "
                 "depth at least 2"
             )
-        self.width, self.depth, self.channels = width, depth, channels
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU()]
         for _ in range(depth - 2):
             layers += [nn.Conv2d(width, width, 3, 1, 1), nn.ReLU()]
@@ -39,7 +40,7 @@ class Denoised(nn.Module):
         self.residual = nn.Sequential(*layers, last)
         self.classifier = classifier.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "Denoised":
+    def train(self, mode: bool = True) -> "Denoised":  # noqa: FBT001, FBT002  as in nn.Module
         """Set the mode of the denoiser; the classifier stays in evaluation mode."""
         super().train(mode)
         self.classifier.eval()
@@ -55,18 +56,21 @@ class Denoised(nn.Module):
         logits: Logits = self.classifier(self.denoise(x))
         return logits
 
-    @property
-    def arguments(self) -> Mapping[str, int]:
-        """Channels, width and depth of the denoiser, as `with_denoiser` needs them."""
-        return {"channels": self.channels, "width": self.width, "depth": self.depth}
+    @contextmanager
+    def recorded(self) -> Iterator[list[Tensor]]:
+        """Context manager that returns a list, to which each forward pass inside it appends its denoised images."""
+        images: list[Tensor] = []
+        hook = self.classifier.register_forward_pre_hook(lambda _, inputs: images.append(inputs[0]))
+        try:
+            yield images
+        finally:
+            hook.remove()
 
 
-def with_denoiser(net: nn.Module, arguments: Mapping[str, Any]) -> Denoised:
+def with_denoiser(net: nn.Module, sizes: Mapping[str, int]) -> Denoised:
     """Return a network with an untrained denoiser in front of it, with the `channels`, `width` and `depth` that are
     given.
     """
-    denoised = Denoised(
-        net, arguments["channels"], width=arguments.get("width", WIDTH), depth=arguments.get("depth", DEPTH)
-    )
+    denoised = Denoised(net, sizes["channels"], width=sizes["width"], depth=sizes["depth"])
     like = next(net.parameters(), torch.zeros(()))
     return denoised.to(like.device, like.dtype) if like.is_floating_point() else denoised

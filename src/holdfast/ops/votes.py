@@ -40,8 +40,8 @@ def noisy_votes(
 ) -> Tensor:
     """Return how often each class is predicted for noisy copies of each input, (n, classes + 1) int64.
 
-    `draws` are the numbers of the draws, which are the same for all inputs; the noise is a function of `rng`, the id and
-    the number. The last column counts `NO_CLASS`. With `clip` the noisy inputs are clamped to the bounds of the model.
+    `draws` are the numbers of the draws, the same for all inputs; the noise is a function of `rng`, the id and the
+    number. The last column counts `NO_CLASS`. With `clip` the noisy inputs are clamped to the bounds of the model.
     Cost: `len(draws)` forwards of each input, in batches that are halved if memory runs out.
     """
     n_pairs, n_draws = len(x) * len(draws), len(draws)

@@ -63,6 +63,11 @@ class Denoising:
             )
         if not self.mse and not self.stability:
             raise UsageError("mse and stability are both 0; give at least one of them a positive weight")
+        if self.training.compiled:
+            raise UsageError(
+                "compiled is true, and this recipe reads the denoised images inside the network, which is not possible "
+                "in a compiled one; leave recipe.training.compiled out"
+            )
         return trained(
             self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, unlabelled=True
         )
@@ -78,8 +83,9 @@ class Denoising:
         """
         net = learner.net.net
         assert isinstance(net, Denoised)
-        clean, denoised = learner.net.preprocess(batch.x), net.denoise(learner.net.preprocess(x_adv))
-        logits = of_classes(net.classifier(denoised), learner.net.output)
+        with net.recorded() as images:
+            logits = learner.net(x_adv)
+        (denoised,), clean = images, learner.net.preprocess(batch.x)
         loss = self.mse * F.mse_loss(denoised, clean)
         if self.stability:
             with torch.no_grad():

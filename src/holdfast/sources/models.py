@@ -335,9 +335,7 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
         factory, address = ARCHITECTURES[name], f"--arch {name}"
         make = partial(factory, **converted_arguments(factory, opening.arguments, address))
         with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # raised again below
-            refuse_misfit(
-                lambda: _denoised(make(), metadata), weights, repr(opening.address), spare=_SPARE
-            )
+            refuse_misfit(lambda: _denoised(make(), metadata), weights, repr(opening.address), spare=_SPARE)
         built = call_factory(factory, opening.arguments, address, {})
         return replace(built, net=_with_denoiser(built.net, metadata)), _known(metadata)
     try:
