@@ -14,8 +14,8 @@ from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.guard import guarded
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.denoiser import Denoised, with_denoiser
-from holdfast.ops.noise import gaussian
+from holdfast.ops.denoiser import DenoisedNetwork, with_denoiser
+from holdfast.ops.noise import numbered_noise
 from holdfast.recipes import Denoising
 from holdfast.sources.architectures import cnn
 from holdfast.sources.models import open_model
@@ -62,7 +62,7 @@ def test_a_trained_denoiser_removes_noise_and_leaves_the_classifier(weights):
     *_, last = Denoising(sigma=1.0, training=how, **weights)(
         model, unlabelled, ThreatModel(L2(0.5)), rng=Draws(0)
     )
-    noisy = data.x + gaussian(Draws(9), data.ids, torch.zeros_like(data.ids), data.x)
+    noisy = data.x + numbered_noise(Draws(9), data.ids, torch.zeros_like(data.ids), data.x)
     with torch.no_grad():
         right_before = int((model(noisy).argmax(1) == data.y).sum())
         last.put_into(model)
@@ -93,7 +93,7 @@ def test_a_file_states_its_denoiser_and_opens_without_code(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(written(net, metadata))
     opened, x = open_model(str(path)), torch.rand(3, 1, 8, 8)
-    assert isinstance(opened.model.net, Denoised)
+    assert isinstance(opened.model.net, DenoisedNetwork)
     assert opened.architecture["denoiser"] == SIZES
     torch.testing.assert_close(opened.model(x), net(x))
     for wrong in ({"channels": 1, "width": 8}, {**SIZES, "depth": 1}, {**SIZES, "width": "8"}, [1, 8, 3]):
@@ -113,7 +113,7 @@ def test_harden_puts_a_denoiser_in_front_and_returns_both(tmp_path):
         model, (data.x, data.y), "l2:0.3", recipe, suite="quick", n=8, doubts=False, device="cpu"
     )
     new = found.model.net
-    assert isinstance(new, Denoised) and not isinstance(model.net, Denoised)
+    assert isinstance(new, DenoisedNetwork) and not isinstance(model.net, DenoisedNetwork)
     assert all(
         torch.equal(value, new.classifier.state_dict()[name])
         for name, value in model.net.state_dict().items()
@@ -129,7 +129,7 @@ def test_what_has_no_denoiser_is_refused_with_the_way_out():
     with pytest.raises(UsageError, match="both 0"):
         next(Denoising(mse=0, stability=0)(model, data, ThreatModel(L2(0.5)), rng=Draws(0)))
     with pytest.raises(UsageError, match="depth at least 2"):
-        Denoised(model.net, 1, depth=1)
+        DenoisedNetwork(model.net, 1, depth=1)
     table = nn.Sequential(nn.Linear(6, 3)), (torch.rand(60, 6), torch.arange(60) % 3)
     with pytest.raises(UsageError, match=r"inputs have shape \(6,\); choose another recipe"):
         holdfast.harden(*table, "l2:0.3", "denoised", n=5, device="cpu")

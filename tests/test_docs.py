@@ -320,6 +320,16 @@ def test_a_recipe_costs_and_cites_what_its_row_states(row):
         assert asked(1, 0.0) == asked(1, 0.05 / 1000) == asked(1)  # by which a budget is planned
 
 
+def test_the_page_has_the_recorded_numbers_of_smoothing():
+    recorded = [{**row, "radius": row["eps"]} for row in newest("smoothing")["table"]]
+    for first in ("eps", "radius", "network"):
+        documented = rows("concepts/smoothing.md", first)
+        expected = [row for row in recorded if (first == "network") == ("by Cohen's" not in row)]
+        assert [{name: re.sub(r",(?=\d)", "", cell) for name, cell in row.items()} for row in documented] == [
+            {name: str(row[name]) for name in documented[0]} for row in expected
+        ]
+
+
 def test_the_page_has_the_recorded_numbers_of_rotating():
     documented = rows("concepts/rotation.md", "construction")
     assert documented == [

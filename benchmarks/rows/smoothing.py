@@ -21,7 +21,7 @@ from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.denoiser import with_denoiser
 from holdfast.ops.fit import Training
-from holdfast.ops.noise import gaussian
+from holdfast.ops.noise import numbered_noise
 from holdfast.ops.sequential import sequential_test
 from holdfast.ops.votes import votes_of
 from holdfast.recipes import Denoising, GaussianNoise
@@ -217,7 +217,7 @@ def _predicted(i: int, rng: Draws, n: int) -> torch.Tensor:
     for start in range(0, n, FEW):
         numbers = torch.arange(start, min(start + FEW, n))
         x = images.x[i : i + 1].expand(len(numbers), *images.x.shape[1:])
-        noise = gaussian(rng, images.ids[i].expand(len(numbers)), numbers, x)
+        noise = numbered_noise(rng, images.ids[i].expand(len(numbers)), numbers, x)
         votes.append(votes_of(_network()(x + SIGMA * noise)))
     return torch.cat(votes)
 

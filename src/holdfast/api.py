@@ -286,15 +286,12 @@ def harden(
     )
     sources = sources_given(model, data, settings)
     folder = folder_of(run, resume=resume)
-    own = None if isinstance(recipe, str | Mapping) else recipe
-    subject, training, test, fit_data = hardening.open_for_hardening(
-        sources, fit, unlabelled, settings.options.recipe if own is None else own
-    )
+    subject, training, test, fit_data = hardening.open_for_hardening(sources, fit, unlabelled, recipe)
     request = hardening.harden_request(
         settings,
         sources,
         subject,
-        recipe=own,
+        recipe=None if isinstance(recipe, str | Mapping) else recipe,
         surrogates=open_surrogates(surrogates, sources, subject.model),
         baseline=_evidence(baseline),
         training=training,
@@ -319,10 +316,8 @@ def carry_out_hardening(
 
     `command` is the command line that repeats the run; the run stores it.
     """
-    sources, fit, unlabelled = sources_at(settings), settings.others.fit, settings.options.unlabelled
-    subject, training, test, fit_data = hardening.open_for_hardening(
-        sources, fit, unlabelled, settings.options.recipe
-    )
+    sources = sources_at(settings)
+    subject, training, test, fit_data = hardening.open_for_settings(settings, sources)
     request = hardening.harden_request(
         settings,
         sources,

@@ -15,7 +15,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
-from holdfast.ops.noise import gaussian
+from holdfast.ops.noise import numbered_noise
 from holdfast.testing.linear import LinearOracle
 
 SIGMA = 0.5
@@ -41,7 +41,7 @@ def proofs(model, batch, eps=0.4, **settings):
 def test_the_noise_is_standard_normal_and_a_function_of_id_and_number():
     ids, numbers = torch.arange(40).repeat_interleave(50), torch.arange(50).repeat(40)
     like = torch.zeros(1, 3, 5, 7, dtype=torch.float64)
-    z = gaussian(Draws(0), ids, numbers, like)
+    z = numbered_noise(Draws(0), ids, numbers, like)
     assert z.shape == (2000, 3, 5, 7)
     for k, moment in enumerate((0.0, 1.0, 0.0, 3.0), 1):
         assert float((z**k).mean()) == pytest.approx(
@@ -55,8 +55,8 @@ def test_the_noise_is_standard_normal_and_a_function_of_id_and_number():
         flat.numel() / 2
     )
     rows = torch.tensor([1999, 3, 700])
-    assert torch.equal(gaussian(Draws(0), ids[rows], numbers[rows], like), z[rows])
-    assert not torch.equal(gaussian(Draws(1), ids[rows], numbers[rows], like), z[rows])
+    assert torch.equal(numbered_noise(Draws(0), ids[rows], numbers[rows], like), z[rows])
+    assert not torch.equal(numbered_noise(Draws(1), ids[rows], numbers[rows], like), z[rows])
 
 
 def test_no_radius_exceeds_that_of_a_linear_model_and_no_certificate_is_wrong():
@@ -204,7 +204,7 @@ def test_as_a_network_it_is_a_smooth_function_whose_gradient_is_that_of_the_mean
     x = batch.x.requires_grad_()
     logits = smoothed(x)
     assert torch.allclose(logits.exp().sum(1), torch.ones(5, dtype=torch.float64))
-    noise = gaussian(smoothed.rng.at("network"), torch.zeros(4, dtype=torch.int64), torch.arange(4), x)
+    noise = numbered_noise(smoothed.rng.at("network"), torch.zeros(4, dtype=torch.int64), torch.arange(4), x)
     mean = torch.stack([model(x + SIGMA * one).softmax(1) for one in noise]).mean(0)
     torch.testing.assert_close(logits, mean.log())
     (grad,) = torch.autograd.grad(logits[:, 1].sum(), x)

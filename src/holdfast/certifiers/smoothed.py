@@ -16,7 +16,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.types import Ids, Inputs, Labels, Logits, Steps
-from holdfast.ops.noise import gaussian
+from holdfast.ops.noise import numbered_noise
 from holdfast.ops.sequential import fixed_test
 from holdfast.ops.votes import NO_CLASS, noisy_votes
 
@@ -66,7 +66,7 @@ class Smoothed(nn.Module):
         sums = []
         for number in range(self.draws):
             one = torch.tensor([number], device=x.device)
-            noisy = x + self.sigma * gaussian(self.rng.at("network"), torch.zeros_like(one), one, x)
+            noisy = x + self.sigma * numbered_noise(self.rng.at("network"), torch.zeros_like(one), one, x)
             logits = self.base(self.bounds.clamp(noisy) if self.clip else noisy)
             sums.append(logits.log_softmax(1))
         return torch.stack(sums).logsumexp(0) - math.log(self.draws)

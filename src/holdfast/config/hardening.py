@@ -27,7 +27,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
-from holdfast.ops.denoiser import Denoised, with_denoiser
+from holdfast.ops.denoiser import DenoisedNetwork, with_denoiser
 from holdfast.ops.fit import Training, drawing
 from holdfast.ops.recipe import Recipe
 from holdfast.recipes import Denoising
@@ -49,7 +49,7 @@ def open_for_hardening(
     sources: Sources,
     fit: DataLike | None,
     unlabelled: DataLike | None,
-    recipe: Recipe | Mapping[str, Any] | None = None,
+    recipe: Recipe | str | Mapping[str, Any] | None = None,
 ) -> tuple[Subject, Batch, Data, Data]:
     """Return the model to harden, the training examples, the test examples, and the data set from which the test
     examples are sampled.
@@ -74,14 +74,21 @@ def open_for_hardening(
     return subject, _with_unlabelled(training, unlabelled, sources, model), judged, all_examples
 
 
+def open_for_settings(settings: HardenSettings, sources: Sources) -> tuple[Subject, Batch, Data, Data]:
+    """Return what `open_for_hardening` returns, for the settings of the command line or of a configuration file."""
+    options = settings.options
+    return open_for_hardening(sources, settings.others.fit, options.unlabelled, options.recipe)
+
+
 def _with_denoiser(
-    subject: Subject, recipe: Recipe | Mapping[str, Any] | None, training: Batch, seed: int
+    subject: Subject, recipe: Recipe | str | Mapping[str, Any] | None, training: Batch, seed: int
 ) -> Subject:
     """Return the model with an untrained denoiser in front of its network, if the recipe trains one and it has none."""
-    if isinstance(recipe, Mapping):
-        recipe = build_recipe(recipe) if recipe["use"] in RECIPES else None
+    if isinstance(recipe, str | Mapping):
+        spec = {"use": recipe} if isinstance(recipe, str) else recipe
+        recipe = build_recipe(spec) if spec["use"] in RECIPES else None
     model = subject.model
-    if not isinstance(recipe, Denoising) or isinstance(model.net, Denoised):
+    if not isinstance(recipe, Denoising) or isinstance(model.net, DenoisedNetwork):
         return subject
     if training.x.dim() != 4 or model.layout == "hwc" or not isinstance(model.net, nn.Module):
         raise UsageError(

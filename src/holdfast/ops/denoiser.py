@@ -18,7 +18,7 @@ WIDTH, DEPTH = 32, 4
 """default numbers of channels and of layers of a denoiser"""
 
 
-class Denoised(nn.Module):
+class DenoisedNetwork(nn.Module):
     """Network that classifies the output of a denoiser. The classifier is not trained and stays in evaluation mode."""
 
     def __init__(
@@ -40,7 +40,7 @@ class Denoised(nn.Module):
         self.residual = nn.Sequential(*layers, last)
         self.classifier = classifier.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "Denoised":  # noqa: FBT001, FBT002  as in nn.Module
+    def train(self, mode: bool = True) -> "DenoisedNetwork":  # noqa: FBT001, FBT002  as in nn.Module
         """Set the mode of the denoiser; the classifier stays in evaluation mode."""
         super().train(mode)
         self.classifier.eval()
@@ -67,10 +67,10 @@ class Denoised(nn.Module):
             hook.remove()
 
 
-def with_denoiser(net: nn.Module, sizes: Mapping[str, int]) -> Denoised:
+def with_denoiser(net: nn.Module, sizes: Mapping[str, int]) -> DenoisedNetwork:
     """Return a network with an untrained denoiser in front of it, with the `channels`, `width` and `depth` that are
     given.
     """
-    denoised = Denoised(net, sizes["channels"], width=sizes["width"], depth=sizes["depth"])
+    denoised = DenoisedNetwork(net, sizes["channels"], width=sizes["width"], depth=sizes["depth"])
     like = next(net.parameters(), torch.zeros(()))
     return denoised.to(like.device, like.dtype) if like.is_floating_point() else denoised

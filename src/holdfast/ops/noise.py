@@ -20,7 +20,7 @@ _HALF = 0xFFFFFFFF
 _SCALE = 2.0**-32
 
 
-def gaussian(rng: Draws, ids: Ids, numbers: Ids, like: Tensor) -> Inputs:
+def numbered_noise(rng: Draws, ids: Ids, numbers: Ids, like: Tensor) -> Inputs:
     """Return standard normal noise of shape (n, *features), whose row i is draw `numbers[i]` of the example `ids[i]`.
 
     `ids` and `numbers` have the shape (n,), and `like` has the shape (any, *features). A row depends on the seed, its

@@ -9,7 +9,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Model
 from holdfast.core.outputs import refused
 from holdfast.core.types import Ids, Inputs, Labels, Logits, Positive
-from holdfast.ops.noise import gaussian
+from holdfast.ops.noise import numbered_noise
 from holdfast.ops.pieces import Room, in_room
 
 _VALUES = 1 << 20  # values of noisy inputs in memory at once, and
@@ -51,7 +51,7 @@ def noisy_votes(
     def predicted(size: int) -> tuple[Tensor, Labels, int]:
         pairs = torch.arange(start, min(start + size, n_pairs), device=ids.device)
         rows, numbers = pairs // n_draws, draws.start + pairs % n_draws
-        noisy = x[rows] + sigma * gaussian(rng, ids[rows], numbers, x)
+        noisy = x[rows] + sigma * numbered_noise(rng, ids[rows], numbers, x)
         logits = model(model.bounds.clamp(noisy) if clip else noisy, ids[rows])
         return rows, votes_of(logits), logits.shape[1]
 

@@ -25,10 +25,10 @@ from holdfast.core.model import Classifier
 from holdfast.core.outputs import of_classes
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, NonNegative, Steps
-from holdfast.ops.denoiser import DEPTH, WIDTH, Denoised
+from holdfast.ops.denoiser import DEPTH, WIDTH, DenoisedNetwork
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, hits, trained
-from holdfast.ops.noise import gaussian
+from holdfast.ops.noise import numbered_noise
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Denoising:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        if not isinstance(model.net, Denoised):
+        if not isinstance(model.net, DenoisedNetwork):
             raise UsageError(
                 "denoised trains a denoiser, and the model has none; put an untrained one in front of its network: "
-                "Classifier(Denoised(net, channels=3)), with holdfast.ops.denoiser.Denoised, as harden does"
+                "Classifier(DenoisedNetwork(net, channels=3)), with holdfast.ops.denoiser.DenoisedNetwork, as harden does"
             )
         if not self.mse and not self.stability:
             raise UsageError("mse and stability are both 0; give at least one of them a positive weight")
@@ -74,7 +74,7 @@ class Denoising:
 
     def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
         """Return the inputs of a batch with Gaussian noise, which are not clipped to the valid range."""
-        noise = gaussian(turn.rng.at("noise"), batch.ids, torch.zeros_like(batch.ids), batch.x)
+        noise = numbered_noise(turn.rng.at("noise"), batch.ids, torch.zeros_like(batch.ids), batch.x)
         return batch.x + turn.grown * self.sigma * noise
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ class Denoising:
         denoising.
         """
         net = learner.net.net
-        assert isinstance(net, Denoised)
+        assert isinstance(net, DenoisedNetwork)
         with net.recorded() as images:
             logits = learner.net(x_adv)
         (denoised,), clean = images, learner.net.preprocess(batch.x)

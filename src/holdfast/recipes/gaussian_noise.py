@@ -25,7 +25,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Fraction, Inputs, NonNegative
 from holdfast.ops.fit import Training, Turn
 from holdfast.ops.learner import Learner, hits, trained
-from holdfast.ops.noise import gaussian
+from holdfast.ops.noise import numbered_noise
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class GaussianNoise:
         """Return the noisy copies of a batch, (copies n, *features), which are not clipped to the valid range."""
         x, ids = batch.x.repeat(self.copies, *[1] * (batch.x.dim() - 1)), batch.ids.repeat(self.copies)
         copy = torch.arange(self.copies, device=ids.device).repeat_interleave(len(batch))
-        return x + turn.grown * self.sigma * gaussian(turn.rng.at("noise"), ids, copy, x)
+        return x + turn.grown * self.sigma * numbered_noise(turn.rng.at("noise"), ids, copy, x)
 
     def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a batch, and the number of its first noisy copies that are classified correctly."""
