@@ -122,6 +122,18 @@ def test_a_wrong_label_is_broken_and_an_even_one_abstains():
     assert (even.radius == 0).all()
 
 
+def test_an_attacked_input_is_refuted_exactly_if_the_smoothed_classifier_is_wrong_there():
+    model, batch, distance = linear()
+    ready = Smoothing(SIGMA).ready(model, batch, ThreatModel(L2(0.4)))
+    beyond = batch.x - batch.x / distance[:, None] * 0.6
+    refuted = ready.refuted(batch.at(beyond))
+    assert refuted[distance < 0.5].all()
+    assert not refuted[distance > 0.6].any()
+    assert torch.equal(ready.refuted(batch.at(beyond).take(torch.tensor([3, 50]))), refuted[[3, 50]])
+    empty = batch.take(torch.arange(0))
+    assert len(ready.refuted(empty)) == len(ready(empty).certified) == 0
+
+
 class Fails(nn.Module):
     """Raises for inputs outside [0, 1], or returns NaN for them."""
 
@@ -158,7 +170,7 @@ def test_a_model_that_refuses_noise_is_smoothed_with_clamping():
         ({}, L2(0.0), "eps is 0"),
         ({"draws": 100}, L2(1.0), "draws is 100: .* the radius is at most 0.75.* give --draws 301"),
         ({}, L2(30.0), "no number of draws is enough"),
-        ({}, Linf(0.1), "--threat l2:0.34641, whose ball contains that of linf:0.1"),
+        ({}, Linf(0.1), "--threat l2:0.3465, whose ball contains that of linf:0.1"),
         ({}, L1(0.3), "--threat l2:0.3, whose ball contains that of l1:0.3"),
     ],
 )

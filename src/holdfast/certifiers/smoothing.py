@@ -12,7 +12,7 @@ because the noise is drawn independently of it.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -23,17 +23,18 @@ from holdfast.certifiers.protocol import Proofs
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Constraint, Linf
 from holdfast.core.draws import Draws
-from holdfast.core.errors import InputRefused, TargetError, TargetLost, UsageError
+from holdfast.core.errors import TargetError, TargetLost, UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.purpose import judging
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Labels, Mask, Positive, Steps
 from holdfast.ops.noise import MOST_DRAWS
 from holdfast.ops.sequential import SequentialTest, fewest_draws, fixed_test, sequential_test
-from holdfast.ops.votes import noisy_votes
+from holdfast.ops.votes import NO_CLASS, noisy_votes, votes_of
 
 _FOR_WRONG = 0.01
 """share of the failure probability for the verdict that the prediction is wrong, which seven more draws make up for"""
+_SELECTION = 100  # draws that choose the class at an attacked input, as in the paper
 _ROUNDED = 1 - 1e-9  # factor of a radius, by which it is rounded down
 _HALF = 0.5
 
@@ -112,22 +113,22 @@ class Smoothing:
 
     def _refuse_refusing(self, model: Classifier, sample: Batch) -> None:
         """Raise `UsageError` if the model accepts clean inputs and refuses noisy ones."""
-        if not len(sample):
+        if self.clip or not len(sample):
             return
+        reason = ""
         try:
-            votes = noisy_votes(
-                model, sample.x, sample.ids, range(1), self.sigma, rng=self.rng, clip=self.clip
-            )
-            reason = "refuses" if bool((votes[:, -1] == 1).all()) else ""
+            votes = noisy_votes(model, sample.x, sample.ids, range(1), self.sigma, rng=self.rng)
+            if bool((votes[:, -1] == 1).all()):
+                reason = "has no prediction for"
         except TargetLost:
             raise
-        except (TargetError, RuntimeError, ValueError) as error:
-            if isinstance(error, RuntimeError) and not isinstance(error, InputRefused) and self.clip:
-                raise
-            with torch.no_grad():
-                model(sample.x)  # raises its own error if clean inputs fail as well
-            reason = f"raises {type(error).__name__} ({error}) for"
-        if reason and not self.clip:
+        except TargetError as error:
+            reason = f"does not accept ({error})"
+        if not reason:
+            return
+        with torch.no_grad():  # raises its own error if clean inputs fail as well
+            accepted = bool((votes_of(model(sample.x)) != NO_CLASS).any())
+        if accepted:
             raise UsageError(
                 f"the model {reason} inputs with Gaussian noise, whose values are outside its bounds; clamp them as a "
                 "first step of the base classifier, with Smoothing(..., clip=True). The certificate then holds for "
@@ -161,10 +162,14 @@ class ReadySmoothing:
 
         `certified`: it predicts the label within eps, with the failure probability of the settings. `broken`: it
         predicts another class at the clean input, with the same. `radius` is proved also where it is below eps, and
-        `abstained` marks examples for which neither the label nor another class is shown. `bound` is the lower limit of
+        `abstained` marks examples for which neither the label nor another class is shown. Without an eps no example
+        is certified or broken. `bound` is the lower limit of
         the probability of the label less that of all other classes within eps, and `work` the number of draws.
         """
-        votes, look = self._run(self.test, batch, 0)
+        if not len(batch):
+            none = Proofs.none(batch)
+            return replace(none, radius=none.bound, abstained=none.certified)
+        votes, look = self._run(self.test, batch, 0, self.settings.rng)
         work = votes.sum(1)
         misses = work - votes.gather(1, batch.y[:, None])[:, 0]
         certified = misses <= torch.tensor(self.test.proves, device=look.device)[look]
@@ -186,7 +191,30 @@ class ReadySmoothing:
             abstained=~broken & (radius <= 0),
         )
 
-    def _run(self, test: SequentialTest, batch: Batch, begin: int) -> tuple[Tensor, Labels]:
+    def refuted(self, batch: Batch) -> Mask:
+        """Return for attacked inputs `batch.x` whether the smoothed classifier predicts another class than the label
+        there.
+
+        A result of true is wrong with a probability of at most the failure probability of the settings. The noise is
+        independent of that of a certificate and of `Smoothed` as a network, which attacks use. The other class is the
+        most frequent one in 100 draws.
+        """
+        how, rng = self.settings, self.settings.rng.at("refute")
+        refuted = torch.zeros_like(batch.ids, dtype=torch.bool)
+        if not len(batch):
+            return refuted
+        with judging():
+            votes = noisy_votes(
+                self.model, batch.x, batch.ids, range(_SELECTION), how.sigma, rng=rng, clip=how.clip
+            )
+        rival = votes[:, :-1].argmax(1)
+        rows = (rival != batch.y).nonzero()[:, 0]
+        draws = max(how.draws, fewest_draws(_HALF, how.failure_probability))
+        test = sequential_test(_HALF, draws, how.failure_probability)
+        refuted[rows] = self._shown(test, batch.take(rows).labelled(rival[rows]), _SELECTION, rng)[0]
+        return refuted
+
+    def _run(self, test: SequentialTest, batch: Batch, begin: int, rng: Draws) -> tuple[Tensor, Labels]:
         """The votes on the draws of each example from `begin` on until the test of its label ends, and the index of the
         look at which it ends.
         """
@@ -195,9 +223,7 @@ class ReadySmoothing:
         for at, n in enumerate(test.looks):
             part, numbers = batch.take(open_rows), range(begin + before, begin + n)
             with judging():
-                new = noisy_votes(
-                    self.model, part.x, part.ids, numbers, how.sigma, rng=how.rng, clip=how.clip
-                )
+                new = noisy_votes(self.model, part.x, part.ids, numbers, how.sigma, rng=rng, clip=how.clip)
             votes = votes if at else torch.zeros_like(new)
             votes[open_rows] += new
             look[open_rows] = at
@@ -233,11 +259,19 @@ class ReadySmoothing:
                 continue
             other = batch.take(rows).labelled(rival[rows])
             test = sequential_test(_HALF, how.draws - begin, alpha)
-            shown, ended = self._run(test, other, begin)
-            work[rows] = shown.sum(1)
-            misses = work[rows] - shown.gather(1, other.y[:, None])[:, 0]
-            wrong[rows] = misses <= torch.tensor(test.proves, device=ended.device)[ended]
+            wrong[rows], work[rows] = self._shown(test, other, begin, how.rng)
         return wrong, work
+
+    def _shown(self, test: SequentialTest, batch: Batch, begin: int, rng: Draws) -> tuple[Mask, Tensor]:
+        """Whether a test proves that the smoothed classifier predicts the label of each example, and the number of
+        draws from `begin` on that it needs.
+        """
+        if not len(batch):
+            return torch.zeros_like(batch.ids, dtype=torch.bool), torch.zeros_like(batch.ids)
+        votes, look = self._run(test, batch, begin, rng)
+        work = votes.sum(1)
+        misses = work - votes.gather(1, batch.y[:, None])[:, 0]
+        return misses <= torch.tensor(test.proves, device=look.device)[look], work
 
 
 def miss_limit(eps: float, sigma: float) -> float:
@@ -262,7 +296,10 @@ def _other_norm(constraint: Constraint, sample: Batch) -> str:
     start = f"the threat is {constraint.name}, and smoothing with Gaussian noise certifies l2 only; give "
     if not isinstance(constraint, (Linf, L1)):
         return f"{start}a threat such as --threat l2:0.5"
+    radius = (
+        math.ceil(1e4 * shares[type(constraint)] * constraint.eps) / 1e4
+    )  # not smaller, so that it contains
     return (
-        f"{start}--threat l2:{shares[type(constraint)] * constraint.eps:.6g}, whose ball contains that of "
+        f"{start}--threat l2:{radius:.10g}, whose ball contains that of "
         f"{constraint.name}:{constraint.eps:g} with {features} features, or another method, such as --method crown"
     )

@@ -58,8 +58,8 @@ class Denoising:
     ) -> Iterator[Checkpoint]:
         if not isinstance(model.net, DenoisedNetwork):
             raise UsageError(
-                "denoised trains a denoiser, and the model has none; put an untrained one in front of its network: "
-                "Classifier(DenoisedNetwork(net, channels=3)), with holdfast.ops.denoiser.DenoisedNetwork, as harden does"
+                "denoised trains a denoiser, and the model has none; put an untrained one in front of its network, as "
+                "harden does: Classifier(DenoisedNetwork(net, channels=3)), from holdfast.ops.denoiser"
             )
         if not self.mse and not self.stability:
             raise UsageError("mse and stability are both 0; give at least one of them a positive weight")
