@@ -1,0 +1,303 @@
+"""Branch and bound over the signs of the inputs of ReLUs: a complete method of certification.
+
+A subproblem assumes signs for the inputs of some ReLUs. If its bound is not positive, it is divided into the two signs
+of one more input. Bunel et al., "Branch and Bound for Piecewise Linear Neural Network Verification", JMLR 2020,
+arXiv:1909.06588; bounds with Lagrange multipliers for the assumed signs: Wang et al. (beta-CROWN), NeurIPS 2021,
+arXiv:2103.06624; choice of the input by testing a few candidates: De Palma et al., "Improved Branch and Bound for
+Neural Network Verification via Lagrangian Decomposition", 2021, arXiv:2104.06718.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from holdfast.certifiers.alpha import Optimised, optimised
+from holdfast.certifiers.crown import Choices, substitute
+from holdfast.certifiers.graph import Graph
+from holdfast.certifiers.linear import Interval
+from holdfast.certifiers.nonlinear import ReLU
+from holdfast.certifiers.relaxation import Relaxation
+
+_LEAF_STEPS = 200
+"""number of steps of the optimisation of a subproblem in which all signs are known"""
+_DESCENT_STEPS = 40
+"""number of steps of the search for a counterexample in such a subproblem"""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The claim that at least one of some linear functions of the outputs of a network is positive."""
+
+    rows: Tensor
+    """coefficients (k, outputs) of the functions"""
+    constants: Tensor
+    """constants (k) of the functions"""
+
+    def values(self, outputs: Tensor) -> Tensor:
+        """Return the largest value of the functions for each row of outputs (n, outputs)."""
+        return (outputs @ self.rows.t() + self.constants).amax(1)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Settings of branch and bound."""
+
+    steps: int = 8
+    """number of steps of the optimisation of each subproblem"""
+    candidates: int = 4
+    """number of inputs of ReLUs that are tested before one is chosen for a division"""
+    at_once: int = 32
+    """largest number of subproblems that are divided together"""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Result of branch and bound for one claim."""
+
+    bound: float
+    """proved lower bound of the largest of the functions, over the region"""
+    work: int
+    """number of subproblems"""
+    stopped: bool
+    """whether the time limit ended the search"""
+    witness: Tensor | None = None
+    """an input of the region at which none of the functions is positive, if one was found"""
+
+
+@dataclass(frozen=True)
+class _Problems:
+    """Subproblems of one example, as rows of tensors."""
+
+    signs: Mapping[int, Tensor]
+    """assumed signs (d, *shape) of the inputs of ReLUs, by the index of the ReLU: 1, -1, or 0"""
+    bound: Tensor
+    """largest lower bound (d) of the functions"""
+    choices: Choices
+
+    def __len__(self) -> int:
+        return len(self.bound)
+
+    def take(self, rows: Tensor) -> "_Problems":
+        return _Problems(
+            {i: sign[rows] for i, sign in self.signs.items()},
+            self.bound[rows],
+            Choices(
+                {i: slope[rows] for i, slope in self.choices.slopes.items()},
+                {i: each[rows] for i, each in self.choices.multipliers.items()},
+            ),
+        )
+
+    @staticmethod
+    def joined(parts: "list[_Problems]") -> "_Problems":
+        first = parts[0]
+        return _Problems(
+            {i: torch.cat([part.signs[i] for part in parts]) for i in first.signs},
+            torch.cat([part.bound for part in parts]),
+            Choices(
+                {i: torch.cat([part.choices.slopes[i] for part in parts]) for i in first.choices.slopes},
+                {
+                    i: torch.cat([part.choices.multipliers[i] for part in parts])
+                    for i in first.choices.multipliers
+                },
+            ),
+        )
+
+
+def splittable(graph: Graph) -> bool:
+    """Return whether the network has ReLUs, on whose signs subproblems can be formed."""
+    return any(isinstance(graph.node(i).operation, ReLU) for i in graph.nonlinear)
+
+
+@dataclass(eq=False)
+class Tree:
+    """Branch and bound for one claim about one example, from the relaxation of the example."""
+
+    root: Relaxation
+    claim: Claim
+    search: Search
+    deadline: float
+    """value of `time.perf_counter()` at which the search ends"""
+    violated: Callable[[Tensor], Tensor]
+    """function that returns for inputs (n, *shape) the mask of those at which the claim is false on the model"""
+    work: int = 1
+    relus: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        graph = self.root.graph
+        self.relus = [i for i in graph.nonlinear if isinstance(graph.node(i).operation, ReLU)]
+
+    def decide(self, first: Optimised) -> Decision:
+        """Return whether the claim holds, beginning with bounds (1, k) of its functions for the whole region."""
+        bound = (first.lower + self.claim.constants).amax(1)
+        problems = _Problems(
+            {i: torch.zeros(1, *self.root.graph.shape_of(i), device=bound.device) for i in self.relus},
+            bound,
+            self._filled(first.choices),
+        )
+        solved = float("inf")
+        at_once = 4
+        while len(problems):
+            if time.perf_counter() >= self.deadline:
+                return Decision(min(solved, float(problems.bound.min())), self.work, stopped=True)
+            order = problems.bound.argsort(stable=True)
+            chosen, rest = problems.take(order[:at_once]), problems.take(order[at_once:])
+            children, witness, final = self._divided(chosen)
+            if witness is not None:
+                return Decision(float(problems.bound.min()), self.work, stopped=False, witness=witness)
+            if final:  # a subproblem without unknown signs is not proved
+                return Decision(float(problems.bound.min()), self.work, stopped=False)
+            proved = children.bound > 0
+            if proved.any():
+                solved = min(solved, float(children.bound[proved].min()))
+            problems = _Problems.joined([rest, children.take((~proved).nonzero()[:, 0])])
+            at_once = min(2 * at_once, self.search.at_once)
+        return Decision(solved, self.work, stopped=False)
+
+    def _filled(self, choices: Choices) -> Choices:
+        k = len(self.claim.rows)
+        slopes, multipliers = dict(choices.slopes), dict(choices.multipliers)
+        for i in self.relus:
+            lines, shape = self.root.lines_of(i), self.root.graph.shape_of(i)
+            if i not in slopes:
+                slopes[i] = lines.lower_slope[:, None].expand(1, k, *shape)  # type: ignore[union-attr]
+            multipliers.setdefault(
+                i, torch.zeros(1, k, *shape, dtype=slopes[i].dtype, device=slopes[i].device)
+            )
+        return Choices(slopes, multipliers)
+
+    def _relaxation(self, signs: Mapping[int, Tensor]) -> Relaxation:
+        """The relaxation of subproblems: the bounds of the root, cut at zero where a sign is assumed."""
+        d, root = len(next(iter(signs.values()))), self.root
+        bounds: dict[int, Interval] = {
+            index: tuple(each.expand(d, *each.shape[1:]) for each in root.bound(index))  # type: ignore[misc]
+            for index in root.graph.bounded
+        }
+        for i, sign in signs.items():
+            index = root.graph.node(i).inputs[0]
+            low, high = bounds[index]
+            bounds[index] = (
+                torch.where(sign > 0, low.clamp(min=0), low),
+                torch.where(sign < 0, high.clamp(max=0), high),
+            )
+        bounds.pop(0, None)
+        errors = {i: root.error_of(i).expand(d, -1) for i in range(1, root.graph.output + 1)}
+        return Relaxation(root.graph, root.region.of(torch.zeros(d, dtype=torch.long)), bounds, errors=errors)
+
+    def _functions(self, d: int) -> Tensor:
+        return self.claim.rows[None].expand(d, -1, -1)
+
+    def _divided(self, problems: _Problems) -> tuple[_Problems, Tensor | None, bool]:
+        """The children of subproblems with their bounds, a counterexample if one was found, and whether one of the
+        subproblems cannot be divided.
+        """
+        relaxation, d = self._relaxation(problems.signs), len(problems)
+        output = relaxation.graph.output
+        result = substitute(
+            relaxation, output, self._functions(d), problems.choices, rounded=False, passed=True
+        )
+        best = (result.lower + self.claim.constants).argmax(1)
+        rows = torch.arange(d, device=best.device)
+        corners = relaxation.region.minimiser(result.coefficients)[rows, best]
+        wrong = self.violated(corners)
+        if wrong.any():
+            return problems, corners[wrong][0], False
+        scores = torch.cat(
+            [self._scores(relaxation, i, result.passed[i][rows, best]).flatten(1) for i in self.relus], 1
+        )
+        leaves = (scores.amax(1) < 0).nonzero()[:, 0]
+        if len(leaves):
+            witness = self._descended(corners[leaves])
+            if witness is not None:
+                return problems, witness, False
+            solved = self._bounded(problems.take(leaves), steps=_LEAF_STEPS)
+            if bool((solved.bound <= 0).any()):
+                return problems, None, True
+            # leaves that are proved now take no part in the division
+            others = (scores.amax(1) >= 0).nonzero()[:, 0]
+            if not len(others):
+                return solved, None, False
+            children, witness, final = self._divided(problems.take(others))
+            return _Problems.joined([solved, children]), witness, final
+        split = self._chosen(problems, scores)
+        children = _Problems.joined([self._with_sign(problems, split, sign) for sign in (1.0, -1.0)])
+        return self._bounded(children), None, False
+
+    def _scores(self, relaxation: Relaxation, index: int, a: Tensor) -> Tensor:
+        """Estimates of how much a sign of each input of a ReLU improves the bound; -1 where the sign is known."""
+        low, high = relaxation.bound(relaxation.graph.node(index).inputs[0])
+        unknown = (low < 0) & (high > 0)
+        gap = -low * high / (high - low).clamp(min=torch.finfo(low.dtype).tiny)
+        return torch.where(unknown, a.abs() * gap, -1.0)
+
+    def _chosen(self, problems: _Problems, scores: Tensor) -> Tensor:
+        """For each subproblem the index of the input that is divided: of the candidates with the highest scores, the
+        one whose children have the largest bounds.
+        """
+        count = min(self.search.candidates, scores.shape[1])
+        best = scores.topk(count, 1)
+        outcomes = []
+        for c in range(count):
+            split = best.indices[:, c]
+            sides = [
+                self._plain_bound(self._with_sign(problems, split, sign)).clamp(max=0.0)
+                for sign in (1.0, -1.0)
+            ]
+            outcome = sides[0] + sides[1]
+            outcomes.append(torch.where(best.values[:, c] > 0, outcome, -torch.inf))
+        return best.indices.gather(1, torch.stack(outcomes, 1).argmax(1, keepdim=True))[:, 0]
+
+    def _plain_bound(self, problems: _Problems) -> Tensor:
+        relaxation = self._relaxation(problems.signs)
+        functions = self._functions(len(problems))
+        lower = substitute(
+            relaxation, relaxation.graph.output, functions, problems.choices, rounded=False
+        ).lower
+        return torch.maximum((lower + self.claim.constants).amax(1), problems.bound)
+
+    def _with_sign(self, problems: _Problems, split: Tensor, sign: float) -> _Problems:
+        """The subproblems with one more assumed sign each. `split` are indices of the joined inputs of all ReLUs."""
+        signs, start = {}, 0
+        for i in self.relus:
+            values = problems.signs[i].clone()
+            size = values[0].numel()
+            mine = ((split >= start) & (split < start + size)).nonzero()[:, 0]
+            values.flatten(1)[mine, split[mine] - start] = sign
+            signs[i], start = values, start + size
+        return _Problems(signs, problems.bound, problems.choices)
+
+    def _descended(self, x: Tensor) -> Tensor | None:
+        """An input at which the claim is false, searched by gradient descent from the inputs `x` (d, *shape)."""
+        region = self.root.region.of(torch.zeros(len(x), dtype=torch.long, device=x.device))
+        width = region.high - region.low
+        for step in range(_DESCENT_STEPS):
+            with torch.enable_grad():
+                point = x.detach().requires_grad_()
+                values = self.claim.values(self.root.graph(point))
+                (slope,) = torch.autograd.grad(values.sum(), point)
+            x = point.detach() - slope.sign() * width * (0.25 * (1 - step / _DESCENT_STEPS))
+            x = torch.maximum(torch.minimum(x, region.high), region.low)
+            wrong = self.violated(x)
+            if wrong.any():
+                return x[wrong][0]
+        return None
+
+    def _bounded(self, problems: _Problems, steps: int | None = None) -> _Problems:
+        relaxation, d = self._relaxation(problems.signs), len(problems)
+        self.work += d
+        result = optimised(
+            relaxation,
+            relaxation.graph.output,
+            self._functions(d),
+            steps=self.search.steps if steps is None else steps,
+            start=problems.choices,
+            signs=problems.signs,
+        )
+        bound = torch.maximum((result.lower + self.claim.constants).amax(1), problems.bound)
+        slopes = {i: result.choices.slopes.get(i, problems.choices.slopes[i]) for i in self.relus}
+        multipliers = {
+            i: result.choices.multipliers.get(i, problems.choices.multipliers[i]) for i in self.relus
+        }
+        return _Problems(problems.signs, bound, Choices(slopes, multipliers))

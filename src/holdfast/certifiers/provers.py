@@ -1,0 +1,151 @@
+"""Provers by bound propagation: interval bounds, and linear bounds with intervals or substitution in between."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from holdfast.certifiers.crown import relaxed, substitute
+from holdfast.certifiers.graph import Graph
+from holdfast.certifiers.linear import Dense
+from holdfast.certifiers.protocol import Proofs, ReadyProver
+from holdfast.certifiers.region import Region, region_of
+from holdfast.certifiers.tracing import traced
+from holdfast.core.batch import Batch
+from holdfast.core.constraints import Constraint
+from holdfast.core.model import Bounds, Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Labels
+
+_INTERVALS_AT_ONCE, _BOUNDS_AT_ONCE = 256, 8
+"""numbers of examples whose bounds are computed together, so that the values fit into the caches"""
+
+
+def margin_rows(y: Labels, classes: int, dtype: torch.dtype) -> Tensor:
+    """Return the coefficients (n, classes - 1, classes) of the margins of the labels over each other class."""
+    others = torch.arange(classes - 1, device=y.device)
+    others = others + (others >= y[:, None])
+    rows = torch.zeros(len(y), classes - 1, classes, dtype=dtype, device=y.device)
+    rows.scatter_(2, others[:, :, None], -1.0)
+    rows.scatter_(2, y[:, None, None].expand(-1, classes - 1, 1), 1.0)
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Bounder:
+    """A function that bounds the margins of the examples of a batch over the inputs of a threat model."""
+
+    graph: Graph
+    constraint: Constraint
+    bounds: Bounds
+    method: Callable[[Graph, Region, Tensor, float], tuple[Tensor, bool]]
+    """function of a graph, regions, coefficients of linear functions of the logits, and a deadline, which returns lower
+    bounds (n, k) of the functions, and whether the deadline ended the computation"""
+    at_once: int
+    """number of examples whose bounds are computed together"""
+    timeout_s: float = math.inf
+    """time limit for one example"""
+
+    def __call__(self, batch: Batch) -> Proofs:
+        """Return what the bounds prove about the examples of a batch."""
+        parts = [Proofs.none(batch.take(torch.zeros_like(batch.ids[:0])))]
+        with torch.no_grad():
+            for part in batch.split(self.at_once):
+                region, deadline = region_of(part.x, self.constraint, self.bounds), self._deadline(len(part))
+                rows = margin_rows(part.y, self.graph.shape_of(self.graph.output)[0], part.x.dtype)
+                lower, stopped = self.method(self.graph, region, rows, deadline)
+                bound, none = lower.amin(1).double().nan_to_num(nan=-torch.inf), Proofs.none(part)
+                late = torch.full_like(none.stopped, stopped) & (bound <= 0)
+                parts.append(
+                    replace(
+                        none, certified=bound > 0, bound=bound, work=torch.ones_like(none.work), stopped=late
+                    )
+                )
+        return Proofs.joined(parts)
+
+    def _deadline(self, n: int) -> float:
+        return time.perf_counter() + n * self.timeout_s
+
+
+def prepared_graph(model: Classifier, sample: Batch) -> Graph:
+    """Return the graph of a classifier, in the data type of its inputs."""
+    return traced(model, sample.x).to(sample.x.dtype, sample.x.device)
+
+
+def _by_intervals(graph: Graph, region: Region, rows: Tensor, deadline: float) -> tuple[Tensor, bool]:
+    """Bounds of the functions by intervals of the last hidden values: the last operation is substituted if it is
+    linear, because the interval of a difference of logits is smaller than the difference of their intervals.
+    """
+    relaxation = relaxed(graph, region, substituted=False)
+    last = graph.node(graph.output)
+    at, constant, error = graph.output, rows.new_zeros(rows.shape[:2]), rows.new_zeros(rows.shape[:2])
+    if isinstance(last.operation, Dense):
+        error = rows.abs() @ relaxation.error_of(at)[:, :, None]
+        added, (rows,) = last.operation.constant(rows), last.operation.transposed(rows, [])
+        constant, error, at = constant if added is None else added, error[:, :, 0], last.inputs[0]
+    low, high = (each.flatten(1) for each in relaxation.bound(at))
+    return Region(low, high, low).minimum(rows.flatten(2)) + constant - error * 1.01, False
+
+
+def _by_lines_from_intervals(
+    graph: Graph, region: Region, rows: Tensor, deadline: float
+) -> tuple[Tensor, bool]:
+    return substitute(relaxed(graph, region, substituted=False), graph.output, rows).lower, False
+
+
+def _by_lines(graph: Graph, region: Region, rows: Tensor, deadline: float) -> tuple[Tensor, bool]:
+    relaxation = relaxed(graph, region, deadline=deadline)
+    return substitute(relaxation, graph.output, rows).lower, relaxation.stopped
+
+
+@dataclass(frozen=True)
+class IBP:
+    """Interval bound propagation: bounds each value by interval arithmetic.
+
+    Gowal et al., 2018, arXiv:1810.12715. It is the fastest method, and proves little for networks that were not trained
+    with it.
+    """
+
+    name: ClassVar[str] = "ibp"
+
+    def ready(self, model: Classifier, sample: Batch, threat: ThreatModel) -> ReadyProver:
+        """Trace the model."""
+        graph = prepared_graph(model, sample)
+        return Bounder(graph, threat.constraint, model.bounds, _by_intervals, _INTERVALS_AT_ONCE)
+
+
+@dataclass(frozen=True)
+class CrownIBP:
+    """CROWN-IBP: linear bounds of the margins, with intervals as bounds of the values in between.
+
+    Zhang et al., "Towards Stable and Efficient Training of Verifiably Robust Neural Networks", ICLR 2020,
+    arXiv:1906.06316.
+    """
+
+    name: ClassVar[str] = "crown-ibp"
+
+    def ready(self, model: Classifier, sample: Batch, threat: ThreatModel) -> ReadyProver:
+        """Trace the model."""
+        graph = prepared_graph(model, sample)
+        return Bounder(graph, threat.constraint, model.bounds, _by_lines_from_intervals, _BOUNDS_AT_ONCE)
+
+
+@dataclass(frozen=True)
+class Crown:
+    """CROWN: linear bounds of the margins and of all values in between.
+
+    Zhang et al., NeurIPS 2018, arXiv:1811.00866.
+    """
+
+    name: ClassVar[str] = "crown"
+    timeout_s: float = math.inf
+    """time limit for one example in seconds, after which interval arithmetic replaces further linear bounds"""
+
+    def ready(self, model: Classifier, sample: Batch, threat: ThreatModel) -> ReadyProver:
+        """Trace the model."""
+        graph = prepared_graph(model, sample)
+        return Bounder(graph, threat.constraint, model.bounds, _by_lines, _BOUNDS_AT_ONCE, self.timeout_s)

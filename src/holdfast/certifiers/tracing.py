@@ -1,0 +1,118 @@
+"""Tracing of a model: its operations on tensors become a graph with bounds.
+
+The model is run once on example inputs, and each ATen operation that torch executes is recorded. Code that depends on
+the values of tensors cannot be recorded, and operations without sound bounds are refused. After tracing, the graph is
+compared with the model on random inputs.
+"""
+
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from holdfast.certifiers.graph import Graph
+from holdfast.certifiers.operators import TRANSLATIONS
+from holdfast.certifiers.translation import LIBRARIES, ROWS, Translator, name_of
+from holdfast.core.errors import UsageError
+
+_SAME = 1e-4
+"""largest difference between graph and model, relative to the largest logit"""
+
+
+def traced(model: Callable[[Tensor], Tensor], sample: Tensor) -> Graph:
+    """Return the graph of a model in evaluation mode, traced on the first of the inputs `sample` (n, *shape).
+
+    Raises `UsageError` with the operation and its place in the user's code if the model contains an operation without
+    sound bounds, or if its operations depend on the values of its inputs.
+    """
+    x = sample[:1].expand(ROWS, *sample.shape[1:]).clone()
+    recorded = _recorded(model, x)
+    output, tail = _without_softmax(recorded)
+    graph = Translator(recorded, sample.shape[1:], TRANSLATIONS).graph(output)
+    _compare(graph, tail, model, sample)
+    return graph
+
+
+def _recorded(model: Callable[[Tensor], Tensor], x: Tensor) -> fx.GraphModule:
+    from torch.fx.experimental.proxy_tensor import make_fx  # late: it imports sympy, which takes a second
+
+    def logits(inputs: Tensor) -> Tensor:
+        return model(inputs)
+
+    try:
+        with torch.no_grad():
+            return make_fx(logits, record_stack_traces=True)(x)
+    except UsageError:
+        raise
+    except Exception as error:  # a network may fail in any way
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        place = _place_of(traceback.extract_tb(cause.__traceback__))
+        raise UsageError(
+            f"the operations of the model cannot be recorded{place} ({type(cause).__name__}: {_first_line(cause)}). "
+            "Bounds for all inputs of a threat model need operations on tensors that do not depend on the values: "
+            "replace `if` and `item()` on tensors by torch.where, and numpy by torch; or use --method smoothing, which "
+            "only needs the predictions"
+        ) from error
+
+
+Tail = Callable[[Tensor], Tensor]
+"""the last operations of a model, which do not change the order of its outputs"""
+
+
+def _without_softmax(recorded: fx.GraphModule) -> tuple[fx.Node, Tail]:
+    """The node with the logits, before a softmax and logarithms at the end of the model, and these last operations.
+
+    The order of the classes is that of the logits, so that a margin is positive after the softmax if it is before.
+    """
+    (output,) = (node for node in recorded.graph.nodes if node.op == "output")
+    last = node = output.args[0]
+    steps: list[fx.Node] = []
+    while isinstance(node, fx.Node) and name_of(node.target) in ("aten.log", "aten.clamp_min", "aten.clamp"):
+        steps.append(node)
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or name_of(node.target) not in ("aten._softmax", "aten._log_softmax"):
+        return last, _unchanged
+    if node.args[1] not in (1, -1) or node.meta["val"].dim() != 2:
+        return last, _unchanged
+    steps.append(node)
+    logits: Any = node.args[0]
+
+    def tail(x: Tensor) -> Tensor:
+        for step in reversed(steps):
+            x = step.target(x, *step.args[1:], **step.kwargs)  # type: ignore[operator]
+        return x
+
+    return logits, tail
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0][:200]
+
+
+def _place_of(frames: traceback.StackSummary) -> str:
+    own = [
+        frame for frame in frames if not frame.filename.startswith(LIBRARIES) and "<" not in frame.filename
+    ]
+    return f" in {own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else ""
+
+
+def _compare(graph: Graph, tail: Tail, model: Callable[[Tensor], Tensor], sample: Tensor) -> None:
+    """Raise an error if the graph and the model differ on the examples, or between batch sizes."""
+    with torch.no_grad():
+        expected, actual = model(sample), tail(graph(sample))
+    scale = expected.abs().amax().clamp(min=1.0)
+    differs = not bool(((expected - actual).abs() <= _SAME * scale).all())
+    if expected.shape != actual.shape or differs:
+        raise UsageError(
+            "the operations of the model depend on its inputs or on the batch size, so that no bounds can be computed "
+            "for all inputs of the threat model: the recorded operations return other logits than the model; use "
+            "--method smoothing, which only needs the predictions"
+        )
