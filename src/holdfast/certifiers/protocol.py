@@ -45,7 +45,11 @@ class Proofs:
     @staticmethod
     def joined(parts: "Sequence[Proofs]") -> "Proofs":
         """Return the proofs of several batches as those of one."""
-        return Proofs(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(Proofs)))
+        values = {each.name: [getattr(part, each.name) for part in parts] for each in fields(Proofs)}
+        # a method sets the last two columns for every batch or for none
+        return Proofs(
+            **{name: torch.cat(of_parts) for name, of_parts in values.items() if of_parts[0] is not None}
+        )
 
 
 class ReadyProver(Protocol):
