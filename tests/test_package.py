@@ -22,7 +22,7 @@ NETWORKS = ("mnist-cnn", "mnist-cnn-hardened")
 
 # Functions that are one algorithm and read worse in pieces (docstrings do not count): "file:function" -> lines.
 # A twin has an argument for each setting.
-LONG_FUNCTIONS: dict[str, int] = {"api.py:assess": 82, "api.py:harden": 83, "attacking.py:attack": 64}
+LONG_FUNCTIONS: dict[str, int] = {"api.py:assess": 84, "api.py:harden": 83, "attacking.py:attack": 64}
 """Functions that are one thing though they are long, and how long they may be."""
 
 
@@ -100,7 +100,7 @@ def test_every_package_that_a_run_imports_is_part_of_its_code_digest_or_decides_
 
 
 COMMANDS = {
-    "admit", "assess", "collect", "compare", "demo", "doctor", "draw", "expose", "fetch", "harden", "head",
+    "admit", "assess", "certify", "collect", "compare", "demo", "doctor", "draw", "expose", "fetch", "harden", "head",
     "init", "migrate", "report", "run", "status", "swap", "train", "validate", "verify",
 }  # fmt: skip
 """A command, the function of the Python interface or of the verb that it calls, and the step that does the work."""

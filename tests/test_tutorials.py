@@ -47,6 +47,7 @@ def test_the_short_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
         "doctor",
         "assess",
         "assess",
+        "certify",
         "compare",
         "report",
         "verify",

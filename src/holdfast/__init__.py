@@ -1,4 +1,4 @@
-"""Holdfast: assess, harden and rotate machine-learning models against adversarial attacks.
+"""Holdfast: assess, certify, harden and rotate machine-learning models against adversarial attacks.
 
 A module is imported when one of its names is first used, so that `import holdfast` takes a few milliseconds.
 """
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from holdfast.api import assess, compare, demo, doctor, harden, report, verify
     from holdfast.attacking import attack
     from holdfast.certifiers.smoothed import Smoothed
+    from holdfast.certifying import certify
     from holdfast.config.clusters import Ray
     from holdfast.config.references import open_data, open_model
     from holdfast.config.starting import init, validate
@@ -47,6 +48,7 @@ __all__ = [
     "__version__",
     "assess",
     "attack",
+    "certify",
     "compare",
     "demo",
     "doctor",
@@ -81,6 +83,7 @@ _HOMES = {
     "ThreatModel": "holdfast.core.threat",
     "assess": "holdfast.api",
     "attack": "holdfast.attacking",
+    "certify": "holdfast.certifying",
     "compare": "holdfast.api",
     "demo": "holdfast.api",
     "doctor": "holdfast.api",

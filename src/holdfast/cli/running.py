@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from holdfast.api import demo, exhibition, rehearse, rehearse_served
+from holdfast.api import demo, exhibition
 from holdfast.cli.options import Voice
+from holdfast.config.assess_inputs import rehearse, rehearse_served
 from holdfast.config.settings import AssessSettings, VerbSettings, canonical_settings
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest

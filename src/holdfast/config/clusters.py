@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.config.grammar import seconds
-from holdfast.config.settings import AssessSettings, HardenSettings
+from holdfast.config.settings import AssessSettings, CertifySettings, HardenSettings
 from holdfast.config.values import POOL_STAYS
 from holdfast.core.errors import UsageError
 from holdfast.engine.ray_cluster import RayOptions, refuse_missing_ray
@@ -50,7 +50,9 @@ def cluster_settings(on: str | Ray) -> dict[str, Any]:
     }
 
 
-def refuse_unusable_cluster(settings: AssessSettings | HardenSettings, address: str | None) -> None:
+def refuse_unusable_cluster(
+    settings: AssessSettings | CertifySettings | HardenSettings, address: str | None
+) -> None:
     """Raise `UsageError` for a cluster without a number of workers, without Ray, or for a pool of parameter sets.
 
     `address` is that of the model, or None for an object.

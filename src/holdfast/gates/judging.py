@@ -10,7 +10,7 @@ from holdfast.core.evidence import Doubt, Evidence, Scope
 from holdfast.doubts.names import OF_STRENGTH
 from holdfast.gates.grammar import Claim
 from holdfast.metrics.catalogue import estimate
-from holdfast.metrics.names import LOWER_BOUNDS, ROTATION, UPPER_BOUNDS
+from holdfast.metrics.names import LOWER_BOUNDS, PROVED, ROTATION, UPPER_BOUNDS
 from holdfast.metrics.paired import basis
 
 Verdict = Literal["pass", "fail", "unclear"]
@@ -127,9 +127,9 @@ def _relevant_doubts(claim: Claim, doubts: Doubts) -> Doubts:
     """Return the doubts that could invalidate the gate.
 
     Doubts about the strength of attacks are left out if stronger attacks could only move the metric further inside its
-    bound.
+    bound, or do not change it, as they do not change a proof.
     """
-    safe = UPPER_BOUNDS if claim.relation == "<=" else LOWER_BOUNDS
+    safe = PROVED | (UPPER_BOUNDS if claim.relation == "<=" else LOWER_BOUNDS)
     if claim.metric not in safe:
         return doubts
     return replace(doubts, found=tuple(doubt for doubt in doubts.found if doubt.name not in OF_STRENGTH))

@@ -33,6 +33,7 @@ from holdfast.harness import (
 from holdfast.sources.served import Served
 from holdfast.store.folder import RunFolder, open_run_folder, stored_manifest
 from holdfast.verbs import probes
+from holdfast.verbs.certify import refuse_unsound
 from holdfast.verbs.checks import refuse_data, refuse_gates
 from holdfast.verbs.documents import (
     VERDICT,
@@ -245,14 +246,16 @@ class _Job:
         adapted: Mapping[str, Any] | None,
     ) -> Evidence:
         """Return the evidence of the run, which consists of the columns of the stages, the doubts and the results of
-        adaptive attacks.
+        adaptive attacks. Raises `UnsoundProof` if a certified example is broken.
         """
         if self.served is not None:
             finish(self.served)
         sent = None if self.served is None else self.served.sent.totals
         seconds = {name: run.store.spent(name) for name in run.stages}
         nodes = run.store.document(NODES)
-        return evidence_of(self.manifest, by_stage, asked, seconds, adapted, sent, nodes)
+        evidence = evidence_of(self.manifest, by_stage, asked, seconds, adapted, sent, nodes)
+        refuse_unsound(evidence)
+        return evidence
 
     def adversarial(self, by_stage: Mapping[str, Columns], asked: Mapping[str, Any]) -> Columns:
         """Return the adversarial examples that the run stores."""

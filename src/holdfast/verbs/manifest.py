@@ -40,7 +40,7 @@ def assess_manifest(
     """
     config = _config(request, plan, target)
     return {
-        "verb": "assess",
+        "verb": request.verb,
         "digests": {
             "config": digest(canonical(config)),
             "model": model_digest(subject, target),

@@ -238,8 +238,12 @@ def out_of_time(cut: Sequence[tuple[Stage, int]], of: int, plan: Plan) -> tuple[
     if idle:
         done.append(f"{enumerated(idle)} finished none")
     notes = [f"time ran out: {', '.join(done)}; {_meaning(plan)}"] if attacks else []
-    for stage, _ in cut:
-        if not stage.kind.in_suite:
+    for stage, n in cut:
+        if stage.prover is not None:
+            notes.append(
+                f"time ran out: {stage.prover.name} finished {n:,} of {of:,} examples; a longer run may certify more"
+            )
+        elif not stage.kind.in_suite:
             on = "its sample" if stage.kind.sampled else "every example"
             notes.append(
                 f"time ran out: the pass of {attack_of(stage)} on {on} was not finished, so {stage.kind.lost} left out"

@@ -1,0 +1,1 @@
+"""Measurements that combine provers with attacks."""
