@@ -24,6 +24,7 @@ from benchmarks.absent import Absent
 ROWS = {
     "import": "imports",
     "odd-batches": "odd_batches",
+    "soundness": "soundness",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
     "cluster": "cluster",

@@ -76,6 +76,7 @@ def test_every_value_lies_in_its_interval_and_names_its_n():
     corrupted = {*ACCURACIES, "corruption_error_rate", "worst_corruption", "mce"}
     others = {
         *DETECTION,
+        "certified_accuracy",
         "rejection_rate",
         "targeted_success_rate",
         "transfer_success",

@@ -1,4 +1,4 @@
-"""Holdfast: assess, harden and rotate machine-learning models against adversarial attacks.
+"""Holdfast: assess, certify, harden and rotate machine-learning models against adversarial attacks.
 
 A module is imported when one of its names is first used, so that `import holdfast` takes a few milliseconds.
 """
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from holdfast.api import assess, compare, demo, doctor, harden, report, verify
     from holdfast.attacking import attack
+    from holdfast.certifying import certify
     from holdfast.config.clusters import Ray
     from holdfast.config.references import open_data, open_model
     from holdfast.config.starting import init, validate
@@ -45,6 +46,7 @@ __all__ = [
     "__version__",
     "assess",
     "attack",
+    "certify",
     "compare",
     "demo",
     "doctor",
@@ -78,6 +80,7 @@ _HOMES = {
     "ThreatModel": "holdfast.core.threat",
     "assess": "holdfast.api",
     "attack": "holdfast.attacking",
+    "certify": "holdfast.certifying",
     "compare": "holdfast.api",
     "demo": "holdfast.api",
     "doctor": "holdfast.api",

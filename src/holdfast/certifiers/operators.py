@@ -290,8 +290,16 @@ def _relu(to: Translator, x: Value) -> Value:
 
 
 def _leaky(to: Translator, x: Value, slope: Value = _LEAK) -> Value:
-    factor = float(slope.constant)
-    return to.add(Piecewise(partial(F.leaky_relu, negative_slope=factor), (0.0,), (factor, 1.0)), x)
+    return _kinked(to, x, float(slope.constant), 1.0)
+
+
+def _kinked(to: Translator, x: Value, below: float, above: float) -> Value:
+    """A function with one slope below zero and another one above: below * x + (above - below) * relu(x).
+
+    Written with a ReLU, its sign can be assumed in branch and bound; the linear bounds are the same.
+    """
+    positive = to.add(Scaled(torch.tensor(above - below), None), to.add(ReLU(), x))
+    return to.add(Sum(below), positive, x)
 
 
 def _clamp(to: Translator, x: Value, low: Value = _ABSENT, high: Value = _ABSENT) -> Value:
@@ -307,7 +315,7 @@ def _hardtanh(to: Translator, x: Value, low: Value = _MINUS_ONE, high: Value = _
 
 
 def _abs(to: Translator, x: Value) -> Value:
-    return to.add(Piecewise(torch.abs, (0.0,), (-1.0, 1.0)), x)
+    return _kinked(to, x, -1.0, 1.0)
 
 
 def _smooth(function: Callable[..., Tensor], curvature: float, defaults: tuple[Any, ...] = ()) -> Translation:

@@ -156,13 +156,13 @@ def _at(points: Sequence[Mapping[str, Any]], axis: str, x: float) -> float:
 
 
 def _steps(starts: Sequence[float], ends: Sequence[float], levels: Sequence[float]) -> str:
-    """A path of steps: constant at each level until the next one begins."""
+    """The start of an SVG path of steps, which is constant at each level until the next one begins."""
     first = f"M{starts[0]:.1f},{levels[0]:.1f}H{ends[0]:.1f}"
     return first + "".join(f"V{y:.1f}H{end:.1f}" for y, end in zip(levels[1:], ends[1:], strict=True))
 
 
 def _back(starts: Sequence[float], ends: Sequence[float], levels: Sequence[float]) -> str:
-    """The same steps from right to left, which closes the shape."""
+    """The end of a closed SVG path: the steps from right to left, so that the area below the first steps is filled."""
     steps = reversed(list(zip(starts, ends, levels, strict=True)))
     return "".join(f"L{end:.1f},{y:.1f}H{start:.1f}" for start, end, y in steps) + "Z"
 

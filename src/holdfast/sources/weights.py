@@ -24,7 +24,7 @@ METADATA_KEY = "holdfast"
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")
 """Prefixes that DataParallel, torch.compile and training scripts add to every name."""
 _SHOWN = 4
-_MOST_WRAPPERS = 8
+_MOST_WRAPPERS = 8  # a file may repeat a prefix any number of times; real wrappers are few
 
 
 def state_dict_content(path: Path) -> bytes:

@@ -11,6 +11,7 @@ from holdfast.core.checkpoint import WEIGHTS, Checkpoint
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
+from holdfast.core.renamed import earlier_functions
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training
 from holdfast.ops.recipe import Recipe, trained_as
@@ -48,7 +49,7 @@ def same(first: Checkpoint, second: Checkpoint) -> bool:
     return names and all(torch.equal(value, second.tensors[name]) for name, value in first.tensors.items())
 
 
-def leaves_the_model_alone(recipe: Recipe) -> None:
+def does_not_change_the_model(recipe: Recipe) -> None:
     """Check that a recipe does not change weights, mode and `requires_grad` of the given model, and that the new model
     differs from it.
     """
@@ -63,7 +64,7 @@ def leaves_the_model_alone(recipe: Recipe) -> None:
     assert any(not torch.equal(last.tensors[WEIGHTS + name], value) for name, value in before.items())
 
 
-def repeats_itself(recipe: Recipe) -> None:
+def is_reproducible(recipe: Recipe) -> None:
     """Check that a recipe trains equal weights from equal seeds, and different weights from different seeds."""
     model, data = _problem()
     first, repeated, of_other_seed = (_run(recipe, model, data, 0.05, seed)[-1] for seed in (0, 0, 1))
@@ -71,7 +72,7 @@ def repeats_itself(recipe: Recipe) -> None:
     assert not same(first, of_other_seed)
 
 
-def goes_on_exactly(recipe: Recipe) -> None:
+def resumes_exactly(recipe: Recipe) -> None:
     """Check that a training that is resumed from any of its checkpoints ends bitwise equal to a training without
     interruption.
     """
@@ -87,7 +88,7 @@ def goes_on_exactly(recipe: Recipe) -> None:
         )
 
 
-def draws_from_its_own_seed(recipe: Recipe) -> None:
+def does_not_use_global_randomness(recipe: Recipe) -> None:
     """Check that the result of a recipe does not depend on the global random generator of PyTorch, and that the recipe
     does not change its state.
     """
@@ -117,10 +118,21 @@ def learns(recipe: Recipe) -> None:
 
 
 RECIPE_LAWS = (
-    leaves_the_model_alone,
-    repeats_itself,
-    goes_on_exactly,
-    draws_from_its_own_seed,
+    does_not_change_the_model,
+    is_reproducible,
+    resumes_exactly,
+    does_not_use_global_randomness,
     learns,
 )
 """all laws of recipes"""
+
+
+__getattr__ = earlier_functions(
+    __name__,
+    {
+        "goes_on_exactly": resumes_exactly,
+        "draws_from_its_own_seed": does_not_use_global_randomness,
+        "leaves_the_model_alone": does_not_change_the_model,
+        "repeats_itself": is_reproducible,
+    },
+)
