@@ -1,7 +1,5 @@
 """Certified distances to the decision boundary, and local Lipschitz constants, of single examples."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -9,7 +7,7 @@ from holdfast.certifiers.crown import relaxed
 from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.jacobian import dual_size, local_lipschitz
 from holdfast.certifiers.protocol import Prover
-from holdfast.certifiers.provers import Bounder
+from holdfast.certifiers.provers import GraphProver, prepared_graph
 from holdfast.certifiers.region import region_of
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
@@ -29,15 +27,13 @@ def certified_distance(
     most these. `steps` halvings leave a gap of 2^-steps of them to the largest radius that the prover can certify.
     Examples that are misclassified have the distance 0.
     """
-    prepared = prover.ready(model, batch, ThreatModel(type(norm)(1.0)))
+    graph = prepared_graph(model, batch) if isinstance(prover, GraphProver) else None
 
     def certified(one: Batch, eps: float) -> bool:
-        constraint = type(norm)(eps)
-        if isinstance(prepared, Bounder):  # its graph serves for every radius
-            proofs = replace(prepared, constraint=constraint)(one)
-        else:
-            proofs = prover.ready(model, one, ThreatModel(constraint))(one)
-        return bool(proofs.certified.all())
+        threat = ThreatModel(type(norm)(eps))
+        if isinstance(prover, GraphProver) and graph is not None:  # one graph serves for every radius
+            return bool(prover.on(graph, model, threat)(one).certified.all())
+        return bool(prover.ready(model, one, threat)(one).certified.all())
 
     low, high = torch.zeros(len(batch), dtype=torch.float64), most.double().cpu().clone()
     with torch.no_grad():

@@ -135,6 +135,7 @@ PROVERS: Final[Mapping[str, ProverEntry]] = {
         ProverEntry("ibp", "IBP", "provers"),
         ProverEntry("crown-ibp", "CrownIBP", "provers"),
         ProverEntry("crown", "Crown", "provers", timed=True),
+        ProverEntry("lipschitz", "Lipschitz", "lipschitz"),
         ProverEntry("alpha-crown", "AlphaCrown", "searching", quick=False, timed=True),
         ProverEntry("branch-and-bound", "BranchAndBound", "searching", quick=False, timed=True),
     )

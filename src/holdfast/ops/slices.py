@@ -9,8 +9,6 @@ from holdfast.core.types import Inputs
 
 _AT_ONCE = 2048
 """number of points that are classified together"""
-OUTSIDE = -1
-"""class of the points outside the range of valid inputs"""
 
 
 def beside(first: Inputs, second: Inputs) -> Inputs:
@@ -32,7 +30,7 @@ def boundary_slices(
     model: Model, x: Inputs, across: Inputs, up: Inputs, *, bounds: Bounds, side: int, reach: float
 ) -> Tensor:
     """Return the predicted classes (n, side, side) at points x + s * across + t * up, int16, for s and t from -reach to
-    reach. Points outside the bounds have the class `OUTSIDE`.
+    reach. A point outside the bounds at which class k is predicted has the number -1 - k.
 
     The first dimension of a grid is t, from `reach` downwards, and the second is s, as in a picture. `side` is odd, so
     that the middle of the grid is the input itself. Costs side^2 forward passes for each input.
@@ -50,6 +48,6 @@ def boundary_slices(
             with torch.no_grad():
                 predicted = model(points).argmax(1)
             inside = ((points >= low - 1e-6) & (points <= high + 1e-6)).flatten(1).all(1)
-            rows.append(torch.where(inside, predicted, OUTSIDE))
+            rows.append(torch.where(inside, predicted, -1 - predicted))
         grids.append(torch.cat(rows).view(side, side).to(torch.int16).cpu())
     return torch.stack(grids) if grids else torch.zeros(0, side, side, dtype=torch.int16)

@@ -58,8 +58,8 @@ def geometry(
     without an eps, `upper`; `lipschitz_below` and `lipschitz_above`, an estimate from below and a proved upper bound of
     the Lipschitz constant of the margin over the rival in the ball of that radius; `slice_attacks` and `slice_random`
     (n, 41, 41), predicted classes in the plane of the changes of two attacks, and in that of the first change and a
-    random direction orthogonal to it, with -1 outside of the bounds. Distances and Lipschitz constants are in the norm
-    of the threat.
+    random direction orthogonal to it, where class k outside of the bounds is -1 - k. Distances and Lipschitz constants
+    are in the norm of the threat.
 
     Under L2 the bounds by the Lipschitz constants of the layers are used where they are better. If there are no sound
     bounds for an operation of the model, `lower` and `lipschitz_above` are NaN. Raises `UsageError` for a threat that

@@ -8,7 +8,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import printable
-from holdfast.reports import attacks, certification, notes, numbers, rotation, words
+from holdfast.reports import attacks, certification, geometry, notes, numbers, rotation, words
 from holdfast.reports.charts import Staircase, staircase
 from holdfast.reports.terminal import FIRST, STATE_SIGNS
 
@@ -48,6 +48,8 @@ def page(summary: Mapping[str, Any]) -> str:
         classes=_worst(summary["per_class"]),
         eps_charts=_charts(summary["curves"]["eps"], "eps", mark=numbers.number(threat["eps"])),
         query_charts=_charts(summary["curves"]["queries"], "queries", logarithmic=True),
+        geometry=summary.get("geometry"),
+        band_charts=geometry.band_charts(summary.get("geometry"), SIZES),
         remarks=summary["notes"],
         details=summary["details"],
         attacker_names=rotation.NAMES,
@@ -139,7 +141,7 @@ def _template_text(name: str) -> str:
 def _environment() -> "Environment":
     from jinja2 import DictLoader, Environment, StrictUndefined
 
-    pages = ("report", "comparison", "notebook", "notebook-comparison", "parts")
+    pages = ("report", "comparison", "notebook", "notebook-comparison", "parts", "geometry")
     names = [f"{page}.html.j2" for page in pages]
     environment = Environment(
         # from package resources, which need not be files
@@ -163,6 +165,8 @@ def _environment() -> "Environment":
         "every_nth": _every_nth,
         "capitalized": words.capitalized,
         "sentences": words.sentences,
+        "down": geometry.rounded_down,
+        "up": geometry.rounded_up,
     }
     environment.globals |= {
         "shown": words.shown,
