@@ -169,7 +169,9 @@ def refine(relaxation: Relaxation, index: int) -> None:
     below, above = low.flatten(1).clone(), high.flatten(1).clone()
     in_windows = windows.local(relaxation.graph, index)
     bounds = windows.lower_bounds if in_windows else _dense_bounds
-    step = max(1, _ELEMENTS // (2 * n * (1 if in_windows else 4) * 1024))
+    # coefficients of one function: of a window, or of all values of the largest operation before
+    each = 1024 if in_windows else min(4096, max(relaxation.graph.shape_of(i).numel() for i in range(index)))
+    step = max(1, _ELEMENTS // (2 * n * each))
     for start in range(0, most, step):
         rows = chosen[:, start : start + step]
         lower, negative = bounds(relaxation, index, rows)
