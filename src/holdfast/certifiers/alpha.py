@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.crown import Choices, substitute
+from holdfast.certifiers.crown import NO_CHOICES, Choices, one_hot, substitute
 from holdfast.certifiers.graph import Graph
-from holdfast.certifiers.nonlinear import ReLU
+from holdfast.certifiers.nonlinear import Lines, ReLU
 from holdfast.certifiers.relaxation import Relaxation
 
 _RATE, _DECAY = 0.25, 0.93
@@ -40,7 +40,7 @@ def optimised(
     coefficients: Tensor,
     *,
     steps: int,
-    start: Choices = Choices(),
+    start: Choices = NO_CHOICES,
     signs: Mapping[int, Tensor] | None = None,
     until_positive: bool = True,
 ) -> Optimised:
@@ -82,7 +82,7 @@ def optimised(
             if step == steps or not open_rows.any():
                 break
             optimiser.zero_grad(set_to_none=True)
-            (lower * open_rows).sum().backward()
+            torch.autograd.backward((lower * open_rows).sum())
         optimiser.step()
         with torch.no_grad():
             for parameter in slopes.values():
@@ -118,6 +118,7 @@ def _initial(relaxation: Relaxation, index: int, coefficients: Tensor, start: Ch
     if index in start.slopes:
         return start.slopes[index].detach().clone()
     lines = relaxation.lines_of(index)
+    assert isinstance(lines, Lines)
     return lines.lower_slope[:, None].expand(n, k, *lines.lower_slope.shape[1:]).detach().clone()
 
 
@@ -152,9 +153,7 @@ def _sharpen(relaxation: Relaxation, index: int, steps: int) -> None:
     )
     for start in range(0, most, at_once):
         rows = chosen[:, start : start + at_once]
-        one = torch.zeros(*rows.shape, shape.numel(), dtype=low.dtype, device=low.device)
-        one.scatter_(2, rows[:, :, None], 1.0)
-        functions = torch.cat((one, -one), 1).unflatten(2, shape)
+        functions = one_hot(rows, shape, low.dtype)
         lower = optimised(relaxation, index, functions, steps=steps).lower
         half = rows.shape[1]
         below.scatter_(1, rows, torch.maximum(below.gather(1, rows), lower[:, :half]))

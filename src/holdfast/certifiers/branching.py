@@ -1,10 +1,10 @@
 """Branch and bound over the signs of the inputs of ReLUs: a complete method of certification.
 
-A subproblem assumes signs for the inputs of some ReLUs. If its bound is not positive, it is divided into the two signs of
-one more input. Bunel et al., "Branch and Bound for Piecewise Linear Neural Network Verification", JMLR 2020,
+A subproblem assumes signs for the inputs of some ReLUs. If its bound is not positive, it is divided into the two signs
+of one more input. Bunel et al., "Branch and Bound for Piecewise Linear Neural Network Verification", JMLR 2020,
 arXiv:1909.06588; bounds with Lagrange multipliers for the assumed signs: Wang et al. (beta-CROWN), NeurIPS 2021,
-arXiv:2103.06624; choice of the input by testing a few candidates: De Palma et al., "Improved Branch and Bound for Neural
-Network Verification via Lagrangian Decomposition", 2021, arXiv:2104.06718.
+arXiv:2103.06624; choice of the input by testing a few candidates: De Palma et al., "Improved Branch and Bound for
+Neural Network Verification via Lagrangian Decomposition", 2021, arXiv:2104.06718.
 """
 
 import time
@@ -19,8 +19,12 @@ from holdfast.certifiers.crown import Choices, substitute
 from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.linear import Interval
 from holdfast.certifiers.nonlinear import ReLU
-from holdfast.certifiers.region import Region
 from holdfast.certifiers.relaxation import Relaxation
+
+_LEAF_STEPS = 200
+"""number of steps of the optimisation of a subproblem in which all signs are known"""
+_DESCENT_STEPS = 40
+"""number of steps of the search for a counterexample in such a subproblem"""
 
 
 @dataclass(frozen=True)
@@ -203,22 +207,34 @@ class Tree:
         scores = torch.cat(
             [self._scores(relaxation, i, result.passed[i][rows, best]).flatten(1) for i in self.relus], 1
         )
-        if bool((scores.amax(1) < 0).any()):
-            return problems, None, True
+        leaves = (scores.amax(1) < 0).nonzero()[:, 0]
+        if len(leaves):
+            witness = self._descended(corners[leaves])
+            if witness is not None:
+                return problems, witness, False
+            solved = self._bounded(problems.take(leaves), steps=_LEAF_STEPS)
+            if bool((solved.bound <= 0).any()):
+                return problems, None, True
+            # leaves that are proved now take no part in the division
+            others = (scores.amax(1) >= 0).nonzero()[:, 0]
+            if not len(others):
+                return solved, None, False
+            children, witness, final = self._divided(problems.take(others))
+            return _Problems.joined([solved, children]), witness, final
         split = self._chosen(problems, scores)
         children = _Problems.joined([self._with_sign(problems, split, sign) for sign in (1.0, -1.0)])
         return self._bounded(children), None, False
 
     def _scores(self, relaxation: Relaxation, index: int, a: Tensor) -> Tensor:
-        """An estimate of how much a sign of each input of a ReLU would improve the bound; -1 where the sign is known."""
+        """Estimates of how much a sign of each input of a ReLU improves the bound; -1 where the sign is known."""
         low, high = relaxation.bound(relaxation.graph.node(index).inputs[0])
         unknown = (low < 0) & (high > 0)
         gap = -low * high / (high - low).clamp(min=torch.finfo(low.dtype).tiny)
         return torch.where(unknown, a.abs() * gap, -1.0)
 
     def _chosen(self, problems: _Problems, scores: Tensor) -> Tensor:
-        """For each subproblem the index of the input that is divided: of the candidates with the highest scores, the one
-        whose children have the largest bounds.
+        """For each subproblem the index of the input that is divided: of the candidates with the highest scores, the
+        one whose children have the largest bounds.
         """
         count = min(self.search.candidates, scores.shape[1])
         best = scores.topk(count, 1)
@@ -252,14 +268,30 @@ class Tree:
             signs[i], start = values, start + size
         return _Problems(signs, problems.bound, problems.choices)
 
-    def _bounded(self, problems: _Problems) -> _Problems:
+    def _descended(self, x: Tensor) -> Tensor | None:
+        """An input at which the claim is false, searched by gradient descent from the inputs `x` (d, *shape)."""
+        region = self.root.region.of(torch.zeros(len(x), dtype=torch.long, device=x.device))
+        width = region.high - region.low
+        for step in range(_DESCENT_STEPS):
+            with torch.enable_grad():
+                point = x.detach().requires_grad_()
+                values = self.claim.values(self.root.graph(point))
+                (slope,) = torch.autograd.grad(values.sum(), point)
+            x = point.detach() - slope.sign() * width * (0.25 * (1 - step / _DESCENT_STEPS))
+            x = torch.maximum(torch.minimum(x, region.high), region.low)
+            wrong = self.violated(x)
+            if wrong.any():
+                return x[wrong][0]
+        return None
+
+    def _bounded(self, problems: _Problems, steps: int | None = None) -> _Problems:
         relaxation, d = self._relaxation(problems.signs), len(problems)
         self.work += d
         result = optimised(
             relaxation,
             relaxation.graph.output,
             self._functions(d),
-            steps=self.search.steps,
+            steps=self.search.steps if steps is None else steps,
             start=problems.choices,
             signs=problems.signs,
         )

@@ -9,6 +9,8 @@ arXiv:2002.12920. Differs: only values of which interval arithmetic does not kno
 substitution, and every bound is reduced by a bound of its rounding error.
 """
 
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -17,13 +19,15 @@ from torch import Tensor
 
 from holdfast.certifiers import windows
 from holdfast.certifiers.graph import Graph
-from holdfast.certifiers.linear import Interval, Linear
+from holdfast.certifiers.linear import Linear
 from holdfast.certifiers.nonlinear import MaxPool, PoolLines, ReLU
 from holdfast.certifiers.region import Region
 from holdfast.certifiers.relaxation import Relaxation
 
 _ELEMENTS = 2**22
 """largest number of coefficients of one value that are computed at once"""
+_WINDOW = 1024
+"""assumed number of values in a window"""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Choices:
     multipliers: Mapping[int, Tensor] = field(default_factory=dict)
     """numbers (n, k, *shape), for inputs of ReLUs that are assumed to be nonnegative (at least 0) or nonpositive (at
     most 0): Lagrange multipliers of the assumptions, times their signs"""
+
+
+NO_CHOICES = Choices()
+"""the slopes of `Activation.lines`, and no assumed signs"""
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ def substitute(
     relaxation: Relaxation,
     index: int,
     coefficients: Tensor,
-    choices: Choices = Choices(),
+    choices: Choices = NO_CHOICES,
     *,
     rounded: bool = True,
     passed: bool = False,
@@ -124,25 +132,26 @@ def _relaxed(relaxation: Relaxation, index: int, a: Tensor, choices: Choices) ->
 
 
 def relaxed(
-    graph: Graph, region: Region, *, given: Mapping[int, Interval] | None = None, substituted: bool = True
+    graph: Graph, region: Region, *, substituted: bool = True, deadline: float = math.inf
 ) -> Relaxation:
     """Return the relaxation of a network over a region.
 
     Bounds of the inputs of nonlinear operations are computed in the order of execution. With `substituted`, those whose
     sign is not known are bounded by backward substitution; otherwise all bounds are those of interval arithmetic.
-    `given` are valid bounds that are known already.
+    `deadline` is a value of `time.perf_counter()` after which all further bounds are those of interval arithmetic, and
+    the relaxation is marked as `stopped`.
     """
-    relaxation = Relaxation(graph, region, dict(given or {}))
+    relaxation = Relaxation(graph, region)
     if not substituted:
         return relaxation
     for index in graph.bounded:
-        if index not in relaxation.bounds and index != 0 and not _exact(graph, index):
-            refine(relaxation, index)
+        if index != 0 and not _exact(graph, index):
+            refine(relaxation, index, deadline)
     return relaxation
 
 
 def _exact(graph: Graph, index: int) -> bool:
-    """Whether interval arithmetic is exact for a value: it is one sum of values that are each a function of one input."""
+    """Whether interval arithmetic is exact for a value: a linear function of the input with one mixing operation."""
     mixing = 0
     while index:
         node = graph.node(index)
@@ -153,26 +162,29 @@ def _exact(graph: Graph, index: int) -> bool:
     return mixing <= 1
 
 
-def refine(relaxation: Relaxation, index: int) -> None:
-    """Tighten the bounds of a value by backward substitution, where the sign of the value is not known."""
+def refine(relaxation: Relaxation, index: int, deadline: float = math.inf) -> None:
+    """Tighten the bounds of a value by backward substitution, where the sign of the value is not known, until the
+    deadline.
+    """
     low, high = relaxation.bound(index)
-    if _only_relu(relaxation.graph, index):
-        unknown = ((low < 0) & (high > 0)).flatten(1)
-    else:
-        unknown = (low < high).flatten(1)
+    # the values of a ReLU are exact where the sign of its input is known
+    signed = _only_relu(relaxation.graph, index)
+    unknown = (((low < 0) & (high > 0)) if signed else low < high).flatten(1)
     most = int(unknown.sum(1).max())
     if not most:
         return
     # the indices of the values of unknown sign, filled up to equal numbers with others
     chosen = unknown.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    n, features = unknown.shape
+    n = len(low)
     below, above = low.flatten(1).clone(), high.flatten(1).clone()
     in_windows = windows.local(relaxation.graph, index)
     bounds = windows.lower_bounds if in_windows else _dense_bounds
-    # coefficients of one function: of a window, or of all values of the largest operation before
-    each = 1024 if in_windows else min(4096, max(relaxation.graph.shape_of(i).numel() for i in range(index)))
-    step = max(1, _ELEMENTS // (2 * n * each))
+    widest = max(relaxation.graph.shape_of(i).numel() for i in range(index + 1))
+    step = max(1, _ELEMENTS // (2 * n * (_WINDOW if in_windows else widest)))
     for start in range(0, most, step):
+        if time.perf_counter() >= deadline:
+            relaxation.stopped = True
+            break
         rows = chosen[:, start : start + step]
         lower, negative = bounds(relaxation, index, rows)
         below.scatter_(1, rows, torch.maximum(below.gather(1, rows), lower))
@@ -182,12 +194,17 @@ def refine(relaxation: Relaxation, index: int) -> None:
 
 def _dense_bounds(relaxation: Relaxation, index: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Lower bounds (n, k) of the chosen values, given by indices (n, k), and of their negatives."""
-    shape = relaxation.graph.shape_of(index)
-    one = torch.zeros(*chosen.shape, shape.numel(), dtype=relaxation.region.low.dtype, device=chosen.device)
-    one.scatter_(2, chosen[:, :, None], 1.0)
-    lower = substitute(relaxation, index, torch.cat((one, -one), 1).unflatten(2, shape)).lower
+    functions = one_hot(chosen, relaxation.graph.shape_of(index), relaxation.region.low.dtype)
+    lower = substitute(relaxation, index, functions).lower
     half = chosen.shape[1]
     return lower[:, :half], lower[:, half:]
+
+
+def one_hot(chosen: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return the coefficients (n, 2 k, *shape) of the chosen values, indices (n, k), and of their negatives."""
+    one = torch.zeros(*chosen.shape, shape.numel(), dtype=dtype, device=chosen.device)
+    one.scatter_(2, chosen[:, :, None], 1.0)
+    return torch.cat((one, -one), 1).view(len(chosen), -1, *shape)
 
 
 def _only_relu(graph: Graph, index: int) -> bool:

@@ -150,7 +150,7 @@ class Convolution(Linear):
         back: Tensor = transpose(
             a.flatten(0, 1), self.weight, None, self.stride, self.padding, beyond, self.groups, self.dilation
         )
-        return (back.unflatten(0, a.shape[:2]),)
+        return (back.view(*a.shape[:2], *back.shape[1:]),)
 
     def constant(self, a: Tensor) -> Tensor | None:
         """Return the coefficients, summed over positions, times the bias of each channel."""
@@ -225,8 +225,8 @@ class Nonnegative(Linear):
         """Return the vector-Jacobian products of the function, which do not depend on its inputs."""
         rows = a.flatten(0, 1)
         zeros = [rows.new_zeros(len(rows), *shape) for shape in shapes]
-        _, pull = torch.func.vjp(self.function, *zeros)
-        return tuple(each.unflatten(0, a.shape[:2]) for each in pull(rows))
+        pull = torch.func.vjp(self.function, *zeros)[1]
+        return tuple(each.view(*a.shape[:2], *each.shape[1:]) for each in pull(rows))
 
     def magnitude(self, *x: Tensor) -> Tensor:
         """Return the values of the function for the magnitudes."""

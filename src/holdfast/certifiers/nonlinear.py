@@ -220,8 +220,8 @@ class Smooth(Activation):
 class MaxPool:
     """Maximum over the windows of an image, with linear bounds in the values of each window.
 
-    The lower bound is the value with the largest lower bound t. The upper bound is t plus the sum over the window of the
-    secants of max(x_i - t, 0), or the constant of the largest upper bound, whichever is smaller in the middle.
+    The lower bound is the value with the largest lower bound t. The upper bound is t plus the sum over the window of
+    the secants of max(x_i - t, 0), or the constant of the largest upper bound, whichever is smaller in the middle.
     """
 
     windows: Callable[[Tensor], Tensor]
@@ -261,17 +261,17 @@ class MaxPool:
         )
 
     def transposed(self, a: Tensor, lines: "PoolLines", shape: torch.Size) -> Tensor:
-        """Return the coefficients (n, k, *shape) with respect to the inputs of lower bounds of linear functions with the
-        coefficients `a` (n, k, *out) of the maxima.
+        """Return the coefficients (n, k, *shape) with respect to the inputs of lower bounds of linear functions with
+        the coefficients `a` (n, k, *out) of the maxima.
         """
         negative = a.clamp(max=0)
         entries = (a - negative)[..., None] * lines.lower[:, None] + negative[..., None] * lines.upper[
             :, None
         ]
         rows = entries.flatten(0, 1)
-        _, pull = torch.func.vjp(self.windows, rows.new_zeros(len(rows), *shape))
-        (back,) = pull(rows)
-        return back.unflatten(0, a.shape[:2])
+        pull = torch.func.vjp(self.windows, rows.new_zeros(len(rows), *shape))[1]
+        back: Tensor = pull(rows)[0]
+        return back.view(*a.shape[:2], *shape)
 
 
 class PoolLines(NamedTuple):

@@ -1,6 +1,7 @@
 """Protocol of a prover, which tries to prove for each example that no input of the threat model is misclassified."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import ClassVar, Protocol
 
 import torch
@@ -36,6 +37,11 @@ class Proofs:
         no = torch.zeros_like(batch.ids, dtype=torch.bool)
         unproved = torch.full(no.shape, -torch.inf, dtype=torch.float64, device=no.device)
         return Proofs(no, unproved, torch.zeros_like(batch.ids), no, batch.x, no)
+
+    @staticmethod
+    def joined(parts: "Sequence[Proofs]") -> "Proofs":
+        """Return the proofs of several batches as those of one."""
+        return Proofs(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(Proofs)))
 
 
 class ReadyProver(Protocol):

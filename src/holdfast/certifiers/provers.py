@@ -1,5 +1,7 @@
 """Provers by bound propagation: interval bounds, and linear bounds with intervals or substitution in between."""
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from holdfast.certifiers.crown import relaxed, substitute
 from holdfast.certifiers.graph import Graph
+from holdfast.certifiers.linear import Dense
 from holdfast.certifiers.protocol import Proofs, ReadyProver
 from holdfast.certifiers.region import Region, region_of
 from holdfast.certifiers.tracing import traced
@@ -39,22 +42,33 @@ class Bounder:
     graph: Graph
     constraint: Constraint
     bounds: Bounds
-    method: Callable[[Graph, Region, Tensor], Tensor]
-    """function that returns lower bounds (n, k) of linear functions of the logits"""
+    method: Callable[[Graph, Region, Tensor, float], tuple[Tensor, bool]]
+    """function of a graph, regions, coefficients of linear functions of the logits, and a deadline, which returns lower
+    bounds (n, k) of the functions, and whether the deadline ended the computation"""
     at_once: int
     """number of examples whose bounds are computed together"""
+    timeout_s: float = math.inf
+    """time limit for one example"""
 
     def __call__(self, batch: Batch) -> Proofs:
         """Return what the bounds prove about the examples of a batch."""
-        parts = []
+        parts = [Proofs.none(batch.take(torch.zeros_like(batch.ids[:0])))]
         with torch.no_grad():
             for part in batch.split(self.at_once):
-                region = region_of(part.x, self.constraint, self.bounds)
+                region, deadline = region_of(part.x, self.constraint, self.bounds), self._deadline(len(part))
                 rows = margin_rows(part.y, self.graph.shape_of(self.graph.output)[0], part.x.dtype)
-                parts.append(self.method(self.graph, region, rows).amin(1).double())
-        bound = torch.cat(parts).nan_to_num(nan=-torch.inf)
-        none = Proofs.none(batch)
-        return replace(none, certified=bound > 0, bound=bound, work=torch.ones_like(none.work))
+                lower, stopped = self.method(self.graph, region, rows, deadline)
+                bound, none = lower.amin(1).double().nan_to_num(nan=-torch.inf), Proofs.none(part)
+                late = torch.full_like(none.stopped, stopped) & (bound <= 0)
+                parts.append(
+                    replace(
+                        none, certified=bound > 0, bound=bound, work=torch.ones_like(none.work), stopped=late
+                    )
+                )
+        return Proofs.joined(parts)
+
+    def _deadline(self, n: int) -> float:
+        return time.perf_counter() + n * self.timeout_s
 
 
 def prepared_graph(model: Classifier, sample: Batch) -> Graph:
@@ -62,20 +76,30 @@ def prepared_graph(model: Classifier, sample: Batch) -> Graph:
     return traced(model, sample.x).to(sample.x.dtype, sample.x.device)
 
 
-def _by_intervals(graph: Graph, region: Region, rows: Tensor) -> Tensor:
-    # the last substitution is that of the margins in the logits, and, if possible, of the last linear operation
+def _by_intervals(graph: Graph, region: Region, rows: Tensor, deadline: float) -> tuple[Tensor, bool]:
+    """Bounds of the functions by intervals of the last hidden values: the last operation is substituted if it is
+    linear, because the interval of a difference of logits is smaller than the difference of their intervals.
+    """
     relaxation = relaxed(graph, region, substituted=False)
-    low, high = relaxation.bound(graph.output)
-    negative = rows.clamp(max=0)
-    return ((rows - negative) @ low[:, :, None] + negative @ high[:, :, None])[:, :, 0]
+    last = graph.node(graph.output)
+    at, constant, error = graph.output, rows.new_zeros(rows.shape[:2]), rows.new_zeros(rows.shape[:2])
+    if isinstance(last.operation, Dense):
+        error = rows.abs() @ relaxation.error_of(at)[:, :, None]
+        added, (rows,) = last.operation.constant(rows), last.operation.transposed(rows, [])
+        constant, error, at = constant if added is None else added, error[:, :, 0], last.inputs[0]
+    low, high = (each.flatten(1) for each in relaxation.bound(at))
+    return Region(low, high, low).minimum(rows.flatten(2)) + constant - error * 1.01, False
 
 
-def _by_lines_from_intervals(graph: Graph, region: Region, rows: Tensor) -> Tensor:
-    return substitute(relaxed(graph, region, substituted=False), graph.output, rows).lower
+def _by_lines_from_intervals(
+    graph: Graph, region: Region, rows: Tensor, deadline: float
+) -> tuple[Tensor, bool]:
+    return substitute(relaxed(graph, region, substituted=False), graph.output, rows).lower, False
 
 
-def _by_lines(graph: Graph, region: Region, rows: Tensor) -> Tensor:
-    return substitute(relaxed(graph, region), graph.output, rows).lower
+def _by_lines(graph: Graph, region: Region, rows: Tensor, deadline: float) -> tuple[Tensor, bool]:
+    relaxation = relaxed(graph, region, deadline=deadline)
+    return substitute(relaxation, graph.output, rows).lower, relaxation.stopped
 
 
 @dataclass(frozen=True)
@@ -118,8 +142,10 @@ class Crown:
     """
 
     name: ClassVar[str] = "crown"
+    timeout_s: float = math.inf
+    """time limit for one example in seconds, after which interval arithmetic replaces further linear bounds"""
 
     def ready(self, model: Classifier, sample: Batch, threat: ThreatModel) -> ReadyProver:
         """Trace the model."""
         graph = prepared_graph(model, sample)
-        return Bounder(graph, threat.constraint, model.bounds, _by_lines, _BOUNDS_AT_ONCE)
+        return Bounder(graph, threat.constraint, model.bounds, _by_lines, _BOUNDS_AT_ONCE, self.timeout_s)

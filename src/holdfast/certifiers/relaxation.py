@@ -28,6 +28,9 @@ class Relaxation:
     errors: dict[int, Tensor] = field(default_factory=dict)
     """rounding error of the substitution of an operation per unit of its coefficients, (n, *shape), by index"""
 
+    stopped: bool = False
+    """whether a deadline ended the computation of bounds, so that some are those of interval arithmetic"""
+
     def __post_init__(self) -> None:
         self.bounds.setdefault(0, self.region.box)
 

@@ -71,15 +71,9 @@ class _Searching:
 
     def __call__(self, batch: Batch) -> Proofs:
         """Return what the optimised bounds prove about the examples of a batch, with counterexamples."""
-        parts = [
-            self._example(batch.take(torch.tensor([row], device=batch.ids.device)))
-            for row in range(len(batch))
-        ]
-        if not parts:
-            return Proofs.none(batch)
-        return Proofs(
-            *(torch.cat([getattr(part, name) for part in parts]) for name in Proofs.__dataclass_fields__)
-        )
+        rows = torch.arange(len(batch), device=batch.ids.device)
+        parts = [self._example(batch.take(row)) for row in torch.split(rows, 1)]
+        return Proofs.joined([Proofs.none(batch.take(rows[:0])), *parts])
 
     def _example(self, one: Batch) -> Proofs:
         deadline = time.perf_counter() + self.timeout_s if self.search else float("inf")
@@ -96,12 +90,12 @@ class _Searching:
 
     def _in(self, graph: Graph, one: Batch, deadline: float) -> Proofs:
         constraint, bounds = self.threat.constraint, self.model.bounds
-        relaxation = relaxed(graph, region_of(one.x, constraint, bounds))
+        relaxation = relaxed(graph, region_of(one.x, constraint, bounds), deadline=deadline)
         rows = margin_rows(one.y, graph.shape_of(graph.output)[0], one.x.dtype)
         first = substitute(relaxation, graph.output, rows).lower[0]
         proved, none = first.double(), Proofs.none(one)
         open_rows = (first <= 0).nonzero()[:, 0]
-        work, stopped = 1, False
+        work, stopped = 1, relaxation.stopped
         if len(open_rows) and not self.search:
             sharpen(relaxation, self.steps)
         for row in open_rows[first[open_rows].argsort()].tolist():
@@ -142,4 +136,5 @@ class _Searching:
     def _wrong(self, x: Tensor, one: Batch) -> Tensor:
         parameter = next(self.model.parameters(), None)
         dtype = x.dtype if parameter is None else parameter.dtype
-        return self.model(x.to(dtype)).argmax(1) != one.y
+        wrong: Tensor = self.model(x.to(dtype)).argmax(1) != one.y
+        return wrong

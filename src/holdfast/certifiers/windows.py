@@ -27,8 +27,8 @@ the matrix is used; it is faster than the convolution of many small windows"""
 class _Windows:
     """Linear functions with coefficients on windows of a value (channels, height, width).
 
-    The windows are at the places of a grid: the place (i, j) begins at row `top` + i * `down` and at column `left` + j *
-    `right`, which may lie outside of the value.
+    The windows are at the places of a grid: the place (i, j) begins at row `top` + i * `down` and at column `left` +
+    j * `right`, which may lie outside of the value.
     """
 
     a: Tensor
@@ -187,10 +187,10 @@ def _transposed(operation: Convolution, a: Tensor) -> Tensor:
     entries, nonzero = size[0] * size[1], kernel[0] * kernel[1]
     if entries > _DENSE * nonzero:
         back = F.conv_transpose2d(a.flatten(0, 2), operation.weight, stride=operation.stride)
-        return back.unflatten(0, a.shape[:3])
+        return back.view(*a.shape[:3], *back.shape[1:])
     one = torch.eye(outer * h * w, dtype=a.dtype, device=a.device).view(-1, outer, h, w)
     matrix = F.conv_transpose2d(one, operation.weight, stride=operation.stride).flatten(1)
-    return (a.flatten(3) @ matrix).unflatten(3, (inner, *size))
+    return (a.flatten(3) @ matrix).view(*a.shape[:3], inner, *size)
 
 
 def _minimum(region: Region, windows: _Windows) -> Tensor:

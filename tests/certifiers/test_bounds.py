@@ -1,0 +1,342 @@
+"""Bounds of networks: sound for every operation, tight for the simple ones, and refused where none are known."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holdfast import L1, L2, Batch, Classifier, Linf, ThreatModel
+from holdfast.certifiers.alpha import optimised, sharpen
+from holdfast.certifiers.crown import refine, relaxed, substitute
+from holdfast.certifiers.provers import IBP, Crown, CrownIBP, margin_rows
+from holdfast.certifiers.region import Region, region_of
+from holdfast.certifiers.relaxation import Relaxation
+from holdfast.certifiers.searching import AlphaCrown, BranchAndBound
+from holdfast.certifiers.tracing import traced
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Bounds
+
+
+class Block(nn.Module):
+    """A residual block with batch norm and a shortcut that pads channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 1, 1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.second(F.relu(self.first(x))))
+        return F.relu(y + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1)))
+
+
+class Joined(nn.Module):
+    """Two branches, a constant and a difference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.last = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = F.leaky_relu(self.left(x)), F.hardtanh(self.right(1 - x))
+        both = torch.cat((left, left - 2 * right, torch.full((len(x), 2), 0.5)), 1)
+        return self.last(both) / 3 - 1
+
+
+class Normalised(nn.Module):
+    """Normalisation as a user writes it, before a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(2, 3, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, 3)
+        )
+        self.register_buffer("mean", torch.tensor([0.4, 0.5]).view(1, 2, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((x - self.mean) / torch.tensor([0.2, 0.3]).view(1, 2, 1, 1))
+
+
+def images(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers)
+
+
+NETWORKS = {
+    "dense": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)),
+        (6,),
+    ),
+    "two linear layers": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)),
+        (6,),
+    ),
+    "convolutions": (
+        lambda: images(
+            nn.Conv2d(2, 3, 3, 2, 1), nn.ReLU(), nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
+        ),
+        (2, 6, 6),
+    ),
+    "windows": (
+        lambda: images(
+            nn.Conv2d(2, 3, 3, 1, 1),
+            nn.BatchNorm2d(3),
+            nn.ReLU(),
+            nn.Conv2d(3, 2, 3, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(2, 2, 2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(50, 3),
+        ),
+        (2, 12, 12),
+    ),
+    "residual": (lambda: images(Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)), (2, 6, 6)),
+    "max pooling": (
+        lambda: images(
+            nn.Conv2d(2, 3, 3, padding=1), nn.MaxPool2d(3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(27, 3)
+        ),
+        (2, 6, 6),
+    ),
+    "joined": (Joined, (6,)),
+    "normalised": (Normalised, (2, 6, 6)),
+    **{
+        type(layer).__name__: (
+            lambda layer=layer: nn.Sequential(
+                nn.Linear(6, 8), layer, nn.Linear(8, 8), layer, nn.Linear(8, 3)
+            ),
+            (6,),
+        )
+        for layer in (
+            nn.Tanh(),
+            nn.Sigmoid(),
+            nn.GELU(),
+            nn.SiLU(),
+            nn.Softplus(),
+            nn.LeakyReLU(0.2),
+            nn.ReLU6(),
+        )
+    },
+    "softmax": (lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), nn.LogSoftmax(1)), (6,)),
+}
+"""factory and input shape of a network with each kind of operation"""
+
+
+def network(name: str) -> tuple[Classifier, Tensor]:
+    """A network with random weights that are large enough for many signs to be unknown, and two inputs."""
+    make, shape = NETWORKS[name]
+    torch.manual_seed(3)
+    net = make()
+    for module in net.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.weight.data.mul_(2)
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return Classifier(net).eval().requires_grad_(False), torch.rand(2, *shape)
+
+
+def points(region: Region, n: int = 400) -> Tensor:
+    """Inputs of the region of the first example: corners of its box and inner points, those outside of the ball moved
+    into it.
+    """
+    low, high, centre = region.low[:1], region.high[:1], region.centre[:1]
+    share = torch.rand(n, *low.shape[1:], dtype=low.dtype)
+    share[: n // 2] = share[: n // 2].round()
+    x = low + share * (high - low)
+    if region.norm is None:
+        return x
+    change = x - centre
+    size = change.flatten(1).norm(p=region.norm, dim=1).clamp(min=1e-9)
+    return centre + change * (region.radius / size).clamp(max=1).view(-1, *(1,) * (x.dim() - 1))
+
+
+@pytest.mark.parametrize("constraint", [Linf(0.1), L2(0.4), L1(0.8)], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_value_is_inside_its_bounds(name: str, constraint: Linf | L2 | L1) -> None:
+    model, x = network(name)
+    graph = traced(model, x)
+    region = region_of(x, constraint, Bounds())
+    inside = graph.values(points(region))
+    relaxation = relaxed(graph, region)
+    for index in range(1, graph.output + 1):
+        refine(relaxation, index)
+        for low, high in (graph.intervals(region.box)[index], relaxation.bound(index)):
+            assert (inside[index] >= low[:1]).all(), graph.node(index).operation
+            assert (inside[index] <= high[:1]).all(), graph.node(index).operation
+
+
+@pytest.mark.parametrize("name", ["windows", "convolutions"])
+def test_bounds_on_windows_are_those_of_the_whole_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network(name)
+    graph = traced(model, x)
+    for constraint in (Linf(0.1), L2(0.4)):
+        region = region_of(x, constraint, Bounds())
+        by_windows = relaxed(graph, region)
+        with monkeypatch.context() as patch:
+            patch.setattr("holdfast.certifiers.windows.local", lambda *_: False)
+            whole = relaxed(graph, region)
+        for index in graph.bounded:
+            for one, other in zip(by_windows.bound(index), whole.bound(index), strict=True):
+                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_linear_networks_are_bounded_exactly() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(3, 6), torch.full((1, 6), 0.5)
+    net = nn.Linear(6, 3, bias=False)
+    net.weight.data.copy_(weight)
+    model = Classifier(net).eval().requires_grad_(False)
+    y = model(x).argmax(1)
+    difference = (weight[y] - weight)[torch.arange(3) != y]
+    for constraint, dual in ((Linf(0.1), 1), (L2(0.1), 2), (L1(0.1), torch.inf)):
+        expected = (difference @ x[0] - 0.1 * difference.norm(p=dual, dim=1)).amin()
+        batch = Batch(x, y, torch.arange(1))
+        for prover in (IBP(), Crown()):
+            proofs = prover.ready(model, batch, ThreatModel(constraint))(batch)
+            if prover.name == "crown" or isinstance(constraint, Linf):
+                assert float(proofs.bound) == pytest.approx(float(expected), abs=1e-4)
+                assert proofs.bound <= expected
+
+
+def test_each_method_is_at_least_as_tight_as_the_one_before() -> None:
+    model, x = network("dense")
+    graph, y = traced(model, x), model(x).argmax(1)
+    rows, region = margin_rows(y, 3, x.dtype), region_of(x, Linf(0.1), Bounds())
+    batch, threat = Batch(x, y, torch.arange(2)), ThreatModel(Linf(0.1))
+    ibp, crown_ibp, crown = (
+        prover.ready(model, batch, threat)(batch).bound for prover in (IBP(), CrownIBP(), Crown())
+    )
+    relaxation = relaxed(graph, region)
+    sharpen(relaxation, 20)
+    alpha = optimised(relaxation, graph.output, rows, steps=20, until_positive=False).lower.amin(1)
+    assert (crown >= torch.maximum(crown_ibp, ibp) - 1e-4).all()
+    assert (alpha >= crown - 1e-4).all()
+    assert (alpha > crown + 1e-3).any()
+
+
+def test_rounding_errors_are_subtracted() -> None:
+    """A function whose terms cancel: its exact minimum is 0, and no float32 bound may exceed it."""
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
+    net[0].weight.data.copy_(torch.tensor([[1e4 / 3, 1e4 / 7], [1e4 / 3, 1e4 / 7]]))
+    net[2].weight.data.copy_(torch.tensor([[1.0, -1.0], [0.0, 0.0]]))
+    model = Classifier(net).eval().requires_grad_(False)
+    batch = Batch(torch.full((1, 2), 0.5), torch.tensor([0]), torch.arange(1))
+    for prover in (IBP(), CrownIBP(), Crown(), AlphaCrown()):
+        assert prover.ready(model, batch, ThreatModel(Linf(0.1)))(batch).bound <= 0, prover
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_branch_and_bound_decides_small_networks(seed: int) -> None:
+    """Against a dense grid of two-dimensional inputs, whose spacing and the gain of the network bound the error."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    for layer in (net[0], net[2]):
+        layer.weight.data.mul_(2)
+    model = Classifier(net).eval().requires_grad_(False)
+    x, eps = torch.rand(1, 2), 0.05 + 0.03 * seed
+    y = model(x).argmax(1)
+    batch, threat = Batch(x, y, torch.arange(1)), ThreatModel(Linf(eps))
+    proofs = BranchAndBound(timeout_s=20).ready(model, batch, threat)(batch)
+    region = region_of(x, Linf(eps), Bounds())
+    axes = [
+        torch.linspace(float(a), float(b), 400) for a, b in zip(region.low[0], region.high[0], strict=True)
+    ]
+    grid = torch.tensor(list(itertools.product(*axes)))
+    values = (margin_rows(y, 3, x.dtype)[0] @ model(grid).t()).amin()
+    assert bool(proofs.certified) != bool(proofs.broken)
+    if proofs.certified:
+        assert values > 0
+        assert 0 < proofs.bound <= values + 1e-4
+    else:
+        assert model(proofs.x_adv).argmax(1) != y
+        assert threat.constraint.distance(proofs.x_adv, x) <= eps * (1 + 1e-6)
+
+
+def test_a_search_that_is_out_of_time_is_unknown() -> None:
+    model, x = network("dense")
+    batch, threat = Batch(x, model(x).argmax(1), torch.arange(2)), ThreatModel(Linf(0.5))
+    undecided = AlphaCrown().ready(model, batch, threat)(batch)
+    assert not undecided.certified.all()
+    proofs = BranchAndBound(timeout_s=1e-9).ready(model, batch, threat)(batch)
+    assert (proofs.stopped | proofs.certified | proofs.broken).all()
+    assert not (proofs.stopped & proofs.certified).any()
+
+
+def test_results_do_not_depend_on_the_batch() -> None:
+    model, x = network("convolutions")
+    x = torch.cat((x, x.flip(0), x.roll(1, 2)))
+    batch, threat = Batch(x, model(x).argmax(1), torch.arange(6)), ThreatModel(Linf(0.02))
+    prover = Crown().ready(model, batch, threat)
+    together = prover(batch).bound
+    alone = torch.cat([prover(batch.take(torch.tensor([row]))).bound for row in range(6)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    torch.testing.assert_close(prover(batch.take(order)).bound, together[order], atol=1e-5, rtol=1e-4)
+
+
+class Branching(nn.Module):
+    """A network whose operations depend on the values of its inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x[:, :2]
+        return x[:, 1:3]
+
+
+class Product(nn.Module):
+    """A product of two values that depend on the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :2] * x[:, 2:4]
+
+
+class Centred(nn.Module):
+    """A network that mixes the examples of a batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (Branching(), "if x.sum() > 0"),
+        (Product(), "return x[:, :2] * x[:, 2:4]"),
+        (Centred(), "batch dimension"),
+        (nn.Sequential(nn.Linear(4, 3), nn.Softmax(1), nn.Linear(3, 3)), "aten._softmax"),
+    ],
+    ids=["branching", "product", "centred", "softmax inside"],
+)
+def test_networks_without_sound_bounds_are_refused(net: nn.Module, message: str) -> None:
+    model = Classifier(net).eval()
+    with pytest.raises(UsageError) as error:
+        traced(model, torch.rand(4, 4))
+    assert message in str(error.value)
+
+
+def test_a_function_of_the_user_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    from holdfast.certifiers import operators, register
+
+    model = Classifier(torch.erf).eval()
+    x = torch.rand(2, 3)
+    with pytest.raises(UsageError, match=r"aten\.erf"):
+        traced(model, x)
+    monkeypatch.setitem(operators.TRANSLATIONS, "aten.erf", None)  # restored after the test
+    register("aten.erf", torch.erf, 1.0)
+    graph = traced(model, x)
+    region = region_of(x, Linf(0.3), Bounds())
+    low, high = Relaxation(graph, region).bound(1)
+    values = graph(points(region))
+    assert (values >= low[:1]).all()
+    assert (values <= high[:1]).all()
+    with pytest.raises(UsageError, match="curvature is 0"):
+        register("aten.erf", torch.erf, 0)
+
+
+def test_substitution_of_a_value_that_is_the_input() -> None:
+    model, x = network("dense")
+    region = region_of(x, Linf(0.1), Bounds())
+    lower = substitute(Relaxation(traced(model, x), region), 0, torch.eye(6)[None]).lower
+    torch.testing.assert_close(lower, region.low, atol=1e-5, rtol=1e-5)
