@@ -90,7 +90,9 @@ def _timed(
     for turn, (images_of_turn, labels) in enumerate(zip(x.split(chunk), y.split(chunk), strict=True)):
         for side in list(sides) if turn % 2 else reversed(list(sides)):
 
-            def work(side: str = side, images_of_turn: Tensor = images_of_turn, labels: Tensor = labels) -> None:
+            def work(
+                side: str = side, images_of_turn: Tensor = images_of_turn, labels: Tensor = labels
+            ) -> None:
                 bounds[side].append(sides[side](images_of_turn, labels))
 
             seconds[side] += cpu_seconds(work)
@@ -136,9 +138,7 @@ def _theirs(module: nn.Module, x: Tensor, eps: float, method: str) -> Bounding:
 
     def bound(images_of_turn: Tensor, labels: Tensor) -> Tensor:
         lower = []
-        for part, part_labels in zip(
-            images_of_turn.split(PEER_BATCH), labels.split(PEER_BATCH), strict=True
-        ):
+        for part, part_labels in zip(images_of_turn.split(PEER_BATCH), labels.split(PEER_BATCH), strict=True):
             ball = PerturbationLpNorm(x_L=(part - eps).clamp(min=0), x_U=(part + eps).clamp(max=1))
             rows = margin_rows(part_labels, 10, part.dtype)
             found, _ = bounded.compute_bounds(

@@ -1,8 +1,10 @@
 """Small ONNX networks with random weights, and their exact extrema by mixed-integer programming."""
 
+from itertools import pairwise
+
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 from scipy.optimize import LinearConstraint, milp
 
 
@@ -10,8 +12,11 @@ def random_layers(sizes, seed):
     """Weights and biases of a fully connected network, float32."""
     rng = np.random.default_rng(seed)
     return [
-        ((1.5 * rng.standard_normal((out, into)) / np.sqrt(into)).astype(np.float32), rng.normal(0, 0.3, out).astype(np.float32))
-        for into, out in zip(sizes, sizes[1:], strict=False)
+        (
+            (1.5 * rng.standard_normal((out, into)) / np.sqrt(into)).astype(np.float32),
+            rng.normal(0, 0.3, out).astype(np.float32),
+        )
+        for into, out in pairwise(sizes)
     ]
 
 
@@ -19,13 +24,18 @@ def write_mlp(path, layers, *, shape=None, activation="Relu", dtype=np.float32):
     """Write a fully connected network to an ONNX file; `shape` is the shape of its input, (1, inputs) by default."""
     nodes, tensors, value = [helper.make_node("Flatten", ["x"], ["flat"])], [], "flat"
     for i, (weight, bias) in enumerate(layers):
-        tensors += [numpy_helper.from_array(weight.astype(dtype), f"w{i}"), numpy_helper.from_array(bias.astype(dtype), f"b{i}")]
+        tensors += [
+            numpy_helper.from_array(weight.astype(dtype), f"w{i}"),
+            numpy_helper.from_array(bias.astype(dtype), f"b{i}"),
+        ]
         nodes.append(helper.make_node("Gemm", [value, f"w{i}", f"b{i}"], [f"z{i}"], transB=1))
         value = f"z{i}"
         if i < len(layers) - 1:
             nodes.append(helper.make_node(activation, [value], [f"a{i}"]))
             value = f"a{i}"
-    return write_graph(path, nodes, tensors, shape or (1, layers[0][0].shape[1]), value, (1, len(layers[-1][1])), dtype)
+    return write_graph(
+        path, nodes, tensors, shape or (1, layers[0][0].shape[1]), value, (1, len(layers[-1][1])), dtype
+    )
 
 
 def write_graph(path, nodes, tensors, shape, output, output_shape, dtype=np.float32):

@@ -1,4 +1,4 @@
-"""The program `holdfast-vnn`, which has the command line of the VNN-LIB standard for solvers (version 2.0, chapter 5)."""
+"""The program `holdfast-vnn`, with the command line that the VNN-LIB standard 2.0 defines for solvers."""
 
 import os
 import sys
@@ -67,10 +67,16 @@ def _name_printed(ctx: click.Context, _: click.Parameter, given: object) -> None
 @click.group(
     cls=Group,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 a verdict was printed, 2 wrong usage, 3 a query or a network cannot be used, 5 internal error.",
+    epilog="Exit codes: 0 a verdict was printed, 2 wrong usage, 3 a query or a network cannot be used, 5 internal "
+    "error.",
 )
 @click.option(
-    "--name", is_flag=True, is_eager=True, expose_value=False, callback=_name_printed, help="print the name of the solver"
+    "--name",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_name_printed,
+    help="print the name of the solver",
 )
 @click.version_option(__version__, message="%(version)s")
 def vnn() -> None:
@@ -79,8 +85,12 @@ def vnn() -> None:
 
 @vnn.command(short_help="decide a query")
 @click.argument("query", type=click.Path(path_type=Path))
-@click.option("--network", "networks", multiple=True, metavar="NAME=FILE", help="ONNX file of a declared network")
-@click.option("--timeout", metavar="SECONDS", help="limit of the wall-clock time of the whole call  [default: none]")
+@click.option(
+    "--network", "networks", multiple=True, metavar="NAME=FILE", help="ONNX file of a declared network"
+)
+@click.option(
+    "--timeout", metavar="SECONDS", help="limit of the wall-clock time of the whole call  [default: none]"
+)
 @click.option(
     "--serialise-assignments",
     "folder",
@@ -224,15 +234,17 @@ def _needed(query: "Query", files: dict[str, Path]) -> dict[str, str]:
         )
     if unknown:
         known = ", ".join(filter(None, declared)) or "one network"
-        raise UsageError(f"--network names {', '.join(unknown)}, but the query declares {known}; leave it out")
+        raise UsageError(
+            f"--network names {', '.join(unknown)}, but the query declares {known}; leave it out"
+        )
     return {name: name for name in declared}
 
 
 def _printed(query: "Query", witness: "Witness") -> list[str]:
     if query.version == "1.0":
-        values = [f"(X_{i} {value!r})" for i, value in enumerate(witness.inputs.tolist())]
-        values += [f"(Y_{i} {value!r})" for i, value in enumerate(witness.outputs.tolist())]
-        return [f"({values[0]}", *(f" {value}" for value in values[1:-1]), f" {values[-1]})"]
+        pairs = [f"(X_{i} {value!r})" for i, value in enumerate(witness.inputs.tolist())]
+        pairs += [f"(Y_{i} {value!r})" for i, value in enumerate(witness.outputs.tolist())]
+        return [f"({pairs[0]}", *(f" {pair}" for pair in pairs[1:-1]), f" {pairs[-1]})"]
     lines = []
     for variable, values in _assigned(query, witness):
         lines.append(f"{variable.name} {variable.element_type} [{','.join(map(str, variable.shape))}]")

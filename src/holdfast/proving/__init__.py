@@ -1,1 +1,1 @@
-"""Decides whether inputs of networks exist that satisfy constraints: searches for them, and proves that there are none."""
+"""Decides whether inputs of networks exist that satisfy constraints, by searches and by proofs that there are none."""

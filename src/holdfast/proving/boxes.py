@@ -2,8 +2,8 @@
 
 For few inputs, as in control, it is much faster than a division by signs of ReLUs, and it applies to every activation.
 Wang, Pei, Whitehouse, Yang, Jana, "Formal Security Analysis of Neural Networks using Symbolic Intervals", USENIX
-Security 2018, arXiv:1804.10829. Differs: bounds are those of CROWN, and the input that is divided is the one whose width
-times its coefficient in the worst bound is largest.
+Security 2018, arXiv:1804.10829. Differs: bounds are those of CROWN, and the input that is divided is the one whose
+width times its coefficient in the worst bound is largest.
 """
 
 import time
@@ -17,7 +17,7 @@ from holdfast.certifiers.crown import relaxed, substitute
 from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.region import Region
 from holdfast.proving.problems import Problem
-from holdfast.proving.subject import Subject, Witness
+from holdfast.proving.subject import JoinedNetworks, Witness
 
 _AT_ONCE = 2048
 """largest number of boxes whose bounds are computed together"""
@@ -33,7 +33,7 @@ _FINEST = 2.0**-24
 class BoxSearch:
     """Branch and bound over boxes for one problem. It can be continued after a time limit."""
 
-    subject: Subject
+    subject: JoinedNetworks
     problem: Problem
     graph: Graph
     """the graph of the subject, in the data type of the bounds"""
@@ -50,7 +50,7 @@ class BoxSearch:
     def __post_init__(self) -> None:
         self.low, self.high = self.problem.low[None], self.problem.high[None]
         self.bound = torch.zeros(1, dtype=torch.float64)
-        dtype = self.low.dtype if self.graph.nodes == () else _dtype(self.graph)
+        dtype = _dtype(self.graph)
         self.claims = [target.claim(dtype) for target in self.problem.targets]
         self.dtype = dtype
         values = sum(node.shape.numel() for node in self.graph.nodes)
@@ -93,7 +93,7 @@ class BoxSearch:
         low, high, bound, row, worst = low[left], high[left], bound[left], row[left], worst[left]
         slopes = result.coefficients[left].flatten(2)[torch.arange(len(row)), row].double()
         corners = torch.where(slopes > 0, low, high)
-        for j in worst.unique().tolist():
+        for j in sorted(set(worst.tolist())):
             mine = worst == j
             points = torch.cat((corners[mine], (low[mine] + high[mine]) / 2))
             witness = self.subject.confirmed(points, self.problem, self.problem.targets[j])

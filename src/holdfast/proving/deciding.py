@@ -18,8 +18,8 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.proving.boxes import BoxSearch
 from holdfast.proving.falsifying import falsified
-from holdfast.proving.problems import Problem, Target, problems_of
-from holdfast.proving.subject import Subject, Witness
+from holdfast.proving.problems import Problem, UnsafeSet, problems_of
+from holdfast.proving.subject import JoinedNetworks, Witness
 from holdfast.sources.onnx.networks import OnnxNetwork
 from holdfast.sources.vnnlib.query import DeclaredNetwork, Query, Variable
 
@@ -42,18 +42,19 @@ class Verdict:
 
 
 def decide(
-    query: Query, networks: Mapping[str, OnnxNetwork], *, deadline: float, rng: Draws = Draws(0)
+    query: Query, networks: Mapping[str, OnnxNetwork], *, deadline: float, rng: Draws | None = None
 ) -> Verdict:
     """Return the answer to a query about networks, by their declared names.
 
     `deadline` is a value of `time.perf_counter()`. Raises `UsageError` or `TargetError` if a network does not fit its
     declaration, or has an operation without sound bounds.
     """
+    rng = rng or Draws(0)
     used = [_fitting(declared, networks) for declared in query.networks]
     problems, with_inputs = problems_of(query)
     if not problems:
         return Verdict("unsat")
-    subject = Subject.of(used, problems[0], with_inputs=with_inputs)
+    subject = JoinedNetworks.of(used, problems[0], with_inputs=with_inputs)
     single = any(
         variable.element_type == "float32" for net in query.networks for variable in (net.input, net.output)
     )
@@ -90,7 +91,7 @@ def _proved(provers: Sequence["_Prover"], deadline: float) -> Verdict:
 class _Prover:
     """The proof of one problem, which can be continued after a time limit."""
 
-    subject: Subject
+    subject: JoinedNetworks
     problem: Problem
     single: bool
     """whether the proof must hold for a computation with 32 bits"""
@@ -124,7 +125,7 @@ class _Prover:
             claims = [target.claim(relaxation.region.low.dtype) for target in self.problem.targets]
             rows = torch.cat([claim.rows for claim in claims])
             lower = substitute(relaxation, relaxation.graph.output, rows[None]).lower[0]
-            parts = lower.split([len(claim.rows) for claim in claims])
+            parts = torch.split(lower, [len(claim.rows) for claim in claims])
             best = [float((part + claim.constants).amax()) for part, claim in zip(parts, claims, strict=True)]
         self.left = sorted((j for j, bound in enumerate(best) if not bound > 0), key=lambda j: best[j])
         self.excluded = not self.left
@@ -167,7 +168,7 @@ class _Prover:
         self.excluded = not self.left
         return None
 
-    def _decided(self, graph: Graph, target: Target, deadline: float) -> tuple[float, bool]:
+    def _decided(self, graph: Graph, target: UnsafeSet, deadline: float) -> tuple[float, bool]:
         """The bound of a target by branch and bound over signs, and whether the time limit ended it."""
         with torch.no_grad():
             relaxation = self._relaxation(graph)
@@ -183,7 +184,7 @@ class _Prover:
             decision = Tree(relaxation, claim, Search(), deadline, violated).decide(first)
         return decision.bound, decision.stopped
 
-    def _violated(self, x: Tensor, graph: Graph, target: Target) -> Tensor:
+    def _violated(self, x: Tensor, graph: Graph, target: UnsafeSet) -> Tensor:
         functions = graph(x).double() @ target.rows.t() + target.constants
         near = (functions <= 1e-5 * (1 + functions.abs())).all(1)
         confirmed = torch.zeros_like(near)
@@ -206,7 +207,9 @@ def _fitting(declared: DeclaredNetwork, networks: Mapping[str, OnnxNetwork]) -> 
     """The network of a declaration. Raises an error if its shapes or element types are others."""
     name = declared.equal_to or declared.name
     if name not in networks:
-        raise UsageError(f"the query declares the network {name!r}, for which no file is given; --network {name}=FILE")
+        raise UsageError(
+            f"the query declares the network {name!r}, for which no file is given; --network {name}=FILE"
+        )
     network = networks[name]
     for variable, shape, what in (
         (declared.input, network.input_shape, "input"),
@@ -236,6 +239,6 @@ def _refuse_type(variable: Variable, dtype: str) -> None:
     expected = ELEMENT_TYPES[variable.element_type]
     if expected is not None and expected != dtype:
         raise TargetError(
-            f"the query declares {variable.name} with the element type {expected}, but the network computes in {dtype}; "
-            "declare it as real, or give another network"
+            f"the query declares {variable.name} with the element type {expected}, but the network computes in "
+            f"{dtype}; declare it as real, or give another network"
         )

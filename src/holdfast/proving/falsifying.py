@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from holdfast.core.draws import Draws
-from holdfast.proving.problems import Problem, Target
-from holdfast.proving.subject import Subject, Witness
+from holdfast.proving.problems import Problem, UnsafeSet
+from holdfast.proving.subject import JoinedNetworks, Witness
 
 _ELEMENTS = 2**22
 """largest number of values of the inputs that are changed at once"""
 
 
 def falsified(
-    subject: Subject, problem: Problem, rng: Draws, *, starts: int, steps: int, deadline: float
+    subject: JoinedNetworks, problem: Problem, rng: Draws, *, starts: int, steps: int, deadline: float
 ) -> Witness | None:
-    """Return an input of the box that leads to a target, or None if none was found by `starts` descents for each target.
+    """Return an input of the box that leads to a target, or None if `starts` descents for each target lead to none.
 
     `deadline` is a value of `time.perf_counter()`. The first start is the middle of the box, the others are random.
     """
@@ -30,7 +30,9 @@ def falsified(
     for first in range(0, len(problem.targets), at_once):
         targets = problem.targets[first : first + at_once]
         ids = torch.arange(first, first + len(targets)).repeat_interleave(starts)
-        noise = rng.at("start").uniform(ids * starts + torch.arange(starts).repeat(len(targets)), len(problem.low))
+        noise = rng.at("start").uniform(
+            ids * starts + torch.arange(starts).repeat(len(targets)), len(problem.low)
+        )
         noise[::starts] = 0.5
         low, high = problem.low.float(), problem.high.float()
         width = high - low
@@ -41,7 +43,9 @@ def falsified(
             losses = []
             for j, target in enumerate(targets):
                 mine = values[j * starts : (j + 1) * starts]
-                witness = _checked(subject, problem, target, x.detach()[j * starts : (j + 1) * starts], mine.detach())
+                witness = _checked(
+                    subject, problem, target, x.detach()[j * starts : (j + 1) * starts], mine.detach()
+                )
                 if witness is not None:
                     return witness
                 losses.append(_loss(target, mine))
@@ -55,7 +59,7 @@ def falsified(
     return None
 
 
-def _loss(target: Target, values: Tensor) -> Tensor:
+def _loss(target: UnsafeSet, values: Tensor) -> Tensor:
     functions = values @ target.rows.t().to(values) + target.constants.to(values)
     if not functions.shape[1]:
         return values.sum() * 0
@@ -63,7 +67,9 @@ def _loss(target: Target, values: Tensor) -> Tensor:
     return functions[half:].amax(1).sum() + functions[:half].clamp(min=0).sum()
 
 
-def _checked(subject: Subject, problem: Problem, target: Target, x: Tensor, values: Tensor) -> Witness | None:
+def _checked(
+    subject: JoinedNetworks, problem: Problem, target: UnsafeSet, x: Tensor, values: Tensor
+) -> Witness | None:
     """A confirmed witness among inputs whose values with 32 bits lead to the target, or nearly."""
     functions = values.double() @ target.rows.t() + target.constants
     near = (functions <= 1e-5 * (1 + functions.abs())).all(1)

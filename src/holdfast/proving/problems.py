@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from holdfast.certifiers.branching import Claim
-from holdfast.sources.vnnlib.formulas import Case
+from holdfast.sources.vnnlib.formulas import ConstrainedBox
 from holdfast.sources.vnnlib.query import Query
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class UnsafeSet:
     """A set of outputs: those at which all of some linear functions are at most zero."""
 
     rows: Tensor
@@ -54,7 +54,7 @@ class Problem:
     """smallest values (d) of the inputs, float64"""
     high: Tensor
     """largest values (d) of the inputs, float64"""
-    targets: tuple[Target, ...]
+    targets: tuple[UnsafeSet, ...]
 
     @property
     def varying(self) -> int:
@@ -75,7 +75,7 @@ def problems_of(query: Query) -> tuple[tuple[Problem, ...], bool]:
         for each in case.constraints
         for key, value in each.function.coefficients.items()
     )
-    boxes: dict[bytes, tuple[Tensor, list[Target]]] = {}
+    boxes: dict[bytes, tuple[Tensor, list[UnsafeSet]]] = {}
     for case in cases:
         box = torch.tensor(
             [[bounds[i] for i in range(query.inputs)] for bounds in (case.low, case.high)],
@@ -86,7 +86,7 @@ def problems_of(query: Query) -> tuple[tuple[Problem, ...], bool]:
     return tuple(Problem(box[0], box[1], tuple(targets)) for box, targets in boxes.values()), with_inputs
 
 
-def _target(case: Case, query: Query, *, with_inputs: bool) -> Target:
+def _target(case: ConstrainedBox, query: Query, *, with_inputs: bool) -> UnsafeSet:
     size = query.outputs + (query.inputs if with_inputs else 0)
     rows = torch.zeros(len(case.constraints), size, dtype=torch.float64)
     for row, constraint in zip(rows, case.constraints, strict=True):
@@ -94,4 +94,6 @@ def _target(case: Case, query: Query, *, with_inputs: bool) -> Target:
             row[-1 - key if key < 0 else query.outputs + key] = value
     constants = [constraint.function.constant for constraint in case.constraints]
     strict = [constraint.strict for constraint in case.constraints]
-    return Target(rows, torch.tensor(constants, dtype=torch.float64), torch.tensor(strict, dtype=torch.bool))
+    return UnsafeSet(
+        rows, torch.tensor(constants, dtype=torch.float64), torch.tensor(strict, dtype=torch.bool)
+    )

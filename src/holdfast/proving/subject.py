@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.tracing import traced
-from holdfast.proving.problems import Problem, Target
+from holdfast.proving.problems import Problem, UnsafeSet
 from holdfast.sources.onnx.networks import OnnxNetwork
 
 _TOLERANCE = 1e-4
@@ -52,7 +52,7 @@ class Witness:
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class JoinedNetworks:
     """The networks of a query, joined to one function."""
 
     networks: tuple[OnnxNetwork, ...]
@@ -63,32 +63,34 @@ class Subject:
     """for each input whether its network computes with 32 bits or fewer"""
 
     @staticmethod
-    def of(networks: Sequence[OnnxNetwork], problem: Problem, *, with_inputs: bool) -> "Subject":
+    def of(networks: Sequence[OnnxNetwork], problem: Problem, *, with_inputs: bool) -> "JoinedNetworks":
         """Return the joined networks. Raises `UsageError` for an operation without sound bounds."""
-        module = _Joined(networks, with_inputs=with_inputs).double().eval().requires_grad_(requires_grad=False)
+        module = (
+            _Joined(networks, with_inputs=with_inputs).double().eval().requires_grad_(requires_grad=False)
+        )
         shape = networks[0].example if len(networks) == 1 else (len(problem.low),)
         middle = (problem.low + problem.high) / 2
         sample = torch.stack((middle, problem.low, problem.high)).reshape(3, *shape)
         graph = traced(module, sample).to(torch.float64)
         narrow = [n.dtype != np.float64 for n in networks for _ in range(int(np.prod(n.example)))]
-        return Subject(tuple(networks), graph, with_inputs, tuple(narrow))
+        return JoinedNetworks(tuple(networks), graph, with_inputs, tuple(narrow))
 
     def rounded(self, x: Tensor, problem: Problem) -> Tensor:
-        """Return inputs (n, d) as numbers of the data types of the networks, inside the box if it contains such numbers."""
+        """Return inputs (n, d) as numbers of the data types of the networks, inside the box if it contains some."""
         x = torch.minimum(torch.maximum(x, problem.low), problem.high)
-        narrow = torch.tensor(self.narrow)
-        single = x.float()
-        up = single.nextafter(torch.full_like(single, torch.inf))
-        single = torch.where(single.double() < problem.low, up, single)
-        down = single.nextafter(torch.full_like(single, -torch.inf))
-        single = torch.where(single.double() > problem.high, down, single)
-        return torch.where(narrow, single.double(), x)
+        nearest = x.float()
+        up = nearest.nextafter(torch.full_like(nearest, torch.inf)).double()
+        down = nearest.nextafter(torch.full_like(nearest, -torch.inf)).double()
+        single = nearest.double()
+        single = torch.where((single < problem.low) & (up <= problem.high), up, single)
+        single = torch.where((single > problem.high) & (down >= problem.low), down, single)
+        return torch.where(torch.tensor(self.narrow), single, x)
 
     def values(self, x: Tensor) -> Tensor:
         """Return the values (n, values) of inputs (n, d) with 64 bits."""
         return self.graph(x.reshape(len(x), *self.graph.shape))
 
-    def confirmed(self, x: Tensor, problem: Problem, target: Target) -> Witness | None:
+    def confirmed(self, x: Tensor, problem: Problem, target: UnsafeSet) -> Witness | None:
         """Return the first of some inputs (n, d) that leads to a target, or None.
 
         The target must be reached in the computation with 64 bits and in onnxruntime, without a tolerance.

@@ -73,7 +73,7 @@ def compared(operator: str, left: Affine, right: Affine) -> Formula:
 
 
 @dataclass(frozen=True)
-class Case:
+class ConstrainedBox:
     """A box of inputs, and constraints of which all must be satisfied."""
 
     low: Mapping[int, float] = field(default_factory=dict)
@@ -88,14 +88,14 @@ class Case:
         """Number of bounds and constraints."""
         return len(self.low) + len(self.high) + len(self.constraints)
 
-    def joined(self, other: "Case") -> "Case":
+    def joined(self, other: "ConstrainedBox") -> "ConstrainedBox":
         """Return the case in which both cases are satisfied."""
         low, high = dict(self.low), dict(self.high)
         for key, value in other.low.items():
             low[key] = max(value, low.get(key, -math.inf))
         for key, value in other.high.items():
             high[key] = min(value, high.get(key, math.inf))
-        return Case(low, high, self.constraints + other.constraints)
+        return ConstrainedBox(low, high, self.constraints + other.constraints)
 
     @property
     def possible(self) -> bool:
@@ -104,13 +104,13 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Alternatives:
+class DisjunctiveForm:
     """A formula in disjunctive normal form: what all cases share, and the cases, of which one must be satisfied."""
 
-    shared: Case
-    cases: tuple[Case, ...]
+    shared: ConstrainedBox
+    cases: tuple[ConstrainedBox, ...]
 
-    def all(self) -> Iterator[Case]:
+    def all(self) -> Iterator[ConstrainedBox]:
         """Yield the complete cases that are not contradictory by their bounds alone."""
         for case in self.cases:
             complete = self.shared.joined(case)
@@ -118,7 +118,7 @@ class Alternatives:
                 yield complete
 
 
-def alternatives(assertions: Iterable[Formula]) -> Alternatives:
+def alternatives(assertions: Iterable[Formula]) -> DisjunctiveForm:
     """Return the conjunction of formulas in disjunctive normal form.
 
     Raises `TargetError` if the result is too large: disjunctions that are combined by conjunctions multiply.
@@ -133,13 +133,13 @@ def alternatives(assertions: Iterable[Formula]) -> Alternatives:
             disjunctions.append(formula)
         else:
             shared.add(formula)
-    cases = [Case()]
+    cases = [ConstrainedBox()]
     for disjunction in disjunctions:
         cases = _product(cases, _cases(disjunction))
-    return Alternatives(shared.case(), tuple(cases))
+    return DisjunctiveForm(shared.case(), tuple(cases))
 
 
-def _cases(formula: Formula) -> list[Case]:
+def _cases(formula: Formula) -> list[ConstrainedBox]:
     """The cases of a formula. Its depth is limited by the readers."""
     if isinstance(formula, Disjunction):
         cases = [case for part in formula.parts for case in _cases(part)]
@@ -159,7 +159,7 @@ def _cases(formula: Formula) -> list[Case]:
     return cases
 
 
-def _product(first: list[Case], second: list[Case]) -> list[Case]:
+def _product(first: list[ConstrainedBox], second: list[ConstrainedBox]) -> list[ConstrainedBox]:
     n = len(first) * len(second)
     parts = len(second) * sum(case.size for case in first) + len(first) * sum(case.size for case in second)
     _refuse_large(n, parts)
@@ -198,6 +198,6 @@ class _Collected:
             bound = bound if exact else math.nextafter(bound, -math.inf)
             self.low[key] = max(bound, self.low.get(key, -math.inf))
 
-    def case(self) -> Case:
+    def case(self) -> ConstrainedBox:
         """Return what was collected."""
-        return Case(self.low, self.high, tuple(self.constraints))
+        return ConstrainedBox(self.low, self.high, tuple(self.constraints))

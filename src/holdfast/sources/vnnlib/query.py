@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from holdfast.core.errors import TargetError
-from holdfast.sources.vnnlib.formulas import Alternatives
+from holdfast.sources.vnnlib.formulas import DisjunctiveForm
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Query:
     version: str
     """`1.0`, or the version that the file declares"""
     networks: tuple[DeclaredNetwork, ...]
-    alternatives: Alternatives
+    alternatives: DisjunctiveForm
 
     @property
     def inputs(self) -> int:

@@ -21,18 +21,18 @@ def tokens(text: str, path: str) -> Iterator[tuple[str, int]]:
         if match.start() != position:
             break
         position = match.end()
-        token = match[1] or match[2]
-        if token is None:
+        word = match[1] or match[2]
+        if word is None:
             continue
-        if token == "(":
+        if word == "(":
             depth += 1
             if depth > MOST_DEPTH:
                 raise mistake(text, match.start(), path, f"more than {MOST_DEPTH} parentheses are open here")
-        elif token == ")":
+        elif word == ")":
             depth -= 1
             if depth < 0:
                 raise mistake(text, match.start(), path, "this parenthesis closes nothing")
-        yield token, match.start()
+        yield word, match.start()
     if position < len(text):
         raise mistake(text, position, path, f"{text[position]!r} is not expected here")
     if depth:
@@ -48,9 +48,9 @@ def mistake(text: str, offset: int, path: str, what: str) -> TargetError:
 
 def first_command(text: str, path: str) -> str:
     """Return the first word of a file, such as `declare-const`. Raises `TargetError` if there is none."""
-    for token, offset in tokens(text, path):
-        if token == ")":
+    for word, offset in tokens(text, path):
+        if word == ")":
             raise mistake(text, offset, path, "a command such as (declare-const X_0 Real) was expected")
-        if token != "(":
-            return token
+        if word != "(":
+            return word
     raise TargetError(f"{path!r} contains no command; (declare-const X_0 Real) was expected")

@@ -57,23 +57,23 @@ class _Parser:
     def query(self) -> Query:
         """Return the query of the whole text."""
         stack: list[_Open] = []
-        for token, offset in tokens(self.text, self.path):
-            if token == "(":
+        for word, offset in tokens(self.text, self.path):
+            if word == "(":
                 if stack and not stack[-1].operator:
                     raise self.mistake(offset, "an operator was expected before this parenthesis")
                 stack.append(_Open(offset))
-            elif token == ")":
+            elif word == ")":
                 closed = stack.pop()
                 value = self._closed(closed, outermost=not stack)
                 if stack and value is not None:
                     stack[-1].terms.append(value)
             elif not stack:
-                raise self.mistake(offset, f"{token!r} is outside of a command such as (assert …)")
+                raise self.mistake(offset, f"{word!r} is outside of a command such as (assert …)")
             elif not stack[-1].operator:
-                stack[-1].operator = token
-                self._refuse_operator(token, offset, len(stack))
+                stack[-1].operator = word
+                self._refuse_operator(word, offset, len(stack))
             else:
-                stack[-1].terms.append(self._word(token, offset, stack[-1]))
+                stack[-1].terms.append(self._word(word, offset, stack[-1]))
         return self._finished()
 
     def mistake(self, offset: int, what: str) -> TargetError:
@@ -87,24 +87,22 @@ class _Parser:
             raise self.mistake(offset, f"{word!r} is a command, which cannot be inside another one")
         if word not in known:
             what = "a command" if depth == 1 else "an operator"
-            raise self.mistake(
-                offset, f"{word!r} is not {what} of VNN-LIB 1.0{_suggested(word, known)}"
-            )
+            raise self.mistake(offset, f"{word!r} is not {what} of VNN-LIB 1.0{_suggested(word, known)}")
 
-    def _word(self, token: str, offset: int, inside: _Open) -> _Term:
+    def _word(self, word: str, offset: int, inside: _Open) -> _Term:
         if inside.operator in (*_DECLARATIONS, *_IGNORED):
-            return token
-        if token in self.keys:
-            return Affine({self.keys[token]: 1.0})
-        if _NUMBER.fullmatch(token):
-            number = float(token)
+            return word
+        if word in self.keys:
+            return Affine({self.keys[word]: 1.0})
+        if _NUMBER.fullmatch(word):
+            number = float(word)
             if math.isinf(number):
-                raise self.mistake(offset, f"{token} is too large for a number of 64 bits")
+                raise self.mistake(offset, f"{word} is too large for a number of 64 bits")
             return Affine({}, number)
-        if token in ("true", "false"):
-            return Conjunction(()) if token == "true" else Disjunction(())
+        if word in ("true", "false"):
+            return Conjunction(()) if word == "true" else Disjunction(())
         raise self.mistake(
-            offset, f"{token!r} is neither a number nor a declared variable{_suggested(token, self.keys)}"
+            offset, f"{word!r} is neither a number nor a declared variable{_suggested(word, self.keys)}"
         )
 
     def _closed(self, frame: _Open, *, outermost: bool) -> _Term | None:
@@ -190,9 +188,7 @@ class _Parser:
             indices = {int(name[2:]) for name in self.keys if name[0] == letter}
             size = len(indices)
             if not indices:
-                raise TargetError(
-                    f"{self.path!r} declares no {what} {letter}_0; is it a query of VNN-LIB?"
-                )
+                raise TargetError(f"{self.path!r} declares no {what} {letter}_0; is it a query of VNN-LIB?")
             if max(indices) != size - 1:
                 missing = next(i for i in range(size) if i not in indices)
                 raise TargetError(

@@ -37,11 +37,13 @@ _SPOT = re.compile(r"line (\d+), column (\d+): ?(.*)", re.DOTALL)
 def query_of_version_2(text: str, path: str) -> Query:
     """Return the query in the text of a file of VNN-LIB 2.
 
-    Raises `TargetError` for a mistake and for a query that is not supported, and `UsageError` if the package `vnnlib` is
-    missing.
+    Raises `TargetError` for a mistake and for a query that is not supported, and `UsageError` if the package `vnnlib`
+    is missing.
     """
     parser = _package()
-    written = [token for token, _ in tokens(text, path)]  # limits the depth, on which the package is recursive
+    written = [
+        token for token, _ in tokens(text, path)
+    ]  # limits the depth, on which the package is recursive
     version, types = _declared(written)
     try:
         parsed = parser.parse_query_string(text)
@@ -52,9 +54,7 @@ def query_of_version_2(text: str, path: str) -> Query:
     networks = tuple(_network(network, types, path) for network in parsed.networks)
     if sum(network.input.size + network.output.size for network in networks) > MOST_VALUES:
         raise TargetError(f"{path!r} declares more than {MOST_VALUES:,} values; use smaller networks")
-    assertions = [
-        _formula(assertion.expr, _Keys(networks, path)) for assertion in parsed.assertions
-    ]
+    assertions = [_formula(assertion.expr, _Keys(networks, path)) for assertion in parsed.assertions]
     return Query(version, networks, alternatives(assertions))
 
 
@@ -139,9 +139,7 @@ def _formula(expression: Any, keys: _Keys) -> Formula:
         return Conjunction(tuple(_formula(each, keys) for each in expression.args))
     if kind == "Or":
         return Disjunction(tuple(_formula(each, keys) for each in expression.args))
-    return compared(
-        _COMPARISONS[kind], _function(expression.lhs, keys), _function(expression.rhs, keys)
-    )
+    return compared(_COMPARISONS[kind], _function(expression.lhs, keys), _function(expression.rhs, keys))
 
 
 def _function(expression: Any, keys: _Keys) -> Affine:
