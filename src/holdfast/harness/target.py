@@ -1,7 +1,7 @@
 """The model under test, which is frozen and in eval mode during a measurement."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from holdfast.certifiers.votes import ATTACKED_DRAWS, JUDGING_DRAWS, SmoothedVotes, smoothed_votes
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
@@ -118,6 +119,11 @@ class Target:
         return kept
 
     @property
+    def smoothed(self) -> SmoothedVotes | None:
+        """Smoothed classifier that is the model under test; None for another model."""
+        return smoothed_votes(self.bare)
+
+    @property
     def rejects(self) -> bool:
         """Whether the model has an additional last logit for "rejected", which is not one of the `classes`."""
         return self.bare.rejects
@@ -182,7 +188,9 @@ def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Ite
     refuse_inner(model, outermost=model.rejects)
     try:
         model.eval().requires_grad_(False)
-        with fitted(model, sample.x):
+        with ExitStack() as stack:
+            for each in _and_base(model):
+                stack.enter_context(fitted(each, sample.x))
             target = _inspected(model, sample, left_in_training)
             yield _with_view(target, sample) if adaptive and model.access == "gradients" else target
     finally:
@@ -193,6 +201,12 @@ def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Ite
             weight.requires_grad_(trained)
 
 
+def _and_base(model: Classifier) -> tuple[Classifier, ...]:
+    """A model, after the base classifier if it is a smoothed one."""
+    smoothed = smoothed_votes(model)
+    return (model,) if smoothed is None else (smoothed.base, model)
+
+
 def _inspected(model: Classifier, sample: Batch, left_in_training: tuple[str, ...]) -> Target:
     state = _generators(sample.x.device)
     logits = _first_logits(model, sample)
@@ -201,20 +215,36 @@ def _inspected(model: Classifier, sample: Batch, left_in_training: tuple[str, ..
     randomised = any(
         bool((change(logits, _first_logits(model, sample)) > _SAME).any()) for _ in range(n_calls)
     )
-    # a faster copy is tested by its outputs, which a randomised model does not repeat
-    quick, details = (model, ()) if randomised else quickened(model, sample.x)
-    filling = () if model.batches is None or model.batches == EVERY else (model.batches.description,)
+    quick, details = _attacked(model, sample, randomised=randomised)
+    batches, smoothed = _and_base(model)[0].batches, smoothed_votes(model)
+    filling = () if batches is None or batches == EVERY else (batches.description,)
     if model.rewrites:
         filling = (*filling, IN_PLACE)
     class_logits = logits[:, :-1] if model.rejects else logits
+    # the votes of a smoothed classifier are often equal, and the outputs of its network are not
+    outputs = class_logits if smoothed is None else _first_logits(quick, sample)
     notes = (
         *filling,
-        *_remarks(class_logits, randomised=randomised),
+        *_remarks(outputs, randomised=randomised),
         *((REJECTS,) if model.rejects else ()),
     )
     blind = model.rejects and model.access == "gradients" and _blind(quick, sample)
     target = Target(model, quick, quick, randomised, class_logits.shape[1], notes, details, left_in_training)
     return replace(target, blind=blind, blind_view=blind)
+
+
+def _attacked(model: Classifier, sample: Batch, *, randomised: bool) -> tuple[Model, tuple[str, ...]]:
+    """The copy of a model that attacks query, with notes on it."""
+    smoothed = smoothed_votes(model)
+    if smoothed is not None:
+        how = (
+            f"attacks query the mean probabilities of {ATTACKED_DRAWS} draws of the noise, and inputs are judged by "
+            f"the most frequent class in {JUDGING_DRAWS} others; a query is {ATTACKED_DRAWS} forward passes of the "
+            f"base classifier, and a judgement {JUDGING_DRAWS}"
+        )
+        return smoothed.network(), (how,)
+    # a faster copy is tested by its outputs, which a randomised model does not repeat
+    return (model, ()) if randomised else quickened(model, sample.x)
 
 
 def _blind(model: Model, sample: Batch) -> bool:
@@ -258,7 +288,7 @@ def _generators(device: torch.device) -> Tensor:
     return torch.cat([*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states)
 
 
-def _first_logits(model: Classifier, sample: Batch) -> Logits:
+def _first_logits(model: Model, sample: Batch) -> Logits:
     try:
         with torch.no_grad():
             logits: Logits = model(sample.x)

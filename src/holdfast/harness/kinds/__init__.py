@@ -12,7 +12,7 @@ from holdfast.harness.kinds.clean import Clean
 from holdfast.harness.kinds.detection import DetectorPass
 from holdfast.harness.kinds.fit import Fit
 from holdfast.harness.kinds.passes import CurvePass, FixedPass
-from holdfast.harness.kinds.proof import LateProof, QuickProof
+from holdfast.harness.kinds.proof import LateProof, QuickProof, StatisticalProof
 from holdfast.harness.kinds.transfer import TransferMatrix
 from holdfast.harness.stage import StageKind
 
@@ -21,6 +21,7 @@ KINDS: Mapping[str, StageKind] = {
     for kind in (
         Clean(),
         QuickProof(),
+        StatisticalProof(),
         Fit(),
         SuiteAttack(),
         LateProof(),
