@@ -28,6 +28,7 @@ def certify(
     sigma: float | None = None,
     draws: int | None = None,
     failure_probability: float | None = None,
+    geometry: int | None = None,
     gates: Sequence[str] = (),
     baseline: Result | str | Path | None = None,
     accept_doubts: dict[str, str] | None = None,
@@ -56,6 +57,7 @@ def certify(
     With `method="smoothing"` the model of the result is the smoothed classifier of `model` with noise of standard
     deviation `sigma`; a verdict takes at most `draws` noisy inputs (10,000 by default), and is wrong with a probability
     of at most `failure_probability` (0.001 by default) for each example.
+    With `geometry`, the report shows the decision boundary around as many examples.
     The attacks are those of the default suite; of the certified examples they are run on 32, or on all with `full`. The
     other arguments are those of `assess`.
     Raises `UnsoundProof` if an attack breaks a certified example, and `UsageError` for a model or a threat model about
@@ -70,6 +72,7 @@ def certify(
             sigma=sigma,
             draws=draws,
             failure_probability=failure_probability,
+            geometry=geometry,
             gates=gates,
             accept_doubts=accept_doubts,
             seed=seed,

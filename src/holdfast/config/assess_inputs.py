@@ -174,7 +174,7 @@ class AssessInputs:
             request = certify_request(request, [self.smoothing], [])
             request = request if subject.model.access == "gradients" else without_attacks(request)
         elif self.certification is not None:
-            request = certify_request(request, *_provers(self.certification))
+            request = certify_request(request, *_provers(self.certification), self.certification.geometry)
         return replace(
             request,
             fit=open_fit(sources, self.fit, subject.model, request.plan),

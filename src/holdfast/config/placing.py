@@ -90,6 +90,11 @@ class CertifyOptions(SettingGroup):
         default=None,
         description="Probability, for each example, that a verdict of --method smoothing is wrong (default: 0.001).",
     )
+    geometry: Annotated[values.Positive | None, Flag("N")] = Field(
+        default=None,
+        description="Add the geometry of the decision boundary around the first N examples to the report: proved and "
+        "attacked distances, Lipschitz constants and slices.",
+    )
     full: Annotated[bool, Flag()] = Field(
         default=False, description="Run the attacks on all certified examples, and not only on 32 of them."
     )
@@ -104,6 +109,11 @@ class CertifyOptions(SettingGroup):
                 raise UsageError(
                     f"{prefix}method is smoothing, and sigma is missing, the standard deviation of the noise; give it "
                     "with --sigma S (in Python sigma=…), such as twice the eps of the threat"
+                )
+            if self.geometry is not None:
+                raise UsageError(
+                    f"{written.get('geometry', prefix + 'geometry')} computes bounds of a network, and the method is "
+                    "smoothing, which has none; leave it out, or choose another method"
                 )
             return
         for key in ("sigma", "draws", "failure_probability"):

@@ -16,6 +16,7 @@ from holdfast.core.errors import UnsoundProof, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.harness import Plan, Target, prepared_prover
 from holdfast.ops.statistics import upper_tail
+from holdfast.proving.geometry import BoundaryGeometry
 from holdfast.verbs.request import AssessRequest, Subject
 
 _NAMED = 10
@@ -25,15 +26,24 @@ IMPROBABLE = 1e-6
 
 
 def certify_request(
-    request: AssessRequest, proofs: Sequence[Prover], late_proofs: Sequence[Prover]
+    request: AssessRequest,
+    proofs: Sequence[Prover],
+    late_proofs: Sequence[Prover],
+    geometry: int | None = None,
 ) -> AssessRequest:
     """Return the request of a certification, created from that of an assessment with the attacks that refute.
 
-    `proofs` are run before the attacks, and `late_proofs` after them. The fixed PGD-40 pass and the probes of doubts
+    `proofs` are run before the attacks, and `late_proofs` after them. The geometry of the decision boundary is measured
+    around the first `geometry` examples. The fixed PGD-40 pass and the probes of doubts
     are left out, because they are run on examples that are decided already.
     """
     plan = replace(
-        request.plan, proofs=tuple(proofs), late_proofs=tuple(late_proofs), attacked=False, doubts="free"
+        request.plan,
+        proofs=tuple(proofs),
+        late_proofs=tuple(late_proofs),
+        geometry=None if geometry is None else BoundaryGeometry(geometry),
+        attacked=False,
+        doubts="free",
     )
     return replace(request, plan=plan, verb="certify")
 
