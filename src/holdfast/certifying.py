@@ -28,6 +28,7 @@ def certify(
     sigma: float | None = None,
     draws: int | None = None,
     failure_probability: float | None = None,
+    clip: bool = False,
     geometry: int | None = None,
     gates: Sequence[str] = (),
     baseline: Result | str | Path | None = None,
@@ -56,7 +57,8 @@ def certify(
     alpha-CROWN, and branch and bound for at most `timeout` per example, or one method, which is run with the attacks.
     With `method="smoothing"` the model of the result is the smoothed classifier of `model` with noise of standard
     deviation `sigma`; a verdict takes at most `draws` noisy inputs (10,000 by default), and is wrong with a probability
-    of at most `failure_probability` (0.001 by default) for each example.
+    of at most `failure_probability` (0.001 by default) for each example. With `clip`, noisy inputs are first clamped to
+    the legal range.
     With `geometry`, the report shows the decision boundary around as many examples.
     The attacks are those of the default suite; of the certified examples they are run on 32, or on all with `full`. The
     other arguments are those of `assess`.
@@ -72,6 +74,7 @@ def certify(
             sigma=sigma,
             draws=draws,
             failure_probability=failure_probability,
+            clip=clip,
             geometry=geometry,
             gates=gates,
             accept_doubts=accept_doubts,

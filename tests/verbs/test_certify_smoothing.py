@@ -134,3 +134,25 @@ def test_a_model_without_gradients_is_certified_without_attacks():
     assert float(result["certified_accuracy"]) > 0.9
     assert not result.evidence.attacks
     assert any("gives scores only, so that no attack is run" in note for note in result.summary()["notes"])
+
+
+class Strict(torch.nn.Module):
+    """A network that refuses inputs outside of [0, 1], as many services do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = fakes.network()
+
+    def forward(self, x):
+        if ((x < 0) | (x > 1)).any():
+            raise ValueError("a pixel is outside of [0, 1]")
+        return self.net(x)
+
+
+def test_a_model_that_refuses_noise_needs_a_clamp():
+    with pytest.raises(UsageError, match="a pixel is outside.*--clip"):
+        assess(smoothed_subject(subject(Strict()), HOW), data(), order())
+    clipped = replace(HOW, clip=True)
+    result = assess(smoothed_subject(subject(Strict()), clipped), data(), order(how=clipped, gates=()))
+    assert result.evidence["certified"].any()
+    assert result.evidence.model["smoothed"]["clip"] is True

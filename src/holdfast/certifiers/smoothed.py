@@ -68,7 +68,7 @@ class Smoothed(nn.Module):
         noise = self._noise(x)
         at_once = max(1, _VALUES // max(1, x.numel()))
         sums = []
-        for few in noise.split(at_once):
+        for few in torch.split(noise, at_once):
             noisy = (x + few[:, None]).flatten(0, 1)
             logits = self.base(self.bounds.clamp(noisy) if self.clip else noisy)
             sums.append(logits.log_softmax(1).view(len(few), len(x), -1).logsumexp(0))

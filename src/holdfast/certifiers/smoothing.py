@@ -131,8 +131,8 @@ class Smoothing:
         if accepted:
             raise UsageError(
                 f"the model {reason} inputs with Gaussian noise, whose values are outside its bounds; clamp them as a "
-                "first step of the base classifier, as in x.clamp(0, 1) in its forward, or with "
-                "Smoothing(..., clip=True). The certificate then holds for the model with this step"
+                "first step of the base classifier, with --clip (in Python clip=True). The certificate then holds for "
+                "the model with this step"
             )
 
     @property

@@ -129,6 +129,7 @@ class AssessInputs:
             inputs=settings.inputs,
             data=settings.data,
             inference=settings.inference,
+            limits=settings.limits,
         )
         return cls(assessment, sources, (), None, (), None, baseline, command, options)
 
@@ -153,7 +154,7 @@ class AssessInputs:
         options = self.certification
         if options is None or options.method != SMOOTHING:
             return None
-        chosen = {name: getattr(options, name) for name in ("sigma", "draws", "failure_probability")}
+        chosen = {name: getattr(options, name) for name in ("sigma", "draws", "failure_probability", "clip")}
         settings = {name: value for name, value in chosen.items() if value is not None}
         return Smoothing(**settings, seed=self.settings.random.seed)
 

@@ -86,6 +86,10 @@ class CertifyOptions(SettingGroup):
         default=None,
         description="Largest number of noisy copies of an example that --method smoothing classifies (default: 10000).",
     )
+    clip: Annotated[bool, Flag()] = Field(
+        default=False,
+        description="Clamp noisy inputs of --method smoothing to the legal range, as a first step of the model.",
+    )
     failure_probability: Annotated[values.Probability | None, Flag("A")] = Field(
         default=None,
         description="Probability, for each example, that a verdict of --method smoothing is wrong (default: 0.001).",
@@ -116,8 +120,8 @@ class CertifyOptions(SettingGroup):
                     "smoothing, which has none; leave it out, or choose another method"
                 )
             return
-        for key in ("sigma", "draws", "failure_probability"):
-            if getattr(self, key) is not None:
+        for key in ("sigma", "draws", "failure_probability", "clip"):
+            if getattr(self, key) not in (None, False):
                 raise UsageError(
                     f"{written.get(key, prefix + key)} concerns randomised smoothing, and the method is {self.method}; "
                     "add --method smoothing, or leave it out"

@@ -1,7 +1,7 @@
 """The model under test, which is frozen and in eval mode during a measurement."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -188,9 +188,7 @@ def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Ite
     refuse_inner(model, outermost=model.rejects)
     try:
         model.eval().requires_grad_(False)
-        with ExitStack() as stack:
-            for each in _and_base(model):
-                stack.enter_context(fitted(each, sample.x))
+        with fitted(base_of(model), sample.x):
             target = _inspected(model, sample, left_in_training)
             yield _with_view(target, sample) if adaptive and model.access == "gradients" else target
     finally:
@@ -201,31 +199,29 @@ def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Ite
             weight.requires_grad_(trained)
 
 
-def _and_base(model: Classifier) -> tuple[Classifier, ...]:
-    """A model, after the base classifier if it is a smoothed one."""
+def base_of(model: Classifier) -> Classifier:
+    """Return the base classifier of a smoothed one; another model is returned unchanged."""
     smoothed = smoothed_votes(model)
-    return (model,) if smoothed is None else (smoothed.base, model)
+    return model if smoothed is None else smoothed.base
 
 
 def _inspected(model: Classifier, sample: Batch, left_in_training: tuple[str, ...]) -> Target:
+    base = base_of(model)  # a smoothed classifier is as random as its base, which is many times cheaper
     state = _generators(sample.x.device)
-    logits = _first_logits(model, sample)
+    logits = _first_logits(base, sample)
     # a model may use its random numbers rarely, for example in every tenth call
     n_calls = 1 if torch.equal(state, _generators(sample.x.device)) else VOTES
     randomised = any(
-        bool((change(logits, _first_logits(model, sample)) > _SAME).any()) for _ in range(n_calls)
+        bool((change(logits, _first_logits(base, sample)) > _SAME).any()) for _ in range(n_calls)
     )
     quick, details = _attacked(model, sample, randomised=randomised)
-    batches, smoothed = _and_base(model)[0].batches, smoothed_votes(model)
-    filling = () if batches is None or batches == EVERY else (batches.description,)
-    if model.rewrites:
+    filling = () if base.batches is None or base.batches == EVERY else (base.batches.description,)
+    if base.rewrites:
         filling = (*filling, IN_PLACE)
     class_logits = logits[:, :-1] if model.rejects else logits
-    # the votes of a smoothed classifier are often equal, and the outputs of its network are not
-    outputs = class_logits if smoothed is None else _first_logits(quick, sample)
     notes = (
         *filling,
-        *_remarks(outputs, randomised=randomised),
+        *_remarks(class_logits, randomised=randomised),
         *((REJECTS,) if model.rejects else ()),
     )
     blind = model.rejects and model.access == "gradients" and _blind(quick, sample)
@@ -288,7 +284,7 @@ def _generators(device: torch.device) -> Tensor:
     return torch.cat([*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states)
 
 
-def _first_logits(model: Model, sample: Batch) -> Logits:
+def _first_logits(model: Classifier, sample: Batch) -> Logits:
     try:
         with torch.no_grad():
             logits: Logits = model(sample.x)

@@ -58,14 +58,9 @@ def without_attacks(request: AssessRequest) -> AssessRequest:
 def smoothed_subject(subject: Subject, smoothing: Smoothing) -> Subject:
     """Return the smoothed classifier of a model, as the model of a run. All numbers of the run are about it.
 
-    Raises `UsageError` for a model behind a server, and for one with a detector.
+    Raises `UsageError` for a model with a detector.
     """
     base = subject.model
-    if base.remote:
-        raise UsageError(
-            "the model is behind a server, and each certificate takes up to thousands of noisy inputs, whose rows are "
-            "not counted before the run yet; give the model itself, or a function that returns it"
-        )
     if base.rejects:
         raise UsageError(
             "the model has a detector that rejects inputs, and votes are counted for classes; give the network without "

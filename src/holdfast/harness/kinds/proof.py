@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from holdfast.core.threat import ThreatModel
     from holdfast.harness.plan import Plan
 
+AT_ONCE = 16
+"""Number of examples that randomised smoothing certifies between two checks of the time limit."""
 DOUBLE = "double precision"
 """Name under which a target keeps the copy of its model in double precision."""
 
@@ -41,6 +43,8 @@ class ProofKind(StageKind, Protocol):
     proves: ClassVar[bool] = True
     at_once: ClassVar[int | None] = None
     """largest number of examples between two checks of the time limit; None for the batch size of the run"""
+    refutes: ClassVar[bool] = True
+    """whether the methods return counterexamples, which are then judged"""
     title: ClassVar[str] = "{}"
     listed: ClassVar[str] = "proofs"
 
@@ -90,6 +94,8 @@ class ProofKind(StageKind, Protocol):
             # raises the error of the run's time limit, which the bounds of a traced model do not notice
             target.quick(batch.x[:1], batch.ids[:1])
         proofs = ready(batch)
+        if not self.refutes:
+            proofs = replace(proofs, broken=torch.zeros_like(proofs.broken))
         refuse_contradictory(proofs)
         columns = {
             "certified": proofs.certified,
@@ -159,10 +165,15 @@ class ProofKind(StageKind, Protocol):
 
 
 class StatisticalProof(ProofKind):
-    """Kind of stage for a method whose certificates have a failure probability: randomised smoothing."""
+    """Kind of stage for a method whose certificates have a failure probability: randomised smoothing.
+
+    Its draws may show that the model predicts another class at a clean input. As the votes of the clean stage say
+    otherwise, the example remains undecided.
+    """
 
     name = "statistical-proof"
-    at_once: ClassVar[int | None] = 16
+    at_once: ClassVar[int | None] = AT_ONCE
+    refutes = False
 
     def stages(self, plan: "Plan") -> list[Stage]:
         """Return the stages of the statistical methods, in their order."""
