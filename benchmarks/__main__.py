@@ -41,6 +41,7 @@ ROWS = {
     "resume": "resume",
     "swaps": "swaps",
     "draws": "draws",
+    "smoothing": "smoothing",
     "rotation": "rotation",
     "new-basins": "new_basins",
     "rotation-robust": "rotation_robust",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from holdfast.api import assess, compare, demo, doctor, harden, report, verify
     from holdfast.attacking import attack
+    from holdfast.certifiers.smoothed import Smoothed
     from holdfast.certifying import certify
     from holdfast.config.clusters import Ray
     from holdfast.config.references import open_data, open_model
@@ -41,6 +42,7 @@ __all__ = [
     "Linf",
     "Patch",
     "Ray",
+    "Smoothed",
     "Spatial",
     "ThreatModel",
     "__version__",
@@ -76,6 +78,7 @@ _HOMES = {
     "Linf": "holdfast.core.constraints",
     "Patch": "holdfast.core.patches",
     "Ray": "holdfast.config.clusters",
+    "Smoothed": "holdfast.certifiers.smoothed",
     "Spatial": "holdfast.core.transformations",
     "ThreatModel": "holdfast.core.threat",
     "assess": "holdfast.api",

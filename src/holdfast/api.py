@@ -286,7 +286,7 @@ def harden(
     )
     sources = sources_given(model, data, settings)
     folder = folder_of(run, resume=resume)
-    subject, training, test, fit_data = hardening.open_for_hardening(sources, fit, unlabelled)
+    subject, training, test, fit_data = hardening.open_for_hardening(sources, fit, unlabelled, recipe)
     request = hardening.harden_request(
         settings,
         sources,
@@ -316,8 +316,8 @@ def carry_out_hardening(
 
     `command` is the command line that repeats the run; the run stores it.
     """
-    sources, fit, unlabelled = sources_at(settings), settings.others.fit, settings.options.unlabelled
-    subject, training, test, fit_data = hardening.open_for_hardening(sources, fit, unlabelled)
+    sources = sources_at(settings)
+    subject, training, test, fit_data = hardening.open_for_settings(settings, sources)
     request = hardening.harden_request(
         settings,
         sources,

@@ -17,6 +17,7 @@ from torch import Tensor
 from holdfast.certifiers.alpha import Optimised, optimised
 from holdfast.certifiers.crown import Choices, substitute
 from holdfast.certifiers.graph import Graph
+from holdfast.certifiers.leaves import solved_leaf
 from holdfast.certifiers.linear import Interval
 from holdfast.certifiers.nonlinear import ReLU
 from holdfast.certifiers.relaxation import Relaxation
@@ -28,7 +29,7 @@ _DESCENT_STEPS = 40
 
 
 @dataclass(frozen=True)
-class Claim:
+class OutputProperty:
     """The claim that at least one of some linear functions of the outputs of a network is positive."""
 
     rows: Tensor
@@ -116,7 +117,7 @@ class Tree:
     """Branch and bound for one claim about one example, from the relaxation of the example."""
 
     root: Relaxation
-    claim: Claim
+    claim: OutputProperty
     search: Search
     deadline: float
     """value of `time.perf_counter()` at which the search ends"""
@@ -209,10 +210,12 @@ class Tree:
         )
         leaves = (scores.amax(1) < 0).nonzero()[:, 0]
         if len(leaves):
-            witness = self._descended(corners[leaves])
+            solved, witness = self._solved(problems.take(leaves))
+            if witness is None and bool((solved.bound <= 0).any()):
+                witness = self._descended(corners[leaves])
+                solved = self._bounded(solved, steps=_LEAF_STEPS)
             if witness is not None:
                 return problems, witness, False
-            solved = self._bounded(problems.take(leaves), steps=_LEAF_STEPS)
             if bool((solved.bound <= 0).any()):
                 return problems, None, True
             # leaves that are proved now take no part in the division
@@ -224,6 +227,21 @@ class Tree:
         split = self._chosen(problems, scores)
         children = _Problems.joined([self._with_sign(problems, split, sign) for sign in (1.0, -1.0)])
         return self._bounded(children), None, False
+
+    def _solved(self, leaves: _Problems) -> tuple[_Problems, Tensor | None]:
+        """Leaves with the bounds of linear programs, if their region is a box, and a counterexample or None."""
+        if self.root.region.norm is not None:
+            return leaves, None
+        bound = leaves.bound.clone()
+        for row in (bound <= 0).nonzero()[:, 0].tolist():
+            leaf = leaves.take(torch.tensor([row], device=bound.device))
+            exact = solved_leaf(
+                self._relaxation(leaf.signs), leaf.signs, self.claim.rows, self.claim.constants
+            )
+            bound[row] = max(float(bound[row]), exact.bound)
+            if bound[row] <= 0 and bool(self.violated(exact.point).any()):
+                return leaves, exact.point[0]
+        return _Problems(leaves.signs, bound, leaves.choices), None
 
     def _scores(self, relaxation: Relaxation, index: int, a: Tensor) -> Tensor:
         """Estimates of how much a sign of each input of a ReLU improves the bound; -1 where the sign is known."""

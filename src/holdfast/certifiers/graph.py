@@ -16,6 +16,10 @@ from holdfast.certifiers.nonlinear import Activation, MaxPool
 
 Operation = Linear | Activation | MaxPool
 
+ROUNDINGS = 2
+"""number of times that the rounding error of an operation is counted: in the computation of its bounds, and in the
+network itself, so that bounds contain what the network returns in the same data type, in any order of summation"""
+
 
 @dataclass(frozen=True, eq=False)
 class Node:
@@ -78,7 +82,7 @@ class Graph:
     def intervals(self, x: Interval) -> list[Interval]:
         """Return bounds of the values of all nodes for all inputs within the given bounds (n, *shape).
 
-        Bounds are enlarged by the rounding errors of their computation. Gradients pass through them.
+        Bounds are enlarged by the rounding errors of their computation and of the network. Gradients pass through them.
         """
         bounds = [x]
         for node in self.nodes:
@@ -100,7 +104,7 @@ def interval_of(node: Node, inputs: Sequence[Interval]) -> Interval:
         return low, high
     with torch.no_grad():
         sizes = operation.magnitude(*(largest(each) for each in inputs))
-        error = sizes * gamma(operation.terms + 4, low.dtype)
+        error = ROUNDINGS * sizes * gamma(operation.terms + 4, low.dtype)
     return low - error, high + error
 
 

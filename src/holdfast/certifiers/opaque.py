@@ -20,7 +20,7 @@ from holdfast.certifiers.nonlinear import Activation
 from holdfast.certifiers.operators import TRANSLATIONS
 from holdfast.certifiers.spectral import UP, spectral_bound
 from holdfast.certifiers.tracing import traced
-from holdfast.certifiers.translation import Translator, Value
+from holdfast.certifiers.translation import TracedValue, Translator
 from holdfast.core.model import Classifier
 from holdfast.core.types import Inputs
 from holdfast.ops.lipschitz import CayleyConv2d, MaxMin, SLLConv2d, overlaps
@@ -113,7 +113,7 @@ def _recording(model: Classifier) -> Iterator[Classifier]:
         _traced_layers.clear()
 
 
-def _translated(to: Translator, x: Value, place: Value) -> Value:
+def _translated(to: Translator, x: TracedValue, place: TracedValue) -> TracedValue:
     layer = _traced_layers[place.constant]
     gain = _gain(layer, to.shape_of(x))
     return to.add(Contraction(deepcopy(layer).double(), gain), x)

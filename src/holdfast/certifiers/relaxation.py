@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.graph import Graph, gamma, interval_of, largest
+from holdfast.certifiers.graph import ROUNDINGS, Graph, gamma, interval_of, largest
 from holdfast.certifiers.linear import Interval, Linear
 from holdfast.certifiers.nonlinear import Activation, Lines, MaxPool, PoolLines, ReLU
 from holdfast.certifiers.region import Region
@@ -60,7 +60,7 @@ class Relaxation:
         operation, dtype = node.operation, self.region.low.dtype
         sizes = [largest(self.bound(i)) for i in node.inputs]
         if isinstance(operation, Linear):
-            return operation.magnitude(*sizes) * gamma(operation.terms + 4, dtype)
+            return ROUNDINGS * operation.magnitude(*sizes) * gamma(operation.terms + 4, dtype)
         lines, n_values = self.lines_of(index), node.shape.numel()
         if isinstance(lines, PoolLines):
             slopes = lines.upper + lines.lower

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from holdfast.certifiers.alpha import optimised, sharpen
-from holdfast.certifiers.branching import Claim, Decision, Search, Tree, splittable
+from holdfast.certifiers.branching import Decision, OutputProperty, Search, Tree, splittable
 from holdfast.certifiers.crown import relaxed, substitute
 from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.protocol import Proofs, ReadyProver
@@ -101,7 +101,7 @@ class _Searching:
         if len(open_rows) and not self.search:
             stopped = not sharpen(relaxation, self.steps, deadline) or stopped
         for row in open_rows[first[open_rows].argsort()].tolist():
-            claim = Claim(rows[0, row : row + 1], rows.new_zeros(1))
+            claim = OutputProperty(rows[0, row : row + 1], rows.new_zeros(1))
             decision = self._decided(relaxation, claim, one, deadline)
             work, stopped = work + decision.work, stopped or decision.stopped
             proved[row] = max(float(proved[row]), decision.bound)
@@ -123,7 +123,9 @@ class _Searching:
             stopped=torch.full_like(none.stopped, stopped),
         )
 
-    def _decided(self, relaxation: Relaxation, claim: Claim, one: Batch, deadline: float) -> Decision:
+    def _decided(
+        self, relaxation: Relaxation, claim: OutputProperty, one: Batch, deadline: float
+    ) -> Decision:
         output = relaxation.graph.output
         best = optimised(relaxation, output, claim.rows[None], steps=self.steps)
         bound = float((best.lower + claim.constants).amax())

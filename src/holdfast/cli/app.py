@@ -78,9 +78,9 @@ def verbs() -> None:
     """Assess, certify, harden and rotate machine-learning models against adversarial attacks."""
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def main(args: Sequence[str] | None = None, program: click.Group = verbs, name: str = "holdfast") -> None:
     """Run the command line `args`, by default that of the process, and end the process with the exit code of the
-    command.
+    command. `name` is the name of the program.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     # read by the import of torch: threads that spin while they wait make a run five times slower if a core is busy
@@ -88,7 +88,7 @@ def main(args: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, Stopper())
     _outlive_readers()
     try:
-        code = run(arguments)
+        code = run(arguments, program, name)
     except KeyboardInterrupt as stopped:  # between the end of the command and this line
         code = _stopped(stopped, arguments)
     for number in (
@@ -99,14 +99,14 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run a command line and return its exit code.
+def run(arguments: Sequence[str], program: click.Group = verbs, name: str = "holdfast") -> int:
+    """Run a command line of a program and return its exit code.
 
     An error is written to stderr as one message, after a traceback if `arguments` contains --debug.
     """
     debug = "--debug" in arguments
     try:
-        code = verbs.main(args=list(arguments), prog_name="holdfast", standalone_mode=False)
+        code = program.main(args=list(arguments), prog_name=name, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except click.exceptions.Exit as ended:
         return ended.exit_code

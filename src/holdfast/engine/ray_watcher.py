@@ -35,7 +35,7 @@ def folder_watcher(folder: Path, temporary: Path | None = None) -> "subprocess.P
 
 
 def close(watcher: "subprocess.Popen[bytes]") -> None:
-    """Let a watcher remove its folder now, and wait until it is removed."""
+    """Let a watcher remove its folder now, and wait until it is removed, if processes are ended before."""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         watcher.communicate(CLOSED, timeout=2 * _PATIENCE_S)
 
@@ -52,6 +52,9 @@ def processes_with(temporary: str) -> list[int]:
 
 def main(folder: str, temporary: str = "") -> None:
     """Wait for the end of the input, then end the processes and remove the folder."""
+    # Ray kills the children of a worker that it ends, so that the watcher of a worker must be none of them
+    if not temporary and hasattr(os, "fork") and os.fork():
+        os._exit(0)
     closed = sys.stdin.buffer.read() == CLOSED
     if temporary:
         if not closed:

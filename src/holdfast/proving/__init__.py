@@ -1,1 +1,1 @@
-"""Measurements that combine provers with attacks."""
+"""Combines provers with attacks: decides queries about networks, and measures the geometry of decision boundaries."""
