@@ -7,7 +7,7 @@ import torch
 
 import holdfast
 from holdfast import L2, Batch, Linf, ThreatModel
-from holdfast.certifiers.provers import IBP, Crown, CrownIBP, GraphProver, prepared_graph
+from holdfast.certifiers.provers import IBP, Crown, CrownIBP, GraphProver
 from holdfast.certifiers.searching import AlphaCrown, BranchAndBound
 from holdfast.core.errors import HoldfastError
 from holdfast.sources.data import open_data
