@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.alpha import optimised
+from holdfast.certifiers.alpha import optimised, sharpen
 from holdfast.certifiers.branching import Search, Tree, splittable
 from holdfast.certifiers.crown import relaxed, substitute
 from holdfast.certifiers.graph import Graph
@@ -31,6 +31,8 @@ _FEW, _MANY = 6, 20
 """numbers of inputs up to which only boxes are divided, and up to which boxes and signs of ReLUs are divided in turn"""
 _STEPS = 20
 """steps of the optimisation of bounds before the first division"""
+_MOST_SHARPENED = 1500
+"""number of inputs of ReLUs of unknown sign up to which the bounds of all of them are optimised: at most some seconds"""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class _Prover:
     excluded: bool = False
     hopeless: bool = False
     """whether no method can continue"""
+    sharpened: dict[int, Relaxation] = field(default_factory=dict)
+    """relaxations with optimised bounds, by the index of the graph"""
 
     def __post_init__(self) -> None:
         self.left = list(range(len(self.problem.targets)))
@@ -153,9 +157,10 @@ class _Prover:
         return witness
 
     def _by_signs(self, deadline: float) -> Witness | None:
-        for i, j in enumerate(list(self.left)):
+        waiting = list(self.left)
+        for i, j in enumerate(waiting):
             now = time.perf_counter()
-            until = now + (deadline - now) / (len(self.left) - i)
+            until = now + (deadline - now) / (len(waiting) - i)
             target = self.problem.targets[j]
             for graph in self.graphs:
                 bound, stopped = self._decided(graph, target, until)
@@ -171,7 +176,7 @@ class _Prover:
     def _decided(self, graph: Graph, target: UnsafeSet, deadline: float) -> tuple[float, bool]:
         """The bound of a target by branch and bound over signs, and whether the time limit ended it."""
         with torch.no_grad():
-            relaxation = self._relaxation(graph)
+            relaxation = self._sharpened(graph)
             claim = target.claim(relaxation.region.low.dtype)
             first = optimised(relaxation, graph.output, claim.rows[None], steps=_STEPS)
             bound = float((first.lower + claim.constants).amax())
@@ -195,6 +200,17 @@ class _Prover:
                 confirmed[i] = True
                 break
         return confirmed
+
+    def _sharpened(self, graph: Graph) -> Relaxation:
+        """The relaxation for all targets and subproblems, with optimised bounds if the network is small enough."""
+        index = self.graphs.index(graph)
+        if index not in self.sharpened:
+            relaxation = self._relaxation(graph)
+            bounds = [relaxation.bound(i) for i in graph.bounded]
+            if sum(int(((low < 0) & (high > 0)).sum()) for low, high in bounds) <= _MOST_SHARPENED:
+                sharpen(relaxation, _STEPS)
+            self.sharpened[index] = relaxation
+        return self.sharpened[index]
 
     def _relaxation(self, graph: Graph) -> Relaxation:
         shape = (1, *graph.shape)
