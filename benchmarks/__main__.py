@@ -24,6 +24,7 @@ from benchmarks.absent import Absent
 ROWS = {
     "import": "imports",
     "odd-batches": "odd_batches",
+    "soundness": "soundness",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
     "cluster": "cluster",
@@ -40,6 +41,7 @@ ROWS = {
     "resume": "resume",
     "swaps": "swaps",
     "draws": "draws",
+    "smoothing": "smoothing",
     "rotation": "rotation",
     "new-basins": "new_basins",
     "rotation-robust": "rotation_robust",

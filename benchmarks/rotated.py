@@ -32,7 +32,7 @@ from holdfast.ops.losses import cross_entropy, margin_loss
 from holdfast.ops.recipe import Recipe
 from holdfast.recipes import SingleStep, Standard
 from holdfast.rotation import Basins, Immunise, Members, Task, Trajectory, collect, put, weights_of
-from holdfast.rotation.collecting import trained_anew
+from holdfast.rotation.collecting import trained_from_fresh_weights
 from holdfast.sources.data import open_data
 from holdfast.sources.expected import Expected
 
@@ -177,7 +177,7 @@ def seeds(kind: Kind, seed: int, n: int, *, small: bool = False) -> list[Classif
 
 
 def _seed(kind: Kind, seed: int, k: int, *, small: bool) -> Classifier:
-    return trained_anew(kind.task(small=small), Draws(seed).at("run", k))
+    return trained_from_fresh_weights(kind.task(small=small), Draws(seed).at("run", k))
 
 
 def kept(kind: Kind, name: str, made: Callable[[], Classifier]) -> Classifier:

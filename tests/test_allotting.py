@@ -77,15 +77,15 @@ def test_doubts_say_what_was_not_run_and_on_how_few_examples_others_were():
         Doubt("noise", "clear", 0.0, 0.005, 9, "random draws break 0"),
         Doubt("not-exhausted", "clear", 0.0, 2.0),
         Doubt("state", "clear", 0.0, 0.0, 20, "no layer"),
-        Doubt("randomness", "not measured", says="no example was left"),
+        Doubt("randomness", "not measured", message="no example was left"),
         Doubt("chance", "clear"),
     )
     found = {doubt.name: doubt for doubt in as_allotted(doubts, allotment)}
-    assert found["noise"].says.startswith(
+    assert found["noise"].message.startswith(
         "random draws break 0; 9 of 20 examples, because for a served model"
     )
-    assert found["not-exhausted"] == Doubt("not-exhausted", "not measured", says="A")
-    assert found["state"] == Doubt("state", "not measured", says="S")
-    assert found["randomness"].says == "S" and found["chance"] is doubts[-1]
+    assert found["not-exhausted"] == Doubt("not-exhausted", "not measured", message="A")
+    assert found["state"] == Doubt("state", "not measured", message="S")
+    assert found["randomness"].message == "S" and found["chance"] is doubts[-1]
     broken = Doubt("not-exhausted", "raised", 1.0, 0.0)
     assert as_allotted((broken,), allotment) == (broken,)

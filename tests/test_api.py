@@ -85,7 +85,7 @@ def test_gradients_are_switched_on_where_the_caller_has_them_off(off):
     with off():
         net = network()  # made in inference mode too
         assert torch.equal(holdfast.assess(net, (X, Y), "linf:0.1", ATTACKS).evidence["success"], wanted)
-        assert any(found.says == "gradients reach the input" for found in holdfast.doctor(net, (X, Y)))
+        assert any(found.message == "gradients reach the input" for found in holdfast.doctor(net, (X, Y)))
 
 
 class Counted(torch.utils.data.Dataset):
@@ -490,7 +490,7 @@ def test_words_for_an_address_are_refused_for_data_in_hand(words, said):
 
 def test_the_doctor_sees_what_the_caller_has():
     findings = holdfast.doctor(lambda x: network()(x).softmax(1), (X, Y))
-    assert any(finding.level != "good" and "probabilit" in finding.says for finding in findings)
+    assert any(finding.level != "good" and "probabilit" in finding.message for finding in findings)
 
 
 def test_attacks_may_come_from_a_generator():

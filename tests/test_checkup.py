@@ -54,7 +54,7 @@ def test_folders_that_lack_classes_are_named(tmp_path: Path) -> None:
             Image.fromarray(pixels).save(place / f"{len(list(place.iterdir()))}.png")
     found = {finding.check: finding for finding in holdfast.doctor("mnist-cnn", tmp_path)}
     assert found["classes"].level == "problem"
-    assert "2 class folders (2, 7)" in found["classes"].says and "10 classes" in found["classes"].says
+    assert "2 class folders (2, 7)" in found["classes"].message and "10 classes" in found["classes"].message
     names = ",".join(map(str, range(10)))
     found = {
         f.check: f for f in holdfast.doctor(holdfast.open_model("mnist-cnn", class_names=names), tmp_path)
@@ -111,7 +111,7 @@ def test_labels_from_1_that_lack_the_last_class_do_not_fit() -> None:
     batch = Batch(torch.nn.functional.one_hot(classes, 4).float(), classes + 1, torch.arange(60))
     found, forwards = misfit(model, batch, 60)
     assert found is not None and (found.check, found.gain) == ("labels", 1.0)
-    assert "0%, but 100% with labels -1" in found.says
+    assert "0%, but 100% with labels -1" in found.message
     assert forwards == 2 * 60
     constant = replace(batch, y=torch.where(batch.ids < 50, 2, 3), x=torch.eye(4)[[1]].repeat(60, 1))
     honest = replace(batch, y=classes)

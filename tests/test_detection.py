@@ -92,7 +92,7 @@ def test_a_detector_without_a_gradient_raises_a_doubt_that_only_a_way_round_it_a
     blind, known = (assessed(model, batch, doubts="all", adaptive=chosen) for chosen in ((), arms))
     doubts = [{doubt.name: doubt for doubt in found.doubts}["zero-gradient"] for found in (blind, known)]
     assert doubts[0].state == "raised"
-    assert "no gradient of the detector's score reaches any input" in doubts[0].says
+    assert "no gradient of the detector's score reaches any input" in doubts[0].message
     assert doubts[1].state == ("answered" if kind == "declared" else "raised")
     left = int((known.evidence["correct"] & ~known.evidence["success"]).sum())
     assert left >= stands.sum()
@@ -178,7 +178,7 @@ def test_a_soft_gradient_changes_no_logit():
 def test_what_a_pass_on_the_detector_breaks_is_a_doubt():
     doubt = next(doubt for doubt in walled().doubts if doubt.name == "not-exhausted")
     assert doubt.state == "raised"
-    assert "on the detector" in doubt.says
+    assert "on the detector" in doubt.message
 
 
 def test_the_adaptive_run_tries_several_weights_and_only_on_a_detector():

@@ -15,6 +15,7 @@ import torch
 from benchmarks import page as benchmarks_page
 from benchmarks.__main__ import ROWS
 from benchmarks.record import newest
+from benchmarks.rows.recipes import FOR_SMOOTHING
 from holdfast import attacks
 from holdfast.attacks import Flow
 from holdfast.attacks.protocol import Learned
@@ -22,7 +23,7 @@ from holdfast.cli.app import _COMMANDS
 from holdfast.config.consent import CONSENT
 from holdfast.config.naming import VARIANTS
 from holdfast.config.recipes import build_recipe, written_fields
-from holdfast.config.settings import AssessSettings, HardenSettings, RotateSettings, keys_of
+from holdfast.config.settings import AssessSettings, CertifySettings, HardenSettings, RotateSettings, keys_of
 from holdfast.config.spellings import SPELLINGS, SUITE_SPELLINGS, attack_called, folded, suite_called
 from holdfast.core.catalogue import ATTACKS as NAMES
 from holdfast.core.catalogue import RECIPES as CLASSES
@@ -37,6 +38,7 @@ from holdfast.core.transformations import Spatial
 from holdfast.doubts.names import DOUBTS
 from holdfast.harness import measure
 from holdfast.metrics.names import METRICS
+from holdfast.ops.denoiser import with_denoiser
 from holdfast.ops.fit import Training
 from holdfast.sources.data import open_data
 from holdfast.sources.models import bundled_models, open_model
@@ -201,7 +203,7 @@ def test_every_key_of_the_configuration_is_described_as_in_the_schema():
     }
     known = {
         key: entry.field.description
-        for kind in (RotateSettings, HardenSettings, AssessSettings)  # of several, that of harden
+        for kind in (RotateSettings, CertifySettings, HardenSettings, AssessSettings)  # of several, the last
         for key, entry in keys_of(kind).items()
     }
     for key in CONSENT:
@@ -210,7 +212,10 @@ def test_every_key_of_the_configuration_is_described_as_in_the_schema():
 
 
 def test_the_flags_of_the_configuration_page_exist():
-    pages = (ROOT / "tests" / "cli" / "help" / f"{name}.txt" for name in ("harden", "assess", "rotate-run"))
+    pages = (
+        ROOT / "tests" / "cli" / "help" / f"{name}.txt"
+        for name in ("harden", "assess", "certify", "rotate-run")
+    )
     shown = "".join(page.read_text(encoding="utf-8") for page in pages)
     for row in rows("reference/configuration.md", "key"):
         for flag in re.findall(r"`(-[\w-]+)`", row["option"]):
@@ -236,7 +241,11 @@ def test_every_recipe_has_a_row():
 
 
 def test_every_recipe_has_a_record():
-    assert sorted(row["recipe"] for row in newest("recipes")["table"]) == sorted(CLASSES)
+    recorded = {row["recipe"] for row in newest("recipes")["table"]}
+    assert recorded | FOR_SMOOTHING == set(CLASSES)
+    assert not recorded & FOR_SMOOTHING
+    smoothed = newest("smoothing")["config"]
+    assert {f"{CLASSES[name].cls}(" in str(smoothed) for name in FOR_SMOOTHING} == {True}
 
 
 @pytest.mark.parametrize("row, first", [("recipes", "trained by"), ("regularisers", "at a small eps")])
@@ -298,8 +307,10 @@ def test_a_recipe_costs_and_cites_what_its_row_states(row):
         short = replace(recipe, training=Training(epochs=epochs, batch=8), **guarded)
         Counting.asked = 0
         model = Classifier(Counting(fakes.network().net)).requires_grad_()
+        if name == "denoised":
+            model.net = with_denoiser(model.net, {"channels": 3, "width": 4, "depth": 2})
         counted = sum(point.measured["forwards"] for point in short(model, data, threat, rng=Draws(0)))
-        if name not in {"ensemble", "hat"}:  # which ask other networks, too
+        if name not in {"denoised", "ensemble", "hat"}:  # which ask other networks, too
             assert counted * len(data) == pytest.approx(Counting.asked, abs=1)  # a look at one example before
         return Counting.asked
 
@@ -310,6 +321,16 @@ def test_a_recipe_costs_and_cites_what_its_row_states(row):
     else:
         assert forwards == int(row["forwards"])
         assert asked(1, 0.0) == asked(1, 0.05 / 1000) == asked(1)  # by which a budget is planned
+
+
+def test_the_page_has_the_recorded_numbers_of_smoothing():
+    recorded = [{**row, "radius": row["eps"]} for row in newest("smoothing")["table"]]
+    for first in ("eps", "radius", "network"):
+        documented = rows("concepts/smoothing.md", first)
+        expected = [row for row in recorded if (first == "network") == ("by Cohen's" not in row)]
+        assert [{name: re.sub(r",(?=\d)", "", cell) for name, cell in row.items()} for row in documented] == [
+            {name: str(row[name]) for name in documented[0]} for row in expected
+        ]
 
 
 def test_the_page_has_the_recorded_numbers_of_rotating():

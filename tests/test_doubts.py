@@ -157,14 +157,14 @@ def test_an_honest_network_raises_nothing(net):
     assert {doubt.name for doubt in result.doubts if doubt.state == "not measured"} == {"transfer"}
     assert not result.fallen
     for doubt in result.doubts:
-        assert doubt.says
+        assert doubt.message
         assert doubt.name == "transfer" or doubt.n > 0
 
 
 def test_losses_that_break_alike_are_not_played_off(net):
     hardly = ThreatModel(Linf(1e-6))
     (found,) = (doubt for doubt in findings(net, threat=hardly).doubts if doubt.name == "loss-spread")
-    assert found.says == "with each of its untargeted losses PGD-20 breaks 0.0 %"
+    assert found.message == "with each of its untargeted losses PGD-20 breaks 0.0 %"
 
 
 @pytest.mark.parametrize("bias", [1e3, -1e3])
@@ -198,7 +198,7 @@ def test_saturation_raises_scale_and_is_no_zero_gradient(net):
     by_name = {doubt.name: doubt for doubt in result.doubts}
     assert by_name["scale"].state == "raised"
     assert by_name["zero-gradient"].state == "clear"
-    assert "saturation" in by_name["zero-gradient"].says
+    assert "saturation" in by_name["zero-gradient"].message
 
 
 def test_distillation_raises_scale():
@@ -223,7 +223,7 @@ def test_a_suite_that_averages_over_draws_answers_randomness(net):
     averaged = findings(noisy, circumstances=Circumstances(THREAT, "rand@1"), only={"steadiness"})
     doubt = next(d for d in averaged.doubts if d.name == "randomness")
     assert doubt.state == "clear"
-    assert "averages" in doubt.says
+    assert "averages" in doubt.message
     assert doubt.statistic > doubt.threshold
 
 
@@ -253,7 +253,7 @@ def test_layers_in_train_mode_raise_state(net):
     )
     doubt = next(d for d in result.doubts if d.name == "state")
     assert doubt.state == "raised"
-    assert "net.1" in doubt.says
+    assert "net.1" in doubt.message
 
 
 def test_only_layers_that_mind_the_mode_count_as_in_training():
@@ -292,7 +292,7 @@ def test_the_same_weights_without_what_hides_them_raise_transfer(net):
     (found,) = (doubt for doubt in findings(net, threat=held, only=only).doubts if doubt.name == "transfer")
     assert found.state == "clear"
     assert found.n > 0
-    assert "a transfer attack from the surrogates" in found.says
+    assert "a transfer attack from the surrogates" in found.message
 
 
 def test_a_network_that_cuts_the_graph_has_a_zero_gradient(net):
@@ -346,7 +346,7 @@ def test_what_breaks_a_standing_example_keeps_to_the_budget_of_the_threat(net, a
     judged = 1
     for name in ("noise", "search", "again"):
         assert 0 < int(spent[name].queries.max()) <= threat.queries + judged
-    said = {d.name: d.says for d in conclude(found, columns, Circumstances(threat, "black-box@1")).doubts}
+    said = {d.name: d.message for d in conclude(found, columns, Circumstances(threat, "black-box@1")).doubts}
     assert said["noise"].startswith("30 random inputs")
 
 

@@ -154,7 +154,7 @@ def test_a_doubt_that_the_true_value_is_lower_leaves_an_upper_bound_alone(text, 
 
 
 def test_an_accepted_doubt_is_not_open():
-    accepted = Doubts(RAISED.found, {"scale": "logits are scaled on purpose"})
+    accepted = Doubts(RAISED.results, {"scale": "logits are scaled on purpose"})
     assert RAISED.open == ("scale",)
     assert accepted.open == ()
     assert AtLeast(0.5)(Estimate(0.8, 0.7, 0.9, 100), accepted) == "pass"

@@ -15,8 +15,8 @@ from holdfast.testing.laws import Case
 from holdfast.testing.shapes import unchecked
 
 STRONG = {
-    laws.agrees_with_the_oracle,
-    laws.keeps_what_it_found,
+    laws.agrees_with_exact_distances,
+    laws.returns_successful_queries,
     laws.works_for_any_number_of_classes,
     laws.takes_inputs_of_any_shape,
     laws.reaches_targets,
@@ -28,7 +28,7 @@ SIZES = {
     laws.stays_inside,
     laws.works_for_any_number_of_classes,
     laws.takes_inputs_of_any_shape,
-    laws.survives_odd_batches,
+    laws.handles_unusual_batches,
 }
 """The laws with inputs of several types and sizes; only there shapes are checked, which takes a quarter of the time."""
 
@@ -74,7 +74,7 @@ def test_law_of_what_is_no_ball(case, law):
 def test_more_never_loses(weaker, stronger, norms):
     with unchecked():
         for norm in norms:
-            laws.more_never_loses(weaker, stronger, norm)
+            laws.breaks_all_that_a_weaker_one_breaks(weaker, stronger, norm)
 
 
 def test_every_attack_of_the_catalogue_has_its_cases():

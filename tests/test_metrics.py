@@ -15,6 +15,7 @@ from holdfast.metrics.catalogue import BY_EPS, PAIRED, PLAIN, estimate, estimate
 from holdfast.metrics.columns import Absent
 from holdfast.metrics.corruptions import ACCURACIES
 from holdfast.metrics.curves import POINTS, accuracy_against_eps, accuracy_against_queries
+from holdfast.metrics.gap import robust_error_gap
 from holdfast.metrics.names import AT_EPS, DETECTION, METRICS
 from holdfast.metrics.names import PAIRED as PAIRED_NAMES
 
@@ -75,6 +76,7 @@ def test_every_value_lies_in_its_interval_and_names_its_n():
     corrupted = {*ACCURACIES, "corruption_error_rate", "worst_corruption", "mce"}
     others = {
         *DETECTION,
+        "certified_accuracy",
         "rejection_rate",
         "targeted_success_rate",
         "transfer_success",
@@ -366,3 +368,18 @@ def test_classes_of_a_randomised_model_count_chances_as_the_whole_does():
     assert rows == [0.75, 0.25]
     assert shares.worst_class(evidence).value == 0.25
     assert shares.robust_accuracy(evidence).value == 0.5
+
+
+def test_the_robust_error_gap_is_the_difference_of_both_errors():
+    digest = torch.arange(100, 160)[:, None].expand(60, 32).to(torch.uint8)
+    broken = torch.arange(60) % 5 == 1
+    training = evidence(digest=digest, correct=torch.ones(60, dtype=torch.bool), success=broken)
+    test = evidence()
+    errors = [1 - float((each["correct"] & ~each["success"]).double().mean()) for each in (test, training)]
+    gap = robust_error_gap(test, training)
+    assert gap.value == pytest.approx(errors[0] - errors[1])
+    assert 0 < gap.low < gap.value < gap.high < 1
+    with pytest.raises(UsageError, match="60 of 60 test examples are training examples"):
+        robust_error_gap(test, test)
+    with pytest.raises(UsageError, match="the threat model of the first is Linf"):
+        robust_error_gap(test, dataclasses.replace(training, threat=ThreatModel(L2(1.0))))

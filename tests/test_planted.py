@@ -94,13 +94,13 @@ def ten_classes(model, batch, threat, x_adv):
         (outside_the_ball, laws.stays_inside),
         (outside_the_box, laws.stays_inside),
         (not_a_number, laws.stays_inside),
-        (the_clean_input, laws.keeps_what_it_found),
-        (the_clean_input, laws.agrees_with_the_oracle),
-        (towards_the_next_class, laws.agrees_with_the_oracle),
+        (the_clean_input, laws.returns_successful_queries),
+        (the_clean_input, laws.agrees_with_exact_distances),
+        (towards_the_next_class, laws.agrees_with_exact_distances),
         (the_clean_input, laws.reaches_targets),
-        (in_place, laws.leaves_its_arguments_alone),
-        (mixed_with_its_company, laws.ignores_the_company),
-        (fresh_draws, laws.repeats_itself),
+        (in_place, laws.does_not_change_its_arguments),
+        (mixed_with_its_company, laws.does_not_depend_on_the_batch),
+        (fresh_draws, laws.is_reproducible),
     ],
 )
 def test_a_bad_attack_breaks_its_law(spoil, law):
@@ -112,7 +112,7 @@ def test_a_bad_attack_breaks_its_law(spoil, law):
 @pytest.mark.parametrize(
     "spoil, law, error",
     [
-        (contiguous_only, laws.survives_odd_batches, RuntimeError),
+        (contiguous_only, laws.handles_unusual_batches, RuntimeError),
         (ten_classes, laws.works_for_any_number_of_classes, RuntimeError),
     ],
 )
@@ -127,7 +127,7 @@ def test_gradients_left_on_the_weights_are_seen():
         return x_adv
 
     with pytest.raises(AssertionError, match="left a gradient on"):
-        laws.leaves_the_model_alone(case(forgets))
+        laws.does_not_change_the_model(case(forgets))
 
 
 def test_an_attack_that_declares_too_little_is_seen():
@@ -139,7 +139,7 @@ def test_an_attack_that_declares_too_little_is_seen():
             return CLIMB(model, batch, threat, rng=rng)
 
     with pytest.raises(AssertionError, match="sees more than scores"):
-        laws.declares_what_it_must_see(Case(Modest(), Linf))
+        laws.needs_only_the_declared_access(Case(Modest(), Linf))
 
 
 def test_restarts_that_forget_are_seen():
@@ -153,9 +153,9 @@ def test_restarts_that_forget_are_seen():
         def __call__(self, model, batch, threat, *, rng):
             return CLIMB(model, batch, threat, rng=rng) if self.restarts == 1 else batch.x.clone()
 
-    laws.more_never_loses(PGD(steps=3), PGD(steps=3, restarts=3), Linf)
+    laws.breaks_all_that_a_weaker_one_breaks(PGD(steps=3), PGD(steps=3, restarts=3), Linf)
     with pytest.raises(AssertionError, match="loses"):
-        laws.more_never_loses(Forgetful(1), Forgetful(3), Linf)
+        laws.breaks_all_that_a_weaker_one_breaks(Forgetful(1), Forgetful(3), Linf)
 
 
 # --- bugs in what attacks stand on
@@ -264,24 +264,24 @@ def believes_the_attack(monkeypatch):
 @pytest.mark.parametrize(
     "plant, law",
     [
-        (moves_feasible_points, partial(geometry.leaves_feasible_points_alone, Linf(0.3), 0)),
-        (moves_feasible_points, partial(geometry.projects_once, Linf(0.3), 0)),
+        (moves_feasible_points, partial(geometry.does_not_change_feasible_points, Linf(0.3), 0)),
+        (moves_feasible_points, partial(geometry.projection_is_idempotent, Linf(0.3), 0)),
         (box_after_ball, partial(geometry.projects_to_the_nearest, L2(0.5), 0)),
         (no_box, partial(geometry.projects_inside, Linf(0.3), 0)),
         (no_box, partial(laws.stays_inside, LINF)),
         (sign_step_under_l2, partial(geometry.steps_along_the_steepest, L2(0.5), 0)),
         (gaussian_start_outside, partial(geometry.samples_inside, L2(0.5), 0)),
-        (batch_wide_radius, partial(geometry.radii_are_each_example_s_own, L1(0.5), 0)),
+        (batch_wide_radius, partial(geometry.radii_apply_to_each_example, L1(0.5), 0)),
         (seed_by_position, partial(geometry.samples_inside, Linf(0.3), 0)),
-        (seed_by_position, partial(laws.ignores_the_company, LINF)),
+        (seed_by_position, partial(laws.does_not_depend_on_the_batch, LINF)),
         (seed_by_batch_size, partial(geometry.samples_inside, Linf(0.3), 0)),
-        (seed_by_batch_size, partial(laws.ignores_the_company, EUCLID)),
-        (last_iterate, partial(laws.keeps_what_it_found, Case(PGD(steps=5, reach=40), Linf))),
-        (margin_over_the_wrong_axis, partial(laws.agrees_with_the_oracle, LINF)),
-        (margin_upside_down, partial(laws.agrees_with_the_oracle, LINF)),
-        (one_query_too_many, partial(laws.keeps_to_the_budget, LINF)),
-        (forgets_when_cut_short, partial(laws.keeps_to_the_budget, Case(PGD(steps=40), Linf))),
-        (believes_the_attack, partial(laws.agrees_with_the_oracle, LINF)),
+        (seed_by_batch_size, partial(laws.does_not_depend_on_the_batch, EUCLID)),
+        (last_iterate, partial(laws.returns_successful_queries, Case(PGD(steps=5, reach=40), Linf))),
+        (margin_over_the_wrong_axis, partial(laws.agrees_with_exact_distances, LINF)),
+        (margin_upside_down, partial(laws.agrees_with_exact_distances, LINF)),
+        (one_query_too_many, partial(laws.respects_the_query_budget, LINF)),
+        (forgets_when_cut_short, partial(laws.respects_the_query_budget, Case(PGD(steps=40), Linf))),
+        (believes_the_attack, partial(laws.agrees_with_exact_distances, LINF)),
     ],
     ids=lambda value: getattr(value, "__name__", None) or value.func.__name__,
 )

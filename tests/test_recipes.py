@@ -29,8 +29,10 @@ from holdfast.recipes import (
     TRADES,
     VAT,
     CurriculumTraining,
+    Denoising,
     EnsembleTraining,
     FreeTraining,
+    GaussianNoise,
     GradientRegularisation,
     JacobianRegularisation,
     LipschitzConstraint,
@@ -41,7 +43,7 @@ from holdfast.recipes import (
     Standard,
 )
 from holdfast.testing import fakes
-from holdfast.testing.recipes import RECIPE_LAWS, SHORT, same
+from holdfast.testing.recipes import RECIPE_LAWS, SHORT, learns, same
 
 CASES = [
     Standard(),
@@ -72,7 +74,11 @@ CASES = [
     LipschitzConstraint(),
     LipschitzConstraint(gain=5.0, weight=0.0),
     MarginTraining(),
+    GaussianNoise(sigma=0.1),
+    GaussianNoise(sigma=0.1, copies=2, stability=2.0),
 ]
+DENOISING = [Denoising(sigma=0.1), Denoising(sigma=0.1, mse=0.0), Denoising(sigma=0.1, stability=0.0)]
+"""These train another part of a model, and no labels: `learns` is a test of their own."""
 
 
 @pytest.mark.parametrize("law", RECIPE_LAWS, ids=lambda law: law.__name__)
@@ -81,9 +87,17 @@ def test_law(recipe, law):
     law(recipe)
 
 
+@pytest.mark.parametrize(
+    "law", [law for law in RECIPE_LAWS if law is not learns], ids=lambda law: law.__name__
+)
+@pytest.mark.parametrize("recipe", DENOISING, ids=repr)
+def test_law_of_denoising(recipe, law):
+    law(recipe)
+
+
 def test_the_catalogue_is_what_may_be_named_and_every_recipe_has_its_cases():
     assert {entry.cls for entry in RECIPES.values()} == set(recipes.__all__)
-    assert {type(case).__name__ for case in CASES} == set(recipes.__all__)
+    assert {type(case).__name__ for case in (*CASES, *DENOISING)} == set(recipes.__all__)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +157,8 @@ def test_at_eps_0_its_loss_is_its_own_on_the_inputs_as_they_are(recipe, monkeypa
     short = replace(recipe, training=SHORT)
     if isinstance(recipe, HAT):
         model = fakes.network().requires_grad_()
+    if isinstance(recipe, GaussianNoise):
+        short = replace(short, sigma=0.0)
     if isinstance(recipe, MultiNormTraining):
         short = replace(short, others=(L2(0.0), L1(0.0)))
     seen, measured = [], learner._loss_of

@@ -15,6 +15,7 @@ from holdfast.ops.statistics import (
     bootstrap,
     clopper_pearson,
     complement,
+    independent_difference,
     mcnemar,
     mean,
     median,
@@ -151,3 +152,12 @@ def test_paired_difference_of_equal_judgements_is_not_certain():
     estimate = paired_difference(same, same)
     assert estimate.value == 0
     assert -0.03 < estimate.low < 0 < estimate.high < 0.03
+
+
+def test_independent_difference_is_that_of_newcombe():
+    # Newcombe 1998, table II, method 10: 56/70 - 48/80
+    estimate = independent_difference(56, 70, 48, 80)
+    assert (estimate.value, estimate.n) == (pytest.approx(0.2), 70)
+    assert (round(estimate.low, 4), round(estimate.high, 4)) == (0.0524, 0.3339)
+    none = independent_difference(0, 10, 0, 20)
+    assert (round(none.low, 4), round(none.high, 4)) == (-0.1611, 0.2775)

@@ -47,6 +47,7 @@ def test_the_short_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
         "doctor",
         "assess",
         "assess",
+        "certify",
         "compare",
         "report",
         "verify",
@@ -64,10 +65,10 @@ def test_every_line_of_rotation_runs(tmp_path, monkeypatch, capsys):
     assert sum("--sets 3" in line for line in lines) == 1
     for line in lines:
         line = line.replace("--sets 3", "--sets 1")  # each is trained, and judged for a minute
-        serving = Pool.held(tmp_path / "pool").serving if "SET" in line else None
+        serving = Pool.open(tmp_path / "pool").serving if "SET" in line else None
         words = shlex.split(line if serving is None else line.replace("SET", serving.name))
         assert run(words) == 0, (line, capsys.readouterr().out)
-    pool = Pool.held(tmp_path / "pool")
+    pool = Pool.open(tmp_path / "pool")
     assert pool.serving.name in {one.name for one in pool.ledger.exposed()}
     assert [one.name for one in pool.ledger.members if one.state == "candidate"]
 
@@ -78,7 +79,7 @@ def test_the_application_answers_records_and_swaps(tmp_path, monkeypatch):
     monkeypatch.delenv("HOLDFAST_POOL_KEY", raising=False)
     digits = open_data("mnist-mini", n=200).read(0, 200).x
     models = [open_model(name).model for name in ("mnist-cnn", "mnist-cnn-hardened")]
-    pool = Pool.begun(tmp_path / "pool", about={"model": "mnist-cnn"})
+    pool = Pool.create(tmp_path / "pool", about={"model": "mnist-cnn"})
     pool.keep("canaries", {"x": digits[:64]}, {})
     names = [pool.add(model.net.state_dict(), about={}) for model in models]
     for name, model in zip(names, models, strict=True):
@@ -101,10 +102,10 @@ def test_the_application_answers_records_and_swaps(tmp_path, monkeypatch):
         assert predict("key-of-nobody", pixels).status_code == 401
         for wrong in (pixels[:3], [[2.0] * 28] * 28, [[0.0] * 28] * 27 + [[0.0]], []):
             assert predict("key-of-bob", wrong).status_code == 422
-        Pool.held(tmp_path / "pool").serve(names[1])  # as another process does
+        Pool.open(tmp_path / "pool").serve(names[1])  # as another process does
         app["renew"]()
         assert predict("key-of-bob", pixels).json() == {"class": int(answers[1][differing])}
-    first, second = Pool.held(tmp_path / "pool").ledger.terms
+    first, second = Pool.open(tmp_path / "pool").ledger.terms
     assert first.answers == {pool.pseudonym("alice"): 1} and second.answers == {pool.pseudonym("bob"): 1}
 
 

@@ -22,6 +22,7 @@ from holdfast.core.batch import Batch
 from holdfast.engine.processes import Processes
 from holdfast.engine.ray_cluster import imported_ray
 from holdfast.engine.ray_tasks import RayTasks
+from holdfast.sources.models import open_model
 
 WHAT = (
     "the same assessment with two worker processes and with two tasks of Ray: columns that differ, time, the driver, "
@@ -34,6 +35,10 @@ _ROOT = Path(__file__).resolve().parents[2]
 _ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.pathsep.join([str(_ROOT / "src"), str(_ROOT)])}
 _LARGE, _SMALL = 150, 1
 """Sizes in MB of the two models, and of the shards of two data sets, from which memory is computed."""
+
+
+_BUSY = b"ray::measured"
+"""Title that Ray gives a process while it measures a shard."""
 
 
 def measured() -> Outcome:
@@ -77,11 +82,12 @@ def _measured(nodes: Any, place: Path) -> Outcome:
             seconds[on].append(time.perf_counter() - begun)
         ratios.append(seconds["ray"][-1] / seconds["local"][-1])
     equal = _columns(place / "local-0") == _columns(place / "ray-0")
+    beside = killed["repeated shards"] - killed["shards that it was measuring"]
     table: list[Cells] = [
         {"what": "wall s, local", "value": [round(s, 1) for s in seconds["local"]]},
         {"what": "wall s, Ray", "value": [round(s, 1) for s in seconds["ray"]]},
-        {"what": "CPU of the driver a shard of 0.04 MB, local, ms", "value": round(driver["local"], 2)},
-        {"what": "CPU of the driver a shard of 0.04 MB, Ray, ms", "value": round(driver["ray"], 2)},
+        {"what": "CPU of the driver a shard of 0.0125 MB, local, ms", "value": round(driver["local"], 2)},
+        {"what": "CPU of the driver a shard of 0.0125 MB, Ray, ms", "value": round(driver["ray"], 2)},
         {"what": "CPU of the driver a MB, Ray, ms", "value": round(driver["per MB"], 2)},
         *({"what": f"killed node: {name}", "value": value} for name, value in killed.items()),
         {
@@ -103,10 +109,13 @@ def _measured(nodes: Any, place: Path) -> Outcome:
         Claim("driver's CPU a MB, ms <= 1", driver["per MB"], 1.0),
         Claim("killed node: differing files <= 0", killed["differing files"], 0),
         Claim(
-            "killed node: repeated shards <= shards that it had not finished",
-            killed["repeated"],
-            killed["unfinished"],
+            "killed node: shards that it was measuring >= 1",
+            killed["shards that it was measuring"],
+            1,
+            least=True,
         ),
+        Claim("killed node: repeated shards beside those <= 0", beside, 0),
+        Claim("killed node: repeated shards >= 1", killed["repeated shards"], 1, least=True),
         Claim("memory of a worker for the model, Ray / local <= 1.05", worker / own_model, 1.05),
         Claim("memory of a worker for its shard, Ray / local <= 1.05", shard / own_shard, 1.05),
         Claim("MB of the driver for four times the examples <= 20", growth, 20.0),
@@ -245,34 +254,64 @@ def _driver_memory() -> float:
     return most(800) - few
 
 
+class Fatal(torch.nn.Module):
+    """A network that kills the node of the process `raylet` while it measures a shard there.
+
+    It does so once the file `armed` exists in `folder`. From then on, workers of other nodes wait until the node is
+    killed, so that a shard is certainly measured on it. The file `killed` then has the number of workers of the node
+    that were measuring a shard.
+    """
+
+    def __init__(self, net: torch.nn.Module, raylet: int, folder: Path) -> None:
+        super().__init__()
+        self.net, self.raylet, self.folder, self.home = net, raylet, folder, os.getpid()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        armed, killed = self.folder / "armed", self.folder / "killed"
+        if os.getpid() != self.home and armed.exists() and not killed.exists():
+            if os.getppid() == self.raylet:
+                self.kill(killed)
+            until = time.monotonic() + 60
+            while not killed.exists() and time.monotonic() < until:
+                time.sleep(0.02)
+        return self.net(x)
+
+    def kill(self, killed: Path) -> None:
+        """Kill the node, its workers and this process, which is one of them."""
+        workers = children(self.raylet)
+        busy = [
+            process for process in workers if Path(f"/proc/{process}/cmdline").read_bytes().startswith(_BUSY)
+        ]
+        killed.write_text(str(len(busy)))
+        for process in (self.raylet, *(each for each in workers if each != os.getpid()), os.getpid()):
+            os.kill(process, signal.SIGKILL)
+
+
 def _killed(nodes: Any, place: Path) -> Cells:
-    """What a run leaves on a cluster of three nodes of which one is killed in the middle."""
+    """What a run leaves on a cluster of three nodes of which one is killed while it measures a shard."""
     others = [nodes.add_node(num_cpus=1, object_store_memory=80 * MB) for _ in range(2)]
     nodes.wait_for_nodes()
-    victim = others[0].all_processes["raylet"][0].process
-    run, whole, killed = place / "killed", place / "whole", list[int]()
-    suite = [holdfast.attacks.PGD(steps=1000)]
+    run, whole = place / "killed-run", place / "whole"
+    net = Fatal(open_model(MODEL).model.net, others[0].all_processes["raylet"][0].process.pid, place)
+    suite = [holdfast.attacks.PGD(steps=200)]
     how = {**HOW, "suite": suite, "doubts": False, "workers": 4, "batch_size": 20}
     original = RayTasks._tell
 
     def tell(self: RayTasks, stage: str, done: int, running: int) -> None:
         original(self, stage, done, running)
-        if stage != "clean" and done == 3 and not killed:
-            killed.append(victim.pid)
-            for process in (victim.pid, *children(victim.pid)):
-                os.kill(process, signal.SIGKILL)
+        if stage != "clean" and done == 3:
+            (place / "armed").touch()
 
     with patch.object(RayTasks, "_tell", tell):
-        holdfast.assess(MODEL, DATA, on="ray", run=run, **how)
-    holdfast.assess(MODEL, DATA, on="local", run=whole, **{**how, "workers": 2})
+        holdfast.assess(net, DATA, on="ray", run=run, **how)
+    holdfast.assess(net, DATA, on="local", run=whole, **{**how, "workers": 2})
     for node in others:
         nodes.remove_node(node, allow_graceful=False)
     one, other = _bytes(run), _bytes(whole)
     return {
-        "killed nodes": len(killed),
         "shards": len(attempts(run)),
-        "repeated": repeated(run),
-        "unfinished": 1,  # the node has one CPU, so that at most one shard runs on it
+        "shards that it was measuring": int((place / "killed").read_text()),
+        "repeated shards": repeated(run),
         "differing files": sum(one.get(name) != other.get(name) for name in one.keys() | other.keys()),
     }
 

@@ -114,7 +114,7 @@ def _flags(net: nn.Module, data: Examples, eps: float, suite: str) -> tuple[Cell
         f"probes' share of forwards, {suite}": result.evidence.doubts_cost.forwards
         / max(result.cost.forwards, 1),
     }
-    return cells, [f"{doubt.name}: {doubt.says}" for doubt in raised]
+    return cells, [f"{doubt.name}: {doubt.message}" for doubt in raised]
 
 
 def _masked() -> Iterator[tuple[str, nn.Module, float]]:

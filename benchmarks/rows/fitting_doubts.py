@@ -110,7 +110,7 @@ def _row(name: str, kind: str, net: nn.Module, x: Tensor, y: Tensor, eps: float)
     """What each watched doubt says where it is raised; its statistic for `loss-spread` in any case."""
     result = holdfast.assess(net, (x, y), threat=f"linf:{eps!r}", suite="quick")
     doubts = {doubt.name: doubt for doubt in result.doubts}
-    raised = {each: doubts[each].says if doubts[each].state == "raised" else "" for each in WATCHED}
+    raised = {each: doubts[each].message if doubts[each].state == "raised" else "" for each in WATCHED}
     return {
         "network": name,
         "kind": kind,

@@ -34,7 +34,7 @@ from holdfast.core.model import Classifier
 from holdfast.ops.fit import Training
 from holdfast.recipes import Standard
 from holdfast.rotation import Codec, Immunise, LatentDiffusion, Members, all_aligned, put, weights_of
-from holdfast.rotation.collecting import begun_anew, last_of, rows_of
+from holdfast.rotation.collecting import last_of, rows_of, with_fresh_weights
 from holdfast.rotation.distances import nearest_sets
 
 WHAT = "whether draws of a generator are new basins: raw, of aligned runs, and trained on for a while, three seeds"
@@ -127,7 +127,9 @@ def means_of_two(members: Members, seed: int) -> Made:
 
 def fresh(_: Members, seed: int) -> Made:
     """Weights that were never trained, as runs begin at."""
-    return [begun_anew(STANDARD.network(), Draws(seed).at("fresh", k), "own") for k in range(DRAWN)], 0.0
+    return [
+        with_fresh_weights(STANDARD.network(), Draws(seed).at("fresh", k), "own") for k in range(DRAWN)
+    ], 0.0
 
 
 def refined(make: Callable[[Members, int], Made], epochs: float, members: Members, seed: int) -> Made:

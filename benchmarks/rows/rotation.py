@@ -35,7 +35,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Classifier
 from holdfast.ops.fit import Training
 from holdfast.rotation import Codec, Distilled, Immunise, LatentDiffusion, put, weights_of
-from holdfast.rotation.collecting import last_of, rows_of, trained_anew
+from holdfast.rotation.collecting import last_of, rows_of, trained_from_fresh_weights
 
 WHAT = (
     "rotating parameter sets of a small network on MNIST: twelve constructions, five attackers, three seeds"
@@ -187,7 +187,7 @@ def independent(kind: Kind, seed: int, *, small: bool = False) -> list[Case]:
     """Independent runs, one after another; `small` ones begin at weights 2.4 times smaller, as torch's own are."""
     sizes = {0: kind.old + kind.live, 2_000: kind.old, 1_000: kind.own}
     found, theirs, own = (seeds(kind, seed + more, n, small=small) for more, n in sizes.items())
-    spent = timed(lambda: trained_anew(kind.task(small=small), Draws(seed)))
+    spent = timed(lambda: trained_from_fresh_weights(kind.task(small=small), Draws(seed)))
     return [Case(found[: kind.old], found[kind.old :], theirs, spent, own=own)]
 
 

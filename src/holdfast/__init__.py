@@ -1,4 +1,4 @@
-"""Holdfast: assess, harden and rotate machine-learning models against adversarial attacks.
+"""Holdfast: assess, certify, harden and rotate machine-learning models against adversarial attacks.
 
 A module is imported when one of its names is first used, so that `import holdfast` takes a few milliseconds.
 """
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from holdfast.api import assess, compare, demo, doctor, harden, report, verify
     from holdfast.attacking import attack
+    from holdfast.certifiers.smoothed import Smoothed
+    from holdfast.certifying import certify
     from holdfast.config.clusters import Ray
     from holdfast.config.references import open_data, open_model
     from holdfast.config.starting import init, validate
@@ -40,11 +42,13 @@ __all__ = [
     "Linf",
     "Patch",
     "Ray",
+    "Smoothed",
     "Spatial",
     "ThreatModel",
     "__version__",
     "assess",
     "attack",
+    "certify",
     "compare",
     "demo",
     "doctor",
@@ -74,10 +78,12 @@ _HOMES = {
     "Linf": "holdfast.core.constraints",
     "Patch": "holdfast.core.patches",
     "Ray": "holdfast.config.clusters",
+    "Smoothed": "holdfast.certifiers.smoothed",
     "Spatial": "holdfast.core.transformations",
     "ThreatModel": "holdfast.core.threat",
     "assess": "holdfast.api",
     "attack": "holdfast.attacking",
+    "certify": "holdfast.certifying",
     "compare": "holdfast.api",
     "demo": "holdfast.api",
     "doctor": "holdfast.api",

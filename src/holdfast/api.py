@@ -10,7 +10,7 @@ from typing import Any
 
 from holdfast.checkup import Finding, examine
 from holdfast.config import hardening
-from holdfast.config.assess_inputs import AssessInputs, opened_for_assess, rehearse, rehearse_served
+from holdfast.config.assess_inputs import AssessInputs, opened_for_assess
 from holdfast.config.attacks import ThreatLike, threat_model, threat_written
 from holdfast.config.clusters import Ray, cluster_settings
 from holdfast.config.grammar import did_you_mean, parse_threat
@@ -71,8 +71,6 @@ __all__ = [
     "look_over",
     "open_data",
     "open_model",
-    "rehearse",
-    "rehearse_served",
     "report",
     "validate",
     "verify",
@@ -107,6 +105,7 @@ def assess(
     doubts: bool = True,
     adaptive: bool = False,
     save_adversarial: bool = False,
+    certify: bool = False,
     time_budget: str | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
@@ -123,10 +122,10 @@ def assess(
     name of a suite or of attacks (`"pgd,square"`), an attack, a class of attacks, or a list of these. The default is
     `fast`, or `transfer` for a threat with access=none. `surrogates` are models of the attacker; a `Classifier`
     declares the preprocessing, and `holdfast.skipped` is for skip gradients. `across` lists other data sets with inputs
-    of the same shape: perturbations computed on `data` are also evaluated on them, and perturbations computed on them
-    are evaluated on `data`. `on` states where `workers` measure: on this machine, or on a Ray cluster (`"ray"`,
-    `"ray://HOST:PORT"`, or a `holdfast.Ray` with settings). If `run` is given, all artefacts are stored in that folder,
-    and `resume` continues the run in it. A network given as an object stays on its device.
+    of the same shape: perturbations computed on `data` are also evaluated on them, and theirs on `data`. With `certify`
+    interval bounds and CROWN come first, and 32 of the examples that they certify are attacked. `on` states where
+    `workers` measure: on this machine, or on a Ray cluster (`"ray"`, `"ray://HOST:PORT"`, or a `holdfast.Ray`). If
+    `run` is given, all artefacts are stored in that folder, and `resume` continues the run in it.
     """
     settings = check_settings(
         given(
@@ -149,6 +148,7 @@ def assess(
             doubts=doubts,
             adaptive=adaptive,
             save_adversarial=save_adversarial,
+            certify=certify,
             time_budget=time_budget,
             batch_size=batch_size,
             workers=workers,
@@ -286,7 +286,7 @@ def harden(
     )
     sources = sources_given(model, data, settings)
     folder = folder_of(run, resume=resume)
-    subject, training, test, fit_data = hardening.open_for_hardening(sources, fit, unlabelled)
+    subject, training, test, fit_data = hardening.open_for_hardening(sources, fit, unlabelled, recipe)
     request = hardening.harden_request(
         settings,
         sources,
@@ -316,8 +316,8 @@ def carry_out_hardening(
 
     `command` is the command line that repeats the run; the run stores it.
     """
-    sources, fit, unlabelled = sources_at(settings), settings.others.fit, settings.options.unlabelled
-    subject, training, test, fit_data = hardening.open_for_hardening(sources, fit, unlabelled)
+    sources = sources_at(settings)
+    subject, training, test, fit_data = hardening.open_for_settings(settings, sources)
     request = hardening.harden_request(
         settings,
         sources,

@@ -326,7 +326,7 @@ def _path(pool: PoolLike) -> Path:
 
 def _opened(pool: PoolLike, expect_head: str) -> Pool:
     """Open a pool, verify every entry of its ledger, and return it."""
-    return Pool.held(_path(pool), expect_head=expect_head)
+    return Pool.open(_path(pool), expect_head=expect_head)
 
 
 def _address(name: str, given: object) -> str:

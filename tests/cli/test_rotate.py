@@ -57,7 +57,7 @@ def test_the_steps_one_after_another(pool, capsys, monkeypatch):
         r"2 candidates sampled from the generator, selected from \d+, immunised against 2 sets\n", said.out
     )
     assert "holdfast rotate admit pool/" in said.err
-    held = Pool.held(Path("pool"))
+    held = Pool.open(Path("pool"))
     names = [member.name for member in held.ledger.members if member.state == "candidate"]
     for name in names:
         held.admit(name)
@@ -92,7 +92,7 @@ def test_the_steps_one_after_another(pool, capsys, monkeypatch):
 def test_a_pool_is_verified_with_its_key_and_without_and_against_a_head_of_before(pool, capsys, monkeypatch):
     shutil.copytree("pool", "before")
     shutil.copy("pool.key", "before.key")
-    base = next(member.name for member in Pool.held(Path("pool")).ledger.members if member.role == "base")
+    base = next(member.name for member in Pool.open(Path("pool")).ledger.members if member.role == "base")
     assert run(["rotate", "expose", "pool", base, "--why", "laptop stolen"]) == 0
     capsys.readouterr()
     assert run(["rotate", "head", "pool"]) == 0
@@ -127,7 +127,7 @@ def test_a_pool_is_verified_with_its_key_and_without_and_against_a_head_of_befor
 
 
 def test_an_older_pool_is_converted_where_that_is_asked_for(pool, capsys):
-    held = Pool.held(Path("pool"))
+    held = Pool.open(Path("pool"))
     held.expose(held.ledger.members[0].name, "laptop stolen")
     aged(held)
     for words in (["rotate", "status"], ["rotate", "swap"], ["verify"]):
@@ -144,7 +144,7 @@ def test_an_older_pool_is_converted_where_that_is_asked_for(pool, capsys):
 
 
 def test_what_thieves_made_and_what_judged_is_for_the_owner_alone(pool):
-    Pool.held(Path("pool")).drop("generator")
+    Pool.open(Path("pool")).drop("generator")
     assert run(["rotate", "draw", "pool", "--sets", "1"]) == 0
     assert run(["rotate", "admit", "pool", "--set", "judged=20"]) in (0, 4)
     files = list(Path("pool").rglob("*"))
@@ -196,7 +196,7 @@ def test_run_does_all_of_it_and_ends_where_once_is_enough(pool, capsys):
 
 
 def test_run_learns_a_generator_of_one_run_of_several_sets(pool, capsys, monkeypatch):
-    held = Pool.held(Path("pool"))
+    held = Pool.open(Path("pool"))
     held.drop("generator")
 
     def learn(*given, **more):
@@ -211,7 +211,7 @@ def test_run_learns_a_generator_of_one_run_of_several_sets(pool, capsys, monkeyp
 
 
 def test_run_trains_sets_anew_where_no_generator_can_be_learned(pool, capsys, monkeypatch):
-    Pool.held(Path("pool")).drop("generator")
+    Pool.open(Path("pool")).drop("generator")
     seen = []
     monkeypatch.setattr(loop.RotationLoop, "begin", lambda self: seen.append(self.settings.by))
     words = ["rotate", "run", *COLLECT[2:], "--run", "pool", "--resume", "--once", "--set", "codec.steps=1"]
@@ -226,7 +226,7 @@ def test_run_trains_sets_anew_where_no_generator_can_be_learned(pool, capsys, mo
 
 @pytest.mark.parametrize("by", ["anew", "generator"])
 def test_run_makes_sets_as_it_is_asked_to(pool, capsys, monkeypatch, by):
-    Pool.held(Path("pool")).drop("generator")
+    Pool.open(Path("pool")).drop("generator")
     seen = []
     monkeypatch.setattr(loop.RotationLoop, "begin", lambda self: seen.append(self.settings.by))
     monkeypatch.setattr(loop, "train", lambda *given, **more: seen.append("learned"))

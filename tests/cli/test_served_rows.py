@@ -113,7 +113,7 @@ def test_quiet_and_finished_runs_state_nothing(capsys):
 
 
 def test_an_attack_that_nothing_bounds_is_named():
-    said = ExpectedRows(1, 0, 0, 2, ("Mine",)).says
+    said = ExpectedRows(1, 0, 0, 2, ("Mine",)).description
     assert "not counted are the rows of Mine" in said and "queries=1000" in said
 
 
@@ -233,7 +233,7 @@ def test_doctor_tries_as_many_readings_as_rows_are_left_for_and_says_that_others
     assert found["scale"].level == "problem" and found["scale"].gain > 0.5
     assert "readings" not in found
     weak = found_by_doctor(lambda x: x[:, 3:], y=torch.arange(80) % 3)
-    assert "not tried" in weak["readings"].says
+    assert "not tried" in weak["readings"].message
 
 
 def test_inputs_that_are_bytes_are_examined_divided():
@@ -242,7 +242,7 @@ def test_inputs_that_are_bytes_are_examined_divided():
         lambda x: (x.flatten(1)[:, :3] - 0.5) * (x.max() <= 1), 255 * x, x[:, 0, 0].argmax(1)
     )
     assert found["range"].level == "problem"
-    assert found["accuracy"].says.startswith("accuracy is 100.0%")
+    assert found["accuracy"].message.startswith("accuracy is 100.0%")
 
 
 # --- the limit

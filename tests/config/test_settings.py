@@ -17,7 +17,13 @@ from holdfast.config import settings
 from holdfast.config.attacks import build_attack, threat_model, threat_written
 from holdfast.config.grammar import parse_number, parse_pairs, parse_surrogate, parse_threat, seconds
 from holdfast.config.naming import FLOW, LABELS_ONLY, MEMBERS, VARIANTS, members
-from holdfast.config.settings import AssessSettings, DoctorSettings, HardenSettings, RotateSettings
+from holdfast.config.settings import (
+    AssessSettings,
+    CertifySettings,
+    DoctorSettings,
+    HardenSettings,
+    RotateSettings,
+)
 from holdfast.config.spellings import (
     ADAPTIVE,
     SPELLINGS,
@@ -431,7 +437,16 @@ rotate: {keep: 3, begins: own}
 def test_one_file_serves_several_verbs(tmp_path):
     file = tmp_path / "holdfast.yaml"
     file.write_text(FILE)
+    assert validate(file) == ("assess", "certify", "harden", "rotate")
+    file.write_text(FILE + "threat: l0:3\n")
     assert validate(file) == ("assess", "harden", "rotate")
+    file.write_text(FILE + "threat: l0:3\ncertify: {timeout: 5s}\n")
+    with pytest.raises(UsageError, match="proved under linf, l2 and l1 only"):
+        validate(file)
+    file.write_text("model: a.pt\ncertify: true\n")
+    with pytest.raises(UsageError, match=r"certify is True; .*write assess: {certify: true}"):
+        read(file, {})
+    file.write_text(FILE)
     hardening = read(file, {}, kind=HardenSettings)
     assert (hardening.recipe, hardening.budget, hardening.seed) == (
         {"use": "trades", "beta": 3},
@@ -466,7 +481,7 @@ def test_a_key_that_a_verb_does_not_use_is_refused_with_its_place(tmp_path):
         validate(file)
     with pytest.raises(UsageError, match="unknown key 'budget', which is a setting of harden, rotate"):
         read(None, {}, ["budget=5min"])
-    with pytest.raises(UsageError, match="unknown key 'n', which is a setting of assess, harden"):
+    with pytest.raises(UsageError, match="unknown key 'n', which is a setting of assess, certify, harden"):
         read(None, {}, ["n=3"], kind=RotateSettings)
 
 
@@ -528,6 +543,7 @@ def test_the_steps_of_rotate_have_the_defaults_of_the_settings(step):
 
 HOMES = {
     "assess": (AssessSettings, holdfast.assess),
+    "certify": (CertifySettings, holdfast.certify),
     "harden": (HardenSettings, holdfast.harden),
     "doctor": (DoctorSettings, holdfast.doctor),
 }
@@ -554,11 +570,11 @@ def test_every_option_has_one_place_in_python_with_the_same_default(verb):
             "gpus_per_worker",
             "mixed_nodes",
             "trust_network",
-            "timeout",
+            "cluster_timeout" if verb == "certify" else "timeout",
         ):  # on=holdfast.Ray(…)
             assert not homes
             usual = entry.field.get_default(call_default_factory=True)
-            assert getattr(holdfast.Ray(), key) in (usual, ()), key
+            assert getattr(holdfast.Ray(), key.removeprefix("cluster_")) in (usual, ()), key
             continue
         (table[key],) = homes
         default = places[table[key]][key].default

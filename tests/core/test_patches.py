@@ -63,7 +63,9 @@ def test_allows_what_one_rectangle_in_its_place_covers(patch, place, fits):
     [Patch(1, 1), Patch(2, 1, "centre"), Patch(1, 2, "centre", 1), Patch(1, 1, within="0:0-1:1")],
     ids=str,
 )
-@pytest.mark.parametrize("law", [geometry.projects_inside, geometry.projects_once, geometry.samples_inside])
+@pytest.mark.parametrize(
+    "law", [geometry.projects_inside, geometry.projection_is_idempotent, geometry.samples_inside]
+)
 def test_geometry(patch, law):
     law(patch, 0)
 

@@ -57,7 +57,7 @@ def _summary(text):
         attacks=(attack, *base.attacks[1:]),
         doubts=(
             Doubt(text, "raised", 1.0, 0.5, 3, text),
-            Doubt(f"{text}2", "clear", says=text),
+            Doubt(f"{text}2", "clear", message=text),
             *base.doubts,
         ),
         model={"name": text, "files": {text: text}, "how": text, text: text},

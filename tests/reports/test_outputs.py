@@ -135,7 +135,7 @@ def test_markdown_puts_the_verdict_first_and_keeps_its_tables_whole(failing, acc
 
 def test_every_report_says_a_doubt_in_sentences_and_advises_by_the_declared_output():
     doubt = Doubt("zero-gradient", "raised", 0.5, 0.01, 4, "2 of 4 are flat; see there")
-    flat = made.evidence(n=8, doubts=(doubt, replace(doubt, name="noise", says="draws break 1 of 4")))
+    flat = made.evidence(n=8, doubts=(doubt, replace(doubt, name="noise", message="draws break 1 of 4")))
     content = made.summarised(replace(flat, model={**flat.model, "output": "probability"}))
     (logits, _) = made.summarised(flat)["doubts"]
     assert "BPDA" in logits["advice"]
@@ -150,8 +150,8 @@ def test_every_report_says_a_doubt_in_sentences_and_advises_by_the_declared_outp
 def test_the_page_says_once_why_doubts_were_not_measured(failing):
     said = "it needs gradients, and the model gives scores only"
     names = ("zero-gradient", "scale", "shattered")
-    hidden = tuple(Doubt(name, "not applicable", says=said) for name in names)
-    other = Doubt("noise", "not applicable", says="eps is 0, so no input may change")
+    hidden = tuple(Doubt(name, "not applicable", message=said) for name in names)
+    other = Doubt("noise", "not applicable", message="eps is 0, so no input may change")
     page = html.page(made.summarised(made.evidence(n=8, doubts=(*hidden, other))))
     assert page.count(said) == 1 and page.count("eps is 0, so no input may change") == 1
     assert (

@@ -10,7 +10,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
 from holdfast.rotation import Basins, LowRank, Members, Seeds, Subset, Trajectory, collect, put, weights_of
-from holdfast.rotation.collecting import begun_anew, trained_anew
+from holdfast.rotation.collecting import trained_from_fresh_weights, with_fresh_weights
 from holdfast.rotation.distances import apart, l1, nearest_sets
 from rotation.problem import accuracy, examples, network, task
 
@@ -103,7 +103,7 @@ def test_a_kick_has_its_rank_and_its_size():
 
 def test_batch_norm_goes_by_the_parameters_that_it_has():
     job = task(norm=True)
-    model = trained_anew(job, Draws(0))
+    model = trained_from_fresh_weights(job, Draws(0))
     strange = put(job.model, weights_of(model), job.data)
     assert accuracy(strange, examples(1)) > 0.9
     first = strange.net[0](job.data.x[:500])
@@ -116,8 +116,8 @@ def test_batch_norm_goes_by_the_parameters_that_it_has():
 
 def test_weights_begin_anew_by_the_rules_of_the_layers():
     model = network()
-    one, other = begun_anew(model, Draws(1), "own"), begun_anew(model, Draws(2), "own")
-    assert torch.equal(begun_anew(model, Draws(1), "own").net[0].weight, one.net[0].weight)
+    one, other = with_fresh_weights(model, Draws(1), "own"), with_fresh_weights(model, Draws(2), "own")
+    assert torch.equal(with_fresh_weights(model, Draws(1), "own").net[0].weight, one.net[0].weight)
     assert not torch.equal(other.net[0].weight, one.net[0].weight)
 
     class Own(nn.Module):
@@ -131,12 +131,12 @@ def test_weights_begin_anew_by_the_rules_of_the_layers():
     with pytest.raises(
         TargetError, match="net is Own, whose weights cannot be initialised again; .* reset_parameters"
     ):
-        begun_anew(Classifier(Own()), Draws(1), "own")
+        with_fresh_weights(Classifier(Own()), Draws(1), "own")
 
 
 def test_weights_begin_as_large_as_he_has_them():
     model = network()
-    large, own = begun_anew(model, Draws(1), "he").net, begun_anew(model, Draws(1), "own").net
+    large, own = with_fresh_weights(model, Draws(1), "he").net, with_fresh_weights(model, Draws(1), "own").net
     for layer, gain in ((5, 2), (7, 1)):  # the last layer has half the variance
         wanted = (gain / large[layer].in_features) ** 0.5
         assert large[layer].weight.std().item() == pytest.approx(wanted, rel=0.25)

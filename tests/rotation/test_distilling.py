@@ -10,7 +10,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.rotation import Distilled, Immunise
-from holdfast.rotation.collecting import trained_anew
+from holdfast.rotation.collecting import trained_from_fresh_weights
 from holdfast.rotation.distilling import watched
 from rotation.problem import THREAT, accuracy, examples, network, task
 
@@ -19,7 +19,7 @@ DISTILLED = Distilled(examples=300)
 
 @pytest.fixture(scope="module")
 def seeds():
-    return [trained_anew(task(), Draws(0).at(run)) for run in range(2)]
+    return [trained_from_fresh_weights(task(), Draws(0).at(run)) for run in range(2)]
 
 
 def features(model, x):
@@ -59,7 +59,7 @@ def test_each_goes_to_one_of_the_exposed_sets(seeds):
 
 
 def test_the_same_draws_make_the_same_and_the_sets_stay_as_they_are():
-    data, model = examples(), trained_anew(task(norm=True), Draws(1)).train()
+    data, model = examples(), trained_from_fresh_weights(task(norm=True), Draws(1)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     made, again, other = (DISTILLED([model], data, THREAT, rng=Draws(seed)) for seed in (1, 1, 2))
     assert torch.equal(made.x, again.x)

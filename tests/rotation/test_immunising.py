@@ -16,7 +16,7 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import Training, fit
 from holdfast.ops.immunity import Immunity
 from holdfast.rotation import Crafting, Immunise, chain, loaded
-from holdfast.rotation.collecting import trained_anew
+from holdfast.rotation.collecting import trained_from_fresh_weights
 from rotation.problem import THREAT, accuracy, examples, network, task
 
 CRAFTING = Crafting(examples=300)
@@ -24,7 +24,7 @@ CRAFTING = Crafting(examples=300)
 
 @pytest.fixture(scope="module")
 def seeds():
-    return [trained_anew(task(), Draws(0).at(run)) for run in range(2)]
+    return [trained_from_fresh_weights(task(), Draws(0).at(run)) for run in range(2)]
 
 
 def broken(target: Classifier, source: Classifier, eps: float) -> float:
@@ -81,8 +81,8 @@ def test_examples_are_made_of_training_inputs_within_their_ball_and_shared_out(s
 
 def test_what_serves_is_frozen_and_can_be_trained_on_and_against():
     job = task(norm=True)
-    served = loaded(job.model, trained_anew(job, Draws(1)).net.state_dict(), "served")
-    exposed = trained_anew(job, Draws(2)).train()
+    served = loaded(job.model, trained_from_fresh_weights(job, Draws(1)).net.state_dict(), "served")
+    exposed = trained_from_fresh_weights(job, Draws(2)).train()
     before = exposed.net[1].running_mean.clone()
     how = Immunise(share=0.2, crafting=Crafting(examples=60))
     made = how(served, [exposed], job.recipe, job.data, THREAT, rng=Draws(1))

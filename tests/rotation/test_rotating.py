@@ -425,7 +425,7 @@ def test_what_one_principal_got_is_exact_under_threads(restless):
     with ThreadPoolExecutor(threads) as clients:
         list(clients.map(client, range(1, threads + 1)))
     given = requests * sum(range(1, threads + 1))
-    assert model.asked == given
+    assert model.most_answers == given
     assert model.collected() == (Answers("set 0", 1, {"p": given}, 0, final=False),)
 
 
@@ -469,7 +469,7 @@ def test_answers_that_fail_are_not_counted():
     assert model.collected() == (Answers("a", 1, {"p": 3}, 2, final=False),)
     model.answer(X[:1], principal="p")
     assert model.collected() == (Answers("a", 1, {"p": 1}, 0, final=False),)
-    assert model.asked == 4
+    assert model.most_answers == 4
 
 
 def test_a_principal_is_a_text_and_another_is_counted_nowhere():
@@ -484,12 +484,12 @@ def test_what_one_principal_got_is_of_the_live_set():
     model = rotating(sets)
     for n, principal in ((3, "p"), (2, "q"), (4, "p")):
         model.answer(X[:n], principal=principal)
-    assert model.asked == 7
+    assert model.most_answers == 7
     swap(model, sets, "b")
-    assert model.asked == 0
+    assert model.most_answers == 0
     model(X[:5])
     model(X[:5])
-    assert model.asked == 10  # callers without a name are taken for one
+    assert model.most_answers == 10  # callers without a name are taken for one
 
 
 def test_principals_beyond_the_bound_are_counted_together():
@@ -498,7 +498,7 @@ def test_principals_beyond_the_bound_are_counted_together():
     for principal in "pqrst":
         model.answer(X[:4], principal=principal)
     assert model.collected() == (Answers("a", 1, {"p": 4, "q": 4}, 12, final=False),)
-    assert model.asked == 12
+    assert model.most_answers == 12
     swap(model, sets, "b")
     for principal, name in (("p", "a"), ("r", "b")):  # those beyond keep no set
         assert torch.equal(model.answer(X, principal=principal), sets.models[name](X))

@@ -5,7 +5,7 @@ import torch
 
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
-from holdfast.rotation.collecting import trained_anew
+from holdfast.rotation.collecting import trained_from_fresh_weights
 from holdfast.rotation.transfer_attacks import ATTACKS, Sampled, TransferAttacker
 from rotation.problem import THREAT, accuracy, examples, task
 
@@ -14,7 +14,7 @@ EPS = THREAT.constraint.eps
 
 @pytest.fixture(scope="module")
 def models():
-    return [trained_anew(task(), Draws(100 + seed)) for seed in (0, 1)]
+    return [trained_from_fresh_weights(task(), Draws(100 + seed)) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")

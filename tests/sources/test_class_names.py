@@ -150,7 +150,7 @@ def test_the_range_of_all_labels_is_refused_wherever_the_wrong_one_is(row: int, 
                 holdfast.assess(Brightness(), data, "linf:0.01", "quick", n=n)
             assert "subtract" not in str(refused.value)
     findings = {f.check: f for f in holdfast.doctor(Brightness(), (x, y))}
-    assert "range from 0 to 4" in findings["labels"].says and "subtract" not in findings["labels"].way_out
+    assert "range from 0 to 4" in findings["labels"].message and "subtract" not in findings["labels"].way_out
 
 
 def test_labels_from_1_are_refused_with_that_remark(tmp_path: Path) -> None:

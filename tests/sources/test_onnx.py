@@ -542,7 +542,7 @@ def test_an_unknown_operator_is_named_and_served_without_gradients(tmp_path: Pat
         holdfast.assess(str(tmp_path / "m.onnx"), data, "linf:0.1", "quick")
     gradients = next(f for f in holdfast.doctor(str(tmp_path / "m.onnx"), data) if f.check == "gradients")
     why = "the operators Atan, Sinh cannot be imported"
-    assert gradients.says == f"the model gives scores only ({why}): the default suite is black-box"
+    assert gradients.message == f"the model gives scores only ({why}): the default suite is black-box"
     x = torch.rand(4, 5, requires_grad=True)
     assert opened.model(x).shape == (4, 3)
     assert not opened.model(x).requires_grad

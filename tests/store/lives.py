@@ -31,7 +31,7 @@ def weights(k):
 
 def begun(path, admitted):
     """A pool whose set 0 serves, and in which others wait."""
-    pool = Pool.begun(path, {"of": "a test"})
+    pool = Pool.create(path, {"of": "a test"})
     for k in range(admitted + 1):
         pool.admit(pool.add(weights(k), {"k": k}))
     pool.swap()
@@ -79,7 +79,7 @@ def ended(pid):
 
 def day(path):
     """What one process does in its life; after a kill the next does the rest."""
-    pool = Pool.held(path)
+    pool = Pool.open(path)
     ledger, base = pool.ledger, pool.ledger.terms[0].name
     if not any(member.deleted for member in ledger.members):
         bad = pool.add(weights(9), {"k": 9})
@@ -98,7 +98,7 @@ def day(path):
 
 
 def left(path):
-    pool = Pool.held(path)
+    pool = Pool.open(path)
     told = [(term.name, term.epoch, term.answers) for term in pool.ledger.terms]
     return {
         "states": pool.ledger.states,
@@ -110,7 +110,7 @@ def left(path):
 
 def holds(path, allowed):
     """Whoever opens the pool next finds the chain whole, an old or a new set serving, and no file that is none's."""
-    pool = Pool.held(path)
+    pool = Pool.open(path)
     serving = pool.serving
     assert (serving.epoch, float(pool.weights(serving.name)["b"])) in allowed, serving
     files = {file.name for file in (path / "sets").iterdir()}
@@ -150,14 +150,14 @@ def begun_at_calls(folder):
         )
         if not is_complete(path):
             begun(path, 0)
-        pool = Pool.held(path)
+        pool = Pool.open(path)
         assert pool.add(weights(0), {}) in pool.ledger.states, die_at
     return {"calls": calls}
 
 
 def swapping(path, told):
     """Adds, admits and swaps for ever; the set of epoch k is number k - 1."""
-    pool = Pool.held(path)
+    pool = Pool.open(path)
     for k in itertools.count(pool.serving.epoch):
         name = pool.add(weights(k), {"k": k})
         if pool.ledger.states[name] == "candidate":
@@ -180,7 +180,7 @@ def killed_at_random(folder, seed, kills):
             assert os.WIFSIGNALED(ended(pid))
             said = [int(line) for line in (first, *file)][-1]
         epoch = holds(path, {(k, k - 1.0) for k in (said, said + 1)})
-    assert [term.epoch for term in Pool.held(path).ledger.terms] == list(range(1, epoch + 1))
+    assert [term.epoch for term in Pool.open(path).ledger.terms] == list(range(1, epoch + 1))
     return {"epoch": epoch}
 
 
@@ -190,18 +190,18 @@ def together(folder, n):
     waits, go = os.pipe()
 
     def asked():
-        pool = Pool.held(path)
+        pool = Pool.open(path)
         os.close(go)
         os.read(waits, 1)  # returns when the parent closes its end
         pool.swap(epoch=1)
         for k in range(100, 110):
-            Pool.held(path).add(weights(k), {})
+            Pool.open(path).add(weights(k), {})
 
     pids = [life(asked) for _ in range(n)]
     os.close(go)
     assert [ended(pid) for pid in pids] == [0] * n
     holds(path, {(2, 1.0)})
-    ledger = Pool.held(path).ledger
+    ledger = Pool.open(path).ledger
     return {"epoch": ledger.serving.epoch, "sets": len(ledger.states) - n - 1}
 
 

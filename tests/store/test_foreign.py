@@ -250,11 +250,11 @@ def test_a_journal_holds_the_answers_that_it_counts(tmp_path, line, says):
 )
 def test_what_a_pool_says_of_its_model_has_one_form(tmp_path, monkeypatch, settings, says):
     monkeypatch.setenv(KEY_VARIABLE, "5a" * 32)
-    pool = Pool.begun(tmp_path / "pool", {"settings": settings})
+    pool = Pool.create(tmp_path / "pool", {"settings": settings})
     with pytest.raises(TargetError, match=says):
         settings_of_pool(pool)
     (tmp_path / "pool" / "pool.json").write_text('{"schema_version": 2}')
     with pytest.raises(
         TargetError, match=r"pool\.json' has another format than that of a run: .* an object with 'id'"
     ):
-        Pool.held(tmp_path / "pool")
+        Pool.open(tmp_path / "pool")

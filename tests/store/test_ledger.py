@@ -223,7 +223,7 @@ def test_an_unknown_set_is_refused_with_those_near_it(ledger, name, says):
         lambda ledger: ledger.answered(2, {"ann": 1}),
         lambda ledger: ledger.answered(0, {"ann": 1}),
         lambda ledger: ledger.candidate("one", DIGEST),
-        lambda ledger: AnyLedger.begun(ledger.path.parent, KEY, DIGEST),
+        lambda ledger: AnyLedger.create(ledger.path.parent, KEY, DIGEST),
         lambda ledger: ledger.candidate("two", DIGEST, role="idol"),
         lambda ledger: ledger.expose("one", "stolen", automatic="no"),
     ],

@@ -46,10 +46,10 @@ def test_a_converted_pool_says_what_it_said_and_asks_for_new_judgements(pool):
     with pytest.raises(
         TargetError, match=r"schema version 1, whose ledger is not authenticated.* rotate migrate"
     ):
-        Pool.held(old)
+        Pool.open(old)
     lines = pool.ledger.path.read_bytes()
     found = migrate(old)
-    held = Pool.held(old, expect_head=found.head)
+    held = Pool.open(old, expect_head=found.head)
     assert told(held) == before and held.ledger.unauthenticated == found.entries == len(lines.splitlines())
     assert not held.ledger.exposed()[0].automatic, "the words of a reason decide nothing"
     assert found.unjudged == held.unjudged == held.ahead != ()
@@ -69,7 +69,7 @@ def test_a_downgraded_pool_is_refused_even_by_the_conversion(pool):
     for file, data in sealed.items():
         file.write_bytes(data)
     with pytest.raises(TargetError, match="whose ledger is not authenticated"):
-        Pool.held(path)
+        Pool.open(path)
     with pytest.raises(TargetError, match="sealed' has version 2: .* was replaced"):
         migrate(path)
     (path / "ledger.head").write_bytes(head)
@@ -81,7 +81,7 @@ def test_without_its_own_manifest_a_downgraded_ledger_is_refused(pool):
     contents = [json.loads(line)["content"] for line in pool.ledger.path.read_bytes().splitlines()]
     pool.ledger.path.write_bytes(chained(one for one in contents if one["kind"] != "exposed"))
     with pytest.raises(TargetError, match="entry 1 of .* has no authentication, which this format requires"):
-        Pool.held(pool.path)
+        Pool.open(pool.path)
 
 
 @pytest.mark.parametrize("how", ["changed", "shortened", "another manifest"])
@@ -114,6 +114,6 @@ def test_a_kill_at_any_call_to_the_disk_leaves_a_pool_of_one_format(pool, tmp_pa
             break
         if json.loads((path / "pool.json").read_text())["schema_version"] == 1:
             migrate(path)
-        assert told(Pool.held(path)) == before, die_at
+        assert told(Pool.open(path)) == before, die_at
         shutil.rmtree(path)
     assert die_at > 15

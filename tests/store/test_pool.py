@@ -42,7 +42,7 @@ def file_of(pool, name):
 
 def test_what_is_added_is_had_again_by_whoever_holds_the_key(pool):
     name = pool.add(weights(5), {"seed": 5}, bases=[pool.serving.name])
-    for held in (pool, Pool.held(pool.path)):
+    for held in (pool, Pool.open(pool.path)):
         assert same(held.weights(name), weights(5)) and held.about(name) == {"seed": 5}
         assert held.ledger.member(name).bases == (pool.serving.name,)
         assert held.manifest["about"] == {"of": "a test"}
@@ -50,7 +50,7 @@ def test_what_is_added_is_had_again_by_whoever_holds_the_key(pool):
 
 def test_what_was_said_of_a_set_is_unsealed_once_and_gone_with_it(pool, monkeypatch):
     name = pool.add(weights(5), {"seed": 5})
-    held, opened = Pool.held(pool.path), []
+    held, opened = Pool.open(pool.path), []
     whole = Seal.open
     monkeypatch.setattr(Seal, "open", lambda self, *given: opened.append(given) or whole(self, *given))
     assert [held.about(name) for _ in range(3)] == [{"seed": 5}] * 3 and len(opened) == 1
@@ -83,11 +83,11 @@ def test_nothing_on_the_disk_shows_the_weights_or_is_open_to_others(pool):
 
 def test_the_ledger_counts_answers_and_names_nobody(pool):
     pool.answered(1, {"alice": 3, "bob": 1}, others=2)
-    Pool.held(pool.path).answered(1, {"alice": 2})
+    Pool.open(pool.path).answered(1, {"alice": 2})
     (term,) = pool.ledger.terms
     assert term.answers == {pool.pseudonym("alice"): 5, pool.pseudonym("bob"): 1} and term.others == 2
     assert b"alice" not in pool.ledger.path.read_bytes()
-    other = Pool.begun(pool.path.with_name("other"), {})
+    other = Pool.create(pool.path.with_name("other"), {})
     assert other.pseudonym("alice") != pool.pseudonym("alice"), "two pools know her by two names"
     with pytest.raises(UsageError, match="7 is not the name of a principal"):
         pool.answered(1, {7: 1})
@@ -99,7 +99,7 @@ def test_a_swap_is_one_entry_and_takes_the_set_that_waits_longest(pool):
     assert (now.name, now.epoch) == (first, 2) and pool.ledger.entries == entries + 1
     assert pool.ledger.states[old.name] == "retired" and pool.ahead == (second,)
     assert same(pool.weights(now.name), weights(1))
-    assert Pool.held(pool.path).serving == now
+    assert Pool.open(pool.path).serving == now
 
 
 def test_another_than_the_first_may_be_chosen_and_only_among_those_that_wait(pool):
@@ -142,7 +142,7 @@ def test_a_set_that_was_not_judged_against_everything_exposed_serves_only_where_
 
 
 def test_what_set_two_off_at_once_swaps_once(pool):
-    other = Pool.held(pool.path)
+    other = Pool.open(pool.path)
     assert pool.swap(epoch=1) == other.swap(epoch=1) == other.serving
     assert other.swap(epoch=2).epoch == 3
 
@@ -192,16 +192,16 @@ def test_what_is_no_set_or_cannot_be_said_is_refused(pool, given, said, expected
 
 def test_a_pool_that_cannot_be_begun_leaves_the_folder_as_it_is(pool, tmp_path):
     with pytest.raises(UsageError, match="the metadata of the set cannot be stored"):
-        Pool.begun(tmp_path / "new", {"model": object()})
+        Pool.create(tmp_path / "new", {"model": object()})
     assert not (tmp_path / "new").exists()
     pool.path.chmod(0o755)
     with pytest.raises(UsageError, match="contains a pool already"):
-        Pool.begun(pool.path, {})
+        Pool.create(pool.path, {})
     assert pool.path.stat().st_mode & 0o777 == 0o755
 
 
 def test_before_the_first_swap_nothing_serves(tmp_path):
-    pool = Pool.begun(tmp_path / "pool", {})
+    pool = Pool.create(tmp_path / "pool", {})
     assert pool.serving is None
     with pytest.raises(Inconclusive, match="no set serves yet"):
         pool.swap()
@@ -213,7 +213,7 @@ def test_before_the_first_swap_nothing_serves(tmp_path):
     pool.admit(name)
     assert pool.serve(name).epoch == 1
     pool.retire(name, "alarm")
-    assert pool.serving is None and Pool.held(pool.path).ledger.states == {name: "retired"}
+    assert pool.serving is None and Pool.open(pool.path).ledger.states == {name: "retired"}
 
 
 def test_a_refused_set_comes_back_as_what_it_is(pool):
@@ -238,7 +238,7 @@ def test_what_else_is_secret_is_kept_sealed(pool):
     assert pool.kept("generator") is None
     for k in (1, 2):
         pool.keep("generator", weights(k), {"k": k})
-    found = Pool.held(pool.path).kept("generator")
+    found = Pool.open(pool.path).kept("generator")
     assert same(found.columns, weights(2)) and found.about == {"k": 2}
     with pytest.raises(UsageError, match="'../x' is not a valid file name"):
         pool.keep("../x", weights(1), {})
@@ -266,20 +266,20 @@ def test_a_folder_without_a_pool_and_one_with_a_pool_are_told(pool, tmp_path):
     (tmp_path / "empty").mkdir()
     for none in (tmp_path / "none", tmp_path / "empty"):
         with pytest.raises(TargetError, match="is not a pool, or its creation was interrupted"):
-            Pool.held(none)
+            Pool.open(none)
         assert not is_complete(none)
     assert not list((tmp_path / "empty").iterdir())
     with pytest.raises(UsageError, match="contains a pool already"):
-        Pool.begun(pool.path, {})
+        Pool.create(pool.path, {})
     (tmp_path / "empty" / "run.json").write_text("{}")
-    Pool.begun(tmp_path / "empty", {})
+    Pool.create(tmp_path / "empty", {})
     assert is_complete(tmp_path / "empty")
 
 
 def test_no_folder_is_begun_for_a_key_that_is_none(tmp_path, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, "abc")
     with pytest.raises(UsageError, match="64 hex digits"):
-        Pool.begun(tmp_path / "pool", {})
+        Pool.create(tmp_path / "pool", {})
     assert not list(tmp_path.iterdir())
 
 
@@ -288,13 +288,13 @@ def test_a_wrong_key_is_told_from_a_corrupt_file(pool, monkeypatch):
     with pytest.raises(
         TargetError, match=f"pool.json' is encrypted with key {pool.seal.id}.*from {KEY_VARIABLE}\\); set"
     ):
-        Pool.held(pool.path)
+        Pool.open(pool.path)
     monkeypatch.delenv(KEY_VARIABLE)
     with pytest.raises(TargetError, match=f"{KEY_VARIABLE} is not set, and .*pool.key' does not exist"):
-        Pool.held(pool.path)
+        Pool.open(pool.path)
     key_file(pool.path).write_text(KEY + "\n")
     key_file(pool.path).chmod(0o600)
-    assert Pool.held(pool.path).serving == pool.serving
+    assert Pool.open(pool.path).serving == pool.serving
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "emptied", "another", "of another pool"])
@@ -312,7 +312,7 @@ def test_a_set_that_is_not_what_it_was_never_serves(pool, tmp_path, how):
             "of another pool": file_of(begun(tmp_path / "other", 2), first).read_bytes(),
         }[how]
     )
-    held = Pool.held(pool.path)
+    held = Pool.open(pool.path)
     for act in (held.swap, lambda: held.serve(first), lambda: held.weights(first)):
         with pytest.raises(
             TargetError, match=f"{first}.sealed' (is not|was changed or truncated).*restore it"
@@ -333,14 +333,14 @@ def test_a_set_that_is_needed_and_gone_is_named(pool, lost):
     with pytest.raises(
         TargetError, match=f"sealed' is missing, but the ledger lists the set as {lost}; restore"
     ):
-        Pool.held(pool.path)
+        Pool.open(pool.path)
 
 
 def test_a_retired_set_may_be_gone(pool):
     old = pool.serving.name
     pool.swap()
     file_of(pool, old).unlink()
-    held = Pool.held(pool.path)
+    held = Pool.open(pool.path)
     with pytest.raises(TargetError, match=f"{old}.sealed' cannot be used: No such file"):
         held.weights(old)
     assert held.add(weights(0), {"k": 0}) == old and same(held.weights(old), weights(0))
@@ -353,7 +353,7 @@ def test_a_broken_chain_serves_nothing_and_names_the_entry(pool):
     with pytest.raises(
         TargetError, match="entry 3 of .*ledger.jsonl' was changed.*no set of this pool is served"
     ):
-        Pool.held(pool.path)
+        Pool.open(pool.path)
 
 
 def test_a_ledger_that_was_shortened_with_its_head_is_noticed_by_the_sets(pool, tmp_path):
@@ -364,7 +364,7 @@ def test_a_ledger_that_was_shortened_with_its_head_is_noticed_by_the_sets(pool, 
     with pytest.raises(
         TargetError, match=f"{name}.sealed' is in no entry of .*ledger.jsonl', which was shortened"
     ):
-        Pool.held(pool.path)
+        Pool.open(pool.path)
     assert file_of(pool, name).exists()
 
 
@@ -374,18 +374,18 @@ def test_an_older_copy_of_the_whole_folder_is_known_by_a_head_that_is_kept_elsew
     pool.expose(pool.serving.name, "laptop stolen")
     head = pool.ledger.head
     for known in (early, head):
-        assert Pool.held(pool.path, expect_head=known).ledger.head == head
-    assert Pool.held(tmp_path / "before").ledger.exposed() == (), "which nothing within the folder tells"
+        assert Pool.open(pool.path, expect_head=known).ledger.head == head
+    assert Pool.open(tmp_path / "before").ledger.exposed() == (), "which nothing within the folder tells"
     with pytest.raises(TargetError, match=f"has the digest {head[:16]}… that was expected: .* older copy"):
-        Pool.held(tmp_path / "before", expect_head=head)
+        Pool.open(tmp_path / "before", expect_head=head)
     with pytest.raises(UsageError, match="64 hex digits were expected"):
-        Pool.held(pool.path, expect_head="abc")
+        Pool.open(pool.path, expect_head="abc")
 
 
 @pytest.mark.parametrize("lost", ["pool.json", "ledger.jsonl"])
 def test_a_part_of_a_pool_that_is_gone_is_named_and_not_begun_again(pool, lost):
     (pool.path / lost).unlink()
-    for ask in (Pool.held, lambda path: Pool.begun(path, {})):
+    for ask in (Pool.open, lambda path: Pool.create(path, {})):
         with pytest.raises(TargetError, match=f"contains a pool whose {lost} is missing"):
             ask(pool.path)
 
@@ -395,10 +395,10 @@ def test_a_changed_manifest_is_refused(pool):
     text = path.read_text()
     path.write_text(text.replace("a test", "another"))
     with pytest.raises(TargetError, match="pool.json' is not what the ledger recorded"):
-        Pool.held(pool.path)
+        Pool.open(pool.path)
     path.write_text(text.replace('"schema_version": 2', '"schema_version": 7'))
     with pytest.raises(TargetError, match="schema version 7; this version reads 2"):
-        Pool.held(pool.path)
+        Pool.open(pool.path)
 
 
 def test_pools_do_not_take_each_others_ledgers(pool, tmp_path):
@@ -407,9 +407,9 @@ def test_pools_do_not_take_each_others_ledgers(pool, tmp_path):
     for file in ("ledger.jsonl", "ledger.head"):
         shutil.copy(other.path / file, pool.path / file)
     with pytest.raises(TargetError, match="ledger.head' was not written with the pool's key"):
-        Pool.held(pool.path)
+        Pool.open(pool.path)
     shutil.copy(other.path / "pool.json", pool.path / "pool.json")
-    held = Pool.held(pool.path)  # which is the other pool by now, and cannot open these sets
+    held = Pool.open(pool.path)  # which is the other pool by now, and cannot open these sets
     with pytest.raises(TargetError, match="is a copy of another file"):
         held.weights(held.ahead[0])
 
@@ -425,7 +425,7 @@ import sys, time
 from pathlib import Path
 from holdfast.store import Pool
 
-with Pool.held(Path(sys.argv[1])).alone_at("admit"):
+with Pool.open(Path(sys.argv[1])).alone_at("admit"):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -452,7 +452,7 @@ def test_what_a_killed_writer_had_not_yet_entered_is_swept_away_and_no_other_fil
     for name in ("0123456789abcdef.sealed.new", ".0123456789abcdef.sealed.new.part", "notes.txt"):
         (sets / name).write_text("half")
     (pool.path / ".pool.json.part").write_text("half")
-    Pool.held(pool.path)
+    Pool.open(pool.path)
     assert {path.name for path in sets.iterdir()} == {
         *(f"{name}.sealed" for name in pool.ledger.states),
         "notes.txt",
@@ -487,7 +487,7 @@ def test_a_full_disk_leaves_the_old_pool_or_the_new(pool, monkeypatch, at):
             pool.add(weights(5), {})
     left = [path.name for path in (pool.path / "sets").glob("*.new")]  # a full disk is not filled further
     assert left == [] or len(pool.ledger.states) == 4
-    held = Pool.held(pool.path)
+    held = Pool.open(pool.path)
     assert held.serving == pool.serving and len(held.ledger.states) - len(before) in (0, 1)
     name = held.add(weights(5), {})
     assert held.ledger.states == before | {name: "candidate"} and same(held.weights(name), weights(5))
@@ -500,7 +500,7 @@ def test_a_swap_that_finds_the_disk_full_leaves_what_serves(pool, monkeypatch):
         failing(patch, 2)
         with pytest.raises(TargetError, match="the disk is full"):
             pool.swap()
-    assert pool.serving == Pool.held(pool.path).serving == old
+    assert pool.serving == Pool.open(pool.path).serving == old
     assert pool.swap().epoch == 2
 
 
@@ -513,12 +513,12 @@ def test_a_tiny_disk_loses_nothing(tiny):
     pool = begun(tiny / "pool", 1)
     with pytest.raises(TargetError, match="the disk is full"):
         fill(pool)
-    held = Pool.held(tiny / "pool")
+    held = Pool.open(tiny / "pool")
     assert held.serving.epoch == 1 and held.swap().epoch == 2
     kept = len(held.ledger.states)
     subprocess.run(["mount", "-o", "remount,size=4m", str(tiny)], check=True)
     fill(held)
-    assert 2 < kept < len(Pool.held(tiny / "pool").ledger.states) == 102
+    assert 2 < kept < len(Pool.open(tiny / "pool").ledger.states) == 102
 
 
 # --- kills and several processes

@@ -48,4 +48,4 @@ def pool(collected, tmp_path):
     path = tmp_path / "pool"
     shutil.copytree(collected[0], path)
     shutil.copy(collected[0].with_name("pool.key"), tmp_path / "pool.key")
-    return Pool.held(path)
+    return Pool.open(path)

@@ -10,7 +10,7 @@ from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.threat import ThreatModel
 from holdfast.rotation import Basins, Crafting, Immunise
-from holdfast.rotation.collecting import trained_anew
+from holdfast.rotation.collecting import trained_from_fresh_weights
 from holdfast.store.pool import Pool
 from holdfast.verbs.candidates import Candidate
 from holdfast.verbs.request import Subject
@@ -37,7 +37,7 @@ def terms(held: int = 1_000) -> RotateRequest:
 @cache
 def trained(seed: int):
     """A model of the problem, of a training of its own."""
-    return trained_anew(task(), Draws(100 + seed))
+    return trained_from_fresh_weights(task(), Draws(100 + seed))
 
 
 def state(model, **changes):
@@ -59,7 +59,7 @@ def nearby(model, share: float):
 
 def begun(path, bases=(0, 1)) -> Pool:
     """A pool with surrogates and bases, none of them exposed."""
-    pool = Pool.begun(path, terms().about())
+    pool = Pool.create(path, terms().about())
     for k in range(OWN):
         pool.keep(f"own_{k}", state(trained(10 + k)), {"accuracy": 1.0})
     for k in bases:

@@ -56,7 +56,7 @@ def test_a_masked_model_falls_to_what_its_doubts_call_for():
     assert because.startswith("run because of zero-gradient")
     assert round_ == "its gradient bypasses every rounding by the identity"
     assert len(adaptive.attacks[2].notes) == 1
-    said = next(doubt.says for doubt in adaptive.doubts if doubt.name == "zero-gradient")
+    said = next(doubt.message for doubt in adaptive.doubts if doubt.name == "zero-gradient")
     assert "answered by BPDA and Search, which broke" in said
     assert (adaptive.evidence["broken_by"] == 1).any()
 
@@ -152,12 +152,12 @@ def ran(n=4, *, dead=False, broke=2):
 
 def test_a_doubt_is_answered_by_all_that_it_called_for():
     because = {"BPDA": ("zero-gradient",), "Search": ("zero-gradient",)}
-    doubts = (Doubt("zero-gradient", "raised", says="no gradient"),)
+    doubts = (Doubt("zero-gradient", "raised", message="no gradient"),)
     both = with_answers(doubts, {"BPDA": ran(), "Search": ran(broke=3)}, because, bypassed=True, fell=False)[
         0
     ]
     assert both.state == "answered"
-    assert both.says == (
+    assert both.message == (
         "no gradient; answered by BPDA and Search, which broke 3 of the 4 examples that they were run on"
     )
     assert with_answers(doubts, {"BPDA": ran()}, because, bypassed=True, fell=False) == doubts
@@ -165,11 +165,11 @@ def test_a_doubt_is_answered_by_all_that_it_called_for():
         doubts, {"BPDA": ran(dead=True), "Search": ran()}, because, bypassed=True, fell=False
     )[0]
     assert found_none.state == "raised"
-    assert "did not circumvent it" in found_none.says
+    assert "did not circumvent it" in found_none.message
 
 
 def test_a_shattered_gradient_is_answered_round_it_or_on_average_alone():
-    doubts = (Doubt("shattered", "raised", says="ripples"),)
+    doubts = (Doubt("shattered", "raised", message="ripples"),)
     for arm, bypassed, state in (
         ("BPDA", True, "answered"),
         ("BPDA", False, "raised"),

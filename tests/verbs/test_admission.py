@@ -157,7 +157,7 @@ def test_a_second_process_is_refused_before_it_measures(tmp_path):
     pool = begun(tmp_path / "pool", bases=(0,))
     pool.add(state(trained(6)), {})
     with pool.alone_at("admit"), pytest.raises(UsageError, match="another process runs admit in .*; wait"):
-        admit(Pool.held(pool.path), terms(), transfer_attacker=QUICK)
+        admit(Pool.open(pool.path), terms(), transfer_attacker=QUICK)
     assert not (pool.path / "admission").exists()
 
 
@@ -176,7 +176,7 @@ def test_a_kill_before_the_entry_loses_nothing_and_bases_are_listed(tmp_path, mo
         with pytest.raises(KeyboardInterrupt):
             admit(pool, terms(), transfer_attacker=QUICK)
     assert pool.ledger.states[name] == "candidate"
-    again = Pool.held(pool.path)
+    again = Pool.open(pool.path)
     with monkeypatch.context() as patch:
         patch.setattr(TransferAttacker, "crafted", killed)  # what was measured is not made anew
         found = admit(again, terms(), transfer_attacker=QUICK)
@@ -234,7 +234,7 @@ def test_what_waits_is_judged_again_by_what_leaked_since(waits):
     assert found.admitted == (names["other"],) == pool.ahead and pool.unjudged == ()
     member = pool.ledger.member(names["copy"])
     assert member.state == "refused" and "it equals the stolen set" in member.why
-    assert Pool.held(pool.path).ledger.member(names["other"]).why == "holds"
+    assert Pool.open(pool.path).ledger.member(names["other"]).why == "holds"
 
 
 def test_what_leaks_while_a_set_is_judged_is_asked_for_before_it_is_admitted(waits, monkeypatch):
@@ -299,7 +299,7 @@ def columns(correct=N, fell=0):
 def seen(
     theft=8,
     nothing=40,
-    siblings=20,
+    same_draw=20,
     white=100,
     before=100,
     bases=100,
@@ -314,13 +314,13 @@ def seen(
         Attackers(OWN, (OLD,), None, None, DRAWN),
         TransferResult(columns(correct=N - changed), fell),
         columns(fell=white),
-        TransferResult(columns(), {(DRAWN, "MI"): torch.arange(N) < siblings}),
+        TransferResult(columns(), {(DRAWN, "MI"): torch.arange(N) < same_draw}),
         (columns(correct=N - lost),),
         (columns(fell=before),),
         (columns(), columns(correct=N - 4)),
         (columns(fell=bases),),
         serves,
-        dict.fromkeys(("transfer", "white-box", "siblings"), looks),
+        dict.fromkeys(("transfer", "white-box", "same draw"), looks),
     )
 
 
@@ -406,16 +406,16 @@ def test_where_a_thief_of_nothing_has_half_already_a_theft_may_bring_hardly_more
     assert verdicts(seen(theft, nothing, before=100))["theft of static"] == says
 
 
-def test_a_set_that_siblings_break_and_thieves_do_not_is_doubted_until_somebody_answers():
-    odd = seen(theft=8, siblings=100, white=108, before=90)
+def test_a_set_that_sets_of_its_draw_break_and_stolen_sets_do_not_raises_a_doubt_until_it_is_accepted():
+    odd = seen(theft=8, same_draw=100, white=108, before=90)
     assert verdicts(odd)["odd-gradients"] == "unclear"
     assert verdicts(odd, {"odd-gradients": "it was aligned on purpose"})["odd-gradients"] == "pass"
-    assert verdicts(seen(theft=8, siblings=100, white=90, before=90))["odd-gradients"] == "pass"
+    assert verdicts(seen(theft=8, same_draw=100, white=90, before=90))["odd-gradients"] == "pass"
 
 
 def test_of_several_looks_each_needs_more_so_that_all_of_them_hold_together():
     claims = ["transfer_success <= 0.08", "sibling_transfer <= 0.08", "robust_accuracy >= 0.7"]
-    close = {"theft": 21, "nothing": 0, "siblings": 21, "white": 100}
+    close = {"theft": 21, "nothing": 0, "same_draw": 21, "white": 100}
     once, often = (verdicts(seen(**close, looks=looks), claims=claims) for looks in (1, 3))
     assert [once[claim] for claim in claims] == ["pass"] * 3
     assert [often[claim] for claim in claims] == ["unclear"] * 3
@@ -428,14 +428,14 @@ def test_the_examples_say_how_many_looks_there_are(tmp_path):
     pool = begun(tmp_path / "pool", bases=(0,))
     measuring = SetMeasurements(pool, TransferExamples(pool, terms(1_000), QUICK))
     one = _Admitting(measuring, Run(()), (), {}, 250, print)
-    assert one._looks == {"transfer": 3, "white-box": 4, "siblings": 7}, (
+    assert one._looks == {"transfer": 3, "white-box": 4, "same draw": 7}, (
         "250, 500, 1,000; from 125 on; from 25 on"
     )
 
 
 def test_claims_are_judged_beside_the_gates_and_of_static_by_what_the_incumbent_loses():
     claims = ["transfer_success <= 0.2 of static", "sibling_transfer <= 0.1 of static", "churn <= 0.05"]
-    found = verdicts(seen(theft=2, siblings=60, before=100), claims=claims)
+    found = verdicts(seen(theft=2, same_draw=60, before=100), claims=claims)
     assert [found[claim] for claim in claims] == ["pass", "fail", "pass"]
     assert verdicts(seen(), claims=["robust_accuracy >= 0.9"])["robust_accuracy >= 0.9"] == "fail"
 

@@ -470,7 +470,7 @@ def objecting(monkeypatch):
         looked_at.append(len(data))
         robust = found.metrics["robust_accuracy"]
         name, value = doubted.get(run.name, (None, robust.value))
-        doubts = () if name is None else (Doubt(name, "raised", says="a single step beats twenty"),)
+        doubts = () if name is None else (Doubt(name, "raised", message="a single step beats twenty"),)
         return SimpleNamespace(
             metrics={"robust_accuracy": replace(robust, value=value)},
             doubts=doubts,

@@ -6,9 +6,11 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,10 +19,11 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'hold
 import torch  # noqa: E402 - after the skip
 
 import holdfast  # noqa: E402
-from benchmarks.rows.cluster import children  # noqa: E402
+from benchmarks.rows.cluster import Fatal, repeated  # noqa: E402
 from holdfast.core.errors import TargetError, UsageError  # noqa: E402
 from holdfast.engine import ray_cluster  # noqa: E402
 from holdfast.engine.ray_cluster import Cluster, RayOptions, imported_ray  # noqa: E402
+from holdfast.engine.ray_local import ended_processes, local_cluster  # noqa: E402
 from holdfast.engine.ray_results import bytes_in_pickle, error_in_pickle, result_of  # noqa: E402
 from holdfast.ops.fit import Training  # noqa: E402
 from holdfast.recipes import PGDTraining  # noqa: E402
@@ -28,7 +31,7 @@ from holdfast.sources.factories import build_from_file  # noqa: E402
 from holdfast.store.verify import verify  # noqa: E402
 from holdfast.verbs.assess import assess  # noqa: E402
 from holdfast.verbs.stored_runs import open_run  # noqa: E402
-from verbs.fakes import data, settled, subject  # noqa: E402
+from verbs.fakes import data, network, settled, subject  # noqa: E402
 from verbs.test_workers import Broken, Deadly, Greedy, asked  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,10 +49,13 @@ def cluster(tmp_path_factory):
     imported_ray()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / name) for name in ("src", "tests", "")]))
         nodes = Nodes()
+        # how soon a dead node is noticed
+        health = {f"health_check_{name}": 1000 for name in ("initial_delay_ms", "period_ms", "timeout_ms")}
+        head = {"include_dashboard": False, "_system_config": health}
         try:
-            nodes.add_node(num_cpus=2, object_store_memory=80_000_000, include_dashboard=False)
+            nodes.add_node(num_cpus=2, object_store_memory=80_000_000, **head)
             ray.init(nodes.address, log_to_driver=False, logging_level="ERROR")
             nodes.wait_for_nodes()
             yield nodes
@@ -155,22 +161,24 @@ def test_a_pickle_of_the_client_is_read_only_if_it_is_bytes(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_node_that_is_killed_leaves_the_same_bytes(cluster, one, tmp_path):
+def test_a_node_that_is_killed_leaves_the_same_bytes(cluster, tmp_path, monkeypatch):
     third = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
     cluster.wait_for_nodes()
-    process = third.all_processes["raylet"][0].process
-    killed = []
+    net = Fatal(network(), third.all_processes["raylet"][0].process.pid, tmp_path)
+    run, sizes = tmp_path / "run", {"shard_size": 10}
 
-    def kill(line):
-        if "1-pgd: 1 shards done" in line and not killed:
-            killed.append(process.pid)
-            for each in (process.pid, *children(process.pid)):
-                os.kill(each, signal.SIGKILL)
+    def arm(line):
+        if line.startswith("clean: 4 shards done"):
+            (tmp_path / "armed").touch()
 
-    run = tmp_path / "run"
-    assess(subject(), data(), on_ray(workers=3), run=run, detail=kill)
-    assert killed
-    assert settled(run) == settled(one)
+    assess(subject(net), data(), on_ray(workers=3, **sizes), run=run, detail=arm)
+    assert (tmp_path / "killed").read_text() == "1"  # the shard that it was measuring
+    assess(subject(net), data(), replace(on_ray(**sizes), ray=None, workers=None), run=tmp_path / "alone")
+    assert settled(run) == settled(tmp_path / "alone")
+    assert repeated(run) == 1
+    monkeypatch.setattr(ray._private.worker, "_global_node", third)
+    assert ended_processes() == ["raylet"]
+    monkeypatch.undo()
     cluster.remove_node(third, allow_graceful=False)
 
 
@@ -192,16 +200,23 @@ class Scaled(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_code_of_the_user_is_sent_and_more_with_ship(cluster, tmp_path, monkeypatch):
+def test_code_of_the_user_is_sent_and_more_with_ship(cluster, tmp_path):
     (tmp_path / "net.py").write_text(NET)
     (tmp_path / "layers.py").write_text(LAYERS)
     opened = subject(build_from_file(f"{tmp_path / 'net.py'}:make", {}).net)
+    (tmp_path / "net.py").write_text("raise ImportError('not the bytes that were loaded')")
     with pytest.raises(UsageError, match="cannot import layers, .*send it with --ship"):
         assess(opened, data(), on_ray())
     said = []
     shipping = replace(LOCAL, ship=(tmp_path / "layers.py",))
     assess(opened, data(), on_ray(options=shipping), run=tmp_path / "run", notify=said.append)
     assert said == ["sent to the nodes with --ship: layers.py"]
+    session = Path(
+        cluster.head_node.get_session_dir_path()
+    )  # that of the node, which an administrator removes
+    shipped = [path.parent for path in session.glob("holdfast-*/layers.py")]
+    assert shipped
+    assert {folder.stat().st_mode & 0o777 for folder in shipped} == {0o700}
     assess(opened, data(), asked(doubts="all"), run=tmp_path / "here")
     here, there = open_run(tmp_path / "here").evidence, open_run(tmp_path / "run").evidence
     for name, values in here.columns.items():
@@ -234,7 +249,7 @@ def test_harden_measures_on_the_cluster_and_trains_here(cluster):
 
 
 WORDS = ["assess", "mnist-cnn", "mnist-mini", "-n", "60", "-t", "linf:0.2", "-s", "pgd", "--no-doubts"]
-WORDS += ["--batch-size", "10", "--workers", "2"]
+WORDS += ["--batch-size", "10", "--workers", "1"]
 
 
 def started(words, folder, home, **settings):
@@ -315,6 +330,24 @@ def test_an_address_that_does_not_answer_ends_the_run(monkeypatch):
         assess(subject(), data(), on_ray(options=RayOptions("ray://127.0.0.1:9")))
     assert caught.value.exit_code == 3
     assert time.monotonic() - begun < 11
+
+
+@pytest.mark.parametrize(("name", "is_long"), [("x" * 60, True), ("x", False)])
+def test_temporary_files_in_a_path_too_long_for_sockets_are_reported_with_the_remedy(
+    name, is_long, monkeypatch
+):
+    def refuse(**settings):
+        raise OSError("AF_UNIX path length cannot exceed 107 bytes")
+
+    failing = SimpleNamespace(init=refuse, shutdown=lambda: None)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    with tempfile.TemporaryDirectory(prefix=name, dir="/tmp") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        with pytest.raises(TargetError, match="AF_UNIX") as caught, local_cluster(failing, 1, 0):
+            pass
+        assert ("set TMPDIR to a shorter one" in str(caught.value)) is is_long
+        assert not list(Path(folder).iterdir())
 
 
 def test_results_of_a_client_come_in_chunks():

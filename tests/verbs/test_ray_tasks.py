@@ -42,6 +42,8 @@ class Fake:
     cancelled: list = field(default_factory=list)
     change: dict = field(default_factory=dict)
     """properties that the node reports in place of its own"""
+    silent: list = field(default_factory=list)
+    """failures of the task that reports the versions"""
 
     def submit(self, function, arguments, **options):
         self.open += 1
@@ -59,13 +61,15 @@ class Fake:
         function, arguments = reference.content
         if function is ray_node.measured and self.faults and (fault := self.faults.pop(0)):
             return fault
+        if function is ray_node.report_as_bytes and self.silent:
+            return self.silent.pop(0)
         return function(*arguments)
 
     def cancel(self, references):
         self.cancelled.extend(references)
 
     def nodes(self):
-        return [{"NodeID": "0" * 56}]
+        return [{"NodeID": "0" * 56, "NodeManagerHostname": "quiet"}]
 
     def total(self, resource):
         return self.cpus
@@ -176,6 +180,27 @@ def test_a_node_that_joins_with_other_versions_is_refused_by_its_first_task(fake
     ]
     with pytest.raises(TargetError, match=r"node late differs \(python 3.1, not"):
         assess(subject(), data(), on_fake())
+
+
+def test_a_node_that_is_alive_must_report_its_versions(fake, monkeypatch):
+    fake.silent[:] = ["lost"]  # for a moment, as while a worker is started
+    assess(subject(), data(), on_fake())
+    assert not fake.silent
+    monkeypatch.setattr(ray_tasks, "_NOTICED_S", 0.0)
+    fake.silent[:] = ["lost"] * 9
+    with pytest.raises(
+        TargetError, match=r"node quiet \(0+\) does not report its versions \(its task is lost\)"
+    ):
+        assess(subject(), data(), on_fake())
+    assert fake.silent  # it was refused before the first shard
+
+
+def test_a_node_that_died_before_its_report_is_skipped(fake, one, monkeypatch, tmp_path):
+    fake.silent[:] = ["lost"]
+    asked_for = iter([fake.nodes(), []])
+    monkeypatch.setattr(fake, "nodes", lambda: next(asked_for))
+    assess(subject(), data(), on_fake(), run=tmp_path / "run")
+    assert settled(tmp_path / "run") == settled(one)
 
 
 def test_time_that_ran_out_is_reported(fake):

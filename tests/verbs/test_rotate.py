@@ -30,7 +30,7 @@ from verbs.collected_pool import CODEC, DIFFUSION, IMMUNISE, terms
 
 def test_collects_every_run_and_the_surrogates(collected):
     path, found, _ = collected
-    held = Pool.held(path)
+    held = Pool.open(path)
     assert (found.runs, found.sets, found.epochs, len(found.surrogate_accuracy)) == (2, 8, 8, contents.OWN)
     assert min(found.accuracy + found.surrogate_accuracy) > 0.9
     sets = contents.collected_members(held)
@@ -46,11 +46,11 @@ def test_collects_every_run_and_the_surrogates(collected):
 
 @pytest.mark.slow
 def test_who_knows_the_seed_cannot_make_the_collection_again(collected, tmp_path, monkeypatch):
-    assert contents.secret(Pool.held(collected[0])).key == 7, "what the operating system gave, in these tests"
+    assert contents.secret(Pool.open(collected[0])).key == 7, "what the operating system gave, in these tests"
     monkeypatch.setattr(contents, "secrets", SimpleNamespace(randbits=lambda bits: 8))
     other = steps.create(tmp_path / "pool", terms())
     steps.collect(other, terms())
-    one = Pool.held(collected[0])
+    one = Pool.open(collected[0])
     assert not set(contents.bases(one)) & set(contents.bases(other))
     same = (
         torch.equal(one.kept("own_0").columns[name], value)
@@ -306,12 +306,12 @@ def test_a_second_process_draws_nothing_and_leaves_what_the_first_has_sealed(poo
     steps.draw(pool, terms(), 1)
     before = pool.kept("drawing").digest
     with pool.alone_at("draw"), pytest.raises(UsageError, match="another process runs draw in"):
-        steps.draw(Pool.held(pool.path), terms(), 2)
+        steps.draw(Pool.open(pool.path), terms(), 2)
     assert pool.kept("drawing").digest == before
     with pool.alone_at("collect"), pytest.raises(UsageError, match="another process runs collect in"):
-        steps.collect(Pool.held(pool.path), terms())
+        steps.collect(Pool.open(pool.path), terms())
     with pool.alone_at("train"), pytest.raises(UsageError, match="another process runs train in"):
-        steps.train(Pool.held(pool.path), terms(), CODEC, DIFFUSION)
+        steps.train(Pool.open(pool.path), terms(), CODEC, DIFFUSION)
 
 
 def test_a_generator_of_another_architecture_is_refused(pool):
@@ -367,11 +367,11 @@ def _collect(path):
 
 
 def _learn(path):
-    steps.train(Pool.held(path), terms(), CODEC, DIFFUSION)
+    steps.train(Pool.open(path), terms(), CODEC, DIFFUSION)
 
 
 def _draw(path):
-    held = Pool.held(path)
+    held = Pool.open(path)
     resume = held.kept("drawing").about["asked"]["sets"] == 6
     steps.draw(held, terms(), 6, immunise=IMMUNISE, resume=resume)
 
@@ -407,7 +407,7 @@ def test_twenty_kills_in_collect_lose_nothing(tmp_path):
         kills += killed(_collect, path, whole_s * 0.06)
     _collect(path)
     assert kills >= 5
-    one, other = Pool.held(path), Pool.held(tmp_path / "undisturbed" / "pool")
+    one, other = Pool.open(path), Pool.open(tmp_path / "undisturbed" / "pool")
     assert contents.bases(one) == contents.bases(other), "the same sets, kills or none"
     for name in ("run_0", "run_1", "own_0", "own_3"):
         assert one.kept(name).columns.keys() == other.kept(name).columns.keys()
@@ -427,10 +427,10 @@ def test_twenty_kills_leave_what_serves_and_go_on(pool, step, tmp_path):
     kills, whole_s = 0, took_s(step, tmp_path / "undisturbed" / "pool")
     for k in range(20):
         kills += killed(step, pool.path, whole_s * k / 20)
-        assert Pool.held(pool.path).serving == now
+        assert Pool.open(pool.path).serving == now
     step(pool.path)
     assert kills >= 5
-    again = Pool.held(pool.path)
+    again = Pool.open(pool.path)
     assert again.serving == now and contents.generator_of(again, terms()) is not None
     if step is _draw:
         assert len(contents.waiting_candidates(again)) >= 6

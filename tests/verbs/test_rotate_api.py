@@ -71,7 +71,7 @@ def test_the_steps_in_python_and_on_the_command_line_give_the_same(place, capsys
     assert command(["rotate", "collect", "net.py:make", "blobs.npz", *words, *flags("source", SOURCE)]) == 0
     out = capsys.readouterr().out
     assert out.startswith("6 sets of 2 trainings of 5 epochs; accuracy of the bases: ")
-    other = Pool.held(place / "other")
+    other = Pool.open(place / "other")
     names = [[member.name for member in pool.ledger.members] for pool in (collected.pool, other)]
     assert names[0] == names[1], "the names are digests of the sets"
     for name in ("plan", "own_0", "own_3"):
@@ -148,7 +148,7 @@ def test_what_a_pool_cannot_open_again_or_does_not_know_is_refused(place):
         holdfast.rotate.swap("nowhere")
     with pytest.raises(UsageError, match="pool is a int; give the path of its folder"):
         holdfast.rotate.status(3)
-    pool = Pool.begun(place / "pool", {})
+    pool = Pool.create(place / "pool", {})
     with pytest.raises(UsageError, match="contains no address of its model"):
         holdfast.rotate.train(pool)
     with pytest.raises(UsageError, match="sets is 0; expected a number of candidates of at least 1"):

@@ -89,7 +89,7 @@ def collected(tmp_path_factory):
 def pool(collected, tmp_path):
     shutil.copytree(collected[0] / "pool", tmp_path / "pool")
     shutil.copy(collected[0] / "pool.key", tmp_path / "pool.key")
-    return Pool.held(tmp_path / "pool")
+    return Pool.open(tmp_path / "pool")
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_the_table_is_measured_kept_shown_and_not_measured_again(serving, collec
     assert all(set(row["broken_ids"]) <= set(document["ids"]) for row in document["rows"])
     assert verify(run).complete and run.stat().st_mode & 0o777 == 0o700
     raised = next(each for each in result.doubts if each.name == "fine-tuning")
-    assert raised.state == "raised" and "half an epoch of adversarial fine-tuning" in raised.says
+    assert raised.state == "raised" and "half an epoch of adversarial fine-tuning" in raised.message
     told = tables(result.summary(), colour=False)
     assert "A6 distils answers" in told and "adversarial fine-tuning" in told
     for suffix in ("html", "md"):

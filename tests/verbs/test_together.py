@@ -163,6 +163,33 @@ def test_two_processes_go_on_to_the_weights_of_an_uninterrupted_training(tmp_pat
             torch.testing.assert_close(other[key], value, atol=1e-4, rtol=1e-3)
 
 
+AGAIN = """
+import sys, torch, holdfast
+from holdfast.ops.fit import Training
+from holdfast.recipes import PGDTraining
+
+x = torch.rand(632, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+y = (x[:, 0, :3].sum((1, 2)) > x[:, 0, 3:].sum((1, 2))).long()
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 2))
+recipe = PGDTraining(steps=1, training=Training(epochs=1, batch=100))
+weights = []
+for turn in range(6):
+    made = holdfast.harden(
+        net, (x[:32], y[:32]), "linf:0.05", recipe, fit=(x[32:], y[32:]), suite="quick", doubts=False,
+        run=f"{sys.argv[1]}/{turn}",
+    )
+    weights.append(torch.cat([value.flatten() for value in made.model.state_dict().values()]))
+assert all(torch.equal(each, weights[0]) for each in weights)
+"""
+
+
+def test_two_processes_train_again_after_a_training(tmp_path):
+    (tmp_path / "script.py").write_text(AGAIN)
+    done = started(*TOGETHER, tmp_path / "script.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_processes_plan_alike(tmp_path):
     done, _ = ran(tmp_path, "budget", together=True)
     assert done.returncode == 0, done.stderr

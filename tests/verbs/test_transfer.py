@@ -68,7 +68,7 @@ def test_a_standing_example_that_the_matrix_turned_is_told_and_doubted():
     assert missed.any() and evidence["success"][missed].all()
     assert matrix.broke == int(missed.sum())
     doubt = next(doubt for doubt in found.doubts if doubt.name == "not-exhausted")
-    assert doubt.state == "raised" and "the transfer matrix" in doubt.says
+    assert doubt.state == "raised" and "the transfer matrix" in doubt.message
 
 
 def test_a_run_keeps_its_matrix_and_tells_it_again(tmp_path):

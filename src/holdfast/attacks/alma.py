@@ -24,7 +24,7 @@ from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.losses import dlr, margin_loss
 from holdfast.ops.norms import expect_norm, farthest, gap, length
 
-_TINY, _TINIEST = 1e-12, 1e-15
+_TINY, _TINIEST = 1e-12, 1e-15  # prevent divisions by zero
 _TOLERANCE = 1e-4  # distance of the constraint beyond the boundary, in units of DLR
 _IMPROVED, _TIGHTER, _CHECKED = 0.95, 1.2, 10  # the paper's tau, gamma and M
 

@@ -28,7 +28,7 @@ from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.losses import margin_loss
 from holdfast.ops.norms import expect_norm, farthest, free, gap, length
 
-_TINIEST = 1e-30
+_TINIEST = 1e-30  # prevents a division by zero where the gradient is zero
 _GROWTH = 4.0  # growth of the constant while none was large enough
 
 

@@ -24,7 +24,7 @@ from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.losses import margin_loss
 from holdfast.ops.norms import expect_norm
 
-_TINIEST = 1e-30
+_TINIEST = 1e-30  # prevents a division by zero where the gradient is zero
 _GROWTH = 10.0  # growth of the weight while none was large enough
 
 

@@ -35,7 +35,7 @@ from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.losses import margin, margin_loss
 from holdfast.ops.norms import expect_norm, farthest, gap
 
-_TINY = 1e-30
+_TINY = 1e-30  # prevents divisions by zero
 _LARGEST = -math.log(1e-6)  # the paper's bound on the logarithm of the penalty
 
 

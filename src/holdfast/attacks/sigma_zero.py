@@ -25,7 +25,7 @@ from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.losses import margin_loss
 from holdfast.ops.norms import expect_norm
 
-_TINY = 1e-12
+_TINY = 1e-12  # prevents divisions by zero, for a zero gradient and for equal bounds
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from holdfast.ops.losses import margin_loss
 from holdfast.ops.norms import expect_norm, free
 from holdfast.ops.planes import across, planes, rivals_of
 
-_HALF = 0.5
+_HALF = 0.5  # share of the way of a projection; the whole way oscillates (see the docstring)
 _MAX_FAILURES = 3  # consecutive broken points that come no closer, after which an example is dropped
 _LIKELIEST = 2  # number of classes that are compared near the boundary
 

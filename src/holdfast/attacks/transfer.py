@@ -99,7 +99,7 @@ class Transfer:
         return total / self.neighbours
 
 
-_IMAGE = 4
+_IMAGE = 4  # dimensions of a batch of images; only images are resized and shifted
 SHRUNK = 0.9
 """smallest size of a resized image, as a fraction of its original size"""
 _SIGMAS = 3.0

@@ -24,7 +24,7 @@ from holdfast.ops.ascent import cosine, gradient
 from holdfast.ops.learned import Added, draw_minibatch, truncated, unfitted
 from holdfast.ops.norms import expect_norm
 
-_TINY = 1e-30
+_TINY = 1e-30  # prevents a division by zero where the gradient is zero
 _BEGIN = 1 / 3  # share of the steps that are targeted
 
 

@@ -27,7 +27,7 @@ from holdfast.ops.norms import expect_norm
 from holdfast.ops.sampling import distinct_positions
 
 _H = 1e-4  # the paper's step to either side, in widths of the box
-_PRICE, _GROWTH = 10.0, 10.0
+_PRICE, _GROWTH = 10.0, 10.0  # first weight of the margin, and its factor while no search broke the example
 _CLOSING = 10  # forwards of the final bisection, if the smallest change is searched
 
 

@@ -1,5 +1,20 @@
-"""Certifiers, which prove that no input of a threat model changes the prediction of a model."""
+"""Certifiers, which prove that no input of a threat model changes the prediction of a model.
 
-from holdfast.certifiers.operators import register
+A class is imported when it is first used; `holdfast.core.catalogue` lists all provers. `register` adds the bounds of an
+operation.
+"""
 
-__all__ = ["register"]
+from typing import Any
+
+from holdfast.core.catalogue import PROVERS, load_class
+
+_MODULES = {**{entry.cls: entry.module for entry in PROVERS.values()}, "register": "operators"}
+__all__ = sorted(_MODULES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    return load_class(__name__, _MODULES, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

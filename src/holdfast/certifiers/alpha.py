@@ -7,6 +7,8 @@ bounds of values in between are optimised one layer after another, each value fo
 not known, instead of all together for the final bound.
 """
 
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -128,30 +130,38 @@ def _zeros(sign: Tensor, coefficients: Tensor) -> Tensor:
     )
 
 
-def sharpen(relaxation: Relaxation, steps: int) -> None:
-    """Tighten the bounds of all values that are inputs of ReLUs and whose sign is not known, layer by layer."""
-    for index in relaxation.graph.bounded:
-        if index and _after_nonlinear(relaxation.graph, index):
-            _sharpen(relaxation, index, steps)
+def sharpen(relaxation: Relaxation, steps: int, deadline: float = math.inf) -> bool:
+    """Tighten the bounds of all values that are inputs of ReLUs and whose sign is not known, layer by layer, until the
+    deadline, a value of `time.perf_counter()`. Return whether it was not reached.
+    """
+    return all(
+        _sharpen(relaxation, index, steps, deadline)
+        for index in relaxation.graph.bounded
+        if index and _after_nonlinear(relaxation.graph, index)
+    )
 
 
 def _after_nonlinear(graph: Graph, index: int) -> bool:
     return any(i < index for i in graph.nonlinear)
 
 
-def _sharpen(relaxation: Relaxation, index: int, steps: int) -> None:
+def _sharpen(relaxation: Relaxation, index: int, steps: int, deadline: float) -> bool:
     low, high = relaxation.bound(index)
     unknown = ((low < 0) & (high > 0)).flatten(1)
     most = int(unknown.sum(1).max())
     if not most:
-        return
+        return True
     chosen = unknown.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     shape = relaxation.graph.shape_of(index)
     n, below, above = len(low), low.flatten(1).clone(), high.flatten(1).clone()
     at_once = max(
         1, _ELEMENTS // (2 * n * max(relaxation.graph.shape_of(i).numel() for i in range(index + 1)))
     )
+    in_time = True
     for start in range(0, most, at_once):
+        in_time = time.perf_counter() < deadline
+        if not in_time:
+            break
         rows = chosen[:, start : start + at_once]
         functions = one_hot(rows, shape, low.dtype)
         lower = optimised(relaxation, index, functions, steps=steps).lower
@@ -159,3 +169,4 @@ def _sharpen(relaxation: Relaxation, index: int, steps: int) -> None:
         below.scatter_(1, rows, torch.maximum(below.gather(1, rows), lower[:, :half]))
         above.scatter_(1, rows, torch.minimum(above.gather(1, rows), -lower[:, half:]))
     relaxation.replace_bounds(index, below.view_as(low), above.view_as(high))
+    return in_time

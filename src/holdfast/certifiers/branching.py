@@ -29,7 +29,7 @@ _DESCENT_STEPS = 40
 
 
 @dataclass(frozen=True)
-class Claim:
+class OutputProperty:
     """The claim that at least one of some linear functions of the outputs of a network is positive."""
 
     rows: Tensor
@@ -117,7 +117,7 @@ class Tree:
     """Branch and bound for one claim about one example, from the relaxation of the example."""
 
     root: Relaxation
-    claim: Claim
+    claim: OutputProperty
     search: Search
     deadline: float
     """value of `time.perf_counter()` at which the search ends"""

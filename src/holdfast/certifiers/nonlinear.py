@@ -135,9 +135,7 @@ class ReLU(Activation):
 
 @dataclass(frozen=True, eq=False)
 class Piecewise(Activation):
-    """Function that is linear between a few points, such as leaky ReLU, the absolute value or a clamp. Extrema over
-    intervals are exact.
-    """
+    """Function that is linear between a few points, such as a clamp. Extrema over intervals are exact."""
 
     function: Callable[[Tensor], Tensor]
     points: tuple[float, ...]

@@ -11,20 +11,20 @@ from torch import Tensor
 from holdfast.certifiers.graph import Node
 from holdfast.certifiers.linear import Convolution, Dense, Nonnegative, Scaled, Sum
 from holdfast.certifiers.nonlinear import MaxPool, Piecewise, ReLU, Smooth
-from holdfast.certifiers.translation import ROWS, Translation, Translator, Value, plain
+from holdfast.certifiers.translation import ROWS, TracedValue, Translation, Translator, constant_of
 from holdfast.core.errors import UsageError
 
 # default arguments of ATen operations
-_ONE = Value(None, 1)
-_FIRST = Value(None, 0)
-_ZERO = Value(None, 0.0)
-_LEAK = Value(None, 0.01)
-_ABSENT = Value(None)
-_MINUS_ONE = Value(None, -1.0)
-_PLUS_ONE = Value(None, 1.0)
-_NO_PADDING = Value(None, [0, 0])
-_DENSE_WINDOW = Value(None, [1, 1])
-_NO = Value(None, False)
+_ONE = TracedValue(None, 1)
+_FIRST = TracedValue(None, 0)
+_ZERO = TracedValue(None, 0.0)
+_LEAK = TracedValue(None, 0.01)
+_ABSENT = TracedValue(None)
+_MINUS_ONE = TracedValue(None, -1.0)
+_PLUS_ONE = TracedValue(None, 1.0)
+_NO_PADDING = TracedValue(None, [0, 0])
+_DENSE_WINDOW = TracedValue(None, [1, 1])
+_NO = TracedValue(None, False)
 
 
 def _without_batch(constant: Any, shape: torch.Size) -> Tensor:
@@ -37,7 +37,7 @@ def _without_batch(constant: Any, shape: torch.Size) -> Tensor:
     return tensor
 
 
-def _add(to: Translator, a: Value, b: Value, *, alpha: Value = _ONE) -> Value:
+def _add(to: Translator, a: TracedValue, b: TracedValue, *, alpha: TracedValue = _ONE) -> TracedValue:
     factor = float(alpha.constant)
     if a.node is not None and b.node is not None:
         return to.add(Sum(factor), a, b)
@@ -47,11 +47,11 @@ def _add(to: Translator, a: Value, b: Value, *, alpha: Value = _ONE) -> Value:
     return to.add(Scaled(scale, _constant(to, a, b)), b)
 
 
-def _dtype(value: Value) -> torch.dtype:
+def _dtype(value: TracedValue) -> torch.dtype:
     return value.constant.dtype if isinstance(value.constant, Tensor) else torch.float32
 
 
-def _constant(to: Translator, value: Value, beside: Value) -> Tensor:
+def _constant(to: Translator, value: TracedValue, beside: TracedValue) -> Tensor:
     try:
         tensor = _without_batch(value.constant, to.shape_of(beside))
     except ValueError as error:
@@ -61,7 +61,7 @@ def _constant(to: Translator, value: Value, beside: Value) -> Tensor:
     return tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
 
 
-def _sub(to: Translator, a: Value, b: Value, *, alpha: Value = _ONE) -> Value:
+def _sub(to: Translator, a: TracedValue, b: TracedValue, *, alpha: TracedValue = _ONE) -> TracedValue:
     factor = float(alpha.constant)
     if a.node is not None and b.node is not None:
         return to.add(Sum(-factor), a, b)
@@ -70,41 +70,41 @@ def _sub(to: Translator, a: Value, b: Value, *, alpha: Value = _ONE) -> Value:
     return to.add(Scaled(torch.tensor(-factor, dtype=_dtype(a)), _constant(to, a, b)), b)
 
 
-def _rsub(to: Translator, a: Value, b: Value, alpha: Value = _ONE) -> Value:
+def _rsub(to: Translator, a: TracedValue, b: TracedValue, alpha: TracedValue = _ONE) -> TracedValue:
     return _sub(to, b, a, alpha=alpha)
 
 
-def _mul(to: Translator, a: Value, b: Value) -> Value:
+def _mul(to: Translator, a: TracedValue, b: TracedValue) -> TracedValue:
     if a.node is not None and b.node is not None:
         raise to.refused("the product of two values that both depend on the input")
     varying, constant = (a, b) if a.node is not None else (b, a)
     return to.add(Scaled(_constant(to, constant, varying), None), varying)
 
 
-def _div(to: Translator, a: Value, b: Value, **kwargs: Value) -> Value:
+def _div(to: Translator, a: TracedValue, b: TracedValue, **kwargs: TracedValue) -> TracedValue:
     if b.node is not None or kwargs:
         raise to.refused("the division by a value that depends on the input")
     return to.add(Scaled(1 / _constant(to, b, a), None), a)
 
 
-def _neg(to: Translator, x: Value) -> Value:
+def _neg(to: Translator, x: TracedValue) -> TracedValue:
     return to.add(Scaled(torch.tensor(-1.0), None), x)
 
 
-def _t(matrix: Value) -> Tensor:
+def _t(matrix: TracedValue) -> Tensor:
     tensor: Tensor = matrix.constant
     return tensor
 
 
 def _addmm(
     to: Translator,
-    bias: Value,
-    x: Value,
-    weight: Value,
+    bias: TracedValue,
+    x: TracedValue,
+    weight: TracedValue,
     *,
-    beta: Value = _ONE,
-    alpha: Value = _ONE,
-) -> Value:
+    beta: TracedValue = _ONE,
+    alpha: TracedValue = _ONE,
+) -> TracedValue:
     if x.node is None or weight.node is not None or bias.node is not None:
         raise to.refused("a matrix product of two values that both depend on the input")
     matrix, offset = _t(weight).t() * alpha.constant, _t(bias) * beta.constant
@@ -113,13 +113,15 @@ def _addmm(
     return to.add(Dense(matrix.contiguous(), offset.expand(matrix.shape[0]).contiguous()), x)
 
 
-def _mm(to: Translator, x: Value, weight: Value) -> Value:
+def _mm(to: Translator, x: TracedValue, weight: TracedValue) -> TracedValue:
     if x.node is None or weight.node is not None:
         raise to.refused("a matrix product of two values that both depend on the input")
     return to.add(Dense(_t(weight).t().contiguous(), None), x)
 
 
-def _convolution(to: Translator, x: Value, weight: Value, bias: Value, *settings: Value) -> Value:
+def _convolution(
+    to: Translator, x: TracedValue, weight: TracedValue, bias: TracedValue, *settings: TracedValue
+) -> TracedValue:
     stride, padding, dilation, transposed, _, groups = (each.constant for each in settings)
     if x.node is None or weight.node is not None:
         raise to.refused("a convolution with a kernel that depends on the input")
@@ -130,8 +132,14 @@ def _convolution(to: Translator, x: Value, weight: Value, bias: Value, *settings
 
 
 def _batch_norm(
-    to: Translator, x: Value, weight: Value, bias: Value, mean: Value, var: Value, *settings: Value
-) -> Value:
+    to: Translator,
+    x: TracedValue,
+    weight: TracedValue,
+    bias: TracedValue,
+    mean: TracedValue,
+    var: TracedValue,
+    *settings: TracedValue,
+) -> TracedValue:
     *training, _, eps = settings
     if any(bool(each.constant) for each in training):
         raise to.refused("batch norm in training mode")
@@ -143,10 +151,10 @@ def _batch_norm(
         offset = offset + _t(bias)
     shape = (-1, *(1,) * (len(to.shape_of(x)) - 1))
     value = to.add(Scaled(scale.reshape(shape), offset.reshape(shape)), x)
-    return Value(None, (value, None, None))
+    return TracedValue(None, (value, None, None))
 
 
-def _viewed(to: Translator, x: Value, *args: Value, **kwargs: Value) -> Value:
+def _viewed(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
     """An operation that only changes the shape."""
     assert to.current is not None
     shape = to.current.meta["val"].shape
@@ -159,20 +167,20 @@ def _reshaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.reshape(len(x), *shape)
 
 
-def _moved(to: Translator, x: Value, *args: Value, **kwargs: Value) -> Value:
+def _moved(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
     """An operation that moves, copies or omits values, and keeps the batch as its first dimension."""
     return to.add(Nonnegative(_called_with(to, args, kwargs)), x)
 
 
 def _called_with(
-    to: Translator, args: tuple[Value, ...], kwargs: Mapping[str, Value]
+    to: Translator, args: tuple[TracedValue, ...], kwargs: Mapping[str, TracedValue]
 ) -> Callable[[Tensor], Tensor]:
     assert to.current is not None
     return partial(
         _apply,
         function=to.current.target,
-        args=tuple(plain(arg) for arg in args),
-        kwargs={name: plain(arg) for name, arg in kwargs.items()},
+        args=tuple(constant_of(arg) for arg in args),
+        kwargs={name: constant_of(arg) for name, arg in kwargs.items()},
     )
 
 
@@ -181,7 +189,7 @@ def _apply(x: Tensor, function: Any, args: tuple[Any, ...], kwargs: Mapping[str,
     return y
 
 
-def _of_features(to: Translator, x: Value, *args: Value, **kwargs: Value) -> Value:
+def _of_features(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
     """An operation along one dimension, which must not be the batch."""
     dims = args[0].constant if args else 0
     rank = len(to.shape_of(x)) + 1
@@ -190,7 +198,7 @@ def _of_features(to: Translator, x: Value, *args: Value, **kwargs: Value) -> Val
     return _moved(to, x, *args, **kwargs)
 
 
-def _reduced(to: Translator, x: Value, *args: Value, **kwargs: Value) -> Value:
+def _reduced(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
     """A sum or a mean over dimensions of the features."""
     rank = len(to.shape_of(x)) + 1
     dims = args[0].constant if args else None
@@ -203,7 +211,7 @@ def _reduced(to: Translator, x: Value, *args: Value, **kwargs: Value) -> Value:
     return to.add(Nonnegative(_called_with(to, args, kwargs), terms + 2), x)
 
 
-def _average_pool(to: Translator, x: Value, *args: Value, **kwargs: Value) -> Value:
+def _average_pool(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
     window = args[0].constant
     terms = 1
     for size in window if isinstance(window, list | tuple) else [window]:
@@ -211,14 +219,14 @@ def _average_pool(to: Translator, x: Value, *args: Value, **kwargs: Value) -> Va
     return to.add(Nonnegative(_called_with(to, args, kwargs), terms + 2), x)
 
 
-def _adaptive_pool(to: Translator, x: Value, *args: Value, **kwargs: Value) -> Value:
+def _adaptive_pool(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
     terms = 1
     for size in to.shape_of(x)[1:]:
         terms *= size
     return to.add(Nonnegative(_called_with(to, args, kwargs), terms + 2), x)
 
 
-def _cat(to: Translator, tensors: Value, dim: Value = _FIRST) -> Value:
+def _cat(to: Translator, tensors: TracedValue, dim: TracedValue = _FIRST) -> TracedValue:
     parts = tensors.constant
     rank = len(to.shape_of(next(part for part in parts if part.node is not None))) + 1
     if dim.constant % rank == 0:
@@ -247,7 +255,7 @@ def _concatenated(*x: Tensor, fixed: Sequence[Tensor | None], dim: int) -> Tenso
     return torch.cat(parts, dim)
 
 
-def _stack(to: Translator, tensors: Value, dim: Value = _FIRST) -> Value:
+def _stack(to: Translator, tensors: TracedValue, dim: TracedValue = _FIRST) -> TracedValue:
     rank = len(to.shape_of(next(part for part in tensors.constant if part.node is not None))) + 1
     place = dim.constant % (rank + 1)
     if place == 0:
@@ -255,7 +263,7 @@ def _stack(to: Translator, tensors: Value, dim: Value = _FIRST) -> Value:
     parts = []
     for part in tensors.constant:
         if part.node is None:
-            parts.append(Value(None, part.constant.unsqueeze(place)))
+            parts.append(TracedValue(None, part.constant.unsqueeze(place)))
             continue
         shape = [*to.shape_of(part)]
         shape.insert(place - 1, 1)
@@ -267,15 +275,15 @@ def _stack(to: Translator, tensors: Value, dim: Value = _FIRST) -> Value:
                 to.place(),
             )
         )
-        parts.append(Value(len(to.nodes)))
-    return _cat(to, Value(None, parts), Value(None, place))
+        parts.append(TracedValue(len(to.nodes)))
+    return _cat(to, TracedValue(None, parts), TracedValue(None, place))
 
 
-def _zeros_like(to: Translator, x: Value, **kwargs: Value) -> Value:
-    return Value(None, torch.zeros(ROWS, *to.shape_of(x)))
+def _zeros_like(to: Translator, x: TracedValue, **kwargs: TracedValue) -> TracedValue:
+    return TracedValue(None, torch.zeros(ROWS, *to.shape_of(x)))
 
 
-def _pad(to: Translator, x: Value, widths: Value, value: Value = _ZERO) -> Value:
+def _pad(to: Translator, x: TracedValue, widths: TracedValue, value: TracedValue = _ZERO) -> TracedValue:
     if len(widths.constant) // 2 > len(to.shape_of(x)):
         raise to.refused("padding along the batch dimension")
     padded = to.add(Nonnegative(partial(F.pad, pad=list(widths.constant))), x)
@@ -285,16 +293,26 @@ def _pad(to: Translator, x: Value, widths: Value, value: Value = _ZERO) -> Value
     return to.add(Scaled(None, filled), padded)
 
 
-def _relu(to: Translator, x: Value) -> Value:
+def _relu(to: Translator, x: TracedValue) -> TracedValue:
     return to.add(ReLU(), x)
 
 
-def _leaky(to: Translator, x: Value, slope: Value = _LEAK) -> Value:
-    factor = float(slope.constant)
-    return to.add(Piecewise(partial(F.leaky_relu, negative_slope=factor), (0.0,), (factor, 1.0)), x)
+def _leaky(to: Translator, x: TracedValue, slope: TracedValue = _LEAK) -> TracedValue:
+    return _kinked(to, x, float(slope.constant), 1.0)
 
 
-def _clamp(to: Translator, x: Value, low: Value = _ABSENT, high: Value = _ABSENT) -> Value:
+def _kinked(to: Translator, x: TracedValue, below: float, above: float) -> TracedValue:
+    """A function with one slope below zero and another one above: below * x + (above - below) * relu(x).
+
+    Written with a ReLU, its sign can be assumed in branch and bound; the linear bounds are the same.
+    """
+    positive = to.add(Scaled(torch.tensor(above - below), None), to.add(ReLU(), x))
+    return to.add(Sum(below), positive, x)
+
+
+def _clamp(
+    to: Translator, x: TracedValue, low: TracedValue = _ABSENT, high: TracedValue = _ABSENT
+) -> TracedValue:
     if isinstance(low.constant, Tensor) or isinstance(high.constant, Tensor):
         raise to.refused("a clamp with a tensor as its limit")
     limits = tuple(float(each) for each in (low.constant, high.constant) if each is not None)
@@ -302,20 +320,22 @@ def _clamp(to: Translator, x: Value, low: Value = _ABSENT, high: Value = _ABSENT
     return to.add(Piecewise(partial(torch.clamp, min=least, max=most), limits, (0.0, 1.0)), x)
 
 
-def _hardtanh(to: Translator, x: Value, low: Value = _MINUS_ONE, high: Value = _PLUS_ONE) -> Value:
+def _hardtanh(
+    to: Translator, x: TracedValue, low: TracedValue = _MINUS_ONE, high: TracedValue = _PLUS_ONE
+) -> TracedValue:
     return _clamp(to, x, low, high)
 
 
-def _abs(to: Translator, x: Value) -> Value:
-    return to.add(Piecewise(torch.abs, (0.0,), (-1.0, 1.0)), x)
+def _abs(to: Translator, x: TracedValue) -> TracedValue:
+    return _kinked(to, x, -1.0, 1.0)
 
 
 def _smooth(function: Callable[..., Tensor], curvature: float, defaults: tuple[Any, ...] = ()) -> Translation:
     """Translation of a smooth function. Its further arguments must be the given defaults, if there are any."""
 
-    def translate(to: Translator, x: Value, *args: Value, **kwargs: Value) -> Value:
-        settings = {name: plain(arg) for name, arg in kwargs.items()}
-        given = tuple(plain(arg) for arg in args)
+    def translate(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
+        settings = {name: constant_of(arg) for name, arg in kwargs.items()}
+        given = tuple(constant_of(arg) for arg in args)
         if given and given != defaults:
             raise to.refused(f"{function.__name__} with the settings {given}")
         return to.add(Smooth(partial(function, **settings) if settings else function, curvature), x)
@@ -325,13 +345,13 @@ def _smooth(function: Callable[..., Tensor], curvature: float, defaults: tuple[A
 
 def _max_pool(
     to: Translator,
-    x: Value,
-    kernel: Value,
-    stride: Value = _ABSENT,
-    padding: Value = _NO_PADDING,
-    dilation: Value = _DENSE_WINDOW,
-    ceil_mode: Value = _NO,
-) -> Value:
+    x: TracedValue,
+    kernel: TracedValue,
+    stride: TracedValue = _ABSENT,
+    padding: TracedValue = _NO_PADDING,
+    dilation: TracedValue = _DENSE_WINDOW,
+    ceil_mode: TracedValue = _NO,
+) -> TracedValue:
     if ceil_mode.constant:
         raise to.refused("max pooling with ceil_mode")
     shape = to.shape_of(x)
@@ -346,7 +366,7 @@ def _max_pool(
     out = tuple(to.current.meta["val"][0].shape[2:])
     windows = partial(_windows, out=out, settings=settings)
     value = to.add(MaxPool(windows, windows(torch.ones(1, *shape))[0] == 0), x)
-    return Value(None, (value, None))
+    return TracedValue(None, (value, None))
 
 
 def _windows(x: Tensor, out: tuple[int, ...], settings: Mapping[str, Any]) -> Tensor:
@@ -355,7 +375,7 @@ def _windows(x: Tensor, out: tuple[int, ...], settings: Mapping[str, Any]) -> Te
     return unfolded.view(len(x), channels, -1, *out).movedim(2, -1)
 
 
-def _threshold(to: Translator, x: Value, at: Value, value: Value) -> Value:
+def _threshold(to: Translator, x: TracedValue, at: TracedValue, value: TracedValue) -> TracedValue:
     if at.constant != 0 or value.constant != 0:
         raise to.refused("a threshold other than zero")
     return to.add(ReLU(), x)
@@ -388,6 +408,8 @@ TRANSLATIONS: dict[str, Translation] = {
     "aten.slice": _of_features,
     "aten.select": _of_features,
     "aten.flip": _of_features,
+    "aten.pixel_shuffle": _moved,
+    "aten.pixel_unshuffle": _moved,
     "aten.mean": _reduced,
     "aten.sum": _reduced,
     "aten.avg_pool2d": _average_pool,

@@ -30,6 +30,10 @@ class Proofs:
     """for each example an input of the threat model that is misclassified if `broken`, otherwise the clean input"""
     broken: Mask
     """mask of the examples for which a misclassified input was found. The caller judges it on the original model"""
+    radius: Tensor | None = None
+    """proved radius in the norm of the threat model, (n,) float64; None for eps where certified and 0 elsewhere"""
+    abstained: Mask | None = None
+    """mask of the examples whose prediction a statistical method could not determine; None for no example"""
 
     @staticmethod
     def none(batch: Batch) -> "Proofs":
@@ -41,7 +45,11 @@ class Proofs:
     @staticmethod
     def joined(parts: "Sequence[Proofs]") -> "Proofs":
         """Return the proofs of several batches as those of one."""
-        return Proofs(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(Proofs)))
+        values = {each.name: [getattr(part, each.name) for part in parts] for each in fields(Proofs)}
+        # a method sets the last two columns for every batch or for none
+        return Proofs(
+            **{name: torch.cat(of_parts) for name, of_parts in values.items() if of_parts[0] is not None}
+        )
 
 
 class ReadyProver(Protocol):

@@ -2,6 +2,7 @@
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -20,6 +21,7 @@ from holdfast.core.constraints import Constraint
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Labels
+from holdfast.ops.number_format import exactly
 
 _INTERVALS_AT_ONCE, _BOUNDS_AT_ONCE = 256, 8
 """numbers of examples whose bounds are computed together, so that the values fit into the caches"""
@@ -53,7 +55,7 @@ class Bounder:
     def __call__(self, batch: Batch) -> Proofs:
         """Return what the bounds prove about the examples of a batch."""
         parts = [Proofs.none(batch.take(torch.zeros_like(batch.ids[:0])))]
-        with torch.no_grad():
+        with torch.no_grad(), exactly(batch.x):
             for part in batch.split(self.at_once):
                 region, deadline = region_of(part.x, self.constraint, self.bounds), self._deadline(len(part))
                 rows = margin_rows(part.y, self.graph.shape_of(self.graph.output)[0], part.x.dtype)
@@ -74,6 +76,18 @@ class Bounder:
 def prepared_graph(model: Classifier, sample: Batch) -> Graph:
     """Return the graph of a classifier, in the data type of its inputs."""
     return traced(model, sample.x).to(sample.x.dtype, sample.x.device)
+
+
+class GraphProver(ABC):
+    """Base class of provers that need the graph of the operations of a model."""
+
+    def ready(self, model: Classifier, sample: Batch, threat: ThreatModel) -> ReadyProver:
+        """Trace the model, and prepare the prover. Raises `UsageError` for operations without sound bounds."""
+        return self.on(prepared_graph(model, sample), model, threat)
+
+    @abstractmethod
+    def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
+        """Prepare the prover for a model with a known graph."""
 
 
 def _by_intervals(graph: Graph, region: Region, rows: Tensor, deadline: float) -> tuple[Tensor, bool]:
@@ -103,7 +117,7 @@ def _by_lines(graph: Graph, region: Region, rows: Tensor, deadline: float) -> tu
 
 
 @dataclass(frozen=True)
-class IBP:
+class IBP(GraphProver):
     """Interval bound propagation: bounds each value by interval arithmetic.
 
     Gowal et al., 2018, arXiv:1810.12715. It is the fastest method, and proves little for networks that were not trained
@@ -112,14 +126,13 @@ class IBP:
 
     name: ClassVar[str] = "ibp"
 
-    def ready(self, model: Classifier, sample: Batch, threat: ThreatModel) -> ReadyProver:
-        """Trace the model."""
-        graph = prepared_graph(model, sample)
+    def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
+        """Prepare the prover for a model with a known graph."""
         return Bounder(graph, threat.constraint, model.bounds, _by_intervals, _INTERVALS_AT_ONCE)
 
 
 @dataclass(frozen=True)
-class CrownIBP:
+class CrownIBP(GraphProver):
     """CROWN-IBP: linear bounds of the margins, with intervals as bounds of the values in between.
 
     Zhang et al., "Towards Stable and Efficient Training of Verifiably Robust Neural Networks", ICLR 2020,
@@ -128,14 +141,13 @@ class CrownIBP:
 
     name: ClassVar[str] = "crown-ibp"
 
-    def ready(self, model: Classifier, sample: Batch, threat: ThreatModel) -> ReadyProver:
-        """Trace the model."""
-        graph = prepared_graph(model, sample)
+    def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
+        """Prepare the prover for a model with a known graph."""
         return Bounder(graph, threat.constraint, model.bounds, _by_lines_from_intervals, _BOUNDS_AT_ONCE)
 
 
 @dataclass(frozen=True)
-class Crown:
+class Crown(GraphProver):
     """CROWN: linear bounds of the margins and of all values in between.
 
     Zhang et al., NeurIPS 2018, arXiv:1811.00866.
@@ -145,7 +157,6 @@ class Crown:
     timeout_s: float = math.inf
     """time limit for one example in seconds, after which interval arithmetic replaces further linear bounds"""
 
-    def ready(self, model: Classifier, sample: Batch, threat: ThreatModel) -> ReadyProver:
-        """Trace the model."""
-        graph = prepared_graph(model, sample)
+    def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
+        """Prepare the prover for a model with a known graph."""
         return Bounder(graph, threat.constraint, model.bounds, _by_lines, _BOUNDS_AT_ONCE, self.timeout_s)

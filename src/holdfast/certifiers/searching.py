@@ -8,36 +8,39 @@ import torch
 from torch import Tensor
 
 from holdfast.certifiers.alpha import optimised, sharpen
-from holdfast.certifiers.branching import Claim, Decision, Search, Tree, splittable
+from holdfast.certifiers.branching import Decision, OutputProperty, Search, Tree, splittable
 from holdfast.certifiers.crown import relaxed, substitute
 from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.protocol import Proofs, ReadyProver
-from holdfast.certifiers.provers import margin_rows, prepared_graph
+from holdfast.certifiers.provers import GraphProver, margin_rows
 from holdfast.certifiers.region import region_of
 from holdfast.certifiers.relaxation import Relaxation
 from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
+from holdfast.ops.number_format import exactly
 
 
 @dataclass(frozen=True)
-class AlphaCrown:
+class AlphaCrown(GraphProver):
     """Alpha-CROWN: CROWN with optimised slopes of the lower bounds of ReLUs.
 
     Xu et al., ICLR 2021, arXiv:2011.13824.
     """
 
     name: ClassVar[str] = "alpha-crown"
+    timeout_s: float = 60.0
+    """time limit for one example in seconds"""
     steps: int = 20
     """number of steps of the optimisation"""
 
-    def ready(self, model: Classifier, sample: Batch, threat: ThreatModel) -> ReadyProver:
-        """Trace the model."""
-        return _Searching(prepared_graph(model, sample), model, threat, self.steps, None, 0.0)
+    def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
+        """Prepare the prover for a model with a known graph."""
+        return _Searching(graph, model, threat, self.steps, None, self.timeout_s)
 
 
 @dataclass(frozen=True)
-class BranchAndBound:
+class BranchAndBound(GraphProver):
     """Branch and bound with Lagrange multipliers (beta-CROWN), until a time limit for each example.
 
     Wang et al., NeurIPS 2021, arXiv:2103.06624. It proves the claim or returns a counterexample if it has enough time;
@@ -51,9 +54,8 @@ class BranchAndBound:
     """number of steps of the optimisation before the first division"""
     search: Search = Search()
 
-    def ready(self, model: Classifier, sample: Batch, threat: ThreatModel) -> ReadyProver:
-        """Trace the model."""
-        graph = prepared_graph(model, sample)
+    def on(self, graph: Graph, model: Classifier, threat: ThreatModel) -> ReadyProver:
+        """Prepare the prover for a model with a known graph."""
         return _Searching(graph, model, threat, self.steps, self.search, self.timeout_s)
 
 
@@ -72,12 +74,12 @@ class _Searching:
     def __call__(self, batch: Batch) -> Proofs:
         """Return what the optimised bounds prove about the examples of a batch, with counterexamples."""
         rows = torch.arange(len(batch), device=batch.ids.device)
-        parts = [self._example(batch.take(row)) for row in torch.split(rows, 1)]
+        parts = [self._example(batch.take(rows[k : k + 1])) for k in range(len(batch))]
         return Proofs.joined([Proofs.none(batch.take(rows[:0])), *parts])
 
     def _example(self, one: Batch) -> Proofs:
-        deadline = time.perf_counter() + self.timeout_s if self.search else float("inf")
-        with torch.no_grad():
+        deadline = time.perf_counter() + self.timeout_s
+        with torch.no_grad(), exactly(one.x):
             proofs = self._in(self.graph, one, deadline)
             undecided = not (proofs.certified | proofs.broken | proofs.stopped).any()
             if undecided and self.search and one.x.dtype == torch.float32:
@@ -97,9 +99,9 @@ class _Searching:
         open_rows = (first <= 0).nonzero()[:, 0]
         work, stopped = 1, relaxation.stopped
         if len(open_rows) and not self.search:
-            sharpen(relaxation, self.steps)
+            stopped = not sharpen(relaxation, self.steps, deadline) or stopped
         for row in open_rows[first[open_rows].argsort()].tolist():
-            claim = Claim(rows[0, row : row + 1], rows.new_zeros(1))
+            claim = OutputProperty(rows[0, row : row + 1], rows.new_zeros(1))
             decision = self._decided(relaxation, claim, one, deadline)
             work, stopped = work + decision.work, stopped or decision.stopped
             proved[row] = max(float(proved[row]), decision.bound)
@@ -121,7 +123,9 @@ class _Searching:
             stopped=torch.full_like(none.stopped, stopped),
         )
 
-    def _decided(self, relaxation: Relaxation, claim: Claim, one: Batch, deadline: float) -> Decision:
+    def _decided(
+        self, relaxation: Relaxation, claim: OutputProperty, one: Batch, deadline: float
+    ) -> Decision:
         output = relaxation.graph.output
         best = optimised(relaxation, output, claim.rows[None], steps=self.steps)
         bound = float((best.lower + claim.constants).amax())

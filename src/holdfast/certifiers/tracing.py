@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.operators import TRANSLATIONS
-from holdfast.certifiers.translation import LIBRARIES, ROWS, Translator, name_of
+from holdfast.certifiers.translation import LIBRARIES, ROWS, Translator, operation_name
 from holdfast.core.errors import UsageError
 
 _SAME = 1e-4
@@ -71,10 +71,17 @@ def _without_softmax(recorded: fx.GraphModule) -> tuple[fx.Node, Tail]:
     (output,) = (node for node in recorded.graph.nodes if node.op == "output")
     last = node = output.args[0]
     steps: list[fx.Node] = []
-    while isinstance(node, fx.Node) and name_of(node.target) in ("aten.log", "aten.clamp_min", "aten.clamp"):
+    while isinstance(node, fx.Node) and operation_name(node.target) in (
+        "aten.log",
+        "aten.clamp_min",
+        "aten.clamp",
+    ):
         steps.append(node)
         node = node.args[0]
-    if not isinstance(node, fx.Node) or name_of(node.target) not in ("aten._softmax", "aten._log_softmax"):
+    if not isinstance(node, fx.Node) or operation_name(node.target) not in (
+        "aten._softmax",
+        "aten._log_softmax",
+    ):
         return last, _unchanged
     if node.args[1] not in (1, -1) or node.meta["val"].dim() != 2:
         return last, _unchanged

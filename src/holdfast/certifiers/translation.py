@@ -19,7 +19,7 @@ LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
 @dataclass(frozen=True)
-class Value:
+class TracedValue:
     """A value during the translation: an index of a node of the graph, or a constant tensor or number."""
 
     node: int | None
@@ -36,7 +36,7 @@ class Translator:
         self.recorded = recorded
         self.shape = shape
         self.nodes: list[Node] = []
-        self.values: dict[fx.Node, Value] = {}
+        self.values: dict[fx.Node, TracedValue] = {}
         self.current: fx.Node | None = None
 
     def graph(self, output: fx.Node) -> Graph:
@@ -44,9 +44,9 @@ class Translator:
         for node in self.recorded.graph.nodes:
             self.current = node
             if node.op == "placeholder":
-                self.values[node] = Value(0)
+                self.values[node] = TracedValue(0)
             elif node.op == "get_attr":
-                self.values[node] = Value(None, _attribute(self.recorded, node.target))
+                self.values[node] = TracedValue(None, _attribute(self.recorded, node.target))
             elif node.op == "call_function":
                 self.values[node] = self._called(node)
             if node is output:
@@ -59,32 +59,32 @@ class Translator:
             )
         return _pruned(Graph(self.shape, tuple(self.nodes[: value.node])))
 
-    def _called(self, node: fx.Node) -> Value:
+    def _called(self, node: fx.Node) -> TracedValue:
         args = [self._value(arg) for arg in node.args]
         kwargs = {name: self._value(arg) for name, arg in node.kwargs.items()}
         if not any(_varies(arg) for arg in (*args, *kwargs.values())):
-            given = [plain(arg) for arg in args]
+            given = [constant_of(arg) for arg in args]
             with torch.no_grad():
-                constant = node.target(*given, **{name: plain(arg) for name, arg in kwargs.items()})  # type: ignore[operator]
-            return Value(None, constant)
-        name = name_of(node.target)
+                constant = node.target(*given, **{name: constant_of(arg) for name, arg in kwargs.items()})  # type: ignore[operator]
+            return TracedValue(None, constant)
+        name = operation_name(node.target)
         if name == "getitem":
             source, index = args
-            chosen: Value = source.constant[index.constant]
+            chosen: TracedValue = source.constant[index.constant]
             return chosen
         translate = self.table.get(name)
         if translate is None:
             raise self.refused(f"the operation {name}")
         return translate(self, *args, **kwargs)
 
-    def _value(self, arg: Any) -> Value:
+    def _value(self, arg: Any) -> TracedValue:
         if isinstance(arg, fx.Node):
             return self.values[arg]
         if isinstance(arg, list | tuple) and any(isinstance(each, fx.Node) for each in arg):
-            return Value(None, [self._value(each) for each in arg])
-        return Value(None, arg)
+            return TracedValue(None, [self._value(each) for each in arg])
+        return TracedValue(None, arg)
 
-    def add(self, operation: Operation, *inputs: Value) -> Value:
+    def add(self, operation: Operation, *inputs: TracedValue) -> TracedValue:
         """Add an operation to the graph, and return its value."""
         assert self.current is not None
         value = self.current.meta.get("val")
@@ -93,9 +93,9 @@ class Translator:
             raise self.refused("an operation that does not keep the batch as its first dimension")
         indices = tuple(value.node for value in inputs if value.node is not None)
         self.nodes.append(Node(operation, indices, torch.Size(shape[1:]), self.place()))
-        return Value(len(self.nodes))
+        return TracedValue(len(self.nodes))
 
-    def shape_of(self, value: Value) -> torch.Size:
+    def shape_of(self, value: TracedValue) -> torch.Size:
         """Return the shape of a value of the graph for one example."""
         assert value.node is not None
         return self.shape if value.node == 0 else self.nodes[value.node - 1].shape
@@ -131,16 +131,16 @@ def _attribute(module: nn.Module, target: str) -> Tensor:
     return tensor
 
 
-def _varies(value: Value) -> bool:
+def _varies(value: TracedValue) -> bool:
     if value.node is not None:
         return True
     content = value.constant
     return isinstance(content, list | tuple) and any(
-        isinstance(each, Value) and _varies(each) for each in content
+        isinstance(each, TracedValue) and _varies(each) for each in content
     )
 
 
-def name_of(target: Any) -> str:
+def operation_name(target: Any) -> str:
     """Name of an operation without its overload, such as `aten.add`."""
     if isinstance(target, torch._ops.OpOverload):
         return f"{target.namespace}.{target._schema.name.partition('::')[2]}"
@@ -162,14 +162,14 @@ def _pruned(graph: Graph) -> Graph:
     )
 
 
-Translation = Callable[..., Value]
+Translation = Callable[..., TracedValue]
 """function of a translator and the arguments of an operation, which adds the operation to the graph and returns its
 value"""
 
 
-def plain(value: Value) -> Any:
+def constant_of(value: TracedValue) -> Any:
     """Return the constant of a value, with the constants of the values in a list."""
     content = value.constant
-    if isinstance(content, list | tuple) and any(isinstance(each, Value) for each in content):
-        return [plain(each) for each in content]
+    if isinstance(content, list | tuple) and any(isinstance(each, TracedValue) for each in content):
+        return [constant_of(each) for each in content]
     return content

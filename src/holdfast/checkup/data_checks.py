@@ -17,8 +17,8 @@ from holdfast.sources.pictures import Pictures
 SAMPLE = 256
 """Number of examples in the sample that the checks use."""
 _MISFITS = 16  # number of examples outside the bounds or the classes that are added to the sample
-_CHUNK = 4096
-_ROUNDING = 1e-6
+_CHUNK = 4096  # examples that are converted at once, so that a large array is not copied as a whole
+_ROUNDING = 1e-6  # share of the range that a value may be outside the bounds, as float32 rounds
 
 
 def strange_classes(data: Data) -> Iterator[Finding]:

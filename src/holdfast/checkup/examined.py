@@ -11,6 +11,7 @@ from torch import Tensor
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError, TargetLost
 from holdfast.core.model import Classifier
+from holdfast.core.renamed import Earlier
 
 Level = Literal["problem", "warning", "good"]
 
@@ -27,11 +28,13 @@ class Finding:
 
     check: str
     level: Level
-    says: str
+    message: str
     """description of the finding, with numbers"""
     way_out: str = ""
     gain: float | None = None
     """increase of accuracy by an alternative interpretation of the data; None if no alternative was tried"""
+
+    says = Earlier("message")
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,9 @@ class Examined:
             return 0.0
         try:
             return share_right(self.ask(model or self.model, x), self.batch.y)
-        except TargetLost:
+        except TargetLost:  # the server is gone, which says nothing about the interpretation
             raise
-        except TargetError:
+        except TargetError:  # the model accepts no such input, so the interpretation is wrong
             return 0.0
 
     @cached_property

@@ -24,6 +24,10 @@ _COMMANDS = {
         "assess",
         "measure how robust a model is: the worst case over several attacks, with confidence intervals",
     ),
+    "certify": (
+        "certify",
+        "prove for each example that no allowed change is misclassified, or find one that is",
+    ),
     "harden": ("harden", "train a new model that is more robust, within a time budget"),
     "rotate": ("rotate", "serve several parameter sets in turn, so that a stolen set is soon out of use"),
     "compare": ("report", "show what changed between two runs on the same examples"),
@@ -71,7 +75,7 @@ class _Verbs(Group):
 )
 @click.version_option(__version__, prog_name="holdfast", message="%(prog)s %(version)s")
 def verbs() -> None:
-    """Assess, harden and rotate machine-learning models against adversarial attacks."""
+    """Assess, certify, harden and rotate machine-learning models against adversarial attacks."""
 
 
 def main(args: Sequence[str] | None = None, program: click.Group = verbs, name: str = "holdfast") -> None:
@@ -139,8 +143,8 @@ def _stopped(error: BaseException, arguments: Sequence[str]) -> int:
 
 
 def _again(arguments: Sequence[str]) -> str:
-    """Return advice on how to continue a command that was stopped. `assess` and `harden` store their run."""
-    if arguments[:1] not in (["assess"], ["harden"]):
+    """Return advice on how to continue a command that was stopped. `assess`, `certify` and `harden` store their run."""
+    if arguments[:1] not in (["assess"], ["certify"], ["harden"]):
         return "start it again"
     stored = "the finished part of a run is stored (see holdfast runs)"
     if not any(word == "--run" or word.startswith("--run=") for word in arguments):

@@ -11,6 +11,7 @@ from holdfast.cli.early import (
     refuse_foreign_server,
     refuse_missing_file,
     refuse_reports,
+    refuse_server_to_certify,
     refuse_server_to_train,
     refuse_unknown_data,
     refuse_unknown_model,
@@ -21,12 +22,14 @@ from holdfast.config.clusters import refuse_unusable_cluster
 from holdfast.config.groups import InferenceSource
 from holdfast.config.settings import (
     AssessSettings,
+    CertifySettings,
     HardenSettings,
     OpeningSettings,
     S,
     keys_of,
     read_settings,
 )
+from holdfast.config.suites import refuse_uncertifiable
 from holdfast.config.values import SurrogateSettings
 from holdfast.core.errors import UsageError
 from holdfast.store.files import refuse_no_run
@@ -56,9 +59,13 @@ def settings_from(flags: dict[str, Any], kind: type[V], voice: Voice) -> V:
     if config:
         _refuse_hosts_of_config(getattr(settings, "inference", InferenceSource()), flags)
     _refuse_targets(settings, config)
-    if isinstance(settings, AssessSettings | HardenSettings):
+    if isinstance(settings, CertifySettings) or (
+        isinstance(settings, AssessSettings) and settings.options.certify
+    ):
+        refuse_uncertifiable(settings.threat.threat)
+    if isinstance(settings, AssessSettings | CertifySettings | HardenSettings):
         refuse_unusable_cluster(settings, settings.model.address)
-    if isinstance(settings, AssessSettings):
+    if isinstance(settings, AssessSettings | CertifySettings):
         refuse_reports(settings.reports.output)
     if isinstance(settings, HardenSettings):
         refuse_reports(_report_files(settings.reports.output))
@@ -120,11 +127,16 @@ def _refuse_targets(settings: OpeningSettings, config: str | None) -> None:
         refuse_unknown_model(address)
     if isinstance(settings, HardenSettings):
         refuse_server_to_train(str(model))
+    if isinstance(settings, CertifySettings):
+        refuse_server_to_certify(str(model))
     refuse_foreign_server(str(model), getattr(settings, "inference", InferenceSource()).allow_hosts)
     across = settings.options.across if isinstance(settings, AssessSettings) else ()
     for address in (str(data), *across):
         refuse_unknown_data(address)
-    if isinstance(settings, AssessSettings | HardenSettings) and settings.reports.baseline is not None:
+    if (
+        isinstance(settings, AssessSettings | CertifySettings | HardenSettings)
+        and settings.reports.baseline is not None
+    ):
         refuse_no_run(Path(settings.reports.baseline))
 
 

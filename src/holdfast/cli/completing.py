@@ -10,7 +10,7 @@ from holdfast.cli.early import bundled
 from holdfast.config.grammar import Norm
 from holdfast.config.naming import AUTO, CARD, SOURCES, VARIANTS
 from holdfast.config.spellings import every_name
-from holdfast.core.catalogue import ATTACKS, RECIPES
+from holdfast.core.catalogue import ATTACKS, PROVERS, RECIPES
 
 
 class Completed(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only
@@ -59,6 +59,7 @@ DATA = Completed(_data)
 ATTACK = Completed(_attacks, listed=True)
 SUITE = Completed(every_name, listed=True)
 RECIPE = Completed(lambda: [AUTO, *RECIPES])
+METHOD = Completed(lambda: [AUTO, *PROVERS])
 SETS_RECIPE = Completed(lambda: [CARD, *RECIPES])
 SOURCE = Completed(lambda: list(SOURCES))
 THREAT = Completed(lambda: [f"{norm}:" for norm in get_args(Norm)])

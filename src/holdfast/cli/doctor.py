@@ -32,7 +32,7 @@ def doctor(voice: Voice, **flags: Any) -> int:
         if finding.level == "good" and voice.quiet:
             continue
         sign, colour = _SIGNS[finding.level]
-        console.print(Text.assemble((f"{sign} {finding.check:<14}", colour), line(finding.says)))
+        console.print(Text.assemble((f"{sign} {finding.check:<14}", colour), line(finding.message)))
         if finding.way_out:
             console.print(Text.assemble(" " * 16, ("-> ", "bold"), line(finding.way_out)))
     problems = sum(finding.level == "problem" for finding in findings)

@@ -64,6 +64,17 @@ def refuse_foreign_server(address: str, hosts: Iterable[str]) -> None:
         allowed_address(address, hosts)
 
 
+def refuse_server_to_certify(address: str) -> None:
+    """Raise `UsageError` if the model to certify is given as the URL of a server, whose operations are not known."""
+    from holdfast.sources.remote import SCHEMES
+
+    if address.partition(":")[0] in SCHEMES:
+        raise UsageError(
+            f"{address!r} is a server, and bounds are computed from the operations of a network; give the network "
+            "itself, as in file.py:factory"
+        )
+
+
 def refuse_server_to_train(address: str) -> None:
     """Raise `UsageError` if the model to train is given as the URL of a server, because its weights are
     not accessible.

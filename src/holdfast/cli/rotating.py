@@ -150,7 +150,7 @@ def turn(
 
 def swap(pool: str, voice: Voice, *, why: str, unjudged: bool, expect_head: str) -> int:
     """Replace the serving set of a pool by another admitted set. Return exit code 0."""
-    opened = Pool.held(Path(pool), expect_head=expect_head)
+    opened = Pool.open(Path(pool), expect_head=expect_head)
     swapped = swapping.swap(swapping.SwapRequest(opened, why, unjudged))
     click.echo(f"{swapped.name} serves as epoch {swapped.epoch}")
     if swapped.unjudged:
@@ -165,7 +165,7 @@ def swap(pool: str, voice: Voice, *, why: str, unjudged: bool, expect_head: str)
 
 def expose(pool: str, name: str, voice: Voice, *, why: str, expect_head: str) -> int:
     """Record in the ledger of a pool that an attacker may have a certain parameter set. Return exit code 0."""
-    opened = Pool.held(Path(pool), expect_head=expect_head)
+    opened = Pool.open(Path(pool), expect_head=expect_head)
     exposed = exposure.expose(exposure.ExposeRequest(opened, name, why))
     click.echo(f"{name} is listed as exposed: {line(why)}")
     if exposed.serving:
@@ -179,7 +179,7 @@ def expose(pool: str, name: str, voice: Voice, *, why: str, expect_head: str) ->
 
 def head(pool: str, voice: Voice, *, expect_head: str) -> int:
     """Verify the ledger of a pool and print the digest of its last entry. Return exit code 0."""
-    latest = pool_status.head(Pool.held(Path(pool), expect_head=expect_head))
+    latest = pool_status.head(Pool.open(Path(pool), expect_head=expect_head))
     click.echo(latest.digest)
     voice.say(
         f"this is the digest of entry {latest.entries}; store it outside the folder. A later command with "
@@ -211,7 +211,7 @@ def status(pool: str, voice: Voice, *, outputs: Sequence[str], expect_head: str)
     for output in outputs:
         if output != _STDOUT and Path(output).suffix != ".json":
             raise UsageError(f"-o {output} is not possible for a pool; write -o FILE.json, or - for stdout")
-    overview = pool_status.status(Pool.held(Path(pool), expect_head=expect_head))
+    overview = pool_status.status(Pool.open(Path(pool), expect_head=expect_head))
     for output in outputs:
         if output != _STDOUT:
             with usable(Path(output)):

@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from holdfast.api import demo, exhibition, rehearse, rehearse_served
+from holdfast.api import demo, exhibition
 from holdfast.cli.options import Voice
+from holdfast.config.assess_inputs import rehearse, rehearse_served
 from holdfast.config.settings import AssessSettings, VerbSettings, canonical_settings
 from holdfast.core.chain import canonical as as_bytes
 from holdfast.core.chain import digest
@@ -185,11 +186,13 @@ def _dry_run_served(settings: AssessSettings, voice: Voice) -> int:
     estimate = rehearse_served(settings)
     click.echo(
         f"{amount(estimate.n, 'examples')}, {amount(len(estimate.attacks), 'attacks')} "
-        f"({', '.join(estimate.attacks)}): {estimate.most.says}"
+        f"({', '.join(estimate.attacks)}): {estimate.most.description}"
     )
     share = f"{estimate.right:,} of {amount(estimate.tried, 'clean examples')}"
     if estimate.likely is not None:
-        click.echo(f"if the share of correct examples is that of a trial ({share}): {estimate.likely.says}")
+        click.echo(
+            f"if the share of correct examples is that of a trial ({share}): {estimate.likely.description}"
+        )
     elif estimate.tried:
         click.echo(f"attacks are run on correct examples only; in a trial {share} were correct")
     if estimate.batches:

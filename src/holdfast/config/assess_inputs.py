@@ -9,10 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from holdfast.certifiers.protocol import Prover
 from holdfast.config import rotating
 from holdfast.config.clusters import refuse_unusable_cluster
 from holdfast.config.expecting import with_found_properties
-from holdfast.config.planning import assess_request
+from holdfast.config.grammar import seconds
+from holdfast.config.groups import SuiteSettings
+from holdfast.config.naming import AUTO
+from holdfast.config.placing import CertifyOptions, ClusterSettings
+from holdfast.config.planning import assess_request, prover
 from holdfast.config.pooled import pool_of
 from holdfast.config.references import DataLike, Sources
 from holdfast.config.resolve import (
@@ -25,8 +30,10 @@ from holdfast.config.resolve import (
     open_surrogates,
     sources_at,
 )
-from holdfast.config.settings import AssessSettings, RotateSettings, check_settings
+from holdfast.config.settings import AssessSettings, CertifySettings, RotateSettings, check_settings
+from holdfast.config.suites import refuse_uncertifiable
 from holdfast.core.batch import Batch, Data
+from holdfast.core.catalogue import CASCADE, PROVERS
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.engine.progress import Progress
@@ -34,6 +41,7 @@ from holdfast.harness import Member
 from holdfast.sources.counting import inspection_counter
 from holdfast.sources.selection import selected
 from holdfast.verbs import assess as assessing
+from holdfast.verbs.certify import certify_request
 from holdfast.verbs.expected_rows import Rehearsed, rehearsed
 from holdfast.verbs.request import AssessRequest, Keep, MeasureAttackers, Opening, Subject
 from holdfast.verbs.result import Result
@@ -88,6 +96,8 @@ class AssessInputs:
     """attacks that were given as objects; None if there are none"""
     baseline: Evidence | None
     command: str = ""
+    certification: CertifyOptions | None = None
+    """settings of a certification; None for an assessment"""
 
     @classmethod
     def of(cls, settings: AssessSettings, command: str = "") -> "AssessInputs":
@@ -98,6 +108,28 @@ class AssessInputs:
         baseline = None if run is None else open_run(Path(run)).evidence
         surrogates, fit, across = settings.suite.surrogates, settings.others.fit, settings.options.across
         return cls(settings, sources_at(settings), surrogates, fit, across, None, baseline, command)
+
+    @classmethod
+    def to_certify(
+        cls, settings: CertifySettings, sources: Sources, baseline: Evidence | None = None, command: str = ""
+    ) -> "AssessInputs":
+        """Return the inputs of a certification, whose attacks are those of the default suite."""
+        refuse_uncertifiable(settings.threat.threat)
+        cluster = settings.cluster
+        options = settings.options
+        shared = ("threat", "judgement", "reports", "selection", "random", "execution", "device")
+        assessment = AssessSettings(
+            **{name: getattr(settings, name) for name in shared},
+            suite=SuiteSettings(full=options.full, save_adversarial=options.save_adversarial),
+            cluster=ClusterSettings(
+                **cluster.model_dump(exclude={"cluster_timeout"}), timeout=cluster.cluster_timeout
+            ),
+            model=settings.model,
+            inputs=settings.inputs,
+            data=settings.data,
+            inference=settings.inference,
+        )
+        return cls(assessment, sources, (), None, (), None, baseline, command, options)
 
     @property
     def open_all(self) -> Opening:
@@ -126,12 +158,24 @@ class AssessInputs:
             target=subject.model.access,
             command=self.command,
         )
+        if self.certification is not None:
+            request = certify_request(request, *_provers(self.certification))
         return replace(
             request,
             fit=open_fit(sources, self.fit, subject.model, request.plan),
             surrogates=surrogates,
             across=open_others(self.across, sources, subject.model),
         )
+
+
+def _provers(options: CertifyOptions) -> tuple[list[Prover], list[Prover]]:
+    """The methods that run before the attacks, and those that run after them."""
+    names = CASCADE if options.method == AUTO else (options.method,)
+    limit = seconds(options.timeout, "timeout")
+    return (
+        [prover(name, limit) for name in names if PROVERS[name].quick],
+        [prover(name, limit) for name in names if not PROVERS[name].quick],
+    )
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.config.grammar import seconds
-from holdfast.config.settings import AssessSettings, HardenSettings
+from holdfast.config.settings import AssessSettings, CertifySettings, HardenSettings
 from holdfast.config.values import POOL_STAYS
 from holdfast.core.errors import UsageError
 from holdfast.engine.ray_cluster import RayOptions, refuse_missing_ray
@@ -27,7 +27,7 @@ class Ray:
     ship: Sequence[str | Path] = ()
     """files and folders of code that are sent to the nodes"""
     gpus_per_worker: float | None = None
-    """None for one GPU if the run is on a GPU, else none"""
+    """number of GPUs of each worker, which may be a fraction; None for one if the run is on a GPU, else for none"""
     mixed_nodes: bool = False
     """whether nodes may have other devices, threads or builds"""
     trust_network: bool = False
@@ -50,7 +50,9 @@ def cluster_settings(on: str | Ray) -> dict[str, Any]:
     }
 
 
-def refuse_unusable_cluster(settings: AssessSettings | HardenSettings, address: str | None) -> None:
+def refuse_unusable_cluster(
+    settings: AssessSettings | CertifySettings | HardenSettings, address: str | None
+) -> None:
     """Raise `UsageError` for a cluster without a number of workers, without Ray, or for a pool of parameter sets.
 
     `address` is that of the model, or None for an object.

@@ -20,7 +20,10 @@ CONSENT: Mapping[str, tuple[str, str]] = {
         "on=holdfast.Ray(…, ship=[…])",
     ),
 }
-"""Keys that no file may contain: what only a person may do, with the option, and the form in Python."""
+"""Keys that no configuration file may contain, because only a person may give these permissions.
+
+The values are the end of an error message, with the option to use instead, and the equivalent in Python.
+"""
 
 
 def refuse_consent(keys: Collection[str], where: str) -> None:

@@ -21,7 +21,7 @@ from holdfast.core.spelling import suggestion
 Norm = Literal["linf", "l2", "l1", "l0", "corruptions", "patch", "spatial", "colour"]
 Sees = Literal["none", "labels", "scores", "gradients"]
 
-_MOVED = {"rotate": 180.0, "shift": math.inf, "scale": MOST_SCALED}
+_MOVED = {"rotate": 180.0, "shift": math.inf, "scale": MOST_SCALED}  # a rotation by up to 180 degrees is any
 LIMITS: Final[Mapping[str, Mapping[str, float]]] = {
     "spatial": {**_MOVED, "flow": math.inf},
     "colour": {"hue": 180.0, "saturation": 1.0, "brightness": 1.0, "contrast": 1.0},

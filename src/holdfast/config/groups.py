@@ -372,6 +372,10 @@ class AssessOptions(SettingGroup):
         default_factory=list,
         description="Another data set of the same shape: perturbations are transferred from DATA to it and back.",
     )
+    certify: Annotated[bool, Flag()] = Field(
+        default=False,
+        description="First prove robustness by interval bounds and CROWN. Of the certified examples, 32 are attacked.",
+    )
     transform: Annotated[values.Transform | None, Flag("T")] = Field(
         default=None,
         description="Transform every input at random before the model, as in rotate=15,scale=0.1,brightness=0.2.",

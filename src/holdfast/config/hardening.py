@@ -3,13 +3,14 @@ request.
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from holdfast.config import expecting, resolve
 from holdfast.config.attacks import refuse_settings, threat_model
@@ -17,7 +18,7 @@ from holdfast.config.grammar import parse_threat, seconds
 from holdfast.config.groups import ExampleSelection
 from holdfast.config.naming import AUTO
 from holdfast.config.planning import assess_request, examples_to_fit
-from holdfast.config.recipes import candidates, refuse_unheld, settings_of
+from holdfast.config.recipes import build_recipe, candidates, refuse_unheld, settings_of
 from holdfast.config.references import DataLike, Sources
 from holdfast.config.settings import HardenSettings
 from holdfast.core.batch import UNLABELLED, Batch, Data
@@ -26,14 +27,16 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import NoSplit, UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.core.model import Classifier
+from holdfast.ops.denoiser import DenoisedNetwork, with_denoiser
 from holdfast.ops.fit import Training, drawing
 from holdfast.ops.recipe import Recipe
+from holdfast.recipes import Denoising
 from holdfast.sources.data import open_data
 from holdfast.sources.expected import Expected
 from holdfast.sources.memory import as_data
 from holdfast.verbs.candidates import Candidate
 from holdfast.verbs.request import HardenRequest, Subject
-from holdfast.verbs.trainable import refuse_untrainable
+from holdfast.verbs.trainable import copy_of, refuse_untrainable
 
 JUDGED = 1_000
 """Number of test examples for the measurements before and after, sampled by the seed, if the settings give no other."""
@@ -43,12 +46,16 @@ _JUDGED_SHARE = 10  # of data given as an object, one in this many examples is u
 
 
 def open_for_hardening(
-    sources: Sources, fit: DataLike | None, unlabelled: DataLike | None
+    sources: Sources,
+    fit: DataLike | None,
+    unlabelled: DataLike | None,
+    recipe: Recipe | str | Mapping[str, Any] | None = None,
 ) -> tuple[Subject, Batch, Data, Data]:
     """Return the model to harden, the training examples, the test examples, and the data set from which the test
     examples are sampled.
 
-    If the data are given as an object, without `fit`, a tenth of them, sampled by the seed, are the test examples.
+    For the recipe `denoised` the model has an untrained denoiser, which does not change its outputs. If the data are
+    given as an object, without `fit`, a tenth of them, sampled by the seed, are the test examples.
     """
     with drawing(Draws(sources.seed).at("model")):  # a factory initialises weights from the seed
         subject = resolve.open_subject(sources)
@@ -63,7 +70,44 @@ def open_for_hardening(
         judged = resolve.open_examples(_sampled(sources), model)
         all_examples = resolve.open_examples(sources.all_examples(), model)
     subject = expecting.with_found_properties(subject, (), judged)
+    subject = _with_denoiser(subject, recipe, training, sources.seed)
     return subject, _with_unlabelled(training, unlabelled, sources, model), judged, all_examples
+
+
+def open_for_settings(settings: HardenSettings, sources: Sources) -> tuple[Subject, Batch, Data, Data]:
+    """Return what `open_for_hardening` returns, for the settings of the command line or of a configuration file."""
+    options = settings.options
+    return open_for_hardening(sources, settings.others.fit, options.unlabelled, options.recipe)
+
+
+def _with_denoiser(
+    subject: Subject, recipe: Recipe | str | Mapping[str, Any] | None, training: Batch, seed: int
+) -> Subject:
+    """Return the model with an untrained denoiser in front of its network, if the recipe trains one and it has none."""
+    if isinstance(recipe, str | Mapping):
+        spec = {"use": recipe} if isinstance(recipe, str) else recipe
+        recipe = build_recipe(spec) if spec["use"] in RECIPES else None
+    model = subject.model
+    if not isinstance(recipe, Denoising) or isinstance(model.net, DenoisedNetwork):
+        return subject
+    if training.x.dim() != 4 or model.layout == "hwc" or not isinstance(model.net, nn.Module):
+        raise UsageError(
+            f"denoised puts a denoiser of convolutions in front of a network for images (channels, height, width), "
+            f"and the inputs have shape {tuple(training.x.shape[1:])}"
+            + (" with the channels last" if model.layout == "hwc" else "")
+            + "; choose another recipe, such as --recipe gaussian-noise"
+        )
+    sizes = {"channels": training.x.shape[1], "width": recipe.width, "depth": recipe.depth}
+    if model.rejects:
+        raise UsageError(
+            "denoised puts a denoiser in front of the network, and this model has a detector that rejects inputs; "
+            "harden the network without its detector, and combine the new one with it"
+        )
+    denoised = copy_of(model)
+    assert isinstance(denoised.net, nn.Module)
+    with drawing(Draws(seed).at("denoiser")):
+        denoised.net = with_denoiser(denoised.net, sizes).eval()
+    return replace(subject, model=denoised, card={**subject.card, "denoiser": sizes})
 
 
 def _parted(data: Data, sources: Sources, model: Classifier) -> tuple[Batch, Data]:

@@ -1,4 +1,4 @@
-"""Settings of the place where shards run, as groups of `holdfast.config.groups`."""
+"""Settings of the place where shards run, and those of certification, as groups of `holdfast.config.groups`."""
 
 from collections.abc import Mapping
 from typing import Annotated
@@ -7,12 +7,15 @@ from pydantic import Field
 
 from holdfast.config import values
 from holdfast.config.groups import Flag, SettingGroup
+from holdfast.core.catalogue import PROVERS
 from holdfast.core.errors import UsageError
 from holdfast.engine.ray_cluster import RayOptions, refuse_address
 
 
-class ClusterSettings(SettingGroup):
-    """Where the shards of a measurement run: on this machine, or on a Ray cluster."""
+class Placement(SettingGroup):
+    """Where the shards of a measurement run: on this machine, or on a Ray cluster. Groups of settings add the time to
+    wait for the cluster.
+    """
 
     on: Annotated[values.Place, Flag("PLACE")] = Field(
         default="local",
@@ -34,9 +37,6 @@ class ClusterSettings(SettingGroup):
     trust_network: Annotated[bool, Flag()] = Field(
         default=False, description="Connect to an address in a network whose connections are not encrypted."
     )
-    timeout: Annotated[values.WaitingTime, Flag("T")] = Field(
-        default="10min", description="Maximum time to wait for CPUs of the cluster (default: 10min)."
-    )
 
     def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
         """Raise `UsageError` for a setting of a cluster without a cluster, and for an address that is not allowed."""
@@ -44,12 +44,46 @@ class ClusterSettings(SettingGroup):
             address = "" if self.on == "ray" else self.on
             refuse_address(RayOptions(address, trust_network=self.trust_network))
             return
-        for key in ("ship", "gpus_per_worker", "mixed_nodes", "trust_network", "timeout"):
+        for key in type(self).model_fields.keys() - {"on"}:
             if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
                 raise UsageError(
                     f"{written.get(key, prefix + key)} concerns a Ray cluster, and the run is local; add --on ray or "
                     f"--on ray://HOST:PORT, or leave it out"
                 )
+
+
+_WAIT = "Maximum time to wait for CPUs of the cluster (default: 10min)."
+
+
+class ClusterSettings(Placement):
+    """Where the shards of an assessment run."""
+
+    timeout: Annotated[values.WaitingTime, Flag("T")] = Field(default="10min", description=_WAIT)
+
+
+class CertifyCluster(Placement):
+    """Where the shards of a certification run. Its setting `timeout` limits the time of each example."""
+
+    cluster_timeout: Annotated[values.WaitingTime, Flag("T")] = Field(default="10min", description=_WAIT)
+
+
+class CertifyOptions(SettingGroup):
+    """Settings of the command `holdfast certify` that no other command has."""
+
+    method: Annotated[values.Method, Flag("M", completion="METHOD")] = Field(
+        default="auto",
+        description=f"Method of certification: auto (the default, which runs the methods from the cheapest to the most "
+        f"exact) or one of {', '.join(PROVERS)}.",
+    )
+    timeout: Annotated[values.WaitingTime, Flag("T")] = Field(
+        default="10s", description="Time limit of branch and bound for each example (default: 10s)."
+    )
+    full: Annotated[bool, Flag()] = Field(
+        default=False, description="Run the attacks on all certified examples, and not only on 32 of them."
+    )
+    save_adversarial: Annotated[bool, Flag()] = Field(
+        default=False, description="Store all adversarial examples in the run folder."
+    )
 
 
 class LocalOnly(SettingGroup):

@@ -5,15 +5,18 @@ from dataclasses import replace
 
 import torch
 
+from holdfast import certifiers
 from holdfast.attacks.corruption import Corruption
 from holdfast.attacks.protocol import Learned
+from holdfast.certifiers.protocol import Prover
 from holdfast.config.attacks import threat_model
 from holdfast.config.clusters import ray_options
 from holdfast.config.grammar import parse_threat, seconds
 from holdfast.config.members import listed_members
 from holdfast.config.naming import chosen
 from holdfast.config.settings import AssessSettings, HardenSettings
-from holdfast.config.suites import DEFAULT_SUITE, usual_suite
+from holdfast.config.suites import DEFAULT_SUITE, refuse_uncertifiable, usual_suite
+from holdfast.core.catalogue import CASCADE, PROVERS
 from holdfast.core.constraints import Constraint
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import UsageError
@@ -30,7 +33,7 @@ from holdfast.verbs.request import AssessRequest
 Measuring = AssessSettings | HardenSettings
 """Settings of those verbs that measure a model with a suite."""
 
-_USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}
+_USUAL = {"linf": "8/255", "l2": "0.5", "l1": "12", "l0": "10"}  # usual sizes, for an error message
 
 
 def examples_to_fit(plan: Plan) -> int:
@@ -123,7 +126,31 @@ def plan(
         keep_adversarial=suite_settings.save_adversarial,
         doubts=probing if suite_settings.doubts else "none",
         adaptive=_adaptive(threat, settings, smallest=smallest, corrupting=corrupting),
+        proofs=_proofs(settings, smallest=smallest),
     )
+
+
+def _proofs(settings: Measuring, *, smallest: bool) -> tuple[Prover, ...]:
+    """Return the quick methods of certification that an assessment with `certify` begins with."""
+    if not isinstance(settings, AssessSettings) or not settings.options.certify:
+        return ()
+    refuse_uncertifiable(settings.threat.threat)
+    if smallest:
+        raise UsageError(
+            "the suite searches for the smallest change, and robustness is proved within an eps; leave --certify out, "
+            f"or choose a suite such as {DEFAULT_SUITE}"
+        )
+    return tuple(prover(name) for name in CASCADE if PROVERS[name].quick)
+
+
+def prover(name: str, timeout_s: float | None = None) -> Prover:
+    """Return the method of certification with a name of the catalogue. `timeout_s` limits the time for each example in
+    seconds, if the method has a time limit.
+    """
+    entry = PROVERS[name]
+    limits = {"timeout_s": timeout_s} if entry.timed and timeout_s is not None else {}
+    method: Prover = getattr(certifiers, entry.cls)(**limits)
+    return method
 
 
 def _adaptive(

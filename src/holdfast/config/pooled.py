@@ -48,7 +48,7 @@ def pool_of(address: str | None) -> Pool | None:
     path = address.removeprefix(ROTATING)
     if not path:
         raise UsageError(f"{address!r} contains no folder; give that of a pool, as in {ROTATING}pool/")
-    return Pool.held(Path(path))
+    return Pool.open(Path(path))
 
 
 def open_model_at(

@@ -17,7 +17,7 @@ from holdfast.config.groups import (
     ModelSource,
     ServerLimits,
 )
-from holdfast.config.settings import check_groups
+from holdfast.config.wording import check_groups
 from holdfast.core.errors import UsageError
 from holdfast.core.outputs import OutputKind
 from holdfast.core.types import Layout

@@ -333,7 +333,7 @@ def open_fit(sources: Sources, fit: DataLike | None, model: Classifier, plan: Pl
     except (UsageError, TargetError) as error:
         if split is not None:
             raise
-        if not is_same_data:
+        if not is_same_data:  # data that were given for the fit are used as a whole if they have no split
             return open_split()
         raise UsageError(
             f"{address!r} has no train split to fit attacks on ({error}); give other examples with --fit DATA"

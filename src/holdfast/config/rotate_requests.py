@@ -28,7 +28,7 @@ def train_request(path: Path, settings: RotateSettings, *, expect_head: str = ""
     """Return the request for the training of a generator of parameter sets for the rotation pool in the
     folder `path`.
     """
-    pool = Pool.held(path, expect_head=expect_head)
+    pool = Pool.open(path, expect_head=expect_head)
     common = rotating.reopened(pool, settings)
     return TrainRequest(pool, common, rotating.codec(settings), rotating.diffusion(settings))
 
@@ -49,7 +49,7 @@ def draw_request(
     """
     _refuse_no_count(sets)
     method = by_named(by, notify)
-    pool = Pool.held(path, expect_head=expect_head)
+    pool = Pool.open(path, expect_head=expect_head)
     common = rotating.reopened(pool, settings)
     immunise = rotating.immunise(settings) if immunising else None
     return DrawRequest(pool, common, sets, method, immunise, resume)
@@ -64,7 +64,7 @@ def admit_request(path: Path, settings: RotateSettings, *, expect_head: str = ""
     """Return the request for judging all new parameter sets of the rotation pool in the folder `path`, which decides
     whether they may serve.
     """
-    pool = Pool.held(path, expect_head=expect_head)
+    pool = Pool.open(path, expect_head=expect_head)
     common = rotating.reopened(pool, settings)
     return AdmitRequest(
         pool, common, settings.judgement.gates, settings.judgement.accept_doubts, settings.options.n_judged
@@ -102,7 +102,7 @@ def resumed_run_request(
 ) -> RunRequest:
     """Return the request for all steps of a rotation with an existing pool, whose model and data are opened again."""
     loop = _loop_settings(settings, by_named(by, notify), immunising=immunising, once=once)
-    common = rotating.reopened(Pool.held(path, expect_head=expect_head), settings)
+    common = rotating.reopened(Pool.open(path, expect_head=expect_head), settings)
     collection = CollectRequest(
         path, common, True, n_judged=settings.options.n_judged, expect_head=expect_head
     )

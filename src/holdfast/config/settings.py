@@ -10,7 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
-from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from holdfast.config import groups, placing, values
@@ -18,7 +17,7 @@ from holdfast.config.consent import refuse_consent
 from holdfast.config.grammar import did_you_mean, parse_pairs
 from holdfast.config.groups import SettingGroup
 from holdfast.config.suites import refuse_unknown
-from holdfast.config.wording import complaint, place
+from holdfast.config.wording import checked_group
 from holdfast.config.yaml_text import load, parse_yaml, put_setting
 from holdfast.core.errors import UsageError
 
@@ -119,6 +118,27 @@ class RotateSettings(VerbSettings):
     others: groups.OtherData = _group(groups.OtherData)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CertifySettings(VerbSettings):
+    """All settings of the command `holdfast certify`."""
+
+    verb = "certify"
+    file: groups.FileFormat = _group(groups.FileFormat)
+    threat: groups.ThreatSource = _group(groups.ThreatSource)
+    options: placing.CertifyOptions = _group(placing.CertifyOptions)
+    judgement: groups.GateSettings = _group(groups.GateSettings)
+    reports: groups.Reports = _group(groups.Reports)
+    selection: groups.ExampleSelection = _group(groups.ExampleSelection)
+    random: groups.Seed = _group(groups.Seed)
+    execution: groups.Execution = _group(groups.Execution)
+    cluster: placing.CertifyCluster = _group(placing.CertifyCluster)
+    device: groups.Device = _group(groups.Device)
+    model: groups.ModelSource = _group(groups.ModelSource)
+    inputs: groups.InputSpace = _group(groups.InputSpace)
+    data: groups.DataSource = _group(groups.DataSource)
+    inference: groups.InferenceSource = _group(groups.InferenceSource)
+
+
 class OpeningSettings(Protocol):
     """Protocol for the settings of any command that opens a model and data."""
 
@@ -140,7 +160,7 @@ class OpeningSettings(Protocol):
 
 
 VERBS: Mapping[str, type[VerbSettings]] = {
-    kind.verb: kind for kind in (AssessSettings, HardenSettings, RotateSettings)
+    kind.verb: kind for kind in (AssessSettings, CertifySettings, HardenSettings, RotateSettings)
 }
 """Class of the settings of each verb, by name. A configuration file may contain a section for each of these verbs."""
 
@@ -238,7 +258,7 @@ def read_settings(
     written |= {key: flags.get(key, key) for key in overriding}
     for key, rival in _REPLACING:
         if key in written and rival in content and rival not in written:
-            check_settings({rival: content.pop(rival)}, str(path), kind=kind)
+            check_settings({rival: content.pop(rival)}, str(path), kind=kind)  # a mistake in it is reported
     for key, value in assignments.items():
         _put_assignment(content, key, parse_yaml(value, f"--set {key}"))
     content |= overriding
@@ -283,8 +303,9 @@ def _section(content: object, verb: str, where: str) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
+        hint = "; for holdfast assess write assess: {certify: true}" if content is True else ""
         raise UsageError(
-            f"{where}: {verb} is {content!r}; expected settings of {verb}, as in {verb}: {{seed: 1}}"
+            f"{where}: {verb} is {content!r}; expected settings of {verb}, as in {verb}: {{seed: 1}}{hint}"
         )
     refuse_consent(content, f"{where}: {verb}")
     check_settings(content, f"{where}: {verb}", kind=VERBS[verb])
@@ -343,7 +364,7 @@ def check_settings(
             "under attacks:, as in [{use: PGD, steps: 100}]"
         )
     checked: dict[str, Any] = {
-        attribute: _checked_group(
+        attribute: checked_group(
             group,
             {key: value for key, value in content.items() if keys[key].group == attribute},
             prefix,
@@ -361,32 +382,6 @@ def given(**settings: Any) -> dict[str, Any]:
     setting.
     """
     return {key: value for key, value in settings.items() if value is not None}
-
-
-def check_groups(
-    where: str, content: Mapping[str, Any], kinds: Sequence[type[SettingGroup]]
-) -> tuple[Any, ...]:
-    """Return validated groups of settings, created from one mapping with the settings of all of them. A setting that is
-    None has its default.
-    """
-    checked = []
-    for kind in kinds:
-        names = [info.alias or name for name, info in kind.model_fields.items()]
-        part = {name: content[name] for name in names if content.get(name) is not None}
-        checked.append(_checked_group(kind, part, f"{where}: ", {}))
-    for each in checked:
-        each.refuse_contradictions(f"{where}: ", {})
-    return tuple(checked)
-
-
-def _checked_group(
-    kind: type[SettingGroup], content: Mapping[str, Any], prefix: str, written: Mapping[str, str]
-) -> SettingGroup:
-    try:
-        return kind.model_validate(dict(content))
-    except ValidationError as error:
-        key, dot, rest = place(error).partition(".")
-        raise UsageError(f"{written.get(key, prefix + key)}{dot}{rest} {complaint(error)}") from None
 
 
 def _with_present_names(
@@ -446,5 +441,6 @@ def canonical_settings(settings: VerbSettings) -> dict[str, Any]:
     What identifies a run on resume is its manifest, see `holdfast.verbs.manifest`.
     """
     outside = {"output", "gates", "accept_doubts", "baseline", "device", "schema_version"}
-    outside |= set(placing.ClusterSettings.model_fields)
+    outside |= set(placing.ClusterSettings.model_fields) - set(placing.CertifyOptions.model_fields)
+    outside |= set(placing.CertifyCluster.model_fields)
     return {key: value for key, value in plain_settings(settings).items() if key not in outside}

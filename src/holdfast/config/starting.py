@@ -12,6 +12,7 @@ from holdfast.config.naming import AUTO, CARD
 from holdfast.config.settings import (
     VERBS,
     AssessSettings,
+    CertifySettings,
     HardenSettings,
     MisplacedKeys,
     RotateSettings,
@@ -20,6 +21,7 @@ from holdfast.config.settings import (
     keys_for_verb,
     read_settings,
 )
+from holdfast.config.suites import refuse_uncertifiable
 from holdfast.config.yaml_text import load
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.reports.write import check_destination as check_place
@@ -114,9 +116,20 @@ def validate(path: str | Path = "holdfast.yaml") -> tuple[str, ...]:
             verbs.append(verb)
     if not verbs:
         raise min(faults, key=lambda error: len(error.keys))
+    if "certify" in verbs and "certify" not in loaded and not _is_certifiable(Path(path)):
+        verbs.remove("certify")
     for verb in verbs:
         _check_parts(read_settings(Path(path), {}, kind=VERBS[verb]), str(path))
     return tuple(verbs)
+
+
+def _is_certifiable(path: Path) -> bool:
+    """Whether robustness can be proved under the threat model of a file."""
+    try:
+        refuse_uncertifiable(read_settings(path, {}, kind=CertifySettings).threat.threat)
+    except UsageError:
+        return False
+    return True
 
 
 def _check_parts(settings: VerbSettings, path: str) -> None:
@@ -131,11 +144,15 @@ def _check_parts(settings: VerbSettings, path: str) -> None:
             )
         if recipe["use"] != selected:
             build_recipe(recipe)
-    if isinstance(settings, AssessSettings | HardenSettings):
+    if isinstance(settings, CertifySettings) or (
+        isinstance(settings, AssessSettings) and settings.options.certify
+    ):
+        refuse_uncertifiable(settings.threat.threat)
+    if isinstance(settings, AssessSettings | CertifySettings | HardenSettings):
         for output in settings.reports.output:
             if output != "-" and not is_folder(output):
                 check_place(Path(output))
-        if settings.suite.attacks is not None:
+        if not isinstance(settings, CertifySettings) and settings.suite.attacks is not None:
             from holdfast.config.attacks import build_attack
 
             for k, spec in enumerate(settings.suite.attacks):

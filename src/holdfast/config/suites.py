@@ -62,6 +62,31 @@ def refuse_unknown(
             raise
 
 
+def refuse_uncertifiable(threat: str) -> None:
+    """Raise `UsageError` for a threat model under which robustness is not proved: without a norm and a positive eps, or
+    with a target class.
+    """
+    spec = parse_threat(threat)
+    if spec.norm not in ("linf", "l2", "l1"):
+        raise UsageError(
+            f"the threat is {threat}, and robustness is proved under linf, l2 and l1 only; give one with an eps, as in "
+            "linf:0.1"
+        )
+    if spec.eps == float("inf"):
+        raise UsageError(
+            f"the threat {threat} has no eps; give the eps that is to be proved, as in {threat}:0.1"
+        )
+    if spec.eps == 0:
+        raise UsageError(
+            f"the threat is {threat}, and under eps 0 there is nothing to prove; give a positive eps, as in "
+            f"{spec.norm}:0.1"
+        )
+    if spec.goal is not None:
+        raise UsageError(
+            f"the threat is {threat}, and a proof is about every wrong class; leave goal=targeted:{spec.goal} out"
+        )
+
+
 def _of_black_box(threat: ThreatSpec, names: Sequence[str]) -> bool:
     """Whether all names are attacks of `black-box`, the default suite for a model without gradients."""
     accesses: tuple[Sees, ...] = ("scores", "labels")

@@ -23,7 +23,7 @@ from holdfast.config.grammar import (
 from holdfast.config.naming import AUTO, CARD, SOURCES
 from holdfast.config.spellings import suite_or_attacks
 from holdfast.config.suites import SuiteName
-from holdfast.core.catalogue import RECIPES
+from holdfast.core.catalogue import PROVERS, RECIPES
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.doubts.names import DOUBTS, OF_ADMISSION, OF_ROTATION
 from holdfast.gates.grammar import parse as parse_gate
@@ -248,6 +248,14 @@ class SurrogateSettings(BaseModel):
     )
 
 
+def _method(value: object) -> object:
+    """Check the name of a method of certification."""
+    name = value.lower().replace("_", "-") if isinstance(value, str) else value
+    if isinstance(name, str) and name not in (AUTO, *PROVERS):
+        raise UsageError(f"there is no method {value!r}{did_you_mean(name, (AUTO, *PROVERS))}")
+    return name
+
+
 def _named_spec(kind: str, usual: str, known: Sequence[str]) -> Callable[[object], object]:
     """Return a validator for a name, or a mapping with the name in `use:`."""
 
@@ -264,6 +272,7 @@ def _named_spec(kind: str, usual: str, known: Sequence[str]) -> Callable[[object
 
 
 _NAMED_RECIPES = [*RECIPES, AUTO, CARD]
+Method = Annotated[str, BeforeValidator(_method)]
 RecipeSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("recipe", AUTO, _NAMED_RECIPES))]
 SetsRecipeSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("recipe", CARD, _NAMED_RECIPES))]
 SourceSpec = Annotated[dict[str, Any], BeforeValidator(_named_spec("source", "basins", [*SOURCES]))]

@@ -1,7 +1,7 @@
-"""Catalogue of attacks and recipes, with their names, modules and properties. It does not import torch.
+"""Catalogue of attacks, recipes and provers, with their names, modules and properties. It does not import torch.
 
-It is the only list of them. `holdfast.attacks` and `holdfast.recipes` import a class when it is first used; settings,
-help, completion and documentation read the names here.
+It is the only list of them. `holdfast.attacks`, `holdfast.recipes` and `holdfast.certifiers` import a class when it is
+first used; settings, help, completion and documentation read the names here.
 """
 
 from collections.abc import Mapping
@@ -37,6 +37,21 @@ class RecipeEntry:
     """name of the module in `holdfast.recipes`"""
     settings: Mapping[str, float | bool] = field(default_factory=dict)
     """settings whose defaults under this name differ from those of the class"""
+
+
+@dataclass(frozen=True)
+class ProverEntry:
+    """Entry of the catalogue for one method of certification, which the option `--method` selects by its name."""
+
+    name: str
+    cls: str
+    """name of the class in `holdfast.certifiers`"""
+    module: str
+    """name of the module in `holdfast.certifiers`"""
+    quick: bool = True
+    """whether the method is run before the attacks; the others are run on the examples that survive the attacks"""
+    timed: bool = False
+    """whether the class has a setting `timeout_s`, the time limit for each example in seconds"""
 
 
 ATTACKS: Final[Mapping[str, AttackEntry]] = {
@@ -91,10 +106,12 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("atta", "ATTA", "atta"),
         RecipeEntry("cure", "CURE", "cure"),
         RecipeEntry("curriculum", "CurriculumTraining", "curriculum"),
+        RecipeEntry("denoised", "Denoising", "denoising"),
         RecipeEntry("ensemble", "EnsembleTraining", "ensemble"),
         RecipeEntry("fgsm", "SingleStep", "single_step", {"noise": 0.0, "step": 1.0, "clip": True}),
         RecipeEntry("fgsm-rs", "SingleStep", "single_step", {"noise": 1.0, "step": 1.25, "clip": True}),
         RecipeEntry("free", "FreeTraining", "free"),
+        RecipeEntry("gaussian-noise", "GaussianNoise", "gaussian_noise"),
         RecipeEntry("gradient-regularisation", "GradientRegularisation", "gradient_regularisation"),
         RecipeEntry("hat", "HAT", "hat"),
         RecipeEntry("ikl", "IKL", "ikl"),
@@ -112,6 +129,20 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("vat", "VAT", "vat"),
     )
 }
+PROVERS: Final[Mapping[str, ProverEntry]] = {
+    entry.name: entry
+    for entry in (
+        ProverEntry("ibp", "IBP", "provers"),
+        ProverEntry("crown-ibp", "CrownIBP", "provers"),
+        ProverEntry("crown", "Crown", "provers", timed=True),
+        ProverEntry("lipschitz", "Lipschitz", "lipschitz"),
+        ProverEntry("alpha-crown", "AlphaCrown", "searching", quick=False, timed=True),
+        ProverEntry("branch-and-bound", "BranchAndBound", "searching", quick=False, timed=True),
+    )
+}
+CASCADE: Final = ("ibp", "crown", "branch-and-bound")
+"""methods that `auto` runs, in their order; the attacks are run after the quick ones. Branch and bound begins with
+optimised slopes, as alpha-CROWN does, and respects the time limit"""
 
 
 def load_class(package: str, modules: Mapping[str, str], name: str) -> type[Any]:

@@ -21,7 +21,7 @@ from holdfast.core.model import Bounds
 from holdfast.core.per_example import spread
 from holdfast.core.types import Inputs, Mask, NonNegative, PerExample
 
-_TINY = 1e-12
+_TINY = 1e-12  # prevents divisions by zero
 _ROUNDING = 16  # units in the last place: tolerance of a squared length
 _CLOSE = 1e-3  # squared lengths that differ by less than this share of the goal give no reliable slope
 _ROUNDINGS = 3  # number of times that an L1 point is shrunk again because of outward rounding in float32

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from holdfast.core.types import Ids
 
-_GOLDEN = 0x9E3779B97F4A7C15
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio, the step of SplitMix64
 _MASK = 0xFFFFFFFFFFFFFFFF
 
 

@@ -80,6 +80,12 @@ class Inconclusive(HoldfastError):
     exit_code: ClassVar[int] = 4
 
 
+class UnsoundProof(HoldfastError):
+    """Error for a certificate that is proved wrong by an adversarial example (exit code 5). The run issues no
+    certificate.
+    """
+
+
 class BudgetSpent(HoldfastError):
     """Error for a query that would exceed the query budget of an attack. It ends the attack, and the adversarial
     examples found so far are used.

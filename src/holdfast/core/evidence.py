@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from holdfast.core.renamed import Earlier
 from holdfast.core.threat import ThreatModel
 
 Columns = Mapping[str, Tensor]
@@ -40,8 +41,10 @@ class Doubt:
     """value beyond which the doubt is raised"""
     n: int = 0
     """number of examples that were measured"""
-    says: str = ""
+    message: str = ""
     """one sentence for the report, with the measured numbers"""
+
+    says = Earlier("message")
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,33 @@ class Table:
         return next((len(values) for values in self.columns.values()), 0)
 
 
+@dataclass(frozen=True)
+class ProofRecord:
+    """Record of one method of certification: its settings, the number of examples that it was run on and that it
+    decided, and its cost.
+    """
+
+    stage: str
+    """name of the stage, such as `proof-1-ibp`"""
+    name: str
+    """name of the method, such as `crown`"""
+    settings: Mapping[str, Any]
+    tried: int
+    """number of undecided examples on which the method was run"""
+    certified: int
+    broken: int
+    """number of examples that a counterexample of the method broke, as judged by the original model"""
+    confirmed: int
+    """number of these counterexamples that the model misclassifies in double precision as well"""
+    stopped: int
+    """number of examples for which a time limit ended the search"""
+    work: int
+    """number of subproblems (boxes) whose bounds were computed"""
+    cost: Cost
+    after_attacks: bool = False
+    """whether the method was run after the attacks of the suite"""
+
+
 Scope = Literal["every pass", "suite only"]
 """adversarial examples that a verdict counts: those of every pass, or (in earlier versions) those of the suite only"""
 
@@ -193,7 +223,11 @@ class Evidence:
     scores of attacked inputs that the network alone misclassifies: of an attack without knowledge of the detector, and
     the lowest of the attacks with it (inf if there is none). A randomised model: `right_probability` is the share of
     new evaluations that are correct in the worst case. `suite_success` and `suite_right_probability` are those of the
-    suite's own attacks, without adaptive attacks and passes, for comparison with published results.
+    suite's own attacks, without adaptive attacks and passes, for comparison with published results. Certification:
+    `certified` marks examples for which it is proved that no input of the threat model is misclassified; `certified_by`
+    (index into `proofs` of the method, -1 for none); `certified_bound`, the largest proved lower bound of the margin
+    over the threat model (-inf if there is none); `certified_radius`, the eps at which the example is certified, 0
+    if it is not; `attacked` marks the examples on which at least one attack of the suite was run.
     """
 
     columns: Columns
@@ -214,6 +248,8 @@ class Evidence:
     doubts_cost: Cost = Cost()
     passes: tuple[PassRecord, ...] = ()
     """records of the passes outside the suite whose adversarial examples are counted"""
+    proofs: tuple[ProofRecord, ...] = ()
+    """records of the methods of certification, in the order in which they ran; empty if nothing was certified"""
     scope: Scope = "every pass"
     broken_elsewhere: int = 0
     """in a run of scope "suite only", the number of examples that other passes broke and that are not counted"""

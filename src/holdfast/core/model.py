@@ -346,7 +346,7 @@ def _accepts(model: Classifier, x: Inputs, n: int) -> bool:
             model(x[torch.arange(n, device=x.device) % len(x)])
     except TargetLost:
         raise
-    except UnclearOutput:
+    except UnclearOutput:  # the batch was accepted; the meaning of the outputs is checked elsewhere
         return True
     except TargetError:
         return False

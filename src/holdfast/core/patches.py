@@ -112,6 +112,7 @@ class Patch:
         changed = (x_adv != x).any(1).to(x)
         missed = changed.flatten(1).sum(1) - self.sums(changed, x.shape[1:]).flatten(1).amax(1)
         anything = changed.flatten(1).any(1).to(x)
+        # A number of pixels that was computed from averages is not exact.
         return torch.where(missed > 0.5, torch.inf, anything)
 
     def project(self, x_adv: Inputs, x: Inputs, bounds: Bounds) -> Inputs:

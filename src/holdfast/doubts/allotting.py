@@ -132,10 +132,10 @@ def as_allotted(doubts: Sequence[Doubt], allotment: Allotment) -> tuple[Doubt, .
     def with_note(doubt: Doubt) -> Doubt:
         probe = _DECIDING_PROBE.get(doubt.name, "")
         if probe in allotment.reasons and doubt.state in ("clear", "not measured"):
-            return Doubt(doubt.name, "not measured", says=allotment.reasons[probe])
+            return Doubt(doubt.name, "not measured", message=allotment.reasons[probe])
         n, wanted = allotment.examples.get(probe, 0), allotment.wanted.get(probe, 0)
         if 0 < n < wanted and doubt.state in ("clear", "raised"):
-            return replace(doubt, says=f"{doubt.says}; {n} of {wanted} examples, because {_SHARED}")
+            return replace(doubt, message=f"{doubt.message}; {n} of {wanted} examples, because {_SHARED}")
         return doubt
 
     return tuple(map(with_note, doubts))

@@ -146,7 +146,7 @@ def with_answers(
             return doubt
         dead = doubt.name in ("zero-gradient", "whole-box") and (blind or _dead(ran, required))
         if dead or (doubt.name == "shattered" and not bypassed and "EOT" not in required):
-            return replace(doubt, says=f"{doubt.says}; the adaptive attacks did not circumvent it")
+            return replace(doubt, message=f"{doubt.message}; the adaptive attacks did not circumvent it")
         if doubt.name == "not-exhausted" and fell:
             return doubt
         return _answered(doubt, ran, required)
@@ -161,7 +161,7 @@ def _answered(doubt: Doubt, ran: Mapping[str, Columns], required: Sequence[str])
         f"answered by {' and '.join(required)}, which broke {int(broke.sum()):,} of the {int(attacked.sum()):,} "
         f"examples that they were run on"
     )
-    return replace(doubt, state="answered", says="; ".join(filter(None, (doubt.says, answer))))
+    return replace(doubt, state="answered", message="; ".join(filter(None, (doubt.message, answer))))
 
 
 def _dead(ran: Mapping[str, Columns], arms: Sequence[str]) -> bool:

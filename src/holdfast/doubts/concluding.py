@@ -101,15 +101,15 @@ class _Case:
         threat = self.circumstances.threat
         probed = probing_threat(threat, self.columns)
         if probed.constraint.eps == 0:
-            return Doubt(name, "not applicable", says="eps is 0, so no input may change")
+            return Doubt(name, "not applicable", message="eps is 0, so no input may change")
         for probe in PROBES:
             if probe.name in probes and not threat.gives(probe.needs):
                 lacking = limit(threat, self.circumstances.access, probe.needs)
                 reason = f"it needs access to {probe.needs}, and {lacking}"
-                return Doubt(name, "not applicable", says=reason)
+                return Doubt(name, "not applicable", message=reason)
         if not set(probes) <= {probe.name for probe in probes_for(probed)} | {"again"}:
-            return Doubt(name, "not applicable", says=f"there is no such attack under {probed.constraint}")
-        return Doubt(name, "not measured", says="there was no example to measure it on")
+            return Doubt(name, "not applicable", message=f"there is no such attack under {probed.constraint}")
+        return Doubt(name, "not measured", message="there was no example to measure it on")
 
 
 def _judged(name: str, statistic: float, threshold: float, n: int, text: str, *, more: bool = True) -> Doubt:
@@ -154,7 +154,7 @@ def _probabilities(case: _Case) -> Doubt:
     rows, threat = case.columns["is_probability"], case.circumstances.threat
     if not threat.gives("scores"):
         text = f"{limit(threat, case.circumstances.access, 'scores')}, so the attacker sees no scores"
-        return Doubt("probabilities", "not applicable", says=text)
+        return Doubt("probabilities", "not applicable", message=text)
     text = f"{int(rows.sum())} of {len(rows)} rows of the output are probabilities: they sum to 1 and none is negative"
     state: DoubtState = "raised" if bool(rows.all()) else "clear"
     return Doubt("probabilities", state, float(rows.double().mean()), 1.0, len(rows), text)
@@ -204,7 +204,7 @@ def _noise(case: _Case) -> Doubt:
         return case.absent("noise", "noise")
     if case.circumstances.randomised:
         text = "the model is randomised, so that one of many outputs may be wrong for any input"
-        return Doubt("noise", "not applicable", says=text)
+        return Doubt("noise", "not applicable", message=text)
     draws = within_budget(at.NOISE_DRAWS, case.circumstances.threat)
     text = f"{draws} random inputs break {int(broken.sum())} of {len(broken)} surviving examples"
     return _judged("noise", float(broken.double().mean()), at.NOISE, len(broken), text)
@@ -241,7 +241,7 @@ _BREAKING = tuple(probe.name for probe in PROBES if probe.breaks)
 def _transfer(case: _Case) -> Doubt:
     if not case.circumstances.threat.surrogates:
         return Doubt(
-            "transfer", "not measured", says="no surrogate was declared; name one with --surrogate MODEL"
+            "transfer", "not measured", message="no surrogate was declared; name one with --surrogate MODEL"
         )
     transferred = "a transfer attack from the surrogates"
     return _rival(
@@ -334,7 +334,7 @@ def _shattered(case: _Case) -> Doubt:
     resolved = ratios[~ratios.isnan()]
     if not len(resolved):
         text = "no gradient is large enough for a measurement"
-        return Doubt("shattered", "not measured", says=text)
+        return Doubt("shattered", "not measured", message=text)
     ratio, (low, high) = float(resolved.median()), at.SLOPE_RATIO
     text = f"along the gradient the margin changes by {ratio:.2g} times the predicted amount (median)"
     state: DoubtState = "clear" if low <= ratio <= high else "raised"
@@ -358,7 +358,7 @@ def _chance(case: _Case) -> Doubt:
     correct, y = case.columns["correct"], case.columns["y"]
     if len(torch.unique(y)) < 2:
         text = "all examples have the same label, so that any accuracy may be that of a constant prediction"
-        return Doubt("chance", "not applicable", says=text)
+        return Doubt("chance", "not applicable", message=text)
     result = against_majority(correct, y)
     text = (
         f"clean accuracy is {_share(correct)} (95 % interval {_percent(result.low)} to {_percent(result.high)}), and "
@@ -371,9 +371,9 @@ def _chance(case: _Case) -> Doubt:
 def _constant(case: _Case) -> Doubt:
     columns, n = case.columns, len(case.columns["id"])
     if n < 2:
-        return Doubt("constant", "not measured", says="at least two examples are needed")
+        return Doubt("constant", "not measured", message="at least two examples are needed")
     if columns["nan"].any():
-        return Doubt("constant", "not applicable", says="the model returned NaN")
+        return Doubt("constant", "not applicable", message="the model returned NaN")
     # margins for one label at a time, since a margin depends on the label
     groups = [columns["margin"][columns["y"] == label].double() for label in torch.unique(columns["y"])]
     size = max(float(columns["margin"].double().abs().max()), 1e-12)  # no division by 0 if all are 0

@@ -13,6 +13,7 @@ import holdfast
 
 DECIDING = (
     "attacks",
+    "certifiers",
     "checkup",
     "core",
     "doubts",

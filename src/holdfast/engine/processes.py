@@ -35,7 +35,7 @@ Setup = Callable[[], AbstractContextManager[Measure]]
 It can be pickled.
 """
 
-_WAIT_S = 0.5
+_WAIT_S = 0.5  # time without messages after which dead workers are looked for and the used time is stored
 _START = """\
 import os, sys
 inbox, outbox = os.dup(0), os.dup(1)

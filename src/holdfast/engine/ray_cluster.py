@@ -2,14 +2,13 @@
 
 import importlib.util
 import ipaddress
+import logging
 import os
-import secrets
-import shutil
-import signal
 import socket
-import tempfile
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,31 +19,40 @@ from urllib.parse import urlsplit
 
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.engine.progress import Notify, ignore
+from holdfast.engine.ray_local import (
+    ended_processes,
+    local_cluster,
+    own_signals,
+    quiet,
+    shut_down,
+    unchanged_process,
+)
 from holdfast.engine.ray_results import Failure, client_of, result_of
 
 CONNECT_S = 10
 """Seconds in which an address must answer."""
+_TRY_S = 2
+"""Seconds of each of the three tries of Ray's client; the rest of `CONNECT_S` is for the first connection."""
 _TLS = "RAY_USE_TLS"
-_TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _SETTINGS = {
     "RAY_ENABLE_AUTO_CONNECT": "0",  # after a lost connection, Ray would start a cluster of its own
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run`, Ray would send the current folder to all nodes
-    "RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "3",  # tried three times, with 3, 3 and 3 seconds
-    "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "3",
+    "RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": str(_TRY_S),
+    "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": str(_TRY_S),
 }
 """Environment variables that Ray reads when it is imported, unless they are set already."""
 
 
 @dataclass(frozen=True)
 class RayOptions:
-    """Where Ray runs the shards, and what is sent to the nodes."""
+    """Options of a run on a Ray cluster: its address, what is sent to the nodes, and how many resources it uses."""
 
     address: str = ""
     """`ray://HOST:PORT`; empty for a cluster that is started on this machine"""
     ship: tuple[Path, ...] = ()
     """files and folders of code that are sent to the nodes"""
     gpus_per_worker: float | None = None
-    """None for one GPU if the run is on a GPU, else none"""
+    """number of GPUs of each task, which may be a fraction; None for one if the run is on a GPU, else for none"""
     mixed_nodes: bool = False
     trust_network: bool = False
     timeout_s: float = 600.0
@@ -114,6 +122,8 @@ class Cluster:
     local: bool
     """whether the cluster was started on this machine by this process"""
     dashboard: str = ""
+    ended: Callable[[], Sequence[str]] = tuple
+    """function that returns the names of processes of the cluster that have ended, if this process has started it"""
     _functions: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @property
@@ -153,7 +163,7 @@ class Cluster:
     def cancel(self, references: Sequence[Any]) -> None:
         """Cancel tasks, and end the workers that run them. A task of a cluster that is lost has ended already."""
         for reference in references if self.ray.is_initialized() else ():
-            with suppress(self.ray.exceptions.RayError, ConnectionError):
+            with suppress(self.ray.exceptions.RayError, *self._connection_errors()):
                 self.ray.cancel(reference, force=True)
 
     def nodes(self) -> list[dict[str, Any]]:
@@ -167,18 +177,27 @@ class Cluster:
         with self._reachable():
             return float(self.ray.cluster_resources().get(resource, 0.0))
 
+    def _connection_errors(self) -> tuple[type[Exception], ...]:
+        """Return the classes of the errors with which Ray reports that the connection is lost."""
+        kinds = ConnectionError, self.ray.exceptions.RaySystemError
+        return (*kinds, sys.modules["grpc"].RpcError) if "grpc" in sys.modules else kinds
+
     @contextmanager
     def _reachable(self) -> Iterator[None]:
         """Context manager that raises `TargetError` if the connection to the cluster is lost."""
         try:
             if not self.ray.is_initialized():
                 raise ConnectionError("it is closed")
+            if ended := self.ended():
+                raise TargetError(
+                    f"a process of the cluster on this machine has ended ({' and '.join(ended)}), as after a kill for "
+                    "memory; continue the run with --resume, with fewer --workers if memory ran out"
+                )
             yield
         except HoldfastError:
             raise
         except Exception as error:  # a call to a cluster that is lost may fail in any way
-            is_lost = isinstance(error, (ConnectionError, self.ray.exceptions.RaySystemError))
-            if not is_lost and self.ray.is_initialized():
+            if self.ray.is_initialized() and not isinstance(error, self._connection_errors()):
                 raise
             raise TargetError(
                 f"the connection to the cluster was lost ({type(error).__name__}: {error}); look whether its head node "
@@ -214,7 +233,7 @@ def connected(options: RayOptions, workers: int, *, detail: Notify = ignore) -> 
         if ray.is_initialized():
             cluster = Cluster(ray, local=False)
         else:
-            stack.enter_context(_unchanged_process())
+            stack.enter_context(unchanged_process())
             start = _joined(ray, options) if options.address else _started(ray, workers, options)
             cluster = stack.enter_context(start)
         if cluster.dashboard:
@@ -227,137 +246,16 @@ def connected(options: RayOptions, workers: int, *, detail: Notify = ignore) -> 
 
 
 @contextmanager
-def _unchanged_process() -> Iterator[None]:
-    """Context manager that restores the environment on exit; Ray changes it, also after an error."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        for name in [name for name in os.environ if name not in before and name.startswith("RAY_")]:
-            del os.environ[name]
-        for name, value in before.items():
-            if name.startswith("RAY_"):
-                os.environ[name] = value
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Context manager that restores the handlers of signals, which Ray replaces when it connects."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
 def _started(ray: ModuleType, workers: int, options: RayOptions) -> Iterator[Cluster]:
-    """Start a cluster on this machine that requires a token; it ends on exit.
-
-    Ray opens ports on all network interfaces, so an environment that switches tokens off is refused. Without a token of
-    the user, the cluster has one of its own, which is passed in the environment of its processes and written to no
-    file. Files of the session are in a temporary folder that is deleted. Raises `UsageError` or `TargetError`.
-    """
-    mode = os.environ.pop("RAY_AUTH_MODE", "token")  # `token` is Ray's default
-    if mode != "token":
-        raise UsageError(
-            f"RAY_AUTH_MODE is {mode!r}, with which every machine of the network could run code in the cluster that "
-            "--on ray starts; unset it, or set it to token"
-        )
-    if not any(os.environ.get(name) for name in _TOKEN_VARIABLES) and not _default_token().is_file():
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    # short, because paths of sockets have at most 107 bytes
-    folder = Path(tempfile.mkdtemp(prefix="hf-"))
-    # Ray lets everybody write to its folder; the folder around it is accessible to this user only
-    session, temporary = folder / "r", folder / "t"
-    session.mkdir()
-    temporary.mkdir()
-    before = os.environ.get("TMPDIR")
-    os.environ["TMPDIR"] = str(temporary)  # for the processes of the cluster
-    try:
-        with _own_signals(), _quiet():
-            context = ray.init(
-                address="local",
-                num_cpus=workers,
-                num_gpus=None if options.gpus_per_worker else 0,  # None for all that Ray finds
-                include_dashboard=None,
-                log_to_driver=False,
-                logging_level="ERROR",
-                job_config=_job_config(),
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(session),
-            )
-        _restore("TMPDIR", before)
-        with _silent_errors(ray):
-            yield Cluster(ray, local=True, dashboard=_dashboard(context))
-    except (ConnectionError, RuntimeError, OSError) as error:
-        if ray.is_initialized():
-            raise
-        raise TargetError(f"Ray did not start on this machine: {error}") from error
-    finally:
-        _restore("TMPDIR", before)
-        with _own_signals():
-            ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _restore(variable: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(variable, None)
-    else:
-        os.environ[variable] = value
-
-
-def _default_token() -> Path:
-    return Path.home() / ".ray" / "auth_token"
+    """Start a cluster on this machine, which ends on exit. Raises `UsageError` or `TargetError`."""
+    gpus = None if options.gpus_per_worker else 0  # None for all that Ray finds
+    with local_cluster(ray, workers, gpus) as context:
+        yield Cluster(ray, local=True, dashboard=_dashboard(context), ended=ended_processes)
 
 
 def _dashboard(context: Any) -> str:
     """Return the address of the dashboard; empty if the installation of Ray has none."""
     return str(context.dashboard_url or "") if importlib.util.find_spec("aiohttp_cors") else ""
-
-
-def _job_config() -> Any:
-    """Return the configuration of the job, with which Ray does not put the current folder on the import path of
-    workers.
-    """
-    from ray.job_config import JobConfig
-
-    class OwnPath(JobConfig):  # type: ignore[misc]  # Ray is not typed
-        def _runtime_env_has_working_dir(self) -> bool:
-            return True
-
-    return OwnPath()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Context manager without the warnings of Ray on its own settings."""
-    import logging
-
-    logger = logging.getLogger("ray")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _silent_errors(ray: ModuleType) -> Iterator[None]:
-    """Context manager in which Ray does not print messages on lost workers to stdout, where a report may be written."""
-    worker = ray._private.worker
-    before = worker.print_to_stdstream
-    worker.print_to_stdstream = lambda *args, **settings: None
-    try:
-        yield
-    finally:
-        worker.print_to_stdstream = before
 
 
 @contextmanager
@@ -370,35 +268,57 @@ def _joined(ray: ModuleType, options: RayOptions) -> Iterator[Cluster]:
         f"[{parts.hostname}]:{parts.port}" if ":" in parts.hostname else f"{parts.hostname}:{parts.port}"
     )
     begun = time.monotonic()
-    try:
-        socket.create_connection((parts.hostname, parts.port), CONNECT_S).close()
-    except OSError as error:
-        raise _no_answer(options, begun, error) from error
-    try:
-        with _own_signals(), _quiet():
-            import warnings
-
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                try:
-                    context = ray.init(f"ray://{address}", log_to_driver=False, logging_level="ERROR")
-                except RuntimeError as error:  # other versions of Ray or Python
-                    raise TargetError(
-                        f"{options.address} refused the connection: {error}. Install the same versions of Python and "
-                        "Ray here and on all nodes"
-                    ) from error
-        client_of(ray).log_client.disable_logs()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(quiet())  # the process of the run reports a lost connection itself
+            _refuse_silence(parts.hostname, parts.port, CONNECT_S - 3 * _TRY_S)
+            stack.callback(shut_down, ray)
+            context = _client_context(ray, address)
+        except RuntimeError as error:  # other versions of Ray or Python
+            raise TargetError(
+                f"{options.address} refused the connection: {error}. Install the same versions of Python and Ray here "
+                "and on all nodes"
+            ) from error
+        except ray.exceptions.AuthenticationError as error:
+            raise TargetError(
+                f"{options.address} refused the connection: {error}. Ray reads its token from RAY_AUTH_TOKEN, "
+                "RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+            ) from error
+        except OSError as error:
+            raise _no_answer(options, begun, error) from error
+        logs = client_of(ray).log_client
+        logs.set_logstream_level(logging.ERROR)  # otherwise its logger writes that it reconnects
+        logs.disable_logs()
         yield Cluster(ray, local=False, dashboard=str(context.dashboard_url or ""))
-    except ConnectionError as error:
-        raise _no_answer(options, begun, error) from error
-    except ray.exceptions.AuthenticationError as error:
-        raise TargetError(
-            f"{options.address} refused the connection: {error}. Ray reads its token from RAY_AUTH_TOKEN, "
-            "RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
-        ) from error
-    finally:
-        with _own_signals():
-            ray.shutdown()
+
+
+def _client_context(ray: ModuleType, address: str) -> Any:
+    """Connect Ray's client to `HOST:PORT`, and return what `ray.init` returns."""
+    with own_signals(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ray.init(f"ray://{address}", log_to_driver=False, logging_level="ERROR")
+
+
+def _refuse_silence(host: str, port: int, seconds: float) -> None:
+    """Raise `OSError` if no connection to a port is accepted within a time, which includes the look-up of the name and
+    all its addresses.
+    """
+    errors: list[OSError] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), seconds).close()
+        except OSError as error:
+            errors.append(error)
+
+    # a thread, because a look-up has no time limit
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError("timed out")
+    if errors:
+        raise errors[0]
 
 
 def _no_answer(options: RayOptions, begun: float, error: Exception) -> TargetError:

@@ -16,7 +16,7 @@ def report(paths: Sequence[str], device: str, threads: int | None = None) -> dic
     """Return the versions, the digest of the code, the threads and the device of this process.
 
     Entries of `paths` that are not on the import path yet are added at its end. If `threads` is given, torch uses that
-    many threads from now on. The value of an entry that cannot be determined is the reason.
+    many threads from now on. If an entry cannot be determined, its value is the reason.
     """
     import os
     import platform

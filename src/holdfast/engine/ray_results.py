@@ -14,12 +14,12 @@ from typing import Any, Literal
 _FETCH_S = 600
 """Seconds in which a finished result must arrive from its node."""
 Failure = Literal["memory", "lost", "full", "cancelled", "unreadable"]
-"""Why a task has no result: its worker was killed for memory, its worker or node is lost, the object store is full, it
-was cancelled, or it sent something else than bytes."""
+"""Reason why a task has no result: its worker was killed for memory, its worker or node is lost, the object store is
+full, it was cancelled, or its result was not bytes."""
 
 
 def result_of(client: Any, reference: Any) -> bytes | Failure:
-    """Return the bytes that a finished task returned, or why there are none.
+    """Return the bytes that a finished task returned, or the failure.
 
     `client` is the connection of Ray's client, or None for a direct connection.
     """
@@ -49,8 +49,8 @@ _FAILURES: Mapping[str, Failure] = {
     "TASK_CANCELLED": "cancelled",
     "TaskCancelledError": "cancelled",
 }
-"""Meaning of the errors of Ray, by the name of the number that a result has, and by that of the class that Ray's client
-sends."""
+"""The failure that an error of Ray means. Keys are names of error codes, which direct connections use, and names of
+error classes, which Ray's client sends."""
 
 
 def _failure(name: str) -> Failure:
@@ -82,7 +82,7 @@ def client_of(ray: ModuleType) -> Any:
 
 
 class _Inert:
-    """What an object in a pickled error is replaced with. It keeps nothing."""
+    """Placeholder for the objects in a pickled error. It ignores its arguments."""
 
     def __init__(self, *args: object) -> None:
         pass

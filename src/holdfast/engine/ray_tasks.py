@@ -38,6 +38,8 @@ _INLINE = 100_000
 _TRIMMED = 64_000_000
 """Bytes of examples after which freed memory is returned to the operating system."""
 _WAIT_S = 0.5
+_NOTICED_S = 20.0
+"""Seconds after which Ray has noticed that a node is dead: 5 s and then five checks every 3 s."""
 _LOOKED_S = 10.0
 """Interval in seconds at which the CPUs of the cluster are counted while no shard is finished."""
 
@@ -251,29 +253,40 @@ class RayTasks:
             run.record(NODES, {"nodes": [*known, properties]})
 
     def _compare_nodes(self) -> None:
-        """Compare the versions of all nodes with those of this process, before the first task."""
-        device = "" if self.options.gpus_per_worker else self.device  # a task without GPU sees none
-        tasks = [
-            self.cluster.submit(
-                ray_node.report_as_bytes,
-                (self.paths, device),
-                num_cpus=0,
-                scheduling_strategy=on_node(node["NodeID"]),
-            )
-            for node in self.cluster.nodes()
-        ]
-        begun = time.monotonic()
+        """Compare the versions of all nodes with those of this process, before the first task.
+
+        A node that does not report them is skipped if it is dead, and otherwise refused.
+        """
+        tasks = {self._report_of(node): node for node in self.cluster.nodes()}
+        begun, failed_at = time.monotonic(), dict[str, float]()
         while tasks:
-            for reference in self.cluster.finished(tasks, _WAIT_S):
-                tasks.remove(reference)
-                answer = self.cluster.result(reference)
-                if isinstance(answer, bytes):  # a node that was lost in the meantime has no answer
+            for reference in self.cluster.finished([*tasks], _WAIT_S):
+                node, answer = tasks.pop(reference), self.cluster.result(reference)
+                if isinstance(answer, bytes):
                     self._refuse_node(json.loads(answer[1:]))
+                    continue
+                name = node["NodeID"]
+                if not any(each["NodeID"] == name for each in self.cluster.nodes()):
+                    continue
+                if time.monotonic() - failed_at.setdefault(name, time.monotonic()) > _NOTICED_S:
+                    raise TargetError(
+                        f"node {node.get('NodeManagerHostname', '')} ({name[:12]}) does not report its versions (its "
+                        f"task is {answer}); look at the logs of Ray on it, or remove it from the cluster"
+                    )
+                time.sleep(1.0)
+                tasks[self._report_of(node)] = node
             if tasks and time.monotonic() - begun > self.options.timeout_s:
                 raise TargetError(
                     f"{len(tasks)} nodes did not report their versions in {self.options.timeout_s:g} s; look at the "
                     "logs of Ray, or give a longer --timeout"
                 )
+
+    def _report_of(self, node: Mapping[str, Any]) -> Any:
+        """Start the task that reports the versions of a node, and return its reference."""
+        device = "" if self.options.gpus_per_worker else self.device  # a task without GPU sees none
+        place = on_node(node["NodeID"])
+        arguments = (self.paths, device)
+        return self.cluster.submit(ray_node.report_as_bytes, arguments, num_cpus=0, scheduling_strategy=place)
 
     def _wait_for_cpus(self, least: int | None = None) -> None:
         """Wait until the cluster has as many CPUs and GPUs as the workers need, or at least as many as `least`."""

@@ -90,7 +90,7 @@ class Run:
         def measured() -> StoredStage:
             try:
                 return StoredStage(compute())
-            except OutOfTime:
+            except OutOfTime:  # the empty stage is stored, so that a resumed run reports the same
                 return StoredStage({"id": torch.empty(0, dtype=torch.int64)}, 0)
 
         return self.step(name, measured)

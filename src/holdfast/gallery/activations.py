@@ -10,9 +10,9 @@ from holdfast.core.through import Through, through
 from holdfast.gallery.item import Item
 from holdfast.gallery.training import digit_network, trained_on_digits
 
-WINNERS = 0.05
-SOFTNESS = 0.1
-SAMPLES = 0.28
+WINNERS = 0.05  # share of the activations that remain
+SOFTNESS = 0.1  # width of the sigmoid, as a share of the standard deviation of the activations
+SAMPLES = 0.28  # number of samples as a share of the number of activations
 
 
 def winners(h: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from holdfast.core.through import through
 from holdfast.gallery.item import Item
 from holdfast.gallery.training import trained_on_digits
 
-LATENT, HIDDEN = 32, 128
-DESCENTS, STEP = 5, 0.2
+LATENT, HIDDEN = 32, 128  # numbers of values of a latent vector and of a hidden layer
+DESCENTS, STEP = 5, 0.2  # number and length of the steps in the latent space
 
 
 class Autoencoder(nn.Module):

@@ -15,12 +15,12 @@ from holdfast.gallery.item import Item
 from holdfast.gallery.training import digit_network, trained_on_digits
 from holdfast.ops.corruptions.jpeg import jpeg_compression
 
-BITS = 4
-QUALITY = 75
-CODE = 16
-SMALLEST = 26
-RIPPLE, PERIOD = 0.004, 0.001
-DESCENTS, WEIGHT, STEP = 6, 0.02, 0.2
+BITS = 4  # of 8; a small perturbation changes few of the 16 levels
+QUALITY = 75  # the usual default of JPEG encoders
+CODE = 16  # levels of the thermometer code
+SMALLEST = 26  # smallest side of a resized digit, of 28 pixels
+RIPPLE, PERIOD = 0.004, 0.001  # amplitude of a grey level, and a period far below usual steps of attacks
+DESCENTS, WEIGHT, STEP = 6, 0.02, 0.2  # of the total-variation denoiser
 
 
 class Rounded(nn.Module):

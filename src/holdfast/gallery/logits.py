@@ -9,8 +9,8 @@ from holdfast.core.batch import Batch
 from holdfast.gallery.item import Item
 from holdfast.gallery.training import digit_network, trained_on_digits
 
-TEMPERATURE = 100.0
-SHARPNESS = 30.0
+TEMPERATURE = 100.0  # the logits grow by about this factor, so that the softmax at temperature 1 saturates
+SHARPNESS = 30.0  # factor of the logits, for which the softmax saturates in float32
 
 
 class Times(nn.Module):

@@ -10,7 +10,7 @@ from holdfast.core.evidence import Doubt, Evidence, Scope
 from holdfast.doubts.names import OF_STRENGTH
 from holdfast.gates.grammar import Claim
 from holdfast.metrics.catalogue import estimate
-from holdfast.metrics.names import LOWER_BOUNDS, ROTATION, UPPER_BOUNDS
+from holdfast.metrics.names import LOWER_BOUNDS, PROVED, ROTATION, UPPER_BOUNDS
 from holdfast.metrics.paired import basis
 
 Verdict = Literal["pass", "fail", "unclear"]
@@ -20,14 +20,14 @@ Verdict = Literal["pass", "fail", "unclear"]
 class Doubts:
     """The doubts of a run, and the reasons for which the user accepted some of them."""
 
-    found: tuple[Doubt, ...] = ()
+    results: tuple[Doubt, ...] = ()
     accepted: Mapping[str, str] = field(default_factory=dict)
     """reason of each accepted doubt, by the name of the doubt"""
 
     @property
     def open(self) -> tuple[str, ...]:
         """Names of the doubts that were raised and not accepted."""
-        return tuple(d.name for d in self.found if d.state == "raised" and d.name not in self.accepted)
+        return tuple(d.name for d in self.results if d.state == "raised" and d.name not in self.accepted)
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,12 @@ def _relevant_doubts(claim: Claim, doubts: Doubts) -> Doubts:
     """Return the doubts that could invalidate the gate.
 
     Doubts about the strength of attacks are left out if stronger attacks could only move the metric further inside its
-    bound.
+    bound, or do not change it, as they do not change a proof.
     """
-    safe = UPPER_BOUNDS if claim.relation == "<=" else LOWER_BOUNDS
+    safe = PROVED | (UPPER_BOUNDS if claim.relation == "<=" else LOWER_BOUNDS)
     if claim.metric not in safe:
         return doubts
-    return replace(doubts, found=tuple(doubt for doubt in doubts.found if doubt.name not in OF_STRENGTH))
+    return replace(doubts, results=tuple(doubt for doubt in doubts.results if doubt.name not in OF_STRENGTH))
 
 
 def refuse_rotation(claim: Claim) -> None:

@@ -8,6 +8,7 @@ Its result depends only on these, the plan and the seed, so that a caller may st
 from holdfast.harness.assembly import Context, assemble, evidence_from, join, worst_rows
 from holdfast.harness.kinds import KINDS
 from holdfast.harness.kinds.across import paired
+from holdfast.harness.kinds.proof import prepared_prover
 from holdfast.harness.kinds.transfer import MATRIX_ROWS
 from holdfast.harness.measure import ShardTask, measure, measure_plan, shard_rows, stage_of, task_of
 from holdfast.harness.passes import FOUND, PROBE, Pass, Probes, passes, probe_passes, stage_passes
@@ -27,6 +28,7 @@ from holdfast.harness.stage import (
     StageOutline,
     Work,
     broken_by_suite,
+    certified_in,
     suite_columns,
 )
 from holdfast.harness.target import LOOKED_AT, Target, prepared
@@ -53,6 +55,7 @@ __all__ = [
     "Work",
     "assemble",
     "broken_by_suite",
+    "certified_in",
     "due_examples",
     "evidence_from",
     "join",
@@ -64,6 +67,7 @@ __all__ = [
     "paired",
     "passes",
     "prepared",
+    "prepared_prover",
     "probe_passes",
     "refuse_unfitted",
     "refuse_what_is_hidden",

@@ -17,6 +17,7 @@ from holdfast.core.evidence import (
     Evidence,
     PassRecord,
     Places,
+    ProofRecord,
     Scope,
     Seconds,
     Table,
@@ -27,7 +28,7 @@ from holdfast.core.types import Ids, Rows
 from holdfast.harness.kinds import KINDS
 from holdfast.harness.kinds.fit import fit_stage_of
 from holdfast.harness.passes import Pass, Probes, passes
-from holdfast.harness.stage import Outline, StageKind
+from holdfast.harness.stage import Outline, StageKind, certified_in
 from holdfast.harness.verdict import GALLERY, NORMS
 from holdfast.harness.waves import joined_waves, remark, residual
 
@@ -174,6 +175,7 @@ def evidence_from(
         cost=total + context.doubts_cost,
         doubts_cost=context.doubts_cost,
         passes=_counted(counted, columns["broken_by"] - len(records)),
+        proofs=_proof_records(plan, by_stage, seconds, randomised=randomised),
         scope=context.scope,
         broken_elsewhere=context.broken_elsewhere,
         tables=tables,
@@ -196,6 +198,34 @@ def _counted(counted: Sequence[Pass], broken_by: Tensor) -> tuple[PassRecord, ..
     )
 
 
+def _proof_records(
+    plan: Outline, by_stage: Mapping[str, Columns], seconds: Mapping[str, Seconds], *, randomised: bool
+) -> tuple[ProofRecord, ...]:
+    """The records of the methods of certification, in the order in which they ran."""
+    records, attacks = [], 0
+    for step in plan.steps:
+        attacks += step.kind.in_suite and not step.adaptive
+        if not step.kind.proves or step.name not in by_stage:
+            continue
+        columns = by_stage[step.name]
+        records.append(
+            ProofRecord(
+                step.name,
+                step.attack,
+                step.settings,
+                tried=int(columns["ran"].sum()),
+                certified=int(columns["certified"].sum()),
+                broken=int(columns["success"].sum()),
+                confirmed=int(columns["confirmed"].sum()),
+                stopped=int(columns["stopped"].sum()),
+                work=int(columns["work"].sum()),
+                cost=_cost(step.kind, columns, seconds.get(step.name), randomised=randomised),
+                after_attacks=attacks > 0,
+            )
+        )
+    return tuple(records)
+
+
 def _attack_records(
     plan: Outline,
     by_stage: Mapping[str, Columns],
@@ -207,6 +237,8 @@ def _attack_records(
     """The records of the attacks in their order, with waves combined, and the cost of all stages."""
     clean, records, total = by_stage["clean"], [], Cost()
     standing = clean["correct"] & clean["eligible"]
+    first = next((place for place, step in enumerate(plan.steps) if step.kind.in_suite), 0)
+    certified = certified_in(plan.steps[:first], by_stage)  # no attack can break them
     costs = {
         step.name: _cost(step.kind, by_stage[step.name], seconds.get(step.name), randomised=randomised)
         for step in plan.steps
@@ -222,13 +254,14 @@ def _attack_records(
         if stage.kind.in_suite:
             surviving = standing & ~torch.stack([columns["success"] for columns in waves]).any(0)
             before, after = int(standing.sum()), int(surviving.sum())
-            risk = residual(waves, before) if len(waves) > 1 else None
+            risky = [{**columns, "ran": columns["ran"] & ~certified} for columns in waves]
+            risk = residual(risky, int((standing & ~certified).sum())) if len(waves) > 1 else None
             places = _places(waves[0], standing)
             notes = (
                 *stage.notes,
                 *_learned(by_stage.get(learned)),
                 *_placed(places),
-                *remark(stage.attack, waves, risk),
+                *remark(stage.attack, risky, risk),
                 *remarks.get(stage.name, ()),
             )
             fits = _fits(by_stage.get(learned))
@@ -239,7 +272,7 @@ def _attack_records(
 
 
 def _fits(columns: Columns | None) -> int:
-    """How many fits of an attack were made; 1 for runs of versions without several fits, 0 if it is not learned."""
+    """Number of fits of a learned attack; 1 for runs of versions with a single fit, 0 if the attack is not learned."""
     if columns is None:
         return 0
     return int(columns["fits"][0]) if "fits" in columns else 1

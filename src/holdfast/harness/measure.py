@@ -26,7 +26,7 @@ from holdfast.harness.target import LOOKED_AT, Target, prepared
 from holdfast.harness.waves import due_examples
 from holdfast.ops.pieces import Room
 
-_TYPES = (torch.float32, torch.float64)
+_TYPES = (torch.float32, torch.float64)  # attacks lose their steps to rounding in shorter types
 
 
 def measure(

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from holdfast.attacks.protocol import Attack, Learned
 from holdfast.attacks.transfer import Transfer
+from holdfast.certifiers.protocol import Prover
 from holdfast.core.constraints import L0, L1, L2, Constraint, Limited, Linf
 from holdfast.core.errors import UsageError
 from holdfast.core.names import slug, suite_name
@@ -53,6 +54,10 @@ class Plan:
     shown: bool = True
     """store a few adversarial inputs for the report"""
     doubts: DoubtsWanted = "free"
+    proofs: tuple[Prover, ...] = ()
+    """methods of certification that are run before the attacks of the suite; these then skip certified examples"""
+    late_proofs: tuple[Prover, ...] = ()
+    """methods of certification that are run after the attacks of the suite, on the examples that are still undecided"""
     adaptive: tuple[Member, ...] = ()
     """attacks that are run if raised doubts require them, on the examples that survive all other attacks"""
 
@@ -69,6 +74,8 @@ class Plan:
         return Outline(steps, self.threat, self.seed, self.suite, self.smallest)
 
     def _step(self, stage: Stage, classes: int) -> StageOutline:
+        if stage.prover is not None:
+            return StageOutline(stage.name, stage.kind, stage.prover.name, settings(stage.prover))
         if stage.member is None:
             return StageOutline(stage.name, stage.kind)
         plain_settings = settings(stage.member.attack)
@@ -109,9 +116,9 @@ def members_of(attacks: Iterable[Attack]) -> tuple[Member, ...]:
     return tuple(Member(type(attack).__name__, attack) for attack in attacks)
 
 
-def settings(attack: Attack) -> dict[str, Any]:
-    """Return the settings of an attack as values that JSON can represent. Functions are replaced by their names, and
-    nested attacks by name and settings.
+def settings(attack: Attack | Prover) -> dict[str, Any]:
+    """Return the settings of an attack or a prover as values that JSON can represent. Functions are replaced by their
+    names, and nested attacks by name and settings.
     """
     plain: dict[str, Any] = {}
     for f in fields(attack):  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.protocol import Attack
+from holdfast.certifiers.protocol import Prover
 from holdfast.core.batch import Batch
 from holdfast.core.evidence import Columns, Cost, Table
 from holdfast.core.guard import Aim
@@ -97,6 +98,8 @@ class StageKind(Protocol):
     """name of the attacks of this kind in a comparison of two runs; empty if other settings show the difference"""
     sampled: ClassVar[bool] = False
     """whether the stage is run on a sample of the examples"""
+    proves: ClassVar[bool] = False
+    """whether the stage proves robustness, so that later stages skip the examples that it certifies"""
 
     # kinds have no state, so that a copy in another process is the same kind
     def __eq__(self, other: object) -> bool:
@@ -180,6 +183,8 @@ class Stage:
     model"""
     aim: Aim = Aim()
     """how the attack treats a detector"""
+    prover: Prover | None = None
+    """method of certification that the stage runs; None for other stages"""
 
     @property
     def attack(self) -> Attack:
@@ -195,7 +200,7 @@ class StageOutline:
     name: str
     kind: StageKind
     attack: str = ""
-    """name of the attack in the suite"""
+    """name of the attack in the suite, or of the method of certification"""
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """notes for the reader of a report"""
@@ -240,3 +245,12 @@ def broken_by_suite(stages: Sequence[Stage | StageOutline], by_stage: Mapping[st
     for columns in suite_columns(stages, by_stage).values():
         broken |= columns["success"]
     return broken
+
+
+def certified_in(stages: Sequence[Stage | StageOutline], by_stage: Mapping[str, Columns]) -> Mask:
+    """Return the mask of the examples that at least one finished stage has certified."""
+    certified = torch.zeros_like(by_stage["clean"]["correct"])
+    for stage in stages:
+        if stage.kind.proves and stage.name in by_stage:
+            certified |= by_stage[stage.name]["certified"]
+    return certified

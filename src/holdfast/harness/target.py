@@ -1,9 +1,10 @@
 """The model under test, which is frozen and in eval mode during a measurement."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from holdfast.ops.masking import Masking, masking
 from holdfast.ops.pieces import no_memory
 from holdfast.ops.prepare import in_training, quickened
 
+_T = TypeVar("_T")
 LOOKED_AT = 8
 """Number of examples on which the model is inspected before a measurement."""
 
@@ -104,6 +106,16 @@ class Target:
     is rounded or binary"""
     blind_view: bool = False
     """whether no gradient of the detector's score reaches an input through `view`"""
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, name: str, make: Callable[[], _T]) -> _T:
+        """Return the result of `make` for a name, which is computed at the first call and kept for all copies of this
+        target, such as the traced graph of the model.
+        """
+        if name not in self._kept:
+            self._kept[name] = make()
+        kept: _T = self._kept[name]
+        return kept
 
     @property
     def rejects(self) -> bool:

@@ -12,7 +12,7 @@ from holdfast.core.types import Mask
 from holdfast.harness.plan import Plan
 from holdfast.harness.stage import Stage, StageOutline
 
-_CONFIDENCE = 0.95
+_CONFIDENCE = 0.95  # of the bounds of all waves of an attack together
 
 
 def due_examples(stage: Stage, plan: Plan, by_stage: Mapping[str, Columns]) -> Mask | None:

@@ -66,6 +66,7 @@ class AtEps(Protocol):
 
 BY_EPS: Mapping[str, AtEps] = {
     "robust_accuracy": shares.robust_accuracy,
+    "certified_accuracy": shares.certified_accuracy,
     "robust_error_rate": shares.robust_error_rate,
     "robustness_score": shares.robustness_score,
     "worst_class": shares.worst_class,

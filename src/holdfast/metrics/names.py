@@ -67,6 +67,10 @@ METRICS: Final[dict[str, str]] = {
     **DETECTION,
     "robust_accuracy": "share of all examples that are correct when clean and under every attack and pass",
     "suite_robust_accuracy": "the same under the attacks of the suite only, for comparison with published numbers",
+    "certified_accuracy": (
+        "share of all examples for which it is proved that no input of the threat model is misclassified, a lower "
+        "bound of the robust accuracy"
+    ),
     "robust_error_rate": "one minus the robust accuracy",
     "robustness_score": "harmonic mean of clean and robust accuracy",
     "worst_class": "smallest robust accuracy over the classes, with Bonferroni's correction",
@@ -125,6 +129,7 @@ OF_STATIC: Final = frozenset({"transfer_success", "ensemble_transfer", "sibling_
 
 AT_EPS: Final = frozenset(
     {
+        "certified_accuracy",
         "robust_accuracy",
         "robust_error_rate",
         "robustness_score",
@@ -158,6 +163,9 @@ LOWER_BOUNDS: Final = frozenset(
     }
 )
 """metrics that stronger attacks can only increase"""
+
+PROVED: Final = frozenset({"certified_accuracy"})
+"""metrics that consist of proofs, which stronger attacks do not change"""
 
 SHARES: Final = AT_EPS | {
     *ROTATION,

@@ -53,6 +53,19 @@ def robust_accuracy(evidence: Evidence, confidence: float = 0.95, *, eps: float 
     return proportion(mask, confidence) if chance is None else mean(chance, confidence)
 
 
+def certified_accuracy(evidence: Evidence, confidence: float = 0.95, *, eps: float | None = None) -> Estimate:
+    """Return the share of all examples for which it is proved that no input of the threat model is misclassified.
+
+    With `eps`, it is the share of the correct examples whose certified radius is at least `eps`. It is a lower bound of
+    the true robust accuracy on these examples.
+    """
+    way_out = "prove robustness with holdfast certify, or with holdfast assess --certify"
+    certified = column(evidence, "certified", way_out)
+    if eps is not None:
+        certified = column(evidence, "certified_radius", way_out) >= eps
+    return proportion(certified & evidence["correct"], confidence)
+
+
 def suite_robust_accuracy(evidence: Evidence, confidence: float = 0.95) -> Estimate:
     """Return the robust accuracy under the attacks of the suite only, for a comparison with published numbers."""
     mask = suite_robust(evidence, "suite_robust_accuracy")

@@ -20,10 +20,10 @@ from holdfast.ops.best import Best
 from holdfast.ops.gradients import input_gradient
 from holdfast.ops.losses import Loss, margin
 
-_MOMENTUM = 0.75
+_MOMENTUM = 0.75  # alpha of the paper: weight of the new step; the rest is that of the last one
 # gaps between checkpoints as shares of the steps: first, decrease from one to the next, smallest; and the gap under L1
 _FIRST_CHECK, _CHECK_SHRINKS, _LAST_CHECK = 0.22, 0.03, 0.06
-_L1_CHECK = 0.04
+_L1_CHECK = 0.04  # share of the steps between two checks, as in the authors' code
 _L1_START, _L1_SPREAD = 0.2, 1.5  # share of features that a step moves at first; changed over moved ones
 _L1_SLOWER, _L1_SLOWEST = 1.5, 10.0  # divisor of the step size at stable sparsity; eps over smallest step
 

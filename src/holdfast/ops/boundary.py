@@ -20,7 +20,7 @@ from holdfast.ops.ascent import descend, gradient
 from holdfast.ops.closest import Closest, firmly_broken
 from holdfast.ops.losses import margin_loss
 
-_FORWARDS = 10
+_FORWARDS = 10  # forward passes of the search on the segment to the clean input
 _REACH = 5.0  # path length of the descent inside the ball, in multiples of eps
 _FIRST = 15 / 16  # first probe of the bisection: a good attack ends within a few percent of the boundary
 

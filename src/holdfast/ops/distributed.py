@@ -6,12 +6,14 @@ exceptions: batch norm uses the statistics of the part of each process, which ar
 random numbers in each process.
 """
 
+import functools
 import importlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,8 +21,13 @@ from torch import Tensor, nn
 
 from holdfast.core.errors import TargetError, UsageError
 
+if TYPE_CHECKING:  # builds of torch without torch.distributed have no stores
+    from torch.distributed.distributed_c10d import Store
+
 T = TypeVar("T")
 _PATIENT = timedelta(days=7)  # timeout: the other processes wait while the first one evaluates
+_GROUPS = itertools.count()
+"""Numbers of the process groups that this process joins one after another."""
 
 
 @contextmanager
@@ -41,11 +48,33 @@ def joined(device: torch.device) -> Iterator[None]:
     # This import binds the existing group as a default; an optimizer's first step imports it too. A group that was
     # bound is never destroyed, and a thread of it that still releases a tensor aborts the process at exit.
     importlib.import_module("torch.distributed.nn.functional")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENT)
+    # Each group has keys of its own in the store. With those of an earlier group, a process may connect to addresses
+    # that nobody listens on anymore.
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    store = PrefixStore(f"training-{next(_GROUPS)}", _store())
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank(),
+        world_size=started(),
+        timeout=_PATIENT,
+    )
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@functools.cache
+def _store() -> "Store":
+    """Return the store in which the processes of torchrun exchange their addresses. It is opened once, because without
+    the agent of torchrun it is part of the first process.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    store: Store = next(rendezvous("env://", timeout=_PATIENT))[0]
+    return store
 
 
 def started() -> int:

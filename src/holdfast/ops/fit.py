@@ -204,13 +204,13 @@ def fit(
         state = {**state, _ENDS: torch.zeros((), dtype=torch.int64, device=data.x.device)}
     plans = Plans(how.epochs, updates(len(data), how.batch) * replays, how.pacing)
     loop = _Loop(model, data, inner, loss, how, rng, state, replays, settle, plans)
-    begun = 0
+    first_epoch = 0
     if after is not None:
-        begun = after.epoch
+        first_epoch = after.epoch
         loop.restore({name: value.to(data.x.device) for name, value in after.tensors.items()}, state)
         plans.resume(after)
     before = unsaved(model)
-    for epoch in count(begun):
+    for epoch in count(first_epoch):
         plans.review(0)
         if plans.ended():
             return

@@ -25,7 +25,7 @@ Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.BatchNorm1d | nn.Batc
 """layers whose gain is bounded; all other layers are unchanged"""
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-_TINY = 1e-12
+_TINY = 1e-12  # prevents divisions by zero, for a layer whose weights are all zero
 
 
 def order_of(constraint: Constraint) -> Order:

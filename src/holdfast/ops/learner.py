@@ -180,7 +180,7 @@ def _with_forwards(checkpoints: Iterator[Checkpoint], learner: Learner, n: int) 
     for copied in (learner.net, learner.frozen):
         copied.register_forward_pre_hook(count)
     for checkpoint in checkpoints:
-        forwards = processes() * rows / n
+        forwards = processes() * rows / n  # each process counts its own share of the examples
         rows = 0
         yield replace(checkpoint, measured={**checkpoint.measured, "forwards": forwards})
 

@@ -96,12 +96,21 @@ class SLLConv2d(nn.Module):
         self.scale = nn.Parameter(torch.zeros(width))
         nn.init.xavier_normal_(self.weight)
 
+    @property
+    def ratios(self) -> Tensor:
+        """Weights (width) of the hidden units, of which only the ratios matter."""
+        return self.scale.clamp(-_REACH, _REACH).exp()
+
+    def heights(self) -> Tensor:
+        """Return the divisors (width) of the hidden units, with which the Lipschitz constant is at most one."""
+        q = self.ratios
+        with exactly(self.weight):
+            return overlaps(self.weight) @ q / q + _GUARD
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the feature maps for inputs (n, channels, h, w), in the same shape."""
         kernel, half = self.weight, self.weight.shape[2] // 2
-        q = self.scale.clamp(-_REACH, _REACH).exp()
-        with exactly(kernel):
-            heights = overlaps(kernel) @ q / q + _GUARD
+        heights = self.heights()
         hidden = F.relu(F.conv2d(x, kernel, self.bias, padding=half))
         output = F.conv_transpose2d(hidden / heights.view(1, -1, 1, 1), kernel, padding=half)
         return x - 2 * output
@@ -200,6 +209,15 @@ class CayleyConv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
         nn.init.xavier_normal_(self.weight)
 
+    def matrices(self, size: torch.Size) -> Tensor:
+        """Return the matrices (h, w // 2 + 1, width, channels) at the frequencies of images of a size (h, w) that is at
+        least that of the kernel. Their rows or columns are orthonormal.
+        """
+        half = self.weight.shape[2] // 2
+        placed = F.pad(self.weight.to(torch.float64), (0, size[1] - 2 * half - 1, 0, size[0] - 2 * half - 1))
+        kernels = torch.fft.rfft2(torch.roll(placed, (-half, -half), (2, 3))).conj()
+        return orthogonal(kernels.permute(2, 3, 0, 1))
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the feature maps (n, width, h, w) for inputs (n, channels, h, w)."""
         size = x.shape[2:]
@@ -208,12 +226,7 @@ class CayleyConv2d(nn.Module):
             x = F.pad(x, (half, half, half, half))  # smaller than the kernel
         padded_size = x.shape[2:]
         waves = torch.fft.rfft2(x.to(torch.promote_types(x.dtype, torch.float32)))
-        placed = F.pad(
-            self.weight.to(torch.float64),
-            (0, padded_size[1] - 2 * half - 1, 0, padded_size[0] - 2 * half - 1),
-        )
-        kernels = torch.fft.rfft2(torch.roll(placed, (-half, -half), (2, 3))).conj()
-        unitary = orthogonal(kernels.permute(2, 3, 0, 1)).to(waves.dtype)
+        unitary = self.matrices(padded_size).to(waves.dtype)
         products = torch.einsum("hwoi,nihw->nohw", unitary, waves)
         maps: Tensor = torch.fft.irfft2(products, s=padded_size).to(x.dtype) + self.bias.view(1, -1, 1, 1)
         first = half if padded_size != size else 0

@@ -35,11 +35,19 @@ def computing(precision: Precision, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def exactly(x: Tensor) -> Iterator[None]:
-    """Context manager inside which matrix products have the full precision of their inputs, for certified bounds that
-    account for every rounding.
+    """Context manager inside which matrix products and convolutions have the full precision of their inputs, for
+    certified bounds that account for every rounding. On a GPU, they do not use the shorter format TF32.
     """
     with torch.autocast(x.device.type, enabled=False):
-        yield
+        if x.device.type != "cuda":
+            yield
+            return
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        try:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def have_compiled(model: Classifier) -> None:

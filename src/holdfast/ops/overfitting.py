@@ -21,7 +21,7 @@ MOST_RAISED = 3
 """largest number of increases; the guard does not check after the last one"""
 N_HELD_OUT = 128
 """number of training examples that are used for the check and not for training"""
-_STEPS = 10
+_STEPS = 10  # steps of the attack that one step is compared with
 _APART = 0.25  # largest accuracy difference between one step and ten: 5 to 10 points are normal, 50 show overfitting
 
 

@@ -24,7 +24,7 @@ from holdfast.ops.best import Best
 from holdfast.ops.losses import margin
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 steps; the share halves after each
-_SCHEDULED = 10_000
+_SCHEDULED = 10_000  # number of steps for which the schedule of the paper is given
 _BLOCK = 64  # steps whose windows are drawn at once, which is faster for small batches
 
 

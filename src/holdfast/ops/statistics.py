@@ -261,3 +261,25 @@ def paired_difference(first: Mask, second: Mask, confidence: float = 0.95) -> Es
     reach = normal_quantile((1 + confidence) / 2) * math.sqrt((ahead + behind - centre**2) / (n + 2))
     value = (test.only_first - test.only_second) / n
     return Estimate(value, max(-1.0, min(centre - reach, value)), min(1.0, max(centre + reach, value)), n)
+
+
+def independent_difference(k: int, n: int, other_k: int, other_n: int, confidence: float = 0.95) -> Estimate:
+    """Return the difference of two proportions that were measured on different examples, k / n minus other_k / other_n,
+    with its hybrid score interval.
+
+    Newcombe, "Interval estimation for the difference between independent proportions", Statistics in Medicine 17, 1998
+    (method 10). The number of examples of the estimate is the smaller one.
+    """
+    first, second = _wilson(k, n, confidence), _wilson(other_k, other_n, confidence)
+    value = k / n - other_k / other_n
+    down = math.hypot(k / n - first[0], second[1] - other_k / other_n)
+    up = math.hypot(first[1] - k / n, other_k / other_n - second[0])
+    return Estimate(value, max(-1.0, value - down), min(1.0, value + up), min(n, other_n))
+
+
+def _wilson(k: int, n: int, confidence: float) -> tuple[float, float]:
+    """The score interval of a proportion (Wilson, JASA 22, 1927)."""
+    z, share = normal_quantile((1 + confidence) / 2), k / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - reach), min(1.0, centre + reach)

@@ -1,1 +1,1 @@
-"""Decides whether inputs of networks exist that satisfy constraints, by searches and by proofs that there are none."""
+"""Combines provers with attacks: decides queries about networks, and measures the geometry of decision boundaries."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.branching import Claim
+from holdfast.certifiers.branching import OutputProperty
 from holdfast.certifiers.crown import relaxed, substitute
 from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.region import Region
@@ -127,7 +127,7 @@ def _dtype(graph: Graph) -> torch.dtype:
     return torch.float64
 
 
-def _worst(lower: Tensor, claims: list[Claim]) -> tuple[Tensor, Tensor, Tensor]:
+def _worst(lower: Tensor, claims: list[OutputProperty]) -> tuple[Tensor, Tensor, Tensor]:
     """For each box the smallest bound (n) of all claims, the row (n) of the function with this bound, and the claim."""
     bounds, rows, start = [], [], 0
     for claim in claims:

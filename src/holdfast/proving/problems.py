@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.branching import Claim
+from holdfast.certifiers.branching import OutputProperty
 from holdfast.sources.vnnlib.formulas import ConstrainedBox
 from holdfast.sources.vnnlib.query import Query
 
@@ -21,7 +21,7 @@ class UnsafeSet:
     strict: Tensor
     """mask (k) of the functions that must be negative"""
 
-    def claim(self, dtype: torch.dtype) -> Claim:
+    def claim(self, dtype: torch.dtype) -> OutputProperty:
         """Return the claim that the set is not reached, as at least one function is positive.
 
         Constants are rounded down. If the coefficients are integers, the sum of the functions is a further function: if
@@ -34,7 +34,7 @@ class UnsafeSet:
             constants = torch.cat((constants, (constants.sum() - error)[None]))
         # twice: the sum of a bound and the constant is rounded, too
         rounded = (constants - 2 * torch.finfo(dtype).eps * constants.abs()).to(dtype)
-        return Claim(rows.to(dtype), rounded)
+        return OutputProperty(rows.to(dtype), rounded)
 
     def exact_in(self, dtype: torch.dtype) -> bool:
         """Return whether the coefficients are numbers of a data type."""

@@ -90,13 +90,22 @@ def fits_text(summary: Mapping[str, Any]) -> str:
     return f"{description}: {', '.join(learned)}" if learned else ""
 
 
+def passes_outside(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the attacks and probes outside the suite, without the methods of certification, which have a table of
+    their own.
+    """
+    results = summary["certification"]
+    methods = {row["stage"] for row in results["rows"]} if results else set()
+    return [record for record in summary["passes"] if record["stage"] not in methods]
+
+
 def passes_line(summary: Mapping[str, Any], *, brief: bool = False) -> str:
     """Return a line for the report on the attacks and probes outside the suite, with the number of examples that only
     they broke.
 
     With `brief`, passes that broke no example are not named.
     """
-    passes_run = summary["passes"]
+    passes_run = passes_outside(summary)
     if not passes_run:
         return ""
     broke = [f"{record['name']} {count_text(record['broken'])}" for record in passes_run if record["broken"]]

@@ -156,12 +156,84 @@ def _at(points: Sequence[Mapping[str, Any]], axis: str, x: float) -> float:
 
 
 def _steps(starts: Sequence[float], ends: Sequence[float], levels: Sequence[float]) -> str:
-    """A path of steps: constant at each level until the next one begins."""
+    """The start of an SVG path of steps, which is constant at each level until the next one begins."""
     first = f"M{starts[0]:.1f},{levels[0]:.1f}H{ends[0]:.1f}"
     return first + "".join(f"V{y:.1f}H{end:.1f}" for y, end in zip(levels[1:], ends[1:], strict=True))
 
 
 def _back(starts: Sequence[float], ends: Sequence[float], levels: Sequence[float]) -> str:
-    """The same steps from right to left, which closes the shape."""
+    """The end of a closed SVG path: the steps from right to left, so that the area below the first steps is filled."""
     steps = reversed(list(zip(starts, ends, levels, strict=True)))
     return "".join(f"L{end:.1f},{y:.1f}H{start:.1f}" for start, end, y in steps) + "Z"
+
+
+@dataclass(frozen=True)
+class Bands:
+    """The coordinates of a chart of two bounds for each of several examples, as two step functions, with its axes."""
+
+    width: float
+    height: float
+    left: float
+    right: float
+    top: float
+    bottom: float
+    proved: str
+    """area below the lower bounds"""
+    between: str
+    """area between both bounds"""
+    upper: str
+    """line of the upper bounds, interrupted where they are infinite"""
+    y_ticks: tuple[Tick, ...]
+    mark: float | None
+    """vertical coordinate of the eps of the threat model; None if it is infinite"""
+
+
+def bands(
+    bounds: Sequence[tuple[float, float]], *, width: float, height: float, mark: float | None = None
+) -> Bands | None:
+    """Return the coordinates of a chart of lower and upper bounds, in the order of the lower bounds.
+
+    The result is None if there is nothing to draw.
+
+    An infinite upper bound ends at the top of the chart.
+    """
+    ordered = sorted(bounds)
+    marked = mark if mark is not None and math.isfinite(mark) and mark > 0 else 0.0
+    finite = [value for pair in ordered for value in pair if math.isfinite(value)]
+    top = max([*finite, marked], default=0.0) * 1.08
+    if not ordered or top <= 0:
+        return None
+    step = round_step(top, 5)
+    right, bottom = width - _RIGHT, height - _BOTTOM
+    edges = [_LEFT + (right - _LEFT) * place / len(ordered) for place in range(len(ordered) + 1)]
+    starts, ends = edges[:-1], edges[1:]
+    low = [_level(value, top, bottom) for value, _ in ordered]
+    high = [_level(value, top, bottom) for _, value in ordered]
+    floor = [bottom] * len(ordered)
+    # an upper bound that no attack found has no line
+    lines = [
+        f"M{start:.1f},{y:.1f}H{end:.1f}"
+        for start, end, y, (_, value) in zip(starts, ends, high, ordered, strict=True)
+        if math.isfinite(value)
+    ]
+    return Bands(
+        width=width,
+        height=height,
+        left=_LEFT,
+        right=right,
+        top=_TOP,
+        bottom=bottom,
+        proved=_steps(starts, ends, low) + _back(starts, ends, floor),
+        between=_steps(starts, ends, high) + _back(starts, ends, low),
+        upper="".join(lines),
+        y_ticks=tuple(
+            Tick(round(_level(k * step, top, bottom), 1), plain(k * step))
+            for k in range(math.floor(top / step + 1e-9) + 1)
+        ),
+        mark=round(_level(marked, top, bottom), 1) if marked else None,
+    )
+
+
+def _level(value: float, top: float, bottom: float) -> float:
+    """The vertical coordinate of a value, at most that of the top of the chart."""
+    return bottom - (bottom - _TOP) * min(value / top, 1.0)

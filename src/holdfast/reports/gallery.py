@@ -100,9 +100,9 @@ def _pictures(x: Tensor, x_adv: Tensor, low: float, high: float) -> Json:
     difference = _shrunk_signed(delta) * amplified / width + 0.5
     return {
         "kind": "image",
-        "clean": _png((_shrunk(x) - low) / width),
-        "perturbed": _png((_shrunk(x_adv) - low) / width),
-        "difference": _png(difference),
+        "clean": png((_shrunk(x) - low) / width),
+        "perturbed": png((_shrunk(x_adv) - low) / width),
+        "difference": png(difference),
         "amplified": round(2 * amplified, 2),
         "shape": list(x.shape),
     }
@@ -131,8 +131,8 @@ def _shrunk_signed(delta: Tensor) -> Tensor:
     return torch.where(most.abs() >= least.abs(), most, least)
 
 
-def _png(pixels: Tensor) -> str:
-    """A picture of values in 0..1 as a data URL."""
+def png(pixels: Tensor) -> str:
+    """Return a picture of values (channels, height, width) from 0 to 1 as the data URL of a PNG."""
     from PIL import Image
 
     levels = (pixels.nan_to_num(0.5).clamp(0, 1) * 255).round().to(torch.uint8)

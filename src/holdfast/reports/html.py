@@ -8,7 +8,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import printable
-from holdfast.reports import attacks, notes, numbers, rotation, words
+from holdfast.reports import attacks, certification, geometry, notes, numbers, rotation, words
 from holdfast.reports.charts import Staircase, staircase
 from holdfast.reports.terminal import FIRST, STATE_SIGNS
 
@@ -42,14 +42,18 @@ def page(summary: Mapping[str, Any]) -> str:
         metrics=words.shown_metrics(summary),
         shown_examples=MOST_EXAMPLES,
         open_doubts=words.open_doubts(summary),
+        passes=attacks.passes_outside(summary),
         hardest=_hardest(summary["attacks"]),
         by_distance=attacks.by_distance(summary),
         classes=_worst(summary["per_class"]),
         eps_charts=_charts(summary["curves"]["eps"], "eps", mark=numbers.number(threat["eps"])),
         query_charts=_charts(summary["curves"]["queries"], "queries", logarithmic=True),
+        geometry=summary.get("geometry"),
+        band_charts=geometry.band_charts(summary.get("geometry"), SIZES),
         remarks=summary["notes"],
         details=summary["details"],
         attacker_names=rotation.NAMES,
+        **_certified(summary),
         raised=[doubt for doubt in summary["doubts"] if doubt["state"] == "raised"],
         calm=words.grouped_doubts(sorted(summary["doubts"], key=lambda doubt: _STATES.index(doubt["state"]))),
     )
@@ -82,12 +86,26 @@ def fragment(summary: Mapping[str, Any], later_gates: Sequence[Mapping[str, Any]
         s=summary,
         sign=sign,
         word=verdict_text,
+        **_certified(summary),
         title=attacks.title(summary),
         headings=headings,
         rows=[[cells[heading] for heading in headings] for cells in rows],
         metrics=metrics,
         notes=notes.shown_notes(summary),
     )
+
+
+def _certified(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of a certification as text, and the sentences about it; empty without one."""
+    results = summary["certification"]
+    if results is None:
+        return {"proof_title": "", "proof_headings": (), "proof_rows": (), "proof_lines": ()}
+    return {
+        "proof_title": certification.title(results, summary["noun"]),
+        "proof_headings": certification.headings(results),
+        "proof_rows": list(certification.cells(results)),
+        "proof_lines": certification.certification_lines(summary),
+    }
 
 
 _STATES = ("raised", "answered", "not measured", "clear", "not applicable")
@@ -123,7 +141,7 @@ def _template_text(name: str) -> str:
 def _environment() -> "Environment":
     from jinja2 import DictLoader, Environment, StrictUndefined
 
-    pages = ("report", "comparison", "notebook", "notebook-comparison", "parts")
+    pages = ("report", "comparison", "notebook", "notebook-comparison", "parts", "geometry")
     names = [f"{page}.html.j2" for page in pages]
     environment = Environment(
         # from package resources, which need not be files
@@ -147,6 +165,8 @@ def _environment() -> "Environment":
         "every_nth": _every_nth,
         "capitalized": words.capitalized,
         "sentences": words.sentences,
+        "down": geometry.rounded_down,
+        "up": geometry.rounded_up,
     }
     environment.globals |= {
         "shown": words.shown,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from holdfast.core.names import printable
-from holdfast.reports import across, rotation, transfer
+from holdfast.reports import across, certification, rotation, transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits_text, passes_line, risks, row
 from holdfast.reports.numbers import count_text, percent
 from holdfast.reports.words import (
@@ -36,6 +36,7 @@ def markdown_document(summary: Mapping[str, Any]) -> str:
         lines.append("")
     if summary["gates"]:
         lines += markdown_table(("gate", "measured", "interval", "verdict"), map(_gate, summary["gates"]))
+    lines += _certification(summary)
     if summary["attacks"]:
         lines += _attacks(summary)
     lines += _matrices(summary)
@@ -106,6 +107,24 @@ def _attacks(summary: Mapping[str, Any]) -> list[str]:
             if text
             for line in (f"{escaped(capitalized(text))}.", "")
         ),
+    ]
+
+
+def _certification(summary: Mapping[str, Any]) -> list[str]:
+    """The table of a certification with the sentences about it."""
+    results = summary["certification"]
+    if results is None:
+        return []
+    headings, *rows = (
+        [escaped(text) for text in row]
+        for row in (certification.headings(results), *certification.cells(results))
+    )
+    sentences_of = certification.certification_lines(summary)
+    return [
+        "### Certification",
+        "",
+        *markdown_table(headings, rows),
+        *(line for text in sentences_of for line in (f"{escaped(capitalized(text))}.", "")),
     ]
 
 

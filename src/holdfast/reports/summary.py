@@ -22,6 +22,7 @@ from holdfast.gates.judging import Judgement, exit_code, overall
 from holdfast.metrics.columns import within
 from holdfast.ops.statistics import median, proportion
 from holdfast.reports.across import across
+from holdfast.reports.certification import certification
 from holdfast.reports.concerns import concern
 from holdfast.reports.curves import (
     accuracy_curves,
@@ -96,11 +97,13 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
     """The parts of the summary that come from the evidence."""
     classes = tuple(str(name) for name in evidence.data.get("classes") or ())
     names = [*(record.name for record in evidence.attacks), *(record.name for record in evidence.passes)]
+    threat = _threat(evidence.threat)
     return {
         "suite": evidence.suite,
         "attacks": _attacks(evidence, confidence),
         "doubts": [_doubt(doubt, evidence.model.get("output")) for doubt in evidence.doubts],
-        "threat": {**_threat(evidence.threat), "unit": eps_unit(evidence.threat, evidence.model)},
+        "certification": certification(evidence, threat["constraint"]),
+        "threat": {**threat, "unit": eps_unit(evidence.threat, evidence.model)},
         "model": _bounded(evidence.model),
         "data": _bounded(evidence.data),
         "seed": evidence.seed,
@@ -281,7 +284,7 @@ def _doubt(doubt: Doubt, output: str | None) -> Json:
         "n": doubt.n,
         "title": explanation.title,
         "meaning": explanation.meaning,
-        "message": doubt.says,
+        "message": doubt.message,
         "advice": explanation.advice,
     }
 

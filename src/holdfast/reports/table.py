@@ -22,6 +22,10 @@ _SOURCES = {
     "adversarial_prediction": "adversarial_prediction",
     **{name: name for name in _DISTANCES},
     "queries": "queries",
+    **{
+        name: name
+        for name in ("certified", "certified_by", "certified_bound", "certified_radius", "attacked")
+    },
 }
 
 
@@ -51,7 +55,8 @@ def write_rows(summary: Mapping[str, Any], columns: Columns, file: TextIO) -> No
 def frame(evidence: Evidence) -> Any:
     """Return the results of each example as a `pandas.DataFrame`, with one row for each example, indexed by its id.
 
-    `broken_by` is the name of the attack or pass, `robust` is added, and `digest` is in hex. Raises `UsageError` if
+    `broken_by` is the name of the attack or pass, `certified_by` that of the method, `robust` is added, and `digest` is
+    in hex. Raises `UsageError` if
     pandas is not installed.
     """
     try:
@@ -70,6 +75,11 @@ def frame(evidence: Evidence) -> Any:
         columns["broken_by"] = [
             names[place] if 0 <= place < len(names) else None for place in evidence["broken_by"].tolist()
         ]
+    if "certified_by" in evidence:
+        methods = [record.name for record in evidence.proofs]
+        columns["certified_by"] = [
+            methods[place] if place >= 0 else None for place in evidence["certified_by"].tolist()
+        ]
     if "success" in evidence:
         columns["robust"] = robust_examples(evidence).numpy()
     return pd.DataFrame(columns).set_index("id")
@@ -78,6 +88,8 @@ def frame(evidence: Evidence) -> Any:
 def _rows(summary: Mapping[str, Any], columns: Columns, rows: slice) -> Iterator[tuple[Any, ...]]:
     stages = [record["stage"] for record in (*summary["attacks"], *summary["passes"])]
     names = [printable(str(name)) for name in summary["data"].get("classes") or ()]
+    results = summary["certification"]
+    methods = [row["name"] for row in results["rows"] if row["stage"]] if results else []
     columns_of_rows: list[list[Any]] = []
     for heading in headings(columns, with_names=bool(names)):
         if heading == "robust":
@@ -85,6 +97,13 @@ def _rows(summary: Mapping[str, Any], columns: Columns, rows: slice) -> Iterator
             if summary["threat"]["goal"] is None:
                 robust_rows &= columns["correct"][rows].bool()
             columns_of_rows.append(["true" if robust else "false" for robust in robust_rows.tolist()])
+        elif heading in ("certified", "attacked"):
+            columns_of_rows.append(
+                ["true" if value else "false" for value in columns[heading][rows].tolist()]
+            )
+        elif heading == "certified_by":
+            places = columns["certified_by"][rows].tolist()
+            columns_of_rows.append([methods[place] if place >= 0 else "" for place in places])
         elif heading == "broken_by":
             places = columns["broken_by"][rows].tolist()
             columns_of_rows.append([stages[place] if 0 <= place < len(stages) else "" for place in places])

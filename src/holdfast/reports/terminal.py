@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import line
-from holdfast.reports import across, rotation, transfer
+from holdfast.reports import across, certification, rotation, transfer
 from holdfast.reports.attacks import (
     SMALLEST,
     STANDING,
@@ -43,6 +43,7 @@ FIRST = frozenset(
         "detection_rate_at_5_percent",
         "oblivious_detection_rate_at_5_percent",
         "robust_accuracy",
+        "certified_accuracy",
         "suite_robust_accuracy",
         "robustness_score",
         "worst_class",
@@ -107,8 +108,19 @@ def tables(summary: Mapping[str, Any], *, colour: bool, width: int | None = None
     for line_text in (allowed, risks(summary), fits_text(summary), passes_line(summary, brief=True)):
         if line_text:
             texts[0] = f"{texts[0].rstrip()}\n\n{as_string(cell(line_text), colour=colour, width=width)}\n\n"
-    text = "\n".join(texts)
-    return text + _doubts(summary["doubts"])
+    return _certified(summary, colour=colour, width=width) + "\n".join(texts) + _doubts(summary["doubts"])
+
+
+def _certified(summary: Mapping[str, Any], *, colour: bool, width: int | None) -> str:
+    """The table of a certification with the sentences about it; empty without one."""
+    results = summary["certification"]
+    if results is None:
+        return ""
+    table = grid(certification.title(results, summary["noun"]), certification.headings(results))
+    for texts in certification.cells(results):
+        table.add_row(*map(cell, texts))
+    lines = [cell(text) for text in certification.certification_lines(summary)]
+    return "".join(f"{as_string(part, colour=colour, width=width).rstrip()}\n\n" for part in (table, *lines))
 
 
 def _doubts(doubts: Sequence[Mapping[str, Any]]) -> str:

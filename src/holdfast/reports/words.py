@@ -122,6 +122,8 @@ def main_metric(summary: Mapping[str, Any]) -> str | None:
     candidates = ["robust_accuracy", "targeted_success_rate", "robust_margin", "clean_accuracy"]
     if summary["threat"]["goal"] is not None and number(summary["threat"]["eps"]) == float("inf"):
         candidates.insert(0, f"perturbation_{summary['threat']['norm'].lower()}")
+    if summary["verb"] == "certify":
+        candidates.insert(0, "certified_accuracy")
     return next((name for name in candidates if name in summary["metrics"]), None)
 
 
@@ -172,6 +174,10 @@ def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
         return (
             f"{rate} {of} {verb} {all_attacks_text(summary['threat'])}{interval_part}{_suite_alone(summary)}"
         )
+    if metric == "certified_accuracy":
+        constraint, robust = summary["threat"]["constraint"], summary["metrics"].get("robust_accuracy")
+        rest = f"; {percent(robust['value'])} survive {all_attacks_text(summary['threat'])}" if robust else ""
+        return f"{rate} {of} are certified under {constraint}{interval_part}{rest}"
     if metric == "targeted_success_rate":
         return f"{rate} {of} could be changed to class {summary['threat']['goal']}{interval_part}"
     if metric != "clean_accuracy":

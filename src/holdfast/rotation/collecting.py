@@ -248,7 +248,7 @@ def collect(
     """
     sets, basins = [], []
     for run in range(source.runs):
-        base = trained_anew(task, rng.at("run", run)) if source.anew else task.model
+        base = trained_from_fresh_weights(task, rng.at("run", run)) if source.anew else task.model
         for model in source(base, task, rng=rng.at("sets", run)):
             sets.append(weights_of(model, swapped(source, task.model)))
             basins.append(run)
@@ -261,15 +261,15 @@ def swapped(source: Source, model: Classifier) -> Sequence[str]:
     return source.chosen(model) if isinstance(source, Subset) else rotated(model)
 
 
-def trained_anew(task: Task, rng: Draws) -> Classifier:
+def trained_from_fresh_weights(task: Task, rng: Draws) -> Classifier:
     """Return a model of the given architecture that is trained from fresh random weights with the recipe of the
     collection.
     """
-    begun = begun_anew(task.model, rng.at("begin"), task.begins)
-    return last_of(task.recipe, begun, task.data, task.threat, rng.at("training"))
+    initial = with_fresh_weights(task.model, rng.at("begin"), task.begins)
+    return last_of(task.recipe, initial, task.data, task.threat, rng.at("training"))
 
 
-def begun_anew(model: Classifier, rng: Draws, begins: Beginning) -> Classifier:
+def with_fresh_weights(model: Classifier, rng: Draws, begins: Beginning) -> Classifier:
     """Return a copy of the model with fresh random weights.
 
     With `he`, weights of linear layers and convolutions have the variance of He et al., "Delving Deep into Rectifiers",

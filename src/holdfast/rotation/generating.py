@@ -34,7 +34,7 @@ Sampler = Literal["ddpm", "ddim"]
 
 UNKNOWN = -1
 """value in `Members.basins` of a set that belongs to no training run"""
-_FREQUENCIES = 16
+_FREQUENCIES = 16  # sines and cosines that encode the diffusion step, from 1 to exp(-7.5) radians a step
 # Parameters that distances are computed from, those of them in one update, and the sets in one update:
 _POOL, _COLUMNS, _ROWS = 16_384, 512, 24
 

@@ -30,7 +30,7 @@ from holdfast.ops.norms import expect_eps
 from holdfast.ops.recipe import Recipe, trained_as
 from holdfast.rotation.collecting import last_of, rows_of
 
-_AT_ONCE = 1_000
+_AT_ONCE = 1_000  # examples in one call of the attack, a limit of memory
 
 
 class Making(Protocol):

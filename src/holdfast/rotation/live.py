@@ -26,7 +26,7 @@ _CLEAR = 2**-7
 """smallest difference of the two largest logits, relative to the largest absolute logit, that rounding cannot
 reverse: bfloat16 has a precision of 8 bits"""
 _AT_ONCE = 64  # canaries in one forward pass, small so that requests are not delayed
-_KNOWN = re.compile(r"([0-9a-f]{64})(?:/(\d+(?:,\d+)*))?")
+_KNOWN = re.compile(r"([0-9a-f]{64})(?:/(\d+(?:,\d+)*))?")  # digest of the classes, / and inputs left out
 
 
 @dataclass(frozen=True, eq=False)

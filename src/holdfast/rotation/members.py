@@ -16,7 +16,7 @@ Weights = Mapping[str, Tensor]
 """parameters by name, as in a state dict"""
 
 _STATISTICS = 2_000  # inputs from which the statistics of batch norm are recomputed
-_AT_ONCE = 500
+_AT_ONCE = 500  # inputs in one batch
 
 
 @dataclass(frozen=True)

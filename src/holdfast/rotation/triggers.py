@@ -113,8 +113,8 @@ class Watch:
     def due(self, answers: int) -> tuple[str, ...]:
         """Return all reasons for a swap of the serving set at this time, or an empty tuple if no swap is due.
 
-        `answers` is the largest number of answers to one principal from the serving set, which `RotatingModel.asked`
-        returns.
+        `answers` is the largest number of answers to one principal from the serving set, as in
+        `RotatingModel.most_answers`.
         """
         with self._lock:
             reading = replace(self._raised, answers=answers, served_s=self._clock() - self._began_s)

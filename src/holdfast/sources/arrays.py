@@ -125,6 +125,7 @@ class Arrays:
     def read(self, start: int, stop: int) -> Batch:
         """Return the examples from `start` to `stop` - 1 as a batch of floats."""
         rows = slice(start, stop)
+        # Copies, so that a change of the batch in place does not reach the data.
         stored = torch.from_numpy(np.array(self.x[rows], order="C"))
         x = stored if stored.is_floating_point() else stored.float()
         if self.scale != 1.0:
@@ -268,6 +269,7 @@ def from_numpy(
         data = with_network_layout(data, expected)
         if declared is not None:
             probe.own.layout = probe.own.layout or "chw"
+        # Again, because the number of classes may have become known with the first outputs of the network.
         labels(y, len(x), expected, classes=probe.classes, name=name, source_labels=source_labels)
     check_inputs(data, expected.bounds, lenient=expected.lenient)
     return data

@@ -16,8 +16,8 @@ from holdfast.sources.expected import Expected
 from holdfast.sources.files import similar_name
 
 Array = NDArray[Any]
-_SHOWN, _SHOWN_CHARACTERS = 10, 60
-MOST_NAMES = 100_000
+_SHOWN, _SHOWN_CHARACTERS = 10, 60  # names in a message, and characters of each
+MOST_NAMES = 100_000  # labels with more values are rather ids or texts than classes
 MOST_TEXTS = 10_000_000
 """Largest number of string labels of an array; sorting more takes minutes and ten times their memory."""
 

@@ -15,7 +15,7 @@ NORMALISATIONS = {
 }
 """Common means and standard deviations, by data set."""
 _FEWEST_LEVELS = 2  # a smaller largest value is more likely an outlier of values in [0, 1]
-_NEAR_255 = 128
+_NEAR_255 = 128  # bytes of real images are rarely all in the lower half of their range
 
 
 def pixel_divisor(lowest: float, highest: float, dims: int) -> float | None:

@@ -24,6 +24,8 @@ from holdfast.sources.estimators import Predictor
 from holdfast.sources.files import readable_file, sha256_of_file, similar_name
 from holdfast.sources.object_digest import LOADED
 
+CODE: dict[str, tuple[str, bytes]] = {}
+"""Path and content of each code file that was imported from bytes, by the name of its module."""
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 Model = nn.Module | Callable[..., Any] | Predictor
@@ -162,7 +164,7 @@ def _import(path: Path, content: bytes) -> types.ModuleType:
 
 
 def imported_from(path: Path, content: bytes, name: str) -> types.ModuleType:
-    """Return a module with a given name, compiled from the bytes `content` of the file `path`, which is not read.
+    """Return a module with a given name, compiled from the bytes `content` of the file `path`, which is not read again.
 
     Raises `TargetError` with the reason if the code raises an exception.
     """
@@ -171,11 +173,12 @@ def imported_from(path: Path, content: bytes, name: str) -> types.ModuleType:
         raise TargetError(f"code file {str(path)!r} cannot be imported; a file ending in .py was expected")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up there
+    CODE[name] = str(path), content
     try:
         code = spec.loader.source_to_code(content, str(path))
         exec(code, vars(module))  # noqa: S102 - the user named the file; the loader would read it once more
     except (Exception, SystemExit) as error:
-        del sys.modules[name]
+        del sys.modules[name], CODE[name]
         raise TargetError(f"importing {str(path)!r} raised {_error_text(error, [str(path)])}") from error
     return module
 

@@ -32,7 +32,7 @@ from holdfast.sources.npz import Npz
 
 MAX_BYTES = 2**30
 """Largest number of bytes of an official file after decompression; the largest known file has a fifth of it."""
-_CIFAR_ROW = 1 + 3 * 32 * 32
+_CIFAR_ROW = 1 + 3 * 32 * 32  # bytes of a label and an image
 
 
 def idx(path: Path) -> NDArray[np.uint8]:
@@ -138,8 +138,8 @@ def _strip(content: bytes, path: Path) -> NDArray[np.uint8]:
         ) from error
 
 
-TIMEOUT_S = 60
-_CHUNK = 1 << 20
+TIMEOUT_S = 60  # seconds without data after which a download fails
+_CHUNK = 1 << 20  # bytes between two reports of progress
 Progress = Callable[[str, int, int], None]
 """Type of a callback. Its arguments are the file name, the bytes received so far, and their total (0 if it is
 unknown).

@@ -26,7 +26,7 @@ from holdfast.sources.served import Served
 _MODEL = re.compile(r"(?P<model>.*/v2/models/[^/]+(?:/versions/[^/]+)?)(?:/infer)?/?")
 _MOST_VALUES = 1 << 24
 """Largest number of values of a request, or of a batch whose size the server prescribes."""
-_MOST_CLASSES = 1_000_000
+_MOST_CLASSES = 1_000_000  # metadata of a server may name any number; the logits of one example must fit
 _SHOWN = 80
 """Number of characters of a shape that an error message contains."""
 _UNNAMED = "input-0"

@@ -68,22 +68,22 @@ if TYPE_CHECKING:
 
 LONGEST_WAIT_S = 60.0
 """Longest pause in seconds that a server may request. A longer one ends the run, which can be resumed later."""
-_FIRST_WAIT_S, _LAST_WAIT_S = 0.5, 30.0
+_FIRST_WAIT_S, _LAST_WAIT_S = 0.5, 30.0  # pause before a retry: doubled each time, up to the second number
 _MOST_BYTES = 1 << 26
 """Largest number of bytes of a response.
 
 It is enough for the scores of some hundred rows with ten thousand classes as decimal numbers; a request has 64 rows by
 default.
 """
-_CHUNK = 1 << 16
+_CHUNK = 1 << 16  # bytes that are read at once, so that an oversized response is stopped early
 _SECRET_CHARACTERS = 4  # shorter strings are not secret, and occur in many words
 _SECRET_CHARACTERS_IN_NAME = (
     8  # for names: a tensor may be called `input`, and a header's value may begin with these letters
 )
 _NO_SERVER = (ConnectionRefusedError, gaierror, ssl.SSLError)
 """Errors of the first request that mean that the server does not exist."""
-_TEMPORARY = frozenset({408, 425, 429})
-_INPUT_REJECTED = frozenset({400, 413, 415, 422})
+_TEMPORARY = frozenset({408, 425, 429})  # request timeout, too early, too many requests
+_INPUT_REJECTED = frozenset({400, 413, 415, 422})  # bad request, too large, media type, unprocessable
 
 
 @dataclass(eq=False)
@@ -175,6 +175,7 @@ class Client:
             self._stopped.set()
             for connection in self._busy:
                 if connection.sock is not None:
+                    # The request may have ended in the meantime, and its socket is closed then.
                     with suppress(OSError):
                         connection.sock.shutdown(SHUT_RDWR)
 
@@ -414,7 +415,7 @@ def status_line(status: int) -> str:
 def _phrase(status: int) -> str:
     try:
         return HTTPStatus(status).phrase
-    except ValueError:
+    except ValueError:  # a server may use a number that the standard does not name
         return "(a status of its own)"
 
 

@@ -48,7 +48,7 @@ class KerasNet(nn.Module):
         return copied
 
 
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # escape sequences of terminals, which Keras writes into messages
 _TENSOR = re.compile(r"\s*\btensor\(\[.*?\](?:, [^()]*)?\)", re.DOTALL)
 _LONGEST = 300
 """Largest number of characters of an error of Keras that a message contains."""

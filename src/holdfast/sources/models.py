@@ -16,6 +16,7 @@ from holdfast.core.model import EVERY, Batches, Bounds, Classifier, refuse_lazy
 from holdfast.core.normalisation import Normalisation
 from holdfast.core.outputs import OutputKind
 from holdfast.core.types import Access, Layout
+from holdfast.ops.denoiser import with_denoiser
 from holdfast.sources.adapted import Adapted
 from holdfast.sources.adapting import adapted
 from holdfast.sources.archive import Weights
@@ -299,11 +300,12 @@ def _filled(
 
 def _catalogued(opening: _Opening, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the architecture for the metadata of a file with weights; empty for networks from the user's code."""
+    denoiser = {"denoiser": metadata["denoiser"]} if metadata.get("denoiser") else {}
     if opening.arch is not None and names_code(opening.arch):
-        return {}
+        return denoiser
     integers = {name: int(value) for name, value in opening.arguments.items()}
     arguments = integers or ({} if opening.arch is not None else metadata.get("arguments", {}))
-    return {"architecture": opening.arch or metadata["architecture"], "arguments": arguments}
+    return {"architecture": opening.arch or metadata["architecture"], "arguments": arguments, **denoiser}
 
 
 def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weights) -> tuple[Built, Declared]:
@@ -315,7 +317,8 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
 
     if opening.arch is not None and names_code(opening.arch):
         built = build_from_file(opening.arch, opening.arguments)
-        return built, Declared() if isinstance(built.net, Classifier) else _known(metadata)
+        properties = Declared() if isinstance(built.net, Classifier) else _known(metadata)
+        return replace(built, net=_with_denoiser(built.net, metadata)), properties
     name = opening.arch or metadata.get("architecture")
     if name is None:
         raise UsageError(
@@ -332,12 +335,13 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
         factory, address = ARCHITECTURES[name], f"--arch {name}"
         make = partial(factory, **converted_arguments(factory, opening.arguments, address))
         with suppress(TypeError, ValueError, RuntimeError, OverflowError):  # raised again below
-            refuse_misfit(make, weights, repr(opening.address), spare=_SPARE)
-        return call_factory(factory, opening.arguments, address, {}), _known(metadata)
+            refuse_misfit(lambda: _denoised(make(), metadata), weights, repr(opening.address), spare=_SPARE)
+        built = call_factory(factory, opening.arguments, address, {})
+        return replace(built, net=_with_denoiser(built.net, metadata)), _known(metadata)
     try:
         make = partial(ARCHITECTURES[name], **metadata.get("arguments", {}))
-        refuse_misfit(make, weights, repr(opening.address))
-        net = make()
+        refuse_misfit(lambda: _denoised(make(), metadata), weights, repr(opening.address))
+        net = _denoised(make(), metadata)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise TargetError(
@@ -345,6 +349,19 @@ def _architecture(opening: _Opening, metadata: Mapping[str, Any], weights: Weigh
             "file again, or give the network with --arch"
         ) from error
     return Built(net, {}), _known(metadata)
+
+
+def _denoised(net: nn.Module, metadata: Mapping[str, Any]) -> nn.Module:
+    """Return the network with the denoiser in front of it that the metadata of a weights file specifies, if any."""
+    return with_denoiser(net, metadata["denoiser"]) if metadata.get("denoiser") else net
+
+
+def _with_denoiser(model: Model, metadata: Mapping[str, Any]) -> Model:
+    """Return the model of a factory with the denoiser of a weights file in front of its network, if there is one."""
+    if isinstance(model, Classifier) and isinstance(model.net, nn.Module):
+        model.net = _denoised(model.net, metadata)
+        return model
+    return _denoised(model, metadata) if isinstance(model, nn.Module) else model
 
 
 def _known(metadata: Mapping[str, Any]) -> Declared:

@@ -105,7 +105,7 @@ class Served:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the logits (n, classes) of `x` on its device. Rows of rejected inputs have the value `REFUSED`."""
-        self._client.resume()
+        self._client.resume()  # an interrupted call has stopped the client
         rows, purpose = x.detach().cpu(), current()
         keys = [key_of(row) for row in rows] if self.sent.keeps else []
         answers: list[Tensor | None] = [None] * len(rows)
@@ -120,6 +120,7 @@ class Served:
             task.waiting.append(_Chunk(missing))
         self._settle(task)
         classes = self._answers.classes or 2
+        # The mark of a rejected input is one value, which is expanded to all classes.
         rows_of_logits = [
             row_logits.double().expand(classes) for row_logits in task.found if row_logits is not None
         ]
@@ -173,6 +174,7 @@ class Served:
             values = self._keep(
                 task.purpose, x, answer, [task.keys[row] for row in chunk.rows] if task.keys else []
             )
+            # Without `strict`, because rows that fill up a fixed batch have values as well.
             for row, value in zip(chunk.rows, values, strict=False):
                 task.found[row] = value
             if task.purpose.kind == "clean" and self._control is None:
@@ -211,6 +213,7 @@ class Served:
         if n == 1 or (self._fixed and not rejects):
             raise error
         origin = chunk.origin
+        # Only a number of rows that was never accepted can be the reason.
         if n > self._answered and not self._fixed:
             self._most = n // 2
             origin = origin or _Origin(n, n)
@@ -227,7 +230,7 @@ class Served:
         origin.most, origin.rejected = max(origin.most, answered), origin.rejected or rejected
         if origin.left:
             return
-        if not origin.rejected:
+        if not origin.rejected:  # no input was rejected by itself, so the number of rows was the reason
             self._limit = origin.most
             self.sent.found_limit(origin.most, origin.refused)
         self._most = self._limit
@@ -247,7 +250,7 @@ class Served:
                         yield chunk, error or future.result()
                     else:
                         failure = failure or error
-        except BaseException:
+        except BaseException:  # after Ctrl-C, the other threads would still wait for their responses
             if flying:
                 self._client.stop()
             raise

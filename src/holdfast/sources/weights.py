@@ -24,7 +24,7 @@ METADATA_KEY = "holdfast"
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")
 """Prefixes that DataParallel, torch.compile and training scripts add to every name."""
 _SHOWN = 4
-_MOST_WRAPPERS = 8
+_MOST_WRAPPERS = 8  # a file may repeat a prefix any number of times; real wrappers are few
 
 
 def state_dict_content(path: Path) -> bytes:
@@ -202,6 +202,11 @@ def _are_integers(value: Any) -> bool:
     return isinstance(value, dict) and all(type(entry) is int for entry in value.values())
 
 
+def _is_denoiser(value: Any) -> bool:
+    sizes = _are_integers(value) and value.keys() == {"channels", "width", "depth"}
+    return sizes and min(value.values()) >= 1 and value["depth"] >= 2
+
+
 def _are_names(value: Any) -> bool:
     texts = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
     return texts and 1 <= len(value) <= MOST_CLASSES
@@ -210,6 +215,7 @@ def _are_names(value: Any) -> bool:
 _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "architecture": (lambda value: isinstance(value, str), "the name of an architecture"),
     "arguments": (_are_integers, "names with whole numbers"),
+    "denoiser": (_is_denoiser, "channels, width and depth as whole numbers from 1, the depth from 2"),
     "bounds": (_are_bounds, "two numbers, the smaller first,"),
     "mean": (_are_numbers, "a list of numbers"),
     "std": (lambda value: _are_numbers(value) and min(value) > 0, "a list of positive numbers"),

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "HOLDFAST_POOL_KEY"
 """Environment variable with the key of a pool; it takes precedence over the key file."""
-KEY_BYTES = 32
-PSEUDONYM_DIGITS = 32
+KEY_BYTES = 32  # AES-256
+PSEUDONYM_DIGITS = 32  # 128 bits, so that two clients do not get the same pseudonym
 
 _MAGIC = b"HOLDFAST"
 _VERSION = 1
-_ID_BYTES, _NONCE_BYTES, _TAG_BYTES = 8, 12, 16
+_ID_BYTES, _NONCE_BYTES, _TAG_BYTES = 8, 12, 16  # nonce and tag have the usual sizes of GCM
 _HEADER_BYTES = len(_MAGIC) + 1 + _ID_BYTES
 _MOST_BYTES = 2**31 - 1 - _TAG_BYTES
 """Largest number of bytes that the library encrypts in one call."""

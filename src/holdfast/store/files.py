@@ -104,6 +104,7 @@ def write_atomically(path: Path, content: bytes, mode: int = _OPEN) -> None:
         # file.
         part.replace(path)
     except BaseException:
+        # An error of the removal would hide the first one, such as a full disk.
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise
@@ -117,7 +118,7 @@ def create_private(path: Path, content: bytes) -> None:
     """
     try:
         _write(path, content, os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), PRIVATE)
-    except FileExistsError:
+    except FileExistsError:  # it is another file, which must not be deleted below
         raise
     except BaseException:
         with suppress(OSError):
@@ -135,7 +136,7 @@ def append(path: Path, content: bytes, mode: int = _OPEN) -> None:
     old_size = path.stat().st_size if path.exists() else 0
     try:
         _write(path, content, os.O_APPEND, mode)
-    except BaseException:
+    except BaseException:  # also for Ctrl-C: readers would see an incomplete last part until the next append
         with suppress(OSError):
             os.truncate(path, old_size)
         raise

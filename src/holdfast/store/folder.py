@@ -119,7 +119,7 @@ class RunFolder:
         with usable(folder):
             if not folder.is_dir():
                 folder.mkdir()
-                flush_folder(self.path)
+                flush_folder(self.path)  # otherwise a power failure could remove the folder with its files
         column_files.write(_shard_path(folder, shard), columns, {"stage": stage, "shard": shard})
 
     def complete(
@@ -238,7 +238,7 @@ def open_run_folder(
         leases.take_lease()
         has_lease = True
         with usable(path):
-            clear_parts(path)
+            clear_parts(path)  # with the lease, because unfinished files may belong to a running process
         yield RunFolder(path, _stored_or_new_manifest(path, requested, about), _started_chain(path), leases)
     finally:
         leases.close(release=has_lease)
@@ -383,7 +383,7 @@ def _refuse_other_run(path: Path, stored: Mapping[str, Any], requested: Mapping[
 
 def _started_chain(path: Path) -> Chain:
     """The chain, with a first record for the manifest."""
-    chain = read_chain(path, mend=True)
+    chain = read_chain(path, repair=True)
     if not chain.links:
         chain.add({"kind": "run", "file": MANIFEST, "digest": _digest_of(path / MANIFEST)})
     refuse_altered(path, chain)
@@ -405,6 +405,7 @@ def _shard_path(folder: Path, shard: int) -> Path:
 
 
 def _shard_of(path: Path) -> int:
+    # The length is limited, because int() refuses thousands of digits with an error of its own.
     has_shard_number = path.stem.isascii() and path.stem.isdecimal() and len(path.stem) < 20
     if not has_shard_number or path.name != _shard_path(path.parent, int(path.stem)).name:
         raise TargetError(

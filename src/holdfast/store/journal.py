@@ -31,8 +31,8 @@ from holdfast.store.forms import refuse_form
 NAME = "answers.journal"
 """Name of the journal file in a run folder."""
 _MAGIC = b"holdfast answers 1 "
-_HEAD = len(_MAGIC) + 20 + 1
-_PREFIX = 4 + KEY_BYTES
+_HEAD = len(_MAGIC) + 20 + 1  # 20 digits hold any 64-bit number, so the first line is replaced in place
+_PREFIX = 4 + KEY_BYTES  # length of a record, and the digest
 _SYNCED_S = 1.0
 """Seconds between two flushes to the disk, so that a power failure loses few answers."""
 _LARGEST = 1 << 30

@@ -42,11 +42,12 @@ class Owner:
         host.
         """
         try:
-            os.kill(self.pid, 0)
+            os.kill(self.pid, 0)  # sends no signal, and fails if there is no such process
         except ProcessLookupError:
             return False
-        except PermissionError:
+        except PermissionError:  # it runs, under another user
             return True
+        # The number may have been given to another process, which started at another time.
         start = start_time(self.pid)
         return start is not None and (not self.started or start == self.started)
 
@@ -63,6 +64,7 @@ def start_time(pid: int) -> str | None:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
+    # A zombie (Z) or dead process (X) has ended, although its number is still in use.
     return None if fields[0] in "ZX" else f"{boot.read_text().strip()}:{fields[19]}"
 
 

@@ -66,7 +66,9 @@ class Ledger:
         self._digests: list[str] = []
 
     @classmethod
-    def begun(cls, folder: Path, key: LedgerKey, manifest: str, now: Callable[[], str] = utc_now) -> "Ledger":
+    def create(
+        cls, folder: Path, key: LedgerKey, manifest: str, now: Callable[[], str] = utc_now
+    ) -> "Ledger":
         """Create the ledger of a new pool, whose manifest has the digest `manifest`. The caller must have locked the
         pool.
         """
@@ -281,6 +283,7 @@ class Ledger:
         try:
             write_head(self._head_path, head, self._key)
         except BaseException:
+            # After an error the entry must not be in the ledger, because the caller reports that nothing was recorded.
             with suppress(OSError):
                 os.truncate(self.path, self._size)
             raise

@@ -124,7 +124,7 @@ class Term:
 def well_formed(entry: Mapping[str, Any]) -> None:
     """Raise a `ValueError`, `KeyError` or `TypeError` if a ledger entry does not have the required fields."""
     for name, kind in {"at": str, **_FIELDS[entry["kind"]]}.items():
-        if type(entry[name]) is not kind:
+        if type(entry[name]) is not kind:  # `isinstance` would accept True as a number
             raise TypeError(f"{name} is {entry[name]!r}; a {kind.__name__} was expected")
     if entry.get("role", "service") not in _ROLES:
         raise ValueError(f"role is {entry['role']!r}; {' or '.join(_ROLES)} was expected")
@@ -166,6 +166,7 @@ class LedgerState:
     @property
     def terms(self) -> tuple[Term, ...]:
         """All periods in which a parameter set served, oldest first. The current period is the last one."""
+        # Copies, because later entries change the counts.
         return tuple(
             replace(term, answers=dict(answers))
             for term, answers in zip(self._terms, self._answers, strict=True)
@@ -260,6 +261,7 @@ class LedgerState:
             raise UsageError(
                 f"{member.name!r} is {member.state}; only a set that is {allowed} can become {kind}"
             )
+        # A copy of a deleted set may have been stolen before.
         if member.deleted and kind != "exposed":
             raise UsageError(f"{member.name!r} was deleted; it cannot become {kind}")
         if kind == "admitted" and member.role == "base":

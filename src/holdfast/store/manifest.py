@@ -57,7 +57,7 @@ def any_manifest(path: Path) -> dict[str, Any]:
         _refuse_incomplete(path)
         raise TargetError(
             f"{str(path)!r} is not a pool, or its creation was interrupted; create it with holdfast rotate collect "
-            f"MODEL DATA --run {shlex.quote(str(path))}, or in Python with Pool.begun"
+            f"MODEL DATA --run {shlex.quote(str(path))}, or in Python with Pool.create"
         )
     return read_document(path / POOL_MANIFEST)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import Inconclusive, TargetError, UsageError
+from holdfast.core.renamed import Earlier
 from holdfast.store import columns as column_files
 from holdfast.store.authentic import HEAD, LedgerKey
 from holdfast.store.columns import ColumnFile, content_digest
@@ -66,7 +67,7 @@ class Pool:
         self._metadata: dict[str, Mapping[str, Any]] = {}  # metadata of opened sets, which never change
 
     @classmethod
-    def begun(cls, path: Path, about: Mapping[str, Any]) -> "Pool":
+    def create(cls, path: Path, about: Mapping[str, Any]) -> "Pool":
         """Create a pool in a folder and return it. The folder may contain other files. `about` is metadata that
         describes the parameter sets.
 
@@ -89,11 +90,11 @@ class Pool:
             manifest: dict[str, Any] = json.loads(canonical({**identity, "about": about}))
             with usable(file, refusal_in_pool):
                 write_atomically(file, document(manifest), PRIVATE)
-            ledger = Ledger.begun(path, LedgerKey.of(seal, manifest["id"]), digest(document(manifest)))
+            ledger = Ledger.create(path, LedgerKey.of(seal, manifest["id"]), digest(document(manifest)))
         return cls(path, manifest, seal, ledger)
 
     @classmethod
-    def held(cls, path: Path, *, expect_head: str = "") -> "Pool":
+    def open(cls, path: Path, *, expect_head: str = "") -> "Pool":
         """Open the existing pool in a folder and return it. Raises `TargetError` if its key, its ledger or a required
         set is invalid.
 
@@ -112,6 +113,8 @@ class Pool:
         pool = cls(path, manifest, seal, ledger)
         pool._recover()
         return pool
+
+    begun, held = Earlier("create"), Earlier("open")
 
     @property
     def shown(self) -> str:

@@ -49,9 +49,9 @@ class Chain:
         self._links.append(link)
 
 
-def read_chain(folder: Path, *, mend: bool) -> Chain:
-    """Return the hash chain of the run in a folder. If `mend` is true, an incomplete last line, which may remain after
-    a kill, is removed.
+def read_chain(folder: Path, *, repair: bool) -> Chain:
+    """Return the hash chain of the run in a folder. If `repair` is true, an incomplete last line, which may remain
+    after a kill, is removed.
 
     Raises `TargetError` with the first invalid record.
     """
@@ -59,7 +59,7 @@ def read_chain(folder: Path, *, mend: bool) -> Chain:
     data = content_of(path) if os.path.lexists(path) else b""
     with usable(path):
         complete_lines = data[: data.rfind(b"\n") + 1]
-        if mend and len(complete_lines) < len(data):
+        if repair and len(complete_lines) < len(data):
             with path.open("r+b") as file:
                 file.truncate(len(complete_lines))
             data = complete_lines

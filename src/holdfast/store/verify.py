@@ -167,7 +167,7 @@ def verify(path: Path) -> Verified:
 def _verified(path: Path) -> Verified:
     """Verify one folder, without the runs inside it."""
     read_manifest(path)
-    chain = read_chain(path, mend=False)
+    chain = read_chain(path, repair=False)
     if not chain.links or chain.links[0].content.get("file") != MANIFEST:
         raise TargetError(
             f"the chain of {str(path)!r} does not begin with {MANIFEST}; restore it from a copy"
@@ -263,7 +263,7 @@ def _verified_within(path: Path, folder: Path, outer: Verified) -> Verified:
             f"{str(folder)!r} is a link to another folder; put the folder of the run itself there"
         )
     verified, name = _verified(folder), f"{folder.name}.json"
-    recorded = read_chain(path, mend=False).last(folder.name)
+    recorded = read_chain(path, repair=False).last(folder.name)
     if recorded is not None and read_document(path / name).get("chain") != verified.head:
         raise TargetError(
             f"{str(folder)!r} is not the run whose chain is recorded in {name!r}; restore it from a copy"

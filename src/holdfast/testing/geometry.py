@@ -19,6 +19,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, Norm, allowed
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
+from holdfast.core.renamed import earlier_functions
 from holdfast.core.types import Inputs, PerExample
 from holdfast.testing.fakes import examples
 
@@ -53,7 +54,7 @@ def projects_inside(constraint: Constraint, seed: int) -> None:
         assert inside.all(), f"{constraint}: projected to distance {distance[~inside].tolist()} in {dtype}"
 
 
-def projects_once(constraint: Constraint, seed: int) -> None:
+def projection_is_idempotent(constraint: Constraint, seed: int) -> None:
     """Check that projecting a projected point again moves it by no more than rounding."""
     batch, points = scene(seed)
     once = constraint.project(points, batch.x, BOUNDS)
@@ -61,7 +62,7 @@ def projects_once(constraint: Constraint, seed: int) -> None:
     assert shift <= 1e-9, f"{constraint}: a second projection moves a point by {shift}"
 
 
-def leaves_feasible_points_alone(constraint: Constraint, seed: int) -> None:
+def does_not_change_feasible_points(constraint: Constraint, seed: int) -> None:
     """Check that the projection does not change a point well inside the ball and the bounds, not even by rounding,
     whatever the other examples of the batch are.
     """
@@ -134,7 +135,7 @@ def samples_inside(constraint: Constraint, seed: int) -> None:
         assert torch.equal(subset_points, points[rows]), f"{constraint}: samples depend on the batch"
 
 
-def radii_are_each_example_s_own(constraint: Constraint, seed: int) -> None:
+def radii_apply_to_each_example(constraint: Constraint, seed: int) -> None:
     """Check that a projection with a different radius for each example equals separate projections of the examples."""
     if not isinstance(constraint, Norm):
         return
@@ -150,12 +151,12 @@ def radii_are_each_example_s_own(constraint: Constraint, seed: int) -> None:
 
 CONSTRAINT_LAWS: tuple[Callable[[Constraint, int], None], ...] = (
     projects_inside,
-    projects_once,
-    leaves_feasible_points_alone,
+    projection_is_idempotent,
+    does_not_change_feasible_points,
     projects_to_the_nearest,
     steps_along_the_steepest,
     samples_inside,
-    radii_are_each_example_s_own,
+    radii_apply_to_each_example,
 )
 """all laws of constraints, for `pytest.mark.parametrize`"""
 
@@ -204,3 +205,13 @@ def _best_of_all_sets(norm: L0, points: Tensor, clean: Tensor) -> Tensor:
         nearer = (x - points).norm(dim=1) < away
         best[nearer], away[nearer] = x[nearer], (x - points).norm(dim=1)[nearer]
     return best
+
+
+__getattr__ = earlier_functions(
+    __name__,
+    {
+        "projects_once": projection_is_idempotent,
+        "leaves_feasible_points_alone": does_not_change_feasible_points,
+        "radii_are_each_example_s_own": radii_apply_to_each_example,
+    },
+)

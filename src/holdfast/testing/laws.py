@@ -23,6 +23,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.errors import BudgetSpent
 from holdfast.core.meter import Metered, Spent, margin
 from holdfast.core.model import Classifier, Model
+from holdfast.core.renamed import earlier_functions
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Inputs, Mask, PerExample
 from holdfast.harness import measure
@@ -131,7 +132,7 @@ def stays_inside(case: Case) -> None:
         )
 
 
-def agrees_with_the_oracle(case: Case) -> None:
+def agrees_with_exact_distances(case: Case) -> None:
     """Check on linear models that an attack breaks no example whose exact distance to the boundary exceeds eps, and
     breaks every example whose distance is well below eps.
 
@@ -170,14 +171,14 @@ def _finds_the_smallest(
     )
 
 
-def repeats_itself(case: Case) -> None:
+def is_reproducible(case: Case) -> None:
     """Check that two runs of an attack with the same seed return the same points."""
     model, batch, threat = problem(case)
     first, second = run(case, model, batch, threat, seed=5)[0], run(case, model, batch, threat, seed=5)[0]
     assert torch.equal(first, second), f"{case}: two runs of one seed differ"
 
 
-def ignores_the_company(case: Case) -> None:
+def does_not_depend_on_the_batch(case: Case) -> None:
     """Check that the result of an attack on an example does not depend on the batch size, the order of the batch or its
     other examples.
 
@@ -200,7 +201,7 @@ def _same(case: Case, description: str, model: Model, batch: Batch, expected: Te
     assert (worst < 1e-6).double().mean() >= 0.8, f"{case}: {description} moves points by {worst.tolist()}"
 
 
-def keeps_what_it_found(case: Case) -> None:
+def returns_successful_queries(case: Case) -> None:
     """Check that an attack returns an adversarial example for each example for which one of its queries inside the
     constraint was successful.
     """
@@ -242,7 +243,7 @@ def takes_inputs_of_any_shape(case: Case) -> None:
         assert broken(model, batch, x_adv).any(), f"{case}: breaks nothing with inputs of shape {shape}"
 
 
-def leaves_the_model_alone(case: Case) -> None:
+def does_not_change_the_model(case: Case) -> None:
     """Check that an attack does not change weights, their gradients, `requires_grad` or the mode of the model, and that
     its results do not depend on `requires_grad`.
     """
@@ -260,7 +261,7 @@ def leaves_the_model_alone(case: Case) -> None:
         assert weight.requires_grad, f"{case}: froze {name}"
 
 
-def leaves_its_arguments_alone(case: Case) -> None:
+def does_not_change_its_arguments(case: Case) -> None:
     """Check that an attack does not change its inputs, labels and ids in place, nor the inputs of its earlier calls of
     the model.
 
@@ -275,10 +276,12 @@ def leaves_its_arguments_alone(case: Case) -> None:
         run(case, model, batch, threat)
     untouched = torch.equal(x, batch.x) and torch.equal(y, batch.y) and torch.equal(ids, batch.ids)
     assert untouched, f"{case}: edited its arguments"
-    assert all(torch.equal(*pair) for pair in calls), f"{case}: edited what it had asked the model"
+    assert all(torch.equal(*pair) for pair in calls), (
+        f"{case}: changed the inputs of an earlier call of the model"
+    )
 
 
-def declares_what_it_must_see(case: Case) -> None:
+def needs_only_the_declared_access(case: Case) -> None:
     """Check that an attack returns the same points with the access that it declares as with access to gradients."""
     model, batch, threat = problem(case)
     declared, _ = run(case, model, batch, replace(threat, access=case.attack.needs))
@@ -288,7 +291,7 @@ def declares_what_it_must_see(case: Case) -> None:
     )
 
 
-def keeps_to_the_budget(case: Case) -> None:
+def respects_the_query_budget(case: Case) -> None:
     """Check that an attack makes at most `queries` queries for each example, and returns the adversarial examples that
     it finds within this budget.
     """
@@ -305,7 +308,7 @@ def keeps_to_the_budget(case: Case) -> None:
         assert not lost.any(), f"{case}: a success within the budget was lost"
 
 
-def survives_odd_batches(case: Case) -> None:
+def handles_unusual_batches(case: Case) -> None:
     """Check that an attack works for batches that are empty, have one example, are not contiguous, have the channels
     last, or are already misclassified.
     """
@@ -333,7 +336,7 @@ def survives_odd_batches(case: Case) -> None:
     assert broken(model, wrong, x_adv).all(), f"{case}: an already wrong example comes back right"
 
 
-def survives_odd_models(case: Case) -> None:
+def handles_unusual_models(case: Case) -> None:
     """Check that an attack returns finite points inside the constraint for models with constant outputs, without
     gradients, or with NaN for some or all inputs.
     """
@@ -382,19 +385,19 @@ def breaks_an_undefended_network(case: Case) -> None:
 
 ATTACK_LAWS: tuple[Callable[[Case], None], ...] = (
     stays_inside,
-    agrees_with_the_oracle,
-    repeats_itself,
-    ignores_the_company,
-    keeps_what_it_found,
+    agrees_with_exact_distances,
+    is_reproducible,
+    does_not_depend_on_the_batch,
+    returns_successful_queries,
     eps_zero_changes_nothing,
     works_for_any_number_of_classes,
     takes_inputs_of_any_shape,
-    leaves_the_model_alone,
-    leaves_its_arguments_alone,
-    declares_what_it_must_see,
-    keeps_to_the_budget,
-    survives_odd_batches,
-    survives_odd_models,
+    does_not_change_the_model,
+    does_not_change_its_arguments,
+    needs_only_the_declared_access,
+    respects_the_query_budget,
+    handles_unusual_batches,
+    handles_unusual_models,
     reaches_targets,
     breaks_an_undefended_network,
 )
@@ -405,7 +408,7 @@ LIMITED_LAWS = tuple(
     for law in ATTACK_LAWS
     if law
     not in (
-        agrees_with_the_oracle,
+        agrees_with_exact_distances,
         eps_zero_changes_nothing,
         takes_inputs_of_any_shape,
         reaches_targets,
@@ -415,7 +418,7 @@ LIMITED_LAWS = tuple(
 """laws that also hold under threats other than balls, such as patches, which have no radius and are for images"""
 
 
-def more_never_loses(weaker: Attack, stronger: Attack, norm: Kind) -> None:
+def breaks_all_that_a_weaker_one_breaks(weaker: Attack, stronger: Attack, norm: Kind) -> None:
     """Check that the attack `stronger`, such as one with more restarts, breaks every example that the attack `weaker`
     breaks.
     """
@@ -427,3 +430,21 @@ def more_never_loses(weaker: Attack, stronger: Attack, norm: Kind) -> None:
         assert not (by_weaker & ~by_stronger).any(), (
             f"{stronger} loses {int((by_weaker & ~by_stronger).sum())} examples of {weaker}"
         )
+
+
+__getattr__ = earlier_functions(
+    __name__,
+    {
+        "keeps_what_it_found": returns_successful_queries,
+        "ignores_the_company": does_not_depend_on_the_batch,
+        "repeats_itself": is_reproducible,
+        "agrees_with_the_oracle": agrees_with_exact_distances,
+        "leaves_the_model_alone": does_not_change_the_model,
+        "leaves_its_arguments_alone": does_not_change_its_arguments,
+        "declares_what_it_must_see": needs_only_the_declared_access,
+        "keeps_to_the_budget": respects_the_query_budget,
+        "survives_odd_batches": handles_unusual_batches,
+        "survives_odd_models": handles_unusual_models,
+        "more_never_loses": breaks_all_that_a_weaker_one_breaks,
+    },
+)

@@ -90,7 +90,7 @@ def _message(result: Result, judgement: Judgement, threat: str) -> list[str]:
         lines.append(f"broken examples: {', '.join(map(str, broken[:_SHOWN]))}{more}")
     for doubt in evidence.doubts:
         if doubt.name in judgement.open_doubts:
-            lines.append(f"doubt {doubt.name}: {doubt.says}")
+            lines.append(f"doubt {doubt.name}: {doubt.message}")
             lines.append(f"  to accept it: accept_doubts={{{doubt.name!r}: 'why'}}")
     if judgement.verdict == "unclear" and judgement.estimate.low < judgement.claim.bound:
         lines.append(f"more examples than {judgement.estimate.n} narrow the interval")

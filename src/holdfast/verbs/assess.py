@@ -33,6 +33,7 @@ from holdfast.harness import (
 from holdfast.sources.served import Served
 from holdfast.store.folder import RunFolder, open_run_folder, stored_manifest
 from holdfast.verbs import probes
+from holdfast.verbs.certify import refuse_unsound
 from holdfast.verbs.checks import refuse_data, refuse_gates
 from holdfast.verbs.documents import (
     VERDICT,
@@ -120,18 +121,18 @@ def assess(
                 notify(job.expected(served))
             measurement, by_stage = job.measurement(work), dict[str, Columns]()
             missed = measurement.stages([s for s in plan.stages() if not s.adaptive], by_stage)
-            executor.pause()
-            asked = job.doubted(measurement, by_stage, missed)
-            adapted = job.adapted(measurement, by_stage, asked) if plan.adaptive else None
-        evidence = job.evidence(work, by_stage, asked, adapted)
+            executor.pause()  # the probes run in this process, and need the memory of the workers
+            doubts_document = job.doubted(measurement, by_stage, missed)
+            adapted = job.adapted(measurement, by_stage, doubts_document) if plan.adaptive else None
+        evidence = job.evidence(work, by_stage, doubts_document, adapted)
         rotation = job.attackers(work, evidence)
         evidence = with_attackers(evidence, rotation)
         gates, accepted = job.judged(evidence, store.document(VERDICT))
         work.record(VERDICT, verdict_to_json(gates, accepted))
         head = store.chain.head if isinstance(store, RunFolder) else None
         shown = about_of(manifest, about, run, head)
-        found = job.adversarial(by_stage, asked)
-        return Result(evidence, gates, accepted, shown, run, found, request.baseline, rotation)
+        adversarial_examples = job.adversarial(by_stage, doubts_document)
+        return Result(evidence, gates, accepted, shown, run, adversarial_examples, request.baseline, rotation)
 
 
 @dataclass(frozen=True)
@@ -194,32 +195,33 @@ class _Job:
             return stored
         store.begin(DOUBTS, 0)
         stopwatch = Stopwatch(store, DOUBTS)
-        unasked = (
+        not_measured = (
             ["no doubt was measured, because the doubts were switched off"]
             if off and not self.plan.alone
             else []
         )
         with purpose(DOUBTS, 0, "doubts"):
-            asked = probes.run_probes(measurement, by_stage, missed, stopwatch)
+            results = probes.run_probes(measurement, by_stage, missed, stopwatch)
         measurement.confirm()
-        if asked.found:
-            by_stage[FOUND] = asked.found
+        if results.found:
+            by_stage[FOUND] = results.found
         document = doubts_to_json(
-            asked.findings, asked.probes, asked.cost, [*missed, *unasked], store.splits()
+            results.findings, results.probes, results.cost, [*missed, *not_measured], store.splits()
         )
+        # The inputs are stored first: if the document exists, a resumed run assumes that they are complete.
         with run.stopper.finishing():
-            if asked.found and store.stage(FOUND) is None:  # a killed attempt may have stored it already
-                store.complete(FOUND, asked.found)
+            if results.found and store.stage(FOUND) is None:  # a killed attempt may have stored it already
+                store.complete(FOUND, results.found)
             store.record(DOUBTS, document)
             stopwatch.tick(done=True)
         run.stored(DOUBTS, None)
         return document
 
     def adapted(
-        self, measurement: Measurement, by_stage: dict[str, Columns], asked: Mapping[str, Any]
+        self, measurement: Measurement, by_stage: dict[str, Columns], doubts_document: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """Run the adaptive attacks that the doubts require, and record which doubts require each attack."""
-        doubts = tuple(map(doubt_from_json, asked["doubts"]))
+        doubts = tuple(map(doubt_from_json, doubts_document["doubts"]))
         members = {member.name for member in self.plan.adaptive}
         because = required_attacks(
             [arm for arm in arms(self.plan.threat.constraint) if arm.name in members], doubts
@@ -241,23 +243,25 @@ class _Job:
         self,
         run: Run,
         by_stage: Mapping[str, Columns],
-        asked: Mapping[str, Any],
+        doubts_document: Mapping[str, Any],
         adapted: Mapping[str, Any] | None,
     ) -> Evidence:
         """Return the evidence of the run, which consists of the columns of the stages, the doubts and the results of
-        adaptive attacks.
+        adaptive attacks. Raises `UnsoundProof` if a certified example is broken.
         """
         if self.served is not None:
             finish(self.served)
         sent = None if self.served is None else self.served.sent.totals
         seconds = {name: run.store.spent(name) for name in run.stages}
         nodes = run.store.document(NODES)
-        return evidence_of(self.manifest, by_stage, asked, seconds, adapted, sent, nodes)
+        evidence = evidence_of(self.manifest, by_stage, doubts_document, seconds, adapted, sent, nodes)
+        refuse_unsound(evidence)
+        return evidence
 
-    def adversarial(self, by_stage: Mapping[str, Columns], asked: Mapping[str, Any]) -> Columns:
+    def adversarial(self, by_stage: Mapping[str, Columns], doubts_document: Mapping[str, Any]) -> Columns:
         """Return the adversarial examples that the run stores."""
         attacks = [stage.name for stage in self.plan.stages() if stage.kind.in_suite]
-        counted = counted_passes(self.manifest, by_stage, asked)
+        counted = counted_passes(self.manifest, by_stage, doubts_document)
         return adversarial(by_stage, attacks, counted, smallest=self.plan.smallest)
 
     def attackers(self, run: Run, evidence: Evidence) -> Mapping[str, Any] | None:
@@ -295,4 +299,6 @@ class _Job:
         work = self.manifest["plan"]
         rows = expected_of(self.request, self.plan, self.target, len(self.data), work, opening=served.opening)
         earlier = served.sent.earlier
-        return f"expected: {rows.says}" + (f"; {earlier:,} rows were sent before the stop" if earlier else "")
+        return f"expected: {rows.description}" + (
+            f"; {earlier:,} rows were sent before the stop" if earlier else ""
+        )

@@ -55,7 +55,7 @@ class _Planned:
     """A candidate that was timed, and how many epochs of it fit into the budget."""
 
     candidate: Candidate
-    found: Pace
+    pace: Pace
     per_epoch: int
     epochs: float
 
@@ -67,10 +67,10 @@ class _Planned:
             "recipe": self.candidate.name,
             "epochs": self.epochs,
             "reason": reason,
-            "update_s": self.found.update,
-            "epoch_s": self.found.epoch,
-            "evaluation_s": self.found.between(self.per_epoch),
-            "held_out": self.found.held_out,
+            "update_s": self.pace.update,
+            "epoch_s": self.pace.epoch,
+            "evaluation_s": self.pace.between(self.per_epoch),
+            "held_out": self.pace.held_out,
         }
 
 
@@ -147,7 +147,7 @@ def _paces(
     Also stops once a share of the budget is spent on timing.
     """
     evaluation_time: tuple[float, int] | None = None
-    begun = clock()
+    start = clock()
     for candidate in candidates:
         candidate_pace, per_epoch = (
             pace(candidate.recipe, model, data, threat, budget_s, clock),
@@ -163,7 +163,7 @@ def _paces(
         yield candidate_pace
         if (
             not epochs_fitting(budget_s, candidate_pace, per_epoch)
-            or broadcast(clock() - begun) > _PLANNING * budget_s
+            or broadcast(clock() - start) > _PLANNING * budget_s
         ):
             return
 
@@ -177,9 +177,9 @@ def _timed_evaluation(evaluation: Evaluation, budget_s: float, clock: Clock) -> 
     for n_examples in (min(n_examples, evaluation.examples) for n_examples in _TIMED_EXAMPLES):
         if n_examples * seconds_per_example > _EVALUATION_SHARE * budget_s:
             break
-        begun = clock()
+        start = clock()
         evaluation.at(n_examples)
-        seconds_per_example = broadcast(clock() - begun) / n_examples
+        seconds_per_example = broadcast(clock() - start) / n_examples
     n = min(
         evaluation.examples,
         max(int(_EVALUATION_SHARE * budget_s / max(seconds_per_example, 1e-9)), _TIMED_EXAMPLES[0]),

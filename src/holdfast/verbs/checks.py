@@ -29,7 +29,7 @@ from holdfast.sources.estimates import pixel_divisor
 
 _VALUES = 1 << 20
 """Input values in one batch on a CPU: 256 small images, or a few large ones."""
-_ACCELERATED = 1 << 26
+_ACCELERATED = 1 << 26  # the same on an accelerator, which needs larger batches to be busy
 _PIECE = 1024
 """examples that are read at once to find the range of the labels"""
 _WORTH_SHARING = 5_000_000

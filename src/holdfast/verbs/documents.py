@@ -111,7 +111,7 @@ def doubt_to_json(doubt: Doubt) -> Json:
         "statistic": strict(doubt.statistic),
         "threshold": strict(doubt.threshold),
         "n": doubt.n,
-        "message": doubt.says,
+        "message": doubt.message,
     }
 
 

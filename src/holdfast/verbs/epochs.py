@@ -53,14 +53,14 @@ class Trainer:
 
     model: Classifier
     rest: Batch
-    held: Batch
+    held_out: Batch
     threat: ThreatModel
     seed: int
     machine: str
     """description of the hardware, in one line"""
     clock: Clock = field(default=time.perf_counter)
 
-    def begun(self, recipe: Recipe, after: Checkpoint | None) -> Iterator[Checkpoint]:
+    def checkpoints(self, recipe: Recipe, after: Checkpoint | None) -> Iterator[Checkpoint]:
         """Return an iterator over the checkpoints of a training with a recipe. The training makes no update before the
         first checkpoint is requested.
         """
@@ -88,9 +88,9 @@ class Trainer:
             TrainingStart(candidate.name, replace(settings, pacing=None), settings.pacing is not None, after)
         )
         cpu, wall = time.process_time(), self.clock()
-        for checkpoint in self.begun(trained_as(candidate.recipe, settings), after):
+        for checkpoint in self.checkpoints(trained_as(candidate.recipe, settings), after):
             checkpoint.put_into(evaluated_model)
-            clean, robust = held_out_accuracies(evaluated_model, self.held, self.threat)
+            clean, robust = held_out_accuracies(evaluated_model, self.held_out, self.threat)
             now = time.process_time(), self.clock()
             point = Point(
                 checkpoint.epoch, **dict(checkpoint.measured), batch=settings.batch, clean=clean, robust=robust,
@@ -106,7 +106,7 @@ class Trainer:
                     highest = _score(point)
                     training.save(place, BEST, checkpoint, curve)
                 training.save(place, LAST, checkpoint, curve)
-            run.progress(_step(candidate, point, checkpoint.of, len(self.held)))
+            run.progress(_step(candidate, point, checkpoint.of, len(self.held_out)))
             if not distributed.broadcast(not _stale(curve, settings)):
                 break
         return curve
@@ -115,7 +115,7 @@ class Trainer:
         """Take part in a distributed training as a process other than the first, which saves no checkpoints."""
         try:
             settings = replace(message.how, pacing=_planned_elsewhere if message.paced else None)
-            for _ in self.begun(trained_as(candidate.recipe, settings), message.after):
+            for _ in self.checkpoints(trained_as(candidate.recipe, settings), message.after):
                 if not distributed.broadcast(NOTHING):
                     break
         except LostLoss:

@@ -17,7 +17,6 @@ from holdfast.harness import (
     broken_by_suite,
     evidence_from,
     passes,
-    unattacked,
     worst_rows,
 )
 from holdfast.sources.sent import Totals
@@ -36,14 +35,15 @@ TUNING = "fine-tuning"
 
 
 def counted(kind: StageKind, stage: StoredStage, by_stage: Mapping[str, Columns]) -> Columns | None:
-    """Return the columns of a stage for all examples, or None if time ran out during a stage that is not an attack of
-    the suite.
+    """Return the columns of a stage for all examples, or None if time ran out during a stage that is neither an attack
+    of the suite nor a proof.
 
-    If time ran out during an attack of the suite, the examples that it did not reach count as not attacked.
+    If time ran out during an attack of the suite, the examples that it did not reach count as not attacked. Likewise
+    nothing is proved about the examples that a method of certification did not reach.
     """
     if stage.reached is None:
         return stage.columns
-    return _filled(stage.columns, by_stage["clean"]) if kind.in_suite else None
+    return _filled(kind, stage.columns, by_stage["clean"]) if kind.in_suite or kind.proves else None
 
 
 def evidence_of(
@@ -185,9 +185,9 @@ def adversarial(
     return {"id": ids[rows], "x": torch.cat([columns["adversarial.x"] for columns in with_examples])[rows]}
 
 
-def _filled(columns: Columns, clean: Columns) -> dict[str, Tensor]:
-    """The columns of the first examples, extended by those of examples that were not attacked."""
-    unattacked_columns, n = unattacked(clean), len(columns["id"])
+def _filled(kind: StageKind, columns: Columns, clean: Columns) -> dict[str, Tensor]:
+    """The columns of the first examples, extended by those of examples that the stage was not run on."""
+    unattacked_columns, n = kind.columns(clean), len(columns["id"])
     filled = {
         name: torch.cat([columns[name], values[n:]]) if n else values
         for name, values in unattacked_columns.items()

@@ -65,8 +65,6 @@ def _cluster(
     plan, data = _without_surrogates(measure.plan), measure.data
     model = SentModel(subject, request.surrogates, plan, known_rows(data), digest, device)
     files = shipped_files(options.ship)
-    if files:
-        notify(f"sent to the nodes with --ship: {', '.join(files)}")
     with ray_tasks(
         partial(shipment, model, files),
         sender(data),
@@ -77,6 +75,8 @@ def _cluster(
         notify=notify,
         detail=detail,
     ) as tasks:
+        if files:
+            notify(f"sent to the nodes with --ship: {', '.join(files)}")
         yield tasks
 
 

@@ -49,10 +49,10 @@ class ExpectedRows:
         return self.clean + self.attacks + self.doubts + self.judging
 
     @property
-    def says(self) -> str:
+    def description(self) -> str:
         """Sentence that states the total number of rows that a run sends to a model server, and its parts.
 
-        >>> ExpectedRows(57, 6_000, 2_000, 226).says
+        >>> ExpectedRows(57, 6_000, 2_000, 226).description
         'at most 8,283 rows to the server, if it refuses none: 57 clean, 6,000 attacks, 2,000 doubts, 226 judging'
         """
         parts = ", ".join(
@@ -141,7 +141,7 @@ def expected_of(
 
 
 def _of(member: Member, passes: Passes) -> Passes:
-    """How the examples of an attack are divided: each wave is measured shard by shard."""
+    """The division of an attack's examples into calls of the model: each wave divides them into shards again."""
     return replace(passes, shards=passes.shards * (1 + member.waves))
 
 

@@ -109,8 +109,8 @@ class _Job:
         clock: Clock,
     ) -> None:
         device = distributed.own(torch.device(request.device))
-        self.rest, self.held = examples.rest.to(device), examples.held.to(device)
-        inputs = self.held.x[:_IN_PLACE_EXAMPLES]
+        self.rest, self.held_out = examples.rest.to(device), examples.held_out.to(device)
+        inputs = self.held_out.x[:_IN_PLACE_EXAMPLES]
         prepared = tuple(
             learner_of(model, inputs).eval().requires_grad_(False) if isinstance(model, Classifier) else model
             for model in request.threat.surrogates
@@ -123,14 +123,16 @@ class _Job:
         digests = [test.digest, examples.digest]
         distributed.match_first(digests, self.model)
         machine = hardware(device, distributed.processes())
-        self.trainer = Trainer(self.model, self.rest, self.held, request.threat, request.seed, machine, clock)
+        self.trainer = Trainer(
+            self.model, self.rest, self.held_out, request.threat, request.seed, machine, clock
+        )
         for candidate in request.candidates:  # refuses unsuitable data; nothing is trained yet
-            self.trainer.begun(candidate.recipe, None)
+            self.trainer.checkpoints(candidate.recipe, None)
         self.notes = [*examples.notes, *training_notes(self.model, inputs)]
         stored = distributed.broadcast(stored_manifest(run))
         self.plan = distributed.broadcast(stored["plan"] if stored else self._planned())
-        self.evaluated = self._held_out_sample(self.plan["attempts"][0].get("held_out", len(self.held)))
-        self.trainer = replace(self.trainer, held=self.evaluated)
+        self.evaluated = self._held_out_sample(self.plan["attempts"][0].get("held_out", len(self.held_out)))
+        self.trainer = replace(self.trainer, held_out=self.evaluated)
         self.manifest = harden_manifest(subject, digests, test, request, self.plan, machine)
         self.assessment = replace(
             request.assessment, device=str(device), fit=self._examples_for_learned_attacks()
@@ -138,8 +140,8 @@ class _Job:
 
     def _held_out_sample(self, n: int) -> Batch:
         """A random sample of the held-out examples, determined by the seed."""
-        order = Draws(self.request.seed).at("looked at").bits(self.held.ids).argsort()[:n]
-        return self.held.take(order.sort().values)
+        order = Draws(self.request.seed).at("looked at").bits(self.held_out.ids).argsort()[:n]
+        return self.held_out.take(order.sort().values)
 
     def _examples_for_learned_attacks(self) -> Data | None:
         """Training examples for learned attacks of the evaluation, disjoint from judged and held-out examples."""
@@ -163,7 +165,7 @@ class _Job:
             self.rest,
             request.threat,
             Evaluation(
-                len(self.held),
+                len(self.held_out),
                 lambda n: held_out_accuracies(
                     self.model,
                     with_predicted_labels(self.model, self._held_out_sample(n)),
@@ -237,7 +239,7 @@ class _Job:
         """
         trained_models: list[Made] = []
         ranks: list[tuple[bool, float]] = []
-        held_out, planned = self.held.to(torch.device("cpu")), self.plan["attempts"]
+        held_out, planned = self.held_out.to(torch.device("cpu")), self.plan["attempts"]
         metadata = weights_metadata(self.subject, self.manifest)
         trainings = AttemptTraining(self.subject, self.trainer, self.plan, metadata, self.clock)
         given_model = self.subject.model

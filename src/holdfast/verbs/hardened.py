@@ -105,7 +105,9 @@ def weights_metadata(subject: Subject, manifest: Mapping[str, Any]) -> dict[str,
     """Return the metadata that is written to the weights file of a hardened model: how the model is opened, and the
     digest of its training.
     """
-    architecture = {key: subject.card[key] for key in ("architecture", "arguments") if key in subject.card}
+    architecture = {
+        key: subject.card[key] for key in ("architecture", "arguments", "denoiser") if key in subject.card
+    }
     properties = {
         key: subject.card[key]
         for key in ("bounds", "mean", "std", "classes")

@@ -21,7 +21,7 @@ from holdfast.ops.pieces import results_in_pieces
 EVALUATION_ATTACK = PGD(steps=20)
 """The attack for held-out accuracy, by which the checkpoint is chosen; it has more steps and another loss than in
 training."""
-_HELD_OUT, _LEAST_HELD_OUT = 1_000, 50
+_HELD_OUT, _LEAST_HELD_OUT = 1_000, 50  # usual and smallest number of held-out examples
 _EVERY = 10  # at most one training example of this many is held out
 _HARMLESS = 0.001  # size of the threat model in multiples of eps
 _NAMED = 3  # duplicates that a message names
@@ -32,7 +32,7 @@ class TrainingExamples:
     """The training examples of a hardening, and the held-out examples on which the best checkpoint is chosen."""
 
     rest: Batch
-    held: Batch
+    held_out: Batch
     digest: str
     """SHA-256 over all training and held-out examples, in hex"""
     notes: tuple[str, ...]

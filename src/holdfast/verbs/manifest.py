@@ -40,7 +40,7 @@ def assess_manifest(
     """
     config = _config(request, plan, target)
     return {
-        "verb": "assess",
+        "verb": request.verb,
         "digests": {
             "config": digest(canonical(config)),
             "model": model_digest(subject, target),
@@ -76,7 +76,7 @@ def work_of(
     divided = request.time_budget_s is not None or request.workers is not None
     size = request.batch_size or batch_size_for(math.prod(shape), request.device)
     if request.batch_size is None and served is not None:
-        size = max(size, served.at_once)
+        size = max(size, served.at_once)  # so that one batch fills all parallel requests
     if stored is not None:
         size = stored["plan"]["batch_size"]
     stages = plan.stages()

@@ -60,7 +60,7 @@ class ShardMeasure:
             target, stage = timed(self.target, until), stage_of(task, self.plan)
             work = Work(self.plan, target, (batch,), room, task.clean or {}, task.chosen, task.broken)
             columns = stage.kind.run(stage, work)
-            if self.served is not None and not clean:
+            if self.served is not None and not clean:  # a rejected clean input has ended the run already
                 self.served.confirm()
             return columns
 
@@ -138,6 +138,7 @@ class Measurement:
             columns = counted(stage.kind, stored, by_stage)
             if columns is not None:
                 by_stage[stage.name] = columns
+            # Of an attack with waves, the first unfinished one is reported.
             cut_short = stored.reached is not None and not stage.kind.of_attack
             if cut_short and not any(attack_of(stage) == attack_of(other) for other, _ in cut):
                 cut.append((stage, len(stored.columns["id"])))
@@ -154,7 +155,7 @@ class Measurement:
             with purpose(stage.name, 0, "attacks"):
                 columns = stage.kind.run(stage, Work(self.plan, target, on_device, room, by_stage["clean"]))
         except OutOfTime:
-            self.confirm()
+            self.confirm()  # the inputs that the server rejected so far are counted as well
             raise
         self.confirm()
         return columns
@@ -183,7 +184,7 @@ class Measurement:
             lambda shard: task_of(stage, shard, shards[shard], chosen, broken, by_stage),
             join,
             report,
-            timed=chosen is not None,
+            timed=chosen is not None,  # the clean pass is always finished: nothing can be reported without it
         )
 
     def _standing(self, stage: Stage, done: Mapping[int, Columns], left: Mask | None) -> int:
@@ -238,8 +239,12 @@ def out_of_time(cut: Sequence[tuple[Stage, int]], of: int, plan: Plan) -> tuple[
     if idle:
         done.append(f"{enumerated(idle)} finished none")
     notes = [f"time ran out: {', '.join(done)}; {_meaning(plan)}"] if attacks else []
-    for stage, _ in cut:
-        if not stage.kind.in_suite:
+    for stage, n in cut:
+        if stage.prover is not None:
+            notes.append(
+                f"time ran out: {stage.prover.name} finished {n:,} of {of:,} examples; a longer run may certify more"
+            )
+        elif not stage.kind.in_suite:
             on = "its sample" if stage.kind.sampled else "every example"
             notes.append(
                 f"time ran out: the pass of {attack_of(stage)} on {on} was not finished, so {stage.kind.lost} left out"

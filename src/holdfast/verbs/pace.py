@@ -130,9 +130,9 @@ def _paced(
 
     def trial(n: int) -> _Trial:
         part = with_predicted_labels(model, data.take(rows[:n]))
-        begun = clock()
+        start = clock()
         *_, last = trained_as(recipe, short_settings)(model, part, harmless(threat), rng=Draws(0))
-        seconds = broadcast(clock() - begun)  # all processes take the same decisions
+        seconds = broadcast(clock() - start)  # all processes take the same decisions
         return _Trial(seconds, updates(len(part), size), len(part), last)
 
     update_trial = trial(size)  # selects kernels and fills caches, so it is slower than the next ones
@@ -187,10 +187,10 @@ def _saving_s(checkpoint: Checkpoint, n_trial: int, n_all: int, clock: Clock) ->
     """Seconds to write a checkpoint as the last and as the best one, at the size it would have with all examples."""
     with tempfile.TemporaryDirectory() as place:
         enlarged = _grown(checkpoint, n_trial, n_all)
-        begun = clock()
+        start = clock()
         for name in (LAST, BEST):
             save(Path(place), name, enlarged, ())
-        return broadcast(clock() - begun)
+        return broadcast(clock() - start)
 
 
 def _grown(checkpoint: Checkpoint, n_trial: int, n_all: int) -> Checkpoint:

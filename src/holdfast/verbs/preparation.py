@@ -29,6 +29,7 @@ from holdfast.harness import (
 from holdfast.ops.ascent import gradient
 from holdfast.ops.losses import margin_loss
 from holdfast.sources.selection import selected
+from holdfast.verbs.certify import refuse_unprovable
 from holdfast.verbs.checks import enough_threads, refuse_batch, refuse_data, refuse_threat
 from holdfast.verbs.request import AssessRequest, Subject
 
@@ -204,6 +205,7 @@ def plan_for(
     plan = refuse_what_is_hidden(plan, subject.model.access, subject.model.hides)
     plan = on_detector(plan, rejects=target.rejects)
     refuse_unfitted(plan, fit=request.fit is not None)
+    refuse_unprovable(plan, target, sample)
     return plan
 
 

@@ -172,7 +172,7 @@ def _input(measurement: Measurement, columns: Columns) -> tuple[Doubt, int]:
     """The doubt whether the data fit the model, measured on a sample, and the number of forward passes."""
     if measurement.served is not None:
         message = "a served model is not queried for it; run holdfast doctor"
-        return Doubt("input", "not measured", says=message), 0
+        return Doubt("input", "not measured", message=message), 0
     rng, all_examples = Draws(measurement.plan.seed).at("stage", DOUBTS), torch.ones_like(columns["correct"])
     rows = sample_rows(columns, all_examples, rng.at("input"), SAMPLE)
     batch = concatenated([measurement.data.read(row, row + 1) for row in rows.tolist()]).to(
@@ -185,7 +185,7 @@ def _input(measurement: Measurement, columns: Columns) -> tuple[Doubt, int]:
         message = f"no other {properties} fits the model better"
         return Doubt("input", "clear", 0.0, BETTER, len(batch), message), n_forwards
     statistic, threshold = (None, FILLED) if finding.gain is None else (finding.gain, BETTER)
-    message = f"{finding.says}: {finding.way_out}"
+    message = f"{finding.message}: {finding.way_out}"
     return Doubt("input", "raised", statistic, threshold, len(batch), message), n_forwards
 
 
@@ -287,9 +287,9 @@ def _unfinished(findings: Findings, missed: Sequence[str]) -> Findings:
 
     def updated(doubt: Doubt) -> Doubt:
         if doubt.name == "not-exhausted":
-            return replace(doubt, state="raised", says=missed[0])
+            return replace(doubt, state="raised", message=missed[0])
         if doubt.state == "not measured":
-            return replace(doubt, says="time ran out before it was measured")
+            return replace(doubt, message="time ran out before it was measured")
         return doubt
 
     return replace(findings, doubts=tuple(updated(doubt) for doubt in findings.doubts))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from holdfast.core.batch import Batch, Data
 from holdfast.core.evidence import Evidence
@@ -69,6 +69,8 @@ class AssessRequest:
     """function that measures the table of attackers of a model with rotation after the suite; None without rotation"""
     command: str = ""
     """command that repeats the run"""
+    verb: Literal["assess", "certify"] = "assess"
+    """name of the verb in the run folder and in reports"""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Workers read no file of the user. The model is sent once, and the examples of a 
 import io
 import pickle
 import pickletools
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,13 +19,14 @@ import torch
 
 from holdfast.core.batch import Batch, Data
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.engine import ray_watcher
 from holdfast.engine.executor import Measure
+from holdfast.engine.ray_worker import session_folder
 from holdfast.harness import LOOKED_AT, Plan, ShardTask
 from holdfast.ops.pieces import Room
 from holdfast.sources.arrays import Arrays
-from holdfast.sources.factories import imported_from
+from holdfast.sources.factories import CODE, imported_from
 from holdfast.sources.files import megabytes
-from holdfast.sources.object_digest import LOADED
 from holdfast.sources.pictures import Pictures
 from holdfast.verbs.measuring import ShardMeasure
 from holdfast.verbs.preparation import model_digest, readied, with_surrogates
@@ -38,7 +38,7 @@ MAX_SHIPPED = 50_000_000
 
 @dataclass(frozen=True)
 class ShardWithExamples:
-    """The work of a shard with its examples."""
+    """The work of a shard, together with the examples that the worker needs for it."""
 
     task: ShardTask
     examples: Arrays
@@ -46,7 +46,9 @@ class ShardWithExamples:
 
 @dataclass(frozen=True)
 class Rows:
-    """Part of a data set: its first examples, with which the model is inspected, and the examples of one shard."""
+    """The part of a data set that a worker has: the first examples, with which the model is inspected, and those of one
+    shard.
+    """
 
     name: str
     classes: tuple[str, ...] | None
@@ -85,7 +87,7 @@ def with_examples(data: Data, task: ShardTask) -> ShardWithExamples:
 
 @dataclass(frozen=True)
 class SentModel:
-    """The opened model and surrogates, and the plan."""
+    """Everything that a worker needs to measure shards of a run: the opened model and surrogates, and the plan."""
 
     subject: Subject
     surrogates: tuple[Subject, ...]
@@ -127,7 +129,7 @@ class Shipment:
     content: list[bytes]
     """the pickled `SentModel`; empty once it is opened, so that a worker keeps one copy of the model"""
     modules: Mapping[str, tuple[str, bytes]]
-    """path and content of each code file of the user that the model was made by, by the name of the module"""
+    """path and content of each code file of the user that the pickled model refers to, by the name of the module"""
     files: Mapping[str, bytes]
     """content of each file of `--ship`, by its path"""
 
@@ -136,17 +138,26 @@ class Shipment:
         """Yield the function that measures shards. Shipped code is last on the import path."""
         with ExitStack() as stack:
             if self.files:
-                folder = tempfile.mkdtemp(prefix="holdfast-")
-                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                # below the folder of Ray's session, which is removed with the cluster, and for its owner only
+                folder = tempfile.mkdtemp(prefix="holdfast-", dir=session_folder())
+                stack.callback(ray_watcher.close, ray_watcher.folder_watcher(Path(folder)))
                 _write(Path(folder), self.files)
                 sys.path.append(folder)
-                stack.callback(sys.path.remove, folder)
+                stack.callback(_forget, folder)
             for name, (path, content) in self.modules.items():
-                if name not in sys.modules:
+                if CODE.get(name) != (path, content):  # a worker may have opened an earlier state of the file
                     imported_from(Path(path), content, name)
             # sent by the process of the run
             model: SentModel = pickle.loads(self.content.pop())  # noqa: S301
             yield stack.enter_context(model.opened())
+
+
+def _forget(folder: str) -> None:
+    """Remove a folder from the import path, and the modules that were imported from it."""
+    sys.path.remove(folder)
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").is_relative_to(folder):
+            del sys.modules[name]
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -172,24 +183,20 @@ def shipment(model: SentModel, files: Mapping[str, bytes], dumps: Callable[[Any]
 
 
 def _user_modules(content: bytes) -> dict[str, tuple[str, bytes]]:
-    """Return the code files of the user to which a pickle refers."""
-    found: dict[str, tuple[str, bytes]] = {}
-    for _, value, _ in pickletools.genops(io.BytesIO(content)):
-        name = value.split(" ")[0] if isinstance(value, str) else ""
-        module = sys.modules.get(name) if name.startswith(LOADED) else None
-        if module is not None and name not in found and module.__file__ is not None:
-            found[name] = (module.__file__, Path(module.__file__).read_bytes())
-    return found
+    """Return the code files of the user to which a pickle refers, as they were when they were loaded."""
+    values = (value for _, value, _ in pickletools.genops(io.BytesIO(content)) if isinstance(value, str))
+    names = (value.split(" ")[0] for value in values)
+    return {name: CODE[name] for name in names if name in CODE}
 
 
 def shipped_files(paths: Sequence[Path]) -> dict[str, bytes]:
-    """Return the content of files and folders by their path from the parent of each. Hidden and compiled files are left
-    out.
+    """Return the content of all files in `paths`, by their path relative to the parent of the given one. Hidden
+    and compiled files are left out.
 
     Raises `UsageError` for a missing path, a path without files, a link that leads out of its folder, two equal names,
     and more than 50 MB.
     """
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     size = 0
     for given in paths:
         if not given.exists():
@@ -215,10 +222,10 @@ def shipped_files(paths: Sequence[Path]) -> dict[str, bytes]:
                     f"--ship {', '.join(map(str, paths))} has more than {megabytes(MAX_SHIPPED)}; ship code only, and "
                     "install large packages on the nodes"
                 )
-            if name.as_posix() in found:
+            if name.as_posix() in contents:
                 raise UsageError(f"--ship sends two files named {name.as_posix()}; rename one of them")
-            found[name.as_posix()] = path.read_bytes()
-    return found
+            contents[name.as_posix()] = path.read_bytes()
+    return contents
 
 
 def _is_left_out(name: Path) -> bool:
@@ -232,5 +239,5 @@ def sender(data: Data) -> Callable[[ShardTask], ShardWithExamples]:
 
 
 def known_rows(data: Data) -> Rows:
-    """Return what a worker knows of a data set before it measures a shard."""
+    """Return the part of a data set that is sent to every worker: its properties and its first examples."""
     return Rows(data.name, data.classes, len(data), stored_examples(data, 0, min(LOOKED_AT, len(data))))

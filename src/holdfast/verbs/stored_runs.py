@@ -131,7 +131,7 @@ def open_run(path: Path) -> Result:
 
     Raises `TargetError` if there is no run in the folder, or if it is unfinished or altered.
     """
-    manifest, chain = read_manifest(path), read_chain(path, mend=False)
+    manifest, chain = read_manifest(path), read_chain(path, repair=False)
     refuse_altered(path, chain)  # the model and the threat model in the manifest belong to the measurements
     decided = recorded_document(path, chain, VERDICT, manifest["schema_version"])
     if decided is None:
@@ -151,7 +151,7 @@ def _judged(
     if inner_document is None or inner_path.is_symlink():
         raise TargetError(f"{str(path)!r} has no inner run {inner_name!r}; restore it from a copy")
     refuse_form(path / f"{inner_name}.json", inner_document, HEAD)
-    manifest, inner = read_manifest(inner_path), read_chain(inner_path, mend=False)
+    manifest, inner = read_manifest(inner_path), read_chain(inner_path, repair=False)
     # The inner run could otherwise be exchanged for another valid one.
     if inner.head != inner_document["chain"]:
         raise TargetError(
@@ -211,7 +211,7 @@ def _entries(parent: Path) -> Iterator[RunEntry]:
 
 
 def _entry(path: Path) -> RunEntry:
-    manifest, chain = read_manifest(path), read_chain(path, mend=False)
+    manifest, chain = read_manifest(path), read_chain(path, repair=False)
     refuse_form(path / MANIFEST, manifest, LISTED)
     refuse_altered(path, chain)
     threat, decided = (

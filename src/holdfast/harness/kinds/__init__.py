@@ -12,6 +12,7 @@ from holdfast.harness.kinds.clean import Clean
 from holdfast.harness.kinds.detection import DetectorPass
 from holdfast.harness.kinds.fit import Fit
 from holdfast.harness.kinds.passes import CurvePass, FixedPass
+from holdfast.harness.kinds.proof import LateProof, QuickProof
 from holdfast.harness.kinds.transfer import TransferMatrix
 from holdfast.harness.stage import StageKind
 
@@ -19,8 +20,10 @@ KINDS: Mapping[str, StageKind] = {
     kind.name: kind
     for kind in (
         Clean(),
+        QuickProof(),
         Fit(),
         SuiteAttack(),
+        LateProof(),
         FixedPass(),
         DetectorPass(),
         CurvePass(),

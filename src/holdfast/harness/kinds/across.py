@@ -27,7 +27,7 @@ from holdfast.ops.pieces import in_pieces
 if TYPE_CHECKING:
     from holdfast.harness.plan import Plan
 
-_IMAGE = 4
+_IMAGE = 4  # dimensions of a batch of images (n, channels, height, width)
 
 
 class AcrossSets(StageKind):

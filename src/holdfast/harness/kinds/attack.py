@@ -26,6 +26,7 @@ from holdfast.harness.stage import (
     StageKind,
     Work,
     broken_by_suite,
+    certified_in,
     suite_columns,
 )
 from holdfast.harness.verdict import (
@@ -40,6 +41,7 @@ from holdfast.harness.verdict import (
 )
 from holdfast.ops.detection import balance, median_width, threshold
 from holdfast.ops.pieces import Pieces
+from holdfast.ops.sampling import sample_rows
 
 if TYPE_CHECKING:
     from holdfast.harness.plan import Plan
@@ -48,6 +50,8 @@ LEAST = 32
 """Smallest number of examples in a wave; from fewer examples, little can be concluded if none of them is broken."""
 AT_TIMES = 0.05
 """Adaptive attacks continue with a broken example if it is correct in more than this fraction of the votes."""
+TESTED = 32
+"""Number of certified examples that attacks are run on, as a test of the certificates."""
 _PLACES, _BROKEN_AT_RANDOM = "places", "broken_at_random"
 
 
@@ -185,26 +189,37 @@ class SuiteAttack(AttackKind):
         An attack with waves starts with the surviving examples of the lowest margins and continues while it succeeds:
         the first wave has 1 / 2^waves of the surviving examples, the second as many, and each later wave twice as many
         as the one before. No wave has fewer than `LEAST` examples, and a wave that breaks none is the last.
+
+        Of the examples that earlier stages certified, only a random sample is attacked, once by each attack.
         """
         clean, stages = by_stage["clean"], plan.stages()
         eligible = clean["correct"] & clean["eligible"]
         if plan.smallest or plan.full:
             return eligible
-        standing = eligible & ~broken_by_suite(stages, by_stage)
+        certified = certified_in(stages, by_stage)
+        standing, tested = (
+            eligible & ~broken_by_suite(stages, by_stage),
+            _tested(plan, by_stage["clean"], certified),
+        )
+        standing, tested = standing & ~certified, standing & tested
         measured = suite_columns(stages, by_stage)
         if stage.adaptive:
-            return standing | eligible & (_chance(clean, measured) > AT_TIMES)
+            return standing | tested | eligible & ~certified & (_chance(clean, measured) > AT_TIMES)
         if stage.member is None or not stage.member.waves:
-            return standing
+            return standing | tested
         earlier = [by_stage[name] for name in stage.earlier]
         if earlier and not earlier[-1]["success"].any():
             return torch.zeros_like(standing)
-        tried = torch.stack([torch.zeros_like(standing), *(columns["ran"] for columns in earlier)]).any(0)
+        tried = (
+            torch.stack([torch.zeros_like(standing), *(columns["ran"] for columns in earlier)]).any(0)
+            & ~certified
+        )
         n_first = int((standing & ~tried).sum() + tried.sum())
         share = math.ceil(n_first / 2 ** (stage.member.waves - max(len(earlier) - 1, 0)))
         last = len(earlier) == stage.member.waves
         heights = _heights(clean, measured, goal=plan.threat.goal)
-        return _lowest(standing & ~tried, heights, n_first if last else max(share, LEAST))
+        wave = _lowest(standing & ~tried, heights, n_first if last else max(share, LEAST))
+        return wave if earlier else wave | tested
 
     def evidence(
         self, outline: Outline, by_stage: Mapping[str, Columns], worst: Columns
@@ -219,6 +234,14 @@ class SuiteAttack(AttackKind):
         if isinstance(outline.threat.constraint, Corruptions):
             added |= {f"{step.settings['name']}.right": by_stage[step.name]["right"] > 0.5 for step in steps}
         return added
+
+
+def _tested(plan: "Plan", clean: Columns, certified: Mask) -> Mask:
+    """The random sample of the certified examples that are attacked as a test of their certificates."""
+    tested = torch.zeros_like(certified)
+    if certified.any():
+        tested[sample_rows(clean, certified, Draws(plan.seed).at("certified"), TESTED)] = True
+    return tested
 
 
 def _at_random(stage: Stage, work: Work, threat: ThreatModel, batch: Batch, rng: Draws) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ def best_fit(
 
 
 def _score(attack: Attack, model: Model, batch: Batch, threat: ThreatModel, rng: Draws) -> tuple[int, float]:
-    """How many examples a fitted attack breaks, and the negative mean margin of all."""
+    """Number of examples that a fitted attack breaks, and the negative mean margin over all examples."""
     place = rng.at("chosen")
     if isinstance(attack, Placed):
         x_adv = attack.at_random(model, batch, threat, rng=place)

@@ -8,7 +8,7 @@ from holdfast.core.types import Ids, Inputs
 from holdfast.ops.corruptions.constants import Constants
 from holdfast.ops.corruptions.filters import clamped
 
-_GREY = (0.299, 0.587, 0.114)
+_GREY = (0.299, 0.587, 0.114)  # weights of red, green and blue in luma (ITU-R BT.601)
 
 
 def grey(x: Inputs) -> Tensor:

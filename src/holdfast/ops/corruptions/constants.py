@@ -14,7 +14,7 @@ Constants = tuple[float, ...]
 LARGE_FROM: Final = 65
 """shortest side in pixels from which the constants of ImageNet-C are used"""
 
-_ODD: Final = 244 / 224
+_ODD: Final = 244 / 224  # the published code computes with 244, and its images have 224 pixels a side
 
 SMALL: Final[Mapping[str, tuple[Constants, ...]]] = {
     "gaussian_noise": ((0.04,), (0.06,), (0.08,), (0.09,), (0.10,)),

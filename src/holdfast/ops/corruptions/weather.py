@@ -16,11 +16,11 @@ from holdfast.ops.corruptions.filters import (
     zoomed,
 )
 
-_WATER = (175 / 255, 238 / 255, 238 / 255)
-_MUD = (63 / 255, 42 / 255, 20 / 255)
+_WATER = (175 / 255, 238 / 255, 238 / 255)  # pale turquoise, as in the published code
+_MUD = (63 / 255, 42 / 255, 20 / 255)  # brown, as in the published code
 _FAR = 20.0
 """distance in pixels from the edge of a drop at which it has its full depth"""
-_RELIEF = ((-2, -1, 0), (-1, 1, 1), (0, 1, 2))
+_RELIEF = ((-2, -1, 0), (-1, 1, 1), (0, 1, 2))  # emboss filter, as in the published code
 _LOW, _HIGH = 50, 150
 """thresholds of the gradient that continues an edge and of the one that starts it"""
 _KNIGHT = 2.1969
@@ -120,8 +120,8 @@ def _equalised(levels: Inputs) -> Inputs:
     return torch.where(darkest == flat.shape[1], flat.double(), spread_out).to(levels).view_as(levels)
 
 
-_ICE = (0.57, 0.66, 0.70)
-_ICE_SPREAD = 0.11
+_ICE = (0.57, 0.66, 0.70)  # approximate mean colour of the published photographs
+_ICE_SPREAD = 0.11  # approximate standard deviation of their pixels
 
 
 def snow(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:

@@ -14,7 +14,7 @@ SECONDS = "HOLDFAST_READ_SECONDS"
 CPU_SECONDS = 60
 WALL_FACTOR = 5
 """Ratio of the limits of wall-clock time and CPU time. It is large because a machine may be busy, or its disk slow."""
-_DAY = 86_400
+_DAY = 86_400  # largest limit of time in seconds
 _UNITS = {"MB": 10**6, "GB": 10**9}
 
 

@@ -306,6 +306,7 @@ class _LimitedReader(io.RawIOBase):
 def _decoded(path: Path) -> io.TextIOWrapper:
     stream: Any = gzip.GzipFile(path) if path.suffix == ".gz" else io.FileIO(path)
     counted = _LimitedReader(path, stream, max(MAX_BYTES, requested_memory()))
+    # The encoding skips a byte order mark, which spreadsheets write; `csv` requires that line ends are not converted.
     return io.TextIOWrapper(io.BufferedReader(counted, 1 << 20), encoding="utf-8-sig", newline="")
 
 

@@ -149,7 +149,9 @@ def refuse_stray_nodes(tree: dict[str, Any], width: int) -> None:
 
 
 def refuse_stray_leaves(tree: dict[str, Any], outputs: int) -> None:
-    """Raise `ValueError` for a tree whose leaves have vectors, one number for each output, if one does not exist."""
+    """Raise `ValueError` if a leaf of a tree with vector leaves has no vector, or a vector has another size than the
+    number of outputs.
+    """
     size = int(tree["tree_param"]["size_leaf_vector"])
     if size < 2:  # 0 in older files
         return

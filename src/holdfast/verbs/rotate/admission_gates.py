@@ -48,7 +48,7 @@ protection.
 _MORE = 1.5  # multiple of the difference between bases, which leaves room for the width of an interval
 _ODD = 3.0  # ratio of the success of examples from sets of the same draw to that of examples from stolen sets
 _BETTER = "the better of the serving set and the bases"
-Family = Literal["transfer", "white-box", "siblings", ""]
+Family = Literal["transfer", "white-box", "same draw", ""]
 """Name of the measurement that is repeated with more examples if the gate is unclear."""
 NO_DOUBTS = Doubts()
 _BEST_FIRST: tuple[Verdict, ...] = ("pass", "unclear", "fail")
@@ -84,7 +84,7 @@ class Measurements:
     attackers: Attackers
     transferred: TransferResult
     white: Evidence
-    siblings: TransferResult | None
+    transferred_same_draw: TransferResult | None
     before: tuple[Evidence, ...]
     """evidence on clean inputs: of the serving set or, if no set serves, of each base"""
     before_white: tuple[Evidence, ...]
@@ -142,14 +142,14 @@ class Measurements:
         return worst(self.transferred, [several], self.confidence("transfer"))
 
     @property
-    def sibling(self) -> Worst | None:
+    def same_draw(self) -> Worst | None:
         """Highest success rate of an attacker with other sets generated in the same draw, or None if there are no such
         sets.
         """
-        attacker = self.attackers.siblings
-        if attacker is None or self.siblings is None:
+        attacker = self.attackers.same_draw
+        if attacker is None or self.transferred_same_draw is None:
             return None
-        return worst(self.siblings, [attacker], self.confidence("siblings"))
+        return worst(self.transferred_same_draw, [attacker], self.confidence("same draw"))
 
     @property
     def clean_loss(self) -> Loss:
@@ -208,7 +208,7 @@ def reported(measurements: Measurements) -> dict[str, Estimate]:
         "calibration_error": calibration_error(measurements.transferred.evidence),
     }
     surrogates_only = worst(measurements.transferred, [measurements.attackers.nothing])
-    transfers = {"transfer_of_nothing": surrogates_only, "sibling_transfer": measurements.sibling}
+    transfers = {"transfer_of_nothing": surrogates_only, "sibling_transfer": measurements.same_draw}
     return estimates | {name: result.estimate for name, result in transfers.items() if result is not None}
 
 
@@ -352,8 +352,8 @@ def _odd_gradients(measurements: Measurements, accepted: Mapping[str, str]) -> G
         "odd-gradients",
         f"at most {_ODD:g} times is allowed, or a set that is not easier to break than the sets before",
     )
-    sibling, theft = measurements.sibling, measurements.transfer
-    if sibling is None or theft is None:
+    same_draw, theft = measurements.same_draw, measurements.transfer
+    if same_draw is None or theft is None:
         return GateResult(
             gate, None, bound, "pass", "there is no set of the same draw, or no stolen set, to compare"
         )
@@ -365,8 +365,8 @@ def _odd_gradients(measurements: Measurements, accepted: Mapping[str, str]) -> G
     )
     # Prevents a division by zero if the examples from stolen sets break nothing: then one broken example is assumed.
     least_share = 1 / max(theft.estimate.n, 1)
-    times = sibling.estimate.value / max(theft.estimate.value, least_share)
-    value = Estimate(times, times, times, sibling.estimate.n)
+    times = same_draw.estimate.value / max(theft.estimate.value, least_share)
+    value = Estimate(times, times, times, same_draw.estimate.n)
     reason = (
         f"examples from sets of the same draw break {times:.1f} times as many as those from stolen sets, and "
         f"robust accuracy is {points_text(loss)} lower"
@@ -382,7 +382,7 @@ def _additional_gate(claim: Claim, measurements: Measurements, doubts: Doubts) -
     thefts: Mapping[str, tuple[Worst | None, Family]] = {
         "transfer_success": (measurements.transfer, "transfer"),
         "ensemble_transfer": (measurements.ensemble or measurements.transfer, "transfer"),
-        "sibling_transfer": (measurements.sibling, "siblings"),
+        "sibling_transfer": (measurements.same_draw, "same draw"),
     }
     if claim.metric in thefts:
         theft, family = thefts[claim.metric]

@@ -54,13 +54,13 @@ from holdfast.verbs.rotate.verdicts import IN_A_ROW, Admission, Judged
 
 CANARY_INPUTS = "canaries"
 """Name of the file of the pool with the canary inputs."""
-_WHITE, _SIBLINGS = 2, 10
+_WHITE, _SAME_DRAW = 2, 10
 """Divisors of the first number of examples: for white-box attacks, which are slowest, and for attacks from sets
 generated in the same draw, which decide no gate."""
 _FAMILIES: Mapping[Family, str] = {
     "transfer": "transfer attacks",
     "white-box": "white-box attacks",
-    "siblings": "attacks from sets of the same draw",
+    "same draw": "attacks from sets of the same draw",
 }
 
 
@@ -272,9 +272,9 @@ class _Admitting:
             subject, measured_attackers, n["transfer"], first=self._first["transfer"]
         )
         transferred_same_draw = None
-        if attackers.siblings is not None:
+        if attackers.same_draw is not None:
             transferred_same_draw = self.measuring.transferred(
-                subject, [attackers.siblings], n["siblings"], first=self._first["siblings"]
+                subject, [attackers.same_draw], n["same draw"], first=self._first["same draw"]
             )
         return Measurements(
             attackers,
@@ -299,8 +299,8 @@ class _Admitting:
     @cached_property
     def _first(self) -> dict[Family, int]:
         """First number of examples of each kind of measurement."""
-        white, siblings = (max(self.n_judged // part, 1) for part in (_WHITE, _SIBLINGS))
-        return {"transfer": self.n_judged, "white-box": white, "siblings": siblings}
+        white, same_draw = (max(self.n_judged // part, 1) for part in (_WHITE, _SAME_DRAW))
+        return {"transfer": self.n_judged, "white-box": white, "same draw": same_draw}
 
     @cached_property
     def _looks(self) -> dict[Family, int]:

@@ -34,6 +34,7 @@ from holdfast.verbs.rotate.request import RotateRequest
 
 NOISE = 0.3
 """Size of the noise on the weights, as a fraction of the root mean square of each tensor."""
+# Epochs of the single-step training, the learning rate, and attack steps of the PGD training:
 _SHARE, _LR, _INNER = 0.5, 1e-3, 5
 _ONE_STEP = SingleStep(noise=1.0, step=1.25, clip=True)
 Json = dict[str, Any]

@@ -28,7 +28,7 @@ from holdfast.engine.progress import Progress, Step
 from holdfast.ops.recipe import trained_as
 from holdfast.ops.statistics import proportion
 from holdfast.reports.words import amount
-from holdfast.rotation.collecting import begun_anew, last_of, rows_of
+from holdfast.rotation.collecting import last_of, rows_of, with_fresh_weights
 from holdfast.rotation.transfer_attacks import ATTACKS, TransferAttacker
 from holdfast.store.pool import Pool
 from holdfast.verbs.request import Keep
@@ -41,7 +41,10 @@ from holdfast.verbs.rotate.wording import protection_verdict, with_effects
 
 ATTACKERS = ("A0", "A1", "A1u", "A2", "A2c", "A3", "A4", "A5", "A6")
 _MOST = 8  # largest number of sets of an attacker with several sets, and of sets that are attacked one by one
+# For the generated sets of A3: inputs on which a set is tested, the accuracy that it may have less than the bases, sets
+# that are generated at a time, and the largest number of times:
 _LOOKED, _POINTS, _CHUNK, _CHUNKS = 500, 0.02, 16, 24
+_SAME_DRAW_PLACE = "siblings"  # place of random draws: another name would change the numbers of every pool
 _FLAT = 0.02  # more generated sets are added until the success rate increases by no more than this
 _QUICK = {name: ATTACKS[name] for name in ("MI", "PGD-50")}
 Json = dict[str, Any]
@@ -256,7 +259,7 @@ class _Measuring:
             sources.append("the generator")
         same_draw = sets_of_same_draw(self.pool, self.name, lambda name: True)[:_MOST]
         if same_draw:
-            by_attack = self._stolen("siblings", self._sets(same_draw))
+            by_attack = self._stolen(_SAME_DRAW_PLACE, self._sets(same_draw))
             sources.append(f"{amount(len(same_draw), 'sets')} of the same draw")
             broken |= {f"{sources[-1]}, {name}": mask for name, mask in by_attack.items()}
         if not broken:
@@ -304,10 +307,10 @@ class _Measuring:
         recipe = trained_as(
             self.request.candidate.recipe, replace(self.request.training, epochs=self.means.epochs)
         )
-        begun = begun_anew(self.request.model, place.at("begin"), self.request.begins)
+        initial = with_fresh_weights(self.request.model, place.at("begin"), self.request.begins)
         try:
             surrogate = last_of(
-                recipe, begun, queried.labelled(labels), self.request.threat, place.at("training")
+                recipe, initial, queried.labelled(labels), self.request.threat, place.at("training")
             )
         except LostLoss as error:
             return _unmeasured(f"the surrogate could not be distilled: {error}")

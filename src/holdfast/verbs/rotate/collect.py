@@ -26,7 +26,7 @@ from holdfast.engine.resuming import way_out
 from holdfast.engine.run import Run
 from holdfast.engine.signals import stoppable
 from holdfast.rotation import Members, Task, weights_of
-from holdfast.rotation.collecting import begun_anew, swapped
+from holdfast.rotation.collecting import swapped, with_fresh_weights
 from holdfast.store.folder import StoredStage
 from holdfast.store.manifest import is_complete, refuse_other_head
 from holdfast.store.pool import Pool
@@ -70,7 +70,7 @@ class CollectRequest:
     """number of held-out examples on which each set is judged first; used for the message on how many examples gates
     need"""
     expect_head: str = ""
-    """digest of an entry that the ledger must contain; see `Pool.held`"""
+    """digest of an entry that the ledger must contain; see `Pool.open`"""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def create_or_resume(request: CollectRequest, *, notify: Notify = ignore) -> Poo
             raise UsageError(
                 f"{str(path)!r} contains a pool already; resume it with --resume, or name another folder with --run"
             )
-        pool = Pool.held(path, expect_head=request.expect_head)
+        pool = Pool.open(path, expect_head=request.expect_head)
         request.common.refuse_other(pool)
         return pool
     refuse_other_head(path, request.expect_head, lambda head: None)
@@ -148,7 +148,7 @@ def create_or_resume(request: CollectRequest, *, notify: Notify = ignore) -> Poo
             f"{str(path)!r} contains {foreign[0]!r} and is not a pool. The folder of a pool is private to its "
             "owner, so no other files may be in it; name a new folder with --run"
         )
-    pool = Pool.begun(path, request.common.about())
+    pool = Pool.create(path, request.common.about())
     if request.resume:
         notify(f"note: there was no pool in {str(path)!r} to resume, so a new one was created")
     secret(pool)
@@ -259,7 +259,7 @@ class _Collection:
         return StoredStage(state_of(model), about={"accuracy": model_accuracy})
 
     def _trained(self, place: int, rng: Draws) -> Classifier:
-        """Like `rotation.collecting.trained_anew`, but each epoch is stored encrypted for a later call.
+        """Like `rotation.collecting.trained_from_fresh_weights`, but each epoch is stored encrypted for a later call.
 
         `place` is the index among all trainings: first the runs, then the surrogates.
         """
@@ -268,7 +268,7 @@ class _Collection:
         if k >= 0:
             name, title = surrogate_name(k), f"surrogate {k + 1}"
         task = self.task
-        start = begun_anew(task.model, rng.at("begin"), task.begins)
+        start = with_fresh_weights(task.model, rng.at("begin"), task.begins)
         after = self._checkpoint(name)
         done = 0 if after is None else after.epoch
         self.run.progress(Step(title, place + 1, self.n_trained, done, task.recipe.training.epochs, 0, 0))

@@ -21,7 +21,7 @@ from holdfast.engine.progress import Notify, ignore
 from holdfast.engine.signals import Stopper, stoppable
 from holdfast.reports.numbers import strict
 from holdfast.rotation import Generator, Immunise
-from holdfast.rotation.collecting import rows_of, trained_anew
+from holdfast.rotation.collecting import rows_of, trained_from_fresh_weights
 from holdfast.store.differences import differences
 from holdfast.store.pool import Pool
 from holdfast.verbs.rotate.contents import bases, bases_left, epochs_of, generator_of
@@ -31,7 +31,7 @@ By = Literal["generator", "retraining"]
 """How sets are produced: sampled from the generator, or trained from fresh random weights."""
 _EARLIER: Mapping[str, By] = {"anew": "retraining"}  # earlier names, in pools and on the command line
 _DRAW_FILE = "drawing"
-_SETS = 8
+_SETS = 8  # sets of a draw without --sets
 _LOOKED = 2_000  # training inputs on which a generated set is tested before it is immunised
 _POINT = 0.01  # accuracy on them by which a set may be below the bases: half an epoch cannot improve more
 _MOST = 64  # generated sets that are tried for one set above that accuracy
@@ -265,7 +265,7 @@ class _Drawing:
         """
         if self.generator is None:
             self.about["looked_at"] += 1
-            return trained_anew(self.task, rng), ()
+            return trained_from_fresh_weights(self.task, rng), ()
         best_accuracy = 0.0
         for trial in range(_MOST):
             drawn = self.generator.drawn(1, rng.at("draw", trial))

@@ -164,7 +164,7 @@ def judged_ranges(n: int, first: int) -> list[tuple[int, int]]:
 
 def _broken_in(path: Path, members: Sequence[Member]) -> list[Mask]:
     """For each attack, which examples it broke, read from its stage of the run."""
-    chain, masks = read_chain(path, mend=False), []
+    chain, masks = read_chain(path, repair=False), []
     for place, member in enumerate(members, 1):
         stage = read_stage(path, chain, f"{place}-{slug(member.name)}")
         assert stage is not None

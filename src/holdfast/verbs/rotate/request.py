@@ -32,7 +32,7 @@ FIRST = 2_000
 """Number of held-out examples on which a set is judged first; it is doubled as long as a gate is unclear."""
 MOST, EVERY = 8_000, 5
 """One in `EVERY` training examples is held out, and at most `MOST` in total."""
-_SAMPLE = 8
+_SAMPLE = 8  # inputs that show whether a network changes its input in place
 _MAY_BE_SEEN = (
     "sets are trained further from the given model, which may have been trained on the held-out examples; then "
     "the measured accuracy of sets and bases is too high"

@@ -304,6 +304,7 @@ class RotationLoop:
         since = datetime.fromisoformat(term.since)
         return Counters(
             max(term.answers.values(), default=0),
+            # at least 0, because the clock may have been set back
             max((datetime.now(UTC) - since).total_seconds(), 0.0),
             exposure=None if exposure is None else exposure.why,
         )

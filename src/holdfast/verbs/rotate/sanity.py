@@ -15,7 +15,7 @@ from holdfast.rotation import Members
 from holdfast.rotation.distances import l1
 from holdfast.verbs.rotate.admission_gates import GateResult
 
-_SIGMAS = 3.0
+_SIGMAS = 3.0  # standard deviations: few sets that were trained in the same way are beyond
 _LEAST_SPREAD = 0.25  # share of the mean norm: half an epoch of immunisation changes biases by a third of it
 _LEAST_SIZE = 1e-3  # norm for each parameter, for biases that are still close to zero
 _SAME = 1e-6  # share of the mean absolute parameter, for rounding errors

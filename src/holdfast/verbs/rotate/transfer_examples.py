@@ -32,7 +32,7 @@ from holdfast.verbs.rotate.contents import surrogates
 from holdfast.verbs.rotate.request import RotateRequest
 
 Kind = Literal["A0", "A1", "A2", "A3"]
-SIBLINGS = 4
+SAME_DRAW_SETS = 4
 """Number of sets of an attacker that has sets generated in the same draw."""
 
 
@@ -173,7 +173,8 @@ class Attackers:
     """attacker with several stolen sets; None if fewer than two sets are stolen"""
     evenly: Attacker | None
     """surrogate-only attacker with as many surrogates as the attacker `several` has sets"""
-    siblings: Attacker | None
+    same_draw: Attacker | None
+    """attacker with other sets of the same draw; None if there are none"""
 
 
 def attackers_against(
@@ -190,7 +191,7 @@ def attackers_against(
         tuple(Attacker("A1", (name_of_set,)) for name_of_set in exposed),
         several,
         None if several is None else transfer_examples.surrogate_only(len(last)),
-        Attacker("A3", tuple(same_draw[:SIBLINGS])) if same_draw else None,
+        Attacker("A3", tuple(same_draw[:SAME_DRAW_SETS])) if same_draw else None,
     )
 
 

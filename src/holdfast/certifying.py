@@ -1,0 +1,133 @@
+"""The function `holdfast.certify`, which proves for each example that no input of the threat model is misclassified."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from holdfast.config.assess_inputs import AssessInputs, opened_for_assess
+from holdfast.config.attacks import ThreatLike, threat_written
+from holdfast.config.clusters import Ray, cluster_settings
+from holdfast.config.moved import verb
+from holdfast.config.references import DataLike, ModelLike, Numbers
+from holdfast.config.resolve import folder_of, sources_at, sources_given
+from holdfast.config.settings import CertifySettings, check_settings, given
+from holdfast.core.evidence import Evidence
+from holdfast.engine.progress import Notify, Progress, ignore, silent
+from holdfast.verbs import assess as assessing
+from holdfast.verbs.result import Result
+from holdfast.verbs.stored_runs import open_run
+
+
+@verb
+def certify(
+    model: ModelLike,
+    data: DataLike,
+    threat: ThreatLike = "linf:8/255",
+    method: str = "auto",
+    *,
+    timeout: str = "10s",
+    gates: Sequence[str] = (),
+    baseline: Result | str | Path | None = None,
+    accept_doubts: dict[str, str] | None = None,
+    seed: int = 0,
+    n: int | None = None,
+    sample: int | None = None,
+    bounds: Numbers | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+    data_normalised: tuple[Numbers, Numbers] | str | None = None,
+    full: bool = False,
+    save_adversarial: bool = False,
+    time_budget: str | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    on: str | Ray = "local",
+    device: str = "auto",
+    run: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> Result:
+    """Prove for each example that no input of the threat model is misclassified, or find one that is.
+
+    Every example is certified, broken or unknown. `method` is `auto`, which runs interval bounds, CROWN, attacks,
+    alpha-CROWN, and branch and bound for at most `timeout` per example, or one method, which is run with the attacks.
+    The attacks are those of the default suite; of the certified examples they are run on 32, or on all with `full`. The
+    other arguments are those of `assess`.
+    Raises `UnsoundProof` if an attack breaks a certified example, and `UsageError` for a model or a threat model about
+    which the method proves nothing.
+    """
+    cluster = cluster_settings(on)
+    settings = check_settings(
+        given(
+            threat=threat_written(threat, "certify(): threat"),
+            method=method,
+            timeout=timeout,
+            gates=gates,
+            accept_doubts=accept_doubts,
+            seed=seed,
+            n=n,
+            sample=sample,
+            bounds=bounds,
+            mean=mean,
+            std=std,
+            data_normalised=data_normalised,
+            full=full,
+            save_adversarial=save_adversarial,
+            time_budget=time_budget,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            cluster_timeout=cluster.pop("timeout", None),
+            **cluster,
+        ),
+        "certify()",
+        kind=CertifySettings,
+    )
+    compared = open_run(Path(baseline)) if isinstance(baseline, str | Path) else baseline
+    inputs = AssessInputs.to_certify(
+        settings, sources_given(model, data, settings), None if compared is None else compared.evidence
+    )
+    return _certified(inputs, folder_of(run, resume=resume), resume=resume, progress=progress)
+
+
+def carry_out_certification(
+    settings: CertifySettings,
+    *,
+    run: Path,
+    resume: bool = False,
+    progress: Progress = silent,
+    notify: Notify = ignore,
+    detail: Notify = ignore,
+    command: str = "",
+) -> Result:
+    """Run a certification with the settings of the command line or of a configuration file, and return its result.
+
+    The run stores the command line `command`. `detail` is called with messages on single shards.
+    """
+    folder = settings.reports.baseline
+    baseline: Evidence | None = None if folder is None else open_run(Path(folder)).evidence
+    inputs = AssessInputs.to_certify(settings, sources_at(settings), baseline, command)
+    return _certified(inputs, run, resume=resume, progress=progress, notify=notify, detail=detail)
+
+
+def _certified(
+    inputs: AssessInputs,
+    run: Path | None,
+    *,
+    resume: bool,
+    progress: Progress,
+    notify: Notify = ignore,
+    detail: Notify = ignore,
+) -> Result:
+    """Open the model and the data, and take the steps of the run."""
+    with opened_for_assess(inputs, run, resume=resume) as (subject, examples, request):
+        return assessing.assess(
+            subject,
+            examples,
+            request,
+            run=run,
+            resume=resume,
+            progress=progress,
+            opening=inputs.open_all,
+            notify=notify,
+            detail=detail,
+        )

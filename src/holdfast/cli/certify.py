@@ -1,0 +1,66 @@
+"""The command `holdfast certify MODEL DATA`, which proves robustness."""
+
+from typing import Any
+
+import click
+
+from holdfast.cli.assess import settings_from
+from holdfast.cli.options import Voice, offered, with_voice
+from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
+from holdfast.config.settings import CertifySettings
+from holdfast.core.errors import UsageError
+
+_HELP = """\
+Prove for each example of DATA that no input of the threat model changes the prediction of MODEL, or find one that does.
+
+Every example is certified, broken or unknown. A certificate holds for all inputs of the threat model. Some certified
+examples are attacked as a test of the certificates.
+
+\b
+MODEL  a network of torch or ONNX: a bundled name, file.py:factory (a function
+       that returns the network), or a .safetensors, .pt, .pt2 or .onnx file
+DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
+       .npz, .csv or .parquet file, or a folder with one folder of images for
+       each class
+"""  # the escape is click's: the paragraph below it keeps its lines
+
+
+@click.command(short_help="prove how robust a model is", help=_HELP)
+@offered(*MODEL_AND_DATA)
+@click.option(
+    "--run",
+    "run",
+    type=click.Path(),
+    metavar="DIR",
+    help="Folder of the run (default: holdfast-runs/<time>-certify-<digest>).",
+)
+@click.option(
+    "--resume", is_flag=True, help="Continue the run in --run, or report it again if it is finished."
+)
+@offered(*options_of(CertifySettings), *SETTING)
+@with_voice
+def certify(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
+    """Run or resume a certification of MODEL on DATA."""
+    settings = settings_from(flags, CertifySettings, voice)
+    if resume and run is None:
+        raise UsageError("--resume continues a run; give its folder with --run DIR (see holdfast runs)")
+    from holdfast.certifying import carry_out_certification
+    from holdfast.cli.running import command_line, folder_of_run, progress_bar, tell
+    from holdfast.engine.progress import ignore
+    from holdfast.engine.resuming import way_out
+    from holdfast.engine.signals import stoppable
+
+    command, folder = command_line(), folder_of_run("certify", settings, run)
+    with stoppable(way_out(command, folder)):
+        with progress_bar(voice) as progress:
+            result = carry_out_certification(
+                settings,
+                run=folder,
+                resume=resume,
+                progress=progress,
+                notify=voice.say,
+                detail=voice.say if voice.verbose else ignore,
+                command=command,
+            )
+        tell(result, settings.reports.output, voice, folder=folder)
+    return result.exit_code

@@ -1,0 +1,94 @@
+"""Denoised smoothing: a denoiser is trained in front of a given classifier, which is not changed.
+
+Salman, Sun, Yang, Kapoor & Kolter, "Denoised Smoothing: A Provable Defense for Pretrained Classifiers", NeurIPS 2020,
+arXiv:2003.01908. The new model is the classifier applied to the denoised input, and serves as the base classifier of
+randomised smoothing. `mse` weights the squared error of the denoised image, and `stability` the cross-entropy of the
+prediction at the denoised image with the classifier's own prediction at the clean one, so that no labels are needed.
+Differs from the paper: both terms are trained at once instead of one after the other, the denoiser is smaller, the
+noise grows with the warm-up of `training`, the weights are averaged, and the learning rate follows one cycle.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge
+from torch import Tensor
+
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.outputs import of_classes
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Inputs, NonNegative, Steps
+from holdfast.ops.denoiser import DEPTH, WIDTH, DenoisedNetwork
+from holdfast.ops.fit import Training, Turn
+from holdfast.ops.learner import Learner, hits, trained
+from holdfast.ops.noise import numbered_noise
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Trains a denoiser in front of the network, which itself is not changed."""
+
+    sigma: NonNegative = 0.25
+    """standard deviation of the noise, in units of the inputs; smoothing certifies best with the same value"""
+    mse: NonNegative = 10.0
+    """weight of the mean squared error of the denoised images"""
+    stability: NonNegative = 1.0
+    """weight of the cross-entropy with the network's own predictions at the clean images"""
+    width: Steps = WIDTH
+    """number of channels of the denoiser, if the model has none yet"""
+    depth: Annotated[int, Ge(2)] = DEPTH
+    """number of layers of the denoiser, if the model has none yet"""
+    training: Training = field(default_factory=lambda: Training(weight_decay=0.0))
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        if not isinstance(model.net, DenoisedNetwork):
+            raise UsageError(
+                "denoised trains a denoiser, and the model has none; put an untrained one in front of its network, as "
+                "harden does: Classifier(DenoisedNetwork(net, channels=3)), from holdfast.ops.denoiser"
+            )
+        if not self.mse and not self.stability:
+            raise UsageError("mse and stability are both 0; give at least one of them a positive weight")
+        if self.training.compiled:
+            raise UsageError(
+                "compiled is true, and this recipe reads the denoised images inside the network, which is not possible "
+                "in a compiled one; leave recipe.training.compiled out"
+            )
+        return trained(
+            self.inner, self.loss, model, data, threat, self.training, rng=rng, after=after, unlabelled=True
+        )
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+        """Return the inputs of a batch with Gaussian noise, which are not clipped to the valid range."""
+        noise = numbered_noise(turn.rng.at("noise"), batch.ids, torch.zeros_like(batch.ids), batch.x)
+        return batch.x + turn.grown * self.sigma * noise
+
+    def loss(self, learner: Learner, batch: Batch, x_adv: Inputs) -> tuple[Tensor, Tensor]:
+        """Return the mean loss of a batch of noisy inputs, and the number that is classified correctly after
+        denoising.
+        """
+        net = learner.net.net
+        assert isinstance(net, DenoisedNetwork)
+        with net.recorded() as images:
+            logits = learner.net(x_adv)
+        (denoised,), clean = images, learner.net.preprocess(batch.x)
+        loss = self.mse * F.mse_loss(denoised, clean)
+        if self.stability:
+            with torch.no_grad():
+                predicted = of_classes(net.classifier(clean), learner.net.output).argmax(1)
+            loss = loss + self.stability * F.cross_entropy(logits, predicted)
+        return loss, hits(logits, batch.y)

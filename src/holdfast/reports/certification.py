@@ -1,0 +1,172 @@
+"""The report's table of a certification: how many examples each method certified, broke or left undecided."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from holdfast.core.evidence import Cost, Evidence, ProofRecord
+from holdfast.reports.numbers import count_text, percent, seconds_text, strict
+from holdfast.reports.words import amount, interval
+
+Json = dict[str, Any]
+
+ATTACKS, OTHER = "attacks", "other passes"
+"""Names of the rows for the attacks of the suite, and for probes and other passes that broke examples."""
+
+
+def certification(evidence: Evidence, constraint: str) -> Json | None:
+    """Return the results of a certification for the summary of a run, or None if nothing was to be certified.
+
+    `constraint` is the set of allowed inputs as text, such as `linf:0.1`.
+    """
+    if not evidence.proofs:
+        return None
+    correct, certified = evidence["correct"], evidence["certified"]
+    n, misclassified = len(evidence), int((~correct).sum())
+    broken = int((~correct | evidence["success"]).sum())
+    n_certified = int(certified.sum())
+    return {
+        "constraint": constraint,
+        "n": n,
+        "certified": n_certified,
+        "broken": broken,
+        "misclassified": misclassified,
+        "unknown": n - n_certified - broken,
+        "attacked_certified": int((certified & evidence["attacked"]).sum()),
+        "rows": list(_rows(evidence, n - misclassified, broken - misclassified)),
+    }
+
+
+def _rows(evidence: Evidence, undecided: int, broken: int) -> Iterator[Json]:
+    """The rows in the order in which the methods ran, with the number of undecided examples after each.
+
+    `undecided` is the number of correct examples, and `broken` that of all that are broken later.
+    """
+    broke = {record.stage: record.broke for record in evidence.passes}
+    n_attacked = int(evidence["attacked"].sum())
+    by_attacks = int(((evidence["broken_by"] >= 0) & (evidence["broken_by"] < len(evidence.attacks))).sum())
+    early = [record for record in evidence.proofs if not record.after_attacks]
+    late = [record for record in evidence.proofs if record.after_attacks]
+    for record in early:
+        undecided -= record.certified + broke.get(record.stage, 0)
+        yield _row(record, broke.get(record.stage, 0), undecided)
+    if evidence.attacks:
+        undecided -= by_attacks
+        cost = sum((record.cost for record in evidence.attacks), Cost())
+        yield _entry(ATTACKS, "", n_attacked, 0, by_attacks, undecided, cost)
+    for record in late:
+        undecided -= record.certified + broke.get(record.stage, 0)
+        yield _row(record, broke.get(record.stage, 0), undecided)
+    elsewhere = broken - by_attacks - sum(broke.get(record.stage, 0) for record in evidence.proofs)
+    if elsewhere:
+        yield _entry(OTHER, "", None, 0, elsewhere, undecided - elsewhere, None)
+
+
+def _row(record: ProofRecord, broken: int, undecided: int) -> Json:
+    entry = _entry(record.name, record.stage, record.tried, record.certified, broken, undecided, record.cost)
+    return entry | {
+        "settings": strict(record.settings),
+        "confirmed": record.confirmed,
+        "stopped": record.stopped,
+        "subproblems": record.work,
+    }
+
+
+def _entry(
+    name: str,
+    stage: str,
+    tried: int | None,
+    certified: int,
+    broken: int,
+    undecided: int,
+    cost: Cost | None,
+) -> Json:
+    seconds = None if cost is None else cost.wall_s
+    return {
+        "name": name,
+        "stage": stage,
+        "tried": tried,
+        "certified": certified,
+        "broken": broken,
+        "undecided": undecided,
+        "seconds": strict(seconds),
+        "cpu_seconds": None if cost is None else strict(cost.cpu_s),
+        "seconds_per_example": seconds / tried if tried and seconds is not None else None,
+        "settings": {},
+        "confirmed": 0,
+        "stopped": 0,
+        "subproblems": 0,
+    }
+
+
+def title(results: Mapping[str, Any], noun: str) -> str:
+    """Return the title of the table of a certification."""
+    return f"certification: {amount(results['n'], noun)}, {results['constraint']}"
+
+
+def headings(results: Mapping[str, Any]) -> list[str]:
+    """Return the column headings of the table of a certification."""
+    return ["method", "tried", "certified", "broken", "undecided", "time", "each"]
+
+
+def cells(results: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield the rows of the table of a certification as text, from the clean pass to the sums over all methods."""
+    n, misclassified = results["n"], results["misclassified"]
+    yield [
+        "no attack",
+        count_text(n),
+        "–",
+        count_text(misclassified),
+        count_text(n - misclassified),
+        "–",
+        "–",
+    ]
+    for row in results["rows"]:
+        yield [
+            row["name"],
+            "–" if row["tried"] is None else count_text(row["tried"]),
+            "–" if row["name"] in (ATTACKS, OTHER) else count_text(row["certified"]),
+            count_text(row["broken"]),
+            count_text(row["undecided"]),
+            _time(row["seconds"]),
+            _time(row["seconds_per_example"]),
+        ]
+    total = sum(row["seconds"] or 0.0 for row in results["rows"])
+    counts = (count_text(results[name]) for name in ("certified", "broken", "unknown"))
+    yield ["all", count_text(n), *counts, _time(total), _time(total / n if n else None)]
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    return "< 1 ms" if 0 < seconds < 1e-3 else seconds_text(seconds)
+
+
+def certification_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return sentences for the report that compare certified and robust accuracy, and state how the certificates were
+    tested. There are none without a certification.
+    """
+    results, metrics = summary["certification"], summary["metrics"]
+    if results is None:
+        return []
+    lines, noun = [], summary["noun"]
+    certified, robust = metrics.get("certified_accuracy"), metrics.get("robust_accuracy")
+    if certified and robust:
+        lines.append(
+            f"certified accuracy {percent(certified['value'])} ({interval('certified_accuracy', certified)}) ≤ robust "
+            f"accuracy {percent(robust['value'])} ({interval('robust_accuracy', robust)})"
+        )
+    if results["certified"]:
+        attacked = f"{count_text(results['attacked_certified'])} of {count_text(results['certified'])}"
+        lines.append(f"{attacked} certified {noun} were attacked, and none was broken")
+    stopped = sum(row["stopped"] for row in results["rows"])
+    if stopped:
+        lines.append(
+            f"the time limit ended the search for {amount(stopped, noun)}; a longer --timeout may decide more"
+        )
+    unconfirmed = sum(row["broken"] - row["confirmed"] for row in results["rows"] if row["stage"])
+    if unconfirmed > 0:
+        lines.append(
+            f"{amount(unconfirmed, 'counterexamples')} of the methods are misclassified by the model, but not in "
+            "double precision"
+        )
+    return lines

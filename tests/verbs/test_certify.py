@@ -1,0 +1,220 @@
+"""A certification: proofs, attacks on certified examples, wrong certificates, and equal bytes of equal runs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from holdfast.attacks import PGD
+from holdfast.core.constraints import Linf
+from holdfast.core.errors import Interrupted, UnsoundProof, UsageError
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.harness import Member, Plan, measure_plan
+from holdfast.ops import ascent, losses
+from holdfast.store.verify import verify
+from holdfast.verbs.assess import assess
+from holdfast.verbs.certify import certify_request
+from holdfast.verbs.stored_runs import Comparison, open_run
+from verbs import fakes
+from verbs.fakes import data, network, settled, subject
+from verbs.provers import READIED, Corners, Interval
+
+SMALL = ThreatModel(Linf(0.02))
+
+
+def attack():
+    """An attack that can be pickled, although tests wrap the functions of modules to watch shapes."""
+    return Member("PGD", PGD(steps=6, restarts=2, loss=losses.margin_loss, schedule=ascent.flat))
+
+
+QUICK, LATE = (Interval(),), (Corners(),)
+
+
+def order(*, proofs=QUICK, late=LATE, gates=("certified_accuracy >= 0.05",), **changes):
+    settings = {"shard_size": 15, "threat": SMALL, **changes}
+    return certify_request(fakes.order(attack(), gates=gates, **settings), proofs, late)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run in a folder."""
+    run = tmp_path_factory.mktemp("certified") / "run"
+    READIED.clear()
+    result = assess(subject(), data(), order(), run=run)
+    return run, result, tuple(READIED)
+
+
+def test_every_example_is_certified_broken_or_unknown(whole):
+    _, result, _ = whole
+    evidence, results = result.evidence, result.summary()["certification"]
+    certified, broken = evidence["certified"], ~evidence["correct"] | evidence["success"]
+    assert not (certified & broken).any()
+    assert results["certified"] == int(certified.sum()) > 4
+    assert results["broken"] == int(broken.sum())
+    assert results["unknown"] == int((~certified & ~broken).sum())
+    assert results["rows"][-1]["undecided"] == results["unknown"]
+    assert [row["name"] for row in results["rows"]] == ["interval", "attacks", "corners"]
+    assert (evidence["certified_radius"] == certified.double() * 0.02).all()
+    assert (evidence["certified_bound"][certified] > 0).all()
+    assert (evidence["certified_by"][certified] == 0).all()
+    assert (evidence["certified_by"][~certified] == -1).all()
+    assert float(result["certified_accuracy"]) <= float(result["robust_accuracy"])
+    assert float(result["certified_accuracy"]) == pytest.approx(float(certified.double().mean()))
+
+
+def test_a_method_is_prepared_once_and_run_on_undecided_examples(whole):
+    _, result, readied = whole
+    assert readied == ("interval", "corners")
+    quick, late = result.evidence.proofs
+    correct = int(result.evidence["correct"].sum())
+    assert quick.tried == correct
+    assert late.tried == correct - quick.certified - int(result.evidence["suite_success"].sum())
+    assert (late.after_attacks, quick.after_attacks) == (True, False)
+
+
+def test_a_certificate_holds_against_the_bound_of_every_attack(whole):
+    _, result, _ = whole
+    assert (result.evidence["certified_bound"] <= result.evidence["margin"].double()).all()
+
+
+@pytest.fixture(scope="module")
+def many():
+    """Enough examples that most of the certified ones are not attacked."""
+    net = Classifier(network())
+    g = torch.Generator().manual_seed(2)
+    x = torch.rand(200, fakes.FEATURES, generator=g, dtype=torch.float64)
+    return net, fakes.as_data(x, net(x).argmax(1)).read(0, 200)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_sample_of_the_certified_examples_is_attacked(many, full):
+    net, batch = many
+    plan = Plan((attack(),), ThreatModel(Linf(0.005)), proofs=(Interval(),), full=full)
+    evidence = measure_plan(net, [batch], plan)
+    certified = evidence["certified"]
+    assert int(certified.sum()) > 64
+    assert int((certified & evidence["attacked"]).sum()) == (int(certified.sum()) if full else 32)
+    assert evidence["attacked"][~certified].all()
+    shards = measure_plan(net, list(batch.split(70)), plan)
+    assert torch.equal(shards["attacked"], evidence["attacked"])
+
+
+def test_a_counterexample_of_a_method_is_judged_and_counts(many):
+    net, batch = many
+    plan = Plan((), ThreatModel(Linf(0.3)), late_proofs=(Corners(),), keep_adversarial=True)
+    evidence = measure_plan(net, [batch], plan)
+    (record,), (counted,) = evidence.proofs, evidence.passes
+    assert record.broken == record.confirmed == counted.broke == int(evidence["success"].sum()) > 0
+    assert record.stopped == record.tried - record.broken
+    assert len(evidence.gallery["id"]) > 0
+
+
+def test_a_claim_that_the_model_does_not_confirm_breaks_nothing(many, monkeypatch):
+    net, batch = many
+    honest = Corners.proofs
+
+    def liar(self, model, eps, batch):
+        proofs = honest(self, model, eps, batch)
+        return replace(proofs, x_adv=batch.x, broken=torch.ones_like(proofs.broken))
+
+    monkeypatch.setattr(Corners, "proofs", liar)
+    evidence = measure_plan(net, [batch], Plan((), SMALL, late_proofs=(Corners(),)))
+    assert not evidence["success"].any()
+    assert evidence.proofs[0].broken == 0
+
+
+def test_a_wrong_certificate_ends_the_run_without_a_result(tmp_path):
+    run, threat = tmp_path / "run", ThreatModel(Linf(0.2))
+    wrong = order(proofs=(Interval(shrink=0.02),), threat=threat)
+    with pytest.raises(UnsoundProof, match=r"certified by interval, broken by PGD.*No certificate") as caught:
+        assess(subject(), data(), wrong, run=run)
+    assert caught.value.exit_code == 5
+    with pytest.raises(UnsoundProof):
+        assess(subject(), data(), wrong, run=run, resume=True)
+    assert not (run / "verdict.json").exists()
+
+
+@pytest.mark.parametrize("stage", ["proof-1-interval", "1-pgd", "proof-2-corners"])
+def test_a_stopped_run_resumes_to_the_same_bytes(tmp_path, whole, stage):
+    run, _, _ = whole
+    stopped = tmp_path / "run"
+    stop_at(stopped, stage)
+    assess(subject(), data(), order(), run=stopped, resume=True)
+    assert settled(stopped) == settled(run)
+
+
+def test_worker_processes_store_the_same_columns(tmp_path, whole):
+    run, _, _ = whole
+    shared = tmp_path / "shared"
+    assess(subject(), data(), order(workers=2), run=shared)
+    stages = [path.name for path in run.glob("*.safetensors")]
+    assert "proof-1-interval.safetensors" in stages
+    for name in stages:
+        assert (shared / name).read_bytes() == (run / name).read_bytes(), name
+
+
+def test_a_stored_run_is_verified_reported_and_compared(tmp_path, whole):
+    run, result, _ = whole
+    assert verify(run).complete
+    opened = open_run(run)
+    assert opened.summary()["certification"]["certified"] == result.summary()["certification"]["certified"]
+    assert opened.summary()["verb"] == "certify"
+    text = Comparison(opened, result).text()
+    assert "Certified accuracy" in text
+    table = opened.table
+    assert "certification: 40 examples, linf:0.02" in table
+    assert "≤ robust accuracy" in table
+    assert "are certified under linf:0.02" in str(opened)
+    for suffix in (".html", ".md", ".csv", ".xml", ".sarif"):
+        assert opened.write(tmp_path / f"report{suffix}").stat().st_size > 0
+    assert "certified_by" in (tmp_path / "report.csv").read_text().splitlines()[0]
+    assert json.loads(opened.to_json())["metrics"]["certified_accuracy"]["n"] == 40
+
+
+def test_a_gate_on_certified_accuracy_ignores_doubts_about_attacks(whole):
+    _, result, _ = whole
+    assert result.gate("certified_accuracy >= 0.01")
+    assert result.gate("certified_accuracy@0.02 >= 0.01").estimate == result["certified_accuracy"]
+    assert result.gate("certified_accuracy@0.03 <= 0.2").estimate.value == 0
+
+
+def test_without_proofs_the_gate_names_the_way(tmp_path):
+    with pytest.raises(UsageError, match="holdfast certify, or with holdfast assess --certify"):
+        assess(subject(), data(), fakes.order(gates=("certified_accuracy >= 0.5",)))
+
+
+class Random(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x):
+        return self.net(x) + torch.randn(len(x), fakes.CLASSES, dtype=x.dtype)
+
+
+def test_models_about_which_nothing_is_proved_are_refused():
+    with pytest.raises(UsageError, match="outputs of the model are random"):
+        assess(subject(Random()), data(), order())
+    labels = subject()
+    labels.model.access = "labels"
+    with pytest.raises(UsageError, match="the model gives labels only"):
+        assess(labels, data(), order())
+
+
+def test_time_that_runs_out_keeps_the_certificates(monkeypatch):
+    result = assess(subject(), data(), order(time_budget_s=1e-9, gates=()))
+    assert result.summary()["certification"]["certified"] == 0
+    assert any("interval finished 0 of 40 examples" in note for note in result.summary()["notes"])
+
+
+def stop_at(run, stage):
+    """Begin the run, and interrupt it when the stage begins."""
+
+    def interrupt(step):
+        if step.stage == stage:
+            raise Interrupted("stopped", 2)
+
+    with pytest.raises(Interrupted):
+        assess(subject(), data(), order(), run=run, progress=interrupt)
