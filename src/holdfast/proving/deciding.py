@@ -32,7 +32,7 @@ _FEW, _MANY = 6, 20
 _STEPS = 20
 """steps of the optimisation of bounds before the first division"""
 _MOST_SHARPENED = 1500
-"""number of inputs of ReLUs of unknown sign up to which the bounds of all of them are optimised: at most some seconds"""
+"""number of inputs of ReLUs of unknown sign up to which the bounds of all of them are optimised, in a few seconds"""
 
 
 @dataclass(frozen=True)
