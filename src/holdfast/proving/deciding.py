@@ -1,7 +1,7 @@
 """Decides a query: `sat` with a confirmed witness, `unsat` by a proof, or neither within the time."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,7 +28,7 @@ Answer = Literal["sat", "unsat", "unknown", "timed-out"]
 ELEMENT_TYPES = {"real": None, "float32": "float32", "float64": "float64"}
 """element types that a query may declare, with the data type that the network must have for it"""
 _FEW, _MANY = 6, 20
-"""numbers of inputs up to which only boxes are divided, and up to which boxes and signs of ReLUs are divided in turn"""
+"""numbers of inputs up to which boxes are divided before signs of ReLUs, and up to which both are divided in turn"""
 _STEPS = 20
 """steps of the optimisation of bounds before the first division"""
 _MOST_SHARPENED = 1500
@@ -103,6 +103,8 @@ class _Prover:
     excluded: bool = False
     hopeless: bool = False
     """whether no method can continue"""
+    signs_ended: bool = False
+    """whether a subproblem with known signs could not be decided, so that further time does not help"""
     sharpened: dict[int, Relaxation] = field(default_factory=dict)
     """relaxations with optimised bounds, by the index of the graph"""
 
@@ -137,14 +139,30 @@ class _Prover:
 
     def run(self, deadline: float) -> Witness | None:
         """Continue the proof until the deadline. Return a witness if one was found."""
-        varying, divisible = self.problem.varying, splittable(self.subject.graph)
-        if varying > _FEW and divisible:
-            share = 0.5 if varying <= _MANY else 1.0
-            now = time.perf_counter()
-            witness = self._by_signs(now + share * (deadline - now))
-            if witness is not None or self.excluded or (varying > _MANY and time.perf_counter() >= deadline):
+        for method, until in self._methods(deadline):
+            witness = method(until)
+            if witness is not None or self.excluded:
                 return witness
-        return self._by_boxes(deadline)
+        by_signs = self.signs_ended or not splittable(self.subject.graph)
+        self.hopeless = by_signs and self.boxes is not None and self.boxes.exhausted
+        return None
+
+    def _methods(self, deadline: float) -> Iterator[tuple[Callable[[float], Witness | None], float]]:
+        """The methods in turn, each with the end of its time."""
+        varying = self.problem.varying
+        if not splittable(self.subject.graph):
+            yield self._by_boxes, deadline
+        elif varying > _MANY:
+            yield self._by_signs, deadline
+            yield self._by_boxes, deadline
+        else:
+            methods = (
+                (self._by_boxes, self._by_signs) if varying <= _FEW else (self._by_signs, self._by_boxes)
+            )
+            now = time.perf_counter()
+            yield methods[0], now + (deadline - now) / 2
+            yield methods[1], deadline
+            yield methods[0], deadline  # for the rest of the time, if the second one ended early
 
     def _by_boxes(self, deadline: float) -> Witness | None:
         if self.boxes is None:
@@ -152,12 +170,11 @@ class _Prover:
             problem = Problem(self.problem.low, self.problem.high, targets)
             self.boxes = BoxSearch(self.subject, problem, self.graphs[-1])
         witness = self.boxes.search(deadline)
-        self.hopeless = self.boxes.exhausted
         self.excluded = self.boxes.finished and not self.boxes.exhausted and witness is None
         return witness
 
     def _by_signs(self, deadline: float) -> Witness | None:
-        waiting = list(self.left)
+        waiting = [] if self.signs_ended else list(self.left)
         for i, j in enumerate(waiting):
             now = time.perf_counter()
             until = now + (deadline - now) / (len(waiting) - i)
@@ -170,6 +187,8 @@ class _Prover:
                     break
             if bound > 0:
                 self.left.remove(j)
+            elif not stopped:
+                self.signs_ended = True
         self.excluded = not self.left
         return None
 
