@@ -1,1 +1,3 @@
-"""Combines provers with attacks: decides queries about networks, and measures the geometry of decision boundaries."""
+"""Statements about a model beyond single attacks: the geometry of its decision boundary, and answers to queries of
+VNN-LIB, which ask whether inputs exist that satisfy constraints.
+"""
