@@ -1,3 +1,1 @@
-"""Statements about a model beyond single attacks: the geometry of its decision boundary, and answers to queries of
-VNN-LIB, which ask whether inputs exist that satisfy constraints.
-"""
+"""Combines provers with attacks: decides queries about networks, and measures the geometry of decision boundaries."""
