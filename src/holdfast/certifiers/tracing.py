@@ -34,11 +34,36 @@ def traced(model: Callable[[Tensor], Tensor], sample: Tensor) -> Graph:
     Raises `UsageError` with the operation and its place in the user's code if the model contains an operation without
     sound bounds, or if its operations depend on the values of its inputs.
     """
+    with torch.no_grad():
+        return recording(model, sample).graph()
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """The recorded operations of a model, from which its graph is translated with the present weights."""
+
+    module: fx.GraphModule
+    """the operations; its parameters and buffers are those of the model"""
+    shape: torch.Size
+    """shape of one input"""
+
+    def graph(self) -> Graph:
+        """Return the graph with constants computed from the present parameters and buffers of the model. If gradients
+        are enabled, they pass through the constants to the parameters.
+        """
+        return _Translator(self.module, self.shape).graph()
+
+
+def recording(model: Callable[[Tensor], Tensor], sample: Tensor) -> Recording:
+    """Return the operations of a model in evaluation mode, recorded on the first of the inputs `sample` (n, *shape).
+
+    Raises the errors of `traced`.
+    """
     x = sample[:1].expand(_ROWS, *sample.shape[1:]).clone()
-    recorded = _recorded(model, x)
-    graph = _Translator(recorded, sample.shape[1:]).graph()
-    _compare(graph, model, sample)
-    return graph
+    recorded = Recording(_recorded(model, x), sample.shape[1:])
+    with torch.no_grad():
+        _compare(recorded.graph(), model, sample)
+    return recorded
 
 
 def _recorded(model: Callable[[Tensor], Tensor], x: Tensor) -> fx.GraphModule:
@@ -132,8 +157,7 @@ class _Translator:
         kwargs = {name: self._value(arg) for name, arg in node.kwargs.items()}
         if not any(_varies(arg) for arg in (*args, *kwargs.values())):
             plain = [_plain(arg) for arg in args]
-            with torch.no_grad():
-                constant = node.target(*plain, **{name: _plain(arg) for name, arg in kwargs.items()})  # type: ignore[operator]
+            constant = node.target(*plain, **{name: _plain(arg) for name, arg in kwargs.items()})  # type: ignore[operator]
             return _Value(None, constant)
         name = _name(node.target)
         if name == "getitem":

@@ -97,6 +97,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("free", "FreeTraining", "free"),
         RecipeEntry("gradient-regularisation", "GradientRegularisation", "gradient_regularisation"),
         RecipeEntry("hat", "HAT", "hat"),
+        RecipeEntry("ibp", "IBPTraining", "ibp"),
         RecipeEntry("ikl", "IKL", "ikl"),
         RecipeEntry("jacobian", "JacobianRegularisation", "jacobian"),
         RecipeEntry("lipschitz", "LipschitzConstraint", "lipschitz"),
