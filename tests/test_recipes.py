@@ -25,6 +25,7 @@ from holdfast.recipes import (
     IKL,
     LLR,
     MART,
+    SABR,
     SCORE,
     TRADES,
     VAT,
@@ -32,6 +33,7 @@ from holdfast.recipes import (
     EnsembleTraining,
     FreeTraining,
     GradientRegularisation,
+    IBPTraining,
     JacobianRegularisation,
     LipschitzConstraint,
     MarginTraining,
@@ -72,6 +74,9 @@ CASES = [
     LipschitzConstraint(),
     LipschitzConstraint(gain=5.0, weight=0.0),
     MarginTraining(),
+    IBPTraining(),
+    IBPTraining(clean=0.5),
+    SABR(),
 ]
 
 
@@ -100,6 +105,8 @@ def test_the_catalogue_is_what_may_be_named_and_every_recipe_has_its_cases():
         CURE(training=SHORT),
         LLR(training=SHORT),
         LipschitzConstraint(gain=100.0, training=SHORT),
+        IBPTraining(regularisation=0.0, training=SHORT),
+        SABR(regularisation=0.0, training=SHORT),
     ],
     ids=repr,
 )

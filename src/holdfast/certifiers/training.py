@@ -8,7 +8,9 @@ NeurIPS 2021, arXiv:2103.17268.
 
 import math
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,9 @@ from holdfast.ops.learner import GROWN, Learner
 
 TAU = 0.5
 """tau of Shi et al.: the ratios below which the regularisation is positive"""
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Initialisation = Literal["given", "ibp"]
+"""weights with which a training starts: those of the given model, or random ones"""
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def live_graph(sample: Inputs) -> Callable[[Classifier], Graph]:
@@ -135,19 +139,23 @@ def _balance(first: Tensor, second: Tensor) -> Tensor:
     return torch.minimum(first, second) / larger
 
 
-def reinitialised(net: nn.Module, rng: Draws) -> None:
-    """Replace the weights of all linear and convolutional layers in place by the IBP initialisation of Shi et al., with
-    which the bounds of a network of any depth do not grow from layer to layer.
+def initialised(model: Classifier, how: Initialisation, rng: Draws) -> Classifier:
+    """Return a copy of a model, with its own weights (`given`), or with those of the IBP initialisation of Shi et al.
 
-    The weights of a layer with n inputs for each output are normal with the standard deviation sqrt(2 pi) / n. Biases
-    become zero.
+    There the weights of a linear or convolutional layer with n inputs for each output are normal with the standard
+    deviation sqrt(2 pi) / n, so that the bounds of a network of any depth do not grow from layer to layer. Biases become
+    zero. The values themselves shrink from layer to layer, which batch norm compensates: a network without it may not
+    learn from these weights.
     """
-    for name, layer in net.named_modules():
-        if isinstance(layer, LAYERS):
-            n = layer.weight[0].numel()
+    copied = deepcopy(model)
+    for name, layer in copied.named_modules() if how == "ibp" else ():
+        if isinstance(layer, _LAYERS):
+            rows = torch.arange(len(layer.weight), device=layer.weight.device)
+            draws = rng.at("initial weights", name).normal(
+                rows, *layer.weight.shape[1:], dtype=layer.weight.dtype
+            )
             with torch.no_grad():
-                rows = torch.arange(len(layer.weight), device=layer.weight.device)
-                draws = rng.at(name).normal(rows, *layer.weight.shape[1:], dtype=layer.weight.dtype)
-                layer.weight.copy_(math.sqrt(2 * math.pi) / n * draws)
+                layer.weight.copy_(math.sqrt(2 * math.pi) / layer.weight[0].numel() * draws)
                 if layer.bias is not None:
                     layer.bias.zero_()
+    return copied

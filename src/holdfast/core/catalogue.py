@@ -107,6 +107,7 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("multi-norm", "MultiNormTraining", "multi_norm"),
         RecipeEntry("n-fgsm", "SingleStep", "single_step"),
         RecipeEntry("pgd", "PGDTraining", "pgd_training"),
+        RecipeEntry("sabr", "SABR", "sabr"),
         RecipeEntry("score", "SCORE", "score"),
         RecipeEntry("standard", "Standard", "standard"),
         RecipeEntry("trades", "TRADES", "trades"),

@@ -7,10 +7,8 @@ one cycle, the weights are averaged, and batch norm uses its running statistics 
 """
 
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +16,13 @@ from torch import Tensor
 
 from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.training import (
+    Initialisation,
     box,
+    initialised,
     live_graph,
     margin_bounds,
     refuse_unbounded,
     regularisation,
-    reinitialised,
     robust_cross_entropy,
     warmed,
 )
@@ -45,7 +44,7 @@ class IBPTraining:
     """weight of the loss on clean inputs after the warm-up, during which it falls from 1; the bound has the rest"""
     regularisation: NonNegative = 0.5
     """weight, at the start of the warm-up, of a penalty on wide bounds and on unbalanced activations; it falls to 0"""
-    initialisation: Literal["ibp", "given"] = "ibp"
+    initialisation: Initialisation = "given"
     """weights at the start: random ones for which bounds do not grow from layer to layer, or those of the given model"""
     training: Training = field(default_factory=Training)
 
@@ -59,9 +58,7 @@ class IBPTraining:
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
         refuse_unbounded(threat, self.training)
-        start = deepcopy(model)
-        if self.initialisation == "ibp":
-            reinitialised(start, rng.at("initial weights"))
+        start = initialised(model, self.initialisation, rng)
         loss = partial(self.loss, live_graph(data.x[:8]))
         return trained(clean_inputs, loss, start, data, threat, self.training, rng=rng, after=after)
 
