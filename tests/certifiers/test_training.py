@@ -19,7 +19,6 @@ from holdfast.certifiers.training import (
     regularisation,
     robust_cross_entropy,
 )
-from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
@@ -109,6 +108,16 @@ def test_the_graph_is_the_network_in_evaluation_mode_after_every_pass():
     graph_of(net)
     net(batch.x)  # changes the running statistics
     torch.testing.assert_close(graph_of(net)(batch.x), net.eval()(batch.x))
+
+
+def test_the_bound_is_computed_in_the_precision_of_the_training():
+    net, data = network().float(), labelled()
+    batch = replace(data, x=data.x.float())
+    expected = bounded_loss(live_graph(batch.x)(net), batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = bounded_loss(live_graph(batch.x)(net), batch)
+    assert not torch.equal(rounded, expected)
+    torch.testing.assert_close(rounded, expected, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -48,7 +48,9 @@ def live_graph(sample: Inputs) -> Callable[[Classifier], Graph]:
     def recorded(net: Classifier) -> Recording:
         net.eval()
         try:
-            return recording(net, sample)
+            # with automatic precision, conversions of data types would be recorded
+            with torch.autocast(sample.device.type, enabled=False):
+                return recording(net, sample)
         finally:
             net.train()
 
@@ -143,7 +145,7 @@ def initialised(model: Classifier, how: Initialisation, rng: Draws) -> Classifie
     """Return a copy of a model, with its own weights (`given`), or with those of the IBP initialisation of Shi et al.
 
     There the weights of a linear or convolutional layer with n inputs for each output are normal with the standard
-    deviation sqrt(2 pi) / n, so that the bounds of a network of any depth do not grow from layer to layer. Biases become
+    deviation sqrt(2 pi) / n, so that bounds do not grow from layer to layer in a network of any depth. Biases become
     zero. The values themselves shrink from layer to layer, which batch norm compensates: a network without it may not
     learn from these weights.
     """

@@ -45,7 +45,7 @@ class IBPTraining:
     regularisation: NonNegative = 0.5
     """weight, at the start of the warm-up, of a penalty on wide bounds and on unbalanced activations; it falls to 0"""
     initialisation: Initialisation = "given"
-    """weights at the start: random ones for which bounds do not grow from layer to layer, or those of the given model"""
+    """weights at the start: those of the given model, or random ones with tight bounds, for networks with batch norm"""
     training: Training = field(default_factory=Training)
 
     def __call__(
@@ -76,7 +76,9 @@ class IBPTraining:
         bounds = graph.intervals(region, rounded=False)
         margins = margin_bounds(graph, bounds, batch.y)
         clean = 1 - (1 - self.clean) * warm
-        with torch.set_grad_enabled(clean > 0):  # a pass without a weight still updates the statistics of batch norm
+        with torch.set_grad_enabled(
+            clean > 0
+        ):  # a pass without a weight still updates the statistics of batch norm
             logits = learner.net(batch.x)
         loss = clean * F.cross_entropy(logits, batch.y) + (1 - clean) * robust_cross_entropy(margins).mean()
         if self.regularisation and warm < 1:

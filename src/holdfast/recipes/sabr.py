@@ -42,7 +42,7 @@ class SABR:
     """Minimises an upper bound of the loss over a small box around an attacked point of the ball."""
 
     ratio: Fraction = 0.2
-    """radius of the box as a fraction of eps (lambda of the paper); with 1 it is the ball, as with `ibp`, and with 0 only the attacked point"""
+    """radius of the box as a fraction of eps (lambda of the paper): with 1 it is the ball, with 0 the attacked point"""
     steps: Steps = 2
     """number of gradient steps of the inner attack, which searches the centre of the box"""
     reach: Positive = 2.5
@@ -50,7 +50,7 @@ class SABR:
     regularisation: NonNegative = 0.5
     """weight, at the start of the warm-up, of a penalty on wide bounds and on unbalanced activations; it falls to 0"""
     initialisation: Initialisation = "given"
-    """weights at the start: random ones for which bounds do not grow from layer to layer, or those of the given model"""
+    """weights at the start: those of the given model, or random ones with tight bounds, for networks with batch norm"""
     training: Training = field(default_factory=Training)
 
     def __call__(

@@ -36,7 +36,13 @@ from holdfast.verbs.checks import refuse_batch, refuse_data, refuse_threat
 from holdfast.verbs.epochs import NOTHING, STAGES, Trainer, TrainingStart
 from holdfast.verbs.executors import cluster_for
 from holdfast.verbs.hardened import MODEL, Hardened, Made, card_of, opened_by, timeless, weights_metadata
-from holdfast.verbs.held_out import TrainingExamples, examples_of, harmless, held_out_accuracies, proved_accuracy
+from holdfast.verbs.held_out import (
+    TrainingExamples,
+    examples_of,
+    harmless,
+    held_out_accuracies,
+    proved_accuracy,
+)
 from holdfast.verbs.manifest import about_run, harden_manifest
 from holdfast.verbs.pace import Clock, with_predicted_labels
 from holdfast.verbs.preparation import readied

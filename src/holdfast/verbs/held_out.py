@@ -22,8 +22,8 @@ from holdfast.ops.recipe import Recipe
 from holdfast.recipes import SABR, IBPTraining
 
 EVALUATION_ATTACK = PGD(steps=20)
-"""The attack for held-out accuracy, by which the checkpoint of most recipes is chosen; it has more steps and another loss than in
-training."""
+"""The attack for held-out accuracy, by which the checkpoint of most recipes is chosen; it has more steps and another
+loss than in training."""
 CERTIFIED = (IBPTraining, SABR)
 """The recipes of certified training, whose checkpoint is chosen by certified accuracy."""
 _HELD_OUT, _LEAST_HELD_OUT = 1_000, 50
