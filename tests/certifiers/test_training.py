@@ -11,6 +11,7 @@ from holdfast.attacks.pgd import PGD
 from holdfast.certifiers.graph import Graph, Node
 from holdfast.certifiers.linear import Dense
 from holdfast.certifiers.nonlinear import ReLU
+from holdfast.certifiers.provers import Crown
 from holdfast.certifiers.training import (
     box,
     initialised,
@@ -25,7 +26,10 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.losses import cross_entropy
-from holdfast.recipes import IBPTraining
+from holdfast.ops.fit import Training
+from holdfast.recipes import SABR, IBPTraining, Standard
+from holdfast.sources.architectures import mlp
+from holdfast.sources.data import open_data
 from holdfast.testing import fakes
 from holdfast.testing.recipes import SHORT
 
@@ -180,3 +184,22 @@ def test_what_bounds_cannot_train_is_refused():
         IBPTraining()(model, data, ThreatModel(L2(0.5)), rng=Draws(0))
     with pytest.raises(UsageError, match="compiled is true"):
         IBPTraining(training=replace(SHORT, compiled=True))(model, data, ThreatModel(Linf(0.1)), rng=Draws(0))
+
+
+@pytest.mark.slow
+def test_certified_training_makes_networks_of_which_bounds_prove_much():
+    digits, test = (open_data("mnist-mini", split=split) for split in ("train", "test"))
+    data, judged = digits.read(0, 2_500), test.read(0, 300)
+    threat, how = ThreatModel(Linf(0.1)), Training(epochs=30, lr=2e-3, weight_decay=0.0, average=0.99)
+
+    def proved(recipe):
+        torch.manual_seed(0)
+        net = Classifier(mlp(width=64)).eval()
+        *_, last = replace(recipe, training=how)(net, data, threat, rng=Draws(0))
+        last.put_into(net)
+        return float(
+            Crown().ready(net, judged.take(torch.arange(8)), threat)(judged).certified.float().mean()
+        )
+
+    assert proved(Standard()) < 0.1
+    assert min(proved(IBPTraining()), proved(SABR())) > 0.3

@@ -51,7 +51,7 @@ class SABR:
     """weight, at the start of the warm-up, of a penalty on wide bounds and on unbalanced activations; it falls to 0"""
     initialisation: Initialisation = "given"
     """weights at the start: those of the given model, or random ones with tight bounds, for networks with batch norm"""
-    training: Training = field(default_factory=Training)
+    training: Training = field(default_factory=lambda: Training(lr=2e-3, weight_decay=0.0, warmup=0.3))
 
     def __call__(
         self,
