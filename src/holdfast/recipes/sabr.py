@@ -41,7 +41,7 @@ from holdfast.ops.learner import Learner, trained
 class SABR:
     """Minimises an upper bound of the loss over a small box around an attacked point of the ball."""
 
-    ratio: Fraction = 0.2
+    ratio: Fraction = 0.3
     """radius of the box as a fraction of eps (lambda of the paper): with 1 it is the ball, with 0 the attacked point"""
     steps: Steps = 2
     """number of gradient steps of the inner attack, which searches the centre of the box"""
