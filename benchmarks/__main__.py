@@ -56,6 +56,7 @@ ROWS = {
     "seed-tables": "seed_tables",
     "hardening": "hardening",
     "cifar-hardening": "cifar_hardening",
+    "certified-training": "certified_training",
     "fast-choice": "fast_choice",
     "fast": "fast",
     "trades": "trades",
