@@ -25,6 +25,7 @@ ROWS = {
     "import": "imports",
     "odd-batches": "odd_batches",
     "soundness": "soundness",
+    "certification": "certification",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
     "cluster": "cluster",

@@ -17,6 +17,10 @@ SUBJECTS = {
     "import": "CPU time of importing all attacks after torch, beside other attack libraries.",
     "odd-batches": "Attacks on batches that are already broken, empty, of one image, non-contiguous or channels-last. "
     "*As any other* means the same result as for the same examples stored as usual.",
+    "soundness": "Certificates of random small networks beside a mixed-integer solver, and of networks with a hidden "
+    "counterexample.",
+    "certification": "Certificates of networks that others trained: examples decided, CPU time of each method, and "
+    "a network with its normalisation inside.",
     "onnx-files": "ONNX files from other packages: opened with gradients, or refused with the reason.",
     "cluster": "The same assessment with two worker processes and on a Ray cluster of one machine: time, memory, and a "
     "node that is killed.",

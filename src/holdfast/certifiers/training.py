@@ -57,7 +57,7 @@ def live_graph(sample: Inputs) -> Callable[[Classifier], Graph]:
     return lambda net: recorded(net).graph()
 
 
-def refuse_unbounded(threat: ThreatModel, training: Training) -> None:
+def refuse_without_bounds(threat: ThreatModel, training: Training) -> None:
     """Raise `UsageError` for settings with which the bounds of a network in training cannot be computed."""
     constraint = threat.constraint
     if not isinstance(constraint, Linf):

@@ -21,7 +21,7 @@ from holdfast.certifiers.training import (
     initialised,
     live_graph,
     margin_bounds,
-    refuse_unbounded,
+    refuse_without_bounds,
     regularisation,
     robust_cross_entropy,
     warmed,
@@ -57,7 +57,7 @@ class IBPTraining:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        refuse_unbounded(threat, self.training)
+        refuse_without_bounds(threat, self.training)
         start = initialised(model, self.initialisation, rng)
         loss = partial(self.loss, live_graph(data.x[:8]))
         return trained(clean_inputs, loss, start, data, threat, self.training, rng=rng, after=after)

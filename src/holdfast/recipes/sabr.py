@@ -22,7 +22,7 @@ from holdfast.certifiers.training import (
     initialised,
     live_graph,
     margin_bounds,
-    refuse_unbounded,
+    refuse_without_bounds,
     regularisation,
     robust_cross_entropy,
     warmed,
@@ -62,7 +62,7 @@ class SABR:
         rng: Draws,
         after: Checkpoint | None = None,
     ) -> Iterator[Checkpoint]:
-        refuse_unbounded(threat, self.training)
+        refuse_without_bounds(threat, self.training)
         start = initialised(model, self.initialisation, rng)
         loss = partial(self.loss, live_graph(data.x[:8]))
         return trained(self.inner, loss, start, data, threat, self.training, rng=rng, after=after)
