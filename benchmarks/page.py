@@ -17,6 +17,10 @@ SUBJECTS = {
     "import": "CPU time of importing all attacks after torch, beside other attack libraries.",
     "odd-batches": "Attacks on batches that are already broken, empty, of one image, non-contiguous or channels-last. "
     "*As any other* means the same result as for the same examples stored as usual.",
+    "soundness": "Certificates of random small networks beside a mixed-integer solver, and of networks with a hidden "
+    "counterexample.",
+    "certification": "Certificates of networks that others trained: examples decided, CPU time of each method, and "
+    "a network with its normalisation inside.",
     "onnx-files": "ONNX files from other packages: opened with gradients, or refused with the reason.",
     "cluster": "The same assessment with two worker processes and on a Ray cluster of one machine: time, memory, and a "
     "node that is killed.",
@@ -62,6 +66,8 @@ SUBJECTS = {
     "hardening": "Models hardened within minutes on two cores: `standard` on 1,000 test images, `fast` on all 10,000.",
     "cifar-hardening": "CIFAR-10 hardened in ten minutes on two cores: a small residual network, `fast` on 1,000 "
     "images.",
+    "certified-training": "Certified training of the bundled network, MNIST, Linf 0.1: share of the 10,000 test "
+    "images that interval bounds, CROWN, and branch and bound prove, and CPU time.",
     "fast-choice": "`fast` against `standard` on the networks that `fast` was designed on, 200 images.",
     "fast": "`fast` and `quick` against `standard`: robust accuracy, examples missed, and CPU time.",
     "trades": "`fast` on the 10,000 images of the public challenge of TRADES. "

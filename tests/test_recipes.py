@@ -25,6 +25,7 @@ from holdfast.recipes import (
     IKL,
     LLR,
     MART,
+    SABR,
     SCORE,
     TRADES,
     VAT,
@@ -34,6 +35,7 @@ from holdfast.recipes import (
     FreeTraining,
     GaussianNoise,
     GradientRegularisation,
+    IBPTraining,
     JacobianRegularisation,
     LipschitzConstraint,
     MarginTraining,
@@ -76,6 +78,9 @@ CASES = [
     MarginTraining(),
     GaussianNoise(sigma=0.1),
     GaussianNoise(sigma=0.1, copies=2, stability=2.0),
+    IBPTraining(),
+    IBPTraining(clean=0.5),
+    SABR(),
 ]
 DENOISING = [Denoising(sigma=0.1), Denoising(sigma=0.1, mse=0.0), Denoising(sigma=0.1, stability=0.0)]
 """These train another part of a model, and no labels: `learns` is a test of their own."""
@@ -114,6 +119,8 @@ def test_the_catalogue_is_what_may_be_named_and_every_recipe_has_its_cases():
         CURE(training=SHORT),
         LLR(training=SHORT),
         LipschitzConstraint(gain=100.0, training=SHORT),
+        IBPTraining(regularisation=0.0, training=SHORT),
+        SABR(regularisation=0.0, training=SHORT),
     ],
     ids=repr,
 )

@@ -6,7 +6,7 @@ A module is imported when one of its names is first used, so that `import holdfa
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.api import assess, compare, demo, doctor, harden, report, verify
+    from holdfast.api import assess, demo, doctor, harden
     from holdfast.attacking import attack
     from holdfast.certifiers.smoothed import Smoothed
     from holdfast.certifying import certify
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from holdfast.core.threat import ThreatModel
     from holdfast.core.through import through
     from holdfast.core.transformations import Colour, Spatial
+    from holdfast.stored import compare, report, verify
 
 __version__ = "0.2.0"
 
@@ -84,7 +85,7 @@ _HOMES = {
     "assess": "holdfast.api",
     "attack": "holdfast.attacking",
     "certify": "holdfast.certifying",
-    "compare": "holdfast.api",
+    "compare": "holdfast.stored",
     "demo": "holdfast.api",
     "doctor": "holdfast.api",
     "guarded": "holdfast.core.guard",
@@ -92,11 +93,11 @@ _HOMES = {
     "init": "holdfast.config.starting",
     "open_data": "holdfast.config.references",
     "open_model": "holdfast.config.references",
-    "report": "holdfast.api",
+    "report": "holdfast.stored",
     "skipped": "holdfast.core.skipped",
     "through": "holdfast.core.through",
     "validate": "holdfast.config.starting",
-    "verify": "holdfast.api",
+    "verify": "holdfast.stored",
 }
 
 

@@ -50,19 +50,16 @@ from holdfast.ops.recipe import Recipe
 from holdfast.reports.write import check_destination as check_place
 from holdfast.sources import data as data_sources
 from holdfast.sources.counting import inspection_counter
-from holdfast.store.verify import Verified
-from holdfast.store.verify import verify as verify_folder
+from holdfast.stored import baseline_evidence
 from holdfast.verbs import assess as assessing
 from holdfast.verbs import harden as hardens
 from holdfast.verbs.exhibition import Exhibit, exhibits
 from holdfast.verbs.hardened import Hardened
 from holdfast.verbs.result import Result
-from holdfast.verbs.stored_runs import Comparison, open_run
 
 __all__ = [
     "assess",
     "carry_out",
-    "compare",
     "demo",
     "doctor",
     "exhibition",
@@ -71,9 +68,7 @@ __all__ = [
     "look_over",
     "open_data",
     "open_model",
-    "report",
     "validate",
-    "verify",
 ]
 
 
@@ -162,7 +157,7 @@ def assess(
     members = None
     if suite is not None and settings.suite.suite is None:
         members = members_given(suite, threat_model(parse_threat(settings.threat.threat)).constraint)
-    inputs = AssessInputs(settings, sources, surrogates, fit, across, members, _evidence(baseline))
+    inputs = AssessInputs(settings, sources, surrogates, fit, across, members, baseline_evidence(baseline))
     folder = folder_of(run, resume=resume)
     with opened_for_assess(inputs, folder, resume=resume) as (subject, examples, request):
         return assessing.assess(
@@ -293,7 +288,7 @@ def harden(
         subject,
         recipe=None if isinstance(recipe, str | Mapping) else recipe,
         surrogates=open_surrogates(surrogates, sources, subject.model),
-        baseline=_evidence(baseline),
+        baseline=baseline_evidence(baseline),
         training=training,
         excluded=fit_data,
         device=device_of_model(sources, subject, device),
@@ -323,7 +318,7 @@ def carry_out_hardening(
         sources,
         subject,
         surrogates=open_surrogates(settings.suite.surrogates, sources, subject.model),
-        baseline=_evidence(settings.reports.baseline),
+        baseline=baseline_evidence(settings.reports.baseline),
         training=training,
         excluded=fit_data,
         command=command,
@@ -417,34 +412,3 @@ def _findings(sources: Sources) -> tuple[Finding, ...]:
     subject = open_subject(sources)
     inspection_counter(subject.model)
     return examine(subject.model, open_examples(sources, subject.model, lenient=True))
-
-
-def compare(first: Result | str | Path, second: Result | str | Path) -> Comparison:
-    """Compare two runs on the examples that both contain, and return the differences between them."""
-    return Comparison(_result(first), _result(second))
-
-
-def report(run: str | Path) -> Result:
-    """Read the folder of a finished run and return its result."""
-    return open_run(Path(run))
-
-
-def verify(run: str | Path) -> Verified:
-    """Check that the files in the folder of a run match its hash chain, and return the number of files and the state of
-    the run.
-
-    Raises `TargetError` for the first difference.
-    """
-    return verify_folder(Path(run))
-
-
-def _evidence(run: Result | Evidence | str | Path | None) -> Evidence | None:
-    if run is None or isinstance(run, Evidence):
-        return run
-    if not isinstance(run, Result | str | Path):
-        raise UsageError(f"baseline is a {type(run).__name__}; give a result, or the folder of a run")
-    return _result(run).evidence
-
-
-def _result(run: Result | str | Path) -> Result:
-    return run if isinstance(run, Result) else open_run(Path(run))

@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from holdfast.attacks import DDN
 from holdfast.certifiers import spectral
 from holdfast.certifiers.lipschitz import Lipschitz, LipschitzProver, lipschitz_bounds
 from holdfast.certifiers.spectral import convolution_bound, overlap_bound, spectral_bound
 from holdfast.certifiers.tracing import traced
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
+from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
@@ -135,6 +137,11 @@ def test_networks_of_lipschitz_layers_have_the_gain_that_they_are_made_for(name)
     torch.testing.assert_close(radii, expected.double(), rtol=5e-2, atol=1e-5)
     proofs = Lipschitz().ready(model, batch, ThreatModel(L2(float(radii.median()))))(batch)
     assert (proofs.certified == (radii > float(radii.median()) + 1e-6)).all()
+    x_adv = DDN(steps=40)(model, batch, ThreatModel(L2()), rng=Draws(0))
+    with torch.no_grad():
+        broken = model(x_adv).argmax(1) != batch.y
+    assert broken.any()
+    assert (L2().distance(x_adv, batch.x)[broken] >= radii[broken]).all()
 
 
 def test_divisors_that_are_too_small_raise_the_gain_of_a_residual_layer(monkeypatch):

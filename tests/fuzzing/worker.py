@@ -67,7 +67,7 @@ def _configuration(path: Path) -> None:
 
 def _run(folder: Path) -> None:
     """Verify a run and write its reports; one must not keep the other from being tried."""
-    from holdfast.api import report, verify
+    from holdfast.stored import report, verify
     from holdfast.verbs.forms import consistent
 
     with suppress(HoldfastError):

@@ -11,7 +11,7 @@ from PIL import Image
 from holdfast.core.evidence import Table
 from holdfast.reports import html
 from holdfast.reports.charts import bands
-from holdfast.reports.geometry import PALETTE, geometry, rounded_down, rounded_up
+from holdfast.reports.geometry import PALETTE, geometry_results, rounded_down, rounded_up
 from reports import made
 
 
@@ -43,7 +43,9 @@ def page(results):
 
 
 def results(**columns):
-    return geometry(table(**columns), ["<b>a</b>", "b", "c"], norm="Linf", unit="image", method="crown")
+    return geometry_results(
+        table(**columns), ["<b>a</b>", "b", "c"], norm="Linf", unit="image", method="crown"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a training does not learn from: which examples choose its checkpoint, which judge it, and how they are seen."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,16 @@ from holdfast.config.resolve import sources_given
 from holdfast.config.settings import HardenSettings, check_settings
 from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.model import Bounds, Classifier
 from holdfast.ops.pieces import PIECE, results_in_pieces
+from holdfast.recipes import IBPTraining
 from holdfast.sources.memory import as_data
+from holdfast.verbs import epochs
 from holdfast.verbs.harden import harden
 from holdfast.verbs.held_out import (
     harmless,
     held_out_accuracies,
+    proved_accuracy,
     refuse_missing_classes,
     split_of,
     without_held,
@@ -24,7 +29,7 @@ from holdfast.verbs.held_out import (
 )
 from holdfast.verbs.pace import with_predicted_labels
 from verbs import fakes
-from verbs.test_hardening import THREAT, trainable, training, wish
+from verbs.test_hardening import HOW, THREAT, trainable, training, wish
 
 
 def test_training_examples_that_are_judged_are_left_out_and_named(tmp_path):
@@ -218,3 +223,23 @@ def test_a_zero_of_the_other_sign_is_the_same_input():
     kept, said = without_judged(data, twin)
     assert "1 of 600" in said and "3 is test example 0" in said
     assert set(range(600)) - set(kept.ids.tolist()) == {3}
+
+
+def test_the_checkpoint_of_a_certified_training_is_that_of_which_most_is_proved(monkeypatch):
+    proved = iter((0.2, 0.5, 0.4))
+    monkeypatch.setattr(epochs, "proved_accuracy", lambda *_: next(proved))
+    found = harden(trainable(), training(), fakes.data(), wish(IBPTraining(training=HOW)))
+    assert [point.certified for point in found.curve] == [0.2, 0.5, 0.4]
+    assert found.card["chosen"]["epoch"] == 2
+    assert any("50.0 %" in note for note in found.card["notes"])
+
+
+def test_what_is_proved_of_a_linear_network_is_what_no_attack_can_break():
+    net = torch.nn.Linear(fakes.FEATURES, 2).double()
+    held, wide = training(300), Bounds(-10.0, 10.0)
+    held = replace(held, y=(net(held.x).argmax(1) + (held.ids % 5 == 0)) % 2)
+    gap = net(held.x).diff(dim=1)[:, 0] * (2 * held.y - 1)
+    least = gap - THREAT.constraint.eps * net.weight.diff(dim=0).abs().sum()
+    share = proved_accuracy(Classifier(net, bounds=wide), held, THREAT, [IBPTraining()])
+    assert 0.1 < share == float((least > 0).double().mean()) < 0.75
+    assert proved_accuracy(Classifier(net, bounds=wide), held, THREAT, [wish().candidates[0].recipe]) is None

@@ -79,14 +79,15 @@ class Graph:
             values.append(node.operation(*(values[i] for i in node.inputs)))
         return values
 
-    def intervals(self, x: Interval) -> list[Interval]:
+    def intervals(self, x: Interval, *, rounded: bool = True) -> list[Interval]:
         """Return bounds of the values of all nodes for all inputs within the given bounds (n, *shape).
 
-        Bounds are enlarged by the rounding errors of their computation and of the network. Gradients pass through them.
+        Bounds are enlarged by the rounding errors of their computation and of the network; without `rounded`, as in
+        training, those of linear operations are not, which takes two thirds of the time. Gradients pass through them.
         """
         bounds = [x]
         for node in self.nodes:
-            bounds.append(interval_of(node, [bounds[i] for i in node.inputs]))
+            bounds.append(interval_of(node, [bounds[i] for i in node.inputs], rounded=rounded))
         return bounds
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Graph":
@@ -94,13 +95,16 @@ class Graph:
         return Graph(self.shape, tuple(_converted(node, dtype, device) for node in self.nodes))
 
 
-def interval_of(node: Node, inputs: Sequence[Interval]) -> Interval:
-    """Return bounds of the values of an operation for inputs within the given bounds, enlarged by rounding errors."""
+def interval_of(node: Node, inputs: Sequence[Interval], *, rounded: bool = True) -> Interval:
+    """Return bounds of the values of an operation for inputs within the given bounds, enlarged by rounding errors.
+
+    Without `rounded`, those of a linear operation are not enlarged.
+    """
     operation = node.operation
     if not isinstance(operation, Linear):
         return operation.interval(inputs[0])
     low, high = operation.interval(*inputs)
-    if not operation.terms:
+    if not operation.terms or not rounded:
         return low, high
     with torch.no_grad():
         sizes = operation.magnitude(*(largest(each) for each in inputs))

@@ -34,8 +34,8 @@ from holdfast.ops.closest import leeway
 
 _AT_ONCE = 64
 """number of examples whose logits are bounded together"""
-_SMALL = 2e9
-"""largest number of multiplications for the matrix of a convolution at the size of its input, about a second"""
+_SMALL = 1e10
+"""largest number of multiplications for the matrix of a convolution at the size of its input, about two seconds"""
 _STEEPEST = {
     torch.tanh: 1.0,
     torch.sigmoid: 0.25,

@@ -381,6 +381,7 @@ def _threshold(to: Translator, x: TracedValue, at: TracedValue, value: TracedVal
     return to.add(ReLU(), x)
 
 
+_VIEWS = ("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "clone", "alias", "detach", "dropout")
 TRANSLATIONS: dict[str, Translation] = {
     "aten.add": _add,
     "aten.sub": _sub,
@@ -394,15 +395,7 @@ TRANSLATIONS: dict[str, Translation] = {
     "aten.native_batch_norm": _batch_norm,
     "aten.cudnn_batch_norm": _batch_norm,
     "aten._native_batch_norm_legit_no_training": _batch_norm,
-    "aten.view": _viewed,
-    "aten._unsafe_view": _viewed,
-    "aten.reshape": _viewed,
-    "aten.squeeze": _viewed,
-    "aten.unsqueeze": _viewed,
-    "aten.clone": _viewed,
-    "aten.alias": _viewed,
-    "aten.detach": _viewed,
-    "aten.dropout": _viewed,
+    **dict.fromkeys((f"aten.{name}" for name in _VIEWS), _viewed),
     "aten.permute": _moved,
     "aten.transpose": _moved,
     "aten.slice": _of_features,

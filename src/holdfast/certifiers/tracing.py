@@ -7,6 +7,7 @@ compared with the model on random inputs.
 
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,12 +28,40 @@ def traced(model: Callable[[Tensor], Tensor], sample: Tensor) -> Graph:
     Raises `UsageError` with the operation and its place in the user's code if the model contains an operation without
     sound bounds, or if its operations depend on the values of its inputs.
     """
+    with torch.no_grad():
+        return recording(model, sample).graph()
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """The recorded operations of a model, from which its graph is translated with the present weights."""
+
+    module: fx.GraphModule
+    """the operations; its parameters and buffers are those of the model"""
+    output: fx.Node
+    """the operation that returns the logits"""
+    shape: torch.Size
+    """shape of one input"""
+
+    def graph(self) -> Graph:
+        """Return the graph with constants computed from the present parameters and buffers of the model. If gradients
+        are enabled, they pass through the constants to the parameters.
+        """
+        return Translator(self.module, self.shape, TRANSLATIONS).graph(self.output)
+
+
+def recording(model: Callable[[Tensor], Tensor], sample: Tensor) -> Recording:
+    """Return the operations of a model in evaluation mode, recorded on the first of the inputs `sample` (n, *shape).
+
+    Raises the errors of `traced`.
+    """
     x = sample[:1].expand(ROWS, *sample.shape[1:]).clone()
-    recorded = _recorded(model, x)
-    output, tail = _without_softmax(recorded)
-    graph = Translator(recorded, sample.shape[1:], TRANSLATIONS).graph(output)
-    _compare(graph, tail, model, sample)
-    return graph
+    module = _recorded(model, x)
+    output, tail = _without_softmax(module)
+    recorded = Recording(module, output, sample.shape[1:])
+    with torch.no_grad():
+        _compare(recorded.graph(), tail, model, sample)
+    return recorded
 
 
 def _recorded(model: Callable[[Tensor], Tensor], x: Tensor) -> fx.GraphModule:

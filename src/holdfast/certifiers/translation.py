@@ -64,8 +64,7 @@ class Translator:
         kwargs = {name: self._value(arg) for name, arg in node.kwargs.items()}
         if not any(_varies(arg) for arg in (*args, *kwargs.values())):
             given = [constant_of(arg) for arg in args]
-            with torch.no_grad():
-                constant = node.target(*given, **{name: constant_of(arg) for name, arg in kwargs.items()})  # type: ignore[operator]
+            constant = node.target(*given, **{name: constant_of(arg) for name, arg in kwargs.items()})  # type: ignore[operator]
             return TracedValue(None, constant)
         name = operation_name(node.target)
         if name == "getitem":

@@ -26,8 +26,8 @@ def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
     """Write reports of a finished run without measuring anything. The verdict and exit code are those of the run."""
     refuse_no_run(run)
     refuse_reports(output)
-    from holdfast.api import report as opened
     from holdfast.cli.running import tell
+    from holdfast.stored import report as opened
     from holdfast.verbs.forms import consistent
 
     result = opened(run)
@@ -57,7 +57,7 @@ def verify(voice: Voice, run: Path, expect_head: str) -> None:
     if expect_head:
         raise UsageError(f"--expect-head is for pools, and {str(run)!r} is not a pool; leave it out")
     refuse_no_run(run)
-    from holdfast.api import verify as checked
+    from holdfast.stored import verify as checked
 
     verified = checked(run)
     state = "complete" if verified.complete else "not finished yet"
@@ -140,8 +140,8 @@ def compare(voice: Voice, first: Path, second: Path, output: tuple[str, ...]) ->
 
     refuse_no_run(first, second)
     refuse_reports(output, COMPARISON_SUFFIXES)
-    from holdfast.api import compare as compared
-    from holdfast.api import report as opened
+    from holdfast.stored import compare as compared
+    from holdfast.stored import report as opened
     from holdfast.verbs.forms import consistent
 
     results = []

@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,7 +41,7 @@ def local_cluster(ray: ModuleType, workers: int, gpus: int | None) -> Iterator[A
             "--on ray starts; unset it, or set it to token"
         )
     if not any(os.environ.get(name) for name in _TOKEN_VARIABLES) and not _default_token().is_file():
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ["RAY_AUTH_TOKEN"] = _own_token()
     with ExitStack() as stack:
         try:
             # a short name, because paths of sockets are limited
@@ -94,6 +95,12 @@ def shut_down(ray: ModuleType) -> None:
     """Close the connection to a cluster, and end the cluster if this process has started it."""
     with own_signals():
         ray.shutdown()
+
+
+@cache
+def _own_token() -> str:
+    """Return a new token, the same for all clusters of this process: Ray reads its token once in a process."""
+    return secrets.token_hex(32)
 
 
 def _default_token() -> Path:

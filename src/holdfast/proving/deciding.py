@@ -1,14 +1,14 @@
 """Decides a query: `sat` with a confirmed witness, `unsat` by a proof, or neither within the time."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.alpha import optimised
+from holdfast.certifiers.alpha import optimised, sharpen
 from holdfast.certifiers.branching import Search, Tree, splittable
 from holdfast.certifiers.crown import relaxed, substitute
 from holdfast.certifiers.graph import Graph
@@ -28,9 +28,11 @@ Answer = Literal["sat", "unsat", "unknown", "timed-out"]
 ELEMENT_TYPES = {"real": None, "float32": "float32", "float64": "float64"}
 """element types that a query may declare, with the data type that the network must have for it"""
 _FEW, _MANY = 6, 20
-"""numbers of inputs up to which only boxes are divided, and up to which boxes and signs of ReLUs are divided in turn"""
+"""numbers of inputs up to which boxes are divided before signs of ReLUs, and up to which both are divided in turn"""
 _STEPS = 20
 """steps of the optimisation of bounds before the first division"""
+_MOST_SHARPENED = 1500
+"""number of inputs of ReLUs of unknown sign up to which the bounds of all of them are optimised, in a few seconds"""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,10 @@ class _Prover:
     excluded: bool = False
     hopeless: bool = False
     """whether no method can continue"""
+    signs_ended: bool = False
+    """whether a subproblem with known signs could not be decided, so that further time does not help"""
+    sharpened: dict[int, Relaxation] = field(default_factory=dict)
+    """relaxations with optimised bounds, by the index of the graph"""
 
     def __post_init__(self) -> None:
         self.left = list(range(len(self.problem.targets)))
@@ -133,14 +139,30 @@ class _Prover:
 
     def run(self, deadline: float) -> Witness | None:
         """Continue the proof until the deadline. Return a witness if one was found."""
-        varying, divisible = self.problem.varying, splittable(self.subject.graph)
-        if varying > _FEW and divisible:
-            share = 0.5 if varying <= _MANY else 1.0
-            now = time.perf_counter()
-            witness = self._by_signs(now + share * (deadline - now))
-            if witness is not None or self.excluded or (varying > _MANY and time.perf_counter() >= deadline):
+        for method, until in self._methods(deadline):
+            witness = method(until)
+            if witness is not None or self.excluded:
                 return witness
-        return self._by_boxes(deadline)
+        by_signs = self.signs_ended or not splittable(self.subject.graph)
+        self.hopeless = by_signs and self.boxes is not None and self.boxes.exhausted
+        return None
+
+    def _methods(self, deadline: float) -> Iterator[tuple[Callable[[float], Witness | None], float]]:
+        """The methods in turn, each with the end of its time."""
+        varying = self.problem.varying
+        if not splittable(self.subject.graph):
+            yield self._by_boxes, deadline
+        elif varying > _MANY:
+            yield self._by_signs, deadline
+            yield self._by_boxes, deadline
+        else:
+            methods = (
+                (self._by_boxes, self._by_signs) if varying <= _FEW else (self._by_signs, self._by_boxes)
+            )
+            now = time.perf_counter()
+            yield methods[0], now + (deadline - now) / 2
+            yield methods[1], deadline
+            yield methods[0], deadline  # for the rest of the time, if the second one ended early
 
     def _by_boxes(self, deadline: float) -> Witness | None:
         if self.boxes is None:
@@ -148,14 +170,14 @@ class _Prover:
             problem = Problem(self.problem.low, self.problem.high, targets)
             self.boxes = BoxSearch(self.subject, problem, self.graphs[-1])
         witness = self.boxes.search(deadline)
-        self.hopeless = self.boxes.exhausted
         self.excluded = self.boxes.finished and not self.boxes.exhausted and witness is None
         return witness
 
     def _by_signs(self, deadline: float) -> Witness | None:
-        for i, j in enumerate(list(self.left)):
+        waiting = [] if self.signs_ended else list(self.left)
+        for i, j in enumerate(waiting):
             now = time.perf_counter()
-            until = now + (deadline - now) / (len(self.left) - i)
+            until = now + (deadline - now) / (len(waiting) - i)
             target = self.problem.targets[j]
             for graph in self.graphs:
                 bound, stopped = self._decided(graph, target, until)
@@ -165,13 +187,15 @@ class _Prover:
                     break
             if bound > 0:
                 self.left.remove(j)
+            elif not stopped:
+                self.signs_ended = True
         self.excluded = not self.left
         return None
 
     def _decided(self, graph: Graph, target: UnsafeSet, deadline: float) -> tuple[float, bool]:
         """The bound of a target by branch and bound over signs, and whether the time limit ended it."""
         with torch.no_grad():
-            relaxation = self._relaxation(graph)
+            relaxation = self._sharpened(graph)
             claim = target.claim(relaxation.region.low.dtype)
             first = optimised(relaxation, graph.output, claim.rows[None], steps=_STEPS)
             bound = float((first.lower + claim.constants).amax())
@@ -195,6 +219,17 @@ class _Prover:
                 confirmed[i] = True
                 break
         return confirmed
+
+    def _sharpened(self, graph: Graph) -> Relaxation:
+        """The relaxation for all targets and subproblems, with optimised bounds if the network is small enough."""
+        index = self.graphs.index(graph)
+        if index not in self.sharpened:
+            relaxation = self._relaxation(graph)
+            bounds = [relaxation.bound(i) for i in graph.bounded]
+            if sum(int(((low < 0) & (high > 0)).sum()) for low, high in bounds) <= _MOST_SHARPENED:
+                sharpen(relaxation, _STEPS)
+            self.sharpened[index] = relaxation
+        return self.sharpened[index]
 
     def _relaxation(self, graph: Graph) -> Relaxation:
         shape = (1, *graph.shape)

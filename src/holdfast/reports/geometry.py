@@ -26,7 +26,7 @@ KINDS = {
 """Columns of slices, with the descriptions of their planes."""
 
 
-def geometry(table: Table, classes: Sequence[str], *, norm: str, unit: str, method: str) -> Json:
+def geometry_results(table: Table, classes: Sequence[str], *, norm: str, unit: str, method: str) -> Json:
     """Return the geometry of the decision boundary for the summary of a run.
 
     `norm` is the name of the norm of the threat, such as `Linf`; `unit` describes an example, such as `image`, and

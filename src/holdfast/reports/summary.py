@@ -32,7 +32,7 @@ from holdfast.reports.curves import (
     robust_examples,
 )
 from holdfast.reports.gallery import example_images, is_image
-from holdfast.reports.geometry import geometry
+from holdfast.reports.geometry import geometry_results
 from holdfast.reports.numbers import size, strict
 from holdfast.reports.rotation import rotation as rotated
 from holdfast.reports.transfer import transfer
@@ -135,7 +135,7 @@ def _geometry(evidence: Evidence, classes: Sequence[str]) -> Json | None:
     norm, unit = type(evidence.threat.constraint).__name__, _noun(evidence).removesuffix("s")
     # under L2 the better of two bounds counts for each example
     method = "crown or lipschitz" if norm == "L2" else "crown"
-    return geometry(table, classes, norm=norm, unit=unit, method=method)
+    return geometry_results(table, classes, norm=norm, unit=unit, method=method)
 
 
 def _about(run: Mapping[str, Any]) -> Json:

@@ -22,7 +22,7 @@ from holdfast.ops.fit import Training
 from holdfast.ops.recipe import Recipe, trained_as
 from holdfast.verbs import training
 from holdfast.verbs.candidates import Candidate
-from holdfast.verbs.held_out import held_out_accuracies
+from holdfast.verbs.held_out import held_out_accuracies, proved_accuracy
 from holdfast.verbs.pace import Clock, smaller
 from holdfast.verbs.training import BEST, LAST, Point
 
@@ -81,7 +81,7 @@ class Trainer:
         if last is not None and ended_by(last.checkpoint, curve, settings):
             return curve
         # Below every score, so that the first epoch is always stored as the best one.
-        highest = max((_score(point) for point in curve), default=(-1.0, -1.0))
+        highest = max((point.score for point in curve), default=(-1.0, -1.0))
         evaluated_model = deepcopy(self.model)
         after = None if last is None else last.checkpoint
         distributed.broadcast(
@@ -91,19 +91,20 @@ class Trainer:
         for checkpoint in self.checkpoints(trained_as(candidate.recipe, settings), after):
             checkpoint.put_into(evaluated_model)
             clean, robust = held_out_accuracies(evaluated_model, self.held_out, self.threat)
+            certified = proved_accuracy(evaluated_model, self.held_out, self.threat, [candidate.recipe])
             now = time.process_time(), self.clock()
             point = Point(
                 checkpoint.epoch, **dict(checkpoint.measured), batch=settings.batch, clean=clean, robust=robust,
                 cpu_s=now[0] - cpu, wall_s=now[1] - wall, hardware=self.machine, part=checkpoint.part,
-                share=checkpoint.share,
+                share=checkpoint.share, certified=certified,
             )  # fmt: skip
             cpu, wall = now
             curve = (*curve, point)
             with run.stopper.finishing():
                 # The best checkpoint is written before the last one: after a kill in between, the epoch is repeated
                 # with the same result.
-                if _score(point) > highest:
-                    highest = _score(point)
+                if point.score > highest:
+                    highest = point.score
                     training.save(place, BEST, checkpoint, curve)
                 training.save(place, LAST, checkpoint, curve)
             run.progress(_step(candidate, point, checkpoint.of, len(self.held_out)))
@@ -129,10 +130,6 @@ def _step(candidate: Candidate, point: Point, epochs: int, n_held_out: int) -> S
     return Step(f"training {candidate.name}", 2, len(STAGES), point.epoch, epochs, n_robust, n_held_out)
 
 
-def _score(point: Point) -> tuple[float, float]:
-    return point.robust, point.clean
-
-
 def _planned_elsewhere(done: int, position: int, per_epoch: int, last: TrainingPlan | None) -> TrainingPlan:
     """Pacing of a process that receives its plans from the first process."""
     no_plan: TrainingPlan = NOTHING
@@ -155,12 +152,12 @@ def ended_by(last: Checkpoint, curve: tuple[Point, ...], settings: Training) -> 
 
 
 def _stale(curve: tuple[Point, ...], settings: Training) -> bool:
-    """Whether the held-out robust accuracy has not improved for as many epochs as the patience.
+    """Whether the held-out robust or certified accuracy has not improved for as many epochs as the patience.
 
     Epochs in which eps still increased do not count.
     """
     accuracies, patience = (
-        [point.robust for point in curve if point.share > settings.warmup],
+        [point.score[0] for point in curve if point.share > settings.warmup],
         settings.patience,
     )
     return (

@@ -36,7 +36,13 @@ from holdfast.verbs.checks import refuse_batch, refuse_data, refuse_threat
 from holdfast.verbs.epochs import NOTHING, STAGES, Trainer, TrainingStart
 from holdfast.verbs.executors import cluster_for
 from holdfast.verbs.hardened import MODEL, Hardened, Made, card_of, opened_by, timeless, weights_metadata
-from holdfast.verbs.held_out import TrainingExamples, examples_of, harmless, held_out_accuracies
+from holdfast.verbs.held_out import (
+    TrainingExamples,
+    examples_of,
+    harmless,
+    held_out_accuracies,
+    proved_accuracy,
+)
 from holdfast.verbs.manifest import about_run, harden_manifest
 from holdfast.verbs.pace import Clock, with_predicted_labels
 from holdfast.verbs.preparation import readied
@@ -166,11 +172,7 @@ class _Job:
             request.threat,
             Evaluation(
                 len(self.held_out),
-                lambda n: held_out_accuracies(
-                    self.model,
-                    with_predicted_labels(self.model, self._held_out_sample(n)),
-                    harmless(request.threat),
-                ),
+                lambda n: self._evaluated(with_predicted_labels(self.model, self._held_out_sample(n))),
             ),
             self.clock,
         )
@@ -180,6 +182,12 @@ class _Job:
             "planning_s": spent_s,
             "stages": STAGES,
         }
+
+    def _evaluated(self, examples: Batch) -> None:
+        """Evaluate the given model as after an epoch, against an attack that breaks none of the examples."""
+        threat = harmless(self.request.threat)
+        held_out_accuracies(self.model, examples, threat)
+        proved_accuracy(self.model, examples, threat, [each.recipe for each in self.request.candidates])
 
     def lead(self, *, resume: bool) -> Hardened:
         """Perform all steps of the hardening that are not yet stored, as the first process, and return the result."""

@@ -263,7 +263,7 @@ def _attempts_note(recipes: Sequence[str], best: Made) -> list[str]:
 
 
 def _training_notes(trained: Made) -> list[str]:
-    """Notes on a training: where memory ran out, and how often its guard added a step."""
+    """Notes on a training: where memory ran out, how often its guard added a step, and its certified accuracy."""
     notes = _batch_size_notes(trained.curve, trained.candidate)
     if trained.raised:
         times = "once" if trained.raised == 1 else f"{trained.raised} times"
@@ -272,6 +272,11 @@ def _training_notes(trained: Made) -> list[str]:
             f"a single step was overfitted to, so the guard asked for another one {times}{limit_text}"
         )
         notes.append(f"{trained.candidate.name}: {guard_text}")
+    if trained.chosen.certified is not None:
+        notes.append(
+            f"{trained.candidate.name}: the checkpoint was chosen by the accuracy that CROWN-IBP proves on the "
+            f"held-out examples, {100 * trained.chosen.certified:.1f} %; better bounds prove as much or more"
+        )
     return notes
 
 

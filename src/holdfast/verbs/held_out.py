@@ -3,12 +3,13 @@ examples.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from holdfast.attacks.pgd import PGD
+from holdfast.certifiers.provers import CrownIBP
 from holdfast.core.batch import UNLABELLED, Batch, Data
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
@@ -17,12 +18,17 @@ from holdfast.core.threat import ThreatModel
 from holdfast.ops.fit import drawing
 from holdfast.ops.losses import margin
 from holdfast.ops.pieces import results_in_pieces
+from holdfast.ops.recipe import Recipe
+from holdfast.recipes import SABR, IBPTraining
 
 EVALUATION_ATTACK = PGD(steps=20)
-"""The attack for held-out accuracy, by which the checkpoint is chosen; it has more steps and another loss than in
-training."""
+"""The attack for held-out accuracy, by which the checkpoint of most recipes is chosen; it has more steps and another
+loss than in training."""
+CERTIFIED = (IBPTraining, SABR)
+"""The recipes of certified training, whose checkpoint is chosen by certified accuracy."""
 _HELD_OUT, _LEAST_HELD_OUT = 1_000, 50  # usual and smallest number of held-out examples
 _EVERY = 10  # at most one training example of this many is held out
+_TRACED = 8  # examples on which the graph of operations is compared with the model
 _HARMLESS = 0.001  # size of the threat model in multiples of eps
 _NAMED = 3  # duplicates that a message names
 
@@ -100,6 +106,21 @@ def held_out_accuracies(model: Classifier, held_out: Batch, threat: ThreatModel)
         right, n_robust = map(sum, zip(*results_in_pieces(held_out, counts), strict=True))
     model.train(mode)
     return right / len(held_out), n_robust / len(held_out)
+
+
+def proved_accuracy(
+    model: Classifier, held_out: Batch, threat: ThreatModel, recipes: Sequence[Recipe]
+) -> float | None:
+    """Return the share of the held-out examples for which CROWN-IBP proves that no input of the threat model is
+    misclassified; None if none of the recipes is a certified training.
+    """
+    if not any(isinstance(recipe, CERTIFIED) for recipe in recipes):
+        return None
+    mode = model.training
+    prover = CrownIBP().ready(model.eval(), held_out.take(torch.arange(min(_TRACED, len(held_out)))), threat)
+    certified = results_in_pieces(held_out, lambda part: int(prover(part).certified.sum()))
+    model.train(mode)
+    return sum(certified) / len(held_out)
 
 
 def harmless(threat: ThreatModel) -> ThreatModel:

@@ -48,11 +48,21 @@ class Point:
     """fraction of the epoch that was trained"""
     share: float = 1.0
     """fraction of the schedules of learning rate and eps that was done at the end of the epoch"""
+    certified: float | None = None
+    """accuracy on the held-out examples that bounds prove, by which the checkpoint of a certified training is chosen;
+    None for other recipes"""
 
     @property
     def epochs(self) -> float:
         """Number of epochs that were trained by the end of this epoch. It is fractional if this epoch is incomplete."""
         return self.epoch - 1 + self.part
+
+    @property
+    def score(self) -> tuple[float, float]:
+        """Measurements by which the checkpoint is chosen: the certified accuracy if it was measured, otherwise that
+        under attack, and at equality the clean accuracy.
+        """
+        return self.robust if self.certified is None else self.certified, self.clean
 
     def to_json(self) -> dict[str, Any]:
         """Return the measurements of the epoch as a dictionary for JSON."""

@@ -1,0 +1,95 @@
+"""SABR (small adversarial bounding regions): certified training on interval bounds over a small box around an attacked
+point, inside the ball.
+
+Müller et al., "Certified Training: Small Boxes are All You Need", ICLR 2023, arXiv:2210.04871. The boxes do not cover
+the ball, so that the loss is no upper bound, but the network is less regularised than by bounds over the whole ball;
+its certificates need tighter bounds than intervals, such as those of branch and bound. Differs from the paper: eps
+grows linearly, the learning rate follows one cycle, the weights are averaged, batch norm uses its running statistics in
+the bounds, and no ReLU is shrunk.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from holdfast.certifiers.graph import Graph
+from holdfast.certifiers.training import (
+    Initialisation,
+    box,
+    initialised,
+    live_graph,
+    margin_bounds,
+    refuse_without_bounds,
+    regularisation,
+    robust_cross_entropy,
+    warmed,
+)
+from holdfast.core.batch import Batch
+from holdfast.core.checkpoint import Checkpoint
+from holdfast.core.draws import Draws
+from holdfast.core.model import Classifier
+from holdfast.core.threat import ThreatModel
+from holdfast.core.types import Fraction, Inputs, NonNegative, Positive, Steps
+from holdfast.ops.fit import Training, Turn
+from holdfast.ops.learner import Learner, trained
+
+
+@dataclass(frozen=True)
+class SABR:
+    """Minimises an upper bound of the loss over a small box around an attacked point of the ball."""
+
+    ratio: Fraction = 0.3
+    """radius of the box as a fraction of eps (lambda of the paper): with 1 it is the ball, with 0 the attacked point"""
+    steps: Steps = 2
+    """number of gradient steps of the inner attack, which searches the centre of the box"""
+    reach: Positive = 2.5
+    """path length of the inner attack, in multiples of the distance of the centre from the example"""
+    regularisation: NonNegative = 0.5
+    """weight, at the start of the warm-up, of a penalty on wide bounds and on unbalanced activations; it falls to 0"""
+    initialisation: Initialisation = "given"
+    """weights at the start: those of the given model, or random ones with tight bounds, for networks with batch norm"""
+    training: Training = field(default_factory=lambda: Training(lr=2e-3, weight_decay=0.0, warmup=0.3))
+
+    def __call__(
+        self,
+        model: Classifier,
+        data: Batch,
+        threat: ThreatModel,
+        *,
+        rng: Draws,
+        after: Checkpoint | None = None,
+    ) -> Iterator[Checkpoint]:
+        refuse_without_bounds(threat, self.training)
+        start = initialised(model, self.initialisation, rng)
+        loss = partial(self.loss, live_graph(data.x[:8]))
+        return trained(self.inner, loss, start, data, threat, self.training, rng=rng, after=after)
+
+    def inner(self, learner: Learner, batch: Batch, turn: Turn) -> Inputs:
+        """Return the centres of the boxes: attacked inputs within the ball that remains without the radius of a box."""
+        constraint = learner.threat.constraint
+        smaller = constraint.resized((1 - self.ratio) * constraint.eps)
+        nearer = replace(learner, threat=replace(learner.threat, constraint=smaller))
+        return nearer.worst(batch, turn.rng, steps=self.steps, reach=self.reach)
+
+    def loss(
+        self, graph_of: Callable[[Classifier], Graph], learner: Learner, batch: Batch, x_adv: Inputs
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean loss of a batch and the number of examples that the bounds prove to be classified correctly
+        in their boxes.
+
+        The loss is the upper bound of the cross-entropy over the box, plus the regularisation.
+        """
+        with torch.no_grad():
+            learner.net(batch.x)  # updates the statistics of batch norm
+        warm = warmed(learner, self.training.overshoot)
+        graph = graph_of(learner.net)
+        region = box(x_adv, self.ratio * learner.threat.constraint.eps, learner.net.bounds)
+        bounds = graph.intervals(region, rounded=False)
+        margins = margin_bounds(graph, bounds, batch.y)
+        loss = robust_cross_entropy(margins).mean()
+        if self.regularisation and warm < 1:
+            loss = loss + self.regularisation * (1 - warm) * regularisation(graph, bounds)
+        return loss, (margins > 0).all(1).sum()

@@ -1,0 +1,44 @@
+"""Functions of the Python interface that read stored runs: `compare`, `report` and `verify`."""
+
+from pathlib import Path
+
+from holdfast.core.errors import UsageError
+from holdfast.core.evidence import Evidence
+from holdfast.store.verify import Verified
+from holdfast.store.verify import verify as verify_folder
+from holdfast.verbs.result import Result
+from holdfast.verbs.stored_runs import Comparison, open_run
+
+__all__ = ["baseline_evidence", "compare", "report", "verify"]
+
+
+def compare(first: Result | str | Path, second: Result | str | Path) -> Comparison:
+    """Compare two runs on the examples that both contain, and return the differences between them."""
+    return Comparison(_result(first), _result(second))
+
+
+def report(run: str | Path) -> Result:
+    """Read the folder of a finished run and return its result."""
+    return open_run(Path(run))
+
+
+def verify(run: str | Path) -> Verified:
+    """Check that the files in the folder of a run match its hash chain, and return the number of files and the state of
+    the run.
+
+    Raises `TargetError` for the first difference.
+    """
+    return verify_folder(Path(run))
+
+
+def baseline_evidence(run: Result | Evidence | str | Path | None) -> Evidence | None:
+    """Return the evidence of a baseline: of a result, or of the folder of a finished run; None if there is none."""
+    if run is None or isinstance(run, Evidence):
+        return run
+    if not isinstance(run, Result | str | Path):
+        raise UsageError(f"baseline is a {type(run).__name__}; give a result, or the folder of a run")
+    return _result(run).evidence
+
+
+def _result(run: Result | str | Path) -> Result:
+    return run if isinstance(run, Result) else open_run(Path(run))
