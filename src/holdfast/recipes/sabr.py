@@ -47,7 +47,7 @@ class SABR:
     """number of gradient steps of the inner attack, which searches the centre of the box"""
     reach: Positive = 2.5
     """path length of the inner attack, in multiples of the distance of the centre from the example"""
-    regularisation: NonNegative = 0.5
+    regularisation: NonNegative = 0.0
     """weight, at the start of the warm-up, of a penalty on wide bounds and on unbalanced activations; it falls to 0"""
     initialisation: Initialisation = "given"
     """weights at the start: those of the given model, or random ones with tight bounds, for networks with batch norm"""
