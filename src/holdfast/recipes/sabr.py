@@ -4,8 +4,8 @@ point, inside the ball.
 Müller et al., "Certified Training: Small Boxes are All You Need", ICLR 2023, arXiv:2210.04871. The boxes do not cover
 the ball, so that the loss is no upper bound, but the network is less regularised than by bounds over the whole ball;
 its certificates need tighter bounds than intervals, such as those of branch and bound. Differs from the paper: eps
-grows linearly while the weight of the clean loss falls to 0, the learning rate follows one cycle, the weights are averaged, batch norm uses its running statistics in
-the bounds, and no ReLU is shrunk.
+grows linearly while the weight of the clean loss falls to 0, the learning rate follows one cycle, the weights are
+averaged, batch norm uses its running statistics in the bounds, and no ReLU is shrunk.
 """
 
 from collections.abc import Callable, Iterator
