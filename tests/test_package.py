@@ -22,7 +22,12 @@ NETWORKS = ("mnist-cnn", "mnist-cnn-hardened")
 
 # Functions that are one algorithm and read worse in pieces (docstrings do not count): "file:function" -> lines.
 # A twin has an argument for each setting.
-LONG_FUNCTIONS: dict[str, int] = {"api.py:assess": 84, "api.py:harden": 83, "attacking.py:attack": 64}
+LONG_FUNCTIONS: dict[str, int] = {
+    "api.py:assess": 84,
+    "api.py:harden": 83,
+    "attacking.py:attack": 64,
+    "certifying.py:certify": 70,
+}
 """Functions that are one thing though they are long, and how long they may be."""
 
 

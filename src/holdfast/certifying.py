@@ -25,6 +25,11 @@ def certify(
     method: str = "auto",
     *,
     timeout: str = "10s",
+    sigma: float | None = None,
+    draws: int | None = None,
+    failure_probability: float | None = None,
+    clip: bool = False,
+    geometry: int | None = None,
     gates: Sequence[str] = (),
     baseline: Result | str | Path | None = None,
     accept_doubts: dict[str, str] | None = None,
@@ -50,6 +55,11 @@ def certify(
 
     Every example is certified, broken or unknown. `method` is `auto`, which runs interval bounds, CROWN, attacks,
     alpha-CROWN, and branch and bound for at most `timeout` per example, or one method, which is run with the attacks.
+    With `method="smoothing"` the model of the result is the smoothed classifier of `model` with noise of standard
+    deviation `sigma`; a verdict takes at most `draws` noisy inputs (10,000 by default), and is wrong with a probability
+    of at most `failure_probability` (0.001 by default) for each example. With `clip`, noisy inputs are first clamped to
+    the legal range.
+    With `geometry`, the report shows the decision boundary around as many examples.
     The attacks are those of the default suite; of the certified examples they are run on 32, or on all with `full`. The
     other arguments are those of `assess`.
     Raises `UnsoundProof` if an attack breaks a certified example, and `UsageError` for a model or a threat model about
@@ -61,6 +71,11 @@ def certify(
             threat=threat_written(threat, "certify(): threat"),
             method=method,
             timeout=timeout,
+            sigma=sigma,
+            draws=draws,
+            failure_probability=failure_probability,
+            clip=clip,
+            geometry=geometry,
             gates=gates,
             accept_doubts=accept_doubts,
             seed=seed,

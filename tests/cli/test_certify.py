@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 import holdfast
 from holdfast.cli.app import run
 from holdfast.core.errors import UsageError
+from holdfast.reports.summary import summary_schema
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -24,6 +26,7 @@ def make():
     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
 """
 FEW = ["net.py:make", "few.npz", "--threat", "linf:0.01"]
+SMOOTH = ["mnist-cnn", "mnist-mini", "--method", "smoothing"]
 
 
 @pytest.fixture
@@ -63,6 +66,32 @@ def test_a_certification_is_printed_stored_and_reported_again(capsys):
     assert run(["certify", *FEW, *gate, "--run", "run", "--resume"]) == 0
 
 
+def test_the_geometry_of_the_first_examples_is_in_the_report(capsys):
+    few = ["certify", *FEW, "--method", "ibp", "--geometry", "2", "--run", "geo"]
+    assert run([*few, "-o", "g.json", "-o", "g.html"]) == 0
+    geometry = json.loads(Path("g.json").read_text())["geometry"]
+    assert [len(row["slices"]) for row in geometry["rows"]] == [2, 2]
+    assert all(0 < row["lower"] <= row["upper"] for row in geometry["rows"])
+    assert 'id="geometry"' in Path("g.html").read_text()
+    jsonschema.validate(json.loads(Path("g.json").read_text()), summary_schema())
+    assert run(["report", "geo", "-o", "again.json"]) == 0
+    assert json.loads(Path("again.json").read_text())["geometry"] == geometry
+    assert run(["verify", "geo"]) == 0
+    capsys.readouterr()
+    assert run([*few[:-3], "3", "--run", "geo", "--resume"]) == 2
+    assert "another config" in capsys.readouterr().err
+
+
+def test_smoothing_certifies_the_smoothed_classifier(capsys):
+    few = [*FEW[:2], "--threat", "l2:0.05", "--method", "smoothing", "--sigma", "0.1", "--draws", "200"]
+    assert run(["certify", *few, "--run", "smooth", "-o", "s.json"]) == 0
+    assert "for the smoothed classifier" in capsys.readouterr().err
+    content = json.loads(Path("s.json").read_text())
+    jsonschema.validate(content, summary_schema())
+    assert content["model"]["name"] == "smoothed classifier, σ = 0.1, on top of net.py:make"
+    assert content["certification"]["statistical"]["draws"] == 200
+
+
 def test_an_assessment_shows_certified_beside_robust_accuracy(capsys):
     assert run(["assess", *FEW, "--certify", "--suite", "quick", "--no-doubts", "-o", "a.json"]) == 0
     printed = capsys.readouterr()
@@ -93,6 +122,12 @@ def test_the_python_function_has_the_same_result():
         (["mnist-cnn", "mnist-mini", "--threat", "linf:0"], "under eps 0 there is nothing to prove"),
         (["mnist-cnn", "mnist-mini", "--threat", "linf:0.1,goal=targeted:3"], "leave goal=targeted:3 out"),
         (["mnist-cnn", "mnist-mini", "--method", "crwon"], "did you mean 'crown'?"),
+        (["mnist-cnn", "mnist-mini", "--sigma", "0.5"], "--sigma concerns randomised smoothing"),
+        ([*SMOOTH, "--threat", "l2:0.5"], "sigma is missing, the standard deviation of the noise"),
+        ([*SMOOTH, "--threat", "l2:0.5", "--sigma", "0"], "--sigma is '0'; expected more than 0"),
+        ([*SMOOTH, "--threat", "l2:0.5", "--sigma", "0.5", "--draws", "9"], "give --draws 41"),
+        ([*SMOOTH, "--sigma", "0.5"], "certifies l2 only; give --threat l2:"),
+        ([*SMOOTH, "--sigma", "0.5", "--geometry", "3"], "--geometry computes bounds of a network"),
         (["mnist-cnn", "mnist-mini", "--timeout", "0"], "timeout is '0'; expected a duration"),
     ],
 )

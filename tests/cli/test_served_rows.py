@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -264,3 +265,31 @@ def test_two_calls_fit_in_the_rows_that_are_left(size):
         assert sum(-(-n // size) * size for n in (first, second)) <= left
         assert second <= first
         assert bool(first) == (left >= size)
+
+
+# --- certification
+
+
+@pytest.mark.parametrize("metadata", [None, fixed(4)])
+def test_smoothing_sends_at_most_the_stated_rows_and_resumes_from_the_answers(capsys, metadata):
+    smooth = ["--threat", "l2:0.03", "--method", "smoothing", "--sigma", "0.05", "--draws", "60"]
+    with Server(metadata=metadata) as server:
+        command = ["certify", server.url(), "data.npz", "-n", "6", *smooth, "--run", "run"]
+        assert run([*command, "--max-queries", "20000"]) == 2
+        assert "is a server, and requests are sent only to allowed hosts" in capsys.readouterr().err
+        assert not server.rows
+        allowed = [*command, "--allow-host", server.host, "-o", "r.json"]
+        assert run([*allowed, "--max-queries", "700"]) == 3  # during the draws
+        total, clean, attacks, doubts, judging = expected(capsys.readouterr().err)
+        before = len(server.rows)
+        assert LOOKED_AT + 600 < before <= 700
+        assert run([*allowed, "--resume", "--max-queries", "20000"]) == 0
+        assert len(server.rows) < before + 400
+        content = json.loads(Path("r.json").read_text())
+        assert content["certification"]["certified"] > 2
+        assert content["model"]["name"].startswith("smoothed classifier, σ = 0.05, on top of http")
+        rows = content["served"]
+        assert (rows["clean"] <= clean) and (rows["attacks"] <= attacks) and (rows["judging"] <= judging)
+        assert total == clean + attacks + doubts + judging
+        assert len(server.rows) == rows["rows"] <= total
+        assert not doubts

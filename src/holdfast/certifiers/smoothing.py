@@ -131,7 +131,7 @@ class Smoothing:
         if accepted:
             raise UsageError(
                 f"the model {reason} inputs with Gaussian noise, whose values are outside its bounds; clamp them as a "
-                "first step of the base classifier, with Smoothing(..., clip=True). The certificate then holds for "
+                "first step of the base classifier, with --clip (in Python clip=True). The certificate then holds for "
                 "the model with this step"
             )
 

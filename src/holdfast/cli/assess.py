@@ -31,6 +31,7 @@ from holdfast.config.settings import (
 )
 from holdfast.config.suites import refuse_uncertifiable
 from holdfast.config.values import SurrogateSettings
+from holdfast.core.catalogue import SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.store.files import refuse_no_run
 
@@ -127,7 +128,7 @@ def _refuse_targets(settings: OpeningSettings, config: str | None) -> None:
         refuse_unknown_model(address)
     if isinstance(settings, HardenSettings):
         refuse_server_to_train(str(model))
-    if isinstance(settings, CertifySettings):
+    if isinstance(settings, CertifySettings) and settings.options.method != SMOOTHING:
         refuse_server_to_certify(str(model))
     refuse_foreign_server(str(model), getattr(settings, "inference", InferenceSource()).allow_hosts)
     across = settings.options.across if isinstance(settings, AssessSettings) else ()

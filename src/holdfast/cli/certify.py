@@ -18,7 +18,8 @@ examples are attacked as a test of the certificates.
 
 \b
 MODEL  a network of torch or ONNX: a bundled name, file.py:factory (a function
-       that returns the network), or a .safetensors, .pt, .pt2 or .onnx file
+       that returns the network), or a .safetensors, .pt, .pt2 or .onnx file;
+       with --method smoothing any model, such as the URL of a server
 DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
        .npz, .csv or .parquet file, or a folder with one folder of images for
        each class

@@ -71,7 +71,7 @@ def refuse_server_to_certify(address: str) -> None:
     if address.partition(":")[0] in SCHEMES:
         raise UsageError(
             f"{address!r} is a server, and bounds are computed from the operations of a network; give the network "
-            "itself, as in file.py:factory"
+            "itself, as in file.py:factory, or certify the smoothed classifier with --method smoothing"
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.certifiers.protocol import Prover
+from holdfast.certifiers.smoothing import Smoothing
 from holdfast.config import rotating
 from holdfast.config.clusters import refuse_unusable_cluster
 from holdfast.config.expecting import with_found_properties
@@ -33,7 +34,7 @@ from holdfast.config.resolve import (
 from holdfast.config.settings import AssessSettings, CertifySettings, RotateSettings, check_settings
 from holdfast.config.suites import refuse_uncertifiable
 from holdfast.core.batch import Batch, Data
-from holdfast.core.catalogue import CASCADE, PROVERS
+from holdfast.core.catalogue import CASCADE, PROVERS, SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.engine.progress import Progress
@@ -41,7 +42,7 @@ from holdfast.harness import Member
 from holdfast.sources.counting import inspection_counter
 from holdfast.sources.selection import selected
 from holdfast.verbs import assess as assessing
-from holdfast.verbs.certify import certify_request
+from holdfast.verbs.certify import certify_request, smoothed_subject, without_attacks
 from holdfast.verbs.expected_rows import Rehearsed, rehearsed
 from holdfast.verbs.request import AssessRequest, Keep, MeasureAttackers, Opening, Subject
 from holdfast.verbs.result import Result
@@ -128,6 +129,7 @@ class AssessInputs:
             inputs=settings.inputs,
             data=settings.data,
             inference=settings.inference,
+            limits=settings.limits,
         )
         return cls(assessment, sources, (), None, (), None, baseline, command, options)
 
@@ -137,13 +139,24 @@ class AssessInputs:
         well.
         """
         settings = self.settings
-        return partial(
+        opening = partial(
             open_all,
             self.sources,
             self.surrogates,
             transform=settings.options.transform,
             adaptive=settings.suite.adaptive,
         )
+        return opening if self.smoothing is None else partial(_smoothed, opening, self.smoothing)
+
+    @property
+    def smoothing(self) -> Smoothing | None:
+        """Randomised smoothing of the model, if that is the method of a certification; otherwise None."""
+        options = self.certification
+        if options is None or options.method != SMOOTHING:
+            return None
+        chosen = {name: getattr(options, name) for name in ("sigma", "draws", "failure_probability", "clip")}
+        settings = {name: value for name, value in chosen.items() if value is not None}
+        return Smoothing(**settings, seed=self.settings.random.seed)
 
     def request(self, subject: Subject, surrogates: tuple[Subject, ...]) -> AssessRequest:
         """Return the request of an assessment of the opened model and surrogates. It does not contain the measurement
@@ -158,14 +171,23 @@ class AssessInputs:
             target=subject.model.access,
             command=self.command,
         )
-        if self.certification is not None:
-            request = certify_request(request, *_provers(self.certification))
+        if self.smoothing is not None:
+            request = certify_request(request, [self.smoothing], [])
+            request = request if subject.model.access == "gradients" else without_attacks(request)
+        elif self.certification is not None:
+            request = certify_request(request, *_provers(self.certification), self.certification.geometry)
         return replace(
             request,
             fit=open_fit(sources, self.fit, subject.model, request.plan),
             surrogates=surrogates,
             across=open_others(self.across, sources, subject.model),
         )
+
+
+def _smoothed(opening: Opening, smoothing: Smoothing) -> tuple[Subject, Data, tuple[Subject, ...]]:
+    """Open the inputs of a certification, whose model is the smoothed classifier of the opened one."""
+    subject, data, surrogates = opening()
+    return smoothed_subject(subject, smoothing), data, surrogates
 
 
 def _provers(options: CertifyOptions) -> tuple[list[Prover], list[Prover]]:

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from holdfast.config import values
 from holdfast.config.groups import Flag, SettingGroup
-from holdfast.core.catalogue import PROVERS
+from holdfast.core.catalogue import PROVERS, SMOOTHING
 from holdfast.core.errors import UsageError
 from holdfast.engine.ray_cluster import RayOptions, refuse_address
 
@@ -78,12 +78,54 @@ class CertifyOptions(SettingGroup):
     timeout: Annotated[values.WaitingTime, Flag("T")] = Field(
         default="10s", description="Time limit of branch and bound for each example (default: 10s)."
     )
+    sigma: Annotated[values.Deviation | None, Flag("S")] = Field(
+        default=None,
+        description="Standard deviation of the noise of --method smoothing, in units of the inputs, as in 0.5.",
+    )
+    draws: Annotated[values.Positive | None, Flag("N")] = Field(
+        default=None,
+        description="Largest number of noisy copies of an example that --method smoothing classifies (default: 10000).",
+    )
+    clip: Annotated[bool, Flag()] = Field(
+        default=False,
+        description="Clamp noisy inputs of --method smoothing to the legal range, as a first step of the model.",
+    )
+    failure_probability: Annotated[values.Probability | None, Flag("A")] = Field(
+        default=None,
+        description="Probability, for each example, that a verdict of --method smoothing is wrong (default: 0.001).",
+    )
+    geometry: Annotated[values.Positive | None, Flag("N")] = Field(
+        default=None,
+        description="Add the geometry of the decision boundary around the first N examples to the report: proved and "
+        "attacked distances, Lipschitz constants and slices.",
+    )
     full: Annotated[bool, Flag()] = Field(
         default=False, description="Run the attacks on all certified examples, and not only on 32 of them."
     )
     save_adversarial: Annotated[bool, Flag()] = Field(
         default=False, description="Store all adversarial examples in the run folder."
     )
+
+    def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` for smoothing without a noise level, and for its settings with another method."""
+        if self.method == SMOOTHING:
+            if self.sigma is None:
+                raise UsageError(
+                    f"{prefix}method is smoothing, and sigma is missing, the standard deviation of the noise; give it "
+                    "with --sigma S (in Python sigma=…), such as twice the eps of the threat"
+                )
+            if self.geometry is not None:
+                raise UsageError(
+                    f"{written.get('geometry', prefix + 'geometry')} computes bounds of a network, and the method is "
+                    "smoothing, which has none; leave it out, or choose another method"
+                )
+            return
+        for key in ("sigma", "draws", "failure_probability", "clip"):
+            if getattr(self, key) not in (None, False):
+                raise UsageError(
+                    f"{written.get(key, prefix + key)} concerns randomised smoothing, and the method is {self.method}; "
+                    "add --method smoothing, or leave it out"
+                )
 
 
 class LocalOnly(SettingGroup):

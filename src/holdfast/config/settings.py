@@ -137,6 +137,7 @@ class CertifySettings(VerbSettings):
     inputs: groups.InputSpace = _group(groups.InputSpace)
     data: groups.DataSource = _group(groups.DataSource)
     inference: groups.InferenceSource = _group(groups.InferenceSource)
+    limits: groups.ServerLimits = _group(groups.ServerLimits)
 
 
 class OpeningSettings(Protocol):

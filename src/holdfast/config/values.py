@@ -6,7 +6,7 @@ from operator import index
 from pathlib import Path
 from typing import Annotated, Any, SupportsIndex
 
-from annotated_types import Ge, Le, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
 
 from holdfast.config.grammar import (
@@ -224,6 +224,8 @@ WaitingTime = Annotated[str, _read_by(lambda text: seconds(text, "timeout"))]
 Place = Annotated[str, BeforeValidator(_place)]
 Here = Annotated[str, BeforeValidator(_here)]
 Amount = Annotated[float, Ge(0), Le(1024)]
+Deviation = Annotated[float, Gt(0), Le(1e6)]
+Probability = Annotated[float, Gt(0), Lt(1)]
 Rate = Annotated[str, _read_by(per_second)]
 Every = Annotated[str, _read_by(parse_every)]
 Header = Annotated[str, _read_by(header_variable)]

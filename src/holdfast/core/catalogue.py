@@ -131,6 +131,8 @@ RECIPES: Final[Mapping[str, RecipeEntry]] = {
         RecipeEntry("vat", "VAT", "vat"),
     )
 }
+SMOOTHING: Final = "smoothing"
+"""method that certifies another model than the given one: the smoothed classifier"""
 PROVERS: Final[Mapping[str, ProverEntry]] = {
     entry.name: entry
     for entry in (
@@ -138,6 +140,7 @@ PROVERS: Final[Mapping[str, ProverEntry]] = {
         ProverEntry("crown-ibp", "CrownIBP", "provers"),
         ProverEntry("crown", "Crown", "provers", timed=True),
         ProverEntry("lipschitz", "Lipschitz", "lipschitz"),
+        ProverEntry(SMOOTHING, "Smoothing", "smoothing"),
         ProverEntry("alpha-crown", "AlphaCrown", "searching", quick=False, timed=True),
         ProverEntry("branch-and-bound", "BranchAndBound", "searching", quick=False, timed=True),
     )

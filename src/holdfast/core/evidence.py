@@ -14,7 +14,7 @@ from holdfast.core.threat import ThreatModel
 Columns = Mapping[str, Tensor]
 """columns by name; each has one row for each example"""
 
-PARTIAL = frozenset(("gallery", "adversarial", "transfer", "across"))
+PARTIAL = frozenset(("gallery", "adversarial", "transfer", "across", "geometry"))
 """names of the tables inside the columns of a stage: the column `gallery.x` is the column `x` of the table `gallery`"""
 
 
@@ -227,7 +227,10 @@ class Evidence:
     `certified` marks examples for which it is proved that no input of the threat model is misclassified; `certified_by`
     (index into `proofs` of the method, -1 for none); `certified_bound`, the largest proved lower bound of the margin
     over the threat model (-inf if there is none); `certified_radius`, the eps at which the example is certified, 0
-    if it is not; `attacked` marks the examples on which at least one attack of the suite was run.
+    if it is not; `attacked` marks the examples on which at least one attack of the suite was run. Randomised smoothing:
+    `certified_radius` is a lower confidence limit, also above eps and where it is below; `abstained` marks examples
+    whose prediction the draws do not show, and `contradicted` those that a certificate and an attack contradict, which
+    count as broken.
     """
 
     columns: Columns
@@ -254,7 +257,7 @@ class Evidence:
     broken_elsewhere: int = 0
     """in a run of scope "suite only", the number of examples that other passes broke and that are not counted"""
     tables: Mapping[str, Table] = field(default_factory=dict)
-    """further tables, by name, such as those of `gallery`, `transfer` and `across`"""
+    """further tables, by name, such as those of `gallery`, `transfer`, `across` and `geometry`"""
     surrogates: tuple[Mapping[str, Any], ...] = ()
     """`name`, `how` and `digest` of each surrogate model of the attacker"""
     served: Mapping[str, Any] = field(default_factory=dict)

@@ -21,6 +21,7 @@ DECIDING = (
     "gallery",
     "harness",
     "ops",
+    "proving",
     "recipes",
     "rotation",
     "sources",

@@ -16,6 +16,7 @@ from holdfast.core.transformations import Transformations
 from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.doubts.answering import arms
 from holdfast.harness.kinds import KINDS
+from holdfast.harness.kinds.geometry import Geometer
 from holdfast.harness.stage import Against, Member, Outline, Stage, StageOutline
 from holdfast.suites import suite
 
@@ -45,6 +46,8 @@ class Plan:
     """measure how examples computed on the model and on each surrogate transfer to each other model"""
     across: bool = False
     """measure how perturbations transfer between the data of the run and further data sets"""
+    geometry: Geometer | None = None
+    """measures the geometry of the decision boundary around the first examples, for the report; None for no geometry"""
     full: bool = False
     """run every attack on every correct example, even on those that are already broken"""
     keep_adversarial: bool = False

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from holdfast.certifiers.votes import ATTACKED_DRAWS, JUDGING_DRAWS, SmoothedVotes, smoothed_votes
 from holdfast.core.batch import Batch
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
@@ -118,6 +119,11 @@ class Target:
         return kept
 
     @property
+    def smoothed(self) -> SmoothedVotes | None:
+        """Smoothed classifier that is the model under test; None for another model."""
+        return smoothed_votes(self.bare)
+
+    @property
     def rejects(self) -> bool:
         """Whether the model has an additional last logit for "rejected", which is not one of the `classes`."""
         return self.bare.rejects
@@ -182,7 +188,7 @@ def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Ite
     refuse_inner(model, outermost=model.rejects)
     try:
         model.eval().requires_grad_(False)
-        with fitted(model, sample.x):
+        with fitted(base_of(model), sample.x):
             target = _inspected(model, sample, left_in_training)
             yield _with_view(target, sample) if adaptive and model.access == "gradients" else target
     finally:
@@ -193,18 +199,24 @@ def prepared(model: Classifier, sample: Batch, *, adaptive: bool = False) -> Ite
             weight.requires_grad_(trained)
 
 
+def base_of(model: Classifier) -> Classifier:
+    """Return the base classifier of a smoothed one; another model is returned unchanged."""
+    smoothed = smoothed_votes(model)
+    return model if smoothed is None else smoothed.base
+
+
 def _inspected(model: Classifier, sample: Batch, left_in_training: tuple[str, ...]) -> Target:
+    base = base_of(model)  # a smoothed classifier is as random as its base, which is many times cheaper
     state = _generators(sample.x.device)
-    logits = _first_logits(model, sample)
+    logits = _first_logits(base, sample)
     # a model may use its random numbers rarely, for example in every tenth call
     n_calls = 1 if torch.equal(state, _generators(sample.x.device)) else VOTES
     randomised = any(
-        bool((change(logits, _first_logits(model, sample)) > _SAME).any()) for _ in range(n_calls)
+        bool((change(logits, _first_logits(base, sample)) > _SAME).any()) for _ in range(n_calls)
     )
-    # a faster copy is tested by its outputs, which a randomised model does not repeat
-    quick, details = (model, ()) if randomised else quickened(model, sample.x)
-    filling = () if model.batches is None or model.batches == EVERY else (model.batches.description,)
-    if model.rewrites:
+    quick, details = _attacked(model, sample, randomised=randomised)
+    filling = () if base.batches is None or base.batches == EVERY else (base.batches.description,)
+    if base.rewrites:
         filling = (*filling, IN_PLACE)
     class_logits = logits[:, :-1] if model.rejects else logits
     notes = (
@@ -215,6 +227,20 @@ def _inspected(model: Classifier, sample: Batch, left_in_training: tuple[str, ..
     blind = model.rejects and model.access == "gradients" and _blind(quick, sample)
     target = Target(model, quick, quick, randomised, class_logits.shape[1], notes, details, left_in_training)
     return replace(target, blind=blind, blind_view=blind)
+
+
+def _attacked(model: Classifier, sample: Batch, *, randomised: bool) -> tuple[Model, tuple[str, ...]]:
+    """The copy of a model that attacks query, with notes on it."""
+    smoothed = smoothed_votes(model)
+    if smoothed is not None:
+        how = (
+            f"attacks query the mean probabilities of {ATTACKED_DRAWS} draws of the noise, and inputs are judged by "
+            f"the most frequent class in {JUDGING_DRAWS} others; a query is {ATTACKED_DRAWS} forward passes of the "
+            f"base classifier, and a judgement {JUDGING_DRAWS}"
+        )
+        return smoothed.network(), (how,)
+    # a faster copy is tested by its outputs, which a randomised model does not repeat
+    return (model, ()) if randomised else quickened(model, sample.x)
 
 
 def _blind(model: Model, sample: Batch) -> bool:

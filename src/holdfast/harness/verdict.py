@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from holdfast.attacks.protocol import Attack
+from holdfast.certifiers.votes import SmoothedVotes
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L0, L1, L2, Constraint, Linf, allowed
 from holdfast.core.draws import Draws
@@ -87,6 +88,8 @@ def verdict_of(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs) -> tup
     logits, right, right_fresh = votes(
         target, batch, x_adv, lambda logits: target.judged_logits(logits, batch.y)
     )
+    if target.smoothed is not None:
+        right = right_fresh = _unless_shown(target.smoothed, batch, x_adv, right)
     # a tie counts against the model
     wrong, constraint = ~(right > 0.5), plan.threat.constraint
     distance = constraint.distance(x_adv, batch.x)
@@ -105,6 +108,17 @@ def verdict_of(plan: "Plan", target: Target, batch: Batch, x_adv: Inputs) -> tup
             for name, norm in distance_norms(constraint).items()
         },
     }
+
+
+def _unless_shown(smoothed: SmoothedVotes, batch: Batch, x_adv: Inputs, right: Tensor) -> Tensor:
+    """The shares of correct evaluations, in which a smoothed classifier counts as correct unless new draws of the noise
+    show that it is wrong.
+    """
+    rows = (~(right > 0.5)).nonzero()[:, 0]
+    shown = smoothed.refuted(batch.take(rows).at(x_adv[rows]))
+    right = right.clone()
+    right[rows] = (~shown).to(right.dtype)
+    return right
 
 
 def cost_columns(spent: Spent) -> dict[str, Tensor]:

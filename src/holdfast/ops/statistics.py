@@ -241,14 +241,16 @@ def mcnemar(first: Mask, second: Mask) -> McNemar:
     """
     ahead, behind = int((first & ~second).sum()), int((second & ~first).sum())
     differ = ahead + behind
-    return McNemar(ahead, behind, min(1.0, 2 * _upper_tail(max(ahead, behind), differ)))
+    return McNemar(ahead, behind, min(1.0, 2 * upper_tail(max(ahead, behind), differ)))
 
 
-def _upper_tail(k: int, n: int) -> float:
-    """Probability of at least `k` heads in `n` throws of a fair coin."""
+def upper_tail(k: int, n: int, p: float = 0.5) -> float:
+    """Return the probability of at least `k` successes in `n` independent trials, each of which succeeds with the
+    probability `p`.
+    """
     from scipy.special import betainc
 
-    return 1.0 if k <= 0 else float(betainc(k, n - k + 1, 0.5))
+    return 1.0 if k <= 0 else float(betainc(k, n - k + 1, p))
 
 
 def paired_difference(first: Mask, second: Mask, confidence: float = 0.95) -> Estimate:

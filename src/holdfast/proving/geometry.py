@@ -15,7 +15,7 @@ from holdfast.certifiers.lipschitz import LipschitzProver
 from holdfast.certifiers.protocol import Prover
 from holdfast.certifiers.provers import Crown
 from holdfast.certifiers.tracing import traced
-from holdfast.core.batch import Batch, Data
+from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
@@ -45,11 +45,23 @@ class _Proved:
     constant: PerExample
 
 
-def geometry(
-    model: Classifier, data: Data, threat: ThreatModel, n: int, seed: int, *, prover: Prover = CROWN
+@dataclass(frozen=True)
+class BoundaryGeometry:
+    """The geometry of the decision boundary around the first `n` examples, as a part of a run."""
+
+    n: int
+    prover: Prover = CROWN
+
+    def __call__(self, model: Classifier, batch: Batch, threat: ThreatModel, seed: int) -> Table:
+        """Return the geometry around the examples of a batch, see `boundary_geometry`."""
+        return boundary_geometry(model, batch, threat, seed, prover=self.prover)
+
+
+def boundary_geometry(
+    model: Classifier, batch: Batch, threat: ThreatModel, seed: int, *, prover: Prover = CROWN
 ) -> Table:
-    """Return the geometry of the decision boundary around the first `n` examples of a data set, as a table of the
-    evidence with one row for each.
+    """Return the geometry of the decision boundary around the examples of a batch, as a table of the evidence with one
+    row for each.
 
     Columns: `id`, `y`, `prediction`; `rival`, the most likely class other than the label, and `margin`, the logit of
     the label minus that of the rival; `lower`, a certified lower bound of the distance to the nearest misclassified
@@ -72,11 +84,7 @@ def geometry(
             f"goal={threat.goal}. Use a threat such as --threat linf:8/255, or leave out --geometry"
         )
     model = model.eval()
-    batch, rng = data.read(0, min(n, len(data))), Draws(seed).at("geometry")
-    if not len(batch):
-        raise UsageError(
-            f"geometry is {n} and the data have {len(data)} examples; expected at least one of each"
-        )
+    rng = Draws(seed).at("geometry")
     with torch.no_grad():
         logits = model(batch.x)
     rivals = logits.scatter(1, batch.y[:, None], -torch.inf).argmax(1)

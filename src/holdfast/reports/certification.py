@@ -1,10 +1,11 @@
 """The report's table of a certification: how many examples each method certified, broke or left undecided."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from holdfast.core.evidence import Cost, Evidence, ProofRecord
-from holdfast.reports.numbers import count_text, percent, seconds_text, strict
+from holdfast.reports.numbers import count_text, percent, plain, seconds_text, strict
 from holdfast.reports.words import amount, interval
 
 Json = dict[str, Any]
@@ -24,6 +25,7 @@ def certification(evidence: Evidence, constraint: str) -> Json | None:
     n, misclassified = len(evidence), int((~correct).sum())
     broken = int((~correct | evidence["success"]).sum())
     n_certified = int(certified.sum())
+    statistical = _statistical(evidence)
     return {
         "constraint": constraint,
         "n": n,
@@ -33,6 +35,27 @@ def certification(evidence: Evidence, constraint: str) -> Json | None:
         "unknown": n - n_certified - broken,
         "attacked_certified": int((certified & evidence["attacked"]).sum()),
         "rows": list(_rows(evidence, n - misclassified, broken - misclassified)),
+        "statistical": statistical,
+    }
+
+
+def _statistical(evidence: Evidence) -> Json | None:
+    """What is to be known about certificates that have a failure probability; None if there are none."""
+    records = [record for record in evidence.proofs if "failure_probability" in record.settings]
+    if not records:
+        return None
+    (record,) = records
+    alpha = float(record.settings["failure_probability"])
+    return {
+        "model": str(evidence.model.get("name", "")),
+        "sigma": float(record.settings["sigma"]),
+        "draws": int(record.settings["draws"]),
+        "failure_probability": alpha,
+        "any_failure_probability": min(1.0, alpha * record.tried),
+        "tried": record.tried,
+        "mean_draws": record.work / record.tried if record.tried else 0.0,
+        "abstained": int((evidence["abstained"] & ~evidence["success"]).sum()),
+        "contradicted": evidence["id"][evidence["contradicted"]].tolist(),
     }
 
 
@@ -46,7 +69,11 @@ def _rows(evidence: Evidence, undecided: int, broken: int) -> Iterator[Json]:
     by_attacks = int(((evidence["broken_by"] >= 0) & (evidence["broken_by"] < len(evidence.attacks))).sum())
     early = [record for record in evidence.proofs if not record.after_attacks]
     late = [record for record in evidence.proofs if record.after_attacks]
+    # a statistical certificate that an attack contradicts counts as broken by the attack
+    contradicted = int(evidence["contradicted"].sum()) if "contradicted" in evidence else 0
     for record in early:
+        if "failure_probability" in record.settings:
+            record = replace(record, certified=record.certified - contradicted)
         undecided -= record.certified + broke.get(record.stage, 0)
         yield _row(record, broke.get(record.stage, 0), undecided)
     if evidence.attacks:
@@ -103,6 +130,34 @@ def title(results: Mapping[str, Any], noun: str) -> str:
     return f"certification: {amount(results['n'], noun)}, {results['constraint']}"
 
 
+def _statistical_lines(statistical: Mapping[str, Any] | None, noun: str) -> list[str]:
+    """Sentences about the failure probability, abstentions and contradictions of statistical certificates."""
+    if statistical is None:
+        return []
+    alpha, together = statistical["failure_probability"], statistical["any_failure_probability"]
+    tried, contradicted = statistical["tried"], statistical["contradicted"]
+    lines = [
+        f"the certificates are about the {statistical['model']}; each verdict of smoothing is wrong with a probability "
+        f"of at most {plain(alpha)}, "
+        + (
+            f"and any of the {count_text(tried)} with at most {plain(together)}"
+            if together < 1
+            else f"and of the {count_text(tried)} at most {plain(alpha * tried)} are wrong on average"
+        )
+    ]
+    if statistical["abstained"]:
+        lines.append(
+            f"the draws do not show the prediction for {amount(statistical['abstained'], noun)}; more --draws may"
+        )
+    if contradicted:
+        ids = ", ".join(map(str, contradicted))
+        lines.append(
+            f"certificate and attack contradict each other for {amount(len(contradicted), noun)} (id {ids}), as their "
+            "failure probabilities allow; these count as broken"
+        )
+    return lines
+
+
 def headings(results: Mapping[str, Any]) -> list[str]:
     """Return the column headings of the table of a certification."""
     return ["method", "tried", "certified", "broken", "undecided", "time", "each"]
@@ -157,7 +212,11 @@ def certification_lines(summary: Mapping[str, Any]) -> list[str]:
         )
     if results["certified"]:
         attacked = f"{count_text(results['attacked_certified'])} of {count_text(results['certified'])}"
-        lines.append(f"{attacked} certified {noun} were attacked, and none was broken")
+        contradicted = results["statistical"] and results["statistical"]["contradicted"]
+        lines.append(
+            f"{attacked} certified {noun} were attacked" + ("" if contradicted else ", and none was broken")
+        )
+    lines += _statistical_lines(results["statistical"], noun)
     stopped = sum(row["stopped"] for row in results["rows"])
     if stopped:
         lines.append(

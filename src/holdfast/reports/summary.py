@@ -32,6 +32,7 @@ from holdfast.reports.curves import (
     robust_examples,
 )
 from holdfast.reports.gallery import example_images, is_image
+from holdfast.reports.geometry import geometry_results
 from holdfast.reports.numbers import size, strict
 from holdfast.reports.rotation import rotation as rotated
 from holdfast.reports.transfer import transfer
@@ -103,6 +104,7 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
         "attacks": _attacks(evidence, confidence),
         "doubts": [_doubt(doubt, evidence.model.get("output")) for doubt in evidence.doubts],
         "certification": certification(evidence, threat["constraint"]),
+        "geometry": _geometry(evidence, classes),
         "threat": {**threat, "unit": eps_unit(evidence.threat, evidence.model)},
         "model": _bounded(evidence.model),
         "data": _bounded(evidence.data),
@@ -123,6 +125,17 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
         "notes": list(evidence.notes),
         "details": list(evidence.details),
     }
+
+
+def _geometry(evidence: Evidence, classes: Sequence[str]) -> Json | None:
+    """The geometry of the decision boundary; None if it was not measured."""
+    table = evidence.tables.get("geometry")
+    if table is None:
+        return None
+    norm, unit = type(evidence.threat.constraint).__name__, _noun(evidence).removesuffix("s")
+    # under L2 the better of two bounds counts for each example
+    method = "crown or lipschitz" if norm == "L2" else "crown"
+    return geometry_results(table, classes, norm=norm, unit=unit, method=method)
 
 
 def _about(run: Mapping[str, Any]) -> Json:

@@ -24,7 +24,15 @@ _SOURCES = {
     "queries": "queries",
     **{
         name: name
-        for name in ("certified", "certified_by", "certified_bound", "certified_radius", "attacked")
+        for name in (
+            "certified",
+            "certified_by",
+            "certified_bound",
+            "certified_radius",
+            "abstained",
+            "contradicted",
+            "attacked",
+        )
     },
 }
 
@@ -97,7 +105,7 @@ def _rows(summary: Mapping[str, Any], columns: Columns, rows: slice) -> Iterator
             if summary["threat"]["goal"] is None:
                 robust_rows &= columns["correct"][rows].bool()
             columns_of_rows.append(["true" if robust else "false" for robust in robust_rows.tolist()])
-        elif heading in ("certified", "attacked"):
+        elif heading in ("certified", "abstained", "contradicted", "attacked"):
             columns_of_rows.append(
                 ["true" if value else "false" for value in columns[heading][rows].tolist()]
             )

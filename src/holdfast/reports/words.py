@@ -176,8 +176,13 @@ def measured(summary: Mapping[str, Any], *, intervals: bool = True) -> str:
         )
     if metric == "certified_accuracy":
         constraint, robust = summary["threat"]["constraint"], summary["metrics"].get("robust_accuracy")
-        rest = f"; {percent(robust['value'])} survive {all_attacks_text(summary['threat'])}" if robust else ""
-        return f"{rate} {of} are certified under {constraint}{interval_part}{rest}"
+        attacked = robust and summary["attacks"]
+        rest = (
+            f"; {percent(robust['value'])} survive {all_attacks_text(summary['threat'])}" if attacked else ""
+        )
+        results = summary.get("certification")
+        model = ", for the smoothed classifier" if results and results.get("statistical") else ""
+        return f"{rate} {of} are certified under {constraint}{model}{interval_part}{rest}"
     if metric == "targeted_success_rate":
         return f"{rate} {of} could be changed to class {summary['threat']['goal']}{interval_part}"
     if metric != "clean_accuracy":

@@ -30,6 +30,7 @@ from holdfast.harness import (
     Plan,
     Target,
 )
+from holdfast.harness.kinds.geometry import GEOMETRY
 from holdfast.sources.served import Served
 from holdfast.store.folder import RunFolder, open_run_folder, stored_manifest
 from holdfast.verbs import probes
@@ -177,6 +178,8 @@ class _Job:
         fit = learning_examples(self.plan, self.target, self.data, self.request.fit)
         across = paired_sets(self.plan, self.data, self.request.across)
         sets = {"fit": () if fit is None else (fit,), "across": across}
+        if self.plan.geometry is not None:
+            sets[GEOMETRY] = (self.data.read(0, min(self.plan.geometry.n, len(self.data))),)
         return Measurement(run, self.plan, self.target, self.data, self.device, sets, self.served)
 
     def doubted(

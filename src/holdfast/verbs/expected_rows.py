@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from holdfast.attacks.costs import Passes, most_rows
+from holdfast.certifiers.votes import ATTACKED_DRAWS, JUDGING_DRAWS, SmoothedVotes
 from holdfast.core.batch import Batch, Data
 from holdfast.core.model import VOTES, Classifier
 from holdfast.doubts.allotting import JUDGED_AT_RANDOM, probe_rows
 from holdfast.doubts.probing import AGAIN, probes_for
 from holdfast.doubts.thresholds import FRESH_ROWS, SAMPLE
 from holdfast.harness import LOOKED_AT, MATRIX_ROWS, Member, Plan, Target
+from holdfast.harness.kinds.proof import AT_ONCE
 from holdfast.ops.logits import change
 from holdfast.sources.counting import InspectionCounter, rows_of_calls
 from holdfast.sources.selection import concatenated
@@ -126,6 +128,10 @@ def expected_of(
     `work` is the entry `plan` of the manifest of the run.
     """
     shards = tuple(stop - start for start, stop in work["shards"])
+    if target.smoothed is not None:
+        passes = Passes(work["batch_size"], target.smoothed.base.batches, shards)
+        gates = any(claim.versus is None for claim in order.gates)
+        return _smoothed(target.smoothed, n, passes, gates=gates, opening=opening)
     return expected_rows(
         plan,
         n,
@@ -138,6 +144,21 @@ def expected_of(
         openings=1 + (order.workers or 0),
         opening=opening,
     )
+
+
+def _smoothed(smoothed: SmoothedVotes, n: int, passes: Passes, *, gates: bool, opening: int) -> ExpectedRows:
+    """Upper bounds on the rows of the certification of a smoothed classifier without attacks. It is assumed that every
+    row is padded separately.
+    """
+    each, sample = passes.filled(1), min(LOOKED_AT, n)
+    inspected = (
+        1 + 4 * sample
+    )  # of the base classifier: two evaluations, and two tests whether noise is accepted
+    votes = JUDGING_DRAWS * (n + (sample if gates else 0))
+    # each piece begins with one input of the network, by which the time limit is checked
+    pieces = sum(-(-shard // min(AT_ONCE, passes.size)) for shard in passes.shards)
+    draws = smoothed.smoothing.draws * n
+    return ExpectedRows(opening + each * (inspected + votes), each * ATTACKED_DRAWS * pieces, 0, each * draws)
 
 
 def _of(member: Member, passes: Passes) -> Passes:

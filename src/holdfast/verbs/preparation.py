@@ -26,6 +26,7 @@ from holdfast.harness import (
     refuse_unfitted,
     refuse_what_is_hidden,
 )
+from holdfast.harness.target import base_of
 from holdfast.ops.ascent import gradient
 from holdfast.ops.losses import margin_loss
 from holdfast.sources.selection import selected
@@ -50,7 +51,7 @@ def readied(
     with (
         placed(subject.model, device),
         prepared(subject.model, sample, adaptive=adaptive) as target,
-        enough_threads(target.bare, sample.x),
+        enough_threads(base_of(target.bare), sample.x),
     ):
         yield target, sample
 

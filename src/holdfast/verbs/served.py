@@ -11,6 +11,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.purpose import Kind
 from holdfast.harness import refuse_what_is_hidden
+from holdfast.harness.target import base_of
 from holdfast.ops.expectation import inner
 from holdfast.sources.sent import Sent, Totals, counting_by
 from holdfast.sources.served import Served
@@ -26,7 +27,7 @@ _KINDS: tuple[Kind, ...] = ("clean", "attacks", "doubts", "judging")
 
 def served_by(model: Classifier) -> Served | None:
     """Return the connection to the server of a served model, or None for a model that is not behind a server."""
-    net = inner(model).net
+    net = inner(base_of(model)).net
     return net if isinstance(net, Served) else None
 
 

@@ -11,8 +11,9 @@ from holdfast.harness.kinds.attack import SuiteAttack
 from holdfast.harness.kinds.clean import Clean
 from holdfast.harness.kinds.detection import DetectorPass
 from holdfast.harness.kinds.fit import Fit
+from holdfast.harness.kinds.geometry import GeometryTable
 from holdfast.harness.kinds.passes import CurvePass, FixedPass
-from holdfast.harness.kinds.proof import LateProof, QuickProof
+from holdfast.harness.kinds.proof import LateProof, QuickProof, StatisticalProof
 from holdfast.harness.kinds.transfer import TransferMatrix
 from holdfast.harness.stage import StageKind
 
@@ -21,6 +22,7 @@ KINDS: Mapping[str, StageKind] = {
     for kind in (
         Clean(),
         QuickProof(),
+        StatisticalProof(),
         Fit(),
         SuiteAttack(),
         LateProof(),
@@ -29,6 +31,7 @@ KINDS: Mapping[str, StageKind] = {
         CurvePass(),
         TransferMatrix(),
         AcrossSets(),
+        GeometryTable(),
     )
 }
 """All kinds of stages by name."""

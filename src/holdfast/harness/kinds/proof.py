@@ -14,9 +14,10 @@ from torch import Tensor
 
 from holdfast.certifiers.protocol import Proofs, Prover, ReadyProver
 from holdfast.certifiers.provers import GraphProver, prepared_graph
+from holdfast.certifiers.smoothing import Smoothing
 from holdfast.core.batch import Batch
 from holdfast.core.errors import TargetError
-from holdfast.core.evidence import Columns, in_table
+from holdfast.core.evidence import Columns, Cost, in_table
 from holdfast.core.meter import margin
 from holdfast.core.model import out_of_memory
 from holdfast.core.names import slug
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from holdfast.core.threat import ThreatModel
     from holdfast.harness.plan import Plan
 
+AT_ONCE = 16
+"""Number of examples that randomised smoothing certifies between two checks of the time limit."""
 DOUBLE = "double precision"
 """Name under which a target keeps the copy of its model in double precision."""
 
@@ -40,6 +43,8 @@ class ProofKind(StageKind, Protocol):
     proves: ClassVar[bool] = True
     at_once: ClassVar[int | None] = None
     """largest number of examples between two checks of the time limit; None for the batch size of the run"""
+    refutes: ClassVar[bool] = True
+    """whether the methods return counterexamples, which are then judged"""
     title: ClassVar[str] = "{}"
     listed: ClassVar[str] = "proofs"
 
@@ -89,6 +94,8 @@ class ProofKind(StageKind, Protocol):
             # raises the error of the run's time limit, which the bounds of a traced model do not notice
             target.quick(batch.x[:1], batch.ids[:1])
         proofs = ready(batch)
+        if not self.refutes:
+            proofs = replace(proofs, broken=torch.zeros_like(proofs.broken))
         refuse_contradictory(proofs)
         columns = {
             "certified": proofs.certified,
@@ -109,7 +116,12 @@ class ProofKind(StageKind, Protocol):
             columns |= stored_inputs(plan, batch, x_adv, columns["success"], missed)
         else:
             columns |= stored_inputs(plan, batch, batch.x, columns["success"], missed)
+        columns |= self.more(proofs)
         return {name: values.cpu() for name, values in _with_all(columns, batch, work).items()}
+
+    def more(self, proofs: Proofs) -> dict[str, Tensor]:
+        """Return the columns of proofs that only some kinds have."""
+        return {}
 
     def columns(self, clean: Columns) -> dict[str, Tensor]:
         """Return the columns of a method for examples on which it was not run: nothing is proved about them."""
@@ -152,6 +164,59 @@ class ProofKind(StageKind, Protocol):
         }
 
 
+class StatisticalProof(ProofKind):
+    """Kind of stage for a method whose certificates have a failure probability: randomised smoothing.
+
+    Its draws may show that the model predicts another class at a clean input. As the votes of the clean stage say
+    otherwise, the example remains undecided.
+    """
+
+    name = "statistical-proof"
+    at_once: ClassVar[int | None] = AT_ONCE
+    refutes = False
+
+    def stages(self, plan: "Plan") -> list[Stage]:
+        """Return the stages of the statistical methods, in their order."""
+        return [stage for stage in _stages(self, plan.proofs, 1) if isinstance(stage.prover, Smoothing)]
+
+    def more(self, proofs: Proofs) -> dict[str, Tensor]:
+        """Return the certified radii, and which examples the method abstained on."""
+        assert proofs.radius is not None
+        assert proofs.abstained is not None
+        return {"radius": proofs.radius, "abstained": proofs.abstained}
+
+    def columns(self, clean: Columns) -> dict[str, Tensor]:
+        """Return the columns of a method for examples on which it was not run: their radius is 0."""
+        nothing = super().columns(clean)
+        radius = torch.zeros_like(nothing["bound"])
+        return {**nothing, "radius": radius, "abstained": torch.zeros_like(nothing["certified"])}
+
+    def cost(self, columns: Columns, *, randomised: bool) -> Cost:
+        """Return the cost: one forward pass of the base classifier for each draw."""
+        return super().cost(columns, randomised=randomised) + Cost(int(columns["work"].sum()))
+
+    def evidence(
+        self, outline: Outline, by_stage: Mapping[str, Columns], worst: Columns
+    ) -> Mapping[str, Tensor]:
+        """Return the columns of all methods, with `abstained`, with the certified radii, which may exceed eps or be
+        below it, and with `contradicted`: certified examples that an attack broke, which do not count as certified.
+        """
+        columns = dict(super().evidence(outline, by_stage, worst))
+        radius, abstained = columns["certified_radius"], torch.zeros_like(columns["certified"])
+        for step in outline.steps:
+            if step.kind is self and step.name in by_stage:
+                radius = torch.maximum(radius, by_stage[step.name]["radius"])
+                abstained |= by_stage[step.name]["abstained"]
+        contradicted = columns["certified"] & worst["success"]
+        return columns | {
+            "certified": columns["certified"] & ~contradicted,
+            "certified_by": columns["certified_by"].masked_fill(contradicted, -1),
+            "certified_radius": radius.masked_fill(worst["success"], 0.0),
+            "abstained": abstained,
+            "contradicted": contradicted,
+        }
+
+
 class QuickProof(ProofKind):
     """Kind of stage for the methods of certification that are run before the attacks of the suite."""
 
@@ -159,7 +224,7 @@ class QuickProof(ProofKind):
 
     def stages(self, plan: "Plan") -> list[Stage]:
         """Return the stages of the quick methods, in their order."""
-        return _stages(self, plan.proofs, 1)
+        return [stage for stage in _stages(self, plan.proofs, 1) if not isinstance(stage.prover, Smoothing)]
 
 
 class LateProof(ProofKind):
@@ -184,10 +249,21 @@ def prepared_prover(target: Target, prover: Prover, sample: Batch, threat: "Thre
     """Return a prover that is prepared for the model of a target and a threat model. It is prepared once for each
     target, since tracing a network may take longer than the bounds of a batch.
     """
+    if isinstance(prover, Smoothing):
+        return _prepared_smoothing(target, prover, sample, threat)
     if isinstance(prover, GraphProver):  # all of them use the same graph
         graph = target.once("graph", lambda: prepared_graph(target.bare, sample))
         return target.once(f"prover {prover.name} {prover!r}", lambda: prover.on(graph, target.bare, threat))
     return target.once(f"prover {prover.name} {prover!r}", lambda: prover.ready(target.bare, sample, threat))
+
+
+def _prepared_smoothing(
+    target: Target, prover: Smoothing, sample: Batch, threat: "ThreatModel"
+) -> ReadyProver:
+    smoothed = target.smoothed
+    if smoothed is None or replace(prover, draws=1) != replace(smoothed.smoothing, draws=1):
+        raise ValueError("smoothing certifies a smoothed classifier; see holdfast.certifiers.votes")
+    return target.once(f"prover {prover!r}", lambda: prover.ready(smoothed.base, sample, threat))
 
 
 def refuse_contradictory(proofs: Proofs) -> None:

@@ -1,0 +1,158 @@
+"""A certification by randomised smoothing: all numbers are about the smoothed classifier, and contradictions between
+statistical certificates and attacks are judged by their probability.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import holdfast
+from holdfast.attacks import PGD
+from holdfast.certifiers.smoothing import ReadySmoothing, Smoothing
+from holdfast.core.constraints import L2
+from holdfast.core.errors import UnsoundProof, UsageError
+from holdfast.core.threat import ThreatModel
+from holdfast.harness import Member
+from holdfast.ops.losses import cross_entropy
+from holdfast.ops.statistics import upper_tail
+from holdfast.verbs.assess import assess
+from holdfast.verbs.certify import certify_request, smoothed_subject
+from holdfast.verbs.stored_runs import open_run
+from verbs import fakes
+from verbs.fakes import data, settled, subject
+
+EPS = 0.1
+HOW = Smoothing(0.2, draws=400, failure_probability=0.01, seed=3)
+
+
+def order(*, eps=EPS, how=HOW, **changes):
+    attack = Member("PGD", PGD(steps=4, restarts=2, loss=cross_entropy))
+    settings = {"threat": ThreatModel(L2(eps)), "gates": ("certified_accuracy >= 0.05",), **changes}
+    return certify_request(fakes.order(attack, **settings), [how], [])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    run = tmp_path_factory.mktemp("smoothed") / "run"
+    return run, assess(smoothed_subject(subject(), HOW), data(), order(), run=run)
+
+
+def test_the_run_is_about_the_smoothed_classifier(whole):
+    run, result = whole
+    evidence, results = result.evidence, open_run(run).summary()["certification"]
+    assert evidence.model["name"] == "smoothed classifier, σ = 0.2, on top of fake"
+    certified, abstained = evidence["certified"], evidence["abstained"]
+    assert 5 < int(certified.sum()) < int(evidence["correct"].sum())
+    assert not (certified & (abstained | evidence["success"])).any()
+    assert (evidence["certified_radius"][certified] >= EPS).all()
+    assert (evidence["certified_radius"][abstained] == 0).all()
+    assert float(result.gate("certified_accuracy@0.1 >= 0").estimate) == float(result["certified_accuracy"])
+    assert result.gate("certified_accuracy@0.02 >= 0").estimate.value > result["certified_accuracy"].value
+    assert float(result["certified_accuracy"]) <= float(result["robust_accuracy"])
+    statistical = results["statistical"]
+    assert statistical["tried"] == int(evidence["correct"].sum())
+    assert statistical["any_failure_probability"] == pytest.approx(0.01 * statistical["tried"])
+    assert statistical["abstained"] == int((abstained & ~evidence["success"]).sum())
+    # votes decide the clean predictions: most agree with the network, and not all
+    agreed = evidence["prediction"] == fakes.network()(data().read(0, fakes.N).x).argmax(1)
+    assert 0.7 < float(agreed.double().mean()) < 1
+    assert "each verdict of smoothing is wrong with a probability of at most 0.01" in result.table
+
+
+def test_a_resumed_run_has_the_same_bytes(tmp_path, whole, monkeypatch):
+    run, _ = whole
+    honest = ReadySmoothing.__call__
+    monkeypatch.setattr(ReadySmoothing, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        assess(smoothed_subject(subject(), HOW), data(), order(), run=tmp_path / "run")
+    monkeypatch.setattr(ReadySmoothing, "__call__", honest)
+    again = replace(HOW, sigma=0.3)
+    with pytest.raises(UsageError, match="another config and another model"):
+        assess(
+            smoothed_subject(subject(), again), data(), order(how=again), run=tmp_path / "run", resume=True
+        )
+    assess(smoothed_subject(subject(), HOW), data(), order(), run=tmp_path / "run", resume=True)
+    assert settled(tmp_path / "run") == settled(run)
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def certifying(chosen):
+    """A method that also certifies the examples with some ids."""
+    honest = ReadySmoothing.__call__
+
+    def wrong(self, batch):
+        proofs, more = honest(self, batch), torch.isin(batch.ids, torch.tensor(chosen))
+        return replace(proofs, certified=proofs.certified | more, broken=proofs.broken & ~more)
+
+    return wrong
+
+
+def broken_ids(eps):
+    evidence = assess(smoothed_subject(subject(), HOW), data(), order(eps=eps, gates=())).evidence
+    return evidence["id"][evidence["success"] & evidence["correct"]].tolist()
+
+
+def test_one_contradiction_is_listed_and_many_end_the_run(monkeypatch):
+    eps = 0.3
+    broken = broken_ids(eps)
+    assert len(broken) > 12
+    monkeypatch.setattr(ReadySmoothing, "__call__", certifying(broken[:1]))
+    result = assess(smoothed_subject(subject(), HOW), data(), order(eps=eps, gates=()))
+    evidence, row = result.evidence, result.evidence["id"] == broken[0]
+    assert evidence["contradicted"].nonzero()[:, 0].tolist() == row.nonzero()[:, 0].tolist()
+    assert evidence["success"][row].all()
+    assert not evidence["certified"][row].any()
+    assert f"contradict each other for 1 example (id {broken[0]})" in result.table
+    results = result.summary()["certification"]
+    assert results["rows"][-1]["undecided"] == results["unknown"]
+
+    monkeypatch.undo()
+    monkeypatch.setattr(ReadySmoothing, "__call__", certifying(broken))
+    with pytest.raises(UnsoundProof, match="more than by chance"):
+        assess(smoothed_subject(subject(), HOW), data(), order(eps=eps, gates=()))
+
+
+def test_the_probability_of_contradictions_is_that_of_a_binomial_distribution():
+    assert upper_tail(2, 3, 0.1) == pytest.approx(3 * 0.01 * 0.9 + 0.001)
+    assert upper_tail(0, 3, 0.1) == 1
+
+
+def test_a_model_without_gradients_is_certified_without_attacks():
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    rng = np.random.default_rng(0)
+    y = np.arange(30) % 2
+    x = np.clip(rng.normal(0.5, 0.02, (30, 4)) + 0.3 * (2 * y[:, None] - 1), 0, 1).astype("float32")
+    model = neighbors.KNeighborsClassifier(3).fit(x, y)
+    result = holdfast.certify(
+        model, (x, y), "l2:0.2", "smoothing", sigma=0.2, draws=300, failure_probability=0.01
+    )
+    assert float(result["certified_accuracy"]) > 0.9
+    assert not result.evidence.attacks
+    assert any("gives scores only, so that no attack is run" in note for note in result.summary()["notes"])
+
+
+class Strict(torch.nn.Module):
+    """A network that refuses inputs outside of [0, 1], as many services do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = fakes.network()
+
+    def forward(self, x):
+        if ((x < 0) | (x > 1)).any():
+            raise ValueError("a pixel is outside of [0, 1]")
+        return self.net(x)
+
+
+def test_a_model_that_refuses_noise_needs_a_clamp():
+    with pytest.raises(UsageError, match="a pixel is outside.*--clip"):
+        assess(smoothed_subject(subject(Strict()), HOW), data(), order())
+    clipped = replace(HOW, clip=True)
+    result = assess(smoothed_subject(subject(Strict()), clipped), data(), order(how=clipped, gates=()))
+    assert result.evidence["certified"].any()
+    assert result.evidence.model["smoothed"]["clip"] is True
