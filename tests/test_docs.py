@@ -261,6 +261,29 @@ def test_the_page_has_the_recorded_numbers_of_recipes(row, first):
     }
 
 
+def test_the_page_has_the_recorded_numbers_of_certified_training():
+    documented = rows("concepts/certified-training.md", "recipe")
+    assert documented == [
+        {
+            "recipe": f"`{row['recipe']}`",
+            "epochs": str(row["epochs"]),
+            "CPU s": str(row["training, CPU s"]),
+            **{
+                name: f"{row[f'{source}, %']:.2f}"
+                for name, source in {
+                    "clean, %": "clean",
+                    "by intervals, %": "ibp",
+                    "by CROWN, %": "crown",
+                    "by branch and bound, %": "certified",
+                    "broken, %": "broken",
+                }.items()
+            },
+            "undecided": str(row["undecided"]),
+        }
+        for row in newest("certified-training")["table"]
+    ]
+
+
 def test_the_page_has_the_tables_for_the_published_ones():
     documented = rows("concepts/hardening.md", "model")
     assert documented == [

@@ -163,7 +163,9 @@ def _sharpen(relaxation: Relaxation, index: int, steps: int, deadline: float) ->
         if not in_time:
             break
         rows = chosen[:, start : start + at_once]
-        functions = one_hot(rows, shape, low.dtype)
+        signs = torch.ones(len(rows), 2 * rows.shape[1], dtype=low.dtype, device=low.device)
+        signs[:, rows.shape[1] :] = -1.0
+        functions = one_hot(rows.repeat(1, 2), signs, shape)
         lower = optimised(relaxation, index, functions, steps=steps).lower
         half = rows.shape[1]
         below.scatter_(1, rows, torch.maximum(below.gather(1, rows), lower[:, :half]))

@@ -165,46 +165,51 @@ def _exact(graph: Graph, index: int) -> bool:
 def refine(relaxation: Relaxation, index: int, deadline: float = math.inf) -> None:
     """Tighten the bounds of a value by backward substitution, where the sign of the value is not known, until the
     deadline.
+
+    First the bound closer to zero is computed. Where it shows the sign of the input of a ReLU, the other bound is not
+    needed.
     """
     low, high = relaxation.bound(index)
     # the values of a ReLU are exact where the sign of its input is known
     signed = _only_relu(relaxation.graph, index)
-    unknown = (((low < 0) & (high > 0)) if signed else low < high).flatten(1)
-    most = int(unknown.sum(1).max())
-    if not most:
-        return
-    # the indices of the values of unknown sign, filled up to equal numbers with others
-    chosen = unknown.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    n = len(low)
     below, above = low.flatten(1).clone(), high.flatten(1).clone()
-    in_windows = windows.local(relaxation.graph, index)
-    bounds = windows.lower_bounds if in_windows else _dense_bounds
-    widest = max(relaxation.graph.shape_of(i).numel() for i in range(index + 1))
-    step = max(1, _ELEMENTS // (2 * n * (_WINDOW if in_windows else widest)))
-    for start in range(0, most, step):
-        if time.perf_counter() >= deadline:
-            relaxation.stopped = True
-            break
-        rows = chosen[:, start : start + step]
-        lower, negative = bounds(relaxation, index, rows)
-        below.scatter_(1, rows, torch.maximum(below.gather(1, rows), lower))
-        above.scatter_(1, rows, torch.minimum(above.gather(1, rows), -negative))
+    first = torch.where(-below <= above, 1.0, -1.0).to(low.dtype)
+    for signs in (first, -first):
+        unknown = (below < 0) & (above > 0) if signed else below < above
+        most = int(unknown.sum(1).max())
+        if not most:
+            continue
+        # the indices of the values of unknown sign, filled up to equal numbers with others
+        chosen = unknown.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        for rows in torch.split(chosen, _rows_at_once(relaxation.graph, index, len(low)), 1):
+            if time.perf_counter() >= deadline:
+                relaxation.stopped = True
+                break
+            sign = signs.gather(1, rows)
+            lower = sign * lower_bounds(relaxation, index, rows, sign)
+            old_below, old_above = below.gather(1, rows), above.gather(1, rows)
+            below.scatter_(1, rows, torch.where(sign > 0, torch.maximum(old_below, lower), old_below))
+            above.scatter_(1, rows, torch.where(sign < 0, torch.minimum(old_above, lower), old_above))
     relaxation.bounds[index] = (below.view_as(low), above.view_as(high))
 
 
-def _dense_bounds(relaxation: Relaxation, index: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower bounds (n, k) of the chosen values, given by indices (n, k), and of their negatives."""
-    functions = one_hot(chosen, relaxation.graph.shape_of(index), relaxation.region.low.dtype)
-    lower = substitute(relaxation, index, functions).lower
-    half = chosen.shape[1]
-    return lower[:, :half], lower[:, half:]
+def _rows_at_once(graph: Graph, index: int, n: int) -> int:
+    """How many values of each of `n` examples are bounded at once, so that their coefficients fit into the memory."""
+    widest = max(graph.shape_of(i).numel() for i in range(index + 1))
+    return max(1, _ELEMENTS // (n * (_WINDOW if windows.local(graph, index) else widest)))
 
 
-def one_hot(chosen: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Return the coefficients (n, 2 k, *shape) of the chosen values, indices (n, k), and of their negatives."""
-    one = torch.zeros(*chosen.shape, shape.numel(), dtype=dtype, device=chosen.device)
-    one.scatter_(2, chosen[:, :, None], 1.0)
-    return torch.cat((one, -one), 1).view(len(chosen), -1, *shape)
+def lower_bounds(relaxation: Relaxation, index: int, chosen: Tensor, signs: Tensor) -> Tensor:
+    """Return lower bounds (n, k) of the chosen values, indices (n, k), times signs (n, k)."""
+    if windows.local(relaxation.graph, index):
+        return windows.lower_bounds(relaxation, index, chosen, signs)
+    return substitute(relaxation, index, one_hot(chosen, signs, relaxation.graph.shape_of(index))).lower
+
+
+def one_hot(chosen: Tensor, signs: Tensor, shape: torch.Size) -> Tensor:
+    """Return the coefficients (n, k, *shape) of the chosen values, indices (n, k), times signs (n, k)."""
+    one = torch.zeros(*chosen.shape, shape.numel(), dtype=signs.dtype, device=chosen.device)
+    return one.scatter_(2, chosen[:, :, None], signs[:, :, None]).view(*chosen.shape, *shape)
 
 
 def _only_relu(graph: Graph, index: int) -> bool:

@@ -1,5 +1,6 @@
 """The ATen operations that have sound bounds, each with its translation into an operation of a graph."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -372,7 +373,8 @@ def _max_pool(
 def _windows(x: Tensor, out: tuple[int, ...], settings: Mapping[str, Any]) -> Tensor:
     channels = x.shape[1]
     unfolded: Tensor = F.unfold(x, **settings)
-    return unfolded.view(len(x), channels, -1, *out).movedim(2, -1)
+    size = math.prod(settings["kernel_size"])
+    return unfolded.view(len(x), channels, size, *out).movedim(2, -1)
 
 
 def _threshold(to: Translator, x: TracedValue, at: TracedValue, value: TracedValue) -> TracedValue:

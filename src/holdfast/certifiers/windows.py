@@ -32,7 +32,7 @@ class _Windows:
     """
 
     a: Tensor
-    """coefficients (2, n, k, channels, h, w) of k functions for each example, and of their negatives"""
+    """coefficients (n, k, channels, h, w) of k functions for each example"""
     places: Tensor
     """indices (n * k) of the windows among the places of all examples"""
     grid: tuple[int, int]
@@ -44,7 +44,7 @@ class _Windows:
     def gathered(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Return the windows (n, k, channels, h, w) of tensors (n, channels, height, width), with zeros outside."""
         joined = torch.cat(values, 1)
-        n, k, channels, h, w = self.a.shape[1:]
+        n, k, channels, h, w = self.a.shape
         height, width = joined.shape[2:]
         rows, columns = self.grid
         below = self.top + (rows - 1) * self.down + h - height
@@ -88,8 +88,8 @@ def local(graph: Graph, index: int) -> bool:
     return True
 
 
-def lower_bounds(relaxation: Relaxation, index: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Return lower bounds (n, k) of the chosen values of a convolution, and of their negatives.
+def lower_bounds(relaxation: Relaxation, index: int, chosen: Tensor, signs: Tensor) -> Tensor:
+    """Return lower bounds (n, k) of the chosen values of a convolution, times signs (n, k).
 
     `chosen` are indices (n, k) of values of the flattened output. `local` must be true for the value.
     """
@@ -99,19 +99,18 @@ def lower_bounds(relaxation: Relaxation, index: int, chosen: Tensor) -> tuple[Te
     n, rows, columns = len(chosen), *node.shape[1:]
     channel, place = chosen // (rows * columns), chosen % (rows * columns)
     examples = torch.arange(n, device=chosen.device)[:, None] * (rows * columns)
-    weight = operation.weight[channel]
     windows = _Windows(
-        torch.stack((weight, -weight)),
+        operation.weight[channel] * signs[:, :, None, None, None],
         (examples + place).flatten(),
         (rows, columns),
         -operation.padding[0],
         -operation.padding[1],
         *operation.stride,
     )
-    error = relaxation.error_of(index).gather(1, chosen)[None]
+    error = relaxation.error_of(index).gather(1, chosen)
     constant = torch.zeros_like(error)
     if operation.bias is not None:
-        constant = torch.stack((operation.bias[channel], -operation.bias[channel]))
+        constant = operation.bias[channel] * signs
     at = node.inputs[0]
     while at:
         node = graph.node(at)
@@ -123,13 +122,12 @@ def lower_bounds(relaxation: Relaxation, index: int, chosen: Tensor) -> tuple[Te
             windows, added, rounding = _linear(node.operation, windows, noise)
         constant, error = constant + added, error + rounding
         at = node.inputs[0]
-    lower = _minimum(relaxation.region, windows) + constant - error * 1.01
-    return lower[0], lower[1]
+    return _minimum(relaxation.region, windows) + constant - error * 1.01
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sums of products over windows: (2, n, k) from (2, n, k, channels, h, w) and (n, k, channels, h, w)."""
-    return (a * b).flatten(3).sum(3)
+    """Sums (n, k) of products over windows (n, k, channels, h, w)."""
+    return (a * b).flatten(2).sum(2)
 
 
 def _activated(
@@ -155,7 +153,7 @@ def _linear(operation: Linear, windows: _Windows, noise: Tensor) -> tuple[_Windo
     added = torch.zeros_like(rounding)
     if isinstance(operation, Scaled):
         if operation.offset is not None:
-            added = (a * operation.offset.reshape(-1, 1, 1)).flatten(3).sum(3)
+            added = (a * operation.offset.reshape(-1, 1, 1)).flatten(2).sum(2)
         return (
             windows.moved(a if operation.scale is None else a * operation.scale.reshape(-1, 1, 1)),
             added,
@@ -163,7 +161,7 @@ def _linear(operation: Linear, windows: _Windows, noise: Tensor) -> tuple[_Windo
         )
     assert isinstance(operation, Convolution)
     if operation.bias is not None:
-        added = a.flatten(4).sum(4) @ operation.bias
+        added = a.flatten(3).sum(3) @ operation.bias
     (down, right), (above, before) = operation.stride, operation.padding
     moved = replace(
         windows,
@@ -178,7 +176,7 @@ def _linear(operation: Linear, windows: _Windows, noise: Tensor) -> tuple[_Windo
 
 def _transposed(operation: Convolution, a: Tensor) -> Tensor:
     """The transposed convolution of windows, without padding."""
-    h, w = a.shape[4:]
+    h, w = a.shape[3:]
     outer, inner, *kernel = operation.weight.shape
     size = [
         (length - 1) * step + width
@@ -186,11 +184,11 @@ def _transposed(operation: Convolution, a: Tensor) -> Tensor:
     ]
     entries, nonzero = size[0] * size[1], kernel[0] * kernel[1]
     if entries > _DENSE * nonzero:
-        back = F.conv_transpose2d(a.flatten(0, 2), operation.weight, stride=operation.stride)
-        return back.view(*a.shape[:3], *back.shape[1:])
+        back = F.conv_transpose2d(a.flatten(0, 1), operation.weight, stride=operation.stride)
+        return back.view(*a.shape[:2], *back.shape[1:])
     one = torch.eye(outer * h * w, dtype=a.dtype, device=a.device).view(-1, outer, h, w)
     matrix = F.conv_transpose2d(one, operation.weight, stride=operation.stride).flatten(1)
-    return (a.flatten(3) @ matrix).view(*a.shape[:3], inner, *size)
+    return (a.flatten(2) @ matrix).view(*a.shape[:2], inner, *size)
 
 
 def _minimum(region: Region, windows: _Windows) -> Tensor:
@@ -199,12 +197,12 @@ def _minimum(region: Region, windows: _Windows) -> Tensor:
     middle, radius = windows.gathered((region.high + region.low) / 2, (region.high - region.low) / 2)
     sizes = a.abs()
     spread = _dot(sizes, radius)
-    rounding = gamma(a[0, 0, 0].numel() + 4, a.dtype) * (_dot(sizes, middle.abs()) + spread)
+    rounding = gamma(a[0, 0].numel() + 4, a.dtype) * (_dot(sizes, middle.abs()) + spread)
     lower = _dot(a, middle) - spread
     if region.norm is not None:
         inside, centre = windows.gathered(torch.ones_like(region.low), region.centre)
-        rows = (a * inside).flatten(3)
-        dual = rows.norm(dim=3) if region.norm == 2 else rows.abs().amax(3)
-        in_ball = _dot(a, centre) - region.radius * dual * (1 + gamma(rows.shape[3] + 4, a.dtype))
+        rows = (a * inside).flatten(2)
+        dual = rows.norm(dim=2) if region.norm == 2 else rows.abs().amax(2)
+        in_ball = _dot(a, centre) - region.radius * dual * (1 + gamma(rows.shape[2] + 4, a.dtype))
         lower = torch.maximum(lower, in_ball) - rounding
     return lower - rounding

@@ -4,8 +4,8 @@ point, inside the ball.
 Müller et al., "Certified Training: Small Boxes are All You Need", ICLR 2023, arXiv:2210.04871. The boxes do not cover
 the ball, so that the loss is no upper bound, but the network is less regularised than by bounds over the whole ball;
 its certificates need tighter bounds than intervals, such as those of branch and bound. Differs from the paper: eps
-grows linearly, the learning rate follows one cycle, the weights are averaged, batch norm uses its running statistics in
-the bounds, and no ReLU is shrunk.
+grows linearly while the weight of the clean loss falls to 0, the learning rate follows one cycle, the weights are
+averaged, batch norm uses its running statistics in the bounds, and no ReLU is shrunk.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.certifiers.graph import Graph
@@ -43,11 +44,13 @@ class SABR:
 
     ratio: Fraction = 0.3
     """radius of the box as a fraction of eps (lambda of the paper): with 1 it is the ball, with 0 the attacked point"""
+    clean: Fraction = 0.0
+    """weight of the loss on clean inputs after the warm-up, during which it falls from 1; the bound has the rest"""
     steps: Steps = 2
     """number of gradient steps of the inner attack, which searches the centre of the box"""
     reach: Positive = 2.5
     """path length of the inner attack, in multiples of the distance of the centre from the example"""
-    regularisation: NonNegative = 0.5
+    regularisation: NonNegative = 0.0
     """weight, at the start of the warm-up, of a penalty on wide bounds and on unbalanced activations; it falls to 0"""
     initialisation: Initialisation = "given"
     """weights at the start: those of the given model, or random ones with tight bounds, for networks with batch norm"""
@@ -80,16 +83,20 @@ class SABR:
         """Return the mean loss of a batch and the number of examples that the bounds prove to be classified correctly
         in their boxes.
 
-        The loss is the upper bound of the cross-entropy over the box, plus the regularisation.
+        The loss is the weighted mean of the clean cross-entropy and its upper bound over the box, plus the
+        regularisation.
         """
-        with torch.no_grad():
-            learner.net(batch.x)  # updates the statistics of batch norm
         warm = warmed(learner, self.training.overshoot)
         graph = graph_of(learner.net)
         region = box(x_adv, self.ratio * learner.threat.constraint.eps, learner.net.bounds)
         bounds = graph.intervals(region, rounded=False)
         margins = margin_bounds(graph, bounds, batch.y)
-        loss = robust_cross_entropy(margins).mean()
+        clean = 1 - (1 - self.clean) * warm
+        with torch.set_grad_enabled(
+            clean > 0
+        ):  # a pass without a weight still updates the statistics of batch norm
+            logits = learner.net(batch.x)
+        loss = clean * F.cross_entropy(logits, batch.y) + (1 - clean) * robust_cross_entropy(margins).mean()
         if self.regularisation and warm < 1:
             loss = loss + self.regularisation * (1 - warm) * regularisation(graph, bounds)
         return loss, (margins > 0).all(1).sum()
