@@ -41,7 +41,7 @@ $(RUN): pyproject.toml constraints.txt
 $(DEV): pyproject.toml constraints.txt
 	@echo 'installing into .venv, with what the tests need'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq -e '.[onnx,parquet,scale,sklearn,dev]'
+	@$(BIN)/python -m pip install -qq -e '.[onnx,parquet,scale,sklearn,vnnlib,dev]'
 	@touch $@ $(RUN)
 
 $(BENCH): pyproject.toml constraints.txt benchmarks/requirements.txt benchmarks/requirements-bare.txt

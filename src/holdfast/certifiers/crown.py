@@ -202,7 +202,7 @@ def _rows_at_once(graph: Graph, index: int, n: int) -> int:
 def lower_bounds(relaxation: Relaxation, index: int, chosen: Tensor, signs: Tensor) -> Tensor:
     """Return lower bounds (n, k) of the chosen values, indices (n, k), times signs (n, k)."""
     if windows.local(relaxation.graph, index):
-        return windows.lower_bounds(relaxation, index, chosen, signs)
+        return windows.window_bounds(relaxation, index, chosen, signs)
     return substitute(relaxation, index, one_hot(chosen, signs, relaxation.graph.shape_of(index))).lower
 
 

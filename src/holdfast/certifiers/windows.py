@@ -88,7 +88,7 @@ def local(graph: Graph, index: int) -> bool:
     return True
 
 
-def lower_bounds(relaxation: Relaxation, index: int, chosen: Tensor, signs: Tensor) -> Tensor:
+def window_bounds(relaxation: Relaxation, index: int, chosen: Tensor, signs: Tensor) -> Tensor:
     """Return lower bounds (n, k) of the chosen values of a convolution, times signs (n, k).
 
     `chosen` are indices (n, k) of values of the flattened output. `local` must be true for the value.
