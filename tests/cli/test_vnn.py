@@ -154,4 +154,4 @@ def test_the_time_limit_is_that_of_the_whole_call(tmp_path):
             text=True,
             check=True,
         )
-        assert done.stdout == "timed-out\n" and time.perf_counter() - start < seconds + 0.5
+        assert done.stdout == "timed-out\n" and time.perf_counter() - start < seconds + 3
