@@ -70,10 +70,11 @@ class Relaxation:
                 gamma(slopes.shape[-1] + 4, dtype) * moved + gamma(n_values, dtype) * lines.upper_offset.abs()
             )
         offsets = torch.maximum(lines.lower_offset.abs(), lines.upper_offset.abs())
+        # the products with the slopes, and the rounding of the slopes themselves
         if isinstance(operation, ReLU):  # any slope from 0 to 1 may be chosen
-            return gamma(4, dtype) * sizes[0] + gamma(n_values, dtype) * offsets
+            return gamma(8, dtype) * sizes[0] + gamma(n_values, dtype) * offsets
         slopes = torch.maximum(lines.lower_slope.abs(), lines.upper_slope.abs())
-        return gamma(4, dtype) * slopes * sizes[0] + gamma(n_values, dtype) * offsets
+        return gamma(8, dtype) * slopes * sizes[0] + gamma(n_values, dtype) * offsets
 
     def replace_bounds(self, index: int, low: Tensor, high: Tensor) -> None:
         """Replace the bounds of a value by tighter ones. What was computed from the former bounds is forgotten."""
