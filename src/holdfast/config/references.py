@@ -206,8 +206,8 @@ def _refuse_names(data: DataReference) -> None:
 
 
 def refuse_other_settings(reference: ModelReference, what: str, *possible: str) -> None:
-    """Raise `UsageError` if a reference to a model has options other than those that are possible for its use, for
-    example as a surrogate.
+    """Raise `UsageError` if a reference to a model has options that are not allowed for its use, for example
+    as a surrogate.
 
     Limits of servers are excluded, because they are checked when the model is opened.
     """

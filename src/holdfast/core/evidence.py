@@ -79,8 +79,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Residual:
-    """Number of examples on which an attack was not run, because it broke no example of the last group that it was run
-    on, with a bound for their share that it would break.
+    """Number of examples that an attack skipped, because it broke none of the last group of examples, and an upper bound
+    of the share of the skipped examples that it would have broken.
     """
 
     untried: int

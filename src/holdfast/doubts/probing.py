@@ -299,9 +299,9 @@ def probes_for(threat: ThreatModel, attacks: tuple[Attack, ...] = ()) -> tuple[P
 
 
 def probing_threat(threat: ThreatModel, columns: Columns) -> ThreatModel:
-    """Return the threat model of a run with a finite radius eps, which probes need.
+    """Return the threat model of a run. An infinite radius eps is replaced by a finite one, which probes need.
 
-    For a minimum-norm run, eps is the median of the distances that it found.
+    For a minimum-norm run, it is the median distance of the adversarial examples.
     """
     constraint = threat.constraint
     if constraint.eps == torch.inf:

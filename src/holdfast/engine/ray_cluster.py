@@ -128,7 +128,7 @@ class Cluster:
 
     @property
     def is_client(self) -> bool:
-        """Whether the connection is one of Ray's client (`ray://`)."""
+        """Whether the connection uses Ray Client, with an address that begins with `ray://`."""
         return client_of(self.ray) is not None
 
     def submit(self, function: Callable[..., bytes], arguments: Sequence[Any], **options: Any) -> Any:

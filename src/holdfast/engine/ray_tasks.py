@@ -130,7 +130,7 @@ class RayTasks:
         stopwatch.tick(least=0.0)
 
     def pause(self) -> None:
-        """Do nothing, because the workers belong to the cluster."""
+        """Do nothing. Other executors stop their worker processes here, but those of a cluster are managed by Ray."""
 
     def _tell(self, stage: str, done: int, running: int) -> None:
         self.detail(f"{stage}: {done} shards done, {running} running, {self._failed} failed and repeated")

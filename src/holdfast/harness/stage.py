@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Against:
-    """How an attack treats the detector of a model that rejects inputs: the weight of the detector's score, and the
-    attacked threshold.
+    """Settings of an attack on a model with a detector that rejects inputs: the weight of the detector's score in the
+    loss of the attack, and the threshold that the attack evades.
     """
 
     weight: float
@@ -171,7 +171,9 @@ class StageKind(Protocol):
 
 @dataclass(frozen=True)
 class Stage:
-    """One attack or other measurement of a plan. Its unique name is also that of its file and of its random numbers."""
+    """One attack or other measurement of a plan. Its unique name also names its file and determines its random
+    numbers.
+    """
 
     name: str
     kind: StageKind

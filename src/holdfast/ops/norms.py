@@ -1,4 +1,4 @@
-"""Functions of norms for attacks, such as the distance to a linearised decision boundary."""
+"""Functions that depend on a norm and that attacks use, such as the distance to a linearised decision boundary."""
 
 import torch
 

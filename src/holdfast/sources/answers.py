@@ -80,8 +80,8 @@ class ServerAnswers:
             raise type(error)(self._masked(f"{error}. The response begins: {beginning}")) from None
 
     def recall(self, row: Tensor) -> None:
-        """Register a row of scores, or a one-hot label, that an earlier attempt of a resumed run received. It
-        determines the number of classes.
+        """Restore an answer of the server, a row of scores or a one-hot label, that an earlier attempt of a resumed run
+        received. The length of the row is the number of classes.
         """
         if self._labels is None:
             self._classes = len(row)

@@ -197,7 +197,7 @@ def entry_of(name: str) -> Entry:
 
 
 def listed_data_sets() -> tuple[Listed, ...]:
-    """Return all data sets of the catalogue, with the information whether their files are on this machine."""
+    """Return all data sets of the catalogue, and for each whether its files are on this machine."""
     folder = data_folder()
     return tuple(
         Listed(name, entry.title, folder / entry.file, (folder / entry.file).exists(), bool(entry.remotes))

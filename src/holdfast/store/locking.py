@@ -1,4 +1,4 @@
-"""A file lock between processes and threads, which is released when its process ends in any way."""
+"""A file lock between processes and threads, which is released when its process ends, even if it is killed."""
 
 import sqlite3
 from collections.abc import Iterator

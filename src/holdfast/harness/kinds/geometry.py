@@ -25,7 +25,7 @@ class Geometer(Protocol):
 
     @property
     def n(self) -> int:
-        """Number of examples, from the first one of the data."""
+        """Number of examples that are measured, from the start of the data."""
 
     def __call__(self, model: Classifier, batch: Batch, threat: "ThreatModel", seed: int) -> Table:
         """Return the geometry around the examples of a batch as a table of the evidence, with one row for each."""

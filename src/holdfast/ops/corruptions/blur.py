@@ -12,7 +12,7 @@ from holdfast.ops.corruptions.filters import clamped, disk, filtered, gaussian_k
 
 
 def gaussian_blur(x: Inputs, c: Constants, ids: Ids, rng: Draws) -> Inputs:
-    """Blur the images with a Gaussian whose standard deviation is `c[0]` pixels, as the corruption Gaussian blur."""
+    """Apply the corruption Gaussian blur, with a Gaussian whose standard deviation is `c[0]` pixels."""
     return clamped(gaussian_kernel(x, c[0]))
 
 

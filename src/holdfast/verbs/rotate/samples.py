@@ -136,8 +136,8 @@ def changed(right: Sequence[Mask]) -> float:
 
 
 def statement(needs: Sequence[Need], *, planned: bool) -> str:
-    """Return a text with the number of held-out examples that the gates need, the available number, and the effect on
-    the tolerances.
+    """Return a message with the number of held-out examples that the gates need, the available number, and by how much
+    a shortage widens the tolerances of the gates.
     """
     need, n_held_out, about = (
         max(need_of_gate.needed for need_of_gate in needs),
