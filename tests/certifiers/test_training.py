@@ -189,7 +189,7 @@ def test_what_bounds_cannot_train_is_refused():
 @pytest.mark.slow
 def test_certified_training_makes_networks_of_which_bounds_prove_much():
     digits, test = (open_data("mnist-mini", split=split) for split in ("train", "test"))
-    data, judged = digits.read(0, 2_500), test.read(0, 300)
+    data, judged = digits.read(0, 1_500), test.read(0, 200)
     threat, how = ThreatModel(Linf(0.1)), Training(epochs=30, lr=2e-3, weight_decay=0.0, average=0.99)
 
     def proved(recipe):
