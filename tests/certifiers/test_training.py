@@ -190,7 +190,10 @@ def test_what_bounds_cannot_train_is_refused():
 def test_certified_training_makes_networks_of_which_bounds_prove_much():
     digits, test = (open_data("mnist-mini", split=split) for split in ("train", "test"))
     data, judged = digits.read(0, 1_500), test.read(0, 200)
-    threat, how = ThreatModel(Linf(0.1)), Training(epochs=30, lr=2e-3, weight_decay=0.0, average=0.99)
+    threat, how = (
+        ThreatModel(Linf(0.1)),
+        Training(epochs=30, batch=48, lr=2e-3, weight_decay=0.0, average=0.99),
+    )
 
     def proved(recipe):
         torch.manual_seed(0)
@@ -201,5 +204,5 @@ def test_certified_training_makes_networks_of_which_bounds_prove_much():
             Crown().ready(net, judged.take(torch.arange(8)), threat)(judged).certified.float().mean()
         )
 
-    assert proved(Standard()) < 0.1
-    assert min(proved(IBPTraining()), proved(SABR())) > 0.3
+    shares = [proved(recipe) for recipe in (Standard(), IBPTraining(), SABR())]
+    assert shares[0] < 0.1 and min(shares[1:]) > 0.35, shares
