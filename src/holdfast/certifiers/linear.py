@@ -229,7 +229,7 @@ class Nonnegative(Linear):
         return tuple(each.view(*a.shape[:2], *each.shape[1:]) for each in pull(rows))
 
     def magnitude(self, *x: Tensor) -> Tensor:
-        """Return the values of the function for magnitudes `x` of its inputs, from which rounding errors are bounded."""
+        """Return the values of the function for magnitudes `x` of its inputs; they bound rounding errors."""
         return self.function(*x)
 
 

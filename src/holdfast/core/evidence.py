@@ -79,8 +79,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Residual:
-    """Number of examples that an attack skipped, because it broke none of the last group of examples, and an upper bound
-    of the share of the skipped examples that it would have broken.
+    """Number of examples that an attack skipped, because it broke none of the last group of examples, and an upper
+    bound of the share of the skipped examples that it would have broken.
     """
 
     untried: int
