@@ -64,7 +64,7 @@ class _Book:
         self.under_way -= 1
 
     def forget(self, given: Mapping[str | None, int]) -> None:
-        """Subtract the answers that were written to the ledger from the counts of answers that are not in the ledger yet."""
+        """Subtract the answers that were written to the ledger from the counts of answers that are not in it yet."""
         for principal, n in given.items():
             self.given[principal] -= n
             if not self.given[principal]:

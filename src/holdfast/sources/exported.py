@@ -144,8 +144,8 @@ def reasons_to_refuse(path: Path, content: bytes) -> list[str]:
 
 
 def refuse_code_in_program(path: Path, content: bytes) -> None:
-    """Raise `UsageError` for an exported program that contains anything other than tensors and neural-network operators,
-    because other parts could run code.
+    """Raise `UsageError` for an exported program that contains anything other than tensors and neural-network
+    operators, because other parts could run code.
     """
     reasons = reasons_to_refuse(path, content)
     if reasons:

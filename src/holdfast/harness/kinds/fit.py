@@ -43,7 +43,7 @@ class Fit(StageKind):
         return []
 
     def due(self, stage: Stage, plan: "Plan", by_stage: Mapping[str, Columns]) -> None:
-        """Return None: the stage is run on no example of the evaluation, because attacks are fitted on other examples."""
+        """Return None: the stage uses no example of the evaluation, because attacks are fitted on others."""
 
     def run(self, stage: Stage, work: Work) -> Columns:
         """Fit a learned attack, and return its perturbation and its cost as columns.
