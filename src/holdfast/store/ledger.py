@@ -149,7 +149,7 @@ class Ledger:
 
     @property
     def unjudged(self) -> tuple[str, ...]:
-        """Names of the sets that passed the gates and were not judged against all stolen sets before they serve."""
+        """Names of the admitted sets that did not serve yet and were not judged against all stolen sets."""
         return self._view(lambda state: state.unjudged)
 
     @property
