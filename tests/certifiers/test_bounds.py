@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from holdfast import L1, L2, Batch, Classifier, Linf, ThreatModel
 from holdfast.certifiers.alpha import optimised, sharpen
 from holdfast.certifiers.crown import refine, relaxed, substitute
+from holdfast.certifiers.graph import gamma
 from holdfast.certifiers.provers import IBP, Crown, CrownIBP, margin_rows
 from holdfast.certifiers.region import Region, region_of
 from holdfast.certifiers.relaxation import Relaxation
@@ -57,6 +58,51 @@ class Normalised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net((x - self.mean) / torch.tensor([0.2, 0.3]).view(1, 2, 1, 1))
+
+
+class RowConstants(nn.Module):
+    """A factor for each row, in a value with as many rows as channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+        self.last, self.factor = nn.Linear(256, 3), nn.Parameter(torch.randn(8, 1) * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.second(F.relu(self.first(x) * self.factor))).flatten(1))
+
+
+class Parallel(nn.Module):
+    """Two activations, none of which depends on the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.last = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.left(x)) + F.relu(self.right(x)))
+
+
+class InPlace(nn.Module):
+    """Operations that change values which are used again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 2, 3, padding=1), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        shortcut = y.flatten(1)
+        F.relu(y, inplace=True)
+        y += x
+        return self.last(shortcut)
+
+
+class Coloured(nn.Module):
+    """Normalisation of a grey image with three constants, which makes three channels of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - torch.tensor([0.1, 0.4, 0.6]).view(1, 3, 1, 1)) / 0.3
 
 
 def images(*layers: nn.Module) -> nn.Module:
@@ -118,6 +164,17 @@ NETWORKS = {
             nn.ReLU6(),
         )
     },
+    "row constants": (RowConstants, (1, 8, 8)),
+    "parallel": (Parallel, (6,)),
+    "in place": (InPlace, (2, 4, 4)),
+    "grey to colour": (
+        lambda: images(Coloured(), nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)),
+        (1, 6, 6),
+    ),
+    "one dimension": (
+        lambda: images(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(12, 3)),
+        (2, 8),
+    ),
     "softmax": (lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), nn.LogSoftmax(1)), (6,)),
 }
 """factory and input shape of a network with each kind of operation"""
@@ -160,6 +217,7 @@ def test_every_value_is_inside_its_bounds(name: str, constraint: Linf | L2 | L1)
     region = region_of(x, constraint, Bounds())
     inside = graph.values(points(region))
     relaxation = relaxed(graph, region)
+    sharpen(relaxation, 2)
     for index in range(1, graph.output + 1):
         refine(relaxation, index)
         for low, high in (graph.intervals(region.box)[index], relaxation.bound(index)):
@@ -179,7 +237,7 @@ def test_bounds_on_windows_are_those_of_the_whole_value(name: str, monkeypatch: 
             whole = relaxed(graph, region)
         for index in graph.bounded:
             for one, other in zip(by_windows.bound(index), whole.bound(index), strict=True):
-                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(one, other, atol=5e-4, rtol=1e-4)
 
 
 def test_linear_networks_are_bounded_exactly() -> None:
@@ -292,6 +350,28 @@ class Product(nn.Module):
         return x[:, :2] * x[:, 2:4]
 
 
+class Hidden(nn.Module):
+    """A decision by values that leave torch, on which nothing is recorded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -x if x.detach().numpy().max() > 0.95 else x
+
+
+class Moved(nn.Module):
+    """A network that exchanges the batch with a dimension of equal size during the recording."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved = x[:, :3].transpose(0, 1)
+        return (moved - moved.mean(1, keepdim=True)).transpose(0, 1)
+
+
+class Clamped(nn.Module):
+    """Probabilities that are equal above a limit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (5 * x).softmax(1).clamp(0.0, 0.3)
+
+
 class Centred(nn.Module):
     """A network that mixes the examples of a batch."""
 
@@ -305,9 +385,12 @@ class Centred(nn.Module):
         (Branching(), "if x.sum() > 0"),
         (Product(), "return x[:, :2] * x[:, 2:4]"),
         (Centred(), "batch dimension"),
+        (Hidden(), "cannot be recorded"),
+        (Moved(), "batch dimension"),
+        (Clamped(), "aten._softmax"),
         (nn.Sequential(nn.Linear(4, 3), nn.Softmax(1), nn.Linear(3, 3)), "aten._softmax"),
     ],
-    ids=["branching", "product", "centred", "softmax inside"],
+    ids=["branching", "product", "centred", "hidden", "moved", "clamped", "softmax inside"],
 )
 def test_networks_without_sound_bounds_are_refused(net: nn.Module, message: str) -> None:
     model = Classifier(net).eval()
@@ -333,6 +416,31 @@ def test_a_function_of_the_user_is_registered(monkeypatch: pytest.MonkeyPatch) -
     assert (values <= high[:1]).all()
     with pytest.raises(UsageError, match="curvature is 0"):
         register("aten.erf", torch.erf, 0)
+
+
+@pytest.mark.parametrize("constraint", [Linf(0.1), L2(0.5), L1(0.5)], ids=str)
+def test_the_region_contains_every_accepted_input(constraint: Linf | L2 | L1) -> None:
+    """Also those that are accepted because of the rounding of many stored values."""
+    from holdfast.core.constraints import allowed
+
+    x = torch.full((1, 3, 32, 32), 0.5)
+    region = region_of(x.double(), constraint, Bounds())
+    size = {"linf": 1.0, "l2": 3072**0.5, "l1": 3072.0}[constraint.name]
+    for share in torch.linspace(0.99, 1.001, 400):
+        x_adv = x.double() - constraint.eps * float(share) / size
+        if allowed(constraint, x_adv.float(), x, Bounds())[0]:
+            distance = (
+                (x_adv.float().double() - x.double()).flatten(1).norm(p=region.norm or torch.inf, dim=1)
+            )
+            assert distance <= (region.radius if region.norm else float((region.centre - region.low).amax()))
+
+
+def test_no_bound_is_proved_in_a_short_format() -> None:
+    model = Classifier(nn.Sequential(nn.Linear(6, 3))).eval().bfloat16()
+    batch = Batch(torch.rand(2, 6).bfloat16(), torch.tensor([0, 1]), torch.arange(2))
+    with pytest.raises(UsageError, match="bfloat16"):
+        Crown().ready(model, batch, ThreatModel(Linf(0.1)))
+    assert gamma(2000, torch.bfloat16) == float("inf")
 
 
 def test_substitution_of_a_value_that_is_the_input() -> None:

@@ -106,9 +106,9 @@ def optimised(
 def _free(relaxation: Relaxation, index: int) -> list[int]:
     """ReLUs before a value that have an input of unknown sign."""
     graph = relaxation.graph
-    free = []
+    free, ancestors = [], graph.ancestors(index)
     for i in graph.nonlinear:
-        if i <= index and isinstance(graph.node(i).operation, ReLU):
+        if i in ancestors and isinstance(graph.node(i).operation, ReLU):
             low, high = relaxation.bound(graph.node(i).inputs[0])
             if bool(((low < 0) & (high > 0)).any()):
                 free.append(i)
@@ -142,7 +142,7 @@ def sharpen(relaxation: Relaxation, steps: int, deadline: float = math.inf) -> b
 
 
 def _after_nonlinear(graph: Graph, index: int) -> bool:
-    return any(i < index for i in graph.nonlinear)
+    return any(i in graph.ancestors(index) for i in graph.nonlinear)
 
 
 def _sharpen(relaxation: Relaxation, index: int, steps: int, deadline: float) -> bool:

@@ -145,7 +145,8 @@ def relaxed(
     if not substituted:
         return relaxation
     for index in graph.bounded:
-        if index != 0 and not _exact(graph, index):
+        # in a ball that is no box, the interval of a sum is not exact
+        if index != 0 and not (region.norm is None and _exact(graph, index)):
             refine(relaxation, index, deadline)
     return relaxation
 

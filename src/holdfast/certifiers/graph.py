@@ -4,6 +4,7 @@ IBP: Gowal et al., "On the Effectiveness of Interval Bound Propagation for Train
 arXiv:1810.12715.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,6 +58,16 @@ class Graph:
     def shape_of(self, index: int) -> torch.Size:
         """Return the shape of a value for one example."""
         return self.shape if index == 0 else self.node(index).shape
+
+    def ancestors(self, index: int) -> set[int]:
+        """Return the indices of the values on which a value depends, with itself."""
+        known, pending = {index}, [index]
+        while pending:
+            place = pending.pop()
+            new = () if place == 0 else [i for i in self.node(place).inputs if i not in known]
+            known.update(new)
+            pending.extend(new)
+        return known
 
     @cached_property
     def nonlinear(self) -> tuple[int, ...]:
@@ -120,7 +131,7 @@ def largest(x: Interval) -> Tensor:
 def gamma(terms: int, dtype: torch.dtype) -> float:
     """Return the bound for the relative rounding error of a sum of `terms` products, in any order of summation."""
     product = (terms + 1) * torch.finfo(dtype).eps / 2
-    return product / (1 - product)
+    return product / (1 - product) if product < 1 else math.inf
 
 
 def _converted(node: Node, dtype: torch.dtype, device: torch.device | None) -> Node:

@@ -189,8 +189,8 @@ class Scaled(Linear):
         )
 
     def transposed(self, a: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-        """Return a * scale."""
-        return (a if self.scale is None else a * self.scale,)
+        """Return a * scale, summed over copies if the constants have more values than the input."""
+        return (_summed(a if self.scale is None else a * self.scale, shapes[0]),)
 
     def constant(self, a: Tensor) -> Tensor | None:
         """Return a * offset, summed over the shape of an example."""
@@ -268,3 +268,13 @@ def _summed(a: Tensor, shape: torch.Size) -> Tensor:
     padded = (1,) * (len(full) - len(shape)) + tuple(shape)
     dims = [2 + i for i, (size, kept) in enumerate(zip(full, padded, strict=True)) if kept == 1 and size != 1]
     return (a.sum(dims, keepdim=True) if dims else a).reshape(*a.shape[:2], *shape)
+
+
+def concatenated(*x: Tensor, fixed: Sequence[Tensor | None], dim: int) -> Tensor:
+    """Return tensors joined along a dimension. None in `fixed` stands for the next one of `x` (n, …); constants
+    (1, …) are repeated.
+    """
+    varying = iter(x)
+    n = len(x[0])
+    parts = [next(varying) if each is None else each.to(x[0]).expand(n, *each.shape[1:]) for each in fixed]
+    return torch.cat(parts, dim)

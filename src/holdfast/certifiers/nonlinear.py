@@ -7,12 +7,14 @@ al., "Efficient Neural Network Robustness Certification with General Activation 
 arXiv:1811.00866), which chooses tangents by hand for each function.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.certifiers.linear import Interval
@@ -281,3 +283,13 @@ class PoolLines(NamedTuple):
     """coefficients (n, *out, size)"""
     upper_offset: Tensor
     """constants (n, *out)"""
+
+
+def pooling_windows(x: Tensor, out: tuple[int, ...], settings: Mapping[str, Any]) -> Tensor:
+    """Return the windows (n, channels, *out, size) of images, with zeros for padding. `settings` are those of
+    `torch.nn.functional.unfold`.
+    """
+    channels = x.shape[1]
+    unfolded: Tensor = F.unfold(x, **settings)
+    size = math.prod(settings["kernel_size"])
+    return unfolded.view(len(x), channels, size, *out).movedim(2, -1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from holdfast.certifiers.graph import Graph, gamma
 from holdfast.certifiers.linear import Interval
@@ -37,6 +38,15 @@ _traced_layers: list[nn.Module] = []
 def _layer(x: Tensor, place: int) -> Tensor:
     y: Tensor = _traced_layers[place](x)
     return y.clone()
+
+
+@_layer.register_fake
+def _(x: Tensor, place: int) -> Tensor:
+    """Return a tensor without values in the shape of the outputs, from the shape of the inputs."""
+    layer = _traced_layers[place]
+    with unset_fake_temporarily():
+        shape = layer(torch.zeros(x.shape, dtype=x.dtype)).shape
+    return x.new_empty(shape)
 
 
 @dataclass(frozen=True, eq=False)

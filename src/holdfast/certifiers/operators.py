@@ -1,7 +1,6 @@
 """The ATen operations that have sound bounds, each with its translation into an operation of a graph."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,9 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.certifiers.graph import Node
-from holdfast.certifiers.linear import Convolution, Dense, Nonnegative, Scaled, Sum
-from holdfast.certifiers.nonlinear import MaxPool, Piecewise, ReLU, Smooth
-from holdfast.certifiers.translation import ROWS, TracedValue, Translation, Translator, constant_of
+from holdfast.certifiers.linear import Convolution, Dense, Nonnegative, Scaled, Sum, concatenated
+from holdfast.certifiers.nonlinear import MaxPool, Piecewise, ReLU, Smooth, pooling_windows
+from holdfast.certifiers.translation import (
+    ROWS,
+    TracedValue,
+    Translation,
+    Translator,
+    constant_of,
+    operation_name,
+)
 from holdfast.core.errors import UsageError
 
 # default arguments of ATen operations
@@ -110,6 +116,8 @@ def _addmm(
         raise to.refused("a matrix product of two values that both depend on the input")
     matrix, offset = _t(weight).t() * alpha.constant, _t(bias) * beta.constant
     if offset.dim() > 1:
+        if not bool((offset == offset[:1]).all()):
+            raise to.refused("an offset that differs between the examples of a batch")
         offset = offset[0]
     return to.add(Dense(matrix.contiguous(), offset.expand(matrix.shape[0]).contiguous()), x)
 
@@ -147,11 +155,11 @@ def _batch_norm(
     scale = torch.rsqrt(_t(var) + eps.constant)
     if weight.constant is not None:
         scale = scale * _t(weight)
-    offset = -_t(mean) * scale
-    if bias.constant is not None:
-        offset = offset + _t(bias)
     shape = (-1, *(1,) * (len(to.shape_of(x)) - 1))
-    value = to.add(Scaled(scale.reshape(shape), offset.reshape(shape)), x)
+    # in two steps, because the offset bias - mean * scale would have a rounding error that is not bounded
+    centred = to.add(Scaled(None, -_t(mean).reshape(shape)), x)
+    offset = None if bias.constant is None else _t(bias).reshape(shape)
+    value = to.add(Scaled(scale.reshape(shape), offset), centred)
     return TracedValue(None, (value, None, None))
 
 
@@ -170,6 +178,11 @@ def _reshaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _moved(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: TracedValue) -> TracedValue:
     """An operation that moves, copies or omits values, and keeps the batch as its first dimension."""
+    assert to.current is not None
+    name, rank = operation_name(to.current.target), len(to.shape_of(x)) + 1
+    permuted = name == "aten.permute" and args[0].constant[0] % rank != 0
+    if permuted or (name == "aten.transpose" and any(each.constant % rank == 0 for each in args)):
+        raise to.refused("an operation that moves the batch dimension")
     return to.add(Nonnegative(_called_with(to, args, kwargs)), x)
 
 
@@ -217,6 +230,8 @@ def _average_pool(to: Translator, x: TracedValue, *args: TracedValue, **kwargs: 
     terms = 1
     for size in window if isinstance(window, list | tuple) else [window]:
         terms *= size
+    if len(args) > 5 and (args[5].constant or 1) < 0:
+        raise to.refused("average pooling with a negative divisor")
     return to.add(Nonnegative(_called_with(to, args, kwargs), terms + 2), x)
 
 
@@ -232,11 +247,13 @@ def _cat(to: Translator, tensors: TracedValue, dim: TracedValue = _FIRST) -> Tra
     rank = len(to.shape_of(next(part for part in parts if part.node is not None))) + 1
     if dim.constant % rank == 0:
         raise to.refused("a concatenation along the batch dimension")
+    if any(part.node is None and not bool((part.constant == part.constant[:1]).all()) for part in parts):
+        raise to.refused("a concatenation with a constant that differs between the examples of a batch")
     fixed = [None if part.node is not None else part.constant[:1] for part in parts]
     joined = to.add(
         Nonnegative(
             partial(
-                _concatenated, fixed=[None if each is None else each * 0 for each in fixed], dim=dim.constant
+                concatenated, fixed=[None if each is None else each * 0 for each in fixed], dim=dim.constant
             )
         ),
         *(part for part in parts if part.node is not None),
@@ -244,16 +261,8 @@ def _cat(to: Translator, tensors: TracedValue, dim: TracedValue = _FIRST) -> Tra
     if all(each is None for each in fixed):
         return joined
     zeros = [torch.zeros(1, *to.shape_of(part)) for part in parts if part.node is not None]
-    offset = _concatenated(*zeros, fixed=fixed, dim=dim.constant)[0]
+    offset = concatenated(*zeros, fixed=fixed, dim=dim.constant)[0]
     return to.add(Scaled(None, offset), joined)
-
-
-def _concatenated(*x: Tensor, fixed: Sequence[Tensor | None], dim: int) -> Tensor:
-    """Tensors joined along a dimension; None stands for the next one of `x`."""
-    varying = iter(x)
-    n = len(x[0])
-    parts = [next(varying) if each is None else each.to(x[0]).expand(n, *each.shape[1:]) for each in fixed]
-    return torch.cat(parts, dim)
 
 
 def _stack(to: Translator, tensors: TracedValue, dim: TracedValue = _FIRST) -> TracedValue:
@@ -365,16 +374,9 @@ def _max_pool(
     }
     assert to.current is not None
     out = tuple(to.current.meta["val"][0].shape[2:])
-    windows = partial(_windows, out=out, settings=settings)
+    windows = partial(pooling_windows, out=out, settings=settings)
     value = to.add(MaxPool(windows, windows(torch.ones(1, *shape))[0] == 0), x)
     return TracedValue(None, (value, None))
-
-
-def _windows(x: Tensor, out: tuple[int, ...], settings: Mapping[str, Any]) -> Tensor:
-    channels = x.shape[1]
-    unfolded: Tensor = F.unfold(x, **settings)
-    size = math.prod(settings["kernel_size"])
-    return unfolded.view(len(x), channels, size, *out).movedim(2, -1)
 
 
 def _threshold(to: Translator, x: TracedValue, at: TracedValue, value: TracedValue) -> TracedValue:
@@ -383,7 +385,7 @@ def _threshold(to: Translator, x: TracedValue, at: TracedValue, value: TracedVal
     return to.add(ReLU(), x)
 
 
-_VIEWS = ("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "clone", "alias", "detach", "dropout")
+_VIEWS = ("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "clone", "alias", "detach")
 TRANSLATIONS: dict[str, Translation] = {
     "aten.add": _add,
     "aten.sub": _sub,
@@ -414,14 +416,11 @@ TRANSLATIONS: dict[str, Translation] = {
     "aten.zeros_like": _zeros_like,
     "aten.constant_pad_nd": _pad,
     "aten.relu": _relu,
-    "aten.relu_": _relu,
     "aten.threshold": _threshold,
     "aten.leaky_relu": _leaky,
-    "aten.leaky_relu_": _leaky,
     "aten.clamp": _clamp,
     "aten.clamp_min": _clamp,
     "aten.hardtanh": _hardtanh,
-    "aten.hardtanh_": _hardtanh,
     "aten.abs": _abs,
     "aten.tanh": _smooth(torch.tanh, 0.77),
     "aten.sigmoid": _smooth(torch.sigmoid, 0.0963),

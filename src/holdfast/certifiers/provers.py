@@ -18,6 +18,7 @@ from holdfast.certifiers.region import Region, region_of
 from holdfast.certifiers.tracing import traced
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Constraint
+from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Labels
@@ -74,7 +75,13 @@ class Bounder:
 
 
 def prepared_graph(model: Classifier, sample: Batch) -> Graph:
-    """Return the graph of a classifier, in the data type of its inputs."""
+    """Return the graph of a classifier, in the data type of its inputs. Raises `UsageError` for inputs of less than
+    single precision.
+    """
+    if sample.x.dtype not in (torch.float32, torch.float64):
+        raise UsageError(
+            f"inputs are {sample.x.dtype}, in which rounding errors are larger than the bounds; give them as float32"
+        )
     return traced(model, sample.x).to(sample.x.dtype, sample.x.device)
 
 

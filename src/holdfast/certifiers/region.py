@@ -100,13 +100,19 @@ def region_of(x: Inputs, constraint: Constraint, bounds: Bounds) -> Region:
             f"{constraint} cannot be certified; expected a ball of the norm linf, l2 or l1, as in --threat linf:8/255"
         )
     low, high = (limit + shift for limit, shift in zip(bounds.like(x), (-1e-7, 1e-7), strict=True))
+    norm = 2 if isinstance(constraint, L2) else 1 if isinstance(constraint, L1) else None
+    # the norm of the rounding of all values
+    values = x[0].numel() ** (0.0 if norm is None else 1 / norm) if len(x) else 1.0
     stored = torch.finfo(torch.float32).eps * torch.maximum(low.abs(), high.abs()).amax()
-    eps = constraint.eps * (1 + 1e-6) + 1e-7 + float(stored)
+    eps = constraint.eps * (1 + 1e-6) + 1e-7 + float(stored) * values
     below, above = (x.double() - eps).to(x.dtype), (x.double() + eps).to(x.dtype)
     # rounding to the data type may move the ends inwards
     below = below.nextafter(torch.full_like(below, -torch.inf))
     above = above.nextafter(torch.full_like(above, torch.inf))
-    norm = 2 if isinstance(constraint, L2) else 1 if isinstance(constraint, L1) else None
-    return Region(
-        torch.maximum(below, low), torch.minimum(above, high), x, norm, 0.0 if norm is None else eps
-    )
+    least, most = torch.maximum(below, low), torch.minimum(above, high)
+    if bool((least > most).any()):
+        raise UsageError(
+            "an input is further outside of the bounds of the model than eps, so that the threat model allows no input "
+            "in its place; check the bounds of the model with holdfast doctor"
+        )
+    return Region(least, most, x, norm, 0.0 if norm is None else eps)

@@ -72,7 +72,15 @@ def _recorded(model: Callable[[Tensor], Tensor], x: Tensor) -> fx.GraphModule:
 
     try:
         with torch.no_grad():
-            return make_fx(logits, record_stack_traces=True)(x)
+            # fake tensors have no values, so that code that reads some fails; inside functionalize it would not
+            how: dict[str, Any] = {"tracing_mode": "fake", "_allow_non_fake_inputs": True}
+            make_fx(logits, **how)(x)
+            # without mutations, no value changes after its use
+            recorded = make_fx(
+                torch.func.functionalize(logits, remove="mutations"), record_stack_traces=True, **how
+            )(x)
+            recorded.graph.eliminate_dead_code()
+            return recorded
     except UsageError:
         raise
     except Exception as error:  # a network may fail in any way
@@ -105,6 +113,8 @@ def _without_softmax(recorded: fx.GraphModule) -> tuple[fx.Node, Tail]:
         "aten.clamp_min",
         "aten.clamp",
     ):
+        if operation_name(node.target) != "aten.log" and not _harmless_clamp(node):
+            return last, _unchanged
         steps.append(node)
         node = node.args[0]
     if not isinstance(node, fx.Node) or operation_name(node.target) not in (
@@ -123,6 +133,19 @@ def _without_softmax(recorded: fx.GraphModule) -> tuple[fx.Node, Tail]:
         return x
 
     return logits, tail
+
+
+def _harmless_clamp(node: fx.Node) -> bool:
+    """Whether a clamp of probabilities changes neither the largest one nor makes another one equal to it."""
+    source = node.args[0]
+    limits: tuple[Any, ...] = (*node.args[1:], *node.kwargs.values(), None, None)
+    low, high = limits[:2]
+    if not isinstance(source, fx.Node) or operation_name(source.target) != "aten._softmax":
+        return False
+    if any(isinstance(limit, fx.Node) for limit in (low, high)):
+        return False
+    classes = source.meta["val"].shape[-1]
+    return (low is None or low < 1 / classes) and (high is None or high >= 1)
 
 
 def _unchanged(x: Tensor) -> Tensor:

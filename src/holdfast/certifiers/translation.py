@@ -57,6 +57,10 @@ class Translator:
                 "the outputs of the model do not depend on its inputs; check with holdfast doctor that the model is "
                 "the trained one"
             )
+        if value.node == 0:
+            raise UsageError(
+                "the model has no operation, so that nothing is to be proved; check it with holdfast doctor"
+            )
         return _pruned(Graph(self.shape, tuple(self.nodes[: value.node])))
 
     def _called(self, node: fx.Node) -> TracedValue:
@@ -88,8 +92,10 @@ class Translator:
         assert self.current is not None
         value = self.current.meta.get("val")
         shape = value.shape if isinstance(value, Tensor) else self.current.meta["val"][0].shape
-        if len(shape) < 1 or shape[0] != ROWS:
-            raise self.refused("an operation that does not keep the batch as its first dimension")
+        if len(shape) < 2 or shape[0] != ROWS:
+            raise self.refused(
+                "an operation whose result does not have the batch as its first and features as further dimensions"
+            )
         indices = tuple(value.node for value in inputs if value.node is not None)
         self.nodes.append(Node(operation, indices, torch.Size(shape[1:]), self.place()))
         return TracedValue(len(self.nodes))

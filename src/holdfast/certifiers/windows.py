@@ -80,12 +80,18 @@ def local(graph: Graph, index: int) -> bool:
                 return False
         elif isinstance(operation, Scaled):
             constants = (operation.scale, operation.offset)
-            if any(each is not None and each.numel() not in (1, inner[0]) for each in constants):
+            if any(each is not None and not _per_channel(each, inner[0]) for each in constants):
                 return False
         elif not isinstance(operation, Activation):
             return False
         index = node.inputs[0]
     return True
+
+
+def _per_channel(constant: Tensor, channels: int) -> bool:
+    """Whether a constant that broadcasts to (channels, height, width) is one number, or one for each channel."""
+    shape = (*(1,) * (3 - constant.dim()), *constant.shape)
+    return constant.numel() == 1 or shape == (channels, 1, 1)
 
 
 def window_bounds(relaxation: Relaxation, index: int, chosen: Tensor, signs: Tensor) -> Tensor:

@@ -227,10 +227,12 @@ class RayTasks:
         if "device" in report and "device" not in self._expected:
             self._expected["device"] = report["device"]
         # before the first task, a node with GPUs for workers reports no device, because the report has no GPU
-        compared = self._expected.keys() - (
-            {"device"} - report.keys() if self.options.gpus_per_worker else set()
-        )
-        differing = {key: report.get(key) for key in compared if report.get(key) != self._expected[key]}
+        without_device = bool(self.options.gpus_per_worker) and "device" not in report
+        differing = {
+            key: report.get(key)
+            for key, value in self._expected.items()
+            if report.get(key) != value and not (key == "device" and without_device)
+        }
         known = {key: value for key, value in differing.items() if key in ray_node.STRICT}
         refused = known if self.options.mixed_nodes else differing
         if refused:
