@@ -270,7 +270,7 @@ def _summed(a: Tensor, shape: torch.Size) -> Tensor:
     return (a.sum(dims, keepdim=True) if dims else a).reshape(*a.shape[:2], *shape)
 
 
-def concatenated(*x: Tensor, fixed: Sequence[Tensor | None], dim: int) -> Tensor:
+def joined_parts(*x: Tensor, fixed: Sequence[Tensor | None], dim: int) -> Tensor:
     """Return tensors joined along a dimension. None in `fixed` stands for the next one of `x` (n, …); constants
     (1, …) are repeated.
     """

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.certifiers.graph import Node
-from holdfast.certifiers.linear import Convolution, Dense, Nonnegative, Scaled, Sum, concatenated
+from holdfast.certifiers.linear import Convolution, Dense, Nonnegative, Scaled, Sum, joined_parts
 from holdfast.certifiers.nonlinear import MaxPool, Piecewise, ReLU, Smooth, pooling_windows
 from holdfast.certifiers.translation import (
     ROWS,
@@ -253,7 +253,7 @@ def _cat(to: Translator, tensors: TracedValue, dim: TracedValue = _FIRST) -> Tra
     joined = to.add(
         Nonnegative(
             partial(
-                concatenated, fixed=[None if each is None else each * 0 for each in fixed], dim=dim.constant
+                joined_parts, fixed=[None if each is None else each * 0 for each in fixed], dim=dim.constant
             )
         ),
         *(part for part in parts if part.node is not None),
@@ -261,7 +261,7 @@ def _cat(to: Translator, tensors: TracedValue, dim: TracedValue = _FIRST) -> Tra
     if all(each is None for each in fixed):
         return joined
     zeros = [torch.zeros(1, *to.shape_of(part)) for part in parts if part.node is not None]
-    offset = concatenated(*zeros, fixed=fixed, dim=dim.constant)[0]
+    offset = joined_parts(*zeros, fixed=fixed, dim=dim.constant)[0]
     return to.add(Scaled(None, offset), joined)
 
 
