@@ -49,7 +49,7 @@ def joined(device: torch.device) -> Iterator[None]:
     # bound is never destroyed, and a thread of it that still releases a tensor aborts the process at exit.
     importlib.import_module("torch.distributed.nn.functional")
     # Each group has keys of its own in the store. With those of an earlier group, a process may connect to addresses
-    # that nobody listens on anymore.
+    # of processes that have closed their ports.
     from torch.distributed.distributed_c10d import PrefixStore
 
     store = PrefixStore(f"training-{next(_GROUPS)}", _store())
