@@ -9,6 +9,7 @@ NeurIPS 2021, arXiv:2103.17268.
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -21,6 +22,7 @@ from holdfast.certifiers.linear import Interval, Linear
 from holdfast.certifiers.nonlinear import Activation
 from holdfast.certifiers.provers import margin_rows
 from holdfast.certifiers.tracing import Recording, recording
+from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
 from holdfast.core.errors import UsageError
@@ -76,6 +78,41 @@ def refuse_without_bounds(threat: ThreatModel, training: Training) -> None:
 def box(x: Inputs, radius: float, bounds: Bounds) -> Interval:
     """Return the smallest and largest valid inputs that differ from `x` by at most `radius` in each value."""
     return bounds.clamp(x - radius), bounds.clamp(x + radius)
+
+
+@dataclass(frozen=True)
+class BoundedLoss:
+    """The loss of a certified training: the weighted mean of the cross-entropy on clean inputs and of its upper bound
+    over a box around each example, plus the regularisation.
+    """
+
+    graph_of: Callable[[Classifier], Graph]
+    """function from the network in training to its graph, as `live_graph` returns it"""
+    clean: float
+    """weight of the loss on clean inputs after the warm-up, during which it falls from 1"""
+    regularisation: float
+    """weight of the regularisation at the start of the warm-up, during which it falls to 0"""
+    overshoot: float
+    """as in `Training`"""
+
+    def __call__(
+        self, learner: Learner, batch: Batch, centre: Inputs, radius: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean loss of a batch over boxes with the given centres (n, *features) and radius, and the number
+        of examples that the bounds prove to be classified correctly in their boxes.
+        """
+        warm = warmed(learner, self.overshoot)
+        graph = self.graph_of(learner.net)
+        bounds = graph.intervals(box(centre, radius, learner.net.bounds), rounded=False)
+        margins = margin_bounds(graph, bounds, batch.y)
+        clean = 1 - (1 - self.clean) * warm
+        # a pass without a weight still updates the statistics of batch norm
+        with torch.set_grad_enabled(clean > 0):
+            logits = learner.net(batch.x)
+        loss = clean * F.cross_entropy(logits, batch.y) + (1 - clean) * robust_cross_entropy(margins).mean()
+        if self.regularisation and warm < 1:
+            loss = loss + self.regularisation * (1 - warm) * regularisation(graph, bounds)
+        return loss, (margins > 0).all(1).sum()
 
 
 def warmed(learner: Learner, overshoot: float) -> float:

@@ -6,25 +6,18 @@ Short Warmup", NeurIPS 2021, arXiv:2103.17268. Differs from the papers: eps grow
 one cycle, the weights are averaged, and batch norm uses its running statistics in the bounds.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.training import (
+    BoundedLoss,
     Initialisation,
-    box,
     initialised,
     live_graph,
-    margin_bounds,
     refuse_without_bounds,
-    regularisation,
-    robust_cross_entropy,
-    warmed,
 )
 from holdfast.core.batch import Batch
 from holdfast.core.checkpoint import Checkpoint
@@ -59,28 +52,16 @@ class IBPTraining:
     ) -> Iterator[Checkpoint]:
         refuse_without_bounds(threat, self.training)
         start = initialised(model, self.initialisation, rng)
-        loss = partial(self.loss, live_graph(data.x[:8]))
+        bounded = BoundedLoss(
+            live_graph(data.x[:8]), self.clean, self.regularisation, self.training.overshoot
+        )
+        loss = partial(self.loss, bounded)
         return trained(clean_inputs, loss, start, data, threat, self.training, rng=rng, after=after)
 
     def loss(
-        self, graph_of: Callable[[Classifier], Graph], learner: Learner, batch: Batch, x_adv: Inputs
+        self, bounded: BoundedLoss, learner: Learner, batch: Batch, x_adv: Inputs
     ) -> tuple[Tensor, Tensor]:
-        """Return the mean loss of a batch and the number of examples that the bounds prove to be classified correctly.
-
-        The loss is the weighted mean of the clean cross-entropy and its upper bound over the ball, plus the
-        regularisation.
+        """Return the mean loss of a batch and the number of examples that the bounds prove to be classified
+        correctly.
         """
-        warm = warmed(learner, self.training.overshoot)
-        graph = graph_of(learner.net)
-        region = box(batch.x, learner.threat.constraint.eps, learner.net.bounds)
-        bounds = graph.intervals(region, rounded=False)
-        margins = margin_bounds(graph, bounds, batch.y)
-        clean = 1 - (1 - self.clean) * warm
-        with torch.set_grad_enabled(
-            clean > 0
-        ):  # a pass without a weight still updates the statistics of batch norm
-            logits = learner.net(batch.x)
-        loss = clean * F.cross_entropy(logits, batch.y) + (1 - clean) * robust_cross_entropy(margins).mean()
-        if self.regularisation and warm < 1:
-            loss = loss + self.regularisation * (1 - warm) * regularisation(graph, bounds)
-        return loss, (margins > 0).all(1).sum()
+        return bounded(learner, batch, batch.x, learner.threat.constraint.eps)
