@@ -10,11 +10,10 @@ from holdfast.config.moved import verb
 from holdfast.config.references import DataLike, ModelLike, Numbers
 from holdfast.config.resolve import folder_of, sources_at, sources_given
 from holdfast.config.settings import CertifySettings, check_settings, given
-from holdfast.core.evidence import Evidence
 from holdfast.engine.progress import Notify, Progress, ignore, silent
+from holdfast.stored import baseline_evidence
 from holdfast.verbs import assess as assessing
 from holdfast.verbs.result import Result
-from holdfast.verbs.stored_runs import open_run
 
 
 @verb
@@ -97,10 +96,8 @@ def certify(
         "certify()",
         kind=CertifySettings,
     )
-    compared = open_run(Path(baseline)) if isinstance(baseline, str | Path) else baseline
-    inputs = AssessInputs.to_certify(
-        settings, sources_given(model, data, settings), None if compared is None else compared.evidence
-    )
+    sources = sources_given(model, data, settings)
+    inputs = AssessInputs.to_certify(settings, sources, baseline_evidence(baseline))
     return _certified(inputs, folder_of(run, resume=resume), resume=resume, progress=progress)
 
 
@@ -118,8 +115,7 @@ def carry_out_certification(
 
     The run stores the command line `command`. `detail` is called with messages on single shards.
     """
-    folder = settings.reports.baseline
-    baseline: Evidence | None = None if folder is None else open_run(Path(folder)).evidence
+    baseline = baseline_evidence(settings.reports.baseline)
     inputs = AssessInputs.to_certify(settings, sources_at(settings), baseline, command)
     return _certified(inputs, run, resume=resume, progress=progress, notify=notify, detail=detail)
 

@@ -142,7 +142,7 @@ def sharpen(relaxation: Relaxation, steps: int, deadline: float = math.inf) -> b
 
 
 def _after_nonlinear(graph: Graph, index: int) -> bool:
-    return any(i in graph.ancestors(index) for i in graph.nonlinear)
+    return not graph.ancestors(index).isdisjoint(graph.nonlinear)
 
 
 def _sharpen(relaxation: Relaxation, index: int, steps: int, deadline: float) -> bool:
