@@ -17,7 +17,15 @@ from holdfast.cli.early import (
     refuse_unknown_model,
 )
 from holdfast.cli.options import Voice, offered, with_voice
-from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, flag_names, is_mapping, options_of
+from holdfast.cli.setting_options import (
+    MODEL_AND_DATA,
+    SETTING,
+    flag_names,
+    is_mapping,
+    options_of,
+    refuse_resume_without_run,
+    run_options,
+)
 from holdfast.config.clusters import refuse_unusable_cluster
 from holdfast.config.groups import InferenceSource
 from holdfast.config.settings import (
@@ -218,17 +226,7 @@ DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
 
 
 @click.command(short_help="measure how robust a model is", help=_HELP)
-@offered(*MODEL_AND_DATA)
-@click.option(
-    "--run",
-    "run",
-    type=click.Path(),
-    metavar="DIR",
-    help="Folder of the run (default: holdfast-runs/<time>-assess-<digest>).",
-)
-@click.option(
-    "--resume", is_flag=True, help="Continue the run in --run, or report it again if it is finished."
-)
+@offered(*MODEL_AND_DATA, *run_options("assess"))
 @click.option("--dry-run", is_flag=True, help="Print the expected cost and exit.")
 @offered(*options_of(AssessSettings), *SETTING)
 @with_voice
@@ -237,8 +235,7 @@ def assess(voice: Voice, *, run: str | None, resume: bool, dry_run: bool, **flag
     if resume and run is not None and flags["model"] is None and flags["config"] is None:
         _refuse_bare_resume(Path(run))
     settings = settings_from(flags, AssessSettings, voice)
-    if resume and run is None:
-        raise UsageError("--resume continues a run; give its folder with --run DIR (see holdfast runs)")
+    refuse_resume_without_run(resume=resume, run=run)
     from holdfast.api import carry_out
     from holdfast.cli.running import command_line, dry_run_of, folder_of_run, progress_bar, tell
     from holdfast.engine.progress import ignore

@@ -6,9 +6,14 @@ import click
 
 from holdfast.cli.assess import settings_from
 from holdfast.cli.options import Voice, offered, with_voice
-from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
+from holdfast.cli.setting_options import (
+    MODEL_AND_DATA,
+    SETTING,
+    options_of,
+    refuse_resume_without_run,
+    run_options,
+)
 from holdfast.config.settings import CertifySettings
-from holdfast.core.errors import UsageError
 
 _HELP = """\
 Prove for each example of DATA that no input of the threat model changes the prediction of MODEL, or find one that does.
@@ -27,24 +32,13 @@ DATA   a bundled data set (mnist-mini), a catalogue name (see holdfast data), an
 
 
 @click.command(short_help="prove how robust a model is", help=_HELP)
-@offered(*MODEL_AND_DATA)
-@click.option(
-    "--run",
-    "run",
-    type=click.Path(),
-    metavar="DIR",
-    help="Folder of the run (default: holdfast-runs/<time>-certify-<digest>).",
-)
-@click.option(
-    "--resume", is_flag=True, help="Continue the run in --run, or report it again if it is finished."
-)
+@offered(*MODEL_AND_DATA, *run_options("certify"))
 @offered(*options_of(CertifySettings), *SETTING)
 @with_voice
 def certify(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     """Run or resume a certification of MODEL on DATA."""
     settings = settings_from(flags, CertifySettings, voice)
-    if resume and run is None:
-        raise UsageError("--resume continues a run; give its folder with --run DIR (see holdfast runs)")
+    refuse_resume_without_run(resume=resume, run=run)
     from holdfast.certifying import carry_out_certification
     from holdfast.cli.running import command_line, folder_of_run, progress_bar, tell
     from holdfast.engine.progress import ignore

@@ -6,9 +6,15 @@ import click
 
 from holdfast.cli.assess import settings_from
 from holdfast.cli.options import Voice, offered, with_voice
-from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of, with_named_parts
+from holdfast.cli.setting_options import (
+    MODEL_AND_DATA,
+    SETTING,
+    options_of,
+    refuse_resume_without_run,
+    run_options,
+    with_named_parts,
+)
 from holdfast.config.settings import HardenSettings
-from holdfast.core.errors import UsageError
 
 _HELP = """\
 Train a new model that is more robust than MODEL on the train split of DATA, and assess both on the test split.
@@ -22,24 +28,13 @@ DATA   a catalogue name (see holdfast data), an .npz with x_train and y_train,
 
 
 @click.command(short_help="train a new model that is more robust", help=_HELP)
-@offered(*MODEL_AND_DATA)
-@click.option(
-    "--run",
-    "run",
-    type=click.Path(),
-    metavar="DIR",
-    help="Folder of the run (default: holdfast-runs/<time>-harden-<digest>).",
-)
-@click.option(
-    "--resume", is_flag=True, help="Continue the run in --run, or report it again if it is finished."
-)
+@offered(*MODEL_AND_DATA, *run_options("harden"))
 @offered(*options_of(HardenSettings), *SETTING)
 @with_voice
 def harden(voice: Voice, *, run: str | None, resume: bool, **flags: Any) -> int:
     """Train a new model with the settings of the flags, or resume such a run, and assess both models."""
     settings = settings_from(with_named_parts(flags), HardenSettings, voice)
-    if resume and run is None:
-        raise UsageError("--resume continues a run; give its folder with --run DIR (see holdfast runs)")
+    refuse_resume_without_run(resume=resume, run=run)
     from holdfast.api import carry_out_hardening
     from holdfast.cli.running import command_line, folder_of_run, progress_bar, tell
     from holdfast.config.grammar import is_folder

@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 from holdfast.cli import completing
 from holdfast.config.groups import Flag
 from holdfast.config.settings import FORMER_KEYS, VerbSettings, keys_of
+from holdfast.core.errors import UsageError
 
 Option = Callable[[Any], Any]
 
@@ -35,6 +36,28 @@ MODEL_AND_DATA = (
     click.argument("data", required=False, type=completing.DATA),
 )
 """The arguments MODEL and DATA of the commands that open a model and data."""
+
+
+def run_options(verb: str) -> tuple[Option, Option]:
+    """Return the options `--run` and `--resume` of a command that writes the folder of a run."""
+    return (
+        click.option(
+            "--run",
+            "run",
+            type=click.Path(),
+            metavar="DIR",
+            help=f"Folder of the run (default: holdfast-runs/<time>-{verb}-<digest>).",
+        ),
+        click.option(
+            "--resume", is_flag=True, help="Continue the run in --run, or report it again if it is finished."
+        ),
+    )
+
+
+def refuse_resume_without_run(*, resume: bool, run: str | None) -> None:
+    """Raise `UsageError` if a run is to be resumed and its folder is not given."""
+    if resume and run is None:
+        raise UsageError("--resume continues a run; give its folder with --run DIR (see holdfast runs)")
 
 
 def options_of(kind: type[VerbSettings], *, only: Collection[str] = ()) -> tuple[Option, ...]:
