@@ -1,0 +1,1 @@
+"""A guarded model over HTTP: the guard, the server, and the proxy."""
