@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.detectors.fingerprints import Floats, Hashes
 
 Fail = Literal["open", "closed"]
@@ -82,6 +82,8 @@ class View:
     """number of queries and mass that each account gained"""
     answers: list[int] = field(default_factory=list)
     """digests that are answered now for the first time"""
+    dropped: list[tuple[int, int]] = field(default_factory=list)
+    """hashes and keys of clusters that are no longer stored under them"""
 
     def decay(self, since: float) -> float:
         """Return the factor by which a mass has shrunk since a time."""
@@ -97,11 +99,16 @@ class View:
         return replace(cluster, mass=cluster.mass * self.decay(cluster.seen), seen=self.now)
 
     def add(self, cluster: Cluster, hashes: Sequence[int]) -> None:
-        """Store a new cluster under its hashes."""
+        """Store a new cluster under its hashes. Where there are too many, the least recently used one is dropped."""
         self.clusters[cluster.key] = cluster
         self.added[cluster.key] = list(dict.fromkeys(hashes))
         for each in self.added[cluster.key]:
-            self.buckets.setdefault(each, []).append(cluster.key)
+            bucket = self.buckets.setdefault(each, [])
+            if len(bucket) >= BUCKET:
+                oldest = min(bucket, key=lambda key: self.clusters[key].seen)
+                bucket.remove(oldest)
+                self.dropped.append((each, oldest))
+            bucket.append(cluster.key)
 
     def touch(self, cluster: Cluster, mass: float) -> Cluster:
         """Count one more query of a cluster, with a weight `mass`, and return the cluster."""
@@ -142,6 +149,12 @@ class Limits:
     heaviest: float = 80.0
     """largest mass of a cluster, which bounds the time until an attacked image is accepted again"""
 
+    def __post_init__(self) -> None:
+        if min(self.half_life_s, self.clusters, self.digests, self.accounts, self.heaviest) <= 0:
+            raise UsageError(
+                f"{self} has a limit that is not positive; expected positive limits of the state"
+            )
+
     @property
     def lifetime_s(self) -> float:
         """Seconds after which an unused entry is dropped, when its mass is a thousandth."""
@@ -150,7 +163,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Health:
-    """Whether the state can be reached. `report` for metrics and the audit."""
+    """Whether the state can be reached, for metrics and the audit."""
 
     reachable: bool = True
     losses: int = 0

@@ -6,7 +6,6 @@ from dataclasses import replace
 from threading import Lock
 
 from holdfast.detectors.clusters import (
-    BUCKET,
     Account,
     Cluster,
     Fail,
@@ -88,10 +87,10 @@ class MemoryState:
         for key, hashes in view.added.items():
             self._hashes[key] = hashes
             for each in hashes:
-                bucket = self._buckets.setdefault(each, [])
-                bucket.append(key)
-                if len(bucket) > BUCKET:
-                    bucket.pop(0)
+                self._buckets.setdefault(each, []).append(key)
+        for each, key in view.dropped:
+            if key in self._buckets.get(each, ()):
+                self._buckets[each].remove(key)
         for key in {*view.added, *view.touched}:
             cluster = view.clusters[key]
             self._clusters[key] = replace(cluster, mass=min(cluster.mass, self.limits.heaviest))
@@ -110,11 +109,11 @@ class MemoryState:
                 break
             del self._clusters[key]
             for each in self._hashes.pop(key):
-                bucket = self._buckets[each]
+                bucket = self._buckets.get(each, [])
                 if key in bucket:
                     bucket.remove(key)
                 if not bucket:
-                    del self._buckets[each]
+                    self._buckets.pop(each, None)
         while self._answers and (
             len(self._answers) > self.limits.digests or next(iter(self._answers.values())) < oldest
         ):
