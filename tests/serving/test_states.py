@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from redis_server import redis_server
 
 from holdfast.core.errors import TargetError
 from holdfast.detectors.clusters import Limits, SteadyClock
@@ -19,6 +18,7 @@ from holdfast.serving.states.memory import MemoryState
 from holdfast.serving.states.redis import RedisState
 from holdfast.serving.states.spending import Allowance, Charge
 from holdfast.serving.states.sqlite import SQLiteState
+from redis_server import redis_server
 
 KEY, SHAPE = bytes(range(32)), (3, 32, 32)
 
@@ -157,6 +157,7 @@ for k in range(25):
 """
 
 
+@pytest.mark.slow
 def test_processes_write_one_file_at_the_same_time(tmp_path):
     path = tmp_path / "state.db"
     workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(path), str(seed)]) for seed in range(3)]

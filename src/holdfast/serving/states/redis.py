@@ -120,7 +120,7 @@ for _, name in ipairs(redis.call('ZRANGE', prefix .. 'accounts', 0, -new.account
   redis.call('DEL', prefix .. 'a:' .. name)
   redis.call('ZREM', prefix .. 'accounts', name)
 end
-return 1
+return clock[3] or new.name
 """
 )
 # the same rules as `spending.spent`; a test compares both
@@ -206,7 +206,8 @@ class RedisState:
         def work() -> bool:
             view = self._view(wanted, now)
             decide(view)
-            self._write(keys=[self._prefix], args=[self._changes(view, now), f"{view.now:.6f}"])
+            changes = self._changes(view, now)
+            self._known = self._write(keys=[self._prefix], args=[changes, f"{view.now:.6f}"])
             return True
 
         return self._run(work) is True
