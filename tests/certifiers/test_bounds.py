@@ -16,7 +16,7 @@ from holdfast.certifiers.region import Region, region_of
 from holdfast.certifiers.relaxation import Relaxation
 from holdfast.certifiers.searching import AlphaCrown, BranchAndBound
 from holdfast.certifiers.tracing import traced
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Bounds
 
 
@@ -382,7 +382,7 @@ class Centred(nn.Module):
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (Branching(), "if x.sum() > 0"),
+        (Branching(), "if x.sum() > 0: (it reads the values of a tensor)"),
         (Product(), "return x[:, :2] * x[:, 2:4]"),
         (Centred(), "batch dimension"),
         (Hidden(), "cannot be recorded"),
@@ -397,6 +397,14 @@ def test_networks_without_sound_bounds_are_refused(net: nn.Module, message: str)
     with pytest.raises(UsageError) as error:
         traced(model, torch.rand(4, 4))
     assert message in str(error.value)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        net[2].weight[0, 1] = torch.nan
+    with pytest.raises(TargetError, match=r"for 5 of 5 clean inputs; its weights contain NaN .* in 2\.weight"):
+        traced(Classifier(net).eval(), torch.rand(5, 4))
 
 
 def test_a_function_of_the_user_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:

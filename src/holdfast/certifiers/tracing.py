@@ -90,7 +90,7 @@ def _recorded(model: Callable[[Tensor], Tensor], x: Tensor) -> fx.GraphModule:
             cause = cause.__cause__
         place = _place_of(traceback.extract_tb(cause.__traceback__))
         raise UsageError(
-            f"the operations of the model cannot be recorded{place} ({type(cause).__name__}: {_first_line(cause)}). "
+            f"the operations of the model cannot be recorded{place} ({_reason(cause)}). "
             "Bounds for all inputs of a threat model need operations on tensors that do not depend on the values: "
             "write the network without `if` and `item()` on its values and without numpy; or use --method smoothing, "
             "which only needs the predictions"
@@ -151,6 +151,12 @@ def _harmless_clamp(node: fx.Node) -> bool:
 
 def _unchanged(x: Tensor) -> Tensor:
     return x
+
+
+def _reason(error: BaseException) -> str:
+    """Why the operations cannot be recorded. Messages of torch about values that are not known name its own symbols."""
+    kind = type(error).__name__
+    return "it reads the values of a tensor" if "DataDependent" in kind else f"{kind}: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:
