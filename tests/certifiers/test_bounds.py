@@ -403,7 +403,9 @@ def test_weights_that_are_not_finite_are_refused_by_name() -> None:
     net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     with torch.no_grad():
         net[2].weight[0, 1] = torch.nan
-    with pytest.raises(TargetError, match=r"for 5 of 5 clean inputs; its weights contain NaN .* in 2\.weight"):
+    with pytest.raises(
+        TargetError, match=r"for 5 of 5 clean inputs; its weights contain NaN .* in 2\.weight"
+    ):
         traced(Classifier(net).eval(), torch.rand(5, 4))
 
 

@@ -33,7 +33,7 @@ from holdfast.ops.learner import Learner, clean_inputs, trained
 class IBPTraining:
     """Minimises an upper bound of the loss over all inputs of the ball, computed by interval bound propagation."""
 
-    clean: Fraction = 0.0
+    clean: Fraction = 0.25
     """weight of the loss on clean inputs after the warm-up, during which it falls from 1; the bound has the rest"""
     regularisation: NonNegative = 0.5
     """weight, at the start of the warm-up, of a penalty on wide bounds and on unbalanced activations; it falls to 0"""
