@@ -206,10 +206,8 @@ def certification_lines(summary: Mapping[str, Any]) -> list[str]:
     if results is None:
         return []
     noun = summary["noun"]
-    lines = [
-        f"of {amount(results['n'], noun)}, {count_text(results['certified'])} certified, "
-        f"{count_text(results['broken'])} broken, {count_text(results['unknown'])} unknown"
-    ]
+    counts = ", ".join(f"{count_text(results[name])} {name}" for name in ("certified", "broken", "unknown"))
+    lines = [f"of {amount(results['n'], noun)}, {counts}"]
     certified, robust = metrics.get("certified_accuracy"), metrics.get("robust_accuracy")
     if certified and robust:
         lines.append(
