@@ -11,7 +11,7 @@ substitution, and every bound is reduced by a bound of its rounding error.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,8 +26,10 @@ from holdfast.certifiers.relaxation import Relaxation
 
 _ELEMENTS = 2**22
 """largest number of coefficients of one value that are computed at once"""
-_WINDOW = 1024
-"""assumed number of values in a window"""
+_DEEP = 3
+"""number of nonlinear operations that a substitution must save so that it is ended before the input"""
+_WORTH = 0.25
+"""part of the signs that a substitution that ends before the input must show, so that it is continued"""
 
 
 @dataclass(frozen=True)
@@ -81,25 +83,38 @@ def substitute(
     for i in range(index, 0, -1):
         if i not in pending:
             continue
-        a, node = pending.pop(i), graph.node(i)
+        a = pending.pop(i)
+        if passed and not isinstance(graph.node(i).operation, Linear):
+            stored[i] = a
         if rounded:
             error = error + _weighted(a.abs(), relaxation.error_of(i))
-        if isinstance(node.operation, Linear):
-            if (offset := node.operation.constant(a)) is not None:
-                constant = constant + offset
-            back = node.operation.transposed(a, [graph.shape_of(j) for j in node.inputs])
-        else:
-            if passed:
-                stored[i] = a
-            moved, offset = _relaxed(relaxation, i, a, choices)
-            constant, back = constant + offset, (moved,)
-        for j, moved in zip(node.inputs, back, strict=True):
-            pending[j] = pending[j] + moved if j in pending else moved
+        back, offset = _stepped(relaxation, i, a, choices)
+        if offset is not None:
+            constant = constant + offset
+        _add(pending, graph.node(i).inputs, back)
     a = pending[0]
     if len(a) < n:
         a = a.expand(n, *a.shape[1:])
     lower = relaxation.region.minimum(a) + constant - error * 1.01
     return Substituted(lower, a, stored)
+
+
+def _add(pending: dict[int, Tensor], inputs: Sequence[int], back: Sequence[Tensor]) -> None:
+    """Add coefficients with respect to the inputs of an operation to those that are known."""
+    for j, moved in zip(inputs, back, strict=True):
+        pending[j] = pending[j] + moved if j in pending else moved
+
+
+def _stepped(
+    relaxation: Relaxation, index: int, a: Tensor, choices: Choices
+) -> tuple[Sequence[Tensor], Tensor | None]:
+    """Coefficients with respect to each input of an operation, and the constants (n, k) or None for zero."""
+    graph, node = relaxation.graph, relaxation.graph.node(index)
+    if isinstance(node.operation, Linear):
+        shapes = [graph.shape_of(j) for j in node.inputs]
+        return node.operation.transposed(a, shapes), node.operation.constant(a)
+    moved, offset = _relaxed(relaxation, index, a, choices)
+    return (moved,), offset
 
 
 def _weighted(a: Tensor, values: Tensor) -> Tensor:
@@ -168,43 +183,121 @@ def refine(relaxation: Relaxation, index: int, deadline: float = math.inf) -> No
     deadline.
 
     First the bound closer to zero is computed. Where it shows the sign of the input of a ReLU, the other bound is not
-    needed.
+    needed. In deep networks, a substitution that ends at a value in between shows most of the signs at a lower cost.
     """
+    graph = relaxation.graph
     low, high = relaxation.bound(index)
     # the values of a ReLU are exact where the sign of its input is known
-    signed = _only_relu(relaxation.graph, index)
+    signed = _only_relu(graph, index)
     below, above = low.flatten(1).clone(), high.flatten(1).clone()
     first = torch.where(-below <= above, 1.0, -1.0).to(low.dtype)
-    for signs in (first, -first):
-        unknown = (below < 0) & (above > 0) if signed else below < above
-        most = int(unknown.sum(1).max())
-        if not most:
-            continue
-        # the indices of the values of unknown sign, filled up to equal numbers with others
-        chosen = unknown.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-        for rows in torch.split(chosen, _rows_at_once(relaxation.graph, index, len(low)), 1):
-            if time.perf_counter() >= deadline:
-                relaxation.stopped = True
-                break
-            sign = signs.gather(1, rows)
-            lower = sign * lower_bounds(relaxation, index, rows, sign)
-            old_below, old_above = below.gather(1, rows), above.gather(1, rows)
-            below.scatter_(1, rows, torch.where(sign > 0, torch.maximum(old_below, lower), old_below))
-            above.scatter_(1, rows, torch.where(sign < 0, torch.minimum(old_above, lower), old_above))
+    for until in (*cuts(graph, index), 0) if signed else (0,):
+        functions = _Functions(relaxation, index, until)
+        for signs in (first, -first) if not until else (first,):
+            unknown = (below < 0) & (above > 0) if signed else below < above
+            most = int(unknown.sum(1).max())
+            if not most:
+                continue
+            # the indices of the values of unknown sign, filled up to equal numbers with others
+            chosen = unknown.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+            for rows in torch.split(chosen, functions.at_once(len(low)), 1):
+                if time.perf_counter() >= deadline:
+                    relaxation.stopped = True
+                    break
+                sign = signs.gather(1, rows)
+                lower = sign * functions.lower(rows, sign)
+                old_below, old_above = below.gather(1, rows), above.gather(1, rows)
+                below.scatter_(1, rows, torch.where(sign > 0, torch.maximum(old_below, lower), old_below))
+                above.scatter_(1, rows, torch.where(sign < 0, torch.minimum(old_above, lower), old_above))
+                if until and (lower * sign > 0).float().mean() < _WORTH:
+                    break
     relaxation.bounds[index] = (below.view_as(low), above.view_as(high))
 
 
-def _rows_at_once(graph: Graph, index: int, n: int) -> int:
-    """How many values of each of `n` examples are bounded at once, so that their coefficients fit into the memory."""
-    widest = max(graph.shape_of(i).numel() for i in range(index + 1))
-    return max(1, _ELEMENTS // (n * (_WINDOW if windows.local(graph, index) else widest)))
+def cuts(graph: Graph, index: int) -> list[int]:
+    """Return the values, the nearest first, at which a backward substitution from a value may end before the input.
+
+    Every path from the input to the value passes through them.
+    """
+    needed = sorted(graph.ancestors(index))
+    deep = [i for i in graph.nonlinear if i in needed]
+    chosen: list[int] = []
+    earliest = index  # the earliest value on which a later one than the candidate depends
+    for i in reversed(needed[1:]):
+        if i <= earliest and i in deep and i != index:
+            between = sum(i < j < index for j in deep)
+            before = len(deep) - between
+            if before >= _DEEP and between >= (2 if not chosen else 3 * _between(chosen[-1], index, deep)):
+                chosen.append(i)
+        earliest = min(earliest, *graph.node(i).inputs)
+    return chosen
 
 
-def lower_bounds(relaxation: Relaxation, index: int, chosen: Tensor, signs: Tensor) -> Tensor:
-    """Return lower bounds (n, k) of the chosen values, indices (n, k), times signs (n, k)."""
-    if windows.local(relaxation.graph, index):
-        return windows.window_bounds(relaxation, index, chosen, signs)
-    return substitute(relaxation, index, one_hot(chosen, signs, relaxation.graph.shape_of(index))).lower
+def _between(first: int, last: int, deep: list[int]) -> int:
+    return sum(first < i < last for i in deep)
+
+
+class _Functions:
+    """Lower bounds of single values of a node, by a substitution that ends at the value `until`."""
+
+    def __init__(self, relaxation: Relaxation, index: int, until: int) -> None:
+        self.relaxation, self.index, self.until = relaxation, index, until
+        self.frames = windows.frames(relaxation.graph, index, until)
+        region = relaxation.region
+        if until:
+            low, high = relaxation.bound(until)
+            region = Region(low, high, low)
+        self.region = region
+
+    def at_once(self, n: int) -> int:
+        """Return how many values of each of `n` examples are bounded at once, so that their coefficients fit into the
+        memory.
+        """
+        graph = self.relaxation.graph
+        sizes = [
+            graph.shape_of(i)[0] * self.frames[i].height * self.frames[i].width
+            if i in self.frames
+            else graph.shape_of(i).numel()
+            for i in graph.ancestors(self.index)
+            if i >= self.until
+        ]
+        return max(1, _ELEMENTS // (n * max(sizes)))
+
+    def lower(self, chosen: Tensor, signs: Tensor) -> Tensor:
+        """Return lower bounds (n, k) of the chosen values, indices (n, k), times signs (n, k)."""
+        relaxation, graph = self.relaxation, self.relaxation.graph
+        constant = torch.zeros_like(signs)
+        error = torch.zeros_like(signs)
+        on_windows: dict[int, list[windows.Windows]] = {}
+        whole: dict[int, Tensor] = {}
+        shape = graph.shape_of(self.index)
+        if self.index in self.frames:
+            on_windows[self.index] = [windows.Windows.single(chosen, signs, shape)]
+        else:
+            whole[self.index] = one_hot(chosen, signs, shape)
+        for i in range(self.index, self.until, -1):
+            inputs = () if i not in on_windows and i not in whole else graph.node(i).inputs
+            if i in on_windows:
+                joined = windows.Windows.joined(on_windows.pop(i), self.frames[i])
+                moved, offset, rounding = windows.step(relaxation, i, joined)
+                constant, error = constant + offset, error + rounding
+                for j, part in zip(inputs, moved, strict=True):
+                    if j in self.frames:
+                        on_windows.setdefault(j, []).append(part)
+                    else:
+                        _add(whole, (j,), (part.whole(graph.shape_of(j)),))
+            elif i in whole:
+                a = whole.pop(i)
+                error = error + _weighted(a.abs(), relaxation.error_of(i))
+                back, added = _stepped(relaxation, i, a, NO_CHOICES)
+                constant = constant if added is None else constant + added
+                _add(whole, inputs, back)
+        if self.until in on_windows:
+            last = windows.Windows.joined(on_windows[self.until], self.frames[self.until])
+            least = last.minimum(self.region)
+        else:
+            least = self.region.minimum(whole[self.until])
+        return least + constant - error * 1.01
 
 
 def one_hot(chosen: Tensor, signs: Tensor, shape: torch.Size) -> Tensor:
