@@ -24,8 +24,9 @@ from holdfast.certifiers.nonlinear import MaxPool, PoolLines, ReLU
 from holdfast.certifiers.region import Region
 from holdfast.certifiers.relaxation import Relaxation
 
-_ELEMENTS = 2**22
-"""largest number of coefficients of one value that are computed at once"""
+_ELEMENTS, _ON_CPU = 2**22, 2**20
+"""largest numbers of coefficients of one value that are computed at once, on accelerators and on a CPU, whose cache
+they should fit into"""
 _DEEP = 3
 """number of nonlinear operations that a substitution must save so that it is ended before the input"""
 _WORTH = 0.25
@@ -261,7 +262,8 @@ class _Functions:
             for i in graph.ancestors(self.index)
             if i >= self.until
         ]
-        return max(1, _ELEMENTS // (n * max(sizes)))
+        most = _ON_CPU if self.region.low.device.type == "cpu" else _ELEMENTS
+        return max(1, most // (n * max(sizes)))
 
     def lower(self, chosen: Tensor, signs: Tensor) -> Tensor:
         """Return lower bounds (n, k) of the chosen values, indices (n, k), times signs (n, k)."""

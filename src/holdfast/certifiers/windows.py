@@ -83,19 +83,21 @@ def frames(graph: Graph, index: int, until: int) -> dict[int, Frame]:
     for i in range(index, until - 1, -1):
         if i not in pending:
             continue
-        frame, shape = _union(pending.pop(i)), graph.shape_of(i)
-        small = (
-            frame is not None
-            and len(shape) == 3
-            and frame.height * frame.width <= _SMALL * shape[1] * shape[2]
-        )
-        moved = _moved(graph, i, frame) if small and i > until else None
-        if moved is not None or (small and i == until):
+        frame, moved = _small(_union(pending.pop(i)), graph.shape_of(i)), None
+        if i == until:
+            return known if frame is None else {**known, i: frame}
+        if frame is not None and (moved := _moved(graph, i, frame)) is not None:
             known[i] = frame
-        if i > until:
-            for j in graph.node(i).inputs:
-                pending.setdefault(j, []).append(moved)
+        for j in graph.node(i).inputs:
+            pending.setdefault(j, []).append(moved)
     return known
+
+
+def _small(frame: Frame | None, shape: torch.Size) -> Frame | None:
+    """The frame, if it has windows on a value of the given shape that are cheaper than the whole value."""
+    if frame is None or len(shape) != 3 or frame.height * frame.width > _SMALL * shape[1] * shape[2]:
+        return None
+    return frame
 
 
 def _moved(graph: Graph, index: int, frame: Frame) -> Frame | None:
@@ -177,6 +179,8 @@ class Windows:
     frame: Frame
     inside: bool = False
     """whether coefficients outside of the value are known to be zero"""
+    channel: Tensor | None = None
+    """index (n, k) of the only channel whose coefficients are not zero, if there is one"""
 
     @staticmethod
     def single(chosen: Tensor, signs: Tensor, shape: torch.Size) -> "Windows":
@@ -185,10 +189,11 @@ class Windows:
         """
         rows, columns = shape[1:]
         place = (chosen % (rows * columns)).flatten()
+        channel = chosen // (rows * columns)
         a = torch.zeros(*chosen.shape, shape[0], dtype=signs.dtype, device=signs.device)
-        a.scatter_(2, (chosen // (rows * columns))[:, :, None], signs[:, :, None])
-        places = (place // columns, place % columns)
-        return Windows(a[..., None, None], places, (rows, columns), Frame(0, 0, 1, 1, 1, 1), inside=True)
+        a.scatter_(2, channel[:, :, None], signs[:, :, None])
+        places, frame = (place // columns, place % columns), Frame(0, 0, 1, 1, 1, 1)
+        return Windows(a[..., None, None], places, (rows, columns), frame, inside=True, channel=channel)
 
     @staticmethod
     def joined(parts: "list[Windows]", frame: Frame) -> "Windows":
@@ -197,7 +202,8 @@ class Windows:
         if len(parts) == 1:
             return first
         a = sum((part._in(frame) for part in parts[1:]), first._in(frame))
-        return replace(first, a=a, frame=frame, inside=all(part.inside for part in parts))
+        inside = all(part.inside for part in parts)
+        return replace(first, a=a, frame=frame, inside=inside, channel=None)
 
     def _in(self, frame: Frame) -> Tensor:
         before, above = self.frame.left - frame.left, self.frame.top - frame.top
@@ -215,7 +221,12 @@ class Windows:
         padded = F.pad(joined, (-frame.left, after, -frame.top, below))
         windows = padded.unfold(2, h, frame.down).unfold(3, w, frame.right).permute(0, 2, 3, 1, 4, 5)
         examples = torch.arange(n, device=joined.device).repeat_interleave(k)
-        return windows[examples, *self.places].view(n, k, len(values), channels, h, w).unbind(2)
+        if rows * columns <= k:  # to copy the windows of all places first makes their selection faster
+            every = windows.reshape(n * rows * columns, -1)
+            chosen = every[(examples * rows + self.places[0]) * columns + self.places[1]]
+        else:
+            chosen = windows[examples, *self.places]
+        return chosen.view(n, k, len(values), channels, h, w).unbind(2)
 
     def whole(self, shape: torch.Size) -> Tensor:
         """Return the coefficients (n, k, *shape) on the whole value."""
@@ -286,8 +297,13 @@ def step(relaxation: Relaxation, index: int, windows: Windows) -> tuple[list[Win
     assert convolution is not None
     if convolution.bias is not None:
         added = a.flatten(3).sum(3) @ convolution.bias
-    back = _transposed(convolution, a)
-    moved = replace(windows, a=back, frame=windows.frame.before(convolution), inside=False)
+    if windows.channel is None:
+        back = _transposed(convolution, a)
+    else:
+        factor = a[..., 0, 0].gather(2, windows.channel[:, :, None])
+        back = convolution.weight.to(a)[windows.channel] * factor[..., None, None]
+    frame = windows.frame.before(convolution)
+    moved = replace(windows, a=back, frame=frame, inside=False, channel=None)
     return [moved], added, rounding
 
 
