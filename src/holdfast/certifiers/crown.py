@@ -11,7 +11,7 @@ substitution, and every bound is reduced by a bound of its rounding error.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,8 +29,15 @@ _ELEMENTS, _ON_CPU = 2**22, 2**20
 they should fit into"""
 _DEEP = 3
 """number of nonlinear operations that a substitution must save so that it is ended before the input"""
+_LATER = (2, 6)
+"""least numbers of nonlinear operations between a value and the ends of such substitutions: one residual block, and
+three of them"""
+_MANY = 1024
+"""number of values from which they are bounded by a substitution that ends before the input first"""
 _WORTH = 0.25
 """part of the signs that a substitution that ends before the input must show, so that it is continued"""
+_WASTE = 0.75
+"""part of the examples with values to bound from which all examples are treated, without a selection of them"""
 
 
 @dataclass(frozen=True)
@@ -194,23 +201,18 @@ def refine(relaxation: Relaxation, index: int, deadline: float = math.inf) -> No
     first = torch.where(-below <= above, 1.0, -1.0).to(low.dtype)
     for until in (*cuts(graph, index), 0) if signed else (0,):
         functions = _Functions(relaxation, index, until)
-        for signs in (first, -first) if not until else (first,):
+        for signs in (first,) if until else (first, -first):
             unknown = (below < 0) & (above > 0) if signed else below < above
-            most = int(unknown.sum(1).max())
-            if not most:
-                continue
-            # the indices of the values of unknown sign, filled up to equal numbers with others
-            chosen = unknown.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-            for rows in torch.split(chosen, functions.at_once(len(low)), 1):
+            for examples, rows in functions.pieces(unknown):
                 if time.perf_counter() >= deadline:
                     relaxation.stopped = True
                     break
-                sign = signs.gather(1, rows)
-                lower = sign * functions.lower(rows, sign)
-                old_below, old_above = below.gather(1, rows), above.gather(1, rows)
-                below.scatter_(1, rows, torch.where(sign > 0, torch.maximum(old_below, lower), old_below))
-                above.scatter_(1, rows, torch.where(sign < 0, torch.minimum(old_above, lower), old_above))
-                if until and (lower * sign > 0).float().mean() < _WORTH:
+                sign = signs[examples[:, None], rows]
+                lower = functions.of(examples).lower(rows, sign)
+                place = (examples[:, None], rows)
+                below[place] = torch.where(sign > 0, torch.maximum(below[place], lower), below[place])
+                above[place] = torch.where(sign < 0, torch.minimum(above[place], -lower), above[place])
+                if until and (lower > 0).float().mean() < _WORTH:
                     break
     relaxation.bounds[index] = (below.view_as(low), above.view_as(high))
 
@@ -218,24 +220,29 @@ def refine(relaxation: Relaxation, index: int, deadline: float = math.inf) -> No
 def cuts(graph: Graph, index: int) -> list[int]:
     """Return the values, the nearest first, at which a backward substitution from a value may end before the input.
 
-    Every path from the input to the value passes through them.
+    Every path from the input to the value passes through them. There are none for small values, whose substitution is
+    cheap.
     """
+    if graph.shape_of(index).numel() < _MANY:
+        return []
     needed = sorted(graph.ancestors(index))
-    deep = [i for i in graph.nonlinear if i in needed]
+    deep = [i for i in graph.nonlinear if i in needed and i < index]
     chosen: list[int] = []
-    earliest = index  # the earliest value on which a later one than the candidate depends
-    for i in reversed(needed[1:]):
-        if i <= earliest and i in deep and i != index:
-            between = sum(i < j < index for j in deep)
-            before = len(deep) - between
-            if before >= _DEEP and between >= (2 if not chosen else 3 * _between(chosen[-1], index, deep)):
-                chosen.append(i)
-        earliest = min(earliest, *graph.node(i).inputs)
+    earliest = index  # the earliest value that a value after the candidate depends on
+    for i in reversed(needed):
+        later = [j for j in deep if j > i]
+        if (
+            i in deep
+            and i <= earliest
+            and len(deep) - len(later) >= _DEEP
+            and len(later) >= _LATER[len(chosen)]
+        ):
+            chosen.append(i)
+            if len(chosen) == len(_LATER):
+                break
+        if i:
+            earliest = min(earliest, *graph.node(i).inputs)
     return chosen
-
-
-def _between(first: int, last: int, deep: list[int]) -> int:
-    return sum(first < i < last for i in deep)
 
 
 class _Functions:
@@ -249,21 +256,31 @@ class _Functions:
             low, high = relaxation.bound(until)
             region = Region(low, high, low)
         self.region = region
+        self.largest = _ON_CPU if region.low.device.type == "cpu" else _ELEMENTS
+        shapes = {i: relaxation.graph.shape_of(i) for i in relaxation.graph.ancestors(index) if i >= until}
+        frames = {i: (shapes[i][0], frame.height, frame.width) for i, frame in self.frames.items()}
+        self.elements = max(math.prod(frames.get(i, shape)) for i, shape in shapes.items())
 
-    def at_once(self, n: int) -> int:
-        """Return how many values of each of `n` examples are bounded at once, so that their coefficients fit into the
-        memory.
+    def pieces(self, unknown: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the values that are marked (n, values) in pieces whose coefficients fit into the memory, as the indices
+        (m) of examples and those (m, k) of values of each. Examples with few values are filled up with others.
         """
-        graph = self.relaxation.graph
-        sizes = [
-            graph.shape_of(i)[0] * self.frames[i].height * self.frames[i].width
-            if i in self.frames
-            else graph.shape_of(i).numel()
-            for i in graph.ancestors(self.index)
-            if i >= self.until
-        ]
-        most = _ON_CPU if self.region.low.device.type == "cpu" else _ELEMENTS
-        return max(1, most // (n * max(sizes)))
+        counts = unknown.sum(1)
+        chosen = unknown.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        start, most = 0, int(counts.max())
+        while start < most:
+            examples = (counts > start).nonzero()[:, 0]
+            if len(examples) > _WASTE * len(counts):
+                examples = torch.arange(len(counts), device=counts.device)
+            stop = min(most, start + max(1, self.largest // (len(examples) * self.elements)))
+            yield examples, chosen[examples, start:stop]
+            start = stop
+
+    def of(self, examples: Tensor) -> "_Functions":
+        """Return the functions for some examples, given by their indices."""
+        if len(examples) == len(self.region.low):
+            return self
+        return _Functions(self.relaxation.of(examples), self.index, self.until)
 
     def lower(self, chosen: Tensor, signs: Tensor) -> Tensor:
         """Return lower bounds (n, k) of the chosen values, indices (n, k), times signs (n, k)."""
