@@ -94,6 +94,19 @@ class RowConstants(nn.Module):
         return self.last(F.relu(self.second(F.relu(self.first(x) * self.factor))).flatten(1))
 
 
+class Branches(nn.Module):
+    """Images of two branches, joined between convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 1, 1)
+        self.both, self.last = nn.Conv2d(3, 2, 3), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(torch.cat((self.left(x), self.right(x)), 1))
+        return self.last(F.relu(self.both(y)).flatten(1))
+
+
 class Parallel(nn.Module):
     """Two activations, none of which depends on the other."""
 
@@ -189,6 +202,7 @@ NETWORKS = {
     },
     "row constants": (RowConstants, (1, 8, 8)),
     "parallel": (Parallel, (6,)),
+    "branches": (Branches, (2, 6, 6)),
     "in place": (InPlace, (2, 4, 4)),
     "grey to colour": (
         lambda: images(Coloured(), nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)),

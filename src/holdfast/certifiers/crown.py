@@ -209,6 +209,7 @@ def refine(relaxation: Relaxation, index: int, deadline: float = math.inf) -> No
                     break
                 sign = signs[examples[:, None], rows]
                 lower = functions.of(examples).lower(rows, sign)
+                lower = torch.where(lower.isnan(), -torch.inf, lower)  # of bounds that are not finite
                 place = (examples[:, None], rows)
                 below[place] = torch.where(sign > 0, torch.maximum(below[place], lower), below[place])
                 above[place] = torch.where(sign < 0, torch.minimum(above[place], -lower), above[place])

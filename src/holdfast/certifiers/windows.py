@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.certifiers.graph import Graph, Operation, gamma
+from holdfast.certifiers.graph import Graph, Node, gamma
 from holdfast.certifiers.linear import Convolution, Nonnegative, Scaled, Sum
 from holdfast.certifiers.nonlinear import Activation, Lines, ReLU
 from holdfast.certifiers.region import Region
@@ -104,7 +104,7 @@ def _moved(graph: Graph, index: int, frame: Frame) -> Frame | None:
     """The frame on the inputs of an operation, or None if its windows are not known."""
     node = graph.node(index)
     operation, inner = node.operation, graph.shape_of(node.inputs[0])
-    if (convolution := as_convolution(operation, inner)) is not None:
+    if (convolution := as_convolution(node, inner)) is not None:
         return frame.before(convolution)
     same = all(graph.shape_of(j) == node.shape for j in node.inputs)
     if isinstance(operation, Scaled):
@@ -119,17 +119,22 @@ def _per_channel(constant: Tensor, channels: int) -> bool:
     return constant.numel() == 1 or shape == (channels, 1, 1)
 
 
-@lru_cache(maxsize=256)
-def as_convolution(operation: Operation, shape: torch.Size) -> Convolution | None:
-    """Return the convolution in two dimensions that an operation on a value of the given shape is, or None.
-
-    A selection of rows, columns and channels, such as a shortcut with a stride, is one with a kernel of one value.
-    """
+def as_convolution(node: Node, shape: torch.Size) -> Convolution | None:
+    """Return the convolution in two dimensions that an operation on a value of the given shape is, or None."""
+    operation = node.operation
     if isinstance(operation, Convolution):
         plain = len(operation.stride) == 2 and operation.groups == 1
         return operation if plain and all(step == 1 for step in operation.dilation) else None
-    if not isinstance(operation, Nonnegative) or operation.terms or len(shape) != 3:
-        return None
+    if isinstance(operation, Nonnegative) and not operation.terms and len(node.inputs) == 1 == len(shape) - 2:
+        return _selection(operation, shape)
+    return None
+
+
+@lru_cache(maxsize=64)
+def _selection(operation: Nonnegative, shape: torch.Size) -> Convolution | None:
+    """A selection of rows, columns and channels, such as a shortcut with a stride, as a convolution with a kernel of
+    one value; None if an operation that moves values is no such selection.
+    """
     # where each value comes from, counted from 1; 0 for padding
     numbers = torch.arange(1, shape.numel() + 1, dtype=torch.float64).view(1, *shape)
     source = operation(numbers)[0].long()
@@ -293,7 +298,7 @@ def step(relaxation: Relaxation, index: int, windows: Windows) -> tuple[list[Win
             added = (a * operation.offset.reshape(-1, 1, 1)).flatten(2).sum(2)
         scaled = a if operation.scale is None else a * operation.scale.reshape(-1, 1, 1)
         return [replace(windows, a=scaled)], added, rounding
-    convolution = as_convolution(operation, inner)
+    convolution = as_convolution(node, inner)
     assert convolution is not None
     if convolution.bias is not None:
         added = a.flatten(3).sum(3) @ convolution.bias
