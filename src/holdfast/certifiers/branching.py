@@ -8,14 +8,14 @@ Neural Network Verification via Lagrangian Decomposition", 2021, arXiv:2104.0671
 """
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from holdfast.certifiers.alpha import Optimised, optimised
-from holdfast.certifiers.crown import Choices, substitute
+from holdfast.certifiers.crown import Choices, refine, substitute
 from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.leaves import solved_leaf
 from holdfast.certifiers.linear import Interval
@@ -52,6 +52,8 @@ class Search:
     """number of inputs of ReLUs that are tested before one is chosen for a division"""
     at_once: int = 32
     """largest number of subproblems that are divided together"""
+    tightened: int = 128
+    """largest number of inputs of unknown sign of a ReLU whose bounds are computed again for each subproblem"""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,10 @@ class _Problems:
 
     signs: Mapping[int, Tensor]
     """assumed signs (d, *shape) of the inputs of ReLUs, by the index of the ReLU: 1, -1, or 0"""
+    bounds: Mapping[int, Interval]
+    """bounds (d, *shape) of the inputs of nonlinear operations, by index"""
     bound: Tensor
-    """largest lower bound (d) of the functions"""
+    """largest lower bound (d) of the functions; infinity where the assumed signs contradict each other"""
     choices: Choices
 
     def __len__(self) -> int:
@@ -84,6 +88,7 @@ class _Problems:
     def take(self, rows: Tensor) -> "_Problems":
         return _Problems(
             {i: sign[rows] for i, sign in self.signs.items()},
+            {i: (low[rows], high[rows]) for i, (low, high) in self.bounds.items()},
             self.bound[rows],
             Choices(
                 {i: slope[rows] for i, slope in self.choices.slopes.items()},
@@ -96,6 +101,13 @@ class _Problems:
         first = parts[0]
         return _Problems(
             {i: torch.cat([part.signs[i] for part in parts]) for i in first.signs},
+            {
+                i: (
+                    torch.cat([part.bounds[i][0] for part in parts]),
+                    torch.cat([part.bounds[i][1] for part in parts]),
+                )
+                for i in first.bounds
+            },
             torch.cat([part.bound for part in parts]),
             Choices(
                 {i: torch.cat([part.choices.slopes[i] for part in parts]) for i in first.choices.slopes},
@@ -135,6 +147,7 @@ class Tree:
         bound = (first.lower + self.claim.constants).amax(1)
         problems = _Problems(
             {i: torch.zeros(1, *self.root.graph.shape_of(i), device=bound.device) for i in self.relus},
+            {index: self.root.bound(index) for index in self.root.graph.bounded if index},
             bound,
             self._filled(first.choices),
         )
@@ -169,23 +182,11 @@ class Tree:
             )
         return Choices(slopes, multipliers)
 
-    def _relaxation(self, signs: Mapping[int, Tensor]) -> Relaxation:
-        """The relaxation of subproblems: the bounds of the root, cut at zero where a sign is assumed."""
-        d, root = len(next(iter(signs.values()))), self.root
-        bounds: dict[int, Interval] = {
-            index: tuple(each.expand(d, *each.shape[1:]) for each in root.bound(index))  # type: ignore[misc]
-            for index in root.graph.bounded
-        }
-        for i, sign in signs.items():
-            index = root.graph.node(i).inputs[0]
-            low, high = bounds[index]
-            bounds[index] = (
-                torch.where(sign > 0, low.clamp(min=0), low),
-                torch.where(sign < 0, high.clamp(max=0), high),
-            )
-        bounds.pop(0, None)
+    def _relaxation(self, problems: _Problems) -> Relaxation:
+        d, root = len(problems), self.root
         errors = {i: root.error_of(i).expand(d, -1) for i in range(1, root.graph.output + 1)}
-        return Relaxation(root.graph, root.region.of(torch.zeros(d, dtype=torch.long)), bounds, errors=errors)
+        region = root.region.of(torch.zeros(d, dtype=torch.long, device=problems.bound.device))
+        return Relaxation(root.graph, region, dict(problems.bounds), errors=errors)
 
     def _functions(self, d: int) -> Tensor:
         return self.claim.rows[None].expand(d, -1, -1)
@@ -194,7 +195,7 @@ class Tree:
         """The children of subproblems with their bounds, a counterexample if one was found, and whether one of the
         subproblems cannot be divided.
         """
-        relaxation, d = self._relaxation(problems.signs), len(problems)
+        relaxation, d = self._relaxation(problems), len(problems)
         output = relaxation.graph.output
         result = substitute(
             relaxation, output, self._functions(d), problems.choices, rounded=False, passed=True
@@ -226,7 +227,7 @@ class Tree:
             return _Problems.joined([solved, children]), witness, final
         split = self._chosen(problems, scores)
         children = _Problems.joined([self._with_sign(problems, split, sign) for sign in (1.0, -1.0)])
-        return self._bounded(children), None, False
+        return self._bounded(self._tightened(children, split.repeat(2))), None, False
 
     def _solved(self, leaves: _Problems) -> tuple[_Problems, Tensor | None]:
         """Leaves with the bounds of linear programs, if their region is a box, and a counterexample or None."""
@@ -236,12 +237,12 @@ class Tree:
         for row in (bound <= 0).nonzero()[:, 0].tolist():
             leaf = leaves.take(torch.tensor([row], device=bound.device))
             exact = solved_leaf(
-                self._relaxation(leaf.signs), leaf.signs, self.claim.rows, self.claim.constants
+                self._relaxation(leaf), leaf.signs, self.claim.rows, self.claim.constants
             )
             bound[row] = max(float(bound[row]), exact.bound)
             if bound[row] <= 0 and bool(self.violated(exact.point).any()):
                 return leaves, exact.point[0]
-        return _Problems(leaves.signs, bound, leaves.choices), None
+        return replace(leaves, bound=bound), None
 
     def _scores(self, relaxation: Relaxation, index: int, a: Tensor) -> Tensor:
         """Estimates of how much a sign of each input of a ReLU improves the bound; -1 where the sign is known."""
@@ -268,7 +269,7 @@ class Tree:
         return best.indices.gather(1, torch.stack(outcomes, 1).argmax(1, keepdim=True))[:, 0]
 
     def _plain_bound(self, problems: _Problems) -> Tensor:
-        relaxation = self._relaxation(problems.signs)
+        relaxation = self._relaxation(problems)
         functions = self._functions(len(problems))
         lower = substitute(
             relaxation, relaxation.graph.output, functions, problems.choices, rounded=False
@@ -276,15 +277,58 @@ class Tree:
         return torch.maximum((lower + self.claim.constants).amax(1), problems.bound)
 
     def _with_sign(self, problems: _Problems, split: Tensor, sign: float) -> _Problems:
-        """The subproblems with one more assumed sign each. `split` are indices of the joined inputs of all ReLUs."""
-        signs, start = {}, 0
+        """The subproblems with one more assumed sign each, at which the bounds of that input are cut. `split` are
+        indices of the joined inputs of all ReLUs.
+        """
+        signs, bounds = dict(problems.signs), dict(problems.bounds)
+        for i, rows, places in self._places(split):
+            signs[i] = signs[i].clone()
+            signs[i].flatten(1)[rows, places] = sign
+            index = self.root.graph.node(i).inputs[0]
+            side = 0 if sign > 0 else 1
+            cut = [each.clone() for each in bounds[index]]
+            flat = cut[side].flatten(1)
+            flat[rows, places] = 0.0
+            cut[side] = flat.view_as(cut[side])
+            bounds[index] = (cut[0], cut[1])
+        return replace(problems, signs=signs, bounds=bounds)
+
+    def _places(self, split: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For each ReLU that is divided its index, and the rows and places of the divided inputs."""
+        start = 0
         for i in self.relus:
-            values = problems.signs[i].clone()
-            size = values[0].numel()
-            mine = ((split >= start) & (split < start + size)).nonzero()[:, 0]
-            values.flatten(1)[mine, split[mine] - start] = sign
-            signs[i], start = values, start + size
-        return _Problems(signs, problems.bound, problems.choices)
+            size = self.root.graph.shape_of(i).numel()
+            rows = ((split >= start) & (split < start + size)).nonzero()[:, 0]
+            if len(rows):
+                yield i, rows, split[rows] - start
+            start += size
+
+    def _tightened(self, problems: _Problems, split: Tensor) -> _Problems:
+        """The subproblems with bounds of all values after the divided inputs that make use of the assumed sign."""
+        bounds, bound = dict(problems.bounds), problems.bound.clone()
+        divided = torch.zeros_like(split)
+        for i, rows, _ in self._places(split):
+            divided[rows] = i
+        graph = self.root.graph
+        for index in graph.bounded:
+            rows = (divided < index).nonzero()[:, 0]
+            if index == 0 or not len(rows) or not self._cheap(index):
+                continue
+            part = replace(problems, bounds=bounds).take(rows)
+            relaxation = self._relaxation(part)
+            refine(relaxation, index, self.deadline)
+            low, high = relaxation.bound(index)
+            # no input has the assumed signs if a lower bound exceeds an upper one
+            bound[rows] = torch.where((low > high).flatten(1).any(1), torch.inf, bound[rows])
+            new = [each.clone() for each in bounds[index]]
+            new[0][rows], new[1][rows] = torch.minimum(low, high), high
+            bounds[index] = (new[0], new[1])
+        return replace(problems, bounds=bounds, bound=bound)
+
+    def _cheap(self, index: int) -> bool:
+        """Whether bounds of a value cost about as little as those of a subproblem."""
+        low, high = self.root.bound(index)
+        return int(((low < 0) & (high > 0)).sum()) <= self.search.tightened
 
     def _descended(self, x: Tensor) -> Tensor | None:
         """An input at which the claim is false, searched by gradient descent from the inputs `x` (d, *shape)."""
@@ -303,7 +347,7 @@ class Tree:
         return None
 
     def _bounded(self, problems: _Problems, steps: int | None = None) -> _Problems:
-        relaxation, d = self._relaxation(problems.signs), len(problems)
+        relaxation, d = self._relaxation(problems), len(problems)
         self.work += d
         result = optimised(
             relaxation,
@@ -318,4 +362,4 @@ class Tree:
         multipliers = {
             i: result.choices.multipliers.get(i, problems.choices.multipliers[i]) for i in self.relus
         }
-        return _Problems(problems.signs, bound, Choices(slopes, multipliers))
+        return replace(problems, bound=bound, choices=Choices(slopes, multipliers))
