@@ -24,13 +24,15 @@ from holdfast.certifiers.relaxation import Relaxation
 
 _DEEP = 4
 """one of so many subproblems is chosen by its number of assumed signs, the others by their bounds"""
+_DESCENT_ROUNDS, _DESCENT_STARTS = 8, 16
+"""the search for a counterexample by descent is repeated after so many divisions, from so many inputs"""
 _BELOW = 1e-3
 """weight of inputs of ReLUs whose lower line is used in the choice of the next division: on MNIST networks, tests of
 all inputs chose none of them"""
 _LEAF_STEPS = 200
 """number of steps of the optimisation of a subproblem in which all signs are known"""
 _DESCENT_STEPS = 40
-"""number of steps of the search for a counterexample in such a subproblem"""
+"""number of steps of the search for a counterexample by descent"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Search:
 
     steps: int = 8
     """number of steps of the optimisation of each subproblem"""
-    candidates: int = 4
+    candidates: int = 8
     """number of inputs of ReLUs that are tested before one is chosen for a division"""
     at_once: int = 32
     """largest number of subproblems that are divided together"""
@@ -156,6 +158,7 @@ class Tree:
     violated: Callable[[Tensor], Tensor]
     """function that returns for inputs (n, *shape) the mask of those at which the claim is false on the model"""
     work: int = 1
+    rounds: int = 0
     relus: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -225,6 +228,11 @@ class Tree:
         wrong = self.violated(corners)
         if wrong.any():
             return problems, corners[wrong][0], False
+        self.rounds += 1
+        if self.rounds % _DESCENT_ROUNDS == 1:
+            witness = self._descended(corners[:_DESCENT_STARTS])
+            if witness is not None:
+                return problems, witness, False
         scores = torch.cat(
             [self._scores(relaxation, i, result.passed[i][rows, best]).flatten(1) for i in self.relus], 1
         )
@@ -364,9 +372,10 @@ class Tree:
                 (slope,) = torch.autograd.grad(values.sum(), point)
             x = point.detach() - slope.sign() * width * (0.25 * (1 - step / _DESCENT_STEPS))
             x = torch.maximum(torch.minimum(x, region.high), region.low)
-            wrong = self.violated(x)
-            if wrong.any():
-                return x[wrong][0]
+            if bool((values <= 0).any()) or step == _DESCENT_STEPS - 1:
+                wrong = self.violated(x)
+                if wrong.any():
+                    return x[wrong][0]
         return None
 
     def _bounded(self, problems: _Problems, steps: int | None = None) -> _Problems:
