@@ -17,13 +17,9 @@ from torch import Tensor
 
 from holdfast.certifiers.crown import one_hot
 from holdfast.certifiers.graph import ROUNDINGS, Graph, Node, gamma
-from holdfast.certifiers.linear import Interval, Linear
+from holdfast.certifiers.linear import Convolution, Dense, Interval, Linear
 from holdfast.certifiers.nonlinear import ReLU
 from holdfast.certifiers.relaxation import Relaxation
-
-_LARGEST = 2**22
-"""largest number of entries of the matrices: with more, bounds are no faster than on the network itself"""
-
 
 @dataclass(frozen=True, eq=False)
 class Affine(Linear):
@@ -74,8 +70,8 @@ class Affine(Linear):
 
 
 def reducible(relaxation: Relaxation) -> bool:
-    """Return whether bounds of the network that remains are computed faster than those of the network: if it has no
-    nonlinear operations other than ReLUs, and the matrices are small.
+    """Return whether bounds of the network that remains cost less than those of the network: if it has no nonlinear
+    operations other than ReLUs, and the matrices are small.
     """
     graph = relaxation.graph
     if len(relaxation.region.low) != 1 or any(
@@ -86,7 +82,17 @@ def reducible(relaxation: Relaxation) -> bool:
     for relu in graph.nonlinear:
         count = len(_unknown(relaxation, relu))
         entries, before = entries + before * count, before + count
-    return entries + before * graph.shape_of(graph.output).numel() <= _LARGEST
+    entries += before * graph.shape_of(graph.output).numel()
+    return entries <= sum(_products(node) for node in graph.nodes)
+
+
+def _products(node: Node) -> int:
+    """Number of products in one backward substitution of an operation."""
+    if isinstance(node.operation, Dense):
+        return node.operation.weight.shape[1] * node.shape.numel()
+    if isinstance(node.operation, Convolution):
+        return node.operation.weight[0].numel() * node.shape.numel()
+    return node.shape.numel()
 
 
 def reduced(relaxation: Relaxation) -> Relaxation:
