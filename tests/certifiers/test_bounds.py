@@ -12,6 +12,7 @@ from holdfast.certifiers.alpha import optimised, sharpen
 from holdfast.certifiers.crown import refine, relaxed, substitute
 from holdfast.certifiers.graph import gamma
 from holdfast.certifiers.provers import IBP, Crown, CrownIBP, margin_rows
+from holdfast.certifiers.reduction import Affine, reduced
 from holdfast.certifiers.region import Region, region_of
 from holdfast.certifiers.relaxation import Relaxation
 from holdfast.certifiers.searching import AlphaCrown, BranchAndBound
@@ -238,6 +239,40 @@ def test_bounds_on_windows_are_those_of_the_whole_value(name: str, monkeypatch: 
         for index in graph.bounded:
             for one, other in zip(by_windows.bound(index), whole.bound(index), strict=True):
                 torch.testing.assert_close(one, other, atol=5e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["dense", "two linear layers", "convolutions", "windows", "residual", "parallel"]
+)
+def test_the_network_that_remains_is_the_network_in_its_region(name: str) -> None:
+    model, x = network(name)
+    for dtype in (torch.float32, torch.float64):
+        graph = traced(model, x[:1]).to(dtype)
+        region = region_of(x[:1].to(dtype), Linf(0.1), Bounds())
+        relaxation = relaxed(graph, region)
+        small = reduced(relaxation)
+        known = [relaxation.bound(graph.node(i).inputs[0]) for i in graph.nonlinear]
+        assert any(((low >= 0) | (high <= 0)).any() for low, high in known)
+        assert any(((low < 0) & (high > 0)).any() for low, high in known)
+        inside = points(region)
+        exact = traced(model, x[:1]).to(torch.float64)(inside.double())
+        last = small.graph.node(small.graph.output).operation
+        assert isinstance(last, Affine)
+        assert ((small.graph(inside).double() - exact).abs() <= last.error).all()
+        assert (last.error < 1e-2 * (1 if dtype == torch.float32 else 1e-8)).all()
+        for index, values in enumerate(small.graph.values(inside)):
+            assert (values >= small.bound(index)[0]).all()
+            assert (values <= small.bound(index)[1]).all()
+        rows = margin_rows(model(x[:1]).argmax(1), graph.shape_of(graph.output)[0], dtype)
+        whole, of_small = (substitute(each, each.graph.output, rows).lower for each in (relaxation, small))
+        if dtype == torch.float64:  # the rounding errors that are subtracted differ
+            torch.testing.assert_close(of_small, whole, atol=1e-9, rtol=1e-9)
+        assert (of_small <= margins_of(rows, exact).amin(0)).all()
+
+
+def margins_of(rows: Tensor, logits: Tensor) -> Tensor:
+    """The margins (n, k) of logits (n, classes)."""
+    return logits @ rows[0].double().t()
 
 
 def test_linear_networks_are_bounded_exactly() -> None:

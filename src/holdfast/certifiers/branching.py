@@ -170,7 +170,7 @@ class Tree:
         bound = (first.lower + self.claim.constants).amax(1)
         problems = _Problems(
             {i: torch.zeros(1, *self.root.graph.shape_of(i), device=bound.device) for i in self.relus},
-            {index: self.root.bound(index) for index in self.root.graph.bounded if index},
+            {index: self.root.bound(index) for index in self.root.graph.bounded},
             bound,
             self._filled(first.choices),
         )

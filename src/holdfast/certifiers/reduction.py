@@ -4,8 +4,8 @@ Where the sign of the input of a ReLU is known, the ReLU is linear, so that the 
 of the few other ReLUs. Each of their inputs is an affine function of the input of the network and of the ReLUs before
 it. These matrices are small for a network with few ReLUs of unknown sign, as in the mixed-integer programs of Tjeng,
 Xiao, Tedrake, "Evaluating Robustness of Neural Networks with Mixed Integer Programming", ICLR 2019, arXiv:1711.07356,
-and all bounds of the network are computed faster on them. What the computation of the matrices may be wrong by, and
-what the network itself rounds, is part of the rounding errors of the new operations.
+and bounds are computed faster with them. The rounding errors of their computation, and those of the network itself, are
+added to the rounding errors of the new operations.
 """
 
 from collections.abc import Mapping, Sequence
@@ -110,7 +110,7 @@ def reduced(relaxation: Relaxation) -> Relaxation:
         nodes.append(_expressed(relaxation, index, chosen, unknown, places))
         low, high = (each.flatten(1)[:, chosen] for each in relaxation.bound(index))
         bounds[len(nodes)] = low, high
-        nodes.append(Node(ReLU(), (len(nodes),), nodes[-1].shape, graph.node(relu).place))
+        nodes.append(Node(ReLU(), (len(nodes),), nodes[-1].shape))
         places[relu] = len(nodes)
     outputs = torch.arange(graph.shape_of(graph.output).numel(), device=relaxation.region.low.device)
     nodes.append(_expressed(relaxation, graph.output, outputs, unknown, places))
@@ -159,8 +159,7 @@ def _expressed(
             back = (a * (low >= 0)[:, None],)
         for j, moved in zip(node.inputs, back, strict=True):
             pending[j] = pending[j] + moved if j in pending else moved
-    if 0 in pending:
-        weights[0] = pending[0].flatten(2)[0]
+    weights[0] = pending[0].flatten(2)[0]
     inputs = tuple(sorted(weights))
     affine = Affine(tuple(weights[i] for i in inputs), constant[0], error[0] * 1.01)
-    return Node(affine, inputs, torch.Size([len(chosen)]), graph.node(index).place)
+    return Node(affine, inputs, torch.Size([len(chosen)]))
