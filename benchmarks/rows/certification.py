@@ -22,7 +22,7 @@ CIFAR_N = 100
 MINUTES, CORES = 15.0, 2
 UNDECIDED, IBP_S = 10, 2.0
 ATTACK = PGD(restarts=5)
-"""Attack in the order of `auto`: on the images that the quick methods leave undecided, before the slow ones."""
+"""Short attack on the images that the quick methods leave undecided, before the slow ones, where `auto` attacks."""
 
 
 def measured() -> Outcome:
@@ -70,7 +70,12 @@ def _right(model: Classifier, x: Tensor, y: Tensor) -> Batch:
 
 
 def _cascade(
-    name: str, model: Classifier, x: Tensor, y: Tensor, threat: ThreatModel, methods: Sequence[GraphProver | PGD]
+    name: str,
+    model: Classifier,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    methods: Sequence[GraphProver | PGD],
 ) -> tuple[list[Cells], int, float]:
     """A line for the clean model and one for each method on what the methods before it left, the number of undecided
     examples, and the CPU seconds.

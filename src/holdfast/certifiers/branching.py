@@ -263,9 +263,7 @@ class Tree:
         bound = leaves.bound.clone()
         for row in (bound <= 0).nonzero()[:, 0].tolist():
             leaf = leaves.take(torch.tensor([row], device=bound.device))
-            exact = solved_leaf(
-                self._relaxation(leaf), leaf.signs, self.claim.rows, self.claim.constants
-            )
+            exact = solved_leaf(self._relaxation(leaf), leaf.signs, self.claim.rows, self.claim.constants)
             bound[row] = max(float(bound[row]), exact.bound)
             if bound[row] <= 0 and bool(self.violated(exact.point).any()):
                 return leaves, exact.point[0]

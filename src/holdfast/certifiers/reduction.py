@@ -21,6 +21,7 @@ from holdfast.certifiers.linear import Convolution, Dense, Interval, Linear
 from holdfast.certifiers.nonlinear import ReLU
 from holdfast.certifiers.relaxation import Relaxation
 
+
 @dataclass(frozen=True, eq=False)
 class Affine(Linear):
     """Affine function of several values: y = sum_i x_i W_i^T + b, with x_i flattened, `weights` W_i (out, in_i), and
@@ -56,7 +57,8 @@ class Affine(Linear):
     def transposed(self, a: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
         """Return a W_i, in the shape of each input."""
         return tuple(
-            (a @ weight).view(*a.shape[:2], *shape) for weight, shape in zip(self.weights, shapes, strict=True)
+            (a @ weight).view(*a.shape[:2], *shape)
+            for weight, shape in zip(self.weights, shapes, strict=True)
         )
 
     def constant(self, a: Tensor) -> Tensor | None:
@@ -114,9 +116,7 @@ def reduced(relaxation: Relaxation) -> Relaxation:
         places[relu] = len(nodes)
     outputs = torch.arange(graph.shape_of(graph.output).numel(), device=relaxation.region.low.device)
     nodes.append(_expressed(relaxation, graph.output, outputs, unknown, places))
-    return Relaxation(
-        Graph(graph.shape, tuple(nodes)), relaxation.region, bounds, stopped=relaxation.stopped
-    )
+    return Relaxation(Graph(graph.shape, tuple(nodes)), relaxation.region, bounds, stopped=relaxation.stopped)
 
 
 def _unknown(relaxation: Relaxation, relu: int) -> Tensor:

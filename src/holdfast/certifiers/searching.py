@@ -131,34 +131,42 @@ class _Searching:
     def _example(self, one: Batch) -> Proofs:
         deadline = time.perf_counter() + self.timeout_s
         with torch.no_grad(), exactly(one.x):
-            proofs = self._in(self.graph, one, deadline)
-            undecided = not (proofs.certified | proofs.broken | proofs.stopped).any()
-            if undecided and one.x.dtype == torch.float32:
-                # rounding errors may be as large as the bound
-                doubled = self._in(self.graph.to(torch.float64), one.at(one.x.double()), deadline)
-                proofs = replace(
-                    doubled, x_adv=doubled.x_adv.to(one.x.dtype), work=doubled.work + proofs.work
-                )
-        return proofs
+            claims, relaxation = self._first(self.graph, one, deadline)
+            if one.x.dtype != torch.float32 or not claims.open or claims.stopped:
+                return self._continued(claims, relaxation, one, deadline)
+            work = claims.work
+            if not reducible(relaxation):
+                proofs = self._continued(claims, relaxation, one, deadline)
+                undecided = not (proofs.certified | proofs.broken | proofs.stopped).any()
+                if not undecided or not self.search:
+                    return proofs
+                work = int(proofs.work)
+            # rounding errors may be as large as the bound, and on a small network double precision costs little
+            double = one.at(one.x.double())
+            proofs = self._continued(
+                *self._first(self.graph.to(torch.float64), double, deadline), double, deadline
+            )
+            return replace(proofs, x_adv=proofs.x_adv.to(one.x.dtype), work=proofs.work + work)
 
-    def _in(self, graph: Graph, one: Batch, deadline: float) -> Proofs:
+    def _first(self, graph: Graph, one: Batch, deadline: float) -> tuple["_Claims", Relaxation]:
+        """The margins of an example with their bounds by CROWN, and the relaxation."""
         region = region_of(one.x, self.threat.constraint, self.model.bounds)
         relaxation = relaxed(graph, region, deadline=deadline)
         rows = margin_rows(one.y, graph.shape_of(graph.output)[0], one.x.dtype)
-        first = substitute(relaxation, graph.output, rows).lower[0]
-        claims = _Claims(rows, first.double(), NO_CHOICES, relaxation.stopped)
-        if claims.open and reducible(relaxation) and not claims.stopped:
-            if one.x.dtype == torch.float32:
-                # on the small network, bounds in double precision cost little, and their rounding errors are small
-                return claims.proofs(one)
+        lower = substitute(relaxation, graph.output, rows).lower[0]
+        return _Claims(rows, lower.double(), NO_CHOICES, relaxation.stopped), relaxation
+
+    def _continued(self, claims: "_Claims", relaxation: Relaxation, one: Batch, deadline: float) -> Proofs:
+        """The result of optimised bounds, and of branch and bound, for the margins that are not proved."""
+        if not claims.open:
+            return claims.proofs(one)
+        small = not claims.stopped and reducible(relaxation)
+        if small:
             relaxation = reduced(relaxation)
+        if small or self.search:
             claims = self._optimised(relaxation, claims)
-            if claims.open:
-                claims = self._optimised(relaxation, self._sharpened(relaxation, claims, deadline))
-        elif claims.open:
-            if not self.search:
-                claims = self._sharpened(relaxation, claims, deadline)
-            claims = self._optimised(relaxation, claims)
+        if claims.open and (small or not self.search):
+            claims = self._optimised(relaxation, self._sharpened(relaxation, claims, deadline))
         if claims.open and self.search and splittable(relaxation.graph):
             return self._searched(relaxation, claims, one, deadline)
         return claims.proofs(one)
