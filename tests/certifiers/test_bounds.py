@@ -12,7 +12,7 @@ from holdfast.certifiers.alpha import optimised, sharpen
 from holdfast.certifiers.crown import refine, relaxed, substitute
 from holdfast.certifiers.graph import gamma
 from holdfast.certifiers.provers import IBP, Crown, CrownIBP, margin_rows
-from holdfast.certifiers.reduction import Affine, reduced
+from holdfast.certifiers.reduction import AffineSum, reduced
 from holdfast.certifiers.region import Region, region_of
 from holdfast.certifiers.relaxation import Relaxation
 from holdfast.certifiers.searching import AlphaCrown, BranchAndBound
@@ -257,7 +257,7 @@ def test_the_network_that_remains_is_the_network_in_its_region(name: str) -> Non
         inside = points(region)
         exact = traced(model, x[:1]).to(torch.float64)(inside.double())
         last = small.graph.node(small.graph.output).operation
-        assert isinstance(last, Affine)
+        assert isinstance(last, AffineSum)
         assert ((small.graph(inside).double() - exact).abs() <= last.error).all()
         assert (last.error < 1e-2 * (1 if dtype == torch.float32 else 1e-8)).all()
         for index, values in enumerate(small.graph.values(inside)):

@@ -23,7 +23,7 @@ from holdfast.certifiers.relaxation import Relaxation
 
 
 @dataclass(frozen=True, eq=False)
-class Affine(Linear):
+class AffineSum(Linear):
     """Affine function of several values: y = sum_i x_i W_i^T + b, with x_i flattened, `weights` W_i (out, in_i), and
     `bias` (out).
     """
@@ -161,5 +161,5 @@ def _expressed(
             pending[j] = pending[j] + moved if j in pending else moved
     weights[0] = pending[0].flatten(2)[0]
     inputs = tuple(sorted(weights))
-    affine = Affine(tuple(weights[i] for i in inputs), constant[0], error[0] * 1.01)
+    affine = AffineSum(tuple(weights[i] for i in inputs), constant[0], error[0] * 1.01)
     return Node(affine, inputs, torch.Size([len(chosen)]))
