@@ -347,6 +347,22 @@ def test_branch_and_bound_decides_small_networks(seed: int) -> None:
         assert threat.constraint.distance(proofs.x_adv, x) <= eps * (1 + 1e-6)
 
 
+def test_a_network_that_is_linear_in_the_region_is_decided() -> None:
+    """The signs of all ReLUs are known, so that a linear program decides the example."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2, bias=False))
+    net[0].weight.data.copy_(torch.eye(8))
+    net[0].bias.data.copy_(torch.tensor([10.0] * 4 + [-10.0] * 4))
+    net[2].weight.data.copy_(torch.tensor([[1.0, 0, 0, 0, 0, 0, 0, 0], [0, 1.0, 0, 0, 0, 0, 0, 0]]))
+    model = Classifier(net).eval().requires_grad_(False)
+    x = torch.full((1, 8), 0.5)
+    x[0, 0] = 0.6
+    batch = Batch(x, torch.tensor([0]), torch.arange(1))
+    for eps, certified in ((0.04, True), (0.06, False)):
+        proofs = BranchAndBound(timeout_s=20).ready(model, batch, ThreatModel(Linf(eps)))(batch)
+        assert bool(proofs.certified) == certified
+        assert bool(proofs.broken) != certified
+
+
 def test_a_search_that_is_out_of_time_is_unknown() -> None:
     model, x = network("dense")
     batch, threat = Batch(x, model(x).argmax(1), torch.arange(2)), ThreatModel(Linf(0.5))

@@ -84,6 +84,8 @@ def reducible(relaxation: Relaxation) -> bool:
     for relu in graph.nonlinear:
         count = len(_unknown(relaxation, relu))
         entries, before = entries + before * count, before + count
+    if before == graph.shape.numel():  # a linear function, about which there is nothing to search
+        return False
     entries += before * graph.shape_of(graph.output).numel()
     return entries <= sum(_products(node) for node in graph.nodes)
 
