@@ -12,6 +12,7 @@ from holdfast.certifiers.alpha import optimised, sharpen
 from holdfast.certifiers.crown import cuts, refine, relaxed, substitute
 from holdfast.certifiers.graph import gamma
 from holdfast.certifiers.provers import IBP, Crown, CrownIBP, margin_rows
+from holdfast.certifiers.reduction import AffineSum, reduced
 from holdfast.certifiers.region import Region, region_of
 from holdfast.certifiers.relaxation import Relaxation
 from holdfast.certifiers.searching import AlphaCrown, BranchAndBound
@@ -301,6 +302,40 @@ def test_substitutions_that_end_early_leave_the_other_bounds_as_they_are(
         torch.testing.assert_close(high[unknown], high_2[unknown], atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "name", ["dense", "two linear layers", "convolutions", "windows", "residual", "parallel"]
+)
+def test_the_network_that_remains_is_the_network_in_its_region(name: str) -> None:
+    model, x = network(name)
+    for dtype in (torch.float32, torch.float64):
+        graph = traced(model, x[:1]).to(dtype)
+        region = region_of(x[:1].to(dtype), Linf(0.1), Bounds())
+        relaxation = relaxed(graph, region)
+        small = reduced(relaxation)
+        known = [relaxation.bound(graph.node(i).inputs[0]) for i in graph.nonlinear]
+        assert any(((low >= 0) | (high <= 0)).any() for low, high in known)
+        assert any(((low < 0) & (high > 0)).any() for low, high in known)
+        inside = points(region)
+        exact = traced(model, x[:1]).to(torch.float64)(inside.double())
+        last = small.graph.node(small.graph.output).operation
+        assert isinstance(last, AffineSum)
+        assert ((small.graph(inside).double() - exact).abs() <= last.error).all()
+        assert (last.error < 1e-2 * (1 if dtype == torch.float32 else 1e-8)).all()
+        for index, values in enumerate(small.graph.values(inside)):
+            assert (values >= small.bound(index)[0]).all()
+            assert (values <= small.bound(index)[1]).all()
+        rows = margin_rows(model(x[:1]).argmax(1), graph.shape_of(graph.output)[0], dtype)
+        whole, of_small = (substitute(each, each.graph.output, rows).lower for each in (relaxation, small))
+        if dtype == torch.float64:  # the rounding errors that are subtracted differ
+            torch.testing.assert_close(of_small, whole, atol=1e-9, rtol=1e-9)
+        assert (of_small <= margins_of(rows, exact).amin(0)).all()
+
+
+def margins_of(rows: Tensor, logits: Tensor) -> Tensor:
+    """The margins (n, k) of logits (n, classes)."""
+    return logits @ rows[0].double().t()
+
+
 def test_linear_networks_are_bounded_exactly() -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(3, 6), torch.full((1, 6), 0.5)
@@ -371,6 +406,22 @@ def test_branch_and_bound_decides_small_networks(seed: int) -> None:
     else:
         assert model(proofs.x_adv).argmax(1) != y
         assert threat.constraint.distance(proofs.x_adv, x) <= eps * (1 + 1e-6)
+
+
+def test_a_network_that_is_linear_in_the_region_is_decided() -> None:
+    """The signs of all ReLUs are known, so that a linear program decides the example."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2, bias=False))
+    net[0].weight.data.copy_(torch.eye(8))
+    net[0].bias.data.copy_(torch.tensor([10.0] * 4 + [-10.0] * 4))
+    net[2].weight.data.copy_(torch.tensor([[1.0, 0, 0, 0, 0, 0, 0, 0], [0, 1.0, 0, 0, 0, 0, 0, 0]]))
+    model = Classifier(net).eval().requires_grad_(False)
+    x = torch.full((1, 8), 0.5)
+    x[0, 0] = 0.6
+    batch = Batch(x, torch.tensor([0]), torch.arange(1))
+    for eps, certified in ((0.04, True), (0.06, False)):
+        proofs = BranchAndBound(timeout_s=20).ready(model, batch, ThreatModel(Linf(eps)))(batch)
+        assert bool(proofs.certified) == certified
+        assert bool(proofs.broken) != certified
 
 
 def test_a_search_that_is_out_of_time_is_unknown() -> None:

@@ -12,6 +12,7 @@ from holdfast.certifiers.alpha import optimised, sharpen
 from holdfast.certifiers.branching import Search, Tree, splittable
 from holdfast.certifiers.crown import relaxed, substitute
 from holdfast.certifiers.graph import Graph
+from holdfast.certifiers.reduction import reduced, reducible
 from holdfast.certifiers.region import Region
 from holdfast.certifiers.relaxation import Relaxation
 from holdfast.core.draws import Draws
@@ -199,7 +200,8 @@ class _Prover:
         with torch.no_grad():
             relaxation = self._sharpened(graph)
             claim = target.claim(relaxation.region.low.dtype)
-            first = optimised(relaxation, graph.output, claim.rows[None], steps=_STEPS)
+            output = relaxation.graph.output
+            first = optimised(relaxation, output, claim.rows[None], steps=_STEPS)
             bound = float((first.lower + claim.constants).amax())
             if bound > 0:
                 return bound, False
@@ -227,6 +229,9 @@ class _Prover:
         index = self.graphs.index(graph)
         if index not in self.sharpened:
             relaxation = self._relaxation(graph)
+            if reducible(relaxation):
+                relaxation = reduced(relaxation)
+            graph = relaxation.graph
             bounds = [relaxation.bound(i) for i in graph.bounded]
             if sum(int(((low < 0) & (high > 0)).sum()) for low, high in bounds) <= _MOST_SHARPENED:
                 sharpen(relaxation, _STEPS)
