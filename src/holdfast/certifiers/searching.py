@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.certifiers.alpha import Optimised, optimised, sharpen
-from holdfast.certifiers.branching import Decision, OutputProperty, Search, Tree, splittable
+from holdfast.certifiers.branching import BranchingResult, OutputProperty, Search, Tree, splittable
 from holdfast.certifiers.crown import NO_CHOICES, Choices, relaxed, substitute
 from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.protocol import Proofs, ReadyProver
@@ -90,7 +90,7 @@ class _Claims:
         )
         return Optimised(self.proved[row : row + 1][None].to(self.rows), Choices(slopes, multipliers))
 
-    def decided(self, row: int, decision: Decision) -> "_Claims":
+    def decided(self, row: int, decision: BranchingResult) -> "_Claims":
         """The claims after branch and bound for one of them."""
         proved = self.proved.clone()
         proved[row] = max(float(proved[row]), decision.bound)
