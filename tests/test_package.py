@@ -150,6 +150,11 @@ def test_an_earlier_name_works_and_warns_with_the_current_one():
         with pytest.warns(DeprecationWarning, match=rf"{module_or_class} is now called .*{name};") as records:
             assert earlier() == current
         assert records[0].filename == __file__
+    with pytest.warns(
+        DeprecationWarning, match="holdfast.guarded is now called holdfast.with_detector;"
+    ) as records:
+        assert holdfast.guarded == holdfast.with_detector
+    assert records[0].filename == __file__
     with pytest.raises(AttributeError, match="laws"):
         laws.another_law  # noqa: B018
 

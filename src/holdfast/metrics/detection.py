@@ -21,7 +21,9 @@ from holdfast.ops.detection import threshold
 from holdfast.ops.statistics import proportion
 
 Attacker = Literal["aware", "oblivious"]
-_WAY_OUT = "it needs holdfast.guarded(net, detector, ...), a named suite, access to gradients and no target"
+_WAY_OUT = (
+    "it needs holdfast.with_detector(net, detector, ...), a named suite, access to gradients and no target"
+)
 
 
 def _scores(evidence: Evidence, of: Attacker) -> tuple[PerExample, PerExample, Mask]:
