@@ -136,3 +136,52 @@ def test_a_fitted_detector_is_stored_with_the_calibration(tmp_path):
     ]
     with pytest.raises(UsageError, match="feature squeezing calls the network on changed inputs"):
         again.after(again.before(x), net(x))
+
+
+WITH_QUERIES = """\
+inputs: {shape: [3, 16, 16]}
+rules:
+  queries: {mode: enforce}
+  energy: {}
+"""
+
+
+def pictures(n, seed=0):
+    """Different smooth images."""
+    coarse = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, size=16, mode="bilinear"), torch.arange(n) % 4
+
+
+def test_near_duplicates_are_blocked_by_all_processes_that_share_the_file(tmp_path):
+    path, (images, labels) = written(tmp_path, WITH_QUERIES), pictures(700)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 4))
+    calibrated = holdfast.Guard.from_yaml(path).calibrate(net, (images, labels), false_positives=0.01)
+    assert calibrated.calibration.n == 560 and calibrated.calibration.parameters["queries"]["radius"] > 0
+    assert (tmp_path / "guard.key").stat().st_mode & 0o077 == 0
+    workers = [holdfast.Guard.from_yaml(path, net) for _ in range(3)]
+    fresh = pictures(40, seed=1)[0]
+    noise = (pictures(40, seed=2)[0] - 0.5).sign() / 20
+    for k, image in enumerate(fresh):
+        assert workers[k % 3].before(image[None], principal=f"p{k % 10}").answered
+    attack = [
+        workers[k % 3].before((fresh[:1] + noise[k]).clamp(0, 1), principal=f"p{k % 10}") for k in range(40)
+    ]
+    assert attack[0].answered and not any(decision.answered for decision in attack[20:])
+    assert attack[-1].refusal == "the request was refused"
+
+
+def test_the_key_of_a_guard_is_private_and_valid(tmp_path, monkeypatch):
+    path = written(tmp_path, WITH_QUERIES.replace("  energy: {}\n", ""))
+    holdfast.Guard.from_yaml(path)
+    (tmp_path / "guard.key").chmod(0o644)
+    with pytest.raises(
+        TargetError, match="has mode 0644, so that other users can read the key; run chmod 600"
+    ):
+        holdfast.Guard.from_yaml(path)
+    monkeypatch.setenv("HOLDFAST_GUARD_KEY", "short")
+    with pytest.raises(
+        UsageError, match="HOLDFAST_GUARD_KEY contains 5 characters that are not a key; 64 hex"
+    ):
+        holdfast.Guard.from_yaml(path)
+    monkeypatch.setenv("HOLDFAST_GUARD_KEY", "a" * 64)
+    holdfast.Guard.from_yaml(path)

@@ -12,8 +12,10 @@ from holdfast.config.guard_opening import (
     bounds_of,
     calibration_path,
     guard_digest,
-    guard_pipeline,
+    guard_to_calibrate,
+    ready_guard,
     served_digest,
+    stored_calibration,
 )
 from holdfast.config.guard_settings import GuardSettings, check_guard_settings, read_guard_settings
 from holdfast.config.references import DataLike, ModelLike, Sources, data_reference, model_reference
@@ -21,22 +23,16 @@ from holdfast.config.resolve import open_examples, open_subject
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
-from holdfast.detectors.protocol import Fitted, Observation
+from holdfast.detectors.protocol import Observation
 from holdfast.harness import Target
-from holdfast.serving.calibration import (
-    Calibration,
-    calibrated,
-    read_calibration,
-    refuse_stale,
-    with_calibration,
-    write_calibration,
-)
-from holdfast.serving.decisions import Decision, Incoming, Mode
+from holdfast.serving.calibration import Calibration, calibrated, write_calibration
+from holdfast.serving.decisions import Decision, Incoming
 from holdfast.serving.guard import GuardPipeline
-from holdfast.serving.observed import ObservedRate
+from holdfast.serving.rules import QUERIES
 from holdfast.sources.arrays import selected_rows
 from holdfast.sources.selection import Selection
 from holdfast.verbs.preparation import readied
+from holdfast.verbs.request import Subject
 
 _BATCH = 256
 """inputs of one forward pass of a calibration"""
@@ -67,23 +63,20 @@ class Guard:
         With `model`, the calibration is compared with it. Raises `UsageError` for invalid settings, for a calibration
         with other settings or another model, and for a rule in mode `shadow` or `enforce` without a threshold.
         """
-        guard = cls._without_calibration(read_guard_settings(Path(path)), Path(path))
-        place = calibration_path(guard.settings, Path(path))
-        if place.exists():
-            digest = None if model is None else served_digest(open_subject(guard._sources(model, None)))
-            guard = guard._with(read_calibration(place), digest, str(place))
-        guard._refuse_uncalibrated()
-        return guard
+        settings = read_guard_settings(Path(path))
+        digest = None if model is None else served_digest(open_subject(_sources(settings, model, None)))
+        calibration = stored_calibration(settings, Path(path), digest)
+        return cls(settings, ready_guard(settings, Path(path), calibration), Path(path), calibration)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> "Guard":
-        """Return the guard that the keys of a guard.yaml describe, given as a dictionary.
+        """Return the guard that the keys of a guard.yaml describe, given as a dictionary. The state of its query
+        detector is in the memory of this process.
 
         Rules without a threshold must be in mode `observe` until `calibrate` was called.
         """
-        guard = cls._without_calibration(check_guard_settings(settings, "Guard.from_settings()"), None)
-        guard._refuse_uncalibrated()
-        return guard
+        checked = check_guard_settings(settings, "Guard.from_settings()")
+        return cls(checked, ready_guard(checked, None, None))
 
     def before(self, x: Tensor, *, principal: str = "") -> Decision:
         """Return the decision about the inputs (n, *shape) of a request before the model is called; see
@@ -144,70 +137,54 @@ class Guard:
         rate = self.settings.false_positives if false_positives is None else false_positives
         if not 0 < rate < 1:
             raise UsageError(f"false_positives is {rate!r}; expected a share between 0 and 1, as in 0.001")
-        return self._calibrated(self._sources(model, data, seed), rate, fit)
-
-    def _sources(self, model: ModelLike, data: DataLike, seed: int = 0) -> Sources:
-        return Sources(model_reference(model), data_reference(data), bounds_of(self.settings), seed=seed)
-
-    def _calibrated(self, sources: Sources, rate: float, fit: DataLike | None) -> "Guard":
+        sources = _sources(self.settings, model, data, seed)
         subject = open_subject(sources)
-        if subject.model.rejects:
-            raise UsageError(
-                "the model has a detector of its own already; calibrate the guard with the network inside"
-            )
         examples = open_examples(sources, subject.model)
-        fresh = self._without_calibration(self.settings, self.path).pipeline
-        with readied(subject, examples, torch.device("cpu")) as (target, _):
-            examples, fitting = _divided(fresh, examples, sources.seed) if fit is None else (
-                examples, open_examples(replace(sources, data=sources.beside(fit)), subject.model)
-            )  # fmt: skip
-            observed, labels = None, None
-            if fitting is not None:
-                batch = fitting.read(0, len(fitting))
-                observed, labels = _observe(fresh, target, batch.x)[1], batch.y
-            stream = (_observe(fresh, target, x) for x in _batches(examples))
-            _, calibration = calibrated(fresh, stream, rate, observed, labels)
-        calibration = replace(
-            calibration,
-            guard=guard_digest(self.settings),
-            models=(served_digest(subject),),
-            data=examples.digest,
+        others = (
+            None if fit is None else open_examples(replace(sources, data=sources.beside(fit)), subject.model)
         )
+        calibration = _calibration(self.settings, subject, examples, others, rate, seed)
         if self.path is not None:
             write_calibration(calibration, calibration_path(self.settings, self.path))
-        return self._without_calibration(self.settings, self.path)._with(calibration, None, "the guard")
-
-    @classmethod
-    def _without_calibration(cls, settings: GuardSettings, path: Path | None) -> "Guard":
-        return cls(settings, guard_pipeline(settings), path)
-
-    def _with(self, calibration: Calibration, model: str | None, where: str) -> "Guard":
-        """The guard with a calibration, after comparing it with the settings and the model."""
-        refuse_stale(calibration, guard_digest(self.settings), model, where)
-        pipeline = with_calibration(self.pipeline, calibration)
-        observed = ObservedRate(calibration.false_positives)
-        return replace(self, pipeline=replace(pipeline, observed=observed), calibration=calibration)
-
-    def _refuse_uncalibrated(self) -> None:
-        """Raise `UsageError` for a rule that is to act and never fires."""
-        for name, rule in self.pipeline.rules.items():
-            if (
-                rule.mode is not Mode.OBSERVE
-                and rule.threshold == torch.inf
-                and not self._has_threshold(name)
-            ):
-                raise UsageError(
-                    f"the rule {name} has the mode {rule.mode} and no threshold; run holdfast calibrate MODEL DATA "
-                    f"--guard {self.path or 'guard.yaml'}, give a threshold, or set its mode to observe"
-                )
-
-    def _has_threshold(self, name: str) -> bool:
-        return self.calibration is not None and name in self.calibration.thresholds
+        return replace(
+            self, pipeline=ready_guard(self.settings, self.path, calibration), calibration=calibration
+        )
 
 
-def _divided(pipeline: GuardPipeline, data: Data, seed: int) -> tuple[Data, Data | None]:
+def _sources(settings: GuardSettings, model: ModelLike, data: DataLike, seed: int = 0) -> Sources:
+    return Sources(model_reference(model), data_reference(data), bounds_of(settings), seed=seed)
+
+
+def _calibration(
+    settings: GuardSettings, subject: Subject, examples: Data, fit: Data | None, rate: float, seed: int
+) -> Calibration:
+    """The calibration of a guard for a model on benign examples. Detectors are fitted on `fit`, or on some of them."""
+    if subject.model.rejects:
+        raise UsageError(
+            "the model has a detector of its own already; calibrate the guard with the network inside"
+        )
+    if fit is None:
+        examples, fit = _divided(settings, examples, seed)
+    fitting = None if fit is None else fit.read(0, len(fit))
+    fresh, radius = guard_to_calibrate(settings, None if fitting is None else fitting.x)
+    with readied(subject, examples, torch.device("cpu")) as (target, _):
+        observed = None if fitting is None else _observe(fresh, target, fitting.x)[1]
+        stream = (_observe(fresh, target, x) for x in _batches(examples))
+        _, calibration = calibrated(fresh, stream, rate, observed, None if fitting is None else fitting.y)
+    parameters = dict(calibration.parameters) | ({} if radius is None else {QUERIES: {"radius": radius}})
+    return replace(
+        calibration,
+        guard=guard_digest(settings),
+        models=(served_digest(subject),),
+        data=examples.digest,
+        parameters=parameters,
+    )
+
+
+def _divided(settings: GuardSettings, data: Data, seed: int) -> tuple[Data, Data | None]:
     """The examples for the thresholds, and those for the fit of detectors, or None if there is nothing to fit."""
-    if not any(isinstance(d, Fitted) and not d.fitted for d in pipeline.detectors.values()):
+    rules = settings.rules
+    if rules.mahalanobis is None and (rules.queries is None or rules.queries.radius is not None):
         return data, None
     n = len(data) // _FITTED_SHARE
     if n < 1:

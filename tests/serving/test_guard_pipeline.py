@@ -9,7 +9,7 @@ import torch
 from holdfast.core.errors import UsageError
 from holdfast.detectors.energy import Energy
 from holdfast.serving.decisions import Action, Incoming, Mode
-from holdfast.serving.guard import REFUSED_TEXT, GuardPipeline
+from holdfast.serving.guard import REFUSED_TEXT, GuardPipeline, QueryResult
 from holdfast.serving.rules import InputDefence, InputSchema, Rule
 
 SHAPE = (1, 4, 4)
@@ -25,7 +25,7 @@ class Counting:
         assert len(x) == len(principals)
         begin = len(self.principals)
         self.principals += principals
-        return torch.arange(begin, begin + len(x)).double()
+        return QueryResult(torch.arange(begin, begin + len(x)).double())
 
 
 def rule(name, mode=Mode.ENFORCE, action=Action.BLOCK, threshold=0.0):
@@ -132,13 +132,14 @@ def test_outputs_that_are_no_numbers_raise_an_alarm():
 def test_the_model_gets_squeezed_inputs_and_the_query_detector_the_originals():
     pipeline = guard(defence=InputDefence(bits=1))
     seen = []
-    pipeline.queries.score = lambda inputs, principals: (
+    pipeline.queries.score = lambda inputs, names: (
         seen.append(inputs.clone()),
-        torch.zeros(len(inputs)),
+        QueryResult(torch.zeros(len(inputs)), "lost"),
     )[1]
     decision = pipeline.before(x(value=0.7))
     assert decision.x.unique().tolist() == [1.0]
     assert torch.equal(seen[0], x(value=0.7))
+    assert decision.notes == {"queries": "lost"}
 
 
 def test_a_delay_is_part_of_the_decision():

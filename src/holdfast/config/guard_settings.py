@@ -101,6 +101,15 @@ class StabilitySettings(ScoredSettings):
 class QueriesSettings(ScoredSettings):
     """Settings of the rule `queries`, the stateful query detector."""
 
+    threshold: Annotated[float, Gt(0)] | None = Field(
+        default=None,
+        description="Weighted number of near duplicates from which queries are suspicious; default 10.",
+    )
+    radius: Annotated[float, Gt(0)] | None = Field(
+        default=None,
+        description="Distance up to which inputs, scaled to [0, 1], are near duplicates; set by the calibration if it "
+        "is left out, and 0.6 before.",
+    )
     action: ActionName = Field(default="block", description=RuleSettings.model_fields["action"].description)
 
 
@@ -148,6 +157,20 @@ class DefenceSettings(SettingGroup):
     median: Window = Field(default=0, description="Side of the median filter in pixels; 0 leaves it out.")
 
 
+class StateSettings(SettingGroup):
+    """State of the query detector, which all processes of a server share."""
+
+    at: str = Field(
+        default="sqlite:guard-state.sqlite",
+        description="sqlite:FILE, relative to this file, for the processes of one machine; or memory, for one process.",
+    )
+    on_loss: Literal["closed", "open"] = Field(
+        default="closed",
+        description="Whether queries fire the rule (closed) or not while the state cannot be reached.",
+    )
+    half_life: str = Field(default="24h", description="Time after which a query counts half.")
+
+
 class StoreSettings(SettingGroup):
     """Storage of the inputs of clients."""
 
@@ -176,6 +199,9 @@ class GuardSettings(SettingGroup):
     rules: RulesSettings = Field(description="The rules, by name.")
     defence: DefenceSettings = Field(
         default_factory=DefenceSettings, description="Squeezes of the inputs before the model."
+    )
+    state: StateSettings = Field(
+        default_factory=StateSettings, description="State of the query detector, which all processes share."
     )
     delay: str = Field(default="1s", description="Time by which the action delay delays a response.")
     calibration: str | None = Field(
@@ -241,6 +267,10 @@ def _refuse_contradictions(settings: GuardSettings, where: str) -> None:
     """Raise `UsageError` if settings of a guard contradict each other."""
     inputs, rules = settings.inputs, settings.rules
     seconds(settings.delay, f"{where}: delay")
+    seconds(settings.state.half_life, f"{where}: state.half_life")
+    at = settings.state.at
+    if at != "memory" and not (at.startswith("sqlite:") and at != "sqlite:"):
+        raise UsageError(f"{where}: state.at is {at!r}; expected sqlite:FILE or memory")
     if len(inputs.low) != len(inputs.high) and 1 not in (len(inputs.low), len(inputs.high)):
         raise UsageError(
             f"{where}: inputs.low has {len(inputs.low)} numbers and inputs.high {len(inputs.high)}; give one, or one "

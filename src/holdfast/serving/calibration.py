@@ -72,14 +72,19 @@ def calibrated(
     n = len(columns[names[0]]) if columns else 0
     free = [name for name in names if not pipeline.rules[name].fixed]
     already = _already(pipeline, columns, [name for name in names if name not in free])
-    _refuse_too_few(n, false_positives, len(free) + (already is not None))
+    counted = f"{n:,} calibration inputs"
+    if fit is not None:
+        counted += f", besides {len(fit.x):,} for the fit of detectors,"
+    _refuse_too_few(n, false_positives, len(free) + (already is not None), counted)
     for name in free:
         _refuse_constant(name, columns[name])
     thresholds = (
         combined_thresholds([columns[name] for name in free], false_positives, already) if free else ()
     )
     if thresholds is None:
-        raise UsageError(_no_threshold(n, false_positives, len(free) + (already is not None), already))
+        raise UsageError(
+            _no_threshold(n, false_positives, len(free) + (already is not None), already, counted)
+        )
     by_name = dict(zip(free, thresholds, strict=True))
     ready = with_thresholds(pipeline, by_name)
     above = torch.stack([columns[name] > ready.rules[name].threshold for name in names]).any(0)
@@ -92,7 +97,7 @@ def with_calibration(pipeline: GuardPipeline, calibration: Calibration) -> Guard
     """Return the guard with the thresholds and the fitted detectors of a calibration."""
     detectors = dict(pipeline.detectors)
     for name, parameters in calibration.parameters.items():
-        detector = detectors[name]
+        detector = detectors.get(name)
         if isinstance(detector, Mahalanobis):
             detectors[name] = replace(
                 detector, means=_tensor(parameters["means"]), precision=_tensor(parameters["precision"])
@@ -186,7 +191,7 @@ def _scores(pipeline: GuardPipeline, x: Tensor, seen: Observation) -> dict[str, 
         )
     scores = pipeline.detected(seen)
     if QUERIES in pipeline.rules and pipeline.queries is not None:
-        scores[QUERIES] = pipeline.queries.score(x, [""] * len(x))
+        scores[QUERIES] = pipeline.queries.score(x, [""] * len(x)).scores
     return {name: score.detach().double().cpu() for name, score in scores.items()}
 
 
@@ -197,17 +202,17 @@ def _already(pipeline: GuardPipeline, columns: Mapping[str, Tensor], fixed: Sequ
     return torch.stack([columns[name] > pipeline.rules[name].threshold for name in fixed]).any(0)
 
 
-def _refuse_too_few(n: int, false_positives: float, rules: int) -> None:
+def _refuse_too_few(n: int, false_positives: float, rules: int, counted: str) -> None:
     least = fewest_examples(false_positives)
     if n < least:
         raise UsageError(
-            f"{n:,} calibration inputs are too few for a false-positive rate of {100 * false_positives:g} %, which "
+            f"{counted} are too few for a false-positive rate of {100 * false_positives:g} %, which "
             f"needs at least {least:,}; {fewest_examples(false_positives, rules):,} suffice for the rules of this "
             "guard. Give more, or a higher rate"
         )
 
 
-def _no_threshold(n: int, false_positives: float, rules: int, already: Tensor | None) -> str:
+def _no_threshold(n: int, false_positives: float, rules: int, already: Tensor | None, counted: str) -> str:
     rate = f"{100 * false_positives:g} %"
     n_fixed = 0 if already is None else int(already.sum())
     if n_fixed + 1 > false_positives * (n + 1):
@@ -217,7 +222,7 @@ def _no_threshold(n: int, false_positives: float, rules: int, already: Tensor | 
             f"rate of {rate} cannot be shown{suffices}; raise their thresholds, or give more inputs or a higher rate"
         )
     return (
-        f"{n:,} calibration inputs are too few to combine {rules} rules at a false-positive rate of {rate}; "
+        f"{counted} are too few to combine {rules} rules at a false-positive rate of {rate}; "
         f"{fewest_examples(false_positives, rules):,} suffice; give more, remove a rule, or give a higher rate"
     )
 

@@ -22,10 +22,20 @@ REFUSED_TEXT = "the request was refused"
 """reason for a client whose request a detector blocks; it does not disclose which one"""
 
 
+@dataclass(frozen=True)
+class QueryResult:
+    """Scores of the query detector for some queries."""
+
+    scores: Tensor
+    """scores (n,)"""
+    note: str = ""
+    """fault for the audit, such as that the shared state could not be reached; usually empty"""
+
+
 class QueryScorer(Protocol):
     """Protocol of the stateful query detector."""
 
-    def score(self, x: Tensor, principals: Sequence[str]) -> Tensor:
+    def score(self, x: Tensor, principals: Sequence[str]) -> QueryResult:
         """Return for each query (n, *shape), in order, how suspicious it is given all queries before it, and add the
         queries to the state.
         """
@@ -205,7 +215,11 @@ class GuardPipeline:
         ]
         for places in self._of_equal_shape(decisions, scored):
             principals = [decisions[place].principal for place in places for _ in decisions[place].rows]
-            self._add(decisions, places, rule, queries.score(_joined(decisions, places), principals))
+            result = queries.score(_joined(decisions, places), principals)
+            self._add(decisions, places, rule, result.scores)
+            for place in places if result.note else ():
+                notes = {**decisions[place].notes, QUERIES: result.note}
+                decisions[place] = replace(decisions[place], notes=notes)
 
     def _of_equal_shape(self, decisions: Sequence[Decision], places: Sequence[int]) -> list[list[int]]:
         """Divide requests into groups whose inputs have the same shape. There is one group, unless the schema leaves
