@@ -185,3 +185,20 @@ def test_the_key_of_a_guard_is_private_and_valid(tmp_path, monkeypatch):
         holdfast.Guard.from_yaml(path)
     monkeypatch.setenv("HOLDFAST_GUARD_KEY", "a" * 64)
     holdfast.Guard.from_yaml(path)
+
+
+def test_flagged_inputs_are_stored_and_deleted_through_the_guard(tmp_path):
+    pytest.importorskip("cryptography")
+    text = FILE.replace("action: abstain", "action: block, threshold: 0") + "store: {inputs: flagged}\n"
+    guard = holdfast.Guard.from_yaml(written(tmp_path, text))
+    invalid = guard.before(torch.full((1, *SHAPE), 99.0), principal="eve")
+    blocked = guard.after(guard.before(torch.zeros(2, *SHAPE), principal="eve"), -torch.ones(2, 4) * 9)
+    fine = guard.after(guard.before(torch.zeros(1, *SHAPE), principal="eve"), torch.ones(1, 4) * 9)
+    assert [invalid.answered, blocked.answered, fine.answered] == [False, False, True]
+    stored = {each.request: each.x for each in guard.stored_inputs.read()}
+    assert {request: len(x) for request, x in stored.items()} == {invalid.request: 1, blocked.request: 2}
+    assert guard.stored_inputs.delete(principal="eve") == 2 and not list(guard.stored_inputs.read())
+    with pytest.raises(UsageError, match="a guard without a file has no lasting key"):
+        holdfast.Guard.from_settings(
+            {"inputs": {"shape": [4]}, "rules": {"range": {}}, "store": {"inputs": "flagged"}}
+        )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from holdfast.core.through import through
     from holdfast.core.transformations import Colour, Spatial
     from holdfast.guarding import Guard
+    from holdfast.serving.middleware import GuardMiddleware
     from holdfast.stored import compare, report, verify
 
 __version__ = "0.2.0"
@@ -42,6 +43,7 @@ __all__ = [
     "Draws",
     "Evidence",
     "Guard",
+    "GuardMiddleware",
     "Linf",
     "Patch",
     "Ray",
@@ -76,6 +78,7 @@ _HOMES = {
     "Draws": "holdfast.core.draws",
     "Evidence": "holdfast.core.evidence",
     "Guard": "holdfast.guarding",
+    "GuardMiddleware": "holdfast.serving.middleware",
     "L0": "holdfast.core.constraints",
     "L1": "holdfast.core.constraints",
     "L2": "holdfast.core.constraints",

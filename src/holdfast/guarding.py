@@ -16,19 +16,22 @@ from holdfast.config.guard_opening import (
     ready_guard,
     served_digest,
     stored_calibration,
+    stored_inputs,
 )
 from holdfast.config.guard_settings import GuardSettings, check_guard_settings, read_guard_settings
 from holdfast.config.references import DataLike, ModelLike, Sources, data_reference, model_reference
-from holdfast.config.resolve import open_examples, open_subject
+from holdfast.config.resolve import open_examples, open_subject, sources_at
+from holdfast.config.settings import CalibrateSettings
 from holdfast.core.batch import Data
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
 from holdfast.detectors.protocol import Observation
 from holdfast.harness import Target
 from holdfast.serving.calibration import Calibration, calibrated, write_calibration
-from holdfast.serving.decisions import Decision, Incoming
+from holdfast.serving.decisions import Action, Decision, Incoming
 from holdfast.serving.guard import GuardPipeline
 from holdfast.serving.rules import QUERIES
+from holdfast.serving.stored_inputs import StoredInputs
 from holdfast.sources.arrays import selected_rows
 from holdfast.sources.selection import Selection
 from holdfast.verbs.preparation import readied
@@ -112,6 +115,18 @@ class Guard:
         """Return the final decisions about several requests; see `GuardPipeline.after_many`."""
         return self.pipeline.after_many(decisions, outputs, features, network=network)
 
+    @property
+    def actions(self) -> frozenset[Action]:
+        """Actions of the rules in mode `enforce`."""
+        return self.pipeline.actions
+
+    @property
+    def stored_inputs(self) -> StoredInputs | None:
+        """The encrypted inputs on which a rule fired, with functions to read and to delete them; None if no inputs are
+        stored.
+        """
+        return stored_inputs(self.settings, self.path)
+
     def observed_rate(self) -> Estimate | None:
         """Return the share of inputs on which a calibrated rule fired, with an interval that is valid at all times, or
         None before the first input.
@@ -137,18 +152,42 @@ class Guard:
         rate = self.settings.false_positives if false_positives is None else false_positives
         if not 0 < rate < 1:
             raise UsageError(f"false_positives is {rate!r}; expected a share between 0 and 1, as in 0.001")
-        sources = _sources(self.settings, model, data, seed)
-        subject = open_subject(sources)
-        examples = open_examples(sources, subject.model)
-        others = (
-            None if fit is None else open_examples(replace(sources, data=sources.beside(fit)), subject.model)
+        calibration = _calibrate(
+            self.settings, self.path, _sources(self.settings, model, data, seed), rate, fit
         )
-        calibration = _calibration(self.settings, subject, examples, others, rate, seed)
-        if self.path is not None:
-            write_calibration(calibration, calibration_path(self.settings, self.path))
         return replace(
             self, pipeline=ready_guard(self.settings, self.path, calibration), calibration=calibration
         )
+
+
+def carry_out_calibration(settings: CalibrateSettings) -> tuple[Calibration, Path]:
+    """Calibrate the guard in a file with the settings of the command line, and return the calibration and the path to
+    which it was written.
+    """
+    path, sources = Path(settings.options.guard), sources_at(settings)
+    guard = read_guard_settings(path)
+    if "bounds" not in settings.inputs.model_fields_set:
+        low, high = bounds_of(guard).bounds
+        sources = replace(sources, inputs=sources.inputs.model_copy(update={"bounds": (low, high)}))
+    rate = (
+        guard.false_positives
+        if settings.options.false_positives is None
+        else settings.options.false_positives
+    )
+    return _calibrate(guard, path, sources, rate, settings.options.fit), calibration_path(guard, path)
+
+
+def _calibrate(
+    settings: GuardSettings, path: Path | None, sources: Sources, rate: float, fit: DataLike | None
+) -> Calibration:
+    """Open the model and the data, calibrate the guard, and write the calibration if the guard has a file."""
+    subject = open_subject(sources)
+    examples = open_examples(sources, subject.model)
+    others = None if fit is None else open_examples(replace(sources, data=sources.beside(fit)), subject.model)
+    calibration = _calibration(settings, subject, examples, others, rate, sources.seed)
+    if path is not None:
+        write_calibration(calibration, calibration_path(settings, path))
+    return calibration
 
 
 def _sources(settings: GuardSettings, model: ModelLike, data: DataLike, seed: int = 0) -> Sources:

@@ -365,6 +365,23 @@ class Device(SettingGroup):
     )
 
 
+class CalibrateOptions(SettingGroup):
+    """Settings of the command `holdfast calibrate` that no other command has."""
+
+    guard: Annotated[str, Flag("FILE")] = Field(
+        default="guard.yaml", description="Settings of the guard (default: guard.yaml)."
+    )
+    false_positives: Annotated[values.Probability | None, Flag("P")] = Field(
+        default=None,
+        description="Share of benign inputs on which the rules may fire (default: that of the guard).",
+    )
+    fit: Annotated[str | None, Flag("DATA", completion="DATA")] = Field(
+        default=None,
+        description="Examples on which detectors are fitted (default: a random fifth of DATA, which then sets no "
+        "threshold).",
+    )
+
+
 class AssessOptions(SettingGroup):
     """Settings of the command `holdfast assess` that no other command has."""
 

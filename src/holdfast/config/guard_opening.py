@@ -38,6 +38,8 @@ from holdfast.serving.query_rule import QueryRule, derived_key, guard_key, scale
 from holdfast.serving.rules import QUERIES, RANGE, SCHEMA, InputDefence, InputSchema, Rule
 from holdfast.serving.states.memory import MemoryState
 from holdfast.serving.states.sqlite import SQLiteState
+from holdfast.serving.stored_inputs import StoredInputs
+from holdfast.store.encryption import Seal, refuse_unready
 from holdfast.verbs.request import Subject
 
 
@@ -80,7 +82,26 @@ def ready_guard(settings: GuardSettings, path: Path | None, calibration: Calibra
         pipeline = with_calibration(pipeline, calibration)
         pipeline = replace(pipeline, observed=ObservedRate(calibration.false_positives))
     _refuse_uncalibrated(pipeline, calibration, path)
-    return pipeline
+    return replace(pipeline, stored=stored_inputs(settings, path))
+
+
+def stored_inputs(settings: GuardSettings, path: Path | None) -> StoredInputs | None:
+    """Return the storage of inputs that the settings describe, or None if no inputs are stored.
+
+    Raises `UsageError` for a guard without a file, whose key would be lost with the process.
+    """
+    store = settings.store
+    if store.inputs == "none":
+        return None
+    if path is None:
+        raise UsageError(
+            "store.inputs is flagged, and a guard without a file has no lasting key; read it from a file"
+        )
+    refuse_unready()
+    seal = Seal(derived_key(guard_key(path), "inputs"), str(path))
+    return StoredInputs(
+        path.parent / store.folder, seal, 86_400.0 * store.retention_days, 2**20 * store.max_mb
+    )
 
 
 def guard_to_calibrate(settings: GuardSettings, x: Tensor | None) -> tuple[GuardPipeline, float | None]:

@@ -51,6 +51,22 @@ class DoctorSettings(VerbSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrateSettings(VerbSettings):
+    """All settings of the command `holdfast calibrate`."""
+
+    verb = "calibrate"
+    file: groups.FileFormat = _group(groups.FileFormat)
+    options: groups.CalibrateOptions = _group(groups.CalibrateOptions)
+    model: groups.ModelSource = _group(groups.ModelSource)
+    inference: groups.InferenceSource = _group(groups.InferenceSource)
+    limits: groups.ServerLimits = _group(groups.ServerLimits)
+    inputs: groups.InputSpace = _group(groups.InputSpace)
+    data: groups.DataSource = _group(groups.DataSource)
+    selection: groups.ExampleSelection = _group(groups.ExampleSelection)
+    random: groups.Seed = _group(groups.Seed)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AssessSettings(VerbSettings):
     """All settings of the command `holdfast assess`."""
 
@@ -204,7 +220,7 @@ def _groups(kind: type[VerbSettings]) -> dict[str, type[SettingGroup]]:
     return {each.name: hints[each.name] for each in fields(kind) if each.name != "notes"}
 
 
-_KINDS: tuple[type[VerbSettings], ...] = (DoctorSettings, *VERBS.values())
+_KINDS: tuple[type[VerbSettings], ...] = (DoctorSettings, CalibrateSettings, *VERBS.values())
 _GROUPS = {kind: _groups(kind) for kind in _KINDS}
 _KEYS = {
     kind: {
@@ -278,11 +294,11 @@ def keys_for_verb(
     outdated name.
 
     The keys are those at the top, and those of the section with the name of the verb, which takes precedence. Sections
-    of other verbs are validated but not returned. For `doctor`, all keys of `assess` are accepted, but only those that
-    `doctor` uses are returned. Raises `UsageError`, with the section for each key, for keys at the top that the verb
-    does not use.
+    of other verbs are validated but not returned. For `doctor` and `calibrate`, all keys of `assess` are accepted, but
+    only those that they use are returned. Raises `UsageError`, with the section for each key, for keys at the top that
+    the verb does not use.
     """
-    reading: type[VerbSettings] = AssessSettings if kind is DoctorSettings else kind
+    reading: type[VerbSettings] = AssessSettings if kind in (DoctorSettings, CalibrateSettings) else kind
     sections = {verb: _section(loaded[verb], verb, where) for verb in VERBS if verb in loaded}
     top = {key: value for key, value in loaded.items() if key not in VERBS}
     refuse_consent(top, where)

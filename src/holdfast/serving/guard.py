@@ -14,7 +14,7 @@ from torch import Tensor
 from holdfast.core.errors import UsageError
 from holdfast.core.outputs import OutputKind, of_classes
 from holdfast.detectors.protocol import Detector, Observation
-from holdfast.serving.decisions import Action, Decision, Incoming, RowDecision
+from holdfast.serving.decisions import Action, Decision, Incoming, Mode, RowDecision
 from holdfast.serving.observed import ObservedRate
 from holdfast.serving.rules import QUERIES, RANGE, SCHEMA, InputDefence, InputSchema, Rule
 
@@ -30,6 +30,13 @@ class QueryResult:
     """scores (n,)"""
     note: str = ""
     """fault for the audit, such as that the shared state could not be reached; usually empty"""
+
+
+class InputStore(Protocol):
+    """Protocol of the storage of the inputs of clients."""
+
+    def add(self, decision: Decision) -> bool:
+        """Store the inputs of a request on which a rule fired, and return whether they could be stored."""
 
 
 class QueryScorer(Protocol):
@@ -64,6 +71,8 @@ class GuardPipeline:
     """seconds by which the action `delay` delays a response"""
     observed: ObservedRate = field(default_factory=ObservedRate)
     """how often the calibrated rules have fired"""
+    stored: InputStore | None = None
+    """storage of the inputs on which a rule fired; None if no inputs are stored"""
 
     def __post_init__(self) -> None:
         for name, rule in self.rules.items():
@@ -83,6 +92,11 @@ class GuardPipeline:
     def needs_features(self) -> bool:
         """Whether a detector needs the features of an inner layer, which `after` then needs."""
         return any("features" in self.detectors[name].needs for name in self._after)
+
+    @property
+    def actions(self) -> frozenset[Action]:
+        """Actions of the rules in mode `enforce`."""
+        return frozenset(rule.action for rule in self.rules.values() if rule.mode is Mode.ENFORCE)
 
     @property
     def calibrated(self) -> tuple[str, ...]:
@@ -112,7 +126,7 @@ class GuardPipeline:
         final = [self._finished(decision) for decision in decisions]
         for place, decision in enumerate(final):
             if not decision.answered:
-                self._count(decision)
+                final[place] = self._recorded(decision)
             elif self.defence is not None and SCHEMA not in decision.notes:
                 final[place] = replace(decision, x=self.defence(_x(decision)))
         return final
@@ -161,8 +175,7 @@ class GuardPipeline:
             for name, values in scores.items():
                 self._add(result, places, self.rules[name], values)
         for place in answered:
-            result[place] = self._finished(result[place])
-            self._count(result[place])
+            result[place] = self._recorded(self._finished(result[place]))
         return result
 
     def alarms(self, decision: Decision) -> int:
@@ -275,8 +288,12 @@ class GuardPipeline:
             return replace(decision, refusal=reason)
         return replace(decision, delay_s=self.delay_s) if action is Action.DELAY else decision
 
-    def _count(self, decision: Decision) -> None:
+    def _recorded(self, decision: Decision) -> Decision:
+        """The final decision, after it was counted and its inputs were stored if they are to be."""
         self.observed.add(len(decision.rows), self.alarms(decision))
+        if self.stored is not None and not self.stored.add(decision):
+            return replace(decision, notes={**decision.notes, "stored": "the inputs could not be stored"})
+        return decision
 
 
 def _x(decision: Decision) -> Tensor:
