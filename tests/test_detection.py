@@ -75,7 +75,7 @@ def test_no_pass_wins_within_the_closed_form_and_thresholds_are_reached():
     truth, aware = reach(batch), found["aware_score"].double()
     assert (aware >= truth - 1e-9).all()
     assert (found["oblivious_score"] >= aware).all()
-    for rate in (0.5, 0.05, 0.01):
+    for rate in (0.5, 0.05, 0.01, 0.001):
         limit = threshold(found["score"], rate)
         assert ((aware <= limit) != (truth <= limit)).sum() <= 1
     assert (found["class_margin"] > 0).all()

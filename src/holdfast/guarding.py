@@ -164,8 +164,12 @@ def carry_out_calibration(settings: CalibrateSettings) -> tuple[Calibration, Pat
     """Calibrate the guard in a file with the settings of the command line, and return the calibration and the path to
     which it was written.
     """
-    path, sources = Path(settings.options.guard), sources_at(settings)
-    guard = read_guard_settings(path)
+    path = Path(settings.inference.guard or "guard.yaml")
+    given = sources_at(settings)
+    bare = given.model.inference.model_copy(
+        update={"guard": None}
+    )  # the guard is calibrated on the model alone
+    sources, guard = replace(given, model=replace(given.model, inference=bare)), read_guard_settings(path)
     if "bounds" not in settings.inputs.model_fields_set:
         low, high = bounds_of(guard).bounds
         sources = replace(sources, inputs=sources.inputs.model_copy(update={"bounds": (low, high)}))

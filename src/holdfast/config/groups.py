@@ -134,6 +134,11 @@ class InferenceSource(SettingGroup):
     http_rate: Annotated[values.Rate | None, Flag("N/T")] = Field(
         default=None, description="Maximum rate of requests, as in 4/s or 100/min."
     )
+    guard: Annotated[str | None, Flag("FILE[:RULE]")] = Field(
+        default=None,
+        description="Settings of a guard (guard.yaml). Its calibrated stateless detectors, or only RULE, become a part "
+        "of the model, which rejects inputs.",
+    )
 
 
 class ServerLimits(SettingGroup):
@@ -368,9 +373,6 @@ class Device(SettingGroup):
 class CalibrateOptions(SettingGroup):
     """Settings of the command `holdfast calibrate` that no other command has."""
 
-    guard: Annotated[str, Flag("FILE")] = Field(
-        default="guard.yaml", description="Settings of the guard (default: guard.yaml)."
-    )
     false_positives: Annotated[values.Probability | None, Flag("P")] = Field(
         default=None,
         description="Share of benign inputs on which the rules may fire (default: that of the guard).",

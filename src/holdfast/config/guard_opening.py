@@ -35,6 +35,7 @@ from holdfast.serving.decisions import Action, Mode
 from holdfast.serving.guard import GuardPipeline, QueryScorer
 from holdfast.serving.observed import ObservedRate
 from holdfast.serving.query_rule import QueryRule, derived_key, guard_key, scaled
+from holdfast.serving.rejecting import rejecting
 from holdfast.serving.rules import QUERIES, RANGE, SCHEMA, InputDefence, InputSchema, Rule
 from holdfast.serving.states.memory import MemoryState
 from holdfast.serving.states.sqlite import SQLiteState
@@ -83,6 +84,47 @@ def ready_guard(settings: GuardSettings, path: Path | None, calibration: Calibra
         pipeline = replace(pipeline, observed=ObservedRate(calibration.false_positives))
     _refuse_uncalibrated(pipeline, calibration, path)
     return replace(pipeline, stored=stored_inputs(settings, path))
+
+
+def guarded_subject(subject: Subject, guard: str) -> Subject:
+    """Return the model with the calibrated stateless detectors of a guard, `FILE` or `FILE:RULE`, as a part of it.
+
+    Raises `UsageError` for a guard that was not calibrated with this model.
+    """
+    file, colon, rule = guard.rpartition(":")
+    path, name = (Path(file), rule) if colon and not Path(guard).exists() else (Path(guard), None)
+    settings = read_guard_settings(path)
+    if subject.model.remote:
+        raise UsageError(
+            f"--guard {guard} makes a guard a part of the model, and this model is behind a server, whose own guard "
+            "answers the attacks; leave it out"
+        )
+    calibration = stored_calibration(settings, path, served_digest(subject))
+    pipeline, scales = guard_pipeline(settings_without_queries(settings)), {}
+    if calibration is not None:
+        pipeline, scales = with_calibration(pipeline, calibration), dict(calibration.scales)
+    model = rejecting(subject.model, pipeline, scales, name)
+    thresholds = {
+        each: rule.threshold
+        for each, rule in pipeline.rules.items()
+        if each in pipeline.detectors and name in (None, each)
+    }
+    identity = digest(
+        canonical([subject.digest, guard_digest(settings), {k: repr(v) for k, v in thresholds.items()}])
+    )
+    rate = (
+        ""
+        if calibration is None
+        else (f"; together they fire on at most {100 * calibration.false_positives:g} % of benign inputs")
+    )
+    note = f"the guard {path.name} rejects inputs by {', '.join(thresholds)}{rate}"
+    card = {**subject.card, "guard": {"file": path.name, "rules": [*thresholds]}}
+    return Subject(model, identity, card, (*subject.notes, note))
+
+
+def settings_without_queries(settings: GuardSettings) -> GuardSettings:
+    """Return the settings of a guard without its stateful rule, for measurements that have no sequence of queries."""
+    return settings.model_copy(update={"rules": settings.rules.model_copy(update={"queries": None})})
 
 
 def stored_inputs(settings: GuardSettings, path: Path | None) -> StoredInputs | None:
@@ -197,13 +239,12 @@ def guard_digest(settings: GuardSettings) -> str:
 
 
 def served_digest(subject: Subject) -> str:
-    """Return the SHA-256 of a model with its preprocessing, which a calibration names. The bounds are not part of it,
-    as the guard has its own.
+    """Return the SHA-256 of a model with its preprocessing, which a calibration names.
+
+    The bounds are not part of it, as the guard has its own, and neither are layout and meaning of the outputs, which
+    may be found after the model was opened.
     """
-    model = subject.model
-    return digest(
-        canonical(strict([subject.card["digest"], model.mean, model.std, model.output, model.layout]))
-    )
+    return digest(canonical(strict([subject.card["digest"], subject.model.mean, subject.model.std])))
 
 
 def bounds_of(settings: GuardSettings) -> InputSpace:

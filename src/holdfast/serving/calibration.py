@@ -45,6 +45,8 @@ class Calibration:
     """digests of the models whose outputs were used; several for the parameter sets of a pool"""
     data: str = ""
     """digest of the calibration inputs"""
+    scales: Mapping[str, float] = field(default_factory=dict)
+    """standard deviation of the score of each stateless detector on the calibration inputs"""
     parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """parameters of fitted detectors, by the names of their rules"""
 
@@ -88,8 +90,9 @@ def calibrated(
     by_name = dict(zip(free, thresholds, strict=True))
     ready = with_thresholds(pipeline, by_name)
     above = torch.stack([columns[name] > ready.rules[name].threshold for name in names]).any(0)
+    scales = {name: float(columns[name].std()) or 1.0 for name in names if name in pipeline.detectors}
     return ready, Calibration(
-        false_positives, n, int(above.sum()), by_name, "", parameters=_parameters(pipeline)
+        false_positives, n, int(above.sum()), by_name, "", scales=scales, parameters=_parameters(pipeline)
     )
 
 
