@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from holdfast.core.threat import ThreatModel
     from holdfast.core.through import through
     from holdfast.core.transformations import Colour, Spatial
+    from holdfast.deploying import serve
     from holdfast.stored import compare, report, verify
 
 __version__ = "0.2.0"
@@ -59,6 +60,7 @@ __all__ = [
     "open_data",
     "open_model",
     "report",
+    "serve",
     "skipped",
     "through",
     "validate",
@@ -94,6 +96,7 @@ _HOMES = {
     "open_data": "holdfast.config.references",
     "open_model": "holdfast.config.references",
     "report": "holdfast.stored",
+    "serve": "holdfast.deploying",
     "skipped": "holdfast.core.skipped",
     "through": "holdfast.core.through",
     "validate": "holdfast.config.starting",

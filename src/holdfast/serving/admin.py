@@ -55,9 +55,7 @@ def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> Starlette
             )
         status = error.status_code if isinstance(error, HTTPException) else 500
         reason = {404: "there is nothing at this path", 405: "this method is not supported at this path"}
-        return Response(
-            compact({"error": reason.get(status, "internal error")}), status, media_type=JSON
-        )
+        return Response(compact({"error": reason.get(status, "internal error")}), status, media_type=JSON)
 
     handlers: dict[Any, Any] = {Refused: refused, HTTPException: refused, Exception: refused}
     routes = [

@@ -96,7 +96,7 @@ class ChainAudit:
                 job.incoming.request,
                 self.key.pseudonym(job.incoming.principal),
                 len(job.incoming.x),
-                self.key.digest(memoryview(job.incoming.x.contiguous().numpy()).cast("B")),
+                self.key.digest(job.incoming.x.numpy().tobytes()),
             )
             for job in jobs
         ]
@@ -200,7 +200,9 @@ class Answering:
         outputs = self._outputs([_inputs(job, decision) for job, decision in passed], served)
         answered = [(d, out) for (_, d), out in zip(passed, outputs, strict=True) if isinstance(out, Tensor)]
         after = self._after([d for d, _ in answered], [out for _, out in answered])
-        scores = dict(zip((id(d) for d, _ in answered), zip(after, (o for _, o in answered), strict=True), strict=True))
+        scores = dict(
+            zip((id(d) for d, _ in answered), zip(after, (o for _, o in answered), strict=True), strict=True)
+        )
         outcomes = []
         for job, decision in zip(jobs, decisions, strict=True):
             if not decision.answered:
@@ -227,9 +229,7 @@ class Answering:
         except Exception:  # noqa: BLE001 - as above
             self.telemetry.count("holdfast_guard_failures_total")
             reason = "the guard failed"
-            return (
-                decisions if self.guard_fails_open else [replace(d, refusal=reason) for d in decisions]
-            )
+            return decisions if self.guard_fails_open else [replace(d, refusal=reason) for d in decisions]
 
     def _outputs(self, inputs: Sequence[Tensor], served: ServedSet) -> list[Tensor | None]:
         """Return the logits of each request, or None where the model raised an error or returned no finite numbers."""

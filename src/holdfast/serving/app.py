@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from holdfast import __version__
 from holdfast.serving import openapi
@@ -209,7 +210,25 @@ def replace_reason(status: int, reason: str, headers: Mapping[str, str]) -> Refu
     return Refused(status, reason, tuple(headers.items()))
 
 
-def application(served: ServedModel) -> Starlette:
+class Watched:
+    """ASGI middleware that counts responses, and cuts the connection of a client that does not read its response."""
+
+    def __init__(self, app: ASGIApp, served: ServedModel) -> None:
+        self._app, self._served = app, served
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._served.telemetry.count("holdfast_requests_total", str(message["status"]))
+            async with asyncio.timeout(self._served.limits.write_timeout_s):
+                await send(message)
+
+        await self._app(scope, receive, counted)
+
+
+def application(served: ServedModel) -> ASGIApp:
     """Return the ASGI application of a worker."""
     model = "/v2/models/{model}"
     version = f"{model}/versions/{{version}}"
@@ -230,7 +249,7 @@ def application(served: ServedModel) -> Starlette:
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
-    return app
+    return Watched(app, served)
 
 
 def _header(request: Request, name: bytes) -> bytes | None:
@@ -243,5 +262,3 @@ def _json(content: object, status: int = 200, headers: Mapping[str, str] | None 
 
 def _encoded(content: Encoded) -> Response:
     return Response(content.body, 200, dict(content.headers), content.media_type)
-
-

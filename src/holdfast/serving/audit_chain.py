@@ -55,11 +55,11 @@ class AuditKey:
         """Return the pseudonym under which a client is recorded; empty for a client without a name."""
         return self._mac(b"principal\0", principal.encode()) if principal else ""
 
-    def digest(self, content: bytes | memoryview) -> str:
+    def digest(self, content: bytes) -> str:
         """Return the digest of the bytes of an input tensor, as it is recorded."""
         return self._mac(b"request\0", content)
 
-    def _mac(self, purpose: bytes, content: bytes | memoryview) -> str:
+    def _mac(self, purpose: bytes, content: bytes) -> str:
         mac = hmac.new(self.key, purpose, hashlib.sha256)
         mac.update(content)
         return mac.hexdigest()[:_DIGITS]
@@ -130,7 +130,7 @@ def lines(head: str, contents: Iterable[Mapping[str, Any]]) -> tuple[bytes, str]
     The lines equal those of `store.records.line_of`; the canonical text of a content is computed only once, because
     this is called for every request.
     """
-    parts = []
+    parts: list[bytes] = []
     for content in contents:
         text = canonical(content)
         previous = head.encode()

@@ -13,12 +13,10 @@ from typing import Any
 from holdfast.core.chain import GENESIS, Link
 from holdfast.core.errors import TargetError
 from holdfast.serving.audit_chain import SERVER, SUFFIX, ChainFile, interrupt, lines, now
-from holdfast.store.files import PRIVATE, usable
+from holdfast.store.files import AUDIT_MARK, PRIVATE, usable
 from holdfast.store.leases import Owner
 from holdfast.store.locking import locked
 
-MARK = "audit.json"
-"""file that identifies an audit folder, as run.json identifies a run"""
 _LOCK = ".lock"
 _ENDS = ("answered", "failed", "interrupted")
 _MARK = b'{"kind":"holdfast audit","schema":1}\n'
@@ -43,11 +41,11 @@ class AuditFolder:
         """Create the folder if needed, complete the chains of killed servers, and begin the chain of this one."""
         with usable(path):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            mark = path / MARK
+            mark = path / AUDIT_MARK
             if not mark.exists():
                 if any(path.iterdir()):
                     raise TargetError(
-                        f"{str(path)!r} contains other files, and no {MARK}; give an empty folder, or a new one"
+                        f"{str(path)!r} contains other files, and no {AUDIT_MARK}; give an empty folder, or a new one"
                     )
                 mark.write_bytes(_MARK)
                 mark.chmod(PRIVATE)
@@ -98,11 +96,6 @@ class AuditFolder:
         with suppress(TargetError):  # of a full disk; the next server completes the chain
             self.record("end")
         self.chain.close()
-
-
-def is_audit(path: Path) -> bool:
-    """Return whether a path is that of an audit folder."""
-    return (path / MARK).is_file()
 
 
 def _complete(path: Path) -> tuple[list[list[Any]], int]:

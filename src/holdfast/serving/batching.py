@@ -17,7 +17,8 @@ from typing import Generic, TypeVar
 
 from holdfast.serving.refusals import wait_first
 
-Request, Response = TypeVar("Request"), TypeVar("Response")
+Request = TypeVar("Request")
+Response = TypeVar("Response")
 _WEIGHT = 0.2
 """weight of the last batch in the moving average of the time per input"""
 _QUEUED = 64
@@ -118,7 +119,8 @@ class Batcher(Generic[Request, Response]):
         with self._arrived:
             self._running = 0
             self._arrived.wait_for(lambda: self._queue or self._closed)
-            batch, rows, limit = [], 0, self.largest
+            batch: list[_Waiting[Request, Response]] = []
+            rows, limit = 0, self.largest
             while self._queue and (not batch or rows + self._queue[0].rows <= limit):
                 batch.append(self._queue.popleft())
                 rows += batch[-1].rows
@@ -135,5 +137,3 @@ def _settle(pairs: Sequence[tuple["asyncio.Future[Response]", Response | Excepti
             future.set_exception(response)
         else:
             future.set_result(response)
-
-

@@ -97,7 +97,9 @@ def add_key(
     `expires` is a time in ISO 8601. Raises `UsageError` if another key that is not revoked has the name.
     """
     if not name or len(name) > 100 or not name.isprintable():
-        raise UsageError(f"the name of a key is {name!r}; expected 1 to 100 printable characters, as in alice")
+        raise UsageError(
+            f"the name of a key is {name!r}; expected 1 to 100 printable characters, as in alice"
+        )
     unknown = [scope for scope in scopes if scope not in SCOPES]
     if unknown or not scopes:
         raise UsageError(f"the scopes are {list(scopes)}; expected one or more of {', '.join(SCOPES)}")
@@ -189,7 +191,9 @@ class KeyFile:
         """
         self._look()
         if authorization is None:
-            raise Refused(401, "the header Authorization is missing; Bearer KEY was expected", _CHALLENGE, "key")
+            raise Refused(
+                401, "the header Authorization is missing; Bearer KEY was expected", _CHALLENGE, "key"
+            )
         given = authorization.strip()
         if given[: len(_SCHEME)].lower() != _SCHEME:
             raise Refused(401, "the header Authorization must be Bearer KEY", _CHALLENGE, "key")

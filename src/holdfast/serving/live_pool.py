@@ -23,7 +23,7 @@ CANARIES = "canaries"
 """name under which a pool keeps its canary inputs"""
 _HOUR_S = 3600.0
 _WRITE_S = 30.0
-"""seconds between two entries of the ledger with numbers of answers; they are also written at each swap and at the end"""
+"""seconds between two entries of the ledger with numbers of answers, which are also written at swaps and at the end"""
 _WITHOUT_NAME = ""
 
 
@@ -145,7 +145,9 @@ class LivePool:
         unjudged = self.pool.unjudged
         waiting = [name for name in self.pool.ahead if name not in unjudged]
         if not waiting and not (stolen and unjudged):
-            raise Inconclusive(f"no admitted set waits, so {serving.name!r} still serves; a swap is due: {why}")
+            raise Inconclusive(
+                f"no admitted set waits, so {serving.name!r} still serves; a swap is due: {why}"
+            )
         name = next_set(waiting or list(unjudged))
         return self._set(name, serving.epoch + 1, why=why, unjudged=not waiting)
 

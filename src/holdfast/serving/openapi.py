@@ -35,7 +35,9 @@ def document(signature: Signature, *, keys: bool, max_body: int) -> dict[str, An
     version = f"{model}/versions/{signature.version}"
     open_paths = {
         "/v2/health/live": {"get": _get("isLive", "Whether the process runs.", _flag("live"), ())},
-        "/v2/health/ready": {"get": _get("isReady", "Whether requests are answered.", _flag("ready"), ("503",))},
+        "/v2/health/ready": {
+            "get": _get("isReady", "Whether requests are answered.", _flag("ready"), ("503",))
+        },
     }
     of_server = {
         "/v2": {"get": _get("serverMetadata", "Metadata of the server.", _SERVER, of_model[1:])},
@@ -135,7 +137,9 @@ def _infer(signature: Signature, suffix: str, errors: tuple[str, ...]) -> dict[s
         value |= {"minimum": least, "maximum": most}
     count = signature.values
     request = {
-        "oneOf": [_request(signature, value, rows, count) for rows in range(1, min(signature.max_rows, 4) + 1)],
+        "oneOf": [
+            _request(signature, value, rows, count) for rows in range(1, min(signature.max_rows, 4) + 1)
+        ],
         "description": f"One request with 1 to {signature.max_rows} rows; the forms with more than 4 are alike.",
     }
     response = _object(
@@ -213,4 +217,6 @@ def _scores(signature: Signature) -> dict[str, Any]:
 
 def _ends(signature: Signature) -> tuple[float | None, float | None]:
     low, high = signature.bounds.low, signature.bounds.high
-    return (None, None) if not isinstance(low, float | int) or not isinstance(high, float | int) else (low, high)
+    return (
+        (None, None) if not isinstance(low, float | int) or not isinstance(high, float | int) else (low, high)
+    )

@@ -126,7 +126,7 @@ def _object(text: bytes) -> dict[str, Any]:
 def _only_input(inputs: object) -> Mapping[str, Any]:
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
         raise _wrong("inputs must be a list with one object, the input of the model")
-    (tensor,) = inputs
+    tensor: dict[str, Any] = inputs[0]
     if tensor.get("name") != INPUT:
         raise _wrong(f"the name of the input is {_shown(tensor.get('name'))}; {INPUT!r} was expected")
     return tensor
@@ -179,7 +179,9 @@ def _json_values(
         raise _wrong("data must contain numbers only")
     if values.size != count or (values.ndim > 1 and values.shape != shape):
         raise _wrong(f"data has {values.size} values in {values.ndim} dimensions; {count} were expected")
-    with np.errstate(over="ignore"):  # values beyond the range of float32 become infinite, and are refused as such
+    with np.errstate(
+        over="ignore"
+    ):  # values beyond the range of float32 become infinite, and are refused as such
         return values.astype(np.float32)
 
 
@@ -213,7 +215,9 @@ def _binary_output(content: Mapping[str, Any]) -> bool:
             raise _wrong("outputs must be a list with at most one object")
         for output in outputs:
             if output.get("name") != OUTPUT:
-                raise _wrong(f"the output {_shown(output.get('name'))} does not exist; {OUTPUT!r} was expected")
+                raise _wrong(
+                    f"the output {_shown(output.get('name'))} does not exist; {OUTPUT!r} was expected"
+                )
             parameters = _parameters(output)
             if parameters.get("classification") is not None:
                 raise _wrong("the classification extension is not supported")

@@ -92,7 +92,8 @@ class Quotas:
                 return wait_first("the rate of the key is exceeded", wait_s, status=429, cause="rate")
             tokens -= each.rows
         cursor.execute(
-            "INSERT OR REPLACE INTO quota VALUES (?, ?, ?, ?)", (each.principal, used + each.rows, tokens, now)
+            "INSERT OR REPLACE INTO quota VALUES (?, ?, ?, ?)",
+            (each.principal, used + each.rows, tokens, now),
         )
         return None
 

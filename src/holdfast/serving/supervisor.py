@@ -10,8 +10,6 @@ import pickle
 import queue
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,19 +21,13 @@ from typing import Any
 
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
 from holdfast.engine.executor import ERRORS
-from holdfast.engine.processes import (
-    BEGINNING,
-    import_path,
-    read_message,
-    skip_to,
-    unshared,
-    write_message,
-)
+from holdfast.engine.processes import unshared
 from holdfast.engine.progress import Notify, ignore
 from holdfast.serving.audit_folder import AuditFolder
 from holdfast.serving.live_pool import LivePool, NextSet
 from holdfast.serving.telemetry import Telemetry, Totals
 from holdfast.serving.worker import WorkerSetup
+from holdfast.serving.worker_processes import Inbox, WorkerProcess, bound_socket
 
 _TICK_S = 0.1
 """largest time between two looks at workers and triggers"""
@@ -47,17 +39,6 @@ _KILLED_S = 5.0
 """seconds that a worker gets to end after it drained, before it is killed"""
 _LOADING_S = 120.0
 """seconds in which a worker must load a set before it is replaced"""
-_BACKLOG = 2048
-_START = """\
-import os, sys
-inbox, outbox = os.dup(0), os.dup(1)
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-os.dup2(2, 1)
-listener, sys.path[:] = int(sys.argv[1]), sys.argv[2:]
-from holdfast.serving.worker import main
-sys.exit(main(inbox, outbox, listener))
-"""
-"""Code of a worker process, which keeps the pipes for itself and sets `sys.path` before any import of a library."""
 
 
 @dataclass(frozen=True)
@@ -77,78 +58,12 @@ class ServerSetup:
 
 
 @dataclass(eq=False)
-class _Process:
-    """A worker process with a thread that reads its messages and one that writes."""
-
-    number: int
-    process: "subprocess.Popen[bytes]"
-    inbox: "queue.SimpleQueue[tuple[_Process | None, bytes]]"
-    chain: Path | None
-    ready: bool = False
-    error: Mapping[str, Any] | None = None
-    ended: Mapping[str, Any] | None = None
-    """the last message of a worker that drained"""
-    _outgoing: "queue.SimpleQueue[bytes | None]" = field(default_factory=queue.SimpleQueue)
-
-    def __post_init__(self) -> None:
-        for work in (self._read, self._write):
-            threading.Thread(target=work, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        with suppress(OSError, ValueError), self.process.stdout as pipe:
-            skip_to(BEGINNING, pipe)
-            while (message := read_message(pipe)) is not None:
-                self.inbox.put((self, message))
-        self.inbox.put((self, b""))
-
-    def _write(self) -> None:
-        assert self.process.stdin is not None
-        with suppress(OSError), self.process.stdin as pipe:
-            while (content := self._outgoing.get()) is not None:
-                write_message(pipe, content)
-
-    @property
-    def name(self) -> str:
-        """Name of the worker in metrics."""
-        return f"worker-{self.number}"
-
-    def send(self, content: bytes) -> None:
-        """Send a message to the worker."""
-        self._outgoing.put(content)
-
-    def close(self) -> None:
-        """Close the pipe to the worker."""
-        self._outgoing.put(None)
-
-
-@dataclass(eq=False)
 class _Swap:
     """A swap in progress: the next set, and the workers that have not loaded it yet."""
 
     following: NextSet
-    waiting: set[_Process]
+    waiting: set[WorkerProcess]
     begun_s: float
-
-
-def bound_socket(host: str, port: int) -> socket.socket:
-    """Return a listening socket. Raises `UsageError` if the address is in use or invalid."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(_BACKLOG)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise UsageError(
-            f"the address {host}:{port} cannot be used: {error.strerror or error}; choose another port, or end the "
-            "program that uses it"
-        ) from error
-    return listener
 
 
 class Supervisor:
@@ -164,8 +79,8 @@ class Supervisor:
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise unshared(error) from error
         self.totals, self.telemetry = Totals(), Telemetry()
-        self._inbox: queue.SimpleQueue[tuple[_Process | None, bytes]] = queue.SimpleQueue()
-        self._workers: list[_Process] = []
+        self._inbox: Inbox = queue.SimpleQueue()
+        self._workers: list[WorkerProcess] = []
         self._number = self._early_deaths = 0
         self._serving: NextSet | None = None
         self._canaries: bytes | None = None
@@ -266,7 +181,7 @@ class Supervisor:
         self.telemetry.set("holdfast_workers", sum(worker.ready for worker in self._workers))
         self.totals.add("supervisor", self.telemetry.report())
 
-    def _receive(self, worker: _Process, message: bytes) -> None:
+    def _receive(self, worker: WorkerProcess, message: bytes) -> None:
         if worker not in self._workers:
             return
         try:
@@ -275,7 +190,7 @@ class Supervisor:
             self._notify(f"note: {worker.name} sent an invalid message and is replaced: {error}")
             worker.process.kill()
 
-    def _take(self, worker: _Process, kind: bytes, text: bytes) -> None:
+    def _take(self, worker: WorkerProcess, kind: bytes, text: bytes) -> None:
         if not kind:
             self._replace(worker)
             return
@@ -307,15 +222,7 @@ class Supervisor:
         assert self._listener is not None
         chain = None if self._audit is None else self._audit.new_worker()
         self._number += 1
-        # a session of its own, since Ctrl-C is handled by the supervisor
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, str(self._listener.fileno()), *import_path()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=(self._listener.fileno(),),
-            start_new_session=True,
-        )
-        worker = _Process(self._number, process, self._inbox, chain)
+        worker = WorkerProcess.begin(self._number, self._listener, self._inbox, chain)
         worker.send(self._pickled(chain))
         if self._serving is not None:
             if self._canaries is not None:
@@ -324,7 +231,7 @@ class Supervisor:
             worker.send(b"A" + str(self._serving.epoch).encode())
         self._workers.append(worker)
 
-    def _replace(self, worker: _Process) -> None:
+    def _replace(self, worker: WorkerProcess) -> None:
         """Remove a worker that has ended, complete its audit chain, and start another one unless the server stops."""
         worker.process.kill()
         code = worker.process.wait()
@@ -349,7 +256,7 @@ class Supervisor:
         self._notify(f"note: {worker.name} ended with status {code}{note}; it is replaced")
         self._start_worker()
 
-    def _close_chain(self, worker: _Process, reason: str) -> int:
+    def _close_chain(self, worker: WorkerProcess, reason: str) -> int:
         if self._audit is None or worker.chain is None:
             return 0
         try:
@@ -395,7 +302,7 @@ class Supervisor:
         self.telemetry.set("holdfast_pool_epoch", serving.epoch)
         self.telemetry.set("holdfast_pool_waiting", len(pool.pool.ahead))
 
-    def _loaded(self, worker: _Process, epoch: int) -> None:
+    def _loaded(self, worker: WorkerProcess, epoch: int) -> None:
         """Note that a worker has loaded the next set. When all have, the ledger records it and they serve it."""
         swap, pool = self._swap, self.setup.pool
         if swap is None or pool is None or epoch != swap.following.epoch:
@@ -413,9 +320,11 @@ class Supervisor:
             each.send(b"A" + str(epoch).encode())
         self.telemetry.count("holdfast_swaps_total")
         self._record("set", set=swap.following.name, epoch=epoch, why=swap.following.why)
-        self._notify(f"{swap.following.name} serves as epoch {epoch}: {swap.following.why or 'swapped elsewhere'}")
+        self._notify(
+            f"{swap.following.name} serves as epoch {epoch}: {swap.following.why or 'swapped elsewhere'}"
+        )
 
-    def _unusable(self, worker: _Process, epoch: int, reason: str) -> None:
+    def _unusable(self, worker: WorkerProcess, epoch: int, reason: str) -> None:
         if self._swap is None or epoch != self._swap.following.epoch:
             if not worker.ready:  # the serving set itself cannot be loaded by a new worker
                 worker.error = {"error": "TargetError", "message": reason}

@@ -116,9 +116,7 @@ class Worker:
         self._canaries: Tensor | None = None
         self._prepared: dict[int, ServedSet] = {}
         self._lost = 0
-        self.chain = (
-            None if chain is None else ChainFile(chain, fail_open=setup.audit_fails_open)
-        )
+        self.chain = None if chain is None else ChainFile(chain, fail_open=setup.audit_fails_open)
         audit: Audit = NoAudit()
         if self.chain is not None:
             assert setup.audit_key is not None
@@ -167,7 +165,7 @@ class Worker:
         self.server = _Server(config)
 
     def _classes(self) -> int:
-        """Return the number of classes. The first forward pass is the slowest, so it is made before the first request."""
+        """Return the number of classes, after a first forward pass, which is the slowest one."""
         low = self._pristine.bounds.low
         x = torch.zeros(1, *self.setup.shape) + (low if isinstance(low, float | int) else low.cpu())
         with torch.inference_mode():
@@ -265,7 +263,10 @@ def main(inbox: int, outbox: int, listener: int) -> int:
         lock = threading.Lock()
 
         def send(kind: bytes, content: Mapping[str, Any]) -> None:
-            with lock, suppress(BrokenPipeError):  # the end of the supervisor is noticed by the thread that reads
+            with (
+                lock,
+                suppress(BrokenPipeError),
+            ):  # the end of the supervisor is noticed by the thread that reads
                 write_message(pipe, kind + json.dumps(content).encode())
 
         try:
