@@ -33,7 +33,9 @@ def test_requests_that_arrive_during_a_batch_form_the_next_one():
         queue = batcher(answer)
         first = asyncio.ensure_future(queue.submit(0, 1))
         await asyncio.to_thread(answer.entered.wait, 10)
-        others = [asyncio.ensure_future(queue.submit(x, rows)) for x, rows in ((1, 2), (2, 2), (3, 1), (-4, 1))]
+        others = [
+            asyncio.ensure_future(queue.submit(x, rows)) for x, rows in ((1, 2), (2, 2), (3, 1), (-4, 1))
+        ]
         await asyncio.sleep(0)
         assert queue.waiting == 6
         answer.gate.set()

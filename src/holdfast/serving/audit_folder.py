@@ -51,7 +51,7 @@ class AuditFolder:
                 mark.chmod(PRIVATE)
         with locked(path / _LOCK):
             earlier, recovered = _complete(path)
-            run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+            run = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{secrets.token_hex(3)}"
             chain = ChainFile(path / f"{run}{SERVER}{SUFFIX}", fail_open=fail_open)
             owner = Owner.myself()
             begin = {
