@@ -63,7 +63,11 @@ class Here:
     def __init__(self, *, guard=None, keys=None, limits=None, model=None, signature=SIGNATURE, **settings):
         self.answering = Answering(ServedSet(model or network(), "s", 1), guard or NoRules(), **settings)
         self.served = ServedModel(
-            signature, Batcher(self.answering, max_rows=8, max_latency_s=5.0), keys, limits or Limits()
+            signature,
+            Batcher(self.answering, max_rows=8, max_latency_s=5.0),
+            keys,
+            None,
+            limits or Limits(),
         )
         self.app = application(self.served)
 

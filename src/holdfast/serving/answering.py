@@ -41,6 +41,8 @@ class Job:
     incoming: Incoming
     rate: float | None = None
     budget: int | None = None
+    digest: str = ""
+    """digest of the inputs for the audit chain"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +98,7 @@ class ChainAudit:
                 job.incoming.request,
                 self.key.pseudonym(job.incoming.principal),
                 len(job.incoming.x),
-                self.key.digest(job.incoming.x.numpy().tobytes()),
+                job.digest,
             )
             for job in jobs
         ]

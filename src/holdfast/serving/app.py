@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from holdfast import __version__
 from holdfast.serving import openapi
 from holdfast.serving.answering import Answer, Job
+from holdfast.serving.audit_chain import AuditKey
 from holdfast.serving.batching import Batcher
 from holdfast.serving.decisions import Incoming
 from holdfast.serving.keys import ApiKey, KeyFile
@@ -70,6 +71,8 @@ class ServedModel:
     signature: Signature
     batcher: Jobs
     keys: KeyFile | None = None
+    audit_key: AuditKey | None = None
+    """key of the digests in the audit chain; None without an audit"""
     limits: Limits = field(default_factory=Limits)
     telemetry: Telemetry = field(default_factory=Telemetry)
     ready: bool = True
@@ -117,16 +120,23 @@ class ServedModel:
         return _json({"name": self.signature.name, "ready": True})
 
     async def infer(self, request: Request) -> Response:
+        """Return the scores of the inputs in a request, if it is for this model."""
+        self._principal(request)
+        self._refuse_other_model(request)
+        return await self.scores(request)
+
+    async def scores(self, request: Request) -> Response:
         """Return the scores of the inputs in a request."""
         begin = time.perf_counter()
         key = self._principal(request)
-        self._refuse_other_model(request)
         header_length = self._header_length(request)
         body = await self._body(request)
         content = read_request(body, header_length, self.signature)
         incoming = Incoming(content.x, "" if key is None else key.name, secrets.token_hex(16))
         limits = (None, None) if key is None else (key.rate, key.budget)
-        answer = await self.batcher.submit(Job(incoming, *limits), len(content.x))
+        # here and not in the thread of the batches, for which the digest of a large input would cost a switch
+        digest = "" if self.audit_key is None else self.audit_key.digest(content.x.numpy().tobytes())
+        answer = await self.batcher.submit(Job(incoming, *limits, digest), len(content.x))
         if answer.delay_s:
             await asyncio.sleep(answer.delay_s)
         response = _encoded(encoded(answer.scores, content, self.signature))
@@ -211,21 +221,39 @@ def replace_reason(status: int, reason: str, headers: Mapping[str, str]) -> Refu
 
 
 class Watched:
-    """ASGI middleware that counts responses, and cuts the connection of a client that does not read its response."""
+    """ASGI middleware that counts responses, and cuts the connection of a client that does not read its response.
+
+    Requests for scores of the served model are answered without the router, which costs as much as their parsing.
+    """
 
     def __init__(self, app: ASGIApp, served: ServedModel) -> None:
         self._app, self._served = app, served
+        model = f"/v2/models/{served.signature.name}"
+        self._paths = frozenset((f"{model}/infer", f"{model}/versions/{served.signature.version}/infer"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
+        served = self._served
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._served.telemetry.count("holdfast_requests_total", str(message["status"]))
-            async with asyncio.timeout(self._served.limits.write_timeout_s):
+                served.telemetry.count("holdfast_requests_total", str(message["status"]))
+                await send(message)
+                return
+            async with asyncio.timeout(served.limits.write_timeout_s):
                 await send(message)
 
-        await self._app(scope, receive, counted)
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self._paths:
+            await self._app(scope, receive, counted)
+            return
+        request = Request(scope, receive)
+        try:
+            response = await served.scores(request)
+        except Refused as error:
+            response = await served.refused(request, error)
+        except Exception as error:  # noqa: BLE001 - an error discloses nothing to the client
+            response = await served.failed(request, error)
+        await response(scope, receive, counted)
 
 
 def application(served: ServedModel) -> ASGIApp:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.core.chain import GENESIS, canonical
+from holdfast.core.chain import GENESIS
 from holdfast.core.errors import TargetError
 from holdfast.store.files import PRIVATE, create_private, usable
 
@@ -132,7 +132,7 @@ def lines(head: str, contents: Iterable[Mapping[str, Any]]) -> tuple[bytes, str]
     """
     parts: list[bytes] = []
     for content in contents:
-        text = canonical(content)
+        text = _encoded(content)
         previous = head.encode()
         head = hashlib.sha256(b'{"content":' + text + b',"previous":"' + previous + b'"}').hexdigest()
         parts += (
@@ -145,6 +145,14 @@ def lines(head: str, contents: Iterable[Mapping[str, Any]]) -> tuple[bytes, str]
             b'"}\n',
         )
     return b"".join(parts), head
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _encoded(content: Mapping[str, Any]) -> bytes:
+    """Return the text of `core.chain.canonical`, without creating an encoder for each record."""
+    return _ENCODER.encode(content).encode()
 
 
 def now() -> float:

@@ -13,6 +13,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.model import Classifier
-from holdfast.engine.processes import BEGINNING, read_message, write_message
+from holdfast.engine.processes import BEGINNING, read_message, unshared, write_message
 from holdfast.rotation.live import loaded, refuse_strange
 from holdfast.serving.answering import Answer, Answering, Audit, ChainAudit, Job, NoAudit, ServedSet
 from holdfast.serving.app import Limits, ServedModel, application
@@ -44,6 +45,10 @@ from holdfast.serving.telemetry import Telemetry
 
 _REPORT_S, _HASTE_S = 0.5, 0.02
 """seconds between two reports to the supervisor, and after answers of a pool, whose number may cause a swap"""
+
+_SWITCH_S = 0.0002
+"""Seconds after which a thread must let another one run. Each operation of torch in the thread of the batches waits for
+this time at its end if the thread that parses requests is busy; the default of Python is 5 ms."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,7 @@ class Worker:
             ),
             self.batcher,
             None if setup.keys is None else KeyFile(setup.keys),
+            None if chain is None else setup.audit_key,
             setup.limits,
             self.telemetry,
         )
@@ -254,6 +260,7 @@ class Worker:
 
 def main(inbox: int, outbox: int, listener: int) -> int:
     """Run a worker with the pipes to the supervisor and the socket at these file descriptors. Return the exit code."""
+    sys.setswitchinterval(_SWITCH_S)
     # Ctrl-C is sent to all processes of a terminal; the supervisor handles it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -285,8 +292,11 @@ def _run(tasks: IO[bytes], listener: int, send: Callable[[bytes, Any], None]) ->
     content = read_message(tasks)
     if content is None:
         return
-    # sent by the process that started this one
-    setup, chain = pickle.loads(content)  # noqa: S301
+    try:
+        # sent by the process that started this one
+        setup, chain = pickle.loads(content)  # noqa: S301
+    except Exception as error:
+        raise unshared(error) from error
     if setup.threads is not None:
         torch.set_num_threads(setup.threads)
     worker = Worker(setup, chain, send)
