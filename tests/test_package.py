@@ -27,6 +27,7 @@ LONG_FUNCTIONS: dict[str, int] = {
     "api.py:harden": 83,
     "attacking.py:attack": 64,
     "certifying.py:certify": 70,
+    "config/references.py:open_model": 62,
 }
 """Functions that are one thing though they are long, and how long they may be."""
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from holdfast.core.threat import ThreatModel
     from holdfast.core.through import through
     from holdfast.core.transformations import Colour, Spatial
+    from holdfast.deploying import serve
     from holdfast.guarding import Guard
     from holdfast.serving.middleware import GuardMiddleware
     from holdfast.stored import compare, report, verify
@@ -62,6 +63,7 @@ __all__ = [
     "open_data",
     "open_model",
     "report",
+    "serve",
     "skipped",
     "through",
     "validate",
@@ -99,6 +101,7 @@ _HOMES = {
     "open_data": "holdfast.config.references",
     "open_model": "holdfast.config.references",
     "report": "holdfast.stored",
+    "serve": "holdfast.deploying",
     "skipped": "holdfast.core.skipped",
     "through": "holdfast.core.through",
     "validate": "holdfast.config.starting",

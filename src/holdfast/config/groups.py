@@ -136,8 +136,7 @@ class InferenceSource(SettingGroup):
     )
     guard: Annotated[str | None, Flag("FILE[:RULE]")] = Field(
         default=None,
-        description="Settings of a guard (guard.yaml). Its calibrated stateless detectors, or only RULE, become a part "
-        "of the model, which rejects inputs.",
+        description="Guard (guard.yaml) whose calibrated detectors, or only RULE, become a part of the model.",
     )
 
 
@@ -367,20 +366,6 @@ class Device(SettingGroup):
 
     device: Annotated[str, Flag("NAME")] = Field(
         default="auto", description="Device: auto, cpu, cuda or cuda:1 (default: auto)."
-    )
-
-
-class CalibrateOptions(SettingGroup):
-    """Settings of the command `holdfast calibrate` that no other command has."""
-
-    false_positives: Annotated[values.Probability | None, Flag("P")] = Field(
-        default=None,
-        description="Share of benign inputs on which the rules may fire (default: that of the guard).",
-    )
-    fit: Annotated[str | None, Flag("DATA", completion="DATA")] = Field(
-        default=None,
-        description="Examples on which detectors are fitted (default: a random fifth of DATA, which then sets no "
-        "threshold).",
     )
 
 

@@ -8,7 +8,7 @@ from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from holdfast.config.grammar import did_you_mean, seconds
-from holdfast.config.groups import SettingGroup
+from holdfast.config.groups import Flag, SettingGroup
 from holdfast.config.values import Numbers, Positive, Probability, Whole
 from holdfast.config.wording import complaint, place
 from holdfast.config.yaml_text import load
@@ -210,6 +210,20 @@ class GuardSettings(SettingGroup):
     )
     store: StoreSettings = Field(
         default_factory=StoreSettings, description="Storage of the inputs of clients."
+    )
+
+
+class CalibrateOptions(SettingGroup):
+    """Settings of the command `holdfast calibrate` that no other command has."""
+
+    false_positives: Annotated[Probability | None, Flag("P")] = Field(
+        default=None,
+        description="Share of benign inputs on which the rules may fire (default: that of the guard).",
+    )
+    fit: Annotated[str | None, Flag("DATA", completion="DATA")] = Field(
+        default=None,
+        description="Examples on which detectors are fitted (default: a random fifth of DATA, which then sets no "
+        "threshold).",
     )
 
 

@@ -89,8 +89,8 @@ def _limit(clean: PerExample, false_positives: float) -> float:
     least = fewest_examples(false_positives)
     if false_positives < _MEASURABLE and len(clean) < least:
         raise Absent(
-            f"a false positive rate of {100 * false_positives:g} % is measured on {least:,} clean inputs or more, and the "
-            f"sample has {len(clean):,}"
+            f"a false positive rate of {100 * false_positives:g} % is measured on {least:,} clean inputs or more, and "
+            f"the sample has {len(clean):,}"
         )
     return threshold(clean, false_positives)
 
