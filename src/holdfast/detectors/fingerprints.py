@@ -31,7 +31,7 @@ _DIMS = 64  # of a sketch: its distances have a relative standard deviation of 1
 _LEAST_SIDE = 8  # pixels; in smaller images, gradients say little about motion
 
 
-class _Stream:
+class Stream:
     """Numbers from SHAKE-256 of a key and a label, which nobody without the key can predict."""
 
     def __init__(self, key: bytes) -> None:
@@ -92,7 +92,7 @@ class Fingerprinter:
             n_features = self.shape[0] * math.prod(self._grid)
         if n_features < 1:
             raise UsageError(f"inputs of shape {self.shape} are empty; expected at least one value")
-        stream = _Stream(key)
+        stream = Stream(key)
         self._projection = stream.normal("sketch", n_features, _DIMS) / np.float32(math.sqrt(_DIMS))
         self._tables, self._width = tables, width
         self._planes = stream.normal("planes", _DIMS, tables * width) / np.float32(bucket)
