@@ -35,6 +35,7 @@ from holdfast.serving.decisions import Action, Mode
 from holdfast.serving.guard import GuardPipeline, QueryScorer
 from holdfast.serving.observed import ObservedRate
 from holdfast.serving.query_rule import QueryRule, derived_key, guard_key, scaled
+from holdfast.serving.query_trials import QueryTrials
 from holdfast.serving.rejecting import rejecting
 from holdfast.serving.rules import QUERIES, RANGE, SCHEMA, InputDefence, InputSchema, Rule
 from holdfast.serving.states.memory import MemoryState
@@ -91,8 +92,7 @@ def guarded_subject(subject: Subject, guard: str) -> Subject:
 
     Raises `UsageError` for a guard that was not calibrated with this model.
     """
-    file, colon, rule = guard.rpartition(":")
-    path, name = (Path(file), rule) if colon and not Path(guard).exists() else (Path(guard), None)
+    path, name = _file_and_rule(guard)
     settings = read_guard_settings(path)
     if subject.model.remote:
         raise UsageError(
@@ -100,6 +100,8 @@ def guarded_subject(subject: Subject, guard: str) -> Subject:
             "answers the attacks; leave it out"
         )
     calibration = stored_calibration(settings, path, served_digest(subject))
+    if name == QUERIES or (name is None and set(rules_of(settings)) <= {SCHEMA, RANGE, QUERIES}):
+        return subject  # the stateful rule is measured apart, see `query_trials`
     pipeline, scales = guard_pipeline(settings_without_queries(settings)), {}
     if calibration is not None:
         pipeline, scales = with_calibration(pipeline, calibration), dict(calibration.scales)
@@ -120,6 +122,23 @@ def guarded_subject(subject: Subject, guard: str) -> Subject:
     note = f"the guard {path.name} rejects inputs by {', '.join(thresholds)}{rate}"
     card = {**subject.card, "guard": {"file": path.name, "rules": [*thresholds]}}
     return Subject(model, identity, card, (*subject.notes, note))
+
+
+def query_trials(guard: str) -> QueryTrials | None:
+    """Return the attacks that measure the query detector of a guard, `FILE` or `FILE:RULE`, or None without one."""
+    path, name = _file_and_rule(guard)
+    settings = read_guard_settings(path)
+    rule = settings.rules.queries
+    if rule is None or name not in (None, QUERIES):
+        return None
+    calibration = stored_calibration(settings, path)
+    found = {} if calibration is None else calibration.parameters.get(QUERIES, {})
+    return QueryTrials(_query_settings(rule, found.get("radius")))
+
+
+def _file_and_rule(guard: str) -> tuple[Path, str | None]:
+    file, colon, rule = guard.rpartition(":")
+    return (Path(file), rule) if colon and not Path(guard).exists() else (Path(guard), None)
 
 
 def settings_without_queries(settings: GuardSettings) -> GuardSettings:
