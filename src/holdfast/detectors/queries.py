@@ -48,7 +48,7 @@ from holdfast.detectors.fingerprints import Fingerprinter, Fingerprints, Floats,
 class QuerySettings:
     """Settings of the stateful query detector."""
 
-    radius: Positive = 0.6
+    radius: Positive = 0.75
     """distance of low-pass inputs up to which a query is a near duplicate; `radius_for` chooses it from benign inputs.
     The default suits images in [0, 1]"""
     threshold: Positive = 10.0

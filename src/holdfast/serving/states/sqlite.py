@@ -25,7 +25,7 @@ from holdfast.detectors.clusters import (
     View,
     Wanted,
 )
-from holdfast.detectors.fingerprints import Floats
+from holdfast.serving.states.packing import packed, unpacked
 from holdfast.serving.states.reachability import Reachability
 from holdfast.serving.states.spending import Balance, Charge, Grant, spent
 
@@ -252,16 +252,6 @@ class SQLiteState:
             db.executemany("DELETE FROM buckets WHERE hash = ? AND key = ?", pairs)
             db.execute("DELETE FROM clusters WHERE key = ?", (key,))
         return len(old)
-
-
-def packed(sketch: Floats) -> bytes:
-    """Return a sketch as bytes, in half precision, whose error is far below the radius."""
-    return sketch.astype("<f2").tobytes()
-
-
-def unpacked(content: bytes) -> Floats:
-    """Return the sketch that `packed` converted to bytes."""
-    return np.frombuffer(content, "<f2").astype(np.float32)
 
 
 @contextmanager
