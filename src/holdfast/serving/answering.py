@@ -4,6 +4,7 @@ Each batch takes one reference to a network that is never modified, so that all 
 same parameter set, and a swap never waits for a batch or changes one.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -71,6 +72,8 @@ class Outcome:
     decision: Decision | None = None
     answer: Answer | None = None
     refusal: Refused | None = None
+    action: Action = Action.ALLOW
+    """action of the decision, which is computed only once"""
 
 
 class NoAudit:
@@ -135,7 +138,7 @@ def _record(outcome: Outcome, served: ServedSet) -> dict[str, object]:
         "answered",
         request,
         status=200 if outcome.refusal is None else outcome.refusal.status,
-        action=decision.action.word,
+        action=outcome.action.word,
         set=served.name,
         epoch=served.epoch,
         **({"rows": rows} if rows else {}),
@@ -163,16 +166,15 @@ class Answering:
 
     def __call__(self, jobs: Sequence[Job]) -> list[Answer | Exception]:
         served = self.served
-        outcomes: dict[int, Outcome] = {}
-        due: list[Job] = []
-        for job, refusal in zip(jobs, self._spent(jobs), strict=True):
-            if refusal is None:
-                due.append(job)
-            else:
-                outcomes[id(job)] = Outcome(job, refusal=refusal)
-        if due:
-            outcomes |= {id(outcome.job): outcome for outcome in self._audited(due, served)}
-        return [self._settled(outcomes[id(job)], served) for job in jobs]
+        refusals = self._spent(jobs)
+        due = [job for job, refusal in zip(jobs, refusals, strict=True) if refusal is None]
+        outcomes = iter(self._audited(due, served) if due else ())
+        settled = [
+            next(outcomes) if refusal is None else Outcome(job, refusal=refusal)
+            for job, refusal in zip(jobs, refusals, strict=True)
+        ]
+        self._count(settled, served)
+        return [self._returned(outcome) for outcome in settled]
 
     def _spent(self, jobs: Sequence[Job]) -> list[Refused | None]:
         if self.quotas is None:
@@ -182,14 +184,13 @@ class Answering:
         )
 
     def _audited(self, jobs: Sequence[Job], served: ServedSet) -> list[Outcome]:
-        full = [Outcome(job, refusal=wait_first(_AUDIT_FULL, 10.0, cause="audit")) for job in jobs]
         try:
             self.audit.start(jobs)
             outcomes = self._guarded(jobs, served)
             self.audit.end(outcomes, served)
         except OSError:
             self.telemetry.set("holdfast_audit_failing", 1)
-            return full
+            return [Outcome(job, refusal=wait_first(_AUDIT_FULL, 10.0, cause="audit")) for job in jobs]
         self.telemetry.set("holdfast_audit_failing", 0)
         return outcomes
 
@@ -197,22 +198,20 @@ class Answering:
         """Return the outcome of each job after guard and model."""
         decisions = self._before(jobs)
         if decisions is None:
-            return [_failed(job, "the guard failed", "guard-error") for job in jobs]
+            return [_failed(job, "the guard failed", "guard") for job in jobs]
         passed = [(job, d) for job, d in zip(jobs, decisions, strict=True) if d.answered]
         outputs = self._outputs([_inputs(job, decision) for job, decision in passed], served)
-        answered = [(d, out) for (_, d), out in zip(passed, outputs, strict=True) if isinstance(out, Tensor)]
-        after = self._after([d for d, _ in answered], [out for _, out in answered])
-        scores = dict(
-            zip((id(d) for d, _ in answered), zip(after, (o for _, o in answered), strict=True), strict=True)
-        )
+        scored = [(d, out) for (_, d), out in zip(passed, outputs, strict=True) if out is not None]
+        after = iter(self._after([d for d, _ in scored], [out for _, out in scored]))
+        logits = iter(outputs)
         outcomes = []
         for job, decision in zip(jobs, decisions, strict=True):
             if not decision.answered:
                 outcomes.append(_decided(job, decision, None))
-            elif id(decision) in scores:
-                outcomes.append(_decided(job, *scores[id(decision)]))
-            else:
+            elif (scores := next(logits)) is None:
                 outcomes.append(_failed(job, _MODEL, "model"))
+            else:
+                outcomes.append(_decided(job, next(after), scores))
         return outcomes
 
     def _before(self, jobs: Sequence[Job]) -> Sequence[Decision] | None:
@@ -251,22 +250,35 @@ class Answering:
             return list(parts)
         return [part if bool(part.isfinite().all()) else None for part in parts]
 
-    def _settled(self, outcome: Outcome, served: ServedSet) -> Answer | Exception:
-        """Count an outcome, and return it as the batcher expects it."""
-        decision = outcome.decision
-        if decision is not None:
-            self.telemetry.count("holdfast_decisions_total", decision.action.word)
-            for row in decision.rows:
-                for score in row.scores:
-                    if score.fired:
-                        self.telemetry.count("holdfast_rule_fired_total", score.rule, score.mode.value)
-        if outcome.answer is None:
-            assert outcome.refusal is not None
-            return outcome.refusal
-        rows = len(outcome.job.incoming.x)
+    def _count(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
+        """Count the outcomes of a batch for the metrics and for the pool."""
+        actions, fired, rows = Counter[Action](), Counter[tuple[str, str]](), 0
+        for outcome in outcomes:
+            if outcome.decision is not None:
+                actions[outcome.action] += 1
+                fired.update(
+                    (score.rule, score.mode.value)
+                    for row in outcome.decision.rows
+                    for score in row.scores
+                    if score.fired
+                )
+            if outcome.answer is not None:
+                n = len(outcome.answer.scores)
+                rows += n
+                self.answered(served, outcome.job.incoming.principal, n)
         self.telemetry.count("holdfast_inputs_total", n=rows)
-        self.answered(served, outcome.job.incoming.principal, rows)
-        return outcome.answer
+        for action, n in actions.items():
+            self.telemetry.count("holdfast_decisions_total", action.word, n=n)
+        for (rule, mode), n in fired.items():
+            self.telemetry.count("holdfast_rule_fired_total", rule, mode, n=n)
+
+    @staticmethod
+    def _returned(outcome: Outcome) -> Answer | Exception:
+        """Return an outcome as the batcher expects it."""
+        if outcome.answer is not None:
+            return outcome.answer
+        assert outcome.refusal is not None
+        return outcome.refusal
 
 
 def _inputs(job: Job, decision: Decision) -> Tensor:
@@ -286,14 +298,14 @@ def _decided(job: Job, decision: Decision, logits: Tensor | None) -> Outcome:
     action = decision.action
     if action is Action.BLOCK or decision.refusal or logits is None:
         reason = decision.refusal or "the request is refused"
-        return Outcome(job, decision, refusal=Refused(422, reason, (), "guard"))
+        return Outcome(job, decision, refusal=Refused(422, reason, (), "guard"), action=action)
     if action is Action.ABSTAIN:
         rows = [str(row) for row, each in enumerate(decision.actions) if each is Action.ABSTAIN]
         reason = _ABSTAINS.format(", ".join(rows))
-        return Outcome(job, decision, refusal=Refused(422, reason, (), "guard"))
-    labelled = [row for row, each in enumerate(decision.actions) if each is Action.LABEL_ONLY]
-    if labelled:
+        return Outcome(job, decision, refusal=Refused(422, reason, (), "guard"), action=action)
+    if action >= Action.LABEL_ONLY:
+        labelled = [row for row, each in enumerate(decision.actions) if each is Action.LABEL_ONLY]
         logits = logits.clone()
         one_hot = torch.nn.functional.one_hot(logits[labelled].argmax(1), logits.shape[1])
         logits[labelled] = one_hot.to(logits.dtype)
-    return Outcome(job, decision, Answer(logits, decision.delay_s))
+    return Outcome(job, decision, Answer(logits, decision.delay_s), action=action)

@@ -46,7 +46,7 @@ from holdfast.serving.telemetry import Telemetry
 _REPORT_S, _HASTE_S = 0.5, 0.02
 """seconds between two reports to the supervisor, and after answers of a pool, whose number may cause a swap"""
 
-_SWITCH_S = 0.0002
+_SWITCH_S = 0.001
 """Seconds after which a thread must let another one run. Each operation of torch in the thread of the batches waits for
 this time at its end if the thread that parses requests is busy; the default of Python is 5 ms."""
 
@@ -260,7 +260,7 @@ class Worker:
 
 def main(inbox: int, outbox: int, listener: int) -> int:
     """Run a worker with the pipes to the supervisor and the socket at these file descriptors. Return the exit code."""
-    sys.setswitchinterval(_SWITCH_S)
+    sys.setswitchinterval(float(os.environ.get("SW", _SWITCH_S)))
     # Ctrl-C is sent to all processes of a terminal; the supervisor handles it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
