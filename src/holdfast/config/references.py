@@ -161,7 +161,7 @@ def open_model(
     )
     reference = ModelReference(model_reference(model).given, source, inference, limits)
     if reference.address is None:
-        outputs = ("model_output", "classes", "class_names", "class_order")
+        outputs = ("model_output", "classes", "class_names", "class_order", "guard")
         refuse_other_settings(reference, "a model given as a Python object", *outputs)
     return reference
 
