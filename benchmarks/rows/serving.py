@@ -20,12 +20,12 @@ from benchmarks.networks import images, network
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.core.model import Classifier
 from holdfast.rotation.live import canary
-from holdfast.serving.app import Limits
+from holdfast.serving.app import ConnectionLimits
 from holdfast.serving.audit_chain import AuditKey
 from holdfast.serving.audit_folder import verify_audit
 from holdfast.serving.live_pool import LivePool
 from holdfast.serving.supervisor import ServerSetup, Supervisor
-from holdfast.serving.worker import WorkerSetup
+from holdfast.serving.worker import ServingSetup
 from holdfast.serving.worker_processes import bound_socket
 from holdfast.store.pool import Pool
 
@@ -130,12 +130,12 @@ def _model() -> Classifier:
 def _setup(folder: Path, **settings: object) -> ServerSetup:
     audit = folder / "audit"
     pool = settings.pop("pool", None)
-    worker = WorkerSetup(
+    worker = ServingSetup(
         _model,
         NAME,
         SHAPE,
         threads=1,
-        limits=Limits(max_latency_s=5.0),
+        limits=ConnectionLimits(max_latency_s=5.0),
         audit_key=AuditKey.of(audit),
         **settings,
     )

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from holdfast.core.model import Classifier
-from holdfast.serving.answering import Answering, ChainAudit, ServedSet
-from holdfast.serving.app import Limits, ServedModel, application
+from holdfast.serving.answering import Answerer, ChainAudit, ServedSet
+from holdfast.serving.app import ConnectionLimits, ServedModel, application
 from holdfast.serving.audit_chain import AuditKey, ChainFile
 from holdfast.serving.batching import Batcher
 from holdfast.serving.decisions import Action, Mode, RowDecision, Score
 from holdfast.serving.keys import KeyFile, add_key
-from holdfast.serving.openapi import document
+from holdfast.serving.openapi import openapi_document
 from holdfast.serving.protocol import NoRules
 
 from .small import CLASSES, FEATURES, SIGNATURE, network, request
@@ -61,13 +61,13 @@ class Here:
     """A client of the application in this process. `signature` and `limits` are those of the model."""
 
     def __init__(self, *, guard=None, keys=None, limits=None, model=None, signature=SIGNATURE, **settings):
-        self.answering = Answering(ServedSet(model or network(), "s", 1), guard or NoRules(), **settings)
+        self.answering = Answerer(ServedSet(model or network(), "s", 1), guard or NoRules(), **settings)
         self.served = ServedModel(
             signature,
             Batcher(self.answering, max_rows=8, max_latency_s=5.0),
             keys,
             None,
-            limits or Limits(),
+            limits or ConnectionLimits(),
         )
         self.app = application(self.served)
 
@@ -171,7 +171,7 @@ def test_a_slow_body_is_refused_and_the_connection_closed():
         yield b"{"
         await asyncio.sleep(10)
 
-    response = Here(limits=Limits(body_timeout_s=0.02))("POST", INFER, headers=JSON, content=slow())
+    response = Here(limits=ConnectionLimits(body_timeout_s=0.02))("POST", INFER, headers=JSON, content=slow())
     assert error(response) == (408, "the body did not arrive in time")
     assert response.headers["connection"] == "close"
 
@@ -266,7 +266,9 @@ def test_a_full_disk_refuses_or_answers_as_configured(tmp_path, monkeypatch, fai
 def test_the_document_describes_what_is_returned():
     here = Here()
     content = here("GET", "/openapi.json").json()
-    assert content == json.loads(json.dumps(document(SIGNATURE, keys=False, max_body=here.served.max_body)))
+    assert content == json.loads(
+        json.dumps(openapi_document(SIGNATURE, keys=False, max_body=here.served.max_body))
+    )
     for path, operations in content["paths"].items():
         for method, operation in operations.items():
             body = {"content": request(X, id="7"), "headers": JSON} if method == "post" else {}

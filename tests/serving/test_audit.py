@@ -9,7 +9,7 @@ import pytest
 
 from holdfast.core.chain import Link
 from holdfast.core.errors import TargetError
-from holdfast.serving.audit_chain import AuditKey, ChainFile, ended, interrupt, lines, started
+from holdfast.serving.audit_chain import AuditKey, ChainFile, end_record, interrupt, lines, start_record
 from holdfast.serving.audit_folder import AuditFolder, verify_audit
 from holdfast.store.records import line_of
 
@@ -21,9 +21,9 @@ def folder(path):
     for number, requests in enumerate(("ab", "cd")):
         place = audit.new_worker()
         chain = ChainFile(place)
-        chain.add([started(request, key.pseudonym("alice"), 1, "0" * 32) for request in requests])
+        chain.add([start_record(request, key.pseudonym("alice"), 1, "0" * 32) for request in requests])
         answered = requests if number == 0 else requests[:1]
-        chain.add([ended("answered", request, status=200, set="s") for request in answered])
+        chain.add([end_record("answered", request, status=200, set="s") for request in answered])
         chain.close()
         audit.ended(place, reason="the worker died")
     return audit
@@ -99,8 +99,8 @@ def test_the_chains_of_a_killed_server_are_completed_by_the_next_one(tmp_path, m
     audit = AuditFolder.open(tmp_path / "audit", {})
     place = audit.new_worker()
     chain = ChainFile(place)
-    chain.add([started("a", "", 1, ""), started("b", "", 1, "")])
-    chain.add([ended("answered", "a", status=200)])
+    chain.add([start_record("a", "", 1, ""), start_record("b", "", 1, "")])
+    chain.add([end_record("answered", "a", status=200)])
     with place.open("ab") as file:
         file.write(b'{"content":{"kind":"answered"')  # what a kill leaves
     with audit.chain.path.open("ab") as file:
@@ -141,16 +141,16 @@ def test_a_full_disk_leaves_a_valid_chain(tmp_path, full_disk, fail_open):
     audit = AuditFolder.open(tmp_path / "audit", {})
     place = audit.new_worker()
     chain = ChainFile(place, fail_open=fail_open)
-    chain.add([started("a", "", 1, "")])
+    chain.add([start_record("a", "", 1, "")])
     full_disk["full"] = True
-    for record in (ended("answered", "a", status=200), started("b", "", 1, "")):
+    for record in (end_record("answered", "a", status=200), start_record("b", "", 1, "")):
         if fail_open:
             chain.add([record])
         else:
             with pytest.raises(OSError, match="No space"):
                 chain.add([record])
     full_disk["full"] = False
-    chain.add([ended("answered", "b", status=200)] if fail_open else [started("b", "", 1, "")])
+    chain.add([end_record("answered", "b", status=200)] if fail_open else [start_record("b", "", 1, "")])
     verified = verify_audit(tmp_path / "audit")
     assert verified.lost == (2 if fail_open else 0) and verified.open == (1 if fail_open else 2)
     assert interrupt(place, "the end") == verified.open

@@ -18,7 +18,7 @@ from holdfast.serving.audit_chain import AuditKey
 from holdfast.serving.audit_folder import verify_audit
 from holdfast.serving.live_pool import LivePool
 from holdfast.serving.supervisor import ServerSetup, Supervisor
-from holdfast.serving.worker import WorkerSetup
+from holdfast.serving.worker import ServingSetup
 from holdfast.store.pool import Pool
 
 from .small import FEATURES, network, pool, request
@@ -29,7 +29,7 @@ X = torch.rand(1, FEATURES, generator=torch.Generator().manual_seed(3))
 
 def setup(tmp_path, *, workers=1, live=None, **settings):
     audit = tmp_path / "audit"
-    worker = WorkerSetup(
+    worker = ServingSetup(
         network,
         "small",
         (FEATURES,),
@@ -219,7 +219,7 @@ def test_answers_are_kept_while_the_ledger_cannot_be_written(live, monkeypatch):
 
 
 def test_a_model_that_cannot_be_opened_is_reported(tmp_path):
-    prepared = ServerSetup(WorkerSetup(unusable, "small", (FEATURES,), set_name="file"), port=0)
+    prepared = ServerSetup(ServingSetup(unusable, "small", (FEATURES,), set_name="file"), port=0)
     with pytest.raises(TargetError, match="this model is missing"):
         Supervisor(prepared).start()
 

@@ -1,7 +1,8 @@
 """Converts the settings of `holdfast serve` to the setup of a server: workers, pool, keys and audit chains."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.rotation.triggers import Trigger
-from holdfast.serving.app import Limits
+from holdfast.serving.app import ConnectionLimits
 from holdfast.serving.audit_chain import AuditKey
 from holdfast.serving.keys import read_keys
-from holdfast.serving.live_pool import CANARIES, LivePool, refuse_unready
+from holdfast.serving.live_pool import CANARIES, LivePool, refuse_no_canaries
 from holdfast.serving.protocol import NoRules, RequestGuard
 from holdfast.serving.supervisor import ServerSetup
-from holdfast.serving.worker import WorkerSetup
+from holdfast.serving.worker import ServingSetup
 from holdfast.sources.models import ROTATING, bundled_models
 from holdfast.sources.remote import SCHEMES
 
@@ -44,49 +45,21 @@ def server_setup(
         raise UsageError(
             f"model is {address!r}, and a server never loads a model from a URL; download the file, and give its path"
         )
-    pool = pool_of(address)
-    triggers = _triggers(options.every)
-    if pool is None and triggers:
-        raise UsageError(
-            f"every is {', '.join(options.every)}, and {address or 'the model'} is no pool, so there is no other set; "
-            f"serve a pool with {ROTATING}FOLDER, or leave it out"
-        )
-    sources = Sources(reference, DataReference(None), settings.inputs)
-    live = None
-    if pool is not None:
-        live = LivePool(pool, triggers, options.swaps_per_hour)
-        refuse_unready(live)
-        trust_code = reference.source.trust_code
-        refuse_code_in_pool(pool, trust_code=trust_code)
-        kept = pool.kept(CANARIES)
-        assert kept is not None
-        shape: tuple[int, ...] = tuple(kept.columns["x"].shape[1:])
-        opening: Callable[[], Classifier] = partial(
-            _architecture,
-            str(pool.path),
-            settings_of_pool(pool),
-            pool.manifest["about"].get("model", {}),
-            trust_code=trust_code,
-        )
-        set_name, about = "", {"pool": pool.manifest["id"]}
-    else:
-        subject = open_subject(sources)  # here, so that a mistake is reported before workers start
-        shape = _shape(reference)
-        opening = partial(_opened, sources)
-        set_name, about = subject.digest[:16], {"model": subject.digest}
-    if options.keys is not None:
-        read_keys(Path(options.keys))
+    served = _served(settings, reference)
+    keys = None if options.keys is None else Path(options.keys)
+    if keys is not None:
+        read_keys(keys)
     audit = None if options.audit is None else Path(options.audit)
-    worker = WorkerSetup(
-        opening=opening,
+    worker = ServingSetup(
+        opening=served.opening,
         name=options.name or _name_of(address),
-        shape=shape,
+        shape=served.shape,
         version=options.model_version,
-        set_name=set_name,
+        set_name=served.set_name,
         device=device_of(settings.device.device),
         threads=_threads(options.workers),
         max_rows=limits.max_rows,
-        limits=Limits(
+        limits=ConnectionLimits(
             max_body=limits.max_body,
             body_timeout_s=seconds(limits.body_timeout, "body_timeout"),
             header_timeout_s=seconds(limits.header_timeout, "header_timeout"),
@@ -97,8 +70,8 @@ def server_setup(
         drain_s=seconds(limits.drain, "drain"),
         guard=guard,
         guard_fails_open=options.on_guard_failure == "answer",
-        keys=None if options.keys is None else Path(options.keys),
-        quotas=None if options.keys is None else Path(f"{options.keys}.quota"),
+        keys=keys,
+        quotas=None if keys is None else keys.with_name(f"{keys.name}.quota"),
         audit_key=None if audit is None else AuditKey.of(audit),
         audit_fails_open=options.on_audit_failure == "answer",
     )
@@ -109,10 +82,52 @@ def server_setup(
         options.admin_host,
         options.admin_port,
         options.workers,
-        live,
+        served.pool,
         audit,
-        {**about, "name": worker.name, "version": worker.version},
+        {**served.about, "name": worker.name, "version": worker.version},
     )
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What is served: how each worker opens it, the shape of its inputs, and its pool, if it is one."""
+
+    opening: Callable[[], Classifier]
+    shape: tuple[int, ...]
+    set_name: str
+    about: Mapping[str, str]
+    pool: LivePool | None = None
+
+
+def _served(settings: ServeSettings, reference: ModelReference) -> _Served:
+    pool, triggers = pool_of(reference.address), _triggers(settings.options.every)
+    if pool is not None:
+        return _served_pool(LivePool(pool, triggers, settings.options.swaps_per_hour), reference)
+    if triggers:
+        raise UsageError(
+            f"every is {', '.join(settings.options.every)}, and {reference.address or 'the model'} is no pool, so "
+            f"there is no other set; serve a pool with {ROTATING}FOLDER, or leave it out"
+        )
+    sources = Sources(reference, DataReference(None), settings.inputs)
+    shape = _shape(reference)
+    digest = open_subject(sources).digest  # here, so that a mistake is reported before workers start
+    return _Served(partial(_opened, sources), shape, digest[:16], {"model": digest})
+
+
+def _served_pool(live: LivePool, reference: ModelReference) -> _Served:
+    pool, trust_code = live.pool, reference.source.trust_code
+    refuse_no_canaries(live)
+    refuse_code_in_pool(pool, trust_code=trust_code)
+    canaries = pool.kept(CANARIES)
+    assert canaries is not None
+    opening = partial(
+        _architecture,
+        str(pool.path),
+        settings_of_pool(pool),
+        pool.manifest["about"].get("model", {}),
+        trust_code=trust_code,
+    )
+    return _Served(opening, tuple(canaries.columns["x"].shape[1:]), "", {"pool": pool.manifest["id"]}, live)
 
 
 def _triggers(texts: list[str]) -> tuple[Trigger, ...]:

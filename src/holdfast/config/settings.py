@@ -60,7 +60,7 @@ __all__ = [
 
 VERBS: Mapping[str, type[VerbSettings]] = {
     kind.verb: kind
-    for kind in (ServeSettings, AssessSettings, CertifySettings, HardenSettings, RotateSettings)
+    for kind in (AssessSettings, CertifySettings, HardenSettings, RotateSettings, ServeSettings)
 }
 """Class of the settings of each verb, by name. A configuration file may contain a section for each of these verbs."""
 

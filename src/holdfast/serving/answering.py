@@ -14,7 +14,7 @@ from torch import Tensor
 
 from holdfast.core.errors import HoldfastError
 from holdfast.core.model import Classifier
-from holdfast.serving.audit_chain import AuditKey, ChainFile, ended, started
+from holdfast.serving.audit_chain import AuditKey, ChainFile, end_record, start_record
 from holdfast.serving.decisions import Action, Decision, Incoming
 from holdfast.serving.protocol import RequestGuard
 from holdfast.serving.quotas import Quotas, Spending
@@ -97,7 +97,7 @@ class ChainAudit:
     def start(self, jobs: Sequence[Job]) -> None:
         """Record that requests have started. Raises `OSError` if they must not be answered."""
         records = [
-            started(
+            start_record(
                 job.incoming.request,
                 self.key.pseudonym(job.incoming.principal),
                 len(job.incoming.x),
@@ -115,7 +115,7 @@ class ChainAudit:
         except OSError:
             # The requests were started and are refused now, which is recorded once the disk is writable again.
             self._owed += [
-                ended("failed", outcome.job.incoming.request, reason="audit") for outcome in outcomes
+                end_record("failed", outcome.job.incoming.request, reason="audit") for outcome in outcomes
             ]
             raise
 
@@ -128,13 +128,13 @@ def _record(outcome: Outcome, served: ServedSet) -> dict[str, object]:
     request, decision = outcome.job.incoming.request, outcome.decision
     if decision is None or (outcome.refusal is not None and outcome.refusal.cause != "guard"):
         status = 500 if outcome.refusal is None else outcome.refusal.status
-        return ended("failed", request, status=status)
+        return end_record("failed", request, status=status)
     rows = [
         [row.action.word, {s.rule: [round(s.value, 6), s.fired, s.mode.value] for s in row.scores}]
         for row in decision.rows
         if row.scores
     ]
-    return ended(
+    return end_record(
         "answered",
         request,
         status=200 if outcome.refusal is None else outcome.refusal.status,
@@ -147,7 +147,7 @@ def _record(outcome: Outcome, served: ServedSet) -> dict[str, object]:
 
 
 @dataclass(eq=False)
-class Answering:
+class Answerer:
     """Function from the jobs of a batch to their answers. It is called by one thread.
 
     `guard_fails_open` states whether requests are answered although the guard raised an error.

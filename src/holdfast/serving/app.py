@@ -45,8 +45,8 @@ _REASONS = {404: "there is nothing at this path", 405: "this method is not suppo
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Limits of requests and connections of one worker."""
+class ConnectionLimits:
+    """ConnectionLimits of requests and connections of one worker."""
 
     max_body: int | None = None
     """largest number of bytes of a body; None for the largest that a valid request can need"""
@@ -73,7 +73,7 @@ class ServedModel:
     keys: KeyFile | None = None
     audit_key: AuditKey | None = None
     """key of the digests in the audit chain; None without an audit"""
-    limits: Limits = field(default_factory=Limits)
+    limits: ConnectionLimits = field(default_factory=ConnectionLimits)
     telemetry: Telemetry = field(default_factory=Telemetry)
     ready: bool = True
     """whether requests are answered; false while the server drains"""
@@ -103,7 +103,9 @@ class ServedModel:
     async def document(self, request: Request) -> Response:
         """Return the OpenAPI document."""
         self._principal(request)
-        return _json(openapi.document(self.signature, keys=self.keys is not None, max_body=self.max_body))
+        return _json(
+            openapi.openapi_document(self.signature, keys=self.keys is not None, max_body=self.max_body)
+        )
 
     async def metadata(self, request: Request) -> Response:
         """Return the metadata of the model."""

@@ -160,7 +160,7 @@ def now() -> float:
     return round(time.time(), 6)
 
 
-def started(request: str, principal: str, rows: int, digest: str) -> dict[str, Any]:
+def start_record(request: str, principal: str, rows: int, digest: str) -> dict[str, Any]:
     """Return the record of a request before the model is called."""
     return {
         "kind": "started",
@@ -172,7 +172,7 @@ def started(request: str, principal: str, rows: int, digest: str) -> dict[str, A
     }
 
 
-def ended(kind: str, request: str, **facts: Any) -> dict[str, Any]:
+def end_record(kind: str, request: str, **facts: Any) -> dict[str, Any]:
     """Return the record of the end of a request: `answered`, `failed` or `interrupted`."""
     return {"kind": kind, "request": request, **facts, "time": now()}
 
@@ -199,7 +199,7 @@ def interrupt(path: Path, reason: str) -> int:
             record, size = json.loads(line), size + len(line)
             head = record["digest"]
             _follow(pending, record["content"])
-        more, _ = lines(head, [ended("interrupted", request, reason=reason) for request in pending])
+        more, _ = lines(head, [end_record("interrupted", request, reason=reason) for request in pending])
         file.truncate(size)
         file.seek(size)
         file.write(more)

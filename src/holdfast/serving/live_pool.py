@@ -194,7 +194,7 @@ class LivePool:
         self.alarm, self.reason = alarm, reason
 
 
-def refuse_unready(live: LivePool) -> None:
+def refuse_no_canaries(live: LivePool) -> None:
     """Raise `TargetError` if the serving set of a pool cannot be tested, because the pool has no canary inputs."""
     if live.pool.kept(CANARIES) is None:
         raise TargetError(

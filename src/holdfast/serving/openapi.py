@@ -28,7 +28,7 @@ _DESCRIPTIONS = {
 }
 
 
-def document(signature: Signature, *, keys: bool, max_body: int) -> dict[str, Any]:
+def openapi_document(signature: Signature, *, keys: bool, max_body: int) -> dict[str, Any]:
     """Return the OpenAPI document of a server for the model with a signature. `keys` states whether a key is needed."""
     of_model = ("404", *(("401", "403") if keys else ()))
     model = f"/v2/models/{signature.name}"

@@ -25,8 +25,8 @@ from holdfast.engine.processes import unshared
 from holdfast.engine.progress import Notify, ignore
 from holdfast.serving.audit_folder import AuditFolder
 from holdfast.serving.live_pool import LivePool, NextSet
-from holdfast.serving.telemetry import Telemetry, Totals
-from holdfast.serving.worker import WorkerSetup
+from holdfast.serving.telemetry import MetricTotals, Telemetry
+from holdfast.serving.worker import ServingSetup
 from holdfast.serving.worker_processes import Inbox, WorkerProcess, bound_socket
 
 _TICK_S = 0.1
@@ -45,7 +45,7 @@ _LOADING_S = 120.0
 class ServerSetup:
     """What a server needs: the workers, the addresses, the pool, and the audit folder."""
 
-    worker: WorkerSetup
+    worker: ServingSetup
     host: str = "127.0.0.1"
     port: int = 8080
     admin_host: str = "127.0.0.1"
@@ -78,7 +78,7 @@ class Supervisor:
             self._pickled(None)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise unshared(error) from error
-        self.totals, self.telemetry = Totals(), Telemetry()
+        self.totals, self.telemetry = MetricTotals(), Telemetry()
         self._inbox: Inbox = queue.SimpleQueue()
         self._workers: list[WorkerProcess] = []
         self._number = self._early_deaths = 0

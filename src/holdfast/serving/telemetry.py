@@ -102,7 +102,7 @@ class Telemetry:
         return changes
 
 
-class Totals:
+class MetricTotals:
     """The sums of the reports of all processes. Gauges are added up over the processes that still run."""
 
     def __init__(self) -> None:

@@ -32,8 +32,8 @@ from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.model import Classifier
 from holdfast.engine.processes import BEGINNING, read_message, unshared, write_message
 from holdfast.rotation.live import loaded, refuse_strange
-from holdfast.serving.answering import Answer, Answering, Audit, ChainAudit, Job, NoAudit, ServedSet
-from holdfast.serving.app import Limits, ServedModel, application
+from holdfast.serving.answering import Answer, Answerer, Audit, ChainAudit, Job, NoAudit, ServedSet
+from holdfast.serving.app import ConnectionLimits, ServedModel, application
 from holdfast.serving.audit_chain import AuditKey, ChainFile
 from holdfast.serving.batching import Batcher
 from holdfast.serving.connections import limited_protocol
@@ -52,7 +52,7 @@ this time at its end if the thread that parses requests is busy; the default of 
 
 
 @dataclass(frozen=True)
-class WorkerSetup:
+class ServingSetup:
     """What a worker needs to start. It is pickled, and its functions open the model and the guard in the worker."""
 
     opening: Callable[[], Classifier]
@@ -66,7 +66,7 @@ class WorkerSetup:
     device: str = "cpu"
     threads: int | None = None
     max_rows: int = 64
-    limits: Limits = field(default_factory=Limits)
+    limits: ConnectionLimits = field(default_factory=ConnectionLimits)
     drain_s: float = 30.0
     guard: Callable[[], RequestGuard] = NoRules
     guard_fails_open: bool = False
@@ -113,7 +113,7 @@ class _Server(uvicorn.Server):
 class Worker:
     """One worker: the model, the thread that answers batches, the thread that reports, and the loop of the server."""
 
-    def __init__(self, setup: WorkerSetup, chain: Path | None, send: Callable[[bytes, Any], None]) -> None:
+    def __init__(self, setup: ServingSetup, chain: Path | None, send: Callable[[bytes, Any], None]) -> None:
         self.setup, self._send = setup, send
         self.telemetry, self.ledger = Telemetry(), _Ledger()
         self.device = torch.device(setup.device)
@@ -126,7 +126,7 @@ class Worker:
         if self.chain is not None:
             assert setup.audit_key is not None
             audit = ChainAudit(self.chain, setup.audit_key)
-        self.answering = Answering(
+        self.answering = Answerer(
             ServedSet(self._pristine, setup.set_name, 1),
             setup.guard(),
             audit,
