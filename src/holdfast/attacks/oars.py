@@ -25,10 +25,10 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Positive, Steps
 from holdfast.ops.norms import expect_eps, expect_norm
 from holdfast.ops.squares import as_image, window, window_share
-from holdfast.ops.walks import Answer, Example, Walk, follow, least_size
+from holdfast.ops.walks import Answer, Example, Walk, asked, follow, least_size
 
 Base = Literal["square", "nes", "hop_skip_jump"]
-Propose = Callable[[float], Tensor]
+Try = Callable[[float], Generator[Tensor, Answer, Answer]]
 
 _PRECISION = 0.01  # of the position of the decision boundary on a line, as a fraction of its length
 
@@ -82,25 +82,27 @@ class OARS:
                 delta[:, top : top + rows, left : left + columns] = at.eps * at.signs(channels, 1, 1)
             return at.ball(at.x + delta.reshape(at.x.shape))
 
-        first = yield best
-        lowest = lowest if first is None else first
-        squares = yield from self._least(lambda n: changed(n, self.p_init), 1.0, 100.0)
-        least = yield from self._least(
-            lambda side: changed(squares, 0.0, side), 1.0, float(min(height, width))
-        )
-        failures, step = 0, 0
-        while failures < self.attempts:
-            proposal = changed(squares, window_share(self.p_init, step, at.limit), least)
+        def tried(proposal: Tensor) -> Generator[Tensor, Answer, Answer]:
+            nonlocal best, lowest
             value = yield proposal
-            failures, step = failures + 1 if value is None else 0, step + 1
             if value is not None and value < lowest:
                 best, lowest = proposal, value
+            return value
+
+        yield from tried(best)
+        squares = yield from self._least(lambda n: tried(changed(n, self.p_init)), 1.0, 100.0)
+        side = float(min(height, width))
+        least = yield from self._least(lambda side: tried(changed(squares, 0.0, side)), 1.0, side)
+        failures, step = 0, 0
+        while failures < self.attempts:
+            value = yield from tried(changed(squares, window_share(self.p_init, step, at.limit), least))
+            failures, step = failures + 1 if value is None else 0, step + 1
 
     def _nes(self, at: Example) -> Walk:
         x = at.ball(at.x + at.eps * (2 * at.uniform(*at.x.shape) - 1))
-        sigma = yield from self._least(lambda size: at.box(x + size * at.normal()), 1e-3, 0.5)
+        sigma = yield from self._least(lambda size: asked(at.box(x + size * at.normal())), 1e-3, 0.5)
         step = yield from self._least(
-            lambda size: at.ball(x + size * at.signs(*at.x.shape)), self.step * at.eps, 2 * at.eps
+            lambda size: asked(at.ball(x + size * at.signs(*at.x.shape))), self.step * at.eps, 2 * at.eps
         )
         total, failures = torch.zeros_like(x), 0
         while failures < self.attempts:
@@ -129,7 +131,7 @@ class OARS:
             start, failures = at.uniform(*at.x.shape), failures + 1
         x = yield from _boundary(at, start)
         size = yield from self._least(
-            lambda length: at.box(x + at.direction(length)), 0.05, float((x - at.x).norm())
+            lambda length: asked(at.box(x + at.direction(length))), 0.05, float((x - at.x).norm())
         )
         turn = 0
         while failures < self.attempts:
@@ -160,9 +162,9 @@ class OARS:
                     break
                 length /= 2
 
-    def _least(self, propose: Propose, low: float, high: float) -> Generator[Tensor, Answer, float]:
+    def _least(self, attempt: Try, low: float, high: float) -> Generator[Tensor, Answer, float]:
         """Search for the smallest size whose proposals are rarely rejected; `high` if there is none."""
-        return least_size(propose, low, high, self.halvings, self.trials, round(self.rejected * self.trials))
+        return least_size(attempt, low, high, self.halvings, self.trials, round(self.rejected * self.trials))
 
 
 def _boundary(at: Example, broken: Tensor) -> Generator[Tensor, Answer, Tensor]:

@@ -97,8 +97,19 @@ def follow(model: Model, batch: Batch, norm: Norm, walks: Sequence[Walk], limit:
     return result
 
 
+def asked(x: Tensor) -> Generator[Tensor, Answer, Answer]:
+    """Query one input and return the answer."""
+    answer = yield x
+    return answer
+
+
 def least_size(
-    propose: Callable[[float], Tensor], low: float, high: float, halvings: int, trials: int, rejections: int
+    attempt: Callable[[float], Generator[Tensor, Answer, Answer]],
+    low: float,
+    high: float,
+    halvings: int,
+    trials: int,
+    rejections: int,
 ) -> Generator[Tensor, Answer, float]:
     """Search for the smallest size from `low` to `high` at which at most `rejections` of `trials` proposals are
     rejected; return `high` if there is none. The interval of the logarithm of the size is halved `halvings` times.
@@ -106,7 +117,7 @@ def least_size(
     for _ in range(halvings):
         middle, n_rejected = (low * high) ** 0.5, 0
         for _ in range(trials):
-            answer = yield propose(middle)
+            answer = yield from attempt(middle)
             n_rejected += answer is None
             if n_rejected > rejections:
                 break
