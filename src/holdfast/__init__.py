@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from holdfast.core.corruptions import Corruptions
     from holdfast.core.draws import Draws
     from holdfast.core.evidence import Evidence
-    from holdfast.core.guard import guarded
+    from holdfast.core.guard import with_detector
     from holdfast.core.model import Bounds, Classifier
     from holdfast.core.patches import Patch
     from holdfast.core.skipped import skipped
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from holdfast.core.through import through
     from holdfast.core.transformations import Colour, Spatial
     from holdfast.deploying import serve
+    from holdfast.guarding import Guard
+    from holdfast.serving.middleware import GuardMiddleware
     from holdfast.stored import compare, report, verify
 
 __version__ = "0.2.0"
@@ -41,6 +43,8 @@ __all__ = [
     "Corruptions",
     "Draws",
     "Evidence",
+    "Guard",
+    "GuardMiddleware",
     "Linf",
     "Patch",
     "Ray",
@@ -54,7 +58,6 @@ __all__ = [
     "compare",
     "demo",
     "doctor",
-    "guarded",
     "harden",
     "init",
     "open_data",
@@ -65,6 +68,7 @@ __all__ = [
     "through",
     "validate",
     "verify",
+    "with_detector",
 ]
 
 _HOMES = {
@@ -75,6 +79,8 @@ _HOMES = {
     "Corruptions": "holdfast.core.corruptions",
     "Draws": "holdfast.core.draws",
     "Evidence": "holdfast.core.evidence",
+    "Guard": "holdfast.guarding",
+    "GuardMiddleware": "holdfast.serving.middleware",
     "L0": "holdfast.core.constraints",
     "L1": "holdfast.core.constraints",
     "L2": "holdfast.core.constraints",
@@ -90,7 +96,6 @@ _HOMES = {
     "compare": "holdfast.stored",
     "demo": "holdfast.api",
     "doctor": "holdfast.api",
-    "guarded": "holdfast.core.guard",
     "harden": "holdfast.api",
     "init": "holdfast.config.starting",
     "open_data": "holdfast.config.references",
@@ -101,6 +106,7 @@ _HOMES = {
     "through": "holdfast.core.through",
     "validate": "holdfast.config.starting",
     "verify": "holdfast.stored",
+    "with_detector": "holdfast.core.guard",
 }
 
 
@@ -113,9 +119,18 @@ _MODULES = {
 """Modules that are imported when they are first used, as in `holdfast.attacks.PGD(steps=100)`."""
 
 
+_EARLIER = {"guarded": "with_detector"}
+"""Earlier names that are still accepted with a warning."""
+
+
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
+    if name in _EARLIER:
+        from holdfast.core.renamed import warn_of_renaming
+
+        warn_of_renaming(f"holdfast.{name}", f"holdfast.{_EARLIER[name]}")
+        return __getattr__(_EARLIER[name])
     if name in _MODULES:
         return import_module(_MODULES[name])
     if name not in _HOMES:

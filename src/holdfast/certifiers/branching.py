@@ -55,7 +55,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Decision:
+class BranchingResult:
     """Result of branch and bound for one claim."""
 
     bound: float
@@ -130,7 +130,7 @@ class Tree:
         graph = self.root.graph
         self.relus = [i for i in graph.nonlinear if isinstance(graph.node(i).operation, ReLU)]
 
-    def decide(self, first: Optimised) -> Decision:
+    def decide(self, first: Optimised) -> BranchingResult:
         """Return whether the claim holds, beginning with bounds (1, k) of its functions for the whole region."""
         bound = (first.lower + self.claim.constants).amax(1)
         problems = _Problems(
@@ -142,20 +142,20 @@ class Tree:
         at_once = 4
         while len(problems):
             if time.perf_counter() >= self.deadline:
-                return Decision(min(solved, float(problems.bound.min())), self.work, stopped=True)
+                return BranchingResult(min(solved, float(problems.bound.min())), self.work, stopped=True)
             order = problems.bound.argsort(stable=True)
             chosen, rest = problems.take(order[:at_once]), problems.take(order[at_once:])
             children, witness, final = self._divided(chosen)
             if witness is not None:
-                return Decision(float(problems.bound.min()), self.work, stopped=False, witness=witness)
+                return BranchingResult(float(problems.bound.min()), self.work, stopped=False, witness=witness)
             if final:  # a subproblem without unknown signs is not proved
-                return Decision(float(problems.bound.min()), self.work, stopped=False)
+                return BranchingResult(float(problems.bound.min()), self.work, stopped=False)
             proved = children.bound > 0
             if proved.any():
                 solved = min(solved, float(children.bound[proved].min()))
             problems = _Problems.joined([rest, children.take((~proved).nonzero()[:, 0])])
             at_once = min(2 * at_once, self.search.at_once)
-        return Decision(solved, self.work, stopped=False)
+        return BranchingResult(solved, self.work, stopped=False)
 
     def _filled(self, choices: Choices) -> Choices:
         k = len(self.claim.rows)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from holdfast.certifiers.alpha import optimised, sharpen
-from holdfast.certifiers.branching import Decision, OutputProperty, Search, Tree, splittable
+from holdfast.certifiers.branching import BranchingResult, OutputProperty, Search, Tree, splittable
 from holdfast.certifiers.crown import relaxed, substitute
 from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.protocol import Proofs, ReadyProver
@@ -125,12 +125,12 @@ class _Searching:
 
     def _decided(
         self, relaxation: Relaxation, claim: OutputProperty, one: Batch, deadline: float
-    ) -> Decision:
+    ) -> BranchingResult:
         output = relaxation.graph.output
         best = optimised(relaxation, output, claim.rows[None], steps=self.steps)
         bound = float((best.lower + claim.constants).amax())
         if bound > 0 or not self.search or not splittable(relaxation.graph):
-            return Decision(bound, 1, stopped=False)
+            return BranchingResult(bound, 1, stopped=False)
 
         def violated(x: Tensor) -> Tensor:
             return self._wrong(self.threat.constraint.project(x, one.x.expand_as(x), self.model.bounds), one)

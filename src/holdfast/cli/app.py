@@ -30,6 +30,7 @@ _COMMANDS = {
     ),
     "harden": ("harden", "train a new model that is more robust, within a time budget"),
     "rotate": ("rotate", "serve several parameter sets in turn, so that a stolen set is soon out of use"),
+    "calibrate": ("calibrate", "set the thresholds of a guard from benign inputs"),
     "serve": ("serve", "serve a model, or a pool of parameter sets, over HTTP"),
     "keys": ("keys", "create, list and revoke the API keys of a server"),
     "compare": ("report", "show what changed between two runs on the same examples"),

@@ -19,6 +19,7 @@ from holdfast.config.groups import SettingGroup
 from holdfast.config.suites import refuse_unknown
 from holdfast.config.verb_settings import (
     AssessSettings,
+    CalibrateSettings,
     CertifySettings,
     DoctorSettings,
     HardenSettings,
@@ -35,6 +36,7 @@ __all__ = [
     "FORMER_KEYS",
     "VERBS",
     "AssessSettings",
+    "CalibrateSettings",
     "CertifySettings",
     "DoctorSettings",
     "HardenSettings",
@@ -101,7 +103,7 @@ def _groups(kind: type[VerbSettings]) -> dict[str, type[SettingGroup]]:
     return {each.name: hints[each.name] for each in fields(kind) if each.name != "notes"}
 
 
-_KINDS: tuple[type[VerbSettings], ...] = (DoctorSettings, *VERBS.values())
+_KINDS: tuple[type[VerbSettings], ...] = (DoctorSettings, CalibrateSettings, *VERBS.values())
 _GROUPS = {kind: _groups(kind) for kind in _KINDS}
 _KEYS = {
     kind: {
@@ -175,11 +177,11 @@ def keys_for_verb(
     outdated name.
 
     The keys are those at the top, and those of the section with the name of the verb, which takes precedence. Sections
-    of other verbs are validated but not returned. For `doctor`, all keys of `assess` are accepted, but only those that
-    `doctor` uses are returned. Raises `UsageError`, with the section for each key, for keys at the top that the verb
-    does not use.
+    of other verbs are validated but not returned. For `doctor` and `calibrate`, all keys of `assess` are accepted, but
+    only those that they use are returned. Raises `UsageError`, with the section for each key, for keys at the top that
+    the verb does not use.
     """
-    reading: type[VerbSettings] = AssessSettings if kind is DoctorSettings else kind
+    reading: type[VerbSettings] = AssessSettings if kind in (DoctorSettings, CalibrateSettings) else kind
     sections = {verb: _section(loaded[verb], verb, where) for verb in VERBS if verb in loaded}
     top = {key: value for key, value in loaded.items() if key not in VERBS}
     refuse_consent(top, where)

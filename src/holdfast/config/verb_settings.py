@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from holdfast.config import groups, placing, serve_settings
+from holdfast.config import groups, guard_settings, placing, serve_settings
 from holdfast.config.groups import SettingGroup
 
 
@@ -29,6 +29,22 @@ class DoctorSettings(VerbSettings):
     file: groups.FileFormat = _group(groups.FileFormat)
     model: groups.ModelSource = _group(groups.ModelSource)
     inference: groups.InferenceSource = _group(groups.InferenceSource)
+    inputs: groups.InputSpace = _group(groups.InputSpace)
+    data: groups.DataSource = _group(groups.DataSource)
+    selection: groups.ExampleSelection = _group(groups.ExampleSelection)
+    random: groups.Seed = _group(groups.Seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateSettings(VerbSettings):
+    """All settings of the command `holdfast calibrate`."""
+
+    verb = "calibrate"
+    file: groups.FileFormat = _group(groups.FileFormat)
+    options: guard_settings.CalibrateOptions = _group(guard_settings.CalibrateOptions)
+    model: groups.ModelSource = _group(groups.ModelSource)
+    inference: groups.InferenceSource = _group(groups.InferenceSource)
+    limits: groups.ServerLimits = _group(groups.ServerLimits)
     inputs: groups.InputSpace = _group(groups.InputSpace)
     data: groups.DataSource = _group(groups.DataSource)
     selection: groups.ExampleSelection = _group(groups.ExampleSelection)
