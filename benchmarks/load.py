@@ -1,4 +1,4 @@
-"""A client for servers that costs little CPU: it sends prepared requests over open connections and times the responses."""
+"""A client that costs little CPU: it sends prepared requests over open connections and times the responses."""
 
 import asyncio
 import json

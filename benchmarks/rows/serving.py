@@ -92,7 +92,8 @@ def outcome(seconds: float, rounds: int, swaps: int, swap_seconds: float) -> Out
     config: Cells = {
         "network": NAME, "connections": CONNECTIONS, "images a request": 1, "rounds": rounds,
         "seconds a round": seconds, "workers": 1, "threads a worker": 1, "audit": "on, fsync twice a second",
-        "guard": "without rules", "load during swaps": "half of the throughput", "sets": SETS, "swap seconds": swap_seconds,
+        "guard": "without rules", "load during swaps": "half of the throughput", "sets": SETS,
+        "swap seconds": swap_seconds,
     }  # fmt: skip
     notes = [
         f"the audit of the rounds has {audited.records:,} records, which holdfast verify confirms",

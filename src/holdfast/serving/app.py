@@ -46,7 +46,7 @@ _REASONS = {404: "there is nothing at this path", 405: "this method is not suppo
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """ConnectionLimits of requests and connections of one worker."""
+    """Limits of requests and connections of one worker."""
 
     max_body: int | None = None
     """largest number of bytes of a body; None for the largest that a valid request can need"""

@@ -1,4 +1,4 @@
-"""ConnectionLimits of connections, which an ASGI application cannot enforce: their number, and the time for the headers."""
+"""Limits of connections, which an ASGI application cannot enforce: their number, and the time for the headers."""
 
 import asyncio
 from typing import Any
