@@ -1,0 +1,166 @@
+"""Keyed fingerprints of inputs: sketches whose distances approximate those of the inputs, hashes that find sketches
+nearby, and digests that identify exact repeats.
+
+A sketch is a random projection of a low-pass version of the input. All random numbers are derived from a secret key, so
+that an attacker cannot compute which changes leave a fingerprint unchanged, and no input is stored.
+
+Johnson & Lindenstrauss, "Extensions of Lipschitz mappings into a Hilbert space", 1984, for the projection; Datar,
+Immorlica, Indyk & Mirrokni, "Locality-sensitive hashing scheme based on p-stable distributions", SoCG 2004, for the
+hashes.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from holdfast.core.errors import UsageError
+
+Floats = NDArray[np.float32]
+Hashes = NDArray[np.int64]
+
+SHORTEST_KEY = 16
+"""bytes; shorter keys could be guessed"""
+_DIMS = 64  # of a sketch: its distances have a relative standard deviation of 1 / sqrt(2 * 64), which is 9 %
+_LEAST_SIDE = 8  # pixels; in smaller images, gradients say little about motion
+
+
+class Stream:
+    """Numbers from SHAKE-256 of a key and a label, which nobody without the key can predict."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = hashlib.blake2b(key, digest_size=32, person=b"holdfast-query").digest()
+
+    def bits(self, label: str, n: int) -> NDArray[np.uint64]:
+        """Return `n` uniform 64-bit numbers for a label."""
+        stream = hashlib.shake_256(self._key + label.encode()).digest(8 * n)
+        return np.frombuffer(stream, dtype="<u8").astype(np.uint64)
+
+    def uniform(self, label: str, n: int) -> NDArray[np.float64]:
+        """Return `n` uniform numbers in (0, 1) for a label."""
+        return ((self.bits(label, n) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+    def normal(self, label: str, *shape: int) -> Floats:
+        """Return standard normal numbers of a shape for a label, by the Box-Muller transform."""
+        n = math.prod(shape)
+        radius = np.sqrt(-2 * np.log(self.uniform(f"{label}/radius", n)))
+        angle = 2 * np.pi * self.uniform(f"{label}/angle", n)
+        numbers: Floats = (radius * np.cos(angle)).reshape(shape).astype(np.float32)
+        return numbers
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """Fingerprints of a batch of n inputs."""
+
+    sketches: Floats
+    """(n, 64); the distance of two rows approximates that of the low-pass inputs"""
+    hashes: Hashes
+    """(n, tables); inputs that are near each other have at least one of them in common with high probability"""
+    digests: Sequence[int]
+    """(n) 64-bit keyed digests; equal only for equal inputs"""
+
+
+class Fingerprinter:
+    """Computes the fingerprints of inputs of one shape.
+
+    Images (channels, height, width) are averaged over cells of a grid first, with at most `cells` cells in all channels
+    together. The average of a cell hardly changes under small changes of single pixels, while different images
+    differ in many cells. Inputs of other shapes are projected as they are.
+    """
+
+    def __init__(
+        self, key: bytes, shape: Sequence[int], *, cells: int, tables: int, width: int, bucket: float
+    ) -> None:
+        if len(key) < SHORTEST_KEY:
+            raise UsageError(
+                f"the key of the query detector has {len(key)} bytes; expected at least {SHORTEST_KEY} random bytes, "
+                "such as secrets.token_bytes(32)"
+            )
+        self.shape = tuple(shape)
+        self.image = len(self.shape) == 3 and min(self.shape[1:]) >= _LEAST_SIDE
+        n_features = math.prod(self.shape)
+        if self.image:
+            side = max(1, math.isqrt(cells // self.shape[0]))
+            self._grid = min(side, self.shape[1]), min(side, self.shape[2])
+            n_features = self.shape[0] * math.prod(self._grid)
+        if n_features < 1:
+            raise UsageError(f"inputs of shape {self.shape} are empty; expected at least one value")
+        stream = Stream(key)
+        self._projection = stream.normal("sketch", n_features, _DIMS) / np.float32(math.sqrt(_DIMS))
+        self._tables, self._width = tables, width
+        self._planes = stream.normal("planes", _DIMS, tables * width) / np.float32(bucket)
+        self._offsets = stream.uniform("offsets", tables * width).astype(np.float32)
+        # odd multipliers of a hash of several integers, modulo 2^64
+        self._multipliers = (stream.bits("mix", tables * width) | np.uint64(1)).reshape(tables, width)
+        self._digest_key = stream.bits("digest", 4).tobytes()
+
+    def __call__(self, x: Tensor) -> Fingerprints:
+        """Return the fingerprints of inputs `x` (n, *shape)."""
+        sketches = self.sketch(x)
+        cells = np.floor(sketches @ self._planes + self._offsets).astype(np.int64).view(np.uint64)
+        mixed = cells.reshape(len(x), self._tables, self._width) * self._multipliers
+        hashes = mixed.sum(axis=2, dtype=np.uint64)
+        hashes ^= hashes >> np.uint64(29)
+        return Fingerprints(sketches, hashes.view(np.int64), self._digests(x))
+
+    def sketch(self, x: Tensor) -> Floats:
+        """Return the sketches (n, 64) of inputs `x` (n, *shape)."""
+        if tuple(x.shape[1:]) != self.shape:
+            raise UsageError(f"inputs have the shape {tuple(x.shape[1:])}; expected {self.shape}")
+        projected: Floats = self._features(x.detach().to("cpu", torch.float32)) @ self._projection
+        return projected
+
+    def _features(self, x: Tensor) -> Floats:
+        """Low-pass inputs (n, features), as 32-bit floats; values that are not finite count as zero."""
+        features = F.adaptive_avg_pool2d(x, self._grid) if self.image else x
+        flat: Floats = np.nan_to_num(features.flatten(1).numpy(), nan=0.0, posinf=0.0, neginf=0.0)
+        return flat
+
+    def _digests(self, x: Tensor) -> list[int]:
+        rows = np.ascontiguousarray(x.detach().to("cpu", torch.float32).numpy())
+        return [
+            int.from_bytes(
+                hashlib.blake2b(row.data, digest_size=8, key=self._digest_key).digest(), "little", signed=True
+            )
+            for row in rows
+        ]
+
+    def natural(self, x: Tensor) -> Floats:
+        """Return the sketches (64, k) of changes that natural causes make to one image (1, channels, height, width):
+        horizontal and vertical motion, zoom, contrast, brightness of each channel, and blur. k is 0 for other inputs.
+        """
+        if not self.image:
+            return np.zeros((_DIMS, 0), np.float32)
+        x = x.detach().to("cpu", torch.float32)
+        padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+        left, right = padded[:, :, 1:-1, :-2], padded[:, :, 1:-1, 2:]
+        above, below = padded[:, :, :-2, 1:-1], padded[:, :, 2:, 1:-1]
+        across, down = (right - left) / 2, (below - above) / 2
+        height, width = x.shape[2:]
+        from_middle = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)
+        zoom = from_middle[0] * down + from_middle[1] * across
+        contrast = x - x.mean((2, 3), keepdim=True)
+        channels = torch.eye(x.shape[1])[:, :, None, None].expand(-1, -1, height, width)
+        # second derivatives are the next term of a motion's Taylor series, and the first of a blur
+        changes = (across, down, zoom, contrast, left + right - 2 * x, above + below - 2 * x, channels)
+        return self.sketch(torch.cat(changes)).T
+
+
+def unexplained(difference: Floats, natural: Floats) -> float:
+    """Return the length of the part of a difference of sketches (64) that is no linear combination of the natural
+    changes (64, k).
+    """
+    if not natural.shape[1]:
+        return float(np.linalg.norm(difference))
+    # a small ridge, because the changes of a uniform image are zero or parallel
+    gram = natural.T @ natural
+    gram[np.diag_indices_from(gram)] += 1e-5 * np.trace(gram) / len(gram) + 1e-12
+    weights = np.linalg.solve(gram, natural.T @ difference)
+    return float(np.linalg.norm(difference - natural @ weights))

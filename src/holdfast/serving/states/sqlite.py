@@ -1,0 +1,287 @@
+"""State of the query detector and of rates in a SQLite file, for several processes of one machine.
+
+The file is in WAL mode: a batch of queries is one transaction of a few writes. After a crash of a process nothing is
+lost; after a power failure, the last transactions may be, which only forgets the last queries.
+"""
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from holdfast.core.errors import TargetError
+from holdfast.detectors.clusters import (
+    Account,
+    Cluster,
+    Fail,
+    Health,
+    Limits,
+    SteadyClock,
+    View,
+    Wanted,
+)
+from holdfast.serving.states.packing import packed, unpacked
+from holdfast.serving.states.reachability import Reachability
+from holdfast.serving.states.spending import Balance, Charge, Grant, spent
+
+_FORMAT = 1
+Counts = tuple[int, int, int]
+"""numbers of clusters, answers and accounts"""
+
+_GAIN = 50  # new rows of one process after which it drops old ones
+_PARAMETERS = 5000  # in one statement; SQLite allows 32,766
+_SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS state (
+    id INTEGER PRIMARY KEY CHECK (id = 1), wall REAL, steady REAL, clusters INTEGER, answers INTEGER, accounts INTEGER);
+CREATE TABLE IF NOT EXISTS clusters (
+    key INTEGER PRIMARY KEY, leader BLOB, hashes BLOB, mass REAL, members INTEGER, seen REAL);
+CREATE INDEX IF NOT EXISTS clusters_seen ON clusters (seen);
+CREATE TABLE IF NOT EXISTS buckets (hash INTEGER, key INTEGER, PRIMARY KEY (hash, key)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS answers (digest INTEGER PRIMARY KEY, seen REAL);
+CREATE INDEX IF NOT EXISTS answers_seen ON answers (seen);
+CREATE TABLE IF NOT EXISTS accounts (name TEXT PRIMARY KEY, queries REAL, mass REAL, seen REAL);
+CREATE INDEX IF NOT EXISTS accounts_seen ON accounts (seen);
+CREATE TABLE IF NOT EXISTS balances (name TEXT PRIMARY KEY, tokens REAL, seen REAL, used INTEGER, began REAL);
+CREATE INDEX IF NOT EXISTS balances_seen ON balances (seen);
+PRAGMA user_version = {_FORMAT};
+"""
+
+
+class SQLiteState:
+    """State in a SQLite file, which any number of processes of one machine open at the same time.
+
+    `wait_s` is how long a transaction waits for those of other processes. Raises `TargetError` if the file cannot be
+    opened; later errors are reported, and handled as `fail` states.
+    """
+
+    def __init__(
+        self, path: Path, limits: Limits | None = None, *, fail: Fail = "closed", wait_s: float = 2.0
+    ) -> None:
+        self.path, self.limits, self.fail = path, limits or Limits(), fail
+        self._wait_s, self._lock, self._clock = wait_s, Lock(), SteadyClock()
+        self._reach, self._gained = Reachability(f"state in {path}", fail, retry_s=0.5), 0
+        try:
+            self._db = self._opened()
+        except (sqlite3.Error, OSError) as error:
+            raise TargetError(
+                f"the state {path} cannot be opened ({error}); expected a file in a writable folder of a local disk"
+            ) from error
+
+    @property
+    def health(self) -> Health:
+        """Whether the file can be used, and how often it could not."""
+        return self._reach.health
+
+    def exchange(self, wanted: Wanted, now: float, decide: Callable[[View], None]) -> bool:
+        """Read, decide and store in one transaction, like `QueryState.exchange`."""
+
+        def work(db: sqlite3.Connection) -> None:
+            time, counts = self._begun(db, now)
+            view = self._view(db, wanted, time)
+            decide(view)
+            self._store(db, view)
+            self._finish(db, view, now, counts)
+
+        return self._run(work)
+
+    def spend(self, charges: Sequence[Charge], now: float) -> list[Grant]:
+        """Answer charges in one transaction, like `SharedState.spend`."""
+        grants: list[Grant] = []
+
+        def work(db: sqlite3.Connection) -> None:
+            time, counts = self._begun(db, now)
+            for charge in charges:
+                row = db.execute(
+                    "SELECT tokens, seen, used, began FROM balances WHERE name = ?", (charge.principal,)
+                ).fetchone()
+                grant, new = spent(charge, Balance(*row) if row else None, time)
+                db.execute(
+                    "INSERT OR REPLACE INTO balances VALUES (?, ?, ?, ?, ?)",
+                    (charge.principal, new.tokens, new.seen, new.used, new.began),
+                )
+                grants.append(grant)
+            _save(db, now, time, counts)
+
+        if not self._run(work):
+            return [Grant(granted=self.fail == "open", reason="lost", lost=True) for _ in charges]
+        return grants
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()
+
+    def _opened(self) -> sqlite3.Connection:
+        # readable by this user only, before SQLite creates it and the files beside it with the same mode
+        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        self._pid = os.getpid()
+        db = sqlite3.connect(
+            self.path,
+            timeout=self._wait_s,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=64,
+        )
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.execute("PRAGMA cache_size = -32000")  # KiB
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, _FORMAT):
+                raise TargetError(
+                    f"the state {self.path} has the format {version}; expected {_FORMAT}. Delete the file to start a "
+                    "new state"
+                )
+            if version == 0:
+                db.executescript(_SCHEMA)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _run(self, work: Callable[[sqlite3.Connection], None]) -> bool:
+        with self._lock:
+            if self._reach.waiting:
+                return False
+            try:
+                if self._pid != os.getpid():  # a connection must not be used after a fork
+                    self._db = self._opened()
+                with _transaction(self._db) as db:
+                    work(db)
+            except (sqlite3.Error, OSError, TargetError) as error:
+                self._reach.lost(error)
+                self._reopen()
+                return False
+            self._reach.reached()
+            return True
+
+    def _reopen(self) -> None:
+        """Open the file again, because a connection to a file that was removed or damaged stays unusable."""
+        try:
+            db = self._opened()
+        except (sqlite3.Error, OSError, TargetError):
+            return  # the next attempt reports it
+        self._db.close()
+        self._db = db
+
+    def _begun(self, db: sqlite3.Connection, now: float) -> tuple[float, Counts]:
+        """Time of the state, and the numbers of clusters, answers and accounts."""
+        row = db.execute("SELECT wall, steady, clusters, answers, accounts FROM state").fetchone()
+        return self._clock.at(now, row[:2] if row else None), tuple(row[2:]) if row else (0, 0, 0)
+
+    def _view(self, db: sqlite3.Connection, wanted: Wanted, now: float) -> View:
+        clusters: dict[int, Cluster] = {}
+        buckets: dict[int, list[int]] = {}
+        for each, key, leader, mass, members, seen in _rows(
+            db,
+            "SELECT hash, key, leader, mass, members, seen FROM buckets JOIN clusters USING (key) WHERE hash IN",
+            dict.fromkeys(wanted.hashes.ravel().tolist()),
+        ):
+            buckets.setdefault(each, []).append(key)
+            if key not in clusters:
+                clusters[key] = Cluster(key, unpacked(leader), mass, members, seen)
+        answered = {row[0] for row in _rows(db, "SELECT digest FROM answers WHERE digest IN", wanted.digests)}
+        accounts = {
+            name: Account(queries, mass, seen)
+            for name, queries, mass, seen in _rows(
+                db, "SELECT name, queries, mass, seen FROM accounts WHERE name IN", wanted.principals
+            )
+        }
+        return View(now, self.limits.half_life_s, clusters, buckets, answered, accounts)
+
+    def _store(self, db: sqlite3.Connection, view: View) -> None:
+        for key, hashes in view.added.items():
+            new = view.clusters[key]
+            db.execute(
+                "INSERT INTO clusters VALUES (?, ?, ?, ?, ?, ?)",
+                (key, packed(new.leader), np.array(hashes, "<i8").tobytes(), new.mass, new.members, new.seen),
+            )
+            db.executemany("INSERT OR IGNORE INTO buckets VALUES (?, ?)", [(each, key) for each in hashes])
+        for key in view.touched.keys() - view.added.keys():
+            old = view.clusters[key]
+            db.execute(
+                "UPDATE clusters SET mass = ?, members = ?, seen = ? WHERE key = ?",
+                (min(old.mass, self.limits.heaviest), old.members, view.now, key),
+            )
+        db.executemany("DELETE FROM buckets WHERE hash = ? AND key = ?", view.dropped)
+        db.executemany(
+            "INSERT OR IGNORE INTO answers VALUES (?, ?)", [(each, view.now) for each in view.answers]
+        )
+
+    def _finish(self, db: sqlite3.Connection, view: View, now: float, counts: Counts) -> None:
+        """Store the accounts, drop what is too old or too much, and store the clock and the counts."""
+        n_accounts = counts[2]
+        for name in view.charged:
+            account = view.accounts[name]
+            row = (account.queries, account.mass, account.seen, name)
+            if not db.execute(
+                "UPDATE accounts SET queries = ?, mass = ?, seen = ? WHERE name = ?", row
+            ).rowcount:
+                db.execute("INSERT INTO accounts VALUES (?, ?, ?, ?)", (name, *row[:3]))
+                n_accounts += 1
+        counts = counts[0] + len(view.added), counts[1] + len(view.answers), n_accounts
+        self._gained += len(view.added) + len(view.answers) + len(view.charged)
+        if self._gained >= _GAIN:
+            counts, self._gained = self._dropped(db, view.now, counts), 0
+        _save(db, now, view.now, counts)
+
+    def _dropped(self, db: sqlite3.Connection, now: float, counts: Counts) -> Counts:
+        """Drop what is too old or too much, and return the numbers of what is left. Several times as much is dropped as
+        was gained, so that a shrunken limit is reached without a long transaction.
+        """
+        oldest, most = now - self.limits.lifetime_s, 4 * self._gained
+        _drop(db, "balances", oldest, 0, most)
+        return (
+            counts[0] - self._drop_clusters(db, oldest, counts[0] - self.limits.clusters, most),
+            counts[1] - _drop(db, "answers", oldest, counts[1] - self.limits.digests, most),
+            counts[2] - _drop(db, "accounts", oldest, counts[2] - self.limits.accounts, most),
+        )
+
+    def _drop_clusters(self, db: sqlite3.Connection, oldest: float, excess: int, most: int) -> int:
+        rows = db.execute(
+            "SELECT key, hashes, seen FROM clusters ORDER BY seen LIMIT ?", (min(max(excess, 1), most),)
+        ).fetchall()
+        old = [(key, hashes) for n, (key, hashes, seen) in enumerate(rows) if n < excess or seen < oldest]
+        for key, hashes in old:
+            pairs = [(each, key) for each in np.frombuffer(hashes, "<i8").tolist()]
+            db.executemany("DELETE FROM buckets WHERE hash = ? AND key = ?", pairs)
+            db.execute("DELETE FROM clusters WHERE key = ?", (key,))
+        return len(old)
+
+
+@contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    db.execute("BEGIN IMMEDIATE")  # a read that is upgraded later could fail, because another process wrote
+    try:
+        yield db
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")
+
+
+def _rows(db: sqlite3.Connection, query: str, values: Iterable[object]) -> Iterator[tuple[Any, ...]]:
+    """Rows of a query that ends with IN, over any number of values."""
+    every = list(values)
+    for start in range(0, len(every), _PARAMETERS):
+        part = every[start : start + _PARAMETERS]
+        yield from db.execute(f"{query} ({','.join('?' * len(part))})", part)
+
+
+def _drop(db: sqlite3.Connection, table: str, oldest: float, excess: int, most: int) -> int:
+    """Delete rows that are too old, or `excess` rows beyond the limit, at most `most`; returns their number."""
+    limit = min(max(excess, 1), most)
+    return db.execute(
+        f"DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} ORDER BY seen LIMIT ?) AND (? OR seen < ?)",  # noqa: S608
+        (limit, excess > 0, oldest),
+    ).rowcount
+
+
+def _save(db: sqlite3.Connection, wall: float, steady: float, counts: Counts) -> None:
+    db.execute("INSERT OR REPLACE INTO state VALUES (1, ?, ?, ?, ?, ?)", (wall, steady, *counts))
