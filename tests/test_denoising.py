@@ -11,7 +11,7 @@ from holdfast.core.batch import UNLABELLED, Batch
 from holdfast.core.constraints import L2
 from holdfast.core.draws import Draws
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.guard import guarded
+from holdfast.core.guard import with_detector
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.ops.denoiser import DenoisedNetwork, with_denoiser
@@ -133,6 +133,6 @@ def test_what_has_no_denoiser_is_refused_with_the_way_out():
     table = nn.Sequential(nn.Linear(6, 3)), (torch.rand(60, 6), torch.arange(60) % 3)
     with pytest.raises(UsageError, match=r"inputs have shape \(6,\); choose another recipe"):
         holdfast.harden(*table, "l2:0.3", "denoised", n=5, device="cpu")
-    rejecting = guarded(stripes()[0].net, lambda x: x.flatten(1).mean(1), 0.9)
+    rejecting = with_detector(stripes()[0].net, lambda x: x.flatten(1).mean(1), 0.9)
     with pytest.raises(UsageError, match="harden the network without its detector"):
         holdfast.harden(rejecting, (data.x, data.y), "l2:0.3", "denoised", n=5, device="cpu")

@@ -12,7 +12,14 @@ import torch
 from holdfast.attacks import PGD
 from holdfast.core.constraints import L0, Linf
 from holdfast.core.errors import UsageError
-from holdfast.core.guard import Aim, guarded, rejected_as_correct, score, softly_rejected_as_correct, with_aim
+from holdfast.core.guard import (
+    Aim,
+    rejected_as_correct,
+    score,
+    softly_rejected_as_correct,
+    with_aim,
+    with_detector,
+)
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.core.through import through
@@ -51,7 +58,7 @@ def walled():
     return assessed(STEEP, problem()[1])
 
 
-STEEP = guarded(sides, offset, LIMIT, scale=1e-4)
+STEEP = with_detector(sides, offset, LIMIT, scale=1e-4)
 
 
 def reach(batch):
@@ -68,7 +75,7 @@ def test_no_pass_wins_within_the_closed_form_and_thresholds_are_reached():
     truth, aware = reach(batch), found["aware_score"].double()
     assert (aware >= truth - 1e-9).all()
     assert (found["oblivious_score"] >= aware).all()
-    for rate in (0.5, 0.05, 0.01):
+    for rate in (0.5, 0.05, 0.01, 0.001):
         limit = threshold(found["score"], rate)
         assert ((aware <= limit) != (truth <= limit)).sum() <= 1
     assert (found["class_margin"] > 0).all()
@@ -88,7 +95,7 @@ SLOPE = {"plain": Sign(), "declared": through(Sign(), backward=lambda x: offset(
 @pytest.mark.parametrize("kind", SLOPE)
 def test_a_detector_without_a_gradient_raises_a_doubt_that_only_a_way_round_it_answers(kind):
     _, batch, _, stands = problem()
-    model, arms = guarded(sides, SLOPE[kind], 0.5), (Member("BPDA", PGD(steps=10)),)
+    model, arms = with_detector(sides, SLOPE[kind], 0.5), (Member("BPDA", PGD(steps=10)),)
     blind, known = (assessed(model, batch, doubts="all", adaptive=chosen) for chosen in ((), arms))
     doubts = [{doubt.name: doubt for doubt in found.doubts}["zero-gradient"] for found in (blind, known)]
     assert doubts[0].state == "raised"
@@ -109,7 +116,7 @@ def test_a_stage_that_gives_no_floats_has_no_gradient_to_stand_in_for():
     whole = through(lambda x: offset(x) > LIMIT, backward=offset)
     arms = (Member("BPDA", PGD(steps=10)),)
     with pytest.raises(UsageError, match=r"the stage net.detector returns torch.bool, .* as in .float\(\)"):
-        assessed(guarded(sides, whole, 0.5), batch, doubts="all", adaptive=arms)
+        assessed(with_detector(sides, whole, 0.5), batch, doubts="all", adaptive=arms)
 
 
 def test_the_numbers_are_those_of_the_scores():
@@ -125,7 +132,9 @@ def test_the_numbers_are_those_of_the_scores():
     assert estimate("accepted_right_at_5_percent", found).value == pytest.approx(float(right.double().mean()))
     wrong = estimate("accepted_wrong_at_5_percent", found)
     assert wrong.value == pytest.approx(float((aware <= limit).double().mean()))
-    for name in DETECTION:
+    with pytest.raises(Absent, match="0.1 % is measured on 999 clean inputs or more, and the sample has 40"):
+        estimate("detection_rate_at_0_1_percent", found)
+    for name in (name for name in DETECTION if "_0_1_" not in name):
         number = estimate(name, found)
         assert 0 <= number.low <= number.value <= number.high <= 1
     assert (
@@ -206,9 +215,9 @@ def test_nothing_is_measured_of_who_has_no_detector_or_another_goal():
     blind = assessed(model, batch, threat=ThreatModel(Linf(EPS), access="gradients"), attacked=False)
     for run in (bare, aimed, blind):
         assert not set(DETECTION) & set(run.metrics)
-        with pytest.raises(Absent, match="guarded"):
+        with pytest.raises(Absent, match="with_detector"):
             estimate("detection_auroc", run.evidence)
-    with pytest.raises(UsageError, match="guarded"):
+    with pytest.raises(UsageError, match="with_detector"):
         assessed(sides, batch, gates=("detection_auroc >= 0.9",))
     gated = assessed(model, batch, gates=("detection_auroc >= 0.999",))
     assert gated.gates[0].verdict == "fail"
@@ -216,7 +225,9 @@ def test_nothing_is_measured_of_who_has_no_detector_or_another_goal():
 
 def test_a_pair_without_a_say_is_no_detector():
     _, batch, _, _ = problem()
-    found = assessed(guarded(sides, lambda x: torch.zeros(len(x), dtype=x.dtype), LIMIT), batch).evidence
+    found = assessed(
+        with_detector(sides, lambda x: torch.zeros(len(x), dtype=x.dtype), LIMIT), batch
+    ).evidence
     assert estimate("detection_auroc", found).value == 0.5
     wrong = estimate("accepted_wrong_at_1_percent", found).value
     assert wrong == pytest.approx(estimate("robust_error_rate", found).value)

@@ -23,7 +23,14 @@ from holdfast.cli.app import _COMMANDS
 from holdfast.config.consent import CONSENT
 from holdfast.config.naming import VARIANTS
 from holdfast.config.recipes import build_recipe, written_fields
-from holdfast.config.settings import AssessSettings, CertifySettings, HardenSettings, RotateSettings, keys_of
+from holdfast.config.settings import (
+    AssessSettings,
+    CertifySettings,
+    HardenSettings,
+    RotateSettings,
+    ServeSettings,
+    keys_of,
+)
 from holdfast.config.spellings import SPELLINGS, SUITE_SPELLINGS, attack_called, folded, suite_called
 from holdfast.core.catalogue import ATTACKS as NAMES
 from holdfast.core.catalogue import RECIPES as CLASSES
@@ -203,7 +210,13 @@ def test_every_key_of_the_configuration_is_described_as_in_the_schema():
     }
     known = {
         key: entry.field.description
-        for kind in (RotateSettings, CertifySettings, HardenSettings, AssessSettings)  # of several, the last
+        for kind in (
+            ServeSettings,
+            RotateSettings,
+            CertifySettings,
+            HardenSettings,
+            AssessSettings,
+        )  # of several, the last
         for key, entry in keys_of(kind).items()
     }
     for key in CONSENT:
@@ -214,7 +227,7 @@ def test_every_key_of_the_configuration_is_described_as_in_the_schema():
 def test_the_flags_of_the_configuration_page_exist():
     pages = (
         ROOT / "tests" / "cli" / "help" / f"{name}.txt"
-        for name in ("harden", "assess", "certify", "rotate-run")
+        for name in ("harden", "assess", "certify", "rotate-run", "serve")
     )
     shown = "".join(page.read_text(encoding="utf-8") for page in pages)
     for row in rows("reference/configuration.md", "key"):

@@ -13,7 +13,7 @@ from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.corruptions import Corruptions
 from holdfast.core.errors import TargetError, UsageError
-from holdfast.core.guard import guarded, rejected_as_correct
+from holdfast.core.guard import rejected_as_correct, with_detector
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.harness import Member, measure, members_of
@@ -50,7 +50,7 @@ def problem(eps=0.2):
     gap = torch.maximum(low[:, 1] - farthest, nearest - high[:, 1])
     accepted = offset(x) < LIMIT
     falls = (nearest < farthest) & (gap < LIMIT)
-    return guarded(sides, offset, LIMIT), Batch(x, y, torch.arange(N)), accepted, accepted & ~falls
+    return with_detector(sides, offset, LIMIT), Batch(x, y, torch.arange(N)), accepted, accepted & ~falls
 
 
 @pytest.mark.parametrize("access", ["gradients", "scores"])
@@ -122,9 +122,11 @@ def test_a_detector_may_say_yes_or_no_or_count(threshold, scale):
     def whole(x):
         return (offset(x) >= LIMIT).long() - int(threshold < 0)
 
-    assert guarded(sides, whole, torch.tensor(threshold)).threshold == threshold
+    assert with_detector(sides, whole, torch.tensor(threshold)).threshold == threshold
     for detector in (whole, lambda x: whole(x) > threshold):
-        model = Classifier(guarded(sides, detector, threshold if detector is whole else 0.5, scale=scale))
+        model = Classifier(
+            with_detector(sides, detector, threshold if detector is whole else 0.5, scale=scale)
+        )
         evidence = measure(model, [batch], [FGSM()], ThreatModel(Linf(0.2)))
         assert torch.equal(evidence["rejected"], ~accepted)
 
@@ -139,7 +141,7 @@ def test_a_rejected_input_counts_for_its_label():
 def test_the_scale_of_the_score_changes_no_verdict():
     model, batch, _, _ = problem()
     for scale in (0.01, 100.0):
-        other = guarded(sides, offset, LIMIT, scale=scale)
+        other = with_detector(sides, offset, LIMIT, scale=scale)
         assert torch.equal(Classifier(other)(batch.x).argmax(1), Classifier(model)(batch.x).argmax(1))
 
 
@@ -155,7 +157,7 @@ def test_metrics_of_a_model_that_rejects():
     bare = measure(Classifier(sides), [batch], [PGD()], ThreatModel(Linf(0.2)))
     with pytest.raises(Absent, match="the model accepts every input; give it a detector"):
         estimate("rejection_rate", bare)
-    nobody = measure(Classifier(guarded(sides, offset, -1)), [batch], [PGD()], ThreatModel(Linf(0.2)))
+    nobody = measure(Classifier(with_detector(sides, offset, -1)), [batch], [PGD()], ThreatModel(Linf(0.2)))
     assert estimate("clean_accuracy", nobody).value == 0
     with pytest.raises(Absent, match="the model accepts none"):
         estimate("calibration_error", nobody)
@@ -163,7 +165,7 @@ def test_metrics_of_a_model_that_rejects():
 
 def pair(threshold=0.9):
     """A network of four classes, and the distance of an input to the middle."""
-    return guarded(network(), Off(), threshold, scale=0.5)
+    return with_detector(network(), Off(), threshold, scale=0.5)
 
 
 class Off(torch.nn.Module):
@@ -184,7 +186,7 @@ def test_doubts_and_gates_see_the_pair():
 @pytest.mark.slow
 def test_an_adaptive_attack_goes_round_what_masks_the_pair():
     _, batch, _, stands = problem()
-    masked = guarded(lambda x: sides(rounded(x)), lambda x: offset(rounded(x)), LIMIT)
+    masked = with_detector(lambda x: sides(rounded(x)), lambda x: offset(rounded(x)), LIMIT)
     given, arms = as_data(batch.x, batch.y), (Member("BPDA", APGD(steps=60)),)
     threat, quick = ThreatModel(Linf(0.2)), Member("FGSM", FGSM())
     found = [
@@ -239,7 +241,7 @@ def test_classes_are_counted_without_the_rejection():
     assert Classifier(model, classes=2)(batch.x).shape == (N, 3)
     with pytest.raises(TargetError, match="returned 2 classes, but 3 were declared"):
         Classifier(model, classes=3)(batch.x)
-    one = guarded(lambda x: x[:, 0] - 0.5, offset, LIMIT)
+    one = with_detector(lambda x: x[:, 0] - 0.5, offset, LIMIT)
     assert Classifier(one, classes=2)(batch.x).shape == (N, 3)
     evidence = holdfast.assess(
         holdfast.open_model(model, classes=2), (batch.x, batch.y), "linf:0.2", [PGD()]
@@ -249,20 +251,20 @@ def test_classes_are_counted_without_the_rejection():
 
 def test_what_cannot_be_meant_is_refused():
     with pytest.raises(UsageError, match="expected a network and a detector"):
-        guarded(sides, 3.0, LIMIT)
+        with_detector(sides, 3.0, LIMIT)
     with pytest.raises(UsageError, match="scale is 0"):
-        guarded(sides, offset, LIMIT, scale=0)
+        with_detector(sides, offset, LIMIT, scale=0)
     with pytest.raises(UsageError, match="scale is inf"):
-        guarded(sides, offset, LIMIT, scale=math.inf)
+        with_detector(sides, offset, LIMIT, scale=math.inf)
     for threshold in (math.nan, "half", torch.zeros(3)):
         with pytest.raises(UsageError, match="threshold is .*; expected a number"):
-            guarded(sides, offset, threshold)
+            with_detector(sides, offset, threshold)
     _, batch, _, _ = problem()
     with pytest.raises(TargetError, match=r"the detector returned \(40, 2\) for 40 inputs"):
-        Classifier(guarded(sides, lambda x: x, LIMIT))(batch.x)
+        Classifier(with_detector(sides, lambda x: x, LIMIT))(batch.x)
     with pytest.raises(TargetError, match="the model returned a tuple"):
-        Classifier(guarded(lambda x: (x, x), offset, LIMIT))(batch.x)
-    inner = torch.nn.Sequential(guarded(network(), Off(), 0.9))
+        Classifier(with_detector(lambda x: (x, x), offset, LIMIT))(batch.x)
+    inner = torch.nn.Sequential(with_detector(network(), Off(), 0.9))
     with pytest.raises(TargetError, match="a guarded network is part of another"):
         assess(subject(inner), data(), order())
     with pytest.raises(UsageError, match="the surrogate fake has a detector that rejects inputs"):

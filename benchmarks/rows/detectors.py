@@ -11,7 +11,7 @@ from holdfast.attacks import PGD
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import Linf
 from holdfast.core.draws import Draws
-from holdfast.core.guard import guarded
+from holdfast.core.guard import with_detector
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.gallery import undefended
@@ -114,7 +114,7 @@ def measured() -> Outcome:
     for name, detector in detectors.items():
         with torch.no_grad():
             limit = threshold(detector(training[FITTED:]), FALSE_POSITIVES)
-        pair = guarded(net, detector, limit)
+        pair = with_detector(net, detector, limit)
         found = assess(pair, (x, y), f"linf:{EPS:g}", "quick", seed=SEED, adaptive=True)
         cells = {"detector": name, "twin": twin, **_cells(found)}
         table.append(cells)

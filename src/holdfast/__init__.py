@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from holdfast.core.corruptions import Corruptions
     from holdfast.core.draws import Draws
     from holdfast.core.evidence import Evidence
-    from holdfast.core.guard import guarded
+    from holdfast.core.guard import with_detector
     from holdfast.core.model import Bounds, Classifier
     from holdfast.core.patches import Patch
     from holdfast.core.skipped import skipped
     from holdfast.core.threat import ThreatModel
     from holdfast.core.through import through
     from holdfast.core.transformations import Colour, Spatial
+    from holdfast.deploying import serve
+    from holdfast.guarding import Guard
+    from holdfast.serving.middleware import GuardMiddleware
     from holdfast.stored import compare, report, verify
 
 __version__ = "0.2.0"
@@ -40,6 +43,8 @@ __all__ = [
     "Corruptions",
     "Draws",
     "Evidence",
+    "Guard",
+    "GuardMiddleware",
     "Linf",
     "Patch",
     "Ray",
@@ -53,16 +58,17 @@ __all__ = [
     "compare",
     "demo",
     "doctor",
-    "guarded",
     "harden",
     "init",
     "open_data",
     "open_model",
     "report",
+    "serve",
     "skipped",
     "through",
     "validate",
     "verify",
+    "with_detector",
 ]
 
 _HOMES = {
@@ -73,6 +79,8 @@ _HOMES = {
     "Corruptions": "holdfast.core.corruptions",
     "Draws": "holdfast.core.draws",
     "Evidence": "holdfast.core.evidence",
+    "Guard": "holdfast.guarding",
+    "GuardMiddleware": "holdfast.serving.middleware",
     "L0": "holdfast.core.constraints",
     "L1": "holdfast.core.constraints",
     "L2": "holdfast.core.constraints",
@@ -88,16 +96,17 @@ _HOMES = {
     "compare": "holdfast.stored",
     "demo": "holdfast.api",
     "doctor": "holdfast.api",
-    "guarded": "holdfast.core.guard",
     "harden": "holdfast.api",
     "init": "holdfast.config.starting",
     "open_data": "holdfast.config.references",
     "open_model": "holdfast.config.references",
     "report": "holdfast.stored",
+    "serve": "holdfast.deploying",
     "skipped": "holdfast.core.skipped",
     "through": "holdfast.core.through",
     "validate": "holdfast.config.starting",
     "verify": "holdfast.stored",
+    "with_detector": "holdfast.core.guard",
 }
 
 
@@ -110,9 +119,18 @@ _MODULES = {
 """Modules that are imported when they are first used, as in `holdfast.attacks.PGD(steps=100)`."""
 
 
+_EARLIER = {"guarded": "with_detector"}
+"""Earlier names that are still accepted with a warning."""
+
+
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
+    if name in _EARLIER:
+        from holdfast.core.renamed import warn_of_renaming
+
+        warn_of_renaming(f"holdfast.{name}", f"holdfast.{_EARLIER[name]}")
+        return __getattr__(_EARLIER[name])
     if name in _MODULES:
         return import_module(_MODULES[name])
     if name not in _HOMES:

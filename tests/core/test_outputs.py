@@ -6,7 +6,7 @@ from torch import nn
 
 import holdfast
 from holdfast.core.errors import TargetError, UnclearOutput, UsageError
-from holdfast.core.guard import guarded
+from holdfast.core.guard import with_detector
 from holdfast.core.model import Classifier
 from holdfast.core.outputs import OutputKind
 
@@ -45,7 +45,7 @@ def test_robust_accuracy_is_exact_whatever_the_form(data, sigmoid, flat, output)
 
 
 @pytest.mark.parametrize("flat", [True, False])
-@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: guarded(net, lambda x: x[:, 0], 2.0)])
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: with_detector(net, lambda x: x[:, 0], 2.0)])
 def test_an_undeclared_probability_is_refused(data, flat, wrap):
     with pytest.raises(UnclearOutput, match=r"--model-output probability .*--model-output logit"):
         holdfast.assess(wrap(Single(sigmoid=True, flat=flat)), data, "linf:0.2", "quick")
@@ -91,7 +91,7 @@ def test_what_is_no_probability_is_refused(data):
             "linf:0.2",
             "quick",
         )
-    inside = guarded(nn.Linear(2, 2), lambda x: x[:, 0], 2.0)
+    inside = with_detector(nn.Linear(2, 2), lambda x: x[:, 0], 2.0)
     with pytest.raises(UsageError, match="network inside"):
         holdfast.assess(holdfast.open_model(inside, model_output="probability"), data, "linf:0.2", "quick")
 

@@ -12,7 +12,7 @@ from holdfast.config.starting import validate as check_file
 
 
 @click.command(short_help="write a commented holdfast.yaml")
-@click.argument("path", default="holdfast.yaml", type=click.Path(path_type=Path))
+@click.argument("path", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--model",
     type=completing.MODEL,
@@ -23,12 +23,14 @@ from holdfast.config.starting import validate as check_file
 @click.option(
     "--data", type=completing.DATA, default="mnist-mini", show_default=True, help="Data of the configuration."
 )
+@click.option("--guard", is_flag=True, help="Write the settings of a guard instead (default: guard.yaml).")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
 @with_voice
-def init(voice: Voice, *, path: Path, model: str, data: str, force: bool) -> None:
-    """Write a commented configuration file to start from."""
-    write_starting_file(path, model=model, data=data, force=force)
-    voice.say(f"wrote {path}; next: holdfast assess --config {path}")
+def init(voice: Voice, *, path: Path | None, model: str, data: str, guard: bool, force: bool) -> None:
+    """Write a commented configuration file to start from (default: holdfast.yaml)."""
+    written = write_starting_file(path, model=model, data=data, guard=guard, force=force)
+    following = f"holdfast validate {written}" if guard else f"holdfast assess --config {written}"
+    voice.say(f"wrote {written}; next: {following}")
 
 
 @click.command(short_help="check a holdfast.yaml without running it")
@@ -36,7 +38,10 @@ def init(voice: Voice, *, path: Path, model: str, data: str, force: bool) -> Non
 @click.option("--schema", "print_schema", is_flag=True, help="Print the JSON Schema for editors and exit.")
 @with_voice
 def validate(voice: Voice, *, path: Path | None, print_schema: bool) -> None:
-    """Check all keys of a configuration file, including threat, gates, suite and attacks, without running anything."""
+    """Check all keys of a configuration file, including threat, gates, suite and attacks, without running anything.
+
+    The file may also contain the settings of a guard.
+    """
     if print_schema:
         from holdfast.config.schema import settings_schema
 

@@ -9,7 +9,7 @@ from holdfast.cli.early import refuse_reports
 from holdfast.cli.options import Voice, with_voice
 from holdfast.core.errors import UsageError
 from holdfast.core.names import line
-from holdfast.store.files import POOL_MANIFEST, refuse_no_run
+from holdfast.store.files import AUDIT_MARK, POOL_MANIFEST, refuse_no_run
 
 
 @click.command(short_help="write the reports of a finished run again")
@@ -36,8 +36,8 @@ def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
     return result.exit_code
 
 
-@click.command(short_help="check that the files of a run or a pool are complete and unchanged")
-@click.argument("run", metavar="RUN_OR_POOL", type=click.Path(path_type=Path))
+@click.command(short_help="check that the files of a run, a pool or an audit are unchanged")
+@click.argument("run", metavar="FOLDER", type=click.Path(path_type=Path))
 @click.option(
     "--expect-head",
     default="",
@@ -48,11 +48,16 @@ def report(voice: Voice, run: Path, output: tuple[str, ...]) -> int:
 def verify(voice: Voice, run: Path, expect_head: str) -> None:
     """Compute the digests of all files of a run, and compare them with its chain. Exit code 3 for the first mismatch.
 
+    For the audit folder of holdfast serve, all chains are checked together.
+
     For a pool of holdfast rotate the ledger is checked. With the pool's key each entry is authenticated, and each set
     is decrypted. Without the key a consistent chain may still be forged; the output states that.
     """
     if (run / POOL_MANIFEST).is_file():
         _verify_pool(voice, run, expect_head)
+        return
+    if (run / AUDIT_MARK).is_file():
+        _verify_audit(voice, run)
         return
     if expect_head:
         raise UsageError(f"--expect-head is for pools, and {str(run)!r} is not a pool; leave it out")
@@ -86,6 +91,20 @@ def _verify_pool(voice: Voice, pool: Path, expect_head: str) -> None:
         "note: without the pool's key it is not excluded that entries were removed and the chain was computed again; "
         "set HOLDFAST_POOL_KEY, or restore the key file, to authenticate the chain"
     )
+
+
+def _verify_audit(voice: Voice, folder: Path) -> None:
+    from holdfast.serving.audit_folder import verify_audit
+
+    verified = verify_audit(folder)
+    lost = f", {verified.lost} lost while the disk was full" if verified.lost else ""
+    click.echo(
+        f"{line(str(folder))}: {verified.chains} chains with {verified.records} records are unchanged; requests: "
+        f"{verified.answered} answered, {verified.failed} failed, {verified.interrupted} interrupted, {verified.open} "
+        f"in progress{lost}; head {verified.head}"
+    )
+    for note in verified.notes:
+        voice.say(f"note: {note}")
 
 
 _UNBROKEN = 1000

@@ -16,6 +16,7 @@ from holdfast.config.clusters import refuse_unusable_cluster
 from holdfast.config.expecting import with_found_properties
 from holdfast.config.grammar import seconds
 from holdfast.config.groups import SuiteSettings
+from holdfast.config.guard_opening import query_trials
 from holdfast.config.naming import AUTO
 from holdfast.config.placing import CertifyOptions, ClusterSettings
 from holdfast.config.planning import assess_request, prover
@@ -39,6 +40,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.evidence import Evidence
 from holdfast.engine.progress import Progress
 from holdfast.harness import Member
+from holdfast.serving.query_trials import measurable
 from holdfast.sources.counting import inspection_counter
 from holdfast.sources.selection import selected
 from holdfast.verbs import assess as assessing
@@ -176,12 +178,25 @@ class AssessInputs:
             request = request if subject.model.access == "gradients" else without_attacks(request)
         elif self.certification is not None:
             request = certify_request(request, *_provers(self.certification), self.certification.geometry)
+        guard = sources.model.inference.guard
+        if guard is not None and self.certification is None:
+            request = with_trials(request, guard, subject)
         return replace(
             request,
             fit=open_fit(sources, self.fit, subject.model, request.plan),
             surrogates=surrogates,
             across=open_others(self.across, sources, subject.model),
         )
+
+
+def with_trials(request: AssessRequest, guard: str, subject: Subject) -> AssessRequest:
+    """Return the request of an assessment with the attacks that measure the query detector of a guard, if it has one
+    and the threat model supports them.
+    """
+    trials = query_trials(guard)
+    if trials is None or not measurable(request.plan.threat, subject.model.access):
+        return request
+    return replace(request, plan=replace(request.plan, trials=trials))
 
 
 def _smoothed(opening: Opening, smoothing: Smoothing) -> tuple[Subject, Data, tuple[Subject, ...]]:

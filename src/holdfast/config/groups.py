@@ -134,6 +134,10 @@ class InferenceSource(SettingGroup):
     http_rate: Annotated[values.Rate | None, Flag("N/T")] = Field(
         default=None, description="Maximum rate of requests, as in 4/s or 100/min."
     )
+    guard: Annotated[str | None, Flag("FILE[:RULE]")] = Field(
+        default=None,
+        description="Guard (guard.yaml) whose calibrated detectors, or only RULE, become a part of the model.",
+    )
 
 
 class ServerLimits(SettingGroup):

@@ -103,7 +103,12 @@ def _serving(address: str, pool: Pool, sources: Sources, *, adaptive: bool) -> O
             + ("" if pool.ahead else f", then holdfast rotate swap {pool.shown}")
         )
     refuse_code_in_pool(pool, trust_code=sources.model.source.trust_code)
-    architecture = _architecture(pool, trust_code=sources.model.source.trust_code)
+    architecture = open_architecture(
+        pool.path,
+        settings_of_pool(pool),
+        pool.manifest["about"].get("model", {}),
+        trust_code=sources.model.source.trust_code,
+    )
     model = loaded(architecture.model, pool.weights(serving.name), serving.name)
     card = {
         **architecture.architecture,
@@ -116,9 +121,14 @@ def _serving(address: str, pool: Pool, sources: Sources, *, adaptive: bool) -> O
     return OpenedModel(model, address, "rotating", files, (*architecture.notes, *notes), card)
 
 
-def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
-    """Return the model with which the pool was created. Raises `TargetError` if it has changed."""
-    created, about = settings_of_pool(pool), pool.manifest["about"].get("model", {})
+def open_architecture(
+    path: Path, created: Mapping[str, Any], about: Mapping[str, Any], *, trust_code: bool
+) -> OpenedModel:
+    """Return the model with which a pool was created, from the settings `created` and the facts `about` the model in
+    the manifest at `path`. The key of the pool is not needed.
+
+    Raises `TargetError` if the model has changed.
+    """
     ends, names, normalised = (created.get(key) for key in ("bounds", "class_names", "data_normalised"))
     opened = open_model(
         str(created["model"]),
@@ -139,8 +149,8 @@ def _architecture(pool: Pool, *, trust_code: bool) -> OpenedModel:
         value = strict(getattr(opened.model, key))
         if key in about and value != about[key]:
             raise TargetError(
-                f"the model of {str(pool.path)!r} had {key} {about[key]}, and {created['model']} has {value}; "
-                f"restore the earlier model"
+                f"the model of {str(path)!r} had {key} {about[key]}, and {created['model']} has {value}; restore the "
+                "earlier model"
             )
     return opened
 

@@ -112,6 +112,7 @@ def open_model(
     http_retries: int = 5,
     http_concurrency: int = 1,
     http_rate: str | None = None,
+    guard: str | Path | None = None,
     max_queries: int | None = None,
     on_refused: Literal["reject", "stop"] = "reject",
     keep_answers: bool = False,
@@ -122,9 +123,11 @@ def open_model(
     `model` is an address (`"net.py:make"`, `"model.onnx"`, a URL) or an object. `arch` and `model_args` define the
     network of a state dict; `trust_code` allows a file to run the code that it contains. `model_output`, `classes`,
     `class_names` and `class_order` define the meaning of the outputs, and `input_shape` the sizes that an ONNX file
-    does not fix. The other arguments are for models behind a server. The arguments are checked immediately. The model
-    is opened by the function to which the reference is passed, so that requests to a server are counted in its run.
-    Raises `UsageError` for an invalid argument.
+    does not fix. `guard` is the file of a guard (`"guard.yaml"`, or `"guard.yaml:energy"` for one rule), whose
+    calibrated stateless detectors become a part of the model, which then rejects inputs. The other arguments are for
+    models behind a server. The arguments are checked immediately. The model is opened by the function to which the
+    reference is passed, so that requests to a server are counted in its run. Raises `UsageError` for an invalid
+    argument.
     """
     if isinstance(model, ModelReference):
         raise UsageError("model is a result of open_model already; give all arguments in one call")
@@ -149,6 +152,7 @@ def open_model(
             "http_retries": http_retries,
             "http_concurrency": http_concurrency,
             "http_rate": http_rate,
+            "guard": None if guard is None else str(guard),
             "max_queries": max_queries,
             "on_refused": on_refused,
             "keep_answers": keep_answers,
@@ -157,7 +161,7 @@ def open_model(
     )
     reference = ModelReference(model_reference(model).given, source, inference, limits)
     if reference.address is None:
-        outputs = ("model_output", "classes", "class_names", "class_order")
+        outputs = ("model_output", "classes", "class_names", "class_order", "guard")
         refuse_other_settings(reference, "a model given as a Python object", *outputs)
     return reference
 

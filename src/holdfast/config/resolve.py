@@ -21,6 +21,7 @@ from holdfast.config.expecting import (
 from holdfast.config.grad_mode import differentiable
 from holdfast.config.grammar import parse_transform, per_second, seconds
 from holdfast.config.groups import ExampleSelection, InferenceSource, ServerLimits
+from holdfast.config.guard_opening import guarded_subject
 from holdfast.config.planning import examples_to_fit
 from holdfast.config.references import (
     DataLike,
@@ -129,7 +130,9 @@ def open_subject(sources: Sources, *, transform: str | None = None, adaptive: bo
         model, card, notes = _wrapped(model_given, properties)
     refuse_unserved(sources.model.limits, model)
     model, transformed, more = _transformed(model, transform)
-    return _subject(model, card | transformed, (*notes, *more), properties)
+    subject = _subject(model, card | transformed, (*notes, *more), properties)
+    guard = sources.model.inference.guard
+    return subject if guard is None else guarded_subject(subject, guard)
 
 
 def _wrapped(net: object, properties: Declared) -> tuple[Classifier, dict[str, Any], tuple[str, ...]]:

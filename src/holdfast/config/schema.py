@@ -34,7 +34,9 @@ def settings_schema() -> dict[str, Any]:
         "source": {"oneOf": [_tagged(n, getattr(rotation, of), {}) for n, of in SOURCES.items()]},
     }
     keys_by_verb = {verb: _keys(kind, definitions) for verb, kind in VERBS.items()}
-    shared = {key: value for keys in keys_by_verb.values() for key, value in keys.items()}
+    # those of serve first, so that keys that other verbs have too are described as those describe them
+    order = sorted(VERBS, key=lambda verb: verb != "serve")
+    shared = {key: value for verb in order for key, value in keys_by_verb[verb].items()}
     shared["recipe"] = {
         "description": "Training method, see holdfast harden and holdfast rotate.",
         "anyOf": [{"enum": [AUTO, CARD, *RECIPES]}, {"$ref": "#/$defs/recipe"}],

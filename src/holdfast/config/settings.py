@@ -1,167 +1,66 @@
-"""The settings of each command, composed of groups of settings, and functions that read them from files and flags.
+"""Functions that read the settings of commands from files and flags, and the classes of these settings.
 
 A setting has the same name in the YAML file, on the command line and in Python.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from pydantic.fields import FieldInfo
 
-from holdfast.config import groups, placing, values
+from holdfast.config import placing, values
 from holdfast.config.consent import refuse_consent
 from holdfast.config.grammar import did_you_mean, parse_pairs
 from holdfast.config.groups import SettingGroup
 from holdfast.config.suites import refuse_unknown
+from holdfast.config.verb_settings import (
+    AssessSettings,
+    CalibrateSettings,
+    CertifySettings,
+    DoctorSettings,
+    HardenSettings,
+    OpeningSettings,
+    RotateSettings,
+    ServeSettings,
+    VerbSettings,
+)
 from holdfast.config.wording import checked_group
 from holdfast.config.yaml_text import load, parse_yaml, put_setting
 from holdfast.core.errors import UsageError
 
-
-@dataclass(frozen=True, kw_only=True)
-class VerbSettings:
-    """Base class of the settings of one command, such as `assess`: groups of settings, and notes on settings with
-    outdated names.
-    """
-
-    verb: ClassVar[str] = ""
-    notes: tuple[str, ...] = ()
-
-
-def _group(kind: type[SettingGroup]) -> Any:
-    return field(default_factory=kind)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorSettings(VerbSettings):
-    """All settings of the command `holdfast doctor`."""
-
-    verb = "doctor"
-    file: groups.FileFormat = _group(groups.FileFormat)
-    model: groups.ModelSource = _group(groups.ModelSource)
-    inference: groups.InferenceSource = _group(groups.InferenceSource)
-    inputs: groups.InputSpace = _group(groups.InputSpace)
-    data: groups.DataSource = _group(groups.DataSource)
-    selection: groups.ExampleSelection = _group(groups.ExampleSelection)
-    random: groups.Seed = _group(groups.Seed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AssessSettings(VerbSettings):
-    """All settings of the command `holdfast assess`."""
-
-    verb = "assess"
-    file: groups.FileFormat = _group(groups.FileFormat)
-    threat: groups.ThreatSource = _group(groups.ThreatSource)
-    suite: groups.SuiteSettings = _group(groups.SuiteSettings)
-    judgement: groups.GateSettings = _group(groups.GateSettings)
-    reports: groups.Reports = _group(groups.Reports)
-    options: groups.AssessOptions = _group(groups.AssessOptions)
-    selection: groups.ExampleSelection = _group(groups.ExampleSelection)
-    random: groups.Seed = _group(groups.Seed)
-    execution: groups.Execution = _group(groups.Execution)
-    cluster: placing.ClusterSettings = _group(placing.ClusterSettings)
-    device: groups.Device = _group(groups.Device)
-    model: groups.ModelSource = _group(groups.ModelSource)
-    inputs: groups.InputSpace = _group(groups.InputSpace)
-    data: groups.DataSource = _group(groups.DataSource)
-    others: groups.OtherData = _group(groups.OtherData)
-    inference: groups.InferenceSource = _group(groups.InferenceSource)
-    limits: groups.ServerLimits = _group(groups.ServerLimits)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HardenSettings(VerbSettings):
-    """All settings of the command `holdfast harden`: those of the training, and those of the assessments before and
-    after it.
-    """
-
-    verb = "harden"
-    file: groups.FileFormat = _group(groups.FileFormat)
-    options: groups.HardenOptions = _group(groups.HardenOptions)
-    threat: groups.ThreatSource = _group(groups.ThreatSource)
-    suite: groups.SuiteSettings = _group(groups.SuiteSettings)
-    judgement: groups.GateSettings = _group(groups.GateSettings)
-    reports: groups.Reports = _group(groups.Reports)
-    selection: groups.ExampleSelection = _group(groups.ExampleSelection)
-    random: groups.Seed = _group(groups.Seed)
-    execution: groups.Execution = _group(groups.Execution)
-    cluster: placing.ClusterSettings = _group(placing.ClusterSettings)
-    device: groups.Device = _group(groups.Device)
-    model: groups.ModelSource = _group(groups.ModelSource)
-    inputs: groups.InputSpace = _group(groups.InputSpace)
-    data: groups.DataSource = _group(groups.DataSource)
-    others: groups.OtherData = _group(groups.OtherData)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RotateSettings(VerbSettings):
-    """All settings of the command `holdfast rotate`: how parameter sets are trained and generated, and when they are
-    swapped.
-    """
-
-    verb = "rotate"
-    file: groups.FileFormat = _group(groups.FileFormat)
-    threat: groups.ThreatSource = _group(groups.ThreatSource)
-    options: groups.RotateOptions = _group(groups.RotateOptions)
-    judgement: groups.GateSettings = _group(groups.GateSettings)
-    random: groups.Seed = _group(groups.Seed)
-    place: placing.LocalOnly = _group(placing.LocalOnly)
-    device: groups.Device = _group(groups.Device)
-    model: groups.ModelSource = _group(groups.ModelSource)
-    inputs: groups.InputSpace = _group(groups.InputSpace)
-    data: groups.DataSource = _group(groups.DataSource)
-    others: groups.OtherData = _group(groups.OtherData)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CertifySettings(VerbSettings):
-    """All settings of the command `holdfast certify`."""
-
-    verb = "certify"
-    file: groups.FileFormat = _group(groups.FileFormat)
-    threat: groups.ThreatSource = _group(groups.ThreatSource)
-    options: placing.CertifyOptions = _group(placing.CertifyOptions)
-    judgement: groups.GateSettings = _group(groups.GateSettings)
-    reports: groups.Reports = _group(groups.Reports)
-    selection: groups.ExampleSelection = _group(groups.ExampleSelection)
-    random: groups.Seed = _group(groups.Seed)
-    execution: groups.Execution = _group(groups.Execution)
-    cluster: placing.CertifyCluster = _group(placing.CertifyCluster)
-    device: groups.Device = _group(groups.Device)
-    model: groups.ModelSource = _group(groups.ModelSource)
-    inputs: groups.InputSpace = _group(groups.InputSpace)
-    data: groups.DataSource = _group(groups.DataSource)
-    inference: groups.InferenceSource = _group(groups.InferenceSource)
-    limits: groups.ServerLimits = _group(groups.ServerLimits)
-
-
-class OpeningSettings(Protocol):
-    """Protocol for the settings of any command that opens a model and data."""
-
-    @property
-    def model(self) -> groups.ModelSource:
-        """Settings for the model: its address, and how it is opened."""
-
-    @property
-    def data(self) -> groups.DataSource:
-        """Settings for the examples: their address, and how they are read."""
-
-    @property
-    def inputs(self) -> groups.InputSpace:
-        """Settings for the inputs of the model: their bounds and their normalisation."""
-
-    @property
-    def random(self) -> groups.Seed:
-        """Setting with the seed of random numbers."""
-
+__all__ = [
+    "FORMER_KEYS",
+    "VERBS",
+    "AssessSettings",
+    "CalibrateSettings",
+    "CertifySettings",
+    "DoctorSettings",
+    "HardenSettings",
+    "Key",
+    "MisplacedKeys",
+    "OpeningSettings",
+    "RotateSettings",
+    "S",
+    "ServeSettings",
+    "VerbSettings",
+    "canonical_settings",
+    "check_settings",
+    "given",
+    "groups_of",
+    "items",
+    "keys_for_verb",
+    "keys_of",
+    "plain_settings",
+    "read_settings",
+]
 
 VERBS: Mapping[str, type[VerbSettings]] = {
-    kind.verb: kind for kind in (AssessSettings, CertifySettings, HardenSettings, RotateSettings)
+    kind.verb: kind
+    for kind in (AssessSettings, CertifySettings, HardenSettings, RotateSettings, ServeSettings)
 }
 """Class of the settings of each verb, by name. A configuration file may contain a section for each of these verbs."""
 
@@ -204,7 +103,7 @@ def _groups(kind: type[VerbSettings]) -> dict[str, type[SettingGroup]]:
     return {each.name: hints[each.name] for each in fields(kind) if each.name != "notes"}
 
 
-_KINDS: tuple[type[VerbSettings], ...] = (DoctorSettings, *VERBS.values())
+_KINDS: tuple[type[VerbSettings], ...] = (DoctorSettings, CalibrateSettings, *VERBS.values())
 _GROUPS = {kind: _groups(kind) for kind in _KINDS}
 _KEYS = {
     kind: {
@@ -278,11 +177,11 @@ def keys_for_verb(
     outdated name.
 
     The keys are those at the top, and those of the section with the name of the verb, which takes precedence. Sections
-    of other verbs are validated but not returned. For `doctor`, all keys of `assess` are accepted, but only those that
-    `doctor` uses are returned. Raises `UsageError`, with the section for each key, for keys at the top that the verb
-    does not use.
+    of other verbs are validated but not returned. For `doctor` and `calibrate`, all keys of `assess` are accepted, but
+    only those that they use are returned. Raises `UsageError`, with the section for each key, for keys at the top that
+    the verb does not use.
     """
-    reading: type[VerbSettings] = AssessSettings if kind is DoctorSettings else kind
+    reading: type[VerbSettings] = AssessSettings if kind in (DoctorSettings, CalibrateSettings) else kind
     sections = {verb: _section(loaded[verb], verb, where) for verb in VERBS if verb in loaded}
     top = {key: value for key, value in loaded.items() if key not in VERBS}
     refuse_consent(top, where)

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from holdfast.config.grammar import is_folder
+from holdfast.config.guard_settings import check_guard_settings, is_guard
 from holdfast.config.naming import AUTO, CARD
 from holdfast.config.settings import (
     VERBS,
@@ -53,6 +54,40 @@ seed: 0
 #   recipe: {{use: trades, beta: 6}}
 """
 
+_GUARD_TEMPLATE = """\
+# Settings of a guard, which decides about requests to a model: holdfast.Guard.from_yaml("guard.yaml").
+# Check this file with: holdfast validate guard.yaml
+schema_version: 1
+
+# observe: a rule records its score. shadow: it also records what it would have done. enforce: it acts.
+mode: observe
+
+inputs:                  # what the model accepts, without the batch; null where any size is accepted
+  shape: [1, 28, 28]
+  dtype: float32
+  low: 0
+  high: 1
+outputs: logit           # or probability
+
+# Share of benign inputs on which the calibrated rules together may fire.
+# holdfast calibrate MODEL DATA --guard guard.yaml sets their thresholds; two rules need 2 / 0.001 - 1 benign inputs.
+false_positives: 0.001
+
+rules:                   # a rule that is not named is not evaluated
+  schema: {mode: enforce, action: block}     # shape and data type
+  range: {mode: enforce, action: block}      # NaN, infinity, values outside low and high
+  queries: {action: block}                   # sequences of similar queries, as attacks send them
+  energy: {action: abstain}                  # outputs unlike those of benign inputs
+  # mahalanobis: {action: flag, on: logits}  # distance to the class means; fitted by the calibration
+  # squeezing: {action: flag, bits: 5, median: 2}      # two further forward passes
+  # stability: {action: flag, sigma: 0.05, draws: 4}   # four further forward passes
+  # Actions: allow, flag, label_only, abstain, delay, block. A rule with a given threshold: is not calibrated.
+
+# defence: {bits: 5, median: 2}   # squeezes of the inputs before the model
+# delay: 1s                       # time by which the action delay delays a response
+# store: {inputs: flagged, folder: guard-inputs, retention_days: 30}   # encrypted; the default is inputs: none
+"""
+
 DIGITS = "mnist-mini"
 DEMO = {
     "model": "mnist-cnn",
@@ -73,20 +108,22 @@ DEMO_COMMAND = (
 
 
 def init(
-    path: str | Path = "holdfast.yaml",
+    path: str | Path | None = None,
     *,
     model: str = "mnist-cnn",
     data: str = "mnist-mini",
+    guard: bool = False,
     force: bool = False,
 ) -> Path:
-    """Write a commented configuration file, and return its path. An existing file is overwritten only if `force` is
-    true.
+    """Write a commented configuration file, and return its path: holdfast.yaml, or with `guard` the settings of a
+    guard, guard.yaml. An existing file is overwritten only if `force` is true.
     """
-    place = Path(path)
+    place = Path(path or ("guard.yaml" if guard else "holdfast.yaml"))
+    text = _GUARD_TEMPLATE if guard else _TEMPLATE.format(model=json.dumps(model), data=json.dumps(data))
     if place.exists() and not force:
         raise UsageError(f"{place} exists already; give another name, or --force to overwrite it")
     try:
-        place.write_text(_TEMPLATE.format(model=json.dumps(model), data=json.dumps(data)), encoding="utf-8")
+        place.write_text(text, encoding="utf-8")
     except OSError as error:
         way_out = "name a file in a folder that can be written"
         raise TargetError(f"cannot write {place}: {error.strerror}; {way_out}") from error
@@ -96,14 +133,17 @@ def init(
 def validate(path: str | Path = "holdfast.yaml") -> tuple[str, ...]:
     """Check all keys of a configuration file, and its threat models, gates, suites, attacks, recipes and reports.
 
-    Nothing is run. Returns the verbs for which the file is valid, which are those that use all keys at its top. Raises
-    `UsageError` for the first fault, and if there is no such verb.
+    Nothing is run. Returns the verbs for which the file is valid, which are those that use all keys at its top, or
+    `guard` for the settings of a guard. Raises `UsageError` for the first fault, and if there is no such verb.
     """
     loaded = load(Path(path))
     if not loaded:
         raise UsageError(
             f"{path} contains no keys; expected keys such as model: and data:, as holdfast init writes them"
         )
+    if is_guard(loaded):
+        check_guard_settings(loaded, str(path))
+        return ("guard",)
     verbs, faults = [], []
     for verb, kind in VERBS.items():
         try:

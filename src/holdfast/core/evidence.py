@@ -14,7 +14,7 @@ from holdfast.core.threat import ThreatModel
 Columns = Mapping[str, Tensor]
 """columns by name; each has one row for each example"""
 
-PARTIAL = frozenset(("gallery", "adversarial", "transfer", "across", "geometry"))
+PARTIAL = frozenset(("gallery", "adversarial", "transfer", "across", "geometry", "stateful"))
 """names of the tables inside the columns of a stage: the column `gallery.x` is the column `x` of the table `gallery`"""
 
 
@@ -190,6 +190,8 @@ class ProofRecord:
     work: int
     """number of subproblems (boxes) whose bounds were computed"""
     cost: Cost
+    batch: int | None = None
+    """smallest number of examples that were processed at once because memory ran out; None if it did not"""
     after_attacks: bool = False
     """whether the method was run after the attacks of the suite"""
 
@@ -257,7 +259,7 @@ class Evidence:
     broken_elsewhere: int = 0
     """in a run of scope "suite only", the number of examples that other passes broke and that are not counted"""
     tables: Mapping[str, Table] = field(default_factory=dict)
-    """further tables, by name, such as those of `gallery`, `transfer`, `across` and `geometry`"""
+    """further tables, by name, such as those of `gallery`, `transfer`, `across`, `geometry` and `stateful`"""
     surrogates: tuple[Mapping[str, Any], ...] = ()
     """`name`, `how` and `digest` of each surrogate model of the attacker"""
     served: Mapping[str, Any] = field(default_factory=dict)

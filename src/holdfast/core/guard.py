@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.outputs import OutputKind, is_single, kind_of_single, of_classes
+from holdfast.core.renamed import earlier_functions
 from holdfast.core.types import Inputs, Labels, Logits, PerExample
 
 Net = nn.Module | Callable[[Tensor], Tensor]
@@ -58,7 +59,7 @@ class Guarded(nn.Module):
         return torch.cat((logits, rejected[:, None]), dim=1)
 
 
-def guarded(
+def with_detector(
     net: Net, detector: Net, threshold: float, *, scale: float = 1.0, output: OutputKind | None = None
 ) -> Guarded:
     """Combine a network with a detector: an input whose score is above the threshold is rejected.
@@ -70,7 +71,7 @@ def guarded(
     """
     if not callable(net) or not callable(detector):
         raise UsageError(
-            f"guarded() got {net!r} and {detector!r}; expected a network and a detector, functions or modules"
+            f"with_detector() got {net!r} and {detector!r}; expected a network and a detector, functions or modules"
         )
     limit, weight = _number(threshold), _number(scale)
     if math.isnan(limit):
@@ -101,7 +102,7 @@ def refuse_inner(model: nn.Module, *, outermost: bool) -> None:
     if sum(isinstance(module, Guarded) for module in model.modules()) > outermost:
         raise TargetError(
             "a guarded network is part of another network, which would treat its last logit as a class; guard the "
-            "outer network instead: guarded(nn.Sequential(...), detector, threshold)"
+            "outer network instead: with_detector(nn.Sequential(...), detector, threshold)"
         )
 
 
@@ -152,3 +153,6 @@ def softly_rejected_as_correct(logits: Logits, y: Labels, softness: float) -> Te
     """
     correct_logit = torch.stack((logits.gather(1, y[:, None]), logits[:, -1:])) / softness
     return logits[:, :-1].scatter(1, y[:, None], softness * correct_logit.logsumexp(0))
+
+
+__getattr__ = earlier_functions(__name__, {"guarded": with_detector})

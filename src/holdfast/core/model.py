@@ -148,8 +148,8 @@ class Classifier(nn.Module):
     is the layout of the network's input if known: with "hwc", images (n, channels, height, width) are passed with the
     channels last. `class_labels` are the labels of the classes in the data, in the order of the outputs, if they are
     whole numbers other than 0, 1, 2, … `feature_names` are the columns of the table that the model was fitted on.
-    `rejects` is true for the result of `guarded`, whose last logit is not a class. Raises `TargetError` if the network
-    does not return a float tensor (n, classes).
+    `rejects` is true for the result of `with_detector`, whose last logit is not a class. Raises `TargetError` if the
+    network does not return a float tensor (n, classes).
     """
 
     class_labels: tuple[int, ...] | None = None
@@ -189,7 +189,7 @@ class Classifier(nn.Module):
         if self.rejects and output is not None:
             raise UsageError(
                 f"the output {output} was declared for a guarded network; declare that of the network inside: "
-                f"guarded(net, detector, threshold, output={output!r})"
+                f"with_detector(net, detector, threshold, output={output!r})"
             )
         if std is not None and not all(s > 0 for s in std):
             raise TargetError(

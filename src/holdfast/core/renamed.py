@@ -4,7 +4,9 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_OF_CALLER = 3  # the warning shows the line that uses the earlier name, which is two calls above `_warn`
+_OF_CALLER = (
+    3  # the warning shows the line that uses the earlier name, which is two calls above `warn_of_renaming`
+)
 
 
 class Earlier:
@@ -19,7 +21,7 @@ class Earlier:
         self.name = f"{owner.__name__}.{name}"
 
     def __get__(self, instance: object, owner: type) -> object:
-        _warn(self.name, f"{owner.__name__}.{self.current}")
+        warn_of_renaming(self.name, f"{owner.__name__}.{self.current}")
         return getattr(owner if instance is None else instance, self.current)
 
 
@@ -33,12 +35,13 @@ def earlier_functions(
     def getattr_of_module(name: str) -> Callable[..., Any]:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        _warn(f"{module}.{name}", f"{module}.{names[name].__name__}")
+        warn_of_renaming(f"{module}.{name}", f"{module}.{names[name].__name__}")
         return names[name]
 
     return getattr_of_module
 
 
-def _warn(name: str, current: str) -> None:
+def warn_of_renaming(name: str, current: str) -> None:
+    """Warn that a name is an earlier one. The warning shows the line that called the caller of this function."""
     message = f"{name} is now called {current}; the earlier name is still accepted"
     warnings.warn(message, DeprecationWarning, stacklevel=_OF_CALLER)

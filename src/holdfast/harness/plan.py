@@ -17,6 +17,7 @@ from holdfast.core.types import ACCESS_ORDER, Access
 from holdfast.doubts.answering import arms
 from holdfast.harness.kinds import KINDS
 from holdfast.harness.kinds.geometry import Geometer
+from holdfast.harness.kinds.stateful import Trials
 from holdfast.harness.stage import Against, Member, Outline, Stage, StageOutline
 from holdfast.suites import suite
 
@@ -48,6 +49,8 @@ class Plan:
     """measure how perturbations transfer between the data of the run and further data sets"""
     geometry: Geometer | None = None
     """measures the geometry of the decision boundary around the first examples, for the report; None for no geometry"""
+    trials: Trials | None = None
+    """attacks the first examples with and without a query detector; None without such a detector"""
     full: bool = False
     """run every attack on every correct example, even on those that are already broken"""
     keep_adversarial: bool = False

@@ -20,20 +20,7 @@ PLAIN: Mapping[str, Metric] = {
     "clean_error_rate": shares.clean_error_rate,
     "suite_robust_accuracy": shares.suite_robust_accuracy,
     "rejection_rate": shares.rejection_rate,
-    "detection_auroc": detection.auroc_estimate,
-    "detection_rate_at_5_percent": partial(detection.rate_estimate, false_positives=0.05),
-    "detection_rate_at_1_percent": partial(detection.rate_estimate, false_positives=0.01),
-    "oblivious_detection_auroc": partial(detection.auroc_estimate, of="oblivious"),
-    "oblivious_detection_rate_at_5_percent": partial(
-        detection.rate_estimate, false_positives=0.05, of="oblivious"
-    ),
-    "oblivious_detection_rate_at_1_percent": partial(
-        detection.rate_estimate, false_positives=0.01, of="oblivious"
-    ),
-    "accepted_right_at_5_percent": partial(detection.accepted_right, false_positives=0.05),
-    "accepted_right_at_1_percent": partial(detection.accepted_right, false_positives=0.01),
-    "accepted_wrong_at_5_percent": partial(detection.accepted_wrong, false_positives=0.05),
-    "accepted_wrong_at_1_percent": partial(detection.accepted_wrong, false_positives=0.01),
+    **detection.DETECTION_METRICS,
     "targeted_success_rate": shares.targeted_success_rate,
     "transfer_success": transfer_success,
     **perturbations.PERTURBATIONS,

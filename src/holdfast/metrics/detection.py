@@ -8,7 +8,9 @@ AISec 2017, arXiv:1705.07263, for attackers that know the detector; Tramèr, ICM
 accuracy with rejection.
 """
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Final, Literal
 
 import torch
 
@@ -16,12 +18,18 @@ from holdfast.core.estimate import Estimate
 from holdfast.core.evidence import Evidence
 from holdfast.core.types import Mask, PerExample
 from holdfast.metrics.columns import Absent, column
+from holdfast.metrics.names import DETECTION, PERCENTS, at_percent
+from holdfast.ops.conformal import fewest_examples
 from holdfast.ops.detection import auroc as area_under_roc
 from holdfast.ops.detection import threshold
 from holdfast.ops.statistics import proportion
 
 Attacker = Literal["aware", "oblivious"]
-_WAY_OUT = "it needs holdfast.guarded(net, detector, ...), a named suite, access to gradients and no target"
+_MEASURABLE = 0.01
+"""false positive rate below which a sample may have too few clean inputs"""
+_WAY_OUT = (
+    "it needs holdfast.with_detector(net, detector, ...), a named suite, access to gradients and no target"
+)
 
 
 def _scores(evidence: Evidence, of: Attacker) -> tuple[PerExample, PerExample, Mask]:
@@ -53,7 +61,7 @@ def rate_estimate(
     `false_positives` is a fraction of the clean inputs.
     """
     attacked = _fooled(evidence, of)[1]
-    return proportion(attacked > threshold(evidence["score"], false_positives), confidence)
+    return proportion(attacked > _limit(evidence["score"], false_positives), confidence)
 
 
 def accepted_right(evidence: Evidence, confidence: float = 0.95, *, false_positives: float) -> Estimate:
@@ -63,7 +71,7 @@ def accepted_right(evidence: Evidence, confidence: float = 0.95, *, false_positi
     The threshold rejects the fraction `false_positives` of the clean inputs.
     """
     clean, attacked, _ = _scores(evidence, "aware")
-    limit = threshold(clean, false_positives)
+    limit = _limit(clean, false_positives)
     return proportion((evidence["class_margin"] > 0) & (clean <= limit) & (attacked > limit), confidence)
 
 
@@ -73,4 +81,37 @@ def accepted_wrong(evidence: Evidence, confidence: float = 0.95, *, false_positi
     The threshold rejects the fraction `false_positives` of the clean inputs.
     """
     clean, attacked, _ = _scores(evidence, "aware")
-    return proportion(attacked <= threshold(clean, false_positives), confidence)
+    return proportion(attacked <= _limit(clean, false_positives), confidence)
+
+
+def _limit(clean: PerExample, false_positives: float) -> float:
+    """The threshold with a false positive rate. Rates below 1 % need enough clean inputs to distinguish them from 0."""
+    least = fewest_examples(false_positives)
+    if false_positives < _MEASURABLE and len(clean) < least:
+        raise Absent(
+            f"a false positive rate of {100 * false_positives:g} % is measured on {least:,} clean inputs or more, and "
+            f"the sample has {len(clean):,}"
+        )
+    return threshold(clean, false_positives)
+
+
+def _at_rates() -> Mapping[str, Callable[[Evidence, float], Estimate]]:
+    metrics: dict[str, Callable[[Evidence, float], Estimate]] = {
+        "detection_auroc": auroc_estimate,
+        "oblivious_detection_auroc": partial(auroc_estimate, of="oblivious"),
+    }
+    for percent in PERCENTS:
+        rate = float(percent) / 100
+        metrics |= {
+            at_percent("detection_rate", percent): partial(rate_estimate, false_positives=rate),
+            at_percent("oblivious_detection_rate", percent): partial(
+                rate_estimate, false_positives=rate, of="oblivious"
+            ),
+            at_percent("accepted_right", percent): partial(accepted_right, false_positives=rate),
+            at_percent("accepted_wrong", percent): partial(accepted_wrong, false_positives=rate),
+        }
+    return {name: metrics[name] for name in DETECTION}
+
+
+DETECTION_METRICS: Final = _at_rates()
+"""metrics of a detector by name"""

@@ -23,39 +23,48 @@ CORRUPTIONS: Final = (
 )
 """names of the common corruptions that are measured, as in their paper"""
 
+PERCENTS: Final = ("5", "1", "0.1")
+"""false positive rates in percent at which a detector is measured"""
+
+
+def at_percent(name: str, percent: str) -> str:
+    """Return the name of a metric at a false positive rate in percent, as in `detection_rate_at_0_1_percent`."""
+    return f"{name}_at_{percent.replace('.', '_')}_percent"
+
+
 DETECTION: Final[dict[str, str]] = {
     "detection_auroc": (
         "probability that an attacked input has a higher score than a clean one, for attacks that know the "
         "detector"
     ),
     **{
-        f"detection_rate_at_{percent}_percent": (
+        at_percent("detection_rate", percent): (
             f"share of attacked inputs that the detector rejects at a threshold at which it rejects {percent} % of "
             "the clean ones, for attacks that know the detector"
         )
-        for percent in (5, 1)
+        for percent in PERCENTS
     },
     "oblivious_detection_auroc": "the same probability, for attacks that do not know the detector",
     **{
-        f"oblivious_detection_rate_at_{percent}_percent": (
+        at_percent("oblivious_detection_rate", percent): (
             f"share of attacked inputs that the detector rejects at a threshold at which it rejects {percent} % of "
             "the clean ones, for attacks that do not know the detector"
         )
-        for percent in (5, 1)
+        for percent in PERCENTS
     },
     **{
-        f"accepted_right_at_{percent}_percent": (
+        at_percent("accepted_right", percent): (
             "share accepted and correct when clean, and under attack never accepted and wrong, at a threshold "
             f"that rejects {percent} % of the clean inputs"
         )
-        for percent in (5, 1)
+        for percent in PERCENTS
     },
     **{
-        f"accepted_wrong_at_{percent}_percent": (
+        at_percent("accepted_wrong", percent): (
             f"share accepted and wrong, clean or attacked, at a threshold that rejects {percent} % of the clean "
             "inputs"
         )
-        for percent in (5, 1)
+        for percent in PERCENTS
     },
 }
 """descriptions of the metrics for the detector of a model that rejects inputs, by name"""

@@ -26,7 +26,7 @@ def clean_error_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
 
 def rejection_rate(evidence: Evidence, confidence: float = 0.95) -> Estimate:
     """Return the share of clean inputs that the detector of a model rejects."""
-    way_out = "the model accepts every input; give it a detector with holdfast.guarded"
+    way_out = "the model accepts every input; give it a detector with holdfast.with_detector"
     return proportion(column(evidence, "rejected", way_out), confidence)
 
 

@@ -159,7 +159,7 @@ def updates(n: int, batch: int) -> int:
     return max(n // batch, 1)
 
 
-class Guard(Protocol):
+class EpochGuard(Protocol):
     """Protocol of a check that is made every few updates of a training. If it fails, the updates since the last check
     are repeated.
     """
@@ -188,7 +188,7 @@ def fit(
     rng: Draws,
     after: Checkpoint | None = None,
     state: Mapping[str, Tensor] = MappingProxyType({}),
-    guard: Guard | None = None,
+    guard: EpochGuard | None = None,
     replays: int = 1,
     settle: Callable[[], None] | None = None,
 ) -> Iterator[Checkpoint]:
@@ -248,7 +248,7 @@ class _Loop:
         self._average = {name: value.detach().clone() for name, value in initial.items()}
         self._plans = plans
 
-    def epoch(self, epoch: int, guard: Guard | None) -> dict[str, float]:
+    def epoch(self, epoch: int, guard: EpochGuard | None) -> dict[str, float]:
         """Perform the updates of one epoch, or of the planned part of it, and return the measurements of the epoch."""
         plans, per_epoch = self._plans, self._plans.per_epoch
         rows = self._rng.at("order", epoch).bits(self._data.ids).argsort()
@@ -304,7 +304,7 @@ class _Loop:
             return self._plans.share > 1 - how.tail
         return epoch >= how.epochs - max(round(how.tail * how.epochs), 1)
 
-    def _guard_passes(self, guard: Guard, epoch: int, begin: int) -> bool:
+    def _guard_passes(self, guard: EpochGuard, epoch: int, begin: int) -> bool:
         """Whether the guard's check passes, with torch's random numbers fixed by epoch and step."""
         with drawing(self._rng.at("guard", epoch, begin), self._data.x.device):
             return guard.passes()

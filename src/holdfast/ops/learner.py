@@ -19,7 +19,7 @@ from holdfast.core.types import Inputs, Labels, Logits, PerExample
 from holdfast.ops.ascent import ascend
 from holdfast.ops.augment import refuse_augmentation
 from holdfast.ops.distributed import processes, refuse_few
-from holdfast.ops.fit import Guard, Training, Turn, fit
+from holdfast.ops.fit import EpochGuard, Training, Turn, fit
 from holdfast.ops.frozen import twin
 from holdfast.ops.losses import Loss, cross_entropy
 from holdfast.ops.number_format import have_compiled, lay_out
@@ -127,7 +127,7 @@ def trained(
     rng: Draws,
     after: Checkpoint | None = None,
     state: dict[str, Tensor] | None = None,
-    guard: Callable[[Learner], Guard] | None = None,
+    guard: Callable[[Learner], EpochGuard] | None = None,
     replays: int = 1,
     settle: Callable[[Learner], Callable[[], None]] | None = None,
     linear: bool = False,

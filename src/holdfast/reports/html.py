@@ -49,6 +49,7 @@ def page(summary: Mapping[str, Any]) -> str:
         eps_charts=_charts(summary["curves"]["eps"], "eps", mark=numbers.number(threat["eps"])),
         query_charts=_charts(summary["curves"]["queries"], "queries", logarithmic=True),
         geometry=summary.get("geometry"),
+        query_detector=summary.get("query_detector"),
         band_charts=geometry.band_charts(summary.get("geometry"), SIZES),
         remarks=summary["notes"],
         details=summary["details"],

@@ -35,6 +35,7 @@ from holdfast.reports.gallery import example_images, is_image
 from holdfast.reports.geometry import geometry_results
 from holdfast.reports.numbers import size, strict
 from holdfast.reports.rotation import rotation as rotated
+from holdfast.reports.stateful import stateful_results
 from holdfast.reports.transfer import transfer
 from holdfast.reports.words import headline, open_doubts, threat_in_words, why
 
@@ -105,6 +106,7 @@ def _measured(evidence: Evidence, confidence: float) -> Json:
         "doubts": [_doubt(doubt, evidence.model.get("output")) for doubt in evidence.doubts],
         "certification": certification(evidence, threat["constraint"]),
         "geometry": _geometry(evidence, classes),
+        "query_detector": _query_detector(evidence, confidence),
         "threat": {**threat, "unit": eps_unit(evidence.threat, evidence.model)},
         "model": _bounded(evidence.model),
         "data": _bounded(evidence.data),
@@ -136,6 +138,12 @@ def _geometry(evidence: Evidence, classes: Sequence[str]) -> Json | None:
     # under L2 the better of two bounds counts for each example
     method = "crown or lipschitz" if norm == "L2" else "crown"
     return geometry_results(table, classes, norm=norm, unit=unit, method=method)
+
+
+def _query_detector(evidence: Evidence, confidence: float) -> Json | None:
+    """The attacks on the query detector of a guard; None if they were not run."""
+    table = evidence.tables.get("stateful")
+    return None if table is None else stateful_results(table, confidence)
 
 
 def _about(run: Mapping[str, Any]) -> Json:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import line
-from holdfast.reports import across, certification, rotation, transfer
+from holdfast.reports import across, certification, rotation, stateful, transfer
 from holdfast.reports.attacks import (
     SMALLEST,
     STANDING,
@@ -178,8 +178,8 @@ def matrices(summary: Mapping[str, Any]) -> "list[Table]":
     rotation, if these were measured.
     """
     tables = []
-    for name, report in (("transfer", transfer), ("data_transfer", across)):
-        matrix = summary[name]
+    for name, report in (("transfer", transfer), ("data_transfer", across), ("query_detector", stateful)):
+        matrix = summary.get(name)
         if matrix is None:
             continue
         table = grid(report.title(matrix, summary["noun"]), report.headings(matrix))

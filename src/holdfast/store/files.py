@@ -15,6 +15,8 @@ PART = ".part"
 MANIFEST = "run.json"
 POOL_MANIFEST = "pool.json"
 """File that identifies the folder of a pool, as `MANIFEST` identifies that of a run."""
+AUDIT_MARK = "audit.json"
+"""File that identifies the folder of the audit chains of a server."""
 PRIVATE = 0o600
 """Mode of a secret file, which only its owner may read."""
 _OPEN = 0o666

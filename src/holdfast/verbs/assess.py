@@ -31,6 +31,7 @@ from holdfast.harness import (
     Target,
 )
 from holdfast.harness.kinds.geometry import GEOMETRY
+from holdfast.harness.kinds.stateful import STATEFUL
 from holdfast.sources.served import Served
 from holdfast.store.folder import RunFolder, open_run_folder, stored_manifest
 from holdfast.verbs import probes
@@ -180,6 +181,8 @@ class _Job:
         sets = {"fit": () if fit is None else (fit,), "across": across}
         if self.plan.geometry is not None:
             sets[GEOMETRY] = (self.data.read(0, min(self.plan.geometry.n, len(self.data))),)
+        if self.plan.trials is not None:
+            sets[STATEFUL] = (self.data.read(0, min(self.plan.trials.n, len(self.data))),)
         return Measurement(run, self.plan, self.target, self.data, self.device, sets, self.served)
 
     def doubted(

@@ -155,6 +155,7 @@ def _config(request: AssessRequest, plan: Plan, target: Target) -> dict[str, Any
         "surrogates": {f"{place} {item['name']}": item["digest"] for place, item in enumerate(surrogates, 1)},
         "across": {f"{place} {item.name}": item.digest for place, item in enumerate(request.across, 1)},
         **({} if plan.geometry is None else {"geometry": plan.geometry.n}),
+        **({} if plan.trials is None else {"trials": plan.trials.identity}),
     }
 
 

@@ -14,6 +14,7 @@ from holdfast.harness.kinds.fit import Fit
 from holdfast.harness.kinds.geometry import GeometryTable
 from holdfast.harness.kinds.passes import CurvePass, FixedPass
 from holdfast.harness.kinds.proof import LateProof, QuickProof, StatisticalProof
+from holdfast.harness.kinds.stateful import StatefulTable
 from holdfast.harness.kinds.transfer import TransferMatrix
 from holdfast.harness.stage import StageKind
 
@@ -32,6 +33,7 @@ KINDS: Mapping[str, StageKind] = {
         TransferMatrix(),
         AcrossSets(),
         GeometryTable(),
+        StatefulTable(),
     )
 }
 """All kinds of stages by name."""

@@ -23,7 +23,7 @@ from holdfast.harness.verdict import cost_columns, returned, stored_inputs, verd
 if TYPE_CHECKING:
     from holdfast.harness.plan import Plan
 
-FALSE_POSITIVES = (0.5, 0.05, 0.01)
+FALSE_POSITIVES = (0.5, 0.05, 0.01, 0.001)
 """False positive rates at which a detector is attacked, in order of increasing threshold.
 
 An input whose score is below the lowest threshold is also below the others.

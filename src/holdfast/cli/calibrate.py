@@ -1,0 +1,31 @@
+"""The command `holdfast calibrate MODEL DATA`, which sets the thresholds of a guard."""
+
+from typing import Any
+
+import click
+
+from holdfast.cli.assess import settings_from
+from holdfast.cli.options import Voice, offered, with_voice
+from holdfast.cli.setting_options import MODEL_AND_DATA, SETTING, options_of
+from holdfast.config.settings import CalibrateSettings
+
+
+@click.command(short_help="set the thresholds of a guard from benign inputs")
+@offered(*MODEL_AND_DATA, *options_of(CalibrateSettings), *SETTING)
+@with_voice
+def calibrate(voice: Voice, **flags: Any) -> None:
+    """Set the thresholds of a guard so that its rules together fire on at most a share of benign inputs like DATA.
+
+    DATA must contain benign inputs that MODEL was not trained on. The thresholds are written next to the settings of
+    the guard, with the digests of both; the guard refuses them for other settings or another model.
+    """
+    settings = settings_from(flags, CalibrateSettings, voice)
+    from holdfast.guarding import carry_out_calibration
+
+    calibration, path = carry_out_calibration(settings)
+    for name, threshold in calibration.thresholds.items():
+        voice.say(f"{name}: fires above {threshold:.6g}")
+    voice.say(
+        f"wrote {path}: {calibration.fired} of {calibration.n:,} calibration inputs fire a rule; at most "
+        f"{100 * calibration.false_positives:g} % of new ones will"
+    )

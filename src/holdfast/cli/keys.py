@@ -1,0 +1,123 @@
+"""The command `holdfast keys`, which creates, lists and revokes the API keys of a server."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import click
+
+from holdfast.cli.options import Group, Voice, with_voice
+from holdfast.config.grammar import per_second, seconds
+from holdfast.core.errors import UsageError
+
+_FILE = click.option(
+    "--file",
+    "file",
+    type=click.Path(path_type=Path),
+    default=Path("holdfast-keys.json"),
+    metavar="FILE",
+    help="File of the keys (default: holdfast-keys.json).",
+)
+_DAY_S = 86_400.0
+
+
+@click.group(cls=Group, short_help="create, list and revoke the API keys of a server")
+def keys() -> None:
+    """Create, list and revoke the API keys of holdfast serve.
+
+    The file contains only hashes of keys, and only its owner may read it. A running server reads it again when it has
+    changed.
+    """
+
+
+@keys.command(short_help="create a key")
+@click.argument("name")
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    metavar="SCOPE",
+    help="What the key permits: infer (the default: requests to the model) or admin (metrics and swaps).",
+)
+@click.option(
+    "--expires", metavar="T", help="Time until the key is refused, as in 90d or 12h (default: never)."
+)
+@click.option(
+    "--rate", metavar="N/T", help="Largest number of inputs in a time, as in 100/min (default: no limit)."
+)
+@click.option(
+    "--budget", type=int, metavar="N", help="Largest number of inputs in total (default: no limit)."
+)
+@_FILE
+@with_voice
+def add(
+    voice: Voice,
+    name: str,
+    scopes: tuple[str, ...],
+    expires: str | None,
+    rate: str | None,
+    budget: int | None,
+    file: Path,
+) -> None:
+    """Create a key for the client NAME, and print it. It cannot be printed again.
+
+    The name is that of the principal in the audit chain, the metrics of a pool, and the limits.
+    """
+    if budget is not None and budget < 1:
+        raise UsageError(f"--budget is {budget}; a number of inputs from 1 on was expected")
+    moment = None if expires is None else _moment(expires)
+    number = None if rate is None else per_second(rate)
+    from holdfast.serving.keys import add_key
+
+    key = add_key(file, name, scopes or ("infer",), expires=moment, rate=number, budget=budget)
+    voice.say(f"{file} contains the hash of this key; store the key itself in a safe place:")
+    click.echo(key)
+
+
+@keys.command("list", short_help="list the keys")
+@_FILE
+@with_voice
+def list_keys(voice: Voice, file: Path) -> None:
+    """List the keys with their scopes, their limits and their state. The keys themselves are not stored."""
+    from rich.table import Table
+
+    from holdfast.reports.terminal import cell
+    from holdfast.serving.keys import read_keys
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("name", "scopes", "state", "expires", "rate", "budget", "created"):
+        table.add_column(heading, no_wrap=True)
+    for key in read_keys(file):
+        rate = "" if key.rate is None else f"{key.rate:g}/s"
+        budget = "" if key.budget is None else f"{key.budget:,}"
+        row = (key.name, ", ".join(key.scopes), key.state, key.expires or "never", rate, budget, key.created)
+        table.add_row(*map(cell, row))
+    voice.console().print(table)
+
+
+@keys.command(short_help="revoke a key")
+@click.argument("name")
+@_FILE
+@with_voice
+def revoke(voice: Voice, name: str, file: Path) -> None:
+    """Revoke the key of the client NAME. A running server refuses it within two seconds."""
+    from holdfast.serving.keys import revoke_key
+
+    revoke_key(file, name)
+    voice.say(f"the key {name} is revoked")
+
+
+def _moment(text: str) -> str:
+    """Return the time at which a key expires, in ISO 8601."""
+    number = text.strip().removesuffix("d")
+    if text.strip().endswith("d") and number.isdecimal() and int(number) > 0:
+        duration_s = int(number) * _DAY_S
+    else:
+        try:
+            duration_s = seconds(text, "--expires")
+        except UsageError:
+            raise UsageError(f"--expires is {text!r}; expected a duration such as 90d or 12h") from None
+    try:
+        moment = datetime.now(UTC) + timedelta(seconds=duration_s)
+    except OverflowError:
+        raise UsageError(f"--expires is {text!r}; expected a duration such as 90d or 12h") from None
+    return moment.isoformat(timespec="seconds")

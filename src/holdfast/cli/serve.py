@@ -1,0 +1,57 @@
+"""The command `holdfast serve MODEL`, which answers requests to a model over HTTP."""
+
+from typing import Any
+
+import click
+
+from holdfast.cli import completing
+from holdfast.cli.assess import settings_of_flags
+from holdfast.cli.early import refuse_missing_file, refuse_unknown_model
+from holdfast.cli.options import Voice, offered, with_voice
+from holdfast.cli.setting_options import SETTING, options_of
+from holdfast.config.settings import ServeSettings
+from holdfast.core.errors import UsageError
+
+_HELP = """\
+Serve MODEL over HTTP in the Open Inference Protocol v2, until SIGTERM or Ctrl-C.
+
+Requests are answered in batches by worker processes, which are replaced when they end. Requests in progress are
+answered before the server ends. Metrics are served at a port of their own.
+
+\b
+MODEL  a bundled name, file.py:factory, a .safetensors, .pt, .pt2, .onnx,
+       .skops, .json or .ubj file, or rotating:POOL for a pool, whose sets are
+       swapped while they serve
+"""  # the escape is click's: the paragraph below it keeps its lines
+
+
+@click.command(short_help="serve a model over HTTP", help=_HELP)
+@click.argument("model", required=False, type=completing.MODEL)
+@offered(*options_of(ServeSettings), *SETTING)
+@with_voice
+def serve(voice: Voice, **flags: Any) -> int:
+    """Serve MODEL until the process is stopped."""
+    for address in (flags.get("model"), flags.get("config")):
+        refuse_missing_file(address)
+    settings = settings_of_flags(flags, ServeSettings, voice)
+    address = settings.model.address
+    if address is None:
+        raise UsageError("MODEL is missing (what is to be served); try holdfast serve mnist-cnn")
+    _refuse_code_of_config(settings, flags)
+    refuse_unknown_model(address)
+    from holdfast.deploying import carry_out_serving
+
+    carry_out_serving(settings, voice.say)
+    return 0
+
+
+def _refuse_code_of_config(settings: ServeSettings, flags: dict[str, Any]) -> None:
+    """Raise `UsageError` if a configuration file names code that the command line does not name."""
+    if not flags.get("config") or settings.model.trust_code:
+        return
+    for name, value in (("model", settings.model.address), ("arch", settings.model.arch)):
+        if value and ".py:" in value and flags.get(name) != value:
+            raise UsageError(
+                f"the configuration refers to code ({name}: {value}). Code from a configuration is not run. Repeat the "
+                "address on the command line, or add --trust-code"
+            )

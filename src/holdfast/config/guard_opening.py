@@ -1,0 +1,327 @@
+"""Makes the guard from its settings, its calibration, its key and its state."""
+
+from dataclasses import replace
+from math import inf, nextafter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from holdfast.config.grammar import seconds
+from holdfast.config.groups import InputSpace
+from holdfast.config.guard_settings import (
+    EnergySettings,
+    GuardSettings,
+    MahalanobisSettings,
+    QueriesSettings,
+    RuleSettings,
+    ScoredSettings,
+    SqueezingSettings,
+    StabilitySettings,
+    read_guard_settings,
+)
+from holdfast.core.chain import canonical, digest
+from holdfast.core.errors import UsageError
+from holdfast.detectors.clusters import Limits, QueryState
+from holdfast.detectors.energy import Energy
+from holdfast.detectors.mahalanobis import Mahalanobis
+from holdfast.detectors.protocol import Detector
+from holdfast.detectors.queries import QueryDetector, QuerySettings, radius_for
+from holdfast.detectors.squeezing import FeatureSqueezing
+from holdfast.detectors.stability import NoiseStability
+from holdfast.reports.numbers import strict
+from holdfast.serving.calibration import Calibration, read_calibration, refuse_stale, with_calibration
+from holdfast.serving.decisions import Action, Mode
+from holdfast.serving.guard import GuardPipeline, QueryScorer
+from holdfast.serving.observed import ObservedRate
+from holdfast.serving.query_rule import QueryRule, derived_key, guard_key, scaled
+from holdfast.serving.query_trials import QueryTrials
+from holdfast.serving.rejecting import rejecting
+from holdfast.serving.rules import QUERIES, RANGE, SCHEMA, InputDefence, InputSchema, Rule
+from holdfast.serving.states.memory import MemoryState
+from holdfast.serving.states.sqlite import SQLiteState
+from holdfast.serving.stored_inputs import StoredInputs
+from holdfast.store.encryption import Seal, refuse_unready
+from holdfast.verbs.request import Subject
+
+
+def open_guard(path: Path, model: str | None = None) -> GuardPipeline:
+    """Return the guard that a guard.yaml describes, with its calibration and the state of its query detector.
+
+    `model` is the `served_digest` of the model, with which the calibration is compared. Raises `UsageError` for invalid
+    settings, for a calibration with other settings or another model, and for a rule in mode `shadow` or `enforce`
+    without a threshold.
+    """
+    settings = read_guard_settings(path)
+    calibration = stored_calibration(settings, path, model)
+    return ready_guard(settings, path, calibration)
+
+
+def stored_calibration(settings: GuardSettings, path: Path, model: str | None = None) -> Calibration | None:
+    """Return the calibration of the guard in a file, or None if there is none. Raises `UsageError` if it was made with
+    other settings or, if `model` is given, with another model.
+    """
+    place = calibration_path(settings, path)
+    if not place.exists():
+        return None
+    calibration = read_calibration(place)
+    refuse_stale(calibration, guard_digest(settings), model, str(place))
+    return calibration
+
+
+def ready_guard(settings: GuardSettings, path: Path | None, calibration: Calibration | None) -> GuardPipeline:
+    """Return the guard with its calibration and with the state of its query detector.
+
+    Raises `UsageError` for a rule that is to act and has no threshold.
+    """
+    queries = None
+    if settings.rules.queries is not None:
+        found = {} if calibration is None else calibration.parameters.get(QUERIES, {})
+        key = derived_key(guard_key(path), QUERIES)
+        queries = query_rule(settings, found.get("radius"), key, open_state(settings, path))
+    pipeline = guard_pipeline(settings, queries)
+    if calibration is not None:
+        pipeline = with_calibration(pipeline, calibration)
+        pipeline = replace(pipeline, observed=ObservedRate(calibration.false_positives))
+    _refuse_uncalibrated(pipeline, calibration, path)
+    return replace(pipeline, stored=input_storage(settings, path))
+
+
+def guarded_subject(subject: Subject, guard: str) -> Subject:
+    """Return the model with the calibrated stateless detectors of a guard, `FILE` or `FILE:RULE`, as a part of it.
+
+    Raises `UsageError` for a guard that was not calibrated with this model.
+    """
+    path, name = _file_and_rule(guard)
+    settings = read_guard_settings(path)
+    if subject.model.remote:
+        raise UsageError(
+            f"--guard {guard} makes a guard a part of the model, and this model is behind a server, whose own guard "
+            "answers the attacks; leave it out"
+        )
+    calibration = stored_calibration(settings, path, served_digest(subject))
+    if name == QUERIES or (name is None and set(rules_of(settings)) <= {SCHEMA, RANGE, QUERIES}):
+        return subject  # the stateful rule is measured apart, see `query_trials`
+    pipeline, scales = guard_pipeline(settings_without_queries(settings)), {}
+    if calibration is not None:
+        pipeline, scales = with_calibration(pipeline, calibration), dict(calibration.scales)
+    model = rejecting(subject.model, pipeline, scales, name)
+    thresholds = {
+        each: rule.threshold
+        for each, rule in pipeline.rules.items()
+        if each in pipeline.detectors and name in (None, each)
+    }
+    identity = digest(
+        canonical([subject.digest, guard_digest(settings), {k: repr(v) for k, v in thresholds.items()}])
+    )
+    rate = (
+        ""
+        if calibration is None
+        else (f"; together they fire on at most {100 * calibration.false_positives:g} % of benign inputs")
+    )
+    note = f"the guard {path.name} rejects inputs by {', '.join(thresholds)}{rate}"
+    card = {**subject.card, "guard": {"file": path.name, "rules": [*thresholds]}}
+    return Subject(model, identity, card, (*subject.notes, note))
+
+
+def query_trials(guard: str) -> QueryTrials | None:
+    """Return the attacks that measure the query detector of a guard, `FILE` or `FILE:RULE`, or None without one."""
+    path, name = _file_and_rule(guard)
+    settings = read_guard_settings(path)
+    rule = settings.rules.queries
+    if rule is None or name not in (None, QUERIES):
+        return None
+    calibration = stored_calibration(settings, path)
+    found = {} if calibration is None else calibration.parameters.get(QUERIES, {})
+    return QueryTrials(_query_settings(rule, found.get("radius")))
+
+
+def _file_and_rule(guard: str) -> tuple[Path, str | None]:
+    file, colon, rule = guard.rpartition(":")
+    return (Path(file), rule) if colon and not Path(guard).exists() else (Path(guard), None)
+
+
+def settings_without_queries(settings: GuardSettings) -> GuardSettings:
+    """Return the settings of a guard without its stateful rule, for measurements that have no sequence of queries."""
+    return settings.model_copy(update={"rules": settings.rules.model_copy(update={"queries": None})})
+
+
+def input_storage(settings: GuardSettings, path: Path | None) -> StoredInputs | None:
+    """Return the storage of inputs that the settings describe, or None if no inputs are stored.
+
+    Raises `UsageError` for a guard without a file, whose key would be lost with the process.
+    """
+    store = settings.store
+    if store.inputs == "none":
+        return None
+    if path is None:
+        raise UsageError(
+            "store.inputs is flagged, and a guard without a file has no lasting key; read it from a file"
+        )
+    refuse_unready()
+    seal = Seal(derived_key(guard_key(path), "inputs"), str(path))
+    return StoredInputs(
+        path.parent / store.folder, seal, 86_400.0 * store.retention_days, 2**20 * store.max_mb
+    )
+
+
+def guard_to_calibrate(settings: GuardSettings, x: Tensor | None) -> tuple[GuardPipeline, float | None]:
+    """Return the guard before calibration, with a query detector with an empty state, and the radius of that detector
+    that was fitted on inputs `x` (n, *shape); None for a radius that is given or for no such detector.
+    """
+    rule = settings.rules.queries
+    if rule is None:
+        return guard_pipeline(settings), None
+    key, radius = derived_key(guard_key(None), QUERIES), None
+    if rule.radius is None and x is not None:
+        inputs = scaled(x, _schema(settings))
+        radius = radius_for(
+            inputs, key, _query_settings(rule, None), false_positives=settings.false_positives
+        )
+    return guard_pipeline(settings, query_rule(settings, radius, key, MemoryState())), radius
+
+
+def guard_pipeline(settings: GuardSettings, queries: QueryScorer | None = None) -> GuardPipeline:
+    """Return the guard that the settings describe, before calibration.
+
+    A stateless detector without a threshold in the settings never fires until `serving.calibration` has set it.
+    """
+    groups = rules_of(settings)
+    low, high = min(settings.inputs.low), max(settings.inputs.high)
+    squeezes = settings.defence
+    return GuardPipeline(
+        schema=_schema(settings),
+        rules={name: _rule(name, group, settings.mode) for name, group in groups.items()},
+        detectors={
+            name: _detector(group, low, high)
+            for name, group in groups.items()
+            if name not in (SCHEMA, RANGE, QUERIES)
+        },
+        defence=InputDefence(squeezes.bits, squeezes.median, low, high)
+        if squeezes.bits or squeezes.median
+        else None,
+        queries=queries,
+        outputs=settings.outputs,
+        delay_s=seconds(settings.delay, "delay"),
+        observed=ObservedRate(settings.false_positives),
+    )
+
+
+def query_rule(settings: GuardSettings, radius: float | None, key: bytes, state: QueryState) -> QueryRule:
+    """Return the query detector that the settings describe. `radius` is the calibrated one, used if none is given."""
+    rule, shape = settings.rules.queries, settings.inputs.shape
+    assert rule is not None, "called for a guard with this rule"
+    sizes = [size for size in shape if size is not None]
+    if len(sizes) < len(shape):
+        raise UsageError(
+            f"inputs.shape is {list(shape)}, and the query detector compares inputs of one shape; give all sizes, or "
+            "remove the rule queries"
+        )
+    return QueryRule(QueryDetector(key, state, sizes, _query_settings(rule, radius)), _schema(settings))
+
+
+def open_state(settings: GuardSettings, path: Path | None) -> SQLiteState | MemoryState:
+    """Open the state of the query detector: the SQLite file next to the settings, or the memory of this process."""
+    state = settings.state
+    limits = Limits(half_life_s=seconds(state.half_life, "half_life"))
+    if state.at == "memory" or path is None:
+        return MemoryState(limits)
+    return SQLiteState(path.parent / state.at.removeprefix("sqlite:"), limits, fail=state.on_loss)
+
+
+def rules_of(settings: GuardSettings) -> dict[str, RuleSettings]:
+    """Return the settings of the rules that are evaluated, by name, in the order of their evaluation."""
+    rules = settings.rules
+    named = {
+        SCHEMA: rules.schema_,
+        RANGE: rules.range,
+        QUERIES: rules.queries,
+        "energy": rules.energy,
+        "squeezing": rules.squeezing,
+        "mahalanobis": rules.mahalanobis,
+        "stability": rules.stability,
+    }
+    return {name: group for name, group in named.items() if group is not None}
+
+
+def guard_digest(settings: GuardSettings) -> str:
+    """Return the SHA-256 of all settings that change a score or a given threshold. Modes and actions may change without
+    a new calibration.
+    """
+    without = {"mode", "action"}
+    rules = {
+        name: {key: value for key, value in group.model_dump(mode="json").items() if key not in without}
+        for name, group in rules_of(settings).items()
+    }
+    parts = [settings.inputs, settings.defence]
+    return digest(canonical([rules, settings.outputs, *(part.model_dump(mode="json") for part in parts)]))
+
+
+def served_digest(subject: Subject) -> str:
+    """Return the SHA-256 of a model with its preprocessing, which a calibration names.
+
+    The bounds are not part of it, as the guard has its own, and neither are layout and meaning of the outputs, which
+    may be found after the model was opened.
+    """
+    return digest(canonical(strict([subject.card["digest"], subject.model.mean, subject.model.std])))
+
+
+def bounds_of(settings: GuardSettings) -> InputSpace:
+    """Return the settings that read data in the range of the inputs of a guard."""
+    return InputSpace(bounds=(min(settings.inputs.low), max(settings.inputs.high)))
+
+
+def calibration_path(settings: GuardSettings, path: Path) -> Path:
+    """Return the path of the calibration of the guard in a file, relative to the folder of the file."""
+    if settings.calibration is not None:
+        return path.parent / settings.calibration
+    return path.with_suffix(".calibration.json")
+
+
+def _schema(settings: GuardSettings) -> InputSchema:
+    inputs = settings.inputs
+    return InputSchema(inputs.shape, getattr(torch, inputs.dtype), inputs.low, inputs.high)
+
+
+def _rule(name: str, group: RuleSettings, mode: str) -> Rule:
+    mode_of_rule, action = Mode(group.mode or mode), Action[group.action.upper()]
+    if name in (SCHEMA, RANGE):
+        return Rule(name, mode_of_rule, action, 0.0, fixed=True)
+    if isinstance(group, QueriesSettings):  # a query detector rejects from the threshold on, a rule above it
+        threshold = _query_settings(group, None).threshold
+        return Rule(name, mode_of_rule, action, nextafter(threshold, 0.0), fixed=True)
+    given = group.threshold if isinstance(group, ScoredSettings) else None
+    return Rule(name, mode_of_rule, action, inf if given is None else given, given is not None)
+
+
+def _query_settings(rule: QueriesSettings, radius: float | None) -> QuerySettings:
+    usual, fitted = QuerySettings(), radius if rule.radius is None else rule.radius
+    return replace(
+        usual,
+        threshold=usual.threshold if rule.threshold is None else rule.threshold,
+        radius=usual.radius if fitted is None else fitted,
+    )
+
+
+def _detector(group: RuleSettings, low: float, high: float) -> Detector:
+    match group:
+        case EnergySettings():
+            return Energy(group.temperature)
+        case SqueezingSettings():
+            return FeatureSqueezing(group.bits, group.median, low, high)
+        case MahalanobisSettings():
+            return Mahalanobis(group.on, group.shrinkage)
+        case StabilitySettings():
+            return NoiseStability(group.sigma, group.draws, group.seed)
+    raise AssertionError(f"{type(group).__name__} has no detector")
+
+
+def _refuse_uncalibrated(pipeline: GuardPipeline, calibration: Calibration | None, path: Path | None) -> None:
+    """Raise `UsageError` for a rule that is to act and never fires."""
+    calibrated = () if calibration is None else calibration.thresholds
+    for name, rule in pipeline.rules.items():
+        if rule.mode is not Mode.OBSERVE and rule.threshold == inf and name not in calibrated:
+            raise UsageError(
+                f"the rule {name} has the mode {rule.mode} and no threshold; run holdfast calibrate MODEL DATA --guard "
+                f"{path or 'guard.yaml'}, give a threshold, or set its mode to observe"
+            )

@@ -1,0 +1,312 @@
+"""The settings of a guard, which are the keys of a guard.yaml. The module imports pydantic, but not torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+from holdfast.config.grammar import did_you_mean, seconds
+from holdfast.config.groups import Flag, SettingGroup
+from holdfast.config.values import Numbers, Positive, Probability, Whole
+from holdfast.config.wording import complaint, place
+from holdfast.config.yaml_text import load
+from holdfast.core.errors import UsageError
+
+ModeName = Literal["observe", "shadow", "enforce"]
+ActionName = Literal["allow", "flag", "label_only", "abstain", "delay", "block"]
+DataType = Literal["float32", "float64", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64"]
+
+GUARD_KEYS = ("rules", "inputs")
+"""keys that a guard.yaml contains and a holdfast.yaml does not"""
+
+
+def _defaults(value: object) -> object:
+    """Take a key without a value, as in `energy:`, for one with default settings."""
+    return {} if value is None else value
+
+
+def _numbers(value: object) -> object:
+    return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Ends = Annotated[Numbers, BeforeValidator(_numbers), MinLen(1)]
+Bits = Annotated[Whole, Le(16)]
+Window = Annotated[Whole, Le(15)]
+Size = Annotated[int, Ge(1)]
+
+
+class RuleSettings(SettingGroup):
+    """Settings that all rules have."""
+
+    mode: ModeName | None = Field(default=None, description="Mode of the rule; that of the file by default.")
+    action: ActionName = Field(
+        default="flag", description="What is done with an input on which the rule fires."
+    )
+
+
+class CheckSettings(RuleSettings):
+    """Settings of the rules that refuse invalid requests: `schema` and `range`."""
+
+    action: ActionName = Field(default="block", description=RuleSettings.model_fields["action"].description)
+
+
+class ScoredSettings(RuleSettings):
+    """Settings of a rule whose threshold is calibrated."""
+
+    threshold: float | None = Field(
+        default=None,
+        description="Score above which the rule fires; set by the calibration if it is left out.",
+    )
+
+
+class EnergySettings(ScoredSettings):
+    """Settings of the rule `energy`."""
+
+    temperature: Annotated[float, Gt(0)] = Field(default=1.0, description="Temperature of the logits.")
+
+
+class SqueezingSettings(ScoredSettings):
+    """Settings of the rule `squeezing`. It costs one forward pass for each squeeze."""
+
+    bits: Bits = Field(
+        default=5, description="Bits of each value after squeezing; 0 leaves this squeeze out."
+    )
+    median: Window = Field(default=2, description="Side of the median filter in pixels; 0 leaves it out.")
+
+
+class MahalanobisSettings(ScoredSettings):
+    """Settings of the rule `mahalanobis`."""
+
+    on: Literal["logits", "features"] = Field(
+        default="logits", description="Vectors whose distance is measured: the logits, or given features."
+    )
+    layer: str | None = Field(
+        default=None, description="Module of the network whose output are the features, as in layer4."
+    )
+    shrinkage: Annotated[float, Ge(0), Le(1)] = Field(
+        default=0.01, description="Weight of the identity in the covariance."
+    )
+
+
+class StabilitySettings(ScoredSettings):
+    """Settings of the rule `stability`. It costs `draws` forward passes."""
+
+    sigma: Annotated[float, Gt(0)] = Field(default=0.05, description="Standard deviation of the noise.")
+    draws: Positive = Field(default=4, description="Number of noisy versions of each input.")
+    seed: Whole = Field(default=0, description="Seed of the noise.")
+
+
+class QueriesSettings(ScoredSettings):
+    """Settings of the rule `queries`, the stateful query detector."""
+
+    threshold: Annotated[float, Gt(0)] | None = Field(
+        default=None,
+        description="Weighted number of near duplicates from which queries are suspicious; default 10.",
+    )
+    radius: Annotated[float, Gt(0)] | None = Field(
+        default=None,
+        description="Distance up to which inputs, scaled to [0, 1], are near duplicates; set by the calibration if it "
+        "is left out, and 0.6 before.",
+    )
+    action: ActionName = Field(default="block", description=RuleSettings.model_fields["action"].description)
+
+
+class RulesSettings(SettingGroup):
+    """The rules of a guard. A rule that is not named is not evaluated."""
+
+    schema_: Annotated[CheckSettings | None, BeforeValidator(_defaults)] = Field(
+        default=None, alias="schema", description="Refuses inputs of another shape or data type."
+    )
+    range: Annotated[CheckSettings | None, BeforeValidator(_defaults)] = Field(
+        default=None, description="Refuses values outside the range, NaN and infinity."
+    )
+    queries: Annotated[QueriesSettings | None, BeforeValidator(_defaults)] = Field(
+        default=None, description="Detects sequences of similar queries, as attacks send them."
+    )
+    energy: Annotated[EnergySettings | None, BeforeValidator(_defaults)] = Field(
+        default=None, description="Energy of the logits. No further forward pass."
+    )
+    squeezing: Annotated[SqueezingSettings | None, BeforeValidator(_defaults)] = Field(
+        default=None, description="Change of the prediction if the input is squeezed."
+    )
+    mahalanobis: Annotated[MahalanobisSettings | None, BeforeValidator(_defaults)] = Field(
+        default=None, description="Distance to the nearest class mean. No further forward pass."
+    )
+    stability: Annotated[StabilitySettings | None, BeforeValidator(_defaults)] = Field(
+        default=None, description="Change of the prediction under noise."
+    )
+
+
+class InputSettings(SettingGroup):
+    """The inputs that the model accepts."""
+
+    shape: Annotated[tuple[Size | None, ...], MinLen(1)] = Field(
+        description="Sizes of one input without the batch; null where any size is accepted."
+    )
+    dtype: DataType = Field(default="float32", description="Data type of the inputs.")
+    low: Ends = Field(default=(0.0,), description="Lowest valid value: a number, or one for each channel.")
+    high: Ends = Field(default=(1.0,), description="Highest valid value: a number, or one for each channel.")
+
+
+class DefenceSettings(SettingGroup):
+    """Squeezes of the inputs before the model."""
+
+    bits: Bits = Field(default=0, description="Bits of each value; 0 leaves values unchanged.")
+    median: Window = Field(default=0, description="Side of the median filter in pixels; 0 leaves it out.")
+
+
+class StateSettings(SettingGroup):
+    """State of the query detector, which all processes of a server share."""
+
+    at: str = Field(
+        default="sqlite:guard-state.sqlite",
+        description="sqlite:FILE, relative to this file, for the processes of one machine; or memory, for one process.",
+    )
+    on_loss: Literal["closed", "open"] = Field(
+        default="closed",
+        description="Whether queries fire the rule (closed) or not while the state cannot be reached.",
+    )
+    half_life: str = Field(default="24h", description="Time after which a query counts half.")
+
+
+class StoreSettings(SettingGroup):
+    """Storage of the inputs of clients."""
+
+    inputs: Literal["none", "flagged"] = Field(
+        default="none", description="Inputs that are stored, encrypted: none, or those on which a rule fired."
+    )
+    folder: str = Field(default="guard-inputs", description="Folder of the encrypted inputs.")
+    retention_days: Positive = Field(default=30, description="Days after which stored inputs are deleted.")
+    max_mb: Positive = Field(
+        default=1024, description="Size of the folder above which the oldest are deleted."
+    )
+
+
+class GuardSettings(SettingGroup):
+    """All settings of a guard."""
+
+    schema_version: Literal[1] = Field(default=1, description="Version of the format of this file.")
+    mode: ModeName = Field(default="observe", description="Mode of all rules that state no other.")
+    inputs: InputSettings = Field(description="The inputs that the model accepts.")
+    outputs: Literal["logit", "probability"] = Field(
+        default="logit", description="What the model returns: logits or probabilities."
+    )
+    false_positives: Probability = Field(
+        default=0.001, description="Share of benign inputs on which a calibrated rule may fire."
+    )
+    rules: RulesSettings = Field(description="The rules, by name.")
+    defence: DefenceSettings = Field(
+        default_factory=DefenceSettings, description="Squeezes of the inputs before the model."
+    )
+    state: StateSettings = Field(
+        default_factory=StateSettings, description="State of the query detector, which all processes share."
+    )
+    delay: str = Field(default="1s", description="Time by which the action delay delays a response.")
+    calibration: str | None = Field(
+        default=None,
+        description="File of the calibration. Default: the name of this file with .calibration.json.",
+    )
+    store: StoreSettings = Field(
+        default_factory=StoreSettings, description="Storage of the inputs of clients."
+    )
+
+
+class CalibrateOptions(SettingGroup):
+    """Settings of the command `holdfast calibrate` that no other command has."""
+
+    false_positives: Annotated[Probability | None, Flag("P")] = Field(
+        default=None,
+        description="Share of benign inputs on which the rules may fire (default: that of the guard).",
+    )
+    fit: Annotated[str | None, Flag("DATA", completion="DATA")] = Field(
+        default=None,
+        description="Examples on which detectors are fitted (default: a random fifth of DATA, which then sets no "
+        "threshold).",
+    )
+
+
+def read_guard_settings(path: Path) -> GuardSettings:
+    """Return the settings in a guard.yaml. Raises `TargetError` if it cannot be read, and `UsageError` with the first
+    invalid key.
+    """
+    return check_guard_settings(load(path), str(path))
+
+
+def check_guard_settings(content: Mapping[str, Any], where: str) -> GuardSettings:
+    """Return the validated settings of a guard. Raises `UsageError`, which begins with `where`, for the first invalid
+    key.
+    """
+    try:
+        settings = GuardSettings.model_validate(dict(content))
+    except ValidationError as error:
+        raise UsageError(f"{where}: {_fault(error)}") from None
+    _refuse_contradictions(settings, where)
+    return settings
+
+
+def is_guard(content: Mapping[str, Any]) -> bool:
+    """Return whether the content of a YAML file is that of a guard.yaml, and not of a holdfast.yaml."""
+    return any(key in content for key in GUARD_KEYS)
+
+
+def _fault(error: ValidationError) -> str:
+    kind, *_ = (details["type"] for details in error.errors())
+    where = place(error)
+    if kind == "missing":
+        example = {"inputs": "inputs: {shape: [3, 32, 32]}", "rules": "rules: {energy: {}}"}
+        return f"{where} is missing; give it, as in {example.get(where, 'shape: [3, 32, 32]')}"
+    if kind == "extra_forbidden":
+        parent, _, key = where.rpartition(".")
+        prefix = f"{parent}: " if parent else ""
+        return f"{prefix}unknown key {key!r}{did_you_mean(key, _keys(parent))}"
+    return f"{where} {complaint(error)}"
+
+
+def _keys(path: str) -> list[str]:
+    """The keys of the group of settings at a dotted path."""
+    group: type[BaseModel] = GuardSettings
+    for key in path.split(".") if path else ():
+        field = next(info for name, info in group.model_fields.items() if key in (name, info.alias))
+        kinds = [
+            field.annotation,
+            *(inner for arg in get_args(field.annotation) for inner in (arg, *get_args(arg))),
+        ]
+        group = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return [info.alias or name for name, info in group.model_fields.items()]
+
+
+def _refuse_contradictions(settings: GuardSettings, where: str) -> None:
+    """Raise `UsageError` if settings of a guard contradict each other."""
+    inputs, rules = settings.inputs, settings.rules
+    seconds(settings.delay, f"{where}: delay")
+    seconds(settings.state.half_life, f"{where}: state.half_life")
+    at = settings.state.at
+    if at != "memory" and not (at.startswith("sqlite:") and at != "sqlite:"):
+        raise UsageError(f"{where}: state.at is {at!r}; expected sqlite:FILE or memory")
+    if len(inputs.low) != len(inputs.high) and 1 not in (len(inputs.low), len(inputs.high)):
+        raise UsageError(
+            f"{where}: inputs.low has {len(inputs.low)} numbers and inputs.high {len(inputs.high)}; give one, or one "
+            "for each channel"
+        )
+    low, high = (
+        (end * n)[:n]
+        for end, n in ((e, max(len(inputs.low), len(inputs.high))) for e in (inputs.low, inputs.high))
+    )
+    if not all(a < b for a, b in zip(low, high, strict=True)):
+        raise UsageError(
+            f"{where}: inputs.low is {inputs.low} and inputs.high {inputs.high}; low must be below high"
+        )
+    squeezing = rules.squeezing
+    images = len(inputs.shape) == 3
+    for name, group in (("defence", settings.defence), ("rules.squeezing", squeezing)):
+        if group is not None and group.median and not images:
+            raise UsageError(
+                f"{where}: {name}.median is {group.median}, and inputs of shape {list(inputs.shape)} are not images; "
+                "set it to 0"
+            )
+    if squeezing is not None and not squeezing.bits and not squeezing.median:
+        raise UsageError(f"{where}: rules.squeezing has bits 0 and median 0; give at least one of them")
+    if not rules.model_fields_set:
+        raise UsageError(f"{where}: rules is empty; name at least one, as in rules: {{energy: {{}}}}")

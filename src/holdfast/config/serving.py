@@ -1,0 +1,178 @@
+"""Converts the settings of `holdfast serve` to the setup of a server: workers, pool, keys and audit chains."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from holdfast.config.grammar import parse_every, seconds
+from holdfast.config.planning import device_of
+from holdfast.config.pooled import open_architecture, pool_of, refuse_code_in_pool, settings_of_pool
+from holdfast.config.references import DataReference, ModelReference, Sources
+from holdfast.config.resolve import open_subject
+from holdfast.config.settings import ServeSettings
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Classifier
+from holdfast.rotation import AnswersPerPrincipal, Elapsed
+from holdfast.rotation.triggers import Trigger
+from holdfast.serving.app import ConnectionLimits
+from holdfast.serving.audit_chain import AuditKey
+from holdfast.serving.keys import read_keys
+from holdfast.serving.live_pool import CANARIES, LivePool, refuse_no_canaries
+from holdfast.serving.protocol import NoRules, RequestGuard
+from holdfast.serving.supervisor import ServerSetup
+from holdfast.serving.worker import ServingSetup
+from holdfast.sources.models import ROTATING, bundled_models
+from holdfast.sources.remote import SCHEMES
+
+_BUNDLED_SHAPE = (1, 28, 28)
+"""Shape of the inputs of all bundled models, which classify MNIST."""
+_UNNAMED = "model"
+
+
+def server_setup(
+    settings: ServeSettings, reference: ModelReference, guard: Callable[[], RequestGuard] = NoRules
+) -> ServerSetup:
+    """Return the setup of a server from its settings and the reference to its model. `guard` is called in each worker.
+
+    Raises `UsageError` and `TargetError`.
+    """
+    options, limits = settings.options, settings.limits
+    address = reference.address
+    if address is not None and address.partition(":")[0] in SCHEMES:
+        raise UsageError(
+            f"model is {address!r}, and a server never loads a model from a URL; download the file, and give its path"
+        )
+    served = _served(settings, reference)
+    keys = None if options.keys is None else Path(options.keys)
+    if keys is not None:
+        read_keys(keys)
+    audit = None if options.audit is None else Path(options.audit)
+    worker = ServingSetup(
+        opening=served.opening,
+        name=options.name or _name_of(address),
+        shape=served.shape,
+        version=options.model_version,
+        set_name=served.set_name,
+        device=device_of(settings.device.device),
+        threads=_threads(options.workers),
+        max_rows=limits.max_rows,
+        limits=ConnectionLimits(
+            max_body=limits.max_body,
+            body_timeout_s=seconds(limits.body_timeout, "body_timeout"),
+            header_timeout_s=seconds(limits.header_timeout, "header_timeout"),
+            write_timeout_s=seconds(limits.body_timeout, "body_timeout"),
+            max_connections=limits.max_connections,
+            max_latency_s=seconds(limits.max_latency, "max_latency"),
+        ),
+        drain_s=seconds(limits.drain, "drain"),
+        guard=guard,
+        guard_fails_open=options.on_guard_failure == "answer",
+        keys=keys,
+        quotas=None if keys is None else keys.with_name(f"{keys.name}.quota"),
+        audit_key=None if audit is None else AuditKey.of(audit),
+        audit_fails_open=options.on_audit_failure == "answer",
+    )
+    return ServerSetup(
+        worker,
+        options.host,
+        options.port,
+        options.admin_host,
+        options.admin_port,
+        options.workers,
+        served.pool,
+        audit,
+        {**served.about, "name": worker.name, "version": worker.version},
+    )
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What is served: how each worker opens it, the shape of its inputs, and its pool, if it is one."""
+
+    opening: Callable[[], Classifier]
+    shape: tuple[int, ...]
+    set_name: str
+    about: Mapping[str, str]
+    pool: LivePool | None = None
+
+
+def _served(settings: ServeSettings, reference: ModelReference) -> _Served:
+    pool, triggers = pool_of(reference.address), _triggers(settings.options.every)
+    if pool is not None:
+        return _served_pool(LivePool(pool, triggers, settings.options.swaps_per_hour), reference)
+    if triggers:
+        raise UsageError(
+            f"every is {', '.join(settings.options.every)}, and {reference.address or 'the model'} is no pool, so "
+            f"there is no other set; serve a pool with {ROTATING}FOLDER, or leave it out"
+        )
+    sources = Sources(reference, DataReference(None), settings.inputs)
+    shape = _shape(reference)
+    digest = open_subject(sources).digest  # here, so that a mistake is reported before workers start
+    return _Served(partial(_opened, sources), shape, digest[:16], {"model": digest})
+
+
+def _served_pool(live: LivePool, reference: ModelReference) -> _Served:
+    pool, trust_code = live.pool, reference.source.trust_code
+    refuse_no_canaries(live)
+    refuse_code_in_pool(pool, trust_code=trust_code)
+    canaries = pool.kept(CANARIES)
+    assert canaries is not None
+    opening = partial(
+        _architecture,
+        str(pool.path),
+        settings_of_pool(pool),
+        pool.manifest["about"].get("model", {}),
+        trust_code=trust_code,
+    )
+    return _Served(opening, tuple(canaries.columns["x"].shape[1:]), "", {"pool": pool.manifest["id"]}, live)
+
+
+def _triggers(texts: list[str]) -> tuple[Trigger, ...]:
+    kinds = [parse_every(text) for text in texts]
+    return tuple(
+        AnswersPerPrincipal(int(size)) if kind == "answers" else Elapsed(size) for kind, size in kinds
+    )
+
+
+def _opened(sources: Sources) -> Classifier:
+    return open_subject(sources).model
+
+
+def _architecture(path: str, created: Any, about: Any, *, trust_code: bool) -> Classifier:
+    """Return the network of a pool with the parameters of the file that it was created with."""
+    return open_architecture(Path(path), created, about, trust_code=trust_code).model
+
+
+def _shape(reference: ModelReference) -> tuple[int, ...]:
+    """Return the shape of one input. Raises `UsageError` if it is not known."""
+    if reference.inference.input_shape is not None:
+        return tuple(reference.inference.input_shape)
+    if reference.address in bundled_models():
+        return _BUNDLED_SHAPE
+    raise UsageError(
+        "the shape of the inputs is not known, which requests are checked against; give it with --input-shape, as in "
+        "--input-shape 3,32,32 (in Python holdfast.open_model(…, input_shape=(3, 32, 32)))"
+    )
+
+
+def _name_of(address: str | None) -> str:
+    """Return the name of a model in URLs, from its address."""
+    if address is None:
+        return _UNNAMED
+    path = address.removeprefix(ROTATING)
+    path = path.rsplit(":", 1)[0] if ".py:" in path else path
+    kept = [
+        letter if letter.isascii() and (letter.isalnum() or letter in "_.-") else "-"
+        for letter in Path(path).stem
+    ]
+    return "".join(kept).strip("-._") or _UNNAMED
+
+
+def _threads(workers: int) -> int | None:
+    """Return the number of threads of the network in each worker; None for that of the environment."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return None
+    return max(1, (os.cpu_count() or 1) // workers)

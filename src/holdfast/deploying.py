@@ -1,0 +1,133 @@
+"""The function `holdfast.serve`, which answers requests to a model over HTTP until it is stopped."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from holdfast.config.moved import verb
+from holdfast.config.references import ModelLike, ModelReference, Numbers, model_reference
+from holdfast.config.settings import ServeSettings, check_settings, given
+from holdfast.core.errors import UsageError
+from holdfast.engine.progress import Notify, ignore
+
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+
+
+@verb
+def serve(
+    model: ModelLike,
+    *,
+    name: str | None = None,
+    model_version: str = "1",
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    admin_host: str = "127.0.0.1",
+    admin_port: int = 8081,
+    workers: int = 1,
+    keys: str | Path | None = None,
+    every: Sequence[str] = (),
+    swaps_per_hour: int = 60,
+    audit: str | Path | None = None,
+    on_audit_failure: str = "refuse",
+    on_guard_failure: str = "refuse",
+    max_rows: int = 64,
+    max_body: int | None = None,
+    max_latency: str = "1s",
+    header_timeout: str = "10s",
+    body_timeout: str = "30s",
+    max_connections: int = 1000,
+    drain: str = "30s",
+    bounds: Numbers | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+    data_normalised: tuple[Numbers, Numbers] | str | None = None,
+    device: str = "auto",
+    notify: Notify = ignore,
+) -> None:
+    """Serve a model over the Open Inference Protocol v2 until SIGTERM or Ctrl-C, and then drain.
+
+    `model` is an address, such as that of a pool, `"rotating:pool/"`, or an object that can be pickled; options for
+    opening it are given with `holdfast.open_model`, such as the shape of its inputs. The other arguments are those of
+    `holdfast serve`. `notify` is called with messages, such as the address when requests are answered. Raises
+    `UsageError` and `TargetError`.
+    """
+    settings = check_settings(
+        given(
+            name=name,
+            model_version=model_version,
+            host=host,
+            port=port,
+            admin_host=admin_host,
+            admin_port=admin_port,
+            workers=workers,
+            keys=None if keys is None else str(keys),
+            every=list(every),
+            swaps_per_hour=swaps_per_hour,
+            audit=None if audit is None else str(audit),
+            on_audit_failure=on_audit_failure,
+            on_guard_failure=on_guard_failure,
+            max_rows=max_rows,
+            max_body=max_body,
+            max_latency=max_latency,
+            header_timeout=header_timeout,
+            body_timeout=body_timeout,
+            max_connections=max_connections,
+            drain=drain,
+            bounds=bounds,
+            mean=mean,
+            std=std,
+            data_normalised=data_normalised,
+            device=device,
+        ),
+        "serve()",
+        kind=ServeSettings,
+    )
+    _served(settings, model_reference(model), notify)
+
+
+def carry_out_serving(settings: ServeSettings, notify: Notify = ignore) -> None:
+    """Serve a model with the settings of the command line or of a configuration file until it is stopped."""
+    reference = ModelReference(settings.model.address, settings.model)
+    if settings.inference.input_shape is not None:
+        inference = reference.inference.model_copy(update={"input_shape": settings.inference.input_shape})
+        reference = ModelReference(settings.model.address, settings.model, inference)
+    _served(settings, reference, notify)
+
+
+def refuse_missing_extra() -> None:
+    """Raise `UsageError` if a package of the extra `serve` is not installed."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f'serve needs {", ".join(missing)}, and it is not installed; run: pip install "holdfast[serve]"'
+        )
+
+
+def _served(settings: ServeSettings, reference: ModelReference, notify: Notify) -> None:
+    refuse_missing_extra()
+    from holdfast.config.serving import server_setup
+    from holdfast.serving.admin import AdminServer
+    from holdfast.serving.keys import KeyFile
+    from holdfast.serving.supervisor import Supervisor
+    from holdfast.serving.worker_processes import bound_socket
+
+    setup = server_setup(settings, reference)
+    listener = bound_socket(setup.admin_host, setup.admin_port)
+    keys = None if setup.worker.keys is None else KeyFile(setup.worker.keys)
+    supervisor = Supervisor(setup, notify)
+    admin = AdminServer(supervisor, listener, keys)
+    try:
+        admin.start()
+        supervisor.start()
+        served = f"http://{_shown(supervisor.address)}/v2/models/{setup.worker.name}"
+        notify(f"serving {served} with {setup.workers} worker{'s' if setup.workers > 1 else ''}")
+        notify(f"metrics: http://{_shown(listener.getsockname())}/metrics")
+        supervisor.run()
+        notify("all requests in progress were answered; the server has ended")
+    finally:
+        admin.stop()
+
+
+def _shown(address: tuple[str, int]) -> str:
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,253 @@
+"""The guard of the Python interface: `holdfast.Guard`."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast.config.guard_opening import (
+    bounds_of,
+    calibration_path,
+    guard_digest,
+    guard_to_calibrate,
+    input_storage,
+    ready_guard,
+    served_digest,
+    stored_calibration,
+)
+from holdfast.config.guard_settings import GuardSettings, check_guard_settings, read_guard_settings
+from holdfast.config.references import DataLike, ModelLike, Sources, data_reference, model_reference
+from holdfast.config.resolve import open_examples, open_subject, sources_at
+from holdfast.config.settings import CalibrateSettings
+from holdfast.core.batch import Data
+from holdfast.core.errors import UsageError
+from holdfast.core.estimate import Estimate
+from holdfast.detectors.protocol import Observation
+from holdfast.harness import Target
+from holdfast.serving.calibration import Calibration, calibrated, write_calibration
+from holdfast.serving.decisions import Action, Decision, Incoming
+from holdfast.serving.guard import GuardPipeline
+from holdfast.serving.rules import QUERIES
+from holdfast.serving.stored_inputs import StoredInputs
+from holdfast.sources.arrays import selected_rows
+from holdfast.sources.selection import Selection
+from holdfast.verbs.preparation import readied
+from holdfast.verbs.request import Subject
+
+_BATCH = 256
+"""inputs of one forward pass of a calibration"""
+_FITTED_SHARE = 5
+"""one of so many examples is used for the fit of detectors if no others are given"""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A guard with its settings: decides about the requests to a model before and after the model is called.
+
+    `decision = guard.before(x, principal=key)`, then, if `decision.answered`, `outputs = model(decision.x)` and
+    `decision = guard.after(decision, outputs)`. `decision.action` and `decision.actions` state what to do with the
+    request and with each of its inputs. Scores must not be returned to clients.
+    """
+
+    settings: GuardSettings
+    pipeline: GuardPipeline
+    path: Path | None = None
+    """file with the settings"""
+    calibration: Calibration | None = None
+    """the calibration of the thresholds; None before"""
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, model: ModelLike | None = None) -> "Guard":
+        """Return the guard that a guard.yaml describes, with its calibration if there is one.
+
+        With `model`, the calibration is compared with it. Raises `UsageError` for invalid settings, for a calibration
+        with other settings or another model, and for a rule in mode `shadow` or `enforce` without a threshold.
+        """
+        settings = read_guard_settings(Path(path))
+        digest = None if model is None else served_digest(open_subject(_sources(settings, model, None)))
+        calibration = stored_calibration(settings, Path(path), digest)
+        return cls(settings, ready_guard(settings, Path(path), calibration), Path(path), calibration)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> "Guard":
+        """Return the guard that the keys of a guard.yaml describe, given as a dictionary. The state of its query
+        detector is in the memory of this process.
+
+        Rules without a threshold must be in mode `observe` until `calibrate` was called.
+        """
+        checked = check_guard_settings(settings, "Guard.from_settings()")
+        return cls(checked, ready_guard(checked, None, None))
+
+    def before(self, x: Tensor, *, principal: str = "") -> Decision:
+        """Return the decision about the inputs (n, *shape) of a request before the model is called; see
+        `GuardPipeline.before`.
+        """
+        return self.pipeline.before(x, principal=principal)
+
+    def before_many(self, requests: Sequence[Incoming]) -> list[Decision]:
+        """Return the decisions about several requests before the model is called."""
+        return self.pipeline.before_many(requests)
+
+    def after(
+        self,
+        decision: Decision,
+        outputs: Tensor,
+        features: Tensor | None = None,
+        *,
+        network: Callable[[Tensor], Tensor] | None = None,
+    ) -> Decision:
+        """Return the final decision about a request, given the outputs (n, classes) of the model; see
+        `GuardPipeline.after`.
+        """
+        return self.pipeline.after(decision, outputs, features, network=network)
+
+    def after_many(
+        self,
+        decisions: Sequence[Decision],
+        outputs: Sequence[Tensor | None],
+        features: Sequence[Tensor | None] | None = None,
+        *,
+        network: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[Decision]:
+        """Return the final decisions about several requests; see `GuardPipeline.after_many`."""
+        return self.pipeline.after_many(decisions, outputs, features, network=network)
+
+    @property
+    def actions(self) -> frozenset[Action]:
+        """Actions of the rules in mode `enforce`."""
+        return self.pipeline.actions
+
+    @property
+    def stored_inputs(self) -> StoredInputs | None:
+        """The encrypted inputs on which a rule fired, with functions to read and to delete them; None if no inputs are
+        stored.
+        """
+        return input_storage(self.settings, self.path)
+
+    def observed_rate(self) -> Estimate | None:
+        """Return the share of inputs on which a calibrated rule fired, with an interval that is valid at all times, or
+        None before the first input.
+        """
+        return self.pipeline.observed.estimate()
+
+    def calibrate(
+        self,
+        model: ModelLike,
+        data: DataLike,
+        *,
+        false_positives: float | None = None,
+        fit: DataLike | None = None,
+        seed: int = 0,
+    ) -> "Guard":
+        """Return the guard with thresholds at which its rules together fire on at most the share `false_positives` of
+        inputs like those of `data`, and write them to the file of the calibration if the guard was read from a file.
+
+        `data` are benign inputs as clients send them, which were not used to train the model. `false_positives` is
+        that of the settings by default. Detectors that need a fit are fitted on `fit`, or on a random fifth of `data`,
+        which is then not used for thresholds. Raises `UsageError` for fewer than 1 / `false_positives` - 1 inputs.
+        """
+        rate = self.settings.false_positives if false_positives is None else false_positives
+        if not 0 < rate < 1:
+            raise UsageError(f"false_positives is {rate!r}; expected a share between 0 and 1, as in 0.001")
+        calibration = _calibrate(
+            self.settings, self.path, _sources(self.settings, model, data, seed), rate, fit
+        )
+        return replace(
+            self, pipeline=ready_guard(self.settings, self.path, calibration), calibration=calibration
+        )
+
+
+def carry_out_calibration(settings: CalibrateSettings) -> tuple[Calibration, Path]:
+    """Calibrate the guard in a file with the settings of the command line, and return the calibration and the path to
+    which it was written.
+    """
+    path = Path(settings.inference.guard or "guard.yaml")
+    given = sources_at(settings)
+    bare = given.model.inference.model_copy(
+        update={"guard": None}
+    )  # the guard is calibrated on the model alone
+    sources, guard = replace(given, model=replace(given.model, inference=bare)), read_guard_settings(path)
+    if "bounds" not in settings.inputs.model_fields_set:
+        low, high = bounds_of(guard).bounds
+        sources = replace(sources, inputs=sources.inputs.model_copy(update={"bounds": (low, high)}))
+    rate = (
+        guard.false_positives
+        if settings.options.false_positives is None
+        else settings.options.false_positives
+    )
+    return _calibrate(guard, path, sources, rate, settings.options.fit), calibration_path(guard, path)
+
+
+def _calibrate(
+    settings: GuardSettings, path: Path | None, sources: Sources, rate: float, fit: DataLike | None
+) -> Calibration:
+    """Open the model and the data, calibrate the guard, and write the calibration if the guard has a file."""
+    subject = open_subject(sources)
+    examples = open_examples(sources, subject.model)
+    others = None if fit is None else open_examples(replace(sources, data=sources.beside(fit)), subject.model)
+    calibration = _calibration(settings, subject, examples, others, rate, sources.seed)
+    if path is not None:
+        write_calibration(calibration, calibration_path(settings, path))
+    return calibration
+
+
+def _sources(settings: GuardSettings, model: ModelLike, data: DataLike, seed: int = 0) -> Sources:
+    return Sources(model_reference(model), data_reference(data), bounds_of(settings), seed=seed)
+
+
+def _calibration(
+    settings: GuardSettings, subject: Subject, examples: Data, fit: Data | None, rate: float, seed: int
+) -> Calibration:
+    """The calibration of a guard for a model on benign examples. Detectors are fitted on `fit`, or on some of them."""
+    if subject.model.rejects:
+        raise UsageError(
+            "the model has a detector of its own already; calibrate the guard with the network inside"
+        )
+    if fit is None:
+        examples, fit = _divided(settings, examples, seed)
+    fitting = None if fit is None else fit.read(0, len(fit))
+    fresh, radius = guard_to_calibrate(settings, None if fitting is None else fitting.x)
+    with readied(subject, examples, torch.device("cpu")) as (target, _):
+        observed = None if fitting is None else _observe(fresh, target, fitting.x)[1]
+        stream = (_observe(fresh, target, x) for x in _batches(examples))
+        _, calibration = calibrated(fresh, stream, rate, observed, None if fitting is None else fitting.y)
+    parameters = dict(calibration.parameters) | ({} if radius is None else {QUERIES: {"radius": radius}})
+    return replace(
+        calibration,
+        guard=guard_digest(settings),
+        models=(served_digest(subject),),
+        data=examples.digest,
+        parameters=parameters,
+    )
+
+
+def _divided(settings: GuardSettings, data: Data, seed: int) -> tuple[Data, Data | None]:
+    """The examples for the thresholds, and those for the fit of detectors, or None if there is nothing to fit."""
+    rules = settings.rules
+    if rules.mahalanobis is None and (rules.queries is None or rules.queries.radius is not None):
+        return data, None
+    n = len(data) // _FITTED_SHARE
+    if n < 1:
+        raise UsageError(
+            f"{len(data)} calibration inputs are too few to fit a detector on some of them; give more"
+        )
+    rows = selected_rows(len(data), n=None, sample=n, seed=seed, name=data.name).tolist()
+    chosen = set(rows)
+    return Selection(data, tuple(k for k in range(len(data)) if k not in chosen)), Selection(
+        data, tuple(rows)
+    )
+
+
+def _batches(data: Data) -> Iterator[Tensor]:
+    for start in range(0, len(data), _BATCH):
+        yield data.read(start, min(start + _BATCH, len(data))).x
+
+
+def _observe(pipeline: GuardPipeline, target: Target, x: Tensor) -> tuple[Tensor, Observation]:
+    """Inputs as clients send them, and what the stateless detectors observe."""
+    defended = x if pipeline.defence is None else pipeline.defence(x)
+    logits = torch.cat([target.logits(part) for part in torch.split(defended, _BATCH)])
+    return x, Observation(defended, logits, network=target.logits)

@@ -1,0 +1,101 @@
+"""Report of the attacks on a query detector: how many examples they break with it and without, after how many queries,
+and after how many queries the detector fires.
+
+It is an entry of the summary and a table.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast.core.evidence import Table
+from holdfast.ops.statistics import proportion
+from holdfast.reports.curves import estimate_to_json
+from holdfast.reports.numbers import count_text, percent
+
+Json = dict[str, Any]
+
+_ATTACKERS = {
+    "plain": "Square, which does not know the detector",
+    "adaptive": "OARS, which adapts to the detector",
+}
+"""Attacks by the prefix of their columns in the table of the evidence."""
+
+
+def stateful_results(table: Table, confidence: float) -> Json | None:
+    """Return the results of the attacks on the query detector for the summary of a run; None if no example was
+    attacked.
+    """
+    if not len(table):
+        return None
+    return {
+        "n": len(table),
+        "rows": [
+            {
+                "attacker": title,
+                **_arm(table.columns[f"{name}_without_broken"], "without", confidence),
+                **_arm(table.columns[f"{name}_with_broken"], "with", confidence),
+                **_noticed(table.columns[f"{name}_with_rejected"], confidence),
+            }
+            for name, title in _ATTACKERS.items()
+        ],
+    }
+
+
+def _arm(broken_at: Tensor, arm: str, confidence: float) -> Json:
+    """The share of broken examples, and the median number of queries until they were."""
+    return {
+        f"broken_{arm}": estimate_to_json(proportion(broken_at > 0, confidence)),
+        f"queries_{arm}": _median(broken_at),
+    }
+
+
+def _noticed(rejected_at: Tensor, confidence: float) -> Json:
+    return {
+        "rejected": estimate_to_json(proportion(rejected_at > 0, confidence)),
+        "rejected_after": _median(rejected_at),
+    }
+
+
+def _median(first: Tensor) -> int | None:
+    """The median of the numbers of queries that are not 0, which stands for never; None if there is none."""
+    reached = first[first > 0]
+    return int(torch.median(reached)) if len(reached) else None
+
+
+def title(results: Mapping[str, Any], noun: str) -> str:
+    """Return the title of the table of attacks on the query detector."""
+    return f"query detector: attacks on {count_text(results['n'])} {noun} with and without it"
+
+
+def headings(results: Mapping[str, Any]) -> list[str]:
+    """Return the column headings of the table of attacks on the query detector."""
+    return [
+        "attack",
+        "broken without",
+        "median queries",
+        "broken with",
+        "median queries",
+        "rejected",
+        "after queries",
+    ]
+
+
+def cells(results: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield the rows of the table of attacks on the query detector as text."""
+    for row in results["rows"]:
+        yield [
+            row["attacker"],
+            percent(row["broken_without"]["value"]),
+            _count(row["queries_without"]),
+            percent(row["broken_with"]["value"]),
+            _count(row["queries_with"]),
+            percent(row["rejected"]["value"]),
+            _count(row["rejected_after"]),
+        ]
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else count_text(value)

@@ -1,0 +1,208 @@
+"""Audit chains of a server: one hash chain for each worker process, and one for the supervisor, which lists the others.
+
+A chain is a file `RUN.worker-N.jsonl` or `RUN.server.jsonl` in the audit folder. A record `started` is written before
+the model is called, and `answered` with the decision before the response is sent. Records of a batch are written with
+one call. When a worker dies, the supervisor adds a record `interrupted` for each request that was not answered.
+Principals are stored as pseudonyms and inputs as keyed digests; the key is in a file beside the folder.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.core.chain import GENESIS
+from holdfast.core.errors import TargetError
+from holdfast.store.files import PRIVATE, create_private, usable
+
+SUFFIX = ".jsonl"
+SERVER = ".server"
+_KEY_BYTES, _DIGITS = 32, 32
+_ENDS = frozenset({"answered", "interrupted", "failed"})
+"""kinds of records that end a request"""
+
+
+@dataclass(frozen=True)
+class AuditKey:
+    """The key of the pseudonyms and digests in audit chains."""
+
+    key: bytes
+
+    @classmethod
+    def of(cls, folder: Path) -> "AuditKey":
+        """Return the key of an audit folder, from the file beside it, which is created if it does not exist."""
+        file = folder.with_name(f"{folder.name}.key")
+        with usable(file):
+            with suppress(FileExistsError):
+                create_private(file, secrets.token_hex(_KEY_BYTES).encode())
+            text = file.read_text().strip()
+        if len(text) != 2 * _KEY_BYTES or not all(digit in "0123456789abcdef" for digit in text):
+            raise TargetError(
+                f"{str(file)!r} is not the key of an audit folder; {2 * _KEY_BYTES} hex digits were expected: restore "
+                "it from a copy, or give another folder"
+            )
+        return cls(bytes.fromhex(text))
+
+    def pseudonym(self, principal: str) -> str:
+        """Return the pseudonym under which a client is recorded; empty for a client without a name."""
+        return self._mac(b"principal\0", principal.encode()) if principal else ""
+
+    def digest(self, content: bytes) -> str:
+        """Return the digest of the bytes of an input tensor, as it is recorded."""
+        return self._mac(b"request\0", content)
+
+    def _mac(self, purpose: bytes, content: bytes) -> str:
+        mac = hmac.new(self.key, purpose, hashlib.sha256)
+        mac.update(content)
+        return mac.hexdigest()[:_DIGITS]
+
+
+class ChainFile:
+    """A hash chain in a file of its own, to which one process adds records.
+
+    With `fail_open`, records that cannot be written are counted, and a record `lost` states their number as soon as the
+    disk is writable again. Otherwise `OSError` is raised. The file then has its old content.
+    """
+
+    def __init__(self, path: Path, *, fail_open: bool = False) -> None:
+        self.path, self._fail_open = path, fail_open
+        self._lock = threading.Lock()
+        self.head, self.records, self.lost = GENESIS, 0, 0
+        self.lost_in_total = 0
+        with usable(path):
+            self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE)
+        self._size = self._synced = 0
+
+    def add(self, contents: Sequence[Mapping[str, Any]]) -> None:
+        """Append records with one write. Every record has a `kind`."""
+        with self._lock:
+            lost = [{"kind": "lost", "records": self.lost, "time": now()}] if self.lost else []
+            data, head = lines(self.head, (*lost, *contents))
+            try:
+                self._write(data)
+            except OSError:
+                if not self._fail_open:
+                    raise
+                self.lost += len(contents)
+                self.lost_in_total += len(contents)
+                return
+            self.head, self.records, self.lost = head, self.records + len(lost) + len(contents), 0
+
+    def _write(self, data: bytes) -> None:
+        view, at = memoryview(data), self._size
+        try:
+            while view:
+                # at a position: bytes of a failed write are overwritten by the next one
+                written = os.pwrite(self._handle, view, at)
+                view, at = view[written:], at + written
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._handle, self._size)
+            raise
+        self._size = at
+
+    def flush(self) -> None:
+        """Flush the records to the disk, so that they outlast a power failure."""
+        size = self._size
+        if size != self._synced:
+            os.fsync(self._handle)
+            self._synced = size
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        with self._lock, suppress(OSError):
+            self.flush()
+            os.close(self._handle)
+
+
+def lines(head: str, contents: Iterable[Mapping[str, Any]]) -> tuple[bytes, str]:
+    """Return records as lines of a chain file, each with the digest of the one before, and the digest of the last one.
+    `head` is the digest of the record before them.
+
+    The lines equal those of `store.records.line_of`; the canonical text of a content is computed only once, because
+    this is called for every request.
+    """
+    parts: list[bytes] = []
+    for content in contents:
+        text = _encoded(content)
+        previous = head.encode()
+        head = hashlib.sha256(b'{"content":' + text + b',"previous":"' + previous + b'"}').hexdigest()
+        parts += (
+            b'{"content":',
+            text,
+            b',"digest":"',
+            head.encode(),
+            b'","previous":"',
+            previous,
+            b'"}\n',
+        )
+    return b"".join(parts), head
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _encoded(content: Mapping[str, Any]) -> bytes:
+    """Return the text of `core.chain.canonical`, without creating an encoder for each record."""
+    return _ENCODER.encode(content).encode()
+
+
+def now() -> float:
+    """Return the time in seconds since 1970, with microseconds, as it is recorded."""
+    return round(time.time(), 6)
+
+
+def start_record(request: str, principal: str, rows: int, digest: str) -> dict[str, Any]:
+    """Return the record of a request before the model is called."""
+    return {
+        "kind": "started",
+        "request": request,
+        "principal": principal,
+        "rows": rows,
+        "digest": digest,
+        "time": now(),
+    }
+
+
+def end_record(kind: str, request: str, **facts: Any) -> dict[str, Any]:
+    """Return the record of the end of a request: `answered`, `failed` or `interrupted`."""
+    return {"kind": kind, "request": request, **facts, "time": now()}
+
+
+def _follow(pending: dict[str, None], record: Mapping[str, Any]) -> None:
+    """Add the request of a record to those that are open, or remove it."""
+    if record["kind"] == "started":
+        pending[str(record["request"])] = None
+    elif record["kind"] in _ENDS:
+        pending.pop(str(record["request"]), None)
+
+
+def interrupt(path: Path, reason: str) -> int:
+    """Add the record `interrupted` for each open request of a chain whose process has ended, and return their number.
+
+    An incomplete last line, which a kill may leave, is removed. Raises `OSError` if the file cannot be written.
+    """
+    pending: dict[str, None] = {}
+    head, size = GENESIS, 0
+    with path.open("r+b") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            record, size = json.loads(line), size + len(line)
+            head = record["digest"]
+            _follow(pending, record["content"])
+        more, _ = lines(head, [end_record("interrupted", request, reason=reason) for request in pending])
+        file.truncate(size)
+        file.seek(size)
+        file.write(more)
+        file.flush()
+        os.fsync(file.fileno())
+    return len(pending)

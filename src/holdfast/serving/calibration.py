@@ -1,0 +1,269 @@
+"""Calibration of a guard: thresholds with which its rules together fire on at most a given share of benign inputs."""
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.core.chain import canonical, digest
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.detectors.mahalanobis import Mahalanobis
+from holdfast.detectors.protocol import Fitted, Observation
+from holdfast.ops.conformal import combined_thresholds, fewest_examples
+from holdfast.serving.guard import GuardPipeline
+from holdfast.serving.rules import QUERIES, RANGE, Rule
+from holdfast.store.files import write_atomically
+
+_CONSTANT = 1e-6
+"""relative spread of scores up to which they count as equal"""
+
+FORMAT = 1
+"""version of the format of calibration files"""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Thresholds of the rules of a guard, with what they depend on."""
+
+    false_positives: float
+    """share of benign inputs on which the rules together may fire"""
+    n: int
+    """number of calibration inputs"""
+    fired: int
+    """number of calibration inputs on which a rule with its threshold fires"""
+    thresholds: Mapping[str, float]
+    """threshold of each calibrated rule"""
+    guard: str
+    """digest of the settings of the guard"""
+    models: tuple[str, ...] = ()
+    """digests of the models whose outputs were used; several for the parameter sets of a pool"""
+    data: str = ""
+    """digest of the calibration inputs"""
+    scales: Mapping[str, float] = field(default_factory=dict)
+    """standard deviation of the score of each stateless detector on the calibration inputs"""
+    parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """parameters of fitted detectors, by the names of their rules"""
+
+
+def calibrated(
+    pipeline: GuardPipeline,
+    stream: Iterable[tuple[Tensor, Observation]],
+    false_positives: float,
+    fit: Observation | None = None,
+    labels: Tensor | None = None,
+) -> tuple[GuardPipeline, Calibration]:
+    """Return the guard with thresholds at which its rules fire on at most the share `false_positives` of inputs like
+    those of `stream`, and the calibration without digests.
+
+    The stream contains batches of benign inputs as clients send them, each with what the stateless detectors observe:
+    the inputs after the defence, with the outputs of the model. The query detector receives them in this order.
+    Detectors that need a fit are fitted on `fit` and its `labels`, which must be other inputs. Raises `UsageError` if
+    there are too few inputs, or if the scores do not depend on them.
+    """
+    names, pipeline = pipeline.calibrated, _fitted(pipeline, fit, labels)
+    if not names:
+        raise UsageError("the guard has no rule to calibrate; add one, as in rules: {energy: {}}")
+    batches = [_scores(pipeline, x, seen) for x, seen in stream]
+    columns = {name: torch.cat([batch[name] for batch in batches]) for name in names} if batches else {}
+    n = len(columns[names[0]]) if columns else 0
+    free = [name for name in names if not pipeline.rules[name].fixed]
+    already = _already(pipeline, columns, [name for name in names if name not in free])
+    counted = f"{n:,} calibration inputs"
+    if fit is not None:
+        counted += f", besides {len(fit.x):,} for the fit of detectors,"
+    _refuse_too_few(n, false_positives, len(free) + (already is not None), counted)
+    for name in free:
+        _refuse_constant(name, columns[name])
+    thresholds = (
+        combined_thresholds([columns[name] for name in free], false_positives, already) if free else ()
+    )
+    if thresholds is None:
+        raise UsageError(
+            _no_threshold(n, false_positives, len(free) + (already is not None), already, counted)
+        )
+    by_name = dict(zip(free, thresholds, strict=True))
+    ready = with_thresholds(pipeline, by_name)
+    above = torch.stack([columns[name] > ready.rules[name].threshold for name in names]).any(0)
+    scales = {name: float(columns[name].std()) or 1.0 for name in names if name in pipeline.detectors}
+    return ready, Calibration(
+        false_positives, n, int(above.sum()), by_name, "", scales=scales, parameters=_parameters(pipeline)
+    )
+
+
+def with_calibration(pipeline: GuardPipeline, calibration: Calibration) -> GuardPipeline:
+    """Return the guard with the thresholds and the fitted detectors of a calibration."""
+    detectors = dict(pipeline.detectors)
+    for name, parameters in calibration.parameters.items():
+        detector = detectors.get(name)
+        if isinstance(detector, Mahalanobis):
+            detectors[name] = replace(
+                detector, means=_tensor(parameters["means"]), precision=_tensor(parameters["precision"])
+            )
+    return with_thresholds(replace(pipeline, detectors=detectors), calibration.thresholds)
+
+
+def with_thresholds(pipeline: GuardPipeline, thresholds: Mapping[str, float]) -> GuardPipeline:
+    """Return the guard with other thresholds of some rules, by name."""
+    rules: dict[str, Rule] = dict(pipeline.rules)
+    for name, threshold in thresholds.items():
+        rules[name] = replace(rules[name], threshold=threshold)
+    return replace(pipeline, rules=rules)
+
+
+def write_calibration(calibration: Calibration, path: Path) -> None:
+    """Write a calibration to a JSON file with a digest of its content."""
+    content = {"format": FORMAT, **asdict(calibration), "models": list(calibration.models)}
+    content["thresholds"] = {name: _text(value) for name, value in calibration.thresholds.items()}
+    text = json.dumps({**content, "digest": digest(canonical(content))}, indent=2)
+    write_atomically(path, text.encode() + b"\n")
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Return the calibration in a file. Raises `TargetError` if it cannot be read or was changed."""
+    way_out = "calibrate the guard again with holdfast calibrate"
+    try:
+        content = json.loads(path.read_bytes())
+        stored = content.pop("digest")
+        if content["format"] != FORMAT:
+            raise TargetError(
+                f"{str(path)!r} is a calibration of format {content['format']}; this version reads {FORMAT}; {way_out}"
+            )
+        if digest(canonical(content)) != stored:
+            raise TargetError(f"{str(path)!r} was changed after the calibration; {way_out}")
+        del content["format"]
+        content["thresholds"] = {name: float(value) for name, value in content["thresholds"].items()}
+        return Calibration(**{**content, "models": tuple(content["models"])})
+    except OSError as error:
+        raise TargetError(
+            f"cannot read the calibration {str(path)!r}: {error.strerror}; {way_out}"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TargetError(f"{str(path)!r} is not a calibration of a guard; {way_out}") from error
+
+
+def refuse_stale(calibration: Calibration, guard: str, model: str | None, where: str) -> None:
+    """Raise `UsageError` if a calibration was made with other settings of the guard or with another model.
+
+    `guard` and `model` are the present digests; without `model` only the settings are compared.
+    """
+    way_out = "run holdfast calibrate again"
+    if calibration.guard != guard:
+        raise UsageError(
+            f"{where} was calibrated with other settings of the guard, so that its rate of false positives is "
+            f"unknown; {way_out}"
+        )
+    if model is not None and model not in calibration.models:
+        known = ", ".join(each[:12] for each in calibration.models)
+        raise UsageError(
+            f"{where} was calibrated with the model {known}, and this model is {model[:12]}, so that its rate of "
+            f"false positives is unknown; {way_out}"
+        )
+
+
+def _fitted(pipeline: GuardPipeline, fit: Observation | None, labels: Tensor | None) -> GuardPipeline:
+    detectors = dict(pipeline.detectors)
+    for name, detector in pipeline.detectors.items():
+        if isinstance(detector, Fitted) and not detector.fitted:
+            if fit is None or labels is None:
+                raise UsageError(
+                    f"the detector {name} is fitted on clean examples with labels, which must differ from the "
+                    "calibration inputs; give them, as in guard.calibrate(model, data, fit=...)"
+                )
+            detectors[name] = detector.fit(fit, labels)  # type: ignore[assignment]  # the same class
+    return replace(pipeline, detectors=detectors)
+
+
+def _scores(pipeline: GuardPipeline, x: Tensor, seen: Observation) -> dict[str, Tensor]:
+    """The scores of all calibrated rules on one batch of benign inputs."""
+    fault = pipeline.schema.fault(x)
+    if fault:
+        raise UsageError(
+            f"a calibration input does not match the guard: {fault}; correct inputs: of the guard"
+        )
+    rule = pipeline.rules.get(RANGE)
+    if rule is not None and bool((pipeline.schema.excess(x) > rule.threshold).any()):
+        raise UsageError(
+            f"calibration inputs have values from {float(x.min()):g} to {float(x.max()):g}, and the guard "
+            f"expects values {pipeline.schema.range_text}; correct inputs: of the guard"
+        )
+    scores = pipeline.detected(seen)
+    if QUERIES in pipeline.rules and pipeline.queries is not None:
+        scores[QUERIES] = pipeline.queries.score(x, [""] * len(x)).scores
+    return {name: score.detach().double().cpu() for name, score in scores.items()}
+
+
+def _already(pipeline: GuardPipeline, columns: Mapping[str, Tensor], fixed: Sequence[str]) -> Tensor | None:
+    """Mask of the inputs on which rules with given thresholds fire; None without such rules."""
+    if not fixed or not columns:
+        return None
+    return torch.stack([columns[name] > pipeline.rules[name].threshold for name in fixed]).any(0)
+
+
+def _refuse_too_few(n: int, false_positives: float, rules: int, counted: str) -> None:
+    least = fewest_examples(false_positives)
+    if n < least:
+        raise UsageError(
+            f"{counted} are too few for a false-positive rate of {100 * false_positives:g} %, which "
+            f"needs at least {least:,}; {fewest_examples(false_positives, rules):,} suffice for the rules of this "
+            "guard. Give more, or a higher rate"
+        )
+
+
+def _no_threshold(n: int, false_positives: float, rules: int, already: Tensor | None, counted: str) -> str:
+    rate = f"{100 * false_positives:g} %"
+    n_fixed = 0 if already is None else int(already.sum())
+    if n_fixed + 1 > false_positives * (n + 1):
+        suffices = "" if n_fixed else f"; {fewest_examples(false_positives, rules):,} inputs suffice"
+        return (
+            f"the rules with given thresholds fire on {n_fixed} of {n:,} calibration inputs, so that a false-positive "
+            f"rate of {rate} cannot be shown{suffices}; raise their thresholds, or give more inputs or a higher rate"
+        )
+    return (
+        f"{counted} are too few to combine {rules} rules at a false-positive rate of {rate}; "
+        f"{fewest_examples(false_positives, rules):,} suffice; give more, remove a rule, or give a higher rate"
+    )
+
+
+def _refuse_constant(name: str, scores: Tensor) -> None:
+    spread = float(scores.max() - scores.min())
+    # float32 rounds the energy of log probabilities, which is 0, to about 1e-7
+    if name != QUERIES and spread <= _CONSTANT * max(1.0, float(scores[0].abs())):
+        hint = (
+            "; the outputs may be log probabilities, whose energy is 0 at temperature 1: give the logits, or another "
+            "temperature"
+            if name == "energy"
+            else ""
+        )
+        raise UsageError(
+            f"the score of {name} is {float(scores[0]):g} for all {len(scores):,} calibration inputs, so that it "
+            f"distinguishes nothing{hint or '; remove the rule or change its settings'}"
+        )
+
+
+def _parameters(pipeline: GuardPipeline) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"means": _stored(detector.means), "precision": _stored(detector.precision)}
+        for name, detector in pipeline.detectors.items()
+        if isinstance(detector, Mahalanobis) and detector.means is not None and detector.precision is not None
+    }
+
+
+def _stored(tensor: Tensor) -> dict[str, Any]:
+    values = tensor.cpu().numpy().astype("<f4")
+    return {"shape": list(values.shape), "float32": base64.b64encode(values.tobytes()).decode()}
+
+
+def _tensor(stored: Mapping[str, Any]) -> Tensor:
+    values = np.frombuffer(base64.b64decode(stored["float32"]), dtype="<f4")
+    return torch.from_numpy(values.reshape(stored["shape"]).copy())
+
+
+def _text(value: float) -> str:
+    """An exact text of a threshold, which may be infinite."""
+    return repr(float(value))

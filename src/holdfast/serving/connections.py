@@ -1,0 +1,75 @@
+"""Limits of connections, which an ASGI application cannot enforce: their number, and the time for the headers."""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from holdfast.serving.protocol_v2 import JSON, compact
+
+
+def _raw(status: str, reason: str) -> bytes:
+    body = compact({"error": reason})
+    head = f"HTTP/1.1 {status}\r\ncontent-type: {JSON}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    return head.encode() + body
+
+
+_FULL = _raw("503 Service Unavailable", "the server has too many connections; connect again later")
+_SLOW = _raw("408 Request Timeout", "the headers did not arrive in time")
+_INVALID = _raw("400 Bad Request", "the request is not valid HTTP")
+
+
+def limited_protocol(max_connections: int, header_timeout_s: float) -> type[asyncio.Protocol]:
+    """Return uvicorn's HTTP protocol with a limit of open connections and a time limit for the headers of a request."""
+
+    class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        """HTTP protocol that refuses further connections and closes those whose headers do not arrive in time."""
+
+        waiting: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            """Accept a connection, or refuse it if too many are open."""
+            super().connection_made(transport)
+            if len(self.connections) > max_connections:
+                self._end(_FULL)
+                return
+            self._wait()
+
+        def data_received(self, data: bytes) -> None:
+            """Receive bytes, and measure the time until the headers are complete."""
+            if self.transport.is_closing():
+                return
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._stop_waiting()
+            elif self.waiting is None:
+                self._wait()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            """Forget a closed connection."""
+            self._stop_waiting()
+            super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            """Answer a request that is not valid HTTP."""
+            self._end(_INVALID)
+
+        def _wait(self) -> None:
+            self.waiting = self.loop.call_later(header_timeout_s, self._too_slow)
+
+        def _stop_waiting(self) -> None:
+            if self.waiting is not None:
+                self.waiting.cancel()
+                self.waiting = None
+
+        def _too_slow(self) -> None:
+            self.waiting = None
+            if not self.transport.is_closing():
+                self._end(_SLOW)
+
+        def _end(self, response: bytes) -> None:
+            self._stop_waiting()
+            self.transport.write(response)
+            self.transport.close()
+
+    return LimitedProtocol

@@ -1,0 +1,203 @@
+"""The pool of parameter sets behind a server. Only the supervisor opens it, with its key, and decides swaps.
+
+A swap has two phases. All workers first load the next set beside the serving one and test it on the canary inputs. Then
+the ledger records that it serves, and the workers replace their reference. A set that a worker cannot load is refused,
+and never serves.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import safetensors.torch
+
+from holdfast.core.errors import HoldfastError, Inconclusive, TargetError
+from holdfast.rotation import next_set
+from holdfast.rotation.triggers import Counters, Trigger, due_triggers, exposed
+from holdfast.serving.worker import set_message
+from holdfast.store.pool import Pool
+
+CANARIES = "canaries"
+"""name under which a pool keeps its canary inputs"""
+_HOUR_S = 3600.0
+_WRITE_S = 30.0
+"""seconds between two entries of the ledger with numbers of answers, which are also written at swaps and at the end"""
+_WITHOUT_NAME = ""
+
+
+@dataclass(frozen=True)
+class NextSet:
+    """A parameter set that serves, or is to serve, with the message that sends it to the workers."""
+
+    name: str
+    epoch: int
+    message: bytes = field(repr=False)
+    why: str = ""
+    recorded: bool = False
+    """whether the ledger records already that it serves, because another process swapped"""
+    unjudged: bool = False
+    """whether it was not judged against all stolen sets, and replaces a stolen one"""
+
+
+@dataclass(eq=False)
+class LivePool:
+    """A pool that serves: which set is to serve, and the numbers of its answers.
+
+    `alarm` is the reason why a swap that is due cannot be made: `empty` if no admitted set waits, `limit` if there were
+    `swaps_per_hour` swaps in the last hour, and `error` if a set or the ledger cannot be used; empty if there is none.
+    A stolen set is replaced in spite of the limit.
+    """
+
+    pool: Pool
+    triggers: Sequence[Trigger]
+    swaps_per_hour: int = 60
+    clock: Callable[[], float] = time.monotonic
+    alarm: str = ""
+    reason: str = ""
+    """text of the alarm for the operator"""
+    _swaps: deque[float] = field(default_factory=deque)
+    _owed: dict[int, Counter[str]] = field(default_factory=dict)
+    _written_s: float = -_WRITE_S
+    _requested: str = ""
+
+    def canaries(self) -> bytes | None:
+        """Return the message with the canary inputs of the pool; None if it has none."""
+        kept = self.pool.kept(CANARIES)
+        return None if kept is None else b"C" + safetensors.torch.save({"x": kept.columns["x"].contiguous()})
+
+    def first(self) -> NextSet:
+        """Return the serving set. If none serves, an admitted set begins to serve.
+
+        Raises `Inconclusive` if no set serves and none waits.
+        """
+        serving = self.pool.serving or self.pool.swap(why="the first", choose=next_set)
+        return self._set(serving.name, serving.epoch, recorded=True)
+
+    def request_swap(self, why: str) -> None:
+        """Swap at the next opportunity, for a reason such as the wish of the operator."""
+        self._requested = why
+
+    def answered(self, epoch: int, answers: Mapping[str, int]) -> None:
+        """Count answers of the set of an epoch, by principal."""
+        self._owed.setdefault(epoch, Counter()).update(answers)
+
+    def write(self, *, now: bool = False) -> None:
+        """Write the numbers of answers to the ledger if it is time, or immediately with `now`.
+
+        If that fails, such as for a full disk, they are kept, and an alarm is raised.
+        """
+        if not self._owed or (not now and self.clock() - self._written_s < _WRITE_S):
+            return
+        self._written_s = self.clock()
+        try:
+            for epoch in sorted(self._owed):
+                counts = dict(self._owed[epoch])
+                others = counts.pop(_WITHOUT_NAME, 0)
+                self.pool.answered(epoch, counts, others)
+                del self._owed[epoch]
+        except (HoldfastError, OSError) as error:
+            self._raise("error", str(error))
+
+    def due(self, serving: NextSet) -> NextSet | None:
+        """Return the set that is to serve next, or None if no swap is due or possible.
+
+        Raises no error: the current set continues to serve, and `alarm` states why.
+        """
+        try:
+            current = self.pool.serving
+            if current is not None and current.epoch != serving.epoch:
+                return self._set(current.name, current.epoch, recorded=True)
+            reasons, stolen = self._reasons()
+            if not reasons:
+                self._raise("", "")
+                return None
+            return self._chosen(serving, "; ".join(reasons), stolen=stolen)
+        except (HoldfastError, OSError) as error:
+            self._raise("empty" if isinstance(error, Inconclusive) else "error", str(error))
+            return None
+
+    def _reasons(self) -> tuple[tuple[str, ...], bool]:
+        term = self.pool.ledger.terms[-1]
+        exposure = self.pool.ledger.member(term.name).exposed
+        # at least 0, because the clock may have been set back
+        served_s = max((datetime.now(UTC) - datetime.fromisoformat(term.since)).total_seconds(), 0.0)
+        owed = self._owed.get(term.epoch, Counter())
+        by_principal = [
+            n + term.answers.get(self.pool.pseudonym(principal), 0)
+            for principal, n in owed.items()
+            if principal != _WITHOUT_NAME
+        ]
+        # callers without a name count as one, so that a swap may come too early, but never too late
+        most = max([*term.answers.values(), *by_principal, term.others + owed[_WITHOUT_NAME]])
+        counters = Counters(most, served_s, exposure=None if exposure is None else exposure.why)
+        reasons = due_triggers((*self.triggers, exposed), counters)
+        return ((self._requested, *reasons) if self._requested else reasons), exposure is not None
+
+    def _chosen(self, serving: NextSet, why: str, *, stolen: bool) -> NextSet | None:
+        now = self.clock()
+        while self._swaps and now - self._swaps[0] >= _HOUR_S:
+            self._swaps.popleft()
+        if len(self._swaps) >= self.swaps_per_hour and not stolen:
+            self._raise("limit", f"{len(self._swaps)} swaps in the last hour; a further one is due: {why}")
+            return None
+        unjudged = self.pool.unjudged
+        waiting = [name for name in self.pool.ahead if name not in unjudged]
+        if not waiting and not (stolen and unjudged):
+            raise Inconclusive(
+                f"no admitted set waits, so {serving.name!r} still serves; a swap is due: {why}"
+            )
+        name = next_set(waiting or list(unjudged))
+        return self._set(name, serving.epoch + 1, why=why, unjudged=not waiting)
+
+    def _set(
+        self, name: str, epoch: int, *, why: str = "", recorded: bool = False, unjudged: bool = False
+    ) -> NextSet:
+        canary = self.pool.ledger.member(name).canary
+        message = set_message(name, epoch, canary, self.pool.weights(name))
+        return NextSet(name, epoch, message, why, recorded, unjudged)
+
+    def commit(self, following: NextSet, serving: NextSet) -> bool:
+        """Record in the ledger that a set serves from now on. Return whether it does; another process may have swapped
+        in the meantime.
+        """
+        if following.recorded:
+            return True
+        try:
+            swapped = self.pool.swap(
+                epoch=serving.epoch,
+                why=following.why,
+                choose=lambda names: following.name,
+                unjudged=following.unjudged,
+            )
+        except (HoldfastError, OSError) as error:
+            self._raise("error", str(error))
+            return False
+        if (swapped.name, swapped.epoch) != (following.name, following.epoch):
+            return False
+        self._swaps.append(self.clock())
+        self._requested = ""
+        self._raise("", "")
+        return True
+
+    def refuse(self, following: NextSet, why: str) -> None:
+        """Refuse a set that a worker could not load, so that another one is chosen."""
+        self._raise("error", why)
+        if not following.recorded:
+            try:
+                self.pool.refuse(following.name, f"a worker could not load it: {why}")
+            except (HoldfastError, OSError) as error:
+                self._raise("error", str(error))
+
+    def _raise(self, alarm: str, reason: str) -> None:
+        self.alarm, self.reason = alarm, reason
+
+
+def refuse_no_canaries(live: LivePool) -> None:
+    """Raise `TargetError` if the serving set of a pool cannot be tested, because the pool has no canary inputs."""
+    if live.pool.kept(CANARIES) is None:
+        raise TargetError(
+            f"{str(live.pool.path)!r} contains no canary inputs, on which sets are tested before they serve; admit a "
+            f"set with holdfast rotate admit {live.pool.shown}"
+        )

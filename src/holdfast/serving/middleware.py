@@ -1,0 +1,222 @@
+"""ASGI middleware that puts a guard in front of the routes of an application, such as one of FastAPI or Starlette."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from holdfast.core.errors import UsageError
+from holdfast.serving.decisions import Action, Decision
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApplication = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_FAILED = "the guard failed"
+_ACCEPTED = range(200, 300)
+
+
+class DecidingGuard(Protocol):
+    """Protocol of the part of a guard that the middleware uses, such as `holdfast.Guard`."""
+
+    def before(self, x: Tensor, *, principal: str = "") -> Decision:
+        """Return the decision about a request before the application is called."""
+
+    def after(
+        self,
+        decision: Decision,
+        outputs: Tensor,
+        features: Tensor | None = None,
+        *,
+        network: Callable[[Tensor], Tensor] | None = None,
+    ) -> Decision:
+        """Return the final decision, given the outputs of the model."""
+
+    @property
+    def actions(self) -> Collection[Action]:
+        """Actions of the rules in mode `enforce`."""
+
+
+def _nobody(scope: Scope) -> str:
+    return ""
+
+
+@dataclass(eq=False)
+class GuardMiddleware:
+    """ASGI middleware with a guard, as in `app.add_middleware(holdfast.GuardMiddleware, guard=guard,
+    inputs=inputs_of, outputs=outputs_of, paths=["/predict"])`.
+
+    Requests to other paths are passed on. The decision is in the state of the request under the name `guard`
+    (`request.state.guard.x` are the inputs after the defence of the guard). A refused request gets the status 422 with
+    the reason; scores are never returned. Run the middleware outside of one that compresses responses.
+    """
+
+    app: ASGIApplication
+    guard: DecidingGuard
+    inputs: Callable[[bytes], Tensor]
+    """function from the body of a request to the inputs (n, *shape). A body for which it raises an error gets the
+    status 400"""
+    outputs: Callable[[bytes], Tensor]
+    """function from the body of a successful response to the outputs (n, classes) of the model"""
+    paths: Collection[str] = field(default=("/predict",), kw_only=True)
+    """paths of the routes that are guarded, without the query"""
+    principal: Callable[[Scope], str] = field(default=_nobody, kw_only=True)
+    """function from the ASGI scope to the name of the client, such as its verified API key"""
+    label_only: Callable[[bytes, Sequence[Action]], bytes] | None = field(default=None, kw_only=True)
+    """function that removes the scores from the body of a response where the action is `label_only`, given the action
+    of each input; needed for rules with this action"""
+    network: Callable[[Tensor], Tensor] | None = field(default=None, kw_only=True)
+    """function from inputs to outputs, for detectors that need further forward passes"""
+    max_body_bytes: int = field(default=64 * 2**20, kw_only=True)
+    """size above which a body is refused with the status 413"""
+    fails_open: bool = field(default=False, kw_only=True)
+    """whether requests are answered although the guard raised an error; otherwise they get the status 503"""
+
+    def __post_init__(self) -> None:
+        if Action.LABEL_ONLY in self.guard.actions and self.label_only is None:
+            raise UsageError(
+                "a rule of the guard has the action label_only, and only the application can remove scores from its "
+                "responses; give label_only=FUNCTION, or choose another action"
+            )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection of the ASGI server."""
+        if (
+            scope["type"] != "http"
+            or scope["path"] not in self.paths
+            or scope["method"] in ("GET", "HEAD", "OPTIONS")
+        ):
+            await self.app(scope, receive, send)
+            return
+        refusal = await self._guarded(scope, receive, send)
+        if refusal is not None:
+            await _respond(send, *refusal)
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> tuple[int, str] | None:
+        """Answer a request, or return the status and the reason of a refusal."""
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            return 415, "the body of the request is compressed; send it without compression"
+        body = await _body(receive, self.max_body_bytes)
+        if body is None:
+            return 413, f"the body of the request has more than {self.max_body_bytes:,} bytes"
+        try:
+            x = await asyncio.to_thread(self.inputs, body)
+        except Exception:  # noqa: BLE001 - any error of the application's parser means an invalid body
+            return 400, "the inputs cannot be read from the body of the request"
+        decision = await self._decided(lambda: self.guard.before(x, principal=self.principal(scope)))
+        if decision is None and not self.fails_open:
+            return 503, _FAILED
+        if decision is not None and not decision.answered:
+            return 422, decision.refusal
+        scope.setdefault("state", {})["guard"] = decision
+        response = _Response()
+        await self.app(scope, _replayed(body, receive), response)
+        if decision is None or response.status not in _ACCEPTED:
+            await response.send_to(send)
+            return None
+        return await self._released(decision, response, send)
+
+    async def _released(
+        self, decision: Decision, response: "_Response", send: Send
+    ) -> tuple[int, str] | None:
+        """Send the response of the application as far as the final decision allows."""
+        final = await self._decided(
+            lambda: self.guard.after(decision, self.outputs(response.body), network=self.network)
+        )
+        if final is None:
+            if not self.fails_open:
+                return 503, _FAILED
+            await response.send_to(send)
+            return None
+        if final.action is Action.BLOCK:
+            return 422, final.refusal
+        if final.delay_s:
+            await asyncio.sleep(final.delay_s)
+        refused = [row for row, action in enumerate(final.actions) if action is Action.ABSTAIN]
+        if refused:
+            return 422, f"no prediction is returned for the inputs {', '.join(map(str, refused))}"
+        if Action.LABEL_ONLY in final.actions and self.label_only is not None:
+            response.replace_body(self.label_only(response.body, final.actions))
+        await response.send_to(send)
+        return None
+
+    async def _decided(self, decide: Callable[[], Decision]) -> Decision | None:
+        """The decision, computed outside of the event loop; None if the guard raised an error."""
+        try:
+            return await asyncio.to_thread(decide)
+        except Exception:  # noqa: BLE001 - any error of the guard fails open or closed as configured
+            return None
+
+
+class _Response:
+    """The response of the application, kept until the guard has decided."""
+
+    def __init__(self) -> None:
+        self.start: Message = {}
+        self.body = b""
+
+    @property
+    def status(self) -> int:
+        return int(self.start.get("status", 500))
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.start = message
+        elif message["type"] == "http.response.body":
+            self.body += message.get("body", b"")
+
+    def replace_body(self, body: bytes) -> None:
+        kept = [
+            (name, value)
+            for name, value in self.start.get("headers", ())
+            if name.lower() != b"content-length"
+        ]
+        self.start = {**self.start, "headers": [*kept, (b"content-length", str(len(body)).encode())]}
+        self.body = body
+
+    async def send_to(self, send: Send) -> None:
+        if self.start:
+            await send(self.start)
+            await send({"type": "http.response.body", "body": self.body})
+
+
+async def _body(receive: Receive, most: int) -> bytes | None:
+    """The body of a request; None if it has more than `most` bytes, or if the client disconnects."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > most:
+            return None
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A function that returns the body that was read already, and then what the server sends."""
+    sent = False
+
+    async def again() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+async def _respond(send: Send, status: int, reason: str) -> None:
+    body = json.dumps({"error": reason}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,39 @@
+"""The interface between the server and the guard, and the guard without rules."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from torch import Tensor
+
+from holdfast.serving.decisions import Decision, Incoming, RowDecision
+
+
+class RequestGuard(Protocol):
+    """Protocol of a guard: it decides about requests before and after the model was called."""
+
+    def before_many(self, requests: Sequence[Incoming]) -> list[Decision]:
+        """Return the decision about each request. The model is called with `Decision.x` of those with `answered`."""
+
+    def after_many(self, decisions: Sequence[Decision], outputs: Sequence[Tensor]) -> list[Decision]:
+        """Return the decisions after the model returned the logits (n, classes) of each request."""
+
+
+class NoRules:
+    """A guard without rules, which allows every request."""
+
+    def before_many(self, requests: Sequence[Incoming]) -> list[Decision]:
+        """Return decisions that allow all requests."""
+        return [
+            Decision(each.request, each.principal, (RowDecision(),) * len(each.x), x=each.x)
+            for each in requests
+        ]
+
+    def after_many(self, decisions: Sequence[Decision], outputs: Sequence[Tensor]) -> list[Decision]:
+        """Return the decisions unchanged."""
+        return list(decisions)
+
+
+def refused_by(decision: Decision, reason: str) -> Decision:
+    """Return a decision that refuses its request with a reason."""
+    return replace(decision, refusal=reason)

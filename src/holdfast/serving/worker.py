@@ -1,0 +1,344 @@
+"""A worker process of a server. It answers requests at the socket that it inherits, and keeps no state of its own.
+
+It ends when the pipe from the supervisor is closed, after it has answered the requests that it received. The first
+letter of a message is its kind. From the supervisor: C canary inputs, S a parameter set to prepare, A the set that
+serves from now on, D drain. To the supervisor: R ready, L a set is prepared, U a set is unusable, T counts and metrics,
+E error, X drained. Messages to the supervisor are JSON, because it must not unpickle what a worker sends.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors.torch
+import torch
+import uvicorn
+from torch import Tensor
+
+from holdfast.core.errors import HoldfastError, TargetError
+from holdfast.core.model import Classifier
+from holdfast.engine.processes import BEGINNING, read_message, unshared, write_message
+from holdfast.rotation.live import loaded, refuse_strange
+from holdfast.serving.answering import Answer, Answerer, Audit, ChainAudit, Job, NoAudit, ServedSet
+from holdfast.serving.app import ConnectionLimits, ServedModel, application
+from holdfast.serving.audit_chain import AuditKey, ChainFile
+from holdfast.serving.batching import Batcher
+from holdfast.serving.connections import limited_protocol
+from holdfast.serving.keys import KeyFile
+from holdfast.serving.protocol import NoRules, RequestGuard
+from holdfast.serving.protocol_v2 import Signature
+from holdfast.serving.quotas import Quotas
+from holdfast.serving.telemetry import Telemetry
+
+_REPORT_S, _HASTE_S = 0.5, 0.02
+"""seconds between two reports to the supervisor, and after answers of a pool, whose number may cause a swap"""
+
+_SWITCH_S = 0.001
+"""Seconds after which a thread must let another one run. Each operation of torch in the thread of the batches waits for
+this time at its end if the thread that parses requests is busy; the default of Python is 5 ms."""
+
+
+@dataclass(frozen=True)
+class ServingSetup:
+    """What a worker needs to start. It is pickled, and its functions open the model and the guard in the worker."""
+
+    opening: Callable[[], Classifier]
+    """function that opens the model; for a pool, the architecture with any parameters"""
+    name: str
+    shape: tuple[int, ...]
+    """shape of one input"""
+    version: str = "1"
+    set_name: str = ""
+    """name under which the parameters of the model are recorded; empty for a pool, which sends its sets"""
+    device: str = "cpu"
+    threads: int | None = None
+    max_rows: int = 64
+    limits: ConnectionLimits = field(default_factory=ConnectionLimits)
+    drain_s: float = 30.0
+    guard: Callable[[], RequestGuard] = NoRules
+    guard_fails_open: bool = False
+    keys: Path | None = None
+    quotas: Path | None = None
+    audit_key: AuditKey | None = field(default=None, repr=False)
+    audit_fails_open: bool = False
+
+    @property
+    def rotating(self) -> bool:
+        """Whether the parameter sets are those of a pool."""
+        return not self.set_name
+
+
+@dataclass(eq=False)
+class _Ledger:
+    """Numbers of answered inputs by epoch and principal since the last report."""
+
+    arrived: threading.Event = field(default_factory=threading.Event)
+    _counts: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, served: ServedSet, principal: str, rows: int) -> None:
+        with self._lock:
+            counts = self._counts.setdefault((served.name, served.epoch), {})
+            counts[principal] = counts.get(principal, 0) + rows
+        self.arrived.set()
+
+    def taken(self) -> list[list[Any]]:
+        with self._lock:
+            counts, self._counts = self._counts, {}
+        return [[name, epoch, principals] for (name, epoch), principals in counts.items()]
+
+
+class _Server(uvicorn.Server):
+    """A server of uvicorn that leaves signals to the supervisor."""
+
+    @contextmanager
+    def capture_signals(self) -> Any:
+        """Do not handle signals."""
+        yield
+
+
+class Worker:
+    """One worker: the model, the thread that answers batches, the thread that reports, and the loop of the server."""
+
+    def __init__(self, setup: ServingSetup, chain: Path | None, send: Callable[[bytes, Any], None]) -> None:
+        self.setup, self._send = setup, send
+        self.telemetry, self.ledger = Telemetry(), _Ledger()
+        self.device = torch.device(setup.device)
+        self._pristine = setup.opening().to(self.device).eval().requires_grad_(False)
+        self._canaries: Tensor | None = None
+        self._prepared: dict[int, ServedSet] = {}
+        self._lost = 0
+        self.chain = None if chain is None else ChainFile(chain, fail_open=setup.audit_fails_open)
+        audit: Audit = NoAudit()
+        if self.chain is not None:
+            assert setup.audit_key is not None
+            audit = ChainAudit(self.chain, setup.audit_key)
+        self.answering = Answerer(
+            ServedSet(self._pristine, setup.set_name, 1),
+            setup.guard(),
+            audit,
+            None if setup.quotas is None else Quotas(setup.quotas),
+            self.telemetry,
+            setup.guard_fails_open,
+            self.ledger.add if setup.rotating else lambda served, principal, rows: None,
+            self.device,
+        )
+        self.batcher: Batcher[Job, Answer] = Batcher(
+            self.answering,
+            max_rows=setup.max_rows,
+            max_latency_s=setup.limits.max_latency_s,
+            seen=self._seen,
+        )
+        self.served = ServedModel(
+            Signature(
+                setup.name,
+                setup.shape,
+                self._classes(),
+                self._pristine.bounds,
+                setup.version,
+                setup.max_rows,
+            ),
+            self.batcher,
+            None if setup.keys is None else KeyFile(setup.keys),
+            None if chain is None else setup.audit_key,
+            setup.limits,
+            self.telemetry,
+        )
+        config = uvicorn.Config(
+            application(self.served),
+            http=limited_protocol(setup.limits.max_connections, setup.limits.header_timeout_s),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=max(1, round(setup.limits.keep_alive_s)),
+            timeout_graceful_shutdown=max(1, round(setup.drain_s)),
+        )
+        self.server = _Server(config)
+
+    def _classes(self) -> int:
+        """Return the number of classes, after a first forward pass, which is the slowest one."""
+        low = self._pristine.bounds.low
+        x = torch.zeros(1, *self.setup.shape) + (low if isinstance(low, float | int) else low.cpu())
+        with torch.inference_mode():
+            return int(self._pristine(x.float().to(self.device)).shape[1])
+
+    def _seen(self, rows: int, seconds: float) -> None:
+        self.telemetry.observe("holdfast_batch_rows", rows)
+        self.telemetry.observe("holdfast_batch_seconds", seconds)
+
+    # --- parameter sets
+
+    def take_canaries(self, content: bytes) -> None:
+        """Store the canary inputs on which each set is tested."""
+        self._canaries = safetensors.torch.load(content)["x"].to(self.device)
+
+    def prepare(self, content: bytes) -> None:
+        """Load a parameter set into a copy of the network, test it, and report whether it can serve."""
+        size = int.from_bytes(content[:8], "little")
+        about = json.loads(content[8 : 8 + size])
+        try:
+            weights = safetensors.torch.load(content[8 + size :])
+            model = loaded(self._pristine, weights, about["name"])
+            if self._canaries is not None:
+                refuse_strange(model, self._canaries, about["canary"], about["name"])
+        except HoldfastError as error:
+            self._send(b"U", {"epoch": about["epoch"], "reason": str(error)})
+            return
+        self._prepared[about["epoch"]] = ServedSet(model, about["name"], about["epoch"])
+        self._send(b"L", {"epoch": about["epoch"]})
+
+    def activate(self, epoch: int) -> None:
+        """Serve the prepared set of an epoch from the next batch on."""
+        self.answering.served = self._prepared[epoch]
+        self._prepared = {}
+
+    # --- reports
+
+    def report(self) -> None:
+        """Send the counts of answers and the metrics to the supervisor."""
+        self.telemetry.set("holdfast_connections", len(self.server.server_state.connections))
+        self.telemetry.set("holdfast_waiting_inputs", self.batcher.waiting)
+        if self.served.keys is not None:
+            self.telemetry.set("holdfast_keys_failing", bool(self.served.keys.failure))
+        if self.chain is not None:
+            lost = self.chain.lost_in_total
+            self.telemetry.count("holdfast_audit_lost_total", n=lost - self._lost)
+            self._lost = lost
+        self._send(b"T", {"answers": self.ledger.taken(), "metrics": self.telemetry.report()})
+
+    def _report_often(self) -> None:
+        while True:
+            self.ledger.arrived.wait(_REPORT_S)
+            self.ledger.arrived.clear()
+            self.report()
+            if self.chain is not None:
+                with suppress(OSError):  # the next write reports it
+                    self.chain.flush()
+            time.sleep(_HASTE_S)
+
+    # --- service
+
+    def run(self, listener: socket.socket) -> None:
+        """Answer requests until `drain` is called, and then those that were received before."""
+        threading.Thread(target=self._report_often, daemon=True).start()
+        asyncio.run(self._serve(listener))
+        self.batcher.close()
+        self.report()
+        head, records = "", 0
+        if self.chain is not None:
+            self.chain.close()
+            head, records = self.chain.head, self.chain.records
+        self._send(b"X", {"head": head, "records": records})
+
+    async def _serve(self, listener: socket.socket) -> None:
+        serving = asyncio.create_task(self.server.serve([listener]))
+        while not self.server.started and not serving.done():
+            await asyncio.sleep(0.005)
+        self._send(b"R", {})
+        await serving
+
+    def drain(self) -> None:
+        """Accept no further connections, answer what was received, and end."""
+        self.served.ready = False
+        self.server.should_exit = True
+
+
+def main(inbox: int, outbox: int, listener: int) -> int:
+    """Run a worker with the pipes to the supervisor and the socket at these file descriptors. Return the exit code."""
+    sys.setswitchinterval(float(os.environ.get("SW", _SWITCH_S)))
+    # Ctrl-C is sent to all processes of a terminal; the supervisor handles it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+    with os.fdopen(inbox, "rb", buffering=0) as tasks, os.fdopen(outbox, "wb", buffering=0) as pipe:
+        pipe.write(BEGINNING)
+        lock = threading.Lock()
+
+        def send(kind: bytes, content: Mapping[str, Any]) -> None:
+            with (
+                lock,
+                suppress(BrokenPipeError),
+            ):  # the end of the supervisor is noticed by the thread that reads
+                write_message(pipe, kind + json.dumps(content).encode())
+
+        try:
+            _run(tasks, listener, send)
+        except HoldfastError as error:
+            send(b"E", {"error": type(error).__name__, "message": str(error)})
+        except Exception:  # noqa: BLE001 - the supervisor reports it
+            message = f"a worker failed:\n{traceback.format_exc()}"
+            send(b"E", {"error": "HoldfastError", "message": message})
+        else:
+            return 0
+    return 1
+
+
+def _run(tasks: IO[bytes], listener: int, send: Callable[[bytes, Any], None]) -> None:
+    content = read_message(tasks)
+    if content is None:
+        return
+    try:
+        # sent by the process that started this one
+        setup, chain = pickle.loads(content)  # noqa: S301
+    except Exception as error:
+        raise unshared(error) from error
+    if setup.threads is not None:
+        torch.set_num_threads(setup.threads)
+    worker = Worker(setup, chain, send)
+    if setup.rotating and not _first_set(worker, tasks):
+        return
+    threading.Thread(target=_follow, args=(worker, tasks), daemon=True).start()
+    worker.run(socket.socket(fileno=listener))
+
+
+def _first_set(worker: Worker, tasks: IO[bytes]) -> bool:
+    """Take messages until a set serves, and return whether one does."""
+    while (message := read_message(tasks)) is not None and message[:1] != b"D":
+        _take(worker, message)
+        if message[:1] == b"A":
+            return True
+    return False
+
+
+def _follow(worker: Worker, tasks: IO[bytes]) -> None:
+    while (message := read_message(tasks)) is not None:
+        try:
+            _take(worker, message)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise TargetError(f"the supervisor sent an invalid message: {error}") from error
+    worker.drain()
+
+
+def _take(worker: Worker, message: bytes) -> None:
+    kind, content = message[:1], message[1:]
+    match kind:
+        case b"C":
+            worker.take_canaries(content)
+        case b"S":
+            worker.prepare(content)
+        case b"A":
+            worker.activate(int(content))
+        case b"D":
+            worker.drain()
+
+
+def set_message(name: str, epoch: int, canary: str, weights: Mapping[str, Tensor]) -> bytes:
+    """Return the message with which the supervisor sends a parameter set."""
+    about = json.dumps({"name": name, "epoch": epoch, "canary": canary}).encode()
+    tensors = {key: value.contiguous() for key, value in weights.items()}
+    return b"S" + len(about).to_bytes(8, "little") + about + safetensors.torch.save(tensors)

@@ -1,0 +1,112 @@
+"""A worker process as the supervisor sees it, and the socket that all workers share."""
+
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from holdfast.core.errors import UsageError
+from holdfast.engine.processes import BEGINNING, import_path, read_message, skip_to, write_message
+
+_BACKLOG = 2048
+_START = """\
+import os, sys
+inbox, outbox = os.dup(0), os.dup(1)
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.dup2(2, 1)
+listener, sys.path[:] = int(sys.argv[1]), sys.argv[2:]
+from holdfast.serving.worker import main
+sys.exit(main(inbox, outbox, listener))
+"""
+"""Code of a worker process, which keeps the pipes for itself and sets `sys.path` before any import of a library."""
+
+
+@dataclass(eq=False)
+class WorkerProcess:
+    """A worker process with a thread that reads its messages and one that writes."""
+
+    number: int
+    process: "subprocess.Popen[bytes]"
+    inbox: "Inbox"
+    chain: Path | None
+    ready: bool = False
+    error: Mapping[str, Any] | None = None
+    ended: Mapping[str, Any] | None = None
+    """the last message of a worker that drained"""
+    _outgoing: "queue.SimpleQueue[bytes | None]" = field(default_factory=queue.SimpleQueue)
+
+    def __post_init__(self) -> None:
+        for work in (self._read, self._write):
+            threading.Thread(target=work, daemon=True).start()
+
+    @classmethod
+    def begin(
+        cls, number: int, listener: socket.socket, inbox: "Inbox", chain: Path | None
+    ) -> "WorkerProcess":
+        """Start a process that inherits a listening socket. Its messages are put into `inbox`."""
+        # a session of its own, since Ctrl-C is handled by the supervisor
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _START, str(listener.fileno()), *import_path()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=(listener.fileno(),),
+            start_new_session=True,
+        )
+        return cls(number, process, inbox, chain)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with suppress(OSError, ValueError), self.process.stdout as pipe:
+            skip_to(BEGINNING, pipe)
+            while (message := read_message(pipe)) is not None:
+                self.inbox.put((self, message))
+        self.inbox.put((self, b""))
+
+    def _write(self) -> None:
+        assert self.process.stdin is not None
+        with suppress(OSError), self.process.stdin as pipe:
+            while (content := self._outgoing.get()) is not None:
+                write_message(pipe, content)
+
+    @property
+    def name(self) -> str:
+        """Name of the worker in metrics."""
+        return f"worker-{self.number}"
+
+    def send(self, content: bytes) -> None:
+        """Send a message to the worker."""
+        self._outgoing.put(content)
+
+    def close(self) -> None:
+        """Close the pipe to the worker."""
+        self._outgoing.put(None)
+
+
+Inbox = queue.SimpleQueue[tuple[WorkerProcess | None, bytes]]
+"""messages of all workers; one without a worker only wakes the supervisor"""
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raises `UsageError` if the address is in use or invalid."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise UsageError(
+            f"the address {host}:{port} cannot be used: {error.strerror or error}; choose another port, or end the "
+            "program that uses it"
+        ) from error
+    return listener

@@ -1,0 +1,88 @@
+"""API keys: only hashes are stored, and wrong, expired, revoked and foreign keys are refused."""
+
+import json
+import stat
+
+import pytest
+
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.serving.keys import KeyFile, add_key, read_keys, revoke_key
+from holdfast.serving.refusals import Refused
+
+
+@pytest.fixture
+def place(tmp_path):
+    return tmp_path / "keys.json"
+
+
+def bearer(key):
+    return f"Bearer {key}".encode()
+
+
+def refusal(keys, header, scope="infer"):
+    with pytest.raises(Refused) as refused:
+        keys.authenticated(header, scope)
+    return refused.value.status, refused.value.reason
+
+
+def test_only_the_hash_is_stored_and_only_the_owner_may_read_it(place):
+    key = add_key(place, "alice", ["infer"])
+    assert key not in place.read_text() and len(key) > 40
+    assert stat.S_IMODE(place.stat().st_mode) == 0o600
+    place.chmod(0o640)
+    with pytest.raises(TargetError, match="0640.*chmod 600"):
+        read_keys(place)
+
+
+def test_a_key_is_accepted_for_its_scopes_and_nothing_else_is(place):
+    key, admin = add_key(place, "alice", ["infer"]), add_key(place, "root", ["admin", "infer"])
+    expired = add_key(place, "old", ["infer"], expires="2020-01-01T00:00:00+00:00")
+    keys = KeyFile(place)
+    assert keys.authenticated(bearer(key), "infer").name == "alice"
+    assert keys.authenticated(b"bearer  " + admin.encode(), "admin").name == "root"
+    assert refusal(keys, bearer(key), "admin") == (403, "the key does not permit admin")
+    assert refusal(keys, bearer(expired)) == (401, "the key has expired")
+    for header in (bearer(key[:-1]), bearer(key + "\0"), b"Bearer \xff\xfe"):
+        assert refusal(keys, header) == (401, "the key is not valid")
+    for header in (None, b"", b"Basic abc", key.encode()):
+        assert refusal(keys, header)[0] == 401
+
+
+def test_a_running_server_notices_a_revoked_key_and_keeps_its_keys_if_the_file_breaks(place):
+    clock = [0.0]
+    key, other = add_key(place, "alice", ["infer"]), add_key(place, "bob", ["infer"])
+    keys = KeyFile(place, clock=lambda: clock[0])
+    revoke_key(place, "alice")
+    assert keys.authenticated(bearer(key), "infer")  # for at most a second
+    clock[0] = 2.0
+    assert refusal(keys, bearer(key)) == (401, "the key is not valid")
+    place.write_text("{")
+    clock[0] = 4.0
+    assert keys.authenticated(bearer(other), "infer") and "not valid JSON" in keys.failure
+
+
+def test_names_are_unique_until_they_are_revoked(place):
+    add_key(place, "alice", ["infer"])
+    with pytest.raises(UsageError, match="contains a key with the name 'alice'"):
+        add_key(place, "alice", ["infer"])
+    revoke_key(place, "alice")
+    with pytest.raises(UsageError, match="no key 'alice' that is not revoked"):
+        revoke_key(place, "alice")
+    assert add_key(place, "alice", ["infer"])
+    assert [key.state for key in read_keys(place)] == ["revoked", "valid"]
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "x" * 101])
+def test_a_name_is_printable(place, name):
+    with pytest.raises(UsageError, match="1 to 100 printable"):
+        add_key(place, name, ["infer"])
+
+
+def test_an_unknown_scope_and_a_foreign_file_are_refused(place):
+    with pytest.raises(UsageError, match="expected one or more of infer, admin"):
+        add_key(place, "alice", ["all"])
+    for content in ({}, {"schema": 1, "keys": [{"name": "x"}]}):
+        place.write_text(json.dumps(content))
+        place.chmod(0o600)
+        with pytest.raises(TargetError, match="another format"):
+            read_keys(place)

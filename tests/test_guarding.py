@@ -1,0 +1,204 @@
+"""`holdfast.Guard`: read from a file, calibrated with a model and data, and refused when it is stale."""
+
+import json
+
+import pytest
+import torch
+
+import holdfast
+from holdfast.core.errors import TargetError, UsageError
+from holdfast.serving.decisions import Action
+
+SHAPE = (1, 6, 6)
+FILE = """\
+inputs: {shape: [1, 6, 6], low: -20, high: 20}
+rules:
+  range: {mode: enforce}
+  energy: {mode: MODE, action: abstain}
+"""
+
+
+def network():
+    """Logits that are large for inputs with a large mean, so that the energy of a mean near 0 is high."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 4))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.randn(4, 1).expand(4, 36) / 6)
+        net[1].bias.zero_()
+    return net
+
+
+def inputs(n, seed=0):
+    x = torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(seed)) + 3
+    return x, torch.arange(n) % 4
+
+
+def written(tmp_path, text=FILE, mode="enforce"):
+    path = tmp_path / "guard.yaml"
+    path.write_text(text.replace("MODE", mode))
+    return path
+
+
+BOUNDS = {"bounds": (-20.0, 20.0)}
+
+
+def test_a_calibrated_guard_abstains_at_most_at_the_requested_rate_and_on_strange_inputs(tmp_path):
+    path = written(tmp_path, mode="observe")
+    guard = holdfast.Guard.from_yaml(path).calibrate(network(), inputs(2000), false_positives=0.02)
+    path.write_text(FILE.replace("MODE", "enforce"))
+    guard = holdfast.Guard.from_yaml(path, network())
+    net, (x, _) = network(), inputs(4000, seed=1)
+    decision = guard.after(guard.before(x, principal="client"), net(x))
+    rate = sum(action is Action.ABSTAIN for action in decision.actions) / len(x)
+    assert 0.01 < rate < 0.03
+    estimate = guard.observed_rate()
+    assert estimate.n == 4000 and estimate.low < 0.02 < estimate.high and not guard.pipeline.observed.too_high
+    strange = torch.zeros(300, *SHAPE)
+    decision = guard.after(guard.before(strange), net(strange))
+    assert set(decision.actions) == {Action.ABSTAIN}
+    assert guard.pipeline.observed.too_high
+
+
+def test_a_rule_that_is_to_act_needs_a_threshold(tmp_path):
+    with pytest.raises(
+        UsageError, match="energy has the mode enforce and no threshold; run holdfast calibrate"
+    ):
+        holdfast.Guard.from_yaml(written(tmp_path))
+    with_threshold = FILE.replace("action: abstain", "action: abstain, threshold: -1")
+    assert (
+        holdfast.Guard.from_yaml(written(tmp_path, with_threshold)).pipeline.rules["energy"].threshold == -1
+    )
+
+
+def test_a_stale_or_changed_calibration_is_refused(tmp_path):
+    path, place = written(tmp_path, mode="observe"), tmp_path / "guard.calibration.json"
+    holdfast.Guard.from_yaml(path).calibrate(network(), inputs(200), false_positives=0.01)
+    holdfast.Guard.from_yaml(path, network())
+    other = network()
+    with torch.no_grad():
+        other[1].bias.add_(1)
+    with pytest.raises(
+        UsageError, match="calibrated with the model .*, and this model is .*run holdfast calibrate"
+    ):
+        holdfast.Guard.from_yaml(path, other)
+    path.write_text(FILE.replace("MODE", "observe, temperature: 2"))
+    with pytest.raises(UsageError, match="calibrated with other settings of the guard"):
+        holdfast.Guard.from_yaml(path)
+    path.write_text(FILE.replace("MODE", "observe"))
+    content = json.loads(place.read_text())
+    for change in ({"n": 10**6}, {"format": 2}, {"digest": 3}):
+        place.write_text(json.dumps({**content, **change}))
+        with pytest.raises(TargetError, match="guard.calibration.json"):
+            holdfast.Guard.from_yaml(path)
+    place.write_text("[]")
+    with pytest.raises(TargetError, match="is not a calibration"):
+        holdfast.Guard.from_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("n", "rules", "message"),
+    [
+        (998, "energy: {}", "998 calibration inputs are too few .* of 0.1 %, which needs at least 999"),
+        (1200, "energy: {}\n  stability: {}", "1,200 calibration inputs are too few to combine 2 rules .*1,999 "),
+        (1200, "energy: {threshold: -1000}\n  stability: {}", "rules with given thresholds fire on .* raise their"),
+    ],
+)  # fmt: skip
+def test_too_few_inputs_are_refused(tmp_path, n, rules, message):
+    path = written(tmp_path, f"inputs: {{shape: [1, 6, 6], low: -20, high: 20}}\nrules:\n  {rules}\n")
+    with pytest.raises(UsageError, match=message):
+        holdfast.Guard.from_yaml(path).calibrate(network(), inputs(n))
+    assert not (tmp_path / "guard.calibration.json").exists()
+
+
+def test_probabilities_and_inputs_of_another_shape_are_refused(tmp_path):
+    path = written(tmp_path, mode="observe")
+    softmax = torch.nn.Sequential(network(), torch.nn.LogSoftmax(1))
+    with pytest.raises(UsageError, match="the score of energy is .*0 for all .*log probabilities"):
+        holdfast.Guard.from_yaml(path).calibrate(softmax, inputs(1000))
+    x, y = inputs(1000)
+    with pytest.raises(UsageError, match=r"does not match the guard: .*shape \(256, 1, 4, 9\)"):
+        holdfast.Guard.from_yaml(path).calibrate(network(), (x.view(-1, 1, 4, 9), y))
+
+
+def test_a_fitted_detector_is_stored_with_the_calibration(tmp_path):
+    text = FILE.replace(
+        "energy: {mode: MODE, action: abstain}", "mahalanobis: {action: flag}\n  squeezing: {bits: 3}"
+    )
+    path, net = written(tmp_path, text), network()
+    guard = holdfast.Guard.from_yaml(path).calibrate(net, inputs(600), false_positives=0.02)
+    assert guard.calibration.n == 480
+    again, x = holdfast.Guard.from_yaml(path, net), inputs(64, seed=2)[0]
+    results = [
+        each.after(each.before(x), net(x), network=net).rows for each in (guard, again)
+    ]  # a request that both decide in the same way
+    assert [[(s.value, s.fired) for s in row.scores] for row in results[0]] == [
+        [(s.value, s.fired) for s in row.scores] for row in results[1]
+    ]
+    with pytest.raises(UsageError, match="feature squeezing calls the network on changed inputs"):
+        again.after(again.before(x), net(x))
+
+
+WITH_QUERIES = """\
+inputs: {shape: [3, 16, 16]}
+rules:
+  queries: {mode: enforce}
+  energy: {}
+"""
+
+
+def pictures(n, seed=0):
+    """Different smooth images."""
+    coarse = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, size=16, mode="bilinear"), torch.arange(n) % 4
+
+
+def test_near_duplicates_are_blocked_by_all_processes_that_share_the_file(tmp_path):
+    path, (images, labels) = written(tmp_path, WITH_QUERIES), pictures(700)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 4))
+    calibrated = holdfast.Guard.from_yaml(path).calibrate(net, (images, labels), false_positives=0.01)
+    assert calibrated.calibration.n == 560 and calibrated.calibration.parameters["queries"]["radius"] > 0
+    assert (tmp_path / "guard.key").stat().st_mode & 0o077 == 0
+    workers = [holdfast.Guard.from_yaml(path, net) for _ in range(3)]
+    fresh = pictures(40, seed=1)[0]
+    noise = (pictures(40, seed=2)[0] - 0.5).sign() / 20
+    for k, image in enumerate(fresh):
+        assert workers[k % 3].before(image[None], principal=f"p{k % 10}").answered
+    attack = [
+        workers[k % 3].before((fresh[:1] + noise[k]).clamp(0, 1), principal=f"p{k % 10}") for k in range(40)
+    ]
+    assert attack[0].answered and not any(decision.answered for decision in attack[20:])
+    assert attack[-1].refusal == "the request was refused"
+
+
+def test_the_key_of_a_guard_is_private_and_valid(tmp_path, monkeypatch):
+    path = written(tmp_path, WITH_QUERIES.replace("  energy: {}\n", ""))
+    holdfast.Guard.from_yaml(path)
+    (tmp_path / "guard.key").chmod(0o644)
+    with pytest.raises(
+        TargetError, match="has mode 0644, so that other users can read the key; run chmod 600"
+    ):
+        holdfast.Guard.from_yaml(path)
+    monkeypatch.setenv("HOLDFAST_GUARD_KEY", "short")
+    with pytest.raises(
+        UsageError, match="HOLDFAST_GUARD_KEY contains 5 characters that are not a key; 64 hex"
+    ):
+        holdfast.Guard.from_yaml(path)
+    monkeypatch.setenv("HOLDFAST_GUARD_KEY", "a" * 64)
+    holdfast.Guard.from_yaml(path)
+
+
+def test_flagged_inputs_are_stored_and_deleted_through_the_guard(tmp_path):
+    pytest.importorskip("cryptography")
+    text = FILE.replace("action: abstain", "action: block, threshold: 0") + "store: {inputs: flagged}\n"
+    guard = holdfast.Guard.from_yaml(written(tmp_path, text))
+    invalid = guard.before(torch.full((1, *SHAPE), 99.0), principal="eve")
+    blocked = guard.after(guard.before(torch.zeros(2, *SHAPE), principal="eve"), -torch.ones(2, 4) * 9)
+    fine = guard.after(guard.before(torch.zeros(1, *SHAPE), principal="eve"), torch.ones(1, 4) * 9)
+    assert [invalid.answered, blocked.answered, fine.answered] == [False, False, True]
+    stored = {each.request: each.x for each in guard.stored_inputs.read()}
+    assert {request: len(x) for request, x in stored.items()} == {invalid.request: 1, blocked.request: 2}
+    assert guard.stored_inputs.delete(principal="eve") == 2 and not list(guard.stored_inputs.read())
+    with pytest.raises(UsageError, match="a guard without a file has no lasting key"):
+        holdfast.Guard.from_settings(
+            {"inputs": {"shape": [4]}, "rules": {"range": {}}, "store": {"inputs": "flagged"}}
+        )
