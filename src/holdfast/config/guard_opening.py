@@ -22,7 +22,7 @@ from holdfast.config.guard_settings import (
 )
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
-from holdfast.detectors.clusters import Limits, QueryState
+from holdfast.detectors.clusters import QueryState, StateLimits
 from holdfast.detectors.energy import Energy
 from holdfast.detectors.mahalanobis import Mahalanobis
 from holdfast.detectors.protocol import Detector
@@ -223,7 +223,7 @@ def query_rule(settings: GuardSettings, radius: float | None, key: bytes, state:
 def open_state(settings: GuardSettings, path: Path | None) -> SQLiteState | MemoryState:
     """Open the state of the query detector: the SQLite file next to the settings, or the memory of this process."""
     state = settings.state
-    limits = Limits(half_life_s=seconds(state.half_life, "half_life"))
+    limits = StateLimits(half_life_s=seconds(state.half_life, "half_life"))
     if state.at == "memory" or path is None:
         return MemoryState(limits)
     return SQLiteState(path.parent / state.at.removeprefix("sqlite:"), limits, fail=state.on_loss)
