@@ -226,9 +226,17 @@ def test_features_of_a_layer_are_calibrated_and_given_by_the_application(tmp_pat
             holdfast.Guard.from_yaml(path).calibrate(net, inputs(500), false_positives=0.02)
 
 
+STREAMED = """\
+inputs: {shape: [1, 6, 6], low: -20, high: 20}
+rules:
+  queries: {mode: enforce, radius: 0.001}
+  energy: {}
+"""
+
+
 def test_a_guard_is_calibrated_on_the_traffic_of_an_application(tmp_path):
     path, net = (
-        written(tmp_path, WITH_QUERIES.replace("[3, 16, 16]", "[1, 6, 6], low: -20, high: 20")),
+        written(tmp_path, STREAMED),
         network(),
     )
     x = inputs(600)[0]
