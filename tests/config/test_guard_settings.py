@@ -71,6 +71,10 @@ def test_the_written_file_is_valid_and_has_the_order_of_the_rules(tmp_path):
             {"inputs": INPUTS, "rules": {"energy": {}}, "state": {"at": "env:"}},
             "state.at is 'env:'; expected",
         ),
+        (
+            {"inputs": {**INPUTS, "dtype": "uint8"}, "rules": {"stability": {}}},
+            "rules.stability changes values of the",
+        ),
         ({"inputs": INPUTS, "rules": {"energy": {}}, "stor": {}}, "unknown key 'stor'; did you mean 'store'"),
     ],
 )

@@ -310,6 +310,17 @@ def _refuse_contradictions(settings: GuardSettings, where: str) -> None:
             f"{where}: inputs.low is {inputs.low} and inputs.high {inputs.high}; low must be below high"
         )
     squeezing = rules.squeezing
+    if not inputs.dtype.startswith(("float", "bfloat")):
+        for name, used in (
+            ("defence", settings.defence.bits or settings.defence.median),
+            ("rules.squeezing", squeezing),
+            ("rules.stability", rules.stability),
+        ):
+            if used:
+                raise UsageError(
+                    f"{where}: {name} changes values of the inputs, and inputs.dtype is {inputs.dtype}; remove it, "
+                    "or let the guard see the inputs after their conversion to float32"
+                )
     images = len(inputs.shape) == 3
     for name, group in (("defence", settings.defence), ("rules.squeezing", squeezing)):
         if group is not None and group.median and not images:

@@ -221,8 +221,8 @@ def _no_threshold(n: int, false_positives: float, rules: int, already: Tensor | 
     if n_fixed + 1 > false_positives * (n + 1):
         suffices = "" if n_fixed else f"; {fewest_examples(false_positives, rules):,} inputs suffice"
         return (
-            f"the rules with given thresholds fire on {n_fixed} of {n:,} calibration inputs, so that a false-positive "
-            f"rate of {rate} cannot be shown{suffices}; raise their thresholds, lower the radius of queries, or give more "
+            f"rules with given thresholds fire on {n_fixed} of {n:,} calibration inputs, so that a false-positive rate "
+            f"of {rate} cannot be shown{suffices}; raise their thresholds, lower the radius of queries, or give more "
             "inputs or a higher rate"
         )
     return (
