@@ -41,7 +41,9 @@ def benign(data: str, n: int, rng: np.random.Generator) -> Iterator[tuple[Tensor
     clips = [film(x[row], rng) for row in filmed]
     # a clip begins somewhere in the stream, and its frames follow with other queries between them
     begins = sorted(rng.integers(0, max(1, len(sent) - 40 * FRAMES), CLIPS))
-    due = sorted((int(begin + 20 * frame), clip, frame) for clip, begin in enumerate(begins) for frame in range(FRAMES))
+    due = sorted(
+        (int(begin + 20 * frame), clip, frame) for clip, begin in enumerate(begins) for frame in range(FRAMES)
+    )
     for at, (row, how) in enumerate(sent):
         while due and due[0][0] <= at:
             _, clip, frame = due.pop(0)

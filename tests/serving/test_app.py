@@ -46,7 +46,7 @@ class Rules(NoRules):
         decisions = super().before_many(requests)
         return [self._decided(d) for d in decisions] if self.early else decisions
 
-    def after_many(self, decisions, outputs):
+    def after_many(self, decisions, outputs, features=None, *, network=None):
         return list(decisions) if self.early else [self._decided(d) for d in decisions]
 
 
