@@ -52,8 +52,9 @@ def certify(
 ) -> Result:
     """Prove for each example that no input of the threat model is misclassified, or find one that is.
 
-    Every example is certified, broken or unknown. `method` is `auto`, which runs interval bounds, CROWN, attacks,
-    alpha-CROWN, and branch and bound for at most `timeout` per example, or one method, which is run with the attacks.
+    Every example is certified, broken or unknown. `method` is `auto`, which runs interval bounds, CROWN, attacks, and
+    branch and bound, or one method, which is run with the attacks. CROWN, alpha-CROWN and branch and bound take at most
+    `timeout` for each example.
     With `method="smoothing"` the model of the result is the smoothed classifier of `model` with noise of standard
     deviation `sigma`; a verdict takes at most `draws` noisy inputs (10,000 by default), and is wrong with a probability
     of at most `failure_probability` (0.001 by default) for each example. With `clip`, noisy inputs are first clamped to

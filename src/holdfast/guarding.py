@@ -13,10 +13,10 @@ from holdfast.config.guard_opening import (
     calibration_path,
     guard_digest,
     guard_to_calibrate,
+    input_storage,
     ready_guard,
     served_digest,
     stored_calibration,
-    stored_inputs,
 )
 from holdfast.config.guard_settings import GuardSettings, check_guard_settings, read_guard_settings
 from holdfast.config.references import DataLike, ModelLike, Sources, data_reference, model_reference
@@ -125,7 +125,7 @@ class Guard:
         """The encrypted inputs on which a rule fired, with functions to read and to delete them; None if no inputs are
         stored.
         """
-        return stored_inputs(self.settings, self.path)
+        return input_storage(self.settings, self.path)
 
     def observed_rate(self) -> Estimate | None:
         """Return the share of inputs on which a calibrated rule fired, with an interval that is valid at all times, or

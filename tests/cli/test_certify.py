@@ -57,6 +57,7 @@ def test_a_certification_is_printed_stored_and_reported_again(capsys):
     with Path("r.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert sum(row["certified"] == "true" for row in rows) == results["certified"]
+    assert sum(row["certification"] == "unknown" for row in rows) == results["unknown"]
     assert {row["certified_by"] for row in rows if row["certified"] == "true"} == {"ibp"}
     assert 'id="certification"' in Path("r.html").read_text()
     assert "### Certification" in Path("r.md").read_text()

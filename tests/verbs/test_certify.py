@@ -1,7 +1,7 @@
 """A certification: proofs, attacks on certified examples, wrong certificates, and equal bytes of equal runs."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -192,6 +192,24 @@ class Random(torch.nn.Module):
 
     def forward(self, x):
         return self.net(x) + torch.randn(len(x), fakes.CLASSES, dtype=x.dtype)
+
+
+@dataclass(frozen=True)
+class Crowded(Interval):
+    """Interval bounds on a machine whose memory is too small for more than four examples."""
+
+    def proofs(self, model, eps, batch):
+        if len(batch) > 4:
+            raise torch.OutOfMemoryError("no memory is left")
+        return super().proofs(model, eps, batch)
+
+
+def test_the_report_states_the_batch_with_which_a_method_continued_when_memory_ran_out(tmp_path, whole):
+    result = assess(subject(), data(), order(proofs=(Crowded(),)), run=tmp_path / "run")
+    results = open_run(tmp_path / "run").summary()["certification"]
+    assert [row["batch"] for row in results["rows"]] == [3, None, None]
+    assert "memory ran out in interval, which continued with 3 examples at a time" in result.table
+    assert torch.equal(result.evidence["certified"], whole[1].evidence["certified"])
 
 
 def test_models_about_which_nothing_is_proved_are_refused():

@@ -11,7 +11,7 @@ substitution, and every bound is reduced by a bound of its rounding error.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,10 +24,20 @@ from holdfast.certifiers.nonlinear import MaxPool, PoolLines, ReLU
 from holdfast.certifiers.region import Region
 from holdfast.certifiers.relaxation import Relaxation
 
-_ELEMENTS = 2**22
-"""largest number of coefficients of one value that are computed at once"""
-_WINDOW = 1024
-"""assumed number of values in a window"""
+_ELEMENTS, _ON_CPU = 2**22, 2**20
+"""largest numbers of coefficients of one value that are computed at once, on accelerators and on a CPU, whose cache
+they should fit into"""
+_DEEP = 3
+"""number of nonlinear operations that a substitution must save so that it is ended before the input"""
+_LATER = (2, 6)
+"""least numbers of nonlinear operations between a value and the ends of such substitutions: one residual block, and
+three of them"""
+_MANY = 1024
+"""number of values from which they are bounded by a substitution that ends before the input first"""
+_WORTH = 0.25
+"""part of the signs that a substitution that ends before the input must show, so that it is continued"""
+_WASTE = 0.75
+"""part of the examples with values to bound from which all examples are treated, without a selection of them"""
 
 
 @dataclass(frozen=True)
@@ -81,25 +91,38 @@ def substitute(
     for i in range(index, 0, -1):
         if i not in pending:
             continue
-        a, node = pending.pop(i), graph.node(i)
+        a = pending.pop(i)
+        if passed and not isinstance(graph.node(i).operation, Linear):
+            stored[i] = a
         if rounded:
             error = error + _weighted(a.abs(), relaxation.error_of(i))
-        if isinstance(node.operation, Linear):
-            if (offset := node.operation.constant(a)) is not None:
-                constant = constant + offset
-            back = node.operation.transposed(a, [graph.shape_of(j) for j in node.inputs])
-        else:
-            if passed:
-                stored[i] = a
-            moved, offset = _relaxed(relaxation, i, a, choices)
-            constant, back = constant + offset, (moved,)
-        for j, moved in zip(node.inputs, back, strict=True):
-            pending[j] = pending[j] + moved if j in pending else moved
+        back, offset = _stepped(relaxation, i, a, choices)
+        if offset is not None:
+            constant = constant + offset
+        _add(pending, graph.node(i).inputs, back)
     a = pending[0]
     if len(a) < n:
         a = a.expand(n, *a.shape[1:])
     lower = relaxation.region.minimum(a) + constant - error * 1.01
     return Substituted(lower, a, stored)
+
+
+def _add(pending: dict[int, Tensor], inputs: Sequence[int], back: Sequence[Tensor]) -> None:
+    """Add coefficients with respect to the inputs of an operation to those that are known."""
+    for j, moved in zip(inputs, back, strict=True):
+        pending[j] = pending[j] + moved if j in pending else moved
+
+
+def _stepped(
+    relaxation: Relaxation, index: int, a: Tensor, choices: Choices
+) -> tuple[Sequence[Tensor], Tensor | None]:
+    """Coefficients with respect to each input of an operation, and the constants (n, k) or None for zero."""
+    graph, node = relaxation.graph, relaxation.graph.node(index)
+    if isinstance(node.operation, Linear):
+        shapes = [graph.shape_of(j) for j in node.inputs]
+        return node.operation.transposed(a, shapes), node.operation.constant(a)
+    moved, offset = _relaxed(relaxation, index, a, choices)
+    return (moved,), offset
 
 
 def _weighted(a: Tensor, values: Tensor) -> Tensor:
@@ -168,43 +191,133 @@ def refine(relaxation: Relaxation, index: int, deadline: float = math.inf) -> No
     deadline.
 
     First the bound closer to zero is computed. Where it shows the sign of the input of a ReLU, the other bound is not
-    needed.
+    needed. In deep networks, a substitution that ends at a value in between shows most of the signs at a lower cost.
     """
+    graph = relaxation.graph
     low, high = relaxation.bound(index)
     # the values of a ReLU are exact where the sign of its input is known
-    signed = _only_relu(relaxation.graph, index)
+    signed = _only_relu(graph, index)
     below, above = low.flatten(1).clone(), high.flatten(1).clone()
     first = torch.where(-below <= above, 1.0, -1.0).to(low.dtype)
-    for signs in (first, -first):
-        unknown = (below < 0) & (above > 0) if signed else below < above
-        most = int(unknown.sum(1).max())
-        if not most:
-            continue
-        # the indices of the values of unknown sign, filled up to equal numbers with others
-        chosen = unknown.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-        for rows in torch.split(chosen, _rows_at_once(relaxation.graph, index, len(low)), 1):
-            if time.perf_counter() >= deadline:
-                relaxation.stopped = True
-                break
-            sign = signs.gather(1, rows)
-            lower = sign * lower_bounds(relaxation, index, rows, sign)
-            old_below, old_above = below.gather(1, rows), above.gather(1, rows)
-            below.scatter_(1, rows, torch.where(sign > 0, torch.maximum(old_below, lower), old_below))
-            above.scatter_(1, rows, torch.where(sign < 0, torch.minimum(old_above, lower), old_above))
+    for until in (*cuts(graph, index), 0) if signed else (0,):
+        functions = _Functions(relaxation, index, until)
+        for signs in (first,) if until else (first, -first):
+            unknown = (below < 0) & (above > 0) if signed else below < above
+            for examples, rows in functions.pieces(unknown):
+                if time.perf_counter() >= deadline:
+                    relaxation.stopped = True
+                    break
+                sign = signs[examples[:, None], rows]
+                lower = functions.of(examples).lower(rows, sign)
+                lower = torch.where(lower.isnan(), -torch.inf, lower)  # of bounds that are not finite
+                place = (examples[:, None], rows)
+                below[place] = torch.where(sign > 0, torch.maximum(below[place], lower), below[place])
+                above[place] = torch.where(sign < 0, torch.minimum(above[place], -lower), above[place])
+                if until and (lower > 0).float().mean() < _WORTH:
+                    break
     relaxation.bounds[index] = (below.view_as(low), above.view_as(high))
 
 
-def _rows_at_once(graph: Graph, index: int, n: int) -> int:
-    """How many values of each of `n` examples are bounded at once, so that their coefficients fit into the memory."""
-    widest = max(graph.shape_of(i).numel() for i in range(index + 1))
-    return max(1, _ELEMENTS // (n * (_WINDOW if windows.local(graph, index) else widest)))
+def cuts(graph: Graph, index: int) -> list[int]:
+    """Return the values, the nearest first, at which a backward substitution from a value may end before the input.
+
+    Every path from the input to the value passes through them. There are none for small values, whose substitution is
+    cheap.
+    """
+    if graph.shape_of(index).numel() < _MANY:
+        return []
+    needed = sorted(graph.ancestors(index))
+    deep = [i for i in graph.nonlinear if i in needed and i < index]
+    chosen: list[int] = []
+    earliest = index  # the earliest value that a value after the candidate depends on
+    for i in reversed(needed):
+        later = [j for j in deep if j > i]
+        if (
+            i in deep
+            and i <= earliest
+            and len(deep) - len(later) >= _DEEP
+            and len(later) >= _LATER[len(chosen)]
+        ):
+            chosen.append(i)
+            if len(chosen) == len(_LATER):
+                break
+        if i:
+            earliest = min(earliest, *graph.node(i).inputs)
+    return chosen
 
 
-def lower_bounds(relaxation: Relaxation, index: int, chosen: Tensor, signs: Tensor) -> Tensor:
-    """Return lower bounds (n, k) of the chosen values, indices (n, k), times signs (n, k)."""
-    if windows.local(relaxation.graph, index):
-        return windows.window_bounds(relaxation, index, chosen, signs)
-    return substitute(relaxation, index, one_hot(chosen, signs, relaxation.graph.shape_of(index))).lower
+class _Functions:
+    """Lower bounds of single values of a node, by a substitution that ends at the value `until`."""
+
+    def __init__(self, relaxation: Relaxation, index: int, until: int) -> None:
+        self.relaxation, self.index, self.until = relaxation, index, until
+        self.frames = windows.frames(relaxation.graph, index, until)
+        region = relaxation.region
+        if until:
+            low, high = relaxation.bound(until)
+            region = Region(low, high, low)
+        self.region = region
+        self.largest = _ON_CPU if region.low.device.type == "cpu" else _ELEMENTS
+        shapes = {i: relaxation.graph.shape_of(i) for i in relaxation.graph.ancestors(index) if i >= until}
+        frames = {i: (shapes[i][0], frame.height, frame.width) for i, frame in self.frames.items()}
+        self.elements = max(math.prod(frames.get(i, shape)) for i, shape in shapes.items())
+
+    def pieces(self, unknown: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the values that are marked (n, values) in pieces whose coefficients fit into the memory, as the indices
+        (m) of examples and those (m, k) of values of each. Examples with few values are filled up with others.
+        """
+        counts = unknown.sum(1)
+        chosen = unknown.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        start, most = 0, int(counts.max())
+        while start < most:
+            examples = (counts > start).nonzero()[:, 0]
+            if len(examples) > _WASTE * len(counts):
+                examples = torch.arange(len(counts), device=counts.device)
+            stop = min(most, start + max(1, self.largest // (len(examples) * self.elements)))
+            yield examples, chosen[examples, start:stop]
+            start = stop
+
+    def of(self, examples: Tensor) -> "_Functions":
+        """Return the functions for some examples, given by their indices."""
+        if len(examples) == len(self.region.low):
+            return self
+        return _Functions(self.relaxation.of(examples), self.index, self.until)
+
+    def lower(self, chosen: Tensor, signs: Tensor) -> Tensor:
+        """Return lower bounds (n, k) of the chosen values, indices (n, k), times signs (n, k)."""
+        relaxation, graph = self.relaxation, self.relaxation.graph
+        constant = torch.zeros_like(signs)
+        error = torch.zeros_like(signs)
+        on_windows: dict[int, list[windows.Windows]] = {}
+        whole: dict[int, Tensor] = {}
+        shape = graph.shape_of(self.index)
+        if self.index in self.frames:
+            on_windows[self.index] = [windows.Windows.single(chosen, signs, shape)]
+        else:
+            whole[self.index] = one_hot(chosen, signs, shape)
+        for i in range(self.index, self.until, -1):
+            inputs = () if i not in on_windows and i not in whole else graph.node(i).inputs
+            if i in on_windows:
+                joined = windows.Windows.joined(on_windows.pop(i), self.frames[i])
+                moved, offset, rounding = windows.step(relaxation, i, joined)
+                constant, error = constant + offset, error + rounding
+                for j, part in zip(inputs, moved, strict=True):
+                    if j in self.frames:
+                        on_windows.setdefault(j, []).append(part)
+                    else:
+                        _add(whole, (j,), (part.whole(graph.shape_of(j)),))
+            elif i in whole:
+                a = whole.pop(i)
+                error = error + _weighted(a.abs(), relaxation.error_of(i))
+                back, added = _stepped(relaxation, i, a, NO_CHOICES)
+                constant = constant if added is None else constant + added
+                _add(whole, inputs, back)
+        if self.until in on_windows:
+            last = windows.Windows.joined(on_windows[self.until], self.frames[self.until])
+            least = last.minimum(self.region)
+        else:
+            least = self.region.minimum(whole[self.until])
+        return least + constant - error * 1.01
 
 
 def one_hot(chosen: Tensor, signs: Tensor, shape: torch.Size) -> Tensor:

@@ -76,6 +76,16 @@ class Relaxation:
         slopes = torch.maximum(lines.lower_slope.abs(), lines.upper_slope.abs())
         return gamma(8, dtype) * slopes * sizes[0] + gamma(n_values, dtype) * offsets
 
+    def of(self, rows: Tensor) -> "Relaxation":
+        """Return the relaxation for some examples, given by their indices."""
+        return Relaxation(
+            self.graph,
+            self.region.of(rows),
+            {i: (low[rows], high[rows]) for i, (low, high) in self.bounds.items()},
+            {i: type(each)(*(part[rows] for part in each)) for i, each in self.lines.items()},
+            {i: error[rows] for i, error in self.errors.items()},
+        )
+
     def replace_bounds(self, index: int, low: Tensor, high: Tensor) -> None:
         """Replace the bounds of a value by tighter ones. What was computed from the former bounds is forgotten."""
         self.bounds = {i: known for i, known in self.bounds.items() if i <= index}

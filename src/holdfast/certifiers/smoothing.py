@@ -104,10 +104,10 @@ class Smoothing:
         if fewest <= self.draws:
             return
         largest = radius_of(fixed_test(self.draws, self.alpha).upper_limit(0, 0), self.sigma)
-        more = f"give --draws {fewest}" if fewest < MOST_DRAWS else "no number of draws is enough"
+        more = f"give --draws {fewest}," if fewest < MOST_DRAWS else "no number of draws is enough; give"
         raise UsageError(
             f"draws is {self.draws}: with sigma {self.sigma:g} and failure probability {self.failure_probability:g} "
-            f"the radius is at most {largest:.3g}, even if all draws agree, and eps is {eps:g}; {more}, a larger "
+            f"the radius is at most {largest:.3g}, even if all draws agree, and eps is {eps:g}; {more} a larger "
             "sigma, or a smaller eps"
         )
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.operators import TRANSLATIONS
 from holdfast.certifiers.translation import LIBRARIES, ROWS, Translator, operation_name
-from holdfast.core.errors import UsageError
+from holdfast.core.errors import TargetError, UsageError
 
 _SAME = 1e-4
 """largest difference between graph and model, relative to the largest logit"""
@@ -26,7 +26,8 @@ def traced(model: Callable[[Tensor], Tensor], sample: Tensor) -> Graph:
     """Return the graph of a model in evaluation mode, traced on the first of the inputs `sample` (n, *shape).
 
     Raises `UsageError` with the operation and its place in the user's code if the model contains an operation without
-    sound bounds, or if its operations depend on the values of its inputs.
+    sound bounds, or if its operations depend on the values of its inputs, and `TargetError` if its logits are not
+    finite.
     """
     with torch.no_grad():
         return recording(model, sample).graph()
@@ -89,10 +90,10 @@ def _recorded(model: Callable[[Tensor], Tensor], x: Tensor) -> fx.GraphModule:
             cause = cause.__cause__
         place = _place_of(traceback.extract_tb(cause.__traceback__))
         raise UsageError(
-            f"the operations of the model cannot be recorded{place} ({type(cause).__name__}: {_first_line(cause)}). "
+            f"the operations of the model cannot be recorded{place} ({_reason(cause)}). "
             "Bounds for all inputs of a threat model need operations on tensors that do not depend on the values: "
-            "replace `if` and `item()` on tensors by torch.where, and numpy by torch; or use --method smoothing, which "
-            "only needs the predictions"
+            "write the network without `if` and `item()` on its values and without numpy; or use --method smoothing, "
+            "which only needs the predictions"
         ) from error
 
 
@@ -152,6 +153,12 @@ def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
+def _reason(error: BaseException) -> str:
+    """Why the operations cannot be recorded. Messages of torch about values that are not known name its own symbols."""
+    kind = type(error).__name__
+    return "it reads the values of a tensor" if "DataDependent" in kind else f"{kind}: {_first_line(error)}"
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or "no message").splitlines()[0][:200]
 
@@ -163,10 +170,25 @@ def _place_of(frames: traceback.StackSummary) -> str:
     return f" in {own[-1].filename}, line {own[-1].lineno}: {own[-1].line}" if own else ""
 
 
+def _refuse_not_finite(logits: Tensor, model: Callable[[Tensor], Tensor]) -> None:
+    """Raise `TargetError` if logits of clean inputs are NaN or infinite, with the names of such weights."""
+    rows = (~logits.isfinite()).flatten(1).any(1)
+    if not rows.any():
+        return
+    weights = model.named_parameters() if isinstance(model, torch.nn.Module) else ()
+    wrong = [name.removeprefix("net.") for name, weight in weights if not weight.isfinite().all()]
+    because = f"; its weights contain NaN or infinite values, in {', '.join(wrong[:5])}" if wrong else ""
+    raise TargetError(
+        f"the model returns NaN or infinite logits for {int(rows.sum())} of {len(rows)} clean inputs{because}. Nothing "
+        "can be proved about such outputs; check the weights and --mean/--std, or load them again from their source"
+    )
+
+
 def _compare(graph: Graph, tail: Tail, model: Callable[[Tensor], Tensor], sample: Tensor) -> None:
     """Raise an error if the graph and the model differ on the examples, or between batch sizes."""
     with torch.no_grad():
         expected, actual = model(sample), tail(graph(sample))
+    _refuse_not_finite(expected, model)
     scale = expected.abs().amax().clamp(min=1.0)
     differs = not bool(((expected - actual).abs() <= _SAME * scale).all())
     if expected.shape != actual.shape or differs:

@@ -100,7 +100,7 @@ def seconds(text: str, what: str) -> float:
     """
     matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*", text)
     if matched is None or float(matched[1]) <= 0:
-        raise UsageError(f"{what} is {text!r}; expected a duration such as 60s, 10min or 24h")
+        raise UsageError(f"{what} is {text!r}; expected a duration above 0, such as 60s, 10min or 24h")
     return float(matched[1]) * _UNITS[matched[2]]
 
 

@@ -84,7 +84,7 @@ def ready_guard(settings: GuardSettings, path: Path | None, calibration: Calibra
         pipeline = with_calibration(pipeline, calibration)
         pipeline = replace(pipeline, observed=ObservedRate(calibration.false_positives))
     _refuse_uncalibrated(pipeline, calibration, path)
-    return replace(pipeline, stored=stored_inputs(settings, path))
+    return replace(pipeline, stored=input_storage(settings, path))
 
 
 def guarded_subject(subject: Subject, guard: str) -> Subject:
@@ -146,7 +146,7 @@ def settings_without_queries(settings: GuardSettings) -> GuardSettings:
     return settings.model_copy(update={"rules": settings.rules.model_copy(update={"queries": None})})
 
 
-def stored_inputs(settings: GuardSettings, path: Path | None) -> StoredInputs | None:
+def input_storage(settings: GuardSettings, path: Path | None) -> StoredInputs | None:
     """Return the storage of inputs that the settings describe, or None if no inputs are stored.
 
     Raises `UsageError` for a guard without a file, whose key would be lost with the process.

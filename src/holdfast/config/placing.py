@@ -76,7 +76,9 @@ class CertifyOptions(SettingGroup):
         f"exact) or one of {', '.join(PROVERS)}.",
     )
     timeout: Annotated[values.WaitingTime, Flag("T")] = Field(
-        default="10s", description="Time limit of branch and bound for each example (default: 10s)."
+        default="10s",
+        description="Time limit for each example in each of the methods crown, alpha-crown and branch-and-bound "
+        "(default: 10s).",
     )
     sigma: Annotated[values.Deviation | None, Flag("S")] = Field(
         default=None,

@@ -190,6 +190,8 @@ class ProofRecord:
     work: int
     """number of subproblems (boxes) whose bounds were computed"""
     cost: Cost
+    batch: int | None = None
+    """smallest number of examples that were processed at once because memory ran out; None if it did not"""
     after_attacks: bool = False
     """whether the method was run after the attacks of the suite"""
 

@@ -54,6 +54,8 @@ class Context:
     others: tuple[Mapping[str, Any], ...] = ()
     remarks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """notes on each stage, by its name, in addition to the notes of the plan"""
+    batches: Mapping[str, int] = field(default_factory=dict)
+    """smallest number of examples that were processed at once, by stage, where memory ran out"""
 
 
 def join(shards: Sequence[Columns]) -> dict[str, Tensor]:
@@ -175,7 +177,7 @@ def evidence_from(
         cost=total + context.doubts_cost,
         doubts_cost=context.doubts_cost,
         passes=_counted(counted, columns["broken_by"] - len(records)),
-        proofs=_proof_records(plan, by_stage, seconds, randomised=randomised),
+        proofs=_proof_records(plan, by_stage, seconds, context.batches, randomised=randomised),
         scope=context.scope,
         broken_elsewhere=context.broken_elsewhere,
         tables=tables,
@@ -199,7 +201,12 @@ def _counted(counted: Sequence[Pass], broken_by: Tensor) -> tuple[PassRecord, ..
 
 
 def _proof_records(
-    plan: Outline, by_stage: Mapping[str, Columns], seconds: Mapping[str, Seconds], *, randomised: bool
+    plan: Outline,
+    by_stage: Mapping[str, Columns],
+    seconds: Mapping[str, Seconds],
+    batches: Mapping[str, int],
+    *,
+    randomised: bool,
 ) -> tuple[ProofRecord, ...]:
     """The records of the methods of certification, in the order in which they ran."""
     records, attacks = [], 0
@@ -220,6 +227,7 @@ def _proof_records(
                 stopped=int(columns["stopped"].sum()),
                 work=int(columns["work"].sum()),
                 cost=_cost(step.kind, columns, seconds.get(step.name), randomised=randomised),
+                batch=batches.get(step.name),
                 after_attacks=attacks > 0,
             )
         )

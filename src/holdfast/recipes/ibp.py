@@ -2,8 +2,9 @@
 
 Gowal et al., "On the Effectiveness of Interval Bound Propagation for Training Verifiably Robust Models", 2018,
 arXiv:1810.12715, with the initialisation and the regularisation of Shi et al., "Fast Certified Robust Training with
-Short Warmup", NeurIPS 2021, arXiv:2103.17268. Differs from the papers: eps grows linearly, the learning rate follows
-one cycle, the weights are averaged, and batch norm uses its running statistics in the bounds.
+Short Warmup", NeurIPS 2021, arXiv:2103.17268. Differs from the papers: eps grows linearly, the clean loss keeps a
+weight of 0.25 (0.5 or 0 in the papers), the learning rate follows one cycle, the weights are averaged, and batch norm
+uses its running statistics in the bounds.
 """
 
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from holdfast.ops.learner import Learner, clean_inputs, trained
 class IBPTraining:
     """Minimises an upper bound of the loss over all inputs of the ball, computed by interval bound propagation."""
 
-    clean: Fraction = 0.0
+    clean: Fraction = 0.25
     """weight of the loss on clean inputs after the warm-up, during which it falls from 1; the bound has the rest"""
     regularisation: NonNegative = 0.5
     """weight, at the start of the warm-up, of a penalty on wide bounds and on unbalanced activations; it falls to 0"""

@@ -95,6 +95,7 @@ def _row(record: ProofRecord, broken: int, undecided: int) -> Json:
         "confirmed": record.confirmed,
         "stopped": record.stopped,
         "subproblems": record.work,
+        "batch": record.batch,
     }
 
 
@@ -122,6 +123,7 @@ def _entry(
         "confirmed": 0,
         "stopped": 0,
         "subproblems": 0,
+        "batch": None,
     }
 
 
@@ -160,7 +162,7 @@ def _statistical_lines(statistical: Mapping[str, Any] | None, noun: str) -> list
 
 def headings(results: Mapping[str, Any]) -> list[str]:
     """Return the column headings of the table of a certification."""
-    return ["method", "tried", "certified", "broken", "undecided", "time", "each"]
+    return ["method", "tried", "certified", "broken", "undecided", "time", "time each"]
 
 
 def cells(results: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -203,7 +205,9 @@ def certification_lines(summary: Mapping[str, Any]) -> list[str]:
     results, metrics = summary["certification"], summary["metrics"]
     if results is None:
         return []
-    lines, noun = [], summary["noun"]
+    noun = summary["noun"]
+    counts = ", ".join(f"{count_text(results[name])} {name}" for name in ("certified", "broken", "unknown"))
+    lines = [f"of {amount(results['n'], noun)}, {counts}"]
     certified, robust = metrics.get("certified_accuracy"), metrics.get("robust_accuracy")
     if certified and robust:
         lines.append(
@@ -217,6 +221,16 @@ def certification_lines(summary: Mapping[str, Any]) -> list[str]:
             f"{attacked} certified {noun} were attacked" + ("" if contradicted else ", and none was broken")
         )
     lines += _statistical_lines(results["statistical"], noun)
+    if results["certified"] and not results["statistical"]:
+        lines.append(
+            "certificates hold for the network in exact arithmetic with its stored weights, and include the rounding "
+            "errors of the bounds"
+        )
+    lines += [
+        f"memory ran out in {row['name']}, which continued with {amount(row['batch'], noun)} at a time"
+        for row in results["rows"]
+        if row["batch"] is not None
+    ]
     stopped = sum(row["stopped"] for row in results["rows"])
     if stopped:
         lines.append(

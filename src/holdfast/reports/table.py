@@ -22,6 +22,7 @@ _SOURCES = {
     "adversarial_prediction": "adversarial_prediction",
     **{name: name for name in _DISTANCES},
     "queries": "queries",
+    "certification": "certified",
     **{
         name: name
         for name in (
@@ -105,6 +106,8 @@ def _rows(summary: Mapping[str, Any], columns: Columns, rows: slice) -> Iterator
             if summary["threat"]["goal"] is None:
                 robust_rows &= columns["correct"][rows].bool()
             columns_of_rows.append(["true" if robust else "false" for robust in robust_rows.tolist()])
+        elif heading == "certification":
+            columns_of_rows.append(_outcomes(columns, rows))
         elif heading in ("certified", "abstained", "contradicted", "attacked"):
             columns_of_rows.append(
                 ["true" if value else "false" for value in columns[heading][rows].tolist()]
@@ -121,3 +124,10 @@ def _rows(summary: Mapping[str, Any], columns: Columns, rows: slice) -> Iterator
         else:
             columns_of_rows.append(columns[_SOURCES[heading]][rows].tolist())
     return zip(*columns_of_rows, strict=True)
+
+
+def _outcomes(columns: Columns, rows: slice) -> list[str]:
+    """Whether each example is certified, broken or unknown, as text."""
+    broken = columns["success"][rows].bool() | ~columns["correct"][rows].bool()
+    pairs = zip(columns["certified"][rows].tolist(), broken.tolist(), strict=True)
+    return ["certified" if certified else "broken" if wrong else "unknown" for certified, wrong in pairs]

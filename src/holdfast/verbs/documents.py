@@ -174,15 +174,24 @@ def doubts_to_json(
     findings: Findings, probes: Probes, cost: Cost, remarks: Sequence[str], splits: Sequence[Split]
 ) -> Json:
     """Return the content of `doubts.json`: the doubts, the examples that the probes broke, the cost of the probes, and
-    notes on the run.
+    notes on the run, and the smallest batch of each stage in which memory ran out.
     """
     return {
         "doubts": [doubt_to_json(doubt) for doubt in findings.doubts],
         "broken": {name: ids.tolist() for name, ids in findings.fallen.items()},
         "probes": list(probes),
         "notes": [*remarks, *_halved(splits)],
+        **({"batches": _smallest_batches(splits)} if splits else {}),
         "cost": {name: getattr(cost, name) for name in ("forwards", "backwards", "queries")},
     }
+
+
+def _smallest_batches(splits: Sequence[Split]) -> dict[str, int]:
+    """The smallest number of examples that were processed at once, by stage, where memory ran out."""
+    sizes: dict[str, int] = {}
+    for split in splits:
+        sizes[split["stage"]] = min(split["size"], sizes.get(split["stage"], split["size"]))
+    return sizes
 
 
 def _halved(splits: Sequence[Split]) -> list[str]:

@@ -69,6 +69,7 @@ def evidence_of(
         notes=(*manifest["notes"], *doubts_json["notes"], *served.get("messages", ()), *_mixed(nodes)),
         details=tuple(manifest["details"]),
         doubts=tuple(doubt_from_json(doubt) for doubt in doubts_json["doubts"]),
+        batches=doubts_json.get("batches", {}),
         doubts_cost=Cost(cost["forwards"], cost["backwards"], cost["queries"], spent.cpu, spent.wall),
         surrogates=tuple(manifest["surrogates"]),
         others=tuple(manifest["other_data"]),

@@ -120,7 +120,8 @@ DOUBTED = record(
         "doubts": list_of(_DOUBT),
         "notes": list_of(text),
         "broken": mapped(list_of(whole)),
-    }
+    },
+    {"batches": mapped(count)},
 )
 """Schema of the file `doubts.json`."""
 
