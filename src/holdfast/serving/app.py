@@ -172,7 +172,7 @@ class ServedModel:
             if media != JSON:
                 raise Refused(415, f"the content type must be {JSON}, or {BINARY} with {LENGTH_HEADER}")
             return None
-        if media not in (BINARY, JSON):
+        if media not in (BINARY, JSON, ""):  # clients of Triton send none
             raise Refused(415, f"the content type must be {BINARY} with the header {LENGTH_HEADER}")
         if not header.isdigit() or len(header) > 12:
             raise Refused(400, f"the header {LENGTH_HEADER} must be a number of bytes")
