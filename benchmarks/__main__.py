@@ -36,6 +36,7 @@ ROWS = {
     "pgd-strength": "pgd_strength",
     "minimum-norm": "minimum_norm",
     "square": "square",
+    "query-detector": "query_detector",
     "decisions": "decisions",
     "scores": "scores",
     "transfer": "transfer",
