@@ -160,7 +160,7 @@ def test_near_duplicates_are_blocked_by_all_processes_that_share_the_file(tmp_pa
     assert (tmp_path / "guard.key").stat().st_mode & 0o077 == 0
     workers = [holdfast.Guard.from_yaml(path, net) for _ in range(3)]
     fresh = pictures(40, seed=1)[0]
-    noise = (pictures(40, seed=2)[0] - 0.5).sign() / 20
+    noise = (pictures(40, seed=2)[0] - 0.5).sign() / 40
     for k, image in enumerate(fresh):
         assert workers[k % 3].before(image[None], principal=f"p{k % 10}").answered
     attack = [

@@ -55,6 +55,7 @@ def test_the_written_file_is_valid_and_has_the_order_of_the_rules(tmp_path):
             "rules.squeezing.median is 2, and inputs of shape",
         ),
         ({"inputs": INPUTS, "rules": {"squeezing": {"bits": 0, "median": 0}}}, "at least one of them"),
+        ({"inputs": INPUTS, "rules": {"queries": {"eps": "8/0"}}}, "eps is '8/0'"),
         (
             {"inputs": INPUTS, "rules": {"energy": {}}, "delay": "soon"},
             "delay is 'soon'; expected a duration",

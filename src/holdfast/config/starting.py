@@ -76,7 +76,7 @@ false_positives: 0.001
 rules:                   # a rule that is not named is not evaluated
   schema: {mode: enforce, action: block}     # shape and data type
   range: {mode: enforce, action: block}      # NaN, infinity, values outside low and high
-  queries: {action: block}                   # sequences of similar queries, as attacks send them
+  queries: {action: block, eps: 8/255}       # sequences of similar queries, as attacks with changes up to eps send them
   energy: {action: abstain}                  # outputs unlike those of benign inputs
   # mahalanobis: {action: flag, on: logits}  # distance to the class means; fitted by the calibration
   # squeezing: {action: flag, bits: 5, median: 2}      # two further forward passes
