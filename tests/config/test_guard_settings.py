@@ -1,6 +1,9 @@
 """The settings of a guard are checked, and faults are reported with the place and the valid values."""
 
+import re
+
 import pytest
+import yaml
 
 from holdfast.config.guard_opening import calibration_path, guard_digest, guard_pipeline
 from holdfast.config.guard_settings import check_guard_settings, read_guard_settings
@@ -112,3 +115,11 @@ def test_modes_and_actions_do_not_change_the_digest_and_all_that_changes_scores_
         check_guard_settings({"inputs": {**INPUTS, "high": 2}, "rules": {"energy": {}}}, ""),
     ]
     assert len({plain, *map(guard_digest, others)}) == 1 + len(others)
+
+
+def test_every_commented_setting_of_the_written_file_is_valid(tmp_path):
+    written = init(tmp_path / "guard.yaml", guard=True).read_text(encoding="utf-8")
+    content = yaml.safe_load(re.sub(r"(?m)^(\s*)# (\w+: (\{|\w+ ))", r"\1\2", written))
+    assert {"defence", "state", "delay", "store"} <= set(content)
+    assert {"squeezing", "mahalanobis", "stability"} <= set(content["rules"])
+    check_guard_settings(content, "guard.yaml")

@@ -84,6 +84,7 @@ rules:                   # a rule that is not named is not evaluated
   # Actions: allow, flag, label_only, abstain, delay, block. A rule with a given threshold: is not calibrated.
 
 # defence: {bits: 5, median: 2}   # squeezes of the inputs before the model
+# state: {at: "sqlite:guard-state.sqlite", on_loss: closed}   # of queries; redis://HOST:6379/0 for several machines
 # delay: 1s                       # time by which the action delay delays a response
 # store: {inputs: flagged, folder: guard-inputs, retention_days: 30}   # encrypted; the default is inputs: none
 """
