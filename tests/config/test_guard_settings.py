@@ -119,7 +119,7 @@ def test_modes_and_actions_do_not_change_the_digest_and_all_that_changes_scores_
 
 def test_every_commented_setting_of_the_written_file_is_valid(tmp_path):
     written = init(tmp_path / "guard.yaml", guard=True).read_text(encoding="utf-8")
-    content = yaml.safe_load(re.sub(r"(?m)^(\s*)# (\w+: (\{|\w+ ))", r"\1\2", written))
+    content = yaml.safe_load(re.sub(r"(?m)^(\s*)# (\w+: (\{|1s))", r"\1\2", written))
     assert {"defence", "state", "delay", "store"} <= set(content)
     assert {"squeezing", "mahalanobis", "stability"} <= set(content["rules"])
     check_guard_settings(content, "guard.yaml")
