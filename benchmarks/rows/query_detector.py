@@ -34,11 +34,12 @@ from holdfast.serving.states.sqlite import SQLiteState
 WHAT = "stateful query detector: benign streams, attacks over workers and clients, OARS, cost"
 KEY, SEED, BENIGN, CALIBRATION = bytes(range(32)), 0, 100_000, 20_000
 DATA = ("cifar10", "mnist", "fashion_mnist")
-NETWORK, ATTACKED, QUERIES, WORKERS, CLIENTS = "cifar_resnet20", 10, 1000, 4, 10
+NETWORK, ATTACKED, QUERIES, WORKERS, CLIENTS = "cifar_resnet20", 6, 1000, 4, 10
 OARS_RUNS: tuple[tuple[Base, Linf | L2, bool, int, int, bool], ...] = (
-    ("nes", Linf(8 / 255), True, 30, 2000, True),
-    ("square", Linf(8 / 255), True, 15, 1000, False),
-    ("hop_skip_jump", L2(2.0), False, 15, 1000, False),
+    ("nes", Linf(8 / 255), False, 30, 1000, True),
+    ("square", Linf(8 / 255), True, 10, 500, False),
+    ("square", Linf(8 / 255), False, 10, 500, False),
+    ("hop_skip_jump", L2(2.0), False, 10, 500, False),
 )
 """Attack, constraint, whether each image has a target, images, queries, and whether claims are made."""
 TIMED = 2000

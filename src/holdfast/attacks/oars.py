@@ -55,7 +55,7 @@ class OARS:
     """number of steps of a binary search"""
     attempts: Steps = 300
     """number of rejected proposals in a row after which the attack gives up"""
-    step: Positive = 0.3
+    step: Positive = 1.0
     """length of a step of NES, in multiples of eps; the binary search may enlarge it"""
 
     needs: ClassVar[Access] = "scores"

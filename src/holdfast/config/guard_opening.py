@@ -26,7 +26,7 @@ from holdfast.config.guard_settings import (
 )
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
-from holdfast.detectors.clusters import Limits, QueryState
+from holdfast.detectors.clusters import QueryState, StateLimits
 from holdfast.detectors.energy import Energy
 from holdfast.detectors.mahalanobis import Mahalanobis
 from holdfast.detectors.protocol import Detector
@@ -233,7 +233,7 @@ def open_state(
     process. States of guards with different keys are separate on one Redis server.
     """
     state, at = settings.state, _address(settings.state.at)
-    limits = Limits(half_life_s=seconds(state.half_life, "half_life"))
+    limits = StateLimits(half_life_s=seconds(state.half_life, "half_life"))
     if at == "memory" or path is None:
         return MemoryState(limits)
     if at.startswith(SQLITE):

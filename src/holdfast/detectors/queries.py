@@ -41,7 +41,7 @@ from torch import Tensor
 
 from holdfast.core.errors import UsageError
 from holdfast.core.types import Fraction, Positive
-from holdfast.detectors.clusters import Cluster, QueryState, View, Wanted
+from holdfast.detectors.clusters import QueryCluster, QueryState, StateView, Wanted
 from holdfast.detectors.fingerprints import Fingerprinter, Fingerprints, Floats, unexplained
 
 
@@ -153,7 +153,7 @@ class QueryDetector:
         named = dict.fromkeys(name for name in principals if name)
         examined: list[tuple[float, QueryDetail]] = []
 
-        def decide(view: View) -> None:
+        def decide(view: StateView) -> None:
             examined.clear()  # a state may call this again after a conflict
             rows = prints.hashes.tolist()
             examined.extend(
@@ -166,7 +166,7 @@ class QueryDetector:
         return QueryScores(np.array([s for s, _ in examined]), tuple(detail for _, detail in examined))
 
     def _decided(
-        self, view: View, prints: Fingerprints, hashes: list[int], row: int, x: Tensor, principal: str
+        self, view: StateView, prints: Fingerprints, hashes: list[int], row: int, x: Tensor, principal: str
     ) -> tuple[float, QueryDetail]:
         digest = prints.digests[row]
         if digest in view.answered:
@@ -185,7 +185,7 @@ class QueryDetector:
             view.answer(digest)
         return score, detail
 
-    def _counted(self, view: View, sketch: Floats, hashes: list[int], x: Tensor) -> QueryDetail:
+    def _counted(self, view: StateView, sketch: Floats, hashes: list[int], x: Tensor) -> QueryDetail:
         """Count a query in the nearest cluster within the radius, or make a new cluster of it."""
         candidates = view.near(hashes)
         if candidates:
@@ -203,7 +203,7 @@ class QueryDetector:
                 return QueryDetail(
                     cluster.key, grown.mass + others, grown.members, distance, rest, grown.mass - cluster.mass
                 )
-        view.add(Cluster(secrets.randbits(62), sketch, 0.0, 1, view.now), hashes)
+        view.add(QueryCluster(secrets.randbits(62), sketch, 0.0, 1, view.now), hashes)
         return QueryDetail()
 
     def weight(self, distance: float, unexplained: float) -> float:
