@@ -34,8 +34,8 @@ SUBJECTS = {
     "minimum-norm": "Minimum-norm attacks on undefended networks: success rate, median distance over all images "
     "(infinite for those not broken) and cost.",
     "square": "Square Attack with 1,000 queries: share of images broken, and queries that were used.",
-    "query-detector": "The stateful query detector: suspicious queries in benign streams, attacks spread over workers and "
-    "clients, OARS against it and against Blacklight, and CPU time.",
+    "query-detector": "The stateful query detector: suspicious queries in benign streams, attacks spread over workers "
+    "and clients, OARS against it and against Blacklight, and CPU time.",
     "decisions": "Attacks that use labels only, with 1,000 queries: median distance and CPU time.",
     "scores": "Attacks that use scores, with 1,000 queries: share of images broken and CPU time.",
     "transfer": "Transfer attacks between two CIFAR-10 networks: share of images that the target gets wrong.",

@@ -3,11 +3,11 @@
 import re
 
 import pytest
-import yaml
 
 from holdfast.config.guard_opening import calibration_path, guard_digest, guard_pipeline
 from holdfast.config.guard_settings import check_guard_settings, read_guard_settings
 from holdfast.config.starting import init, validate
+from holdfast.config.yaml_text import parse_yaml
 from holdfast.core.errors import UsageError
 from holdfast.serving.decisions import Action, Mode
 
@@ -119,7 +119,7 @@ def test_modes_and_actions_do_not_change_the_digest_and_all_that_changes_scores_
 
 def test_every_commented_setting_of_the_written_file_is_valid(tmp_path):
     written = init(tmp_path / "guard.yaml", guard=True).read_text(encoding="utf-8")
-    content = yaml.safe_load(re.sub(r"(?m)^(\s*)# (\w+: (\{|1s))", r"\1\2", written))
+    content = parse_yaml(re.sub(r"(?m)^(\s*)# (\w+: (\{|1s))", r"\1\2", written), "guard.yaml")
     assert {"defence", "state", "delay", "store"} <= set(content)
     assert {"squeezing", "mahalanobis", "stability"} <= set(content["rules"])
     check_guard_settings(content, "guard.yaml")
