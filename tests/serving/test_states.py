@@ -110,6 +110,17 @@ def test_the_least_recently_used_clusters_are_dropped(state_of):
     assert old.cluster is None and new.cluster is not None
 
 
+def test_many_clusters_with_a_common_hash_are_bounded(state_of):
+    detector = QueryDetector(KEY, state_of(), SHAPE, bucket=1e6)  # all inputs have the same hashes
+    many = images(50, seed=6)
+    for k, each in enumerate(many):
+        detector.score(each[None], [""], float(k))
+    old, new = (
+        detector.examine(variants(each[None], 1), [""], 60.0).details[0] for each in (many[0], many[-1])
+    )
+    assert old.cluster is None and new.cluster is not None
+
+
 def test_rates_and_budgets_are_those_of_the_memory(state_of):
     draws, states = random.Random(0), (MemoryState(), state_of())
     allowances = [

@@ -4,6 +4,7 @@ A state stores no query. For each cluster it stores the sketch of its first quer
 number of further queries near it. Masses halve in each half-life, so that old queries are forgotten.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -105,7 +106,10 @@ class StateView:
         for each in self.added[cluster.key]:
             bucket = self.buckets.setdefault(each, [])
             if len(bucket) >= BUCKET:
-                oldest = min(bucket, key=lambda key: self.clusters[key].seen)
+                # a key without a cluster is that of one that was dropped meanwhile
+                oldest = min(
+                    bucket, key=lambda key: self.clusters[key].seen if key in self.clusters else -math.inf
+                )
                 bucket.remove(oldest)
                 self.dropped.append((each, oldest))
             bucket.append(cluster.key)

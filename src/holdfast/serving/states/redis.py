@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
-from holdfast.core.errors import TargetError, UsageError
+from holdfast.core.errors import UsageError
 from holdfast.detectors.clusters import (
     Account,
     Fail,
@@ -258,9 +258,6 @@ class RedisState:
             try:
                 result = work()
             except self._errors as error:
-                self._reach.lost(error)
-                return None
-            except TargetError as error:
                 self._reach.lost(error)
                 return None
             self._reach.reached()
