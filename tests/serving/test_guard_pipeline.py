@@ -151,6 +151,16 @@ def test_the_model_gets_squeezed_inputs_and_the_query_detector_the_originals():
     assert decision.notes == {"queries": "lost"}
 
 
+def test_a_delay_does_not_replace_an_action_that_returns_less():
+    pipeline = guard(
+        rule("queries", action=Action.DELAY, threshold=-1.0),
+        rule("energy", action=Action.LABEL_ONLY),
+        delay_s=2.5,
+    )
+    decision = pipeline.after(pipeline.before(x()), torch.tensor([[-5.0, -5.0]]))
+    assert decision.actions == (Action.LABEL_ONLY,) and decision.delay_s == 2.5
+
+
 def test_a_delay_is_part_of_the_decision():
     pipeline = guard(rule("energy", action=Action.DELAY), delay_s=2.5)
     assert pipeline.after(pipeline.before(x()), torch.tensor([[-5.0, -5.0]])).delay_s == 2.5
