@@ -71,6 +71,7 @@ ROWS = {
     "image-patches": "image_patches",
     "colours": "colours",
     "detectors": "detectors",
+    "guard": "guard",
     "fitting-doubts": "fitting_doubts",
     "doubts": "doubts",
     "gallery": "gallery",

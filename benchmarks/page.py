@@ -86,6 +86,8 @@ SUBJECTS = {
     "colours": "Changes of colour, beside 1,000 random trials: share of images broken.",
     "detectors": "Networks with a detector: quality of the detector, and robust accuracy with rejection, under "
     "attackers that do and do not know the detector.",
+    "guard": "The guard: false positives of its combined rules, CPU time of a request, and its detectors under "
+    "attackers that do and do not know them.",
     "fitting-doubts": "Doubts on weakly trained networks, and on data that do not fit the network, under `quick`.",
     "doubts": "Doubts on undefended and hardened networks (*honest*), and on networks that mask their gradients.",
     "gallery": "The gallery of masked models: robust accuracy under PGD-40 (*naive*), without the defence, and under "

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from holdfast.config.groups import InferenceSource
 from holdfast.config.moved import verb
 from holdfast.config.references import ModelLike, ModelReference, Numbers, model_reference
 from holdfast.config.settings import ServeSettings, check_settings, given
@@ -47,7 +48,8 @@ def serve(
     """Serve a model over the Open Inference Protocol v2 until SIGTERM or Ctrl-C, and then drain.
 
     `model` is an address, such as that of a pool, `"rotating:pool/"`, or an object that can be pickled; options for
-    opening it are given with `holdfast.open_model`, such as the shape of its inputs. The other arguments are those of
+    opening it are given with `holdfast.open_model`, such as the shape of its inputs and the file of the guard, which
+    decides about each request. The other arguments are those of
     `holdfast serve`. `notify` is called with messages, such as the address when requests are answered. Raises
     `UsageError` and `TargetError`.
     """
@@ -87,11 +89,9 @@ def serve(
 
 def carry_out_serving(settings: ServeSettings, notify: Notify = ignore) -> None:
     """Serve a model with the settings of the command line or of a configuration file until it is stopped."""
-    reference = ModelReference(settings.model.address, settings.model)
-    if settings.inference.input_shape is not None:
-        inference = reference.inference.model_copy(update={"input_shape": settings.inference.input_shape})
-        reference = ModelReference(settings.model.address, settings.model, inference)
-    _served(settings, reference, notify)
+    given_inference = {key: value for key, value in settings.inference if value is not None}
+    inference = InferenceSource().model_copy(update=given_inference)
+    _served(settings, ModelReference(settings.model.address, settings.model, inference), notify)
 
 
 def refuse_missing_extra() -> None:

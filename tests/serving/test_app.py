@@ -46,7 +46,7 @@ class Rules(NoRules):
         decisions = super().before_many(requests)
         return [self._decided(d) for d in decisions] if self.early else decisions
 
-    def after_many(self, decisions, outputs):
+    def after_many(self, decisions, outputs, features=None, *, network=None):
         return list(decisions) if self.early else [self._decided(d) for d in decisions]
 
 
@@ -123,7 +123,14 @@ def test_metadata_and_health():
         ("GET", "/v2/models/other", {}, b"", (404, "there is no model of this name")),
         ("GET", "/v2/models/small/versions/2", {}, b"", (404, "there is no such version of the model")),
         ("GET", INFER, {}, b"", (405, "this method is not supported at this path")),
-        ("POST", INFER, {}, b"{}", (415, "the content type must be application/json, or ")),
+        ("POST", INFER, {"content-type": ""}, b"{}", (400, "inputs must be a list")),
+        (
+            "POST",
+            INFER,
+            {"content-type": "a/b"},
+            b"{}",
+            (415, "the content type must be application/json, or "),
+        ),
         (
             "POST",
             INFER,

@@ -7,7 +7,10 @@ import pytest
 
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.serving.keys import KeyFile, add_key, read_keys, revoke_key
+from holdfast.serving.quotas import Quotas, Spending
 from holdfast.serving.refusals import Refused
+from holdfast.serving.states.memory import MemoryState
+from holdfast.serving.states.sqlite import SQLiteState
 
 
 @pytest.fixture
@@ -86,3 +89,30 @@ def test_an_unknown_scope_and_a_foreign_file_are_refused(place):
         place.chmod(0o600)
         with pytest.raises(TargetError, match="another format"):
             read_keys(place)
+
+
+def test_rates_and_budgets_are_shared_and_refusals_are_not_counted():
+    clock, state = [0.0], MemoryState()
+    first, second = (Quotas(state, 8, lambda: clock[0]) for _ in range(2))
+
+    def status(quotas, principal="alice", rows=4, rate=None, budget=None):
+        (refusal,) = quotas.take([Spending(principal, rows, rate, budget)])
+        return None if refusal is None else (refusal.status, refusal.cause, *dict(refusal.headers))
+
+    limits = {"rate": 1.0, "budget": 18}
+    assert [status(quotas, **limits) for quotas in (first, second)] == [None, None]
+    assert status(first, **limits) == (429, "rate", "retry-after")  # 8 of the burst of 10 are used
+    clock[0] = 100.0
+    spent = [status(second, rows=2, **limits) for _ in range(6)]
+    assert spent == [*[None] * 5, (429, "budget")]
+    assert status(first, "bob", **limits) is None and status(first, "alice") is None
+    assert second.take([Spending("alice", 1, None, None), Spending("alice", 9, *limits.values())])[0] is None
+
+
+def test_lost_limits_refuse(tmp_path):
+    state = SQLiteState(tmp_path / "quota")
+    quotas = Quotas(state)
+    assert quotas.take([Spending("alice", 1, 1.0, None)]) == [None]
+    state.close()
+    (refusal,) = quotas.take([Spending("alice", 1, 1.0, None)])
+    assert (refusal.status, refusal.reason) == (503, "the limits of the key cannot be checked")

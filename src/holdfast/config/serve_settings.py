@@ -25,12 +25,15 @@ def is_public(host: str) -> bool:
         return True
 
 
-class ServedShape(SettingGroup):
-    """Setting with the shape of the inputs of a served model."""
+class ServedInference(SettingGroup):
+    """Settings of a served model that describe its requests: the shape of its inputs, and its guard."""
 
     input_shape: Annotated[values.InputShape | None, Flag("N,…")] = Field(
         default=None,
-        description="Sizes of one example without the batch, as in 3,32,32, if the model file does not fix them.",
+        description="Sizes of one example without the batch, as in 3,32,32. Bundled models and pools know theirs.",
+    )
+    guard: Annotated[str | None, Flag("FILE", completion="PATH")] = Field(
+        default=None, description="Guard (guard.yaml) that decides about each request."
     )
 
 

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from holdfast.config.grammar import parse_every, seconds
+from holdfast.config.guard_opening import open_guard, served_digest
 from holdfast.config.planning import device_of
 from holdfast.config.pooled import open_architecture, pool_of, refuse_code_in_pool, settings_of_pool
 from holdfast.config.references import DataReference, ModelReference, Sources
@@ -32,10 +33,8 @@ _BUNDLED_SHAPE = (1, 28, 28)
 _UNNAMED = "model"
 
 
-def server_setup(
-    settings: ServeSettings, reference: ModelReference, guard: Callable[[], RequestGuard] = NoRules
-) -> ServerSetup:
-    """Return the setup of a server from its settings and the reference to its model. `guard` is called in each worker.
+def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSetup:
+    """Return the setup of a server from its settings and the reference to its model.
 
     Raises `UsageError` and `TargetError`.
     """
@@ -45,7 +44,10 @@ def server_setup(
         raise UsageError(
             f"model is {address!r}, and a server never loads a model from a URL; download the file, and give its path"
         )
-    served = _served(settings, reference)
+    # the guard of a server decides about requests, and is not a part of the model
+    inference = reference.inference.model_copy(update={"guard": None})
+    served = _served(settings, replace(reference, inference=inference))
+    guard = _guard(reference.inference.guard, served)
     keys = None if options.keys is None else Path(options.keys)
     if keys is not None:
         read_keys(keys)
@@ -97,6 +99,8 @@ class _Served:
     set_name: str
     about: Mapping[str, str]
     pool: LivePool | None = None
+    digest: str | None = None
+    """digest of the model that a calibration of a guard names; None for a pool"""
 
 
 def _served(settings: ServeSettings, reference: ModelReference) -> _Served:
@@ -110,8 +114,11 @@ def _served(settings: ServeSettings, reference: ModelReference) -> _Served:
         )
     sources = Sources(reference, DataReference(None), settings.inputs)
     shape = _shape(reference)
-    digest = open_subject(sources).digest  # here, so that a mistake is reported before workers start
-    return _Served(partial(_opened, sources), shape, digest[:16], {"model": digest})
+    subject = open_subject(sources)  # here, so that a mistake is reported before workers start
+    about = {"model": subject.digest}
+    return _Served(
+        partial(_opened, sources), shape, subject.digest[:16], about, digest=served_digest(subject)
+    )
 
 
 def _served_pool(live: LivePool, reference: ModelReference) -> _Served:
@@ -128,6 +135,26 @@ def _served_pool(live: LivePool, reference: ModelReference) -> _Served:
         trust_code=trust_code,
     )
     return _Served(opening, tuple(canaries.columns["x"].shape[1:]), "", {"pool": pool.manifest["id"]}, live)
+
+
+def _guard(file: str | None, served: _Served) -> Callable[[], RequestGuard]:
+    """Return the function that opens the guard in each worker, after a check that it suits the model."""
+    if file is None:
+        return NoRules
+    pipeline = open_guard(Path(file), served.digest)
+    sizes = pipeline.schema.shape
+    if len(sizes) != len(served.shape) or any(
+        size not in (None, actual) for size, actual in zip(sizes, served.shape, strict=True)
+    ):
+        raise UsageError(
+            f"{file}: inputs.shape is {list(sizes)}, and the model takes {list(served.shape)}; correct one of them"
+        )
+    if pipeline.needs_features:
+        raise UsageError(
+            f"{file}: the rule mahalanobis needs features of an inner layer, which the server does not compute; set "
+            "its setting on to logits"
+        )
+    return partial(open_guard, Path(file), served.digest)
 
 
 def _triggers(texts: list[str]) -> tuple[Trigger, ...]:

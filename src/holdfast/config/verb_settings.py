@@ -151,7 +151,7 @@ class ServeSettings(VerbSettings):
     limits: serve_settings.RequestLimits = _group(serve_settings.RequestLimits)
     device: groups.Device = _group(groups.Device)
     model: groups.ModelSource = _group(groups.ModelSource)
-    inference: serve_settings.ServedShape = _group(serve_settings.ServedShape)
+    inference: serve_settings.ServedInference = _group(serve_settings.ServedInference)
     inputs: groups.InputSpace = _group(groups.InputSpace)
 
 

@@ -7,6 +7,7 @@ same parameter set, and a swap never waits for a batch or changes one.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -202,7 +203,7 @@ class Answerer:
         passed = [(job, d) for job, d in zip(jobs, decisions, strict=True) if d.answered]
         outputs = self._outputs([_inputs(job, decision) for job, decision in passed], served)
         scored = [(d, out) for (_, d), out in zip(passed, outputs, strict=True) if out is not None]
-        after = iter(self._after([d for d, _ in scored], [out for _, out in scored]))
+        after = iter(self._after([d for d, _ in scored], [out for _, out in scored], served))
         logits = iter(outputs)
         outcomes = []
         for job, decision in zip(jobs, decisions, strict=True):
@@ -222,11 +223,13 @@ class Answerer:
             self.telemetry.count("holdfast_guard_failures_total")
             return _unguarded(incoming) if self.guard_fails_open else None
 
-    def _after(self, decisions: Sequence[Decision], outputs: Sequence[Tensor]) -> Sequence[Decision]:
+    def _after(
+        self, decisions: Sequence[Decision], outputs: Sequence[Tensor], served: ServedSet
+    ) -> Sequence[Decision]:
         if not decisions:
             return decisions
         try:
-            return self.guard.after_many(decisions, outputs)
+            return self.guard.after_many(decisions, outputs, network=partial(self._logits, served))
         except Exception:  # noqa: BLE001 - as above
             self.telemetry.count("holdfast_guard_failures_total")
             reason = "the guard failed"
@@ -238,8 +241,7 @@ class Answerer:
             return []
         try:
             with torch.inference_mode():
-                x = inputs[0] if len(inputs) == 1 else torch.cat(list(inputs))
-                logits = served.model(x.to(self.device)).cpu()
+                logits = self._logits(served, inputs[0] if len(inputs) == 1 else torch.cat(list(inputs)))
         except (HoldfastError, RuntimeError, MemoryError):
             if len(inputs) == 1:
                 return [None]
@@ -249,6 +251,10 @@ class Answerer:
         if bool(logits.isfinite().all()):
             return list(parts)
         return [part if bool(part.isfinite().all()) else None for part in parts]
+
+    def _logits(self, served: ServedSet, x: Tensor) -> Tensor:
+        logits: Tensor = served.model(x.to(self.device))
+        return logits.cpu()
 
     def _count(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
         """Count the outcomes of a batch for the metrics and for the pool."""

@@ -167,12 +167,12 @@ class ServedModel:
         if length is not None and (not length.isdigit() or int(length) > self.max_body):
             raise Refused(413, f"the body is too large; at most {self.max_body} bytes are accepted")
         media = (_header(request, b"content-type") or b"").split(b";")[0].strip().lower().decode("latin-1")
-        header = _header(request, LENGTH_HEADER.encode())
+        header = _header(request, LENGTH_HEADER.encode())  # clients of Triton send no content type
         if header is None:
-            if media != JSON:
+            if media not in (JSON, ""):
                 raise Refused(415, f"the content type must be {JSON}, or {BINARY} with {LENGTH_HEADER}")
             return None
-        if media not in (BINARY, JSON):
+        if media not in (BINARY, JSON, ""):
             raise Refused(415, f"the content type must be {BINARY} with the header {LENGTH_HEADER}")
         if not header.isdigit() or len(header) > 12:
             raise Refused(400, f"the header {LENGTH_HEADER} must be a number of bytes")

@@ -1,7 +1,6 @@
 """The interface between the server and the guard, and the guard without rules."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -15,8 +14,17 @@ class RequestGuard(Protocol):
     def before_many(self, requests: Sequence[Incoming]) -> list[Decision]:
         """Return the decision about each request. The model is called with `Decision.x` of those with `answered`."""
 
-    def after_many(self, decisions: Sequence[Decision], outputs: Sequence[Tensor]) -> list[Decision]:
-        """Return the decisions after the model returned the logits (n, classes) of each request."""
+    def after_many(
+        self,
+        decisions: Sequence[Decision],
+        outputs: Sequence[Tensor | None],
+        features: Sequence[Tensor | None] | None = None,
+        *,
+        network: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[Decision]:
+        """Return the decisions after the model returned the logits (n, classes) of each request. `network` is the model
+        for detectors that need further forward passes.
+        """
 
 
 class NoRules:
@@ -29,11 +37,13 @@ class NoRules:
             for each in requests
         ]
 
-    def after_many(self, decisions: Sequence[Decision], outputs: Sequence[Tensor]) -> list[Decision]:
+    def after_many(
+        self,
+        decisions: Sequence[Decision],
+        outputs: Sequence[Tensor | None],
+        features: Sequence[Tensor | None] | None = None,
+        *,
+        network: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[Decision]:
         """Return the decisions unchanged."""
         return list(decisions)
-
-
-def refused_by(decision: Decision, reason: str) -> Decision:
-    """Return a decision that refuses its request with a reason."""
-    return replace(decision, refusal=reason)

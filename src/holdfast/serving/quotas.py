@@ -1,23 +1,18 @@
-"""Rates and budgets of API keys, shared by all workers in one SQLite database.
+"""Rates and budgets of API keys, in the state that all workers share.
 
-A rate is a token bucket: it allows `rate` inputs per second on average, and bursts of ten seconds. A budget is a number
-of inputs in total.
+A rate allows `rate` inputs per second on average, and bursts of ten seconds. A budget is a number of inputs in total.
 """
 
-import sqlite3
+import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
-from holdfast.core.errors import TargetError
 from holdfast.serving.refusals import Refused, wait_first
-from holdfast.store.files import PRIVATE
+from holdfast.serving.states.spending import Allowance, Charge, Grant, SharedState
 
-BURST_S = 10.0
+_BURST_S = 10.0
 """number of seconds of the rate that may be used at once"""
-_WAIT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -30,73 +25,39 @@ class Spending:
     budget: int | None
 
 
+@dataclass(frozen=True)
 class Quotas:
-    """Rates and budgets in the database at a path, which several processes may use at the same time."""
+    """Rates and budgets in a shared state. A request has at most `max_rows` inputs, which any rate allows at once."""
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
-        try:
-            # used by one thread at a time, which may be another one than this
-            self._database = sqlite3.connect(
-                path, timeout=_WAIT_S, isolation_level=None, check_same_thread=False
-            )
-            path.chmod(PRIVATE)
-            self._database.execute("PRAGMA journal_mode=WAL")
-            # A power failure may lose the last moments of counting; a kill loses nothing.
-            self._database.execute("PRAGMA synchronous=NORMAL")
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS quota (principal TEXT PRIMARY KEY, used INTEGER, tokens REAL, at REAL)"
-            )
-        except (sqlite3.Error, OSError) as error:
-            raise TargetError(
-                f"{str(path)!r} cannot be used for the limits of keys: {error}; check the path and the disk"
-            ) from error
+    state: SharedState
+    max_rows: int = 64
+    clock: Callable[[], float] = time.time
 
     def take(self, spendings: Sequence[Spending]) -> list[Refused | None]:
         """Count the inputs of requests in one transaction, and return a refusal for each that exceeds a limit.
 
-        Refused requests are not counted. If the database cannot be used, all are refused with status 503.
+        Refused requests are not counted. If the state cannot be reached, all are refused with status 503.
         """
-        if all(each.rate is None and each.budget is None for each in spendings):
-            return [None] * len(spendings)
-        try:
-            with closing(self._database.cursor()) as cursor:
-                cursor.execute("BEGIN IMMEDIATE")
-                try:
-                    refusals = [self._take(cursor, each) for each in spendings]
-                finally:
-                    cursor.execute("COMMIT")
-        except sqlite3.Error:
-            failure = wait_first("the limits of the key cannot be checked", 1.0, cause="quota")
-            return [failure] * len(spendings)
+        limited = [
+            place for place, each in enumerate(spendings) if not (each.rate is None and each.budget is None)
+        ]
+        refusals: list[Refused | None] = [None] * len(spendings)
+        if limited:
+            charges = [self._charge(spendings[place]) for place in limited]
+            for place, grant in zip(limited, self.state.spend(charges, self.clock()), strict=True):
+                refusals[place] = _refusal(grant)
         return refusals
 
-    def _take(self, cursor: sqlite3.Cursor, each: Spending) -> Refused | None:
-        if each.rate is None and each.budget is None:
-            return None
-        now = self._clock()
-        row = cursor.execute(
-            "SELECT used, tokens, at FROM quota WHERE principal = ?", (each.principal,)
-        ).fetchone()
-        full = max((each.rate or 0.0) * BURST_S, 1.0)
-        used, tokens, at = row or (0, full, now)
-        if each.budget is not None and used + each.rows > each.budget:
-            return Refused(429, "the budget of the key is used up", (), "budget")
-        if each.rate is not None:
-            # at least 0, because the clock may have been set back
-            tokens = min(full, tokens + max(now - at, 0.0) * each.rate)
-            # a request that is larger than the bucket needs a full one, and leaves a debt
-            needed = min(float(each.rows), full)
-            if tokens < needed:
-                wait_s = (needed - tokens) / each.rate
-                return wait_first("the rate of the key is exceeded", wait_s, status=429, cause="rate")
-            tokens -= each.rows
-        cursor.execute(
-            "INSERT OR REPLACE INTO quota VALUES (?, ?, ?, ?)",
-            (each.principal, used + each.rows, tokens, now),
-        )
-        return None
+    def _charge(self, each: Spending) -> Charge:
+        burst = max((each.rate or 0.0) * _BURST_S, float(self.max_rows))
+        return Charge(each.principal, each.rows, Allowance(each.rate, burst, each.budget, math.inf))
 
-    def close(self) -> None:
-        """Close the database."""
-        self._database.close()
+
+def _refusal(grant: Grant) -> Refused | None:
+    if grant.granted:
+        return None
+    if grant.lost:
+        return wait_first("the limits of the key cannot be checked", 1.0, cause="quota")
+    if grant.reason == "rate":
+        return wait_first("the rate of the key is exceeded", grant.retry_after_s, status=429, cause="rate")
+    return Refused(429, "the budget of the key is used up", (), "budget")

@@ -41,6 +41,7 @@ from holdfast.serving.keys import KeyFile
 from holdfast.serving.protocol import NoRules, RequestGuard
 from holdfast.serving.protocol_v2 import Signature
 from holdfast.serving.quotas import Quotas
+from holdfast.serving.states.sqlite import SQLiteState
 from holdfast.serving.telemetry import Telemetry
 
 _REPORT_S, _HASTE_S = 0.5, 0.02
@@ -130,7 +131,7 @@ class Worker:
             ServedSet(self._pristine, setup.set_name, 1),
             setup.guard(),
             audit,
-            None if setup.quotas is None else Quotas(setup.quotas),
+            None if setup.quotas is None else Quotas(SQLiteState(setup.quotas), setup.max_rows),
             self.telemetry,
             setup.guard_fails_open,
             self.ledger.add if setup.rotating else lambda served, principal, rows: None,
