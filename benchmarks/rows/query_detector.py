@@ -19,7 +19,6 @@ from benchmarks.networks import Network, images, network
 from benchmarks.queries import CLIPS, ENCODINGS, FRAMES, NOISE, POPULAR, REPEATS, Defended, benign, film
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.attacks import HopSkipJump, Square
-from holdfast.attacks.oars import OARS, Base
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
@@ -27,6 +26,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
 from holdfast.core.threat import ThreatModel
 from holdfast.detectors.blacklight import Blacklight
+from holdfast.detectors.oars import OARS, Base
 from holdfast.detectors.queries import QueryDetector, radius_for
 from holdfast.serving.states.memory import MemoryState
 from holdfast.serving.states.sqlite import SQLiteState
