@@ -124,7 +124,13 @@ def test_metadata_and_health():
         ("GET", "/v2/models/small/versions/2", {}, b"", (404, "there is no such version of the model")),
         ("GET", INFER, {}, b"", (405, "this method is not supported at this path")),
         ("POST", INFER, {"content-type": ""}, b"{}", (400, "inputs must be a list")),
-        ("POST", INFER, {"content-type": "a/b"}, b"{}", (415, "the content type must be application/json, or ")),
+        (
+            "POST",
+            INFER,
+            {"content-type": "a/b"},
+            b"{}",
+            (415, "the content type must be application/json, or "),
+        ),
         (
             "POST",
             INFER,
