@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from holdfast.config.grammar import did_you_mean, seconds
+from holdfast.config.grammar import did_you_mean, parse_number, seconds
 from holdfast.config.groups import Flag, SettingGroup
 from holdfast.config.values import Numbers, Positive, Probability, Whole
 from holdfast.config.wording import complaint, place
@@ -18,6 +18,9 @@ ModeName = Literal["observe", "shadow", "enforce"]
 ActionName = Literal["allow", "flag", "label_only", "abstain", "delay", "block"]
 DataType = Literal["float32", "float64", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64"]
 
+SQLITE, ENVIRONMENT = "sqlite:", "env:"
+"""beginnings of the address of a state: of a file, and of an environment variable with an address"""
+
 GUARD_KEYS = ("rules", "inputs")
 """keys that a guard.yaml contains and a holdfast.yaml does not"""
 
@@ -25,6 +28,10 @@ GUARD_KEYS = ("rules", "inputs")
 def _defaults(value: object) -> object:
     """Take a key without a value, as in `energy:`, for one with default settings."""
     return {} if value is None else value
+
+
+def _eps(value: object) -> object:
+    return parse_number(value, "eps") if isinstance(value, str) else value
 
 
 def _numbers(value: object) -> object:
@@ -105,6 +112,11 @@ class QueriesSettings(ScoredSettings):
         default=None,
         description="Weighted number of near duplicates from which queries are suspicious; default 10.",
     )
+    eps: Annotated[float, Gt(0), BeforeValidator(_eps)] = Field(
+        default=8 / 255,
+        description="Largest change of a value, with inputs scaled to [0, 1], that attacks are expected to make; the "
+        "calibrated radius covers no larger changes (default: 8/255).",
+    )
     radius: Annotated[float, Gt(0)] | None = Field(
         default=None,
         description="Distance up to which inputs, scaled to [0, 1], are near duplicates; set by the calibration if it "
@@ -162,7 +174,8 @@ class StateSettings(SettingGroup):
 
     at: str = Field(
         default="sqlite:guard-state.sqlite",
-        description="sqlite:FILE, relative to this file, for the processes of one machine; or memory, for one process.",
+        description="sqlite:FILE, relative to this file, for the processes of one machine; redis://HOST:6379/0 for "
+        "several machines; env:VARIABLE with such an address; or memory, for one process.",
     )
     on_loss: Literal["closed", "open"] = Field(
         default="closed",
@@ -242,8 +255,15 @@ def check_guard_settings(content: Mapping[str, Any], where: str) -> GuardSetting
         settings = GuardSettings.model_validate(dict(content))
     except ValidationError as error:
         raise UsageError(f"{where}: {_fault(error)}") from None
+    except UsageError as error:  # of a value that a parser refuses
+        raise UsageError(f"{where}: {error}") from None
     _refuse_contradictions(settings, where)
     return settings
+
+
+def is_state(at: str) -> bool:
+    """Return whether a text is the address of a state of the query detector."""
+    return at == "memory" or (at.startswith((SQLITE, "redis://", "rediss://")) and at != SQLITE)
 
 
 def is_guard(content: Mapping[str, Any]) -> bool:
@@ -283,8 +303,10 @@ def _refuse_contradictions(settings: GuardSettings, where: str) -> None:
     seconds(settings.delay, f"{where}: delay")
     seconds(settings.state.half_life, f"{where}: state.half_life")
     at = settings.state.at
-    if at != "memory" and not (at.startswith("sqlite:") and at != "sqlite:"):
-        raise UsageError(f"{where}: state.at is {at!r}; expected sqlite:FILE or memory")
+    if not is_state(at) and not (at.startswith(ENVIRONMENT) and at.removeprefix(ENVIRONMENT).isidentifier()):
+        raise UsageError(
+            f"{where}: state.at is {at!r}; expected sqlite:FILE, redis://HOST:6379/0, env:VARIABLE or memory"
+        )
     if len(inputs.low) != len(inputs.high) and 1 not in (len(inputs.low), len(inputs.high)):
         raise UsageError(
             f"{where}: inputs.low has {len(inputs.low)} numbers and inputs.high {len(inputs.high)}; give one, or one "
@@ -299,6 +321,17 @@ def _refuse_contradictions(settings: GuardSettings, where: str) -> None:
             f"{where}: inputs.low is {inputs.low} and inputs.high {inputs.high}; low must be below high"
         )
     squeezing = rules.squeezing
+    if not inputs.dtype.startswith(("float", "bfloat")):
+        for name, used in (
+            ("defence", settings.defence.bits or settings.defence.median),
+            ("rules.squeezing", squeezing),
+            ("rules.stability", rules.stability),
+        ):
+            if used:
+                raise UsageError(
+                    f"{where}: {name} changes values of the inputs, and inputs.dtype is {inputs.dtype}; remove it, "
+                    "or let the guard see the inputs after their conversion to float32"
+                )
     images = len(inputs.shape) == 3
     for name, group in (("defence", settings.defence), ("rules.squeezing", squeezing)):
         if group is not None and group.median and not images:
