@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,7 +97,7 @@ def substitute(
         if rounded:
             error = error + _weighted(a.abs(), relaxation.error_of(i))
         back, offset = _stepped(relaxation, i, a, choices)
-        constant = constant.plus(offset)
+        constant = constant.plus(offset, sized=rounded)
         _add(pending, graph.node(i).inputs, back)
     a = pending[0]
     if len(a) < n:
@@ -109,24 +108,26 @@ def substitute(
     return Substituted(lower, a, stored)
 
 
-class Total(NamedTuple):
+@dataclass(frozen=True)
+class Total:
     """A sum of constants, with what bounds its rounding error."""
 
     sum: Tensor
     sizes: Tensor | float = 0.0
     """sum of the magnitudes"""
-    count: int = 1
+    terms: int = 1
 
-    def plus(self, constant: Tensor | None) -> "Total":
-        """Return the sum with one more constant; None is zero."""
+    def plus(self, constant: Tensor | None, *, sized: bool = True) -> "Total":
+        """Return the sum with one more constant; None is zero. Without `sized`, no error is bounded."""
         if constant is None:
             return self
-        return Total(self.sum + constant, self.sizes + constant.detach().abs(), self.count + 1)
+        sizes = self.sizes + constant.abs() if sized else self.sizes
+        return Total(self.sum + constant, sizes, self.terms + 1)
 
     @property
     def rounding(self) -> Tensor | float:
         """Bound of the rounding error of the sum, and of a last sum of it with another number."""
-        return gamma(self.count, self.sum.dtype) * self.sizes
+        return gamma(self.terms, self.sum.dtype) * self.sizes
 
 
 def finite(lower: Tensor) -> Tensor:
