@@ -202,3 +202,51 @@ def test_flagged_inputs_are_stored_and_deleted_through_the_guard(tmp_path):
         holdfast.Guard.from_settings(
             {"inputs": {"shape": [4]}, "rules": {"range": {}}, "store": {"inputs": "flagged"}}
         )
+
+
+def test_features_of_a_layer_are_calibrated_and_given_by_the_application(tmp_path):
+    text = FILE.replace("energy: {mode: MODE, action: abstain}", "mahalanobis: {on: features, layer: '1'}")
+    net = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(36, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)
+    )
+    path, x = written(tmp_path, text), inputs(64, seed=2)[0]
+    guard = holdfast.Guard.from_yaml(path).calibrate(net, inputs(500), false_positives=0.02)
+    assert guard.pipeline.detectors["mahalanobis"].precision.shape == (8, 8)
+    decision = guard.after(guard.before(x), net(x), features=net[:2](x))
+    assert sum(row.scores[-1].fired for row in decision.rows) < 8
+    with pytest.raises(UsageError, match="needs features; give them, as in"):
+        guard.after(guard.before(x), net(x))
+    for layer, message in (
+        ("'9'", "the network has no layer '9'; it has 0, 1, 2, 3"),
+        ("null", "and no layer"),
+    ):
+        path.write_text(text.replace("'1'", layer))
+        (tmp_path / "guard.calibration.json").unlink(missing_ok=True)
+        with pytest.raises(UsageError, match=message):
+            holdfast.Guard.from_yaml(path).calibrate(net, inputs(500), false_positives=0.02)
+
+
+STREAMED = """\
+inputs: {shape: [1, 6, 6], low: -20, high: 20}
+rules:
+  queries: {mode: enforce, radius: 0.001}
+  energy: {}
+"""
+
+
+def test_a_guard_is_calibrated_on_the_traffic_of_an_application(tmp_path):
+    path, net = (
+        written(tmp_path, STREAMED),
+        network(),
+    )
+    x = inputs(600)[0]
+    stream = [(part, net(part)) for part in x.split(100)]
+    guard = holdfast.Guard.from_yaml(path)
+    assert guard.calibrate_on(stream, "digits 3", false_positives=0.01).calibration.n == 600
+    again = holdfast.Guard.from_yaml(path, model_name="digits 3")
+    scores = -net(x).logsumexp(1)
+    assert 1 <= int((scores > again.pipeline.rules["energy"].threshold).sum()) <= 6
+    with pytest.raises(UsageError, match="run holdfast calibrate again"):
+        holdfast.Guard.from_yaml(path, model_name="digits 4")
+    with pytest.raises(UsageError, match="500 calibration inputs are too few"):
+        guard.calibrate_on(stream[:5], "digits 3")

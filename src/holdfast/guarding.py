@@ -1,6 +1,7 @@
 """The guard of the Python interface: `holdfast.Guard`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from holdfast.config.references import DataLike, ModelLike, Sources, data_refere
 from holdfast.config.resolve import open_examples, open_subject, sources_at
 from holdfast.config.settings import CalibrateSettings
 from holdfast.core.batch import Data
+from holdfast.core.chain import digest
 from holdfast.core.errors import UsageError
 from holdfast.core.estimate import Estimate
+from holdfast.detectors.features import features_of
 from holdfast.detectors.protocol import Observation
 from holdfast.harness import Target
 from holdfast.serving.calibration import Calibration, calibrated, write_calibration
@@ -60,15 +63,20 @@ class Guard:
     """the calibration of the thresholds; None before"""
 
     @classmethod
-    def from_yaml(cls, path: str | Path, model: ModelLike | None = None) -> "Guard":
+    def from_yaml(
+        cls, path: str | Path, model: ModelLike | None = None, *, model_name: str | None = None
+    ) -> "Guard":
         """Return the guard that a guard.yaml describes, with its calibration if there is one.
 
-        With `model`, the calibration is compared with it. Raises `UsageError` for invalid settings, for a calibration
+        With `model`, the calibration is compared with it, and with `model_name` with the name that `calibrate_on` was
+        given. Raises `UsageError` for invalid settings, for a calibration
         with other settings or another model, and for a rule in mode `shadow` or `enforce` without a threshold.
         """
         settings = read_guard_settings(Path(path))
-        digest = None if model is None else served_digest(open_subject(_sources(settings, model, None)))
-        calibration = stored_calibration(settings, Path(path), digest)
+        known = None if model_name is None else _digest_of_name(model_name)
+        if model is not None:
+            known = served_digest(open_subject(_sources(settings, model, None)))
+        calibration = stored_calibration(settings, Path(path), known)
         return cls(settings, ready_guard(settings, Path(path), calibration), Path(path), calibration)
 
     @classmethod
@@ -149,15 +157,53 @@ class Guard:
         that of the settings by default. Detectors that need a fit are fitted on `fit`, or on a random fifth of `data`,
         which is then not used for thresholds. Raises `UsageError` for fewer than 1 / `false_positives` - 1 inputs.
         """
-        rate = self.settings.false_positives if false_positives is None else false_positives
+        sources = _sources(self.settings, model, data, seed)
+        return self._with(_calibrate(self.settings, sources, self._rate(false_positives), fit))
+
+    def calibrate_on(
+        self,
+        stream: Iterable[tuple[Tensor, Tensor]],
+        model_name: str,
+        *,
+        false_positives: float | None = None,
+        network: Callable[[Tensor], Tensor] | None = None,
+    ) -> "Guard":
+        """Return the guard calibrated like `calibrate`, from inputs and outputs of an application whose model is not
+        opened here.
+
+        `stream` yields pairs of benign inputs (n, *shape) as clients send them and outputs (n, classes) of the model,
+        in the order of the requests. `model_name` identifies the model and its version for `from_yaml`. Detectors that
+        need a fit are refused, and the radius of the query detector is not fitted. With a `defence`, outputs must be
+        those for the inputs after it.
+        """
+        rate = self._rate(false_positives)
+        fresh, _ = guard_to_calibrate(self.settings, None)
+
+        def observed() -> Iterator[tuple[Tensor, Observation]]:
+            for x, outputs in stream:
+                defended = x if fresh.defence is None else fresh.defence(x)
+                yield x, fresh.observation(defended, outputs, network=network)
+
+        _, calibration = calibrated(fresh, observed(), rate)
+        named = replace(calibration, guard=guard_digest(self.settings), models=(_digest_of_name(model_name),))
+        return self._with(named)
+
+    def _rate(self, given: float | None) -> float:
+        rate = self.settings.false_positives if given is None else given
         if not 0 < rate < 1:
             raise UsageError(f"false_positives is {rate!r}; expected a share between 0 and 1, as in 0.001")
-        calibration = _calibrate(
-            self.settings, self.path, _sources(self.settings, model, data, seed), rate, fit
-        )
-        return replace(
-            self, pipeline=ready_guard(self.settings, self.path, calibration), calibration=calibration
-        )
+        return rate
+
+    def _with(self, calibration: Calibration) -> "Guard":
+        """The guard with a calibration, which is written if the guard was read from a file."""
+        if self.path is not None:
+            write_calibration(calibration, calibration_path(self.settings, self.path))
+        pipeline = ready_guard(self.settings, self.path, calibration)
+        return replace(self, pipeline=pipeline, calibration=calibration)
+
+
+def _digest_of_name(name: str) -> str:
+    return digest(f"model name {name}".encode())
 
 
 def carry_out_calibration(settings: CalibrateSettings) -> tuple[Calibration, Path]:
@@ -178,20 +224,17 @@ def carry_out_calibration(settings: CalibrateSettings) -> tuple[Calibration, Pat
         if settings.options.false_positives is None
         else settings.options.false_positives
     )
-    return _calibrate(guard, path, sources, rate, settings.options.fit), calibration_path(guard, path)
+    calibration, place = _calibrate(guard, sources, rate, settings.options.fit), calibration_path(guard, path)
+    write_calibration(calibration, place)
+    return calibration, place
 
 
-def _calibrate(
-    settings: GuardSettings, path: Path | None, sources: Sources, rate: float, fit: DataLike | None
-) -> Calibration:
-    """Open the model and the data, calibrate the guard, and write the calibration if the guard has a file."""
+def _calibrate(settings: GuardSettings, sources: Sources, rate: float, fit: DataLike | None) -> Calibration:
+    """Open the model and the data, and calibrate the guard."""
     subject = open_subject(sources)
     examples = open_examples(sources, subject.model)
     others = None if fit is None else open_examples(replace(sources, data=sources.beside(fit)), subject.model)
-    calibration = _calibration(settings, subject, examples, others, rate, sources.seed)
-    if path is not None:
-        write_calibration(calibration, calibration_path(settings, path))
-    return calibration
+    return _calibration(settings, subject, examples, others, rate, sources.seed)
 
 
 def _sources(settings: GuardSettings, model: ModelLike, data: DataLike, seed: int = 0) -> Sources:
@@ -210,9 +253,10 @@ def _calibration(
         examples, fit = _divided(settings, examples, seed)
     fitting = None if fit is None else fit.read(0, len(fit))
     fresh, radius = guard_to_calibrate(settings, None if fitting is None else fitting.x)
-    with readied(subject, examples, torch.device("cpu")) as (target, _):
-        observed = None if fitting is None else _observe(fresh, target, fitting.x)[1]
-        stream = (_observe(fresh, target, x) for x in _batches(examples))
+    cpu = torch.device("cpu")
+    with readied(subject, examples, cpu) as (target, _), _features(settings, target) as features:
+        observed = None if fitting is None else _observe(fresh, target, fitting.x, features)[1]
+        stream = (_observe(fresh, target, x, features) for x in _batches(examples))
         _, calibration = calibrated(fresh, stream, rate, observed, None if fitting is None else fitting.y)
     parameters = dict(calibration.parameters) | ({} if radius is None else {QUERIES: {"radius": radius}})
     return replace(
@@ -246,8 +290,23 @@ def _batches(data: Data) -> Iterator[Tensor]:
         yield data.read(start, min(start + _BATCH, len(data))).x
 
 
-def _observe(pipeline: GuardPipeline, target: Target, x: Tensor) -> tuple[Tensor, Observation]:
+def _observe(
+    pipeline: GuardPipeline, target: Target, x: Tensor, features: Callable[[], Tensor] | None
+) -> tuple[Tensor, Observation]:
     """Inputs as clients send them, and what the stateless detectors observe."""
     defended = x if pipeline.defence is None else pipeline.defence(x)
     logits = torch.cat([target.logits(part) for part in torch.split(defended, _BATCH)])
-    return x, Observation(defended, logits, network=target.logits)
+    return x, Observation(defended, logits, None if features is None else features(), target.logits)
+
+
+def _features(settings: GuardSettings, target: Target) -> AbstractContextManager[Callable[[], Tensor] | None]:
+    """The features of the layer that the Mahalanobis distance is measured on; None if it is measured on logits."""
+    rule = settings.rules.mahalanobis
+    if rule is None or rule.on == "logits":
+        return nullcontext()
+    if rule.layer is None:
+        raise UsageError(
+            "rules.mahalanobis has on: features and no layer, so that it cannot be calibrated; name one, as in "
+            "layer: layer4"
+        )
+    return features_of(target.bare.net, rule.layer)

@@ -63,6 +63,14 @@ def test_the_written_file_is_valid_and_has_the_order_of_the_rules(tmp_path):
             {"inputs": INPUTS, "rules": {"energy": {}}, "false_positives": 1},
             "false_positives is 1; expected less than 1",
         ),
+        (
+            {"inputs": INPUTS, "rules": {"energy": {}}, "state": {"at": "mysql:x"}},
+            "state.at is 'mysql:x'; expected",
+        ),
+        (
+            {"inputs": INPUTS, "rules": {"energy": {}}, "state": {"at": "env:"}},
+            "state.at is 'env:'; expected",
+        ),
         ({"inputs": INPUTS, "rules": {"energy": {}}, "stor": {}}, "unknown key 'stor'; did you mean 'store'"),
     ],
 )

@@ -1,5 +1,6 @@
 """Makes the guard from its settings, its calibration, its key and its state."""
 
+import os
 from dataclasses import replace
 from math import inf, nextafter
 from pathlib import Path
@@ -10,6 +11,8 @@ from torch import Tensor
 from holdfast.config.grammar import seconds
 from holdfast.config.groups import InputSpace
 from holdfast.config.guard_settings import (
+    ENVIRONMENT,
+    SQLITE,
     EnergySettings,
     GuardSettings,
     MahalanobisSettings,
@@ -18,6 +21,7 @@ from holdfast.config.guard_settings import (
     ScoredSettings,
     SqueezingSettings,
     StabilitySettings,
+    is_state,
     read_guard_settings,
 )
 from holdfast.core.chain import canonical, digest
@@ -39,6 +43,7 @@ from holdfast.serving.query_trials import QueryTrials
 from holdfast.serving.rejecting import rejecting
 from holdfast.serving.rules import QUERIES, RANGE, SCHEMA, InputDefence, InputSchema, Rule
 from holdfast.serving.states.memory import MemoryState
+from holdfast.serving.states.redis import RedisState
 from holdfast.serving.states.sqlite import SQLiteState
 from holdfast.serving.stored_inputs import StoredInputs
 from holdfast.store.encryption import Seal, refuse_unready
@@ -78,7 +83,7 @@ def ready_guard(settings: GuardSettings, path: Path | None, calibration: Calibra
     if settings.rules.queries is not None:
         found = {} if calibration is None else calibration.parameters.get(QUERIES, {})
         key = derived_key(guard_key(path), QUERIES)
-        queries = query_rule(settings, found.get("radius"), key, open_state(settings, path))
+        queries = query_rule(settings, found.get("radius"), key, open_state(settings, path, key))
     pipeline = guard_pipeline(settings, queries)
     if calibration is not None:
         pipeline = with_calibration(pipeline, calibration)
@@ -220,13 +225,34 @@ def query_rule(settings: GuardSettings, radius: float | None, key: bytes, state:
     return QueryRule(QueryDetector(key, state, sizes, _query_settings(rule, radius)), _schema(settings))
 
 
-def open_state(settings: GuardSettings, path: Path | None) -> SQLiteState | MemoryState:
-    """Open the state of the query detector: the SQLite file next to the settings, or the memory of this process."""
-    state = settings.state
+def open_state(
+    settings: GuardSettings, path: Path | None, key: bytes
+) -> SQLiteState | MemoryState | RedisState:
+    """Open the state of the query detector: a SQLite file next to the settings, a Redis server, or the memory of this
+    process. States of guards with different keys are separate on one Redis server.
+    """
+    state, at = settings.state, _address(settings.state.at)
     limits = Limits(half_life_s=seconds(state.half_life, "half_life"))
-    if state.at == "memory" or path is None:
+    if at == "memory" or path is None:
         return MemoryState(limits)
-    return SQLiteState(path.parent / state.at.removeprefix("sqlite:"), limits, fail=state.on_loss)
+    if at.startswith(SQLITE):
+        return SQLiteState(path.parent / at.removeprefix(SQLITE), limits, fail=state.on_loss)
+    name = f"holdfast-guard-{derived_key(key, 'state').hex()[:16]}"
+    return RedisState(at, limits, fail=state.on_loss, name=name)
+
+
+def _address(at: str) -> str:
+    """The address of a state, which may be in an environment variable, as it may contain a password."""
+    if not at.startswith(ENVIRONMENT):
+        return at
+    variable = at.removeprefix(ENVIRONMENT)
+    address = os.environ.get(variable, "")
+    if not is_state(address):
+        raise UsageError(
+            f"state.at is {at!r}, and the variable {variable} does not contain an address such as redis://HOST:6379/0; "
+            "set it"
+        )
+    return address
 
 
 def rules_of(settings: GuardSettings) -> dict[str, RuleSettings]:

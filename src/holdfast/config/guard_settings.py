@@ -18,6 +18,9 @@ ModeName = Literal["observe", "shadow", "enforce"]
 ActionName = Literal["allow", "flag", "label_only", "abstain", "delay", "block"]
 DataType = Literal["float32", "float64", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64"]
 
+SQLITE, ENVIRONMENT = "sqlite:", "env:"
+"""beginnings of the address of a state: of a file, and of an environment variable with an address"""
+
 GUARD_KEYS = ("rules", "inputs")
 """keys that a guard.yaml contains and a holdfast.yaml does not"""
 
@@ -162,7 +165,8 @@ class StateSettings(SettingGroup):
 
     at: str = Field(
         default="sqlite:guard-state.sqlite",
-        description="sqlite:FILE, relative to this file, for the processes of one machine; or memory, for one process.",
+        description="sqlite:FILE, relative to this file, for the processes of one machine; redis://HOST:6379/0 for "
+        "several machines; env:VARIABLE with such an address; or memory, for one process.",
     )
     on_loss: Literal["closed", "open"] = Field(
         default="closed",
@@ -246,6 +250,11 @@ def check_guard_settings(content: Mapping[str, Any], where: str) -> GuardSetting
     return settings
 
 
+def is_state(at: str) -> bool:
+    """Return whether a text is the address of a state of the query detector."""
+    return at == "memory" or (at.startswith((SQLITE, "redis://", "rediss://")) and at != SQLITE)
+
+
 def is_guard(content: Mapping[str, Any]) -> bool:
     """Return whether the content of a YAML file is that of a guard.yaml, and not of a holdfast.yaml."""
     return any(key in content for key in GUARD_KEYS)
@@ -283,8 +292,10 @@ def _refuse_contradictions(settings: GuardSettings, where: str) -> None:
     seconds(settings.delay, f"{where}: delay")
     seconds(settings.state.half_life, f"{where}: state.half_life")
     at = settings.state.at
-    if at != "memory" and not (at.startswith("sqlite:") and at != "sqlite:"):
-        raise UsageError(f"{where}: state.at is {at!r}; expected sqlite:FILE or memory")
+    if not is_state(at) and not (at.startswith(ENVIRONMENT) and at.removeprefix(ENVIRONMENT).isidentifier()):
+        raise UsageError(
+            f"{where}: state.at is {at!r}; expected sqlite:FILE, redis://HOST:6379/0, env:VARIABLE or memory"
+        )
     if len(inputs.low) != len(inputs.high) and 1 not in (len(inputs.low), len(inputs.high)):
         raise UsageError(
             f"{where}: inputs.low has {len(inputs.low)} numbers and inputs.high {len(inputs.high)}; give one, or one "

@@ -222,7 +222,8 @@ def _no_threshold(n: int, false_positives: float, rules: int, already: Tensor | 
         suffices = "" if n_fixed else f"; {fewest_examples(false_positives, rules):,} inputs suffice"
         return (
             f"the rules with given thresholds fire on {n_fixed} of {n:,} calibration inputs, so that a false-positive "
-            f"rate of {rate} cannot be shown{suffices}; raise their thresholds, or give more inputs or a higher rate"
+            f"rate of {rate} cannot be shown{suffices}; raise their thresholds, lower the radius of queries, or give more "
+            "inputs or a higher rate"
         )
     return (
         f"{counted} are too few to combine {rules} rules at a false-positive rate of {rate}; "
