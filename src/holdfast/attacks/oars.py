@@ -75,11 +75,12 @@ class OARS:
 
         def changed(squares: float, share: float, least: float = 1) -> Tensor:
             delta = (best - at.x).reshape(channels, height, width).clone()
-            for _ in range(round(squares)):
-                rows, columns = window(share, height, width, odd=False)
-                rows, columns = min(max(rows, round(least)), height), min(max(columns, round(least)), width)
-                top, left = at.integer(height - rows + 1), at.integer(width - columns + 1)
-                delta[:, top : top + rows, left : left + columns] = at.eps * at.signs(channels, 1, 1)
+            rows, columns = window(share, height, width, odd=False)
+            rows, columns = min(max(rows, round(least)), height), min(max(columns, round(least)), width)
+            draws = at.uniform(round(squares), 2 + channels)
+            corners = (draws[:, :2] * torch.tensor((height - rows + 1, width - columns + 1))).long().tolist()
+            for (top, left), side in zip(corners, at.eps * ((draws[:, 2:] < 0.5) * 2 - 1), strict=True):
+                delta[:, top : top + rows, left : left + columns] = side[:, None, None]
             return at.ball(at.x + delta.reshape(at.x.shape))
 
         def tried(proposal: Tensor) -> Generator[Tensor, Answer, Answer]:

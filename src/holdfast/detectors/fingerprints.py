@@ -92,6 +92,7 @@ class Fingerprinter:
             n_features = self.shape[0] * math.prod(self._grid)
         if n_features < 1:
             raise UsageError(f"inputs of shape {self.shape} are empty; expected at least one value")
+        self.n_features = n_features
         stream = Stream(key)
         self._projection = stream.normal("sketch", n_features, _DIMS) / np.float32(math.sqrt(_DIMS))
         self._tables, self._width = tables, width

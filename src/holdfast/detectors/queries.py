@@ -27,6 +27,7 @@ A static camera, whose frames differ by sensor noise alone, looks like an attack
 rejected after about `threshold / faint` frames in a half-life, unless it is exempt.
 """
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -235,24 +236,27 @@ def radius_for(
     *,
     queries: int = 100_000,
     false_positives: float = 0.001,
+    eps: float = 8 / 255,
 ) -> float:
     """Return the radius at which about a fraction `false_positives` of benign inputs like `x` (n, *shape) would be
     suspicious among `queries` of them in a half-life.
 
     `x` are different inputs; a thousand or more. It is the quantile of the distances of inputs to their k-th nearest
-    neighbour, where k is the threshold, reduced in proportion to the number of inputs. Raises `UsageError` for fewer
-    than two inputs, or for inputs that are equal.
+    neighbour, where k is the threshold, reduced in proportion to the number of inputs; or, if that is less, the largest
+    distance between inputs that differ by at most `eps` from a common one in each value, because weights are relative
+    to the radius. Raises `UsageError` for fewer than two inputs, or for inputs that are equal.
     """
     limits = settings or QuerySettings()
     if len(x) < 2:
         raise UsageError(
             f"{len(x)} inputs were given for the radius of near duplicates; expected 1,000 or more"
         )
-    sketches = torch.from_numpy(fingerprinter(key, x.shape[1:], limits).sketch(x))
+    prints = fingerprinter(key, x.shape[1:], limits)
+    sketches = torch.from_numpy(prints.sketch(x))
     k = min(max(1, round(limits.threshold * len(x) / queries)), len(x) - 1)
     parts = torch.split(sketches, 500)  # bounds the memory of the distances
     nearest = [torch.cdist(part, sketches).topk(k + 1, largest=False).values[:, k] for part in parts]
-    radius = float(torch.cat(nearest).quantile(false_positives))
+    radius = min(float(torch.cat(nearest).quantile(false_positives)), 2 * eps * math.sqrt(prints.n_features))
     if not radius > 0:
         raise UsageError(
             f"the inputs for the radius of near duplicates contain many equal ones: a fraction {false_positives:g} has "

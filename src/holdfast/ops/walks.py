@@ -57,10 +57,6 @@ class Example:
         noise = self.normal()
         return noise * (length / max(float(noise.norm()), 1e-12))
 
-    def integer(self, high: int) -> int:
-        """Return a uniform random integer in [0, high)."""
-        return int(self._next().integers(self._ids, high, 1))
-
     def _next(self) -> Draws:
         self._n_draws += 1
         return self._rng.at("draw", self._n_draws)
