@@ -25,7 +25,8 @@ _ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 METRICS: Mapping[str, Metric] = {
     "holdfast_requests_total": Metric("Responses by status code.", "counter", ("status",)),
     "holdfast_refused_total": Metric(
-        "Refused requests by cause: request, key, rate, budget, quota, guard, overload, audit, model.",
+        "Refused requests by cause: request, key, rate, budget, quota, guard, overload, audit, model, "
+        "upstream.",
         "counter",
         ("cause",),
     ),

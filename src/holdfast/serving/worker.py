@@ -75,6 +75,10 @@ class ServingSetup:
     quotas: Path | None = None
     audit_key: AuditKey | None = field(default=None, repr=False)
     audit_fails_open: bool = False
+    signature: Signature | None = None
+    """signature of a proxied model, which is known at the start; None for a model that is called to find it"""
+    forwards: tuple[str, ...] = ()
+    """names of the headers that a proxy passes on"""
 
     @property
     def rotating(self) -> bool:
@@ -144,19 +148,13 @@ class Worker:
             seen=self._seen,
         )
         self.served = ServedModel(
-            Signature(
-                setup.name,
-                setup.shape,
-                self._classes(),
-                self._pristine.bounds,
-                setup.version,
-                setup.max_rows,
-            ),
+            setup.signature or self._signature(),
             self.batcher,
             None if setup.keys is None else KeyFile(setup.keys),
             None if chain is None else setup.audit_key,
             setup.limits,
             self.telemetry,
+            setup.forwards,
         )
         config = uvicorn.Config(
             application(self.served),
@@ -171,12 +169,16 @@ class Worker:
         )
         self.server = _Server(config)
 
-    def _classes(self) -> int:
-        """Return the number of classes, after a first forward pass, which is the slowest one."""
+    def _signature(self) -> Signature:
+        """Return the signature of the model, after a first forward pass, which is the slowest one."""
+        setup = self.setup
         low = self._pristine.bounds.low
         x = torch.zeros(1, *self.setup.shape) + (low if isinstance(low, float | int) else low.cpu())
         with torch.inference_mode():
-            return int(self._pristine(x.float().to(self.device)).shape[1])
+            classes = int(self._pristine(x.float().to(self.device)).shape[1])
+        return Signature(
+            setup.name, setup.shape, classes, self._pristine.bounds, setup.version, setup.max_rows
+        )
 
     def _seen(self, rows: int, seconds: float) -> None:
         self.telemetry.observe("holdfast_batch_rows", rows)
