@@ -63,7 +63,7 @@ def refuse_other_guard(pipeline: GuardPipeline, upstream: UpstreamModel, file: s
     if upstream.of_labels and pipeline.detectors:
         raise UsageError(
             f"{file}: the rules {', '.join(pipeline.detectors)} need scores, and the upstream model returns class "
-            f"numbers ({upstream.signature.output_type}); remove them, or name an output with scores by --upstream-output"
+            f"numbers; remove them, or name an output with scores (--upstream-output)"
         )
     single = upstream.signature.classes == 1 and not upstream.of_labels
     if single and Action.LABEL_ONLY in pipeline.actions:

@@ -83,6 +83,9 @@ class Connection:
             verify=ssl.create_default_context(),
         )
 
+    def __del__(self) -> None:
+        self._client.close()
+
     def request(
         self,
         path: str,
