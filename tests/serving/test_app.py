@@ -123,7 +123,21 @@ def test_metadata_and_health():
         ("GET", "/v2/models/other", {}, b"", (404, "there is no model of this name")),
         ("GET", "/v2/models/small/versions/2", {}, b"", (404, "there is no such version of the model")),
         ("GET", INFER, {}, b"", (405, "this method is not supported at this path")),
-        ("POST", INFER, {}, b"{}", (415, "the content type must be application/json, or ")),
+        (
+            "POST",
+            INFER,
+            {"content-type": "text/plain"},
+            b"{}",
+            (415, "the content type must be application/json"),
+        ),
+        (
+            "POST",
+            INFER,
+            {"origin": "http://other"},
+            b"{}",
+            (415, "the content type must be application/json"),
+        ),
+        ("POST", INFER, {}, b"{}", (400, "inputs must be a list")),
         (
             "POST",
             INFER,

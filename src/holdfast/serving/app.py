@@ -182,6 +182,9 @@ class ServedModel:
             raise Refused(413, f"the body is too large; at most {self.max_body} bytes are accepted")
         media = (_header(request, b"content-type") or b"").split(b";")[0].strip().lower().decode("latin-1")
         header = _header(request, LENGTH_HEADER.encode())
+        if not media and _header(request, b"origin") is None:
+            # tritonclient states no type; a page of another site, which may omit it, states its origin
+            media = JSON
         if header is None:
             if media != JSON:
                 raise Refused(415, f"the content type must be {JSON}, or {BINARY} with {LENGTH_HEADER}")
