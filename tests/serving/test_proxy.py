@@ -24,8 +24,9 @@ from holdfast.serving.audit_folder import verify_audit
 from holdfast.serving.decisions import Incoming
 from holdfast.serving.protocol import NoRules
 from holdfast.serving.protocol_v2 import LENGTH_HEADER
-from holdfast.serving.proxy import UpstreamAddress, read_upstream
+from holdfast.serving.proxy import read_upstream
 from holdfast.serving.refusals import Refused
+from holdfast.serving.upstream import UpstreamAddress
 from holdfast.serving.worker_processes import bound_socket
 
 from .small import FEATURES, network

@@ -13,7 +13,8 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Bounds
 from holdfast.serving.decisions import Action
 from holdfast.serving.guard import GuardPipeline
-from holdfast.serving.proxy import UpstreamAddress, UpstreamModel, input_dtype, read_upstream
+from holdfast.serving.proxy import UpstreamModel, input_dtype, read_upstream
+from holdfast.serving.upstream import UpstreamAddress
 
 _ADDRESS = re.compile(
     r"(?P<server>.*?)(?:/v2/models/(?P<name>[^/]+)(?P<version>/versions/[^/]+)?(?:/infer)?)?/*"

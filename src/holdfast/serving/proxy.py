@@ -1,19 +1,15 @@
 """A model of another server of the Open Inference Protocol v2, the upstream server, as the model of this server.
 
-One thread sends one request for each batch, so that the order in which the guard sees inputs is that of the upstream
-server. Redirects are not followed, proxies of the environment are not used, and responses are limited in size and time.
+One thread of a worker sends one request for each batch, so that the guard sees inputs in the order of the upstream
+server.
 """
 
 import json
-import os
-import ssl
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-import httpx
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,136 +19,16 @@ from holdfast.core.model import Batches, Bounds, Classifier
 from holdfast.core.types import Ids, Inputs, Logits
 from holdfast.serving.forwarding import forwarded
 from holdfast.serving.protocol_v2 import BINARY, EXTENSIONS, JSON, LENGTH_HEADER, TYPES, Signature, compact
-from holdfast.serving.refusals import Refused, wait_first
-from holdfast.sources.remote import header_variable
+from holdfast.serving.refusals import Refused
+from holdfast.serving.upstream import METADATA_BYTES, Connection, UpstreamAddress, unusable
 
-_METADATA_BYTES = 1 << 22
 _NUMBER_BYTES, _REST_BYTES = 64, 1 << 16
 """largest number of bytes of a number in the JSON of a response, and of everything else in a response"""
 _OTHER_BYTES = 1 << 20
 """largest number of bytes for each input in the outputs that are not returned"""
-_REFUSED = frozenset({400, 413, 415, 422})
-"""status codes with which a server refuses the content of a request"""
-_BUSY = frozenset({429, 503})
 _FLOATS = ("FP32", "FP64")
 _UNNAMED = "input-0"
 """name of an input that the metadata do not describe"""
-
-
-def _lost(reason: str) -> Refused:
-    return wait_first(f"the upstream server {reason}", 0.0, cause="upstream")
-
-
-def _wrong(reason: str) -> Refused:
-    return Refused(502, f"the upstream server {reason}", (), "upstream")
-
-
-@dataclass(frozen=True)
-class UpstreamAddress:
-    """Where requests are sent: the address of the server, further headers, and the time for one response."""
-
-    url: str
-    """address of the server, without a path of a model"""
-    headers: tuple[str, ...] = ()
-    """headers of each request, each `NAME: env:VARIABLE`"""
-    timeout_s: float = 10.0
-
-    def connect(self) -> "Connection":
-        """Return a connection with the headers, whose values are read from the environment.
-
-        Raises `UsageError` for a variable that is not set.
-        """
-        headers = {}
-        for name, variable in map(header_variable, self.headers):
-            if variable not in os.environ:
-                raise UsageError(f"the variable {variable} of the header {name} is not set; set it")
-            headers[name] = os.environ[variable]
-        return Connection(self, headers)
-
-
-class Connection:
-    """A connection to an upstream server that is kept open. It is used by one thread at a time."""
-
-    def __init__(self, address: UpstreamAddress, headers: Mapping[str, str]) -> None:
-        self._url, self._timeout_s = address.url, address.timeout_s
-        self._client = httpx.Client(
-            headers={"accept-encoding": "identity", **headers},
-            timeout=address.timeout_s,
-            follow_redirects=False,
-            trust_env=False,
-            verify=ssl.create_default_context(),
-        )
-
-    def __del__(self) -> None:
-        self._client.close()
-
-    def request(
-        self,
-        path: str,
-        body: bytes | None = None,
-        *,
-        headers: Iterable[tuple[str, str]] = (),
-        most: int = _METADATA_BYTES,
-    ) -> tuple[bytes, int | None]:
-        """Return the body of the response to a GET, or to a POST of `body`, and the number of bytes of its JSON if
-        tensors follow as bytes.
-
-        A request whose connection was closed before the response is sent once more. Raises `Refused` with status 400
-        if the server refuses the content, 502 for an unusable response and 503 if there is none.
-        """
-        method, end = "GET" if body is None else "POST", time.monotonic() + self._timeout_s
-        for attempt in range(2):
-            try:
-                with self._client.stream(
-                    method, self._url + path, content=body, headers=list(headers)
-                ) as response:
-                    content = self._content(response, most, end)
-                    break
-            except httpx.TimeoutException as error:
-                raise _lost("did not answer in time") from error
-            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:
-                if attempt:
-                    raise _lost("closed the connection") from error
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
-                raise _lost("cannot be reached") from error
-        _refuse_status(response.status_code)
-        length = response.headers.get(LENGTH_HEADER)
-        if length is not None and not (length.isascii() and length.isdigit()):
-            raise _wrong("returned an invalid header")
-        return content, None if length is None else int(length)
-
-    def json(self, path: str, body: bytes | None = None) -> Any:
-        """Return the content of a response in JSON; see `request`."""
-        try:
-            return json.loads(self.request(path, body, headers=(("content-type", JSON),))[0])
-        except (ValueError, RecursionError) as error:
-            raise _wrong("returned invalid JSON") from error
-
-    @staticmethod
-    def _content(response: httpx.Response, most: int, end: float) -> bytes:
-        if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-            raise _wrong("returned a compressed response")
-        parts, size = [], 0
-        for part in response.iter_raw():
-            size += len(part)
-            if size > most:
-                raise _wrong("returned a response that is too large")
-            if time.monotonic() > end:
-                raise _lost("did not answer in time")
-            parts.append(part)
-        return b"".join(parts)
-
-
-def _refuse_status(status: int) -> None:
-    if 200 <= status < 300:
-        return
-    if status in _REFUSED:
-        raise Refused(400, "the upstream server refuses the request", (), "upstream")
-    if status in _BUSY:
-        raise _lost("is overloaded or not ready")
-    if 300 <= status < 400:
-        raise _wrong("redirects the request, which is not followed")
-    raise _wrong(f"answered with status {status}")
 
 
 @dataclass(frozen=True)
@@ -203,9 +79,9 @@ class ProxiedModel(Classifier):
         outputs = _infer(self._connection, upstream, x, most)
         output = next((each for each in outputs if each.name == signature.output_name), None)
         if output is None:
-            raise _wrong("returned no output of the requested name")
+            raise unusable("returned no output of the requested name")
         if output.datatype != signature.output_type:
-            raise _wrong(f"returned {output.datatype}, and {signature.output_type} before")
+            raise unusable(f"returned {output.datatype}, and {signature.output_type} before")
         return _rows(output.values, len(x), signature.classes)
 
 
@@ -265,14 +141,14 @@ def _outputs(body: bytes, length: int | None) -> list[_Output]:
             start += size or 0
             outputs.append(_Output(name, datatype, values))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise _wrong("returned an invalid response") from error
+        raise unusable("returned an invalid response") from error
     return outputs
 
 
 def _rows(values: np.ndarray[Any, Any], n: int, classes: int | None) -> Tensor:
     """Return the scores (n, classes) float64. Raises `Refused` if there is not one row for each input."""
     if values.shape[:1] != (n,) or values.ndim > 2 or (classes is not None and values.size != n * classes):
-        raise _wrong(f"returned an output of shape {list(values.shape)[:4]} for {n} inputs")
+        raise unusable(f"returned an output of shape {list(values.shape)[:4]} for {n} inputs")
     return torch.from_numpy(values.reshape(n, -1).astype(np.float64))
 
 
@@ -298,7 +174,7 @@ def read_upstream(
         upstream = _described(connection, address, name, shape, bounds, max_rows)
         signature = upstream.signature
         x = signature.bounds.clamp(torch.zeros(upstream.batch or 1, *signature.shape)).to(_dtype(signature))
-        outputs = _infer(connection, upstream, x, _OTHER_BYTES * len(x) + _METADATA_BYTES)
+        outputs = _infer(connection, upstream, x, _OTHER_BYTES * len(x) + METADATA_BYTES)
     except Refused as error:
         raise TargetError(
             f"{address.url}: {error.reason}; check that the server runs, and that it serves this model over the Open "
@@ -351,7 +227,7 @@ def _described(
         label, datatype = str(entry["name"]), str(entry["datatype"])
         sizes = [int(size) for size in entry["shape"]]
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise _wrong("describes the input of the model in an unknown form") from error
+        raise unusable("describes the input of the model in an unknown form") from error
     if datatype not in TYPES:
         raise UsageError(f"the input of {where} is {datatype}; the proxy passes on {', '.join(TYPES)}")
     limit = torch.finfo(torch.float32).max

@@ -141,6 +141,7 @@ class Worker:
             self.ledger.add if setup.rotating else lambda served, principal, rows: None,
             self.device,
         )
+        self.telemetry.begin(getattr(self.answering.guard, "rules", {}))
         self.batcher: Batcher[Job, Answer] = Batcher(
             self.answering,
             max_rows=setup.max_rows,
