@@ -34,6 +34,8 @@ SUBJECTS = {
     "minimum-norm": "Minimum-norm attacks on undefended networks: success rate, median distance over all images "
     "(infinite for those not broken) and cost.",
     "square": "Square Attack with 1,000 queries: share of images broken, and queries that were used.",
+    "query-detector": "The stateful query detector: suspicious queries in benign streams, attacks spread over workers "
+    "and clients, OARS against it and against Blacklight, and CPU time.",
     "decisions": "Attacks that use labels only, with 1,000 queries: median distance and CPU time.",
     "scores": "Attacks that use scores, with 1,000 queries: share of images broken and CPU time.",
     "transfer": "Transfer attacks between two CIFAR-10 networks: share of images that the target gets wrong.",
@@ -84,6 +86,8 @@ SUBJECTS = {
     "colours": "Changes of colour, beside 1,000 random trials: share of images broken.",
     "detectors": "Networks with a detector: quality of the detector, and robust accuracy with rejection, under "
     "attackers that do and do not know the detector.",
+    "guard": "The guard: false positives of its combined rules, CPU time of a request, and its detectors under "
+    "attackers that do and do not know them.",
     "fitting-doubts": "Doubts on weakly trained networks, and on data that do not fit the network, under `quick`.",
     "doubts": "Doubts on undefended and hardened networks (*honest*), and on networks that mask their gradients.",
     "gallery": "The gallery of masked models: robust accuracy under PGD-40 (*naive*), without the defence, and under "

@@ -30,7 +30,7 @@ from holdfast.core.estimate import Estimate
 from holdfast.detectors.features import features_of
 from holdfast.detectors.protocol import Observation
 from holdfast.harness import Target
-from holdfast.serving.calibration import Calibration, calibrated, write_calibration
+from holdfast.serving.calibration import Calibration, calibrated, refuse_too_few, write_calibration
 from holdfast.serving.decisions import Action, Decision, Incoming
 from holdfast.serving.guard import GuardPipeline
 from holdfast.serving.rules import QUERIES
@@ -253,6 +253,8 @@ def _calibration(
         examples, fit = _divided(settings, examples, seed)
     fitting = None if fit is None else fit.read(0, len(fit))
     fresh, radius = guard_to_calibrate(settings, None if fitting is None else fitting.x)
+    fitted_on = 0 if fitting is None else len(fitting.x)
+    refuse_too_few(len(examples), rate, len(fresh.calibrated), fitted_on)  # before the model is run
     cpu = torch.device("cpu")
     with readied(subject, examples, cpu) as (target, _), _features(settings, target) as features:
         observed = None if fitting is None else _observe(fresh, target, fitting.x, features)[1]

@@ -1,10 +1,13 @@
 """The settings of a guard are checked, and faults are reported with the place and the valid values."""
 
+import re
+
 import pytest
 
 from holdfast.config.guard_opening import calibration_path, guard_digest, guard_pipeline
 from holdfast.config.guard_settings import check_guard_settings, read_guard_settings
 from holdfast.config.starting import init, validate
+from holdfast.config.yaml_text import parse_yaml
 from holdfast.core.errors import UsageError
 from holdfast.serving.decisions import Action, Mode
 
@@ -55,6 +58,7 @@ def test_the_written_file_is_valid_and_has_the_order_of_the_rules(tmp_path):
             "rules.squeezing.median is 2, and inputs of shape",
         ),
         ({"inputs": INPUTS, "rules": {"squeezing": {"bits": 0, "median": 0}}}, "at least one of them"),
+        ({"inputs": INPUTS, "rules": {"queries": {"eps": "8/0"}}}, "eps is '8/0'"),
         (
             {"inputs": INPUTS, "rules": {"energy": {}}, "delay": "soon"},
             "delay is 'soon'; expected a duration",
@@ -70,6 +74,10 @@ def test_the_written_file_is_valid_and_has_the_order_of_the_rules(tmp_path):
         (
             {"inputs": INPUTS, "rules": {"energy": {}}, "state": {"at": "env:"}},
             "state.at is 'env:'; expected",
+        ),
+        (
+            {"inputs": {**INPUTS, "dtype": "uint8"}, "rules": {"stability": {}}},
+            "rules.stability changes values of the",
         ),
         ({"inputs": INPUTS, "rules": {"energy": {}}, "stor": {}}, "unknown key 'stor'; did you mean 'store'"),
     ],
@@ -107,3 +115,11 @@ def test_modes_and_actions_do_not_change_the_digest_and_all_that_changes_scores_
         check_guard_settings({"inputs": {**INPUTS, "high": 2}, "rules": {"energy": {}}}, ""),
     ]
     assert len({plain, *map(guard_digest, others)}) == 1 + len(others)
+
+
+def test_every_commented_setting_of_the_written_file_is_valid(tmp_path):
+    written = init(tmp_path / "guard.yaml", guard=True).read_text(encoding="utf-8")
+    content = parse_yaml(re.sub(r"(?m)^(\s*)# (\w+: (\{|1s))", r"\1\2", written), "guard.yaml")
+    assert {"defence", "state", "delay", "store"} <= set(content)
+    assert {"squeezing", "mahalanobis", "stability"} <= set(content["rules"])
+    check_guard_settings(content, "guard.yaml")

@@ -138,6 +138,7 @@ def test_metadata_and_health():
             (415, "the content type must be application/json"),
         ),
         ("POST", INFER, {}, b"{}", (400, "inputs must be a list")),
+        ("POST", INFER, {"content-type": ""}, b"{}", (400, "inputs must be a list")),
         (
             "POST",
             INFER,

@@ -81,6 +81,15 @@ def test_a_channel_is_compared_with_its_own_range():
     assert schema.excess(inputs).tolist() == [0.0, 0.5, 0.25, torch.inf]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float16])
+def test_the_range_of_every_data_type_is_compared(dtype):
+    inputs = torch.tensor([[10, 250], [9, 100], [20, 254]], dtype=dtype).view(3, 2, 1, 1)
+    whole = InputSchema((2, 1, 1), dtype, (10.0,), (250.0,))
+    assert whole.excess(inputs).tolist() == [0.0, 1.0, 4.0]
+    each = InputSchema((2, 1, 1), dtype, (10.0, 50.0), (15.0, 250.0))
+    assert each.excess(inputs).tolist() == [0.0, 1.0, 5.0]
+
+
 def test_a_batch_of_requests_gets_the_decisions_of_single_requests():
     sizes, bad = (1, 3, 2), x(2, 7.0)
     outputs = [torch.tensor([[9.0, 9.0], [-9.0, -9.0], [0.1, 0.2]])[torch.arange(n)] for n in sizes]
@@ -140,6 +149,16 @@ def test_the_model_gets_squeezed_inputs_and_the_query_detector_the_originals():
     assert decision.x.unique().tolist() == [1.0]
     assert torch.equal(seen[0], x(value=0.7))
     assert decision.notes == {"queries": "lost"}
+
+
+def test_a_delay_does_not_replace_an_action_that_returns_less():
+    pipeline = guard(
+        rule("queries", action=Action.DELAY, threshold=-1.0),
+        rule("energy", action=Action.LABEL_ONLY),
+        delay_s=2.5,
+    )
+    decision = pipeline.after(pipeline.before(x()), torch.tensor([[-5.0, -5.0]]))
+    assert decision.actions == (Action.LABEL_ONLY,) and decision.delay_s == 2.5
 
 
 def test_a_delay_is_part_of_the_decision():

@@ -81,6 +81,8 @@ def test_scores_are_returned_exactly_in_json_and_as_bytes():
         (with_input(data=[0.5] * 11 + [1e39]), "outside of 0 to 1"),
         (with_input(data=[float("nan")] * 12), "not valid JSON"),
         (request(X, id=7), "must be text"),
+        (request(X, id=None), "must be text"),
+        (request(X, outputs=None), "must be a list"),
         (request(X, outputs=[{"name": "label"}]), "'label' does not exist"),
         (request(X, outputs=[{"name": "scores", "parameters": {"classification": 2}}]), "classification"),
         (request(X, parameters=[]), "must be an object"),

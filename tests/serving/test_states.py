@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from holdfast.core.errors import TargetError
-from holdfast.detectors.clusters import Limits, SteadyClock
+from holdfast.detectors.clusters import StateLimits, SteadyClock
 from holdfast.detectors.queries import QueryDetector
 from holdfast.serving.states.memory import MemoryState
 from holdfast.serving.states.redis import RedisState
@@ -66,7 +66,7 @@ def test_handles_and_principals_share_a_state(state_of):
 
 
 def test_all_states_give_the_scores_of_the_memory(state_of):
-    limits, others = Limits(half_life_s=50), images(20, seed=3)
+    limits, others = StateLimits(half_life_s=50), images(20, seed=3)
     x = torch.cat([variants(images(1), 30), others, others[:5], variants(images(1), 6, seed=4)])
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(2))]
     principals = [f"client {k % 3}" for k in range(len(x))]
@@ -88,7 +88,10 @@ def test_exact_repeats_of_answered_queries_do_not_count(state_of):
 
 
 def test_masses_halve_in_a_half_life(state_of):
-    detector, attack = QueryDetector(KEY, state_of(Limits(half_life_s=100)), SHAPE), variants(images(1), 12)
+    detector, attack = (
+        QueryDetector(KEY, state_of(StateLimits(half_life_s=100)), SHAPE),
+        variants(images(1), 12),
+    )
     for each in attack[:-2]:
         detector.score(each[None], [""], 0.0)
     before = detector.score(attack[-2:-1], [""], 0.0)[0]
@@ -97,12 +100,23 @@ def test_masses_halve_in_a_half_life(state_of):
 
 
 def test_the_least_recently_used_clusters_are_dropped(state_of):
-    detector = QueryDetector(KEY, state_of(Limits(clusters=20, digests=20, accounts=20)), SHAPE)
+    detector = QueryDetector(KEY, state_of(StateLimits(clusters=20, digests=20, accounts=20)), SHAPE)
     many = images(120, seed=5)
     for k, each in enumerate(many):
         detector.score(each[None], [f"client {k}"], float(k))
     old, new = (
         detector.examine(variants(each[None], 1), [""], 200.0).details[0] for each in (many[0], many[-1])
+    )
+    assert old.cluster is None and new.cluster is not None
+
+
+def test_many_clusters_with_a_common_hash_are_bounded(state_of):
+    detector = QueryDetector(KEY, state_of(), SHAPE, bucket=1e6)  # all inputs have the same hashes
+    many = images(50, seed=6)
+    for k, each in enumerate(many):
+        detector.score(each[None], [""], float(k))
+    old, new = (
+        detector.examine(variants(each[None], 1), [""], 60.0).details[0] for each in (many[0], many[-1])
     )
     assert old.cluster is None and new.cluster is not None
 

@@ -5,7 +5,8 @@ Feng, Hooda, Mangaokar, Fawaz, Jha & Prakash, "Stateful Defenses for Machine Lea
 Black-box Attacks", CCS 2023, arXiv:2303.06280. The base attacks are Square, NES and HopSkipJump. Before each of them,
 a binary search finds the smallest proposals of which few are rejected; during it, a rejected proposal is drawn again.
 Differs from the paper: windows and step sizes are those of the paper's attacks with the margin as loss; targets are
-supported for Square and NES; numbers of squares, lengths and steps are searched on a logarithmic scale.
+supported for Square and NES; sizes are searched on a logarithmic scale; Square keeps what it finds during the search;
+NES goes on from a point whose query was rejected.
 
 The model marks a rejected input with the outputs of `holdfast.core.outputs.REFUSED`.
 """
@@ -54,7 +55,7 @@ class OARS:
     """number of steps of a binary search"""
     attempts: Steps = 300
     """number of rejected proposals in a row after which the attack gives up"""
-    step: Positive = 0.3
+    step: Positive = 1.0
     """length of a step of NES, in multiples of eps; the binary search may enlarge it"""
 
     needs: ClassVar[Access] = "scores"
@@ -117,11 +118,10 @@ class OARS:
                     continue
                 slope, pairs, failures = slope + (down - up) * noise, pairs + 1, 0
             total = 0.9 * total + slope
-            moved = at.ball(x + step * total.sign())
-            if (yield moved) is None:
-                failures += 1
-            else:
-                x, failures = moved, 0
+            x = at.ball(x + step * total.sign())
+            failures = (
+                failures + 1 if (yield x) is None else 0
+            )  # a step is taken also if its margin is unknown
 
     def _jumps(self, at: Example) -> Walk:
         start, failures = at.uniform(*at.x.shape), 0

@@ -226,6 +226,11 @@ def opened_for_assess(
     """
     settings, sources = inputs.settings, inputs.sources
     refuse_unusable_cluster(settings, sources.model.address)
+    if sources.model.inference.guard is not None and settings.cluster.on != "local":
+        raise UsageError(
+            f"--guard {sources.model.inference.guard} is read on this machine only, and shards run on "
+            f"{settings.cluster.on}; leave --on out"
+        )
     with journaled(run, resume=resume, keep=sources.model.limits.keep_answers):
         subject, data, surrogates = inputs.open_all()
         table = attackers(sources, settings.device.device, adaptive=settings.suite.adaptive)

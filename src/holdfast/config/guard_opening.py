@@ -26,7 +26,7 @@ from holdfast.config.guard_settings import (
 )
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
-from holdfast.detectors.clusters import Limits, QueryState
+from holdfast.detectors.clusters import QueryState, StateLimits
 from holdfast.detectors.energy import Energy
 from holdfast.detectors.mahalanobis import Mahalanobis
 from holdfast.detectors.protocol import Detector
@@ -51,7 +51,8 @@ from holdfast.verbs.request import Subject
 
 
 def open_guard(path: Path, model: str | None = None) -> GuardPipeline:
-    """Return the guard that a guard.yaml describes, with its calibration and the state of its query detector.
+    """Return the guard that a guard.yaml describes, with its calibration and the state of its query detector, for a
+    server whose model is a `Classifier`: its outputs are logits, also if the network returns probabilities.
 
     `model` is the `served_digest` of the model, with which the calibration is compared. Raises `UsageError` for invalid
     settings, for a calibration with other settings or another model, and for a rule in mode `shadow` or `enforce`
@@ -59,7 +60,7 @@ def open_guard(path: Path, model: str | None = None) -> GuardPipeline:
     """
     settings = read_guard_settings(path)
     calibration = stored_calibration(settings, path, model)
-    return ready_guard(settings, path, calibration)
+    return replace(ready_guard(settings, path, calibration), outputs="logit")
 
 
 def stored_calibration(settings: GuardSettings, path: Path, model: str | None = None) -> Calibration | None:
@@ -181,7 +182,7 @@ def guard_to_calibrate(settings: GuardSettings, x: Tensor | None) -> tuple[Guard
     if rule.radius is None and x is not None:
         inputs = scaled(x, _schema(settings))
         radius = radius_for(
-            inputs, key, _query_settings(rule, None), false_positives=settings.false_positives
+            inputs, key, _query_settings(rule, None), false_positives=settings.false_positives, eps=rule.eps
         )
     return guard_pipeline(settings, query_rule(settings, radius, key, MemoryState())), radius
 
@@ -232,7 +233,7 @@ def open_state(
     process. States of guards with different keys are separate on one Redis server.
     """
     state, at = settings.state, _address(settings.state.at)
-    limits = Limits(half_life_s=seconds(state.half_life, "half_life"))
+    limits = StateLimits(half_life_s=seconds(state.half_life, "half_life"))
     if at == "memory" or path is None:
         return MemoryState(limits)
     if at.startswith(SQLITE):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from holdfast.config.grammar import did_you_mean, seconds
+from holdfast.config.grammar import did_you_mean, parse_number, seconds
 from holdfast.config.groups import Flag, SettingGroup
 from holdfast.config.values import Numbers, Positive, Probability, Whole
 from holdfast.config.wording import complaint, place
@@ -28,6 +28,10 @@ GUARD_KEYS = ("rules", "inputs")
 def _defaults(value: object) -> object:
     """Take a key without a value, as in `energy:`, for one with default settings."""
     return {} if value is None else value
+
+
+def _eps(value: object) -> object:
+    return parse_number(value, "eps") if isinstance(value, str) else value
 
 
 def _numbers(value: object) -> object:
@@ -107,6 +111,11 @@ class QueriesSettings(ScoredSettings):
     threshold: Annotated[float, Gt(0)] | None = Field(
         default=None,
         description="Weighted number of near duplicates from which queries are suspicious; default 10.",
+    )
+    eps: Annotated[float, Gt(0), BeforeValidator(_eps)] = Field(
+        default=8 / 255,
+        description="Largest change of a value, with inputs scaled to [0, 1], that attacks are expected to make; the "
+        "calibrated radius covers no larger changes (default: 8/255).",
     )
     radius: Annotated[float, Gt(0)] | None = Field(
         default=None,
@@ -246,6 +255,8 @@ def check_guard_settings(content: Mapping[str, Any], where: str) -> GuardSetting
         settings = GuardSettings.model_validate(dict(content))
     except ValidationError as error:
         raise UsageError(f"{where}: {_fault(error)}") from None
+    except UsageError as error:  # of a value that a parser refuses
+        raise UsageError(f"{where}: {error}") from None
     _refuse_contradictions(settings, where)
     return settings
 
@@ -310,6 +321,17 @@ def _refuse_contradictions(settings: GuardSettings, where: str) -> None:
             f"{where}: inputs.low is {inputs.low} and inputs.high {inputs.high}; low must be below high"
         )
     squeezing = rules.squeezing
+    if not inputs.dtype.startswith(("float", "bfloat")):
+        for name, used in (
+            ("defence", settings.defence.bits or settings.defence.median),
+            ("rules.squeezing", squeezing),
+            ("rules.stability", rules.stability),
+        ):
+            if used:
+                raise UsageError(
+                    f"{where}: {name} changes values of the inputs, and inputs.dtype is {inputs.dtype}; remove it, "
+                    "or let the guard see the inputs after their conversion to float32"
+                )
     images = len(inputs.shape) == 3
     for name, group in (("defence", settings.defence), ("rules.squeezing", squeezing)):
         if group is not None and group.median and not images:

@@ -76,7 +76,7 @@ false_positives: 0.001
 rules:                   # a rule that is not named is not evaluated
   schema: {mode: enforce, action: block}     # shape and data type
   range: {mode: enforce, action: block}      # NaN, infinity, values outside low and high
-  queries: {action: block}                   # sequences of similar queries, as attacks send them
+  queries: {action: block, eps: 8/255}       # sequences of similar queries, as attacks with changes up to eps send them
   energy: {action: abstain}                  # outputs unlike those of benign inputs
   # mahalanobis: {action: flag, on: logits}  # distance to the class means; fitted by the calibration
   # squeezing: {action: flag, bits: 5, median: 2}      # two further forward passes
@@ -84,6 +84,7 @@ rules:                   # a rule that is not named is not evaluated
   # Actions: allow, flag, label_only, abstain, delay, block. A rule with a given threshold: is not calibrated.
 
 # defence: {bits: 5, median: 2}   # squeezes of the inputs before the model
+# state: {at: "sqlite:guard-state.sqlite", on_loss: closed}   # of queries; redis://HOST:6379/0 for several machines
 # delay: 1s                       # time by which the action delay delays a response
 # store: {inputs: flagged, folder: guard-inputs, retention_days: 30}   # encrypted; the default is inputs: none
 """

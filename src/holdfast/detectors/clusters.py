@@ -4,6 +4,7 @@ A state stores no query. For each cluster it stores the sketch of its first quer
 number of further queries near it. Masses halve in each half-life, so that old queries are forgotten.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -23,7 +24,7 @@ class StateLost(TargetError):
 
 
 @dataclass(frozen=True)
-class Cluster:
+class QueryCluster:
     """Queries near each other. `key` identifies the cluster in its state."""
 
     key: int
@@ -62,13 +63,13 @@ class Wanted:
 
 
 @dataclass
-class View:
+class StateView:
     """The part of a state that a batch of queries needs. The detector changes it; the state stores the changes."""
 
     now: float
     """time of the state's clock in seconds, which never goes backwards"""
     half_life_s: float
-    clusters: dict[int, Cluster]
+    clusters: dict[int, QueryCluster]
     buckets: dict[int, list[int]]
     """keys of the clusters that have a hash"""
     answered: set[int]
@@ -89,28 +90,31 @@ class View:
         """Return the factor by which a mass has shrunk since a time."""
         return float(0.5 ** (max(0.0, self.now - since) / self.half_life_s))
 
-    def near(self, hashes: Sequence[int]) -> list[Cluster]:
+    def near(self, hashes: Sequence[int]) -> list[QueryCluster]:
         """Return the clusters that have one of these hashes, with their masses at the present time."""
         keys = dict.fromkeys(key for each in hashes for key in self.buckets.get(each, ()))
         return [self.present(self.clusters[key]) for key in keys if key in self.clusters]
 
-    def present(self, cluster: Cluster) -> Cluster:
+    def present(self, cluster: QueryCluster) -> QueryCluster:
         """Return a cluster with its mass at the present time."""
         return replace(cluster, mass=cluster.mass * self.decay(cluster.seen), seen=self.now)
 
-    def add(self, cluster: Cluster, hashes: Sequence[int]) -> None:
+    def add(self, cluster: QueryCluster, hashes: Sequence[int]) -> None:
         """Store a new cluster under its hashes. Where there are too many, the least recently used one is dropped."""
         self.clusters[cluster.key] = cluster
         self.added[cluster.key] = list(dict.fromkeys(hashes))
         for each in self.added[cluster.key]:
             bucket = self.buckets.setdefault(each, [])
             if len(bucket) >= BUCKET:
-                oldest = min(bucket, key=lambda key: self.clusters[key].seen)
+                # a key without a cluster is that of one that was dropped meanwhile
+                oldest = min(
+                    bucket, key=lambda key: self.clusters[key].seen if key in self.clusters else -math.inf
+                )
                 bucket.remove(oldest)
                 self.dropped.append((each, oldest))
             bucket.append(cluster.key)
 
-    def touch(self, cluster: Cluster, mass: float) -> Cluster:
+    def touch(self, cluster: QueryCluster, mass: float) -> QueryCluster:
         """Count one more query of a cluster, with a weight `mass`, and return the cluster."""
         grown = replace(cluster, mass=cluster.mass + mass, members=cluster.members + 1)
         self.clusters[cluster.key] = grown
@@ -135,7 +139,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Limits:
+class StateLimits:
     """How much a state stores, and for how long."""
 
     half_life_s: float = 86_400.0
@@ -185,7 +189,7 @@ class QueryState(Protocol):
     def health(self) -> Health:
         """Whether the state can be reached, and how often it was lost."""
 
-    def exchange(self, wanted: Wanted, now: float, decide: Callable[[View], None]) -> bool:
+    def exchange(self, wanted: Wanted, now: float, decide: Callable[[StateView], None]) -> bool:
         """In one transaction, read what a batch of queries needs, call `decide` with it, and store its changes.
 
         `now` is the time of the caller's clock in seconds. Returns False, after reporting, if the state cannot be

@@ -74,19 +74,16 @@ def calibrated(
     n = len(columns[names[0]]) if columns else 0
     free = [name for name in names if not pipeline.rules[name].fixed]
     already = _already(pipeline, columns, [name for name in names if name not in free])
-    counted = f"{n:,} calibration inputs"
-    if fit is not None:
-        counted += f", besides {len(fit.x):,} for the fit of detectors,"
-    _refuse_too_few(n, false_positives, len(free) + (already is not None), counted)
+    fitted_on = 0 if fit is None else len(fit.x)
+    n_rules = len(free) + (already is not None)
+    refuse_too_few(n, false_positives, n_rules, fitted_on)
     for name in free:
         _refuse_constant(name, columns[name])
     thresholds = (
         combined_thresholds([columns[name] for name in free], false_positives, already) if free else ()
     )
     if thresholds is None:
-        raise UsageError(
-            _no_threshold(n, false_positives, len(free) + (already is not None), already, counted)
-        )
+        raise UsageError(_no_threshold(n, false_positives, n_rules, already, _counted(n, fitted_on)))
     by_name = dict(zip(free, thresholds, strict=True))
     ready = with_thresholds(pipeline, by_name)
     above = torch.stack([columns[name] > ready.rules[name].threshold for name in names]).any(0)
@@ -205,14 +202,20 @@ def _already(pipeline: GuardPipeline, columns: Mapping[str, Tensor], fixed: Sequ
     return torch.stack([columns[name] > pipeline.rules[name].threshold for name in fixed]).any(0)
 
 
-def _refuse_too_few(n: int, false_positives: float, rules: int, counted: str) -> None:
+def refuse_too_few(n: int, false_positives: float, rules: int, fitted_on: int = 0) -> None:
+    """Raise `UsageError` if `n` calibration inputs are too few for the rate, whatever their scores are."""
     least = fewest_examples(false_positives)
     if n < least:
         raise UsageError(
-            f"{counted} are too few for a false-positive rate of {100 * false_positives:g} %, which "
+            f"{_counted(n, fitted_on)} are too few for a false-positive rate of {100 * false_positives:g} %, which "
             f"needs at least {least:,}; {fewest_examples(false_positives, rules):,} suffice for the rules of this "
             "guard. Give more, or a higher rate"
         )
+
+
+def _counted(n: int, fitted_on: int) -> str:
+    besides = f", besides {fitted_on:,} for the fit of detectors," if fitted_on else ""
+    return f"{n:,} calibration inputs{besides}"
 
 
 def _no_threshold(n: int, false_positives: float, rules: int, already: Tensor | None, counted: str) -> str:
@@ -221,8 +224,8 @@ def _no_threshold(n: int, false_positives: float, rules: int, already: Tensor | 
     if n_fixed + 1 > false_positives * (n + 1):
         suffices = "" if n_fixed else f"; {fewest_examples(false_positives, rules):,} inputs suffice"
         return (
-            f"the rules with given thresholds fire on {n_fixed} of {n:,} calibration inputs, so that a false-positive "
-            f"rate of {rate} cannot be shown{suffices}; raise their thresholds, lower the radius of queries, or give more "
+            f"rules with given thresholds fire on {n_fixed} of {n:,} calibration inputs, so that a false-positive rate "
+            f"of {rate} cannot be shown{suffices}; raise their thresholds, lower the radius of queries, or give more "
             "inputs or a higher rate"
         )
     return (

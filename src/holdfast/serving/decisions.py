@@ -15,12 +15,12 @@ class Action(IntEnum):
     """the outputs of the model are returned"""
     FLAG = 1
     """like `ALLOW`, and the request is marked in the audit chain"""
-    LABEL_ONLY = 2
+    DELAY = 2
+    """the response is delayed; also together with a more severe action that returns a response"""
+    LABEL_ONLY = 3
     """the predicted class is returned, and no scores"""
-    ABSTAIN = 3
+    ABSTAIN = 4
     """no prediction is returned for the input"""
-    DELAY = 4
-    """the response is delayed"""
     BLOCK = 5
     """the request is refused"""
 

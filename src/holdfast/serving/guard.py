@@ -286,7 +286,8 @@ class GuardPipeline:
             reasons = [str(decision.notes[rule]) for rule in (SCHEMA, RANGE) if rule in rules]
             reason = reasons[0] if reasons else REFUSED_TEXT
             return replace(decision, refusal=reason)
-        return replace(decision, delay_s=self.delay_s) if action is Action.DELAY else decision
+        delayed = any(s.taken is Action.DELAY for row in decision.rows for s in row.scores)
+        return replace(decision, delay_s=self.delay_s) if delayed else decision
 
     def _recorded(self, decision: Decision) -> Decision:
         """The final decision, after it was counted and its inputs were stored if they are to be."""

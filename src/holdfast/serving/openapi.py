@@ -165,16 +165,9 @@ def _infer(signature: Signature, suffix: str, errors: tuple[str, ...]) -> dict[s
     )
     return {
         "operationId": f"infer{suffix}",
-        "summary": "Scores of inputs. With bytes after the JSON, the content type is application/octet-stream.",
-        "parameters": [
-            {
-                "name": LENGTH_HEADER,
-                "in": "header",
-                "required": False,
-                "schema": {"type": "integer", "minimum": 2},
-                "description": "Number of bytes of the JSON, if tensors follow as bytes.",
-            }
-        ],
+        "summary": "Scores of inputs.",
+        "description": f"Binary tensor extension: with the header {LENGTH_HEADER}, the number of bytes of the JSON, "
+        f"tensors follow the JSON as bytes, and the content type is {BINARY}.",
         "requestBody": {
             "required": True,
             "content": {JSON: {"schema": request}},

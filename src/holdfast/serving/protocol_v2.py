@@ -133,10 +133,10 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
         values = _json_values(tensor.get("data"), text, prod(shape), shape, dtype)
     x = torch.from_numpy(values.reshape(shape))
     _refuse_range(x, signature.bounds)
-    name = content.get("id")
-    if name is not None and not isinstance(name, str):
+    name = content.get("id", "")
+    if not isinstance(name, str):
         raise _wrong("the id of a request must be text")
-    return InferRequest(x, name, _binary_output(content, signature.output_name))
+    return InferRequest(x, name if "id" in content else None, _binary_output(content, signature.output_name))
 
 
 def _object(text: bytes) -> dict[str, Any]:
@@ -241,8 +241,8 @@ def _refuse_range(x: Tensor, bounds: Bounds) -> None:
 def _binary_output(content: Mapping[str, Any], name: str) -> bool:
     """Return whether the scores are requested as bytes. Raises `Refused` for an unknown output."""
     binary = _parameters(content).get("binary_data_output", False)
-    outputs = content.get("outputs")
-    if outputs is not None:
+    if "outputs" in content:
+        outputs = content["outputs"]
         if not isinstance(outputs, list) or len(outputs) > 1 or any(not isinstance(o, dict) for o in outputs):
             raise _wrong("outputs must be a list with at most one object")
         for output in outputs:

@@ -65,6 +65,7 @@ class InputSchema:
 
     def excess(self, x: Tensor) -> Tensor:
         """Return for each input how far its values are outside the range: 0 inside, infinite for NaN and infinity."""
+        x = x if x.is_floating_point() else x.double()  # differences of unsigned integers would wrap around
         if len(self.low) == len(self.high) == 1:
             smallest, largest = torch.aminmax(x.flatten(1), dim=1)  # NaN is propagated
             outside = torch.maximum(self.low[0] - smallest, largest - self.high[0])

@@ -73,11 +73,12 @@ class StoredInputs:
         counted in `failures`, and never fails the request.
         """
         rows = [k for k, row in enumerate(decision.rows) if any(score.fired for score in row.scores)]
-        if not rows or decision.x is None or len(decision.x) != len(decision.rows):
-            return True
+        x = decision.x
+        if not rows or x is None or not x.dim() or len(x) != len(decision.rows):
+            return True  # a request without inputs has nothing to store
         scores = [{s.rule: s.value for s in decision.rows[k].scores} for k in rows]
         now = self.clock()
-        x = decision.x[rows].detach().cpu().contiguous()
+        x = x[rows].detach().cpu().contiguous()
         header = {
             "request": decision.request,
             "time_s": now,

@@ -7,12 +7,12 @@ from threading import Lock
 
 from holdfast.detectors.clusters import (
     Account,
-    Cluster,
     Fail,
     Health,
-    Limits,
+    QueryCluster,
+    StateLimits,
+    StateView,
     SteadyClock,
-    View,
     Wanted,
 )
 from holdfast.serving.states.spending import Balance, Charge, Grant, spent
@@ -24,12 +24,12 @@ class MemoryState:
     fail: Fail = "closed"
     health = Health()
 
-    def __init__(self, limits: Limits | None = None) -> None:
-        self.limits = limits or Limits()
+    def __init__(self, limits: StateLimits | None = None) -> None:
+        self.limits = limits or StateLimits()
         self._lock, self._clock, self._time = Lock(), SteadyClock(), (0.0, 0.0)
         self._fresh = True
         # least recently used first
-        self._clusters: OrderedDict[int, Cluster] = OrderedDict()
+        self._clusters: OrderedDict[int, QueryCluster] = OrderedDict()
         self._accounts: OrderedDict[str, Account] = OrderedDict()
         self._answers: OrderedDict[int, float] = OrderedDict()
         self._balances: OrderedDict[str, Balance] = OrderedDict()
@@ -39,7 +39,7 @@ class MemoryState:
     def __len__(self) -> int:
         return len(self._clusters)
 
-    def exchange(self, wanted: Wanted, now: float, decide: Callable[[View], None]) -> bool:
+    def exchange(self, wanted: Wanted, now: float, decide: Callable[[StateView], None]) -> bool:
         """Read, decide and store, like `QueryState.exchange`. It never fails."""
         with self._lock:
             view = self._view(wanted, self._now(now))
@@ -70,11 +70,11 @@ class MemoryState:
         self._fresh, self._time = False, (now, steady)
         return steady
 
-    def _view(self, wanted: Wanted, now: float) -> View:
+    def _view(self, wanted: Wanted, now: float) -> StateView:
         hashes = set(wanted.hashes.ravel().tolist())
         buckets = {each: list(self._buckets[each]) for each in hashes if each in self._buckets}
         keys = {key for bucket in buckets.values() for key in bucket}
-        return View(
+        return StateView(
             now,
             self.limits.half_life_s,
             {key: self._clusters[key] for key in keys},
@@ -83,7 +83,7 @@ class MemoryState:
             {name: self._accounts[name] for name in wanted.principals if name in self._accounts},
         )
 
-    def _store(self, view: View) -> None:
+    def _store(self, view: StateView) -> None:
         for key, hashes in view.added.items():
             self._hashes[key] = hashes
             for each in hashes:

@@ -14,9 +14,18 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
-from holdfast.core.errors import TargetError, UsageError
-from holdfast.detectors.clusters import Account, Cluster, Fail, Health, Limits, SteadyClock, View, Wanted
-from holdfast.serving.states.packing import packed, unpacked
+from holdfast.core.errors import UsageError
+from holdfast.detectors.clusters import (
+    Account,
+    Fail,
+    Health,
+    QueryCluster,
+    StateLimits,
+    StateView,
+    SteadyClock,
+    Wanted,
+)
+from holdfast.serving.states.packing import sketch_bytes, sketch_from
 from holdfast.serving.states.reachability import Reachability
 from holdfast.serving.states.spending import Charge, Grant
 
@@ -168,7 +177,7 @@ class RedisState:
     """
 
     def __init__(
-        self, url: str, limits: Limits | None = None, *, fail: Fail = "closed", name: str = "holdfast"
+        self, url: str, limits: StateLimits | None = None, *, fail: Fail = "closed", name: str = "holdfast"
     ) -> None:
         try:
             import redis
@@ -176,7 +185,7 @@ class RedisState:
             raise UsageError(
                 f"the state {name} is in Redis, and the package redis is not installed; install holdfast[redis]"
             ) from error
-        self.limits, self.fail = limits or Limits(), fail
+        self.limits, self.fail = limits or StateLimits(), fail
         self._errors = (redis.RedisError, OSError)
         self._prefix = f"{{{name}}}:"  # braces put all keys into the same slot of a Redis Cluster
         self._lock, self._clock = Lock(), SteadyClock()
@@ -200,7 +209,7 @@ class RedisState:
         """Whether the server can be reached, and how often it was lost or emptied."""
         return self._reach.health
 
-    def exchange(self, wanted: Wanted, now: float, decide: Callable[[View], None]) -> bool:
+    def exchange(self, wanted: Wanted, now: float, decide: Callable[[StateView], None]) -> bool:
         """Read, decide and store, like `QueryState.exchange`, in two atomic calls."""
 
         def work() -> bool:
@@ -251,9 +260,6 @@ class RedisState:
             except self._errors as error:
                 self._reach.lost(error)
                 return None
-            except TargetError as error:
-                self._reach.lost(error)
-                return None
             self._reach.reached()
             return result
 
@@ -265,7 +271,7 @@ class RedisState:
         self._known = name
         return self._clock.at(now, None if wall is None or steady is None else (float(wall), float(steady)))
 
-    def _view(self, wanted: Wanted, now: float) -> View:
+    def _view(self, wanted: Wanted, now: float) -> StateView:
         request = {
             "hashes": [str(each) for each in dict.fromkeys(wanted.hashes.ravel().tolist())],
             "digests": [str(each) for each in wanted.digests],
@@ -274,12 +280,16 @@ class RedisState:
         clock, buckets, clusters, answered, accounts = self._read(
             keys=[self._prefix], args=[json.dumps(request)]
         )
-        return View(
+        return StateView(
             self._time(clock, now),
             self.limits.half_life_s,
             {
-                int(key): Cluster(
-                    int(key), unpacked(bytes.fromhex(leader.decode())), float(mass), int(members), float(seen)
+                int(key): QueryCluster(
+                    int(key),
+                    sketch_from(bytes.fromhex(leader.decode())),
+                    float(mass),
+                    int(members),
+                    float(seen),
                 )
                 for key, (leader, mass, members, seen) in clusters
             },
@@ -291,11 +301,11 @@ class RedisState:
             },
         )
 
-    def _changes(self, view: View, now: float) -> str:
+    def _changes(self, view: StateView, now: float) -> str:
         added = [
             {
                 "key": str(key),
-                "leader": packed(view.clusters[key].leader).hex(),
+                "leader": sketch_bytes(view.clusters[key].leader).hex(),
                 "hashes": [str(h) for h in hashes],
             }
             for key, hashes in view.added.items()

@@ -17,15 +17,15 @@ import numpy as np
 from holdfast.core.errors import TargetError
 from holdfast.detectors.clusters import (
     Account,
-    Cluster,
     Fail,
     Health,
-    Limits,
+    QueryCluster,
+    StateLimits,
+    StateView,
     SteadyClock,
-    View,
     Wanted,
 )
-from holdfast.serving.states.packing import packed, unpacked
+from holdfast.serving.states.packing import sketch_bytes, sketch_from
 from holdfast.serving.states.reachability import Reachability
 from holdfast.serving.states.spending import Balance, Charge, Grant, spent
 
@@ -60,9 +60,9 @@ class SQLiteState:
     """
 
     def __init__(
-        self, path: Path, limits: Limits | None = None, *, fail: Fail = "closed", wait_s: float = 2.0
+        self, path: Path, limits: StateLimits | None = None, *, fail: Fail = "closed", wait_s: float = 2.0
     ) -> None:
-        self.path, self.limits, self.fail = path, limits or Limits(), fail
+        self.path, self.limits, self.fail = path, limits or StateLimits(), fail
         self._wait_s, self._lock, self._clock = wait_s, Lock(), SteadyClock()
         self._reach, self._gained = Reachability(f"state in {path}", fail, retry_s=0.5), 0
         try:
@@ -77,7 +77,7 @@ class SQLiteState:
         """Whether the file can be used, and how often it could not."""
         return self._reach.health
 
-    def exchange(self, wanted: Wanted, now: float, decide: Callable[[View], None]) -> bool:
+    def exchange(self, wanted: Wanted, now: float, decide: Callable[[StateView], None]) -> bool:
         """Read, decide and store in one transaction, like `QueryState.exchange`."""
 
         def work(db: sqlite3.Connection) -> None:
@@ -174,8 +174,8 @@ class SQLiteState:
         row = db.execute("SELECT wall, steady, clusters, answers, accounts FROM state").fetchone()
         return self._clock.at(now, row[:2] if row else None), tuple(row[2:]) if row else (0, 0, 0)
 
-    def _view(self, db: sqlite3.Connection, wanted: Wanted, now: float) -> View:
-        clusters: dict[int, Cluster] = {}
+    def _view(self, db: sqlite3.Connection, wanted: Wanted, now: float) -> StateView:
+        clusters: dict[int, QueryCluster] = {}
         buckets: dict[int, list[int]] = {}
         for each, key, leader, mass, members, seen in _rows(
             db,
@@ -184,7 +184,7 @@ class SQLiteState:
         ):
             buckets.setdefault(each, []).append(key)
             if key not in clusters:
-                clusters[key] = Cluster(key, unpacked(leader), mass, members, seen)
+                clusters[key] = QueryCluster(key, sketch_from(leader), mass, members, seen)
         answered = {row[0] for row in _rows(db, "SELECT digest FROM answers WHERE digest IN", wanted.digests)}
         accounts = {
             name: Account(queries, mass, seen)
@@ -192,14 +192,21 @@ class SQLiteState:
                 db, "SELECT name, queries, mass, seen FROM accounts WHERE name IN", wanted.principals
             )
         }
-        return View(now, self.limits.half_life_s, clusters, buckets, answered, accounts)
+        return StateView(now, self.limits.half_life_s, clusters, buckets, answered, accounts)
 
-    def _store(self, db: sqlite3.Connection, view: View) -> None:
+    def _store(self, db: sqlite3.Connection, view: StateView) -> None:
         for key, hashes in view.added.items():
             new = view.clusters[key]
             db.execute(
                 "INSERT INTO clusters VALUES (?, ?, ?, ?, ?, ?)",
-                (key, packed(new.leader), np.array(hashes, "<i8").tobytes(), new.mass, new.members, new.seen),
+                (
+                    key,
+                    sketch_bytes(new.leader),
+                    np.array(hashes, "<i8").tobytes(),
+                    new.mass,
+                    new.members,
+                    new.seen,
+                ),
             )
             db.executemany("INSERT OR IGNORE INTO buckets VALUES (?, ?)", [(each, key) for each in hashes])
         for key in view.touched.keys() - view.added.keys():
@@ -213,7 +220,7 @@ class SQLiteState:
             "INSERT OR IGNORE INTO answers VALUES (?, ?)", [(each, view.now) for each in view.answers]
         )
 
-    def _finish(self, db: sqlite3.Connection, view: View, now: float, counts: Counts) -> None:
+    def _finish(self, db: sqlite3.Connection, view: StateView, now: float, counts: Counts) -> None:
         """Store the accounts, drop what is too old or too much, and store the clock and the counts."""
         n_accounts = counts[2]
         for name in view.charged:

@@ -1,0 +1,143 @@
+"""Limits of connections, at a real socket: slow clients, too many of them, and what is not HTTP."""
+
+import asyncio
+import socket
+from contextlib import asynccontextmanager
+
+import pytest
+import uvicorn
+
+from holdfast.serving.answering import Answerer, ServedSet
+from holdfast.serving.app import ConnectionLimits, ServedModel, application
+from holdfast.serving.batching import Batcher
+from holdfast.serving.connections import limited_protocol
+from holdfast.serving.protocol import NoRules
+
+from .small import SIGNATURE, network
+
+GET = b"GET /v2/health/live HTTP/1.1\r\nhost: here\r\n\r\n"
+
+
+@asynccontextmanager
+async def serving(*, most=100, header_timeout_s=5.0, limits=None):
+    """The port of a server in this loop."""
+    answer = Answerer(ServedSet(network(), "s", 1), NoRules())
+    batcher = Batcher(answer, max_rows=8, max_latency_s=5.0)
+    served = ServedModel(SIGNATURE, batcher, limits=limits or ConnectionLimits())
+    protocol = limited_protocol(most, header_timeout_s)
+    config = uvicorn.Config(
+        application(served), http=protocol, ws="none", lifespan="off", log_config=None, access_log=False
+    )
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        task = asyncio.create_task(server._serve([listener]))
+        while not server.started:
+            await asyncio.sleep(0.005)
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            await task
+            batcher.close()
+
+
+async def answer_to(port, *parts, pause_s=0.0):
+    """Everything that the server sends on a connection until it closes it or is silent for a second."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+    async def send():
+        for part in parts:
+            writer.write(part)
+            await asyncio.sleep(pause_s)
+
+    sending, received = asyncio.create_task(send()), b""
+    try:
+        while data := await asyncio.wait_for(reader.read(65_536), 1.0):
+            received += data
+    except (TimeoutError, ConnectionError):
+        pass
+    finally:
+        sending.cancel()
+        writer.close()
+    return received
+
+
+def run(test):
+    return asyncio.run(test())
+
+
+def test_headers_that_arrive_too_slowly_end_the_connection():
+    async def test():
+        async with serving(header_timeout_s=0.1) as port:
+            slow = [bytes([byte]) for byte in GET[:-4]]
+            answers = await asyncio.gather(
+                answer_to(port), answer_to(port, *slow, pause_s=0.02), answer_to(port, GET)
+            )
+        silent, drop_by_drop, usual = answers
+        for refused in (silent, drop_by_drop):
+            assert refused.startswith(b"HTTP/1.1 408") and b'{"error":"the headers did not' in refused
+        assert usual.startswith(b"HTTP/1.1 200")
+
+    run(test)
+
+
+def test_a_second_request_on_a_connection_has_the_same_limit():
+    async def test():
+        async with serving(header_timeout_s=0.1) as port:
+            received = await answer_to(port, GET, b"GET /v2", pause_s=0.15)
+        assert received.startswith(b"HTTP/1.1 200") and b"HTTP/1.1 408" in received
+
+    run(test)
+
+
+def test_a_thousand_connections_are_limited_and_the_others_are_answered():
+    async def test():
+        async with serving(most=50) as port:
+            opening = (asyncio.open_connection("127.0.0.1", port) for _ in range(50))
+            kept = await asyncio.gather(*opening)
+            await asyncio.sleep(0.05)
+            refused = await asyncio.gather(*(answer_to(port) for _ in range(950)))
+            assert all(
+                answer.startswith(b"HTTP/1.1 503") and b"too many connections" in answer for answer in refused
+            )
+            reader, writer = kept[0]
+            writer.write(GET)
+            assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")
+            for _, each in kept:
+                each.close()
+            await asyncio.sleep(0.05)
+            assert (await answer_to(port, GET)).startswith(b"HTTP/1.1 200")
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+        b"NOT HTTP\r\n\r\n",
+        b"POST /v2/models/small/infer HTTP/1.1\r\nhost: h\r\ncontent-length: -1\r\n\r\n",
+    ],
+)
+def test_what_is_not_http_is_refused_with_a_reason(sent):
+    async def test():
+        async with serving() as port:
+            received = await answer_to(port, sent)
+        assert received.startswith(b"HTTP/1.1 400") and received.endswith(
+            b'{"error":"the request is not valid HTTP"}'
+        )
+
+    run(test)
+
+
+def test_a_compressed_bomb_is_refused_before_it_is_read():
+    async def test():
+        head = (
+            b"POST /v2/models/small/infer HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\n"
+            b"content-encoding: gzip\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
+        async with serving() as port:
+            received = await answer_to(port, head)
+        assert received.startswith(b"HTTP/1.1 415") and b"connection: close" in received
+
+    run(test)
