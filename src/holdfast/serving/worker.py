@@ -1,7 +1,7 @@
 """A worker process of a server. It answers requests at the socket that it inherits, and keeps no state of its own.
 
 It ends when the pipe from the supervisor is closed, after it has answered the requests that it received. The first
-letter of a message is its kind. From the supervisor: C canary inputs, S a parameter set to prepare, A the set that
+letter of a message is its kind. From the supervisor: S a parameter set to prepare, A the set that
 serves from now on, D drain. To the supervisor: R ready, L a set is prepared, U a set is unusable, T counts and metrics,
 E error, X drained. Messages to the supervisor are JSON, because it must not unpickle what a worker sends.
 """
@@ -31,12 +31,13 @@ from torch import Tensor
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.model import Classifier
 from holdfast.engine.processes import BEGINNING, read_message, unshared, write_message
-from holdfast.rotation.live import loaded, refuse_strange
+from holdfast.rotation.live import loaded
 from holdfast.serving.answering import Answer, Answerer, Audit, ChainAudit, Job, NoAudit, ServedSet
 from holdfast.serving.app import ConnectionLimits, ServedModel, application
 from holdfast.serving.audit_chain import AuditKey, ChainFile
 from holdfast.serving.batching import Batcher
 from holdfast.serving.connections import limited_protocol
+from holdfast.serving.guard import GuardPipeline
 from holdfast.serving.keys import KeyFile
 from holdfast.serving.protocol import NoRules, RequestGuard
 from holdfast.serving.protocol_v2 import Signature
@@ -47,6 +48,7 @@ from holdfast.serving.telemetry import Telemetry
 _REPORT_S, _HASTE_S = 0.5, 0.02
 """seconds between two reports to the supervisor, and after answers of a pool, whose number may cause a swap"""
 
+_OBSERVED = ("holdfast_guard_inputs_total", "holdfast_guard_alarms_total")
 _SWITCH_S = 0.001
 """Seconds after which a thread must let another one run. Each operation of torch in the thread of the batches waits for
 this time at its end if the thread that parses requests is busy; the default of Python is 5 ms."""
@@ -123,9 +125,8 @@ class Worker:
         self.telemetry, self.ledger = Telemetry(), _Ledger()
         self.device = torch.device(setup.device)
         self._pristine = setup.opening().to(self.device).eval().requires_grad_(False)
-        self._canaries: Tensor | None = None
         self._prepared: dict[int, ServedSet] = {}
-        self._lost = 0
+        self._lost, self._observed = 0, (0, 0)
         self.chain = None if chain is None else ChainFile(chain, fail_open=setup.audit_fails_open)
         audit: Audit = NoAudit()
         if self.chain is not None:
@@ -141,7 +142,8 @@ class Worker:
             self.ledger.add if setup.rotating else lambda served, principal, rows: None,
             self.device,
         )
-        self.telemetry.begin(getattr(self.answering.guard, "rules", {}))
+        guard = self.answering.guard
+        self.telemetry.begin(guard.rules if isinstance(guard, GuardPipeline) else {})
         self.batcher: Batcher[Job, Answer] = Batcher(
             self.answering,
             max_rows=setup.max_rows,
@@ -171,15 +173,19 @@ class Worker:
         self.server = _Server(config)
 
     def _signature(self) -> Signature:
-        """Return the signature of the model, after a first forward pass, which is the slowest one."""
+        """Return the signature of the model, which is called to find the number of classes."""
         setup = self.setup
-        low = self._pristine.bounds.low
-        x = torch.zeros(1, *self.setup.shape) + (low if isinstance(low, float | int) else low.cpu())
-        with torch.inference_mode():
-            classes = int(self._pristine(x.float().to(self.device)).shape[1])
+        classes = self._n_classes(self._pristine)
         return Signature(
             setup.name, setup.shape, classes, self._pristine.bounds, setup.version, setup.max_rows
         )
+
+    def _n_classes(self, model: Classifier) -> int:
+        """Return the number of classes, after a first forward pass, which is the slowest one."""
+        low = self._pristine.bounds.low
+        x = torch.zeros(1, *self.setup.shape) + (low if isinstance(low, float | int) else low.cpu())
+        with torch.inference_mode():
+            return int(model(x.float().to(self.device)).shape[1])
 
     def _seen(self, rows: int, seconds: float) -> None:
         self.telemetry.observe("holdfast_batch_rows", rows)
@@ -187,19 +193,16 @@ class Worker:
 
     # --- parameter sets
 
-    def take_canaries(self, content: bytes) -> None:
-        """Store the canary inputs on which each set is tested."""
-        self._canaries = safetensors.torch.load(content)["x"].to(self.device)
-
     def prepare(self, content: bytes) -> None:
-        """Load a parameter set into a copy of the network, test it, and report whether it can serve."""
+        """Load a parameter set into a copy of the network, and report whether it can serve. The supervisor has tested
+        it on the canary inputs.
+        """
         size = int.from_bytes(content[:8], "little")
         about = json.loads(content[8 : 8 + size])
         try:
             weights = safetensors.torch.load(content[8 + size :])
             model = loaded(self._pristine, weights, about["name"])
-            if self._canaries is not None:
-                refuse_strange(model, self._canaries, about["canary"], about["name"])
+            self._n_classes(model)
         except HoldfastError as error:
             self._send(b"U", {"epoch": about["epoch"], "reason": str(error)})
             return
@@ -223,6 +226,12 @@ class Worker:
             lost = self.chain.lost_in_total
             self.telemetry.count("holdfast_audit_lost_total", n=lost - self._lost)
             self._lost = lost
+        if isinstance(self.answering.guard, GuardPipeline):
+            observed = self.answering.guard.observed
+            counts = observed.n, observed.alarms
+            for name, now, before in zip(_OBSERVED, counts, self._observed, strict=True):
+                self.telemetry.count(name, n=now - before)
+            self._observed = counts
         self._send(b"T", {"answers": self.ledger.taken(), "metrics": self.telemetry.report()})
 
     def _report_often(self) -> None:
@@ -331,8 +340,6 @@ def _follow(worker: Worker, tasks: IO[bytes]) -> None:
 def _take(worker: Worker, message: bytes) -> None:
     kind, content = message[:1], message[1:]
     match kind:
-        case b"C":
-            worker.take_canaries(content)
         case b"S":
             worker.prepare(content)
         case b"A":
@@ -341,8 +348,8 @@ def _take(worker: Worker, message: bytes) -> None:
             worker.drain()
 
 
-def set_message(name: str, epoch: int, canary: str, weights: Mapping[str, Tensor]) -> bytes:
+def set_message(name: str, epoch: int, weights: Mapping[str, Tensor]) -> bytes:
     """Return the message with which the supervisor sends a parameter set."""
-    about = json.dumps({"name": name, "epoch": epoch, "canary": canary}).encode()
+    about = json.dumps({"name": name, "epoch": epoch}).encode()
     tensors = {key: value.contiguous() for key, value in weights.items()}
     return b"S" + len(about).to_bytes(8, "little") + about + safetensors.torch.save(tensors)
