@@ -28,6 +28,7 @@ ROWS = {
     "certification": "certification",
     "onnx-files": "onnx_files",
     "served-models": "served_models",
+    "serving": "serving",
     "cluster": "cluster",
     "reading-files": "reading_files",
     "pgd-cost": "pgd_cost",

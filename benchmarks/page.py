@@ -26,6 +26,8 @@ SUBJECTS = {
     "node that is killed.",
     "served-models": "A model behind HTTP and the same model in the process: verdicts and queries that differ, and "
     "rows that the server counted.",
+    "serving": "`holdfast serve` beside bare FastAPI with the same model and batches: throughput, and latency while "
+    "the sets of a pool are swapped.",
     "reading-files": "`holdfast assess` on files of each format: CPU time with the limits of reading and without.",
     "pgd-cost": "CPU time of PGD with 40 steps, divided by that of a plain loop of the same passes (the floor).",
     "pgd-dropping": "CPU time of PGD with 40 steps if broken examples are dropped, divided by the floor.",

@@ -6,9 +6,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -33,7 +35,7 @@ WHAT = "holdfast serve, ResNet-20 on CIFAR-10: throughput beside bare FastAPI, a
 NAME, SHAPE = "cifar_resnet20", (3, 32, 32)
 CONNECTIONS, IMAGES, ROUNDS, SECONDS = 16, 32, 6, 6.0
 PATH = f"/v2/models/{NAME}/infer"
-SETS, SWAPS, SWAP_SECONDS = 101, 100, 60.0
+SETS, SWAPS, SWAP_SECONDS = 101, 100, 300.0
 LEAST, MOST_P99 = 0.95, 1.5
 _SAME = 1e-4  # of the largest score; sets of other seeds differ by far more
 
@@ -109,12 +111,12 @@ def _alternated(
         who: {key: [] for key in ("per_second", "cpu_ms", "p50_ms", "p99_ms", "failed")} for who in servers
     }
     for port, _ in servers.values():
-        saturated(port, messages, connections=CONNECTIONS, seconds=1.0)
+        _loaded(saturated, port, messages, connections=CONNECTIONS, seconds=1.0)
     for k in range(rounds):
         for who in list(servers) if k % 2 == 0 else list(servers)[::-1]:
             port, pid = servers[who]
             before = cpu_s(pid)
-            seen = saturated(port, messages, connections=CONNECTIONS, seconds=seconds)
+            seen = _loaded(saturated, port, messages, connections=CONNECTIONS, seconds=seconds)
             numbers = found[who]
             numbers["cpu_ms"].append(1000 * (cpu_s(pid) - before) / len(seen.taken_s))
             numbers["per_second"].append(seen.per_second)
@@ -122,6 +124,12 @@ def _alternated(
             numbers["p99_ms"].append(seen.quantile(0.99))
             numbers["failed"].append(seen.failed)
     return found
+
+
+def _loaded(load: Callable[..., Seen], *arguments: object, **settings: object) -> Seen:
+    """What `load` returns in a process of its own, because the supervisor runs in this one."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(load, *arguments, **settings).result()
 
 
 def _model() -> Classifier:
@@ -194,9 +202,9 @@ def _swapping(swaps: int, seconds: float) -> Cells:
         live, expected = _pool(Path(folder) / "pool", x, swaps + 1)
         with _running(_setup(Path(folder), pool=live)) as server:
             port = server.address[1]
-            saturated(port, messages, connections=CONNECTIONS, seconds=1.0)
-            full = saturated(port, messages, connections=CONNECTIONS, seconds=seconds / 10)
-            load = partial(paced, port, messages, connections=CONNECTIONS, rate=full.per_second / 2)
+            _loaded(saturated, port, messages, connections=CONNECTIONS, seconds=1.0)
+            full = _loaded(saturated, port, messages, connections=CONNECTIONS, seconds=seconds / 10)
+            load = partial(_loaded, paced, port, messages, connections=CONNECTIONS, rate=full.per_second / 2)
             still = load(seconds=seconds / 2)
             over = threading.Event()
             served: list[tuple[float, str]] = [(0.0, server.status()["pool"]["set"])]
@@ -208,7 +216,7 @@ def _swapping(swaps: int, seconds: float) -> Cells:
             again = load(seconds=seconds / 2)
         verify_audit(Path(folder) / "audit")
     still.taken_s += again.taken_s
-    still.failed += again.failed
+    still.failed, still.wall_s = still.failed + again.failed, still.wall_s + again.wall_s
     return {
         "swaps": len(served) - 1,
         "wrong": _wrong(swapping, expected, served),
@@ -242,7 +250,7 @@ def _pool(path: Path, x: torch.Tensor, n: int) -> tuple[LivePool, dict[str, torc
         pool.admit(name, canary=canary(model, canaries))
         with torch.inference_mode():
             expected[name] = model(x)
-    return LivePool(pool, (), swaps_per_hour=10 * n), expected
+    return LivePool(pool, _model, swaps_per_hour=10 * n), expected
 
 
 def _swap(

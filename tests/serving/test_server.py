@@ -128,7 +128,7 @@ def test_a_server_drains_and_answers_what_it_received(tmp_path):
 @pytest.fixture
 def live(tmp_path, monkeypatch):
     monkeypatch.delenv("HOLDFAST_POOL_KEY", raising=False)
-    return lambda n=4, **settings: LivePool(pool(tmp_path / "pool", n), **settings)
+    return lambda n=4, **settings: LivePool(pool(tmp_path / "pool", n), network, **settings)
 
 
 def set_of(response, sets):

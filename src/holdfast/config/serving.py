@@ -1,7 +1,7 @@
 """Converts the settings of `holdfast serve` to the setup of a server: workers, pool, keys and audit chains."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,13 @@ from holdfast.rotation.triggers import Trigger
 from holdfast.serving.app import ConnectionLimits
 from holdfast.serving.audit_chain import AuditKey
 from holdfast.serving.keys import read_keys
-from holdfast.serving.live_pool import CANARIES, LivePool, refuse_no_canaries
+from holdfast.serving.live_pool import LivePool
 from holdfast.serving.protocol import NoRules, RequestGuard
 from holdfast.serving.supervisor import ServerSetup
 from holdfast.serving.worker import ServingSetup
 from holdfast.sources.models import ROTATING, bundled_models
 from holdfast.sources.remote import SCHEMES
+from holdfast.store.pool import Pool
 
 _BUNDLED_SHAPE = (1, 28, 28)
 """Shape of the inputs of all bundled models, which classify MNIST."""
@@ -106,7 +107,7 @@ class _Served:
 def _served(settings: ServeSettings, reference: ModelReference) -> _Served:
     pool, triggers = pool_of(reference.address), _triggers(settings.options.every)
     if pool is not None:
-        return _served_pool(LivePool(pool, triggers, settings.options.swaps_per_hour), reference)
+        return _served_pool(pool, triggers, settings.options.swaps_per_hour, reference)
     if triggers:
         raise UsageError(
             f"every is {', '.join(settings.options.every)}, and {reference.address or 'the model'} is no pool, so "
@@ -121,12 +122,11 @@ def _served(settings: ServeSettings, reference: ModelReference) -> _Served:
     )
 
 
-def _served_pool(live: LivePool, reference: ModelReference) -> _Served:
-    pool, trust_code = live.pool, reference.source.trust_code
-    refuse_no_canaries(live)
+def _served_pool(
+    pool: Pool, triggers: Sequence[Trigger], swaps_per_hour: int, reference: ModelReference
+) -> _Served:
+    trust_code = reference.source.trust_code
     refuse_code_in_pool(pool, trust_code=trust_code)
-    canaries = pool.kept(CANARIES)
-    assert canaries is not None
     opening = partial(
         _architecture,
         str(pool.path),
@@ -134,7 +134,8 @@ def _served_pool(live: LivePool, reference: ModelReference) -> _Served:
         pool.manifest["about"].get("model", {}),
         trust_code=trust_code,
     )
-    return _Served(opening, tuple(canaries.columns["x"].shape[1:]), "", {"pool": pool.manifest["id"]}, live)
+    live = LivePool(pool, opening, triggers, swaps_per_hour)
+    return _Served(opening, tuple(live.canaries.shape[1:]), "", {"pool": pool.manifest["id"]}, live)
 
 
 def _guard(file: str | None, served: _Served) -> Callable[[], RequestGuard]:

@@ -1,8 +1,8 @@
 """The pool of parameter sets behind a server. Only the supervisor opens it, with its key, and decides swaps.
 
-A swap has two phases. All workers first load the next set beside the serving one and test it on the canary inputs. Then
-the ledger records that it serves, and the workers replace their reference. A set that a worker cannot load is refused,
-and never serves.
+A swap has three steps. The supervisor tests the next set on the canary inputs, in a thread of low priority and not in
+the workers, whose requests the test would delay. All workers then load it beside the serving set. At last the ledger
+records that it serves, and the workers replace their reference. A set that fails is refused, and never serves.
 """
 
 import time
@@ -10,11 +10,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 
-import safetensors.torch
+from torch import Tensor
 
 from holdfast.core.errors import HoldfastError, Inconclusive, TargetError
+from holdfast.core.model import Classifier
 from holdfast.rotation import next_set
+from holdfast.rotation.live import loaded, refuse_strange
 from holdfast.rotation.triggers import Counters, Trigger, due_triggers, exposed
 from holdfast.serving.worker import set_message
 from holdfast.store.pool import Pool
@@ -27,18 +30,24 @@ _WRITE_S = 30.0
 _WITHOUT_NAME = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NextSet:
-    """A parameter set that serves, or is to serve, with the message that sends it to the workers."""
+    """A parameter set that serves, or is to serve, with its parameters and its fingerprint on the canary inputs."""
 
     name: str
     epoch: int
-    message: bytes = field(repr=False)
+    weights: Mapping[str, Tensor] = field(repr=False)
+    canary: str = ""
     why: str = ""
     recorded: bool = False
     """whether the ledger records already that it serves, because another process swapped"""
     unjudged: bool = False
     """whether it was not judged against all stolen sets, and replaces a stolen one"""
+
+    @cached_property
+    def message(self) -> bytes:
+        """The message that sends the set to a worker."""
+        return set_message(self.name, self.epoch, self.weights)
 
 
 @dataclass(eq=False)
@@ -51,7 +60,9 @@ class LivePool:
     """
 
     pool: Pool
-    triggers: Sequence[Trigger]
+    opening: Callable[[], Classifier]
+    """function that opens the architecture of the pool with any parameters"""
+    triggers: Sequence[Trigger] = ()
     swaps_per_hour: int = 60
     clock: Callable[[], float] = time.monotonic
     alarm: str = ""
@@ -62,18 +73,35 @@ class LivePool:
     _written_s: float = -_WRITE_S
     _requested: str = ""
 
-    def canaries(self) -> bytes | None:
-        """Return the message with the canary inputs of the pool; None if it has none."""
+    @cached_property
+    def canaries(self) -> Tensor:
+        """The inputs on which each set is tested. Raises `TargetError` if the pool has none."""
         kept = self.pool.kept(CANARIES)
-        return None if kept is None else b"C" + safetensors.torch.save({"x": kept.columns["x"].contiguous()})
+        if kept is None:
+            raise TargetError(
+                f"{str(self.pool.path)!r} contains no canary inputs, on which sets are tested before they serve; admit "
+                f"a set with holdfast rotate admit {self.pool.shown}"
+            )
+        return kept.columns["x"]
+
+    @cached_property
+    def _architecture(self) -> Classifier:
+        return self.opening().eval().requires_grad_(False)
+
+    def test(self, following: NextSet) -> None:
+        """Test a set on the canary inputs. Raises `TargetError` if its predictions are not those of its admission."""
+        model = loaded(self._architecture, following.weights, following.name)
+        refuse_strange(model, self.canaries, following.canary, following.name)
 
     def first(self) -> NextSet:
         """Return the serving set. If none serves, an admitted set begins to serve.
 
-        Raises `Inconclusive` if no set serves and none waits.
+        Raises `Inconclusive` if no set serves and none waits, and `TargetError` if the set fails its test.
         """
         serving = self.pool.serving or self.pool.swap(why="the first", choose=next_set)
-        return self._set(serving.name, serving.epoch, recorded=True)
+        first = self._set(serving.name, serving.epoch, recorded=True)
+        self.test(first)
+        return first
 
     def request_swap(self, why: str) -> None:
         """Swap at the next opportunity, for a reason such as the wish of the operator."""
@@ -155,8 +183,7 @@ class LivePool:
         self, name: str, epoch: int, *, why: str = "", recorded: bool = False, unjudged: bool = False
     ) -> NextSet:
         canary = self.pool.ledger.member(name).canary
-        message = set_message(name, epoch, canary, self.pool.weights(name))
-        return NextSet(name, epoch, message, why, recorded, unjudged)
+        return NextSet(name, epoch, self.pool.weights(name), canary, why, recorded, unjudged)
 
     def commit(self, following: NextSet, serving: NextSet) -> bool:
         """Record in the ledger that a set serves from now on. Return whether it does; another process may have swapped
@@ -182,22 +209,13 @@ class LivePool:
         return True
 
     def refuse(self, following: NextSet, why: str) -> None:
-        """Refuse a set that a worker could not load, so that another one is chosen."""
+        """Refuse a set that failed its test or that a worker could not load, so that another one is chosen."""
         self._raise("error", why)
         if not following.recorded:
             try:
-                self.pool.refuse(following.name, f"a worker could not load it: {why}")
+                self.pool.refuse(following.name, why)
             except (HoldfastError, OSError) as error:
                 self._raise("error", str(error))
 
     def _raise(self, alarm: str, reason: str) -> None:
         self.alarm, self.reason = alarm, reason
-
-
-def refuse_no_canaries(live: LivePool) -> None:
-    """Raise `TargetError` if the serving set of a pool cannot be tested, because the pool has no canary inputs."""
-    if live.pool.kept(CANARIES) is None:
-        raise TargetError(
-            f"{str(live.pool.path)!r} contains no canary inputs, on which sets are tested before they serve; admit a "
-            f"set with holdfast rotate admit {live.pool.shown}"
-        )

@@ -5,14 +5,17 @@ on a port of their own.
 """
 
 import json
+import math
 import os
 import pickle
 import queue
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,11 +62,20 @@ class ServerSetup:
 
 @dataclass(eq=False)
 class _Swap:
-    """A swap in progress: the next set, and the workers that have not loaded it yet."""
+    """A swap in progress: the next set, its test, and the workers that have not loaded it yet."""
 
     following: NextSet
-    waiting: set[WorkerProcess]
-    begun_s: float
+    test: Future[None]
+    """test of the set on the canary inputs"""
+    waiting: set[WorkerProcess] | None = None
+    """workers that have not loaded it; None before the test is done"""
+    sent_s: float = math.inf
+
+
+def _lower_priority() -> None:
+    """Give this thread the processor only where no other thread needs it, so that a test delays no request."""
+    if sys.platform == "linux":  # elsewhere the priority is that of the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 class Supervisor:
@@ -83,7 +95,7 @@ class Supervisor:
         self._workers: list[WorkerProcess] = []
         self._number = self._early_deaths = 0
         self._serving: NextSet | None = None
-        self._canaries: bytes | None = None
+        self._tests = ThreadPoolExecutor(1, "test", _lower_priority)
         self._swap: _Swap | None = None
         self._looked_s = 0.0
         self._stopping = False
@@ -108,7 +120,7 @@ class Supervisor:
                 if self._audit.recovered:
                     self.telemetry.count("holdfast_interrupted_total", n=self._audit.recovered)
             if setup.pool is not None:
-                self._canaries, self._serving = setup.pool.canaries(), setup.pool.first()
+                self._serving = setup.pool.first()
                 self._record("set", set=self._serving.name, epoch=self._serving.epoch)
             for _ in range(setup.workers):
                 self._start_worker()
@@ -198,7 +210,7 @@ class Supervisor:
         match kind:
             case b"R":
                 worker.ready, self._early_deaths = True, 0
-                if self._swap is not None:
+                if self._swap is not None and self._swap.waiting is not None:
                     self._swap.waiting.add(worker)
                     worker.send(self._swap.following.message)
             case b"T":
@@ -225,8 +237,6 @@ class Supervisor:
         worker = WorkerProcess.begin(self._number, self._listener, self._inbox, chain)
         worker.send(self._pickled(chain))
         if self._serving is not None:
-            if self._canaries is not None:
-                worker.send(self._canaries)
             worker.send(self._serving.message)
             worker.send(b"A" + str(self._serving.epoch).encode())
         self._workers.append(worker)
@@ -238,7 +248,7 @@ class Supervisor:
         worker.close()
         self._workers.remove(worker)
         self.totals.forget(worker.name)
-        if self._swap is not None:
+        if self._swap is not None and self._swap.waiting is not None:
             self._swap.waiting.discard(worker)
         interrupted = self._close_chain(worker, "drained" if worker.ended is not None else "the worker died")
         if worker.ended is not None or self._stopping:
@@ -280,9 +290,8 @@ class Supervisor:
         """Write answers to the ledger, and begin the next swap if one is due."""
         pool, serving = self.setup.pool, self._serving
         now = time.monotonic()
-        if self._swap is not None and now - self._swap.begun_s > _LOADING_S:
-            for worker in self._swap.waiting:  # it hangs; its replacement loads the set
-                worker.process.kill()
+        if self._swap is not None:
+            self._pass_on(self._swap, now)
         if pool is None or serving is None or self._stopping or now - self._looked_s < _POOL_S:
             return
         self._looked_s = now
@@ -293,19 +302,36 @@ class Supervisor:
             if pool.alarm and pool.alarm != before:
                 self._notify(f"note: alarm {pool.alarm}: {pool.reason}")
             if following is not None:
-                ready = {worker for worker in self._workers if worker.ready}
-                self._swap = _Swap(following, ready, now)
-                for worker in ready:
-                    worker.send(following.message)
+                self._swap = _Swap(following, self._tests.submit(pool.test, following))
         for reason in ("empty", "limit", "error"):
             self.telemetry.set("holdfast_pool_alarm", pool.alarm == reason, reason)
         self.telemetry.set("holdfast_pool_epoch", serving.epoch)
         self.telemetry.set("holdfast_pool_waiting", len(pool.pool.ahead))
 
+    def _pass_on(self, swap: _Swap, now: float) -> None:
+        """Send the next set to the workers once its test is done, and replace workers that do not load it in time."""
+        if swap.waiting is None and swap.test.done():
+            error = swap.test.exception()
+            if error is not None:
+                self._refuse(swap, str(error))
+                return
+            swap.waiting, swap.sent_s = {worker for worker in self._workers if worker.ready}, now
+            for worker in swap.waiting:
+                worker.send(swap.following.message)
+        elif now - swap.sent_s > _LOADING_S:
+            for worker in swap.waiting or ():
+                worker.process.kill()
+
+    def _refuse(self, swap: _Swap, reason: str) -> None:
+        self._swap = None
+        self._notify(f"note: {reason}")
+        if self.setup.pool is not None:
+            self.setup.pool.refuse(swap.following, reason)
+
     def _loaded(self, worker: WorkerProcess, epoch: int) -> None:
         """Note that a worker has loaded the next set. When all have, the ledger records it and they serve it."""
         swap, pool = self._swap, self.setup.pool
-        if swap is None or pool is None or epoch != swap.following.epoch:
+        if swap is None or swap.waiting is None or pool is None or epoch != swap.following.epoch:
             return
         swap.waiting.discard(worker)
         if swap.waiting:
@@ -330,10 +356,7 @@ class Supervisor:
                 worker.error = {"error": "TargetError", "message": reason}
                 worker.process.kill()
             return
-        following, self._swap = self._swap.following, None
-        self._notify(f"note: {reason}")
-        if self.setup.pool is not None:
-            self.setup.pool.refuse(following, reason)
+        self._refuse(self._swap, reason)
 
     # --- end
 
@@ -354,6 +377,7 @@ class Supervisor:
     def _end(self) -> None:
         """Kill workers that remain, write the last answers, and close chains and sockets."""
         self._stopping = True
+        self._tests.shutdown(wait=False, cancel_futures=True)
         self._kill()
         for worker in list(self._workers):
             with suppress(HoldfastError):

@@ -1,7 +1,7 @@
 """A worker process of a server. It answers requests at the socket that it inherits, and keeps no state of its own.
 
 It ends when the pipe from the supervisor is closed, after it has answered the requests that it received. The first
-letter of a message is its kind. From the supervisor: C canary inputs, S a parameter set to prepare, A the set that
+letter of a message is its kind. From the supervisor: S a parameter set to prepare, A the set that
 serves from now on, D drain. To the supervisor: R ready, L a set is prepared, U a set is unusable, T counts and metrics,
 E error, X drained. Messages to the supervisor are JSON, because it must not unpickle what a worker sends.
 """
@@ -31,7 +31,7 @@ from torch import Tensor
 from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.model import Classifier
 from holdfast.engine.processes import BEGINNING, read_message, unshared, write_message
-from holdfast.rotation.live import loaded, refuse_strange
+from holdfast.rotation.live import loaded
 from holdfast.serving.answering import Answer, Answerer, Audit, ChainAudit, Job, NoAudit, ServedSet
 from holdfast.serving.app import ConnectionLimits, ServedModel, application
 from holdfast.serving.audit_chain import AuditKey, ChainFile
@@ -119,7 +119,6 @@ class Worker:
         self.telemetry, self.ledger = Telemetry(), _Ledger()
         self.device = torch.device(setup.device)
         self._pristine = setup.opening().to(self.device).eval().requires_grad_(False)
-        self._canaries: Tensor | None = None
         self._prepared: dict[int, ServedSet] = {}
         self._lost = 0
         self.chain = None if chain is None else ChainFile(chain, fail_open=setup.audit_fails_open)
@@ -147,7 +146,7 @@ class Worker:
             Signature(
                 setup.name,
                 setup.shape,
-                self._classes(),
+                self._n_classes(self._pristine),
                 self._pristine.bounds,
                 setup.version,
                 setup.max_rows,
@@ -171,12 +170,12 @@ class Worker:
         )
         self.server = _Server(config)
 
-    def _classes(self) -> int:
+    def _n_classes(self, model: Classifier) -> int:
         """Return the number of classes, after a first forward pass, which is the slowest one."""
         low = self._pristine.bounds.low
         x = torch.zeros(1, *self.setup.shape) + (low if isinstance(low, float | int) else low.cpu())
         with torch.inference_mode():
-            return int(self._pristine(x.float().to(self.device)).shape[1])
+            return int(model(x.float().to(self.device)).shape[1])
 
     def _seen(self, rows: int, seconds: float) -> None:
         self.telemetry.observe("holdfast_batch_rows", rows)
@@ -184,19 +183,16 @@ class Worker:
 
     # --- parameter sets
 
-    def take_canaries(self, content: bytes) -> None:
-        """Store the canary inputs on which each set is tested."""
-        self._canaries = safetensors.torch.load(content)["x"].to(self.device)
-
     def prepare(self, content: bytes) -> None:
-        """Load a parameter set into a copy of the network, test it, and report whether it can serve."""
+        """Load a parameter set into a copy of the network, and report whether it can serve. The supervisor has tested
+        it on the canary inputs.
+        """
         size = int.from_bytes(content[:8], "little")
         about = json.loads(content[8 : 8 + size])
         try:
             weights = safetensors.torch.load(content[8 + size :])
             model = loaded(self._pristine, weights, about["name"])
-            if self._canaries is not None:
-                refuse_strange(model, self._canaries, about["canary"], about["name"])
+            self._n_classes(model)
         except HoldfastError as error:
             self._send(b"U", {"epoch": about["epoch"], "reason": str(error)})
             return
@@ -328,8 +324,6 @@ def _follow(worker: Worker, tasks: IO[bytes]) -> None:
 def _take(worker: Worker, message: bytes) -> None:
     kind, content = message[:1], message[1:]
     match kind:
-        case b"C":
-            worker.take_canaries(content)
         case b"S":
             worker.prepare(content)
         case b"A":
@@ -338,8 +332,8 @@ def _take(worker: Worker, message: bytes) -> None:
             worker.drain()
 
 
-def set_message(name: str, epoch: int, canary: str, weights: Mapping[str, Tensor]) -> bytes:
+def set_message(name: str, epoch: int, weights: Mapping[str, Tensor]) -> bytes:
     """Return the message with which the supervisor sends a parameter set."""
-    about = json.dumps({"name": name, "epoch": epoch, "canary": canary}).encode()
+    about = json.dumps({"name": name, "epoch": epoch}).encode()
     tensors = {key: value.contiguous() for key, value in weights.items()}
     return b"S" + len(about).to_bytes(8, "little") + about + safetensors.torch.save(tensors)
