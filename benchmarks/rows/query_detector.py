@@ -19,7 +19,6 @@ from benchmarks.networks import Network, images, network
 from benchmarks.queries import CLIPS, ENCODINGS, FRAMES, NOISE, POPULAR, REPEATS, Defended, benign, film
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.attacks import HopSkipJump, Square
-from holdfast.attacks.oars import OARS, Base
 from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
@@ -27,6 +26,7 @@ from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
 from holdfast.core.threat import ThreatModel
 from holdfast.detectors.blacklight import Blacklight
+from holdfast.detectors.oars import OARS, Base
 from holdfast.detectors.queries import QueryDetector, radius_for
 from holdfast.serving.states.memory import MemoryState
 from holdfast.serving.states.sqlite import SQLiteState
@@ -68,7 +68,12 @@ def measured() -> Outcome:
         "network": NETWORK,
         "seed": SEED,
     }
-    notes = ["a radius is chosen from 20,000 training images, which are also part of the benign stream"]
+    notes = [
+        "a radius is chosen from 20,000 training images, which are also part of the benign stream",
+        "Square and HopSkipJump: attacks that break their image with fewer than 50 queries are left out",
+        "OARS without a claim: ten images, whose share says little",
+        "the detector answers the first queries for an image, which is enough for some images of this network",
+    ]
     return Outcome(table, claims, config, notes=notes)
 
 
@@ -212,16 +217,18 @@ def _cost(data: str, radius: float, table: list[Cells]) -> list[Claim]:
         detector = QueryDetector(KEY, state, x.shape[1:], radius=radius)
         for part in x[:CALIBRATION].split(100):
             detector.score(part, ["client"] * len(part), 0.0)
-        noisy = (x[:1] + 8 / 255 * torch.randn(TIMED, *x.shape[1:]).sign()).clamp(0, 1)
+        noise = 8 / 255 * torch.randn(TIMED, *x.shape[1:]).sign()
+        kinds = {
+            "different": x[CALIBRATION:],
+            "first near duplicate": (x[1 : TIMED + 1] + noise).clamp(0, 1),
+            "attack": (x[:1] + noise).clamp(0, 1),
+        }
         cells: Cells = {"what": f"cost, SQLite, {CALIBRATION} clusters", "queries": TIMED}
-        for name, queries in (("different", x[CALIBRATION:]), ("attack", noisy)):
+        for name, queries in kinds.items():
             began = process_time()
-            for query in queries:
-                detector.score(query[None], ["client"], 1.0)
+            for k, query in enumerate(queries):
+                detector.score(query[None], [f"client {k % CLIENTS}"], 1.0)
             cells[f"CPU ms / query, {name}"] = 1e3 * (process_time() - began) / TIMED
         state.close()
     table.append(cells)
-    return [
-        Claim(f"CPU ms / {name} query <= 1", cells[f"CPU ms / query, {name}"], 1)
-        for name in ("different", "attack")
-    ]
+    return [Claim(f"CPU ms / query, {name} <= 1", cells[f"CPU ms / query, {name}"], 1) for name in kinds]

@@ -11,7 +11,7 @@ from holdfast.config.settings import ServeSettings, check_settings, given
 from holdfast.core.errors import UsageError
 from holdfast.engine.progress import Notify, ignore
 
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+_NEEDED = ("starlette", "uvicorn", "prometheus_client")
 
 
 @verb

@@ -6,7 +6,7 @@ and each window of neighbouring values is hashed; the largest hashes are the fin
 of its hashes occur in the fingerprint of one earlier query.
 Differs from the paper: the hash is a keyed multilinear one instead of SHA-256, which differs only in its cost.
 
-It is defeated by OARS (`holdfast.attacks.oars`), which makes larger changes. Use `queries.py` for defence.
+It is defeated by OARS (`holdfast.detectors.oars`), which makes larger changes. Use `queries.py` for defence.
 """
 
 from collections import defaultdict

@@ -100,6 +100,11 @@ class Fingerprinter:
         self._offsets = stream.uniform("offsets", tables * width).astype(np.float32)
         # odd multipliers of a hash of several integers, modulo 2^64
         self._multipliers = (stream.bits("mix", tables * width) | np.uint64(1)).reshape(tables, width)
+        if self.image:
+            _, height, width = self.shape
+            self._rows, self._columns = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)
+            channels = torch.eye(self.shape[0])[:, :, None, None].expand(-1, -1, height, width)
+            self._brightness = self.sketch(channels).T
         self._digest_key = stream.bits("digest", 4).tobytes()
 
     def __call__(self, x: Tensor) -> Fingerprints:
@@ -121,7 +126,9 @@ class Fingerprinter:
     def _features(self, x: Tensor) -> Floats:
         """Low-pass inputs (n, features), as 32-bit floats; values that are not finite count as zero."""
         features = F.adaptive_avg_pool2d(x, self._grid) if self.image else x
-        flat: Floats = np.nan_to_num(features.flatten(1).numpy(), nan=0.0, posinf=0.0, neginf=0.0)
+        flat: Floats = features.flatten(1).numpy()
+        if not np.isfinite(flat.sum()):
+            flat = np.nan_to_num(flat, nan=0.0, posinf=0.0, neginf=0.0)
         return flat
 
     def _digests(self, x: Tensor) -> list[int]:
@@ -143,15 +150,11 @@ class Fingerprinter:
         padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
         left, right = padded[:, :, 1:-1, :-2], padded[:, :, 1:-1, 2:]
         above, below = padded[:, :, :-2, 1:-1], padded[:, :, 2:, 1:-1]
-        across, down = (right - left) / 2, (below - above) / 2
-        height, width = x.shape[2:]
-        from_middle = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)
-        zoom = from_middle[0] * down + from_middle[1] * across
-        contrast = x - x.mean((2, 3), keepdim=True)
-        channels = torch.eye(x.shape[1])[:, :, None, None].expand(-1, -1, height, width)
-        # second derivatives are the next term of a motion's Taylor series, and the first of a blur
-        changes = (across, down, zoom, contrast, left + right - 2 * x, above + below - 2 * x, channels)
-        return self.sketch(torch.cat(changes)).T
+        zoom = self._rows * (below - above) / 2 + self._columns * (right - left) / 2
+        same, left, right, above, below, zoom = self.sketch(torch.cat((x, left, right, above, below, zoom)))
+        # second differences are the next term of a motion's Taylor series, and the first of a blur
+        changes = (right - left, below - above, zoom, same, left + right - 2 * same, above + below - 2 * same)
+        return np.concatenate((np.stack(changes, axis=1), self._brightness), axis=1)
 
 
 def unexplained(difference: Floats, natural: Floats) -> float:

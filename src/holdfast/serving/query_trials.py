@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-from holdfast.attacks.oars import OARS, Base
 from holdfast.attacks.protocol import Attack
 from holdfast.attacks.square import Square
 from holdfast.core.batch import Batch
@@ -15,6 +14,7 @@ from holdfast.core.meter import margin
 from holdfast.core.refused import Answering
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access
+from holdfast.detectors.oars import OARS, Base
 from holdfast.detectors.queries import QueryDetector, QuerySettings
 from holdfast.detectors.screened import Screened
 from holdfast.harness.target import Target

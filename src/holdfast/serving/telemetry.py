@@ -41,6 +41,10 @@ METRICS: Mapping[str, Metric] = {
     "holdfast_waiting_inputs": Metric("Inputs that wait for a batch.", "gauge"),
     "holdfast_decisions_total": Metric("Requests by the action of the guard.", "counter", ("action",)),
     "holdfast_rule_fired_total": Metric("Inputs for which a rule fired.", "counter", ("rule", "mode")),
+    "holdfast_guard_inputs_total": Metric("Inputs that the calibrated rules of the guard judged.", "counter"),
+    "holdfast_guard_alarms_total": Metric(
+        "Inputs for which a calibrated rule fired, in any mode.", "counter"
+    ),
     "holdfast_guard_failures_total": Metric("Batches for which the guard raised an error.", "counter"),
     "holdfast_audit_lost_total": Metric("Audit records that could not be written.", "counter"),
     "holdfast_audit_failing": Metric(

@@ -37,6 +37,7 @@ from holdfast.serving.app import ConnectionLimits, ServedModel, application
 from holdfast.serving.audit_chain import AuditKey, ChainFile
 from holdfast.serving.batching import Batcher
 from holdfast.serving.connections import limited_protocol
+from holdfast.serving.guard import GuardPipeline
 from holdfast.serving.keys import KeyFile
 from holdfast.serving.protocol import NoRules, RequestGuard
 from holdfast.serving.protocol_v2 import Signature
@@ -47,6 +48,7 @@ from holdfast.serving.telemetry import Telemetry
 _REPORT_S, _HASTE_S = 0.5, 0.02
 """seconds between two reports to the supervisor, and after answers of a pool, whose number may cause a swap"""
 
+_OBSERVED = ("holdfast_guard_inputs_total", "holdfast_guard_alarms_total")
 _SWITCH_S = 0.001
 """Seconds after which a thread must let another one run. Each operation of torch in the thread of the batches waits for
 this time at its end if the thread that parses requests is busy; the default of Python is 5 ms."""
@@ -120,7 +122,7 @@ class Worker:
         self.device = torch.device(setup.device)
         self._pristine = setup.opening().to(self.device).eval().requires_grad_(False)
         self._prepared: dict[int, ServedSet] = {}
-        self._lost = 0
+        self._lost, self._observed = 0, (0, 0)
         self.chain = None if chain is None else ChainFile(chain, fail_open=setup.audit_fails_open)
         audit: Audit = NoAudit()
         if self.chain is not None:
@@ -216,6 +218,12 @@ class Worker:
             lost = self.chain.lost_in_total
             self.telemetry.count("holdfast_audit_lost_total", n=lost - self._lost)
             self._lost = lost
+        if isinstance(self.answering.guard, GuardPipeline):
+            observed = self.answering.guard.observed
+            counts = observed.n, observed.alarms
+            for name, now, before in zip(_OBSERVED, counts, self._observed, strict=True):
+                self.telemetry.count(name, n=now - before)
+            self._observed = counts
         self._send(b"T", {"answers": self.ledger.taken(), "metrics": self.telemetry.report()})
 
     def _report_often(self) -> None:

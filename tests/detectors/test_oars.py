@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from holdfast.attacks.oars import OARS
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws
 from holdfast.core.model import Bounds
 from holdfast.core.outputs import REFUSED
 from holdfast.core.threat import ThreatModel
+from holdfast.detectors.oars import OARS
 
 SHAPE, N = (1, 8, 8), 4
 
