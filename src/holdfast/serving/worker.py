@@ -265,7 +265,7 @@ class Worker:
 
 def main(inbox: int, outbox: int, listener: int) -> int:
     """Run a worker with the pipes to the supervisor and the socket at these file descriptors. Return the exit code."""
-    sys.setswitchinterval(float(os.environ.get("SW", _SWITCH_S)))
+    sys.setswitchinterval(_SWITCH_S)
     # Ctrl-C is sent to all processes of a terminal; the supervisor handles it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
