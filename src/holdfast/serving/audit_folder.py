@@ -66,9 +66,11 @@ class AuditFolder:
         return cls(path, run, chain, recovered)
 
     def new_worker(self) -> Path:
-        """Record the chain of a new worker, and return its path."""
+        """Create and record the chain of a new worker, and return its path."""
         self._workers += 1
         path = self.path / f"{self.run}.worker-{self._workers}{SUFFIX}"
+        with usable(path):
+            path.touch(PRIVATE, exist_ok=False)  # here, so that a missing file is always a fault
         self.record("worker", chain=path.name)
         return path
 
@@ -235,10 +237,10 @@ def _refuse_missing(
     if state.begin is None:
         raise TargetError(f"{str(file)!r} does not begin with the record of a server; restore it from a copy")
     listed.update(state.workers)
-    expected = [(name, *state.closed[name]) for name in state.workers if name in state.closed]
+    expected = [(name, *state.closed.get(name, (0, GENESIS))) for name in state.workers]
     expected += [(str(name), int(records), str(head)) for name, records, head in state.begin["earlier"]]
     for name, records, head in expected:
-        digests = heads.get(name, [GENESIS])
+        digests = heads.get(name, [])
         if len(digests) <= records or digests[records] != head:
             raise TargetError(
                 f"{str(path / name)!r} is missing, was shortened or replaced: {file.name} recorded its record "

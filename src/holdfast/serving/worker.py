@@ -49,6 +49,8 @@ _REPORT_S, _HASTE_S = 0.5, 0.02
 """seconds between two reports to the supervisor, and after answers of a pool, whose number may cause a swap"""
 
 _OBSERVED = ("holdfast_guard_inputs_total", "holdfast_guard_alarms_total")
+_ENDING_S = 3.0
+"""seconds in which a worker without a supervisor must end after its drain"""
 _SWITCH_S = 0.001
 """Seconds after which a thread must let another one run. Each operation of torch in the thread of the batches waits for
 this time at its end if the thread that parses requests is busy; the default of Python is 5 ms."""
@@ -161,7 +163,9 @@ class Worker:
         )
         config = uvicorn.Config(
             application(self.served),
-            http=limited_protocol(setup.limits.max_connections, setup.limits.header_timeout_s),
+            http=limited_protocol(
+                setup.limits.max_connections, setup.limits.header_timeout_s, self.served.max_body
+            ),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -271,7 +275,8 @@ def main(inbox: int, outbox: int, listener: int) -> int:
         signal.signal(number, signal.SIG_IGN)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     with os.fdopen(inbox, "rb", buffering=0) as tasks, os.fdopen(outbox, "wb", buffering=0) as pipe:
-        pipe.write(BEGINNING)
+        with suppress(BrokenPipeError):
+            pipe.write(BEGINNING)
         lock = threading.Lock()
 
         def send(kind: bytes, content: Mapping[str, Any]) -> None:
@@ -327,6 +332,10 @@ def _follow(worker: Worker, tasks: IO[bytes]) -> None:
         except (KeyError, ValueError, RuntimeError) as error:
             raise TargetError(f"the supervisor sent an invalid message: {error}") from error
     worker.drain()
+    # The supervisor may have been killed. Its successor waits until this process has ended, which must not take longer
+    # than the drain even if the model hangs.
+    time.sleep(worker.setup.drain_s + _ENDING_S)
+    os._exit(1)
 
 
 def _take(worker: Worker, message: bytes) -> None:
