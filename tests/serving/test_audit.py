@@ -115,6 +115,7 @@ def test_the_chains_of_a_killed_server_are_completed_by_the_next_one(tmp_path, m
         file.write(b'{"content":{"kind":"answered"')  # what a kill leaves
     with audit.chain.path.open("ab") as file:
         file.write(b'{"content')
+    audit.chain.close()
     assert verify_audit(tmp_path / "audit").open == 1
     monkeypatch.setattr("holdfast.store.leases.Owner.alive", lambda owner: False)
     following = AuditFolder.open(tmp_path / "audit", {})
@@ -164,4 +165,6 @@ def test_a_full_disk_leaves_a_valid_chain(tmp_path, full_disk, fail_open):
     verified = verify_audit(tmp_path / "audit")
     assert verified.lost == (2 if fail_open else 0) and verified.open == (1 if fail_open else 2)
     chain.close()
-    assert interrupt(place, "the end") == verified.open
+    audit.close()
+    last = verify_audit(tmp_path / "audit")
+    assert (last.open, last.interrupted) == (0, verified.open)

@@ -5,7 +5,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class AuditFolder:
     recovered: int
     """number of requests of killed servers that were recorded as interrupted"""
     _workers: int = 0
+    _open: set[Path] = field(default_factory=set)
+    """chains of workers that are not recorded as closed"""
 
     @classmethod
     def open(cls, path: Path, about: Mapping[str, Any], *, fail_open: bool = False) -> "AuditFolder":
@@ -72,6 +74,7 @@ class AuditFolder:
         with usable(path):
             path.touch(PRIVATE, exist_ok=False)  # here, so that a missing file is always a fault
         self.record("worker", chain=path.name)
+        self._open.add(path)
         return path
 
     def record(self, kind: str, **facts: Any) -> None:
@@ -86,16 +89,22 @@ class AuditFolder:
         """
         if not path.exists():
             self.record("closed", chain=path.name, records=0, head=GENESIS)
+            self._open.discard(path)
             return 0
         with usable(path):
             interrupted = interrupt(path, reason)
         records, head = _end(path)
         self.record("closed", chain=path.name, records=records, head=head, interrupted=interrupted)
+        self._open.discard(path)
         return interrupted
 
     def close(self) -> None:
-        """Record the end of the server, and close its chain."""
-        with suppress(TargetError):  # of a full disk; the next server completes the chain
+        """Complete the chains that could not be completed before, record the end of the server, and close its chain."""
+        with suppress(
+            TargetError
+        ):  # of a full disk; without a record of the end, the next server completes the chains
+            for path in sorted(self._open):
+                self.ended(path, reason="the worker died")
             self.record("end")
         self.chain.close()
 

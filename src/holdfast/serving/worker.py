@@ -45,12 +45,12 @@ from holdfast.serving.quotas import Quotas
 from holdfast.serving.states.sqlite import SQLiteState
 from holdfast.serving.telemetry import Telemetry
 
+_ENDING_S = 3.0
+"""seconds in which a worker without a supervisor must end after its drain"""
 _REPORT_S, _HASTE_S = 0.5, 0.02
 """seconds between two reports to the supervisor, and after answers of a pool, whose number may cause a swap"""
 
 _OBSERVED = ("holdfast_guard_inputs_total", "holdfast_guard_alarms_total")
-_ENDING_S = 3.0
-"""seconds in which a worker without a supervisor must end after its drain"""
 _SWITCH_S = 0.001
 """Seconds after which a thread must let another one run. Each operation of torch in the thread of the batches waits for
 this time at its end if the thread that parses requests is busy; the default of Python is 5 ms."""
