@@ -24,7 +24,7 @@ async def serving(*, most=100, header_timeout_s=5.0, limits=None):
     answer = Answerer(ServedSet(network(), "s", 1), NoRules())
     batcher = Batcher(answer, max_rows=8, max_latency_s=5.0)
     served = ServedModel(SIGNATURE, batcher, limits=limits or ConnectionLimits())
-    protocol = limited_protocol(most, header_timeout_s)
+    protocol = limited_protocol(most, header_timeout_s, served.max_body)
     config = uvicorn.Config(
         application(served), http=protocol, ws="none", lifespan="off", log_config=None, access_log=False
     )
@@ -139,5 +139,38 @@ def test_a_compressed_bomb_is_refused_before_it_is_read():
         async with serving() as port:
             received = await answer_to(port, head)
         assert received.startswith(b"HTTP/1.1 415") and b"connection: close" in received
+
+    run(test)
+
+
+def test_headers_and_trailers_have_a_limit():
+    async def test():
+        line = b"x: " + b"a" * 1_000 + b"\r\n"
+        chunked = b"POST /v2/models/small/infer HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\n"
+        async with serving() as port:
+            most = 65_536 + 8 * SIGNATURE.most_bytes
+            headers = await answer_to(port, GET[:-2], line * 100, b"\r\n")
+            trailers = await answer_to(
+                port,
+                chunked + b"transfer-encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n",
+                *[line * 100] * (most // 100_000 + 2),
+                b"\r\n",
+            )
+        # the parser h11 has limits of its own, and httptools has none
+        assert b"live" not in headers
+        assert b"JSON" not in trailers
+
+    run(test)
+
+
+def test_a_client_that_sends_too_much_reads_the_reason():
+    async def test():
+        body = b"x" * (3 * SIGNATURE.most_bytes)
+        head = b"POST /v2/models/small/infer HTTP/1.1\r\nhost: h\r\ncontent-length: %d\r\n\r\n" % len(body)
+        async with serving() as port:
+            received = await answer_to(
+                port, head, *[body[start : start + 10_000] for start in range(0, len(body), 10_000)]
+            )
+        assert received.startswith(b"HTTP/1.1 413")
 
     run(test)

@@ -1,6 +1,7 @@
 """Requests and responses of the Open Inference Protocol: what is read is what was sent, and the rest is refused."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -123,3 +124,16 @@ def test_a_range_for_each_value_is_checked():
 def test_the_largest_valid_request_is_within_the_limit_of_bytes():
     longest = torch.full((SIGNATURE.max_rows, FEATURES), 1.1754942e-38)
     assert len(request(longest)) <= SIGNATURE.most_bytes
+
+
+def test_text_among_many_numbers_needs_little_memory():
+    signature = Signature("m", (10_000,), CLASSES)
+    data = ["a" * 10_000, *[0] * 9_999]  # as an array of numpy, 400 MB
+    body = json.dumps({"inputs": [{"name": "input", "shape": [1, 10_000], "datatype": "FP32", "data": data}]})
+    tracemalloc.start()
+    try:
+        with pytest.raises(Refused, match="numbers only"):
+            read_request(body.encode(), None, signature)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()

@@ -126,8 +126,11 @@ def _served(settings: ServeSettings, reference: ModelReference) -> _Served:
             f"every is {', '.join(settings.options.every)}, and {reference.address or 'the model'} is no pool, so "
             f"there is no other set; serve a pool with {ROTATING}FOLDER, or leave it out"
         )
-    sources = Sources(reference, DataReference(None), settings.inputs)
     shape = _shape(reference)
+    if Path(reference.address or "").suffix != ".onnx":  # only an ONNX file is opened with the shape
+        inference = reference.inference.model_copy(update={"input_shape": None})
+        reference = replace(reference, inference=inference)
+    sources = Sources(reference, DataReference(None), settings.inputs)
     subject = open_subject(sources)  # here, so that a mistake is reported before workers start
     about = {"model": subject.digest}
     return _Served(

@@ -43,6 +43,10 @@ def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> Starlette
 
     async def swap(request: Request) -> Response:
         permitted(request)
+        if (
+            "origin" in request.headers
+        ):  # a page in the operator's browser could send this request without a key
+            raise Refused(403, "requests of web pages are not accepted")
         if supervisor.setup.pool is None:
             raise Refused(409, "the server has no pool, so there is no other set")
         supervisor.request_swap("requested by the operator")

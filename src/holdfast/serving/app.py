@@ -8,6 +8,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,10 @@ from holdfast.serving.telemetry import Telemetry
 
 Jobs = Batcher[Job, Answer]
 Endpoint = Callable[[Request], Awaitable[Response]]
+_DISCARD_S = 0.5
+"""seconds for which the body of a refused request is read"""
+_DISCARDED = 4
+"""largest size of what is read of it, in multiples of the largest body"""
 _REASONS = {404: "there is nothing at this path", 405: "this method is not supported at this path"}
 
 
@@ -219,8 +224,22 @@ class ServedModel:
         self.telemetry.count("holdfast_refused_total", error.cause)
         headers = dict(error.headers)
         if request.method == "POST" and not getattr(request.state, "read", False):
-            headers["connection"] = "close"  # the rest of the body is not read
+            headers["connection"] = "close"
+            await self._discard(request)
         return _json({"error": error.reason}, error.status, headers)
+
+    async def _discard(self, request: Request) -> None:
+        """Read the body of a refused request for a short time, because a client that is still sending would see a reset
+        connection instead of the response. A client that waits for `100 Continue` reads the response first.
+        """
+        size = 0
+        if _header(request, b"expect") is None:
+            with suppress(TimeoutError, ClientDisconnect):
+                async with asyncio.timeout(_DISCARD_S):
+                    async for part in request.stream():
+                        size += len(part)
+                        if size > _DISCARDED * self.max_body:
+                            break
 
     async def of_http(self, request: Request, error: Exception) -> Response:
         """Return the response for a path or a method that does not exist."""
@@ -270,6 +289,8 @@ class Watched:
             response = await served.scores(request)
         except Refused as error:
             response = await served.refused(request, error)
+        except ClientDisconnect:
+            return
         except Exception as error:  # noqa: BLE001 - an error discloses nothing to the client
             response = await served.failed(request, error)
         await response(scope, receive, counted)

@@ -6,6 +6,7 @@ one call. When a worker dies, the supervisor adds a record `interrupted` for eac
 Principals are stored as pseudonyms and inputs as keyed digests; the key is in a file beside the folder.
 """
 
+import errno
 import hashlib
 import hmac
 import json
@@ -22,10 +23,17 @@ from typing import Any
 from holdfast.core.chain import GENESIS
 from holdfast.core.errors import TargetError
 from holdfast.store.files import PRIVATE, create_private, usable
+from holdfast.store.locking import WAIT_S
+
+try:
+    import fcntl
+except ImportError:  # Windows, where chains are verified only
+    fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".jsonl"
 SERVER = ".server"
 _KEY_BYTES, _DIGITS = 32, 32
+_POLL_S = 0.1
 _ENDS = frozenset({"answered", "interrupted", "failed"})
 """kinds of records that end a request"""
 
@@ -66,7 +74,7 @@ class AuditKey:
 
 
 class ChainFile:
-    """A hash chain in a file of its own, to which one process adds records.
+    """A hash chain in a file of its own, to which one process adds records. It locks the file until it ends.
 
     With `fail_open`, records that cannot be written are counted, and a record `lost` states their number as soon as the
     disk is writable again. Otherwise `OSError` is raised. The file then has its old content.
@@ -78,7 +86,10 @@ class ChainFile:
         self.head, self.records, self.lost = GENESIS, 0, 0
         self.lost_in_total = 0
         with usable(path):
-            self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE)
+            self._handle = os.open(path, os.O_WRONLY | os.O_CREAT, PRIVATE)
+            if not _locked(self._handle) or os.fstat(self._handle).st_size:
+                os.close(self._handle)
+                raise FileExistsError(errno.EEXIST, "the chain is that of another process", str(path))
         self._size = self._synced = 0
 
     def add(self, contents: Sequence[Mapping[str, Any]]) -> None:
@@ -121,6 +132,17 @@ class ChainFile:
         with self._lock, suppress(OSError):
             self.flush()
             os.close(self._handle)
+
+
+def _locked(handle: int) -> bool:
+    """Lock an open file for this process until it is closed, and return whether that is possible now."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def lines(head: str, contents: Iterable[Mapping[str, Any]]) -> tuple[bytes, str]:
@@ -185,14 +207,23 @@ def _follow(pending: dict[str, None], record: Mapping[str, Any]) -> None:
         pending.pop(str(record["request"]), None)
 
 
-def interrupt(path: Path, reason: str) -> int:
+def interrupt(path: Path, reason: str, *, wait_s: float = WAIT_S) -> int:
     """Add the record `interrupted` for each open request of a chain whose process has ended, and return their number.
 
-    An incomplete last line, which a kill may leave, is removed. Raises `OSError` if the file cannot be written.
+    A worker whose supervisor was killed ends by itself once it has answered what it received, for which `wait_s`
+    seconds are waited. An incomplete last line, which a kill may leave, is removed. Raises `OSError` if the file cannot
+    be written, or if its process does not end.
     """
     pending: dict[str, None] = {}
     head, size = GENESIS, 0
     with path.open("r+b") as file:
+        until = time.monotonic() + wait_s
+        while not _locked(file.fileno()):
+            if time.monotonic() >= until:
+                raise OSError(
+                    errno.EBUSY, "a worker of a killed server still writes to it; end that process", str(path)
+                )
+            time.sleep(_POLL_S)
         for line in file:
             if not line.endswith(b"\n"):
                 break

@@ -5,7 +5,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class AuditFolder:
     recovered: int
     """number of requests of killed servers that were recorded as interrupted"""
     _workers: int = 0
+    _open: set[Path] = field(default_factory=set)
+    """chains of workers that are not recorded as closed"""
 
     @classmethod
     def open(cls, path: Path, about: Mapping[str, Any], *, fail_open: bool = False) -> "AuditFolder":
@@ -66,10 +68,13 @@ class AuditFolder:
         return cls(path, run, chain, recovered)
 
     def new_worker(self) -> Path:
-        """Record the chain of a new worker, and return its path."""
+        """Create and record the chain of a new worker, and return its path."""
         self._workers += 1
         path = self.path / f"{self.run}.worker-{self._workers}{SUFFIX}"
+        with usable(path):
+            path.touch(PRIVATE, exist_ok=False)  # here, so that a missing file is always a fault
         self.record("worker", chain=path.name)
+        self._open.add(path)
         return path
 
     def record(self, kind: str, **facts: Any) -> None:
@@ -84,16 +89,22 @@ class AuditFolder:
         """
         if not path.exists():
             self.record("closed", chain=path.name, records=0, head=GENESIS)
+            self._open.discard(path)
             return 0
         with usable(path):
             interrupted = interrupt(path, reason)
         records, head = _end(path)
         self.record("closed", chain=path.name, records=records, head=head, interrupted=interrupted)
+        self._open.discard(path)
         return interrupted
 
     def close(self) -> None:
-        """Record the end of the server, and close its chain."""
-        with suppress(TargetError):  # of a full disk; the next server completes the chain
+        """Complete the chains that could not be completed before, record the end of the server, and close its chain."""
+        with suppress(
+            TargetError
+        ):  # of a full disk; without a record of the end, the next server completes the chains
+            for path in sorted(self._open):
+                self.ended(path, reason="the worker died")
             self.record("end")
         self.chain.close()
 
@@ -235,10 +246,10 @@ def _refuse_missing(
     if state.begin is None:
         raise TargetError(f"{str(file)!r} does not begin with the record of a server; restore it from a copy")
     listed.update(state.workers)
-    expected = [(name, *state.closed[name]) for name in state.workers if name in state.closed]
+    expected = [(name, *state.closed.get(name, (0, GENESIS))) for name in state.workers]
     expected += [(str(name), int(records), str(head)) for name, records, head in state.begin["earlier"]]
     for name, records, head in expected:
-        digests = heads.get(name, [GENESIS])
+        digests = heads.get(name, [])
         if len(digests) <= records or digests[records] != head:
             raise TargetError(
                 f"{str(path / name)!r} is missing, was shortened or replaced: {file.name} recorded its record "

@@ -19,13 +19,29 @@ _SLOW = _raw("408 Request Timeout", "the headers did not arrive in time")
 _INVALID = _raw("400 Bad Request", "the request is not valid HTTP")
 
 
-def limited_protocol(max_connections: int, header_timeout_s: float) -> type[asyncio.Protocol]:
-    """Return uvicorn's HTTP protocol with a limit of open connections and a time limit for the headers of a request."""
+_LARGE = _raw("431 Request Header Fields Too Large", "the headers are too large")
+_HEADERS = 65_536
+"""largest number of bytes of the headers of a request; the parser httptools has no limit of its own"""
+_CHUNKED = 8
+"""largest number of received bytes for each byte of a body, whose chunks have sizes and trailers"""
+
+
+def limited_protocol(
+    max_connections: int, header_timeout_s: float, max_body: int = 0
+) -> type[asyncio.Protocol]:
+    """Return uvicorn's HTTP protocol with limits of open connections and of the bytes of a request, and a time limit
+    for its headers.
+
+    A connection over which more bytes arrive than a request with `max_body` bytes can need is closed.
+    """
+    most = _HEADERS + _CHUNKED * max_body
 
     class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         """HTTP protocol that refuses further connections and closes those whose headers do not arrive in time."""
 
         waiting: asyncio.TimerHandle | None = None
+        received = 0
+        """number of bytes since the last response"""
 
         def connection_made(self, transport: Any) -> None:
             """Accept a connection, or refuse it if too many are open."""
@@ -39,11 +55,21 @@ def limited_protocol(max_connections: int, header_timeout_s: float) -> type[asyn
             """Receive bytes, and measure the time until the headers are complete."""
             if self.transport.is_closing():
                 return
+            self.received += len(data)
             super().data_received(data)
             if self.cycle is not None and not self.cycle.response_complete:
                 self._stop_waiting()
+                if self.received > most:
+                    self.transport.close()
+            elif self.received > _HEADERS and not self.transport.is_closing():
+                self._end(_LARGE)
             elif self.waiting is None:
                 self._wait()
+
+        def on_response_complete(self) -> None:
+            """Prepare for the next request of the connection."""
+            self.received = 0
+            super().on_response_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
             """Forget a closed connection."""

@@ -198,6 +198,8 @@ def _json_values(
     """Return the numbers of `data`, which is flat or nested like the shape."""
     if not isinstance(data, list):
         raise _wrong("data must be a list of numbers")
+    if not _is_numeric(data, len(shape)):
+        raise _wrong("data must contain numbers only, in a flat list or nested like shape")
     try:
         # without a type first, so that text is not converted to numbers
         values = np.array(data)
@@ -215,6 +217,20 @@ def _json_values(
         over="ignore"
     ):  # values beyond the range of float32 become infinite, and are refused as such
         return values.astype(dtype.newbyteorder("="))
+
+
+def _is_numeric(data: list[Any], depth: int) -> bool:
+    """Return whether lists nested at most `depth` times contain only numbers and booleans.
+
+    Without this check, numpy would give each value of a list with one text the size of that text.
+    """
+    if data and isinstance(data[0], list):
+        return depth > 1 and all(isinstance(part, list) and _is_numeric(part, depth - 1) for part in data)
+    try:
+        sum(data)  # the fastest check of the types
+    except (TypeError, OverflowError):
+        return False
+    return True
 
 
 def _has_booleans(data: object) -> bool:

@@ -40,6 +40,8 @@ _DEATHS = 3
 """number of deaths of workers before any was ready after which the server gives up"""
 _KILLED_S = 5.0
 """seconds that a worker gets to end after it drained, before it is killed"""
+_BEGIN_S = 10.0
+"""seconds until a worker that could not be started is started again"""
 _LOADING_S = 120.0
 """seconds in which a worker must load a set before it is replaced"""
 
@@ -97,7 +99,8 @@ class Supervisor:
         self._serving: NextSet | None = None
         self._tests = ThreadPoolExecutor(1, "test", _lower_priority)
         self._swap: _Swap | None = None
-        self._looked_s = 0.0
+        self._looked_s = self._begin_s = 0.0
+        self._owed_workers = 0
         self._stopping = False
         self._audit: AuditFolder | None = None
         self._listener: socket.socket | None = None
@@ -189,6 +192,7 @@ class Supervisor:
         for worker in list(self._workers):
             if worker.process.poll() is not None and worker.ended is None and not worker.ready:
                 self._receive(worker, b"")
+        self._start_owed()
         self._rotate()
         self.telemetry.set("holdfast_workers", sum(worker.ready for worker in self._workers))
         self.totals.add("supervisor", self.telemetry.report())
@@ -264,7 +268,19 @@ class Supervisor:
         self.telemetry.count("holdfast_worker_restarts_total")
         note = f", {interrupted} requests were interrupted" if interrupted else ""
         self._notify(f"note: {worker.name} ended with status {code}{note}; it is replaced")
-        self._start_worker()
+        self._owed_workers += 1
+        self._start_owed()
+
+    def _start_owed(self) -> None:
+        """Start workers in the place of those that ended; later if a chain cannot be begun, as on a full disk."""
+        while self._owed_workers and not self._stopping and time.monotonic() >= self._begin_s:
+            try:
+                self._start_worker()
+            except TargetError as error:
+                self._begin_s = time.monotonic() + _BEGIN_S
+                self._notify(f"note: a worker cannot be started: {error}")
+                return
+            self._owed_workers -= 1
 
     def _close_chain(self, worker: WorkerProcess, reason: str) -> int:
         if self._audit is None or worker.chain is None:

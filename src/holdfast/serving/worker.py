@@ -45,6 +45,8 @@ from holdfast.serving.quotas import Quotas
 from holdfast.serving.states.sqlite import SQLiteState
 from holdfast.serving.telemetry import Telemetry
 
+_ENDING_S = 3.0
+"""seconds in which a worker without a supervisor must end after its drain"""
 _REPORT_S, _HASTE_S = 0.5, 0.02
 """seconds between two reports to the supervisor, and after answers of a pool, whose number may cause a swap"""
 
@@ -161,7 +163,9 @@ class Worker:
         )
         config = uvicorn.Config(
             application(self.served),
-            http=limited_protocol(setup.limits.max_connections, setup.limits.header_timeout_s),
+            http=limited_protocol(
+                setup.limits.max_connections, setup.limits.header_timeout_s, self.served.max_body
+            ),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -273,13 +277,14 @@ class Worker:
 
 def main(inbox: int, outbox: int, listener: int) -> int:
     """Run a worker with the pipes to the supervisor and the socket at these file descriptors. Return the exit code."""
-    sys.setswitchinterval(float(os.environ.get("SW", _SWITCH_S)))
+    sys.setswitchinterval(_SWITCH_S)
     # Ctrl-C is sent to all processes of a terminal; the supervisor handles it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     with os.fdopen(inbox, "rb", buffering=0) as tasks, os.fdopen(outbox, "wb", buffering=0) as pipe:
-        pipe.write(BEGINNING)
+        with suppress(BrokenPipeError):
+            pipe.write(BEGINNING)
         lock = threading.Lock()
 
         def send(kind: bytes, content: Mapping[str, Any]) -> None:
@@ -335,6 +340,10 @@ def _follow(worker: Worker, tasks: IO[bytes]) -> None:
         except (KeyError, ValueError, RuntimeError) as error:
             raise TargetError(f"the supervisor sent an invalid message: {error}") from error
     worker.drain()
+    # The supervisor may have been killed. Its successor waits until this process has ended, which must not take longer
+    # than the drain even if the model hangs.
+    time.sleep(worker.setup.drain_s + _ENDING_S)
+    os._exit(1)
 
 
 def _take(worker: Worker, message: bytes) -> None:
