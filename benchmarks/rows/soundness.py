@@ -1,8 +1,11 @@
 """Certificates of random small networks beside an exact solver, and of networks with a hidden counterexample."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from itertools import pairwise
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -106,16 +109,18 @@ def outcome(n: int, planted: int) -> Outcome:
     """The row, with so many networks of both kinds."""
     wrong: list[Cells] = []
     table = []
-    for name, count, made in (("random", n, _random), ("hidden counterexample", planted, _hidden)):
-        verdicts = {"certified": 0, "broken": 0, "unknown": 0}
-        for case in made(count):
-            verdict, why = _judged(*case)
-            verdicts[verdict] += 1
-            if why:
-                wrong.append({"networks": name, "seed": case[0], "verdict": verdict, "why": why})
-        table.append(
-            {"networks": name, "n": count, **verdicts, "wrong": sum(w["networks"] == name for w in wrong)}
-        )
+    # processes, because threads would share the interpreter; results do not depend on their number
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), torch.set_num_threads, (1,)) as processes:
+        for name, count, made in (("random", n, _random), ("hidden counterexample", planted, _hidden)):
+            verdicts = {"certified": 0, "broken": 0, "unknown": 0}
+            judged = processes.map(_judged, [made] * count, range(count), chunksize=20)
+            for seed, (verdict, why) in enumerate(judged):
+                verdicts[verdict] += 1
+                if why:
+                    wrong.append({"networks": name, "seed": seed, "verdict": verdict, "why": why})
+            table.append(
+                {"networks": name, "n": count, **verdicts, "wrong": sum(w["networks"] == name for w in wrong)}
+            )
     hidden = next(row for row in table if row["networks"] != "random")
     claims = [
         Claim("wrong verdicts == 0", len(wrong), 0),
@@ -131,33 +136,32 @@ def outcome(n: int, planted: int) -> Outcome:
     return Outcome(table, claims, config, {"wrong": wrong})
 
 
-Case = tuple[int, nn.Module, Chain, Tensor, float]
-"""seed, network, its chain, input (1, *shape), eps"""
+Case = tuple[nn.Module, Chain, Tensor, float]
+"""network, its chain, input (1, *shape), eps"""
 
 
-def _random(count: int) -> Iterator[Case]:
-    for seed in range(count):
-        rng = torch.Generator().manual_seed(seed)
-        chain = Chain(seed % 3 == 0, rng)
-        x = torch.rand(1, *chain.shape, generator=rng)
-        yield seed, chain, chain, x, float(torch.rand((), generator=rng) * 0.2 + 0.01)
+def _random(seed: int) -> Case:
+    rng = torch.Generator().manual_seed(seed)
+    chain = Chain(seed % 3 == 0, rng)
+    x = torch.rand(1, *chain.shape, generator=rng)
+    return chain, chain, x, float(torch.rand((), generator=rng) * 0.2 + 0.01)
 
 
-def _hidden(count: int) -> Iterator[Case]:
-    for seed in range(count):
-        rng = torch.Generator().manual_seed(1_000_000 + seed)
-        chain = Chain(False, rng)
-        x = torch.rand(1, *chain.shape, generator=rng)
-        eps = float(torch.rand((), generator=rng) * 0.1 + 0.02)
-        at = (x + eps * (2 * torch.rand(x.shape, generator=rng) - 1)).clamp(0, 1)
-        logits = chain(at)[0].detach()
-        y = int(chain(x).argmax())
-        depth = float(logits[y] - logits.amin()) + 1.0
-        yield seed, Hidden(chain, at, y, depth, eps / 20), chain, x, eps
+def _hidden(seed: int) -> Case:
+    rng = torch.Generator().manual_seed(1_000_000 + seed)
+    chain = Chain(False, rng)
+    x = torch.rand(1, *chain.shape, generator=rng)
+    eps = float(torch.rand((), generator=rng) * 0.1 + 0.02)
+    at = (x + eps * (2 * torch.rand(x.shape, generator=rng) - 1)).clamp(0, 1)
+    logits = chain(at)[0].detach()
+    y = int(chain(x).argmax())
+    depth = float(logits[y] - logits.amin()) + 1.0
+    return Hidden(chain, at, y, depth, eps / 20), chain, x, eps
 
 
-def _judged(seed: int, net: nn.Module, chain: Chain, x: Tensor, eps: float) -> tuple[str, str]:
+def _judged(made: Callable[[int], Case], seed: int) -> tuple[str, str]:
     """The verdict about one network, and what is wrong with it, if anything."""
+    net, chain, x, eps = made(seed)
     model = Classifier(net).eval().requires_grad_(False)
     y = model(x).argmax(1)
     batch, threat = Batch(x, y, torch.tensor([seed])), ThreatModel(Linf(eps))
