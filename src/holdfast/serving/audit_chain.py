@@ -25,10 +25,8 @@ from holdfast.core.errors import TargetError
 from holdfast.store.files import PRIVATE, create_private, usable
 from holdfast.store.locking import WAIT_S
 
-try:
+if os.name != "nt":  # on Windows, chains are verified only
     import fcntl
-except ImportError:  # Windows, where chains are verified only
-    fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".jsonl"
 SERVER = ".server"
@@ -136,7 +134,7 @@ class ChainFile:
 
 def _locked(handle: int) -> bool:
     """Lock an open file for this process until it is closed, and return whether that is possible now."""
-    if fcntl is None:
+    if os.name == "nt":
         return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
