@@ -1,9 +1,10 @@
 # Everything is installed into .venv, which is created on first use and updated only when the versions change.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check static docs quick slow fuzz bench benchmarks-page check-servers figures bundled data clean
+.PHONY: help demo demo-serve test check static docs quick slow fuzz bench benchmarks-page check-servers figures bundled data clean
 
 PYTHON ?= python3
 RUN := .venv/.run
+SERVE := .venv/.serve
 DEV := .venv/.dev
 BENCH := .venv-bench/.ready
 SERVERS := .venv-servers/.ready
@@ -20,6 +21,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/py
 
 help:
 	@echo 'make demo                assess the bundled network, offline, and print the path of the report'
+	@echo 'make demo-serve          serve the bundled network with a guard, and print the command that attacks it'
 	@echo 'make test                all checks and tests (10 to 30 minutes on two cores)'
 	@echo 'make check               format, lint, types, layers, documentation, quick tests'
 	@echo 'make docs                build the documentation into site/'
@@ -38,11 +40,17 @@ $(RUN): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq -e .
 	@touch $@
 
+$(SERVE): pyproject.toml constraints.txt
+	@echo 'installing into .venv, with what the server needs'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq -e '.[serve]'
+	@touch $@ $(RUN)
+
 $(DEV): pyproject.toml constraints.txt
 	@echo 'installing into .venv, with what the tests need'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq -e '.[onnx,parquet,scale,sklearn,vnnlib,dev]'
-	@touch $@ $(RUN)
+	@touch $@ $(RUN) $(SERVE)
 
 $(BENCH): pyproject.toml constraints.txt benchmarks/requirements.txt benchmarks/requirements-bare.txt
 	@echo 'installing into .venv-bench'
@@ -60,6 +68,9 @@ $(SERVERS): benchmarks/servers/requirements.txt benchmarks/servers/constraints.t
 
 demo: $(RUN)
 	@$(BIN)/holdfast demo
+
+demo-serve: $(SERVE)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" deploy/demo-serve.sh "$(CURDIR)/holdfast-demo-serve"
 
 test: check slow
 

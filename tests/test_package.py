@@ -28,7 +28,7 @@ LONG_FUNCTIONS: dict[str, int] = {
     "attacking.py:attack": 64,
     "certifying.py:certify": 70,
     "config/references.py:open_model": 62,
-    "deploying.py:serve": 62,
+    "deploying.py:serve": 87,
 }
 """Functions that are one thing though they are long, and how long they may be."""
 

@@ -11,13 +11,16 @@ from holdfast.config.settings import ServeSettings, check_settings, given
 from holdfast.core.errors import UsageError
 from holdfast.engine.progress import Notify, ignore
 
-_NEEDED = ("starlette", "uvicorn", "prometheus_client")
+_NEEDED = ("httpx", "prometheus_client", "starlette", "uvicorn")
 
 
 @verb
 def serve(
-    model: ModelLike,
+    model: ModelLike | None = None,
     *,
+    proxy: str | None = None,
+    guard: str | Path | None = None,
+    input_shape: Sequence[int] | None = None,
     name: str | None = None,
     model_version: str = "1",
     host: str = "127.0.0.1",
@@ -38,6 +41,10 @@ def serve(
     body_timeout: str = "30s",
     max_connections: int = 1000,
     drain: str = "30s",
+    upstream_headers: Sequence[str] = (),
+    forward_headers: Sequence[str] = (),
+    upstream_output: str | None = None,
+    upstream_timeout: str = "10s",
     bounds: Numbers | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
@@ -48,13 +55,19 @@ def serve(
     """Serve a model over the Open Inference Protocol v2 until SIGTERM or Ctrl-C, and then drain.
 
     `model` is an address, such as that of a pool, `"rotating:pool/"`, or an object that can be pickled; options for
-    opening it are given with `holdfast.open_model`, such as the shape of its inputs and the file of the guard, which
-    decides about each request. The other arguments are those of
-    `holdfast serve`. `notify` is called with messages, such as the address when requests are answered. Raises
+    opening it are given with `holdfast.open_model`. With `proxy`, the URL of a server of the same protocol, there is no
+    model, and requests are passed on to that server. `guard` is the file of the guard that decides about each request,
+    and `input_shape` the shape of one input; both may also be given with `holdfast.open_model`. The other arguments are
+    those of `holdfast serve`. `notify` is called with messages, such as the address when requests are answered. Raises
     `UsageError` and `TargetError`.
     """
+    if (model is None) == (proxy is None):
+        raise UsageError("give either model (what is served) or proxy (the URL of a server to guard)")
     settings = check_settings(
         given(
+            proxy=proxy,
+            guard=None if guard is None else str(guard),
+            input_shape=None if input_shape is None else list(input_shape),
             name=name,
             model_version=model_version,
             host=host,
@@ -75,6 +88,10 @@ def serve(
             body_timeout=body_timeout,
             max_connections=max_connections,
             drain=drain,
+            upstream_headers=list(upstream_headers),
+            forward_headers=list(forward_headers),
+            upstream_output=upstream_output,
+            upstream_timeout=upstream_timeout,
             bounds=bounds,
             mean=mean,
             std=std,
@@ -84,7 +101,7 @@ def serve(
         "serve()",
         kind=ServeSettings,
     )
-    _served(settings, model_reference(model), notify)
+    _served(settings, ModelReference(None) if model is None else model_reference(model), notify)
 
 
 def carry_out_serving(settings: ServeSettings, notify: Notify = ignore) -> None:

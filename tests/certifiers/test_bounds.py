@@ -1,6 +1,7 @@
 """Bounds of networks: sound for every operation, tight for the simple ones, and refused where none are known."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 
 from holdfast import L1, L2, Batch, Classifier, Linf, ThreatModel
 from holdfast.certifiers.alpha import optimised, sharpen
-from holdfast.certifiers.crown import cuts, refine, relaxed, substitute
+from holdfast.certifiers.branching import OutputProperty, Search, Tree, _Problems
+from holdfast.certifiers.crown import NO_CHOICES, cuts, refine, relaxed, substitute
 from holdfast.certifiers.graph import gamma
+from holdfast.certifiers.nonlinear import ReLU
 from holdfast.certifiers.provers import IBP, Crown, CrownIBP, margin_rows
 from holdfast.certifiers.reduction import AffineSum, reduced
 from holdfast.certifiers.region import Region, region_of
@@ -194,7 +197,7 @@ NETWORKS = {
         for layer in (
             nn.Tanh(),
             nn.Sigmoid(),
-            nn.GELU(),
+            nn.Sigmoid(),
             nn.SiLU(),
             nn.Softplus(),
             nn.LeakyReLU(0.2),
@@ -379,6 +382,60 @@ def test_rounding_errors_are_subtracted() -> None:
     batch = Batch(torch.full((1, 2), 0.5), torch.tensor([0]), torch.arange(1))
     for prover in (IBP(), CrownIBP(), Crown(), AlphaCrown()):
         assert prover.ready(model, batch, ThreatModel(Linf(0.1)))(batch).bound <= 0, prover
+
+
+class Shifted(nn.Module):
+    """Small sums of all inputs, multiplied by `factor` after the addition of several constants to the two outputs."""
+
+    def __init__(self, offsets: list[tuple[float, float]], factor: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("offsets", torch.tensor(offsets))
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = 1e-6 * x.flatten(1).sum(1, keepdim=True)
+        for offset in self.offsets:
+            y = y + offset
+        return y * self.factor
+
+
+@pytest.mark.parametrize("prover", [Crown(), BranchAndBound(timeout_s=5)], ids=lambda prover: prover.name)
+def test_a_sum_that_overflows_proves_nothing(prover: Crown) -> None:
+    # 10 * 6e37 overflows in a backward substitution, although all values and the true margin -6e37 do not
+    net = Shifted([(-1.65e37, 1.65e37)] * 2 + [(3e37, -3e37)], 10.0)
+    model, x = Classifier(net).eval(), torch.full((1, 1, 2, 2), 0.5)
+    assert model(x).argmax(1) == 1
+    batch = Batch(x, torch.zeros(1, dtype=torch.long), torch.arange(1))
+    assert not prover.ready(model, batch, ThreatModel(Linf(1e-3)))(batch).certified
+
+
+def test_rounding_errors_of_many_constants_are_subtracted() -> None:
+    # in a sum from the last constant to the first, all others are lost
+    net, x = Shifted([(-0.49 * 2.0**-23, 0.0)] * 600 + [(1.5, 0.0)]), torch.full((1, 1, 2, 2), 0.5)
+    graph = traced(Classifier(net).eval(), x)
+    lower = substitute(
+        relaxed(graph, region_of(x, Linf(1e-3), Bounds())), graph.output, torch.eye(2)[None]
+    ).lower
+    assert lower[0, 0] <= float(graph.to(torch.float64)(x.double())[0, 0])
+
+
+def test_rounding_errors_of_a_subproblem_are_at_least_those_of_its_own_bounds() -> None:
+    layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 3)]
+    model = Classifier(nn.Sequential(nn.Flatten(), *layers)).eval().requires_grad_(False)
+    x = torch.rand(1, 1, 2, 2)
+    graph = traced(model, x)
+    root = relaxed(graph, region_of(x, Linf(0.5), Bounds()))
+    (sigmoid,) = (i for i in graph.nonlinear if not isinstance(graph.node(i).operation, ReLU))
+    index, one = graph.node(sigmoid).inputs[0], torch.ones(1, 4)
+    root.bounds[index] = (-22.48 * one, -5.66 * one)
+    claim = OutputProperty(torch.eye(3)[:1], torch.zeros(1))
+    tree = Tree(root, claim, Search(), math.inf, lambda x: torch.zeros(len(x), dtype=torch.bool))
+    known = {**{i: root.bound(i) for i in graph.bounded}, index: (-6.46 * one, -5.72 * one)}
+    inside = tree._relaxation(_Problems({}, known, torch.zeros(1), NO_CHOICES))
+    own = Relaxation(graph, root.region, dict(known))
+    assert (own.error_of(sigmoid) > root.error_of(sigmoid)).all()  # other slopes are chosen
+    for i in range(1, graph.output + 1):
+        assert (inside.error_of(i) >= own.error_of(i)).all()
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from holdfast.certifiers.lipschitz import Lipschitz
-from holdfast.certifiers.provers import IBP, Crown, CrownIBP
+from holdfast.certifiers.provers import IBP, Crown, CrownIBP, GraphProver
 from holdfast.certifiers.searching import AlphaCrown, BranchAndBound
 from holdfast.core.constraints import L1, L2, Linf
 from holdfast.core.threat import ThreatModel
@@ -43,17 +43,17 @@ def test_law(case, law):
 
 
 @dataclass(frozen=True)
-class Unsound:
+class Unsound(GraphProver):
     """CROWN with a planted error."""
 
     error: str
     name: ClassVar[str] = "unsound"
 
-    def ready(self, model, sample, threat):
+    def on(self, graph, model, threat):
         eps, norm = threat.constraint.eps, type(threat.constraint)
         if self.error == "radius":
             eps = 0.9 * eps
-        prover = Crown().ready(model, sample, ThreatModel(norm(eps)))
+        prover = Crown().on(graph, model, ThreatModel(norm(eps)))
 
         def proofs(batch):
             proved = prover(batch)

@@ -24,13 +24,18 @@ FEW = (3, 8, 8, 3)
 MANY = (24, 12, 12, 4)
 """sizes of a network whose ReLUs are divided"""
 UNIT = (0.0, 1.0)
+OPENED = {}
+"""networks by the contents of their files"""
 
 
 def verdict(tmp_path, layers, text, seconds=120.0, **options):
     """The verdict about a network and the text of a query."""
     query = tmp_path / "query.vnnlib"
     query.write_text(text)
-    network = open_network(write_mlp(tmp_path / "net.onnx", layers, **options))
+    path = write_mlp(tmp_path / "net.onnx", layers, **options)
+    # the file is read in a process of its own, which takes longer than many of the proofs
+    contents = path.read_bytes()
+    network = OPENED[contents] if contents in OPENED else OPENED.setdefault(contents, open_network(path))
     return decide(read_query(query), {"": network}, deadline=time.perf_counter() + seconds)
 
 
@@ -39,7 +44,7 @@ def verdict(tmp_path, layers, text, seconds=120.0, **options):
     [
         (FEW, 1),
         (MANY, 2),
-        *(pytest.param(s, k, marks=pytest.mark.slow) for s in (FEW, MANY) for k in range(3, 6)),
+        *(pytest.param(s, k, marks=pytest.mark.slow) for s in (FEW, MANY) for k in (3, 4)),
     ],
 )
 def test_verdicts_agree_with_the_exact_maximum(tmp_path, sizes, seed):
@@ -88,7 +93,7 @@ def test_a_conjunction_is_excluded_although_each_part_is_possible(tmp_path):
 def test_a_boundary_that_is_touched_is_sat_only_if_equality_is_allowed(tmp_path):
     layers = [(np.ones((1, 1), np.float32), np.zeros(1, np.float32))] * 2  # y = relu(x)
     assert verdict(tmp_path, layers, query_text(1, 1, [UNIT], "(>= Y_0 1.0)")).answer == "sat"
-    assert verdict(tmp_path, layers, query_text(1, 1, [UNIT], "(> Y_0 1.0)"), seconds=5).answer != "sat"
+    assert verdict(tmp_path, layers, query_text(1, 1, [UNIT], "(> Y_0 1.0)"), seconds=1).answer != "sat"
     assert verdict(tmp_path, layers, query_text(1, 1, [UNIT], "(<= X_0 Y_0)", "(< X_0 0.5)")).answer == "sat"
 
 

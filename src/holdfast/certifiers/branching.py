@@ -18,7 +18,7 @@ from holdfast.certifiers.alpha import Optimised, optimised
 from holdfast.certifiers.crown import Choices, refine, substitute
 from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.leaves import solved_leaf
-from holdfast.certifiers.linear import Interval
+from holdfast.certifiers.linear import Interval, Linear
 from holdfast.certifiers.nonlinear import ReLU
 from holdfast.certifiers.relaxation import Relaxation
 
@@ -206,7 +206,12 @@ class Tree:
 
     def _relaxation(self, problems: _Problems) -> Relaxation:
         d, root = len(problems), self.root
-        errors = {i: root.error_of(i).expand(d, -1) for i in range(1, root.graph.output + 1)}
+        # with tighter bounds those of linear operations and of ReLUs are smaller; slopes of others may be larger
+        errors = {
+            i: root.error_of(i).expand(d, -1)
+            for i, node in enumerate(root.graph.nodes, 1)
+            if isinstance(node.operation, Linear | ReLU)
+        }
         region = root.region.of(torch.zeros(d, dtype=torch.long, device=problems.bound.device))
         return Relaxation(root.graph, region, dict(problems.bounds), errors=errors)
 

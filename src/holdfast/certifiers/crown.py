@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from holdfast.certifiers import windows
-from holdfast.certifiers.graph import Graph
+from holdfast.certifiers.graph import Graph, gamma
 from holdfast.certifiers.linear import Linear
 from holdfast.certifiers.nonlinear import MaxPool, PoolLines, ReLU
 from holdfast.certifiers.region import Region
@@ -85,8 +85,8 @@ def substitute(
     """
     graph = relaxation.graph
     n = len(relaxation.region.low)
-    constant = coefficients.new_zeros(n, coefficients.shape[1])
-    error, stored = torch.zeros_like(constant), {}
+    constant = Total(coefficients.new_zeros(n, coefficients.shape[1]))
+    error, stored = torch.zeros_like(constant.sum), {}
     pending = {index: coefficients}
     for i in range(index, 0, -1):
         if i not in pending:
@@ -97,14 +97,44 @@ def substitute(
         if rounded:
             error = error + _weighted(a.abs(), relaxation.error_of(i))
         back, offset = _stepped(relaxation, i, a, choices)
-        if offset is not None:
-            constant = constant + offset
+        constant = constant.plus(offset, sized=rounded)
         _add(pending, graph.node(i).inputs, back)
     a = pending[0]
     if len(a) < n:
         a = a.expand(n, *a.shape[1:])
-    lower = relaxation.region.minimum(a) + constant - error * 1.01
+    lower = relaxation.region.minimum(a) + constant.sum
+    if rounded:
+        lower = finite(lower - (error + constant.rounding) * 1.01)
     return Substituted(lower, a, stored)
+
+
+@dataclass(frozen=True)
+class Total:
+    """A sum of constants, with what bounds its rounding error."""
+
+    sum: Tensor
+    sizes: Tensor | float = 0.0
+    """sum of the magnitudes"""
+    terms: int = 1
+
+    def plus(self, constant: Tensor | None, *, sized: bool = True) -> "Total":
+        """Return the sum with one more constant; None is zero. Without `sized`, no error is bounded."""
+        if constant is None:
+            return self
+        sizes = self.sizes + constant.abs() if sized else self.sizes
+        return Total(self.sum + constant, sizes, self.terms + 1)
+
+    @property
+    def rounding(self) -> Tensor | float:
+        """Bound of the rounding error of the sum, and of a last sum of it with another number."""
+        return gamma(self.terms, self.sum.dtype) * self.sizes
+
+
+def finite(lower: Tensor) -> Tensor:
+    """Return lower bounds, with minus infinity for those that are NaN or infinity after an overflow, which prove
+    nothing.
+    """
+    return torch.where(lower < torch.inf, lower, -torch.inf)
 
 
 def _add(pending: dict[int, Tensor], inputs: Sequence[int], back: Sequence[Tensor]) -> None:
@@ -209,7 +239,6 @@ def refine(relaxation: Relaxation, index: int, deadline: float = math.inf) -> No
                     break
                 sign = signs[examples[:, None], rows]
                 lower = functions.of(examples).lower(rows, sign)
-                lower = torch.where(lower.isnan(), -torch.inf, lower)  # of bounds that are not finite
                 place = (examples[:, None], rows)
                 below[place] = torch.where(sign > 0, torch.maximum(below[place], lower), below[place])
                 above[place] = torch.where(sign < 0, torch.minimum(above[place], -lower), above[place])
@@ -286,7 +315,7 @@ class _Functions:
     def lower(self, chosen: Tensor, signs: Tensor) -> Tensor:
         """Return lower bounds (n, k) of the chosen values, indices (n, k), times signs (n, k)."""
         relaxation, graph = self.relaxation, self.relaxation.graph
-        constant = torch.zeros_like(signs)
+        constant = Total(torch.zeros_like(signs))
         error = torch.zeros_like(signs)
         on_windows: dict[int, list[windows.Windows]] = {}
         whole: dict[int, Tensor] = {}
@@ -300,7 +329,7 @@ class _Functions:
             if i in on_windows:
                 joined = windows.Windows.joined(on_windows.pop(i), self.frames[i])
                 moved, offset, rounding = windows.step(relaxation, i, joined)
-                constant, error = constant + offset, error + rounding
+                constant, error = constant.plus(offset), error + rounding
                 for j, part in zip(inputs, moved, strict=True):
                     if j in self.frames:
                         on_windows.setdefault(j, []).append(part)
@@ -310,14 +339,14 @@ class _Functions:
                 a = whole.pop(i)
                 error = error + _weighted(a.abs(), relaxation.error_of(i))
                 back, added = _stepped(relaxation, i, a, NO_CHOICES)
-                constant = constant if added is None else constant + added
+                constant = constant.plus(added)
                 _add(whole, inputs, back)
         if self.until in on_windows:
             last = windows.Windows.joined(on_windows[self.until], self.frames[self.until])
             least = last.minimum(self.region)
         else:
             least = self.region.minimum(whole[self.until])
-        return least + constant - error * 1.01
+        return finite(least + constant.sum - (error + constant.rounding) * 1.01)
 
 
 def one_hot(chosen: Tensor, signs: Tensor, shape: torch.Size) -> Tensor:

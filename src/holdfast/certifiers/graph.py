@@ -70,6 +70,15 @@ class Graph:
         return known
 
     @cached_property
+    def uses(self) -> tuple[int, ...]:
+        """Number of times that each value is an input of an operation, by index."""
+        counts = [0] * (len(self.nodes) + 1)
+        for node in self.nodes:
+            for i in node.inputs:
+                counts[i] += 1
+        return tuple(counts)
+
+    @cached_property
     def nonlinear(self) -> tuple[int, ...]:
         """Indices of the nonlinear operations, in the order of execution."""
         return tuple(i for i, node in enumerate(self.nodes, 1) if not isinstance(node.operation, Linear))

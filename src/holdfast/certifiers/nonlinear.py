@@ -127,7 +127,8 @@ class ReLU(Activation):
         low, high = x
         below, above = low.clamp(max=0), high.clamp(min=0)
         wide = above - below
-        slope = above / wide.clamp(min=torch.finfo(low.dtype).tiny)
+        tiny = torch.finfo(low.dtype).tiny
+        slope = torch.where(wide < tiny, 1.0, above / wide.clamp(min=tiny))
         zero = torch.zeros_like(slope)
         # rounding of the slope moves the bound at the ends by at most 4 units in the last place of them
         enlarged = (-slope * below) * (1 + 8 * torch.finfo(low.dtype).eps)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from holdfast.certifiers.crown import relaxed, substitute
+from holdfast.certifiers.crown import finite, relaxed, substitute
 from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.linear import Dense
 from holdfast.certifiers.protocol import Proofs, ReadyProver
@@ -61,7 +61,7 @@ class Bounder:
                 region, deadline = region_of(part.x, self.constraint, self.bounds), self._deadline(len(part))
                 rows = margin_rows(part.y, self.graph.shape_of(self.graph.output)[0], part.x.dtype)
                 lower, stopped = self.method(self.graph, region, rows, deadline)
-                bound, none = lower.amin(1).double().nan_to_num(nan=-torch.inf), Proofs.none(part)
+                bound, none = finite(lower).amin(1).double(), Proofs.none(part)
                 late = torch.full_like(none.stopped, stopped) & (bound <= 0)
                 parts.append(
                     replace(

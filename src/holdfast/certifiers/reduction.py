@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holdfast.certifiers.crown import one_hot
+from holdfast.certifiers.crown import Total, one_hot
 from holdfast.certifiers.graph import ROUNDINGS, Graph, Node, gamma
 from holdfast.certifiers.linear import Convolution, Dense, Interval, Linear
 from holdfast.certifiers.nonlinear import ReLU
@@ -142,7 +142,7 @@ def _expressed(
     graph = relaxation.graph
     ones = torch.ones(1, len(chosen), dtype=relaxation.region.low.dtype, device=chosen.device)
     rows = one_hot(chosen[None], ones, graph.shape_of(index))
-    constant, error = torch.zeros_like(ones), torch.zeros_like(ones)
+    constant, error = Total(torch.zeros_like(ones)), torch.zeros_like(ones)
     weights: dict[int, Tensor] = {}
     pending = {index: rows}
     for i in range(index, 0, -1):
@@ -151,8 +151,7 @@ def _expressed(
         a, node = pending.pop(i), graph.node(i)
         error = error + a.abs().flatten(2)[0] @ relaxation.error_of(i)[0]
         if isinstance(node.operation, Linear):
-            if (offset := node.operation.constant(a)) is not None:
-                constant = constant + offset
+            constant = constant.plus(node.operation.constant(a))
             back = node.operation.transposed(a, [graph.shape_of(j) for j in node.inputs])
         else:
             if i in places:
@@ -163,5 +162,6 @@ def _expressed(
             pending[j] = pending[j] + moved if j in pending else moved
     weights[0] = pending[0].flatten(2)[0]
     inputs = tuple(sorted(weights))
-    affine = AffineSum(tuple(weights[i] for i in inputs), constant[0], error[0] * 1.01)
+    error = (error + constant.rounding) * 1.01
+    affine = AffineSum(tuple(weights[i] for i in inputs), constant.sum[0], error[0])
     return Node(affine, inputs, torch.Size([len(chosen)]))

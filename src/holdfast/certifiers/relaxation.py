@@ -36,9 +36,13 @@ class Relaxation:
 
     def bound(self, index: int) -> Interval:
         """Return bounds of a value, computed by interval arithmetic if they are not known."""
-        if index not in self.bounds:
-            node = self.graph.node(index)
-            self.bounds[index] = interval_of(node, [self.bound(i) for i in node.inputs])
+        pending = [] if index in self.bounds else [index]
+        while pending:  # not recursive: networks may have more operations than Python allows calls
+            node = self.graph.node(pending[-1])
+            missing = [i for i in node.inputs if i not in self.bounds]
+            if not missing:
+                self.bounds[pending.pop()] = interval_of(node, [self.bounds[i] for i in node.inputs])
+            pending.extend(missing)
         return self.bounds[index]
 
     def lines_of(self, index: int) -> Lines | PoolLines:
@@ -59,22 +63,25 @@ class Relaxation:
         node = self.graph.node(index)
         operation, dtype = node.operation, self.region.low.dtype
         sizes = [largest(self.bound(i)) for i in node.inputs]
+        # the coefficients of an input are summed over the operations that use it
+        sums = max(self.graph.uses[i] for i in node.inputs)
         if isinstance(operation, Linear):
-            return ROUNDINGS * operation.magnitude(*sizes) * gamma(operation.terms + 4, dtype)
+            return ROUNDINGS * operation.magnitude(*sizes) * gamma(operation.terms + 4 + sums, dtype)
         lines, n_values = self.lines_of(index), node.shape.numel()
         if isinstance(lines, PoolLines):
             slopes = lines.upper + lines.lower
             assert isinstance(operation, MaxPool)
             moved = (slopes * operation.windows(sizes[0])).sum(-1)
             return (
-                gamma(slopes.shape[-1] + 4, dtype) * moved + gamma(n_values, dtype) * lines.upper_offset.abs()
+                gamma(slopes.shape[-1] + 4 + sums, dtype) * moved
+                + gamma(n_values, dtype) * lines.upper_offset.abs()
             )
         offsets = torch.maximum(lines.lower_offset.abs(), lines.upper_offset.abs())
         # the products with the slopes, and the rounding of the slopes themselves
         if isinstance(operation, ReLU):  # any slope from 0 to 1 may be chosen
-            return gamma(8, dtype) * sizes[0] + gamma(n_values, dtype) * offsets
+            return gamma(8 + sums, dtype) * sizes[0] + gamma(n_values, dtype) * offsets
         slopes = torch.maximum(lines.lower_slope.abs(), lines.upper_slope.abs())
-        return gamma(8, dtype) * slopes * sizes[0] + gamma(n_values, dtype) * offsets
+        return gamma(8 + sums, dtype) * slopes * sizes[0] + gamma(n_values, dtype) * offsets
 
     def of(self, rows: Tensor) -> "Relaxation":
         """Return the relaxation for some examples, given by their indices."""

@@ -22,6 +22,8 @@ answered before the server ends. Metrics are served at a port of their own.
 MODEL  a bundled name, file.py:factory, a .safetensors, .pt, .pt2, .onnx,
        .skops, .json or .ubj file, or rotating:POOL for a pool, whose sets are
        swapped while they serve
+
+With --proxy URL there is no MODEL: requests are passed on to another server, after the guard has decided about them.
 """  # the escape is click's: the paragraph below it keeps its lines
 
 
@@ -35,10 +37,13 @@ def serve(voice: Voice, **flags: Any) -> int:
         refuse_missing_file(address)
     settings = settings_of_flags(flags, ServeSettings, voice)
     address = settings.model.address
-    if address is None:
-        raise UsageError("MODEL is missing (what is to be served); try holdfast serve mnist-cnn")
+    if address is None and settings.proxying.proxy is None:
+        raise UsageError(
+            "MODEL is missing (what is to be served); try holdfast serve mnist-cnn, or give --proxy URL"
+        )
     _refuse_code_of_config(settings, flags)
-    refuse_unknown_model(address)
+    if address is not None:
+        refuse_unknown_model(address)
     from holdfast.deploying import carry_out_serving
 
     carry_out_serving(settings, voice.say)

@@ -50,17 +50,19 @@ from holdfast.store.encryption import Seal, refuse_unready
 from holdfast.verbs.request import Subject
 
 
-def open_guard(path: Path, model: str | None = None) -> GuardPipeline:
+def open_guard(path: Path, model: str | None = None, *, logits: bool = True) -> GuardPipeline:
     """Return the guard that a guard.yaml describes, with its calibration and the state of its query detector, for a
     server whose model is a `Classifier`: its outputs are logits, also if the network returns probabilities.
 
-    `model` is the `served_digest` of the model, with which the calibration is compared. Raises `UsageError` for invalid
-    settings, for a calibration with other settings or another model, and for a rule in mode `shadow` or `enforce`
-    without a threshold.
+    Without `logits` the outputs are those that the settings state, as behind a proxy. `model` is the
+    `served_digest` of the model, with which the calibration is compared. Raises `UsageError` for invalid settings,
+    for a calibration with other settings or another model, and for a rule in mode `shadow` or `enforce` without a
+    threshold.
     """
     settings = read_guard_settings(path)
     calibration = stored_calibration(settings, path, model)
-    return replace(ready_guard(settings, path, calibration), outputs="logit")
+    pipeline = ready_guard(settings, path, calibration)
+    return replace(pipeline, outputs="logit") if logits else pipeline
 
 
 def stored_calibration(settings: GuardSettings, path: Path, model: str | None = None) -> Calibration | None:

@@ -4,14 +4,23 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
 from holdfast.config import values
 from holdfast.config.groups import Flag, SettingGroup
 from holdfast.core.errors import UsageError
+from holdfast.sources.remote import SCHEMES
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_OWN_HEADERS = frozenset(
+    {
+        "accept-encoding", "connection", "content-encoding", "content-length", "content-type", "expect", "host",
+        "inference-header-content-length", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade",
+    }
+)  # fmt: skip
 Port = Annotated[values.Whole, Field(le=65535)]
 
 
@@ -108,6 +117,59 @@ class ServeOptions(SettingGroup):
                 f"{written.get('admin_port', prefix + 'admin_port')} is {self.admin_port}, which is the port of the "
                 "requests; give another one"
             )
+
+
+class ProxySettings(SettingGroup):
+    """Settings of `holdfast serve` for a model behind another server, which the proxy guards."""
+
+    proxy: Annotated[str | None, Flag("URL")] = Field(
+        default=None,
+        description="Server of the Open Inference Protocol v2 to which requests are passed on, instead of MODEL, as in "
+        "http://127.0.0.1:8000 or http://127.0.0.1:8000/v2/models/NAME.",
+    )
+    upstream_headers: Annotated[list[values.Header], Flag("'NAME: env:VAR'", "--upstream-header")] = Field(
+        default_factory=list,
+        description="Header of the requests to that server. Its value is read from an environment variable.",
+    )
+    forward_headers: Annotated[list[str], Flag("NAME", "--forward-header")] = Field(
+        default_factory=list,
+        description="Header of clients that is passed on, as in traceparent (default: none).",
+    )
+    upstream_output: Annotated[str | None, Flag("NAME")] = Field(
+        default=None,
+        description="Output of that model that clients receive (default: the first one with scores).",
+    )
+    upstream_timeout: Annotated[values.WaitingTime, Flag("T")] = Field(
+        default="10s", description="Time in which that server must answer (default: 10s)."
+    )
+
+    def refuse_contradictions(self, prefix: str, written: Mapping[str, str]) -> None:
+        """Raise `UsageError` for an address that is not one of a server, and for headers that are not passed on."""
+        if self.proxy is not None:
+            _refuse_other_address(self.proxy, written.get("proxy", f"{prefix}proxy"))
+        for name in self.forward_headers:
+            where = written.get("forward_headers", f"{prefix}forward_headers")
+            if not _TOKEN.fullmatch(name):
+                raise UsageError(f"{where} is {name!r}; the name of a header was expected, as in traceparent")
+            if name.lower() in _OWN_HEADERS:
+                raise UsageError(f"{where} is {name}, which each connection sets for itself; leave it out")
+
+
+def _refuse_other_address(url: str, where: str) -> None:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in SCHEMES and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or re.search(r"[^\x21-\x7e]", url):
+        raise UsageError(f"{where} is {url!r}; the URL of a server was expected, as in http://127.0.0.1:8000")
+    if "@" in parts.netloc:
+        raise UsageError(
+            f"{where} contains a user name or a password; leave it out, and give --upstream-header 'Authorization: "
+            "env:VARIABLE'"
+        )
+    if parts.query or parts.fragment:
+        raise UsageError(f"{where} is {url!r}; a URL without ? and # was expected")
 
 
 class RequestLimits(SettingGroup):

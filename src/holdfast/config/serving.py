@@ -11,9 +11,11 @@ from holdfast.config.grammar import parse_every, seconds
 from holdfast.config.guard_opening import open_guard, served_digest
 from holdfast.config.planning import device_of
 from holdfast.config.pooled import open_architecture, pool_of, refuse_code_in_pool, settings_of_pool
+from holdfast.config.proxying import open_upstream, refuse_forwarded_keys, refuse_other_guard
 from holdfast.config.references import DataReference, ModelReference, Sources
 from holdfast.config.resolve import open_subject
 from holdfast.config.settings import ServeSettings
+from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.rotation import AnswersPerPrincipal, Elapsed
@@ -23,6 +25,7 @@ from holdfast.serving.audit_chain import AuditKey
 from holdfast.serving.keys import read_keys
 from holdfast.serving.live_pool import LivePool
 from holdfast.serving.protocol import NoRules, RequestGuard
+from holdfast.serving.proxy import UpstreamModel
 from holdfast.serving.supervisor import ServerSetup
 from holdfast.serving.worker import ServingSetup
 from holdfast.sources.models import ROTATING, bundled_models
@@ -45,19 +48,23 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
         raise UsageError(
             f"model is {address!r}, and a server never loads a model from a URL; download the file, and give its path"
         )
+    if settings.proxying.proxy is not None:
+        refuse_forwarded_keys(settings)
     # the guard of a server decides about requests, and is not a part of the model
-    inference = reference.inference.model_copy(update={"guard": None})
+    own = {key: value for key, value in settings.inference if value is not None}
+    inference = reference.inference.model_copy(update={**own, "guard": None})
     served = _served(settings, replace(reference, inference=inference))
-    guard = _guard(reference.inference.guard, served)
+    guard = _guard(settings.inference.guard or reference.inference.guard, served)
+    signature = None if served.upstream is None else served.upstream.signature
     keys = None if options.keys is None else Path(options.keys)
     if keys is not None:
         read_keys(keys)
     audit = None if options.audit is None else Path(options.audit)
     worker = ServingSetup(
         opening=served.opening,
-        name=options.name or _name_of(address),
+        name=signature.name if signature is not None else options.name or _name_of(address),
         shape=served.shape,
-        version=options.model_version,
+        version=options.model_version if signature is None else signature.version,
         set_name=served.set_name,
         device=device_of(settings.device.device),
         threads=_threads(options.workers),
@@ -77,6 +84,8 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
         quotas=None if keys is None else keys.with_name(f"{keys.name}.quota"),
         audit_key=None if audit is None else AuditKey.of(audit),
         audit_fails_open=options.on_audit_failure == "answer",
+        signature=signature,
+        forwards=tuple(name.lower() for name in settings.proxying.forward_headers),
     )
     return ServerSetup(
         worker,
@@ -101,10 +110,14 @@ class _Served:
     about: Mapping[str, str]
     pool: LivePool | None = None
     digest: str | None = None
-    """digest of the model that a calibration of a guard names; None for a pool"""
+    """digest of the model that a calibration of a guard names; None for a pool and for an upstream server"""
+    upstream: UpstreamModel | None = None
+    """the model of an upstream server"""
 
 
 def _served(settings: ServeSettings, reference: ModelReference) -> _Served:
+    if settings.proxying.proxy is not None:
+        return _served_upstream(open_upstream(settings))
     pool, triggers = pool_of(reference.address), _triggers(settings.options.every)
     if pool is not None:
         return _served_pool(pool, triggers, settings.options.swaps_per_hour, reference)
@@ -123,6 +136,13 @@ def _served(settings: ServeSettings, reference: ModelReference) -> _Served:
     return _Served(
         partial(_opened, sources), shape, subject.digest[:16], about, digest=served_digest(subject)
     )
+
+
+def _served_upstream(upstream: UpstreamModel) -> _Served:
+    signature, url = upstream.signature, upstream.address.url
+    about = {"upstream": f"{url}{upstream.path}", "signature": repr(signature.metadata())}
+    name = digest(canonical(about))[:16]
+    return _Served(upstream.opened, signature.shape, name, about, upstream=upstream)
 
 
 def _served_pool(
@@ -145,7 +165,8 @@ def _guard(file: str | None, served: _Served) -> Callable[[], RequestGuard]:
     """Return the function that opens the guard in each worker, after a check that it suits the model."""
     if file is None:
         return NoRules
-    pipeline = open_guard(Path(file), served.digest)
+    opening = partial(open_guard, Path(file), served.digest, logits=served.upstream is None)
+    pipeline = opening()
     sizes = pipeline.schema.shape
     if len(sizes) != len(served.shape) or any(
         size not in (None, actual) for size, actual in zip(sizes, served.shape, strict=True)
@@ -158,7 +179,9 @@ def _guard(file: str | None, served: _Served) -> Callable[[], RequestGuard]:
             f"{file}: the rule mahalanobis needs features of an inner layer, which the server does not compute; set "
             "its setting on to logits"
         )
-    return partial(open_guard, Path(file), served.digest)
+    if served.upstream is not None:
+        refuse_other_guard(pipeline, served.upstream, file)
+    return opening
 
 
 def _triggers(texts: list[str]) -> tuple[Trigger, ...]:

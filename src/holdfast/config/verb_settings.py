@@ -148,6 +148,7 @@ class ServeSettings(VerbSettings):
     verb = "serve"
     file: groups.FileFormat = _group(groups.FileFormat)
     options: serve_settings.ServeOptions = _group(serve_settings.ServeOptions)
+    proxying: serve_settings.ProxySettings = _group(serve_settings.ProxySettings)
     limits: serve_settings.RequestLimits = _group(serve_settings.RequestLimits)
     device: groups.Device = _group(groups.Device)
     model: groups.ModelSource = _group(groups.ModelSource)

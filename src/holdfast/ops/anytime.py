@@ -21,7 +21,7 @@ def confidence_sequence(
     observation.
 
     >>> [round(end, 4) for end in confidence_sequence(5, 5000, expected=0.001)]
-    [0.0001, 0.0043]
+    [0.0002, 0.0028]
     """
     if n == 0:
         return 0.0, 1.0

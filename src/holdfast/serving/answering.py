@@ -18,6 +18,7 @@ from holdfast.core.errors import HoldfastError
 from holdfast.core.model import Classifier
 from holdfast.serving.audit_chain import AuditKey, ChainFile, end_record, start_record
 from holdfast.serving.decisions import Action, Decision, Incoming
+from holdfast.serving.forwarding import Headers, forwarding
 from holdfast.serving.protocol import RequestGuard
 from holdfast.serving.quotas import Quotas, Spending
 from holdfast.serving.refusals import Refused, wait_first
@@ -25,6 +26,8 @@ from holdfast.serving.telemetry import Telemetry
 
 _AUDIT_FULL = "the audit log cannot be written, so no request is answered"
 _MODEL = "the model failed"
+_OF_UPSTREAM = frozenset({502, 503})
+"""status codes of a failed upstream server, which concern all requests of a batch"""
 _ABSTAINS = "no prediction is returned for input {}"
 
 
@@ -46,6 +49,8 @@ class Job:
     budget: int | None = None
     digest: str = ""
     """digest of the inputs for the audit chain"""
+    forwarded: Headers = ()
+    """headers of the client that a proxy passes on"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,16 +213,16 @@ class Answerer:
         if decisions is None:
             return [_failed(job, "the guard failed", "guard") for job in jobs]
         passed = [(job, d) for job, d in zip(jobs, decisions, strict=True) if d.answered]
-        outputs = self._outputs([_inputs(job, decision) for job, decision in passed], served)
-        scored = [(d, out) for (_, d), out in zip(passed, outputs, strict=True) if out is not None]
+        outputs = self._answers(passed, served)
+        scored = [(d, out) for (_, d), out in zip(passed, outputs, strict=True) if isinstance(out, Tensor)]
         after = iter(self._after([d for d, _ in scored], [out for _, out in scored], served))
         logits = iter(outputs)
         outcomes = []
         for job, decision in zip(jobs, decisions, strict=True):
             if not decision.answered:
                 outcomes.append(_decided(job, decision, None))
-            elif (scores := next(logits)) is None:
-                outcomes.append(_failed(job, _MODEL, "model"))
+            elif isinstance(scores := next(logits), Refused):
+                outcomes.append(Outcome(job, refusal=scores))
             else:
                 outcomes.append(_decided(job, next(after), scores))
         return outcomes
@@ -242,22 +247,38 @@ class Answerer:
             reason = "the guard failed"
             return decisions if self.guard_fails_open else [replace(d, refusal=reason) for d in decisions]
 
-    def _outputs(self, inputs: Sequence[Tensor], served: ServedSet) -> list[Tensor | None]:
-        """Return the logits of each request, or None where the model raised an error or returned no finite numbers."""
-        if not inputs:
-            return []
+    def _answers(self, passed: Sequence[tuple[Job, Decision]], served: ServedSet) -> list[Tensor | Refused]:
+        """Return the logits of each request, with one call of the model for all requests with the same forwarded
+        headers.
+        """
+        results: dict[int, Tensor | Refused] = {}
+        groups: dict[Headers, list[int]] = {}
+        for place, (job, _) in enumerate(passed):
+            groups.setdefault(job.forwarded, []).append(place)
+        for headers, places in groups.items():
+            with forwarding(headers):
+                outputs = self._outputs([_inputs(*passed[place]) for place in places], served)
+            results.update(zip(places, outputs, strict=True))
+        return [results[place] for place in range(len(passed))]
+
+    def _outputs(self, inputs: Sequence[Tensor], served: ServedSet) -> list[Tensor | Refused]:
+        """Return the logits of each request, or the refusal if the model raised an error or returned no finite
+        numbers.
+        """
+        failure = Refused(500, _MODEL, (), "model")
         try:
             with torch.inference_mode():
                 logits = self._logits(served, inputs[0] if len(inputs) == 1 else torch.cat(list(inputs)))
-        except (HoldfastError, RuntimeError, MemoryError):
-            if len(inputs) == 1:
-                return [None]
+        except (HoldfastError, Refused, RuntimeError, MemoryError) as error:
+            refusal = error if isinstance(error, Refused) else failure
+            if len(inputs) == 1 or refusal.status in _OF_UPSTREAM:
+                return [refusal] * len(inputs)
             # The request that causes the error must not fail the others.
             return [self._outputs([x], served)[0] for x in inputs]
         parts = torch.split(logits, [len(x) for x in inputs])
         if bool(logits.isfinite().all()):
             return list(parts)
-        return [part if bool(part.isfinite().all()) else None for part in parts]
+        return [part if bool(part.isfinite().all()) else failure for part in parts]
 
     def _logits(self, served: ServedSet, x: Tensor) -> Tensor:
         logits: Tensor = served.model(x.to(self.device))
@@ -316,7 +337,7 @@ def _decided(job: Job, decision: Decision, logits: Tensor | None) -> Outcome:
         rows = [str(row) for row, each in enumerate(decision.actions) if each is Action.ABSTAIN]
         reason = _ABSTAINS.format(", ".join(rows))
         return Outcome(job, decision, refusal=Refused(422, reason, (), "guard"), action=action)
-    if action >= Action.LABEL_ONLY:
+    if action >= Action.LABEL_ONLY and logits.shape[1] > 1:  # a single column is a class number of a proxy
         labelled = [row for row, each in enumerate(decision.actions) if each is Action.LABEL_ONLY]
         logits = logits.clone()
         one_hot = torch.nn.functional.one_hot(logits[labelled].argmax(1), logits.shape[1])

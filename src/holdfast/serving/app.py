@@ -80,6 +80,8 @@ class ServedModel:
     """key of the digests in the audit chain; None without an audit"""
     limits: ConnectionLimits = field(default_factory=ConnectionLimits)
     telemetry: Telemetry = field(default_factory=Telemetry)
+    forwards: tuple[str, ...] = ()
+    """names of the headers, in lower case, that a proxy passes on"""
     ready: bool = True
     """whether requests are answered; false while the server drains"""
 
@@ -104,6 +106,11 @@ class ServedModel:
         """Return the metadata of the server."""
         self._principal(request)
         return _json({"name": "holdfast", "version": __version__, "extensions": list(EXTENSIONS)})
+
+    async def models(self, request: Request) -> Response:
+        """Return the names of the models, as servers of KServe do."""
+        self._principal(request)
+        return _json({"models": [self.signature.name]})
 
     async def document(self, request: Request) -> Response:
         """Return the OpenAPI document."""
@@ -143,7 +150,9 @@ class ServedModel:
         limits = (None, None) if key is None else (key.rate, key.budget)
         # here and not in the thread of the batches, for which the digest of a large input would cost a switch
         digest = "" if self.audit_key is None else self.audit_key.digest(content.x.numpy().tobytes())
-        answer = await self.batcher.submit(Job(incoming, *limits, digest), len(content.x))
+        forwarded = self._forwarded(request) if self.forwards else ()
+        job = Job(incoming, *limits, digest, forwarded)
+        answer = await self.batcher.submit(job, len(content.x))
         if answer.delay_s:
             await asyncio.sleep(answer.delay_s)
         response = _encoded(encoded(answer.scores, content, self.signature))
@@ -156,6 +165,11 @@ class ServedModel:
         if self.keys is None:
             return None
         return self.keys.authenticated(_header(request, b"authorization"), "infer")
+
+    def _forwarded(self, request: Request) -> tuple[tuple[str, str], ...]:
+        headers = request.scope["headers"]
+        names = {name.encode() for name in self.forwards}
+        return tuple((k.decode("latin-1"), v.decode("latin-1")) for k, v in headers if k in names)
 
     def _refuse_other_model(self, request: Request) -> None:
         if request.path_params["model"] != self.signature.name:
@@ -172,12 +186,15 @@ class ServedModel:
         if length is not None and (not length.isdigit() or int(length) > self.max_body):
             raise Refused(413, f"the body is too large; at most {self.max_body} bytes are accepted")
         media = (_header(request, b"content-type") or b"").split(b";")[0].strip().lower().decode("latin-1")
-        header = _header(request, LENGTH_HEADER.encode())  # clients of Triton send no content type
+        header = _header(request, LENGTH_HEADER.encode())
+        if not media and _header(request, b"origin") is None:
+            # tritonclient states no type; a page of another site, which may omit it, states its origin
+            media = JSON
         if header is None:
-            if media not in (JSON, ""):
+            if media != JSON:
                 raise Refused(415, f"the content type must be {JSON}, or {BINARY} with {LENGTH_HEADER}")
             return None
-        if media not in (BINARY, JSON, ""):
+        if media not in (BINARY, JSON):
             raise Refused(415, f"the content type must be {BINARY} with the header {LENGTH_HEADER}")
         if not header.isdigit() or len(header) > 12:
             raise Refused(400, f"the header {LENGTH_HEADER} must be a number of bytes")
@@ -287,6 +304,7 @@ def application(served: ServedModel) -> ASGIApp:
         Route("/v2/health/live", served.live, methods=["GET"]),
         Route("/v2/health/ready", served.is_ready, methods=["GET"]),
         Route("/v2", served.server, methods=["GET"]),
+        Route("/v2/models", served.models, methods=["GET"]),
         Route("/openapi.json", served.document, methods=["GET"]),
         *(Route(path, served.metadata, methods=["GET"]) for path in (model, version)),
         *(Route(f"{path}/ready", served.model_ready, methods=["GET"]) for path in (model, version)),

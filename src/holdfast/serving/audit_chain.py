@@ -25,9 +25,6 @@ from holdfast.core.errors import TargetError
 from holdfast.store.files import PRIVATE, create_private, usable
 from holdfast.store.locking import WAIT_S
 
-if os.name != "nt":  # on Windows, chains are verified only
-    import fcntl
-
 SUFFIX = ".jsonl"
 SERVER = ".server"
 _KEY_BYTES, _DIGITS = 32, 32
@@ -134,8 +131,8 @@ class ChainFile:
 
 def _locked(handle: int) -> bool:
     """Lock an open file for this process until it is closed, and return whether that is possible now."""
-    if os.name == "nt":
-        return True
+    import fcntl  # absent on Windows, where chains are verified only
+
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from holdfast import __version__
-from holdfast.serving.protocol_v2 import BINARY, INPUT, JSON, LENGTH_HEADER, OUTPUT, Signature
+from holdfast.serving.protocol_v2 import BINARY, JSON, LENGTH_HEADER, Signature
 
 _ERROR = {
     "type": "object",
@@ -24,6 +24,7 @@ _DESCRIPTIONS = {
     "422": "The guard refuses the request, or returns no prediction for an input.",
     "429": "The rate or the budget of the key is exceeded.",
     "500": "The model failed.",
+    "502": "The upstream server failed.",
     "503": "The server is overloaded, drains, or cannot write its audit log.",
 }
 
@@ -41,6 +42,7 @@ def openapi_document(signature: Signature, *, keys: bool, max_body: int) -> dict
     }
     of_server = {
         "/v2": {"get": _get("serverMetadata", "Metadata of the server.", _SERVER, of_model[1:])},
+        "/v2/models": {"get": _get("models", "Names of the models.", _MODELS, of_model[1:])},
         "/openapi.json": {"get": _get("document", "This document.", {"type": "object"}, of_model[1:])},
     }
     models: dict[str, Any] = {}
@@ -105,26 +107,24 @@ def _flag(name: str) -> dict[str, Any]:
 _TEXT = {"type": "string"}
 _TEXTS = {"type": "array", "items": _TEXT}
 _SERVER = _object({"name": _TEXT, "version": _TEXT, "extensions": _TEXTS})
+_MODELS = _object({"models": _TEXTS})
 _MODEL_READY = _object({"name": _TEXT, "ready": {"type": "boolean"}})
 _PARAMETERS = {"type": "object"}
 
 
 def _metadata(signature: Signature) -> dict[str, Any]:
-    tensor = _object(
-        {
-            "name": _TEXT,
-            "datatype": {"const": "FP32"},
-            "shape": {"type": "array", "items": {"type": "integer"}},
-        }
-    )
-    tensors = {"type": "array", "items": tensor, "minItems": 1, "maxItems": 1}
+    def tensors(datatype: str) -> dict[str, Any]:
+        shape = {"type": "array", "items": {"type": "integer"}}
+        tensor = _object({"name": _TEXT, "datatype": {"const": datatype}, "shape": shape})
+        return {"type": "array", "items": tensor, "minItems": 1, "maxItems": 1}
+
     return _object(
         {
             "name": {"const": signature.name},
             "versions": _TEXTS,
             "platform": _TEXT,
-            "inputs": tensors,
-            "outputs": tensors,
+            "inputs": tensors(signature.input_type),
+            "outputs": tensors(signature.output_type),
         }
     )
 
@@ -132,7 +132,7 @@ def _metadata(signature: Signature) -> dict[str, Any]:
 def _infer(signature: Signature, suffix: str, errors: tuple[str, ...]) -> dict[str, Any]:
     """Return the description of `infer`. Its requests have one row or several, whose number the shape gives."""
     least, most = _ends(signature)
-    value: dict[str, Any] = {"type": "number"}
+    value: dict[str, Any] = {"type": "number" if signature.input_type.startswith("FP") else "integer"}
     if least is not None and most is not None:
         value |= {"minimum": least, "maximum": most}
     count = signature.values
@@ -151,7 +151,18 @@ def _infer(signature: Signature, suffix: str, errors: tuple[str, ...]) -> dict[s
         },
         ("model_name", "model_version", "outputs"),
     )
-    all_errors = (*errors, "400", "408", "413", "415", "422", "429", "500", "503")
+    all_errors = (
+        *errors,
+        "400",
+        "408",
+        "413",
+        "415",
+        "422",
+        "429",
+        "500",
+        *(("502",) if signature.proxied else ()),
+        "503",
+    )
     return {
         "operationId": f"infer{suffix}",
         "summary": "Scores of inputs.",
@@ -179,14 +190,14 @@ def _request(signature: Signature, value: Mapping[str, Any], rows: int, count: i
     tensor = {
         **_object(
             {
-                "name": {"const": INPUT},
+                "name": {"const": signature.input_name},
                 "shape": {"const": shape},
-                "datatype": {"const": "FP32"},
+                "datatype": {"const": signature.input_type},
                 "data": {"type": "array", "items": value, "minItems": rows * count, "maxItems": rows * count},
             }
         ),
     }
-    output = _object({"name": {"const": OUTPUT}})
+    output = _object({"name": {"const": signature.output_name}})
     return _object(
         {
             "id": _TEXT,
@@ -198,11 +209,12 @@ def _request(signature: Signature, value: Mapping[str, Any], rows: int, count: i
 
 
 def _scores(signature: Signature) -> dict[str, Any]:
+    axes = 1 if signature.flat else 2
     return _object(
         {
-            "name": {"const": OUTPUT},
-            "datatype": {"const": "FP32"},
-            "shape": {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2},
+            "name": {"const": signature.output_name},
+            "datatype": {"const": signature.output_type},
+            "shape": {"type": "array", "items": {"type": "integer"}, "minItems": axes, "maxItems": axes},
             "data": {"type": "array", "items": {"type": "number"}},
         }
     )

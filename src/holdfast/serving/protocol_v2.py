@@ -26,7 +26,17 @@ _SHOWN = 60
 """number of characters of a client's text that a message repeats"""
 _NUMBER_BYTES, _HEADER_BYTES = 32, 16_384
 """largest number of bytes of one number in JSON with its separator, and of everything else in a request"""
-_TYPE, _BYTES = "FP32", 4
+TYPES = {
+    "FP32": "<f4",
+    "FP64": "<f8",
+    "UINT8": "|u1",
+    "INT8": "|i1",
+    "INT16": "<i2",
+    "INT32": "<i4",
+    "INT64": "<i8",
+}
+"""Data types of inputs and outputs by their names in the protocol, as numpy writes them. Only a proxy has others than
+FP32."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,14 @@ class Signature:
     version: str = "1"
     max_rows: int = 64
     """largest number of inputs in a request"""
+    input_name: str = INPUT
+    output_name: str = OUTPUT
+    input_type: str = "FP32"
+    output_type: str = "FP32"
+    flat: bool = False
+    """whether the output has one number for each input and no axis of classes"""
+    proxied: bool = False
+    """whether the model is that of another server"""
 
     @property
     def values(self) -> int:
@@ -57,9 +75,15 @@ class Signature:
         return {
             "name": self.name,
             "versions": [self.version],
-            "platform": "holdfast_torch",
-            "inputs": [{"name": INPUT, "datatype": _TYPE, "shape": [-1, *self.shape]}],
-            "outputs": [{"name": OUTPUT, "datatype": _TYPE, "shape": [-1, self.classes]}],
+            "platform": "holdfast_proxy" if self.proxied else "holdfast_torch",
+            "inputs": [{"name": self.input_name, "datatype": self.input_type, "shape": [-1, *self.shape]}],
+            "outputs": [
+                {
+                    "name": self.output_name,
+                    "datatype": self.output_type,
+                    "shape": [-1] if self.flat else [-1, self.classes],
+                }
+            ],
         }
 
 
@@ -68,7 +92,7 @@ class InferRequest:
     """The content of a valid request to `infer`."""
 
     x: Tensor
-    """inputs (n, *shape) float32"""
+    """inputs (n, *shape) in the data type of the signature"""
     id: str | None = None
     binary: bool = False
     """whether the scores are returned as bytes after the JSON"""
@@ -94,23 +118,25 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
             raise _wrong(f"the JSON is said to have {header_length} bytes, and the body has {len(body)}")
         text, tail = body[:header_length], body[header_length:]
     content = _object(text)
-    tensor = _only_input(content.get("inputs"))
+    tensor = _only_input(content.get("inputs"), signature.input_name)
     shape = _shape(tensor.get("shape"), signature)
-    if tensor.get("datatype") != _TYPE:
-        raise _wrong(f"the datatype of the input is {_shown(tensor.get('datatype'))}; {_TYPE} was expected")
+    kind = signature.input_type
+    if tensor.get("datatype") != kind:
+        raise _wrong(f"the datatype of the input is {_shown(tensor.get('datatype'))}; {kind} was expected")
+    dtype = np.dtype(TYPES[kind])
     size = _parameters(tensor).get("binary_data_size")
     if size is not None:
-        values = _binary_values(tensor, tail, size, prod(shape))
+        values = _binary_values(tensor, tail, size, prod(shape), dtype)
     elif tail:
         raise _wrong(f"{len(tail)} bytes follow the JSON; no input has the parameter binary_data_size")
     else:
-        values = _json_values(tensor.get("data"), text, prod(shape), shape)
+        values = _json_values(tensor.get("data"), text, prod(shape), shape, dtype)
     x = torch.from_numpy(values.reshape(shape))
     _refuse_range(x, signature.bounds)
     name = content.get("id", "")
     if not isinstance(name, str):
         raise _wrong("the id of a request must be text")
-    return InferRequest(x, name if "id" in content else None, _binary_output(content))
+    return InferRequest(x, name if "id" in content else None, _binary_output(content, signature.output_name))
 
 
 def _object(text: bytes) -> dict[str, Any]:
@@ -123,12 +149,12 @@ def _object(text: bytes) -> dict[str, Any]:
     return content
 
 
-def _only_input(inputs: object) -> Mapping[str, Any]:
+def _only_input(inputs: object, name: str) -> Mapping[str, Any]:
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
         raise _wrong("inputs must be a list with one object, the input of the model")
     tensor: dict[str, Any] = inputs[0]
-    if tensor.get("name") != INPUT:
-        raise _wrong(f"the name of the input is {_shown(tensor.get('name'))}; {INPUT!r} was expected")
+    if tensor.get("name") != name:
+        raise _wrong(f"the name of the input is {_shown(tensor.get('name'))}; {name!r} was expected")
     return tensor
 
 
@@ -152,21 +178,23 @@ def _parameters(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _binary_values(
-    tensor: Mapping[str, Any], tail: bytes, size: object, count: int
-) -> np.ndarray[Any, np.dtype[np.float32]]:
+    tensor: Mapping[str, Any], tail: bytes, size: object, count: int, dtype: np.dtype[Any]
+) -> np.ndarray[Any, Any]:
     if "data" in tensor:
         raise _wrong("the input has data and the parameter binary_data_size; one of them was expected")
-    if type(size) is not int or size != count * _BYTES:
-        raise _wrong(f"binary_data_size is {_shown(size)}; {count * _BYTES} was expected for this shape")
+    if type(size) is not int or size != count * dtype.itemsize:
+        raise _wrong(
+            f"binary_data_size is {_shown(size)}; {count * dtype.itemsize} was expected for this shape"
+        )
     if len(tail) != size:
         raise _wrong(f"{len(tail)} bytes follow the JSON; {size} were expected")
     # a copy: a tensor must not share the read-only memory of the body
-    return np.frombuffer(tail, "<f4").astype(np.float32, copy=True)
+    return np.frombuffer(tail, dtype).astype(dtype.newbyteorder("="), copy=True)
 
 
 def _json_values(
-    data: object, text: bytes, count: int, shape: tuple[int, ...]
-) -> np.ndarray[Any, np.dtype[np.float32]]:
+    data: object, text: bytes, count: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> np.ndarray[Any, Any]:
     """Return the numbers of `data`, which is flat or nested like the shape."""
     if not isinstance(data, list):
         raise _wrong("data must be a list of numbers")
@@ -181,10 +209,14 @@ def _json_values(
         raise _wrong("data must contain numbers only")
     if values.size != count or (values.ndim > 1 and values.shape != shape):
         raise _wrong(f"data has {values.size} values in {values.ndim} dimensions; {count} were expected")
+    if dtype.kind in "iu":
+        ends = np.iinfo(dtype)
+        if values.dtype.kind == "f" or values.min() < ends.min or values.max() > ends.max:
+            raise _wrong(f"data must contain whole numbers from {ends.min} to {ends.max} only")
     with np.errstate(
         over="ignore"
     ):  # values beyond the range of float32 become infinite, and are refused as such
-        return values.astype(np.float32)
+        return values.astype(dtype.newbyteorder("="))
 
 
 def _is_numeric(data: list[Any], depth: int) -> bool:
@@ -222,7 +254,7 @@ def _refuse_range(x: Tensor, bounds: Bounds) -> None:
         raise _wrong(f"data contains a value outside of {span}, or one that is not a number")
 
 
-def _binary_output(content: Mapping[str, Any]) -> bool:
+def _binary_output(content: Mapping[str, Any], name: str) -> bool:
     """Return whether the scores are requested as bytes. Raises `Refused` for an unknown output."""
     binary = _parameters(content).get("binary_data_output", False)
     if "outputs" in content:
@@ -230,10 +262,8 @@ def _binary_output(content: Mapping[str, Any]) -> bool:
         if not isinstance(outputs, list) or len(outputs) > 1 or any(not isinstance(o, dict) for o in outputs):
             raise _wrong("outputs must be a list with at most one object")
         for output in outputs:
-            if output.get("name") != OUTPUT:
-                raise _wrong(
-                    f"the output {_shown(output.get('name'))} does not exist; {OUTPUT!r} was expected"
-                )
+            if output.get("name") != name:
+                raise _wrong(f"the output {_shown(output.get('name'))} does not exist; {name!r} was expected")
             parameters = _parameters(output)
             if parameters.get("classification") is not None:
                 raise _wrong("the classification extension is not supported")
@@ -263,15 +293,21 @@ class Encoded:
 
 def encoded(scores: Tensor, request: InferRequest, signature: Signature) -> Encoded:
     """Return the response with the scores (n, classes), in JSON or with the scores as bytes after the JSON."""
-    output: dict[str, Any] = {"name": OUTPUT, "datatype": _TYPE, "shape": list(scores.shape)}
-    values = scores.detach().cpu().float().contiguous()
+    values = scores.detach().cpu().numpy().astype(TYPES[signature.output_type], copy=False)
+    if signature.flat:
+        values = values.reshape(len(values))
+    output: dict[str, Any] = {
+        "name": signature.output_name,
+        "datatype": signature.output_type,
+        "shape": list(values.shape),
+    }
     content: dict[str, Any] = {"model_name": signature.name, "model_version": signature.version}
     if request.id is not None:
         content["id"] = request.id
     if not request.binary:
         content["outputs"] = [{**output, "data": values.flatten().tolist()}]
         return Encoded(compact(content))
-    tail = values.numpy().astype("<f4", copy=False).tobytes()
+    tail = values.tobytes()
     content["outputs"] = [{**output, "parameters": {"binary_data_size": len(tail)}}]
     head = compact(content)
     return Encoded(head + tail, BINARY, ((LENGTH_HEADER, str(len(head))),))

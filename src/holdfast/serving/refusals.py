@@ -11,7 +11,7 @@ class Refused(Exception):
     reason: str
     headers: tuple[tuple[str, str], ...] = ()
     cause: str = "request"
-    """cause for the metrics: `request`, `key`, `rate`, `guard`, `overload`, `audit`, `model`"""
+    """cause for the metrics: `request`, `key`, `rate`, `guard`, `overload`, `audit`, `model`, `upstream`"""
 
     def __str__(self) -> str:
         return self.reason

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from holdfast.serving.decisions import Action
+from holdfast.serving.rules import Rule
+
 Kind = Literal["counter", "gauge", "histogram"]
 
 
@@ -25,7 +28,8 @@ _ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 METRICS: Mapping[str, Metric] = {
     "holdfast_requests_total": Metric("Responses by status code.", "counter", ("status",)),
     "holdfast_refused_total": Metric(
-        "Refused requests by cause: request, key, rate, budget, quota, guard, overload, audit, model.",
+        "Refused requests by cause: request, key, rate, budget, quota, guard, overload, audit, model, "
+        "upstream.",
         "counter",
         ("cause",),
     ),
@@ -63,6 +67,15 @@ METRICS: Mapping[str, Metric] = {
 }
 """All metrics of a server by name."""
 
+LABELS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "holdfast_requests_total": (("200",), ("400",), ("422",), ("500",), ("503",)),
+    "holdfast_refused_total": tuple(
+        (cause,) for cause in ("request", "key", "rate", "guard", "overload", "audit", "model", "upstream")
+    ),
+    "holdfast_decisions_total": tuple((action.word,) for action in Action),
+}
+"""Labels with which counters begin at 0, since Prometheus does not see how a counter got to its first value."""
+
 _Key = tuple[str, tuple[str, ...]]
 Report = list[list[Any]]
 """Changes of metrics since the last report, as JSON: name, labels, and a number or the counts of a histogram."""
@@ -75,6 +88,14 @@ class Telemetry:
         self._lock = threading.Lock()
         self._values: dict[_Key, float] = {}
         self._histograms: dict[_Key, list[float]] = {}
+
+    def begin(self, rules: Mapping[str, Rule]) -> None:
+        """Begin counters at 0 for the labels of `LABELS`, and for the rules of a guard."""
+        for name, values in LABELS.items():
+            for labels in values:
+                self.count(name, *labels, n=0.0)
+        for rule in rules.values():
+            self.count("holdfast_rule_fired_total", rule.name, rule.mode.value, n=0.0)
 
     def count(self, name: str, *labels: str, n: float = 1.0) -> None:
         """Add `n` to a counter."""

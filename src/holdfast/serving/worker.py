@@ -79,6 +79,10 @@ class ServingSetup:
     quotas: Path | None = None
     audit_key: AuditKey | None = field(default=None, repr=False)
     audit_fails_open: bool = False
+    signature: Signature | None = None
+    """signature of a proxied model, which is known at the start; None for a model that is called to find it"""
+    forwards: tuple[str, ...] = ()
+    """names of the headers that a proxy passes on"""
 
     @property
     def rotating(self) -> bool:
@@ -140,6 +144,8 @@ class Worker:
             self.ledger.add if setup.rotating else lambda served, principal, rows: None,
             self.device,
         )
+        guard = self.answering.guard
+        self.telemetry.begin(guard.rules if isinstance(guard, GuardPipeline) else {})
         self.batcher: Batcher[Job, Answer] = Batcher(
             self.answering,
             max_rows=setup.max_rows,
@@ -147,19 +153,13 @@ class Worker:
             seen=self._seen,
         )
         self.served = ServedModel(
-            Signature(
-                setup.name,
-                setup.shape,
-                self._n_classes(self._pristine),
-                self._pristine.bounds,
-                setup.version,
-                setup.max_rows,
-            ),
+            setup.signature or self._signature(),
             self.batcher,
             None if setup.keys is None else KeyFile(setup.keys),
             None if chain is None else setup.audit_key,
             setup.limits,
             self.telemetry,
+            setup.forwards,
         )
         config = uvicorn.Config(
             application(self.served),
@@ -175,6 +175,14 @@ class Worker:
             timeout_graceful_shutdown=max(1, round(setup.drain_s)),
         )
         self.server = _Server(config)
+
+    def _signature(self) -> Signature:
+        """Return the signature of the model, which is called to find the number of classes."""
+        setup = self.setup
+        classes = self._n_classes(self._pristine)
+        return Signature(
+            setup.name, setup.shape, classes, self._pristine.bounds, setup.version, setup.max_rows
+        )
 
     def _n_classes(self, model: Classifier) -> int:
         """Return the number of classes, after a first forward pass, which is the slowest one."""

@@ -13,11 +13,14 @@ the laws on their provers:
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from weakref import WeakKeyDictionary
 
 import torch
 
 from holdfast.attacks import FMN, PGD
+from holdfast.certifiers.graph import Graph
 from holdfast.certifiers.protocol import Proofs, Prover
+from holdfast.certifiers.provers import GraphProver, prepared_graph
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L1, L2, Linf, allowed
 from holdfast.core.draws import Draws
@@ -27,8 +30,8 @@ from holdfast.core.threat import ThreatModel
 from holdfast.core.types import PerExample
 from holdfast.testing.fakes import examples, labelled, network
 from holdfast.testing.laws import broken
-from holdfast.testing.linear import linear_problem
-from holdfast.testing.relu import relu_problem
+from holdfast.testing.linear import LinearOracle, linear_problem
+from holdfast.testing.relu import ReLUOracle, relu_problem
 
 _SIZES = {Linf: 0.03, L2: 0.15, L1: 0.6}
 """radius of each norm at which the networks of `holdfast.testing.fakes` have certified and broken examples"""
@@ -36,6 +39,10 @@ _ROUNDING = 1e-6
 """relative tolerance of comparisons of margins; the networks are in float64"""
 _CHOICES = 1e-4
 """relative difference of bounds between batches: rounding may decide between two linear bounds that are equally good"""
+
+
+_GRAPHS: WeakKeyDictionary[Classifier, Graph] = WeakKeyDictionary()
+"""graphs of the models of the laws, whose weights and examples do not change"""
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,13 @@ class ProverCase:
 
     def proofs(self, model: Classifier, batch: Batch, eps: float) -> Proofs:
         """Return what the prover proves about the examples of a batch within eps."""
-        threat = ThreatModel(self.norm(eps))
-        return self.prover.ready(model, batch, threat)(batch)
+        threat, prover = ThreatModel(self.norm(eps)), self.prover
+        if not isinstance(prover, GraphProver) or "ready" in vars(type(prover)):
+            return prover.ready(model, batch, threat)(batch)
+        # to trace a network again for each eps would take most of the time of the laws
+        if model not in _GRAPHS:
+            _GRAPHS[model] = prepared_graph(model, batch)
+        return prover.on(_GRAPHS[model], model, threat)(batch)
 
 
 @dataclass(frozen=True)
@@ -67,17 +79,24 @@ class _Known:
 
 
 @cache
-def _known(norm: Linf | L2 | L1) -> tuple[_Known, ...]:
-    known = []
+def _oracles() -> tuple[tuple[str, LinearOracle | ReLUOracle, Classifier, Batch], ...]:
+    """Models with known distances, with a description and examples; the same ones for all provers and norms."""
+    oracles: list[tuple[str, LinearOracle | ReLUOracle, Classifier, Batch]] = []
     for seed, classes in ((0, 2), (1, 3), (2, 10)):
         linear, batch = linear_problem(seed, n=8, classes=classes)
-        exact = linear.distance(batch.x, batch.y, norm)
-        known.append(_Known(f"a linear model of {classes} classes", linear.classifier(), batch, exact))
+        oracles.append((f"a linear model of {classes} classes", linear, linear.classifier(), batch))
     for seed in range(3):
         relu, batch = relu_problem(seed)
-        exact = relu.distance(batch.x, batch.y, norm)
-        known.append(_Known(f"ReLU network {seed}", relu.classifier(), batch, exact))
-    return tuple(known)
+        oracles.append((f"ReLU network {seed}", relu, relu.classifier(), batch))
+    return tuple(oracles)
+
+
+@cache
+def _known(norm: Linf | L2 | L1) -> tuple[_Known, ...]:
+    return tuple(
+        _Known(description, model, batch, oracle.distance(batch.x, batch.y, norm))
+        for description, oracle, model, batch in _oracles()
+    )
 
 
 def never_exceeds_the_exact_distance(case: ProverCase) -> None:
@@ -215,19 +234,28 @@ def ignores_other_examples(case: ProverCase) -> None:
 
 def proves_in_float32(case: ProverCase) -> None:
     """Check that no example of a linear model in float32 is certified at its exact distance, where rounding decides."""
-    for seed in range(3):
-        oracle, batch = linear_problem(seed, n=3, dtype=torch.float32)
-        model = oracle.classifier().requires_grad_(False)
+    for oracle, model, batch in _in_float32():
         for row, eps in enumerate(oracle.distance(batch.x, batch.y, case.norm(1.0)).tolist()):
             if eps < torch.inf:
                 proofs = case.proofs(model, batch, eps)
                 assert not proofs.certified[row], f"{case}: certifies an example at its exact distance {eps}"
 
 
+@cache
+def _in_float32() -> tuple[tuple[LinearOracle, Classifier, Batch], ...]:
+    problems = [linear_problem(seed, n=3, dtype=torch.float32) for seed in range(3)]
+    return tuple((oracle, oracle.classifier().requires_grad_(False), batch) for oracle, batch in problems)
+
+
 def _unknown(case: ProverCase, seed: int = 0) -> tuple[Classifier, Batch, float]:
     """A small network, examples that it classifies correctly, and an eps at which some are certified."""
+    return *_network(seed), _SIZES[case.norm]
+
+
+@cache
+def _network(seed: int) -> tuple[Classifier, Batch]:
     model = network(seed)
-    return model, labelled(model, examples(seed, n=9)), _SIZES[case.norm]
+    return model, labelled(model, examples(seed, n=9))
 
 
 PROVER_LAWS: tuple[Callable[[ProverCase], None], ...] = (

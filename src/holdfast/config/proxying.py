@@ -1,0 +1,123 @@
+"""Opens the model of another server for `holdfast serve --proxy`, and compares it with the guard."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from holdfast.config.grammar import seconds
+from holdfast.config.guard_settings import read_guard_settings
+from holdfast.config.settings import ServeSettings
+from holdfast.core.errors import UsageError
+from holdfast.core.model import Bounds
+from holdfast.serving.decisions import Action
+from holdfast.serving.guard import GuardPipeline
+from holdfast.serving.proxy import UpstreamModel, input_dtype, read_upstream
+from holdfast.serving.upstream import UpstreamAddress
+
+_ADDRESS = re.compile(
+    r"(?P<server>.*?)(?:/v2/models/(?P<name>[^/]+)(?P<version>/versions/[^/]+)?(?:/infer)?)?/*"
+)
+
+
+def open_upstream(settings: ServeSettings) -> UpstreamModel:
+    """Return the model of the server that `--proxy` names, under the name and the version at which it is served.
+
+    Raises `UsageError` for settings of a model that the proxy does not open, and `TargetError` if that server does not
+    answer.
+    """
+    proxying, options, inference = settings.proxying, settings.options, settings.inference
+    assert proxying.proxy is not None
+    _refuse_settings_of_models(settings)
+    match = _ADDRESS.fullmatch(proxying.proxy)
+    assert match is not None, "every part of the expression may be empty"
+    name = None if match["name"] is None else match["name"] + (match["version"] or "")
+    address = UpstreamAddress(
+        match["server"],
+        tuple(proxying.upstream_headers),
+        seconds(proxying.upstream_timeout, "upstream_timeout"),
+    )
+    upstream = read_upstream(
+        address,
+        name or options.name,
+        shape=inference.input_shape or _shape_of_guard(inference.guard),
+        bounds=Bounds(*settings.inputs.bounds) if "bounds" in settings.inputs.model_fields_set else None,
+        output=proxying.upstream_output,
+        max_rows=settings.limits.max_rows,
+    )
+    signature = upstream.signature
+    if options.name is not None:
+        signature = replace(signature, name=options.name)
+    if "model_version" in options.model_fields_set:
+        signature = replace(signature, version=options.model_version)
+    return replace(upstream, signature=signature)
+
+
+def refuse_other_guard(pipeline: GuardPipeline, upstream: UpstreamModel, file: str) -> None:
+    """Raise `UsageError` for a guard whose rules cannot be evaluated on the model of an upstream server."""
+    dtype, expected = input_dtype(upstream), pipeline.schema.dtype
+    if dtype != expected:
+        raise UsageError(
+            f"{file}: inputs.dtype is {_named(expected)}, and the upstream model takes {_named(dtype)}; correct it"
+        )
+    if upstream.of_labels and pipeline.detectors:
+        raise UsageError(
+            f"{file}: the rules {', '.join(pipeline.detectors)} need scores, and the upstream model returns class "
+            f"numbers; remove them, or name an output with scores (--upstream-output)"
+        )
+    single = upstream.signature.classes == 1 and not upstream.of_labels
+    if single and Action.LABEL_ONLY in pipeline.actions:
+        raise UsageError(
+            f"{file}: the action label_only needs a score for each class, and the upstream model returns one number; "
+            "use another action"
+        )
+    if pipeline.detectors and upstream.probabilities is not None:
+        returned = "probability" if upstream.probabilities else "logit"
+        if pipeline.outputs != returned:
+            raise UsageError(
+                f"{file}: outputs is {pipeline.outputs}, and the upstream model returns "
+                f"{'probabilities' if upstream.probabilities else 'logits'}; set outputs to {returned}"
+            )
+
+
+def refuse_forwarded_keys(settings: ServeSettings) -> None:
+    """Raise `UsageError` if the keys of clients would be passed on to the upstream server."""
+    names = [name.lower() for name in settings.proxying.forward_headers]
+    if settings.options.keys is not None and "authorization" in names:
+        raise UsageError(
+            "forward_headers contains authorization, which contains the keys of this server; give the key of the "
+            "upstream server with --upstream-header 'Authorization: env:VARIABLE'"
+        )
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape_of_guard(file: str | None) -> tuple[int, ...] | None:
+    """Return the shape of one input in a guard; None without a guard, or if it leaves sizes open."""
+    if file is None:
+        return None
+    shape = read_guard_settings(Path(file)).inputs.shape
+    sizes = [size for size in shape if size is not None]
+    return tuple(sizes) if len(sizes) == len(shape) else None
+
+
+def _refuse_settings_of_models(settings: ServeSettings) -> None:
+    """Raise `UsageError` for settings that belong to a model of this server."""
+    if settings.model.address is not None:
+        raise UsageError(
+            f"proxy is {settings.proxying.proxy}, and the model {settings.model.address} was given, too; leave one out"
+        )
+    given = {
+        "every": bool(settings.options.every),
+        **{key: getattr(settings.inputs, key) is not None for key in ("mean", "std", "data_normalised")},
+        **{key: getattr(settings.model, key) is not None for key in ("arch", "model_output", "classes")},
+    }
+    names = [key for key, is_given in given.items() if is_given]
+    if names:
+        raise UsageError(
+            f"{', '.join(names)} belong to a model of this server, and with --proxy the model is that of "
+            f"{settings.proxying.proxy}; leave them out"
+        )
