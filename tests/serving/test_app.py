@@ -231,6 +231,21 @@ def test_a_guard_that_fails_refuses_or_answers_as_configured():
     assert torch.equal(scores(Here(guard=Broken(), guard_fails_open=True).infer()), network()(X))
 
 
+class Infinite(NoRules):
+    """A guard with an infinite score, such as that of a detector that overflows."""
+
+    def before_many(self, requests):
+        row = RowDecision((Score("first", float("inf"), True, Mode.OBSERVE, Action.FLAG),))
+        return [replace(d, rows=(row,) * len(d.x)) for d in super().before_many(requests)]
+
+
+def test_an_infinite_score_is_recorded(tmp_path):
+    chain = ChainFile(tmp_path / "chain.jsonl")
+    here = Here(guard=Infinite(), audit=ChainAudit(chain, AuditKey(bytes(32))))
+    assert here.infer().status_code == 200
+    assert '"first":["inf",true' in chain.path.read_text()
+
+
 class Brittle(nn.Module):
     """A network that fails for inputs above 0.9, and returns NaN for inputs below 0.1."""
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+from contextlib import suppress
 
 import pytest
 
@@ -165,6 +166,10 @@ def test_a_full_disk_leaves_a_valid_chain(tmp_path, full_disk, fail_open):
     verified = verify_audit(tmp_path / "audit")
     assert verified.lost == (2 if fail_open else 0) and verified.open == (1 if fail_open else 2)
     chain.close()
+    with suppress(TargetError):
+        full_disk["full"] = True
+        audit.new_worker()
+    full_disk["full"] = False
     audit.close()
     last = verify_audit(tmp_path / "audit")
     assert (last.open, last.interrupted) == (0, verified.open)

@@ -218,11 +218,13 @@ def test_answers_are_kept_while_the_ledger_cannot_be_written(live, monkeypatch):
     assert term.answers == {prepared.pool.pseudonym("alice"): 3} and term.others == 2
 
 
-def test_a_model_that_cannot_be_opened_is_reported(tmp_path):
+def test_a_model_that_cannot_be_opened_is_reported_and_no_worker_has_the_key_of_the_pool(monkeypatch):
+    monkeypatch.setenv("HOLDFAST_POOL_KEY", "secret")
     prepared = ServerSetup(ServingSetup(unusable, "small", (FEATURES,), set_name="file"), port=0)
     with pytest.raises(TargetError, match="this model is missing"):
         Supervisor(prepared).start()
 
 
 def unusable():
+    assert "HOLDFAST_POOL_KEY" not in os.environ
     raise TargetError("this model is missing")

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import isfinite
 from typing import Protocol
 
 import torch
@@ -136,7 +137,13 @@ def _record(outcome: Outcome, served: ServedSet) -> dict[str, object]:
         status = 500 if outcome.refusal is None else outcome.refusal.status
         return end_record("failed", request, status=status)
     rows = [
-        [row.action.word, {s.rule: [round(s.value, 6), s.fired, s.mode.value] for s in row.scores}]
+        [
+            row.action.word,
+            {
+                s.rule: [round(s.value, 6) if isfinite(s.value) else str(s.value), s.fired, s.mode.value]
+                for s in row.scores
+            },
+        ]
         for row in decision.rows
         if row.scores
     ]

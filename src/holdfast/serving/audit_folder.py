@@ -73,7 +73,11 @@ class AuditFolder:
         path = self.path / f"{self.run}.worker-{self._workers}{SUFFIX}"
         with usable(path):
             path.touch(PRIVATE, exist_ok=False)  # here, so that a missing file is always a fault
-        self.record("worker", chain=path.name)
+        try:
+            self.record("worker", chain=path.name)
+        except TargetError:
+            path.unlink(missing_ok=True)
+            raise
         self._open.add(path)
         return path
 
@@ -229,8 +233,8 @@ def verify_audit(path: Path) -> VerifiedAudit:
     listed: set[str] = {file.name for file in servers}
     for file in servers:
         _refuse_missing(path, file, heads, listed, notes)
-    for name in heads:
-        if name not in listed:
+    for name, digests in heads.items():
+        if name not in listed and len(digests) > 1:  # a server that was killed may leave an empty one
             raise TargetError(
                 f"{str(path / name)!r} is listed by no server chain of the folder; restore that, or move it elsewhere"
             )

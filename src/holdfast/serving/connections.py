@@ -26,6 +26,73 @@ _CHUNKED = 8
 """largest number of received bytes for each byte of a body, whose chunks have sizes and trailers"""
 
 
+class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """HTTP protocol that refuses further connections and closes those whose headers do not arrive in time."""
+
+    max_connections: int
+    header_timeout_s: float
+    most: int
+    """largest number of bytes of a request"""
+    waiting: asyncio.TimerHandle | None = None
+    received = 0
+    """number of bytes since the last response"""
+
+    def connection_made(self, transport: Any) -> None:
+        """Accept a connection, or refuse it if too many are open."""
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            self._end(_FULL)
+            return
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Receive bytes, and measure the time until the headers are complete."""
+        if self.transport.is_closing():
+            return
+        self.received += len(data)
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+            if self.received > self.most:
+                self.transport.close()
+        elif self.received > _HEADERS and not self.transport.is_closing():
+            self._end(_LARGE)
+        elif self.waiting is None:
+            self._wait()
+
+    def on_response_complete(self) -> None:
+        """Prepare for the next request of the connection."""
+        self.received = 0
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget a closed connection."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer a request that is not valid HTTP."""
+        self._end(_INVALID)
+
+    def _wait(self) -> None:
+        self.waiting = self.loop.call_later(self.header_timeout_s, self._too_slow)
+
+    def _stop_waiting(self) -> None:
+        if self.waiting is not None:
+            self.waiting.cancel()
+            self.waiting = None
+
+    def _too_slow(self) -> None:
+        self.waiting = None
+        if not self.transport.is_closing():
+            self._end(_SLOW)
+
+    def _end(self, response: bytes) -> None:
+        self._stop_waiting()
+        self.transport.write(response)
+        self.transport.close()
+
+
 def limited_protocol(
     max_connections: int, header_timeout_s: float, max_body: int = 0
 ) -> type[asyncio.Protocol]:
@@ -34,68 +101,9 @@ def limited_protocol(
 
     A connection over which more bytes arrive than a request with `max_body` bytes can need is closed.
     """
-    most = _HEADERS + _CHUNKED * max_body
-
-    class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-        """HTTP protocol that refuses further connections and closes those whose headers do not arrive in time."""
-
-        waiting: asyncio.TimerHandle | None = None
-        received = 0
-        """number of bytes since the last response"""
-
-        def connection_made(self, transport: Any) -> None:
-            """Accept a connection, or refuse it if too many are open."""
-            super().connection_made(transport)
-            if len(self.connections) > max_connections:
-                self._end(_FULL)
-                return
-            self._wait()
-
-        def data_received(self, data: bytes) -> None:
-            """Receive bytes, and measure the time until the headers are complete."""
-            if self.transport.is_closing():
-                return
-            self.received += len(data)
-            super().data_received(data)
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._stop_waiting()
-                if self.received > most:
-                    self.transport.close()
-            elif self.received > _HEADERS and not self.transport.is_closing():
-                self._end(_LARGE)
-            elif self.waiting is None:
-                self._wait()
-
-        def on_response_complete(self) -> None:
-            """Prepare for the next request of the connection."""
-            self.received = 0
-            super().on_response_complete()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            """Forget a closed connection."""
-            self._stop_waiting()
-            super().connection_lost(exc)
-
-        def send_400_response(self, msg: str) -> None:
-            """Answer a request that is not valid HTTP."""
-            self._end(_INVALID)
-
-        def _wait(self) -> None:
-            self.waiting = self.loop.call_later(header_timeout_s, self._too_slow)
-
-        def _stop_waiting(self) -> None:
-            if self.waiting is not None:
-                self.waiting.cancel()
-                self.waiting = None
-
-        def _too_slow(self) -> None:
-            self.waiting = None
-            if not self.transport.is_closing():
-                self._end(_SLOW)
-
-        def _end(self, response: bytes) -> None:
-            self._stop_waiting()
-            self.transport.write(response)
-            self.transport.close()
-
-    return LimitedProtocol
+    limits = {
+        "max_connections": max_connections,
+        "header_timeout_s": header_timeout_s,
+        "most": _HEADERS + _CHUNKED * max_body,
+    }
+    return type("LimitedProtocol", (LimitedProtocol,), limits)

@@ -1,5 +1,6 @@
 """A worker process as the supervisor sees it, and the socket that all workers share."""
 
+import os
 import queue
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 from holdfast.core.errors import UsageError
 from holdfast.engine.processes import BEGINNING, import_path, read_message, skip_to, write_message
+from holdfast.store.encryption import KEY_VARIABLE
 
 _BACKLOG = 2048
 _START = """\
@@ -56,6 +58,8 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=(listener.fileno(),),
+            # a worker parses what clients send, so it must not have the key of the pool
+            env={name: value for name, value in os.environ.items() if name != KEY_VARIABLE},
             start_new_session=True,
         )
         return cls(number, process, inbox, chain)
