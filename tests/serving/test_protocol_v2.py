@@ -100,7 +100,7 @@ def test_an_invalid_body_is_refused_with_the_first_mistake(body, reason):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda body, n: (body, len(body) + 1), "is said to have"),
+        (lambda body, n: (body, len(body) + 1), "the header states"),
         (lambda body, n: (body[:-4], n), "44 bytes follow the JSON; 48 were expected"),
         (lambda body, n: (body + b"x", n), "49 bytes follow"),
         (lambda body, n: (body.replace(b": 48", b": 44"), n), "binary_data_size is 44; 48"),

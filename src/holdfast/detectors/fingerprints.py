@@ -32,7 +32,7 @@ _LEAST_SIDE = 8  # pixels; in smaller images, gradients say little about motion
 
 
 class Stream:
-    """Numbers from SHAKE-256 of a key and a label, which nobody without the key can predict."""
+    """Numbers from SHAKE-256 of a key and a label. They cannot be predicted without the key."""
 
     def __init__(self, key: bytes) -> None:
         self._key = hashlib.blake2b(key, digest_size=32, person=b"holdfast-query").digest()

@@ -115,7 +115,9 @@ def read_request(body: bytes, header_length: int | None, signature: Signature) -
         text, tail = body, b""
     else:
         if header_length > len(body):
-            raise _wrong(f"the JSON is said to have {header_length} bytes, and the body has {len(body)}")
+            raise _wrong(
+                f"the header states {header_length} bytes of JSON, and the body has {len(body)} bytes"
+            )
         text, tail = body[:header_length], body[header_length:]
     content = _object(text)
     tensor = _only_input(content.get("inputs"), signature.input_name)

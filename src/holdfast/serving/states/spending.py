@@ -85,7 +85,7 @@ def spent(charge: Charge, balance: Balance | None, now: float) -> tuple[Grant, B
         return Grant(granted=False, reason="budget", retry_after_s=began + limits.period_s - now), kept
     if limits.rate_per_s is None:
         return Grant(granted=True), Balance(tokens, now, used + n, began)
-    # a rounding error of the refill must not refuse a request that waited as long as it was asked to
+    # a rounding error of the refill must not refuse a request that was sent after the stated wait
     if n > tokens + 1e-9:
         return Grant(granted=False, reason="rate", retry_after_s=(n - tokens) / limits.rate_per_s), kept
     return Grant(granted=True), Balance(tokens - n, now, used + n, began)
