@@ -67,19 +67,19 @@ def verdicts(case: Case, net: Network) -> dict[str, object]:
         counted, norm=case.norm, eps=case.eps, seed=case.seed, version="standard", device="cpu", verbose=False
     )
     with torch.no_grad():
-        standing = net.module(x).argmax(1) == y
-    code, survivors, spent = ["." if s else "0" for s in standing.tolist()], [int(standing.sum())], []
+        surviving = net.module(x).argmax(1) == y
+    code, survivors, spent = ["." if s else "0" for s in surviving.tolist()], [int(surviving.sum())], []
     for number, stage in enumerate(STAGES, start=1):
         attack.attacks_to_run, start = [stage], time.process_time()
-        at = standing.nonzero().squeeze(1)
+        at = surviving.nonzero().squeeze(1)
         if len(at):
             x_adv = attack.run_standard_evaluation(x[at], y[at], bs=250)
             with torch.no_grad():
                 held = net.module(x_adv).argmax(1) == y[at]
             for row in at[~held].tolist():
                 code[row] = str(number)
-            standing[at] = held
-        survivors.append(int(standing.sum()))
+            surviving[at] = held
+        survivors.append(int(surviving.sum()))
         spent.append(round(time.process_time() - start, 2))
     return {
         **asdict(case),

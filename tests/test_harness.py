@@ -101,7 +101,7 @@ def test_success_is_what_the_bare_model_says_of_what_came_back():
     evidence = measure(MODEL, [BATCH], [Doing(lose)], THREAT)
     assert not evidence["success"].any()
     assert (evidence["first_success"] == 0).all()
-    assert evidence.attacks[0].standing_after == 30
+    assert evidence.attacks[0].surviving_after == 30
 
 
 def test_an_attack_cannot_speak_for_itself():
@@ -147,7 +147,7 @@ def test_the_evidence_is_the_worst_case_of_each_example():
     assert evidence["success"].tolist() == [True, True, False, True, True, False]
     assert evidence["broken_by"].tolist() == [2, 1, -1, 1, 2, -1]
     assert evidence["adversarial_prediction"].tolist() == [1, 1, 0, 1, 1, 0]
-    assert [(a.standing_before, a.standing_after) for a in evidence.attacks] == [(6, 6), (6, 4), (4, 2)]
+    assert [(a.surviving_before, a.surviving_after) for a in evidence.attacks] == [(6, 6), (6, 4), (4, 2)]
     assert evidence.gallery["id"].tolist() == [1, 3, 5, 7]
 
 

@@ -79,7 +79,7 @@ def test_a_wave_that_breaks_nothing_is_the_last(below, reached):
 def test_waves_are_one_attack_in_the_evidence_and_say_what_they_left():
     evidence, _, _ = run(N // 8)
     (record,) = evidence.attacks
-    assert (record.name, record.standing_before, record.standing_after) == ("Nearest", N, N - N // 8)
+    assert (record.name, record.surviving_before, record.surviving_after) == ("Nearest", N, N - N // 8)
     assert record.cost.forwards == N // 4
     assert set(evidence["broken_by"].tolist()) == {-1, 0}
     (said,) = record.notes

@@ -151,7 +151,7 @@ def _cells(found: Result) -> Cells:
         "TPR at 5 %": value["detection_rate_at_5_percent"],
         "TPR at 1 % oblivious": value["oblivious_detection_rate_at_1_percent"],
         "TPR at 1 %": value["detection_rate_at_1_percent"],
-        "after the suite": suite.standing_after / N,
+        "after the suite": suite.surviving_after / N,
         "robust": value["robust_accuracy"],
         "attacks": ", ".join(record.name for record in found.attacks),
         "CPU s": found.cost.cpu_s,

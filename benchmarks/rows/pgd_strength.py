@@ -1,4 +1,4 @@
-"""What PGD at 40 steps leaves standing, over five seeds, beside every peer's on the same images."""
+"""Images that survive PGD with 40 steps, over five seeds, beside those of every peer on the same images."""
 
 from statistics import mean
 

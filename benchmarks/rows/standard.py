@@ -64,7 +64,7 @@ def _one(cases: list[Case]) -> tuple[list[torch.Tensor], list[torch.Tensor], Cel
         evidence = ours.assessed(net.module, x, y, attacks, first.norm, first.eps, seed=case.seed)
         mine.append(evidence["correct"] & ~evidence["success"])
         seconds.append(evidence.cost.cpu_s)
-        stages.append([int(evidence["correct"].sum()), *(a.standing_after for a in evidence.attacks)])
+        stages.append([int(evidence["correct"].sum()), *(a.surviving_after for a in evidence.attacks)])
     theirs = [torch.tensor([c == "." for c in k["verdicts"]]) for k in known]
     cells = {
         "reference, after each stage": _stages([k["survivors"] for k in known]),
@@ -108,8 +108,8 @@ def _missed(reference: torch.Tensor, other: torch.Tensor) -> float:
     return 100 * (~reference & other).double().mean().item()
 
 
-def _code(standing: torch.Tensor) -> str:
-    return "".join("." if s else "x" for s in standing.tolist())
+def _code(surviving: torch.Tensor) -> str:
+    return "".join("." if s else "x" for s in surviving.tolist())
 
 
 def _stages(runs: list[list[int]]) -> str:

@@ -45,7 +45,7 @@ def measured() -> Outcome:
             {
                 "network": name,
                 "stage": attack.stage,
-                "n": attack.standing_before,
+                "n": attack.surviving_before,
                 "ours / its floor": attack.cost.cpu_s / floors[attack.stage],
                 "CPU s": attack.cost.cpu_s,
             }
@@ -86,7 +86,7 @@ def _floors(module: nn.Module, x: Tensor, y: Tensor, evidence: Evidence) -> dict
     """CPU seconds that each attack's forwards and backwards cost naively, at the batch size the attack began with."""
     floors = {"clean": cpu_seconds(partial(naive_floor, module, x, y, 0, 1))}
     for attack in evidence.attacks:
-        some = slice(0, max(attack.standing_before, 1))
+        some = slice(0, max(attack.surviving_before, 1))
         both = _per_image(module, x[some], y[some], steps=10, forwards=0)
         alone = _per_image(module, x[some], y[some], steps=0, forwards=20)
         spent = attack.cost

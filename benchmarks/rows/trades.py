@@ -22,7 +22,7 @@ def measured() -> Outcome:
         attacks = [
             {
                 "attack": a.name,
-                "standing after": a.standing_after,
+                "surviving after": a.surviving_after,
                 "CPU s": a.cost.cpu_s,
                 "notes": list(a.notes),
             }

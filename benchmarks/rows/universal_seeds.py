@@ -34,7 +34,7 @@ def measured() -> Outcome:
             found = measure(model, [batch], [Universal()], threat, seed=seed, fit=other)
             (record,) = found.attacks
             return {
-                "left, %": 100 * record.standing_after / N,
+                "left, %": 100 * record.surviving_after / N,
                 "fits": record.fits,
                 "CPU s": record.cost.cpu_s,
             }

@@ -43,7 +43,7 @@ def test_counts_every_example_under_every_corruption(case):
         held &= right
         assert torch.equal(evidence[f"{name}.right"], right)
     assert torch.equal(evidence["correct"] & ~evidence["success"], held)
-    assert evidence.attacks[-1].standing_after == int(held.sum())
+    assert evidence.attacks[-1].surviving_after == int(held.sum())
     assert not evidence["success"][~evidence["correct"]].any()
     assert evidence.cost.queries == len(wrong)  # the clean pass
 

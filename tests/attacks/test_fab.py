@@ -95,11 +95,11 @@ def test_a_run_that_will_not_come_inside_eps_ends_after_two_looks_back():
         results.append(attack(metered, batch, ThreatModel(L2(eps)), rng=RNG))
         spent.append(metered.spent.backwards)
     full, short = spent
-    standing = full == 60
-    assert standing.any() and (~standing).any()
-    assert (short[standing] <= 20).all()
-    assert torch.equal(short[~standing], full[~standing])
-    assert torch.equal(results[0][~standing], results[1][~standing])
+    surviving = full == 60
+    assert surviving.any() and (~surviving).any()
+    assert (short[surviving] <= 20).all()
+    assert torch.equal(short[~surviving], full[~surviving])
+    assert torch.equal(results[0][~surviving], results[1][~surviving])
     everything = [
         attack(model, batch, ThreatModel(L2()), rng=RNG)
         for attack in (FAB(steps=30), FAB(steps=30, patience=5))

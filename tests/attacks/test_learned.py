@@ -140,10 +140,10 @@ def test_a_learned_patch_is_judged_at_the_worst_place_of_each_image(at):
     evidence = measure(model, [batch], [attack], threat)
     (record,) = evidence.attacks
     if at == "centre":  # a single place, which is no choice
-        assert record.places is None and record.standing_after == 40
+        assert record.places is None and record.surviving_after == 40
         return
-    assert record.standing_after == 0
-    assert record.places.tried == 42 and 30 <= record.places.standing_at_random < 40
-    assert f"at one random place of each, {record.places.standing_at_random} survive" in record.notes[-1]
+    assert record.surviving_after == 0
+    assert record.places.tried == 42 and 30 <= record.places.surviving_at_random < 40
+    assert f"at one random place of each, {record.places.surviving_at_random} survive" in record.notes[-1]
     few = measure(model, [batch], [replace(attack, places=10)], threat, seed=1)
     assert few.attacks[0].places.tried == 10

@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def standing_in(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+def fake_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     """What stands for the standard error of a command."""
     found = Terminal()
     monkeypatch.setenv("TERM", "xterm")
@@ -35,7 +35,7 @@ def standing_in(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 def test_what_is_said_takes_the_place_of_the_bar_and_does_not_go_on_its_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    terminal = standing_in(monkeypatch)
+    terminal = fake_terminal(monkeypatch)
     with progress_bar(Voice()):
         Voice().say("a set is drawn")
     assert not terminal.buffer.getvalue(), "nothing goes round the bar"
@@ -43,7 +43,7 @@ def test_what_is_said_takes_the_place_of_the_bar_and_does_not_go_on_its_line(
 
 
 def test_the_bar_of_what_is_done_does_not_stand_under_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = standing_in(monkeypatch)
+    terminal = fake_terminal(monkeypatch)
 
     def stands() -> bool:
         Voice().say("a set is drawn")

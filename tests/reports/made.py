@@ -70,16 +70,16 @@ def evidence(
         "first_success": first,
         "distance": distance,
     }
-    attacks, standing = [], int(correct.sum())
+    attacks, surviving = [], int(correct.sum())
     for place, (name, _, cost) in enumerate(STAGES):
-        left = standing - int((broken_by == place).sum())
+        left = surviving - int((broken_by == place).sum())
         settings = {"steps": 100, "restarts": 1, "loss": name.lower(), "eot": None}
         notes = ("DLR needs three classes; the margin stands in for it",) if name == "APGD-T" else ()
         risk = Residual(left - 32, 0.089) if name == "Square" and left > 32 else None
         attacks.append(
-            AttackRecord(f"{place + 1}-{name.lower()}", name, settings, standing, left, cost, notes, risk)
+            AttackRecord(f"{place + 1}-{name.lower()}", name, settings, surviving, left, cost, notes, risk)
         )
-        standing = left
+        surviving = left
     shape = (1, 28, 28) if image else (12,)
     shown = success.nonzero()[:gallery, 0]
     x = _digits(len(shown), g) if image else torch.rand((len(shown), *shape), generator=g)
@@ -131,7 +131,7 @@ DOUBTS = (
         128,
         "Square alone breaks 4.1 points more than PGD-40 alone (p = 0.002).",
     ),
-    Doubt("noise", "clear", 0.0, 0.005, 128, "100 draws broke 0 of 53 standing examples."),
+    Doubt("noise", "clear", 0.0, 0.005, 128, "100 draws broke 0 of 53 surviving examples."),
     Doubt("transfer", "not measured", None, None, 0, "No surrogate was declared."),
     Doubt("state", "not applicable", None, None, 0, ""),
 )

@@ -22,7 +22,7 @@ def first():
 
 
 def _changed(evidence, lost, gained, **changes):
-    """The same examples; some standing ones fall, some fallen ones stand."""
+    """The same examples; some surviving ones fall, some fallen ones stand."""
     success = evidence["success"].clone()
     held = evidence["correct"] & ~success
     success[held.nonzero()[:lost, 0]] = True

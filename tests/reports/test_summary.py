@@ -157,8 +157,8 @@ def test_share_after_each_attack_ends_at_robust_accuracy():
     after = [attack["robust_accuracy"]["value"] for attack in content["attacks"]]
     assert after == sorted(after, reverse=True)
     assert after[-1] == content["metrics"]["robust_accuracy"]["value"]
-    standing = [attack["surviving_after"] for attack in content["attacks"]]
-    assert after == pytest.approx([left / 1000 for left in standing])
+    surviving = [attack["surviving_after"] for attack in content["attacks"]]
+    assert after == pytest.approx([left / 1000 for left in surviving])
 
 
 def test_without_an_eps_no_attack_leaves_a_share():

@@ -72,7 +72,7 @@ def test_an_answered_doubt_lets_a_gate_pass():
 
 @pytest.mark.slow
 def test_under_l2_an_answer_stands_on_a_search_for_the_smallest_change():
-    """Where climbing inside the ball leaves four of five standing."""
+    """Where climbing inside the ball leaves four of five surviving."""
     by_suite = {
         suite: holdfast.assess(
             "mnist-cnn-hardened", "mnist-mini", n=10, threat="l2:2", suite=suite, adaptive=suite == "quick"

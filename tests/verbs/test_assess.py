@@ -104,8 +104,8 @@ def test_progress_goes_forward_and_ends_complete():
     for name in ("clean", "1-pgd", "2-pgd-again", "attacked"):
         last = [step for step in steps if step.stage == name][-1]
         assert (last.done, last.of, last.seen) == (N, N, N)
-    standing = int((result.evidence["correct"] & ~result.evidence["suite_success"]).sum())
-    assert steps[-1].standing == standing
+    surviving = int((result.evidence["correct"] & ~result.evidence["suite_success"]).sum())
+    assert steps[-1].surviving == surviving
     assert steps[-1].place == steps[-1].of_stages == 5
 
 
@@ -696,7 +696,7 @@ def test_the_smallest_changes_are_kept_and_leave_the_shares_after_each_attack(tm
     )
     assert torch.equal(open_run(tmp_path / "run").adversarial["x"], kept["x"])
     for record, told in zip(result.attacks, result.summary()["attacks"], strict=True):
-        assert told["robust_accuracy"]["value"] * N == pytest.approx(record.standing_after)
+        assert told["robust_accuracy"]["value"] * N == pytest.approx(record.surviving_after)
 
 
 def test_a_list_of_attacks_raises_only_the_free_doubts():

@@ -28,7 +28,10 @@ def test_shards_and_batches_leave_the_evidence_alone(whole, shards, batch_size):
             assert torch.equal(cut[name], values), name
     assert cut.doubts == whole.doubts
     for mine, theirs in zip(cut.attacks, whole.attacks, strict=True):
-        assert (mine.standing_before, mine.standing_after) == (theirs.standing_before, theirs.standing_after)
+        assert (mine.surviving_before, mine.surviving_after) == (
+            theirs.surviving_before,
+            theirs.surviving_after,
+        )
         assert mine.cost.queries == theirs.cost.queries
     for name, values in whole.gallery.items():
         torch.testing.assert_close(cut.gallery[name], values)

@@ -126,10 +126,10 @@ def progress_bar(voice: Voice, *, piped: bool = False) -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[standing]}"),
+        TextColumn("{task.fields[surviving]}"),
     )
     with Bars(*columns, console=voice.console(err=True), transient=True) as bars:
-        task = bars.add_task("starting", total=None, place="", standing="")
+        task = bars.add_task("starting", total=None, place="", surviving="")
         last = ""
 
         def progress(step: Step) -> None:
@@ -152,15 +152,15 @@ def _lines(voice: Voice) -> Progress:
         if step.stage != last:
             last = step.stage
             texts = _texts(step)
-            robust = f", {texts['standing'].strip()} so far" if texts["standing"] else ""
+            robust = f", {texts['surviving'].strip()} so far" if texts["surviving"] else ""
             voice.say(f"stage {texts['place']}: {texts['description']}{robust}")
 
     return progress
 
 
 def _texts(step: Step) -> dict[str, Any]:
-    share = f"{step.standing / step.seen:6.1%} robust" if step.seen else ""
-    return {"description": step.stage, "place": f"{step.place}/{step.of_stages}", "standing": share}
+    share = f"{step.surviving / step.seen:6.1%} robust" if step.seen else ""
+    return {"description": step.stage, "place": f"{step.place}/{step.of_stages}", "surviving": share}
 
 
 def dry_run_of(settings: AssessSettings, voice: Voice) -> int:

@@ -98,8 +98,9 @@ class Places:
 
     tried: int
     """largest number of positions that were tried in an image"""
-    standing_at_random: int
+    surviving_at_random: int
     """number of examples that survive the change at one random position of each"""
+    standing_at_random = Earlier("surviving_at_random")
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ class AttackRecord:
     name: str
     """name of the algorithm, as in its paper"""
     settings: Mapping[str, Any]
-    standing_before: int
-    standing_after: int
+    surviving_before: int
+    surviving_after: int
     cost: Cost
     notes: tuple[str, ...] = ()
     """notes for the reader, such as a loss that was replaced because there are too few classes"""
@@ -126,6 +127,7 @@ class AttackRecord:
     """number of fits of an attack that is fitted, of which the best was used; 0 for other attacks"""
     places: Places | None = None
     """numbers about the positions of a change that is placed at the worst one of each image; None for other attacks"""
+    standing_before, standing_after = Earlier("surviving_before"), Earlier("surviving_after")
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,9 @@ class Probe:
     name: str
     needs: Access
     run: Run
-    on: Literal["correct", "standing", "closest"] = "correct"
+    on: Literal["correct", "surviving", "closest"] = "correct"
     """examples that the probe runs on: a sample of the correct ones (`correct`), a sample of the surviving ones
-    (`standing`), or the surviving ones with the lowest margin (`closest`)"""
+    (`surviving`), or the surviving ones with the lowest margin (`closest`)"""
     breaks: bool = True
     """whether the inputs of the probe are inside the threat model, so that a broken example counts against the suite"""
     queries: int = 0
@@ -274,7 +274,7 @@ PROBES: tuple[Probe, ...] = (
     Probe("probability-margin", "gradients", _by(probability_margin), queries=STEPS + 1),
     Probe("runner-up", "gradients", _towards_runner_up, queries=STEPS + 2),
     Probe("whole-box", "gradients", _whole_box, breaks=False),
-    Probe("noise", "labels", _noise, on="standing"),
+    Probe("noise", "labels", _noise, on="surviving"),
     Probe("search", "scores", _black_box, voted=partial(_black_box, votes=VOTES)),
     Probe("transfer", "gradients", _transferred, voted=partial(_transferred, votes=VOTES)),
 )
@@ -349,7 +349,7 @@ def rows_for(
         among = columns["correct"] & columns.get("eligible", torch.ones_like(columns["correct"]))
         return sample_rows(columns, among, rng, n)
     surviving = surviving_examples(columns, threat)
-    if probe.on == "standing":
+    if probe.on == "surviving":
         return sample_rows(columns, surviving, rng, n)
     n = FRESH_ROWS if most is None else min(most, FRESH_ROWS)
     # a margin in probability is at least -1, so that examples with NaN are among the first

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from holdfast.core.renamed import Earlier
+
 
 @dataclass(frozen=True)
 class Step:
@@ -18,11 +20,12 @@ class Step:
     done: int
     """number of finished examples of the stage"""
     of: int
-    standing: int
+    surviving: int
     """number of examples that no finished shard has broken; in the clean stage, number of examples that are known to be
     correct"""
     seen: int
-    """number of examples of which `standing` survive"""
+    """number of examples of which `surviving` survive"""
+    standing = Earlier("surviving")
 
 
 Progress = Callable[[Step], None]

@@ -176,9 +176,9 @@ class Run:
         with self.stopper.finishing():
             self.store.add_split(stage, shard, row, size)
 
-    def report(self, stage: str, done: int, of: int, standing: int, examples: int) -> None:
+    def report(self, stage: str, done: int, of: int, surviving: int, examples: int) -> None:
         """Call the progress function of the run with the number of finished examples of a stage and the number that
         survive.
         """
         place = self.stages.index(stage) + 1
-        self.progress(Step(stage, place, len(self.stages), done, of, standing, examples))
+        self.progress(Step(stage, place, len(self.stages), done, of, surviving, examples))

@@ -244,7 +244,7 @@ def _attack_records(
 ) -> tuple[tuple[AttackRecord, ...], Cost]:
     """The records of the attacks in their order, with waves combined, and the cost of all stages."""
     clean, records, total = by_stage["clean"], [], Cost()
-    standing = clean["correct"] & clean["eligible"]
+    surviving = clean["correct"] & clean["eligible"]
     first = next((place for place, step in enumerate(plan.steps) if step.kind.in_suite), 0)
     certified = certified_in(plan.steps[:first], by_stage)  # no attack can break them
     costs = {
@@ -260,11 +260,11 @@ def _attack_records(
         cost = sum((costs[name] for name in (*names, learned) if name in costs), Cost())
         total += cost
         if stage.kind.in_suite:
-            surviving = standing & ~torch.stack([columns["success"] for columns in waves]).any(0)
-            before, after = int(standing.sum()), int(surviving.sum())
+            survived = surviving & ~torch.stack([columns["success"] for columns in waves]).any(0)
+            before, after = int(surviving.sum()), int(survived.sum())
             risky = [{**columns, "ran": columns["ran"] & ~certified} for columns in waves]
-            risk = residual(risky, int((standing & ~certified).sum())) if len(waves) > 1 else None
-            places = _places(waves[0], standing)
+            risk = residual(risky, int((surviving & ~certified).sum())) if len(waves) > 1 else None
+            places = _places(waves[0], surviving)
             notes = (
                 *stage.notes,
                 *_learned(by_stage.get(learned)),
@@ -275,7 +275,7 @@ def _attack_records(
             fits = _fits(by_stage.get(learned))
             fields = (stage.name, stage.attack, stage.settings, before, after, cost, notes, risk)
             records.append(AttackRecord(*fields, adaptive=stage.adaptive, fits=fits, places=places))
-            standing = surviving
+            surviving = survived
     return tuple(records), total
 
 
@@ -300,12 +300,12 @@ def _learned(columns: Columns | None) -> tuple[str, ...]:
     return (f"{note}, with {int(columns['queries'].sum()):,} queries",)
 
 
-def _places(columns: Columns, standing: Tensor) -> Places | None:
+def _places(columns: Columns, surviving: Tensor) -> Places | None:
     """The results of an attack at random places, if it chooses among several places."""
     if "places" not in columns or int(columns["places"].max()) <= 1:
         return None
-    surviving = standing & ~(columns["broken_at_random"] > 0)
-    return Places(int(columns["places"].max()), int(surviving.sum()))
+    at_random = surviving & ~(columns["broken_at_random"] > 0)
+    return Places(int(columns["places"].max()), int(at_random.sum()))
 
 
 def _placed(places: Places | None) -> tuple[str, ...]:
@@ -313,7 +313,7 @@ def _placed(places: Places | None) -> tuple[str, ...]:
     if places is None:
         return ()
     worst = f"judged at the worst of {places.tried:,} places of each image"
-    return (f"{worst}; at one random place of each, {places.standing_at_random:,} survive",)
+    return (f"{worst}; at one random place of each, {places.surviving_at_random:,} survive",)
 
 
 def _cost(kind: StageKind, columns: Columns, seconds: Seconds | None, *, randomised: bool) -> Cost:

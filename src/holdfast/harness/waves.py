@@ -60,14 +60,14 @@ def untried_bound(n_unbroken: int, waves: int) -> float:
     return most
 
 
-def residual(waves: Sequence[Columns], standing: int) -> Residual | None:
+def residual(waves: Sequence[Columns], surviving: int) -> Residual | None:
     """Return the number of surviving examples that an attack has not tried, and an upper bound on the fraction of them
     that it would break.
 
     Returns None if the attack tried all of them.
     """
     ran = [int(columns["ran"].sum()) for columns in waves]
-    untried, last = standing - sum(ran), max((k for k, n in enumerate(ran) if n), default=0)
+    untried, last = surviving - sum(ran), max((k for k, n in enumerate(ran) if n), default=0)
     # the bound needs a last wave that broke no example
     if untried <= 0 or not ran[last] or waves[last]["success"].any():
         return None

@@ -251,8 +251,8 @@ def _attack(record: AttackRecord, after: Json | None) -> Json:
         "stage": record.stage,
         "name": record.name,
         "settings": strict(record.settings),
-        "surviving_before": record.standing_before,
-        "surviving_after": record.standing_after,
+        "surviving_before": record.surviving_before,
+        "surviving_after": record.surviving_after,
         "robust_accuracy": after,
         **_cost(record.cost),
         "notes": list(record.notes),
@@ -272,7 +272,7 @@ def _not_tried(residual: Residual | None) -> Json | None:
 def _positions(places: Places | None) -> Json | None:
     if places is None:
         return None
-    return {"tried": places.tried, "surviving_at_random": places.standing_at_random}
+    return {"tried": places.tried, "surviving_at_random": places.surviving_at_random}
 
 
 def _pass(record: PassRecord) -> Json:

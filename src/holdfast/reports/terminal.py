@@ -144,9 +144,9 @@ def attack_table(summary: Mapping[str, Any], *, narrow: bool = False) -> "Table"
     table = grid(title(summary), headings)
     clean = summary["metrics"].get("clean_accuracy")
     if clean and summary["threat"]["goal"] is None and not distance:
-        standing = round(clean["value"] * clean["n"])
+        surviving = round(clean["value"] * clean["n"])
         sure = interval("clean_accuracy", clean)
-        cells = ["no attack", "", count_text(standing), percent(clean["value"]), "", sure, ""]
+        cells = ["no attack", "", count_text(surviving), percent(clean["value"]), "", sure, ""]
         table.add_row(*cells[: len(headings)])
     for attack in summary["attacks"]:
         row_cells = row(attack, distance=distance)

@@ -80,9 +80,9 @@ def _message(result: Result, judgement: Judgement, threat: str) -> list[str]:
         f"clean accuracy: {clean.value:.4g}",
     ]
     for record in evidence.attacks:
-        n_broken = record.standing_before - record.standing_after
+        n_broken = record.surviving_before - record.surviving_after
         lines.append(
-            f"{record.name}: broke {n_broken} of the {record.standing_before} that survived the attacks before"
+            f"{record.name}: broke {n_broken} of the {record.surviving_before} that survived the attacks before"
         )
     broken = evidence["id"][evidence["success"]].tolist()
     if broken:

@@ -176,8 +176,8 @@ class Measurement:
 
         def report(done: Mapping[int, Columns], more: int) -> None:
             finished = sum(len(columns["id"]) for columns in done.values())
-            standing, n = self._standing(stage, done, left), len(self.data)
-            self.run.report(stage.name, finished + more, n, standing, finished if chosen is None else n)
+            surviving, n = self._surviving(stage, done, left), len(self.data)
+            self.run.report(stage.name, finished + more, n, surviving, finished if chosen is None else n)
 
         return Shards(
             filled,
@@ -187,7 +187,7 @@ class Measurement:
             timed=chosen is not None,  # the clean pass is always finished: nothing can be reported without it
         )
 
-    def _standing(self, stage: Stage, done: Mapping[int, Columns], left: Mask | None) -> int:
+    def _surviving(self, stage: Stage, done: Mapping[int, Columns], left: Mask | None) -> int:
         """Number of examples that no finished shard has broken, of those that were `left` before the stage.
 
         For the clean stage, which has none before it, the number of examples that are known to be correct.

@@ -197,28 +197,28 @@ class SuiteAttack(AttackKind):
         if plan.smallest or plan.full:
             return eligible
         certified = certified_in(stages, by_stage)
-        standing, tested = (
+        surviving, tested = (
             eligible & ~broken_by_suite(stages, by_stage),
             _tested(plan, by_stage["clean"], certified),
         )
-        standing, tested = standing & ~certified, standing & tested
+        surviving, tested = surviving & ~certified, surviving & tested
         measured = suite_columns(stages, by_stage)
         if stage.adaptive:
-            return standing | tested | eligible & ~certified & (_chance(clean, measured) > AT_TIMES)
+            return surviving | tested | eligible & ~certified & (_chance(clean, measured) > AT_TIMES)
         if stage.member is None or not stage.member.waves:
-            return standing | tested
+            return surviving | tested
         earlier = [by_stage[name] for name in stage.earlier]
         if earlier and not earlier[-1]["success"].any():
-            return torch.zeros_like(standing)
+            return torch.zeros_like(surviving)
         tried = (
-            torch.stack([torch.zeros_like(standing), *(columns["ran"] for columns in earlier)]).any(0)
+            torch.stack([torch.zeros_like(surviving), *(columns["ran"] for columns in earlier)]).any(0)
             & ~certified
         )
-        n_first = int((standing & ~tried).sum() + tried.sum())
+        n_first = int((surviving & ~tried).sum() + tried.sum())
         share = math.ceil(n_first / 2 ** (stage.member.waves - max(len(earlier) - 1, 0)))
         last = len(earlier) == stage.member.waves
         heights = _heights(clean, measured, goal=plan.threat.goal)
-        wave = _lowest(standing & ~tried, heights, n_first if last else max(share, LEAST))
+        wave = _lowest(surviving & ~tried, heights, n_first if last else max(share, LEAST))
         return wave if earlier else wave | tested
 
     def evidence(
