@@ -18,9 +18,12 @@ from holdfast.serving.app import ConnectionLimits, ServedModel, application
 from holdfast.serving.audit_chain import AuditKey, ChainFile
 from holdfast.serving.batching import Batcher
 from holdfast.serving.decisions import Action, Mode, RowDecision, Score
+from holdfast.serving.guard import LOST, UNAVAILABLE_TEXT, GuardPipeline, QueryResult
 from holdfast.serving.keys import KeyFile, add_key
 from holdfast.serving.openapi import openapi_document
 from holdfast.serving.protocol import NoRules
+from holdfast.serving.rules import InputSchema, Rule
+from holdfast.serving.telemetry import MetricTotals, Telemetry
 
 from .small import CLASSES, FEATURES, SIGNATURE, network, request
 
@@ -229,6 +232,33 @@ def test_what_the_guard_decides_is_done(action, expected, before):
 def test_a_guard_that_fails_refuses_or_answers_as_configured():
     assert error(Here(guard=Broken()).infer()) == (500, "the guard failed")
     assert torch.equal(scores(Here(guard=Broken(), guard_fails_open=True).infer()), network()(X))
+
+
+class Lost:
+    """A query detector whose state cannot be reached."""
+
+    def score(self, x, principals):
+        return QueryResult(torch.full((len(x),), torch.inf), "closed")
+
+
+def test_a_request_that_cannot_be_checked_is_no_detection(tmp_path):
+    rules = {"queries": Rule("queries", Mode.ENFORCE, Action.BLOCK, 1.0)}
+    guard = GuardPipeline(InputSchema((FEATURES,)), rules, queries=Lost())
+    chain, telemetry, totals = ChainFile(tmp_path / "chain.jsonl"), Telemetry(), MetricTotals()
+    here = Here(guard=guard, audit=ChainAudit(chain, AuditKey(bytes(32))), telemetry=telemetry)
+    here.served.telemetry = telemetry
+    response = here.infer()
+    assert error(response) == (503, UNAVAILABLE_TEXT) and int(response.headers["retry-after"]) >= 1
+    totals.add("worker-1", telemetry.report())
+    assert totals.value("holdfast_refused_total", "state") == 1
+    assert totals.value("holdfast_guard_unchecked_total") == len(X)
+    for counter in (
+        ("holdfast_decisions_total", "allow"),
+        ("holdfast_rule_fired_total", "queries", "enforce"),
+    ):
+        assert totals.value(*counter) == 0
+    last = json.loads(chain.path.read_text().splitlines()[-1])["content"]
+    assert (last["kind"], last["status"], last["notes"]) == ("failed", 503, {"queries": LOST})
 
 
 class Infinite(NoRules):

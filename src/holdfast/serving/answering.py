@@ -26,6 +26,8 @@ from holdfast.serving.telemetry import Telemetry
 
 _AUDIT_FULL = "the audit log cannot be written, so no request is answered"
 _MODEL = "the model failed"
+_STATE_S = 1.0
+"""seconds after which a client may send a request again that could not be checked"""
 _OF_UPSTREAM = frozenset({502, 503})
 """status codes of a failed upstream server, which concern all requests of a batch"""
 _ABSTAINS = "no prediction is returned for input {}"
@@ -135,7 +137,8 @@ def _record(outcome: Outcome, served: ServedSet) -> dict[str, object]:
     request, decision = outcome.job.incoming.request, outcome.decision
     if decision is None or (outcome.refusal is not None and outcome.refusal.cause != "guard"):
         status = 500 if outcome.refusal is None else outcome.refusal.status
-        return end_record("failed", request, status=status)
+        notes = {"notes": dict(decision.notes)} if decision is not None and decision.notes else {}
+        return end_record("failed", request, status=status, **notes)
     rows = [
         [
             row.action.word,
@@ -286,13 +289,15 @@ class Answerer:
 
     def _count(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
         """Count the outcomes of a batch for the metrics and for the pool."""
-        actions, fired, rows = Counter[Action](), Counter[tuple[str, str]](), 0
+        actions, fired, rows, unchecked = Counter[Action](), Counter[tuple[str, str]](), 0, 0
         for outcome in outcomes:
-            if outcome.decision is not None:
-                actions[outcome.action] += 1
+            decision = outcome.decision
+            if decision is not None:
+                unchecked += len(decision.rows) if decision.unchecked else 0
+                actions[outcome.action] += not decision.unavailable
                 fired.update(
                     (score.rule, score.mode.value)
-                    for row in outcome.decision.rows
+                    for row in decision.rows
                     for score in row.scores
                     if score.fired
                 )
@@ -301,6 +306,7 @@ class Answerer:
                 rows += n
                 self.answered(served, outcome.job.incoming.principal, n)
         self.telemetry.count("holdfast_inputs_total", n=rows)
+        self.telemetry.count("holdfast_guard_unchecked_total", n=unchecked)
         for action, n in actions.items():
             self.telemetry.count("holdfast_decisions_total", action.word, n=n)
         for (rule, mode), n in fired.items():
@@ -330,6 +336,8 @@ def _failed(job: Job, reason: str, cause: str) -> Outcome:
 def _decided(job: Job, decision: Decision, logits: Tensor | None) -> Outcome:
     """Return the outcome of a request from its final decision and the logits (n, classes) of the model."""
     action = decision.action
+    if decision.unavailable:
+        return Outcome(job, decision, refusal=wait_first(decision.refusal, _STATE_S, cause="state"))
     if action is Action.BLOCK or decision.refusal or logits is None:
         reason = decision.refusal or "the request is refused"
         return Outcome(job, decision, refusal=Refused(422, reason, (), "guard"), action=action)

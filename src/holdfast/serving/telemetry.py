@@ -28,8 +28,8 @@ _ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 METRICS: Mapping[str, Metric] = {
     "holdfast_requests_total": Metric("Responses by status code.", "counter", ("status",)),
     "holdfast_refused_total": Metric(
-        "Refused requests by cause: request, key, rate, budget, quota, guard, overload, audit, model, "
-        "upstream.",
+        "Refused requests by cause: request, key, rate, budget, quota, guard, state (the query detector could not "
+        "reach its state), overload, audit, model, upstream.",
         "counter",
         ("cause",),
     ),
@@ -50,6 +50,9 @@ METRICS: Mapping[str, Metric] = {
         "Inputs for which a calibrated rule fired, in any mode.", "counter"
     ),
     "holdfast_guard_failures_total": Metric("Batches for which the guard raised an error.", "counter"),
+    "holdfast_guard_unchecked_total": Metric(
+        "Inputs that the query detector could not judge because its state could not be reached.", "counter"
+    ),
     "holdfast_audit_lost_total": Metric("Audit records that could not be written.", "counter"),
     "holdfast_audit_failing": Metric(
         "1 while the audit chain of a worker cannot be written, else 0.", "gauge"
@@ -70,7 +73,8 @@ METRICS: Mapping[str, Metric] = {
 LABELS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "holdfast_requests_total": (("200",), ("400",), ("422",), ("500",), ("503",)),
     "holdfast_refused_total": tuple(
-        (cause,) for cause in ("request", "key", "rate", "guard", "overload", "audit", "model", "upstream")
+        (cause,)
+        for cause in ("request", "key", "rate", "guard", "state", "overload", "audit", "model", "upstream")
     ),
     "holdfast_decisions_total": tuple((action.word,) for action in Action),
 }
