@@ -55,7 +55,8 @@ class GuardMiddleware:
 
     Requests to other paths are passed on. The decision is in the state of the request under the name `guard`
     (`request.state.guard.x` are the inputs after the defence of the guard). A refused request gets the status 422 with
-    the reason, or 503 if the state of the query detector could not be reached; scores are never returned. Run the middleware outside of one that compresses responses.
+    the reason, or 503 if the state of the query detector could not be reached; scores are never returned. Run the
+    middleware outside of one that compresses responses.
     """
 
     app: ASGIApplication
