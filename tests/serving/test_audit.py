@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import stat
-from contextlib import suppress
 
 import pytest
 
@@ -166,8 +165,10 @@ def test_a_full_disk_leaves_a_valid_chain(tmp_path, full_disk, fail_open):
     verified = verify_audit(tmp_path / "audit")
     assert verified.lost == (2 if fail_open else 0) and verified.open == (1 if fail_open else 2)
     chain.close()
-    with suppress(TargetError):
-        full_disk["full"] = True
+    full_disk["full"] = True
+    with pytest.raises(
+        TargetError, match=r"the disk is full; free some space; with --on-audit-failure answer"
+    ):
         audit.new_worker()
     full_disk["full"] = False
     audit.close()

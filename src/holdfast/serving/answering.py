@@ -14,10 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from holdfast.core.errors import HoldfastError
 from holdfast.core.model import Classifier
-from holdfast.serving.audit_chain import AuditKey, ChainFile, end_record, start_record
+from holdfast.serving.audit_chain import AuditKey, ChainFile, advice_for, end_record, start_record
 from holdfast.serving.decisions import Action, Decision, Incoming
+from holdfast.serving.error_log import ErrorLog
 from holdfast.serving.forwarding import Headers, forwarding
 from holdfast.serving.protocol import RequestGuard
 from holdfast.serving.quotas import Quotas, Spending
@@ -30,6 +30,8 @@ _STATE_S = 1.0
 """seconds after which a client may send a request again that could not be checked"""
 _OF_UPSTREAM = frozenset({502, 503})
 """status codes of a failed upstream server, which concern all requests of a batch"""
+_SERVER_ERROR = 500
+"""smallest status code of a failure of a server"""
 _ABSTAINS = "no prediction is returned for input {}"
 
 
@@ -179,6 +181,8 @@ class Answerer:
     answered: Callable[[ServedSet, str, int], object] = lambda served, principal, rows: None
     """called with the set, the principal and the number of inputs of each answered request"""
     device: torch.device = torch.device("cpu")
+    errors: ErrorLog = field(default_factory=ErrorLog)
+    """log of errors for the operator"""
 
     def __call__(self, jobs: Sequence[Job]) -> list[Answer | Exception]:
         served = self.served
@@ -204,8 +208,11 @@ class Answerer:
             self.audit.start(jobs)
             outcomes = self._guarded(jobs, served)
             self.audit.end(outcomes, served)
-        except OSError:
+        except OSError as error:
             self.telemetry.set("holdfast_audit_failing", 1)
+            self.errors(
+                "requests are refused, as the audit chain cannot be written", error, advice=advice_for(error)
+            )
             return [Outcome(job, refusal=wait_first(_AUDIT_FULL, 10.0, cause="audit")) for job in jobs]
         self.telemetry.set("holdfast_audit_failing", 0)
         return outcomes
@@ -234,8 +241,8 @@ class Answerer:
         incoming = [job.incoming for job in jobs]
         try:
             return self.guard.before_many(incoming)
-        except Exception:  # noqa: BLE001 - an error of the guard must not end the thread of the batches
-            self.telemetry.count("holdfast_guard_failures_total")
+        except Exception as error:  # noqa: BLE001 - an error of the guard must not end the thread of the batches
+            self._guard_failed(error)
             return _unguarded(incoming) if self.guard_fails_open else None
 
     def _after(
@@ -245,10 +252,15 @@ class Answerer:
             return decisions
         try:
             return self.guard.after_many(decisions, outputs, network=partial(self._logits, served))
-        except Exception:  # noqa: BLE001 - as above
-            self.telemetry.count("holdfast_guard_failures_total")
+        except Exception as error:  # noqa: BLE001 - as above
+            self._guard_failed(error)
             reason = "the guard failed"
             return decisions if self.guard_fails_open else [replace(d, refusal=reason) for d in decisions]
+
+    def _guard_failed(self, error: Exception) -> None:
+        self.telemetry.count("holdfast_guard_failures_total")
+        outcome = "answered without it" if self.guard_fails_open else "refused"
+        self.errors(f"the guard failed, and requests are {outcome}", error)
 
     def _answers(self, passed: Sequence[tuple[Job, Decision]], served: ServedSet) -> list[Tensor | Refused]:
         """Return the logits of each request, with one call of the model for all requests with the same forwarded
@@ -272,8 +284,12 @@ class Answerer:
         try:
             with torch.inference_mode():
                 logits = self._logits(served, inputs[0] if len(inputs) == 1 else torch.cat(list(inputs)))
-        except (HoldfastError, Refused, RuntimeError, MemoryError) as error:
+        except Exception as error:  # noqa: BLE001 - of the model, which may be any code
             refusal = error if isinstance(error, Refused) else failure
+            if refusal.status >= _SERVER_ERROR:
+                self.errors(
+                    refusal.reason if refusal is error else _MODEL, None if refusal is error else error
+                )
             if len(inputs) == 1 or refusal.status in _OF_UPSTREAM:
                 return [refusal] * len(inputs)
             # The request that causes the error must not fail the others.
@@ -281,6 +297,7 @@ class Answerer:
         parts = torch.split(logits, [len(x) for x in inputs])
         if bool(logits.isfinite().all()):
             return list(parts)
+        self.errors("the model returned NaN or infinite scores")
         return [part if bool(part.isfinite().all()) else failure for part in parts]
 
     def _logits(self, served: ServedSet, x: Tensor) -> Tensor:

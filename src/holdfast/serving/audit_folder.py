@@ -12,8 +12,8 @@ from typing import Any
 
 from holdfast.core.chain import GENESIS, Link
 from holdfast.core.errors import TargetError
-from holdfast.serving.audit_chain import SERVER, SUFFIX, ChainFile, interrupt, lines, now
-from holdfast.store.files import AUDIT_MARK, PRIVATE, usable
+from holdfast.serving.audit_chain import SERVER, SUFFIX, ChainFile, interrupt, lines, now, usable
+from holdfast.store.files import AUDIT_MARK, PRIVATE
 from holdfast.store.leases import Owner
 from holdfast.store.locking import locked
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from holdfast.core.errors import UsageError
 from holdfast.serving.decisions import Action, Decision
+from holdfast.serving.error_log import ErrorLog
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -79,6 +80,8 @@ class GuardMiddleware:
     """size above which a body is refused with the status 413"""
     fails_open: bool = field(default=False, kw_only=True)
     """whether requests are answered although the guard raised an error; otherwise they get the status 503"""
+    errors: ErrorLog = field(default_factory=ErrorLog, kw_only=True)
+    """log of the errors of the guard, the logger `holdfast.serve` at a limited rate"""
 
     def __post_init__(self) -> None:
         if Action.LABEL_ONLY in self.guard.actions and self.label_only is None:
@@ -153,7 +156,8 @@ class GuardMiddleware:
         """The decision, computed outside of the event loop; None if the guard raised an error."""
         try:
             return await asyncio.to_thread(decide)
-        except Exception:  # noqa: BLE001 - any error of the guard fails open or closed as configured
+        except Exception as error:  # noqa: BLE001 - any error of the guard fails open or closed as configured
+            self.errors("the guard failed", error)
             return None
 
 

@@ -37,6 +37,7 @@ from holdfast.serving.app import ConnectionLimits, ServedModel, application
 from holdfast.serving.audit_chain import AuditKey, ChainFile
 from holdfast.serving.batching import Batcher
 from holdfast.serving.connections import limited_protocol
+from holdfast.serving.error_log import ErrorLog, log_to_stderr
 from holdfast.serving.guard import GuardPipeline
 from holdfast.serving.keys import KeyFile
 from holdfast.serving.protocol import NoRules, RequestGuard
@@ -50,6 +51,7 @@ _ENDING_S = 3.0
 _REPORT_S, _HASTE_S = 0.5, 0.02
 """seconds between two reports to the supervisor, and after answers of a pool, whose number may cause a swap"""
 
+_SPACE = "free some space on the disk of the audit folder, or check its permissions"
 _OBSERVED = ("holdfast_guard_inputs_total", "holdfast_guard_alarms_total")
 _SWITCH_S = 0.001
 """Seconds after which a thread must let another one run. Each operation of torch in the thread of the batches waits for
@@ -124,7 +126,7 @@ class Worker:
 
     def __init__(self, setup: ServingSetup, chain: Path | None, send: Callable[[bytes, Any], None]) -> None:
         self.setup, self._send = setup, send
-        self.telemetry, self.ledger = Telemetry(), _Ledger()
+        self.telemetry, self.ledger, self.errors = Telemetry(), _Ledger(), ErrorLog()
         self.device = torch.device(setup.device)
         self._pristine = setup.opening().to(self.device).eval().requires_grad_(False)
         self._prepared: dict[int, ServedSet] = {}
@@ -143,6 +145,7 @@ class Worker:
             setup.guard_fails_open,
             self.ledger.add if setup.rotating else lambda served, principal, rows: None,
             self.device,
+            self.errors,
         )
         guard = self.answering.guard
         self.telemetry.begin(guard.rules if isinstance(guard, GuardPipeline) else {})
@@ -160,6 +163,7 @@ class Worker:
             setup.limits,
             self.telemetry,
             setup.forwards,
+            self.errors,
         )
         config = uvicorn.Config(
             application(self.served),
@@ -229,6 +233,10 @@ class Worker:
         if self.chain is not None:
             lost = self.chain.lost_in_total
             self.telemetry.count("holdfast_audit_lost_total", n=lost - self._lost)
+            if lost > self._lost:
+                self.errors(
+                    "requests are answered without audit records, which cannot be written", advice=_SPACE
+                )
             self._lost = lost
         if isinstance(self.answering.guard, GuardPipeline):
             observed = self.answering.guard.observed
@@ -282,6 +290,7 @@ def main(inbox: int, outbox: int, listener: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+    log_to_stderr()
     with os.fdopen(inbox, "rb", buffering=0) as tasks, os.fdopen(outbox, "wb", buffering=0) as pipe:
         with suppress(BrokenPipeError):
             pipe.write(BEGINNING)
