@@ -183,6 +183,8 @@ class Answerer:
     device: torch.device = torch.device("cpu")
     errors: ErrorLog = field(default_factory=ErrorLog)
     """log of errors for the operator"""
+    progress: Callable[[], object] = lambda: None
+    """called after each call of the model"""
 
     def __call__(self, jobs: Sequence[Job]) -> list[Answer | Exception]:
         served = self.served
@@ -301,8 +303,9 @@ class Answerer:
         return [part if bool(part.isfinite().all()) else failure for part in parts]
 
     def _logits(self, served: ServedSet, x: Tensor) -> Tensor:
-        logits: Tensor = served.model(x.to(self.device))
-        return logits.cpu()
+        logits: Tensor = served.model(x.to(self.device)).cpu()
+        self.progress()
+        return logits
 
     def _count(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
         """Count the outcomes of a batch for the metrics and for the pool."""

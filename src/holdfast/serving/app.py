@@ -87,6 +87,8 @@ class ServedModel:
     """log of errors for the operator"""
     ready: bool = True
     """whether requests are answered; false while the server drains"""
+    closing: bool = False
+    """whether each connection is closed after its next response, because this process ends"""
 
     @property
     def max_body(self) -> int:
@@ -281,6 +283,8 @@ class Watched:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 served.telemetry.count("holdfast_requests_total", str(message["status"]))
+                if served.closing:
+                    message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
                 await send(message)
                 return
             async with asyncio.timeout(served.limits.write_timeout_s):

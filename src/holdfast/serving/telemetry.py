@@ -60,8 +60,15 @@ METRICS: Mapping[str, Metric] = {
     "holdfast_keys_failing": Metric("1 while the file of keys cannot be read, else 0.", "gauge"),
     "holdfast_workers": Metric("Worker processes that are ready.", "gauge"),
     "holdfast_worker_restarts_total": Metric("Worker processes that were replaced.", "counter"),
+    "holdfast_worker_hangs_total": Metric(
+        "Worker processes that were killed because they made no progress.", "counter"
+    ),
     "holdfast_interrupted_total": Metric("Requests that a worker did not answer before it died.", "counter"),
-    "holdfast_swaps_total": Metric("Swaps of the serving set.", "counter"),
+    "holdfast_swaps_total": Metric("Swaps of the serving set, and reloads of a model.", "counter"),
+    "holdfast_reload_failing": Metric(
+        "1 if the last reload failed, or while no worker can be started with the model in its file, else 0.",
+        "gauge",
+    ),
     "holdfast_pool_epoch": Metric("Number of parameter sets that have served so far.", "gauge"),
     "holdfast_pool_waiting": Metric("Admitted parameter sets that wait to serve.", "gauge"),
     "holdfast_pool_alarm": Metric(
