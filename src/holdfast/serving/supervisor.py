@@ -275,7 +275,7 @@ class Supervisor:
             old[0].send(b"Q")
 
     def _replace_hung(self) -> None:
-        """Kill workers that make no progress, or that do not start or end in time. They are replaced once they ended."""
+        """Kill workers that make no progress, or that do not start or end in time."""
         now = time.monotonic()
         paused, self._stepped_s = now - self._stepped_s > _PAUSED_S, now
         for worker in list(self._workers):
