@@ -14,6 +14,7 @@ from holdfast.config.pooled import open_architecture, pool_of, refuse_code_in_po
 from holdfast.config.proxying import open_upstream, refuse_forwarded_keys, refuse_other_guard
 from holdfast.config.references import DataReference, ModelReference, Sources
 from holdfast.config.resolve import open_subject
+from holdfast.config.serve_settings import RequestLimits
 from holdfast.config.settings import ServeSettings
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
@@ -84,11 +85,7 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
             max_latency_s=seconds(limits.max_latency, "max_latency"),
         ),
         drain_s=seconds(limits.drain, "drain"),
-        hung_s=max(
-            HUNG_S,
-            _HUNG_LATENCIES * seconds(limits.max_latency, "max_latency"),
-            _HUNG_TIMEOUTS * served.upstream_timeout_s,
-        ),
+        hung_s=_hung_s(limits, served),
         guard=guard,
         guard_fails_open=options.on_guard_failure == "answer",
         keys=keys,
@@ -225,6 +222,12 @@ def _opened_guard(
     if upstream is not None:
         refuse_other_guard(pipeline, upstream, file)
     return pipeline
+
+
+def _hung_s(limits: RequestLimits, served: _Served) -> float:
+    """Return the seconds without progress after which a worker is replaced."""
+    latency_s = seconds(limits.max_latency, "max_latency")
+    return max(HUNG_S, _HUNG_LATENCIES * latency_s, _HUNG_TIMEOUTS * served.upstream_timeout_s)
 
 
 def _triggers(texts: list[str]) -> tuple[Trigger, ...]:

@@ -43,13 +43,13 @@ def advice_for(error: OSError) -> str:
     return "check the disk and its permissions, or give another folder with --audit DIR"
 
 
-def refusal(path: Path, error: OSError) -> str:
+def refusal_in_audit(path: Path, error: OSError) -> str:
     """Return the error message, with advice, for a file of an audit folder that cannot be read or written."""
     cause = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
     return f"{str(path)!r} cannot be used: {cause}; {advice_for(error)}"
 
 
-usable = partial(store.usable, message=refusal)
+usable = partial(store.usable, message=refusal_in_audit)
 """context manager that converts an `OSError` to a `TargetError` with advice about the audit folder"""
 
 

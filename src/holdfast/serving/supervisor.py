@@ -230,6 +230,7 @@ class Supervisor:
         match kind:
             case b"R":
                 worker.ready, self._early_deaths = True, 0
+                worker.patience_s = self.setup.worker.hung_s  # until its first report
                 if self._swaps is not None:
                     self._swaps.joined(worker)
                 if self._reloading.ready(worker):

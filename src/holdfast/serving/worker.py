@@ -53,7 +53,7 @@ _ENDING_S = 3.0
 """seconds in which a worker without a supervisor must end after its drain"""
 HUNG_S = 30.0
 """least number of seconds without progress after which a worker is replaced"""
-_SLOW = 10
+_SLOW = 4
 """a worker is not replaced before so many times the usual time of a batch of the largest size"""
 _BEAT_S = 0.1
 """seconds between two signs of life of the loop of the server"""
