@@ -74,6 +74,33 @@ def test_a_changed_shortened_or_missing_chain_is_detected(tmp_path, damage, reas
         verify_audit(tmp_path / "audit")
 
 
+def test_a_chain_that_was_shortened_while_its_worker_runs_is_detected(tmp_path):
+    audit = AuditFolder.open(tmp_path / "audit", {})
+    place = audit.new_worker()
+    chain = ChainFile(place)
+    for request in "abc":
+        chain.add([start_record(request, "", 1, ""), end_record("answered", request, status=200)])
+    assert chain.flushed[0] == 0
+    chain.flush()
+    for _ in range(2):
+        audit.record_heads({place.name: chain.flushed})
+    chain.add([start_record("d", "", 1, "")])
+    verified = verify_audit(tmp_path / "audit")
+    assert (verified.answered, verified.open, verified.records) == (
+        3,
+        1,
+        10,
+    )  # an unchanged head is recorded once
+    lines_of_chain = place.read_bytes().splitlines(keepends=True)
+    place.write_bytes(b"".join(lines_of_chain[:6]))
+    verify_audit(tmp_path / "audit")  # what was not recorded may be lost
+    place.write_bytes(b"".join(lines_of_chain[:5]))
+    chain.close()
+    audit.ended(place, reason="the worker died")  # the end of a worker does not hide it
+    with pytest.raises(TargetError, match=r"was shortened or replaced: .* recorded its record 6"):
+        verify_audit(tmp_path / "audit")
+
+
 def test_the_missing_chain_of_a_running_worker_is_detected(tmp_path):
     audit = AuditFolder.open(tmp_path / "audit", {})
     audit.new_worker().unlink()

@@ -99,6 +99,8 @@ class ChainFile:
         self.path, self._fail_open = path, fail_open
         self._lock = threading.Lock()
         self.head, self.records, self.lost = GENESIS, 0, 0
+        self.flushed = (0, GENESIS)
+        """number of records that outlast a power failure, and the digest of the last one"""
         self.lost_in_total = 0
         with usable(path):
             self._handle = os.open(path, os.O_WRONLY | os.O_CREAT, PRIVATE)
@@ -137,15 +139,17 @@ class ChainFile:
 
     def flush(self) -> None:
         """Flush the records to the disk, so that they outlast a power failure."""
-        size = self._size
+        with self._lock:
+            size, flushed = self._size, (self.records, self.head)
         if size != self._synced:
             os.fsync(self._handle)
-            self._synced = size
+            self._synced, self.flushed = size, flushed
 
     def close(self) -> None:
         """Flush and close the file."""
-        with self._lock, suppress(OSError):
+        with suppress(OSError):
             self.flush()
+        with self._lock, suppress(OSError):
             os.close(self._handle)
 
 

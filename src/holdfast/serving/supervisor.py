@@ -39,6 +39,8 @@ _KILLED_S = 5.0
 """seconds that a worker gets to end after it drained, before it is killed"""
 _BEGIN_S = 10.0
 """seconds until a worker that could not be started is started again"""
+_HEADS_S = 60.0
+"""seconds between two records of the heads of the audit chains"""
 _STARTED_S = 300.0
 """seconds in which a worker must be ready"""
 _PAUSED_S = 2.0
@@ -88,7 +90,8 @@ class Supervisor:
             notify,
             begin_worker=self._start_worker,
         )
-        self._begin_s, self._stepped_s = 0.0, time.monotonic()
+        self._begin_s = 0.0
+        self._stepped_s = self._recorded_s = time.monotonic()
         self._owed_workers = 0
         self._started = self._stopping = False
         self._audit: AuditFolder | None = None
@@ -204,6 +207,7 @@ class Supervisor:
             if worker.process.poll() is not None and worker.ended is None and not worker.ready:
                 self._receive(worker, b"")
         self._replace_hung()
+        self._record_heads()
         self._start_owed()
         if self._swaps is not None and not self._stopping:
             self._swaps.step()
@@ -237,6 +241,8 @@ class Supervisor:
                     self._make_room()
             case b"T":
                 worker.stalled, worker.patience_s = str(content["stalled"]), float(content["patience_s"])
+                if content["chain"] is not None:
+                    worker.chain_head = int(content["chain"][0]), str(content["chain"][1])
                 self.totals.add(worker.name, content["metrics"])
                 if self._swaps is not None:
                     self._swaps.answered(content["answers"])
@@ -356,6 +362,18 @@ class Supervisor:
             return 0
         self.telemetry.count("holdfast_interrupted_total", n=interrupted)
         return interrupted
+
+    def _record_heads(self) -> None:
+        """Record from time to time how far the chains of the workers are."""
+        now = time.monotonic()
+        if self._audit is None or now - self._recorded_s < _HEADS_S:
+            return
+        self._recorded_s = now
+        chains = ((worker.chain, worker.chain_head) for worker in self._workers)
+        try:
+            self._audit.record_heads({path.name: head for path, head in chains if path and head})
+        except TargetError as error:
+            self._notify(f"note: {error}")
 
     def _record(self, kind: str, **facts: Any) -> None:
         if self._audit is not None:

@@ -288,7 +288,8 @@ class Worker:
             for name, now, before in zip(_OBSERVED, counts, self._observed, strict=True):
                 self.telemetry.count(name, n=now - before)
             self._observed = counts
-        state = {"stalled": self.stalled, "patience_s": self.patience_s}
+        chain = None if self.chain is None else self.chain.flushed
+        state = {"stalled": self.stalled, "patience_s": self.patience_s, "chain": chain}
         self._send(b"T", {"answers": self.ledger.taken(), "metrics": self.telemetry.report(), **state})
 
     def _report_often(self) -> None:

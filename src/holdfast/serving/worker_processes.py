@@ -54,6 +54,8 @@ class WorkerProcess:
     """time of its last message"""
     patience_s: float = math.inf
     """seconds without progress after which it is replaced"""
+    chain_head: tuple[int, str] | None = None
+    """length and head of its audit chain, as it last reported them"""
     stalled: str = ""
     """what makes no progress, as the worker itself reports it"""
     killed: str = ""
