@@ -22,11 +22,14 @@ from holdfast.config.serving import server_setup
 from holdfast.config.settings import ServeSettings, check_settings
 from holdfast.core.errors import TargetError, UsageError
 from holdfast.core.model import Classifier
+from holdfast.serving import signals
 from holdfast.serving.audit_folder import verify_audit
 from holdfast.serving.calibration import Calibration, write_calibration
 from holdfast.serving.loaded_model import LoadedModel, refuse_damaged
 from holdfast.serving.reloading import Reloading, ServedVersion
+from holdfast.serving.supervisor import ServerSetup, Supervisor
 from holdfast.serving.telemetry import MetricTotals, Telemetry
+from holdfast.serving.worker import ServingSetup
 
 from .small import FEATURES, network, request
 from .test_server import JSON, X, running, scores, setup, until
@@ -234,6 +237,23 @@ def test_a_damaged_model_is_refused():
     with pytest.raises(TargetError, match="NaN or infinite"):
         refuse_damaged(damaged(lambda net: net.weight.fill_(torch.inf)), (FEATURES,), cpu)
     refuse_damaged(damaged(lambda net: None), (FEATURES,), cpu)
+
+
+def test_sighup_reloads_a_model_and_ends_a_server_whose_terminal_was_closed(monkeypatch):
+    worker, terminal = ServingSetup(stuck, "small", (FEATURES,), set_name="file"), [True]
+    monkeypatch.setattr(signals, "has_terminal", lambda: terminal[0])
+    server = Supervisor(ServerSetup(worker, reloadable=True))
+    handler = signal.getsignal(signal.SIGHUP)
+    with signals.handled_signals(server._ended_by_signal, server._swap_by_signal):
+        os.kill(os.getpid(), signal.SIGHUP)
+        until(lambda: server.status()["model"]["reload"] == "running")
+        assert not server.status()["draining"]
+        terminal[0] = False
+        os.kill(os.getpid(), signal.SIGHUP)
+        until(lambda: server.status()["draining"])
+    assert signal.getsignal(signal.SIGHUP) is handler
+    with pytest.raises(UsageError, match="has no pool and no file"):
+        Supervisor(ServerSetup(worker)).request_swap("")
 
 
 class Fake:

@@ -8,15 +8,12 @@ import json
 import os
 import pickle
 import queue
-import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from holdfast.core.errors import HoldfastError, TargetError, UsageError
@@ -26,6 +23,7 @@ from holdfast.engine.progress import Notify, ignore
 from holdfast.serving.audit_folder import AuditFolder
 from holdfast.serving.live_pool import LivePool
 from holdfast.serving.reloading import Reloading, ServedVersion
+from holdfast.serving.signals import handled_signals
 from holdfast.serving.swapping import PoolSwaps
 from holdfast.serving.telemetry import MetricTotals, Telemetry
 from holdfast.serving.worker import ServingSetup
@@ -119,10 +117,13 @@ class Supervisor:
             for _ in range(setup.workers):
                 self._start_worker()
             until = time.monotonic() + timeout_s
-            while not all(worker.ready for worker in self._workers):
-                self._step()
-                if time.monotonic() > until:
-                    raise TargetError(f"the workers were not ready within {timeout_s:g} s; check the model")
+            with handled_signals(self._ended_by_signal, self._swap_by_signal, ending=False):
+                while not self._stopping and not all(worker.ready for worker in self._workers):
+                    self._step()
+                    if time.monotonic() > until:
+                        raise TargetError(
+                            f"the workers were not ready within {timeout_s:g} s; check the model"
+                        )
             self._started = True
         except BaseException:
             self._end()
@@ -132,7 +133,7 @@ class Supervisor:
         """Supervise until `stop` is called or SIGTERM or SIGINT arrives, then drain. A second signal kills the
         workers.
         """
-        with self._signals():
+        with handled_signals(self._ended_by_signal, self._swap_by_signal):
             try:
                 while not self._stopping:
                     self._step()
@@ -160,38 +161,16 @@ class Supervisor:
             )
         self._inbox.put((None, b""))
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+    def _ended_by_signal(self) -> None:
+        if self._stopping:
+            self._kill()
+        self.stop()
 
-        terminal, before = _has_terminal(), dict[int, Any]()
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            if self._stopping:
-                self._kill()
-            self.stop()
-
-        def swap(number: int, frame: FrameType | None) -> None:
-            nonlocal terminal
-            if terminal and not _has_terminal():  # it was closed
-                terminal = False
-                if before[number] is not signal.SIG_IGN:  # as nohup sets it
-                    self.stop()
-                return
-            try:
-                self.request_swap("SIGHUP")
-            except UsageError as error:
-                self._notify(f"note: {error}")
-
-        handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: swap}
-        before.update({number: signal.signal(number, handler) for number, handler in handlers.items()})
+    def _swap_by_signal(self) -> None:
         try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            self.request_swap("SIGHUP")
+        except UsageError as error:
+            self._notify(f"note: {error}")
 
     # --- one step
 
@@ -434,12 +413,3 @@ class Supervisor:
         else:
             state["model"] = self._reloading.status()
         return state
-
-
-def _has_terminal() -> bool:
-    """Return whether this process has a terminal, whose end is signalled by SIGHUP too."""
-    try:
-        os.close(os.open(os.ctermid(), os.O_RDONLY | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True
