@@ -219,7 +219,7 @@ class Supervisor:
                 if self._reloading.ready(worker):
                     self._make_room()
             case b"T":
-                worker.stalled, worker.patience_s = str(content["stalled"]), float(content["patience_s"])
+                worker.report_progress(str(content["stalled"]), float(content["patience_s"]))
                 if content["chain"] is not None:
                     worker.chain_head = int(content["chain"][0]), str(content["chain"][1])
                 self.totals.add(worker.name, content["metrics"])

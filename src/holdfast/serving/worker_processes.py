@@ -58,6 +58,7 @@ class WorkerProcess:
     """length and head of its audit chain, as it last reported them"""
     stalled: str = ""
     """what makes no progress, as the worker itself reports it"""
+    _suspected: bool = False
     killed: str = ""
     """why the supervisor killed it"""
     _outgoing: "queue.SimpleQueue[bytes | None]" = field(default_factory=queue.SimpleQueue)
@@ -101,6 +102,13 @@ class WorkerProcess:
     def name(self) -> str:
         """Name of the worker in metrics."""
         return f"worker-{self.number}"
+
+    def report_progress(self, stalled: str, patience_s: float) -> None:
+        """Note what makes no progress by a report of the worker, if the report before it stated it too: after a pause of
+        the machine, the first report may be too early.
+        """
+        self.stalled, self._suspected = stalled if self._suspected else "", bool(stalled)
+        self.patience_s = patience_s
 
     @property
     def retiring(self) -> bool:
