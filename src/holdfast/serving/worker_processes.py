@@ -104,8 +104,8 @@ class WorkerProcess:
         return f"worker-{self.number}"
 
     def report_progress(self, stalled: str, patience_s: float) -> None:
-        """Note what makes no progress by a report of the worker, if the report before it stated it too: after a pause of
-        the machine, the first report may be too early.
+        """Note what makes no progress by a report of the worker, if the report before it stated it too: after a pause
+        of the machine, the first report may be too early.
         """
         self.stalled, self._suspected = stalled if self._suspected else "", bool(stalled)
         self.patience_s = patience_s
