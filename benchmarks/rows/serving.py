@@ -26,6 +26,7 @@ from holdfast.serving.app import ConnectionLimits
 from holdfast.serving.audit_chain import AuditKey
 from holdfast.serving.audit_folder import verify_audit
 from holdfast.serving.live_pool import LivePool
+from holdfast.serving.loaded_model import LoadedModel
 from holdfast.serving.supervisor import ServerSetup, Supervisor
 from holdfast.serving.worker import ServingSetup
 from holdfast.serving.worker_processes import bound_socket
@@ -136,11 +137,15 @@ def _model() -> Classifier:
     return Classifier(network(NAME).module)
 
 
+def _opened() -> LoadedModel:
+    return LoadedModel(_model())
+
+
 def _setup(folder: Path, **settings: object) -> ServerSetup:
     audit = folder / "audit"
     pool = settings.pop("pool", None)
     worker = ServingSetup(
-        _model,
+        _opened,
         NAME,
         SHAPE,
         threads=1,

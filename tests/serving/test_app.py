@@ -18,9 +18,13 @@ from holdfast.serving.app import ConnectionLimits, ServedModel, application
 from holdfast.serving.audit_chain import AuditKey, ChainFile
 from holdfast.serving.batching import Batcher
 from holdfast.serving.decisions import Action, Mode, RowDecision, Score
+from holdfast.serving.error_log import ErrorLog
+from holdfast.serving.guard import LOST, UNAVAILABLE_TEXT, GuardPipeline, QueryResult
 from holdfast.serving.keys import KeyFile, add_key
 from holdfast.serving.openapi import openapi_document
 from holdfast.serving.protocol import NoRules
+from holdfast.serving.rules import InputSchema, Rule
+from holdfast.serving.telemetry import MetricTotals, Telemetry
 
 from .small import CLASSES, FEATURES, SIGNATURE, network, request
 
@@ -231,6 +235,33 @@ def test_a_guard_that_fails_refuses_or_answers_as_configured():
     assert torch.equal(scores(Here(guard=Broken(), guard_fails_open=True).infer()), network()(X))
 
 
+class Lost:
+    """A query detector whose state cannot be reached."""
+
+    def score(self, x, principals):
+        return QueryResult(torch.full((len(x),), torch.inf), "closed")
+
+
+def test_a_request_that_cannot_be_checked_is_no_detection(tmp_path):
+    rules = {"queries": Rule("queries", Mode.ENFORCE, Action.BLOCK, 1.0)}
+    guard = GuardPipeline(InputSchema((FEATURES,)), rules, queries=Lost())
+    chain, telemetry, totals = ChainFile(tmp_path / "chain.jsonl"), Telemetry(), MetricTotals()
+    here = Here(guard=guard, audit=ChainAudit(chain, AuditKey(bytes(32))), telemetry=telemetry)
+    here.served.telemetry = telemetry
+    response = here.infer()
+    assert error(response) == (503, UNAVAILABLE_TEXT) and int(response.headers["retry-after"]) >= 1
+    totals.add("worker-1", telemetry.report())
+    assert totals.value("holdfast_refused_total", "state") == 1
+    assert totals.value("holdfast_guard_unchecked_total") == len(X)
+    for counter in (
+        ("holdfast_decisions_total", "allow"),
+        ("holdfast_rule_fired_total", "queries", "enforce"),
+    ):
+        assert totals.value(*counter) == 0
+    last = json.loads(chain.path.read_text().splitlines()[-1])["content"]
+    assert (last["kind"], last["status"], last["notes"]) == ("failed", 503, {"queries": LOST})
+
+
 class Infinite(NoRules):
     """A guard with an infinite score, such as that of a detector that overflows."""
 
@@ -311,3 +342,40 @@ def test_the_document_describes_what_is_returned():
                 refused = here("POST", path, content=b"[]", headers=JSON)
                 assert str(refused.status_code) in operation["responses"]
     assert content["components"]["schemas"]["Error"]["required"] == ["error"]
+
+
+class Talkative(nn.Module):
+    """A network whose errors contain its inputs."""
+
+    def forward(self, x):
+        raise ValueError(f"bad input {x} {x.tolist()} of [2, 4] with key hf_secret\nat 0.123456")
+
+
+def test_errors_of_model_and_guard_are_logged_without_inputs_and_at_a_limited_rate(caplog):
+    clock = [0.0]
+    model, x = Classifier(Talkative()), torch.full((2, FEATURES), 0.123456)
+    here = Here(model=model, errors=ErrorLog(lambda: clock[0]))
+    for _ in range(3):
+        assert error(here.infer(x)) == (500, "the model failed")
+    clock[0] = 61.0
+    here.infer(x)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert caplog.records[0].name == "holdfast.serve"
+    assert re.match(
+        r"the model failed: TargetError: .*ValueError .* input tensor\(…\) .* \(test_app\.py:\d+ in forward\)\n",
+        first,
+    )
+    assert (
+        "[2, 4]" in first and "Traceback" not in second and second.endswith("; 2 more since the last record")
+    )
+    assert not re.search(r"123456|hf_secret", first.split("\n")[0] + second)
+    caplog.clear()
+    Here(guard=Broken()).infer()
+    assert "the guard failed, and requests are refused: ZeroDivisionError" in caplog.text
+
+
+def test_the_number_of_kinds_in_the_log_is_limited(caplog):
+    log = ErrorLog(lambda: 0.0)
+    for number in range(200):
+        log(f"event {number}")
+    assert len(caplog.records) == 65

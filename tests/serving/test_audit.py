@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import stat
-from contextlib import suppress
 
 import pytest
 
@@ -72,6 +71,33 @@ def test_a_changed_shortened_or_missing_chain_is_detected(tmp_path, damage, reas
     (place,) = (tmp_path / "audit").glob(f"*.worker-{worker}.jsonl")
     damage(place)
     with pytest.raises(TargetError, match=reason):
+        verify_audit(tmp_path / "audit")
+
+
+def test_a_chain_that_was_shortened_while_its_worker_runs_is_detected(tmp_path):
+    audit = AuditFolder.open(tmp_path / "audit", {})
+    place = audit.new_worker()
+    chain = ChainFile(place)
+    for request in "abc":
+        chain.add([start_record(request, "", 1, ""), end_record("answered", request, status=200)])
+    assert chain.flushed[0] == 0
+    chain.flush()
+    for _ in range(2):
+        audit.record_heads({place.name: chain.flushed})
+    chain.add([start_record("d", "", 1, "")])
+    verified = verify_audit(tmp_path / "audit")
+    assert (verified.answered, verified.open, verified.records) == (
+        3,
+        1,
+        10,
+    )  # an unchanged head is recorded once
+    lines_of_chain = place.read_bytes().splitlines(keepends=True)
+    place.write_bytes(b"".join(lines_of_chain[:6]))
+    verify_audit(tmp_path / "audit")  # what was not recorded may be lost
+    place.write_bytes(b"".join(lines_of_chain[:5]))
+    chain.close()
+    audit.ended(place, reason="the worker died")  # the end of a worker does not hide it
+    with pytest.raises(TargetError, match=r"was shortened or replaced: .* recorded its record 6"):
         verify_audit(tmp_path / "audit")
 
 
@@ -166,8 +192,10 @@ def test_a_full_disk_leaves_a_valid_chain(tmp_path, full_disk, fail_open):
     verified = verify_audit(tmp_path / "audit")
     assert verified.lost == (2 if fail_open else 0) and verified.open == (1 if fail_open else 2)
     chain.close()
-    with suppress(TargetError):
-        full_disk["full"] = True
+    full_disk["full"] = True
+    with pytest.raises(
+        TargetError, match=r"the disk is full; free some space; with --on-audit-failure answer"
+    ):
         audit.new_worker()
     full_disk["full"] = False
     audit.close()

@@ -9,7 +9,7 @@ import torch
 from holdfast.core.errors import UsageError
 from holdfast.detectors.energy import Energy
 from holdfast.serving.decisions import Action, Incoming, Mode
-from holdfast.serving.guard import REFUSED_TEXT, GuardPipeline, QueryResult
+from holdfast.serving.guard import LOST, REFUSED_TEXT, UNAVAILABLE_TEXT, GuardPipeline, QueryResult
 from holdfast.serving.rules import InputDefence, InputSchema, Rule
 
 SHAPE = (1, 4, 4)
@@ -143,12 +143,47 @@ def test_the_model_gets_squeezed_inputs_and_the_query_detector_the_originals():
     seen = []
     pipeline.queries.score = lambda inputs, names: (
         seen.append(inputs.clone()),
-        QueryResult(torch.zeros(len(inputs)), "lost"),
+        QueryResult(torch.zeros(len(inputs)), "open"),
     )[1]
     decision = pipeline.before(x(value=0.7))
     assert decision.x.unique().tolist() == [1.0]
     assert torch.equal(seen[0], x(value=0.7))
-    assert decision.notes == {"queries": "lost"}
+    assert decision.notes == {"queries": LOST} and decision.unchecked and decision.answered
+
+
+class Lost:
+    """A query detector whose state cannot be reached."""
+
+    def __init__(self, fail="closed"):
+        self.fail = fail
+
+    def score(self, x, principals):
+        return QueryResult(torch.full((len(x),), torch.inf), self.fail)
+
+
+@pytest.mark.parametrize(
+    ("fail", "mode", "action", "refused"),
+    [
+        ("closed", Mode.ENFORCE, Action.BLOCK, True),
+        ("closed", Mode.ENFORCE, Action.LABEL_ONLY, True),
+        ("closed", Mode.ENFORCE, Action.FLAG, False),
+        ("closed", Mode.SHADOW, Action.BLOCK, False),
+        ("open", Mode.ENFORCE, Action.BLOCK, False),
+    ],
+)
+def test_a_lost_state_refuses_requests_as_configured_and_is_no_detection(fail, mode, action, refused):
+    pipeline = replace(
+        guard(rule("queries", mode, action), rule("energy", threshold=-1e9)), queries=Lost(fail)
+    )
+    decision = pipeline.before(x(2))
+    assert (decision.unavailable, decision.answered) == (refused, not refused)
+    assert decision.refusal == (UNAVAILABLE_TEXT if refused else "") and decision.action is Action.ALLOW
+    if not refused:
+        decision = pipeline.after(decision, torch.zeros(2, 2))
+        assert decision.actions == (Action.BLOCK,) * 2  # of the rule energy
+    assert decision.unchecked and decision.notes == {"queries": LOST}
+    assert {s.rule for row in decision.rows for s in row.scores} <= {"energy"}
+    assert (pipeline.observed.n, pipeline.observed.alarms) == (0, 0)
 
 
 def test_a_delay_does_not_replace_an_action_that_returns_less():

@@ -10,7 +10,7 @@ import torch
 from holdfast.core.errors import UsageError
 from holdfast.detectors.energy import Energy
 from holdfast.serving.decisions import Action, Mode
-from holdfast.serving.guard import GuardPipeline
+from holdfast.serving.guard import UNAVAILABLE_TEXT, GuardPipeline, QueryResult
 from holdfast.serving.middleware import GuardMiddleware
 from holdfast.serving.rules import InputDefence, InputSchema, Rule
 
@@ -132,6 +132,19 @@ def test_a_delay_is_waited_for():
 def test_the_application_finds_the_defended_inputs_in_the_state():
     client = application(guard(defence=InputDefence(bits=1)), [])
     assert client.post("/predict", json={"x": [[0.9, 0.4]]}).json() == {"logits": [[10.0, 0.0]]}
+
+
+def test_a_request_that_cannot_be_checked_may_be_sent_again():
+    class Lost:
+        def score(self, x, principals):
+            return QueryResult(torch.zeros(len(x)), "closed")
+
+    rules, calls = {"queries": Rule("queries", Mode.ENFORCE, Action.BLOCK, 1.0)}, []
+    answer = application(GuardPipeline(InputSchema((2,)), rules, queries=Lost()), calls).post(
+        "/predict", json={"x": [[0.5, 0.25]]}
+    )
+    assert (answer.status_code, answer.json()) == (503, {"error": UNAVAILABLE_TEXT}) and not calls
+    assert int(answer.headers["retry-after"]) >= 1
 
 
 @pytest.mark.parametrize("fails_open", [False, True])

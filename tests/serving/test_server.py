@@ -17,6 +17,7 @@ from holdfast.rotation import AnswersPerPrincipal
 from holdfast.serving.audit_chain import AuditKey
 from holdfast.serving.audit_folder import verify_audit
 from holdfast.serving.live_pool import LivePool
+from holdfast.serving.loaded_model import LoadedModel
 from holdfast.serving.supervisor import ServerSetup, Supervisor
 from holdfast.serving.worker import ServingSetup
 from holdfast.store.pool import Pool
@@ -30,7 +31,7 @@ X = torch.rand(1, FEATURES, generator=torch.Generator().manual_seed(3))
 def setup(tmp_path, *, workers=1, live=None, **settings):
     audit = tmp_path / "audit"
     worker = ServingSetup(
-        network,
+        opened,
         "small",
         (FEATURES,),
         set_name="" if live else "file",
@@ -223,6 +224,10 @@ def test_a_model_that_cannot_be_opened_is_reported_and_no_worker_has_the_key_of_
     prepared = ServerSetup(ServingSetup(unusable, "small", (FEATURES,), set_name="file"), port=0)
     with pytest.raises(TargetError, match="this model is missing"):
         Supervisor(prepared).start()
+
+
+def opened():
+    return LoadedModel(network())
 
 
 def unusable():

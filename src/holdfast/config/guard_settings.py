@@ -179,7 +179,8 @@ class StateSettings(SettingGroup):
     )
     on_loss: Literal["closed", "open"] = Field(
         default="closed",
-        description="Whether queries fire the rule (closed) or not while the state cannot be reached.",
+        description="What happens to queries while the state cannot be reached: if the rule is in mode enforce with "
+        "another action than flag, closed refuses them (status 503); open lets them pass.",
     )
     half_life: str = Field(default="24h", description="Time after which a query counts half.")
 

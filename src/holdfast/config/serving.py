@@ -14,6 +14,7 @@ from holdfast.config.pooled import open_architecture, pool_of, refuse_code_in_po
 from holdfast.config.proxying import open_upstream, refuse_forwarded_keys, refuse_other_guard
 from holdfast.config.references import DataReference, ModelReference, Sources
 from holdfast.config.resolve import open_subject
+from holdfast.config.serve_settings import RequestLimits
 from holdfast.config.settings import ServeSettings
 from holdfast.core.chain import canonical, digest
 from holdfast.core.errors import UsageError
@@ -24,10 +25,12 @@ from holdfast.serving.app import ConnectionLimits
 from holdfast.serving.audit_chain import AuditKey
 from holdfast.serving.keys import read_keys
 from holdfast.serving.live_pool import LivePool
-from holdfast.serving.protocol import NoRules, RequestGuard
+from holdfast.serving.loaded_model import LoadedModel, no_rules
+from holdfast.serving.protocol import RequestGuard
 from holdfast.serving.proxy import UpstreamModel
+from holdfast.serving.reloading import NAME_DIGITS
 from holdfast.serving.supervisor import ServerSetup
-from holdfast.serving.worker import ServingSetup
+from holdfast.serving.worker import HUNG_S, ServingSetup
 from holdfast.sources.models import ROTATING, bundled_models
 from holdfast.sources.remote import SCHEMES
 from holdfast.store.pool import Pool
@@ -35,6 +38,9 @@ from holdfast.store.pool import Pool
 _BUNDLED_SHAPE = (1, 28, 28)
 """Shape of the inputs of all bundled models, which classify MNIST."""
 _UNNAMED = "model"
+_HUNG_LATENCIES, _HUNG_TIMEOUTS = 10, 3
+"""Multiples of --max-latency and of --upstream-timeout after which a worker that makes no progress is replaced. A
+request to an upstream server may be sent twice."""
 
 
 def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSetup:
@@ -66,6 +72,7 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
         shape=served.shape,
         version=options.model_version if signature is None else signature.version,
         set_name=served.set_name,
+        digest=served.digest,
         device=device_of(settings.device.device),
         threads=_threads(options.workers),
         max_rows=limits.max_rows,
@@ -78,6 +85,7 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
             max_latency_s=seconds(limits.max_latency, "max_latency"),
         ),
         drain_s=seconds(limits.drain, "drain"),
+        hung_s=_hung_s(limits, served),
         guard=guard,
         guard_fails_open=options.on_guard_failure == "answer",
         keys=keys,
@@ -97,6 +105,7 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
         served.pool,
         audit,
         {**served.about, "name": worker.name, "version": worker.version},
+        reloadable=served.reloadable,
     )
 
 
@@ -104,15 +113,24 @@ def server_setup(settings: ServeSettings, reference: ModelReference) -> ServerSe
 class _Served:
     """What is served: how each worker opens it, the shape of its inputs, and its pool, if it is one."""
 
-    opening: Callable[[], Classifier]
+    opening: Callable[[], LoadedModel]
     shape: tuple[int, ...]
     set_name: str
     about: Mapping[str, str]
     pool: LivePool | None = None
-    digest: str | None = None
+    digest: str = ""
+    """digest of the model; empty for a pool and for an upstream server"""
+    guard_digest: str | None = None
     """digest of the model that a calibration of a guard names; None for a pool and for an upstream server"""
+    reloadable: bool = False
+    """whether the model is in a file"""
     upstream: UpstreamModel | None = None
     """the model of an upstream server"""
+
+    @property
+    def upstream_timeout_s(self) -> float:
+        """Seconds in which an upstream server must answer; 0 without one."""
+        return 0.0 if self.upstream is None else self.upstream.address.timeout_s
 
 
 def _served(settings: ServeSettings, reference: ModelReference) -> _Served:
@@ -132,9 +150,15 @@ def _served(settings: ServeSettings, reference: ModelReference) -> _Served:
         reference = replace(reference, inference=inference)
     sources = Sources(reference, DataReference(None), settings.inputs)
     subject = open_subject(sources)  # here, so that a mistake is reported before workers start
-    about = {"model": subject.digest}
+    known = None if reference.address is not None else (subject.digest, served_digest(subject))
     return _Served(
-        partial(_opened, sources), shape, subject.digest[:16], about, digest=served_digest(subject)
+        partial(_opened, sources, known),
+        shape,
+        subject.digest[:NAME_DIGITS],
+        {"model": subject.digest},
+        digest=subject.digest,
+        guard_digest=served_digest(subject),
+        reloadable=reference.address is not None,
     )
 
 
@@ -142,7 +166,7 @@ def _served_upstream(upstream: UpstreamModel) -> _Served:
     signature, url = upstream.signature, upstream.address.url
     about = {"upstream": f"{url}{upstream.path}", "signature": repr(signature.metadata())}
     name = digest(canonical(about))[:16]
-    return _Served(upstream.opened, signature.shape, name, about, upstream=upstream)
+    return _Served(partial(_upstream, upstream), signature.shape, name, about, upstream=upstream)
 
 
 def _served_pool(
@@ -150,38 +174,60 @@ def _served_pool(
 ) -> _Served:
     trust_code = reference.source.trust_code
     refuse_code_in_pool(pool, trust_code=trust_code)
-    opening = partial(
+    architecture = partial(
         _architecture,
         str(pool.path),
         settings_of_pool(pool),
         pool.manifest["about"].get("model", {}),
         trust_code=trust_code,
     )
-    live = LivePool(pool, opening, triggers, swaps_per_hour)
-    return _Served(opening, tuple(live.canaries.shape[1:]), "", {"pool": pool.manifest["id"]}, live)
+    live = LivePool(pool, architecture, triggers, swaps_per_hour)
+    return _Served(
+        partial(_of_pool, architecture),
+        tuple(live.canaries.shape[1:]),
+        "",
+        {"pool": pool.manifest["id"]},
+        live,
+    )
 
 
-def _guard(file: str | None, served: _Served) -> Callable[[], RequestGuard]:
+def _guard(file: str | None, served: _Served) -> Callable[[str | None], RequestGuard]:
     """Return the function that opens the guard in each worker, after a check that it suits the model."""
     if file is None:
-        return NoRules
-    opening = partial(open_guard, Path(file), served.digest, logits=served.upstream is None)
-    pipeline = opening()
+        return no_rules
+    opening = partial(_opened_guard, file, served.shape, served.upstream)
+    opening(served.guard_digest)
+    return opening
+
+
+def _opened_guard(
+    file: str, shape: tuple[int, ...], upstream: UpstreamModel | None, model: str | None
+) -> RequestGuard:
+    """Return the guard of a server whose model has inputs of this shape. Raises `UsageError` if it does not suit it, or
+    if it was calibrated with another model.
+    """
+    pipeline = open_guard(Path(file), model, logits=upstream is None)
     sizes = pipeline.schema.shape
-    if len(sizes) != len(served.shape) or any(
-        size not in (None, actual) for size, actual in zip(sizes, served.shape, strict=True)
+    if len(sizes) != len(shape) or any(
+        size not in (None, actual) for size, actual in zip(sizes, shape, strict=True)
     ):
         raise UsageError(
-            f"{file}: inputs.shape is {list(sizes)}, and the model takes {list(served.shape)}; correct one of them"
+            f"{file}: inputs.shape is {list(sizes)}, and the model takes {list(shape)}; correct one of them"
         )
     if pipeline.needs_features:
         raise UsageError(
             f"{file}: the rule mahalanobis needs features of an inner layer, which the server does not compute; set "
             "its setting on to logits"
         )
-    if served.upstream is not None:
-        refuse_other_guard(pipeline, served.upstream, file)
-    return opening
+    if upstream is not None:
+        refuse_other_guard(pipeline, upstream, file)
+    return pipeline
+
+
+def _hung_s(limits: RequestLimits, served: _Served) -> float:
+    """Return the seconds without progress after which a worker is replaced."""
+    latency_s = seconds(limits.max_latency, "max_latency")
+    return max(HUNG_S, _HUNG_LATENCIES * latency_s, _HUNG_TIMEOUTS * served.upstream_timeout_s)
 
 
 def _triggers(texts: list[str]) -> tuple[Trigger, ...]:
@@ -191,8 +237,18 @@ def _triggers(texts: list[str]) -> tuple[Trigger, ...]:
     )
 
 
-def _opened(sources: Sources) -> Classifier:
-    return open_subject(sources).model
+def _opened(sources: Sources, known: tuple[str, str] | None) -> LoadedModel:
+    """Return the model with its digests, or with the known ones of a Python object, which cannot change."""
+    subject = open_subject(sources)
+    return LoadedModel(subject.model, *(known or (subject.digest, served_digest(subject))))
+
+
+def _upstream(upstream: UpstreamModel) -> LoadedModel:
+    return LoadedModel(upstream.opened())
+
+
+def _of_pool(architecture: Callable[[], Classifier]) -> LoadedModel:
+    return LoadedModel(architecture())
 
 
 def _architecture(path: str, created: Any, about: Any, *, trust_code: bool) -> Classifier:

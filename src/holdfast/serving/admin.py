@@ -1,4 +1,4 @@
-"""The port of the operator: metrics for Prometheus, the state of the server, and swaps on demand."""
+"""The port of the operator: metrics for Prometheus, the state of the server, and swaps and reloads on demand."""
 
 import socket
 import threading
@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from holdfast.core.errors import TargetError
+from holdfast.core.errors import TargetError, UsageError
 from holdfast.serving.connections import limited_protocol
 from holdfast.serving.keys import KeyFile
 from holdfast.serving.protocol_v2 import JSON, compact
@@ -47,9 +47,10 @@ def admin_application(supervisor: Supervisor, keys: KeyFile | None) -> Starlette
             "origin" in request.headers
         ):  # a page in the operator's browser could send this request without a key
             raise Refused(403, "requests of web pages are not accepted")
-        if supervisor.setup.pool is None:
-            raise Refused(409, "the server has no pool, so there is no other set")
-        supervisor.request_swap("requested by the operator")
+        try:
+            supervisor.request_swap("requested by the operator")
+        except UsageError as error:
+            raise Refused(409, str(error)) from error
         return Response(compact({"requested": True}), 202, media_type=JSON)
 
     async def refused(request: Request, error: Exception) -> Response:

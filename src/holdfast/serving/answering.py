@@ -14,10 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from holdfast.core.errors import HoldfastError
 from holdfast.core.model import Classifier
-from holdfast.serving.audit_chain import AuditKey, ChainFile, end_record, start_record
+from holdfast.serving.audit_chain import AuditKey, ChainFile, advice_for, end_record, start_record
 from holdfast.serving.decisions import Action, Decision, Incoming
+from holdfast.serving.error_log import ErrorLog
 from holdfast.serving.forwarding import Headers, forwarding
 from holdfast.serving.protocol import RequestGuard
 from holdfast.serving.quotas import Quotas, Spending
@@ -26,8 +26,12 @@ from holdfast.serving.telemetry import Telemetry
 
 _AUDIT_FULL = "the audit log cannot be written, so no request is answered"
 _MODEL = "the model failed"
+_STATE_S = 1.0
+"""seconds after which a client may send a request again that could not be checked"""
 _OF_UPSTREAM = frozenset({502, 503})
 """status codes of a failed upstream server, which concern all requests of a batch"""
+_SERVER_ERROR = 500
+"""smallest status code of a failure of a server"""
 _ABSTAINS = "no prediction is returned for input {}"
 
 
@@ -135,7 +139,8 @@ def _record(outcome: Outcome, served: ServedSet) -> dict[str, object]:
     request, decision = outcome.job.incoming.request, outcome.decision
     if decision is None or (outcome.refusal is not None and outcome.refusal.cause != "guard"):
         status = 500 if outcome.refusal is None else outcome.refusal.status
-        return end_record("failed", request, status=status)
+        notes = {"notes": dict(decision.notes)} if decision is not None and decision.notes else {}
+        return end_record("failed", request, status=status, **notes)
     rows = [
         [
             row.action.word,
@@ -176,6 +181,10 @@ class Answerer:
     answered: Callable[[ServedSet, str, int], object] = lambda served, principal, rows: None
     """called with the set, the principal and the number of inputs of each answered request"""
     device: torch.device = torch.device("cpu")
+    errors: ErrorLog = field(default_factory=ErrorLog)
+    """log of errors for the operator"""
+    progress: Callable[[], object] = lambda: None
+    """called after each call of the model"""
 
     def __call__(self, jobs: Sequence[Job]) -> list[Answer | Exception]:
         served = self.served
@@ -201,8 +210,11 @@ class Answerer:
             self.audit.start(jobs)
             outcomes = self._guarded(jobs, served)
             self.audit.end(outcomes, served)
-        except OSError:
+        except OSError as error:
             self.telemetry.set("holdfast_audit_failing", 1)
+            self.errors(
+                "requests are refused, as the audit chain cannot be written", error, advice=advice_for(error)
+            )
             return [Outcome(job, refusal=wait_first(_AUDIT_FULL, 10.0, cause="audit")) for job in jobs]
         self.telemetry.set("holdfast_audit_failing", 0)
         return outcomes
@@ -231,8 +243,8 @@ class Answerer:
         incoming = [job.incoming for job in jobs]
         try:
             return self.guard.before_many(incoming)
-        except Exception:  # noqa: BLE001 - an error of the guard must not end the thread of the batches
-            self.telemetry.count("holdfast_guard_failures_total")
+        except Exception as error:  # noqa: BLE001 - an error of the guard must not end the thread of the batches
+            self._guard_failed(error)
             return _unguarded(incoming) if self.guard_fails_open else None
 
     def _after(
@@ -242,10 +254,15 @@ class Answerer:
             return decisions
         try:
             return self.guard.after_many(decisions, outputs, network=partial(self._logits, served))
-        except Exception:  # noqa: BLE001 - as above
-            self.telemetry.count("holdfast_guard_failures_total")
+        except Exception as error:  # noqa: BLE001 - as above
+            self._guard_failed(error)
             reason = "the guard failed"
             return decisions if self.guard_fails_open else [replace(d, refusal=reason) for d in decisions]
+
+    def _guard_failed(self, error: Exception) -> None:
+        self.telemetry.count("holdfast_guard_failures_total")
+        outcome = "answered without it" if self.guard_fails_open else "refused"
+        self.errors(f"the guard failed, and requests are {outcome}", error)
 
     def _answers(self, passed: Sequence[tuple[Job, Decision]], served: ServedSet) -> list[Tensor | Refused]:
         """Return the logits of each request, with one call of the model for all requests with the same forwarded
@@ -269,8 +286,12 @@ class Answerer:
         try:
             with torch.inference_mode():
                 logits = self._logits(served, inputs[0] if len(inputs) == 1 else torch.cat(list(inputs)))
-        except (HoldfastError, Refused, RuntimeError, MemoryError) as error:
+        except Exception as error:  # noqa: BLE001 - of the model, which may be any code
             refusal = error if isinstance(error, Refused) else failure
+            if refusal.status >= _SERVER_ERROR:
+                self.errors(
+                    refusal.reason if refusal is error else _MODEL, None if refusal is error else error
+                )
             if len(inputs) == 1 or refusal.status in _OF_UPSTREAM:
                 return [refusal] * len(inputs)
             # The request that causes the error must not fail the others.
@@ -278,21 +299,25 @@ class Answerer:
         parts = torch.split(logits, [len(x) for x in inputs])
         if bool(logits.isfinite().all()):
             return list(parts)
+        self.errors("the model returned NaN or infinite scores")
         return [part if bool(part.isfinite().all()) else failure for part in parts]
 
     def _logits(self, served: ServedSet, x: Tensor) -> Tensor:
-        logits: Tensor = served.model(x.to(self.device))
-        return logits.cpu()
+        logits: Tensor = served.model(x.to(self.device)).cpu()
+        self.progress()
+        return logits
 
     def _count(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:
         """Count the outcomes of a batch for the metrics and for the pool."""
-        actions, fired, rows = Counter[Action](), Counter[tuple[str, str]](), 0
+        actions, fired, rows, unchecked = Counter[Action](), Counter[tuple[str, str]](), 0, 0
         for outcome in outcomes:
-            if outcome.decision is not None:
-                actions[outcome.action] += 1
+            decision = outcome.decision
+            if decision is not None:
+                unchecked += len(decision.rows) if decision.unchecked else 0
+                actions[outcome.action] += not decision.unavailable
                 fired.update(
                     (score.rule, score.mode.value)
-                    for row in outcome.decision.rows
+                    for row in decision.rows
                     for score in row.scores
                     if score.fired
                 )
@@ -301,6 +326,7 @@ class Answerer:
                 rows += n
                 self.answered(served, outcome.job.incoming.principal, n)
         self.telemetry.count("holdfast_inputs_total", n=rows)
+        self.telemetry.count("holdfast_guard_unchecked_total", n=unchecked)
         for action, n in actions.items():
             self.telemetry.count("holdfast_decisions_total", action.word, n=n)
         for (rule, mode), n in fired.items():
@@ -330,6 +356,8 @@ def _failed(job: Job, reason: str, cause: str) -> Outcome:
 def _decided(job: Job, decision: Decision, logits: Tensor | None) -> Outcome:
     """Return the outcome of a request from its final decision and the logits (n, classes) of the model."""
     action = decision.action
+    if decision.unavailable:
+        return Outcome(job, decision, refusal=wait_first(decision.refusal, _STATE_S, cause="state"))
     if action is Action.BLOCK or decision.refusal or logits is None:
         reason = decision.refusal or "the request is refused"
         return Outcome(job, decision, refusal=Refused(422, reason, (), "guard"), action=action)

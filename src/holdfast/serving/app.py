@@ -25,6 +25,7 @@ from holdfast.serving.answering import Answer, Job
 from holdfast.serving.audit_chain import AuditKey
 from holdfast.serving.batching import Batcher
 from holdfast.serving.decisions import Incoming
+from holdfast.serving.error_log import ErrorLog
 from holdfast.serving.keys import ApiKey, KeyFile
 from holdfast.serving.protocol_v2 import (
     BINARY,
@@ -82,8 +83,12 @@ class ServedModel:
     telemetry: Telemetry = field(default_factory=Telemetry)
     forwards: tuple[str, ...] = ()
     """names of the headers, in lower case, that a proxy passes on"""
+    errors: ErrorLog = field(default_factory=ErrorLog)
+    """log of errors for the operator"""
     ready: bool = True
     """whether requests are answered; false while the server drains"""
+    closing: bool = False
+    """whether each connection is closed after its next response, because this process ends"""
 
     @property
     def max_body(self) -> int:
@@ -250,6 +255,8 @@ class ServedModel:
 
     async def failed(self, request: Request, error: Exception) -> Response:
         """Return the response for an internal error, which discloses nothing about it."""
+        if not isinstance(error, ClientDisconnect):
+            self.errors("an internal error", error)
         return await self.refused(request, Refused(500, "internal error", (), "model"))
 
 
@@ -276,6 +283,8 @@ class Watched:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 served.telemetry.count("holdfast_requests_total", str(message["status"]))
+                if served.closing:
+                    message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
                 await send(message)
                 return
             async with asyncio.timeout(served.limits.write_timeout_s):

@@ -17,20 +17,40 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from holdfast.core.chain import GENESIS
 from holdfast.core.errors import TargetError
-from holdfast.store.files import PRIVATE, create_private, usable
+from holdfast.store import files as store
+from holdfast.store.files import PRIVATE, create_private
 from holdfast.store.locking import WAIT_S
 
 SUFFIX = ".jsonl"
 SERVER = ".server"
 _KEY_BYTES, _DIGITS = 32, 32
 _POLL_S = 0.1
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ENDS = frozenset({"answered", "interrupted", "failed"})
 """kinds of records that end a request"""
+
+
+def advice_for(error: OSError) -> str:
+    """Return what an operator can do about a chain that cannot be written."""
+    if error.errno in _FULL:
+        return "free some space; with --on-audit-failure answer, requests are answered without records until then"
+    return "check the disk and its permissions, or give another folder with --audit DIR"
+
+
+def refusal_in_audit(path: Path, error: OSError) -> str:
+    """Return the error message, with advice, for a file of an audit folder that cannot be read or written."""
+    cause = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
+    return f"{str(path)!r} cannot be used: {cause}; {advice_for(error)}"
+
+
+usable = partial(store.usable, message=refusal_in_audit)
+"""context manager that converts an `OSError` to a `TargetError` with advice about the audit folder"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +99,8 @@ class ChainFile:
         self.path, self._fail_open = path, fail_open
         self._lock = threading.Lock()
         self.head, self.records, self.lost = GENESIS, 0, 0
+        self.flushed = (0, GENESIS)
+        """number of records that outlast a power failure, and the digest of the last one"""
         self.lost_in_total = 0
         with usable(path):
             self._handle = os.open(path, os.O_WRONLY | os.O_CREAT, PRIVATE)
@@ -117,15 +139,17 @@ class ChainFile:
 
     def flush(self) -> None:
         """Flush the records to the disk, so that they outlast a power failure."""
-        size = self._size
+        with self._lock:
+            size, flushed = self._size, (self.records, self.head)
         if size != self._synced:
             os.fsync(self._handle)
-            self._synced = size
+            self._synced, self.flushed = size, flushed
 
     def close(self) -> None:
         """Flush and close the file."""
-        with self._lock, suppress(OSError):
+        with suppress(OSError):
             self.flush()
+        with self._lock, suppress(OSError):
             os.close(self._handle)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from holdfast.core.chain import GENESIS, Link
 from holdfast.core.errors import TargetError
-from holdfast.serving.audit_chain import SERVER, SUFFIX, ChainFile, interrupt, lines, now
-from holdfast.store.files import AUDIT_MARK, PRIVATE, usable
+from holdfast.serving.audit_chain import SERVER, SUFFIX, ChainFile, interrupt, lines, now, usable
+from holdfast.store.files import AUDIT_MARK, PRIVATE
 from holdfast.store.leases import Owner
 from holdfast.store.locking import locked
 
@@ -37,6 +37,8 @@ class AuditFolder:
     _workers: int = 0
     _open: set[Path] = field(default_factory=set)
     """chains of workers that are not recorded as closed"""
+    _heads: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """last recorded lengths and heads of chains of workers"""
 
     @classmethod
     def open(cls, path: Path, about: Mapping[str, Any], *, fail_open: bool = False) -> "AuditFolder":
@@ -86,6 +88,15 @@ class AuditFolder:
         with usable(self.chain.path):
             self.chain.add([{"kind": kind, **facts, "time": now()}])
             self.chain.flush()
+
+    def record_heads(self, heads: Mapping[str, tuple[int, str]]) -> None:
+        """Record the lengths and heads of chains of running workers, by file name, so that records before them cannot
+        be removed at the end of these chains without a trace. Raises `TargetError` if they cannot be written.
+        """
+        changed = {name: head for name, head in heads.items() if self._heads.get(name) != head}
+        if changed:
+            self.record("heads", chains=[[name, *head] for name, head in sorted(changed.items())])
+            self._heads.update(changed)
 
     def ended(self, path: Path, *, reason: str) -> int:
         """Complete the chain of a worker that has ended, record its head, and return the number of requests that it did
@@ -157,6 +168,8 @@ class _ServerState:
     begin: Mapping[str, Any] | None
     workers: list[str]
     closed: dict[str, tuple[int, str]]
+    heads: dict[str, tuple[int, str]]
+    """last recorded length and head of each chain while its worker ran"""
     ended: bool
 
     @property
@@ -165,13 +178,15 @@ class _ServerState:
 
 
 def _state(file: Path) -> _ServerState:
-    state = _ServerState(None, [], {}, ended=False)
+    state = _ServerState(None, [], {}, {}, ended=False)
     for content in _contents(file):
         match content["kind"]:
             case "begin":
                 state.begin = content
             case "worker":
                 state.workers.append(str(content["chain"]))
+            case "heads":
+                state.heads.update({str(name): (int(n), str(head)) for name, n, head in content["chains"]})
             case "closed":
                 state.closed[str(content["chain"])] = (int(content["records"]), str(content["head"]))
             case "end" | "killed":
@@ -223,16 +238,20 @@ def verify_audit(path: Path) -> VerifiedAudit:
         ("records", "answered", "failed", "interrupted", "open", "lost"), 0
     )
     heads: dict[str, list[str]] = {}
-    servers = sorted(path.glob(f"*{SERVER}{SUFFIX}"))
+    servers, files = sorted(path.glob(f"*{SERVER}{SUFFIX}")), set(path.glob(f"*{SUFFIX}"))
     if not servers:
         raise TargetError(f"{str(path)!r} contains no chain of a server; restore it from a copy")
-    for file in sorted(path.glob(f"*{SUFFIX}")):
-        with usable(file):
-            heads[file.name] = _verified_chain(file, totals)
+    for file in servers:
+        heads[file.name] = _verified_chain(file, totals)
+    # before the other chains, which a running server may extend in the meantime
+    states = {file: _valid_state(file) for file in servers}
+    files |= {path / name for state in states.values() for name in state.workers if (path / name).exists()}
+    for file in sorted(files - {*servers}):
+        heads[file.name] = _verified_chain(file, totals)
     notes: list[str] = []
     listed: set[str] = {file.name for file in servers}
     for file in servers:
-        _refuse_missing(path, file, heads, listed, notes)
+        _refuse_missing(path, file, states[file], heads, listed, notes)
     for name, digests in heads.items():
         if name not in listed and len(digests) > 1:  # a server that was killed may leave an empty one
             raise TargetError(
@@ -242,15 +261,31 @@ def verify_audit(path: Path) -> VerifiedAudit:
     return VerifiedAudit(len(heads), **totals, head=heads[newest.name][-1], notes=tuple(notes))
 
 
+def _valid_state(file: Path) -> _ServerState:
+    """Return the state in a server chain. Raises `TargetError` if a record has not the form of this version."""
+    try:
+        with usable(file):
+            return _state(file)
+    except (ValueError, KeyError, TypeError) as error:
+        raise TargetError(
+            f"{str(file)!r} contains a record of a form that this version does not write; restore it from a copy"
+        ) from error
+
+
 def _refuse_missing(
-    path: Path, file: Path, heads: Mapping[str, list[str]], listed: set[str], notes: list[str]
+    path: Path,
+    file: Path,
+    state: _ServerState,
+    heads: Mapping[str, list[str]],
+    listed: set[str],
+    notes: list[str],
 ) -> None:
     """Compare what a server chain states about other chains with these."""
-    state = _state(file)
     if state.begin is None:
         raise TargetError(f"{str(file)!r} does not begin with the record of a server; restore it from a copy")
     listed.update(state.workers)
     expected = [(name, *state.closed.get(name, (0, GENESIS))) for name in state.workers]
+    expected += [(name, *head) for name, head in state.heads.items()]
     expected += [(str(name), int(records), str(head)) for name, records, head in state.begin["earlier"]]
     for name, records, head in expected:
         digests = heads.get(name, [])
@@ -267,7 +302,7 @@ def _refuse_missing(
 def _verified_chain(file: Path, totals: dict[str, int]) -> list[str]:
     """Verify the records of one chain, add their numbers to the totals, and return all digests after `GENESIS`."""
     digests, begun, done, lost = [GENESIS], set[str](), set[str](), 0
-    with file.open("rb") as stored:
+    with usable(file), file.open("rb") as stored:
         for number, line in enumerate(stored, 1):
             if not line.endswith(b"\n"):
                 break  # a write in progress, or what a kill left; it is not a record

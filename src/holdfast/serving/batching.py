@@ -60,6 +60,7 @@ class Batcher(Generic[Request, Response]):
         self._arrived = threading.Condition()
         self._rows = self._running = 0
         self._row_s = 0.0
+        self._progress_s: float | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
         self._thread.start()
@@ -81,6 +82,21 @@ class Batcher(Generic[Request, Response]):
             self._rows += rows
             self._arrived.notify()
         return await entry.future
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds since the thread last made progress within a batch; 0 while it waits for requests."""
+        progress_s = self._progress_s
+        return 0.0 if progress_s is None else time.monotonic() - progress_s
+
+    @property
+    def row_s(self) -> float:
+        """Moving average of the seconds per input; 0 before the first batch."""
+        return self._row_s
+
+    def progress(self) -> None:
+        """Note that the function of the batches has made progress."""
+        self._progress_s = time.monotonic()
 
     @property
     def largest(self) -> int:
@@ -117,7 +133,7 @@ class Batcher(Generic[Request, Response]):
     def _next(self) -> list[_Waiting[Request, Response]]:
         """Return the requests of the next batch; none after the queue is closed and empty."""
         with self._arrived:
-            self._running = 0
+            self._running, self._progress_s = 0, None
             self._arrived.wait_for(lambda: self._queue or self._closed)
             batch: list[_Waiting[Request, Response]] = []
             rows, limit = 0, self.largest
@@ -126,6 +142,7 @@ class Batcher(Generic[Request, Response]):
                 rows += batch[-1].rows
             self._rows -= rows
             self._running = rows
+            self.progress()
             return batch
 
 

@@ -96,6 +96,11 @@ class Decision:
     """seconds by which the response is delayed"""
     x: Tensor | None = field(default=None, repr=False)
     """inputs (n, *shape) after the input defences of the guard, which the model receives"""
+    unchecked: bool = False
+    """whether the query detector could not judge the inputs, because its state could not be reached"""
+    unavailable: bool = False
+    """whether the request is refused only for this reason: it is no detection, and the client may send it again later
+    (status 503)"""
     notes: Mapping[str, object] = field(default_factory=dict)
     """further facts for the audit chain, such as that the shared state could not be reached"""
 
@@ -112,7 +117,7 @@ class Decision:
     @property
     def answered(self) -> bool:
         """Whether the model is called for the request."""
-        return self.action is not Action.BLOCK
+        return self.action is not Action.BLOCK and not self.unavailable
 
 
 @dataclass(frozen=True)

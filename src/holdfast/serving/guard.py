@@ -13,6 +13,7 @@ from torch import Tensor
 
 from holdfast.core.errors import UsageError
 from holdfast.core.outputs import OutputKind, of_classes
+from holdfast.detectors.clusters import Fail
 from holdfast.detectors.protocol import Detector, Observation
 from holdfast.serving.decisions import Action, Decision, Incoming, Mode, RowDecision
 from holdfast.serving.observed import ObservedRate
@@ -20,6 +21,10 @@ from holdfast.serving.rules import QUERIES, RANGE, SCHEMA, InputDefence, InputSc
 
 REFUSED_TEXT = "the request was refused"
 """reason for a client whose request a detector blocks; it does not disclose which one"""
+UNAVAILABLE_TEXT = "the service cannot check requests at the moment; send the request again later"
+"""reason for a client whose request is refused because the state of the query detector could not be reached"""
+LOST = "the state of the query detector could not be reached"
+"""note about such a request for the audit"""
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,9 @@ class QueryResult:
 
     scores: Tensor
     """scores (n,)"""
-    note: str = ""
-    """fault for the audit, such as that the shared state could not be reached; usually empty"""
+    lost: Fail | None = None
+    """what happens to the queries because the state could not be reached, so that the scores mean nothing; None if it
+    was reached"""
 
 
 class InputStore(Protocol):
@@ -216,7 +222,8 @@ class GuardPipeline:
     def _add_queries(self, decisions: list[Decision]) -> None:
         """Add the scores of the query detector to the decisions about requests that are not refused.
 
-        Inputs with a wrong shape and inputs that are not finite are not added to its state.
+        Inputs with a wrong shape and inputs that are not finite are not added to its state. If the state cannot be
+        reached, there are no scores.
         """
         rule, queries = self.rules.get(QUERIES), self.queries
         if rule is None or queries is None:
@@ -229,10 +236,19 @@ class GuardPipeline:
         for places in self._of_equal_shape(decisions, scored):
             principals = [decisions[place].principal for place in places for _ in decisions[place].rows]
             result = queries.score(_joined(decisions, places), principals)
-            self._add(decisions, places, rule, result.scores)
-            for place in places if result.note else ():
-                notes = {**decisions[place].notes, QUERIES: result.note}
-                decisions[place] = replace(decisions[place], notes=notes)
+            if result.lost is None:
+                self._add(decisions, places, rule, result.scores)
+                continue
+            # a rule that never changes an answer refuses no request either
+            refused = result.lost == "closed" and rule.mode is Mode.ENFORCE and rule.action > Action.FLAG
+            for place in places:
+                decisions[place] = replace(
+                    decisions[place],
+                    unchecked=True,
+                    unavailable=refused,
+                    refusal=UNAVAILABLE_TEXT if refused else "",
+                    notes={**decisions[place].notes, QUERIES: LOST},
+                )
 
     def _of_equal_shape(self, decisions: Sequence[Decision], places: Sequence[int]) -> list[list[int]]:
         """Divide requests into groups whose inputs have the same shape. There is one group, unless the schema leaves
@@ -290,8 +306,12 @@ class GuardPipeline:
         return replace(decision, delay_s=self.delay_s) if delayed else decision
 
     def _recorded(self, decision: Decision) -> Decision:
-        """The final decision, after it was counted and its inputs were stored if they are to be."""
-        self.observed.add(len(decision.rows), self.alarms(decision))
+        """The final decision, after it was counted and its inputs were stored if they are to be.
+
+        The calibrated rate is that of all rules together, so that inputs without one of them are not counted.
+        """
+        if not decision.unchecked:
+            self.observed.add(len(decision.rows), self.alarms(decision))
         if self.stored is not None and not self.stored.add(decision):
             return replace(decision, notes={**decision.notes, "stored": "the inputs could not be stored"})
         return decision

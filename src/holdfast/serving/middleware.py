@@ -10,6 +10,7 @@ from torch import Tensor
 
 from holdfast.core.errors import UsageError
 from holdfast.serving.decisions import Action, Decision
+from holdfast.serving.error_log import ErrorLog
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -19,6 +20,8 @@ ASGIApplication = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _FAILED = "the guard failed"
 _ACCEPTED = range(200, 300)
+_RETRY_S = b"1"
+"""seconds after which a client may send a request again that the guard could not decide about"""
 
 
 class DecidingGuard(Protocol):
@@ -53,7 +56,8 @@ class GuardMiddleware:
 
     Requests to other paths are passed on. The decision is in the state of the request under the name `guard`
     (`request.state.guard.x` are the inputs after the defence of the guard). A refused request gets the status 422 with
-    the reason; scores are never returned. Run the middleware outside of one that compresses responses.
+    the reason, or 503 if the state of the query detector could not be reached; scores are never returned. Run the
+    middleware outside of one that compresses responses.
     """
 
     app: ASGIApplication
@@ -76,6 +80,8 @@ class GuardMiddleware:
     """size above which a body is refused with the status 413"""
     fails_open: bool = field(default=False, kw_only=True)
     """whether requests are answered although the guard raised an error; otherwise they get the status 503"""
+    errors: ErrorLog = field(default_factory=ErrorLog, kw_only=True)
+    """log of the errors of the guard, the logger `holdfast.serve` at a limited rate"""
 
     def __post_init__(self) -> None:
         if Action.LABEL_ONLY in self.guard.actions and self.label_only is None:
@@ -113,7 +119,7 @@ class GuardMiddleware:
         if decision is None and not self.fails_open:
             return 503, _FAILED
         if decision is not None and not decision.answered:
-            return 422, decision.refusal
+            return 503 if decision.unavailable else 422, decision.refusal
         scope.setdefault("state", {})["guard"] = decision
         response = _Response()
         await self.app(scope, _replayed(body, receive), response)
@@ -150,7 +156,8 @@ class GuardMiddleware:
         """The decision, computed outside of the event loop; None if the guard raised an error."""
         try:
             return await asyncio.to_thread(decide)
-        except Exception:  # noqa: BLE001 - any error of the guard fails open or closed as configured
+        except Exception as error:  # noqa: BLE001 - any error of the guard fails open or closed as configured
+            self.errors("the guard failed", error)
             return None
 
 
@@ -218,5 +225,7 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 async def _respond(send: Send, status: int, reason: str) -> None:
     body = json.dumps({"error": reason}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 503:
+        headers.append((b"retry-after", _RETRY_S))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -25,7 +25,7 @@ _DESCRIPTIONS = {
     "429": "The rate or the budget of the key is exceeded.",
     "500": "The model failed.",
     "502": "The upstream server failed.",
-    "503": "The server is overloaded, drains, or cannot write its audit log.",
+    "503": "The server is overloaded, drains, or cannot write its audit log or check requests.",
 }
 
 

@@ -23,7 +23,6 @@ from holdfast.store.files import create_private
 
 KEY_VARIABLE = "HOLDFAST_GUARD_KEY"
 """environment variable with the key of a guard; it takes precedence over the key file"""
-LOST = "the state of the query detector could not be reached"
 _HEX = re.compile(f"[0-9a-fA-F]{{{2 * KEY_BYTES}}}")
 
 
@@ -40,7 +39,7 @@ class QueryRule:
         """Return the scores (n) of queries (n, *shape), and add them to the state."""
         result = self.detector.examine(scaled(x, self.schema), principals, self.clock())
         lost = any(detail.lost for detail in result.details)
-        return QueryResult(torch.from_numpy(result.scores), LOST if lost else "")
+        return QueryResult(torch.from_numpy(result.scores), self.detector.state.fail if lost else None)
 
 
 def scaled(x: Tensor, schema: InputSchema) -> Tensor:

@@ -11,7 +11,8 @@ class Refused(Exception):
     reason: str
     headers: tuple[tuple[str, str], ...] = ()
     cause: str = "request"
-    """cause for the metrics: `request`, `key`, `rate`, `guard`, `overload`, `audit`, `model`, `upstream`"""
+    """cause for the metrics: `request`, `key`, `rate`, `state`, `guard`, `overload`, `audit`, `model`, `upstream`;
+    `state` if the state of the query detector could not be reached"""
 
     def __str__(self) -> str:
         return self.reason

@@ -28,8 +28,8 @@ _ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 METRICS: Mapping[str, Metric] = {
     "holdfast_requests_total": Metric("Responses by status code.", "counter", ("status",)),
     "holdfast_refused_total": Metric(
-        "Refused requests by cause: request, key, rate, budget, quota, guard, overload, audit, model, "
-        "upstream.",
+        "Refused requests by cause: request, key, rate, budget, quota, guard, state (the query detector could not "
+        "reach its state), overload, audit, model, upstream.",
         "counter",
         ("cause",),
     ),
@@ -50,6 +50,9 @@ METRICS: Mapping[str, Metric] = {
         "Inputs for which a calibrated rule fired, in any mode.", "counter"
     ),
     "holdfast_guard_failures_total": Metric("Batches for which the guard raised an error.", "counter"),
+    "holdfast_guard_unchecked_total": Metric(
+        "Inputs that the query detector could not judge because its state could not be reached.", "counter"
+    ),
     "holdfast_audit_lost_total": Metric("Audit records that could not be written.", "counter"),
     "holdfast_audit_failing": Metric(
         "1 while the audit chain of a worker cannot be written, else 0.", "gauge"
@@ -57,8 +60,15 @@ METRICS: Mapping[str, Metric] = {
     "holdfast_keys_failing": Metric("1 while the file of keys cannot be read, else 0.", "gauge"),
     "holdfast_workers": Metric("Worker processes that are ready.", "gauge"),
     "holdfast_worker_restarts_total": Metric("Worker processes that were replaced.", "counter"),
+    "holdfast_worker_hangs_total": Metric(
+        "Worker processes that were killed because they made no progress.", "counter"
+    ),
     "holdfast_interrupted_total": Metric("Requests that a worker did not answer before it died.", "counter"),
-    "holdfast_swaps_total": Metric("Swaps of the serving set.", "counter"),
+    "holdfast_swaps_total": Metric("Swaps of the serving set, and reloads of a model.", "counter"),
+    "holdfast_reload_failing": Metric(
+        "1 if the last reload failed, or while no worker can be started with the model in its file, else 0.",
+        "gauge",
+    ),
     "holdfast_pool_epoch": Metric("Number of parameter sets that have served so far.", "gauge"),
     "holdfast_pool_waiting": Metric("Admitted parameter sets that wait to serve.", "gauge"),
     "holdfast_pool_alarm": Metric(
@@ -70,7 +80,8 @@ METRICS: Mapping[str, Metric] = {
 LABELS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "holdfast_requests_total": (("200",), ("400",), ("422",), ("500",), ("503",)),
     "holdfast_refused_total": tuple(
-        (cause,) for cause in ("request", "key", "rate", "guard", "overload", "audit", "model", "upstream")
+        (cause,)
+        for cause in ("request", "key", "rate", "guard", "state", "overload", "audit", "model", "upstream")
     ),
     "holdfast_decisions_total": tuple((action.word,) for action in Action),
 }

@@ -1,14 +1,16 @@
 """A worker process of a server. It answers requests at the socket that it inherits, and keeps no state of its own.
 
 It ends when the pipe from the supervisor is closed, after it has answered the requests that it received. The first
-letter of a message is its kind. From the supervisor: S a parameter set to prepare, A the set that
-serves from now on, D drain. To the supervisor: R ready, L a set is prepared, U a set is unusable, T counts and metrics,
-E error, X drained. Messages to the supervisor are JSON, because it must not unpickle what a worker sends.
+letter of a message is its kind. From the supervisor: G serve the opened model under this name, S a parameter set to
+prepare, A the set that serves from now on, D drain since the server ends, Q drain since another worker is in its place.
+To the supervisor: O the model is opened, R ready, L a set is prepared, U a set is unusable, T counts and metrics, E
+error, X drained. Messages to the supervisor are JSON, because it must not unpickle what a worker sends.
 """
 
 import asyncio
 import json
 import logging
+import math
 import os
 import pickle
 import signal
@@ -37,9 +39,11 @@ from holdfast.serving.app import ConnectionLimits, ServedModel, application
 from holdfast.serving.audit_chain import AuditKey, ChainFile
 from holdfast.serving.batching import Batcher
 from holdfast.serving.connections import limited_protocol
+from holdfast.serving.error_log import ErrorLog, log_to_stderr
 from holdfast.serving.guard import GuardPipeline
 from holdfast.serving.keys import KeyFile
-from holdfast.serving.protocol import NoRules, RequestGuard
+from holdfast.serving.loaded_model import LoadedModel, no_rules, refuse_damaged
+from holdfast.serving.protocol import RequestGuard
 from holdfast.serving.protocol_v2 import Signature
 from holdfast.serving.quotas import Quotas
 from holdfast.serving.states.sqlite import SQLiteState
@@ -47,9 +51,18 @@ from holdfast.serving.telemetry import Telemetry
 
 _ENDING_S = 3.0
 """seconds in which a worker without a supervisor must end after its drain"""
+HUNG_S = 30.0
+"""least number of seconds without progress after which a worker is replaced"""
+_SLOW = 4
+"""a worker is not replaced before so many times the usual time of a batch of the largest size"""
+_BEAT_S = 0.1
+"""seconds between two signs of life of the loop of the server"""
+_LINGER_S = 1.0
+"""seconds for which a worker that drains leaves idle connections open, whose clients may be sending a request"""
 _REPORT_S, _HASTE_S = 0.5, 0.02
 """seconds between two reports to the supervisor, and after answers of a pool, whose number may cause a swap"""
 
+_SPACE = "free some space on the disk of the audit folder, or check its permissions"
 _OBSERVED = ("holdfast_guard_inputs_total", "holdfast_guard_alarms_total")
 _SWITCH_S = 0.001
 """Seconds after which a thread must let another one run. Each operation of torch in the thread of the batches waits for
@@ -60,7 +73,7 @@ this time at its end if the thread that parses requests is busy; the default of 
 class ServingSetup:
     """What a worker needs to start. It is pickled, and its functions open the model and the guard in the worker."""
 
-    opening: Callable[[], Classifier]
+    opening: Callable[[], LoadedModel]
     """function that opens the model; for a pool, the architecture with any parameters"""
     name: str
     shape: tuple[int, ...]
@@ -68,12 +81,17 @@ class ServingSetup:
     version: str = "1"
     set_name: str = ""
     """name under which the parameters of the model are recorded; empty for a pool, which sends its sets"""
+    digest: str = ""
+    """digest of the model that was opened before the workers start, which that of each worker must equal"""
     device: str = "cpu"
     threads: int | None = None
     max_rows: int = 64
     limits: ConnectionLimits = field(default_factory=ConnectionLimits)
     drain_s: float = 30.0
-    guard: Callable[[], RequestGuard] = NoRules
+    hung_s: float = HUNG_S
+    """seconds without progress after which a worker is replaced; longer for a slow model, see `Worker.patience_s`"""
+    guard: Callable[[str | None], RequestGuard] = no_rules
+    """function that opens the guard, given the digest of the model that its calibration must name"""
     guard_fails_open: bool = False
     keys: Path | None = None
     quotas: Path | None = None
@@ -124,10 +142,14 @@ class Worker:
 
     def __init__(self, setup: ServingSetup, chain: Path | None, send: Callable[[bytes, Any], None]) -> None:
         self.setup, self._send = setup, send
-        self.telemetry, self.ledger = Telemetry(), _Ledger()
+        self.telemetry, self.ledger, self.errors = Telemetry(), _Ledger(), ErrorLog()
         self.device = torch.device(setup.device)
-        self._pristine = setup.opening().to(self.device).eval().requires_grad_(False)
+        opened = setup.opening()
+        self.digest = opened.digest
+        self._pristine = opened.model.to(self.device).eval().requires_grad_(False)
         self._prepared: dict[int, ServedSet] = {}
+        self._row_s, self._beat_s = 0.0, math.inf
+        self._leaving = threading.Event()
         self._lost, self._observed = 0, (0, 0)
         self.chain = None if chain is None else ChainFile(chain, fail_open=setup.audit_fails_open)
         audit: Audit = NoAudit()
@@ -136,13 +158,14 @@ class Worker:
             audit = ChainAudit(self.chain, setup.audit_key)
         self.answering = Answerer(
             ServedSet(self._pristine, setup.set_name, 1),
-            setup.guard(),
+            setup.guard(opened.guard_digest),
             audit,
             None if setup.quotas is None else Quotas(SQLiteState(setup.quotas), setup.max_rows),
             self.telemetry,
             setup.guard_fails_open,
             self.ledger.add if setup.rotating else lambda served, principal, rows: None,
             self.device,
+            self.errors,
         )
         guard = self.answering.guard
         self.telemetry.begin(guard.rules if isinstance(guard, GuardPipeline) else {})
@@ -152,6 +175,7 @@ class Worker:
             max_latency_s=setup.limits.max_latency_s,
             seen=self._seen,
         )
+        self.answering.progress = self.batcher.progress
         self.served = ServedModel(
             setup.signature or self._signature(),
             self.batcher,
@@ -160,6 +184,7 @@ class Worker:
             setup.limits,
             self.telemetry,
             setup.forwards,
+            self.errors,
         )
         config = uvicorn.Config(
             application(self.served),
@@ -179,7 +204,11 @@ class Worker:
     def _signature(self) -> Signature:
         """Return the signature of the model, which is called to find the number of classes."""
         setup = self.setup
+        if not setup.rotating:
+            refuse_damaged(self._pristine, setup.shape, self.device)
+        begin = time.perf_counter()
         classes = self._n_classes(self._pristine)
+        self._row_s = time.perf_counter() - begin
         return Signature(
             setup.name, setup.shape, classes, self._pristine.bounds, setup.version, setup.max_rows
         )
@@ -218,6 +247,25 @@ class Worker:
         self.answering.served = self._prepared[epoch]
         self._prepared = {}
 
+    def serve_as(self, name: str, epoch: int) -> None:
+        """Record the opened model under this name."""
+        self.answering.served = ServedSet(self._pristine, name, epoch)
+
+    # --- progress
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds without progress after which this worker is to be replaced."""
+        row_s = self.batcher.row_s or self._row_s
+        return max(self.setup.hung_s, _SLOW * self.setup.max_rows * row_s)
+
+    @property
+    def stalled(self) -> str:
+        """What makes no progress: the loop of the server or a batch; empty if both do."""
+        if time.monotonic() - self._beat_s > self.patience_s:
+            return "the event loop"
+        return "a batch" if self.batcher.busy_s > self.patience_s else ""
+
     # --- reports
 
     def report(self) -> None:
@@ -229,6 +277,10 @@ class Worker:
         if self.chain is not None:
             lost = self.chain.lost_in_total
             self.telemetry.count("holdfast_audit_lost_total", n=lost - self._lost)
+            if lost > self._lost:
+                self.errors(
+                    "requests are answered without audit records, which cannot be written", advice=_SPACE
+                )
             self._lost = lost
         if isinstance(self.answering.guard, GuardPipeline):
             observed = self.answering.guard.observed
@@ -236,7 +288,9 @@ class Worker:
             for name, now, before in zip(_OBSERVED, counts, self._observed, strict=True):
                 self.telemetry.count(name, n=now - before)
             self._observed = counts
-        self._send(b"T", {"answers": self.ledger.taken(), "metrics": self.telemetry.report()})
+        chain = None if self.chain is None else self.chain.flushed
+        state = {"stalled": self.stalled, "patience_s": self.patience_s, "chain": chain}
+        self._send(b"T", {"answers": self.ledger.taken(), "metrics": self.telemetry.report(), **state})
 
     def _report_often(self) -> None:
         while True:
@@ -267,12 +321,32 @@ class Worker:
         while not self.server.started and not serving.done():
             await asyncio.sleep(0.005)
         self._send(b"R", {})
+        beating = asyncio.create_task(self._beat())
         await serving
+        beating.cancel()
+        self._beat_s = math.inf
 
-    def drain(self) -> None:
-        """Accept no further connections, answer what was received, and end."""
-        self.served.ready = False
-        self.server.should_exit = True
+    async def _beat(self) -> None:
+        """Give signs of life. To drain, stop accepting connections, and close those that are idle after a while: a
+        client may have sent a request over one of them.
+        """
+        until = math.inf
+        while True:
+            now = self._beat_s = time.monotonic()
+            if until < math.inf and (now >= until or not self.server.server_state.connections):
+                self.server.should_exit = True  # after the connections that were accepted just before
+            if self._leaving.is_set() and until == math.inf:
+                self.served.closing, until = True, now + _LINGER_S
+                for accepting in (each for server in self.server.servers for each in server.sockets):
+                    asyncio.get_running_loop().remove_reader(accepting.fileno())
+            await asyncio.sleep(_BEAT_S)
+
+    def drain(self, *, ready: bool = False) -> None:
+        """Accept no further connections, answer what was received, and end. `ready` states whether the server, of which
+        this is one worker, still answers requests.
+        """
+        self.served.ready = ready
+        self._leaving.set()
 
 
 def main(inbox: int, outbox: int, listener: int) -> int:
@@ -282,6 +356,7 @@ def main(inbox: int, outbox: int, listener: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+    log_to_stderr()
     with os.fdopen(inbox, "rb", buffering=0) as tasks, os.fdopen(outbox, "wb", buffering=0) as pipe:
         with suppress(BrokenPipeError):
             pipe.write(BEGINNING)
@@ -318,17 +393,19 @@ def _run(tasks: IO[bytes], listener: int, send: Callable[[bytes, Any], None]) ->
     if setup.threads is not None:
         torch.set_num_threads(setup.threads)
     worker = Worker(setup, chain, send)
-    if setup.rotating and not _first_set(worker, tasks):
+    if not setup.rotating:
+        send(b"O", {"digest": worker.digest, "classes": worker.served.signature.classes})
+    if not _served(worker, tasks):
         return
     threading.Thread(target=_follow, args=(worker, tasks), daemon=True).start()
     worker.run(socket.socket(fileno=listener))
 
 
-def _first_set(worker: Worker, tasks: IO[bytes]) -> bool:
-    """Take messages until a set serves, and return whether one does."""
-    while (message := read_message(tasks)) is not None and message[:1] != b"D":
+def _served(worker: Worker, tasks: IO[bytes]) -> bool:
+    """Take messages until a model or a set serves, and return whether one does."""
+    while (message := read_message(tasks)) is not None and message[:1] not in b"DQ":
         _take(worker, message)
-        if message[:1] == b"A":
+        if message[:1] in b"AG":
             return True
     return False
 
@@ -353,8 +430,13 @@ def _take(worker: Worker, message: bytes) -> None:
             worker.prepare(content)
         case b"A":
             worker.activate(int(content))
+        case b"G":
+            about = json.loads(content)
+            worker.serve_as(about["set"], about["epoch"])
         case b"D":
             worker.drain()
+        case b"Q":
+            worker.drain(ready=True)
 
 
 def set_message(name: str, epoch: int, weights: Mapping[str, Tensor]) -> bytes:

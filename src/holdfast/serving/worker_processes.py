@@ -1,11 +1,13 @@
 """A worker process as the supervisor sees it, and the socket that all workers share."""
 
+import math
 import os
 import queue
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -37,10 +39,28 @@ class WorkerProcess:
     process: "subprocess.Popen[bytes]"
     inbox: "Inbox"
     chain: Path | None
+    generation: int = 0
+    """number of reloads of the model before it"""
+    set_name: str = ""
+    """name of the model that it serves; empty for a pool, whose sets change"""
     ready: bool = False
     error: Mapping[str, Any] | None = None
     ended: Mapping[str, Any] | None = None
     """the last message of a worker that drained"""
+    retired_s: float = math.inf
+    """time at which it was to answer what it received and to end, because another worker is in its place"""
+    begun_s: float = field(default_factory=time.monotonic)
+    heard_s: float = field(default_factory=time.monotonic)
+    """time of its last message"""
+    patience_s: float = math.inf
+    """seconds without progress after which it is replaced"""
+    chain_head: tuple[int, str] | None = None
+    """length and head of its audit chain, as it last reported them"""
+    stalled: str = ""
+    """what makes no progress, as the worker itself reports it"""
+    _suspected: bool = False
+    killed: str = ""
+    """why the supervisor killed it"""
     _outgoing: "queue.SimpleQueue[bytes | None]" = field(default_factory=queue.SimpleQueue)
 
     def __post_init__(self) -> None:
@@ -82,6 +102,23 @@ class WorkerProcess:
     def name(self) -> str:
         """Name of the worker in metrics."""
         return f"worker-{self.number}"
+
+    def report_progress(self, stalled: str, patience_s: float) -> None:
+        """Note what makes no progress by a report of the worker, if the report before it stated it too: after a pause
+        of the machine, the first report may be too early.
+        """
+        self.stalled, self._suspected = stalled if self._suspected else "", bool(stalled)
+        self.patience_s = patience_s
+
+    @property
+    def retiring(self) -> bool:
+        """Whether it drains because another worker is in its place."""
+        return self.retired_s < math.inf
+
+    def kill(self, why: str) -> None:
+        """Kill the process, and keep the reason for the audit."""
+        self.killed = self.killed or why
+        self.process.kill()
 
     def send(self, content: bytes) -> None:
         """Send a message to the worker."""
