@@ -19,12 +19,12 @@ GET = b"GET /v2/health/live HTTP/1.1\r\nhost: here\r\n\r\n"
 
 
 @asynccontextmanager
-async def serving(*, most=100, header_timeout_s=5.0, limits=None):
+async def serving(*, most=100, header_timeout_s=5.0, limits=None, refused=lambda cause: None):
     """The port of a server in this loop."""
     answer = Answerer(ServedSet(network(), "s", 1), NoRules())
     batcher = Batcher(answer, max_rows=8, max_latency_s=5.0)
     served = ServedModel(SIGNATURE, batcher, limits=limits or ConnectionLimits())
-    protocol = limited_protocol(most, header_timeout_s, served.max_body)
+    protocol = limited_protocol(most, header_timeout_s, served.max_body, refused)
     config = uvicorn.Config(
         application(served), http=protocol, ws="none", lifespan="off", log_config=None, access_log=False
     )
@@ -111,6 +111,23 @@ def test_a_thousand_connections_are_limited_and_the_others_are_answered():
     run(test)
 
 
+def test_a_client_whose_connection_is_refused_reads_the_reason_though_it_still_sends():
+    async def test():
+        causes = []
+        async with serving(most=1, refused=causes.append) as port:
+            _, kept = await asyncio.open_connection("127.0.0.1", port)
+            await asyncio.sleep(0.05)
+            with socket.create_connection(("127.0.0.1", port), 5.0) as client:
+                for part in (GET[:9], GET[9:]):
+                    await asyncio.sleep(0.05)
+                    client.sendall(part)  # raises an error if the server has closed the connection
+                assert client.recv(1_000).startswith(b"HTTP/1.1 503")
+            kept.close()
+        assert causes == ["overload"]
+
+    run(test)
+
+
 @pytest.mark.parametrize(
     "sent",
     [
@@ -139,6 +156,20 @@ def test_a_compressed_bomb_is_refused_before_it_is_read():
         async with serving() as port:
             received = await answer_to(port, head)
         assert received.startswith(b"HTTP/1.1 415") and b"connection: close" in received
+
+    run(test)
+
+
+def test_a_request_with_two_lengths_is_refused_and_its_connection_closed():
+    async def test():
+        head = (
+            b"POST /v2/models/small/infer HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\n"
+            b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
+        )
+        async with serving() as port:
+            received = await answer_to(port, head, GET)
+        assert received.startswith(b"HTTP/1.1 400") and b"connection: close" in received
+        assert received.count(b"HTTP/1.1") == 1
 
     run(test)
 

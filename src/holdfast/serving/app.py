@@ -183,6 +183,9 @@ class ServedModel:
         if coding is not None and coding.strip().lower() not in (b"", b"identity"):
             raise Refused(415, "compressed bodies are not accepted; send the body without Content-Encoding")
         length = _header(request, b"content-length")
+        if length is not None and _header(request, b"transfer-encoding") is not None:
+            # a reverse proxy that uses the other one would see other requests on the connection
+            raise Refused(400, "the request has both Content-Length and Transfer-Encoding")
         if length is not None and (not length.isdigit() or int(length) > self.max_body):
             raise Refused(413, f"the body is too large; at most {self.max_body} bytes are accepted")
         media = (_header(request, b"content-type") or b"").split(b";")[0].strip().lower().decode("latin-1")

@@ -1,6 +1,7 @@
 """Limits of connections, which an ASGI application cannot enforce: their number, and the time for the headers."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
@@ -17,13 +18,13 @@ def _raw(status: str, reason: str) -> bytes:
 _FULL = _raw("503 Service Unavailable", "the server has too many connections; connect again later")
 _SLOW = _raw("408 Request Timeout", "the headers did not arrive in time")
 _INVALID = _raw("400 Bad Request", "the request is not valid HTTP")
-
-
 _LARGE = _raw("431 Request Header Fields Too Large", "the headers are too large")
 _HEADERS = 65_536
 """largest number of bytes of the headers of a request; the parser httptools has no limit of its own"""
 _CHUNKED = 8
 """largest number of received bytes for each byte of a body, whose chunks have sizes and trailers"""
+_READ_S = 0.5
+"""seconds in which a client reads why its connection ends"""
 
 
 class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
@@ -33,6 +34,10 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     header_timeout_s: float
     most: int
     """largest number of bytes of a request"""
+    refused: Callable[[str], object]
+    """called with the cause of each refusal"""
+    ending: set["LimitedProtocol"]
+    """connections that end, which are no longer counted as open"""
     waiting: asyncio.TimerHandle | None = None
     received = 0
     """number of bytes since the last response"""
@@ -41,13 +46,13 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         """Accept a connection, or refuse it if too many are open."""
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
-            self._end(_FULL)
+            self._end(_FULL, "overload")
             return
         self._wait()
 
     def data_received(self, data: bytes) -> None:
         """Receive bytes, and measure the time until the headers are complete."""
-        if self.transport.is_closing():
+        if self in self.ending or self.transport.is_closing():
             return
         self.received += len(data)
         super().data_received(data)
@@ -68,6 +73,7 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget a closed connection."""
         self._stop_waiting()
+        self.ending.discard(self)
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -84,26 +90,43 @@ class LimitedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     def _too_slow(self) -> None:
         self.waiting = None
-        if not self.transport.is_closing():
+        if self not in self.ending and not self.transport.is_closing():
             self._end(_SLOW)
 
-    def _end(self, response: bytes) -> None:
+    def _end(self, response: bytes, cause: str = "request") -> None:
+        """Send a response and end the connection, but after a short time if the client may still be sending. Closed at
+        once, the connection would be reset, and the client would not see the response.
+        """
         self._stop_waiting()
+        self.refused(cause)
         self.transport.write(response)
-        self.transport.close()
+        self.connections.discard(self)
+        unused = self.cycle is None or self.cycle.response_complete
+        if not unused or len(self.ending) >= self.max_connections:
+            self.transport.close()
+            return
+        self.ending.add(self)
+        self.transport.write_eof()
+        self.loop.call_later(_READ_S, self.transport.close)
 
 
 def limited_protocol(
-    max_connections: int, header_timeout_s: float, max_body: int = 0
+    max_connections: int,
+    header_timeout_s: float,
+    max_body: int = 0,
+    refused: Callable[[str], object] = lambda cause: None,
 ) -> type[asyncio.Protocol]:
     """Return uvicorn's HTTP protocol with limits of open connections and of the bytes of a request, and a time limit
     for its headers.
 
-    A connection over which more bytes arrive than a request with `max_body` bytes can need is closed.
+    A connection over which more bytes arrive than a request with `max_body` bytes can need is closed. `refused` is
+    called with the cause of each refusal, as the metrics name it.
     """
     limits = {
         "max_connections": max_connections,
         "header_timeout_s": header_timeout_s,
         "most": _HEADERS + _CHUNKED * max_body,
+        "refused": staticmethod(refused),
+        "ending": set(),
     }
     return type("LimitedProtocol", (LimitedProtocol,), limits)
