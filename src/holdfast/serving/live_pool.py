@@ -165,7 +165,7 @@ class LivePool:
         return ((self._requested, *reasons) if self._requested else reasons), exposure is not None
 
     def _served_s(self, epoch: int, since: datetime) -> float:
-        """Seconds for which the current set has served. A clock of the machine that is set back does not reduce them."""
+        """Seconds for which the current set has served, also if the date of the machine is set back."""
         by_date, now = max((datetime.now(UTC) - since).total_seconds(), 0.0), self.clock()
         if self._term[0] != epoch:
             self._term = (epoch, by_date, now)
