@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import uvicorn
@@ -19,17 +19,20 @@ GET = b"GET /v2/health/live HTTP/1.1\r\nhost: here\r\n\r\n"
 
 
 @asynccontextmanager
-async def serving(*, most=100, header_timeout_s=5.0, limits=None, refused=lambda cause: None):
+async def serving(
+    *, most=100, header_timeout_s=5.0, limits=None, refused=lambda cause: None, write_timeout_s=30.0
+):
     """The port of a server in this loop."""
     answer = Answerer(ServedSet(network(), "s", 1), NoRules())
     batcher = Batcher(answer, max_rows=8, max_latency_s=5.0)
     served = ServedModel(SIGNATURE, batcher, limits=limits or ConnectionLimits())
-    protocol = limited_protocol(most, header_timeout_s, served.max_body, refused)
+    protocol = limited_protocol(most, header_timeout_s, served.max_body, refused, write_timeout_s)
     config = uvicorn.Config(
         application(served), http=protocol, ws="none", lifespan="off", log_config=None, access_log=False
     )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
         task = asyncio.create_task(server._serve([listener]))
         while not server.started:
             await asyncio.sleep(0.005)
@@ -77,6 +80,25 @@ def test_headers_that_arrive_too_slowly_end_the_connection():
         for refused in (silent, drop_by_drop):
             assert refused.startswith(b"HTTP/1.1 408") and b'{"error":"the headers did not' in refused
         assert usual.startswith(b"HTTP/1.1 200")
+
+    run(test)
+
+
+def test_a_client_that_does_not_read_is_cut_off():
+    async def sending(client):
+        while True:
+            with suppress(BlockingIOError):
+                client.send(b"GET /openapi.json HTTP/1.1\r\nhost: here\r\n\r\n" * 10)
+            await asyncio.sleep(0.01)
+
+    async def test():
+        async with serving(write_timeout_s=0.1) as port:
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+                client.setblocking(False)
+                await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", port))
+                with pytest.raises(ConnectionError):
+                    await asyncio.wait_for(sending(client), 3.0)
 
     run(test)
 
@@ -188,7 +210,7 @@ def test_headers_and_trailers_have_a_limit():
                 b"\r\n",
             )
         # the parser h11 has limits of its own, and httptools has none
-        assert b"live" not in headers
+        assert headers.startswith((b"HTTP/1.1 400", b"HTTP/1.1 431"))
         assert b"JSON" not in trailers
 
     run(test)

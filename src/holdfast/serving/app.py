@@ -262,7 +262,7 @@ def replace_reason(status: int, reason: str, headers: Mapping[str, str]) -> Refu
 
 
 class Watched:
-    """ASGI middleware that counts responses, and cuts the connection of a client that does not read its response.
+    """ASGI middleware that counts responses.
 
     Requests for scores of the served model are answered without the router, which costs as much as their parsing.
     """
@@ -279,10 +279,7 @@ class Watched:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 served.telemetry.count("holdfast_requests_total", str(message["status"]))
-                await send(message)
-                return
-            async with asyncio.timeout(served.limits.write_timeout_s):
-                await send(message)
+            await send(message)
 
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self._paths:
             await self._app(scope, receive, counted)

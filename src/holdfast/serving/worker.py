@@ -169,6 +169,7 @@ class Worker:
                 setup.limits.header_timeout_s,
                 self.served.max_body,
                 partial(self.telemetry.count, "holdfast_refused_total"),
+                setup.limits.write_timeout_s,
             ),
             ws="none",
             lifespan="off",
