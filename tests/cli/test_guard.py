@@ -20,10 +20,12 @@ def test_a_guard_is_written_checked_calibrated_and_assessed(capsys):
     assert run(["validate", "guard.yaml"]) == 0
     assert "guard.yaml is valid for guard" in capsys.readouterr().err
     content = yaml.safe_load(Path("guard.yaml").read_text())
-    assert run(["calibrate", "mnist-cnn", "mnist-mini"]) == 2
+    assert "holdfast calibrate mnist-cnn mnist-mini --guard guard.yaml" in Path("guard.yaml").read_text()
+    assert run(["calibrate", "mnist-cnn", "mnist-mini", "--false-positives", "0.001"]) == 2
     assert (
         "are too few for a false-positive rate of 0.1 %, which needs at least 999" in capsys.readouterr().err
     )
+    assert run(["calibrate", "mnist-cnn", "mnist-mini", "--guard", "guard.yaml"]) == 0
     del content["rules"]["queries"]
     Path("mine.yaml").write_text(yaml.safe_dump(content))
     calibrated = ["calibrate", "mnist-cnn", "mnist-mini", "--guard", "mine.yaml", "-n", "200"]

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import uvicorn
@@ -19,17 +19,20 @@ GET = b"GET /v2/health/live HTTP/1.1\r\nhost: here\r\n\r\n"
 
 
 @asynccontextmanager
-async def serving(*, most=100, header_timeout_s=5.0, limits=None):
+async def serving(
+    *, most=100, header_timeout_s=5.0, limits=None, refused=lambda cause: None, write_timeout_s=30.0
+):
     """The port of a server in this loop."""
     answer = Answerer(ServedSet(network(), "s", 1), NoRules())
     batcher = Batcher(answer, max_rows=8, max_latency_s=5.0)
     served = ServedModel(SIGNATURE, batcher, limits=limits or ConnectionLimits())
-    protocol = limited_protocol(most, header_timeout_s, served.max_body)
+    protocol = limited_protocol(most, header_timeout_s, served.max_body, refused, write_timeout_s)
     config = uvicorn.Config(
         application(served), http=protocol, ws="none", lifespan="off", log_config=None, access_log=False
     )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
         task = asyncio.create_task(server._serve([listener]))
         while not server.started:
             await asyncio.sleep(0.005)
@@ -81,6 +84,25 @@ def test_headers_that_arrive_too_slowly_end_the_connection():
     run(test)
 
 
+def test_a_client_that_does_not_read_is_cut_off():
+    async def sending(client):
+        while True:
+            with suppress(BlockingIOError):
+                client.send(b"GET /openapi.json HTTP/1.1\r\nhost: here\r\n\r\n" * 10)
+            await asyncio.sleep(0.01)
+
+    async def test():
+        async with serving(write_timeout_s=0.1) as port:
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+                client.setblocking(False)
+                await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", port))
+                with pytest.raises(ConnectionError):
+                    await asyncio.wait_for(sending(client), 3.0)
+
+    run(test)
+
+
 def test_a_second_request_on_a_connection_has_the_same_limit():
     async def test():
         async with serving(header_timeout_s=0.1) as port:
@@ -107,6 +129,23 @@ def test_a_thousand_connections_are_limited_and_the_others_are_answered():
                 each.close()
             await asyncio.sleep(0.05)
             assert (await answer_to(port, GET)).startswith(b"HTTP/1.1 200")
+
+    run(test)
+
+
+def test_a_client_whose_connection_is_refused_reads_the_reason_though_it_still_sends():
+    async def test():
+        causes = []
+        async with serving(most=1, refused=causes.append) as port:
+            _, kept = await asyncio.open_connection("127.0.0.1", port)
+            await asyncio.sleep(0.05)
+            with socket.create_connection(("127.0.0.1", port), 5.0) as client:
+                for part in (GET[:9], GET[9:]):
+                    await asyncio.sleep(0.05)
+                    client.sendall(part)  # raises an error if the server has closed the connection
+                assert client.recv(1_000).startswith(b"HTTP/1.1 503")
+            kept.close()
+        assert causes == ["overload"]
 
     run(test)
 
@@ -143,6 +182,20 @@ def test_a_compressed_bomb_is_refused_before_it_is_read():
     run(test)
 
 
+def test_a_request_with_two_lengths_is_refused_and_its_connection_closed():
+    async def test():
+        head = (
+            b"POST /v2/models/small/infer HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\n"
+            b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"
+        )
+        async with serving() as port:
+            received = await answer_to(port, head, GET)
+        assert received.startswith(b"HTTP/1.1 400") and b"connection: close" in received
+        assert received.count(b"HTTP/1.1") == 1
+
+    run(test)
+
+
 def test_headers_and_trailers_have_a_limit():
     async def test():
         line = b"x: " + b"a" * 1_000 + b"\r\n"
@@ -157,7 +210,7 @@ def test_headers_and_trailers_have_a_limit():
                 b"\r\n",
             )
         # the parser h11 has limits of its own, and httptools has none
-        assert b"live" not in headers
+        assert headers.startswith((b"HTTP/1.1 400", b"HTTP/1.1 431"))
         assert b"JSON" not in trailers
 
     run(test)

@@ -51,7 +51,7 @@ def test_a_key_is_accepted_for_its_scopes_and_nothing_else_is(place):
         assert refusal(keys, header)[0] == 401
 
 
-def test_a_running_server_notices_a_revoked_key_and_keeps_its_keys_if_the_file_breaks(place):
+def test_a_running_server_notices_a_revoked_key_and_keeps_its_keys_if_the_file_breaks(place, caplog):
     clock = [0.0]
     key, other = add_key(place, "alice", ["infer"]), add_key(place, "bob", ["infer"])
     keys = KeyFile(place, clock=lambda: clock[0])
@@ -62,6 +62,7 @@ def test_a_running_server_notices_a_revoked_key_and_keeps_its_keys_if_the_file_b
     place.write_text("{")
     clock[0] = 4.0
     assert keys.authenticated(bearer(other), "infer") and "not valid JSON" in keys.failure
+    assert "not valid JSON" in caplog.text
 
 
 def test_names_are_unique_until_they_are_revoked(place):

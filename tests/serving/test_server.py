@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from holdfast.core.errors import TargetError
-from holdfast.rotation import AnswersPerPrincipal
+from holdfast.rotation import AnswersPerPrincipal, Elapsed
 from holdfast.serving.audit_chain import AuditKey
 from holdfast.serving.audit_folder import verify_audit
 from holdfast.serving.live_pool import LivePool
@@ -203,6 +203,15 @@ def test_swaps_are_limited_except_those_of_stolen_sets(live):
     prepared.pool.expose(serving.name, "a theft")
     for name in prepared.pool.ahead:
         prepared.pool.admit(name, canary=prepared.pool.ledger.member(name).canary, against=[serving.name])
+    assert prepared.due(serving) is not None
+
+
+def test_a_machine_whose_date_is_set_back_still_swaps_by_time(live):
+    clock = [0.0]
+    prepared = live(2, triggers=[Elapsed(3600)], clock=lambda: clock[0])
+    serving = prepared.first()
+    assert prepared.due(serving) is None
+    clock[0] = 3601.0  # while the date has hardly changed
     assert prepared.due(serving) is not None
 
 

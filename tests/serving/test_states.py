@@ -4,9 +4,12 @@ survive the loss of a server or file.
 
 import logging
 import random
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -181,6 +184,19 @@ def test_processes_write_one_file_at_the_same_time(tmp_path):
     assert detail.members == 76
     state.close()
     assert path.stat().st_mode & 0o077 == 0  # nobody else may read it
+
+
+def test_a_process_waits_for_another_one_that_creates_the_file(tmp_path):
+    path = tmp_path / "state.db"
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("CREATE TABLE t (x)")
+        other.execute(
+            "BEGIN IMMEDIATE"
+        )  # SQLite itself does not wait for this one to change the mode of the file
+        release = Timer(0.1, other.rollback)
+        release.start()
+        SQLiteState(path).close()
+        release.join()
 
 
 def test_a_file_that_cannot_be_opened_is_refused(tmp_path):

@@ -60,7 +60,8 @@ def add(
 ) -> None:
     """Create a key for the client NAME, and print it. It cannot be printed again.
 
-    The name is that of the principal in the audit chain, the metrics of a pool, and the limits.
+    The name is that of the principal in the audit chain, in the metrics of a pool, and of the limits: a new key with
+    the name of a revoked one continues with the budget that is left.
     """
     if budget is not None and budget < 1:
         raise UsageError(f"--budget is {budget}; a number of inputs from 1 on was expected")

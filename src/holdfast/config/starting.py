@@ -69,9 +69,11 @@ inputs:                  # what the model accepts, without the batch; null where
   high: 1
 outputs: logit           # or probability
 
-# Share of benign inputs on which the calibrated rules together may fire.
-# holdfast calibrate MODEL DATA --guard guard.yaml sets their thresholds; two rules need 2 / 0.001 - 1 benign inputs.
-false_positives: 0.001
+# Share of benign inputs on which the calibrated rules together may fire. Their thresholds are set by
+#   holdfast calibrate mnist-cnn mnist-mini --guard guard.yaml
+# with the bundled model and digits, or with your model and benign inputs on which it was not trained. The 1,000 digits
+# suffice for 0.0025. Two rules at 0.001 need up to 1,999 inputs, besides a fifth that fits the query detector.
+false_positives: 0.01
 
 rules:                   # a rule that is not named is not evaluated
   schema: {mode: enforce, action: block}     # shape and data type

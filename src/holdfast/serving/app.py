@@ -188,6 +188,9 @@ class ServedModel:
         if coding is not None and coding.strip().lower() not in (b"", b"identity"):
             raise Refused(415, "compressed bodies are not accepted; send the body without Content-Encoding")
         length = _header(request, b"content-length")
+        if length is not None and _header(request, b"transfer-encoding") is not None:
+            # a reverse proxy that uses the other one would see other requests on the connection
+            raise Refused(400, "the request has both Content-Length and Transfer-Encoding")
         if length is not None and (not length.isdigit() or int(length) > self.max_body):
             raise Refused(413, f"the body is too large; at most {self.max_body} bytes are accepted")
         media = (_header(request, b"content-type") or b"").split(b";")[0].strip().lower().decode("latin-1")
@@ -266,7 +269,7 @@ def replace_reason(status: int, reason: str, headers: Mapping[str, str]) -> Refu
 
 
 class Watched:
-    """ASGI middleware that counts responses, and cuts the connection of a client that does not read its response.
+    """ASGI middleware that counts responses.
 
     Requests for scores of the served model are answered without the router, which costs as much as their parsing.
     """
@@ -285,10 +288,7 @@ class Watched:
                 served.telemetry.count("holdfast_requests_total", str(message["status"]))
                 if served.closing:
                     message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
-                await send(message)
-                return
-            async with asyncio.timeout(served.limits.write_timeout_s):
-                await send(message)
+            await send(message)
 
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self._paths:
             await self._app(scope, receive, counted)

@@ -6,6 +6,7 @@ is created, and never stored.
 
 import hashlib
 import json
+import logging
 import os
 import secrets
 import stat
@@ -31,6 +32,7 @@ _PREFIX, _KEY_BYTES = "hf_", 32
 _SCHEME = b"bearer "
 _CHECK_S = 1.0
 """seconds between two looks at the file, after which a revoked key is refused"""
+_log = logging.getLogger("holdfast.serving")
 _CHALLENGE = (("www-authenticate", "Bearer"),)
 _FORM = forms.record(
     {
@@ -216,9 +218,18 @@ class KeyFile:
                 stamp = self._stamp()
                 if stamp != self._seen:
                     self._keys, self._seen = _by_hash(read_keys(self._path)), stamp
-                self.failure = ""
+                self._report("")
             except (OSError, TargetError) as error:
-                self.failure = str(error)
+                self._report(str(error))
+
+    def _report(self, failure: str) -> None:
+        if failure and failure != self.failure:
+            _log.warning(
+                "The file of keys cannot be read; the keys that it contained before are used: %s", failure
+            )
+        elif self.failure and not failure:
+            _log.warning("The file of keys can be read again")
+        self.failure = failure
 
 
 def _by_hash(keys: Sequence[ApiKey]) -> dict[str, ApiKey]:

@@ -72,6 +72,8 @@ class LivePool:
     _owed: dict[int, Counter[str]] = field(default_factory=dict)
     _written_s: float = -_WRITE_S
     _requested: str = ""
+    _term: tuple[int, float, float] = (0, 0.0, 0.0)
+    """epoch of the serving set, and the seconds for which it had served at a time of `clock`"""
 
     @cached_property
     def canaries(self) -> Tensor:
@@ -149,8 +151,7 @@ class LivePool:
     def _reasons(self) -> tuple[tuple[str, ...], bool]:
         term = self.pool.ledger.terms[-1]
         exposure = self.pool.ledger.member(term.name).exposed
-        # at least 0, because the clock may have been set back
-        served_s = max((datetime.now(UTC) - datetime.fromisoformat(term.since)).total_seconds(), 0.0)
+        served_s = self._served_s(term.epoch, datetime.fromisoformat(term.since))
         owed = self._owed.get(term.epoch, Counter())
         by_principal = [
             n + term.answers.get(self.pool.pseudonym(principal), 0)
@@ -162,6 +163,13 @@ class LivePool:
         counters = Counters(most, served_s, exposure=None if exposure is None else exposure.why)
         reasons = due_triggers((*self.triggers, exposed), counters)
         return ((self._requested, *reasons) if self._requested else reasons), exposure is not None
+
+    def _served_s(self, epoch: int, since: datetime) -> float:
+        """Seconds for which the current set has served, also if the date of the machine is set back."""
+        by_date, now = max((datetime.now(UTC) - since).total_seconds(), 0.0), self.clock()
+        if self._term[0] != epoch:
+            self._term = (epoch, by_date, now)
+        return max(by_date, self._term[1] + now - self._term[2])
 
     def _chosen(self, serving: NextSet, why: str, *, stolen: bool) -> NextSet | None:
         now = self.clock()

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -189,7 +190,11 @@ class Worker:
         config = uvicorn.Config(
             application(self.served),
             http=limited_protocol(
-                setup.limits.max_connections, setup.limits.header_timeout_s, self.served.max_body
+                setup.limits.max_connections,
+                setup.limits.header_timeout_s,
+                self.served.max_body,
+                partial(self.telemetry.count, "holdfast_refused_total"),
+                setup.limits.write_timeout_s,
             ),
             ws="none",
             lifespan="off",

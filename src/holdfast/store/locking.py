@@ -34,7 +34,8 @@ def locked(path: Path, wait_s: float = WAIT_S, *, in_use: str = "") -> Iterator[
         if in_use and getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
             raise InUse(in_use) from error
         raise TargetError(
-            f"{str(path)!r} cannot be locked: {error}; wait for the process that uses it, or check its permissions"
+            f"{str(path)!r} cannot be locked: {error}; wait for the process that uses it, or check "
+            "its permissions and the free space"
         ) from error
     with closing(database):  # closing ends the transaction, which wrote nothing
         yield

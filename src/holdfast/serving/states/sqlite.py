@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ Counts = tuple[int, int, int]
 """numbers of clusters, answers and accounts"""
 
 _GAIN = 50  # new rows of one process after which it drops old ones
+_AGAIN_S = 0.02  # between two attempts to open a file that another process creates
 _PARAMETERS = 5000  # in one statement; SQLite allows 32,766
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS state (
@@ -117,6 +119,17 @@ class SQLiteState:
             self._db.close()
 
     def _opened(self) -> sqlite3.Connection:
+        """Open the file. If several processes create it at the same time, SQLite does not wait, but fails at once."""
+        until = monotonic() + self._wait_s
+        while True:
+            try:
+                return self._connected()
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or monotonic() >= until:
+                    raise
+            sleep(_AGAIN_S)
+
+    def _connected(self) -> sqlite3.Connection:
         # readable by this user only, before SQLite creates it and the files beside it with the same mode
         os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
         self._pid = os.getpid()
