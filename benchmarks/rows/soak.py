@@ -135,7 +135,7 @@ def _fill(folder: Path, x: Tensor, n: int) -> None:
     queries, rng = open_guard(folder / "guard.yaml").queries, np.random.default_rng(SEED + 1)
     assert queries is not None
     for k in range(0, n, 250):
-        queries.score(collage(x, rng, 250), [f"earlier client {k % 100}"] * 250)
+        queries.score(collage(x, rng, 250), [f"earlier client {k // 250 % 100}"] * 250)
 
 
 @contextmanager
