@@ -5,7 +5,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,8 +48,8 @@ class Received:
     without_retry_after: int = 0
     """of these, those that did not state when to send it again"""
     failures: list[str] = field(default_factory=list)
-    answered: list[bytes] = field(default_factory=list)
-    """inputs of the requests with status 200"""
+    answered: list[str] = field(default_factory=list)
+    """digests of the inputs of the requests with status 200"""
     taken_s: list[float] = field(default_factory=list)
     """from the moment that a request was due to its last response"""
 
@@ -118,9 +118,15 @@ def _invalid(path: str, headers: dict[str, str], rng: np.random.Generator) -> Se
 
 
 async def steady(
-    port: int, requests: Iterator[Sent], *, connections: int, seconds: float, rate: float
+    port: int,
+    requests: Iterator[Sent],
+    *,
+    connections: int,
+    seconds: float,
+    rate: float,
+    digest: Callable[[bytes], str],
 ) -> Received:
-    """The last responses to `rate` requests a second over so many connections."""
+    """The last responses to `rate` requests a second over so many connections. `digest` is that of the audit."""
     received, number, begin = Received(), iter(range(10**9)), time.perf_counter()
 
     async def client() -> None:
@@ -137,7 +143,7 @@ async def steady(
             if status not in sent.expected:
                 received.failures.append(f"{sent.kind}: {status or 'no response'}")
             if status == 200:
-                received.answered.append(sent.content)
+                received.answered.append(digest(sent.content))
         connection.close()
 
     await asyncio.gather(*(client() for _ in range(connections)))

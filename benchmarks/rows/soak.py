@@ -24,12 +24,11 @@ from typing import Any
 
 import httpx
 import numpy as np
-from torch import Tensor
 
-from benchmarks.networks import ROOT, images
+from benchmarks.guarded import calibrate, environment, fill, holdfast
+from benchmarks.networks import images
 from benchmarks.record import Cells, Claim, Outcome
-from benchmarks.retrying import KINDS, Received, collage, steady, traffic
-from holdfast.config.guard_opening import open_guard
+from benchmarks.retrying import KINDS, Received, steady, traffic
 from holdfast.detectors.clusters import StateLimits
 from holdfast.serving.audit_chain import AuditKey
 from holdfast.serving.audit_folder import VerifiedAudit, verify_audit
@@ -40,20 +39,14 @@ WHAT = (
 )
 NAME, SHAPE, DATA = "cifar_resnet20", (3, 32, 32), "cifar10"
 SECONDS, MINUTE, WORKERS, CLIENTS, CONNECTIONS, RATE, SEED = 1200.0, 60.0, 2, 20, 8, 40.0, 0
-CALIBRATION, SENT = 5000, 50_000
-"""Test images for the calibration of the guard, and training images of which the requests are made."""
+SENT = 50_000
+"""training images of which the requests are made"""
 FILLED = 420_000
 """inputs that the query detector has seen before, more than its state stores"""
 SAMPLED_S, WARM, COMPARED = 5.0, 5, (0.5, 1.0)
 """Seconds between two samples of the memory, minutes after which the supervisor must not grow, and the age in minutes
 at which early and late workers are compared."""
 MOST_GROWTH, MOST_SLOPE = 1.05, 1.0
-_GUARD = """\
-schema_version: 1
-mode: enforce
-inputs: {shape: [3, 32, 32]}
-rules: {schema: {}, queries: {}, energy: {}}
-"""
 _ENDS = ("answered", "failed", "interrupted")
 
 
@@ -68,14 +61,14 @@ def outcome(seconds: float, minute: float, filled: int) -> Outcome:
     x, _ = images(DATA, SENT, "train")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _calibrate(folder)
-        _fill(folder, x, filled)
+        calibrate(folder, NAME)
+        fill(folder, x, filled)
         keys = [
             add_key(folder / "keys.json", f"client {k}", ["infer"], rate=1000.0, budget=10**9)
             for k in range(CLIENTS)
         ]
         admin = add_key(folder / "keys.json", "operator", ["admin"])
-        sent_key = AuditKey.of(folder / "audit")
+        audit_key = AuditKey.of(folder / "audit")
         with _server(folder) as server:
             watch = _Watch(server, admin, folder, minute)
             watch.begin(seconds)
@@ -85,13 +78,14 @@ def outcome(seconds: float, minute: float, filled: int) -> Outcome:
                 connections=CONNECTIONS,
                 seconds=seconds,
                 rate=RATE,
+                digest=audit_key.digest,
             )
             received = asyncio.run(load)
             watch.end()
         verified, ends = verify_audit(folder / "audit"), _ends(folder / "audit")
         sizes = {"state MB": _megabytes(folder.glob("guard-state.sqlite*")),
                  "audit MB": _megabytes((folder / "audit").glob("*.jsonl"))}  # fmt: skip
-        missing = Counter(map(sent_key.digest, received.answered)) - ends.answered
+        missing = Counter(received.answered) - ends.answered
     return _judged(received, watch, verified, ends, missing.total(), sizes, seconds, minute, filled, server)
 
 
@@ -108,45 +102,15 @@ class _Process:
     messages: list[str] = field(default_factory=list)
 
 
-def _holdfast(*words: str) -> list[str]:
-    return [sys.executable, "-m", "holdfast", *words]
-
-
-def _environment() -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(filter(None, paths))
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": path}
-
-
-def _calibrate(folder: Path) -> None:
-    """Write the model, the guard and its calibration into a folder."""
-    code = f"from benchmarks.networks import network\n\n\ndef make():\n    return network({NAME!r}).module\n"
-    (folder / "net.py").write_text(code)
-    (folder / "guard.yaml").write_text(_GUARD)
-    x, y = images(DATA, CALIBRATION)
-    np.savez(folder / "benign.npz", x=x.numpy(), y=y.numpy())
-    words = _holdfast("calibrate", "net.py:make", "benign.npz", "--guard", "guard.yaml")
-    subprocess.run(words, cwd=folder, env=_environment(), check=True, capture_output=True)
-    (folder / "benign.npz").unlink()
-
-
-def _fill(folder: Path, x: Tensor, n: int) -> None:
-    """Let the query detector of the guard see `n` different inputs."""
-    queries, rng = open_guard(folder / "guard.yaml").queries, np.random.default_rng(SEED + 1)
-    assert queries is not None
-    for k in range(0, n, 250):
-        queries.score(collage(x, rng, 250), [f"earlier client {k // 250 % 100}"] * 250)
-
-
 @contextmanager
 def _server(folder: Path) -> Iterator[_Process]:
     options = {"guard": "guard.yaml", "keys": "keys.json", "audit": "audit", "workers": WORKERS, "name": NAME,
                "port": 0, "admin-port": 0, "input-shape": ",".join(map(str, SHAPE))}  # fmt: skip
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     process = subprocess.Popen(
-        _holdfast("serve", "net.py:make", *words),
+        holdfast("serve", "net.py:make", *words),
         cwd=folder,
-        env=_environment(),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
