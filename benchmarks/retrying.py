@@ -1,6 +1,7 @@
 """Clients that send varied requests at an even pace, and send a request again after a connection error or a 503."""
 
 import asyncio
+import itertools
 import json
 import random
 import time
@@ -22,6 +23,8 @@ POPULAR, ATTACKED_FOR = 200, 200
 KINDS = {"different": 0.72, "popular": 0.1, "video": 0.1, "attack": 0.06, "invalid": 0.02}
 """Kinds of requests and their shares."""
 _MOST_ROWS = 8
+_REOPENED = 25
+"""requests after which a client opens another connection, so that a new worker gets its share"""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,9 @@ async def steady(
 
     async def client() -> None:
         connection = _Connection(port)
-        while True:
+        for sent_before in itertools.count(1):
+            if sent_before % _REOPENED == 0:
+                connection.close()
             due = begin + next(number) / rate
             if due - begin >= seconds:
                 break
