@@ -25,7 +25,7 @@ SPLITS, CALIBRATED, RATES = 1000, 4000, (0.01, 0.001)
 REQUESTS, ROUNDS = 400, 5
 MOST_MS = 1.0
 DETECTORS = ("energy", "mahalanobis", "squeezing", "stability")
-LAYER = "layer3"
+LAYER = "1.layer3"
 """of the ResNet-20; its features are computed anyway"""
 COSTED = {
     "schema, range": "schema: {}, range: {}",
