@@ -22,6 +22,7 @@ class Checkpoints:
     def __init__(self, path: Path, writing: Lock, wait_s: float) -> None:
         self._address, self._writing, self._wait_s = path.absolute().as_uri() + "?mode=rw", writing, wait_s
         self._due, self._closed = threading.Event(), False
+        self.finished = 0
         self._thread: threading.Thread | None = None
 
     def due(self) -> None:
@@ -32,17 +33,22 @@ class Checkpoints:
         self._due.set()
 
     def close(self) -> None:
-        """End the thread after the checkpoint in progress."""
+        """End the thread after a last checkpoint, if one was ever due."""
         self._closed = True
         self._due.set()
         if self._thread is not None:
             self._thread.join()
 
     def _run(self) -> None:
-        while self._due.wait() and not self._closed:
+        while True:
+            self._due.wait()
+            closed = self._closed
             self._due.clear()
             with suppress(sqlite3.Error):  # of a file that cannot be used, which the next transaction reports
                 self._checkpoint()
+                self.finished += 1
+            if closed:
+                return
 
     def _checkpoint(self) -> None:
         # a connection for each, because the file may have been replaced
