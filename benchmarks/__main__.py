@@ -29,6 +29,7 @@ ROWS = {
     "onnx-files": "onnx_files",
     "served-models": "served_models",
     "serving": "serving",
+    "serving-soak": "soak",
     "cluster": "cluster",
     "reading-files": "reading_files",
     "pgd-cost": "pgd_cost",

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,21 +32,30 @@ class Seen:
         return float(1000 * torch.tensor(self.taken_s, dtype=torch.float64).quantile(q))
 
 
-def prepared(x: torch.Tensor, path: str, *, binary: bool) -> bytes:
-    """An HTTP request with the inputs `x`, in JSON or with the inputs as bytes."""
-    tensor = {"name": "input", "shape": list(x.shape), "datatype": "FP32"}
+def prepared(x: torch.Tensor, path: str, *, binary: bool, headers: Mapping[str, str] | None = None) -> bytes:
+    """An HTTP request with the inputs `x`, in JSON or with the inputs as bytes, and with further headers."""
+    tensor: dict[str, object] = {"name": "input", "shape": list(x.shape), "datatype": "FP32"}
+    media, more = "application/json", dict[str, str]()
     if binary:
         tail = x.numpy().astype("<f4").tobytes()
         tensor["parameters"] = {"binary_data_size": len(tail)}
         head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
-        media = f"application/octet-stream\r\ninference-header-content-length: {len(head)}"
+        media, more = "application/octet-stream", {"inference-header-content-length": str(len(head))}
         body = head + tail
     else:
         # as few digits as the numbers have, as clients of images send them
-        data = [float(np.format_float_positional(v, unique=True)) for v in x.flatten().numpy()]
-        body, media = json.dumps({"inputs": [{**tensor, "data": data}]}).encode(), "application/json"
-    start = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {media}\r\ncontent-length: {len(body)}\r\n\r\n"
-    return start.encode() + body
+        different, places = np.unique(x.flatten().numpy(), return_inverse=True)  # few in images of 8 bits
+        numbers = [float(np.format_float_positional(v, unique=True)) for v in different]
+        data = [numbers[place] for place in places]
+        body = json.dumps({"inputs": [{**tensor, "data": data}]}).encode()
+    return posted(path, body, {"content-type": media, **more, **(headers or {})})
+
+
+def posted(path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
+    """An HTTP request with a body and headers."""
+    values = {"host": "localhost", **headers, "content-length": str(len(body))}
+    lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in values.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 async def _exchange(

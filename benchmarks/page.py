@@ -26,8 +26,10 @@ SUBJECTS = {
     "node that is killed.",
     "served-models": "A model behind HTTP and the same model in the process: verdicts and queries that differ, and "
     "rows that the server counted.",
-    "serving": "`holdfast serve` beside bare FastAPI with the same model and batches: throughput, and latency while "
-    "the sets of a pool are swapped.",
+    "serving": "`holdfast serve` without and with the default guard, beside bare FastAPI with the same model and "
+    "batches and beside LitServe: throughput, and latency while the sets of a pool are swapped.",
+    "serving-soak": "`holdfast serve` for 20 minutes with two workers, of which one is killed each minute: what "
+    "clients that retry receive, how requests in the audit end, and the memory of the processes.",
     "reading-files": "`holdfast assess` on files of each format: CPU time with the limits of reading and without.",
     "pgd-cost": "CPU time of PGD with 40 steps, divided by that of a plain loop of the same passes (the floor).",
     "pgd-dropping": "CPU time of PGD with 40 steps if broken examples are dropped, divided by the floor.",

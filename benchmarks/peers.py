@@ -14,6 +14,7 @@ wants a terminal; torchattacks is installed with `--no-deps`. The row `onnx-file
 import importlib
 import importlib.metadata
 import itertools
+import os
 import subprocess
 import sys
 import types
@@ -101,6 +102,29 @@ def peer(module: str) -> ModuleType:
             else f"`pip install {DISTRIBUTIONS.get(top, top)}` in the benchmarks' environment"
         )
         raise Absent(f"{top} does not import ({e}); it wants {where}") from e
+
+
+def server_python(module: str) -> Path:
+    """Python of the environment of the servers, which `make check-servers` creates in `.venv-servers`, or which the
+    variable `HOLDFAST_SERVERS` names. Raises `Absent` if it does not have a module.
+    """
+    venv = Path(os.environ.get("HOLDFAST_SERVERS") or Path(__file__).resolve().parents[1] / ".venv-servers")
+    python = venv / "bin" / "python"
+    if server_version(module, python) is None:
+        raise Absent(
+            f"{module} is not in {venv}; `make check-servers` installs it, or HOLDFAST_SERVERS names its environment"
+        )
+    return python
+
+
+def server_version(module: str, python: Path) -> str | None:
+    """Version of a package in the environment of the servers; None if it is not installed."""
+    code = f"import importlib.metadata as m; print(m.version({module!r}))"
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def version(module: str) -> str:

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -13,6 +14,7 @@ from benchmarks.networks import images, network
 from benchmarks.record import Cells, Claim, Outcome
 from holdfast.core.batch import Batch
 from holdfast.core.model import Classifier
+from holdfast.detectors.features import features_of
 from holdfast.gallery import undefended
 from holdfast.guarding import Guard
 from holdfast.ops.conformal import combined_thresholds
@@ -23,14 +25,22 @@ SPLITS, CALIBRATED, RATES = 1000, 4000, (0.01, 0.001)
 REQUESTS, ROUNDS = 400, 5
 MOST_MS = 1.0
 DETECTORS = ("energy", "mahalanobis", "squeezing", "stability")
+LAYER = "1.layer3"
+"""of the ResNet-20; its features are computed anyway"""
 COSTED = {
     "schema, range": "schema: {}, range: {}",
     "energy": "energy: {}",
     "queries": "queries: {}",
     "default: schema, range, queries, energy": "schema: {}, range: {}, queries: {}, energy: {}",
+    "mahalanobis, on logits": "mahalanobis: {}",
+    "mahalanobis, on features": f"mahalanobis: {{on: features, layer: {LAYER}}}",
     "squeezing": "squeezing: {}",
     "stability": "stability: {}",
+    "squeezing of the inputs (defence)": "schema: {}",
 }
+"""Names and rules of the guards whose CPU time is measured."""
+DEFENCE = {"squeezing of the inputs (defence)": "{bits: 5, median: 2}"}
+"""Squeezes of the inputs of some of them."""
 DEFAULT = "default: schema, range, queries, energy"
 
 
@@ -59,9 +69,11 @@ def measured() -> Outcome:
     return Outcome(table, claims, config)
 
 
-def _guard(folder: Path, name: str, rules: str, shape: tuple[int, ...]) -> Guard:
+def _guard(folder: Path, name: str, rules: str, shape: tuple[int, ...], defence: str = "{}") -> Guard:
     path = folder / f"{name}.yaml"
-    path.write_text(f"inputs: {{shape: {list(shape)}}}\nrules: {{{rules}}}\n", encoding="utf-8")
+    path.write_text(
+        f"inputs: {{shape: {list(shape)}}}\nrules: {{{rules}}}\ndefence: {defence}\n", encoding="utf-8"
+    )
     return Guard.from_yaml(path)
 
 
@@ -92,22 +104,39 @@ def _false_positives(net: nn.Module, x: Tensor, y: Tensor, folder: Path) -> dict
 
 def _costs(folder: Path) -> dict[str, float]:
     """CPU milliseconds of one request with one image of CIFAR size, the median of rounds; the model is not counted."""
-    model = Classifier(network("cifar_resnet20").module).eval().requires_grad_(False)
-    x, _ = images("cifar10", REQUESTS)
-    with torch.no_grad():
-        outputs = model(x)
+    net = network("cifar_resnet20").module
+    model = Classifier(net).eval().requires_grad_(False)
+    x, y = images("cifar10", REQUESTS + FITTED)
+    benign, x = (x[REQUESTS:], y[REQUESTS:]), x[:REQUESTS]
+    with torch.no_grad(), features_of(net, LAYER) as taken:
+        outputs, features = model(x), taken()
     costs = {}
     for name, rules in COSTED.items():
-        guard = _guard(folder, f"cost{len(costs)}", rules, tuple(x.shape[1:]))
-        rounds = []
-        for _ in range(ROUNDS):
-            begin = time.process_time()
-            for row in range(REQUESTS):
-                decision = guard.before(x[row : row + 1], principal="client")
-                guard.after(decision, outputs[row : row + 1], network=model)
-            rounds.append(1000 * (time.process_time() - begin) / REQUESTS)
-        costs[name] = median(rounds)
+        defence = DEFENCE.get(name, "{}")
+        guard = _guard(folder, f"cost{len(costs)}", rules, tuple(x.shape[1:]), defence)
+        if "mahalanobis" in rules:
+            guard = guard.calibrate(net, benign, false_positives=0.01)
+
+        def request(row: int, guard: Guard = guard) -> None:
+            one = slice(row, row + 1)
+            decision = guard.before(x[one], principal="client")
+            guard.after(decision, outputs[one], features[one], network=model)
+
+        costs[name] = _cpu_ms(request)
+    costs["one forward pass of the model, for comparison"] = _cpu_ms(lambda row: model(x[row : row + 1]))
     return costs
+
+
+def _cpu_ms(request: Callable[[int], object]) -> float:
+    """CPU milliseconds of a request, the median of rounds."""
+    rounds = []
+    for _ in range(ROUNDS):
+        begin = time.process_time()
+        with torch.no_grad():
+            for row in range(REQUESTS):
+                request(row)
+        rounds.append(1000 * (time.process_time() - begin) / REQUESTS)
+    return median(rounds)
 
 
 def _attacked(net: nn.Module, x: Tensor, y: Tensor, folder: Path) -> list[Cells]:

@@ -1,25 +1,28 @@
-"""Throughput of `holdfast serve` beside bare FastAPI and uvicorn, and latency while parameter sets are swapped."""
+"""Throughput of `holdfast serve` without and with the default guard, beside bare FastAPI and LitServe, and latency
+while parameter sets are swapped.
+"""
 
-import os
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 
-import httpx
 import torch
 
-from benchmarks.load import Seen, cpu_s, paced, prepared, saturated
+from benchmarks.absent import Absent
+from benchmarks.guarded import calibrate, fill
+from benchmarks.load import Seen, paced, prepared, saturated
 from benchmarks.networks import images, network
+from benchmarks.peers import server_python, server_version
 from benchmarks.record import Cells, Claim, Outcome
+from benchmarks.throughput import Contestant, alternated, bare, cells, litserve, ratio
+from holdfast.config.guard_opening import open_guard
 from holdfast.core.model import Classifier
 from holdfast.rotation.live import canary
 from holdfast.serving.app import ConnectionLimits
@@ -29,60 +32,122 @@ from holdfast.serving.live_pool import LivePool
 from holdfast.serving.loaded_model import LoadedModel
 from holdfast.serving.supervisor import ServerSetup, Supervisor
 from holdfast.serving.worker import ServingSetup
-from holdfast.serving.worker_processes import bound_socket
 from holdfast.store.pool import Pool
 
-WHAT = "holdfast serve, ResNet-20 on CIFAR-10: throughput beside bare FastAPI, and latency while sets are swapped"
+WHAT = "holdfast serve, ResNet-20 on CIFAR-10: throughput beside other servers, and latency while sets are swapped"
 NAME, SHAPE = "cifar_resnet20", (3, 32, 32)
 CONNECTIONS, IMAGES, ROUNDS, SECONDS = 16, 32, 6, 6.0
 PATH = f"/v2/models/{NAME}/infer"
 SETS, SWAPS, SWAP_SECONDS = 101, 100, 300.0
-LEAST, MOST_P99 = 0.95, 1.5
+SEEN, SENT = 20_000, 50_000
+"""Inputs that the guard has seen before, and training images of which the requests are made."""
+MOST_P99 = 1.5
+BARE, EMPTY, GUARDED, LITSERVE = "bare FastAPI", "holdfast serve", "holdfast serve with guard", "LitServe"
+BESIDE = ((EMPTY, BARE, 0.95), (EMPTY, LITSERVE, 1.0), (GUARDED, EMPTY, 0.8))
+"""Pairs of servers, and the least ratio of their throughputs."""
 _SAME = 1e-4  # of the largest score; sets of other seeds differ by far more
 
 
 def measured() -> Outcome:
-    return outcome(SECONDS, ROUNDS, SWAPS, SWAP_SECONDS)
+    return outcome(SECONDS, ROUNDS, SWAPS, SWAP_SECONDS, SEEN)
 
 
-def outcome(seconds: float, rounds: int, swaps: int, swap_seconds: float) -> Outcome:
-    """The row with rounds of so many seconds, and so many swaps within `swap_seconds`."""
-    x, _ = images("cifar10", IMAGES)
+def outcome(seconds: float, rounds: int, swaps: int, swap_seconds: float, seen: int) -> Outcome:
+    """The row with rounds of so many seconds, so many swaps within `swap_seconds`, and a guard that has seen so many
+    inputs before.
+    """
     detail: Cells = {}
-    table, claims = [], []
-    with tempfile.TemporaryDirectory() as folder, _bare() as bare, _ours(Path(folder)) as (port, pid):
-        for form in ("JSON", "binary"):
-            messages = [prepared(image[None], PATH, binary=form == "binary") for image in x]
-            found = _alternated(
-                {"bare FastAPI": bare, "holdfast serve": (port, pid)}, messages, seconds, rounds
-            )
-            detail[form] = found
-            ratios = [
-                ours / theirs
-                for ours, theirs in zip(
-                    found["holdfast serve"]["per_second"], found["bare FastAPI"]["per_second"], strict=True
-                )
-            ]
-            for who, numbers in found.items():
-                table.append(
-                    {
-                        "who": f"{who}, {form}",
-                        "requests / s": round(median(numbers["per_second"]), 1),
-                        "server CPU ms a request": round(median(numbers["cpu_ms"]), 3),
-                        "p50 ms": round(median(numbers["p50_ms"]), 1),
-                        "p99 ms": round(median(numbers["p99_ms"]), 1),
-                        "failed": sum(numbers["failed"]),
-                    }
-                )
-            claims.append(
-                Claim(f"{form}: throughput / bare FastAPI >= {LEAST:g}", median(ratios), LEAST, least=True)
-            )
-        audited = verify_audit(Path(folder) / "audit")
-    swapped = _swapping(swaps, swap_seconds)
-    detail["swaps"] = swapped
+    table: list[Cells] = []
+    notes: list[str] = []
+    claims = _throughput(seconds, rounds, seen, table, detail, notes)
+    if swaps:
+        claims += _swapped(swaps, swap_seconds, table, detail)
+    config: Cells = {
+        "network": NAME, "connections": CONNECTIONS, "images a request": 1, "rounds": rounds,
+        "seconds a round": seconds, "workers": 1, "threads a worker": 1, "audit": "on, fsync twice a second",
+        "default guard": "schema, queries (SQLite), energy; mode enforce", "inputs seen by the guard before": seen,
+        "load during swaps": "half of the throughput", "guard during swaps": "without rules", "sets": SETS,
+        "swap seconds": swap_seconds,
+    }  # fmt: skip
+    return Outcome(table, claims, config, detail, notes)
+
+
+def _throughput(
+    seconds: float, rounds: int, seen: int, table: list[Cells], detail: Cells, notes: list[str]
+) -> list[Claim]:
+    """Throughput of all servers in both forms of requests."""
+    x, claims = images("cifar10", SENT, "train")[0], []
+    with tempfile.TemporaryDirectory() as name, bare(NAME, PATH) as plain:
+        folder = Path(name)
+        guard = folder / "guard"
+        guard.mkdir()
+        calibrate(guard, NAME)
+        fill(guard, x, seen)
+        opening = partial(open_guard, guard / "guard.yaml")
+        with (
+            _ours(folder / "empty") as empty,
+            _ours(folder / "guarded", guard=opening) as guarded,
+        ):
+            servers = {BARE: plain, EMPTY: empty, GUARDED: guarded}
+            for form in ("JSON", "binary"):
+                with _with_litserve(servers, form, notes) as contestants:
+                    rows = alternated(
+                        contestants, x, form, seconds=seconds, rounds=rounds, connections=CONNECTIONS,
+                        loaded=_loaded,
+                    )  # fmt: skip
+                detail[form] = rows
+                table += [cells(f"{who}, {form}", numbers) for who, numbers in rows.items()]
+                claims += [
+                    Claim(
+                        f"{form}: throughput of {who} / {other} >= {least:g}",
+                        ratio(rows[who], rows[other]),
+                        least,
+                        least=True,
+                    )
+                    for who, other, least in BESIDE
+                    if other in rows
+                ]
+        for audit in (folder / "empty", folder / "guarded"):
+            records = verify_audit(audit / "audit").records
+            notes.append(f"the audit of {audit.name} has {records:,} records, which holdfast verify confirms")
+    notes += [
+        "bare FastAPI uses the batches of Holdfast and checks nothing; rounds of all servers alternate",
+        "each image is sent once to a server, so that no request is an exact repeat of an earlier one",
+    ]
+    return claims
+
+
+@contextmanager
+def _with_litserve(
+    servers: dict[str, Contestant], form: str, notes: list[str]
+) -> Iterator[dict[str, Contestant]]:
+    """The servers, with LitServe where it is installed."""
+    with ExitStack() as stack:
+        try:
+            other = stack.enter_context(litserve(NAME, form))
+        except Absent as why:
+            notes.append(f"LitServe: {why}")
+            yield servers
+            return
+        python = server_python("litserve")
+        versions = ", ".join(
+            f"{name} {server_version(name, python) or 'absent'}"
+            for name in ("litserve", "uvicorn", "uvloop", "httptools")
+        )
+        mine = ", ".join(name for name in ("uvloop", "httptools") if find_spec(name)) or "asyncio and h11"
+        notes.append(
+            f"{versions}: an API process and a model process, both counted as CPU of the server; Holdfast and FastAPI "
+            f"use {mine}; LitServe has no binary form, so a binary request is the bytes of an image alone"
+        )
+        yield {**servers, LITSERVE: other}
+
+
+def _swapped(swaps: int, seconds: float, table: list[Cells], detail: Cells) -> list[Claim]:
+    """Latency and answers while sets are swapped."""
+    swapped = detail["swaps"] = _swapping(swaps, seconds)
     table.append({"who": "holdfast serve, pool, no swaps", **swapped["still"]})
     table.append({"who": f"holdfast serve, pool, {swapped['swaps']} swaps", **swapped["swapping"]})
-    claims += [
+    return [
         Claim(f"swaps >= {swaps}", swapped["swaps"], swaps, least=True),
         Claim("failed requests during swaps <= 0", swapped["swapping"]["failed"], 0),
         Claim("answers of a wrong set <= 0", swapped["wrong"], 0),
@@ -92,39 +157,6 @@ def outcome(seconds: float, rounds: int, swaps: int, swap_seconds: float) -> Out
             MOST_P99,
         ),
     ]
-    config: Cells = {
-        "network": NAME, "connections": CONNECTIONS, "images a request": 1, "rounds": rounds,
-        "seconds a round": seconds, "workers": 1, "threads a worker": 1, "audit": "on, fsync twice a second",
-        "guard": "without rules", "load during swaps": "half of the throughput", "sets": SETS,
-        "swap seconds": swap_seconds,
-    }  # fmt: skip
-    notes = [
-        f"the audit of the rounds has {audited.records:,} records, which holdfast verify confirms",
-        "bare FastAPI uses the batches of Holdfast and checks nothing; rounds of both alternate",
-    ]
-    return Outcome(table, claims, config, detail, notes)
-
-
-def _alternated(
-    servers: dict[str, tuple[int, int]], messages: list[bytes], seconds: float, rounds: int
-) -> dict[str, Cells]:
-    found: dict[str, Cells] = {
-        who: {key: [] for key in ("per_second", "cpu_ms", "p50_ms", "p99_ms", "failed")} for who in servers
-    }
-    for port, _ in servers.values():
-        _loaded(saturated, port, messages, connections=CONNECTIONS, seconds=1.0)
-    for k in range(rounds):
-        for who in list(servers) if k % 2 == 0 else list(servers)[::-1]:
-            port, pid = servers[who]
-            before = cpu_s(pid)
-            seen = _loaded(saturated, port, messages, connections=CONNECTIONS, seconds=seconds)
-            numbers = found[who]
-            numbers["cpu_ms"].append(1000 * (cpu_s(pid) - before) / len(seen.taken_s))
-            numbers["per_second"].append(seen.per_second)
-            numbers["p50_ms"].append(seen.quantile(0.5))
-            numbers["p99_ms"].append(seen.quantile(0.99))
-            numbers["failed"].append(seen.failed)
-    return found
 
 
 def _loaded(load: Callable[..., Seen], *arguments: object, **settings: object) -> Seen:
@@ -170,31 +202,10 @@ def _running(setup: ServerSetup) -> Iterator[Supervisor]:
 
 
 @contextmanager
-def _ours(folder: Path) -> Iterator[tuple[int, int]]:
-    with _running(_setup(folder, set_name="file")) as server:
-        yield server.address[1], server.status()["workers"][0]["pid"]
-
-
-@contextmanager
-def _bare() -> Iterator[tuple[int, int]]:
-    listener = bound_socket("127.0.0.1", 0)
-    port = listener.getsockname()[1]
-    listener.close()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.bare_server", NAME, str(port)], env=environment
-    )
-    try:
-        for _ in range(600):
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/docs")
-                break
-            except httpx.TransportError:
-                time.sleep(0.1)
-        yield port, process.pid
-    finally:
-        process.terminate()
-        process.wait()
+def _ours(folder: Path, **settings: object) -> Iterator[Contestant]:
+    folder.mkdir()
+    with _running(_setup(folder, set_name="file", **settings)) as server:
+        yield Contestant(server.address[1], (server.status()["workers"][0]["pid"],), PATH)
 
 
 def _swapping(swaps: int, seconds: float) -> Cells:

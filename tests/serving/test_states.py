@@ -235,3 +235,24 @@ def test_a_lost_and_emptied_server_is_reported(tmp_path, monkeypatch, caplog):
         assert detector.score(attack[15:16], [""], 2.0)[0] == 0
         assert (state.health.reachable, state.health.losses, state.health.emptied) == (True, 1, 1)
     assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR", "WARNING"]
+
+
+def test_after_a_checkpoint_the_log_is_written_from_its_beginning(tmp_path):
+    state, log = SQLiteState(tmp_path / "state.db"), tmp_path / "state.db-wal"
+
+    def spend(n: int) -> int:
+        for k in range(n):
+            state.spend([Charge(f"client {k}", 1, Allowance())], float(k))
+        return log.stat().st_size
+
+    size = spend(200)
+    state._checkpoints.due()
+    state._checkpoints.close()  # after the checkpoint that is due
+    assert spend(100) == size
+
+
+def test_a_state_makes_a_checkpoint_after_so_many_new_rows(tmp_path):
+    state = SQLiteState(tmp_path / "state.db")
+    state.spend([Charge(f"client {k}", 1, Allowance()) for k in range(2000)], 0.0)
+    state.close()
+    assert state._checkpoints.finished >= 1  # another one at the end

@@ -44,6 +44,7 @@ from holdfast.core.types import Fraction, Positive
 from holdfast.detectors.clusters import QueryCluster, QueryState, StateView, Wanted
 from holdfast.detectors.fingerprints import Fingerprinter, Fingerprints, Floats, unexplained
 
+_KEYED_S = 10.0  # seconds in which the keys of new clusters have the same beginning
 _SETTLED = 4  # multiples of the threshold; two half-lives pass before such a cluster is accepted again
 
 
@@ -208,7 +209,7 @@ class QueryDetector:
                 return QueryDetail(
                     cluster.key, grown.mass + others, grown.members, distance, rest, grown.mass - cluster.mass
                 )
-        view.add(QueryCluster(secrets.randbits(62), sketch, 0.0, 1, view.now), hashes)
+        view.add(QueryCluster(_new_key(view.now), sketch, 0.0, 1, view.now), hashes)
         return QueryDetail()
 
     def weight(self, distance: float, unexplained: float) -> float:
@@ -220,6 +221,13 @@ class QueryDetector:
         beyond = (unexplained - allowed) / max(limits.full * limits.radius, 1e-12)
         least = limits.explained if unexplained <= limits.natural * distance else limits.faint
         return float(min(max(beyond, least), 1.0))
+
+
+def _new_key(now: float) -> int:
+    """Return a random key of 62 bits for a cluster. Keys of one time are near each other, so that a state in a file
+    stores and drops neighbouring rows.
+    """
+    return int(now / _KEYED_S) % 2**18 << 44 | secrets.randbits(44)
 
 
 def fingerprinter(key: bytes, shape: Sequence[int], settings: QuerySettings) -> Fingerprinter:

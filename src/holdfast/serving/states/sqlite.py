@@ -26,6 +26,7 @@ from holdfast.detectors.clusters import (
     SteadyClock,
     Wanted,
 )
+from holdfast.serving.states.checkpoints import AT_LAST, Checkpoints
 from holdfast.serving.states.packing import sketch_bytes, sketch_from
 from holdfast.serving.states.reachability import Reachability
 from holdfast.serving.states.spending import Balance, Charge, Grant, spent
@@ -36,6 +37,9 @@ Counts = tuple[int, int, int]
 
 _GAIN = 50  # new rows of one process after which it drops old ones
 _AGAIN_S = 0.02  # between two attempts to open a file that another process creates
+_LOGGED = (
+    600  # new rows of one process, at most 30 MB of the write-ahead log, after which it makes a checkpoint
+)
 _PARAMETERS = 5000  # in one statement; SQLite allows 32,766
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS state (
@@ -67,6 +71,7 @@ class SQLiteState:
         self.path, self.limits, self.fail = path, limits or StateLimits(), fail
         self._wait_s, self._lock, self._clock = wait_s, Lock(), SteadyClock()
         self._reach, self._gained = Reachability(f"state in {path}", fail, retry_s=0.5), 0
+        self._checkpoints, self._logged = Checkpoints(path, self._lock, wait_s), 0
         try:
             self._db = self._opened()
         except (sqlite3.Error, OSError) as error:
@@ -107,6 +112,7 @@ class SQLiteState:
                     (charge.principal, new.tokens, new.seen, new.used, new.began),
                 )
                 grants.append(grant)
+            self._logged += len(charges)
             _save(db, now, time, counts)
 
         if not self._run(work):
@@ -115,6 +121,7 @@ class SQLiteState:
 
     def close(self) -> None:
         """Close the file."""
+        self._checkpoints.close()
         with self._lock:
             self._db.close()
 
@@ -144,6 +151,7 @@ class SQLiteState:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = NORMAL")
             db.execute("PRAGMA cache_size = -32000")  # KiB
+            db.execute(f"PRAGMA wal_autocheckpoint = {AT_LAST}")
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, _FORMAT):
                 raise TargetError(
@@ -164,6 +172,7 @@ class SQLiteState:
             try:
                 if self._pid != os.getpid():  # a connection must not be used after a fork
                     self._db = self._opened()
+                    self._checkpoints = Checkpoints(self.path, self._lock, self._wait_s)
                 with _transaction(self._db) as db:
                     work(db)
             except (sqlite3.Error, OSError, TargetError) as error:
@@ -171,6 +180,9 @@ class SQLiteState:
                 self._reopen()
                 return False
             self._reach.reached()
+            if self._logged >= _LOGGED:
+                self._checkpoints.due()
+                self._logged = 0
             return True
 
     def _reopen(self) -> None:
@@ -245,7 +257,8 @@ class SQLiteState:
                 db.execute("INSERT INTO accounts VALUES (?, ?, ?, ?)", (name, *row[:3]))
                 n_accounts += 1
         counts = counts[0] + len(view.added), counts[1] + len(view.answers), n_accounts
-        self._gained += len(view.added) + len(view.answers) + len(view.charged)
+        gained = len(view.added) + len(view.answers) + len(view.charged)
+        self._gained, self._logged = self._gained + gained, self._logged + gained
         if self._gained >= _GAIN:
             counts, self._gained = self._dropped(db, view.now, counts), 0
         _save(db, now, view.now, counts)

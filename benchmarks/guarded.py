@@ -1,0 +1,54 @@
+"""The default guard, calibrated on a network for CIFAR-10, and its state with the queries of earlier clients."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from benchmarks.networks import ROOT, images
+from benchmarks.retrying import collage
+from holdfast.config.guard_opening import open_guard
+
+CALIBRATION, SEED = 5000, 1
+"""test images for the calibration"""
+GUARD = """\
+schema_version: 1
+mode: enforce
+inputs: {shape: [3, 32, 32]}
+rules: {schema: {}, queries: {}, energy: {}}
+"""
+
+
+def holdfast(*words: str) -> list[str]:
+    """A command of Holdfast."""
+    return [sys.executable, "-m", "holdfast", *words]
+
+
+def environment() -> dict[str, str]:
+    """The environment of a command of Holdfast, with one thread and this repository."""
+    paths = [str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(filter(None, paths))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def calibrate(folder: Path, name: str) -> None:
+    """Write net.py with a network, guard.yaml and its calibration into a folder."""
+    code = f"from benchmarks.networks import network\n\n\ndef make():\n    return network({name!r}).module\n"
+    (folder / "net.py").write_text(code)
+    (folder / "guard.yaml").write_text(GUARD)
+    x, y = images("cifar10", CALIBRATION)
+    np.savez(folder / "benign.npz", x=x.numpy(), y=y.numpy())
+    words = holdfast("calibrate", "net.py:make", "benign.npz", "--guard", "guard.yaml")
+    subprocess.run(words, cwd=folder, env=environment(), check=True, capture_output=True)
+    (folder / "benign.npz").unlink()
+
+
+def fill(folder: Path, x: Tensor, n: int) -> None:
+    """Let the query detector of the guard in a folder see `n` different inputs of a hundred clients."""
+    queries, rng = open_guard(folder / "guard.yaml").queries, np.random.default_rng(SEED)
+    assert queries is not None
+    for k in range(0, n, 250):
+        queries.score(collage(x, rng, 250), [f"earlier client {k // 250 % 100}"] * 250)
