@@ -98,7 +98,7 @@ def test_the_query_detector_is_tried_and_reported(tmp_path):
     result.write(tmp_path / "r.json")
     summary = json.loads((tmp_path / "r.json").read_text())
     rows = summary["query_detector"]["rows"]
-    assert [row["broken_with"]["n"] for row in rows] == [len(table["id"])] * 2
+    assert [row["broken_with"]["n"] for row in rows] == [len(table["id"])] * 3
     assert rows[0]["rejected"]["value"] == float((table["plain_with_rejected"] > 0).double().mean())
     result.write(tmp_path / "r.html")
     assert 'id="query-detector"' in (tmp_path / "r.html").read_text()

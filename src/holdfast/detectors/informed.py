@@ -1,5 +1,5 @@
-"""Square with queries that the query detector (`queries.py`) takes for natural: a test of the detector by an attacker who
-knows it, except for its key.
+"""Square with queries that the query detector (`queries.py`) takes for natural: a test of the detector by an attacker
+who knows it, except for its key.
 
 The detector compares each query with the first one of its cluster, after averaging over cells. The attack therefore
 sends a version of the image with lower contrast first, and then only inputs that differ from the image little after
@@ -91,7 +91,9 @@ class InformedSquare:
             int(draw * (size - side + 1))
             for draw, size, side in zip(draws.tolist(), (height, width), (rows, columns), strict=False)
         )
-        changed[:, top : top + rows, left : left + columns] = at.eps * (2.0 * (draws[2:] < 0.5) - 1)[:, None, None]
+        changed[:, top : top + rows, left : left + columns] = (
+            at.eps * (2.0 * (draws[2:] < 0.5) - 1)[:, None, None]
+        )
         return changed
 
 

@@ -1,5 +1,5 @@
-"""Report of the attacks on a query detector: how many examples they break with it and without, after how many queries,
-and after how many queries the detector fires.
+"""Report of the black-box attacks on a model with a guard: how many examples they break with the guard and without,
+after how many queries, and after how many queries one is rejected.
 
 It is an entry of the summary and a table.
 """
@@ -18,16 +18,15 @@ from holdfast.reports.numbers import count_text, percent
 Json = dict[str, Any]
 
 _ATTACKERS = {
-    "plain": "Square, which does not know the detector",
-    "adaptive": "OARS, which adapts to the detector",
+    "plain": "Square, which does not know the guard",
+    "adaptive": "OARS, which adapts to rejected queries",
+    "informed": "Square with queries that the query detector takes for natural",
 }
 """Attacks by the prefix of their columns in the table of the evidence."""
 
 
 def stateful_results(table: Table, confidence: float) -> Json | None:
-    """Return the results of the attacks on the query detector for the summary of a run; None if no example was
-    attacked.
-    """
+    """Return the results of the black-box attacks on a guard for the summary; None if no example was attacked."""
     if not len(table):
         return None
     return {
@@ -40,6 +39,7 @@ def stateful_results(table: Table, confidence: float) -> Json | None:
                 **_noticed(table.columns[f"{name}_with_rejected"], confidence),
             }
             for name, title in _ATTACKERS.items()
+            if f"{name}_with_broken" in table.columns
         ],
     }
 
@@ -66,12 +66,12 @@ def _median(first: Tensor) -> int | None:
 
 
 def title(results: Mapping[str, Any], noun: str) -> str:
-    """Return the title of the table of attacks on the query detector."""
-    return f"query detector: attacks on {count_text(results['n'])} {noun} with and without it"
+    """Return the title of the table of black-box attacks on a guard."""
+    return f"queries: black-box attacks on {count_text(results['n'])} {noun} with the guard and without it"
 
 
 def headings(results: Mapping[str, Any]) -> list[str]:
-    """Return the column headings of the table of attacks on the query detector."""
+    """Return the column headings of the table of black-box attacks on a guard."""
     return [
         "attack",
         "broken without",
@@ -84,7 +84,7 @@ def headings(results: Mapping[str, Any]) -> list[str]:
 
 
 def cells(results: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the rows of the table of attacks on the query detector as text."""
+    """Yield the rows of the table of black-box attacks on a guard as text."""
     for row in results["rows"]:
         yield [
             row["attacker"],
