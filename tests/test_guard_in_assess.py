@@ -98,8 +98,9 @@ def test_the_query_detector_is_tried_and_reported(tmp_path):
     result.write(tmp_path / "r.json")
     summary = json.loads((tmp_path / "r.json").read_text())
     rows = summary["query_detector"]["rows"]
-    assert [row["broken_with"]["n"] for row in rows] == [len(table["id"])] * 3
+    assert [row["broken_with"]["n"] for row in rows] == [len(table["id"])] * 4
     assert rows[0]["rejected"]["value"] == float((table["plain_with_rejected"] > 0).double().mean())
+    assert rows[3]["broken_without"]["value"] >= max(row["broken_without"]["value"] for row in rows[:3])
     result.write(tmp_path / "r.html")
     assert 'id="query-detector"' in (tmp_path / "r.html").read_text()
     result.write(tmp_path / "r.md")

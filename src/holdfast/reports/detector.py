@@ -11,12 +11,11 @@ from holdfast.metrics.names import PERCENTS, at_percent
 from holdfast.reports.numbers import count_text, percent
 
 COLUMNS: Final = (
-    ("oblivious_detection_rate", "detected, attacker does not know it"),
-    ("detection_rate", "detected, attacker knows it"),
-    ("accepted_right", "robust accuracy with rejection"),
+    ("oblivious_detection_rate", "detected if unknown"),
+    ("detection_rate", "detected if known"),
+    ("accepted_right", "robust with rejection"),
 )
 """metrics at a false positive rate, with the headings of their columns"""
-_MEASURED: Final = "accepted_right"  # is measured whenever there are enough clean inputs
 
 
 def detector(summary: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -28,6 +27,7 @@ def detector(summary: Mapping[str, Any]) -> dict[str, Any] | None:
         {"percent": rate, "estimates": [metrics.get(at_percent(name, rate)) for name, _ in COLUMNS]}
         for rate in PERCENTS
     ]
+    # robust accuracy is measured whenever there are enough clean inputs, also if no attack succeeded
     measured = [row for row in rows if row["estimates"][-1] is not None]
     return {"n": summary["n"], "rows": rows, "complete": len(measured) == len(rows)} if measured else None
 

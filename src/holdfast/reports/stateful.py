@@ -20,28 +20,49 @@ Json = dict[str, Any]
 _ATTACKERS = {
     "plain": "Square, which does not know the guard",
     "adaptive": "OARS, which adapts to rejected queries",
-    "informed": "Square with queries that the query detector takes for natural",
+    "informed": "informed Square, which knows the query detector",
 }
 """Attacks by the prefix of their columns in the table of the evidence."""
+_WORST = "the best of these for each example"  # rejected: each of the attacks had a rejected query
 
 
 def stateful_results(table: Table, confidence: float) -> Json | None:
     """Return the results of the black-box attacks on a guard for the summary; None if no example was attacked."""
     if not len(table):
         return None
-    return {
-        "n": len(table),
-        "rows": [
-            {
-                "attacker": title,
-                **_arm(table.columns[f"{name}_without_broken"], "without", confidence),
-                **_arm(table.columns[f"{name}_with_broken"], "with", confidence),
-                **_noticed(table.columns[f"{name}_with_rejected"], confidence),
-            }
-            for name, title in _ATTACKERS.items()
-            if f"{name}_with_broken" in table.columns
-        ],
+    names = [name for name in _ATTACKERS if f"{name}_with_broken" in table.columns]
+    columns = {
+        column: torch.stack([table.columns[f"{name}_{column}"] for name in names])
+        for column in ("without_broken", "with_broken", "with_rejected")
     }
+    rows = [
+        _row(_ATTACKERS[name], {column: values[k] for column, values in columns.items()}, confidence)
+        for k, name in enumerate(names)
+    ]
+    worst = {
+        "without_broken": _first(columns["without_broken"]),
+        "with_broken": _first(columns["with_broken"]),
+        "with_rejected": torch.where(
+            (columns["with_rejected"] > 0).all(0), columns["with_rejected"].amax(0), 0
+        ),
+    }
+    return {"n": len(table), "rows": [*rows, _row(_WORST, worst, confidence)]}
+
+
+def _row(attacker: str, columns: Mapping[str, Tensor], confidence: float) -> Json:
+    return {
+        "attacker": attacker,
+        **_arm(columns["without_broken"], "without", confidence),
+        **_arm(columns["with_broken"], "with", confidence),
+        **_noticed(columns["with_rejected"], confidence),
+    }
+
+
+def _first(broken_at: Tensor) -> Tensor:
+    """The least number of queries of all attacks (attacks, n) that broke an example, 0 if none did."""
+    never = torch.iinfo(broken_at.dtype).max
+    least = torch.where(broken_at > 0, broken_at, never).amin(0)
+    return torch.where(least == never, 0, least)
 
 
 def _arm(broken_at: Tensor, arm: str, confidence: float) -> Json:
