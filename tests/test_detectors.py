@@ -7,7 +7,7 @@ from holdfast.core.errors import UsageError
 from holdfast.detectors.energy import Energy
 from holdfast.detectors.mahalanobis import Mahalanobis
 from holdfast.detectors.protocol import Observation
-from holdfast.detectors.squeezing import FeatureSqueezing, changed
+from holdfast.detectors.squeezing import FeatureSqueezing, prediction_change
 from holdfast.detectors.stability import NoiseStability
 from holdfast.ops.squeezes import median_filtered, with_bits
 
@@ -56,9 +56,9 @@ def test_feature_squeezing_is_the_largest_change_of_the_probabilities():
 @pytest.mark.parametrize("weights", [{}, {"exact": 1.0, "certain": 0.1}])
 def test_a_change_between_certain_outputs_has_its_value_and_a_gradient_that_reduces_it(weights):
     logits, other = torch.tensor([[40.0, 0.0]]), torch.tensor([[0.0, 40.0]], requires_grad=True)
-    distance = changed(logits, other, **weights)
+    distance = prediction_change(logits, other, **weights)
     distance.sum().backward()
-    assert distance.item() == changed(logits, other.detach()).item() == 2.0
+    assert distance.item() == prediction_change(logits, other.detach()).item() == 2.0
     assert other.grad[0, 0] < -0.05 and other.grad[0, 1] > 0.05
 
 

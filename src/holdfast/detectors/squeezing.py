@@ -44,7 +44,9 @@ class FeatureSqueezing:
     def __call__(self, seen: Observation) -> PerExample:
         """Return the distances (n,)."""
         network = network_of(seen, "feature squeezing")
-        return torch.stack([changed(seen.logits, network(x)) for x in self._squeezed(seen.x)]).amax(0)
+        return torch.stack([prediction_change(seen.logits, network(x)) for x in self._squeezed(seen.x)]).amax(
+            0
+        )
 
     def _squeezed(self, x: Tensor) -> Iterator[Tensor]:
         if self.bits:
@@ -53,7 +55,9 @@ class FeatureSqueezing:
             yield median_filtered(x, self.median)
 
 
-def changed(logits: Logits, other: Logits, *, exact: float = 0.0, certain: float = 1.0) -> PerExample:
+def prediction_change(
+    logits: Logits, other: Logits, *, exact: float = 0.0, certain: float = 1.0
+) -> PerExample:
     """Return the L1 distance (n,) between the probabilities of two outputs (n, classes), from 0 to 2.
 
     The gradient of the distance vanishes where both outputs are certain of different classes, so that attacks could not

@@ -17,7 +17,7 @@ from torch import Tensor
 from holdfast.core.draws import Draws
 from holdfast.core.types import Count, PerExample, Positive, Steps
 from holdfast.detectors.protocol import Need, Observation
-from holdfast.detectors.squeezing import changed, network_of
+from holdfast.detectors.squeezing import network_of, prediction_change
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class NoiseStability:
         noise = _noise(self.seed, self.draws, tuple(seen.x.shape[1:])).to(seen.x)
         # weights of the gradient at which attacks on the bundled model reached the lowest scores
         changes = [
-            changed(seen.logits, network(seen.x + self.sigma * each), exact=1.0, certain=0.1)
+            prediction_change(seen.logits, network(seen.x + self.sigma * each), exact=1.0, certain=0.1)
             for each in noise
         ]
         return torch.stack(changes).mean(0)
