@@ -7,7 +7,7 @@ from holdfast.core.errors import UsageError
 from holdfast.detectors.energy import Energy
 from holdfast.detectors.mahalanobis import Mahalanobis
 from holdfast.detectors.protocol import Observation
-from holdfast.detectors.squeezing import FeatureSqueezing
+from holdfast.detectors.squeezing import FeatureSqueezing, prediction_change
 from holdfast.detectors.stability import NoiseStability
 from holdfast.ops.squeezes import median_filtered, with_bits
 
@@ -51,6 +51,15 @@ def test_feature_squeezing_is_the_largest_change_of_the_probabilities():
         detector(Observation(x, network(x)))
     with pytest.raises(UsageError, match="at least one of them"):
         FeatureSqueezing(0, 0)
+
+
+@pytest.mark.parametrize("weights", [{}, {"exact": 1.0, "certain": 0.1}])
+def test_a_change_between_certain_outputs_has_its_value_and_a_gradient_that_reduces_it(weights):
+    logits, other = torch.tensor([[40.0, 0.0]]), torch.tensor([[0.0, 40.0]], requires_grad=True)
+    distance = prediction_change(logits, other, **weights)
+    distance.sum().backward()
+    assert distance.item() == prediction_change(logits, other.detach()).item() == 2.0
+    assert other.grad[0, 0] < -0.05 and other.grad[0, 1] > 0.05
 
 
 def test_stability_is_zero_for_a_constant_network_and_the_same_each_time():

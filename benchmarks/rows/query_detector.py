@@ -23,15 +23,17 @@ from holdfast.attacks.protocol import Attack
 from holdfast.core.batch import Batch
 from holdfast.core.constraints import L2, Linf
 from holdfast.core.draws import Draws
-from holdfast.core.model import Bounds
+from holdfast.core.model import Bounds, Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.detectors.blacklight import Blacklight
+from holdfast.detectors.informed import InformedSquare
 from holdfast.detectors.oars import OARS, Base
-from holdfast.detectors.queries import QueryDetector, radius_for
+from holdfast.detectors.queries import QueryDetector, QuerySettings, radius_for
+from holdfast.detectors.screened import Screened
 from holdfast.serving.states.memory import MemoryState
 from holdfast.serving.states.sqlite import SQLiteState
 
-WHAT = "stateful query detector: benign streams, attacks over workers and clients, OARS, cost"
+WHAT = "stateful query detector: benign streams, attacks over workers and clients, OARS, an attacker who knows it, cost"
 KEY, SEED, BENIGN, CALIBRATION = bytes(range(32)), 0, 100_000, 20_000
 DATA = ("cifar10", "mnist", "fashion_mnist")
 NETWORK, ATTACKED, QUERIES, WORKERS, CLIENTS = "cifar_resnet20", 6, 1000, 4, 10
@@ -42,6 +44,15 @@ OARS_RUNS: tuple[tuple[Base, Linf | L2, bool, int, int, bool], ...] = (
     ("hop_skip_jump", L2(2.0), False, 10, 500, False),
 )
 """Attack, constraint, whether each image has a target, images, queries, and whether claims are made."""
+INFORMED: tuple[tuple[float, bool, int, bool], ...] = (
+    (8 / 255, True, 1000, True),
+    (8 / 255, True, 5000, True),
+    (8 / 255, False, 1000, False),
+    (4 / 255, False, 1000, False),
+)
+"""Linf radius, whether each image has a target, queries, and whether claims are made: with targets, one query does not
+break an image."""
+INFORMED_IMAGES = 30
 TIMED = 2000
 
 
@@ -60,6 +71,8 @@ def measured() -> Outcome:
         claims += _spread(net, name, attack, threat, radius, table)
     for run in OARS_RUNS:
         claims += _oars(net, *run, radius, table)
+    for attacker in INFORMED:
+        claims += _informed(net, *attacker, radius, table)
     claims += _cost(net.data, radius, table)
     config = {
         "benign": f"{BENIGN} queries: every image once, {POPULAR} images {REPEATS} times and in {ENCODINGS} other "
@@ -73,6 +86,8 @@ def measured() -> Outcome:
         "Square and HopSkipJump: attacks that break their image with fewer than 50 queries are left out",
         "OARS without a claim: ten images, whose share says little",
         "the detector answers the first queries for an image, which is enough for some images of this network",
+        "informed Square: to the detector, all queries differ from the first one by natural changes",
+        "its claims are with targets, because without them the first query breaks every fifth image at 8/255",
     ]
     return Outcome(table, claims, config, notes=notes)
 
@@ -192,6 +207,34 @@ def _oars(
     what = f"OARS {base}, {constraint}, {queries} queries: success"
     return [
         Claim(f"{what} against Blacklight >= 0.7", shares["Blacklight"], 0.7, least=True),
+        Claim(f"{what} against holdfast <= 0.1", shares["holdfast"], 0.1),
+    ]
+
+
+def _informed(
+    net: Network, eps: float, targeted: bool, queries: int, claimed: bool, radius: float, table: list[Cells]
+) -> list[Claim]:
+    """An attacker who knows the detector except for its key, and uses a new client for each query."""
+    x, y = _correct(net, INFORMED_IMAGES)
+    target = (y + 1 + torch.arange(len(y)) % 9) % 10 if targeted else None
+    batch, norm, shares = Batch(x, y, torch.arange(len(y)), target), Linf(eps), {}
+    settings = QuerySettings(radius=radius)
+    for who in ("no detector", "holdfast"):
+        detector = QueryDetector(KEY, MemoryState(), x.shape[1:], settings) if who == "holdfast" else None
+        model = Screened(Classifier(net.module), batch, norm, detector)
+        InformedSquare(settings, queries=queries)(model, batch, ThreatModel(norm), rng=Draws(SEED))
+        broken_at, firsts = model.broken_at, model.rejected_at[model.rejected_at > 0].tolist()
+        shares[who] = float((broken_at > 0).float().mean())
+        table.append({"what": f"informed Square, {norm}{', targets' if targeted else ''}", "who": who,
+                      "images": len(x), "queries": int(model.queries.sum()), "success": shares[who],
+                      "success within 10 queries": float(((broken_at > 0) & (broken_at <= 10)).float().mean()),
+                      **({"detected": len(firsts) / len(x),
+                          "first suspicious query (median)": median(firsts)} if firsts else {})})  # fmt: skip
+    if not claimed:
+        return []
+    what = f"informed Square, {norm}, targets, {queries} queries: success"
+    return [
+        Claim(f"{what} without a detector >= 0.7", shares["no detector"], 0.7, least=True),
         Claim(f"{what} against holdfast <= 0.1", shares["holdfast"], 0.1),
     ]
 

@@ -12,6 +12,7 @@ from holdfast.core.errors import UsageError
 from holdfast.core.model import Classifier
 from holdfast.core.threat import ThreatModel
 from holdfast.detectors.blacklight import Blacklight
+from holdfast.detectors.informed import InformedSquare
 from holdfast.detectors.queries import QueryDetector, QuerySettings, fingerprinter, radius_for
 from holdfast.serving.states.memory import MemoryState
 
@@ -73,6 +74,28 @@ def test_motion_brightness_and_contrast_count_little_and_noise_counts():
         details.append(found.examine(other, [""], 0.0).details[0])
     assert all(detail.distance > 0.05 for detail in details)
     assert all(detail.weight <= 0.1 for detail in details[:3]) and details[3].weight > 0.9
+
+
+def test_many_natural_or_very_small_differences_are_an_attack():
+    x = images(1)
+    bright = x + 0.001 * torch.arange(1, 41)[:, None, None, None]
+    noisy = x + torch.randn(40, *x.shape[1:], generator=torch.Generator().manual_seed(0)) / 255
+    for versions in (bright, noisy):
+        scores = detector().score(torch.cat((x, versions)), [""] * 41, 0.0)
+        assert scores[15] < QuerySettings().threshold <= scores[30]
+
+
+def test_an_attack_whose_queries_seem_natural_is_found():
+    x = 0.2 + 0.6 * images(1)
+    model = Recorded(x[0].numel())
+    InformedSquare(queries=60)(
+        model, Batch(x, torch.tensor([0]), torch.tensor([0])), ThreatModel(Linf(0.02)), rng=Draws(0)
+    )
+    assert len(model.queries) == 60
+    result = detector().examine(torch.stack(model.queries), [""] * 60, 0.0)
+    assert np.median([detail.distance for detail in result.details[1:]]) > 0.3
+    weights = [detail.weight for detail in result.details[1:11]]
+    assert max(weights) <= 0.5 and result.scores[-1] >= QuerySettings().threshold
 
 
 def test_queries_of_one_batch_are_near_duplicates_of_each_other():

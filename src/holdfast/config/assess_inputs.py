@@ -190,8 +190,8 @@ class AssessInputs:
 
 
 def with_trials(request: AssessRequest, guard: str, subject: Subject) -> AssessRequest:
-    """Return the request of an assessment with the attacks that measure the query detector of a guard, if it has one
-    and the threat model supports them.
+    """Return the request of an assessment with the black-box attacks that measure the detectors of a guard, if it has
+    any and the threat model supports them.
     """
     trials = query_trials(guard)
     if trials is None or not measurable(request.plan.threat, subject.model.access):

@@ -133,12 +133,12 @@ def guarded_subject(subject: Subject, guard: str) -> Subject:
 
 
 def query_trials(guard: str) -> QueryTrials | None:
-    """Return the attacks that measure the query detector of a guard, `FILE` or `FILE:RULE`, or None without one."""
+    """Return the black-box attacks that measure the detectors of a guard, `FILE` or `FILE:RULE`; None without any."""
     path, name = _file_and_rule(guard)
     settings = read_guard_settings(path)
     rule = settings.rules.queries
     if rule is None or name not in (None, QUERIES):
-        return None
+        return QueryTrials(None) if set(rules_of(settings)) - {SCHEMA, RANGE, QUERIES} else None
     calibration = stored_calibration(settings, path)
     found = {} if calibration is None else calibration.parameters.get(QUERIES, {})
     return QueryTrials(_query_settings(rule, found.get("radius")))

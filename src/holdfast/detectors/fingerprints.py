@@ -55,6 +55,16 @@ class Stream:
         return numbers
 
 
+def grid_of(shape: Sequence[int], cells: int) -> tuple[int, int] | None:
+    """Return the rows and columns of the grid over whose cells images of a shape (channels, height, width) are
+    averaged, with at most `cells` cells in all channels together; None for inputs of other shapes.
+    """
+    if len(shape) != 3 or min(shape[1:]) < _LEAST_SIDE:
+        return None
+    side = max(1, math.isqrt(cells // shape[0]))
+    return min(side, shape[1]), min(side, shape[2])
+
+
 @dataclass(frozen=True)
 class Fingerprints:
     """Fingerprints of a batch of n inputs."""
@@ -84,12 +94,9 @@ class Fingerprinter:
                 "such as secrets.token_bytes(32)"
             )
         self.shape = tuple(shape)
-        self.image = len(self.shape) == 3 and min(self.shape[1:]) >= _LEAST_SIDE
-        n_features = math.prod(self.shape)
-        if self.image:
-            side = max(1, math.isqrt(cells // self.shape[0]))
-            self._grid = min(side, self.shape[1]), min(side, self.shape[2])
-            n_features = self.shape[0] * math.prod(self._grid)
+        self._grid = grid_of(self.shape, cells)
+        self.image = self._grid is not None
+        n_features = math.prod(self.shape) if self._grid is None else self.shape[0] * math.prod(self._grid)
         if n_features < 1:
             raise UsageError(f"inputs of shape {self.shape} are empty; expected at least one value")
         self.n_features = n_features
@@ -125,7 +132,7 @@ class Fingerprinter:
 
     def _features(self, x: Tensor) -> Floats:
         """Low-pass inputs (n, features), as 32-bit floats; values that are not finite count as zero."""
-        features = F.adaptive_avg_pool2d(x, self._grid) if self.image else x
+        features = x if self._grid is None else F.adaptive_avg_pool2d(x, self._grid)
         flat: Floats = features.flatten(1).numpy()
         if not np.isfinite(flat.sum()):
             flat = np.nan_to_num(flat, nan=0.0, posinf=0.0, neginf=0.0)

@@ -14,6 +14,9 @@ What does not count, or counts little:
 - Exact repeats of an answered query, such as retries and popular inputs. They tell an attacker nothing new.
 - Differences that natural changes explain, such as those between frames of a video (`fingerprints.natural`).
 - Differences that are much smaller than the radius, such as re-encoded images and sensor noise.
+An attacker who knows this keeps all queries so near to a first one, or shifts the brightness of the first one, so that
+all differences seem natural (`informed.py`). Therefore the weight of such queries grows with their number, and about 25
+of them in a cluster are suspicious.
 
 What evades it:
 - Query blinding: an attack that transforms each query by its own shift, rotation or crop. Small shifts look like a
@@ -24,7 +27,7 @@ What evades it:
 - Whoever knows the key can compute changes that leave the sketches different.
 
 A static camera, whose frames differ by sensor noise alone, looks like an attack with small steps: its queries are
-rejected after about `threshold / faint` frames in a half-life, unless it is exempt.
+rejected after about 25 frames in a half-life, unless it is exempt.
 """
 
 import math
@@ -40,7 +43,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.core.errors import UsageError
-from holdfast.core.types import Fraction, Positive
+from holdfast.core.types import Fraction, NonNegative, Positive
 from holdfast.detectors.clusters import QueryCluster, QueryState, StateView, Wanted
 from holdfast.detectors.fingerprints import Fingerprinter, Fingerprints, Floats, unexplained
 
@@ -59,10 +62,10 @@ class QuerySettings:
     """score from which a query is suspicious: the weighted number of near duplicates"""
     natural: Fraction = 0.25
     """fraction of a difference that may remain unexplained by natural changes, such as motion in a video"""
-    explained: Fraction = 0.01
-    """weight of a query whose difference is natural"""
     faint: Fraction = 0.1
-    """weight of a query with a very small difference"""
+    """weight of the first query of a cluster whose difference is natural or very small"""
+    growth: NonNegative = 0.1
+    """increase of this weight for each unit of the mass of the cluster, up to 1"""
     noise: Fraction = 0.05
     """size of very small differences, as a fraction of the radius"""
     full: Fraction = 0.2
@@ -205,22 +208,21 @@ class QueryDetector:
                 examined = cluster.mass + others < _SETTLED * self.settings.threshold
                 natural = self.fingerprinter.natural(x) if examined else None
                 rest = distance if natural is None else unexplained(sketch - cluster.leader, natural)
-                grown = view.touch(cluster, self.weight(distance, rest))
+                grown = view.touch(cluster, self.weight(distance, rest, cluster.mass + others))
                 return QueryDetail(
                     cluster.key, grown.mass + others, grown.members, distance, rest, grown.mass - cluster.mass
                 )
         view.add(QueryCluster(_new_key(view.now), sketch, 0.0, 1, view.now), hashes)
         return QueryDetail()
 
-    def weight(self, distance: float, unexplained: float) -> float:
+    def weight(self, distance: float, unexplained: float, mass: float) -> float:
         """Return the weight of a query at a distance from the first query of its cluster, of which natural changes do
-        not explain `unexplained`.
+        not explain `unexplained`. `mass` is that of the earlier queries near it.
         """
         limits = self.settings
         allowed = max(limits.noise * limits.radius, limits.natural * distance)
         beyond = (unexplained - allowed) / max(limits.full * limits.radius, 1e-12)
-        least = limits.explained if unexplained <= limits.natural * distance else limits.faint
-        return float(min(max(beyond, least), 1.0))
+        return float(min(max(beyond, 0.0, limits.faint + limits.growth * mass), 1.0))
 
 
 def _new_key(now: float) -> int:

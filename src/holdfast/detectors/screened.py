@@ -31,6 +31,8 @@ class Screened:
     principal: str = ""
     """name of the client; with an empty one, the detector counts queries over all clients only, as for an attacker with
     a new client for each query"""
+    alone: bool = False
+    """whether inputs that `model` rejects by a detector of its own are answered nevertheless"""
     queries: Tensor = field(init=False)
     """number of queries of each example (n,), int64"""
     broken_at: Tensor = field(init=False)
@@ -54,7 +56,7 @@ class Screened:
             logits = self.model(x)
         rejected = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         if self.model.rejects:
-            rejected = logits[:, -1] > logits[:, :-1].amax(1)
+            rejected = (logits[:, -1] > logits[:, :-1].amax(1)) & (not self.alone)
             logits = logits[:, :-1]
         if self.detector is not None:
             low, high = self.bounds.like(x)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from holdfast.core.errors import UsageError
-from holdfast.core.types import Count, PerExample
+from holdfast.core.types import Count, Logits, PerExample
 from holdfast.detectors.protocol import Need, Observation
 from holdfast.ops.squeezes import median_filtered, with_bits
 
@@ -43,15 +44,33 @@ class FeatureSqueezing:
     def __call__(self, seen: Observation) -> PerExample:
         """Return the distances (n,)."""
         network = network_of(seen, "feature squeezing")
-        p = seen.logits.softmax(1)
-        distances = [(network(x).softmax(1) - p).abs().sum(1) for x in self._squeezed(seen.x)]
-        return torch.stack(distances).amax(0)
+        return torch.stack([prediction_change(seen.logits, network(x)) for x in self._squeezed(seen.x)]).amax(
+            0
+        )
 
     def _squeezed(self, x: Tensor) -> Iterator[Tensor]:
         if self.bits:
             yield with_bits(x, self.bits, self.low, self.high)
         if self.median:
             yield median_filtered(x, self.median)
+
+
+def prediction_change(
+    logits: Logits, other: Logits, *, exact: float = 0.0, certain: float = 1.0
+) -> PerExample:
+    """Return the L1 distance (n,) between the probabilities of two outputs (n, classes), from 0 to 2.
+
+    The gradient of the distance vanishes where both outputs are certain of different classes, so that attacks could not
+    reduce it. The gradient of the result is therefore `exact` times that of the distance plus `certain` times that of
+    the cross-entropies of both outputs with the class that `logits` predict.
+    """
+    distance = (other.softmax(1) - logits.softmax(1)).abs().sum(1)
+    if not (logits.requires_grad or other.requires_grad):
+        return distance
+    predicted = logits.detach().argmax(1)
+    uncertain = sum(F.cross_entropy(each, predicted, reduction="none") for each in (logits, other))
+    slope = exact * distance + certain * uncertain
+    return distance.detach() + (slope - slope.detach())
 
 
 def network_of(seen: Observation, detector: str) -> Callable[[Tensor], Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from holdfast.core.draws import Draws
 from holdfast.core.types import Count, PerExample, Positive, Steps
 from holdfast.detectors.protocol import Need, Observation
-from holdfast.detectors.squeezing import network_of
+from holdfast.detectors.squeezing import network_of, prediction_change
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,12 @@ class NoiseStability:
     def __call__(self, seen: Observation) -> PerExample:
         """Return the mean distances (n,)."""
         network = network_of(seen, "the stability under noise")
-        p = seen.logits.softmax(1)
         noise = _noise(self.seed, self.draws, tuple(seen.x.shape[1:])).to(seen.x)
-        changes = [(network(seen.x + self.sigma * each).softmax(1) - p).abs().sum(1) for each in noise]
+        # weights of the gradient at which attacks on the bundled model reached the lowest scores
+        changes = [
+            prediction_change(seen.logits, network(seen.x + self.sigma * each), exact=1.0, certain=0.1)
+            for each in noise
+        ]
         return torch.stack(changes).mean(0)
 
 

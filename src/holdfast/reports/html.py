@@ -8,7 +8,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import printable
-from holdfast.reports import attacks, certification, geometry, notes, numbers, rotation, words
+from holdfast.reports import attacks, certification, detector, geometry, notes, numbers, rotation, words
 from holdfast.reports.charts import Staircase, staircase
 from holdfast.reports.terminal import FIRST, STATE_SIGNS
 
@@ -49,6 +49,8 @@ def page(summary: Mapping[str, Any]) -> str:
         eps_charts=_charts(summary["curves"]["eps"], "eps", mark=numbers.number(threat["eps"])),
         query_charts=_charts(summary["curves"]["queries"], "queries", logarithmic=True),
         geometry=summary.get("geometry"),
+        detector=detector.detector(summary),
+        detector_columns=detector.COLUMNS,
         query_detector=summary.get("query_detector"),
         band_charts=geometry.band_charts(summary.get("geometry"), SIZES),
         remarks=summary["notes"],

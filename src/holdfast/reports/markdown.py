@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from holdfast.core.names import printable
-from holdfast.reports import across, certification, rotation, stateful, transfer
+from holdfast.reports import across, certification, detector, rotation, stateful, transfer
 from holdfast.reports.attacks import SMALLEST, STANDING, by_distance, fits_text, passes_line, risks, row
 from holdfast.reports.numbers import count_text, percent
 from holdfast.reports.words import (
@@ -129,10 +129,14 @@ def _certification(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _matrices(summary: Mapping[str, Any]) -> list[str]:
-    """The transfer matrix, the transfer across data sets, and the attacks on a query detector."""
+    """The transfer matrix, the transfer across data sets, a detector, and black-box attacks on a guard."""
     lines = []
-    for name, report in (("transfer", transfer), ("data_transfer", across), ("query_detector", stateful)):
-        matrix = summary.get(name)
+    for matrix, report in (
+        (summary.get("transfer"), transfer),
+        (summary.get("data_transfer"), across),
+        (detector.detector(summary), detector),
+        (summary.get("query_detector"), stateful),
+    ):
         if matrix is None:
             continue
         headings, *rows = (

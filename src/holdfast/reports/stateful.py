@@ -1,5 +1,5 @@
-"""Report of the attacks on a query detector: how many examples they break with it and without, after how many queries,
-and after how many queries the detector fires.
+"""Report of the black-box attacks on a model with a guard: how many examples they break with the guard and without,
+after how many queries, and after how many queries one is rejected.
 
 It is an entry of the summary and a table.
 """
@@ -18,30 +18,51 @@ from holdfast.reports.numbers import count_text, percent
 Json = dict[str, Any]
 
 _ATTACKERS = {
-    "plain": "Square, which does not know the detector",
-    "adaptive": "OARS, which adapts to the detector",
+    "plain": "Square, which does not know the guard",
+    "adaptive": "OARS, which adapts to rejected queries",
+    "informed": "informed Square, which knows the query detector",
 }
 """Attacks by the prefix of their columns in the table of the evidence."""
+_WORST = "the best of these for each example"  # rejected: each of the attacks had a rejected query
 
 
 def stateful_results(table: Table, confidence: float) -> Json | None:
-    """Return the results of the attacks on the query detector for the summary of a run; None if no example was
-    attacked.
-    """
+    """Return the results of the black-box attacks on a guard for the summary; None if no example was attacked."""
     if not len(table):
         return None
-    return {
-        "n": len(table),
-        "rows": [
-            {
-                "attacker": title,
-                **_arm(table.columns[f"{name}_without_broken"], "without", confidence),
-                **_arm(table.columns[f"{name}_with_broken"], "with", confidence),
-                **_noticed(table.columns[f"{name}_with_rejected"], confidence),
-            }
-            for name, title in _ATTACKERS.items()
-        ],
+    names = [name for name in _ATTACKERS if f"{name}_with_broken" in table.columns]
+    columns = {
+        column: torch.stack([table.columns[f"{name}_{column}"] for name in names])
+        for column in ("without_broken", "with_broken", "with_rejected")
     }
+    rows = [
+        _row(_ATTACKERS[name], {column: values[k] for column, values in columns.items()}, confidence)
+        for k, name in enumerate(names)
+    ]
+    worst = {
+        "without_broken": _first(columns["without_broken"]),
+        "with_broken": _first(columns["with_broken"]),
+        "with_rejected": torch.where(
+            (columns["with_rejected"] > 0).all(0), columns["with_rejected"].amax(0), 0
+        ),
+    }
+    return {"n": len(table), "rows": [*rows, _row(_WORST, worst, confidence)]}
+
+
+def _row(attacker: str, columns: Mapping[str, Tensor], confidence: float) -> Json:
+    return {
+        "attacker": attacker,
+        **_arm(columns["without_broken"], "without", confidence),
+        **_arm(columns["with_broken"], "with", confidence),
+        **_noticed(columns["with_rejected"], confidence),
+    }
+
+
+def _first(broken_at: Tensor) -> Tensor:
+    """The least number of queries of all attacks (attacks, n) that broke an example, 0 if none did."""
+    never = torch.iinfo(broken_at.dtype).max
+    least = torch.where(broken_at > 0, broken_at, never).amin(0)
+    return torch.where(least == never, 0, least)
 
 
 def _arm(broken_at: Tensor, arm: str, confidence: float) -> Json:
@@ -66,12 +87,12 @@ def _median(first: Tensor) -> int | None:
 
 
 def title(results: Mapping[str, Any], noun: str) -> str:
-    """Return the title of the table of attacks on the query detector."""
-    return f"query detector: attacks on {count_text(results['n'])} {noun} with and without it"
+    """Return the title of the table of black-box attacks on a guard."""
+    return f"queries: black-box attacks on {count_text(results['n'])} {noun} with the guard and without it"
 
 
 def headings(results: Mapping[str, Any]) -> list[str]:
-    """Return the column headings of the table of attacks on the query detector."""
+    """Return the column headings of the table of black-box attacks on a guard."""
     return [
         "attack",
         "broken without",
@@ -84,7 +105,7 @@ def headings(results: Mapping[str, Any]) -> list[str]:
 
 
 def cells(results: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the rows of the table of attacks on the query detector as text."""
+    """Yield the rows of the table of black-box attacks on a guard as text."""
     for row in results["rows"]:
         yield [
             row["attacker"],

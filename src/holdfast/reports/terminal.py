@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from holdfast.core.names import line
-from holdfast.reports import across, certification, rotation, stateful, transfer
+from holdfast.reports import across, certification, detector, rotation, stateful, transfer
 from holdfast.reports.attacks import (
     SMALLEST,
     STANDING,
@@ -174,12 +174,16 @@ def metric_table(summary: Mapping[str, Any], *, brief: bool = False) -> "Table":
 
 
 def matrices(summary: Mapping[str, Any]) -> "list[Table]":
-    """Return the terminal tables of the transfer between models, of the transfer across data sets and of attackers of a
-    rotation, if these were measured.
+    """Return the terminal tables of the transfer between models, of the transfer across data sets, of a detector, of
+    black-box attacks on a guard, and of attackers of a rotation, if these were measured.
     """
     tables = []
-    for name, report in (("transfer", transfer), ("data_transfer", across), ("query_detector", stateful)):
-        matrix = summary.get(name)
+    for matrix, report in (
+        (summary.get("transfer"), transfer),
+        (summary.get("data_transfer"), across),
+        (detector.detector(summary), detector),
+        (summary.get("query_detector"), stateful),
+    ):
         if matrix is None:
             continue
         table = grid(report.title(matrix, summary["noun"]), report.headings(matrix))

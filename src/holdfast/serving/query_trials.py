@@ -1,4 +1,4 @@
-"""Attacks on the first examples of an assessment with and without the query detector of a guard."""
+"""Black-box attacks on the first examples of an assessment with and without the detectors of a guard."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,23 +14,28 @@ from holdfast.core.meter import margin
 from holdfast.core.refused import Answering
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access
+from holdfast.detectors.informed import InformedSquare
 from holdfast.detectors.oars import OARS, Base
 from holdfast.detectors.queries import QueryDetector, QuerySettings
 from holdfast.detectors.screened import Screened
 from holdfast.harness.target import Target
 from holdfast.serving.states.memory import MemoryState
 
-PLAIN, ADAPTIVE = "plain", "adaptive"
-"""the attack that does not know the detector, and the one that does"""
+PLAIN, ADAPTIVE, INFORMED = "plain", "adaptive", "informed"
+"""the attack that does not know the detectors, the one that adapts to rejections, and the one that knows the settings
+of the query detector"""
 
 
 @dataclass(frozen=True)
 class QueryTrials:
-    """Attacks examples with Square, which does not know the query detector, and with OARS, which adapts to it; each
-    with and without the detector. Every attack begins with an empty state, and every query comes from a new client.
+    """Attacks examples with Square, which does not know the detectors, with OARS, which adapts to rejections, and under
+    Linf with `InformedSquare`, which knows the query detector; each with and without the detectors. Every attack begins
+    with an empty state, and every query comes from a new client.
     """
 
-    settings: QuerySettings = field(default_factory=QuerySettings)
+    settings: QuerySettings | None = field(default_factory=QuerySettings)
+    """settings of the query detector; None for a guard that has only stateless detectors, which are a part of the model
+    """
     n: int = 10
     """number of examples"""
     queries: int = 1000
@@ -51,7 +56,7 @@ class QueryTrials:
         columns = {"id": batch.ids.cpu()}
         for name, attack in self._attacks(threat).items():
             for arm in ("without", "with"):
-                screened = self._screened(target, batch, threat, seed, stateful=arm == "with")
+                screened = self._screened(target, batch, threat, seed, guarded=arm == "with")
                 model = Answering(screened, batch) if name == PLAIN else screened
                 if len(batch):
                     attack(model, batch, limited, rng=rng.at(name))
@@ -60,19 +65,26 @@ class QueryTrials:
         return Table("example", columns)
 
     def _attacks(self, threat: ThreatModel) -> dict[str, Attack]:
-        base: Base = "hop_skip_jump" if isinstance(threat.constraint, L2) else "square"
-        return {PLAIN: Square(queries=self.queries), ADAPTIVE: OARS(base=base, queries=self.queries)}
+        is_l2 = isinstance(threat.constraint, L2)
+        base: Base = "hop_skip_jump" if is_l2 else "square"
+        attacks: dict[str, Attack] = {
+            PLAIN: Square(queries=self.queries),
+            ADAPTIVE: OARS(base=base, queries=self.queries),
+        }
+        if self.settings is not None and not is_l2:
+            attacks[INFORMED] = InformedSquare(self.settings, queries=self.queries)
+        return attacks
 
     def _screened(
-        self, target: Target, batch: Batch, threat: ThreatModel, seed: int, *, stateful: bool
+        self, target: Target, batch: Batch, threat: ThreatModel, seed: int, *, guarded: bool
     ) -> Screened:
         assert isinstance(threat.constraint, Linf | L2)
         detector = None
-        if stateful:
+        if guarded and self.settings is not None:
             # reproducible; the attacks do not use the key
             key = hashlib.sha256(f"holdfast stateful {seed}".encode()).digest()
             detector = QueryDetector(key, MemoryState(), tuple(batch.x.shape[1:]), self.settings)
-        return Screened(target.bare, batch, threat.constraint, detector)
+        return Screened(target.bare, batch, threat.constraint, detector, alone=not guarded)
 
 
 def measurable(threat: ThreatModel, access: Access) -> bool:
