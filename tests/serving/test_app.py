@@ -13,16 +13,17 @@ import torch
 from torch import nn
 
 from holdfast.core.model import Classifier
-from holdfast.serving.answering import Answerer, ChainAudit, ServedSet
+from holdfast.serving.answering import Answer, Answerer, ChainAudit, Job, ServedSet
 from holdfast.serving.app import ConnectionLimits, ServedModel, application
 from holdfast.serving.audit_chain import AuditKey, ChainFile
 from holdfast.serving.batching import Batcher
-from holdfast.serving.decisions import Action, Mode, RowDecision, Score
+from holdfast.serving.decisions import Action, Incoming, Mode, RowDecision, Score
 from holdfast.serving.error_log import ErrorLog
 from holdfast.serving.guard import LOST, UNAVAILABLE_TEXT, GuardPipeline, QueryResult
 from holdfast.serving.keys import KeyFile, add_key
 from holdfast.serving.openapi import openapi_document
 from holdfast.serving.protocol import NoRules
+from holdfast.serving.refusals import Refused
 from holdfast.serving.rules import InputSchema, Rule
 from holdfast.serving.telemetry import MetricTotals, Telemetry
 
@@ -99,6 +100,51 @@ def error(response):
     text = response.json()[key]
     assert key == "error" and not re.search(r"Traceback|File|holdfast|0x|/home|\.py", text)
     return response.status_code, text
+
+
+class Counted(nn.Module):
+    """The small network, which records its batches and fails for NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.batches = network().net, []
+
+    def forward(self, x):
+        assert not x.isnan().any()
+        self.batches.append(x)
+        return self.net(x)
+
+
+def test_a_model_that_computes_while_the_guard_decides_answers_like_one_that_waits():
+    model = Counted()
+    answerer = Answerer(ServedSet(Classifier(model), "s", 1), Rules(Action.BLOCK), overlapping=True)
+    plain = Answerer(ServedSet(network(), "s", 1), Rules(Action.BLOCK))
+    allowed, refused = torch.full((2, FEATURES), 0.5), torch.full((1, FEATURES), 0.95)
+
+    def both(*inputs):
+        jobs = [Job(Incoming(x)) for x in inputs]
+        pairs = list(zip(answerer(jobs), plain(jobs), strict=True))
+        for mine, expected in pairs:
+            assert type(mine) is type(expected)
+            if isinstance(expected, Answer):
+                torch.testing.assert_close(mine.scores, expected.scores)
+        return [type(mine) for mine, _ in pairs]
+
+    assert both(allowed, refused, allowed) == [Answer, Refused, Answer]
+    assert [len(batch) for batch in model.batches] == [
+        5
+    ]  # one call, although one of the requests was refused
+    nan = torch.tensor([[0.95, torch.nan, 0.5, 0.5]])
+    assert both(allowed, nan) == [
+        Answer,
+        Refused,
+    ]  # the error of the model for a refused input does not count
+    assert [len(batch) for batch in model.batches] == [5, 2]
+    for _ in range(3):  # during an attack, the model waits for the decision
+        both(refused)
+    model.batches.clear()
+    both(refused)
+    assert not model.batches
 
 
 def test_scores_are_those_of_the_model():

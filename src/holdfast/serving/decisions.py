@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+from functools import cached_property
 
 from torch import Tensor
 
@@ -66,7 +67,7 @@ class RowDecision:
 
     scores: tuple[Score, ...] = ()
 
-    @property
+    @cached_property
     def action(self) -> Action:
         """The most severe action of the rules in mode `enforce`."""
         return max((score.taken for score in self.scores), default=Action.ALLOW)
@@ -104,7 +105,7 @@ class Decision:
     notes: Mapping[str, object] = field(default_factory=dict)
     """further facts for the audit chain, such as that the shared state could not be reached"""
 
-    @property
+    @cached_property
     def action(self) -> Action:
         """The most severe action over all inputs."""
         return max((row.action for row in self.rows), default=Action.ALLOW)

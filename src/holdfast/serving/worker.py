@@ -35,6 +35,7 @@ from holdfast.core.errors import HoldfastError, TargetError
 from holdfast.core.model import Classifier
 from holdfast.engine.processes import BEGINNING, read_message, unshared, write_message
 from holdfast.rotation.live import loaded
+from holdfast.serving.answer_counts import AnswerCounts
 from holdfast.serving.answering import Answer, Answerer, Audit, ChainAudit, Job, NoAudit, ServedSet
 from holdfast.serving.app import ConnectionLimits, ServedModel, application
 from holdfast.serving.audit_chain import AuditKey, ChainFile
@@ -109,26 +110,6 @@ class ServingSetup:
         return not self.set_name
 
 
-@dataclass(eq=False)
-class _Ledger:
-    """Numbers of answered inputs by epoch and principal since the last report."""
-
-    arrived: threading.Event = field(default_factory=threading.Event)
-    _counts: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, served: ServedSet, principal: str, rows: int) -> None:
-        with self._lock:
-            counts = self._counts.setdefault((served.name, served.epoch), {})
-            counts[principal] = counts.get(principal, 0) + rows
-        self.arrived.set()
-
-    def taken(self) -> list[list[Any]]:
-        with self._lock:
-            counts, self._counts = self._counts, {}
-        return [[name, epoch, principals] for (name, epoch), principals in counts.items()]
-
-
 class _Server(uvicorn.Server):
     """A server of uvicorn that leaves signals to the supervisor."""
 
@@ -143,7 +124,7 @@ class Worker:
 
     def __init__(self, setup: ServingSetup, chain: Path | None, send: Callable[[bytes, Any], None]) -> None:
         self.setup, self._send = setup, send
-        self.telemetry, self.ledger, self.errors = Telemetry(), _Ledger(), ErrorLog()
+        self.telemetry, self.ledger, self.errors = Telemetry(), AnswerCounts(), ErrorLog()
         self.device = torch.device(setup.device)
         opened = setup.opening()
         self.digest = opened.digest
@@ -169,6 +150,9 @@ class Worker:
             self.errors,
         )
         guard = self.answering.guard
+        self.answering.overlapping = (
+            isinstance(guard, GuardPipeline) and guard.queries is not None and setup.signature is None
+        )
         self.telemetry.begin(guard.rules if isinstance(guard, GuardPipeline) else {})
         self.batcher: Batcher[Job, Answer] = Batcher(
             self.answering,
@@ -187,6 +171,11 @@ class Worker:
             setup.forwards,
             self.errors,
         )
+        self.server = self._server()
+
+    def _server(self) -> _Server:
+        """Return the HTTP server, which leaves the limits of connections to the protocol."""
+        setup = self.setup
         config = uvicorn.Config(
             application(self.served),
             http=limited_protocol(
@@ -204,7 +193,7 @@ class Worker:
             timeout_keep_alive=max(1, round(setup.limits.keep_alive_s)),
             timeout_graceful_shutdown=max(1, round(setup.drain_s)),
         )
-        self.server = _Server(config)
+        return _Server(config)
 
     def _signature(self) -> Signature:
         """Return the signature of the model, which is called to find the number of classes."""

@@ -233,7 +233,8 @@ class SQLiteState:
                     new.seen,
                 ),
             )
-            db.executemany("INSERT OR IGNORE INTO buckets VALUES (?, ?)", [(each, key) for each in hashes])
+        pairs = sorted((each, key) for key, hashes in view.added.items() for each in hashes)
+        db.executemany("INSERT OR IGNORE INTO buckets VALUES (?, ?)", pairs)
         for key in view.touched.keys() - view.added.keys():
             old = view.clusters[key]
             db.execute(
