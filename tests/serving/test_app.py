@@ -18,7 +18,7 @@ from holdfast.serving.app import ConnectionLimits, ServedModel, application
 from holdfast.serving.audit_chain import AuditKey, ChainFile
 from holdfast.serving.batching import Batcher
 from holdfast.serving.decisions import Action, Incoming, Mode, RowDecision, Score
-from holdfast.serving.error_log import ErrorLog
+from holdfast.serving.error_log import ErrorLog, shown
 from holdfast.serving.guard import LOST, UNAVAILABLE_TEXT, GuardPipeline, QueryResult
 from holdfast.serving.keys import KeyFile, add_key
 from holdfast.serving.openapi import openapi_document
@@ -418,6 +418,11 @@ def test_errors_of_model_and_guard_are_logged_without_inputs_and_at_a_limited_ra
     caplog.clear()
     Here(guard=Broken()).infer()
     assert "the guard failed, and requests are refused: ZeroDivisionError" in caplog.text
+
+
+def test_whole_numbers_of_inputs_are_removed_from_messages_also_after_the_cut():
+    assert shown(f"bad row {list(range(900))}") == "bad row …"
+    assert shown(f"bad row {tuple(range(20))}, expected [3, 32, 32]") == "bad row (…), expected [3, 32, 32]"
 
 
 def test_the_number_of_kinds_in_the_log_is_limited(caplog):

@@ -242,6 +242,7 @@ def test_a_damaged_model_is_refused():
 def test_sighup_reloads_a_model_and_ends_a_server_whose_terminal_was_closed(monkeypatch):
     worker, terminal = ServingSetup(stuck, "small", (FEATURES,), set_name="file"), [True]
     monkeypatch.setattr(signals, "has_terminal", lambda: terminal[0])
+    monkeypatch.setattr(signals, "in_foreground", lambda: True)
     server = Supervisor(ServerSetup(worker, reloadable=True))
     handler = signal.getsignal(signal.SIGHUP)
     with signals.handled_signals(server._ended_by_signal, server._swap_by_signal):
@@ -252,6 +253,14 @@ def test_sighup_reloads_a_model_and_ends_a_server_whose_terminal_was_closed(monk
         os.kill(os.getpid(), signal.SIGHUP)
         until(lambda: server.status()["draining"])
     assert signal.getsignal(signal.SIGHUP) is handler
+    monkeypatch.setattr(
+        signals, "in_foreground", lambda: False
+    )  # its terminal may be closed without a report to it
+    server = Supervisor(ServerSetup(worker, reloadable=True))
+    with signals.handled_signals(server._ended_by_signal, server._swap_by_signal):
+        os.kill(os.getpid(), signal.SIGHUP)
+        until(lambda: server.status()["model"]["reload"] == "running")
+        assert not server.status()["draining"]
     with pytest.raises(UsageError, match="has no pool and no file"):
         Supervisor(ServerSetup(worker)).request_swap("")
 

@@ -82,7 +82,7 @@ class InformedSquare:
             step += 1
 
     def _changed(self, at: Example, delta: Tensor, share: float) -> Tensor:
-        """Return a perturbation with a random window of the colour of a corner of the ball."""
+        """Return the perturbation with one random window set to +eps or -eps in each channel."""
         channels, height, width = as_image(at.x.shape)
         changed = delta.reshape(channels, height, width).clone()
         rows, columns = window(share, height, width, odd=False)

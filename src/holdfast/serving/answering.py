@@ -344,8 +344,10 @@ class Answerer:
         return [part if bool(part.isfinite().all()) else failure for part in parts]
 
     def _logits(self, served: ServedSet, x: Tensor) -> Tensor:
-        logits: Tensor = served.model(x.to(self.device)).cpu()
-        self.progress()
+        try:
+            logits: Tensor = served.model(x.to(self.device)).cpu()
+        finally:  # an error ends the call as well
+            self.progress()
         return logits
 
     def _count(self, outcomes: Sequence[Outcome], served: ServedSet) -> None:

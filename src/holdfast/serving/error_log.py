@@ -26,6 +26,8 @@ _SECRET = re.compile(r"hf_[\w-]+|(?i:bearer)\s+\S+|[-+]?\d*\.\d+(?:[eE][-+]?\d+)
 _LIST = re.compile(r"\[[^\[\]]*(?:\[[^\[\]]*\][^\[\]]*)*\]")
 _SHAPE_LENGTH = 8
 """largest number of entries of a list of integers that is shown, as it may be a shape"""
+_INTEGERS = re.compile(rf"\d+(?:[\s,;()\[\]]+\d+){{{_SHAPE_LENGTH},}}")
+"""more integers in succession, in whatever brackets, also if the message was cut before the last one"""
 
 
 class ErrorLog:
@@ -79,6 +81,7 @@ def _origin(error: BaseException) -> BaseException:
 def shown(message: str) -> str:
     """Return the message of an exception in one line, without what may be inputs, scores or keys."""
     text = _SECRET.sub("…", _LIST.sub(_shape, _ARRAY.sub(r"\1(…)", message[: 10 * _LENGTH])))
+    text = _INTEGERS.sub("…", text)
     text = "".join(letter if letter.isprintable() else " " for letter in text)
     return text if len(text) <= _LENGTH else f"{text[:_LENGTH]}…"
 

@@ -109,7 +109,8 @@ class Reloading:
         worker of a reload announces it.
         """
         digest, classes = str(content["digest"]), int(content["classes"])
-        version = self._following or self.version
+        # only the additional worker of a reload may open the next version before it is tested
+        version = (self._following if worker is self._joining else None) or self.version
         if worker is self._joining and self.testing and self._following is None:
             version = self._announced(digest, classes)
         fault = _fault(version, digest, classes)
@@ -140,6 +141,7 @@ class Reloading:
         """
         if worker is not self._joining:
             if self._state != "failed":
+                self._reason = ""
                 self._telemetry.set("holdfast_reload_failing", 0)
             return False
         self._joining = None

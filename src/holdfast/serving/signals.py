@@ -15,23 +15,24 @@ def handled_signals(
 ) -> Iterator[None]:
     """Context manager in which SIGTERM and SIGINT call `stop`, unless `ending` is false, and SIGHUP calls `swap`.
 
-    SIGHUP also reports that the terminal of this process was closed; it then calls `stop`, unless it was ignored, as
-    `nohup` has it. In another thread than the main one, signals are not handled.
+    SIGHUP also reports that the terminal of a process in its foreground was closed. It then calls `stop`, unless it was
+    ignored, as `nohup` has it. A process in the background receives no such report. In another thread than the main
+    one, signals are not handled.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    terminal, before = has_terminal(), dict[int, Any]()
+    foreground, before = in_foreground(), dict[int, Any]()
 
     def ended(number: int, frame: FrameType | None) -> None:
         stop()
 
     def hung_up(number: int, frame: FrameType | None) -> None:
-        nonlocal terminal
-        if not terminal or has_terminal():
+        nonlocal foreground
+        if not foreground or has_terminal():
             swap()
             return
-        terminal = False
+        foreground = False
         if before[number] is not signal.SIG_IGN:
             stop()
 
@@ -51,8 +52,23 @@ def handled_signals(
 
 def has_terminal() -> bool:
     """Return whether this process has a terminal."""
+    return _foreground_group() is not None
+
+
+def in_foreground() -> bool:
+    """Return whether this process is in the foreground of a terminal."""
+    return _foreground_group() == os.getpgrp()
+
+
+def _foreground_group() -> int | None:
+    """Return the process group in the foreground of the terminal of this process; None without a terminal."""
     try:
-        os.close(os.open(os.ctermid(), os.O_RDONLY | os.O_NOCTTY))
+        terminal = os.open(os.ctermid(), os.O_RDONLY | os.O_NOCTTY)
     except OSError:
-        return False
-    return True
+        return None
+    try:
+        return os.tcgetpgrp(terminal)
+    except OSError:
+        return None
+    finally:
+        os.close(terminal)

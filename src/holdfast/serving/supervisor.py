@@ -199,16 +199,16 @@ class Supervisor:
         if worker not in self._workers:
             return
         worker.heard_s = time.monotonic()
+        if not message:
+            self._replace(worker)
+            return
         try:
             self._take(worker, message[:1], message[1:])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             self._notify(f"note: {worker.name} sent an invalid message and is replaced: {error}")
             worker.process.kill()
 
     def _take(self, worker: WorkerProcess, kind: bytes, text: bytes) -> None:
-        if not kind:
-            self._replace(worker)
-            return
         content = json.loads(text)
         match kind:
             case b"R":
@@ -232,7 +232,7 @@ class Supervisor:
             case b"U" if self._swaps is not None:
                 self._swaps.unusable(worker, int(content["epoch"]), str(content["reason"]))
             case b"E":
-                worker.error = content
+                worker.error = {key: str(content[key]) for key in ("error", "message")}
             case b"X":
                 worker.ended = content
 
@@ -312,7 +312,8 @@ class Supervisor:
                     "ran out, use fewer --workers"
                 )
             self._begin_s = time.monotonic() + _BEGIN_S
-            self._reloading.cannot_start(cause)
+            if self.setup.reloadable:
+                self._reloading.cannot_start(cause)
         self.telemetry.count("holdfast_worker_restarts_total")
         self._notify(f"note: {worker.name} is replaced: {cause}{note}")
         self._owed_workers += 1

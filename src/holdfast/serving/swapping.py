@@ -82,6 +82,7 @@ class PoolSwaps:
         """Send the next set to a worker that became ready during a swap."""
         if self._swap is not None and self._swap.waiting is not None:
             self._swap.waiting.add(worker)
+            self._swap.sent_s = time.monotonic()  # it has as much time as the others had
             worker.send(self._swap.following.message)
 
     def left(self, worker: WorkerProcess) -> None:
@@ -128,7 +129,7 @@ class PoolSwaps:
                 worker.send(swap.following.message)
         elif now - swap.sent_s > _LOADING_S:
             for worker in swap.waiting or ():
-                worker.process.kill()
+                worker.kill(f"it did not load the set within {_LOADING_S:g} s")
 
     def _refuse(self, swap: _Swap, reason: str) -> None:
         self._swap = None

@@ -291,16 +291,21 @@ class Worker:
             self.ledger.arrived.wait(_REPORT_S)
             self.ledger.arrived.clear()
             self.report()
-            if self.chain is not None:
-                with suppress(OSError):  # the next write reports it
-                    self.chain.flush()
             time.sleep(_HASTE_S)
+
+    def _flush_often(self) -> None:
+        """Flush the audit chain, in a thread of its own because a slow disk must not delay the reports."""
+        while self.chain is not None:
+            with suppress(OSError):  # the next write reports it
+                self.chain.flush()
+            time.sleep(_REPORT_S)
 
     # --- service
 
     def run(self, listener: socket.socket) -> None:
         """Answer requests until `drain` is called, and then those that were received before."""
-        threading.Thread(target=self._report_often, daemon=True).start()
+        for repeated in (self._report_often, self._flush_often):
+            threading.Thread(target=repeated, daemon=True).start()
         asyncio.run(self._serve(listener))
         self.batcher.close()
         self.report()

@@ -48,7 +48,7 @@ class WorkerProcess:
     ended: Mapping[str, Any] | None = None
     """the last message of a worker that drained"""
     retired_s: float = math.inf
-    """time at which it was to answer what it received and to end, because another worker is in its place"""
+    """time at which the supervisor let it drain, because another worker has its place"""
     begun_s: float = field(default_factory=time.monotonic)
     heard_s: float = field(default_factory=time.monotonic)
     """time of its last message"""
@@ -108,6 +108,8 @@ class WorkerProcess:
         of the machine, the first report may be too early.
         """
         self.stalled, self._suspected = stalled if self._suspected else "", bool(stalled)
+        if not patience_s < math.inf:
+            raise ValueError(f"the patience is {patience_s} s; expected a finite number")
         self.patience_s = patience_s
 
     @property
