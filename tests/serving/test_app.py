@@ -421,7 +421,7 @@ def test_errors_of_model_and_guard_are_logged_without_inputs_and_at_a_limited_ra
 
 
 def test_whole_numbers_of_inputs_are_removed_from_messages_also_after_the_cut():
-    assert shown(f"bad row {list(range(900))}") == "bad row …"
+    assert not re.search(r"\d", shown(f"bad row {list(range(900))}"))
     assert shown(f"bad row {tuple(range(20))}, expected [3, 32, 32]") == "bad row (…), expected [3, 32, 32]"
 
 
