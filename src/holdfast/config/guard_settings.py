@@ -120,7 +120,7 @@ class QueriesSettings(ScoredSettings):
     radius: Annotated[float, Gt(0)] | None = Field(
         default=None,
         description="Distance up to which inputs, scaled to [0, 1], are near duplicates; set by the calibration if it "
-        "is left out, and 0.6 before.",
+        "is left out.",
     )
     action: ActionName = Field(default="block", description=RuleSettings.model_fields["action"].description)
 

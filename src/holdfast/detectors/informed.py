@@ -24,7 +24,7 @@ from holdfast.core.types import Access, Fraction, Inputs, Steps
 from holdfast.detectors.fingerprints import grid_of
 from holdfast.detectors.queries import QuerySettings
 from holdfast.ops.norms import expect_eps, expect_norm
-from holdfast.ops.squares import as_image, window, window_share
+from holdfast.ops.squares import as_image, window, window_share, with_windows
 from holdfast.ops.walks import Example, Walk, follow
 
 _REACH = 0.8  # distance of the first query, as a fraction of the radius; sketches have an error of 9 %
@@ -53,8 +53,7 @@ class InformedSquare:
         constraint = expect_eps(threat.constraint, self)
         norm = expect_norm(constraint, self, Linf)
         queries = min(self.queries, threat.queries or self.queries)
-        examples = [Example(batch, row, norm, model.bounds, rng, queries) for row in range(len(batch))]
-        return follow(model, batch, norm, [self._walk(example) for example in examples], queries)
+        return follow(model, batch, norm, self._walk, queries, rng)
 
     def _walk(self, at: Example) -> Walk:
         shape = at.x.shape
@@ -84,17 +83,9 @@ class InformedSquare:
     def _changed(self, at: Example, delta: Tensor, share: float) -> Tensor:
         """Return the perturbation with one random window set to +eps or -eps in each channel."""
         channels, height, width = as_image(at.x.shape)
-        changed = delta.reshape(channels, height, width).clone()
-        rows, columns = window(share, height, width, odd=False)
-        draws = at.uniform(2 + channels)
-        top, left = (
-            int(draw * (size - side + 1))
-            for draw, size, side in zip(draws.tolist(), (height, width), (rows, columns), strict=False)
-        )
-        changed[:, top : top + rows, left : left + columns] = (
-            at.eps * (2.0 * (draws[2:] < 0.5) - 1)[:, None, None]
-        )
-        return changed
+        size = window(share, height, width, odd=False)
+        draws = at.uniform(1, 2 + channels)
+        return with_windows(delta.reshape(channels, height, width), at.eps, draws, *size)
 
 
 def _averaged(x: Tensor, grid: tuple[int, int] | None) -> Tensor:

@@ -25,7 +25,7 @@ from holdfast.core.model import Model
 from holdfast.core.threat import ThreatModel
 from holdfast.core.types import Access, Fraction, Inputs, Positive, Steps
 from holdfast.ops.norms import expect_eps, expect_norm
-from holdfast.ops.squares import as_image, window, window_share
+from holdfast.ops.squares import as_image, window, window_share, with_windows
 from holdfast.ops.walks import Answer, Example, Walk, asked, follow, least_size
 
 Base = Literal["square", "nes", "hop_skip_jump"]
@@ -66,8 +66,7 @@ class OARS:
         norm = expect_norm(constraint, self, L2 if self.base == "hop_skip_jump" else Linf)
         queries = min(self.queries, threat.queries or self.queries)
         walk = {"square": self._square, "nes": self._nes, "hop_skip_jump": self._jumps}[self.base]
-        examples = [Example(batch, row, norm, model.bounds, rng, queries) for row in range(len(batch))]
-        return follow(model, batch, norm, [walk(example) for example in examples], queries)
+        return follow(model, batch, norm, walk, queries, rng)
 
     def _square(self, at: Example) -> Walk:
         channels, height, width = as_image(at.x.shape)
@@ -75,13 +74,11 @@ class OARS:
         best, lowest = at.ball(at.x + at.eps * stripes), float("inf")
 
         def changed(squares: float, share: float, least: float = 1) -> Tensor:
-            delta = (best - at.x).reshape(channels, height, width).clone()
             rows, columns = window(share, height, width, odd=False)
             rows, columns = min(max(rows, round(least)), height), min(max(columns, round(least)), width)
             draws = at.uniform(round(squares), 2 + channels)
-            corners = (draws[:, :2] * torch.tensor((height - rows + 1, width - columns + 1))).long().tolist()
-            for (top, left), side in zip(corners, at.eps * ((draws[:, 2:] < 0.5) * 2 - 1), strict=True):
-                delta[:, top : top + rows, left : left + columns] = side[:, None, None]
+            delta = (best - at.x).reshape(channels, height, width)
+            delta = with_windows(delta, at.eps, draws, rows, columns)
             return at.ball(at.x + delta.reshape(at.x.shape))
 
         def tried(proposal: Tensor) -> Generator[Tensor, Answer, Answer]:

@@ -7,7 +7,7 @@ earlier queries of its cluster, whichever principal (client) sent them, or that 
 whichever is larger. Related to the detectors of Chen, Carlini & Wagner, "Stateful detection of black-box adversarial
 attacks", SPAI 2020, arXiv:1907.05587, Li et al. (Blacklight; see `blacklight.py`), and Li et al., "Query provenance
 analysis", IEEE S&P 2025, arXiv:2405.20641. Unlike these, distances are measured after averaging over cells, so that
-all inputs inside a small ball are near duplicates. An attacker to whom rejections are visible gains nothing from larger
+all inputs inside a small ball are near duplicates. An attacker that sees rejections gains nothing from larger
 steps inside it.
 
 What does not count, or counts little:

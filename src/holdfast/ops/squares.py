@@ -58,6 +58,18 @@ def window(p: float, height: int, width: int, *, odd: bool) -> tuple[int, int]:
     return rows, min(columns, width)
 
 
+def with_windows(delta: Tensor, eps: float, draws: Tensor, rows: int, columns: int) -> Tensor:
+    """Return a perturbation (channels, height, width) with k windows of a size, in each of which every channel is set
+    to `eps` or `-eps`. `draws` (k, 2 + channels) are uniform random numbers for the positions and the signs.
+    """
+    changed = delta.clone()
+    room = torch.tensor((delta.shape[1] - rows + 1, delta.shape[2] - columns + 1))
+    corners = (draws[:, :2] * room).long().tolist()
+    for (top, left), side in zip(corners, eps * ((draws[:, 2:] < 0.5) * 2 - 1), strict=True):
+        changed[:, top : top + rows, left : left + columns] = side[:, None, None]
+    return changed
+
+
 def pattern(rows: int, columns: int, norm: L2 | L1, like: Tensor) -> Tensor:
     """Return the pattern (rows, columns) with which Square Attack fills a window under L2 and L1: two peaks of opposite
     sign, of length one in the norm.

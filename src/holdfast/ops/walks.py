@@ -2,7 +2,7 @@
 which some are rejections. The walks of a batch are followed together, one query of each at a time.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor
@@ -62,14 +62,17 @@ class Example:
         return self._rng.at("draw", self._n_draws)
 
 
-def follow(model: Model, batch: Batch, norm: Norm, walks: Sequence[Walk], limit: int) -> Inputs:
-    """Send the queries of the walks to the model, one of each example in each call, and return the first allowed and
-    accepted input that breaks the model (n, *features), or the clean input.
+def follow(
+    model: Model, batch: Batch, norm: Norm, walk: Callable[[Example], Walk], limit: int, rng: Draws
+) -> Inputs:
+    """Begin a walk for each example, send their queries to the model, one of each example in each call, and return the
+    first allowed and accepted input that breaks the model (n, *features), or the clean input.
 
     A walk ends when it breaks the model, after `limit` queries, or when it gives up. Rejected inputs are those that the
     model marks, as `holdfast.core.outputs.refused` states.
     """
     result = batch.x.clone()
+    walks = [walk(Example(batch, row, norm, model.bounds, rng, limit)) for row in range(len(batch))]
     queries = {row: next(walk) for row, walk in enumerate(walks)}
     for _ in range(limit):
         if not queries:

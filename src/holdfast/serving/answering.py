@@ -265,8 +265,8 @@ class Answerer:
         """Return the decisions of the guard before the model, and the logits of each request if the model computed them
         meanwhile.
 
-        The guard waits for its state, and computes little. While most requests are refused, as during an attack, the
-        model does not compute before the decision.
+        The guard waits for its state, and computes little. While it refuses or changes more than a tenth of the
+        requests, as during an attack, the model does not compute before the decision.
         """
         if not self.overlapping or self._used < _LEAST_USED:
             return self._before(jobs), None

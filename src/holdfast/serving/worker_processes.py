@@ -114,7 +114,7 @@ class WorkerProcess:
 
     @property
     def retiring(self) -> bool:
-        """Whether it drains because another worker is in its place."""
+        """Whether it drains because another worker has its place."""
         return self.retired_s < math.inf
 
     def kill(self, why: str) -> None:
