@@ -91,9 +91,9 @@ class StateView:
         return float(0.5 ** (max(0.0, self.now - since) / self.half_life_s))
 
     def near(self, hashes: Sequence[int]) -> list[QueryCluster]:
-        """Return the clusters that have one of these hashes, with their masses at the present time."""
+        """Return the clusters that have one of these hashes, with their masses at the times of their last queries."""
         keys = dict.fromkeys(key for each in hashes for key in self.buckets.get(each, ()))
-        return [self.present(self.clusters[key]) for key in keys if key in self.clusters]
+        return [self.clusters[key] for key in keys if key in self.clusters]
 
     def present(self, cluster: QueryCluster) -> QueryCluster:
         """Return a cluster with its mass at the present time."""

@@ -30,10 +30,12 @@ A static camera, whose frames differ by sensor noise alone, looks like an attack
 rejected after about 25 frames in a half-life, unless it is exempt.
 """
 
+import itertools
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Annotated
 
 import numpy as np
@@ -47,7 +49,6 @@ from holdfast.core.types import Fraction, NonNegative, Positive
 from holdfast.detectors.clusters import QueryCluster, QueryState, StateView, Wanted
 from holdfast.detectors.fingerprints import Fingerprinter, Fingerprints, Floats, unexplained
 
-_KEYED_S = 10.0  # seconds in which the keys of new clusters have the same beginning
 _SETTLED = 4  # multiples of the threshold; two half-lives pass before such a cluster is accepted again
 
 
@@ -161,23 +162,19 @@ class QueryDetector:
 
         def decide(view: StateView) -> None:
             examined.clear()  # a state may call this again after a conflict
-            rows = prints.hashes.tolist()
-            examined.extend(
-                self._decided(view, prints, rows[row], row, x, principals[row]) for row in range(len(x))
-            )
+            batch = _Batch.of(view, prints, x)
+            examined.extend(self._decided(batch, row, principals[row]) for row in range(len(x)))
 
         if not self.state.exchange(Wanted(prints.hashes, prints.digests, list(named)), now, decide):
             score = np.inf if self.state.fail == "closed" else 0.0
             return QueryScores(np.full(len(x), score), (QueryDetail(lost=True),) * len(x))
         return QueryScores(np.array([s for s, _ in examined]), tuple(detail for _, detail in examined))
 
-    def _decided(
-        self, view: StateView, prints: Fingerprints, hashes: list[int], row: int, x: Tensor, principal: str
-    ) -> tuple[float, QueryDetail]:
-        digest = prints.digests[row]
+    def _decided(self, batch: "_Batch", row: int, principal: str) -> tuple[float, QueryDetail]:
+        view, digest = batch.view, batch.prints.digests[row]
         if digest in view.answered:
             return 0.0, QueryDetail(repeat=True)
-        detail = self._counted(view, prints.sketches[row], hashes, x[row : row + 1])
+        detail = self._counted(batch, row)
         score = detail.near_duplicates
         if principal:
             account = view.charge(principal, detail.weight)
@@ -191,29 +188,24 @@ class QueryDetector:
             view.answer(digest)
         return score, detail
 
-    def _counted(self, view: StateView, sketch: Floats, hashes: list[int], x: Tensor) -> QueryDetail:
+    def _counted(self, batch: "_Batch", row: int) -> QueryDetail:
         """Count a query in the nearest cluster within the radius, or make a new cluster of it."""
-        candidates = view.near(hashes)
-        if candidates:
-            distances = np.linalg.norm(np.stack([each.leader for each in candidates]) - sketch, axis=1)
-            nearest = int(distances.argmin())
-            if distances[nearest] <= self.settings.radius:
-                cluster, distance = candidates[nearest], float(distances[nearest])
-                others = sum(
-                    each.mass
-                    for each, d in zip(candidates, distances, strict=True)
-                    if each is not cluster and d <= self.settings.radius
-                )
-                # queries that are suspicious anyway need no regression, which is half of the cost
-                examined = cluster.mass + others < _SETTLED * self.settings.threshold
-                natural = self.fingerprinter.natural(x) if examined else None
-                rest = distance if natural is None else unexplained(sketch - cluster.leader, natural)
-                grown = view.touch(cluster, self.weight(distance, rest, cluster.mass + others))
-                return QueryDetail(
-                    cluster.key, grown.mass + others, grown.members, distance, rest, grown.mass - cluster.mass
-                )
-        view.add(QueryCluster(_new_key(view.now), sketch, 0.0, 1, view.now), hashes)
-        return QueryDetail()
+        view, sketch = batch.view, batch.prints.sketches[row]
+        within = batch.within(row, self.settings.radius)
+        if not within:
+            view.add(QueryCluster(next(batch.keys), sketch, 0.0, 1, view.now), batch.hashes[row])
+            return QueryDetail()
+        distance, nearest = min(within, key=itemgetter(0))
+        cluster = view.present(nearest)
+        others = sum(view.present(each).mass for _, each in within if each is not nearest)
+        # queries that are suspicious anyway need no regression, which is half of the cost
+        examined = cluster.mass + others < _SETTLED * self.settings.threshold
+        natural = self.fingerprinter.natural(batch.x[row : row + 1]) if examined else None
+        rest = distance if natural is None else unexplained(sketch - cluster.leader, natural)
+        grown = view.touch(cluster, self.weight(distance, rest, cluster.mass + others))
+        return QueryDetail(
+            cluster.key, grown.mass + others, grown.members, distance, rest, grown.mass - cluster.mass
+        )
 
     def weight(self, distance: float, unexplained: float, mass: float) -> float:
         """Return the weight of a query at a distance from the first query of its cluster, of which natural changes do
@@ -225,11 +217,45 @@ class QueryDetector:
         return float(min(max(beyond, 0.0, limits.faint + limits.growth * mass), 1.0))
 
 
-def _new_key(now: float) -> int:
-    """Return a random key of 62 bits for a cluster. Keys of one time are near each other, so that a state in a file
-    stores and drops neighbouring rows.
-    """
-    return int(now / _KEYED_S) % 2**18 << 44 | secrets.randbits(44)
+@dataclass(frozen=True)
+class _Batch:
+    """The queries of a batch, and what the state contains about them."""
+
+    view: StateView
+    prints: Fingerprints
+    x: Tensor
+    hashes: list[list[int]]
+    """hashes of each query"""
+    distances: list[dict[int, float]]
+    """for each query, the distances to the clusters of earlier batches that are near it, by key"""
+    keys: Iterator[int]
+    """keys of new clusters"""
+
+    @classmethod
+    def of(cls, view: StateView, prints: Fingerprints, x: Tensor) -> "_Batch":
+        hashes = prints.hashes.tolist()
+        pairs = [(row, each) for row, own in enumerate(hashes) for each in view.near(own)]
+        distances: list[dict[int, float]] = [{} for _ in hashes]
+        if pairs:
+            leaders = np.stack([each.leader for _, each in pairs])
+            differences = leaders - prints.sketches[[row for row, _ in pairs]]
+            for (row, each), length in zip(pairs, np.linalg.norm(differences, axis=1).tolist(), strict=True):
+                distances[row][each.key] = length
+        # Keys of one second and of one batch are near each other, so that a state in a file stores and drops
+        # neighbouring rows.
+        first = int(view.now) % 2**22 << 40 | secrets.randbits(40)
+        return cls(view, prints, x, hashes, distances, itertools.count(first))
+
+    def within(self, row: int, radius: float) -> list[tuple[float, QueryCluster]]:
+        """Return the clusters within the radius of a query, with their distances."""
+        result = []
+        for each in self.view.near(self.hashes[row]):
+            distance = self.distances[row].get(each.key)
+            if distance is None:  # of a cluster that an earlier query of this batch created
+                distance = float(np.linalg.norm(each.leader - self.prints.sketches[row]))
+            if distance <= radius:
+                result.append((distance, each))
+        return result
 
 
 def fingerprinter(key: bytes, shape: Sequence[int], settings: QuerySettings) -> Fingerprinter:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -42,8 +43,7 @@ class Mode(StrEnum):
     """its action is taken"""
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """Result of one rule for one input. It is recorded, and never returned to a client."""
 
     rule: str
@@ -70,7 +70,7 @@ class RowDecision:
     @cached_property
     def action(self) -> Action:
         """The most severe action of the rules in mode `enforce`."""
-        return max((score.taken for score in self.scores), default=Action.ALLOW)
+        return max((score.taken for score in self.scores if score.fired), default=Action.ALLOW)
 
     @property
     def shadow(self) -> Action:

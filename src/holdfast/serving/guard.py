@@ -228,14 +228,20 @@ class GuardPipeline:
         rule, queries = self.rules.get(QUERIES), self.queries
         if rule is None or queries is None:
             return
-        scored = [
+        valid = [
             place
             for place, decision in enumerate(decisions)
-            if decision.answered and SCHEMA not in decision.notes and bool(_x(decision).isfinite().all())
+            if decision.answered and SCHEMA not in decision.notes
         ]
-        for places in self._of_equal_shape(decisions, scored):
+        for places in self._of_equal_shape(decisions, valid):
+            x = _joined(decisions, places)
+            if not bool(x.isfinite().all()):  # one test for all requests, as nearly all inputs are finite
+                places = [place for place in places if bool(_x(decisions[place]).isfinite().all())]
+                if not places:
+                    continue
+                x = _joined(decisions, places)
             principals = [decisions[place].principal for place in places for _ in decisions[place].rows]
-            result = queries.score(_joined(decisions, places), principals)
+            result = queries.score(x, principals)
             if result.lost is None:
                 self._add(decisions, places, rule, result.scores)
                 continue
@@ -297,6 +303,8 @@ class GuardPipeline:
     def _finished(self, decision: Decision) -> Decision:
         """The decision with the reason of a refusal, and with the delay of the response."""
         action = decision.action
+        if action is Action.ALLOW:
+            return decision
         if action is Action.BLOCK and not decision.refusal:
             rules = {s.rule for row in decision.rows for s in row.scores if s.taken is Action.BLOCK}
             reasons = [str(decision.notes[rule]) for rule in (SCHEMA, RANGE) if rule in rules]

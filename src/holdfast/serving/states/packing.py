@@ -1,5 +1,7 @@
 """Sketches as bytes, as states store them."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from holdfast.detectors.fingerprints import Floats
@@ -10,6 +12,9 @@ def sketch_bytes(sketch: Floats) -> bytes:
     return sketch.astype("<f2").tobytes()
 
 
-def sketch_from(content: bytes) -> Floats:
-    """Return the sketch that `sketch_bytes` converted to bytes."""
-    return np.frombuffer(content, "<f2").astype(np.float32)
+def sketches_from(contents: Sequence[bytes]) -> Floats:
+    """Return the sketches (n, 64) that `sketch_bytes` converted to bytes. They are converted together, which is faster
+    than one by one.
+    """
+    width = len(contents[0]) // 2 if contents else 0
+    return np.frombuffer(b"".join(contents), "<f2").astype(np.float32).reshape(len(contents), width)

@@ -25,7 +25,7 @@ from holdfast.detectors.clusters import (
     SteadyClock,
     Wanted,
 )
-from holdfast.serving.states.packing import sketch_bytes, sketch_from
+from holdfast.serving.states.packing import sketch_bytes, sketches_from
 from holdfast.serving.states.reachability import Reachability
 from holdfast.serving.states.spending import Charge, Grant
 
@@ -280,18 +280,13 @@ class RedisState:
         clock, buckets, clusters, answered, accounts = self._read(
             keys=[self._prefix], args=[json.dumps(request)]
         )
+        leaders = sketches_from([bytes.fromhex(leader.decode()) for _, (leader, *_) in clusters])
         return StateView(
             self._time(clock, now),
             self.limits.half_life_s,
             {
-                int(key): QueryCluster(
-                    int(key),
-                    sketch_from(bytes.fromhex(leader.decode())),
-                    float(mass),
-                    int(members),
-                    float(seen),
-                )
-                for key, (leader, mass, members, seen) in clusters
+                int(key): QueryCluster(int(key), leader, float(mass), int(members), float(seen))
+                for (key, (_, mass, members, seen)), leader in zip(clusters, leaders, strict=True)
             },
             {int(each): [int(key) for key in keys] for each, keys in buckets},
             {int(each) for each in answered},

@@ -27,7 +27,7 @@ from holdfast.detectors.clusters import (
     Wanted,
 )
 from holdfast.serving.states.checkpoints import AT_LAST, Checkpoints
-from holdfast.serving.states.packing import sketch_bytes, sketch_from
+from holdfast.serving.states.packing import sketch_bytes, sketches_from
 from holdfast.serving.states.reachability import Reachability
 from holdfast.serving.states.spending import Balance, Charge, Grant, spent
 
@@ -200,16 +200,20 @@ class SQLiteState:
         return self._clock.at(now, row[:2] if row else None), tuple(row[2:]) if row else (0, 0, 0)
 
     def _view(self, db: sqlite3.Connection, wanted: Wanted, now: float) -> StateView:
-        clusters: dict[int, QueryCluster] = {}
+        stored: dict[int, Sequence[Any]] = {}
         buckets: dict[int, list[int]] = {}
-        for each, key, leader, mass, members, seen in _rows(
+        for each, key, *cluster in _rows(
             db,
             "SELECT hash, key, leader, mass, members, seen FROM buckets JOIN clusters USING (key) WHERE hash IN",
             dict.fromkeys(wanted.hashes.ravel().tolist()),
         ):
             buckets.setdefault(each, []).append(key)
-            if key not in clusters:
-                clusters[key] = QueryCluster(key, sketch_from(leader), mass, members, seen)
+            stored[key] = cluster
+        leaders = sketches_from([leader for leader, *_ in stored.values()])
+        clusters = {
+            key: QueryCluster(key, leader, mass, members, seen)
+            for (key, (_, mass, members, seen)), leader in zip(stored.items(), leaders, strict=True)
+        }
         answered = {row[0] for row in _rows(db, "SELECT digest FROM answers WHERE digest IN", wanted.digests)}
         accounts = {
             name: Account(queries, mass, seen)
@@ -220,27 +224,28 @@ class SQLiteState:
         return StateView(now, self.limits.half_life_s, clusters, buckets, answered, accounts)
 
     def _store(self, db: sqlite3.Connection, view: StateView) -> None:
-        for key, hashes in view.added.items():
-            new = view.clusters[key]
-            db.execute(
-                "INSERT INTO clusters VALUES (?, ?, ?, ?, ?, ?)",
+        new = [(view.clusters[key], hashes) for key, hashes in view.added.items()]
+        db.executemany(
+            "INSERT INTO clusters VALUES (?, ?, ?, ?, ?, ?)",
+            [
                 (
-                    key,
-                    sketch_bytes(new.leader),
+                    each.key,
+                    sketch_bytes(each.leader),
                     np.array(hashes, "<i8").tobytes(),
-                    new.mass,
-                    new.members,
-                    new.seen,
-                ),
-            )
+                    each.mass,
+                    each.members,
+                    each.seen,
+                )
+                for each, hashes in new
+            ],
+        )
         pairs = sorted((each, key) for key, hashes in view.added.items() for each in hashes)
         db.executemany("INSERT OR IGNORE INTO buckets VALUES (?, ?)", pairs)
-        for key in view.touched.keys() - view.added.keys():
-            old = view.clusters[key]
-            db.execute(
-                "UPDATE clusters SET mass = ?, members = ?, seen = ? WHERE key = ?",
-                (min(old.mass, self.limits.heaviest), old.members, view.now, key),
-            )
+        old = [view.clusters[key] for key in view.touched.keys() - view.added.keys()]
+        db.executemany(
+            "UPDATE clusters SET mass = ?, members = ?, seen = ? WHERE key = ?",
+            [(min(each.mass, self.limits.heaviest), each.members, view.now, each.key) for each in old],
+        )
         db.executemany("DELETE FROM buckets WHERE hash = ? AND key = ?", view.dropped)
         db.executemany(
             "INSERT OR IGNORE INTO answers VALUES (?, ?)", [(each, view.now) for each in view.answers]
